@@ -1,0 +1,113 @@
+"""Every error AI-Flux raises on purpose, and the exit codes they become.
+
+::
+
+    AifluxError                      exit 1 (never raised itself)
+    ├── UsageError                   exit 2: nothing was sent
+    │   ├── ConfigError              a setting is wrong; names its place
+    │   ├── InputError               the input file is wrong; names its lines
+    │   ├── RunConflictError         the run directory belongs to something else
+    │   ├── OutputExistsError        the output is there and --force was not given
+    │   ├── ImageError               the image cannot be found, built or read
+    │   └── SlurmError               Slurm is missing, or refused the job
+    ├── TooManyFailuresError         exit 3: finished, too many requests failed
+    ├── EngineError                  exit 4: the engine or the model could not be had
+    │   └── ModelError               the model is unknown, or could not be pulled
+    └── StoppedError                 exit 5: stopped before the end; resumable
+        └── StorageError             the journal or output could not be written
+
+A message says what was seen and what follows from it; ``remedy`` says what to do next.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the CLI, the worker and the batch job (the same everywhere)."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    FAILURES = 3
+    ENGINE = 4
+    STOPPED = 5
+
+
+class AifluxError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: what was seen, and what follows from it.
+        remedy: what the user can do next; shown on a line of its own.
+    """
+
+    exit_code: ExitCode = ExitCode.BUG
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class UsageError(AifluxError):
+    """Usage, configuration or input is wrong; nothing was sent."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(UsageError):
+    """A setting has a wrong value, or an unknown name."""
+
+
+class InputError(UsageError):
+    """The input is missing, unreadable, or has bad lines (``problems``, one text each)."""
+
+    def __init__(
+        self, message: str, remedy: str | None = None, problems: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, remedy)
+        self.problems = problems
+
+
+class RunConflictError(UsageError):
+    """The run directory belongs to another model or other parameters, or is in use."""
+
+
+class OutputExistsError(UsageError):
+    """The output exists and was not made by this run."""
+
+
+class ImageError(UsageError):
+    """The image, or Apptainer, is missing or does not work."""
+
+
+class SlurmError(UsageError):
+    """Slurm is missing, did not answer, or refused the job."""
+
+
+class TooManyFailuresError(AifluxError):
+    """The run finished and more requests failed than ``--max-failures`` allows."""
+
+    exit_code = ExitCode.FAILURES
+
+
+class EngineError(AifluxError):
+    """The engine could not be started, or kept dying."""
+
+    exit_code = ExitCode.ENGINE
+
+
+class ModelError(EngineError):
+    """The model is unknown, or could not be pulled."""
+
+
+class StoppedError(AifluxError):
+    """The run stopped before the end; the same command goes on."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class StorageError(StoppedError):
+    """The journal or the output could not be written (disk full, quota, ...)."""

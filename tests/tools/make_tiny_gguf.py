@@ -1,0 +1,136 @@
+"""Writes a random Llama of half a megabyte: ``python make_tiny_gguf.py OUT.gguf``.
+
+A real model to Ollama (chat, completions and embeddings), for tests where the words do not
+matter. The same bytes every time. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import sys
+from array import array
+from pathlib import Path
+
+LAYERS, HEADS, HEAD_SIZE, FEED_FORWARD, CONTEXT = 2, 4, 16, 128, 8192
+WIDTH = HEADS * HEAD_SIZE
+ALIGNMENT = 32
+
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+"""Type numbers of GGUF's metadata values."""
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+"""Token types of ``tokenizer.ggml.token_type``."""
+
+PRINTABLE = [chr(code) for code in range(0x21, 0x7F)]
+TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *PRINTABLE]
+TYPES = [UNKNOWN, CONTROL, CONTROL, *([BYTE] * 256), *([NORMAL] * (1 + len(PRINTABLE)))]
+
+
+def string(text: str) -> bytes:
+    """A GGUF string: length and UTF-8."""
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def scalar(kind: int, value: object) -> bytes:
+    """One metadata value without its type."""
+    if kind == STRING:
+        return string(str(value))
+    return struct.pack({UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}[kind], value)
+
+
+def entry(key: str, kind: int, value: object) -> bytes:
+    """One metadata entry."""
+    return string(key) + struct.pack("<I", kind) + scalar(kind, value)
+
+
+def list_entry(key: str, kind: int, values: list[object]) -> bytes:
+    """One metadata entry that is an array."""
+    head = string(key) + struct.pack("<IIQ", ARRAY, kind, len(values))
+    return head + b"".join(scalar(kind, value) for value in values)
+
+
+def metadata() -> list[bytes]:
+    """What Ollama reads before it loads the tensors."""
+    return [
+        entry("general.architecture", STRING, "llama"),
+        entry("general.name", STRING, "tiny"),
+        entry("general.alignment", UINT32, ALIGNMENT),
+        entry("general.file_type", UINT32, 0),
+        entry("llama.block_count", UINT32, LAYERS),
+        entry("llama.context_length", UINT32, CONTEXT),
+        entry("llama.embedding_length", UINT32, WIDTH),
+        entry("llama.feed_forward_length", UINT32, FEED_FORWARD),
+        entry("llama.attention.head_count", UINT32, HEADS),
+        entry("llama.attention.head_count_kv", UINT32, HEADS),
+        entry("llama.attention.layer_norm_rms_epsilon", FLOAT32, 1e-5),
+        entry("llama.rope.dimension_count", UINT32, HEAD_SIZE),
+        entry("llama.vocab_size", UINT32, len(TOKENS)),
+        entry("tokenizer.ggml.model", STRING, "llama"),
+        list_entry("tokenizer.ggml.tokens", STRING, [*TOKENS]),
+        list_entry("tokenizer.ggml.scores", FLOAT32, [0.0] * len(TOKENS)),
+        list_entry("tokenizer.ggml.token_type", INT32, [*TYPES]),
+        entry("tokenizer.ggml.bos_token_id", UINT32, 1),
+        entry("tokenizer.ggml.eos_token_id", UINT32, 2),
+        entry("tokenizer.ggml.unknown_token_id", UINT32, 0),
+        entry("tokenizer.ggml.add_bos_token", BOOL, True),
+    ]
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape, fastest dimension first."""
+    found: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (WIDTH, len(TOKENS)),
+        "output_norm.weight": (WIDTH,),
+        "output.weight": (WIDTH, len(TOKENS)),
+    }
+    for layer in range(LAYERS):
+        block = f"blk.{layer}."
+        found |= {
+            block + "attn_norm.weight": (WIDTH,),
+            block + "ffn_norm.weight": (WIDTH,),
+            block + "ffn_gate.weight": (WIDTH, FEED_FORWARD),
+            block + "ffn_up.weight": (WIDTH, FEED_FORWARD),
+            block + "ffn_down.weight": (FEED_FORWARD, WIDTH),
+        }
+        found |= {f"{block}attn_{part}.weight": (WIDTH, WIDTH) for part in ("q", "k", "v")}
+        found[block + "attn_output.weight"] = (WIDTH, WIDTH)
+    return found
+
+
+def values(name: str, shape: tuple[int, ...], rng: random.Random) -> array[float]:
+    """A tensor's numbers: norms are 1, and only printable tokens (not EOS) get a logit."""
+    if len(shape) == 1:
+        return array("f", [1.0] * shape[0])
+    rows = [[rng.gauss(0.0, 0.2) for _ in range(shape[0])] for _ in range(shape[1])]
+    if name == "output.weight":
+        rows = [row if TYPES[i] == NORMAL else [0.0] * shape[0] for i, row in enumerate(rows)]
+    return array("f", [value for row in rows for value in row])
+
+
+def padded(data: bytes) -> bytes:
+    """The data with zeros up to the next multiple of the alignment."""
+    return data + bytes(-len(data) % ALIGNMENT)
+
+
+def gguf() -> bytes:
+    """The whole file."""
+    rng = random.Random(20240101)
+    infos, blobs, offset = [], [], 0
+    for name, shape in shapes().items():
+        numbers = values(name, shape, rng)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        dims = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)
+        infos.append(string(name) + dims)
+        blobs.append(padded(numbers.tobytes()))
+        offset += len(blobs[-1])
+    entries = metadata()
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries))
+    return padded(head + b"".join(entries) + b"".join(infos)) + b"".join(blobs)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    Path(sys.argv[1]).write_bytes(gguf())

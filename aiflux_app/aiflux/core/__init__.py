@@ -1,0 +1,1 @@
+"""Scheduler-neutral and engine-neutral core: requests, plan, run directory, journal, results."""

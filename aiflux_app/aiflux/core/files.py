@@ -1,0 +1,75 @@
+"""Durable file operations: atomic replacement, and errors that say where."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from aiflux.errors import StorageError
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename in ``path`` durable. File systems that cannot sync a directory are let off."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Write ``target`` whole or not at all: temporary name beside it, fsync, rename.
+
+    ``mode`` is subject to the umask, as for any new file.
+
+    Raises:
+        StorageError: the file system refused (full, quota, permission).
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", dir=target.parent)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), mode & ~_umask())
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        fsync_directory(target.parent)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
+    """Replace ``target`` atomically by ``value`` as JSON."""
+    with atomic_write(target, mode) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """Turn an OSError met in writing ``path`` into an error that says what to do."""
+    return StorageError(
+        f"cannot write {path}: {error.strerror or error}",
+        "make room (or mend the permission) and run the same command again: it goes on",
+    )
+
+
+def _umask() -> int:
+    """Return the process's umask without changing it (os.umask can only be read by setting)."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077

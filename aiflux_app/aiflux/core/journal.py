@@ -1,0 +1,363 @@
+"""The journal: the append-only file of one shard's results, and the only truth about what is done.
+
+One line a result::
+
+    {"crc":"<8 hex>","key":"<32 hex>","custom_id":"...","status":200,"metadata":{...},
+     "error":null,"body":{...}}
+
+``crc`` is the CRC-32 of what follows it up to the line's end; ``key`` binds the result to the
+request line it answers (``request_key``). The fields stand in this order, so that a line can be cut
+at them without being decoded: an unescaped quote cannot stand inside a JSON string, hence the bytes
+``,"body":`` first occur where that field begins. ``body`` is what the engine sent, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from aiflux.core.files import storage_error
+from aiflux.core.request import KEY_BYTES
+from aiflux.errors import StorageError
+
+_HEAD = b'{"crc":"'
+_CRC_END = len(_HEAD) + 8
+_SEPARATOR = b'",'
+_REST = _CRC_END + len(_SEPARATOR)
+_KEY = b'"key":"'
+_KEY_START = _REST + len(_KEY)
+_KEY_END = _KEY_START + 2 * KEY_BYTES
+_METADATA = b',"metadata":'
+_ERROR = b',"error":'
+_BODY = b',"body":'
+_STATUS = b',"status":'
+_CUSTOM_ID = _KEY_END + len(b'","custom_id":')
+_BUFFER = 1 << 20
+_BUCKETS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one request.
+
+    Attributes:
+        key: the request's key, 16 bytes.
+        status: HTTP status of the last attempt; None when there was no answer.
+        metadata: what the output's ``metadata`` holds, beside the user's own.
+        error: None, or an object with ``code``, ``message`` and ``status``.
+        body: the engine's answer, JSON in UTF-8; ``b"null"`` when there is none.
+    """
+
+    key: bytes
+    custom_id: str
+    status: int | None
+    metadata: dict[str, Any]
+    error: dict[str, Any] | None
+    body: bytes
+
+    def to_line(self) -> bytes:
+        """Return the journal's line, with its line ending."""
+        rest = b'"key":"%b","custom_id":%b,"status":%b,"metadata":%b,"error":%b,"body":%b}' % (
+            self.key.hex().encode(),
+            json.dumps(self.custom_id).encode(),
+            b"null" if self.status is None else b"%d" % self.status,
+            _compact(self.metadata),
+            b"null" if self.error is None else _compact(self.error),
+            _one_line(self.body),
+        )
+        return b"%b%08x%b%b\n" % (_HEAD, crc32(rest), _SEPARATOR, rest)
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _one_line(body: bytes) -> bytes:
+    """Return JSON without raw line breaks; those stand only between tokens, never in strings."""
+    if b"\n" in body or b"\r" in body:
+        return body.replace(b"\r", b" ").replace(b"\n", b" ")
+    return body
+
+
+@dataclass(frozen=True, slots=True)
+class RawResult:
+    """A journal line cut at its fields; every part is JSON as it stands in the line."""
+
+    key: bytes
+    custom_id: bytes
+    status: bytes
+    metadata: bytes
+    error: bytes
+    body: bytes
+
+    @property
+    def failed(self) -> bool:
+        """Whether the request failed."""
+        return self.error != b"null"
+
+
+def split_line(line: bytes) -> RawResult:
+    """Cut a valid journal line at its fields."""
+    status = line.index(_STATUS, _CUSTOM_ID)
+    metadata = line.index(_METADATA, status)
+    error = line.index(_ERROR, metadata)
+    body = line.index(_BODY, error)
+    return RawResult(
+        key=bytes.fromhex(line[_KEY_START:_KEY_END].decode("ascii")),
+        custom_id=line[_CUSTOM_ID:status],
+        status=line[status + len(_STATUS) : metadata],
+        metadata=line[metadata + len(_METADATA) : error],
+        error=line[error + len(_ERROR) : body],
+        body=line[body + len(_BODY) :].rstrip(b"\n")[:-1],
+    )
+
+
+def valid_line(line: bytes) -> bool:
+    """Tell whether a line is whole: its form, its end and its checksum."""
+    if not (line.startswith(_HEAD) and line.endswith(b"}\n")):
+        return False
+    if line[_CRC_END:_REST] != _SEPARATOR or line[_REST:_KEY_START] != _KEY:
+        return False
+    return line[len(_HEAD) : _CRC_END] == b"%08x" % crc32(memoryview(line)[_REST:-1])
+
+
+@dataclass
+class ResultIndex:
+    """Where in a journal each request's result stands: 20 bytes a result, in memory.
+
+    Attributes:
+        done: number of requests with a result.
+        failed: how many of these are failures.
+        damaged: lines that were not whole; their requests count as not done.
+    """
+
+    done: int = 0
+    failed: int = 0
+    damaged: int = 0
+    _keys: list[array[int]] = field(default_factory=lambda: [array("Q") for _ in range(_BUCKETS)])
+    _offsets: list[array[int]] = field(
+        default_factory=lambda: [array("Q") for _ in range(_BUCKETS)]
+    )
+    _sizes: list[array[int]] = field(default_factory=lambda: [array("L") for _ in range(_BUCKETS)])
+
+    def add(self, key: bytes, offset: int, size: int) -> None:
+        """Note a result; call ``seal`` before the first ``find``."""
+        bucket = key[0]
+        self._keys[bucket].append(int.from_bytes(key[1:9], "big"))
+        self._offsets[bucket].append(offset)
+        self._sizes[bucket].append(size)
+
+    def seal(self) -> None:
+        """Sort, so that results can be found; of several for one request the last counts."""
+        for bucket, keys in enumerate(self._keys):
+            order = sorted(range(len(keys)), key=keys.__getitem__)
+            last = [at for at, after in zip(order, [*order[1:], None], strict=True)
+                    if after is None or keys[at] != keys[after]]  # fmt: skip
+            offsets, sizes = self._offsets[bucket], self._sizes[bucket]
+            self._keys[bucket] = array("Q", (keys[at] for at in last))
+            self._offsets[bucket] = array("Q", (offsets[at] for at in last))
+            self._sizes[bucket] = array("L", (sizes[at] for at in last))
+        self.done = sum(len(keys) for keys in self._keys)
+
+    def find(self, key: bytes) -> tuple[int, int] | None:
+        """Return ``(offset, size)`` of a request's result line, or None."""
+        keys = self._keys[key[0]]
+        wanted = int.from_bytes(key[1:9], "big")
+        at = bisect_right(keys, wanted) - 1
+        if at < 0 or keys[at] != wanted:
+            return None
+        return self._offsets[key[0]][at], self._sizes[key[0]][at]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with open(path, "rb", buffering=_BUFFER) as file:
+            offset = 0
+            for line in file:
+                yield offset, line
+                offset += len(line)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(
+            f"cannot read the journal {path}: {error.strerror}", "mend the file system and go on"
+        ) from error
+
+
+def scan_journal(path: Path) -> ResultIndex:
+    """Read a journal once and index its results; a journal that is not there is empty."""
+    index = ResultIndex()
+    for offset, line in _lines(path):
+        if valid_line(line):
+            key = bytes.fromhex(line[_KEY_START:_KEY_END].decode("ascii"))
+            index.add(key, offset, len(line))
+        else:
+            index.damaged += 1
+    index.seal()
+    return index
+
+
+def cut_torn_tail(path: Path) -> int:
+    """Cut what a crash left of a last line; return the number of bytes cut.
+
+    A journal that is not there has nothing to cut.
+    """
+    try:
+        with open(path, "r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            keep = _last_line_end(file.fileno(), end)
+            if keep < end:
+                file.truncate(keep)
+                os.fsync(file.fileno())
+            return end - keep
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _last_line_end(descriptor: int, end: int) -> int:
+    """Return the offset behind the last line break before ``end``; 0 where there is none."""
+    position = end
+    while position > 0:
+        start = max(0, position - _BUFFER)
+        block = os.pread(descriptor, position - start, start)
+        found = block.rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        position = start
+    return 0
+
+
+class JournalReader:
+    """Random access to the results of one journal."""
+
+    def __init__(self, path: Path, index: ResultIndex) -> None:
+        self._index = index
+        self._file = open(path, "rb") if path.exists() else None  # noqa: SIM115
+
+    def get(self, key: bytes) -> RawResult | None:
+        """Return the result of a request, or None where it has none."""
+        place = self._index.find(key)
+        if place is None or self._file is None:
+            return None
+        result = split_line(os.pread(self._file.fileno(), place[1], place[0]))
+        return result if result.key == key else None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class JournalWriter:
+    """Appends results. Thread-safe.
+
+    Every line is given to the kernel before ``append`` returns, so that killing the process loses
+    none; a thread of its own syncs to disk once a second or every ``save_frequency`` results.
+
+    Args:
+        on_failure: called once, from any thread, when the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        save_frequency: int = 64,
+        on_failure: Callable[[StorageError], None] | None = None,
+        interval: float = 1.0,
+    ) -> None:
+        self.path = path
+        self.failure: StorageError | None = None
+        self._save_frequency = save_frequency
+        self._on_failure = on_failure
+        self._interval = interval
+        self._unsynced = 0
+        self._closed = False
+        self._condition = threading.Condition()
+        cut_torn_tail(path)
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._descriptor = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise storage_error(error, path) from error
+        self._thread = threading.Thread(target=self._sync_loop, name="journal-sync", daemon=True)
+        self._thread.start()
+
+    def append(self, result: Result) -> None:
+        """Write one result.
+
+        Raises:
+            StorageError: the disk refused, now or before; nothing more is accepted.
+        """
+        line = result.to_line()
+        with self._condition:
+            if self.failure is not None:
+                raise self.failure
+            try:
+                _write_all(self._descriptor, line)
+            except OSError as error:
+                self._fail(error)
+            self._unsynced += 1
+            if self._unsynced in (1, self._save_frequency):
+                self._condition.notify()
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        """Sync and close.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        self._thread.join()
+        os.close(self._descriptor)
+        if self.failure is not None:
+            raise self.failure
+
+    def _fail(self, error: OSError) -> None:
+        if self.failure is None:
+            self.failure = storage_error(error, self.path)
+            if self._on_failure is not None:
+                self._on_failure(self.failure)
+
+    def _sync_loop(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._unsynced or self._closed)
+                deadline = time.monotonic() + self._interval
+                self._condition.wait_for(
+                    lambda: self._unsynced >= self._save_frequency or self._closed,
+                    timeout=max(0.0, deadline - time.monotonic()),
+                )
+                pending, self._unsynced = self._unsynced, 0
+                closed = self._closed
+            if pending:
+                self._sync()
+            if closed:
+                return
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            with self._condition:
+                self._fail(error)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,90 @@
+"""Model names as Ollama reads them: ``[http://][host/][namespace/]model[:tag]``.
+
+Source: ollama, ``types/model/name.go`` (defaults: host registry.ollama.ai, namespace library, tag
+latest). An ``http://`` in front asks for a registry without TLS.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from aiflux.errors import ConfigError
+
+DEFAULT_HOST = "registry.ollama.ai"
+DEFAULT_NAMESPACE = "library"
+DEFAULT_TAG = "latest"
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]+)?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """A model's full name.
+
+    Attributes:
+        insecure: the registry is spoken to over plain http.
+    """
+
+    host: str
+    namespace: str
+    model: str
+    tag: str
+    insecure: bool = False
+
+    @property
+    def served(self) -> str:
+        """The name under which an engine lists and serves the model."""
+        short = f"{self.model}:{self.tag}"
+        if self.host != DEFAULT_HOST:
+            return f"{self.host}/{self.namespace}/{short}"
+        return short if self.namespace == DEFAULT_NAMESPACE else f"{self.namespace}/{short}"
+
+    @property
+    def pulled(self) -> str:
+        """The name to give to ``/api/pull``."""
+        scheme = "http://" if self.insecure else ""
+        return scheme + f"{self.host}/{self.namespace}/{self.model}:{self.tag}"
+
+    @property
+    def manifest_path(self) -> str:
+        """Where the manifest lies below the models directory."""
+        return f"manifests/{self.host}/{self.namespace}/{self.model}/{self.tag}"
+
+
+@lru_cache(maxsize=1024)
+def parse_model_name(text: str) -> ModelName:
+    """Parse a model name.
+
+    Raises:
+        ConfigError: the text is no model name.
+    """
+    scheme, _, rest = text.rpartition("://")
+    parts = rest.split("/")
+    model, _, tag = parts[-1].partition(":")
+    namespace = parts[-2] if len(parts) > 1 else DEFAULT_NAMESPACE
+    host = parts[-3] if len(parts) > 2 else DEFAULT_HOST
+    tag = tag if ":" in parts[-1] else DEFAULT_TAG
+    valid = (
+        scheme in ("", "http", "https")
+        and len(parts) <= 3
+        and _HOST.match(host)
+        and all(_PART.match(part) for part in (namespace, model, tag))
+    )
+    if not valid:
+        raise ConfigError(
+            f"model {text!r} is not a model name",
+            "write it as Ollama does: NAME:TAG, for example llama3.2:3b",
+        )
+    return ModelName(host, namespace, model, tag, insecure=scheme == "http")
+
+
+def same_model(one: str, other: str) -> bool:
+    """Tell whether two names mean the same model (``m`` and ``m:latest`` do)."""
+    if one == other:
+        return True
+    try:
+        return parse_model_name(one).served.lower() == parse_model_name(other).served.lower()
+    except ConfigError:
+        return False

@@ -1,0 +1,68 @@
+"""The options of a run that the worker obeys; part of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from aiflux.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is to be done. Times are seconds; None leaves the choice to the worker.
+
+    Attributes:
+        model: the run's model; None takes the model that each body names.
+        concurrency: requests in flight per engine.
+        slots: sequences that an engine decodes in parallel.
+        context_length: tokens of context per slot.
+        save_frequency: results after which the journal is synced.
+        max_retries: further attempts after the first.
+        retry_delay: base of the exponential backoff.
+        max_failures: a count, or a percentage such as ``"2%"``.
+        engine_url: an engine that is up already; None means a bundled Ollama.
+    """
+
+    model: str | None = None
+    concurrency: int | None = None
+    slots: int | None = None
+    context_length: int | None = None
+    gpus_per_engine: int = 1
+    engine_env: dict[str, str] = field(default_factory=dict)
+    save_frequency: int = 64
+    max_retries: int = 3
+    retry_delay: float = 1.0
+    request_timeout: float = 600.0
+    max_failures: str = "0"
+    drain_seconds: float = 30.0
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    allow_cpu: bool = False
+    engine_url: str | None = None
+    load_timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.engine_url is None:
+            raise ConfigError(
+                "top_k has no effect: Ollama's OpenAI API does not know it",
+                "leave it out, or set it in the model (ollama create, PARAMETER top_k)",
+            )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Body fields that are filled in where a body lacks them."""
+        names = ("max_tokens", "temperature", "top_p", "top_k")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def allowed_failures(self, requests: int) -> int:
+        """Return how many of ``requests`` may fail before the run counts as failed."""
+        if self.max_failures.endswith("%"):
+            return int(requests * float(self.max_failures[:-1]) / 100)
+        return int(self.max_failures)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as they stand in the plan."""
+        return asdict(self)

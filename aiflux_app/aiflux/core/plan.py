@@ -1,0 +1,190 @@
+"""The plan: everything decided before the first request is sent, in ``plan.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from aiflux import __version__
+from aiflux.core.clock import utc_now
+from aiflux.core.files import write_json
+from aiflux.core.input import InputSummary, describe
+from aiflux.core.modelname import parse_model_name
+from aiflux.core.options import RunOptions
+from aiflux.core.rundir import RunDirectory
+from aiflux.errors import InputError, RunConflictError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A contiguous part of the input.
+
+    Attributes:
+        start, end: byte offsets in the input, end excluded.
+        first: index of its first request.
+        requests: number of requests.
+    """
+
+    index: int
+    start: int
+    end: int
+    first: int
+    requests: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do.
+
+    Attributes:
+        input: what one pass over the input told (see ``InputSummary``).
+        output: absolute path of the output.
+        models: names as the engine serves them, in the order in which they are processed.
+        models_dir: where models lie; None with an engine that is up already.
+    """
+
+    input: dict[str, Any]
+    output: Path
+    models: tuple[str, ...]
+    options: RunOptions
+    shards: tuple[Shard, ...]
+    models_dir: Path | None
+    created: str
+    aiflux: str = __version__
+    version: int = PLAN_VERSION
+
+    @property
+    def input_path(self) -> Path:
+        """The input's absolute path."""
+        return Path(self.input["path"])
+
+    @property
+    def requests(self) -> int:
+        """Number of requests of the run."""
+        return int(self.input["requests"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on beside the requests; must not change within a run."""
+        return {"models": list(self.models), "parameters": self.options.parameters}
+
+    @property
+    def id(self) -> str:
+        """Short digest of the input and of what the answers depend on."""
+        content = json.dumps([self.input["digest"], self.identity], sort_keys=True)
+        return blake2b(content.encode(), digest_size=8).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``plan.json`` holds."""
+        return {
+            "version": self.version,
+            "id": self.id,
+            "aiflux": self.aiflux,
+            "created": self.created,
+            "input": self.input,
+            "output": str(self.output),
+            "models": list(self.models),
+            "models_dir": None if self.models_dir is None else str(self.models_dir),
+            "options": self.options.to_json(),
+            "shards": [
+                {item.name: getattr(shard, item.name) for item in fields(Shard)}
+                for shard in self.shards
+            ],
+        }
+
+
+def make_plan(
+    summary: InputSummary,
+    output: Path,
+    options: RunOptions,
+    models_dir: Path | None,
+    shards: int = 1,
+) -> Plan:
+    """Decide on a run. Pure.
+
+    Raises:
+        InputError: no model is named at all.
+        ConfigError: a model's name is wrong.
+    """
+    names = [options.model] if options.model else list(summary.models)
+    if not names:
+        raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
+    if options.engine_url is None:
+        names = [parse_model_name(name).served for name in names]
+    return Plan(
+        input=describe(summary),
+        output=output,
+        models=tuple(dict.fromkeys(names)),
+        options=options,
+        shards=cut(summary, shards),
+        models_dir=models_dir if options.engine_url is None else None,
+        created=utc_now(),
+    )
+
+
+def cut(summary: InputSummary, shards: int) -> tuple[Shard, ...]:
+    """Cut the input into at most ``shards`` contiguous shards of about equal request counts."""
+    marks = summary.marks
+    wanted = max(1, min(shards, len(marks)))
+    targets = [summary.requests * number // wanted for number in range(wanted)]
+    starts = []
+    position = 0
+    for target in targets:
+        while position + 1 < len(marks) and marks[position + 1].index <= target:
+            position += 1
+        starts.append(marks[position])
+    starts = [mark for i, mark in enumerate(starts) if i == 0 or mark.index > starts[i - 1].index]
+    ends = [*((mark.offset, mark.index) for mark in starts[1:]), (summary.size, summary.requests)]
+    return tuple(
+        Shard(index, mark.offset, end, mark.index, last - mark.index)
+        for index, (mark, (end, last)) in enumerate(zip(starts, ends, strict=True))
+    )
+
+
+def write_plan(plan: Plan, run: RunDirectory) -> None:
+    """Write ``plan.json`` into the run directory, which is made where it is not there."""
+    run.create()
+    write_json(run.plan, plan.to_json())
+
+
+def read_plan(run: RunDirectory) -> Plan:
+    """Read ``plan.json``.
+
+    Raises:
+        RunConflictError: there is none, or it is not a plan that this version understands.
+    """
+    try:
+        content = json.loads(run.plan.read_text(encoding="utf-8"))
+        if content["version"] != PLAN_VERSION:
+            raise RunConflictError(
+                f"{run.plan} is a plan of version {content['version']}; this is {PLAN_VERSION}",
+                "finish the run with the AI-Flux that began it, or remove the run directory",
+            )
+        return _from_json(content)
+    except OSError as error:
+        raise RunConflictError(
+            f"no plan can be read at {run.plan}: {error.strerror}", "check the path of the run"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunConflictError(
+            f"{run.plan} is not a plan: {error!r}", f"remove it: rm -r {str(run.path)!r}"
+        ) from error
+
+
+def _from_json(content: dict[str, Any]) -> Plan:
+    models_dir = content["models_dir"]
+    return Plan(
+        input=content["input"],
+        output=Path(content["output"]),
+        models=tuple(content["models"]),
+        options=RunOptions(**content["options"]),
+        shards=tuple(Shard(**shard) for shard in content["shards"]),
+        models_dir=None if models_dir is None else Path(models_dir),
+        created=content["created"],
+        aiflux=content["aiflux"],
+    )

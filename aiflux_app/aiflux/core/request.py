@@ -1,0 +1,215 @@
+"""One request: a line of an OpenAI Batch input file, parsed and checked.
+
+The form is OpenAI's (https://platform.openai.com/docs/guides/batch): an object with ``custom_id``,
+``method``, ``url`` and ``body``; AI-Flux adds an optional ``metadata`` object.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NoReturn
+
+from aiflux.core.modelname import same_model
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+_PAYLOAD_FIELD = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/embeddings": "input",
+}
+KEY_BYTES = 16
+
+
+class LineError(ValueError):
+    """A line is not a valid request; ``problems`` holds one text for each thing wrong with it."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One valid request.
+
+    Attributes:
+        raw: the input line as it stands in the file, without its line ending.
+        custom_id: the user's name for the request, unique in the input.
+        url: one of ``ENDPOINTS``.
+        body: what goes to the engine.
+        metadata: the user's own fields, merged into the result's metadata.
+    """
+
+    raw: bytes
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+    metadata: dict[str, Any] | None
+
+    @property
+    def model(self) -> str | None:
+        """The model that the body names, if it names one."""
+        model: str | None = self.body.get("model")
+        return model
+
+
+def request_key(raw: bytes) -> bytes:
+    """Return the key (16 bytes) that binds a result to the exact request line it answers."""
+    return blake2b(raw, digest_size=KEY_BYTES).digest()
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_reject_constant)
+
+
+def parse_json(text: str) -> Any:
+    """Decode strict JSON (no NaN or Infinity). Raises ValueError."""
+    try:
+        return _decoder.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _load(raw: bytes) -> Any:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LineError(
+            f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
+            "save the file as UTF-8"
+        ) from None
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise LineError(
+            f"not JSON: {error.msg} at column {error.colno}; each line must hold one JSON object"
+        ) from None
+    except ValueError as error:
+        raise LineError(f"not JSON: {error}; each line must hold one JSON object") from None
+
+
+def parse_request(raw: bytes, model: str | None = None) -> Request:
+    """Parse and check one input line.
+
+    Args:
+        raw: the line, UTF-8, without its line ending.
+        model: the run's model; a body that names another one is an error.
+
+    Raises:
+        LineError: with every problem of the line.
+    """
+    entry = _load(raw)
+    if type(entry) is not dict:
+        raise LineError(f"a JSON {_kind(entry)} where a request object was expected")
+    custom_id: Any = entry.get("custom_id")
+    url: Any = entry.get("url")
+    body: Any = entry.get("body")
+    metadata = entry.get("metadata")
+    valid = (
+        type(custom_id) is str
+        and custom_id
+        and entry.get("method") == "POST"
+        and url in _PAYLOAD_FIELD
+        and type(body) is dict
+        and _PAYLOAD_FIELD[url] in body
+        and (metadata is None or type(metadata) is dict)
+        and _model_fits(body, model)
+    )
+    if not valid:
+        raise LineError(*_problems(entry, model))
+    return Request(raw, custom_id, url, body, metadata)
+
+
+def _model_fits(body: dict[str, Any], model: str | None) -> bool:
+    named = body.get("model")
+    if named is None:
+        return model is not None
+    if type(named) is not str or not named:
+        return False
+    return model is None or named == model or same_model(named, model)
+
+
+def _problems(entry: dict[str, Any], model: str | None) -> list[str]:
+    problems = [*_custom_id_problems(entry), *_method_problems(entry), *_url_problems(entry)]
+    problems += _body_problems(entry, model)
+    metadata = entry.get("metadata")
+    if metadata is not None and type(metadata) is not dict:
+        problems.append(f"metadata must be an object, not a {_kind(metadata)}")
+    return problems
+
+
+def _custom_id_problems(entry: dict[str, Any]) -> list[str]:
+    custom_id = entry.get("custom_id")
+    if custom_id is None:
+        return ["custom_id is missing; give every request a unique name"]
+    if type(custom_id) is not str:
+        return [f"custom_id must be a string, not a {_kind(custom_id)}"]
+    return [] if custom_id else ["custom_id is empty; give every request a unique name"]
+
+
+def _method_problems(entry: dict[str, Any]) -> list[str]:
+    method = entry.get("method")
+    if method == "POST":
+        return []
+    seen = "is missing" if method is None else f"is {_show(method)}"
+    return [f'method {seen}; it must be "POST"']
+
+
+def _url_problems(entry: dict[str, Any]) -> list[str]:
+    url = entry.get("url")
+    if url in ENDPOINTS:
+        return []
+    seen = "is missing" if url is None else f"{_show(url)} is unknown"
+    return [f"url {seen}; it must be one of {', '.join(ENDPOINTS)}"]
+
+
+def _body_problems(entry: dict[str, Any], model: str | None) -> list[str]:
+    body = entry.get("body")
+    if type(body) is not dict:
+        seen = "is missing" if body is None else f"is a {_kind(body)}"
+        return [f"body {seen}; it must be the object that the engine is sent"]
+    problems = []
+    url = entry.get("url")
+    field = _PAYLOAD_FIELD.get(url) if isinstance(url, str) else None
+    if field is not None and field not in body:
+        problems.append(f"body.{field} is missing; {url} needs it")
+    return problems + _model_problems(body, model)
+
+
+def _model_problems(body: dict[str, Any], model: str | None) -> list[str]:
+    if _model_fits(body, model):
+        return []
+    named = body.get("model")
+    if named is None:
+        return ["body.model is missing; add it, or name the model of the run with --model"]
+    if type(named) is not str or not named:
+        return [f"body.model must be a non-empty string, not {_show(named)}"]
+    return [
+        f"body.model is {_show(named)} but the run's model is {_show(model)}; "
+        "drop one of the two, or run each model by itself"
+    ]
+
+
+_KINDS = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    type(None): "null",
+}
+
+
+def _kind(value: Any) -> str:
+    return _KINDS[type(value)]
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

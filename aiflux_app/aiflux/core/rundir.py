@@ -1,0 +1,105 @@
+"""The run directory: one class names every file of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiflux.core.files import storage_error
+from aiflux.errors import ConfigError
+
+OUTPUT_SUFFIXES = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run; ``path`` is ``<output>.aiflux``."""
+
+    path: Path
+
+    @classmethod
+    def of_output(cls, output: Path) -> RunDirectory:
+        """Return the run directory that belongs to an output file."""
+        return cls(output.with_name(output.name + ".aiflux"))
+
+    @property
+    def plan(self) -> Path:
+        """What was decided before the first request was sent."""
+        return self.path / "plan.json"
+
+    @property
+    def script(self) -> Path:
+        """The sbatch script as it was submitted."""
+        return self.path / "run.sbatch"
+
+    @property
+    def submission(self) -> Path:
+        """The Slurm job that was submitted last."""
+        return self.path / "job.json"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the job, the worker and the engines."""
+        return self.path / "logs"
+
+    @property
+    def lock(self) -> Path:
+        """Held (by a directory entry) while a worker writes a shard's journal."""
+        return self.path / "locks"
+
+    def journal(self, shard: int) -> Path:
+        """Journal of one shard."""
+        return self.path / "journal" / f"shard-{shard:04d}.jsonl"
+
+    def status(self, shard: int) -> Path:
+        """Status of one shard, replaced atomically."""
+        return self.path / "status" / f"shard-{shard:04d}.json"
+
+    def engine_log(self, shard: int, engine: int) -> Path:
+        """Log of one engine."""
+        return self.logs / f"engine-{shard:04d}-{engine}.log"
+
+    def worker_log(self, shard: int) -> Path:
+        """Log of one shard's worker."""
+        return self.logs / f"worker-{shard:04d}.log"
+
+    def create(self) -> None:
+        """Make the directory (mode 0700) and its folders, where they are not there yet."""
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            for name in ("journal", "status", "logs"):
+                (self.path / name).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+
+def errors_path(output: Path) -> Path:
+    """Return where the failed requests of a ``.jsonl`` output go."""
+    return output.with_name(output.stem + ".errors.jsonl")
+
+
+def default_output(input_path: Path, directory: Path) -> Path:
+    """Return the output used when none is named: ``<input stem>.results.json`` in ``directory``."""
+    return directory / f"{input_path.stem}.results.json"
+
+
+def checked_output(output: Path) -> Path:
+    """Return the absolute output path.
+
+    Raises:
+        ConfigError: the form of the output cannot be told, or its folder is not there.
+    """
+    output = output.expanduser().absolute()
+    if output.suffix not in OUTPUT_SUFFIXES:
+        raise ConfigError(
+            f"output {str(output)!r} ends in {output.suffix!r}",
+            "name it *.json (one array) or *.jsonl (OpenAI Batch output)",
+        )
+    if "\n" in str(output):
+        raise ConfigError("the output's path holds a line break", "choose another name")
+    if not output.parent.is_dir():
+        raise ConfigError(
+            f"the output's folder {str(output.parent)!r} is not there",
+            f"mkdir -p {str(output.parent)!r}",
+        )
+    return output

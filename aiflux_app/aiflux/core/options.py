@@ -21,6 +21,7 @@ class RunOptions:
         max_retries: further attempts after the first.
         retry_delay: base of the exponential backoff.
         max_failures: a count, or a percentage such as ``"2%"``.
+        retry_failed: try those again that failed before the plan was made.
         engine_url: an engine that is up already; None means a bundled Ollama.
     """
 
@@ -43,6 +44,7 @@ class RunOptions:
     allow_cpu: bool = False
     engine_url: str | None = None
     load_timeout: float = 1800.0
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.engine_url is None:

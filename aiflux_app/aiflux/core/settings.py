@@ -216,6 +216,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _run("engine_url", _url, None, "use this engine, which is already up", env="AIFLUX_ENGINE_URL"),
     _run("load_timeout", _number(1), 1800.0, "seconds that loading the model may take"),
+    _run("retry_failed", _boolean, False, "try failed requests of an earlier start again"),
     _slurm("account", _text, None, "account to charge", env="SLURM_ACCOUNT"),
     _slurm("partition", _text, None, "partition", env="SLURM_PARTITION"),
     _slurm("qos", _text, None, "quality of service"),

@@ -1,0 +1,231 @@
+"""A lease: at most one process of the cluster holds it, on any shared file system, without flock.
+
+The lease is a file made with ``O_EXCL``; its holder rewrites a beat in it every few seconds. Whoever
+finds it held judges the holder dead when the beat stands still by the *finder's own* clock, or at
+once when the holder was a process of the same PID namespace that is gone, or an earlier start of the
+same Slurm job (Slurm never runs two starts of one job at a time).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.files import storage_error
+from aiflux.errors import RunConflictError
+
+BEAT_SECONDS = 3.0
+STALE_SECONDS = 30.0
+_BEAT_WIDTH = 12
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return _read("/proc/sys/kernel/random/boot_id") + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """Return the process's start time in ticks (field 22 of /proc/PID/stat), "" if it is gone."""
+    stat = _read(f"/proc/{pid}/stat")
+    return stat.rpartition(")")[2].split()[19] if stat else ""
+
+
+def identity() -> dict[str, Any]:
+    """Return who this process is, for others to read in a lease."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+        "namespace": _namespace(),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def _certainly_dead(holder: dict[str, Any]) -> bool:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if holder.get("namespace") == _namespace() and holder.get("namespace"):
+        return _start_time(int(holder["pid"])) != holder["started"]
+    return bool(job) and holder.get("job") == job
+
+
+class Lease:
+    """A held lease; a context manager that gives it back.
+
+    Attributes:
+        lost: set when somebody else took the lease away.
+    """
+
+    def __init__(self, path: Path, descriptor: int, on_lost: Callable[[], None] | None) -> None:
+        self.path = path
+        self.lost = threading.Event()
+        self._descriptor = descriptor
+        self._inode = os.fstat(descriptor).st_ino
+        self._on_lost = on_lost
+        self._released = threading.Event()
+        self._beat = 0
+        self._thread = threading.Thread(target=self._beat_loop, name="lease", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lease back; harmless when it was lost or released before."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        self._thread.join()
+        if self._still_ours():
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+        os.close(self._descriptor)
+
+    def _still_ours(self) -> bool:
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def _beat_loop(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            if not self._still_ours():
+                self.lost.set()
+                if self._on_lost is not None:
+                    self._on_lost()
+                return
+            self._beat += 1
+            # A full disk must not cost the lease: overwriting in place needs no new block.
+            with suppress(OSError):
+                os.pwrite(self._descriptor, b"%0*d" % (_BEAT_WIDTH, self._beat), 0)
+
+
+def acquire(
+    path: Path,
+    what: str,
+    *,
+    wait: bool = False,
+    on_wait: Callable[[str], None] | None = None,
+    on_lost: Callable[[], None] | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Lease:
+    """Take a lease.
+
+    Args:
+        path: the lease's file; its folder must be there.
+        what: what is held, for messages, e.g. "the run results.json".
+        wait: wait until a living holder gives it back, rather than refuse.
+        on_wait: called once with a text when waiting begins.
+        on_lost: called from a thread when the lease is taken away.
+
+    Raises:
+        RunConflictError: a living process holds it (only without ``wait``).
+        StorageError: the file cannot be made.
+    """
+    watch = _Watch()
+    told = False
+    while True:
+        descriptor = _create(path)
+        if descriptor is not None:
+            return Lease(path, descriptor, on_lost)
+        content = _content(path)
+        if content is None:
+            continue
+        holder = _holder(content)
+        if _certainly_dead(holder) or watch.stands_still(content):
+            _break(path, content)
+            continue
+        if watch.alive and not wait:
+            raise RunConflictError(
+                f"{what} is in use by process {holder.get('pid')} on {holder.get('host')}",
+                "wait for it to end, or stop it",
+            )
+        if on_wait is not None and not told:
+            on_wait(f"{what} is in use on {holder.get('host')}; waiting")
+            told = True
+        sleep(BEAT_SECONDS / 2)
+
+
+class _Watch:
+    """Watches a foreign lease's beat by this process's own clock."""
+
+    def __init__(self) -> None:
+        self._content: bytes | None = None
+        self._since = 0.0
+        self.alive = False
+
+    def stands_still(self, content: bytes) -> bool:
+        now = time.monotonic()
+        if content != self._content:
+            self.alive = self._content is not None
+            self._content, self._since = content, now
+        return now - self._since > STALE_SECONDS
+
+
+def _create(path: Path) -> int | None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return None
+    except OSError as error:
+        raise storage_error(error, path) from error
+    content = b"0" * _BEAT_WIDTH + b" " + json.dumps(identity()).encode() + b"\n"
+    try:
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    except OSError as error:
+        path.unlink()
+        os.close(descriptor)
+        raise storage_error(error, path) from error
+    return descriptor
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _holder(content: bytes) -> dict[str, Any]:
+    """Return who holds a lease; {} when its maker died between making and writing it."""
+    try:
+        holder = json.loads(content[_BEAT_WIDTH:])
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _break(path: Path, judged: bytes) -> None:
+    """Take a dead holder's lease away; put it back if it was another's by then."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if _holder(aside.read_bytes()).get("token") != _holder(judged).get("token"):
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink()

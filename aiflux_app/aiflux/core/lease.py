@@ -1,9 +1,9 @@
 """A lease: at most one process of the cluster holds it, on any shared file system, without flock.
 
-The lease is a file made with ``O_EXCL``; its holder rewrites a beat in it every few seconds. Whoever
-finds it held judges the holder dead when the beat stands still by the *finder's own* clock, or at
-once when the holder was a process of the same PID namespace that is gone, or an earlier start of the
-same Slurm job (Slurm never runs two starts of one job at a time).
+The lease is a file made with ``O_EXCL``; its holder rewrites a beat in it every few seconds.
+Whoever finds it held judges the holder dead when the beat stands still by the *finder's own* clock,
+or at once when the holder was a process of the same PID namespace that is gone, or an earlier start
+of the same Slurm job (Slurm never runs two starts of one job at a time).
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ def identity() -> dict[str, Any]:
     }
 
 
-def _certainly_dead(holder: dict[str, Any]) -> bool:
+def _alive(holder: dict[str, Any]) -> bool | None:
+    """Tell whether a holder lives; None where that cannot be told from here."""
+    if holder.get("namespace") and holder["namespace"] == _namespace():
+        return bool(_start_time(int(holder["pid"])) == holder["started"])
     job = os.environ.get("SLURM_JOB_ID", "")
-    if holder.get("namespace") == _namespace() and holder.get("namespace"):
-        return _start_time(int(holder["pid"])) != holder["started"]
-    return bool(job) and holder.get("job") == job
+    return False if job and holder.get("job") == job else None
 
 
 class Lease:
@@ -152,10 +153,11 @@ def acquire(
         if content is None:
             continue
         holder = _holder(content)
-        if _certainly_dead(holder) or watch.stands_still(content):
+        alive = _alive(holder)
+        if alive is False or watch.stands_still(content):
             _break(path, content)
             continue
-        if watch.alive and not wait:
+        if (alive or watch.moved) and not wait:
             raise RunConflictError(
                 f"{what} is in use by process {holder.get('pid')} on {holder.get('host')}",
                 "wait for it to end, or stop it",
@@ -172,12 +174,12 @@ class _Watch:
     def __init__(self) -> None:
         self._content: bytes | None = None
         self._since = 0.0
-        self.alive = False
+        self.moved = False
 
     def stands_still(self, content: bytes) -> bool:
         now = time.monotonic()
         if content != self._content:
-            self.alive = self._content is not None
+            self.moved = self._content is not None
             self._content, self._since = content, now
         return now - self._since > STALE_SECONDS
 

@@ -1,7 +1,7 @@
 """The status of a shard: an object in the form of OpenAI's Batch, replaced atomically.
 
-Source of the form: https://platform.openai.com/docs/api-reference/batch/object. What OpenAI's object
-has no field for stands under ``aiflux``.
+Source of the form: https://platform.openai.com/docs/api-reference/batch/object. What OpenAI's
+object has no field for stands under ``aiflux``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+"""Which GPUs this process was given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_NONE = ("", "-1", "NoDevFiles", "none", "void")
+_TIMEOUT = 60
+
+
+def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the GPUs as the job names them: from the environment, else from ``nvidia-smi -L``."""
+    for name in _VARIABLES:
+        value = environ.get(name)
+        if value is not None:
+            return () if value in _NONE else tuple(part.strip() for part in value.split(","))
+    return tuple(str(index) for index in range(len(_nvidia_smi("-L"))))
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Return the models of the visible GPUs; empty where there is no NVIDIA driver."""
+    return tuple(_nvidia_smi("--query-gpu=name", "--format=csv,noheader"))
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def group(devices: tuple[str, ...], per_engine: int) -> tuple[tuple[str, ...], ...]:
+    """Divide GPUs among engines; without GPUs there is one engine, on the CPU.
+
+    GPUs that are left over by the division are not used.
+    """
+    if not devices:
+        return ((),)
+    count = max(1, len(devices) // per_engine)
+    return tuple(devices[i * per_engine : (i + 1) * per_engine] for i in range(count))

@@ -1,0 +1,132 @@
+"""Ollama's own HTTP API: what the worker needs of it beside the OpenAI endpoints.
+
+Source: https://github.com/ollama/ollama/blob/main/docs/api.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from aiflux.errors import EngineError
+
+_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, as ``/api/ps`` tells.
+
+    Attributes:
+        size: bytes in use, on GPU and CPU together.
+        size_vram: bytes of these on GPUs.
+        context_length: tokens of context of each slot; None where the server does not tell.
+    """
+
+    name: str
+    size: int
+    size_vram: int
+    context_length: int | None
+
+
+class Ollama:
+    """A client of one server. Loopback only: the environment's proxies are not used."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._session = requests.Session()
+        self._session.trust_env = False
+
+    def version(self) -> str:
+        """Return the server's version."""
+        return str(self._get("/api/version").get("version", "unknown"))
+
+    def tags(self) -> dict[str, str]:
+        """Return the digest of every model that is there, by name."""
+        models = self._get("/api/tags").get("models") or []
+        return {model["name"]: model.get("digest", "") for model in models}
+
+    def capabilities(self, model: str) -> tuple[str, ...]:
+        """Return what a model can do, e.g. ``completion`` or ``embedding``."""
+        shown = self._post("/api/show", {"model": model}, _TIMEOUT)
+        return tuple(shown.get("capabilities") or ())
+
+    def loaded(self) -> list[Loaded]:
+        """Return the models in memory."""
+        return [
+            Loaded(
+                item["name"],
+                int(item.get("size") or 0),
+                int(item.get("size_vram") or 0),
+                item.get("context_length"),
+            )
+            for item in self._get("/api/ps").get("models") or []
+        ]
+
+    def load(self, model: str, timeout: float) -> None:
+        """Load a model into memory and keep it there.
+
+        Raises:
+            EngineError: it could not be loaded in time.
+        """
+        if "embedding" in self.capabilities(model):
+            body = {"model": model, "input": "warm up", "keep_alive": -1}
+            self._post("/api/embed", body, timeout)
+        else:
+            self._post(
+                "/api/generate", {"model": model, "keep_alive": -1, "stream": False}, timeout
+            )
+
+    def pull(self, model: str, *, insecure: bool, stall_timeout: float) -> Iterator[dict[str, Any]]:
+        """Pull a model; yield each progress object of the stream.
+
+        The stream comes under status 200 whatever happens: an object with ``error`` is a failure,
+        and only a last ``{"status": "success"}`` is success.
+
+        Raises:
+            EngineError: with the server's own words.
+        """
+        last: dict[str, Any] = {}
+        try:
+            with self._session.post(
+                self.url + "/api/pull",
+                json={"model": model, "insecure": insecure, "stream": True},
+                stream=True,
+                timeout=(_TIMEOUT, stall_timeout),
+            ) as response:
+                for line in response.iter_lines():
+                    last = json.loads(line) if line else last
+                    if "error" in last:
+                        raise EngineError(str(last["error"]))
+                    yield last
+        except (requests.RequestException, ValueError) as error:
+            raise EngineError(f"the pull broke off: {error}") from error
+        if last.get("status") != "success":
+            raise EngineError(f"the pull ended without success (last: {last.get('status')!r})")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._call("GET", path, None, _TIMEOUT)
+
+    def _post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+        return self._call("POST", path, body, timeout)
+
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout: float
+    ) -> dict[str, Any]:
+        try:
+            answer = self._session.request(
+                method, self.url + path, json=body, timeout=(_TIMEOUT, timeout)
+            )
+            content = answer.json()
+        except requests.RequestException as error:
+            raise EngineError(f"Ollama did not answer {path}: {error}") from error
+        if answer.status_code != 200:
+            words = content.get("error") if isinstance(content, dict) else answer.text[:500]
+            raise EngineError(f"Ollama refused {path} ({answer.status_code}): {words}")
+        if not isinstance(content, dict):
+            raise EngineError(f"Ollama answered {path} with something that is no object")
+        return content

@@ -1,0 +1,266 @@
+"""The pool: threads that keep every engine's slots full until every request has its result."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aiflux.core.clock import utc_now
+from aiflux.core.journal import JournalWriter, Result
+from aiflux.errors import AifluxError, EngineError, StorageError
+from aiflux.worker.client import Client, ExchangeError
+from aiflux.worker.retry import RetryPolicy
+from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
+from aiflux.worker.stats import Stats
+from aiflux.worker.verdict import Kind, Verdict, judge_answer, judge_exchange_error
+
+_THREAD_STACK = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Describe:
+    """What stands in every result's metadata beside what the attempt itself tells.
+
+    Attributes:
+        model: the model's name as the engine serves it.
+        fixed: fields such as ``model_digest``.
+    """
+
+    model: str
+    fixed: dict[str, Any]
+
+
+class EngineLink:
+    """An engine as the pool sees it: where to send, and whom to tell when it fails.
+
+    Subclasses of the worker's engines implement the three methods.
+    """
+
+    index: int
+    client: Client
+    bundled: bool
+
+    def alive(self) -> bool:
+        """Tell whether the engine is up; may take a moment to be sure."""
+        raise NotImplementedError
+
+    def report_down(self, generation: int) -> None:
+        """The engine of this generation is down: have it restarted. Returns at once."""
+        raise NotImplementedError
+
+    def truncated(self, prompt_tokens: int) -> bool:
+        """Tell whether the engine cut a prompt that it counted as ``prompt_tokens``."""
+        raise NotImplementedError
+
+
+class Pool:
+    """Sends what the scheduler hands out, and journals what comes of it.
+
+    Args:
+        threads: how many requests may be in flight, over all engines, at most.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        links: list[EngineLink],
+        journal: JournalWriter,
+        policy: RetryPolicy,
+        stats: Stats,
+        describe: Describe,
+        threads: Callable[[], int],
+        timeouts_before_restart: int = 3,
+    ) -> None:
+        self._scheduler = scheduler
+        self._links = {link.index: link for link in links}
+        self._journal = journal
+        self._policy = policy
+        self._stats = stats
+        self._describe = describe
+        self._wanted_threads = threads
+        self._timeouts_before_restart = timeouts_before_restart
+        self._timeouts = dict.fromkeys(self._links, 0)
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Start as many threads as are wanted now."""
+        with self._lock:
+            while len(self._threads) < self._wanted_threads():
+                name = f"request-{len(self._threads)}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def join(self, tick: Callable[[], None], interval: float = 0.1) -> None:
+        """Wait until all threads have ended, calling ``tick`` meanwhile.
+
+        Raises:
+            AifluxError: what ended the pool before its time.
+        """
+        while any(thread.is_alive() for thread in self._threads):
+            alive = next(thread for thread in self._threads if thread.is_alive())
+            alive.join(interval)
+            tick()
+        if self.failure is not None:
+            raise self.failure
+
+    def fail(self, failure: BaseException) -> None:
+        """End the pool with an error."""
+        with self._lock:
+            if self.failure is None:
+                self.failure = failure
+        self._scheduler.stop()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                job = self._scheduler.next()
+                if job is None:
+                    return
+                self._attempt(*job)
+        except AifluxError as failure:
+            self.fail(failure)
+        except BaseException as failure:
+            self.fail(failure)
+            raise
+
+    def _attempt(self, task: Task, lane: Lane) -> None:
+        link = self._links[lane.index]
+        generation = lane.generation
+        began = time.monotonic()
+        if not task.began:
+            task.began = began
+        try:
+            answer = link.client.post(task.request.url, task.payload)
+            verdict = judge_answer(task.request.url, answer, bundled=link.bundled)
+        except ExchangeError as error:
+            verdict = judge_exchange_error(error)
+        seconds = time.monotonic() - began
+        self._stats.attempt_ended(seconds, verdict)
+        self._adapt(lane, verdict, seconds)
+        self._settle(task, lane, link, generation, verdict, seconds)
+
+    def _adapt(self, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        before = lane.limit.value
+        if verdict.kind is Kind.ANSWERED or verdict.overloaded:
+            lane.limit.note(verdict.completion_tokens or 1, seconds, verdict.overloaded)
+        if lane.limit.value > before:
+            self.start()
+            self._scheduler.wake()
+
+    def _settle(
+        self,
+        task: Task,
+        lane: Lane,
+        link: EngineLink,
+        generation: int,
+        verdict: Verdict,
+        seconds: float,
+    ) -> None:
+        kind = verdict.kind
+        if kind is Kind.ANSWERED or kind is Kind.FAILED:
+            self._timeouts[lane.index] = 0
+            task.attempts += 1
+            self._record(task, lane, verdict, seconds)
+        elif kind is Kind.UNATTEMPTED or self._ending(verdict):
+            self._scheduler.put_back(task, lane)
+        elif kind is Kind.CRASHED or (verdict.code == "connection" and not link.alive()):
+            self._crashed(task, lane, link, generation, verdict, seconds)
+        else:
+            self._watch_timeouts(lane, link, generation, verdict)
+            self._retry(task, lane, verdict, seconds)
+
+    def _ending(self, verdict: Verdict) -> bool:
+        """After a signal a broken connection means that the request was not attempted."""
+        return self._scheduler.stopped and verdict.code in ("connection", "refused")
+
+    def _retry(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        task.attempts += 1
+        delay = self._policy.next_delay(task.attempts, verdict.retry_after)
+        if delay is None:
+            self._record(task, lane, verdict, seconds)
+        else:
+            self._stats.retried()
+            self._scheduler.retry(task, lane, delay)
+
+    def _crashed(
+        self,
+        task: Task,
+        lane: Lane,
+        link: EngineLink,
+        generation: int,
+        verdict: Verdict,
+        seconds: float,
+    ) -> None:
+        """The engine died: that is not the request's fault, unless it dies again and again."""
+        self._scheduler.close_lane(lane)
+        if verdict.code == "refused":
+            self._scheduler.put_back(task, lane)
+        else:
+            task.crashes += 1
+            if task.crashes > CRASHES_BEFORE_ALONE:
+                task.attempts += 1
+                message = f"the engine died {task.crashes} times under this request"
+                failed = Verdict(
+                    Kind.FAILED, "engine_crashed", f"{message}: {verdict.message}", verdict.status
+                )
+                self._record(task, lane, failed, seconds)
+            else:
+                self._scheduler.crashed(task, lane)
+        link.report_down(generation)
+
+    def _watch_timeouts(
+        self, lane: Lane, link: EngineLink, generation: int, verdict: Verdict
+    ) -> None:
+        """Several timeouts in a row mean that the engine hangs."""
+        if verdict.code != "timeout":
+            self._timeouts[lane.index] = 0
+            return
+        self._timeouts[lane.index] += 1
+        if self._timeouts[lane.index] >= max(self._timeouts_before_restart, lane.limit.value):
+            self._timeouts[lane.index] = 0
+            self._scheduler.close_lane(lane)
+            link.report_down(generation)
+
+    def _record(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        failed = verdict.kind is not Kind.ANSWERED
+        result = Result(
+            key=task.key,
+            custom_id=task.request.custom_id,
+            status=verdict.status,
+            metadata=self._metadata(task, lane, verdict, seconds),
+            error=verdict.error if failed else None,
+            body=verdict.body,
+        )
+        try:
+            self._journal.append(result)
+        except StorageError:
+            self._scheduler.put_back(task, lane)
+            raise
+        self._stats.recorded(verdict, task.request.custom_id)
+        self._scheduler.done(task, lane)
+
+    def _metadata(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> dict[str, Any]:
+        metadata: dict[str, Any] = {
+            "model": task.request.model or self._describe.model,
+            "timestamp": utc_now(),
+            "processing_time": round(seconds, 4),
+            "attempts": task.attempts,
+            "engine": lane.index,
+            **self._describe.fixed,
+        }
+        if verdict.finish_reason == "length":
+            metadata["finish_reason_length"] = True
+        if verdict.prompt_tokens and self._links[lane.index].truncated(verdict.prompt_tokens):
+            metadata["truncated_prompt"] = True
+        return metadata
+
+
+def no_engine_left(message: str) -> EngineError:
+    """Return the error for a pool whose engines are all gone."""
+    return EngineError(message, "see the engine's log; what was done is kept, run the same again")

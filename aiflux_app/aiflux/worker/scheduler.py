@@ -1,0 +1,244 @@
+"""Who sends what next: one queue of requests in front of all engines.
+
+A thread asks ``next`` for a request and an engine that has room for it, and afterwards says with
+one of ``done``, ``retry``, ``put_back`` or ``crashed`` what came of it. Waiting requests hold
+neither a thread nor a slot.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from aiflux.core.request import Request
+
+CRASHES_BEFORE_ALONE = 2
+
+
+@dataclass(slots=True)
+class Task:
+    """A request on its way.
+
+    Attributes:
+        attempts: HTTP exchanges that counted.
+        crashes: engine crashes it was in flight at.
+        began: monotonic time at which it was first sent.
+    """
+
+    request: Request
+    key: bytes
+    payload: bytes
+    attempts: int = 0
+    crashes: int = 0
+    began: float = 0.0
+
+
+class Limit(Protocol):
+    """How many requests an engine takes at once."""
+
+    value: int
+
+    def note(self, work: int, seconds: float, overloaded: bool) -> None:
+        """Take note of an ended exchange."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """An engine as the scheduler sees it.
+
+    Attributes:
+        index: number of the engine.
+        open: requests are given to it.
+        gone: it will not come back.
+        generation: number of starts; a crash is noted once for each.
+    """
+
+    index: int
+    limit: Limit
+    in_flight: int = 0
+    open: bool = True
+    gone: bool = False
+    generation: int = 0
+    completed: int = field(default=0)
+
+
+class Scheduler:
+    """Hands out requests, the least loaded engine first. Thread-safe.
+
+    Args:
+        source: the requests still to be done, in input order; read as needed.
+        lanes: the engines.
+        may_admit: asked before a new request is handed out; False ends admission for good.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[Task],
+        lanes: list[Lane],
+        may_admit: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lanes = lanes
+        self._source = source
+        self._may_admit = may_admit
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._ready: deque[Task] = deque()
+        self._delayed: list[tuple[float, int, Task]] = []
+        self._suspects: deque[Task] = deque()
+        self._alone: Task | None = None
+        self._sequence = 0
+        self._exhausted = False
+        self._stopped = False
+        self._in_flight = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being sent."""
+        return self._in_flight
+
+    @property
+    def stopped(self) -> bool:
+        """Whether admission has ended before all was done."""
+        return self._stopped
+
+    def next(self) -> tuple[Task, Lane] | None:
+        """Wait for a request and an engine with room; None when this thread is done."""
+        with self._condition:
+            while True:
+                if self._over():
+                    self._condition.notify_all()
+                    return None
+                lane = self._lane()
+                if lane is not None:
+                    task = self._take()
+                    if task is not None:
+                        lane.in_flight += 1
+                        self._in_flight += 1
+                        return task, lane
+                    if self._over():
+                        continue
+                self._condition.wait(self._wait_seconds())
+
+    def done(self, task: Task, lane: Lane) -> None:
+        """The request has its result."""
+        with self._condition:
+            lane.completed += 1
+            self._leave(task, lane)
+
+    def retry(self, task: Task, lane: Lane, delay: float) -> None:
+        """Try the request again after ``delay`` seconds."""
+        with self._condition:
+            self._sequence += 1
+            heapq.heappush(self._delayed, (self._clock() + delay, self._sequence, task))
+            self._leave(task, lane)
+
+    def put_back(self, task: Task, lane: Lane) -> None:
+        """The request was not attempted; it goes first again."""
+        with self._condition:
+            self._ready.appendleft(task)
+            self._leave(task, lane)
+
+    def crashed(self, task: Task, lane: Lane) -> None:
+        """The engine died under the request; after two crashes it is sent alone."""
+        with self._condition:
+            if task.crashes >= CRASHES_BEFORE_ALONE:
+                self._suspects.append(task)
+            else:
+                self._ready.appendleft(task)
+            self._leave(task, lane)
+
+    def close_lane(self, lane: Lane, *, gone: bool = False) -> None:
+        """Give the engine no more requests, for now or for good."""
+        with self._condition:
+            lane.open = False
+            lane.gone = lane.gone or gone
+            self._condition.notify_all()
+
+    def open_lane(self, lane: Lane) -> None:
+        """The engine is up (again)."""
+        with self._condition:
+            lane.generation += 1
+            lane.open = True
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        """Hand out nothing more."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+
+    def wake(self) -> None:
+        """Let waiting threads look again (a limit rose)."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until nothing is in flight; False when that takes longer than ``timeout``."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._in_flight == 0, timeout)
+
+    def _leave(self, task: Task, lane: Lane) -> None:
+        lane.in_flight -= 1
+        self._in_flight -= 1
+        if self._alone is task:
+            self._alone = None
+        if self._in_flight == 0 or self._suspects:
+            self._condition.notify_all()
+        else:
+            self._condition.notify()
+
+    def _over(self) -> bool:
+        if self._stopped or all(lane.gone for lane in self.lanes):
+            return True
+        waiting = self._ready or self._delayed or self._suspects
+        return self._exhausted and not waiting and self._in_flight == 0
+
+    def _lane(self) -> Lane | None:
+        """Return the open engine with the smallest share of its limit in use."""
+        best: Lane | None = None
+        least = 1.0
+        for lane in self.lanes:
+            if lane.open:
+                load = lane.in_flight / lane.limit.value
+                if load < least:
+                    best, least = lane, load
+        return best
+
+    def _take(self) -> Task | None:
+        """Return the next request: retries that are due, new ones, and suspects at the very end."""
+        if self._alone is not None:
+            return None
+        if not self._has_ready() and self._exhausted:
+            return self._suspect()
+        if not self._may_admit():
+            self._stopped = True
+            return None
+        if self._delayed and self._delayed[0][0] <= self._clock():
+            return heapq.heappop(self._delayed)[2]
+        if self._ready:
+            return self._ready.popleft()
+        task = next(self._source, None)
+        if task is None:
+            self._exhausted = True
+            return self._suspect()
+        return task
+
+    def _has_ready(self) -> bool:
+        due = self._delayed and self._delayed[0][0] <= self._clock()
+        return bool(self._ready or due)
+
+    def _suspect(self) -> Task | None:
+        if self._suspects and self._in_flight == 0 and not self._delayed:
+            self._alone = self._suspects.popleft()
+        return self._alone
+
+    def _wait_seconds(self) -> float | None:
+        if not self._delayed:
+            return None
+        return max(0.0, self._delayed[0][0] - self._clock()) + 0.001

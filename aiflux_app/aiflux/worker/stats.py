@@ -1,0 +1,122 @@
+"""Counts and rates of a shard in progress. Thread-safe."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from aiflux.worker.verdict import Kind, Verdict
+
+_DURATIONS = 256
+_SHOWN_ERRORS = 10
+_WINDOW = 30.0
+
+
+class Stats:
+    """What has come of a shard's requests so far.
+
+    Args:
+        total: requests of the shard.
+        completed, failed: results of earlier starts.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        completed: int = 0,
+        failed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total = total
+        self.completed = completed
+        self.failed = failed
+        self.retries = 0
+        self.crashes = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.errors: deque[dict[str, Any]] = deque(maxlen=_SHOWN_ERRORS)
+        self._clock = clock
+        self._began = clock()
+        self._new = 0
+        self._durations: deque[float] = deque(maxlen=_DURATIONS)
+        self._marks: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
+        self._lock = threading.Lock()
+
+    def attempt_ended(self, seconds: float, verdict: Verdict) -> None:
+        """Take note of an ended exchange."""
+        with self._lock:
+            if verdict.kind is Kind.ANSWERED:
+                self._durations.append(seconds)
+            elif verdict.kind is Kind.CRASHED:
+                self.crashes += 1
+
+    def retried(self) -> None:
+        """Take note of a retry."""
+        with self._lock:
+            self.retries += 1
+
+    def recorded(self, verdict: Verdict, custom_id: str) -> None:
+        """Take note of a result."""
+        with self._lock:
+            self._new += 1
+            self.prompt_tokens += verdict.prompt_tokens
+            self.completion_tokens += verdict.completion_tokens
+            if verdict.kind is Kind.ANSWERED:
+                self.completed += 1
+            else:
+                self.failed += 1
+                self.errors.append(
+                    {"code": verdict.code, "message": verdict.message, "param": custom_id}
+                )
+
+    @property
+    def done(self) -> int:
+        """Requests with a result."""
+        return self.completed + self.failed
+
+    @property
+    def new(self) -> int:
+        """Results of this start."""
+        return self._new
+
+    def expected_duration(self) -> float:
+        """Return the seconds that nine of ten requests stay under; 0 before the first answer."""
+        with self._lock:
+            durations = sorted(self._durations)
+        return durations[int(len(durations) * 0.9)] if durations else 0.0
+
+    def rates(self) -> tuple[float, float]:
+        """Return requests/s and output tokens/s over the last half minute."""
+        with self._lock:
+            now = self._clock()
+            if now - self._marks[-1][0] >= 1.0:
+                self._marks.append((now, self._new, self.completion_tokens))
+            while len(self._marks) > 2 and now - self._marks[1][0] > _WINDOW:
+                self._marks.popleft()
+            since, requests, tokens = self._marks[0]
+            elapsed = max(now - since, 1e-3)
+            return (self._new - requests) / elapsed, (self.completion_tokens - tokens) / elapsed
+
+    def remaining_seconds(self) -> float | None:
+        """Return the estimated seconds to the end; None while nothing can be said."""
+        rate = self.rates()[0]
+        return (self.total - self.done) / rate if rate > 0 and self._new else None
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what the status file shows."""
+        requests, tokens = self.rates()
+        remaining = self.remaining_seconds()
+        return {
+            "elapsed_seconds": round(self._clock() - self._began, 3),
+            "results_of_this_start": self._new,
+            "retries": self.retries,
+            "engine_crashes_seen": self.crashes,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "requests_per_second": round(requests, 3),
+            "tokens_per_second": round(tokens, 3),
+            "remaining_seconds": None if remaining is None else round(remaining),
+        }

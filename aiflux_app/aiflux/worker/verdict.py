@@ -1,0 +1,165 @@
+"""What an attempt's outcome means: an answer, another attempt, or a failure for good."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from aiflux.core.request import parse_json
+from aiflux.worker.client import Answer, ExchangeError
+
+RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+OVERLOADED_STATUSES = frozenset({429, 503})
+_SHOWN = 500
+_KEPT_BODY = 65536
+# What Ollama says in a 500 when its runner process died under the request (llm/server.go).
+_RUNNER_DIED = (
+    "llama runner process has terminated",
+    "llama runner process no longer running",
+    "model runner has unexpectedly stopped",
+    ": EOF",
+    "connection reset by peer",
+    "connection refused",
+)
+
+
+class Kind(Enum):
+    """What follows from an outcome."""
+
+    ANSWERED = "answered"
+    RETRY = "retry"
+    FAILED = "failed"
+    CRASHED = "crashed"
+    UNATTEMPTED = "unattempted"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an attempt's outcome means.
+
+    Attributes:
+        code, message: say what was wrong, unless ``kind`` is ANSWERED.
+        body: JSON for the journal.
+        usage: the answer's token counts.
+        finish_reason: of the first choice.
+        overloaded: the engine asked for less.
+    """
+
+    kind: Kind
+    code: str = ""
+    message: str = ""
+    status: int | None = None
+    body: bytes = b"null"
+    retry_after: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+    overloaded: bool = False
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object of a failed result."""
+        return {"code": self.code, "message": self.message, "status": self.status}
+
+
+def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
+    """Judge a whole HTTP answer. Pure."""
+    if answer.status == 200:
+        return _judge_body(url, answer)
+    text = answer.body.decode("utf-8", "replace")
+    message = _error_message(text)
+    kept = _kept_body(answer.body, text)
+    if bundled and answer.status == 500 and any(words in message for words in _RUNNER_DIED):
+        return Verdict(Kind.CRASHED, "engine_crashed", message, 500, kept)
+    retried = answer.status in RETRIED_STATUSES or answer.status >= 500
+    return Verdict(
+        Kind.RETRY if retried and answer.status != 501 else Kind.FAILED,
+        f"http_{answer.status}",
+        message,
+        answer.status,
+        kept,
+        retry_after=answer.retry_after,
+        overloaded=answer.status in OVERLOADED_STATUSES,
+    )
+
+
+def judge_exchange_error(error: ExchangeError) -> Verdict:
+    """Judge an exchange without a whole answer; whether the engine lives is not looked at here."""
+    if error.code == "aborted":
+        return Verdict(Kind.UNATTEMPTED, error.code, error.message)
+    if error.code == "refused":
+        return Verdict(Kind.CRASHED, error.code, error.message)
+    return Verdict(Kind.RETRY, error.code, error.message)
+
+
+def _judge_body(url: str, answer: Answer) -> Verdict:
+    try:
+        body = parse_json(answer.body.decode("utf-8"))
+    except ValueError:
+        text = answer.body[:200].decode("utf-8", "replace")
+        return Verdict(
+            Kind.RETRY, "not_json", f"the answer is not JSON: {text!r}", 200, retry_after=None
+        )
+    if not isinstance(body, dict):
+        return Verdict(Kind.RETRY, "not_json", "the answer is not a JSON object", 200)
+    if body.get("error"):
+        message = _error_message(answer.body.decode("utf-8"))
+        return Verdict(Kind.RETRY, "error_in_answer", message, 200, answer.body)
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    finish, content = _finish(url, body)
+    if finish is None and not content:
+        return Verdict(
+            Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
+            answer.body,
+        )  # fmt: skip
+    return Verdict(
+        Kind.ANSWERED,
+        status=200,
+        body=answer.body,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        finish_reason=finish,
+    )
+
+
+def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
+    """Return the first choice's finish reason and whether there is anything in the answer."""
+    if url == "/v1/embeddings":
+        return None, bool(body.get("data"))
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return None, False
+    choice = choices[0]
+    message = choice.get("message")
+    content = bool(choice.get("text"))
+    if isinstance(message, dict):
+        content = any(value for name, value in message.items() if name != "role")
+    return choice.get("finish_reason"), content
+
+
+def _count(usage: dict[str, Any], name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _error_message(text: str) -> str:
+    """Return the server's own words: ``error.message``, ``error``, or the text."""
+    try:
+        error = json.loads(text).get("error")
+        message = error.get("message") if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        message = None
+    message = message if isinstance(message, str) and message else text.strip()
+    return message if len(message) <= _SHOWN else message[:_SHOWN] + "..."
+
+
+def _kept_body(body: bytes, text: str) -> bytes:
+    """Return an error answer as JSON: as it came where it is JSON, else as a string."""
+    try:
+        parse_json(text)
+    except ValueError:
+        return json.dumps(text[:_KEPT_BODY]).encode()
+    return body

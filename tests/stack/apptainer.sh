@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Apptainer for the ordinary user: the one installed here, else Debian sid's, beside the system's own libc if need be.
+set -euo pipefail
+# shellcheck source=tests/stack/lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+work=$stack_dir/apptainer # downloads and what is unpacked from them
+libc_dir=$work/libc       # sid's libraries, for sid's binaries alone
+helpers=(ca-certificates squashfs-tools squashfuse fuse-overlayfs uidmap fakeroot debootstrap)
+
+# --- sid, seen through an apt of its own: the machine's lists and sources stay as they are ---
+
+private_apt() {
+    apt-get -q -o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts="$work/apt/none" \
+        -o Dir::Etc::Preferences="$work/apt/none" -o Dir::Etc::PreferencesParts="$work/apt/none" \
+        -o Dir::State="$work/apt/state" -o Dir::State::status="$work/apt/status" \
+        -o Dir::Cache="$work/apt/cache" -o APT::Sandbox::User=root -o Acquire::Languages=none \
+        "$@" </dev/null >&2
+}
+
+write_sid_source() {
+    local source keyring=/usr/share/keyrings/debian-archive-keyring.gpg option=
+    source=$(debian_source)
+    [[ ! -e $keyring ]] || option="[signed-by=$keyring] "
+    mkdir -p "$work/apt/none" "$work/apt/state/lists/partial" "$work/apt/cache/archives/partial"
+    : >"$work/apt/status"
+    printf 'deb %s%s sid main\n' "$option" "${source% *}" >"$work/apt/sources.list"
+}
+
+# apt-get download puts the packages into the working directory.
+download_from_sid() {
+    write_sid_source
+    private_apt update
+    rm -rf "$work/debs"
+    mkdir -p "$work/debs"
+    (cd "$work/debs" && private_apt download "$@")
+}
+
+unpack() {
+    rm -rf "$2"
+    mkdir -p "$2"
+    dpkg-deb -x "$work"/debs/"$1"_*.deb "$2"
+}
+
+# --- installing -----------------------------------------------------------------------------
+
+# Debian 13 and later have the libc that sid's Apptainer was linked against.
+libc_is_new_enough() {
+    local have
+    have=$(getconf GNU_LIBC_VERSION)
+    dpkg --compare-versions "${have#* }" ge 2.38
+}
+
+install_package() {
+    download_from_sid apptainer
+    apt_get install "$work"/debs/apptainer_*.deb
+}
+
+# The libraries go to one private directory; the program goes where it was compiled for.
+install_beside_old_libc() {
+    apt_install patchelf
+    download_from_sid apptainer libc6 libseccomp2 libsqlite3-0
+    unpack_libraries libc6 libseccomp2 libsqlite3-0
+    unpack apptainer "$work/root"
+    link_against_private_libc "$work/root/usr/bin/apptainer" "$work"/root/usr/lib/*/apptainer/bin/starter
+    copy_program
+    name_singularity
+}
+
+unpack_libraries() {
+    local package
+    mkdir -p "$libc_dir"
+    for package in "$@"; do
+        unpack "$package" "$work/unpacked/$package"
+        cp -a -t "$libc_dir" "$work/unpacked/$package"/usr/lib/*-linux-gnu/*.so*
+    done
+}
+
+# RPATH rather than RUNPATH: libsqlite3's own needs must be found there too.
+link_against_private_libc() {
+    local binary interpreter
+    for binary in "$@"; do
+        interpreter=$(patchelf --print-interpreter "$binary")
+        patchelf --set-interpreter "$libc_dir/${interpreter##*/}" "$binary"
+        patchelf --force-rpath --set-rpath "$libc_dir" "$binary"
+    done
+}
+
+copy_program() {
+    local tree
+    for tree in usr etc/apptainer var/lib/apptainer; do
+        mkdir -p "/$tree"
+        cp -a -t "/$tree" "$work/root/$tree"/.
+    done
+}
+
+# As the package's own postinst does.
+name_singularity() {
+    update-alternatives --install /usr/bin/singularity singularity /usr/bin/singularity.apptainer 50 >&2
+}
+
+# It stops running when the stack's directory, and with it its libraries, was removed.
+apptainer_runs() {
+    apptainer version >/dev/null 2>&1
+}
+
+open_fuse() {
+    [[ -e /dev/fuse ]] || mknod /dev/fuse c 10 229
+    [[ $(stat -c %a /dev/fuse) == 666 ]] || chmod 0666 /dev/fuse
+}
+
+up() {
+    apt_install "${helpers[@]}"
+    if ! apptainer_runs; then
+        if libc_is_new_enough; then install_package; else install_beside_old_libc; fi
+    fi
+    open_fuse
+    status
+}
+
+status() {
+    apptainer_runs || fail "apptainer does not run: $(apptainer version 2>&1 || true)"
+    [[ $(stat -c %a /dev/fuse) == 666 ]] || fail "/dev/fuse is not open to $stack_user"
+    say "$(apptainer version), $(command -v apptainer)"
+}
+
+down() { :; }
+
+"$1"

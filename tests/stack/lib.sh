@@ -1,0 +1,215 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # the scripts that source this use what is set here
+# Shared by the scripts of the test stack: paths, messages, apt, daemons, ports. Sourced, never run.
+
+# The interface: every path of the stack derives from these.
+stack_dir=${AIFLUX_STACK_DIR:-/var/tmp/aiflux-stack}
+stack_user=aifluxtest
+# In the order in which they come up; <part>.sh takes up, down or status.
+parts=(user apptainer slurm registry ollama)
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd -- "$here/../.." && pwd)
+run_dir=$stack_dir/run
+log_dir=$stack_dir/log
+missing_dir=$stack_dir/missing
+slurm_conf=$stack_dir/slurm/slurm.conf
+export DEBIAN_FRONTEND=noninteractive
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+
+# --- messages -------------------------------------------------------------------------------
+
+# Ends the part; the text becomes the content of missing/<part>.
+fail() {
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+
+# The result of a part: one short line on stdout.
+say() {
+    printf '%s\n' "$*"
+}
+
+require_root() {
+    [[ $EUID -eq 0 ]] || fail "the test stack needs root (it makes a user, device nodes and daemons); run it as root"
+}
+
+# Slurm's configuration cannot quote a blank, and a socket's path is at most 107 bytes.
+require_plain_stack_dir() {
+    [[ $stack_dir =~ ^/[A-Za-z0-9/._-]+$ && ${#stack_dir} -le 70 ]] ||
+        fail "AIFLUX_STACK_DIR=$stack_dir: need an absolute path of letters, digits and / . _ -, at most 70 characters"
+}
+
+make_stack_dirs() {
+    install -d -m 0755 "$stack_dir" "$run_dir" "$log_dir" "$missing_dir"
+}
+
+as_user() {
+    runuser -u "$stack_user" -- env HOME="$(user_home)" USER="$stack_user" LOGNAME="$stack_user" "$@"
+}
+
+user_home() {
+    getent passwd "$stack_user" | cut -d: -f6
+}
+
+# --- packages -------------------------------------------------------------------------------
+
+# Package names that are not installed, one a line.
+not_installed() {
+    local package
+    for package in "$@"; do
+        dpkg-query -W -f='${db:Status-Abbrev}' "$package" 2>/dev/null | grep -q '^.i' || printf '%s\n' "$package"
+    done
+}
+
+# Installs what is absent; refreshes apt's lists only when the first try fails.
+apt_install() {
+    local -a wanted
+    mapfile -t wanted < <(not_installed "$@")
+    ((${#wanted[@]})) || return 0
+    # The parts run one after the other, so one policy-rc.d is enough for all of them.
+    forbid_service_starts
+    apt_get install "${wanted[@]}" || {
+        apt_get update
+        apt_get install "${wanted[@]}"
+    }
+    allow_service_starts
+}
+
+apt_get() {
+    apt-get -y -q --no-install-recommends -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" </dev/null >&2
+}
+
+# Debian's package scripts ask policy-rc.d before they start a daemon; 101 means no.
+forbid_service_starts() {
+    [[ ! -e /usr/sbin/policy-rc.d ]] || return 0
+    printf '#!/bin/sh\n# aiflux test stack\nexit 101\n' >/usr/sbin/policy-rc.d
+    chmod 0755 /usr/sbin/policy-rc.d
+    trap allow_service_starts EXIT
+}
+
+allow_service_starts() {
+    if grep -qs 'aiflux test stack' /usr/sbin/policy-rc.d; then
+        rm -f /usr/sbin/policy-rc.d
+    fi
+}
+
+# "URI SUITE" of the Debian archive that this machine's own apt sources name for its release.
+debian_source() {
+    local codename found
+    codename=$(. /etc/os-release && printf "%s" "${VERSION_CODENAME:-}")
+    found=$(archive_of "$codename")
+    # apt can tell its sources apart only after it has fetched their lists once.
+    if [[ -z $found ]]; then
+        apt_get update
+        found=$(archive_of "$codename")
+    fi
+    [[ -n $found ]] || fail "no http source of Debian $codename (main) in this machine's apt sources"
+    printf "%s\n" "$found"
+}
+
+archive_of() {
+    # shellcheck disable=SC2016 # the $(...) are apt's own
+    apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+        awk -v release="$1" '$2 == release && $3 == "main" && $1 ~ /^https?:/ && !found {
+            sub("/$", "", $1); print $1, $2; found = 1 }'
+}
+
+# --- daemons --------------------------------------------------------------------------------
+# run/<name>.pid holds "PID STARTTIME PROGRAM": the three together name one process for ever.
+
+# Field 22 of /proc/PID/stat; the command name, field 2, may hold blanks and brackets.
+start_time() {
+    local stat
+    { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
+    awk '{ print $20 }' <<<"${stat##*) }"
+}
+
+# The program as it was called: the first word of the command line.
+called_as() {
+    local word
+    IFS= read -r -d '' word 2>/dev/null <"/proc/$1/cmdline" && printf '%s\n' "$word"
+}
+
+# The pid of a daemon of this stack if the recorded process is the one that runs, else status 1.
+daemon_pid() {
+    local pid started program
+    [[ -e $run_dir/$1.pid ]] || return 1
+    read -r pid started program <"$run_dir/$1.pid"
+    [[ $(start_time "$pid") == "$started" && $(called_as "$pid") == "$program" ]] || return 1
+    printf '%s\n' "$pid"
+}
+
+# start_daemon NAME USER PROGRAM ARGUMENT...: detached, with an environment of its own.
+start_daemon() {
+    local name=$1 user=$2 program=$3 pid
+    shift 2
+    (
+        cd /
+        # A background child of a script leads no group, so setsid does not fork: the pid stays.
+        exec setsid env -i PATH="$PATH" LANG=C.UTF-8 \
+            setpriv --reuid "$user" --regid "$(id -g "$user")" --init-groups "$@"
+    ) </dev/null >>"$log_dir/$name.log" 2>&1 9>&- &
+    pid=$!
+    printf '%s %s %s\n' "$pid" "$(start_time "$pid")" "$program" >"$run_dir/$name.pid"
+}
+
+ensure_daemon() {
+    daemon_pid "$1" >/dev/null || start_daemon "$@"
+}
+
+# TERM, ten seconds of grace, KILL: only ever the recorded process.
+stop_daemon() {
+    local name=$1 pid
+    if pid=$(daemon_pid "$name"); then
+        kill -TERM "$pid"
+        wait_until 10 daemon_gone "$name" || kill -KILL "$pid"
+    fi
+    rm -f "$run_dir/$name.pid"
+}
+
+daemon_gone() {
+    ! daemon_pid "$1" >/dev/null
+}
+
+# wait_until SECONDS COMMAND...: polls ten times a second.
+wait_until() {
+    local end=$((SECONDS + $1 + 1))
+    shift
+    while ! "$@"; do
+        ((SECONDS < end)) || return 1
+        sleep 0.1
+    done
+}
+
+# --- ports ----------------------------------------------------------------------------------
+
+# remembered_port NAME FIRST: the port recorded for NAME, or the first free one from FIRST on.
+remembered_port() {
+    local file=$run_dir/$1.port port=$2
+    if [[ ! -s $file ]]; then
+        while port_taken "$port"; do port=$((port + 1)); done
+        printf '%s\n' "$port" >"$file"
+    fi
+    cat "$file"
+}
+
+port_taken() {
+    grep -lqs "^$1\$" "$run_dir"/*.port || ss -Hltn "sport = :$1" | grep -q .
+}
+
+port_open() {
+    (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
+# --- files ----------------------------------------------------------------------------------
+
+# Writes stdin to a file if that changes it; status 1 when the file was right already.
+replace_if_changed() {
+    local new=$1.new
+    cat >"$new"
+    if cmp -s "$new" "$1"; then
+        rm -f "$new"
+        return 1
+    fi
+    mv -f "$new" "$1"
+}

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The CPU Ollama that the tests run. container/cpu-ollama.sh assembles it, and knows itself when that is not needed.
+set -euo pipefail
+# shellcheck source=tests/stack/lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+assembler=$repo/container/cpu-ollama.sh
+target=$stack_dir/ollama-cpu
+
+need_pip() {
+    python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
+}
+
+# The assembler writes beside its target, so the user owns the directory above it.
+assemble() {
+    local owned=$stack_dir/user
+    as_user test -r "$assembler" || fail "$stack_user cannot read $assembler: open the directories above it"
+    install -d -m 0755 -o "$stack_user" -g "$stack_user" "$owned"
+    as_user "$assembler" "$owned/ollama-cpu" >&2
+    ln -sfn user/ollama-cpu "$target"
+}
+
+up() {
+    if [[ -e $assembler ]]; then
+        need_pip
+        assemble
+    fi
+    status
+}
+
+status() {
+    [[ -e $assembler || -x $target/bin/ollama ]] || { say "not built: there is no container/cpu-ollama.sh" && return; }
+    [[ -x $target/bin/ollama ]] || fail "not assembled yet"
+    say "$target/bin/ollama"
+}
+
+down() { :; }
+
+"$1"

@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# A Slurm cluster of two nodes on this machine, two make-believe GPUs each, with a munge of its own.
+set -euo pipefail
+# shellcheck source=tests/stack/lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+slurm_dir=$stack_dir/slurm
+munge_dir=$stack_dir/munge
+nodes=(n1 n2)
+gpus_per_node=2
+export SLURM_CONF=$slurm_conf
+
+# --- munge: signs the users' identities -----------------------------------------------------
+
+make_munge_key() {
+    install -d -m 0755 -o munge -g munge "$munge_dir"
+    [[ -s $munge_dir/key ]] ||
+        runuser -u munge -- dd if=/dev/urandom of="$munge_dir/key" bs=128 count=1 status=none
+    chmod 0600 "$munge_dir/key"
+}
+
+ensure_munged() {
+    ensure_daemon munged munge /usr/sbin/munged --foreground --key-file="$munge_dir/key" \
+        --socket="$munge_dir/socket" --pid-file="$munge_dir/munged.pid" \
+        --log-file="$munge_dir/munged.log" --seed-file="$munge_dir/seed" --num-threads=2
+    wait_until 10 munge_answers || fail "munged does not answer; see $munge_dir/munged.log"
+}
+
+munge_answers() {
+    munge -S "$munge_dir/socket" -n >/dev/null 2>&1
+}
+
+# --- configuration --------------------------------------------------------------------------
+
+gpu_file() {
+    printf '%s/dev/%s-gpu%s\n' "$slurm_dir" "$1" "$2"
+}
+
+# Slurm counts a GPU only where its file is a device node: these are further /dev/null.
+make_gpus() {
+    local node index file
+    mkdir -p "$slurm_dir/dev"
+    for node in "${nodes[@]}"; do
+        for ((index = 0; index < gpus_per_node; index++)); do
+            file=$(gpu_file "$node" "$index")
+            [[ -c $file ]] || mknod -m 0666 "$file" c 1 3
+        done
+    done
+}
+
+render_gres_conf() {
+    local node
+    for node in "${nodes[@]}"; do
+        printf 'NodeName=%s Name=gpu File=%s\n' "$node" "$(gpu_file "$node" "[0-$((gpus_per_node - 1))]")"
+    done
+}
+
+# cred_expire is also how long a requeued job waits before it may start again.
+render_slurm_conf() {
+    local host control_port node_port
+    host=$(hostname -s)
+    control_port=$(remembered_port slurmctld 16817)
+    node_port=$(remembered_port slurmd-n1 17001)
+    cat <<CONF
+ClusterName=aiflux
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$control_port
+SlurmUser=slurm
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket=$munge_dir/socket,cred_expire=5
+
+StateSaveLocation=$slurm_dir/state
+SlurmdSpoolDir=$slurm_dir/spool-%n
+SlurmctldPidFile=$slurm_dir/state/slurmctld.pid
+SlurmdPidFile=$slurm_dir/slurmd-%n.pid
+LogTimeFormat=iso8601,format_stderr
+MailProg=/bin/true
+
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=5
+
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+DefMemPerCPU=1024
+MaxArraySize=1001
+
+JobRequeue=1
+KillWait=10
+InactiveLimit=0
+MinJobAge=300
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=60
+
+GresTypes=gpu
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$node_port CPUs=8 RealMemory=16384 Gres=gpu:$gpus_per_node
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(remembered_port slurmd-n2 17002) CPUs=8 RealMemory=16384 Gres=gpu:$gpus_per_node
+PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 DefaultTime=10 MaxTime=1-0
+PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF DefaultTime=10 MaxTime=1-0
+CONF
+}
+
+# Status 0 when a file changed, so that running daemons have to be started again.
+configure() {
+    local changed=1
+    install -d -m 0755 "$slurm_dir"
+    install -d -m 0700 -o slurm -g slurm "$slurm_dir/state"
+    render_slurm_conf | replace_if_changed "$slurm_conf" && changed=0
+    render_gres_conf | replace_if_changed "$slurm_dir/gres.conf" && changed=0
+    return "$changed"
+}
+
+# --- the cluster ----------------------------------------------------------------------------
+
+ensure_slurm_daemons() {
+    local node
+    ensure_daemon slurmctld root /usr/sbin/slurmctld -D -f "$slurm_conf"
+    for node in "${nodes[@]}"; do
+        ensure_daemon "slurmd-$node" root /usr/sbin/slurmd -D -N "$node" -f "$slurm_conf"
+    done
+}
+
+# Lines "NODE STATE"; a * behind the state means that the node does not answer.
+# sinfo itself tries for minutes to reach a slurmctld that is away.
+node_states() {
+    timeout 3 sinfo -h -N -p gpu -o '%N %T' 2>/dev/null
+}
+
+daemons_run() {
+    local name
+    for name in munged slurmctld "${nodes[@]/#/slurmd-}"; do
+        daemon_pid "$name" >/dev/null || return 1
+    done
+}
+
+cluster_ready() {
+    local usable
+    usable=$(node_states | grep -c -E ' (idle|mixed|allocated|completing)$')
+    ((usable == ${#nodes[@]}))
+}
+
+ready_or_dead() {
+    cluster_ready || ! daemons_run
+}
+
+# A node that was drained or went down with an earlier start takes jobs again.
+resume_nodes() {
+    local node state
+    while read -r node state; do
+        case $state in
+            drain* | down*) scontrol update "NodeName=$node" State=RESUME 2>/dev/null || true ;;
+        esac
+    done < <(node_states)
+}
+
+wait_for_cluster() {
+    wait_until 10 ready_or_dead || resume_nodes
+    wait_until 15 ready_or_dead || true
+}
+
+stop_slurm_daemons() {
+    local node
+    for node in "${nodes[@]}"; do stop_daemon "slurmd-$node"; done
+    stop_daemon slurmctld
+}
+
+# Jobs are children of the slurmd's steps, not of ours: Slurm itself ends them.
+cancel_jobs() {
+    daemon_pid slurmctld >/dev/null || return 0
+    scancel --state=PENDING,RUNNING,SUSPENDED --full --signal=KILL 2>/dev/null || true
+    scancel --user="$stack_user" 2>/dev/null || true
+    wait_until 15 no_jobs || printf 'some jobs did not end: %s\n' "$(squeue -h -o %i | tr '\n' ' ')" >&2
+}
+
+no_jobs() {
+    [[ -z $(squeue -h -o %i 2>/dev/null) ]]
+}
+
+up() {
+    apt_install slurm-wlm munge iproute2
+    make_munge_key
+    make_gpus
+    if configure; then stop_slurm_daemons; fi
+    ensure_munged
+    ensure_slurm_daemons
+    wait_for_cluster
+    status
+}
+
+status() {
+    daemons_run || fail "not all of munged, slurmctld, slurmd-n1, slurmd-n2 run: $(grep -h -E 'fatal|error' "$log_dir"/slurm*.log "$log_dir/munged.log" | tail -n 3)"
+    cluster_ready || fail "not ready: $(node_states | tr '\n' ' '); see $log_dir/slurm*.log"
+    say "$(sinfo -V), $(node_states | tr '\n' ' ')"
+}
+
+down() {
+    cancel_jobs
+    stop_slurm_daemons
+    stop_daemon munged
+}
+
+"$1"

@@ -111,3 +111,13 @@ class StoppedError(AifluxError):
 
 class StorageError(StoppedError):
     """The journal or the output could not be written (disk full, quota, ...)."""
+
+
+def describe(error: AifluxError) -> str:
+    """Return the one form in which errors are shown: what was seen, its places, what to do."""
+    lines = [f"error: {error.message}"]
+    if isinstance(error, InputError):
+        lines += [f"  {problem}" for problem in error.problems]
+    if error.remedy:
+        lines.append(f"  -> {error.remedy}")
+    return "\n".join(lines)

@@ -26,6 +26,7 @@ _BYTES_PER_TOKEN = 3
 _TOKENS_PER_MESSAGE = 16
 _TOKENS_PER_IMAGE = 1024
 _LENGTH_STEP = 64
+_UNLIMITED_ANSWER = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ def read_lines(
 def estimate_tokens(request: Request) -> int:
     """Estimate how many tokens of context a request needs, prompt and answer together."""
     body = request.body
-    answer = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+    answer = body.get("max_tokens") or body.get("max_completion_tokens")
     payload = body.get("messages") or body.get("prompt") or body.get("input")
-    return _prompt_tokens(payload) + (answer if isinstance(answer, int) else 0)
+    return _prompt_tokens(payload) + (answer if isinstance(answer, int) else _UNLIMITED_ANSWER)
 
 
 def _prompt_tokens(payload: Any) -> int:

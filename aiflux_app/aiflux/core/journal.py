@@ -40,6 +40,7 @@ _METADATA = b',"metadata":'
 _ERROR = b',"error":'
 _BODY = b',"body":'
 _STATUS = b',"status":'
+_SUCCEEDED = b',"error":null,"body":'
 _CUSTOM_ID = _KEY_END + len(b'","custom_id":')
 _BUFFER = 1 << 20
 _BUCKETS = 256
@@ -132,29 +133,27 @@ def valid_line(line: bytes) -> bool:
 
 @dataclass
 class ResultIndex:
-    """Where in a journal each request's result stands: 20 bytes a result, in memory.
+    """Where in a journal each request's result stands: 24 bytes a result, in memory.
 
     Attributes:
         done: number of requests with a result.
-        failed: how many of these are failures.
         damaged: lines that were not whole; their requests count as not done.
     """
 
     done: int = 0
-    failed: int = 0
     damaged: int = 0
     _keys: list[array[int]] = field(default_factory=lambda: [array("Q") for _ in range(_BUCKETS)])
     _offsets: list[array[int]] = field(
         default_factory=lambda: [array("Q") for _ in range(_BUCKETS)]
     )
-    _sizes: list[array[int]] = field(default_factory=lambda: [array("L") for _ in range(_BUCKETS)])
+    _sizes: list[array[int]] = field(default_factory=lambda: [array("Q") for _ in range(_BUCKETS)])
 
-    def add(self, key: bytes, offset: int, size: int) -> None:
+    def add(self, key: bytes, offset: int, size: int, failed: bool) -> None:
         """Note a result; call ``seal`` before the first ``find``."""
         bucket = key[0]
         self._keys[bucket].append(int.from_bytes(key[1:9], "big"))
         self._offsets[bucket].append(offset)
-        self._sizes[bucket].append(size)
+        self._sizes[bucket].append(size << 1 | failed)
 
     def seal(self) -> None:
         """Sort, so that results can be found; of several for one request the last counts."""
@@ -165,17 +164,18 @@ class ResultIndex:
             offsets, sizes = self._offsets[bucket], self._sizes[bucket]
             self._keys[bucket] = array("Q", (keys[at] for at in last))
             self._offsets[bucket] = array("Q", (offsets[at] for at in last))
-            self._sizes[bucket] = array("L", (sizes[at] for at in last))
+            self._sizes[bucket] = array("Q", (sizes[at] for at in last))
         self.done = sum(len(keys) for keys in self._keys)
 
-    def find(self, key: bytes) -> tuple[int, int] | None:
-        """Return ``(offset, size)`` of a request's result line, or None."""
+    def find(self, key: bytes) -> tuple[int, int, bool] | None:
+        """Return ``(offset, size, failed)`` of a request's result line, or None."""
         keys = self._keys[key[0]]
         wanted = int.from_bytes(key[1:9], "big")
         at = bisect_right(keys, wanted) - 1
         if at < 0 or keys[at] != wanted:
             return None
-        return self._offsets[key[0]][at], self._sizes[key[0]][at]
+        size = self._sizes[key[0]][at]
+        return self._offsets[key[0]][at], size >> 1, bool(size & 1)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -199,7 +199,7 @@ def scan_journal(path: Path) -> ResultIndex:
     for offset, line in _lines(path):
         if valid_line(line):
             key = bytes.fromhex(line[_KEY_START:_KEY_END].decode("ascii"))
-            index.add(key, offset, len(line))
+            index.add(key, offset, len(line), _SUCCEEDED not in line)
         else:
             index.damaged += 1
     index.seal()

@@ -105,7 +105,7 @@ def _settle_earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> bool:
 
 def _show(plan: Plan) -> str:
     parameters = "".join(f", {name} {value}" for name, value in plan.options.parameters.items())
-    return "model " + ", ".join(plan.models) + parameters
+    return "model " + ", ".join(plan.identity["models"]) + parameters
 
 
 def _refuse_existing(output: Path) -> None:

@@ -44,7 +44,7 @@ class Plan:
     Attributes:
         input: what one pass over the input told (see ``InputSummary``).
         output: absolute path of the output.
-        models: names as the engine serves them, in the order in which they are processed.
+        models: names as they were given, in the order in which they are processed.
         models_dir: where models lie; None with an engine that is up already.
     """
 
@@ -68,10 +68,15 @@ class Plan:
         """Number of requests of the run."""
         return int(self.input["requests"])
 
+    def served(self, model: str) -> str:
+        """Return the name under which the engine serves one of the plan's models."""
+        return parse_model_name(model).served if self.options.engine_url is None else model
+
     @property
     def identity(self) -> dict[str, Any]:
         """What the answers depend on beside the requests; must not change within a run."""
-        return {"models": list(self.models), "parameters": self.options.parameters}
+        models = [self.served(model) for model in self.models]
+        return {"models": models, "parameters": self.options.parameters}
 
     @property
     def id(self) -> str:
@@ -115,11 +120,11 @@ def make_plan(
     if not names:
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
     if options.engine_url is None:
-        names = [parse_model_name(name).served for name in names]
+        names = list({parse_model_name(name).served: name for name in names}.values())
     return Plan(
         input=describe(summary),
         output=output,
-        models=tuple(dict.fromkeys(names)),
+        models=tuple(names),
         options=options,
         shards=cut(summary, shards),
         models_dir=models_dir if options.engine_url is None else None,

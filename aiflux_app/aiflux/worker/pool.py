@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from aiflux.core.clock import utc_now
 from aiflux.core.journal import JournalWriter, Result
-from aiflux.errors import AifluxError, EngineError, StorageError
+from aiflux.errors import AifluxError, StorageError
 from aiflux.worker.client import Client, ExchangeError
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
 from aiflux.worker.verdict import Kind, Verdict, judge_answer, judge_exchange_error
-
-_THREAD_STACK = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,8 @@ class Describe:
     fixed: dict[str, Any]
 
 
-class EngineLink:
-    """An engine as the pool sees it: where to send, and whom to tell when it fails.
-
-    Subclasses of the worker's engines implement the three methods.
-    """
+class EngineLink(Protocol):
+    """An engine as the pool sees it."""
 
     index: int
     client: Client
@@ -45,33 +40,27 @@ class EngineLink:
 
     def alive(self) -> bool:
         """Tell whether the engine is up; may take a moment to be sure."""
-        raise NotImplementedError
-
-    def report_down(self, generation: int) -> None:
-        """The engine of this generation is down: have it restarted. Returns at once."""
-        raise NotImplementedError
 
     def truncated(self, prompt_tokens: int) -> bool:
         """Tell whether the engine cut a prompt that it counted as ``prompt_tokens``."""
-        raise NotImplementedError
 
 
 class Pool:
     """Sends what the scheduler hands out, and journals what comes of it.
 
     Args:
-        threads: how many requests may be in flight, over all engines, at most.
+        on_down: told that the engine of a lane was found down, in which generation.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
-        links: list[EngineLink],
+        links: Sequence[EngineLink],
         journal: JournalWriter,
         policy: RetryPolicy,
         stats: Stats,
         describe: Describe,
-        threads: Callable[[], int],
+        on_down: Callable[[Lane, int], None],
         timeouts_before_restart: int = 3,
     ) -> None:
         self._scheduler = scheduler
@@ -80,7 +69,7 @@ class Pool:
         self._policy = policy
         self._stats = stats
         self._describe = describe
-        self._wanted_threads = threads
+        self._on_down = on_down
         self._timeouts_before_restart = timeouts_before_restart
         self._timeouts = dict.fromkeys(self._links, 0)
         self._threads: list[threading.Thread] = []
@@ -88,9 +77,10 @@ class Pool:
         self.failure: BaseException | None = None
 
     def start(self) -> None:
-        """Start as many threads as are wanted now."""
+        """Start as many threads as the engines' limits ask for now."""
+        wanted = max(1, sum(lane.limit.value for lane in self._scheduler.lanes if not lane.gone))
         with self._lock:
-            while len(self._threads) < self._wanted_threads():
+            while len(self._threads) < wanted:
                 name = f"request-{len(self._threads)}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
                 self._threads.append(thread)
@@ -169,11 +159,16 @@ class Pool:
             self._record(task, lane, verdict, seconds)
         elif kind is Kind.UNATTEMPTED or self._ending(verdict):
             self._scheduler.put_back(task, lane)
-        elif kind is Kind.CRASHED or (verdict.code == "connection" and not link.alive()):
-            self._crashed(task, lane, link, generation, verdict, seconds)
+        elif kind is Kind.CRASHED or (
+            verdict.code == "connection" and self._is_down(lane, link, generation)
+        ):
+            self._crashed(task, lane, generation, verdict, seconds)
         else:
-            self._watch_timeouts(lane, link, generation, verdict)
+            self._watch_timeouts(lane, generation, verdict)
             self._retry(task, lane, verdict, seconds)
+
+    def _is_down(self, lane: Lane, link: EngineLink, generation: int) -> bool:
+        return not lane.open or lane.generation != generation or not link.alive()
 
     def _ending(self, verdict: Verdict) -> bool:
         """After a signal a broken connection means that the request was not attempted."""
@@ -192,13 +187,13 @@ class Pool:
         self,
         task: Task,
         lane: Lane,
-        link: EngineLink,
         generation: int,
         verdict: Verdict,
         seconds: float,
     ) -> None:
         """The engine died: that is not the request's fault, unless it dies again and again."""
-        self._scheduler.close_lane(lane)
+        if lane.generation == generation:
+            self._scheduler.close_lane(lane)
         if verdict.code == "refused":
             self._scheduler.put_back(task, lane)
         else:
@@ -212,11 +207,9 @@ class Pool:
                 self._record(task, lane, failed, seconds)
             else:
                 self._scheduler.crashed(task, lane)
-        link.report_down(generation)
+        self._on_down(lane, generation)
 
-    def _watch_timeouts(
-        self, lane: Lane, link: EngineLink, generation: int, verdict: Verdict
-    ) -> None:
+    def _watch_timeouts(self, lane: Lane, generation: int, verdict: Verdict) -> None:
         """Several timeouts in a row mean that the engine hangs."""
         if verdict.code != "timeout":
             self._timeouts[lane.index] = 0
@@ -225,7 +218,7 @@ class Pool:
         if self._timeouts[lane.index] >= max(self._timeouts_before_restart, lane.limit.value):
             self._timeouts[lane.index] = 0
             self._scheduler.close_lane(lane)
-            link.report_down(generation)
+            self._on_down(lane, generation)
 
     def _record(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
         failed = verdict.kind is not Kind.ANSWERED
@@ -259,8 +252,3 @@ class Pool:
         if verdict.prompt_tokens and self._links[lane.index].truncated(verdict.prompt_tokens):
             metadata["truncated_prompt"] = True
         return metadata
-
-
-def no_engine_left(message: str) -> EngineError:
-    """Return the error for a pool whose engines are all gone."""
-    return EngineError(message, "see the engine's log; what was done is kept, run the same again")

@@ -214,20 +214,19 @@ class Scheduler:
         """Return the next request: retries that are due, new ones, and suspects at the very end."""
         if self._alone is not None:
             return None
-        if not self._has_ready() and self._exhausted:
+        if self._exhausted and not self._has_ready():
             return self._suspect()
         if not self._may_admit():
             self._stopped = True
             return None
+        task = self._ready_task() or next(self._source, None)
+        self._exhausted = task is None
+        return task or self._suspect()
+
+    def _ready_task(self) -> Task | None:
         if self._delayed and self._delayed[0][0] <= self._clock():
             return heapq.heappop(self._delayed)[2]
-        if self._ready:
-            return self._ready.popleft()
-        task = next(self._source, None)
-        if task is None:
-            self._exhausted = True
-            return self._suspect()
-        return task
+        return self._ready.popleft() if self._ready else None
 
     def _has_ready(self) -> bool:
         due = self._delayed and self._delayed[0][0] <= self._clock()

@@ -1,0 +1,67 @@
+"""Command line options made from the table of settings, the same for the CLI and the worker."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from aiflux.core.settings import SETTINGS, Setting
+
+_REPEATABLE = {"engine_env", "sbatch_arg", "modules", "setup"}
+_METAVARS = {
+    "model": "NAME:TAG",
+    "engine_url": "URL",
+    "engine_env": "KEY=VALUE",
+    "sbatch_arg": "KEY=VALUE",
+    "time": "TIME",
+    "mem": "SIZE",
+    "max_failures": "N|N%%",
+}
+_NO_OPTION = {"log_level"}
+
+
+def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
+    """Add an option for each setting of the sections; values stay texts, None means not given."""
+    groups = {
+        "run": parser.add_argument_group("how requests are processed"),
+        "slurm": parser.add_argument_group("what is asked of Slurm")
+        if "slurm" in sections
+        else None,
+        "paths": parser.add_argument_group("where things lie"),
+    }
+    for setting in SETTINGS:
+        group = groups[setting.section]
+        if setting.section in sections and group is not None and setting.name not in _NO_OPTION:
+            _add(group, setting)
+
+
+def _add(group: Any, setting: Setting) -> None:
+    names = [setting.option, *("--" + alias.replace("_", "-") for alias in setting.aliases)]
+    text = setting.help
+    if setting.default not in (None, False, {}, ()):
+        text += f" (default: {str(setting.default).replace('%', '%%')})"
+    if isinstance(setting.default, bool):
+        group.add_argument(
+            *names, dest=setting.name, action="store_const", const=True, default=None, help=text
+        )
+        return
+    group.add_argument(
+        *names,
+        dest=setting.name,
+        metavar=_METAVARS.get(setting.name, _metavar(setting)),
+        action="append" if setting.name in _REPEATABLE else "store",
+        default=None,
+        help=text,
+    )
+
+
+def _metavar(setting: Setting) -> str:
+    if setting.section == "paths":
+        return "PATH"
+    return setting.name.rsplit("_", 1)[-1].upper()
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given on the command line."""
+    names = {setting.name for setting in SETTINGS}
+    return {name: value for name, value in vars(arguments).items() if name in names}

@@ -1,0 +1,344 @@
+"""The engines of a shard: bundled Ollamas, one for each group of GPUs, or one that is up already.
+
+Each engine has a keeper: a thread that starts it, opens its lane to requests, and brings it back
+when it fails: at most three times without a result in between.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from aiflux.errors import AifluxError, EngineError
+from aiflux.worker.client import Client
+from aiflux.worker.ollama import Loaded, Ollama
+from aiflux.worker.scheduler import Lane, Scheduler
+from aiflux.worker.server import Server, engine_environment
+
+RESTARTS_WITHOUT_PROGRESS = 3
+FOREIGN_PATIENCE = 300.0
+_DEATH_NOTICE = 1.0
+_POLL = 0.05
+_PROBE_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a bundled engine is started.
+
+    Attributes:
+        devices: GPUs as CUDA_VISIBLE_DEVICES names them; empty means the CPU.
+        slots: sequences decoded in parallel; tried are also halves of it, down to one, where
+            ``may_shrink`` says so and the model does not fit the GPUs.
+        context_length: tokens of context of each slot.
+        extra: further environment of the engine.
+    """
+
+    index: int
+    program: str
+    models_dir: Path
+    model: str
+    devices: tuple[str, ...]
+    slots: int
+    context_length: int
+    home: Path
+    log: Path
+    may_shrink: bool = True
+    allow_cpu: bool = False
+    load_timeout: float = 1800.0
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def environment(self, slots: int) -> dict[str, str]:
+        """Return what is set beside ``engine_environment``'s own."""
+        settings = {
+            "OLLAMA_NUM_PARALLEL": str(slots),
+            "OLLAMA_CONTEXT_LENGTH": str(self.context_length),
+            "OLLAMA_MAX_QUEUE": str(max(512, 4 * slots)),
+            "OLLAMA_LOAD_TIMEOUT": f"{int(self.load_timeout)}s",
+        }
+        if self.devices:
+            settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices)
+        return {**settings, **self.extra}
+
+
+class BundledEngine:
+    """An Ollama of our own.
+
+    Attributes:
+        slots: how many slots it runs with.
+        facts: what the status shows of it.
+    """
+
+    bundled = True
+
+    def __init__(self, settings: EngineSettings, make_client: Callable[[str], Client]) -> None:
+        self.settings = settings
+        self.index = settings.index
+        self.slots = settings.slots
+        self.facts: dict[str, Any] = {"index": settings.index, "devices": list(settings.devices)}
+        self.client = make_client("")
+        self._make_client = make_client
+        self._server: Server | None = None
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Start the server, load the model and see where it landed.
+
+        Raises:
+            EngineError: it did not start, the model did not load, or it landed on the CPU.
+        """
+        while True:
+            ollama = self._serve()
+            loaded = self._load(ollama)
+            if self._fits(loaded) or not self._shrink():
+                break
+        self._check_placement(loaded)
+        self.facts |= {
+            "version": ollama.version(),
+            "slots": self.slots,
+            "context_length": loaded.context_length or self.settings.context_length,
+            "size_bytes": loaded.size,
+            "gpu_bytes": loaded.size_vram,
+            "log": str(self.settings.log),
+        }
+        self.client.close()
+        self.client = self._make_client(ollama.url)
+
+    def stop(self) -> None:
+        """Stop the server and its runner."""
+        if self._server is not None:
+            self._server.stop()
+
+    def close(self) -> None:
+        """Stop for good, also in the middle of a start. From any thread."""
+        self._closing.set()
+        self.stop()
+        self.client.close()
+
+    def alive(self) -> bool:
+        """Tell whether the server lives; waits a moment for a death to show."""
+        deadline = time.monotonic() + _DEATH_NOTICE
+        while time.monotonic() < deadline:
+            if self._server is None or not self._server.running:
+                return False
+            time.sleep(_POLL)
+        return True
+
+    def truncated(self, prompt_tokens: int) -> bool:
+        """Tell whether a prompt was cut."""
+        return False
+
+    def model_digest(self) -> str | None:
+        """Return the digest under which the server lists the model."""
+        if self._server is None:
+            return None
+        return _digest(Ollama(self._server.url).tags(), self.settings.model)
+
+    def _serve(self) -> Ollama:
+        self.stop()
+        if self._closing.is_set():
+            raise EngineError("the engine was stopped as it started")
+        settings = self.settings
+        settings.home.mkdir(parents=True, exist_ok=True)
+        environment = engine_environment(
+            os.environ, settings.models_dir, settings.home, settings.environment(self.slots)
+        )
+        self._server = Server(settings.program, environment, settings.log)
+        self._server.start()
+        return Ollama(self._server.url)
+
+    def _load(self, ollama: Ollama) -> Loaded:
+        model = self.settings.model
+        if _digest(ollama.tags(), model) is None:
+            raise EngineError(
+                f"Ollama does not list {model} in {self.settings.models_dir}",
+                f"pull it: aiflux models pull {model}",
+            )
+        try:
+            ollama.load(model, self.settings.load_timeout)
+            return next(iter(ollama.loaded()))
+        except StopIteration:
+            raise EngineError(f"{model} was loaded but is not in memory", str(self.settings.log)) \
+                from None  # fmt: skip
+        except EngineError as error:
+            raise EngineError(
+                f"{model} could not be loaded: {error.message}",
+                f"see the engine's log: {self.settings.log}",
+            ) from error
+
+    def _fits(self, loaded: Loaded) -> bool:
+        return not self.settings.devices or loaded.size_vram >= loaded.size
+
+    def _shrink(self) -> bool:
+        if not self.settings.may_shrink or self.slots == 1:
+            return False
+        self.slots //= 2
+        return True
+
+    def _check_placement(self, loaded: Loaded) -> None:
+        if self._fits(loaded) or self.settings.allow_cpu:
+            return
+        share = 100 - 100 * loaded.size_vram // max(loaded.size, 1)
+        raise EngineError(
+            f"{share} % of {self.settings.model} landed on the CPU in a job with the GPUs "
+            f"{', '.join(self.settings.devices)}",
+            "ask for more or larger GPUs, fewer --slots or a smaller --context-length; check that "
+            "the image has GPU support (aiflux image info); or say --allow-cpu",
+        )
+
+
+def _digest(tags: dict[str, str], model: str) -> str | None:
+    """Return a model's digest; Ollama's names do not depend on case."""
+    return next((digest for name, digest in tags.items() if name.lower() == model.lower()), None)
+
+
+class ForeignEngine:
+    """An engine that is up already, at ``--engine-url``."""
+
+    bundled = False
+    slots = 0
+
+    def __init__(self, url: str, make_client: Callable[[str], Client], patience: float) -> None:
+        self.index = 0
+        self.url = url
+        self.client = make_client(url)
+        self.facts: dict[str, Any] = {"index": 0, "url": url}
+        self._patience = patience
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Wait until it accepts connections.
+
+        Raises:
+            EngineError: it does not within the patience.
+        """
+        deadline = time.monotonic() + self._patience
+        delay = 0.1
+        while not self.alive():
+            if time.monotonic() + delay > deadline or self._closing.is_set():
+                raise EngineError(
+                    f"the engine at {self.url} does not answer",
+                    "check the address, and that the server is up",
+                )
+            self._closing.wait(delay)
+            delay = min(2 * delay, 5.0)
+
+    def stop(self) -> None:
+        """Leave it alone: it is not ours."""
+
+    def close(self) -> None:
+        """Close the connections and give up waiting for it. From any thread."""
+        self._closing.set()
+        self.client.close()
+
+    def alive(self) -> bool:
+        """Tell whether it answers HTTP at all, whatever the status."""
+        try:
+            with requests.Session() as session:
+                session.trust_env = False
+                session.get(self.url + "/v1/models", timeout=_PROBE_TIMEOUT).close()
+        except requests.RequestException:
+            return False
+        return True
+
+    def truncated(self, prompt_tokens: int) -> bool:
+        """Nothing is known of a foreign engine's context."""
+        return False
+
+    def model_digest(self) -> str | None:
+        """Nothing is known of a foreign engine's model file."""
+        return None
+
+
+Engine = BundledEngine | ForeignEngine
+
+
+class Keeper:
+    """Starts an engine and brings it back; one thread for each engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        lane: Lane,
+        scheduler: Scheduler,
+        *,
+        say: Callable[[str], None],
+        on_ready: Callable[[Engine, Lane], None],
+    ) -> None:
+        self.engine = engine
+        self.lane = lane
+        self.failure: AifluxError | None = None
+        self.restarts = 0
+        self._scheduler = scheduler
+        self._say = say
+        self._on_ready = on_ready
+        self._down = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._keep, name=f"engine-{engine.index}", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begin to start the engine; returns at once."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the engine for good and wait for that."""
+        self._closing.set()
+        self._down.set()
+        self.engine.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def report_down(self, generation: int) -> None:
+        """Have the engine restarted, unless it has been since ``generation``."""
+        if generation == self.lane.generation:
+            self._down.set()
+
+    def _keep(self) -> None:
+        try:
+            self._run()
+        except AifluxError as error:
+            if not self._closing.is_set():
+                self.failure = error
+                self._say(f"engine {self.engine.index} is gone: {error.message}")
+            self._scheduler.close_lane(self.lane, gone=True)
+        finally:
+            self.engine.stop()
+
+    def _run(self) -> None:
+        fruitless = 0
+        completed = -1
+        while not self._closing.is_set():
+            try:
+                self.engine.start()
+            except EngineError:
+                if completed < 0 or fruitless >= RESTARTS_WITHOUT_PROGRESS:
+                    raise
+            else:
+                self._open()
+                self._down.wait()
+                self._down.clear()
+            if self._closing.is_set():
+                return
+            self._scheduler.close_lane(self.lane)
+            fruitless = 1 if self.lane.completed > completed >= 0 else fruitless + 1
+            completed = self.lane.completed
+            if fruitless > RESTARTS_WITHOUT_PROGRESS:
+                raise EngineError(
+                    f"engine {self.engine.index} died {fruitless} times without a result between",
+                    f"see its log: {self.engine.facts.get('log', self.engine.facts.get('url'))}",
+                )
+            self.restarts += 1
+            self._say(f"engine {self.engine.index} is down; starting it again ({fruitless})")
+
+    def _open(self) -> None:
+        self._on_ready(self.engine, self.lane)
+        self._scheduler.open_lane(self.lane)

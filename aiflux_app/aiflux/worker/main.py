@@ -1,0 +1,162 @@
+"""The worker's command line: what the image's runscript executes.
+
+INPUT [OUTPUT] [options]            check, plan, pull what is missing, process
+INPUT [OUTPUT] [options] --prepare  only check, plan and pull
+--run-dir DIR [--shard K]           process a plan that is there
+--run-dir DIR --prepare             only pull what that plan needs
+--pull MODEL                        only pull a model
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from aiflux import __version__
+from aiflux.core.arguments import add_settings, given_settings
+from aiflux.core.config import Config
+from aiflux.core.opening import open_run
+from aiflux.core.plan import Plan, read_plan
+from aiflux.core.rundir import RunDirectory, default_output
+from aiflux.core.status import finished_counts
+from aiflux.errors import AifluxError, ExitCode, TooManyFailuresError, UsageError, describe
+from aiflux.worker.models import ensure_model
+from aiflux.worker.progress import make_reporter
+from aiflux.worker.run import Context, ensure_models, work
+from aiflux.worker.stopper import Stopper
+
+_EPILOG = """\
+exit status: 0 all succeeded; 2 usage or input wrong, nothing was sent; 3 too many requests failed;
+4 no engine or model; 5 stopped before the end, the same command goes on; 1 a bug
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the worker's argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="aiflux.sif",
+        description="Process a file of requests (OpenAI Batch form) with the Ollama of this image.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", nargs="?", help="requests, one JSON object per line")
+    parser.add_argument("output", nargs="?", help="results, *.json or *.jsonl")
+    parser.add_argument("--prepare", action="store_true", help="only check, plan and pull models")
+    parser.add_argument("--run-dir", metavar="DIR", help="work on the plan in this run directory")
+    parser.add_argument("--shard", type=int, default=0, metavar="K", help="shard to work on")
+    parser.add_argument(
+        "--deadline", type=float, metavar="UNIXTIME", help="when the job ends (seconds)"
+    )
+    parser.add_argument("--pull", metavar="MODEL", help="only pull this model")
+    parser.add_argument("--force", action="store_true", help="replace an output that is there")
+    parser.add_argument(
+        "--force-resume", action="store_true", help="go on although model or parameters changed"
+    )
+    parser.add_argument("--version", action="version", version=f"aiflux {__version__}")
+    add_settings(parser, "run", "paths")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the worker; return the exit code."""
+    arguments = make_parser().parse_args(argv)
+    stopper = Stopper()
+    stopper.install()
+    context = Context(make_reporter(), stopper, deadline=arguments.deadline)
+    try:
+        _dispatch(arguments, context)
+    except AifluxError as error:
+        context.reporter.close()
+        sys.stderr.write(describe(error) + "\n")
+        return int(error.exit_code)
+    except Exception:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
+        context.reporter.close()
+        traceback.print_exc()
+        return int(ExitCode.BUG)
+    return int(ExitCode.OK)
+
+
+def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
+    config = Config(arguments=given_settings(arguments))
+    if arguments.pull:
+        _pull(arguments.pull, config, context)
+    elif arguments.run_dir:
+        _work_on_plan(arguments, context)
+    elif arguments.input:
+        _work_on_input(arguments, config, context)
+    else:
+        raise UsageError("no input was given", "give a file of requests; --help tells more")
+
+
+def _pull(model: str, config: Config, context: Context) -> None:
+    with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
+        log = Path(folder) / "pull.log"
+        pulled = ensure_model(
+            config.models_dir,
+            model,
+            context.ollama,
+            log,
+            say=context.reporter.say,
+            progress=context.reporter.pull,
+        )
+    context.reporter.close()
+    context.reporter.say(f"{model} is {'pulled' if pulled else 'there'}: {config.models_dir}")
+
+
+def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
+    run = RunDirectory(Path(arguments.run_dir).absolute())
+    plan = read_plan(run)
+    if not 0 <= arguments.shard < len(plan.shards):
+        raise UsageError(
+            f"the plan has no shard {arguments.shard}", f"shards are 0 to {len(plan.shards) - 1}"
+        )
+    counts = finished_counts(plan, run)
+    if counts is not None and not plan.options.retry_failed:
+        finished(plan, counts, context)
+    elif arguments.prepare:
+        ensure_models(plan, run, context)
+    else:
+        work(plan, run, arguments.shard, context)
+
+
+def _work_on_input(arguments: argparse.Namespace, config: Config, context: Context) -> None:
+    options = config.run_options()
+    context.api_key = os.environ.get("AIFLUX_API_KEY")
+    input_path = Path(arguments.input)
+    output = Path(arguments.output or default_output(input_path, Path.cwd()))
+    opened = open_run(
+        input_path,
+        output,
+        options,
+        config.models_dir,
+        force=arguments.force,
+        force_resume=arguments.force_resume,
+    )
+    if opened.finished:
+        finished(opened.plan, opened.counts, context)
+        return
+    ensure_models(opened.plan, opened.run, context)
+    if not arguments.prepare:
+        work(opened.plan, opened.run, 0, context)
+
+
+def finished(plan: Plan, counts: dict[str, int], context: Context) -> None:
+    """Say that a run was finished before.
+
+    Raises:
+        TooManyFailuresError: it had too many failures then.
+    """
+    failed, total = counts["failed"], counts["total"]
+    context.reporter.say(
+        f"{plan.output} is finished already: {counts['completed']} succeeded, {failed} failed; "
+        "nothing was sent"
+    )
+    if failed > plan.options.allowed_failures(total):
+        raise TooManyFailuresError(
+            f"{failed} of {total} requests failed", "--retry-failed tries them again"
+        )

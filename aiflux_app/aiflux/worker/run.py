@@ -1,0 +1,405 @@
+"""Working on a shard: engines up, requests out, results journalled, and at the end the output."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiflux import __version__
+from aiflux.core.clock import utc_text
+from aiflux.core.journal import JournalReader, JournalWriter, scan_journal
+from aiflux.core.lease import acquire
+from aiflux.core.plan import Plan, Shard
+from aiflux.core.results import finalise
+from aiflux.core.rundir import RunDirectory
+from aiflux.core.status import Status
+from aiflux.errors import (
+    AifluxError,
+    EngineError,
+    ModelError,
+    StoppedError,
+    TooManyFailuresError,
+)
+from aiflux.worker import sizing
+from aiflux.worker.client import Client
+from aiflux.worker.devices import gpu_names, group, visible_devices
+from aiflux.worker.engines import (
+    FOREIGN_PATIENCE,
+    BundledEngine,
+    Engine,
+    EngineSettings,
+    ForeignEngine,
+    Keeper,
+)
+from aiflux.worker.limits import AdaptiveLimit, FixedLimit
+from aiflux.worker.models import ensure_model
+from aiflux.worker.pool import Describe, Pool
+from aiflux.worker.progress import Reporter
+from aiflux.worker.retry import RetryPolicy
+from aiflux.worker.scheduler import Lane, Scheduler
+from aiflux.worker.source import Source
+from aiflux.worker.stats import Stats
+from aiflux.worker.stopper import Stopper
+
+IMAGE_FACTS = Path("/opt/aiflux/image.json")
+_DEADLINE_MARGIN = 15.0
+_ABORT_GRACE = 10.0
+
+
+@dataclass
+class Context:
+    """What a start of the worker has at hand.
+
+    Attributes:
+        deadline: Unix time at which the job ends; None where there is no such time.
+        api_key: for a foreign engine.
+    """
+
+    reporter: Reporter
+    stopper: Stopper
+    deadline: float | None = None
+    api_key: str | None = None
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    @property
+    def ollama(self) -> str:
+        """The ``ollama`` executable.
+
+        Raises:
+            EngineError: there is none.
+        """
+        program = self.environ.get("AIFLUX_OLLAMA") or shutil.which("ollama")
+        if program is None:
+            raise EngineError(
+                "there is no ollama on PATH",
+                "run in the image, install Ollama, or use a server that is up: --engine-url URL",
+            )
+        return program
+
+
+def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
+    """Make sure of the plan's models; harmless where they are there.
+
+    Raises:
+        ModelError: a model could not be had.
+    """
+    if plan.models_dir is None:
+        return
+    for model in plan.models:
+        ensure_model(
+            plan.models_dir,
+            model,
+            context.ollama,
+            run.logs / "pull.log",
+            say=context.reporter.say,
+            progress=context.reporter.pull,
+        )
+    context.reporter.close()
+
+
+def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> None:
+    """Process one shard to its end and, when the run is complete, write the output.
+
+    Raises:
+        TooManyFailuresError: finished; more requests failed than are allowed.
+        EngineError: no engine could be had, or all kept dying.
+        StoppedError: stopped before the end.
+        RunConflictError: another process works on the shard.
+    """
+    shard = plan.shards[shard_index]
+    lease_path = run.path / f".shard-{shard_index:04d}.lease"
+
+    def lost() -> None:
+        context.stopper.stop("another process took the shard over")
+
+    with acquire(lease_path, f"the run {plan.output}", on_lost=lost):
+        _ShardWork(plan, run, shard, context).run()
+
+
+class _ShardWork:
+    """One start's work on one shard."""
+
+    def __init__(self, plan: Plan, run: RunDirectory, shard: Shard, context: Context) -> None:
+        self.plan = plan
+        self.run_directory = run
+        self.shard = shard
+        self.context = context
+        path = run.journal(shard.index)
+        index = scan_journal(path)
+        self.source = Source(plan, shard, index, JournalReader(path, index))
+        completed, failed = self.source.count_done()
+        self.stats = Stats(shard.requests, completed, failed)
+        self.status = Status(run.status(shard.index), plan, shard.index)
+        self.status.details.update(_facts(plan, context))
+        self._sync_status()
+        self.status.enter("validating")
+        if completed + failed:
+            context.reporter.say(
+                f"going on: {completed + failed} of {shard.requests} requests are done already"
+            )
+
+    def run(self) -> None:
+        try:
+            if self.stats.done < self.shard.requests:
+                self._process()
+            self._finish()
+        except StoppedError as error:
+            self._end("cancelled", error)
+            raise
+        except TooManyFailuresError:
+            raise
+        except BaseException as error:
+            self._end("failed", error)
+            raise
+        finally:
+            self.context.reporter.close()
+
+    def _process(self) -> None:
+        self.status.enter("in_progress")
+        stopper = self.context.stopper
+        with ExitStack() as stack:
+            journal = JournalWriter(
+                self.run_directory.journal(self.shard.index),
+                self.plan.options.save_frequency,
+                on_failure=lambda error: stopper.stop(error.message),
+            )
+            stack.callback(journal.close)
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiflux-")))
+            for model in self.plan.models:
+                _ModelWork(self, model, journal, home).run()
+                if stopper.stopping or self.past_deadline():
+                    break
+        self._sync_status()
+        self.context.reporter.show(self.stats, final=True)
+        if self.stats.done < self.shard.requests:
+            reason = stopper.reason or "the job's time is nearly over"
+            raise StoppedError(
+                f"stopped ({reason}) with {self.stats.done} of {self.shard.requests} requests done",
+                "run the same command again: it goes on from there",
+            )
+
+    def _finish(self) -> None:
+        self.status.enter("finalizing")
+        counts = finalise(self.plan, self.run_directory)
+        self.stats.completed, self.stats.failed = counts.completed, counts.failed
+        self._sync_status()
+        self.status.enter("completed")
+        self.context.reporter.say(f"wrote {self.plan.output}")
+        allowed = self.plan.options.allowed_failures(counts.total)
+        if counts.failed > allowed:
+            last = self.stats.errors[-1] if self.stats.errors else {}
+            shown = f"; the last: {last['param']}: {last['message']}" if last else ""
+            raise TooManyFailuresError(
+                f"{counts.failed} of {counts.total} requests failed "
+                f"({allowed} allowed by --max-failures){shown}",
+                "the output says why for each; --retry-failed tries them again",
+            )
+
+    def tick(self) -> None:
+        """Bring what people see up to date."""
+        self._sync_status()
+        self.status.write()
+        self.context.reporter.show(self.stats)
+
+    def past_deadline(self) -> bool:
+        """Tell whether a request that is sent now could not end before the job does."""
+        if self.context.deadline is None:
+            return False
+        expected = self.stats.expected_duration() + _DEADLINE_MARGIN
+        return time.time() + expected > self.context.deadline
+
+    def may_admit(self) -> bool:
+        """Tell whether a request may still be sent."""
+        return not self.context.stopper.stopping and not self.past_deadline()
+
+    def _sync_status(self) -> None:
+        self.status.completed = self.stats.completed
+        self.status.failed = self.stats.failed
+        self.status.errors = list(self.stats.errors)
+        self.status.details["progress"] = self.stats.snapshot()
+
+    def _end(self, state: str, error: BaseException) -> None:
+        self._sync_status()
+        message = error.message if isinstance(error, AifluxError) else repr(error)
+        self.status.details["ended"] = message
+        try:
+            self.status.enter(state)
+        except AifluxError as failure:
+            self.context.reporter.say(f"the status could not be written: {failure.message}")
+
+
+class _ModelWork:
+    """One model's requests: its engines, a scheduler and a pool."""
+
+    def __init__(self, shard: _ShardWork, model: str, journal: JournalWriter, home: Path) -> None:
+        self.shard = shard
+        self.plan = shard.plan
+        self.context = shard.context
+        self.model = model
+        engines = self._engines(home)
+        self.lanes = [Lane(engine.index, FixedLimit(1), open=False) for engine in engines]
+        self.scheduler = Scheduler(
+            shard.source.tasks(model), self.lanes, may_admit=self.shard.may_admit
+        )
+        self.describe = Describe(self.plan.served(model), {})
+        self.pool = Pool(
+            self.scheduler,
+            engines,
+            journal,
+            RetryPolicy(self.plan.options.max_retries, self.plan.options.retry_delay),
+            shard.stats,
+            self.describe,
+            on_down=lambda lane, generation: self.keepers[lane.index].report_down(generation),
+        )
+        self.keepers = [
+            Keeper(
+                engine,
+                lane,
+                self.scheduler,
+                say=self.context.reporter.say,
+                on_ready=self._ready,
+            )
+            for engine, lane in zip(engines, self.lanes, strict=True)
+        ]
+
+    def run(self) -> None:
+        try:
+            self.pool.start()
+            for keeper in self.keepers:
+                keeper.start()
+            self.pool.join(self._tick)
+        finally:
+            for keeper in self.keepers:
+                keeper.close()
+        failures = [keeper.failure for keeper in self.keepers if keeper.failure is not None]
+        if len(failures) == len(self.keepers) and not self.context.stopper.stopping:
+            raise failures[0]
+
+    def _tick(self) -> None:
+        self.shard.tick()
+        stopper = self.context.stopper
+        if not stopper.stopping:
+            return
+        if not self.scheduler.stopped:
+            self.context.reporter.say(
+                f"stopping ({stopper.reason}): {self.scheduler.in_flight} requests in flight get "
+                f"{self.plan.options.drain_seconds:g} s"
+            )
+            self.scheduler.stop()
+        drained = time.monotonic() - stopper.since > self.plan.options.drain_seconds
+        if drained or stopper.at_once:
+            for keeper in self.keepers:
+                keeper.engine.client.abort()
+
+    def _ready(self, engine: Engine, lane: Lane) -> None:
+        digest = engine.model_digest()
+        if digest is not None:
+            self.describe.fixed["model_digest"] = digest
+        options = self.plan.options
+        if isinstance(engine, BundledEngine) or options.concurrency is not None:
+            lane.limit = FixedLimit(sizing.concurrency(self.plan, engine.slots))
+        elif not isinstance(lane.limit, AdaptiveLimit):
+            lane.limit = AdaptiveLimit()
+        facts = self.shard.status.details
+        facts["engines"] = [keeper.engine.facts for keeper in self.keepers]
+        if digest is not None:
+            facts.setdefault("model_digests", {})[self.model] = digest
+        self.pool.start()
+        self.context.reporter.say(_engine_line(engine, lane))
+
+    def _engines(self, home: Path) -> list[Engine]:
+        options = self.plan.options
+        make_client = self._client_maker()
+        if options.engine_url is not None:
+            return [ForeignEngine(options.engine_url, make_client, FOREIGN_PATIENCE)]
+        devices = visible_devices(self.context.environ)
+        self._refuse_cpu_image(devices)
+        if devices and options.gpus_per_engine > len(devices):
+            raise EngineError(
+                f"--gpus-per-engine {options.gpus_per_engine}, but the job has {len(devices)} GPUs",
+                f"ask for more with --gpus-per-node {options.gpus_per_engine}",
+            )
+        groups = group(devices, options.gpus_per_engine)
+        return [
+            BundledEngine(self._settings(index, gpus, home), make_client)
+            for index, gpus in enumerate(groups)
+        ]
+
+    def _refuse_cpu_image(self, devices: tuple[str, ...]) -> None:
+        cpu_only = self.context.environ.get("AIFLUX_IMAGE_CPU_ONLY") == "1"
+        if cpu_only and devices and not self.plan.options.allow_cpu:
+            raise EngineError(
+                f"this image runs on the CPU only, but the job has the GPUs {', '.join(devices)}",
+                "use an image with GPU support (make image BASE=docker), or say --allow-cpu",
+            )
+
+    def _settings(self, index: int, gpus: tuple[str, ...], home: Path) -> EngineSettings:
+        options = self.plan.options
+        if self.plan.models_dir is None:
+            raise ModelError("the plan names no models directory", "plan the run again")
+        return EngineSettings(
+            index=index,
+            program=self.context.ollama,
+            models_dir=self.plan.models_dir,
+            model=self.plan.served(self.model),
+            devices=gpus,
+            slots=sizing.slots(self.plan, gpus, len(os.sched_getaffinity(0))),
+            context_length=sizing.context_length(self.plan),
+            home=home / f"engine-{index}",
+            log=self.shard.run_directory.engine_log(self.shard.shard.index, index),
+            may_shrink=options.slots is None,
+            allow_cpu=options.allow_cpu,
+            load_timeout=options.load_timeout,
+            extra=dict(options.engine_env),
+        )
+
+    def _client_maker(self) -> Callable[[str], Client]:
+        timeout = self.plan.options.request_timeout
+        key = self.context.api_key
+        return lambda url: Client(url, timeout, connections=4096, api_key=key)
+
+
+def _engine_line(engine: Engine, lane: Lane) -> str:
+    if isinstance(engine, ForeignEngine):
+        return f"engine at {engine.url} is up"
+    facts = engine.facts
+    where = "GPU " + ",".join(facts["devices"]) if facts["gpu_bytes"] else "the CPU"
+    return (
+        f"engine {engine.index} is up on {where}: Ollama {facts['version']}, "
+        f"{facts['slots']} slots of {facts['context_length']} tokens, "
+        f"{lane.limit.value} requests in flight"
+    )
+
+
+def _facts(plan: Plan, context: Context) -> dict[str, Any]:
+    """Return what the status says once per start about where and how it runs."""
+    environ = context.environ
+    names = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    return {
+        "version": __version__,
+        "started": utc_text(time.time()),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm": {name: environ[name] for name in names if name in environ},
+        "image": _image_facts(),
+        "sealed": environ.get("AIFLUX_SEALED") == "1",
+        "gpus": list(gpu_names()),
+        "models": list(plan.models),
+    }
+
+
+def _image_facts() -> dict[str, Any] | None:
+    try:
+        facts = json.loads(IMAGE_FACTS.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None

@@ -1,0 +1,84 @@
+"""The requests of a shard that are still to be done, read from the input as they are needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from aiflux.core.input import read_lines
+from aiflux.core.journal import JournalReader, ResultIndex
+from aiflux.core.modelname import same_model
+from aiflux.core.plan import Plan, Shard
+from aiflux.core.request import LineError, Request, parse_request, request_key
+from aiflux.errors import InputError
+from aiflux.worker.payload import build_payload
+from aiflux.worker.scheduler import Task
+
+
+class Source:
+    """What is to be done of a shard.
+
+    Args:
+        index: the results of earlier starts.
+    """
+
+    def __init__(self, plan: Plan, shard: Shard, index: ResultIndex, reader: JournalReader) -> None:
+        self._plan = plan
+        self._shard = shard
+        self._index = index
+        self._reader = reader
+
+    def count_done(self) -> tuple[int, int]:
+        """Return how many requests succeeded and failed in earlier starts."""
+        if not self._index.done:
+            return 0, 0
+        completed = failed = 0
+        for _, _, raw in self._lines():
+            verdict = self._earlier(request_key(raw))
+            completed += verdict is True
+            failed += verdict is False
+        return completed, failed
+
+    def tasks(self, model: str) -> Iterator[Task]:
+        """Yield the requests of one model that have no result yet, in input order."""
+        plan = self._plan
+        served = plan.served(model)
+        parameters = plan.options.parameters
+        bundled = plan.options.engine_url is None
+        only = len(plan.models) == 1
+        for number, _, raw in self._lines():
+            key = request_key(raw)
+            if self._earlier(key) is not None:
+                continue
+            request = self._parse(number, raw)
+            if only or same_model(request.model or model, model):
+                payload = build_payload(request, served, parameters, bundled=bundled)
+                yield Task(request, key, payload)
+
+    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
+        return read_lines(self._plan.input_path, self._shard.start, self._shard.end)
+
+    def _parse(self, number: int, raw: bytes) -> Request:
+        try:
+            return parse_request(raw, self._plan.options.model)
+        except LineError as error:
+            raise InputError(
+                f"the input {self._plan.input_path} changed while it was processed: line {number} "
+                f"of shard {self._shard.index}: {error}",
+                "correct it and run the same command again; what was done is kept",
+            ) from None
+
+    def _earlier(self, key: bytes) -> bool | None:
+        """Return whether the request succeeded before; None where it is still to be done."""
+        place = self._index.find(key)
+        if place is None:
+            return None
+        if place[2] and self._plan.options.retry_failed and self._failed_before_plan(key):
+            return None
+        return not place[2]
+
+    def _failed_before_plan(self, key: bytes) -> bool:
+        result = self._reader.get(key)
+        if result is None:
+            return False
+        return str(json.loads(result.metadata)["timestamp"]) < self._plan.created

@@ -1,0 +1,50 @@
+"""Signals: the first asks to stop in good order, the second to stop at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+
+# At a job's end the same signal can come more than once: from Slurm to the whole job, and forwarded
+# by the batch script and by the container runtime.
+_SAME_SIGNAL_SECONDS = 2.0
+
+
+class Stopper:
+    """Whether, why and how urgently the worker is to stop.
+
+    Attributes:
+        reason: a few words for the user; empty until it is to stop.
+        at_once: do not wait for requests in flight.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.at_once = False
+        self.since = 0.0
+        self._event = threading.Event()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker is to stop."""
+        return self._event.is_set()
+
+    def stop(self, reason: str) -> None:
+        """Ask to stop in good order."""
+        if not self._event.is_set():
+            self.reason = reason
+            self.since = time.monotonic()
+            self._event.set()
+
+    def install(self) -> None:
+        """Listen to SIGTERM, SIGINT and SIGUSR1. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self._event.is_set():
+            self.stop(f"signal {signal.Signals(number).name}")
+        elif time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:
+            self.at_once = True

@@ -73,7 +73,7 @@ class Result:
             b"null" if self.status is None else b"%d" % self.status,
             _compact(self.metadata),
             b"null" if self.error is None else _compact(self.error),
-            _one_line(self.body),
+            _one_line(self.body.strip()),
         )
         return b"%b%08x%b%b\n" % (_HEAD, crc32(rest), _SEPARATOR, rest)
 
@@ -159,8 +159,11 @@ class ResultIndex:
         """Sort, so that results can be found; of several for one request the last counts."""
         for bucket, keys in enumerate(self._keys):
             order = sorted(range(len(keys)), key=keys.__getitem__)
-            last = [at for at, after in zip(order, [*order[1:], None], strict=True)
-                    if after is None or keys[at] != keys[after]]  # fmt: skip
+            last = [
+                at
+                for position, at in enumerate(order)
+                if position + 1 == len(order) or keys[order[position + 1]] != keys[at]
+            ]
             offsets, sizes = self._offsets[bucket], self._sizes[bucket]
             self._keys[bucket] = array("Q", (keys[at] for at in last))
             self._offsets[bucket] = array("Q", (offsets[at] for at in last))

@@ -105,7 +105,7 @@ def parse_request(raw: bytes, model: str | None = None) -> Request:
     """
     entry = _load(raw)
     if type(entry) is not dict:
-        raise LineError(f"a JSON {_kind(entry)} where a request object was expected")
+        raise LineError(f"{_kind(entry)} where a request object was expected")
     custom_id: Any = entry.get("custom_id")
     url: Any = entry.get("url")
     body: Any = entry.get("body")
@@ -114,7 +114,7 @@ def parse_request(raw: bytes, model: str | None = None) -> Request:
         type(custom_id) is str
         and custom_id
         and entry.get("method") == "POST"
-        and url in _PAYLOAD_FIELD
+        and url in ENDPOINTS
         and type(body) is dict
         and _PAYLOAD_FIELD[url] in body
         and (metadata is None or type(metadata) is dict)
@@ -139,7 +139,7 @@ def _problems(entry: dict[str, Any], model: str | None) -> list[str]:
     problems += _body_problems(entry, model)
     metadata = entry.get("metadata")
     if metadata is not None and type(metadata) is not dict:
-        problems.append(f"metadata must be an object, not a {_kind(metadata)}")
+        problems.append(f"metadata must be an object, not {_kind(metadata)}")
     return problems
 
 
@@ -148,7 +148,7 @@ def _custom_id_problems(entry: dict[str, Any]) -> list[str]:
     if custom_id is None:
         return ["custom_id is missing; give every request a unique name"]
     if type(custom_id) is not str:
-        return [f"custom_id must be a string, not a {_kind(custom_id)}"]
+        return [f"custom_id must be a string, not {_kind(custom_id)}"]
     return [] if custom_id else ["custom_id is empty; give every request a unique name"]
 
 
@@ -171,7 +171,7 @@ def _url_problems(entry: dict[str, Any]) -> list[str]:
 def _body_problems(entry: dict[str, Any], model: str | None) -> list[str]:
     body = entry.get("body")
     if type(body) is not dict:
-        seen = "is missing" if body is None else f"is a {_kind(body)}"
+        seen = "is missing" if body is None else f"is {_kind(body)}"
         return [f"body {seen}; it must be the object that the engine is sent"]
     problems = []
     url = entry.get("url")
@@ -196,12 +196,12 @@ def _model_problems(body: dict[str, Any], model: str | None) -> list[str]:
 
 
 _KINDS = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    bool: "boolean",
-    int: "number",
-    float: "number",
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
     type(None): "null",
 }
 

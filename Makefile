@@ -1,0 +1,77 @@
+# AI-Flux. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BASE ?= auto
+OLLAMA_TARBALL ?=
+OLLAMA_IMAGE ?=
+IMAGE ?= aiflux.sif
+OLLAMA ?=
+MODEL ?=
+export OLLAMA MODEL
+
+bin := $(VENV)/bin
+sources := $(shell find aiflux_app -name '*.py' -o -name '*.sh' 2>/dev/null)
+shell_files := $(shell git ls-files -- '*.sh' tests/stack entrypoint .ci examples 2>/dev/null | \
+	xargs -r grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
+
+.PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down clean
+
+help: ## list the targets
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(bin)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(bin)/.installed-dev: pyproject.toml $(bin)/.installed
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
+
+install: $(bin)/.installed ## make a virtual environment in .venv with aiflux in it
+	@echo "installed: $(bin)/aiflux"
+
+image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TARBALL=, OLLAMA_IMAGE=)
+	$(bin)/aiflux image build --base $(BASE) --output $(IMAGE) --force \
+		$(if $(OLLAMA_TARBALL),--ollama-tarball '$(OLLAMA_TARBALL)') \
+		$(if $(OLLAMA_IMAGE),--ollama-image '$(OLLAMA_IMAGE)')
+
+demo: $(bin)/.installed ## process examples/prompts.jsonl here, without root, Slurm or GPU (OLLAMA=, MODEL=)
+	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
+
+cluster: ## as root: bring up the test cluster (Slurm, Apptainer, Ollama, a registry)
+	tests/stack/up
+
+cluster-down: ## as root: stop the test cluster
+	tests/stack/down
+
+lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/shellcheck $(shell_files)
+
+test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
+	$(bin)/pytest -q tests/unit
+
+test: lint ## everything but the soak tests, on the real Slurm, Apptainer and Ollama
+	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"
+	$(bin)/pytest -m 'not slow' tests
+
+test-slow: $(bin)/.installed-dev ## soak tests
+	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"
+	$(bin)/pytest -m slow tests
+
+bench: $(bin)/.installed-dev ## measure the worker against a simulated engine
+	$(bin)/python -m bench
+
+slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch script
+	$(bin)/python -m aiflux.slurm > $@.new
+	mv $@.new $@
+
+clean: ## remove what was built here
+	rm -rf $(VENV) aiflux.sif build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

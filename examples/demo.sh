@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The demonstration behind `make demo`: real prompts, a real Ollama and a real instruct model, on
+# this machine's CPU. OLLAMA=/path/to/ollama takes another Ollama, MODEL=name:tag another model.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+root=${here%/*}
+cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}
+demo_model=smollm2:135m
+model=${MODEL:-$demo_model}
+input=$here/prompts.jsonl
+output=$PWD/results.json
+
+if [[ -n ${OLLAMA:-} ]]; then
+    ollama=$OLLAMA
+else
+    ollama=$cache/ollama-cpu/bin/ollama
+    echo "setting up a CPU build of Ollama in $cache (about 160 MB to download, once)"
+    "$root/container/cpu-ollama.sh" "$cache/ollama-cpu"
+fi
+export AIFLUX_OLLAMA=$ollama
+export AIFLUX_MODELS_DIR=${AIFLUX_MODELS_DIR:-$cache/models}
+
+if [[ $model == "$demo_model" ]]; then
+    echo "setting up the model $demo_model in $AIFLUX_MODELS_DIR (93 MB to download, once)"
+    "$root/container/demo-model.sh" "$ollama" "$AIFLUX_MODELS_DIR"
+else
+    input=$cache/demo-prompts.jsonl
+    sed "s|\"model\":\"$demo_model\"|\"model\":\"$model\"|" "$here/prompts.jsonl" > "$input"
+fi
+
+rm -rf "$output" "$output.aiflux"
+aiflux run --local --model "$model" --input "$input" --output "$output" --allow-cpu
+aiflux results show "$output"
+echo "results: $output"

@@ -1,0 +1,26 @@
+"""Requests and inputs for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def request_line(custom_id: str = "r1", **changes: Any) -> str:
+    """Return one valid request line, with top-level fields changed or (with ...) dropped."""
+    entry: dict[str, Any] = {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "m:1", "messages": [{"role": "user", "content": f"say {custom_id}"}]},
+    }
+    entry.update(changes)
+    return json.dumps({key: value for key, value in entry.items() if value is not ...})
+
+
+def write_input(path: Path, count: int, **changes: Any) -> Path:
+    """Write ``count`` valid requests."""
+    lines = [request_line(f"r{index}", **changes) for index in range(count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,110 @@
+"""The input as a whole: what the check finds, and in what memory."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.input import read_lines, scan_input
+from aiflux.errors import ExitCode, InputError
+from tests.unit.helpers import request_line, write_input
+
+
+def refused(path: Path, model: str | None = None) -> InputError:
+    with pytest.raises(InputError) as caught:
+        scan_input(path, model)
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_a_good_input_is_summed_up(awkward: Path) -> None:
+    summary = scan_input(write_input(awkward / "in.jsonl", 10))
+    assert summary.requests == 10
+    assert summary.models == ("m:1",)
+    assert summary.endpoints == {"/v1/chat/completions": 10}
+    assert summary.size == (awkward / "in.jsonl").stat().st_size
+
+
+def test_bom_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
+    plain = write_input(tmp_path / "plain.jsonl", 3)
+    lines = plain.read_text(encoding="utf-8").splitlines()
+    other = tmp_path / "other.jsonl"
+    text = "\r\n\r\n".join(["", *lines]) + "\r\n  \r\n"
+    other.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert scan_input(other).digest == scan_input(plain).digest
+    assert [raw for _, _, raw in read_lines(other)] == [line.encode() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda path: None, "is not there"),
+        (lambda path: path.mkdir(), "is a directory"),
+        (lambda path: path.write_bytes(b""), "holds no request"),
+        (lambda path: path.write_bytes(b"\n \n"), "holds no request"),
+    ],
+)
+def test_no_input_at_all(tmp_path: Path, prepare: object, words: str) -> None:
+    path = tmp_path / "in.jsonl"
+    prepare(path)  # type: ignore[operator]
+    assert words in refused(path).message
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refused(tmp_path / "pipe").message
+
+
+def test_every_bad_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [request_line("a"), "{broken", request_line("b"), request_line("a"), request_line("")]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    error = refused(path)
+    assert error.message.startswith("3 lines are wrong")
+    assert [text.split(":")[0] for text in error.problems] == ["line 2", "line 4", "line 5"]
+    assert "'a' was used on line 1 already" in error.problems[1]
+
+
+def test_twenty_in_full_then_a_count(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("{\n" * 1000 + request_line(), encoding="utf-8")
+    error = refused(path)
+    assert error.message.startswith("1000 lines are wrong")
+    assert len(error.problems) == 21
+    assert error.problems[0].startswith("line 1:")
+    assert error.problems[-1] == "... and 980 more"
+
+
+def test_another_model_is_named(tmp_path: Path) -> None:
+    error = refused(write_input(tmp_path / "in.jsonl", 2), "other:2")
+    assert len(error.problems) == 2
+    assert '"other:2"' in error.problems[0]
+
+
+def test_context_follows_the_longest_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    body = {
+        "model": "m:1",
+        "max_tokens": 100,
+        "messages": [{"role": "user", "content": "x" * 3000}],
+    }
+    path.write_text(request_line("a", body=body) + "\n", encoding="utf-8")
+    summary = scan_input(path)
+    assert 1100 <= summary.longest_tokens <= 1300
+    assert summary.context_tokens == summary.longest_tokens
+
+
+def test_the_check_runs_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    line = request_line("%09d", padding="x" * 1000)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(line.replace("%09d", str(index)) + "\n" for index in range(40_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scan_input(path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 30_000, "kilobytes; the file has 48,000"

@@ -1,0 +1,124 @@
+"""One input line: what is a request, and what is said of a line that is none."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiflux.core.request import LineError, parse_request, request_key
+from tests.unit.helpers import request_line
+
+
+def problem(line: str | bytes, model: str | None = None) -> str:
+    raw = line.encode() if isinstance(line, str) else line
+    with pytest.raises(LineError) as caught:
+        parse_request(raw, model)
+    return str(caught.value)
+
+
+def test_the_seed_request_is_understood() -> None:
+    line = (
+        b'{"custom_id":"request1","method":"POST","url":"/v1/chat/completions","body":{"model":'
+        b'"llama3.2:3b","messages":[{"role":"system","content":"You are a helpful assistant"},'
+        b'{"role":"user","content":"Explain quantum computing"}],"temperature":0.7,'
+        b'"max_tokens":500}}'
+    )
+    request = parse_request(line)
+    assert request.custom_id == "request1"
+    assert request.model == "llama3.2:3b"
+    assert request.body["max_tokens"] == 500
+    assert request.metadata is None
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "an array where a request object was expected"),
+        ("7", "a number where"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ("[" * 100_000, "not JSON: nested too deeply"),
+        (b'{"custom_id": "\xff"}', "not UTF-8 (byte 0xff at column 16)"),
+        (request_line(custom_id=...), "custom_id is missing"),
+        (request_line(custom_id=""), "custom_id is empty"),
+        (request_line(custom_id=7), "custom_id must be a string, not a number"),
+        (request_line(method=...), 'method is missing; it must be "POST"'),
+        (request_line(method="GET"), 'method is "GET"'),
+        (request_line(url=...), "url is missing"),
+        (request_line(url="/v1/chat"), 'url "/v1/chat" is unknown'),
+        (request_line(url=["/v1/chat"]), "is unknown"),
+        (request_line(body=...), "body is missing"),
+        (request_line(body=[]), "body is an array"),
+        (request_line(body={"model": "m:1"}), "body.messages is missing"),
+        (request_line(url="/v1/embeddings"), "body.input is missing"),
+        (request_line(body={"messages": []}), "body.model is missing"),
+        (request_line(body={"messages": [], "model": 3}), "body.model must be a non-empty string"),
+        (request_line(metadata=[1]), "metadata must be an object, not an array"),
+    ],
+)
+def test_a_bad_line_says_what_is_wrong(line: str | bytes, words: str) -> None:
+    assert words in problem(line)
+
+
+def test_all_problems_of_a_line_are_told() -> None:
+    text = problem('{"url": "/x", "body": 3}')
+    for words in ("custom_id is missing", "method is missing", '"/x" is unknown', "is a number"):
+        assert words in text
+
+
+def test_a_body_must_name_the_model_of_the_run() -> None:
+    line = request_line()
+    assert 'body.model is "m:1" but the run\'s model is "other:2"' in problem(line, "other:2")
+    assert parse_request(line.encode(), "m:1").model == "m:1"
+
+
+def test_latest_is_the_tag_that_goes_without_saying() -> None:
+    line = request_line(body={"model": "m", "messages": []}).encode()
+    assert parse_request(line, "m:latest").model == "m"
+
+
+def test_a_model_may_be_left_to_the_run() -> None:
+    line = request_line(body={"messages": []}).encode()
+    assert parse_request(line, "m:1").model is None
+
+
+def test_the_key_depends_on_every_byte() -> None:
+    line = request_line().encode()
+    assert request_key(line) == request_key(line)
+    assert request_key(line) != request_key(line + b" ")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_request_or_a_problem(raw: bytes) -> None:
+    with suppress(LineError):
+        parse_request(raw)
+
+
+@given(json_values)
+def test_any_json_is_a_request_or_a_problem(value: object) -> None:
+    with pytest.raises(LineError):
+        parse_request(json.dumps(value).encode())
+
+
+@given(
+    custom_id=st.text(min_size=1),
+    extra=st.dictionaries(st.text(), json_values),
+    ascii_only=st.booleans(),
+)
+def test_a_body_is_taken_as_it_is(custom_id: str, extra: object, ascii_only: bool) -> None:
+    body = {**extra, "model": "m:1", "messages": extra}  # type: ignore[dict-item]
+    entry = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+    raw = json.dumps(entry, ensure_ascii=ascii_only).encode("utf-8")
+    assert parse_request(raw).body == body

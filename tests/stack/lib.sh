@@ -197,10 +197,6 @@ port_taken() {
     grep -lqs "^$1\$" "$run_dir"/*.port || ss -Hltn "sport = :$1" | grep -q .
 }
 
-port_open() {
-    (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
-}
-
 # --- files ----------------------------------------------------------------------------------
 
 # Writes stdin to a file if that changes it; status 1 when the file was right already.

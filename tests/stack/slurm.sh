@@ -105,7 +105,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$node_port CPUs=8 RealMemory=16384 Gres=gpu:$gpus_per_node
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(remembered_port slurmd-n2 17002) CPUs=8 RealMemory=16384 Gres=gpu:$gpus_per_node
-PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 DefaultTime=10 MaxTime=1-0
+PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE DefaultTime=10 MaxTime=1-0
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF DefaultTime=10 MaxTime=1-0
 CONF
 }
@@ -137,10 +137,19 @@ node_states() {
 }
 
 daemons_run() {
+    [[ -z $(dead_daemons) ]]
+}
+
+dead_daemons() {
     local name
     for name in munged slurmctld "${nodes[@]/#/slurmd-}"; do
-        daemon_pid "$name" >/dev/null || return 1
+        daemon_pid "$name" >/dev/null || printf '%s ' "$name"
     done
+}
+
+# A daemon's own last words.
+last_error() {
+    grep -h -E 'fatal|error' "$log_dir/$1.log" 2>/dev/null | tail -n 1
 }
 
 cluster_ready() {
@@ -174,16 +183,19 @@ stop_slurm_daemons() {
     stop_daemon slurmctld
 }
 
-# Jobs are children of the slurmd's steps, not of ours: Slurm itself ends them.
+# A job's processes belong to Slurm, not to this script: Slurm itself ends them.
 cancel_jobs() {
+    local -a jobs
     daemon_pid slurmctld >/dev/null || return 0
-    scancel --state=PENDING,RUNNING,SUSPENDED --full --signal=KILL 2>/dev/null || true
-    scancel --user="$stack_user" 2>/dev/null || true
-    wait_until 15 no_jobs || printf 'some jobs did not end: %s\n' "$(squeue -h -o %i | tr '\n' ' ')" >&2
+    mapfile -t jobs < <(timeout 3 squeue -h -o %A | sort -u)
+    ((${#jobs[@]})) || return 0
+    timeout 5 scancel "${jobs[@]}" || true
+    wait_until 15 no_jobs || printf 'jobs that did not end: %s
+' "${jobs[*]}" >&2
 }
 
 no_jobs() {
-    [[ -z $(squeue -h -o %i 2>/dev/null) ]]
+    [[ -z $(timeout 3 squeue -h -o %i 2>/dev/null) ]]
 }
 
 up() {
@@ -198,9 +210,12 @@ up() {
 }
 
 status() {
-    daemons_run || fail "not all of munged, slurmctld, slurmd-n1, slurmd-n2 run: $(grep -h -E 'fatal|error' "$log_dir"/slurm*.log "$log_dir/munged.log" | tail -n 3)"
-    cluster_ready || fail "not ready: $(node_states | tr '\n' ' '); see $log_dir/slurm*.log"
-    say "$(sinfo -V), $(node_states | tr '\n' ' ')"
+    local dead
+    dead=$(dead_daemons)
+    [[ -z $dead ]] || fail "not running: $dead- $(last_error "${dead%% *}")"
+    cluster_ready || fail "not ready: $(node_states | tr '
+' ' ')- see $log_dir/slurmctld.log"
+    say "$(sinfo -V), $(node_states | paste -s -d,)"
 }
 
 down() {

@@ -72,7 +72,7 @@ def open_run(
     if counts is None and not force:
         _refuse_existing(output)
     if write:
-        if counts is not None and force:
+        if counts is not None and not options.retry_failed:
             _start_anew(run)
             resumed = False
         write_plan(plan, run)

@@ -43,6 +43,7 @@ class RunOptions:
     top_k: int | None = None
     allow_cpu: bool = False
     engine_url: str | None = None
+    engine_wait: float = 300.0
     load_timeout: float = 1800.0
     retry_failed: bool = False
 

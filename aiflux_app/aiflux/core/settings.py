@@ -215,6 +215,12 @@ SETTINGS: tuple[Setting, ...] = (
         env="AIFLUX_ALLOW_CPU",
     ),
     _run("engine_url", _url, None, "use this engine, which is already up", env="AIFLUX_ENGINE_URL"),
+    _run(
+        "engine_wait",
+        _number(0),
+        300.0,
+        "seconds to wait for an engine at --engine-url that does not answer",
+    ),
     _run("load_timeout", _number(1), 1800.0, "seconds that loading the model may take"),
     _run("retry_failed", _boolean, False, "try failed requests of an earlier start again"),
     _slurm("account", _text, None, "account to charge", env="SLURM_ACCOUNT"),

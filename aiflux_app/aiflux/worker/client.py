@@ -134,12 +134,16 @@ class Client:
         with self._lock:
             self._exchanges.add(exchange)
         try:
-            return self._send(self._request(url, payload))
+            answer = self._send(self._request(url, payload))
         except (requests.RequestException, HTTPError, OSError) as error:
             raise self._explain(exchange, error) from error
         finally:
             with self._lock:
                 self._exchanges.discard(exchange)
+        if exchange.verdict is not None:
+            # A socket that was shut down among the headers looks like a whole, empty answer.
+            raise self._explain(exchange, OSError("shut down"))
+        return answer
 
     def abort(self) -> None:
         """End every exchange under way; their requests count as not attempted."""

@@ -23,7 +23,6 @@ from aiflux.worker.scheduler import Lane, Scheduler
 from aiflux.worker.server import Server, engine_environment
 
 RESTARTS_WITHOUT_PROGRESS = 3
-FOREIGN_PATIENCE = 300.0
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
 _PROBE_TIMEOUT = 5.0

@@ -33,7 +33,6 @@ from aiflux.worker import sizing
 from aiflux.worker.client import Client
 from aiflux.worker.devices import gpu_names, group, visible_devices
 from aiflux.worker.engines import (
-    FOREIGN_PATIENCE,
     BundledEngine,
     Engine,
     EngineSettings,
@@ -135,7 +134,8 @@ class _ShardWork:
         self.context = context
         path = run.journal(shard.index)
         index = scan_journal(path)
-        self.source = Source(plan, shard, index, JournalReader(path, index))
+        self.reader = JournalReader(path, index)
+        self.source = Source(plan, shard, index, self.reader)
         completed, failed = self.source.count_done()
         self.stats = Stats(shard.requests, completed, failed)
         self.status = Status(run.status(shard.index), plan, shard.index)
@@ -161,6 +161,7 @@ class _ShardWork:
             self._end("failed", error)
             raise
         finally:
+            self.reader.close()
             self.context.reporter.close()
 
     def _process(self) -> None:
@@ -320,7 +321,7 @@ class _ModelWork:
         options = self.plan.options
         make_client = self._client_maker()
         if options.engine_url is not None:
-            return [ForeignEngine(options.engine_url, make_client, FOREIGN_PATIENCE)]
+            return [ForeignEngine(options.engine_url, make_client, options.engine_wait)]
         devices = visible_devices(self.context.environ)
         self._refuse_cpu_image(devices)
         if devices and options.gpus_per_engine > len(devices):

@@ -1,0 +1,249 @@
+"""An engine on a real socket that does what a request's prompt tells it to.
+
+The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
+first N requests with that text meet the fault, later ones an answer. Faults: ``500 502 503 504 408
+425 429 400 404 reset hang cut html notjson array empty error drip headers die``; everything else is
+answered with an echo. ``die`` ends the server as a crash would; ``start`` brings it back.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+_STATUSES = {"400", "404", "408", "422", "425", "429", "500", "501", "502", "503", "504"}
+
+
+class FaultyEngine:
+    """The server; a context manager.
+
+    Attributes:
+        seen: how often each prompt came.
+        bodies: every body that came, in order.
+        most: the most requests that were in progress at once.
+    """
+
+    def __init__(self, delay: float = 0.0, retry_after: str | None = None) -> None:
+        self.delay = delay
+        self.retry_after = retry_after
+        self.seen: Counter[str] = Counter()
+        self.times: dict[str, list[float]] = {}
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.active = 0
+        self.most = 0
+        self.lock = threading.Lock()
+        self.released = threading.Event()
+        self.died = threading.Event()
+        self.port = 0
+        self._sockets: set[socket.socket] = set()
+        self._server: _Server | None = None
+
+    def __enter__(self) -> FaultyEngine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Listen, on the same port as before where there was one."""
+        self.died.clear()
+        self._server = _Server(("127.0.0.1", self.port), _Handler)
+        self._server.engine = self
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Close the door and every connection, as the kernel does for a dead process."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+        with self.lock:
+            sockets = list(self._sockets)
+        for each in sockets:
+            _reset(each)
+        self.died.set()
+
+    def note(self, connection: socket.socket, opened: bool) -> None:
+        with self.lock:
+            (self._sockets.add if opened else self._sockets.discard)(connection)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+    allow_reuse_address = True
+    engine: FaultyEngine
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Broken connections are this server's trade."""
+
+
+def _reset(connection: socket.socket) -> None:
+    """Close with RST rather than FIN."""
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.shutdown(socket.SHUT_RD)
+        connection.close()
+    except OSError:
+        pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Be quiet."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.engine.note(self.connection, True)
+
+    def finish(self) -> None:
+        self.server.engine.note(self.connection, False)
+        super().finish()
+
+    def do_GET(self) -> None:
+        self._send(200, json.dumps({"object": "list", "data": []}).encode())
+
+    def do_POST(self) -> None:
+        engine = self.server.engine
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = _text(body)
+        with engine.lock:
+            engine.seen[text] += 1
+            time_now = time.monotonic()
+            engine.times.setdefault(text, []).append(time_now)
+            engine.bodies.append(body)
+            engine.headers.append(dict(self.headers.items()))
+            count = engine.seen[text]
+            engine.active += 1
+            engine.most = max(engine.most, engine.active)
+        try:
+            if engine.delay:
+                time.sleep(engine.delay)
+            self._act(_fault(text, count), body, text)
+        finally:
+            with engine.lock:
+                engine.active -= 1
+
+    def _act(self, fault: str, body: dict[str, Any], text: str) -> None:
+        if fault in _STATUSES:
+            error = {"error": {"message": f"told to say {fault}", "type": "test"}}
+            self._send(int(fault), json.dumps(error).encode())
+        elif fault:
+            getattr(self, f"_{fault}")(body, text)
+        else:
+            self._send(200, _answer(self.path, body, text))
+
+    def _reset(self, body: dict[str, Any], text: str) -> None:
+        _reset(self.connection)
+
+    def _hang(self, body: dict[str, Any], text: str) -> None:
+        self.server.engine.released.wait()
+
+    def _cut(self, body: dict[str, Any], text: str) -> None:
+        answer = _answer(self.path, body, text)
+        self._head(200, len(answer))
+        self.wfile.write(answer[: len(answer) // 2])
+        self.close_connection = True
+
+    def _html(self, body: dict[str, Any], text: str) -> None:
+        self._send(200, b"<html><body>Bad Gateway</body></html>", "text/html")
+
+    def _notjson(self, body: dict[str, Any], text: str) -> None:
+        self._send(200, b'{"choices": [')
+
+    def _array(self, body: dict[str, Any], text: str) -> None:
+        self._send(200, b"[]")
+
+    def _empty(self, body: dict[str, Any], text: str) -> None:
+        message = {"role": "assistant", "content": ""}
+        choice = {"index": 0, "message": message, "finish_reason": None}
+        self._send(200, json.dumps({"choices": [choice]}).encode())
+
+    def _error(self, body: dict[str, Any], text: str) -> None:
+        self._send(200, json.dumps({"error": {"message": "broke in mid-generation"}}).encode())
+
+    def _drip(self, body: dict[str, Any], text: str) -> None:
+        answer = _answer(self.path, body, text)
+        self._head(200, len(answer))
+        for byte in answer:
+            if self.server.engine.released.wait(0.2):
+                return
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+
+    def _headers(self, body: dict[str, Any], text: str) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for _ in range(1000):
+            if self.server.engine.released.wait(0.2):
+                return
+            self.wfile.write(b"X-Slow: 1\r\n")
+            self.wfile.flush()
+
+    def _die(self, body: dict[str, Any], text: str) -> None:
+        threading.Thread(target=self.server.engine.stop, daemon=True).start()
+        self.server.engine.died.wait()
+
+    def _head(self, status: int, size: int, kind: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(size))
+        retry_after = self.server.engine.retry_after
+        if retry_after is not None and status in (429, 503):
+            self.send_header("Retry-After", retry_after)
+        self.end_headers()
+
+    def _send(self, status: int, content: bytes, kind: str = "application/json") -> None:
+        self._head(status, len(content), kind)
+        self.wfile.write(content)
+
+
+def _text(body: dict[str, Any]) -> str:
+    if "messages" in body:
+        return str(body["messages"][-1]["content"])
+    return str(body.get("prompt", body.get("input")))
+
+
+def _fault(text: str, count: int) -> str:
+    """Return the fault that the ``count``-th request with this text meets."""
+    for word in text.split():
+        name, star, times = word.partition("*")
+        if name in _STATUSES or hasattr(_Handler, f"_{name}"):
+            limit = int(times) if star and times.isdigit() else 1_000_000
+            if count <= limit:
+                return name
+            count -= limit
+    return ""
+
+
+def _answer(path: str, body: dict[str, Any], text: str) -> bytes:
+    usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    answer: dict[str, Any] = {"id": "x", "created": 1, "model": body.get("model"), "usage": usage}
+    if path == "/v1/embeddings":
+        vector = {"object": "embedding", "index": 0, "embedding": [0.5, -0.25]}
+        answer |= {"object": "list", "data": [vector]}
+    elif path == "/v1/completions":
+        choice = {"index": 0, "text": f"echo {text}", "finish_reason": "stop", "logprobs": None}
+        answer |= {"object": "text_completion", "choices": [choice]}
+    else:
+        message = {"role": "assistant", "content": f"echo {text}"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        answer |= {"object": "chat.completion", "choices": [choice]}
+    return json.dumps(answer).encode()

@@ -1,0 +1,322 @@
+"""The worker against an engine with faults, over a real socket."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.journal import scan_journal
+from aiflux.errors import ExitCode
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.helpers import request_line
+from tests.unit.working import Working
+
+
+def contents(working: Working) -> list[str | None]:
+    return [
+        entry["output"] and entry["output"]["choices"][0]["message"]["content"]
+        for entry in working.results
+    ]
+
+
+def test_every_request_is_answered_in_input_order(awkward: Path) -> None:
+    prompts = [f"prompt {index}" for index in range(200)]
+    with FaultyEngine() as engine:
+        working = Working(awkward, engine.url).prompts(*prompts)
+        assert working.run() is ExitCode.OK
+    assert contents(working) == [f"echo {prompt}" for prompt in prompts]
+    assert set(engine.seen.values()) == {1}
+    entry = working.results[0]
+    assert entry["input"] == json.loads(working.input.read_text(encoding="utf-8").splitlines()[0])
+    assert entry["metadata"]["model"] == "m:1"
+    assert entry["metadata"]["attempts"] == 1
+    assert entry["metadata"]["timestamp"].endswith("Z")
+    assert entry["metadata"]["processing_time"] >= 0
+    assert working.status["status"] == "completed"
+    assert working.status["request_counts"] == {"total": 200, "completed": 200, "failed": 0}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["408*2", "425*2", "429*2", "500*2", "502*2", "503*2", "504*2", "reset*2", "cut*2", "html*2",
+     "notjson*2", "array*2", "empty*2", "error*2"],
+)  # fmt: skip
+def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: str) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts(fault, "fine")
+        assert working.run() is ExitCode.OK
+    assert contents(working) == [f"echo {fault}", "echo fine"]
+    assert [entry["metadata"]["attempts"] for entry in working.results] == [3, 1]
+    assert engine.seen[fault] == 3
+
+
+@pytest.mark.parametrize("status", ["400", "404", "422", "501"])
+def test_a_permanent_error_is_sent_once(tmp_path: Path, status: str) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts(status, "fine")
+        assert working.run() is ExitCode.FAILURES
+    assert engine.seen[status] == 1
+    failed, answered = working.results
+    assert failed["output"] is None
+    assert failed["error"] == {
+        "code": f"http_{status}",
+        "message": f"told to say {status}",
+        "status": int(status),
+    }
+    assert "error" not in answered
+    assert working.error is not None
+    assert "1 of 2 requests failed" in working.error.message
+
+
+def test_retries_come_to_an_end(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, max_retries=2).prompts("500")
+        assert working.run() is ExitCode.FAILURES
+    assert engine.seen["500"] == 3
+    assert working.results[0]["metadata"]["attempts"] == 3
+    assert working.results[0]["error"]["code"] == "http_500"
+
+
+@pytest.mark.parametrize("limit", ["1", "50%"])
+def test_failures_that_are_allowed(tmp_path: Path, limit: str) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, max_failures=limit).prompts("400", "fine")
+        assert working.run() is ExitCode.OK
+
+
+def test_retry_after_is_honoured(tmp_path: Path) -> None:
+    with FaultyEngine(retry_after="1") as engine:
+        working = Working(tmp_path, engine.url).prompts("429*1")
+        assert working.run() is ExitCode.OK
+    first, second = engine.times["429*1"]
+    assert second - first >= 1.0
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip", "headers"])
+def test_nothing_outlives_its_deadline(tmp_path: Path, fault: str) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, request_timeout=0.5, max_retries=1)
+        working.prompts(f"{fault}*1", fault, "fine")
+        began = time.monotonic()
+        assert working.run() is ExitCode.FAILURES
+        assert time.monotonic() - began < 20
+    outcome = {e["input"]["custom_id"]: e.get("error", {}).get("code") for e in working.results}
+    assert outcome == {f"0:{fault}*1": None, f"1:{fault}": "timeout", "2:fine": None}
+
+
+def test_an_engine_that_dies_and_comes_back_costs_no_attempt(tmp_path: Path) -> None:
+    with FaultyEngine(delay=0.02) as engine:
+        working = Working(tmp_path, engine.url, concurrency=4)
+        working.prompts(*(f"a{i}" for i in range(10)), "die*1", *(f"b{i}" for i in range(10)))
+
+        def revive() -> None:
+            engine.died.wait(10)
+            time.sleep(0.3)
+            engine.start()
+
+        thread = threading.Thread(target=revive)
+        thread.start()
+        assert working.run() is ExitCode.OK
+        thread.join()
+    assert len(working.results) == 21
+    assert {entry["metadata"]["attempts"] for entry in working.results} == {1}
+
+
+def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        url = engine.url
+    working = Working(tmp_path, url, engine_wait=0.5).prompts("x")
+    assert working.run() is ExitCode.ENGINE
+    assert not working.output.exists()
+    assert working.status["status"] == "failed"
+
+
+def test_a_stop_drains_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    prompts = [f"p{index}" for index in range(40)]
+    with FaultyEngine(delay=0.1) as engine:
+        working = Working(tmp_path, engine.url, concurrency=4).prompts(*prompts)
+        threading.Timer(0.45, working.stopper.stop, ["a test"]).start()
+        assert working.run() is ExitCode.STOPPED
+        assert not working.output.exists()
+        assert working.status["status"] == "cancelled"
+        done = scan_journal(working.journal).done
+        assert 0 < done < 40
+        assert sum(engine.seen.values()) == done, "what was in flight was let finish"
+        again = Working(tmp_path, engine.url, concurrency=4)
+        assert again.run() is ExitCode.OK
+    assert contents(again) == [f"echo {prompt}" for prompt in prompts]
+    assert set(engine.seen.values()) == {1}
+
+
+def test_what_outlives_the_grace_time_was_not_attempted(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, drain_seconds=0.2).prompts("hang*1", "fine")
+        threading.Timer(0.3, working.stopper.stop, ["a test"]).start()
+        assert working.run() is ExitCode.STOPPED
+        assert scan_journal(working.journal).done == 1
+        again = Working(tmp_path, engine.url)
+        assert again.run() is ExitCode.OK
+    assert [entry["metadata"]["attempts"] for entry in again.results] == [1, 1]
+
+
+def test_nothing_is_admitted_that_cannot_end_before_the_deadline(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("a", "b")
+        working.deadline = time.time() + 5
+        assert working.run() is ExitCode.STOPPED
+        assert not engine.seen
+    assert working.error is not None
+    assert "time is nearly over" in working.error.message
+
+
+def test_an_edited_input_runs_only_what_changed(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("a", "b", "c")
+        assert working.run() is ExitCode.OK
+        working.prompts("a", "B", "c", "d")
+        assert working.run() is ExitCode.USAGE, "the output is there"
+        assert working.run(force=True) is ExitCode.OK
+    assert dict(engine.seen) == {"a": 1, "b": 1, "c": 1, "B": 1, "d": 1}
+    assert contents(working) == ["echo a", "echo B", "echo c", "echo d"]
+
+
+def test_a_finished_run_sends_nothing_more(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("a")
+        assert working.run() is ExitCode.OK
+        assert working.open().finished
+        assert working.open().counts == {"total": 1, "completed": 1, "failed": 0}
+        assert working.run(force=True) is ExitCode.OK
+    assert engine.seen["a"] == 2
+
+
+def test_failed_requests_can_be_tried_again(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, max_retries=0).prompts("500*1", "fine")
+        assert working.run() is ExitCode.FAILURES
+        again = Working(tmp_path, engine.url, max_retries=0, retry_failed=True)
+        assert again.run() is ExitCode.OK
+    assert dict(engine.seen) == {"500*1": 2, "fine": 1}
+
+
+def test_other_parameters_are_refused_unless_mixing_is_meant(tmp_path: Path) -> None:
+    with FaultyEngine(delay=0.05) as engine:
+        working = Working(tmp_path, engine.url, concurrency=1, temperature=0.1)
+        working.prompts("a", "b", "c", "d", "e", "f")
+        threading.Timer(0.12, working.stopper.stop, ["a test"]).start()
+        assert working.run() is ExitCode.STOPPED
+        other = Working(tmp_path, engine.url, temperature=0.9)
+        assert other.run() is ExitCode.USAGE
+        assert other.error is not None
+        assert "temperature 0.1" in other.error.message
+        assert "temperature 0.9" in other.error.message
+        assert other.run(force_resume=True) is ExitCode.OK
+    assert len(other.results) == 6
+
+
+def test_the_body_goes_out_as_it_came(tmp_path: Path) -> None:
+    body = {
+        "model": "m:1",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "ü"}], "name": "n"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "response_format": {"type": "json_object"},
+        "seed": 12345678901234567890123,
+        "logprobs": True,
+        "future_field": {"nested": [None, 1.5, "\u2028"]},
+    }
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url)
+        working.input.write_text(request_line("a", body=body) + "\n", encoding="utf-8")
+        assert working.run() is ExitCode.OK
+    assert engine.bodies == [body]
+
+
+def test_only_absent_fields_are_filled_in(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        options = {"model": "m:1", "temperature": 0.5, "max_tokens": 9}
+        working = Working(tmp_path, engine.url, **options)
+        messages = [{"role": "user", "content": "x"}]
+        lines = [
+            request_line("a", body={"messages": messages}),
+            request_line("b", body={"messages": messages, "temperature": 1, "max_tokens": 3}),
+            request_line("c", body={"messages": messages, "stream": True, "stream_options": {}}),
+            request_line("d", url="/v1/embeddings", body={"input": "x"}),
+        ]
+        working.input.write_text("\n".join(lines), encoding="utf-8")
+        assert working.run() is ExitCode.OK
+    filled = {"model": "m:1", "temperature": 0.5, "max_tokens": 9, "messages": messages}
+    assert filled in engine.bodies
+    assert {**filled, "temperature": 1, "max_tokens": 3} in engine.bodies
+    assert {**filled, "stream": False} in engine.bodies
+    assert {"model": "m:1", "input": "x"} in engine.bodies
+
+
+def test_the_key_is_sent_and_stands_nowhere(tmp_path: Path) -> None:
+    from aiflux.worker.run import Context, work
+
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("a")
+        opened = working.open()
+        context = Context(working.reporter, working.stopper, api_key="secret-key")
+        work(opened.plan, opened.run, 0, context)
+    assert engine.headers[0]["Authorization"] == "Bearer secret-key"
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"secret-key" not in path.read_bytes()
+
+
+def test_own_metadata_is_merged_and_does_not_hide_ours(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url)
+        body = {"model": "m:1", "messages": [{"role": "user", "content": "x"}]}
+        line = request_line("a", body=body, metadata={"row": 7, "model": "mine"})
+        working.input.write_text(line, encoding="utf-8")
+        assert working.run() is ExitCode.OK
+    assert working.results[0]["metadata"]["row"] == 7
+    assert working.results[0]["metadata"]["model"] == "m:1"
+
+
+def test_several_models_are_processed_one_after_another(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url)
+        lines = [
+            request_line(f"r{i}", body={"model": f"m:{i % 2}", "messages": [{"content": f"{i}"}]})
+            for i in range(20)
+        ]
+        working.input.write_text("\n".join(lines), encoding="utf-8")
+        assert working.run() is ExitCode.OK
+    assert [body["model"] for body in engine.bodies] == ["m:0"] * 10 + ["m:1"] * 10
+    assert [entry["metadata"]["model"] for entry in working.results[:2]] == ["m:0", "m:1"]
+
+
+def test_a_second_worker_on_the_same_run_is_refused(tmp_path: Path) -> None:
+    with FaultyEngine(delay=0.3) as engine:
+        first = Working(tmp_path, engine.url, concurrency=1).prompts("a", "b", "c")
+        thread = threading.Thread(target=first.run)
+        thread.start()
+        time.sleep(0.3)
+        second = Working(tmp_path, engine.url)
+        assert second.run() is ExitCode.USAGE
+        assert second.error is not None
+        assert "is in use by process" in second.error.message
+        thread.join()
+    assert len(first.results) == 3
+
+
+def test_the_answer_stands_in_the_output_byte_for_byte(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, output="out.jsonl", max_failures="100%")
+        working.prompts("a", "400", "b")
+        assert working.run() is ExitCode.OK
+    answered = [json.loads(line) for line in working.output.read_text().splitlines()]
+    assert [entry["custom_id"] for entry in answered] == ["0:a", "2:b"]
+    assert answered[0]["response"]["status_code"] == 200
+    assert answered[0]["response"]["body"]["choices"][0]["message"]["content"] == "echo a"
+    assert answered[0]["error"] is None
+    failed = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+    assert [entry["custom_id"] for entry in failed] == ["1:400"]
+    assert failed[0]["response"]["status_code"] == 400
+    assert failed[0]["error"]["code"] == "http_400"

@@ -1,0 +1,88 @@
+"""Runs the worker in this process against an engine, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.opening import OpenedRun, open_run
+from aiflux.core.options import RunOptions
+from aiflux.errors import AifluxError, ExitCode
+from aiflux.worker.run import Context, work
+from aiflux.worker.stats import Stats
+from aiflux.worker.stopper import Stopper
+from tests.unit.helpers import request_line
+
+
+class Quiet:
+    """A reporter that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def show(self, stats: Stats, *, final: bool = False) -> None:
+        pass
+
+    def pull(self, step: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Working:
+    """One run in a directory: its input, its options, and what came of it."""
+
+    def __init__(self, directory: Path, url: str, output: str = "out.json", **options: Any) -> None:
+        self.input = directory / "in.jsonl"
+        self.output = directory / output
+        self.reporter = Quiet()
+        self.stopper = Stopper()
+        self.deadline: float | None = None
+        fast = {"retry_delay": 0.01, "request_timeout": 5.0, "drain_seconds": 1.0}
+        self.options: dict[str, Any] = {"engine_url": url, **fast, **options}
+
+    def prompts(self, *prompts: str, **body: Any) -> Working:
+        """Write the input: one chat request for each prompt, named by it and its place."""
+        lines = []
+        for index, prompt in enumerate(prompts):
+            messages = [{"role": "user", "content": prompt}]
+            content = {"model": "m:1", "messages": messages, **body}
+            lines.append(request_line(f"{index}:{prompt}", body=content))
+        self.input.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return self
+
+    def open(self, **more: Any) -> OpenedRun:
+        return open_run(self.input, self.output, RunOptions(**self.options), None, **more)
+
+    def run(self, **more: Any) -> ExitCode:
+        """Open and work; return the exit code that the CLI would give."""
+        self.context = Context(self.reporter, self.stopper, deadline=self.deadline)
+        try:
+            opened = self.open(**more)
+            if not opened.finished:
+                work(opened.plan, opened.run, 0, self.context)
+        except AifluxError as error:
+            self.error: AifluxError | None = error
+            return error.exit_code
+        self.error = None
+        return ExitCode.OK
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        content: list[dict[str, Any]] = json.loads(self.output.read_text(encoding="utf-8"))
+        return content
+
+    @property
+    def journal(self) -> Path:
+        return self.output.with_name(self.output.name + ".aiflux") / "journal" / "shard-0000.jsonl"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        path = self.output.with_name(self.output.name + ".aiflux") / "status" / "shard-0000.json"
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content

@@ -1,0 +1,131 @@
+"""``#SBATCH`` lines: their values, their quoting, and what users may add to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from aiflux.core.config import SlurmConfig
+from aiflux.errors import ConfigError
+
+SIGNAL_SECONDS = 90
+
+_PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./%-]+\Z")
+_OWN = {
+    "account", "partition", "qos", "gpus-per-node", "gres", "constraint", "time", "mem",
+    "cpus-per-task",
+}  # fmt: skip
+_MANAGED = {
+    "array", "chdir", "error", "export", "export-file", "get-user-env", "help", "hold", "input",
+    "no-requeue", "nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "open-mode", "output",
+    "parsable", "quiet", "requeue", "signal", "test-only", "uid", "gid", "usage", "verbose",
+    "version", "wait", "workdir", "wrap",
+}  # fmt: skip
+_OWN_ALIASES = {"gpus": "gpus_per_node", "gpus-per-task": "gpus_per_node"}
+
+
+def directive(name: str, value: str | int | None) -> str:
+    """Return one ``#SBATCH`` line; a value of ``""`` makes a flag.
+
+    Quoting follows sbatch's own parser (``get_argument`` in Slurm's src/sbatch/opt.c), which is
+    no shell: a backslash escapes inside both kinds of quotes, and ``#`` begins a comment.
+    """
+    text = str(value)
+    if text == "":
+        return f"#SBATCH --{name}"
+    if not _PLAIN.match(text):
+        text = '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return f"#SBATCH --{name}={text}"
+
+
+def log_pattern(folder: Path, name: str = "slurm-%j.out") -> str:
+    r"""Return the value of ``--output`` for logs in ``folder``.
+
+    Slurm replaces ``%`` symbols unless the path holds a backslash anywhere
+    (``fname_create`` in Slurm's src/slurmd/common/fname.c): such a folder gets one log,
+    ``slurm.out``, that every start appends to.
+    """
+    if "\\" in str(folder):
+        return str(folder / "slurm.out").replace("\\", "\\\\")
+    return str(folder).replace("%", "%%") + "/" + name
+
+
+def log_file(folder: Path, job_id: str) -> Path:
+    """Return the log that ``log_pattern(folder)`` means for a job."""
+    return folder / ("slurm.out" if "\\" in str(folder) else f"slurm-{job_id}.out")
+
+
+def job_directives(name: str, slurm: SlurmConfig, log: Path | None) -> Iterator[str]:
+    """Yield the ``#SBATCH`` lines of a job.
+
+    Args:
+        slurm: checked (see ``SlurmConfig.checked``).
+        log: folder of the logs; None leaves Slurm's default.
+
+    Raises:
+        ConfigError: an extra option is one that AI-Flux sets itself.
+    """
+    extra = checked_extras(slurm.sbatch_arg)
+    wanted: dict[str, str | int | None] = {
+        "job-name": name,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "nodes": slurm.nodes,
+        "ntasks": 1,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": None if {"mem-per-cpu", "mem-per-gpu"} & extra.keys() else slurm.mem,
+        "gres": slurm.gres,
+        "gpus-per-node": None if slurm.gres or not wants_gpus(slurm) else slurm.gpus_per_node,
+        "constraint": slurm.constraint,
+        "time": slurm.time,
+        "output": None if log is None else log_pattern(log),
+        "open-mode": "append",
+        "requeue": "",
+        "signal": f"B:USR1@{SIGNAL_SECONDS}",
+    }
+    wanted.update(extra)
+    return (directive(key, value) for key, value in wanted.items() if value is not None)
+
+
+def wants_gpus(slurm: SlurmConfig) -> bool:
+    """Return whether a job asks for GPUs (generic resources are taken to be GPUs)."""
+    return slurm.gres is not None or str(slurm.gpus_per_node) != "0"
+
+
+def checked_extras(extras: Mapping[str, str]) -> dict[str, str]:
+    """Return the user's further sbatch options.
+
+    Raises:
+        ConfigError: one of them is no long option, or AI-Flux sets it itself.
+    """
+    for key in extras:
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
+            raise ConfigError(
+                f"sbatch_arg {key!r} is not the long name of an sbatch option",
+                "write it as in --comment=TEXT, without the dashes: comment=TEXT",
+            )
+        _refuse_own(key)
+        _refuse_managed(key)
+    return dict(extras)
+
+
+def _refuse_own(key: str) -> None:
+    own = _OWN_ALIASES.get(key) or (key if key in _OWN else None)
+    if own:
+        field = own.replace("-", "_")
+        raise ConfigError(
+            f"sbatch_arg {key!r} has a setting of its own",
+            f"use --{field.replace('_', '-')} ({field} in aiflux.yaml)",
+        )
+
+
+def _refuse_managed(key: str) -> None:
+    # sbatch takes any unambiguous beginning of an option's name.
+    managed = sorted(name for name in _MANAGED | _OWN if name.startswith(key))
+    if managed:
+        raise ConfigError(
+            f"sbatch_arg {key!r} is refused: AI-Flux sets --{managed[0]} itself",
+            "leave it out; a job of your own making: sbatch [options] slurm/run.sbatch INPUT",
+        )

@@ -1,0 +1,221 @@
+# shellcheck shell=bash disable=SC2154
+# What every job does: the models are made sure of with the network, then the work is done
+# without it. Needs bash 4.2, and from the lines above:
+#   image, input, output_dir, run_dir   absolute paths
+#   models_dir                          absolute path; empty when the engine is elsewhere
+#   shard                               index of the shard to work on
+#   gpu_flags, modules, prepare_args    arrays
+#   site_setup                          a function with the site's own lines
+
+runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
+child='' pending='' signals=0   # the container's pid, a signal it has not had yet, their number
+seal=() sealed=0 mounts=()
+
+say() {
+    printf 'aiflux: %s\n' "$1" >&2
+}
+
+# give_up WHAT REMEDY: nothing was sent.
+give_up() {
+    printf 'error: %s\n  -> %s\n' "$1" "$2" >&2
+    exit 2
+}
+
+# --- signals: forwarded to the container, once each -------------------------------------------
+
+on_signal() {
+    signals=$((signals + 1))
+    pending=$1
+    deliver
+}
+
+# The container may not be there yet when the signal comes; then it gets it as soon as it is.
+deliver() {
+    local signal=$pending
+    [[ -n $child && -n $signal ]] || return 0
+    pending=''
+    kill -s "$signal" "$child" 2>/dev/null
+}
+
+# Returns the child's own exit code. A trap makes `wait` return early with 128 + signal, so a
+# code counts only when no trap ran meanwhile; bash remembers the code of a child that is gone.
+wait_for_child() {
+    local seen=-1 code=0
+    while ((seen != signals)); do
+        seen=$signals
+        wait "$child"
+        code=$?
+    done
+    child=''
+    # The runtime itself can die of a signal that comes before it forwards any.
+    ((signals == 0 || code <= 128)) || code=5
+    return "$code"
+}
+
+# --- the container ----------------------------------------------------------------------------
+
+load_modules() {
+    local file
+    ((${#modules[@]})) || return 0
+    # A batch shell is no login shell: `module` may not be defined yet.
+    for file in /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh /etc/profile.d/modules.sh; do
+        type module >/dev/null 2>&1 && break
+        # shellcheck disable=SC1090 # the site's file
+        [[ ! -r $file ]] || . "$file"
+    done
+    module load "${modules[@]}"
+}
+
+find_runtime() {
+    if runtime=$(type -P apptainer); then
+        prefix=APPTAINER
+    elif runtime=$(type -P singularity); then
+        prefix=SINGULARITY
+    else
+        give_up "neither apptainer nor singularity is on PATH on $HOSTNAME" \
+            "name the site's module in aiflux.yaml (slurm: modules: [apptainer]), or load it before sbatch"
+    fi
+}
+
+# /tmp, /var/tmp and HOME of the container lie here.
+make_scratch() {
+    trap '[[ -z $scratch ]] || rm -rf -- "$scratch"' EXIT
+    scratch=$(mktemp -d -- "${TMPDIR:-/tmp}/aiflux.XXXXXXXX") ||
+        give_up "no private directory could be made under ${TMPDIR:-/tmp} on $HOSTNAME" \
+            "set TMPDIR to a directory of the node that you may write to"
+}
+
+# bind PATH [ro]: at the same path inside. --mount reads CSV; --bind would split at , and :
+bind() {
+    local path=${1//\"/\"\"}
+    mounts+=(--mount "type=bind,\"source=$path\",\"destination=$path\"${2:+,$2}")
+}
+
+# bind_all [ro]: with the models read-only or not. A folder comes before what lies in it.
+bind_all() {
+    mounts=()
+    if [[ -z $models_dir ]]; then
+        bind "$output_dir"
+    elif [[ $output_dir/ == "$models_dir"/* ]]; then
+        bind "$models_dir" "$@"
+        bind "$output_dir"
+    else
+        bind "$output_dir"
+        bind "$models_dir" "$@"
+    fi
+    bind "$input" ro
+}
+
+stop_if_asked() {
+    ((signals)) || return 0
+    say "stopped by a signal before the work began; the same job goes on when it is run again"
+    exit 5
+}
+
+# run_container ARGUMENT...: in the background, because bash runs no trap while it waits for a
+# command in the foreground.
+run_container() {
+    stop_if_asked
+    "$runtime" run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} ${seal[@]+"${seal[@]}"} \
+        --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" "$image" "$@" &
+    child=$!
+    deliver
+    wait_for_child
+}
+
+# --- the container's environment: by name, as --env would split at commas ---------------------
+
+put() {
+    export "${prefix}ENV_$1=$2"
+}
+
+pass() {
+    local name
+    for name in "$@"; do
+        [[ -z ${!name+set} ]] || put "$name" "${!name}"
+    done
+}
+
+unpass() {
+    local name
+    for name in "$@"; do
+        unset "${prefix}ENV_$name"
+    done
+}
+
+proxies=(http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY)
+
+pass_environment() {
+    local name
+    # Values go in as they are: nothing in them is evaluated.
+    export "${prefix}_NO_EVAL=1"
+    for name in "${!AIFLUX_@}"; do
+        case $name in
+            AIFLUX_*_DIR | AIFLUX_IMAGE | AIFLUX_SITE_CONFIG | AIFLUX_SEALED) ;; # of the host
+            *) pass "$name" ;;
+        esac
+    done
+    pass CUDA_VISIBLE_DEVICES SLURM_JOB_ID SLURM_JOB_NAME SLURM_RESTART_COUNT \
+        SLURM_ARRAY_TASK_ID SLURMD_NODENAME SLURM_CPUS_PER_TASK SLURM_JOB_GPUS SLURM_JOB_END_TIME
+    [[ -z $models_dir ]] || put AIFLUX_MODELS_DIR "$models_dir"
+    put LANG C.UTF-8
+}
+
+# Older Slurms do not export the time at which the job will be ended (Unix time).
+find_end_time() {
+    local end
+    [[ -z ${SLURM_JOB_END_TIME:-} && -n ${SLURM_JOB_ID:-} ]] || return 0
+    end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null) || return 0
+    [[ $end == [0-9]*T* ]] && SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+}
+
+# --- the two steps ----------------------------------------------------------------------------
+
+# With the network, the models directory writable.
+prepare() {
+    seal=()
+    unpass AIFLUX_SEALED
+    pass "${proxies[@]}"
+    [[ -z $models_dir ]] || mkdir -p -- "$models_dir" ||
+        give_up "the models directory $models_dir cannot be made" "set AIFLUX_MODELS_DIR"
+    bind_all
+    run_container "${prepare_args[@]}"
+}
+
+# Loopback only, where the node can do that and the engine is in the container.
+choose_seal() {
+    local words
+    [[ -n $models_dir ]] || return 0
+    if words=$("$runtime" exec --net --network none "$image" true 2>&1); then
+        seal=(--net --network none)
+        sealed=1
+    else
+        say "this node cannot take the network from a container; going on with it (${words##*$'\n'})"
+    fi
+}
+
+work() {
+    local deadline=()
+    unpass "${proxies[@]}"
+    choose_seal
+    put AIFLUX_SEALED "$sealed"
+    [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")
+    bind_all ro
+    run_container --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
+}
+
+main() {
+    trap 'on_signal TERM' TERM
+    trap 'on_signal INT' INT
+    trap 'on_signal USR1' USR1
+    load_modules
+    site_setup
+    find_runtime
+    make_scratch
+    find_end_time
+    pass_environment
+    prepare || exit
+    work
+}
+
+main

@@ -1,0 +1,90 @@
+# shellcheck shell=bash disable=SC2034
+# Usage: sbatch [SBATCH OPTIONS] slurm/run.sbatch INPUT [OUTPUT] [WORKER OPTIONS]
+#   INPUT    requests, OpenAI Batch JSONL
+#   OUTPUT   *.json or *.jsonl; INPUT's stem and .results.json in the current directory if left out
+#   options  of the worker, such as --model llama3.2:3b
+# Environment: AIFLUX_IMAGE, AIFLUX_MODELS_DIR, AIFLUX_DATA_DIR, AIFLUX_CONTAINERS_DIR and what
+# `aiflux run` reads for a run (MODEL_NAME, TEMPERATURE, ...).
+
+# usage WHAT [REMEDY]
+usage() {
+    printf 'error: %s\n  -> %s\n' "$1" \
+        "${2:-usage: sbatch slurm/run.sbatch INPUT.jsonl [OUTPUT.json|OUTPUT.jsonl] [--model NAME:TAG ...]}" >&2
+    exit 2
+}
+
+# Where sbatch was called: relative paths mean what they meant there.
+submit_dir=${SLURM_SUBMIT_DIR:-$PWD}
+input='' output='' image='' models_dir=''
+
+# absolute VARIABLE PATH: the path, not resolved.
+absolute() {
+    case $2 in
+        *$'\n'*) usage "a path holds a line break: $2" ;;
+        /*) printf -v "$1" %s "$2" ;;
+        *) printf -v "$1" %s "${submit_dir%/}/$2" ;;
+    esac
+}
+
+# The checkout that this script lies in: Slurm runs a copy and tells where it came from.
+checkout() {
+    local line
+    [[ -n ${SLURM_JOB_ID:-} ]] || return 0
+    while IFS= read -r line; do
+        [[ $line == *Command=*/slurm/run.sbatch* ]] || continue
+        line=${line#*Command=}
+        printf '%s\n' "${line%%/slurm/run.sbatch*}"
+        return
+    done < <(scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
+}
+
+find_image() {
+    local here
+    if [[ -n ${AIFLUX_IMAGE:-} ]]; then
+        absolute image "$AIFLUX_IMAGE"
+        [[ -e $image ]] || usage "AIFLUX_IMAGE names $image, which is not there" "correct AIFLUX_IMAGE, or unset it"
+        return
+    fi
+    here=$(checkout)
+    for image in "$submit_dir/aiflux.sif" ${here:+"$here/aiflux.sif"} \
+        "${AIFLUX_CONTAINERS_DIR:-$data_dir/containers}/aiflux.sif"; do
+        absolute image "$image"
+        [[ ! -e $image ]] || return 0
+    done
+    usage "there is no image aiflux.sif in $submit_dir${here:+, $here} or ${image%/*}" \
+        "make image; or set AIFLUX_IMAGE=/path/to/aiflux.sif"
+}
+
+[[ $# -gt 0 ]] || usage 'no input was named'
+absolute input "$1"
+[[ -f $input && -r $input ]] || usage "the input $input is not a file that can be read"
+shift
+
+if [[ $# -gt 0 && $1 != --* ]]; then
+    absolute output "$1"
+    shift
+else
+    output=${input##*/}
+    [[ $output != ?*.* ]] || output=${output%.*}
+    absolute output "$output.results.json"
+fi
+output_dir=${output%/*}
+[[ -d ${output_dir:=/} ]] || usage "the output's folder $output_dir is not there"
+run_dir=$output.aiflux
+shard=0
+
+data_dir=${AIFLUX_DATA_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aiflux}
+absolute models_dir "${AIFLUX_MODELS_DIR:-$data_dir/models}"
+engine_url=${AIFLUX_ENGINE_URL:-}
+for argument in "$@"; do
+    [[ $argument != --engine-url* ]] || engine_url=$argument
+done
+[[ -z $engine_url ]] || models_dir=''
+find_image
+prepare_args=("$input" "$output" --prepare "$@")
+
+# Settings of a run; the plan keeps them.
+for name in MODEL_NAME BATCH_SIZE SAVE_FREQUENCY MAX_RETRIES RETRY_DELAY MAX_TOKENS TEMPERATURE \
+    TOP_P TOP_K LOG_LEVEL; do
+    [[ -z ${!name+set} ]] || export "APPTAINERENV_$name=${!name}" "SINGULARITYENV_$name=${!name}"
+done

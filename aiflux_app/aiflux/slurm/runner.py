@@ -1,0 +1,174 @@
+"""The Python API: submit a run from Python and follow its job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.rundir import default_output
+from aiflux.core.settings import BY_NAME, parse_setting
+from aiflux.errors import ConfigError, OutputExistsError, SlurmError
+from aiflux.slurm import commands
+from aiflux.slurm.commands import JobId, JobState
+from aiflux.slurm.submission import plan_job, submit_job
+
+
+class SlurmRunner:
+    """Submits runs to Slurm.
+
+    Args:
+        config: what to ask of Slurm (default: as configured; see ``Config.get_slurm_config``).
+        workspace: where relative paths, ``aiflux.yaml``, ``.env`` and ``aiflux.sif`` are looked
+            for (default: the current directory).
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+
+    def __init__(
+        self, config: SlurmConfig | None = None, workspace: str | Path | None = None
+    ) -> None:
+        self.workspace = (
+            Path.cwd() if workspace is None else Path(workspace).expanduser().absolute()
+        )
+        self.settings = Config(directory=self.workspace)
+        self.config = self.settings.get_slurm_config() if config is None else config
+
+    def run(
+        self,
+        input_path: str | Path,
+        output_path: str | Path | None = None,
+        *,
+        force: bool = False,
+        force_resume: bool = False,
+        **options: Any,
+    ) -> str:
+        """Check the input, plan the run, submit it and return the job's id.
+
+        Args:
+            input_path: requests, OpenAI Batch JSONL.
+            output_path: ``*.json`` or ``*.jsonl`` (default: ``<input stem>.results.json`` in the
+                workspace).
+            force: replace an output that is there; a finished run starts anew.
+            force_resume: go on although model or parameters changed.
+            options: settings of the run (``model``, ``batch_size``, ``max_retries``,
+                ``temperature``, ...), of Slurm (``account``, ``time``, ...) and paths (``image``,
+                ``models_dir``, ...); None means not given. Without one that is given here, the
+                environment, ``.env`` and ``aiflux.yaml`` hold, and for Slurm this runner's
+                ``config``.
+
+        Returns:
+            the job's id; ``id;cluster`` where sbatch names a cluster.
+
+        Raises:
+            ConfigError: an option is unknown or wrong.
+            InputError: the input is wrong; lists its lines.
+            OutputExistsError: the run is finished already, or the output is another's.
+            RunConflictError: the run directory is another's, or a job of this run is active.
+            ImageError: the image is missing.
+            SlurmError: Slurm is missing or refused the job.
+            StorageError: the run directory cannot be written.
+        """
+        sections = _by_section(options)
+        config = Config(arguments=self._paths(sections["paths"]), directory=self.workspace)
+        slurm = _with(self.config, sections["slurm"])
+        source = self._path(input_path)
+        output = default_output(source, self.workspace)
+        opened, script = plan_job(
+            config,
+            slurm,
+            source,
+            output if output_path is None else self._path(output_path),
+            config.run_options(**sections["run"]),
+            cwd=self.workspace,
+            force=force,
+            force_resume=force_resume,
+        )
+        if opened.finished:
+            raise OutputExistsError(
+                f"the run is finished: its results are in {opened.plan.output}",
+                "use them; force=True runs it anew",
+            )
+        return str(submit_job(config, slurm, opened, script))
+
+    def status(self, job_id: str) -> JobState:
+        """Return the state of a job.
+
+        Raises:
+            SlurmError: Slurm is missing, or knows no such job.
+        """
+        return commands.job_state(JobId.parse(job_id))
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job; what was done is kept.
+
+        Raises:
+            SlurmError: Slurm is missing or refused.
+        """
+        commands.cancel(JobId.parse(job_id))
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        interval: float = 10.0,
+        timeout: float | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> JobState:
+        """Wait until a job has ended and return its last state.
+
+        Args:
+            interval: seconds between two questions to Slurm.
+            timeout: seconds after which to give up; None waits for ever.
+
+        Raises:
+            SlurmError: Slurm knows no such job, or the time is up.
+        """
+        began = time.monotonic()
+        while (state := self.status(job_id)).active:
+            if timeout is not None and time.monotonic() - began >= timeout:
+                raise SlurmError(
+                    f"job {job_id} is still {state.name} after {timeout:g} s", "wait longer"
+                )
+            sleep(interval)
+        return state
+
+    def _paths(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value if name == "log_level" else self._path(value)
+            for name, value in options.items()
+        }
+
+    def _path(self, path: str | Path) -> Path:
+        return self.workspace / Path(path).expanduser()
+
+
+def _by_section(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sort keywords into the sections of the settings; None is dropped.
+
+    Raises:
+        ConfigError: a keyword is unknown; lists the known ones.
+    """
+    sections: dict[str, dict[str, Any]] = {"run": {}, "slurm": {}, "paths": {}}
+    for name, value in options.items():
+        if name not in BY_NAME:
+            known = ", ".join(sorted(BY_NAME))
+            raise ConfigError(f"run() has no option {name!r}", f"known are: {known}")
+        if value is not None:
+            sections[BY_NAME[name].section][name] = value
+    return sections
+
+
+def _with(slurm: SlurmConfig, changes: Mapping[str, Any]) -> SlurmConfig:
+    settings = {name: BY_NAME[name] for name in changes}
+    return replace(
+        slurm,
+        **{
+            item.name: parse_setting(item, changes[name], "run()")
+            for name, item in settings.items()
+        },
+    )

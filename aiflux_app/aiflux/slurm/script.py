@@ -1,0 +1,120 @@
+"""Batch scripts as text: pure functions of what is to be run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from aiflux.core.config import SlurmConfig
+from aiflux.errors import ConfigError
+from aiflux.slurm.directives import job_directives, wants_gpus
+
+_NAME_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class JobScript:
+    """What one job's script says. Paths are absolute and not resolved.
+
+    Attributes:
+        name: the job's name.
+        log: folder of the job's logs.
+        models_dir: None when the engine is elsewhere; the job is then not sealed.
+    """
+
+    name: str
+    slurm: SlurmConfig
+    image: Path
+    input: Path
+    output_dir: Path
+    models_dir: Path | None
+    run_dir: Path
+    log: Path
+    shard: int = 0
+
+
+def job_name(output: Path) -> str:
+    """Return ``aiflux-<output stem>``, of letters, digits and ``._-`` only."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", output.stem).strip("-")
+    return f"aiflux-{stem}"[:_NAME_LENGTH].rstrip("-")
+
+
+def render(job: JobScript) -> str:
+    """Return the script that works on one shard of a plan.
+
+    Raises:
+        ConfigError: a value is wrong, or cannot stand in a batch script.
+    """
+    slurm = job.slurm.checked()
+    lines = [
+        "#!/bin/bash",
+        *job_directives(job.name, slurm, job.log),
+        "",
+        "# Written by `aiflux run`. Submitted again as it is, the run goes on where it stopped.",
+        "",
+        _assign("image", job.image),
+        _assign("input", job.input),
+        _assign("output_dir", job.output_dir),
+        _assign("models_dir", job.models_dir or ""),
+        _assign("run_dir", job.run_dir),
+        _assign("shard", job.shard),
+        'prepare_args=(--run-dir "$run_dir" --prepare)',
+        *_site(slurm),
+        "",
+        _part("job.sh"),
+    ]
+    return _checked("\n".join(lines), job)
+
+
+def generic_script() -> str:
+    """Return ``slurm/run.sbatch``: any input, named on sbatch's command line."""
+    slurm = SlurmConfig().checked()
+    lines = [
+        "#!/bin/bash",
+        *job_directives("aiflux", slurm, None),
+        "",
+        "# Made by `make slurm/run.sbatch`; edit aiflux_app/aiflux/slurm/*.sh instead.",
+        "",
+        _part("lookup.sh"),
+        *_site(slurm),
+        "",
+        _part("job.sh"),
+    ]
+    return "\n".join(lines)
+
+
+def _site(slurm: SlurmConfig) -> Iterator[str]:
+    yield _array("gpu_flags", ["--nv"] if wants_gpus(slurm) else [])
+    yield _array("modules", slurm.modules)
+    yield "site_setup() {"
+    yield "    :"
+    yield from (f"    {line}" for line in slurm.setup)
+    yield "}"
+
+
+def _assign(name: str, value: str | int | Path) -> str:
+    return f"{name}={shlex.quote(str(value))}"
+
+
+def _array(name: str, values: Iterable[str]) -> str:
+    return f"{name}=({' '.join(shlex.quote(value) for value in values)})"
+
+
+def _part(name: str) -> str:
+    text = files("aiflux.slurm").joinpath(name).read_text(encoding="utf-8")
+    return re.sub(r"\A# shellcheck .*\n", "", text)
+
+
+def _checked(text: str, job: JobScript) -> str:
+    values = (job.image, job.input, job.output_dir, job.models_dir, job.run_dir, job.log)
+    for path in values:
+        if "\n" in str(path):
+            raise ConfigError(f"the path {str(path)!r} holds a line break", "choose another name")
+    # sbatch refuses a script with DOS line ends.
+    if "\r\n" in text:
+        raise ConfigError("a setup line ends in a carriage return", "remove it")
+    return text

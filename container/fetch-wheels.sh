@@ -3,10 +3,12 @@
 # Makes sure that every wheel of LOCK (a pip requirements file, one --hash=sha256: each) is
 # in the wheel cache, and prints their paths, one a line, in the order of LOCK.
 # Cache: ${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}/wheels. Nothing is installed.
+# PYTHON names the python that has pip (python3).
 set -eu
 
 lock=$1
 cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}/wheels
+python=${PYTHON:-python3}
 
 die() {
     printf 'fetch-wheels: %s\n' "$1" >&2
@@ -28,9 +30,9 @@ cached() {
 }
 
 download() {
-    python3 -m pip --version >/dev/null 2>&1 ||
-        die "python3 has no pip, which downloads the wheels: install it (Debian: python3-pip)"
-    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+    "$python" -m pip --version >/dev/null 2>&1 ||
+        die "$python has no pip, which downloads the wheels: install it (Debian: python3-pip)"
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
         --require-hashes --dest "$1" --requirement "$lock" >&2 ||
         die "pip could not download what ${lock##*/} pins: see its message above"
 }

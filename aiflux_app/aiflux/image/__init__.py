@@ -1,0 +1,12 @@
+"""The Apptainer image: building it and reading what is in it.
+
+The only part of AI-Flux that uses spython. It works from a checkout of the repository, which
+holds the definition (``container/``) and the entry point.
+"""
+
+from aiflux.image.base import BaseChoice, choose_base
+from aiflux.image.build import build
+from aiflux.image.info import ImageInfo, info
+from aiflux.image.options import BuildOptions
+
+__all__ = ["BaseChoice", "BuildOptions", "ImageInfo", "build", "choose_base", "info"]

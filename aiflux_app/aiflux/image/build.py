@@ -1,0 +1,129 @@
+"""Builds the image with ``apptainer build``, as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from aiflux.errors import ImageError
+from aiflux.image import registry
+from aiflux.image.base import BaseChoice, choose_base
+from aiflux.image.options import BuildOptions
+from aiflux.image.payload import Sources, find_sources, stage
+from aiflux.image.tools import find_apptainer, run
+
+Say = Callable[[str], None]
+
+ROOM_NEEDED = {"docker": 20, "debian": 3}
+"""Free space for a build in APPTAINER_TMPDIR, in GiB."""
+
+_REMEDY = (
+    "the last lines above say why; often: TMPDIR or APPTAINER_TMPDIR is full or on a network "
+    "file system, or unprivileged user namespaces are switched off on this machine"
+)
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def build(options: BuildOptions, say: Say = _silent) -> Path:
+    """Build the image and return its path; an image that is there is replaced only when whole.
+
+    Args:
+        options: what to build.
+        say: takes one line at a time for the user.
+
+    Raises:
+        ImageError: it could not be built; what to do stands in the remedy.
+    """
+    output = options.output.absolute()
+    _check_output(output, options.force)
+    apptainer = find_apptainer()
+    sources = find_sources()
+    choice = choose_base(options)
+    say(choice.description)
+    scratch = scratch_dir(os.environ)
+    _warn_of_little_room(scratch, choice, say)
+    with tempfile.TemporaryDirectory(prefix="aiflux-image.", dir=scratch) as name:
+        work = Path(name)
+        stage(work / "payload", sources, options, choice)
+        new = output.with_name(f".{output.name}.{os.getpid()}.new")
+        command = render_command(apptainer, new, sources.definition, options, choice)
+        environment = build_environment(os.environ, scratch, sources)
+        try:
+            run(command, "the image could not be built", _REMEDY, cwd=work, env=environment)
+            new.replace(output)
+        finally:
+            new.unlink(missing_ok=True)
+    return output
+
+
+def render_command(
+    apptainer: str, output: Path, definition: Path, options: BuildOptions, choice: BaseChoice
+) -> list[str]:
+    """The command line of ``apptainer build``, to be run beside the staged payload."""
+    command = [apptainer, "build"]
+    if not options.run_tests:
+        command.append("--notest")
+    if choice.image and registry.parse(choice.image).insecure:
+        command.append("--no-https")
+    for name, value in build_arguments(choice).items():
+        command += ["--build-arg", f"{name}={value}"]
+    return [*command, str(output), str(definition)]
+
+
+def build_arguments(choice: BaseChoice) -> dict[str, str]:
+    """The values of the definition's variables."""
+    if choice.source:
+        return {
+            "bootstrap": "debootstrap",
+            "from": "none",
+            "suite": choice.source.suite,
+            "mirror": choice.source.mirror,
+            "engine": choice.engine,
+        }
+    image = choice.image.removeprefix("docker://")
+    return {"bootstrap": "docker", "from": image, "engine": choice.engine}
+
+
+def build_environment(
+    environ: Mapping[str, str], scratch: Path, sources: Sources
+) -> dict[str, str]:
+    """The environment of ``apptainer build``: times of the commit, room for temporary files."""
+    environment = {**environ, "APPTAINER_TMPDIR": str(scratch)}
+    commit_time = sources.commit_time
+    if commit_time:
+        environment.setdefault("SOURCE_DATE_EPOCH", commit_time)
+    return environment
+
+
+def scratch_dir(environ: Mapping[str, str]) -> Path:
+    """Where the build unpacks: APPTAINER_TMPDIR, else the usual directory of temporary files."""
+    return Path(environ.get("APPTAINER_TMPDIR") or tempfile.gettempdir())
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if not output.parent.is_dir():
+        raise ImageError(f"the directory {output.parent} is not there", "make it, then build again")
+    if output.exists() and not force:
+        raise ImageError(f"{output} is there already", "say --force to replace it")
+
+
+def _warn_of_little_room(scratch: Path, choice: BaseChoice, say: Say) -> None:
+    try:
+        free = shutil.disk_usage(scratch).free >> 30
+    except OSError as error:
+        raise ImageError(
+            f"the directory of temporary files, {scratch}, cannot be used: {error.strerror}",
+            "set APPTAINER_TMPDIR to a directory of a local disk",
+        ) from error
+    needed = ROOM_NEEDED[choice.base]
+    if free < needed:
+        say(
+            f"warning: {scratch} has {free} GiB free, and the build may need {needed}; "
+            "APPTAINER_TMPDIR names another directory"
+        )

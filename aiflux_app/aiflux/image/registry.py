@@ -1,0 +1,115 @@
+"""Asks an OCI registry whether it answers, and for the digest behind a tag.
+
+Protocol: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from email.message import Message
+from http import HTTPStatus
+
+_TIMEOUT = 8.0
+_MANIFESTS = ", ".join(
+    (
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.oci.image.manifest.v1+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+    )
+)
+_DOCKER_HUB = "registry-1.docker.io"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed ``docker://`` reference; ``version`` is a tag, or a digest with its algorithm."""
+
+    host: str
+    name: str
+    version: str
+
+    @property
+    def insecure(self) -> bool:
+        """Whether it is spoken to in plain http: only on loopback."""
+        host = self.host.rpartition(":")[0] or self.host
+        return host == "localhost" or host.startswith("127.")
+
+    @property
+    def url(self) -> str:
+        """The root of the registry's API, with a slash at the end."""
+        return f"{'http' if self.insecure else 'https'}://{self.host}/v2/"
+
+
+def parse(reference: str) -> Reference:
+    """Split ``docker://[HOST/]NAME[:TAG|@DIGEST]`` the way docker does."""
+    rest = reference.removeprefix("docker://")
+    first, slash, others = rest.partition("/")
+    is_host = slash and ("." in first or ":" in first or first == "localhost")
+    host, path = (first, others) if is_host else ("docker.io", rest)
+    name, at, version = path.partition("@")
+    if not at:
+        name, _, version = path.partition(":")
+    if host == "docker.io":
+        host = _DOCKER_HUB
+        name = name if "/" in name else f"library/{name}"
+    return Reference(host, name, version or "latest")
+
+
+def why_unreachable(reference: Reference) -> str | None:
+    """None when the registry answers (that it asks for a login is an answer), else the reason."""
+    try:
+        status, _ = _request("GET", reference.url)
+    except OSError as error:
+        return f"{reference.host} does not answer: {_reason(error)}"
+    if status in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED):
+        return None
+    return f"{reference.host} answers {status}"
+
+
+def digest(reference: Reference) -> str | None:
+    """The digest that the reference stands for now; None where the registry does not tell."""
+    if ":" in reference.version:
+        return reference.version
+    url = f"{reference.url}{reference.name}/manifests/{reference.version}"
+    headers = {"Accept": _MANIFESTS}
+    try:
+        status, answer = _request("HEAD", url, headers)
+        if status == HTTPStatus.UNAUTHORIZED:
+            headers |= _authorization(answer.get("WWW-Authenticate", ""))
+            status, answer = _request("HEAD", url, headers)
+    except (OSError, ValueError):
+        return None
+    return answer.get("Docker-Content-Digest") if status == HTTPStatus.OK else None
+
+
+def _authorization(challenge: str) -> dict[str, str]:
+    """An anonymous token for the scope that the registry named in its challenge."""
+    values = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    realm = values.pop("realm", "")
+    if not realm.startswith("https://"):
+        return {}
+    with urllib.request.urlopen(  # noqa: S310 - https only, see above
+        f"{realm}?{urllib.parse.urlencode(values)}", timeout=_TIMEOUT
+    ) as response:
+        answer = json.load(response)
+    return {"Authorization": f"Bearer {answer.get('token') or answer.get('access_token')}"}
+
+
+def _request(method: str, url: str, headers: dict[str, str] | None = None) -> tuple[int, Message]:
+    """Status and headers of one exchange, whatever the status."""
+    request = urllib.request.Request(url, method=method, headers=headers or {})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:  # noqa: S310
+            return response.status, response.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers
+
+
+def _reason(error: OSError) -> str:
+    return str(getattr(error, "reason", error))

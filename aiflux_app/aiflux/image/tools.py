@@ -1,0 +1,93 @@
+"""Runs the programs that the image helper needs: apptainer, git, tar and our own scripts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from aiflux.errors import ImageError
+
+
+def find_apptainer() -> str:
+    """The path of ``apptainer``, else of ``singularity``.
+
+    Raises:
+        ImageError: neither is on PATH.
+    """
+    for name in ("apptainer", "singularity"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise ImageError(
+        "neither apptainer nor singularity is on PATH",
+        "load the site's module (often `module load apptainer`), or install Apptainer",
+    )
+
+
+def run(
+    command: Sequence[str | Path],
+    what: str,
+    remedy: str,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run a program with its output shown to the user.
+
+    Raises:
+        ImageError: it could not be started, or failed; ``what`` begins the message.
+    """
+    _start(command, what, remedy, cwd=cwd, env=env)
+
+
+def capture(command: Sequence[str | Path], what: str, remedy: str) -> str:
+    """Run a program with only its errors shown to the user; return what it prints.
+
+    Raises:
+        ImageError: as for run().
+    """
+    return _start(command, what, remedy, stdout=subprocess.PIPE).stdout
+
+
+def _start(
+    command: Sequence[str | Path],
+    what: str,
+    remedy: str,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+) -> subprocess.CompletedProcess[str]:
+    # Our scripts call pip through PYTHON: the python of a virtual environment has it.
+    environment = {"PYTHON": sys.executable, **(os.environ if env is None else env)}
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise ImageError(f"{what}: {error}", remedy) from error
+    if done.returncode:
+        raise ImageError(f"{what}: {Path(words[0]).name} ended with {done.returncode}", remedy)
+    return done
+
+
+def ask(command: Sequence[str | Path]) -> str | None:
+    """The output of a program without its last newline, or None when it failed."""
+    try:
+        done = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.removesuffix("\n") if done.returncode == 0 else None

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
     config = Config(arguments=given_settings(arguments))
     if arguments.pull:
-        _pull(arguments.pull, config, context)
+        pull(arguments.pull, config, context, context.ollama)
     elif arguments.run_dir:
         _work_on_plan(arguments, context)
     elif arguments.input:
@@ -93,14 +93,14 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
         raise UsageError("no input was given", "give a file of requests; --help tells more")
 
 
-def _pull(model: str, config: Config, context: Context) -> None:
+def pull(model: str, config: Config, context: Context, program: str) -> None:
+    """Make sure that a model is in the models directory, and say so."""
     with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
-        log = Path(folder) / "pull.log"
         pulled = ensure_model(
             config.models_dir,
             model,
-            context.ollama,
-            log,
+            program,
+            Path(folder) / "pull.log",
             say=context.reporter.say,
             progress=context.reporter.pull,
         )

@@ -1,0 +1,97 @@
+"""The container in the foreground: the two steps of a job, on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from aiflux.core.container import (
+    ContainerSpec,
+    prepare_command,
+    prepare_environment,
+    probe_command,
+    work_command,
+    work_environment,
+)
+from aiflux.core.files import storage_error
+from aiflux.core.opening import OpenedRun
+
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def run_in_container(opened: OpenedRun, runtime: Path, image: Path) -> int:
+    """Prepare with the network, then work sealed; return the worker's exit code."""
+    plan = opened.plan
+    with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
+        spec = ContainerSpec(
+            runtime=runtime,
+            image=image,
+            input=plan.input_path,
+            output_dir=plan.output.parent,
+            models_dir=plan.models_dir,
+            workdir=Path(workdir),
+            nv=shutil.which("nvidia-smi") is not None,
+            sealed=False,
+        )
+        _make(plan.models_dir)
+        run_dir = ["--run-dir", str(opened.run.path)]
+        code = _run(
+            prepare_command(spec, [*run_dir, "--prepare"]), prepare_environment(spec, os.environ)
+        )
+        if code:
+            return code
+        spec = replace(spec, sealed=_can_seal(spec))
+        return _run(work_command(spec, run_dir), work_environment(spec, os.environ))
+
+
+def pull_in_container(model: str, models_dir: Path, runtime: Path, image: Path) -> int:
+    """Pull a model with the image's Ollama; return the exit code."""
+    _make(models_dir)
+    with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
+        # There is neither input nor output: the models directory stands in for both.
+        spec = ContainerSpec(
+            runtime, image, image, models_dir, models_dir, Path(workdir), nv=False, sealed=False
+        )
+        return _run(prepare_command(spec, ["--pull", model]), prepare_environment(spec, os.environ))
+
+
+def _make(folder: Path | None) -> None:
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def _can_seal(spec: ContainerSpec) -> bool:
+    if spec.models_dir is None:
+        return False
+    probe = subprocess.run(probe_command(spec), capture_output=True, text=True, check=False)
+    if probe.returncode:
+        words = (probe.stderr.strip().splitlines() or ["no reason given"])[-1]
+        print(f"the container keeps the network here: {words}", file=sys.stderr)
+    return probe.returncode == 0
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run in the foreground, passing signals on; the child ends in good order."""
+    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+
+    def forward(number: int, _: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

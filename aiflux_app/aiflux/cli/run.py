@@ -1,0 +1,132 @@
+"""``aiflux run``: as a Slurm job, in the image here, or against an engine that is up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from aiflux.core.arguments import given_settings
+from aiflux.core.config import Config
+from aiflux.core.container import find_image, find_runtime
+from aiflux.core.opening import OpenedRun, open_run
+from aiflux.core.rundir import default_output
+from aiflux.errors import ImageError, TooManyFailuresError, UsageError
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Run one input."""
+    config = Config(arguments=given_settings(arguments))
+    input_path = Path(arguments.input)
+    output = Path(arguments.output or default_output(input_path, Path.cwd()))
+    if arguments.local and config.get("engine_url"):
+        raise UsageError(
+            "--local and --engine-url exclude each other",
+            "--local starts an engine here; --engine-url uses one that is up",
+        )
+    if arguments.local:
+        return _run_local(arguments, config, input_path, output)
+    if config.get("engine_url") and not arguments.dry_run:
+        return _run_here(_open(arguments, config, input_path, output))
+    return _submit(arguments, config, input_path, output)
+
+
+def _open(
+    arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
+) -> OpenedRun:
+    return open_run(
+        input_path,
+        output,
+        config.run_options(),
+        config.models_dir,
+        force=arguments.force,
+        force_resume=arguments.force_resume,
+    )
+
+
+def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
+    from aiflux.slurm.submission import plan_job, submit_job
+
+    slurm = config.get_slurm_config()
+    opened, script = plan_job(
+        config,
+        slurm,
+        input_path,
+        output,
+        config.run_options(),
+        force=arguments.force,
+        force_resume=arguments.force_resume,
+        write=not arguments.dry_run,
+    )
+    if arguments.dry_run:
+        print(json.dumps(opened.plan.to_json(), indent=2, ensure_ascii=False))
+        print()
+        print(script, end="")
+        return 0
+    if opened.finished:
+        return _tell_finished(opened)
+    job = submit_job(config, slurm, opened, script)
+    print(f"submitted job {job.number}: {opened.plan.requests} requests -> {opened.plan.output}")
+    print(f"  run directory: {opened.run.path}")
+    print(f"  see it: squeue -j {job.number}    stop it: scancel {job.number}")
+    return 0
+
+
+def _run_local(
+    arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
+) -> int:
+    """Run in the image where Apptainer and the image are, else on an ollama found on PATH.
+
+    AIFLUX_OLLAMA names an ollama to use in either case.
+    """
+    opened = _open(arguments, config, input_path, output)
+    if opened.finished:
+        return _tell_finished(opened)
+    if os.environ.get("AIFLUX_OLLAMA"):
+        return _run_here(opened)
+    try:
+        runtime, image = find_runtime(), find_image(config, Path.cwd())
+    except ImageError as error:
+        if config.image is not None or shutil.which("ollama") is None:
+            raise ImageError(
+                f"{error.message}; and there is no ollama on PATH either", error.remedy
+            ) from error
+        return _run_here(opened)
+    from aiflux.cli.container import run_in_container
+
+    return run_in_container(opened, runtime, image)
+
+
+def _run_here(opened: OpenedRun) -> int:
+    """Work in this process, in the foreground."""
+    from aiflux.worker.progress import make_reporter
+    from aiflux.worker.run import Context, ensure_models, work
+    from aiflux.worker.stopper import Stopper
+
+    if opened.finished:
+        return _tell_finished(opened)
+    stopper = Stopper()
+    stopper.install()
+    context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
+    try:
+        ensure_models(opened.plan, opened.run, context)
+        work(opened.plan, opened.run, 0, context)
+    finally:
+        context.reporter.close()
+    return 0
+
+
+def _tell_finished(opened: OpenedRun) -> int:
+    plan, counts = opened.plan, opened.counts
+    print(
+        f"{plan.output} is finished already: {counts['completed']} succeeded, "
+        f"{counts['failed']} failed; nothing was sent"
+    )
+    if counts["failed"] > plan.options.allowed_failures(counts["total"]):
+        raise TooManyFailuresError(
+            f"{counts['failed']} of {counts['total']} requests failed",
+            "--retry-failed tries them again",
+        )
+    return 0

@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from aiflux.core.container import find_runtime
 from aiflux.errors import ImageError
 from aiflux.image import registry
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.options import BuildOptions
 from aiflux.image.payload import Sources, find_sources, stage
-from aiflux.image.tools import find_apptainer, run
+from aiflux.image.tools import run
 
 Say = Callable[[str], None]
 
@@ -42,7 +43,7 @@ def build(options: BuildOptions, say: Say = _silent) -> Path:
     """
     output = options.output.absolute()
     _check_output(output, options.force)
-    apptainer = find_apptainer()
+    apptainer = str(find_runtime())
     sources = find_sources()
     choice = choose_base(options)
     say(choice.description)

@@ -9,8 +9,8 @@ from typing import Any
 
 from spython.utils import run_command
 
+from aiflux.core.container import find_runtime
 from aiflux.errors import ImageError
-from aiflux.image.tools import find_apptainer
 
 _PREFIX = "aiflux."
 
@@ -59,7 +59,7 @@ def _labels(path: Path) -> dict[str, str]:
 
     spython's own ``Client.inspect`` calls a program named singularity, which need not be there.
     """
-    command = [find_apptainer(), "inspect", "--json", "--labels", str(path.absolute())]
+    command = [str(find_runtime()), "inspect", "--json", "--labels", str(path.absolute())]
     answer: dict[str, Any] = run_command(command, quiet=True)
     message = "".join(answer["message"])
     if answer["return_code"] != 0:

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aiflux.errors import ImageError
-
-
-def find_apptainer() -> str:
-    """The path of ``apptainer``, else of ``singularity``.
-
-    Raises:
-        ImageError: neither is on PATH.
-    """
-    for name in ("apptainer", "singularity"):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise ImageError(
-        "neither apptainer nor singularity is on PATH",
-        "load the site's module (often `module load apptainer`), or install Apptainer",
-    )
 
 
 def run(

@@ -1,0 +1,273 @@
+"""The real stack (see tests/stack) as fixtures: an ordinary user, a checkout, an image, models."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+STACK_DIR = Path(os.environ.get("AIFLUX_STACK_DIR", "/var/tmp/aiflux-stack"))  # noqa: S108
+MODEL = "smollm2:135m"
+_PASSED = ("PIP_", "SSL_", "REQUESTS_CA", "CURL_CA", "CI", "LANG")
+_FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.stack)
+
+
+def _missing() -> str:
+    if not (STACK_DIR / "env").exists():
+        return f"the test stack is not up ({STACK_DIR}/env is not there); make cluster"
+    reasons = [
+        f"{path.name}: {path.read_text(encoding='utf-8').strip()}"
+        for path in sorted((STACK_DIR / "missing").glob("*"))
+    ]
+    return "; ".join(reasons)
+
+
+@pytest.fixture(scope="session")
+def stack() -> dict[str, str]:
+    """The stack's own account of itself; without it tests skip, or fail where it is required."""
+    missing = _missing()
+    if missing and os.environ.get("AIFLUX_REQUIRE_STACK") == "1":
+        pytest.fail(missing, pytrace=False)
+    if missing:
+        pytest.skip(missing)
+    lines = (STACK_DIR / "env").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+@dataclass
+class User:
+    """The ordinary user that everything real runs as.
+
+    Attributes:
+        home: a fresh folder of his, removed at the end.
+        env: added to his environment.
+    """
+
+    name: str
+    home: Path
+    slurm_conf: str
+    env: dict[str, str] = field(default_factory=dict)
+
+    def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if k.startswith(_PASSED)}
+        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        own = {"HOME": str(self.home), "USER": self.name, "SHELL": "/bin/bash", "PATH": path}
+        return {**kept, **own, "SLURM_CONF": self.slurm_conf, **self.env, **(more or {})}
+
+    def command(self, command: Sequence[str | Path]) -> list[str]:
+        if os.geteuid() != 0:
+            return [str(part) for part in command]
+        entry = pwd.getpwnam(self.name)
+        ids = ["--reuid", str(entry.pw_uid), "--regid", str(entry.pw_gid), "--init-groups"]
+        return ["setpriv", *ids, "--", *(str(part) for part in command)]
+
+    def popen(
+        self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(command),
+            cwd=cwd or self.home,
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(
+        self,
+        *command: str | Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        code: int | None = 0,
+        timeout: float = 600,
+    ) -> str:
+        """Run to the end; return stdout and stderr together."""
+        process = self.popen(*command, cwd=cwd, env=env)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            pytest.fail(f"{command} took longer than {timeout} s:\n{output}")
+        if code is not None and process.returncode != code:
+            pytest.fail(f"{command} gave {process.returncode}, not {code}:\n{output[-6000:]}")
+        return output
+
+    def folder(self, name: str) -> Path:
+        """Make a folder of the user's."""
+        path = self.home / name
+        self.run("mkdir", "-p", path, cwd=Path("/"))
+        return path
+
+    def write(self, path: Path, text: str) -> Path:
+        """Write a file that the user owns."""
+        path.write_text(text, encoding="utf-8")
+        if os.geteuid() == 0:
+            shutil.chown(path, self.name)
+        return path
+
+    def processes(self) -> list[str]:
+        """Return the command lines of the user's processes that belong to the product."""
+        done = subprocess.run(
+            ["ps", "-u", self.name, "-o", "args="], capture_output=True, text=True, check=False
+        )
+        words = ("ollama", "aiflux.worker", "apptainer", "starter")
+        lines = done.stdout.splitlines()
+        return [line for line in lines if any(word in line for word in words)]
+
+
+@pytest.fixture(scope="session")
+def user(stack: dict[str, str]) -> Iterator[User]:
+    name = stack["AIFLUX_STACK_USER"] if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+    home = Path(stack["AIFLUX_STACK_HOME"]) / f"test-{uuid.uuid4().hex[:8]}"
+    user = User(name, home, stack["SLURM_CONF"])
+    user.run("mkdir", "-p", home, cwd=Path("/"))
+    # What is downloaded is kept from run to run.
+    user.env["AIFLUX_CACHE_DIR"] = str(Path(stack["AIFLUX_STACK_HOME"]) / ".cache" / "aiflux")
+    yield user
+    user.run("chmod", "-R", "u+w", home, cwd=Path("/"), code=None)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def checkout(user: User) -> Path:
+    """A fresh clone of what is here, uncommitted changes included, installed by the user."""
+    target = user.folder("AI Flux, a (clone)")
+    listed = subprocess.run(
+        ["git", "-C", REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, check=True,
+    ).stdout.split(b"\0")  # fmt: skip
+    for name in filter(None, (raw.decode() for raw in listed)):
+        source = REPOSITORY / name
+        if source.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target / name)
+    if os.geteuid() == 0:
+        subprocess.run(["chown", "-R", f"{user.name}:", str(target)], check=True)
+    user.run("git", "init", "-q", cwd=target)
+    user.run("make", "install", cwd=target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def image(user: User, checkout: Path) -> Path:
+    """The image, built by the user from the Debian base."""
+    user.run("make", "image", "BASE=debian", cwd=checkout, timeout=900)
+    return checkout / "aiflux.sif"
+
+
+@pytest.fixture(scope="session")
+def ollama(stack: dict[str, str], user: User) -> Path:
+    """The CPU Ollama."""
+    return STACK_DIR / "ollama-cpu" / "bin" / "ollama"
+
+
+@pytest.fixture(scope="session")
+def models(user: User, checkout: Path, ollama: Path) -> Path:
+    """A models directory with the small model in it."""
+    folder = user.folder("models")
+    user.run(checkout / "container" / "demo-model.sh", ollama, folder, MODEL)
+    return folder
+
+
+@pytest.fixture
+def job_env(models: Path) -> dict[str, str]:
+    """What jobs of these tests are told: the models, and that the CPU is meant."""
+    return {"AIFLUX_MODELS_DIR": str(models), "AIFLUX_ALLOW_CPU": "1"}
+
+
+@pytest.fixture
+def place(user: User) -> Path:
+    """A fresh folder of the user's with an awkward name."""
+    return user.folder(f"{uuid.uuid4().hex[:6]} b,c:d 'e' \"f\" $(g) `h` #i %j ü\\k")
+
+
+def request(custom_id: str, prompt: str, **body: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
+    content = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 8, **body}
+    return {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {key: value for key, value in content.items() if value is not None},
+    }
+
+
+def lines(*requests: dict[str, Any]) -> str:
+    return "".join(json.dumps(each) + "\n" for each in requests)
+
+
+FRANCE = request("france", "What is the capital of France?")
+PLANETS = request("planets", "Name a planet.")
+
+
+def answers(output: Path) -> dict[str, str]:
+    """Return the answers of an output, by custom_id."""
+    entries = json.loads(output.read_text(encoding="utf-8"))
+    return {
+        entry["input"]["custom_id"]: entry["output"]["choices"][0]["message"]["content"]
+        for entry in entries
+    }
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended, as Slurm tells it."""
+
+    state: str
+    code: int
+    fields: dict[str, str]
+
+
+class Cluster:
+    """Slurm's own commands, as the user gives them."""
+
+    def __init__(self, user: User) -> None:
+        self.user = user
+
+    def fields(self, job: str) -> dict[str, str]:
+        text = self.user.run("scontrol", "show", "job", "-o", job)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def wait_for(self, job: str, *states: str, timeout: float = 180) -> dict[str, str]:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            fields = self.fields(job)
+            if fields["JobState"] in states:
+                return fields
+            time.sleep(0.5)
+        pytest.fail(f"job {job} is {fields['JobState']}, not {states}, after {timeout} s")
+
+    def end(self, job: str, timeout: float = 300) -> JobEnd:
+        fields = self.wait_for(job, *_FINAL, timeout=timeout)
+        return JobEnd(fields["JobState"], int(fields["ExitCode"].split(":")[0]), fields)
+
+    def log(self, job: str, folder: Path) -> str:
+        """Return what a job wrote, from the log that lies in or below ``folder``."""
+        logs = list(folder.rglob(f"slurm-{job}.out"))
+        assert len(logs) == 1, f"logs of job {job}: {logs}"
+        return logs[0].read_text(encoding="utf-8", errors="replace")
+
+
+@pytest.fixture
+def cluster(user: User) -> Iterator[Cluster]:
+    yield Cluster(user)
+    user.run("scancel", "-u", user.name, code=None)

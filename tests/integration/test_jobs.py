@@ -1,0 +1,352 @@
+"""Jobs on the real Slurm, in the real Apptainer, with the real Ollama."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import (
+    FRANCE,
+    MODEL,
+    PLANETS,
+    Cluster,
+    User,
+    answers,
+    lines,
+    request,
+)
+
+
+@pytest.fixture
+def aiflux(checkout: Path) -> Path:
+    return checkout / ".venv" / "bin" / "aiflux"
+
+
+def sbatch(user: User, *arguments: str | Path, cwd: Path, env: dict[str, str]) -> str:
+    """Submit; return the job's id."""
+    return user.run("sbatch", "--parsable", "--mem=2G", *arguments, cwd=cwd, env=env).strip()
+
+
+def submitted(text: str) -> str:
+    """Return the job id that ``aiflux run`` printed."""
+    return text.split("submitted job ", 1)[1].split(":", 1)[0]
+
+
+def test_the_script_works_from_any_directory_with_any_name(
+    user: User, checkout: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    name = "-in $(touch pwned) 'q\" ü,:.jsonl"
+    user.write(place / name, lines(FRANCE, PLANETS))
+    script = checkout / "slurm" / "run.sbatch"
+    job = sbatch(user, script, f"./{name}", cwd=place, env=job_env)
+    end = cluster.end(job)
+    log = cluster.log(job, place)
+    assert (end.state, end.code) == ("COMPLETED", 0), log
+    assert "gres" in end.fields["TresPerNode"], "a GPU is asked for"
+    output = place / f"{Path(name).stem}.results.json"
+    assert "Paris" in answers(output)["france"], log
+    assert not list(place.rglob("pwned"))
+    status = json.loads(next(place.glob("*.aiflux/status/*.json")).read_text(encoding="utf-8"))
+    assert status["aiflux"]["sealed"] is True
+    assert status["aiflux"]["slurm"]["SLURM_JOB_ID"] == job
+    assert status["aiflux"]["image"]["cpu_only"] in (True, "yes")
+
+
+def test_aiflux_run_submits_and_prints_the_id(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    user.write(place / "in.jsonl", lines(FRANCE))
+    arguments = ["run", "--model", MODEL, "--input", "in.jsonl", "--output", "out.json"]
+    told = user.run(aiflux, *arguments, "--mem", "2G", cwd=place, env=job_env)
+    job = submitted(told)
+    assert cluster.end(job).code == 0, cluster.log(job, place)
+    assert "Paris" in answers(place / "out.json")["france"]
+    run_dir = place / "out.json.aiflux"
+    assert run_dir.stat().st_mode & 0o077 == 0
+    assert "#SBATCH" in (run_dir / "run.sbatch").read_text(encoding="utf-8")
+    again = user.run(aiflux, *arguments, cwd=place, env=job_env)
+    assert "is finished already: 1 succeeded, 0 failed; nothing was sent" in again
+
+
+def test_the_python_quick_start(
+    user: User, checkout: Path, image: Path, models: Path, cluster: Cluster,
+    job_env: dict[str, str],
+) -> None:  # fmt: skip
+    place = user.folder("quick start")
+    llama = models / "manifests" / "registry.ollama.ai" / "library" / "llama3.2" / "3b"
+    user.run("mkdir", "-p", llama.parent)
+    user.run("cp", models / "manifests/registry.ollama.ai/library/smollm2/135m", llama)
+    user.write(place / "prompts.jsonl", lines(request("a", "Say yes.", model="llama3.2:3b")))
+    user.write(
+        place / "quick_start.py",
+        "from aiflux.slurm import SlurmRunner\n"
+        "from aiflux.core.config import Config\n"
+        "config = Config()\n"
+        "slurm_config = config.get_slurm_config()\n"
+        'slurm_config.account = "myaccount"\n'
+        "runner = SlurmRunner(config=slurm_config)\n"
+        'job_id = runner.run(input_path="prompts.jsonl", output_path="results.json", '
+        'model="llama3.2:3b", batch_size=4)\n'
+        "print(job_id)\n",
+    )
+    python = checkout / ".venv" / "bin" / "python"
+    env = {**job_env, "SLURM_MEM": "2G"}
+    job = user.run(python, "quick_start.py", cwd=place, env=env).strip()
+    assert job.isdigit()
+    end = cluster.end(job)
+    assert end.code == 0, cluster.log(job, place)
+    assert end.fields["Account"] == "myaccount"
+    entry = json.loads((place / "results.json").read_text(encoding="utf-8"))[0]
+    assert entry["metadata"]["model"] == "llama3.2:3b"
+    plan = json.loads((place / "results.json.aiflux/plan.json").read_text(encoding="utf-8"))
+    assert plan["options"]["concurrency"] == 4
+
+
+def test_two_jobs_on_one_node_at_once(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    jobs = []
+    for name in ("one", "two"):
+        user.write(place / f"{name}.jsonl", lines(FRANCE, request(name, f"Say {name}.")))
+        told = user.run(
+            aiflux, "run", "--input", f"{name}.jsonl", "--output", f"{name}.json", "--mem", "2G",
+            "--sbatch-arg", "nodelist=n1", cwd=place, env=job_env,
+        )  # fmt: skip
+        jobs.append(submitted(told))
+    for job in jobs:
+        cluster.wait_for(job, "RUNNING", "COMPLETING", "COMPLETED", timeout=30)
+    for job, name in zip(jobs, ("one", "two"), strict=True):
+        end = cluster.end(job)
+        assert end.code == 0, cluster.log(job, place)
+        assert end.fields["NodeList"] == "n1"
+        assert set(answers(place / f"{name}.json")) == {"france", name}
+
+
+def test_scancel_leaves_no_process_and_the_same_command_goes_on(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    many = [request(f"r{index}", f"Count to {index}.", max_tokens=40) for index in range(40)]
+    user.write(place / "in.jsonl", lines(*many))
+    command = [aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G",
+               "--drain-seconds", "2"]  # fmt: skip
+    job = submitted(user.run(*command, cwd=place, env=job_env))
+    journal = place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= 2:
+            break
+        time.sleep(0.2)
+    user.run("scancel", job)
+    end = cluster.end(job, timeout=60)
+    assert end.state == "CANCELLED"
+    deadline = time.monotonic() + 20
+    while user.processes() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert user.processes() == []
+    assert not (place / "out.json").exists()
+    done = journal.read_bytes().count(b"\n")
+    assert 2 <= done < 40
+    fewer = user.run(*command, "--dry-run", cwd=place, env=job_env)
+    assert "#SBATCH" in fewer
+
+
+def test_a_model_is_pulled_from_a_registry_inside_the_job(
+    stack: dict[str, str], user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path,
+    models: Path, ollama: Path, job_env: dict[str, str],
+) -> None:  # fmt: skip
+    name = f"{stack['AIFLUX_STACK_REGISTRY']}/library/pulled-{uuid.uuid4().hex[:8]}:1"
+    push(user, ollama, models, name)
+    fresh = place / "fresh models"
+    user.write(place / "in.jsonl", lines(request("france", FRANCE_PROMPT, model=None)))
+    env = {**job_env, "AIFLUX_MODELS_DIR": str(fresh)}
+    told = user.run(
+        aiflux, "run", "--model", f"http://{name}", "--input", "in.jsonl", "--output", "out.json",
+        "--mem", "2G", cwd=place, env=env,
+    )  # fmt: skip
+    job = submitted(told)
+    end = cluster.end(job)
+    log = cluster.log(job, place)
+    assert end.code == 0, log
+    assert f"pulling {name}" in log
+    assert "Paris" in answers(place / "out.json")["france"]
+    assert not list((fresh / ".staging").iterdir())
+    entry = json.loads((place / "out.json").read_text(encoding="utf-8"))[0]
+    assert entry["metadata"]["model"] == name
+    manifest = fresh / "manifests" / name.replace(":1", "/1")
+    assert manifest.exists()
+
+
+FRANCE_PROMPT = "What is the capital of France?"
+
+
+def push(user: User, ollama: Path, models: Path, name: str) -> None:
+    """Push the small model to the local registry under another name."""
+    script = user.write(
+        user.home / "push.sh",
+        "#!/bin/bash\n"
+        "# Serves a models directory on a free port and pushes a copy of a model.\n"
+        "set -euo pipefail\n"
+        "export OLLAMA_MODELS=$2 OLLAMA_NOPRUNE=1 OLLAMA_HOST=127.0.0.1:$4\n"
+        '"$1" serve > "$HOME/push.log" 2>&1 & server=$!\n'
+        "trap 'kill $server; wait $server || true' EXIT\n"
+        'for _ in $(seq 100); do "$1" list >/dev/null 2>&1 && break; sleep 0.1; done\n'
+        f'"$1" cp {MODEL} "$3"\n'
+        '"$1" push --insecure "$3"\n',
+    )
+    user.run("bash", script, ollama, models, name, free_port(), timeout=120)
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("{registry}/library/no-such-model:1", "has no model"),
+        ("127.0.0.1:9/library/m:1", "no network to pull it"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_exit_4(
+    stack: dict[str, str], user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path,
+    job_env: dict[str, str], model: str, words: str,
+) -> None:  # fmt: skip
+    name = model.format(registry=stack["AIFLUX_STACK_REGISTRY"])
+    user.write(place / "in.jsonl", lines(request("a", "x", model=None)))
+    told = user.run(
+        aiflux, "run", "--model", f"http://{name}", "--input", "in.jsonl", "--output", "out.json",
+        "--mem", "2G", cwd=place, env=job_env,
+    )  # fmt: skip
+    job = submitted(told)
+    end = cluster.end(job)
+    assert (end.state, end.code) == ("FAILED", 4), cluster.log(job, place)
+    assert words in cluster.log(job, place)
+    assert not (place / "out.json").exists()
+
+
+def test_failed_requests_are_exit_3_and_recorded(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    bad = request("bad", "x", temperature="hot")
+    user.write(place / "in.jsonl", lines(FRANCE, bad))
+    told = user.run(
+        aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G",
+        cwd=place, env=job_env,
+    )  # fmt: skip
+    job = submitted(told)
+    end = cluster.end(job)
+    assert (end.state, end.code) == ("FAILED", 3), cluster.log(job, place)
+    good, failed = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert good["output"]["choices"]
+    assert failed["output"] is None
+    assert failed["error"]["status"] == 400
+    assert failed["metadata"]["attempts"] == 1
+
+
+def test_a_gpu_job_on_the_cpu_is_exit_4(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, models: Path
+) -> None:
+    user.write(place / "in.jsonl", lines(FRANCE))
+    told = user.run(
+        aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G",
+        cwd=place, env={"AIFLUX_MODELS_DIR": str(models)},
+    )  # fmt: skip
+    job = submitted(told)
+    assert cluster.end(job).code == 4
+    assert "runs on the CPU only" in cluster.log(job, place)
+
+
+def test_a_missing_input_is_exit_2(
+    user: User, checkout: Path, aiflux: Path, image: Path, cluster: Cluster, place: Path,
+    job_env: dict[str, str],
+) -> None:  # fmt: skip
+    told = user.run(aiflux, "run", "--input", "none.jsonl", cwd=place, env=job_env, code=2)
+    assert "is not there" in told
+    job = sbatch(user, checkout / "slurm" / "run.sbatch", "none.jsonl", cwd=place, env=job_env)
+    end = cluster.end(job)
+    assert (end.state, end.code) == ("FAILED", 2)
+    assert "none.jsonl" in cluster.log(job, place)
+    assert sorted(path.name for path in place.iterdir()) == [f"slurm-{job}.out"]
+
+
+def test_sbatch_refusing_is_exit_2_in_its_own_words(
+    user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str]
+) -> None:
+    user.write(place / "in.jsonl", lines(FRANCE))
+    told = user.run(
+        aiflux, "run", "--input", "in.jsonl", "--partition", "nowhere",
+        cwd=place, env=job_env, code=2,
+    )  # fmt: skip
+    assert "invalid partition specified: nowhere" in told
+    assert "submitted" not in told
+
+
+def test_no_slurm_and_no_image_are_exit_2_with_the_remedy(
+    user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str]
+) -> None:
+    user.write(place / "in.jsonl", lines(FRANCE))
+    run = [aiflux, "run", "--input", "in.jsonl"]
+    told = user.run(*run, "--image", "none.sif", cwd=place, env=job_env, code=2)
+    assert "make image" in told
+    bare = user.folder("bare bin")
+    for tool in ("git",):
+        user.run("ln", "-sf", shutil.which(tool) or tool, bare / tool)
+    told = user.run(*run, cwd=place, env={**job_env, "PATH": str(bare)}, code=2)
+    assert "sbatch" in told
+    assert "--local" in told
+    assert not (place / "in.results.json").exists()
+
+
+def test_local_runs_in_the_image_and_a_url_without_one(
+    user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str], ollama: Path
+) -> None:
+    user.write(place / "in.jsonl", lines(FRANCE))
+    run = [aiflux, "run", "--input", "in.jsonl", "--output"]
+    user.run(*run, "image.json", "--local", cwd=place, env=job_env)
+    assert "Paris" in answers(place / "image.json")["france"]
+    status = json.loads(next(place.glob("image.json.aiflux/status/*")).read_text(encoding="utf-8"))
+    assert status["aiflux"]["sealed"] is True
+    host = f"127.0.0.1:{free_port()}"
+    env = {"OLLAMA_HOST": host, "OLLAMA_MODELS": job_env["AIFLUX_MODELS_DIR"],
+           "OLLAMA_NOPRUNE": "1"}  # fmt: skip
+    server = user.popen(ollama, "serve", env=env)
+    try:
+        user.run(*run, "url.json", "--engine-url", f"http://{host}", cwd=place, env=job_env)
+    finally:
+        server.terminate()
+        server.wait()
+        assert server.stdout is not None
+        server.stdout.close()
+    assert "Paris" in answers(place / "url.json")["france"]
+    assert user.processes() == []
+
+
+def test_the_gpus_that_slurm_gave_reach_the_engine(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    user.write(place / "in.jsonl", lines(FRANCE, PLANETS))
+    told = user.run(
+        aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "4G",
+        "--gpus-per-node", "2", cwd=place, env=job_env,
+    )  # fmt: skip
+    job = submitted(told)
+    assert cluster.end(job).code == 0, cluster.log(job, place)
+    status = json.loads(next(place.glob("out.json.aiflux/status/*")).read_text(encoding="utf-8"))
+    assert [engine["devices"] for engine in status["aiflux"]["engines"]] == [["0"], ["1"]]
+
+
+def test_the_stack_brings_nothing_down_but_its_own(stack: dict[str, str]) -> None:
+    done = subprocess.run(["sinfo", "-h", "-o", "%n %T"], capture_output=True, text=True,
+                          check=True, env={"SLURM_CONF": stack["SLURM_CONF"],
+                                           "PATH": "/usr/bin:/bin"})  # fmt: skip
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"n1", "n2"}

@@ -15,6 +15,7 @@ from aiflux.core.config import Config
 from aiflux.errors import ConfigError, ImageError
 
 IMAGE_NAME = "aiflux.sif"
+CHECKOUT = Path(__file__).parents[3]  # the repository, when the package runs from one
 
 _PASSED = (
     "CUDA_VISIBLE_DEVICES",
@@ -30,6 +31,7 @@ _PASSED = (
 _PROXIES = tuple(
     name for low in ("http_proxy", "https_proxy", "no_proxy") for name in (low, low.upper())
 )
+_NO_PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy", "ftp_proxy"}
 _OF_THE_HOST = ("AIFLUX_IMAGE", "AIFLUX_SITE_CONFIG", "AIFLUX_SEALED")
 
 
@@ -78,7 +80,9 @@ def prepare_environment(spec: ContainerSpec, environ: Mapping[str, str]) -> dict
 
 def work_environment(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of ``work_command``; AIFLUX_SEALED is 1 or 0 inside."""
-    return _environment(spec, environ, {"AIFLUX_SEALED": "1" if spec.sealed else "0"})
+    # Apptainer passes the host's proxies even into a clean environment.
+    kept = {name: value for name, value in environ.items() if name.lower() not in _NO_PROXIES}
+    return _environment(spec, kept, {"AIFLUX_SEALED": "1" if spec.sealed else "0"})
 
 
 def mount_option(path: Path, read_only: bool) -> str:
@@ -160,11 +164,11 @@ def find_runtime(path: str | None = None) -> Path:
     )
 
 
-def find_image(config: Config, cwd: Path) -> Path:
+def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
     """Return the image, absolute and unresolved.
 
-    Looked for: the one that was named; ``aiflux.sif`` in ``cwd``, in the checkout that this
-    package runs from, and in the containers directory.
+    Looked for: the one that was named; ``aiflux.sif`` in ``cwd``, in ``checkout`` where that is
+    one (it has a Makefile), and in the containers directory.
 
     Raises:
         ImageError: the named one, or every one of these, is missing.
@@ -176,7 +180,8 @@ def find_image(config: Config, cwd: Path) -> Path:
                 "correct the path, or leave it out and run: make image",
             )
         return config.image
-    folders = [cwd, *_checkout(), config.containers_dir]
+    development = [checkout] if (checkout / "Makefile").is_file() else []
+    folders = [cwd, *development, config.containers_dir]
     for folder in folders:
         image = (folder / IMAGE_NAME).absolute()
         if image.is_file():
@@ -185,8 +190,3 @@ def find_image(config: Config, cwd: Path) -> Path:
     raise ImageError(
         f"there is no image {IMAGE_NAME} in {places}", "make image; or name one: --image FILE"
     )
-
-
-def _checkout() -> list[Path]:
-    root = Path(__file__).parents[3]
-    return [root] if (root / "Makefile").is_file() else []

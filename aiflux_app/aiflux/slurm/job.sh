@@ -196,7 +196,10 @@ choose_seal() {
 
 work() {
     local deadline=()
+    stop_if_asked
     unpass "${proxies[@]}"
+    # The runtime passes the host's proxies even into a clean environment.
+    unset "${proxies[@]}" all_proxy ALL_PROXY ftp_proxy FTP_PROXY
     choose_seal
     put AIFLUX_SEALED "$sealed"
     [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")

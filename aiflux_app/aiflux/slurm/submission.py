@@ -13,7 +13,7 @@ from aiflux.core.container import find_image
 from aiflux.core.files import atomic_write, storage_error, write_json
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.options import RunOptions
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.rundir import RunDirectory, checked_output
 from aiflux.errors import RunConflictError, SlurmError
 from aiflux.slurm.commands import JobId, check_account, job_state, submit
 from aiflux.slurm.directives import log_file
@@ -42,9 +42,20 @@ def plan_job(
         UsageError: settings, input, output or image are wrong (see ``open_run``, ``find_image``).
         StorageError: the run directory cannot be written.
     """
-    slurm = slurm.checked()
-    image = find_image(config, Path.cwd() if cwd is None else cwd)
-    # What cannot be rendered is refused before anything is written.
+    output = checked_output(output)
+    run = RunDirectory.of_output(output)
+    job = JobScript(
+        name=job_name(output),
+        slurm=slurm,
+        image=find_image(config, Path.cwd() if cwd is None else cwd),
+        input=input_path.expanduser().absolute(),
+        output_dir=output.parent,
+        models_dir=config.models_dir if options.engine_url is None else None,
+        run_dir=run.path,
+        log=logs_folder(config, run),
+    )
+    # What cannot be rendered is refused before the input is read and anything is written.
+    script = render(job)
     opened = open_run(
         input_path,
         output,
@@ -52,18 +63,8 @@ def plan_job(
         config.models_dir,
         force=force,
         force_resume=force_resume,
-        write=False,
+        write=write,
     )
-    script = render(_job(config, slurm, image, opened))
-    if write and not opened.finished:
-        opened = open_run(
-            input_path,
-            output,
-            options,
-            config.models_dir,
-            force=force,
-            force_resume=force_resume,
-        )
     return opened, script
 
 
@@ -116,20 +117,6 @@ def submitted_job(run: RunDirectory) -> JobId | None:
 def logs_folder(config: Config, run: RunDirectory) -> Path:
     """Return where the job's log goes: the configured folder, else the run directory's."""
     return config.logs_dir or run.logs
-
-
-def _job(config: Config, slurm: SlurmConfig, image: Path, opened: OpenedRun) -> JobScript:
-    plan = opened.plan
-    return JobScript(
-        name=job_name(plan.output),
-        slurm=slurm,
-        image=image,
-        input=plan.input_path,
-        output_dir=plan.output.parent,
-        models_dir=plan.models_dir,
-        run_dir=opened.run.path,
-        log=logs_folder(config, opened.run),
-    )
 
 
 def _refuse_second(run: RunDirectory, environ: Mapping[str, str] | None) -> None:

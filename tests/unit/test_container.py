@@ -1,0 +1,135 @@
+"""The container's command lines, and finding image and runtime."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiflux.core.config import Config
+from aiflux.core.container import (
+    ContainerSpec,
+    find_image,
+    find_runtime,
+    mount_option,
+    prepare_command,
+    work_command,
+    work_environment,
+)
+from aiflux.errors import ConfigError, ImageError
+
+SPEC = ContainerSpec(
+    runtime=Path("/usr/bin/apptainer"),
+    image=Path("/i.sif"),
+    input=Path("/d/in.jsonl"),
+    output_dir=Path("/out"),
+    models_dir=Path("/m"),
+    workdir=Path("/w"),
+)
+
+
+def test_the_preparation_has_the_network_and_writable_models() -> None:
+    assert prepare_command(SPEC, ["--run-dir", "/r", "--prepare"]) == [
+        *("/usr/bin/apptainer", "run", "--containall", "--nv", "--workdir", "/w"),
+        *("--pwd", "/out", "--mount", 'type=bind,"source=/out","destination=/out"'),
+        *("--mount", 'type=bind,"source=/m","destination=/m"'),
+        *("--mount", 'type=bind,"source=/d/in.jsonl","destination=/d/in.jsonl",ro'),
+        *("/i.sif", "--run-dir", "/r", "--prepare"),
+    ]
+
+
+def test_the_work_is_sealed_and_its_models_read_only() -> None:
+    command = work_command(SPEC, ["--run-dir", "/r", "--shard", "0"])
+    assert command[2:7] == ["--containall", "--nv", "--net", "--network", "none"]
+    assert 'type=bind,"source=/m","destination=/m",ro' in command
+
+
+@given(st.text(st.characters(exclude_characters="\0\n", exclude_categories=["Cs"])))
+def test_any_path_can_be_mounted(name: str) -> None:
+    path = Path("/d") / f"x{name}"
+    row = next(csv.reader([mount_option(path, True)], strict=True))
+    assert row == ["type=bind", f"source={path}", f"destination={path}", "ro"]
+
+
+@pytest.mark.parametrize("path", ["relative", "/a\nb"])
+def test_a_path_that_cannot_be_mounted_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be mounted"):
+        mount_option(Path(path), False)
+
+
+def test_only_named_variables_go_in() -> None:
+    environ = {"AIFLUX_API_KEY": "k", "SECRET": "s", "AIFLUX_SITE_CONFIG": "/s", "PATH": "/bin"}
+    given_in = {
+        name.removeprefix("APPTAINERENV_"): value
+        for name, value in work_environment(SPEC, environ).items()
+        if name.startswith("APPTAINERENV_")
+    }
+    assert given_in == {
+        "AIFLUX_API_KEY": "k",
+        "AIFLUX_MODELS_DIR": "/m",
+        "AIFLUX_SEALED": "1",
+        "LANG": "C.UTF-8",
+    }
+
+
+@pytest.mark.parametrize("name", ["apptainer", "singularity"])
+def test_the_runtime_is_found_under_both_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch(0o755)
+    assert find_runtime(str(tmp_path)) == tmp_path / name
+
+
+def test_no_runtime_has_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="neither apptainer nor singularity") as caught:
+        find_runtime(str(tmp_path))
+    assert "module load" in str(caught.value.remedy)
+
+
+def config(folder: Path, **environ: str) -> Config:
+    return Config(environ={"HOME": str(folder / "home"), **environ}, directory=folder)
+
+
+def test_a_named_image_wins(awkward: Path) -> None:
+    (awkward / "aiflux.sif").touch()
+    named = awkward / "n.sif"
+    named.touch()
+    assert find_image(config(awkward, AIFLUX_IMAGE=str(named)), awkward) == named
+
+
+def test_a_named_image_that_is_missing_is_an_error_that_says_who_named_it(awkward: Path) -> None:
+    (awkward / "aiflux.sif").touch()
+    with pytest.raises(ImageError, match="AIFLUX_IMAGE"):
+        find_image(config(awkward, AIFLUX_IMAGE="/no/such.sif"), awkward)
+
+
+def test_the_image_of_the_current_directory_comes_first(awkward: Path) -> None:
+    image = awkward / "aiflux.sif"
+    image.touch()
+    assert find_image(config(awkward), awkward) == image
+
+
+def test_the_image_of_a_checkout_is_found(awkward: Path) -> None:
+    checkout = awkward / "checkout"
+    checkout.mkdir()
+    (checkout / "aiflux.sif").touch()
+    with pytest.raises(ImageError):
+        find_image(config(awkward), awkward, checkout)
+    (checkout / "Makefile").touch()
+    assert find_image(config(awkward), awkward, checkout) == checkout / "aiflux.sif"
+
+
+def test_the_image_of_the_containers_directory_is_found(awkward: Path) -> None:
+    image = awkward / "c" / "aiflux.sif"
+    image.parent.mkdir()
+    image.touch()
+    found = find_image(config(awkward, AIFLUX_CONTAINERS_DIR=str(image.parent)), awkward, awkward)
+    assert found == image
+
+
+def test_no_image_says_where_it_was_looked_for(awkward: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        find_image(config(awkward), awkward, awkward)
+    assert str(awkward) in caught.value.message
+    assert "make image" in str(caught.value.remedy)

@@ -1,0 +1,199 @@
+"""Rendering of batch scripts: directives, quoting, the golden files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiflux.core.config import SlurmConfig
+from aiflux.errors import ConfigError
+from aiflux.slurm.directives import directive, log_file, log_pattern
+from aiflux.slurm.script import JobScript, generic_script, job_name, render
+
+REPOSITORY = Path(__file__).parents[2]
+GOLDEN = REPOSITORY / "tests" / "golden" / "run.sbatch"
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+
+texts = st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"]), min_size=1)
+
+
+def job(**changes: object) -> JobScript:
+    values: dict[str, object] = {
+        "name": "aiflux-results",
+        "slurm": SlurmConfig(),
+        "image": Path("/sw/aiflux.sif"),
+        "input": Path("/home/u/in.jsonl"),
+        "output_dir": Path("/home/u"),
+        "models_dir": Path("/scratch/models"),
+        "run_dir": Path("/home/u/results.json.aiflux"),
+        "log": Path("/home/u/results.json.aiflux/logs"),
+    }
+    return JobScript(**(values | changes))  # type: ignore[arg-type]
+
+
+def full_job() -> JobScript:
+    """Return a job that uses everything a script can say."""
+    folder = Path('/home/u/it\'s, a "test": $(x) 50% ü')
+    slurm = SlurmConfig(
+        account="proj-1",
+        partition="gpu",
+        qos="long",
+        gpus_per_node="a100:2",
+        constraint="a100&nvlink",
+        time="1-12:00:00",
+        mem="64G",
+        cpus_per_task=16,
+        sbatch_arg={"comment": 'two words # and a "quote"', "exclusive": ""},
+        modules=("apptainer/1.4", "cuda"),
+        setup=("export TMPDIR=/local/$SLURM_JOB_ID", 'echo "on $HOSTNAME"'),
+    )
+    return job(
+        slurm=slurm,
+        input=folder / "in.jsonl",
+        output_dir=folder,
+        run_dir=folder / "results.json.aiflux",
+        log=folder / "results.json.aiflux" / "logs",
+    )
+
+
+def arguments_of(line: str) -> list[str]:
+    """Parse one ``#SBATCH`` line as sbatch does (``get_argument``, Slurm's src/sbatch/opt.c)."""
+    arguments, rest = [], line.removeprefix("#SBATCH")
+    while rest := rest.lstrip(" \t\n\v\f\r"):
+        argument, quote, escaped, position = "", "", False, 0
+        while position < len(rest) and (quote or rest[position] not in " \t\n\v\f\r"):
+            char = rest[position]
+            if escaped:
+                escaped = False
+            elif char == "\\":
+                escaped = True
+                position += 1
+                continue
+            elif quote and char == quote:
+                quote = ""
+                position += 1
+                continue
+            elif not quote and char in "\"'":
+                quote = char
+                position += 1
+                continue
+            elif not quote and char == "#":
+                return [*arguments, argument] if argument else arguments
+            argument += char
+            position += 1
+        assert not quote, f"unmatched quote in {line!r}"
+        arguments.append(argument)
+        rest = rest[position:]
+    return arguments
+
+
+@given(texts)
+def test_a_directive_reads_back_as_it_was_meant(value: str) -> None:
+    assert arguments_of(directive("comment", value)) == [f"--comment={value}"]
+
+
+def test_a_log_folder_without_backslash_takes_the_job_id() -> None:
+    assert log_pattern(Path("/a 50% b")) == "/a 50%% b/slurm-%j.out"
+    assert log_file(Path("/a 50% b"), "7") == Path("/a 50% b/slurm-7.out")
+
+
+def test_a_log_folder_with_a_backslash_has_one_log() -> None:
+    assert log_pattern(Path("/a\\b %j")) == "/a\\\\b %j/slurm.out"
+    assert log_file(Path("/a\\b %j"), "7") == Path("/a\\b %j/slurm.out")
+
+
+def test_none_leaves_a_directive_out() -> None:
+    slurm = SlurmConfig(time=None, mem=None, cpus_per_task=None, gpus_per_node="0")
+    text = render(job(slurm=slurm))
+    for name in ("time", "mem", "cpus-per-task", "gpus-per-node", "account", "qos", "gres"):
+        assert f"#SBATCH --{name}" not in text
+    assert "\ngpu_flags=()\n" in text
+
+
+def test_gres_stands_instead_of_gpus_per_node() -> None:
+    text = render(job(slurm=SlurmConfig(gres="gpu:a100:2", gpus_per_node="4")))
+    assert "#SBATCH --gres=gpu:a100:2" in text
+    assert "gpus-per-node" not in text
+    assert "\ngpu_flags=(--nv)\n" in text
+
+
+def test_memory_per_core_stands_instead_of_memory() -> None:
+    text = render(job(slurm=SlurmConfig(sbatch_arg={"mem-per-cpu": "4G"})))
+    assert "#SBATCH --mem-per-cpu=4G" in text
+    assert "#SBATCH --mem=" not in text
+
+
+def test_the_job_name_may_be_chosen() -> None:
+    text = render(job(slurm=SlurmConfig(sbatch_arg={"job-name": "mine"})))
+    assert text.count("--job-name=") == 1
+    assert "#SBATCH --job-name=mine\n" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["output", "error", "array", "signal", "requeue", "no-requeue", "open-mode", "wrap", "export",
+     "parsable", "chdir", "nodes", "ntasks", "outp", "arr", "account", "time", "gpus", "o", "-o",
+     "exclude me", ""],
+)  # fmt: skip
+def test_options_that_aiflux_sets_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="sbatch_arg") as caught:
+        render(job(slurm=SlurmConfig(sbatch_arg={name: "x"})))
+    assert repr(name) in caught.value.message
+    assert caught.value.remedy
+
+
+def test_a_line_break_in_a_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="line break"):
+        render(job(input=Path("/a\nb")))
+
+
+def test_directives_stand_before_the_first_command() -> None:
+    lines = render(full_job()).splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
+
+
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [
+        ("results.json", "aiflux-results"),
+        ("a b,$(c).results.jsonl", "aiflux-a-b-c-.results"),
+        ("ü.json", "aiflux"),
+        ("x" * 100 + ".json", "aiflux-" + "x" * 57),
+    ],
+)
+def test_job_names_are_plain(output: str, name: str) -> None:
+    assert job_name(Path("/d") / output) == name
+
+
+def test_the_golden_script() -> None:
+    assert render(full_job()) == GOLDEN.read_text(encoding="utf-8"), (
+        "the script changed; if that was meant: python -m tests.unit.test_script"
+    )
+
+
+def test_the_committed_generic_script_is_what_the_renderer_makes() -> None:
+    committed = REPOSITORY / "slurm" / "run.sbatch"
+    assert committed.read_text(encoding="utf-8") == generic_script(), "make slurm/run.sbatch"
+
+
+@pytest.mark.parametrize("text", [generic_script(), render(full_job())], ids=["generic", "full"])
+def test_scripts_pass_shellcheck(text: str, tmp_path: Path) -> None:
+    if not SHELLCHECK.exists():
+        pytest.skip("shellcheck is not installed beside this Python")
+    script = tmp_path / "run.sbatch"
+    script.write_text(text, encoding="utf-8")
+    # A path may look as if it were meant to be expanded.
+    done = subprocess.run(
+        [SHELLCHECK, "--exclude=SC2016", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout + done.stderr == ""
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(render(full_job()), encoding="utf-8")

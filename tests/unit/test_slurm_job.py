@@ -1,0 +1,491 @@
+"""What a batch script does, run by bash with a recording Apptainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from aiflux.core.config import SlurmConfig
+from aiflux.core.container import (
+    ContainerSpec,
+    mount_option,
+    prepare_command,
+    prepare_environment,
+    probe_command,
+    work_command,
+    work_environment,
+)
+from aiflux.slurm.script import JobScript, generic_script, render
+from tests.unit.fake_commands import Call, FakeCommands
+
+names = st.text(
+    st.characters(exclude_characters="\0\n/", exclude_categories=["Cs"]), min_size=1, max_size=40
+).filter(lambda name: name not in (".", "..") and len(name.encode()) < 200)
+
+TRAPPING = """\
+[[ $1 == run && $* == *--shard* ]] || exit 0
+trap 'echo TERM >>"$call/signals"; exit 5' TERM
+trap 'echo USR1 >>"$call/signals"; exit 5' USR1
+touch "$here/ready"
+while :; do sleep 0.02 & wait $!; done
+"""
+
+
+class Place:
+    """A folder with an input, models and an image, and a fake Apptainer."""
+
+    def __init__(self, folder: Path, name: str = "in.jsonl") -> None:
+        self.folder = folder
+        self.fakes = FakeCommands(folder.parent / ".fakes")  # a colon would split PATH
+        self.fakes.add("apptainer")
+        self.input = folder / name
+        self.input.write_text("{}\n", encoding="utf-8")
+        self.image = folder / "image.sif"
+        self.image.touch()
+        self.models = folder / "models"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+
+    def job(self, **changes: object) -> JobScript:
+        values: dict[str, object] = {
+            "name": "aiflux",
+            "slurm": SlurmConfig(),
+            "image": self.image,
+            "input": self.input,
+            "output_dir": self.folder,
+            "models_dir": self.models,
+            "run_dir": self.folder / "out.json.aiflux",
+            "log": self.folder,
+        }
+        return JobScript(**(values | changes))  # type: ignore[arg-type]
+
+    def spec(self, call: Call, **changes: object) -> ContainerSpec:
+        values: dict[str, object] = {
+            "runtime": self.fakes.folder / "apptainer",
+            "image": self.image,
+            "input": self.input,
+            "output_dir": self.folder,
+            "models_dir": self.models,
+            "workdir": Path(call.argv[call.argv.index("--workdir") + 1]),
+        }
+        return ContainerSpec(**(values | changes))  # type: ignore[arg-type]
+
+    def environ(self, **more: str) -> dict[str, str]:
+        return {"PATH": self.fakes.path, "HOME": "/nowhere", "TMPDIR": str(self.temporary), **more}
+
+    def bash(
+        self, text: str, *arguments: str, environ: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        script = self.fakes.folder / "script"
+        script.write_bytes(text.encode("utf-8", "surrogateescape"))
+        return subprocess.run(
+            ["bash", str(script), *arguments],
+            env=self.environ() if environ is None else dict(environ),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+
+
+@pytest.fixture
+def place(awkward: Path) -> Place:
+    return Place(awkward)
+
+
+def inside(call: Call) -> dict[str, str]:
+    """Return what a call lets into the container."""
+    return {name: v for name, v in call.environ.items() if name.startswith("APPTAINER")}
+
+
+# --- the two steps ---------------------------------------------------------------------------
+
+
+def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
+    environ = place.environ(
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NAME="a,b $(c)",
+        SLURM_JOB_END_TIME="1790000000",
+        CUDA_VISIBLE_DEVICES="0,1",
+        AIFLUX_ALLOW_CPU="1",
+        AIFLUX_DATA_DIR="/of/the/host",
+        AIFLUX_IMAGE="/of/the/host",
+        AIFLUX_SEALED="0",
+        http_proxy="http://p:1",
+        HTTPS_PROXY="http://p:2",
+        all_proxy="http://p:3",
+        LANG="xx",
+    )
+    done = place.bash(render(place.job()), environ=environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    prepare, probe, work = place.fakes.calls("apptainer")
+    spec = place.spec(prepare)
+    run_dir = str(place.folder / "out.json.aiflux")
+    arguments = ["--run-dir", run_dir, "--shard", "0", "--deadline", "1790000000"]
+    assert prepare.argv == prepare_command(spec, ["--run-dir", run_dir, "--prepare"])[1:]
+    assert probe.argv == probe_command(spec)[1:]
+    assert work.argv == work_command(spec, arguments)[1:]
+    assert inside(prepare) == inside(Call([], prepare_environment(spec, environ)))
+    assert inside(work) == inside(Call([], work_environment(spec, environ)))
+    assert inside(work)["APPTAINERENV_AIFLUX_SEALED"] == "1"
+    assert not any(name.lower().endswith("_proxy") for name in work.environ)
+
+
+def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
+    place.fakes.add("apptainer", "[[ $1 == run ]] || { echo no netns >&2; exit 255; }")
+    done = place.bash(render(place.job()))
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 1
+    assert "no netns" in done.stderr
+    work = place.fakes.calls("apptainer")[2]
+    spec = place.spec(work, sealed=False)
+    assert work.argv == work_command(spec, work.argv[-4:])[1:]
+    assert inside(work) == inside(Call([], work_environment(spec, place.environ())))
+
+
+def test_an_engine_elsewhere_needs_the_network_and_no_models(place: Place) -> None:
+    done = place.bash(render(place.job(models_dir=None)))
+    assert (done.returncode, done.stderr) == (0, "")
+    prepare, work = place.fakes.calls("apptainer")
+    spec = place.spec(work, models_dir=None, sealed=False)
+    assert prepare.argv == prepare_command(spec, prepare.argv[-3:])[1:]
+    assert work.argv == work_command(spec, work.argv[-4:])[1:]
+    assert not place.models.exists()
+
+
+def test_an_output_among_the_models_stays_writable(place: Place) -> None:
+    output_dir = place.models / "out"
+    output_dir.mkdir(parents=True)
+    place.bash(render(place.job(output_dir=output_dir)))
+    work = place.fakes.calls("apptainer")[2]
+    assert work.argv == work_command(place.spec(work, output_dir=output_dir), work.argv[-4:])[1:]
+    mounts = [value for value in work.argv if value.startswith("type=bind")]
+    assert mounts == [
+        mount_option(place.models, True),
+        mount_option(output_dir, False),
+        mount_option(place.input, True),
+    ]
+
+
+def test_no_gpu_no_nv(place: Place) -> None:
+    place.bash(render(place.job(slurm=SlurmConfig(gpus_per_node="0"))))
+    assert "--nv" not in [word for call in place.fakes.calls("apptainer") for word in call.argv]
+
+
+@pytest.mark.parametrize("code", [2, 4, 5])
+def test_a_failed_preparation_ends_the_job(place: Place, code: int) -> None:
+    place.fakes.add("apptainer", f"exit {code}")
+    assert place.bash(render(place.job())).returncode == code
+    assert len(place.fakes.calls("apptainer")) == 1
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 4, 5, 137])
+def test_the_exit_code_is_the_workers(place: Place, code: int) -> None:
+    place.fakes.add("apptainer", f"[[ $* != *--shard* ]] || exit {code}")
+    assert place.bash(render(place.job())).returncode == code
+
+
+def test_the_private_directory_is_private_and_goes(place: Place) -> None:
+    place.fakes.add(
+        "apptainer",
+        'for d in "$TMPDIR"/*; do >"$d/x"; [[ $1 != run ]] || stat -c "%a %n" "$d"; done',
+    )
+    done = place.bash(render(place.job()))
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["700", "700"]
+    assert list(place.temporary.iterdir()) == []
+
+
+def test_modules_and_setup_come_before_apptainer_is_looked_for(place: Place) -> None:
+    (place.fakes.folder / "apptainer").rename(place.folder / "apptainer")
+    setup = (
+        'module() { echo "module $*"; PATH=$PWD:$PATH; }',
+        "export AIFLUX_ALLOW_CPU=1",
+    )
+    text = render(place.job(slurm=SlurmConfig(modules=("a b", "c"), setup=setup)))
+    # `module` must be there before setup runs, as at a site.
+    text = text.replace("prepare_args=", f"{setup[0]}\nprepare_args=", 1)
+    (place.folder / "calls").mkdir()
+    done = place.bash(text)
+    assert done.stdout.splitlines() == ["module load a b c"]
+
+
+def commands_only(folder: Path, *commands: str) -> str:
+    """Return a PATH that has these commands and no others."""
+    folder.mkdir()
+    for command in commands:
+        source = next(p for d in ("/usr/bin", "/bin") if (p := Path(d) / command).exists())
+        (folder / command).symlink_to(source)
+    return str(folder)
+
+
+def test_no_apptainer_is_a_usage_error_with_a_remedy(place: Place) -> None:
+    path = commands_only(place.folder.parent / "bin", "bash", "mktemp", "rm", "mkdir")
+    done = place.bash(render(place.job()), environ={"PATH": path, "HOME": "/nowhere"})
+    assert done.returncode == 2
+    assert "neither apptainer nor singularity" in done.stderr
+    assert "  -> " in done.stderr
+
+
+def test_singularity_gets_its_own_variables(place: Place) -> None:
+    path = commands_only(
+        place.folder.parent / "bin", "bash", "env", "mktemp", "rm", "mkdir", "dirname", "basename"
+    )
+    place.fakes.add("singularity")
+    (place.folder.parent / "bin" / "singularity").symlink_to(place.fakes.folder / "singularity")
+    (place.folder.parent / "bin" / "calls").mkdir()
+    environ = {**place.environ(), "PATH": path}
+    done = place.bash(render(place.job()), environ=environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    call = place.folder.parent / "bin" / "calls" / "singularity-2"
+    recorded = dict(item.split("=", 1) for item in (call / "env").read_text().split("\0") if item)
+    argv = (call / "argv").read_text().split("\0")
+    spec = place.spec(Call(argv, {}), runtime=Path("/bin/singularity"))
+    expected = work_environment(spec, environ)
+    kept = {key: value for key, value in recorded.items() if key.startswith("SINGULARITY")}
+    assert kept == {key: v for key, v in expected.items() if key.startswith("SINGULARITY")}
+
+
+def test_the_end_of_the_job_is_asked_of_an_older_slurm(place: Place) -> None:
+    place.fakes.say("squeue", "2026-11-23T12:00:00\n")
+    place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7", TZ="UTC"))
+    assert place.fakes.calls("apptainer")[2].argv[-2:] == ["--deadline", "1795435200"]
+    assert place.fakes.calls("squeue")[0].argv == ["-h", "-j", "7", "-o", "%e"]
+
+
+@pytest.mark.parametrize("answer", ["", "NONE", "N/A"])
+def test_a_job_without_an_end_has_no_deadline(place: Place, answer: str) -> None:
+    place.fakes.say("squeue", answer)
+    done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--deadline" not in place.fakes.calls("apptainer")[2].argv
+
+
+# --- signals -----------------------------------------------------------------------------------
+
+
+def start(place: Place, behaviour: str) -> subprocess.Popen[bytes]:
+    place.fakes.add("apptainer", behaviour)
+    script = place.fakes.folder / "script"
+    script.write_text(render(place.job()), encoding="utf-8")
+    process = subprocess.Popen(["bash", str(script)], env=place.environ())
+    deadline = time.monotonic() + 10
+    while not (place.fakes.folder / "ready").exists():
+        assert process.poll() is None, "the job ended too early"
+        assert time.monotonic() < deadline, "the container did not start"
+        time.sleep(0.01)
+    return process
+
+
+def signals_seen(place: Place, call: int) -> list[str]:
+    return (place.fakes.folder / "calls" / f"apptainer-{call}" / "signals").read_text().split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_worker_whose_exit_code_comes_out(place: Place, number: int) -> None:
+    process = start(place, TRAPPING)
+    process.send_signal(number)
+    assert process.wait(10) == 5
+    assert signals_seen(place, 2) == [signal.Signals(number).name.removeprefix("SIG")]
+    assert list(place.temporary.iterdir()) == []
+
+
+def test_the_worker_may_take_its_time_and_be_signalled_again(place: Place) -> None:
+    slow = TRAPPING.replace("; exit 5' TERM", "; sleep 0.2; exit 5' TERM")
+    process = start(place, slow)
+    for _ in range(5):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    assert process.wait(10) == 5
+
+
+def test_no_race_turns_the_workers_exit_code_into_that_of_the_signal(place: Place) -> None:
+    for delay in range(8):
+        (place.fakes.folder / "ready").unlink(missing_ok=True)
+        process = start(place, TRAPPING)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(delay / 1000)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(10) == 5
+
+
+def test_a_runtime_that_dies_of_the_signal_counts_as_stopped(place: Place) -> None:
+    process = start(place, TRAPPING.replace("trap '", ": '"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 5
+
+
+def test_a_signal_during_the_preparation_ends_the_job_before_the_work(place: Place) -> None:
+    process = start(place, "trap 'exit 0' TERM; touch \"$here/ready\"; sleep 5 & wait $!; kill $!")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 5
+    assert len(place.fakes.calls("apptainer")) == 1, "no work was begun"
+
+
+# --- the generic script ------------------------------------------------------------------------
+
+
+def generic(place: Place, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    values = {"AIFLUX_IMAGE": str(place.image), "AIFLUX_MODELS_DIR": str(place.models), **environ}
+    return place.bash(generic_script(), *arguments, environ=place.environ(**values))
+
+
+def test_the_generic_script_prepares_a_plan_and_works_on_it(place: Place) -> None:
+    done = generic(place, "in.jsonl", "out.json", "--model", "a b", MODEL_NAME="m,1")
+    assert (done.returncode, done.stderr) == (0, "")
+    prepare, _, work = place.fakes.calls("apptainer")
+    spec = place.spec(prepare)
+    output = str(place.folder / "out.json")
+    arguments = [str(place.input), output, "--prepare", "--model", "a b"]
+    assert prepare.argv == prepare_command(spec, arguments)[1:]
+    assert work.argv == work_command(spec, ["--run-dir", f"{output}.aiflux", "--shard", "0"])[1:]
+    assert inside(prepare)["APPTAINERENV_MODEL_NAME"] == "m,1"
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [
+        ("in.jsonl", "in.results.json"),
+        ("a.b.jsonl", "a.b.results.json"),
+        (".hidden", ".hidden.results.json"),
+        ("plain", "plain.results.json"),
+    ],
+)
+def test_the_default_output_is_the_cli_s(tmp_path: Path, name: str, results: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    place = Place(folder, name)
+    assert generic(place, name, "--force").returncode == 0
+    argv = place.fakes.calls("apptainer")[0].argv
+    assert argv[-4:] == [str(place.input), str(folder / results), "--prepare", "--force"]
+
+
+def test_paths_are_relative_to_where_sbatch_was_called(place: Place) -> None:
+    there = place.folder / "there"
+    there.mkdir()
+    (there / "in.jsonl").touch()
+    assert generic(place, "in.jsonl", SLURM_SUBMIT_DIR=str(there)).returncode == 0
+    assert str(there / "in.jsonl") in place.fakes.calls("apptainer")[0].argv
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_the_generic_script_is_not_sealed_from_an_engine_elsewhere(place: Place, how: str) -> None:
+    url = "http://h:1"
+    if how == "option":
+        generic(place, "in.jsonl", f"--engine-url={url}")
+    else:
+        generic(place, "in.jsonl", AIFLUX_ENGINE_URL=url)
+    assert len(place.fakes.calls("apptainer")) == 2
+    assert inside(place.fakes.calls("apptainer")[1])["APPTAINERENV_AIFLUX_SEALED"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no input"),
+        (["missing.jsonl"], "missing.jsonl"),
+        (["."], "not a file"),
+        (["in.jsonl", "no/such/out.json"], "no/such"),
+        (["in.jsonl", "a\nb.json"], "line break"),
+    ],
+)
+def test_wrong_arguments_are_a_usage_error(place: Place, arguments: list[str], words: str) -> None:
+    done = generic(place, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "usage: sbatch slurm/run.sbatch" in done.stderr
+    assert place.fakes.calls("apptainer") == []
+
+
+def test_the_image_is_looked_for_in_four_places(place: Place) -> None:
+    checkout = place.folder / "check out"
+    containers = place.folder / "data" / "containers"
+    places = [place.folder / "named.sif", place.folder / "aiflux.sif",
+              checkout / "aiflux.sif", containers / "aiflux.sif"]  # fmt: skip
+    place.fakes.say("scontrol", f"JobId=7\n   Command={checkout}/slurm/run.sbatch in.jsonl\n")
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1", "AIFLUX_IMAGE": "named.sif"}
+    environ["AIFLUX_DATA_DIR"] = str(place.folder / "data")
+    for image in reversed(places):
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.touch()
+        if image.name != "named.sif":
+            environ["AIFLUX_IMAGE"] = ""
+        else:
+            environ["AIFLUX_IMAGE"] = "named.sif"
+        assert generic(place, "in.jsonl", **environ).returncode == 0
+        assert str(image) in place.fakes.calls("apptainer")[-1].argv
+
+
+def test_no_image_says_what_to_do(place: Place) -> None:
+    done = generic(place, "in.jsonl", AIFLUX_IMAGE="")
+    assert done.returncode == 2
+    assert "make image" in done.stderr
+    assert "AIFLUX_IMAGE=" in done.stderr
+
+
+def test_a_named_image_that_is_missing_is_not_replaced_by_another(place: Place) -> None:
+    (place.folder / "aiflux.sif").touch()
+    done = generic(place, "in.jsonl", AIFLUX_IMAGE="/no/such.sif")
+    assert done.returncode == 2
+    assert "/no/such.sif" in done.stderr
+
+
+# --- any name ----------------------------------------------------------------------------------
+
+
+def csv_fields(option: str) -> list[str]:
+    import csv
+
+    return next(csv.reader([option], strict=True))
+
+
+def expect(path: Path, *, read_only: bool = False) -> list[str]:
+    return ["type=bind", f"source={path}", f"destination={path}"] + ["ro"] * read_only
+
+
+@settings(max_examples=15, deadline=None)
+@given(names, names)
+@example("$(touch x)'\"\\,:;&|<> *?[#] %j ~!{}", "-rf --prepare")
+@example("`id`", "a\rb\tc\x7f\x1b")
+def test_any_name_reaches_the_worker_unchanged(folder_name: str, name: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / folder_name
+        folder.mkdir()
+        place = Place(folder, f"{name}.in")
+        text = render(place.job(run_dir=folder / f"{name}.aiflux"))
+        done = place.bash(text)
+        assert (done.returncode, done.stderr) == (0, "")
+        argv = place.fakes.calls("apptainer")[2].argv
+        assert argv[-4:] == ["--run-dir", str(folder / f"{name}.aiflux"), "--shard", "0"]
+        mounts = [csv_fields(word) for word in argv if word.startswith("type=bind")]
+        assert mounts == [
+            expect(folder),
+            expect(place.models, read_only=True),
+            expect(place.input, read_only=True),
+        ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(names, names)
+@example("$(touch x)'\"\\,:;&|<> *?[#] %j ~!{}", "-rf --prepare")
+def test_any_name_reaches_the_worker_through_the_generic_script(
+    folder_name: str, name: str
+) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / folder_name
+        folder.mkdir()
+        place = Place(folder, f"{name}.in")
+        done = generic(place, f"{name}.in", f"x{name}.json")
+        assert (done.returncode, done.stderr) == (0, "")
+        argv = place.fakes.calls("apptainer")[0].argv
+        assert argv[-3:] == [str(place.input), str(folder / f"x{name}.json"), "--prepare"]
+        assert os.listdir(place.temporary) == []

@@ -1,0 +1,234 @@
+"""Planning and submitting, from Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.plan import read_plan
+from aiflux.core.rundir import RunDirectory
+from aiflux.core.status import Status
+from aiflux.errors import (
+    ConfigError,
+    ImageError,
+    InputError,
+    OutputExistsError,
+    RunConflictError,
+    SlurmError,
+)
+from aiflux.slurm import SlurmRunner
+from aiflux.slurm.commands import JobId, JobState
+from aiflux.slurm.submission import plan_job, submit_job, submitted_job
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.helpers import write_input
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
+    fakes = FakeCommands(tmp_path / "bin")
+    fakes.say("sbatch", "42\n")
+    fakes.say("scontrol")
+    monkeypatch.setenv("PATH", fakes.path)
+    return fakes
+
+
+@pytest.fixture
+def workspace(awkward: Path) -> Path:
+    write_input(awkward / "in.jsonl", 3)
+    (awkward / "aiflux.sif").touch()
+    return awkward
+
+
+def finish(run: RunDirectory) -> None:
+    """Leave what a worker that is done leaves."""
+    plan = read_plan(run)
+    plan.output.write_text("[]", encoding="utf-8")
+    run.journal(0).write_text("{}\n", encoding="utf-8")
+    status = Status(run.status(0), plan, 0, completed=plan.requests)
+    status.enter("completed")
+
+
+def test_a_run_is_planned_written_and_submitted(slurm: FakeCommands, workspace: Path) -> None:
+    runner = SlurmRunner(workspace=workspace)
+    job = runner.run("in.jsonl", "out.json", model="m:1", batch_size=8, temperature=0.5,
+                     account="proj", time="00:30:00", models_dir="models")  # fmt: skip
+    assert job == "42"
+    run = RunDirectory.of_output(workspace / "out.json")
+    script = run.script.read_text(encoding="utf-8")
+    assert "#SBATCH --account=proj\n" in script
+    assert "#SBATCH --time=00:30:00\n" in script
+    assert slurm.calls("sbatch")[0].argv[-1] == str(run.script)
+    plan = json.loads(run.plan.read_text(encoding="utf-8"))
+    assert plan["options"]["concurrency"] == 8
+    assert plan["options"]["temperature"] == 0.5
+    assert plan["models_dir"] == str(workspace / "models")
+    assert submitted_job(run) == JobId("42")
+    assert Path(json.loads(run.submission.read_text())["log"]).parent == run.logs
+
+
+def test_the_default_output_lies_in_the_workspace(slurm: FakeCommands, workspace: Path) -> None:
+    assert SlurmRunner(workspace=workspace).run("in.jsonl") == "42"
+    assert RunDirectory.of_output(workspace / "in.results.json").plan.is_file()
+
+
+def test_the_workspace_s_settings_hold(slurm: FakeCommands, workspace: Path) -> None:
+    (workspace / "aiflux.yaml").write_text("slurm: {account: from-yaml}\n")
+    logs = workspace.parent / "logs"
+    (workspace / ".env").write_text(f"TEMPERATURE=0.25\nAIFLUX_LOGS_DIR={logs}\n")
+    SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
+    run = RunDirectory.of_output(workspace / "out.json")
+    assert "--account=from-yaml" in run.script.read_text(encoding="utf-8")
+    assert json.loads(run.plan.read_text())["options"]["temperature"] == 0.25
+    assert logs.is_dir()
+
+
+def test_a_given_config_holds_and_options_win_over_it(slurm: FakeCommands, workspace: Path) -> None:
+    config = SlurmConfig(account="a", mem="8G", gpus_per_node="0")
+    SlurmRunner(config, workspace).run("in.jsonl", "out.json", memory="16GB")
+    script = RunDirectory.of_output(workspace / "out.json").script.read_text(encoding="utf-8")
+    assert "--account=a" in script
+    assert "--mem=16G" in script
+    assert "--gpus-per-node" not in script
+    assert config.mem == "8G"
+
+
+def test_an_unknown_option_lists_the_known_ones(workspace: Path) -> None:
+    with pytest.raises(ConfigError, match="'temprature'") as caught:
+        SlurmRunner(workspace=workspace).run("in.jsonl", temprature=1)
+    assert "temperature" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"temperature": "hot"}, ConfigError),
+        ({"time": "soon"}, ConfigError),
+        ({"nodes": 2}, ConfigError),
+        ({"sbatch_arg": {"array": "1-3"}}, ConfigError),
+        ({"image": "no.sif"}, ImageError),
+    ],
+)
+def test_what_is_wrong_leaves_nothing_behind(
+    slurm: FakeCommands, workspace: Path, options: dict[str, object], error: type[Exception]
+) -> None:
+    before = sorted(workspace.iterdir())
+    with pytest.raises(error):
+        SlurmRunner(workspace=workspace).run("in.jsonl", "out.json", **options)
+    assert sorted(workspace.iterdir()) == before
+    assert slurm.calls("sbatch") == []
+
+
+def test_a_bad_input_is_refused_before_it_is_queued(slurm: FakeCommands, workspace: Path) -> None:
+    (workspace / "in.jsonl").write_text("{}\n")
+    with pytest.raises(InputError):
+        SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
+    assert slurm.calls("sbatch") == []
+
+
+def test_a_refusal_leaves_the_script_to_look_at(slurm: FakeCommands, workspace: Path) -> None:
+    slurm.say("sbatch", stderr="sbatch: error: no\n", status=1)
+    with pytest.raises(SlurmError, match=r"run\.sbatch: no"):
+        SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
+    run = RunDirectory.of_output(workspace / "out.json")
+    assert run.script.is_file()
+    assert submitted_job(run) is None
+
+
+def test_a_run_whose_job_is_active_is_not_submitted_twice(
+    slurm: FakeCommands, workspace: Path
+) -> None:
+    runner = SlurmRunner(workspace=workspace)
+    runner.run("in.jsonl", "out.json")
+    slurm.say("squeue", "PENDING|Priority\n")
+    with pytest.raises(RunConflictError, match="job 42 of this run is PENDING"):
+        runner.run("in.jsonl", "out.json")
+    slurm.say("squeue", "TIMEOUT|TimeLimit\n")
+    slurm.say("sacct", "TIMEOUT|0:0\n")
+    slurm.say("sbatch", "43\n")
+    assert runner.run("in.jsonl", "out.json") == "43"
+
+
+def test_a_dry_run_touches_nothing(workspace: Path) -> None:
+    before = sorted(workspace.iterdir())
+    config = Config(directory=workspace)
+    opened, script = plan_job(
+        config,
+        config.get_slurm_config(),
+        workspace / "in.jsonl",
+        workspace / "out.json",
+        config.run_options(),
+        cwd=workspace,
+        write=False,
+    )
+    assert opened.plan.requests == 3
+    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    assert sorted(workspace.iterdir()) == before
+
+
+def test_a_finished_run_is_not_submitted_again(slurm: FakeCommands, workspace: Path) -> None:
+    runner = SlurmRunner(workspace=workspace)
+    runner.run("in.jsonl", "out.json")
+    finish(RunDirectory.of_output(workspace / "out.json"))
+    with pytest.raises(OutputExistsError, match="the run is finished"):
+        runner.run("in.jsonl", "out.json")
+    assert len(slurm.calls("sbatch")) == 1
+    slurm.say("squeue", "COMPLETED|None\n")
+    slurm.say("sacct", "COMPLETED|0:0\n")
+    assert runner.run("in.jsonl", "out.json", force=True) == "42"
+
+
+def test_an_output_that_is_another_s_is_not_overwritten(
+    slurm: FakeCommands, workspace: Path
+) -> None:
+    (workspace / "out.json").write_text("[]")
+    with pytest.raises(OutputExistsError, match="would be overwritten"):
+        SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
+    assert slurm.calls("sbatch") == []
+
+
+def test_waiting_polls_until_the_job_has_ended(slurm: FakeCommands, workspace: Path) -> None:
+    slurm.say("squeue", "RUNNING|None\n")
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            slurm.say("squeue", "COMPLETED|None\n")
+            slurm.say("sacct", "COMPLETED|0:0\n")
+
+    runner = SlurmRunner(workspace=workspace)
+    assert runner.wait("42", interval=3.0, sleep=sleep) == JobState("COMPLETED", 0)
+    assert slept == [3.0, 3.0]
+
+
+def test_waiting_can_give_up(slurm: FakeCommands, workspace: Path) -> None:
+    slurm.say("squeue", "RUNNING|None\n")
+    with pytest.raises(SlurmError, match="still RUNNING"):
+        SlurmRunner(workspace=workspace).wait("42", timeout=0.0, sleep=lambda _: None)
+
+
+def test_status_and_cancel(slurm: FakeCommands, workspace: Path) -> None:
+    slurm.say("squeue", "RUNNING|None\n")
+    slurm.say("scancel")
+    runner = SlurmRunner(workspace=workspace)
+    assert runner.status("42;c") == JobState("RUNNING")
+    runner.cancel("42;c")
+    assert slurm.calls("scancel")[0].argv == ["--clusters=c", "42"]
+
+
+def test_a_script_can_be_submitted_for_an_opened_run(slurm: FakeCommands, workspace: Path) -> None:
+    config = Config(directory=workspace)
+    asked = config.get_slurm_config()
+    opened, script = plan_job(
+        config,
+        asked,
+        workspace / "in.jsonl",
+        workspace / "out.json",
+        config.run_options(),
+        cwd=workspace,
+    )
+    assert submit_job(config, asked, opened, script) == JobId("42")
+    assert opened.run.script.read_text(encoding="utf-8") == script

@@ -6,6 +6,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
 registry_dir=$stack_dir/registry
 
+# Ollama reads a blob's address from the answer's Location, which its own registry sends to redirect;
+# "#" names the address that was asked. Where the registry has a Location of its own, as for an
+# upload, that one is sent.
 render_config() {
     cat <<CONF
 version: 0.1
@@ -18,6 +21,8 @@ storage:
     enabled: true
 http:
   addr: 127.0.0.1:$1
+  headers:
+    Location: ["#"]
 CONF
 }
 

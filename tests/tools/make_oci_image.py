@@ -88,7 +88,7 @@ def pack(path: Path, trees: list[tuple[Path, str]]) -> Layer:
     """Pack directories under the given names into one layer."""
     with path.open("wb") as file:
         compressed = Hashing(file)
-        with gzip.GzipFile(fileobj=compressed, mode="wb", compresslevel=1, mtime=0) as zipped:  # type: ignore[arg-type]
+        with gzip.GzipFile(fileobj=compressed, mode="wb", compresslevel=1, mtime=0) as zipped:
             plain = Hashing(zipped)  # type: ignore[arg-type]
             with tarfile.open(fileobj=plain, mode="w|", format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
                 for tree, name in trees:

@@ -36,6 +36,14 @@ class BaseChoice:
     cpu_build: bool = False
 
     @property
+    def pinned_image(self) -> str:
+        """The docker image as Apptainer's ``From`` takes it, by digest where that is known."""
+        reference = registry.parse(self.image)
+        if not self.digest:
+            return self.image.removeprefix("docker://")
+        return f"{reference.host}/{reference.name}@{self.digest}"
+
+    @property
     def description(self) -> str:
         """One line for the user."""
         return f"base: {self.base} ({self.why}); engine: {self.engine}"
@@ -72,9 +80,7 @@ def _docker(
     engine = f"official Ollama {OLLAMA_VERSION}, with GPU support"
     if options.ollama_image:
         engine = f"Ollama of {image.removeprefix('docker://')}"
-    return BaseChoice(
-        "docker", why, engine, image=image, digest=registry.digest(reference) or "unknown"
-    )
+    return BaseChoice("docker", why, engine, image=image, digest=registry.digest(reference) or "")
 
 
 def _debian(options: BuildOptions, why: str) -> BaseChoice:

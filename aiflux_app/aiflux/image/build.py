@@ -23,7 +23,8 @@ ROOM_NEEDED = {"docker": 20, "debian": 3}
 
 _REMEDY = (
     "the last lines above say why; often: TMPDIR or APPTAINER_TMPDIR is full or on a network "
-    "file system, or unprivileged user namespaces are switched off on this machine"
+    "file system; unprivileged user namespaces are switched off on this machine; or root builds "
+    "where root lacks capabilities (in a container): build as an ordinary user"
 )
 
 
@@ -87,8 +88,7 @@ def build_arguments(choice: BaseChoice) -> dict[str, str]:
             "mirror": choice.source.mirror,
             "engine": choice.engine,
         }
-    image = choice.image.removeprefix("docker://")
-    return {"bootstrap": "docker", "from": image, "engine": choice.engine}
+    return {"bootstrap": "docker", "from": choice.pinned_image, "engine": choice.engine}
 
 
 def build_environment(

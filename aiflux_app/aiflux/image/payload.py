@@ -100,15 +100,15 @@ def stage(target: Path, sources: Sources, options: BuildOptions, choice: BaseCho
 
 def known_facts(sources: Sources, choice: BaseChoice) -> dict[str, str]:
     """What the host knows about the image; the image adds the rest."""
-    image = choice.image.removeprefix("docker://")
+    image, digest = choice.image.removeprefix("docker://"), choice.digest or "unknown"
     if choice.source:
-        image = f"debootstrap {choice.source.suite}"
+        image, digest = f"debootstrap {choice.source.suite}", "none"
     return {
         "version": aiflux.__version__,
         "commit": sources.commit,
         "base": choice.base,
         "base_image": image,
-        "base_digest": choice.digest or "none",
+        "base_digest": digest,
         "engine": choice.engine,
     }
 

@@ -23,7 +23,8 @@ _MANIFESTS = ", ".join(
         "application/vnd.docker.distribution.manifest.v2+json",
     )
 )
-_DOCKER_HUB = "registry-1.docker.io"
+_API_HOSTS = {"docker.io": "registry-1.docker.io"}
+"""Registries whose API lies on another host than their references name."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Reference:
     @property
     def url(self) -> str:
         """The root of the registry's API, with a slash at the end."""
-        return f"{'http' if self.insecure else 'https'}://{self.host}/v2/"
+        scheme = "http" if self.insecure else "https"
+        return f"{scheme}://{_API_HOSTS.get(self.host, self.host)}/v2/"
 
 
 def parse(reference: str) -> Reference:
@@ -52,13 +54,11 @@ def parse(reference: str) -> Reference:
     first, slash, others = rest.partition("/")
     is_host = slash and ("." in first or ":" in first or first == "localhost")
     host, path = (first, others) if is_host else ("docker.io", rest)
-    name, at, version = path.partition("@")
-    if not at:
-        name, _, version = path.partition(":")
-    if host == "docker.io":
-        host = _DOCKER_HUB
-        name = name if "/" in name else f"library/{name}"
-    return Reference(host, name, version or "latest")
+    tagged, _, pinned = path.partition("@")
+    name, _, tag = tagged.partition(":")
+    if host == "docker.io" and "/" not in name:
+        name = f"library/{name}"
+    return Reference(host, name, pinned or tag or "latest")
 
 
 def why_unreachable(reference: Reference) -> str | None:

@@ -1,0 +1,264 @@
+"""The image helper: references, apt's sources, the choice of a base, the command line."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from aiflux.errors import ImageError
+from aiflux.image import registry
+from aiflux.image.aptsource import AptSource, find_source
+from aiflux.image.base import BaseChoice, choose_base
+from aiflux.image.build import build, build_environment, render_command
+from aiflux.image.info import info
+from aiflux.image.options import OLLAMA_IMAGE, BuildOptions
+from aiflux.image.payload import Sources, find_sources, known_facts
+
+DIGEST = "sha256:" + "5" * 64
+DEBIAN = BaseChoice("debian", "as asked", "CPU", source=AptSource("http://mirror", "trixie"))
+
+
+class Registry(BaseHTTPRequestHandler):
+    """A registry with one image, open to all."""
+
+    def do_GET(self) -> None:
+        self._answer(200 if self.path == "/v2/" else 404)
+
+    def do_HEAD(self) -> None:
+        self._answer(200 if self.path == "/v2/ollama/ollama/manifests/9.9" else 404)
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        if self.command == "HEAD" and status == 200:
+            self.send_header("Docker-Content-Digest", DIGEST)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("docker://ollama/ollama:1.2", ("docker.io", "ollama/ollama", "1.2")),
+        ("docker://ubuntu", ("docker.io", "library/ubuntu", "latest")),
+        ("docker://localhost/a/b", ("localhost", "a/b", "latest")),
+        ("docker://127.0.0.1:5000/a/b:c", ("127.0.0.1:5000", "a/b", "c")),
+        (f"docker://reg.example.org/a@{DIGEST}", ("reg.example.org", "a", DIGEST)),
+        (f"docker://reg.example.org/a:1@{DIGEST}", ("reg.example.org", "a", DIGEST)),
+    ],
+)
+def test_references_are_read_as_docker_reads_them(
+    reference: str, expected: tuple[str, str, str]
+) -> None:
+    assert registry.parse(reference) == registry.Reference(*expected)
+
+
+def test_only_loopback_is_spoken_to_without_tls() -> None:
+    assert registry.parse("docker://127.0.0.1:5000/a").url == "http://127.0.0.1:5000/v2/"
+    assert registry.parse("docker://reg.example.org/a").url == "https://reg.example.org/v2/"
+
+
+def test_a_tag_becomes_a_digest(address: str) -> None:
+    choice = choose_base(BuildOptions(ollama_image=f"docker://{address}/ollama/ollama:9.9"))
+    assert choice.base == "docker"
+    assert choice.digest == DIGEST
+    assert choice.pinned_image == f"{address}/ollama/ollama@{DIGEST}"
+    assert f"{address} answers" in choice.description
+
+
+def test_an_unknown_tag_is_left_to_apptainer(address: str) -> None:
+    choice = choose_base(BuildOptions(ollama_image=f"docker://{address}/ollama/ollama:0.0"))
+    assert choice.pinned_image == f"{address}/ollama/ollama:0.0"
+
+
+def test_the_default_is_pinned() -> None:
+    choice = BaseChoice(
+        "docker", "", "", image=OLLAMA_IMAGE, digest=registry.parse(OLLAMA_IMAGE).version
+    )
+    assert choice.pinned_image == OLLAMA_IMAGE.removeprefix("docker://")
+
+
+def test_auto_takes_debian_where_the_registry_is_silent() -> None:
+    options = BuildOptions(
+        ollama_image="docker://127.0.0.1:9/ollama/ollama", mirror="http://m", suite="trixie"
+    )
+    choice = choose_base(options)
+    assert choice.base == "debian"
+    assert "127.0.0.1:9 does not answer" in choice.why
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        choose_base(replace(options, base="docker"))
+
+
+def test_an_archive_asks_for_debian(tmp_path: Path) -> None:
+    archive = tmp_path / "ollama-linux-amd64.tgz"
+    archive.touch()
+    choice = choose_base(BuildOptions(ollama_tarball=archive, mirror="http://m", suite="trixie"))
+    assert (choice.base, choice.cpu_build) == ("debian", False)
+    assert archive.name in choice.engine
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"base": "alpine"}, "is unknown"),
+        ({"ollama_image": "ollama/ollama"}, "no docker reference"),
+        ({"ollama_tarball": Path("/nowhere.tgz")}, "is not there"),
+        ({"base": "docker", "ollama_tarball": Path("/x")}, "has an Ollama already"),
+    ],
+)
+def test_options_that_cannot_be(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ImageError, match=message) as caught:
+        BuildOptions(**wrong)  # type: ignore[arg-type]
+    assert caught.value.remedy
+
+
+ONE_LINE = """\
+# deb http://commented/debian trixie main
+deb-src http://source/debian trixie main
+deb cdrom:[Debian]/ trixie main
+deb [signed-by=/a.gpg arch=amd64] http://security/debian trixie-security main
+deb [arch=amd64] http://first/debian trixie main contrib
+"""
+DEB822 = """\
+Types: deb
+URIs: http://security/debian
+Suites: trixie-security
+Components: main
+
+# the release
+Types: deb deb-src
+URIs: http://first/debian
+Suites: trixie-updates trixie
+Components: main
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sources.list", ONE_LINE),
+        ("sources.list.d/a.list", ONE_LINE),
+        ("sources.list.d/debian.sources", DEB822),
+    ],
+)
+def test_the_mirror_is_apts(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    assert find_source(tmp_path) == AptSource("http://first/debian", "trixie")
+
+
+def test_no_apt_is_no_source(tmp_path: Path) -> None:
+    assert find_source(tmp_path) is None
+
+
+def test_the_command_line_for_debian() -> None:
+    command = render_command("/a b/apptainer", Path("/o"), Path("/d"), BuildOptions(), DEBIAN)
+    assert command[:2] == ["/a b/apptainer", "build"]
+    assert command[-2:] == ["/o", "/d"]
+    assert "bootstrap=debootstrap" in command
+    assert "mirror=http://mirror" in command
+    assert "--no-https" not in command
+
+
+def test_the_command_line_for_a_registry_on_loopback() -> None:
+    choice = BaseChoice("docker", "", "", image="docker://127.0.0.1:5000/o/o:1")
+    options = BuildOptions(run_tests=False)
+    command = render_command("apptainer", Path("/o"), Path("/d"), options, choice)
+    assert "--no-https" in command
+    assert "--notest" in command
+    assert "from=127.0.0.1:5000/o/o:1" in command
+
+
+def test_the_time_of_the_build_is_that_of_the_commit(tmp_path: Path) -> None:
+    environment = build_environment({"A": "b"}, tmp_path, find_sources())
+    assert environment["APPTAINER_TMPDIR"] == str(tmp_path)
+    assert environment["A"] == "b"
+    if find_sources().commit != "unknown":
+        assert environment["SOURCE_DATE_EPOCH"].isdigit()
+
+
+def test_no_checkout_has_no_commit(tmp_path: Path) -> None:
+    facts = known_facts(Sources(tmp_path), DEBIAN)
+    assert facts["commit"] == "unknown"
+    assert facts["base_image"] == "debootstrap trixie"
+    assert "SOURCE_DATE_EPOCH" not in build_environment({}, tmp_path, Sources(tmp_path))
+
+
+def test_an_image_that_is_there_stays(tmp_path: Path) -> None:
+    output = tmp_path / "aiflux.sif"
+    output.touch()
+    with pytest.raises(ImageError, match="is there already"):
+        build(BuildOptions(output=output))
+    with pytest.raises(ImageError, match="the directory"):
+        build(BuildOptions(output=tmp_path / "none" / "aiflux.sif"))
+
+
+FAKE_APPTAINER = """\
+#!/bin/sh
+[ "$1" = inspect ] || exit 9
+for image; do :; done
+case $image in
+    *torn*) echo 'FATAL: image format not recognized' >&2; exit 255 ;;
+    *other*) echo '{"data": {"attributes": {"labels": {"a": "b"}}}}' ;;
+    *odd*) echo '{"data": []}' ;;
+    *) echo '{"data": {"attributes": {"labels": {"aiflux.cpu_only": "yes", "a": "b"}}}}' ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake_apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text(FAKE_APPTAINER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("fake_apptainer")
+def test_info_reads_our_labels(tmp_path: Path) -> None:
+    image = tmp_path / "an image.sif"
+    image.touch()
+    found = info(image)
+    assert found.facts == {"cpu_only": "yes"}
+    assert found.labels == {"a": "b"}
+    assert found.cpu_only
+
+
+@pytest.mark.usefixtures("fake_apptainer")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torn.sif", "format not recognized"),
+        ("other.sif", "no image of AI-Flux"),
+        ("odd.sif", "not known"),
+    ],
+)
+def test_info_of_what_is_no_image(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ImageError, match=message):
+        info(tmp_path / name)
+
+
+def test_info_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="there is no image"):
+        info(tmp_path / "none.sif")

@@ -76,7 +76,7 @@ class User:
             return [str(part) for part in command]
         entry = pwd.getpwnam(self.name)
         ids = ["--reuid", str(entry.pw_uid), "--regid", str(entry.pw_gid), "--init-groups"]
-        return ["setpriv", *ids, "--", *(str(part) for part in command)]
+        return [shutil.which("setpriv") or "setpriv", *ids, "--", *(str(part) for part in command)]
 
     def popen(
         self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
@@ -125,13 +125,24 @@ class User:
         return path
 
     def processes(self) -> list[str]:
-        """Return the command lines of the user's processes that belong to the product."""
-        done = subprocess.run(
-            ["ps", "-u", self.name, "-o", "args="], capture_output=True, text=True, check=False
-        )
-        words = ("ollama", "aiflux.worker", "apptainer", "starter")
-        lines = done.stdout.splitlines()
-        return [line for line in lines if any(word in line for word in words)]
+        """Return the processes whose command line or environment names a folder of these tests."""
+        found = []
+        for proc in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (proc / "cmdline").read_bytes()
+                known = command + (proc / "environ").read_bytes()
+            except OSError:
+                continue
+            if str(self.home).encode() in known and int(proc.name) != os.getpid():
+                found.append(proc.name + " " + command.replace(b"\0", b" ").decode())
+        return found
+
+    def none_left(self, timeout: float = 20) -> bool:
+        """Tell whether everything that was started has ended; ending may take a moment."""
+        deadline = time.monotonic() + timeout
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return not self.processes()
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +212,10 @@ def place(user: User) -> Path:
 
 
 def request(custom_id: str, prompt: str, **body: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": prompt}]
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant"},
+        {"role": "user", "content": prompt},
+    ]
     content = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 8, **body}
     return {
         "custom_id": custom_id,
@@ -262,7 +276,7 @@ class Cluster:
 
     def log(self, job: str, folder: Path) -> str:
         """Return what a job wrote, from the log that lies in or below ``folder``."""
-        logs = list(folder.rglob(f"slurm-{job}.out"))
+        logs = [*folder.rglob(f"slurm-{job}.out"), *folder.rglob("slurm.out")]
         assert len(logs) == 1, f"logs of job {job}: {logs}"
         return logs[0].read_text(encoding="utf-8", errors="replace")
 

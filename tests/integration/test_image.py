@@ -37,7 +37,7 @@ def test_it_runs_by_hand(user: User, image: Path, models: Path, flags: tuple[str
     )  # fmt: skip
     assert "CPU" in told
     assert "Paris" in answers(place / "output.json")["france"]
-    assert user.processes() == []
+    assert user.none_left(), user.processes()
 
 
 def test_a_pull_without_a_network_says_what_to_do(user: User, image: Path) -> None:

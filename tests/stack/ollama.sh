@@ -11,12 +11,15 @@ need_pip() {
     python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
 }
 
-# The assembler writes beside its target, so the user owns the directory above it.
+# The assembler writes beside its target, so the user owns the directory above it; and it runs from
+# a copy, as the checkout may lie where only root can read.
 assemble() {
     local owned=$stack_dir/user
-    as_user test -r "$assembler" || fail "$stack_user cannot read $assembler: open the directories above it"
     install -d -m 0755 -o "$stack_user" -g "$stack_user" "$owned"
-    as_user "$assembler" "$owned/ollama-cpu" >&2
+    rm -rf "$owned/container"
+    cp -r "$repo/container" "$owned/container"
+    chmod -R go+rX "$owned/container"
+    as_user "$owned/container/${assembler##*/}" "$owned/ollama-cpu" >&2
     ln -sfn user/ollama-cpu "$target"
 }
 

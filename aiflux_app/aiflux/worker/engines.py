@@ -145,9 +145,8 @@ class BundledEngine:
         if self._closing.is_set():
             raise EngineError("the engine was stopped as it started")
         settings = self.settings
-        settings.home.mkdir(parents=True, exist_ok=True)
         environment = engine_environment(
-            os.environ, settings.models_dir, settings.home, settings.environment(self.slots)
+            os.environ, _models_link(settings), settings.home, settings.environment(self.slots)
         )
         self._server = Server(settings.program, environment, settings.log)
         self._server.start()
@@ -191,6 +190,19 @@ class BundledEngine:
             "ask for more or larger GPUs, fewer --slots or a smaller --context-length; check that "
             "the image has GPU support (aiflux image info); or say --allow-cpu",
         )
+
+
+def _models_link(settings: EngineSettings) -> Path:
+    """Return a plain path to the models directory.
+
+    Ollama finds models with a glob pattern made from this path, so that a backslash or a bracket
+    in it would hide them all (``Manifests`` in ollama's server/manifest.go).
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    link = settings.home / "models"
+    if not link.is_symlink():
+        link.symlink_to(settings.models_dir)
+    return link
 
 
 def _digest(tags: dict[str, str], model: str) -> str | None:

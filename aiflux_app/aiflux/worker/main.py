@@ -82,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
-    config = Config(arguments=given_settings(arguments))
-    if arguments.pull:
-        pull(arguments.pull, config, context, context.ollama)
-    elif arguments.run_dir:
+    if arguments.run_dir:
         _work_on_plan(arguments, context)
+    elif arguments.pull:
+        config = Config(arguments=given_settings(arguments))
+        pull(arguments.pull, config, context, context.ollama)
     elif arguments.input:
-        _work_on_input(arguments, config, context)
+        _work_on_input(arguments, Config(arguments=given_settings(arguments)), context)
     else:
         raise UsageError("no input was given", "give a file of requests; --help tells more")
 

@@ -132,6 +132,11 @@ class _ShardWork:
         self.run_directory = run
         self.shard = shard
         self.context = context
+        if context.deadline is not None:
+            self.last_call = context.deadline - plan.options.drain_seconds - _DEADLINE_MARGIN
+            context.stopper.ignore_usr1_until(self.last_call)
+        else:
+            self.last_call = float("inf")
         path = run.journal(shard.index)
         index = scan_journal(path)
         self.reader = JournalReader(path, index)
@@ -177,7 +182,7 @@ class _ShardWork:
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiflux-")))
             for model in self.plan.models:
                 _ModelWork(self, model, journal, home).run()
-                if stopper.stopping or self.past_deadline():
+                if not self.may_admit():
                     break
         self._sync_status()
         self.context.reporter.show(self.stats, final=True)
@@ -206,7 +211,9 @@ class _ShardWork:
             )
 
     def tick(self) -> None:
-        """Bring what people see up to date."""
+        """Bring what people see up to date, and stop when the job's time is nearly over."""
+        if time.time() > self.last_call:
+            self.context.stopper.stop("the job's time is nearly over")
         self._sync_status()
         self.status.write()
         self.context.reporter.show(self.stats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 # At a job's end the same signal can come more than once: from Slurm to the whole job, and forwarded
@@ -20,7 +21,9 @@ class Stopper:
         at_once: do not wait for requests in flight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._heed_usr1_from = 0.0
         self.reason = ""
         self.at_once = False
         self.since = 0.0
@@ -38,12 +41,18 @@ class Stopper:
             self.since = time.monotonic()
             self._event.set()
 
+    def ignore_usr1_until(self, moment: float) -> None:
+        """Let SIGUSR1, which Slurm may send a minute early, mean nothing before a Unix time."""
+        self._heed_usr1_from = moment
+
     def install(self) -> None:
         """Listen to SIGTERM, SIGINT and SIGUSR1. Main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGUSR1 and self._clock() < self._heed_usr1_from:
+            return
         if not self._event.is_set():
             self.stop(f"signal {signal.Signals(number).name}")
         elif time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:

@@ -178,7 +178,7 @@ def test_a_model_is_pulled_from_a_registry_inside_the_job(
     assert not list((fresh / ".staging").iterdir())
     entry = json.loads((place / "out.json").read_text(encoding="utf-8"))[0]
     assert entry["metadata"]["model"] == name
-    manifest = fresh / "manifests" / name.replace(":1", "/1")
+    manifest = fresh / "manifests" / name.removesuffix(":1") / "1"
     assert manifest.exists()
 
 

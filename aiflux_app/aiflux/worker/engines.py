@@ -7,6 +7,7 @@ when it fails: at most three times without a result in between.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +27,9 @@ RESTARTS_WITHOUT_PROGRESS = 3
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
 _PROBE_TIMEOUT = 5.0
+# Ollama cuts a prompt to the context (0.9) or to about half of it (0.33).
+_SLACK_TOKENS = 16
+_TRUNCATION = re.compile(rb"truncating input prompt.*\bnew=(\d+)")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,30 @@ class EngineSettings:
         return {**settings, **self.extra}
 
 
+class TruncationLog:
+    """Prompts that Ollama cut, as its log tells: ``truncating input prompt ... new=TOKENS``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._lengths: set[int] = set()
+        self._lock = threading.Lock()
+
+    def left(self, tokens: int) -> bool:
+        """Tell whether a prompt was cut to this many tokens since this object was made."""
+        with self._lock:
+            with open(self._path, "rb") as log:
+                log.seek(self._offset)
+                for line in log:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    match = _TRUNCATION.search(line)
+                    if match:
+                        self._lengths.add(int(match[1]))
+            return tokens in self._lengths
+
+
 class BundledEngine:
     """An Ollama of our own.
 
@@ -85,6 +113,7 @@ class BundledEngine:
         self.client = make_client("")
         self._make_client = make_client
         self._server: Server | None = None
+        self._truncations = TruncationLog(settings.log)
         self._closing = threading.Event()
 
     def start(self) -> None:
@@ -131,8 +160,10 @@ class BundledEngine:
         return True
 
     def truncated(self, prompt_tokens: int) -> bool:
-        """Tell whether a prompt was cut."""
-        return False
+        """Tell whether a prompt was cut: Ollama says so in its log only."""
+        if prompt_tokens < self.settings.context_length // 2 - _SLACK_TOKENS:
+            return False
+        return self._truncations.left(prompt_tokens)
 
     def model_digest(self) -> str | None:
         """Return the digest under which the server lists the model."""

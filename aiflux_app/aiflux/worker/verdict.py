@@ -20,6 +20,7 @@ _RUNNER_DIED = (
     "llama runner process no longer running",
     "model runner has unexpectedly stopped",
     ": EOF",
+    "unexpected EOF",
     "connection reset by peer",
     "connection refused",
 )

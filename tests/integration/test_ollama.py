@@ -1,0 +1,223 @@
+"""The worker and the real Ollama, without a container: what comes back, and what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types import Batch, Completion, CreateEmbeddingResponse
+from openai.types.chat import ChatCompletion
+
+from tests.integration.conftest import MODEL, REPOSITORY, User, answers, lines, request
+
+TINY = "tiny:latest"
+
+
+@pytest.fixture(scope="session")
+def tiny(user: User, models: Path, ollama: Path, checkout: Path) -> str:
+    """A random half-megabyte model, where the words do not matter."""
+    gguf = user.home / "tiny.gguf"
+    user.run("python3", REPOSITORY / "tests/tools/make_tiny_gguf.py", gguf)
+    user.write(user.home / "Modelfile", f"FROM {gguf}\nPARAMETER num_predict 16\n")
+    script = user.write(
+        user.home / "create.sh",
+        "#!/bin/bash\n"
+        "# Makes a model from a Modelfile with a server on a port of its own.\n"
+        "set -euo pipefail\n"
+        "export OLLAMA_MODELS=$2 OLLAMA_NOPRUNE=1 OLLAMA_HOST=127.0.0.1:$3\n"
+        '"$1" serve > "$HOME/create.log" 2>&1 & server=$!\n'
+        "trap 'kill $server; wait $server || true' EXIT\n"
+        'for _ in $(seq 100); do "$1" list >/dev/null 2>&1 && break; sleep 0.1; done\n'
+        '"$1" create tiny -f "$HOME/Modelfile"\n',
+    )
+    port = 20000 + random.randrange(20000)
+    user.run("bash", script, ollama, models, str(port), timeout=120)
+    return TINY
+
+
+@pytest.fixture
+def local(user: User, checkout: Path, ollama: Path, models: Path) -> list[str | Path]:
+    """``aiflux run --local`` on the CPU Ollama."""
+    settings = [f"AIFLUX_OLLAMA={ollama}", f"AIFLUX_MODELS_DIR={models}"]
+    return ["env", *settings, checkout / ".venv/bin/aiflux", "run", "--local", "--input",
+            "in.jsonl", "--output", "out.json"]  # fmt: skip
+
+
+def tiny_requests(count: int, tokens: int = 12) -> str:
+    return lines(*(request(f"r{i}", f"word {i}", model=TINY, max_tokens=tokens)
+                   for i in range(count)))  # fmt: skip
+
+
+def status(place: Path) -> dict[str, Any]:
+    path = next(place.glob("*.aiflux/status/*.json"))
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def test_the_three_endpoints_and_the_official_types(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    chat = request("chat", "Say hello.", model=TINY, logprobs=True, seed=3)
+    completion = {**request("completion", "", model=TINY), "url": "/v1/completions"}
+    completion["body"] = {"model": TINY, "prompt": "one two", "max_tokens": 5}
+    embedding = {**request("embedding", ""), "url": "/v1/embeddings"}
+    embedding["body"] = {"model": TINY, "input": ["one", "two"]}
+    user.write(place / "in.jsonl", lines(chat, completion, embedding))
+    user.run(*local, cwd=place)
+    entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    ChatCompletion.model_validate(entries[0]["output"])
+    Completion.model_validate(entries[1]["output"])
+    vectors = CreateEmbeddingResponse.model_validate(entries[2]["output"])
+    assert len(vectors.data) == 2
+    batch = Batch.model_validate(status(place))
+    assert batch.status == "completed"
+    assert batch.request_counts is not None
+    assert batch.request_counts.completed == 3
+    facts = status(place)["aiflux"]
+    assert facts["engines"][0]["version"]
+    assert len(facts["model_digests"][TINY]) == 64
+    assert entries[0]["metadata"]["model_digest"] == facts["model_digests"][TINY]
+
+
+def test_what_the_engine_does_in_silence_is_said(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    cut = request("cut", "word " * 3000, model=TINY)
+    whole = request("whole", "word", model=TINY)
+    user.write(place / "in.jsonl", lines(cut, whole))
+    user.run(*local, "--context-length", "512", "--slots", "1", cwd=place)
+    first, second = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert first["metadata"]["truncated_prompt"] is True
+    assert "truncated_prompt" not in second["metadata"]
+    assert first["metadata"]["finish_reason_length"] is True
+
+
+def test_slots_and_context_are_those_asked_for(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    user.write(place / "in.jsonl", tiny_requests(4))
+    user.run(*local, "--context-length", "1024", "--slots", "3", cwd=place)
+    engine = status(place)["aiflux"]["engines"][0]
+    assert (engine["slots"], engine["context_length"]) == (3, 1024)
+    log = Path(engine["log"]).read_text(encoding="utf-8", errors="replace")
+    assert "--parallel 3" in log
+    assert "--ctx-size 3072" in log
+
+
+class Going:
+    """A worker in progress that a test does harm to; ``process`` is the worker itself."""
+
+    def __init__(self, user: User, place: Path, local: list[str | Path]) -> None:
+        self.place = place
+        self.process = user.popen(*local, cwd=place)
+
+    @property
+    def journal(self) -> Path:
+        return self.place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
+
+    def results(self) -> int:
+        return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
+
+    def wait_for(self, results: int, timeout: float = 90) -> None:
+        deadline = time.monotonic() + timeout
+        while self.results() < results and self.process.poll() is None:
+            assert time.monotonic() < deadline, f"only {self.results()} results"
+            time.sleep(0.02)
+
+    def child(self, *words: str) -> int:
+        """Return the pid of a descendant whose command line holds all the words."""
+        for pid in descendants(self.process.pid):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if all(word in command for word in words):
+                return pid
+        raise AssertionError(f"no process with {words}")
+
+    def end(self, timeout: float = 180) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+
+def descendants(pid: int) -> list[int]:
+    done = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    )
+    children: dict[int, list[int]] = {}
+    for line in done.stdout.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    found, queue = [], [pid]
+    while queue:
+        queue = [child for parent in queue for child in children.get(parent, [])]
+        found += queue
+    return found
+
+
+def whole(place: Path, count: int) -> None:
+    """Each request has one result, in order."""
+    assert list(answers(place / "out.json")) == [f"r{i}" for i in range(count)]
+
+
+@pytest.mark.parametrize("victim", [("serve",), ("runner",)], ids=["serve", "runner"])
+def test_a_killed_engine_costs_nothing(
+    user: User, place: Path, local: list[str | Path], tiny: str, victim: tuple[str, ...]
+) -> None:
+    user.write(place / "in.jsonl", tiny_requests(120))
+    going = Going(user, place, local)
+    going.wait_for(10)
+    os.kill(going.child("ollama", *victim), signal.SIGKILL)
+    code, told = going.end()
+    assert code == 0, told
+    whole(place, 120)
+    entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert {entry["metadata"]["attempts"] for entry in entries} == {1}
+    assert user.none_left(), user.processes()
+
+
+def test_a_killed_worker_loses_only_what_was_in_flight(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    user.write(place / "in.jsonl", tiny_requests(80))
+    kills = 0
+    for target in (5, 25, 45):
+        going = Going(user, place, local)
+        going.wait_for(target)
+        if going.process.poll() is None:
+            going.process.kill()
+            kills += 1
+        before = going.results()
+        going.end()
+        assert going.results() >= before
+        assert user.none_left(), user.processes()
+    assert kills >= 2
+    user.run(*local, cwd=place)
+    whole(place, 80)
+
+
+def test_a_storm_of_signals_ends_in_good_order(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    user.write(place / "in.jsonl", tiny_requests(400))
+    going = Going(user, place, local)
+    going.wait_for(10)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        going.process.send_signal(number)
+    code, told = going.end(timeout=60)
+    assert code == 5, told
+    assert "run the same command again" in told
+    assert status(place)["status"] == "cancelled"
+    assert user.none_left(), user.processes()
+    user.run(*local, cwd=place)
+    whole(place, 400)
+
+
+def test_a_model_of_the_real_kind_answers(user: User, place: Path, local: list[str | Path]) -> None:
+    user.write(place / "in.jsonl", lines(request("france", "What is the capital of France?")))
+    user.run(*local, "--model", MODEL, cwd=place)
+    assert "Paris" in answers(place / "out.json")["france"]

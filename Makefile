@@ -15,7 +15,7 @@ export OLLAMA MODEL
 
 bin := $(VENV)/bin
 sources := $(shell find aiflux_app -name '*.py' -o -name '*.sh' 2>/dev/null)
-shell_files := $(shell git ls-files -- '*.sh' tests/stack entrypoint .ci examples 2>/dev/null | \
+shell_files := $(shell git ls-files -- '*.sh' tests/stack entrypoint .ci examples slurm 2>/dev/null | \
 	xargs -r grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
 
 .PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down clean
@@ -53,7 +53,7 @@ lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/shellcheck $(shell_files)
+	$(bin)/shellcheck -x $(shell_files)
 
 test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
 	$(bin)/pytest -q tests/unit

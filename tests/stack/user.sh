@@ -28,8 +28,15 @@ grant_range() {
     has_range "$1" || printf '%s:%s:%s\n' "$stack_user" "$(next_free_id "$1")" "$ids_needed" >>"$1"
 }
 
+# What a person's own machine has: the tests follow the README as this user.
+install_tools() {
+    dpkg -s python3-venv python3-pip make git gcc libc6-dev >/dev/null 2>&1 ||
+        apt_install python3 python3-venv python3-pip make git gcc libc6-dev
+}
+
 up() {
     make_user
+    install_tools
     grant_range /etc/subuid
     grant_range /etc/subgid
     status

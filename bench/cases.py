@@ -1,0 +1,272 @@
+"""The measurements; each returns rows of the table."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.children import Usage, engine, run, worker
+from bench.decoding import Cost, floor
+from bench.peers import Llmflux, plain_loop
+from bench.workload import mixed_lengths, write_input
+
+COST = Cost()
+_MB = 1_000_000
+_MEAN_LENGTH = 43
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        good: whether the figure is as wanted; None where nothing is wanted of it.
+    """
+
+    case: str
+    figure: str
+    wanted: str = ""
+    good: bool | None = None
+    plain: str = ""
+    peer: str = ""
+
+
+@dataclass
+class Bench:
+    """What the measurements share.
+
+    Attributes:
+        quick: seconds rather than minutes; the figures are rougher.
+        folder: for inputs and outputs.
+    """
+
+    quick: bool
+    folder: Path
+    _peer: Llmflux | None = field(default=None)
+
+    @property
+    def peer(self) -> Llmflux:
+        """llmflux, installed at its first use."""
+        if self._peer is None:
+            self._peer = Llmflux()
+        return self._peer
+
+    def scratch(self) -> Path:
+        """Return a new directory."""
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    def input(self, lengths: Sequence[int], size: int = 1024) -> Path:
+        """Write an input and return its path."""
+        path = self.scratch() / "in.jsonl"
+        write_input(path, lengths, size)
+        return path
+
+
+def say(text: str) -> None:
+    """Tell how far the measurements are."""
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+Runner = Callable[[str, Path, Path], Usage]
+
+
+def occupancy(bench: Bench) -> list[Row]:
+    """How full the slots are, of what is possible."""
+    rows = []
+    for slots in (32, 64, 256):
+        say(f"occupancy at {slots} slots")
+        seconds = 5 if bench.quick else 30
+        count = int(seconds * slots / (_MEAN_LENGTH * COST.step(slots)))
+        fixed = str(slots + max(2, slots // 4))
+        lengths = mixed_lengths(count)
+        few = mixed_lengths(max(8, int(seconds / 2 / (_MEAN_LENGTH * COST.step(1)))))
+        plain = _occupancy_of(bench, slots, few, plain_loop)[0]
+        peer = bench.peer.problem or _occupancy_of(bench, slots, few, bench.peer.run)[0]
+        for name, options in (
+            (f"--concurrency {fixed}", ("--concurrency", fixed)),
+            ("adaptive", ()),
+        ):
+            figure, share = _occupancy_of(
+                bench, slots, lengths, lambda *paths, given=options: worker(*paths, *given)
+            )
+            strict = bool(options)
+            rows.append(
+                Row(
+                    f"slots used, {slots} slots, {name}",
+                    figure,
+                    ">= 98 % of possible" if strict else "",
+                    share >= 0.98 if strict else None,
+                    plain,
+                    peer,
+                )
+            )
+    return rows
+
+
+def _occupancy_of(
+    bench: Bench, slots: int, lengths: Sequence[int], runner: Runner
+) -> tuple[str, float]:
+    """Return the figure as text, and the share of the possible occupancy."""
+    best = floor(lengths, slots, COST)
+    source = bench.input(lengths, 400)
+    with engine(slots, COST) as running:
+        runner(running.url, source, source.with_name("out.json"))
+        stats = running.stats()
+    share = stats["occupancy"] / best.occupancy
+    return (
+        f"{stats['occupancy']:.1%} of {best.occupancy:.1%} = {share:.1%} "
+        f"({stats['makespan']:.1f} s, floor {best.makespan:.1f} s)",
+        share,
+    )
+
+
+def ceiling(bench: Bench) -> list[Row]:
+    """Requests per second against a server that costs no time, and what each costs in CPU."""
+    count, repeats, few = (4000, 1, 500) if bench.quick else (20000, 3, 2000)
+    rows = []
+    plain = _rate_of(bench, few, plain_loop)
+    peer = None if bench.peer.problem else _rate_of(bench, few, bench.peer.run)
+    say("ceiling: the worker")
+    for concurrency in (16, 64, 256):
+        runs = [
+            _rate_of(
+                bench,
+                count,
+                lambda *paths, n=concurrency: worker(*paths, "--concurrency", str(n)),
+            )
+            for _ in range(repeats)
+        ]
+        rate = statistics.median(figure[0] for figure in runs)
+        cpu = statistics.median(figure[1] for figure in runs)
+        rows.append(
+            Row(
+                f"requests/s, zero latency, {concurrency} in flight",
+                f"{rate:,.0f}",
+                ">= 1,000",
+                rate >= 1000,
+                f"{plain[0]:,.0f}",
+                bench.peer.problem if peer is None else f"{peer[0]:,.0f}",
+            )
+        )
+        rows.append(
+            Row(
+                f"CPU per request, all in, {concurrency} in flight",
+                f"{cpu * 1000:.2f} ms",
+                "<= 1 ms",
+                cpu <= 0.001,
+                f"{plain[1] * 1000:.2f} ms",
+                bench.peer.problem if peer is None else f"{peer[1] * 1000:.2f} ms",
+            )
+        )
+    return rows
+
+
+def _rate_of(bench: Bench, count: int, runner: Runner) -> tuple[float, float, int]:
+    """Return requests/s as the server saw them, CPU seconds per request, and peak memory."""
+    source = bench.input([200] * count)
+    with engine() as running:
+        usage = runner(running.url, source, source.with_name("out.json"))
+        stats = running.stats()
+    return stats["done"] / stats["makespan"], usage.cpu / count, usage.rss
+
+
+def memory(bench: Bench) -> list[Row]:
+    """Peak memory of a whole run over a large input, its output included."""
+    count, few = (50_000, 500) if bench.quick else (1_000_000, 5000)
+    say(f"memory: {count:,} requests")
+    rows = []
+    plain = _rate_of(bench, few, plain_loop)[2]
+    peer = None if bench.peer.problem else _rate_of(bench, few, bench.peer.run)[2]
+    source = bench.input([200] * count)
+    with engine() as running:
+        usage = worker(
+            running.url, source, source.with_name("out.json"), "--concurrency", "256", limit=3000.0
+        )
+        stats = running.stats()
+    rows.append(
+        Row(
+            f"peak memory, {count:,} requests of 1 KB, 256 in flight",
+            f"{usage.rss / _MB:.0f} MB ({usage.wall:.0f} s, {stats['done']:,} answered)",
+            "<= 200 MB",
+            usage.rss <= 200 * _MB and stats["done"] == count,
+            f"{plain / _MB:.0f} MB after {few:,}",
+            bench.peer.problem if peer is None else f"{peer / _MB:.0f} MB after {few:,}",
+        )
+    )
+    return rows
+
+
+def reading(bench: Bench) -> list[Row]:
+    """Speed of the passes over whole files."""
+    count, repeats = (50_000, 1) if bench.quick else (200_000, 3)
+    say("reading: check, resume scan, finalise")
+    source = bench.input([200] * count)
+    output = source.with_name("out.json")
+    _timed(bench, "prepare", str(source), str(output))
+    journal = next((source.parent / "out.json.aiflux" / "journal").iterdir())
+    size, journal_size = source.stat().st_size, journal.stat().st_size
+    cases = (
+        ("input check", ("check", str(source)), size),
+        ("resume scan of the journal", ("scan", str(journal)), journal_size),
+        ("finalise", ("finalise", str(source), str(output)), size + journal_size),
+    )
+    rows = []
+    for name, arguments, count_of_bytes in cases:
+        seconds = statistics.median(_timed(bench, *arguments) for _ in range(repeats))
+        speed = count_of_bytes / seconds / _MB
+        figure = f"{speed:.0f} MB/s ({count_of_bytes / _MB:.0f} MB in {seconds:.2f} s)"
+        rows.append(Row(name, figure, ">= 100 MB/s", speed >= 100))
+    return rows
+
+
+def _timed(bench: Bench, *arguments: str) -> float:
+    path = bench.scratch() / "seconds"
+    with open(path, "wb") as file:
+        command = [sys.executable, "-m", "bench.reading", *arguments]
+        run(command, limit=600.0, output=file.fileno())
+    text = path.read_text()
+    return float(text) if text else 0.0
+
+
+def start(bench: Bench) -> list[Row]:
+    """Time from the worker's process start to its first request."""
+    say("start")
+    repeats = 3 if bench.quick else 9
+    ours = statistics.median(_first_request(bench, worker) for _ in range(repeats))
+    plain = _first_request(bench, plain_loop)
+    peer = bench.peer.problem or f"{_first_request(bench, bench.peer.run):.2f} s"
+    row = Row(
+        "process start to first request", f"{ours:.2f} s", "< 0.5 s", ours < 0.5, f"{plain:.2f} s"
+    )
+    return [Row(row.case, row.figure, row.wanted, row.good, row.plain, peer)]
+
+
+def _first_request(bench: Bench, runner: Runner) -> float:
+    source = bench.input([1] * 10)
+    with engine() as running:
+        usage = runner(running.url, source, source.with_name("out.json"))
+        return float(running.stats()["first"]) - usage.began
+
+
+def cli(bench: Bench) -> list[Row]:
+    """Time of ``aiflux --help``."""
+    say("help")
+    command = [str(Path(sys.executable).with_name("aiflux")), "--help"]
+    usages = [run(command, limit=60.0) for _ in range(5 if bench.quick else 21)]
+    seconds = statistics.median(usage.wall for usage in usages)
+    return [Row("aiflux --help", f"{seconds * 1000:.0f} ms", "< 200 ms", seconds < 0.2)]
+
+
+CASES: dict[str, Callable[[Bench], list[Row]]] = {
+    "occupancy": occupancy,
+    "ceiling": ceiling,
+    "reading": reading,
+    "start": start,
+    "help": cli,
+    "memory": memory,
+}

@@ -1,0 +1,119 @@
+"""The processes of a measurement: started, bounded in time, and accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.decoding import Cost
+
+ROOT = Path(__file__).resolve().parent.parent
+_POLL = 0.005
+_ERROR_SHOWN = 800
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process took.
+
+    Attributes:
+        began: when it was started, on the system's monotonic clock.
+        wall, cpu: seconds.
+        rss: peak of the resident memory, bytes.
+    """
+
+    began: float
+    wall: float
+    cpu: float
+    rss: int
+
+
+def run(
+    command: Sequence[str],
+    *,
+    limit: float,
+    output: int | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Usage:
+    """Run a command to its end and return what it took.
+
+    Raises:
+        RuntimeError: it failed, or took longer than ``limit`` seconds.
+    """
+    with tempfile.TemporaryFile() as errors:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if output is None else output,
+            stderr=errors,
+        )
+        status, usage = _wait(process, began + limit)
+        wall = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            errors.seek(0)
+            said = errors.read().decode("utf-8", "replace")[-_ERROR_SHOWN:]
+            raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}: {said}")
+    return Usage(began, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, Any]:
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            return status, usage
+        if time.monotonic() > deadline:
+            process.kill()
+            _, status, usage = os.wait4(process.pid, 0)
+            return status, usage
+        time.sleep(_POLL)
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """An engine that is up."""
+
+    url: str
+
+    def stats(self) -> dict[str, Any]:
+        """Return its own account."""
+        with urllib.request.urlopen(self.url + "/stats", timeout=10) as response:
+            content: dict[str, Any] = json.load(response)
+        return content
+
+
+@contextmanager
+def engine(slots: int = 0, cost: Cost | None = None) -> Iterator[RunningEngine]:
+    """Have an engine up; 0 slots answer at once."""
+    cost = cost or Cost()
+    command = [sys.executable, "-m", "bench.engine", "--slots", str(slots)]
+    command += ["--base", repr(cost.base), "--each", repr(cost.each)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            yield RunningEngine(f"http://127.0.0.1:{int(process.stdout.readline())}")
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def worker(
+    engine_url: str, source: Path, output: Path, *options: str, limit: float = 600.0
+) -> Usage:
+    """Run the real worker over an input."""
+    command = [sys.executable, "-m", "aiflux.worker", str(source), str(output)]
+    command += ["--engine-url", engine_url, *options]
+    return run(command, limit=limit)

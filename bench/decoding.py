@@ -1,0 +1,101 @@
+"""Continuous batching in simulated time: what an engine with a fixed number of slots does. Pure.
+
+A step decodes one token of every active sequence and costs ``base + each * active`` seconds.
+Requests that arrived by the time a step begins take the free slots in order of arrival; the rest
+queue. The same code makes the simulated engine and the floor that it is measured against.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs, in seconds."""
+
+    base: float = 0.008
+    each: float = 0.00005
+
+    def step(self, active: int) -> float:
+        """Return the seconds of a step with ``active`` sequences."""
+        return self.base + self.each * active
+
+
+@dataclass
+class Decoder:
+    """The slots of an engine and the queue in front of them.
+
+    Attributes:
+        now: when the step under way began; seconds on the caller's clock.
+        busy: slot-seconds in which a slot decoded.
+        first: when the first request arrived; None before that.
+        last: when the last answer was done.
+    """
+
+    slots: int
+    cost: Cost
+    now: float = 0.0
+    busy: float = 0.0
+    first: float | None = None
+    last: float = 0.0
+    done: int = 0
+    steps: int = 0
+    _queue: deque[tuple[float, int, Any]] = field(default_factory=deque)
+    _active: list[tuple[int, int, Any]] = field(default_factory=list)
+    _admitted: int = 0
+
+    def submit(self, tag: Any, tokens: int, at: float) -> None:
+        """Queue a request of ``tokens`` tokens that arrived at ``at``."""
+        if self.first is None:
+            self.first = at
+        self._queue.append((at, max(1, tokens), tag))
+
+    def begin(self) -> float | None:
+        """Fill the free slots and begin a step; return when it ends, None with nothing to do."""
+        if not self._active and self._queue:
+            self.now = max(self.now, self._queue[0][0])
+        while self._queue and len(self._active) < self.slots and self._queue[0][0] <= self.now:
+            _, tokens, tag = self._queue.popleft()
+            heapq.heappush(self._active, (self.steps + tokens, self._admitted, tag))
+            self._admitted += 1
+        return self.now + self.cost.step(len(self._active)) if self._active else None
+
+    def end(self) -> list[Any]:
+        """End the step; return the tags of the requests that are done."""
+        active = len(self._active)
+        seconds = self.cost.step(active)
+        self.busy += active * seconds
+        self.now += seconds
+        self.steps += 1
+        tags = []
+        while self._active and self._active[0][0] <= self.steps:
+            tags.append(heapq.heappop(self._active)[2])
+        if tags:
+            self.done += len(tags)
+            self.last = self.now
+        return tags
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first arrival to the last answer."""
+        return 0.0 if self.first is None or not self.done else self.last - self.first
+
+    @property
+    def occupancy(self) -> float:
+        """Share of all slots' time, from first arrival to last answer, in which they decoded."""
+        return self.busy / (self.slots * self.makespan) if self.makespan else 0.0
+
+
+def floor(lengths: Iterable[int], slots: int, cost: Cost) -> Decoder:
+    """Return the decoder after the best run there can be: every request is there at the start."""
+    decoder = Decoder(slots, cost)
+    for number, tokens in enumerate(lengths):
+        decoder.submit(number, tokens, 0.0)
+    while decoder.begin() is not None:
+        decoder.end()
+    return decoder

@@ -1,0 +1,208 @@
+"""The engines that the worker is measured against: ``python -m bench.engine``, a process each.
+
+``--slots N`` simulates continuous batching (``bench.decoding``) on the clock: a step ends when its
+cost has passed since it began, however late the process is woken, and a request takes part in steps
+that begin after it arrived. ``--slots 0`` answers at once. The HTTP/1.1 spoken is the minimum that
+clients of the OpenAI API need, so that the engine takes little of the machine it shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from bench.decoding import Cost, Decoder
+
+MODEL = "m:1"
+_LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
+_HEADERS_END = b"\r\n\r\n"
+_BACKLOG = 4096
+_ANSWER_BYTES = 1024
+
+Reply = Callable[[bytes], None]
+
+
+class Service(Protocol):
+    """What answers requests."""
+
+    def post(self, body: bytes, reply: Reply) -> None:
+        """Take a request; ``reply`` is called with the answer's JSON, now or later."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return what ``GET /stats`` shows; times are of the system's monotonic clock."""
+
+
+def answer(tokens: int, size: int = _ANSWER_BYTES) -> bytes:
+    """Return a chat completion of about ``size`` bytes that counts ``tokens`` tokens."""
+    body = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": ""},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": tokens + 9},
+    }
+    missing = size - len(json.dumps(body))
+    body["choices"][0]["message"]["content"] = "word " * max(1, missing // 5)  # type: ignore[index]
+    return json.dumps(body).encode()
+
+
+class Instant:
+    """Answers every request at once with the same answer."""
+
+    def __init__(self) -> None:
+        self._answer = answer(200)
+        self._done = 0
+        self._first: float | None = None
+        self._last = 0.0
+
+    def post(self, body: bytes, reply: Reply) -> None:
+        """Answer."""
+        self._last = time.monotonic()
+        if self._first is None:
+            self._first = self._last
+        self._done += 1
+        reply(self._answer)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the count and the times."""
+        makespan = 0.0 if self._first is None else self._last - self._first
+        return {"done": self._done, "first": self._first, "makespan": makespan}
+
+
+class Simulated:
+    """Continuous batching on the clock."""
+
+    def __init__(self, slots: int, cost: Cost) -> None:
+        self._decoder = Decoder(slots, cost)
+        self._stepping = False
+        self._step_end = 0.0
+        self._loop = asyncio.get_running_loop()
+
+    def post(self, body: bytes, reply: Reply) -> None:
+        """Queue a request whose length is its ``max_tokens``."""
+        tokens = int(json.loads(body)["max_tokens"])
+        self._decoder.submit((reply, tokens), tokens, self._loop.time())
+        if not self._stepping:
+            self._advance()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the decoder's account."""
+        decoder = self._decoder
+        return {
+            "slots": decoder.slots,
+            "done": decoder.done,
+            "steps": decoder.steps,
+            "first": decoder.first,
+            "makespan": decoder.makespan,
+            "busy": decoder.busy,
+            "occupancy": decoder.occupancy,
+        }
+
+    def _advance(self) -> None:
+        """End the steps that are over and begin the next ones."""
+        while True:
+            if self._stepping:
+                if self._loop.time() < self._step_end:
+                    self._loop.call_at(self._step_end, self._advance)
+                    return
+                for reply, tokens in self._decoder.end():
+                    reply(answer(tokens, 512))
+            end = self._decoder.begin()
+            self._stepping = end is not None
+            if end is None:
+                return
+            self._step_end = end
+
+
+class Connection(asyncio.Protocol):
+    """One client connection."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._buffer = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the transport: answers to come go nowhere."""
+        self._transport = None
+
+    def data_received(self, data: bytes) -> None:
+        """Serve every whole message."""
+        self._buffer += data
+        while True:
+            headers = self._buffer.find(_HEADERS_END)
+            if headers < 0:
+                return
+            found = _LENGTH.search(self._buffer, 0, headers + 2)
+            start = headers + len(_HEADERS_END)
+            end = start + (int(found.group(1)) if found else 0)
+            if len(self._buffer) < end:
+                return
+            message, self._buffer = self._buffer[:end], self._buffer[end:]
+            self._serve(message, start)
+
+    def _serve(self, message: bytes, start: int) -> None:
+        if message.startswith(b"POST /v1/"):
+            self._service.post(message[start:], self._reply)
+        elif message.startswith(b"GET /stats"):
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            cpu = {"engine_cpu": usage.ru_utime + usage.ru_stime}
+            self._reply(json.dumps(self._service.stats() | cpu).encode())
+        elif message.startswith(b"GET /api/tags"):
+            self._reply(json.dumps({"models": [{"name": MODEL}]}).encode())
+        else:
+            self._reply(json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode())
+
+    def _reply(self, body: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+                % (len(body), body)
+            )
+
+
+async def serve(slots: int, cost: Cost) -> None:
+    """Serve on a free port of the loopback, which is printed, until SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    service: Service = Simulated(slots, cost) if slots else Instant()
+    server = await loop.create_server(lambda: Connection(service), "127.0.0.1", 0, backlog=_BACKLOG)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await stopped.wait()
+    server.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve."""
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__)
+    parser.add_argument("--slots", type=int, default=0)
+    parser.add_argument("--base", type=float, default=Cost.base, help="seconds of every step")
+    parser.add_argument("--each", type=float, default=Cost.each, help="seconds for each sequence")
+    arguments = parser.parse_args(argv)
+    asyncio.run(serve(arguments.slots, Cost(arguments.base, arguments.each)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

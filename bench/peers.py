@@ -1,0 +1,64 @@
+"""What the worker is compared with: a plain loop, and llmflux's own BatchProcessor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.children import ROOT, Usage, run
+from bench.engine import MODEL
+
+LLMFLUX = "llmflux==2.0.0"
+_LIMIT = 300.0
+
+
+def plain_loop(engine_url: str, source: Path, output: Path) -> Usage:
+    """Run ``requests.post`` over an input, one after another."""
+    script = str(ROOT / "bench" / "plain_loop.py")
+    return run([sys.executable, script, str(source), str(output), engine_url], limit=_LIMIT)
+
+
+class Llmflux:
+    """llmflux in a virtual environment of its own, kept in the user's cache.
+
+    Attributes:
+        problem: why it cannot be had; empty where it can.
+    """
+
+    def __init__(self) -> None:
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        folder = Path(cache) / "aiflux-bench" / LLMFLUX.replace("==", "-")
+        self._python = folder / "bin" / "python"
+        self.problem = "" if self._works() else self._install(folder)
+
+    def run(self, engine_url: str, source: Path, output: Path) -> Usage:
+        """Run its BatchProcessor over an input."""
+        script = str(ROOT / "bench" / "llmflux_batch.py")
+        command = [str(self._python), script, str(source), str(output), MODEL]
+        environ = {"OLLAMA_HOST": engine_url, "TMPDIR": str(output.parent), "LOG_LEVEL": "WARNING"}
+        return run(command, limit=_LIMIT, environ=environ)
+
+    def _works(self) -> bool:
+        try:
+            command = [str(self._python), "-c", "import llmflux.processors"]
+            return (
+                subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+                == 0
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+
+    def _install(self, folder: Path) -> str:
+        pip = [str(self._python), "-m", "pip", "install", "--quiet", LLMFLUX]
+        for command in ([sys.executable, "-m", "venv", str(folder)], pip):
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=_LIMIT, check=False
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return f"not installed: {type(error).__name__}"
+            if done.returncode != 0:
+                return f"not installed: {done.stderr.strip().splitlines()[-1:]}"
+        return "" if self._works() else "installed, but cannot be imported"

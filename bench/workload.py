@@ -1,0 +1,69 @@
+"""Inputs and journals to measure with."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from aiflux.core.journal import Result
+from aiflux.core.request import request_key
+from bench.engine import MODEL, answer
+
+SEED = 20
+SHORTEST, LONGEST = 4, 200
+_WORDS = tuple(string.ascii_lowercase[n:] for n in range(20))
+
+
+def mixed_lengths(count: int) -> list[int]:
+    """Return ``count`` answer lengths in tokens: many short ones, some fifty times as long."""
+    source = random.Random(SEED)
+    return [min(LONGEST, max(SHORTEST, int(source.lognormvariate(3.5, 0.8)))) for _ in range(count)]
+
+
+def request_line(number: int, tokens: int, text: str) -> bytes:
+    """Return one input line."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": tokens}
+    entry = {
+        "custom_id": f"request-{number:08d}",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": body,
+    }
+    return json.dumps(entry).encode() + b"\n"
+
+
+def write_input(path: Path, lengths: Sequence[int], size: int = 1024) -> int:
+    """Write one request of about ``size`` bytes for each length; return the bytes written."""
+    source = random.Random(SEED)
+    spare = max(8, size - len(request_line(0, 100, "")))
+    texts = []
+    for _ in range(64):
+        words = " ".join(source.choice(_WORDS) for _ in range(spare // 3))
+        texts.append(words[:spare])
+    written = 0
+    with open(path, "wb") as file:
+        for number, tokens in enumerate(lengths):
+            written += file.write(request_line(number, tokens, texts[number % len(texts)]))
+    return written
+
+
+def write_journal(path: Path, input_path: Path) -> int:
+    """Write a result of about 1 KB for every request of an input; return the bytes written."""
+    body = answer(200)
+    metadata = {
+        "model": MODEL,
+        "timestamp": "2026-01-01T00:00:00.000Z",
+        "processing_time": 1.2345,
+        "attempts": 1,
+        "engine": 0,
+    }
+    written = 0
+    with open(input_path, "rb") as source, open(path, "wb") as file:
+        for number, line in enumerate(source):
+            key = request_key(line.rstrip(b"\n"))
+            result = Result(key, f"request-{number:08d}", 200, metadata, None, body)
+            written += file.write(result.to_line())
+    return written

@@ -129,6 +129,7 @@ def acquire(
     on_wait: Callable[[str], None] | None = None,
     on_lost: Callable[[], None] | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Lease:
     """Take a lease.
 
@@ -143,7 +144,7 @@ def acquire(
         RunConflictError: a living process holds it (only without ``wait``).
         StorageError: the file cannot be made.
     """
-    watch = _Watch()
+    watch = _Watch(clock)
     told = False
     while True:
         descriptor = _create(path)
@@ -171,13 +172,14 @@ def acquire(
 class _Watch:
     """Watches a foreign lease's beat by this process's own clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._content: bytes | None = None
         self._since = 0.0
         self.moved = False
 
     def stands_still(self, content: bytes) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         if content != self._content:
             self.moved = self._content is not None
             self._content, self._since = content, now

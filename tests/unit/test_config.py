@@ -62,12 +62,12 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: s
 
 
 def test_every_environment_name_is_read(tmp_path: Path) -> None:
+    texts = {"time": "1:00:00", "mem": "8G", "engine_url": "http://h:1", "log_level": "DEBUG",
+             "top_p": "0.5"}  # fmt: skip
     for setting in SETTINGS:
         if setting.env is None:
             continue
-        default = setting.default
-        text = {"time": "1:00:00", "mem": "8G", "engine_url": "http://h:1", "log_level": "DEBUG",
-                "allow_cpu": "1", "top_p": "0.5"}.get(setting.name, "7" if default is None else "1")  # fmt: skip
+        text = texts.get(setting.name, "7" if setting.default is None else "1")
         found = Config(environ={"HOME": "/", setting.env: text}, directory=tmp_path)
         assert found.values[setting.name].origin == f"environment ({setting.env})"
 

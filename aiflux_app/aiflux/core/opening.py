@@ -82,7 +82,7 @@ def open_run(
 def _settle_earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> bool:
     """Return whether results of earlier starts are there; refuse a run that is another's."""
     if not run.plan.exists():
-        if run.path.exists() and any(run.path.iterdir()):
+        if not run.unused():
             raise RunConflictError(
                 f"{run.path} is there but holds no plan", "remove it, or choose another output"
             )

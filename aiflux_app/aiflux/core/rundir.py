@@ -42,10 +42,9 @@ class RunDirectory:
         """Logs of the job, the worker and the engines."""
         return self.path / "logs"
 
-    @property
-    def lock(self) -> Path:
-        """Held (by a directory entry) while a worker writes a shard's journal."""
-        return self.path / "locks"
+    def lease(self, shard: int) -> Path:
+        """Held by the worker that writes a shard's journal."""
+        return self.path / f".shard-{shard:04d}.lease"
 
     def journal(self, shard: int) -> Path:
         """Journal of one shard."""
@@ -62,6 +61,14 @@ class RunDirectory:
     def worker_log(self, shard: int) -> Path:
         """Log of one shard's worker."""
         return self.logs / f"worker-{shard:04d}.log"
+
+    def unused(self) -> bool:
+        """Tell whether nothing is there but what a start leaves that was killed before its plan."""
+        if not self.path.exists():
+            return True
+        unfinished = f".{self.plan.name}."
+        files = (path for path in self.path.rglob("*") if not path.is_dir())
+        return all(path.parent == self.path and path.name.startswith(unfinished) for path in files)
 
     def create(self) -> None:
         """Make the directory (mode 0700) and its folders, where they are not there yet."""

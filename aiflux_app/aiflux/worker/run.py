@@ -115,12 +115,11 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
         RunConflictError: another process works on the shard.
     """
     shard = plan.shards[shard_index]
-    lease_path = run.path / f".shard-{shard_index:04d}.lease"
 
     def lost() -> None:
         context.stopper.stop("another process took the shard over")
 
-    with acquire(lease_path, f"the run {plan.output}", on_lost=lost):
+    with acquire(run.lease(shard_index), f"the run {plan.output}", on_lost=lost):
         _ShardWork(plan, run, shard, context).run()
 
 

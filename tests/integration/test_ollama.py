@@ -221,3 +221,17 @@ def test_a_model_of_the_real_kind_answers(user: User, place: Path, local: list[s
     user.write(place / "in.jsonl", lines(request("france", "What is the capital of France?")))
     user.run(*local, "--model", MODEL, cwd=place)
     assert "Paris" in answers(place / "out.json")["france"]
+
+
+def test_a_runner_that_hangs_is_started_anew(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    user.write(place / "in.jsonl", tiny_requests(120))
+    going = Going(user, place, [*local, "--request-timeout", "3", "--slots", "2"])
+    going.wait_for(10)
+    os.kill(going.child("ollama", "runner"), signal.SIGSTOP)
+    code, told = going.end()
+    assert code == 0, told
+    assert "is down; starting it again" in told
+    whole(place, 120)
+    assert user.none_left(), user.processes()

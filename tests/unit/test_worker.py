@@ -320,3 +320,47 @@ def test_the_answer_stands_in_the_output_byte_for_byte(tmp_path: Path) -> None:
     assert [entry["custom_id"] for entry in failed] == ["1:400"]
     assert failed[0]["response"]["status_code"] == 400
     assert failed[0]["error"]["code"] == "http_400"
+
+
+def test_a_request_that_kills_the_engine_is_run_alone_and_given_up(tmp_path: Path) -> None:
+    with FaultyEngine(delay=0.01) as engine:
+        working = Working(tmp_path, engine.url, concurrency=4)
+        working.prompts(*(f"a{i}" for i in range(12)), "die", *(f"b{i}" for i in range(12)))
+        over = threading.Event()
+
+        def revive() -> None:
+            while not over.is_set():
+                if engine.died.wait(0.05) and not over.is_set():
+                    time.sleep(0.1)
+                    engine.start()
+
+        thread = threading.Thread(target=revive)
+        thread.start()
+        code = working.run()
+        over.set()
+        thread.join()
+    assert code is ExitCode.FAILURES
+    failed = [entry for entry in working.results if "error" in entry]
+    assert [entry["input"]["custom_id"] for entry in failed] == ["12:die"]
+    assert failed[0]["error"]["code"] == "engine_crashed"
+    assert "died 3 times under this request" in failed[0]["error"]["message"]
+    assert engine.seen["die"] == 3
+    assert len(working.results) == 25
+
+
+def test_an_engine_that_keeps_dying_ends_the_run_with_what_was_done(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, concurrency=1, engine_wait=0.5)
+        working.prompts("a", "b", "die", "c")
+        assert working.run() is ExitCode.ENGINE
+    assert scan_journal(working.journal).done == 2
+    assert not working.output.exists()
+
+
+def test_concurrency_is_found_by_itself(tmp_path: Path) -> None:
+    prompts = [f"p{index}" for index in range(300)]
+    with FaultyEngine(delay=0.05) as engine:
+        working = Working(tmp_path, engine.url).prompts(*prompts)
+        assert working.run() is ExitCode.OK
+    assert engine.most > 8
+    assert len(working.results) == 300

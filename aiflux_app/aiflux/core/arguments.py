@@ -15,8 +15,16 @@ _METAVARS = {
     "sbatch_arg": "KEY=VALUE",
     "time": "TIME",
     "mem": "SIZE",
-    "max_failures": "N|N%%",
+    "temperature": "T",
+    "top_p": "P",
+    "gpus_per_node": "[TYPE:]N",
+    "gres": "LIST",
+    "constraint": "LIST",
+    "modules": "NAME",
+    "setup": "LINE",
+    "max_failures": "N|N%",
 }
+_NAMES = {"account", "partition", "qos"}
 _NO_OPTION = {"log_level"}
 
 
@@ -58,7 +66,9 @@ def _add(group: Any, setting: Setting) -> None:
 def _metavar(setting: Setting) -> str:
     if setting.section == "paths":
         return "PATH"
-    return setting.name.rsplit("_", 1)[-1].upper()
+    if setting.name.endswith(("_timeout", "_delay", "_seconds", "_wait")):
+        return "SECONDS"
+    return "NAME" if setting.name in _NAMES else "N"
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -179,7 +179,13 @@ SETTINGS: tuple[Setting, ...] = (
         env="SAVE_FREQUENCY",
     ),
     _run("max_retries", _integer(0, 1000), 3, "further attempts for a request", env="MAX_RETRIES"),
-    _run("retry_delay", _number(0, 3600), 1.0, "seconds; doubles per attempt", env="RETRY_DELAY"),
+    _run(
+        "retry_delay",
+        _number(0, 3600),
+        1.0,
+        "longest first wait before a retry; doubles",
+        env="RETRY_DELAY",
+    ),
     _run("request_timeout", _number(0.1), 600.0, "seconds that one attempt may take"),
     _run(
         "max_failures", _failures, "0", "failed requests (a number or N%%) that still exit with 0"

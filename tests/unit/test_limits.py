@@ -1,50 +1,68 @@
-"""The concurrency that the worker finds by itself, against a model of an engine."""
+"""The adaptive limit against continuous batching in simulated time."""
 
-from __future__ import annotations
+import random
 
 import pytest
+from bench.decoding import Cost, Decoder, floor
 
-from aiflux.worker.limits import AdaptiveLimit
+from aiflux.worker.limits import CEILING, AdaptiveLimit
 
 
-class Model:
-    """An engine with slots: throughput grows with concurrency up to them, then latency does."""
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+class Clock:
+    def __init__(self) -> None:
         self.now = 0.0
-        self.limit = AdaptiveLimit(clock=lambda: self.now)
 
-    def answer(self, count: int) -> None:
-        for _ in range(count):
-            concurrency = self.limit.value
-            latency = max(1.0, concurrency / self.slots)
-            self.now += latency / concurrency
-            self.limit.note(10, latency, False)
+    def __call__(self) -> float:
+        return self.now
 
 
-@pytest.mark.parametrize("slots", [4, 16, 64, 200])
-def test_it_rises_to_the_slots_and_stays_near(slots: int) -> None:
-    model = Model(slots)
-    model.answer(20_000)
-    assert slots * 0.9 <= model.limit.value <= slots * 1.6 + 2
+def lengths(count: int) -> list[int]:
+    source = random.Random(7)
+    return [min(200, max(4, int(source.lognormvariate(3.5, 0.8)))) for _ in range(count)]
 
 
-def test_a_refusal_lowers_it_once_for_a_burst() -> None:
-    model = Model(64)
-    model.answer(5000)
-    before = model.limit.value
-    for _ in range(20):
-        model.limit.note(0, 0.1, True)
-    assert before * 0.6 <= model.limit.value < before
-    model.now += 2
-    model.limit.note(0, 0.1, True)
-    assert model.limit.value < before * 0.6
+def process(slots: int, count: int, *, tokens_counted: bool) -> tuple[AdaptiveLimit, Decoder]:
+    """Process requests with as many in flight as the limit says."""
+    clock, cost, waiting = Clock(), Cost(), iter(lengths(count))
+    limit, decoder, in_flight = AdaptiveLimit(clock=clock), Decoder(slots, cost), 0
+    while True:
+        while in_flight < limit.value and (length := next(waiting, 0)):
+            decoder.submit((length, clock.now), length, clock.now)
+            in_flight += 1
+        if decoder.begin() is None:
+            return limit, decoder
+        for length, sent in decoder.end():
+            in_flight -= 1
+            clock.now = decoder.now
+            limit.note(length if tokens_counted else 1, clock.now - sent, False)
+        clock.now = decoder.now
 
 
-def test_it_never_falls_below_one() -> None:
-    model = Model(4)
-    for _ in range(50):
-        model.now += 2
-        model.limit.note(0, 0.1, True)
-    assert model.limit.value == 1
+@pytest.mark.parametrize("tokens_counted", [True, False])
+@pytest.mark.parametrize("slots", [1, 4, 16, 32, 64, 256])
+def test_it_fills_the_slots_of_an_engine_it_knows_nothing_of(slots, tokens_counted):
+    count = 70 * slots
+    limit, decoder = process(slots, count, tokens_counted=tokens_counted)
+    assert limit.value >= slots
+    assert decoder.makespan < 1.05 * floor(lengths(count), slots, Cost()).makespan
+
+
+def test_a_burst_of_refusals_lowers_it_once():
+    clock = Clock()
+    limit = AdaptiveLimit(clock=clock)
+    before = limit.value
+    for _ in range(5):
+        limit.note(1, 0.1, True)
+    assert limit.value == int(before * 0.7)
+    clock.now += 2.0
+    limit.note(1, 0.1, True)
+    assert limit.value < int(before * 0.7)
+
+
+def test_it_never_leaves_its_bounds():
+    clock, source = Clock(), random.Random(3)
+    limit = AdaptiveLimit(clock=clock)
+    for _ in range(20_000):
+        clock.now += 0.05
+        limit.note(source.randrange(1, 500), source.random() * 0.5, source.random() < 0.02)
+        assert 1 <= limit.value <= CEILING

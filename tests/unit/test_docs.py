@@ -1,0 +1,214 @@
+"""The documentation is held to the code: links, commands, make targets, settings, examples."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from aiflux.cli.main import make_parser
+from aiflux.core.config import Config, read_dotenv
+from aiflux.core.request import parse_request
+from aiflux.core.settings import SETTINGS
+from aiflux.errors import ExitCode
+from aiflux.worker.main import make_parser as make_worker_parser
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+OPTION = re.compile(r"--[a-z][a-z-]+")
+# Options of sbatch, Apptainer and ruff/mypy that pages speak of.
+FOREIGN_OPTIONS = {"--net", "--network", "--containall", "--nv", "--bind", "--requeue", "--strict"}
+
+per_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for _, language, text in FENCE.findall(read(page)) if language in languages]
+
+
+def spans(page: Path) -> list[str]:
+    return SPAN.findall(FENCE.sub("", read(page)))
+
+
+def shell_lines(page: Path) -> Iterator[str]:
+    for block in blocks(page, "sh"):
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+def words(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+
+
+@per_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(page))):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        aim = page.parent / path if path else page
+        assert aim.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in anchors(aim), f"{page} links to {target}"
+
+
+@per_page
+def test_commands_parse(page: Path) -> None:
+    for line in shell_lines(page):
+        given = words(line)
+        if given[:1] == ["aiflux"]:
+            make_parser().parse_args(given[1:])
+
+
+@per_page
+def test_worker_options_parse(page: Path) -> None:
+    for line in shell_lines(page):
+        given = words(line)
+        starts = [
+            at
+            for at, word in enumerate(given)
+            if (given[:2] == ["apptainer", "run"] and word == "aiflux.sif")
+            or (given[:1] == ["sbatch"] and word == "slurm/run.sbatch")
+        ]
+        for start in starts:
+            if given[start + 1 :] != ["--help"]:
+                make_worker_parser().parse_args(given[start + 1 :])
+
+
+@per_page
+def test_commands_in_the_text_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for span in spans(page):
+        given = words(span)[1:] if span.startswith("aiflux ") else []
+        commands = [word for word in given if re.fullmatch(r"[a-z]+", word)]
+        if given and commands:
+            with pytest.raises(SystemExit) as end:
+                make_parser().parse_args([*commands, "--help"])
+            told = capsys.readouterr().out
+            assert end.value.code == 0, f"{page}: {span}"
+            assert set(OPTION.findall(span)) <= set(OPTION.findall(told)), f"{page}: {span}"
+
+
+@per_page
+def test_options_in_the_text_exist(page: Path) -> None:
+    known = known_options() | FOREIGN_OPTIONS
+    for span in spans(page):
+        for option in OPTION.findall(span):
+            assert option in known, f"{page}: {span}"
+
+
+def known_options() -> set[str]:
+    """Return the options of every command and of the worker."""
+    parsers: list[argparse.ArgumentParser] = [make_parser(), make_worker_parser()]
+    options: set[str] = set()
+    while parsers:
+        parser = parsers.pop()
+        for action in parser._actions:
+            options.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    return options
+
+
+@per_page
+def test_make_targets_exist(page: Path) -> None:
+    rules = re.findall(r"^([a-z][\w./-]*):", read(ROOT / "Makefile"), re.MULTILINE)
+    for text in [*shell_lines(page), *spans(page)]:
+        for target in re.findall(r"(?:^|[;&=1] )make ([a-z][\w./-]*)", text):
+            assert target in rules, f"{page}: {text}"
+
+
+def test_commands_are_found_in_the_pages() -> None:
+    """The tests above would pass on pages without commands."""
+    lines = [words(line) for line in shell_lines(ROOT / "README.md")]
+    assert ["make", "image"] in lines
+    assert any(line[:2] == ["aiflux", "run"] for line in lines)
+    assert ["sbatch", "slurm/run.sbatch", "input.jsonl"] in lines
+    by_hand = "apptainer run aiflux.sif input.jsonl output.json --model smollm2:135m"
+    assert by_hand.split() in lines
+
+
+def test_the_settings_tables_are_up_to_date() -> None:
+    made = generator()
+    text = read(made.CONFIGURATION)
+    assert text == made.with_tables(text), "run: python docs/generate.py"
+    for setting in SETTINGS:
+        assert f"| `{setting.name}` |" in text
+
+
+def test_the_example_of_env_names_every_setting(tmp_path: Path) -> None:
+    made = generator()
+    assert read(made.ENV_EXAMPLE) == made.env_example(), "run: python docs/generate.py"
+    assert set(read_dotenv(made.ENV_EXAMPLE)) == {item.env for item in SETTINGS if item.env}
+    (tmp_path / ".env").write_text(made.env_example(), encoding="utf-8")
+    values = Config(environ={}, directory=tmp_path).values
+    assert {value.origin for value in values.values()} == {"default"}
+
+
+@per_page
+def test_examples_of_yaml_load(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        (tmp_path / "aiflux.yaml").write_text(block, encoding="utf-8")
+        config = Config(environ={}, directory=tmp_path)
+        config.get_slurm_config().checked()
+        given = {name for section in yaml.safe_load(block).values() for name in section}
+        assert all(config.values[name].origin != "default" for name in given)
+
+
+@per_page
+def test_examples_of_json_are_json(page: Path) -> None:
+    for block in blocks(page, "json"):
+        entry = json.loads(block)
+        request = entry.get("input", entry)
+        if "method" in request:
+            parse_request(json.dumps(request).encode())
+
+
+def test_the_python_quick_start_runs_up_to_the_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "README.md", "python")
+    before, _, submission = block.partition("job_id = ")
+    assert submission.startswith("runner.run(input_path=")
+    names: dict[str, object] = {}
+    compile(submission, "README.md", "exec")
+    exec(compile(before, "README.md", "exec"), names)  # noqa: S102
+    assert "runner" in names
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/output.md"])
+def test_the_exit_codes_are_the_ones_that_are_used(name: str) -> None:
+    table = re.findall(r"^ *\| (\d) \| ", read(ROOT / name), re.MULTILINE)
+    assert [int(code) for code in table] == sorted(ExitCode)

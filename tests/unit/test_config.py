@@ -93,6 +93,6 @@ def test_an_assigned_value_is_checked_when_it_is_used() -> None:
 
 
 def test_top_k_is_refused_where_it_would_have_no_effect() -> None:
-    with pytest.raises(ConfigError, match="top_k has no effect"):
+    with pytest.raises(ConfigError, match="top_k is set, but"):
         RunOptions(top_k=5)
     assert RunOptions(top_k=5, engine_url="http://h").parameters == {"top_k": 5}

@@ -19,6 +19,7 @@ class Quiet:
     """A reporter that remembers what was said."""
 
     def __init__(self) -> None:
+        self.quiet = False
         self.said: list[str] = []
 
     def say(self, text: str) -> None:

@@ -22,10 +22,10 @@ _METAVARS = {
     "constraint": "LIST",
     "modules": "NAME",
     "setup": "LINE",
+    "log_level": "LEVEL",
     "max_failures": "N|N%",
 }
 _NAMES = {"account", "partition", "qos"}
-_NO_OPTION = {"log_level"}
 
 
 def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
@@ -39,7 +39,7 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
     }
     for setting in SETTINGS:
         group = groups[setting.section]
-        if setting.section in sections and group is not None and setting.name not in _NO_OPTION:
+        if setting.section in sections and group is not None:
             _add(group, setting)
 
 

@@ -46,12 +46,14 @@ class RunOptions:
     engine_wait: float = 300.0
     load_timeout: float = 1800.0
     retry_failed: bool = False
+    log_level: str = "INFO"
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.engine_url is None:
             raise ConfigError(
-                "top_k has no effect: Ollama's OpenAI API does not know it",
-                "leave it out, or set it in the model (ollama create, PARAMETER top_k)",
+                "top_k is set, but Ollama's OpenAI API does not know it",
+                "leave out --top-k, TOP_K and top_k in aiflux.yaml (aiflux config show tells which "
+                "it is), or set it in the model (ollama create, PARAMETER top_k)",
             )
 
     @property

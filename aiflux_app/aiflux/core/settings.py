@@ -229,6 +229,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _run("load_timeout", _number(1), 1800.0, "seconds that loading the model may take"),
     _run("retry_failed", _boolean, False, "try failed requests of an earlier start again"),
+    _run(
+        "log_level",
+        _level,
+        "INFO",
+        "WARNING and ERROR leave out progress; DEBUG has the engine log more",
+        env="LOG_LEVEL",
+    ),
     _slurm("account", _text, None, "account to charge", env="SLURM_ACCOUNT"),
     _slurm("partition", _text, None, "partition", env="SLURM_PARTITION"),
     _slurm("qos", _text, None, "quality of service"),
@@ -253,14 +260,6 @@ SETTINGS: tuple[Setting, ...] = (
     _paths("logs_dir", "where job logs go (default: the run directory)", "AIFLUX_LOGS_DIR"),
     _paths("containers_dir", "where images lie", "AIFLUX_CONTAINERS_DIR"),
     _paths("image", "the image to run", "AIFLUX_IMAGE"),
-    Setting(
-        "log_level",
-        "paths",
-        _level,
-        "INFO",
-        "least level that is logged",
-        "LOG_LEVEL",
-    ),
 )
 BY_NAME: Mapping[str, Setting] = {
     name: setting for setting in SETTINGS for name in (setting.name, *setting.aliases)

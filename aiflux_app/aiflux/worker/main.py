@@ -67,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     stopper = Stopper()
     stopper.install()
-    context = Context(make_reporter(), stopper, deadline=arguments.deadline)
+    context = Context(
+        make_reporter(),
+        stopper,
+        deadline=arguments.deadline,
+        api_key=os.environ.get("AIFLUX_API_KEY"),
+    )
     try:
         _dispatch(arguments, context)
     except AifluxError as error:
@@ -126,7 +131,6 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
 
 def _work_on_input(arguments: argparse.Namespace, config: Config, context: Context) -> None:
     options = config.run_options()
-    context.api_key = os.environ.get("AIFLUX_API_KEY")
     input_path = Path(arguments.input)
     output = Path(arguments.output or default_output(input_path, Path.cwd()))
     opened = open_run(

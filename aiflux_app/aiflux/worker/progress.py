@@ -23,7 +23,13 @@ LINE_INTERVAL = 30.0
 
 
 class Reporter(Protocol):
-    """Where the worker says what it does."""
+    """Where the worker says what it does.
+
+    Attributes:
+        quiet: leave out everything but errors.
+    """
+
+    quiet: bool
 
     def say(self, text: str) -> None:
         """Tell one line."""
@@ -66,6 +72,7 @@ class LineReporter:
     """Writes plain lines with the time of day in front, for log files."""
 
     def __init__(self, stream: TextIO, interval: float = LINE_INTERVAL) -> None:
+        self.quiet = False
         self._stream = stream
         self._interval = interval
         self._shown = time.monotonic()
@@ -73,6 +80,8 @@ class LineReporter:
 
     def say(self, text: str) -> None:
         """Tell one line."""
+        if self.quiet:
+            return
         print(time.strftime("%H:%M:%S"), text, file=self._stream, flush=True)
 
     def show(self, stats: Stats, *, final: bool = False) -> None:
@@ -102,6 +111,7 @@ class TerminalReporter:
     """A live bar."""
 
     def __init__(self, stream: TextIO) -> None:
+        self.quiet = False
         self._console = Console(file=stream)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -109,6 +119,8 @@ class TerminalReporter:
 
     def say(self, text: str) -> None:
         """Tell one line, above the bar."""
+        if self.quiet:
+            return
         self._console.print(text, highlight=False, markup=False, style="dim")
 
     def show(self, stats: Stats, *, final: bool = False) -> None:
@@ -136,6 +148,8 @@ class TerminalReporter:
             self._progress, self._task = None, None
 
     def _update(self, label: str, done: int, total: int, detail: str) -> None:
+        if self.quiet:
+            return
         if self._progress is None or self._task is None:
             self._progress = Progress(
                 SpinnerColumn(),

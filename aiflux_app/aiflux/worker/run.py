@@ -51,7 +51,7 @@ from aiflux.worker.stopper import Stopper
 
 IMAGE_FACTS = Path("/opt/aiflux/image.json")
 _DEADLINE_MARGIN = 15.0
-_ABORT_GRACE = 10.0
+_DEBUG: dict[bool, dict[str, str]] = {True: {"OLLAMA_DEBUG": "1"}, False: {}}
 
 
 @dataclass
@@ -115,6 +115,7 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
         RunConflictError: another process works on the shard.
     """
     shard = plan.shards[shard_index]
+    context.reporter.quiet = plan.options.log_level in ("WARNING", "ERROR")
 
     def lost() -> None:
         context.stopper.stop("another process took the shard over")
@@ -366,7 +367,7 @@ class _ModelWork:
             may_shrink=options.slots is None,
             allow_cpu=options.allow_cpu,
             load_timeout=options.load_timeout,
-            extra=dict(options.engine_env),
+            extra={**_DEBUG[options.log_level == "DEBUG"], **options.engine_env},
         )
 
     def _client_maker(self) -> Callable[[str], Client]:

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from aiflux.errors import StorageError
 
+_BUFFER = 1 << 20
+
 
 def fsync_directory(path: Path) -> None:
     """Make a rename in ``path`` durable. File systems that cannot sync a directory are let off."""
@@ -38,7 +40,7 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         raise storage_error(error, target) from error
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb", _BUFFER) as file:
             yield file
             file.flush()
             os.fchmod(file.fileno(), mode & ~_umask())

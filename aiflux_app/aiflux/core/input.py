@@ -112,9 +112,11 @@ def _prompt_tokens(payload: Any) -> int:
     if isinstance(payload, str):
         size = len(payload) if payload.isascii() else len(payload.encode("utf-8", "surrogatepass"))
         return size // _BYTES_PER_TOKEN + 1
+    tokens = 0
     if isinstance(payload, list):
-        return sum(_part_tokens(part) for part in payload)
-    return 0
+        for part in payload:
+            tokens += _part_tokens(part)
+    return tokens
 
 
 def _part_tokens(part: Any) -> int:
@@ -146,10 +148,10 @@ class _Marks:
 class _Names:
     """The custom_ids seen, as 64-bit hashes in 8 bytes each."""
 
-    buckets: list[array[int]] = field(default_factory=lambda: [array("Q") for _ in range(_BUCKETS)])
+    buckets: list[array[int]] = field(default_factory=lambda: [array("q") for _ in range(_BUCKETS)])
 
     def add(self, custom_id: str) -> None:
-        name = _name_hash(custom_id)
+        name = hash(custom_id)
         self.buckets[name % _BUCKETS].append(name)
 
     def repeated(self) -> set[int]:
@@ -207,8 +209,7 @@ class _Scan:
         self.problems = _Problems()
 
     def feed(self, number: int, offset: int, raw: bytes) -> None:
-        self.digest.update(raw)
-        self.digest.update(b"\n")
+        self.digest.update(raw + b"\n")
         try:
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
@@ -234,7 +235,7 @@ class _Scan:
         first: dict[str, int] = {}
         for number, _, raw in read_lines(self.path):
             custom_id = _custom_id(raw)
-            if custom_id is None or _name_hash(custom_id) not in repeated:
+            if custom_id is None or hash(custom_id) not in repeated:
                 continue
             if custom_id in first:
                 self.problems.add(
@@ -258,11 +259,6 @@ class _Scan:
             longest_tokens=max(self.lengths, default=0) * _LENGTH_STEP,
             marks=tuple(self.marks.marks),
         )
-
-
-def _name_hash(custom_id: str) -> int:
-    encoded = custom_id.encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(encoded, digest_size=8).digest(), "big")
 
 
 def _custom_id(raw: bytes) -> str | None:

@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from aiflux.core.files import storage_error
@@ -89,8 +89,7 @@ def _one_line(body: bytes) -> bytes:
     return body
 
 
-@dataclass(frozen=True, slots=True)
-class RawResult:
+class RawResult(NamedTuple):
     """A journal line cut at its fields; every part is JSON as it stands in the line."""
 
     key: bytes

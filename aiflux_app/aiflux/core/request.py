@@ -7,9 +7,8 @@ The form is OpenAI's (https://platform.openai.com/docs/guides/batch): an object 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from aiflux.core.modelname import same_model
 
@@ -30,8 +29,7 @@ class LineError(ValueError):
         self.problems = problems
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One valid request.
 
     Attributes:

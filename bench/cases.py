@@ -80,11 +80,11 @@ def occupancy(bench: Bench) -> list[Row]:
     rows = []
     for slots in (32, 64, 256):
         say(f"occupancy at {slots} slots")
-        seconds = 5 if bench.quick else 30
+        seconds, alone = (5, 3) if bench.quick else (20, 5)
         count = int(seconds * slots / (_MEAN_LENGTH * COST.step(slots)))
         fixed = str(slots + max(2, slots // 4))
         lengths = mixed_lengths(count)
-        few = mixed_lengths(max(8, int(seconds / 2 / (_MEAN_LENGTH * COST.step(1)))))
+        few = mixed_lengths(max(8, int(alone / (_MEAN_LENGTH * COST.step(1)))))
         plain = _occupancy_of(bench, slots, few, plain_loop)[0]
         peer = bench.peer.problem or _occupancy_of(bench, slots, few, bench.peer.run)[0]
         for name, options in (
@@ -127,7 +127,7 @@ def _occupancy_of(
 
 def ceiling(bench: Bench) -> list[Row]:
     """Requests per second against a server that costs no time, and what each costs in CPU."""
-    count, repeats, few = (4000, 1, 500) if bench.quick else (20000, 3, 2000)
+    count, repeats, few = (4000, 1, 500) if bench.quick else (15000, 3, 1000)
     rows = []
     plain = _rate_of(bench, few, plain_loop)
     peer = None if bench.peer.problem else _rate_of(bench, few, bench.peer.run)

@@ -168,7 +168,11 @@ class Pool:
             self._retry(task, lane, verdict, seconds)
 
     def _is_down(self, lane: Lane, link: EngineLink, generation: int) -> bool:
-        return not lane.open or lane.generation != generation or not link.alive()
+        def is_another() -> bool:
+            return not lane.open or lane.generation != generation
+
+        # While this looks whether the engine lives, it may already have been started anew.
+        return is_another() or not link.alive() or is_another()
 
     def _ending(self, verdict: Verdict) -> bool:
         """After a signal a broken connection means that the request was not attempted."""

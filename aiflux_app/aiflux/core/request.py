@@ -68,9 +68,19 @@ _decoder = json.JSONDecoder(parse_constant=_reject_constant)
 def parse_json(text: str) -> Any:
     """Decode strict JSON (no NaN or Infinity). Raises ValueError."""
     try:
-        return _decoder.decode(text)
+        return _decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _decode(text: str) -> Any:
+    try:
+        value, end = _decoder.raw_decode(text)
+        if end == len(text):
+            return value
+    except json.JSONDecodeError:
+        pass  # decode() skips white space around the value, and says what is wrong
+    return _decoder.decode(text)
 
 
 def _load(raw: bytes) -> Any:

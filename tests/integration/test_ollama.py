@@ -111,6 +111,34 @@ def test_slots_and_context_are_those_asked_for(
     assert "--ctx-size 3072" in log
 
 
+def test_an_engine_that_landed_on_the_cpu_is_exit_4_unless_that_is_meant(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    user.write(place / "in.jsonl", tiny_requests(2))
+    gpu = {"CUDA_VISIBLE_DEVICES": "0"}
+    told = user.run(*local, cwd=place, env=gpu, code=4)
+    assert f"100 % of {TINY} landed on the CPU in a job with the GPUs 0" in told
+    assert "--allow-cpu" in told
+    assert not (place / "out.json").exists()
+    assert user.none_left(), user.processes()
+    user.run(*local, "--allow-cpu", cwd=place, env=gpu)
+    whole(place, 2)
+
+
+def test_each_group_of_gpus_has_an_engine_of_its_own(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    user.write(place / "in.jsonl", tiny_requests(60))
+    more = ["--gpus-per-engine", "2", "--allow-cpu", "--slots", "2"]
+    user.run(*local, *more, cwd=place, env={"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    engines = status(place)["aiflux"]["engines"]
+    assert [engine["devices"] for engine in engines] == [["0", "1"], ["2", "3"]]
+    assert len({engine["log"] for engine in engines}) == 2
+    whole(place, 60)
+    entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert {entry["metadata"]["engine"] for entry in entries} == {0, 1}
+
+
 class Going:
     """A worker in progress that a test does harm to; ``process`` is the worker itself."""
 

@@ -125,7 +125,7 @@ class BundledEngine:
         while True:
             ollama = self._serve()
             loaded = self._load(ollama)
-            if self._fits(loaded) or not self._shrink():
+            if self._fits(loaded) or not self._shrink(loaded):
                 break
         self._check_placement(loaded)
         self.facts |= {
@@ -205,8 +205,9 @@ class BundledEngine:
     def _fits(self, loaded: Loaded) -> bool:
         return not self.settings.devices or loaded.size_vram >= loaded.size
 
-    def _shrink(self) -> bool:
-        if not self.settings.may_shrink or self.slots == 1:
+    def _shrink(self, loaded: Loaded) -> bool:
+        """Take half the slots; False where that is not allowed, or would not help."""
+        if not self.settings.may_shrink or self.slots == 1 or not loaded.size_vram:
             return False
         self.slots //= 2
         return True

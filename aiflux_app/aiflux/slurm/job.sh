@@ -39,6 +39,8 @@ deliver() {
 
 # Returns the child's own exit code. A trap makes `wait` return early with 128 + signal, so a
 # code counts only when no trap ran meanwhile; bash remembers the code of a child that is gone.
+# Where a second signal comes just as the child ends, bash 5.2 can lose the code and `wait` gives
+# -1: the job then counts as stopped, and the next start says what is left to do.
 wait_for_child() {
     local seen=-1 code=0
     while ((seen != signals)); do
@@ -48,7 +50,7 @@ wait_for_child() {
     done
     child=''
     # The runtime itself can die of a signal that comes before it forwards any.
-    ((signals == 0 || code <= 128)) || code=5
+    ((signals == 0 || (code >= 0 && code <= 128))) || code=5
     return "$code"
 }
 

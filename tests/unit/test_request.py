@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiflux.core.request import LineError, parse_request, request_key
@@ -112,6 +112,7 @@ def test_any_json_is_a_request_or_a_problem(value: object) -> None:
         parse_request(json.dumps(value).encode())
 
 
+@settings(max_examples=50)
 @given(
     custom_id=st.text(min_size=1),
     extra=st.dictionaries(st.text(), json_values),

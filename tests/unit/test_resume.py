@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_cut_anywhere_and_edited_anyhow(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -6,6 +6,8 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -163,6 +165,46 @@ class _Names:
         return repeated
 
 
+class _Digest:
+    """BLAKE2b-128 of lines, computed beside the parsing: hashlib lets other threads run meanwhile.
+
+    At most two blocks are in memory.
+    """
+
+    def __init__(self) -> None:
+        self._hash = blake2b(digest_size=16)
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._executor = ThreadPoolExecutor(1, "digest")
+        self._pending: Future[None] | None = None
+
+    def add(self, line: bytes) -> None:
+        self._lines.append(line)
+        self._size += len(line)
+        if self._size >= _BUFFER:
+            self._flush()
+
+    def hexdigest(self) -> str:
+        """Return the digest of all lines added so far."""
+        self._flush()
+        self._wait()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._executor.shutdown()
+
+    def _flush(self) -> None:
+        self._wait()
+        block = b"".join(line + b"\n" for line in self._lines)
+        self._pending = self._executor.submit(self._hash.update, block)
+        self._lines, self._size = [], 0
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+
 class _Problems:
     """Bad lines: the first ``SHOWN_PROBLEMS`` in full, the rest as a count."""
 
@@ -199,7 +241,7 @@ class _Scan:
         self.path = path
         self.model = model
         self.requests = 0
-        self.digest = blake2b(digest_size=16)
+        self.digest = _Digest()
         self.models: dict[str, None] = {}
         self.unnamed = 0
         self.endpoints: Counter[str] = Counter()
@@ -209,7 +251,7 @@ class _Scan:
         self.problems = _Problems()
 
     def feed(self, number: int, offset: int, raw: bytes) -> None:
-        self.digest.update(raw + b"\n")
+        self.digest.add(raw)
         try:
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
@@ -293,16 +335,17 @@ def scan_input(path: Path, model: str | None = None) -> InputSummary:
     path = path.expanduser().absolute()
     check_readable(path)
     scan = _Scan(path, model)
-    for number, offset, raw in read_lines(path):
-        scan.feed(number, offset, raw)
-    scan.check_names()
-    if scan.problems.lines:
-        raise scan.problems.error(path)
-    if not scan.requests:
-        raise InputError(
-            f"the input {str(path)!r} holds no request", "give it one JSON object per line"
-        )
-    return scan.summary()
+    with closing(scan.digest):
+        for number, offset, raw in read_lines(path):
+            scan.feed(number, offset, raw)
+        scan.check_names()
+        if scan.problems.lines:
+            raise scan.problems.error(path)
+        if not scan.requests:
+            raise InputError(
+                f"the input {str(path)!r} holds no request", "give it one JSON object per line"
+            )
+        return scan.summary()
 
 
 def check_readable(path: Path) -> None:

@@ -117,7 +117,19 @@ def test_whoever_waits_is_told_once_and_comes_next(tmp_path: Path) -> None:
     assert "waiting" in told[0]
 
 
-def test_only_one_of_many_gets_it(tmp_path: Path) -> None:
+def test_a_mark_left_by_a_process_that_died_breaking_a_lease(tmp_path: Path) -> None:
+    kill(hold(tmp_path / "lease"))
+    (tmp_path / "lease.break").touch()
+    ticks = iter(range(0, 10_000, 5))
+    lease = acquire(
+        tmp_path / "lease", "it", sleep=lambda _: None, clock=lambda: float(next(ticks))
+    )
+    lease.release()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_only_one_of_many_gets_it(tmp_path: Path, turn: int) -> None:
     kill(hold(tmp_path / "lease"))
     got: list[object] = []
     refused: list[object] = []

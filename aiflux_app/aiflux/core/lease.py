@@ -25,6 +25,7 @@ from aiflux.errors import RunConflictError
 BEAT_SECONDS = 3.0
 STALE_SECONDS = 30.0
 _BEAT_WIDTH = 12
+_BREAK_SECONDS = 0.05
 
 
 def _read(path: str) -> str:
@@ -144,7 +145,7 @@ def acquire(
         RunConflictError: a living process holds it (only without ``wait``).
         StorageError: the file cannot be made.
     """
-    watch = _Watch(clock)
+    watch, break_watch = _Watch(clock), _Watch(clock)
     told = False
     while True:
         descriptor = _create(path)
@@ -156,7 +157,8 @@ def acquire(
         holder = _holder(content)
         alive = _alive(holder)
         if alive is False or watch.stands_still(content):
-            _break(path, content)
+            if not _break(path, content, break_watch):
+                sleep(_BREAK_SECONDS)
             continue
         if (alive or watch.moved) and not wait:
             raise RunConflictError(
@@ -222,14 +224,31 @@ def _holder(content: bytes) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def _break(path: Path, judged: bytes) -> None:
-    """Take a dead holder's lease away; put it back if it was another's by then."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+def _break(path: Path, judged: bytes, watch: _Watch) -> bool:
+    """Take a dead holder's lease away; False where somebody else is at it.
+
+    One process at a time may do so, and only while the lease is still the one that was judged:
+    else the lease of whoever came next could be taken for the dead one's. ``watch`` finds the mark
+    of a process that died in the middle of it.
+    """
+    mark = path.with_name(path.name + ".break")
     try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if _holder(aside.read_bytes()).get("token") != _holder(judged).get("token"):
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink()
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if watch.stands_still(b"%d" % mark.stat().st_ino):
+                mark.unlink()
+        return False
+    except OSError as error:
+        raise storage_error(error, mark) from error
+    try:
+        content = _content(path)
+        if content is not None and _token(content) == _token(judged):
+            path.unlink()
+    finally:
+        mark.unlink(missing_ok=True)
+    return True
+
+
+def _token(content: bytes) -> Any:
+    return _holder(content).get("token", content)

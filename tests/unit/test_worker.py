@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from openai.types import Batch, BatchError
+from openai.types.chat import ChatCompletion
 
 from aiflux.core.journal import scan_journal
 from aiflux.errors import ExitCode
@@ -364,3 +366,30 @@ def test_concurrency_is_found_by_itself(tmp_path: Path) -> None:
         assert working.run() is ExitCode.OK
     assert engine.most > 8
     assert len(working.results) == 300
+
+
+def test_a_kill_between_the_output_and_its_status_is_no_hindrance(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, output="out.jsonl", max_failures="100%")
+        working.prompts("a", "400", "b")
+        assert working.run() is ExitCode.OK
+        path = tmp_path / "out.jsonl.aiflux" / "status" / "shard-0000.json"
+        status = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**status, "status": "finalizing"}), encoding="utf-8")
+        assert working.run() is ExitCode.OK
+    assert set(engine.seen.values()) == {1}
+    assert len(working.output.read_text(encoding="utf-8").splitlines()) == 2
+    assert working.status["status"] == "completed"
+
+
+def test_answers_are_accepted_by_the_official_types(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, output="out.jsonl", max_failures="100%")
+        working.prompts("a", "400")
+        assert working.run() is ExitCode.OK
+    line = json.loads(working.output.read_text(encoding="utf-8"))
+    ChatCompletion.model_validate(line["response"]["body"])
+    batch = Batch.model_validate(working.status)
+    assert batch.error_file_id == str(tmp_path / "out.errors.jsonl")
+    failed = json.loads((tmp_path / "out.errors.jsonl").read_text(encoding="utf-8"))
+    BatchError.model_validate(failed["error"])

@@ -12,7 +12,7 @@ from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan, make_plan, read_plan, write_plan
 from aiflux.core.results import output_paths
 from aiflux.core.rundir import RunDirectory, checked_output
-from aiflux.core.status import finished_counts
+from aiflux.core.status import finished_counts, was_finalising
 from aiflux.errors import ConfigError, OutputExistsError, RunConflictError
 
 
@@ -69,9 +69,12 @@ def open_run(
     counts = finished_counts(plan, run) if resumed else None
     if counts is not None and not force and not options.retry_failed:
         return OpenedRun(plan, run, True, True, counts)
-    if counts is None and not force:
+    unfinished = resumed and was_finalising(plan, run)
+    if counts is None and not force and not unfinished:
         _refuse_existing(output)
     if write:
+        if unfinished:
+            _discard(output)
         if counts is not None and not options.retry_failed:
             _start_anew(run)
             resumed = False
@@ -115,6 +118,15 @@ def _refuse_existing(output: Path) -> None:
                 f"the output {path} is there already and would be overwritten",
                 "give --force to replace it, or choose another output",
             )
+
+
+def _discard(output: Path) -> None:
+    """Remove what a start wrote that was killed before it could say that it was done."""
+    try:
+        for path in output_paths(output):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, output) from error
 
 
 def _start_anew(run: RunDirectory) -> None:

@@ -113,6 +113,15 @@ def read_status(run: RunDirectory, shard: int) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def was_finalising(plan: Plan, run: RunDirectory) -> bool:
+    """Tell whether a start of this very plan ended while it wrote the output."""
+    statuses = (read_status(run, shard.index) or {} for shard in plan.shards)
+    return any(
+        status.get("status") == "finalizing" and status.get("aiflux", {}).get("plan") == plan.id
+        for status in statuses
+    )
+
+
 def finished_counts(plan: Plan, run: RunDirectory) -> dict[str, int] | None:
     """Return total, completed and failed of a run that is finished; None where it is not."""
     counts = {"total": 0, "completed": 0, "failed": 0}

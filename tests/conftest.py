@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no defect: examples are judged by what they show, not by how long they take.
+settings.register_profile("aiflux", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("aiflux")
 
 _KEPT = {"PATH", "HOME", "LANG", "USER", "LOGNAME", "SHELL", "CI", "AIFLUX_REQUIRE_STACK",
          "AIFLUX_STACK_DIR"}  # fmt: skip

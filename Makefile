@@ -60,7 +60,7 @@ lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck
 	$(bin)/shellcheck -x $(shell_files)
 
 test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
-	$(bin)/pytest -q tests/unit
+	$(bin)/pytest -q -n 2 tests/unit
 
 test: lint ## everything but the soak tests, on the real Slurm, Apptainer and Ollama
 	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"

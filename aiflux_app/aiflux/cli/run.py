@@ -13,7 +13,8 @@ from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.rundir import default_output
-from aiflux.errors import ImageError, TooManyFailuresError, UsageError
+from aiflux.core.status import finished_line, refuse_failures
+from aiflux.errors import ImageError, UsageError
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -119,14 +120,6 @@ def _run_here(opened: OpenedRun) -> int:
 
 
 def _tell_finished(opened: OpenedRun) -> int:
-    plan, counts = opened.plan, opened.counts
-    print(
-        f"{plan.output} is finished already: {counts['completed']} succeeded, "
-        f"{counts['failed']} failed; nothing was sent"
-    )
-    if counts["failed"] > plan.options.allowed_failures(counts["total"]):
-        raise TooManyFailuresError(
-            f"{counts['failed']} of {counts['total']} requests failed",
-            "--retry-failed tries them again",
-        )
+    print(finished_line(opened.plan, opened.counts))
+    refuse_failures(opened.plan, opened.counts)
     return 0

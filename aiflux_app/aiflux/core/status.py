@@ -16,6 +16,7 @@ from typing import Any
 from aiflux.core.files import write_json
 from aiflux.core.plan import Plan
 from aiflux.core.rundir import RunDirectory, errors_path
+from aiflux.errors import TooManyFailuresError
 
 WRITE_INTERVAL = 1.0
 _MOMENTS = {
@@ -136,3 +137,20 @@ def finished_counts(plan: Plan, run: RunDirectory) -> dict[str, int] | None:
         for name in counts:
             counts[name] += status["request_counts"][name]
     return counts
+
+
+def finished_line(plan: Plan, counts: dict[str, int]) -> str:
+    """Return what is said of a run that was finished before."""
+    return (
+        f"{plan.output} is finished already: {counts['completed']} succeeded, "
+        f"{counts['failed']} failed; nothing was sent"
+    )
+
+
+def refuse_failures(plan: Plan, counts: dict[str, int]) -> None:
+    """Raise TooManyFailuresError where a run that was finished before had too many failures."""
+    failed, total = counts["failed"], counts["total"]
+    if failed > plan.options.allowed_failures(total):
+        raise TooManyFailuresError(
+            f"{failed} of {total} requests failed", "--retry-failed tries them again"
+        )

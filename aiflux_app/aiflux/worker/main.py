@@ -23,8 +23,8 @@ from aiflux.core.config import Config
 from aiflux.core.opening import open_run
 from aiflux.core.plan import Plan, read_plan
 from aiflux.core.rundir import RunDirectory, default_output
-from aiflux.core.status import finished_counts
-from aiflux.errors import AifluxError, ExitCode, TooManyFailuresError, UsageError, describe
+from aiflux.core.status import finished_counts, finished_line, refuse_failures
+from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.worker.models import ensure_model
 from aiflux.worker.progress import make_reporter
 from aiflux.worker.run import Context, ensure_models, work
@@ -155,12 +155,5 @@ def finished(plan: Plan, counts: dict[str, int], context: Context) -> None:
     Raises:
         TooManyFailuresError: it had too many failures then.
     """
-    failed, total = counts["failed"], counts["total"]
-    context.reporter.say(
-        f"{plan.output} is finished already: {counts['completed']} succeeded, {failed} failed; "
-        "nothing was sent"
-    )
-    if failed > plan.options.allowed_failures(total):
-        raise TooManyFailuresError(
-            f"{failed} of {total} requests failed", "--retry-failed tries them again"
-        )
+    context.reporter.say(finished_line(plan, counts))
+    refuse_failures(plan, counts)

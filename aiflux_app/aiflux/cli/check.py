@@ -8,6 +8,14 @@ from pathlib import Path
 from aiflux.core.input import scan_input
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = "Read the whole input once and report every bad line."
+    parser.epilog = "example: aiflux check prompts.jsonl --model llama3.2:3b"
+    parser.add_argument("file", metavar="FILE", help="requests, *.jsonl")
+    parser.add_argument("--model", metavar="NAME:TAG", help="the run's model")
+
+
 def execute(arguments: argparse.Namespace) -> int:
     """Check a file; InputError lists what is wrong."""
     summary = scan_input(Path(arguments.file), arguments.model)

@@ -11,6 +11,12 @@ from aiflux.core.config import Config
 from aiflux.core.settings import SETTINGS
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    actions.add_parser("show", help="print each value and where it came from")
+
+
 def execute(arguments: argparse.Namespace) -> int:
     """Show the configuration."""
     config = Config()

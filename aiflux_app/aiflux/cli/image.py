@@ -14,6 +14,22 @@ from aiflux.core.container import find_image
 from aiflux.image import BuildOptions, build, info
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    build_parser = actions.add_parser("build", help="build the image (no root needed)")
+    add = build_parser.add_argument
+    add("--base", choices=("auto", "docker", "debian"), default="auto")
+    add("--output", metavar="FILE", default="aiflux.sif")
+    add("--ollama-image", metavar="REF", help="docker base, docker://HOST/NAME:TAG")
+    add("--ollama-tarball", metavar="FILE", help="official Ollama archive")
+    add("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")
+    add("--suite", metavar="NAME", help="Debian suite (default: this machine's)")
+    add("--force", action="store_true", help="replace an image that is there")
+    shown = actions.add_parser("info", help="tell what is in an image")
+    shown.add_argument("file", metavar="FILE", nargs="?", help="image (default: the one runs use)")
+
+
 def execute(arguments: argparse.Namespace) -> int:
     """Carry out the action that was named."""
     return _build(arguments) if arguments.action == "build" else _info(arguments)

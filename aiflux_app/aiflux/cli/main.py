@@ -6,6 +6,8 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from aiflux import __version__
 from aiflux.errors import AifluxError, ExitCode, describe
@@ -23,8 +25,24 @@ the same command goes on; 1 a bug
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser with every command."""
+# Each is a module of this package with ``add_arguments(parser)`` and ``execute(arguments)``.
+COMMANDS = {
+    "run": "process a file of requests, as a Slurm job or here",
+    "check": "check a file of requests",
+    "results": "look at results",
+    "models": "models on disk",
+    "image": "the Apptainer image",
+    "config": "configuration",
+}
+
+
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser.
+
+    Args:
+        only: the one command whose options are wanted (the others' modules are not imported, so
+            that ``--help`` stays quick); None fills in every command.
+    """
     parser = argparse.ArgumentParser(
         prog="aiflux",
         description="Run an open language model over a file of prompts on a Slurm cluster.",
@@ -34,108 +52,35 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"aiflux {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the trace of every error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    _add_run(commands)
-    _add_check(commands)
-    _add_results(commands)
-    _add_models(commands)
-    _add_image(commands)
-    _add_config(commands)
+    for name, help_text in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if only in (None, name):
+            _module(name).add_arguments(command)
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from aiflux.core.arguments import add_settings
-
-    parser = commands.add_parser(
-        "run",
-        help="process a file of requests, as a Slurm job or here",
-        description="Check the input, plan the run and submit it to Slurm (or process it here).",
-        epilog="example: aiflux run --model llama3.2:3b --input prompts.jsonl --output out.json",
-    )
-    parser.add_argument("--input", required=True, metavar="FILE", help="requests, *.jsonl")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="results, *.json or *.jsonl (default: INPUT's name with .results.json, here)",
-    )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--local", action="store_true", help="process it here, in the foreground")
-    where.add_argument("--dry-run", action="store_true", help="print the plan and the script only")
-    parser.add_argument("--force", action="store_true", help="replace an output that is there")
-    parser.add_argument(
-        "--force-resume", action="store_true", help="go on although model or parameters changed"
-    )
-    add_settings(parser, "run", "slurm", "paths")
+def _module(command: str) -> Any:
+    return import_module(f"aiflux.cli.{command}")
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "check",
-        help="check a file of requests",
-        description="Read the whole input once and report every bad line.",
-        epilog="example: aiflux check prompts.jsonl --model llama3.2:3b",
-    )
-    parser.add_argument("file", metavar="FILE", help="requests, *.jsonl")
-    parser.add_argument("--model", metavar="NAME:TAG", help="the run's model")
-
-
-def _add_results(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("results", help="look at results")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    show = actions.add_parser("show", help="show prompts and answers as a table")
-    show.add_argument("output", metavar="FILE", help="an output, *.json or *.jsonl")
-    show.add_argument("--failed", action="store_true", help="only what failed")
-    show.add_argument("--limit", type=int, default=50, help="rows at most (default: 50)")
-
-
-def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("models", help="models on disk")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    from aiflux.core.arguments import add_settings
-
-    pull = actions.add_parser("pull", help="pull a model, on a machine with internet")
-    pull.add_argument("name", metavar="NAME:TAG", help="model, as Ollama names it")
-    add_settings(pull, "paths")
-
-
-def _add_image(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("image", help="the Apptainer image")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    build = actions.add_parser("build", help="build the image (no root needed)")
-    build.add_argument("--base", choices=("auto", "docker", "debian"), default="auto")
-    build.add_argument("--output", metavar="FILE", default="aiflux.sif")
-    build.add_argument("--ollama-image", metavar="REF", help="docker base, docker://HOST/NAME:TAG")
-    build.add_argument("--ollama-tarball", metavar="FILE", help="official Ollama archive")
-    build.add_argument("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")
-    build.add_argument("--suite", metavar="NAME", help="Debian suite (default: this machine's)")
-    build.add_argument("--force", action="store_true", help="replace an image that is there")
-    info = actions.add_parser("info", help="tell what is in an image")
-    info.add_argument("file", metavar="FILE", nargs="?", help="image (default: the one runs use)")
-
-
-def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("config", help="configuration")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    actions.add_parser("show", help="print each value and where it came from")
-
-
-def _dispatch(arguments: argparse.Namespace) -> int:
-    from importlib import import_module
-
-    module = import_module(f"aiflux.cli.{arguments.command}")
-    code: int = module.execute(arguments)
-    return code
+def _named(argv: Sequence[str]) -> str:
+    """Return the command that a command line names, "" where it names none."""
+    return next((word for word in argv if word in COMMANDS), "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    parser = make_parser(_named(given))
+    arguments = parser.parse_args(given)
     if arguments.command is None:
         parser.print_help()
         return int(ExitCode.USAGE)
     try:
-        return _dispatch(arguments)
+        code: int = _module(arguments.command).execute(arguments)
+        return code
     except AifluxError as error:
         if arguments.debug:
             traceback.print_exc()

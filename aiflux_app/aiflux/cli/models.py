@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from aiflux.core.arguments import given_settings
+from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
 from aiflux.core.modelname import parse_model_name
 from aiflux.errors import EngineError, ImageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    pull = actions.add_parser("pull", help="pull a model, on a machine with internet")
+    pull.add_argument("name", metavar="NAME:TAG", help="model, as Ollama names it")
+    add_settings(pull, "paths")
 
 
 def execute(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,15 @@ from aiflux.errors import InputError
 _SHOWN = 400
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    show = actions.add_parser("show", help="show prompts and answers as a table")
+    show.add_argument("output", metavar="FILE", help="an output, *.json or *.jsonl")
+    show.add_argument("--failed", action="store_true", help="only what failed")
+    show.add_argument("--limit", type=int, default=50, help="rows at most (default: 50)")
+
+
 def execute(arguments: argparse.Namespace) -> int:
     """Show an output."""
     rows = _rows(Path(arguments.output))

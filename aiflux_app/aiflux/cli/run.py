@@ -8,13 +8,37 @@ import os
 import shutil
 from pathlib import Path
 
-from aiflux.core.arguments import given_settings
+from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.rundir import default_output
 from aiflux.core.status import finished_line, refuse_failures
 from aiflux.errors import ImageError, UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = (
+        "Check the input, plan the run and submit it to Slurm (or process it here)."
+    )
+    parser.epilog = (
+        "example: aiflux run --model llama3.2:3b --input prompts.jsonl --output out.json"
+    )
+    parser.add_argument("--input", required=True, metavar="FILE", help="requests, *.jsonl")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="results, *.json or *.jsonl (default: INPUT's name with .results.json, here)",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--local", action="store_true", help="process it here, in the foreground")
+    where.add_argument("--dry-run", action="store_true", help="print the plan and the script only")
+    parser.add_argument("--force", action="store_true", help="replace an output that is there")
+    parser.add_argument(
+        "--force-resume", action="store_true", help="go on although model or parameters changed"
+    )
+    add_settings(parser, "run", "slurm", "paths")
 
 
 def execute(arguments: argparse.Namespace) -> int:

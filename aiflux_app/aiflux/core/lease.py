@@ -68,6 +68,16 @@ def _alive(holder: dict[str, Any]) -> bool | None:
     return False if job and holder.get("job") == job else None
 
 
+def holder_lives(path: Path) -> bool | None:
+    """Tell whether a lease is held by a living process; None where that cannot be told from here.
+
+    Raises:
+        StorageError: the lease cannot be read.
+    """
+    content = _content(path)
+    return False if content is None else _alive(_holder(content))
+
+
 class Lease:
     """A held lease; a context manager that gives it back.
 

@@ -373,13 +373,13 @@ def test_a_kill_between_the_output_and_its_status_is_no_hindrance(tmp_path: Path
         working = Working(tmp_path, engine.url, output="out.jsonl", max_failures="100%")
         working.prompts("a", "400", "b")
         assert working.run() is ExitCode.OK
-        path = tmp_path / "out.jsonl.aiflux" / "status" / "shard-0000.json"
+        path = tmp_path / "out.jsonl.aiflux" / "status" / "run.json"
         status = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**status, "status": "finalizing"}), encoding="utf-8")
         assert working.run() is ExitCode.OK
     assert set(engine.seen.values()) == {1}
     assert len(working.output.read_text(encoding="utf-8").splitlines()) == 2
-    assert working.status["status"] == "completed"
+    assert json.loads(path.read_text(encoding="utf-8"))["status"] == "completed"
 
 
 def test_answers_are_accepted_by_the_official_types(tmp_path: Path) -> None:

@@ -22,6 +22,11 @@ _METAVARS = {
     "constraint": "LIST",
     "modules": "NAME",
     "setup": "LINE",
+    "mail_user": "ADDRESS",
+    "mail_type": "LIST",
+    "exclude": "NODES",
+    "reservation": "NAME",
+    "shards": "N|auto",
     "log_level": "LEVEL",
     "max_failures": "N|N%",
 }

@@ -47,6 +47,12 @@ class SlurmConfig:
     time: str | None = "04:00:00"
     mem: str | None = "32G"
     cpus_per_task: int | None = 4
+    mail_user: str | None = None
+    mail_type: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    shards: int | str = 1
+    max_running: int | None = None
     sbatch_arg: dict[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()

@@ -54,6 +54,7 @@ class InputSummary:
         endpoints: number of requests for each url.
         context_tokens: estimated tokens (prompt + answer) that 99 % of the requests stay under.
         longest_tokens: the same for the longest request.
+        mean_tokens: the same on average.
         marks: places to cut at, thinned out in large inputs.
     """
 
@@ -66,6 +67,7 @@ class InputSummary:
     endpoints: dict[str, int]
     context_tokens: int
     longest_tokens: int
+    mean_tokens: int
     marks: tuple[Mark, ...]
 
 
@@ -299,6 +301,7 @@ class _Scan:
             endpoints=dict(self.endpoints),
             context_tokens=_percentile(self.lengths, 0.99) * _LENGTH_STEP,
             longest_tokens=max(self.lengths, default=0) * _LENGTH_STEP,
+            mean_tokens=_mean(self.lengths) * _LENGTH_STEP,
             marks=tuple(self.marks.marks),
         )
 
@@ -320,6 +323,10 @@ def _percentile(counts: Counter[int], share: float) -> int:
         if rest <= 0:
             return value
     return 0
+
+
+def _mean(counts: Counter[int]) -> int:
+    return sum(value * count for value, count in counts.items()) // max(1, counts.total())
 
 
 def scan_input(path: Path, model: str | None = None) -> InputSummary:
@@ -378,4 +385,5 @@ def describe(summary: InputSummary) -> dict[str, Any]:
         "endpoints": summary.endpoints,
         "context_tokens": summary.context_tokens,
         "longest_tokens": summary.longest_tokens,
+        "mean_tokens": summary.mean_tokens,
     }

@@ -208,6 +208,13 @@ def scan_journal(path: Path) -> ResultIndex:
     return index
 
 
+def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Yield ``(key, line)`` of every whole line, in the order in which they were written."""
+    for _, line in _lines(path):
+        if valid_line(line):
+            yield bytes.fromhex(line[_KEY_START:_KEY_END].decode("ascii")), line
+
+
 def cut_torn_tail(path: Path) -> int:
     """Cut what a crash left of a last line; return the number of bytes cut.
 

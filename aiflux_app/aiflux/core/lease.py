@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -171,14 +171,46 @@ def acquire(
                 sleep(_BREAK_SECONDS)
             continue
         if (alive or watch.moved) and not wait:
-            raise RunConflictError(
-                f"{what} is in use by process {holder.get('pid')} on {holder.get('host')}",
-                "wait for it to end, or stop it",
-            )
+            raise _conflict(what, holder)
         if on_wait is not None and not told:
             on_wait(f"{what} is in use on {holder.get('host')}; waiting")
             told = True
         sleep(BEAT_SECONDS / 2)
+
+
+def refuse_living(
+    paths: Iterable[Path],
+    what: str,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Raise RunConflictError if a living process holds one of the leases.
+
+    Those of dead holders are left as they are. Where it cannot be told from here whether a holder
+    lives, this takes as long as a beat, or ``STALE_SECONDS`` when all are dead.
+    """
+    began = clock()
+    seen: dict[Path, bytes] = {}
+    while True:
+        watched = 0
+        for path in paths:
+            content = _content(path)
+            if content is None or _alive(_holder(content)) is False:
+                continue
+            if _alive(_holder(content)) or seen.setdefault(path, content) != content:
+                raise _conflict(what, _holder(content))
+            watched += 1
+        if not watched or clock() - began > STALE_SECONDS:
+            return
+        sleep(BEAT_SECONDS / 2)
+
+
+def _conflict(what: str, holder: Mapping[str, Any]) -> RunConflictError:
+    return RunConflictError(
+        f"{what} is in use by process {holder.get('pid')} on {holder.get('host')}",
+        "wait for it to end, or stop it",
+    )
 
 
 class _Watch:

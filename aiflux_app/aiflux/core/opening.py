@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from aiflux.core.files import storage_error
-from aiflux.core.input import scan_input
+from aiflux.core.input import InputSummary, scan_input
+from aiflux.core.lease import acquire, refuse_living
 from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan, make_plan, read_plan, write_plan
+from aiflux.core.reshard import mend_journals, recut_journals
 from aiflux.core.results import output_paths
 from aiflux.core.rundir import RunDirectory, checked_output
-from aiflux.core.status import finished_counts, was_finalising
+from aiflux.core.status import (
+    finished_counts,
+    may_replace,
+    open_shards,
+    read_status,
+    run_status,
+)
 from aiflux.errors import ConfigError, OutputExistsError, RunConflictError
+
+ShardCount = Callable[[InputSummary], int]
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class OpenedRun:
         finished: the run was done before; there is nothing to do.
         resumed: results of earlier starts are there.
         counts: total, completed and failed of a finished run.
+        open_shards: the shards that a start has to look at; none when only the output is missing.
     """
 
     plan: Plan
@@ -31,6 +43,7 @@ class OpenedRun:
     finished: bool
     resumed: bool
     counts: dict[str, int]
+    open_shards: tuple[int, ...] = (0,)
 
 
 def open_run(
@@ -39,6 +52,7 @@ def open_run(
     options: RunOptions,
     models_dir: Path | None,
     *,
+    shards: int | ShardCount = 1,
     force: bool = False,
     force_resume: bool = False,
     write: bool = True,
@@ -47,6 +61,7 @@ def open_run(
 
     Args:
         models_dir: where models lie; unused with an engine that is up already.
+        shards: their number, or what tells it from the input.
         force: an output that is there may be replaced; a finished run starts anew.
         force_resume: go on although model or parameters changed; results then mix.
         write: False plans without touching the disk (a dry run).
@@ -55,7 +70,8 @@ def open_run(
         InputError: the input is wrong; lists its lines.
         ConfigError: the output's path or the model's name is wrong.
         OutputExistsError: the output is there and ``force`` is not given.
-        RunConflictError: the run directory belongs to another input, model or parameters.
+        RunConflictError: the run directory belongs to another input, model or parameters, or a
+            process works on it.
         StorageError: the run directory cannot be written.
     """
     output = checked_output(output)
@@ -64,46 +80,75 @@ def open_run(
         raise ConfigError("input and output are the same file", "name another output")
     run = RunDirectory.of_output(output)
     summary = scan_input(input_path, options.model)
-    plan = make_plan(summary, output, options, models_dir)
-    resumed = _settle_earlier(run, plan, force_resume)
-    counts = finished_counts(plan, run) if resumed else None
+    number = shards(summary) if callable(shards) else shards
+    plan = make_plan(summary, output, options, models_dir, number)
+    earlier = _earlier(run, plan, force_resume)
+    counts = finished_counts(plan, run) if earlier else None
     if counts is not None and not force and not options.retry_failed:
-        return OpenedRun(plan, run, True, True, counts)
-    unfinished = resumed and was_finalising(plan, run)
-    if counts is None and not force and not unfinished:
+        return OpenedRun(plan, run, True, True, counts, ())
+    replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
+    if not replace:
         _refuse_existing(output)
+    anew = counts is not None and not options.retry_failed
     if write:
-        if unfinished:
-            _discard(output)
-        if counts is not None and not options.retry_failed:
+        _write(plan, run, earlier, anew=anew, replace=replace)
+    left = tuple(range(len(plan.shards))) if anew or not write else open_shards(plan, run)
+    return OpenedRun(plan, run, False, earlier is not None and not anew, {}, left)
+
+
+def _write(
+    plan: Plan, run: RunDirectory, earlier: Plan | None, *, anew: bool, replace: bool
+) -> None:
+    """Bring the run directory in line with the plan, while no process works on it."""
+    run.make()
+    with acquire(run.plan_lease, f"the run {plan.output}"):
+        leases = [*run.path.glob(".shard-*.lease"), run.merge_lease]
+        refuse_living(leases, f"the run {plan.output}")
+        mend_journals(run)
+        run.create()
+        if anew:
             _start_anew(run)
-            resumed = False
+        elif earlier is not None:
+            _settle(plan, run, earlier)
         write_plan(plan, run)
-    return OpenedRun(plan, run, False, resumed, {})
+        status = run_status(plan, run)
+        status.details["replace"] = replace and plan.output.exists()
+        status.enter("in_progress")
 
 
-def _settle_earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> bool:
-    """Return whether results of earlier starts are there; refuse a run that is another's."""
+def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
+    cut_anew = earlier.shards != plan.shards and max(len(earlier.shards), len(plan.shards)) > 1
+    if cut_anew:
+        recut_journals(plan, run)
+    elif plan.options.retry_failed:
+        for shard in plan.shards:
+            status = read_status(run, shard.index)
+            if status is not None and status["request_counts"]["failed"]:
+                run.status(shard.index).unlink(missing_ok=True)
+
+
+def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
+    """Return the plan of earlier starts that left results; refuse a run that is another's."""
     if not run.plan.exists():
         if not run.unused():
             raise RunConflictError(
                 f"{run.path} is there but holds no plan", "remove it, or choose another output"
             )
-        return False
+        return None
     earlier = read_plan(run)
     if earlier.input_path != plan.input_path:
         raise RunConflictError(
             f"{run.path} belongs to the input {earlier.input_path}, not {plan.input_path}",
             f"choose another output, or remove that run: rm -r {str(run.path)!r}",
         )
-    if not any(path.stat().st_size for path in (run.path / "journal").glob("*.jsonl")):
-        return False
+    if not any(path.stat().st_size for path in run.path.glob("journal*/*.jsonl")):
+        return None
     if earlier.identity != plan.identity and not force_resume:
         raise RunConflictError(
             f"{run.path} was begun with {_show(earlier)}; this run asks for {_show(plan)}",
             "choose another output; or give --force-resume to keep the results so far and mix",
         )
-    return True
+    return earlier
 
 
 def _show(plan: Plan) -> str:
@@ -120,18 +165,10 @@ def _refuse_existing(output: Path) -> None:
             )
 
 
-def _discard(output: Path) -> None:
-    """Remove what a start wrote that was killed before it could say that it was done."""
-    try:
-        for path in output_paths(output):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, output) from error
-
-
 def _start_anew(run: RunDirectory) -> None:
     try:
         for name in ("journal", "status"):
-            shutil.rmtree(run.path / name, ignore_errors=False)
+            shutil.rmtree(run.path / name)
+        run.create()
     except OSError as error:
         raise storage_error(error, run.path) from error

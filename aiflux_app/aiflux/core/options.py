@@ -20,6 +20,7 @@ class RunOptions:
         save_frequency: results after which the journal is synced.
         max_retries: further attempts after the first.
         retry_delay: base of the exponential backoff.
+        max_requeues: times that a job goes back to the queue by itself when its time is up.
         max_failures: a count, or a percentage such as ``"2%"``.
         retry_failed: try those again that failed before the plan was made.
         engine_url: an engine that is up already; None means a bundled Ollama.
@@ -36,6 +37,7 @@ class RunOptions:
     retry_delay: float = 1.0
     request_timeout: float = 600.0
     max_failures: str = "0"
+    max_requeues: int = 20
     drain_seconds: float = 30.0
     max_tokens: int | None = None
     temperature: float | None = None

@@ -15,26 +15,10 @@ from aiflux.core.input import InputSummary, describe
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.options import RunOptions
 from aiflux.core.rundir import RunDirectory
+from aiflux.core.sharding import Shard, cut
 from aiflux.errors import InputError, RunConflictError
 
 PLAN_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A contiguous part of the input.
-
-    Attributes:
-        start, end: byte offsets in the input, end excluded.
-        first: index of its first request.
-        requests: number of requests.
-    """
-
-    index: int
-    start: int
-    end: int
-    first: int
-    requests: int
 
 
 @dataclass(frozen=True)
@@ -129,25 +113,6 @@ def make_plan(
         shards=cut(summary, shards),
         models_dir=models_dir if options.engine_url is None else None,
         created=utc_now(),
-    )
-
-
-def cut(summary: InputSummary, shards: int) -> tuple[Shard, ...]:
-    """Cut the input into at most ``shards`` contiguous shards of about equal request counts."""
-    marks = summary.marks
-    wanted = max(1, min(shards, len(marks)))
-    targets = [summary.requests * number // wanted for number in range(wanted)]
-    starts = []
-    position = 0
-    for target in targets:
-        while position + 1 < len(marks) and marks[position + 1].index <= target:
-            position += 1
-        starts.append(marks[position])
-    starts = [mark for i, mark in enumerate(starts) if i == 0 or mark.index > starts[i - 1].index]
-    ends = [*((mark.offset, mark.index) for mark in starts[1:]), (summary.size, summary.requests)]
-    return tuple(
-        Shard(index, mark.offset, end, mark.index, last - mark.index)
-        for index, (mark, (end, last)) in enumerate(zip(starts, ends, strict=True))
     )
 
 

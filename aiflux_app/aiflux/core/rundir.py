@@ -32,10 +32,34 @@ class RunDirectory:
         """The sbatch script as it was submitted."""
         return self.path / "run.sbatch"
 
+    def script_part(self, number: int) -> Path:
+        """The script of the ``number``-th array, from 1, of a run that needs several."""
+        return self.script if number == 1 else self.path / f"run-{number}.sbatch"
+
     @property
-    def submission(self) -> Path:
-        """The Slurm job that was submitted last."""
-        return self.path / "job.json"
+    def submissions(self) -> Path:
+        """The Slurm jobs that were submitted for the run."""
+        return self.path / "jobs.json"
+
+    @property
+    def estimate(self) -> Path:
+        """What a pilot said the run would take."""
+        return self.path / "estimate.json"
+
+    @property
+    def run_status(self) -> Path:
+        """Status of the whole run, replaced atomically."""
+        return self.path / "status" / "run.json"
+
+    @property
+    def plan_lease(self) -> Path:
+        """Held while the plan is made or changed."""
+        return self.path / ".plan.lease"
+
+    @property
+    def merge_lease(self) -> Path:
+        """Held by the process that writes the output."""
+        return self.path / ".merge.lease"
 
     @property
     def logs(self) -> Path:
@@ -54,6 +78,10 @@ class RunDirectory:
         """Status of one shard, replaced atomically."""
         return self.path / "status" / f"shard-{shard:04d}.json"
 
+    def requeue_mark(self, shard: int) -> Path:
+        """Made by a worker that wants its job to go back to the queue."""
+        return self.path / "status" / f"shard-{shard:04d}.requeue"
+
     def engine_log(self, shard: int, engine: int) -> Path:
         """Log of one engine."""
         return self.logs / f"engine-{shard:04d}-{engine}.log"
@@ -66,14 +94,21 @@ class RunDirectory:
         """Tell whether nothing is there but what a start leaves that was killed before its plan."""
         if not self.path.exists():
             return True
-        unfinished = f".{self.plan.name}."
+        unfinished = (f".{self.plan.name}.", self.plan_lease.name)
         files = (path for path in self.path.rglob("*") if not path.is_dir())
         return all(path.parent == self.path and path.name.startswith(unfinished) for path in files)
 
-    def create(self) -> None:
-        """Make the directory (mode 0700) and its folders, where they are not there yet."""
+    def make(self) -> None:
+        """Make the directory (mode 0700) alone, where it is not there yet."""
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+    def create(self) -> None:
+        """Make the directory and its folders, where they are not there yet."""
+        self.make()
+        try:
             for name in ("journal", "status", "logs"):
                 (self.path / name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:

@@ -122,6 +122,15 @@ def _failures(value: Any) -> str:
     return text
 
 
+def _shards(value: Any) -> int | str:
+    text = str(value).strip().lower()
+    if text == "auto":
+        return text
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d*", text):
+        raise ValueError("a whole number of at least 1, or auto")
+    return int(text)
+
+
 def _pairs(value: Any) -> dict[str, str]:
     """Accept a mapping, ``KEY=VALUE``, or a list of ``KEY=VALUE``; a bare KEY is a flag."""
     if isinstance(value, dict):
@@ -190,6 +199,12 @@ SETTINGS: tuple[Setting, ...] = (
     _run(
         "max_failures", _failures, "0", "failed requests (a number or N%%) that still exit with 0"
     ),
+    _run(
+        "max_requeues",
+        _integer(0),
+        20,
+        "times that a job goes back to the queue by itself when its time is up",
+    ),
     _run("drain_seconds", _number(0), 30.0, "seconds that requests in flight get after a signal"),
     _run(
         "max_tokens",
@@ -252,6 +267,12 @@ SETTINGS: tuple[Setting, ...] = (
     _slurm("time", _walltime, "04:00:00", "time limit", env="SLURM_TIME"),
     _slurm("mem", _memory, "32G", "memory of the node", env="SLURM_MEM", aliases=("memory",)),
     _slurm("cpus_per_task", _integer(1), 4, "CPU cores", env="SLURM_CPUS_PER_TASK"),
+    _slurm("mail_user", _text, None, "address that Slurm writes to"),
+    _slurm("mail_type", _text, None, "events that Slurm writes of, such as END,FAIL"),
+    _slurm("exclude", _text, None, "nodes to keep away from"),
+    _slurm("reservation", _text, None, "reservation to use"),
+    _slurm("shards", _shards, 1, "jobs to cut the input into (an array), or auto"),
+    _slurm("max_running", _integer(1), None, "shards that may run at the same time"),
     _slurm("sbatch_arg", _pairs, {}, "any other sbatch option as KEY=VALUE (repeatable)"),
     _slurm("modules", _lines, (), "environment modules to load in the job"),
     _slurm("setup", _lines, (), "shell lines to run in the job before the container"),

@@ -1,7 +1,7 @@
-"""The status of a shard: an object in the form of OpenAI's Batch, replaced atomically.
+"""The status of a shard, and of a whole run: an object in the form of OpenAI's Batch.
 
 Source of the form: https://platform.openai.com/docs/api-reference/batch/object. What OpenAI's
-object has no field for stands under ``aiflux``.
+object has no field for stands under ``aiflux``. A status is replaced atomically.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _MOMENTS = {
 
 @dataclass
 class Status:
-    """The status of one shard. Thread-safe; written at most once a second unless forced.
+    """The status of one shard, or of the run. Thread-safe; written at most once a second.
 
     Attributes:
+        shard: None for the whole run.
         state: validating, in_progress, finalizing, completed, failed, cancelling or cancelled
             (``cancelled`` stands for stopped before the end; the run can go on).
         details: what stands under ``aiflux``.
@@ -41,7 +42,7 @@ class Status:
 
     path: Path
     plan: Plan
-    shard: int
+    shard: int | None
     state: str = "validating"
     completed: int = 0
     failed: int = 0
@@ -76,12 +77,13 @@ class Status:
 
     def to_json(self) -> dict[str, Any]:
         """Return the status in the form of OpenAI's Batch object."""
-        total = self.plan.shards[self.shard].requests
+        plan, shard = self.plan, self.shard
+        total = plan.requests if shard is None else plan.shards[shard].requests
         ended = self.state == "completed"
         errors = errors_path(self.plan.output)
         has_errors_file = ended and self.failed and self.plan.output.suffix == ".jsonl"
         return {
-            "id": f"batch_{self.plan.id}_{self.shard:04d}",
+            "id": f"batch_{plan.id}" + ("" if shard is None else f"_{shard:04d}"),
             "object": "batch",
             "endpoint": next(iter(self.plan.input["endpoints"])),
             "errors": {"object": "list", "data": self.errors} if self.errors else None,
@@ -101,42 +103,76 @@ class Status:
                 "failed": self.failed,
             },
             "metadata": {},
-            "aiflux": {"plan": self.plan.id, "shard": self.shard, **self.details},
+            "aiflux": {
+                "plan": plan.id,
+                "planned": plan.created,
+                "shard": shard,
+                "updated": round(time.time(), 3),
+                **self.details,
+            },
         }
+
+
+def run_status(plan: Plan, run: RunDirectory) -> Status:
+    """Return the status of a whole run, not written yet."""
+    return Status(run.run_status, plan, None)
 
 
 def read_status(run: RunDirectory, shard: int) -> dict[str, Any] | None:
     """Return a shard's status as it was last written; None where there is none to read."""
+    return _read(run.status(shard))
+
+
+def read_run_status(run: RunDirectory) -> dict[str, Any] | None:
+    """Return the whole run's status as it was last written; None where there is none to read."""
+    return _read(run.run_status)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(run.status(shard).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 
 
-def was_finalising(plan: Plan, run: RunDirectory) -> bool:
-    """Tell whether a start of this very plan ended while it wrote the output."""
-    statuses = (read_status(run, shard.index) or {} for shard in plan.shards)
-    return any(
-        status.get("status") == "finalizing" and status.get("aiflux", {}).get("plan") == plan.id
-        for status in statuses
+def _of_plan(status: dict[str, Any] | None, plan: Plan) -> bool:
+    return status is not None and status.get("aiflux", {}).get("plan") == plan.id
+
+
+def open_shards(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
+    """Return the shards that are not known to be done: those that a start has to look at."""
+    return tuple(
+        shard.index for shard in plan.shards if not _completed(read_status(run, shard.index), plan)
     )
+
+
+def all_done(plan: Plan, run: RunDirectory) -> bool:
+    """Tell whether every shard is known to be done."""
+    return all(_completed(read_status(run, shard.index), plan) for shard in plan.shards)
+
+
+def _completed(status: dict[str, Any] | None, plan: Plan) -> bool:
+    return status is not None and status.get("status") == "completed" and _of_plan(status, plan)
+
+
+def may_replace(plan: Plan, run: RunDirectory) -> bool:
+    """Tell whether an output that is there is this very plan's own, or was allowed to be replaced.
+
+    It is the plan's own where a start ended between writing it and saying so.
+    """
+    status = read_run_status(run)
+    if status is None or not _of_plan(status, plan):
+        return False
+    return status.get("status") == "finalizing" or bool(status["aiflux"].get("replace"))
 
 
 def finished_counts(plan: Plan, run: RunDirectory) -> dict[str, int] | None:
     """Return total, completed and failed of a run that is finished; None where it is not."""
-    counts = {"total": 0, "completed": 0, "failed": 0}
-    if not plan.output.exists():
+    status = read_run_status(run)
+    if not _completed(status, plan) or status is None or not plan.output.exists():
         return None
-    for shard in plan.shards:
-        status = read_status(run, shard.index)
-        if status is None or status.get("status") != "completed":
-            return None
-        if status.get("aiflux", {}).get("plan") != plan.id:
-            return None
-        for name in counts:
-            counts[name] += status["request_counts"][name]
-    return counts
+    return {name: int(count) for name, count in status["request_counts"].items()}
 
 
 def finished_line(plan: Plan, counts: dict[str, int]) -> str:

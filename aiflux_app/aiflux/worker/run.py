@@ -18,14 +18,18 @@ from aiflux import __version__
 from aiflux.core.clock import utc_text
 from aiflux.core.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.lease import acquire
-from aiflux.core.plan import Plan, Shard
-from aiflux.core.results import finalise
+from aiflux.core.merge import merge_when_last
+from aiflux.core.plan import Plan, read_plan
 from aiflux.core.rundir import RunDirectory
-from aiflux.core.status import Status
+from aiflux.core.sharding import Shard
+from aiflux.core.status import Status, read_status
 from aiflux.errors import (
     AifluxError,
     EngineError,
+    ExitCode,
+    InputError,
     ModelError,
+    RunConflictError,
     StoppedError,
     TooManyFailuresError,
 )
@@ -39,6 +43,7 @@ from aiflux.worker.engines import (
     ForeignEngine,
     Keeper,
 )
+from aiflux.worker.ledger import Ledger
 from aiflux.worker.limits import AdaptiveLimit, FixedLimit
 from aiflux.worker.models import ensure_model
 from aiflux.worker.pool import Describe, Pool
@@ -121,7 +126,31 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
         context.stopper.stop("another process took the shard over")
 
     with acquire(run.lease(shard_index), f"the run {plan.output}", on_lost=lost):
+        _refuse_other_plan(plan, run)
         _ShardWork(plan, run, shard, context).run()
+
+
+def _refuse_other_plan(plan: Plan, run: RunDirectory) -> None:
+    """Refuse to work on a plan that is being replaced, or was.
+
+    Whoever plans holds the plan's lease and then looks for workers; a worker holds its shard's
+    lease and then looks for planners: one of the two sees the other.
+    """
+    if run.plan_lease.exists():
+        acquire(run.plan_lease, f"planning {plan.output}", wait=True).release()
+    if read_plan(run).created != plan.created:
+        raise RunConflictError(
+            f"{plan.output} was planned anew meanwhile", "submit it again: aiflux resume"
+        )
+    size = plan.input_path.stat().st_size if plan.input_path.exists() else None
+    if size != plan.input["size"]:
+        seen = "is not there any more" if size is None else f"has {size} bytes"
+        raise InputError(
+            f"the input {plan.input_path} {seen}; it had {plan.input['size']} bytes when the run "
+            "was planned",
+            "put it back, or run the same `aiflux run` command again: it plans anew and does only "
+            "what changed",
+        )
 
 
 class _ShardWork:
@@ -145,6 +174,7 @@ class _ShardWork:
         self.stats = Stats(shard.requests, completed, failed)
         self.status = Status(run.status(shard.index), plan, shard.index)
         self.status.details.update(_facts(plan, context))
+        self.ledger = Ledger.of(plan, read_status(run, shard.index), context.environ)
         self._sync_status()
         self.status.enter("validating")
         if completed + failed:
@@ -158,6 +188,7 @@ class _ShardWork:
                 self._process()
             self._finish()
         except StoppedError as error:
+            self._ask_for_requeue()
             self._end("cancelled", error)
             raise
         except TooManyFailuresError:
@@ -194,26 +225,45 @@ class _ShardWork:
             )
 
     def _finish(self) -> None:
-        self.status.enter("finalizing")
-        counts = finalise(self.plan, self.run_directory)
-        self.stats.completed, self.stats.failed = counts.completed, counts.failed
         self._sync_status()
+        run_wide = self.plan.options.allowed_failures(self.plan.requests)
+        own = self.stats.failed > run_wide
+        self.status.details["exit_code"] = int(ExitCode.FAILURES if own else ExitCode.OK)
         self.status.enter("completed")
-        self.context.reporter.say(f"wrote {self.plan.output}")
-        allowed = self.plan.options.allowed_failures(counts.total)
-        if counts.failed > allowed:
+        merged = merge_when_last(self.plan, self.run_directory, self.context.reporter.say)
+        failed = self.stats.failed if merged is None else merged.failed
+        if failed > run_wide:
             last = self.stats.errors[-1] if self.stats.errors else {}
             shown = f"; the last: {last['param']}: {last['message']}" if last else ""
             raise TooManyFailuresError(
-                f"{counts.failed} of {counts.total} requests failed "
-                f"({allowed} allowed by --max-failures){shown}",
+                f"{failed} of {self.plan.requests} requests failed "
+                f"({run_wide} allowed by --max-failures){shown}",
                 "the output says why for each; --retry-failed tries them again",
             )
+
+    def _ask_for_requeue(self) -> None:
+        """Leave word for the batch script, where another start of the job would get on."""
+        options = self.plan.options
+        if not (self.context.stopper.time_is_up or self.past_deadline()):
+            return
+        if not self.stats.new:
+            self.context.reporter.say(
+                "no request was done in this start, so another of the same length would get no "
+                "further: ask for more time (aiflux resume --time ...)"
+            )
+        elif self.ledger.requeues >= options.max_requeues:
+            self.context.reporter.say(
+                f"the job was sent back to the queue {self.ledger.requeues} times already "
+                "(--max-requeues)"
+            )
+        else:
+            self.ledger.requeues += 1
+            self.run_directory.requeue_mark(self.shard.index).touch()
 
     def tick(self) -> None:
         """Bring what people see up to date, and stop when the job's time is nearly over."""
         if time.time() > self.last_call:
-            self.context.stopper.stop("the job's time is nearly over")
+            self.context.stopper.stop("the job's time is nearly over", time_is_up=True)
         self._sync_status()
         self.status.write()
         self.context.reporter.show(self.stats)
@@ -233,12 +283,15 @@ class _ShardWork:
         self.status.completed = self.stats.completed
         self.status.failed = self.stats.failed
         self.status.errors = list(self.stats.errors)
-        self.status.details["progress"] = self.stats.snapshot()
+        self.status.details["progress"] = progress = self.stats.snapshot()
+        self.status.details["totals"] = self.ledger.totals(progress)
+        self.status.details["requeues"] = self.ledger.requeues
 
     def _end(self, state: str, error: BaseException) -> None:
         self._sync_status()
         message = error.message if isinstance(error, AifluxError) else repr(error)
-        self.status.details["ended"] = message
+        code = error.exit_code if isinstance(error, AifluxError) else ExitCode.BUG
+        self.status.details.update(ended=message, exit_code=int(code))
         try:
             self.status.enter(state)
         except AifluxError as failure:
@@ -391,7 +444,12 @@ def _engine_line(engine: Engine, lane: Lane) -> str:
 def _facts(plan: Plan, context: Context) -> dict[str, Any]:
     """Return what the status says once per start about where and how it runs."""
     environ = context.environ
-    names = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    names = (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+    )
     return {
         "version": __version__,
         "started": utc_text(time.time()),

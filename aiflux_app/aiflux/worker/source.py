@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from aiflux.core.input import read_lines
 from aiflux.core.journal import JournalReader, ResultIndex
 from aiflux.core.modelname import same_model
-from aiflux.core.plan import Plan, Shard
+from aiflux.core.plan import Plan
 from aiflux.core.request import LineError, Request, parse_request, request_key
+from aiflux.core.sharding import Shard
 from aiflux.errors import InputError
 from aiflux.worker.payload import build_payload
 from aiflux.worker.scheduler import Task

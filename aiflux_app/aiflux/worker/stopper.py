@@ -19,6 +19,7 @@ class Stopper:
     Attributes:
         reason: a few words for the user; empty until it is to stop.
         at_once: do not wait for requests in flight.
+        time_is_up: it is the job's time that ends, so that another start may go on.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -26,6 +27,7 @@ class Stopper:
         self._heed_usr1_from = 0.0
         self.reason = ""
         self.at_once = False
+        self.time_is_up = False
         self.since = 0.0
         self._event = threading.Event()
 
@@ -34,10 +36,11 @@ class Stopper:
         """Whether the worker is to stop."""
         return self._event.is_set()
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str, *, time_is_up: bool = False) -> None:
         """Ask to stop in good order."""
         if not self._event.is_set():
             self.reason = reason
+            self.time_is_up = time_is_up
             self.since = time.monotonic()
             self._event.set()
 
@@ -54,6 +57,7 @@ class Stopper:
         if number == signal.SIGUSR1 and self._clock() < self._heed_usr1_from:
             return
         if not self._event.is_set():
-            self.stop(f"signal {signal.Signals(number).name}")
+            name = signal.Signals(number).name
+            self.stop(f"signal {name}", time_is_up=number == signal.SIGUSR1)
         elif time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:
             self.at_once = True

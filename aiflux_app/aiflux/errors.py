@@ -9,7 +9,8 @@
     │   ├── RunConflictError         the run directory belongs to something else
     │   ├── OutputExistsError        the output is there and --force was not given
     │   ├── ImageError               the image cannot be found, built or read
-    │   └── SlurmError               Slurm is missing, or refused the job
+    │   ├── SlurmError               Slurm is missing, or refused the job
+    │   └── PreflightError           what is asked for cannot work here; names every reason
     ├── TooManyFailuresError         exit 3: finished, too many requests failed
     ├── EngineError                  exit 4: the engine or the model could not be had
     │   └── ModelError               the model is unknown, or could not be pulled
@@ -87,6 +88,16 @@ class SlurmError(UsageError):
     """Slurm is missing, did not answer, or refused the job."""
 
 
+class PreflightError(UsageError):
+    """What is asked for cannot work here (``problems``, one text each, with its fix)."""
+
+    def __init__(
+        self, message: str, remedy: str | None = None, problems: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, remedy)
+        self.problems = problems
+
+
 class TooManyFailuresError(AifluxError):
     """The run finished and more requests failed than ``--max-failures`` allows."""
 
@@ -116,7 +127,7 @@ class StorageError(StoppedError):
 def describe(error: AifluxError) -> str:
     """Return the one form in which errors are shown: what was seen, its places, what to do."""
     lines = [f"error: {error.message}"]
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | PreflightError):
         lines += [f"  {problem}" for problem in error.problems]
     if error.remedy:
         lines.append(f"  -> {error.remedy}")

@@ -8,7 +8,6 @@ which the next one goes on.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 from aiflux.core.files import fsync_directory, storage_error
 from aiflux.core.lease import acquire
 from aiflux.core.modelname import ModelName, parse_model_name
+from aiflux.core.modelstore import missing_parts
 from aiflux.errors import EngineError, ModelError
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
@@ -27,30 +27,6 @@ _STALL_TIMEOUT = 600.0
 _ATTEMPTS = 3
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-def missing_parts(models_dir: Path, name: ModelName) -> list[str]:
-    """Return what is missing of a model in a models directory; empty when it is whole.
-
-    Every blob that the manifest names is there with its size (digests are not computed).
-    """
-    manifest = models_dir / name.manifest_path
-    try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        layers = [content["config"], *content["layers"]]
-        wanted = {layer["digest"]: int(layer["size"]) for layer in layers}
-    except FileNotFoundError:
-        return ["manifest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"manifest (unreadable: {error})"]
-    return [digest for digest, size in wanted.items() if _size(models_dir, digest) != size]
-
-
-def _size(models_dir: Path, digest: str) -> int | None:
-    try:
-        return (models_dir / "blobs" / digest.replace(":", "-")).stat().st_size
-    except OSError:
-        return None
 
 
 def ensure_model(

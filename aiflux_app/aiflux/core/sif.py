@@ -1,0 +1,143 @@
+"""Reads what an image says of itself straight from its file: architecture and labels.
+
+No Apptainer is needed for it, so that it works on every login node and costs a millisecond.
+Source of the format: the ``sif`` package of Apptainer (``pkg/sif/sif.go``): a global header, then
+descriptors of data objects, all little-endian and unpadded. Apptainer keeps the labels in the
+object ``inspect-metadata.json``; images without it tell none.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from aiflux.errors import ImageError
+
+# launch script, magic, version, architecture, UUID; times; free, total, offset and length of the
+# descriptors; offset and length of the data
+_HEADER = struct.Struct("<32s10s3s3s16s2q6q")
+# kind, used, id, group, link, offset, length, stored length; times, owners; name; extra
+_DESCRIPTOR = struct.Struct("<i?3I3q4q128s384s")
+_MAGIC = b"SIF_MAGIC\0"
+_GENERIC_JSON = 0x4006
+_METADATA = b"inspect-metadata.json"
+_MAX_DESCRIPTORS = 4096
+_MAX_METADATA = 16 << 20
+
+ARCHITECTURES = {
+    "01": "386", "02": "amd64", "03": "arm", "04": "arm64", "05": "ppc64", "06": "ppc64le",
+    "07": "mips", "08": "mipsle", "09": "mips64", "10": "mips64le", "11": "s390x", "12": "riscv64",
+}  # fmt: skip
+"""Architecture codes of the header, by the names that Go gives them."""
+
+_MACHINES = {
+    "x86_64": "amd64", "aarch64": "arm64", "i386": "386", "i486": "386", "i586": "386",
+    "i686": "386", "armv7l": "arm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What an image says of itself.
+
+    Attributes:
+        arch: such as amd64 or arm64; None where it is not known (a sandbox directory).
+        labels: every label; empty where none are known.
+    """
+
+    path: Path
+    arch: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+    def fact(self, name: str) -> str | None:
+        """Return one of AI-Flux's own labels, such as ``version``, ``ollama`` or ``engine``."""
+        return self.labels.get(f"aiflux.{name}")
+
+    @property
+    def cpu_only(self) -> bool:
+        """Whether its Ollama is known to be unable to use a GPU."""
+        return self.fact("cpu_only") == "yes"
+
+
+def machine_arch(machine: str) -> str:
+    """Return the name that images give to a machine (as ``uname -m`` names it)."""
+    return _MACHINES.get(machine, machine)
+
+
+def read_image(path: Path) -> ImageFacts:
+    """Read an image's architecture and labels. A sandbox directory tells nothing.
+
+    Raises:
+        ImageError: it is not there, cannot be read, or is no image.
+    """
+    if path.is_dir():
+        return ImageFacts(path)
+    try:
+        with path.open("rb") as file:
+            return _read(path, file)
+    except FileNotFoundError:
+        raise ImageError(f"there is no image {path}", "build it: make image") from None
+    except OSError as error:
+        raise ImageError(
+            f"the image {path} cannot be read: {error.strerror}", f"mend it: ls -l {str(path)!r}"
+        ) from error
+
+
+def _read(path: Path, file: IO[bytes]) -> ImageFacts:
+    head = file.read(_HEADER.size)
+    if len(head) < _HEADER.size or head[32:42] != _MAGIC:
+        raise ImageError(
+            f"{path} is no Apptainer image: it does not begin as a SIF file does",
+            "build it: make image; or name another: --image FILE",
+        )
+    _, _, _, arch, _, _, _, _, total, offset, *_ = _HEADER.unpack(head)
+    size = file.seek(0, 2)
+    if not 0 < total <= _MAX_DESCRIPTORS or not _HEADER.size <= offset <= size:
+        raise _damaged(path, "its table of contents is out of bounds")
+    file.seek(offset)
+    table = file.read(_DESCRIPTOR.size * total)
+    if len(table) < _DESCRIPTOR.size * total:
+        raise _damaged(path, "it ends within its table of contents")
+    labels: dict[str, str] = {}
+    for data in _objects(table):
+        if data.start < 0 or data.length < 0 or data.start + data.length > size:
+            raise _damaged(path, f"it has {size} bytes of at least {data.start + data.length}")
+        if data.holds_labels and data.length <= _MAX_METADATA:
+            file.seek(data.start)
+            labels |= _labels(path, file.read(data.length))
+    code = arch.rstrip(b"\0").decode("ascii", "replace")
+    return ImageFacts(path, ARCHITECTURES.get(code), labels)
+
+
+@dataclass(frozen=True)
+class _DataObject:
+    start: int
+    length: int
+    holds_labels: bool
+
+
+def _objects(table: bytes) -> Iterator[_DataObject]:
+    for row in _DESCRIPTOR.iter_unpack(table):
+        kind, used, start, length, name = row[0], row[1], row[5], row[6], row[12]
+        if used:
+            labels = kind == _GENERIC_JSON and name.rstrip(b"\0") == _METADATA
+            yield _DataObject(start, length, labels)
+
+
+def _labels(path: Path, text: bytes) -> dict[str, str]:
+    try:
+        content: Any = json.loads(text)
+        labels = content["data"]["attributes"].get("labels") or {}
+        return {str(name): str(value) for name, value in labels.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"its labels cannot be read ({error!r})") from error
+
+
+def _damaged(path: Path, why: str) -> ImageError:
+    return ImageError(
+        f"the image {path} is damaged: {why}", "copy it again, or build it: make image"
+    )

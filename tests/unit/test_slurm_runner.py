@@ -10,7 +10,7 @@ import pytest
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import RunDirectory
-from aiflux.core.status import Status
+from aiflux.core.status import Status, run_status
 from aiflux.errors import (
     ConfigError,
     ImageError,
@@ -18,10 +18,12 @@ from aiflux.errors import (
     OutputExistsError,
     RunConflictError,
     SlurmError,
+    StorageError,
 )
 from aiflux.slurm import SlurmRunner
-from aiflux.slurm.commands import JobId, JobState
-from aiflux.slurm.submission import plan_job, submit_job, submitted_job
+from aiflux.slurm.jobs import JobState
+from aiflux.slurm.records import read_submissions
+from aiflux.slurm.submission import plan_job, plan_resume, submit_job
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import write_input
 
@@ -47,8 +49,24 @@ def finish(run: RunDirectory) -> None:
     plan = read_plan(run)
     plan.output.write_text("[]", encoding="utf-8")
     run.journal(0).write_text("{}\n", encoding="utf-8")
-    status = Status(run.status(0), plan, 0, completed=plan.requests)
-    status.enter("completed")
+    for shard in plan.shards:
+        finish_shard(run, shard.index)
+    whole = run_status(plan, run)
+    whole.completed = plan.requests
+    whole.enter("completed")
+
+
+def finish_shard(run: RunDirectory, shard: int) -> None:
+    """Leave what a worker that is done with a shard leaves."""
+    plan = read_plan(run)
+    Status(run.status(shard), plan, shard, completed=plan.shards[shard].requests).enter("completed")
+
+
+def submitted(run: RunDirectory) -> list[tuple[str, str | None, tuple[int, ...]]]:
+    """Return the newest submission's jobs: id, array and shards."""
+    records = read_submissions(run)
+    jobs = records.submissions[-1].jobs if records else ()
+    return [(job.job_id, job.array, job.shards) for job in jobs]
 
 
 def test_a_run_is_planned_written_and_submitted(slurm: FakeCommands, workspace: Path) -> None:
@@ -65,8 +83,8 @@ def test_a_run_is_planned_written_and_submitted(slurm: FakeCommands, workspace: 
     assert plan["options"]["concurrency"] == 8
     assert plan["options"]["temperature"] == 0.5
     assert plan["models_dir"] == str(workspace / "models")
-    assert submitted_job(run) == JobId("42")
-    assert Path(json.loads(run.submission.read_text())["log"]).parent == run.logs
+    assert submitted(run) == [("42", None, (0,))]
+    assert Path(json.loads(run.submissions.read_text())["submissions"][-1]["log"]) == run.logs
 
 
 def test_the_default_output_lies_in_the_workspace(slurm: FakeCommands, workspace: Path) -> None:
@@ -134,7 +152,7 @@ def test_a_refusal_leaves_the_script_to_look_at(slurm: FakeCommands, workspace: 
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
     run = RunDirectory.of_output(workspace / "out.json")
     assert run.script.is_file()
-    assert submitted_job(run) is None
+    assert submitted(run) == []
 
 
 def test_a_run_whose_job_is_active_is_not_submitted_twice(
@@ -142,11 +160,11 @@ def test_a_run_whose_job_is_active_is_not_submitted_twice(
 ) -> None:
     runner = SlurmRunner(workspace=workspace)
     runner.run("in.jsonl", "out.json")
-    slurm.say("squeue", "PENDING|Priority\n")
+    slurm.say("squeue", "42|N/A|PENDING|N/A|0:00||Priority\n")
     with pytest.raises(RunConflictError, match="job 42 of this run is PENDING"):
         runner.run("in.jsonl", "out.json")
-    slurm.say("squeue", "TIMEOUT|TimeLimit\n")
-    slurm.say("sacct", "TIMEOUT|0:0\n")
+    slurm.say("squeue", "42|N/A|TIMEOUT|N/A|0:00||TimeLimit\n")
+    slurm.say("sacct", "42|TIMEOUT|0:0|Unknown|00:00:01|n1\n")
     slurm.say("sbatch", "43\n")
     assert runner.run("in.jsonl", "out.json") == "43"
 
@@ -154,7 +172,7 @@ def test_a_run_whose_job_is_active_is_not_submitted_twice(
 def test_a_dry_run_touches_nothing(workspace: Path) -> None:
     before = sorted(workspace.iterdir())
     config = Config(directory=workspace)
-    opened, script = plan_job(
+    planned = plan_job(
         config,
         config.get_slurm_config(),
         workspace / "in.jsonl",
@@ -163,8 +181,8 @@ def test_a_dry_run_touches_nothing(workspace: Path) -> None:
         cwd=workspace,
         write=False,
     )
-    assert opened.plan.requests == 3
-    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    assert planned.opened.plan.requests == 3
+    assert planned.script.startswith("#!/bin/bash\n#SBATCH ")
     assert sorted(workspace.iterdir()) == before
 
 
@@ -175,8 +193,8 @@ def test_a_finished_run_is_not_submitted_again(slurm: FakeCommands, workspace: P
     with pytest.raises(OutputExistsError, match="the run is finished"):
         runner.run("in.jsonl", "out.json")
     assert len(slurm.calls("sbatch")) == 1
-    slurm.say("squeue", "COMPLETED|None\n")
-    slurm.say("sacct", "COMPLETED|0:0\n")
+    slurm.say("squeue", "42|N/A|COMPLETED|N/A|0:00||None\n")
+    slurm.say("sacct", "42|COMPLETED|0:0|Unknown|00:00:01|n1\n")
     assert runner.run("in.jsonl", "out.json", force=True) == "42"
 
 
@@ -190,14 +208,14 @@ def test_an_output_that_is_another_s_is_not_overwritten(
 
 
 def test_waiting_polls_until_the_job_has_ended(slurm: FakeCommands, workspace: Path) -> None:
-    slurm.say("squeue", "RUNNING|None\n")
+    slurm.say("squeue", "42|N/A|RUNNING|N/A|0:00||None\n")
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         if len(slept) == 2:
-            slurm.say("squeue", "COMPLETED|None\n")
-            slurm.say("sacct", "COMPLETED|0:0\n")
+            slurm.say("squeue", "42|N/A|COMPLETED|N/A|0:00||None\n")
+            slurm.say("sacct", "42|COMPLETED|0:0|Unknown|00:00:01|n1\n")
 
     runner = SlurmRunner(workspace=workspace)
     assert runner.wait("42", interval=3.0, sleep=sleep) == JobState("COMPLETED", 0)
@@ -205,13 +223,13 @@ def test_waiting_polls_until_the_job_has_ended(slurm: FakeCommands, workspace: P
 
 
 def test_waiting_can_give_up(slurm: FakeCommands, workspace: Path) -> None:
-    slurm.say("squeue", "RUNNING|None\n")
+    slurm.say("squeue", "42|N/A|RUNNING|N/A|0:00||None\n")
     with pytest.raises(SlurmError, match="still RUNNING"):
         SlurmRunner(workspace=workspace).wait("42", timeout=0.0, sleep=lambda _: None)
 
 
 def test_status_and_cancel(slurm: FakeCommands, workspace: Path) -> None:
-    slurm.say("squeue", "RUNNING|None\n")
+    slurm.say("squeue", "42|N/A|RUNNING|N/A|0:00||None\n")
     slurm.say("scancel")
     runner = SlurmRunner(workspace=workspace)
     assert runner.status("42;c") == JobState("RUNNING")
@@ -219,16 +237,94 @@ def test_status_and_cancel(slurm: FakeCommands, workspace: Path) -> None:
     assert slurm.calls("scancel")[0].argv == ["--clusters=c", "42"]
 
 
-def test_a_script_can_be_submitted_for_an_opened_run(slurm: FakeCommands, workspace: Path) -> None:
+@pytest.fixture
+def many(slurm: FakeCommands, workspace: Path) -> Path:
+    """A workspace with an input of 40 requests, on a cluster whose arrays hold 8 tasks."""
+    write_input(workspace / "in.jsonl", 40)
+    slurm.say("scontrol", "MaxArraySize            = 8\n")
+    return workspace
+
+
+def run_of(workspace: Path) -> RunDirectory:
+    return RunDirectory.of_output(workspace / "out.json")
+
+
+def test_shards_become_one_array(slurm: FakeCommands, many: Path) -> None:
+    SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards=8, max_running=3)
+    assert submitted(run_of(many)) == [("42", "0-7%3", tuple(range(8)))]
+    assert "#SBATCH --array=0-7%3\n" in run_of(many).script.read_text(encoding="utf-8")
+    assert len(read_plan(run_of(many)).shards) == 8
+
+
+def test_what_one_array_cannot_hold_becomes_several(slurm: FakeCommands, many: Path) -> None:
+    SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards=20, max_running=4)
+    arrays = [(array, shards) for _, array, shards in submitted(run_of(many))]
+    assert arrays == [
+        ("0-7%4", tuple(range(8))),
+        ("0-7%4", tuple(range(8, 16))),
+        ("0-3%4", tuple(range(16, 20))),
+    ]
+    waits = [[a for a in call.argv if "dependency" in a] for call in slurm.calls("sbatch")]
+    assert waits == [[], ["--dependency=afterany:42"], ["--dependency=afterany:42"]]
+    assert "first=16" in run_of(many).script_part(3).read_text(encoding="utf-8")
+
+
+def test_a_run_starts_again_with_what_is_left(slurm: FakeCommands, many: Path) -> None:
+    runner = SlurmRunner(workspace=many)
+    runner.run("in.jsonl", "out.json", shards=6)
+    run = run_of(many)
+    run.journal(1).write_text("{}\n", encoding="utf-8")
+    for shard in (0, 1, 4):
+        finish_shard(run, shard)
+    runner.run("in.jsonl", "out.json", shards=6)
+    assert submitted(run) == [("42", "0-1,3", (2, 3, 5))]
+
+
+def test_resume_leaves_out_what_is_done_or_in_the_queue(slurm: FakeCommands, many: Path) -> None:
+    SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards=6, time="01:00:00")
+    run = run_of(many)
+    finish_shard(run, 0)
+    slurm.say("squeue", "42|1|RUNNING|N/A|0:01|n1|None\n42|2|PENDING|N/A|0:00||Priority\n")
+    planned = plan_resume(run, {"time": "02:00:00"})
+    assert planned.opened.open_shards == (3, 4, 5)
+    assert planned.active == 2
+    slurm.say("sbatch", "43\n")
+    submit_job(planned)
+    assert submitted(run) == [("43", "0-2", (3, 4, 5))]
+    script = run.script.read_text(encoding="utf-8")
+    assert "#SBATCH --time=02:00:00\n" in script
+    assert "first=3" in script
+    records = read_submissions(run)
+    assert records is not None
+    assert [len(each.jobs) for each in records.submissions] == [1, 1]
+
+
+def test_a_run_that_was_never_submitted_cannot_be_resumed(workspace: Path) -> None:
     config = Config(directory=workspace)
-    asked = config.get_slurm_config()
-    opened, script = plan_job(
-        config,
-        asked,
-        workspace / "in.jsonl",
-        workspace / "out.json",
-        config.run_options(),
-        cwd=workspace,
+    plan_job(
+        config, config.get_slurm_config(), workspace / "in.jsonl", workspace / "out.json",
+        config.run_options(), cwd=workspace,
+    )  # fmt: skip
+    with pytest.raises(RunConflictError, match="never submitted"):
+        plan_resume(run_of(workspace), {})
+
+
+def test_a_refused_second_array_leaves_the_first_on_record(slurm: FakeCommands, many: Path) -> None:
+    config = Config(directory=many)
+    asked = config.get_slurm_config({"shards": 12})
+    planned = plan_job(
+        config, asked, many / "in.jsonl", many / "out.json", config.run_options(), cwd=many
     )
-    assert submit_job(config, asked, opened, script) == JobId("42")
-    assert opened.run.script.read_text(encoding="utf-8") == script
+    run_of(many).script_part(2).mkdir()
+    with pytest.raises(StorageError):
+        submit_job(planned)
+    assert submitted(run_of(many)) == [("42", "0-7", tuple(range(8)))]
+
+
+def test_auto_shards_follow_the_time_limit(slurm: FakeCommands, many: Path) -> None:
+    def shards(time: str) -> int:
+        SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards="auto", time=time)
+        return len(read_plan(run_of(many)).shards)
+
+    assert shards("1-00:00:00") == 1
+    assert shards("0:30") > 1

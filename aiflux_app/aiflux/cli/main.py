@@ -29,6 +29,8 @@ the same command goes on; 1 a bug
 COMMANDS = {
     "run": "process a file of requests, as a Slurm job or here",
     "check": "check a file of requests",
+    "resume": "submit what is left of a run",
+    "merge": "write a run's output from what its jobs did",
     "results": "look at results",
     "models": "models on disk",
     "image": "the Apptainer image",

@@ -7,14 +7,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
+from aiflux.core.merge import merge
 from aiflux.core.opening import OpenedRun, open_run
-from aiflux.core.rundir import default_output
+from aiflux.core.plan import Plan
+from aiflux.core.rundir import RunDirectory, default_output
 from aiflux.core.status import finished_line, refuse_failures
 from aiflux.errors import ImageError, UsageError
+
+if TYPE_CHECKING:
+    from aiflux.slurm.submission import PlannedRun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,10 +78,10 @@ def _open(
 
 
 def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
-    from aiflux.slurm.submission import plan_job, submit_job
+    from aiflux.slurm.submission import plan_job
 
     slurm = config.get_slurm_config()
-    opened, script = plan_job(
+    planned = plan_job(
         config,
         slurm,
         input_path,
@@ -86,16 +92,43 @@ def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, out
         write=not arguments.dry_run,
     )
     if arguments.dry_run:
-        print(json.dumps(opened.plan.to_json(), indent=2, ensure_ascii=False))
-        print()
-        print(script, end="")
+        print(json.dumps(planned.opened.plan.to_json(), indent=2, ensure_ascii=False))
+        for _, script in planned.scripts:
+            print()
+            print(script, end="")
         return 0
+    return submit_planned(planned)
+
+
+def submit_planned(planned: PlannedRun) -> int:
+    """Submit a planned run and say so; write the output where only that is missing."""
+    from aiflux.slurm.jobs import join_jobs
+    from aiflux.slurm.submission import submit_job
+
+    opened = planned.opened
     if opened.finished:
         return _tell_finished(opened)
-    job = submit_job(config, slurm, opened, script)
-    print(f"submitted job {job.number}: {opened.plan.requests} requests -> {opened.plan.output}")
+    if not opened.open_shards:
+        return write_output(opened.plan, opened.run)
+    jobs = submit_job(planned)
+    plan, shards = opened.plan, len(opened.open_shards)
+    parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
+    noun = "job" if len(jobs) == 1 else "jobs"
+    print(f"submitted {noun} {join_jobs(jobs)}: {plan.requests} requests{parts} -> {plan.output}")
     print(f"  run directory: {opened.run.path}")
-    print(f"  see it: squeue -j {job.number}    stop it: scancel {job.number}")
+    name = jobs[0].number
+    print(f"  see it: aiflux watch {name}    stop it: aiflux cancel {name}")
+    return 0
+
+
+def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
+    """Write a run's output from its journals.
+
+    Raises:
+        TooManyFailuresError: more requests failed than are allowed.
+    """
+    counts = merge(plan, run, print, again=again)
+    refuse_failures(plan, {"total": counts.total, "failed": counts.failed})
     return 0
 
 

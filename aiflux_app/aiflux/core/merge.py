@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from aiflux.core.lease import acquire
 from aiflux.core.plan import Plan
@@ -69,6 +70,16 @@ def merge(
         status.enter("completed")
     say(f"wrote {plan.output}")
     return written
+
+
+def merge_partial(plan: Plan, run: RunDirectory) -> tuple[Path, Counts]:
+    """Write what is done so far beside the output; return where, and how much it is.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    target = plan.output.with_name(f"{plan.output.stem}.partial{plan.output.suffix}")
+    return target, finalise(plan, run, partial=target)
 
 
 def _begun(plan: Plan, run: RunDirectory) -> Status:

@@ -31,8 +31,13 @@ class Counts:
         return self.total - self.failed
 
 
-def iterate_results(plan: Plan, run: RunDirectory) -> Iterator[tuple[bytes, RawResult]]:
+def iterate_results(
+    plan: Plan, run: RunDirectory, *, partial: bool = False
+) -> Iterator[tuple[bytes, RawResult]]:
     """Yield ``(request line, result)`` in input order.
+
+    Args:
+        partial: leave out requests that have no result yet.
 
     Raises:
         StoppedError: a request has no result yet.
@@ -43,6 +48,8 @@ def iterate_results(plan: Plan, run: RunDirectory) -> Iterator[tuple[bytes, RawR
         try:
             for _, _, raw in read_lines(plan.input_path, shard.start, shard.end):
                 result = reader.get(request_key(raw))
+                if result is None and partial:
+                    continue
                 if result is None:
                     raise StoppedError(
                         f"a request of {plan.input_path} has no result in {path} yet",
@@ -53,29 +60,37 @@ def iterate_results(plan: Plan, run: RunDirectory) -> Iterator[tuple[bytes, RawR
             reader.close()
 
 
-def finalise(plan: Plan, run: RunDirectory) -> Counts:
+def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> Counts:
     """Write the output (and the errors file of a ``.jsonl`` output) from the journals.
+
+    Args:
+        partial: write there what is done so far, instead of the output.
 
     Raises:
         StoppedError: a request has no result yet; nothing is written.
         StorageError: the disk refused; an output that was there stays as it was.
     """
-    if plan.output.suffix == ".jsonl":
-        return _write_batch_form(plan, run)
-    return _write_array(plan, run)
+    results = iterate_results(plan, run, partial=partial is not None)
+    target = partial or plan.output
+    if target.suffix == ".jsonl":
+        return _write_batch_form(results, target)
+    return _write_array(results, target)
 
 
-def _write_array(plan: Plan, run: RunDirectory) -> Counts:
+Results = Iterator[tuple[bytes, RawResult]]
+
+
+def _write_array(results: Results, target: Path) -> Counts:
     counts = Counts()
-    with atomic_write(plan.output) as file:
+    with atomic_write(target) as file:
         separator = b"[\n"
-        for raw, result in iterate_results(plan, run):
+        for raw, result in results:
             file.write(separator)
             file.write(array_entry(raw, result))
             separator = b",\n"
             counts.total += 1
             counts.failed += result.failed
-        file.write(b"\n]\n")
+        file.write(b"\n]\n" if counts.total else b"[]\n")
     return counts
 
 
@@ -101,13 +116,13 @@ def _merged_metadata(raw: bytes, metadata: bytes) -> bytes:
     return json.dumps({**own, **json.loads(metadata)}).encode()
 
 
-def _write_batch_form(plan: Plan, run: RunDirectory) -> Counts:
+def _write_batch_form(results: Results, target: Path) -> Counts:
     counts = Counts()
-    errors = errors_path(plan.output)
+    errors = errors_path(target)
     with ExitStack() as stack:
-        answered = stack.enter_context(atomic_write(plan.output))
+        answered = stack.enter_context(atomic_write(target))
         failed: IO[bytes] = stack.enter_context(atomic_write(errors))
-        for _, result in iterate_results(plan, run):
+        for _, result in results:
             (failed if result.failed else answered).write(batch_line(result))
             counts.total += 1
             counts.failed += result.failed

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from aiflux.core.config import Config, SlurmConfig
@@ -13,7 +14,8 @@ from aiflux.core.rundir import default_output
 from aiflux.core.settings import BY_NAME, parse_setting
 from aiflux.errors import ConfigError, OutputExistsError, SlurmError
 from aiflux.slurm import commands
-from aiflux.slurm.commands import JobId, JobState
+from aiflux.slurm.jobs import JobState, join_jobs, overall_state, parse_jobs
+from aiflux.slurm.queue import task_states
 from aiflux.slurm.submission import plan_job, submit_job
 
 
@@ -62,7 +64,8 @@ class SlurmRunner:
                 ``config``.
 
         Returns:
-            the job's id; ``id;cluster`` where sbatch names a cluster.
+            the job's id; ``id;cluster`` where sbatch names a cluster, and ``id,id`` where the run
+            needed several arrays. ``status``, ``wait`` and ``cancel`` take it as it is.
 
         Raises:
             ConfigError: an option is unknown or wrong.
@@ -78,7 +81,7 @@ class SlurmRunner:
         slurm = _with(self.config, sections["slurm"])
         source = self._path(input_path)
         output = default_output(source, self.workspace)
-        opened, script = plan_job(
+        planned = plan_job(
             config,
             slurm,
             source,
@@ -88,20 +91,33 @@ class SlurmRunner:
             force=force,
             force_resume=force_resume,
         )
+        opened = planned.opened
         if opened.finished:
             raise OutputExistsError(
                 f"the run is finished: its results are in {opened.plan.output}",
                 "use them; force=True runs it anew",
             )
-        return str(submit_job(config, slurm, opened, script))
+        if not opened.open_shards:
+            raise OutputExistsError(
+                "every request is done, and only the output is missing",
+                f"write it: aiflux merge {quote(str(opened.run.path))}",
+            )
+        return join_jobs(submit_job(planned))
 
     def status(self, job_id: str) -> JobState:
-        """Return the state of a job.
+        """Return the state of a job; for an array that of its tasks together.
 
         Raises:
             SlurmError: Slurm is missing, or knows no such job.
         """
-        return commands.job_state(JobId.parse(job_id))
+        states = task_states(parse_jobs(job_id))
+        state = overall_state(state for tasks in states.values() for state in tasks.values())
+        if state is None:
+            raise SlurmError(
+                f"Slurm knows no job {job_id}",
+                "check the id; what is known of a job that ended long ago: aiflux status RUN",
+            )
+        return state
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; what was done is kept.
@@ -109,7 +125,8 @@ class SlurmRunner:
         Raises:
             SlurmError: Slurm is missing or refused.
         """
-        commands.cancel(JobId.parse(job_id))
+        for job in parse_jobs(job_id):
+            commands.cancel(job)
 
     def wait(
         self,

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
 from aiflux.core.clock import utc_now
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.container import find_image
-from aiflux.core.files import atomic_write, storage_error, write_json
+from aiflux.core.files import atomic_write, storage_error
+from aiflux.core.input import InputSummary
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.options import RunOptions
+from aiflux.core.plan import Plan, read_plan
 from aiflux.core.rundir import RunDirectory, checked_output
-from aiflux.errors import RunConflictError, SlurmError
-from aiflux.slurm.commands import JobId, check_account, job_state, submit
-from aiflux.slurm.directives import log_file
+from aiflux.core.sharding import auto_shards
+from aiflux.core.status import finished_counts, open_shards
+from aiflux.core.walltime import walltime_seconds
+from aiflux.errors import ConfigError, ImageError, RunConflictError, SlurmError
+from aiflux.slurm.arrays import array_ranges, parse_ranges, split_arrays
+from aiflux.slurm.commands import check_account, submit
+from aiflux.slurm.jobs import JobId, TaskState
+from aiflux.slurm.queue import max_array_size, task_states
+from aiflux.slurm.records import Job, Submission, read_submissions, remember
 from aiflux.slurm.script import JobScript, job_name, render
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is checked, planned and rendered, but not submitted.
+
+    Attributes:
+        scripts: each array (or the one job) and its batch script.
+        active: shards that wait or run already and are left alone.
+    """
+
+    opened: OpenedRun
+    image: Path
+    slurm: SlurmConfig
+    logs: Path
+    scripts: tuple[tuple[JobScript, str], ...]
+    active: int = 0
+
+    @property
+    def script(self) -> str:
+        """The text of the first script."""
+        return self.scripts[0][1]
 
 
 def plan_job(
@@ -31,8 +62,9 @@ def plan_job(
     force: bool = False,
     force_resume: bool = False,
     write: bool = True,
-) -> tuple[OpenedRun, str]:
-    """Check everything, plan the run and return it with the text of its batch script.
+    environ: Mapping[str, str] | None = None,
+) -> PlannedRun:
+    """Check everything, plan the run and render its batch scripts.
 
     Args:
         cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
@@ -40,78 +72,189 @@ def plan_job(
 
     Raises:
         UsageError: settings, input, output or image are wrong (see ``open_run``, ``find_image``).
+        RunConflictError: a job of this run waits or runs already.
         StorageError: the run directory cannot be written.
     """
+    slurm = slurm.checked()
     output = checked_output(output)
     run = RunDirectory.of_output(output)
-    job = JobScript(
-        name=job_name(output),
-        slurm=slurm,
+    job = _job_script(
+        run,
+        slurm,
+        options,
         image=find_image(config, Path.cwd() if cwd is None else cwd),
-        input=input_path.expanduser().absolute(),
-        output_dir=output.parent,
-        models_dir=config.models_dir if options.engine_url is None else None,
-        run_dir=run.path,
-        log=logs_folder(config, run),
+        input_path=input_path.expanduser().absolute(),
+        output=output,
+        models_dir=config.models_dir,
+        logs=logs_folder(config, run),
     )
     # What cannot be rendered is refused before the input is read and anything is written.
-    script = render(job)
+    render(job)
+    if write:
+        _refuse_second(run, environ)
     opened = open_run(
         input_path,
         output,
         options,
         config.models_dir,
+        shards=_shard_count(slurm),
         force=force,
         force_resume=force_resume,
         write=write,
     )
-    return opened, script
+    scripts = _scripts(job, opened.plan, opened.open_shards, slurm, environ)
+    return PlannedRun(opened, job.image, slurm, job.log, scripts)
 
 
-def submit_job(
-    config: Config,
-    slurm: SlurmConfig,
-    opened: OpenedRun,
-    script: str,
+def plan_resume(
+    run: RunDirectory,
+    changes: Mapping[str, Any],
+    image: Path | None = None,
     environ: Mapping[str, str] | None = None,
-) -> JobId:
-    """Write the script into the run directory, submit it and remember the job there.
+) -> PlannedRun:
+    """Render batch scripts for what is left of a run that was submitted before.
+
+    Shards that are done, wait or run are left out. The plan stays as it is.
+
+    Args:
+        changes: settings of Slurm that differ from those of the last submission.
+        image: another image than the last submission's.
 
     Raises:
-        RunConflictError: a job of this run waits or runs already.
-        SlurmError: Slurm is missing or refused the job.
+        ImageError: the image is not there.
+        RunConflictError: there is no plan, or it was never submitted.
+        ConfigError: a setting is wrong.
+    """
+    plan = read_plan(run)
+    records = read_submissions(run)
+    if records is None:
+        raise RunConflictError(
+            f"the run {run.path} was never submitted to Slurm",
+            "give the command again that began it: it goes on where it stopped",
+        )
+    slurm = _recorded(records.slurm, changes)
+    if slurm.shards != records.slurm.get("shards"):
+        raise ConfigError(
+            "a run is resumed with the shards that it has",
+            "give the whole `aiflux run` command with another --shards: it cuts the input anew",
+        )
+    image = image or records.image
+    if not image.exists():
+        raise ImageError(f"the image {image} is not there", "name another with --image")
+    counts = finished_counts(plan, run)
+    left = () if counts is not None else open_shards(plan, run)
+    active = active_shards(run, environ)
+    missing = tuple(shard for shard in left if shard not in active)
+    logs = records.submissions[-1].log
+    job = _job_script(
+        run,
+        slurm,
+        plan.options,
+        image=image,
+        input_path=plan.input_path,
+        output=plan.output,
+        models_dir=plan.models_dir,
+        logs=logs,
+    )
+    opened = OpenedRun(plan, run, counts is not None, True, counts or {}, missing)
+    scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()
+    return PlannedRun(opened, image, slurm, logs, scripts, len(active))
+
+
+def _recorded(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> SlurmConfig:
+    known = {item.name for item in fields(SlurmConfig)}
+    values = {name: value for name, value in recorded.items() if name in known}
+    return SlurmConfig(**{**values, **changes}).checked()
+
+
+def _shard_count(slurm: SlurmConfig) -> int | Callable[[InputSummary], int]:
+    if isinstance(slurm.shards, int):
+        return slurm.shards
+    walltime = walltime_seconds(slurm.time)
+    return lambda summary: auto_shards(summary, walltime)
+
+
+def _job_script(
+    run: RunDirectory,
+    slurm: SlurmConfig,
+    options: RunOptions,
+    *,
+    image: Path,
+    input_path: Path,
+    output: Path,
+    models_dir: Path | None,
+    logs: Path,
+) -> JobScript:
+    return JobScript(
+        name=job_name(output),
+        slurm=slurm,
+        image=image,
+        input=input_path,
+        output_dir=output.parent,
+        models_dir=models_dir if options.engine_url is None else None,
+        run_dir=run.path,
+        log=logs,
+        drain_seconds=options.drain_seconds,
+    )
+
+
+def _scripts(
+    job: JobScript,
+    plan: Plan,
+    shards: Sequence[int],
+    slurm: SlurmConfig,
+    environ: Mapping[str, str] | None,
+) -> tuple[tuple[JobScript, str], ...]:
+    """Render a script for each array that is needed to reach the shards."""
+    if len(plan.shards) == 1:
+        return ((job, render(job)),)
+    at_once = "" if slurm.max_running is None else f"%{slurm.max_running}"
+    scripts = []
+    for first, tasks in split_arrays(shards, max_array_size(environ)):
+        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first)
+        scripts.append((part, render(part)))
+    return tuple(scripts)
+
+
+def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
+    """Write the scripts into the run directory, submit them and remember the jobs there.
+
+    With ``max_running``, several arrays wait for one another, so that no more run in all.
+
+    Raises:
+        SlurmError: Slurm is missing or refused a job; those before it stay submitted.
         StorageError: the run directory cannot be written.
     """
-    run = opened.run
-    _refuse_second(run, environ)
-    check_account(slurm.account, environ)
-    logs = logs_folder(config, run)
+    run = planned.opened.run
+    check_account(planned.slurm.account, environ)
     try:
-        logs.mkdir(parents=True, exist_ok=True)
+        planned.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise storage_error(error, logs) from error
-    with atomic_write(run.script, 0o600) as file:
-        file.write(script.encode("utf-8", "surrogateescape"))
-    job = submit(run.script, environ=environ)
-    write_json(
-        run.submission,
-        {
-            "job_id": job.number,
-            "cluster": job.cluster,
-            "submitted": utc_now(),
-            "log": str(log_file(logs, job.number)),
-        },
-    )
-    return job
+        raise storage_error(error, planned.logs) from error
+    for mark in run.path.glob("status/*.requeue"):
+        mark.unlink(missing_ok=True)
+    submission = Submission(utc_now(), None, (), planned.logs)
+    for number, (job, text) in enumerate(planned.scripts, start=1):
+        script = run.script_part(number)
+        with atomic_write(script, 0o600) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        id_ = submit(script, _after(submission, planned.slurm), environ=environ)
+        jobs = (*submission.jobs, Job(id_.number, job.tasks, job.first, _shards_of(job)))
+        submission = replace(submission, cluster=id_.cluster, jobs=jobs)
+        remember(run, planned.image, planned.slurm, submission)
+    return submission.ids
 
 
-def submitted_job(run: RunDirectory) -> JobId | None:
-    """Return the job that was submitted last for a run, if one was."""
-    try:
-        content = json.loads(run.submission.read_text(encoding="utf-8"))
-        return JobId(str(content["job_id"]), content["cluster"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _after(submission: Submission, slurm: SlurmConfig) -> list[str]:
+    if slurm.max_running is None or not submission.jobs:
+        return []
+    return [f"--dependency=afterany:{submission.jobs[-1].job_id}"]
+
+
+def _shards_of(job: JobScript) -> tuple[int, ...]:
+    if job.tasks is None:
+        return (job.shard,)
+    return tuple(job.first + task for task in parse_ranges(job.tasks))
 
 
 def logs_folder(config: Config, run: RunDirectory) -> Path:
@@ -120,13 +263,33 @@ def logs_folder(config: Config, run: RunDirectory) -> Path:
 
 
 def _refuse_second(run: RunDirectory, environ: Mapping[str, str] | None) -> None:
-    earlier = submitted_job(run)
-    if earlier is None:
-        return
-    with suppress(SlurmError):  # a job that Slurm has forgotten is in nobody's way
-        state = job_state(earlier, environ)
-        if state.active:
-            raise RunConflictError(
-                f"job {earlier} of this run is {state.name} already",
-                f"wait for it, or cancel it first: scancel {earlier.number}",
-            )
+    active = active_shards(run, environ)
+    if active:
+        job, state = next(iter(active.values()))
+        raise RunConflictError(
+            f"job {job} of this run is {state.name} already",
+            f"wait for it, or cancel it first: aiflux cancel {quote(str(run.path))}",
+        )
+
+
+def active_shards(
+    run: RunDirectory, environ: Mapping[str, str] | None = None
+) -> dict[int, tuple[JobId, TaskState]]:
+    """Return the shards of a run that wait or run in Slurm, each with its job.
+
+    Jobs that Slurm has forgotten are in nobody's way, nor are any where there is no Slurm.
+    """
+    records = read_submissions(run)
+    submissions = records.submissions if records is not None else ()
+    try:
+        states = task_states([id_ for each in submissions for id_ in each.ids], environ)
+    except SlurmError:
+        return {}
+    active = {}
+    for submission in submissions:
+        for job, id_ in zip(submission.jobs, submission.ids, strict=True):
+            for task, state in states.get(job.job_id, {}).items():
+                if state.active:
+                    shard = job.shards[0] if task is None else job.first + task
+                    active[shard] = (id_, state)
+    return active

@@ -1,0 +1,46 @@
+"""``aiflux resume``: submit what is left of a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from aiflux.cli.located import located
+from aiflux.cli.run import submit_planned
+from aiflux.core.arguments import add_settings, given_settings
+from aiflux.core.config import Config
+from aiflux.core.settings import BY_NAME, parse_setting
+from aiflux.errors import SlurmError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = (
+        "Submit the shards of a run that are neither done nor in the queue. Options change what is "
+        "asked of Slurm; what was asked before holds for the rest."
+    )
+    parser.epilog = "example: aiflux resume results.json --time 08:00:00"
+    parser.add_argument("run", metavar="R", help="job id, run directory or output")
+    parser.add_argument("--image", metavar="PATH", help="another image than before")
+    add_settings(parser, "slurm")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Submit what is left."""
+    from aiflux.slurm.submission import plan_resume
+
+    run = located(arguments.run)
+    changes = {
+        name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")
+        for name, value in given_settings(arguments).items()
+        if value is not None and BY_NAME[name].section == "slurm"
+    }
+    image = Config(arguments={"image": arguments.image}).image if arguments.image else None
+    planned = plan_resume(run, changes, image, os.environ)
+    if planned.opened.open_shards or planned.opened.finished or not planned.active:
+        return submit_planned(planned)
+    raise SlurmError(
+        f"all that is left of {planned.opened.plan.output} waits or runs already "
+        f"({planned.active} shards)",
+        f"aiflux watch {arguments.run}",
+    )

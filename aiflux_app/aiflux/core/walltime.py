@@ -1,0 +1,34 @@
+"""Slurm's way to write a length of time."""
+
+from __future__ import annotations
+
+import math
+
+_DAY = 86400
+
+
+def walltime_seconds(text: str | None) -> float:
+    """Return the seconds that a ``--time`` stands for; infinity for none and for UNLIMITED.
+
+    The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes
+    and days-hours:minutes:seconds (source: man sbatch, ``--time``).
+    """
+    if text is None or text.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, minutes, seconds = 0, parts[0], (*parts, 0)[1]
+    return int(days or 0) * _DAY + hours * 3600 + minutes * 60 + seconds
+
+
+def walltime_text(seconds: float) -> str:
+    """Return seconds as ``[D-]HH:MM:SS``, rounded up to a whole minute."""
+    minutes = math.ceil(seconds / 60)
+    days, minutes = divmod(minutes, _DAY // 60)
+    clock = f"{minutes // 60:02d}:{minutes % 60:02d}:00"
+    return f"{days}-{clock}" if days else clock

@@ -1,0 +1,95 @@
+"""Which Slurm jobs work on a run: ``jobs.json`` in its directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.config import SlurmConfig
+from aiflux.core.files import write_json
+from aiflux.core.rundir import RunDirectory
+from aiflux.slurm.jobs import JobId
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Slurm job of a run.
+
+    Attributes:
+        array: the value of ``--array``; None for a job that is no array.
+        first: the shard of task 0.
+        shards: the shards that the job works on.
+    """
+
+    job_id: str
+    array: str | None
+    first: int
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What one submission of a run brought into the queue."""
+
+    submitted: str
+    cluster: str | None
+    jobs: tuple[Job, ...]
+    log: Path
+
+    @property
+    def ids(self) -> tuple[JobId, ...]:
+        """The jobs, as Slurm's commands name them."""
+        return tuple(JobId(job.job_id, self.cluster) for job in self.jobs)
+
+
+@dataclass(frozen=True)
+class Submissions:
+    """Every submission of a run, and what is asked of Slurm for the next one."""
+
+    image: Path
+    slurm: dict[str, Any]
+    submissions: tuple[Submission, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``jobs.json`` holds."""
+        content = asdict(self)
+        content["image"] = str(self.image)
+        for submission in content["submissions"]:
+            submission["log"] = str(submission["log"])
+        return content
+
+
+def read_submissions(run: RunDirectory) -> Submissions | None:
+    """Return the submissions of a run; None where there were none, or they cannot be read."""
+    try:
+        content = json.loads(run.submissions.read_text(encoding="utf-8"))
+        return Submissions(
+            Path(content["image"]),
+            content["slurm"],
+            tuple(_submission(item) for item in content["submissions"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _submission(content: dict[str, Any]) -> Submission:
+    jobs = (
+        Job(str(job["job_id"]), job["array"], int(job["first"]), tuple(job["shards"]))
+        for job in content["jobs"]
+    )
+    return Submission(content["submitted"], content["cluster"], tuple(jobs), Path(content["log"]))
+
+
+def remember(run: RunDirectory, image: Path, slurm: SlurmConfig, submission: Submission) -> None:
+    """Write a submission down; one that has the same jobs and more takes the place of its former.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    earlier = read_submissions(run)
+    before = earlier.submissions if earlier is not None else ()
+    if before and before[-1].submitted == submission.submitted:
+        before = before[:-1]
+    write_json(run.submissions, Submissions(image, asdict(slurm), (*before, submission)).to_json())

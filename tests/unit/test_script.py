@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aiflux.core.config import SlurmConfig
 from aiflux.errors import ConfigError
-from aiflux.slurm.directives import directive, log_file, log_pattern
+from aiflux.slurm.directives import directive, log_file, log_pattern, signal_seconds
 from aiflux.slurm.script import JobScript, generic_script, job_name, render
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,6 +45,10 @@ def full_job() -> JobScript:
         qos="long",
         gpus_per_node="a100:2",
         constraint="a100&nvlink",
+        exclude="n[7-9]",
+        reservation="course 1",
+        mail_user="me@example.org",
+        mail_type="END,FAIL",
         time="1-12:00:00",
         mem="64G",
         cpus_per_task=16,
@@ -58,6 +62,10 @@ def full_job() -> JobScript:
         output_dir=folder,
         run_dir=folder / "results.json.aiflux",
         log=folder / "results.json.aiflux" / "logs",
+        tasks="0-199%8",
+        first=1000,
+        drain_seconds=45.5,
+        max_requeues=3,
     )
 
 
@@ -107,10 +115,41 @@ def test_a_log_folder_with_a_backslash_has_one_log() -> None:
     assert log_file(Path("/a\\b %j"), "7") == Path("/a\\b %j/slurm.out")
 
 
+def test_the_tasks_of_an_array_have_a_log_each() -> None:
+    assert log_pattern(Path("/a 50%"), array=True) == "/a 50%%/slurm-%A_%a.out"
+    assert log_file(Path("/a 50%"), "7", 3) == Path("/a 50%/slurm-7_3.out")
+    assert log_file(Path("/a\\b"), "7", 3) == Path("/a\\b/slurm.out")
+
+
+def test_an_array_s_task_tells_the_shard() -> None:
+    text = render(job(tasks="3,7-9%2", first=40))
+    assert "\n#SBATCH --array=3,7-9%2\n" in text
+    assert "/logs/slurm-%A_%a.out\n" in text
+    assert "\nfirst=40\nshard=$((first + SLURM_ARRAY_TASK_ID))\n" in text
+
+
+def test_a_job_that_is_no_array_names_its_shard() -> None:
+    text = render(job(shard=4))
+    assert "#SBATCH --array" not in text
+    assert "/logs/slurm-%j.out\n" in text
+    assert "\nshard=4\n" in text
+
+
+@pytest.mark.parametrize(
+    ("drain", "seconds"), [(0, 60), (30, 90), (30.2, 91), (600, 660), (1e6, 65535)]
+)
+def test_slurm_signals_before_the_drain_begins(drain: float, seconds: int) -> None:
+    assert signal_seconds(drain) == seconds
+    assert f"\n#SBATCH --signal=B:USR1@{seconds}\n" in render(job(drain_seconds=drain))
+
+
 def test_none_leaves_a_directive_out() -> None:
     slurm = SlurmConfig(time=None, mem=None, cpus_per_task=None, gpus_per_node="0")
     text = render(job(slurm=slurm))
-    for name in ("time", "mem", "cpus-per-task", "gpus-per-node", "account", "qos", "gres"):
+    for name in (
+        *("time", "mem", "cpus-per-task", "gpus-per-node", "account", "qos", "gres", "array"),
+        *("mail-user", "mail-type", "exclude", "reservation", "constraint", "partition"),
+    ):
         assert f"#SBATCH --{name}" not in text
     assert "\ngpu_flags=()\n" in text
 
@@ -138,7 +177,7 @@ def test_the_job_name_may_be_chosen() -> None:
     "name",
     ["output", "error", "array", "signal", "requeue", "no-requeue", "open-mode", "wrap", "export",
      "parsable", "chdir", "nodes", "ntasks", "outp", "arr", "account", "time", "gpus", "o", "-o",
-     "exclude me", ""],
+     "exclude me", "", "mail-type", "mail-user", "mail", "exclude", "excl", "reservation"],
 )  # fmt: skip
 def test_options_that_aiflux_sets_are_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match="sbatch_arg") as caught:

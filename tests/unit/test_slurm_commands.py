@@ -7,15 +7,10 @@ from pathlib import Path
 import pytest
 
 from aiflux.errors import SlurmError
-from aiflux.slurm.commands import (
-    JobId,
-    JobState,
-    cancel,
-    check_account,
-    clean_environment,
-    job_state,
-    submit,
-)
+from aiflux.slurm.calling import clean_environment
+from aiflux.slurm.commands import cancel, check_account, submit
+from aiflux.slurm.jobs import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
+from aiflux.slurm.queue import job_state, max_array_size, task_states
 from tests.unit.fake_commands import FakeCommands
 
 
@@ -44,6 +39,25 @@ def test_job_ids_are_read_strictly(text: str, job: JobId) -> None:
 def test_what_is_no_job_id_is_refused(text: str) -> None:
     with pytest.raises(SlurmError, match="no Slurm job id"):
         JobId.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "jobs"),
+    [
+        ("101", (JobId("101"),)),
+        ("101,102", (JobId("101"), JobId("102"))),
+        ("101,102;c", (JobId("101", "c"), JobId("102", "c"))),
+    ],
+)
+def test_the_jobs_of_a_run_are_one_word(text: str, jobs: tuple[JobId, ...]) -> None:
+    assert parse_jobs(text) == jobs
+    assert join_jobs(jobs) == text
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "1,b", "1;c,2", "1;", "1,2;"])
+def test_what_is_no_list_of_jobs_is_refused(text: str) -> None:
+    with pytest.raises(SlurmError, match="no Slurm job id"):
+        parse_jobs(text)
 
 
 def test_submission(slurm: FakeCommands) -> None:
@@ -147,26 +161,49 @@ def test_a_missing_account_is_refused_before_submission(slurm: FakeCommands) -> 
     check_account("proj", environ(slurm))
 
 
-def test_an_active_job_is_known_to_squeue(slurm: FakeCommands) -> None:
-    slurm.say("squeue", "PENDING|Resources\n")
-    state = job_state(JobId("7", "c"), environ(slurm))
-    assert state == JobState("PENDING", None, "Resources")
-    assert state.active
-    assert slurm.calls("squeue")[0].argv == [
-        *("--clusters=c", "-h", "-t", "all", "-j", "7", "-o", "%T|%r")
-    ]
+# --- asking ------------------------------------------------------------------------------------
+
+SQUEUE = "%F|%K|%T|%S|%M|%N|%r"
+SACCT = "JobID,State,ExitCode,Start,Elapsed,NodeList"
 
 
 def forgotten(slurm: FakeCommands) -> None:
     slurm.say("squeue", stderr="slurm_load_jobs error: Invalid job id specified\n", status=1)
 
 
+def no_accounting(slurm: FakeCommands) -> None:
+    slurm.say("sacct", stderr="Slurm accounting storage is disabled", status=1)
+
+
+def record(job: str, state: str, code: str = "0:0", task: str = "") -> str:
+    """Return a job as ``scontrol -o show job`` of Slurm 22.05 prints it, shortened."""
+    array = f" ArrayJobId={job} ArrayTaskId={task} ArrayTaskThrottle=2" if task else ""
+    return (
+        f"JobId={job}{array} JobName=a b=c |d UserId=u(1) JobState={state} Reason=None "
+        f"Dependency=(null) Requeue=1 Restarts=3 ExitCode={code} RunTime=00:01:40 "
+        "StartTime=2026-11-23T22:21:29 EndTime=Unknown ReqNodeList=(null) NodeList=n1 "
+        "BatchHost=n1 Comment=x JobState=NONE Reason=y \n"
+    )
+
+
+def test_an_active_job_is_known_to_squeue(slurm: FakeCommands) -> None:
+    slurm.say("squeue", "7|N/A|PENDING|N/A|0:00||Resources\n")
+    state = job_state(JobId("7", "c"), environ(slurm))
+    assert state == JobState("PENDING", None, "Resources")
+    assert state.active
+    asked = slurm.calls("squeue")[0]
+    assert asked.argv == [
+        *("--clusters=c", "-h", "-r", "-t", "all", "-j", "7", "-o", SQUEUE)
+    ]  # fmt: skip
+    assert asked.environ["SLURM_BITSTR_LEN"] == "0", "long lists of tasks come whole"
+
+
 @pytest.mark.parametrize(
     ("line", "state"),
     [
-        ("COMPLETED|0:0\n", JobState("COMPLETED", 0)),
-        ("FAILED|5:0\n", JobState("FAILED", 5)),
-        ("CANCELLED by 1000|0:15\n", JobState("CANCELLED", 0)),
+        ("7|COMPLETED|0:0|2026-01-02T03:04:05|01:00:00|n1\n", JobState("COMPLETED", 0)),
+        ("7|FAILED|5:0|2026-01-02T03:04:05|01:00:00|n1\n", JobState("FAILED", 5)),
+        ("7|CANCELLED by 1000|0:15|Unknown|00:00:00|None assigned\n", JobState("CANCELLED", 0)),
     ],
 )
 def test_an_ended_job_is_known_to_sacct(slurm: FakeCommands, line: str, state: JobState) -> None:
@@ -174,20 +211,21 @@ def test_an_ended_job_is_known_to_sacct(slurm: FakeCommands, line: str, state: J
     slurm.say("sacct", line)
     assert job_state(JobId("7"), environ(slurm)) == state
     assert not state.active
+    assert slurm.calls("sacct")[0].argv == ["-X", "-n", "-P", "-j", "7", "-o", SACCT]
 
 
 def test_without_accounting_scontrol_is_asked(slurm: FakeCommands) -> None:
-    slurm.say("squeue", "FAILED|NonZeroExitCode\n")
-    slurm.say("sacct", stderr="Slurm accounting storage is disabled", status=1)
-    slurm.say(
-        "scontrol", "JobId=7 JobName=x JobState=FAILED Reason=NonZeroExitCode ExitCode=5:0 \n"
-    )
-    expected = JobState("FAILED", 5, "NonZeroExitCode")
-    assert job_state(JobId("7"), environ(slurm)) == expected
+    slurm.say("squeue", "7|N/A|FAILED|2026-11-23T22:21:29|1:40|n1|NonZeroExitCode\n")
+    no_accounting(slurm)
+    slurm.say("scontrol", record("7", "FAILED", "5:0"))
+    assert job_state(JobId("7"), environ(slurm)) == JobState("FAILED", 5)
+    assert task_states([JobId("7")], environ(slurm)) == {
+        "7": {None: TaskState("FAILED", 5, None, "n1", "2026-11-23T22:21:29", "00:01:40", 3)}
+    }
 
 
 def test_squeue_s_word_holds_where_nothing_else_answers(slurm: FakeCommands) -> None:
-    slurm.say("squeue", "TIMEOUT|TimeLimit\n")
+    slurm.say("squeue", "7|N/A|TIMEOUT|2026-11-23T22:21:29|1:40|n1|TimeLimit\n")
     for name in ("sacct", "scontrol"):
         slurm.say(name, status=1)
     assert job_state(JobId("7"), environ(slurm)) == JobState("TIMEOUT", None, "TimeLimit")
@@ -199,6 +237,7 @@ def test_a_job_that_nobody_knows_is_an_error(slurm: FakeCommands) -> None:
         slurm.say(name, status=1)
     with pytest.raises(SlurmError, match="knows no job 7"):
         job_state(JobId("7"), environ(slurm))
+    assert task_states([JobId("7")], environ(slurm)) == {}
 
 
 def test_a_controller_that_is_down_is_not_an_unknown_job(slurm: FakeCommands) -> None:
@@ -207,10 +246,122 @@ def test_a_controller_that_is_down_is_not_an_unknown_job(slurm: FakeCommands) ->
         job_state(JobId("7"), environ(slurm))
 
 
+def test_accounting_answers_for_a_controller_that_is_down(slurm: FakeCommands) -> None:
+    slurm.say("squeue", stderr="squeue: error: Unable to contact slurm controller\n", status=1)
+    slurm.say("sacct", "7|COMPLETED|0:0|2026-01-02T03:04:05|01:00:00|n1\n")
+    assert job_state(JobId("7"), environ(slurm)) == JobState("COMPLETED", 0)
+
+
+def test_no_slurm_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SlurmError, match="squeue is not on PATH"):
+        task_states([JobId("7")], {"PATH": str(tmp_path)})
+
+
+def test_the_tasks_of_arrays_are_asked_for_together(slurm: FakeCommands) -> None:
+    slurm.say(
+        "squeue",
+        "7|2|RUNNING|2026-01-02T03:04:05|1:00|n1|None\n"
+        "7|1|COMPLETING|2026-01-02T03:04:05|1:00|n2|None\n"
+        "9|N/A|PENDING|N/A|0:00||Priority | high\n",
+    )
+    slurm.say(
+        "sacct",
+        "7_0|COMPLETED|0:0|2026-01-02T03:04:05|00:01:00|n1\n"
+        "7_1|COMPLETED|0:0|2026-01-02T03:04:05|00:01:00|n2\n"
+        "7_[4-6,8%2]|PENDING|0:0|Unknown|00:00:00|None assigned\n",
+    )
+    states = task_states([JobId("7"), JobId("9"), JobId("11")], environ(slurm))
+    assert {number: [*tasks] for number, tasks in states.items()} == {
+        "7": [0, 1, 2, 4, 5, 6, 8],
+        "9": [None],
+    }
+    assert states["7"][0] == TaskState(
+        "COMPLETED", 0, None, "n1", "2026-01-02T03:04:05", "00:01:00"
+    )
+    assert states["7"][1].name == "COMPLETING", "squeue knows first"
+    assert states["7"][4] == TaskState("PENDING", 0, None, None, None, "00:00:00")
+    assert states["9"][None].reason == "Priority | high"
+    assert [call.argv[5] for call in slurm.calls("squeue")] == ["7,9,11"]
+    assert [call.argv[4] for call in slurm.calls("sacct")] == ["7,11"]
+
+
+def test_without_accounting_the_tasks_of_an_array_are_known_to_scontrol(
+    slurm: FakeCommands,
+) -> None:
+    forgotten(slurm)
+    no_accounting(slurm)
+    slurm.say(
+        "scontrol",
+        record("7", "PENDING", task="4-8:2%2")
+        + record("7", "FAILED", "3:0", task="1")
+        + record("7", "COMPLETED", task="0"),
+    )
+    states = task_states([JobId("7")], environ(slurm))["7"]
+    assert {task: (state.name, state.exit_code) for task, state in states.items()} == {
+        0: ("COMPLETED", 0),
+        1: ("FAILED", 3),
+        4: ("PENDING", 0),
+        6: ("PENDING", 0),
+        8: ("PENDING", 0),
+    }
+    assert slurm.calls("scontrol")[0].argv == ["-o", "show", "job", "7"]
+
+
+def test_accounting_that_lags_behind_does_not_revive_a_job(slurm: FakeCommands) -> None:
+    slurm.say("squeue", "7|N/A|FAILED|2026-11-23T22:21:29|1:40|n1|NonZeroExitCode\n")
+    slurm.say("sacct", "7|RUNNING|0:0|2026-11-23T22:21:29|00:01:40|n1\n")
+    slurm.say("scontrol", record("7", "FAILED", "4:0"))
+    assert job_state(JobId("7"), environ(slurm)) == JobState("FAILED", 4)
+
+
+def test_jobs_on_several_clusters_are_asked_for_there(slurm: FakeCommands) -> None:
+    slurm.add("squeue", 'case $1 in *=a) echo "1|N/A|RUNNING|x|x|x|None" ;; *=b) exit 0 ;; esac')
+    states = task_states([JobId("1", "a"), JobId("2", "b")], environ(slurm))
+    assert [*states] == ["1"]
+    assert [call.argv[0] for call in slurm.calls("squeue")] == ["--clusters=a", "--clusters=b"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "state"),
+    [
+        ([("COMPLETED", 0), ("RUNNING", None), ("PENDING", None)], JobState("RUNNING")),
+        ([("FAILED", 5), ("PENDING", None)], JobState("PENDING")),
+        ([("COMPLETED", 0), ("CANCELLED", 0), ("TIMEOUT", 0)], JobState("TIMEOUT", 0)),
+        ([("FAILED", 3), ("NODE_FAIL", None), ("FAILED", 5)], JobState("FAILED", 5)),
+        ([("COMPLETED", 0), ("CANCELLED", 0)], JobState("CANCELLED", 0)),
+        ([("COMPLETED", 0), ("COMPLETED", 0)], JobState("COMPLETED", 0)),
+        ([], None),
+    ],
+)
+def test_an_array_s_state_is_its_tasks_liveliest_or_worst(
+    tasks: list[tuple[str, int | None]], state: JobState | None
+) -> None:
+    assert overall_state(TaskState(name, code) for name, code in tasks) == state
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "size"),
+    [
+        ("MaxArraySize            = 5001\n", 0, 5001),
+        ("MaxArraySize = 0\n", 0, 0),
+        ("SchedulerType = x\n", 0, 1001),
+        ("", 1, 1001),
+    ],
+)
+def test_the_largest_array(slurm: FakeCommands, config: str, status: int, size: int) -> None:
+    slurm.say("scontrol", config, status=status)
+    assert max_array_size(environ(slurm)) == size
+
+
+# --- cancelling --------------------------------------------------------------------------------
+
+
 def test_cancel(slurm: FakeCommands) -> None:
     slurm.say("scancel")
     cancel(JobId("7"), environ(slurm))
-    assert slurm.calls("scancel")[0].argv == ["7"]
+    cancel(JobId("7", "c"), environ(slurm), tasks=[3, 5, 4, 9])
+    calls = [call.argv for call in slurm.calls("scancel")]
+    assert calls == [["7"], ["--clusters=c", "7_[3-5,9]"]]
     slurm.say(
         "scancel", stderr="scancel: error: Kill job error on job id 7: Access denied\n", status=1
     )

@@ -114,6 +114,9 @@ def inside(call: Call) -> dict[str, str]:
 def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
     environ = place.environ(
         SLURM_JOB_ID="7",
+        SLURM_ARRAY_JOB_ID="5",
+        SLURM_ARRAY_TASK_ID="2",
+        SLURM_RESTART_COUNT="1",
         SLURM_JOB_NAME="a,b $(c)",
         SLURM_JOB_END_TIME="1790000000",
         CUDA_VISIBLE_DEVICES="0,1",
@@ -262,6 +265,12 @@ def test_the_end_of_the_job_is_asked_of_an_older_slurm(place: Place) -> None:
     assert place.fakes.calls("squeue")[0].argv == ["-h", "-j", "7", "-o", "%e"]
 
 
+def test_the_end_of_a_task_is_not_that_of_its_array(place: Place) -> None:
+    place.fakes.say("squeue", "2026-11-23T12:00:00\n")
+    place.bash(render(place.job(tasks="0-2")), environ=place.environ(**TASK))
+    assert place.fakes.calls("squeue")[0].argv == ["-h", "-j", "5_2", "-o", "%e"]
+
+
 @pytest.mark.parametrize("answer", ["", "NONE", "N/A"])
 def test_a_job_without_an_end_has_no_deadline(place: Place, answer: str) -> None:
     place.fakes.say("squeue", answer)
@@ -270,14 +279,159 @@ def test_a_job_without_an_end_has_no_deadline(place: Place, answer: str) -> None
     assert "--deadline" not in place.fakes.calls("apptainer")[2].argv
 
 
+# --- back to the queue -------------------------------------------------------------------------
+
+TASK = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+
+
+def marking(shard: int, code: int = 5) -> str:
+    """Return a worker that leaves the mark of a shard."""
+    return f"""\
+[[ $* == *--shard* ]] || exit 0
+mkdir -p out.json.aiflux/status
+touch out.json.aiflux/status/shard-{shard:04d}.requeue
+exit {code}
+"""
+
+
+def requeues(place: Place) -> list[list[str]]:
+    return [call.argv for call in place.fakes.calls("scontrol")]
+
+
+def mark(place: Place, shard: int) -> Path:
+    return place.folder / "out.json.aiflux" / "status" / f"shard-{shard:04d}.requeue"
+
+
+def test_a_job_goes_back_to_the_queue_when_the_worker_asks_for_it(place: Place) -> None:
+    place.fakes.add("apptainer", marking(0))
+    place.fakes.add("scontrol", 'ls -A -- "$TMPDIR"')
+    done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
+    assert done.returncode == 5
+    assert requeues(place) == [["requeue", "7"]]
+    assert not mark(place, 0).exists()
+    assert len(done.stderr.splitlines()) == 1
+    assert "job 7 goes back to the queue" in done.stderr
+    assert done.stdout == "", "the private directory is gone before Slurm ends the job"
+
+
+def test_a_task_goes_back_to_the_queue_without_the_rest_of_its_array(place: Place) -> None:
+    place.fakes.add("apptainer", marking(42))
+    place.fakes.add("scontrol")
+    text = render(place.job(tasks="0-2", first=40))
+    done = place.bash(text, environ=place.environ(**TASK))
+    assert done.returncode == 5
+    assert requeues(place) == [["requeue", "5_2"]]
+    assert not mark(place, 42).exists()
+    assert place.fakes.calls("apptainer")[2].argv[-2:] == ["--shard", "42"]
+
+
+def test_the_generic_script_goes_back_to_the_queue_too(place: Place) -> None:
+    place.fakes.add("apptainer", marking(0))
+    place.fakes.add("scontrol")
+    environ = {"SLURM_JOB_ID": "7", "AIFLUX_IMAGE": str(place.image)}
+    assert generic(place, "in.jsonl", "out.json", **environ).returncode == 5
+    assert requeues(place)[-1] == ["requeue", "7"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 4])
+def test_only_an_unfinished_run_goes_back(place: Place, code: int) -> None:
+    place.fakes.add("apptainer", marking(0, code))
+    place.fakes.add("scontrol")
+    environ = place.environ(SLURM_JOB_ID="7")
+    assert place.bash(render(place.job()), environ=environ).returncode == code
+    assert requeues(place) == []
+
+
+def test_without_the_worker_s_mark_of_this_start_nothing_goes_back(place: Place) -> None:
+    mark(place, 0).parent.mkdir(parents=True)
+    mark(place, 0).touch()
+    place.fakes.add("apptainer", "[[ $* != *--shard* ]] || exit 5")
+    place.fakes.add("scontrol")
+    environ = place.environ(SLURM_JOB_ID="7")
+    assert place.bash(render(place.job()), environ=environ).returncode == 5
+    assert requeues(place) == []
+    assert not mark(place, 0).exists()
+
+
+def test_nothing_goes_back_where_it_is_not_wanted(place: Place) -> None:
+    place.fakes.add("apptainer", marking(0))
+    place.fakes.add("scontrol")
+    environ = place.environ(SLURM_JOB_ID="7")
+    assert place.bash(render(place.job(max_requeues=0)), environ=environ).returncode == 5
+    assert place.bash(render(place.job()), environ=place.environ()).returncode == 5, "no job"
+    assert requeues(place) == []
+
+
+def test_a_job_that_was_asked_to_end_does_not_go_back(place: Place) -> None:
+    place.fakes.add("scontrol")
+    marked = TRAPPING.replace("exit 5", 'touch "$here/mark"; exit 5')
+    link(place, 0)
+    process = start(place, marked, SLURM_JOB_ID="7")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 5
+    assert mark(place, 0).exists()
+    assert requeues(place) == []
+
+
+def test_a_job_whose_time_is_nearly_up_goes_back(place: Place) -> None:
+    place.fakes.add("scontrol")
+    link(place, 0)
+    process = start(place, TRAPPING.replace("exit 5", 'touch "$here/mark"; exit 5'),
+                    SLURM_JOB_ID="7")  # fmt: skip
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) == 5
+    assert requeues(place) == [["requeue", "7"]]
+
+
+def test_slurm_s_refusal_is_told_with_what_to_do(place: Place) -> None:
+    place.fakes.add("apptainer", marking(0))
+    place.fakes.say("scontrol", stderr="7: Access/permission denied\n", status=1)
+    done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
+    assert done.returncode == 5
+    assert "did not take job 7 back: 7: Access/permission denied" in done.stderr
+    remedy = done.stderr.splitlines()[-1]
+    assert "what was done is kept" in remedy
+    quoted = remedy.partition("aiflux resume ")[2]
+    said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True)
+    assert said.stdout.decode() == str(place.folder / "out.json.aiflux")
+
+
+def test_a_node_without_scontrol_says_what_to_do(place: Place) -> None:
+    place.fakes.add("apptainer", marking(0))
+    path = commands_only(
+        *(place.folder.parent / "bin", "bash", "env", "mktemp", "rm", "mkdir", "dirname"),
+        *("basename", "touch"),
+    )
+    environ = {**place.environ(SLURM_JOB_ID="7"), "PATH": f"{place.fakes.folder}:{path}"}
+    done = place.bash(render(place.job()), environ=environ)
+    assert done.returncode == 5
+    assert "scontrol: command not found" in done.stderr
+    assert "aiflux resume " in done.stderr
+
+
+@pytest.mark.parametrize("end", ['kill "$(<"$here/script.pid")"; exit 1', "kill $$; sleep 1"])
+def test_the_signal_of_an_accepted_requeue_is_no_refusal(place: Place, end: str) -> None:
+    place.fakes.add("apptainer", 'echo "$PPID" >"$here/script.pid"\n' + marking(0))
+    place.fakes.add("scontrol", end)
+    done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
+    assert done.returncode == 5
+    assert "error" not in done.stderr
+
+
 # --- signals -----------------------------------------------------------------------------------
 
 
-def start(place: Place, behaviour: str) -> subprocess.Popen[bytes]:
+def link(place: Place, shard: int) -> None:
+    """Let a fake leave the mark of a shard by touching ``$here/mark``."""
+    mark(place, shard).parent.mkdir(parents=True)
+    place.fakes.folder.joinpath("mark").symlink_to(mark(place, shard))
+
+
+def start(place: Place, behaviour: str, **environ: str) -> subprocess.Popen[bytes]:
     place.fakes.add("apptainer", behaviour)
     script = place.fakes.folder / "script"
     script.write_text(render(place.job()), encoding="utf-8")
-    process = subprocess.Popen(["bash", str(script)], env=place.environ())
+    process = subprocess.Popen(["bash", str(script)], env=place.environ(**environ))
     deadline = time.monotonic() + 10
     while not (place.fakes.folder / "ready").exists():
         assert process.poll() is None, "the job ended too early"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 from aiflux.core.config import SlurmConfig
 from aiflux.errors import ConfigError
 
-SIGNAL_SECONDS = 90
+SIGNAL_MARGIN = 60  # seconds that the job gets besides the drain: Slurm signals up to 60 s early
+_LONGEST_SIGNAL = 65535  # seconds; sbatch takes no more
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./%-]+\Z")
 _OWN = {
     "account", "partition", "qos", "gpus-per-node", "gres", "constraint", "time", "mem",
-    "cpus-per-task",
+    "cpus-per-task", "mail-user", "mail-type", "exclude", "reservation",
 }  # fmt: skip
 _MANAGED = {
     "array", "chdir", "error", "export", "export-file", "get-user-env", "help", "hold", "input",
@@ -39,7 +41,7 @@ def directive(name: str, value: str | int | None) -> str:
     return f"#SBATCH --{name}={text}"
 
 
-def log_pattern(folder: Path, name: str = "slurm-%j.out") -> str:
+def log_pattern(folder: Path, *, array: bool = False) -> str:
     r"""Return the value of ``--output`` for logs in ``folder``.
 
     Slurm replaces ``%`` symbols unless the path holds a backslash anywhere
@@ -48,20 +50,36 @@ def log_pattern(folder: Path, name: str = "slurm-%j.out") -> str:
     """
     if "\\" in str(folder):
         return str(folder / "slurm.out").replace("\\", "\\\\")
-    return str(folder).replace("%", "%%") + "/" + name
+    return str(folder).replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
 
 
-def log_file(folder: Path, job_id: str) -> Path:
-    """Return the log that ``log_pattern(folder)`` means for a job."""
-    return folder / ("slurm.out" if "\\" in str(folder) else f"slurm-{job_id}.out")
+def log_file(folder: Path, job_id: str, task: int | None = None) -> Path:
+    """Return the log that ``log_pattern(folder)`` means for a job, or for a task of an array."""
+    if "\\" in str(folder):
+        return folder / "slurm.out"
+    return folder / f"slurm-{job_id}{'' if task is None else f'_{task}'}.out"
 
 
-def job_directives(name: str, slurm: SlurmConfig, log: Path | None) -> Iterator[str]:
+def signal_seconds(drain_seconds: float) -> int:
+    """Return how long before the time limit Slurm is asked to signal the batch script."""
+    return min(math.ceil(drain_seconds) + SIGNAL_MARGIN, _LONGEST_SIGNAL)
+
+
+def job_directives(
+    name: str,
+    slurm: SlurmConfig,
+    log: Path | None,
+    *,
+    tasks: str | None = None,
+    drain_seconds: float = 30.0,
+) -> Iterator[str]:
     """Yield the ``#SBATCH`` lines of a job.
 
     Args:
         slurm: checked (see ``SlurmConfig.checked``).
         log: folder of the logs; None leaves Slurm's default.
+        tasks: the value of ``--array``; None for a job that is no array.
+        drain_seconds: what requests in flight get when the time is up.
 
     Raises:
         ConfigError: an extra option is one that AI-Flux sets itself.
@@ -69,6 +87,7 @@ def job_directives(name: str, slurm: SlurmConfig, log: Path | None) -> Iterator[
     extra = checked_extras(slurm.sbatch_arg)
     wanted: dict[str, str | int | None] = {
         "job-name": name,
+        "array": tasks,
         "account": slurm.account,
         "partition": slurm.partition,
         "qos": slurm.qos,
@@ -79,11 +98,15 @@ def job_directives(name: str, slurm: SlurmConfig, log: Path | None) -> Iterator[
         "gres": slurm.gres,
         "gpus-per-node": None if slurm.gres or not wants_gpus(slurm) else slurm.gpus_per_node,
         "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "reservation": slurm.reservation,
         "time": slurm.time,
-        "output": None if log is None else log_pattern(log),
+        "mail-user": slurm.mail_user,
+        "mail-type": slurm.mail_type,
+        "output": None if log is None else log_pattern(log, array=tasks is not None),
         "open-mode": "append",
         "requeue": "",
-        "signal": f"B:USR1@{SIGNAL_SECONDS}",
+        "signal": f"B:USR1@{signal_seconds(drain_seconds)}",
     }
     wanted.update(extra)
     return (directive(key, value) for key, value in wanted.items() if value is not None)

@@ -4,12 +4,21 @@
 #   image, input, output_dir, run_dir   absolute paths
 #   models_dir                          absolute path; empty when the engine is elsewhere
 #   shard                               index of the shard to work on
+#   max_requeues                        0: the job does not go back to the queue by itself
 #   gpu_flags, modules, prepare_args    arrays
 #   site_setup                          a function with the site's own lines
 
 runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
 child='' pending='' signals=0   # the container's pid, a signal it has not had yet, their number
+stopped=0                       # 1 after TERM or INT: somebody wants the job to end
 seal=() sealed=0 mounts=()
+
+# How Slurm's commands name this job: the bare id of an array's last task means the whole array.
+job_id=${SLURM_JOB_ID:-}
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# Made by the worker when its time was up and another start is worth while.
+printf -v mark '%s/status/shard-%04d.requeue' "$run_dir" "$shard"
 
 say() {
     printf 'aiflux: %s\n' "$1" >&2
@@ -26,6 +35,7 @@ give_up() {
 on_signal() {
     signals=$((signals + 1))
     pending=$1
+    [[ $1 == USR1 ]] || stopped=1
     deliver
 }
 
@@ -81,10 +91,15 @@ find_runtime() {
 
 # /tmp, /var/tmp and HOME of the container lie here.
 make_scratch() {
-    trap '[[ -z $scratch ]] || rm -rf -- "$scratch"' EXIT
+    trap remove_scratch EXIT
     scratch=$(mktemp -d -- "${TMPDIR:-/tmp}/aiflux.XXXXXXXX") ||
         give_up "no private directory could be made under ${TMPDIR:-/tmp} on $HOSTNAME" \
             "set TMPDIR to a directory of the node that you may write to"
+}
+
+remove_scratch() {
+    [[ -z $scratch ]] || rm -rf -- "$scratch"
+    scratch=''
 }
 
 # bind PATH [ro]: at the same path inside. --mount reads CSV; --bind would split at , and :
@@ -158,7 +173,8 @@ pass_environment() {
         esac
     done
     pass CUDA_VISIBLE_DEVICES SLURM_JOB_ID SLURM_JOB_NAME SLURM_RESTART_COUNT \
-        SLURM_ARRAY_TASK_ID SLURMD_NODENAME SLURM_CPUS_PER_TASK SLURM_JOB_GPUS SLURM_JOB_END_TIME
+        SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURMD_NODENAME SLURM_CPUS_PER_TASK \
+        SLURM_JOB_GPUS SLURM_JOB_END_TIME
     [[ -z $models_dir ]] || put AIFLUX_MODELS_DIR "$models_dir"
     put LANG C.UTF-8
 }
@@ -166,8 +182,8 @@ pass_environment() {
 # Older Slurms do not export the time at which the job will be ended (Unix time).
 find_end_time() {
     local end
-    [[ -z ${SLURM_JOB_END_TIME:-} && -n ${SLURM_JOB_ID:-} ]] || return 0
-    end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null) || return 0
+    [[ -z ${SLURM_JOB_END_TIME:-} && -n $job_id ]] || return 0
+    end=$(squeue -h -j "$job_id" -o %e 2>/dev/null) || return 0
     [[ $end == [0-9]*T* ]] && SLURM_JOB_END_TIME=$(date -d "$end" +%s)
 }
 
@@ -199,6 +215,7 @@ choose_seal() {
 work() {
     local deadline=()
     stop_if_asked
+    rm -f -- "$mark"
     unpass "${proxies[@]}"
     # The runtime passes the host's proxies even into a clean environment.
     unset "${proxies[@]}" all_proxy ALL_PROXY ftp_proxy FTP_PROXY
@@ -209,7 +226,27 @@ work() {
     run_container --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
 }
 
+# --- back to the queue ------------------------------------------------------------------------
+
+# Only where the worker asks for it, and nobody has asked the job to end: Slurm itself queues a
+# preempted job again, and a cancelled one shall stay cancelled.
+requeue() {
+    local words code
+    ((max_requeues > 0 && !stopped)) && [[ -n $job_id && -e $mark ]] || return 0
+    rm -f -- "$mark"
+    # Slurm ends what still runs with SIGTERM as soon as it has taken the job back: rm, and even
+    # the scontrol that asked for it.
+    remove_scratch
+    say "the time is up; job $job_id goes back to the queue and will go on where it stopped"
+    words=$(scontrol requeue "$job_id" 2>&1)
+    code=$?
+    ((code != 0 && code <= 128 && !stopped)) || return 0
+    printf 'error: Slurm did not take job %s back: %s\n  -> %s %q\n' "$job_id" "${words##*$'\n'}" \
+        "what was done is kept, the rest is still to do; go on with: aiflux resume" "$run_dir" >&2
+}
+
 main() {
+    local code
     trap 'on_signal TERM' TERM
     trap 'on_signal INT' INT
     trap 'on_signal USR1' USR1
@@ -221,6 +258,9 @@ main() {
     pass_environment
     prepare || exit
     work
+    code=$?
+    ((code != 5)) || requeue
+    return "$code"
 }
 
 main

@@ -72,6 +72,7 @@ output_dir=${output%/*}
 [[ -d ${output_dir:=/} ]] || usage "the output's folder $output_dir is not there"
 run_dir=$output.aiflux
 shard=0
+max_requeues=20
 
 data_dir=${AIFLUX_DATA_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aiflux}
 absolute models_dir "${AIFLUX_MODELS_DIR:-$data_dir/models}"

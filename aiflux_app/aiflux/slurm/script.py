@@ -24,6 +24,11 @@ class JobScript:
         name: the job's name.
         log: folder of the job's logs.
         models_dir: None when the engine is elsewhere; the job is then not sealed.
+        shard: what a job that is no array works on.
+        tasks: the value of ``--array``, such as ``0-99%8``; None for a job that is no array.
+        first: the shard of an array's task 0.
+        drain_seconds: what requests in flight get when the time is up.
+        max_requeues: 0 keeps the job from going back to the queue by itself; the worker counts.
     """
 
     name: str
@@ -35,6 +40,10 @@ class JobScript:
     run_dir: Path
     log: Path
     shard: int = 0
+    tasks: str | None = None
+    first: int = 0
+    drain_seconds: float = 30.0
+    max_requeues: int = 20
 
 
 def job_name(output: Path) -> str:
@@ -44,7 +53,7 @@ def job_name(output: Path) -> str:
 
 
 def render(job: JobScript) -> str:
-    """Return the script that works on one shard of a plan.
+    """Return the script that works on one shard of a plan, or on several as an array.
 
     Raises:
         ConfigError: a value is wrong, or cannot stand in a batch script.
@@ -52,7 +61,7 @@ def render(job: JobScript) -> str:
     slurm = job.slurm.checked()
     lines = [
         "#!/bin/bash",
-        *job_directives(job.name, slurm, job.log),
+        *job_directives(job.name, slurm, job.log, tasks=job.tasks, drain_seconds=job.drain_seconds),
         "",
         "# Written by `aiflux run`. Submitted again as it is, the run goes on where it stopped.",
         "",
@@ -61,7 +70,8 @@ def render(job: JobScript) -> str:
         _assign("output_dir", job.output_dir),
         _assign("models_dir", job.models_dir or ""),
         _assign("run_dir", job.run_dir),
-        _assign("shard", job.shard),
+        *_shard(job),
+        _assign("max_requeues", job.max_requeues),
         'prepare_args=(--run-dir "$run_dir" --prepare)',
         *_site(slurm),
         "",
@@ -85,6 +95,14 @@ def generic_script() -> str:
         _part("job.sh"),
     ]
     return "\n".join(lines)
+
+
+def _shard(job: JobScript) -> Iterator[str]:
+    if job.tasks is None:
+        yield _assign("shard", job.shard)
+    else:
+        yield _assign("first", job.first)
+        yield "shard=$((first + SLURM_ARRAY_TASK_ID))"
 
 
 def _site(slurm: SlurmConfig) -> Iterator[str]:

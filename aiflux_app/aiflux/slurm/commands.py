@@ -1,4 +1,4 @@
-"""Slurm's own commands: submit and cancel here, ask in ``queue``; nobody else calls them."""
+"""Submitting and cancelling jobs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,7 @@ from pathlib import Path
 from aiflux.errors import SlurmError
 from aiflux.slurm.arrays import array_ranges
 from aiflux.slurm.calling import attempt, call, clean_environment, words
-from aiflux.slurm.jobs import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
-from aiflux.slurm.queue import job_state, max_array_size, task_states
-
-__all__ = [
-    "JobId",
-    "JobState",
-    "TaskState",
-    "cancel",
-    "check_account",
-    "clean_environment",
-    "job_state",
-    "join_jobs",
-    "max_array_size",
-    "overall_state",
-    "parse_jobs",
-    "submit",
-    "task_states",
-]
+from aiflux.slurm.jobs import JobId
 
 
 def submit(

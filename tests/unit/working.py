@@ -8,6 +8,8 @@ from typing import Any
 
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.options import RunOptions
+from aiflux.core.plan import read_plan
+from aiflux.core.rundir import RunDirectory
 from aiflux.errors import AifluxError, ExitCode
 from aiflux.worker.run import Context, work
 from aiflux.worker.stats import Stats
@@ -71,6 +73,18 @@ class Working:
             self.error: AifluxError | None = error
             return error.exit_code
         self.error = None
+        return ExitCode.OK
+
+    def shard(self, index: int) -> ExitCode:
+        """Work on one shard of the plan that is there, as a task of an array does."""
+        self.context = Context(self.reporter, self.stopper, deadline=self.deadline)
+        run = RunDirectory.of_output(self.output)
+        self.error = None
+        try:
+            work(read_plan(run), run, index, self.context)
+        except AifluxError as error:
+            self.error = error
+            return error.exit_code
         return ExitCode.OK
 
     @property

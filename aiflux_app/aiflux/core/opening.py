@@ -110,10 +110,17 @@ def _write(
             _start_anew(run)
         elif earlier is not None:
             _settle(plan, run, earlier)
+        else:
+            _forget_statuses(run)
         write_plan(plan, run)
         status = run_status(plan, run)
         status.details["replace"] = replace and plan.output.exists()
         status.enter("in_progress")
+
+
+def _forget_statuses(run: RunDirectory) -> None:
+    for path in run.path.glob("status/shard-*"):
+        path.unlink(missing_ok=True)
 
 
 def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:

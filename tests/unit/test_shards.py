@@ -1,0 +1,284 @@
+"""A run in shards: cut, cut anew, and written once by whoever ends last."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiflux.core.journal import scan_journal
+from aiflux.core.lease import acquire
+from aiflux.core.merge import merge, merge_partial, merge_when_last
+from aiflux.core.plan import read_plan
+from aiflux.core.reshard import mend_journals, recut_journals
+from aiflux.core.rundir import RunDirectory
+from aiflux.core.sharding import auto_shards
+from aiflux.core.status import Status, open_shards, read_run_status
+from aiflux.errors import (
+    ExitCode,
+    InputError,
+    RunConflictError,
+    StoppedError,
+    TooManyFailuresError,
+)
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.working import Working
+
+PROMPTS = [f"prompt {index}" for index in range(24)]
+
+
+def answered(working: Working) -> list[str]:
+    return [entry["output"]["choices"][0]["message"]["content"] for entry in working.results]
+
+
+def run_of(working: Working) -> RunDirectory:
+    return RunDirectory.of_output(working.output)
+
+
+def test_the_last_shard_writes_the_output(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts(*PROMPTS)
+        opened = working.open(shards=4)
+        assert opened.open_shards == (0, 1, 2, 3)
+        for index in (2, 0, 3):
+            assert working.shard(index) is ExitCode.OK
+            assert not working.output.exists()
+        assert open_shards(opened.plan, opened.run) == (1,)
+        assert working.shard(1) is ExitCode.OK
+    assert answered(working) == [f"echo {prompt}" for prompt in PROMPTS]
+    assert set(engine.seen.values()) == {1}
+    whole = read_run_status(run_of(working))
+    assert whole is not None
+    assert whole["status"] == "completed"
+    assert whole["request_counts"] == {"total": 24, "completed": 24, "failed": 0}
+    assert working.open(shards=4).finished
+
+
+def test_a_failed_shard_leaves_the_rest_usable(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts(*PROMPTS)
+        opened = working.open(shards=3)
+        assert working.shard(0) is ExitCode.OK
+        assert working.shard(2) is ExitCode.OK
+        with pytest.raises(StoppedError, match="no result"):
+            merge(opened.plan, opened.run, print)
+        assert not working.output.exists()
+        path, counts = merge_partial(opened.plan, opened.run)
+        assert path.name == "out.partial.json"
+        names = [entry["input"]["custom_id"] for entry in json.loads(path.read_text("utf-8"))]
+        assert len(names) == counts.total == 16
+        assert names == [f"{i}:{PROMPTS[i]}" for i in (*range(8), *range(16, 24))]
+        again = working.open(shards=3)
+        assert again.open_shards == (1,)
+        assert working.shard(1) is ExitCode.OK
+    assert len(answered(working)) == 24
+    assert set(engine.seen.values()) == {1}
+
+
+def test_failures_are_allowed_for_the_run_not_for_the_shard(tmp_path: Path) -> None:
+    prompts = ["400", *PROMPTS[:4], "400", *PROMPTS[4:8]]
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, max_failures="1").prompts(*prompts)
+        working.open(shards=2)
+        assert working.shard(0) is ExitCode.OK, "one of ten: allowed so far"
+        assert working.shard(1) is ExitCode.FAILURES, "the second: too many in all"
+    assert isinstance(working.error, TooManyFailuresError)
+    assert working.error.message.startswith("2 of 10 requests failed (1 allowed")
+
+
+@given(
+    cuts=st.lists(st.integers(1, 30), min_size=2, max_size=4),
+    done=st.sets(st.integers(0, 23)),
+    edited=st.sets(st.integers(0, 23)),
+)
+def test_cut_anew_nothing_is_lost(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], done: set[int], edited: set[int]
+) -> None:
+    place = tmp_path_factory.mktemp("cut")
+    working = Working(place, "http://127.0.0.1:1").prompts(*PROMPTS)
+    first = working.open(shards=cuts[0])
+    lines = working.input.read_bytes().splitlines()
+    write_results(first.plan, first.run, [lines[index] for index in sorted(done)])
+    for number in cuts[1:]:
+        if number == cuts[-1]:
+            texts = [f"{text} edited" if i in edited else text for i, text in enumerate(PROMPTS)]
+            working.prompts(*texts)
+        opened = working.open(shards=number)
+        found = [scan_journal(opened.run.journal(s.index)).done for s in opened.plan.shards]
+        assert sum(found) == len(done)
+    _, counts = merge_partial(opened.plan, opened.run)
+    assert counts.total == len(done - edited)
+
+
+def write_results(plan, run, lines) -> None:  # type: ignore[no-untyped-def]
+    """Journal a result for each of the request lines, in the shard that holds it."""
+    from aiflux.core.input import read_lines
+    from aiflux.core.journal import JournalWriter, Result
+    from aiflux.core.request import request_key
+
+    for shard in plan.shards:
+        writer = JournalWriter(run.journal(shard.index))
+        for _, _, raw in read_lines(plan.input_path, shard.start, shard.end):
+            if raw in lines:
+                name = json.loads(raw)["custom_id"]
+                writer.append(Result(request_key(raw), name, 200, {}, None, b"{}"))
+        writer.close()
+
+
+@pytest.mark.parametrize("crash", ["before", "between", "after"])
+def test_a_crash_while_cutting_anew_leaves_one_whole_set(tmp_path: Path, crash: str) -> None:
+    working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
+    opened = working.open(shards=2)
+    write_results(opened.plan, opened.run, working.input.read_bytes().splitlines())
+    run = opened.run.path
+    if crash == "before":
+        (run / "journal.new").mkdir()
+        (run / "journal.new" / "shard-0000.jsonl").write_text("half a l")
+    else:
+        recut_journals(opened.plan, opened.run)
+        (run / "journal").rename(run / ("journal.new" if crash == "between" else "journal.tmp"))
+        if crash == "between":
+            (run / "journal.old").mkdir()
+        else:
+            (run / "journal.tmp").rename(run / "journal")
+            (run / "journal.old").mkdir()
+    mend_journals(opened.run)
+    assert sorted(path.name for path in run.glob("journal*")) == ["journal"]
+    assert sum(scan_journal(opened.run.journal(i)).done for i in (0, 1)) == 24
+    assert working.open(shards=3).resumed
+
+
+def test_however_many_end_at_once_one_writes(tmp_path: Path) -> None:
+    working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
+    opened = working.open(shards=8)
+    plan, run = opened.plan, opened.run
+    write_results(plan, run, working.input.read_bytes().splitlines())
+    gate, came = threading.Barrier(8), []
+
+    def end(shard: int) -> None:
+        gate.wait()
+        Status(run.status(shard), plan, shard).enter("completed")
+        came.append(merge_when_last(plan, run, lambda _: None))
+
+    threads = [threading.Thread(target=end, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert any(counts is not None and counts.total == 24 for counts in came)
+    assert len(working.results) == 24
+    assert not list(tmp_path.glob(".out.json*")), "no temporary file is left"
+    written = working.output.stat().st_ino
+    assert merge(plan, run, print).total == 24
+    assert working.output.stat().st_ino == written, "a second merge has nothing to do"
+    merge(plan, run, print, again=True)
+    assert working.output.stat().st_ino != written
+
+
+def test_no_plan_changes_under_a_worker(tmp_path: Path) -> None:
+    working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
+    opened = working.open(shards=2)
+    with (
+        acquire(opened.run.lease(1), "the shard"),
+        pytest.raises(RunConflictError, match=f"in use by process {os.getpid()}"),
+    ):
+        working.open(shards=3)
+    assert working.open(shards=3).plan.shards != opened.plan.shards
+
+
+def test_no_worker_starts_on_a_plan_that_changes(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts(*PROMPTS)
+        working.open(shards=2)
+        run = run_of(working)
+        ended: list[ExitCode] = []
+        lease = acquire(run.plan_lease, "the plan")
+        thread = threading.Thread(target=lambda: ended.append(working.shard(0)))
+        thread.start()
+        time.sleep(0.5)
+        assert not engine.seen
+        content = json.loads(run.plan.read_text("utf-8"))
+        run.plan.write_text(json.dumps({**content, "created": "later"}), encoding="utf-8")
+        lease.release()
+        thread.join()
+    assert ended == [ExitCode.USAGE]
+    assert "planned anew" in str(working.error)
+    assert not engine.seen
+
+
+def test_an_input_that_changed_is_refused(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts(*PROMPTS)
+        working.open(shards=2)
+        working.prompts(*PROMPTS, "one more")
+        assert working.shard(0) is ExitCode.USAGE
+        assert isinstance(working.error, InputError)
+        working.input.unlink()
+        assert working.shard(0) is ExitCode.USAGE
+    assert "is not there any more" in str(working.error)
+    assert not engine.seen
+
+
+def test_time_that_is_up_asks_for_another_start(tmp_path: Path) -> None:
+    with FaultyEngine(delay=0.1) as engine:
+        working = Working(tmp_path, engine.url, max_requeues=1, concurrency=1).prompts(*PROMPTS)
+        working.open()
+        mark = run_of(working).requeue_mark(0)
+        for start, asks in ((1, True), (2, False)):
+            working.stopper = type(working.stopper)()
+            thread = threading.Timer(
+                0.5, lambda: working.stopper.stop("signal SIGUSR1", time_is_up=True)
+            )
+            thread.start()
+            assert working.shard(0) is ExitCode.STOPPED
+            thread.join()
+            assert mark.exists() is asks, f"start {start}"
+            mark.unlink(missing_ok=True)
+            assert working.status["aiflux"]["exit_code"] == 5
+    assert working.status["aiflux"]["requeues"] == 1
+    assert working.status["aiflux"]["totals"]["starts"] == 2
+
+
+def test_a_start_without_progress_asks_for_no_other(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, drain_seconds=0.1).prompts("hang")
+        working.open()
+        threading.Timer(0.5, lambda: working.stopper.stop("time", time_is_up=True)).start()
+        assert working.shard(0) is ExitCode.STOPPED
+    assert not run_of(working).requeue_mark(0).exists()
+    assert any("ask for more time" in text for text in working.reporter.said)
+
+
+def test_a_plain_signal_asks_for_no_other_start(tmp_path: Path) -> None:
+    with FaultyEngine(delay=0.1) as engine:
+        working = Working(tmp_path, engine.url, concurrency=1).prompts(*PROMPTS)
+        working.open()
+        threading.Timer(0.5, lambda: working.stopper.stop("signal SIGTERM")).start()
+        assert working.shard(0) is ExitCode.STOPPED
+    assert not run_of(working).requeue_mark(0).exists()
+
+
+def test_auto_shards_fit_half_the_time(tmp_path: Path) -> None:
+    working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS, max_tokens=100_000)
+    seen = []
+    working.open(shards=lambda summary: seen.append(summary) or 1)
+    assert 100_000 <= seen[0].mean_tokens < 101_000
+    assert auto_shards(seen[0], 3600 * 24) == 1
+    assert auto_shards(seen[0], 800) == 7
+    assert auto_shards(seen[0], 1) == len(PROMPTS), "never more shards than requests"
+
+
+def test_a_plan_of_many_shards_covers_the_input_once(tmp_path: Path) -> None:
+    working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
+    opened = working.open(shards=7)
+    shards = read_plan(opened.run).shards
+    assert [shard.start for shard in shards[1:]] == [shard.end for shard in shards[:-1]]
+    assert (shards[0].start, shards[-1].end) == (0, working.input.stat().st_size)
+    assert sum(shard.requests for shard in shards) == len(PROMPTS)
+    assert max(s.requests for s in shards) - min(s.requests for s in shards) <= 1

@@ -14,3 +14,11 @@ def utc_text(seconds: float) -> str:
 def utc_now() -> str:
     """Return the present time as UTC ISO-8601 with ``Z``."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def unix_seconds(text: str) -> float:
+    """Return Unix time of what ``utc_text`` wrote; 0 where the text is none."""
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0.0

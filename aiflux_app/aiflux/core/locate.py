@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
 
     Args:
         text: a run directory, any file in one, an output (there already or not), or a job id:
-            ``123``, ``123_4`` or ``123;cluster``.
+            ``123``, ``123_4``, ``123;cluster``, or several of one run as
+            ``SlurmRunner.run`` returns them (``123,124``).
         environ: where the registry of runs is looked for.
         ask: returns the run directory of a job that the registry does not know, or None.
 
@@ -28,8 +30,9 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
     found = _by_path(Path(text).expanduser().absolute()) if text else None
     if found is not None:
         return found
-    if JOB.fullmatch(text):
-        return _by_job(text, environ, ask)
+    job = re.sub(r",[1-9][0-9,]*", "", text)
+    if JOB.fullmatch(job):
+        return _by_job(job, environ, ask)
     raise UsageError(
         f"no run is found at {text!r}: it is no run directory, no output of a run, and no job id",
         "`aiflux jobs --all` lists your runs",

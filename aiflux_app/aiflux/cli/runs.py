@@ -1,0 +1,52 @@
+"""What the commands that look at a run share: its argument, its paths and the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a run."""
+    parser.add_argument(
+        "run", metavar="R", help="a Slurm job id, an output, or a run directory (OUTPUT.aiflux)"
+    )
+
+
+def short(path: Path) -> str:
+    """Return the shortest form of a path that can be typed here."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base) and path != base:
+            return prefix + str(path.relative_to(base))
+    return str(path)
+
+
+def make_console() -> Console:
+    """Return a console on stdout that prints as it is told: no markup, nothing highlighted."""
+    printable()
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def printable() -> None:
+    """Let a character that stdout's encoding lacks cost nothing but itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def unicode_bar() -> bool:
+    """Tell whether stdout can show block characters."""
+    return (getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
+
+
+def show(console: Console, lines: list[Text]) -> None:
+    """Print lines as they are: coloured on a terminal, plain elsewhere."""
+    for line in lines:
+        if console.is_terminal:
+            console.print(line, soft_wrap=True)
+        else:
+            print(line.plain)

@@ -1,0 +1,87 @@
+"""``aiflux watch``: how a run is, until it has ended."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from rich.console import Console, Group
+from rich.live import Live
+
+from aiflux.cli.located import located
+from aiflux.cli.runs import add_run, make_console, short, show, unicode_bar
+from aiflux.cli.views import Frame, overview, progress_line, typed
+from aiflux.errors import ConfigError, ExitCode
+from aiflux.slurm.overview import Observer, RunView, outcome
+
+LINE_INTERVAL = 30.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = (
+        "Follow a run until it has ended; the exit code is the run's. Ctrl-C leaves the run alone."
+    )
+    parser.epilog = "example: aiflux watch results.json"
+    add_run(parser)
+    parser.add_argument(
+        "--interval", type=float, default=2.0, metavar="S", help="seconds between two looks (2)"
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Follow a run."""
+    if not arguments.interval >= 0.1:
+        raise ConfigError(f"--interval {arguments.interval:g} is too short", "give 0.1 or more")
+    observer = Observer(located(arguments.run))
+    console = make_console()
+    live = console.is_terminal and not console.is_dumb_terminal
+    view = observer.look()
+    try:
+        if live:
+            view = _draw(observer, view, console, arguments.interval)
+        else:
+            view = _write(observer, view, arguments.interval)
+    except KeyboardInterrupt:
+        _tell_left(view)
+        return int(ExitCode.STOPPED)
+    frame = Frame(console.width if live else None, None, unicode_bar(), short)
+    show(console, overview(view, frame))
+    return int(outcome(view))
+
+
+def _draw(observer: Observer, view: RunView, console: Console, interval: float) -> RunView:
+    """Draw the run on a terminal until it has ended."""
+    if view.ended:
+        return view
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while not view.ended:
+            # One line stays free: the cursor stands there.
+            frame = Frame(console.width, console.height - 1, unicode_bar(), short)
+            live.update(Group(*overview(view, frame)), refresh=True)
+            time.sleep(interval)
+            view = observer.look()
+    return view
+
+
+def _write(observer: Observer, view: RunView, interval: float) -> RunView:
+    """Write a line every half minute, and when something changes."""
+    told, said = float("-inf"), None
+    while not view.ended:
+        states = (view.state, Counter(shard.state for shard in view.shards))
+        if states != said or time.monotonic() - told >= LINE_INTERVAL:
+            print(time.strftime("%H:%M:%S"), progress_line(view), flush=True)
+            told, said = time.monotonic(), states
+        time.sleep(interval)
+        view = observer.look()
+    return view
+
+
+def _tell_left(view: RunView) -> None:
+    name = typed(short(view.output))
+    print(
+        f"the run goes on; aiflux watch {name} shows it again, aiflux cancel {name} stops it",
+        file=sys.stderr,
+    )

@@ -40,6 +40,7 @@ COMMANDS = {
     "models": "models on disk",
     "image": "the Apptainer image",
     "config": "configuration",
+    "doctor": "tell what this site has, and what will not work",
 }
 
 

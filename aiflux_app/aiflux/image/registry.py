@@ -42,10 +42,14 @@ class Reference:
         return host == "localhost" or host.startswith("127.")
 
     @property
+    def api_host(self) -> str:
+        """The host of the registry's API."""
+        return _API_HOSTS.get(self.host, self.host)
+
+    @property
     def url(self) -> str:
         """The root of the registry's API, with a slash at the end."""
-        scheme = "http" if self.insecure else "https"
-        return f"{scheme}://{_API_HOSTS.get(self.host, self.host)}/v2/"
+        return f"{'http' if self.insecure else 'https'}://{self.api_host}/v2/"
 
 
 def parse(reference: str) -> Reference:
@@ -70,6 +74,15 @@ def why_unreachable(reference: Reference) -> str | None:
     if status in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED):
         return None
     return f"{reference.host} answers {status}"
+
+
+def why_silent(host: str) -> str | None:
+    """None when a host answers over https, whatever it says, else the reason."""
+    try:
+        _request("GET", f"https://{host}/v2/")
+    except OSError as error:
+        return f"{host} does not answer: {_reason(error)}"
+    return None
 
 
 def digest(reference: Reference) -> str | None:
@@ -112,4 +125,5 @@ def _request(method: str, url: str, headers: dict[str, str] | None = None) -> tu
 
 
 def _reason(error: OSError) -> str:
-    return str(getattr(error, "reason", error))
+    reason = getattr(error, "reason", error)
+    return str(getattr(reason, "strerror", None) or reason)

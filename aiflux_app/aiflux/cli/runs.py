@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from aiflux.cli.views import Frame
+
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names a run."""
@@ -38,9 +40,13 @@ def printable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def unicode_bar() -> bool:
-    """Tell whether stdout can show block characters."""
-    return (getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
+def frame_of(console: Console, *, fit: bool = False) -> Frame:
+    """Return the frame that a run is shown in; ``fit`` keeps it to the terminal's height."""
+    blocks = console.encoding.lower().replace("-", "") == "utf8"
+    if not console.is_terminal:
+        return Frame(None, None, blocks, short)
+    # One line stays free: the cursor stands there.
+    return Frame(console.width, console.height - 1 if fit else None, blocks, short)
 
 
 def show(console: Console, lines: list[Text]) -> None:

@@ -6,8 +6,8 @@ import argparse
 import json
 
 from aiflux.cli.located import located
-from aiflux.cli.runs import add_run, make_console, short, show, unicode_bar
-from aiflux.cli.views import Frame, overview
+from aiflux.cli.runs import add_run, frame_of, make_console, show
+from aiflux.cli.views import overview
 from aiflux.slurm.overview import gather
 
 
@@ -26,6 +26,5 @@ def execute(arguments: argparse.Namespace) -> int:
         print(json.dumps(view.to_json(), indent=2))
         return 0
     console = make_console()
-    width = console.width if console.is_terminal else None
-    show(console, overview(view, Frame(width, None, unicode_bar(), short)))
+    show(console, overview(view, frame_of(console)))
     return 0

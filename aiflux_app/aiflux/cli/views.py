@@ -47,6 +47,7 @@ _ORDER = (
     ShardState.WAITING,
     ShardState.DONE,
 )
+_GOING = {ShardState.RUNNING, ShardState.STOPPING}
 _QUIET = {ShardState.WAITING, ShardState.DONE, ShardState.NOT_SUBMITTED}
 
 
@@ -122,9 +123,7 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
         about.append(("job" if len(view.jobs) == 1 else "jobs", ", ".join(view.jobs)))
     lines = [Text("   ").join(_pair(name, value) for name, value in about)]
     speed = _speed(view) if not view.ended else ""
-    used = ", ".join(part for part in (speed, _used(view)) if part)
-    if used:
-        lines.append(Text(used))
+    lines += [Text(words) for words in (speed, _used(view)) if words]
     if len(view.shards) == 1:
         lines += _only_shard(view)
     else:
@@ -208,8 +207,7 @@ def _shards(view: RunView, frame: Frame, room: int | None) -> list[Text]:
     ranked = sorted(view.shards, key=lambda shard: (_ORDER.index(shard.state), shard.index))
     most = SHOWN_SHARDS if room is None else room - 3  # the heading, the sum and a blank
     if len(ranked) > most + 1:
-        interesting = [shard for shard in ranked if shard.state not in _QUIET]
-        ranked = (interesting or ranked)[: max(most, 0)]
+        ranked = _choose(ranked, max(most, 0))
     if not ranked:
         return []
     lines = [Text(""), *_table(ranked, frame)]
@@ -218,6 +216,15 @@ def _shards(view: RunView, frame: Frame, room: int | None) -> list[Text]:
     if rest:
         lines.append(Text(f"       and {len(rest)} more: {_counted(rest)}", style="dim"))
     return lines
+
+
+def _choose(ranked: list[ShardView], most: int) -> list[ShardView]:
+    """Return the shards that are worth a line; however many run, broken ones have their share."""
+    interesting = [shard for shard in ranked if shard.state not in _QUIET]
+    going = [shard for shard in interesting if shard.state in _GOING]
+    broken = interesting[len(going) :]
+    shown = going[: most - min(len(broken), most // 3)]
+    return [*shown, *broken[: most - len(shown)]] or ranked[:most]
 
 
 def _table(shards: Sequence[ShardView], frame: Frame) -> list[Text]:
@@ -250,7 +257,7 @@ def _aligned(row: Sequence[str], kept: Sequence[int], widths: dict[int, int]) ->
 
 
 def _row(shard: ShardView) -> list[str]:
-    going = shard.state in (ShardState.RUNNING, ShardState.STOPPING)
+    going = shard.state in _GOING
     remaining = shard.remaining_seconds
     return [
         str(shard.index),
@@ -268,14 +275,14 @@ def _row(shard: ShardView) -> list[str]:
 def _note(shard: ShardView) -> str:
     """Return where a shard runs, or why it does not."""
     parts = []
-    if shard.host and shard.state in (ShardState.RUNNING, ShardState.STOPPING):
+    if shard.host and shard.state in _GOING:
         parts.append(f"on {shard.host}")
     if shard.restarts:
         parts.append(_times(shard.restarts, "restart"))
-    if shard.exit_code is not None and "exit code" not in shard.reason:
-        parts.append(f"exit code {shard.exit_code}")
     if shard.reason:
         parts.append(one_line(shard.reason))
+    if shard.exit_code is not None and "exit code" not in shard.reason:
+        parts.append(f"exit code {shard.exit_code}")
     return ", ".join(parts)
 
 

@@ -6,13 +6,14 @@ import argparse
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 from rich.console import Console, Group
 from rich.live import Live
 
 from aiflux.cli.located import located
-from aiflux.cli.runs import add_run, make_console, short, show, unicode_bar
-from aiflux.cli.views import Frame, overview, progress_line, typed
+from aiflux.cli.runs import add_run, frame_of, make_console, short, show
+from aiflux.cli.views import overview, progress_line, typed
 from aiflux.errors import ConfigError, ExitCode
 from aiflux.slurm.overview import Observer, RunView, outcome
 
@@ -47,8 +48,7 @@ def execute(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _tell_left(view)
         return int(ExitCode.STOPPED)
-    frame = Frame(console.width if live else None, None, unicode_bar(), short)
-    show(console, overview(view, frame))
+    show(console, overview(view, frame_of(console)))
     return int(outcome(view))
 
 
@@ -56,10 +56,10 @@ def _draw(observer: Observer, view: RunView, console: Console, interval: float) 
     """Draw the run on a terminal until it has ended."""
     if view.ended:
         return view
+    blocks = frame_of(console).blocks  # not to be told any more once the display is live
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while not view.ended:
-            # One line stays free: the cursor stands there.
-            frame = Frame(console.width, console.height - 1, unicode_bar(), short)
+            frame = replace(frame_of(console, fit=True), blocks=blocks)
             live.update(Group(*overview(view, frame)), refresh=True)
             time.sleep(interval)
             view = observer.look()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
         UsageError: no run is found.
     """
     text = text.strip()
-    found = _by_path(Path(text).expanduser().absolute()) if text else None
+    found = _by_path(text) if text else None
     if found is not None:
         return found
     job = re.sub(r",[1-9][0-9,]*", "", text)
@@ -57,13 +58,19 @@ def _by_job(text: str, environ: Mapping[str, str], ask: Ask | None) -> RunDirect
     )
 
 
-def _by_path(path: Path) -> RunDirectory | None:
+def _by_path(text: str) -> RunDirectory | None:
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError:  # ~ of a user that is unknown
+        return None
     runs = (RunDirectory(candidate) for candidate in _candidates(path))
-    return next((run for run in runs if run.plan.is_file()), None)
+    # Path.is_file raises where a folder may not be entered.
+    return next((run for run in runs if os.path.isfile(run.plan)), None)
 
 
 def _candidates(path: Path) -> Iterator[Path]:
     yield path
-    yield RunDirectory.of_output(path).path
+    if path.name:
+        yield RunDirectory.of_output(path).path
     # A file of a run lies in its directory, or in a folder of it.
     yield from list(path.parents)[:2]

@@ -51,7 +51,7 @@ class Entry:
     @property
     def gone(self) -> bool:
         """Whether the run directory is not there (any more, or on this machine)."""
-        return not self.run_dir.is_dir()
+        return not os.path.isdir(self.run_dir)
 
     def to_json(self) -> dict[str, Any]:
         """Return what the entry's file holds."""

@@ -10,6 +10,7 @@ from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.options import RunOptions
 from aiflux.core.settings import SETTINGS
 from aiflux.errors import ConfigError
+from aiflux.slurm.directives import job_directives
 
 
 def config(directory: Path, **more: object) -> Config:
@@ -96,3 +97,12 @@ def test_top_k_is_refused_where_it_would_have_no_effect() -> None:
     with pytest.raises(ConfigError, match="top_k is set, but"):
         RunOptions(top_k=5)
     assert RunOptions(top_k=5, engine_url="http://h").parameters == {"top_k": 5}
+
+
+def test_null_leaves_a_directive_out(tmp_path: Path) -> None:
+    (tmp_path / "aiflux.yaml").write_text("slurm: {mem: null, time: null, account: null}\n")
+    config = Config(directory=tmp_path, environ={"SLURM_ACCOUNT": "", "HOME": str(tmp_path)})
+    asked = config.get_slurm_config()
+    assert (asked.mem, asked.time, asked.account) == (None, None, None)
+    directives = list(job_directives("a", asked.checked(), None))
+    assert not [line for line in directives if "--mem" in line or "--time" in line]

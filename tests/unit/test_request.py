@@ -123,3 +123,33 @@ def test_a_body_is_taken_as_it_is(custom_id: str, extra: object, ascii_only: boo
     entry = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
     raw = json.dumps(entry, ensure_ascii=ascii_only).encode("utf-8")
     assert parse_request(raw).body == body
+
+
+_LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8)
+)
+_VALUES = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=4), inner)
+)
+
+
+@given(
+    custom_id=_VALUES | st.just("r1"),
+    body=_VALUES | st.dictionaries(st.sampled_from(["model", "messages", "x"]), _VALUES),
+    tail=st.sampled_from(["", " ", "x", "}", "\x00"]),
+    ascii_only=st.booleans(),
+)
+def test_the_quick_check_judges_as_the_exact_one(
+    custom_id: object, body: object, tail: str, ascii_only: bool
+) -> None:
+    entry = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+    raw = (json.dumps(entry, ensure_ascii=ascii_only) + tail).encode("utf-8", "surrogatepass")
+    assert judged(raw, exact=False) == judged(raw, exact=True)
+
+
+def judged(raw: bytes, *, exact: bool) -> tuple[str, ...]:
+    try:
+        request = parse_request(raw, "m:1", exact=exact)
+    except LineError as error:
+        return error.problems
+    return (request.custom_id, request.url, *request.body)

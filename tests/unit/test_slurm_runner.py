@@ -32,7 +32,8 @@ from tests.unit.helpers import write_input
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
     fakes = FakeCommands(tmp_path / "bin")
     fakes.say("sbatch", "42\n")
-    fakes.say("scontrol")
+    for silent in ("scontrol", "squeue", "sacct"):
+        fakes.say(silent)
     monkeypatch.setenv("PATH", fakes.path)
     return fakes
 
@@ -328,3 +329,14 @@ def test_auto_shards_follow_the_time_limit(slurm: FakeCommands, many: Path) -> N
 
     assert shards("1-00:00:00") == 1
     assert shards("0:30") > 1
+
+
+def test_nothing_is_submitted_while_slurm_does_not_answer(
+    slurm: FakeCommands, workspace: Path
+) -> None:
+    runner = SlurmRunner(workspace=workspace)
+    runner.run("in.jsonl", "out.json")
+    slurm.say("squeue", stderr="slurm_load_jobs error: Unable to contact controller\n", status=1)
+    with pytest.raises(SlurmError, match="Unable to contact"):
+        runner.run("in.jsonl", "out.json")
+    assert len(slurm.calls("sbatch")) == 1, "the job may still be there"

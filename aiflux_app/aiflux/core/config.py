@@ -19,6 +19,8 @@ from aiflux.core.options import RunOptions
 from aiflux.core.settings import BY_NAME, SETTINGS, Setting, parse_setting
 from aiflux.errors import ConfigError
 
+# null in a YAML file leaves their directive out; for the others it means "not said here".
+LEFT_OUT = ("time", "mem", "cpus_per_task")
 _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
 
 
@@ -280,7 +282,9 @@ def _read_section(path: Path, section: str, entries: Any) -> dict[str, Value]:
     values = {}
     for name, value in entries.items():
         setting = _known(str(name), f"{path}, section {section}:", known)
+        place = f"{path} ({section}.{name})"
         if value is not None:
-            place = f"{path} ({section}.{name})"
             values[setting.name] = Value(parse_setting(setting, value, place), place)
+        elif setting.name in LEFT_OUT:
+            values[setting.name] = Value(None, place)
     return values

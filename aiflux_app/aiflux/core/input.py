@@ -198,8 +198,10 @@ class _Digest:
 
     def _flush(self) -> None:
         self._wait()
-        block = b"".join(line + b"\n" for line in self._lines)
-        self._pending = self._executor.submit(self._hash.update, block)
+        if not self._lines:
+            return
+        self._lines.append(b"")
+        self._pending = self._executor.submit(self._hash.update, b"\n".join(self._lines))
         self._lines, self._size = [], 0
 
     def _wait(self) -> None:
@@ -257,7 +259,7 @@ class _Scan:
         try:
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
-            request = parse_request(raw, self.model)
+            request = parse_request(raw, self.model, exact=False)
         except LineError as error:
             self.problems.add(number, str(error))
             return

@@ -20,7 +20,7 @@ from aiflux.core.rundir import RunDirectory, checked_output
 from aiflux.core.sharding import auto_shards
 from aiflux.core.status import finished_counts, open_shards
 from aiflux.core.walltime import walltime_seconds
-from aiflux.errors import ConfigError, ImageError, RunConflictError, SlurmError
+from aiflux.errors import ConfigError, ImageError, RunConflictError
 from aiflux.slurm.arrays import array_ranges, parse_ranges, split_arrays
 from aiflux.slurm.commands import check_account, submit
 from aiflux.slurm.jobs import JobId, TaskState
@@ -195,6 +195,7 @@ def _job_script(
         run_dir=run.path,
         log=logs,
         drain_seconds=options.drain_seconds,
+        max_requeues=options.max_requeues,
     )
 
 
@@ -277,14 +278,15 @@ def active_shards(
 ) -> dict[int, tuple[JobId, TaskState]]:
     """Return the shards of a run that wait or run in Slurm, each with its job.
 
-    Jobs that Slurm has forgotten are in nobody's way, nor are any where there is no Slurm.
+    Jobs that Slurm has forgotten are in nobody's way.
+
+    Raises:
+        SlurmError: Slurm is missing or does not answer.
     """
     records = read_submissions(run)
     submissions = records.submissions if records is not None else ()
-    try:
-        states = task_states([id_ for each in submissions for id_ in each.ids], environ)
-    except SlurmError:
-        return {}
+    ids = [id_ for each in submissions for id_ in each.ids]
+    states = task_states(ids, environ) if ids else {}
     active = {}
     for submission in submissions:
         for job, id_ in zip(submission.jobs, submission.ids, strict=True):

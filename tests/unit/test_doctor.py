@@ -1,0 +1,284 @@
+"""``aiflux doctor``: every line from small honest commands, files and folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from aiflux.cli.main import main
+from aiflux.cli.quota import quotas
+from aiflux.core import host
+from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.diagnosis import Diagnosis
+from aiflux.image.probes import containers, is_setuid
+from aiflux.slurm.site import scheduler
+from tests.tools.make_sif import make_sif
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> FakeCommands:
+    return FakeCommands(tmp_path / "fakes")
+
+
+def by_name(lines: list[Diagnosis]) -> dict[str, list[Diagnosis]]:
+    found: dict[str, list[Diagnosis]] = {}
+    for line in lines:
+        assert bool(line.fix) == (line.level != "ok"), line
+        found.setdefault(line.name, []).append(line)
+    return found
+
+
+def of_slurm(
+    commands: FakeCommands, site: FakeSite, slurm: SlurmConfig | None = None
+) -> dict[str, list[Diagnosis]]:
+    for name in ("sbatch", "squeue", "scancel"):
+        commands.say(name)
+    return by_name([*scheduler(slurm or SlurmConfig(partition="gpu"), site.install(commands))])
+
+
+def test_what_slurm_offers(commands: FakeCommands) -> None:
+    told = of_slurm(commands, FakeSite(settings=ACCOUNTING))
+    assert told["slurm"][0].what == "23.11.4, cluster delta"
+    assert "1000 tasks" in told["arrays"][0].what
+    assert told["accounting"][0].what == (
+        "is enforced; your accounts: chem, physics; default: physics"
+    )
+    assert told["partition gpu"][0].what == (
+        "1 node with 4 a100, 1 node with 1 p4 and 2 v100; up to 1-00:00:00"
+    )
+    assert "partition cpu" not in told
+    assert "fits" in told["your settings"][0].what
+    assert {line.level for lines in told.values() for line in lines} == {"ok"}
+
+
+def test_what_does_not_fit_is_a_warning(commands: FakeCommands) -> None:
+    told = of_slurm(commands, FakeSite(), SlurmConfig(partition="gpu", mem="999G"))
+    assert told["your settings"][0].level == "warn"
+    assert "--mem 256000M at most" in told["your settings"][0].fix
+
+
+def test_a_site_without_much(commands: FakeCommands) -> None:
+    site = FakeSite(
+        settings={"SLURM_VERSION": "19.05.8", "MaxArraySize": "0", "PreemptType": "preempt/none"},
+        nodes=[node("c1", Partitions="cpu")],
+    )
+    told = of_slurm(commands, site, SlurmConfig(gpus_per_node="0"))
+    assert [told[name][0].level for name in ("slurm", "arrays", "GPUs")] == ["warn"] * 3
+
+
+def test_a_partition_that_is_closed_or_down_says_so(commands: FakeCommands) -> None:
+    site = FakeSite(
+        settings=ACCOUNTING,
+        partitions=[partition("gpu", AllowAccounts="astro"), partition("big")],
+        nodes=[
+            node("g1", Gres="gpu:2"),
+            node("b1", Gres="gpu:2", Partitions="big", State="DOWN*"),
+        ],
+    )
+    told = of_slurm(commands, site)
+    assert "not for you" in told["partition gpu"][0].what
+    assert told["partition big"][0].level == "warn"
+
+
+def test_no_slurm(tmp_path: Path) -> None:
+    (line,) = scheduler(SlurmConfig(), {"PATH": str(tmp_path)})
+    assert line.level == "fail"
+    assert "sbatch, squeue, scancel, scontrol not on PATH" in line.what
+
+
+def test_a_controller_that_is_silent(commands: FakeCommands) -> None:
+    for name in ("sbatch", "squeue", "scancel"):
+        commands.say(name)
+    commands.say("scontrol", stderr="slurm_load_ctl_conf error: Unable to contact", status=1)
+    (line,) = scheduler(SlurmConfig(), {"PATH": commands.path})
+    assert line.level == "fail"
+    assert "Unable to contact" in line.what
+
+
+def config(folder: Path, **environ: str) -> Config:
+    return Config(environ={"HOME": str(folder), **environ}, directory=folder)
+
+
+def of_containers(
+    commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, image: Path
+) -> dict[str, list[Diagnosis]]:
+    monkeypatch.setenv("PATH", str(commands.folder) + ":/usr/bin:/bin")
+    settings = config(image.parent, AIFLUX_IMAGE=str(image))
+    return by_name([*containers(settings, image.parent)])
+
+
+APPTAINER = """
+case $1 in
+--version) echo "apptainer version {version}" ;;
+buildcfg) echo LIBEXECDIR={libexec} ;;
+exec) printf '\\033[31mFATAL:   no such namespace\\033[0m\\n\\033[0m\\n' >&2; exit {seals} ;;
+esac
+"""
+
+
+def test_the_container_and_its_image(
+    commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, awkward: Path
+) -> None:
+    commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
+    image = make_sif(awkward / "a.sif", os_arch(), version="0.1.0", ollama="0.9.3", cpu_only="yes")
+    told = of_containers(commands, monkeypatch, image)
+    assert told["apptainer"][0].what == "apptainer version 1.4.5"
+    assert "aiflux 0.1.0, Ollama 0.9.3" in told["image"][0].what
+    assert "CPU-only" in told["image"][1].what
+    assert told["sealing"][0].level == "ok"
+    (probe,) = [call for call in commands.calls("apptainer") if call.argv[0] == "exec"]
+    assert probe.argv[1:] == ["--net", "--network", "none", str(image), "true"]
+
+
+def os_arch() -> str:
+    return "amd64" if os.uname().machine == "x86_64" else "arm64"
+
+
+def test_what_cannot_be_sealed_says_why(
+    commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands.add("apptainer", APPTAINER.format(version="0.9.0", libexec="/none", seals=255))
+    told = of_containers(commands, monkeypatch, make_sif(tmp_path / "a.sif", version="1"))
+    assert told["apptainer"][0].level == "fail"
+    assert told["sealing"][0].what.endswith("started here: FATAL:   no such namespace")
+
+
+def test_no_apptainer_is_a_warning_and_no_image_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    settings = config(tmp_path, AIFLUX_IMAGE=str(tmp_path / "none.sif"))
+    lines = [*containers(settings, tmp_path)]
+    assert [(line.name, line.level) for line in lines] == [("apptainer", "warn"), ("image", "fail")]
+
+
+def test_an_image_of_others(
+    commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
+    (tmp_path / "a.sif").write_bytes(b"no image")
+    told = of_containers(commands, monkeypatch, tmp_path / "a.sif")
+    assert told["image"][0].level == "fail"
+
+
+def test_a_starter_of_the_user_is_not_setuid(tmp_path: Path) -> None:
+    starter = tmp_path / "apptainer" / "bin" / "starter-suid"
+    starter.parent.mkdir(parents=True)
+    starter.touch()
+    assert not is_setuid(tmp_path / "apptainer", {"LIBEXECDIR": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("user/max_user_namespaces", "0\n", "user.max_user_namespaces is 0"),
+        ("kernel/unprivileged_userns_clone", "0", "kernel.unprivileged_userns_clone is 0"),
+        ("kernel/unprivileged_userns_clone", "1", None),
+        (
+            "kernel/apparmor_restrict_unprivileged_userns",
+            "1",
+            "kernel.apparmor_restrict_unprivileged_userns is 1",
+        ),
+        ("user/max_user_namespaces", "63000", None),
+    ],
+)
+def test_user_namespaces(tmp_path: Path, name: str, value: str, reason: str | None) -> None:
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(value, encoding="utf-8")
+    assert host.user_namespaces(tmp_path) == reason
+
+
+def test_subordinate_ids(tmp_path: Path) -> None:
+    (tmp_path / "subuid").write_text("ann:100000:65536\n1001:165536:65536\n", encoding="utf-8")
+    (tmp_path / "subgid").write_text("ann:100000:65536\n", encoding="utf-8")
+    assert host.subordinate_ids("ann", 1000, tmp_path) == []
+    assert host.subordinate_ids("bob", 1001, tmp_path) == [str(tmp_path / "subgid")]
+
+
+def test_the_type_of_a_file_system(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    folder = str(tmp_path.resolve() / "a b").replace(" ", "\\040")
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nmds {folder} lustre rw 0 0\n", encoding="utf-8")
+    assert host.file_system(tmp_path / "a b" / "c", mounts) == "lustre"
+    assert host.file_system(tmp_path, mounts) == "ext4"
+
+
+def test_models_in_the_directory(tmp_path: Path) -> None:
+    library = tmp_path / "manifests" / "registry.ollama.ai" / "library"
+    for name, size in (("whole", 2), ("torn", 3)):
+        (library / name).mkdir(parents=True)
+        layer = {"digest": "sha256:aa", "size": size}
+        (library / name / "1b").write_text(json.dumps({"config": layer, "layers": []}))
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "sha256-aa").write_bytes(b"ab")
+    whole, torn, _ = host.models(config(tmp_path, AIFLUX_MODELS_DIR=str(tmp_path)))
+    assert (whole.level, whole.what) == ("ok", f"{tmp_path}: 1 model (whole:1b)")
+    assert (torn.level, torn.fix) == ("warn", "aiflux models pull torn:1b")
+
+
+def test_no_models_yet(tmp_path: Path) -> None:
+    first, room = host.models(config(tmp_path))
+    assert (first.level, "no models yet" in first.what) == ("warn", True)
+    assert "free" in room.what
+
+
+def test_settings_that_mean_nothing_or_are_wrong(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path), "AIFLUX_MODEL_DIR": "/x", "MAX_RETRIES": "many"}
+    settings, lines = host.load_config(environ)
+    assert [line.level for line in lines] == ["warn", "fail"]
+    assert lines[0].fix.startswith("did you mean AIFLUX_MODELS_DIR?")
+    assert "MAX_RETRIES" in lines[1].what
+    assert settings.models_dir == tmp_path / ".local/share/aiflux/models"
+
+
+def test_proxies_without_their_passwords() -> None:
+    (line,) = host.proxies({"https_proxy": "http://ann:secret@proxy:3128"})
+    assert "https_proxy=http://***@proxy:3128" in line.what
+
+
+def test_quotas(commands: FakeCommands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(commands.folder))
+    assert [*quotas([])] == []
+    table = "Disk quotas for user ann (uid 1):\\n Filesystem space quota\\n /home 3G 5G\\n"
+    commands.add("quota", f"[ $1 = -q ] || printf '{table}'\n")
+    monkeypatch.setenv("PATH", str(commands.folder) + ":/usr/bin:/bin")
+    (line,) = quotas([])
+    assert (line.level, line.what) == ("ok", "/home 3G 5G")
+    commands.add("quota", "echo '/home: over block quota'\n")
+    (line,) = quotas([])
+    assert line.level == "warn"
+
+
+def test_the_command_says_it_all(
+    commands: FakeCommands,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Through a proxy that is not there, so that nothing is asked of the real network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(commands.folder) + ":/usr/bin:/bin")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
+    make_sif(tmp_path / "aiflux.sif", os_arch(), version="0.1.0", cpu_only="no")
+    for name in ("sbatch", "squeue", "scancel"):
+        commands.say(name)
+    FakeSite().install(commands)
+    monkeypatch.setenv("SLURM_PARTITION", "gpu")
+    assert main(["doctor"]) == 0
+    plain = capsys.readouterr().out
+    assert "partition gpu: 1 node with 4 a100" in plain
+    assert "\nNetwork\n" in plain
+    assert "nothing fails" in plain
+    assert main(["doctor", "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert {frozenset(line) for line in lines} == {frozenset({"name", "level", "what", "fix"})}
+    (tmp_path / "aiflux.sif").write_bytes(b"")
+    assert main(["doctor"]) == 2
+    assert "FAIL image: " in capsys.readouterr().out

@@ -1,0 +1,281 @@
+"""What is told before anything is queued, and what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.input import scan_input
+from aiflux.core.options import RunOptions
+from aiflux.core.plan import Plan, make_plan
+from aiflux.core.preflight import (
+    Finding,
+    check_image,
+    check_models,
+    check_space,
+    collect,
+    refuse,
+    size_text,
+)
+from aiflux.errors import ExitCode, PreflightError, describe
+from aiflux.slurm.facts import ask_cluster, parse_gpus
+from aiflux.slurm.preflight import cluster_checks, preflight
+from tests.tools.make_sif import make_sif
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition
+from tests.unit.helpers import write_input
+
+HERE = platform.machine()
+OTHER = "arm64" if HERE == "x86_64" else "amd64"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    summary = scan_input(write_input(tmp_path / "in.jsonl", 3), None)
+    return make_plan(summary, tmp_path / "out.json", RunOptions(), tmp_path / "models")
+
+
+def asked(commands: FakeCommands, site: FakeSite, **slurm: Any) -> list[tuple[str, str, str]]:
+    facts = ask_cluster(site.install(commands))
+    found = collect(cluster_checks(facts, SlurmConfig(**slurm).checked()))
+    return [(finding.level, finding.what, finding.fix) for finding in found]
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> FakeCommands:
+    return FakeCommands(tmp_path / "fakes")
+
+
+def test_a_job_that_fits_has_no_findings(commands: FakeCommands) -> None:
+    assert asked(commands, FakeSite(), partition="gpu") == []
+    assert asked(commands, FakeSite(), partition="gpu", gpus_per_node="a100:4", mem="0") == []
+    assert asked(commands, FakeSite(), partition="gpu", gres="gpu:A100:4,shard:9") == []
+    assert asked(commands, FakeSite(), gpus_per_node="0") == []
+
+
+@pytest.mark.parametrize(
+    ("slurm", "what", "fix"),
+    [
+        ({}, "--gpus-per-node 1 is more than any node of partition cpu has (0 GPUs)", "gpu, big"),
+        ({"partition": "gpux"}, "no partition 'gpux'", "cpu, gpu, big"),
+        ({"partition": "gpu,gpux"}, "no partition 'gpux'", "cpu, gpu, big"),
+        ({"partition": "gpu", "gpus_per_node": "5"}, "(4 GPUs)", "have such nodes: big"),
+        ({"partition": "gpu", "gpus_per_node": "h100:1"}, "(0 h100 GPUs)", "aiflux doctor"),
+        ({"partition": "gpu", "gres": "gpu:v100:4"}, "--gres gpu:v100:4 is more", "aiflux doctor"),
+        ({"partition": "gpu", "mem": "300G"}, "(256000 MB)", "--mem 256000M at most"),
+        ({"partition": "gpu", "cpus_per_task": 65}, "(64 CPUs)", "--cpus-per-task 64 at most"),
+        (
+            {"partition": "gpu", "cpus_per_task": 64, "gpus_per_node": "v100:1"},
+            "no one node of partition gpu has enough",
+            "ask for less of one",
+        ),
+        ({"partition": "gpu", "time": "1-01"}, "--time 1-01 is more", "--time 1-00:00:00 at most"),
+        ({"partition": "gpu", "time": "UNLIMITED"}, "--time UNLIMITED is more", "1-00:00:00"),
+        ({"partition": "gpu", "constraint": "h100"}, "has the feature 'h100'", "a100, amd"),
+    ],
+)
+def test_what_slurm_would_refuse(
+    commands: FakeCommands, slurm: dict[str, Any], what: str, fix: str
+) -> None:
+    ((level, seen, remedy),) = asked(commands, FakeSite(), **slurm)
+    assert level == "error"
+    assert what in seen
+    assert fix in remedy
+
+
+def test_one_of_several_partitions_is_enough(commands: FakeCommands) -> None:
+    assert asked(commands, FakeSite(), partition="gpu,big", gpus_per_node="8") == []
+    assert len(asked(commands, FakeSite(), partition="gpu,cpu", gpus_per_node="8")) == 2
+
+
+def test_nodes_that_are_down_make_a_job_wait(commands: FakeCommands) -> None:
+    ((level, what, _),) = asked(commands, FakeSite(), partition="gpu", gpus_per_node="v100:1")
+    assert level == "warning"
+    assert "down or drained" in what
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "what"),
+    [
+        ({"State": "DRAIN"}, "error", "takes no jobs"),
+        ({"State": "DOWN"}, "warning", "wait until it is up"),
+        ({"RootOnly": "YES"}, "error", "for administrators"),
+        ({"ReqResv": "YES"}, "error", "for reservations only"),
+        ({"AllowGroups": "no-such-group"}, "error", "you are in none of them"),
+        ({"AllowAccounts": "astro,geo"}, "error", "does not take the account 'physics'"),
+        ({"DenyAccounts": "physics"}, "error", "does not take the account 'physics'"),
+        ({"MaxMemPerNode": "16000"}, "error", "(16000 MB)"),
+        ({"MaxCPUsPerNode": "2"}, "error", "(2 CPUs)"),
+    ],
+)
+def test_partitions_that_are_closed(
+    commands: FakeCommands, changes: dict[str, str], level: str, what: str
+) -> None:
+    site = FakeSite(settings=ACCOUNTING, partitions=[partition("gpu", **changes)])
+    ((seen_level, seen, _),) = asked(commands, site, partition="gpu")
+    assert (seen_level, what in seen) == (level, True), seen
+
+
+@pytest.mark.parametrize(
+    ("site", "slurm", "what"),
+    [
+        (FakeSite(default_account=""), {}, "you have no default account"),
+        (FakeSite(), {"account": "astro"}, "may not charge the account 'astro'"),
+        (FakeSite(), {"qos": "long"}, "no QOS 'long'"),
+        (FakeSite(), {"qos": "short", "time": "05:00:00"}, "than the QOS 'short' allows"),
+        (FakeSite(), {"qos": "short", "account": "CHEM"}, None),
+        (FakeSite(), {"qos": "normal"}, None),
+    ],
+)
+def test_accounts_and_qos(
+    commands: FakeCommands, site: FakeSite, slurm: dict[str, Any], what: str | None
+) -> None:
+    site.settings = ACCOUNTING
+    found = asked(commands, site, partition="gpu", **slurm)
+    assert [(level, what in seen) for level, seen, _ in found if what] == (
+        [("error", True)] if what else []
+    )
+    assert what or found == []
+
+
+def test_what_is_not_enforced_is_a_warning(commands: FakeCommands) -> None:
+    site = FakeSite(settings={**ACCOUNTING, "AccountingStorageEnforce": "none"})
+    found = asked(commands, site, partition="gpu", account="astro", qos="long")
+    assert [level for level, _, _ in found] == ["warning", "warning"]
+
+
+def test_a_qos_may_go_beyond_its_partition(commands: FakeCommands) -> None:
+    ((level, _, _),) = asked(commands, FakeSite(), partition="gpu", time="2-0", qos="long")
+    assert level == "warning"
+
+
+def test_a_site_that_rewrites_jobs_is_not_judged_by_its_defaults(commands: FakeCommands) -> None:
+    site = FakeSite(settings={"JobSubmitPlugins": "lua"})
+    assert asked(commands, site) == []
+    assert len(asked(commands, site, partition="gpux")) == 1
+
+
+def test_no_default_partition(commands: FakeCommands) -> None:
+    ((_, what, _),) = asked(commands, FakeSite(partitions=[partition("gpu")]))
+    assert "no default partition" in what
+
+
+def test_nothing_is_known_of_nodes_that_slurm_does_not_show(commands: FakeCommands) -> None:
+    assert asked(commands, FakeSite(nodes=[]), partition="gpu", gpus_per_node="64") == []
+
+
+def test_without_slurm_nothing_is_found(tmp_path: Path) -> None:
+    facts = ask_cluster({"PATH": str(tmp_path)})
+    assert collect(cluster_checks(facts, SlurmConfig())) == ()
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("(null)", {}),
+        ("gpu", {"": 1}),
+        ("gpu:2", {"": 2}),
+        ("gpu:a100", {"a100": 1}),
+        ("gpu:a100:4(S:0-1)", {"a100": 4}),
+        ("gpu:a100:4(S:0,2),gpu:v100:2(S:1),nvme:1", {"a100": 4, "v100": 2}),
+        ("gres/gpu:2", {"": 2}),
+    ],
+)
+def test_generic_resources(gres: str, gpus: dict[str, int]) -> None:
+    assert parse_gpus(gres) == gpus
+
+
+def test_an_image_for_another_machine(tmp_path: Path) -> None:
+    image = make_sif(tmp_path / "a.sif", OTHER)
+    wants = {"wants_gpus": True, "allow_cpu": False}
+    (certain,) = check_image(image, {HERE}, certain=True, **wants)
+    (guessed,) = check_image(image, {HERE}, certain=False, **wants)
+    (mixed,) = check_image(image, {"x86_64", "aarch64"}, certain=True, **wants)
+    assert [certain.level, guessed.level, mixed.level] == ["error", "warning", "warning"]
+    assert "--constraint" in mixed.fix
+
+
+@pytest.mark.parametrize(
+    ("wants_gpus", "allow_cpu", "count"), [(True, False, 1), (True, True, 0), (False, False, 0)]
+)
+def test_an_image_without_gpu_support(
+    tmp_path: Path, wants_gpus: bool, allow_cpu: bool, count: int
+) -> None:
+    image = make_sif(tmp_path / "a.sif", cpu_only="yes")
+    found = [
+        *check_image(image, {"x86_64"}, certain=True, wants_gpus=wants_gpus, allow_cpu=allow_cpu)
+    ]
+    assert len(found) == count
+    assert all("--allow-cpu" in finding.fix for finding in found)
+
+
+def test_a_model_that_is_not_there_is_pulled_by_the_job(plan: Plan) -> None:
+    (finding,) = check_models(plan)
+    assert finding.level == "warning"
+    assert finding.fix.endswith("aiflux models pull m:1")
+    assert [*check_models(dataclasses.replace(plan, models_dir=None))] == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_model_that_cannot_be_pulled_either(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir(mode=0o555)
+    assert [finding.level for finding in check_models(plan)] == ["warning", "error"]
+
+
+@pytest.mark.parametrize(("factor", "level"), [(0.5, "warning"), (2.0, "error")])
+def test_too_little_room(plan: Plan, factor: float, level: str) -> None:
+    assert [*check_space(plan)] == []
+    disk = os.statvfs(plan.output.parent)
+    size = int(disk.f_bavail * disk.f_frsize * factor)
+    (finding,) = check_space(dataclasses.replace(plan, input={**plan.input, "size": size}))
+    assert finding.level == level
+    assert " free; " in finding.what
+
+
+def test_sizes() -> None:
+    sizes = [size_text(count) for count in (0, 999, 1500, 2.5e7, 8e10, 3e12)]
+    assert sizes == ["0 bytes", "999 bytes", "1.5 KB", "25 MB", "80 GB", "3.0 TB"]
+
+
+def test_everything_is_told_at_once(tmp_path: Path, plan: Plan, commands: FakeCommands) -> None:
+    site = FakeSite(nodes=[node("g1", Gres="gpu:2", Arch=HERE)])
+    found = preflight(
+        Config(environ={"HOME": str(tmp_path)}, directory=tmp_path),
+        SlurmConfig(partition="gpu", gpus_per_node="3", time="3-0"),
+        RunOptions(),
+        make_sif(tmp_path / "a.sif", OTHER, cpu_only="yes"),
+        plan,
+        site.install(commands),
+    )
+    assert [finding.level for finding in found] == ["error"] * 4 + ["warning"]
+    with pytest.raises(PreflightError) as raised:
+        refuse(found)
+    text = describe(raised.value)
+    assert raised.value.exit_code == ExitCode.USAGE
+    assert text.startswith("error: 4 things stand in the way; nothing was queued\n  1. ")
+    assert text.count("\n     -> ") == 4
+    assert "--no-preflight" in text
+
+
+def test_an_image_that_is_not_there_is_told_with_the_rest(
+    tmp_path: Path, plan: Plan, commands: FakeCommands
+) -> None:
+    config = Config(environ={"HOME": str(tmp_path), "AIFLUX_IMAGE": str(tmp_path / "no.sif")})
+    slurm = SlurmConfig(partition="gpux")
+    found = preflight(config, slurm, RunOptions(), None, plan, FakeSite().install(commands))
+    errors = [finding.what for finding in found if finding.level == "error"]
+    assert len(errors) == 2
+    assert "no.sif is not there" in errors[0]
+
+
+def test_one_error_is_told_plainly_and_warnings_pass() -> None:
+    with pytest.raises(PreflightError) as raised:
+        refuse([Finding("warning", "w", "x"), Finding("error", "it is wrong", "mend it")])
+    assert describe(raised.value) == "error: it is wrong\n  -> mend it"
+    refuse([Finding("warning", "w", "x")])

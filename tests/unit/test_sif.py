@@ -1,0 +1,63 @@
+"""Images are read without Apptainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.sif import machine_arch, read_image
+from aiflux.errors import ImageError
+from tests.tools.make_sif import make_raw_sif, make_sif
+
+
+@pytest.mark.parametrize(("machine", "arch"), [("x86_64", "amd64"), ("aarch64", "arm64")])
+def test_architecture_and_labels(awkward: Path, machine: str, arch: str) -> None:
+    image = read_image(make_sif(awkward / "a.sif", arch, cpu_only="yes", version="1.2"))
+    assert image.arch == arch == machine_arch(machine)
+    assert image.cpu_only
+    assert image.fact("version") == "1.2"
+    assert image.fact("ollama") is None
+
+
+def test_an_image_without_labels_is_not_cpu_only(tmp_path: Path) -> None:
+    assert not read_image(make_sif(tmp_path / "a.sif")).cpu_only
+
+
+def test_null_labels_are_none(tmp_path: Path) -> None:
+    made = make_raw_sif(tmp_path / "a.sif", b'{"data": {"attributes": {"labels": null}}}')
+    assert read_image(made).labels == {}
+
+
+def test_a_sandbox_tells_nothing(tmp_path: Path) -> None:
+    assert read_image(tmp_path).arch is None
+
+
+def test_nothing_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="there is no image") as raised:
+        read_image(tmp_path / "none.sif")
+    assert raised.value.remedy == "build it: make image"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"#!/bin/sh\n", b"hsqs" * 100, b"SIF_MAGIC\0" * 20], ids=len
+)
+def test_what_is_no_image(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.sif").write_bytes(content)
+    with pytest.raises(ImageError, match="is no Apptainer image"):
+        read_image(tmp_path / "a.sif")
+
+
+@pytest.mark.parametrize("kept", [128, 4096, 4700, 32176, 32200, -1])
+def test_a_copy_that_was_cut_short_is_damaged(tmp_path: Path, kept: int) -> None:
+    path = make_sif(tmp_path / "a.sif", cpu_only="no")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ImageError, match="is damaged") as raised:
+        read_image(path)
+    assert "copy it again" in str(raised.value.remedy)
+
+
+@pytest.mark.parametrize("metadata", [b"", b"[]", b"{", b'{"data": 3}', b"\xff"])
+def test_labels_that_are_no_labels(tmp_path: Path, metadata: bytes) -> None:
+    with pytest.raises(ImageError, match="its labels cannot be read"):
+        read_image(make_raw_sif(tmp_path / "a.sif", metadata))

@@ -257,15 +257,14 @@ def _aligned(row: Sequence[str], kept: Sequence[int], widths: dict[int, int]) ->
 
 
 def _row(shard: ShardView) -> list[str]:
-    going = shard.state in _GOING
     remaining = shard.remaining_seconds
     return [
         str(shard.index),
         shard.state.value,
         f"{shard.done}/{shard.total}",
         str(shard.failed),
-        f"{shard.requests_per_second:.1f}" if going else "",
-        f"{shard.tokens_per_second:.0f}" if going else "",
+        f"{shard.requests_per_second:.1f}" if shard.requests_per_second else "",
+        f"{shard.tokens_per_second:.0f}" if shard.tokens_per_second else "",
         "" if remaining is None else duration(remaining),
         shard.job or "",
         _note(shard),
@@ -281,7 +280,7 @@ def _note(shard: ShardView) -> str:
         parts.append(_times(shard.restarts, "restart"))
     if shard.reason:
         parts.append(one_line(shard.reason))
-    if shard.exit_code is not None and "exit code" not in shard.reason:
+    if shard.exit_code and "exit code" not in shard.reason:
         parts.append(f"exit code {shard.exit_code}")
     return ", ".join(parts)
 

@@ -14,7 +14,7 @@ from aiflux import __version__
 from aiflux.core.config import Config
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.core.modelstore import listed_models, missing_parts
-from aiflux.core.preflight import size_text
+from aiflux.core.preflight import nearest_there, size_text
 from aiflux.core.settings import SETTINGS
 from aiflux.errors import ConfigError
 
@@ -66,7 +66,7 @@ def _sources(environ: Mapping[str, str]) -> str:
 def models(config: Config) -> Iterator[Diagnosis]:
     """Tell what is in the models directory, and whether more can go there."""
     folder = config.models_dir
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = nearest_there(folder)
     if not os.access(nearest, os.R_OK | os.X_OK) or not nearest.is_dir():
         yield fail(
             "models",

@@ -127,7 +127,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
     folder = plan.models_dir
     if folder is None:
         return
-    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+    if _is_there(folder) and not os.access(folder, os.R_OK | os.X_OK):
         yield Finding(
             "error",
             f"the models directory {folder} cannot be read",
@@ -152,8 +152,17 @@ def check_models(plan: Plan) -> Iterator[Finding]:
 
 def _can_write(folder: Path) -> bool:
     """Tell whether a folder, or the nearest one above it that is there, may be written to."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = nearest_there(folder)
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def nearest_there(path: Path) -> Path:
+    """Return a path, or the nearest one above it that is there and can be seen."""
+    return next(each for each in (path, *path.parents) if _is_there(each))
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # unlike Path.exists(), it never raises
 
 
 def check_space(plan: Plan) -> Iterator[Finding]:

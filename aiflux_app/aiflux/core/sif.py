@@ -74,9 +74,9 @@ def read_image(path: Path) -> ImageFacts:
     Raises:
         ImageError: it is not there, cannot be read, or is no image.
     """
-    if path.is_dir():
-        return ImageFacts(path)
     try:
+        if path.is_dir():
+            return ImageFacts(path)
         with path.open("rb") as file:
             return _read(path, file)
     except FileNotFoundError:

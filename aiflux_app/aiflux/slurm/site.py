@@ -31,24 +31,20 @@ def scheduler(slurm: SlurmConfig, environ: Mapping[str, str] | None = None) -> I
             "log in to a login node, or module load slurm; aiflux run --local works without",
         )
         return
-    facts = ask_cluster(environment)
-    if not facts.settings:
-        yield _silent(environment)
+    asked = call(["scontrol", "show", "config"], clean_environment(environment))
+    if asked.returncode != 0:
+        yield fail(
+            "slurm",
+            f"Slurm does not answer: {words(asked)}",
+            "try again in a minute; if it stays so, ask the site",
+        )
         return
+    facts = ask_cluster(environment)
     yield _version(facts)
     yield from _limits(facts)
     yield from _accounting(facts)
     yield from _gpu_partitions(facts, slurm)
     yield from _defaults(facts, slurm)
-
-
-def _silent(environ: Mapping[str, str]) -> Diagnosis:
-    done = call(["scontrol", "show", "config"], clean_environment(environ))
-    return fail(
-        "slurm",
-        f"Slurm does not answer: {words(done)}",
-        "try again in a minute; on a machine of the cluster, ask the site",
-    )
 
 
 def _version(facts: Facts) -> Diagnosis:

@@ -1,0 +1,110 @@
+"""What is told about the real site: its doctor's lines, and findings that Slurm confirms."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.config import SlurmConfig
+from aiflux.core.options import RunOptions
+from aiflux.core.preflight import Finding, collect
+from aiflux.core.sif import machine_arch, read_image
+from aiflux.slurm.facts import ask_cluster
+from aiflux.slurm.preflight import check_job_image, cluster_checks
+from tests.integration.conftest import Cluster, User
+
+SMALL = {"mem": "1G", "cpus_per_task": 1, "time": "5"}
+
+
+@pytest.fixture
+def facts_env(user: User) -> dict[str, str]:
+    return user.environment()
+
+
+def findings(environ: dict[str, str], **slurm: object) -> list[Finding]:
+    config = SlurmConfig(**{**SMALL, **slurm}).checked()  # type: ignore[arg-type]
+    return [*collect(cluster_checks(ask_cluster(environ), config))]
+
+
+def test_the_image_is_read_without_apptainer(user: User, image: Path) -> None:
+    facts = read_image(image)
+    assert facts.arch == machine_arch(os.uname().machine)
+    assert facts.cpu_only
+    told = json.loads(user.run("apptainer", "inspect", "--json", "--labels", image))
+    assert facts.labels == told["data"]["attributes"]["labels"]
+
+
+def test_a_cpu_image_on_gpus_is_refused(facts_env: dict[str, str], image: Path) -> None:
+    facts = ask_cluster(facts_env)
+    wants = SlurmConfig(**SMALL).checked()  # type: ignore[arg-type]
+    (finding,) = check_job_image(image, facts, wants, RunOptions())
+    assert "CPU build" in finding.what
+    assert [*check_job_image(image, facts, wants, RunOptions(allow_cpu=True))] == []
+
+
+def test_what_fits_has_no_findings(facts_env: dict[str, str]) -> None:
+    assert findings(facts_env) == []
+    assert findings(facts_env, partition="urgent", gpus_per_node="2") == []
+    assert findings(facts_env, partition="gpu,urgent", gres="gpu:1") == []
+
+
+@pytest.mark.parametrize(
+    ("slurm", "options"),
+    [
+        ({"partition": "none-such"}, ["--partition=none-such"]),
+        ({"gpus_per_node": "3"}, ["--gpus-per-node=3"]),
+        ({"gpus_per_node": "a100:1"}, ["--gpus-per-node=a100:1"]),
+        ({"gres": "gpu:3"}, ["--gres=gpu:3"]),
+        ({"mem": "999G"}, ["--mem=999G"]),
+        ({"constraint": "none-such"}, ["--constraint=none-such"]),
+        ({"cpus_per_task": 999}, ["--cpus-per-task=999"]),
+        ({"time": "2-0"}, ["--time=2-0"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_slurm_agrees(
+    user: User,
+    cluster: Cluster,
+    facts_env: dict[str, str],
+    slurm: dict[str, str],
+    options: list[str],
+) -> None:
+    """What is found is refused by the real sbatch, or would wait for ever."""
+    (finding,) = findings(facts_env, **slurm)
+    assert finding.level == "error"
+    told = user.run("sbatch", "--parsable", *options, "--wrap=true", code=None)
+    job = told.strip().splitlines()[-1]
+    if job.isdigit():
+        fields = cluster.fields(job)
+        assert fields["JobState"] == "PENDING"
+        assert fields["Reason"] not in ("None", "Resources", "Priority")
+        user.run("scancel", job)
+    else:
+        assert "error" in told
+
+
+def test_the_doctor_of_the_real_site(user: User, checkout: Path, image: Path) -> None:
+    env = {"SLURM_MEM": "1G", "AIFLUX_IMAGE": str(image)}
+    doctor = checkout / ".venv/bin/aiflux"
+    lines = json.loads(user.run(doctor, "doctor", "--json", env=env))
+    levels: dict[str, list[str]] = {}
+    for line in lines:
+        levels.setdefault(line["name"], []).append(line["level"])
+    for name in ("slurm", "apptainer", "sealing", "building", "your settings", "partition gpu"):
+        assert levels[name] == ["ok"], (name, lines)
+    assert levels["image"] == ["ok", "warn"]
+    told = {line["name"]: line["what"] for line in lines}
+    assert "2 nodes with 2 GPUs" in told["partition gpu"]
+
+
+def test_the_doctor_finds_what_is_missing(user: User, checkout: Path) -> None:
+    place = user.folder("doctor")
+    conf = "ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n"
+    user.write(place / "none.conf", conf)
+    env = {"SLURM_CONF": str(place / "none.conf"), "AIFLUX_IMAGE": str(place / "none.sif")}
+    told = user.run(checkout / ".venv/bin/aiflux", "doctor", cwd=place, env=env, code=2)
+    assert "FAIL image: " in told
+    assert "FAIL slurm: Slurm does not answer" in told

@@ -47,7 +47,8 @@ def execute(arguments: argparse.Namespace) -> int:
         if arguments.json:
             continue
         if console.is_terminal:
-            console.print(_table(title, lines), end="\n\n")
+            console.print(_table(title, lines))
+            console.print()
         else:
             print(_plain(title, lines))
     if arguments.json:

@@ -242,6 +242,13 @@ def answers(output: Path) -> dict[str, str]:
     }
 
 
+def shard_status(place: Path) -> dict[str, Any]:
+    """Return the first shard's status of the one run below ``place``."""
+    (path,) = place.glob("*.aiflux/status/shard-0000.json")
+    status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return status
+
+
 @dataclass(frozen=True)
 class JobEnd:
     """How a job ended, as Slurm tells it."""

@@ -20,6 +20,7 @@ from tests.integration.conftest import (
     answers,
     lines,
     request,
+    shard_status,
 )
 
 
@@ -52,7 +53,7 @@ def test_the_script_works_from_any_directory_with_any_name(
     output = place / f"{Path(name).stem}.results.json"
     assert "Paris" in answers(output)["france"], log
     assert not list(place.rglob("pwned"))
-    status = json.loads(next(place.glob("*.aiflux/status/*.json")).read_text(encoding="utf-8"))
+    status = shard_status(place)
     assert status["aiflux"]["sealed"] is True
     assert status["aiflux"]["slurm"]["SLURM_JOB_ID"] == job
     assert status["aiflux"]["image"]["cpu_only"] in (True, "yes")
@@ -149,7 +150,7 @@ def test_scancel_leaves_no_process_and_the_same_command_goes_on(
     assert not (place / "out.json").exists()
     done = journal.read_bytes().count(b"\n")
     assert 2 <= done < 24
-    status = json.loads(next(place.glob("*.aiflux/status/*.json")).read_text(encoding="utf-8"))
+    status = shard_status(place)
     assert status["status"] == "cancelled"
     assert "signal SIGTERM" in cluster.log(job, place)
     again = submitted(user.run(*command, cwd=place, env=job_env))
@@ -316,7 +317,7 @@ def test_local_runs_in_the_image_and_a_url_without_one(
     run = [aiflux, "run", "--input", "in.jsonl", "--output"]
     user.run(*run, "image.json", "--local", cwd=place, env=job_env)
     assert "Paris" in answers(place / "image.json")["france"]
-    status = json.loads(next(place.glob("image.json.aiflux/status/*")).read_text(encoding="utf-8"))
+    status = shard_status(place)
     assert status["aiflux"]["sealed"] is True
     host = f"127.0.0.1:{free_port()}"
     env = {"OLLAMA_HOST": host, "OLLAMA_MODELS": job_env["AIFLUX_MODELS_DIR"],
@@ -343,7 +344,7 @@ def test_the_gpus_that_slurm_gave_reach_the_engine(
     )  # fmt: skip
     job = submitted(told)
     assert cluster.end(job).code == 0, cluster.log(job, place)
-    status = json.loads(next(place.glob("out.json.aiflux/status/*")).read_text(encoding="utf-8"))
+    status = shard_status(place)
     assert [engine["devices"] for engine in status["aiflux"]["engines"]] == [["0"], ["1"]]
 
 

@@ -9,13 +9,20 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from openai.types import Batch, Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
-from tests.integration.conftest import MODEL, REPOSITORY, User, answers, lines, request
+from tests.integration.conftest import (
+    MODEL,
+    REPOSITORY,
+    User,
+    answers,
+    lines,
+    request,
+    shard_status,
+)
 
 TINY = "tiny:latest"
 
@@ -55,12 +62,6 @@ def tiny_requests(count: int, tokens: int = 12) -> str:
                    for i in range(count)))  # fmt: skip
 
 
-def status(place: Path) -> dict[str, Any]:
-    path = next(place.glob("*.aiflux/status/*.json"))
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
 def test_the_three_endpoints_and_the_official_types(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
@@ -76,11 +77,11 @@ def test_the_three_endpoints_and_the_official_types(
     Completion.model_validate(entries[1]["output"])
     vectors = CreateEmbeddingResponse.model_validate(entries[2]["output"])
     assert len(vectors.data) == 2
-    batch = Batch.model_validate(status(place))
+    batch = Batch.model_validate(shard_status(place))
     assert batch.status == "completed"
     assert batch.request_counts is not None
     assert batch.request_counts.completed == 3
-    facts = status(place)["aiflux"]
+    facts = shard_status(place)["aiflux"]
     assert facts["engines"][0]["version"]
     assert len(facts["model_digests"][TINY]) == 64
     assert entries[0]["metadata"]["model_digest"] == facts["model_digests"][TINY]
@@ -104,7 +105,7 @@ def test_slots_and_context_are_those_asked_for(
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(4))
     user.run(*local, "--context-length", "1024", "--slots", "3", cwd=place)
-    engine = status(place)["aiflux"]["engines"][0]
+    engine = shard_status(place)["aiflux"]["engines"][0]
     assert (engine["slots"], engine["context_length"]) == (3, 1024)
     log = Path(engine["log"]).read_text(encoding="utf-8", errors="replace")
     assert "--parallel 3" in log
@@ -131,7 +132,7 @@ def test_each_group_of_gpus_has_an_engine_of_its_own(
     user.write(place / "in.jsonl", tiny_requests(60))
     more = ["--gpus-per-engine", "2", "--allow-cpu", "--slots", "2"]
     user.run(*local, *more, cwd=place, env={"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
-    engines = status(place)["aiflux"]["engines"]
+    engines = shard_status(place)["aiflux"]["engines"]
     assert [engine["devices"] for engine in engines] == [["0", "1"], ["2", "3"]]
     assert len({engine["log"] for engine in engines}) == 2
     whole(place, 60)
@@ -239,7 +240,7 @@ def test_a_storm_of_signals_ends_in_good_order(
     code, told = going.end(timeout=60)
     assert code == 5, told
     assert "run the same command again" in told
-    assert status(place)["status"] == "cancelled"
+    assert shard_status(place)["status"] == "cancelled"
     assert user.none_left(), user.processes()
     user.run(*local, cwd=place)
     whole(place, 400)

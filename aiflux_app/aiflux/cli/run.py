@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from aiflux.core.container import find_image, find_runtime
 from aiflux.core.merge import merge
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.plan import Plan
+from aiflux.core.registry import register
 from aiflux.core.rundir import RunDirectory, default_output
 from aiflux.core.status import finished_line, refuse_failures
 from aiflux.errors import ImageError, UsageError
@@ -60,7 +63,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.local:
         return _run_local(arguments, config, input_path, output)
     if config.get("engine_url") and not arguments.dry_run:
-        return _run_here(_open(arguments, config, input_path, output))
+        opened = _open(arguments, config, input_path, output)
+        if not opened.finished:
+            _register(opened, ())
+        return _run_here(opened)
     return _submit(arguments, config, input_path, output)
 
 
@@ -111,6 +117,7 @@ def submit_planned(planned: PlannedRun) -> int:
     if not opened.open_shards:
         return write_output(opened.plan, opened.run)
     jobs = submit_job(planned)
+    _register(opened, jobs)
     plan, shards = opened.plan, len(opened.open_shards)
     parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
     noun = "job" if len(jobs) == 1 else "jobs"
@@ -119,6 +126,21 @@ def submit_planned(planned: PlannedRun) -> int:
     name = jobs[0].number
     print(f"  see it: aiflux watch {name}    stop it: aiflux cancel {name}")
     return 0
+
+
+def _register(opened: OpenedRun, jobs: Sequence[object]) -> None:
+    """Let `aiflux jobs` know the run."""
+    plan = opened.plan
+    warning = register(
+        opened.run.path,
+        plan.output,
+        [str(job) for job in jobs],
+        input=plan.input_path,
+        models=plan.models,
+        requests=plan.requests,
+    )
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
@@ -142,6 +164,7 @@ def _run_local(
     opened = _open(arguments, config, input_path, output)
     if opened.finished:
         return _tell_finished(opened)
+    _register(opened, ())
     if os.environ.get("AIFLUX_OLLAMA"):
         return _run_here(opened)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.registry import register
 from aiflux.core.rundir import default_output
 from aiflux.core.settings import BY_NAME, parse_setting
 from aiflux.errors import ConfigError, OutputExistsError, SlurmError
@@ -102,7 +104,19 @@ class SlurmRunner:
                 "every request is done, and only the output is missing",
                 f"write it: aiflux merge {quote(str(opened.run.path))}",
             )
-        return join_jobs(submit_job(planned))
+        jobs = submit_job(planned)
+        plan = opened.plan
+        warning = register(
+            opened.run.path,
+            plan.output,
+            [str(job) for job in jobs],
+            input=plan.input_path,
+            models=plan.models,
+            requests=plan.requests,
+        )
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+        return join_jobs(jobs)
 
     def status(self, job_id: str) -> JobState:
         """Return the state of a job; for an array that of its tasks together.

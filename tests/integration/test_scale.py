@@ -1,0 +1,222 @@
+"""Runs of many jobs on the real Slurm: arrays, time limits, requeues, lost nodes, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Cluster, User, answers, lines, request
+from tests.integration.test_jobs import submitted
+from tests.tools.faulty_engine import FaultyEngine
+
+
+@pytest.fixture
+def aiflux(checkout: Path) -> Path:
+    return checkout / ".venv" / "bin" / "aiflux"
+
+
+@pytest.fixture
+def engine() -> Iterator[FaultyEngine]:
+    """An engine that takes half a second for a request; the test nodes share its loopback."""
+    with FaultyEngine(delay=0.5) as engine:
+        yield engine
+
+
+Submit = Callable[..., str]
+
+
+@pytest.fixture
+def submit(user: User, checkout: Path, image: Path, place: Path, engine: FaultyEngine) -> Submit:
+    """Submits, from Python, a run of so many requests to the engine; returns the job's id."""
+    script = user.write(
+        place / "submit.py",
+        "import json, sys\n"
+        "from aiflux.slurm import SlurmRunner\n"
+        "print(SlurmRunner().run(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3])))\n",
+    )
+
+    def submit(name: str, count: int, prompt: str = "say", **options: object) -> str:
+        requests = [request(f"{name}-{i}", f"{prompt} {name} {i}") for i in range(count)]
+        user.write(place / f"{name}.jsonl", lines(*requests))
+        asked = {"engine_url": engine.url, "mem": "1G", "cpus_per_task": 1, "concurrency": 1,
+                 "drain_seconds": 2, **options}  # fmt: skip
+        python = checkout / ".venv" / "bin" / "python"
+        arguments = [f"{name}.jsonl", f"{name}.json", json.dumps(asked)]
+        return user.run(python, script, *arguments, cwd=place).strip()
+
+    return submit
+
+
+def done(place: Path, name: str) -> int:
+    """Return how many results a run's journals hold."""
+    journals = (place / f"{name}.json.aiflux" / "journal").glob("*.jsonl")
+    return sum(journal.read_bytes().count(b"\n") for journal in journals)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.2)
+
+
+def is_whole(place: Path, name: str, count: int, prompt: str = "say") -> None:
+    found = answers(place / f"{name}.json")
+    assert list(found) == [f"{name}-{i}" for i in range(count)]
+    assert list(found.values()) == [f"echo {prompt} {name} {i}" for i in range(count)]
+
+
+def test_shards_of_one_run_become_one_output(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    """With the real Ollama; the input lies on another file system than the output."""
+    elsewhere = Path("/dev/shm") / f"aiflux-{uuid.uuid4().hex[:8]}"  # noqa: S108
+    user.run("mkdir", elsewhere, cwd=Path("/"))
+    try:
+        requests = [request(f"r{i}", f"Say {i}.", max_tokens=3) for i in range(6)]
+        user.write(elsewhere / "in put.jsonl", lines(*requests))
+        told = user.run(
+            aiflux, "run", "--input", elsewhere / "in put.jsonl", "--output", "out.json",
+            "--shards", "3", "--max-running", "2", "--mem", "2G", "--slots", "1",
+            cwd=place, env=job_env,
+        )  # fmt: skip
+        job = submitted(told)
+        assert "3 of 3 shards" in told
+        listed = json.loads(user.run(aiflux, "jobs", "--json", cwd=place))
+        assert [entry for entry in listed if job in json.dumps(entry)]
+        code = user.popen(aiflux, "watch", job, "--interval", "1", cwd=place)
+        said, _ = code.communicate(timeout=300)
+        assert code.returncode == 0, said
+    finally:
+        shutil.rmtree(elsewhere)
+    assert list(answers(place / "out.json")) == [f"r{i}" for i in range(6)]
+    logs = sorted(path.name for path in (place / "out.json.aiflux" / "logs").glob("slurm*"))
+    assert logs in ([f"slurm-{job}_{task}.out" for task in range(3)], ["slurm.out"])
+    view = json.loads(user.run(aiflux, "status", "out.json", "--json", cwd=place))
+    assert view["state"] == "finished", view
+    assert "finished" in user.run(aiflux, "status", job, cwd=place)
+
+
+def test_time_limits_that_are_shorter_than_the_work(
+    user: User, cluster: Cluster, place: Path, submit: Submit, engine: FaultyEngine
+) -> None:
+    """One job goes on by itself, one may not, and one never gets anything done."""
+    goes_on = submit("on", 110, time="1")
+    may_not = submit("not", 110, time="1", max_requeues=0)
+    no_way = submit("no", 1, "hang", time="1")
+    end = cluster.end(may_not, timeout=150)
+    log = cluster.log(may_not, place / "not.json.aiflux")
+    assert (end.state, end.code) == ("FAILED", 5), log
+    assert "the job's time is nearly over" in log
+    assert "--max-requeues" in log
+    end = cluster.end(no_way)
+    log = cluster.log(no_way, place / "no.json.aiflux")
+    assert (end.state, end.code) == ("FAILED", 5), log
+    assert "ask for more time" in log
+    assert end.fields["Restarts"] == "0"
+    end = cluster.end(goes_on, timeout=300)
+    log = cluster.log(goes_on, place / "on.json.aiflux")
+    assert (end.state, end.code) == ("COMPLETED", 0), log
+    assert int(end.fields["Restarts"]) >= 1
+    is_whole(place, "on", 110)
+    assert {engine.seen[f"say on {i}"] for i in range(110)} == {1}
+    status = json.loads((place / "on.json.aiflux/status/shard-0000.json").read_text("utf-8"))
+    assert status["aiflux"]["totals"]["starts"] == int(end.fields["Restarts"]) + 1
+
+
+def test_a_requeue_and_a_signal_in_mid_run(
+    user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
+) -> None:
+    again = submit("again", 40)
+    told = submit("told", 40)
+    wait_until(lambda: done(place, "again") >= 3 and done(place, "told") >= 3)
+    user.run("scontrol", "requeue", again)
+    user.run("scancel", "--signal=TERM", "--batch", told)
+    end = cluster.end(told)
+    assert end.code == 5, cluster.log(told, place / "told.json.aiflux")
+    assert not (place / "told.json").exists()
+    kept = done(place, "told")
+    assert 3 <= kept < 40
+    resumed = user.run(aiflux, "resume", told, "--time", "00:30:00", cwd=place)
+    second = submitted(resumed)
+    assert cluster.end(second).code == 0, cluster.log(second, place / "told.json.aiflux")
+    is_whole(place, "told", 40)
+    end = cluster.end(again)
+    assert (end.state, end.code) == ("COMPLETED", 0)
+    assert end.fields["Restarts"] == "1"
+    is_whole(place, "again", 40)
+    for name in ("again", "told"):
+        assert done(place, name) == 40, "nothing was journalled twice"
+
+
+def test_a_cancelled_array_resumes_with_what_is_left(
+    user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit, engine: FaultyEngine
+) -> None:
+    job = submit("arr", 60, shards=3, max_running=2)
+    wait_until(lambda: done(place, "arr") >= 8)
+    user.run(aiflux, "cancel", "arr.json", cwd=place)
+    wait_until(lambda: not user.run("squeue", "-h", "-j", job, code=None).strip())
+    assert not (place / "arr.json").exists()
+    user.run(aiflux, "merge", "arr.json", cwd=place, code=5)
+    user.run(aiflux, "merge", "arr.json", "--partial", cwd=place)
+    partial = answers(place / "arr.partial.json")
+    assert 8 <= len(partial) < 60
+    second = submitted(user.run(aiflux, "resume", "arr.json", cwd=place))
+    assert "waits or runs already" in user.run(aiflux, "resume", "arr.json", cwd=place, code=2)
+    code = user.popen(aiflux, "watch", second, cwd=place)
+    said, _ = code.communicate(timeout=300)
+    assert code.returncode == 0, said
+    is_whole(place, "arr", 60)
+    assert {engine.seen[f"say arr {i}"] for i in range(60)} <= {1, 2}
+    assert "finished already" in user.run(aiflux, "merge", "arr.json", cwd=place)
+    assert "finished already" in user.run(aiflux, "resume", "arr.json", cwd=place)
+
+
+def test_a_killed_shard_is_seen_and_resumed(
+    user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
+) -> None:
+    job = submit("killed", 60, shards=2)
+    wait_until(lambda: done(place, "killed") >= 6)
+    user.run("scancel", "--signal=KILL", "--full", f"{job}_1")
+    wait_until(lambda: not user.run("squeue", "-h", "-j", job, code=None).strip(), timeout=180)
+    view = json.loads(user.run(aiflux, "status", "killed.json", "--json", cwd=place))
+    first, second = (shard["state"] for shard in view["shards"])
+    assert first == "done"
+    assert second in ("failed", "lost", "stopped")
+    assert "aiflux resume" in user.run(aiflux, "status", "killed.json", cwd=place)
+    told = user.run(aiflux, "resume", "killed.json", cwd=place)
+    assert "1 of 2 shards" in told
+    code = user.popen(aiflux, "watch", submitted(told), cwd=place)
+    said, _ = code.communicate(timeout=240)
+    assert code.returncode == 0, said
+    is_whole(place, "killed", 60)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may take a node away")
+def test_a_node_that_goes_down(
+    stack: dict[str, str], user: User, cluster: Cluster, place: Path, submit: Submit
+) -> None:
+    job = submit("moves", 60)
+    wait_until(lambda: done(place, "moves") >= 4)
+    node = cluster.fields(job)["NodeList"]
+    control(stack, f"nodename={node}", "state=down", "reason=test")
+    try:
+        end = cluster.end(job, timeout=240)
+    finally:
+        control(stack, f"nodename={node}", "state=resume")
+    assert (end.state, end.code) == ("COMPLETED", 0), cluster.log(job, place / "moves.json.aiflux")
+    assert end.fields["NodeList"] != node
+    is_whole(place, "moves", 60)
+
+
+def control(stack: dict[str, str], *words: str) -> None:
+    environment = {"SLURM_CONF": stack["SLURM_CONF"], "PATH": "/usr/bin:/bin"}
+    subprocess.run(["scontrol", "update", *words], check=True, env=environment)

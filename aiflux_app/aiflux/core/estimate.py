@@ -1,0 +1,325 @@
+"""What a run will take, told from a pilot. Pure.
+
+Every figure is a ``Range``: the value, and the bounds of its 95 % interval. docs/estimate.md says
+how they come about.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from aiflux.core.clock import unix_seconds, utc_now
+from aiflux.core.pace import Observation, pace, start_up
+from aiflux.core.pilot import Drawn
+from aiflux.core.plan import Plan
+from aiflux.core.sampling import Range, share_of, total, unevenness
+from aiflux.core.walltime import walltime_seconds, walltime_text
+
+SLURM = "slurm"
+LOCAL = "local"
+_RATE_DOUBT = 0.1
+_RATE_DOUBT_UNFILLED = 0.25
+_SHARE_OF_WALLTIME = 0.8
+_MARGIN = 1.3
+_STEP = 300.0
+_FIXED_SHARE = 0.2
+_MANY_FAILURES = 0.05
+_WIDE = 0.3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        plan: id of the plan of the whole run: it binds the estimate to input, model and parameters.
+        where: the pilot's engine: ``slurm``, ``local``, or its address.
+        requests, pilot: requests of the whole run, and of the pilot.
+        prompt_tokens, completion_tokens: of the whole run.
+        in_flight: requests in flight while the pilot's engines were full.
+        work_seconds: time of one job for all requests, engines full.
+        fixed_seconds: what each job spends beside that: starting, and emptying at the end.
+        uneven: how much longer than the average the requests of some stretch of the input take.
+        gpus: of the pilot's job; 0 where there were none, or they are not ours.
+        failures: requests that will fail.
+        walltime: seconds that one job may take; None where there is no limit.
+        shards: recommended.
+        time_seconds: ``--time`` that is recommended for each shard.
+    """
+
+    plan: str
+    where: str
+    created: str
+    requests: int
+    pilot: int
+    pilot_failures: int
+    prompt_tokens: Range
+    completion_tokens: Range
+    in_flight: int
+    work_seconds: Range
+    fixed_seconds: Range
+    uneven: float
+    gpus: int
+    failures: Range
+    walltime: float | None
+    shards: int
+    time_seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def time(self) -> str:
+        """The recommended ``--time``, as Slurm writes it."""
+        return walltime_text(self.time_seconds)
+
+    @property
+    def requests_per_second(self) -> float:
+        """Requests that one job does in a second while its engines are full."""
+        return self.requests / self.work_seconds.value
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The same in answer tokens."""
+        return self.completion_tokens.value / self.work_seconds.value
+
+    @property
+    def shard_seconds(self) -> Range:
+        """Time of one of the recommended shards."""
+        return self.seconds_of_shard(self.shards)
+
+    def seconds_of_shard(self, shards: int) -> Range:
+        """Return the time of one job where the input is cut into ``shards``; the longest of them
+        is at the upper bound.
+        """
+        return _shard(self.requests, shards, self.work_seconds, self.fixed_seconds, self.uneven)
+
+    def seconds_of_jobs(self, shards: int) -> Range:
+        """Return the time of all jobs together."""
+        return self.work_seconds.plus(self.fixed_seconds.times(shards))
+
+    def gpu_hours(self, shards: int) -> Range:
+        """Return the GPU-hours of all jobs together."""
+        return self.seconds_of_jobs(shards).times(self.gpus / 3600)
+
+    def shards_for(self, time: str | None) -> int:
+        """Return the shards to cut the input into where a job may take ``time``."""
+        fits = _fitting(self, walltime_seconds(time))
+        return fits if fits is not None else self.shards
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate as JSON, with what follows from it."""
+        return {
+            **asdict(self),
+            "time": self.time,
+            "shard_seconds": asdict(self.shard_seconds),
+            "gpu_hours": asdict(self.gpu_hours(self.shards)) if self.gpus else None,
+            "requests_per_second": round(self.requests_per_second, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Estimate:
+        """Read what ``to_json`` returned.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        values = {item.name: content[item.name] for item in fields(cls)}
+        ranges = {name: Range(**value) for name, value in values.items() if isinstance(value, dict)}
+        return cls(**{**values, **ranges, "warnings": tuple(values["warnings"])})
+
+
+def estimate(
+    whole: Plan,
+    drawn: Drawn,
+    observations: Sequence[Observation],
+    status: Mapping[str, Any],
+    time: str | None,
+    where: str = SLURM,
+) -> Estimate:
+    """Return what the whole run will take.
+
+    Args:
+        whole: the plan of the whole run.
+        drawn: what was drawn from its input.
+        observations: at least one, in input order.
+        status: of the pilot's only shard.
+        time: what one job may take, as Slurm writes it; None for no limit.
+        where: see ``Estimate``.
+    """
+    full, costs = _costs(observations)
+    filled = len(observations) >= 2 * max(full, _lanes(whole, status))
+    exact = len(observations) >= whole.requests
+    doubt = _RATE_DOUBT if filled else _RATE_DOUBT_UNFILLED
+    details = status["aiflux"]
+    fixed = _fixed(observations, unix_seconds(details["started"]))
+    work = _doubted(_sum(costs, observations, drawn, whole.requests), doubt)
+    uneven = 1.0 if exact else unevenness(costs)
+    walltime = walltime_seconds(time)
+    shards, seconds, too_short = _recommend(whole.requests, work, fixed, uneven, walltime)
+    failed = sum(item.error is not None for item in observations)
+    warnings = [
+        *_warn_of_size(len(observations), whole.requests, full, filled, work, doubt),
+        *_warn_of_results(observations, whole),
+        *_warn_of_shards(uneven, too_short, time),
+    ]
+    return Estimate(
+        plan=whole.id,
+        where=where,
+        created=utc_now(),
+        requests=whole.requests,
+        pilot=len(observations),
+        pilot_failures=failed,
+        prompt_tokens=_total("prompt_tokens", observations, drawn, whole.requests),
+        completion_tokens=_total("completion_tokens", observations, drawn, whole.requests),
+        in_flight=full,
+        work_seconds=work,
+        fixed_seconds=fixed,
+        uneven=uneven,
+        gpus=_gpus(details),
+        failures=share_of(failed, len(observations), whole.requests),
+        walltime=None if math.isinf(walltime) else walltime,
+        shards=shards,
+        time_seconds=seconds,
+        warnings=tuple(warnings),
+    )
+
+
+def _costs(observations: Sequence[Observation]) -> tuple[int, list[float]]:
+    """Return the requests in flight, and each request's share of the job's time.
+
+    Models of one run are done one after the other, so each has its own pace.
+    """
+    costs: dict[int, float] = {}
+    full = 0
+    for model in dict.fromkeys(item.model for item in observations):
+        places = [at for at, item in enumerate(observations) if item.model == model]
+        of_model = pace([observations[at] for at in places])
+        full = max(full, of_model.in_flight)
+        costs.update(zip(places, of_model.costs, strict=True))
+    return full, [costs[at] for at in range(len(observations))]
+
+
+def _lanes(plan: Plan, status: Mapping[str, Any]) -> int:
+    """Return the requests in flight that the engines can take, as far as they say."""
+    engines = status["aiflux"].get("engines") or []
+    slots = [int(engine.get("slots") or 0) for engine in engines]
+    lanes: int = max(sum(slots), len(slots) * (plan.options.concurrency or 0))
+    return lanes
+
+
+def _gpus(details: Mapping[str, Any]) -> int:
+    totals = details.get("totals") or {}
+    return round(float(totals.get("gpu_seconds", 0)) / max(float(totals.get("seconds", 0)), 1e-3))
+
+
+def _fixed(observations: Sequence[Observation], started: float) -> Range:
+    """A job's start, and its end: while the last requests are done the engines empty.
+
+    The end takes no longer than the longest request.
+    """
+    start = start_up(observations, started)
+    longest = max(item.seconds for item in observations)
+    return Range(start + longest / 2, start, start + longest)
+
+
+def _doubted(figure: Range, doubt: float) -> Range:
+    """Widen a time by the doubt whether the whole goes at the pilot's pace."""
+    below = math.hypot(figure.value - figure.low, figure.value * doubt)
+    above = math.hypot(figure.high - figure.value, figure.value * doubt)
+    return Range(figure.value, figure.value - below, figure.value + above)
+
+
+def _total(name: str, observations: Sequence[Observation], drawn: Drawn, requests: int) -> Range:
+    values = [float(getattr(item, name)) for item in observations]
+    return _sum(values, observations, drawn, requests)
+
+
+def _sum(
+    values: Sequence[float], observations: Sequence[Observation], drawn: Drawn, requests: int
+) -> Range:
+    return total(values, [item.size for item in observations], requests, drawn.bytes)
+
+
+def _shard(requests: int, shards: int, work: Range, fixed: Range, uneven: float) -> Range:
+    share = -(-requests // shards) / requests
+    own = work.times(share)
+    return fixed.plus(Range(own.value, own.low, work.high * min(1.0, share * uneven)))
+
+
+def _fitting(told: Estimate, walltime: float) -> int | None:
+    return _fewest(told.requests, told.work_seconds, told.fixed_seconds, told.uneven, walltime)
+
+
+def _fewest(requests: int, work: Range, fixed: Range, uneven: float, walltime: float) -> int | None:
+    """Return the fewest shards that fit the walltime; None where no number does."""
+
+    def fits(shards: int) -> bool:
+        seconds = _shard(requests, shards, work, fixed, uneven).high
+        return seconds <= _SHARE_OF_WALLTIME * walltime
+
+    found = bisect_left(range(1, requests + 1), True, key=fits) + 1
+    return found if found <= requests else None
+
+
+def _recommend(
+    requests: int, work: Range, fixed: Range, uneven: float, walltime: float
+) -> tuple[int, float, bool]:
+    """Return shards, seconds for each, and whether more time is needed than was asked for."""
+    shards = _fewest(requests, work, fixed, uneven, walltime)
+    too_short = shards is None
+    if shards is None:
+        enough = fixed.high / (_FIXED_SHARE * _SHARE_OF_WALLTIME)
+        shards = _fewest(requests, work, fixed, uneven, enough) or requests
+    needed = _shard(requests, shards, work, fixed, uneven).high * _MARGIN
+    seconds = math.ceil(needed / _STEP) * _STEP
+    return shards, seconds if too_short else min(seconds, walltime), too_short
+
+
+def _warn_of_size(
+    seen: int, requests: int, full: int, filled: bool, work: Range, doubt: float
+) -> Iterator[str]:
+    if seen >= requests:
+        return
+    if not filled:
+        yield (
+            f"{seen} requests hardly fill the engines ({full} were in flight): "
+            f"the whole may well go faster; --requests {5 * seen} tells more"
+        )
+    elif work.high > (1 + doubt + _WIDE) * work.value:
+        yield (
+            f"the requests differ so much that {seen} of them leave the time open: "
+            f"--requests {4 * seen} about halves the interval"
+        )
+
+
+def _warn_of_results(observations: Sequence[Observation], whole: Plan) -> Iterator[str]:
+    seen = len(observations)
+    errors = Counter(item.error for item in observations if item.error is not None)
+    failed = errors.total()
+    expected = failed * whole.requests / seen
+    if failed and (
+        failed >= _MANY_FAILURES * seen or expected > whole.options.allowed_failures(whole.requests)
+    ):
+        (most, _), *_ = errors.most_common(1)
+        yield f"{failed} of {seen} requests failed, most of them with {most}"
+    cut = sum(item.cut for item in observations)
+    if cut:
+        yield f"{cut} of {seen} answers ended at their limit of tokens (max_tokens or the context)"
+    truncated = sum(item.truncated for item in observations)
+    if truncated:
+        yield f"{truncated} of {seen} prompts were cut by the engine: --context-length"
+
+
+def _warn_of_shards(uneven: float, too_short: bool, time: str | None) -> Iterator[str]:
+    if uneven > 1:
+        yield (
+            f"some stretch of the input takes {uneven:.1f} times the average: shards will differ, "
+            "and are cut for the longest"
+        )
+    if too_short:
+        yield f"--time {time} is hardly enough for a job to start and do anything: ask for more"

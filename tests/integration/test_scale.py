@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import pwd
 import subprocess
 import time
 import uuid
@@ -28,6 +28,19 @@ def engine() -> Iterator[FaultyEngine]:
     """An engine that takes half a second for a request; the test nodes share its loopback."""
     with FaultyEngine(delay=0.5) as engine:
         yield engine
+
+
+@pytest.fixture
+def other_disk(user: User) -> Iterator[Path]:
+    """A folder of the user's on a file system of its own; only root can have one mounted."""
+    folder = user.folder(f"disk {uuid.uuid4().hex[:6]}")
+    if os.geteuid() != 0:
+        yield folder
+        return
+    owner = f"uid={pwd.getpwnam(user.name).pw_uid},size=16m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", owner, "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 Submit = Callable[..., str]
@@ -75,28 +88,24 @@ def is_whole(place: Path, name: str, count: int, prompt: str = "say") -> None:
 
 
 def test_shards_of_one_run_become_one_output(
-    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
-) -> None:
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str],
+    other_disk: Path,
+) -> None:  # fmt: skip
     """With the real Ollama; the input lies on another file system than the output."""
-    elsewhere = Path("/dev/shm") / f"aiflux-{uuid.uuid4().hex[:8]}"  # noqa: S108
-    user.run("mkdir", elsewhere, cwd=Path("/"))
-    try:
-        requests = [request(f"r{i}", f"Say {i}.", max_tokens=3) for i in range(6)]
-        user.write(elsewhere / "in put.jsonl", lines(*requests))
-        told = user.run(
-            aiflux, "run", "--input", elsewhere / "in put.jsonl", "--output", "out.json",
-            "--shards", "3", "--max-running", "2", "--mem", "2G", "--slots", "1",
-            cwd=place, env=job_env,
-        )  # fmt: skip
-        job = submitted(told)
-        assert "3 of 3 shards" in told
-        listed = json.loads(user.run(aiflux, "jobs", "--json", cwd=place))
-        assert [entry for entry in listed if job in json.dumps(entry)]
-        code = user.popen(aiflux, "watch", job, "--interval", "1", cwd=place)
-        said, _ = code.communicate(timeout=300)
-        assert code.returncode == 0, said
-    finally:
-        shutil.rmtree(elsewhere)
+    requests = [request(f"r{i}", f"Say {i}.", max_tokens=3) for i in range(6)]
+    user.write(other_disk / "in put.jsonl", lines(*requests))
+    told = user.run(
+        aiflux, "run", "--input", other_disk / "in put.jsonl", "--output", "out.json",
+        "--shards", "3", "--max-running", "2", "--mem", "2G", "--slots", "1",
+        cwd=place, env=job_env,
+    )  # fmt: skip
+    job = submitted(told)
+    assert "3 of 3 shards" in told
+    listed = json.loads(user.run(aiflux, "jobs", "--json", cwd=place))
+    assert [entry for entry in listed if job in json.dumps(entry)]
+    code = user.popen(aiflux, "watch", job, "--interval", "1", cwd=place)
+    said, _ = code.communicate(timeout=300)
+    assert code.returncode == 0, said
     assert list(answers(place / "out.json")) == [f"r{i}" for i in range(6)]
     logs = sorted(path.name for path in (place / "out.json.aiflux" / "logs").glob("slurm*"))
     assert logs in ([f"slurm-{job}_{task}.out" for task in range(3)], ["slurm.out"])

@@ -8,7 +8,7 @@ import pytest
 
 from aiflux.errors import SlurmError
 from aiflux.slurm.calling import clean_environment
-from aiflux.slurm.commands import cancel, check_account, submit
+from aiflux.slurm.commands import cancel, submit
 from aiflux.slurm.jobs import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
 from aiflux.slurm.queue import job_state, max_array_size, task_states
 from tests.unit.fake_commands import FakeCommands
@@ -130,35 +130,6 @@ def test_no_sbatch_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SlurmError, match="sbatch is not on PATH") as caught:
         submit(SCRIPT, (), {"PATH": str(tmp_path)})
     assert "--local" in str(caught.value.remedy)
-
-
-ENFORCED = "AccountingStorageEnforce = associations,limits,qos\n"
-
-
-@pytest.mark.parametrize(
-    ("config", "default", "status"),
-    [
-        (ENFORCED, "proj\n", 0),
-        (ENFORCED, "", 1),
-        ("AccountingStorageEnforce = none\n", "", 0),
-        ("", "", 0),
-    ],
-)
-def test_an_account_is_not_demanded_where_it_may_do_without(
-    slurm: FakeCommands, config: str, default: str, status: int
-) -> None:
-    slurm.say("scontrol", config)
-    slurm.say("sacctmgr", default, status=status)
-    check_account(None, environ(slurm))
-
-
-def test_a_missing_account_is_refused_before_submission(slurm: FakeCommands) -> None:
-    slurm.say("scontrol", ENFORCED)
-    slurm.add("sacctmgr", "[[ $* != *assoc* ]] || echo proj")
-    with pytest.raises(SlurmError, match="no default account") as caught:
-        check_account(None, environ(slurm))
-    assert "--account NAME (yours: proj)" in str(caught.value.remedy)
-    check_account("proj", environ(slurm))
 
 
 # --- asking ------------------------------------------------------------------------------------

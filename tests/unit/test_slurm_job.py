@@ -192,10 +192,24 @@ def test_a_failed_preparation_ends_the_job(place: Place, code: int) -> None:
     assert len(place.fakes.calls("apptainer")) == 1
 
 
-@pytest.mark.parametrize("code", [0, 1, 3, 4, 5, 137])
+@pytest.mark.parametrize("code", [0, 1, 3, 4, 5])
 def test_the_exit_code_is_the_workers(place: Place, code: int) -> None:
     place.fakes.add("apptainer", f"[[ $* != *--shard* ]] || exit {code}")
     assert place.bash(render(place.job())).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("code", "stands_for", "words"),
+    [(255, 4, "could not start the container"), (137, 5, "killed by signal 9")],
+)
+@pytest.mark.parametrize("step", ["--prepare", "--shard"])
+def test_an_end_that_no_worker_tells_is_explained(
+    place: Place, code: int, stands_for: int, words: str, step: str
+) -> None:
+    place.fakes.add("apptainer", f"[[ $1 != run || $* != *{step}* ]] || exit {code}")
+    done = place.bash(render(place.job()))
+    assert done.returncode == stands_for
+    assert words in done.stderr
 
 
 def test_the_private_directory_is_private_and_goes(place: Place) -> None:

@@ -16,14 +16,17 @@ from aiflux.errors import (
     ImageError,
     InputError,
     OutputExistsError,
+    PreflightError,
     RunConflictError,
     SlurmError,
     StorageError,
+    describe,
 )
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.jobs import JobState
 from aiflux.slurm.records import read_submissions
 from aiflux.slurm.submission import plan_job, plan_resume, submit_job
+from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import write_input
 
@@ -41,7 +44,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
 @pytest.fixture
 def workspace(awkward: Path) -> Path:
     write_input(awkward / "in.jsonl", 3)
-    (awkward / "aiflux.sif").touch()
+    make_sif(awkward / "aiflux.sif", version="0.1.0", cpu_only="no")
     return awkward
 
 
@@ -145,6 +148,21 @@ def test_a_bad_input_is_refused_before_it_is_queued(slurm: FakeCommands, workspa
     with pytest.raises(InputError):
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
     assert slurm.calls("sbatch") == []
+
+
+def test_all_that_stands_in_the_way_is_told_at_once(slurm: FakeCommands, workspace: Path) -> None:
+    (workspace / "in.jsonl").write_text("{}\n")
+    (workspace / "aiflux.sif").unlink()
+    with pytest.raises(PreflightError) as caught:
+        SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
+    told = describe(caught.value)
+    assert "2 things stand in the way" in told
+    assert "1 line is wrong" in told
+    assert "custom_id is missing" in told
+    assert "aiflux.sif" in told
+    assert slurm.calls("sbatch") == []
+    with pytest.raises(ImageError):
+        SlurmRunner(workspace=workspace).run("in.jsonl", "out.json", preflight=False)
 
 
 def test_a_refusal_leaves_the_script_to_look_at(slurm: FakeCommands, workspace: Path) -> None:
@@ -251,14 +269,18 @@ def run_of(workspace: Path) -> RunDirectory:
 
 
 def test_shards_become_one_array(slurm: FakeCommands, many: Path) -> None:
-    SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards=8, max_running=3)
+    SlurmRunner(workspace=many).run(
+        "in.jsonl", "out.json", shards=8, max_running=3, preflight=False
+    )
     assert submitted(run_of(many)) == [("42", "0-7%3", tuple(range(8)))]
     assert "#SBATCH --array=0-7%3\n" in run_of(many).script.read_text(encoding="utf-8")
     assert len(read_plan(run_of(many)).shards) == 8
 
 
 def test_what_one_array_cannot_hold_becomes_several(slurm: FakeCommands, many: Path) -> None:
-    SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards=20, max_running=4)
+    SlurmRunner(workspace=many).run(
+        "in.jsonl", "out.json", shards=20, max_running=4, preflight=False
+    )
     arrays = [(array, shards) for _, array, shards in submitted(run_of(many))]
     assert arrays == [
         ("0-7%4", tuple(range(8))),
@@ -272,17 +294,19 @@ def test_what_one_array_cannot_hold_becomes_several(slurm: FakeCommands, many: P
 
 def test_a_run_starts_again_with_what_is_left(slurm: FakeCommands, many: Path) -> None:
     runner = SlurmRunner(workspace=many)
-    runner.run("in.jsonl", "out.json", shards=6)
+    runner.run("in.jsonl", "out.json", shards=6, preflight=False)
     run = run_of(many)
     run.journal(1).write_text("{}\n", encoding="utf-8")
     for shard in (0, 1, 4):
         finish_shard(run, shard)
-    runner.run("in.jsonl", "out.json", shards=6)
+    runner.run("in.jsonl", "out.json", shards=6, preflight=False)
     assert submitted(run) == [("42", "0-1,3", (2, 3, 5))]
 
 
 def test_resume_leaves_out_what_is_done_or_in_the_queue(slurm: FakeCommands, many: Path) -> None:
-    SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards=6, time="01:00:00")
+    SlurmRunner(workspace=many).run(
+        "in.jsonl", "out.json", shards=6, time="01:00:00", preflight=False
+    )
     run = run_of(many)
     finish_shard(run, 0)
     slurm.say("squeue", "42|1|RUNNING|N/A|0:01|n1|None\n42|2|PENDING|N/A|0:00||Priority\n")
@@ -314,7 +338,13 @@ def test_a_refused_second_array_leaves_the_first_on_record(slurm: FakeCommands, 
     config = Config(directory=many)
     asked = config.get_slurm_config({"shards": 12})
     planned = plan_job(
-        config, asked, many / "in.jsonl", many / "out.json", config.run_options(), cwd=many
+        config,
+        asked,
+        many / "in.jsonl",
+        many / "out.json",
+        config.run_options(),
+        cwd=many,
+        check=False,
     )
     run_of(many).script_part(2).mkdir()
     with pytest.raises(StorageError):
@@ -324,7 +354,9 @@ def test_a_refused_second_array_leaves_the_first_on_record(slurm: FakeCommands, 
 
 def test_auto_shards_follow_the_time_limit(slurm: FakeCommands, many: Path) -> None:
     def shards(time: str) -> int:
-        SlurmRunner(workspace=many).run("in.jsonl", "out.json", shards="auto", time=time)
+        SlurmRunner(workspace=many).run(
+            "in.jsonl", "out.json", shards="auto", time=time, preflight=False
+        )
         return len(read_plan(run_of(many)).shards)
 
     assert shards("1-00:00:00") == 1

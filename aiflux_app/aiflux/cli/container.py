@@ -23,6 +23,7 @@ from aiflux.core.container import (
 )
 from aiflux.core.files import storage_error
 from aiflux.core.opening import OpenedRun
+from aiflux.errors import ExitCode
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -91,7 +92,23 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        return process.wait()
+        return _explained(process.wait())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _explained(code: int) -> int:
+    """Return the exit code for how a container ended that could not say it itself."""
+    if code == 255:
+        print(
+            "the container could not be started (the runtime's words stand above)", file=sys.stderr
+        )
+        return int(ExitCode.ENGINE)
+    killed = -code if code < 0 else code - 128
+    if killed > 0:
+        print(
+            f"the container was killed by signal {killed}; what was done is kept", file=sys.stderr
+        )
+        return int(ExitCode.STOPPED)
+    return code

@@ -17,6 +17,7 @@ from aiflux.core.container import find_image, find_runtime
 from aiflux.core.merge import merge
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.plan import Plan
+from aiflux.core.preflight import told
 from aiflux.core.registry import register
 from aiflux.core.rundir import RunDirectory, default_output
 from aiflux.core.status import finished_line, refuse_failures
@@ -47,7 +48,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force-resume", action="store_true", help="go on although model or parameters changed"
     )
+    parser.add_argument(
+        "--no-preflight",
+        action="store_true",
+        help="submit without asking Slurm, the image and the disks whether they will have it",
+    )
+    parser.add_argument(
+        "--pilot",
+        type=pilot_size,
+        metavar="K",
+        help="do K requests only, and say what the whole will take (see aiflux estimate)",
+    )
     add_settings(parser, "run", "slurm", "paths")
+
+
+def pilot_size(text: str) -> int:
+    """Return the number of a pilot's requests.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or too few to tell how requests differ.
+    """
+    if not text.isascii() or not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
+    return int(text)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -60,20 +83,22 @@ def execute(arguments: argparse.Namespace) -> int:
             "--local and --engine-url exclude each other",
             "--local starts an engine here; --engine-url uses one that is up",
         )
+    if arguments.pilot is not None:
+        from aiflux.cli.estimate import Asked, foretell
+
+        return foretell(Asked(arguments, config, input_path, output, arguments.pilot))
     if arguments.local:
-        return _run_local(arguments, config, input_path, output)
+        return run_local(_open(arguments, config, input_path, output), config)
     if config.get("engine_url") and not arguments.dry_run:
-        opened = _open(arguments, config, input_path, output)
-        if not opened.finished:
-            _register(opened, ())
-        return _run_here(opened)
+        return run_here(_open(arguments, config, input_path, output))
     return _submit(arguments, config, input_path, output)
 
 
 def _open(
     arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
 ) -> OpenedRun:
-    return open_run(
+    """Open a run that is to be done here, and let `aiflux jobs` know it."""
+    opened = open_run(
         input_path,
         output,
         config.run_options(),
@@ -81,6 +106,9 @@ def _open(
         force=arguments.force,
         force_resume=arguments.force_resume,
     )
+    if not opened.finished:
+        _register(opened, ())
+    return opened
 
 
 def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
@@ -95,8 +123,11 @@ def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, out
         config.run_options(),
         force=arguments.force,
         force_resume=arguments.force_resume,
+        check=not arguments.no_preflight,
         write=not arguments.dry_run,
     )
+    for finding in planned.findings:
+        print(f"warning: {told(finding)}", file=sys.stderr)
     if arguments.dry_run:
         print(json.dumps(planned.opened.plan.to_json(), indent=2, ensure_ascii=False))
         for _, script in planned.scripts:
@@ -154,19 +185,15 @@ def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
     return 0
 
 
-def _run_local(
-    arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
-) -> int:
+def run_local(opened: OpenedRun, config: Config) -> int:
     """Run in the image where Apptainer and the image are, else on an ollama found on PATH.
 
     AIFLUX_OLLAMA names an ollama to use in either case.
     """
-    opened = _open(arguments, config, input_path, output)
     if opened.finished:
         return _tell_finished(opened)
-    _register(opened, ())
     if os.environ.get("AIFLUX_OLLAMA"):
-        return _run_here(opened)
+        return run_here(opened)
     try:
         runtime, image = find_runtime(), find_image(config, Path.cwd())
     except ImageError as error:
@@ -174,13 +201,13 @@ def _run_local(
             raise ImageError(
                 f"{error.message}; and there is no ollama on PATH either", error.remedy
             ) from error
-        return _run_here(opened)
+        return run_here(opened)
     from aiflux.cli.container import run_in_container
 
     return run_in_container(opened, runtime, image)
 
 
-def _run_here(opened: OpenedRun) -> int:
+def run_here(opened: OpenedRun) -> int:
     """Work in this process, in the foreground."""
     from aiflux.worker.progress import make_reporter
     from aiflux.worker.run import Context, ensure_models, work

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aiflux.core.estimate_file import carry_estimate
 from aiflux.core.files import storage_error
 from aiflux.core.input import InputSummary, scan_input
 from aiflux.core.lease import acquire, refuse_living
@@ -46,6 +47,49 @@ class OpenedRun:
     open_shards: tuple[int, ...] = (0,)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A run that is checked and planned, while nothing is written.
+
+    Attributes:
+        earlier: the plan of earlier starts that left results.
+        counts: total, completed and failed of a finished run.
+        replace: an output that is there may be replaced.
+        anew: results of earlier starts are to be dropped.
+    """
+
+    plan: Plan
+    run: RunDirectory
+    earlier: Plan | None
+    counts: dict[str, int] | None
+    replace: bool = False
+    anew: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was done before and is to stay so."""
+        return self.counts is not None and not self.replace
+
+    def open(self, *, write: bool = True) -> OpenedRun:
+        """Write the plan into the run directory.
+
+        Args:
+            write: False leaves the disk as it is (a dry run).
+
+        Raises:
+            RunConflictError: a process works on the run.
+            StorageError: the run directory cannot be written.
+        """
+        if self.finished:
+            return OpenedRun(self.plan, self.run, True, True, self.counts or {}, ())
+        if write:
+            _write(self.plan, self.run, self.earlier, anew=self.anew, replace=self.replace)
+        everything = self.anew or not write
+        left = range(len(self.plan.shards)) if everything else open_shards(self.plan, self.run)
+        resumed = self.earlier is not None and not self.anew
+        return OpenedRun(self.plan, self.run, False, resumed, {}, tuple(left))
+
+
 def open_run(
     input_path: Path,
     output: Path,
@@ -55,24 +99,45 @@ def open_run(
     shards: int | ShardCount = 1,
     force: bool = False,
     force_resume: bool = False,
-    write: bool = True,
 ) -> OpenedRun:
     """Check everything, then write the plan into the run directory.
+
+    Args and errors are those of ``draft_run`` and ``Draft.open``.
+    """
+    return draft_run(
+        input_path,
+        output,
+        options,
+        models_dir,
+        shards=shards,
+        force=force,
+        force_resume=force_resume,
+    ).open()
+
+
+def draft_run(
+    input_path: Path,
+    output: Path,
+    options: RunOptions,
+    models_dir: Path | None,
+    *,
+    shards: int | ShardCount = 1,
+    force: bool = False,
+    force_resume: bool = False,
+) -> Draft:
+    """Check the input and what is there from before, and plan the run; write nothing.
 
     Args:
         models_dir: where models lie; unused with an engine that is up already.
         shards: their number, or what tells it from the input.
         force: an output that is there may be replaced; a finished run starts anew.
         force_resume: go on although model or parameters changed; results then mix.
-        write: False plans without touching the disk (a dry run).
 
     Raises:
         InputError: the input is wrong; lists its lines.
         ConfigError: the output's path or the model's name is wrong.
         OutputExistsError: the output is there and ``force`` is not given.
-        RunConflictError: the run directory belongs to another input, model or parameters, or a
-            process works on it.
-        StorageError: the run directory cannot be written.
+        RunConflictError: the run directory belongs to another input, model or parameters.
     """
     output = checked_output(output)
     input_path = input_path.expanduser().absolute()
@@ -85,15 +150,12 @@ def open_run(
     earlier = _earlier(run, plan, force_resume)
     counts = finished_counts(plan, run) if earlier else None
     if counts is not None and not force and not options.retry_failed:
-        return OpenedRun(plan, run, True, True, counts, ())
+        return Draft(plan, run, earlier, counts)
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
     if not replace:
         _refuse_existing(output)
     anew = counts is not None and not options.retry_failed
-    if write:
-        _write(plan, run, earlier, anew=anew, replace=replace)
-    left = tuple(range(len(plan.shards))) if anew or not write else open_shards(plan, run)
-    return OpenedRun(plan, run, False, earlier is not None and not anew, {}, left)
+    return Draft(plan, run, earlier, counts, replace, anew)
 
 
 def _write(
@@ -113,6 +175,7 @@ def _write(
         else:
             _forget_statuses(run)
         write_plan(plan, run)
+        carry_estimate(plan, run)
         status = run_status(plan, run)
         status.details["replace"] = replace and plan.output.exists()
         status.enter("in_progress")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import missing_parts
 from aiflux.core.plan import Plan
 from aiflux.core.sif import ImageFacts, machine_arch, read_image
-from aiflux.errors import AifluxError, ImageError, PreflightError
+from aiflux.errors import AifluxError, ImageError, InputError, PreflightError, UsageError
 
 Level = Literal["error", "warning"]
 
@@ -28,11 +28,16 @@ _BYTES_PER_REQUEST = 4096
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that will go wrong (an error), or may (a warning), and what to do about it."""
+    """Something that will go wrong (an error), or may (a warning), and what to do about it.
+
+    Attributes:
+        error: the error it was, if it was one: raised as it is where it stands alone.
+    """
 
     level: Level
     what: str
     fix: str
+    error: AifluxError | None = field(default=None, compare=False, repr=False)
 
 
 Check = Callable[[], Iterable[Finding]]
@@ -51,14 +56,30 @@ def refuse(findings: Iterable[Finding]) -> None:
         PreflightError: naming every error, each with its fix.
     """
     errors = [finding for finding in findings if finding.level == "error"]
+    if len(errors) == 1 and errors[0].error is not None:
+        raise errors[0].error
     if len(errors) == 1:
         raise PreflightError(errors[0].what, errors[0].fix)
     if errors:
-        raise PreflightError(
-            f"{len(errors)} things stand in the way; nothing was queued",
-            "mend them; or, where this cluster knows better: --no-preflight",
-            tuple(f"{number}. {told(finding)}" for number, finding in enumerate(errors, start=1)),
-        )
+        raise _all_of(errors)
+
+
+def _all_of(errors: Sequence[Finding]) -> PreflightError:
+    return PreflightError(
+        f"{len(errors)} things stand in the way; nothing was queued",
+        "mend them; or, where this cluster knows better: --no-preflight",
+        tuple(f"{number}. {told(finding)}" for number, finding in enumerate(errors, start=1)),
+    )
+
+
+def problem_with(error: InputError, findings: Iterable[Finding]) -> UsageError:
+    """Return what stands in the way beside an input that is wrong: one error that names it all."""
+    others = [finding for finding in findings if finding.level == "error"]
+    if not others:
+        return error
+    lines = "".join(f"\n     {problem}" for problem in error.problems)
+    every = [Finding("error", error.message + lines, error.remedy or ""), *others]
+    return _all_of(every)
 
 
 def told(finding: Finding) -> str:
@@ -68,7 +89,7 @@ def told(finding: Finding) -> str:
 
 def finding_of(error: AifluxError) -> Finding:
     """Return an error as a finding."""
-    return Finding("error", error.message, error.remedy or "")
+    return Finding("error", error.message, error.remedy or "", error)
 
 
 def check_image(

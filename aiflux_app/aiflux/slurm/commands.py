@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,29 +42,6 @@ def submit(
             f"sbatch answered {done.stdout!r} to {script}, which is no job id",
             "look with squeue whether the job is there",
         ) from None
-
-
-def check_account(account: str | None, environ: Mapping[str, str] | None = None) -> None:
-    """Refuse a submission that this cluster is sure to refuse for want of an account.
-
-    Raises:
-        SlurmError: jobs need an account here, none is configured, and the user has no default.
-    """
-    if account is not None:
-        return
-    environment = clean_environment(os.environ if environ is None else environ)
-    config = attempt(["scontrol", "show", "config"], environment) or ""
-    enforce = re.search(r"^AccountingStorageEnforce\s*=(.*)$", config, re.MULTILINE)
-    if enforce is None or "associations" not in enforce[1].lower():
-        return
-    default = attempt(
-        ["sacctmgr", "-nP", "show", "user", _user(), "format=defaultaccount"], environment
-    )
-    if default is not None and not default.strip():
-        raise SlurmError(
-            "this cluster charges jobs to accounts, and you have no default account",
-            _account_remedy(environment),
-        )
 
 
 def cancel(

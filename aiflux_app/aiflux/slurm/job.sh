@@ -137,7 +137,20 @@ run_container() {
         --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" "$image" "$@" &
     child=$!
     deliver
-    wait_for_child
+    wait_for_child || explain "$?"
+}
+
+# explain CODE: what no worker says itself; returns the exit code that stands for it.
+explain() {
+    local code=$1
+    if ((code == 255)); then
+        say "$runtime could not start the container (its own words stand above)"
+        code=4
+    elif ((code > 128)); then
+        say "the container was killed by signal $((code - 128)); if it was 9, memory may have run out: ask for more with --mem. What was done is kept"
+        code=5
+    fi
+    return "$code"
 }
 
 # --- the container's environment: by name, as --env would split at commas ---------------------

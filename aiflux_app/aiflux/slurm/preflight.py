@@ -35,7 +35,7 @@ def preflight(
     slurm: SlurmConfig,
     options: RunOptions,
     image: Path | None,
-    plan: Plan,
+    plan: Plan | None,
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> tuple[Finding, ...]:
@@ -44,7 +44,7 @@ def preflight(
     Args:
         slurm: what is asked for.
         image: None has it looked for, and a missing one told with the rest.
-        plan: of the input, which was read and is right.
+        plan: of the input; None where that is wrong, so that there is none.
         environ: the environment that Slurm's commands are called in.
         cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
     """
@@ -61,8 +61,8 @@ def preflight(
     return collect(
         [
             of_image,
-            lambda: check_models(plan),
-            lambda: check_space(plan),
+            lambda: () if plan is None else check_models(plan),
+            lambda: () if plan is None else check_space(plan),
             *cluster_checks(facts, slurm),
         ]
     )

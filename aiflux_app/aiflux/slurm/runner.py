@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.preflight import told
 from aiflux.core.registry import register
 from aiflux.core.rundir import default_output
 from aiflux.core.settings import BY_NAME, parse_setting
@@ -19,6 +20,8 @@ from aiflux.slurm import commands
 from aiflux.slurm.jobs import JobState, join_jobs, overall_state, parse_jobs
 from aiflux.slurm.queue import task_states
 from aiflux.slurm.submission import plan_job, submit_job
+
+_log = logging.getLogger(__name__)
 
 
 class SlurmRunner:
@@ -49,6 +52,7 @@ class SlurmRunner:
         *,
         force: bool = False,
         force_resume: bool = False,
+        preflight: bool = True,
         **options: Any,
     ) -> str:
         """Check the input, plan the run, submit it and return the job's id.
@@ -59,6 +63,8 @@ class SlurmRunner:
                 workspace).
             force: replace an output that is there; a finished run starts anew.
             force_resume: go on although model or parameters changed.
+            preflight: ask Slurm, the image and the disks first whether they will have it; what
+                they warn of is logged.
             options: settings of the run (``model``, ``batch_size``, ``max_retries``,
                 ``temperature``, ...), of Slurm (``account``, ``time``, ...) and paths (``image``,
                 ``models_dir``, ...); None means not given. Without one that is given here, the
@@ -71,6 +77,7 @@ class SlurmRunner:
 
         Raises:
             ConfigError: an option is unknown or wrong.
+            PreflightError: the checks found what will go wrong; names all of it.
             InputError: the input is wrong; lists its lines.
             OutputExistsError: the run is finished already, or the output is another's.
             RunConflictError: the run directory is another's, or a job of this run is active.
@@ -92,7 +99,10 @@ class SlurmRunner:
             cwd=self.workspace,
             force=force,
             force_resume=force_resume,
+            check=preflight,
         )
+        for finding in planned.findings:
+            _log.warning(told(finding))
         opened = planned.opened
         if opened.finished:
             raise OutputExistsError(
@@ -115,7 +125,7 @@ class SlurmRunner:
             requests=plan.requests,
         )
         if warning:
-            warnings.warn(warning, stacklevel=2)
+            _log.warning(warning)
         return join_jobs(jobs)
 
     def status(self, job_id: str) -> JobState:

@@ -10,20 +10,24 @@ from typing import Any
 
 from aiflux.core.clock import utc_now
 from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.container import find_image
+from aiflux.core.container import IMAGE_NAME, find_image
+from aiflux.core.estimate import SLURM
+from aiflux.core.estimate_file import known_estimate
 from aiflux.core.files import atomic_write, storage_error
 from aiflux.core.input import InputSummary
-from aiflux.core.opening import OpenedRun, open_run
+from aiflux.core.opening import Draft, OpenedRun, draft_run
 from aiflux.core.options import RunOptions
-from aiflux.core.plan import Plan, read_plan
+from aiflux.core.plan import Plan, make_plan, read_plan
+from aiflux.core.preflight import Finding, problem_with, refuse
 from aiflux.core.rundir import RunDirectory, checked_output
 from aiflux.core.sharding import auto_shards
 from aiflux.core.status import finished_counts, open_shards
 from aiflux.core.walltime import walltime_seconds
-from aiflux.errors import ConfigError, ImageError, RunConflictError
+from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.slurm.arrays import array_ranges, parse_ranges, split_arrays
-from aiflux.slurm.commands import check_account, submit
+from aiflux.slurm.commands import submit
 from aiflux.slurm.jobs import JobId, TaskState
+from aiflux.slurm.preflight import preflight
 from aiflux.slurm.queue import max_array_size, task_states
 from aiflux.slurm.records import Job, Submission, read_submissions, remember
 from aiflux.slurm.script import JobScript, job_name, render
@@ -36,6 +40,7 @@ class PlannedRun:
     Attributes:
         scripts: each array (or the one job) and its batch script.
         active: shards that wait or run already and are left alone.
+        findings: what the checks before a submission warn of.
     """
 
     opened: OpenedRun
@@ -44,6 +49,7 @@ class PlannedRun:
     logs: Path
     scripts: tuple[tuple[JobScript, str], ...]
     active: int = 0
+    findings: tuple[Finding, ...] = ()
 
     @property
     def script(self) -> str:
@@ -61,6 +67,7 @@ def plan_job(
     cwd: Path | None = None,
     force: bool = False,
     force_resume: bool = False,
+    check: bool = True,
     write: bool = True,
     environ: Mapping[str, str] | None = None,
 ) -> PlannedRun:
@@ -68,42 +75,107 @@ def plan_job(
 
     Args:
         cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
+        check: ask Slurm, the image and the disks whether they will have it (preflight).
         write: False plans without touching the disk (a dry run).
 
     Raises:
-        UsageError: settings, input, output or image are wrong (see ``open_run``, ``find_image``).
+        PreflightError: the checks found what will go wrong; names all of it.
+        UsageError: settings, input, output or image are wrong (see ``draft_run``, ``find_image``).
         RunConflictError: a job of this run waits or runs already.
         StorageError: the run directory cannot be written.
     """
     slurm = slurm.checked()
     output = checked_output(output)
     run = RunDirectory.of_output(output)
-    job = _job_script(
-        run,
-        slurm,
-        options,
-        image=find_image(config, Path.cwd() if cwd is None else cwd),
-        input_path=input_path.expanduser().absolute(),
-        output=output,
-        models_dir=config.models_dir,
-        logs=logs_folder(config, run),
+    place = Path.cwd() if cwd is None else cwd
+    image = _image(config, place, missing_ok=check)
+    job = JobScript(
+        name=job_name(output),
+        slurm=slurm,
+        image=image or place / IMAGE_NAME,
+        input=input_path.expanduser().absolute(),
+        output_dir=output.parent,
+        models_dir=config.models_dir if options.engine_url is None else None,
+        run_dir=run.path,
+        log=logs_folder(config, run),
+        drain_seconds=options.drain_seconds,
+        max_requeues=options.max_requeues,
     )
     # What cannot be rendered is refused before the input is read and anything is written.
     render(job)
-    if write:
-        _refuse_second(run, environ)
-    opened = open_run(
+    draft = _draft(
         input_path,
         output,
         options,
         config.models_dir,
-        shards=_shard_count(slurm),
+        shards=_shard_count(slurm, output, options),
         force=force,
         force_resume=force_resume,
-        write=write,
     )
+    findings: tuple[Finding, ...] = ()
+    if check and (isinstance(draft, InputError) or not draft.finished):
+        plan = None if isinstance(draft, InputError) else draft.plan
+        findings = preflight(config, slurm, options, image, plan, environ, place)
+    if isinstance(draft, InputError):
+        raise problem_with(draft, findings)
+    refuse(findings)
+    if write and not draft.finished:
+        _refuse_second(run, environ)
+    opened = draft.open(write=write)
     scripts = _scripts(job, opened.plan, opened.open_shards, slurm, environ)
-    return PlannedRun(opened, job.image, slurm, job.log, scripts)
+    return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings)
+
+
+def _image(config: Config, cwd: Path, *, missing_ok: bool) -> Path | None:
+    """Return the image; where it is missing and that may be told later, None."""
+    try:
+        return find_image(config, cwd)
+    except ImageError:
+        if missing_ok:
+            return None
+        raise
+
+
+def _draft(*arguments: Any, **keywords: Any) -> Draft | InputError:
+    """Draft a run; an input that is wrong is returned, to be told with what else is."""
+    try:
+        return draft_run(*arguments, **keywords)
+    except InputError as error:
+        return error
+
+
+def _shard_count(
+    slurm: SlurmConfig, output: Path, options: RunOptions
+) -> int | Callable[[InputSummary], int]:
+    """Return the shards asked for; for ``auto`` what a pilot told, else a rule of thumb."""
+    if isinstance(slurm.shards, int):
+        return slurm.shards
+
+    def automatic(summary: InputSummary) -> int:
+        told = known_estimate(make_plan(summary, output, options, None))
+        if told is not None and told.where == (options.engine_url or SLURM):
+            return told.shards_for(slurm.time)
+        return auto_shards(summary, walltime_seconds(slurm.time))
+
+    return automatic
+
+
+def _scripts(
+    job: JobScript,
+    plan: Plan,
+    shards: Sequence[int],
+    slurm: SlurmConfig,
+    environ: Mapping[str, str] | None,
+) -> tuple[tuple[JobScript, str], ...]:
+    """Render a script for each array that is needed to reach the shards."""
+    if len(plan.shards) == 1:
+        return ((job, render(job)),)
+    at_once = "" if slurm.max_running is None else f"%{slurm.max_running}"
+    scripts = []
+    for first, tasks in split_arrays(shards, max_array_size(environ)):
+        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first)
+        scripts.append((part, render(part)))
+    return tuple(scripts)
 
 
 def plan_resume(
@@ -146,15 +218,17 @@ def plan_resume(
     active = active_shards(run, environ)
     missing = tuple(shard for shard in left if shard not in active)
     logs = records.submissions[-1].log
-    job = _job_script(
-        run,
-        slurm,
-        plan.options,
+    job = JobScript(
+        name=job_name(plan.output),
+        slurm=slurm,
         image=image,
-        input_path=plan.input_path,
-        output=plan.output,
+        input=plan.input_path,
+        output_dir=plan.output.parent,
         models_dir=plan.models_dir,
-        logs=logs,
+        run_dir=run.path,
+        log=logs,
+        drain_seconds=plan.options.drain_seconds,
+        max_requeues=plan.options.max_requeues,
     )
     opened = OpenedRun(plan, run, counts is not None, True, counts or {}, missing)
     scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()
@@ -167,56 +241,6 @@ def _recorded(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> SlurmC
     return SlurmConfig(**{**values, **changes}).checked()
 
 
-def _shard_count(slurm: SlurmConfig) -> int | Callable[[InputSummary], int]:
-    if isinstance(slurm.shards, int):
-        return slurm.shards
-    walltime = walltime_seconds(slurm.time)
-    return lambda summary: auto_shards(summary, walltime)
-
-
-def _job_script(
-    run: RunDirectory,
-    slurm: SlurmConfig,
-    options: RunOptions,
-    *,
-    image: Path,
-    input_path: Path,
-    output: Path,
-    models_dir: Path | None,
-    logs: Path,
-) -> JobScript:
-    return JobScript(
-        name=job_name(output),
-        slurm=slurm,
-        image=image,
-        input=input_path,
-        output_dir=output.parent,
-        models_dir=models_dir if options.engine_url is None else None,
-        run_dir=run.path,
-        log=logs,
-        drain_seconds=options.drain_seconds,
-        max_requeues=options.max_requeues,
-    )
-
-
-def _scripts(
-    job: JobScript,
-    plan: Plan,
-    shards: Sequence[int],
-    slurm: SlurmConfig,
-    environ: Mapping[str, str] | None,
-) -> tuple[tuple[JobScript, str], ...]:
-    """Render a script for each array that is needed to reach the shards."""
-    if len(plan.shards) == 1:
-        return ((job, render(job)),)
-    at_once = "" if slurm.max_running is None else f"%{slurm.max_running}"
-    scripts = []
-    for first, tasks in split_arrays(shards, max_array_size(environ)):
-        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first)
-        scripts.append((part, render(part)))
-    return tuple(scripts)
-
-
 def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
     """Write the scripts into the run directory, submit them and remember the jobs there.
 
@@ -227,7 +251,6 @@ def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) ->
         StorageError: the run directory cannot be written.
     """
     run = planned.opened.run
-    check_account(planned.slurm.account, environ)
     try:
         planned.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -135,7 +135,10 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
     spec = place.spec(prepare)
     run_dir = str(place.folder / "out.json.aiflux")
     arguments = ["--run-dir", run_dir, "--shard", "0", "--deadline", "1790000000"]
-    assert prepare.argv == prepare_command(spec, ["--run-dir", run_dir, "--prepare"])[1:]
+    assert (
+        prepare.argv
+        == prepare_command(spec, ["--run-dir", run_dir, "--prepare", *arguments[-2:]])[1:]
+    )
     assert probe.argv == probe_command(spec)[1:]
     assert work.argv == work_command(spec, arguments)[1:]
     assert inside(prepare) == inside(Call([], prepare_environment(spec, environ)))
@@ -657,3 +660,13 @@ def test_any_name_reaches_the_worker_through_the_generic_script(
         argv = place.fakes.calls("apptainer")[0].argv
         assert argv[-3:] == [str(place.input), str(folder / f"x{name}.json"), "--prepare"]
         assert os.listdir(place.temporary) == []
+
+
+def test_usr1_that_comes_a_minute_early_ends_nothing_before_the_work(place: Place) -> None:
+    """Slurm may send it before the worker is there; the worker knows the job's end by itself."""
+    end = str(int(time.time()) + 600)
+    slow = '[[ $* != *--prepare* ]] || { trap "" USR1; touch "$here/ready"; sleep 0.5; }'
+    process = start(place, slow, SLURM_JOB_END_TIME=end, SLURM_JOB_ID="7")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) == 0
+    assert any("--shard" in call.argv for call in place.fakes.calls("apptainer"))

@@ -11,7 +11,7 @@
 runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
 child='' pending='' signals=0   # the container's pid, a signal it has not had yet, their number
 stopped=0                       # 1 after TERM or INT: somebody wants the job to end
-seal=() sealed=0 mounts=()
+seal=() sealed=0 mounts=() deadline=()
 
 # How Slurm's commands name this job: the bare id of an array's last task means the whole array.
 job_id=${SLURM_JOB_ID:-}
@@ -39,7 +39,12 @@ on_signal() {
     deliver
 }
 
-# The container may not be there yet when the signal comes; then it gets it as soon as it is.
+# The container may not be there yet when the signal comes; then it gets it as soon as it is. But
+# not USR1, which may come a minute early: where the job's end is known, the worker minds the clock.
+forget_usr1() {
+    [[ $pending != USR1 || -z ${SLURM_JOB_END_TIME:-} ]] || pending=''
+}
+
 deliver() {
     local signal=$pending
     [[ -n $child && -n $signal ]] || return 0
@@ -124,7 +129,7 @@ bind_all() {
 }
 
 stop_if_asked() {
-    ((signals)) || return 0
+    ((stopped)) || return 0
     say "stopped by a signal before the work began; the same job goes on when it is run again"
     exit 5
 }
@@ -136,6 +141,7 @@ run_container() {
     "$runtime" run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} ${seal[@]+"${seal[@]}"} \
         --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" "$image" "$@" &
     child=$!
+    forget_usr1
     deliver
     wait_for_child || explain "$?"
 }
@@ -210,7 +216,7 @@ prepare() {
     [[ -z $models_dir ]] || mkdir -p -- "$models_dir" ||
         give_up "the models directory $models_dir cannot be made" "set AIFLUX_MODELS_DIR"
     bind_all
-    run_container "${prepare_args[@]}"
+    run_container "${prepare_args[@]}" ${deadline[@]+"${deadline[@]}"}
 }
 
 # Loopback only, where the node can do that and the engine is in the container.
@@ -226,7 +232,6 @@ choose_seal() {
 }
 
 work() {
-    local deadline=()
     stop_if_asked
     rm -f -- "$mark"
     unpass "${proxies[@]}"
@@ -234,7 +239,6 @@ work() {
     unset "${proxies[@]}" all_proxy ALL_PROXY ftp_proxy FTP_PROXY
     choose_seal
     put AIFLUX_SEALED "$sealed"
-    [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")
     bind_all ro
     run_container --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
 }
@@ -268,6 +272,7 @@ main() {
     find_runtime
     make_scratch
     find_end_time
+    [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")
     pass_environment
     prepare || exit
     work

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker; return the exit code."""
     arguments = make_parser().parse_args(argv)
     stopper = Stopper()
+    if arguments.deadline is not None:
+        # Until the plan is read, that tells it better: Slurm may send SIGUSR1 a minute early.
+        now = time.time()
+        stopper.ignore_usr1_until(max(arguments.deadline - 60, (now + arguments.deadline) / 2))
     stopper.install()
     context = Context(
         make_reporter(),

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
+from aiflux.cli.forecast import comparison
 from aiflux.cli.located import located
 from aiflux.cli.runs import add_run, frame_of, make_console, show
 from aiflux.cli.views import overview
+from aiflux.core.compare import Row, compare
+from aiflux.core.estimate_file import read_estimate
+from aiflux.core.plan import read_plan
+from aiflux.core.rundir import RunDirectory
+from aiflux.core.status import read_run_status, read_status
 from aiflux.slurm.overview import gather
 
 
@@ -21,10 +28,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Show a run once; the exit code does not tell how the run is."""
-    view = gather(located(arguments.run))
+    run = located(arguments.run)
+    view = gather(run)
+    rows = _compared(run) if view.finished else ()
     if arguments.json:
-        print(json.dumps(view.to_json(), indent=2))
+        estimated = [asdict(row) for row in rows] or None
+        print(json.dumps({**view.to_json(), "estimate": estimated}, indent=2))
         return 0
     console = make_console()
-    show(console, overview(view, frame_of(console)))
+    lines = overview(view, frame_of(console))
+    show(console, [*lines, *comparison(rows)] if rows else lines)
     return 0
+
+
+def _compared(run: RunDirectory) -> tuple[Row, ...]:
+    """Return what was estimated of a finished run beside what it took; nothing without both."""
+    plan = read_plan(run)
+    told = read_estimate(run.estimate, plan)
+    statuses = [read_status(run, shard.index) for shard in plan.shards]
+    known = [status for status in statuses if status is not None]
+    whole = read_run_status(run)
+    if told is None or whole is None or len(known) < len(statuses):
+        return ()
+    return compare(told, known, whole)

@@ -22,8 +22,10 @@ from aiflux.core.walltime import walltime_seconds, walltime_text
 
 SLURM = "slurm"
 LOCAL = "local"
-_RATE_DOUBT = 0.1
-_RATE_DOUBT_UNFILLED = 0.25
+_DOUBT = 0.1
+_DOUBT_UNFILLED = 0.25
+_DOUBT_CLIMBING = 0.5
+_SETTLED = 8
 _SHARE_OF_WALLTIME = 0.8
 _MARGIN = 1.3
 _STEP = 300.0
@@ -152,18 +154,17 @@ def estimate(
         where: see ``Estimate``.
     """
     full, costs = _costs(observations)
-    filled = len(observations) >= 2 * max(full, _lanes(whole, status))
-    exact = len(observations) >= whole.requests
-    doubt = _RATE_DOUBT if filled else _RATE_DOUBT_UNFILLED
+    seen = len(observations)
+    doubt = _doubt(seen, full, _lanes(whole, status))
     details = status["aiflux"]
     fixed = _fixed(observations, unix_seconds(details["started"]))
     work = _doubted(_sum(costs, observations, drawn, whole.requests), doubt)
-    uneven = 1.0 if exact else unevenness(costs)
+    uneven = 1.0 if seen >= whole.requests else unevenness(costs)
     walltime = walltime_seconds(time)
     shards, seconds, too_short = _recommend(whole.requests, work, fixed, uneven, walltime)
     failed = sum(item.error is not None for item in observations)
     warnings = [
-        *_warn_of_size(len(observations), whole.requests, full, filled, work, doubt),
+        *_warn_of_size(seen, whole.requests, full, work, doubt),
         *_warn_of_results(observations, whole),
         *_warn_of_shards(uneven, too_short, time),
     ]
@@ -172,7 +173,7 @@ def estimate(
         where=where,
         created=utc_now(),
         requests=whole.requests,
-        pilot=len(observations),
+        pilot=seen,
         pilot_failures=failed,
         prompt_tokens=_total("prompt_tokens", observations, drawn, whole.requests),
         completion_tokens=_total("completion_tokens", observations, drawn, whole.requests),
@@ -181,7 +182,7 @@ def estimate(
         fixed_seconds=fixed,
         uneven=uneven,
         gpus=_gpus(details),
-        failures=share_of(failed, len(observations), whole.requests),
+        failures=share_of(failed, seen, whole.requests),
         walltime=None if math.isinf(walltime) else walltime,
         shards=shards,
         time_seconds=seconds,
@@ -204,12 +205,36 @@ def _costs(observations: Sequence[Observation]) -> tuple[int, list[float]]:
     return full, [costs[at] for at in range(len(observations))]
 
 
-def _lanes(plan: Plan, status: Mapping[str, Any]) -> int:
-    """Return the requests in flight that the engines can take, as far as they say."""
+@dataclass(frozen=True)
+class _Doubt:
+    """How much less, or more, time the whole may take at another pace than the pilot's."""
+
+    below: float
+    above: float
+    unfilled: bool
+
+
+def _doubt(seen: int, full: int, lanes: int | None) -> _Doubt:
+    """Return the doubt about the pace.
+
+    Args:
+        lanes: requests that the engines take at once; None where the worker finds that out by and
+            by (``worker.limits``).
+    """
+    if lanes is None and seen < _SETTLED * full:
+        return _Doubt(_DOUBT_CLIMBING, _DOUBT_UNFILLED, True)
+    if lanes is not None and seen < 2 * max(full, lanes):
+        return _Doubt(max(_DOUBT_UNFILLED, 1 - full / lanes), _DOUBT_UNFILLED, True)
+    return _Doubt(_DOUBT, _DOUBT, False)
+
+
+def _lanes(plan: Plan, status: Mapping[str, Any]) -> int | None:
+    """Return the requests in flight that the engines take, as far as that is known before."""
     engines = status["aiflux"].get("engines") or []
-    slots = [int(engine.get("slots") or 0) for engine in engines]
-    lanes: int = max(sum(slots), len(slots) * (plan.options.concurrency or 0))
-    return lanes
+    if plan.options.concurrency is not None:
+        return max(1, len(engines)) * plan.options.concurrency
+    slots = sum(int(engine.get("slots") or 0) for engine in engines)
+    return slots or None
 
 
 def _gpus(details: Mapping[str, Any]) -> int:
@@ -227,11 +252,11 @@ def _fixed(observations: Sequence[Observation], started: float) -> Range:
     return Range(start + longest / 2, start, start + longest)
 
 
-def _doubted(figure: Range, doubt: float) -> Range:
-    """Widen a time by the doubt whether the whole goes at the pilot's pace."""
-    below = math.hypot(figure.value - figure.low, figure.value * doubt)
-    above = math.hypot(figure.high - figure.value, figure.value * doubt)
-    return Range(figure.value, figure.value - below, figure.value + above)
+def _doubted(figure: Range, doubt: _Doubt) -> Range:
+    """Widen a time by the doubt about the pace."""
+    below = math.hypot(figure.value - figure.low, figure.value * doubt.below)
+    above = math.hypot(figure.high - figure.value, figure.value * doubt.above)
+    return Range(figure.value, max(0.0, figure.value - below), figure.value + above)
 
 
 def _total(name: str, observations: Sequence[Observation], drawn: Drawn, requests: int) -> Range:
@@ -280,17 +305,15 @@ def _recommend(
     return shards, seconds if too_short else min(seconds, walltime), too_short
 
 
-def _warn_of_size(
-    seen: int, requests: int, full: int, filled: bool, work: Range, doubt: float
-) -> Iterator[str]:
+def _warn_of_size(seen: int, requests: int, full: int, work: Range, doubt: _Doubt) -> Iterator[str]:
     if seen >= requests:
         return
-    if not filled:
+    if doubt.unfilled:
         yield (
-            f"{seen} requests hardly fill the engines ({full} were in flight): "
-            f"the whole may well go faster; --requests {5 * seen} tells more"
+            f"{seen} requests hardly fill the engines ({full} were in flight): the whole may well "
+            f"go at another pace; --requests {5 * seen} tells more"
         )
-    elif work.high > (1 + doubt + _WIDE) * work.value:
+    elif work.high > (1 + doubt.above + _WIDE) * work.value:
         yield (
             f"the requests differ so much that {seen} of them leave the time open: "
             f"--requests {4 * seen} about halves the interval"

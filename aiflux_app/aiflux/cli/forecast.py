@@ -71,11 +71,12 @@ def full_command(given: Mapping[str, Any], slurm: bool, told: Estimate) -> str:
 
 def count(number: float) -> str:
     """Return a count that can be read at a glance."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if number >= limit:
-            scale = limit if unit != " k" else 1e3
-            return f"{number / scale:.3g}{unit}"
-    return f"{number:.0f}"
+    if number < 10_000:
+        return f"{number:.0f}"
+    for scale, unit in ((1e3, "k"), (1e6, "M"), (1e9, "G")):
+        if number < 999.5 * scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number / 1e12:.3g} T"
 
 
 def _hours(number: float) -> str:

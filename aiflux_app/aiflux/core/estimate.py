@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from aiflux.core.clock import unix_seconds, utc_now
@@ -68,10 +68,10 @@ class Estimate:
     uneven: float
     gpus: int
     failures: Range
-    walltime: float | None
-    shards: int
-    time_seconds: float
-    warnings: tuple[str, ...]
+    walltime: float | None = None
+    shards: int = 1
+    time_seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def time(self) -> str:
@@ -97,7 +97,10 @@ class Estimate:
         """Return the time of one job where the input is cut into ``shards``; the longest of them
         is at the upper bound.
         """
-        return _shard(self.requests, shards, self.work_seconds, self.fixed_seconds, self.uneven)
+        share = -(-self.requests // shards) / self.requests
+        own = self.work_seconds.times(share)
+        highest = self.work_seconds.high * min(1.0, share * self.uneven)
+        return self.fixed_seconds.plus(Range(own.value, own.low, highest))
 
     def seconds_of_jobs(self, shards: int) -> Range:
         """Return the time of all jobs together."""
@@ -109,8 +112,36 @@ class Estimate:
 
     def shards_for(self, time: str | None) -> int:
         """Return the shards to cut the input into where a job may take ``time``."""
-        fits = _fitting(self, walltime_seconds(time))
-        return fits if fits is not None else self.shards
+        return self.recommended(time).shards
+
+    def recommended(self, time: str | None) -> Estimate:
+        """Return the estimate with what it recommends where a job may take ``time``.
+
+        More time is recommended where a job could not do a single request in it.
+        """
+        walltime = walltime_seconds(time)
+        shards = self._fewest(walltime)
+        most = walltime
+        if shards is None:
+            most = math.inf
+            enough = self.fixed_seconds.high / (_FIXED_SHARE * _SHARE_OF_WALLTIME)
+            shards = self._fewest(enough) or self.requests
+        needed = math.ceil(self.seconds_of_shard(shards).high * _MARGIN / _STEP) * _STEP
+        return replace(
+            self,
+            walltime=None if math.isinf(walltime) else walltime,
+            shards=shards,
+            time_seconds=min(needed, most),
+        )
+
+    def _fewest(self, walltime: float) -> int | None:
+        """Return the fewest shards that fit the walltime; None where no number does."""
+
+        def fits(shards: int) -> bool:
+            return self.seconds_of_shard(shards).high <= _SHARE_OF_WALLTIME * walltime
+
+        found = bisect_left(range(1, self.requests + 1), True, key=fits) + 1
+        return found if found <= self.requests else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the estimate as JSON, with what follows from it."""
@@ -157,18 +188,9 @@ def estimate(
     seen = len(observations)
     doubt = _doubt(seen, full, _lanes(whole, status))
     details = status["aiflux"]
-    fixed = _fixed(observations, unix_seconds(details["started"]))
     work = _doubted(_sum(costs, observations, drawn, whole.requests), doubt)
-    uneven = 1.0 if seen >= whole.requests else unevenness(costs)
-    walltime = walltime_seconds(time)
-    shards, seconds, too_short = _recommend(whole.requests, work, fixed, uneven, walltime)
     failed = sum(item.error is not None for item in observations)
-    warnings = [
-        *_warn_of_size(seen, whole.requests, full, work, doubt),
-        *_warn_of_results(observations, whole),
-        *_warn_of_shards(uneven, too_short, time),
-    ]
-    return Estimate(
+    told = Estimate(
         plan=whole.id,
         where=where,
         created=utc_now(),
@@ -179,15 +201,17 @@ def estimate(
         completion_tokens=_total("completion_tokens", observations, drawn, whole.requests),
         in_flight=full,
         work_seconds=work,
-        fixed_seconds=fixed,
-        uneven=uneven,
+        fixed_seconds=_fixed(observations, unix_seconds(details["started"])),
+        uneven=1.0 if seen >= whole.requests else unevenness(costs),
         gpus=_gpus(details),
         failures=share_of(failed, seen, whole.requests),
-        walltime=None if math.isinf(walltime) else walltime,
-        shards=shards,
-        time_seconds=seconds,
-        warnings=tuple(warnings),
-    )
+    ).recommended(time)
+    warnings = [
+        *_warn_of_size(told, doubt),
+        *_warn_of_results(observations, whole),
+        *_warn_of_shards(told, time),
+    ]
+    return replace(told, warnings=tuple(warnings))
 
 
 def _costs(observations: Sequence[Observation]) -> tuple[int, list[float]]:
@@ -270,48 +294,14 @@ def _sum(
     return total(values, [item.size for item in observations], requests, drawn.bytes)
 
 
-def _shard(requests: int, shards: int, work: Range, fixed: Range, uneven: float) -> Range:
-    share = -(-requests // shards) / requests
-    own = work.times(share)
-    return fixed.plus(Range(own.value, own.low, work.high * min(1.0, share * uneven)))
-
-
-def _fitting(told: Estimate, walltime: float) -> int | None:
-    return _fewest(told.requests, told.work_seconds, told.fixed_seconds, told.uneven, walltime)
-
-
-def _fewest(requests: int, work: Range, fixed: Range, uneven: float, walltime: float) -> int | None:
-    """Return the fewest shards that fit the walltime; None where no number does."""
-
-    def fits(shards: int) -> bool:
-        seconds = _shard(requests, shards, work, fixed, uneven).high
-        return seconds <= _SHARE_OF_WALLTIME * walltime
-
-    found = bisect_left(range(1, requests + 1), True, key=fits) + 1
-    return found if found <= requests else None
-
-
-def _recommend(
-    requests: int, work: Range, fixed: Range, uneven: float, walltime: float
-) -> tuple[int, float, bool]:
-    """Return shards, seconds for each, and whether more time is needed than was asked for."""
-    shards = _fewest(requests, work, fixed, uneven, walltime)
-    too_short = shards is None
-    if shards is None:
-        enough = fixed.high / (_FIXED_SHARE * _SHARE_OF_WALLTIME)
-        shards = _fewest(requests, work, fixed, uneven, enough) or requests
-    needed = _shard(requests, shards, work, fixed, uneven).high * _MARGIN
-    seconds = math.ceil(needed / _STEP) * _STEP
-    return shards, seconds if too_short else min(seconds, walltime), too_short
-
-
-def _warn_of_size(seen: int, requests: int, full: int, work: Range, doubt: _Doubt) -> Iterator[str]:
-    if seen >= requests:
+def _warn_of_size(told: Estimate, doubt: _Doubt) -> Iterator[str]:
+    seen, work = told.pilot, told.work_seconds
+    if seen >= told.requests:
         return
     if doubt.unfilled:
         yield (
-            f"{seen} requests hardly fill the engines ({full} were in flight): the whole may well "
-            f"go at another pace; --requests {5 * seen} tells more"
+            f"{seen} requests hardly fill the engines ({told.in_flight} were in flight): the whole "
+            f"may well go at another pace; --requests {5 * seen} tells more"
         )
     elif work.high > (1 + doubt.above + _WIDE) * work.value:
         yield (
@@ -338,11 +328,11 @@ def _warn_of_results(observations: Sequence[Observation], whole: Plan) -> Iterat
         yield f"{truncated} of {seen} prompts were cut by the engine: --context-length"
 
 
-def _warn_of_shards(uneven: float, too_short: bool, time: str | None) -> Iterator[str]:
-    if uneven > 1:
+def _warn_of_shards(told: Estimate, time: str | None) -> Iterator[str]:
+    if told.uneven > 1:
         yield (
-            f"some stretch of the input takes {uneven:.1f} times the average: shards will differ, "
-            "and are cut for the longest"
+            f"some stretch of the input takes {told.uneven:.1f} times the average: shards will "
+            "differ, and are cut for the longest"
         )
-    if too_short:
+    if told.walltime is not None and told.time_seconds > told.walltime:
         yield f"--time {time} is hardly enough for a job to start and do anything: ask for more"

@@ -47,7 +47,7 @@ def total(values: Sequence[float], sizes: Sequence[int], requests: int, size: in
     value, spread = requests * fmean(values), _deviation(values)
     ratio = sum(values) / sum(sizes)
     rest = _deviation([one - ratio * other for one, other in zip(values, sizes, strict=True)])
-    if rest < _BETTER * spread:
+    if seen > 2 and rest < _BETTER * spread:
         value, spread = ratio * size, rest
     finite = math.sqrt(max(0.0, 1 - seen / requests))
     half = _student(seen - 1) * requests * spread / math.sqrt(seen) * finite

@@ -260,11 +260,12 @@ def test_a_gpu_job_on_the_cpu_is_exit_4(
     user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, models: Path
 ) -> None:
     user.write(place / "in.jsonl", lines(FRANCE))
-    told = user.run(
-        aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G",
-        cwd=place, env={"AIFLUX_MODELS_DIR": str(models)},
-    )  # fmt: skip
-    job = submitted(told)
+    run = [aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G"]
+    env = {"AIFLUX_MODELS_DIR": str(models)}
+    told = user.run(*run, cwd=place, env=env, code=2)
+    assert "--allow-cpu" in told, "seen before anything was queued"
+    assert not (place / "out.json.aiflux").exists()
+    job = submitted(user.run(*run, "--no-preflight", cwd=place, env=env))
     assert cluster.end(job).code == 4
     assert "runs on the CPU only" in cluster.log(job, place)
 
@@ -286,10 +287,11 @@ def test_sbatch_refusing_is_exit_2_in_its_own_words(
     user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str]
 ) -> None:
     user.write(place / "in.jsonl", lines(FRANCE))
-    told = user.run(
-        aiflux, "run", "--input", "in.jsonl", "--partition", "nowhere",
-        cwd=place, env=job_env, code=2,
-    )  # fmt: skip
+    run = [aiflux, "run", "--input", "in.jsonl", "--partition", "nowhere", "--mem", "2G"]
+    told = user.run(*run, cwd=place, env=job_env, code=2)
+    assert "no partition 'nowhere'" in told
+    assert "gpu" in told, "and the ones there are"
+    told = user.run(*run, "--no-preflight", cwd=place, env=job_env, code=2)
     assert "invalid partition specified: nowhere" in told
     assert "submitted" not in told
 

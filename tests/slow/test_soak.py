@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.core.opening import open_run
+from aiflux.core.options import RunOptions
+from aiflux.core.rundir import RunDirectory
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 
@@ -55,3 +58,49 @@ def test_kill_9_at_any_moment_and_resume(tmp_path: Path, seed: int) -> None:
     assert all(entry["output"] for entry in entries)
     # A request is sent again only for a fault, or for a kill while it was in flight.
     assert most <= 2 + kills
+
+
+def shard_worker(run: RunDirectory, shard: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "aiflux.worker", "--run-dir", str(run.path),
+               "--shard", str(shard)]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_kill_9_of_shards_that_are_cut_anew(tmp_path: Path, seed: int) -> None:
+    """Shards at work side by side, killed at random (the merge too), cut anew now and then."""
+    dice = random.Random(seed)
+    lines = [request_line(f"r{index}") for index in range(REQUESTS)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    kills = rounds = 0
+    with FaultyEngine(delay=0.05) as engine:
+        options = RunOptions(engine_url=engine.url, concurrency=2)
+        while rounds < 30:
+            rounds += 1
+            opened = open_run(
+                tmp_path / "in.jsonl", tmp_path / "out.json", options, None,
+                shards=dice.choice([3, 3, 4, 7]),
+            )  # fmt: skip
+            if opened.finished:
+                break
+            running = [shard_worker(opened.run, k) for k in opened.open_shards or (0,)]
+            limit = 1.5 if kills < 12 else 60.0
+            ends = [time.monotonic() + dice.uniform(0.3, limit) for _ in running]
+            while any(process.poll() is None for process in running):
+                for process, end in zip(running, ends, strict=True):
+                    if process.poll() is None and time.monotonic() > end:
+                        process.kill()
+                        process.wait()
+                        kills += 1
+                time.sleep(0.01)
+            for process in running:
+                _, told = process.communicate()
+                assert process.returncode in (0, -9), told.decode()
+        most = max(engine.seen.values())
+    assert opened.finished
+    assert kills > 0
+    entries = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [entry["input"]["custom_id"] for entry in entries] == [f"r{i}" for i in range(REQUESTS)]
+    assert most <= 1 + kills
+    assert not list(opened.run.path.glob("journal.*"))

@@ -150,7 +150,7 @@ CASES: dict[str, Case] = {
         {"state": "in_progress", "age": 600.0},
         None,
         "lost",
-        "Slurm has its job no more",
+        "Slurm no longer has its job",
         "lost",
     ),
     "about to end": ({"state": "in_progress"}, TaskState("TIMEOUT", 0), "stopping", "", "running"),
@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
         None,
         None,
         "lost",
-        "Slurm has its job no more, and it left no status",
+        "Slurm no longer has its job, and it left no status",
         "lost",
     ),
 }

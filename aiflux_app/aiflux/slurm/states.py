@@ -157,7 +157,7 @@ def _said_to_work(facts: ShardFacts, task: TaskState | None) -> Verdict:
         stopping = facts.word == "cancelling" or task is not None
         return Verdict(ShardState.STOPPING if stopping else ShardState.RUNNING)
     if task is None:
-        reason = "its process is gone" if facts.task is None else "Slurm has its job no more"
+        reason = "its process is gone" if facts.task is None else "Slurm no longer has its job"
         return Verdict(ShardState.LOST, reason)
     return Verdict(ShardState.LOST, f"its job ended: {_slurm_words(task)}", task.exit_code)
 
@@ -166,7 +166,7 @@ def _without_status(facts: ShardFacts, task: TaskState | None, answered: bool) -
     if facts.task is None:
         return Verdict(ShardState.NOT_SUBMITTED)
     if task is None and answered:
-        return Verdict(ShardState.LOST, "Slurm has its job no more, and it left no status")
+        return Verdict(ShardState.LOST, "Slurm no longer has its job, and it left no status")
     if task is None:
         return Verdict(ShardState.WAITING, "submitted; Slurm cannot be asked")
     words = f"its job ended before the work began: {_slurm_words(task)}"

@@ -29,6 +29,7 @@ the same command goes on; 1 a bug
 COMMANDS = {
     "run": "process a file of requests, as a Slurm job or here",
     "check": "check a file of requests",
+    "convert": "make requests of a table, a folder, JSON or images",
     "estimate": "try some requests, and tell what the whole file will take",
     "resume": "submit what is left of a run",
     "merge": "write a run's output from what its jobs did",

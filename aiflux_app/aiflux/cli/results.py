@@ -1,9 +1,9 @@
-"""``aiflux results``: prompts and answers of an output as a table."""
+"""``aiflux results``: the answers of a run, on the screen or as a table in a file."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,81 +13,170 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aiflux.core.rundir import errors_path
-from aiflux.errors import InputError
+from aiflux.cli.located import located
+from aiflux.converters.answers import refuse_missing
+from aiflux.converters.results import BackOptions, BackSummary
+from aiflux.core.outputs import Entry, read_entries
+from aiflux.core.plan import read_plan
+from aiflux.core.rundir import OUTPUT_SUFFIXES
 
 _SHOWN = 400
+_RUN_HELP = "output, run directory or job id"
+_TABLES = {
+    "to-csv": ("CSV", ".csv"),
+    "to-parquet": ("Parquet", ".parquet"),
+    "to-jsonl": ("JSON Lines", ".table.jsonl"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
+    parser.description = "Look at the answers of a run, or write them as a table."
+    parser.epilog = "example: aiflux results to-csv results.json --source reviews.csv"
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     show = actions.add_parser("show", help="show prompts and answers as a table")
-    show.add_argument("output", metavar="FILE", help="an output, *.json or *.jsonl")
+    show.add_argument("output", metavar="R", help=_RUN_HELP)
     show.add_argument("--failed", action="store_true", help="only what failed")
     show.add_argument("--limit", type=int, default=50, help="rows at most (default: 50)")
+    for name, (form, _) in _TABLES.items():
+        _add_table(actions, name, form)
+
+
+def _add_table(actions: Any, name: str, form: str) -> None:
+    parser = actions.add_parser(
+        name,
+        help=f"write answers as {form}, beside the columns that they were asked from",
+        description=f"Write answers as {form}: custom_id, the source's columns, answer, error.",
+        epilog=f"example:\n  aiflux results {name} results.json --source reviews.csv --json-fields",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("output", metavar="R", help=_RUN_HELP)
+    parser.add_argument(
+        "--output",
+        dest="target",
+        metavar="FILE",
+        help="what to write (default: named after the run's output); - for stdout",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument(
+        "--source",
+        metavar="FILE",
+        help="CSV, TSV or Parquet file that was converted (default: columns kept with --keep)",
+    )
+    parser.add_argument(
+        "--id-column", metavar="NAME", help="column of the source that was --id-column"
+    )
+    parser.add_argument("--delimiter", metavar="CHAR", help="of a source that is CSV")
+    parser.add_argument("--encoding", metavar="NAME", help="of a source that is CSV")
+    parser.add_argument(
+        "--json-fields",
+        nargs="?",
+        const="",
+        metavar="NAME,NAME",
+        help="make columns of the fields of JSON answers: of those named, or of all; after R",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Show an output."""
-    rows = _rows(Path(arguments.output))
-    wanted = (row for row in rows if row[3] or not arguments.failed)
-    table = Table("custom_id", "prompt", "answer", show_lines=True, expand=True)
-    for name, prompt, answer, failed in islice(wanted, arguments.limit):
-        shown = f"[red]{escape(answer)}[/red]" if failed else escape(answer)
-        table.add_row(escape(name), escape(prompt), shown)
-    Console().print(table)
+    """Show or write answers."""
+    output = output_of(arguments.output)
+    refuse_missing(output)
+    if arguments.action == "show":
+        return _show(output, arguments)
+    return _write(output, arguments)
+
+
+def output_of(text: str) -> Path:
+    """Return the output that a path, a run directory or a job id names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    path = Path(text).expanduser().absolute()
+    inside = any(parent.suffix == ".aiflux" for parent in path.parents)
+    if path.is_file() and path.suffix in OUTPUT_SUFFIXES and not inside:
+        return path
+    return read_plan(located(text)).output
+
+
+def _write(output: Path, arguments: argparse.Namespace) -> int:
+    from aiflux import converters
+    from aiflux.cli.convert import STDOUT, destination
+
+    writers = {
+        "to-csv": converters.results_to_csv,
+        "to-parquet": converters.results_to_parquet,
+        "to-jsonl": converters.results_to_jsonl,
+    }
+    options = BackOptions(
+        source=None if arguments.source is None else Path(arguments.source).expanduser(),
+        id_column=arguments.id_column,
+        json_fields=_fields(arguments.json_fields),
+        delimiter=arguments.delimiter,
+        encoding=arguments.encoding,
+    )
+    suffix = _TABLES[arguments.action][1]
+    name = arguments.target or str(output.with_suffix(suffix))
+    with destination(name, force=arguments.force) as target:
+        summary = writers[arguments.action](output, target, options)
+        stream = sys.stderr if name == STDOUT else sys.stdout
+        for line in _told(summary, name):
+            print(line, file=stream)
     return 0
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield ``(custom_id, prompt, answer, failed)``."""
-    for entry in _entries(path):
-        if "input" in entry:
-            request = entry["input"]
-            body, error = entry["output"], entry.get("error")
-            prompt = _prompt(request["body"])
-            name = request["custom_id"]
-        else:
-            name, prompt, error = entry["custom_id"], "", entry["error"]
-            body = (entry["response"] or {}).get("body")
-        answer = _answer(body) if error is None else f"{error['code']}: {error['message']}"
-        yield name, _short(prompt), _short(answer), error is not None
+def _fields(given: str | None) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield an output's entries; both forms hold one entry a line."""
-    paths = [path, errors_path(path)] if path.suffix == ".jsonl" else [path]
-    for each in paths:
-        if each is not path and not each.exists():
-            continue
-        try:
-            with open(each, encoding="utf-8") as file:
-                for line in file:
-                    text = line.rstrip().rstrip(",")
-                    if text not in ("", "[", "]"):
-                        yield json.loads(text)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{each} is not an output: {error}", "check the path") from error
+def _told(summary: BackSummary, name: str) -> Iterator[str]:
+    rows = f"{summary.rows} row" + ("" if summary.rows == 1 else "s")
+    yield f"{rows} -> {name}: {summary.answered} answered, {summary.failed} failed"
+    if summary.unasked:
+        yield f"  {summary.unasked} of the source have no result: they were not asked"
+    if summary.unused:
+        yield f"  {summary.unused} results belong to no row of the source, and were left out"
+    if summary.unfit:
+        yield f"  {summary.unfit} answers are no JSON object: their fields are empty"
+
+
+def _show(output: Path, arguments: argparse.Namespace) -> int:
+    entries = (entry for entry in read_entries(output) if entry.error or not arguments.failed)
+    table = Table("custom_id", "prompt", "answer", show_lines=True, expand=True)
+    for entry in islice(entries, arguments.limit):
+        answer = escape(_short(entry.failure or _answer(entry)))
+        prompt = "" if entry.request is None else _prompt(entry.request["body"])
+        shown = f"[red]{answer}[/red]" if entry.error else answer
+        table.add_row(escape(entry.custom_id), escape(_short(prompt)), shown)
+    Console().print(table)
+    return 0
 
 
 def _prompt(body: dict[str, Any]) -> str:
     messages = body.get("messages")
     if isinstance(messages, list):
         texts = [m.get("content") for m in messages if m.get("role") == "user"]
-        return "\n".join(text if isinstance(text, str) else "[parts]" for text in texts)
+        return "\n".join(_words(text) for text in texts)
     return str(body.get("prompt", body.get("input", "")))
 
 
-def _answer(body: Any) -> str:
-    if not isinstance(body, dict):
-        return ""
-    if body.get("object") == "list":
+def _words(content: Any) -> str:
+    """Return a message's text; of one in parts the texts, and the kinds of the others."""
+    if not isinstance(content, list):
+        return str(content)
+    parts = (part for part in content if isinstance(part, dict))
+    return " ".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in parts)
+
+
+def _answer(entry: Entry) -> str:
+    body = entry.body
+    if isinstance(body, dict) and body.get("object") == "list":
         vectors = body.get("data") or [{}]
         size = len(vectors[0].get("embedding") or [])
         return f"{len(vectors)} embedding(s) of {size} numbers"
-    choice = (body.get("choices") or [{}])[0]
-    return str((choice.get("message") or {}).get("content") or choice.get("text") or "")
+    return entry.answer
 
 
 def _short(text: str) -> str:

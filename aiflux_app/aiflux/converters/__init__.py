@@ -1,0 +1,46 @@
+"""Converters: tables, folders, JSON and images become requests, and answers become tables again.
+
+Each function is imported when it is first used, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aiflux.converters.delimited import csv_to_jsonl
+    from aiflux.converters.folder import directory_to_jsonl
+    from aiflux.converters.jsonfile import json_to_jsonl
+    from aiflux.converters.parquet import parquet_to_jsonl
+    from aiflux.converters.pictures import images_to_jsonl
+    from aiflux.converters.results import results_to_csv, results_to_jsonl, results_to_parquet
+
+_HOMES = {
+    "csv_to_jsonl": "delimited",
+    "directory_to_jsonl": "folder",
+    "images_to_jsonl": "pictures",
+    "json_to_jsonl": "jsonfile",
+    "parquet_to_jsonl": "parquet",
+    "results_to_csv": "results",
+    "results_to_jsonl": "results",
+    "results_to_parquet": "results",
+}
+
+__all__ = [
+    "csv_to_jsonl",
+    "directory_to_jsonl",
+    "images_to_jsonl",
+    "json_to_jsonl",
+    "parquet_to_jsonl",
+    "results_to_csv",
+    "results_to_jsonl",
+    "results_to_parquet",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a converter."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

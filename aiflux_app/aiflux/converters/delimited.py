@@ -1,0 +1,252 @@
+"""CSV and TSV: tables of text, read row by row."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from aiflux.converters.encoding import Encoding, bad_byte, checked_encoding, detect_encoding
+from aiflux.converters.form import make_form
+from aiflux.converters.table import Row, TableOptions, convert_table
+from aiflux.converters.writing import Progress, Skipped, Summary, reading
+from aiflux.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from aiflux.converters.form import RequestOptions
+
+_DELIMITERS = (",", "\t", ";", "|")
+_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
+_SAMPLE = 1 << 16
+# A quote that is never closed takes in the rest of the file: this much is too much for a cell.
+_MAX_CELL = 64 << 20
+
+
+def csv_to_jsonl(
+    input_path: Path | str,
+    output_path: Path | str | None,
+    *,
+    template: str,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **request: Unpack[RequestOptions],
+) -> Summary:
+    """Make a request of every row of a CSV or TSV file whose first row names the columns.
+
+    Args:
+        output_path: replaced whole or not at all; None with ``limit``.
+        template: the prompt; ``{column}`` is filled in, a literal brace is doubled.
+        id_column: its cells become the custom_ids; else these are ``row-1``, ``row-2``, ...
+        keep: columns that go into the request's metadata (``*`` stands for all).
+        delimiter: detected where it is not given.
+        encoding: detected where it is not given.
+        skip_bad: leave out rows that cannot be used, instead of refusing the file.
+        limit: a trial: the first so many requests are in the summary, nothing is written.
+        progress: told how many bytes are read, and of how many.
+        request: what every request has: see ``aiflux.converters.form.RequestOptions``.
+
+    Raises:
+        InputError: the file or some rows cannot be used; names their lines.
+        StorageError: the output cannot be written.
+    """
+    form = make_form(**request)
+    table = DelimitedTable.of(Path(input_path), delimiter, encoding)
+    options = TableOptions(template, id_column, tuple(keep), skip_bad, limit, "line")
+    return convert_table(
+        Path(input_path),
+        None if output_path is None else Path(output_path),
+        table.columns,
+        table.rows(progress),
+        form,
+        options,
+        notes=table.notes,
+    )
+
+
+@dataclass(frozen=True)
+class DelimitedTable:
+    """A CSV file: its columns, and how to read it."""
+
+    path: Path
+    columns: tuple[str, ...]
+    delimiter: str
+    encoding: Encoding
+
+    @classmethod
+    def of(cls, path: Path, delimiter: str | None, encoding: str | None) -> DelimitedTable:
+        """Look at a file's beginning.
+
+        Raises:
+            InputError: it cannot be read, or has no proper header.
+        """
+        _check_file(path)
+        known = detect_encoding(path) if encoding is None else checked_encoding(encoding)
+        if delimiter is None:
+            delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _detect(path, known)
+        else:
+            delimiter = _NAMES.get(delimiter, delimiter)
+        if len(delimiter) != 1 or delimiter in '"\r\n':
+            raise InputError(f"the delimiter {delimiter!r} is not one character", "--delimiter ';'")
+        return cls(path, _header(path, known, delimiter), delimiter, known)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found out about the file."""
+        name = self.encoding.name.removesuffix("-sig")
+        note = f"encoding {name}, delimiter {self.delimiter!r}"
+        if self.encoding.origin == "guessed":
+            note += f" ({name} is a guess: look at a --dry-run, or give --encoding)"
+        return (note,)
+
+    def rows(self, progress: Progress | None = None) -> Iterator[Row | Skipped]:
+        """Yield every row under the header, and what is none."""
+        size = self.path.stat().st_size
+        with reading(self.path), open(self.path, "rb") as file:
+            for number, (line, cells) in enumerate(self._cells(file)):
+                if number % 1000 == 0 and progress is not None:
+                    progress(min(file.tell(), size), size)
+                if number:
+                    yield self._row(number, line, cells)
+            if progress is not None:
+                progress(size, size)
+
+    def _cells(self, file: BinaryIO) -> Iterator[tuple[int, list[str] | csv.Error]]:
+        """Yield the line at which a row begins, and its cells; rows without any are left out."""
+        text = io.TextIOWrapper(
+            file, encoding=self.encoding.name, errors=self.encoding.errors, newline=""
+        )
+        csv.field_size_limit(_MAX_CELL)
+        reader = csv.reader(text, delimiter=self.delimiter, strict=True)
+        try:
+            while True:
+                line = reader.line_num + 1
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield line, error
+                    continue
+                if cells:
+                    yield line, cells
+        except UnicodeError as error:
+            raise InputError(
+                f"{str(self.path)!r} is not {self.encoding.name} after line {reader.line_num}: "
+                f"{error}",
+                "name its encoding with --encoding",
+            ) from None
+        finally:
+            text.detach()
+
+    def _row(self, number: int, line: int, cells: list[str] | csv.Error) -> Row | Skipped:
+        place = f"line {line}"
+        if isinstance(cells, csv.Error):
+            return Skipped(line, place, _malformed(cells))
+        if len(cells) != len(self.columns):
+            return Skipped(line, place, self._ragged(cells))
+        for column, cell in zip(self.columns, cells, strict=True):
+            byte = bad_byte(cell)
+            if byte is not None:
+                name = self.encoding.name.removesuffix("-sig")
+                reason = f"column {column!r} has the byte 0x{byte:02x}, which is not {name}"
+                return Skipped(line, place, f"{reason}; give the right --encoding")
+        return Row(line, f"row-{number}", dict(zip(self.columns, cells, strict=True)))
+
+    def _ragged(self, cells: Sequence[str]) -> str:
+        some = f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")
+        shown = self.delimiter.join(cells)
+        shown = shown if len(shown) <= 40 else shown[:37] + "..."
+        return f"{some} where the header has {len(self.columns)}: {shown!r}"
+
+
+def _malformed(error: csv.Error) -> str:
+    if "field larger" in str(error):
+        return f'a cell of more than {_MAX_CELL >> 20} MiB: a quote (") is not closed'
+    if "unexpected end" in str(error):
+        return 'a quote (") is not closed before the end of the file'
+    return f'not CSV: {error} (a quote inside a quoted cell is written "")'
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(
+            f"the input {str(path)!r} is a directory", "`aiflux convert dir` reads directories"
+        )
+    with reading(path):
+        if path.stat().st_size == 0:
+            raise InputError(f"the input {str(path)!r} is empty", "check the path")
+
+
+def _detect(path: Path, encoding: Encoding) -> str:
+    """Return the delimiter that cuts the first rows into the most equal and most numerous cells."""
+    with (
+        reading(path),
+        open(path, encoding=encoding.name, errors="replace", newline="") as file,
+    ):
+        sample = file.read(_SAMPLE)
+        whole = not file.read(1)
+    scores = {item: _score(sample, item, whole) for item in _DELIMITERS}
+    return max(_DELIMITERS, key=lambda item: scores[item])
+
+
+def _score(sample: str, delimiter: str, whole: bool) -> tuple[float, int]:
+    rows = _sample_rows(sample, delimiter)
+    if not whole:
+        rows = rows[:-1] or rows
+    width = len(rows[0]) if rows else 0
+    if width < 2:
+        return 0.0, 0
+    equal = sum(len(row) == width for row in rows) / len(rows)
+    return round(equal, 1), width
+
+
+def _sample_rows(sample: str, delimiter: str) -> list[list[str]]:
+    rows: list[list[str]] = []
+    csv.field_size_limit(_MAX_CELL)
+    with suppress(csv.Error):  # what was read up to there tells enough
+        rows.extend(row for row in csv.reader(io.StringIO(sample, ""), delimiter=delimiter) if row)
+    return rows
+
+
+def _header(path: Path, encoding: Encoding, delimiter: str) -> tuple[str, ...]:
+    draft = DelimitedTable(path, (), delimiter, encoding)
+    with reading(path), open(path, "rb") as file:
+        first = next(draft._cells(file), None)
+    if first is None:
+        raise InputError(f"the input {str(path)!r} has no header line", "name its columns there")
+    line, cells = first
+    if isinstance(cells, csv.Error):
+        raise InputError(f"the header of {str(path)!r} (line {line}) is {_malformed(cells)}")
+    if any(bad_byte(cell) is not None for cell in cells):
+        raise InputError(
+            f"the header of {str(path)!r} is not {encoding.name}", "give the right --encoding"
+        )
+    return unique_columns([name or f"column_{at}" for at, name in enumerate(cells, 1)], path)
+
+
+def unique_columns(names: Iterable[str], path: Path) -> tuple[str, ...]:
+    """Return the names of columns; raise InputError where two are the same."""
+    columns = tuple(names)
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"{str(path)!r} has several columns of the same name: {', '.join(map(repr, twice))}",
+            "give every column a name of its own",
+        )
+    return columns
+
+
+def csv_writer(file: Any) -> Any:
+    """Return a writer whose every cell comes back as it was; CRLF makes it quote both."""
+    return csv.writer(file, lineterminator="\r\n")

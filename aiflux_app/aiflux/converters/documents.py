@@ -1,0 +1,100 @@
+"""The text of a file: plain text in any encoding, PDF and DOCX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from charset_normalizer import from_bytes
+
+from aiflux.converters.writing import BadRowError
+from aiflux.core.extras import need
+
+_PEEK = 8192
+_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")
+
+
+class NoTextError(ValueError):
+    """A file has no text that could be read; says why."""
+
+
+def read_document(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        NoTextError: it is binary, holds no text, or may not be read.
+        BadRowError: it is a broken or encrypted document.
+        ConfigError: the library for its kind is not installed.
+    """
+    kind = path.suffix.lower()
+    try:
+        if kind == ".pdf":
+            text = _read_pdf(path)
+        elif kind == ".docx":
+            text = _read_docx(path)
+        else:
+            text = _decode(path.read_bytes())
+    except OSError as error:
+        raise NoTextError(f"cannot be read: {error.strerror or error}") from None
+    if not text.strip():
+        note = " (scanned pages? OCR makes text of them)" if kind == ".pdf" else ""
+        raise NoTextError(f"it holds no text{note}")
+    return text
+
+
+def _read_pdf(path: Path) -> str:
+    library = need("pypdf", "documents", f"reading {path.name!r}")
+    try:
+        with open(path, "rb") as file:
+            reader = library.PdfReader(file)
+            if reader.is_encrypted and not reader.decrypt(""):
+                raise BadRowError("the PDF is encrypted; save a copy without a password")
+            return "\n\n".join(page.extract_text() for page in reader.pages)
+    except (OSError, BadRowError):
+        raise
+    except Exception as error:  # noqa: BLE001 - pypdf meets damage with errors of many types
+        raise BadRowError(
+            f"the PDF is broken ({_words(error)}); open and save it anew in a PDF reader"
+        ) from None
+
+
+def _read_docx(path: Path) -> str:
+    library = need("docx", "documents", f"reading {path.name!r}")
+    try:
+        with open(path, "rb") as file:
+            return "\n".join(_blocks(library.Document(file)))
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - zip, XML and python-docx each have their errors
+        raise BadRowError(
+            f"the DOCX is broken ({_words(error)}); open and save it anew in a word processor"
+        ) from None
+
+
+def _blocks(document: Any) -> Iterator[str]:
+    """Yield paragraphs and the rows of tables, in the order in which they stand."""
+    for block in document.iter_inner_content():
+        if hasattr(block, "rows"):
+            for row in block.rows:
+                yield "\t".join(cell.text for cell in row.cells)
+        else:
+            yield block.text
+
+
+def _decode(content: bytes) -> str:
+    if b"\0" in content[:_PEEK] and not content.startswith(_BOMS):
+        raise NoTextError("binary")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        best = from_bytes(content).best()
+        if best is None:
+            raise NoTextError("binary, or text in an encoding that is not recognised") from None
+        text = str(best)
+    return text.replace("\r\n", "\n")
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 100 else text[:97] + "...") or type(error).__name__

@@ -1,0 +1,187 @@
+"""JSON and JSON Lines: objects, texts or whole conversations become requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aiflux.converters.form import Draft, make_form
+from aiflux.converters.jsonstream import JsonFile, Value
+from aiflux.converters.template import Template
+from aiflux.converters.values import as_json, as_text
+from aiflux.converters.writing import BadRowError, Job, Progress, Skipped, Summary
+from aiflux.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from aiflux.converters.form import RequestOptions
+
+_MISSING = object()
+
+
+def json_to_jsonl(
+    input_path: Path | str,
+    output_path: Path | str | None,
+    *,
+    template: str | None = None,
+    field: str | None = None,
+    id_field: str | None = None,
+    keep: Sequence[str] = (),
+    skip_bad: bool = False,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **request: Unpack[RequestOptions],
+) -> Summary:
+    """Make a request of every entry of a JSON array, or of every line of a JSON Lines file.
+
+    An entry is an object, of which ``template`` (``{field}``, ``{outer.inner}``) or ``field`` take
+    the prompt; an object with ``messages``, or a list of messages, which is asked as it is; or a
+    text, which is the prompt (or ``{text}`` in a template).
+
+    Args:
+        id_field: its values become the custom_ids; else these are ``row-1``, ``row-2``, ...
+        keep: fields that go into the request's metadata (``*`` stands for all).
+        progress: told how many bytes are read, and of how many.
+
+    The other arguments are those of ``csv_to_jsonl``.
+
+    Raises:
+        UsageError: both ``template`` and ``field`` are given.
+        InputError: the file or some entries cannot be used; names their places.
+        StorageError: the output cannot be written.
+    """
+    if template is not None and field is not None:
+        raise UsageError("--template and --field exclude each other", "give one of the two")
+    form = make_form(**request)
+    source = JsonFile.of(Path(input_path))
+    maker = _Maker(
+        Template(template) if template is not None else None,
+        field,
+        id_field,
+        tuple(keep),
+        source.unit,
+        chat=form.endpoint == "chat",
+        system=form.system is not None,
+    )
+    job = Job(
+        source.path,
+        None if output_path is None else Path(output_path),
+        form,
+        unit="entry" if source.unit == "entry" else "line",
+        place=source.unit,
+        skip_bad=skip_bad,
+        limit=limit,
+    )
+    return job.run(maker.drafts(source.values(progress)))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What is made of an entry."""
+
+    template: Template | None
+    field: str | None
+    id_field: str | None
+    keep: tuple[str, ...]
+    place: str
+    chat: bool
+    system: bool
+
+    def drafts(self, values: Iterator[Value | Skipped]) -> Iterator[Draft | Skipped]:
+        for count, item in enumerate(values, start=1):
+            if isinstance(item, Skipped):
+                yield item
+                continue
+            try:
+                yield self._draft(item, count)
+            except BadRowError as error:
+                yield Skipped(item.number, f"{self.place} {item.number}", str(error))
+
+    def _draft(self, item: Value, count: int) -> Draft:
+        value = item.value
+        name = f"row-{count}" if self.id_field is None else _text(value, self.id_field)
+        metadata = self._metadata(value)
+        content = self._content(value)
+        if isinstance(content, list):
+            self._check_messages(content)
+            return Draft(item.number, name, content, metadata, messages=True)
+        return Draft(item.number, name, content, metadata)
+
+    def _content(self, value: Any) -> Any:
+        if self.template is not None:
+            fields = {"text": value} if isinstance(value, str) else value
+            return self.template.render({name: _text(fields, name) for name in self.template.names})
+        if self.field is not None:
+            found = _find(value, self.field)
+            return found if _is_conversation(found) else _text(value, self.field)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, dict) and {"custom_id", "url", "body"} <= value.keys():
+            raise BadRowError("it is a request already: give the file to `aiflux run` as it is")
+        messages = value.get("messages") if isinstance(value, dict) else value
+        if isinstance(messages, list):
+            return messages
+        if isinstance(value, dict):
+            raise BadRowError(
+                f"it has no messages; say with --field or --template what to ask ({_names(value)})"
+            )
+        raise BadRowError(f"it is {_kind(value)}, not an object, a text or a list of messages")
+
+    def _check_messages(self, messages: list[Any]) -> None:
+        if not messages or not _is_conversation(messages):
+            raise BadRowError('it is no list of messages: {"role": ..., "content": ...}')
+        if not self.chat:
+            raise BadRowError("a list of messages is for --endpoint chat only")
+        if self.system and messages[0].get("role") == "system":
+            raise BadRowError("it has a system message of its own; leave out --system")
+
+    def _metadata(self, value: Any) -> dict[str, Any]:
+        if not self.keep:
+            return {}
+        if not isinstance(value, dict):
+            return {"columns": {"text": as_json(value)}} if "*" in self.keep else {}
+        wanted = list(value) if "*" in self.keep else self.keep
+        return {"columns": {name: as_json(_found(value, name)) for name in wanted}}
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+    )
+
+
+def _find(value: Any, name: str) -> Any:
+    """Return a field: by its whole name, else by the steps between its dots."""
+    if isinstance(value, dict) and name in value:
+        return value[name]
+    for step in name.split("."):
+        if not isinstance(value, dict) or step not in value:
+            return _MISSING
+        value = value[step]
+    return value
+
+
+def _found(value: Any, name: str) -> Any:
+    found = _find(value, name)
+    if found is _MISSING:
+        raise BadRowError(f"it has no field {name!r} ({_names(value)})")
+    return found
+
+
+def _text(value: Any, name: str) -> str:
+    return as_text(_found(value, name))
+
+
+def _names(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"it is {_kind(value)}"
+    shown = ", ".join(repr(name) for name in list(value)[:20])
+    return f"its fields are {shown}" if value else "it has no fields"
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean"}
+    return kinds.get(type(value), "null" if value is None else "a number")

@@ -1,0 +1,131 @@
+"""Parquet: tables with types, read by row group; only the columns that are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aiflux.converters.delimited import unique_columns
+from aiflux.converters.form import make_form
+from aiflux.converters.table import Row, TableOptions, convert_table
+from aiflux.converters.template import Template
+from aiflux.converters.writing import Progress, Summary, reading
+from aiflux.core.extras import need
+from aiflux.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from aiflux.converters.form import RequestOptions
+
+_BATCH_ROWS = 1024
+
+
+def parquet_to_jsonl(
+    input_path: Path | str,
+    output_path: Path | str | None,
+    *,
+    template: str,
+    id_column: str | None = None,
+    keep: Sequence[str] = (),
+    skip_bad: bool = False,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **request: Unpack[RequestOptions],
+) -> Summary:
+    """Make a request of every row of a Parquet file, one row group after the other.
+
+    The arguments are those of ``csv_to_jsonl``; ``progress`` counts rows. Columns that are lists,
+    structs or maps can be kept, but have no place in a template or in custom_ids.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        InputError: the file, a column or some rows cannot be used.
+        StorageError: the output cannot be written.
+    """
+    form = make_form(**request)
+    source = Path(input_path)
+    options = TableOptions(template, id_column, tuple(keep), skip_bad, limit)
+    with ParquetTable(source) as table:
+        needed = options.needed(table.columns)
+        table.refuse_nested([*Template(template).names, *([id_column] if id_column else [])])
+        return convert_table(
+            source,
+            None if output_path is None else Path(output_path),
+            table.columns,
+            table.rows(needed, progress),
+            form,
+            options,
+            notes=(f"{table.size} rows in {table.groups} row groups",),
+        )
+
+
+class ParquetTable:
+    """An open Parquet file; a context manager.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        InputError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._arrow = need("pyarrow", "parquet", "reading Parquet")
+        library = need("pyarrow.parquet", "parquet", "reading Parquet")
+        with reading(path):
+            open(path, "rb").close()
+        try:
+            self._file = library.ParquetFile(path)
+        except (self._arrow.ArrowException, OSError) as error:
+            raise self._broken(error) from error
+        self.columns = unique_columns(self._file.schema_arrow.names, path)
+        self.size: int = self._file.metadata.num_rows
+        self.groups: int = self._file.metadata.num_row_groups
+
+    def __enter__(self) -> ParquetTable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema."""
+        return self._file.schema_arrow
+
+    def refuse_nested(self, columns: Sequence[str]) -> None:
+        """Raise InputError where one of the columns is a list, a struct or a map."""
+        for name in columns:
+            kind = self.schema.field(name).type
+            if self._arrow.types.is_nested(kind):
+                raise InputError(
+                    f"column {name!r} of {str(self.path)!r} is nested ({kind}): a prompt and a "
+                    "custom_id need one value for each row",
+                    "name another column; or flatten it first, for example in pandas: "
+                    f"df[{name!r}] = df[{name!r}].map(str)",
+                )
+
+    def rows(self, columns: Sequence[str], progress: Progress | None = None) -> Iterator[Row]:
+        """Yield the rows, with the given columns only.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        number = 0
+        try:
+            for batch in self._file.iter_batches(_BATCH_ROWS, columns=list(columns)):
+                for cells in batch.to_pylist():
+                    number += 1
+                    yield Row(number, f"row-{number}", cells)
+                if progress is not None:
+                    progress(number, self.size)
+        except (self._arrow.ArrowException, OSError) as error:
+            raise self._broken(error, number) from error
+
+    def _broken(self, error: Exception, row: int | None = None) -> InputError:
+        place = "" if row is None else f" after row {row}"
+        return InputError(
+            f"{str(self.path)!r} cannot be read as Parquet{place}: {str(error).splitlines()[0]}",
+            "check that it is a whole Parquet file (`aiflux convert csv` reads CSV)",
+        )

@@ -1,0 +1,331 @@
+"""The way back: answers become a table again, beside the columns that they were asked from."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from aiflux.converters.answers import (
+    AnswersById,
+    entries,
+    json_fields,
+    kept_columns,
+    refuse_missing,
+)
+from aiflux.converters.delimited import DelimitedTable, csv_writer
+from aiflux.converters.parquet import ParquetTable
+from aiflux.converters.table import Row
+from aiflux.converters.template import check_columns
+from aiflux.converters.values import as_json, as_text
+from aiflux.converters.writing import Skipped
+from aiflux.core.extras import need
+from aiflux.core.files import atomic_write
+from aiflux.core.outputs import Entry
+from aiflux.errors import InputError
+
+_ROW_GROUP = 8192
+Record = dict[str, Any]
+Writer = Callable[[IO[bytes], "_Table", Iterator[Record]], None]
+
+
+@dataclass
+class BackSummary:
+    """What a table of answers holds.
+
+    Attributes:
+        rows: rows written.
+        answered, failed: rows with an answer, and with an error.
+        unasked: rows of the source without a result.
+        unused: results that belong to no row of the source.
+        unfit: answers that are no JSON object, where such were to be unpacked.
+    """
+
+    output: Path | None
+    rows: int = 0
+    answered: int = 0
+    failed: int = 0
+    unasked: int = 0
+    unused: int = 0
+    unfit: int = 0
+
+
+@dataclass(frozen=True)
+class BackOptions:
+    """How answers are joined.
+
+    Attributes:
+        source: the CSV, TSV or Parquet file that the requests were made from; None takes the
+            columns that were kept in the requests' metadata.
+        id_column: the column of the source that the custom_ids came from.
+        json_fields: fields of JSON answers that become columns; () takes all, None none.
+        delimiter, encoding: of a source that is CSV.
+    """
+
+    source: Path | None = None
+    id_column: str | None = None
+    json_fields: tuple[str, ...] | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+
+
+def results_to_csv(
+    output: Path | str, target: Path | str, options: BackOptions | None = None
+) -> BackSummary:
+    """Write a run's answers as CSV: custom_id, the source's columns, answer, error, JSON fields.
+
+    Args:
+        output: the run's output, ``.json`` or ``.jsonl``.
+        target: replaced whole or not at all.
+
+    Raises:
+        InputError: the output or the source cannot be read, or have nothing in common.
+        StorageError: the target cannot be written.
+    """
+    return _write(output, target, options, _write_csv)
+
+
+def results_to_jsonl(
+    output: Path | str, target: Path | str, options: BackOptions | None = None
+) -> BackSummary:
+    """Write a run's answers as JSON Lines; see ``results_to_csv``."""
+    return _write(output, target, options, _write_jsonl)
+
+
+def results_to_parquet(
+    output: Path | str, target: Path | str, options: BackOptions | None = None
+) -> BackSummary:
+    """Write a run's answers as Parquet; see ``results_to_csv``. Types are the source's own.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+    """
+    need("pyarrow.parquet", "parquet", "writing Parquet")
+    return _write(output, target, options, _write_parquet)
+
+
+def _write(
+    output: Path | str, target: Path | str, options: BackOptions | None, writer: Writer
+) -> BackSummary:
+    output, target = Path(output), Path(target)
+    refuse_missing(output)
+    _refuse_same(target, output, options.source if options else None)
+    with ExitStack() as stack:
+        table = _Table(output, options or BackOptions(), stack)
+        with atomic_write(target) as file:
+            writer(file, table, table.records(target))
+    return table.summary
+
+
+def _refuse_same(target: Path, *others: Path | None) -> None:
+    for other in others:
+        if other is not None and target.exists() and other.exists() and target.samefile(other):
+            raise InputError(f"{target} would overwrite what is read", "name another --output")
+
+
+class _Table:
+    """The columns of the table, and its rows.
+
+    Attributes:
+        columns: of the source, as they are called in the table.
+        fields: of JSON answers, as they are called in the table.
+    """
+
+    def __init__(self, output: Path, options: BackOptions, stack: ExitStack) -> None:
+        self.output = output
+        self.options = options
+        self.summary = BackSummary(None)
+        self.seen = _Seen()
+        self.source = None if options.source is None else _Source.of(options, stack)
+        names: Sequence[str] = () if self.source is None else self.source.columns
+        if self.source is None or (options.json_fields == ()):
+            for entry in entries(output):
+                self.seen.note(entry, options)
+        self._columns = tuple(names or self.seen.columns)
+        self._fields = options.json_fields or tuple(self.seen.fields)
+        self.id = "custom_id" if "custom_id" not in self._columns else "aiflux_custom_id"
+        taken = {self.id, *self._columns}
+        self.answer, self.error = (_free(name, taken) for name in ("answer", "error"))
+        taken |= {self.answer, self.error}
+        self.columns = {name: name for name in self._columns}
+        self.fields = {name: _free(name, taken) for name in self._fields}
+
+    @property
+    def header(self) -> list[str]:
+        """All columns, in order."""
+        return [self.id, *self.columns.values(), self.answer, self.error, *self.fields.values()]
+
+    def records(self, target: Path) -> Iterator[Record]:
+        """Yield every row, and count what it is."""
+        self.summary.output = target
+        if self.source is None:
+            for entry in entries(self.output):
+                yield self._record(entry.custom_id, kept_columns(entry), entry)
+            return
+        with closing(AnswersById(self.output)) as answers:
+            found = 0
+            for custom_id, cells in self.source.rows():
+                answer = answers.get(custom_id)
+                found += answer is not None
+                yield self._record(custom_id, cells, answer)
+            self.summary.unused = answers.count - found
+            if not found:
+                raise self.source.foreign(self.output)
+
+    def _record(self, custom_id: str, cells: dict[str, Any], entry: Entry | None) -> Record:
+        summary = self.summary
+        summary.rows += 1
+        record: Record = {self.id: custom_id}
+        record |= {shown: cells.get(name) for name, shown in self.columns.items()}
+        if entry is None:
+            summary.unasked += 1
+            record |= {self.answer: None, self.error: "no result: it was not asked"}
+        else:
+            failed = entry.error is not None
+            summary.failed += failed
+            summary.answered += not failed
+            record[self.answer] = None if failed else entry.answer
+            record[self.error] = entry.failure if failed else None
+        if self.options.json_fields is not None:
+            record |= self._unpacked(entry)
+        return record
+
+    def _unpacked(self, entry: Entry | None) -> Record:
+        answered = entry is not None and entry.error is None
+        content = json_fields(entry) if entry is not None and answered else None
+        self.summary.unfit += answered and content is None
+        return {shown: (content or {}).get(name) for name, shown in self.fields.items()}
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    """Return a column's name, changed where the table has one of that name already."""
+    return f"aiflux_{name}" if name in taken else name
+
+
+@dataclass
+class _Seen:
+    """Columns and JSON fields that entries have, with the types of their values."""
+
+    columns: dict[str, set[type]] = field(default_factory=dict)
+    fields: dict[str, set[type]] = field(default_factory=dict)
+
+    def note(self, entry: Entry, options: BackOptions) -> None:
+        for name, value in kept_columns(entry).items():
+            self.columns.setdefault(name, set()).add(type(value))
+        if options.json_fields is not None:
+            for name, value in (json_fields(entry) or {}).items():
+                self.fields.setdefault(name, set()).add(type(value))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The table that the requests were made from."""
+
+    table: DelimitedTable | ParquetTable
+    id_column: str | None
+
+    @classmethod
+    def of(cls, options: BackOptions, stack: ExitStack) -> _Source:
+        path = options.source
+        assert path is not None  # noqa: S101 - callers ask
+        table: DelimitedTable | ParquetTable
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = stack.enter_context(ParquetTable(path))
+        else:
+            table = DelimitedTable.of(path, options.delimiter, options.encoding)
+        if options.id_column is not None:
+            check_columns([options.id_column], table.columns, "--id-column", repr(str(path)))
+        return cls(table, options.id_column)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self.table.columns
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each row's custom_id and cells; rows that cannot be read are left out."""
+        for row in self._rows():
+            if isinstance(row, Row):
+                name = row.name if self.id_column is None else as_text(row.cells[self.id_column])
+                yield name, dict(row.cells)
+
+    def _rows(self) -> Iterable[Row | Skipped]:
+        if isinstance(self.table, ParquetTable):
+            return self.table.rows(self.table.columns)
+        return self.table.rows()
+
+    def foreign(self, output: Path) -> InputError:
+        listed = ", ".join(repr(name) for name in self.columns)
+        return InputError(
+            f"no row of {str(self.table.path)!r} has a result in {str(output)!r}",
+            "name the column that the custom_ids came from with --id-column "
+            f"(the columns are {listed}); without one, row 1 is 'row-1'",
+        )
+
+
+def _write_csv(file: IO[bytes], table: _Table, records: Iterator[Record]) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogatepass", newline="")
+    writer = csv_writer(text)
+    header = table.header
+    writer.writerow(header)
+    for record in records:
+        writer.writerow([as_text(record.get(name)) for name in header])
+    text.flush()
+    text.detach()
+
+
+def _write_jsonl(file: IO[bytes], table: _Table, records: Iterator[Record]) -> None:
+    for record in records:
+        plain = {name: as_json(value) for name, value in record.items()}
+        file.write(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+
+def _write_parquet(file: IO[bytes], table: _Table, records: Iterator[Record]) -> None:
+    arrow = need("pyarrow", "parquet", "writing Parquet")
+    library = need("pyarrow.parquet", "parquet", "writing Parquet")
+    schema = _arrow_schema(arrow, table)
+    texts = {item.name for item in schema if arrow.types.is_string(item.type)}
+    try:
+        with library.ParquetWriter(file, schema) as writer:
+            while batch := list(islice(records, _ROW_GROUP)):
+                rows = [{name: _cell(row[name], name in texts) for name in row} for row in batch]
+                writer.write_table(arrow.Table.from_pylist(rows, schema))
+    except arrow.ArrowException as error:
+        raise InputError(
+            f"a value has no place in a Parquet table: {error}", "use `aiflux results to-jsonl`"
+        ) from error
+
+
+def _cell(value: Any, text: bool) -> Any:
+    return as_text(value) if text and value is not None else value
+
+
+def _arrow_schema(arrow: Any, table: _Table) -> Any:
+    """Return the table's schema: the source's own types, else what fits all values seen."""
+    source = None if table.source is None else table.source.table
+    own = source.schema if isinstance(source, ParquetTable) else None
+    kinds = {name: arrow.string() for name in table.header}
+    for name, shown in table.columns.items():
+        if own is not None:
+            kinds[shown] = own.field(name).type
+        else:
+            kinds[shown] = _arrow_type(arrow, table.seen.columns.get(name, set()))
+    if table.options.json_fields == ():
+        for name, shown in table.fields.items():
+            kinds[shown] = _arrow_type(arrow, table.seen.fields.get(name, set()))
+    return arrow.schema([arrow.field(name, kind) for name, kind in kinds.items()])
+
+
+def _arrow_type(arrow: Any, seen: set[type]) -> Any:
+    kinds = seen - {type(None)}
+    if kinds == {bool}:
+        return arrow.bool_()
+    if kinds == {int}:
+        return arrow.int64()
+    if kinds and kinds <= {int, float}:
+        return arrow.float64()
+    return arrow.string()

@@ -1,0 +1,63 @@
+"""``--schema``: a JSON Schema becomes the ``response_format`` of every request."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.answerschema import SchemaError, compile_schema
+from aiflux.core.request import parse_json
+from aiflux.errors import InputError
+
+
+def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return OpenAI's ``response_format`` for a schema, or for the file that holds it.
+
+    Where jsonschema is installed, the schema is checked.
+
+    Raises:
+        InputError: the file cannot be read, or the schema is wrong.
+    """
+    if isinstance(schema, Mapping):
+        content, place, name = dict(schema), "the schema", "answer"
+    else:
+        path = Path(schema)
+        content, place, name = _read(path), f"the schema {str(path)!r}", path.stem
+    if find_spec("jsonschema") is not None:
+        try:
+            compile_schema(content)
+        except SchemaError as error:
+            raise InputError(f"{place} is wrong: {error}", "correct it") from None
+    title = content.get("title")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", title if isinstance(title, str) and title else name)
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": name[:64] or "answer", "schema": content, "strict": True},
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(
+            f"the schema {str(path)!r} cannot be read: {error.strerror}", "check the path"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"the schema {str(path)!r} is not JSON: {error.msg} at line {error.lineno}, "
+            f"column {error.colno}",
+            "correct it",
+        ) from None
+    except ValueError as error:
+        raise InputError(f"the schema {str(path)!r} is not JSON: {error}", "correct it") from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"the schema {str(path)!r} is not a JSON object",
+            'give a JSON Schema, such as {"type": "object", "properties": {...}}',
+        )
+    return content

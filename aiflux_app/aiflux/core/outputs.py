@@ -1,0 +1,127 @@
+"""Reading outputs: the entries of a ``.json`` array, or of a ``.jsonl`` and its errors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.rundir import errors_path
+from aiflux.errors import InputError
+
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What an output says of one request.
+
+    Attributes:
+        request: the request, where the output holds it.
+        body: the engine's answer; None for a failed request.
+        error: None, or an object with ``code`` and ``message``.
+    """
+
+    custom_id: str
+    request: dict[str, Any] | None
+    body: Any
+    error: dict[str, Any] | None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """The answer's text; "" for a failed request."""
+        return "" if self.error is not None else answer_text(self.body)
+
+    @property
+    def failure(self) -> str:
+        """What went wrong, as ``code: message``; "" where nothing did."""
+        return "" if self.error is None else f"{self.error['code']}: {self.error['message']}"
+
+
+def answer_texts(body: Any) -> list[str]:
+    """Return the text of each choice of an answer; nothing for embeddings."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    texts = []
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict):
+            message = choice.get("message")
+            content = message.get("content") if isinstance(message, dict) else choice.get("text")
+            texts.append(content if isinstance(content, str) else "")
+    return texts
+
+
+def answer_text(body: Any) -> str:
+    """Return the first choice's text, or the vector (vectors) of an embedding as JSON."""
+    if isinstance(body, dict) and body.get("object") == "list":
+        vectors = [item.get("embedding") for item in body.get("data") or []]
+        return json.dumps(vectors[0] if len(vectors) == 1 else vectors)
+    texts = answer_texts(body)
+    return texts[0] if texts else ""
+
+
+def output_files(path: Path) -> list[Path]:
+    """Return the files that hold an output's entries."""
+    errors = errors_path(path)
+    return [path, errors] if path.suffix == ".jsonl" and errors.exists() else [path]
+
+
+def entry_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield ``(offset, size, line)`` of every entry of one file; both forms hold one a line.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=_BUFFER) as file:
+            offset = 0
+            for line in file:
+                text = line.strip().removesuffix(b",")
+                if text not in (b"", b"[", b"]", b"[]"):
+                    yield offset, len(line), text
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
+
+
+def parse_entry(text: bytes, path: Path) -> Entry:
+    """Parse one entry of an output.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return _entry(json.loads(text.strip().removesuffix(b",")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not an output of aiflux: {error!r} at {text[:60]!r}",
+            "name an output of `aiflux run`, its run directory or its job",
+        ) from error
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """Yield every entry of an output: those of a ``.jsonl`` output's errors file come last.
+
+    Raises:
+        InputError: a file cannot be read, or is no output.
+    """
+    for file in output_files(path):
+        for _, _, text in entry_lines(file):
+            yield parse_entry(text, file)
+
+
+def _entry(content: dict[str, Any]) -> Entry:
+    if "input" in content:
+        request = content["input"]
+        return Entry(
+            request["custom_id"],
+            request,
+            content["output"],
+            content.get("error"),
+            content["metadata"],
+        )
+    body = (content["response"] or {}).get("body")
+    error = content["error"]
+    return Entry(content["custom_id"], None, None if error else body, error)

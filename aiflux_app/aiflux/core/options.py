@@ -20,6 +20,8 @@ class RunOptions:
         save_frequency: results after which the journal is synced.
         max_retries: further attempts after the first.
         retry_delay: base of the exponential backoff.
+        validate: check answers against the JSON Schema that their request asks for.
+        revalidate_attempts: times that an answer which does not fit is asked for again.
         max_requeues: times that a job goes back to the queue by itself when its time is up.
         max_failures: a count, or a percentage such as ``"2%"``.
         retry_failed: try those again that failed before the plan was made.
@@ -36,6 +38,8 @@ class RunOptions:
     max_retries: int = 3
     retry_delay: float = 1.0
     request_timeout: float = 600.0
+    validate: bool = False
+    revalidate_attempts: int = 2
     max_failures: str = "0"
     max_requeues: int = 20
     drain_seconds: float = 30.0

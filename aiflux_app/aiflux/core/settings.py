@@ -197,6 +197,18 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _run("request_timeout", _number(0.1), 600.0, "seconds that one attempt may take"),
     _run(
+        "validate",
+        _boolean,
+        False,
+        "check answers against the JSON Schema that their request asks for (response_format)",
+    ),
+    _run(
+        "revalidate_attempts",
+        _integer(0, 1000),
+        2,
+        "times that an answer which does not fit its schema is asked for again",
+    ),
+    _run(
         "max_failures", _failures, "0", "failed requests (a number or N%%) that still exit with 0"
     ),
     _run(

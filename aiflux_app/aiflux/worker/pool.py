@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from aiflux.core.clock import utc_now
 from aiflux.core.journal import JournalWriter, Result
 from aiflux.errors import AifluxError, StorageError
+from aiflux.worker.checking import Checking
 from aiflux.worker.client import Client, ExchangeError
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
@@ -50,6 +51,7 @@ class Pool:
 
     Args:
         on_down: told that the engine of a lane was found down, in which generation.
+        checking: checks answers against the schemas that requests ask for.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Pool:
         describe: Describe,
         on_down: Callable[[Lane, int], None],
         timeouts_before_restart: int = 3,
+        checking: Checking | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._links = {link.index: link for link in links}
@@ -71,6 +74,7 @@ class Pool:
         self._describe = describe
         self._on_down = on_down
         self._timeouts_before_restart = timeouts_before_restart
+        self._checking = checking
         self._timeouts = dict.fromkeys(self._links, 0)
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -128,6 +132,8 @@ class Pool:
         try:
             answer = link.client.post(task.request.url, task.payload)
             verdict = judge_answer(task.request.url, answer, bundled=link.bundled)
+            if self._checking is not None:
+                verdict = self._checking.judge(task.request, verdict)
         except ExchangeError as error:
             verdict = judge_exchange_error(error)
         seconds = time.monotonic() - began
@@ -137,7 +143,7 @@ class Pool:
 
     def _adapt(self, lane: Lane, verdict: Verdict, seconds: float) -> None:
         before = lane.limit.value
-        if verdict.kind is Kind.ANSWERED or verdict.overloaded:
+        if verdict.generated or verdict.overloaded:
             lane.limit.note(verdict.completion_tokens or 1, seconds, verdict.overloaded)
         if lane.limit.value > before:
             self.start()
@@ -157,6 +163,8 @@ class Pool:
             self._timeouts[lane.index] = 0
             task.attempts += 1
             self._record(task, lane, verdict, seconds)
+        elif kind is Kind.UNFIT:
+            self._ask_again(task, lane, verdict, seconds)
         elif kind is Kind.UNATTEMPTED or self._ending(verdict):
             self._scheduler.put_back(task, lane)
         elif kind is Kind.CRASHED or (
@@ -186,6 +194,17 @@ class Pool:
         else:
             self._stats.retried()
             self._scheduler.retry(task, lane, delay)
+
+    def _ask_again(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        """The answer does not fit its schema: ask again, a few times."""
+        self._timeouts[lane.index] = 0
+        task.attempts += 1
+        task.unfit += 1
+        if self._checking is None or task.unfit > self._checking.attempts:
+            self._record(task, lane, verdict, seconds)
+        else:
+            self._stats.asked_again(verdict)
+            self._scheduler.retry(task, lane, 0.0)
 
     def _crashed(
         self,
@@ -251,6 +270,8 @@ class Pool:
             "engine": lane.index,
             **self._describe.fixed,
         }
+        if task.unfit:
+            metadata["unfit_answers"] = task.unfit
         if verdict.finish_reason == "length":
             metadata["finish_reason_length"] = True
         if verdict.prompt_tokens and self._links[lane.index].truncated(verdict.prompt_tokens):

@@ -34,6 +34,7 @@ from aiflux.errors import (
     TooManyFailuresError,
 )
 from aiflux.worker import sizing
+from aiflux.worker.checking import Checking
 from aiflux.worker.client import Client
 from aiflux.worker.devices import gpu_names, group, visible_devices
 from aiflux.worker.engines import (
@@ -159,6 +160,7 @@ class _ShardWork:
     def __init__(self, plan: Plan, run: RunDirectory, shard: Shard, context: Context) -> None:
         self.plan = plan
         self.run_directory = run
+        self.checking = Checking.of(plan.options)
         self.shard = shard
         self.context = context
         if context.deadline is not None:
@@ -320,6 +322,7 @@ class _ModelWork:
             shard.stats,
             self.describe,
             on_down=lambda lane, generation: self.keepers[lane.index].report_down(generation),
+            checking=shard.checking,
         )
         self.keepers = [
             Keeper(

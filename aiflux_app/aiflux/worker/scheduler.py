@@ -27,6 +27,7 @@ class Task:
     Attributes:
         attempts: HTTP exchanges that counted.
         crashes: engine crashes it was in flight at.
+        unfit: answers that did not fit the schema it asks for.
         began: monotonic time at which it was first sent.
     """
 
@@ -35,6 +36,7 @@ class Task:
     payload: bytes
     attempts: int = 0
     crashes: int = 0
+    unfit: int = 0
     began: float = 0.0
 
 

@@ -35,6 +35,7 @@ class Stats:
         self.failed = failed
         self.retries = 0
         self.crashes = 0
+        self.unfit = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.errors: deque[dict[str, Any]] = deque(maxlen=_SHOWN_ERRORS)
@@ -48,7 +49,7 @@ class Stats:
     def attempt_ended(self, seconds: float, verdict: Verdict) -> None:
         """Take note of an ended exchange."""
         with self._lock:
-            if verdict.kind is Kind.ANSWERED:
+            if verdict.generated:
                 self._durations.append(seconds)
             elif verdict.kind is Kind.CRASHED:
                 self.crashes += 1
@@ -57,6 +58,13 @@ class Stats:
         """Take note of a retry."""
         with self._lock:
             self.retries += 1
+
+    def asked_again(self, verdict: Verdict) -> None:
+        """Take note of an answer that does not fit its schema and is asked for again."""
+        with self._lock:
+            self.unfit += 1
+            self.prompt_tokens += verdict.prompt_tokens
+            self.completion_tokens += verdict.completion_tokens
 
     def recorded(self, verdict: Verdict, custom_id: str) -> None:
         """Take note of a result."""
@@ -68,6 +76,7 @@ class Stats:
                 self.completed += 1
             else:
                 self.failed += 1
+                self.unfit += verdict.kind is Kind.UNFIT
                 self.errors.append(
                     {"code": verdict.code, "message": verdict.message, "param": custom_id}
                 )
@@ -114,6 +123,7 @@ class Stats:
             "results_of_this_start": self._new,
             "retries": self.retries,
             "engine_crashes_seen": self.crashes,
+            "unfit_answers": self.unfit,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "requests_per_second": round(requests, 3),

@@ -30,6 +30,7 @@ class Kind(Enum):
     """What follows from an outcome."""
 
     ANSWERED = "answered"
+    UNFIT = "unfit"
     RETRY = "retry"
     FAILED = "failed"
     CRASHED = "crashed"
@@ -41,6 +42,7 @@ class Verdict:
     """What an attempt's outcome means.
 
     Attributes:
+        kind: UNFIT is an answer that does not fit the schema which its request asks for.
         code, message: say what was wrong, unless ``kind`` is ANSWERED.
         body: JSON for the journal.
         usage: the answer's token counts.
@@ -58,6 +60,11 @@ class Verdict:
     completion_tokens: int = 0
     finish_reason: str | None = None
     overloaded: bool = False
+
+    @property
+    def generated(self) -> bool:
+        """Whether the engine did its work, whatever the answer is worth."""
+        return self.kind in (Kind.ANSWERED, Kind.UNFIT)
 
     @property
     def error(self) -> dict[str, Any]:

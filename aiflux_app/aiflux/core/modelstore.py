@@ -1,14 +1,112 @@
 """A models directory, looked at: which models are in it, and what is missing of one.
 
 The layout is Ollama's: ``manifests/HOST/NAMESPACE/MODEL/TAG`` names blobs, ``blobs/sha256-...``.
+A model's digest, as Ollama lists it, is the SHA-256 of its manifest file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiflux.core.modelname import ModelName
+from aiflux.errors import ModelError
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One blob of a model.
+
+    Attributes:
+        kind: media type, such as ``application/vnd.ollama.image.model``.
+        digest: ``sha256:`` and 64 hexadecimal digits.
+    """
+
+    kind: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says.
+
+    Attributes:
+        digest: of the manifest file itself: 64 hexadecimal digits, the model's digest.
+        layers: its configuration first.
+    """
+
+    digest: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def blobs(self) -> dict[str, int]:
+        """Sizes by digest; a blob that stands twice is one."""
+        return {layer.digest: layer.size for layer in self.layers}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all blobs."""
+        return sum(self.blobs.values())
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Read a manifest's bytes.
+
+    Raises:
+        ValueError: they are no manifest.
+    """
+    try:
+        content = json.loads(raw)
+        layers = tuple(
+            Layer(str(item.get("mediaType", "")), str(item["digest"]), int(item["size"]))
+            for item in [content["config"], *(content["layers"] or [])]
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it lacks {error}") from None
+    for layer in layers:
+        if not _DIGEST.match(layer.digest) or layer.size < 0:
+            raise ValueError(f"{layer.digest!r} is no digest")
+    return Manifest(hashlib.sha256(raw).hexdigest(), layers)
+
+
+def read_manifest(models_dir: Path, name: ModelName) -> Manifest:
+    """Return a model's manifest.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    path = models_dir / name.manifest_path
+    try:
+        return parse_manifest(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(
+            f"{name.served} is not in {models_dir}",
+            f"aiflux models list shows what is; pull it: aiflux models pull {name.served}",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the manifest {path} cannot be read: {error}",
+            f"pull the model again: aiflux models pull {name.served}",
+        ) from None
+
+
+def model_digest(models_dir: Path, name: ModelName) -> str | None:
+    """Return the digest of a model that is there; None where it is not."""
+    try:
+        return read_manifest(models_dir, name).digest
+    except ModelError:
+        return None
+
+
+def blob_path(models_dir: Path, digest: str) -> Path:
+    """Return where a blob lies."""
+    return models_dir / "blobs" / digest.replace(":", "-")
 
 
 def missing_parts(models_dir: Path, name: ModelName) -> list[str]:
@@ -16,16 +114,13 @@ def missing_parts(models_dir: Path, name: ModelName) -> list[str]:
 
     Every blob that the manifest names is there with its size (digests are not computed).
     """
-    manifest = models_dir / name.manifest_path
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        layers = [content["config"], *content["layers"]]
-        wanted = {layer["digest"]: int(layer["size"]) for layer in layers}
-    except FileNotFoundError:
+        manifest = parse_manifest((models_dir / name.manifest_path).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return ["manifest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return [f"manifest (unreadable: {error})"]
-    return [digest for digest, size in wanted.items() if _size(models_dir, digest) != size]
+    return [digest for digest, size in manifest.blobs.items() if _size(models_dir, digest) != size]
 
 
 def listed_models(models_dir: Path) -> list[ModelName]:
@@ -42,6 +137,6 @@ def listed_models(models_dir: Path) -> list[ModelName]:
 
 def _size(models_dir: Path, digest: str) -> int | None:
     try:
-        return (models_dir / "blobs" / digest.replace(":", "-")).stat().st_size
+        return blob_path(models_dir, digest).stat().st_size
     except OSError:
         return None

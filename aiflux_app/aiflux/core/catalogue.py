@@ -1,0 +1,305 @@
+"""The catalogue of models: what is known of a model before it is there.
+
+The package's own ``models.yaml`` first, then the site's (beside the file that AIFLUX_SITE_CONFIG
+names), the user's (``~/.config/aiflux/models.yaml``) and the one that ``models_file`` names: each
+adds models, and overrides single keys of those that are there. Registries of *runs* are another
+thing (``core/registry.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aiflux.core.memory import Architecture, Figures, Vision
+from aiflux.core.modelname import parse_model_name
+from aiflux.errors import ConfigError
+
+OWN = Path(__file__).with_name("models.yaml")
+FILE_NAME = "models.yaml"
+ENDPOINTS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+}
+DEFAULTS = (
+    "temperature", "top_p", "max_tokens", "seed", "stop", "frequency_penalty", "presence_penalty",
+)  # fmt: skip
+"""Parameters that a model may have defaults of: what Ollama's OpenAI endpoints obey."""
+
+# Bytes of a value in the table of tokens, and in what makes tokens of numbers, for each kind of
+# file. Source: llama.cpp, src/llama-quant.cpp; Q4_K_M and Q4_0 have the latter in Q6_K.
+_TOKEN_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.0}
+_OUTPUT_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.0}
+_Q4, _Q6 = 0.5625, 0.8203125
+
+
+@dataclass(frozen=True)
+class CataloguedModel:
+    """One model of the catalogue.
+
+    Attributes:
+        name: as Ollama names it.
+        parameters: their number; 0 where it is not told.
+        size: bytes of the model's file; ``projector_size``: of a second one, which reads images.
+        context: tokens that it was trained for.
+        endpoints: keys of ``ENDPOINTS``.
+        tied: the table of tokens also makes tokens of numbers.
+        defaults: parameters that fill what a request leaves open.
+        place: the file that told of it, the last one where several did.
+    """
+
+    name: str
+    family: str
+    parameters: int
+    quantisation: str
+    size: int
+    context: int
+    endpoints: tuple[str, ...]
+    licence: str
+    architecture: Architecture
+    place: Path
+    projector_size: int = 0
+    vision: bool = False
+    vision_encoder: Vision | None = None
+    tied: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> Figures:
+        """What its memory depends on; the layers' weights are taken to be alike."""
+        shape = self.architecture
+        table = shape.vocabulary * shape.embedding
+        output = int(table * _OUTPUT_BYTES.get(self.quantisation, _Q6))
+        on_host = 0 if self.tied else int(table * _TOKEN_BYTES.get(self.quantisation, _Q4))
+        layer = max(0, self.size - output - on_host) // shape.layers
+        return Figures(
+            shape,
+            (layer,) * shape.layers,
+            output,
+            self.projector_size,
+            self.vision_encoder,
+        )
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Models by the name under which Ollama serves them."""
+
+    models: Mapping[str, CataloguedModel]
+
+    def find(self, name: str) -> CataloguedModel | None:
+        """Return a model; None where the catalogue does not know it."""
+        return self.models.get(_served(name))
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Return the parameters that fill what a request to a model leaves open."""
+        model = self.find(name)
+        return dict(model.defaults) if model else {}
+
+
+def read_catalogue(files: Iterable[Path] = ()) -> Catalogue:
+    """Read the package's own catalogue and then ``files``, the weakest first.
+
+    Raises:
+        ConfigError: a file is wrong; names the file, the model and the key.
+    """
+    files = tuple(files)
+    if not files:
+        return _own_catalogue()
+    entries: dict[str, dict[str, Any]] = {}
+    places: dict[str, Path] = {}
+    for path in (OWN, *files):
+        for name, entry in _read(path).items():
+            entries[name] = {**entries.get(name, {}), **entry}
+            places[name] = path
+    return Catalogue({name: _model(name, entry, places[name]) for name, entry in entries.items()})
+
+
+def catalogue_files(
+    models_file: Path | None, environ: Mapping[str, str] = os.environ
+) -> tuple[Path, ...]:
+    """Return the catalogues beside the package's own that are there, the weakest first.
+
+    Args:
+        models_file: the one that was named; it has to be there.
+
+    Raises:
+        ConfigError: the one that was named is not there.
+    """
+    home = Path(environ.get("HOME") or "/")
+    base = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
+    site = environ.get("AIFLUX_SITE_CONFIG")
+    candidates = [Path(site).with_name(FILE_NAME)] if site else []
+    candidates.append(base / "aiflux" / FILE_NAME)
+    if models_file is not None and not models_file.is_file():
+        raise ConfigError(
+            f"models_file names {models_file}, which is not a file", "correct it, or leave it out"
+        )
+    found = [path for path in candidates if path.is_file()]
+    return (*found, *([models_file] if models_file else []))
+
+
+@cache
+def _own_catalogue() -> Catalogue:
+    return Catalogue({name: _model(name, entry, OWN) for name, entry in _read(OWN).items()})
+
+
+def _served(name: str) -> str:
+    return parse_model_name(name).served.lower()
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - safe
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "check it") from None
+    content = _mapping(content or {}, f"{path}", {"models"})
+    models = _mapping(content.get("models") or {}, f"{path}: models", None)
+    return {
+        _served(str(name)): _mapping(entry, f"{path}: {name}", set(_KEYS))
+        for name, entry in models.items()
+    }
+
+
+def _mapping(value: Any, place: str, known: set[str] | None) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place}: {value!r} stands where KEY: VALUE lines should", "correct it")
+    unknown = sorted({str(key) for key in value} - (known or {str(key) for key in value}))
+    if unknown:
+        raise ConfigError(
+            f"{place}: unknown key {unknown[0]!r}", f"known are: {', '.join(sorted(known or ()))}"
+        )
+    return {str(key): item for key, item in value.items()}
+
+
+_KEYS = {
+    "family", "parameters", "quantisation", "size", "projector_size", "context", "endpoints",
+    "vision", "licence", "architecture", "vision_encoder", "defaults",
+}  # fmt: skip
+_SHAPE_KEYS = {
+    "name", "layers", "embedding", "heads", "kv_heads", "head_size", "value_size", "feed_forward",
+    "vocabulary", "tied", "experts", "experts_used", "sliding_window", "cross_layers",
+}  # fmt: skip
+_VISION_KEYS = {"image", "patch", "heads", "embedding", "channels", "max_pixels"}
+
+
+def _model(name: str, entry: Mapping[str, Any], path: Path) -> CataloguedModel:
+    values = _Values(entry, f"{path}: {name}")
+    shape = _Values(
+        _mapping(values.need("architecture"), f"{path}: {name}: architecture", _SHAPE_KEYS),
+        f"{path}: {name}: architecture",
+    )
+    context = values.whole("context")
+    return CataloguedModel(
+        name=name,
+        family=values.text("family", parse_model_name(name).model),
+        parameters=values.whole("parameters", 0),
+        quantisation=values.text("quantisation", "unknown"),
+        size=values.whole("size"),
+        context=context,
+        endpoints=values.words("endpoints", tuple(ENDPOINTS)),
+        licence=values.text("licence", "unknown"),
+        architecture=_shape(shape, context),
+        place=path,
+        projector_size=values.whole("projector_size", 0),
+        vision=values.flag("vision"),
+        vision_encoder=_vision(entry, f"{path}: {name}: vision_encoder"),
+        tied=shape.flag("tied"),
+        defaults=_mapping(entry.get("defaults") or {}, f"{path}: {name}: defaults", set(DEFAULTS)),
+    )
+
+
+def _shape(values: _Values, context: int) -> Architecture:
+    heads, embedding = values.whole("heads"), values.whole("embedding")
+    head_size = values.whole("head_size", embedding // max(heads, 1))
+    return Architecture(
+        name=values.text("name"),
+        layers=values.whole("layers"),
+        embedding=embedding,
+        heads=heads,
+        kv_heads=values.whole("kv_heads", heads),
+        key_size=head_size,
+        value_size=values.whole("value_size", head_size),
+        vocabulary=values.whole("vocabulary"),
+        context=context,
+        feed_forward=values.whole("feed_forward", 0),
+        sliding_window=values.whole("sliding_window", 0),
+        experts=values.whole("experts", 0),
+        experts_used=values.whole("experts_used", 0),
+        cross_layers=values.numbers("cross_layers"),
+    )
+
+
+def _vision(entry: Mapping[str, Any], place: str) -> Vision | None:
+    given = entry.get("vision_encoder")
+    if given is None:
+        return None
+    values = _Values(_mapping(given, place, _VISION_KEYS), place)
+    return Vision(
+        weights=0,  # they are part of the model's size
+        image=values.whole("image"),
+        patch=values.whole("patch"),
+        heads=values.whole("heads"),
+        embedding=values.whole("embedding"),
+        channels=values.whole("channels", 3),
+        max_pixels=values.whole("max_pixels", 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Typed values of a mapping; what is wrong is told with its place."""
+
+    entry: Mapping[str, Any]
+    place: str
+
+    def need(self, key: str) -> Any:
+        if self.entry.get(key) is None:
+            raise ConfigError(f"{self.place}: {key} is missing", f"add {key}: VALUE")
+        return self.entry[key]
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.entry.get(key, default)
+        value = self.need(key) if value is None else value
+        low = 1 if default is None else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self._wrong(key, value, f"a whole number of at least {low}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.entry.get(key, default)
+        value = self.need(key) if value is None else value
+        if not isinstance(value, str) or not value.strip():
+            raise self._wrong(key, value, "a text")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.entry.get(key, False)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def words(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        value = self.entry.get(key, list(default))
+        if not isinstance(value, list) or not value or not {*map(str, value)} <= {*ENDPOINTS}:
+            raise self._wrong(key, value, f"a list of: {', '.join(ENDPOINTS)}")
+        return tuple(str(word) for word in value)
+
+    def numbers(self, key: str) -> tuple[int, ...]:
+        value = self.entry.get(key, [])
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self._wrong(key, value, "a list of whole numbers")
+        return tuple(value)
+
+    def _wrong(self, key: str, value: Any, wanted: str) -> ConfigError:
+        return ConfigError(f"{self.place}: {key} = {value!r} is wrong", f"{key} must be {wanted}")

@@ -1,0 +1,184 @@
+"""The header of a GGUF file: what a model is and how large its tensors are. Bounded, read only.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The bytes of each tensor type
+are those of ollama's ``fs/ggml/ggml.go`` (0.9.3) and ``type.go``.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiflux.errors import ModelError
+
+MAGIC = b"GGUF"
+HEADER_LIMIT = 512 * 1024 * 1024
+"""Bytes of header that are read at most; the largest vocabularies take about 20 MB."""
+_MAX_ENTRIES = 1_000_000
+_MAX_ARRAY = 4096
+_MAX_DIMENSIONS = 8
+_STRING, _ARRAY = 8, 9
+_SCALARS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
+    12: "<d",
+}  # fmt: skip
+
+# Tensor type: (values in a block, bytes of a block).
+TENSOR_TYPES: Mapping[int, tuple[int, int]] = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 4: (32, 17), 6: (32, 22), 7: (32, 24),
+    8: (32, 34), 9: (32, 36), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176),
+    14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50),
+    20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 39: (32, 17),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Length:
+    """Stands for a long array, of which only the number of items is kept."""
+
+    items: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What stands before the numbers.
+
+    Attributes:
+        metadata: by key; a long array is a ``Length``.
+        tensors: bytes of each tensor, by name.
+        parameters: number of all values.
+        data_start: byte at which the numbers begin.
+    """
+
+    metadata: dict[str, Any]
+    tensors: dict[str, int]
+    parameters: int
+    data_start: int
+
+    @property
+    def architecture(self) -> str:
+        """The architecture's name, such as ``llama``."""
+        return str(self.metadata.get("general.architecture", "unknown"))
+
+    def number(self, key: str, default: int = 0) -> int:
+        """Return a whole number of the architecture; of an array (one item a layer), the most."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, list):
+            value = max(value, default=default)
+        return int(value) if isinstance(value, int | float) else default
+
+    def size_of(self, *prefixes: str) -> int:
+        """Return the bytes of the tensors whose names begin so."""
+        return sum(size for name, size in self.tensors.items() if name.startswith(prefixes))
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.tensors.values())
+
+
+def read_gguf(path: Path) -> GgufHeader:
+    """Read a file's header.
+
+    Raises:
+        ModelError: it is no GGUF file, or is cut short.
+    """
+    try:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return _Reader(content).header()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", "check the path") from error
+    except (ValueError, struct.error, IndexError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path} is not a (whole) GGUF file: {error}",
+            "fetch it again; a model in another form has to be converted to GGUF first",
+        ) from error
+
+
+class _Reader:
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
+        self._at = 0
+
+    def header(self) -> GgufHeader:
+        if self._content[:4] != MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        self._at = 4
+        version, tensors, entries = self._take("<I"), self._take("<Q"), self._take("<Q")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not known (big-endian?)")
+        if max(tensors, entries) > _MAX_ENTRIES:
+            raise ValueError(f"it claims {tensors} tensors and {entries} entries")
+        metadata = {self._string(): self._value(self._take("<I")) for _ in range(entries)}
+        sizes, parameters = self._tensors(tensors)
+        alignment = int(metadata.get("general.alignment", 32)) or 32
+        return GgufHeader(metadata, sizes, parameters, -(-self._at // alignment) * alignment)
+
+    def _tensors(self, count: int) -> tuple[dict[str, int], int]:
+        sizes: dict[str, int] = {}
+        parameters = 0
+        for _ in range(count):
+            name = self._string()
+            dimensions = self._take("<I")
+            if dimensions > _MAX_DIMENSIONS:
+                raise ValueError(f"tensor {name} claims {dimensions} dimensions")
+            values = math.prod(self._take("<Q") for _ in range(dimensions))
+            kind = self._take("<I")
+            self._at += 8
+            block, size = TENSOR_TYPES.get(kind, (1, 0))
+            sizes[name] = values * size // block
+            parameters += values
+        return sizes, parameters
+
+    def _take(self, form: str) -> Any:
+        (value,) = struct.unpack_from(form, self._content, self._at)
+        self._move(struct.calcsize(form))
+        return value
+
+    def _move(self, count: int) -> None:
+        self._at += count
+        if self._at > min(len(self._content), HEADER_LIMIT):
+            raise ValueError("its header does not end")
+
+    def _string(self) -> str:
+        begin = self._skip_string()
+        return self._content[begin : self._at].decode("utf-8", "replace")
+
+    def _skip_string(self) -> int:
+        length = self._take("<Q")
+        begin = self._at
+        self._move(length)
+        return begin
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            return self._array()
+        if kind not in _SCALARS:
+            raise ValueError(f"metadata of the unknown type {kind}")
+        return self._take(_SCALARS[kind])
+
+    def _array(self) -> list[Any] | Length:
+        kind, count = self._take("<I"), self._take("<Q")
+        if kind == _ARRAY:
+            raise ValueError("an array of arrays")
+        if count <= _MAX_ARRAY and kind != _STRING:
+            return [self._value(kind) for _ in range(count)]
+        if kind == _STRING:
+            for _ in range(count):
+                self._skip_string()
+        elif kind in _SCALARS:
+            self._move(count * struct.calcsize(_SCALARS[kind]))
+        else:
+            raise ValueError(f"an array of the unknown type {kind}")
+        return Length(count)

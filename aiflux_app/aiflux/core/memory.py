@@ -1,0 +1,350 @@
+"""How much GPU memory a model takes: a formula over its architecture, checked against Ollama.
+
+The account is Ollama's own, 0.9.3 (``llm/memory.go`` EstimateGPULayers, ``fs/ggml/ggml.go``
+GraphSize): weights that go to the GPU + cache of keys and values + the graph's buffers + what each
+GPU takes for itself (CUDA's context, and one layer more as a buffer). Later Ollamas (0.12 on)
+measure instead, and compute attention without writing the matrix of scores down ("flash
+attention"): for them the graph is only what the vocabulary takes. ``flash`` picks between the two;
+the figures with it are the least that a model can do with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+BATCH = 512
+"""Tokens of prompt that Ollama takes in at once (``num_batch``)."""
+GPU_OVERHEAD = 457 * 2**20
+"""Bytes that CUDA takes of each GPU (``cudaMinimumMemory``, and as much for ROCm)."""
+CACHE_BYTES = {"f16": 2.0, "q8_0": 1.0, "q4_0": 0.5}
+"""Bytes of a number in the cache, by ``OLLAMA_KV_CACHE_TYPE`` (as Ollama reckons)."""
+_SCORE_BYTES = 4
+
+# Architectures whose sliding layers keep a short cache in Ollama: every Nth layer keeps all.
+_WHOLE_EVERY = {"gemma3": 6, "gptoss": 2, "gpt-oss": 2}
+# Newer ones keep it short here, too (llama.cpp, src/llama-model.cpp, set_swa_pattern).
+_WHOLE_EVERY_LATER = {**_WHOLE_EVERY, "gemma2": 2}
+# What such a layer keeps for each slot is at least this much, in Ollama's account of 0.11.
+_LEAST_WINDOW = {"gptoss": 4096, "gpt-oss": 4096}
+# Ollama runs these with one slot, whatever it is told: they cannot generate, or share no cache.
+ONE_SLOT = ("mllama", "bert", "nomic-bert")
+_MLLAMA_PATCHES, _MLLAMA_TILES = 1601, 4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's shape, as its config and GGUF header tell it.
+
+    Attributes:
+        name: the GGUF's ``general.architecture``.
+        embedding: width of the model.
+        key_size, value_size: numbers in one head's key and value.
+        context: tokens that it was trained for; 0 where that is not known.
+        sliding_window: tokens that a sliding layer looks back; 0 where there are none.
+        cross_layers: layers that look at the image alone (llama3.2-vision).
+    """
+
+    name: str
+    layers: int
+    embedding: int
+    heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    vocabulary: int
+    context: int = 0
+    feed_forward: int = 0
+    sliding_window: int = 0
+    experts: int = 0
+    experts_used: int = 0
+    cross_layers: tuple[int, ...] = ()
+
+    @property
+    def one_slot(self) -> bool:
+        """Whether Ollama runs it with one slot only."""
+        return self.name in ONE_SLOT
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The part that reads images, where it lies in the model's own file.
+
+    Attributes:
+        weights: bytes of its tensors.
+        image, patch: width in pixels of an image, and of the pieces it is cut into.
+        max_pixels: of an image, where its size is free; 0 where it is not.
+    """
+
+    weights: int
+    image: int
+    patch: int
+    heads: int
+    embedding: int
+    channels: int = 3
+    max_pixels: int = 0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that the memory of a model depends on.
+
+    Attributes:
+        layers: bytes of the weights of each layer, the first first.
+        output: bytes of the last norm and of what makes words of numbers.
+        projector: bytes of a second file, which reads images.
+        measured: they were read from the model's own file.
+    """
+
+    architecture: Architecture
+    layers: tuple[int, ...]
+    output: int
+    projector: int = 0
+    vision: Vision | None = None
+    measured: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights on GPUs."""
+        seeing = self.vision.weights if self.vision else 0
+        return sum(self.layers) + self.output + self.projector + seeing
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on all GPUs together.
+
+    Attributes:
+        graph: buffers of the computation, of all GPUs together.
+        overhead: what the GPUs take whatever they do, and Ollama's buffer of one layer each.
+    """
+
+    weights: int
+    cache: int
+    graph: int
+    overhead: int
+    gpus: int = 1
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.graph + self.overhead
+
+
+def estimate(
+    figures: Figures,
+    context: int,
+    slots: int,
+    *,
+    gpus: int = 1,
+    flash: bool = False,
+    cache_type: str = "f16",
+    gpu_overhead: int = GPU_OVERHEAD,
+) -> Memory:
+    """Return the memory that a model takes on GPUs. Pure.
+
+    Args:
+        context: tokens of context of each slot; more than the model was trained for is cut.
+        slots: sequences decoded in parallel.
+        gpus: GPUs that one engine spreads the model over.
+        flash: the least, as newer Ollamas reach it; else the account of Ollama 0.9.3.
+        cache_type: ``f16``, ``q8_0`` or ``q4_0``; what is not known is taken for f16.
+    """
+    shape = figures.architecture
+    slots = 1 if shape.one_slot else slots
+    context = min(context, shape.context or context)
+    # Ollama gives a model that may see images this much at least.
+    total = max(context * slots, 2048)
+    batch = min(total, BATCH)
+    bytes_each = CACHE_BYTES.get(cache_type.lower(), 2.0)
+    caches = [
+        int(numbers * bytes_each) for numbers in layer_caches(shape, total, slots, batch, flash)
+    ]
+    full, partial = graph_sizes(figures, total, batch, sum(caches))
+    if flash:
+        graph = min(_vocabulary_graph(shape, batch), full)
+        buffer = 0
+    else:
+        graph = full if gpus == 1 else partial
+        buffer = figures.layers[0] + caches[0]
+    seeing = 0 if flash or figures.vision is None else _vision_graph(shape, figures.vision)
+    return Memory(
+        weights=figures.weights,
+        cache=sum(caches),
+        graph=gpus * graph + seeing,
+        overhead=gpus * (gpu_overhead + buffer),
+        gpus=gpus,
+    )
+
+
+def gpus_needed(
+    figures: Figures,
+    context: int,
+    slots: int,
+    capacity: int,
+    *,
+    cache_type: str = "f16",
+    most: int = 16,
+) -> int | None:
+    """Return the least GPUs of ``capacity`` bytes that a model can do with; None above ``most``."""
+    for gpus in range(1, min(most, figures.architecture.layers + 1) + 1):
+        least = estimate(figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type)
+        if least.total <= gpus * capacity:
+            return gpus
+    return None
+
+
+def layer_caches(
+    shape: Architecture, total: int, slots: int, batch: int, flash: bool = False
+) -> tuple[int, ...]:
+    """Return the numbers in each layer's cache for ``total`` tokens in all slots together."""
+    token = (shape.key_size + shape.value_size) * shape.kv_heads
+    every = (_WHOLE_EVERY_LATER if flash else _WHOLE_EVERY).get(shape.name)
+    least = 0 if flash else _LEAST_WINDOW.get(shape.name, 0)
+    window = max(shape.sliding_window, least)
+    short = slots * window + batch
+    if flash:
+        short = min(short, total)
+    caches = []
+    for layer in range(shape.layers):
+        if layer in shape.cross_layers:
+            # These are f32, and as many whatever the context.
+            caches.append(2 * token * _MLLAMA_PATCHES * _MLLAMA_TILES)
+        elif every and window and (layer + 1) % every:
+            caches.append(short * token)
+        else:
+            caches.append(total * token)
+    return tuple(caches)
+
+
+def graph_sizes(figures: Figures, total: int, batch: int, cache: int) -> tuple[int, int]:
+    """Return the bytes of the graph where all is on one GPU, and where it is divided."""
+    shape = figures.architecture
+    formula = _GRAPHS.get(shape.name)
+    if formula is None:
+        groups = shape.heads // max(shape.kv_heads, 1)
+        size = groups * cache // 6
+        return size, size
+    return formula(figures, total, batch)
+
+
+def _vocabulary_graph(shape: Architecture, batch: int) -> int:
+    return _SCORE_BYTES * batch * (shape.embedding + shape.vocabulary)
+
+
+def _vision_graph(shape: Architecture, vision: Vision) -> int:
+    if vision.patch == 0:
+        return 0
+    if vision.max_pixels:
+        patches = vision.max_pixels // vision.patch**2
+        pixels = 2 * vision.max_pixels * vision.channels
+        pixels += patches * vision.channels * vision.patch**2
+        return 4 * (pixels + patches**2 * vision.heads + vision.embedding * patches)
+    if shape.name not in ("gemma3", "mistral3"):
+        return 0
+    patches = (vision.image // vision.patch) ** 2
+    pixels = vision.image**2 * vision.channels
+    return 4 * (pixels + vision.embedding * vision.patch + patches**2 * vision.heads)
+
+
+Graph = Callable[[Figures, int, int], tuple[int, int]]
+
+
+def _divided_vocabulary(shape: Architecture, batch: int) -> int:
+    return _vocabulary_graph(shape, batch) + shape.embedding * shape.vocabulary * 105 // 128
+
+
+def _llama(figures: Figures, total: int, batch: int) -> tuple[int, int]:
+    a = figures.architecture
+    wide, head = a.embedding, a.embedding // max(a.heads, 1)
+    full = max(
+        4 * batch * (1 + 4 * wide + total * (1 + a.heads)),
+        _vocabulary_graph(a, batch),
+    )
+    partial = 4 * batch * wide + max(
+        4 * batch * (1 + wide + max(total, wide))
+        + wide * wide * 9 // 16
+        + 4 * total * (batch * a.heads + head * a.kv_heads),
+        _divided_vocabulary(a, batch),
+    )
+    if a.experts:
+        gates = figures.layers[0]  # three times one of the three parts of an expert
+        partial = max(
+            gates + 4 * batch * (2 * a.feed_forward + a.kv_heads + wide + total)
+            + 4 * batch * head * a.kv_heads,
+            4 * (total * batch * a.heads + total * head * a.kv_heads)
+            + 4 * (batch * 1024 + head * a.kv_heads * batch),
+        )  # fmt: skip
+    return full, partial
+
+
+def _mllama(figures: Figures, total: int, batch: int) -> tuple[int, int]:
+    a = figures.architecture
+    keys = a.key_size * a.heads
+    full = max(
+        4 * batch * (2 + 3 * a.embedding + keys + total * (1 + a.heads)),
+        _vocabulary_graph(a, batch),
+    )
+    partial = max(
+        4 * (batch * (2 * a.embedding + 1 + total * (1 + a.heads) + keys))
+        + 4 * a.key_size * total * a.kv_heads,
+        _divided_vocabulary(a, batch),
+    )
+    return full, partial
+
+
+def _gemma(figures: Figures, total: int, batch: int) -> tuple[int, int]:
+    a = figures.architecture
+    keys = a.key_size * a.heads
+    full = max(
+        _vocabulary_graph(a, batch),
+        4 * batch * (2 + total + total * a.heads + 2 * a.embedding + 2 * keys),
+    )
+    partial = max(
+        _divided_vocabulary(a, batch),
+        4 * batch * (2 * a.embedding + 1 + 2 * keys + total + total * a.heads)
+        + 4 * a.key_size * total * 8
+        + a.embedding * keys * 9 // 16,
+    )
+    return (4 * full, 4 * partial) if a.name == "gemma3n" else (full, partial)
+
+
+def _command_r(figures: Figures, total: int, batch: int) -> tuple[int, int]:
+    a = figures.architecture
+    full = max(
+        _vocabulary_graph(a, batch),
+        4 * batch * (2 + 4 * a.embedding + total * (1 + a.heads)),
+    )
+    partial = max(
+        _divided_vocabulary(a, batch),
+        4 * batch * (1 + 2 * a.embedding + total * (1 + a.heads))
+        + 4 * a.embedding * total
+        + a.embedding * a.embedding * 9 // 16,
+    )
+    return full, partial
+
+
+def _qwen2(figures: Figures, total: int, batch: int) -> tuple[int, int]:
+    a = figures.architecture
+    full = max(
+        _vocabulary_graph(a, batch),
+        4 * batch * (1 + 2 * a.embedding + total + total * a.heads),
+    )
+    partial = max(
+        _divided_vocabulary(a, batch),
+        4 * (batch * (1 + 2 * a.embedding + total * (1 + a.heads)) + a.embedding * (1 + total)),
+    )
+    return full, partial
+
+
+_GRAPHS: dict[str, Graph] = {
+    "llama": _llama,
+    "llama4": _llama,
+    "mllama": _mllama,
+    "gemma": _gemma,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "gemma3n": _gemma,
+    "command-r": _command_r,
+    "qwen2": _qwen2,
+}

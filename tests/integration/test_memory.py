@@ -1,0 +1,150 @@
+"""The memory formula against Ollama's own account of the same models.
+
+Ollama reckons from a file's header before it loads: real architectures are held to it at their real
+sizes, in files without numbers (tests/tools/make_sparse_gguf.py). What SmolLM2 really takes is
+compared besides.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.catalogue import CataloguedModel, read_catalogue
+from aiflux.core.memory import BATCH, Figures, estimate, graph_sizes, layer_caches
+from aiflux.core.modelfacts import stored_figures
+from aiflux.core.modelname import parse_model_name
+from aiflux.errors import EngineError
+from aiflux.worker.ollama import Ollama
+from aiflux.worker.server import Server, engine_environment
+from tests.integration.conftest import MODEL
+from tests.tools.make_sparse_gguf import install
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+TOO_LARGE = re.compile(r"requires more system memory \(([\d.]+) (\w+)\)")
+ARCHITECTURES = [
+    "llama3.1:8b", "llama3.3:70b", "qwen2.5:7b", "qwen3:8b", "qwen3:30b", "gemma2:9b",
+    "gemma3:12b", "phi4:14b", "mixtral:8x7b", "granite3.3:8b", "olmo2:7b", "command-r:35b",
+    "llama3.2-vision:11b",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Told:
+    """A size as Ollama writes it: bytes, and what one in its last digit is."""
+
+    value: float
+    step: float
+
+    def means(self, size: float, tolerance: float = 0.001) -> bool:
+        return abs(size - self.value) <= self.step / 2 + tolerance * self.value
+
+
+def read_size(text: str) -> Told:
+    number, unit = text.split()
+    return Told(float(number) * UNITS[unit], UNITS[unit] * (0.1 if "." in number else 1))
+
+
+@contextmanager
+def serving(
+    program: Path, models: Path, home: Path, slots: int, context: int
+) -> Iterator[tuple[Ollama, Path]]:
+    log = home / f"serve-{slots}-{context}.log"
+    settings = {"OLLAMA_NUM_PARALLEL": str(slots), "OLLAMA_CONTEXT_LENGTH": str(context)}
+    server = Server(str(program), engine_environment(os.environ, models, home, settings), log)
+    server.start()
+    try:
+        yield Ollama(server.url), log
+    finally:
+        server.stop()
+
+
+def account_of(program: Path, models: Path, home: Path, name: str, context: int) -> dict[str, Told]:
+    with serving(program, models, home, 1, context) as (ollama, log):
+        before = log.stat().st_size
+        words = ""
+        try:
+            ollama.load(name, 1.5)
+        except EngineError as error:
+            words = error.message
+        told = log.read_text(encoding="utf-8", errors="replace")[before:] + words
+    refused = TOO_LARGE.search(told)
+    if refused:
+        return {"required.full": read_size(f"{refused[1]} {refused[2]}")}
+    said = re.findall(r'memory\.([a-z.]+)="([\d.]+ \w+)"', told)
+    return {key: read_size(text) for key, text in said}
+
+
+def ours(figures: Figures, context: int) -> float:
+    return estimate(figures, context, 1, gpu_overhead=0).total
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models directory of real architectures without their numbers."""
+    folder = tmp_path_factory.mktemp("sparse")
+    catalogue = read_catalogue()
+    for name in ARCHITECTURES:
+        install(folder, known(catalogue.find(name)), f"sparse-{name}")
+    return folder
+
+
+def known(model: CataloguedModel | None) -> CataloguedModel:
+    assert model is not None
+    return model
+
+
+@pytest.mark.parametrize("context", [2048, 16384])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_formula_is_ollamas_own(
+    name: str, context: int, sparse: Path, ollama: Path, tmp_path: Path
+) -> None:
+    account = account_of(ollama, sparse, tmp_path, f"sparse-{name}", context)
+    figures = stored_figures(sparse, parse_model_name(f"sparse-{name}"))
+    reckoned = estimate(figures, context, 1, gpu_overhead=0)
+    parts = {
+        "required.full": reckoned.total,
+        "required.kv": reckoned.cache,
+        "weights.total": reckoned.weights,
+        "graph.full": reckoned.graph,
+    }
+    if "required.kv" not in account:
+        # It does not fit this machine: Ollama then reckons with the graph of a divided model.
+        caches = layer_caches(figures.architecture, context, 1, BATCH)
+        full, divided = graph_sizes(figures, context, BATCH, 2 * sum(caches))
+        parts["required.full"] += divided - full
+    assert "required.full" in account
+    for key, size in parts.items():
+        assert key not in account or account[key].means(size), (key, size, account[key])
+    # What the catalogue knows before the model is there, from its size and shape alone.
+    catalogued = known(read_catalogue().find(name))
+    if not catalogued.vision:
+        expected = pytest.approx(account["required.full"].value, rel=0.08)
+        assert ours(catalogued.figures, context) == expected
+
+
+@pytest.mark.parametrize(("slots", "context"), [(1, 2048), (2, 4096), (4, 2048), (8, 1024)])
+def test_what_smollm2_really_takes(
+    slots: int, context: int, models: Path, ollama: Path, tmp_path: Path
+) -> None:
+    with serving(ollama, models, tmp_path, slots, context) as (server, log):
+        server.load(MODEL, 120)
+        (loaded,) = server.loaded()
+        told = log.read_text(encoding="utf-8", errors="replace")
+    buffers = {
+        kind: float(number) * 2**20
+        for kind, number in re.findall(r"CPU +(model|KV|compute) buffer size = +([\d.]+) MiB", told)
+    }
+    figures = stored_figures(models, parse_model_name(MODEL))
+    least = estimate(figures, context, slots, flash=True, gpu_overhead=0)
+    assert least.cache == buffers["KV"]
+    assert least.weights == pytest.approx(buffers["model"], rel=0.001)
+    assert least.graph == pytest.approx(buffers["compute"], rel=0.05)
+    if slots == 1:
+        assert ours(figures, context) == loaded.size

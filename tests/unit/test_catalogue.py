@@ -1,0 +1,142 @@
+"""The catalogue of models: its own figures, and the files that add to it and override it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aiflux.core.catalogue import (
+    DEFAULTS,
+    OWN,
+    CataloguedModel,
+    catalogue_files,
+    read_catalogue,
+)
+from aiflux.core.memory import estimate
+from aiflux.errors import ConfigError
+
+OWN_MODELS = read_catalogue().models
+TABLE = {"name": "llama", "layers": 2, "embedding": 64, "heads": 4, "vocabulary": 100}
+
+
+def write(path: Path, models: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"models": models}), encoding="utf-8")
+    return path
+
+
+def counted(model: CataloguedModel) -> int:
+    """Return the parameters that an architecture has, small ones (norms, biases) left out."""
+    a = model.architecture
+    tables = a.vocabulary * a.embedding * (1 if model.tied else 2)
+    attention = a.embedding * (a.heads * (a.key_size + a.value_size) + 2 * a.kv_heads * a.key_size)
+    matrices = 2 if a.name == "bert" else 3
+    feed = matrices * a.embedding * a.feed_forward * max(a.experts, 1)
+    return tables + a.layers * (attention + feed)
+
+
+def test_the_package_knows_the_models_that_people_run() -> None:
+    assert len(OWN_MODELS) >= 60
+    assert len({model.family for model in OWN_MODELS.values()}) >= 30
+    assert any(model.endpoints == ("embeddings",) for model in OWN_MODELS.values())
+    assert any(model.vision for model in OWN_MODELS.values())
+
+
+@pytest.mark.parametrize("name", sorted(OWN_MODELS))
+def test_shape_parameters_and_size_of_a_model_agree(name: str) -> None:
+    model = OWN_MODELS[name]
+    # Position tables, biases and norms make up the rest; encoders of images are counted too.
+    seeing = 0.35 if model.vision and not model.projector_size else 0.03
+    assert counted(model) == pytest.approx(model.parameters, rel=seeing)
+    assert counted(model) <= model.parameters * 1.001
+    bits = {"Q4_K_M": (4.6, 7), "Q4_0": (4.5, 5.1), "Q8_0": (8.4, 8.7), "F16": (15.9, 17),
+            "MXFP4": (4.2, 5.5)}[model.quantisation]  # fmt: skip
+    assert bits[0] <= 8 * model.size / model.parameters <= bits[1]
+    assert model.licence != "unknown"
+    assert {*model.defaults} <= {*DEFAULTS}
+
+
+@pytest.mark.parametrize("name", sorted(OWN_MODELS))
+def test_memory_is_never_less_than_the_weights(name: str) -> None:
+    model = OWN_MODELS[name]
+    small = estimate(model.figures, 2048, 1, flash=True).total
+    assert small > 0.75 * model.size
+    assert estimate(model.figures, 2048, 1).total >= 0.95 * small
+    assert estimate(model.figures, 2048, 8).total >= estimate(model.figures, 2048, 1).total
+
+
+def test_a_file_of_ones_own_adds_and_overrides(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "models.yaml",
+        {
+            "llama3.1:8b": {"defaults": {"temperature": 0}},
+            "lab/mine": {"size": 10, "context": 512, "architecture": TABLE},
+        },
+    )
+    catalogue = read_catalogue([path])
+    changed, own = catalogue.find("llama3.1:8b"), catalogue.find("lab/mine:latest")
+    assert changed is not None
+    assert own is not None
+    assert (changed.defaults, changed.size) == ({"temperature": 0}, 4920738944)
+    assert (changed.place, own.place) == (path, path)
+    assert own.architecture.kv_heads == 4
+    assert own.architecture.key_size == 16
+    assert catalogue.defaults("LLAMA3.1:8B") == {"temperature": 0}
+    assert catalogue.defaults("nobody:1b") == {}
+
+
+def test_the_stronger_file_wins(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / name / "models.yaml", {"phi4:14b": {"context": number}})
+        for number, name in enumerate(("site", "user", "named"), start=1)
+    ]
+    model = read_catalogue(files).find("phi4:14b")
+    assert model is not None
+    assert (model.context, model.place) == (3, files[2])
+
+
+def test_where_files_are_looked_for(tmp_path: Path) -> None:
+    site = write(tmp_path / "site" / "models.yaml", {})
+    user = write(tmp_path / "home" / ".config" / "aiflux" / "models.yaml", {})
+    named = write(tmp_path / "group.yaml", {})
+    environ = {"HOME": str(tmp_path / "home"), "AIFLUX_SITE_CONFIG": str(site.parent / "a.yaml")}
+    assert catalogue_files(named, environ) == (site, user, named)
+    assert catalogue_files(None, {"HOME": str(tmp_path)}) == ()
+    with pytest.raises(ConfigError, match=r"models_file names .*nowhere.yaml"):
+        catalogue_files(tmp_path / "nowhere.yaml", environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "remedy"),
+    [
+        ("modles: {}", "unknown key 'modles'", "models"),
+        ("models: {m: {sise: 3}}", "m: unknown key 'sise'", "architecture, context"),
+        ("models: [m]", "stands where KEY: VALUE", "correct"),
+        ("models: {m: {size: 3, context: 2}}", "architecture is missing", "add architecture"),
+        ("models: {m: {architecture: {layer: 3}}}", "architecture: unknown key 'layer'", "layers"),
+        ("models: {'phi4:14b': {size: big}}", "size = 'big' is wrong", "whole number of at least"),
+        ("models: {'phi4:14b': {size: 0}}", "size = 0 is wrong", "at least 1"),
+        ("models: {'phi4:14b': {vision: 3}}", "vision = 3 is wrong", "true or false"),
+        ("models: {'phi4:14b': {endpoints: [talk]}}", "endpoints = ['talk']", "chat, completions"),
+        ("models: {'phi4:14b': {defaults: {top_k: 3}}}", "unknown key 'top_k'", "temperature"),
+        ("models: {'a b': {}}", "is not a model name", "NAME:TAG"),
+        ("models: {", "is not YAML", "correct it"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(
+    tmp_path: Path, text: str, what: str, remedy: str
+) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_catalogue([path])
+    assert what in caught.value.message
+    assert remedy in (caught.value.remedy or "")
+    assert str(path) in caught.value.message or "model name" in caught.value.message
+
+
+def test_the_packages_file_is_where_the_package_is() -> None:
+    assert OWN.is_file()

@@ -1,0 +1,155 @@
+"""The memory formula, and the reader of the headers that it is fed from.
+
+The figures of SmolLM2 are those that Ollama 0.9.3 logged of it; tests/integration/test_memory.py
+holds the formula to Ollama itself.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.catalogue import read_catalogue
+from aiflux.core.gguf import read_gguf
+from aiflux.core.memory import Architecture, Figures, estimate, gpus_needed
+from aiflux.core.modelfacts import figures_of, known_figures, stored_figures
+from aiflux.core.modelname import parse_model_name
+from aiflux.errors import ModelError
+from tests.tools import make_tiny_gguf
+from tests.tools.make_sparse_gguf import install, write_sparse
+
+MIB = 2**20
+GB = 10**9
+SMOLLM2 = Figures(
+    Architecture("llama", 30, 576, 9, 3, 64, 64, vocabulary=49152, context=8192),
+    layers=(2217216,) * 30,
+    output=30083328,
+)
+
+
+def known(name: str) -> Figures:
+    model = read_catalogue().find(name)
+    assert model is not None
+    return model.figures
+
+
+@pytest.mark.parametrize(
+    ("context", "slots", "total", "cache", "graph"),
+    [(2048, 1, 237.8, 45, 97.1), (8192, 1, 444.7, 180, 164.5), (2048, 4, 444.7, 180, 164.5)],
+)
+def test_smollm2_as_ollama_logged_it(
+    context: int, slots: int, total: float, cache: float, graph: float
+) -> None:
+    memory = estimate(SMOLLM2, context, slots, gpu_overhead=0)
+    assert memory.total / MIB == pytest.approx(total, abs=0.1)
+    assert memory.cache / MIB == cache
+    assert memory.graph / MIB == pytest.approx(graph, abs=0.06)
+
+
+def test_more_context_than_a_model_was_trained_for_costs_nothing() -> None:
+    assert estimate(SMOLLM2, 99999, 2) == estimate(SMOLLM2, 8192, 2)
+
+
+def test_an_embedding_model_has_one_slot_whatever_is_asked() -> None:
+    bge = known("bge-m3:567m")
+    assert estimate(bge, 8192, 16) == estimate(bge, 8192, 1)
+
+
+def test_sliding_layers_keep_less() -> None:
+    gemma = known("gemma3:27b")
+    long, short = (estimate(gemma, context, 1).cache for context in (131072, 4096))
+    token = 2 * 128 * 16 * 2
+    assert long == (10 * 131072 + 52 * (1024 + 512)) * token
+    assert short == (10 * 4096 + 52 * (1024 + 512)) * token
+
+
+def test_a_smaller_cache_type_is_reckoned_with() -> None:
+    half = estimate(SMOLLM2, 2048, 4, cache_type="q8_0").cache
+    assert half * 2 == estimate(SMOLLM2, 2048, 4).cache
+
+
+def test_the_least_is_less() -> None:
+    for name in ("llama3.1:8b", "gemma2:9b", "gpt-oss:20b", "qwen2.5:32b"):
+        figures = known(name)
+        least = estimate(figures, 16384, 4, flash=True)
+        assert least.total < estimate(figures, 16384, 4).total
+
+
+@pytest.mark.parametrize(
+    ("name", "capacity", "gpus"),
+    [
+        ("llama3.1:8b", 24, 1),
+        ("llama3.3:70b", 80, 1),
+        ("llama3.3:70b", 40, 2),
+        ("llama3.3:70b", 24, 2),
+        ("llama3.3:70b", 16, 3),
+        ("llama3.1:405b", 80, 4),
+        ("gpt-oss:120b", 80, 1),
+        ("llama3.1:405b", 8, None),
+    ],
+)
+def test_how_many_gpus_would_do(name: str, capacity: int, gpus: int | None) -> None:
+    assert gpus_needed(known(name), 4096, 1, capacity * GB) == gpus
+
+
+def test_the_header_of_a_real_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(make_tiny_gguf.gguf())
+    header = read_gguf(path)
+    shape = figures_of(header).architecture
+    assert (shape.name, shape.layers, shape.heads, shape.key_size) == ("llama", 2, 4, 16)
+    assert shape.vocabulary == len(make_tiny_gguf.TOKENS)
+    assert header.data_start + header.data_size == path.stat().st_size
+    assert header.parameters * 4 == header.data_size
+
+
+@pytest.mark.parametrize("name", ["llama3.2:3b", "qwen3:30b", "gemma3:1b", "qwen2.5:7b"])
+def test_a_header_of_real_size_is_read_back(name: str, tmp_path: Path) -> None:
+    model = read_catalogue().find(name)
+    assert model is not None
+    path = tmp_path / "sparse.gguf"
+    write_sparse(path, model)
+    figures = figures_of(read_gguf(path))
+    assert figures.architecture == model.architecture
+    if name != "gemma3:1b":  # Ollama's own file has other types
+        assert figures.weights == pytest.approx(model.figures.weights, rel=0.01)
+
+
+def test_what_lies_there_is_believed_more_than_the_catalogue(tmp_path: Path) -> None:
+    catalogue = read_catalogue()
+    other = catalogue.find("llama3.2:1b")
+    assert other is not None
+    name = parse_model_name("llama3.1:8b")
+    assert known_figures(tmp_path, name, catalogue) == known("llama3.1:8b")
+    install(tmp_path, other, "llama3.1:8b")
+    found = known_figures(tmp_path, name, catalogue)
+    assert found is not None
+    assert found.measured
+    assert found.architecture == other.architecture
+    assert known_figures(tmp_path, parse_model_name("nobody:1b"), catalogue) is None
+    assert known_figures(None, parse_model_name("nobody:1b"), None) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not a \\(whole\\) GGUF"),
+        (b"PK\x03\x04zip", "does not begin with GGUF"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 10**12, 1), "claims"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 1, 1), "version"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 2**62), "does not end"),
+        (make_tiny_gguf.gguf()[:3000], "does not end|unpack_from"),
+    ],
+)
+def test_what_is_no_gguf_is_said(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        read_gguf(path)
+
+
+def test_a_model_that_is_not_there_has_no_figures(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not in"):
+        stored_figures(tmp_path, parse_model_name("nobody:1b"))

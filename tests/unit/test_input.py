@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.input import read_lines, scan_input
+from aiflux.core.input import scan_input
+from aiflux.core.lines import read_lines
 from aiflux.errors import ExitCode, InputError
 from tests.unit.helpers import request_line, write_input
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.request import LineError, parse_request, request_key
+from aiflux.core.request import LineError, parse_request, request_entry, request_key
 from tests.unit.helpers import request_line
 
 
@@ -149,7 +149,7 @@ def test_the_quick_check_judges_as_the_exact_one(
 
 def judged(raw: bytes, *, exact: bool) -> tuple[str, ...]:
     try:
-        request = parse_request(raw, "m:1", exact=exact)
+        entry = request_entry(raw, "m:1", exact=exact)
     except LineError as error:
         return error.problems
-    return (request.custom_id, request.url, *request.body)
+    return (entry["custom_id"], entry["url"], *entry["body"])

@@ -118,8 +118,8 @@ def test_cut_anew_nothing_is_lost(
 
 def write_results(plan, run, lines) -> None:  # type: ignore[no-untyped-def]
     """Journal a result for each of the request lines, in the shard that holds it."""
-    from aiflux.core.input import read_lines
     from aiflux.core.journal import JournalWriter, Result
+    from aiflux.core.lines import read_lines
     from aiflux.core.request import request_key
 
     for shard in plan.shards:

@@ -11,8 +11,9 @@ from random import Random
 from typing import Any
 
 from aiflux.core.files import atomic_write, storage_error, write_json
-from aiflux.core.input import InputSummary, read_lines
+from aiflux.core.input import InputSummary
 from aiflux.core.lease import refuse_living
+from aiflux.core.lines import read_lines
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import all_done

@@ -116,12 +116,24 @@ def _load_quickly(raw: bytes) -> Any:
     return _load(raw)
 
 
-def parse_request(raw: bytes, model: str | None = None, *, exact: bool = True) -> Request:
+def parse_request(raw: bytes, model: str | None = None) -> Request:
     """Parse and check one input line.
 
     Args:
         raw: the line, UTF-8, without its line ending.
         model: the run's model; a body that names another one is an error.
+
+    Raises:
+        LineError: with every problem of the line.
+    """
+    entry = request_entry(raw, model)
+    return Request(raw, entry["custom_id"], entry["url"], entry["body"], entry.get("metadata"))
+
+
+def request_entry(raw: bytes, model: str | None = None, *, exact: bool = True) -> dict[str, Any]:
+    """Check one input line as ``parse_request`` does; return the object that stands in it.
+
+    Args:
         exact: False is quicker, and good for a check: numbers may lose digits.
 
     Raises:
@@ -146,7 +158,17 @@ def parse_request(raw: bytes, model: str | None = None, *, exact: bool = True) -
     )
     if not valid:
         raise LineError(*_problems(entry, model))
-    return Request(raw, custom_id, url, body, metadata)
+    return entry
+
+
+def custom_id_of(raw: bytes) -> str | None:
+    """Return the name in a line, whatever else is wrong with it; None where there is none."""
+    try:
+        entry = _load_quickly(raw)
+    except LineError:
+        return None
+    custom_id = entry.get("custom_id") if type(entry) is dict else None
+    return custom_id if type(custom_id) is str and custom_id else None
 
 
 def _model_fits(body: dict[str, Any], model: str | None) -> bool:

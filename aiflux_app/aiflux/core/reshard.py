@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from aiflux.core.files import fsync_directory, storage_error
-from aiflux.core.input import read_lines
 from aiflux.core.journal import ResultIndex, journal_lines
+from aiflux.core.lines import read_lines
 from aiflux.core.plan import Plan
 from aiflux.core.request import request_key
 from aiflux.core.rundir import RunDirectory

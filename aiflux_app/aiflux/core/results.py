@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from aiflux.core.files import atomic_write
-from aiflux.core.input import read_lines
 from aiflux.core.journal import JournalReader, RawResult, scan_journal
+from aiflux.core.lines import read_lines
 from aiflux.core.plan import Plan
 from aiflux.core.request import parse_json, request_key
 from aiflux.core.rundir import RunDirectory, errors_path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from aiflux.core.input import read_lines
 from aiflux.core.journal import JournalReader, ResultIndex
+from aiflux.core.lines import read_lines
 from aiflux.core.modelname import same_model
 from aiflux.core.plan import Plan
 from aiflux.core.request import LineError, Request, parse_request, request_key

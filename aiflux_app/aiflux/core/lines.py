@@ -1,0 +1,105 @@
+"""The input's lines: read one by one, and cut into parts that can be read apart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from aiflux.errors import InputError
+
+BOM = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 256 * 1024 * 1024
+_BUFFER = 1 << 20
+_LOOK = 1 << 16
+
+
+def read_lines(
+    path: Path, start: int = 0, end: int | None = None
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield ``(number, offset, line)`` of every line that is not blank; no line ending, no BOM.
+
+    Args:
+        path: the input.
+        start: byte offset of the first line, which gets the number 1.
+        end: byte offset of the line to stop at; None reads to the end.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if end is not None and start >= end:
+        return
+    try:
+        with open(path, "rb", buffering=_BUFFER) as file:
+            file.seek(start)
+            offset = start
+            for number, line in enumerate(file, start=1):
+                raw = line.rstrip(b"\r\n")
+                if offset == 0 and raw.startswith(BOM):
+                    raw = raw[len(BOM) :]
+                if raw and not raw.isspace():
+                    yield number, offset, raw
+                offset += len(line)
+                if end is not None and offset >= end:
+                    return
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def cut_at_lines(path: Path, part_bytes: int) -> list[tuple[int, int]]:
+    """Return ``(start, end)`` of contiguous parts of about ``part_bytes``, each of whole lines.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    parts = []
+    with open(path, "rb", buffering=0) as file:
+        size = file.seek(0, 2)
+        start = 0
+        while start < size:
+            end = _next_line(file.fileno(), start + part_bytes, size)
+            parts.append((start, end))
+            start = end
+    return parts
+
+
+def _next_line(descriptor: int, position: int, size: int) -> int:
+    """Return the offset of the first line that starts at ``position`` or behind it."""
+    position -= 1  # the line break before a line that starts at the position itself
+    while position < size:
+        block = os.pread(descriptor, _LOOK, position)
+        found = block.find(b"\n")
+        if found >= 0:
+            return position + found + 1
+        if not block:
+            break
+        position += len(block)
+    return size
+
+
+def line_numbers(path: Path, offsets: Sequence[int]) -> list[int]:
+    """Return the number (from 1) of the lines that start at ``offsets``, which rise.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    numbers = []
+    number, position = 1, 0
+    with open(path, "rb", buffering=0) as file:
+        for offset in offsets:
+            while position < offset:
+                block = file.read(min(_BUFFER, offset - position))
+                if not block:
+                    break
+                number += block.count(b"\n")
+                position += len(block)
+            numbers.append(number)
+    return numbers
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """Return the error for an input that cannot be read."""
+    return InputError(
+        f"cannot read the input {str(path)!r}: {error.strerror}",
+        "check the path and its permissions",
+    )

@@ -1,0 +1,159 @@
+"""One pass over a part of the input, and putting together what the parts tell."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiflux.core.lines import MAX_LINE_BYTES, read_lines
+from aiflux.core.problems import Problems
+from aiflux.core.request import LineError, request_entry
+from aiflux.core.tokens import estimate_tokens
+
+# Lengths are counted in steps of so many tokens.
+LENGTH_STEP = 64
+_BUCKETS = 256
+_MAX_MARKS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place where the input can be cut: ``index`` requests lie before byte ``offset``."""
+
+    index: int
+    offset: int
+
+
+class Names:
+    """The custom_ids seen, as 64-bit hashes in 8 bytes each.
+
+    The hashes are those of this process and of what it forks.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: list[array[int]] = [array("q") for _ in range(_BUCKETS)]
+
+    def add(self, custom_id: str) -> None:
+        """Note a name."""
+        name = hash(custom_id)
+        self._buckets[name % _BUCKETS].append(name)
+
+    def merge(self, other: Names) -> None:
+        """Add the names of another part."""
+        for mine, more in zip(self._buckets, other._buckets, strict=True):
+            mine.extend(more)
+
+    def repeated(self) -> set[int]:
+        """Return the hashes that were added more than once."""
+        repeated: set[int] = set()
+        for bucket in self._buckets:
+            if len(set(bucket)) < len(bucket):
+                repeated.update(name for name, count in Counter(bucket).items() if count > 1)
+        return repeated
+
+
+@dataclass
+class Part:
+    """What one pass over a part of the input tells.
+
+    Attributes:
+        offsets: of every request.
+        models: in order of first appearance.
+        unnamed: number of requests whose body names no model.
+        endpoints: number of requests for each url.
+        lengths: number of requests for each length in steps of ``LENGTH_STEP`` tokens.
+    """
+
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    models: dict[str, None] = field(default_factory=dict)
+    unnamed: int = 0
+    endpoints: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    names: Names = field(default_factory=Names)
+    problems: Problems = field(default_factory=Problems)
+
+
+def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
+    """Check the lines from byte ``start``, where one begins, to byte ``end``.
+
+    Args:
+        model: the run's model, if it is named outside the input.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    part = Part()
+    endpoints, lengths, models = part.endpoints, part.lengths, part.models
+    for _, offset, raw in read_lines(path, start, end):
+        try:
+            if len(raw) > MAX_LINE_BYTES:
+                raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
+            entry = request_entry(raw, model, exact=False)
+        except LineError as error:
+            part.problems.add(offset, str(error))
+            continue
+        body = entry["body"]
+        part.offsets.append(offset)
+        part.names.add(entry["custom_id"])
+        endpoints[entry["url"]] += 1
+        lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
+        named = body.get("model")
+        if named is None:
+            part.unnamed += 1
+        elif named not in models:
+            models[named] = None
+    return part
+
+
+@dataclass
+class Whole:
+    """What the parts tell together; they are added in the order of the input.
+
+    Attributes:
+        marks: places to cut at, every second one of which is dropped when there are too many.
+    """
+
+    requests: int = 0
+    marks: list[Mark] = field(default_factory=list)
+    models: dict[str, None] = field(default_factory=dict)
+    unnamed: int = 0
+    endpoints: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    names: Names = field(default_factory=Names)
+    problems: Problems = field(default_factory=Problems)
+    _stride: int = 1
+
+    def add(self, part: Part) -> None:
+        """Add the part that follows."""
+        self._add_marks(part.offsets)
+        self.models.update(part.models)
+        self.unnamed += part.unnamed
+        self.endpoints.update(part.endpoints)
+        self.lengths.update(part.lengths)
+        self.names.merge(part.names)
+        self.problems.merge(part.problems)
+
+    def percentile(self, share: float) -> int:
+        """Return the fewest tokens that at least ``share`` of the requests stay at or under."""
+        rest = share * self.requests
+        for length in sorted(self.lengths):
+            rest -= self.lengths[length]
+            if rest <= 0:
+                return length * LENGTH_STEP
+        return 0
+
+    @property
+    def mean_tokens(self) -> int:
+        """Mean tokens of a request."""
+        total = sum(length * count for length, count in self.lengths.items())
+        return total // max(1, self.requests) * LENGTH_STEP
+
+    def _add_marks(self, offsets: array[int]) -> None:
+        first, self.requests = self.requests, self.requests + len(offsets)
+        while self.requests > self._stride * _MAX_MARKS:
+            self._stride *= 2
+            self.marks = self.marks[::2]
+        for at in range(-first % self._stride, len(offsets), self._stride):
+            self.marks.append(Mark(first + at, offsets[at]))

@@ -2,8 +2,9 @@
 
 The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
 first N requests with that text meet the fault, later ones an answer. Faults: ``500 502 503 504 408
-425 429 400 404 reset hang cut html notjson array empty error drip headers die``; everything else is
-answered with an echo. ``die`` ends the server as a crash would; ``start`` brings it back.
+425 429 400 404 reset hang cut html notjson array empty error drip headers unfit die``; everything
+else is answered with an echo, or with what stands behind ``answer:``. ``unfit`` is a plain word for
+an answer; ``die`` ends the server as a crash would; ``start`` brings it back.
 """
 
 from __future__ import annotations
@@ -177,6 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
         choice = {"index": 0, "message": message, "finish_reason": None}
         self._send(200, json.dumps({"choices": [choice]}).encode())
 
+    def _unfit(self, body: dict[str, Any], text: str) -> None:
+        self._send(200, _answer(self.path, body, "answer:unfit"))
+
     def _error(self, body: dict[str, Any], text: str) -> None:
         self._send(200, json.dumps({"error": {"message": "broke in mid-generation"}}).encode())
 
@@ -234,16 +238,17 @@ def _fault(text: str, count: int) -> str:
 
 
 def _answer(path: str, body: dict[str, Any], text: str) -> bytes:
+    told = f"echo {text}" if "answer:" not in text else text.partition("answer:")[2]
     usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     answer: dict[str, Any] = {"id": "x", "created": 1, "model": body.get("model"), "usage": usage}
     if path == "/v1/embeddings":
         vector = {"object": "embedding", "index": 0, "embedding": [0.5, -0.25]}
         answer |= {"object": "list", "data": [vector]}
     elif path == "/v1/completions":
-        choice = {"index": 0, "text": f"echo {text}", "finish_reason": "stop", "logprobs": None}
+        choice = {"index": 0, "text": told, "finish_reason": "stop", "logprobs": None}
         answer |= {"object": "text_completion", "choices": [choice]}
     else:
-        message = {"role": "assistant", "content": f"echo {text}"}
+        message = {"role": "assistant", "content": told}
         choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
         answer |= {"object": "chat.completion", "choices": [choice]}
     return json.dumps(answer).encode()

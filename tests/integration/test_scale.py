@@ -209,6 +209,39 @@ def test_a_killed_shard_is_seen_and_resumed(
     is_whole(place, "killed", 60)
 
 
+def test_more_shards_than_one_array_holds(
+    user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
+) -> None:
+    jobs = submit("wide", 20, shards=10)
+    first, _ = jobs.split(",")
+    code = user.popen(aiflux, "watch", first, cwd=place)
+    said, _ = code.communicate(timeout=300)
+    assert code.returncode == 0, said
+    is_whole(place, "wide", 20)
+    listed = json.loads((place / "wide.json.aiflux" / "jobs.json").read_text("utf-8"))
+    assert [job["shards"] for job in listed["submissions"][0]["jobs"]] == [
+        list(range(8)),
+        [8, 9],
+    ]
+
+
+def test_a_job_that_is_preempted_goes_on_by_itself(
+    user: User, cluster: Cluster, place: Path, submit: Submit
+) -> None:
+    job = submit("pre", 40)
+    wait_until(lambda: done(place, "pre") >= 4)
+    urgent = user.run(
+        "sbatch", "--parsable", "--partition", "urgent", "--nodes", "2", "--exclusive",
+        "--output", "/dev/null", "--wrap", "sleep 3",
+    ).strip()  # fmt: skip
+    assert cluster.end(urgent).code == 0
+    end = cluster.end(job)
+    assert (end.state, end.code) == ("COMPLETED", 0), cluster.log(job, place / "pre.json.aiflux")
+    assert int(end.fields["Restarts"]) >= 1
+    is_whole(place, "pre", 40)
+    assert done(place, "pre") == 40
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may take a node away")
 def test_a_node_that_goes_down(
     stack: dict[str, str], user: User, cluster: Cluster, place: Path, submit: Submit

@@ -91,7 +91,7 @@ SelectTypeParameters=CR_Core_Memory
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 DefMemPerCPU=1024
-MaxArraySize=1001
+MaxArraySize=8
 
 JobRequeue=1
 KillWait=10

@@ -180,11 +180,6 @@ class Scheduler:
         with self._condition:
             self._condition.notify_all()
 
-    def wait_idle(self, timeout: float) -> bool:
-        """Wait until nothing is in flight; False when that takes longer than ``timeout``."""
-        with self._condition:
-            return self._condition.wait_for(lambda: self._in_flight == 0, timeout)
-
     def _leave(self, task: Task, lane: Lane) -> None:
         lane.in_flight -= 1
         self._in_flight -= 1

@@ -44,8 +44,9 @@ class Reporter(Protocol):
         """Leave the terminal in order."""
 
 
-def make_reporter(stream: TextIO = sys.stderr) -> Reporter:
-    """Return a reporter that suits the stream."""
+def make_reporter(stream: TextIO | None = None) -> Reporter:
+    """Return a reporter that suits the stream (default: what standard error is now)."""
+    stream = sys.stderr if stream is None else stream
     return TerminalReporter(stream) if stream.isatty() else LineReporter(stream)
 
 

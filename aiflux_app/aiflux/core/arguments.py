@@ -51,11 +51,16 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
 def _add(group: Any, setting: Setting) -> None:
     names = [setting.option, *("--" + alias.replace("_", "-") for alias in setting.aliases)]
     text = setting.help
-    if setting.default not in (None, False, {}, ()):
+    if setting.default not in (None, True, False, {}, ()):
         text += f" (default: {str(setting.default).replace('%', '%%')})"
     if isinstance(setting.default, bool):
         group.add_argument(
-            *names, dest=setting.name, action="store_const", const=True, default=None, help=text
+            *names,
+            dest=setting.name,
+            action="store_const",
+            const=not setting.default,
+            default=None,
+            help=text,
         )
         return
     group.add_argument(

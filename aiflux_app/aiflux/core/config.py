@@ -55,6 +55,7 @@ class SlurmConfig:
     reservation: str | None = None
     shards: int | str = 1
     max_running: int | None = None
+    seal: bool = True
     sbatch_arg: dict[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()

@@ -35,8 +35,8 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """The name of the command line option."""
-        return "--" + self.name.replace("_", "-")
+        """The name of the command line option; it says the opposite of a default of True."""
+        return ("--no-" if self.default is True else "--") + self.name.replace("_", "-")
 
 
 def _text(value: Any) -> str:
@@ -286,6 +286,13 @@ SETTINGS: tuple[Setting, ...] = (
     _slurm("shards", _shards, 1, "jobs to cut the input into (an array), or auto"),
     _slurm("max_running", _integer(1), None, "shards that may run at the same time"),
     _slurm("sbatch_arg", _pairs, {}, "any other sbatch option as KEY=VALUE (repeatable)"),
+    _slurm(
+        "seal",
+        _boolean,
+        True,
+        "let the container that works keep the network (the status says so)",
+        env="AIFLUX_SEAL",
+    ),
     _slurm("modules", _lines, (), "environment modules to load in the job"),
     _slurm("setup", _lines, (), "shell lines to run in the job before the container"),
     _paths("data_dir", "where AI-Flux keeps its data", "AIFLUX_DATA_DIR"),

@@ -21,6 +21,7 @@ from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.estimate import LOCAL, SLURM, Estimate, estimate
 from aiflux.core.estimate_file import keep_estimate
 from aiflux.core.input import InputSummary, scan_input
+from aiflux.core.needs import context_length
 from aiflux.core.opening import open_run
 from aiflux.core.options import RunOptions
 from aiflux.core.pace import observe
@@ -169,8 +170,6 @@ def _pilot_options(whole: Plan) -> RunOptions:
     """Return the options under which the pilot goes as the whole will: with the same context, and
     to its end, however many requests fail.
     """
-    from aiflux.worker.sizing import context_length
-
     options = replace(whole.options, max_failures="100%", retry_failed=False)
     if options.engine_url is not None:
         return options

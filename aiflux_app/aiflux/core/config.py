@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from aiflux.core.catalogue import Catalogue, catalogue_files, read_catalogue
 from aiflux.core.options import RunOptions
 from aiflux.core.settings import BY_NAME, SETTINGS, Setting, parse_setting
 from aiflux.errors import ConfigError
@@ -191,6 +192,14 @@ class Config:
         """The image that was named, if one was."""
         value: Path | None = self.get("image")
         return value
+
+    def catalogue(self) -> Catalogue:
+        """Return what is known of models: AI-Flux's own figures, the site's and the user's.
+
+        Raises:
+            ConfigError: a ``models.yaml`` is wrong; names its place.
+        """
+        return read_catalogue(catalogue_files(self.get("models_file"), self._environ))
 
     def get_slurm_config(self, overrides: Mapping[str, Any] | None = None) -> SlurmConfig:
         """Return what to ask of Slurm; ``overrides`` win over every other source."""

@@ -1,7 +1,8 @@
 """Model names as Ollama reads them: ``[http://][host/][namespace/]model[:tag]``.
 
 Source: ollama, ``types/model/name.go`` (defaults: host registry.ollama.ai, namespace library, tag
-latest). An ``http://`` in front asks for a registry without TLS.
+latest). An ``http://`` in front asks for a registry without TLS, ``@sha256:...`` at the end insists
+on the model's digest (both are AI-Flux's own).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from aiflux.errors import ConfigError
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
+MIN_DIGEST = 12  # hexadecimal digits, as many as `ollama list` shows
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]+)?\Z")
+_DIGEST = re.compile(rf"sha256:[0-9a-f]{{{MIN_DIGEST},64}}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class ModelName:
 
     Attributes:
         insecure: the registry is spoken to over plain http.
+        digest: hexadecimal digits that the model's digest has to begin with; "" insists on none.
     """
 
     host: str
@@ -32,6 +36,7 @@ class ModelName:
     model: str
     tag: str
     insecure: bool = False
+    digest: str = ""
 
     @property
     def served(self) -> str:
@@ -61,6 +66,13 @@ def parse_model_name(text: str) -> ModelName:
         ConfigError: the text is no model name.
     """
     scheme, _, rest = text.rpartition("://")
+    rest, insists, digest = rest.partition("@")
+    if insists and not _DIGEST.match(digest.lower()):
+        raise ConfigError(
+            f"model {text!r} insists on {digest!r}, which is no digest",
+            f"write NAME:TAG@sha256: and at least {MIN_DIGEST} hexadecimal digits (aiflux models "
+            "show NAME:TAG tells them)",
+        )
     parts = rest.split("/")
     model, _, tag = parts[-1].partition(":")
     namespace = parts[-2] if len(parts) > 1 else DEFAULT_NAMESPACE
@@ -77,7 +89,14 @@ def parse_model_name(text: str) -> ModelName:
             f"model {text!r} is not a model name",
             "write it as Ollama does: NAME:TAG, for example llama3.2:3b",
         )
-    return ModelName(host, namespace, model, tag, insecure=scheme == "http")
+    return ModelName(
+        host,
+        namespace,
+        model,
+        tag,
+        insecure=scheme == "http",
+        digest=digest.lower().removeprefix("sha256:"),
+    )
 
 
 def same_model(one: str, other: str) -> bool:

@@ -104,6 +104,25 @@ def model_digest(models_dir: Path, name: ModelName) -> str | None:
         return None
 
 
+def refuse_other_digest(name: ModelName, found: str, place: str) -> None:
+    """Let a model pass that is the one that was insisted on, or where none was.
+
+    Args:
+        found: the digest of the model that is there.
+        place: where it is, for the message.
+
+    Raises:
+        ModelError: its digest is another; names both.
+    """
+    if not found.startswith(name.digest):
+        raise ModelError(
+            f"{name.served} in {place} has the digest sha256:{found}, and this run insists on "
+            f"sha256:{name.digest}",
+            "pull the model again where its tag was moved, use a models directory that holds that "
+            "model, or insist on no digest",
+        )
+
+
 def blob_path(models_dir: Path, digest: str) -> Path:
     """Return where a blob lies."""
     return models_dir / "blobs" / digest.replace(":", "-")

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Literal
 
 from aiflux.core.modelname import parse_model_name
-from aiflux.core.modelstore import missing_parts
+from aiflux.core.modelstore import missing_parts, model_digest, refuse_other_digest
 from aiflux.core.plan import Plan
 from aiflux.core.sif import ImageFacts, machine_arch, read_image
-from aiflux.errors import AifluxError, ImageError, InputError, PreflightError, UsageError
+from aiflux.errors import (
+    AifluxError,
+    ImageError,
+    InputError,
+    ModelError,
+    PreflightError,
+    UsageError,
+)
 
 Level = Literal["error", "warning"]
 
@@ -156,6 +163,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         )
         return
     absent = [name for name in map(parse_model_name, plan.models) if missing_parts(folder, name)]
+    yield from _check_digests(folder, plan)
     for name in absent:
         yield Finding(
             "warning",
@@ -169,6 +177,16 @@ def check_models(plan: Plan) -> Iterator[Finding]:
             f"the job could not pull {absent[0].served} into {folder}: you may not write there",
             "ask its owner to pull it, or name a directory of your own: --models-dir PATH",
         )
+
+
+def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
+    for name in map(parse_model_name, plan.models):
+        found = model_digest(folder, name)
+        try:
+            if found is not None:
+                refuse_other_digest(name, found, str(folder))
+        except ModelError as error:
+            yield finding_of(error)
 
 
 def _can_write(folder: Path) -> bool:

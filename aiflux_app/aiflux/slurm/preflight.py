@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.container import find_image
+from aiflux.core.fit import check_memory
 from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan
 from aiflux.core.preflight import (
@@ -24,10 +25,11 @@ from aiflux.core.preflight import (
     finding_of,
 )
 from aiflux.core.walltime import walltime_seconds, walltime_text
-from aiflux.errors import ImageError
+from aiflux.errors import ConfigError, ImageError
 from aiflux.slurm.directives import wants_gpus
 from aiflux.slurm.facts import Facts, Partition, ask_cluster
 from aiflux.slurm.fitting import check_nodes, with_features
+from aiflux.slurm.room import gpu_room
 
 
 def preflight(
@@ -63,6 +65,7 @@ def preflight(
             of_image,
             lambda: () if plan is None else check_models(plan),
             lambda: () if plan is None else check_space(plan),
+            lambda: () if plan is None else check_room(plan, config, facts, slurm),
             *cluster_checks(facts, slurm),
         ]
     )
@@ -81,6 +84,20 @@ def check_job_image(
         wants_gpus=wants_gpus(slurm) and options.engine_url is None,
         allow_cpu=options.allow_cpu,
     )
+
+
+def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
+    """Check that the models fit the GPUs, where their kind tells how much memory they have."""
+    if plan.options.engine_url is not None or plan.options.allow_cpu:
+        return
+    room = gpu_room(facts, slurm, _partitions(facts, slurm))
+    if room is not None:
+        try:
+            catalogue = config.catalogue()
+        except ConfigError as error:
+            yield finding_of(error)
+            return
+        yield from check_memory(plan, catalogue, room.size, room.kind, room.count)
 
 
 def cluster_checks(facts: Facts, slurm: SlurmConfig) -> list[Check]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _NONE = ("", "-1", "NoDevFiles", "none", "void")
 _TIMEOUT = 60
+_MIB = 2**20
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -24,6 +25,14 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
 def gpu_names() -> tuple[str, ...]:
     """Return the models of the visible GPUs; empty where there is no NVIDIA driver."""
     return tuple(_nvidia_smi("--query-gpu=name", "--format=csv,noheader"))
+
+
+def free_memory(devices: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the bytes that are free on each of these GPUs; empty where that cannot be told."""
+    query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    told = _nvidia_smi(f"--id={','.join(devices)}", *query) if devices else []
+    numbers = [int(line) * _MIB for line in told if line.strip().isdigit()]
+    return tuple(numbers) if len(numbers) == len(devices) else ()
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:

@@ -11,12 +11,14 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import requests
 
+from aiflux.core.modelname import parse_model_name
+from aiflux.core.modelstore import refuse_other_digest
 from aiflux.errors import AifluxError, EngineError
 from aiflux.worker.client import Client
 from aiflux.worker.ollama import Loaded, Ollama
@@ -41,6 +43,7 @@ class EngineSettings:
         slots: sequences decoded in parallel; tried are also halves of it, down to one, where
             ``may_shrink`` says so and the model does not fit the GPUs.
         context_length: tokens of context of each slot.
+        insisted: what the model's digest has to begin with.
         extra: further environment of the engine.
     """
 
@@ -56,6 +59,7 @@ class EngineSettings:
     may_shrink: bool = True
     allow_cpu: bool = False
     load_timeout: float = 1800.0
+    insisted: str = ""
     extra: dict[str, str] = field(default_factory=dict)
 
     def environment(self, slots: int) -> dict[str, str]:
@@ -185,11 +189,14 @@ class BundledEngine:
 
     def _load(self, ollama: Ollama) -> Loaded:
         model = self.settings.model
-        if _digest(ollama.tags(), model) is None:
+        digest = _digest(ollama.tags(), model)
+        if digest is None:
             raise EngineError(
                 f"Ollama does not list {model} in {self.settings.models_dir}",
                 f"pull it: aiflux models pull {model}",
             )
+        name = replace(parse_model_name(model), digest=self.settings.insisted)
+        refuse_other_digest(name, digest, str(self.settings.models_dir))
         try:
             ollama.load(model, self.settings.load_timeout)
             return next(iter(ollama.loaded()))

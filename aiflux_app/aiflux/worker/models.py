@@ -18,7 +18,7 @@ from typing import Any
 from aiflux.core.files import fsync_directory, storage_error
 from aiflux.core.lease import acquire
 from aiflux.core.modelname import ModelName, parse_model_name
-from aiflux.core.modelstore import missing_parts
+from aiflux.core.modelstore import missing_parts, read_manifest, refuse_other_digest
 from aiflux.errors import EngineError, ModelError
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
@@ -53,6 +53,7 @@ def ensure_model(
     """
     name = parse_model_name(text)
     if not missing_parts(models_dir, name):
+        _insist(models_dir, name)
         return False
     staging = models_dir / ".staging"
     try:
@@ -61,6 +62,7 @@ def ensure_model(
         raise storage_error(error, staging) from error
     with acquire(staging / "lease", f"pulling into {models_dir}", wait=True, on_wait=say):
         if not missing_parts(models_dir, name):
+            _insist(models_dir, name)
             return False
         say(f"pulling {name.served} into {models_dir}")
         folder = staging / name.served.replace("/", "_").replace(":", "_")
@@ -71,8 +73,13 @@ def ensure_model(
                 f"{name.served} was pulled but is not whole: {', '.join(missing)}",
                 "pull it again; the registry may be broken",
             )
+        _insist(folder, name)
         _move_into_place(folder, models_dir, name)
     return True
+
+
+def _insist(folder: Path, name: ModelName) -> None:
+    refuse_other_digest(name, read_manifest(folder, name).digest, str(folder))
 
 
 def _pull(folder: Path, name: ModelName, program: str, log: Path, progress: Progress) -> None:

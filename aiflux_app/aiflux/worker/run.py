@@ -19,6 +19,9 @@ from aiflux.core.clock import utc_text
 from aiflux.core.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.lease import acquire
 from aiflux.core.merge import merge_when_last
+from aiflux.core.modelfacts import known_figures
+from aiflux.core.modelname import parse_model_name
+from aiflux.core.needs import context_length
 from aiflux.core.plan import Plan, read_plan
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.sharding import Shard
@@ -36,7 +39,7 @@ from aiflux.errors import (
 from aiflux.worker import sizing
 from aiflux.worker.checking import Checking
 from aiflux.worker.client import Client
-from aiflux.worker.devices import gpu_names, group, visible_devices
+from aiflux.worker.devices import free_memory, gpu_names, group, visible_devices
 from aiflux.worker.engines import (
     BundledEngine,
     Engine,
@@ -410,19 +413,24 @@ class _ModelWork:
         options = self.plan.options
         if self.plan.models_dir is None:
             raise ModelError("the plan names no models directory", "plan the run again")
+        name = parse_model_name(self.model)
+        figures = known_figures(self.plan.models_dir, name, None)
+        trained = figures.architecture.context if figures else 0
+        cores = len(os.sched_getaffinity(0))
         return EngineSettings(
             index=index,
             program=self.context.ollama,
             models_dir=self.plan.models_dir,
             model=self.plan.served(self.model),
             devices=gpus,
-            slots=sizing.slots(self.plan, gpus, len(os.sched_getaffinity(0))),
-            context_length=sizing.context_length(self.plan),
+            slots=sizing.slots(self.plan, gpus, cores, figures, free_memory(gpus)),
+            context_length=context_length(self.plan, trained),
             home=home / f"engine-{index}",
             log=self.shard.run_directory.engine_log(self.shard.shard.index, index),
             may_shrink=options.slots is None,
             allow_cpu=options.allow_cpu,
             load_timeout=options.load_timeout,
+            insisted=name.digest,
             extra={**_DEBUG[options.log_level == "DEBUG"], **options.engine_env},
         )
 

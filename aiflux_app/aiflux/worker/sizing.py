@@ -1,34 +1,55 @@
-"""Slots, context and requests in flight, where the user leaves them open. Pure."""
+"""Slots and requests in flight, where the user leaves them open. Pure."""
 
 from __future__ import annotations
 
+from aiflux.core.memory import Figures, estimate
+from aiflux.core.needs import cache_type, context_length
 from aiflux.core.plan import Plan
 
 GPU_SLOTS = 16
 CPU_SLOTS = 4
-MIN_CONTEXT = 2048
-CONTEXT_STEP = 512
-_GENEROUS = 8192
+# What is tried where the GPUs' memory is known, the most first: beyond 32 little is gained.
+LADDER = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+_SPARE = 2**30
+"""Bytes of each GPU that are left free; llama.cpp's own fitting leaves as much."""
+_SHARE = 0.97
 
 
-def context_length(plan: Plan) -> int:
-    """Return the tokens of context for each slot.
+def slots(
+    plan: Plan,
+    devices: tuple[str, ...],
+    cores: int,
+    figures: Figures | None = None,
+    free: tuple[int, ...] = (),
+) -> int:
+    """Return the sequences that an engine decodes in parallel.
 
-    From the options, else what the longest request needs; where that is much, what 99 % of the
-    requests stay under (a prompt that is cut is marked in its result).
+    Args:
+        devices: the engine's GPUs.
+        figures: of the model; None where they are not known.
+        free: bytes of memory that are free on each of the GPUs; empty where they are not known.
     """
-    if plan.options.context_length is not None:
-        return plan.options.context_length
-    longest = int(plan.input["longest_tokens"])
-    needed = longest if longest <= _GENEROUS else int(plan.input["context_tokens"])
-    return max(MIN_CONTEXT, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
-
-
-def slots(plan: Plan, devices: tuple[str, ...], cores: int) -> int:
-    """Return the sequences that an engine decodes in parallel."""
     if plan.options.slots is not None:
         return plan.options.slots
-    return GPU_SLOTS if devices else max(1, min(CPU_SLOTS, cores))
+    if not devices:
+        return max(1, min(CPU_SLOTS, cores))
+    if figures is None or not free:
+        return GPU_SLOTS
+    if figures.architecture.one_slot:
+        return 1
+    return min(_most_that_fit(plan, figures, free), max(1, plan.requests))
+
+
+def _most_that_fit(plan: Plan, figures: Figures, free: tuple[int, ...]) -> int:
+    context = context_length(plan, figures.architecture.context)
+    room = len(free) * (_SHARE * min(free) - _SPARE)
+    for count in LADDER:
+        wanted = estimate(
+            figures, context, count, gpus=len(free), flash=True, cache_type=cache_type(plan)
+        )
+        if wanted.total <= room:
+            return count
+    return 1
 
 
 def concurrency(plan: Plan, engine_slots: int) -> int:

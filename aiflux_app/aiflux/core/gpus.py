@@ -1,0 +1,60 @@
+"""The memory of GPUs, as far as the names tell that clusters give them.
+
+A name that stands for several sizes is taken for the largest: what is refused for want of memory
+must be sure not to fit. Sources: the makers' data sheets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+GIGABYTE = 2**30
+"""What the makers call a GB of GPU memory."""
+
+# GB of the largest GPU that goes by a name; longer names come first where one is part of another.
+_KNOWN = {
+    "gb300": 288, "gb200": 192, "gh200": 144, "b300": 288, "b200": 192, "b100": 192, "h200": 141,
+    "h100": 96, "h800": 80, "h20": 141, "a100": 80, "a800": 80, "a40": 48, "a30": 24, "a16": 16,
+    "a10g": 24, "a10": 24, "a2": 16, "a6000": 48, "a5500": 24, "a5000": 32, "a4500": 20,
+    "a4000": 20, "l40s": 48, "l40": 48, "l4": 24, "v100s": 32, "v100": 32, "p100": 16, "p40": 24,
+    "p4": 8, "t4": 16, "k80": 12, "m40": 24, "rtx8000": 48, "rtx6000": 96, "rtx5000": 32,
+    "rtx4000": 20, "rtxpro6000": 96, "5090": 32, "5080": 16, "4090": 24, "4080": 16, "3090": 24,
+    "3080": 12, "2080ti": 11, "1080ti": 11, "2080": 11, "1080": 11, "titanv": 12, "titanrtx": 24,
+    "mi100": 32, "mi210": 64, "mi250x": 128, "mi250": 128, "mi300a": 128, "mi300x": 192,
+    "mi300": 192, "mi325x": 256, "mi350x": 288, "mi355x": 288,
+}  # fmt: skip
+_NAMED_SIZE = re.compile(r"(?<![0-9.])(\d{1,3})\s*gi?b?(?![a-z0-9.])")
+_SLICE = re.compile(r"\dg[._](\d+)gb")
+
+
+def gpu_bytes(name: str) -> int | None:
+    """Return the memory of a GPU that goes by a name; None where the name tells nothing.
+
+    Names are Slurm's types of GPUs and nodes' features, such as ``a100``, ``nvidia_a100_80gb``,
+    ``h100.1g.10gb`` or ``rtx_2080_ti``.
+    """
+    text = name.lower().strip()
+    part = _SLICE.search(text)
+    if part:
+        return int(part[1]) * GIGABYTE
+    known = _by_model(text)
+    sized = _NAMED_SIZE.search(text)
+    if sized and known is not None:
+        return int(sized[1]) * GIGABYTE
+    return known
+
+
+def gpu_bytes_of_features(features: Iterable[str]) -> int | None:
+    """Return the memory of the GPUs of a node with these features; the most that one tells."""
+    told = [size for size in map(gpu_bytes, features) if size is not None]
+    return max(told, default=None)
+
+
+def _by_model(text: str) -> int | None:
+    words = re.sub(r"[^a-z0-9]+", " ", text).split()
+    # rtx_2080_ti, titan_rtx and gtx1080ti are written in every way: neighbours are tried together.
+    tries = [*words, *(a + b for a, b in zip(words, words[1:], strict=False))]
+    tries += [re.sub(r"^(rtx|gtx|geforce|tesla|nvidia|amd|gpu)(?=[a-z]?\d)", "", w) for w in tries]
+    sizes = [_KNOWN[word] for word in tries if word in _KNOWN]
+    return max(sizes) * GIGABYTE if sizes else None

@@ -1,0 +1,242 @@
+"""Slots from the memory of GPUs, and what is refused because it cannot fit them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.core.catalogue import read_catalogue
+from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.gpus import gpu_bytes, gpu_bytes_of_features
+from aiflux.core.input import scan_input
+from aiflux.core.memory import Figures
+from aiflux.core.modelname import parse_model_name
+from aiflux.core.modelstore import model_digest
+from aiflux.core.needs import context_length
+from aiflux.core.options import RunOptions
+from aiflux.core.plan import Plan, make_plan
+from aiflux.core.preflight import check_models
+from aiflux.errors import ConfigError
+from aiflux.slurm.facts import ask_cluster
+from aiflux.slurm.preflight import check_room
+from aiflux.slurm.room import gpu_room
+from aiflux.worker.devices import free_memory
+from aiflux.worker.sizing import GPU_SLOTS, slots
+from tests.tools.make_sparse_gguf import install
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.fake_site import FakeSite, node, partition
+from tests.unit.helpers import write_input
+
+GB = 2**30
+
+
+def known(name: str) -> Figures:
+    model = read_catalogue().find(name)
+    assert model is not None
+    return model.figures
+
+
+def plan_of(folder: Path, model: str, **options: Any) -> Plan:
+    path = write_input(folder / "in.jsonl", 200, body={"messages": [{"role": "user",
+                       "content": "hello"}]})  # fmt: skip
+    summary = scan_input(path, model)
+    chosen = RunOptions(model=model, **options)
+    return make_plan(summary, folder / "out.json", chosen, folder / "models")
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "expected"),
+    [
+        ("llama3.1:8b", (80,), 32),
+        ("llama3.1:8b", (12,), 8),
+        ("llama3.1:8b", (6,), 1),
+        ("llama3.3:70b", (80,), 24),
+        ("llama3.3:70b", (48,), 4),
+        ("llama3.3:70b", (48, 48), 32),
+        ("bge-m3:567m", (80,), 1),
+    ],
+)
+def test_slots_are_what_the_gpus_have_room_for(
+    tmp_path: Path, name: str, gigabytes: tuple[int, ...], expected: int
+) -> None:
+    free = tuple(number * GB for number in gigabytes)
+    plan = plan_of(tmp_path, name, context_length=4096)
+    assert slots(plan, ("0",) * len(free), 8, known(name), free) == expected
+
+
+def test_what_is_asked_for_or_not_known_decides(tmp_path: Path) -> None:
+    figures = known("llama3.1:8b")
+    plan = plan_of(tmp_path, "m")
+    assert slots(plan, ("0",), 8) == GPU_SLOTS
+    assert slots(plan, ("0",), 8, figures) == GPU_SLOTS
+    assert slots(plan, (), 2, figures, ()) == 2
+    few = replace(plan, input={**plan.input, "requests": 3})
+    assert slots(few, ("0",), 8, figures, (80 * GB,)) == 3
+    assert slots(plan_of(tmp_path, "m", slots=5), ("0",), 8, figures, (80 * GB,)) == 5
+
+
+def test_a_smaller_cache_type_makes_room_for_more(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "m", context_length=4096)
+    small = plan_of(tmp_path, "m", context_length=4096, engine_env={"OLLAMA_KV_CACHE_TYPE": "q8_0"})
+    figures, free = known("llama3.1:8b"), (12 * GB,)
+    assert slots(small, ("0",), 8, figures, free) > slots(plan, ("0",), 8, figures, free)
+
+
+def test_no_context_is_longer_than_a_model_was_trained_for(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "m")
+    assert context_length(plan) == 2048
+    assert context_length(plan, 512) == 512
+    assert context_length(plan_of(tmp_path, "m", context_length=4096), 512) == 4096
+
+
+def test_the_memory_of_gpus_is_asked_of_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = FakeCommands(tmp_path / "fakes")
+    commands.say("nvidia-smi", "81000\n40000\n")
+    monkeypatch.setenv("PATH", commands.path)
+    assert free_memory(("0", "3")) == (81000 * 2**20, 40000 * 2**20)
+    assert commands.calls("nvidia-smi")[0].argv[0] == "--id=0,3"
+    assert free_memory(("0",)) == ()
+    assert free_memory(()) == ()
+    commands.say("nvidia-smi", "[Insufficient Permissions]\n")
+    assert free_memory(("MIG-1",)) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("a100", 80), ("A100-SXM4-80GB", 80), ("nvidia_a100_40gb", 40), ("a100_3g.20gb", 20),
+        ("h100.1g.10gb", 10), ("nvidia_h100_nvl", 96), ("rtx_2080_ti", 11), ("gtx1080ti", 11),
+        ("geforce_rtx_3090", 24), ("tesla_v100", 32), ("v100", 32), ("rtx6000", 96),
+        ("rtx_a6000", 48), ("l40s", 48), ("t4", 16), ("gh200", 144), ("mi250", 128),
+        ("gpu", None), ("tesla", None), ("amd", None), ("avx512", None), ("mem512gb", None),
+    ],
+)  # fmt: skip
+def test_what_a_name_tells_of_a_gpu(name: str, gigabytes: int | None) -> None:
+    assert gpu_bytes(name) == (None if gigabytes is None else gigabytes * GB)
+
+
+def test_features_tell_of_gpus() -> None:
+    assert gpu_bytes_of_features(["amd", "a100", "a100_80gb"]) == 80 * GB
+    assert gpu_bytes_of_features(["amd", "rome"]) is None
+
+
+SITE = [
+    node("g1", Gres="gpu:a100:4", AvailableFeatures="amd,a100-40gb"),
+    node("g2", Gres="gpu:v100:2", Partitions="old"),
+    node("g3", Gres="gpu:2", Partitions="plain", AvailableFeatures="l40s"),
+    node("g4", Gres="gpu:2", Partitions="mystery"),
+    node("g5", Gres="gpu:a100:4", Partitions="both"),
+    node("g6", Gres="gpu:secret:4", Partitions="both"),
+]
+NAMES = ("gpu", "old", "plain", "mystery", "both")
+
+
+@pytest.mark.parametrize(
+    ("slurm", "kind", "gigabytes", "count"),
+    [
+        ({"partition": "gpu"}, "a100", 80, 1),
+        ({"partition": "gpu", "gpus_per_node": "a100:4"}, "a100", 40, 4),
+        ({"partition": "old", "gres": "gpu:v100:2"}, "v100", 32, 2),
+        ({"partition": "gpu,old"}, "a100", 80, 1),
+        ({"partition": "plain", "gpus_per_node": "2"}, "l40s", 48, 2),
+        ({"partition": "mystery"}, None, 0, 0),
+        ({"partition": "both"}, None, 0, 0),
+        ({"partition": "both", "gpus_per_node": "a100:1"}, "a100", 80, 1),
+        ({"partition": "gpu", "gpus_per_node": "0"}, None, 0, 0),
+    ],
+)
+def test_the_gpus_that_a_job_may_get(
+    tmp_path: Path, slurm: dict[str, Any], kind: str | None, gigabytes: int, count: int
+) -> None:
+    site = FakeSite(partitions=[partition(name) for name in NAMES], nodes=SITE)
+    facts = ask_cluster(site.install(FakeCommands(tmp_path / "fakes")))
+    config = SlurmConfig(**slurm).checked()
+    room = gpu_room(facts, config, slurm["partition"].split(","))
+    if kind is None:
+        assert room is None
+    else:
+        assert room is not None
+        assert (room.kind, room.size // GB, room.count) == (kind, gigabytes, count)
+
+
+def refused(folder: Path, plan: Plan, **slurm: Any) -> list[tuple[str, str]]:
+    site = FakeSite(partitions=[partition(name) for name in NAMES], nodes=SITE)
+    facts = ask_cluster(site.install(FakeCommands(folder / "fakes")))
+    config = Config(environ={"HOME": str(folder)}, directory=folder)
+    found = [*check_room(plan, config, facts, SlurmConfig(**slurm).checked())]
+    assert all(finding.level == "error" for finding in found)
+    return [(finding.what, finding.fix) for finding in found]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "slurm", "fix"),
+    [
+        ("llama3.3:70b", {}, {"gres": "gpu:a100:1"}, "2 such GPUs for each engine would do: "
+         "--gpus-per-engine 2 --gpus-per-node 2"),
+        ("llama3.3:70b", {}, {"partition": "old"}, "--gpus-per-engine 2"),
+        ("llama3.1:405b", {}, {"partition": "old"}, "--gpus-per-engine 8"),
+        ("llama3.1:8b", {"slots": 64, "context_length": 16384}, {"partition": "old"},
+         "--slots 13 at most"),
+        ("llama3.1:8b", {"gpus_per_engine": 2}, {"partition": "old"}, "--gpus-per-node 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_fit_is_refused(
+    tmp_path: Path, model: str, options: dict[str, Any], slurm: dict[str, Any], fix: str
+) -> None:
+    plan = plan_of(tmp_path, model, **options)
+    ((_, seen),) = refused(tmp_path, plan, **{"partition": "gpu", **slurm})
+    assert fix in seen
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "slurm"),
+    [
+        ("llama3.1:8b", {}, {"partition": "gpu"}),
+        ("llama3.3:70b", {}, {"partition": "gpu"}),  # an a100 may have 80 GB
+        ("llama3.3:70b", {"gpus_per_engine": 2}, {"gres": "gpu:a100:2"}),
+        ("llama3.1:405b", {}, {"partition": "mystery"}),
+        ("llama3.1:405b", {"allow_cpu": True}, {"partition": "old"}),
+        ("unheard-of:900b", {}, {"partition": "old"}),
+    ],
+)
+def test_what_may_fit_is_let_pass(
+    tmp_path: Path, model: str, options: dict[str, Any], slurm: dict[str, Any]
+) -> None:
+    plan = plan_of(tmp_path, model, **options)
+    assert refused(tmp_path, plan, **{"partition": "gpu", **slurm}) == []
+
+
+def test_a_model_in_no_catalogue_is_judged_by_its_own_file(tmp_path: Path) -> None:
+    large = read_catalogue().find("llama3.3:70b")
+    assert large is not None
+    plan = plan_of(tmp_path, "lab/large:1")
+    install(tmp_path / "models", large, "lab/large:1")
+    ((what, _),) = refused(tmp_path, plan, partition="old")
+    assert "lab/large:1 does not fit a GPU 'v100': with 1 slot of 2048 tokens" in what
+
+
+def test_a_digest_that_is_insisted_on_is_compared_with_what_is_there(tmp_path: Path) -> None:
+    small = read_catalogue().find("smollm2:135m")
+    assert small is not None
+    install(tmp_path / "models", small, "lab/mine:1")
+    digest = model_digest(tmp_path / "models", parse_model_name("lab/mine:1"))
+    assert digest is not None
+    for right in (digest, digest[:12]):
+        plan = plan_of(tmp_path, f"lab/mine:1@sha256:{right}")
+        assert [*check_models(plan)] == []
+        assert plan.served(plan.models[0]) == "lab/mine:1"
+    (finding,) = check_models(plan_of(tmp_path, "lab/mine:1@sha256:" + "0" * 64))
+    assert finding.level == "error"
+    assert digest in finding.what
+    assert "0" * 64 in finding.what
+
+
+@pytest.mark.parametrize("text", ["m@sha256:12", "m@md5:123456789012", "m@", "m@sha256:xyz"])
+def test_what_is_no_digest_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no digest"):
+        parse_model_name(text)

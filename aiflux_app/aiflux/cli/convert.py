@@ -167,6 +167,7 @@ def _add_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlap", type=int, default=0, metavar="N", help="tokens that a chunk repeats"
     )
+    parser.add_argument("--encoding", metavar="NAME", help="of texts that are not UTF-8")
     _add_request(parser)
 
 
@@ -234,6 +235,7 @@ def _call(
             max_file_size=parse_size(arguments.max_file_size),
             chunk_tokens=arguments.chunk_tokens,
             overlap=arguments.overlap,
+            encoding=arguments.encoding,
             **options,
         )
     options = {**options, "keep": arguments.keep}

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from charset_normalizer import from_bytes
-
+from aiflux.converters.encoding import UnclearEncodingError, guess_encoding
 from aiflux.converters.writing import BadRowError
 from aiflux.core.extras import need
 
@@ -19,8 +18,11 @@ class NoTextError(ValueError):
     """A file has no text that could be read; says why."""
 
 
-def read_document(path: Path) -> str:
+def read_document(path: Path, encoding: str | None = None) -> str:
     """Return a file's text.
+
+    Args:
+        encoding: of plain text that is not UTF-8; guessed where it is not given.
 
     Raises:
         NoTextError: it is binary, holds no text, or may not be read.
@@ -34,7 +36,7 @@ def read_document(path: Path) -> str:
         elif kind == ".docx":
             text = _read_docx(path)
         else:
-            text = _decode(path.read_bytes())
+            text = _decode(path.read_bytes(), encoding)
     except OSError as error:
         raise NoTextError(f"cannot be read: {error.strerror or error}") from None
     if not text.strip():
@@ -82,17 +84,26 @@ def _blocks(document: Any) -> Iterator[str]:
             yield block.text
 
 
-def _decode(content: bytes) -> str:
+def _decode(content: bytes, encoding: str | None) -> str:
     if b"\0" in content[:_PEEK] and not content.startswith(_BOMS):
         raise NoTextError("binary")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        best = from_bytes(content).best()
-        if best is None:
-            raise NoTextError("binary, or text in an encoding that is not recognised") from None
-        text = str(best)
+        text = _decode_other(content, encoding)
     return text.replace("\r\n", "\n")
+
+
+def _decode_other(content: bytes, encoding: str | None) -> str:
+    try:
+        return content.decode(encoding or guess_encoding(content))
+    except UnclearEncodingError as error:
+        raise BadRowError(f"not UTF-8, and {error}; say which with --encoding") from None
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise BadRowError(
+            f"byte 0x{byte:02x} at offset {error.start} is neither UTF-8 nor {error.encoding}"
+        ) from None
 
 
 def _words(error: Exception) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,21 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+# In most cases, a text that is not UTF-8 was saved by Windows in Western Europe or America.
+_COMMON = "cp1252"
+# What tables and texts are saved in; not those of DOS, old Macs and mainframes.
+_CANDIDATES = [
+    *(f"cp125{number}" for number in range(9)),
+    *("cp932", "cp949", "big5", "gb18030", "euc_jp", "euc_kr", "iso2022_jp"),
+    *("iso8859_2", "iso8859_5", "iso8859_7", "iso8859_9", "iso8859_15", "koi8_r", "koi8_u"),
+]
+_CLEAR, _MARGIN = 0.4, 0.2
+
+
+class UnclearEncodingError(ValueError):
+    """No encoding is clearly the right one; the text says which ones come into question."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +100,52 @@ def _guess(path: Path, bad: int) -> Encoding:
     broken = sum("\udc80" <= char <= "\udcff" for char in text)
     if sum(not char.isascii() for char in text) > 2 * broken:
         return Encoding("utf-8-sig", "detected")
-    best = None if b"\0" in sample else from_bytes(sample).best()
-    if best is None:
-        byte = sample[min(bad, _SAMPLE // 2)]
+    try:
+        return Encoding(guess_encoding(sample), "guessed")
+    except UnclearEncodingError as error:
         raise InputError(
-            f"{str(path)!r} is neither UTF-8 (byte 0x{byte:02x} at offset {bad}) nor any other "
-            "text that is recognised",
-            "name its encoding with --encoding, or save it as UTF-8",
+            f"{str(path)!r} is not UTF-8 (from byte {bad} on), and {error}",
+            "say which with --encoding, or save it as UTF-8",
+        ) from None
+
+
+def guess_encoding(sample: bytes) -> str:
+    """Return the encoding of a text that is not UTF-8, where it is clear enough.
+
+    It is clear where all that come into question read the text alike, or where one reads as a known
+    language and the others do not. A wrong guess would change letters without a word.
+
+    Raises:
+        UnclearEncodingError: tells what comes into question, and how a word would read.
+    """
+    if b"\0" in sample:
+        raise UnclearEncodingError("it is binary, not text")
+    matches = list(from_bytes(sample, cp_isolation=_CANDIDATES))
+    readings = {match.encoding: str(match) for match in matches}
+    with suppress(UnicodeDecodeError):
+        readings.setdefault(_COMMON, sample.decode(_COMMON))
+    if matches and len(set(readings.values())) == 1:
+        return _COMMON if _COMMON in readings else matches[0].encoding
+    best, others = matches[:1], matches[1:]
+    if (
+        best
+        and best[0].coherence >= _CLEAR
+        and all(
+            best[0].coherence - other.coherence >= _MARGIN or str(other) == str(best[0])
+            for other in others
         )
-    return Encoding(best.encoding, "guessed")
+    ):
+        return best[0].encoding
+    names = list(dict.fromkeys([*(name for name in readings if name == _COMMON), *readings]))[:4]
+    shown = ", ".join(f"{name} ({_word(readings[name])!r})" for name in names)
+    raise UnclearEncodingError(
+        f"its encoding is not clear: it may be {shown}" if shown else "its encoding is not known"
+    )
+
+
+def _word(text: str) -> str:
+    found = re.search(r"\w*[^\x00-\x7f]\w*", text)
+    return found[0][:30] if found else text[:30]
 
 
 def bad_byte(text: str) -> int | None:

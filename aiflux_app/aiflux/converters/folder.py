@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiflux.converters.chunks import check_chunks, split_text
 from aiflux.converters.documents import NoTextError, read_document
+from aiflux.converters.encoding import checked_encoding
 from aiflux.converters.form import Draft, make_form
 from aiflux.converters.template import Template
 from aiflux.converters.walking import Found, Walk
@@ -34,6 +35,7 @@ def directory_to_jsonl(
     max_file_size: int = MAX_FILE_SIZE,
     chunk_tokens: int | None = None,
     overlap: int = 0,
+    encoding: str | None = None,
     skip_bad: bool = False,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -52,6 +54,7 @@ def directory_to_jsonl(
         max_file_size: bytes; larger files are left out.
         chunk_tokens: cut longer texts into chunks of about so many tokens.
         overlap: tokens that a chunk repeats of the one before.
+        encoding: of plain text that is not UTF-8; guessed where it is not given.
         progress: told how many files are done, and of how many.
 
     The other arguments are those of ``csv_to_jsonl``.
@@ -67,7 +70,8 @@ def directory_to_jsonl(
     folder = Path(input_path)
     walk = Walk(folder, recursive, tuple(patterns), tuple(exclude), max_file_size)
     output = None if output_path is None else Path(output_path)
-    maker = _Maker(walk, parsed, chunk_tokens, overlap, output, progress)
+    known = None if encoding is None else checked_encoding(encoding).name
+    maker = _Maker(walk, parsed, chunk_tokens, overlap, known, output, progress)
     job = Job(folder, output, form, unit="file", place="file", skip_bad=skip_bad, limit=limit)
     return job.run(maker.items())
 
@@ -80,6 +84,7 @@ class _Maker:
     template: Template
     chunk_tokens: int | None
     overlap: int
+    encoding: str | None
     output: Path | None
     progress: Progress | None
 
@@ -97,7 +102,7 @@ class _Maker:
             yield Skipped(number, found.name, found.reason, bad=False)
             return
         try:
-            text = read_document(found.path)
+            text = read_document(found.path, self.encoding)
         except (NoTextError, BadRowError) as error:
             yield Skipped(number, found.name, str(error), bad=isinstance(error, BadRowError))
             return

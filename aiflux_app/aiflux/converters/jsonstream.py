@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.converters.writing import Progress, Skipped, reading
-from aiflux.core.input import read_lines
+from aiflux.core.lines import read_lines
 from aiflux.core.request import parse_json
 from aiflux.errors import InputError
 

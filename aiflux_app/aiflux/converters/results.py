@@ -294,7 +294,7 @@ def _write_parquet(file: IO[bytes], table: _Table, records: Iterator[Record]) ->
             while batch := list(islice(records, _ROW_GROUP)):
                 rows = [{name: _cell(row[name], name in texts) for name in row} for row in batch]
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, OverflowError) as error:
         raise InputError(
             f"a value has no place in a Parquet table: {error}", "use `aiflux results to-jsonl`"
         ) from error

@@ -13,7 +13,7 @@ from typing import IO, Any
 from aiflux.converters.form import Draft, RequestForm
 from aiflux.converters.seen import SeenIds
 from aiflux.core.files import atomic_write
-from aiflux.core.input import MAX_LINE_BYTES
+from aiflux.core.lines import MAX_LINE_BYTES
 from aiflux.errors import InputError, UsageError
 
 SHOWN = 20

@@ -1,0 +1,682 @@
+"""Converters: what every kind of input becomes, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiflux.converters import csv_to_jsonl, directory_to_jsonl, json_to_jsonl
+from aiflux.converters.chunks import split_text
+from aiflux.converters.seen import SeenIds
+from aiflux.converters.template import Template, escape
+from aiflux.converters.walking import parse_size
+from aiflux.core.request import parse_request
+from aiflux.errors import ConfigError, InputError, UsageError
+
+TEMPLATE = "Say: {text}"
+
+
+def requests_in(path: Path) -> list[dict[str, Any]]:
+    """Read requests, and have the product's own check agree with each."""
+    lines = path.read_bytes().splitlines()
+    for line in lines:
+        parse_request(line, "m:1")
+    return [json.loads(line) for line in lines]
+
+
+def prompts(path: Path) -> dict[str, Any]:
+    return {
+        entry["custom_id"]: entry["body"]["messages"][-1]["content"] for entry in requests_in(path)
+    }
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def refused(error: pytest.ExceptionInfo[InputError]) -> str:
+    return "\n".join([error.value.message, *error.value.problems, error.value.remedy or ""])
+
+
+# --- templates ---
+
+
+@given(st.text())
+def test_an_escaped_text_comes_out_as_it_was(text: str) -> None:
+    assert Template(escape(text), required=False).render({}) == text
+
+
+names = st.text(st.characters(exclude_characters="{}"), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(st.text(), names)), st.text(), st.dictionaries(names, st.text()))
+def test_every_name_is_filled_in(
+    parts: list[tuple[str, str]], end: str, values: dict[str, str]
+) -> None:
+    text = "".join(escape(literal) + f"{{{name}}}" for literal, name in parts) + escape(end)
+    template = Template(text, required=False)
+    known = {name: "{" + name for _, name in parts} | values
+    assert template.render(known) == "".join(a + known[name] for a, name in parts) + end
+    assert set(template.names) == {name for _, name in parts}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("no name", "names nothing to fill in"),
+        ("{{text}}", "names nothing to fill in"),
+        ("a\nb {", "a lone { at line 2, column 3"),
+        ("{text} }", "a lone } at line 1, column 8"),
+        ("{}", "{} names nothing at line 1, column 1"),
+        ("{a{b}", "a lone {"),
+    ],
+)
+def test_a_broken_template_is_told_with_its_place(text: str, words: str) -> None:
+    with pytest.raises(InputError, match="template") as error:
+        Template(text)
+    assert words in refused(error)
+
+
+# --- csv ---
+
+
+def test_rows_become_requests(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", 'id,text\r\na,"x, ""y""\nz"\r\n\r\nb,{q}\r\n')
+    output = tmp_path / "out.jsonl"
+    summary = csv_to_jsonl(
+        source, output, template="{{{text}}} {id}", id_column="id", keep=["id"],
+        model="m:1", system="be brief", temperature=0.5, max_tokens=7, params={"seed": 3},
+    )  # fmt: skip
+    assert (summary.rows, summary.requests, summary.skipped) == (2, 2, 0)
+    first, second = requests_in(output)
+    assert first == {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {
+            "model": "m:1", "temperature": 0.5, "max_tokens": 7, "seed": 3,
+            "messages": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": '{x, "y"\nz} a'},
+            ],
+        },
+        "metadata": {"columns": {"id": "a"}},
+    }  # fmt: skip
+    assert second["body"]["messages"][1]["content"] == "{{q}} b"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_delimiter_and_encoding_are_detected(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    rows = [["id", "text"], *([str(i), f"déjà vu à l'école, {i} fêtes; naïve"] for i in range(30))]
+    source = tmp_path / "in.csv"
+    with open(source, "w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    summary = csv_to_jsonl(source, tmp_path / "out.jsonl", template="{text}")
+    assert list(prompts(tmp_path / "out.jsonl").values()) == [row[1] for row in rows[1:]]
+    assert repr(delimiter) in summary.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Größe, schön", "latin-1"),
+        ("It’s a “test” — really…", "cp1252"),
+        ("Привет, мир, как дела сегодня? " * 20, "cp1251"),
+        ("日本語のテキストです。今日は天気がいいですね。", "shift_jis"),
+    ],
+)
+def test_other_encodings_are_guessed_where_they_are_clear(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    source = write(tmp_path / "in.csv", f"id;text\n1;{text}\n".encode(encoding))
+    summary = csv_to_jsonl(source, tmp_path / "out.jsonl", template="{text}")
+    assert prompts(tmp_path / "out.jsonl") == {"row-1": text}
+    assert "is a guess" in summary.notes[0]
+
+
+def test_an_encoding_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
+    """Several would do, and read differently: a guess would change letters without a word."""
+    content = "id,text\n1,Déjà vu à l'école; naïve\n".encode("cp1252")
+    source, output = write(tmp_path / "in.csv", content), tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match="not clear") as error:
+        csv_to_jsonl(source, output, template="{text}")
+    assert "cp1252 ('Déjà')" in refused(error)
+    assert "--encoding" in refused(error)
+    csv_to_jsonl(source, output, template="{text}", encoding="cp1252")
+    assert prompts(output) == {"row-1": "Déjà vu à l'école; naïve"}
+
+
+def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", "id,text\n1,a\n")
+    for wrong in (
+        {"template": "{txt}"},
+        {"template": TEMPLATE, "id_column": "txt"},
+        {"template": TEMPLATE, "keep": ["txt"]},
+    ):
+        with pytest.raises(InputError, match="'txt'") as error:
+            csv_to_jsonl(source, tmp_path / "out.jsonl", **wrong)
+        assert "its columns are 'id', 'text'" in refused(error)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+RAGGED = 'id,text\n1,a\n2\n3,"c\nd"\n4,e,f\n5,g\n'
+
+
+def test_a_ragged_csv_is_refused_with_its_lines(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", RAGGED), tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match="2 of 5 rows") as error:
+        csv_to_jsonl(source, output, template=TEMPLATE)
+    assert error.value.problems == (
+        "line 3: 1 cell where the header has 2: '2'",
+        "line 6: 3 cells where the header has 2: '4,e,f'",
+    )
+    assert "--skip-bad" in str(error.value.remedy)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_skip_bad_uses_the_rest_and_lists_what_it_left_out(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", RAGGED), tmp_path / "out.jsonl"
+    summary = csv_to_jsonl(source, output, template="{text}", skip_bad=True)
+    assert (summary.rows, summary.requests, summary.skipped) == (5, 3, 2)
+    assert prompts(output) == {"row-1": "a", "row-3": "c\nd", "row-5": "g"}
+    assert summary.skipped_path == tmp_path / "out.skipped.jsonl"
+    listed = [json.loads(line) for line in summary.skipped_path.read_text().splitlines()]
+    assert [entry["place"] for entry in listed] == ["line 3", "line 6"]
+    csv_to_jsonl(write(source, "id,text\n1,a\n"), output, template="{text}", skip_bad=True)
+    assert not summary.skipped_path.exists()
+
+
+def test_a_custom_id_that_comes_twice_is_told_with_both_places(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", "id,text\na,1\nb,2\na,3\n,4\n")
+    with pytest.raises(InputError, match="2 of 4") as error:
+        csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE, id_column="id")
+    assert "line 4: custom_id 'a' was used at line 2 already" in refused(error)
+    assert "line 5: its custom_id is empty" in refused(error)
+
+
+def test_the_wrong_encoding_is_told_with_its_line(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", b"id,text\n1,a\n2,caf\xe9\n")
+    with pytest.raises(InputError, match="1 of 2 rows") as error:
+        csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE, encoding="utf-8")
+    assert "line 3: column 'text' has the byte 0xe9, which is not utf-8" in refused(error)
+    assert "--encoding" in refused(error)
+    with pytest.raises(InputError, match="unknown"):
+        csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE, encoding="klingon")
+
+
+def test_one_bad_byte_in_utf_8_makes_no_other_encoding(tmp_path: Path) -> None:
+    rows = "".join(f"{i},日本語のテキスト\n" for i in range(50)).encode()
+    source = write(tmp_path / "in.csv", b"id,text\n" + rows + b"x,\xff\n" + rows)
+    output = tmp_path / "out.jsonl"
+    summary = csv_to_jsonl(source, output, template="{text}", skip_bad=True)
+    assert (summary.requests, summary.skipped) == (100, 1)
+    assert set(prompts(output).values()) == {"日本語のテキスト"}
+
+
+def test_binary_is_no_csv(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", bytes(range(256)) * 40)
+    with pytest.raises(InputError, match="binary") as error:
+        csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE)
+    assert "--encoding" in refused(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is empty"),
+        ("\n\n", "no header line"),
+        ("id,text\n", "holds no row"),
+        ("id,id,text\n1,2,3\n", "columns of the same name: 'id'"),
+        ('id,text\n1,"a\n2,b\n', 'line 2: a quote (") is not closed before the end'),
+        ('id,text\n1,"a"b\n', "line 2: not CSV"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    with pytest.raises(InputError, match=r".") as error:
+        csv_to_jsonl(write(tmp_path / "in.csv", content), tmp_path / "o.jsonl", template=TEMPLATE)
+    assert words in refused(error)
+
+
+def test_paths_that_cannot_be(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", "text\na\n")
+    with pytest.raises(InputError, match="same file"):
+        csv_to_jsonl(source, source, template=TEMPLATE)
+    with pytest.raises(InputError, match="folder"):
+        csv_to_jsonl(source, tmp_path / "no" / "out.jsonl", template=TEMPLATE)
+    with pytest.raises(InputError, match="cannot be read"):
+        csv_to_jsonl(tmp_path / "no.csv", tmp_path / "out.jsonl", template=TEMPLATE)
+    with pytest.raises(InputError, match="is a directory"):
+        csv_to_jsonl(tmp_path, tmp_path / "out.jsonl", template=TEMPLATE)
+
+
+def test_a_trial_writes_nothing(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", "text\n" + "a\n" * 9)
+    summary = csv_to_jsonl(source, None, template=TEMPLATE, limit=3)
+    assert [entry["custom_id"] for entry in summary.first] == ["row-1", "row-2", "row-3"]
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_progress_ends_at_the_end(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", "text\n" + "a\n" * 3000)
+    told: list[tuple[int, int]] = []
+    csv_to_jsonl(
+        source, tmp_path / "o.jsonl", template=TEMPLATE, progress=lambda *at: told.append(at)
+    )
+    assert told[-1] == (source.stat().st_size, source.stat().st_size)
+    assert len(told) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"params": {"model": "x"}}, "--model"),
+        ({"params": {"messages": []}}, "--template"),
+        ({"endpoint": "images"}, "unknown"),
+        ({"endpoint": "embeddings", "system": "x"}, "--system"),
+    ],
+)
+def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    source = write(tmp_path / "in.csv", "text\na\n")
+    with pytest.raises(UsageError) as error:
+        csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE, **options)
+    assert words in f"{error.value.message} {error.value.remedy}"
+
+
+def test_embeddings_and_completions(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", "text\na\n"), tmp_path / "o.jsonl"
+    csv_to_jsonl(source, output, template="{text}", endpoint="embeddings")
+    assert requests_in(output)[0]["body"] == {"input": "a"}
+    csv_to_jsonl(source, output, template="{text}", endpoint="completions")
+    assert requests_in(output)[0]["body"] == {"prompt": "a"}
+
+
+# --- schemas ---
+
+
+def test_a_schema_becomes_the_response_format(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.csv", "text\na\n"), tmp_path / "o.jsonl"
+    schema = {"title": "My answer!", "type": "object"}
+    path = write(tmp_path / "s.json", json.dumps(schema))
+    csv_to_jsonl(source, output, template="{text}", schema=path)
+    wanted = requests_in(output)[0]["body"]["response_format"]
+    assert wanted["type"] == "json_schema"
+    assert wanted["json_schema"]["schema"] == schema
+    assert wanted["json_schema"]["name"] == "My_answer_"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"type": "strin"}', "is wrong: at $.type"),
+        ('{"$ref": "http://x/y"}', "refers to 'http://x/y'"),
+    ],
+)
+def test_a_schema_that_is_none(tmp_path: Path, content: str, words: str) -> None:
+    source = write(tmp_path / "in.csv", "text\na\n")
+    path = write(tmp_path / "s.json", content)
+    with pytest.raises(InputError) as error:
+        csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", schema=path)
+    assert words in refused(error)
+
+
+# --- json ---
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_objects(tmp_path: Path, indent: int | None) -> None:
+    entries = [{"id": f"n{i}", "q": {"text": f"ü{i}"}, "tags": [1, {"a": 2}]} for i in range(500)]
+    source = write(tmp_path / "in.json", json.dumps(entries, indent=indent, ensure_ascii=False))
+    output = tmp_path / "out.jsonl"
+    summary = json_to_jsonl(
+        source, output, template="{q.text} {tags}", id_field="id", keep=["q.text"]
+    )
+    assert summary.requests == 500
+    assert prompts(output)["n7"] == 'ü7 [1, {"a": 2}]'
+    assert requests_in(output)[7]["metadata"] == {"columns": {"q.text": "ü7"}}
+
+
+def test_lines_of_every_kind(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+    source = write(
+        tmp_path / "in.jsonl",
+        "\n".join(json.dumps(value) for value in ({"messages": talk}, talk, "text")),
+    )
+    output = tmp_path / "out.jsonl"
+    json_to_jsonl(source, output, system="s")
+    first, second, third = requests_in(output)
+    assert first["body"]["messages"] == [{"role": "system", "content": "s"}, *talk]
+    assert second["body"] == first["body"]
+    assert third["body"]["messages"][-1] == {"role": "user", "content": "text"}
+
+
+def test_one_object_and_a_field(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", '{\n "q": "one"\n}\n{"q": 2}')
+    output = tmp_path / "out.jsonl"
+    json_to_jsonl(source, output, field="q")
+    assert prompts(output) == {"row-1": "one", "row-2": "2"}
+    with pytest.raises(UsageError, match="exclude"):
+        json_to_jsonl(source, output, field="q", template="{q}")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"a": 1}', "it has no field 'q' (its fields are 'a')"),
+        ("7", "it has no field 'q' (it is a number)"),
+        ('{"q": 1', "not JSON"),
+        ('{"q": NaN}', "not JSON: NaN is not JSON"),
+    ],
+)
+def test_entries_that_cannot_be_used(tmp_path: Path, line: str, words: str) -> None:
+    source = write(tmp_path / "in.jsonl", f'{{"q": 1}}\n\n{line}\n')
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match="1 of 2 lines") as error:
+        json_to_jsonl(source, output, field="q")
+    assert f"line 3: {words}" in refused(error)
+    assert json_to_jsonl(source, output, field="q", skip_bad=True).requests == 1
+
+
+def test_what_is_asked_has_to_be_said(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", '{"a": 1}')
+    with pytest.raises(InputError) as error:
+        json_to_jsonl(source, tmp_path / "o.jsonl")
+    assert "--field or --template" in refused(error)
+    write(source, '{"custom_id": "x", "method": "POST", "url": "/v1", "body": {}}')
+    with pytest.raises(InputError) as error:
+        json_to_jsonl(source, tmp_path / "o.jsonl")
+    assert "is a request already" in refused(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"q": 1}\n,{"q": tru}]', "broken at entry 2 (line 2)"),
+        ('[{"q": 1} {"q": 2}]', "a comma or ] is missing"),
+        ('[{"q": 1}', "a comma or ] is missing"),
+        ('[{"q": 1},', "the file ends within the array"),
+        ('[{"q": 1}] 2', "something follows the array"),
+        ("[]", "holds no entry"),
+    ],
+)
+def test_a_broken_array_is_told_with_its_place(tmp_path: Path, content: str, words: str) -> None:
+    with pytest.raises(InputError) as error:
+        json_to_jsonl(write(tmp_path / "in.json", content), tmp_path / "o.jsonl", field="q")
+    assert words in refused(error)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@given(st.lists(values), st.sampled_from([None, 1]), st.booleans())
+def test_an_array_is_read_as_json_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, content: list[Any], indent: int | None, ascii: bool
+) -> None:
+    from aiflux.converters.jsonstream import JsonFile
+
+    path = tmp_path_factory.mktemp("json") / "in.json"
+    path.write_text(
+        json.dumps(content, indent=indent, ensure_ascii=ascii), encoding="utf-8", errors="replace"
+    )
+    read = [item.value for item in JsonFile.of(path).values()]  # type: ignore[union-attr]
+    assert read == json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- directories ---
+
+
+def test_files_become_requests(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write(folder / "b.md", "# B")
+    write(folder / "a.txt", "caf\xe9 au lait, d\xe9j\xe0 vu".encode("cp1252"))
+    write(folder / "deep" / "c.py", "print()")
+    write(folder / ".git" / "config", "no")
+    write(folder / "bin.dat", b"\x00\x01")
+    write(folder / "none.txt", "")
+    write(folder / "blank.txt", " \n")
+    output = folder / "out.jsonl"
+    summary = directory_to_jsonl(folder, output, recursive=True, template="{source_file}: {text}",
+                                 encoding="cp1252")  # fmt: skip
+    assert list(prompts(output)) == ["a.txt", "b.md", "deep/c.py"]
+    assert prompts(output)["a.txt"] == "a.txt: café au lait, déjà vu"
+    assert requests_in(output)[2]["metadata"] == {"source_file": "deep/c.py"}
+    skipped = {item.place: item.reason for item in summary.examples}
+    assert skipped == {
+        "bin.dat": "binary",
+        "blank.txt": "it holds no text",
+        "none.txt": "empty",
+    }
+    summary = directory_to_jsonl(folder, None, limit=9, patterns=["*.md", "*.txt"], exclude=["a*"])
+    assert [entry["custom_id"] for entry in summary.first] == ["b.md"]
+    deep = directory_to_jsonl(folder, None, limit=9, recursive=True, patterns=["deep/*"])
+    assert [entry["custom_id"] for entry in deep.first] == ["deep/c.py"]
+
+
+def test_a_text_whose_encoding_is_not_clear_is_bad(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.txt", "déjà vu".encode("cp1252"))
+    with pytest.raises(InputError, match="1 of 1 files") as error:
+        directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
+    assert "a.txt: not UTF-8" in refused(error)
+    with pytest.raises(InputError, match="1 of 1 files") as error:
+        directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", encoding="ascii")
+    assert "byte 0xe9 at offset 1 is neither UTF-8 nor ascii" in refused(error)
+
+
+def test_links_that_lead_in_circles(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write(folder / "a.txt", "a")
+    (folder / "self").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    summary = directory_to_jsonl(folder, tmp_path / "o.jsonl", recursive=True)
+    assert summary.requests == 1
+    assert [item.place for item in summary.examples] == ["gone.txt"]
+
+
+def test_a_huge_file_is_left_out_unread(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write(folder / "a.txt", "a")
+    with open(folder / "huge.txt", "wb") as file:
+        file.truncate(2 << 30)
+    summary = directory_to_jsonl(folder, tmp_path / "o.jsonl")
+    assert summary.requests == 1
+    assert [str(item) for item in summary.examples] == [
+        "huge.txt: 2G is more than --max-file-size 20M"
+    ]
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write(folder / "a.txt", "a")
+    os.mkfifo(folder / "pipe.txt")
+    write(folder / "secret.txt", "x").chmod(0)
+    summary = directory_to_jsonl(folder, tmp_path / "o.jsonl")
+    reasons = {item.place: item.reason for item in summary.examples}
+    assert reasons["pipe.txt"] == "not a regular file"
+    if os.geteuid() != 0:
+        assert "cannot be read: Permission denied" in reasons["secret.txt"]
+
+
+@pytest.mark.parametrize("content", [None, b"\x00"])
+def test_an_empty_directory_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if content is not None:
+        write(folder / "x.bin", content)
+    with pytest.raises(InputError, match="holds no file") as error:
+        directory_to_jsonl(folder, tmp_path / "o.jsonl")
+    assert ("x.bin: binary" in refused(error)) == (content is not None)
+    with pytest.raises(InputError, match="is not there"):
+        directory_to_jsonl(tmp_path / "no", tmp_path / "o.jsonl")
+
+
+def test_long_texts_are_cut(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write(folder / "long.txt", "One two three. " * 100)
+    write(folder / "short.txt", "One.")
+    output = tmp_path / "o.jsonl"
+    summary = directory_to_jsonl(folder, output, chunk_tokens=100, overlap=20)
+    assert summary.rows == 2
+    assert summary.requests == len(prompts(output)) == 7
+    first = requests_in(output)[0]
+    assert first["custom_id"] == "long.txt#1"
+    assert first["metadata"] == {"source_file": "long.txt", "chunk": 1, "chunks": 6}
+    assert requests_in(output)[-1]["custom_id"] == "short.txt"
+    with pytest.raises(UsageError, match="overlap"):
+        directory_to_jsonl(folder, output, chunk_tokens=10, overlap=9)
+    with pytest.raises(UsageError, match="--chunk-tokens"):
+        directory_to_jsonl(folder, output, overlap=9)
+
+
+@given(st.text(min_size=1), st.integers(1, 20))
+def test_chunks_without_overlap_are_the_text(text: str, tokens: int) -> None:
+    chunks = list(split_text(text, tokens))
+    assert "".join(chunks) == text
+    assert all(chunks)
+    sizes = [len(chunk.encode("utf-8", "replace")) for chunk in chunks]
+    assert all(
+        size <= 3 * tokens or len(chunk) == 1 for size, chunk in zip(sizes, chunks, strict=True)
+    )
+
+
+@given(st.text(min_size=1), st.integers(2, 20), st.data())
+def test_chunks_with_overlap_miss_nothing(text: str, tokens: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, tokens // 2))
+    place = 0
+    covered = 0
+    for chunk in split_text(text, tokens, overlap):
+        place = text.index(chunk, place if covered else 0)
+        assert place <= covered
+        covered = max(covered, place + len(chunk))
+    assert covered == len(text)
+
+
+def test_a_pdf_and_a_docx_are_read(tmp_path: Path) -> None:
+    from docx import Document
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    document = Document()
+    document.add_paragraph("First words")
+    table = document.add_table(1, 2)
+    table.rows[0].cells[0].text, table.rows[0].cells[1].text = "left", "right"
+    document.add_paragraph("Last words")
+    document.save(str(folder / "a.docx"))
+    write(folder / "b.pdf", small_pdf("Hello from a page"))
+    output = tmp_path / "o.jsonl"
+    directory_to_jsonl(folder, output)
+    assert prompts(output) == {
+        "a.docx": "First words\nleft\tright\nLast words",
+        "b.pdf": "Hello from a page",
+    }
+
+
+def small_pdf(text: str) -> bytes:
+    """Return a PDF of one page, written by hand."""
+    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R"
+        b"/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%b\nendstream" % (len(stream), stream),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    content, places = b"%PDF-1.4\n", []
+    for number, each in enumerate(objects, start=1):
+        places.append(len(content))
+        content += b"%d 0 obj%b\nendobj\n" % (number, each)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    count, start = len(objects) + 1, len(content)
+    return content + (
+        b"xref\n0 %d\n0000000000 65535 f \n%btrailer<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF"
+        % (count, table, count, start)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.pdf", small_pdf("hi")[:200], "the PDF is broken"),
+        ("x.pdf", b"nonsense", "the PDF is broken"),
+        ("x.docx", b"nonsense", "the DOCX is broken"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_broken_document_is_bad(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    folder = tmp_path / "in"
+    write(folder / name, content)
+    write(folder / "good.txt", "good")
+    with pytest.raises(InputError, match="1 of 2 files") as error:
+        directory_to_jsonl(folder, tmp_path / "o.jsonl")
+    assert f"{name}: {words}" in refused(error)
+    assert "save it anew" in refused(error)
+    summary = directory_to_jsonl(folder, tmp_path / "o.jsonl", skip_bad=True)
+    assert (summary.requests, summary.skipped) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "extra"), [("pypdf", "x.pdf", "documents"), ("docx", "x.docx", "documents")]
+)
+def test_a_missing_library_is_told_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    write(tmp_path / "in" / name, b"x")
+    with pytest.raises(ConfigError) as error:
+        directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", skip_bad=True)
+    assert error.value.remedy == f"python -m pip install 'aiflux[{extra}]'"
+
+
+# --- the rest ---
+
+
+@given(st.lists(st.text(), max_size=300))
+def test_uses_of_a_name_are_told_with_the_first(names: list[str]) -> None:
+    seen = SeenIds()
+    for number, name in enumerate(names, start=1):
+        first = names.index(name) + 1
+        assert seen.first_use(name, number) == (None if first == number else first)
+
+
+def test_a_hundred_thousand_names() -> None:
+    seen = SeenIds()
+    assert all(seen.first_use(f"n{i}", i) is None for i in range(100_000))
+    assert all(seen.first_use(f"n{i}", 0) == i for i in range(100_000))
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("7", "2k", "10M", "3GB", "1MiB")] == [
+        7, 2048, 10 << 20, 3 << 30, 1 << 20,
+    ]  # fmt: skip
+    with pytest.raises(UsageError):
+        parse_size("big")
+
+
+def test_importing_costs_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, aiflux.converters as c; before = set(sys.modules); c.csv_to_jsonl; "
+        "heavy = {'csv', 'json', 'pyarrow', 'PIL', 'pypdf', 'docx', 'charset_normalizer'}; "
+        "print(sorted(heavy & before), sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[] ['charset_normalizer', 'csv', 'json']"

@@ -1,0 +1,172 @@
+"""Converters of images and Parquet, which need libraries of their own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from aiflux.converters import images_to_jsonl, parquet_to_jsonl
+from aiflux.errors import ConfigError, InputError, UsageError
+from tests.unit.test_converters import prompts, refused, requests_in, write
+
+ORIENTATION = 0x0112
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 20), mode: str = "RGB", **more: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(path, **more)
+    return path
+
+
+def sent(request: dict[str, Any]) -> tuple[str, bytes]:
+    """Return the kind and the bytes of the image in a request."""
+    url = request["body"]["messages"][0]["content"][1]["image_url"]["url"]
+    kind, _, data = url.removeprefix("data:").partition(";base64,")
+    return kind, base64.b64decode(data)
+
+
+def test_images_become_requests(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    png = picture(folder / "a.png")
+    picture(folder / "b.webp")
+    picture(folder / "deep" / "c.jpg")
+    write(folder / "notes.txt", "x")
+    output = tmp_path / "o.jsonl"
+    summary = images_to_jsonl(folder, output, recursive=True, template="What is {name}?")
+    first, second, third = requests_in(output)
+    assert first["custom_id"] == "a.png"
+    assert first["metadata"] == {"source_file": "a.png"}
+    assert first["body"]["messages"][0]["content"][0] == {"type": "text", "text": "What is a?"}
+    assert sent(first) == ("image/png", png.read_bytes())
+    assert sent(second)[0] == "image/jpeg"
+    assert third["custom_id"] == "deep/c.jpg"
+    assert [str(item) for item in summary.examples] == ["notes.txt: not named as an image"]
+
+
+def test_large_images_are_reduced_and_turned_upright(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture(folder / "a.jpg", (400, 200), exif=exif)
+    picture(folder / "b.png", (400, 200), "RGBA")
+    output = tmp_path / "o.jsonl"
+    images_to_jsonl(folder, output, max_pixels=5000)
+    (kind_a, content_a), (kind_b, content_b) = map(sent, requests_in(output))
+    assert (kind_a, kind_b) == ("image/jpeg", "image/png")
+    assert Image.open(io.BytesIO(content_a)).size == (50, 100)
+    assert Image.open(io.BytesIO(content_b)).size == (100, 50)
+    with pytest.raises(UsageError):
+        images_to_jsonl(folder, output, max_pixels=0)
+
+
+def test_a_list_of_images(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png")
+    source = write(tmp_path / "in" / "list.txt", "# mine\n\na.png\ngone.png\na.png\n")
+    output = tmp_path / "o.jsonl"
+    with pytest.raises(InputError, match="2 of 3 images") as error:
+        images_to_jsonl(source, output)
+    assert "line 4: gone.png: the image cannot be read: No such file" in refused(error)
+    assert "line 5: custom_id 'a.png' was used at line 3 already" in refused(error)
+    assert images_to_jsonl(source, output, skip_bad=True).requests == 1
+    with pytest.raises(InputError, match="is one image"):
+        images_to_jsonl(tmp_path / "in" / "a.png", output)
+
+
+def test_an_image_that_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    whole = picture(folder / "good.png", (200, 200)).read_bytes()
+    write(folder / "half.png", whole[: len(whole) // 2])
+    write(folder / "text.jpg", "no image")
+    with pytest.raises(InputError, match="2 of 3 images") as error:
+        images_to_jsonl(folder, tmp_path / "o.jsonl")
+    assert "text.jpg: it is not an image" in refused(error)
+    assert "half.png: the image cannot be read" in refused(error)
+    assert images_to_jsonl(folder, tmp_path / "o.jsonl", skip_bad=True).requests == 1
+
+
+def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    picture_folder = tmp_path / "in"
+    picture_folder.mkdir()
+    with pytest.raises(ConfigError) as error:
+        images_to_jsonl(picture_folder, tmp_path / "o.jsonl")
+    assert error.value.remedy == "python -m pip install 'aiflux[images]'"
+
+
+def parquet(path: Path, columns: dict[str, Any], **more: Any) -> Path:
+    pq.write_table(pa.table(columns), path, **more)
+    return path
+
+
+def test_rows_of_parquet_become_requests(tmp_path: Path) -> None:
+    source = parquet(
+        tmp_path / "in.parquet",
+        {
+            "id": [10, 11, 12],
+            "text": ["a", None, "c"],
+            "day": [date(2026, 1, 2)] * 3,
+            "x": [0.5, float("nan"), None],
+            "tags": [["p"], [], None],
+        },
+        row_group_size=2,
+    )
+    output = tmp_path / "o.jsonl"
+    summary = parquet_to_jsonl(
+        source, output, template="{text} {day}", id_column="id", keep=["x", "tags"]
+    )
+    assert prompts(output) == {"10": "a 2026-01-02", "11": " 2026-01-02", "12": "c 2026-01-02"}
+    kept = [entry["metadata"]["columns"] for entry in requests_in(output)]
+    assert kept == [{"x": 0.5, "tags": ["p"]}, {"x": None, "tags": []}, {"x": None, "tags": None}]
+    assert summary.notes == ("3 rows in 2 row groups",)
+
+
+def test_a_nested_column_has_no_place_in_a_prompt(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "in.parquet", {"tags": [["a", "b"]], "text": ["x"]})
+    for options in ({"template": "{tags}"}, {"template": "{text}", "id_column": "tags"}):
+        with pytest.raises(InputError, match="column 'tags'") as error:
+            parquet_to_jsonl(source, tmp_path / "o.jsonl", **options)
+        assert "nested (list<" in refused(error)
+        assert "flatten it first" in refused(error)
+
+
+def test_bytes_that_are_no_text_are_bad(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "in.parquet", {"text": [b"caf\xc3\xa9", b"\xff"]})
+    with pytest.raises(InputError, match="1 of 2 rows") as error:
+        parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
+    assert "row 2: column 'text' holds 1 bytes that are no text" in refused(error)
+    parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", skip_bad=True)
+    assert prompts(tmp_path / "o.jsonl") == {"row-1": "café"}
+
+
+def test_what_is_no_parquet(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet", "id,text\n1,2\n")
+    with pytest.raises(InputError, match="cannot be read as Parquet") as error:
+        parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
+    assert "aiflux convert csv" in refused(error)
+    whole = parquet(source, {"text": ["abc" * 1000] * 100}, compression="none").read_bytes()
+    write(source, whole[:4] + bytes(60) + whole[64:])
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
+
+
+def test_a_missing_column_of_parquet(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "in.parquet", {"a": [1]})
+    with pytest.raises(InputError, match="'b'") as error:
+        parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{b}")
+    assert "its columns are 'a'" in refused(error)
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError) as error:
+        parquet_to_jsonl(tmp_path / "x.parquet", tmp_path / "o.jsonl", template="{b}")
+    assert error.value.remedy == "python -m pip install 'aiflux[parquet]'"

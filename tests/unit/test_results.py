@@ -1,0 +1,226 @@
+"""The way back: answers as a table, joined with what they were asked from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiflux.cli.main import main
+from aiflux.converters import (
+    csv_to_jsonl,
+    results_to_csv,
+    results_to_jsonl,
+    results_to_parquet,
+)
+from aiflux.converters.delimited import csv_writer
+from aiflux.converters.results import BackOptions
+from aiflux.errors import InputError
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.working import Working
+
+
+def write_csv(path: Path, rows: list[list[str]]) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv_writer(file).writerows(rows)
+    return path
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def output_entry(request: dict[str, Any], answer: str | None) -> dict[str, Any]:
+    """Return an entry of an output; None for an answer is a failure."""
+    metadata = {**request.get("metadata", {}), "model": "m:1"}
+    entry: dict[str, Any] = {"input": request, "output": None, "metadata": metadata}
+    if answer is None:
+        return {**entry, "error": {"code": "http_400", "message": "no", "status": 400}}
+    choice = {"index": 0, "message": {"role": "assistant", "content": answer}}
+    return {**entry, "output": {"choices": [choice]}}
+
+
+def answered(requests: Path, output: Path, *answers: str | None) -> Path:
+    """Write the output of a run over ``requests``; without answers each is its own prompt."""
+    entries = [json.loads(line) for line in requests.read_bytes().splitlines()]
+    told = answers or [entry["body"]["messages"][0]["content"] for entry in entries]
+    lines = [json.dumps(output_entry(*pair)) for pair in zip(entries, told, strict=True)]
+    output.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    return output
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=8))
+def test_any_cells_come_back_whole(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("back")
+    source = write_csv(folder / "in.csv", [["a", "b", "c"], *map(list, rows)])
+    csv_to_jsonl(
+        source, folder / "q.jsonl", template="{{{b}}}", keep=["*"], delimiter=",", encoding="utf-8"
+    )
+    output = answered(folder / "q.jsonl", folder / "out.json")
+    results_to_csv(output, folder / "1.csv")
+    results_to_csv(
+        output, folder / "2.csv", BackOptions(source=source, delimiter=",", encoding="utf-8")
+    )
+    expected = [
+        [f"row-{number}", *row, f"{{{row[1]}}}", ""] for number, row in enumerate(rows, start=1)
+    ]
+    for name in ("1.csv", "2.csv"):
+        assert read_csv(folder / name) == [
+            ["custom_id", "a", "b", "c", "answer", "error"],
+            *expected,
+        ]
+
+
+def made(folder: Path, *answers: str | None, **options: Any) -> Path:
+    rows = [["id", "text"], *([f"n{number}", f"t{number}"] for number in range(len(answers)))]
+    source = write_csv(folder / "in.csv", rows)
+    csv_to_jsonl(source, folder / "q.jsonl", template="{text}", id_column="id", **options)
+    return answered(folder / "q.jsonl", folder / "out.json", *answers)
+
+
+def test_answers_are_joined_by_custom_id(tmp_path: Path) -> None:
+    output = made(tmp_path, "A", None)
+    write_csv(tmp_path / "in.csv", [["text", "id"], ["t1", "n1"], ["new", "n9"], ["t0", "n0"]])
+    back = BackOptions(source=tmp_path / "in.csv", id_column="id")
+    summary = results_to_csv(output, tmp_path / "back.csv", back)
+    assert read_csv(tmp_path / "back.csv") == [
+        ["custom_id", "text", "id", "answer", "error"],
+        ["n1", "t1", "n1", "", "http_400: no"],
+        ["n9", "new", "n9", "", "no result: it was not asked"],
+        ["n0", "t0", "n0", "A", ""],
+    ]
+    assert (summary.answered, summary.failed, summary.unasked, summary.unused) == (1, 1, 1, 0)
+
+
+def test_a_source_that_has_nothing_to_do_with_it(tmp_path: Path) -> None:
+    output = made(tmp_path, "A")
+    with pytest.raises(InputError, match="no row of") as error:
+        results_to_csv(output, tmp_path / "back.csv", BackOptions(source=tmp_path / "in.csv"))
+    assert "--id-column (the columns are 'id', 'text')" in str(error.value.remedy)
+    assert not (tmp_path / "back.csv").exists()
+    wrong = BackOptions(source=tmp_path / "in.csv", id_column="x")
+    with pytest.raises(InputError, match="no such column"):
+        results_to_csv(output, tmp_path / "back.csv", wrong)
+    with pytest.raises(InputError, match="overwrite"):
+        results_to_csv(output, output)
+    with pytest.raises(InputError, match="is not there"):
+        results_to_csv(tmp_path / "none.json", tmp_path / "back.csv")
+    with pytest.raises(InputError, match="is not an output"):
+        results_to_csv(tmp_path / "q.jsonl", tmp_path / "back.csv")
+
+
+FENCED = '```json\n{"label": "x", "score": 2.5, "answer": null}\n```'
+
+
+def test_json_answers_become_columns(tmp_path: Path) -> None:
+    output = made(tmp_path, '{"label": "y", "n": [1], "score": 1}', FENCED, "words", None)
+    summary = results_to_csv(output, tmp_path / "back.csv", BackOptions(json_fields=()))
+    header, *rows = read_csv(tmp_path / "back.csv")
+    assert header == ["custom_id", "answer", "error", "label", "n", "score", "aiflux_answer"]
+    assert [row[3:] for row in rows] == [
+        ["y", "[1]", "1", ""], ["x", "", "2.5", ""], [""] * 4, [""] * 4,
+    ]  # fmt: skip
+    assert summary.unfit == 1
+    results_to_csv(output, tmp_path / "back.csv", BackOptions(json_fields=("score", "none")))
+    assert read_csv(tmp_path / "back.csv")[1][3:] == ["1", ""]
+
+
+def test_parquet_has_types(tmp_path: Path) -> None:
+    answers = ('{"s": 1, "ok": true, "m": "a"}', '{"s": 2.5, "ok": false, "m": 3}')
+    output = made(tmp_path, *answers, keep=["text"])
+    results_to_parquet(output, tmp_path / "back.parquet", BackOptions(json_fields=()))
+    table = pq.read_table(tmp_path / "back.parquet")
+    kinds = {field.name: str(field.type) for field in table.schema}
+    assert kinds == {
+        "custom_id": "string", "text": "string", "answer": "string", "error": "string",
+        "s": "double", "ok": "bool", "m": "string",
+    }  # fmt: skip
+    assert table.column("s").to_pylist() == [1.0, 2.5]
+    assert table.column("m").to_pylist() == ["a", "3"]
+
+
+def test_a_parquet_source_keeps_its_types(tmp_path: Path) -> None:
+    output = made(tmp_path, "A", "B")
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"k": ["n1", "n0"], "tags": [["a"], []], "n": pa.array([1, 2], "i2")}),
+                   source)  # fmt: skip
+    back = BackOptions(source=source, id_column="k")
+    results_to_parquet(output, tmp_path / "back.parquet", back)
+    table = pq.read_table(tmp_path / "back.parquet")
+    assert table.column("tags").to_pylist() == [["a"], []]
+    assert str(table.schema.field("n").type) == "int16"
+    assert table.column("answer").to_pylist() == ["B", "A"]
+
+
+def test_a_number_too_large_for_parquet(tmp_path: Path) -> None:
+    output = made(tmp_path, f'{{"n": {10**30}}}')
+    with pytest.raises(InputError, match="has no place in a Parquet"):
+        results_to_parquet(output, tmp_path / "b.parquet", BackOptions(json_fields=()))
+    results_to_jsonl(output, tmp_path / "b.jsonl", BackOptions(json_fields=()))
+    assert json.loads((tmp_path / "b.jsonl").read_text())["n"] == 10**30
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
+@pytest.mark.parametrize("named", ["output", "directory", "gone"])
+def test_from_a_csv_to_answers_and_back(
+    tmp_path: Path, name: str, named: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The whole way by the commands; the second row fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = write_csv(tmp_path / "in.csv", [["id", "text"], ["a", 'x, "y"\nz'], ["b", "400"]])
+    convert = ["convert", "csv", "--input", "in.csv", "--template", 'answer:{{"t": "{id}"}} {text}',
+               "--id-column", "id", "--keep", "text", "--output", "q.jsonl"]  # fmt: skip
+    assert main(convert) == 0
+    assert main(convert) == 2  # it is there already
+    assert "--force" in capsys.readouterr().err
+    with FaultyEngine() as engine:
+        ran = main(["run", "--engine-url", engine.url, "--model", "m:1", "--input", "q.jsonl",
+                    "--output", name])  # fmt: skip
+    assert ran == 3
+    if named == "gone":
+        shutil.rmtree(tmp_path / f"{name}.aiflux")
+    run = f"{name}.aiflux" if named == "directory" else name
+    assert main(["results", "to-csv", run, "--source", source.name, "--id-column", "id"]) == 0
+    assert "2 rows -> " in capsys.readouterr().out
+    rows = read_csv(tmp_path / "out.csv")
+    assert rows[0] == ["custom_id", "id", "text", "answer", "error"]
+    assert rows[1] == ["a", "a", 'x, "y"\nz', '{"t": "a"} x, "y"\nz', ""]
+    assert rows[2][4].startswith("http_400: ")
+    assert main(["results", "to-jsonl", run, "--output", "-"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    known = [line.get("text") for line in lines]
+    assert known == (
+        [None, None] if (name, named) == ("out.jsonl", "gone") else ['x, "y"\nz', "400"]
+    )
+    assert main(["results", "show", run, "--failed"]) == 0
+    shown = capsys.readouterr().out
+    assert "http_400" in shown
+    assert "x, " not in shown
+
+
+def test_working_answers_are_found_in_an_embedding(tmp_path: Path) -> None:
+    line = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings",
+            "body": {"model": "m:1", "input": "x"}}  # fmt: skip
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url)
+        working.input.write_text(json.dumps(line) + "\n", encoding="utf-8")
+        assert working.run() == 0
+    results_to_csv(working.output, tmp_path / "back.csv")
+    assert read_csv(tmp_path / "back.csv")[1] == ["e", "[0.5, -0.25]", ""]

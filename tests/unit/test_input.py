@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import resource
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from aiflux.core.digest import InputDigest
 from aiflux.core.input import scan_input
 from aiflux.core.lines import read_lines
 from aiflux.errors import ExitCode, InputError
@@ -109,3 +113,24 @@ def test_the_check_runs_in_bounded_memory(tmp_path: Path) -> None:
     scan_input(path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 30_000, "kilobytes; the file has 48,000"
+
+
+_pieces = st.sampled_from(
+    [b"a", b"{}", b"\n", b"\n", b"\r\n", b"\r", b" ", b"\x0b", b"\x00", b"xyz"]
+)
+
+
+@given(
+    content=st.lists(_pieces).map(b"".join),
+    bom=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    block_bytes=st.integers(1, 12),
+)
+def test_the_digest_is_that_of_the_lines(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, bom: bytes, block_bytes: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "digested.jsonl"
+    path.write_bytes(bom + content)
+    digest = InputDigest(path, block_bytes)
+    digest.complete()
+    lines = b"".join(raw + b"\n" for _, _, raw in read_lines(path))
+    assert digest.hexdigest() == blake2b(lines, digest_size=16).hexdigest()

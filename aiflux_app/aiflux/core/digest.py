@@ -22,10 +22,12 @@ _FIRST_VISIBLE = b"!"
 class InputDigest:
     """Computes the digest of a file, block by block."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, block_bytes: int = _BLOCK) -> None:
         self._path = path
+        self._block_bytes = block_bytes
         self._hash = blake2b(digest_size=16)
         self._at_line_start = True
+        self._closed = False
 
     def steps(self) -> Iterator[None]:
         """Digest the file; every ``next`` does one block.
@@ -37,7 +39,7 @@ class InputDigest:
             with open(self._path, "rb") as file:
                 if file.read(len(BOM)) != BOM:
                     file.seek(0)
-                while block := file.read(_BLOCK):
+                while not self._closed and (block := file.read(self._block_bytes)):
                     self._add(block, file)
                     yield
             if not self._at_line_start:
@@ -45,11 +47,14 @@ class InputDigest:
         except OSError as error:
             raise unreadable(self._path, error) from error
 
-    def complete(self) -> str:
-        """Digest the whole file; return the digest in hex."""
+    def complete(self) -> None:
+        """Digest the whole file, unless ``close`` ends it early."""
         for _ in self.steps():
             pass
-        return self.hexdigest()
+
+    def close(self) -> None:
+        """Digest no further block."""
+        self._closed = True
 
     def hexdigest(self) -> str:
         """Return the digest of what was digested so far."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiflux.core.digest import InputDigest
+from aiflux.core.forks import helpers, share_out
 from aiflux.core.lines import MAX_LINE_BYTES, cut_at_lines, read_lines, unreadable
 from aiflux.core.request import custom_id_of
-from aiflux.core.scan import LENGTH_STEP, Mark, Whole, scan_part
+from aiflux.core.scan import LENGTH_STEP, Mark, Part, Whole, scan_part
 from aiflux.errors import InputError
 
 __all__ = [
@@ -58,14 +62,19 @@ class InputSummary:
 
 
 def scan_input(
-    path: Path, model: str | None = None, *, part_bytes: int = PART_BYTES
+    path: Path,
+    model: str | None = None,
+    *,
+    part_bytes: int = PART_BYTES,
+    children: int | None = None,
 ) -> InputSummary:
-    """Check the whole input in bounded memory.
+    """Check the whole input in bounded memory, on several cores where it is large.
 
     Args:
         path: the input file.
         model: the run's model, if it is named outside the input.
         part_bytes: the input is checked in parts of about this size.
+        children: processes that share an input of several parts; None takes as many as is safe.
 
     Raises:
         InputError: the file cannot be read, is empty, or has bad lines; ``problems`` lists them.
@@ -73,26 +82,44 @@ def scan_input(
     path = path.expanduser().absolute()
     check_readable(path)
     try:
-        return _scan(path, model, part_bytes)
+        parts = cut_at_lines(path, part_bytes)
+        if children is None:
+            children = helpers() if len(parts) > 1 else 0
+        whole, digest = _scan(path, parts, model, children)
+        _check_names(path, whole)
+        if whole.problems.lines:
+            raise whole.problems.error(path)
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _scan(path: Path, model: str | None, part_bytes: int) -> InputSummary:
-    parts = cut_at_lines(path, part_bytes)
-    whole = Whole()
-    with ThreadPoolExecutor(1, "digest") as executor:
-        digest = executor.submit(InputDigest(path).complete)
-        for start, end in parts:
-            whole.add(scan_part(path, start, end, model))
-    _check_names(path, whole)
-    if whole.problems.lines:
-        raise whole.problems.error(path)
     if not whole.requests:
         raise InputError(
             f"the input {str(path)!r} holds no request", "give it one JSON object per line"
         )
-    return _summary(path, whole, digest.result(), parts[-1][1])
+    return _summary(path, whole, digest, parts[-1][1])
+
+
+def _scan(
+    path: Path, parts: Sequence[tuple[int, int]], model: str | None, children: int
+) -> tuple[Whole, str]:
+    """Return what the parts tell together, and the digest."""
+    work = partial(_scan_part, path, model)
+    whole = Whole()
+    digest = InputDigest(path)
+    if children:
+        with closing(share_out(work, parts, children, digest.steps())) as found:
+            for part in found:
+                whole.add(part)
+    else:
+        with ThreadPoolExecutor(1, "digest") as executor, closing(digest):
+            complete = executor.submit(digest.complete)
+            for place in parts:
+                whole.add(work(place))
+            complete.result()
+    return whole, digest.hexdigest()
+
+
+def _scan_part(path: Path, model: str | None, part: tuple[int, int]) -> Part:
+    return scan_part(path, *part, model)
 
 
 def _summary(path: Path, whole: Whole, digest: str, size: int) -> InputSummary:
@@ -107,7 +134,7 @@ def _summary(path: Path, whole: Whole, digest: str, size: int) -> InputSummary:
         context_tokens=whole.percentile(0.99),
         longest_tokens=max(whole.lengths) * LENGTH_STEP,
         mean_tokens=whole.mean_tokens,
-        marks=tuple(whole.marks),
+        marks=whole.marks,
     )
 
 

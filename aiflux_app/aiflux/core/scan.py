@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from aiflux.core.lines import MAX_LINE_BYTES, read_lines
 from aiflux.core.problems import Problems
@@ -18,8 +20,7 @@ _BUCKETS = 256
 _MAX_MARKS = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A place where the input can be cut: ``index`` requests lie before byte ``offset``."""
 
     index: int
@@ -35,10 +36,11 @@ class Names:
     def __init__(self) -> None:
         self._buckets: list[array[int]] = [array("q") for _ in range(_BUCKETS)]
 
-    def add(self, custom_id: str) -> None:
-        """Note a name."""
-        name = hash(custom_id)
-        self._buckets[name % _BUCKETS].append(name)
+    def add(self, hashes: Iterable[int]) -> None:
+        """Note names by their hashes."""
+        buckets = self._buckets
+        for name in hashes:
+            buckets[name % _BUCKETS].append(name)
 
     def merge(self, other: Names) -> None:
         """Add the names of another part."""
@@ -86,6 +88,7 @@ def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
     """
     part = Part()
     endpoints, lengths, models = part.endpoints, part.lengths, part.models
+    names = array("q")
     for _, offset, raw in read_lines(path, start, end):
         try:
             if len(raw) > MAX_LINE_BYTES:
@@ -94,16 +97,17 @@ def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
         except LineError as error:
             part.problems.add(offset, str(error))
             continue
-        body = entry["body"]
         part.offsets.append(offset)
-        part.names.add(entry["custom_id"])
-        endpoints[entry["url"]] += 1
+        names.append(hash(entry["custom_id"]))
+        body = entry["body"]
         lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
+        endpoints[entry["url"]] += 1
         named = body.get("model")
         if named is None:
             part.unnamed += 1
         elif named not in models:
             models[named] = None
+    part.names.add(names)
     return part
 
 
@@ -111,23 +115,22 @@ def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
 class Whole:
     """What the parts tell together; they are added in the order of the input.
 
-    Attributes:
-        marks: places to cut at, every second one of which is dropped when there are too many.
+    The other attributes are those of ``Part``.
     """
 
     requests: int = 0
-    marks: list[Mark] = field(default_factory=list)
     models: dict[str, None] = field(default_factory=dict)
     unnamed: int = 0
     endpoints: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     names: Names = field(default_factory=Names)
     problems: Problems = field(default_factory=Problems)
+    _cuts: array[int] = field(default_factory=lambda: array("q"))
     _stride: int = 1
 
     def add(self, part: Part) -> None:
         """Add the part that follows."""
-        self._add_marks(part.offsets)
+        self._add_cuts(part.offsets)
         self.models.update(part.models)
         self.unnamed += part.unnamed
         self.endpoints.update(part.endpoints)
@@ -150,10 +153,14 @@ class Whole:
         total = sum(length * count for length, count in self.lengths.items())
         return total // max(1, self.requests) * LENGTH_STEP
 
-    def _add_marks(self, offsets: array[int]) -> None:
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """Places to cut at: where requests begin, only every n-th where there are many."""
+        return tuple(Mark(at * self._stride, offset) for at, offset in enumerate(self._cuts))
+
+    def _add_cuts(self, offsets: array[int]) -> None:
         first, self.requests = self.requests, self.requests + len(offsets)
         while self.requests > self._stride * _MAX_MARKS:
             self._stride *= 2
-            self.marks = self.marks[::2]
-        for at in range(-first % self._stride, len(offsets), self._stride):
-            self.marks.append(Mark(first + at, offsets[at]))
+            self._cuts = self._cuts[::2]
+        self._cuts.extend(offsets[-first % self._stride :: self._stride])

@@ -1,0 +1,105 @@
+"""Shares out work in a process of its own, for tests: the tests' own process may have threads.
+
+``summaries``: for every line ``PATH PART_BYTES`` on standard input, prints the summary that one
+process makes and the one that children make together. ``kill`` and ``leave``: see the functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.forks import share_out
+from aiflux.core.input import scan_input
+from aiflux.errors import InputError
+
+_PARENT = os.getpid()
+
+
+def summaries() -> None:
+    """Answer every line of standard input with a line of two summaries."""
+    for line in sys.stdin:
+        part_bytes, path = line.rstrip("\n").split(" ", 1)
+        both = [
+            told(Path(path), part_bytes=1 << 40, children=0),
+            told(Path(path), part_bytes=int(part_bytes), children=3),
+        ]
+        print(json.dumps(both), flush=True)
+
+
+def told(path: Path, **how: int) -> Any:
+    """Return all that a check tells."""
+    try:
+        return asdict(scan_input(path, **how)) | {"path": ""}
+    except InputError as error:
+        return [error.message, error.remedy, error.problems]
+
+
+def kill() -> None:
+    """Share out ten numbers; the children of some are killed at their work."""
+
+    def work(number: int) -> tuple[int, bool]:
+        here = os.getpid() == _PARENT
+        if number in (0, 4, 9) and not here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number, here
+
+    print(json.dumps(list(share_out(work, range(10), 3))))
+
+
+def leave() -> None:
+    """Share out work that takes long, telling the children's ids, and wait."""
+
+    def work(number: int) -> int:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+        return number
+
+    with closing(share_out(work, range(3), 3)) as found:
+        for _ in found:
+            pass
+
+
+def meanwhile() -> None:
+    """Do work of one's own beside; fail in the middle of the children's."""
+    done = []
+
+    def own() -> Iterator[None]:
+        for number in range(5):
+            done.append(number)
+            yield
+
+    def work(number: int) -> int:
+        if number == 2:
+            raise ValueError("two")
+        return number
+
+    found = []
+    try:
+        found.extend(share_out(work, [0, 1], 2, own()))
+        with closing(share_out(work, range(100), 2)) as numbers:
+            for number in numbers:
+                found.append(number)
+    except ValueError as error:
+        print(json.dumps([found, done, str(error), children_left()]))
+
+
+def children_left() -> bool:
+    """Tell whether this process has a child, alive or not reaped."""
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    {"summaries": summaries, "kill": kill, "leave": leave, "meanwhile": meanwhile}[sys.argv[1]]()

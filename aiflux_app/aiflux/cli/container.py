@@ -28,8 +28,12 @@ from aiflux.errors import ExitCode
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def run_in_container(opened: OpenedRun, runtime: Path, image: Path) -> int:
-    """Prepare with the network, then work sealed; return the worker's exit code."""
+def run_in_container(opened: OpenedRun, runtime: Path, image: Path, *, seal: bool) -> int:
+    """Prepare with the network, then work, sealed where that works; return the worker's exit code.
+
+    Args:
+        seal: False lets the work keep the network.
+    """
     plan = opened.plan
     with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
         spec = ContainerSpec(
@@ -40,7 +44,6 @@ def run_in_container(opened: OpenedRun, runtime: Path, image: Path) -> int:
             models_dir=plan.models_dir,
             workdir=Path(workdir),
             nv=shutil.which("nvidia-smi") is not None,
-            sealed=False,
         )
         _make(plan.models_dir)
         run_dir = ["--run-dir", str(opened.run.path)]
@@ -49,7 +52,7 @@ def run_in_container(opened: OpenedRun, runtime: Path, image: Path) -> int:
         )
         if code:
             return code
-        spec = replace(spec, sealed=_can_seal(spec))
+        spec = replace(spec, unsealed=_unsealed(spec) if seal else "--no-seal")
         return _run(work_command(spec, run_dir), work_environment(spec, os.environ))
 
 
@@ -59,7 +62,7 @@ def pull_in_container(model: str, models_dir: Path, runtime: Path, image: Path) 
     with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
         # There is neither input nor output: the models directory stands in for both.
         spec = ContainerSpec(
-            runtime, image, image, models_dir, models_dir, Path(workdir), nv=False, sealed=False
+            runtime, image, image, models_dir, models_dir, Path(workdir), nv=False
         )
         return _run(prepare_command(spec, ["--pull", model]), prepare_environment(spec, os.environ))
 
@@ -73,14 +76,19 @@ def _make(folder: Path | None) -> None:
         raise storage_error(error, folder) from error
 
 
-def _can_seal(spec: ContainerSpec) -> bool:
+def _unsealed(spec: ContainerSpec) -> str:
+    """Return why a container cannot be sealed here; "" where it can."""
     if spec.models_dir is None:
-        return False
-    probe = subprocess.run(probe_command(spec), capture_output=True, text=True, check=False)
-    if probe.returncode:
-        words = (probe.stderr.strip().splitlines() or ["no reason given"])[-1]
-        print(f"the container keeps the network here: {words}", file=sys.stderr)
-    return probe.returncode == 0
+        return "the engine is elsewhere"
+    probe = subprocess.run(
+        probe_command(spec), capture_output=True, text=True, errors="replace", check=False
+    )
+    if probe.returncode == 0:
+        return ""
+    words = (probe.stderr.strip().splitlines() or ["no reason given"])[-1]
+    why = f"this node cannot take the network from a container ({words})"
+    print(f"not sealed: {why}", file=sys.stderr)
+    return why
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:

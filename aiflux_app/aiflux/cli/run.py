@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aiflux.cli.piped import STDIN, kept_input
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: aiflux run --model llama3.2:3b --input prompts.jsonl --output out.json"
     )
-    parser.add_argument("--input", required=True, metavar="FILE", help="requests, *.jsonl")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="requests, *.jsonl; - for a pipe"
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -77,6 +80,8 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run one input."""
     config = Config(arguments=given_settings(arguments))
     input_path = Path(arguments.input)
+    if arguments.input == STDIN:
+        input_path = kept_input(sys.stdin.buffer, arguments.output)
     output = Path(arguments.output or default_output(input_path, Path.cwd()))
     if arguments.local and config.get("engine_url"):
         raise UsageError(
@@ -204,7 +209,7 @@ def run_local(opened: OpenedRun, config: Config) -> int:
         return run_here(opened)
     from aiflux.cli.container import run_in_container
 
-    return run_in_container(opened, runtime, image)
+    return run_in_container(opened, runtime, image, seal=config.get("seal"))
 
 
 def run_here(opened: OpenedRun) -> int:

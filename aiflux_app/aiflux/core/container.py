@@ -33,7 +33,13 @@ _PROXIES = tuple(
     name for low in ("http_proxy", "https_proxy", "no_proxy") for name in (low, low.upper())
 )
 _NO_PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy", "ftp_proxy"}
-_OF_THE_HOST = ("AIFLUX_IMAGE", "AIFLUX_SITE_CONFIG", "AIFLUX_SEALED")
+_OF_THE_HOST = (
+    "AIFLUX_IMAGE",
+    "AIFLUX_SITE_CONFIG",
+    "AIFLUX_SEAL",
+    "AIFLUX_SEALED",
+    "AIFLUX_UNSEALED",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class ContainerSpec:
         models_dir: None when the engine is elsewhere.
         workdir: a private directory for /tmp, /var/tmp and HOME of the container.
         nv: give the container the node's NVIDIA GPUs.
-        sealed: the work (not the preparation) has loopback only.
+        unsealed: why the work keeps the network; "" where it has loopback only (is sealed).
     """
 
     runtime: Path
@@ -56,7 +62,7 @@ class ContainerSpec:
     models_dir: Path | None
     workdir: Path
     nv: bool = True
-    sealed: bool = True
+    unsealed: str = ""
 
 
 def probe_command(spec: ContainerSpec) -> list[str]:
@@ -71,7 +77,7 @@ def prepare_command(spec: ContainerSpec, args: Sequence[str]) -> list[str]:
 
 def work_command(spec: ContainerSpec, args: Sequence[str]) -> list[str]:
     """Return the command that works on a shard: sealed, models read-only."""
-    return _command(spec, args, sealed=spec.sealed, models_read_only=True)
+    return _command(spec, args, sealed=not spec.unsealed, models_read_only=True)
 
 
 def prepare_environment(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[str, str]:
@@ -80,10 +86,14 @@ def prepare_environment(spec: ContainerSpec, environ: Mapping[str, str]) -> dict
 
 
 def work_environment(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of ``work_command``; AIFLUX_SEALED is 1 or 0 inside."""
+    """Return the environment of ``work_command``; AIFLUX_SEALED is 1 or 0 inside.
+
+    AIFLUX_UNSEALED says why it is 0.
+    """
     # Apptainer passes the host's proxies even into a clean environment.
     kept = {name: value for name, value in environ.items() if name.lower() not in _NO_PROXIES}
-    return _environment(spec, kept, {"AIFLUX_SEALED": "1" if spec.sealed else "0"})
+    told = {"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": spec.unsealed}
+    return _environment(spec, kept, told if spec.unsealed else {"AIFLUX_SEALED": "1"})
 
 
 def mount_option(path: Path, read_only: bool) -> str:

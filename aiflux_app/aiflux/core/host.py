@@ -24,6 +24,7 @@ _OTHER_NAMES = {
     "AIFLUX_OLLAMA",
     "AIFLUX_CACHE_DIR",
     "AIFLUX_SEALED",
+    "AIFLUX_UNSEALED",
     "AIFLUX_IMAGE_CPU_ONLY",
 }
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

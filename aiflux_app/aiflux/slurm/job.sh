@@ -5,13 +5,14 @@
 #   models_dir                          absolute path; empty when the engine is elsewhere
 #   shard                               index of the shard to work on
 #   max_requeues                        0: the job does not go back to the queue by itself
+#   want_seal                           0: the container keeps the network while it works
 #   gpu_flags, modules, prepare_args    arrays
 #   site_setup                          a function with the site's own lines
 
 runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
 child='' pending='' signals=0   # the container's pid, a signal it has not had yet, their number
 stopped=0                       # 1 after TERM or INT: somebody wants the job to end
-seal=() sealed=0 mounts=() deadline=()
+seal=() unsealed='' mounts=() deadline=() # why it is not sealed
 
 # How Slurm's commands name this job: the bare id of an array's last task means the whole array.
 job_id=${SLURM_JOB_ID:-}
@@ -187,7 +188,7 @@ pass_environment() {
     export "${prefix}_NO_EVAL=1"
     for name in "${!AIFLUX_@}"; do
         case $name in
-            AIFLUX_*_DIR | AIFLUX_IMAGE | AIFLUX_SITE_CONFIG | AIFLUX_SEALED) ;; # of the host
+            AIFLUX_*_DIR | AIFLUX_IMAGE | AIFLUX_SITE_CONFIG | AIFLUX_*SEALED | AIFLUX_SEAL) ;; # of the host
             *) pass "$name" ;;
         esac
     done
@@ -211,7 +212,7 @@ find_end_time() {
 # With the network, the models directory writable.
 prepare() {
     seal=()
-    unpass AIFLUX_SEALED
+    unpass AIFLUX_SEALED AIFLUX_UNSEALED
     pass "${proxies[@]}"
     [[ -z $models_dir ]] || mkdir -p -- "$models_dir" ||
         give_up "the models directory $models_dir cannot be made" "set AIFLUX_MODELS_DIR"
@@ -222,12 +223,15 @@ prepare() {
 # Loopback only, where the node can do that and the engine is in the container.
 choose_seal() {
     local words
-    [[ -n $models_dir ]] || return 0
-    if words=$("$runtime" exec --net --network none "$image" true 2>&1); then
+    if [[ -z $models_dir ]]; then
+        unsealed='the engine is elsewhere'
+    elif ((!want_seal)); then
+        unsealed='--no-seal'
+    elif words=$("$runtime" exec --net --network none "$image" true 2>&1); then
         seal=(--net --network none)
-        sealed=1
     else
-        say "this node cannot take the network from a container; going on with it (${words##*$'\n'})"
+        unsealed="this node cannot take the network from a container (${words##*$'\n'})"
+        say "not sealed: $unsealed"
     fi
 }
 
@@ -238,7 +242,12 @@ work() {
     # The runtime passes the host's proxies even into a clean environment.
     unset "${proxies[@]}" all_proxy ALL_PROXY ftp_proxy FTP_PROXY
     choose_seal
-    put AIFLUX_SEALED "$sealed"
+    if [[ -z $unsealed ]]; then
+        put AIFLUX_SEALED 1
+    else
+        put AIFLUX_SEALED 0
+        put AIFLUX_UNSEALED "$unsealed"
+    fi
     bind_all ro
     run_container --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
 }

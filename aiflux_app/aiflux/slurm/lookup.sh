@@ -2,9 +2,9 @@
 # Usage: sbatch [SBATCH OPTIONS] slurm/run.sbatch INPUT [OUTPUT] [WORKER OPTIONS]
 #   INPUT    requests, OpenAI Batch JSONL
 #   OUTPUT   *.json or *.jsonl; INPUT's stem and .results.json in the current directory if left out
-#   options  of the worker, such as --model llama3.2:3b
-# Environment: AIFLUX_IMAGE, AIFLUX_MODELS_DIR, AIFLUX_DATA_DIR, AIFLUX_CONTAINERS_DIR and what
-# `aiflux run` reads for a run (MODEL_NAME, TEMPERATURE, ...).
+#   options  of the worker, such as --model llama3.2:3b; and --no-seal
+# Environment: AIFLUX_IMAGE, AIFLUX_MODELS_DIR, AIFLUX_DATA_DIR, AIFLUX_CONTAINERS_DIR, AIFLUX_SEAL
+# and what `aiflux run` reads for a run (MODEL_NAME, TEMPERATURE, ...).
 
 # usage WHAT [REMEDY]
 usage() {
@@ -76,13 +76,23 @@ max_requeues=20
 
 data_dir=${AIFLUX_DATA_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aiflux}
 absolute models_dir "${AIFLUX_MODELS_DIR:-$data_dir/models}"
+case ${AIFLUX_SEAL:-yes} in
+    [Tt][Rr][Uu][Ee] | [Yy][Ee][Ss] | [Oo][Nn] | 1) want_seal=1 ;;
+    [Ff][Aa][Ll][Ss][Ee] | [Nn][Oo] | [Oo][Ff][Ff] | 0) want_seal=0 ;;
+    *) usage "AIFLUX_SEAL is '$AIFLUX_SEAL'" "it must be true or false" ;;
+esac
 engine_url=${AIFLUX_ENGINE_URL:-}
+worker_options=()
 for argument in "$@"; do
-    [[ $argument != --engine-url* ]] || engine_url=$argument
+    case $argument in
+        --no-seal) want_seal=0 && continue ;;
+        --engine-url*) engine_url=$argument ;;
+    esac
+    worker_options+=("$argument")
 done
 [[ -z $engine_url ]] || models_dir=''
 find_image
-prepare_args=("$input" "$output" --prepare "$@")
+prepare_args=("$input" "$output" --prepare ${worker_options[@]+"${worker_options[@]}"})
 
 # Settings of a run; the plan keeps them.
 for name in MODEL_NAME BATCH_SIZE SAVE_FREQUENCY MAX_RETRIES RETRY_DELAY MAX_TOKENS TEMPERATURE \

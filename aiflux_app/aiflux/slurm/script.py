@@ -72,6 +72,7 @@ def render(job: JobScript) -> str:
         _assign("run_dir", job.run_dir),
         *_shard(job),
         _assign("max_requeues", job.max_requeues),
+        _assign("want_seal", int(slurm.seal)),
         'prepare_args=(--run-dir "$run_dir" --prepare)',
         *_site(slurm),
         "",

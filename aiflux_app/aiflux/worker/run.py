@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -468,10 +468,19 @@ def _facts(plan: Plan, context: Context) -> dict[str, Any]:
         "pid": os.getpid(),
         "slurm": {name: environ[name] for name in names if name in environ},
         "image": _image_facts(),
-        "sealed": environ.get("AIFLUX_SEALED") == "1",
+        **_seal(plan, environ),
         "gpus": list(gpu_names()),
         "models": list(plan.models),
     }
+
+
+def _seal(plan: Plan, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return whether this process has loopback only, and else why not."""
+    if environ.get("AIFLUX_SEALED") == "1":
+        return {"sealed": True}
+    elsewhere = "the engine is elsewhere" if plan.options.engine_url else "started by hand"
+    why = environ.get("AIFLUX_UNSEALED") or elsewhere
+    return {"sealed": False, "unsealed": why.encode(errors="replace").decode()}
 
 
 def _image_facts() -> dict[str, Any] | None:

@@ -1,0 +1,173 @@
+"""``aiflux convert`` as a command, alone and in front of a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from aiflux.cli.main import main
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.test_converters import prompts, requests_in, write
+
+AIFLUX = [sys.executable, "-c", "import sys; from aiflux.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    return tmp_path
+
+
+def convert(kind: str, *options: str, output: str = "q.jsonl") -> int:
+    return main(["convert", kind, *options, "--output", output])
+
+
+def test_every_kind(place: Path) -> None:
+    write(place / "d" / "a.md", "A")
+    Image.new("RGB", (2, 2)).save(place / "d" / "b.png")
+    pq.write_table(pa.table({"text": ["p"]}), place / "t.parquet")
+    write(place / "t.tsv", "text\tid\nc\t1\n")
+    write(place / "t.json", '[{"q": "j"}]')
+    table = ("--template", "{text}")
+    assert convert("csv", "--input", "t.tsv", *table, "--id-column", "id", output="1") == 0
+    assert convert("dir", "--input", "d", "--pattern", "*.md", output="2") == 0
+    assert convert("json", "--input", "t.json", "--field", "q", output="3") == 0
+    assert convert("images", "--input", "d", "--pattern", "*.png", output="4") == 0
+    assert convert("parquet", "--input", "t.parquet", *table, output="5") == 0
+    assert [list(prompts(place / name)) for name in "12345"] == [
+        ["1"], ["a.md"], ["row-1"], ["b.png"], ["row-1"],
+    ]  # fmt: skip
+
+
+def test_what_every_request_has(place: Path) -> None:
+    write(place / "t.csv", "text\na\n")
+    write(place / "t.txt", "Say:\n{text}\n")
+    write(place / "s.json", '{"type": "object"}')
+    assert convert(
+        "csv", "--input", "t.csv", "--template-file", "t.txt", "--model", "m:1", "--system", "S",
+        "--temperature", "0.2", "--max-tokens", "5", "--param", 'stop=["END"]', "--param", "n=1",
+        "--schema", "s.json",
+    ) == 0  # fmt: skip
+    body = requests_in(place / "q.jsonl")[0]["body"]
+    assert body.pop("response_format")["json_schema"]["name"] == "s"
+    assert body.pop("messages")[1]["content"] == "Say:\na"
+    assert body == {
+        "model": "m:1", "temperature": 0.2, "max_tokens": 5, "stop": ["END"], "n": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--template", "{text}", "--param", "stop=END"), "a text needs its quotes"),
+        (("--template", "{text}", "--param", "x"), "there is no KEY="),
+        ((), "no template was given"),
+        (("--template-file", "none.txt"), "'none.txt' cannot be read"),
+    ],
+)
+def test_usage(
+    place: Path, options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "t.csv", "text\na\n")
+    assert convert("csv", "--input", "t.csv", *options) == 2
+    assert words in capsys.readouterr().err
+    assert main(["convert", "csv", "--input", "t.csv", "--template", "{text}"]) == 2
+    assert "no output was named" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_first_three(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place / "t.csv", "text\n" + "a\n" * 5)
+    assert main(["convert", "csv", "--input", "t.csv", "--template", "{text}", "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert told.out.count('"custom_id"') == 3
+    assert "nothing was written" in told.err
+    Image.effect_noise((64, 64), 50).save(place / "x.png")
+    assert main(["convert", "images", "--input", ".", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "characters)" in shown
+    assert len(shown) < 1000
+    assert {path.name for path in place.iterdir()} == {"t.csv", "x.png"}
+
+
+def test_the_summary_lists_what_was_skipped(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "t.csv", "text,b\n1,2\n" + "x\n" * 30)
+    assert convert("csv", "--input", "t.csv", "--template", "{text}", "--skip-bad") == 0
+    told = capsys.readouterr().out
+    assert "1 request from 31 rows of t.csv -> q.jsonl" in told
+    assert "skipped 30:" in told
+    assert "line 3: 1 cell where the header has 2: 'x'" in told
+    assert "... and 10 more" in told
+    assert "all of them: " in told
+    assert "q.skipped.jsonl" in told
+
+
+def run(*words: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*AIFLUX, *words], capture_output=True, check=False, **more)
+
+
+def test_convert_in_front_of_run(place: Path) -> None:
+    write(place / "t.csv", "text\na\nb\n")
+    piped = ("convert", "csv", "--input", "t.csv", "--template", "{text}", "--output", "-")
+    with FaultyEngine() as engine:
+        words = ("run", "--input", "-", "--model", "m:1", "--engine-url", engine.url)
+        converted = run(*piped)
+        assert b"2 requests from 2 rows" in converted.stderr
+        assert run(*words, input=converted.stdout).returncode == 2  # no --output
+        done = run(*words, "--output", "out.json", input=converted.stdout)
+        assert done.returncode == 0, done.stderr
+        kept = place / "out.json.input.jsonl"
+        assert kept.read_bytes() == converted.stdout
+        before = kept.stat()
+        again = run(*words, "--output", "out.json", input=converted.stdout)
+        assert b"finished already" in again.stdout
+        assert kept.stat() == before
+        assert engine.seen.total() == 2
+    empty = run(*words, "--output", "out.json", input=b"")
+    assert empty.returncode == 2
+    assert b"no request came through the pipe" in empty.stderr
+    assert kept.read_bytes() == converted.stdout
+
+
+def test_a_refused_conversion_puts_nothing_into_a_pipe(place: Path) -> None:
+    write(place / "t.csv", "text\na\nb,c\n")
+    done = run("convert", "csv", "--input", "t.csv", "--template", "{text}", "--output", "-")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert b"line 3: 2 cells" in done.stderr
+
+
+def test_run_from_a_terminal_waits_for_no_pipe() -> None:
+    ours, theirs = pty.openpty()
+    try:
+        done = run("run", "--input", "-", "--output", "o.json", stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 2
+    assert b"from a pipe, and there is none" in done.stderr
+
+
+def test_results_of_a_job_number_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", "show", "no-such-output.json"]) == 2
+    assert "no run is found" in capsys.readouterr().err
+
+
+def test_a_trial_is_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place / "t.csv", "text\na\n")
+    main(["convert", "csv", "--input", "t.csv", "--template", "{text}", "--dry-run"])
+    shown = capsys.readouterr().out.removeprefix("request 1:\n")
+    assert json.loads(shown)["custom_id"] == "row-1"

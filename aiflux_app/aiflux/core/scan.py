@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from aiflux.core.lines import MAX_LINE_BYTES, read_lines
 from aiflux.core.problems import Problems
@@ -20,7 +19,8 @@ _BUCKETS = 256
 _MAX_MARKS = 65536
 
 
-class Mark(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Mark:
     """A place where the input can be cut: ``index`` requests lie before byte ``offset``."""
 
     index: int

@@ -116,8 +116,6 @@ def test_the_check_runs_in_bounded_memory(tmp_path: Path) -> None:
 
 
 _pieces = st.sampled_from([b"a", b"{}", b"\n", b"\r\n", b"\r", b" ", b"\x0b", b"\x00", b"xyz"])
-    [b"a", b"{}", b"\n", b"\n", b"\r\n", b"\r", b" ", b"\x0b", b"\x00", b"xyz"]
-)
 
 
 @given(

@@ -123,7 +123,9 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
         AIFLUX_ALLOW_CPU="1",
         AIFLUX_DATA_DIR="/of/the/host",
         AIFLUX_IMAGE="/of/the/host",
+        AIFLUX_SEAL="yes",
         AIFLUX_SEALED="0",
+        AIFLUX_UNSEALED="of the host",
         http_proxy="http://p:1",
         HTTPS_PROXY="http://p:2",
         all_proxy="http://p:3",
@@ -152,9 +154,19 @@ def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
     done = place.bash(render(place.job()))
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 1
-    assert "no netns" in done.stderr
+    why = "this node cannot take the network from a container (no netns)"
+    assert why in done.stderr
     work = place.fakes.calls("apptainer")[2]
-    spec = place.spec(work, sealed=False)
+    spec = place.spec(work, unsealed=why)
+    assert work.argv == work_command(spec, work.argv[-4:])[1:]
+    assert inside(work) == inside(Call([], work_environment(spec, place.environ())))
+
+
+def test_a_site_that_forbids_it_is_not_even_asked(place: Place) -> None:
+    done = place.bash(render(place.job(slurm=SlurmConfig(seal=False))))
+    assert (done.returncode, done.stderr) == (0, "")
+    _, work = place.fakes.calls("apptainer")
+    spec = place.spec(work, unsealed="--no-seal")
     assert work.argv == work_command(spec, work.argv[-4:])[1:]
     assert inside(work) == inside(Call([], work_environment(spec, place.environ())))
 
@@ -163,7 +175,7 @@ def test_an_engine_elsewhere_needs_the_network_and_no_models(place: Place) -> No
     done = place.bash(render(place.job(models_dir=None)))
     assert (done.returncode, done.stderr) == (0, "")
     prepare, work = place.fakes.calls("apptainer")
-    spec = place.spec(work, models_dir=None, sealed=False)
+    spec = place.spec(work, models_dir=None, unsealed="the engine is elsewhere")
     assert prepare.argv == prepare_command(spec, prepare.argv[-3:])[1:]
     assert work.argv == work_command(spec, work.argv[-4:])[1:]
     assert not place.models.exists()
@@ -546,6 +558,37 @@ def test_paths_are_relative_to_where_sbatch_was_called(place: Place) -> None:
     (there / "in.jsonl").touch()
     assert generic(place, "in.jsonl", SLURM_SUBMIT_DIR=str(there)).returncode == 0
     assert str(there / "in.jsonl") in place.fakes.calls("apptainer")[0].argv
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "why"),
+    [
+        ([], "", None),
+        ([], "TRUE", None),
+        ([], "1", None),
+        ([], "No", "--no-seal"),
+        ([], "0", "--no-seal"),
+        (["--model", "m", "--no-seal", "--force"], "yes", "--no-seal"),
+    ],
+)
+def test_the_generic_script_can_leave_the_network(
+    place: Place, arguments: list[str], value: str, why: str | None
+) -> None:
+    done = generic(place, "in.jsonl", *arguments, AIFLUX_SEAL=value)
+    assert done.returncode == 0, done.stderr
+    calls = place.fakes.calls("apptainer")
+    assert len(calls) == (3 if why is None else 2)
+    assert "--no-seal" not in calls[0].argv, "it is no option of the worker"
+    assert ("--force" in calls[0].argv) is bool(arguments)
+    assert ("--net" in calls[-1].argv) is (why is None)
+    assert inside(calls[-1]).get("APPTAINERENV_AIFLUX_UNSEALED") == why
+
+
+def test_the_generic_script_refuses_a_seal_that_is_neither(place: Place) -> None:
+    done = generic(place, "in.jsonl", AIFLUX_SEAL="perhaps")
+    assert done.returncode == 2
+    assert "AIFLUX_SEAL is 'perhaps'" in done.stderr
+    assert place.fakes.calls("apptainer") == []
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])

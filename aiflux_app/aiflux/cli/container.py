@@ -61,9 +61,7 @@ def pull_in_container(model: str, models_dir: Path, runtime: Path, image: Path) 
     _make(models_dir)
     with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
         # There is neither input nor output: the models directory stands in for both.
-        spec = ContainerSpec(
-            runtime, image, image, models_dir, models_dir, Path(workdir), nv=False
-        )
+        spec = ContainerSpec(runtime, image, image, models_dir, models_dir, Path(workdir), nv=False)
         return _run(prepare_command(spec, ["--pull", model]), prepare_environment(spec, os.environ))
 
 

@@ -60,7 +60,9 @@ def unknown_settings(environ: Mapping[str, str]) -> Iterator[Diagnosis]:
 
 def _sources(environ: Mapping[str, str]) -> str:
     origins = {value.origin for value in Config(environ=environ).values.values()}
-    files = sorted(re.sub(r" \([^)]*\)\Z", "", origin) for origin in origins - {"default"})
+    files = sorted(
+        re.sub(r"(, line \d+)?( \([^)]*\))?\Z", "", origin) for origin in origins - {"default"}
+    )
     return "from " + ", ".join(dict.fromkeys(files)) if files else "all at their defaults"
 
 

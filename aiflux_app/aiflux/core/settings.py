@@ -209,7 +209,7 @@ SETTINGS: tuple[Setting, ...] = (
         "seal",
         parsers.boolean,
         True,
-        "let the container that works keep the network (the status says so)",
+        "when false (--no-seal), the container keeps the network while it works",
         env="AIFLUX_SEAL",
     ),
     _slurm("modules", parsers.lines, (), "environment modules to load in the job"),

@@ -28,7 +28,7 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
         return found.value, found.origin
 
     site.write_text("slurm: {account: site}")
-    assert account() == ("site", f"{site} (slurm.account)")
+    assert account() == ("site", f"{site}, line 1")
     (user / "config.yaml").write_text("slurm: {account: user}")
     assert account()[0] == "user"
     (tmp_path / "aiflux.yaml").write_text("slurm: {account: project}")
@@ -50,7 +50,7 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
         ("slurm: {mem: lots}", "mem must be a memory size"),
         ("slurm: {time: soon}", "time must be a Slurm time"),
         ("slurm: [1]", "must hold KEY: VALUE"),
-        ("[1]", "must hold sections"),
+        ("[1]", "must hold KEY: VALUE"),
         ("a: b: c", "is not YAML"),
     ],
 )
@@ -85,10 +85,15 @@ def test_old_habits_keep_working(tmp_path: Path) -> None:
         found.get_slurm_config({"partitions": "x"})
 
 
-def test_an_assigned_value_is_checked_when_it_is_used() -> None:
-    slurm = SlurmConfig(cpus_per_task=0)
-    with pytest.raises(ConfigError, match="cpus_per_task = 0 in SlurmConfig"):
-        slurm.checked()
+def test_a_value_is_checked_when_it_is_given() -> None:
+    with pytest.raises(ConfigError, match="SlurmConfig: cpus_per_task = 0 is wrong"):
+        SlurmConfig(cpus_per_task=0)
+    slurm = SlurmConfig()
+    with pytest.raises(ConfigError, match="SlurmConfig: time = 'soon' is wrong"):
+        slurm.time = "soon"
+    with pytest.raises(ConfigError, match="unknown setting 'acount'") as caught:
+        slurm.acount = "mine"
+    assert "did you mean 'account'?" in str(caught.value.remedy)
     with pytest.raises(ConfigError, match="one job uses one node"):
         SlurmConfig(nodes=2).checked()
 

@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from aiflux.cli.main import make_parser
-from aiflux.core.config import Config, read_dotenv
+from aiflux.core.config import Config
 from aiflux.core.request import parse_request
 from aiflux.core.settings import SETTINGS
+from aiflux.core.sources import read_dotenv
 from aiflux.errors import ExitCode
 from aiflux.worker.main import make_parser as make_worker_parser
 

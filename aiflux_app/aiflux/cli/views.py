@@ -123,7 +123,7 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
         about.append(("job" if len(view.jobs) == 1 else "jobs", ", ".join(view.jobs)))
     lines = [Text("   ").join(_pair(name, value) for name, value in about)]
     speed = _speed(view) if not view.ended else ""
-    lines += [Text(words) for words in (speed, _used(view)) if words]
+    lines += [Text(words) for words in (speed, _used(view), _seal(view)) if words]
     if len(view.shards) == 1:
         lines += _only_shard(view)
     else:
@@ -175,6 +175,18 @@ def _used(view: RunView) -> str:
     if view.restarts:
         parts.append(_times(view.restarts, "restart"))
     return ", ".join(parts)
+
+
+def _seal(view: RunView) -> str:
+    """Return whether the work had no network, and why not everywhere; "" where nothing started."""
+    known = [shard for shard in view.shards if shard.sealed is not None]
+    reasons = Counter(shard.unsealed for shard in known if not shard.sealed)
+    if not known or not reasons:
+        return "sealed: no network but its own" if known else ""
+    told = "; ".join(one_line(why) or "no reason is known" for why, _ in reasons.most_common())
+    count = sum(reasons.values())
+    some = f" in {count} of {len(view.shards)} shards" if count < len(view.shards) else ""
+    return f"not sealed{some}: {told}"
 
 
 def _times(count: int, what: str) -> str:

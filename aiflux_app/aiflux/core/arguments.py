@@ -7,7 +7,7 @@ from typing import Any
 
 from aiflux.core.settings import SETTINGS, Setting
 
-_REPEATABLE = {"engine_env", "sbatch_arg", "modules", "setup"}
+_REPEATABLE = {"engine_env", "sbatch_arg", "modules", "setup", "stop"}
 _METAVARS = {
     "model": "NAME:TAG",
     "engine_url": "URL",
@@ -17,6 +17,8 @@ _METAVARS = {
     "mem": "SIZE",
     "temperature": "T",
     "top_p": "P",
+    "stop": "TEXT",
+    "model_config": "FILE",
     "gpus_per_node": "[TYPE:]N",
     "gres": "LIST",
     "constraint": "LIST",

@@ -6,90 +6,26 @@ site file (``AIFLUX_SITE_CONFIG``) > default. ``.env`` is read, never exported.
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from aiflux.core.catalogue import Catalogue, catalogue_files, read_catalogue
+from aiflux.core.modelconfig import ModelConfig, ModelParameters, model_file, read_model_file
+from aiflux.core.modelname import parse_model_name, same_model
 from aiflux.core.options import RunOptions
-from aiflux.core.settings import BY_NAME, SETTINGS, Setting, parse_setting
+from aiflux.core.settings import SETTINGS, known_setting, parse_setting, section_settings
+from aiflux.core.slurmconfig import SlurmConfig
+from aiflux.core.sources import Value, from_dotenv, from_environment, from_files
 from aiflux.errors import ConfigError
 
-# null in a YAML file leaves their directive out; for the others it means "not said here".
-LEFT_OUT = ("time", "mem", "cpus_per_task")
-_DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
+__all__ = ["Config", "SlurmConfig", "Value"]
 
-
-@dataclass(frozen=True)
-class Value:
-    """A setting's value and where it came from."""
-
-    value: Any
-    origin: str
-
-
-@dataclass
-class SlurmConfig:
-    """What is asked of Slurm. None leaves the directive out.
-
-    The fields may be assigned; they are checked when the job is rendered.
-    """
-
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    nodes: int = 1
-    gpus_per_node: str = "1"
-    gres: str | None = None
-    constraint: str | None = None
-    time: str | None = "04:00:00"
-    mem: str | None = "32G"
-    cpus_per_task: int | None = 4
-    mail_user: str | None = None
-    mail_type: str | None = None
-    exclude: str | None = None
-    reservation: str | None = None
-    shards: int | str = 1
-    max_running: int | None = None
-    seal: bool = True
-    sbatch_arg: dict[str, str] = field(default_factory=dict)
-    modules: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
-
-    @property
-    def memory(self) -> str | None:
-        """Another name for ``mem``."""
-        return self.mem
-
-    @memory.setter
-    def memory(self, value: str | None) -> None:
-        self.mem = value
-
-    def checked(self) -> SlurmConfig:
-        """Return a copy whose values are checked and in their own types.
-
-        Raises:
-            ConfigError: naming the field, its value and what it must be.
-        """
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        parsed: dict[str, Any] = {
-            name: None if value is None else parse_setting(BY_NAME[name], value, "SlurmConfig")
-            for name, value in values.items()
-        }
-        checked = SlurmConfig(**parsed)
-        if checked.nodes != 1:
-            raise ConfigError(
-                f"nodes = {checked.nodes}: one job uses one node",
-                "leave --nodes at 1; more GPUs of one node are used with --gpus-per-node",
-            )
-        if checked.gres is not None and self.gpus_per_node == SlurmConfig.gpus_per_node:
-            checked.gpus_per_node = "0"
-        return checked
+_log = logging.getLogger(__name__)
 
 
 class Config:
@@ -98,8 +34,12 @@ class Config:
     Args:
         data_dir, models_dir, logs_dir, containers_dir: folders; win over every other source.
         arguments: settings given on the command line; None means not given.
+        model_config: a model, whose parameters hold where nothing else sets them.
         environ: the environment (default: the process's).
         directory: where ``.env`` and ``aiflux.yaml`` are looked for (default: the current one).
+
+    Attributes:
+        values: every setting's value and where it came from.
 
     Raises:
         ConfigError: a value is wrong or a key unknown; names its place.
@@ -113,6 +53,7 @@ class Config:
         containers_dir: str | Path | None = None,
         *,
         arguments: Mapping[str, Any] | None = None,
+        model_config: ModelConfig | None = None,
         environ: Mapping[str, str] | None = None,
         directory: Path | None = None,
     ) -> None:
@@ -124,45 +65,43 @@ class Config:
             "logs_dir": logs_dir,
             "containers_dir": containers_dir,
         }
-        merged = {**(arguments or {}), **{k: v for k, v in given.items() if v is not None}}
-        self.values: dict[str, Value] = self._resolve(merged)
+        self._arguments = {**(arguments or {}), **{k: v for k, v in given.items() if v is not None}}
+        values = self._resolve(self._arguments)
+        path = values["model_config"].value
+        if model_config is None and path is not None:
+            model_config = self._read_model_file(path)
+        self._model_config = model_config
+        if model_config is not None:
+            values.update(_of_model(model_config, values))
+        self.values: Mapping[str, Value] = MappingProxyType(values)
 
     def get(self, name: str) -> Any:
         """Return a setting's value."""
         return self.values[name].value
 
+    def changed(
+        self, arguments: Mapping[str, Any], model_config: ModelConfig | None = None
+    ) -> Config:
+        """Return this configuration with further arguments; None means not given."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return Config(
+            arguments={**self._arguments, **given},
+            model_config=model_config or (None if "model_config" in given else self._model_config),
+            environ=self._environ,
+            directory=self._directory,
+        )
+
     def _resolve(self, arguments: Mapping[str, Any]) -> dict[str, Value]:
         values = {item.name: Value(item.default, "default") for item in SETTINGS}
-        for path in self._files():
-            values.update(_read_yaml(path))
-        values.update(self._from_dotenv())
-        values.update(_from_environment(self._environ, "environment"))
+        values.update(from_files(self._environ, self._directory))
+        values.update(from_dotenv(self._directory / ".env"))
+        values.update(from_environment(self._environ))
         for name, value in arguments.items():
             if value is not None:
-                setting = _known(name, "the arguments", BY_NAME)
+                setting = known_setting(name, "the arguments: ")
                 parsed = parse_setting(setting, value, f"the argument {setting.option}")
                 values[setting.name] = Value(parsed, "argument")
         return values
-
-    def _files(self) -> Iterator[Path]:
-        """Yield the YAML files that exist, the weakest first."""
-        site = self._environ.get("AIFLUX_SITE_CONFIG")
-        if site:
-            if not Path(site).is_file():
-                raise ConfigError(
-                    f"AIFLUX_SITE_CONFIG names {site!r}, which is not a file",
-                    "correct the variable or unset it",
-                )
-            yield Path(site)
-        home = Path(self._environ.get("HOME") or "/")
-        base = Path(self._environ.get("XDG_CONFIG_HOME") or home / ".config")
-        for path in (base / "aiflux" / "config.yaml", self._directory / "aiflux.yaml"):
-            if path.is_file():
-                yield path
-
-    def _from_dotenv(self) -> dict[str, Value]:
-        path = self._directory / ".env"
-        return _from_environment(read_dotenv(path), str(path)) if path.is_file() else {}
 
     @property
     def data_dir(self) -> Path:
@@ -202,99 +141,96 @@ class Config:
         return read_catalogue(catalogue_files(self.get("models_file"), self._environ))
 
     def get_slurm_config(self, overrides: Mapping[str, Any] | None = None) -> SlurmConfig:
-        """Return what to ask of Slurm; ``overrides`` win over every other source."""
-        names = {item.name for item in fields(SlurmConfig)}
-        values = {name: self.get(name) for name in names}
-        for name, value in (overrides or {}).items():
-            known = {key: item for key, item in BY_NAME.items() if item.section == "slurm"}
-            setting = _known(name, "the overrides", known)
-            values[setting.name] = parse_setting(setting, value, "the overrides")
-        return SlurmConfig(**values)
+        """Return what to ask of Slurm.
+
+        Args:
+            overrides: win over every other source; None means not given.
+        """
+        values = {item.name: self.get(item.name) for item in fields(SlurmConfig)}
+        return SlurmConfig(**{**values, **_parsed("slurm", overrides or {}, "the overrides")})
 
     def run_options(self, **overrides: Any) -> RunOptions:
         """Return the options of a run; ``overrides`` that are not None win."""
-        names = {item.name for item in fields(RunOptions)}
-        values = {name: self.get(name) for name in names}
-        for name, value in overrides.items():
-            if value is not None:
-                known = {key: item for key, item in BY_NAME.items() if item.section == "run"}
-                setting = _known(name, "the arguments", known)
-                values[setting.name] = parse_setting(setting, value, f"the argument {name}")
-        return RunOptions(**values)
+        values = {item.name: self.get(item.name) for item in fields(RunOptions)}
+        return RunOptions(**{**values, **_parsed("run", overrides, "the arguments")})
 
+    def load_model_config(
+        self,
+        model_type: str,
+        model_size: str | None = None,
+        custom_config_path: str | Path | None = None,
+    ) -> ModelConfig:
+        """Return what is configured for a model, to be given to ``SlurmRunner.run(model_config=)``.
 
-def _known(name: str, place: str, known: Mapping[str, Setting]) -> Setting:
-    if name not in known:
-        raise ConfigError(
-            f"{place} name an unknown setting {name!r}", f"known are: {', '.join(sorted(known))}"
+        That is ``custom_config_path``, else a file ``FAMILY/SIZE.yaml`` in ``models`` or
+        ``config/models`` of this folder or in the models directory, else what the catalogue knows.
+        A model that none of them knows has no parameters of its own.
+
+        Args:
+            model_type: ``"llama3.2:3b"``, or ``"llama3.2"`` with ``model_size="3b"``.
+
+        Raises:
+            ConfigError: the name is none, or the file is wrong; names its place.
+        """
+        name = model_type if model_size is None else f"{model_type}:{model_size}"
+        parse_model_name(name)
+        path = (
+            model_file(self._model_folders(), name)
+            if custom_config_path is None
+            else self._directory / Path(custom_config_path).expanduser()
         )
-    return known[name]
+        if path is not None:
+            return self._read_model_file(path, name)
+        return ModelConfig(name, _known_parameters(self.catalogue(), name))
+
+    def _model_folders(self) -> Iterator[Path]:
+        yield self._directory / "models"
+        yield self._directory / "config" / "models"
+        yield self.models_dir
+
+    def _read_model_file(self, path: Path, name: str | None = None) -> ModelConfig:
+        found = read_model_file(path, name)
+        if found.unused:
+            told = "".join(f"\n  {each}" for each in found.unused)
+            _log.warning("%s: these keys are not used any more:%s", path, told)
+        return found
 
 
-def _from_environment(environ: Mapping[str, str], origin: str) -> dict[str, Value]:
+def _known_parameters(catalogue: Catalogue, name: str) -> ModelParameters:
+    """Return the catalogue's parameters of a model."""
+    known = catalogue.defaults(name)
+    stop = known.get("stop") or ()
+    return ModelParameters(
+        temperature=known.get("temperature"),
+        top_p=known.get("top_p"),
+        max_tokens=known.get("max_tokens"),
+        stop_sequences=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+
+
+def _of_model(model: ModelConfig, values: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+    """Yield the settings that a model's configuration gives and nothing else sets."""
+    origin = str(model.place or f"the configuration of {model.name}")
+    named = values["model"]
+    if named.value is not None and not same_model(named.value, model.name):
+        raise ConfigError(
+            f"{origin} is of the model {model.name}, and the run's model is {named.value} "
+            f"({named.origin})",
+            f"model {model.name}, or another model_config, or none",
+        )
+    given = {"model": model.name, **model.parameters.settings()}
+    if values["engine_url"].value is None:
+        given.pop("top_k", None)
+    for name, value in given.items():
+        if values[name].origin == "default":
+            yield name, Value(value, origin)
+
+
+def _parsed(section: str, given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    known = section_settings(section)
     values = {}
-    for item in SETTINGS:
-        text = environ.get(item.env) if item.env else None
-        if text:
-            place = f"{origin} ({item.env})"
-            values[item.name] = Value(parse_setting(item, text, place), place)
-    return values
-
-
-def read_dotenv(path: Path) -> dict[str, str]:
-    """Read ``KEY=VALUE`` lines; ``#`` comments, ``export`` and quotes are understood.
-
-    Raises:
-        ConfigError: a line is not of that form.
-    """
-    values = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = _DOTENV_LINE.match(line)
-        if match is None:
-            raise ConfigError(f"{path}, line {number}: {line!r} is not KEY=VALUE", "correct it")
-        values[match[1]] = _unquote(match[2])
-    return values
-
-
-def _unquote(text: str) -> str:
-    for quote in ("'", '"'):
-        if text.startswith(quote) and text.find(quote, 1) > 0:
-            return text[1 : text.index(quote, 1)]
-    return re.split(r"\s+#", text, maxsplit=1)[0]
-
-
-def _read_yaml(path: Path) -> dict[str, Value]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
-    if content is None:
-        return {}
-    sections = sorted({item.section for item in SETTINGS})
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold sections", f"known are: {', '.join(sections)}")
-    values: dict[str, Value] = {}
-    for section, entries in content.items():
-        if section not in sections:
-            raise ConfigError(
-                f"{path}: unknown section {section!r}", f"known are: {', '.join(sections)}"
-            )
-        values.update(_read_section(path, section, entries or {}))
-    return values
-
-
-def _read_section(path: Path, section: str, entries: Any) -> dict[str, Value]:
-    if not isinstance(entries, dict):
-        raise ConfigError(f"{path}: section {section} must hold KEY: VALUE lines", "correct it")
-    known = {key: item for key, item in BY_NAME.items() if item.section == section}
-    values = {}
-    for name, value in entries.items():
-        setting = _known(str(name), f"{path}, section {section}:", known)
-        place = f"{path} ({section}.{name})"
+    for name, value in given.items():
+        setting = known_setting(name, f"{place}: ", known)
         if value is not None:
-            values[setting.name] = Value(parse_setting(setting, value, place), place)
-        elif setting.name in LEFT_OUT:
-            values[setting.name] = Value(None, place)
+            values[setting.name] = parse_setting(setting, value, place)
     return values

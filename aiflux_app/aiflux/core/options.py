@@ -47,6 +47,7 @@ class RunOptions:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    stop: tuple[str, ...] = ()
     allow_cpu: bool = False
     engine_url: str | None = None
     engine_wait: float = 300.0
@@ -55,6 +56,7 @@ class RunOptions:
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))  # JSON has lists only
         if self.top_k is not None and self.engine_url is None:
             raise ConfigError(
                 "top_k is set, but Ollama's OpenAI API does not know it",
@@ -66,7 +68,8 @@ class RunOptions:
     def parameters(self) -> dict[str, Any]:
         """Body fields that are filled in where a body lacks them."""
         names = ("max_tokens", "temperature", "top_p", "top_k")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**given, "stop": [*self.stop]} if self.stop else given
 
     def allowed_failures(self, requests: int) -> int:
         """Return how many of ``requests`` may fail before the run counts as failed."""

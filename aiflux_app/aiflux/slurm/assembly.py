@@ -85,6 +85,8 @@ class ShardView:
         remaining_seconds: None while nothing can be said.
         restarts: starts after the first.
         in_slurm: whether its job waits or runs.
+        sealed: whether its last start had no network; None where it never started.
+        unsealed: why it had one; "" where it had none.
         updated: Unix time of its last status; None without one.
     """
 
@@ -107,6 +109,8 @@ class ShardView:
     completion_tokens: int
     gpu_seconds: float
     in_slurm: bool
+    sealed: bool | None
+    unsealed: str
     updated: float | None
 
     @property
@@ -272,6 +276,8 @@ def _shard(facts: ShardFacts, tasks: Tasks | None) -> ShardView:
         completion_tokens=int(_number(tokens.get("completion_tokens"))),
         gpu_seconds=_number(totals.get("gpu_seconds")),
         in_slurm=task is not None and task.active,
+        sealed=details.get("sealed"),
+        unsealed=str(details.get("unsealed") or ""),
         updated=_moment(facts.status),
     )
 

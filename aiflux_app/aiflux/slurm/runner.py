@@ -11,11 +11,12 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.modelconfig import ModelConfig
 from aiflux.core.preflight import told
 from aiflux.core.registry import register
 from aiflux.core.rundir import default_output
-from aiflux.core.settings import BY_NAME, parse_setting
-from aiflux.errors import ConfigError, OutputExistsError, SlurmError
+from aiflux.core.settings import known_setting, parse_setting, section_settings
+from aiflux.errors import OutputExistsError, SlurmError
 from aiflux.slurm import commands
 from aiflux.slurm.jobs import JobState, join_jobs, overall_state, parse_jobs
 from aiflux.slurm.queue import task_states
@@ -28,7 +29,8 @@ class SlurmRunner:
     """Submits runs to Slurm.
 
     Args:
-        config: what to ask of Slurm (default: as configured; see ``Config.get_slurm_config``).
+        config: what to ask of Slurm (``Config.get_slurm_config``), or a whole ``Config``, whose
+            other settings then hold too (default: as configured in the workspace).
         workspace: where relative paths, ``aiflux.yaml``, ``.env`` and ``aiflux.sif`` are looked
             for (default: the current directory).
 
@@ -37,13 +39,15 @@ class SlurmRunner:
     """
 
     def __init__(
-        self, config: SlurmConfig | None = None, workspace: str | Path | None = None
+        self, config: SlurmConfig | Config | None = None, workspace: str | Path | None = None
     ) -> None:
         self.workspace = (
             Path.cwd() if workspace is None else Path(workspace).expanduser().absolute()
         )
-        self.settings = Config(directory=self.workspace)
-        self.config = self.settings.get_slurm_config() if config is None else config
+        self.settings = config if isinstance(config, Config) else Config(directory=self.workspace)
+        self.config = (
+            config if isinstance(config, SlurmConfig) else self.settings.get_slurm_config()
+        )
 
     def run(
         self,
@@ -53,6 +57,7 @@ class SlurmRunner:
         force: bool = False,
         force_resume: bool = False,
         preflight: bool = True,
+        model_config: ModelConfig | str | Path | None = None,
         **options: Any,
     ) -> str:
         """Check the input, plan the run, submit it and return the job's id.
@@ -65,6 +70,8 @@ class SlurmRunner:
             force_resume: go on although model or parameters changed.
             preflight: ask Slurm, the image and the disks first whether they will have it; what
                 they warn of is logged.
+            model_config: of ``Config.load_model_config``, or such a file: its model and parameters
+                hold where nothing else sets them.
             options: settings of the run (``model``, ``batch_size``, ``max_retries``,
                 ``temperature``, ...), of Slurm (``account``, ``time``, ...) and paths (``image``,
                 ``models_dir``, ...); None means not given. Without one that is given here, the
@@ -86,7 +93,11 @@ class SlurmRunner:
             StorageError: the run directory cannot be written.
         """
         sections = _by_section(options)
-        config = Config(arguments=self._paths(sections["paths"]), directory=self.workspace)
+        loaded = model_config if isinstance(model_config, ModelConfig) else None
+        if model_config is not None and loaded is None:
+            sections["run"]["model_config"] = self._path(str(model_config))
+        paths = {name: self._path(value) for name, value in sections["paths"].items()}
+        config = self.settings.changed({**sections["run"], **paths}, loaded)
         slurm = _with(self.config, sections["slurm"])
         source = self._path(input_path)
         output = default_output(source, self.workspace)
@@ -95,7 +106,7 @@ class SlurmRunner:
             slurm,
             source,
             output if output_path is None else self._path(output_path),
-            config.run_options(**sections["run"]),
+            config.run_options(),
             cwd=self.workspace,
             force=force,
             force_resume=force_resume,
@@ -178,12 +189,6 @@ class SlurmRunner:
             sleep(interval)
         return state
 
-    def _paths(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: value if name == "log_level" else self._path(value)
-            for name, value in options.items()
-        }
-
     def _path(self, path: str | Path) -> Path:
         return self.workspace / Path(path).expanduser()
 
@@ -196,20 +201,15 @@ def _by_section(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     sections: dict[str, dict[str, Any]] = {"run": {}, "slurm": {}, "paths": {}}
     for name, value in options.items():
-        if name not in BY_NAME:
-            known = ", ".join(sorted(BY_NAME))
-            raise ConfigError(f"run() has no option {name!r}", f"known are: {known}")
+        setting = known_setting(name, "run(): ")
         if value is not None:
-            sections[BY_NAME[name].section][name] = value
+            sections[setting.section][setting.name] = value
     return sections
 
 
 def _with(slurm: SlurmConfig, changes: Mapping[str, Any]) -> SlurmConfig:
-    settings = {name: BY_NAME[name] for name in changes}
+    known = section_settings("slurm")
     return replace(
         slurm,
-        **{
-            item.name: parse_setting(item, changes[name], "run()")
-            for name, item in settings.items()
-        },
+        **{name: parse_setting(known[name], value, "run()") for name, value in changes.items()},
     )

@@ -1,0 +1,140 @@
+"""From the text or YAML value of a setting to its own type; ValueError tells what it must be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Parser = Callable[[Any], Any]
+
+_WALLTIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z", re.IGNORECASE)
+_TRUTH = {"true": True, "yes": True, "1": True, "on": True,
+          "false": False, "no": False, "0": False, "off": False}  # fmt: skip
+
+
+def text(value: Any) -> str:
+    """Accept a text of one line that is not empty."""
+    if value is None or isinstance(value, bool | dict | list | tuple) or str(value).strip() == "":
+        raise ValueError("a text")
+    if "\n" in str(value):
+        raise ValueError("a text of one line")
+    return str(value)
+
+
+def integer(low: int, high: int | None = None) -> Callable[[Any], int]:
+    """Return a parser of whole numbers between bounds, which belong to them."""
+    wanted = f"a whole number of at least {low}" + (f" and at most {high}" if high else "")
+
+    def parse(value: Any) -> int:
+        if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d+", str(value).strip()):
+            raise ValueError(wanted)
+        number = int(value)
+        if number < low or (high is not None and number > high):
+            raise ValueError(wanted)
+        return number
+
+    return parse
+
+
+def number(low: float, high: float | None = None) -> Callable[[Any], float]:
+    """Return a parser of numbers between bounds, which belong to them."""
+    wanted = f"a number of at least {low:g}" + (f" and at most {high:g}" if high else "")
+
+    def parse(value: Any) -> float:
+        try:
+            found = float("x" if isinstance(value, bool) else value)
+        except (TypeError, ValueError):
+            raise ValueError(wanted) from None
+        if not low <= found <= (float("inf") if high is None else high):
+            raise ValueError(wanted)
+        return found
+
+    return parse
+
+
+def boolean(value: Any) -> bool:
+    """Accept true and false, and what people write for them."""
+    word = str(value).strip().lower()
+    if word not in _TRUTH:
+        raise ValueError("true or false")
+    return _TRUTH[word]
+
+
+def path(value: Any) -> Path:
+    """Accept a path; ``~`` is the home directory."""
+    return Path(text(value)).expanduser().absolute()
+
+
+def url(value: Any) -> str:
+    """Accept an http address; a ``/v1`` at its end is dropped."""
+    address = text(value).rstrip("/")
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
+        raise ValueError("an address such as http://127.0.0.1:8000")
+    return address.removesuffix("/v1")
+
+
+def walltime(value: Any) -> str:
+    """Accept the forms of ``sbatch --time``."""
+    time = text(value)
+    if not _WALLTIME.match(time):
+        raise ValueError("a Slurm time such as 30 (minutes), 04:00:00 or 1-12:00:00")
+    return time
+
+
+def memory(value: Any) -> str:
+    """Accept the forms of ``sbatch --mem``, and a B at their end."""
+    size = text(value)
+    if not re.fullmatch(r"\d+[KMGTkmgt]?[Bb]?", size):
+        raise ValueError("a memory size such as 32G")
+    return size.upper().removesuffix("B")
+
+
+def failures(value: Any) -> str:
+    """Accept a count or a percentage."""
+    limit = text(value).strip()
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", limit):
+        raise ValueError("a number of requests such as 10, or a percentage such as 2%")
+    return limit
+
+
+def shards(value: Any) -> int | str:
+    """Accept a count or ``auto``."""
+    word = str(value).strip().lower()
+    if word == "auto":
+        return word
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d*", word):
+        raise ValueError("a whole number of at least 1, or auto")
+    return int(word)
+
+
+def pairs(value: Any) -> dict[str, str]:
+    """Accept a mapping, ``KEY=VALUE``, or a list of ``KEY=VALUE``; a bare KEY is a flag."""
+    if isinstance(value, dict):
+        return {text(key): "" if item is None else str(item) for key, item in value.items()}
+    items = value if isinstance(value, list | tuple) else [value]
+    split = (text(item).partition("=") for item in items)
+    return {key.strip().removeprefix("--"): item for key, _, item in split}
+
+
+def lines(value: Any) -> tuple[str, ...]:
+    """Accept a text of one line, or a list of them."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple(text(item) for item in items)
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Accept a text, or a list of them, of any characters."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, str) and item for item in items):
+        raise ValueError("a text or a list of texts")
+    return tuple(items)
+
+
+def level(value: Any) -> str:
+    """Accept the name of a level of messages."""
+    name = str(value).upper()
+    if name not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError("DEBUG, INFO, WARNING or ERROR")
+    return name

@@ -1,0 +1,134 @@
+"""Where settings come from: the environment, ``.env`` and YAML files. Nothing is exported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.settings import SECTIONS, SETTINGS, parse_setting, section_settings
+from aiflux.core.slurmconfig import LEFT_OUT
+from aiflux.core.yamlfile import read_yaml
+from aiflux.errors import ConfigError
+
+_DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A setting's value and where it came from, such as ``aiflux.yaml, line 3``."""
+
+    value: Any
+    origin: str
+
+
+def site_file(environ: Mapping[str, str]) -> Path | None:
+    """Return the site's file, which AIFLUX_SITE_CONFIG names; None where it names none.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    site = environ.get("AIFLUX_SITE_CONFIG")
+    if site and not Path(site).is_file():
+        raise ConfigError(
+            f"AIFLUX_SITE_CONFIG names {site!r}, which is not a file",
+            "correct the variable or unset it",
+        )
+    return Path(site) if site else None
+
+
+def user_file(environ: Mapping[str, str]) -> Path:
+    """Return where the user's own file lies, if there is one."""
+    home = Path(environ.get("HOME") or "/")
+    return Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "aiflux" / "config.yaml"
+
+
+def project_file(directory: Path) -> Path:
+    """Return where the file of a folder lies, if there is one."""
+    return directory / "aiflux.yaml"
+
+
+def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Value]:
+    """Return what the YAML files say; the folder's wins over the user's, that over the site's."""
+    values = {}
+    site = site_file(environ)
+    for path in (*([site] if site else []), user_file(environ), project_file(directory)):
+        if path.is_file():
+            values.update(from_yaml(path))
+    return values
+
+
+def from_yaml(path: Path) -> dict[str, Value]:
+    """Return what one YAML file says.
+
+    Raises:
+        ConfigError: naming the line and what may stand there.
+    """
+    file = read_yaml(path)
+    values = {}
+    for section in file.mapping(known=SECTIONS, noun="section"):
+        known = section_settings(section)
+        for name, value in file.mapping(section, known=known, noun="setting").items():
+            setting, keys = known[name], (section, name)
+            if value is not None:
+                parsed = parse_setting(setting, value, file.place(*keys))
+                values[setting.name] = Value(parsed, file.line(*keys))
+            elif setting.name in LEFT_OUT:
+                values[setting.name] = Value(None, file.line(*keys))
+    return values
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:
+    """Return what the environment says; an empty variable counts as not set."""
+    return _named({name: (text, "environment") for name, text in environ.items()})
+
+
+def from_dotenv(path: Path) -> dict[str, Value]:
+    """Return what a ``.env`` file says, if there is one."""
+    if not path.is_file():
+        return {}
+    return _named(
+        {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)}
+    )
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """Read ``KEY=VALUE`` lines; ``#`` comments, ``export`` and quotes are understood.
+
+    Raises:
+        ConfigError: a line is not of that form.
+    """
+    return {name: text for name, text, _ in _dotenv_lines(path)}
+
+
+def _named(texts: Mapping[str, tuple[str, str]]) -> dict[str, Value]:
+    values = {}
+    for item in SETTINGS:
+        text, where = texts.get(item.env or "", ("", ""))
+        if text:
+            origin = f"{where} ({item.env})"
+            values[item.name] = Value(parse_setting(item, text, origin), origin)
+    return values
+
+
+def _dotenv_lines(path: Path) -> Iterator[tuple[str, str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "mend it, or remove it") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _DOTENV_LINE.match(line)
+        if match is None:
+            raise ConfigError(f"{path}, line {number}: {line!r} is not KEY=VALUE", "correct it")
+        yield match[1], _unquote(match[2]), number
+
+
+def _unquote(text: str) -> str:
+    for quote in ("'", '"'):
+        if text.startswith(quote) and text.find(quote, 1) > 0:
+            return text[1 : text.index(quote, 1)]
+    return re.split(r"(?:^|\s+)#", text, maxsplit=1)[0]

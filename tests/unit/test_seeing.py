@@ -417,3 +417,24 @@ def test_a_line_says_all(made: MadeRun) -> None:
         "running: 150/300 done (50 %), 2 failed, 1 running, 1 waiting, 1 done, "
         "2.0 requests/s, 300 tokens/s, ETA 0:01:15"
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ({}, {}, None),
+        ({"sealed": True}, {}, "sealed: no network but its own"),
+        ({"sealed": False, "unsealed": "--no-seal"}, {"sealed": True},
+         "not sealed in 1 of 2 shards: --no-seal"),
+        ({"sealed": False, "unsealed": "no\x1bnetns"}, {"sealed": False, "unsealed": "no\x1bnetns"},
+         "not sealed: no netns"),
+    ],
+)  # fmt: skip
+def test_status_says_whether_the_work_was_sealed(
+    tmp_path: Path, first: dict[str, object], second: dict[str, object], told: str | None
+) -> None:
+    made = MadeRun(tmp_path / "r", 2)
+    made.status(0, "in_progress", 1, **first)
+    made.status(1, "in_progress", 1, **second)
+    lines = [str(line) for line in overview(gather(made.run), Frame())]
+    assert [line for line in lines if "sealed" in line] == ([told] if told else [])

@@ -1,0 +1,108 @@
+"""Conversions of large files stay small in memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SIZE = 300 << 20
+BOUND = 150 << 20
+CODE = """
+import resource, sys
+from aiflux.converters import {function} as convert
+summary = convert(*sys.argv[1:3], **{options})
+print(summary.{count}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def measured(function: str, count: str, source: Path, target: Path, **options: object) -> list[int]:
+    """Run a converter in a process of its own; return what it did, and its peak memory in bytes."""
+    code = CODE.format(function=function, count=count, options=options)
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, target], capture_output=True, text=True, check=True
+    )
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    path = tmp_path_factory.mktemp("large") / "in.csv"
+    rows = 0
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("id,text,note\n")
+        while file.tell() < SIZE:
+            block = (f'{rows + i},"words, more\nwörds {"x" * 400}",n\n' for i in range(1000))
+            file.writelines(block)
+            rows += 1000
+    return path, rows
+
+
+@pytest.mark.slow
+def test_a_large_csv_there_and_back(large: tuple[Path, int], tmp_path: Path) -> None:
+    source, rows = large
+    requests = tmp_path / "q.jsonl"
+    done, peak = measured(
+        "csv_to_jsonl", "requests", source, requests, template="{text}", id_column="id"
+    )
+    assert done == rows
+    assert peak < BOUND
+    output = tmp_path / "out.json"
+    with open(requests, encoding="utf-8") as lines, open(output, "w", encoding="utf-8") as file:
+        separator = "[\n"
+        for line in lines:
+            answer = {"choices": [{"message": {"content": "a" * 100}}]}
+            entry = {"input": json.loads(line), "output": answer, "metadata": {}}
+            file.write(separator + json.dumps(entry))
+            separator = ",\n"
+        file.write("\n]\n")
+    code = f"""
+import resource
+from pathlib import Path
+from aiflux.converters import results_to_csv
+from aiflux.converters.results import BackOptions
+back = BackOptions(source=Path({str(source)!r}), id_column="id")
+summary = results_to_csv({str(output)!r}, {str(tmp_path / "back.csv")!r}, back)
+print(summary.answered, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(told[0]) == rows
+    assert int(told[1]) < BOUND
+
+
+@pytest.mark.slow
+def test_a_large_json_array(tmp_path: Path) -> None:
+    source, rows = tmp_path / "in.json", 0
+    with open(source, "w", encoding="utf-8") as file:
+        file.write("[")
+        while file.tell() < SIZE:
+            file.write(",".join('{"q": "%s"}' % ("x" * 1000) for _ in range(1000)) + ",")
+            rows += 1000
+        file.write('{"q": "last"}]')
+    done, peak = measured("json_to_jsonl", "requests", source, tmp_path / "q.jsonl", field="q")
+    assert done == rows + 1
+    assert peak < BOUND
+
+
+@pytest.mark.slow
+def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
+    """The rest of the file would be one cell: that is refused long before memory is full."""
+    source = tmp_path / "in.csv"
+    with open(source, "w", encoding="utf-8") as file:
+        file.write('text\n"')
+        file.writelines("x" * 999 + "\n" for _ in range(SIZE // 1000))
+    code = "from aiflux.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    words = ["convert", "csv", "--input", source, "--template", "{text}", "--output", "q.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "line 2: a cell of more than 64 MiB" in done.stderr

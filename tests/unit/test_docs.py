@@ -58,6 +58,14 @@ def words(line: str) -> list[str]:
     return shlex.split(line, comments=True)
 
 
+def piped(given: list[str]) -> Iterator[list[str]]:
+    """Yield the commands of a pipe."""
+    while "|" in given:
+        yield given[: given.index("|")]
+        given = given[given.index("|") + 1 :]
+    yield given
+
+
 def generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
@@ -88,9 +96,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @per_page
 def test_commands_parse(page: Path) -> None:
     for line in shell_lines(page):
-        given = words(line)
-        if given[:1] == ["aiflux"]:
-            make_parser().parse_args(given[1:])
+        for given in piped(words(line)):
+            if given[:1] == ["aiflux"]:
+                make_parser().parse_args(given[1:])
 
 
 @per_page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,14 @@ def test_working_answers_are_found_in_an_embedding(tmp_path: Path) -> None:
         assert working.run() == 0
     results_to_csv(working.output, tmp_path / "back.csv")
     assert read_csv(tmp_path / "back.csv")[1] == ["e", "[0.5, -0.25]", ""]
+
+
+def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "converters.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    source = write_csv(tmp_path / "reviews.csv", [["text"], ["good"]])
+    csv_to_jsonl(source, tmp_path / "q.jsonl", template="{text}")
+    answered(tmp_path / "q.jsonl", tmp_path / "results.json")
+    exec(compile(block, "converters.md", "exec"), {})  # noqa: S102
+    assert read_csv(tmp_path / "answers.csv")[1] == ["row-1", "good", "good", ""]

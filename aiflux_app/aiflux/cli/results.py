@@ -109,7 +109,7 @@ def _write(output: Path, arguments: argparse.Namespace) -> int:
         "to-jsonl": converters.results_to_jsonl,
     }
     options = BackOptions(
-        source=None if arguments.source is None else Path(arguments.source).expanduser(),
+        source=arguments.source,
         id_column=arguments.id_column,
         json_fields=_fields(arguments.json_fields),
         delimiter=arguments.delimiter,

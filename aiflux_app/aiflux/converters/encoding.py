@@ -32,6 +32,7 @@ _CANDIDATES = [
     *("cp932", "cp949", "big5", "gb18030", "euc_jp", "euc_kr", "iso2022_jp"),
     *("iso8859_2", "iso8859_5", "iso8859_7", "iso8859_9", "iso8859_15", "koi8_r", "koi8_u"),
 ]
+_ESCAPED = re.compile("[\udc80-\udcff]")
 _CLEAR, _MARGIN = 0.4, 0.2
 
 
@@ -150,6 +151,5 @@ def _word(text: str) -> str:
 
 def bad_byte(text: str) -> int | None:
     """Return the first byte that did not fit the encoding (see ``Encoding.errors``), or None."""
-    if text.isascii():
-        return None
-    return next((ord(char) - 0xDC00 for char in text if "\udc80" <= char <= "\udcff"), None)
+    found = None if text.isascii() else _ESCAPED.search(text)
+    return None if found is None else ord(found[0]) - 0xDC00

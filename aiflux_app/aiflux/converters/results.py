@@ -67,7 +67,7 @@ class BackOptions:
         delimiter, encoding: of a source that is CSV.
     """
 
-    source: Path | None = None
+    source: Path | str | None = None
     id_column: str | None = None
     json_fields: tuple[str, ...] | None = None
     delimiter: str | None = None
@@ -122,9 +122,9 @@ def _write(
     return table.summary
 
 
-def _refuse_same(target: Path, *others: Path | None) -> None:
-    for other in others:
-        if other is not None and target.exists() and other.exists() and target.samefile(other):
+def _refuse_same(target: Path, *others: Path | str | None) -> None:
+    for other in (Path(name) for name in others if name is not None):
+        if target.exists() and other.exists() and target.samefile(other):
             raise InputError(f"{target} would overwrite what is read", "name another --output")
 
 
@@ -231,8 +231,7 @@ class _Source:
 
     @classmethod
     def of(cls, options: BackOptions, stack: ExitStack) -> _Source:
-        path = options.source
-        assert path is not None  # noqa: S101 - callers ask
+        path = Path(options.source or "")
         table: DelimitedTable | ParquetTable
         if path.suffix.lower() in (".parquet", ".pq"):
             table = stack.enter_context(ParquetTable(path))

@@ -24,7 +24,9 @@ from aiflux.core.container import (
     work_command,
     work_environment,
 )
+from aiflux.core.sif import image_id
 from aiflux.slurm.script import JobScript, generic_script, render
+from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import Call, FakeCommands
 
 names = st.text(
@@ -147,6 +149,14 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
     assert inside(work) == inside(Call([], work_environment(spec, environ)))
     assert inside(work)["APPTAINERENV_AIFLUX_SEALED"] == "1"
     assert not any(name.lower().endswith("_proxy") for name in work.environ)
+
+
+def test_the_shell_reads_an_images_id_as_python_does(place: Place) -> None:
+    make_sif(place.image)
+    assert place.bash(render(place.job())).returncode == 0
+    work = place.fakes.calls("apptainer")[-1]
+    assert len(inside(work)["APPTAINERENV_AIFLUX_IMAGE_ID"]) == 36
+    assert inside(work)["APPTAINERENV_AIFLUX_IMAGE_ID"] == image_id(place.image)
 
 
 def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:

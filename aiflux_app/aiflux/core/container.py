@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiflux.core.config import Config
+from aiflux.core.sif import image_id
 from aiflux.errors import ConfigError, ImageError
 
 IMAGE_NAME = "aiflux.sif"
@@ -36,6 +37,7 @@ _NO_PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy", "ftp_proxy"
 _OF_THE_HOST = (
     "AIFLUX_IMAGE",
     "AIFLUX_SITE_CONFIG",
+    "AIFLUX_IMAGE_ID",
     "AIFLUX_SEAL",
     "AIFLUX_SEALED",
     "AIFLUX_UNSEALED",
@@ -148,6 +150,7 @@ def _environment(
     inside = {name: environ.get(name) for name in _PASSED}
     inside |= {name: value for name, value in environ.items() if _is_option(name)}
     inside["AIFLUX_MODELS_DIR"] = None if spec.models_dir is None else str(spec.models_dir)
+    inside["AIFLUX_IMAGE_ID"] = image_id(spec.image) or None
     inside["LANG"] = "C.UTF-8"
     inside |= more
     given = {f"{prefix}ENV_{name}": value for name, value in inside.items() if value is not None}

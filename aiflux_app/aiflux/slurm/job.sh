@@ -183,12 +183,12 @@ unpass() {
 proxies=(http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY)
 
 pass_environment() {
-    local name
+    local name id
     # Values go in as they are: nothing in them is evaluated.
     export "${prefix}_NO_EVAL=1"
     for name in "${!AIFLUX_@}"; do
         case $name in
-            AIFLUX_*_DIR | AIFLUX_IMAGE | AIFLUX_SITE_CONFIG | AIFLUX_*SEALED | AIFLUX_SEAL) ;; # of the host
+            AIFLUX_*_DIR | AIFLUX_IMAGE | AIFLUX_IMAGE_ID | AIFLUX_SITE_CONFIG | AIFLUX_*SEALED | AIFLUX_SEAL) ;; # of the host
             *) pass "$name" ;;
         esac
     done
@@ -196,7 +196,19 @@ pass_environment() {
         SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURMD_NODENAME SLURM_CPUS_PER_TASK \
         SLURM_JOB_GPUS SLURM_JOB_END_TIME
     [[ -z $models_dir ]] || put AIFLUX_MODELS_DIR "$models_dir"
+    id=$(image_id)
+    [[ -z $id ]] || put AIFLUX_IMAGE_ID "$id"
     put LANG C.UTF-8
+}
+
+# The image's own id, as `apptainer sif header` tells it: 16 bytes behind the magic, version and
+# architecture of the SIF header.
+image_id() {
+    local header
+    header=$({ od -An -v -tx1 -j32 -N32 -- "$image" | tr -d ' \n'; } 2>/dev/null)
+    [[ $header == 5349465f4d41474943* && ${#header} -eq 64 ]] || return 0
+    header=${header:32}
+    printf '%s-%s-%s-%s-%s' "${header::8}" "${header:8:4}" "${header:12:4}" "${header:16:4}" "${header:20}"
 }
 
 # Older Slurms do not export the time at which the job will be ended (Unix time).

@@ -467,7 +467,7 @@ def _facts(plan: Plan, context: Context) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "slurm": {name: environ[name] for name in names if name in environ},
-        "image": _image_facts(),
+        "image": _image_facts(environ),
         **_seal(plan, environ),
         "gpus": list(gpu_names()),
         "models": list(plan.models),
@@ -483,9 +483,10 @@ def _seal(plan: Plan, environ: Mapping[str, str]) -> dict[str, Any]:
     return {"sealed": False, "unsealed": why.encode(errors="replace").decode()}
 
 
-def _image_facts() -> dict[str, Any] | None:
+def _image_facts(environ: Mapping[str, str]) -> dict[str, Any] | None:
     try:
         facts = json.loads(IMAGE_FACTS.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts if isinstance(facts, dict) else None
+    known = isinstance(facts, dict)
+    return {**facts, "id": environ.get("AIFLUX_IMAGE_ID") or None} if known else None

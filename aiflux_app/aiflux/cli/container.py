@@ -56,13 +56,25 @@ def run_in_container(opened: OpenedRun, runtime: Path, image: Path, *, seal: boo
         return _run(work_command(spec, run_dir), work_environment(spec, os.environ))
 
 
-def pull_in_container(model: str, models_dir: Path, runtime: Path, image: Path) -> int:
+def pull_in_container(
+    model: str, models_dir: Path, runtime: Path, image: Path, *, again: bool = False
+) -> int:
     """Pull a model with the image's Ollama; return the exit code."""
+    more = ["--again"] if again else []
+    return _on_models(["--pull", model, *more], models_dir, runtime, image)
+
+
+def create_in_container(model: str, models_dir: Path, runtime: Path, image: Path) -> int:
+    """Make a model of the GGUF file that is staged, with the image's Ollama."""
+    return _on_models(["--create", model], models_dir, runtime, image)
+
+
+def _on_models(args: Sequence[str], models_dir: Path, runtime: Path, image: Path) -> int:
     _make(models_dir)
     with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
         # There is neither input nor output: the models directory stands in for both.
         spec = ContainerSpec(runtime, image, image, models_dir, models_dir, Path(workdir), nv=False)
-        return _run(prepare_command(spec, ["--pull", model]), prepare_environment(spec, os.environ))
+        return _run(prepare_command(spec, args), prepare_environment(spec, os.environ))
 
 
 def _make(folder: Path | None) -> None:

@@ -1,39 +1,104 @@
-"""``aiflux models``: have a model pulled, through the image or an Ollama found here."""
+"""``aiflux models``: what is known of models, and which are on the disk; have them, carry them."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from aiflux.cli.bytebar import byte_bar
+from aiflux.cli.modelviews import list_models, show_model
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
-from aiflux.core.modelname import parse_model_name
-from aiflux.errors import EngineError, ImageError
+from aiflux.core.modelname import ModelName, parse_model_name
+from aiflux.core.modelstore import missing_parts, model_digest, read_manifest
+from aiflux.core.preflight import size_text
+from aiflux.core.staging import changing, refuse_read_only, remove_model, remove_staged
+from aiflux.errors import EngineError, ExitCode, ImageError, UsageError
+
+Action = Callable[[argparse.Namespace, Config], int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    pull = actions.add_parser("pull", help="pull a model, on a machine with internet")
-    pull.add_argument("name", metavar="NAME:TAG", help="model, as Ollama names it")
-    add_settings(pull, "paths")
+
+    def action(name: str, help_text: str, *, model: bool = True) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=help_text, description=help_text)
+        if model:
+            added.add_argument("name", metavar="NAME:TAG", help="model, as Ollama names it")
+        add_settings(added, "paths")
+        return added
+
+    listed = action("list", "list the models that are known, and those on the disk", model=False)
+    listed.add_argument("--here", action="store_true", help="those on the disk only")
+    listed.add_argument("--fits", metavar="SIZE", help="those that fit a GPU of SIZE, such as 40GB")
+    shown = action("show", "show what is known of a model, and the memory it takes")
+    for each in (listed, shown):
+        each.add_argument("--json", action="store_true", help="as JSON")
+        each.add_argument(
+            "--context-length", type=_number, default=4096, metavar="N", help="tokens of each slot"
+        )
+        each.add_argument("--slots", type=_number, default=8, metavar="N", help="sequences at once")
+    pulled = action("pull", "pull a model, on a machine with internet; goes on where it broke off")
+    pulled.add_argument("--again", action="store_true", help="pull it although it is there")
+    action("verify", "read every blob of a model and compare it with its digest")
+    exported = action("export", "write a model into one file, to carry it to another machine")
+    exported.add_argument("file", metavar="FILE", type=Path, help="tar file to write")
+    exported.add_argument("--force", action="store_true", help="replace a file that is there")
+    taken = action("import", "take in a model from a file", model=False)
+    taken.add_argument("file", metavar="FILE", type=Path, nargs="?", help="what export wrote")
+    taken.add_argument("--gguf", metavar="FILE", type=Path, help="a GGUF file, instead")
+    taken.add_argument("--name", metavar="NAME:TAG", help="with --gguf: the model's name")
+    taken.add_argument(
+        "--template", metavar="FILE", type=Path, help="with --gguf: template of its prompts"
+    )
+    action("remove", "remove a model from the disk; what other models share stays")
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Pull a model into the models directory."""
+    """Do one thing with models."""
     config = Config(arguments=given_settings(arguments))
-    parse_model_name(arguments.name)
-    try:
-        runtime, image = find_runtime(), find_image(config, Path.cwd())
-    except ImageError as error:
-        return _pull_here(arguments.name, config, error)
+    return _ACTIONS[arguments.action](arguments, config)
+
+
+def _number(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _pull(arguments: argparse.Namespace, config: Config) -> int:
+    if arguments.again or missing_parts(config.models_dir, parse_model_name(arguments.name)):
+        refuse_read_only(config.models_dir)
+    found = _find_image(config)
+    if isinstance(found, ImageError):
+        return _pull_here(arguments.name, config, found, again=arguments.again)
     from aiflux.cli.container import pull_in_container
 
-    return pull_in_container(arguments.name, config.models_dir, runtime, image)
+    return pull_in_container(arguments.name, config.models_dir, *found, again=arguments.again)
 
 
-def _pull_here(name: str, config: Config, no_image: ImageError) -> int:
+def _find_image(config: Config) -> tuple[Path, Path] | ImageError:
+    """Return the runtime and the image; the error where an Ollama found here is to do it."""
+    if os.environ.get("AIFLUX_OLLAMA"):
+        return ImageError("AIFLUX_OLLAMA names an Ollama that cannot be run")
+    try:
+        return find_runtime(), find_image(config, Path.cwd())
+    except ImageError as error:
+        return error
+
+
+def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) -> int:
     from aiflux.worker.main import pull
     from aiflux.worker.progress import make_reporter
     from aiflux.worker.run import Context
@@ -44,5 +109,139 @@ def _pull_here(name: str, config: Config, no_image: ImageError) -> int:
         program = context.ollama
     except EngineError:
         raise no_image from None
-    pull(name, config, context, program)
+    try:
+        pull(name, config, context, program, again=again)
+    finally:
+        context.reporter.close()
     return 0
+
+
+def _verify(arguments: argparse.Namespace, config: Config) -> int:
+    from aiflux.core.modelcheck import check_blobs, refuse_damaged
+
+    name = parse_model_name(arguments.name)
+    manifest = read_manifest(config.models_dir, name)
+    with byte_bar(f"verifying {name.served}", manifest.size) as on_bytes:
+        verdicts = [*check_blobs(config.models_dir, manifest, on_bytes)]
+    refuse_damaged(name, config.models_dir, verdicts)
+    print(
+        f"{name.served} is whole: {len(verdicts)} blobs, {size_text(manifest.size)}, "
+        f"sha256:{manifest.digest}"
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace, config: Config) -> int:
+    from aiflux.core.modelarchive import export_model
+
+    name = parse_model_name(arguments.name)
+    manifest = read_manifest(config.models_dir, name)
+    if arguments.file.exists() and not arguments.force:
+        raise UsageError(
+            f"the file {arguments.file} is there already", "give --force to replace it"
+        )
+    with byte_bar(f"exporting {name.served}", manifest.size) as on_bytes:
+        export_model(config.models_dir, name, arguments.file, on_bytes)
+    size = size_text(arguments.file.stat().st_size)
+    print(f"{name.served} is in {arguments.file} ({size}), sha256:{manifest.digest}")
+    print(f"  there: aiflux models import {arguments.file.name}")
+    return 0
+
+
+def _import(arguments: argparse.Namespace, config: Config) -> int:
+    if (arguments.file is None) == (arguments.gguf is None):
+        raise UsageError(
+            "models import takes one file", "name an archive, or a GGUF file with --gguf FILE"
+        )
+    refuse_read_only(config.models_dir)
+    if arguments.gguf is not None:
+        return _import_gguf(arguments, config)
+    if arguments.name or arguments.template:
+        raise UsageError("--name and --template are for --gguf", "an archive has a name of its own")
+    from aiflux.core.modelarchive import import_model, read_archive
+
+    archive = read_archive(arguments.file)
+    with byte_bar(f"importing {archive.name.served}", archive.manifest.size) as on_bytes:
+        import_model(config.models_dir, arguments.file, say=_say, on_bytes=on_bytes)
+    print(f"{archive.name.served} is in {config.models_dir}, sha256:{archive.manifest.digest}")
+    return 0
+
+
+def _import_gguf(arguments: argparse.Namespace, config: Config) -> int:
+    from aiflux.core.ggufstaging import stage_gguf
+
+    if arguments.name is None:
+        raise UsageError("--gguf needs a name for the model", "--name NAME:TAG")
+    name = replace(parse_model_name(arguments.name), insecure=False, digest="")
+    template = _template(arguments.template)
+    with changing(config.models_dir, f"importing {name.served}", _say):
+        try:
+            size = arguments.gguf.stat().st_size if arguments.gguf.is_file() else 0
+            with byte_bar(f"copying {arguments.gguf.name}", size) as on_bytes:
+                stage_gguf(config.models_dir, name, arguments.gguf, template, on_bytes)
+            code = _create(name, config)
+        finally:
+            remove_staged(config.models_dir, name)
+    if code == 0 and not missing_parts(config.models_dir, name):
+        digest = model_digest(config.models_dir, name)
+        print(f"{name.served} is in {config.models_dir}, sha256:{digest}")
+    return code
+
+
+def _template(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the template {path} cannot be read: {error}", "check it") from error
+
+
+def _create(name: ModelName, config: Config) -> int:
+    found = _find_image(config)
+    if not isinstance(found, ImageError):
+        from aiflux.cli.container import create_in_container
+
+        return create_in_container(name.served, config.models_dir, *found)
+    from aiflux.worker.main import create
+    from aiflux.worker.progress import make_reporter
+    from aiflux.worker.run import Context
+    from aiflux.worker.stopper import Stopper
+
+    context = Context(make_reporter(), Stopper())
+    if not os.environ.get("AIFLUX_OLLAMA") and shutil.which("ollama") is None:
+        raise found
+    create(name.served, config, context)
+    return 0
+
+
+def _remove(arguments: argparse.Namespace, config: Config) -> int:
+    name = parse_model_name(arguments.name)
+    refuse_read_only(config.models_dir)
+    if not (config.models_dir / name.manifest_path).exists():
+        if config.models_dir.is_dir() and remove_staged(config.models_dir, name):
+            print(f"what was pulled of {name.served} is removed from {config.models_dir}")
+            return int(ExitCode.OK)
+        read_manifest(config.models_dir, name)
+    freed = remove_model(config.models_dir, name, _say)
+    print(f"{name.served} is removed from {config.models_dir}; {size_text(freed)} are free again")
+    return int(ExitCode.OK)
+
+
+def _list(arguments: argparse.Namespace, config: Config) -> int:
+    list_models(arguments, config)
+    return 0
+
+
+def _show(arguments: argparse.Namespace, config: Config) -> int:
+    show_model(arguments, config)
+    return 0
+
+
+_ACTIONS: dict[str, Action] = {
+    "list": _list,
+    "show": _show,
+    "pull": _pull,
+    "verify": _verify,
+    "export": _export,
+    "import": _import,
+    "remove": _remove,
+}

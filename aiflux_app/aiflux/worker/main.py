@@ -5,6 +5,7 @@ INPUT [OUTPUT] [options] --prepare  only check, plan and pull
 --run-dir DIR [--shard K]           process a plan that is there
 --run-dir DIR --prepare             only pull what that plan needs
 --pull MODEL                        only pull a model
+--create MODEL                      only make a model of the GGUF file that is staged for it
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from pathlib import Path
 from aiflux import __version__
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
+from aiflux.core.ggufstaging import read_staged_gguf
+from aiflux.core.modelname import parse_model_name
 from aiflux.core.opening import open_run
 from aiflux.core.plan import Plan, read_plan
 from aiflux.core.rundir import RunDirectory, default_output
 from aiflux.core.status import finished_counts, finished_line, refuse_failures
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
-from aiflux.worker.models import ensure_model
+from aiflux.worker.models import create_model, ensure_model
 from aiflux.worker.progress import make_reporter
 from aiflux.worker.run import Context, ensure_models, work
 from aiflux.worker.stopper import Stopper
@@ -54,6 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--deadline", type=float, metavar="UNIXTIME", help="when the job ends (seconds)"
     )
     parser.add_argument("--pull", metavar="MODEL", help="only pull this model")
+    parser.add_argument(
+        "--again", action="store_true", help="with --pull: pull it although it is there"
+    )
+    # What `aiflux models import --gguf` has the image do; of no use by hand.
+    parser.add_argument("--create", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--force", action="store_true", help="replace an output that is there")
     parser.add_argument(
         "--force-resume", action="store_true", help="go on although model or parameters changed"
@@ -96,14 +104,18 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
         _work_on_plan(arguments, context)
     elif arguments.pull:
         config = Config(arguments=given_settings(arguments))
-        pull(arguments.pull, config, context, context.ollama)
+        pull(arguments.pull, config, context, context.ollama, again=arguments.again)
+    elif arguments.create:
+        create(arguments.create, Config(arguments=given_settings(arguments)), context)
     elif arguments.input:
         _work_on_input(arguments, Config(arguments=given_settings(arguments)), context)
     else:
         raise UsageError("no input was given", "give a file of requests; --help tells more")
 
 
-def pull(model: str, config: Config, context: Context, program: str) -> None:
+def pull(
+    model: str, config: Config, context: Context, program: str, *, again: bool = False
+) -> None:
     """Make sure that a model is in the models directory, and say so."""
     with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
         pulled = ensure_model(
@@ -113,9 +125,27 @@ def pull(model: str, config: Config, context: Context, program: str) -> None:
             Path(folder) / "pull.log",
             say=context.reporter.say,
             progress=context.reporter.pull,
+            again=again,
         )
     context.reporter.close()
     context.reporter.say(f"{model} is {'pulled' if pulled else 'there'}: {config.models_dir}")
+
+
+def create(model: str, config: Config, context: Context) -> None:
+    """Make a model of the GGUF file that ``aiflux models import`` staged for it."""
+    name = parse_model_name(model)
+    staged = read_staged_gguf(config.models_dir, name)
+    with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
+        create_model(
+            config.models_dir,
+            name,
+            staged.digest,
+            staged.template,
+            context.ollama,
+            Path(folder) / "create.log",
+            progress=context.reporter.pull,
+        )
+    context.reporter.close()
 
 
 def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:

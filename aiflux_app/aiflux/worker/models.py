@@ -1,9 +1,8 @@
 """Models on disk: look first, pull only what is missing, one pull at a time, staged and renamed.
 
 A model is pulled into ``<models>/.staging/<name>`` by a server of its own and moved into place when
-it is whole: blobs first, the manifest last, each by a rename. A run that reads the models directory
-at that moment sees the model whole or not at all. A broken pull leaves its staging folder, from
-which the next one goes on.
+it is whole (see ``core/staging.py``). A broken pull leaves its staging folder, from which the next
+one goes on. Models are made of GGUF files in the same way.
 """
 
 from __future__ import annotations
@@ -11,20 +10,25 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.files import fsync_directory, storage_error
-from aiflux.core.lease import acquire
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts, read_manifest, refuse_other_digest
-from aiflux.errors import EngineError, ModelError
+from aiflux.core.staging import changing, move_into_place, staged_folder
+from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
 
 _STALL_TIMEOUT = 600.0
+_CREATE_TIMEOUT = 3600.0
 _ATTEMPTS = 3
+_HOPELESS = (
+    "does not exist", "not found", "no such host", "dial tcp", "unauthorized", "no space left",
+    "quota exceeded",
+)  # fmt: skip
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -37,6 +41,7 @@ def ensure_model(
     *,
     say: Callable[[str], None],
     progress: Progress,
+    again: bool = False,
 ) -> bool:
     """Make sure that a model is in the models directory; return whether it was pulled.
 
@@ -46,35 +51,65 @@ def ensure_model(
         log: log of the server that pulls.
         say: told one line when there is something to wait for.
         progress: given each progress object of the pull.
+        again: pull it although it is there, for its tag may have moved, or a blob be damaged.
 
     Raises:
-        ModelError: the model is unknown, or could not be had.
+        ModelError: the model is unknown, could not be had, or is not the one insisted on.
         StorageError: the models directory cannot be written.
     """
     name = parse_model_name(text)
-    if not missing_parts(models_dir, name):
-        _insist(models_dir, name)
+    if not again and _is_there(models_dir, name):
         return False
-    staging = models_dir / ".staging"
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, staging) from error
-    with acquire(staging / "lease", f"pulling into {models_dir}", wait=True, on_wait=say):
-        if not missing_parts(models_dir, name):
-            _insist(models_dir, name)
+    with changing(models_dir, f"pulling {name.served}", say):
+        if not again and _is_there(models_dir, name):
             return False
         say(f"pulling {name.served} into {models_dir}")
-        folder = staging / name.served.replace("/", "_").replace(":", "_")
-        _pull(folder, name, program, log, progress)
-        missing = missing_parts(folder, name)
-        if missing:
-            raise ModelError(
-                f"{name.served} was pulled but is not whole: {', '.join(missing)}",
-                "pull it again; the registry may be broken",
-            )
+        folder = staged_folder(models_dir, name)
+        with _serving(folder, program, log) as ollama:
+            _pull_with(ollama, name, folder, progress)
+        _refuse_partial(folder, name)
         _insist(folder, name)
-        _move_into_place(folder, models_dir, name)
+        move_into_place(folder, models_dir, name)
+    return True
+
+
+def create_model(
+    models_dir: Path,
+    name: ModelName,
+    digest: str,
+    template: str | None,
+    program: str,
+    log: Path,
+    *,
+    progress: Progress,
+) -> None:
+    """Have Ollama make a model of a GGUF file, and move it into place.
+
+    The file lies in the model's staging folder already, as the blob ``digest``; whoever calls holds
+    the models directory's lease (``changing``).
+
+    Raises:
+        ModelError: Ollama could not make a model of it.
+        StorageError: the models directory cannot be written.
+    """
+    folder = staged_folder(models_dir, name)
+    with _serving(folder, program, log) as ollama:
+        try:
+            for step in ollama.create(name.pulled, digest, template, _CREATE_TIMEOUT):
+                progress(step)
+        except EngineError as error:
+            raise ModelError(
+                f"Ollama could make no model of the file: {error.message}",
+                "check that it is a GGUF of a kind that this Ollama knows",
+            ) from error
+    _refuse_partial(folder, name)
+    move_into_place(folder, models_dir, name)
+
+
+def _is_there(models_dir: Path, name: ModelName) -> bool:
+    if missing_parts(models_dir, name):
+        return False
+    _insist(models_dir, name)
     return True
 
 
@@ -82,18 +117,29 @@ def _insist(folder: Path, name: ModelName) -> None:
     refuse_other_digest(name, read_manifest(folder, name).digest, str(folder))
 
 
-def _pull(folder: Path, name: ModelName, program: str, log: Path, progress: Progress) -> None:
+def _refuse_partial(folder: Path, name: ModelName) -> None:
+    missing = missing_parts(folder, name)
+    if missing:
+        raise ModelError(
+            f"{name.served} was pulled but is not whole: {', '.join(missing)}",
+            "pull it again; the registry may be broken",
+        )
+
+
+@contextmanager
+def _serving(folder: Path, program: str, log: Path) -> Iterator[Ollama]:
+    """A server of its own on a staging folder, with the network."""
     with tempfile.TemporaryDirectory(prefix="aiflux-pull-") as home:
         environment = engine_environment(os.environ, folder, Path(home), {}, network=True)
         server = Server(program, environment, log)
         try:
             server.start()
-            _pull_with(Ollama(server.url), name, progress)
+            yield Ollama(server.url)
         finally:
             server.stop()
 
 
-def _pull_with(ollama: Ollama, name: ModelName, progress: Progress) -> None:
+def _pull_with(ollama: Ollama, name: ModelName, folder: Path, progress: Progress) -> None:
     """Pull, and go on when it breaks off, while each attempt brings it further."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
@@ -101,21 +147,21 @@ def _pull_with(ollama: Ollama, name: ModelName, progress: Progress) -> None:
             for step in pulling:
                 progress(step)
         except EngineError as error:
-            if attempt == _ATTEMPTS or not _worth_retrying(error.message):
-                raise _explain(name, error.message) from error
+            if attempt == _ATTEMPTS or any(text in error.message for text in _HOPELESS):
+                raise _explain(name, folder, error.message) from error
         else:
             return
 
 
-def _worth_retrying(words: str) -> bool:
-    return not any(
-        text in words
-        for text in ("does not exist", "not found", "no such host", "dial tcp", "unauthorized",
-                     "no space left")
-    )  # fmt: skip
-
-
-def _explain(name: ModelName, words: str) -> ModelError:
+def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
+    if "no space left" in words or "quota exceeded" in words:
+        free = shutil.disk_usage(folder).free
+        return StorageError(
+            f"{name.served} could not be pulled: the disk of {folder.parent.parent} is full "
+            f"({free // 10**6} MB are free): {words}",
+            "make room, or name another folder (--models-dir PATH), and pull again: it goes on "
+            "where it broke off",
+        )
     if "does not exist" in words or "not found" in words or "unauthorized" in words:
         return ModelError(
             f"the registry {name.host} has no model {name.served}: {words}",
@@ -129,22 +175,6 @@ def _explain(name: ModelName, words: str) -> ModelError:
             f"aiflux models pull {name.served}",
         )
     return ModelError(
-        f"{name.served} could not be pulled: {words}", "run it again: a pull goes on where it broke"
+        f"{name.served} could not be pulled from {name.host}: {words}",
+        "run it again: a pull goes on where it broke",
     )
-
-
-def _move_into_place(folder: Path, models_dir: Path, name: ModelName) -> None:
-    try:
-        blobs = models_dir / "blobs"
-        blobs.mkdir(exist_ok=True)
-        for blob in sorted((folder / "blobs").iterdir()):
-            if "-partial" not in blob.name:
-                blob.replace(blobs / blob.name)
-        fsync_directory(blobs)
-        manifest = models_dir / name.manifest_path
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        (folder / name.manifest_path).replace(manifest)
-        fsync_directory(manifest.parent)
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise storage_error(error, models_dir) from error

@@ -90,13 +90,29 @@ class Ollama:
         Raises:
             EngineError: with the server's own words.
         """
+        body = {"model": model, "insecure": insecure, "stream": True}
+        yield from self._stream("/api/pull", "pull", body, stall_timeout)
+
+    def create(
+        self, model: str, digest: str, template: str | None, stall_timeout: float
+    ) -> Iterator[dict[str, Any]]:
+        """Make a model of a GGUF file that is a blob already; yield each progress object.
+
+        Raises:
+            EngineError: with the server's own words.
+        """
+        body = {"model": model, "files": {"model.gguf": digest}, "stream": True}
+        if template is not None:
+            body["template"] = template
+        yield from self._stream("/api/create", "creation", body, stall_timeout)
+
+    def _stream(
+        self, path: str, what: str, body: dict[str, Any], stall_timeout: float
+    ) -> Iterator[dict[str, Any]]:
         last: dict[str, Any] = {}
         try:
             with self._session.post(
-                self.url + "/api/pull",
-                json={"model": model, "insecure": insecure, "stream": True},
-                stream=True,
-                timeout=(_TIMEOUT, stall_timeout),
+                self.url + path, json=body, stream=True, timeout=(_TIMEOUT, stall_timeout)
             ) as response:
                 for line in response.iter_lines():
                     last = json.loads(line) if line else last
@@ -104,9 +120,9 @@ class Ollama:
                         raise EngineError(str(last["error"]))
                     yield last
         except (requests.RequestException, ValueError) as error:
-            raise EngineError(f"the pull broke off: {error}") from error
+            raise EngineError(f"the {what} broke off: {error}") from error
         if last.get("status") != "success":
-            raise EngineError(f"the pull ended without success (last: {last.get('status')!r})")
+            raise EngineError(f"the {what} ended without success (last: {last.get('status')!r})")
 
     def _get(self, path: str) -> dict[str, Any]:
         return self._call("GET", path, None, _TIMEOUT)

@@ -22,6 +22,9 @@ from aiflux.worker.stats import Stats
 LINE_INTERVAL = 30.0
 
 
+_MEGABYTE = 10**6
+
+
 class Reporter(Protocol):
     """Where the worker says what it does.
 
@@ -137,8 +140,9 @@ class TerminalReporter:
 
     def pull(self, step: dict[str, Any]) -> None:
         """Update the bar of a pull."""
-        total = step.get("total")
-        self._update(str(step.get("status", "pull"))[:32], step.get("completed", 0), total or 1, "")
+        done, total = (step.get(key, 0) // _MEGABYTE for key in ("completed", "total"))
+        detail = "MB" if total else ""
+        self._update(str(step.get("status", "pull"))[:32], done, max(total, 1), detail)
         if step.get("status") == "success":
             self.close()
 

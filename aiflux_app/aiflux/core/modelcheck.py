@@ -1,0 +1,73 @@
+"""Whether a model on the disk is what its digests say: every blob is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from aiflux.core.modelname import ModelName
+from aiflux.core.modelstore import Layer, Manifest, blob_path
+from aiflux.errors import ModelError
+
+CHUNK = 4 << 20
+State = Literal["ok", "missing", "wrong size", "corrupted", "unreadable"]
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one blob."""
+
+    layer: Layer
+    state: State
+
+
+def check_blobs(models_dir: Path, manifest: Manifest, on_bytes: OnBytes) -> Iterator[Verdict]:
+    """Read every blob of a model and yield what was found.
+
+    Args:
+        on_bytes: told how many bytes were read since it was last told.
+    """
+    for layer in {layer.digest: layer for layer in manifest.layers}.values():
+        yield Verdict(layer, _state(blob_path(models_dir, layer.digest), layer, on_bytes))
+
+
+def refuse_damaged(name: ModelName, models_dir: Path, verdicts: list[Verdict]) -> None:
+    """Let a model pass that is whole.
+
+    Raises:
+        ModelError: naming what is wrong with which blobs.
+    """
+    bad = [verdict for verdict in verdicts if verdict.state != "ok"]
+    if bad:
+        named = ", ".join(f"{each.layer.digest[:19]}... is {each.state}" for each in bad)
+        raise ModelError(
+            f"{name.served} in {models_dir} is damaged: {named}",
+            f"pull it anew: aiflux models pull --again {name.served}",
+        )
+
+
+def digest_of(file: IO[bytes], on_bytes: OnBytes, into: IO[bytes] | None = None) -> str:
+    """Return a file's digest (``sha256:...``); ``into`` gets a copy of what is read."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+        if into is not None:
+            into.write(chunk)
+        on_bytes(len(chunk))
+    return "sha256:" + digest.hexdigest()
+
+
+def _state(path: Path, layer: Layer, on_bytes: OnBytes) -> State:
+    try:
+        if path.stat().st_size != layer.size:
+            return "wrong size"
+        with open(path, "rb") as file:
+            return "ok" if digest_of(file, on_bytes) == layer.digest else "corrupted"
+    except FileNotFoundError:
+        return "missing"
+    except OSError:
+        return "unreadable"

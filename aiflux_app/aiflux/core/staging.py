@@ -1,0 +1,136 @@
+"""How a models directory changes: under one lease, by renames, the manifest last.
+
+What is to come in is put together in ``<models>/.staging/<name>``, in the same layout. A run that
+reads the directory meanwhile sees a model whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from aiflux.core.files import fsync_directory, storage_error
+from aiflux.core.lease import Lease, acquire
+from aiflux.core.modelname import ModelName
+from aiflux.core.modelstore import blob_path, listed_models, read_manifest
+from aiflux.errors import ModelError, UsageError
+
+STAGING = ".staging"
+
+
+def changing(models_dir: Path, what: str, say: Callable[[str], None]) -> Lease:
+    """Return the lease of a models directory; waits for whoever holds it.
+
+    Args:
+        what: what is going to be done, for those who wait.
+        say: told one line when there is something to wait for.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    staging = models_dir / STAGING
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, staging) from error
+    return acquire(staging / "lease", f"{what} in {models_dir}", wait=True, on_wait=say)
+
+
+def staged_folder(models_dir: Path, name: ModelName) -> Path:
+    """Return where a model is put together."""
+    return models_dir / STAGING / name.served.replace("/", "_").replace(":", "_")
+
+
+def move_into_place(folder: Path, models_dir: Path, name: ModelName) -> None:
+    """Move a whole model out of its staging folder: blobs first, the manifest last.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    try:
+        blobs = models_dir / "blobs"
+        blobs.mkdir(exist_ok=True)
+        for digest in read_manifest(folder, name).blobs:
+            blob_path(folder, digest).replace(blob_path(models_dir, digest))
+        fsync_directory(blobs)
+        manifest = models_dir / name.manifest_path
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        (folder / name.manifest_path).replace(manifest)
+        fsync_directory(manifest.parent)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise storage_error(error, models_dir) from error
+
+
+def remove_model(models_dir: Path, name: ModelName, say: Callable[[str], None]) -> int:
+    """Remove a model; blobs that other models use stay. Return the bytes that are free now.
+
+    Raises:
+        ModelError: it is not there, or it cannot be told which blobs other models use.
+        StorageError: the directory cannot be written.
+    """
+    with changing(models_dir, f"removing {name.served}", say):
+        own = read_manifest(models_dir, name).blobs
+        others = [other for other in listed_models(models_dir) if other.served != name.served]
+        used = {digest for other in others for digest in _blobs_of(models_dir, other)}
+        manifest = models_dir / name.manifest_path
+        try:
+            manifest.unlink()
+            fsync_directory(manifest.parent)
+            for digest in own.keys() - used:
+                blob_path(models_dir, digest).unlink(missing_ok=True)
+            _remove_empty(manifest.parent, models_dir / "manifests")
+        except OSError as error:
+            raise storage_error(error, models_dir) from error
+    return sum(size for digest, size in own.items() if digest not in used)
+
+
+def remove_staged(models_dir: Path, name: ModelName) -> bool:
+    """Remove what is left of a pull that broke off; return whether there was something."""
+    folder = staged_folder(models_dir, name)
+    if not folder.is_dir():
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def staged_models(models_dir: Path) -> dict[str, int]:
+    """Return the bytes that are there of models whose pull broke off, by their folders' names."""
+    found = {}
+    for folder in sorted((models_dir / STAGING).glob("*/")):
+        files = [file for file in folder.glob("blobs/*") if file.is_file()]
+        # A partial blob is made at its whole length; what is on the disk of it is what came.
+        found[folder.name] = sum(file.stat().st_blocks * 512 for file in files)
+    return found
+
+
+def _blobs_of(models_dir: Path, name: ModelName) -> dict[str, int]:
+    try:
+        return read_manifest(models_dir, name).blobs
+    except ModelError as error:
+        raise ModelError(
+            f"{error.message}; so it cannot be told which blobs it shares, and nothing was removed",
+            f"mend that first: aiflux models pull {name.served}, or remove its manifest",
+        ) from error
+
+
+def _remove_empty(folder: Path, root: Path) -> None:
+    while folder != root and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
+def refuse_read_only(models_dir: Path) -> None:
+    """Let a change pass where the models directory may be written.
+
+    Raises:
+        UsageError: it may not.
+    """
+    nearest = next(each for each in (models_dir, *models_dir.parents) if each.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"you may not write into the models directory {models_dir}",
+            "ask its owner, or name one of your own: --models-dir PATH",
+        )

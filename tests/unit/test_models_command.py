@@ -1,0 +1,295 @@
+"""``aiflux models``: what it lists and shows, and how models are carried, checked and removed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aiflux.cli.main import main
+from aiflux.core.modelname import parse_model_name
+from aiflux.core.modelstore import model_digest
+from tests.tools import make_tiny_gguf
+from tests.unit.made_models import CONFIG, blob_files, put_model, tree
+
+WEIGHTS = make_tiny_gguf.gguf()
+MIT = b"do as you like"
+Aiflux = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    put_model(folder, "lab/one:1", WEIGHTS, MIT)
+    put_model(folder, "two", b"other weights", MIT)
+    return folder
+
+
+@pytest.fixture
+def aiflux(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Aiflux:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AIFLUX_MODELS_DIR", str(models))
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        code = main(["models", *map(str, arguments)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_what_is_here_is_listed_with_what_is_known(aiflux: Aiflux) -> None:
+    code, out, _ = aiflux("list", "--here")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines()[1:3]}
+    assert rows["lab/one:1"].split()[-1] == "yes"
+    assert "8192" in rows["lab/one:1"]
+    assert rows["two:latest"].split()[-1] == "yes"
+    assert "llama3.1:8b" not in out
+    assert "llama3.1:8b" in aiflux("list")[1]
+
+
+def test_a_damaged_model_and_a_broken_pull_are_listed_as_such(aiflux: Aiflux, models: Path) -> None:
+    blob_files(models)[0].unlink()
+    partial = models / ".staging" / "big_70b" / "blobs" / "sha256-1-partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * 5000)
+    _, out, _ = aiflux("list", "--here")
+    assert "damaged" in out
+    assert "a pull broke off: big_70b" in out
+
+
+def test_what_fits_a_gpu(aiflux: Aiflux) -> None:
+    _, out, _ = aiflux("list", "--fits", "16GB", "--json", "--slots", "4")
+    listed = {each["name"]: each for each in json.loads(out)}
+    assert "llama3.1:8b" in listed
+    assert "llama3.3:70b" not in listed
+    assert all(each["memory"]["least"] <= 16 * 2**30 for each in listed.values())
+    assert listed["lab/one:1"]["memory"]["measured"] is True
+    code, _, err = aiflux("list", "--fits", "large")
+    assert (code, "is no size" in err) == (2, True)
+
+
+def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
+    _, out, _ = aiflux("show", "qwen3:30b")
+    assert "128 experts (8 used)" in out
+    assert "GPU memory on one GPU, at least (from the catalogue)" in out
+    assert "Apache-2.0" in out
+    _, out, _ = aiflux("show", "lab/one:1")
+    digest = model_digest(models, parse_model_name("lab/one:1"))
+    assert f"sha256:{digest}" in out
+    assert "from its own file" in out
+    _, out, _ = aiflux("show", "lab/one:1", "--json", "--slots", "2", "--context-length", "512")
+    shown = json.loads(out)
+    assert (shown["digest"], shown["here"], shown["memory"]["slots"]) == (digest, True, 2)
+    code, _, err = aiflux("show", "nobody:1b")
+    assert code == 4
+    assert "nothing is known of nobody:1b" in err
+
+
+def test_ones_own_catalogue_is_used(
+    aiflux: Aiflux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "group.yaml"
+    own.write_text("models: {'phi4:14b': {licence: ours}}", encoding="utf-8")
+    assert "ours" in aiflux("show", "phi4:14b", "--models-file", own)[1]
+    monkeypatch.setenv("AIFLUX_MODELS_FILE", str(own))
+    assert "ours" in aiflux("show", "phi4:14b")[1]
+    own.write_text("models: {'phi4:14b': {license: ours}}", encoding="utf-8")
+    code, _, err = aiflux("list")
+    assert code == 2
+    assert "phi4:14b: unknown key 'license'" in err
+    assert "licence" in err
+
+
+def test_verify_reads_every_blob(aiflux: Aiflux, models: Path) -> None:
+    code, out, _ = aiflux("verify", "lab/one:1")
+    assert code == 0
+    assert "lab/one:1 is whole: 3 blobs" in out
+    blob = max(blob_files(models), key=lambda path: path.stat().st_size)
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    code, _, err = aiflux("verify", "lab/one:1")
+    assert code == 4
+    assert "is corrupted" in err
+    assert "aiflux models pull --again lab/one:1" in err
+    blob.write_bytes(b"short")
+    assert "is wrong size" in aiflux("verify", "lab/one:1")[2]
+    blob.unlink()
+    assert "is missing" in aiflux("verify", "lab/one:1")[2]
+    assert aiflux("verify", "two")[0] == 0
+    assert "is not in" in aiflux("verify", "nobody")[2]
+
+
+def test_a_model_travels_in_one_file(aiflux: Aiflux, models: Path, tmp_path: Path) -> None:
+    before = tree(models)
+    code, out, _ = aiflux("export", "lab/one:1", "one.tar")
+    assert (code, "lab/one:1 is in one.tar" in out) == (0, True)
+    assert tree(models) == before
+    other = tmp_path / "elsewhere"
+    code, out, _ = aiflux("import", "one.tar", "--models-dir", other)
+    assert code == 0
+    name = parse_model_name("lab/one:1")
+    assert model_digest(other, name) == model_digest(models, name)
+    assert f"sha256:{model_digest(models, name)}" in out
+    assert aiflux("verify", "lab/one:1", "--models-dir", other)[0] == 0
+    assert not [*(other / ".staging").iterdir()]
+    assert aiflux("import", "one.tar", "--models-dir", other)[0] == 0, "again is no harm"
+
+
+def test_an_archive_that_is_there_is_kept(aiflux: Aiflux, tmp_path: Path) -> None:
+    (tmp_path / "one.tar").write_text("mine")
+    code, _, err = aiflux("export", "lab/one:1", "one.tar")
+    assert (code, "--force" in err) == (2, True)
+    assert (tmp_path / "one.tar").read_text() == "mine"
+    assert aiflux("export", "lab/one:1", "one.tar", "--force")[0] == 0
+
+
+def test_a_damaged_model_is_not_exported(aiflux: Aiflux, models: Path, tmp_path: Path) -> None:
+    blob = max(blob_files(models), key=lambda path: path.stat().st_size)
+    whole = blob.read_bytes()
+    for content in (whole[:-1] + b"?", whole[:-1], whole + b"?"):
+        blob.write_bytes(content)
+        code, _, err = aiflux("export", "lab/one:1", "one.tar")
+        assert (code, "is missing or damaged; nothing was exported" in err) == (4, True), err
+    blob.unlink()
+    assert aiflux("export", "lab/one:1", "one.tar")[0] == 4
+    assert not (tmp_path / "one.tar").exists()
+
+
+def changed_tar(source: Path, change: Callable[[list[tuple[str, bytes]]], None]) -> None:
+    with tarfile.open(source) as tar:
+        members = [(each.name, tar.extractfile(each)) for each in tar]
+        parts = [(name, file.read()) for name, file in members if file]
+    change(parts)
+    with tarfile.open(source, "w") as tar:
+        for name, content in parts:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def swap(index: int, name: str | None = None, content: bytes | None = None) -> Callable[..., None]:
+    def change(parts: list[tuple[str, bytes]]) -> None:
+        old = parts[index]
+        parts[index] = (name or old[0], old[1] if content is None else content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (swap(3, content=WEIGHTS[:-1] + b"?"), "was changed or cut"),
+        (swap(3, name="../../evil"), "does not belong there"),
+        (swap(3, name="/etc/evil"), "does not belong there"),
+        (lambda parts: parts.pop(), "is missing"),
+        (lambda parts: parts.append(("more", b"x")), "does not belong there"),
+        (swap(0, content=b"{}"), "is not a whole archive"),
+        (swap(0, content=b'{"version": 9}'), "version is 9"),
+        (swap(1, content=b"[]"), "is not a whole archive"),
+        (swap(0, name="readme"), "no aiflux-model.json"),
+    ],
+)
+def test_an_archive_that_was_changed_is_refused(
+    aiflux: Aiflux, tmp_path: Path, change: Callable[..., None], words: str
+) -> None:
+    assert aiflux("export", "lab/one:1", "one.tar")[0] == 0
+    changed_tar(tmp_path / "one.tar", change)
+    other = tmp_path / "elsewhere"
+    code, _, err = aiflux("import", "one.tar", "--models-dir", other)
+    assert code == 4
+    assert words in err
+    assert [path for path in tree(other) if path.startswith(("blobs", "manifests"))] == []
+    assert not [*tmp_path.parent.glob("evil")]
+
+
+def test_an_archive_that_was_cut_short_is_refused(aiflux: Aiflux, tmp_path: Path) -> None:
+    assert aiflux("export", "lab/one:1", "one.tar")[0] == 0
+    archive = tmp_path / "one.tar"
+    for size in (archive.stat().st_size // 2, 700, 3):
+        os.truncate(archive, size)
+        code, _, err = aiflux("import", "one.tar", "--models-dir", tmp_path / "elsewhere")
+        assert (code, "is not a whole archive" in err) == (4, True), err
+        assert not [*(tmp_path / "elsewhere").glob("blobs/*")]
+    assert aiflux("import", "none.tar")[0] == 4
+
+
+def test_removing_leaves_what_others_share(aiflux: Aiflux, models: Path) -> None:
+    code, out, _ = aiflux("remove", "lab/one:1")
+    assert (code, "are free again" in out) == (0, True)
+    kept = {path.read_bytes() for path in blob_files(models)}
+    assert kept == {b"other weights", MIT, CONFIG}
+    assert aiflux("verify", "two")[0] == 0
+    assert not (models / "manifests/registry.ollama.ai/lab").exists()
+    assert aiflux("remove", "lab/one:1")[0] == 4
+
+
+def test_nothing_is_removed_where_it_cannot_be_told_what_is_shared(
+    aiflux: Aiflux, models: Path
+) -> None:
+    (models / parse_model_name("two").manifest_path).write_text("{")
+    code, _, err = aiflux("remove", "lab/one:1")
+    assert (code, "nothing was removed" in err) == (4, True)
+    assert aiflux("verify", "lab/one:1")[0] == 0
+
+
+def test_what_is_left_of_a_pull_can_be_removed(aiflux: Aiflux, models: Path) -> None:
+    (models / ".staging" / "big_70b" / "blobs").mkdir(parents=True)
+    code, out, _ = aiflux("remove", "big:70b")
+    assert (code, "what was pulled of big:70b is removed" in out) == (0, True)
+    assert not (models / ".staging" / "big_70b").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_shared_directory_that_is_read_only_is_only_read(aiflux: Aiflux, models: Path) -> None:
+    folders = [models, *(path for path in models.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        before = tree(models)
+        for action in (("list",), ("show", "two"), ("verify", "two"), ("export", "two", "t.tar")):
+            assert aiflux(*action)[0] == 0
+        for action in (("remove", "two"), ("import", "t.tar"), ("pull", "three")):
+            code, _, err = aiflux(*action)
+            assert (code, "you may not write into the models directory" in err) == (2, True)
+        assert tree(models) == before
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "takes one file"),
+        (("a.tar", "--gguf", "b.gguf"), "takes one file"),
+        (("--gguf", "b.gguf"), "needs a name"),
+        (("a.tar", "--name", "n"), "for --gguf"),
+        (("--gguf", "b.gguf", "--name", "n"), "cannot be read"),
+        (("--gguf", "zip.gguf", "--name", "n"), "is not a (whole) GGUF"),
+        (("--gguf", "cut.gguf", "--name", "n"), "is cut short"),
+    ],
+)
+def test_what_import_does_not_take(
+    aiflux: Aiflux, tmp_path: Path, models: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "zip.gguf").write_bytes(b"PK zip")
+    (tmp_path / "cut.gguf").write_bytes(WEIGHTS[:-100])
+    before = tree(models)
+    code, _, err = aiflux("import", *arguments)
+    assert code in (2, 4)
+    assert words in err
+    assert tree(models) == before

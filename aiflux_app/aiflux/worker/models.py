@@ -27,7 +27,7 @@ _CREATE_TIMEOUT = 3600.0
 _ATTEMPTS = 3
 _HOPELESS = (
     "does not exist", "not found", "no such host", "dial tcp", "unauthorized", "no space left",
-    "quota exceeded",
+    "quota exceeded", "unsupported protocol scheme",
 )  # fmt: skip
 
 Progress = Callable[[dict[str, Any]], None]
@@ -161,6 +161,11 @@ def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
             f"({free // 10**6} MB are free): {words}",
             "make room, or name another folder (--models-dir PATH), and pull again: it goes on "
             "where it broke off",
+        )
+    if "unsupported protocol scheme" in words:
+        return ModelError(
+            f"the registry {name.host} asks for a login and does not say where: {words}",
+            "pull from one that is open, or carry the model: aiflux models export and import",
         )
     if "does not exist" in words or "not found" in words or "unauthorized" in words:
         return ModelError(

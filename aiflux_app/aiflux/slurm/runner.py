@@ -57,6 +57,7 @@ class SlurmRunner:
         force: bool = False,
         force_resume: bool = False,
         preflight: bool = True,
+        dry_run: bool = False,
         model_config: ModelConfig | str | Path | None = None,
         **options: Any,
     ) -> str:
@@ -70,6 +71,8 @@ class SlurmRunner:
             force_resume: go on although model or parameters changed.
             preflight: ask Slurm, the image and the disks first whether they will have it; what
                 they warn of is logged.
+            dry_run: submit and write nothing, and return the batch script (several, one after the
+                other, where the run needs several arrays).
             model_config: of ``Config.load_model_config``, or such a file: its model and parameters
                 hold where nothing else sets them.
             options: settings of the run (``model``, ``batch_size``, ``max_retries``,
@@ -111,9 +114,12 @@ class SlurmRunner:
             force=force,
             force_resume=force_resume,
             check=preflight,
+            write=not dry_run,
         )
         for finding in planned.findings:
             _log.warning(told(finding))
+        if dry_run:
+            return "\n".join(text for _, text in planned.scripts)
         opened = planned.opened
         if opened.finished:
             raise OutputExistsError(

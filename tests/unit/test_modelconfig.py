@@ -1,0 +1,237 @@
+"""Model files of earlier versions: what they give to a run, and what is said of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.config import Config
+from aiflux.core.modelconfig import read_model_file
+from aiflux.core.plan import read_plan
+from aiflux.core.rundir import RunDirectory
+from aiflux.errors import ConfigError
+from aiflux.slurm import SlurmRunner
+from tests.tools.make_sif import make_sif
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.helpers import write_input
+
+EARLIER = """\
+name: "llama3.2:3b"
+
+resources:
+  gpu_layers: 32
+  gpu_memory: "16GB"
+  batch_size: 8
+  max_concurrent: 2
+
+parameters:
+  temperature: 0.7
+  top_p: 0.9
+  max_tokens: 2048
+  top_k: 40
+  stop_sequences: ["###", "\\n\\n"]
+
+system:
+  prompt: "You are a helpful assistant."
+
+validation:
+  temperature_range: [0.0, 1.0]
+  max_tokens_limit: 4096
+  batch_size_range: [1, 16]
+  concurrent_range: [1, 4]
+
+requirements:
+  min_gpu_memory: "16GB"
+  recommended_gpu: "A100"
+  cuda_version: ">=12.0"
+  cpu_cores: 4
+  ram: "32GB"
+"""
+
+
+def config(folder: Path) -> Config:
+    return Config(environ={"HOME": str(folder)}, directory=folder)
+
+
+def put(folder: Path, text: str = EARLIER, name: str = "models/llama3.2/3b.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("asked", [("llama3.2", "3b"), ("llama3.2:3b",)])
+def test_the_user_s_own_file_is_read(tmp_path: Path, asked: tuple[str, ...]) -> None:
+    path = put(tmp_path)
+    found = config(tmp_path).load_model_config(*asked)
+    assert (found.name, found.place) == ("llama3.2:3b", path)
+    parameters = found.parameters
+    assert (parameters.temperature, parameters.top_p, parameters.max_tokens) == (0.7, 0.9, 2048)
+    assert (parameters.top_k, parameters.stop_sequences) == (40, ("###", "\n\n"))
+    assert found.system["prompt"] == "You are a helpful assistant."
+    assert found.resources["gpu_memory"] == "16G"
+    assert found.validation["temperature_range"] == (0.0, 1.0)
+    assert found.requirements["ram"] == "32G"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.name = "other"  # type: ignore[misc]
+
+
+def test_what_is_not_used_any_more_is_told_once_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        config(tmp_path).load_model_config("llama3.2:3b")
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert "models/llama3.2/3b.yaml: these keys are not used any more:" in told
+    for words in (
+        "resources.gpu_layers, resources.gpu_memory, resources.batch_size",
+        "system.prompt: a system message stands in each request",
+        "requirements.min_gpu_memory",
+        "parameters.top_k: Ollama's OpenAI API does not know it",
+    ):
+        assert words in told
+    assert "temperature" not in told
+
+
+def test_where_files_are_looked_for(tmp_path: Path) -> None:
+    only = "parameters: {max_tokens: 5}"
+    models = tmp_path / ".local/share/aiflux/models"
+    put(models, only, "phi3/mini.yaml")
+    found = config(tmp_path).load_model_config("phi3", "mini")
+    assert (found.name, found.parameters.max_tokens) == ("phi3:mini", 5)
+    put(tmp_path, "parameters: {max_tokens: 6}", "config/models/phi3/mini.yaml")
+    assert config(tmp_path).load_model_config("phi3:mini").parameters.max_tokens == 6
+    put(tmp_path, "parameters: {max_tokens: 7}", "models/mistral-small/default.yaml")
+    assert config(tmp_path).load_model_config("mistral-small").parameters.max_tokens == 7
+    own = put(tmp_path, "parameters: {max_tokens: 8}", "mine.yaml")
+    custom = config(tmp_path).load_model_config("phi3", "mini", custom_config_path="mine.yaml")
+    assert (custom.place, custom.parameters.max_tokens) == (own, 8)
+
+
+def test_a_file_of_many_models(tmp_path: Path) -> None:
+    path = put(
+        tmp_path,
+        "models:\n  Llama-3.2-3B-Instruct:\n    name: llama3.2:3b\n    hf_name: meta/Llama\n"
+        "    parameters: {temperature: 0.7}\n  Other: {name: 'other:1b'}\n",
+        "models.yaml",
+    )
+    found = read_model_file(path, "Llama-3.2-3B-Instruct")
+    assert (found.name, found.parameters.temperature) == ("llama3.2:3b", 0.7)
+    assert found.unused == ("hf_name: models are named as Ollama names them",)
+    for name, words in (("Nope", "no model 'Nope'"), (None, "several models")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            read_model_file(path, name)
+        assert "Llama-3.2-3B-Instruct, Other" in str(caught.value.remedy)
+
+
+def test_without_a_file_the_catalogue_tells(tmp_path: Path) -> None:
+    place = tmp_path / ".config/aiflux/models.yaml"
+    place.parent.mkdir(parents=True)
+    place.write_text("models: {'phi4:14b': {defaults: {temperature: 0.125, stop: '###'}}}\n")
+    found = config(tmp_path).load_model_config("phi4:14b")
+    assert (found.parameters.temperature, found.parameters.stop_sequences) == (0.125, ("###",))
+    assert found.place is None
+    unknown = config(tmp_path).load_model_config("nobody/knows:1b")
+    assert (unknown.name, unknown.parameters.settings()) == ("nobody/knows:1b", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "remedy"),
+    [
+        ("paramters: {}", "line 1: unknown key 'paramters'", "did you mean 'parameters'?"),
+        (
+            "parameters:\n  temperature: hot",
+            "line 2 (parameters.temperature): temperature = 'hot' is wrong",
+            "temperature must be a number of at least 0",
+        ),
+        (
+            "parameters:\n  top_pp: 1",
+            "line 2: unknown key 'top_pp' in parameters",
+            "did you mean 'top_p'?",
+        ),
+        (
+            "parameters: {temperature: 1.5}\nvalidation: {temperature_range: [0, 1]}",
+            "line 1 (parameters.temperature): temperature = 1.5 is outside",
+            "correct one of them",
+        ),
+        (
+            "resources: {batch_size: 32}\nvalidation: {batch_size_range: [1, 16]}",
+            "batch_size = 32 is outside",
+            "correct",
+        ),
+        (
+            "validation: {concurrent_range: [4, 1]}",
+            "concurrent_range = ['4', '1'] is wrong",
+            "the lower one first",
+        ),
+        ("name: ' a b'", "line 1 (name): model ' a b' is not a model name", "NAME:TAG"),
+        ("resources: 3", "(resources) must hold KEY: VALUE lines", "gpu_layers"),
+    ],
+)
+def test_a_wrong_file_is_told_with_its_place(
+    tmp_path: Path, text: str, place: str, remedy: str
+) -> None:
+    path = put(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_model_file(path)
+    assert str(path) in caught.value.message
+    assert place in caught.value.message
+    assert remedy in str(caught.value.remedy)
+
+
+@pytest.fixture
+def workspace(awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    fakes = FakeCommands(tmp_path / "bin")
+    fakes.say("sbatch", "42\n")
+    for silent in ("scontrol", "squeue", "sacct"):
+        fakes.say(silent)
+    monkeypatch.setenv("PATH", fakes.path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_input(awkward / "in.jsonl", 2, body={"messages": []})
+    make_sif(awkward / "aiflux.sif", version="0.1.0", cpu_only="no")
+    return awkward
+
+
+def test_a_model_s_parameters_flow_into_a_run(workspace: Path) -> None:
+    put(workspace)
+    runner = SlurmRunner(workspace=workspace)
+    model = runner.settings.load_model_config("llama3.2", "3b")
+    runner.run("in.jsonl", "out.json", model_config=model, temperature=0.25)
+    run = RunDirectory.of_output(workspace / "out.json")
+    plan = read_plan(run)
+    assert plan.options.model == "llama3.2:3b"
+    # What is given to run() wins; Ollama has no top_k, a server at an address may.
+    assert plan.options.parameters == {
+        "max_tokens": 2048, "temperature": 0.25, "top_p": 0.9, "stop": ["###", "\n\n"],
+    }  # fmt: skip
+    assert json.loads(run.plan.read_text())["options"]["stop"] == ["###", "\n\n"]
+
+
+def test_a_file_may_be_given_to_a_run_too(workspace: Path, tmp_path: Path) -> None:
+    put(workspace)
+    (workspace / ".env").write_text("MAX_TOKENS=7\n")
+    where = "models/llama3.2/3b.yaml"
+    runner = SlurmRunner(workspace=workspace)
+    runner.run(
+        "in.jsonl", "out.json", model_config=where, engine_url="http://h:1", gpus_per_node="0"
+    )
+    options = read_plan(RunDirectory.of_output(workspace / "out.json")).options
+    assert (options.max_tokens, options.top_k) == (7, 40)
+    (workspace / "aiflux.yaml").write_text(f"run: {{model_config: '{put(tmp_path)}'}}\n")
+    values = Config(directory=workspace, environ={}).values
+    assert values["top_p"].origin == str(tmp_path / where)
+    assert values["max_tokens"].origin == f"{workspace / '.env'}, line 1 (MAX_TOKENS)"
+
+
+def test_another_model_s_parameters_are_refused(workspace: Path) -> None:
+    put(workspace)
+    with pytest.raises(ConfigError, match=r"is of the model llama3\.2:3b, and the run's model is"):
+        SlurmRunner(workspace=workspace).run(
+            "in.jsonl", model="other:1b", model_config="models/llama3.2/3b.yaml"
+        )

@@ -98,8 +98,8 @@ class SlurmRunner:
         sections = _by_section(options)
         loaded = model_config if isinstance(model_config, ModelConfig) else None
         if model_config is not None and loaded is None:
-            sections["run"]["model_config"] = self._path(str(model_config))
-        paths = {name: self._path(value) for name, value in sections["paths"].items()}
+            sections["run"]["model_config"] = self._setting(model_config)
+        paths = {name: self._setting(value) for name, value in sections["paths"].items()}
         config = self.settings.changed({**sections["run"], **paths}, loaded)
         slurm = _with(self.config, sections["slurm"])
         source = self._path(input_path)
@@ -194,6 +194,10 @@ class SlurmRunner:
                 )
             sleep(interval)
         return state
+
+    def _setting(self, value: Any) -> Any:
+        """Return a path below the workspace; what is none, the configuration refuses."""
+        return self._path(value) if isinstance(value, str | Path) else value
 
     def _path(self, path: str | Path) -> Path:
         return self.workspace / Path(path).expanduser()

@@ -45,17 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_parquet(_kind(kinds, "parquet", "a Parquet file: a request for each row", _PARQUET))
 
 
-_CSV = 'aiflux convert csv --input in.csv --template "Summarize: {text}" --output prompts.jsonl'
-_DIR = 'aiflux convert dir --input papers --template "Summarize: {text}" --output prompts.jsonl'
-_JSON = "aiflux convert json --input in.json --field question --output prompts.jsonl"
-_IMAGES = 'aiflux convert images --input photos --template "What is this?" --output prompts.jsonl'
-_PARQUET = 'aiflux convert parquet --input in.parquet --template "{text}" --output prompts.jsonl'
+_CSV = 'aiflux convert csv --input in.csv --template "Summarize: {text}" --output q.jsonl'
+_DIR = 'aiflux convert dir --input papers --template "Summarize: {text}" --output q.jsonl'
+_JSON = "aiflux convert json --input in.json --field question --output q.jsonl"
+_IMAGES = 'aiflux convert images --input photos --template "What is this?" --output q.jsonl'
+_PARQUET = 'aiflux convert parquet --input in.parquet --template "{text}" --output q.jsonl'
 
 
 def _kind(kinds: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = kinds.add_parser(
         name,
         help=help_text,
+        usage=f"aiflux convert {name} --input PATH --output FILE [options]",
         description=f"Convert {help_text}.",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -333,7 +334,7 @@ def _bar() -> Iterator[Tell | None]:
 def _show_trial(summary: Summary) -> None:
     for number, request in enumerate(summary.first, start=1):
         print(f"request {number}:")
-        print(json.dumps(_shortened(request), indent=2, ensure_ascii=False))
+        print(json.dumps(_shortened(request), indent=2, ensure_ascii=False), flush=True)
     for note in (*summary.notes, *listed(summary.examples, summary.skipped)):
         print(f"  {note}", file=sys.stderr)
     print("nothing was written (--dry-run)", file=sys.stderr)

@@ -47,7 +47,8 @@ def _add_table(actions: Any, name: str, form: str) -> None:
         name,
         help=f"write answers as {form}, beside the columns that they were asked from",
         description=f"Write answers as {form}: custom_id, the source's columns, answer, error.",
-        epilog=f"example:\n  aiflux results {name} results.json --source reviews.csv --json-fields",
+        usage=f"aiflux results {name} R [options]",
+        epilog=f"example:\n  aiflux results {name} out.json --source reviews.csv --json-fields",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", metavar="R", help=_RUN_HELP)

@@ -45,12 +45,14 @@ def share_out(
     """Yield ``work(item)`` for each item, in order; close it where it is not read to its end.
 
     ``work`` runs in children that are forked, one for each item. An item whose child died is worked
-    on here, so that its error is raised here; the same goes for all where ``children`` is 0.
+    on here, so that its error is raised here; so is one that is alone, or where there are no
+    children to share it with.
 
     Args:
         children: how many run at once.
         meanwhile: is iterated here, while children work; what is left of it, at the end.
     """
+    children = children if len(items) > 1 else 0
     own = iter(meanwhile)
     waiting = deque(items)
     jobs: deque[_Job[Item, Result]] = deque()

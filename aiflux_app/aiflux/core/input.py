@@ -83,8 +83,7 @@ def scan_input(
     check_readable(path)
     try:
         parts = cut_at_lines(path, part_bytes)
-        if children is None:
-            children = helpers() if len(parts) > 1 else 0
+        children = children if children is not None else helpers() if len(parts) > 1 else 0
         whole, digest = _scan(path, parts, model, children)
         _check_names(path, whole)
         if whole.problems.lines:

@@ -18,14 +18,19 @@ import os
 import threading
 import time
 from array import array
+from binascii import unhexlify
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from aiflux.core.files import storage_error
+from aiflux.core.forks import helpers, share_out
+from aiflux.core.lines import cut_at_lines
 from aiflux.core.request import KEY_BYTES
 from aiflux.errors import StorageError
 
@@ -39,11 +44,17 @@ _KEY_END = _KEY_START + 2 * KEY_BYTES
 _METADATA = b',"metadata":'
 _ERROR = b',"error":'
 _BODY = b',"body":'
+_END = b"}\n"
 _STATUS = b',"status":'
 _SUCCEEDED = b',"error":null,"body":'
 _CUSTOM_ID = _KEY_END + len(b'","custom_id":')
 _BUFFER = 1 << 20
 _BUCKETS = 256
+PART_BYTES = 32 << 20
+# Results stand nearly in the order of the requests: as far apart as requests are in flight.
+_WINDOW = 2 << 20
+_BEHIND = _WINDOW // 4
+_LEAST_USED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +123,19 @@ def split_line(line: bytes) -> RawResult:
     error = line.index(_ERROR, metadata)
     body = line.index(_BODY, error)
     return RawResult(
-        key=bytes.fromhex(line[_KEY_START:_KEY_END].decode("ascii")),
-        custom_id=line[_CUSTOM_ID:status],
-        status=line[status + len(_STATUS) : metadata],
-        metadata=line[metadata + len(_METADATA) : error],
-        error=line[error + len(_ERROR) : body],
-        body=line[body + len(_BODY) :].rstrip(b"\n")[:-1],
+        unhexlify(line[_KEY_START:_KEY_END]),
+        line[_CUSTOM_ID:status],
+        line[status + len(_STATUS) : metadata],
+        line[metadata + len(_METADATA) : error],
+        line[error + len(_ERROR) : body],
+        line[body + len(_BODY) : -len(_END)],
     )
 
 
 def valid_line(line: bytes) -> bool:
     """Tell whether a line is whole: its form, its end and its checksum."""
-    if not (line.startswith(_HEAD) and line.endswith(b"}\n")):
-        return False
-    if line[_CRC_END:_REST] != _SEPARATOR or line[_REST:_KEY_START] != _KEY:
-        return False
-    return line[len(_HEAD) : _CRC_END] == b"%08x" % crc32(memoryview(line)[_REST:-1])
+    head = b'{"crc":"%08x","key":"' % crc32(memoryview(line)[_REST:-1])
+    return line.startswith(head) and line.endswith(_END)
 
 
 @dataclass
@@ -153,6 +161,17 @@ class ResultIndex:
         self._keys[bucket].append(int.from_bytes(key[1:9], "big"))
         self._offsets[bucket].append(offset)
         self._sizes[bucket].append(size << 1 | failed)
+
+    def merge(self, other: ResultIndex) -> None:
+        """Add the results of the part of the journal that follows."""
+        self.damaged += other.damaged
+        for mine, more in (
+            (self._keys, other._keys),
+            (self._offsets, other._offsets),
+            (self._sizes, other._sizes),
+        ):
+            for bucket, addition in zip(mine, more, strict=True):
+                bucket.extend(addition)
 
     def seal(self) -> None:
         """Sort, so that results can be found; of several for one request the last counts."""
@@ -180,39 +199,75 @@ class ResultIndex:
         return self._offsets[key[0]][at], size >> 1, bool(size & 1)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with open(path, "rb", buffering=_BUFFER) as file:
-            offset = 0
-            for line in file:
-                yield offset, line
-                offset += len(line)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(
-            f"cannot read the journal {path}: {error.strerror}", "mend the file system and go on"
-        ) from error
+def scan_journal(
+    path: Path, *, part_bytes: int = PART_BYTES, children: int | None = None
+) -> ResultIndex:
+    """Read a journal once and index its results; a journal that is not there is empty.
 
+    Args:
+        part_bytes: the journal is read in parts of about this size.
+        children: processes that share the parts; None takes as many as is safe.
 
-def scan_journal(path: Path) -> ResultIndex:
-    """Read a journal once and index its results; a journal that is not there is empty."""
+    Raises:
+        StorageError: the journal cannot be read.
+    """
     index = ResultIndex()
-    for offset, line in _lines(path):
-        if valid_line(line):
-            key = bytes.fromhex(line[_KEY_START:_KEY_END].decode("ascii"))
-            index.add(key, offset, len(line), _SUCCEEDED not in line)
-        else:
-            index.damaged += 1
+    try:
+        parts = cut_at_lines(path, part_bytes)
+        children = helpers() if children is None else children
+        with closing(share_out(partial(_scan_part, path), parts, children)) as found:
+            for part in found:
+                index.merge(part)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _unreadable(path, error) from error
     index.seal()
     return index
 
 
-def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Yield ``(key, line)`` of every whole line, in the order in which they were written."""
-    for _, line in _lines(path):
+def _scan_part(path: Path, part: tuple[int, int]) -> ResultIndex:
+    index = ResultIndex()
+    for offset, line in _lines(path, *part):
         if valid_line(line):
-            yield bytes.fromhex(line[_KEY_START:_KEY_END].decode("ascii")), line
+            key = unhexlify(line[_KEY_START:_KEY_END])
+            index.add(key, offset, len(line), _SUCCEEDED not in line)
+        else:
+            index.damaged += 1
+    return index
+
+
+def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Yield ``(key, line)`` of every whole line, in the order in which they were written.
+
+    Raises:
+        StorageError: the journal cannot be read.
+    """
+    try:
+        for _, line in _lines(path, 0, os.path.getsize(path)):
+            if valid_line(line):
+                yield unhexlify(line[_KEY_START:_KEY_END]), line
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb", buffering=_BUFFER) as file:
+        file.seek(start)
+        offset = start
+        for line in file:
+            if offset >= end:
+                return
+            yield offset, line
+            offset += len(line)
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot read the journal {path}: {error.strerror}", "mend the file system and go on"
+    )
 
 
 def cut_torn_tail(path: Path) -> int:
@@ -248,24 +303,46 @@ def _last_line_end(descriptor: int, end: int) -> int:
 
 
 class JournalReader:
-    """Random access to the results of one journal."""
+    """Access to the results of one journal; quick where they stand near each other."""
 
-    def __init__(self, path: Path, index: ResultIndex) -> None:
-        self._index = index
-        self._file = open(path, "rb") if path.exists() else None  # noqa: SIM115
+    def __init__(self, path: Path, index: ResultIndex | None = None) -> None:
+        self._index = index or ResultIndex()
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path.exists() else -1
+        self._window = b""
+        self._start = 0
+        self._unread = 0
 
     def get(self, key: bytes) -> RawResult | None:
         """Return the result of a request, or None where it has none."""
         place = self._index.find(key)
-        if place is None or self._file is None:
+        if place is None:
             return None
-        result = split_line(os.pread(self._file.fileno(), place[1], place[0]))
+        result = self.read(place[0], place[1])
         return result if result.key == key else None
+
+    def read(self, offset: int, size: int) -> RawResult:
+        """Return the result whose line stands at ``offset``."""
+        start = offset - self._start
+        if start < 0 or start + size > len(self._window):
+            return split_line(self._read(offset, size))
+        self._unread -= size
+        return split_line(self._window[start : start + size])
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _read(self, offset: int, size: int) -> bytes:
+        """Read a line; with it, what stands around it where enough was used of the last such."""
+        self._unread -= size
+        if self._unread > 0 or size > _BEHIND:
+            return os.pread(self._descriptor, size, offset)
+        self._start = max(0, offset - _BEHIND)
+        self._window = os.pread(self._descriptor, _WINDOW, self._start)
+        self._unread = _WINDOW // _LEAST_USED
+        return self._window[offset - self._start :][:size]
 
 
 class JournalWriter:

@@ -46,35 +46,40 @@ def read_lines(
         raise unreadable(path, error) from error
 
 
-def cut_at_lines(path: Path, part_bytes: int) -> list[tuple[int, int]]:
+def cut_at_lines(
+    path: Path, part_bytes: int, start: int = 0, end: int | None = None
+) -> list[tuple[int, int]]:
     """Return ``(start, end)`` of contiguous parts of about ``part_bytes``, each of whole lines.
+
+    Args:
+        start: where a line begins.
+        end: the end of one; None is that of the file.
 
     Raises:
         OSError: the file cannot be read.
     """
     parts = []
     with open(path, "rb", buffering=0) as file:
-        size = file.seek(0, 2)
-        start = 0
-        while start < size:
-            end = _next_line(file.fileno(), start + part_bytes, size)
-            parts.append((start, end))
-            start = end
+        end = file.seek(0, os.SEEK_END) if end is None else end
+        while start < end:
+            following = _next_line(file.fileno(), start + part_bytes, end)
+            parts.append((start, following))
+            start = following
     return parts
 
 
-def _next_line(descriptor: int, position: int, size: int) -> int:
-    """Return the offset of the first line that starts at ``position`` or behind it."""
+def _next_line(descriptor: int, position: int, end: int) -> int:
+    """Return the offset of the first line that starts at ``position`` or behind it, or ``end``."""
     position -= 1  # the line break before a line that starts at the position itself
-    while position < size:
+    while position < end:
         block = os.pread(descriptor, _LOOK, position)
         found = block.find(b"\n")
         if found >= 0:
-            return position + found + 1
+            return min(end, position + found + 1)
         if not block:
             break
         position += len(block)
-    return size
+    return end
 
 
 def line_numbers(path: Path, offsets: Sequence[int]) -> list[int]:

@@ -1,0 +1,108 @@
+"""Where the results of an input's requests stand, found ahead of the reading."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from aiflux.core.forks import helpers, share_out
+from aiflux.core.journal import PART_BYTES, ResultIndex, scan_journal
+from aiflux.core.lines import cut_at_lines, read_lines
+from aiflux.core.plan import Plan
+from aiflux.core.request import request_key
+from aiflux.core.rundir import RunDirectory
+from aiflux.core.sharding import Shard
+
+# In the place of an offset: the request has no result.
+MISSING = -1
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the results of some lines stand.
+
+    Attributes:
+        journal: the file that holds them.
+        start, end: of the lines, in the input.
+        offsets, sizes: of each request's result in the journal, in the order of the input.
+    """
+
+    journal: Path
+    start: int
+    end: int
+    offsets: array[int]
+    sizes: array[int]
+
+
+def find_places(
+    plan: Plan, run: RunDirectory, *, part_bytes: int = PART_BYTES, children: int | None = None
+) -> Generator[Places, None, None]:
+    """Yield the places of the results, for one part of the input after the other.
+
+    Args:
+        part_bytes: what is looked at in one go: several shards, or a part of one.
+        children: processes that share the work; None takes as many as is safe.
+
+    Raises:
+        InputError: the input cannot be read.
+        StorageError: a journal cannot be read.
+    """
+    children = helpers() if children is None else children
+    groups = _groups(plan, run, part_bytes)
+    if len(groups) < len(plan.shards):
+        work = partial(_of_shards, plan, run)
+        with closing(share_out(work, groups, children)) as found:
+            for places in found:
+                yield from places
+    else:
+        for shard in plan.shards:
+            yield from _of_large(plan, run, shard, part_bytes, children)
+
+
+def _groups(plan: Plan, run: RunDirectory, part_bytes: int) -> list[list[Shard]]:
+    """Return neighbouring shards that are at most of ``part_bytes`` together, or alone."""
+    groups: list[list[Shard]] = []
+    room = 0
+    for shard in plan.shards:
+        journal = run.journal(shard.index)
+        written = journal.stat().st_size if journal.exists() else 0
+        size = max(written, shard.end - shard.start)
+        if size > room:
+            groups.append([])
+            room = part_bytes
+        groups[-1].append(shard)
+        room -= size
+    return groups
+
+
+def _of_shards(plan: Plan, run: RunDirectory, shards: Sequence[Shard]) -> list[Places]:
+    found = []
+    for shard in shards:
+        journal = run.journal(shard.index)
+        index = scan_journal(journal, children=0)
+        found.append(_of_lines(plan.input_path, journal, index, (shard.start, shard.end)))
+    return found
+
+
+def _of_large(
+    plan: Plan, run: RunDirectory, shard: Shard, part_bytes: int, children: int
+) -> Iterator[Places]:
+    journal = run.journal(shard.index)
+    index = scan_journal(journal, part_bytes=part_bytes, children=children)
+    work = partial(_of_lines, plan.input_path, journal, index)
+    parts = cut_at_lines(plan.input_path, part_bytes, shard.start, shard.end)
+    with closing(share_out(work, parts, children)) as found:
+        yield from found
+
+
+def _of_lines(path: Path, journal: Path, index: ResultIndex, part: tuple[int, int]) -> Places:
+    places = Places(journal, *part, array("q"), array("q"))
+    for _, _, raw in read_lines(path, *part):
+        found = index.find(request_key(raw))
+        places.offsets.append(MISSING if found is None else found[0])
+        places.sizes.append(0 if found is None else found[1])
+    return places

@@ -215,35 +215,74 @@ def memory(bench: Bench) -> list[Row]:
 
 
 def reading(bench: Bench) -> list[Row]:
-    """Speed of the passes over whole files."""
-    count, repeats = (50_000, 1) if bench.quick else (200_000, 3)
-    say("reading: check, resume scan, finalise")
+    """Speed of the passes over whole files, beside plain reading of the same files."""
+    count = 50_000 if bench.quick else 1_000_000
+    say(f"reading: {count:,} requests: check, plan, resume scan, finalise")
     source = bench.input([200] * count)
-    output = source.with_name("out.json")
-    _timed(bench, "prepare", str(source), str(output))
-    journal = next((source.parent / "out.json.aiflux" / "journal").iterdir())
-    size, journal_size = source.stat().st_size, journal.stat().st_size
-    cases = (
-        ("input check", ("check", str(source)), size),
-        ("resume scan of the journal", ("scan", str(journal)), journal_size),
-        ("finalise", ("finalise", str(source), str(output)), size + journal_size),
-    )
-    rows = []
-    for name, arguments, count_of_bytes in cases:
-        seconds = statistics.median(_timed(bench, *arguments) for _ in range(repeats))
-        speed = count_of_bytes / seconds / _MB
-        figure = f"{speed:.0f} MB/s ({count_of_bytes / _MB:.0f} MB in {seconds:.2f} s)"
-        rows.append(Row(name, figure, ">= 100 MB/s", speed >= 100))
+    one, many = (source.with_name(name) for name in ("one.json", "many.json"))
+    speed = _Speed(bench, 1 if bench.quick else 3)
+    rows = [
+        speed.row("input check, one process", [source], "check", source, "0"),
+        speed.row("input check", [source], "check", source, "all"),
+        _planning(bench, source, one, 1),
+        _planning(bench, source, source.with_name("thousand.json"), 1000),
+    ]
+    _timed(bench, "plan", str(source), str(many), "100")
+    for output in (one, many):
+        _timed(bench, "fill", str(source), str(output))
+    journals = {
+        output: sorted(Path(f"{output}.aiflux/journal").iterdir()) for output in (one, many)
+    }
+    rows.append(speed.row("resume scan", journals[one], "scan", journals[one][0]))
+    for name, output in (("finalise one journal", one), ("merge 100 journals", many)):
+        read = [source, *journals[output]]
+        rows.append(speed.row(f"{name}, input + journals read", read, "finalise", source, output))
     return rows
 
 
-def _timed(bench: Bench, *arguments: str) -> float:
+@dataclass(frozen=True)
+class _Speed:
+    """Measures passes over files that were read before: what the disk does is not counted."""
+
+    bench: Bench
+    repeats: int
+
+    def row(self, name: str, read: Sequence[Path], *arguments: str | Path) -> Row:
+        """Return a row: medians of the pass, and of plain reading of the files it reads."""
+        size = sum(path.stat().st_size for path in read)
+        plain = self._median(lambda: sum(_timed(self.bench, "plain", str(path)) for path in read))
+        words = [str(argument) for argument in arguments]
+        usages: list[Usage] = []
+        seconds = self._median(lambda: _timed(self.bench, *words, usages=usages))
+        speed = size / seconds / _MB
+        figure = (
+            f"{speed:.0f} MB/s ({size / _MB:.0f} MB in {seconds:.2f} s, "
+            f"{statistics.median(usage.cpu for usage in usages):.2f} s of CPU, "
+            f"{max(usage.rss for usage in usages) / _MB:.0f} MB, "
+            f"{seconds / plain:.0f} x plain reading)"
+        )
+        return Row(name, figure, ">= 100 MB/s", speed >= 100)
+
+    def _median(self, measure: Callable[[], float]) -> float:
+        return statistics.median(measure() for _ in range(self.repeats))
+
+
+def _planning(bench: Bench, source: Path, output: Path, shards: int) -> Row:
+    seconds = _timed(bench, "plan", str(source), str(output), str(shards))
+    name = f"plan {shards:,} shard{'s'[: shards > 1]}, check included"
+    size = source.stat().st_size / _MB
+    return Row(name, f"{seconds:.2f} s for {size:,.0f} MB", "< 5 s", seconds < 5)
+
+
+def _timed(bench: Bench, *arguments: str, usages: list[Usage] | None = None) -> float:
+    """Return the seconds of a pass; what its process took is added to ``usages``."""
     path = bench.scratch() / "seconds"
     with open(path, "wb") as file:
         command = [sys.executable, "-m", "bench.reading", *arguments]
-        run(command, limit=600.0, output=file.fileno())
-    text = path.read_text()
-    return float(text) if text else 0.0
+        usage = run(command, limit=600.0, output=file.fileno())
+    if usages is not None:
+        usages.append(usage)
+    return float(path.read_text())
 
 
 def start(bench: Bench) -> list[Row]:

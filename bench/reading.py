@@ -1,51 +1,83 @@
 """Times the product's passes over files, in a process of its own: ``python -m bench.reading``.
 
-``check INPUT``; ``scan JOURNAL``; ``finalise INPUT OUTPUT``, which has its journal already. Prints
-the seconds that the pass took, without the interpreter's start.
+``plain FILE``; ``check INPUT CHILDREN``; ``plan INPUT OUTPUT SHARDS``; ``scan JOURNAL``;
+``finalise INPUT OUTPUT``, where ``fill INPUT OUTPUT`` gave the plan that is there its journals.
+Prints the seconds that the pass took, without the interpreter's start.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from aiflux.core.input import scan_input
 from aiflux.core.journal import scan_journal
 from aiflux.core.opening import open_run
 from aiflux.core.options import RunOptions
+from aiflux.core.plan import Plan, read_plan
 from aiflux.core.results import finalise
 from aiflux.core.rundir import RunDirectory
 from bench.workload import write_journal
 
 _OPTIONS = RunOptions(engine_url="http://127.0.0.1:9")
+_BLOCK = 1 << 20
 
 
-def prepare(source: Path, output: Path) -> Path:
-    """Open a run and fill its journal; return the journal's path."""
-    plan = open_run(source, output, _OPTIONS, None).plan
-    path = RunDirectory.of_output(plan.output).journal(0)
-    write_journal(path, source)
-    return path
+def plain(path: str) -> None:
+    """Read a file, and do nothing with it."""
+    with open(path, "rb", buffering=0) as file:
+        while file.read(_BLOCK):
+            pass
 
 
-def main(action: str, *paths: str) -> None:
+def check(source: str, children: str) -> None:
+    """Check an input in this process (0 children), or as the product does."""
+    scan_input(Path(source), children=0 if children == "0" else None)
+
+
+def plan(source: str, output: str, shards: str) -> None:
+    """Check an input and plan a run of it."""
+    open_run(Path(source), Path(output), _OPTIONS, None, shards=int(shards))
+
+
+def fill(source: str, output: str) -> None:
+    """Give every shard of a plan that is there its results."""
+    made, run = _there(output)
+    for shard in made.shards:
+        write_journal(run.journal(shard.index), Path(source), shard.start, shard.end)
+
+
+def scan(journal: str) -> None:
+    """Read a journal as a worker that goes on does."""
+    scan_journal(Path(journal))
+
+
+def write(_: str, output: str) -> None:
+    """Write the output."""
+    finalise(*_there(output))
+
+
+def _there(output: str) -> tuple[Plan, RunDirectory]:
+    run = RunDirectory.of_output(Path(output))
+    return read_plan(run), run
+
+
+PASSES: dict[str, Callable[..., None]] = {
+    "plain": plain,
+    "check": check,
+    "plan": plan,
+    "fill": fill,
+    "scan": scan,
+    "finalise": write,
+}
+
+
+def main(action: str, *arguments: str) -> None:
     """Do one pass and print its seconds."""
-    source = Path(paths[0])
-    if action == "prepare":
-        prepare(source, Path(paths[1]))
-        return
-    run = None
-    if action == "finalise":
-        opened = open_run(source, Path(paths[1]), _OPTIONS, None, force=True)
-        run = (opened.plan, opened.run)
     began = time.perf_counter()
-    if action == "check":
-        scan_input(source)
-    elif action == "scan":
-        scan_journal(source)
-    elif run is not None:
-        finalise(*run)
+    PASSES[action](*arguments)
     print(time.perf_counter() - began)
 
 

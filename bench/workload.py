@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aiflux.core.journal import Result
+from aiflux.core.lines import read_lines
 from aiflux.core.request import request_key
 from bench.engine import MODEL, answer
 
 SEED = 20
+_IN_FLIGHT = 64
 SHORTEST, LONGEST = 4, 200
 _WORDS = tuple(string.ascii_lowercase[n:] for n in range(20))
 
@@ -50,8 +52,11 @@ def write_input(path: Path, lengths: Sequence[int], size: int = 1024) -> int:
     return written
 
 
-def write_journal(path: Path, input_path: Path) -> int:
-    """Write a result of about 1 KB for every request of an input; return the bytes written."""
+def write_journal(path: Path, input_path: Path, start: int, end: int) -> None:
+    """Write a result of about 1 KB for every request of a part of an input.
+
+    They stand as far from the requests' order as requests in flight bring them.
+    """
     body = answer(200)
     metadata = {
         "model": MODEL,
@@ -60,10 +65,12 @@ def write_journal(path: Path, input_path: Path) -> int:
         "attempts": 1,
         "engine": 0,
     }
-    written = 0
-    with open(input_path, "rb") as source, open(path, "wb") as file:
-        for number, line in enumerate(source):
-            key = request_key(line.rstrip(b"\n"))
-            result = Result(key, f"request-{number:08d}", 200, metadata, None, body)
-            written += file.write(result.to_line())
-    return written
+    source = random.Random(SEED)
+    flying: list[bytes] = []
+    with open(path, "wb") as file:
+        for number, _, line in read_lines(input_path, start, end):
+            result = Result(request_key(line), f"request-{number:08d}", 200, metadata, None, body)
+            flying.append(result.to_line())
+            if len(flying) > _IN_FLIGHT:
+                file.write(flying.pop(source.randrange(len(flying))))
+        file.writelines(flying)

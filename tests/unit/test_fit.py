@@ -240,3 +240,22 @@ def test_a_digest_that_is_insisted_on_is_compared_with_what_is_there(tmp_path: P
 def test_what_is_no_digest_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no digest"):
         parse_model_name(text)
+
+
+def test_a_models_own_defaults_fill_what_is_left_open(tmp_path: Path) -> None:
+    config = Config(
+        arguments={"model": "qwen3:8b", "top_p": "0.5"},
+        environ={"HOME": str(tmp_path)},
+        directory=tmp_path,
+    )
+    summary = scan_input(write_input(tmp_path / "in.jsonl", 2, body={"messages": [
+        {"role": "user", "content": "hello"}]}), "qwen3:8b")  # fmt: skip
+    plan = make_plan(summary, tmp_path / "o.json", config.run_options(), tmp_path)
+    assert plan.options.model_defaults == {"qwen3:8b": {"temperature": 0.6, "top_p": 0.95}}
+    assert plan.options.parameters_of("qwen3:8b") == {"temperature": 0.6, "top_p": 0.5}
+    assert plan.options.parameters_of("other:1b") == {"top_p": 0.5}
+    assert plan.identity["defaults"] == plan.options.model_defaults
+    foreign = config.run_options(engine_url="http://127.0.0.1:1")
+    elsewhere = make_plan(summary, tmp_path / "o.json", foreign, None)
+    assert elsewhere.options.model_defaults == {}
+    assert "defaults" not in elsewhere.identity

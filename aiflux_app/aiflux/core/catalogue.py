@@ -98,6 +98,11 @@ class Catalogue:
         """Return a model; None where the catalogue does not know it."""
         return self.models.get(_served(name))
 
+    @property
+    def all_defaults(self) -> dict[str, dict[str, Any]]:
+        """The default parameters of every model that has some."""
+        return {name: dict(model.defaults) for name, model in self.models.items() if model.defaults}
+
     def defaults(self, name: str) -> dict[str, Any]:
         """Return the parameters that fill what a request to a model leaves open."""
         model = self.find(name)

@@ -18,7 +18,7 @@ from aiflux.core.catalogue import Catalogue, catalogue_files, read_catalogue
 from aiflux.core.modelconfig import ModelConfig, ModelParameters, model_file, read_model_file
 from aiflux.core.modelname import parse_model_name, same_model
 from aiflux.core.options import RunOptions
-from aiflux.core.settings import SETTINGS, known_setting, parse_setting, section_settings
+from aiflux.core.settings import BY_NAME, SETTINGS, known_setting, parse_setting, section_settings
 from aiflux.core.slurmconfig import SlurmConfig
 from aiflux.core.sources import Value, from_dotenv, from_environment, from_files
 from aiflux.errors import ConfigError
@@ -151,7 +151,9 @@ class Config:
 
     def run_options(self, **overrides: Any) -> RunOptions:
         """Return the options of a run; ``overrides`` that are not None win."""
-        values = {item.name: self.get(item.name) for item in fields(RunOptions)}
+        names = [item.name for item in fields(RunOptions) if item.name in BY_NAME]
+        values = {name: self.get(name) for name in names}
+        values["model_defaults"] = self.catalogue().all_defaults
         return RunOptions(**{**values, **_parsed("run", overrides, "the arguments")})
 
     def load_model_config(

@@ -37,6 +37,7 @@ _NO_PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy", "ftp_proxy"
 _OF_THE_HOST = (
     "AIFLUX_IMAGE",
     "AIFLUX_SITE_CONFIG",
+    "AIFLUX_MODELS_FILE",
     "AIFLUX_IMAGE_ID",
     "AIFLUX_SEAL",
     "AIFLUX_SEALED",

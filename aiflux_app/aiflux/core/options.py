@@ -26,6 +26,8 @@ class RunOptions:
         max_failures: a count, or a percentage such as ``"2%"``.
         retry_failed: try those again that failed before the plan was made.
         engine_url: an engine that is up already; None means a bundled Ollama.
+        model_defaults: parameters that the catalogue has of models, by the name they are served
+            under; in a plan, those of its models. They fill only what is left open.
     """
 
     model: str | None = None
@@ -54,6 +56,7 @@ class RunOptions:
     load_timeout: float = 1800.0
     retry_failed: bool = False
     log_level: str = "INFO"
+    model_defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))  # JSON has lists only
@@ -70,6 +73,10 @@ class RunOptions:
         names = ("max_tokens", "temperature", "top_p", "top_k")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**given, "stop": [*self.stop]} if self.stop else given
+
+    def parameters_of(self, served: str) -> dict[str, Any]:
+        """Return the same for one model, whose own defaults are the weakest."""
+        return {**self.model_defaults.get(served.lower(), {}), **self.parameters}
 
     def allowed_failures(self, requests: int) -> int:
         """Return how many of ``requests`` may fail before the run counts as failed."""

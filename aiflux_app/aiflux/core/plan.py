@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What the answers depend on beside the requests; must not change within a run."""
         models = [self.served(model) for model in self.models]
-        return {"models": models, "parameters": self.options.parameters}
+        defaults = self.options.model_defaults
+        more = {"defaults": defaults} if defaults else {}
+        return {"models": models, "parameters": self.options.parameters, **more}
 
     @property
     def id(self) -> str:
@@ -105,6 +107,7 @@ def make_plan(
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
     if options.engine_url is None:
         names = list({parse_model_name(name).served: name for name in names}.values())
+    options = _with_defaults_of(names, options)
     return Plan(
         input=describe(summary),
         output=output,
@@ -114,6 +117,15 @@ def make_plan(
         models_dir=models_dir if options.engine_url is None else None,
         created=utc_now(),
     )
+
+
+def _with_defaults_of(names: list[str], options: RunOptions) -> RunOptions:
+    """Keep the default parameters of the plan's models; an engine of others has its own."""
+    kept = {}
+    if options.engine_url is None:
+        served = [parse_model_name(name).served.lower() for name in names]
+        kept = {name: options.model_defaults.get(name, {}) for name in served}
+    return replace(options, model_defaults={name: some for name, some in kept.items() if some})
 
 
 def write_plan(plan: Plan, run: RunDirectory) -> None:

@@ -44,7 +44,7 @@ class Source:
         """Yield the requests of one model that have no result yet, in input order."""
         plan = self._plan
         served = plan.served(model)
-        parameters = plan.options.parameters
+        parameters = plan.options.parameters_of(served)
         bundled = plan.options.engine_url is None
         only = len(plan.models) == 1
         for number, _, raw in self._lines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.options import RunOptions
 from aiflux.core.settings import SETTINGS
 from aiflux.errors import ConfigError
+from aiflux.slurm import SlurmRunner
 from aiflux.slurm.directives import job_directives
 
 
@@ -62,6 +64,63 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: s
     assert "aiflux.yaml" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "remedy"),
+    [
+        (
+            "slurm:\n  partition: gpu\n  acount: x\n",
+            "line 3: unknown setting 'acount' in slurm",
+            "did you mean 'account'? known are: account, ",
+        ),
+        ("run:\nslrm:\n", "line 2: unknown section 'slrm'", "did you mean 'slurm'? known are: "),
+        (
+            "slurm:\n  mem: lots\n",
+            "line 2 (slurm.mem): mem = 'lots' is wrong",
+            "mem must be a memory size such as 32G",
+        ),
+        ("run:\n\n\n  log_level: loud\n", "line 4 (run.log_level)", "DEBUG, INFO, WARNING or"),
+        ("slurm:\n  mem: 1G\n  mem: 2G\n", "line 3: mem is given twice", "leave one of them"),
+        ("slurm:\n  mem: [\n", "line 3 is not YAML", "correct it"),
+        ("slurm:\n  modules: {a: b}\n", "line 2 (slurm.modules)", "must be a text"),
+    ],
+)
+def test_an_error_names_the_line_and_what_may_stand_there(
+    tmp_path: Path, text: str, place: str, remedy: str
+) -> None:
+    (tmp_path / "aiflux.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path)
+    assert f"{tmp_path / 'aiflux.yaml'}, {place}" in caught.value.message
+    assert remedy in str(caught.value.remedy)
+
+
+def test_a_wrong_line_of_dotenv_is_named(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("# mine\nSLURM_MEM=lots\n")
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path)
+    assert caught.value.message == f"{dotenv}, line 2 (SLURM_MEM): mem = 'lots' is wrong"
+    dotenv.write_text("SLURM_MEM\n")
+    with pytest.raises(ConfigError, match="line 1: 'SLURM_MEM' is not KEY=VALUE"):
+        config(tmp_path)
+    dotenv.write_text("\ufeffSLURM_MEM=  # as it is\nTOP_P=0.5 # half\nMODEL_NAME='a #b'\n")
+    values = config(tmp_path).values
+    assert [values[name].value for name in ("mem", "top_p", "model")] == ["32G", 0.5, "a #b"]
+
+
+def test_yaml_takes_nothing_for_another_thing(tmp_path: Path) -> None:
+    """What YAML 1.1 makes of such values: 45000, False, 83, a date, a float."""
+    (tmp_path / "aiflux.yaml").write_text(
+        "slurm: {time: 12:30:00, partition: no, account: 0123, qos: 2026-01-01}\n"
+        "run: {model: 1e3, max_tokens: 5, temperature: .5}\n"
+    )
+    found = config(tmp_path)
+    slurm = found.get_slurm_config()
+    assert (slurm.time, slurm.partition, slurm.account) == ("12:30:00", "no", "0123")
+    assert (slurm.qos, found.get("model")) == ("2026-01-01", "1e3")
+    assert (found.get("max_tokens"), found.get("temperature")) == (5, 0.5)
+
+
 def test_every_environment_name_is_read(tmp_path: Path) -> None:
     texts = {"time": "1:00:00", "mem": "8G", "engine_url": "http://h:1", "log_level": "DEBUG",
              "top_p": "0.5"}  # fmt: skip
@@ -81,8 +140,43 @@ def test_old_habits_keep_working(tmp_path: Path) -> None:
     assert (slurm.mem, slurm.memory, slurm.gpus_per_node) == ("8G", "8G", "2")
     slurm.account = "myaccount"
     assert slurm.checked().account == "myaccount"
+    assert found.get_slurm_config({"account": None, "mem": None}) == found.get_slurm_config()
     with pytest.raises(ConfigError, match="unknown setting 'partitions'"):
         found.get_slurm_config({"partitions": "x"})
+
+
+def test_what_is_asked_of_slurm_by_keyword() -> None:
+    slurm = SlurmConfig(
+        account="a", partition="p", nodes=1, gpus_per_node=2, time="1:00:00", memory="8gb",
+        cpus_per_task="6",
+    )  # fmt: skip
+    assert (slurm.mem, slurm.memory, slurm.cpus_per_task) == ("8G", "8G", 6)
+    slurm.memory = "16G"
+    assert (slurm.mem, slurm.gpus_per_node) == ("16G", "2")
+    assert SlurmConfig(mem=None).mem is None
+    assert SlurmConfig(account=None, shards=None, sbatch_arg=None) == SlurmConfig()
+    assert dataclasses.replace(slurm, mem="1G").memory == "1G"
+    one, other = SlurmConfig(), SlurmConfig()
+    one.sbatch_arg["comment"] = "x"
+    assert other.sbatch_arg == {}
+
+
+def test_what_is_resolved_stays_as_it_is(tmp_path: Path) -> None:
+    found = config(tmp_path)
+    with pytest.raises(TypeError):
+        found.values["account"] = found.values["qos"]  # type: ignore[index]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.values["account"].value = "x"  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.run_options().max_tokens = 5  # type: ignore[misc]
+    changed = found.changed({"account": "mine", "qos": None})
+    assert (changed.get("account"), found.get("account")) == ("mine", None)
+
+
+def test_a_whole_config_may_be_given_to_a_runner(tmp_path: Path) -> None:
+    given = config(tmp_path, models_dir=tmp_path / "m", arguments={"account": "a"})
+    runner = SlurmRunner(given, tmp_path)
+    assert (runner.settings.models_dir, runner.config.account) == (tmp_path / "m", "a")
 
 
 def test_a_value_is_checked_when_it_is_given() -> None:

@@ -43,7 +43,7 @@ def scheduler(slurm: SlurmConfig, environ: Mapping[str, str] | None = None) -> I
     yield _version(facts)
     yield from _limits(facts)
     yield from _accounting(facts)
-    yield from _gpu_partitions(facts, slurm)
+    yield from gpu_partitions(facts, slurm)
     yield from _defaults(facts, slurm)
 
 
@@ -83,7 +83,8 @@ def _accounting(facts: Facts) -> Iterator[Diagnosis]:
     yield ok("accounting", f"{enforced}; your accounts: {names}; default: {default}")
 
 
-def _gpu_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
+def gpu_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
+    """Tell of each partition with GPUs: what they are, how long they may be had, and by whom."""
     lines = [
         _partition_line(partition, facts, slurm)
         for partition in facts.partitions

@@ -9,6 +9,7 @@
     │   ├── RunConflictError         the run directory belongs to something else
     │   ├── OutputExistsError        the output is there and --force was not given
     │   ├── ImageError               the image cannot be found, built or read
+    │   ├── BundleError              a bundle cannot be made, is damaged or not for this machine
     │   ├── SlurmError               Slurm is missing, or refused the job
     │   └── PreflightError           what is asked for cannot work here; names every reason
     ├── TooManyFailuresError         exit 3: finished, too many requests failed
@@ -82,6 +83,10 @@ class OutputExistsError(UsageError):
 
 class ImageError(UsageError):
     """The image, or Apptainer, is missing or does not work."""
+
+
+class BundleError(UsageError):
+    """A bundle cannot be made, is damaged, or is not for this machine."""
 
 
 class SlurmError(UsageError):

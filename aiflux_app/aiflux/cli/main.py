@@ -39,8 +39,10 @@ COMMANDS = {
     "logs": "show the logs of a run's jobs or engines",
     "cancel": "stop a run's jobs; what was done is kept",
     "results": "look at results",
+    "report": "write a page about a run: what ran, what came of it, what it took",
     "models": "models on disk",
     "image": "the Apptainer image",
+    "bundle": "everything in one file, for clusters without internet",
     "config": "configuration",
     "doctor": "tell what this site has, and what will not work",
 }

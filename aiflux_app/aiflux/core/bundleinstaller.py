@@ -1,0 +1,593 @@
+"""Install or check a bundle: AI-Flux, its image and models in one tar file.
+
+This file travels in every bundle as ``install.py``: it needs Python 3.10 or later and nothing else,
+and imports nothing of AI-Flux. From a bundle it installs with
+
+    tar -xf bundle.tar aiflux-bundle/install.py
+    python3 aiflux-bundle/install.py bundle.tar --prefix DIR
+
+The bundle is read once, from front to end, and every member is held to its SHA-256. What it brings
+is written beside its final place and moved there when all of it has proved whole: an install that
+fails leaves things as they were, and one that was killed goes on when it is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tarfile
+import venv
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+VERSION = 1
+TOP = "aiflux-bundle/"
+SUMS = "SHA256SUMS"
+CONTENTS = "bundle.json"
+_CHUNK = 4 << 20
+_SMALL = 16 << 20  # bytes that a list of checksums may have
+_SUM = re.compile(r"([0-9a-f]{64})  (\S.*)\Z")
+_BLOB = re.compile(r"models/blobs/sha256-([0-9a-f]{64})\Z")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Say = Callable[[str], None]
+
+
+class InstallError(Exception):
+    """The bundle is damaged, does not fit here, or cannot be written.
+
+    Attributes:
+        remedy: what to do next.
+        storage: whether what failed is this machine's disk.
+    """
+
+    def __init__(self, message: str, remedy: str, *, storage: bool = False) -> None:
+        super().__init__(message)
+        self.remedy, self.storage = remedy, storage
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle says that it holds.
+
+    Attributes:
+        contents: ``bundle.json``.
+        sums: SHA-256 of every member but the list of them itself, by path below the top folder.
+    """
+
+    path: Path
+    contents: dict[str, Any]
+    sums: dict[str, str]
+
+    @property
+    def image(self) -> str | None:
+        """The image's member; None in a bundle without one."""
+        return self.contents["image"]["path"] if self.contents.get("image") else None
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Members that are manifests, by the models' names."""
+        return {model["name"]: model["manifest"] for model in self.contents["models"]}
+
+    def wheels(self, python: str) -> tuple[str, ...]:
+        """Members to install for a version of Python such as 3.11."""
+        return tuple(self.contents["pythons"].get(python, ()))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a bundle goes. Paths are absolute.
+
+    Attributes:
+        prefix: gets ``bin/aiflux``, ``python`` (a virtual environment), ``containers/aiflux.sif``
+            and ``site.yaml``.
+    """
+
+    prefix: Path
+    models: Path
+
+    @property
+    def image(self) -> Path:
+        """The image's place."""
+        return self.prefix / "containers" / "aiflux.sif"
+
+    @property
+    def command(self) -> Path:
+        """The command that users call."""
+        return self.prefix / "bin" / "aiflux"
+
+    @property
+    def site(self) -> Path:
+        """The settings that say where image and models are."""
+        return self.prefix / "site.yaml"
+
+    def final(self, member: str) -> Path | None:
+        """Return where a member of image or models ends up; None for the others."""
+        if member.startswith("models/"):
+            return self.models / member[len("models/") :]
+        return self.image if member.startswith("image/") else None
+
+    def staged(self, member: str) -> Path:
+        """Return where a member waits for the others."""
+        root = self.models if member.startswith("models/") else self.prefix
+        return root / ".staging" / "bundle" / member
+
+
+def places(prefix: str | None, models: str | None) -> Places:
+    """Return where to install; by default where AI-Flux looks by itself."""
+    share = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    root = Path(os.path.abspath(Path(prefix).expanduser() if prefix else share / "aiflux"))
+    below = Path(os.path.abspath(Path(models).expanduser())) if models else root / "models"
+    # The separator of PATH cannot stand in a virtual environment's path.
+    for path, unfit in ((root, "[:\r\n]"), (below, "[\r\n]")):
+        if re.search(unfit, str(path)):
+            raise InstallError(
+                f"the path {str(path)!r} holds a colon or a line break", "choose another directory"
+            )
+    return Places(root, below)
+
+
+def verify(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> Bundle:
+    """Read a whole bundle and hold every member to its SHA-256.
+
+    Raises:
+        InstallError: it is damaged; names the member.
+    """
+    with _opened(path) as (tar, bundle):
+        for member, content in _members(tar, bundle):
+            _copy(bundle, member, content, None, on_bytes)
+    return bundle
+
+
+def install(
+    path: Path, to: Places, say: Say, on_bytes: Callable[[int], None] = lambda _: None
+) -> Bundle:
+    """Install a bundle; run again, it writes nothing that is there already.
+
+    Args:
+        say: takes one line at a time for the user.
+        on_bytes: told how many bytes of the bundle were read since it was last told.
+
+    Raises:
+        InstallError: nothing was changed: the bundle is damaged or not for this machine, or there
+            is no room.
+    """
+    with _opened(path) as (tar, bundle):
+        _refuse_foreign(bundle)
+        with _disk(to.prefix), _locked(to.prefix), _locked(to.models):
+            try:
+                _refuse_full(bundle, tar, to)
+                _stage(tar, bundle, to, on_bytes)
+                _put_in_place(bundle, to, say)
+            finally:
+                for root in (to.prefix, to.models):
+                    shutil.rmtree(root / ".staging" / "bundle", ignore_errors=True)
+    return bundle
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def _damaged(path: Path, what: str) -> InstallError:
+    return InstallError(
+        f"{path} is not a whole bundle: {what}; nothing was installed",
+        "copy it again, and compare its size and SHA-256 with those that aiflux bundle create told",
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Bundle]]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - what is written meanwhile has errors of its own
+    except OSError as error:
+        raise InstallError(f"{path} cannot be read: {error.strerror}", "check the path") from error
+    with file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                yield tar, _head(tar, path)
+        except tarfile.TarError as error:
+            raise _damaged(path, str(error)) from error
+
+
+def _head(tar: tarfile.TarFile, path: Path) -> Bundle:
+    try:
+        sums = dict(_sum(line) for line in _small(tar, SUMS).decode().splitlines())
+        raw = _small(tar, CONTENTS)
+        if hashlib.sha256(raw).hexdigest() != sums[CONTENTS]:
+            raise ValueError(f"{CONTENTS} is not what {SUMS} says")
+        bundle = Bundle(path, json.loads(raw), sums)
+        if bundle.contents["version"] != VERSION:
+            raise ValueError(f"its form is {bundle.contents['version']}, and this reads {VERSION}")
+        named = {*bundle.models.values(), *([bundle.image] if bundle.image else [])}
+        named.update(*bundle.contents["pythons"].values())
+        if not all(path.startswith("models/manifests/") for path in bundle.models.values()):
+            raise ValueError(f"{CONTENTS} names a manifest that is none")
+        if not named <= set(sums):
+            raise ValueError(f"{SUMS} lacks {', '.join(sorted(named - set(sums)))}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, str(error)) from error
+    return bundle
+
+
+def _sum(line: str) -> tuple[str, str]:
+    match = _SUM.match(line)
+    if match is None:
+        raise ValueError(f"{SUMS} has the line {line[:80]!r}")
+    digest, member = match.groups()
+    parts = PurePosixPath(member).parts
+    if member != "/".join(parts) or ".." in parts or parts[0] == "/":
+        raise ValueError(f"{SUMS} names {member!r}")
+    blob = _BLOB.match(member)
+    if member.startswith("models/blobs/") and (blob is None or blob[1] != digest):
+        raise ValueError(f"{member} does not bear its digest as its name")
+    return member, digest
+
+
+def _small(tar: tarfile.TarFile, wanted: str) -> bytes:
+    member = tar.next()
+    if member is None or member.name != TOP + wanted or member.size > _SMALL:
+        raise ValueError(f"{wanted} is not where it should be")
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _members(tar: tarfile.TarFile, bundle: Bundle) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield the members that are left, each once; all that the bundle names have to come."""
+    left = set(bundle.sums) - {CONTENTS}
+    while (info := tar.next()) is not None:
+        member = info.name[len(TOP) :]
+        content = tar.extractfile(info) if info.isfile() else None
+        if not info.name.startswith(TOP) or member not in left or content is None:
+            raise _damaged(bundle.path, f"{info.name!r} does not belong there")
+        left.remove(member)
+        yield member, content
+    if left:
+        raise _damaged(bundle.path, f"{min(left)} is missing ({len(left)} in all)")
+
+
+def _copy(
+    bundle: Bundle,
+    member: str,
+    content: IO[bytes],
+    into: IO[bytes] | None,
+    on_bytes: Callable[[int], None],
+) -> None:
+    digest = hashlib.sha256()
+    while True:
+        try:
+            chunk = content.read(_CHUNK)
+        except OSError as error:
+            raise _damaged(bundle.path, f"it cannot be read at {member}: {error}") from error
+        if not chunk:
+            break
+        digest.update(chunk)
+        on_bytes(len(chunk))
+        if into is not None:
+            into.write(chunk)
+    if digest.hexdigest() != bundle.sums[member]:
+        raise _damaged(bundle.path, f"{member} was changed or cut")
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _disk(prefix: Path) -> Iterator[None]:
+    """Turn what the file system refuses into words."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or prefix
+        remedy = "choose a directory that you may write to: --prefix DIR, --models-dir DIR"
+        if error.errno in _NO_ROOM:
+            remedy = "make room (df, quota), or choose another directory; then install again"
+        raise InstallError(
+            f"cannot write {where}: {error.strerror or error}",
+            remedy,
+            storage=True,
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Keep a second install of the same place out."""
+    path = root / ".staging" / "bundle.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before removes the file when it is through.
+            ours = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            # File systems without locks are let off.
+            ours = error.errno != errno.EWOULDBLOCK
+        if not ours:
+            raise InstallError(
+                f"another install into {root} is going on", "wait until it is through"
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+
+def _refuse_foreign(bundle: Bundle) -> None:
+    python = _python()
+    known = ", ".join(sorted(bundle.contents["pythons"], key=_number))
+    if not bundle.wheels(python):
+        raise InstallError(
+            f"this is Python {python}, and the bundle has packages for {known}",
+            "run install.py with one of these (module avail python), or make the bundle with "
+            f"--python {python}",
+        )
+    machine, arch = os.uname().machine, bundle.contents["arch"]
+    if machine != arch:
+        raise InstallError(
+            f"the bundle is for {arch}, and this machine is {machine}",
+            f"make one with --arch {machine}, from an image of that architecture",
+        )
+
+
+def _python() -> str:
+    return f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _wanted(bundle: Bundle, member: str) -> bool:
+    return member in bundle.wheels(_python()) or member.startswith(("image/", "models/"))
+
+
+def _refuse_full(bundle: Bundle, tar: tarfile.TarFile, to: Places) -> None:
+    """Compare what is to come with the room there is; quotas show only in writing."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for info in tar.getmembers():
+        member = info.name[len(TOP) :]
+        if not _wanted(bundle, member) or _there(to.final(member), info.size):
+            continue
+        root = to.models if member.startswith("models/") else to.prefix
+        device = root.stat().st_dev
+        place, size = needed.get(device, (root, 0))
+        # A wheel is there packed and unpacked at the same time.
+        needed[device] = (place, size + info.size * (6 if member.endswith(".whl") else 1))
+    for place, size in needed.values():
+        free = shutil.disk_usage(place).free
+        if size > free:
+            raise InstallError(
+                f"the bundle needs {size / 1e9:.1f} GB in {place}, and {free / 1e9:.1f} GB are "
+                "free; nothing was installed",
+                "make room, or choose another directory: --prefix DIR, --models-dir DIR",
+                storage=True,
+            )
+
+
+def _there(path: Path | None, size: int) -> bool:
+    try:
+        return path is not None and path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _stage(
+    tar: tarfile.TarFile, bundle: Bundle, to: Places, on_bytes: Callable[[int], None]
+) -> None:
+    """Write beside its place what is not there whole already, checking all of it."""
+    # getmembers() has read to the end.
+    with _opened(bundle.path) as (again, _):
+        for member, content in _members(again, bundle):
+            staged = to.staged(member)
+            whole = any(
+                _holds(place, bundle.sums[member]) for place in (to.final(member), staged) if place
+            )
+            if whole or not _wanted(bundle, member):
+                _copy(bundle, member, content, None, on_bytes)
+                continue
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            with open(staged, "wb") as file:
+                _copy(bundle, member, content, file, on_bytes)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _holds(path: Path, wanted: str) -> bool:
+    """Tell whether a file is there with just this content."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return False
+    return digest.hexdigest() == wanted
+
+
+def _put_in_place(bundle: Bundle, to: Places, say: Say) -> None:
+    """Move what is staged: the environment first, as it may still fail; manifests last."""
+    environment = _make_environment(bundle, to)
+    blobs_first = sorted(bundle.sums, key=lambda member: "models/manifests/" in member)
+    for member in blobs_first:
+        final, staged = to.final(member), to.staged(member)
+        if final is not None and staged.exists():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            staged.chmod(staged.stat().st_mode | (0o111 if final == to.image else 0))
+            staged.replace(final)
+    _write_site(bundle, to, say)
+    _switch(to.prefix / "python", environment)
+    _replace(to.command, _command(to), 0o777)
+    say(f"aiflux {bundle.contents['aiflux']} for Python {_python()}: {to.command}")
+    if bundle.image:
+        say(f"image: {to.image}")
+    for name in bundle.models:
+        say(f"model: {name} in {to.models}")
+
+
+def _make_environment(bundle: Bundle, to: Places) -> Path:
+    """Return the virtual environment with the bundle's packages; nobody uses it yet.
+
+    Wheels are unpacked, as the specification of binary distributions lets one do: so neither pip
+    nor ensurepip has to be there.
+    """
+    wheels = bundle.wheels(_python())
+    content = "".join(bundle.sums[wheel] for wheel in sorted(wheels)) + os.path.realpath(
+        getattr(sys, "_base_executable", sys.executable)
+    )
+    name = f"{bundle.contents['aiflux']}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    folder = to.prefix / "environments" / name
+    done = folder / ".whole"
+    if done.exists():
+        return folder
+    try:
+        venv.EnvBuilder(clear=True, symlinks=True, with_pip=False).create(folder)
+        site = folder / "lib" / f"python{_python()}" / "site-packages"
+        for wheel in wheels:
+            _unpack(to.staged(wheel), site)
+        compileall.compile_dir(site, quiet=2)
+        done.touch()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _unpack(wheel: Path, site: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)  # noqa: S202 - zipfile keeps names inside; the sums are checked
+    for kind in ("purelib", "platlib"):
+        for data in site.glob(f"*.data/{kind}"):
+            shutil.copytree(data, site, dirs_exist_ok=True)
+    for data in site.glob("*.data"):
+        shutil.rmtree(data)
+
+
+def _write_site(bundle: Bundle, to: Places, say: Say) -> None:
+    """Say where things are, as the weakest of all settings; a file that was edited is kept."""
+    paths = {"models_dir": str(to.models)}
+    if bundle.image:
+        paths["containers_dir"] = str(to.image.parent)
+    lines = [f"  {name}: {json.dumps(path, ensure_ascii=False)}" for name, path in paths.items()]
+    text = "\n".join(["# Settings of this installation; every user's own come before them.",
+                      "paths:", *lines, ""])  # fmt: skip
+    if to.site.exists() and to.site.read_text(encoding="utf-8") != text:
+        new = to.site.with_name("site.yaml.new")
+        _replace(new, text, 0o666)
+        say(f"{to.site} was there and is kept; what this bundle would have written: {new}")
+        return
+    _replace(to.site, text, 0o666)
+
+
+def _command(to: Places) -> str:
+    python = shlex.quote(str(to.prefix / "python" / "bin" / "python"))
+    return (
+        "#!/bin/sh\n"
+        "# Made by install.py of an AI-Flux bundle.\n"
+        f'[ -n "${{AIFLUX_SITE_CONFIG:-}}" ] || AIFLUX_SITE_CONFIG={shlex.quote(str(to.site))}\n'
+        "export AIFLUX_SITE_CONFIG\n"
+        f'exec {python} -I -m aiflux.cli "$@"\n'
+    )
+
+
+def _switch(link: Path, target: Path) -> None:
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(target, link.parent))
+    new.replace(link)
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+# --- as a program -----------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be said of an install."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle, *.tar")
+    parser.add_argument(
+        "--prefix", metavar="DIR", help="where to install (default: ~/.local/share/aiflux)"
+    )
+    parser.add_argument(
+        "--models-dir", metavar="DIR", help="where models go (default: PREFIX/models)"
+    )
+
+
+def next_steps(to: Places) -> str:
+    """Return what a user does after an install."""
+    command = shlex.quote(str(to.command))
+    return f"next: {command} doctor    (and put {to.command.parent} on your PATH)"
+
+
+def size(path: Path) -> int:
+    """Return a file's bytes; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def meter(total: int) -> Callable[[int], None]:
+    """Return what tells a person at a terminal how much of so many bytes was read."""
+    read = 0
+
+    def show(count: int) -> None:
+        nonlocal read
+        before, read = read, read + count
+        if sys.stderr.isatty() and before * 100 // max(total, 1) != read * 100 // max(total, 1):
+            sys.stderr.write(f"\r{read / 1e9:.1f} of {total / 1e9:.1f} GB \r")
+
+    return show
+
+
+def main() -> int:
+    """Install the bundle that is named on the command line."""
+    parser = argparse.ArgumentParser(
+        description="Install AI-Flux, its image and its models from a bundle, without a network."
+    )
+    add_options(parser)
+    parser.add_argument("--verify", action="store_true", help="check the bundle, install nothing")
+    arguments = parser.parse_args()
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    try:
+        if arguments.verify:
+            verify(arguments.bundle, meter(size(arguments.bundle)))
+            say(f"{arguments.bundle} is whole")
+            return 0
+        to = places(arguments.prefix, arguments.models_dir)
+        install(arguments.bundle, to, say, meter(size(arguments.bundle)))
+        say(next_steps(to))
+    except InstallError as error:
+        sys.stderr.write(f"error: {error}\n  -> {error.remedy}\n")
+        return 5 if error.storage else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

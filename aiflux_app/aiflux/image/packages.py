@@ -1,0 +1,82 @@
+"""Fetches what pip would install of AI-Flux on another machine: its own wheel and all it needs."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from aiflux.errors import BundleError, ImageError
+from aiflux.image.payload import find_sources
+from aiflux.image.tools import run
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+ARCHITECTURES = ("x86_64", "aarch64")
+_PLATFORMS = ("manylinux2014", "manylinux_2_28")
+_REMEDY = "see pip's message above; the wheels come from PyPI, or where pip is told to look"
+
+
+def this_architecture() -> str:
+    """Return this machine's architecture, as wheels name it."""
+    return platform.machine()
+
+
+@contextmanager
+def packages(pythons: Sequence[str], arch: str) -> Iterator[Mapping[str, Sequence[Path]]]:
+    """Yield the wheels for each version of Python, in a directory that is removed afterwards.
+
+    Raises:
+        BundleError: pip could not fetch them, or there is no checkout to build AI-Flux's own from.
+    """
+    try:
+        root = find_sources().root
+    except ImageError as error:
+        raise BundleError(
+            "a bundle is made from a checkout of AI-Flux, and this package was installed alone",
+            error.remedy,
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="aiflux-wheels.") as name:
+        folder = Path(name)
+        own = _own_wheel(root, folder / "own")
+        try:
+            yield {python: _fetch(own, python, arch, folder / python) for python in pythons}
+        finally:
+            shutil.rmtree(folder / "own")
+
+
+def download_command(wheel: Path, python: str, arch: str, folder: Path) -> list[str]:
+    """Return the command that fetches a wheel's dependencies for another machine."""
+    platforms = [f"{name}_{arch}" for name in _PLATFORMS]
+    return [
+        *_pip("download"),
+        *("--only-binary=:all:", "--implementation", "cp", "--python-version", python),
+        *(word for name in platforms for word in ("--platform", name)),
+        *("--dest", str(folder), str(wheel)),
+    ]
+
+
+def _pip(action: str) -> list[str]:
+    return [sys.executable, "-m", "pip", action, "--quiet", "--disable-pip-version-check"]
+
+
+def _own_wheel(root: Path, folder: Path) -> Path:
+    command = [*_pip("wheel"), "--no-deps", "--wheel-dir", str(folder), str(root)]
+    _call(command, "the package of AI-Flux itself could not be built")
+    return next(folder.glob("*.whl"))
+
+
+def _fetch(own: Path, python: str, arch: str, folder: Path) -> Sequence[Path]:
+    what = f"the packages for Python {python} on {arch} could not be fetched"
+    _call(download_command(own, python, arch, folder), what)
+    return sorted(folder.glob("*.whl"))
+
+
+def _call(command: Sequence[str], what: str) -> None:
+    try:
+        run(command, what, _REMEDY)
+    except ImageError as error:
+        raise BundleError(error.message, error.remedy) from error

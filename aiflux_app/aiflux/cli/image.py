@@ -11,7 +11,8 @@ from rich.table import Table
 
 from aiflux.core.config import Config
 from aiflux.core.container import find_image
-from aiflux.image import BuildOptions, build, info
+from aiflux.errors import ImageError
+from aiflux.image import BuildOptions, build, info, sign, signature
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")
     add("--suite", metavar="NAME", help="Debian suite (default: this machine's)")
     add("--force", action="store_true", help="replace an image that is there")
+    add("--sign", action="store_true", help="sign it with a PGP key of Apptainer's keyring")
+    _add_key(build_parser)
+    signed = actions.add_parser("sign", help="sign an image with a PGP key")
+    signed.add_argument("file", metavar="FILE", nargs="?", help="image (default: the one runs use)")
+    _add_key(signed)
     shown = actions.add_parser("info", help="tell what is in an image")
     shown.add_argument("file", metavar="FILE", nargs="?", help="image (default: the one runs use)")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Carry out the action that was named."""
-    return _build(arguments) if arguments.action == "build" else _info(arguments)
+    actions = {"build": _build, "sign": _sign, "info": _info}
+    return actions[arguments.action](arguments)
+
+
+def _add_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--key", metavar="N", type=int, help="which key, by apptainer key list --secret"
+    )
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -44,17 +57,39 @@ def _build(arguments: argparse.Namespace) -> int:
         mirror=arguments.mirror,
         suite=arguments.suite,
         force=arguments.force,
+        sign=arguments.sign,
+        key=arguments.key,
     )
     print(build(options, _say))
     return 0
 
 
+def _named(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.file) if arguments.file else find_image(Config(), Path.cwd())
+
+
+def _sign(arguments: argparse.Namespace) -> int:
+    image = _named(arguments)
+    info(image)
+    sign(image, arguments.key)
+    print(f"{image}: {signature(image).words}")
+    return 0
+
+
+def _signature(image: Path) -> str:
+    try:
+        return signature(image).words
+    except ImageError as error:
+        return error.message
+
+
 def _info(arguments: argparse.Namespace) -> int:
-    found = info(Path(arguments.file) if arguments.file else find_image(Config(), Path.cwd()))
+    found = info(_named(arguments))
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("image", str(found.path))
     for name, value in sorted(found.facts.items()):
         table.add_row(name, value)
+    table.add_row("signature", _signature(found.path))
     Console(highlight=False, markup=False).print(table)
     return 0
 

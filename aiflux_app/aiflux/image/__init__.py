@@ -8,5 +8,15 @@ from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.build import build
 from aiflux.image.info import ImageInfo, info
 from aiflux.image.options import BuildOptions
+from aiflux.image.signing import sign, signature
 
-__all__ = ["BaseChoice", "BuildOptions", "ImageInfo", "build", "choose_base", "info"]
+__all__ = [
+    "BaseChoice",
+    "BuildOptions",
+    "ImageInfo",
+    "build",
+    "choose_base",
+    "info",
+    "sign",
+    "signature",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from aiflux.image import registry
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.options import BuildOptions
 from aiflux.image.payload import Sources, find_sources, stage
+from aiflux.image.signing import check_key, sign
 from aiflux.image.tools import run
 
 Say = Callable[[str], None]
@@ -46,10 +48,13 @@ def build(options: BuildOptions, say: Say = _silent) -> Path:
     _check_output(output, options.force)
     apptainer = str(find_runtime())
     sources = find_sources()
+    if options.sign:
+        check_key(options.key)
     choice = choose_base(options)
     say(choice.description)
     scratch = scratch_dir(os.environ)
     _warn_of_little_room(scratch, choice, say)
+    unsigned: ImageError | None = None
     with tempfile.TemporaryDirectory(prefix="aiflux-image.", dir=scratch) as name:
         work = Path(name)
         stage(work / "payload", sources, options, choice)
@@ -58,10 +63,26 @@ def build(options: BuildOptions, say: Say = _silent) -> Path:
         environment = build_environment(os.environ, scratch, sources)
         try:
             run(command, "the image could not be built", _REMEDY, cwd=work, env=environment)
+            unsigned = _sign(new, options)
             new.replace(output)
         finally:
             new.unlink(missing_ok=True)
+    if unsigned is not None:
+        raise ImageError(
+            f"{output} is built, and not signed: {unsigned.message}",
+            f"aiflux image sign {shlex.quote(str(output))}",
+        ) from unsigned
     return output
+
+
+def _sign(image: Path, options: BuildOptions) -> ImageError | None:
+    """Sign the image where that is wanted; what keeps it from that does not undo the build."""
+    try:
+        if options.sign:
+            sign(image, options.key)
+    except ImageError as error:
+        return error
+    return None
 
 
 def render_command(

@@ -31,6 +31,9 @@ class BuildOptions:
         suite: Debian suite; by default this machine's.
         force: replace an output that is there.
         run_tests: run the image's own test at the end of the build.
+        sign: sign the image with a PGP key of the user's.
+        key: which one, as ``apptainer key list --secret`` counts them; needed where there are
+            several.
     """
 
     output: Path = Path("aiflux.sif")
@@ -41,6 +44,8 @@ class BuildOptions:
     suite: str | None = None
     force: bool = False
     run_tests: bool = True
+    sign: bool = False
+    key: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ImageError where two of them cannot go together."""
@@ -56,6 +61,8 @@ class BuildOptions:
                 f"--ollama-image {self.ollama_image!r} is no docker reference",
                 "write it as docker://HOST/NAME:TAG, e.g. docker://docker.io/ollama/ollama:latest",
             )
+        if self.key is not None and not self.sign:
+            raise ImageError("--key names a key, and nothing is to be signed", "say --sign as well")
         if self.ollama_tarball and not self.ollama_tarball.is_file():
             raise ImageError(
                 f"the Ollama archive {self.ollama_tarball} is not there",

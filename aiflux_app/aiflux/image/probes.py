@@ -21,6 +21,7 @@ from aiflux.core.sif import machine_arch, read_image
 from aiflux.errors import ImageError
 from aiflux.image import registry
 from aiflux.image.options import OLLAMA_IMAGE
+from aiflux.image.signing import diagnose
 from aiflux.image.tools import ask
 
 _TIMEOUT = 60.0
@@ -44,6 +45,7 @@ def containers(config: Config, cwd: Path) -> Iterator[Diagnosis]:
         yield fail("image", error.message, error.remedy or "")
         return
     if runtime is not None:
+        yield diagnose(image)
         yield seal(runtime, image)
 
 

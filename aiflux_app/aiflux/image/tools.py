@@ -18,13 +18,18 @@ def run(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    ask_user: bool = False,
 ) -> None:
     """Run a program with its output shown to the user.
+
+    Args:
+        ask_user: let it read what the user types.
 
     Raises:
         ImageError: it could not be started, or failed; ``what`` begins the message.
     """
-    _start(command, what, remedy, cwd=cwd, env=env)
+    stdin = None if ask_user else subprocess.DEVNULL
+    _start(command, what, remedy, cwd=cwd, env=env, stdin=stdin)
 
 
 def capture(command: Sequence[str | Path], what: str, remedy: str) -> str:
@@ -43,6 +48,7 @@ def _start(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    stdin: int | None = subprocess.DEVNULL,
     stdout: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     # Our scripts call pip through PYTHON: the python of a virtual environment has it.
@@ -53,7 +59,7 @@ def _start(
             words,
             cwd=cwd,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             text=True,
             check=False,

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from aiflux.cli.main import make_parser
+from aiflux.core.catalogue import read_catalogue
 from aiflux.core.config import Config
 from aiflux.core.request import parse_request
 from aiflux.core.settings import SETTINGS
@@ -188,6 +189,10 @@ def test_the_example_of_env_names_every_setting(tmp_path: Path) -> None:
 @per_page
 def test_examples_of_yaml_load(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
+        if block.startswith("models:"):
+            (tmp_path / "models.yaml").write_text(block, encoding="utf-8")
+            assert len(read_catalogue([tmp_path / "models.yaml"]).models) > 1
+            continue
         (tmp_path / "aiflux.yaml").write_text(block, encoding="utf-8")
         config = Config(environ={}, directory=tmp_path)
         config.get_slurm_config().checked()

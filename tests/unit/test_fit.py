@@ -259,3 +259,8 @@ def test_a_models_own_defaults_fill_what_is_left_open(tmp_path: Path) -> None:
     elsewhere = make_plan(summary, tmp_path / "o.json", foreign, None)
     assert elsewhere.options.model_defaults == {}
     assert "defaults" not in elsewhere.identity
+
+
+def test_an_engine_that_is_up_tells_no_digests(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not tell the digests"):
+        plan_of(tmp_path, "m:1@sha256:" + "0" * 64, engine_url="http://127.0.0.1:1")

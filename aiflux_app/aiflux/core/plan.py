@@ -16,7 +16,7 @@ from aiflux.core.modelname import parse_model_name
 from aiflux.core.options import RunOptions
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.sharding import Shard, cut
-from aiflux.errors import InputError, RunConflictError
+from aiflux.errors import ConfigError, InputError, RunConflictError
 
 PLAN_VERSION = 1
 
@@ -105,6 +105,13 @@ def make_plan(
     names = [options.model] if options.model else list(summary.models)
     if not names:
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
+    insisting = [name for name in names if "@sha256:" in name]
+    if options.engine_url is not None and insisting:
+        raise ConfigError(
+            f"the model {insisting[0]!r} insists on a digest, and an engine at --engine-url does "
+            "not tell the digests of its models",
+            "leave @sha256:... out",
+        )
     if options.engine_url is None:
         names = list({parse_model_name(name).served: name for name in names}.values())
     options = _with_defaults_of(names, options)

@@ -26,7 +26,7 @@ from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import missing_parts, model_digest, read_manifest
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
-from tests.integration.conftest import REPOSITORY, answers, lines, request
+from tests.integration.conftest import REPOSITORY, User, answers, lines, request
 from tests.unit.made_models import tree
 
 WEIGHTS = 60_000_000
@@ -334,3 +334,20 @@ def test_a_disk_that_is_full(site: Site, small_disk: Path, gguf: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=300m", small_disk], check=True)
     site.run("models", "pull", site.name, models=small_disk)
     site.works(small_disk)
+
+
+def test_pulling_and_making_models_through_the_image(
+    user: User, checkout: Path, image: Path, place: Path, pushed: str
+) -> None:
+    aiflux, tools = checkout / ".venv" / "bin" / "aiflux", checkout / "tests" / "tools"
+    user.run("python3", tools / "make_tiny_gguf.py", place / "tiny.gguf")
+    user.write(place / "template.txt", "Q: {{ .Prompt }} A:")
+    env = {"AIFLUX_IMAGE": str(image), "AIFLUX_MODELS_DIR": str(place / "models")}
+    named = ["--gguf", "tiny.gguf", "--name", "lab/tiny:1", "--template", "template.txt"]
+    told = user.run(aiflux, "models", "import", *named, cwd=place, env=env)
+    assert "lab/tiny:1 is in" in told
+    user.run(aiflux, "models", "pull", pushed, cwd=place, env=env)
+    user.run(aiflux, "models", "pull", "--again", pushed, cwd=place, env=env)
+    for name in ("lab/tiny:1", pushed):
+        assert "is whole" in user.run(aiflux, "models", "verify", name, cwd=place, env=env)
+    assert not [*(place / "models" / ".staging").iterdir()]

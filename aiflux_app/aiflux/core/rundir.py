@@ -47,6 +47,11 @@ class RunDirectory:
         return self.path / "estimate.json"
 
     @property
+    def report(self) -> Path:
+        """The page that ``aiflux report`` writes."""
+        return self.path / "report.html"
+
+    @property
     def run_status(self) -> Path:
         """Status of the whole run, replaced atomically."""
         return self.path / "status" / "run.json"

@@ -1,0 +1,128 @@
+"""``aiflux report``: a run as one HTML page, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from aiflux.cli.located import located
+from aiflux.cli.markup import Markup
+from aiflux.cli.report_page import page
+from aiflux.cli.report_plots import latency_plot, throughput_plot
+from aiflux.cli.runs import add_run, short
+from aiflux.core.estimate_file import read_estimate
+from aiflux.core.files import atomic_write
+from aiflux.core.journal import journal_lines
+from aiflux.core.methods import methods
+from aiflux.core.plan import Plan, read_plan
+from aiflux.core.report_data import Condition, Report, Sources, make_report
+from aiflux.core.rundir import RunDirectory
+from aiflux.core.status import read_run_status, read_status
+from aiflux.core.tally import tally
+from aiflux.errors import ConfigError
+from aiflux.slurm.overview import gather
+from aiflux.slurm.records import read_submissions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = (
+        "Write what ran, what came of it and what it took as one HTML page that needs no network. "
+        "It works while the run goes on, too."
+    )
+    parser.epilog = "example: aiflux report results.json --output report.html"
+    add_run(parser)
+    parser.add_argument(
+        "--output", metavar="FILE", help="the page (default: report.html in the run directory)"
+    )
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object instead")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Write the report; the exit code does not tell how the run is."""
+    run = located(arguments.run)
+    report = read_report(run)
+    if arguments.json:
+        print(json.dumps({**report.to_json(), "methods": methods(report)}, indent=2))
+        return 0
+    target = _target(arguments.output, run)
+    plots, no_plots = _plots(report)
+    with atomic_write(target, 0o600) as file:
+        file.write(page(report, plots, no_plots).encode("utf-8", "replace"))
+    print(f"{report.condition.state}: wrote {short(target)}")
+    if no_plots is not None:
+        print(f"  without plots: {no_plots}")
+    return 0
+
+
+def read_report(run: RunDirectory) -> Report:
+    """Read all files of a run and add them up.
+
+    Raises:
+        RunConflictError: the run has no plan that can be read.
+    """
+    plan = read_plan(run)
+    journals = (run.journal(shard.index) for shard in plan.shards)
+    tallies = tuple(tally(journal_lines(journal)) for journal in journals)
+    return make_report(
+        Sources(
+            plan=plan,
+            run_dir=str(run.path),
+            condition=_condition(run),
+            statuses=tuple(_of_plan(read_status(run, s.index), plan) for s in plan.shards),
+            whole=_of_plan(read_run_status(run), plan),
+            tallies=tallies,
+            estimate=read_estimate(run.estimate, plan),
+            now=time.time(),
+        )
+    )
+
+
+def _condition(run: RunDirectory) -> Condition:
+    view = gather(run)
+    submissions = read_submissions(run)
+    return Condition(
+        state=view.state.value,
+        ended=view.ended,
+        finished=view.finished,
+        next_command=view.next_command,
+        shards=tuple(shard.state.value for shard in view.shards),
+        submitted=view.submitted,
+        jobs=view.jobs,
+        image=None if submissions is None else str(submissions.image),
+        slurm=None if submissions is None else submissions.slurm,
+    )
+
+
+def _of_plan(status: dict[str, Any] | None, plan: Plan) -> dict[str, Any] | None:
+    details = {} if status is None else status.get("aiflux")
+    return status if isinstance(details, dict) and details.get("plan") == plan.id else None
+
+
+def _target(given: str | None, run: RunDirectory) -> Path:
+    if given is None:
+        return run.report
+    target = Path(given).expanduser().absolute()
+    if target.is_dir():
+        raise ConfigError(f"--output {given!r} is a folder", "name a file, e.g. report.html")
+    if not target.parent.is_dir():
+        raise ConfigError(
+            f"the folder of --output {given!r} is not there", f"mkdir -p {str(target.parent)!r}"
+        )
+    return target
+
+
+def _plots(report: Report) -> tuple[dict[str, Markup], str | None]:
+    """Return the plots, or why there are none."""
+    if not report.latency.count:
+        return {}, None
+    try:
+        return {
+            "throughput": throughput_plot(report.throughput),
+            "latency": latency_plot(report.latency),
+        }, None
+    except ConfigError as error:
+        return {}, f"{error.message}; {error.remedy}"

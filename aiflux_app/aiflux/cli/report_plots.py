@@ -1,0 +1,184 @@
+"""The report's plots: SVG that takes its colours from the page's style sheet, drawn by matplotlib.
+
+Each plot comes in two widths, of which the style sheet shows one. Text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aiflux.cli.markup import Markup, element
+from aiflux.core.clock import utc_text
+from aiflux.core.extras import need
+from aiflux.core.report_data import Latency
+from aiflux.core.report_flow import Bar, Throughput
+
+# What stands for a variable of the style sheet while matplotlib draws.
+_INK, _FAINT, _FIRST, _SECOND, _THIRD = "#a00001", "#a00002", "#a00003", "#a00004", "#a00005"
+_VARIABLES = {
+    _INK: "--ink",
+    _FAINT: "--faint",
+    _FIRST: "--plot-1",
+    _SECOND: "--plot-2",
+    _THIRD: "--plot-3",
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "aiflux",
+    "font.size": 10,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.alpha": 0.5,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+}
+_SIZES = {"wide": (8.2, 1.9), "narrow": (4.0, 1.9)}
+_NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+_DAY = 86400
+
+Draw = Callable[[Any, str], None]
+
+
+def throughput_plot(flow: Throughput) -> Markup:
+    """Return results and answer tokens per second over time.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+
+    def draw(figure: Any, width: str) -> None:
+        tokens = any(bar.completion_tokens for bar in flow.bars)
+        axes = figure.subplots(2 if tokens else 1, sharex=True, squeeze=False)[:, 0]
+        edges = _edges(flow.bars)
+        rates = [bar.results / bar.seconds for bar in flow.bars]
+        failed = [bar.failed / bar.seconds for bar in flow.bars]
+        axes[0].stairs(rates, edges, fill=True, color=_FIRST, label="results")
+        if any(failed):
+            axes[0].stairs(failed, edges, fill=True, color=_SECOND, label="failed")
+            axes[0].legend(frameon=False, loc="lower right", ncols=2, bbox_to_anchor=(1, 0.95))
+        axes[0].set_ylabel("requests/s")
+        if tokens:
+            speeds = [bar.completion_tokens / bar.seconds for bar in flow.bars]
+            axes[1].stairs(speeds, edges, fill=True, color=_THIRD)
+            axes[1].set_ylabel("answer tokens/s")
+        figure.align_ylabels(axes)
+        _mark_time(axes, flow, edges, 4 if width == "narrow" else 7)
+
+    return _plot("throughput", "Requests and answer tokens per second over time", draw, rows=2)
+
+
+def latency_plot(latency: Latency) -> Markup:
+    """Return the histogram of the seconds that answers took.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+
+    def draw(figure: Any, width: str) -> None:
+        axes = figure.subplots()
+        edges = [latency.histogram[0][0], *(bar[1] for bar in latency.histogram)]
+        axes.stairs([bar[2] for bar in latency.histogram], edges, fill=True, color=_FIRST)
+        axes.set_xscale("log")
+        axes.set_ylabel("answers")
+        axes.set_xlabel("seconds")
+        _plain_ticks(axes, edges[0], edges[-1])
+        for name, place in (("50", "right"), ("95", "left")):
+            at = latency.quantiles[name]
+            axes.axvline(at, color=_INK, linewidth=1, linestyle=(0, (4, 2)))
+            pad = " "
+            axes.text(
+                at,
+                1.02,
+                f"{pad}{name} %: {at:.3g} s{pad}",
+                transform=axes.get_xaxis_transform(),
+                ha=place,
+                va="bottom",
+            )
+
+    return _plot("latency", "Histogram of the seconds that answers took", draw, rows=1.3)
+
+
+def _plain_ticks(axes: Any, lowest: float, highest: float) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of each decade that is seen, as plain numbers."""
+    places = [factor * 10.0**power for power in range(-4, 8) for factor in (1, 2, 5)]
+    seen = [place for place in places if lowest <= place <= highest]
+    decades = [place for place in seen if f"{place:e}".startswith("1.")]
+    shown = decades if len(seen) > 8 else seen
+    axes.set_xticks(shown, [f"{place:g}" for place in shown])
+    axes.minorticks_off()
+
+
+def _edges(bars: Sequence[Bar]) -> list[float]:
+    """Return where bars begin and end, in seconds of the time that has bars."""
+    edges = [0.0]
+    for bar in bars:
+        edges.append(edges[-1] + bar.seconds)
+    return edges
+
+
+def _mark_time(axes: Any, flow: Throughput, edges: Sequence[float], most: int) -> None:
+    """Write times of day under the lowest axis, and mark the pauses in all."""
+    begins = [end for _, end in flow.pauses]
+    places = [edges[at] for at, bar in enumerate(flow.bars) if bar.start in begins]
+    for each in axes:
+        each.set_xlim(edges[0], edges[-1])
+        each.margins(y=0.08)
+        for place in places:
+            each.axvline(place, color=_INK, linewidth=1, linestyle=(0, (2, 2)))
+    step = max(1, -(-len(flow.bars) // most))
+    ticks = list(range(0, len(flow.bars), step))
+    several_days = flow.bars[-1].start // _DAY != flow.bars[0].start // _DAY
+    axes[-1].set_xticks(
+        [edges[at] for at in ticks],
+        [_time_of(flow.bars[at].start, several_days, flow.width < 20) for at in ticks],
+    )
+    axes[-1].set_xlabel("UTC" + (", pauses left out at the dashed lines" if places else ""))
+
+
+def _time_of(moment: float, day: bool, seconds: bool) -> str:
+    text = utc_text(moment)
+    time = text[11:19] if seconds and not day else text[11:16]
+    return f"{text[5:10]}\n{time}" if day else time
+
+
+def _plot(name: str, title: str, draw: Draw, rows: float) -> Markup:
+    matplotlib = need("matplotlib", "report", "a plot")
+    figures = need("matplotlib.figure", "report", "a plot")
+    drawn = []
+    for width, (inches, height) in _SIZES.items():
+        with matplotlib.rc_context(_STYLE):
+            figure = figures.Figure(figsize=(inches, height * rows), layout="constrained")
+            draw(figure, width)
+            target = io.BytesIO()
+            figure.savefig(target, format="svg", transparent=True, metadata=_NO_METADATA)
+        svg = _inline(target.getvalue().decode(), f"{name}-{width}")
+        drawn.append(element("div", svg, class_=width, role="img", aria_label=title))
+    return element("figure", *drawn)
+
+
+def _inline(svg: str, name: str) -> Markup:
+    """Return an SVG document as an element of a page: its ids its own, its colours the page's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' id="', f' id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return Markup(svg)

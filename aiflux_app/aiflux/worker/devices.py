@@ -19,23 +19,24 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         value = environ.get(name)
         if value is not None:
             return () if value in _NONE else tuple(part.strip() for part in value.split(","))
-    return tuple(str(index) for index in range(len(_nvidia_smi("-L"))))
+    return tuple(str(index) for index in range(len(nvidia_smi("-L"))))
 
 
 def gpu_names() -> tuple[str, ...]:
     """Return the models of the visible GPUs; empty where there is no NVIDIA driver."""
-    return tuple(_nvidia_smi("--query-gpu=name", "--format=csv,noheader"))
+    return tuple(nvidia_smi("--query-gpu=name", "--format=csv,noheader"))
 
 
 def free_memory(devices: tuple[str, ...]) -> tuple[int, ...]:
     """Return the bytes that are free on each of these GPUs; empty where that cannot be told."""
     query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    told = _nvidia_smi(f"--id={','.join(devices)}", *query) if devices else []
+    told = nvidia_smi(f"--id={','.join(devices)}", *query) if devices else []
     numbers = [int(line) * _MIB for line in told if line.strip().isdigit()]
     return tuple(numbers) if len(numbers) == len(devices) else ()
 
 
-def _nvidia_smi(*arguments: str) -> list[str]:
+def nvidia_smi(*arguments: str) -> list[str]:
+    """Return the lines that nvidia-smi prints; none where it is missing, hangs or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

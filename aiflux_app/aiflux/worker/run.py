@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from aiflux.worker.engines import (
     ForeignEngine,
     Keeper,
 )
+from aiflux.worker.gpuuse import GpuUse, GpuWatch
 from aiflux.worker.ledger import Ledger
 from aiflux.worker.limits import AdaptiveLimit, FixedLimit
 from aiflux.worker.models import ensure_model
@@ -179,7 +181,11 @@ class _ShardWork:
         self.stats = Stats(shard.requests, completed, failed)
         self.status = Status(run.status(shard.index), plan, shard.index)
         self.status.details.update(_facts(plan, context))
-        self.ledger = Ledger.of(plan, read_status(run, shard.index), context.environ)
+        earlier = read_status(run, shard.index)
+        self.ledger = Ledger.of(plan, earlier, context.environ)
+        self.gpu_use = GpuUse.of(plan.id, earlier)
+        if self.gpu_use.samples:
+            self.status.details["gpu_use"] = self.gpu_use.to_json()
         self._sync_status()
         self.status.enter("validating")
         if completed + failed:
@@ -215,6 +221,7 @@ class _ShardWork:
                 on_failure=lambda error: stopper.stop(error.message),
             )
             stack.callback(journal.close)
+            stack.enter_context(self._gpu_watch())
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiflux-")))
             for model in self.plan.models:
                 _ModelWork(self, model, journal, home).run()
@@ -283,6 +290,12 @@ class _ShardWork:
     def may_admit(self) -> bool:
         """Tell whether a request may still be sent."""
         return not self.context.stopper.stopping and not self.past_deadline()
+
+    def _gpu_watch(self) -> GpuWatch:
+        own = self.plan.options.engine_url is None
+        devices = visible_devices(self.context.environ) if own else ()
+        note = partial(self.status.details.__setitem__, "gpu_use")
+        return GpuWatch(devices, self.gpu_use, note)
 
     def _sync_status(self) -> None:
         self.status.completed = self.stats.completed

@@ -1,0 +1,61 @@
+"""``aiflux config init`` on the real cluster: what it writes is taken by Slurm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import User
+from tests.tools.make_sif import make_sif
+
+REQUEST = {
+    "custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+    "body": {"model": "m:1", "messages": [{"role": "user", "content": "Hi"}]},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(user: User) -> Path:
+    """A folder with an input, and something that passes for an image."""
+    folder = user.folder("first settings, a folder")
+    user.write(folder / "in.jsonl", json.dumps(REQUEST) + "\n")
+    make_sif(folder / "aiflux.sif", version="0.1.0", cpu_only="no")
+    return folder
+
+
+@pytest.mark.parametrize("changes", ["", "--gpus-per-node 2", "--partition urgent --shards auto"])
+def test_slurm_takes_a_job_of_the_first_settings(
+    user: User, checkout: Path, folder: Path, changes: str
+) -> None:
+    aiflux = checkout / ".venv/bin/aiflux"
+    user.run(aiflux, "config", "init", "--force", cwd=folder)
+    shown = json.loads(user.run(aiflux, "config", "show", "--json", cwd=folder))["settings"]
+    origins = {name: entry["from"] for name, entry in shown.items()}
+    for name in ("partition", "gpus_per_node", "mem", "time", "cpus_per_task"):
+        assert origins[name].startswith(f"{folder / 'aiflux.yaml'}, line ")
+    assert origins["account"] == "default"
+    options = ["--input", "in.jsonl", "--output", "out.json", *changes.split()]
+    told = user.run(aiflux, "run", *options, "--dry-run", cwd=folder)
+    script = user.write(folder / "job.sbatch", told[told.index("#!/bin/bash") :])
+    verdict = user.run("sbatch", "--test-only", script, cwd=folder)
+    assert "to start at" in verdict
+
+
+def test_the_doctor_has_nothing_against_the_first_settings(
+    user: User, checkout: Path, folder: Path
+) -> None:
+    aiflux = checkout / ".venv/bin/aiflux"
+    user.run(aiflux, "config", "init", "--force", cwd=folder)
+    told = json.loads(user.run(aiflux, "doctor", "--json", cwd=folder, code=None))
+    assert [line["level"] for line in told if line["name"] == "your settings"] == ["ok"]
+
+
+def test_without_slurm_the_file_says_so(user: User, checkout: Path, folder: Path) -> None:
+    conf = "ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n"
+    user.write(folder / "none.conf", conf)
+    env = {"SLURM_CONF": str(folder / "none.conf")}
+    init = (checkout / ".venv/bin/aiflux", "config", "init", "--output", "none.yaml", "--force")
+    assert "nothing was chosen" in user.run(*init, cwd=folder, env=env)
+    assert "Slurm was not there, or did not answer" in (folder / "none.yaml").read_text("utf-8")

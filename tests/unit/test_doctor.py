@@ -212,10 +212,10 @@ def test_models_in_the_directory(tmp_path: Path) -> None:
     library = tmp_path / "manifests" / "registry.ollama.ai" / "library"
     for name, size in (("whole", 2), ("torn", 3)):
         (library / name).mkdir(parents=True)
-        layer = {"digest": "sha256:aa", "size": size}
+        layer = {"digest": "sha256:" + "a" * 64, "size": size}
         (library / name / "1b").write_text(json.dumps({"config": layer, "layers": []}))
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "sha256-aa").write_bytes(b"ab")
+    (tmp_path / "blobs" / ("sha256-" + "a" * 64)).write_bytes(b"ab")
     whole, torn, _ = host.models(config(tmp_path, AIFLUX_MODELS_DIR=str(tmp_path)))
     assert (whole.level, whole.what) == ("ok", f"{tmp_path}: 1 model (whole:1b)")
     assert (torn.level, torn.fix) == ("warn", "aiflux models pull torn:1b")

@@ -34,6 +34,15 @@ SPAN = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"--[a-z][a-z-]+")
 # Options of sbatch, Apptainer and ruff/mypy that pages speak of.
 FOREIGN_OPTIONS = {"--net", "--network", "--containall", "--nv", "--bind", "--requeue", "--strict"}
+# Every option of LLMFlux 2.0.0 (its cli.py): docs/moving.md tells what became of each.
+LLMFLUX_OPTIONS = OPTION.findall("""
+    --model --input --output --batch-size --save-frequency --max-retries --retry-delay --max-tokens
+    --temperature --top-p --top-k --account --partition --nodes --gpus-per-node --time --mem
+    --cpus-per-task --engine --sbatch-arg --rebuild --debug --vllm-engine-args --custom-config-path
+    --local-port --wait-timeout --email --name --num-prompts --all --state --tail --follow
+    --stdout-only --stderr-only --force --version
+""")
+MOVING = ROOT / "docs" / "moving.md"
 
 per_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -132,10 +141,15 @@ def test_commands_in_the_text_exist(page: Path, capsys: pytest.CaptureFixture[st
 
 @per_page
 def test_options_in_the_text_exist(page: Path) -> None:
-    known = known_options() | FOREIGN_OPTIONS
+    known = known_options() | FOREIGN_OPTIONS | set(LLMFLUX_OPTIONS if page == MOVING else ())
     for span in spans(page):
         for option in OPTION.findall(span):
             assert option in known, f"{page}: {span}"
+
+
+def test_what_became_of_every_option_is_told() -> None:
+    told = set(OPTION.findall(read(MOVING)))
+    assert set(LLMFLUX_OPTIONS) - {"--follow", "--version"} <= told
 
 
 def known_options() -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,16 @@ def test_what_is_not_used_any_more_is_told_once_with_its_reason(
     assert "temperature" not in told
 
 
+def test_the_example_in_the_documentation(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    (block,) = re.findall(r"^```\n(name: .*?)^```", page.read_text("utf-8"), re.M | re.S)
+    found = read_model_file(put(tmp_path, block))
+    assert found.parameters.settings() == {
+        "temperature": 0.7, "top_p": 0.9, "max_tokens": 2048, "stop": ("###",),
+    }  # fmt: skip
+    assert len(found.unused) == 3
+
+
 def test_where_files_are_looked_for(tmp_path: Path) -> None:
     only = "parameters: {max_tokens: 5}"
     models = tmp_path / ".local/share/aiflux/models"
@@ -170,6 +181,7 @@ def test_without_a_file_the_catalogue_tells(tmp_path: Path) -> None:
             "concurrent_range = ['4', '1'] is wrong",
             "the lower one first",
         ),
+        ("name: NA", "line 1 (name): the model has no name in Ollama", "--engine-url"),
         ("name: ' a b'", "line 1 (name): model ' a b' is not a model name", "NAME:TAG"),
         ("resources: 3", "(resources) must hold KEY: VALUE lines", "gpu_layers"),
     ],

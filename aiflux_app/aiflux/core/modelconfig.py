@@ -117,11 +117,14 @@ _SECTIONS: Mapping[str, Mapping[str, Parser]] = {
         "gpu_memory_utilization": _FRACTION,
     },
 }
-_FREE = ("name", "hf_name", "engine", "type", "size", "path", "description", "capabilities")
+_FREE = (
+    "name", "hf_name", "engine", "type", "size", "path", "description", "capabilities",
+    "model_info",
+)  # fmt: skip
 _REASONS = {
     "resources": "the slots follow from the GPU's memory; --slots, --context-length and "
     "--concurrency set them",
-    "system": "a system message stands in each request",
+    "system": "a system message stands in each request (aiflux convert adds it: --system)",
     "requirements": "what a model needs follows from its architecture (aiflux models show)",
     "hf_name": "models are named as Ollama names them",
     "engine": "the engine is Ollama, or the one at --engine-url",
@@ -182,6 +185,11 @@ def _entry(file: YamlFile, name: str | None) -> tuple[str, ...]:
 
 
 def _name(file: YamlFile, at: tuple[str, ...], name: Any) -> str:
+    if name == "NA":
+        raise ConfigError(
+            f"{file.place(*at, 'name')}: the model has no name in Ollama",
+            "serve it with another engine and name that: --engine-url",
+        )
     try:
         parse_model_name(str(name))
     except ConfigError as error:

@@ -63,6 +63,10 @@ class SlurmConfig:
         """Another name for ``mem``."""
         return self.mem
 
+    @memory.setter
+    def memory(self, value: str | None) -> None:
+        self.mem = value
+
     def checked(self) -> SlurmConfig:
         """Return a copy whose values fit together.
 

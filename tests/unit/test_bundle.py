@@ -1,0 +1,327 @@
+"""Bundles: what is written, what is refused, and what an install leaves behind."""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from aiflux.core import bundleinstaller
+from aiflux.core.bundle import Ingredients, write_bundle
+from aiflux.core.bundleinstaller import InstallError, Places, install, places, verify
+from aiflux.core.modelname import ModelName, parse_model_name
+from aiflux.core.modelstore import missing_parts
+from aiflux.errors import BundleError, ModelError
+from aiflux.image.packages import download_command
+from tests.tools.make_sif import make_sif
+
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+MACHINE = os.uname().machine
+NAME = parse_model_name("tiny:1b")
+
+
+def make_model(models: Path, name: ModelName, weights: bytes) -> None:
+    """Put a model of two blobs into a models directory."""
+    layers = []
+    for content in (b"{}", weights):
+        digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        layers.append({"mediaType": "x", "digest": digest, "size": len(content)})
+        blob = models / "blobs" / digest.replace(":", "-")
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+    manifest = models / name.manifest_path
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps({"config": layers[0], "layers": layers[1:]}))
+
+
+def make_wheel(folder: Path, version: str) -> Path:
+    """Make a wheel of a package that stands for AI-Flux: it prints how it is called."""
+    code = "import os, sys\nprint(sys.argv[1:], os.environ['AIFLUX_SITE_CONFIG'])\n"
+    wheel = folder / f"aiflux-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("aiflux/__init__.py", f"VERSION = {version!r}\n")
+        archive.writestr("aiflux/cli/__init__.py", "")
+        archive.writestr("aiflux/cli/__main__.py", code)
+        archive.writestr(f"aiflux-{version}.data/purelib/aiflux/more.py", "MORE = 1\n")
+    return wheel
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Ingredients:
+    models = tmp_path / "here" / "models"
+    make_model(models, NAME, b"weights " * 1000)
+    image = make_sif(tmp_path / "here" / "some.sif", version="1", engine="Ollama 9")
+    wheel = make_wheel(tmp_path / "here", "1.0")
+    return Ingredients(image, models, (NAME,), {PYTHON: [wheel], "3.99": []}, MACHINE)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, parts: Ingredients) -> Path:
+    return write_bundle(tmp_path / "b.tar", parts).path
+
+
+@pytest.fixture
+def to(tmp_path: Path, awkward: Path) -> Places:
+    prefix = tmp_path / awkward.name.replace(":", "") / "soft ware"
+    return places(str(prefix), str(awkward / "models"))
+
+
+def silent(_: str) -> None:
+    return None
+
+
+def files(*folders: Path) -> list[Path]:
+    return [path for folder in folders for path in folder.rglob("*") if not path.is_dir()]
+
+
+def members(bundle: Path) -> list[str]:
+    with tarfile.open(bundle) as tar:
+        return tar.getnames()
+
+
+def rewritten(bundle: Path, change: Callable[[tarfile.TarInfo], bool]) -> Path:
+    """Return a copy with only the members that ``change`` keeps, and as it changes them."""
+    copy = bundle.with_name("changed.tar")
+    with tarfile.open(bundle) as old, tarfile.open(copy, "w") as new:
+        for info in old.getmembers():
+            content = old.extractfile(info)
+            if change(info):
+                new.addfile(info, content)
+    return copy
+
+
+def test_the_installer_needs_nothing_but_python() -> None:
+    source = Path(bundleinstaller.__file__).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.partition(".")[0] in sys.stdlib_module_names
+
+
+def test_a_bundle_is_what_plain_tools_understand(bundle: Path, tmp_path: Path) -> None:
+    assert members(bundle)[:4] == [
+        f"aiflux-bundle/{name}"
+        for name in ("SHA256SUMS", "bundle.json", "README.txt", "install.py")
+    ]
+    subprocess.run(["tar", "-xf", bundle], cwd=tmp_path, check=True)
+    folder = tmp_path / "aiflux-bundle"
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
+    assert missing_parts(folder / "models", NAME) == [], "it is a models directory"
+    assert "tiny:1b" in (folder / "README.txt").read_text()
+
+
+def test_the_sum_that_is_told_is_the_file_s(tmp_path: Path, parts: Ingredients) -> None:
+    written = write_bundle(tmp_path / "b.tar", parts)
+    content = written.path.read_bytes()
+    assert written.digest == hashlib.sha256(content).hexdigest()
+    assert written.size == len(content)
+
+
+def test_an_install_by_plain_python(bundle: Path, to: Places, tmp_path: Path) -> None:
+    subprocess.run(["tar", "-xf", bundle, "aiflux-bundle/install.py"], cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "aiflux-bundle/install.py", bundle, "--prefix", to.prefix,
+         "--models-dir", to.models],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(to.command) in done.stdout
+    assert missing_parts(to.models, NAME) == []
+    assert os.access(to.image, os.X_OK)
+    called = subprocess.run(
+        [to.command, "run", "a b", "$(c)"], capture_output=True, text=True, check=True,
+        env={"PATH": "/bin:/usr/bin"},
+    )  # fmt: skip
+    assert called.stdout == f"['run', 'a b', '$(c)'] {to.site}\n"
+    assert not [path for path in files(to.prefix, to.models) if ".staging" in path.parts]
+
+
+def test_what_is_installed_is_found(bundle: Path, to: Places) -> None:
+    from aiflux.core.config import Config
+
+    install(bundle, to, silent)
+    config = Config(environ={"AIFLUX_SITE_CONFIG": str(to.site)}, directory=Path("/nonexistent"))
+    assert config.models_dir == to.models
+    assert config.containers_dir / "aiflux.sif" == to.image
+
+
+def test_again_writes_nothing_and_a_newer_one_takes_over(
+    bundle: Path, to: Places, parts: Ingredients, tmp_path: Path
+) -> None:
+    install(bundle, to, silent)
+    before = {path: path.stat().st_ino for path in files(to.models, to.prefix / "containers")}
+    environment = (to.prefix / "python").resolve()
+    install(bundle, to, silent)
+    assert {path: path.stat().st_ino for path in before} == before
+    assert (to.prefix / "python").resolve() == environment
+    wheels = {PYTHON: [make_wheel(tmp_path, "2.0")]}
+    newer = Ingredients(None, parts.models_dir, (), wheels, MACHINE)
+    install(write_bundle(tmp_path / "n.tar", newer).path, to, silent)
+    site = (to.prefix / "python" / "lib" / f"python{PYTHON}" / "site-packages").resolve()
+    assert "2.0" in (site / "aiflux" / "__init__.py").read_text()
+    assert (site / "aiflux" / "more.py").exists()
+    assert environment.exists(), "what runs with it goes on"
+    assert "containers_dir" in to.site.read_text(), "and the settings are kept"
+
+
+def test_what_a_killed_install_left_is_used(bundle: Path, to: Places) -> None:
+    install(bundle, to, silent)
+    (blob, *_) = sorted((to.models / "blobs").iterdir(), key=lambda path: -path.stat().st_size)
+    staged = to.staged(f"models/blobs/{blob.name}")
+    staged.parent.mkdir(parents=True)
+    blob.rename(staged)
+    inode = staged.stat().st_ino
+    install(bundle, to, silent)
+    assert blob.stat().st_ino == inode
+    staged.parent.mkdir(parents=True)
+    blob.rename(staged)
+    staged.write_bytes(b"half")
+    install(bundle, to, silent)
+    assert missing_parts(to.models, NAME) == []
+
+
+def test_a_blob_that_was_damaged_on_the_disk_is_replaced(bundle: Path, to: Places) -> None:
+    install(bundle, to, silent)
+    blob = max((to.models / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+    whole = blob.read_bytes()
+    blob.write_bytes(b"x" * len(whole))
+    install(bundle, to, silent)
+    assert blob.read_bytes() == whole
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_every_damaged_byte_of_content_is_found(bundle: Path, to: Places) -> None:
+    with tarfile.open(bundle) as tar:
+        spots = [info.offset_data + info.size // 2 for info in tar.getmembers() if info.size]
+    whole = bundle.read_bytes()
+    for spot in spots:
+        damaged = bundle.with_name("damaged.tar")
+        damaged.write_bytes(whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :])
+        with pytest.raises(InstallError, match="is not a whole bundle"):
+            verify(damaged)
+    with pytest.raises(InstallError):
+        install(damaged, to, silent)
+    assert files(to.prefix, to.models) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9999])
+def test_every_cut_is_found(bundle: Path, to: Places, share: float) -> None:
+    cut = bundle.with_name("cut.tar")
+    with tarfile.open(bundle) as tar:
+        end = max(info.offset_data + info.size for info in tar.getmembers())
+    cut.write_bytes(bundle.read_bytes()[: int(end * share)])
+    with pytest.raises(InstallError, match="is not a whole bundle") as error:
+        install(cut, to, silent)
+    assert not error.value.storage
+    assert files(to.prefix, to.models) == []
+
+
+def escape(info: tarfile.TarInfo) -> bool:
+    info.name = info.name.replace("README.txt", "../../README.txt")
+    return True
+
+
+def link(info: tarfile.TarInfo) -> bool:
+    if info.name.endswith(".sif"):
+        info.type, info.linkname, info.size = tarfile.SYMTYPE, "/etc/passwd", 0
+    return True
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda info: not info.name.endswith(".sif"), "image/aiflux.sif is missing"),
+        (lambda info: "SUMS" not in info.name, "SHA256SUMS is not where it should be"),
+        (escape, "does not belong there"),
+        (link, "does not belong there"),
+    ],
+    ids=["missing", "no sums", "escape", "link"],
+)
+def test_members_that_are_missing_or_strange(
+    bundle: Path, change: Callable[[tarfile.TarInfo], bool], words: str
+) -> None:
+    with pytest.raises(InstallError, match=words):
+        verify(rewritten(bundle, change))
+
+
+def test_it_is_told_which_pythons_would_do(bundle: Path, parts: Ingredients, to: Places) -> None:
+    other = Ingredients(None, parts.models_dir, (), {"3.9": [*parts.wheels[PYTHON]]}, MACHINE)
+    path = write_bundle(bundle.with_name("o.tar"), other).path
+    with pytest.raises(InstallError, match=rf"this is Python {PYTHON}, .* packages for 3\.9"):
+        install(path, to, silent)
+    foreign = Ingredients(None, parts.models_dir, (), parts.wheels, "riscv64")
+    with pytest.raises(InstallError, match="is for riscv64"):
+        install(write_bundle(bundle.with_name("f.tar"), foreign).path, to, silent)
+    assert files(to.prefix, to.models) == []
+
+
+def test_a_prefix_that_python_cannot_have() -> None:
+    with pytest.raises(InstallError, match="holds a colon"):
+        places("/a:b", None)
+
+
+def test_a_place_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InstallError, match="cannot write") as error:
+        install(bundle, places(str(tmp_path / "file" / "x"), None), silent)
+    assert error.value.storage
+
+
+def test_two_installs_at_once(bundle: Path, to: Places) -> None:
+    lock = to.models / ".staging" / "bundle.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InstallError, match="another install"):
+            install(bundle, to, silent)
+    install(bundle, to, silent)
+
+
+def test_edited_settings_are_kept(bundle: Path, to: Places) -> None:
+    to.prefix.mkdir(parents=True)
+    to.site.write_text("slurm: {partition: gpu}\n")
+    told: list[str] = []
+    install(bundle, to, told.append)
+    assert to.site.read_text() == "slurm: {partition: gpu}\n"
+    assert any("site.yaml.new" in line for line in told)
+
+
+def test_models_that_are_missing_or_damaged_make_no_bundle(
+    tmp_path: Path, parts: Ingredients
+) -> None:
+    other = (parse_model_name("other"),)
+    with pytest.raises(ModelError, match="is not in"):
+        write_bundle(
+            tmp_path / "b.tar", Ingredients(None, parts.models_dir, other, parts.wheels, MACHINE)
+        )
+    blobs = sorted((parts.models_dir / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+    content = blobs[-1].read_bytes()
+    blobs[-1].write_bytes(content[:-1] + b"!")
+    with pytest.raises(BundleError, match="not what its name says"):
+        write_bundle(tmp_path / "b.tar", parts)
+    blobs[-1].unlink()
+    with pytest.raises(BundleError, match="is not whole"):
+        write_bundle(tmp_path / "b.tar", parts)
+    assert not (tmp_path / "b.tar").exists()
+
+
+def test_pip_is_asked_for_the_cluster_s_wheels() -> None:
+    command: Sequence[str] = download_command(Path("/w/a.whl"), "3.12", "aarch64", Path("/d"))
+    assert "--only-binary=:all:" in command
+    assert command[command.index("--python-version") + 1] == "3.12"
+    assert "manylinux2014_aarch64" in command
+    assert shutil.which(command[0])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.cli.main import main
 from aiflux.core import bundleinstaller
 from aiflux.core.bundle import Ingredients, write_bundle
 from aiflux.core.bundleinstaller import InstallError, Places, install, places, verify
@@ -325,3 +326,54 @@ def test_pip_is_asked_for_the_cluster_s_wheels() -> None:
     assert command[command.index("--python-version") + 1] == "3.12"
     assert "manylinux2014_aarch64" in command
     assert shutil.which(command[0])
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_verify_and_install_as_commands(
+    bundle: Path, to: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bundle", "verify", str(bundle)]) == 0
+    told = capsys.readouterr().out
+    assert "model: tiny:1b" in told
+    assert "is whole: 8 files" in told
+    where = ["--prefix", str(to.prefix), "--models-dir", str(to.models)]
+    assert main(["bundle", "install", str(bundle), *where]) == 0
+    assert str(to.command) in capsys.readouterr().out
+    with bundle.open("r+b") as file:
+        file.truncate(40_000)
+    assert main(["bundle", "verify", str(bundle)]) == 2
+    assert "is not a whole bundle" in capsys.readouterr().err
+    assert main(["bundle", "verify", str(bundle.with_name("none.tar"))]) == 2
+    assert main(["bundle", "install", str(bundle), "--prefix", "/proc/none"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model", "absent:1b"], "absent:1b is not in"),
+        (["--model", f"tiny:1b@sha256:{'0' * 12}"], "insists on"),
+        (["--arch", "aarch64"], "is for amd64, and the bundle for aarch64"),
+        (["-o", "here"], "is there already"),
+        (["-o", "nowhere/b.tar"], "is not there"),
+    ],
+)
+def test_what_cannot_become_a_bundle_is_told_before_anything_is_fetched(
+    tmp_path: Path,
+    parts: Ingredients,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    where = ["--image", str(parts.image), "--models-dir", str(parts.models_dir)]
+    assert main(["bundle", "create", *where, *more]) != 0
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["3.9", "3", "4.0", "3.11.2", "x"])
+def test_a_python_that_is_none(version: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["bundle", "create", "--python", version])

@@ -101,12 +101,14 @@ class Timeline:
         width: seconds of a stretch.
         spans: by the number of the stretch since 1970.
         first, last: Unix times.
+        most: stretches in which something came.
     """
 
     width: int = 1
     spans: dict[int, Span] = field(default_factory=dict)
     first: float = math.inf
     last: float = 0.0
+    most: int = _MOST_BINS
 
     def add(self, moment: float, failed: bool, prompt_tokens: int, completion_tokens: int) -> None:
         """Take in one result that came at a Unix time."""
@@ -131,11 +133,11 @@ class Timeline:
         span = self.spans.get(number)
         if span is not None:
             return span
-        if len(self.spans) < _MOST_BINS:
+        if len(self.spans) < self.most:
             return self.spans.setdefault(number, Span())
         moment = number * self.width
         # The stretch that is looked for counts among those that are too many.
-        while len({at // 2 for at in (*self.spans, number)}) > _MOST_BINS:
+        while len({at // 2 for at in (*self.spans, number)}) > self.most:
             self._widen()
             number = moment // self.width
         self._widen()

@@ -1,0 +1,510 @@
+"""``aiflux report``: figures that add up, and a page that stands alone and shows text as text."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from aiflux.cli.main import main
+from aiflux.cli.markup import element, joined
+from aiflux.core.accumulators import Histogram, Timeline
+from aiflux.core.clock import utc_text
+from aiflux.core.estimate import Estimate
+from aiflux.core.journal import JournalWriter, Result
+from aiflux.core.options import RunOptions
+from aiflux.core.report_flow import throughput
+from aiflux.core.sampling import Range
+from aiflux.core.tally import Tally, tally
+from aiflux.worker.gpuuse import GpuUse, GpuWatch, samples
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.made_runs import MadeRun
+
+START = 1_790_000_000.0
+NASTY = "\"><script>alert('1')</script>&amp;\u202e\n\x00 ' onload=x"
+VOID = {"meta", "br", "hr"}
+FIGURES = some.floats(min_value=0.001, max_value=1e6)
+
+
+def answer(text: str = "yes", prompt: int = 10, completion: int = 5) -> bytes:
+    message = {"role": "assistant", "content": text}
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+    return json.dumps(body).encode()
+
+
+def result(
+    number: int,
+    moment: float = START,
+    *,
+    code: str | None = None,
+    message: str = "no",
+    custom_id: str | None = None,
+    seconds: float = 1.0,
+    body: bytes | None = None,
+    **metadata: Any,
+) -> Result:
+    told = {
+        "model": "llama3.2:3b",
+        "timestamp": utc_text(moment),
+        "processing_time": seconds,
+        "attempts": 1,
+        "engine": 0,
+        **metadata,
+    }
+    error = None if code is None else {"code": code, "message": message, "status": 400}
+    content = b"null" if code else answer()
+    key = number.to_bytes(16, "big")
+    name = custom_id or f"r{number}"
+    return Result(key, name, 200, told, error, content if body is None else body)
+
+
+def lines(*results: Result) -> list[tuple[bytes, bytes]]:
+    return [(each.key, each.to_line()) for each in results]
+
+
+def write(made: MadeRun, shard: int, *results: Result) -> None:
+    journal = JournalWriter(made.run.journal(shard))
+    for each in results:
+        journal.append(each)
+    journal.close()
+
+
+def report(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["report", str(made.output), "--json"]) == 0
+    content: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return content
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element is closed, in the right order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.ids: Counter[str] = Counter()
+        self.handlers: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self._note(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] += 1
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "data"):
+                self.links.append(value or "")
+            if name == "id":
+                self.ids[value or ""] += 1
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+
+@given(some.lists(FIGURES, min_size=1), some.floats(min_value=0.01, max_value=1.0))
+def test_quantiles_are_right_to_one_percent(figures: list[float], share: float) -> None:
+    histogram = Histogram()
+    for figure in figures:
+        histogram.add(figure)
+    exact = sorted(figures)[max(1, math.ceil(share * len(figures))) - 1]
+    assert histogram.quantile(share) == pytest.approx(exact, rel=0.0101)
+    assert histogram.quantile(1.0) == max(figures)
+    assert (histogram.lowest, histogram.count) == (min(figures), len(figures))
+    assert histogram.mean == pytest.approx(math.fsum(figures) / len(figures))
+
+
+@given(some.lists(FIGURES), some.lists(FIGURES), some.integers(1, 60))
+def test_histograms_add_up(left: list[float], right: list[float], most: int) -> None:
+    one, other, both = Histogram(), Histogram(), Histogram()
+    for figures, parts in ((left, (one, both)), (right, (other, both))):
+        for figure in figures:
+            for part in parts:
+                part.add(figure)
+    one.merge(other)
+    assert one._bins == both._bins
+    assert (one.count, one.lowest, one.highest) == (both.count, both.lowest, both.highest)
+    bars = list(one.bars(most))
+    assert len(bars) <= most
+    assert sum(count for _, _, count in bars) == len(left) + len(right)
+    assert all(before[1] == pytest.approx(after[0]) for before, after in pairwise(bars))
+
+
+MOMENTS = some.lists(some.floats(min_value=0, max_value=1e7), min_size=1, max_size=60)
+
+
+def reference(moments: list[float], most: int) -> tuple[int, Counter[int]]:
+    width = 1
+    while len({int(moment) // width for moment in moments}) > most:
+        width *= 2
+    return width, Counter(int(moment) // width for moment in moments)
+
+
+@given(MOMENTS, MOMENTS, some.integers(1, 12))
+@settings(deadline=None)
+def test_timelines_are_as_fine_as_there_is_room(
+    left: list[float], right: list[float], most: int
+) -> None:
+    one, other = Timeline(most=most), Timeline(most=most)
+    for timeline, moments in ((one, left), (other, right)):
+        for moment in moments:
+            timeline.add(moment, False, 1, 2)
+        spans = {at: span.results for at, span in timeline.spans.items()}
+        assert (timeline.width, spans) == reference(moments, most)
+    one.merge(other)
+    spans = {at: span.results for at, span in one.spans.items()}
+    assert (one.width, spans) == reference(left + right, most)
+    assert (one.first, one.last) == (min(left + right), max(left + right))
+    flow = throughput(one)
+    assert sum(bar.results for bar in flow.bars) == len(left) + len(right)
+    assert sum(bar.completion_tokens for bar in flow.bars) == 2 * (len(left) + len(right))
+
+
+def test_pauses_have_no_bars() -> None:
+    timeline = Timeline()
+    for moment in (*range(100), *range(90_000, 90_100)):
+        timeline.add(START + moment, False, 0, 1)
+    flow = throughput(timeline)
+    assert flow.pauses == ((START + 100, START + 90_000),)
+    assert sum(bar.seconds for bar in flow.bars) == 200
+    assert flow.requests_per_second == 1
+
+
+def test_a_tally_counts_the_last_result_of_a_request() -> None:
+    told = tally(
+        lines(
+            result(1, code="http_400"),
+            result(2, code="timeout"),
+            result(3),
+            result(2, code="http_500"),
+            result(1),
+        )
+    )
+    assert (told.results, told.superseded, told.failed, told.completed) == (5, 2, 1, 2)
+    assert {code: kind.count for code, kind in told.failures.items()} == {
+        "http_400": 0,
+        "timeout": 0,
+        "http_500": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        (answer(prompt=7, completion=3), (7, 3)),
+        (answer(text='he said "usage": {"prompt_tokens": 99}'), (10, 5)),
+        (b'{"usage": null}', (0, 0)),
+        (b'{"usage":{"prompt_tokens":4}}', (4, 0)),
+        (b'{"usage":{"prompt_tokens":4,"completion_tokens":2},"role":"usage"}', (4, 2)),
+        (b'{"usage":{"prompt_tokens_details":{"a":1},"completion_tokens":2}}', (0, 2)),
+        (b"null", (0, 0)),
+        (b'"usage"', (0, 0)),
+    ],
+)
+def test_tokens_are_those_of_the_usage(body: bytes, tokens: tuple[int, int]) -> None:
+    told = tally(lines(result(1, body=body)))
+    assert (told.prompt_tokens, told.completion_tokens) == tokens
+
+
+def test_tallies_of_shards_add_up() -> None:
+    one = tally(lines(result(1, finish_reason_length=True), result(2, code="timeout")))
+    whole = Tally()
+    whole.merge(one)
+    whole.merge(tally(lines(result(3, START + 60, attempts=2, truncated_prompt=True))))
+    assert (whole.results, whole.failed, whole.cut, whole.truncated) == (3, 1, 1, 1)
+    assert whole.attempts == {1: 2, 2: 1}
+    assert whole.latency.count == 2
+    assert (whole.timeline.first, whole.timeline.last) == (START, START + 60)
+
+
+def a_run(folder: Path, **options: Any) -> MadeRun:
+    made = MadeRun(folder, shards=2, each=100, options=RunOptions(max_failures="5%", **options))
+    engines = [{"index": 0, "devices": ["0"], "version": "0.9.3", "slots": 4, "gpu_bytes": 1}]
+    totals = {"seconds": 100.0, "gpu_seconds": 100.0, "starts": 1, "prompt_tokens": 1,
+              "completion_tokens": 1}  # fmt: skip
+    for shard in range(2):
+        failed = 2 * shard
+        made.status(
+            shard,
+            "completed",
+            100 - failed,
+            failed,
+            engines=engines,
+            totals=totals,
+            started=utc_text(START - 5),
+            sealed=True,
+            version="0.1.0",
+            model_digests={"llama3.2:3b": "c0ffee"},
+            gpu_use=GpuUse().with_sample(80, 1024, 2048).with_sample(90, 2048, 2048).to_json(),
+        )
+        numbers = range(shard * 100, shard * 100 + 100)
+        write(
+            made,
+            shard,
+            *(
+                result(
+                    number,
+                    START + number,
+                    seconds=2.0,
+                    code="http_400" if number in (150, 151) else None,
+                    message=NASTY,
+                    custom_id=f"{NASTY}-{number}",
+                )
+                for number in numbers
+            ),
+        )
+    made.whole("completed", 198, 2)
+    return made
+
+
+def test_the_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = report(a_run(tmp_path), capsys)
+    assert told["form"] == 1
+    assert told["condition"]["state"] == "finished with failures"
+    assert told["what"]["models"] == [
+        {"name": "llama3.2:3b", "results": 200, "digests": ["c0ffee"]}
+    ]
+    assert told["what"]["engines"] == {"Ollama 0.9.3": 2}
+    assert told["what"]["gpus"] == {"NVIDIA A100-SXM4-40GB": 2}
+    counts = told["counts"]
+    assert (counts["total"], counts["completed"], counts["failed"], counts["left"]) == (
+        200, 198, 2, 0,
+    )  # fmt: skip
+    assert told["tokens"] == {"prompt": 1980, "completion": 990, "per_answer": 5.0}
+    assert told["throughput"]["requests_per_second"] == 1.0
+    assert told["latency"]["quantiles"]["50"] == 2.0
+    assert told["attempts"] == {"1": 200}
+    (failure,) = told["failures"]
+    assert (failure["code"], failure["count"], len(failure["examples"])) == ("http_400", 2, 2)
+    assert "--" not in failure["code"]
+    assert failure["remedy"]
+    assert [shard["failed"] for shard in told["shards"]] == [0, 2]
+    assert [engine["results"] for engine in told["engines"]] == [100, 100]
+    use = told["use"]
+    assert (use["slots"], use["slot_use"], use["in_flight"]) == (4, 0.5, 2.0)
+    assert use["gpu_utilization"] == {"mean": 85.0, "highest": 90}
+    assert use["gpu_memory"] == {"mean": 1536.0, "highest": 2048, "whole": 2048}
+    assert use["gpu_hours"] == pytest.approx(200 / 3600, abs=1e-4)
+    assert told["estimate"] == []
+    for words in ("200 requests", "sha256:c0ffee", "198 requests were answered", "http_400: 2"):
+        assert words in told["methods"]
+
+
+def test_estimate_and_actual_stand_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = a_run(tmp_path)
+    one = Range(1, 1, 1)
+    told = Estimate(
+        plan=made.plan.id, where="slurm", created="", requests=200, pilot=10, pilot_failures=0,
+        prompt_tokens=one, completion_tokens=one, in_flight=4, work_seconds=Range(180, 170, 190),
+        fixed_seconds=one, uneven=1.0, gpus=1, failures=Range(2, 0, 4),
+    )  # fmt: skip
+    made.run.estimate.write_text(json.dumps(told.to_json()))
+    rows = {row["name"]: row for row in report(made, capsys)["estimate"]}
+    assert rows["failed requests"]["actual"] == 2
+    assert rows["time of all jobs"]["actual"] == 200
+    assert main(["report", str(made.output)]) == 0
+    page = made.run.report.read_text()
+    assert "Estimate and actual" in page
+    assert "outside" in Page(page).text
+
+
+@pytest.mark.parametrize("state", ["in_progress", "cancelled", "failed"])
+def test_runs_that_are_not_finished_have_a_report(
+    state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(tmp_path, shards=2)
+    made.status(0, state, 2, 1, ended="the job's time is nearly over")
+    write(made, 0, result(1), result(2, START + 86400.0), result(3, START + 86401, code="timeout"))
+    told = report(made, capsys)
+    running = state == "in_progress"
+    assert told["condition"]["finished"] is False
+    assert told["condition"]["ended"] is (not running)
+    assert told["counts"]["left"] == 197
+    assert main(["report", str(made.output)]) == 0
+    words = Page(made.run.report.read_text()).text
+    assert ("The run goes on" in words) is running
+    assert ("aiflux resume" in words) is (not running)
+    assert told["condition"]["state"] in capsys.readouterr().out
+
+
+def test_a_run_without_any_result_has_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(tmp_path)
+    assert report(made, capsys)["latency"]["count"] == 0
+    assert main(["report", str(made.output)]) == 0
+    assert "No result was recorded yet" in Page(made.run.report.read_text()).text
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = a_run(tmp_path)
+    assert main(["report", str(made.output)]) == 0
+    text = made.run.report.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.seen["svg"] == 4, "two plots, each in two widths"
+    assert page.seen["script"] == page.seen["link"] == page.seen["img"] == page.seen["iframe"] == 0
+    assert page.handlers == []
+    assert page.links
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert max(page.ids.values()) == 1
+    assert all(target[0] == "#" for target in re.findall(r"url\(([^)]*)\)", text))
+    assert "@import" not in text
+    assert 'http-equiv="Content-Security-Policy"' in text
+    assert "#a0000" not in text, "a colour that no style sheet gives"
+    assert "<text" in text, "text in plots stays text"
+    assert made.run.report.stat().st_mode & 0o777 == 0o600
+
+
+def test_foreign_text_is_shown_as_text(tmp_path: Path) -> None:
+    made = a_run(tmp_path, engine_env={"OLLAMA_NOTE": NASTY, "MY_API_KEY": "hunter2"})
+    assert main(["report", str(made.output)]) == 0
+    text = made.run.report.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "alert('1')" not in text
+    assert "alert('1')" in Page(text).text
+    assert "hunter2" not in text
+    assert "MY_API_KEY=(not shown)" in Page(text).text
+
+
+def test_an_address_is_shown_without_its_password(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(tmp_path, options=RunOptions(engine_url="http://me:hunter2@gpu:8000/x"))
+    made.status(0, "completed", 100, engines=[{"index": 0, "url": "http://me:hunter2@gpu:8000/x"}])
+    made.whole("completed", 100)
+    told = report(made, capsys)
+    assert "hunter2" not in json.dumps(told)
+    assert told["what"]["engines"] == {"server at http://gpu:8000/x": 1}
+    assert told["engines"][0]["where"] == "http://gpu:8000/x"
+
+
+def test_without_matplotlib_tables_stand_in_place_of_plots(tmp_path: Path) -> None:
+    made = a_run(tmp_path)
+    page = tmp_path / "page.html"
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "matplotlib.py").write_text("raise ImportError('not here')\n")
+    code = "import sys; from aiflux.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", str(made.output), "--output", str(page)],
+        env={**os.environ, "PYTHONPATH": str(blocked)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "aiflux[report]" in done.stdout
+    told = Page(page.read_text())
+    assert told.seen["svg"] == 0
+    assert "aiflux[report]" in told.text
+    assert "from (UTC)" in told.text
+
+
+@pytest.mark.parametrize("name", ["folder", "nowhere/page.html"])
+def test_a_page_that_cannot_be_written_is_a_clear_error(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    assert main(["report", str(made.output), "--output", str(tmp_path / name)]) == 2
+    assert "-> " in capsys.readouterr().err
+
+
+@given(some.text(), some.text())
+def test_markup_gives_text_back(child: str, attribute: str) -> None:
+    made = element("p", child, element("b", "x"), title=attribute)
+    assert "<p" in joined([made])
+
+    class Reader(HTMLParser):
+        told = ""
+        title: str | None = None
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.title = dict(attrs).get("title", self.title)
+
+        def handle_data(self, data: str) -> None:
+            self.told += data
+
+    reader = Reader()
+    reader.feed(made)
+    reader.close()
+    assert reader.told == child + "x"
+    assert reader.title == attribute
+
+
+SMI = """\
+case "$*" in
+*--query-gpu=utilization*) printf "%s\\n" "40, 100, 1000" "60, 300, 1000" ;;
+esac
+"""
+
+
+def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = FakeCommands(tmp_path)
+    fakes.add("nvidia-smi", SMI)
+    monkeypatch.setenv("PATH", fakes.path)
+    assert samples(("0", "1")) == [(40, 100, 1000), (60, 300, 1000)]
+    assert "--id=0,1" in fakes.calls("nvidia-smi")[0].argv
+    told: list[dict[str, Any]] = []
+    before = GpuUse().with_sample(100, 500, 1000)
+    with GpuWatch(("0", "1"), before, told.append, interval=0.01):
+        deadline = time.monotonic() + 20
+        while len(told) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert told[0] == {
+        "samples": 3,
+        "utilization_mean": 66.67,
+        "utilization_max": 100,
+        "memory_mib_mean": 300.0,
+        "memory_mib_max": 500,
+        "memory_mib_total": 1000,
+    }
+    assert told[1]["samples"] == 5
+
+
+@pytest.mark.parametrize("printed", ["[N/A], 100, 1000\n", "", "No devices were found\n"])
+def test_what_cannot_be_sampled_is_not_made_up(
+    printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeCommands(tmp_path)
+    fakes.say("nvidia-smi", printed)
+    monkeypatch.setenv("PATH", fakes.path)
+    assert samples(("0",)) == []
+    assert samples(()) == []
+
+
+def test_samples_of_earlier_starts_count(tmp_path: Path) -> None:
+    use = GpuUse().with_sample(50, 10, 20)
+    status = {"aiflux": {"plan": "p", "gpu_use": use.to_json()}}
+    assert GpuUse.of("p", status) == use
+    assert GpuUse.of("other", status) == GpuUse()
+    assert GpuUse.of("p", None) == GpuUse()

@@ -44,6 +44,8 @@ COMMANDS = {
     "image": "the Apptainer image",
     "bundle": "everything in one file, for clusters without internet",
     "config": "configuration",
+    "examples": "write a small starter project",
+    "completion": "print what completes aiflux's commands in a shell",
     "doctor": "tell what this site has, and what will not work",
 }
 

@@ -232,12 +232,8 @@ def test_time_that_is_up_asks_for_another_start(tmp_path: Path) -> None:
         mark = run_of(working).requeue_mark(0)
         for start, asks in ((1, True), (2, False)):
             working.stopper = type(working.stopper)()
-            thread = threading.Timer(
-                0.5, lambda: working.stopper.stop("signal SIGUSR1", time_is_up=True)
-            )
-            thread.start()
+            working.stop_soon("signal SIGUSR1", time_is_up=True)
             assert working.shard(0) is ExitCode.STOPPED
-            thread.join()
             assert mark.exists() is asks, f"start {start}"
             mark.unlink(missing_ok=True)
             assert working.status["aiflux"]["exit_code"] == 5
@@ -259,7 +255,7 @@ def test_a_plain_signal_asks_for_no_other_start(tmp_path: Path) -> None:
     with FaultyEngine(delay=0.1) as engine:
         working = Working(tmp_path, engine.url, concurrency=1).prompts(*PROMPTS)
         working.open()
-        threading.Timer(0.5, lambda: working.stopper.stop("signal SIGTERM")).start()
+        working.stop_soon("signal SIGTERM")
         assert working.shard(0) is ExitCode.STOPPED
     assert not run_of(working).requeue_mark(0).exists()
 

@@ -141,7 +141,7 @@ def test_a_stop_drains_and_the_same_command_goes_on(tmp_path: Path) -> None:
     prompts = [f"p{index}" for index in range(40)]
     with FaultyEngine(delay=0.1) as engine:
         working = Working(tmp_path, engine.url, concurrency=4).prompts(*prompts)
-        threading.Timer(0.45, working.stopper.stop, ["a test"]).start()
+        working.stop_soon(results=8)
         assert working.run() is ExitCode.STOPPED
         assert not working.output.exists()
         assert working.status["status"] == "cancelled"
@@ -205,22 +205,11 @@ def test_failed_requests_can_be_tried_again(tmp_path: Path) -> None:
     assert dict(engine.seen) == {"500*1": 2, "fine": 1}
 
 
-def stop_after_results(working: Working) -> None:
-    """Ask the run to stop as soon as its journal holds a result."""
-
-    def watch() -> None:
-        while not (working.journal.exists() and working.journal.stat().st_size):
-            time.sleep(0.005)
-        working.stopper.stop("a test")
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def test_other_parameters_are_refused_unless_mixing_is_meant(tmp_path: Path) -> None:
     with FaultyEngine(delay=0.05) as engine:
         working = Working(tmp_path, engine.url, concurrency=1, temperature=0.1)
         working.prompts("a", "b", "c", "d", "e", "f")
-        stop_after_results(working)
+        working.stop_soon()
         assert working.run() is ExitCode.STOPPED
         other = Working(tmp_path, engine.url, temperature=0.9)
         assert other.run() is ExitCode.USAGE

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,21 @@ class Working:
             self.error = error
             return error.exit_code
         return ExitCode.OK
+
+    def stop_soon(self, reason: str = "a test", results: int = 1, **more: bool) -> None:
+        """Ask the run to stop as soon as its journal holds so many results more than now."""
+        wanted = self._journalled() + results
+        stopper = self.stopper
+
+        def watch() -> None:
+            while self._journalled() < wanted:
+                time.sleep(0.005)
+            stopper.stop(reason, **more)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def _journalled(self) -> int:
+        return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
 
     @property
     def results(self) -> list[dict[str, Any]]:

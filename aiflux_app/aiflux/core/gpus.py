@@ -6,6 +6,7 @@ must be sure not to fit. Sources: the makers' data sheets.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -54,7 +55,7 @@ def gpu_bytes_of_features(features: Iterable[str]) -> int | None:
 def _by_model(text: str) -> int | None:
     words = re.sub(r"[^a-z0-9]+", " ", text).split()
     # rtx_2080_ti, titan_rtx and gtx1080ti are written in every way: neighbours are tried together.
-    tries = [*words, *(a + b for a, b in zip(words, words[1:], strict=False))]
+    tries = [*words, *(a + b for a, b in itertools.pairwise(words))]
     tries += [re.sub(r"^(rtx|gtx|geforce|tesla|nvidia|amd|gpu)(?=[a-z]?\d)", "", w) for w in tries]
     sizes = [_KNOWN[word] for word in tries if word in _KNOWN]
     return max(sizes) * GIGABYTE if sizes else None

@@ -1,0 +1,396 @@
+"""Without internet: from a bundle to results, signed images, what a sealed run lets in or out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import FRANCE, MODEL, User, answers, lines, request, shard_status
+
+SLURM = {"sbatch", "squeue", "scancel", "sinfo", "sacct", "scontrol", "srun"}
+OUTSIDER = 4242  # a user id that nobody has
+
+
+@pytest.fixture(scope="session")
+def aiflux(checkout: Path) -> Path:
+    return checkout / ".venv" / "bin" / "aiflux"
+
+
+@pytest.fixture(scope="session")
+def bundle(user: User, aiflux: Path, image: Path, models: Path) -> Path:
+    """A bundle, made as on a connected machine."""
+    place = user.folder("connected")
+    told = user.run(
+        aiflux, "bundle", "create", "--model", MODEL, "--image", image, "--models-dir", models,
+        "--python", "3.11", "--python", f"3.{sys.version_info[1]}", "-o", "b.tar", cwd=place,
+    )  # fmt: skip
+    assert MODEL in told
+    assert "sha256:" in told.splitlines()[-1]
+    return place / "b.tar"
+
+
+class Island:
+    """A network namespace without a way out, and commands of the user's in it."""
+
+    def __init__(self, user: User) -> None:
+        self.user = user
+        self.programs = user.folder("programs without Slurm")
+        for program in Path("/usr/bin").iterdir():
+            if program.name not in SLURM and not (self.programs / program.name).exists():
+                (self.programs / program.name).symlink_to(program)
+        script = "ip link set lo up 2>/dev/null; echo up; exec sleep infinity"
+        root = os.geteuid() == 0
+        wrap = ["unshare", "--net"] if root else ["unshare", "--net", "--map-root-user"]
+        self.holder = subprocess.Popen(
+            [*wrap, "sh", "-c", script], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        )
+        assert self.holder.stdout is not None
+        assert self.holder.stdout.readline() == "up\n", "no network namespace can be made"
+
+    def run(self, *command: str | Path, cwd: Path, code: int | None = 0) -> str:
+        """Run as the user, in the namespace, with the machine's own programs but Slurm's."""
+        enter = ["nsenter", "--net", "--target", str(self.holder.pid)]
+        if os.geteuid() != 0:
+            enter[1:1] = ["--user", "--preserve-credentials"]
+        done = subprocess.run(
+            [*enter, *self.user.command(command)],
+            cwd=cwd, env=self.user.environment({"PATH": str(self.programs)}),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        told = done.stdout + done.stderr
+        if code is not None:
+            assert done.returncode == code, told
+        return told
+
+    def close(self) -> None:
+        self.holder.kill()
+        self.holder.wait()
+        assert self.holder.stdout is not None
+        self.holder.stdout.close()
+
+
+@pytest.fixture
+def island(user: User) -> Iterator[Island]:
+    island = Island(user)
+    yield island
+    island.close()
+
+
+def test_from_a_bundle_to_results_without_a_network(
+    user: User, bundle: Path, island: Island
+) -> None:
+    place = user.folder("island, 'far' away")
+    told = island.run("/usr/bin/python3", "-c", "import socket; socket.create_connection("
+                      "('192.0.2.1', 80), 3)", cwd=place, code=1)  # fmt: skip
+    assert "Network is unreachable" in told, "nothing leads out of here"
+    island.run("tar", "-xf", bundle, "aiflux-bundle/install.py", cwd=place)
+    soft, models = place / "soft ware", place / "the models"
+    install = ["/usr/bin/python3", "aiflux-bundle/install.py", bundle, "--prefix", soft]
+    install += ["--models-dir", models]
+    told = island.run(*install, cwd=place)
+    command = soft / "bin" / "aiflux"
+    assert str(command) in told
+    assert not (models / ".staging").exists()
+    assert "is whole" in island.run(command, "bundle", "verify", bundle, cwd=place)
+    told = island.run(command, "doctor", cwd=place, code=2)
+    assert "FAIL slurm" in told, "which this namespace has none of"
+    assert told.count("FAIL ") == 1, told
+    assert f"1 model ({MODEL})" in told
+    assert "ok   sealing" in told
+    user.write(place / "in.jsonl", lines(FRANCE))
+    run = [command, "run", "--local", "--model", MODEL, "--input", "in.jsonl", "--output", "o.json"]
+    island.run(*run, cwd=place)
+    assert "Paris" in answers(place / "o.json")["france"]
+    assert shard_status(place)["aiflux"]["sealed"] is True
+    before = (models / "blobs").stat().st_mtime_ns
+    told = island.run(command, "bundle", "install", bundle, *install[3:], cwd=place)
+    assert str(command) in told
+    assert (models / "blobs").stat().st_mtime_ns == before, "nothing was written twice"
+
+
+def test_a_bundle_that_came_damaged_installs_nothing(
+    user: User, bundle: Path, aiflux: Path
+) -> None:
+    place = user.folder("damaged")
+    bad = place / "bad.tar"
+    user.run("cp", bundle, bad)
+    with bad.open("r+b") as file:
+        file.seek(bad.stat().st_size // 2)
+        file.write(b"\0damage\0")
+    told = user.run(aiflux, "bundle", "verify", bad, code=2)
+    assert "was changed or cut" in told
+    install = ["bundle", "install", bad, "--prefix", place / "p"]
+    assert "was changed or cut" in user.run(aiflux, *install, code=2)
+    with bad.open("r+b") as file:
+        file.truncate(bad.stat().st_size * 2 // 3)
+    assert "is not a whole bundle" in user.run(aiflux, *install, code=2)
+    assert [path for path in (place / "p").rglob("*") if not path.is_dir()] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_leaves_nothing_half(user: User, bundle: Path, aiflux: Path) -> None:
+    disk = user.folder("small disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m,mode=0777", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        install = ["bundle", "install", bundle, "--prefix", disk / "p"]
+        told = user.run(aiflux, *install, code=5)
+        assert "GB are free" in told
+        assert "--prefix" in told
+        assert [path for path in disk.rglob("*") if not path.is_dir()] == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- signatures -------------------------------------------------------------------------------
+
+
+def test_a_signed_image_tells_who_signed_it_and_that_it_was_not_changed(
+    user: User, aiflux: Path, image: Path
+) -> None:
+    place = user.folder("signing")
+    signer = replace(user, home=user.folder("signing/home"))
+    stranger = replace(user, home=user.folder("signing/stranger"))
+    mine = place / "mine.sif"
+    user.run("cp", image, mine)
+    info = [aiflux, "image", "info", mine]
+    assert "not signed" in signer.run(*info, cwd=place)
+    assert "no PGP key" in signer.run(aiflux, "image", "sign", mine, cwd=place, code=2)
+    signer.run(
+        "apptainer", "key", "newpair", "--name", "Ann Example", "--email", "ann@example.org",
+        "--comment", "test", "--password", "", "--push=false", "--bit-length", "2048",
+    )  # fmt: skip
+    assert "holds 1" in signer.run(aiflux, "image", "sign", mine, "--key", "3", cwd=place, code=2)
+    told = signer.run(aiflux, "image", "sign", mine, "--key", "0", cwd=place)
+    assert "verified: signed by Ann Example (test) <ann@example.org>" in told
+    assert "Ann Example" in signer.run(*info, cwd=place)
+    env = {"AIFLUX_IMAGE": str(mine)}
+    told = signer.run(aiflux, "doctor", cwd=place, env=env, code=None)
+    assert "ok   signature: verified: signed by Ann Example" in told
+    assert "not in your keyring" in stranger.run(*info, cwd=place)
+    told = stranger.run(aiflux, "doctor", cwd=place, env=env, code=None)
+    assert "warn signature" in told
+    with mine.open("r+b") as file:
+        file.seek(mine.stat().st_size // 2)
+        file.write(b"changed")
+    assert "the image was changed since" in signer.run(*info, cwd=place)
+    told = signer.run(aiflux, "doctor", cwd=place, env=env, code=2)
+    assert "FAIL signature" in told
+
+
+# --- sealed runs ------------------------------------------------------------------------------
+
+
+class Listener:
+    """A server on every address of this machine that notes who calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self._socket = socket.create_server(("", 0))
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                connection, address = self._socket.accept()
+            except OSError:
+                return
+            self.calls.append(address[0])
+            connection.close()
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    listener = Listener()
+    yield listener
+    listener.close()
+
+
+def own_addresses() -> list[str]:
+    """Return the IPv4 addresses of this machine, loopback included."""
+    told = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=True)
+    return [line.split()[3].partition("/")[0] for line in told.stdout.splitlines()]
+
+
+def arguments_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    """Return every process below one."""
+    parents = {}
+    for proc in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            stat = (proc / "stat").read_text(errors="replace")
+            parents[int(proc.name)] = int(stat.rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine of a run that is going.
+
+    Attributes:
+        pid: of the Ollama server.
+        port: on which it listens.
+    """
+
+    pid: int
+    port: int
+
+
+def engine_of(run: int) -> Engine:
+    """Return the engine that works below a process."""
+    below = [(pid, arguments_of(pid)) for pid in descendants(run)]
+    (server,) = (pid for pid, words in below if words[1:] == ["serve"])
+    (port,) = listening(server)
+    return Engine(server, port)
+
+
+def listening(pid: int) -> list[int]:
+    """Return the TCP ports on which a process listens."""
+    own = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            own.add(os.readlink(descriptor))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return [
+        int(row[1].partition(":")[2], 16)
+        for row in rows
+        if row[3] == "0A" and f"socket:[{row[9]}]" in own
+    ]
+
+
+def wait_for_results(journal: Path) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        if journal.exists() and b"\n" in journal.read_bytes():
+            return
+        time.sleep(0.2)
+    pytest.fail("no result came")
+
+
+@contextmanager
+def going(user: User, aiflux: Path, place: Path, models: Path, *more: str) -> Iterator[Engine]:
+    """A run that goes on for a while; gives its engine."""
+    many = [request(f"r{index}", f"Count to {index}.", max_tokens=16) for index in range(400)]
+    user.write(place / "in.jsonl", lines(*many))
+    run = user.popen(
+        aiflux, "run", "--local", "--input", "in.jsonl", "--output", "out.json",
+        "--models-dir", models, "--drain-seconds", "0", *more, cwd=place,
+    )  # fmt: skip
+    try:
+        wait_for_results(place / "out.json.aiflux" / "journal" / "shard-0000.jsonl")
+        yield engine_of(run.pid)
+    finally:
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=60)
+
+
+CALL = """
+import socket, sys
+for place in sys.argv[1:]:
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), 3).close()
+        print(place, "answers")
+    except OSError as error:
+        print(place, "is silent:", error)
+"""
+ASK = (
+    "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3); print('in')"
+)
+
+
+def as_outsider(command: list[str]) -> list[str]:
+    """Return a command that another user of this machine gives."""
+    ids = ["--reuid", str(OUTSIDER), "--regid", str(OUTSIDER), "--clear-groups"]
+    return [shutil.which("setpriv") or "setpriv", *ids, "--", *command]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_nothing_leaves_a_sealed_run_and_nobody_gets_in(
+    user: User, aiflux: Path, image: Path, models: Path, listener: Listener
+) -> None:
+    place = user.folder("sealed")
+    outside = [f"{address}:{listener.port}" for address in own_addresses()]
+    assert len(outside) > 1, "beside loopback"
+    with going(user, aiflux, place, models) as engine:
+        # What the run's own container can reach: Python in the namespaces of the engine.
+        inside = [
+            "nsenter",
+            "--target",
+            str(engine.pid),
+            "--net",
+            "--mount",
+            "--root",
+            "--",
+            "python3",
+        ]
+        told = subprocess.run(
+            [*inside, "-c", CALL, *outside, "192.0.2.1:80"],
+            capture_output=True, text=True, check=True, timeout=60,
+        ).stdout.splitlines()  # fmt: skip
+        assert len(told) == len(outside) + 1
+        assert all("is silent" in line for line in told), told
+        assert listener.calls == [], "not a single connection came"
+        told_inside = subprocess.run([*inside, "-c", CALL, f"127.0.0.1:{engine.port}"],
+                                     capture_output=True, text=True, check=True).stdout  # fmt: skip
+        assert "answers" in told_inside, "while the engine is up, for those inside"
+        for address in own_addresses():
+            done = subprocess.run(
+                as_outsider(["/usr/bin/python3", "-c", ASK, address, str(engine.port)]),
+                capture_output=True, text=True, check=False, cwd="/", timeout=30,
+            )  # fmt: skip
+            assert done.returncode == 1, f"another user reached {address}:{engine.port}"
+        enter = ["nsenter", "--target", str(engine.pid), "--net", "--user", "true"]
+        refused = subprocess.run(as_outsider(enter), capture_output=True, text=True, check=False)
+        assert refused.returncode != 0, "nor can another user enter the namespace"
+        run_dir = place / "out.json.aiflux"
+        look = as_outsider(["ls", str(run_dir)])
+        assert subprocess.run(look, capture_output=True, check=False).returncode != 0
+        assert shard_status(place)["aiflux"]["sealed"] is True
+    told_status = user.run(aiflux, "status", "out.json", cwd=place)
+    assert "sealed: no network but its own" in told_status
+    assert user.none_left(), user.processes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_a_site_may_forbid_the_seal_and_the_status_says_so(
+    user: User, aiflux: Path, image: Path, models: Path
+) -> None:
+    place = user.folder("unsealed")
+    with going(user, aiflux, place, models, "--no-seal") as engine:
+        assert os.stat(f"/proc/{engine.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
+        facts = shard_status(place)["aiflux"]
+        assert (facts["sealed"], facts["unsealed"]) == (False, "--no-seal")
+    assert "not sealed: --no-seal" in user.run(aiflux, "status", "out.json", cwd=place)
+    content = json.loads(user.run(aiflux, "status", "out.json", "--json", cwd=place))
+    assert content["shards"][0]["unsealed"] == "--no-seal"

@@ -1,0 +1,46 @@
+"""What a run's status says about the seal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.core.config import Config
+from aiflux.errors import ConfigError, ExitCode
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.working import Working
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({}, {"sealed": False, "unsealed": "the engine is elsewhere"}),
+        ({"AIFLUX_SEALED": "1"}, {"sealed": True}),
+        ({"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": "--no-seal"},
+         {"sealed": False, "unsealed": "--no-seal"}),
+        ({"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": "no \udcff netns"},
+         {"sealed": False, "unsealed": "no ? netns"}),
+    ],
+)  # fmt: skip
+def test_the_status_says_why_a_run_is_not_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], told: dict[str, Any]
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("fine")
+        assert working.run() is ExitCode.OK
+    facts = working.status["aiflux"]
+    assert {name: facts[name] for name in ("sealed", "unsealed") if name in facts} == told
+
+
+@pytest.mark.parametrize(("text", "value"), [("yes", True), ("No", False), ("0", False)])
+def test_it_is_a_setting(tmp_path: Path, text: str, value: bool) -> None:
+    config = Config(environ={"AIFLUX_SEAL": text}, directory=tmp_path)
+    assert config.get_slurm_config().checked().seal is value
+    (tmp_path / "aiflux.yaml").write_text(f"slurm: {{seal: {text}}}\n")
+    assert Config(environ={}, directory=tmp_path).get("seal") is value
+    with pytest.raises(ConfigError, match="AIFLUX_SEAL"):
+        Config(environ={"AIFLUX_SEAL": "perhaps"}, directory=tmp_path)

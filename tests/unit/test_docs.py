@@ -69,7 +69,9 @@ def words(line: str) -> list[str]:
 
 
 def piped(given: list[str]) -> Iterator[list[str]]:
-    """Yield the commands of a pipe."""
+    """Yield the commands of a pipe, without the file that takes what the last one prints."""
+    if ">" in given:
+        given = given[: given.index(">")]
     while "|" in given:
         yield given[: given.index("|")]
         given = given[given.index("|") + 1 :]

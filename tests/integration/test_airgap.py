@@ -335,6 +335,13 @@ def as_outsider(command: list[str]) -> list[str]:
     return [shutil.which("setpriv") or "setpriv", *ids, "--", *command]
 
 
+def reaches(address: str, port: int) -> bool:
+    """Tell whether another user of this machine can connect to something."""
+    command = as_outsider(["/usr/bin/python3", "-c", ASK, address, str(port)])
+    done = subprocess.run(command, capture_output=True, check=False, cwd="/", timeout=30)
+    return done.returncode == 0
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
 def test_nothing_leaves_a_sealed_run_and_nobody_gets_in(
     user: User, aiflux: Path, image: Path, models: Path, listener: Listener
@@ -343,17 +350,9 @@ def test_nothing_leaves_a_sealed_run_and_nobody_gets_in(
     outside = [f"{address}:{listener.port}" for address in own_addresses()]
     assert len(outside) > 1, "beside loopback"
     with going(user, aiflux, place, models) as engine:
-        # What the run's own container can reach: Python in the namespaces of the engine.
-        inside = [
-            "nsenter",
-            "--target",
-            str(engine.pid),
-            "--net",
-            "--mount",
-            "--root",
-            "--",
-            "python3",
-        ]
+        # What the run's own container can reach: its Python, in the namespaces of the engine.
+        enter = ["nsenter", "--target", str(engine.pid), "--user", "--preserve-credentials"]
+        inside = user.command([*enter, "--net", "--mount", "--root", "--", "python3"])
         told = subprocess.run(
             [*inside, "-c", CALL, *outside, "192.0.2.1:80"],
             capture_output=True, text=True, check=True, timeout=60,
@@ -365,13 +364,10 @@ def test_nothing_leaves_a_sealed_run_and_nobody_gets_in(
                                      capture_output=True, text=True, check=True).stdout  # fmt: skip
         assert "answers" in told_inside, "while the engine is up, for those inside"
         for address in own_addresses():
-            done = subprocess.run(
-                as_outsider(["/usr/bin/python3", "-c", ASK, address, str(engine.port)]),
-                capture_output=True, text=True, check=False, cwd="/", timeout=30,
-            )  # fmt: skip
-            assert done.returncode == 1, f"another user reached {address}:{engine.port}"
-        enter = ["nsenter", "--target", str(engine.pid), "--net", "--user", "true"]
-        refused = subprocess.run(as_outsider(enter), capture_output=True, text=True, check=False)
+            assert reaches(address, listener.port), "another user reaches what is not sealed"
+            assert not reaches(address, engine.port), "and not the engine"
+        entering = as_outsider([*enter, "--net", "--", "true"])
+        refused = subprocess.run(entering, capture_output=True, text=True, check=False)
         assert refused.returncode != 0, "nor can another user enter the namespace"
         run_dir = place / "out.json.aiflux"
         look = as_outsider(["ls", str(run_dir)])
@@ -389,6 +385,7 @@ def test_a_site_may_forbid_the_seal_and_the_status_says_so(
     place = user.folder("unsealed")
     with going(user, aiflux, place, models, "--no-seal") as engine:
         assert os.stat(f"/proc/{engine.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
+        assert reaches("127.0.0.1", engine.port), "which is what the seal is for"
         facts = shard_status(place)["aiflux"]
         assert (facts["sealed"], facts["unsealed"]) == (False, "--no-seal")
     assert "not sealed: --no-seal" in user.run(aiflux, "status", "out.json", cwd=place)

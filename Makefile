@@ -11,7 +11,8 @@ OLLAMA_IMAGE ?=
 IMAGE ?= aiflux.sif
 OLLAMA ?=
 MODEL ?=
-export OLLAMA MODEL
+EXAMPLE ?=
+export OLLAMA MODEL EXAMPLE
 
 bin := $(VENV)/bin
 sources := $(shell find aiflux_app -name '*.py' -o -name '*.sh' 2>/dev/null)
@@ -44,7 +45,7 @@ image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TA
 		$(if $(OLLAMA_TARBALL),--ollama-tarball '$(OLLAMA_TARBALL)') \
 		$(if $(OLLAMA_IMAGE),--ollama-image '$(OLLAMA_IMAGE)')
 
-demo: $(bin)/.installed ## process examples/prompts.jsonl here, without root, Slurm or GPU (OLLAMA=, MODEL=)
+demo: $(bin)/.installed ## process examples/prompts.jsonl here, without root, Slurm or GPU (OLLAMA=, MODEL=, EXAMPLE=)
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
 
 cluster: ## as root: bring up the test cluster (Slurm, Apptainer, Ollama, a registry)

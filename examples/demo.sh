@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The demonstration behind `make demo`: real prompts, a real Ollama and a real instruct model, on
-# this machine's CPU. OLLAMA=/path/to/ollama takes another Ollama, MODEL=name:tag another model.
+# this machine's CPU. OLLAMA=/path/to/ollama takes another Ollama, MODEL=name:tag another model,
+# EXAMPLE=classify (summarise, extract, caption, embed) runs that example instead.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -26,7 +27,12 @@ if [[ $model == "$demo_model" ]]; then
     "$root/container/demo-model.sh" "$ollama" "$AIFLUX_MODELS_DIR"
 else
     input=$cache/demo-prompts.jsonl
+    mkdir -p "$cache"
     sed "s|\"model\":\"$demo_model\"|\"model\":\"$model\"|" "$here/prompts.jsonl" > "$input"
+fi
+
+if [[ -n ${EXAMPLE:-} ]]; then
+    exec "$here/$EXAMPLE/run.sh" --local --model "$model" --allow-cpu
 fi
 
 rm -rf "$output" "$output.aiflux"

@@ -24,14 +24,20 @@ _STATUSES = {"400", "404", "408", "422", "425", "429", "500", "501", "502", "503
 class FaultyEngine:
     """The server; a context manager.
 
+    Args:
+        told: what every request is answered with, instead of an echo.
+
     Attributes:
         seen: how often each prompt came.
         bodies: every body that came, in order.
         most: the most requests that were in progress at once.
     """
 
-    def __init__(self, delay: float = 0.0, retry_after: str | None = None) -> None:
+    def __init__(
+        self, delay: float = 0.0, retry_after: str | None = None, told: str | None = None
+    ) -> None:
         self.delay = delay
+        self.told = told
         self.retry_after = retry_after
         self.seen: Counter[str] = Counter()
         self.times: dict[str, list[float]] = {}
@@ -150,7 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault:
             getattr(self, f"_{fault}")(body, text)
         else:
-            self._send(200, _answer(self.path, body, text))
+            told = self.server.engine.told
+            said = text if told is None else f"answer:{told}"
+            self._send(200, _answer(self.path, body, said))
 
     def _reset(self, body: dict[str, Any], text: str) -> None:
         _reset(self.connection)

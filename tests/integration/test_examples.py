@@ -1,0 +1,34 @@
+"""Examples, on the real Ollama in the real image."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from tests.integration.conftest import MODEL, User
+
+
+def test_examples_run_in_the_image(
+    user: User, checkout: Path, image: Path, place: Path, job_env: dict[str, str]
+) -> None:
+    path = f"{checkout}/.venv/bin:{user.environment()['PATH']}"
+    for name in ("classify", "summarise", "extract"):
+        script = checkout / "examples" / name / "run.sh"
+        user.run(
+            script, "--model", MODEL, "--local", "--image", image, "--max-retries", "0",
+            cwd=place, env={**job_env, "PATH": path},
+        )  # fmt: skip
+    answers = {path.stem: _answers(path) for path in place.glob("*.csv")}
+    assert {name: len(rows) for name, rows in answers.items()} == {
+        "classified": 12,
+        "summaries": 6,
+        "extracted": 4,
+    }
+    for rows in answers.values():
+        assert all(row["answer"] and not row["error"] for row in rows)
+    assert all(row["person"] for row in answers["extracted"])
+
+
+def _answers(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

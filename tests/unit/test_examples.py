@@ -1,0 +1,94 @@
+"""The examples' own scripts, on an engine that answers at once. The real Ollama runs them, too."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tools.faulty_engine import FaultyEngine
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTICE = {"person": "Ms Okafor", "place": "room 12", "date": "3 May"}
+
+
+def run(name: str, engine: FaultyEngine, folder: Path) -> str:
+    """Run an example in a folder of its own, as the page says, and return what it printed."""
+    command = [str(EXAMPLES / name / "run.sh"), "--model", "m:1", "--engine-url", engine.url]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, check=False, cwd=folder, env=env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_classify(tmp_path: Path) -> None:
+    with FaultyEngine(told="positive") as engine:
+        run("classify", engine, tmp_path)
+        run("classify", engine, tmp_path)  # the same again: nothing is asked twice
+    rows = table(tmp_path / "classified.csv")
+    assert [row["id"] for row in rows] == [f"r{number:02d}" for number in range(1, 13)]
+    assert {row["answer"] for row in rows} == {"positive"}
+    assert rows[10]["text"] == "Sound is fine,\nthe cable is far too short."
+    assert len(engine.bodies) == 12
+
+
+def test_summarise(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        run("summarise", engine, tmp_path)
+    rows = table(tmp_path / "summaries.csv")
+    assert {row["source_file"] for row in rows} == {"bridge.md", "swifts.md", "ferry.txt"}
+    assert {"1", "2"} <= {row["chunk"] for row in rows}
+    assert len(rows) > 3
+    assert all(row["answer"].startswith("echo Summarise part") for row in rows)
+
+
+def test_extract(tmp_path: Path) -> None:
+    with FaultyEngine(told=json.dumps(NOTICE)) as engine:
+        run("extract", engine, tmp_path)
+    rows = table(tmp_path / "extracted.csv")
+    assert [row["notice"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(row.items() >= NOTICE.items() for row in rows)
+    assert engine.bodies[0]["response_format"]["type"] == "json_schema"
+
+
+def test_caption(tmp_path: Path) -> None:
+    with FaultyEngine(told="A picture.") as engine:
+        run("caption", engine, tmp_path)
+    rows = table(tmp_path / "captions.csv")
+    assert [row["source_file"] for row in rows] == ["bars.png", "house.png", "red-circle.png"]
+    parts = {part["type"]: part for part in engine.bodies[0]["messages"][-1]["content"]}
+    assert parts["image_url"]["image_url"]["url"].startswith("data:image/")
+    assert parts["text"]["text"] == "Describe this image in one sentence."
+
+
+def test_embed(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        told = run("embed", engine, tmp_path)
+    assert len(json.loads((tmp_path / "embedded.json").read_text(encoding="utf-8"))) == 6
+    assert len(re.findall(r"^1\.00  .+ ~ .+$", told, re.MULTILINE)) == 6
+
+
+def test_every_example_is_tried() -> None:
+    names = {path.parent.name for path in EXAMPLES.glob("*/run.sh")}
+    tried = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert names
+    assert names <= tried
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*")), ids=lambda path: path.name)
+def test_examples_are_small(path: Path) -> None:
+    assert path.is_dir() or path.stat().st_size < 20_000

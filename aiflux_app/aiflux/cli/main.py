@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,69 +9,84 @@ from importlib import import_module
 from typing import Any
 
 from aiflux import __version__
+from aiflux.cli.parser import Parser
 from aiflux.errors import AifluxError, ExitCode, describe
 
 _EXAMPLES = """\
+aiflux COMMAND --help tells more. --version; --debug: the trace of an error.
+
 examples:
-  aiflux check prompts.jsonl
   aiflux run --model llama3.2:3b --input prompts.jsonl --output results.json
-  aiflux run --local --model llama3.2:3b --input prompts.jsonl
   aiflux run --engine-url http://127.0.0.1:8000 --input prompts.jsonl
 
-exit status: 0 all succeeded; 2 usage, configuration or input is wrong, nothing was sent;
-3 more requests failed than --max-failures allows; 4 no engine or model; 5 stopped before the end,
-the same command goes on; 1 a bug
+exit status: 0 all succeeded; 2 usage, configuration or input is wrong; 3 more
+requests failed than --max-failures allows; 4 no engine or model; 5 stopped
+before the end, the same command goes on; 1 a bug
 """
 
-
 # Each is a module of this package with ``add_arguments(parser)`` and ``execute(arguments)``.
-COMMANDS = {
-    "run": "process a file of requests, as a Slurm job or here",
-    "check": "check a file of requests",
-    "convert": "make requests of a table, a folder, JSON or images",
-    "estimate": "try some requests, and tell what the whole file will take",
-    "resume": "submit what is left of a run",
-    "merge": "write a run's output from what its jobs did",
-    "jobs": "list your runs",
-    "status": "show how a run is",
-    "watch": "follow a run until it has ended",
-    "logs": "show the logs of a run's jobs or engines",
-    "cancel": "stop a run's jobs; what was done is kept",
-    "results": "look at results",
-    "report": "write a page about a run: what ran, what came of it, what it took",
-    "models": "models on disk",
-    "image": "the Apptainer image",
-    "bundle": "everything in one file, for clusters without internet",
-    "config": "configuration",
-    "examples": "write a small starter project",
-    "completion": "print what completes aiflux's commands in a shell",
-    "doctor": "tell what this site has, and what will not work",
+GROUPS = {
+    "prepare": {
+        "doctor": "tell what this site has, and what will not work",
+        "config": "show every setting and its origin, or write first settings",
+        "image": "build the Apptainer image, or tell what is in one",
+        "models": "list, get, check and carry models",
+        "bundle": "everything in one file, for clusters without internet",
+        "examples": "write a small starter project",
+        "completion": "print what completes commands in a shell",
+        "convert": "make requests of a table, a folder, JSON or images",
+        "check": "check a file of requests",
+    },
+    "run": {
+        "estimate": "try some requests, and tell what the whole file will take",
+        "run": "process a file of requests, as a Slurm job or here",
+        "resume": "submit what is left of a run",
+        "cancel": "stop a run's jobs; what was done is kept",
+        "merge": "write a run's output from what its jobs did",
+    },
+    "see": {
+        "jobs": "list your runs",
+        "status": "show how a run is",
+        "watch": "follow a run until it has ended",
+        "logs": "show the logs of a run's jobs or engines",
+        "results": "show answers, or write them as a table",
+        "report": "write a page about a run: what ran, what came of it",
+    },
 }
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 
 
-def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+def make_parser(only: str | None = None) -> Parser:
     """Return the parser.
 
     Args:
         only: the one command whose options are wanted (the others' modules are not imported, so
             that ``--help`` stays quick); None fills in every command.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="aiflux",
+        usage="aiflux COMMAND ...",
         description="Run an open language model over a file of prompts on a Slurm cluster.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{_overview()}\n\n{_EXAMPLES}",
     )
+    parser.lists_commands = True
     parser.add_argument("--version", action="version", version=f"aiflux {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the trace of every error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, help_text in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = commands.add_parser(name, prog=f"aiflux {name}", help=help_text)
         if only in (None, name):
             _module(name).add_arguments(command)
+    parser.finish()
     return parser
+
+
+def _overview() -> str:
+    """Return the commands in their groups."""
+    return "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {name:<12}{text}" for name, text in group.items())])
+        for title, group in GROUPS.items()
+    )
 
 
 def _module(command: str) -> Any:

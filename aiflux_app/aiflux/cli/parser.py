@@ -1,0 +1,144 @@
+"""The parser of the commands: help that fits a screen, with an example; the rest on request."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from aiflux.cli.helptexts import EXAMPLES
+from aiflux.core.settings import BY_NAME
+
+_WIDEST = 100
+_MANY = 8
+# Settings that most people need; --help leaves the others to --help-all.
+_COMMON = {
+    "model",
+    "max_tokens",
+    "temperature",
+    "max_failures",
+    "retry_failed",
+    "validate",
+    "allow_cpu",
+    "engine_url",
+    "account",
+    "partition",
+    "gpus_per_node",
+    "time",
+    "mem",
+    "shards",
+    "max_running",
+}
+_RARE = {"force_resume", "no_preflight"}
+_WHOLE = "--help-all"
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps sentences; keeps lines that are indented, and examples."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, _WIDEST) - 1
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(line for part in text.splitlines() for line in _lines(part, width))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    if len(text) <= width or text.startswith((" ", "example")):
+        return [text]
+    return textwrap.wrap(text, width)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is short.
+
+    Attributes:
+        lists_commands: whether the epilog lists the commands and options: nothing else is shown.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        named["formatter_class"] = Formatter
+        super().__init__(*arguments, **named)
+        self.lists_commands = False
+
+    def finish(self) -> None:
+        """Shorten and complete the help of this command and of those below it.
+
+        To be called when everything is added.
+        """
+        example = EXAMPLES.get(self.prog)
+        if example and "example" not in (self.epilog or ""):
+            self.epilog = "\n\n".join(filter(None, (f"example: {example}", self.epilog)))
+        if self._rare():
+            self.add_argument(
+                _WHOLE, action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="all options"
+            )
+        if self.usage is None and len(self._actions) > _MANY and not self.commands():
+            self.usage = self._short_usage()
+        for command, text in self.commands():
+            command.description = command.description or f"{text[:1].upper()}{text[1:]}."
+            command.finish()
+
+    def format_help(self) -> str:
+        """Return the help without what is rarely needed."""
+        with _without(self._actions if self.lists_commands else self._rare()):
+            return super().format_help()
+
+    def format_whole_help(self) -> str:
+        """Return the help with every option."""
+        return super().format_help()
+
+    def _rare(self) -> list[argparse.Action]:
+        rare = {*_RARE, *BY_NAME} - _COMMON
+        return [action for action in self._actions if action.dest in rare]
+
+    def commands(self) -> list[tuple[Parser, str]]:
+        """Return the commands below this one, each with what the list of them says of it."""
+        return [
+            (command, str(listed.help))
+            for action in self._actions
+            if isinstance(action, argparse._SubParsersAction)
+            for command, listed in zip(
+                action.choices.values(), action._choices_actions, strict=True
+            )
+        ]
+
+    def _short_usage(self) -> str:
+        parts = [self.prog]
+        for action in self._actions:
+            value = str(action.metavar or action.dest)
+            if not action.option_strings:
+                parts.append(f"[{value}]" if action.nargs in ("?", "*") else value)
+            elif action.required:
+                parts.append(f"{action.option_strings[0]} {value}")
+        return " ".join([*parts, "[options]"])
+
+
+class _HelpAll(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, Parser)  # noqa: S101
+        print(parser.format_whole_help(), end="")
+        parser.exit()
+
+
+@contextmanager
+def _without(actions: Sequence[argparse.Action]) -> Iterator[None]:
+    """Leave actions out of the help for a while; completion scripts still have theirs."""
+    texts = [action.help for action in actions]
+    for action in actions:
+        action.help = argparse.SUPPRESS
+    try:
+        yield
+    finally:
+        for action, text in zip(actions, texts, strict=True):
+            action.help = text

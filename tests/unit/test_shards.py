@@ -278,3 +278,18 @@ def test_a_plan_of_many_shards_covers_the_input_once(tmp_path: Path) -> None:
     assert (shards[0].start, shards[-1].end) == (0, working.input.stat().st_size)
     assert sum(shard.requests for shard in shards) == len(PROMPTS)
     assert max(s.requests for s in shards) - min(s.requests for s in shards) <= 1
+
+
+def test_a_plan_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
+    run = working.open(shards=2).run
+    content = json.loads(run.plan.read_text("utf-8"))
+    content["options"]["hologram"] = True
+    run.plan.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RunConflictError, match="options hologram are not known here") as caught:
+        read_plan(run)
+    assert "rm " not in str(caught.value.remedy)
+    run.plan.write_text("{", encoding="utf-8")
+    with pytest.raises(RunConflictError, match="damaged") as caught:
+        read_plan(run)
+    assert "rm " not in str(caught.value.remedy), "the journal beside it holds results"

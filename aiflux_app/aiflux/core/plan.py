@@ -152,7 +152,14 @@ def read_plan(run: RunDirectory) -> Plan:
         if content["version"] != PLAN_VERSION:
             raise RunConflictError(
                 f"{run.plan} is a plan of version {content['version']}; this is {PLAN_VERSION}",
-                "finish the run with the AI-Flux that began it, or remove the run directory",
+                "finish the run with the AI-Flux that began it, or choose another output",
+            )
+        strange = content["options"].keys() - {item.name for item in fields(RunOptions)}
+        if strange:
+            raise RunConflictError(
+                f"{run.plan} was made by another AI-Flux ({content['aiflux']}; this is "
+                f"{__version__}): options {', '.join(sorted(strange))} are not known here",
+                "finish the run with the AI-Flux that began it, or choose another output",
             )
         return _from_json(content)
     except OSError as error:
@@ -161,7 +168,9 @@ def read_plan(run: RunDirectory) -> Plan:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunConflictError(
-            f"{run.plan} is not a plan: {error!r}", f"remove it: rm -r {str(run.path)!r}"
+            f"{run.plan} is damaged, or no plan: {error!r}",
+            "the results so far are in the journal beside it: move the run directory away "
+            f"(mv {str(run.path)!r} ELSEWHERE), or choose another output",
         ) from error
 
 

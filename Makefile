@@ -65,7 +65,8 @@ test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
 
 test: lint ## everything but the soak tests, on the real Slurm, Apptainer and Ollama
 	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"
-	$(bin)/pytest -m 'not slow' tests
+	$(bin)/pytest -q -n 2 tests/unit
+	$(bin)/pytest -m 'not slow' tests/integration
 
 test-slow: $(bin)/.installed-dev ## soak tests
 	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"

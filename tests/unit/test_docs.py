@@ -168,7 +168,12 @@ def test_what_became_of_every_option_is_told() -> None:
 
 def known_options() -> set[str]:
     """Return the options of every command and of the worker."""
-    parsers: list[argparse.ArgumentParser] = [make_parser(), make_worker_parser()]
+    return aiflux_options() | set(make_worker_parser()._option_string_actions)
+
+
+def aiflux_options() -> set[str]:
+    """Return the options of every command."""
+    parsers: list[argparse.ArgumentParser] = [command for command, _ in make_parser().commands()]
     options: set[str] = set()
     while parsers:
         parser = parsers.pop()
@@ -203,6 +208,21 @@ def test_the_settings_tables_are_up_to_date() -> None:
     assert text == made.with_tables(text), "run: python docs/generate.py"
     for setting in SETTINGS:
         assert f"| `{setting.name}` |" in text
+
+
+def test_the_reference_is_up_to_date() -> None:
+    made = generator()
+    text = read(made.REFERENCE)
+    assert text == made.reference(), "run: python docs/generate.py"
+    assert all(f"`{option}" in text for option in aiflux_options() - {"-h", "--help", "--help-all"})
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "docs").glob("*.svg")], ids=lambda path: path.name)
+def test_pictures_load_nothing_and_are_small(path: Path) -> None:
+    text = read(path)
+    assert len(text) <= 150_000
+    assert "url(http" not in text
+    assert "href" not in text
 
 
 def test_the_example_of_env_names_every_setting(tmp_path: Path) -> None:

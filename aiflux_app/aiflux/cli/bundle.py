@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_create(actions.add_parser("create", help="make a bundle, on a machine with internet"))
     add_options(actions.add_parser("install", help="install a bundle, without a network"))
     checked = actions.add_parser("verify", help="check every file of a bundle")
-    checked.add_argument("bundle", metavar="BUNDLE", type=Path)
+    checked.add_argument("bundle", metavar="BUNDLE", type=Path, help="the file")
 
 
 def _add_create(parser: argparse.ArgumentParser) -> None:

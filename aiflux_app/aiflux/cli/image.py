@@ -20,8 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     build_parser = actions.add_parser("build", help="build the image (no root needed)")
     add = build_parser.add_argument
-    add("--base", choices=("auto", "docker", "debian"), default="auto")
-    add("--output", metavar="FILE", default="aiflux.sif")
+    add(
+        "--base",
+        choices=("auto", "docker", "debian"),
+        default="auto",
+        help="what it is made of: the official Ollama image, or Debian (default: what can be had)",
+    )
+    add("--output", metavar="FILE", default="aiflux.sif", help="the image (default: aiflux.sif)")
     add("--ollama-image", metavar="REF", help="docker base, docker://HOST/NAME:TAG")
     add("--ollama-tarball", metavar="FILE", help="official Ollama archive")
     add("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")

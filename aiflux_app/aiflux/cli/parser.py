@@ -53,6 +53,15 @@ def _lines(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width)
 
 
+def is_setting(action: argparse.Action) -> bool:
+    """Tell whether an option sets one of the settings; some commands have others of that name."""
+    return action.dest in BY_NAME and action.default is None
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', ')')) else '.'}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help is short.
 
@@ -80,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         if self.usage is None and len(self._actions) > _MANY and not self.commands():
             self.usage = self._short_usage()
         for command, text in self.commands():
-            command.description = command.description or f"{text[:1].upper()}{text[1:]}."
+            command.description = _sentence(command.description or text)
             command.finish()
 
     def format_help(self) -> str:
@@ -93,8 +102,11 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def _rare(self) -> list[argparse.Action]:
-        rare = {*_RARE, *BY_NAME} - _COMMON
-        return [action for action in self._actions if action.dest in rare]
+        return [
+            action
+            for action in self._actions
+            if action.dest in _RARE or (is_setting(action) and action.dest not in _COMMON)
+        ]
 
     def commands(self) -> list[tuple[Parser, str]]:
         """Return the commands below this one, each with what the list of them says of it."""

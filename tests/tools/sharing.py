@@ -1,7 +1,8 @@
 """Shares out work in a process of its own, for tests: the tests' own process may have threads.
 
 ``summaries``: for every line ``PATH PART_BYTES`` on standard input, prints the summary that one
-process makes and the one that children make together. ``kill`` and ``leave``: see the functions.
+process makes and the one that children make together. ``kill``, ``leave``, ``fail``: see the
+functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -68,14 +68,8 @@ def leave() -> None:
             pass
 
 
-def meanwhile() -> None:
-    """Do work of one's own beside; fail in the middle of the children's."""
-    done = []
-
-    def own() -> Iterator[None]:
-        for number in range(5):
-            done.append(number)
-            yield
+def fail() -> None:
+    """Share out work that fails in the middle."""
 
     def work(number: int) -> int:
         if number == 2:
@@ -84,12 +78,11 @@ def meanwhile() -> None:
 
     found = []
     try:
-        found.extend(share_out(work, [0, 1], 2, own()))
         with closing(share_out(work, range(100), 2)) as numbers:
             for number in numbers:
                 found.append(number)
     except ValueError as error:
-        print(json.dumps([found, done, str(error), children_left()]))
+        print(json.dumps([found, str(error), children_left()]))
 
 
 def children_left() -> bool:
@@ -102,4 +95,4 @@ def children_left() -> bool:
 
 
 if __name__ == "__main__":
-    {"summaries": summaries, "kill": kill, "leave": leave, "meanwhile": meanwhile}[sys.argv[1]]()
+    {"summaries": summaries, "kill": kill, "leave": leave, "fail": fail}[sys.argv[1]]()

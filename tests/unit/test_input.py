@@ -7,12 +7,13 @@ from hashlib import blake2b
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aiflux.core.digest import InputDigest
 from aiflux.core.input import scan_input
-from aiflux.core.lines import read_lines
+from aiflux.core.lines import cut_at_lines, read_lines
+from aiflux.core.scan import scan_part
 from aiflux.errors import ExitCode, InputError
 from tests.unit.helpers import request_line, write_input
 
@@ -118,17 +119,22 @@ def test_the_check_runs_in_bounded_memory(tmp_path: Path) -> None:
 _pieces = st.sampled_from([b"a", b"{}", b"\n", b"\r\n", b"\r", b" ", b"\x0b", b"\x00", b"xyz"])
 
 
+@example(b"\na", b"", 9)
+@example(b"a\r", b"", 9)
+@example(b"a \n", b"\xef\xbb\xbf", 9)
 @given(
     content=st.lists(_pieces).map(b"".join),
     bom=st.sampled_from([b"", b"\xef\xbb\xbf"]),
-    block_bytes=st.integers(1, 12),
+    part_bytes=st.integers(1, 12),
 )
 def test_the_digest_is_that_of_the_lines(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, bom: bytes, block_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, bom: bytes, part_bytes: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "digested.jsonl"
     path.write_bytes(bom + content)
-    digest = InputDigest(path, block_bytes)
-    digest.complete()
+    digest = InputDigest(path)
+    for start, end in cut_at_lines(path, part_bytes):
+        part = scan_part(path, start, end, None)
+        digest.add(start, end, part.plain)
     lines = b"".join(raw + b"\n" for _, _, raw in read_lines(path))
     assert digest.hexdigest() == blake2b(lines, digest_size=16).hexdigest()

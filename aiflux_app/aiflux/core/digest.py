@@ -1,93 +1,67 @@
-"""The digest of an input: BLAKE2b-128 of its lines that are not blank, each ended by a line feed.
-
-Blocks in which every line is as it is digested (no carriage return, no line that is blank or
-begins with white space) go into it whole; only others are taken apart.
-"""
+"""The digest of an input: BLAKE2b-128 of its lines that are not blank, each with a line feed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO
 
-from aiflux.core.lines import BOM, unreadable
+from aiflux.core.lines import read_lines
 
-# Where another thread parses meanwhile, every block waits for the interpreter's lock: few blocks.
-_BLOCK = 4 << 20
-# White space sorts below it; what else does only makes a block be taken apart.
-_FIRST_VISIBLE = b"!"
+_BLOCK = 1 << 20
 
 
 class InputDigest:
-    """Computes the digest of a file, block by block."""
+    """Computes the digest of a file, part by part in their order."""
 
-    def __init__(self, path: Path, block_bytes: int = _BLOCK) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._block_bytes = block_bytes
         self._hash = blake2b(digest_size=16)
-        self._at_line_start = True
-        self._closed = False
 
-    def steps(self) -> Iterator[None]:
-        """Digest the file; every ``next`` does one block.
+    def add(self, start: int, end: int, plain: bool) -> None:
+        """Add the lines from byte ``start`` to byte ``end``.
+
+        Args:
+            plain: nothing stands there but lines as they are digested; they are not taken apart.
 
         Raises:
-            InputError: the file cannot be read.
+            OSError: the file cannot be read.
+            InputError: likewise.
         """
-        try:
-            with open(self._path, "rb") as file:
-                if file.read(len(BOM)) != BOM:
-                    file.seek(0)
-                while not self._closed and (block := file.read(self._block_bytes)):
-                    self._add(block, file)
-                    yield
-            if not self._at_line_start:
-                self._hash.update(b"\n")
-        except OSError as error:
-            raise unreadable(self._path, error) from error
-
-    def complete(self) -> None:
-        """Digest the whole file, unless ``close`` ends it early."""
-        for _ in self.steps():
-            pass
-
-    def close(self) -> None:
-        """Digest no further block."""
-        self._closed = True
+        if not plain:
+            for _, _, raw in read_lines(self._path, start, end):
+                self._hash.update(raw + b"\n")
+            return
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(start)
+            while start < end and (block := file.read(min(_BLOCK, end - start))):
+                self._hash.update(block)
+                start += len(block)
 
     def hexdigest(self) -> str:
-        """Return the digest of what was digested so far."""
+        """Return the digest of what was added so far."""
         return self._hash.hexdigest()
 
-    def _add(self, block: bytes, file: IO[bytes]) -> None:
-        lines = block.split(b"\n")
-        if b"\r" in block or self._oddly_begun(lines):
-            self._add_apart(block + _rest_of_line(file, block))
-            return
-        self._hash.update(block)
-        self._at_line_start = not lines[-1]
 
-    def _oddly_begun(self, lines: list[bytes]) -> bool:
-        """Tell whether one of the lines is blank or begins with white space.
-
-        The first line may be the rest of one, and the last one is empty behind a line feed.
-        """
-        begun = lines if self._at_line_start else lines[1:]
-        if begun and not begun[-1]:
-            begun = begun[:-1]
-        return bool(begun) and min(begun) < _FIRST_VISIBLE
-
-    def _add_apart(self, block: bytes) -> None:
-        """Add whole lines, the first of which may be the rest of one that is not blank."""
-        ended = block.removesuffix(b"\n")
-        lines = [line.rstrip(b"\r") for line in ended.split(b"\n")]
-        kept = [line for line in lines if line and not line.isspace()]
-        if not self._at_line_start and (not lines[0] or lines[0].isspace()):
-            kept.insert(0, lines[0])
-        self._hash.update(b"\n".join([*kept, b""]))
-        self._at_line_start = True
+Add = Callable[[int, int, bool], None]
 
 
-def _rest_of_line(file: IO[bytes], block: bytes) -> bytes:
-    return b"" if block.endswith(b"\n") else file.readline()
+@contextmanager
+def beside(add: Add) -> Iterator[Add]:
+    """Yield ``add`` in a thread: each call waits for the one before; at the end all are done.
+
+    Hashing lets other threads run meanwhile.
+    """
+    with ThreadPoolExecutor(1, "digest") as executor:
+        pending: list[Future[None]] = []
+
+        def submit(start: int, end: int, plain: bool) -> None:
+            if pending:
+                pending.pop().result()
+            pending.append(executor.submit(add, start, end, plain))
+
+        yield submit
+        if pending:
+            pending.pop().result()

@@ -37,10 +37,7 @@ def helpers() -> int:
 
 
 def share_out(
-    work: Callable[[Item], Result],
-    items: Sequence[Item],
-    children: int,
-    meanwhile: Iterable[None] = (),
+    work: Callable[[Item], Result], items: Sequence[Item], children: int
 ) -> Generator[Result, None, None]:
     """Yield ``work(item)`` for each item, in order; close it where it is not read to its end.
 
@@ -50,10 +47,8 @@ def share_out(
 
     Args:
         children: how many run at once.
-        meanwhile: is iterated here, while children work; what is left of it, at the end.
     """
     children = children if len(items) > 1 else 0
-    own = iter(meanwhile)
     waiting = deque(items)
     jobs: deque[_Job[Item, Result]] = deque()
     try:
@@ -64,12 +59,10 @@ def share_out(
             elif not jobs:
                 yield work(waiting.popleft())
             elif jobs[0].pipe is not None:
-                _receive(jobs, own)
+                _receive(jobs)
             else:
                 job = jobs.popleft()
                 yield job.results[0] if job.results else work(job.item)
-        for _ in own:
-            pass
     finally:
         for job in jobs:
             job.end()
@@ -111,15 +104,10 @@ class _Job(Generic[Item, Result]):
         return False
 
 
-_NOTHING_LEFT = object()
-
-
-def _receive(jobs: Iterable[_Job[Item, Result]], own: Iterator[None]) -> None:
-    """Take the results that are there; where none is, do some work of one's own, or wait."""
+def _receive(jobs: Iterable[_Job[Item, Result]]) -> None:
+    """Wait until there are results, and take them."""
     running = {job.pipe: job for job in jobs if job.pipe is not None}
-    ready = select.select(running, (), (), 0)[0]
-    if not ready and next(own, _NOTHING_LEFT) is _NOTHING_LEFT:
-        ready = select.select(running, (), ())[0]
+    ready = select.select(running, (), ())[0]
     for pipe in ready:
         running[pipe].receive(pipe)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.digest import InputDigest
+from aiflux.core.digest import InputDigest, beside
 from aiflux.core.forks import helpers, share_out
 from aiflux.core.lines import MAX_LINE_BYTES, cut_at_lines, read_lines, unreadable
 from aiflux.core.request import custom_id_of
@@ -101,19 +100,14 @@ def _scan(
     path: Path, parts: Sequence[tuple[int, int]], model: str | None, children: int
 ) -> tuple[Whole, str]:
     """Return what the parts tell together, and the digest."""
+    whole, digest = Whole(), InputDigest(path)
     work = partial(_scan_part, path, model)
-    whole = Whole()
-    digest = InputDigest(path)
-    if children:
-        with closing(share_out(work, parts, children, digest.steps())) as found:
-            for part in found:
-                whole.add(part)
-    else:
-        with ThreadPoolExecutor(1, "digest") as executor, closing(digest):
-            complete = executor.submit(digest.complete)
-            for place in parts:
-                whole.add(work(place))
-            complete.result()
+    with ExitStack() as stack:
+        # A process that forks has no threads; with children at work it needs none.
+        add = digest.add if children else stack.enter_context(beside(digest.add))
+        for part in stack.enter_context(closing(share_out(work, parts, children))):
+            whole.add(part)
+            add(part.start, part.end, part.plain)
     return whole, digest.hexdigest()
 
 

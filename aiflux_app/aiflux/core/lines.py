@@ -82,6 +82,17 @@ def _next_line(descriptor: int, position: int, end: int) -> int:
     return end
 
 
+def ends_line(path: Path, end: int) -> bool:
+    """Tell whether the byte before ``end`` is a line feed, as it may not be at the file's end.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        file.seek(max(0, end - 1))
+        return file.read(1) == b"\n"
+
+
 def line_numbers(path: Path, offsets: Sequence[int]) -> list[int]:
     """Return the number (from 1) of the lines that start at ``offsets``, which rise.
 

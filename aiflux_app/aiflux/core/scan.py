@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiflux.core.lines import MAX_LINE_BYTES, read_lines
+from aiflux.core.lines import MAX_LINE_BYTES, ends_line, read_lines
 from aiflux.core.problems import Problems
 from aiflux.core.request import LineError, request_entry
 from aiflux.core.tokens import estimate_tokens
@@ -61,6 +61,8 @@ class Part:
     """What one pass over a part of the input tells.
 
     Attributes:
+        start, end: of the part, in bytes.
+        plain: nothing stands in it but lines that are not blank and end with one line feed.
         offsets: of every request.
         models: in order of first appearance.
         unnamed: number of requests whose body names no model.
@@ -68,6 +70,9 @@ class Part:
         lengths: number of requests for each length in steps of ``LENGTH_STEP`` tokens.
     """
 
+    start: int
+    end: int
+    plain: bool = True
     offsets: array[int] = field(default_factory=lambda: array("q"))
     models: dict[str, None] = field(default_factory=dict)
     unnamed: int = 0
@@ -86,10 +91,14 @@ def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
     Raises:
         InputError: the file cannot be read.
     """
-    part = Part()
+    part = Part(start, end)
     endpoints, lengths, models = part.endpoints, part.lengths, part.models
     names = array("q")
+    following = start
     for _, offset, raw in read_lines(path, start, end):
+        if offset != following:
+            part.plain = False
+        following = offset + len(raw) + 1
         try:
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
@@ -107,6 +116,7 @@ def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
             part.unnamed += 1
         elif named not in models:
             models[named] = None
+    part.plain = part.plain and following == end and ends_line(path, end)
     part.names.add(names)
     return part
 

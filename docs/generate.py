@@ -1,13 +1,14 @@
 """Write what the documentation says about settings and commands from the code itself.
 
-``python docs/generate.py`` brings ``docs/configuration.md`` (between its markers),
-``docs/reference.md`` and ``.env.example`` up to date; ``tests/unit/test_docs.py`` checks that they
-are.
+``python docs/generate.py`` brings ``docs/configuration.md`` and ``docs/structure.md`` (between
+their markers), ``docs/reference.md`` and ``.env.example`` up to date; ``tests/unit/test_docs.py``
+checks that they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from aiflux.core.settings import SETTINGS, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+STRUCTURE = ROOT / "docs" / "structure.md"
+PACKAGE = ROOT / "aiflux_app" / "aiflux"
+PARTS = ("core", "slurm", "worker", "converters", "image", "cli")
 REFERENCE = ROOT / "docs" / "reference.md"
 ENV_EXAMPLE = ROOT / ".env.example"
 BEGIN = "<!-- made by docs/generate.py: begin -->\n"
@@ -67,9 +71,34 @@ def env_example() -> str:
 
 def with_tables(text: str) -> str:
     """Return the text of ``docs/configuration.md`` with the tables between its markers renewed."""
+    return _between_markers(text, settings_tables())
+
+
+def with_modules(text: str) -> str:
+    """Return the text of ``docs/structure.md`` with the modules between its markers renewed."""
+    return _between_markers(text, "\n".join(map(_modules, PARTS)))
+
+
+def _between_markers(text: str, made: str) -> str:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return before + BEGIN + "\n" + settings_tables() + "\n" + END + after
+    return before + BEGIN + "\n" + made + "\n" + END + after
+
+
+def _modules(part: str) -> str:
+    """Return a table of the modules of a part of the package, in their own words."""
+    rows = [f"### `{part}`", "", _first_line(PACKAGE / part / "__init__.py"), ""]
+    rows += ["| module | what it is for |", "|---|---|"]
+    for path in sorted((PACKAGE / part).glob("*.py")):
+        if not path.stem.startswith("__"):
+            words = _first_line(path).replace("``", "`").replace("|", "\\|")
+            rows.append(f"| [{path.stem}](../{path.relative_to(ROOT)}) | {words} |")
+    return "\n".join(rows) + "\n"
+
+
+def _first_line(path: Path) -> str:
+    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return told.partition("\n")[0]
 
 
 def reference() -> str:
@@ -187,6 +216,7 @@ def _meaning(setting: Setting) -> str:
 
 def main() -> None:
     """Write the files."""
+    STRUCTURE.write_text(with_modules(STRUCTURE.read_text(encoding="utf-8")), encoding="utf-8")
     REFERENCE.write_text(reference(), encoding="utf-8")
     CONFIGURATION.write_text(
         with_tables(CONFIGURATION.read_text(encoding="utf-8")), encoding="utf-8"

@@ -217,6 +217,12 @@ def test_the_reference_is_up_to_date() -> None:
     assert all(f"`{option}" in text for option in aiflux_options() - {"-h", "--help", "--help-all"})
 
 
+def test_the_modules_are_up_to_date() -> None:
+    made = generator()
+    text = read(made.STRUCTURE)
+    assert text == made.with_modules(text), "run: python docs/generate.py"
+
+
 @pytest.mark.parametrize("path", [*(ROOT / "docs").glob("*.svg")], ids=lambda path: path.name)
 def test_pictures_load_nothing_and_are_small(path: Path) -> None:
     text = read(path)

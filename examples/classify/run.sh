@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Classify the rows of a table: reviews.csv -> classified.csv, with a column "answer" beside the others.
+# Classify the rows of a table: reviews.csv -> classified.csv, with a column "label" beside the others.
 # What is given to this script is given to aiflux run:
 #
 #   ./run.sh --model llama3.2:3b                        a Slurm job
@@ -8,9 +8,9 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-# A request for each row. A word is enough for an answer, and the same one every time.
+# A request for each row. The schema leaves the model the choice among the labels and nothing else.
 aiflux convert csv --input "$here/reviews.csv" --id-column id --template-file "$here/prompt.txt" \
-    --temperature 0 --max-tokens 5 --output classified.jsonl --force
+    --schema "$here/schema.json" --temperature 0 --max-tokens 20 --output classified.jsonl --force
 
 aiflux run --input classified.jsonl --output classified.json "$@"
 
@@ -19,4 +19,4 @@ aiflux watch classified.json
 
 # The answers beside the columns that they were asked from.
 aiflux results to-csv classified.json --source "$here/reviews.csv" --id-column id \
-    --output classified.csv --force
+    --json-fields label --output classified.csv --force

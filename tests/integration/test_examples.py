@@ -26,6 +26,8 @@ def test_examples_run_in_the_image(
     }
     for rows in answers.values():
         assert all(row["answer"] and not row["error"] for row in rows)
+    labels = {row["label"] for row in answers["classified"]}
+    assert labels <= {"positive", "negative", "mixed"}
     assert all({"person", "place", "date"} <= row.keys() for row in answers["extracted"])
 
 

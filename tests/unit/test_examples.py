@@ -36,12 +36,12 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def test_classify(tmp_path: Path) -> None:
-    with FaultyEngine(told="positive") as engine:
+    with FaultyEngine(told='{"label": "mixed"}') as engine:
         run("classify", engine, tmp_path)
         run("classify", engine, tmp_path)  # the same again: nothing is asked twice
     rows = table(tmp_path / "classified.csv")
     assert [row["id"] for row in rows] == [f"r{number:02d}" for number in range(1, 13)]
-    assert {row["answer"] for row in rows} == {"positive"}
+    assert {row["label"] for row in rows} == {"mixed"}
     assert rows[10]["text"] == "Sound is fine,\nthe cable is far too short."
     assert len(engine.bodies) == 12
 

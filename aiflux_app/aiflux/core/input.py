@@ -12,19 +12,10 @@ from typing import Any
 
 from aiflux.core.digest import InputDigest, beside
 from aiflux.core.forks import helpers, share_out
-from aiflux.core.lines import MAX_LINE_BYTES, cut_at_lines, read_lines, unreadable
+from aiflux.core.lines import cut_at_lines, read_lines, unreadable
 from aiflux.core.request import custom_id_of
 from aiflux.core.scan import LENGTH_STEP, Mark, Part, Whole, scan_part
 from aiflux.errors import InputError
-
-__all__ = [
-    "MAX_LINE_BYTES",
-    "InputSummary",
-    "check_readable",
-    "describe",
-    "read_lines",
-    "scan_input",
-]
 
 PART_BYTES = 32 << 20
 

@@ -57,7 +57,7 @@ KEYWORDS = {
     "no_preflight": "preflight",
     "dry_run": "dry_run",
 }
-IN_THE_FOREGROUND = {"help", "local", "pilot"}
+IN_THE_FOREGROUND = {"help_all", "help", "local", "pilot"}
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ from aiflux.core.merge import merge
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.plan import Plan
 from aiflux.core.preflight import told
-from aiflux.core.registry import register
+from aiflux.core.registry import register_plan
 from aiflux.core.rundir import RunDirectory, default_output
 from aiflux.core.status import finished_line, refuse_failures
 from aiflux.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
+    from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submission import PlannedRun
 
 
@@ -112,7 +113,7 @@ def _open(
         force_resume=arguments.force_resume,
     )
     if not opened.finished:
-        _register(opened, ())
+        _register(opened.plan)
     return opened
 
 
@@ -153,7 +154,7 @@ def submit_planned(planned: PlannedRun) -> int:
     if not opened.open_shards:
         return write_output(opened.plan, opened.run)
     jobs = submit_job(planned)
-    _register(opened, jobs)
+    _register(opened.plan, jobs)
     plan, shards = opened.plan, len(opened.open_shards)
     parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
     noun = "job" if len(jobs) == 1 else "jobs"
@@ -164,17 +165,9 @@ def submit_planned(planned: PlannedRun) -> int:
     return 0
 
 
-def _register(opened: OpenedRun, jobs: Sequence[object]) -> None:
+def _register(plan: Plan, jobs: Sequence[JobId] = ()) -> None:
     """Let `aiflux jobs` know the run."""
-    plan = opened.plan
-    warning = register(
-        opened.run.path,
-        plan.output,
-        [str(job) for job in jobs],
-        input=plan.input_path,
-        models=plan.models,
-        requests=plan.requests,
-    )
+    warning = register_plan(plan, jobs)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
 

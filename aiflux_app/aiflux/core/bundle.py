@@ -13,7 +13,7 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from aiflux import __version__
 from aiflux.core import bundleinstaller
 from aiflux.core.bundleinstaller import CONTENTS, SUMS, TOP, VERSION
 from aiflux.core.files import atomic_write
+from aiflux.core.modelcheck import HashedReader, OnBytes, digest_of
 from aiflux.core.modelname import ModelName
 from aiflux.core.modelstore import blob_path, read_manifest
 from aiflux.core.sif import ImageFacts, read_image
@@ -29,7 +30,6 @@ from aiflux.errors import BundleError
 
 _CHUNK = 4 << 20
 _OPTIONS: dict[str, Any] = {"copybufsize": _CHUNK}  # 16 kB would be slow
-OnBytes = Callable[[int], None]
 
 _README = """\
 AI-Flux {aiflux} for a machine without internet, made {created}
@@ -151,23 +151,6 @@ class _Hashing:
         return self._digest.hexdigest()
 
 
-class _Checked:
-    """A file that is hashed as tarfile reads it."""
-
-    def __init__(self, file: IO[bytes], on_bytes: OnBytes) -> None:
-        self._file, self._on_bytes, self._digest = file, on_bytes, hashlib.sha256()
-
-    def read(self, count: int = -1) -> bytes:
-        chunk = self._file.read(count)
-        self._digest.update(chunk)
-        self._on_bytes(len(chunk))
-        return chunk
-
-    @property
-    def digest(self) -> str:
-        return self._digest.hexdigest()
-
-
 def _add(tar: tarfile.TarFile, member: Member, on_bytes: OnBytes) -> None:
     info = tarfile.TarInfo(TOP + member.name)
     info.size, info.mode, info.mtime = member.size, 0o644, int(time.time())
@@ -175,14 +158,14 @@ def _add(tar: tarfile.TarFile, member: Member, on_bytes: OnBytes) -> None:
         tar.addfile(info, io.BytesIO(member.content))
         return
     with open(member.content, "rb") as file:
-        checked: Any = _Checked(file, on_bytes)
+        checked: Any = HashedReader(file, on_bytes)
         try:
             tar.addfile(info, checked)
         except OSError as error:
             if error.errno is not None:
                 raise
             raise _changed(member) from error  # tarfile's own: "unexpected end of data"
-    if checked.digest != member.digest:
+    if _bare(checked.digest) != member.digest:
         raise _changed(member)
 
 
@@ -239,12 +222,13 @@ def _refuse_missing(path: Path, name: ModelName) -> None:
 
 
 def _digest(path: Path, on_bytes: OnBytes) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            on_bytes(len(chunk))
-    return digest.hexdigest()
+        return _bare(digest_of(file, on_bytes))
+
+
+def _bare(digest: str) -> str:
+    """Return a digest as ``sha256sum`` writes it."""
+    return digest.removeprefix("sha256:")
 
 
 def _contents(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ on the way out and on the way in.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,10 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from aiflux.core.files import atomic_write, storage_error
-from aiflux.core.modelcheck import OnBytes, digest_of
+from aiflux.core.modelcheck import HashedReader, OnBytes, digest_of
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import Manifest, blob_path, parse_manifest, read_manifest
 from aiflux.core.preflight import size_text
@@ -107,24 +106,6 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
     return member
 
 
-class _Hashing:
-    """A file that is hashed as tarfile reads it."""
-
-    def __init__(self, file: IO[bytes], on_bytes: OnBytes) -> None:
-        self._file, self._on_bytes = file, on_bytes
-        self._digest = hashlib.sha256()
-
-    def read(self, count: int = -1) -> bytes:
-        chunk = self._file.read(count)
-        self._digest.update(chunk)
-        self._on_bytes(len(chunk))
-        return chunk
-
-    @property
-    def digest(self) -> str:
-        return "sha256:" + self._digest.hexdigest()
-
-
 def _add_blob(
     tar: tarfile.TarFile,
     models_dir: Path,
@@ -136,7 +117,7 @@ def _add_blob(
     path = blob_path(models_dir, digest)
     try:
         with open(path, "rb") as file:
-            hashing: Any = _Hashing(file, on_bytes)
+            hashing: Any = HashedReader(file, on_bytes)
             tar.addfile(_member(f"blobs/{path.name}", size), hashing)
             whole = hashing.digest == digest and not file.read(1)
     except FileNotFoundError:

@@ -61,6 +61,25 @@ def digest_of(file: IO[bytes], on_bytes: OnBytes, into: IO[bytes] | None = None)
     return "sha256:" + digest.hexdigest()
 
 
+class HashedReader:
+    """A file that is hashed as somebody else (tarfile, say) reads it."""
+
+    def __init__(self, file: IO[bytes], on_bytes: OnBytes) -> None:
+        self._file, self._on_bytes, self._digest = file, on_bytes, hashlib.sha256()
+
+    def read(self, count: int = -1) -> bytes:
+        """Read as files do."""
+        chunk = self._file.read(count)
+        self._digest.update(chunk)
+        self._on_bytes(len(chunk))
+        return chunk
+
+    @property
+    def digest(self) -> str:
+        """The digest (``sha256:...``) of what was read so far."""
+        return "sha256:" + self._digest.hexdigest()
+
+
 def _state(path: Path, layer: Layer, on_bytes: OnBytes) -> State:
     try:
         if path.stat().st_size != layer.size:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -20,6 +20,8 @@ from typing import Any
 
 from aiflux.core.clock import utc_now
 from aiflux.core.files import write_json
+from aiflux.core.plan import Plan
+from aiflux.core.rundir import RunDirectory
 from aiflux.errors import StorageError
 
 JOB = re.compile(r"(?P<number>[1-9]\d*)(?:_(?P<task>\d+))?(?:;(?P<cluster>[^\s;]+))?")
@@ -114,6 +116,18 @@ def register(
             f"use its directory instead: {run_dir}"
         )
     return None
+
+
+def register_plan(plan: Plan, jobs: Iterable[object]) -> str | None:
+    """Remember the run of a plan (see ``register``)."""
+    return register(
+        RunDirectory.of_output(plan.output).path,
+        plan.output,
+        [str(job) for job in jobs],
+        input=plan.input_path,
+        models=plan.models,
+        requests=plan.requests,
+    )
 
 
 def entries(environ: Mapping[str, str]) -> list[Entry]:

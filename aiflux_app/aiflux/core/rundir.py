@@ -91,10 +91,6 @@ class RunDirectory:
         """Log of one engine."""
         return self.logs / f"engine-{shard:04d}-{engine}.log"
 
-    def worker_log(self, shard: int) -> Path:
-        """Log of one shard's worker."""
-        return self.logs / f"worker-{shard:04d}.log"
-
     def unused(self) -> bool:
         """Tell whether nothing is there but what a start leaves that was killed before its plan."""
         if not self.path.exists():

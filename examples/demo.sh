@@ -8,6 +8,7 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 root=${here%/*}
 cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}
 demo_model=smollm2:135m
+demo_eye=smollm2-untrained-eye:135m
 model=${MODEL:-$demo_model}
 input=$here/prompts.jsonl
 output=$PWD/results.json
@@ -22,7 +23,12 @@ fi
 export AIFLUX_OLLAMA=$ollama
 export AIFLUX_MODELS_DIR=${AIFLUX_MODELS_DIR:-$cache/models}
 
-if [[ $model == "$demo_model" ]]; then
+if [[ $model == "$demo_model" && ${EXAMPLE:-} == caption ]]; then
+    model=$demo_eye
+    echo "setting up the model $model in $AIFLUX_MODELS_DIR (93 MB to download, once)"
+    echo "its eye was never trained: captions show that images arrive, not what is on them"
+    "$root/container/demo-model.sh" --eye "$ollama" "$AIFLUX_MODELS_DIR" "$model"
+elif [[ $model == "$demo_model" ]]; then
     echo "setting up the model $demo_model in $AIFLUX_MODELS_DIR (93 MB to download, once)"
     "$root/container/demo-model.sh" "$ollama" "$AIFLUX_MODELS_DIR"
 else

@@ -31,6 +31,20 @@ def test_examples_run_in_the_image(
     assert all({"person", "place", "date"} <= row.keys() for row in answers["extracted"])
 
 
+def test_the_demo_captions_images(user: User, checkout: Path) -> None:
+    """Ollama's own way with images, from the file to the words; the eye is an untrained one."""
+    told = user.run("make", "demo", "EXAMPLE=caption", cwd=checkout, timeout=1200)
+    assert "its eye was never trained" in told
+    rows = _answers(checkout / "captions.csv")
+    assert [row["source_file"] for row in rows] == ["bars.png", "house.png", "red-circle.png"]
+    assert len({row["answer"] for row in rows}) == 3, "each image is seen for itself"
+
+
+def test_the_demo_embeds_a_corpus(user: User, checkout: Path) -> None:
+    told = user.run("make", "demo", "EXAMPLE=embed", cwd=checkout, timeout=1200)
+    assert told.count(" ~ ") == 6
+
+
 def _answers(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

@@ -1,53 +1,41 @@
 """Writes a random Llama of half a megabyte: ``python make_tiny_gguf.py OUT.gguf``.
 
 A real model to Ollama (chat, completions and embeddings), for tests where the words do not
-matter. The same bytes every time. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+matter. The same bytes every time.
 """
 
 from __future__ import annotations
 
 import random
-import struct
 import sys
 from array import array
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "container" / "demo-model"))
+
+from ggufwriter import (
+    ALIGNMENT,
+    BOOL,
+    FLOAT32,
+    INT32,
+    STRING,
+    UINT32,
+    entry,
+    gguf,
+    list_entry,
+    string,
+)
+
+__all__ = ["ALIGNMENT", "STRING", "TOKENS", "UINT32", "entry", "list_entry", "string", "tiny"]
+
 LAYERS, HEADS, HEAD_SIZE, FEED_FORWARD, CONTEXT = 2, 4, 16, 128, 8192
 WIDTH = HEADS * HEAD_SIZE
-ALIGNMENT = 32
-
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
-"""Type numbers of GGUF's metadata values."""
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 """Token types of ``tokenizer.ggml.token_type``."""
 
 PRINTABLE = [chr(code) for code in range(0x21, 0x7F)]
 TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *PRINTABLE]
 TYPES = [UNKNOWN, CONTROL, CONTROL, *([BYTE] * 256), *([NORMAL] * (1 + len(PRINTABLE)))]
-
-
-def string(text: str) -> bytes:
-    """A GGUF string: length and UTF-8."""
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def scalar(kind: int, value: object) -> bytes:
-    """One metadata value without its type."""
-    if kind == STRING:
-        return string(str(value))
-    return struct.pack({UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}[kind], value)
-
-
-def entry(key: str, kind: int, value: object) -> bytes:
-    """One metadata entry."""
-    return string(key) + struct.pack("<I", kind) + scalar(kind, value)
-
-
-def list_entry(key: str, kind: int, values: list[object]) -> bytes:
-    """One metadata entry that is an array."""
-    head = string(key) + struct.pack("<IIQ", ARRAY, kind, len(values))
-    return head + b"".join(scalar(kind, value) for value in values)
 
 
 def metadata() -> list[bytes]:
@@ -108,29 +96,14 @@ def values(name: str, shape: tuple[int, ...], rng: random.Random) -> array[float
     return array("f", [value for row in rows for value in row])
 
 
-def padded(data: bytes) -> bytes:
-    """The data with zeros up to the next multiple of the alignment."""
-    return data + bytes(-len(data) % ALIGNMENT)
-
-
-def gguf() -> bytes:
+def tiny() -> bytes:
     """The whole file."""
     rng = random.Random(20240101)
-    infos, blobs, offset = [], [], 0
-    for name, shape in shapes().items():
-        numbers = values(name, shape, rng)
-        if sys.byteorder == "big":
-            numbers.byteswap()
-        dims = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)
-        infos.append(string(name) + dims)
-        blobs.append(padded(numbers.tobytes()))
-        offset += len(blobs[-1])
-    entries = metadata()
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries))
-    return padded(head + b"".join(entries) + b"".join(infos)) + b"".join(blobs)
+    tensors = {name: (shape, values(name, shape, rng)) for name, shape in shapes().items()}
+    return gguf(metadata(), tensors)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    Path(sys.argv[1]).write_bytes(gguf())
+    Path(sys.argv[1]).write_bytes(tiny())

@@ -96,7 +96,7 @@ def test_how_many_gpus_would_do(name: str, capacity: int, gpus: int | None) -> N
 
 def test_the_header_of_a_real_file(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    path.write_bytes(make_tiny_gguf.gguf())
+    path.write_bytes(make_tiny_gguf.tiny())
     header = read_gguf(path)
     shape = figures_of(header).architecture
     assert (shape.name, shape.layers, shape.heads, shape.key_size) == ("llama", 2, 4, 16)
@@ -140,7 +140,7 @@ def test_what_lies_there_is_believed_more_than_the_catalogue(tmp_path: Path) -> 
         (b"GGUF" + struct.pack("<IQQ", 3, 10**12, 1), "claims"),
         (b"GGUF" + struct.pack(">IQQ", 3, 1, 1), "version"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 2**62), "does not end"),
-        (make_tiny_gguf.gguf()[:3000], "does not end|unpack_from"),
+        (make_tiny_gguf.tiny()[:3000], "does not end|unpack_from"),
     ],
 )
 def test_what_is_no_gguf_is_said(content: bytes, words: str, tmp_path: Path) -> None:

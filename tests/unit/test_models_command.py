@@ -17,7 +17,7 @@ from aiflux.core.modelstore import model_digest
 from tests.tools import make_tiny_gguf
 from tests.unit.made_models import CONFIG, blob_files, put_model, tree
 
-WEIGHTS = make_tiny_gguf.gguf()
+WEIGHTS = make_tiny_gguf.tiny()
 MIT = b"do as you like"
 Aiflux = Callable[..., tuple[int, str, str]]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ def test_the_work_is_sealed_and_its_models_read_only() -> None:
     command = work_command(SPEC, ["--run-dir", "/r", "--shard", "0"])
     assert command[2:7] == ["--containall", "--nv", "--net", "--network", "none"]
     assert 'type=bind,"source=/m","destination=/m",ro' in command
+
+
+@pytest.mark.parametrize("command", [prepare_command, work_command])
+def test_a_folder_of_models_and_output_is_mounted_once(
+    command: Callable[[ContainerSpec, list[str]], list[str]],
+) -> None:
+    mounts = [word for word in command(replace(SPEC, output_dir=Path("/m")), []) if "/m" in word]
+    assert mounts == ["/m", 'type=bind,"source=/m","destination=/m"']
 
 
 @given(st.text(st.characters(exclude_characters="\0\n", exclude_categories=["Cs"])))

@@ -135,7 +135,8 @@ def _command(
 
 def _mounts(spec: ContainerSpec, models_read_only: bool) -> Iterator[str]:
     folders = [(spec.output_dir, False)]
-    if spec.models_dir is not None:
+    # What is written to stays writable; mounting it twice makes Apptainer warn.
+    if spec.models_dir is not None and spec.models_dir != spec.output_dir:
         # A folder comes before what lies in it.
         position = 0 if spec.output_dir.is_relative_to(spec.models_dir) else 1
         folders.insert(position, (spec.models_dir, models_read_only))

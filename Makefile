@@ -78,8 +78,8 @@ test-slow: $(bin)/.installed-dev ## soak tests
 	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"
 	$(bin)/pytest -m slow tests
 
-bench: $(bin)/.installed-dev ## measure the worker against a simulated engine
-	$(bin)/python -m bench
+bench: $(bin)/.installed-dev ## measure the worker against a simulated engine (BENCH="--quick reading")
+	$(bin)/python -m bench $(BENCH)
 
 slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch script
 	$(bin)/python -m aiflux.slurm > $@.new

@@ -1,0 +1,34 @@
+"""Links that lead out of the pages still lead somewhere. Those within are checked in every run."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+_LINK = re.compile(r"\]\((https?://[^)\s]+)\)")
+_PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+LINKS = sorted({link for page in _PAGES for link in _LINK.findall(page.read_text("utf-8"))})
+
+
+def test_there_are_links_that_lead_out() -> None:
+    assert LINKS
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_that_leads_out_is_answered(link: str) -> None:
+    host = urlsplit(link).hostname
+    assert host
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        pytest.skip(f"{host} cannot be reached from this machine: {error}")
+    answer = requests.get(link, timeout=30, headers={"User-Agent": "aiflux-docs-check"})
+    assert answer.ok, f"{link}: HTTP {answer.status_code}"

@@ -18,7 +18,9 @@ from aiflux.core.files import atomic_write
 from aiflux.core.journal import journal_lines
 from aiflux.core.methods import methods
 from aiflux.core.plan import Plan, read_plan
-from aiflux.core.report_data import Condition, Report, Sources, make_report
+from aiflux.core.report_data import Condition, Report
+from aiflux.core.report_making import make_report
+from aiflux.core.report_sources import Sources
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import read_run_status, read_status
 from aiflux.core.tally import tally

@@ -26,6 +26,7 @@ from aiflux.core.clock import utc_text
 from aiflux.core.estimate import Estimate
 from aiflux.core.journal import JournalWriter, Result
 from aiflux.core.options import RunOptions
+from aiflux.core.plan import write_plan
 from aiflux.core.report_flow import throughput
 from aiflux.core.sampling import Range
 from aiflux.core.tally import Tally, tally
@@ -195,6 +196,16 @@ def test_pauses_have_no_bars() -> None:
     assert flow.pauses == ((START + 100, START + 90_000),)
     assert sum(bar.seconds for bar in flow.bars) == 200
     assert flow.requests_per_second == 1
+
+
+def test_a_short_rest_has_no_bar_of_its_own() -> None:
+    timeline = Timeline()
+    for moment in range(361):
+        timeline.add(START + moment, False, 0, 1)
+    flow = throughput(timeline)
+    assert flow.width == 4
+    assert [bar.seconds for bar in flow.bars[-2:]] == [4, 5]
+    assert {bar.results / bar.seconds for bar in flow.bars} == {1}
 
 
 def test_a_tally_counts_the_last_result_of_a_request() -> None:
@@ -437,6 +448,134 @@ def test_a_page_that_cannot_be_written_is_a_clear_error(
     (tmp_path / "folder").mkdir()
     assert main(["report", str(made.output), "--output", str(tmp_path / name)]) == 2
     assert "-> " in capsys.readouterr().err
+
+
+def test_json_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = a_run(tmp_path)
+    target = tmp_path / "report.json"
+    assert main(["report", str(made.output), "--json", "--output", str(target)]) == 0
+    assert "report.json" in capsys.readouterr().out
+    told = json.loads(target.read_text())
+    assert told["methods"]
+    assert not made.run.report.exists()
+
+
+def told_methods(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> str:
+    return str(report(made, capsys)["methods"])
+
+
+def test_one_request_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = MadeRun(tmp_path, each=1)
+    made.status(0, "completed", 1)
+    made.whole("completed", 1)
+    write(made, 0, result(1, attempts=2))
+    methods = told_methods(made, capsys)
+    for words in (
+        "1 request (", ") was processed with", "1 request was answered", "1 result took more",
+    ):  # fmt: skip
+        assert words in methods
+    assert main(["report", str(made.output)]) == 0
+    words = Page(made.run.report.read_text()).text
+    assert "of 1 request answered" in words
+    assert "1 requests" not in words
+    assert "1 results" not in words
+
+
+def test_methods_name_what_filled_in_open_parameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    defaults = {"llama3.2:3b": {"temperature": 0.6, "top_p": 0.9}}
+    made = MadeRun(
+        tmp_path,
+        options=RunOptions(temperature=0.0, stop=('<end of "it">', "x"), model_defaults=defaults),
+    )
+    methods = told_methods(made, capsys)
+    assert 'temperature = 0.0 and stop = "<end of \\"it\\">" or "x".' in methods
+    assert "the values advised for the model (top-p = 0.9)" in methods
+    assert "temperature = 0.6" not in methods
+    assert main(["report", str(made.output)]) == 0
+    assert "Else, as advised" in Page(made.run.report.read_text()).text
+
+
+def test_embeddings_have_no_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = MadeRun(tmp_path, each=2)
+    made.plan.input["endpoints"] = {"/v1/embeddings": 2}
+    write_plan(made.plan, made.run)
+    write(made, 0, result(1, body=b'{"usage": {"prompt_tokens": 7}}'))
+    methods = told_methods(made, capsys)
+    assert "ampling" not in methods
+    assert "Prompts came to 7 tokens" in methods
+    assert main(["report", str(made.output)]) == 0
+    assert "/v1/embeddings" in Page(made.run.report.read_text()).text
+
+
+def test_secrets_in_what_slurm_was_asked_for_are_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(tmp_path)
+    made.submit()
+    jobs = json.loads(made.run.submissions.read_text())
+    lines = ["export HF_TOKEN=hunter2", "module load x; MY_PASSWORD='hunter2 or 3' y"]
+    jobs["slurm"] = {"setup": lines, "sbatch_arg": {"export": "A=1,API_KEY=hunter2,B=2"}}
+    made.run.submissions.write_text(json.dumps(jobs))
+    told = report(made, capsys)["what"]["slurm"]
+    assert "hunter2" not in json.dumps(told)
+    assert told["setup"][1] == "module load x; MY_PASSWORD=(not shown) y"
+    assert told["sbatch_arg"]["export"] == "A=1,API_KEY=(not shown),B=2"
+
+
+def test_a_run_of_failures_is_drawn_and_tells_no_times(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = MadeRun(tmp_path, each=2)
+    made.status(0, "completed", 0, 2)
+    made.whole("completed", 0, 2)
+    long = "x" * 5000
+    write(made, 0, *(result(n, code="http_408", custom_id=f"{long}{n}") for n in range(2)))
+    assert main(["report", str(made.output)]) == 0
+    text = made.run.report.read_text()
+    page = Page(text)
+    assert page.seen["svg"] == 2, "the throughput, in two widths"
+    assert "no answer" in page.text
+    assert "0 ms" not in page.text
+    assert "<pattern" in text, "failures are told by more than their colour"
+    assert "... (5,001 characters)" in page.text
+    assert "gave up waiting" in page.text
+
+
+def test_tables_have_names_and_heads(tmp_path: Path) -> None:
+    made = a_run(tmp_path)
+    assert main(["report", str(made.output)]) == 0
+    text = made.run.report.read_text()
+    assert text.count('class="scroll"') == text.count('tabindex="0"') == text.count("<table")
+    assert re.search(r"<th[^>]*></th>", text) is None
+    assert "<details><summary>" in text
+
+
+@given(some.floats(1e-3, 1e5), some.floats(1.02, 1e4), some.integers(4, 8))
+def test_a_logarithmic_axis_always_has_marks(lowest: float, times: float, most: int) -> None:
+    plots = pytest.importorskip("aiflux.cli.report_plots")
+    highest = lowest * times
+    places = plots.round_places(lowest, highest, most)
+    assert 2 <= len(places) <= most
+    assert all(lowest <= place <= highest for place in places)
+    assert len({f"{place:.4g}" for place in places}) == len(places)
+
+
+@given(MOMENTS)
+@settings(deadline=None)
+def test_times_are_marked_where_they_are_round(moments: list[float]) -> None:
+    plots = pytest.importorskip("aiflux.cli.report_plots")
+    timeline = Timeline()
+    for moment in moments:
+        timeline.add(moment, False, 0, 0)
+    flow = throughput(timeline)
+    edges = plots._edges(flow.bars)
+    marks = plots.time_marks(flow.bars, edges, 7)
+    assert 1 <= len(marks) <= 9
+    assert all(edges[0] <= place <= edges[-1] for place, _ in marks)
+    for place, moment in marks:
+        at = max(n for n, edge in enumerate(edges[:-1]) if edge <= place)
+        assert moment == flow.bars[at].start + place - edges[at]
 
 
 @given(some.text(), some.text())

@@ -40,11 +40,13 @@ def joined(children: Iterable[object]) -> Markup:
 
 
 def table(
-    heads: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()
+    name: str, heads: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()
 ) -> Markup:
-    """Return a table that scrolls by itself where it is too wide.
+    """Return a table that scrolls by itself where it is too wide, by the keyboard too.
 
     Args:
+        name: what those hear who do not see it.
+        heads: "" over a column that only shows what another one tells.
         numbers: columns that hold figures, and stand to the right.
     """
     right = set(numbers)
@@ -52,13 +54,16 @@ def table(
     def kind(at: int) -> str | None:
         return "number" if at in right else None
 
-    head = [element("th", text, scope="col", class_=kind(at)) for at, text in enumerate(heads)]
+    head = [
+        element("th", text, scope="col", class_=kind(at)) if text else element("td")
+        for at, text in enumerate(heads)
+    ]
     body = [
         element("tr", *(element("td", cell, class_=kind(at)) for at, cell in enumerate(row)))
         for row in rows
     ]
     made = element("table", element("thead", element("tr", *head)), element("tbody", *body))
-    return element("div", made, class_="scroll")
+    return element("div", made, class_="scroll", role="region", aria_label=name, tabindex="0")
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> Markup:

@@ -40,17 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="the page (default: report.html in the run directory)"
     )
-    parser.add_argument("--json", action="store_true", help="print it as one JSON object instead")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object instead, printed or in FILE",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Write the report; the exit code does not tell how the run is."""
     run = located(arguments.run)
     report = read_report(run)
-    if arguments.json:
-        print(json.dumps({**report.to_json(), "methods": methods(report)}, indent=2))
+    told = json.dumps({**report.to_json(), "methods": methods(report)}, indent=2)
+    if arguments.json and arguments.output is None:
+        print(told)
         return 0
     target = _target(arguments.output, run)
+    if arguments.json:
+        with atomic_write(target, 0o600) as file:
+            file.write(f"{told}\n".encode())
+        print(f"{report.condition.state}: wrote {short(target)}")
+        return 0
     plots, no_plots = _plots(report)
     with atomic_write(target, 0o600) as file:
         file.write(page(report, plots, no_plots).encode("utf-8", "replace"))
@@ -119,12 +129,12 @@ def _target(given: str | None, run: RunDirectory) -> Path:
 
 def _plots(report: Report) -> tuple[dict[str, Markup], str | None]:
     """Return the plots, or why there are none."""
-    if not report.latency.count:
-        return {}, None
+    plots = {}
     try:
-        return {
-            "throughput": throughput_plot(report.throughput),
-            "latency": latency_plot(report.latency),
-        }, None
+        if report.throughput.bars:
+            plots["throughput"] = throughput_plot(report.throughput)
+        if report.latency.count:
+            plots["latency"] = latency_plot(report.latency)
     except ConfigError as error:
         return {}, f"{error.message}; {error.remedy}"
+    return plots, None

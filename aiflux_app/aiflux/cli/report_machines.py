@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from aiflux.cli.markup import Markup, element, facts, joined, table
-from aiflux.cli.report_words import UNITS, number, rate, seconds_text, share_bar
-from aiflux.cli.views import duration
+from aiflux.cli.report_words import (
+    UNITS,
+    duration_text,
+    number,
+    rate,
+    seconds_text,
+    share_bar,
+)
 from aiflux.core.compare import Row
 from aiflux.core.report_data import EngineRow, Report, ShardRow
 
@@ -21,7 +27,7 @@ def shards_section(report: Report) -> Markup:
     )  # fmt: skip
     longest = max((shard.seconds for shard in report.shards), default=0.0)
     rows = [_shard(shard, longest) for shard in report.shards]
-    made = _limited((*heads, "time"), rows, (0, 2, 3, 4, 5, 6, 7, 8))
+    made = _limited("Shards", (*heads, ""), rows, (0, 2, 3, 4, 5, 6, 7, 8))
     ended = [
         element("li", f"shard {shard.index}: {shard.ended}")
         for shard in report.shards
@@ -37,9 +43,9 @@ def _shard(shard: ShardRow, longest: float) -> tuple[object, ...]:
         f"{number(shard.completed)} of {number(shard.total)}",
         number(shard.failed),
         number(shard.completion_tokens),
-        duration(shard.seconds),
-        f"{shard.gpu_hours:.2f}",
-        seconds_text(shard.median_seconds),
+        duration_text(shard.seconds),
+        f"{shard.gpu_hours:.2f}" if shard.gpu_hours else "",
+        seconds_text(shard.median_seconds) if shard.median_seconds else "",
         rate(shard.tokens_per_second),
         shard.job or "",
         shard.host or "",
@@ -48,9 +54,17 @@ def _shard(shard: ShardRow, longest: float) -> tuple[object, ...]:
 
 
 def _limited(
-    heads: Sequence[str], rows: Sequence[Sequence[object]], numbers: Iterable[int]
+    name: str, heads: Sequence[str], rows: Sequence[Sequence[object]], numbers: Iterable[int]
 ) -> Markup:
-    made = table(heads, rows[:SHOWN_ROWS], numbers)
+    """Return a table of the first rows; columns that are empty throughout are left out."""
+    right = set(numbers)
+    kept = [at for at in range(len(heads)) if any(row[at] != "" for row in rows)]
+    made = table(
+        name,
+        [heads[at] for at in kept],
+        [[row[at] for at in kept] for row in rows[:SHOWN_ROWS]],
+        [new for new, at in enumerate(kept) if at in right],
+    )
     if len(rows) <= SHOWN_ROWS:
         return made
     rest = f"{number(len(rows) - SHOWN_ROWS)} more: aiflux report --json shows them all"
@@ -64,7 +78,7 @@ def engines_section(report: Report) -> Markup:
         "in flight",
     )  # fmt: skip
     rows = [_engine(engine) for engine in report.engines]
-    made = [_limited(heads, rows, (0, 1, 3, 4, 5, 6, 7, 8))] if rows else []
+    made = [_limited("Engines", heads, rows, (0, 1, 3, 4, 5, 6, 7, 8))] if rows else []
     return joined([facts(_use(report)), *made])
 
 
@@ -123,9 +137,9 @@ def estimate_section(report: Report) -> Markup:
     if not report.estimate:
         return Markup("")
     rows = [_estimated(row) for row in report.estimate]
-    heads = ("", "actual", "estimated", "95 % between", "")
+    heads = ("figure", "actual", "estimated", "95 % between", "")
     caption = element("p", "What `aiflux estimate` told of the run before it.", class_="soft")
-    return joined([table(heads, rows, (1, 2, 3)), caption])
+    return joined([table("Estimate and actual", heads, rows, (1, 2, 3)), caption])
 
 
 def _estimated(row: Row) -> tuple[object, ...]:

@@ -9,16 +9,23 @@ from pathlib import PurePath
 from aiflux.cli.markup import Markup, element, joined
 from aiflux.cli.report_machines import engines_section, estimate_section, shards_section
 from aiflux.cli.report_what import what_section
-from aiflux.cli.report_words import moment_text, number, percent, rate, seconds_text
+from aiflux.cli.report_words import (
+    duration_text,
+    moment_text,
+    number,
+    percent,
+    rate,
+    seconds_text,
+)
 from aiflux.cli.report_work import (
     attempts_section,
     failures_section,
     latency_section,
     throughput_section,
 )
-from aiflux.cli.views import duration
 from aiflux.core.methods import methods
 from aiflux.core.report_data import Report
+from aiflux.core.words import counted
 
 # The page may load nothing, from nowhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -104,16 +111,16 @@ def _cards(report: Report) -> Markup:
     counts, use = report.counts, report.use
     done = counts.completed + counts.failed
     cards = [
-        (number(counts.completed), f"of {number(counts.total)} requests answered"),
+        (number(counts.completed), f"of {counted(counts.total, 'request')} answered"),
         (number(counts.failed), f"failed ({percent(counts.failed, done)})"),
         (number(report.tokens.prompt), "prompt tokens"),
         (number(report.tokens.completion), "answer tokens"),
         (rate(report.throughput.requests_per_second), "requests/s"),
         (rate(report.throughput.completion_tokens_per_second), "answer tokens/s"),
-        (seconds_text(report.latency.quantiles["50"]), "median time per request"),
+        (_median(report), "median time per request"),
         (f"{use.gpu_hours:.2f}", "GPU-hours")
         if use.gpu_hours
-        else (duration(report.times.job_seconds), "time of all jobs"),
+        else (duration_text(report.times.job_seconds), "time of all jobs"),
     ]
     made = [
         element("div", element("b", figure), element("span", name), class_="card")
@@ -122,8 +129,16 @@ def _cards(report: Report) -> Markup:
     return element("div", *made, class_="cards")
 
 
+def _median(report: Report) -> str:
+    told = report.latency
+    return seconds_text(told.quantiles["50"]) if told.count else "no answer"
+
+
 def _methods(report: Report) -> Markup:
     note = "To be pasted into a paper, and looked over before."
     return joined(
-        [element("p", note, class_="soft"), element("blockquote", element("p", methods(report)))]
+        [
+            element("p", note, class_="soft leads"),
+            element("blockquote", element("p", methods(report))),
+        ]
     )

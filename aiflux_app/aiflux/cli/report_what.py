@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aiflux.cli.markup import Markup, element, facts, joined
-from aiflux.cli.report_words import moment_text, number
-from aiflux.cli.views import duration
+from aiflux.cli.report_words import duration_text, moment_text, number
+from aiflux.core.preflight import size_text
 from aiflux.core.report_data import Model, Report
+from aiflux.core.words import counted
 
 
 def what_section(report: Report) -> Markup:
@@ -17,6 +18,7 @@ def what_section(report: Report) -> Markup:
     image = what.image or {}
     pairs: list[tuple[str, object]] = [
         ("Input", joined([element("code", what.input["path"]), _input(what.input)])),
+        ("Endpoints", _endpoints(what.input.get("endpoints") or {})),
         ("Model" if len(what.models) == 1 else "Models", _lines(_model(m) for m in what.models)),
         ("Engine", _counted(what.engines)),
         ("GPUs", _counted(what.gpus)),
@@ -25,6 +27,7 @@ def what_section(report: Report) -> Markup:
         ("Sealed", {True: "yes: no network in the container", False: "no", None: ""}[what.sealed]),
         ("AI-Flux", ", ".join(what.aiflux)),
         ("Parameters", _settings(what.parameters) or "those of each request"),
+        ("Else, as advised", _lines(_advised(what.options.get("model_defaults") or {}))),
         ("Options", _settings(_without(what.options, what.parameters))),
         ("Slurm", _settings(what.slurm)),
         ("Jobs", ", ".join(what.jobs)),
@@ -40,8 +43,20 @@ def what_section(report: Report) -> Markup:
 
 
 def _input(told: Mapping[str, Any]) -> str:
-    size = float(told.get("size") or 0) / 1e6
-    return f" ({number(int(told['requests']))} requests, {size:,.1f} MB, digest {told['digest']})"
+    size = size_text(float(told.get("size") or 0))
+    return f" ({counted(int(told['requests']), 'request')}, {size}, digest {told['digest']})"
+
+
+def _endpoints(counts: Mapping[str, int]) -> str:
+    if len(counts) == 1:
+        return "".join(counts)
+    return ", ".join(f"{url} ({counted(count, 'request')})" for url, count in counts.items())
+
+
+def _advised(defaults: Mapping[str, Mapping[str, Any]]) -> Iterable[Markup]:
+    """Yield what fills in what neither a request nor the run sets, for each model."""
+    for model, values in defaults.items():
+        yield joined([f"{model}: ", _settings(values)])
 
 
 def _job_time(report: Report) -> str:
@@ -49,13 +64,13 @@ def _job_time(report: Report) -> str:
     if not times.job_seconds:
         return ""
     starts = f" in {number(times.starts)} starts" if times.starts > 1 else ""
-    return f"{duration(times.job_seconds)}{starts}"
+    return f"{duration_text(times.job_seconds)}{starts}"
 
 
 def _model(model: Model) -> Markup:
     parts: list[object] = [element("strong", model.name)]
     if model.results:
-        parts.append(f" ({number(model.results)} results)")
+        parts.append(f" ({counted(model.results, 'result')})")
     for digest in model.digests:
         parts += [element("br"), element("code", digest)]
     if len(model.digests) > 1:
@@ -70,7 +85,7 @@ def _image_facts(image: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _without(given: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = {*other, "model"}
+    left_out = {*other, "model", "model_defaults"}
     return {name: value for name, value in given.items() if name not in left_out}
 
 

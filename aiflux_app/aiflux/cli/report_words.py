@@ -32,6 +32,16 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 600 else duration(seconds)
 
 
+def duration_text(seconds: float) -> str:
+    """Return how long something took: H:MM:SS, less than a minute in seconds."""
+    return seconds_text(seconds) if 0 < seconds < 60 else duration(seconds)
+
+
+def cut_text(text: str, most: int) -> str:
+    """Return a text that is not longer than ``most``, or its beginning and how much follows."""
+    return text if len(text) <= most else f"{text[:most]}... ({number(len(text))} characters)"
+
+
 def moment_text(text: str | None) -> str:
     """Return a UTC time as people write it."""
     return "" if text is None else f"{text[:10]} {text[11:19]} UTC"
@@ -48,8 +58,8 @@ def sentence(text: str) -> str:
 
 
 def share_bar(share: float, kind: str = "bar") -> Markup:
-    """Return a bar as long as a share (0 to 1) of the longest."""
-    return element("span", class_=kind, style=f"--share: {share:.4f}")
+    """Return a bar as long as a share (0 to 1) of the longest; a figure stands beside it."""
+    return element("span", class_=kind, style=f"--share: {share:.4f}", aria_hidden="true")
 
 
 UNITS: Mapping[str, Callable[[float], str]] = {

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from aiflux.cli.markup import Markup, element, joined, table
 from aiflux.cli.report_words import (
+    cut_text,
+    duration_text,
     moment_of,
     number,
     percent,
@@ -14,12 +16,13 @@ from aiflux.cli.report_words import (
     sentence,
     share_bar,
 )
-from aiflux.cli.views import duration
 from aiflux.core.report_data import Failure, Report
 from aiflux.core.report_flow import Throughput
 from aiflux.core.tally import EXAMPLES, MANY_ATTEMPTS
+from aiflux.core.words import counted
 
 _FLOW_ROWS = 24
+_LONGEST_ID = 120
 
 
 def throughput_section(report: Report, plot: Markup | None) -> Markup:
@@ -27,14 +30,18 @@ def throughput_section(report: Report, plot: Markup | None) -> Markup:
     flow = report.throughput
     if not flow.bars:
         return element("p", "No result was recorded yet.")
-    caption = f"Results as they were recorded, in steps of {duration(flow.width)}."
+    caption = f"Results as they were recorded, in steps of {duration_text(flow.width)}."
     if flow.pauses:
         caption += f" {_pauses(flow)}"
-    return joined([plot or _flow_table(flow), element("p", caption, class_="soft")])
+    figures = _flow_table(flow)
+    if plot is None:
+        return joined([figures, element("p", caption, class_="soft")])
+    more = element("details", element("summary", "The same as a table"), figures)
+    return joined([plot, element("p", caption, class_="soft"), more])
 
 
 def _pauses(flow: Throughput) -> str:
-    seconds = duration(sum(end - begin for begin, end in flow.pauses))
+    seconds = duration_text(sum(end - begin for begin, end in flow.pauses))
     times = "One pause" if len(flow.pauses) == 1 else f"{len(flow.pauses)} pauses"
     return f"{times} without results ({seconds} in all) left out."
 
@@ -57,7 +64,7 @@ def _flow_table(flow: Throughput) -> Markup:
             )
         )
     heads = ("from (UTC)", "results", "failed", "requests/s", "answer tokens/s", "")
-    return table(heads, rows, (1, 2, 3, 4))
+    return table("Throughput", heads, rows, (1, 2, 3, 4))
 
 
 def latency_section(report: Report, plot: Markup | None) -> Markup:
@@ -72,7 +79,10 @@ def latency_section(report: Report, plot: Markup | None) -> Markup:
         "Of the attempt that gave the answer, waiting in the engine included; so many percent of "
         "the answers took no longer. Requests that failed are left out."
     )
-    shown = [plot or _histogram(told.histogram), table(heads, rows, range(len(heads)))]
+    shown = [
+        plot or _histogram(told.histogram),
+        table("Time per request", heads, rows, range(len(heads))),
+    ]
     return joined([*shown, element("p", caption, class_="soft")])
 
 
@@ -83,7 +93,7 @@ def _histogram(bars: Sequence[tuple[float, float, int]]) -> Markup:
         for low, high, count in bars
         if count
     ]
-    return table(("seconds", "answers", ""), rows, (1,))
+    return table("Answers by their time", ("time", "answers", ""), rows, (1,))
 
 
 def attempts_section(report: Report) -> Markup:
@@ -97,26 +107,29 @@ def attempts_section(report: Report) -> Markup:
         for name, count in report.attempts.items()
     ]  # fmt: skip
     notes = _notes(report)
-    return joined([table(("attempts", "results", "", ""), rows, (1, 2)), *notes])
+    heads = ("attempts", "results", "share", "")
+    return joined([table("Results by their attempts", heads, rows, (1, 2)), *notes])
 
 
 def _notes(report: Report) -> Iterable[Markup]:
     counts = report.counts
     told = (
-        (counts.superseded, "results were of requests that were tried again, and do not count"),
-        (counts.unfit_answers, "answers did not fit their schema (asked again, or failed)"),
+        (counts.superseded, "result", "of requests that were tried again: not counted as failed"),
+        (counts.unfit_answers, "answer", "outside the schema (asked again, or failed)"),
         (
             counts.cut_at_limit,
-            "answers ended at their limit of tokens: raise max_tokens where they must be whole",
+            "answer",
+            "ended at the limit of tokens: raise max_tokens where answers must be whole",
         ),
         (
             counts.truncated_prompts,
-            "prompts were cut by the engine: raise --context-length, or shorten them",
+            "prompt",
+            "cut by the engine: raise --context-length, or shorten them",
         ),
     )
-    for count, words in told:
+    for count, noun, words in told:
         if count:
-            yield element("p", element("strong", number(count)), f" {words}.")
+            yield element("p", element("strong", counted(count, noun)), f" {words}.")
 
 
 def failures_section(report: Report) -> Markup:
@@ -129,7 +142,7 @@ def failures_section(report: Report) -> Markup:
     whole = sum(failure.count for failure in report.failures)
     return joined(
         [
-            element("p", f"{number(whole)} requests failed; {allowed}"),
+            element("p", f"{counted(whole, 'request')} failed; {allowed}"),
             *(_failure(failure, whole) for failure in report.failures),
         ]
     )
@@ -137,7 +150,11 @@ def failures_section(report: Report) -> Markup:
 
 def _failure(failure: Failure, whole: int) -> Markup:
     examples = [
-        element("li", element("code", example.custom_id), f": {example.message}")
+        element(
+            "li",
+            element("code", cut_text(example.custom_id, _LONGEST_ID)),
+            element("span", f": {example.message}", class_="foreign"),
+        )
         for example in failure.examples
     ]
     noun = "example" if len(examples) == 1 else "examples"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _RETRY = "aiflux run ... --retry-failed tries them again"
+_LOG = "see the engine's log (aiflux logs --engine, of one at --engine-url its own)"
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,25 @@ _KNOWN = {
         "read the message, correct these requests in the input and run the same command again: "
         "only the lines that changed are sent",
     ),
-    "http_401": Advice("the engine asks for a key", "set AIFLUX_API_KEY and retry"),
-    "http_403": Advice("the engine forbids the request", "look at the key's rights"),
+    "http_401": Advice("the engine asks for a key", f"set AIFLUX_API_KEY; {_RETRY}"),
+    "http_403": Advice("the engine forbids the request", f"look at the key's rights; {_RETRY}"),
     "http_404": Advice(
         "the engine does not know the model or the address",
         "look at the model's name in the requests and at the endpoint",
+    ),
+    "http_408": Advice(
+        "the engine, or what stands before it, gave up waiting, again and again",
+        f"lower --concurrency; {_RETRY}",
     ),
     "http_413": Advice("the request is too large", "shorten the prompt, or cut it into chunks"),
     "http_422": Advice(
         "the engine understood the request and refused it",
         "read the message and correct these requests in the input",
+    ),
+    "http_425": Advice("the engine asked to try later, again and again", _RETRY),
+    "http_501": Advice(
+        "the engine cannot do what the request asks for",
+        "look at the endpoint and at the fields of these requests",
     ),
     "http_429": Advice(
         "the engine was asked for too much at once, again and again",
@@ -42,11 +52,11 @@ _KNOWN = {
     ),
     "connection": Advice(
         "the connection to the engine broke, again and again",
-        f"see the engine's log in the run directory; {_RETRY}",
+        f"{_LOG}; {_RETRY}",
     ),
     "engine_crashed": Advice(
         "the engine died each time it had this request",
-        "see the engine's log; often memory: a smaller --context-length or fewer --slots, or the "
+        f"{_LOG}; often memory: a smaller --context-length or fewer --slots, or the "
         "request itself (an image, a very long prompt)",
     ),
     "empty_answer": Advice(
@@ -61,9 +71,7 @@ _KNOWN = {
         "the engine said that it failed", f"read the message and the engine's log; {_RETRY}"
     ),
 }
-_SERVER = Advice(
-    "the engine failed, again and again", f"see the engine's log in the run directory; {_RETRY}"
-)
+_SERVER = Advice("the engine failed, again and again", f"{_LOG}; {_RETRY}")
 _REFUSED = Advice("the engine refused the request", "read the message and correct the requests")
 _SCHEMA = Advice(
     "the answer did not fit the schema that the request asks for",

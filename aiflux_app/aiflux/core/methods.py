@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from aiflux.core.report_data import Report
+from aiflux.core.words import counted, joined
 
-_NAMES = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top-p"}
+_NAMES = {"top_p": "top-p", "top_k": "top-k"}
+_EMBEDDINGS = "/v1/embeddings"
 
 
 def methods(report: Report) -> str:
@@ -18,7 +21,8 @@ def methods(report: Report) -> str:
 
 def _sentences(report: Report) -> Iterator[str]:
     yield from _setting(report)
-    yield _sampling(report.what.parameters)
+    if set(report.what.input.get("endpoints") or ()) != {_EMBEDDINGS}:
+        yield from _sampling(report)
     yield from _outcome(report)
     yield from _cost(report)
 
@@ -31,7 +35,7 @@ def _setting(report: Report) -> Iterator[str]:
     with_what = joined([_model(model.name, model.digests) for model in what.models])
     noun = "the model" if len(what.models) == 1 else "the models"
     yield (
-        f"{report.counts.total:,} requests ({name}, BLAKE2b-128 {digest}) {verb} with "
+        f"{counted(report.counts.total, 'request')} ({name}, BLAKE2b-128 {digest}) {verb} with "
         f"{noun} {with_what}, using AI-Flux {joined(what.aiflux) or report.version}"
         f"{_served(what.engines)}{_hardware(report)}."
     )
@@ -40,9 +44,11 @@ def _setting(report: Report) -> Iterator[str]:
 
 
 def _verb(report: Report) -> str:
-    if report.condition.finished:
-        return "were processed"
-    return "were processed in part" if report.condition.ended else "are being processed"
+    one = report.counts.total == 1
+    if not report.condition.ended:
+        return f"{'is' if one else 'are'} being processed"
+    partly = "" if report.condition.finished else " in part"
+    return f"{'was' if one else 'were'} processed{partly}"
 
 
 def _model(name: str, digests: Sequence[str]) -> str:
@@ -61,7 +67,7 @@ def _served(engines: Mapping[str, int]) -> str:
 
 def _hardware(report: Report) -> str:
     what = report.what
-    jobs = f", divided into {what.shards} jobs" if what.shards > 1 else ""
+    jobs = f" in {what.shards:,} jobs" if what.shards > 1 else ""
     if what.gpus and what.shards > 1:
         return f" on {joined(list(what.gpus))} GPUs{jobs}"
     if what.gpus:
@@ -70,47 +76,86 @@ def _hardware(report: Report) -> str:
     return f" on CPUs{jobs}" if local and not report.use.gpu_hours else jobs
 
 
-def _sampling(parameters: Mapping[str, Any]) -> str:
-    if not parameters:
-        return "Sampling parameters were those of each request, else the engine's defaults."
-    told = joined([f"{_NAMES.get(name, name)} = {value}" for name, value in parameters.items()])
-    return f"Where a request did not set them otherwise: {told}."
+def _sampling(report: Report) -> Iterator[str]:
+    given = report.what.parameters
+    usual = _usual(report)
+    if given:
+        yield f"Where a request did not set them otherwise: {_set_to(given)}."
+    else:
+        rest = "" if usual else ", else the engine's defaults"
+        yield f"Sampling parameters were those of each request{rest}."
+    if usual:
+        told = "; ".join(
+            _set_to(values) if len(report.what.models) == 1 else f"{model}: {_set_to(values)}"
+            for model, values in usual.items()
+        )
+        yield (
+            f"What was left open was set to the values advised for the model ({told}), all else to "
+            "the engine's defaults."
+        )
+
+
+def _usual(report: Report) -> dict[str, dict[str, Any]]:
+    """Return what was filled in for each model where neither a request nor the run set it."""
+    given = report.what.parameters
+    defaults: Mapping[str, Mapping[str, Any]] = report.what.options.get("model_defaults") or {}
+    left = {
+        model: {name: value for name, value in values.items() if name not in given}
+        for model, values in defaults.items()
+    }
+    return {model: values for model, values in left.items() if values}
+
+
+def _set_to(parameters: Mapping[str, Any]) -> str:
+    return joined([f"{_NAMES.get(n, n)} = {_value(v)}" for n, v in parameters.items()])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " or ".join(_value(each) for each in value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _outcome(report: Report) -> Iterator[str]:
-    counts, tokens = report.counts, report.tokens
+    counts = report.counts
     failed = f"{counts.failed:,} failed"
     kinds = [f"{failure.code}: {failure.count:,}" for failure in report.failures]
     if counts.failed and kinds:
         failed += f" ({', '.join(kinds)})"
     left = f", and {counts.left:,} had no result yet" if counts.left else ""
-    yield f"{counts.completed:,} requests were answered and {failed}{left}."
+    was = "was" if counts.completed == 1 else "were"
+    yield f"{counted(counts.completed, 'request')} {was} answered and {failed}{left}."
     retried = sum(count for number, count in report.attempts.items() if number != "1")
     if retried:
-        yield f"{retried:,} results took more than one attempt."
-    if tokens.prompt or tokens.completion:
-        yield (
-            f"Prompts and answers came to {tokens.prompt:,} and {tokens.completion:,} tokens, as "
-            "counted by the engine."
-        )
+        yield f"{counted(retried, 'result')} took more than one attempt."
+    yield from _tokens(report)
     if counts.cut_at_limit:
-        yield f"{counts.cut_at_limit:,} answers ended at their limit of tokens."
+        yield f"{counted(counts.cut_at_limit, 'answer')} ended at the limit of tokens."
     if counts.truncated_prompts:
-        yield f"{counts.truncated_prompts:,} prompts were cut to the context by the engine."
+        was = "was" if counts.truncated_prompts == 1 else "were"
+        yield (
+            f"{counted(counts.truncated_prompts, 'prompt')} {was} cut to the context by the engine."
+        )
+
+
+def _tokens(report: Report) -> Iterator[str]:
+    prompt, completion = report.tokens.prompt, report.tokens.completion
+    if prompt and completion:
+        yield (
+            f"Prompts and answers came to {prompt:,} and {completion:,} tokens, as counted by the "
+            "engine."
+        )
+    elif prompt:
+        yield f"Prompts came to {prompt:,} tokens, as counted by the engine."
+    elif completion:
+        yield f"Answers came to {completion:,} tokens, as counted by the engine."
 
 
 def _cost(report: Report) -> Iterator[str]:
     times, use = report.times, report.use
     if times.first_result is None or times.last_result is None:
         return
-    hours = f" and took {use.gpu_hours:.2f} GPU-hours" if use.gpu_hours else ""
+    hours = f" and took {use.gpu_hours:.2f} GPU-hours" if use.gpu_hours >= 0.005 else ""
     first, last = times.first_result[:10], times.last_result[:10]
     when = f"on {first}" if first == last else f"between {first} and {last}"
     yield f"The work was done {when} (UTC){hours}."
-
-
-def joined(parts: Sequence[str]) -> str:
-    """Return an English list."""
-    if len(parts) < 2:
-        return "".join(parts)
-    return f"{', '.join(parts[:-1])} and {parts[-1]}"

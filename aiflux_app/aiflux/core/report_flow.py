@@ -29,7 +29,8 @@ class Throughput:
     """What came over time.
 
     Attributes:
-        width: seconds of a bar; the last one before a pause is shorter.
+        width: seconds of a bar; the last one before a pause is shorter, or longer by less than
+            half: so short a stretch tells no rate.
         pauses: stretches without results that have no bars: Unix times of begin and end.
         requests_per_second, completion_tokens_per_second: averaged over the bars.
     """
@@ -85,8 +86,10 @@ def _segments(timeline: Timeline) -> list[tuple[int, int]]:
 def _bars(timeline: Timeline, first: int, last: int, step: int) -> list[Bar]:
     width = timeline.width
     bars = []
-    for at in range(first, last + 1, step):
-        behind = min(at + step, last + 1)
+    starts = list(range(first, last + 1, step))
+    if len(starts) > 1 and 2 * (last + 1 - starts[-1]) < step:
+        starts.pop()
+    for at, behind in pairwise([*starts, last + 1]):
         whole = Span()
         for number in range(at, behind):
             if number in timeline.spans:

@@ -17,6 +17,11 @@ from aiflux.core.tally import Tally
 
 _SECRET = re.compile(r"key|token|secret|passw", re.IGNORECASE)
 _HIDDEN = "(not shown)"
+# NAME=VALUE in a line of shell, or in the value of an option.
+_SECRET_VALUE = re.compile(
+    r"""(\w*(?:key|token|secret|passw)\w*\s*=\s*)("[^"]*"|'[^']*'|[^\s,;]+)""", re.IGNORECASE
+)
+_OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
 
 
 def what_ran(sources: Sources, whole: Tally) -> What:
@@ -28,7 +33,7 @@ def what_ran(sources: Sources, whole: Tally) -> What:
     return What(
         run_dir=sources.run_dir,
         output=str(plan.output),
-        input={name: plan.input.get(name) for name in ("path", "size", "requests", "digest")},
+        input={name: plan.input.get(name) for name in _OF_THE_INPUT},
         plan=plan.id,
         models=tuple(_models(plan, whole, known)),
         image_path=sources.condition.image,
@@ -40,7 +45,11 @@ def what_ran(sources: Sources, whole: Tally) -> What:
         sealed=all(sealed) if sealed else None,
         parameters=plan.options.parameters,
         options=_options(plan.options),
-        slurm={k: v for k, v in (sources.condition.slurm or {}).items() if v not in (None, {}, [])},
+        slurm={
+            name: without_secrets(value)
+            for name, value in (sources.condition.slurm or {}).items()
+            if value not in (None, {}, [])
+        },
         jobs=sources.condition.jobs,
         shards=len(plan.shards),
     )
@@ -56,6 +65,18 @@ def without_password(url: str) -> str:
     """Return an address without user and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a setting without the values that names of keys, tokens and passwords are given."""
+    if isinstance(value, str):
+        return _SECRET_VALUE.sub(rf"\1{_HIDDEN}", value)
+    if isinstance(value, Mapping):
+        return {
+            name: _HIDDEN if _SECRET.search(str(name)) else without_secrets(each)
+            for name, each in value.items()
+        }
+    return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _models(plan: Plan, whole: Tally, known: Sequence[Mapping[str, Any]]) -> Iterable[Model]:
@@ -80,8 +101,5 @@ def _options(options: RunOptions) -> dict[str, Any]:
     if options.engine_url is not None:
         given["engine_url"] = without_password(options.engine_url)
     if "engine_env" in given:
-        environment = given["engine_env"]
-        given["engine_env"] = {
-            name: _HIDDEN if _SECRET.search(name) else value for name, value in environment.items()
-        }
+        given["engine_env"] = without_secrets(given["engine_env"])
     return given

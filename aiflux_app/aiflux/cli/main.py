@@ -10,6 +10,8 @@ from typing import Any
 
 from aiflux import __version__
 from aiflux.cli.parser import Parser
+from aiflux.cli.streams import FULL, drop_stdout, open_streams, refuse_broken_names, refused
+from aiflux.cli.usage import parse
 from aiflux.errors import AifluxError, ExitCode, describe
 
 _EXAMPLES = """\
@@ -23,6 +25,9 @@ exit status: 0 all succeeded; 2 usage, configuration or input is wrong; 3 more
 requests failed than --max-failures allows; 4 no engine or model; 5 stopped
 before the end, the same command goes on; 1 a bug
 """
+
+# What rich's Console ends the process with where nobody reads stdout any more.
+_RICH_BROKEN_PIPE = 1
 
 # Each is a module of this package with ``add_arguments(parser)`` and ``execute(arguments)``.
 GROUPS = {
@@ -100,26 +105,53 @@ def _named(argv: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    parser = make_parser(_named(given))
-    arguments = parser.parse_args(given)
+    words, debug = _without_debug(sys.argv[1:] if argv is None else argv)
+    with open_streams():
+        try:
+            code = _run(words)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C before the end", file=sys.stderr)
+            code = int(ExitCode.STOPPED)
+        except BrokenPipeError:
+            drop_stdout()
+            code = int(ExitCode.OK)
+        except SystemExit as end:
+            if end.code != _RICH_BROKEN_PIPE:
+                raise
+            code = int(ExitCode.OK)
+        except Exception as error:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
+            code = _failed(error, debug=debug)
+    return code
+
+
+def _failed(error: Exception, *, debug: bool) -> int:
+    """Tell an error; return its exit code."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        drop_stdout()
+        error = refused(error)
+    if debug or not isinstance(error, AifluxError):
+        traceback.print_exc()
+    if isinstance(error, AifluxError):
+        print(describe(error), file=sys.stderr)
+        return int(error.exit_code)
+    print("error: this is a bug in AI-Flux; please report the trace above", file=sys.stderr)
+    return int(ExitCode.BUG)
+
+
+def _run(words: Sequence[str]) -> int:
+    refuse_broken_names(words)
+    parser = make_parser(_named(words))
+    arguments = parse(parser, words, make_parser)
     if arguments.command is None:
         parser.print_help()
         return int(ExitCode.USAGE)
-    try:
-        code: int = _module(arguments.command).execute(arguments)
-        return code
-    except AifluxError as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(describe(error), file=sys.stderr)
-        return int(error.exit_code)
-    except KeyboardInterrupt:
-        return int(ExitCode.STOPPED)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return int(ExitCode.OK)
-    except Exception:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
-        traceback.print_exc()
-        print("error: this is a bug in AI-Flux; please report the trace above", file=sys.stderr)
-        return int(ExitCode.BUG)
+    code: int = _module(arguments.command).execute(arguments)
+    return code
+
+
+def _without_debug(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Take ``--debug``, which every command has, out of a command line."""
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    return [*kept, *words[end:]], len(kept) < end

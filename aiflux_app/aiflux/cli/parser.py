@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from aiflux.cli.helptexts import EXAMPLES
 from aiflux.core.settings import BY_NAME
@@ -62,6 +62,15 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', ')')) else '.'}"
 
 
+class WrongUsageError(Exception):
+    """A command line is wrong; ``message`` is argparse's."""
+
+    def __init__(self, parser: Parser, message: str) -> None:
+        super().__init__(message)
+        self.parser = parser
+        self.message = message
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help is short.
 
@@ -73,6 +82,14 @@ class Parser(argparse.ArgumentParser):
         named["formatter_class"] = Formatter
         super().__init__(*arguments, **named)
         self.lists_commands = False
+
+    def error(self, message: str) -> NoReturn:
+        """Raise WrongUsageError: ``cli.usage`` tells it as every other error is told."""
+        raise WrongUsageError(self, message)
+
+    def option_names(self) -> list[str]:
+        """Return every name of an option of this command."""
+        return list(self._option_string_actions)
 
     def finish(self) -> None:
         """Shorten and complete the help of this command and of those below it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def wrong(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
         ("run --input x --shards", "aiflux run: --shards has no value", "such as: aiflux run"),
         ("watch --interval a x", "aiflux watch: --interval 'a' is not a number", "such as: "),
         ("logs --shard a x", "aiflux logs: --shard 'a' is not a whole number", "such as: "),
-        ("completion powershell", "'powershell' is no shell of aiflux completion", "known are: bash"),
+        ("completion cmd", "'cmd' is no shell of aiflux completion", "known are: bash"),
         ("image build --base x", "aiflux image build: --base cannot be 'x'", "known are: auto"),
         ("--json jobs", "--json stands before the command", "put it behind: aiflux jobs --json"),
         ("run --input a --local --dry-run", "--dry-run and --local exclude each other", "give one"),
@@ -123,3 +124,20 @@ def test_a_reader_that_went_away_is_no_error(command: str, finished: str) -> Non
 def test_a_closed_stdout_is_no_error(command: str, finished: str) -> None:
     done = shell('"$@" >&-', *words_of(command, finished))
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_an_encoding_lacks_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = {"custom_id": "é", "method": "POST", "url": "/v1/chat/completions", "body": {}}
+    request["body"] = {"messages": [{"role": "user", "content": "é" * 500}]}
+    message = {"role": "assistant", "content": "日本 …"}
+    answer = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    output = tmp_path / "results.json"
+    entry = json.dumps({"input": request, "output": answer, "metadata": {}})
+    output.write_text(f"[\n{entry}\n]\n")
+    plain = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
+    done = shell(f'export {plain}; "$@"', "results", "show", output.name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiflux.cli.located import located
-from aiflux.cli.runs import add_run, printable, short
+from aiflux.cli.runs import add_run, short
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import RunDirectory
 from aiflux.errors import UsageError
@@ -51,7 +51,6 @@ def execute(arguments: argparse.Namespace) -> int:
     lines = arguments.lines
     if lines is None:
         lines = _LINES_OF_ONE if len(shards) == 1 else _LINES_OF_EACH
-    printable()
     tails = _Tails(find, max(0, lines), several=len(shards) > 1)
     shown = tails.begin(last=not arguments.follow)
     if arguments.follow:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -30,14 +28,7 @@ def short(path: Path) -> str:
 
 def make_console() -> Console:
     """Return a console on stdout that prints as it is told: no markup, nothing highlighted."""
-    printable()
     return Console(highlight=False, markup=False, emoji=False)
-
-
-def printable() -> None:
-    """Let a character that stdout's encoding lacks cost nothing but itself."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def frame_of(console: Console, *, fit: bool = False) -> Frame:

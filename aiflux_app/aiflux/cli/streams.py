@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,17 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 @contextmanager
 def open_streams() -> Iterator[None]:
-    """Let a stream that was closed by the shell (``>&-``) swallow what is written to it.
+    """Let a stream that was closed by the shell (``>&-``) swallow what is written to it, and a
+    character that stdout's encoding lacks cost nothing but itself.
 
-    Else the next file that is opened would take its place, and be written into by children.
+    In place of a closed stream the next file that is opened would stand, for children to write to.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:
         mode = "r" if name == "stdin" else "w"
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - closed below
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     finally:

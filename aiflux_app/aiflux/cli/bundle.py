@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.bundle import Ingredients, payload_size, write_bundle
 from aiflux.core.bundleinstaller import (
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(actions.add_parser("install", help="install a bundle, without a network"))
     checked = actions.add_parser("verify", help="check every file of a bundle")
     checked.add_argument("bundle", metavar="BUNDLE", type=Path, help="the file")
+    add_json(checked, "print what is in it as one JSON object")
 
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +140,9 @@ def _install(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     with _told():
         bundle: Bundle = verify(arguments.bundle, meter(size(arguments.bundle)))
+    if arguments.json:
+        print_json({"bundle": arguments.bundle, **bundle.contents, "files": bundle.sums})
+        return 0
     for line in _summary(bundle.contents):
         print(line)
     print(f"{arguments.bundle} is whole: {len(bundle.sums)} files are what their checksums say")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
+from aiflux.cli.jsonout import add_json, then_told
 from aiflux.cli.located import located
 from aiflux.cli.runs import add_run, short
 from aiflux.cli.views import typed
 from aiflux.core.rundir import RunDirectory
 from aiflux.errors import UsageError
 from aiflux.slurm.commands import cancel
+from aiflux.slurm.jobs import JobId
 from aiflux.slurm.overview import RunView, ShardState, active_jobs, gather
 
 
@@ -19,12 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Cancel every job of a run. What was done is kept."
     parser.epilog = "example: aiflux cancel results.json"
     add_run(parser)
+    add_json(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Cancel a run's jobs."""
     run = located(arguments.run)
     jobs = active_jobs(run, os.environ)
+    if arguments.json:
+        cancelled = {"cancelled": [str(job) for job in jobs]}
+        return then_told(lambda: _cancel(run, jobs), run, cancelled)
+    return _cancel(run, jobs)
+
+
+def _cancel(run: RunDirectory, jobs: Sequence[JobId]) -> int:
     view = gather(run)
     if not jobs:
         return _nothing_to_cancel(run, view)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
-from aiflux.core.input import scan_input
+from aiflux.cli.jsonout import add_json, print_json
+from aiflux.core.input import InputSummary, scan_input
+from aiflux.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,11 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: aiflux check prompts.jsonl --model llama3.2:3b"
     parser.add_argument("file", metavar="FILE", help="requests, *.jsonl")
     parser.add_argument("--model", metavar="NAME:TAG", help="the run's model")
+    add_json(parser, "print what was found as one JSON object, problems too")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Check a file; InputError lists what is wrong."""
-    summary = scan_input(Path(arguments.file), arguments.model)
+    path = Path(arguments.file)
+    if arguments.json:
+        return _as_json(path, arguments.model)
+    summary = scan_input(path, arguments.model)
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
     models = ", ".join(summary.models) or "none named (give --model to the run)"
     print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
@@ -28,4 +35,15 @@ def execute(arguments: argparse.Namespace) -> int:
         f"  context:   about {summary.context_tokens} tokens cover 99 % of the requests, "
         f"{summary.longest_tokens} the longest"
     )
+    return 0
+
+
+def _as_json(path: Path, model: str | None) -> int:
+    try:
+        summary = scan_input(path, model)
+    except InputError as error:
+        print_json({"path": path.absolute(), "problems": [error.message, *error.problems]})
+        raise
+    names = [item.name for item in fields(InputSummary) if item.name != "marks"]
+    print_json({**{name: getattr(summary, name) for name in names}, "problems": []})
     return 0

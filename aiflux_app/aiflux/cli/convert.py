@@ -9,12 +9,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.converters.folder import MAX_FILE_SIZE, directory_to_jsonl
 from aiflux.converters.form import ENDPOINTS
 from aiflux.converters.pictures import MAX_PIXELS, TEMPLATE, images_to_jsonl
@@ -70,6 +72,7 @@ def _kind(kinds: Any, name: str, help_text: str, example: str) -> argparse.Argum
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out what cannot be used, and list it"
     )
+    add_json(parser, "print the summary as one JSON object")
     return parser
 
 
@@ -192,13 +195,20 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         with _bar() as tell:
             summary = convert(None, limit=_TRIAL, progress=tell)
-        _show_trial(summary)
+        if arguments.json:
+            print_json(asdict(summary))
+        else:
+            _show_trial(summary)
         return 0
     if arguments.output is None:
         raise UsageError("no output was named", "--output prompts.jsonl, or - for stdout")
+    refuse_both(arguments.output, as_json=arguments.json)
     with destination(arguments.output, force=arguments.force) as target:
         with _bar() as tell:
             summary = convert(target, progress=tell)
+        if arguments.json:
+            print_json(asdict(summary))
+            return 0
         stream = sys.stderr if arguments.output == STDOUT else sys.stdout
         for line in _told(summary, arguments.output):
             print(line, file=stream)
@@ -289,6 +299,19 @@ def _param(text: str) -> tuple[str, Any]:
             f"--param {text!r} is not KEY=JSON: {error}",
             """such as --param top_p=0.9 or --param 'stop=["END"]'; a text needs its quotes""",
         ) from None
+
+
+def refuse_both(output: str, *, as_json: bool) -> None:
+    """Refuse to write both data and a summary to stdout.
+
+    Raises:
+        UsageError: that was asked for.
+    """
+    if as_json and output == STDOUT:
+        raise UsageError(
+            "--output - and --json exclude each other: stdout takes one thing",
+            "name a file with --output, or leave --json out",
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.core.config import Config
 from aiflux.core.container import find_image
 from aiflux.errors import ImageError
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_key(signed)
     shown = actions.add_parser("info", help="tell what is in an image")
     shown.add_argument("file", metavar="FILE", nargs="?", help="image (default: the one runs use)")
+    add_json(shown, "as one JSON object")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -90,6 +92,10 @@ def _signature(image: Path) -> str:
 
 def _info(arguments: argparse.Namespace) -> int:
     found = info(_named(arguments))
+    if arguments.json:
+        signed = {"signature": _signature(found.path)}
+        print_json({"image": found.path, **dict(found.facts), **signed})
+        return 0
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("image", str(found.path))
     for name, value in sorted(found.facts.items()):

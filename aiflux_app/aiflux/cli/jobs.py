@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """List the user's runs."""
     if arguments.prune:
-        for entry in forget_gone(os.environ):
+        forgotten = forget_gone(os.environ)
+        if arguments.json:
+            print(json.dumps([entry.to_json() for entry in forgotten], indent=2))
+            return 0
+        for entry in forgotten:
             print(f"forgotten: {entry.run_dir}")
         return 0
     since = float("-inf") if arguments.all else time.time() - RECENT_SECONDS

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from aiflux.cli.jsonout import add_json, print_json, then_told
 from aiflux.cli.located import located
 from aiflux.cli.run import write_output
 from aiflux.core.merge import merge_partial
 from aiflux.core.plan import read_plan
+from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import finished_counts, finished_line, refuse_failures
 
 
@@ -26,17 +28,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what is done so far to OUTPUT.partial.json (or .jsonl); the run goes on",
     )
+    add_json(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Write the output."""
-
     run = located(arguments.run)
-    plan = read_plan(run)
     if arguments.partial:
-        path, counts = merge_partial(plan, run)
+        return _partial(arguments, run)
+    if arguments.json:
+        return then_told(lambda: _merge(arguments, run), run)
+    return _merge(arguments, run)
+
+
+def _partial(arguments: argparse.Namespace, run: RunDirectory) -> int:
+    plan = read_plan(run)
+    path, counts = merge_partial(plan, run)
+    if arguments.json:
+        done = {"written": counts.total, "failed": counts.failed, "total": plan.requests}
+        print_json({"output": path, **done})
+    else:
         print(f"wrote {counts.total} of {plan.requests} results ({counts.failed} failed) to {path}")
-        return 0
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, run: RunDirectory) -> int:
+    plan = read_plan(run)
     done = finished_counts(plan, run)
     if done is not None and not arguments.again:
         print(finished_line(plan, done))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aiflux.cli.bytebar import byte_bar
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.modelviews import list_models, show_model
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         each.add_argument("--slots", type=_number, default=8, metavar="N", help="sequences at once")
     pulled = action("pull", "pull a model, on a machine with internet; goes on where it broke off")
     pulled.add_argument("--again", action="store_true", help="pull it although it is there")
-    action("verify", "read every blob of a model and compare it with its digest")
+    verified = action("verify", "read every blob of a model and compare it with its digest")
+    add_json(verified, "print what was found of each blob as one JSON object")
     exported = action("export", "write a model into one file, to carry it to another machine")
     exported.add_argument("file", metavar="FILE", type=Path, help="tar file to write")
     exported.add_argument("--force", action="store_true", help="replace a file that is there")
@@ -123,6 +125,12 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
     manifest = read_manifest(config.models_dir, name)
     with byte_bar(f"verifying {name.served}", manifest.size) as on_bytes:
         verdicts = [*check_blobs(config.models_dir, manifest, on_bytes)]
+    if arguments.json:
+        blobs = {each.layer.digest: each.state for each in verdicts}
+        print_json({"model": name.served, "digest": manifest.digest, "size": manifest.size,
+                    "blobs": blobs})  # fmt: skip
+        refuse_damaged(name, config.models_dir, verdicts)
+        return 0
     refuse_damaged(name, config.models_dir, verdicts)
     print(
         f"{name.served} is whole: {len(verdicts)} blobs, {size_text(manifest.size)}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
 from aiflux.converters.answers import refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("output", metavar="R", help=_RUN_HELP)
     show.add_argument("--failed", action="store_true", help="only what failed")
     show.add_argument("--limit", type=int, default=50, help="rows at most (default: 50)")
+    add_json(show, "print them as a JSON array, in full")
     for name, (form, _) in _TABLES.items():
         _add_table(actions, name, form)
 
@@ -59,6 +62,7 @@ def _add_table(actions: Any, name: str, form: str) -> None:
         help="what to write (default: named after the run's output); - for stdout",
     )
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    add_json(parser, "print the summary as one JSON object")
     parser.add_argument(
         "--source",
         metavar="FILE",
@@ -102,7 +106,7 @@ def output_of(text: str) -> Path:
 
 def _write(output: Path, arguments: argparse.Namespace) -> int:
     from aiflux import converters
-    from aiflux.cli.convert import STDOUT, destination
+    from aiflux.cli.convert import STDOUT, destination, refuse_both
 
     writers = {
         "to-csv": converters.results_to_csv,
@@ -118,8 +122,12 @@ def _write(output: Path, arguments: argparse.Namespace) -> int:
     )
     suffix = _TABLES[arguments.action][1]
     name = arguments.target or str(output.with_suffix(suffix))
+    refuse_both(name, as_json=arguments.json)
     with destination(name, force=arguments.force) as target:
         summary = writers[arguments.action](output, target, options)
+        if arguments.json:
+            print_json({**asdict(summary), "output": name})
+            return 0
         stream = sys.stderr if name == STDOUT else sys.stdout
         for line in _told(summary, name):
             print(line, file=stream)
@@ -145,6 +153,9 @@ def _told(summary: BackSummary, name: str) -> Iterator[str]:
 
 def _show(output: Path, arguments: argparse.Namespace) -> int:
     entries = (entry for entry in read_entries(output) if entry.error or not arguments.failed)
+    if arguments.json:
+        print_json([_as_json(entry) for entry in islice(entries, arguments.limit)])
+        return 0
     table = Table("custom_id", "prompt", "answer", show_lines=True, expand=True)
     for entry in islice(entries, arguments.limit):
         answer = escape(_short(entry.failure or _answer(entry)))
@@ -153,6 +164,14 @@ def _show(output: Path, arguments: argparse.Namespace) -> int:
         table.add_row(escape(entry.custom_id), escape(_short(prompt)), shown)
     Console().print(table)
     return 0
+
+
+def _as_json(entry: Entry) -> dict[str, Any]:
+    prompt = None if entry.request is None else _prompt(entry.request["body"])
+    answer = None if entry.error else _answer(entry)
+    return {
+        "custom_id": entry.custom_id, "prompt": prompt, "answer": answer, "error": entry.error,
+    }  # fmt: skip
 
 
 def _prompt(body: dict[str, Any]) -> str:

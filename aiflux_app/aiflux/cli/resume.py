@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
+from aiflux.cli.jsonout import add_json, then_told
 from aiflux.cli.located import located
 from aiflux.cli.run import submit_planned
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
+from aiflux.core.rundir import RunDirectory
 from aiflux.core.settings import BY_NAME, parse_setting
 from aiflux.errors import SlurmError
 
@@ -22,14 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: aiflux resume results.json --time 08:00:00"
     parser.add_argument("run", metavar="R", help="job id, run directory or output")
     parser.add_argument("--image", metavar="PATH", help="another image than before")
+    add_json(parser)
     add_settings(parser, "slurm")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Submit what is left."""
+    run = located(arguments.run)
+    if arguments.json:
+        return then_told(lambda: _resume(arguments, run), run)
+    return _resume(arguments, run)
+
+
+def _resume(arguments: argparse.Namespace, run: RunDirectory) -> int:
     from aiflux.slurm.submission import plan_resume
 
-    run = located(arguments.run)
     changes = {
         name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")
         for name, value in given_settings(arguments).items()

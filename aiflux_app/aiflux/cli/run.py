@@ -8,9 +8,11 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from aiflux.cli.jsonout import add_json, print_json, then_told
 from aiflux.cli.piped import STDIN, kept_input
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
@@ -20,7 +22,7 @@ from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.plan import Plan
 from aiflux.core.preflight import told
 from aiflux.core.registry import register_plan
-from aiflux.core.rundir import RunDirectory, default_output
+from aiflux.core.rundir import RunDirectory, checked_output, default_output
 from aiflux.core.status import finished_line, refuse_failures
 from aiflux.errors import ImageError, UsageError
 
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="do K requests only, and say what the whole will take (see aiflux estimate)",
     )
+    add_json(parser)
     add_settings(parser, "run", "slurm", "paths")
 
 
@@ -92,7 +95,15 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.pilot is not None:
         from aiflux.cli.estimate import Asked, foretell
 
-        return foretell(Asked(arguments, config, input_path, output, arguments.pilot))
+        asked = Asked(arguments, config, input_path, output, arguments.pilot)
+        return foretell(replace(asked, as_json=arguments.json))
+    if arguments.json and not arguments.dry_run:
+        run = RunDirectory.of_output(checked_output(output))
+        return then_told(lambda: _run(arguments, config, input_path, output), run)
+    return _run(arguments, config, input_path, output)
+
+
+def _run(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
     if arguments.local:
         return run_local(_open(arguments, config, input_path, output), config)
     if config.get("engine_url") and not arguments.dry_run:
@@ -134,6 +145,9 @@ def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, out
     )
     for finding in planned.findings:
         print(f"warning: {told(finding)}", file=sys.stderr)
+    if arguments.dry_run and arguments.json:
+        print_json(_dry(planned))
+        return 0
     if arguments.dry_run:
         print(json.dumps(planned.opened.plan.to_json(), indent=2, ensure_ascii=False))
         for _, script in planned.scripts:
@@ -141,6 +155,16 @@ def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, out
             print(script, end="")
         return 0
     return submit_planned(planned)
+
+
+def _dry(planned: PlannedRun) -> dict[str, Any]:
+    """Return what a dry run shows."""
+    return {
+        "plan": planned.opened.plan.to_json(),
+        "image": planned.image,
+        "scripts": [text for _, text in planned.scripts],
+        "warnings": [told(finding) for finding in planned.findings],
+    }
 
 
 def submit_planned(planned: PlannedRun) -> int:

@@ -6,11 +6,13 @@ import argparse
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 
 from rich.console import Console, Group
 from rich.live import Live
 
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
 from aiflux.cli.runs import add_run, frame_of, make_console, short, show
 from aiflux.cli.views import overview, progress_line, typed
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", type=float, default=2.0, metavar="S", help="seconds between two looks (2)"
     )
+    add_json(parser, "print how it ended as one JSON object; what comes before goes to stderr")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -38,17 +41,21 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--interval {arguments.interval:g} is too short", "give 0.1 or more")
     observer = Observer(located(arguments.run))
     console = make_console()
-    live = console.is_terminal and not console.is_dumb_terminal
+    live = console.is_terminal and not console.is_dumb_terminal and not arguments.json
     view = observer.look()
     try:
         if live:
             view = _draw(observer, view, console, arguments.interval)
         else:
-            view = _write(observer, view, arguments.interval)
+            with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+                view = _write(observer, view, arguments.interval)
     except KeyboardInterrupt:
         _tell_left(view)
         return int(ExitCode.STOPPED)
-    show(console, overview(view, frame_of(console)))
+    if arguments.json:
+        print_json(view.to_json())
+    else:
+        show(console, overview(view, frame_of(console)))
     return int(outcome(view))
 
 

@@ -28,6 +28,7 @@ from aiflux.worker.server import Server, engine_environment
 RESTARTS_WITHOUT_PROGRESS = 3
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
+_FIRST_DELAY = 0.1
 _PROBE_TIMEOUT = 5.0
 # Ollama cuts a prompt to the context (0.9) or to about half of it (0.33).
 _SLACK_TOKENS = 16
@@ -255,12 +256,19 @@ class ForeignEngine:
     bundled = False
     slots = 0
 
-    def __init__(self, url: str, make_client: Callable[[str], Client], patience: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        make_client: Callable[[str], Client],
+        patience: float,
+        say: Callable[[str], None],
+    ) -> None:
         self.index = 0
         self.url = url
         self.client = make_client(url)
         self.facts: dict[str, Any] = {"index": 0, "url": url}
         self._patience = patience
+        self._say = say
         self._closing = threading.Event()
 
     def start(self) -> None:
@@ -270,8 +278,13 @@ class ForeignEngine:
             EngineError: it does not within the patience.
         """
         deadline = time.monotonic() + self._patience
-        delay = 0.1
+        delay = _FIRST_DELAY
         while not self.alive():
+            if delay == _FIRST_DELAY:
+                self._say(
+                    f"the engine at {self.url} does not answer yet: it is given "
+                    f"{self._patience:g} s (--engine-wait)"
+                )
             if time.monotonic() + delay > deadline or self._closing.is_set():
                 raise EngineError(
                     f"the engine at {self.url} does not answer",

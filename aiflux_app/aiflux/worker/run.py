@@ -400,7 +400,8 @@ class _ModelWork:
         options = self.plan.options
         make_client = self._client_maker()
         if options.engine_url is not None:
-            return [ForeignEngine(options.engine_url, make_client, options.engine_wait)]
+            say = self.context.reporter.say
+            return [ForeignEngine(options.engine_url, make_client, options.engine_wait, say)]
         devices = visible_devices(self.context.environ)
         self._refuse_cpu_image(devices)
         if devices and options.gpus_per_engine > len(devices):

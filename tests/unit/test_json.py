@@ -1,0 +1,160 @@
+"""``--json``: stdout holds one JSON value, errors stay on stderr, exit codes are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.cli.main import main, make_parser
+from aiflux.cli.parser import Parser
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.helpers import request_line
+from tests.unit.made_runs import MadeRun
+
+# What a script has no use for as JSON: it prints text that is meant to be kept, or only acts.
+_TEXT = {
+    "logs", "completion", "examples", "config init", "image build", "image sign", "bundle create",
+    "bundle install", "models pull", "models export", "models import", "models remove",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def place(awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(awkward)
+    lines = [
+        request_line(f"r{n}", body={"messages": [{"role": "user", "content": text}]})
+        for n, text in enumerate(("a", "b 400", "c"))
+    ]
+    (awkward / "in.jsonl").write_text("\n".join(lines))
+    return awkward
+
+
+def told(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> Any:
+    """Return what a command prints with ``--json``."""
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def leaves(parser: Parser) -> list[Parser]:
+    below = [command for command, _ in parser.commands()]
+    return [leaf for command in below for leaf in leaves(command)] if below else [parser]
+
+
+def test_what_a_script_might_read_is_there_as_json() -> None:
+    without = {
+        leaf.prog.removeprefix("aiflux ")
+        for leaf in leaves(make_parser())
+        if "--json" not in leaf.option_names()
+    }
+    assert without == _TEXT
+
+
+@pytest.mark.parametrize(("allowed", "code"), [("1", 0), ("0", 3)])
+def test_a_run_here(allowed: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with FaultyEngine() as engine:
+        words = ["run", "--model", "m:1", "--input", "in.jsonl", "--output", "o.json",
+                 "--engine-url", engine.url, "--max-failures", allowed]  # fmt: skip
+        run = told(capsys, code, *words)
+        again = told(capsys, code, *words)
+    assert (run["state"], run["completed"], run["failed"]) == ("finished with failures", 2, 1)
+    assert (run["exit_code"], again["exit_code"]) == (code, code)
+    assert run.keys() == again.keys()
+    assert told(capsys, 0, "merge", "o.json", "--partial")["written"] == 3
+    assert told(capsys, code, "merge", "o.json", "--again")["output"] == run["output"]
+    assert told(capsys, code, "watch", "o.json")["failed"] == 1
+    shown = told(capsys, 0, "results", "show", "o.json", "--failed")
+    assert [(entry["custom_id"], entry["prompt"]) for entry in shown] == [("r1", "b 400")]
+    assert shown[0]["error"]["code"] == "http_400"
+    assert told(capsys, 0, "results", "to-csv", "o.json")["rows"] == 3
+
+
+def test_a_run_that_finds_no_engine_tells_how_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "m:1", "--input", "in.jsonl", "--output", "o.json", "--engine-wait", "1"]
+    assert main(["run", *words, "--engine-url", "http://127.0.0.1:1", "--json"]) == 4
+    out, err = capsys.readouterr()
+    run = json.loads(out)
+    assert (run["state"], run["exit_code"]) == ("failed", 4)
+    assert err.count("does not answer yet: it is given 1 s (--engine-wait)") == 1
+
+
+def test_where_nothing_was_begun_there_is_nothing_on_stdout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--model", "m:1", "--input", "nowhere.jsonl", "--output", "o.json"]
+    assert main(["run", *words, "--engine-url", "http://127.0.0.1:1", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+
+
+@pytest.fixture
+def slurm(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
+    fakes = FakeCommands(tmp_path / "bin")
+    fakes.say("sbatch", "100\n")
+    fakes.say("scancel")
+    fakes.say("squeue", "100|N/A|PENDING|N/A|0:00||Priority\n")
+    for name in ("sacct", "scontrol"):
+        fakes.say(name, status=1)
+    monkeypatch.setenv("PATH", fakes.path)
+    (place / "i.sif").touch()
+    return fakes
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_submitted_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "--model", "m:1", "--input", "in.jsonl", "--output", "o.json",
+             "--no-preflight", "--image", "i.sif"]  # fmt: skip
+    dry = told(capsys, 0, *words, "--dry-run")
+    assert dry["plan"]["models"] == ["m:1"]
+    assert dry["scripts"][0].startswith("#!")
+    assert not Path("o.json.aiflux").exists()
+    run = told(capsys, 0, *words)
+    assert (run["jobs"], run["state"], run["exit_code"]) == (["100"], "waiting", None)
+    assert Path(run["run_dir"]).is_dir()
+    gone = told(capsys, 0, "cancel", "100")
+    assert (gone["cancelled"], gone["output"]) == (["100"], run["output"])
+    assert main(["resume", "100", "--json"]) == 2, "all of it waits"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run(slurm: FakeCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "--model", "m:1", "--input", "in.jsonl", "--output", "o.json",
+             "--no-preflight", "--image", "i.sif"]  # fmt: skip
+    told(capsys, 0, *words)
+    slurm.say("sbatch", "101\n")
+    slurm.say("squeue", "101|N/A|PENDING|N/A|0:00||Priority\n")
+    assert told(capsys, 0, "resume", "o.json")["jobs"][-1] == "101"
+
+
+def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:
+    good = told(capsys, 0, "check", "in.jsonl", "--model", "m:1")
+    assert (good["requests"], good["problems"]) == (3, [])
+    bad = told(capsys, 2, "check", "in.jsonl")
+    assert len(bad["problems"]) == 4
+    assert bad["problems"][1].startswith("line 1: ")
+
+
+def test_a_conversion(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "in.csv").write_text("text\na\nb\n")
+    words = ["convert", "csv", "--input", "in.csv", "--template", "{text}"]
+    trial = told(capsys, 0, *words, "--dry-run")
+    assert [request["custom_id"] for request in trial["first"]] == ["row-1", "row-2"]
+    done = told(capsys, 0, *words, "--output", "out.jsonl")
+    assert (done["rows"], done["requests"], done["skipped"]) == (2, 2, 0)
+    assert main([*words, "--output", "-", "--json"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_forgotten_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MadeRun(tmp_path / "run")
+    assert told(capsys, 0, "jobs", "--prune") == []
+
+
+def test_no_object_depends_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "list", "--json"]) == 0
+    assert re.search(r"[\x1b\r]", capsys.readouterr().out) is None

@@ -74,6 +74,45 @@ def test_nothing_outside_a_schema_is_fetched() -> None:
     assert "'x' is not of type 'integer'" in str(check("x"))
 
 
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"properties": {"x": {"$ref": "#/$defs/n"}}}, "refers to '#/$defs/n', which is not there"),
+        ({"$ref": "#/$defs/n/anyOf/2", "$defs": {"n": {"anyOf": [{}]}}}, "which is not there"),
+        ({"$ref": "#nowhere"}, "cannot be applied"),
+        ({"$ref": "#"}, "leads back to itself"),
+        ({"anyOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"$ref": "#"}}}, "leads back to itself"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_told(schema: Any, words: str) -> None:
+    with pytest.raises(SchemaError) as error:
+        compile_schema(schema)
+    assert words in str(error.value)
+
+
+def test_references_that_lead_somewhere() -> None:
+    tree = {"type": "object", "properties": {"a/b": {"items": {"$ref": "#"}, "anyOf": [{}]}}}
+    assert compile_schema(tree)({"a/b": [{"a/b": []}]}) is None
+    assert compile_schema({"$ref": "#/properties/a~1b/anyOf/0", **tree})({}) is None
+    own = {"$id": "http://example.org/x", "$defs": {"y": {"type": "string"}}}
+    assert compile_schema({"$defs": {"z": {**own, "$ref": "#/$defs/y"}}})(1) is None
+
+
+def test_a_reference_in_circles_fails_its_request_and_not_the_run(tmp_path: Path) -> None:
+    circle = {"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, validate=True)
+        working.prompts('answer:{"x": 1}', "free")
+        lines = working.input.read_text(encoding="utf-8").splitlines()
+        first = json.loads(lines[0])
+        first["body"]["response_format"] = asking(circle)
+        working.input.write_text(f"{json.dumps(first)}\n{lines[1]}\n", encoding="utf-8")
+        assert working.run() is ExitCode.FAILURES
+    failed, free = working.results
+    assert "leads back to itself" in failed["error"]["message"]
+    assert free["output"] is not None
+
+
 def test_schemas_are_kept_and_forgotten() -> None:
     checking = Checking(0)
     for number in range(600):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from aiflux.core.extras import need
 
@@ -12,38 +14,54 @@ _SHOWN = 300
 
 
 class SchemaError(ValueError):
-    """A schema is not one, or refers to something outside of itself."""
+    """A schema is not one, refers to what is not there, or cannot be applied."""
 
 
 def compile_schema(schema: Any) -> Check:
     """Return a function that tells what is wrong with a value, or None. It is not thread-safe.
 
-    Without ``$schema`` the schema is of draft 2020-12.
+    Without ``$schema`` the schema is of draft 2020-12. The function raises SchemaError where a
+    value leads to a reference that cannot be followed, or that leads back to itself.
 
     Raises:
         SchemaError: the schema is not valid.
         ConfigError: jsonschema is not installed.
     """
     library = need("jsonschema", "schema", "checking answers against a JSON Schema")
+    if not isinstance(schema, dict):
+        raise SchemaError("it is not a JSON object")
+    kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
+    try:
+        _check(schema, kind)
+    except library.SchemaError as error:
+        raise SchemaError(f"at {error.json_path}: {_short(error.message)}") from None
+    except RecursionError:
+        raise SchemaError("it is nested too deeply") from None
+    validator = kind(schema)
+
+    def check(value: Any) -> str | None:
+        try:
+            error = library.exceptions.best_match(validator.iter_errors(value))
+        except RecursionError:
+            raise SchemaError("a reference in it leads back to itself, or too deep") from None
+        except Exception as error:  # noqa: BLE001 - the class of a bad reference varies by version
+            raise SchemaError(f"it cannot be applied: {_short(str(error))}") from None
+        return None if error is None else f"at {error.json_path}: {_short(error.message)}"
+
+    check(None)
+    return check
+
+
+def _check(schema: dict[str, Any], kind: Any) -> None:
     outside = next(_outside(schema), None)
     if outside is not None:
         raise SchemaError(
             f"it refers to {outside!r}; nothing outside the schema is read: put it under $defs"
         )
-    if not isinstance(schema, dict):
-        raise SchemaError("it is not a JSON object")
-    kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except library.SchemaError as error:
-        raise SchemaError(f"at {error.json_path}: {_short(error.message)}") from None
-    validator = kind(schema)
-
-    def check(value: Any) -> str | None:
-        error = library.exceptions.best_match(validator.iter_errors(value))
-        return None if error is None else f"at {error.json_path}: {_short(error.message)}"
-
-    return check
+    kind.check_schema(schema)
+    dangling = next(_dangling(schema, schema), None)
+    if dangling is not None:
+        raise SchemaError(f"it refers to {dangling!r}, which is not there")
 
 
 def _outside(schema: Any) -> Iterator[str]:
@@ -59,6 +77,39 @@ def _outside(schema: Any) -> Iterator[str]:
     elif isinstance(schema, list):
         for value in schema:
             yield from _outside(value)
+
+
+def _dangling(schema: Any, root: dict[str, Any]) -> Iterator[str]:
+    """Yield references by path (``#/$defs/x``) that lead nowhere.
+
+    A part with an ``$id`` of its own is left out: paths inside it do not begin at the root.
+    """
+    if isinstance(schema, dict):
+        if schema is not root and "$id" in schema:
+            return
+        target = schema.get("$ref")
+        if isinstance(target, str) and target.startswith("#/") and not _leads(target, root):
+            yield target
+        for key, value in schema.items():
+            if key not in ("const", "enum", "default", "examples"):
+                yield from _dangling(value, root)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _dangling(value, root)
+
+
+def _leads(target: str, root: Any) -> bool:
+    """Tell whether a JSON Pointer (RFC 6901) behind ``#`` leads to something."""
+    found = root
+    for step in unquote(target[2:]).split("/"):
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+        elif isinstance(found, list) and re.fullmatch(r"\d+", name) and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            return False
+    return True
 
 
 def _short(text: str) -> str:

@@ -73,6 +73,7 @@ def test_what_every_request_has(place: Path) -> None:
     [
         (("--template", "{text}", "--param", "stop=END"), "a text needs its quotes"),
         (("--template", "{text}", "--param", "x"), "there is no KEY="),
+        (("--template", "{text}", "--param", "x=NaN"), "NaN is not JSON"),
         ((), "no template was given"),
         (("--template-file", "none.txt"), "'none.txt' cannot be read"),
     ],

@@ -285,6 +285,12 @@ def test_progress_ends_at_the_end(tmp_path: Path) -> None:
         ({"params": {"messages": []}}, "--template"),
         ({"endpoint": "images"}, "unknown"),
         ({"endpoint": "embeddings", "system": "x"}, "--system"),
+        ({"endpoint": "embeddings", "max_tokens": 5}, "mean nothing for embeddings"),
+        ({"params": {"x": float("inf")}}, "--param x has no place in JSON"),
+        ({"temperature": float("nan")}, "--temperature nan is not 0 or more"),
+        ({"temperature": -1}, "--temperature -1 is not"),
+        ({"max_tokens": 0}, "--max-tokens 0 leaves no answer"),
+        ({"model": " "}, "--model is empty"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], words: str) -> None:
@@ -323,6 +329,10 @@ def test_a_schema_becomes_the_response_format(tmp_path: Path) -> None:
         ("[]", "is not a JSON object"),
         ('{"type": "strin"}', "is wrong: at $.type"),
         ('{"$ref": "http://x/y"}', "refers to 'http://x/y'"),
+        ('{"$ref": "#/$defs/y"}', "which is not there"),
+        ('{"label": "string"}', "allows every answer"),
+        ('{"name": "x", "schema": {"type": "object"}}', "a whole response_format"),
+        ('{"type": "json_schema", "json_schema": {}}', "a whole response_format"),
     ],
 )
 def test_a_schema_that_is_none(tmp_path: Path, content: str, words: str) -> None:

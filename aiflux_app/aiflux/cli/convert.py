@@ -22,6 +22,7 @@ from aiflux.converters.form import ENDPOINTS
 from aiflux.converters.pictures import MAX_PIXELS, TEMPLATE, images_to_jsonl
 from aiflux.converters.walking import parse_size
 from aiflux.converters.writing import SHOWN, Summary, listed
+from aiflux.core.request import parse_json
 from aiflux.errors import InputError, OutputExistsError, UsageError
 
 _TRIAL = 3
@@ -293,7 +294,7 @@ def _param(text: str) -> tuple[str, Any]:
     try:
         if not (key and equals):
             raise ValueError("there is no KEY=")
-        return key, json.loads(value)
+        return key, parse_json(value)
     except ValueError as error:
         raise UsageError(
             f"--param {text!r} is not KEY=JSON: {error}",

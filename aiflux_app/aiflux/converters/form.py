@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,11 +122,13 @@ def make_form(
     """
     if endpoint not in ENDPOINTS:
         raise UsageError(f"endpoint {endpoint!r} is unknown", f"use {', '.join(ENDPOINTS)}")
+    _check_values(model, temperature, max_tokens, endpoint)
     given = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, value in (params or {}).items():
         if name in _OWN_OPTIONS:
             raise UsageError(f"--param sets {name}", f"use {_OWN_OPTIONS[name]} instead")
+        _check_param(name, value)
         fields[name] = value
     if schema is not None:
         fields["response_format"] = response_format(schema)
@@ -135,3 +138,28 @@ def make_form(
             "leave them out, or leave out --endpoint",
         )
     return RequestForm(endpoint, fields, system)
+
+
+def _check_values(
+    model: str | None, temperature: float | None, max_tokens: int | None, endpoint: str
+) -> None:
+    if model is not None and not model.strip():
+        raise UsageError("--model is empty", "name one, such as llama3.2:3b, or leave it out")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature {temperature} is not 0 or more", "--temperature 0.7")
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens} leaves no answer", "--max-tokens 500")
+    if endpoint == "embeddings" and (temperature, max_tokens) != (None, None):
+        raise UsageError(
+            "--temperature and --max-tokens mean nothing for embeddings",
+            "leave them out, or leave out --endpoint",
+        )
+
+
+def _check_param(name: str, value: Any) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"--param {name} has no place in JSON: {error}", "give numbers, texts, lists, objects"
+        ) from None

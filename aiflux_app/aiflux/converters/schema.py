@@ -13,6 +13,16 @@ from aiflux.core.answerschema import SchemaError, compile_schema
 from aiflux.core.request import parse_json
 from aiflux.errors import InputError
 
+# A schema with none of these allows everything. What says more about one of them needs that one.
+_KEYWORDS = {
+    "$dynamicRef", "$recursiveRef", "$ref", "additionalProperties", "allOf", "anyOf", "const",
+    "contains", "dependentRequired", "dependentSchemas", "enum", "exclusiveMaximum",
+    "exclusiveMinimum", "if", "items", "maxItems", "maxLength", "maxProperties", "maximum",
+    "minItems", "minLength", "minProperties", "minimum", "multipleOf", "not", "oneOf", "pattern",
+    "patternProperties", "prefixItems", "properties", "propertyNames", "required", "type",
+    "uniqueItems",
+}  # fmt: skip
+
 
 def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
     """Return OpenAI's ``response_format`` for a schema, or for the file that holds it.
@@ -27,6 +37,7 @@ def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
     else:
         path = Path(schema)
         content, place, name = _read(path), f"the schema {str(path)!r}", path.stem
+    _refuse_what_allows_all(content, place)
     if find_spec("jsonschema") is not None:
         try:
             compile_schema(content)
@@ -38,6 +49,23 @@ def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
         "type": "json_schema",
         "json_schema": {"name": name[:64] or "answer", "schema": content, "strict": True},
     }
+
+
+def _refuse_what_allows_all(schema: Mapping[str, Any], place: str) -> None:
+    """Raise InputError for a whole ``response_format``, and for names without a keyword."""
+    whole = "json_schema" in schema or isinstance(schema.get("schema"), dict)
+    if whole and schema.get("type") in (None, "json_schema"):
+        raise InputError(
+            f"{place} is a whole response_format",
+            'give only what stands under "schema" in it',
+        )
+    if schema and not _KEYWORDS & schema.keys():
+        names = ", ".join(repr(name) for name in list(schema)[:5])
+        raise InputError(
+            f"{place} allows every answer: none of its keys ({names}) is a keyword of JSON Schema",
+            'name fields under "properties", such as '
+            '{"type": "object", "properties": {"label": {"type": "string"}}}',
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -225,6 +225,63 @@ def test_one_bad_byte_in_utf_8_makes_no_other_encoding(tmp_path: Path) -> None:
     assert set(prompts(output).values()) == {"日本語のテキスト"}
 
 
+def test_utf_16_without_its_mark_is_read(tmp_path: Path) -> None:
+    for name in ("utf-16-le", "utf-16-be"):
+        source = write(tmp_path / "in.csv", "id,text\n1,naïve\n2,plain\n".encode(name))
+        summary = csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
+        assert list(prompts(tmp_path / "o.jsonl").values()) == ["naïve", "plain"]
+        assert f"{name} is a guess" in summary.notes[0]
+
+
+def test_what_reads_alike_in_western_text_is_taken_for_it(tmp_path: Path) -> None:
+    """cp1250 has the same letters in German, but another one for the à that may come later."""
+    text = "Die Lieferung war schön und überraschend günstig, aber größer als gedacht\n" * 20
+    later = "x\n" * 150_000 + "voilà\n"
+    source = write(tmp_path / "in.csv", ("text\n" + text + later).encode("cp1252"))
+    csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", delimiter=";")
+    assert list(prompts(tmp_path / "o.jsonl").values())[-1] == "voilà"
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"\x1f\x8b\x08", "zcat FILE | aiflux convert"),
+        (b"PK\x03\x04", "save the workbook as CSV"),
+        (b"PAR1", "`aiflux convert parquet` reads it"),
+        (b"%PDF-1.7", "`aiflux convert dir` reads PDF"),
+    ],
+)
+def test_another_kind_of_file_is_told(tmp_path: Path, start: bytes, words: str) -> None:
+    source = write(tmp_path / "in.csv", start + b"\xff\0" * 50)
+    with pytest.raises(InputError, match="is not CSV: it is") as error:
+        csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
+    assert words in str(error.value.remedy)
+
+
+def test_what_a_stray_quote_takes_in_is_told_with_all_its_lines(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", 'id,text\n1,"a\n2,b\n3,c\n4,"d"\n5,e\n')
+    with pytest.raises(InputError, match="1 of 2 rows") as error:
+        csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
+    assert "lines 2 to 5: not CSV" in refused(error)
+
+
+def test_a_nul_character_is_no_text(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", b"id,text\n1,a\0b\n2,c\n")
+    with pytest.raises(InputError, match="1 of 2 rows") as error:
+        csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
+    assert "line 2: column 'text' has a NUL character" in refused(error)
+    write(source, b"id\0,text\n1,a\n2,b\n3,c\n4,d\n")
+    with pytest.raises(InputError, match=r"the header .* has a NUL character"):
+        csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
+
+
+def test_one_column_says_how_a_delimiter_in_it_is_written(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.csv", "text\nhello, world\n")
+    with pytest.raises(InputError) as error:
+        csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
+    assert "write a cell that holds ',' in quotes" in refused(error)
+
+
 def test_binary_is_no_csv(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", bytes(range(256)) * 40)
     with pytest.raises(InputError, match="binary") as error:
@@ -239,7 +296,7 @@ def test_binary_is_no_csv(tmp_path: Path) -> None:
         ("\n\n", "no header line"),
         ("id,text\n", "holds no row"),
         ("id,id,text\n1,2,3\n", "columns of the same name: 'id'"),
-        ('id,text\n1,"a\n2,b\n', 'line 2: a quote (") is not closed before the end'),
+        ('id,text\n1,"a\n2,b\n', 'lines 2 to 3: a quote (") is not closed before the end'),
         ('id,text\n1,"a"b\n', "line 2: not CSV"),
     ],
 )

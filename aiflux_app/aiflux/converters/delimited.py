@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from aiflux.converters.encoding import Encoding, bad_byte, checked_encoding, detect_encoding
 from aiflux.converters.form import make_form
+from aiflux.converters.kinds import refuse_other_kinds
 from aiflux.converters.table import Row, TableOptions, convert_table
 from aiflux.converters.writing import Progress, Skipped, Summary, reading
 from aiflux.errors import InputError
@@ -113,16 +114,16 @@ class DelimitedTable:
         """Yield every row under the header, and what is none."""
         size = self.path.stat().st_size
         with reading(self.path), open(self.path, "rb") as file:
-            for number, (line, cells) in enumerate(self._cells(file)):
+            for number, (line, last, cells) in enumerate(self._cells(file)):
                 if number % 1000 == 0 and progress is not None:
                     progress(min(file.tell(), size), size)
                 if number:
-                    yield self._row(number, line, cells)
+                    yield self._row(number, line, last, cells)
             if progress is not None:
                 progress(size, size)
 
-    def _cells(self, file: BinaryIO) -> Iterator[tuple[int, list[str] | csv.Error]]:
-        """Yield the line at which a row begins, and its cells; rows without any are left out."""
+    def _cells(self, file: BinaryIO) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+        """Yield a row's first and last line, and its cells; rows without any are left out."""
         text = io.TextIOWrapper(
             file, encoding=self.encoding.name, errors=self.encoding.errors, newline=""
         )
@@ -136,10 +137,10 @@ class DelimitedTable:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield line, error
+                    yield line, reader.line_num, error
                     continue
                 if cells:
-                    yield line, cells
+                    yield line, reader.line_num, cells
         except UnicodeError as error:
             raise InputError(
                 f"{str(self.path)!r} is not {self.encoding.name} after line {reader.line_num}: "
@@ -149,25 +150,36 @@ class DelimitedTable:
         finally:
             text.detach()
 
-    def _row(self, number: int, line: int, cells: list[str] | csv.Error) -> Row | Skipped:
-        place = f"line {line}"
+    def _row(
+        self, number: int, line: int, last: int, cells: list[str] | csv.Error
+    ) -> Row | Skipped:
+        place = f"line {line}" if last <= line else f"lines {line} to {last}"
         if isinstance(cells, csv.Error):
             return Skipped(line, place, _malformed(cells))
         if len(cells) != len(self.columns):
             return Skipped(line, place, self._ragged(cells))
         for column, cell in zip(self.columns, cells, strict=True):
-            byte = bad_byte(cell)
-            if byte is not None:
-                name = self.encoding.name.removesuffix("-sig")
-                reason = f"column {column!r} has the byte 0x{byte:02x}, which is not {name}"
-                return Skipped(line, place, f"{reason}; give the right --encoding")
+            reason = self._damage(cell)
+            if reason is not None:
+                return Skipped(line, place, f"column {column!r} has {reason}")
         return Row(line, f"row-{number}", dict(zip(self.columns, cells, strict=True)))
+
+    def _damage(self, cell: str) -> str | None:
+        """Return what no text has: a byte of another encoding, or a 0, at which engines stop."""
+        byte = bad_byte(cell)
+        if byte is not None:
+            name = self.encoding.name.removesuffix("-sig")
+            return f"the byte 0x{byte:02x}, which is not {name}; give the right --encoding"
+        return "a NUL character: the file is damaged, or no text" if "\0" in cell else None
 
     def _ragged(self, cells: Sequence[str]) -> str:
         some = f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")
         shown = self.delimiter.join(cells)
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        return f"{some} where the header has {len(self.columns)}: {shown!r}"
+        seen = f"{some} where the header has {len(self.columns)}: {shown!r}"
+        if len(self.columns) == 1:
+            seen += f' (write a cell that holds {self.delimiter!r} in quotes: "...")'
+        return seen
 
 
 def _malformed(error: csv.Error) -> str:
@@ -179,13 +191,16 @@ def _malformed(error: csv.Error) -> str:
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(
-            f"the input {str(path)!r} is a directory", "`aiflux convert dir` reads directories"
-        )
     with reading(path):
-        if path.stat().st_size == 0:
-            raise InputError(f"the input {str(path)!r} is empty", "check the path")
+        if path.is_dir():
+            raise InputError(
+                f"the input {str(path)!r} is a directory", "`aiflux convert dir` reads directories"
+            )
+        with open(path, "rb") as file:
+            start = file.read(16)
+    if not start:
+        raise InputError(f"the input {str(path)!r} is empty", "check the path")
+    refuse_other_kinds(path, start, "CSV")
 
 
 def _detect(path: Path, encoding: Encoding) -> str:
@@ -225,13 +240,15 @@ def _header(path: Path, encoding: Encoding, delimiter: str) -> tuple[str, ...]:
         first = next(draft._cells(file), None)
     if first is None:
         raise InputError(f"the input {str(path)!r} has no header line", "name its columns there")
-    line, cells = first
+    line, _, cells = first
     if isinstance(cells, csv.Error):
         raise InputError(f"the header of {str(path)!r} (line {line}) is {_malformed(cells)}")
-    if any(bad_byte(cell) is not None for cell in cells):
-        raise InputError(
-            f"the header of {str(path)!r} is not {encoding.name}", "give the right --encoding"
-        )
+    for cell in cells:
+        reason = draft._damage(cell)
+        if reason is not None:
+            raise InputError(
+                f"the header of {str(path)!r} has {reason}", "see that it is a table of text"
+            )
     return unique_columns([name or f"column_{at}" for at, name in enumerate(cells, 1)], path)
 
 

@@ -83,6 +83,9 @@ def detect_encoding(path: Path) -> Encoding:
         for bom, name in _BOMS:
             if block.startswith(bom):
                 return Encoding(name, "detected")
+        wide = _without_mark(block)
+        if wide is not None:
+            return Encoding(wide, "guessed")
         while block:
             try:
                 decoder.decode(block)
@@ -90,6 +93,17 @@ def detect_encoding(path: Path) -> Encoding:
                 return _guess(path, file.tell() - len(block) + error.start)
             block = file.read(_BLOCK)
         return Encoding("utf-8-sig", "detected")
+
+
+def _without_mark(block: bytes) -> str | None:
+    """Return UTF-16's name where every other byte of a text is mostly 0, as in Western texts."""
+    even, odd = block[::2], block[1::2]
+    some = len(odd) // 4
+    if odd.count(0) > some and not even.count(0):
+        return "utf-16-le"
+    if even.count(0) > some and not odd.count(0):
+        return "utf-16-be"
+    return None
 
 
 def _guess(path: Path, bad: int) -> Encoding:
@@ -128,6 +142,7 @@ def guess_encoding(sample: bytes) -> str:
     if matches and len(set(readings.values())) == 1:
         return _COMMON if _COMMON in readings else matches[0].encoding
     best, others = matches[:1], matches[1:]
+    alike = bool(best) and readings.get(_COMMON) == str(best[0])
     if (
         best
         and best[0].coherence >= _CLEAR
@@ -136,7 +151,7 @@ def guess_encoding(sample: bytes) -> str:
             for other in others
         )
     ):
-        return best[0].encoding
+        return _COMMON if alike else best[0].encoding
     names = list(dict.fromkeys([*(name for name in readings if name == _COMMON), *readings]))[:4]
     shown = ", ".join(f"{name} ({_word(readings[name])!r})" for name in names)
     raise UnclearEncodingError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import pytest
 from PIL import Image
 
 from aiflux.cli.main import main
+from aiflux.core.files import atomic_write
+from aiflux.errors import StorageError, UsageError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.test_converters import prompts, requests_in, write
 
@@ -149,6 +153,85 @@ def test_a_refused_conversion_puts_nothing_into_a_pipe(place: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == b""
     assert b"line 3: 2 cells" in done.stderr
+
+
+def test_what_is_no_file_is_not_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place / "t.csv", "text\na\n")
+    os.mkfifo(place / "pipe")
+    (place / "folder").mkdir()
+    (place / "to-pipe").symlink_to("pipe")
+    for name, words in (
+        ("pipe", "a device or a pipe"),
+        ("folder", "a folder"),
+        ("to-pipe", "pipe"),
+    ):
+        for force in ((), ("--force",)):
+            options = ("--input", "t.csv", "--template", "{text}", *force)
+            assert convert("csv", *options, output=name) == 2
+            assert words in capsys.readouterr().err
+        with pytest.raises((UsageError, StorageError)), atomic_write(place / name):
+            pass
+    assert (place / "pipe").is_fifo()
+    assert (place / "to-pipe").is_symlink()
+
+
+def test_a_link_stays_and_its_file_is_replaced(place: Path) -> None:
+    write(place / "t.csv", "text\na\n")
+    (place / "scratch").mkdir()
+    (place / "q.jsonl").symlink_to("scratch/q.jsonl")
+    assert convert("csv", "--input", "t.csv", "--template", "{text}") == 0
+    assert (place / "q.jsonl").is_symlink()
+    assert prompts(place / "scratch" / "q.jsonl") == {"row-1": "a"}
+
+
+def test_the_list_of_what_is_skipped_replaces_nothing_unasked(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = write(place / "q.skipped.jsonl", "text\na\n")
+    write(place / "t.csv", "text\na\n")
+    assert convert("csv", "--input", "t.csv", "--template", "{text}") == 2
+    assert "q.skipped.jsonl is there already" in capsys.readouterr().err
+    assert convert("csv", "--input", mine.name, "--template", "{text}", "--force") == 2
+    assert "would be the list of what is skipped" in capsys.readouterr().err
+    assert mine.read_text() == "text\na\n"
+
+
+def test_an_input_through_a_pipe(place: Path) -> None:
+    table = b"text\na\nb\n"
+    words = ("csv", "--template", "{text}", "--output", "q.jsonl", "--force")
+    done = run("convert", *words, "--input", "-", input=table)
+    assert done.returncode == 0, done.stderr
+    assert prompts(place / "q.jsonl") == {"row-1": "a", "row-2": "b"}
+    with open(write(place / "t.csv", table), "rb") as file:
+        assert run("convert", *words, "--input", "-", stdin=file).returncode == 0
+    empty = run("convert", *words, "--input", "-", input=b"")
+    assert empty.returncode == 2
+    assert b"'/dev/stdin' is empty" in empty.stderr
+    assert b"reads a folder" in run("convert", "dir", "--input", "-", "--output", "x").stderr
+
+
+def test_a_full_disk_behind_stdout_is_told(place: Path) -> None:
+    write(place / "t.csv", "text\na\n")
+    with open("/dev/full", "wb") as full:
+        words = ("csv", "--input", "t.csv", "--template", "{text}", "--output", "-")
+        done = subprocess.run(
+            [*AIFLUX, "convert", *words], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 5
+    assert b"stdout cannot be written, and holds a part only: No space left" in done.stderr
+
+
+def test_an_interrupt_leaves_nothing(place: Path) -> None:
+    write(place / "t.csv", "text\n" + "some text\n" * 600_000)
+    words = ("csv", "--input", "t.csv", "--template", "{text}", "--output", "q.jsonl")
+    process = subprocess.Popen([*AIFLUX, "convert", *words], stderr=subprocess.PIPE)
+    while process.poll() is None and not list(place.glob(".q.jsonl.*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert b"stopped; nothing was written" in told
+    assert [path.name for path in place.iterdir()] == ["t.csv"]
 
 
 def test_run_from_a_terminal_waits_for_no_pipe() -> None:

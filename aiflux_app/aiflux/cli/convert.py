@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -21,12 +23,19 @@ from aiflux.converters.folder import MAX_FILE_SIZE, directory_to_jsonl
 from aiflux.converters.form import ENDPOINTS
 from aiflux.converters.pictures import MAX_PIXELS, TEMPLATE, images_to_jsonl
 from aiflux.converters.walking import parse_size
-from aiflux.converters.writing import SHOWN, Summary, listed
+from aiflux.converters.writing import SHOWN, Summary, listed, skipped_path
+from aiflux.core.files import refuse_special
 from aiflux.core.request import parse_json
-from aiflux.errors import InputError, OutputExistsError, UsageError
+from aiflux.errors import (
+    InputError,
+    OutputExistsError,
+    StoppedError,
+    StorageError,
+    UsageError,
+)
 
 _TRIAL = 3
-STDOUT = "-"
+STDIN = STDOUT = "-"
 
 Tell = Callable[[int, int], None]
 
@@ -64,7 +73,9 @@ def _kind(kinds: Any, name: str, help_text: str, example: str) -> argparse.Argum
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", required=True, metavar="PATH", help="what to convert")
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="what to convert; - for stdin"
+    )
     parser.add_argument("--output", metavar="FILE", help="requests, *.jsonl; - for stdout")
     parser.add_argument(
         "--dry-run", action="store_true", help="show the first three requests, write nothing"
@@ -191,6 +202,15 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Convert, or show what would come of it."""
+    try:
+        return _execute(arguments)
+    except KeyboardInterrupt:
+        raise StoppedError(
+            "stopped; nothing was written", "the same command begins again"
+        ) from None
+
+
+def _execute(arguments: argparse.Namespace) -> int:
     options = {**_request_options(arguments), "skip_bad": arguments.skip_bad}
     convert = _converter(arguments, options)
     if arguments.dry_run:
@@ -205,6 +225,8 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UsageError("no output was named", "--output prompts.jsonl, or - for stdout")
     refuse_both(arguments.output, as_json=arguments.json)
     with destination(arguments.output, force=arguments.force) as target:
+        if arguments.output != STDOUT and not arguments.force:
+            _refuse_existing(skipped_path(target))
         with _bar() as tell:
             summary = convert(target, progress=tell)
         if arguments.json:
@@ -218,13 +240,42 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _converter(arguments: argparse.Namespace, options: dict[str, Any]) -> Callable[..., Summary]:
     """Return the function for the kind of input, with the user's options."""
-    source = Path(arguments.input).expanduser()
+    source = _piped(arguments) if arguments.input == STDIN else Path(arguments.input).expanduser()
     template = _template(arguments)
 
     def call(output: Path | None, **more: Any) -> Summary:
         return _call(arguments, source, output, template, {**options, **more})
 
     return call
+
+
+def _piped(arguments: argparse.Namespace) -> Path:
+    """Return the name of stdin, which holds all of what is piped, for it is read more than once."""
+    if arguments.kind == "dir" or sys.stdin.isatty():
+        seen = "reads a folder" if arguments.kind == "dir" else "reads a pipe, and there is none"
+        raise UsageError(
+            f"--input {STDIN} {seen}", "name it; or: zcat in.csv.gz | aiflux convert csv --input -"
+        )
+    if not stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
+        with tempfile.TemporaryFile(prefix="aiflux-") as file:
+            _copy(sys.stdin.buffer, file)
+            os.dup2(file.fileno(), sys.stdin.fileno())
+    return Path("/dev/stdin")
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    try:
+        shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()
+    except OSError as error:
+        raise _no_room(error.strerror or str(error)) from error
+
+
+def _no_room(reason: str) -> StorageError:
+    return StorageError(
+        f"what is piped has no place in {tempfile.gettempdir()}: {reason}",
+        "make room there, or set TMPDIR to a folder with more",
+    )
 
 
 def _call(
@@ -323,23 +374,54 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: the file is there already, and ``force`` is not given.
+        StorageError: stdout, or the folder for temporary files, is full.
+        UsageError: it is no file.
     """
     if name == STDOUT:
         with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
             path = Path(folder) / "stdout"
-            yield path
-            sys.stdout.flush()
-            with open(path, "rb") as file:
-                shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
-            sys.stdout.buffer.flush()
+            try:
+                yield path
+            except StorageError as error:
+                raise _no_room(error.message) from error
+            _to_stdout(path)
         return
     path = Path(name).expanduser().absolute()
-    if path.exists() and not force:
+    refuse_special(path)
+    if not force:
+        _refuse_existing(path)
+    yield path
+
+
+def _to_stdout(path: Path) -> None:
+    try:
+        sys.stdout.flush()
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget_stdout()
+        raise StorageError(
+            f"stdout cannot be written, and holds a part only: {error.strerror or error}",
+            "make room, and run the same command again",
+        ) from error
+
+
+def _forget_stdout() -> None:
+    """Let what is still buffered go nowhere, or the interpreter's end would fail for it again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.exists(path):
         raise OutputExistsError(
             f"the output {path} is there already and would be overwritten",
             "give --force to replace it, or choose another output",
         )
-    yield path
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def json_to_jsonl(
         place=source.unit,
         skip_bad=skip_bad,
         limit=limit,
+        numbered=id_field is None,
     )
     return job.run(maker.drafts(source.values(progress)))
 

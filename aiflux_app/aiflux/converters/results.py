@@ -23,7 +23,7 @@ from aiflux.converters.parquet import ParquetTable
 from aiflux.converters.table import Row
 from aiflux.converters.template import check_columns
 from aiflux.converters.values import as_json, as_text
-from aiflux.converters.writing import Skipped
+from aiflux.converters.writing import Skipped, same_file
 from aiflux.core.extras import need
 from aiflux.core.files import atomic_write
 from aiflux.core.outputs import Entry
@@ -124,7 +124,7 @@ def _write(
 
 def _refuse_same(target: Path, *others: Path | str | None) -> None:
     for other in (Path(name) for name in others if name is not None):
-        if target.exists() and other.exists() and target.samefile(other):
+        if same_file(target, other):
             raise InputError(f"{target} would overwrite what is read", "name another --output")
 
 

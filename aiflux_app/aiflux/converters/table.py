@@ -81,6 +81,7 @@ def convert_table(
         skip_bad=options.skip_bad,
         limit=options.limit,
         notes=lambda: notes,
+        numbered=options.id_column is None,
     )
     return job.run(_drafts(rows, columns, options))
 

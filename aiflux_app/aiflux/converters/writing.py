@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 from aiflux.converters.form import Draft, RequestForm
 from aiflux.converters.seen import SeenIds
-from aiflux.core.files import atomic_write
+from aiflux.core.files import atomic_write, refuse_special
 from aiflux.core.lines import MAX_LINE_BYTES
 from aiflux.errors import InputError, UsageError
 
@@ -89,6 +90,7 @@ class Job:
         place: how a number is told, such as ``line`` in ``line 7``.
         limit: stop after so many requests and write nothing: a trial.
         notes: asked at the end.
+        numbered: custom_ids count the rows, so that none can come twice.
     """
 
     source: Path
@@ -99,6 +101,7 @@ class Job:
     skip_bad: bool = False
     limit: int | None = None
     notes: Callable[[], tuple[str, ...]] = tuple
+    numbered: bool = False
 
     def run(self, items: Items) -> Summary:
         """Write a request for every draft.
@@ -125,13 +128,28 @@ class Job:
             raise UsageError("no output was named", "--output FILE")
         if self.output is None:
             return
-        if self.output.exists() and self.source.exists() and self.output.samefile(self.source):
+        if same_file(self.output, self.source):
             raise InputError("input and output are the same file", "name another output")
-        if not self.output.parent.is_dir():
+        listing = skipped_path(self.output)
+        if same_file(listing, self.source):
+            raise InputError(
+                f"{str(listing)!r} is the input, and would be the list of what is skipped",
+                "name another output",
+            )
+        refuse_special(self.output)
+        if not os.path.isdir(self.output.parent):
             raise InputError(
                 f"the output's folder {str(self.output.parent)!r} is not there",
                 f"mkdir -p {str(self.output.parent)!r}",
             )
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Tell whether both names lead to the same file; what cannot be looked at is none."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def skipped_path(output: Path) -> Path:
@@ -171,7 +189,9 @@ class _Tally:
     def _write(self, draft: Draft) -> None:
         if not draft.custom_id:
             raise BadRowError("its custom_id is empty; every request needs a name of its own")
-        earlier = self.seen.first_use(draft.custom_id, draft.number)
+        earlier = None
+        if not self.job.numbered:
+            earlier = self.seen.first_use(draft.custom_id, draft.number)
         if earlier is not None:
             raise BadRowError(
                 f"custom_id {draft.custom_id!r} was used at {self.job.place} {earlier} already; "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from aiflux.errors import StorageError
+from aiflux.errors import StorageError, UsageError
 
 _BUFFER = 1 << 20
 
@@ -29,11 +30,15 @@ def fsync_directory(path: Path) -> None:
 def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """Write ``target`` whole or not at all: temporary name beside it, fsync, rename.
 
-    ``mode`` is subject to the umask, as for any new file.
+    ``mode`` is subject to the umask, as for any new file. A link stays, and what it leads to is
+    replaced.
 
     Raises:
         StorageError: the file system refused (full, quota, permission).
+        UsageError: ``target`` is a device or a pipe, which a rename would displace.
     """
+    _refuse_device(target)
+    target = Path(os.path.realpath(target))
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", dir=target.parent)
     except OSError as error:
@@ -52,6 +57,22 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def refuse_special(target: Path) -> None:
+    """Raise UsageError where no file can take the place of ``target``: a folder, device, pipe."""
+    if os.path.isdir(target):
+        raise UsageError(f"the output {target} is a folder", "name a file in it")
+    _refuse_device(target)
+
+
+def _refuse_device(target: Path) -> None:
+    try:
+        mode = target.stat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UsageError(f"the output {target} is a device or a pipe", "name a file")
 
 
 def write_json(target: Path, value: Any, mode: int = 0o600) -> None:

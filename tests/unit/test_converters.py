@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_every_name_is_filled_in(
         ("{{text}}", "names nothing to fill in"),
         ("a\nb {", "a lone { at line 2, column 3"),
         ("{text} }", "a lone } at line 1, column 8"),
-        ("{}", "{} names nothing at line 1, column 1"),
+        ("{}", "{} without a name at line 1, column 1"),
         ("{a{b}", "a lone {"),
     ],
 )
@@ -554,7 +555,57 @@ def test_links_that_lead_in_circles(tmp_path: Path) -> None:
     (folder / "gone.txt").symlink_to(tmp_path / "nothing")
     summary = directory_to_jsonl(folder, tmp_path / "o.jsonl", recursive=True)
     assert summary.requests == 1
-    assert [item.place for item in summary.examples] == ["gone.txt"]
+    assert [item.place for item in summary.examples] == ["gone.txt", "self/"]
+    assert "a link to a folder" in summary.examples[1].reason
+
+
+def test_texts_of_utf_16_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.txt", "héllo\r\nyou".encode("utf-16"))
+    write(tmp_path / "in" / "b.txt", b"\xff\xfe\x00\xd8x")
+    output = tmp_path / "o.jsonl"
+    with pytest.raises(InputError, match="1 of 2 files") as error:
+        directory_to_jsonl(tmp_path / "in", output)
+    assert "b.txt: it begins as utf-16, and is none" in refused(error)
+    directory_to_jsonl(tmp_path / "in", output, skip_bad=True)
+    assert prompts(output) == {"a.txt": "héllo\nyou"}
+
+
+def test_a_nul_far_into_a_file_makes_it_binary(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.txt", "a" * 20_000 + "\0")
+    write(tmp_path / "in" / "b.txt", "b")
+    assert directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl").requests == 1
+
+
+def test_a_folder_without_files_says_what_may_be_the_matter(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "deep" / "a.txt", "a")
+    for options, words in (
+        ({}, "--recursive reads the folders in it"),
+        ({"patterns": ["*.md"], "recursive": True}, "see what --pattern"),
+    ):
+        with pytest.raises(InputError, match="holds no file") as error:
+            directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", **options)
+        assert words in str(error.value.remedy)
+    with pytest.raises(InputError, match="is not a directory") as error:
+        directory_to_jsonl(tmp_path / "in" / "deep" / "a.txt", tmp_path / "o.jsonl")
+    assert "--pattern 'a.txt'" in str(error.value.remedy)
+
+
+def test_odd_names_are_told_on_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a\x1b[31m\nb.bin", b"\0")
+    write(tmp_path / "in" / os.fsdecode(b"c\xff.bin"), b"\0")
+    write(tmp_path / "in" / "d.txt", "d")
+    told = directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl").examples
+    assert [str(item) for item in told] == [
+        r"a\x1b[31m\nb.bin: binary", r"c\udcff.bin: binary",
+    ]  # fmt: skip
+
+
+def test_a_second_conversion_takes_no_list_of_the_first(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "b.bin", b"\0")
+    for _ in range(2):
+        directory_to_jsonl(tmp_path, tmp_path / "o.jsonl")
+        assert list(prompts(tmp_path / "o.jsonl")) == ["a.txt"]
 
 
 def test_a_huge_file_is_left_out_unread(tmp_path: Path) -> None:
@@ -633,6 +684,55 @@ def test_chunks_with_overlap_miss_nothing(text: str, tokens: int, data: st.DataO
         assert place >= 0
         covered = max(covered, place + len(chunk))
     assert covered == len(text)
+
+
+def test_an_overlap_is_counted_in_bytes_too() -> None:
+    """A character of Chinese has as many bytes as a token: an overlap of 50 is 50 of them."""
+    chunks = list(split_text("这是一个测试。" * 200, 100, 50))
+    assert len(chunks) < 40
+    assert chunks[0].endswith("。")
+    assert chunks[1].startswith(chunks[0][-50:])
+
+
+def test_a_cell_across_columns_is_read_once(tmp_path: Path) -> None:
+    from docx import Document
+
+    document = Document()
+    table = document.add_table(2, 2)
+    table.cell(0, 0).text = "title"
+    table.cell(0, 0).merge(table.cell(0, 1))
+    table.cell(1, 1).text = "right"
+    (tmp_path / "in").mkdir()
+    document.save(str(tmp_path / "in" / "a.docx"))
+    directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
+    assert prompts(tmp_path / "o.jsonl") == {"a.docx": "title\n\tright"}
+
+
+def test_a_docx_that_unpacks_to_too_much_is_bad(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with (
+        zipfile.ZipFile(tmp_path / "in" / "a.docx", "w", zipfile.ZIP_DEFLATED) as packed,
+        packed.open("word/document.xml", "w", force_zip64=True) as part,
+    ):
+        for _ in range(300):
+            part.write(bytes(1 << 20))
+    with pytest.raises(InputError, match="1 of 1 files") as error:
+        directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
+    assert "a.docx: the DOCX unpacks to 300 MiB" in refused(error)
+
+
+def test_what_pypdf_complains_of_is_not_printed(tmp_path: Path) -> None:
+    write(tmp_path / "a.pdf", "no PDF")
+    code = (
+        "import sys; from aiflux.converters import directory_to_jsonl as convert; "
+        "from aiflux.errors import InputError\n"
+        "try: convert(sys.argv[1], None, limit=1)\n"
+        "except InputError as error: print(error.problems)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert "a.pdf: the PDF is broken" in done.stdout
 
 
 def test_a_pdf_and_a_docx_are_read(tmp_path: Path) -> None:

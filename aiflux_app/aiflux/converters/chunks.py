@@ -8,14 +8,16 @@ from aiflux.errors import UsageError
 
 # English text has about 4 bytes a token, code 3, CJK text 3 bytes a character and token.
 BYTES_PER_TOKEN = 3
-_ENDS = ("\n\n", "\n", ". ", " ")
+_ENDS = ("\n\n", "\n", ". ", "。", " ")
 
 
 def check_chunks(tokens: int | None, overlap: int) -> None:
     """Raise UsageError unless chunks of ``tokens`` can overlap by ``overlap``."""
     if tokens is None and overlap:
         raise UsageError("--overlap needs --chunk-tokens", "--chunk-tokens 2000 --overlap 200")
-    if tokens is not None and (tokens < 1 or not 0 <= overlap <= tokens // 2):
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--chunk-tokens {tokens} leaves nothing", "--chunk-tokens 2000")
+    if tokens is not None and (not 0 <= overlap <= tokens // 2):
         raise UsageError(
             f"chunks of {tokens} tokens cannot overlap by {overlap}",
             "--overlap is at most half of --chunk-tokens",
@@ -59,7 +61,14 @@ def _good_start(text: str, end: int, overlap: int) -> int:
     """Return where the next piece begins: at a word, about ``overlap`` tokens before ``end``."""
     if not overlap:
         return end
-    back = len(text[:end][-overlap * BYTES_PER_TOKEN :])
+    back = _last(text[max(0, end - overlap * BYTES_PER_TOKEN) : end], overlap * BYTES_PER_TOKEN)
     start = end - back
     word = text.find(" ", start, start + back // 2)
     return word + 1 if word >= 0 else start
+
+
+def _last(text: str, size: int) -> int:
+    """Return how many of a text's last characters have at most ``size`` bytes together."""
+    if text.isascii():
+        return len(text)
+    return len(text.encode("utf-8", "replace")[-size:].decode("utf-8", "ignore"))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from aiflux.converters.encoding import UnclearEncodingError, guess_encoding
+from aiflux.converters.encoding import UnclearEncodingError, guess_encoding, marked_encoding
 from aiflux.converters.writing import BadRowError
 from aiflux.core.extras import need
 
-_PEEK = 8192
-_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")
+# A DOCX of a few kilobytes can unpack to gigabytes, all of which would be held at once.
+_MAX_UNPACKED = 256 << 20
 
 
 class NoTextError(ValueError):
@@ -47,6 +49,8 @@ def read_document(path: Path, encoding: str | None = None) -> str:
 
 def _read_pdf(path: Path) -> str:
     library = need("pypdf", "documents", f"reading {path.name!r}")
+    # Without a handler its warnings would come to stderr, where nothing tells which file they mean.
+    logging.getLogger("pypdf").addHandler(logging.NullHandler())
     try:
         with open(path, "rb") as file:
             reader = library.PdfReader(file)
@@ -65,8 +69,9 @@ def _read_docx(path: Path) -> str:
     library = need("docx", "documents", f"reading {path.name!r}")
     try:
         with open(path, "rb") as file:
+            _refuse_bomb(file)
             return "\n".join(_blocks(library.Document(file)))
-    except OSError:
+    except (OSError, BadRowError):
         raise
     except Exception as error:  # noqa: BLE001 - zip, XML and python-docx each have their errors
         raise BadRowError(
@@ -74,22 +79,37 @@ def _read_docx(path: Path) -> str:
         ) from None
 
 
+def _refuse_bomb(file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as packed:
+        size = sum(part.file_size for part in packed.infolist())
+    if size > _MAX_UNPACKED:
+        raise BadRowError(f"the DOCX unpacks to {size >> 20} MiB, more than a document has")
+    file.seek(0)
+
+
 def _blocks(document: Any) -> Iterator[str]:
-    """Yield paragraphs and the rows of tables, in the order in which they stand."""
+    """Yield paragraphs and the rows of tables, in the order in which they stand.
+
+    A cell that spans several columns is given once.
+    """
     for block in document.iter_inner_content():
         if hasattr(block, "rows"):
             for row in block.rows:
-                yield "\t".join(cell.text for cell in row.cells)
+                cells = {id(cell._tc): cell.text for cell in row.cells}
+                yield "\t".join(cells.values())
         else:
             yield block.text
 
 
 def _decode(content: bytes, encoding: str | None) -> str:
-    if b"\0" in content[:_PEEK] and not content.startswith(_BOMS):
+    marked = marked_encoding(content)
+    if marked is None and b"\0" in content:
         raise NoTextError("binary")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode(marked or "utf-8")
     except UnicodeDecodeError:
+        if marked not in (None, "utf-8-sig"):
+            raise BadRowError(f"it begins as {marked}, and is none") from None
         text = _decode_other(content, encoding)
     return text.replace("\r\n", "\n")
 

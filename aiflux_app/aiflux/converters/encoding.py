@@ -80,9 +80,9 @@ def detect_encoding(path: Path) -> Encoding:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with reading(path), open(path, "rb") as file:
         block = file.read(_BLOCK)
-        for bom, name in _BOMS:
-            if block.startswith(bom):
-                return Encoding(name, "detected")
+        marked = marked_encoding(block)
+        if marked is not None:
+            return Encoding(marked, "detected")
         wide = _without_mark(block)
         if wide is not None:
             return Encoding(wide, "guessed")
@@ -93,6 +93,11 @@ def detect_encoding(path: Path) -> Encoding:
                 return _guess(path, file.tell() - len(block) + error.start)
             block = file.read(_BLOCK)
         return Encoding("utf-8-sig", "detected")
+
+
+def marked_encoding(content: bytes) -> str | None:
+    """Return the encoding that a byte order mark at the beginning tells, or None."""
+    return next((name for mark, name in _BOMS if content.startswith(mark)), None)
 
 
 def _without_mark(block: bytes) -> str | None:

@@ -13,7 +13,7 @@ from aiflux.converters.encoding import checked_encoding
 from aiflux.converters.form import Draft, make_form
 from aiflux.converters.template import Template
 from aiflux.converters.walking import Found, Walk
-from aiflux.converters.writing import BadRowError, Job, Progress, Skipped, Summary
+from aiflux.converters.writing import BadRowError, Job, Progress, Skipped, Summary, skipped_path
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,13 +66,22 @@ def directory_to_jsonl(
     """
     check_chunks(chunk_tokens, overlap)
     form, parsed = make_form(**request), Template(template)
-    parsed.check(NAMES, "a file")
+    parsed.check(NAMES, "a file", "name")
     folder = Path(input_path)
     walk = Walk(folder, recursive, tuple(patterns), tuple(exclude), max_file_size)
     output = None if output_path is None else Path(output_path)
     known = None if encoding is None else checked_encoding(encoding).name
     maker = _Maker(walk, parsed, chunk_tokens, overlap, known, output, progress)
-    job = Job(folder, output, form, unit="file", place="file", skip_bad=skip_bad, limit=limit)
+    job = Job(
+        folder,
+        output,
+        form,
+        unit="file",
+        place="file",
+        skip_bad=skip_bad,
+        limit=limit,
+        nothing=walk.nothing,
+    )
     return job.run(maker.items())
 
 
@@ -90,12 +99,19 @@ class _Maker:
 
     def items(self) -> Iterator[Draft | Skipped]:
         total = self.walk.count() if self.progress is not None else 0
-        own = None if self.output is None else self.output.absolute()
+        own = self._own()
         for number, found in enumerate(self.walk.files(), start=1):
-            if own is None or found.path.absolute() != own:
+            if found.path.absolute() not in own:
                 yield from self._of_file(number, found)
             if self.progress is not None:
                 self.progress(number, total)
+
+    def _own(self) -> set[Path]:
+        """Return what this conversion, or an earlier one, writes."""
+        if self.output is None:
+            return set()
+        output = self.output.absolute()
+        return {output, skipped_path(output)}
 
     def _of_file(self, number: int, found: Found) -> Iterator[Draft | Skipped]:
         if found.reason:

@@ -70,7 +70,7 @@ def images_to_jsonl(
     if max_pixels < 1:
         raise UsageError(f"--max-pixels {max_pixels} leaves nothing", "--max-pixels 1000000")
     parsed = Template(template, required=False)
-    parsed.check(NAMES, "an image")
+    parsed.check(NAMES, "an image", "name")
     form = make_form(**request)
     if form.endpoint != "chat":
         raise UsageError("images are for chat only", "leave out --endpoint")
@@ -86,8 +86,13 @@ def images_to_jsonl(
         place="line" if listed else "file",
         skip_bad=skip_bad,
         limit=limit,
+        nothing=_no_line if listed else walk.nothing,
     )
     return job.run(maker.items())
+
+
+def _no_line() -> str:
+    return "name an image in every line"
 
 
 @dataclass(frozen=True)

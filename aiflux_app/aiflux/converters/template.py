@@ -43,7 +43,7 @@ class Template:
         part = match[0]
         if match[1] is not None:
             if not match[1].strip():
-                raise self._wrong(match.start(), "{} names nothing", "write the name between them")
+                raise self._wrong(match.start(), "{} without a name", "write the name between them")
             self._fields.append(match[1])
             self._texts.append("")
         elif part in ("{", "}"):
@@ -58,14 +58,14 @@ class Template:
             f"the template {_shown(self.text)} has {seen} at line {line}, column {column}", remedy
         )
 
-    def check(self, columns: Iterable[str], where: str) -> None:
+    def check(self, columns: Iterable[str], where: str, kind: str = "column") -> None:
         """Raise InputError unless every name is one of ``columns`` of ``where``."""
         known = list(columns)
         missing = [name for name in self.names if name not in known]
         if missing:
             raise InputError(
-                f"the template names {_listed(missing)}, but {where} has no such column",
-                f"its columns are {_listed(known)}; a literal brace is {{{{ or }}}}",
+                f"the template names {_listed(missing)}, but {where} has no such {kind}",
+                f"its {kind}s are {_listed(known)}; a literal brace is {{{{ or }}}}",
             )
 
     def render(self, values: Mapping[str, str]) -> str:

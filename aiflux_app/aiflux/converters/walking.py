@@ -29,7 +29,8 @@ class Walk:
     """Which files of a directory are wanted.
 
     Patterns are those of the shell (``*.md``, ``drafts/*``) and are held against a file's name and
-    its path inside the directory. Hidden files and folders are never looked at.
+    its path inside the directory. Hidden files and folders are never looked at; links to files are
+    followed, links to folders are not.
     """
 
     folder: Path
@@ -45,9 +46,24 @@ class Walk:
             InputError: the directory cannot be read.
         """
         if not self.folder.is_dir():
-            seen = "is not a directory" if self.folder.exists() else "is not there"
-            raise InputError(f"the input {str(self.folder)!r} {seen}", "check the path")
+            raise self._no_folder()
         yield from self._below(self.folder, "")
+
+    def _no_folder(self) -> InputError:
+        if not self.folder.exists():
+            return InputError(f"the input {str(self.folder)!r} is not there", "check the path")
+        return InputError(
+            f"the input {str(self.folder)!r} is not a directory",
+            f"give its folder, with --pattern {self.folder.name!r}",
+        )
+
+    def nothing(self) -> str:
+        """Return what to do where no file was found."""
+        if self.patterns or self.exclude:
+            remedy = "see what --pattern and --exclude leave of it"
+        else:
+            remedy = "check what it holds; hidden files are not read"
+        return remedy if self.recursive else f"{remedy}; --recursive reads the folders in it, too"
 
     def count(self) -> int:
         """Return how many files there are, without looking into them."""
@@ -68,8 +84,9 @@ class Walk:
             if name.startswith(".") or _matches(inner, self.exclude):
                 continue
             if path.is_dir():
-                # Links to folders may lead in circles.
-                if self.recursive and not path.is_symlink():
+                if self.recursive and path.is_symlink():
+                    yield Found(path, inner + "/", "a link to a folder: it may lead in a circle")
+                elif self.recursive:
                     yield from self._below(path, inner + "/")
             elif not self.patterns or _matches(inner, self.patterns):
                 yield Found(path, inner, self._objection(path))

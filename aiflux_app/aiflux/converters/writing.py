@@ -42,7 +42,12 @@ class Skipped:
     bad: bool = True
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.reason}"
+        return printable(f"{self.place}: {self.reason}")
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, without what would change the terminal or cannot be printed."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class BadRowError(ValueError):
@@ -90,6 +95,7 @@ class Job:
         place: how a number is told, such as ``line`` in ``line 7``.
         limit: stop after so many requests and write nothing: a trial.
         notes: asked at the end.
+        nothing: asked what to do where the source holds none.
         numbered: custom_ids count the rows, so that none can come twice.
     """
 
@@ -102,6 +108,7 @@ class Job:
     limit: int | None = None
     notes: Callable[[], tuple[str, ...]] = tuple
     numbered: bool = False
+    nothing: Callable[[], str] = lambda: "check what it holds"
 
     def run(self, items: Items) -> Summary:
         """Write a request for every draft.
@@ -239,7 +246,7 @@ class _Tally:
             seen = f"no {unit}" if not self.rows else f"no {unit} that can be used"
             raise InputError(
                 f"{str(job.source)!r} holds {seen}{nothing}",
-                "check what it holds" if not self.rows else "the lines above say why",
+                job.nothing() if not self.rows else "the lines above say why",
                 listed(self.skipped, self.skips),
             )
 

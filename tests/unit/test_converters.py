@@ -590,6 +590,47 @@ def test_a_folder_without_files_says_what_may_be_the_matter(tmp_path: Path) -> N
     assert "--pattern 'a.txt'" in str(error.value.remedy)
 
 
+def test_entries_inside_an_object_are_pointed_at(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", '{"data": [{"q": "a"}], "meta": [1]}')
+    with pytest.raises(InputError, match="1 of 1 entries") as error:
+        json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
+    assert "those in 'data' have: write them to a file of their own, jq '.data'" in refused(error)
+
+
+def test_steps_into_a_list_count_from_0(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", '[{"a": [{"t": "x"}, {"t": "y"}]}]')
+    json_to_jsonl(source, tmp_path / "o.jsonl", template="{a.1.t}{a.0.t}")
+    assert list(prompts(tmp_path / "o.jsonl").values()) == ["yx"]
+    with pytest.raises(InputError, match="1 of 1"):
+        json_to_jsonl(source, tmp_path / "o.jsonl", field="a.2.t")
+
+
+def test_nan_spoils_its_own_entry_only(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", '[{"q": "a"}, {"q": "b", "x": NaN}, {"q": "c"}]')
+    with pytest.raises(InputError, match="1 of 3 entries") as error:
+        json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
+    assert "entry 2: it holds NaN, which is not JSON: write null" in refused(error)
+    assert json_to_jsonl(source, tmp_path / "o.jsonl", field="q", skip_bad=True).requests == 2
+
+
+def test_numbers_that_are_too_large_stay_visible(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", '[{"q": 1e999}]')
+    json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
+    assert list(prompts(tmp_path / "o.jsonl").values()) == ["inf"]
+
+
+def test_what_is_no_json_at_all(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", '{"q": "a"}\n\nnope\n')
+    with pytest.raises(InputError) as error:
+        json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
+    assert "line 3: not JSON: Expecting value at column 1" in refused(error)
+    for content, words in ((b"", "is empty"), (b"\x1f\x8b\x08\0", "compressed by gzip")):
+        with pytest.raises(InputError, match=words):
+            json_to_jsonl(write(source, content), tmp_path / "o.jsonl", field="q")
+    with pytest.raises(InputError, match=r"broken at line 1: byte 0xe9"):
+        json_to_jsonl(write(tmp_path / "in.json", b'["caf\xe9"]'), tmp_path / "o.jsonl")
+
+
 def test_odd_names_are_told_on_one_line(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a\x1b[31m\nb.bin", b"\0")
     write(tmp_path / "in" / os.fsdecode(b"c\xff.bin"), b"\0")

@@ -23,7 +23,7 @@ from aiflux.converters.folder import MAX_FILE_SIZE, directory_to_jsonl
 from aiflux.converters.form import ENDPOINTS
 from aiflux.converters.pictures import MAX_PIXELS, TEMPLATE, images_to_jsonl
 from aiflux.converters.walking import parse_size
-from aiflux.converters.writing import SHOWN, Summary, listed, skipped_path
+from aiflux.converters.writing import SHOWN, Summary, listed, plural, skipped_path
 from aiflux.core.files import refuse_special
 from aiflux.core.request import parse_json
 from aiflux.errors import (
@@ -459,7 +459,7 @@ def _shortened(value: Any) -> Any:
 
 def _told(summary: Summary, output: str) -> Iterator[str]:
     """Yield the summary's lines."""
-    rows = f"{summary.rows} {summary.unit}" + ("" if summary.rows == 1 else "s")
+    rows = f"{summary.rows} {summary.unit if summary.rows == 1 else plural(summary.unit)}"
     requests = f"{summary.requests} request" + ("" if summary.requests == 1 else "s")
     yield f"{requests} from {rows} of {summary.source} -> {output}"
     for note in summary.notes:

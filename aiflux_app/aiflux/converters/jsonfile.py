@@ -37,9 +37,9 @@ def json_to_jsonl(
 ) -> Summary:
     """Make a request of every entry of a JSON array, or of every line of a JSON Lines file.
 
-    An entry is an object, of which ``template`` (``{field}``, ``{outer.inner}``) or ``field`` take
-    the prompt; an object with ``messages``, or a list of messages, which is asked as it is; or a
-    text, which is the prompt (or ``{text}`` in a template).
+    An entry is an object, of which ``template`` (``{field}``, ``{outer.inner}``, ``{list.0}``) or
+    ``field`` take the prompt; an object with ``messages``, or a list of messages, which is asked as
+    it is; or a text, which is the prompt (or ``{text}`` in a template).
 
     Args:
         id_field: its values become the custom_ids; else these are ``row-1``, ``row-2``, ...
@@ -155,20 +155,23 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _find(value: Any, name: str) -> Any:
-    """Return a field: by its whole name, else by the steps between its dots."""
+    """Return a field: by its whole name, else by the steps between its dots (in lists: from 0)."""
     if isinstance(value, dict) and name in value:
         return value[name]
     for step in name.split("."):
-        if not isinstance(value, dict) or step not in value:
+        if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        elif isinstance(value, dict) and step in value:
+            value = value[step]
+        else:
             return _MISSING
-        value = value[step]
     return value
 
 
 def _found(value: Any, name: str) -> Any:
     found = _find(value, name)
     if found is _MISSING:
-        raise BadRowError(f"it has no field {name!r} ({_names(value)})")
+        raise BadRowError(f"it has no field {name!r} ({_names(value)}{_inside(value, name)})")
     return found
 
 
@@ -181,6 +184,14 @@ def _names(value: Any) -> str:
         return f"it is {_kind(value)}"
     shown = ", ".join(repr(name) for name in list(value)[:20])
     return f"its fields are {shown}" if value else "it has no fields"
+
+
+def _inside(value: Any, name: str) -> str:
+    """Return what helps where the entries are a list inside the object."""
+    for key, items in value.items() if isinstance(value, dict) else ():
+        if isinstance(items, list) and items and _find(items[0], name) is not _MISSING:
+            return f"; those in {key!r} have: write them to a file of their own, jq '.{key}'"
+    return ""
 
 
 def _kind(value: Any) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiflux.converters.kinds import refuse_other_kinds
 from aiflux.converters.writing import Progress, Skipped, reading
 from aiflux.core.lines import read_lines
 from aiflux.core.request import parse_json
@@ -47,12 +48,18 @@ class JsonFile:
         Raises:
             InputError: the file cannot be read.
         """
-        if path.is_dir():
-            raise InputError(
-                f"the input {str(path)!r} is a directory", "`aiflux convert dir` reads directories"
-            )
-        with reading(path), open(path, "rb") as file:
-            start = file.read(_BLOCK).lstrip(codecs.BOM_UTF8).lstrip()
+        with reading(path):
+            if path.is_dir():
+                raise InputError(
+                    f"the input {str(path)!r} is a directory",
+                    "`aiflux convert dir` reads directories",
+                )
+            with open(path, "rb") as file:
+                start = file.read(_BLOCK)
+        if not start:
+            raise InputError(f"the input {str(path)!r} is empty", "check the path")
+        refuse_other_kinds(path, start, "JSON")
+        start = start.removeprefix(codecs.BOM_UTF8).lstrip()
         lines = path.suffix.lower() in _LINES
         return cls(path, "line" if lines or not start.startswith((b"[", b"{")) else "entry")
 
@@ -74,31 +81,43 @@ class JsonFile:
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
                 yield Skipped(number, f"line {number}", reason)
+            except json.JSONDecodeError as error:
+                reason = f"not JSON: {error.msg} at column {error.colno}"
+                yield Skipped(number, f"line {number}", reason)
             except ValueError as error:
                 yield Skipped(number, f"line {number}", f"not JSON: {error}")
         if progress is not None:
             progress(size, size)
 
-    def _elements(self, progress: Progress | None) -> Iterator[Value]:
+    def _elements(self, progress: Progress | None) -> Iterator[Value | Skipped]:
         size = self.path.stat().st_size
         with reading(self.path), open(self.path, "rb") as file:
             window = _Window(self.path, file)
             for number, value in enumerate(window.elements(), start=1):
                 if progress is not None and number % 100 == 1:
                     progress(min(file.tell(), size), size)
-                yield Value(number, value)
+                if window.constant:
+                    reason = f"it holds {window.constant}, which is not JSON: write null"
+                    yield Skipped(number, f"entry {number}", reason)
+                else:
+                    yield Value(number, value)
         if progress is not None:
             progress(size, size)
 
 
 class _Window:
-    """What of a file is in memory: decoded text around the value that is being read."""
+    """What of a file is in memory: decoded text around the value that is being read.
+
+    Attributes:
+        constant: what the last value holds that Python writes and JSON does not know, such as NaN.
+    """
 
     def __init__(self, path: Path, file: Any) -> None:
         self._path = path
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder(parse_constant=_refuse_constant)
+        self._json = json.JSONDecoder(parse_constant=self._note_constant)
+        self.constant = ""
         self._text = ""
         self._at = 0
         self._line = 1
@@ -138,6 +157,7 @@ class _Window:
 
     def _value(self) -> Any:
         while True:
+            self.constant = ""
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
             except ValueError as error:
@@ -151,6 +171,9 @@ class _Window:
                 continue
             self._at = end
             return value
+
+    def _note_constant(self, name: str) -> None:
+        self.constant = name
 
     def _more(self) -> bool:
         """Read on, twice as much each time; drop what is done with. False at the end."""
@@ -172,11 +195,8 @@ class _Window:
 
     def _broken(self, reason: str) -> InputError:
         line = self._line + self._text.count("\n", 0, self._at)
+        place = f"entry {self._number} (line {line})" if self._number else f"line {line}"
         return InputError(
-            f"{str(self._path)!r} is broken at entry {self._number} (line {line}): {reason}",
+            f"{str(self._path)!r} is broken at {place}: {reason}",
             "correct it: what follows in the array cannot be told apart",
         )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

@@ -23,6 +23,8 @@ def as_text(value: Any) -> str:
             return value.decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"holds {len(value)} bytes that are no text") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     plain = as_json(value)
     return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 

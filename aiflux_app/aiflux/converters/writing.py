@@ -19,7 +19,7 @@ from aiflux.errors import InputError, UsageError
 
 SHOWN = 20
 _KEPT = 1000
-SKIP_REMEDY = "correct the input; or leave such {unit}s out with --skip-bad"
+SKIP_REMEDY = "correct the input; or leave such {units} out with --skip-bad"
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and of how much (0 where that is not known)."""
@@ -238,8 +238,9 @@ class _Tally:
         if self._failing:
             bad = [item for item in self.skipped if item.bad]
             raise InputError(
-                f"{self.bad} of {self.rows} {unit}s of {str(job.source)!r} cannot be used{nothing}",
-                SKIP_REMEDY.format(unit=unit),
+                f"{self.bad} of {self.rows} {plural(unit)} of {str(job.source)!r} cannot be used"
+                f"{nothing}",
+                SKIP_REMEDY.format(units=plural(unit)),
                 listed(bad, self.bad),
             )
         if not self.requests:
@@ -266,6 +267,11 @@ class _Tally:
             notes=job.notes(),
             first=tuple(self.first),
         )
+
+
+def plural(unit: str) -> str:
+    """Return the plural of what a conversion counts."""
+    return "entries" if unit == "entry" else f"{unit}s"
 
 
 def listed(items: Iterable[Skipped], count: int) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def test_images_become_requests(tmp_path: Path) -> None:
     assert sent(first) == ("image/png", png.read_bytes())
     assert sent(second)[0] == "image/jpeg"
     assert third["custom_id"] == "deep/c.jpg"
-    assert [str(item) for item in summary.examples] == ["notes.txt: not named as an image"]
+    assert "notes.txt: not named as an image (.avif, .bmp" in str(summary.examples[0])
 
 
 def test_large_images_are_reduced_and_turned_upright(tmp_path: Path) -> None:
@@ -91,6 +91,46 @@ def test_an_image_that_is_none(tmp_path: Path) -> None:
     assert "text.jpg: it is not an image" in refused(error)
     assert "half.png: the image cannot be read" in refused(error)
     assert images_to_jsonl(folder, tmp_path / "o.jsonl", skip_bad=True).requests == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"), [("I;16", "png"), ("I;16", "tif"), ("I", "tif"), ("F", "tif")]
+)
+def test_grey_of_more_than_8_bits_is_stretched(tmp_path: Path, mode: str, ending: str) -> None:
+    """A cut at 255, as Pillow's own conversion does, would make all of it white."""
+    image = Image.new(mode, (64, 64), 300)
+    image.paste(4000, (32, 0, 64, 64))
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in" / f"a.{ending}")
+    images_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
+    kind, content = sent(requests_in(tmp_path / "o.jsonl")[0])
+    shown = Image.open(io.BytesIO(content)).convert("L")
+    assert kind == "image/jpeg"
+    assert shown.getpixel((8, 32)) < 10
+    assert shown.getpixel((56, 32)) > 245
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.jpg", mode="CMYK")
+    images_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
+    _, content = sent(requests_in(tmp_path / "o.jsonl")[0])
+    assert Image.open(io.BytesIO(content)).mode == "RGB"
+
+
+def test_only_the_first_frame_is_sent_and_that_is_told(tmp_path: Path) -> None:
+    pages = [Image.new("L", (20, 20), 80 * number) for number in range(3)]
+    (tmp_path / "in").mkdir()
+    pages[0].save(tmp_path / "in" / "a.tif", save_all=True, append_images=pages[1:])
+    picture(tmp_path / "in" / "b.png")
+    summary = images_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
+    assert summary.notes == ("1 image has several frames or pages: only the first is sent",)
+
+
+def test_addresses_in_a_list_are_not_fetched(tmp_path: Path) -> None:
+    source = write(tmp_path / "list.txt", "https://example.org/a.png\n")
+    with pytest.raises(InputError) as error:
+        images_to_jsonl(source, tmp_path / "o.jsonl")
+    assert "line 1: https://example.org/a.png: it is an address: fetch" in refused(error)
 
 
 def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,11 @@ _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 _KNOWN = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".avif")
 )
+# What every engine knows; others, such as CMYK, are turned into one of these.
+_PLAIN_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
+# Grey of more than 8 bits, as microscopes and scanners write it.
+_DEEP_MODES = frozenset(("I", "I;16", "I;16B", "I;16L", "I;16N", "F"))
+_WITH_FRAMES = frozenset(("GIF", "PNG", "TIFF", "WEBP"))
 _QUALITY = 90
 
 
@@ -53,7 +58,8 @@ def images_to_jsonl(
     Paths in a list are taken from the list's own folder. ``custom_id`` is the path inside the
     directory or as it stands in the list; the metadata has ``source_file``. JPEG and PNG that are
     small enough are sent byte for byte; all else is turned upright, resized and sent as JPEG, or
-    as PNG where it is transparent.
+    as PNG where it is transparent. Grey of more than 8 bits is stretched from its darkest to its
+    brightest value. Of several frames or pages the first is sent.
 
     Args:
         template: the question; ``{source_file}`` and ``{name}`` (without ending) are filled in.
@@ -86,6 +92,7 @@ def images_to_jsonl(
         place="line" if listed else "file",
         skip_bad=skip_bad,
         limit=limit,
+        notes=maker.notes,
         nothing=_no_line if listed else walk.nothing,
     )
     return job.run(maker.items())
@@ -103,6 +110,14 @@ class _Maker:
     template: Template
     reducer: _Reducer
     progress: Progress | None
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what is worth knowing of the images that were read."""
+        several = self.reducer.several
+        if not several:
+            return ()
+        seen = "1 image has" if several == 1 else f"{several} images have"
+        return (f"{seen} several frames or pages: only the first is sent",)
 
     def items(self) -> Iterator[Draft | Skipped]:
         total = sum(1 for _ in self._files()) if self.progress is not None else 0
@@ -122,9 +137,12 @@ class _Maker:
         if found.reason:
             return Skipped(number, found.name, found.reason, bad=False)
         if isinstance(self.source, Walk) and found.path.suffix.lower() not in _KNOWN:
-            return Skipped(number, found.name, "not named as an image", bad=False)
+            kinds = ", ".join(sorted(_KNOWN))
+            return Skipped(number, found.name, f"not named as an image ({kinds})", bad=False)
         place = found.name if isinstance(self.source, Walk) else f"line {number}: {found.name}"
         try:
+            if found.name.startswith(("http://", "https://")):
+                raise BadRowError("it is an address: fetch the image first, and name its file")
             url = self.reducer.data_url(found.path)
         except BadRowError as error:
             return Skipped(number, place, str(error))
@@ -159,12 +177,16 @@ def _listed(path: Path) -> Iterator[tuple[int, Found]]:
 class _Reducer:
     """Turns image files into data URLs.
 
+    Attributes:
+        several: how many of them had several frames or pages.
+
     Raises:
         ConfigError: Pillow is not installed.
     """
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
+        self.several = 0
         self._pillow = need("PIL.Image", "images", "reading images")
         self._ops = need("PIL.ImageOps", "images", "reading images")
 
@@ -190,13 +212,15 @@ class _Reducer:
 
     def _reduced(self, content: bytes) -> tuple[str, bytes]:
         with self._pillow.open(io.BytesIO(content)) as image:
+            if image.format in _WITH_FRAMES:
+                self.several += getattr(image, "n_frames", 1) > 1
             size = self._size(image.width, image.height)
-            kind = _SENT_AS_IS.get(image.format or "")
+            kind = _SENT_AS_IS.get(image.format or "") if image.mode in _PLAIN_MODES else None
             if kind is not None and size == image.size and image.getexif().get(0x0112, 1) == 1:
                 image.load()  # finds damage that the header does not show
                 return kind, content
             image.draft("RGB", size)
-            upright = self._ops.exif_transpose(image)
+            upright = _shallow(self._ops.exif_transpose(image))
             small = upright.resize(self._size(*upright.size), self._pillow.Resampling.LANCZOS)
             return _encoded(small)
 
@@ -205,6 +229,16 @@ class _Reducer:
         if scale >= 1:
             return width, height
         return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def _shallow(image: Any) -> Any:
+    """Return grey of more than 8 bits as grey of 8, stretched over all of them."""
+    if image.mode not in _DEEP_MODES:
+        return image
+    wide = image.convert("F")
+    low, high = wide.getextrema()
+    scale = 255 / (high - low) if high > low else 0.0
+    return wide.point(lambda value: value * scale - low * scale).convert("L")
 
 
 def _encoded(image: Any) -> tuple[str, bytes]:

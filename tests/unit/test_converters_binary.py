@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import sys
 from datetime import date
 from pathlib import Path
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from aiflux.converters import images_to_jsonl, parquet_to_jsonl
+from aiflux.converters import images_to_jsonl, parquet_to_jsonl, results_to_parquet
+from aiflux.converters.results import BackOptions
 from aiflux.errors import ConfigError, InputError, UsageError
 from tests.unit.test_converters import prompts, refused, requests_in, write
 
@@ -185,6 +187,34 @@ def test_bytes_that_are_no_text_are_bad(tmp_path: Path) -> None:
     assert "row 2: column 'text' holds 1 bytes that are no text" in refused(error)
     parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", skip_bad=True)
     assert prompts(tmp_path / "o.jsonl") == {"row-1": "café"}
+
+
+def test_nanoseconds_are_kept(tmp_path: Path) -> None:
+    """Python's own datetime ends at microseconds: pyarrow refuses what is finer."""
+    numbers = pa.array([1, 1_000, None], pa.int64())
+    times = numbers.cast(pa.timestamp("ns", "Europe/Berlin"))
+    source = parquet(tmp_path / "in.parquet", {"at": times, "for": numbers.cast(pa.duration("ns"))})
+    parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{at}", keep=["for"])
+    assert list(prompts(tmp_path / "o.jsonl").values()) == [
+        "1970-01-01T01:00:00.000000001+0100", "1970-01-01T01:00:00.000001+01:00", "",
+    ]  # fmt: skip
+    source = parquet(tmp_path / "in.parquet", {"at": times})
+    entry = {"input": {"custom_id": "row-1"}, "output": {}, "metadata": {}}
+    output = write(tmp_path / "r.json", f"[\n{json.dumps(entry)}\n]\n")
+    results_to_parquet(output, tmp_path / "back.parquet", BackOptions(source=source))
+    assert pq.read_table(tmp_path / "back.parquet")["at"].combine_chunks().equals(times)
+
+
+def test_numbers_of_32_bits_are_shown_as_they_were_written(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "in.parquet", {"x": pa.array([0.1, None, 1e20], pa.float32())})
+    parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{x}")
+    assert list(prompts(tmp_path / "o.jsonl").values()) == ["0.1", "", "1e+20"]
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder") as error:
+        parquet_to_jsonl(tmp_path, tmp_path / "o.jsonl", template="{x}")
+    assert "pd.read_parquet" in str(error.value.remedy)
 
 
 def test_what_is_no_parquet(tmp_path: Path) -> None:

@@ -74,6 +74,12 @@ class ParquetTable:
         self._arrow = need("pyarrow", "parquet", "reading Parquet")
         library = need("pyarrow.parquet", "parquet", "reading Parquet")
         with reading(path):
+            if path.is_dir():
+                raise InputError(
+                    f"the input {str(path)!r} is a folder; one Parquet file is read at a time",
+                    "convert its files one by one, or make one of them, for example in pandas: "
+                    f"pd.read_parquet({str(path)!r}).to_parquet('one.parquet')",
+                )
             open(path, "rb").close()
         try:
             self._file = library.ParquetFile(path)
@@ -115,13 +121,33 @@ class ParquetTable:
         number = 0
         try:
             for batch in self._file.iter_batches(_BATCH_ROWS, columns=list(columns)):
-                for cells in batch.to_pylist():
+                names = batch.schema.names
+                for cells in zip(*map(self._values, batch.columns), strict=True):
                     number += 1
-                    yield Row(number, f"row-{number}", cells)
+                    yield Row(number, f"row-{number}", dict(zip(names, cells, strict=True)))
                 if progress is not None:
                     progress(number, self.size)
         except (self._arrow.ArrowException, OSError) as error:
             raise self._broken(error, number) from error
+
+    def _values(self, column: Any) -> list[Any]:
+        if self._arrow.types.is_float32(column.type):  # its 0.1 is 0.10000000149011612 in 64 bits
+            texts = column.cast(self._arrow.string()).to_pylist()
+            return [None if text is None else float(text) for text in texts]
+        try:
+            values: list[Any] = column.to_pylist()
+        except (ValueError, OverflowError):
+            values = [self._value(scalar) for scalar in column]
+        return values
+
+    def _value(self, scalar: Any) -> Any:
+        """Return a value of Python; as text where it is finer, or further off, than Python's."""
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError:
+            return scalar.as_buffer().to_pybytes()
+        except (ValueError, OverflowError):
+            return str(scalar.cast(self._arrow.string())).replace(" ", "T", 1)
 
     def _broken(self, error: Exception, row: int | None = None) -> InputError:
         place = "" if row is None else f" after row {row}"

@@ -287,11 +287,13 @@ def _write_parquet(file: IO[bytes], table: _Table, records: Iterator[Record]) ->
     arrow = need("pyarrow", "parquet", "writing Parquet")
     library = need("pyarrow.parquet", "parquet", "writing Parquet")
     schema = _arrow_schema(arrow, table)
-    texts = {item.name for item in schema if arrow.types.is_string(item.type)}
+    kinds = {item.name: item.type for item in schema}
     try:
         with library.ParquetWriter(file, schema) as writer:
             while batch := list(islice(records, _ROW_GROUP)):
-                rows = [{name: _cell(row[name], name in texts) for name in row} for row in batch]
+                rows = [
+                    {name: _cell(arrow, row[name], kinds[name]) for name in row} for row in batch
+                ]
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
     except (arrow.ArrowException, OverflowError) as error:
         raise InputError(
@@ -299,8 +301,13 @@ def _write_parquet(file: IO[bytes], table: _Table, records: Iterator[Record]) ->
         ) from error
 
 
-def _cell(value: Any, text: bool) -> Any:
-    return as_text(value) if text and value is not None else value
+def _cell(arrow: Any, value: Any, kind: Any) -> Any:
+    """Return a value as its column takes it; see ``ParquetTable`` for times that are text."""
+    if arrow.types.is_string(kind) and value is not None:
+        return as_text(value)
+    if arrow.types.is_timestamp(kind) and isinstance(value, str):
+        return arrow.scalar(value).cast(kind)
+    return value
 
 
 def _arrow_schema(arrow: Any, table: _Table) -> Any:

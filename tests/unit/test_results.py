@@ -167,12 +167,122 @@ def test_a_parquet_source_keeps_its_types(tmp_path: Path) -> None:
     assert table.column("answer").to_pylist() == ["B", "A"]
 
 
-def test_a_number_too_large_for_parquet(tmp_path: Path) -> None:
-    output = made(tmp_path, f'{{"n": {10**30}}}')
-    with pytest.raises(InputError, match="has no place in a Parquet"):
-        results_to_parquet(output, tmp_path / "b.parquet", BackOptions(json_fields=()))
+def test_a_number_too_large_for_parquet_becomes_text(tmp_path: Path) -> None:
+    output = made(tmp_path, f'{{"n": {10**30}}}', '{"n": 1}')
+    results_to_parquet(output, tmp_path / "b.parquet", BackOptions(json_fields=()))
+    assert pq.read_table(tmp_path / "b.parquet").column("n").to_pylist() == [str(10**30), "1"]
     results_to_jsonl(output, tmp_path / "b.jsonl", BackOptions(json_fields=()))
-    assert json.loads((tmp_path / "b.jsonl").read_text())["n"] == 10**30
+    assert json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])["n"] == 10**30
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ('Sure!\n```json\n{"label": "x"}\n```\nHope it helps.', "x"),
+        ('The label is {"label": "x"}.', "x"),
+        ('<think>maybe {"label": "y"}</think>\n{"label": "x"}', "x"),
+        ('```\n{"label": "x"}\n```\nor\n```\n{"label": "y"}\n```', ""),
+        ('{"label": "x"} or {"label": "y"}', ""),
+        ('[{"label": "x"}]', ""),
+        ('{"label": "x', ""),
+    ],
+)
+def test_an_object_is_found_beside_other_words(tmp_path: Path, answer: str, label: str) -> None:
+    output = made(tmp_path, answer)
+    summary = results_to_csv(output, tmp_path / "b.csv", BackOptions(json_fields=("label",)))
+    assert read_csv(tmp_path / "b.csv")[1][-1] == label
+    assert summary.unfit == (not label)
+
+
+def test_no_column_takes_the_name_of_another(tmp_path: Path) -> None:
+    """A field called ``answer`` beside a source that has such a column, too."""
+    output = made(tmp_path, '{"answer": "field", "custom_id": "f"}')
+    source = write_csv(tmp_path / "s.csv", [["id", "text", "answer"], ["n0", "t0", "gold"]])
+    back = BackOptions(source=source, id_column="id", json_fields=())
+    results_to_csv(output, tmp_path / "b.csv", back)
+    header, row = read_csv(tmp_path / "b.csv")
+    assert header[3:] == ["answer", "aiflux_answer", "error", "aiflux_answer_2", "aiflux_custom_id"]
+    assert row[3:] == ["gold", '{"answer": "field", "custom_id": "f"}', "", "field", "f"]
+
+
+def test_a_source_that_was_changed_since_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_csv(tmp_path / "in.csv", [["text"], ["first"], ["second"]])
+    csv_to_jsonl(source, tmp_path / "q.jsonl", template="Rate: {text}")
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
+    assert results_to_csv(output, tmp_path / "b.csv", BackOptions(source=source)).changed == 0
+    write_csv(source, [["text"], ["new"], ["first"], ["second"]])
+    words = ["results", "to-csv", str(output), "--source", str(source), "--output", "-"]
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "2 of the source with nothing of what was asked under their custom_id" in told
+    assert "(row-1, row-2)" in told
+
+
+def test_a_row_that_was_not_asked_gets_no_answer_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["id", "text"], ["a", "one"], ["a", "two"], ["b"], ["c", "three"]]
+    source = write_csv(tmp_path / "in.csv", rows)
+    csv_to_jsonl(source, tmp_path / "q.jsonl", template="{text}", id_column="id", skip_bad=True)
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
+    words = ["to-csv", str(output), "--source", str(source), "--id-column", "id", "--output", "-"]
+    assert main(["results", *words]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[1:] == [
+        "a,a,one,one,",
+        "a,a,two,,no result: an earlier row of the source has this custom_id",
+        "c,c,three,three,",
+    ]
+    assert "1 of the source with the custom_id of an earlier row" in told.err
+    assert "1 of the source that cannot be read" in told.err
+    assert "without a row" not in told.err
+
+
+def test_what_is_worth_knowing_of_answers_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = made(tmp_path, "words", "more")
+    content = json.loads(output.read_text())
+    content[0]["output"]["choices"][0]["finish_reason"] = "length"
+    content[1]["output"]["choices"] *= 2
+    output.write_text("[\n" + ",\n".join(map(json.dumps, content)) + "\n]\n", encoding="utf-8")
+    words = ["results", "to-csv", str(output), "--json-fields", "label", "--output", "-"]
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "1 of the answers cut at the token limit" in told
+    assert "1 of the answers with several choices" in told
+    assert "2 of the answers without a JSON object: their fields are empty (n0, n1)" in told
+    assert "no answer has the field 'label'" in told
+
+
+def test_cells_for_excel(tmp_path: Path) -> None:
+    output = made(tmp_path, '=HYPERLINK("x")', "-5", "@x", "é")
+    results_to_csv(output, tmp_path / "b.csv", BackOptions(excel=True))
+    assert (tmp_path / "b.csv").read_bytes().startswith("\ufeffcustom_id".encode())
+    answers = [row[1] for row in read_csv(tmp_path / "b.csv")[1:]]
+    assert answers == ['\'=HYPERLINK("x")', "-5", "'@x", "é"]
+
+
+def test_answers_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = made(tmp_path, "a\x1b[31mred", "b", None)
+    assert main(["results", "show", str(output), "--limit", "1"]) == 0
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out
+    assert r"a\x1b[31mred" in told.out
+    assert "2 more are not shown" in told.err
+    assert main(["results", "show", str(output), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [entry["answer"] for entry in shown] == ["a\x1b[31mred", "b", None]
+    assert shown[2]["error"]["code"] == "http_400"
+    assert shown[2]["prompt"] == "t2"
+    assert main(["results", "show", str(made(tmp_path, "x")), "--failed"]) == 0
+    assert capsys.readouterr().out == "nothing failed\n"
+    assert main(["results", "show", str(output), "--failed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    with pytest.raises(SystemExit):
+        main(["results", "show", str(output), "--limit", "-1"])
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])

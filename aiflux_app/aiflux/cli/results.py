@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,13 +17,15 @@ from rich.table import Table
 
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
-from aiflux.converters.answers import refuse_missing
+from aiflux.converters.answers import entries, prompt_text, refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
-from aiflux.core.outputs import Entry, read_entries
+from aiflux.converters.writing import printable
+from aiflux.core.outputs import Entry
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import OUTPUT_SUFFIXES
 
 _SHOWN = 400
+_ROWS = 50
 _RUN_HELP = "output, run directory or job id"
 _TABLES = {
     "to-csv": ("CSV", ".csv"),
@@ -39,10 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="show prompts and answers as a table")
     show.add_argument("output", metavar="R", help=_RUN_HELP)
     show.add_argument("--failed", action="store_true", help="only what failed")
-    show.add_argument("--limit", type=int, default=50, help="rows at most (default: 50)")
+    show.add_argument(
+        "--limit", type=_count, metavar="N", help=f"rows at most (default: {_ROWS}; JSON: all)"
+    )
     add_json(show, "print them as a JSON array, in full")
     for name, (form, _) in _TABLES.items():
         _add_table(actions, name, form)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _add_table(actions: Any, name: str, form: str) -> None:
@@ -73,6 +85,12 @@ def _add_table(actions: Any, name: str, form: str) -> None:
     )
     parser.add_argument("--delimiter", metavar="CHAR", help="of a source that is CSV")
     parser.add_argument("--encoding", metavar="NAME", help="of a source that is CSV")
+    if name == "to-csv":
+        parser.add_argument(
+            "--excel",
+            action="store_true",
+            help="as Excel reads it: UTF-8 with a mark, ' before what it takes for a formula",
+        )
     parser.add_argument(
         "--json-fields",
         nargs="?",
@@ -119,6 +137,7 @@ def _write(output: Path, arguments: argparse.Namespace) -> int:
         json_fields=_fields(arguments.json_fields),
         delimiter=arguments.delimiter,
         encoding=arguments.encoding,
+        excel=getattr(arguments, "excel", False),
     )
     suffix = _TABLES[arguments.action][1]
     name = arguments.target or str(output.with_suffix(suffix))
@@ -141,53 +160,81 @@ def _fields(given: str | None) -> tuple[str, ...] | None:
 
 
 def _told(summary: BackSummary, name: str) -> Iterator[str]:
+    """Yield what was written, and what is worth knowing of it."""
     rows = f"{summary.rows} row" + ("" if summary.rows == 1 else "s")
     yield f"{rows} -> {name}: {summary.answered} answered, {summary.failed} failed"
-    if summary.unasked:
-        yield f"  {summary.unasked} of the source have no result: they were not asked"
-    if summary.unused:
-        yield f"  {summary.unused} results belong to no row of the source, and were left out"
-    if summary.unfit:
-        yield f"  {summary.unfit} answers are no JSON object: their fields are empty"
+    for count, words in (
+        (summary.unasked - summary.repeated, "of the source without a result: not asked"),
+        (
+            summary.repeated,
+            "of the source with the custom_id of an earlier row: not asked",
+        ),
+        (summary.unread, "of the source that cannot be read: left out"),
+        (summary.unused, "of the results without a row of the source: left out"),
+        (
+            summary.changed,
+            "of the source with nothing of what was asked under their custom_id: was it changed "
+            f"since? ({_named(summary, 'changed')})",
+        ),
+        (summary.cut, "of the answers cut at the token limit (--max-tokens)"),
+        (summary.several, "of the answers with several choices: the first is in the table"),
+        (
+            summary.unfit,
+            "of the answers without a JSON object: their fields are empty "
+            f"({_named(summary, 'unfit')})",
+        ),
+    ):
+        if count:
+            yield f"  {count} {words}"
+    if summary.absent:
+        yield f"  no answer has the field {', '.join(map(repr, summary.absent))}"
+
+
+def _named(summary: BackSummary, what: str) -> str:
+    names = summary.examples.get(what, [])
+    more = ", ..." if getattr(summary, what) > len(names) else ""
+    return printable(", ".join(names)) + more
 
 
 def _show(output: Path, arguments: argparse.Namespace) -> int:
-    entries = (entry for entry in read_entries(output) if entry.error or not arguments.failed)
+    wanted = (entry for entry in entries(output) if entry.error or not arguments.failed)
     if arguments.json:
-        print_json([_as_json(entry) for entry in islice(entries, arguments.limit)])
+        _print_json(islice(wanted, arguments.limit))
+        return 0
+    limit = arguments.limit or _ROWS
+    shown = list(islice(wanted, limit))
+    if not shown:
+        print("nothing failed" if arguments.failed else "no request has a result")
         return 0
     table = Table("custom_id", "prompt", "answer", show_lines=True, expand=True)
-    for entry in islice(entries, arguments.limit):
+    for entry in shown:
         answer = escape(_short(entry.failure or _answer(entry)))
-        prompt = "" if entry.request is None else _prompt(entry.request["body"])
-        shown = f"[red]{answer}[/red]" if entry.error else answer
-        table.add_row(escape(entry.custom_id), escape(_short(prompt)), shown)
+        told = f"[red]{answer}[/red]" if entry.error else answer
+        table.add_row(escape(_short(entry.custom_id)), escape(_short(_prompt(entry))), told)
     Console().print(table)
+    more = sum(1 for _ in wanted)
+    if more:
+        print(f"{more} more are not shown: --limit N shows N", file=sys.stderr)
     return 0
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
-    prompt = None if entry.request is None else _prompt(entry.request["body"])
-    answer = None if entry.error else _answer(entry)
-    return {
-        "custom_id": entry.custom_id, "prompt": prompt, "answer": answer, "error": entry.error,
-    }  # fmt: skip
+def _print_json(shown: Iterator[Entry]) -> None:
+    """Print an array, an entry a line; it may be larger than memory."""
+    start = "["
+    for entry in shown:
+        fields = {
+            "custom_id": entry.custom_id,
+            "prompt": _prompt(entry),
+            "answer": None if entry.error else entry.answer,
+            "error": entry.error,
+        }
+        print(start, json.dumps(fields, ensure_ascii=True), sep="\n" if start == "[" else "")
+        start = ","
+    print("]" if start == "," else "[]")
 
 
-def _prompt(body: dict[str, Any]) -> str:
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        texts = [m.get("content") for m in messages if m.get("role") == "user"]
-        return "\n".join(_words(text) for text in texts)
-    return str(body.get("prompt", body.get("input", "")))
-
-
-def _words(content: Any) -> str:
-    """Return a message's text; of one in parts the texts, and the kinds of the others."""
-    if not isinstance(content, list):
-        return str(content)
-    parts = (part for part in content if isinstance(part, dict))
-    return " ".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in parts)
+def _prompt(entry: Entry) -> str:
+    return "" if entry.request is None else prompt_text(entry.request["body"])
 
 
 def _answer(entry: Entry) -> str:
@@ -200,5 +247,5 @@ def _answer(entry: Entry) -> str:
 
 
 def _short(text: str) -> str:
-    text = text.strip()
+    text = "\n".join(printable(line) for line in text.strip()[: _SHOWN + 1].split("\n"))
     return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."

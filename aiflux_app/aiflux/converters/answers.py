@@ -16,7 +16,8 @@ from aiflux.core.results import iterate_results
 from aiflux.core.rundir import RunDirectory
 from aiflux.errors import InputError, RunConflictError
 
-_FENCE = re.compile(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+_FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
+_THOUGHT = "</think>"
 
 
 def entries(output: Path) -> Iterator[Entry]:
@@ -96,14 +97,54 @@ def kept_columns(entry: Entry) -> dict[str, Any]:
 
 
 def json_fields(entry: Entry) -> dict[str, Any] | None:
-    """Return the answer as a JSON object (a Markdown fence around it is dropped), or None."""
-    text = entry.answer
-    fenced = _FENCE.fullmatch(text)
+    """Return the JSON object that an answer is, or that it holds beside other words, or None.
+
+    What stands before ``</think>`` is no answer. A Markdown fence, and words before and behind, are
+    dropped where what is left is one object and no other could be meant.
+    """
+    text = entry.answer.rpartition(_THOUGHT)[2]
     try:
-        value = parse_json(fenced[1] if fenced else text)
+        whole = parse_json(text)
+    except ValueError:
+        return _object_within(text)
+    return whole if isinstance(whole, dict) else None
+
+
+def _object_within(text: str) -> dict[str, Any] | None:
+    fenced = [found for found in map(_object, _FENCE.findall(text)) if found is not None]
+    if fenced:
+        return fenced[0] if len(fenced) == 1 else None
+    return _object(text[text.find("{") : text.rfind("}") + 1])
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = parse_json(text)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def choices(entry: Entry) -> list[dict[str, Any]]:
+    """Return the choices of an answer; nothing for embeddings and failures."""
+    found = entry.body.get("choices") if isinstance(entry.body, dict) else None
+    return [choice for choice in found or () if isinstance(choice, dict)]
+
+
+def prompt_text(body: dict[str, Any], roles: tuple[str, ...] = ("user",)) -> str:
+    """Return what a request asks; of a message in parts the texts, and the kinds of the others."""
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        asked = (message for message in messages if message.get("role") in roles)
+        return "\n".join(_words(message.get("content")) for message in asked)
+    return str(body.get("prompt", body.get("input", "")))
+
+
+def _words(content: Any) -> str:
+    if not isinstance(content, list):
+        return str(content)
+    parts = (part for part in content if isinstance(part, dict))
+    return " ".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in parts)
 
 
 def refuse_missing(output: Path) -> None:

@@ -13,13 +13,16 @@ from typing import IO, Any
 
 from aiflux.converters.answers import (
     AnswersById,
+    choices,
     entries,
     json_fields,
     kept_columns,
+    prompt_text,
     refuse_missing,
 )
 from aiflux.converters.delimited import DelimitedTable, csv_writer
 from aiflux.converters.parquet import ParquetTable
+from aiflux.converters.seen import SeenIds
 from aiflux.converters.table import Row
 from aiflux.converters.template import check_columns
 from aiflux.converters.values import as_json, as_text
@@ -30,6 +33,9 @@ from aiflux.core.outputs import Entry
 from aiflux.errors import InputError
 
 _ROW_GROUP = 8192
+_NAMED = 5
+_INT64 = range(-(1 << 63), 1 << 63)
+_REPEATED = "no result: an earlier row of the source has this custom_id"
 Record = dict[str, Any]
 Writer = Callable[[IO[bytes], "_Table", Iterator[Record]], None]
 
@@ -43,7 +49,14 @@ class BackSummary:
         answered, failed: rows with an answer, and with an error.
         unasked: rows of the source without a result.
         unused: results that belong to no row of the source.
-        unfit: answers that are no JSON object, where such were to be unpacked.
+        unread: rows of the source that cannot be read, and are left out.
+        repeated: rows of the source whose custom_id an earlier row has: only that one was asked.
+        changed: rows of the source none of whose cells stands in the request of their custom_id.
+        unfit: answers that hold no JSON object, where such were to be unpacked.
+        several: answers with further choices; the table has the first.
+        cut: answers that ended at the token limit.
+        absent: fields that were named and that no answer has.
+        examples: the first custom_ids that ``changed`` and ``unfit`` count, by that name.
     """
 
     output: Path | None
@@ -52,7 +65,21 @@ class BackSummary:
     failed: int = 0
     unasked: int = 0
     unused: int = 0
+    unread: int = 0
+    repeated: int = 0
+    changed: int = 0
     unfit: int = 0
+    several: int = 0
+    cut: int = 0
+    absent: tuple[str, ...] = ()
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, what: str, custom_id: str) -> None:
+        """Count one more of ``changed`` or ``unfit``."""
+        setattr(self, what, getattr(self, what) + 1)
+        named = self.examples.setdefault(what, [])
+        if len(named) < _NAMED:
+            named.append(custom_id)
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,8 @@ class BackOptions:
         id_column: the column of the source that the custom_ids came from.
         json_fields: fields of JSON answers that become columns; () takes all, None none.
         delimiter, encoding: of a source that is CSV.
+        excel: CSV as Excel reads it: with a byte order mark, and ``'`` before cells that it would
+            take for a formula.
     """
 
     source: Path | str | None = None
@@ -72,6 +101,7 @@ class BackOptions:
     json_fields: tuple[str, ...] | None = None
     delimiter: str | None = None
     encoding: str | None = None
+    excel: bool = False
 
 
 def results_to_csv(
@@ -119,6 +149,7 @@ def _write(
         table = _Table(output, options or BackOptions(), stack)
         with atomic_write(target) as file:
             writer(file, table, table.records(target))
+    table.summary.absent = tuple(name for name in table.fields if name not in table.met)
     return table.summary
 
 
@@ -134,6 +165,7 @@ class _Table:
     Attributes:
         columns: of the source, as they are called in the table.
         fields: of JSON answers, as they are called in the table.
+        met: those of the fields that some answer has.
     """
 
     def __init__(self, output: Path, options: BackOptions, stack: ExitStack) -> None:
@@ -141,6 +173,7 @@ class _Table:
         self.options = options
         self.summary = BackSummary(None)
         self.seen = _Seen()
+        self.met: set[str] = set()
         self.source = None if options.source is None else _Source.of(options, stack)
         names: Sequence[str] = () if self.source is None else self.source.columns
         if self.source is None or (options.json_fields == ()):
@@ -151,7 +184,6 @@ class _Table:
         self.id = "custom_id" if "custom_id" not in self._columns else "aiflux_custom_id"
         taken = {self.id, *self._columns}
         self.answer, self.error = (_free(name, taken) for name in ("answer", "error"))
-        taken |= {self.answer, self.error}
         self.columns = {name: name for name in self._columns}
         self.fields = {name: _free(name, taken) for name in self._fields}
 
@@ -169,10 +201,13 @@ class _Table:
             return
         with closing(AnswersById(self.output)) as answers:
             found = 0
-            for custom_id, cells in self.source.rows():
-                answer = answers.get(custom_id)
+            for custom_id, cells, repeated in self.source.rows(self.summary):
+                answer = None if repeated else answers.get(custom_id)
                 found += answer is not None
-                yield self._record(custom_id, cells, answer)
+                if answer is not None and _changed(answer, cells):
+                    self.summary.note("changed", custom_id)
+                record = self._record(custom_id, cells, answer)
+                yield record | {self.error: _REPEATED} if repeated else record
             self.summary.unused = answers.count - found
             if not found:
                 raise self.source.foreign(self.output)
@@ -191,6 +226,9 @@ class _Table:
             summary.answered += not failed
             record[self.answer] = None if failed else entry.answer
             record[self.error] = entry.failure if failed else None
+            told = choices(entry)
+            summary.several += len(told) > 1
+            summary.cut += bool(told) and told[0].get("finish_reason") == "length"
         if self.options.json_fields is not None:
             record |= self._unpacked(entry)
         return record
@@ -198,13 +236,30 @@ class _Table:
     def _unpacked(self, entry: Entry | None) -> Record:
         answered = entry is not None and entry.error is None
         content = json_fields(entry) if entry is not None and answered else None
-        self.summary.unfit += answered and content is None
+        if entry is not None and answered and content is None:
+            self.summary.note("unfit", entry.custom_id)
+        self.met.update(content or ())
         return {shown: (content or {}).get(name) for name, shown in self.fields.items()}
 
 
-def _free(name: str, taken: Iterable[str]) -> str:
-    """Return a column's name, changed where the table has one of that name already."""
-    return f"aiflux_{name}" if name in taken else name
+def _free(name: str, taken: set[str]) -> str:
+    """Return a column's name, changed where the table has one of that name; it is taken then."""
+    found, number = name, 1
+    while found in taken:
+        found = f"aiflux_{name}" if number == 1 else f"aiflux_{name}_{number}"
+        number += 1
+    taken.add(found)
+    return found
+
+
+def _changed(entry: Entry, cells: dict[str, Any]) -> bool:
+    """Tell whether the request of an answer holds none of a row's cells."""
+    if entry.request is None:
+        return False
+    asked = prompt_text(entry.request.get("body") or {}, ("system", "user", "assistant"))
+    texts = [as_text(cell) for cell in cells.values() if not isinstance(cell, bytes)]
+    given = [text for text in texts if text]
+    return bool(given) and not any(text in asked for text in given)
 
 
 @dataclass
@@ -216,10 +271,12 @@ class _Seen:
 
     def note(self, entry: Entry, options: BackOptions) -> None:
         for name, value in kept_columns(entry).items():
-            self.columns.setdefault(name, set()).add(type(value))
+            large = isinstance(value, int) and value not in _INT64
+            self.columns.setdefault(name, set()).add(str if large else type(value))
         if options.json_fields is not None:
             for name, value in (json_fields(entry) or {}).items():
-                self.fields.setdefault(name, set()).add(type(value))
+                large = isinstance(value, int) and value not in _INT64
+                self.fields.setdefault(name, set()).add(str if large else type(value))
 
 
 @dataclass(frozen=True)
@@ -245,12 +302,24 @@ class _Source:
     def columns(self) -> Sequence[str]:
         return self.table.columns
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each row's custom_id and cells; rows that cannot be read are left out."""
+    def rows(self, summary: BackSummary) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """Yield each row's custom_id and cells, and whether an earlier row has that custom_id.
+
+        Rows that cannot be read are counted and left out.
+        """
+        seen = SeenIds()
         for row in self._rows():
-            if isinstance(row, Row):
-                name = row.name if self.id_column is None else as_text(row.cells[self.id_column])
-                yield name, dict(row.cells)
+            if not isinstance(row, Row):
+                summary.unread += 1
+                continue
+            name = row.name
+            if self.id_column is not None:
+                name = as_text(row.cells[self.id_column])
+                if seen.first_use(name, row.number) is not None:
+                    summary.repeated += 1
+                    yield name, dict(row.cells), True
+                    continue
+            yield name, dict(row.cells), False
 
     def _rows(self) -> Iterable[Row | Skipped]:
         if isinstance(self.table, ParquetTable):
@@ -267,14 +336,28 @@ class _Source:
 
 
 def _write_csv(file: IO[bytes], table: _Table, records: Iterator[Record]) -> None:
-    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogatepass", newline="")
+    shown = _for_excel if table.options.excel else as_text
+    encoding = "utf-8-sig" if table.options.excel else "utf-8"
+    text = io.TextIOWrapper(file, encoding=encoding, errors="surrogatepass", newline="")
     writer = csv_writer(text)
     header = table.header
-    writer.writerow(header)
+    writer.writerow(map(shown, header))
     for record in records:
-        writer.writerow([as_text(record.get(name)) for name in header])
+        writer.writerow([shown(record.get(name)) for name in header])
     text.flush()
     text.detach()
+
+
+def _for_excel(value: Any) -> str:
+    """Return a cell as text that no spreadsheet takes for a formula; numbers stay as they are."""
+    text = as_text(value)
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def _write_jsonl(file: IO[bytes], table: _Table, records: Iterator[Record]) -> None:

@@ -620,10 +620,11 @@ def test_numbers_that_are_too_large_stay_visible(tmp_path: Path) -> None:
 
 
 def test_what_is_no_json_at_all(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", '{"q": "a"}\n\nnope\n')
+    source = write(tmp_path / "in.jsonl", '{"q": "a"}\n\nnope\n{"cut\n')
     with pytest.raises(InputError) as error:
         json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
     assert "line 3: not JSON: Expecting value at column 1" in refused(error)
+    assert "line 4: not JSON: Unterminated string starting at column 2" in refused(error)
     for content, words in ((b"", "is empty"), (b"\x1f\x8b\x08\0", "compressed by gzip")):
         with pytest.raises(InputError, match=words):
             json_to_jsonl(write(source, content), tmp_path / "o.jsonl", field="q")

@@ -38,6 +38,7 @@ def test_the_seed_request_is_understood() -> None:
     ("line", "words"),
     [
         ("{", "not JSON"),
+        ('{"a', "Unterminated string starting at column 2;"),
         ("[1]", "an array where a request object was expected"),
         ("7", "a number where"),
         ('{"a": NaN}', "NaN is not JSON"),

@@ -272,6 +272,11 @@ def test_answers_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "\x1b" not in told.out
     assert r"a\x1b[31mred" in told.out
     assert "2 more are not shown" in told.err
+    long = made(tmp_path, "".join(f"{number:04}" for number in range(90)))
+    assert main(["results", "show", str(long)]) == 0
+    shown = re.sub(r"[^0-9]", "", capsys.readouterr().out)
+    assert sum(f"{number:04}" in shown for number in range(90)) > 60  # the rest is on two lines
+    output = made(tmp_path, "a\x1b[31mred", "b", None)
     assert main(["results", "show", str(output), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [entry["answer"] for entry in shown] == ["a\x1b[31mred", "b", None]

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
@@ -206,7 +206,8 @@ def _show(output: Path, arguments: argparse.Namespace) -> int:
     if not shown:
         print("nothing failed" if arguments.failed else "no request has a result")
         return 0
-    table = Table("custom_id", "prompt", "answer", show_lines=True, expand=True)
+    columns = (Column(name, overflow="fold") for name in ("custom_id", "prompt", "answer"))
+    table = Table(*columns, show_lines=True, expand=True)
     for entry in shown:
         answer = escape(_short(entry.failure or _answer(entry)))
         told = f"[red]{answer}[/red]" if entry.error else answer

@@ -82,7 +82,8 @@ class JsonFile:
                 reason = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
                 yield Skipped(number, f"line {number}", reason)
             except json.JSONDecodeError as error:
-                reason = f"not JSON: {error.msg} at column {error.colno}"
+                what = error.msg.removesuffix(" at")
+                reason = f"not JSON: {what} at column {error.colno}"
                 yield Skipped(number, f"line {number}", reason)
             except ValueError as error:
                 yield Skipped(number, f"line {number}", f"not JSON: {error}")

@@ -99,8 +99,9 @@ def _load(raw: bytes) -> Any:
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
         raise LineError(
-            f"not JSON: {error.msg} at column {error.colno}; each line must hold one JSON object"
+            f"not JSON: {what} at column {error.colno}; each line must hold one JSON object"
         ) from None
     except ValueError as error:
         raise LineError(f"not JSON: {error}; each line must hold one JSON object") from None

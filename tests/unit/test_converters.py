@@ -559,6 +559,18 @@ def test_links_that_lead_in_circles(tmp_path: Path) -> None:
     assert "a link to a folder" in summary.examples[1].reason
 
 
+def test_a_single_name_is_no_list_of_letters(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.md", "a")
+    write(tmp_path / "in" / "b.txt", "b")
+    write(tmp_path / "in" / "~$c.docx", "left by a word processor")
+    for options, found in (({"patterns": "*.md"}, "a.md"), ({"exclude": "*.md"}, "b.txt")):
+        directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", **options)
+        assert list(prompts(tmp_path / "o.jsonl")) == [found]
+    source = write(tmp_path / "in.csv", "text,kind\na,b\n")
+    csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", keep="kind")
+    assert requests_in(tmp_path / "o.jsonl")[0]["metadata"] == {"columns": {"kind": "b"}}
+
+
 def test_texts_of_utf_16_are_read(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.txt", "héllo\r\nyou".encode("utf-16"))
     write(tmp_path / "in" / "b.txt", b"\xff\xfe\x00\xd8x")

@@ -14,6 +14,7 @@ from aiflux.converters.encoding import Encoding, bad_byte, checked_encoding, det
 from aiflux.converters.form import make_form
 from aiflux.converters.kinds import refuse_other_kinds
 from aiflux.converters.table import Row, TableOptions, convert_table
+from aiflux.converters.values import names
 from aiflux.converters.writing import Progress, Skipped, Summary, reading
 from aiflux.errors import InputError
 
@@ -63,7 +64,7 @@ def csv_to_jsonl(
     """
     form = make_form(**request)
     table = DelimitedTable.of(Path(input_path), delimiter, encoding)
-    options = TableOptions(template, id_column, tuple(keep), skip_bad, limit, "line")
+    options = TableOptions(template, id_column, names(keep), skip_bad, limit, "line")
     return convert_table(
         Path(input_path),
         None if output_path is None else Path(output_path),

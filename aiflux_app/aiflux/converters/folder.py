@@ -12,6 +12,7 @@ from aiflux.converters.documents import NoTextError, read_document
 from aiflux.converters.encoding import checked_encoding
 from aiflux.converters.form import Draft, make_form
 from aiflux.converters.template import Template
+from aiflux.converters.values import names
 from aiflux.converters.walking import Found, Walk
 from aiflux.converters.writing import BadRowError, Job, Progress, Skipped, Summary, skipped_path
 
@@ -68,7 +69,7 @@ def directory_to_jsonl(
     form, parsed = make_form(**request), Template(template)
     parsed.check(NAMES, "a file", "name")
     folder = Path(input_path)
-    walk = Walk(folder, recursive, tuple(patterns), tuple(exclude), max_file_size)
+    walk = Walk(folder, recursive, names(patterns), names(exclude), max_file_size)
     output = None if output_path is None else Path(output_path)
     known = None if encoding is None else checked_encoding(encoding).name
     maker = _Maker(walk, parsed, chunk_tokens, overlap, known, output, progress)

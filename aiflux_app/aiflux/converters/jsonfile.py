@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiflux.converters.form import Draft, make_form
 from aiflux.converters.jsonstream import JsonFile, Value
 from aiflux.converters.template import Template
-from aiflux.converters.values import as_json, as_text
+from aiflux.converters.values import as_json, as_text, names
 from aiflux.converters.writing import BadRowError, Job, Progress, Skipped, Summary
 from aiflux.errors import UsageError
 
@@ -61,7 +61,7 @@ def json_to_jsonl(
         Template(template) if template is not None else None,
         field,
         id_field,
-        tuple(keep),
+        names(keep),
         source.unit,
         chat=form.endpoint == "chat",
         system=form.system is not None,

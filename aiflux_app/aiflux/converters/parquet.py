@@ -10,6 +10,7 @@ from aiflux.converters.delimited import unique_columns
 from aiflux.converters.form import make_form
 from aiflux.converters.table import Row, TableOptions, convert_table
 from aiflux.converters.template import Template
+from aiflux.converters.values import names
 from aiflux.converters.writing import Progress, Summary, reading
 from aiflux.core.extras import need
 from aiflux.errors import InputError
@@ -46,7 +47,7 @@ def parquet_to_jsonl(
     """
     form = make_form(**request)
     source = Path(input_path)
-    options = TableOptions(template, id_column, tuple(keep), skip_bad, limit)
+    options = TableOptions(template, id_column, names(keep), skip_bad, limit)
     with ParquetTable(source) as table:
         needed = options.needed(table.columns)
         table.refuse_nested([*Template(template).names, *([id_column] if id_column else [])])

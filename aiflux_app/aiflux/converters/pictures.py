@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiflux.converters.form import Draft, make_form
 from aiflux.converters.template import Template
+from aiflux.converters.values import names
 from aiflux.converters.walking import Found, Walk
 from aiflux.converters.writing import BadRowError, Job, Progress, Skipped, Summary, reading
 from aiflux.core.extras import need
@@ -82,7 +83,7 @@ def images_to_jsonl(
         raise UsageError("images are for chat only", "leave out --endpoint")
     source = Path(input_path)
     listed = source.is_file()
-    walk = Walk(source, recursive, tuple(patterns), tuple(exclude))
+    walk = Walk(source, recursive, names(patterns), names(exclude))
     maker = _Maker(source if listed else walk, parsed, _Reducer(max_pixels), progress)
     job = Job(
         source,

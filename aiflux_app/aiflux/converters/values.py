@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from datetime import date, datetime, time
 from typing import Any
+
+
+def names(given: Sequence[str]) -> tuple[str, ...]:
+    """Return names; a single text is one name, not as many as it has letters."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def as_text(value: Any) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from aiflux.converters.writing import reading
 from aiflux.errors import InputError, UsageError
 
+# ~$ is what Word and Excel leave beside a file that is open.
+_HIDDEN = (".", "~$")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -81,7 +83,7 @@ class Walk:
                 names = sorted(os.listdir(folder))
         for name in names:
             path, inner = folder / name, prefix + name
-            if name.startswith(".") or _matches(inner, self.exclude):
+            if name.startswith(_HIDDEN) or _matches(inner, self.exclude):
                 continue
             if path.is_dir():
                 if self.recursive and path.is_symlink():

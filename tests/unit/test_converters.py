@@ -234,6 +234,16 @@ def test_utf_16_without_its_mark_is_read(tmp_path: Path) -> None:
         assert f"{name} is a guess" in summary.notes[0]
 
 
+@pytest.mark.parametrize("delimiter", [None, ","])
+def test_what_is_not_in_the_encoding_that_was_named(tmp_path: Path, delimiter: str | None) -> None:
+    source = write(tmp_path / "in.csv", "id,text\n1,a\n".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"is not utf-16 .* does not start with BOM") as error:
+        csv_to_jsonl(
+            source, tmp_path / "o", template="{text}", encoding="utf-16", delimiter=delimiter
+        )
+    assert "utf-16-le" in str(error.value.remedy)
+
+
 def test_what_reads_alike_in_western_text_is_taken_for_it(tmp_path: Path) -> None:
     """cp1250 has the same letters in German, but another one for the à that may come later."""
     text = "Die Lieferung war schön und überraschend günstig, aber größer als gedacht\n" * 20

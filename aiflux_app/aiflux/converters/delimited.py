@@ -143,10 +143,8 @@ class DelimitedTable:
                 if cells:
                     yield line, reader.line_num, cells
         except UnicodeError as error:
-            raise InputError(
-                f"{str(self.path)!r} is not {self.encoding.name} after line {reader.line_num}: "
-                f"{error}",
-                "name its encoding with --encoding",
+            raise _not_in(
+                self.path, self.encoding, f"after line {reader.line_num}", error
             ) from None
         finally:
             text.detach()
@@ -183,6 +181,14 @@ class DelimitedTable:
         return seen
 
 
+def _not_in(path: Path, encoding: Encoding, place: str, error: UnicodeError) -> InputError:
+    """Return the error for UTF-16 and UTF-32, where nothing can be read behind a broken place."""
+    return InputError(
+        f"{str(path)!r} is not {encoding.name} {place}: {error}",
+        "name its encoding with --encoding; without a byte order mark: utf-16-le or utf-16-be",
+    )
+
+
 def _malformed(error: csv.Error) -> str:
     if "field larger" in str(error):
         return f'a cell of more than {_MAX_CELL >> 20} MiB: a quote (") is not closed'
@@ -210,8 +216,11 @@ def _detect(path: Path, encoding: Encoding) -> str:
         reading(path),
         open(path, encoding=encoding.name, errors="replace", newline="") as file,
     ):
-        sample = file.read(_SAMPLE)
-        whole = not file.read(1)
+        try:
+            sample = file.read(_SAMPLE)
+            whole = not file.read(1)
+        except UnicodeError as error:
+            raise _not_in(path, encoding, "from its beginning", error) from None
     scores = {item: _score(sample, item, whole) for item in _DELIMITERS}
     return max(_DELIMITERS, key=lambda item: scores[item])
 

@@ -117,7 +117,7 @@ def pull(
     model: str, config: Config, context: Context, program: str, *, again: bool = False
 ) -> None:
     """Make sure that a model is in the models directory, and say so."""
-    with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
+    with context.stopper.raising(), tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
         pulled = ensure_model(
             config.models_dir,
             model,
@@ -135,7 +135,7 @@ def create(model: str, config: Config, context: Context) -> None:
     """Make a model of the GGUF file that ``aiflux models import`` staged for it."""
     name = parse_model_name(model)
     staged = read_staged_gguf(config.models_dir, name)
-    with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
+    with context.stopper.raising(), tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
         create_model(
             config.models_dir,
             name,

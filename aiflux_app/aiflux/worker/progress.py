@@ -11,18 +11,19 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from aiflux.worker.stats import Stats
 
 LINE_INTERVAL = 30.0
-
-
-_MEGABYTE = 10**6
 
 
 class Reporter(Protocol):
@@ -72,6 +73,24 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
+def bytes_line(done: float, total: float, speed: float | None, remaining: float | None) -> str:
+    """Return how far a transfer is, in at most 41 columns. Pure.
+
+    Args:
+        speed: bytes a second; ``remaining``: seconds; None is not known.
+    """
+    unit, size = next(
+        ((unit, size) for unit, size in (("GB", 10**9), ("MB", 10**6)) if total >= size),
+        ("KB", 10**3),
+    )
+    parts = [f"{done / size:.1f} of {total / size:.1f} {unit}"]
+    if speed:
+        parts.append(f"{speed / 10**6:.0f} MB/s")
+    if remaining is not None and done < total:
+        parts.append(f"{clock(remaining)} left")
+    return ", ".join(parts)
+
+
 class LineReporter:
     """Writes plain lines with the time of day in front, for log files."""
 
@@ -105,7 +124,7 @@ class LineReporter:
         self._pulled = (now, status)
         total = step.get("total")
         share = f" {100 * step.get('completed', 0) // total} %" if total else ""
-        self.say(f"pull: {status}{share}")
+        self.say(f"{status}{share}")
 
     def close(self) -> None:
         """Nothing to leave in order."""
@@ -119,6 +138,7 @@ class TerminalReporter:
         self._console = Console(file=stream)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._label = ""
 
     def say(self, text: str) -> None:
         """Tell one line, above the bar."""
@@ -138,35 +158,62 @@ class TerminalReporter:
             self.close()
 
     def pull(self, step: dict[str, Any]) -> None:
-        """Update the bar of a pull."""
-        done, total = (step.get(key, 0) // _MEGABYTE for key in ("completed", "total"))
-        detail = "MB" if total else ""
-        self._update(str(step.get("status", "pull"))[:32], done, max(total, 1), detail)
-        if step.get("status") == "success":
+        """Update the bar of a pull; a step without bytes has none."""
+        if self.quiet:
+            return
+        label, total = str(step.get("status", "pull"))[:32], step.get("total")
+        progress = self._progress or self._start(
+            SpinnerColumn(), TextColumn("{task.description}"), _PullColumn()
+        )
+        if self._task is None or label != self._label:  # each layer has a speed of its own
+            if self._task is not None:
+                progress.remove_task(self._task)
+            self._task, self._label = progress.add_task(label, total=total), label
+        progress.update(self._task, completed=step.get("completed", 0), total=total)
+        if label == "success":
             self.close()
 
     def close(self) -> None:
         """Stop drawing."""
         if self._progress is not None:
             self._progress.stop()
-            self._progress, self._task = None, None
+            self._progress, self._task, self._label = None, None, ""
+
+    def _start(self, *columns: ProgressColumn, transient: bool = True) -> Progress:
+        self._progress = Progress(
+            *columns, console=self._console, refresh_per_second=4, transient=transient
+        )
+        self._progress.start()
+        return self._progress
 
     def _update(self, label: str, done: int, total: int, detail: str) -> None:
         if self.quiet:
             return
-        if self._progress is None or self._task is None:
-            self._progress = Progress(
+        progress, task = self._progress, self._task
+        if progress is None or task is None:
+            progress = self._start(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[detail]}"),
-                console=self._console,
-                refresh_per_second=4,
+                transient=False,
             )
-            self._task = self._progress.add_task(label, total=total, detail=detail)
-            self._progress.start()
-        self._progress.update(
-            self._task, description=label, completed=done, total=total, detail=detail
-        )
+            task = self._task = progress.add_task(label, total=total, detail=detail)
+        progress.update(task, description=label, completed=done, total=total, detail=detail)
+
+
+class _PullColumn(ProgressColumn):
+    """A bar and the bytes; nothing for a step that has no bytes."""
+
+    _bar = BarColumn(bar_width=14)
+
+    def render(self, task: Task) -> Text | Table:
+        """Draw one step of a pull."""
+        if not task.total:
+            return Text("")
+        both = Table.grid(padding=(0, 1))
+        told = bytes_line(task.completed, task.total, task.speed, task.time_remaining)
+        both.add_row(self._bar(task), Text(told))
+        return both

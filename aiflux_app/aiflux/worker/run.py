@@ -101,18 +101,20 @@ def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
 
     Raises:
         ModelError: a model could not be had.
+        StoppedError: a signal came meanwhile.
     """
     if plan.models_dir is None:
         return
     for model in plan.models:
-        ensure_model(
-            plan.models_dir,
-            model,
-            context.ollama,
-            run.logs / "pull.log",
-            say=context.reporter.say,
-            progress=context.reporter.pull,
-        )
+        with context.stopper.raising():
+            ensure_model(
+                plan.models_dir,
+                model,
+                context.ollama,
+                run.logs / "pull.log",
+                say=context.reporter.say,
+                progress=context.reporter.pull,
+            )
     context.reporter.close()
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from aiflux.errors import StoppedError
 
 # At a job's end the same signal can come more than once: from Slurm to the whole job, and forwarded
 # by the batch script and by the container runtime.
@@ -29,6 +32,7 @@ class Stopper:
         self.at_once = False
         self.time_is_up = False
         self.since = 0.0
+        self._raises = False
         self._event = threading.Event()
 
     @property
@@ -48,6 +52,20 @@ class Stopper:
         """Let SIGUSR1, which Slurm may send a minute early, mean nothing before a Unix time."""
         self._heed_usr1_from = moment
 
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Have SIGTERM and SIGINT raise StoppedError: while nothing is in flight to wait for.
+
+        Main thread only. It is raised once; what cleans up after it is left alone.
+        """
+        self._raises = True
+        try:
+            if self.stopping and not self.time_is_up:
+                raise self._stopped()
+            yield
+        finally:
+            self._raises = False
+
     def install(self) -> None:
         """Listen to SIGTERM, SIGINT and SIGUSR1. Main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -56,8 +74,16 @@ class Stopper:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1 and self._clock() < self._heed_usr1_from:
             return
-        if not self._event.is_set():
-            name = signal.Signals(number).name
-            self.stop(f"signal {name}", time_is_up=number == signal.SIGUSR1)
-        elif time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:
+        name = signal.Signals(number).name
+        first = not self._event.is_set()
+        self.stop(f"signal {name}", time_is_up=number == signal.SIGUSR1)
+        if self._raises and number != signal.SIGUSR1:
+            self._raises = False
+            raise self._stopped()
+        if not first and time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:
             self.at_once = True
+
+    def _stopped(self) -> StoppedError:
+        return StoppedError(
+            f"stopped ({self.reason}); what was done is kept", "the same command goes on"
+        )

@@ -217,7 +217,7 @@ def free_port() -> str:
     ("model", "words"),
     [
         ("{registry}/library/no-such-model:1", "has no model"),
-        ("127.0.0.1:9/library/m:1", "no network to pull it"),
+        ("127.0.0.1:9/library/m:1", "cannot be reached from here"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_exit_4(

@@ -24,6 +24,7 @@ import pytest
 
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import missing_parts, model_digest, read_manifest
+from aiflux.core.staging import staged_folder
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
 from tests.integration.conftest import REPOSITORY, User, answers, lines, request
@@ -157,18 +158,56 @@ def test_two_pulls_at_once(site: Site) -> None:
     site.works()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
-def test_a_pull_that_is_killed_goes_on(site: Site, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [(signal.SIGKILL, -signal.SIGKILL, ""), (signal.SIGTERM, 5, "what was done is kept"),
+     (signal.SIGINT, 5, "what was done is kept")],
+    ids=["killed", "ended", "interrupted"],
+)  # fmt: skip
+def test_a_pull_that_is_killed_goes_on(
+    site: Site, number: signal.Signals, code: int, words: str
+) -> None:
     process = site.start("models", "pull", site.name)
     wait_until(lambda: site.partial() > 0, process)
+    assert f"a pull goes on: {site.name}" in site.run("models", "list", "--here")
     process.send_signal(number)
-    process.communicate(timeout=30)
+    told, _ = process.communicate(timeout=30)
+    assert (process.returncode, words in told) == (code, True), told
     assert missing_parts(site.models, parse_model_name(site.name)) == ["manifest"]
     assert not (site.models / "blobs").exists(), "nothing of it is seen by runs"
-    assert "a pull broke off" in site.run("models", "list", "--here")
+    listed = site.run("models", "list", "--here")
+    assert f"a pull broke off: {site.name}" in listed
+    assert f"aiflux models pull {site.name} goes on with it" in listed
     site.run("models", "pull", site.name)
     site.works()
     assert not [*(site.models / ".staging").iterdir()]
+
+
+def test_the_images_pull_ends_with_the_signal(site: Site) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aiflux.worker", "--pull", site.name],
+        cwd=site.folder, env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    wait_until(lambda: site.partial() > 0, process)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=30)
+    assert (process.returncode, "what was done is kept" in told) == (5, True), told
+    assert missing_parts(site.models, parse_model_name(site.name)) == ["manifest"]
+
+
+def test_what_a_broken_pull_left_is_checked(site: Site) -> None:
+    """Ollama takes a blob that is there for whole, whoever put it there."""
+    site.run("models", "pull", site.name)
+    name = parse_model_name(site.name)
+    fresh = site.folder / "fresh"
+    staged = staged_folder(fresh, name) / "blobs"
+    shutil.copytree(site.models / "blobs", staged)
+    blob = max(staged.iterdir(), key=lambda path: path.stat().st_size)
+    with open(blob, "r+b") as file:
+        file.write(b"not what was there")
+    site.run("models", "pull", site.name, models=fresh)
+    site.works(fresh)
 
 
 def test_a_corrupted_blob_is_found_and_pulled_anew(site: Site) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import tarfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import model_digest
+from aiflux.core.staging import begin_staging, changing
 from tests.tools import make_tiny_gguf
 from tests.unit.made_models import CONFIG, blob_files, put_model, tree
 
@@ -62,12 +65,21 @@ def test_what_is_here_is_listed_with_what_is_known(aiflux: Aiflux) -> None:
 
 def test_a_damaged_model_and_a_broken_pull_are_listed_as_such(aiflux: Aiflux, models: Path) -> None:
     blob_files(models)[0].unlink()
-    partial = models / ".staging" / "big_70b" / "blobs" / "sha256-1-partial"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(b"x" * 5000)
-    _, out, _ = aiflux("list", "--here")
+    name = parse_model_name("http://lab.example:5000/big/m:70b")
+    with changing(models, "pulling", print):
+        folder = begin_staging(models, name, "pull")
+        (folder / "blobs" / "sha256-1-partial").write_bytes(b"x" * 5000)
+        begin_staging(models, parse_model_name("taken"), "import")
+        _, out, _ = aiflux("list", "--here")
     assert "damaged" in out
-    assert "a pull broke off: big_70b" in out
+    assert f"a pull goes on: {name.written} (" in out
+    assert "an import goes on: taken:latest (" in out
+    _, out, _ = aiflux("list", "--here")
+    assert f"a pull broke off: {name.written} (" in out
+    assert f"; aiflux models pull {name.written} goes on with it" in out
+    assert "; import it again, or: aiflux models remove taken:latest" in out
+    assert aiflux("remove", "taken")[0] == 0
+    assert "taken" not in aiflux("list", "--here")[1]
 
 
 def test_what_fits_a_gpu(aiflux: Aiflux) -> None:
@@ -199,6 +211,9 @@ def swap(index: int, name: str | None = None, content: bytes | None = None) -> C
         (lambda parts: parts.append(("more", b"x")), "does not belong there"),
         (swap(0, content=b"{}"), "is not a whole archive"),
         (swap(0, content=b'{"version": 9}'), "version is 9"),
+        (swap(0, content=b'{"version": 1, "name": null}'), "names no model"),
+        (swap(0, content=b"[" * 100_000), "is not a whole archive"),
+        (swap(1, content=b"[" * 100_000), "is not a whole archive"),
         (swap(1, content=b"[]"), "is not a whole archive"),
         (swap(0, name="readme"), "no aiflux-model.json"),
     ],
@@ -214,6 +229,45 @@ def test_an_archive_that_was_changed_is_refused(
     assert words in err
     assert [path for path in tree(other) if path.startswith(("blobs", "manifests"))] == []
     assert not [*tmp_path.parent.glob("evil")]
+
+
+def test_an_archive_whose_manifest_lies_about_sizes_is_refused(
+    aiflux: Aiflux, tmp_path: Path
+) -> None:
+    def lie(parts: list[tuple[str, bytes]]) -> None:
+        manifest = json.loads(parts[1][1])
+        manifest["layers"][0]["size"] -= 1
+        raw = json.dumps(manifest).encode()
+        label = {**json.loads(parts[0][1]), "digest": f"sha256:{sha256(raw).hexdigest()}"}
+        parts[:2] = [(parts[0][0], json.dumps(label).encode()), (parts[1][0], raw)]
+
+    assert aiflux("export", "lab/one:1", "one.tar")[0] == 0
+    changed_tar(tmp_path / "one.tar", lie)
+    code, _, err = aiflux("import", "one.tar", "--models-dir", tmp_path / "elsewhere")
+    assert (code, "has not the size" in err) == (4, True), err
+    assert not [*(tmp_path / "elsewhere").glob("manifests/*")]
+
+
+def test_an_archive_is_a_regular_file(aiflux: Aiflux, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for target in ("pipe", tmp_path, "/dev/null", "-"):
+        code, _, err = aiflux("export", "lab/one:1", target, "--force")
+        assert (code, "is no regular file" in err) == (2, True), err
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device()
+    for source in ("pipe", tmp_path):
+        code, _, err = aiflux("import", source)
+        assert (code, "is no regular file" in err) == (4, True), err
+
+
+@pytest.mark.parametrize("action", ["show", "verify", "remove", "export"])
+def test_a_digest_is_insisted_on(aiflux: Aiflux, models: Path, action: str) -> None:
+    digest = model_digest(models, parse_model_name("lab/one:1"))
+    file = ("one.tar",) if action == "export" else ()
+    code, _, err = aiflux(action, "lab/one:1@sha256:000000000000", *file)
+    assert (code, f"sha256:{digest}" in err) == (4, True), err
+    assert model_digest(models, parse_model_name("lab/one:1")) == digest
+    assert aiflux(action, f"lab/one:1@sha256:{digest}", *file)[0] == 0
 
 
 def test_an_archive_that_was_cut_short_is_refused(aiflux: Aiflux, tmp_path: Path) -> None:
@@ -271,6 +325,13 @@ def test_a_shared_directory_that_is_read_only_is_only_read(aiflux: Aiflux, model
             folder.chmod(0o755)
 
 
+def with_entry(key: str, kind: int, value: object) -> bytes:
+    """The tiny model's file with one entry of metadata more."""
+    (count,) = struct.unpack_from("<Q", WEIGHTS, 16)
+    more = make_tiny_gguf.entry(key, kind, value)
+    return WEIGHTS[:16] + struct.pack("<Q", count + 1) + more + WEIGHTS[24:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -281,6 +342,12 @@ def test_a_shared_directory_that_is_read_only_is_only_read(aiflux: Aiflux, model
         (("--gguf", "b.gguf", "--name", "n"), "cannot be read"),
         (("--gguf", "zip.gguf", "--name", "n"), "is not a (whole) GGUF"),
         (("--gguf", "cut.gguf", "--name", "n"), "is cut short"),
+        (("--gguf", "part.gguf", "--name", "n"), "is one of 3 parts of a model"),
+        (("--gguf", "adapter.gguf", "--name", "n"), "is of the type 'adapter'"),
+        (("--gguf", "odd.gguf", "--name", "n"), "tells no layers"),
+        (("--gguf", ".", "--name", "n"), "is no regular file"),
+        (("--gguf", "b.gguf", "--name", "n" * 90), "is not a model name"),
+        (("--gguf", "b.gguf", "--name", f"{'h' * 200}/lab/{'n' * 50}"), "is not a model name"),
     ],
 )
 def test_what_import_does_not_take(
@@ -288,6 +355,10 @@ def test_what_import_does_not_take(
 ) -> None:
     (tmp_path / "zip.gguf").write_bytes(b"PK zip")
     (tmp_path / "cut.gguf").write_bytes(WEIGHTS[:-100])
+    (tmp_path / "part.gguf").write_bytes(with_entry("split.count", make_tiny_gguf.UINT32, 3))
+    adapter = with_entry("general.type", make_tiny_gguf.STRING, "adapter")
+    (tmp_path / "adapter.gguf").write_bytes(adapter)
+    (tmp_path / "odd.gguf").write_bytes(WEIGHTS.replace(b"block_count", b"block_cound"))
     before = tree(models)
     code, _, err = aiflux("import", *arguments)
     assert code in (2, 4)

@@ -17,7 +17,12 @@ from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
 from aiflux.core.modelname import ModelName, parse_model_name
-from aiflux.core.modelstore import missing_parts, model_digest, read_manifest
+from aiflux.core.modelstore import (
+    missing_parts,
+    model_digest,
+    read_manifest,
+    refuse_other_digest,
+)
 from aiflux.core.preflight import size_text
 from aiflux.core.staging import changing, refuse_read_only, remove_model, remove_staged
 from aiflux.errors import EngineError, ExitCode, ImageError, UsageError
@@ -107,6 +112,7 @@ def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) 
     from aiflux.worker.stopper import Stopper
 
     context = Context(make_reporter(), Stopper())
+    context.stopper.install()
     try:
         program = context.ollama
     except EngineError:
@@ -123,6 +129,7 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
 
     name = parse_model_name(arguments.name)
     manifest = read_manifest(config.models_dir, name)
+    refuse_other_digest(name, manifest.digest, str(config.models_dir))
     with byte_bar(f"verifying {name.served}", manifest.size) as on_bytes:
         verdicts = [*check_blobs(config.models_dir, manifest, on_bytes)]
     if arguments.json:
@@ -144,16 +151,24 @@ def _export(arguments: argparse.Namespace, config: Config) -> int:
 
     name = parse_model_name(arguments.name)
     manifest = read_manifest(config.models_dir, name)
-    if arguments.file.exists() and not arguments.force:
-        raise UsageError(
-            f"the file {arguments.file} is there already", "give --force to replace it"
-        )
+    refuse_other_digest(name, manifest.digest, str(config.models_dir))
+    _refuse_target(arguments.file, force=arguments.force)
     with byte_bar(f"exporting {name.served}", manifest.size) as on_bytes:
         export_model(config.models_dir, name, arguments.file, on_bytes)
     size = size_text(arguments.file.stat().st_size)
     print(f"{name.served} is in {arguments.file} ({size}), sha256:{manifest.digest}")
     print(f"  there: aiflux models import {arguments.file.name}")
     return 0
+
+
+def _refuse_target(path: Path, *, force: bool) -> None:
+    if str(path) == "-" or (path.exists() and not path.is_file()):
+        raise UsageError(
+            f"{path} is no regular file, and an archive is written beside its target and renamed",
+            "name a file",
+        )
+    if path.exists() and not force:
+        raise UsageError(f"the file {path} is there already", "give --force to replace it")
 
 
 def _import(arguments: argparse.Namespace, config: Config) -> int:
@@ -217,7 +232,11 @@ def _create(name: ModelName, config: Config) -> int:
     context = Context(make_reporter(), Stopper())
     if not os.environ.get("AIFLUX_OLLAMA") and shutil.which("ollama") is None:
         raise found
-    create(name.served, config, context)
+    context.stopper.install()
+    try:
+        create(name.served, config, context)
+    finally:
+        context.reporter.close()
     return 0
 
 

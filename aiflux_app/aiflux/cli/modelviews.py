@@ -15,9 +15,15 @@ from aiflux.core.config import Config
 from aiflux.core.memory import Figures, estimate
 from aiflux.core.modelfacts import known_figures
 from aiflux.core.modelname import ModelName, parse_model_name
-from aiflux.core.modelstore import listed_models, missing_parts, model_digest, read_manifest
+from aiflux.core.modelstore import (
+    listed_models,
+    missing_parts,
+    model_digest,
+    read_manifest,
+    refuse_other_digest,
+)
 from aiflux.core.preflight import size_text
-from aiflux.core.staging import staged_models
+from aiflux.core.staging import Staged, staged_models
 from aiflux.errors import ModelError, UsageError
 
 _CONTEXTS = (2048, 8192, 32768)
@@ -65,15 +71,27 @@ def list_models(arguments: argparse.Namespace, config: Config) -> None:
     heads = ("NAME", "PARAMETERS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
     print("\n".join(_table([heads, *rows])))
     print(f"\nGPU memory: at least, with {slots} slots of {context} tokens. Here: {folder}")
-    for name, size in staged_models(folder).items():
-        print(f"a pull broke off: {name} ({size_text(size)}); aiflux models pull goes on with it")
+    for staged in staged_models(folder):
+        print(_on_its_way(staged))
+
+
+def _on_its_way(staged: Staged) -> str:
+    what = "a pull" if staged.what == "pull" else "an import"
+    states = {True: "goes on", False: "broke off", None: "goes on elsewhere, or broke off"}
+    told = f"{what} {states[staged.going_on]}: {staged.name or staged.folder}"
+    told += f" ({size_text(staged.size)})"
+    if staged.going_on:
+        return told
+    if staged.what == "pull":
+        return f"{told}; aiflux models pull {staged.name} goes on with it".replace("  ", " ")
+    return f"{told}; import it again, or: aiflux models remove {staged.name}"
 
 
 def show_model(arguments: argparse.Namespace, config: Config) -> None:
     """Print what is known of one model.
 
     Raises:
-        ModelError: nothing is.
+        ModelError: nothing is, or the model that is there is not the one insisted on.
     """
     name = parse_model_name(arguments.name)
     model = known(config.models_dir, config.catalogue(), name)
@@ -84,6 +102,8 @@ def show_model(arguments: argparse.Namespace, config: Config) -> None:
             f"it may work all the same; once it is pulled, its file tells: aiflux models pull "
             f"{name.served}",
         )
+    if model.digest is not None:
+        refuse_other_digest(name, model.digest, str(config.models_dir))
     if arguments.json:
         print(json.dumps(as_json(model, arguments.context_length, arguments.slots), indent=2))
         return

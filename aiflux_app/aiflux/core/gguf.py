@@ -89,6 +89,8 @@ def read_gguf(path: Path) -> GgufHeader:
     Raises:
         ModelError: it is no GGUF file, or is cut short.
     """
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is no regular file", "name a GGUF file")
     try:
         with (
             open(path, "rb") as file,

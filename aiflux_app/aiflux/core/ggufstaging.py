@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aiflux.core.files import storage_error, write_json
-from aiflux.core.gguf import read_gguf
+from aiflux.core.gguf import GgufHeader, read_gguf
 from aiflux.core.modelcheck import OnBytes, digest_of
+from aiflux.core.modelfacts import shape_of
 from aiflux.core.modelname import ModelName
 from aiflux.core.modelstore import blob_path
-from aiflux.core.staging import staged_folder
+from aiflux.core.staging import begin_staging, staged_folder
 from aiflux.errors import ModelError
 
 _NOTE = "gguf.json"
@@ -40,10 +41,11 @@ def stage_gguf(
     """Copy a GGUF file into a model's staging folder.
 
     Raises:
-        ModelError: it is no GGUF file.
+        ModelError: it is no GGUF file of a whole model.
         StorageError: the models directory cannot be written.
     """
     header = read_gguf(source)
+    _refuse_part(source, header)
     size = source.stat().st_size
     if header.data_start + header.data_size > size:
         raise ModelError(
@@ -51,10 +53,8 @@ def stage_gguf(
             f"bytes, it has {size}",
             "fetch it again",
         )
-    folder = staged_folder(models_dir, name)
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = begin_staging(models_dir, name, "import")
     try:
-        (folder / "blobs").mkdir(parents=True)
         part = folder / "blobs" / "incoming"
         with open(source, "rb") as file, open(part, "wb") as copy:
             digest = digest_of(file, on_bytes, copy)
@@ -67,6 +67,28 @@ def stage_gguf(
     staged = StagedGguf(digest, template)
     write_json(folder / _NOTE, asdict(staged))
     return staged
+
+
+def _refuse_part(source: Path, header: GgufHeader) -> None:
+    """Let a file pass that holds a whole language model.
+
+    Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (``general.type``) and
+    llama.cpp's ``tools/gguf-split``.
+    """
+    parts = header.metadata.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise ModelError(
+            f"{source} is one of {parts} parts of a model, and Ollama takes whole ones only",
+            "join them first: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf",
+        )
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model":
+        raise ModelError(
+            f"{source} is of the type {kind!r}, not a model that can run by itself",
+            "name the model's own file; an adapter has to be merged with its model first "
+            "(llama-export-lora)",
+        )
+    shape_of(header)
 
 
 def read_staged_gguf(models_dir: Path, name: ModelName) -> StagedGguf:

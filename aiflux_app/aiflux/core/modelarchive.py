@@ -21,9 +21,15 @@ from typing import Any
 from aiflux.core.files import atomic_write, storage_error
 from aiflux.core.modelcheck import HashedReader, OnBytes, digest_of
 from aiflux.core.modelname import ModelName, parse_model_name
-from aiflux.core.modelstore import Manifest, blob_path, parse_manifest, read_manifest
+from aiflux.core.modelstore import (
+    Manifest,
+    blob_path,
+    parse_manifest,
+    read_manifest,
+    refuse_other_digest,
+)
 from aiflux.core.preflight import size_text
-from aiflux.core.staging import changing, move_into_place, staged_folder
+from aiflux.core.staging import begin_staging, changing, move_into_place
 from aiflux.errors import ConfigError, ModelError
 
 VERSION = 1
@@ -50,10 +56,11 @@ def export_model(models_dir: Path, name: ModelName, target: Path, on_bytes: OnBy
     """Write a model into a tar file, which is whole or not there.
 
     Raises:
-        ModelError: it is not there, or damaged.
+        ModelError: it is not there, is not the one insisted on, or damaged.
         StorageError: the file cannot be written.
     """
     manifest = read_manifest(models_dir, name)
+    refuse_other_digest(name, manifest.digest, str(models_dir))
     label = {"version": VERSION, "name": name.served, "digest": f"sha256:{manifest.digest}"}
     with atomic_write(target) as file, tarfile.open(fileobj=file, mode="w") as tar:
         _add(tar, LABEL, json.dumps(label, indent=2).encode() + b"\n")
@@ -75,8 +82,7 @@ def import_model(
     with _opened(source) as tar:
         archive = _head(tar, source)
         with changing(models_dir, f"importing {archive.name.served}", say):
-            folder = staged_folder(models_dir, archive.name)
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = begin_staging(models_dir, archive.name, "import")
             try:
                 _refuse_full(models_dir, archive)
                 _unpack(tar, source, archive, folder, on_bytes)
@@ -137,6 +143,8 @@ def _add_blob(
 
 @contextmanager
 def _opened(source: Path) -> Iterator[tarfile.TarFile]:
+    if source.exists() and not source.is_file():
+        raise ModelError(f"{source} is no regular file", "name the file that export wrote")
     try:
         with tarfile.open(source, mode="r:") as tar:
             yield tar
@@ -144,6 +152,8 @@ def _opened(source: Path) -> Iterator[tarfile.TarFile]:
         raise _broken(source, str(error)) from error
     except FileNotFoundError as error:
         raise ModelError(f"there is no file {source}", "check the path") from error
+    except PermissionError as error:
+        raise ModelError(f"{source} cannot be read: {error.strerror}", "ask its owner") from error
 
 
 def _broken(source: Path, what: str) -> ModelError:
@@ -159,10 +169,12 @@ def _head(tar: tarfile.TarFile, source: Path) -> Archive:
         label = json.loads(_small(tar, LABEL))
         if label["version"] != VERSION:
             raise ValueError(f"its version is {label['version']}, this is {VERSION}")
-        name = parse_model_name(str(label["name"]))
+        if not isinstance(label["name"], str):
+            raise ValueError(f"its {LABEL} names no model")
+        name = parse_model_name(label["name"])
         raw = _small(tar, MANIFEST)
         manifest = parse_manifest(raw)
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise _broken(source, str(error)) from error
     if f"sha256:{manifest.digest}" != label.get("digest"):
         raise _broken(source, "its manifest is not the one that was exported")
@@ -193,7 +205,6 @@ def _unpack(
 ) -> None:
     wanted = {f"blobs/{digest.replace(':', '-')}": digest for digest in archive.manifest.blobs}
     try:
-        (folder / "blobs").mkdir(parents=True)
         while (member := tar.next()) is not None:
             digest = wanted.pop(member.name, None)
             content = tar.extractfile(member) if digest and member.isfile() else None
@@ -204,6 +215,8 @@ def _unpack(
                     raise _broken(source, f"{member.name} was changed or cut")
                 file.flush()
                 os.fsync(file.fileno())
+            if blob_path(folder, digest).stat().st_size != archive.manifest.blobs[digest]:
+                raise _broken(source, f"{member.name} has not the size that its manifest tells")
         if wanted:
             raise _broken(source, f"{', '.join(wanted)} is missing")
         manifest = folder / archive.name.manifest_path

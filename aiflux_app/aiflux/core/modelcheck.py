@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from aiflux.core.files import storage_error
 from aiflux.core.modelname import ModelName
 from aiflux.core.modelstore import Layer, Manifest, blob_path
 from aiflux.errors import ModelError
 
 CHUNK = 4 << 20
+_BLOB = re.compile(r"sha256-[0-9a-f]{64}\Z")
 State = Literal["ok", "missing", "wrong size", "corrupted", "unreadable"]
 OnBytes = Callable[[int], None]
 
@@ -48,6 +51,27 @@ def refuse_damaged(name: ModelName, models_dir: Path, verdicts: list[Verdict]) -
             f"{name.served} in {models_dir} is damaged: {named}",
             f"pull it anew: aiflux models pull --again {name.served}",
         )
+
+
+def remove_damaged(models_dir: Path) -> int:
+    """Remove the blobs whose bytes are not what their names say; return how many these were.
+
+    Raises:
+        StorageError: one cannot be read or removed.
+    """
+    removed = 0
+    for path in sorted((models_dir / "blobs").glob("sha256-*")):
+        if not _BLOB.match(path.name):
+            continue
+        try:
+            with open(path, "rb") as file:
+                whole = digest_of(file, lambda _: None) == path.name.replace("-", ":")
+            if not whole:
+                path.unlink()
+                removed += 1
+        except OSError as error:
+            raise storage_error(error, path) from error
+    return removed
 
 
 def digest_of(file: IO[bytes], on_bytes: OnBytes, into: IO[bytes] | None = None) -> str:

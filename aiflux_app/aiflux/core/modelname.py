@@ -1,8 +1,8 @@
 """Model names as Ollama reads them: ``[http://][host/][namespace/]model[:tag]``.
 
 Source: ollama, ``types/model/name.go`` (defaults: host registry.ollama.ai, namespace library, tag
-latest). An ``http://`` in front asks for a registry without TLS, ``@sha256:...`` at the end insists
-on the model's digest (both are AI-Flux's own).
+latest; parts of 80 characters at most). An ``http://`` in front asks for a registry without TLS,
+``@sha256:...`` at the end insists on the model's digest (both are AI-Flux's own).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
 MIN_DIGEST = 12  # hexadecimal digits, as many as `ollama list` shows
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,79}\Z")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]+)?\Z")
+_LONGEST = 240  # characters of a name that becomes the name of one folder
 _DIGEST = re.compile(rf"sha256:[0-9a-f]{{{MIN_DIGEST},64}}\Z")
 
 
@@ -45,6 +46,11 @@ class ModelName:
         if self.host != DEFAULT_HOST:
             return f"{self.host}/{self.namespace}/{short}"
         return short if self.namespace == DEFAULT_NAMESPACE else f"{self.namespace}/{short}"
+
+    @property
+    def written(self) -> str:
+        """The name as a user writes it to have the model pulled."""
+        return ("http://" if self.insecure else "") + self.served
 
     @property
     def pulled(self) -> str:
@@ -81,6 +87,7 @@ def parse_model_name(text: str) -> ModelName:
     valid = (
         scheme in ("", "http", "https")
         and len(parts) <= 3
+        and len(rest) <= _LONGEST
         and _HOST.match(host)
         and all(_PART.match(part) for part in (namespace, model, tag))
     )

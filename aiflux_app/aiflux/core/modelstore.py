@@ -67,7 +67,7 @@ def parse_manifest(raw: bytes) -> Manifest:
             Layer(str(item.get("mediaType", "")), str(item["digest"]), int(item["size"]))
             for item in [content["config"], *(content["layers"] or [])]
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it lacks {error}") from None
     for layer in layers:
         if not _DIGEST.match(layer.digest) or layer.size < 0:
@@ -116,8 +116,8 @@ def refuse_other_digest(name: ModelName, found: str, place: str) -> None:
     """
     if not found.startswith(name.digest):
         raise ModelError(
-            f"{name.served} in {place} has the digest sha256:{found}, and this run insists on "
-            f"sha256:{name.digest}",
+            f"{name.served} in {place} has the digest sha256:{found}, and the name that was given "
+            f"insists on sha256:{name.digest}",
             "pull the model again where its tag was moved, use a models directory that holds that "
             "model, or insist on no digest",
         )

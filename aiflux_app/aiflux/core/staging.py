@@ -9,15 +9,22 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiflux.core.files import fsync_directory, storage_error
-from aiflux.core.lease import Lease, acquire
+from aiflux.core.lease import Lease, acquire, holder_lives
 from aiflux.core.modelname import ModelName
-from aiflux.core.modelstore import blob_path, listed_models, read_manifest
-from aiflux.errors import ModelError, UsageError
+from aiflux.core.modelstore import (
+    blob_path,
+    listed_models,
+    read_manifest,
+    refuse_other_digest,
+)
+from aiflux.errors import ModelError, StorageError, UsageError
 
 STAGING = ".staging"
+_NOTE = "note"  # says in words what is done, and the model's name
 
 
 def changing(models_dir: Path, what: str, say: Callable[[str], None]) -> Lease:
@@ -41,6 +48,28 @@ def changing(models_dir: Path, what: str, say: Callable[[str], None]) -> Lease:
 def staged_folder(models_dir: Path, name: ModelName) -> Path:
     """Return where a model is put together."""
     return models_dir / STAGING / name.served.replace("/", "_").replace(":", "_")
+
+
+def begin_staging(models_dir: Path, name: ModelName, what: str) -> Path:
+    """Make the folder that a model is put together in, with a note for those who list models.
+
+    Args:
+        what: ``pull``, which goes on with what is there, or ``import``, which begins anew.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    folder = staged_folder(models_dir, name)
+    if what != "pull":
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        (folder / "blobs").mkdir(parents=True, exist_ok=True)
+        (folder / _NOTE).write_text(f"{what} {name.written}\n", encoding="utf-8")
+    except OSError as error:
+        if what != "pull":
+            shutil.rmtree(folder, ignore_errors=True)
+        raise storage_error(error, folder) from error
+    return folder
 
 
 def move_into_place(folder: Path, models_dir: Path, name: ModelName) -> None:
@@ -68,11 +97,14 @@ def remove_model(models_dir: Path, name: ModelName, say: Callable[[str], None]) 
     """Remove a model; blobs that other models use stay. Return the bytes that are free now.
 
     Raises:
-        ModelError: it is not there, or it cannot be told which blobs other models use.
+        ModelError: it is not there, is not the one insisted on, or it cannot be told which blobs
+            other models use.
         StorageError: the directory cannot be written.
     """
     with changing(models_dir, f"removing {name.served}", say):
-        own = read_manifest(models_dir, name).blobs
+        present = read_manifest(models_dir, name)
+        refuse_other_digest(name, present.digest, str(models_dir))
+        own = present.blobs
         others = [other for other in listed_models(models_dir) if other.served != name.served]
         used = {digest for other in others for digest in _blobs_of(models_dir, other)}
         manifest = models_dir / name.manifest_path
@@ -96,14 +128,48 @@ def remove_staged(models_dir: Path, name: ModelName) -> bool:
     return True
 
 
-def staged_models(models_dir: Path) -> dict[str, int]:
-    """Return the bytes that are there of models whose pull broke off, by their folders' names."""
-    found = {}
-    for folder in sorted((models_dir / STAGING).glob("*/")):
-        files = [file for file in folder.glob("blobs/*") if file.is_file()]
-        # A partial blob is made at its whole length; what is on the disk of it is what came.
-        found[folder.name] = sum(file.stat().st_blocks * 512 for file in files)
-    return found
+@dataclass(frozen=True)
+class Staged:
+    """A model that is being put together, or was when it broke off.
+
+    Attributes:
+        name: as it is written to have it pulled; "" where only its folder is known.
+        what: ``pull`` or ``import``.
+        size: bytes that are on the disk.
+        going_on: somebody is at it; None where that cannot be told from here.
+    """
+
+    folder: str
+    name: str
+    what: str
+    size: int
+    going_on: bool | None
+
+
+def staged_models(models_dir: Path) -> list[Staged]:
+    """Return the models that are on their way into a models directory."""
+    staging = models_dir / STAGING
+    folders = sorted(folder for folder in staging.glob("*/") if folder.is_dir())
+    going_on = _going_on(staging / "lease") if folders else False
+    return [_staged(folder, going_on) for folder in folders]
+
+
+def _going_on(lease: Path) -> bool | None:
+    try:
+        return holder_lives(lease)
+    except StorageError:  # only its owner may read it
+        return None
+
+
+def _staged(folder: Path, going_on: bool | None) -> Staged:
+    files = [file for file in folder.glob("blobs/*") if file.is_file()]
+    try:
+        what, _, name = (folder / _NOTE).read_text(encoding="utf-8").strip().partition(" ")
+    except OSError:
+        what, name = "pull", ""
+    # A partial blob is made at its whole length; what is on the disk of it is what came.
+    size = sum(file.stat().st_blocks * 512 for file in files)
+    return Staged(folder.name, name, what, size, going_on)
 
 
 def _blobs_of(models_dir: Path, name: ModelName) -> dict[str, int]:

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.modelcheck import remove_damaged
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts, read_manifest, refuse_other_digest
-from aiflux.core.staging import changing, move_into_place, staged_folder
+from aiflux.core.staging import begin_staging, changing, move_into_place, staged_folder
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
@@ -64,7 +65,7 @@ def ensure_model(
         if not again and _is_there(models_dir, name):
             return False
         say(f"pulling {name.served} into {models_dir}")
-        folder = staged_folder(models_dir, name)
+        folder = begin_staging(models_dir, name, "pull")
         with _serving(folder, program, log) as ollama:
             _pull_with(ollama, name, folder, progress)
         _refuse_partial(folder, name)
@@ -142,6 +143,8 @@ def _serving(folder: Path, program: str, log: Path) -> Iterator[Ollama]:
 def _pull_with(ollama: Ollama, name: ModelName, folder: Path, progress: Progress) -> None:
     """Pull, and go on when it breaks off, while each attempt brings it further."""
     for attempt in range(1, _ATTEMPTS + 1):
+        # Ollama checks the digests of what it has just fetched, and of nothing that is there.
+        remove_damaged(folder)
         try:
             pulling = ollama.pull(name.pulled, insecure=name.insecure, stall_timeout=_STALL_TIMEOUT)
             for step in pulling:
@@ -174,10 +177,11 @@ def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
         )
     if "no such host" in words or "dial tcp" in words or "lookup" in words:
         return ModelError(
-            f"{name.served} is not in the models directory, and this node has no network to pull "
-            f"it: {words}",
-            f"pull it where there is internet, e.g. on a login node: "
-            f"aiflux models pull {name.served}",
+            f"{name.served} is not in the models directory, and the registry {name.host} cannot be "
+            f"reached from here: {words}",
+            f"pull it where there is internet, e.g. on a login node: aiflux models pull "
+            f"{name.written}; where there is, the registry may be down: a pull goes on where it "
+            "broke",
         )
     return ModelError(
         f"{name.served} could not be pulled from {name.host}: {words}",

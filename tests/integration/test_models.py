@@ -281,6 +281,24 @@ def test_a_model_made_of_a_file_travels_and_runs(site: Site, gguf: Path) -> None
     assert tree(away) == before, "a run writes nothing into the models directory"
 
 
+def test_a_run_whose_model_is_removed_goes_on_when_it_is_back(site: Site, gguf: Path) -> None:
+    site.run("models", "import", "--gguf", gguf, "--name", "lab/tiny:1")
+    site.run("models", "export", "lab/tiny:1", "tiny.tar")
+    requests = [request(f"r{n}", f"question {n}", model=None, max_tokens=200) for n in range(60)]
+    (site.folder / "in.jsonl").write_text(lines(*requests), encoding="utf-8")
+    run = ["run", "--local", "--input", "in.jsonl", "--output", "out.json", "--slots", "1",
+           "--save-frequency", "1", "--model", "lab/tiny:1"]  # fmt: skip
+    process = site.start(*run)
+    journal = site.folder / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
+    wait_until(lambda: journal.exists() and journal.stat().st_size > 0, process)
+    site.run("models", "remove", "lab/tiny:1")
+    told, _ = process.communicate(timeout=120)
+    assert (process.returncode, "does not list lab/tiny:1" in told) == (4, True), told
+    site.run("models", "import", "tiny.tar")
+    site.run(*run)
+    assert len(answers(site.folder / "out.json")) == 60
+
+
 def test_what_ollama_can_make_no_model_of_leaves_nothing(site: Site, gguf: Path) -> None:
     content = gguf.read_bytes().replace(b"llama.block_count", b"llama.block_cound")
     (site.folder / "odd.gguf").write_bytes(content)
@@ -373,6 +391,18 @@ def test_a_disk_that_is_full(site: Site, small_disk: Path, gguf: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=300m", small_disk], check=True)
     site.run("models", "pull", site.name, models=small_disk)
     site.works(small_disk)
+
+
+def test_a_read_only_directory_that_lacks_the_model(
+    user: User, checkout: Path, place: Path, ollama: Path
+) -> None:
+    user.run("mkdir", "-m", "0555", place / "models")
+    user.write(place / "in.jsonl", lines(request("a", "one", model=None)))
+    env = {"AIFLUX_OLLAMA": str(ollama), "AIFLUX_MODELS_DIR": str(place / "models")}
+    run = ["run", "--local", "--input", "in.jsonl", "--model", "lab/none:1"]
+    told = user.run(checkout / ".venv/bin/aiflux", *run, cwd=place, env=env, code=4)
+    assert "lab/none:1 is not (whole) in the models directory" in told
+    assert "you may not write there" in told
 
 
 def test_pulling_and_making_models_through_the_image(

@@ -188,14 +188,19 @@ def _remove_empty(folder: Path, root: Path) -> None:
         folder = folder.parent
 
 
+def writable(models_dir: Path) -> bool:
+    """Tell whether a models directory may be written, or made where there is none."""
+    nearest = next(each for each in (models_dir, *models_dir.parents) if each.exists())
+    return os.access(nearest, os.W_OK | os.X_OK)
+
+
 def refuse_read_only(models_dir: Path) -> None:
     """Let a change pass where the models directory may be written.
 
     Raises:
         UsageError: it may not.
     """
-    nearest = next(each for each in (models_dir, *models_dir.parents) if each.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    if not writable(models_dir):
         raise UsageError(
             f"you may not write into the models directory {models_dir}",
             "ask its owner, or name one of your own: --models-dir PATH",

@@ -18,7 +18,7 @@ from typing import Any
 from aiflux.core.modelcheck import remove_damaged
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts, read_manifest, refuse_other_digest
-from aiflux.core.staging import begin_staging, changing, move_into_place, staged_folder
+from aiflux.core.staging import begin_staging, changing, move_into_place, staged_folder, writable
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
@@ -61,6 +61,7 @@ def ensure_model(
     name = parse_model_name(text)
     if not again and _is_there(models_dir, name):
         return False
+    _refuse_read_only(models_dir, name)
     with changing(models_dir, f"pulling {name.served}", say):
         if not again and _is_there(models_dir, name):
             return False
@@ -105,6 +106,16 @@ def create_model(
             ) from error
     _refuse_partial(folder, name)
     move_into_place(folder, models_dir, name)
+
+
+def _refuse_read_only(models_dir: Path, name: ModelName) -> None:
+    if not writable(models_dir):
+        raise ModelError(
+            f"{name.served} is not (whole) in the models directory {models_dir}, and you may not "
+            "write there to pull it",
+            f"ask its owner for it (aiflux models pull {name.written}), or name one of your own: "
+            "--models-dir PATH",
+        )
 
 
 def _is_there(models_dir: Path, name: ModelName) -> bool:

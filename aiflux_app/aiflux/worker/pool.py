@@ -16,7 +16,7 @@ from aiflux.worker.client import Client, ExchangeError
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
-from aiflux.worker.verdict import Kind, Verdict, judge_answer, judge_exchange_error
+from aiflux.worker.verdict import UNTOUCHED, Kind, Verdict, judge_answer, judge_exchange_error
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Pool:
         """The engine died: that is not the request's fault, unless it dies again and again."""
         if lane.generation == generation:
             self._scheduler.close_lane(lane)
-        if verdict.code == "refused":
+        if verdict.code in UNTOUCHED:
             self._scheduler.put_back(task, lane)
         else:
             task.crashes += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,6 +25,11 @@ _RUNNER_DIED = (
     "connection reset by peer",
     "connection refused",
 )
+
+# What Ollama says in a 404 when the model's manifest is gone (server/routes.go).
+_MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
+UNTOUCHED = ("refused", "model_gone")
+"""Codes of an engine that is down, or as good as that, and did nothing with the request."""
 
 
 class Kind(Enum):
@@ -81,6 +87,8 @@ def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
     kept = _kept_body(answer.body, text)
     if bundled and answer.status == 500 and any(words in message for words in _RUNNER_DIED):
         return Verdict(Kind.CRASHED, "engine_crashed", message, 500, kept)
+    if bundled and answer.status == 404 and _MODEL_GONE.match(message):
+        return Verdict(Kind.CRASHED, "model_gone", message, 404, kept)
     retried = answer.status in RETRIED_STATUSES or answer.status >= 500
     return Verdict(
         Kind.RETRY if retried and answer.status != 501 else Kind.FAILED,

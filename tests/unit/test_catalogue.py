@@ -53,7 +53,7 @@ def test_shape_parameters_and_size_of_a_model_agree(name: str) -> None:
     assert counted(model) == pytest.approx(model.parameters, rel=seeing)
     assert counted(model) <= model.parameters * 1.001
     bits = {"Q4_K_M": (4.6, 7), "Q4_0": (4.5, 5.1), "Q8_0": (8.4, 8.7), "F16": (15.9, 17),
-            "MXFP4": (4.2, 5.5)}[model.quantisation]  # fmt: skip
+            "BF16": (15.9, 17), "MXFP4": (4.2, 5.5)}[model.quantisation]  # fmt: skip
     assert bits[0] <= 8 * model.size / model.parameters <= bits[1]
     assert model.licence != "unknown"
     assert {*model.defaults} <= {*DEFAULTS}
@@ -86,6 +86,27 @@ def test_a_file_of_ones_own_adds_and_overrides(tmp_path: Path) -> None:
     assert own.architecture.key_size == 16
     assert catalogue.defaults("LLAMA3.1:8B") == {"temperature": 0}
     assert catalogue.defaults("nobody:1b") == {}
+
+
+def test_a_name_without_a_tag_stands_for_one_model(tmp_path: Path) -> None:
+    catalogue = read_catalogue()
+    for name, model in (
+        ("phi4", "phi4:14b"),
+        ("gpt-oss:latest", "gpt-oss:20b"),
+        ("BGE-M3", "bge-m3:567m"),
+    ):
+        found = catalogue.find(name)
+        assert found is not None
+        assert found.name == model
+    assert catalogue.find("phi4:15b") is None
+    assert catalogue.find("elsewhere/phi4") is None
+    assert catalogue.all_defaults["qwen3:latest"] == catalogue.defaults("qwen3:8b")
+    families = [name.partition(":")[0] for name, each in catalogue.models.items() if each.latest]
+    assert len(families) == len(set(families)), "one model of a name"
+    path = write(tmp_path / "models.yaml", {"qwen3": {"defaults": {"temperature": 0}}})
+    own = read_catalogue([path])
+    assert own.defaults("qwen3") == {"temperature": 0}
+    assert own.defaults("qwen3:8b") == catalogue.defaults("qwen3:8b")
 
 
 def test_the_stronger_file_wins(tmp_path: Path) -> None:
@@ -122,7 +143,15 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
         ("models: {'phi4:14b': {vision: 3}}", "vision = 3 is wrong", "true or false"),
         ("models: {'phi4:14b': {endpoints: [talk]}}", "endpoints = ['talk']", "chat, completions"),
         ("models: {'phi4:14b': {defaults: {top_k: 3}}}", "unknown key 'top_k'", "temperature"),
-        ("models: {'a b': {}}", "is not a model name", "NAME:TAG"),
+        ("models: {'phi4:14b': {defaults: {temperature: hot}}}", "temperature = 'hot'", "a number"),
+        ("models: {'phi4:14b': {defaults: {temperature: -1}}}", "temperature = -1", "at least 0"),
+        ("models: {'phi4:14b': {defaults: {top_p: 3}}}", "defaults: top_p = 3", "at most 1"),
+        ("models: {'phi4:14b': {defaults: {stop: 3}}}", "defaults: stop = 3", "a text"),
+        ("models: {'phi4:14b': {license: ours}}", "key 'license'", "did you mean 'licence'?"),
+        ("models: {'phi4:14b': {}, 'phi4:14b': {}}", "phi4:14b is given twice", "leave one"),
+        ("models: {'phi4:14b': {}, 'PHI4:14b': {}}", "PHI4:14b stands twice", "leave one"),
+        ("models: {m: {}, 'm:latest': {}}", "m:latest stands twice", "leave one"),
+        ("models: {'a b': {}}", "'a b' is not a model name", "NAME:TAG"),
         ("models: {", "is not YAML", "correct it"),
     ],
 )
@@ -135,7 +164,7 @@ def test_what_is_wrong_is_told_with_its_place(
         read_catalogue([path])
     assert what in caught.value.message
     assert remedy in (caught.value.remedy or "")
-    assert str(path) in caught.value.message or "model name" in caught.value.message
+    assert str(path) in caught.value.message
 
 
 def test_the_packages_file_is_where_the_package_is() -> None:

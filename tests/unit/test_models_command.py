@@ -89,8 +89,12 @@ def test_what_fits_a_gpu(aiflux: Aiflux) -> None:
     assert "llama3.3:70b" not in listed
     assert all(each["memory"]["least"] <= 16 * 2**30 for each in listed.values())
     assert listed["lab/one:1"]["memory"]["measured"] is True
-    code, _, err = aiflux("list", "--fits", "large")
-    assert (code, "is no size" in err) == (2, True)
+    same = [aiflux("list", "--fits", size)[1] for size in ("16GB", "16 gib", "16", "0.015625TB")]
+    assert len({*same}) == 1
+    assert aiflux("list", "--fits", "600MB")[1].splitlines()[1].startswith("all-minilm")
+    for size in ("large", "0", "-1", "1e3", "40PB", ""):
+        code, _, err = aiflux("list", "--fits", size)
+        assert (code, "is no size" in err) == (2, True)
 
 
 def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
@@ -98,6 +102,8 @@ def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
     assert "128 experts (8 used)" in out
     assert "GPU memory on one GPU, at least (from the catalogue)" in out
     assert "Apache-2.0" in out
+    assert "stands for    phi4:14b" in aiflux("show", "phi4")[1]
+    assert " 1.0 B " in aiflux("list")[1].split("gemma3:1b")[1].splitlines()[0]
     _, out, _ = aiflux("show", "lab/one:1")
     digest = model_digest(models, parse_model_name("lab/one:1"))
     assert f"sha256:{digest}" in out

@@ -28,7 +28,7 @@ from aiflux.errors import ModelError, UsageError
 
 _CONTEXTS = (2048, 8192, 32768)
 _SLOTS = (1, 4, 8, 16, 32)
-_GIGABYTE = 2**30
+_UNITS = {"m": 2**20, "": 2**30, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,16 @@ def known(folder: Path, catalogue: Catalogue, name: ModelName) -> Known:
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as ``40GB`` (as GPUs have them: 2^30 bytes a GB).
 
+    GB where no unit is given; ``40GiB`` is the same, as makers of GPUs mean it.
+
     Raises:
         UsageError: it is no such size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip().lower())
-    if match is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([mgt]?)(?:i?b)?", text.strip().lower())
+    size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
         raise UsageError(f"--fits {text!r} is no size", "write it as in --fits 40GB")
-    return int(float(match[1]) * _GIGABYTE)
+    return size
 
 
 def as_json(model: Known, context: int, slots: int) -> dict[str, Any]:
@@ -206,7 +209,8 @@ def _row(model: Known, context: int, slots: int) -> tuple[str, ...]:
 
 
 def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+    billions = parameters >= 999_500_000  # which is 1.0 B
+    return f"{parameters / 1e9:.1f} B" if billions else f"{parameters / 1e6:.0f} M"
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -220,6 +224,8 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
     told, figures = model.catalogued, model.figures
     if told is not None:
+        if told.name != model.name.served.lower():
+            yield "stands for", told.name
         yield "family", told.family
         yield "parameters", _count(told.parameters) if told.parameters else "unknown"
         yield "quantisation", told.quantisation

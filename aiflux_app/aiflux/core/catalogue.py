@@ -11,14 +11,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from aiflux.core import parsers
 from aiflux.core.memory import Architecture, Figures, Vision
 from aiflux.core.modelname import parse_model_name
+from aiflux.core.names import suggestion
+from aiflux.core.parsers import Parser
+from aiflux.core.yamlfile import read_yaml
 from aiflux.errors import ConfigError
 
 OWN = Path(__file__).with_name("models.yaml")
@@ -28,9 +32,15 @@ ENDPOINTS = {
     "completions": "/v1/completions",
     "embeddings": "/v1/embeddings",
 }
-DEFAULTS = (
-    "temperature", "top_p", "max_tokens", "seed", "stop", "frequency_penalty", "presence_penalty",
-)  # fmt: skip
+DEFAULTS: Mapping[str, Parser] = {
+    "temperature": parsers.number(0, 100),
+    "top_p": parsers.number(0, 1),
+    "max_tokens": parsers.integer(1),
+    "seed": parsers.integer(0),
+    "stop": parsers.texts,
+    "frequency_penalty": parsers.number(-2, 2),
+    "presence_penalty": parsers.number(-2, 2),
+}
 """Parameters that a model may have defaults of: what Ollama's OpenAI endpoints obey."""
 
 # Bytes of a value in the table of tokens, and in what makes tokens of numbers, for each kind of
@@ -51,6 +61,7 @@ class CataloguedModel:
         context: tokens that it was trained for.
         endpoints: keys of ``ENDPOINTS``.
         tied: the table of tokens also makes tokens of numbers.
+        latest: what the name without a tag (or with ``latest``) stands for.
         defaults: parameters that fill what a request leaves open.
         place: the file that told of it, the last one where several did.
     """
@@ -69,6 +80,7 @@ class CataloguedModel:
     vision: bool = False
     vision_encoder: Vision | None = None
     tied: bool = False
+    latest: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,14 +106,22 @@ class Catalogue:
 
     models: Mapping[str, CataloguedModel]
 
+    @cached_property
+    def latest(self) -> Mapping[str, CataloguedModel]:
+        """Models by the name ``...:latest`` that stands for them, too."""
+        found = {_latest(name): model for name, model in self.models.items() if model.latest}
+        return {name: model for name, model in found.items() if name not in self.models}
+
     def find(self, name: str) -> CataloguedModel | None:
         """Return a model; None where the catalogue does not know it."""
-        return self.models.get(_served(name))
+        served = _served(name)
+        return self.models.get(served) or self.latest.get(served)
 
     @property
     def all_defaults(self) -> dict[str, dict[str, Any]]:
         """The default parameters of every model that has some."""
-        return {name: dict(model.defaults) for name, model in self.models.items() if model.defaults}
+        every = {**self.models, **self.latest}
+        return {name: dict(model.defaults) for name, model in every.items() if model.defaults}
 
     def defaults(self, name: str) -> dict[str, Any]:
         """Return the parameters that fill what a request to a model leaves open."""
@@ -122,7 +142,7 @@ def read_catalogue(files: Iterable[Path] = ()) -> Catalogue:
     places: dict[str, Path] = {}
     for path in (OWN, *files):
         for name, entry in _read(path).items():
-            entries[name] = {**entries.get(name, {}), **entry}
+            entries[name] = {**_overridden(entries, name), **entry}
             places[name] = path
     return Catalogue({name: _model(name, entry, places[name]) for name, entry in entries.items()})
 
@@ -160,20 +180,48 @@ def _served(name: str) -> str:
     return parse_model_name(name).served.lower()
 
 
+def _latest(name: str) -> str:
+    return name.rpartition(":")[0] + ":latest"
+
+
+def _overridden(entries: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return what is known of a model so far, also where its name says ``latest``."""
+    if name in entries:
+        return entries[name]
+    for other, entry in entries.items():
+        if entry.get("latest") is True and _latest(other) == name:
+            return {**entry, "latest": False}
+    return {}
+
+
 def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if path != OWN:
+        read_yaml(path)  # tells what is no YAML, or is given twice, with its line
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - safe
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=loader)  # noqa: S506 - safe
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", "check it") from None
     content = _mapping(content or {}, f"{path}", {"models"})
     models = _mapping(content.get("models") or {}, f"{path}: models", None)
-    return {
-        _served(str(name)): _mapping(entry, f"{path}: {name}", set(_KEYS))
-        for name, entry in models.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in models.items():
+        served = _named(name, path)
+        if served in found:
+            raise ConfigError(
+                f"{path}: {name} stands twice: names are the same in capitals or not, and without "
+                "a tag as with :latest",
+                "leave one of them out",
+            )
+        found[served] = _mapping(entry, f"{path}: {name}", set(_KEYS))
+    return found
+
+
+def _named(name: str, path: Path) -> str:
+    try:
+        return _served(name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: models: {error.message}", error.remedy) from None
 
 
 def _mapping(value: Any, place: str, known: set[str] | None) -> dict[str, Any]:
@@ -182,14 +230,14 @@ def _mapping(value: Any, place: str, known: set[str] | None) -> dict[str, Any]:
     unknown = sorted({str(key) for key in value} - (known or {str(key) for key in value}))
     if unknown:
         raise ConfigError(
-            f"{place}: unknown key {unknown[0]!r}", f"known are: {', '.join(sorted(known or ()))}"
+            f"{place}: unknown key {unknown[0]!r}", suggestion(unknown[0], known or ())
         )
     return {str(key): item for key, item in value.items()}
 
 
 _KEYS = {
     "family", "parameters", "quantisation", "size", "projector_size", "context", "endpoints",
-    "vision", "licence", "architecture", "vision_encoder", "defaults",
+    "vision", "licence", "architecture", "vision_encoder", "latest", "defaults",
 }  # fmt: skip
 _SHAPE_KEYS = {
     "name", "layers", "embedding", "heads", "kv_heads", "head_size", "value_size", "feed_forward",
@@ -220,8 +268,21 @@ def _model(name: str, entry: Mapping[str, Any], path: Path) -> CataloguedModel:
         vision=values.flag("vision"),
         vision_encoder=_vision(entry, f"{path}: {name}: vision_encoder"),
         tied=shape.flag("tied"),
-        defaults=_mapping(entry.get("defaults") or {}, f"{path}: {name}: defaults", set(DEFAULTS)),
+        latest=values.flag("latest"),
+        defaults=_defaults(entry, f"{path}: {name}: defaults"),
     )
+
+
+def _defaults(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
+    given = _mapping(entry.get("defaults") or {}, place, set(DEFAULTS))
+    for key, value in given.items():
+        try:
+            DEFAULTS[key](value)
+        except ValueError as error:
+            raise ConfigError(
+                f"{place}: {key} = {value!r} is wrong", f"{key} must be {error}"
+            ) from None
+    return given
 
 
 def _shape(values: _Values, context: int) -> Architecture:

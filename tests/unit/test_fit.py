@@ -132,17 +132,18 @@ SITE = [
     node("g4", Gres="gpu:2", Partitions="mystery"),
     node("g5", Gres="gpu:a100:4", Partitions="both"),
     node("g6", Gres="gpu:secret:4", Partitions="both"),
+    node("g7", Gres="gpu:h100_1g.10gb:7", Partitions="mig"),
 ]
-NAMES = ("gpu", "old", "plain", "mystery", "both")
+NAMES = ("gpu", "old", "plain", "mystery", "both", "mig")
 
 
 @pytest.mark.parametrize(
     ("slurm", "kind", "gigabytes", "count"),
     [
-        ({"partition": "gpu"}, "a100", 80, 1),
+        ({"partition": "gpu"}, "a100", 40, 1),
         ({"partition": "gpu", "gpus_per_node": "a100:4"}, "a100", 40, 4),
         ({"partition": "old", "gres": "gpu:v100:2"}, "v100", 32, 2),
-        ({"partition": "gpu,old"}, "a100", 80, 1),
+        ({"partition": "gpu,old"}, "a100", 40, 1),
         ({"partition": "plain", "gpus_per_node": "2"}, "l40s", 48, 2),
         ({"partition": "mystery"}, None, 0, 0),
         ({"partition": "both"}, None, 0, 0),
@@ -177,9 +178,13 @@ def refused(folder: Path, plan: Plan, **slurm: Any) -> list[tuple[str, str]]:
     ("model", "options", "slurm", "fix"),
     [
         ("llama3.3:70b", {}, {"gres": "gpu:a100:1"}, "2 such GPUs for each engine would do: "
-         "--gpus-per-engine 2 --gpus-per-node 2"),
-        ("llama3.3:70b", {}, {"partition": "old"}, "--gpus-per-engine 2"),
-        ("llama3.1:405b", {}, {"partition": "old"}, "--gpus-per-engine 8"),
+         "--gpus-per-engine 2 --gres gpu:a100:2;"),
+        ("llama3.3:70b", {}, {"gpus_per_node": "a100:1"}, "2 --gpus-per-node a100:2;"),
+        ("llama3.3:70b", {}, {"gpus_per_node": "2"}, "would do: --gpus-per-engine 2; or"),
+        ("llama3.3:70b", {}, {"partition": "old"}, "--gpus-per-engine 2 --gpus-per-node 2;"),
+        ("llama3.1:405b", {}, {"partition": "old"}, "8 such GPUs for each engine would do, but no "
+         "node here has more than 2"),
+        ("qwen2.5:32b", {}, {"partition": "mig"}, "a whole GPU or a larger slice"),
         ("llama3.1:8b", {"slots": 64, "context_length": 16384}, {"partition": "old"},
          "--slots 13 at most"),
         ("llama3.1:8b", {"gpus_per_engine": 2}, {"partition": "old"}, "--gpus-per-node 2"),
@@ -197,7 +202,7 @@ def test_what_cannot_fit_is_refused(
     ("model", "options", "slurm"),
     [
         ("llama3.1:8b", {}, {"partition": "gpu"}),
-        ("llama3.3:70b", {}, {"partition": "gpu"}),  # an a100 may have 80 GB
+        ("llama3.3:70b", {}, {"partition": "both", "gres": "gpu:a100:1"}),  # may have 80 GB
         ("llama3.3:70b", {"gpus_per_engine": 2}, {"gres": "gpu:a100:2"}),
         ("llama3.1:405b", {}, {"partition": "mystery"}),
         ("llama3.1:405b", {"allow_cpu": True}, {"partition": "old"}),
@@ -209,6 +214,25 @@ def test_what_may_fit_is_let_pass(
 ) -> None:
     plan = plan_of(tmp_path, model, **options)
     assert refused(tmp_path, plan, **{"partition": "gpu", **slurm}) == []
+
+
+def test_what_is_all_but_enough_is_told_to_the_tenth(tmp_path: Path) -> None:
+    ((what, _),) = refused(tmp_path, plan_of(tmp_path, "llama3.3"), partition="gpu")
+    assert "llama3.3:latest does not fit a GPU 'a100'" in what
+    assert "it takes at least 43.4 GB, and it has 42.9 GB" in what
+
+
+def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path: Path) -> None:
+    ((what, fix),) = refused(tmp_path, plan_of(tmp_path, "bge-m3"), partition="mystery")
+    assert "bge-m3:567m is for embeddings, and 200 requests ask for /v1/chat/completions" in what
+    assert "name another model" in fix
+
+
+def test_ones_own_catalogue_says_what_a_model_can_do(tmp_path: Path) -> None:
+    own = tmp_path / ".config" / "aiflux" / "models.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("models: {bge-m3: {endpoints: [chat]}}", encoding="utf-8")
+    assert refused(tmp_path, plan_of(tmp_path, "bge-m3"), partition="mystery") == []
 
 
 def test_a_model_in_no_catalogue_is_judged_by_its_own_file(tmp_path: Path) -> None:

@@ -1,46 +1,60 @@
-"""Whether the models of a run can fit the GPUs that it asks for, told before it is queued."""
+"""Whether the models of a run fit its GPUs and its requests, told before it is queued."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from aiflux.core.catalogue import Catalogue
+from aiflux.core.catalogue import ENDPOINTS, Catalogue
+from aiflux.core.gpus import Room, is_slice
 from aiflux.core.memory import Figures, estimate, gpus_needed
 from aiflux.core.modelfacts import known_figures
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.needs import cache_type, context_length
 from aiflux.core.plan import Plan
-from aiflux.core.preflight import Finding, size_text
+from aiflux.core.preflight import Finding
 
 
-def check_memory(
-    plan: Plan, catalogue: Catalogue, capacity: int, kind: str, gpus: int
-) -> Iterator[Finding]:
+def check_memory(plan: Plan, catalogue: Catalogue, room: Room) -> Iterator[Finding]:
     """Check that the plan's models can fit the GPUs of one engine.
 
     What is refused needs more than the GPUs have even with one slot (or as many as were asked for)
     and the smallest buffers; of a model whose figures nobody knows there is no finding.
 
     Args:
-        capacity: bytes of one GPU; ``kind``: what it is called.
-        gpus: that the job gets.
+        room: the GPUs that the job gets.
     """
     options = plan.options
-    if options.gpus_per_engine > gpus:
+    if options.gpus_per_engine > room.count:
         yield Finding(
             "error",
-            f"--gpus-per-engine {options.gpus_per_engine} is more than the job's GPUs ({gpus})",
-            f"--gpus-per-node {options.gpus_per_engine}",
+            f"--gpus-per-engine {options.gpus_per_engine} is more than the job's GPUs "
+            f"({room.count})",
+            room.option.format(options.gpus_per_engine),
         )
     for name in map(parse_model_name, plan.models):
         figures = known_figures(plan.models_dir, name, catalogue)
         if figures is not None:
-            yield from _check_fit(plan, name.served, figures, capacity, kind)
+            yield from _check_fit(plan, name.served, figures, room)
 
 
-def _check_fit(
-    plan: Plan, model: str, figures: Figures, capacity: int, kind: str
-) -> Iterator[Finding]:
+def check_endpoints(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
+    """Check that the one model of a plan can do what its requests ask for."""
+    model = catalogue.find(plan.served(plan.models[0])) if len(plan.models) == 1 else None
+    if model is None:
+        return
+    able = {ENDPOINTS[name] for name in model.endpoints}
+    for url, count in plan.input["endpoints"].items():
+        if url not in able:
+            yield Finding(
+                "error",
+                f"{model.name} is for {', '.join(model.endpoints)}, and {count} "
+                f"request{'s' * (count > 1)} ask{'s' * (count == 1)} for {url}",
+                "name another model, or make requests for what it does; where it is known to do "
+                "that, say so in a models.yaml of your own (endpoints)",
+            )
+
+
+def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator[Finding]:
     options, cache = plan.options, cache_type(plan)
     context = context_length(plan, figures.architecture.context)
     slots, each = options.slots or 1, options.gpus_per_engine
@@ -48,22 +62,36 @@ def _check_fit(
     def least(count: int) -> int:
         return estimate(figures, context, count, gpus=each, flash=True, cache_type=cache).total
 
-    room = each * capacity
-    if least(slots) <= room:
+    has = each * room.size
+    if least(slots) <= has:
         return
-    fits = [count for count in range(1, slots) if least(count) <= room]
-    enough = gpus_needed(figures, context, slots, capacity, cache_type=cache)
+    fits = [count for count in range(1, slots) if least(count) <= has]
+    enough = gpus_needed(figures, context, slots, room.size, cache_type=cache)
     remedies = [f"--slots {fits[-1]} at most"] if fits else []
-    if enough is not None:
-        remedies.append(
-            f"{enough} such GPUs for each engine would do: --gpus-per-engine {enough} "
-            f"--gpus-per-node {enough}"
-        )
+    remedies += [] if enough is None else _more_gpus(enough, room)
     remedies.append("GPUs with more memory, a smaller model, or a smaller --context-length")
-    has = f"{each} such GPUs have {size_text(room)}" if each > 1 else f"it has {size_text(room)}"
+    kept = f"{each} such GPUs have" if each > 1 else "it has"
     yield Finding(
         "error",
-        f"{model} does not fit a GPU {kind!r}: with {slots} slot{'s' * (slots > 1)} of {context} "
-        f"tokens it takes at least {size_text(least(slots))}, and {has}",
+        f"{model} does not fit a GPU {room.kind!r}: with {slots} slot{'s' * (slots > 1)} of "
+        f"{context} tokens it takes at least {_gigabytes(least(slots))}, and {kept} "
+        f"{_gigabytes(has)}",
         "; or ".join(remedies),
     )
+
+
+def _more_gpus(enough: int, room: Room) -> list[str]:
+    """Say how many GPUs would do."""
+    if is_slice(room.kind):
+        return ["a whole GPU or a larger slice of one (an engine can use one slice only)"]
+    if room.most < enough:
+        return [
+            f"{enough} such GPUs for each engine would do, but no node here has more than "
+            f"{room.most}"
+        ]
+    more = "" if enough <= room.count else f" {room.option.format(enough)}"
+    return [f"{enough} such GPUs for each engine would do: --gpus-per-engine {enough}{more}"]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 GIGABYTE = 2**30
 """What the makers call a GB of GPU memory."""
@@ -27,6 +28,30 @@ _KNOWN = {
 }  # fmt: skip
 _NAMED_SIZE = re.compile(r"(?<![0-9.])(\d{1,3})\s*gi?b?(?![a-z0-9.])")
 _SLICE = re.compile(r"\dg[._](\d+)gb")
+
+
+@dataclass(frozen=True)
+class Room:
+    """The largest GPUs that a job may get.
+
+    Attributes:
+        kind: what they are called.
+        size: bytes of one.
+        count: how many of them the job asks for.
+        most: how many one node has.
+        option: asks for another number of them, which stands for its ``{}``.
+    """
+
+    kind: str
+    size: int
+    count: int
+    most: int
+    option: str = "--gpus-per-node {}"
+
+
+def is_slice(name: str) -> bool:
+    """Tell whether a GPU is part of one: a process can use one such slice only (CUDA's MIG)."""
+    return _SLICE.search(name.lower()) is not None
 
 
 def gpu_bytes(name: str) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.container import find_image
-from aiflux.core.fit import check_memory
+from aiflux.core.fit import check_endpoints, check_memory
 from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan
 from aiflux.core.preflight import (
@@ -87,17 +87,18 @@ def check_job_image(
 
 
 def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
-    """Check that the models fit the GPUs, where their kind tells how much memory they have."""
-    if plan.options.engine_url is not None or plan.options.allow_cpu:
+    """Check that the models do what is asked, and fit the GPUs where their memory is known."""
+    if plan.options.engine_url is not None:
         return
+    try:
+        catalogue = config.catalogue()
+    except ConfigError as error:
+        yield finding_of(error)
+        return
+    yield from check_endpoints(plan, catalogue)
     room = gpu_room(facts, slurm, _partitions(facts, slurm))
-    if room is not None:
-        try:
-            catalogue = config.catalogue()
-        except ConfigError as error:
-            yield finding_of(error)
-            return
-        yield from check_memory(plan, catalogue, room.size, room.kind, room.count)
+    if room is not None and not plan.options.allow_cpu:
+        yield from check_memory(plan, catalogue, room)
 
 
 def cluster_checks(facts: Facts, slurm: SlurmConfig) -> list[Check]:

@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from aiflux.core.config import SlurmConfig
-from aiflux.core.gpus import gpu_bytes, gpu_bytes_of_features
+from aiflux.core.gpus import Room, gpu_bytes, gpu_bytes_of_features
 from aiflux.slurm.facts import Facts, Node
 from aiflux.slurm.fitting import requested_gpus, with_features
-
-
-@dataclass(frozen=True)
-class Room:
-    """The largest GPUs that a job may get.
-
-    Attributes:
-        kind: what they are called.
-        size: bytes of one.
-        count: how many of them the job asks for.
-    """
-
-    kind: str
-    size: int
-    count: int
 
 
 def gpu_room(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> Room | None:
@@ -42,7 +26,14 @@ def gpu_room(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> Roo
     if not known or len(known) < len(kinds):
         return None
     size, kind = max(known)
-    return Room(kind, size, sum(asked.values()))
+    wanted = next(iter(asked)) if len(asked) == 1 else ""
+    most = max((node.gpus_of(wanted) for node in nodes), default=0)
+    return Room(kind, size, sum(asked.values()), most, _option(slurm, wanted))
+
+
+def _option(slurm: SlurmConfig, kind: str) -> str:
+    typed = f"{kind}:{{}}" if kind else "{}"
+    return f"--gres gpu:{typed}" if slurm.gres is not None else f"--gpus-per-node {typed}"
 
 
 def _has(node: Node, asked: dict[str, int]) -> bool:
@@ -59,7 +50,8 @@ def _sizes(kind: str, nodes: Iterable[Node]) -> Iterator[tuple[str, int | None]]
             if not kind or own.lower() == kind.lower():
                 featured = gpu_bytes_of_features(node.features)
                 name = own or next(filter(gpu_bytes, node.features), "gpu")
-                yield name, gpu_bytes(own) or featured
+                exact = _told_by_nodes(own, [node]) if gpu_bytes(own) else None
+                yield name, exact or gpu_bytes(own) or featured
 
 
 def _told_by_nodes(kind: str, nodes: Iterable[Node]) -> int | None:

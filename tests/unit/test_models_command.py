@@ -58,6 +58,7 @@ def test_what_is_here_is_listed_with_what_is_known(aiflux: Aiflux) -> None:
     rows = {line.split()[0]: line for line in out.splitlines()[1:3]}
     assert rows["lab/one:1"].split()[-1] == "yes"
     assert "8192" in rows["lab/one:1"]
+    assert rows["lab/one:1"].split()[1:4] == ["0.1", "M", "F32"], "from its own file"
     assert rows["two:latest"].split()[-1] == "yes"
     assert "llama3.1:8b" not in out
     assert "llama3.1:8b" in aiflux("list")[1]

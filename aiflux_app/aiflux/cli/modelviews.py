@@ -13,7 +13,7 @@ from typing import Any
 from aiflux.core.catalogue import Catalogue, CataloguedModel
 from aiflux.core.config import Config
 from aiflux.core.memory import Figures, estimate
-from aiflux.core.modelfacts import known_figures
+from aiflux.core.modelfacts import StoredModel, stored_model
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import (
     listed_models,
@@ -36,16 +36,36 @@ class Known:
     """All that is known of one model.
 
     Attributes:
+        stored: what its own file tells; None where that is not there, or tells nothing.
         digest: None where it is not in the models directory.
         missing: parts that it lacks, where it is there in part.
     """
 
     name: ModelName
     catalogued: CataloguedModel | None
-    figures: Figures | None
+    stored: StoredModel | None
     digest: str | None
     missing: tuple[str, ...]
     size: int
+
+    @property
+    def figures(self) -> Figures | None:
+        """What its memory depends on: from its own file, else from the catalogue."""
+        if self.stored is not None:
+            return self.stored.figures
+        return self.catalogued.figures if self.catalogued else None
+
+    @property
+    def parameters(self) -> int:
+        """Their number; 0 where it is not known."""
+        told = self.catalogued.parameters if self.catalogued else 0
+        return self.stored.parameters if self.stored else told
+
+    @property
+    def quantisation(self) -> str:
+        """Such as Q4_K_M; "" where it is not known."""
+        told = self.catalogued.quantisation if self.catalogued else ""
+        return (self.stored.quantisation if self.stored else "") or told
 
     @property
     def state(self) -> str:
@@ -119,12 +139,18 @@ def known(folder: Path, catalogue: Catalogue, name: ModelName) -> Known:
     catalogued = catalogue.find(name.served)
     digest = model_digest(folder, name)
     missing = tuple(missing_parts(folder, name)) if digest else ()
-    figures = known_figures(folder, name, catalogue)
     if digest is not None:
         size = read_manifest(folder, name).size
     else:
         size = catalogued.size + catalogued.projector_size if catalogued else 0
-    return Known(name, catalogued, figures, digest, missing, size)
+    return Known(name, catalogued, _stored(folder, name), digest, missing, size)
+
+
+def _stored(folder: Path, name: ModelName) -> StoredModel | None:
+    try:
+        return stored_model(folder, name)
+    except ModelError:
+        return None
 
 
 def parse_size(text: str) -> int:
@@ -153,8 +179,8 @@ def as_json(model: Known, context: int, slots: int) -> dict[str, Any]:
         "missing": list(model.missing),
         "size": model.size or None,
         "family": told.family if told else None,
-        "parameters": told.parameters if told else None,
-        "quantisation": told.quantisation if told else None,
+        "parameters": model.parameters or None,
+        "quantisation": model.quantisation or None,
         "licence": told.licence if told else None,
         "endpoints": list(told.endpoints) if told else None,
         "vision": told.vision if told else None,
@@ -195,12 +221,11 @@ def _order(model: Known) -> tuple[str, int]:
 
 
 def _row(model: Known, context: int, slots: int) -> tuple[str, ...]:
-    told = model.catalogued
     memory = _memory(model, context, slots)
     return (
         model.name.served,
-        _count(told.parameters) if told and told.parameters else "",
-        told.quantisation if told else "",
+        _count(model.parameters) if model.parameters else "",
+        model.quantisation,
         size_text(model.size) if model.size else "",
         str(model.figures.architecture.context or "") if model.figures else "",
         size_text(memory) if memory else "",
@@ -209,8 +234,9 @@ def _row(model: Known, context: int, slots: int) -> tuple[str, ...]:
 
 
 def _count(parameters: int) -> str:
-    billions = parameters >= 999_500_000  # which is 1.0 B
-    return f"{parameters / 1e9:.1f} B" if billions else f"{parameters / 1e6:.0f} M"
+    if parameters >= 999_500_000:  # which is 1.0 B
+        return f"{parameters / 1e9:.1f} B"
+    return f"{parameters / 1e6:.{0 if parameters >= 10_000_000 else 1}f} M"
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -227,8 +253,8 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
         if told.name != model.name.served.lower():
             yield "stands for", told.name
         yield "family", told.family
-        yield "parameters", _count(told.parameters) if told.parameters else "unknown"
-        yield "quantisation", told.quantisation
+    yield "parameters", _count(model.parameters) if model.parameters else "unknown"
+    yield "quantisation", model.quantisation or "unknown"
     yield "size", size_text(model.size)
     if figures is not None:
         shape = figures.architecture

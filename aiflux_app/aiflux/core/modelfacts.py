@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiflux.core.catalogue import Catalogue
@@ -13,6 +14,15 @@ from aiflux.errors import ModelError
 
 _MODEL = "application/vnd.ollama.image.model"
 _PROJECTOR = "application/vnd.ollama.image.projector"
+
+# Source: llama.cpp, include/llama.h (llama_ftype); 4 is Ollama's own (fs/ggml/type.go).
+_FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "MXFP4", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1",
+    10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M",
+    16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S",
+    22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M",
+    28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 38: "MXFP4",
+}  # fmt: skip
 
 
 def known_figures(
@@ -28,8 +38,31 @@ def known_figures(
     return model.figures if model else None
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """What the own file of a model tells.
+
+    Attributes:
+        parameters: their number.
+        quantisation: such as ``Q4_K_M``; "" where the file does not tell.
+    """
+
+    figures: Figures
+    parameters: int
+    quantisation: str
+
+
 def stored_figures(models_dir: Path, name: ModelName) -> Figures:
     """Return the figures of a model that is in a models directory.
+
+    Raises:
+        ModelError: it is not there, or its file is no whole GGUF.
+    """
+    return stored_model(models_dir, name).figures
+
+
+def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
+    """Return what the file of a model tells that is in a models directory.
 
     Raises:
         ModelError: it is not there, or its file is no whole GGUF.
@@ -43,7 +76,9 @@ def stored_figures(models_dir: Path, name: ModelName) -> Figures:
         raise ModelError(f"{name.served} has no GGUF file", "pull it again")
     header = read_gguf(files["model"][0])
     projector = sum(read_gguf(path).data_size for path in files["projector"])
-    return figures_of(header, projector)
+    kind = header.metadata.get("general.file_type")
+    quantisation = _FILE_TYPES.get(kind, "") if isinstance(kind, int) else ""
+    return StoredModel(figures_of(header, projector), header.parameters, quantisation)
 
 
 def figures_of(header: GgufHeader, projector: int = 0) -> Figures:

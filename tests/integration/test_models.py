@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -371,6 +371,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def fill(path: Path) -> None:
+    """Write a file until the disk is full."""
+    with suppress(OSError), open(path, "wb", buffering=0) as file:
+        for size in (2**20, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
 def test_a_disk_that_is_full(site: Site, small_disk: Path, gguf: Path) -> None:
     site.run("models", "import", "--gguf", gguf, "--name", "lab/tiny:1", models=small_disk)
     told = site.run("models", "pull", site.name, models=small_disk, code=5)
@@ -388,6 +397,12 @@ def test_a_disk_that_is_full(site: Site, small_disk: Path, gguf: Path) -> None:
     assert not [*small_disk.glob("*.tar")]
     site.run("models", "verify", "lab/tiny:1", models=small_disk)
     assert read_manifest(small_disk, parse_model_name("lab/tiny:1")).size < 10**6
+    fill(small_disk / "fill")
+    told = site.run("models", "import", "--gguf", gguf, "--name", "lab/tiny:2", models=small_disk,
+                    code=5)  # fmt: skip
+    assert "No space left on device" in told
+    told = site.run("models", "remove", "lab/tiny:1", models=small_disk)
+    assert "are free again" in told, "what makes room needs none"
     subprocess.run(["mount", "-o", "remount,size=300m", small_disk], check=True)
     site.run("models", "pull", site.name, models=small_disk)
     site.works(small_disk)

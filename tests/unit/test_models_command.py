@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tarfile
+import threading
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -312,6 +313,24 @@ def test_what_is_left_of_a_pull_can_be_removed(aiflux: Aiflux, models: Path) -> 
     code, out, _ = aiflux("remove", "big:70b")
     assert (code, "what was pulled of big:70b is removed" in out) == (0, True)
     assert not (models / ".staging" / "big_70b").exists()
+    nowhere = models.with_name("nowhere")
+    assert aiflux("remove", "big:70b", "--models-dir", nowhere)[0] == 4
+    assert not nowhere.exists()
+
+
+def test_what_is_being_pulled_is_not_taken_away(aiflux: Aiflux, models: Path) -> None:
+    name = parse_model_name("big:70b")
+    told: list[tuple[int, str, str]] = []
+    remover = threading.Thread(target=lambda: told.append(aiflux("remove", "big:70b")))
+    with changing(models, "pulling big:70b", print):
+        folder = begin_staging(models, name, "pull")
+        remover.start()
+        remover.join(1)
+        assert folder.is_dir()
+    remover.join()
+    assert not folder.exists()
+    ((code, out, err),) = told
+    assert (code, "is removed" in out, "is in use" in err) == (0, True, True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -24,7 +24,13 @@ from aiflux.core.modelstore import (
     refuse_other_digest,
 )
 from aiflux.core.preflight import size_text
-from aiflux.core.staging import changing, refuse_read_only, remove_model, remove_staged
+from aiflux.core.staging import (
+    changing,
+    making_room,
+    refuse_read_only,
+    remove_model,
+    remove_staged,
+)
 from aiflux.errors import EngineError, ExitCode, ImageError, UsageError
 
 Action = Callable[[argparse.Namespace, Config], int]
@@ -243,11 +249,13 @@ def _create(name: ModelName, config: Config) -> int:
 def _remove(arguments: argparse.Namespace, config: Config) -> int:
     name = parse_model_name(arguments.name)
     refuse_read_only(config.models_dir)
-    if not (config.models_dir / name.manifest_path).exists():
-        if config.models_dir.is_dir() and remove_staged(config.models_dir, name):
+    if not (config.models_dir / name.manifest_path).exists() and config.models_dir.is_dir():
+        with making_room(config.models_dir, f"removing {name.served}", _say):
+            removed = remove_staged(config.models_dir, name)
+        if removed:
             print(f"what was pulled of {name.served} is removed from {config.models_dir}")
             return int(ExitCode.OK)
-        read_manifest(config.models_dir, name)
+    read_manifest(config.models_dir, name)
     freed = remove_model(config.models_dir, name, _say)
     print(f"{name.served} is removed from {config.models_dir}; {size_text(freed)} are free again")
     return int(ExitCode.OK)

@@ -88,7 +88,7 @@ def list_models(arguments: argparse.Namespace, config: Config) -> None:
         print(json.dumps([as_json(model, context, slots) for model in models], indent=2))
         return
     rows = [_row(model, context, slots) for model in sorted(models, key=_order)]
-    heads = ("NAME", "PARAMETERS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
+    heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
     print("\n".join(_table([heads, *rows])))
     print(f"\nGPU memory: at least, with {slots} slots of {context} tokens. Here: {folder}")
     for staged in staged_models(folder):

@@ -6,9 +6,11 @@ reads the directory meanwhile sees a model whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +95,25 @@ def move_into_place(folder: Path, models_dir: Path, name: ModelName) -> None:
         raise storage_error(error, models_dir) from error
 
 
+def making_room(
+    models_dir: Path, what: str, say: Callable[[str], None]
+) -> AbstractContextManager[object]:
+    """Return the lease for what frees space; nothing where the disk is too full for a lease.
+
+    Then nobody else holds one (it would be waited for), or could take one.
+
+    Raises:
+        StorageError: the directory cannot be written, for another reason.
+    """
+    try:
+        return changing(models_dir, what, say)
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return nullcontext()
+        raise
+
+
 def remove_model(models_dir: Path, name: ModelName, say: Callable[[str], None]) -> int:
     """Remove a model; blobs that other models use stay. Return the bytes that are free now.
 
@@ -101,7 +122,7 @@ def remove_model(models_dir: Path, name: ModelName, say: Callable[[str], None]) 
             other models use.
         StorageError: the directory cannot be written.
     """
-    with changing(models_dir, f"removing {name.served}", say):
+    with making_room(models_dir, f"removing {name.served}", say):
         present = read_manifest(models_dir, name)
         refuse_other_digest(name, present.digest, str(models_dir))
         own = present.blobs

@@ -430,6 +430,11 @@ def test_pulling_and_making_models_through_the_image(
     named = ["--gguf", "tiny.gguf", "--name", "lab/tiny:1", "--template", "template.txt"]
     told = user.run(aiflux, "models", "import", *named, cwd=place, env=env)
     assert "lab/tiny:1 is in" in told
+    process = user.popen(aiflux, "models", "pull", pushed, cwd=place, env=env)
+    wait_until(lambda: any((place / "models").glob(".staging/*/blobs/*-partial")), process)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert (process.returncode, "what was done is kept" in told) == (5, True), told
     user.run(aiflux, "models", "pull", pushed, cwd=place, env=env)
     user.run(aiflux, "models", "pull", "--again", pushed, cwd=place, env=env)
     for name in ("lab/tiny:1", pushed):

@@ -38,6 +38,7 @@ def bundle(user: User, aiflux: Path, image: Path, models: Path) -> Path:
         "--python", "3.11", "--python", f"3.{sys.version_info[1]}", "-o", "b.tar", cwd=place,
     )  # fmt: skip
     assert MODEL in told
+    assert "extras: documents, images, parquet, report, schema" in told
     assert "sha256:" in told.splitlines()[-1]
     return place / "b.tar"
 
@@ -115,6 +116,12 @@ def test_from_a_bundle_to_results_without_a_network(
     island.run(*run, cwd=place)
     assert "Paris" in answers(place / "o.json")["france"]
     assert shard_status(place)["aiflux"]["sealed"] is True
+    told = island.run(command, "report", "o.json", "--output", "r.html", cwd=place)
+    assert "matplotlib" not in told
+    assert "<svg" in (place / "r.html").read_text(encoding="utf-8"), "plots are drawn here too"
+    table = ["results", "to-parquet", "o.json", "--output", "o.parquet"]
+    island.run(command, *table, cwd=place)
+    assert (place / "o.parquet").read_bytes().startswith(b"PAR1")
     before = (models / "blobs").stat().st_mtime_ns
     told = island.run(command, "bundle", "install", bundle, *install[3:], cwd=place)
     assert str(command) in told

@@ -13,6 +13,8 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from aiflux.cli.main import main
 from aiflux.core import bundleinstaller
 from aiflux.core.bundle import Ingredients, write_bundle
 from aiflux.core.bundleinstaller import InstallError, Places, install, places, verify
+from aiflux.core.extras import EXTRAS, remedy
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts
 from aiflux.errors import BundleError, ModelError
@@ -48,6 +51,8 @@ def make_model(models: Path, name: ModelName, weights: bytes) -> None:
 
 def make_wheel(folder: Path, version: str) -> Path:
     """Make a wheel of a package that stands for AI-Flux: it prints how it is called."""
+    facts = f"Metadata-Version: 2.1\nName: aiflux\nVersion: {version}\nProvides-Extra: report\n"
+    tag = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     code = "import os, sys\nprint(sys.argv[1:], os.environ['AIFLUX_SITE_CONFIG'])\n"
     wheel = folder / f"aiflux-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -55,6 +60,8 @@ def make_wheel(folder: Path, version: str) -> Path:
         archive.writestr("aiflux/cli/__init__.py", "")
         archive.writestr("aiflux/cli/__main__.py", code)
         archive.writestr(f"aiflux-{version}.data/purelib/aiflux/more.py", "MORE = 1\n")
+        archive.writestr(f"aiflux-{version}.dist-info/METADATA", facts)
+        archive.writestr(f"aiflux-{version}.dist-info/WHEEL", tag)
     return wheel
 
 
@@ -320,8 +327,48 @@ def test_models_that_are_missing_or_damaged_make_no_bundle(
     assert not (tmp_path / "b.tar").exists()
 
 
+def test_an_install_has_the_extras_of_its_bundle(
+    tmp_path: Path, parts: Ingredients, to: Places
+) -> None:
+    def installed(*extras: str) -> list[str]:
+        told: list[str] = []
+        path = write_bundle(tmp_path / "e.tar", replace(parts, extras=extras)).path
+        assert install(path, to, told.append).extras == extras
+        return told
+
+    assert "extras: images, report" in installed("images", "report")
+    fewer = installed("report")
+    assert "extras: report" in fewer
+    assert any("had images as well" in line and "--extra images " in line for line in fewer)
+    assert not any("had " in line for line in installed("report"))
+    with tarfile.open(tmp_path / "e.tar") as tar:
+        readme = tar.extractfile("aiflux-bundle/README.txt")
+        assert readme is not None
+        assert "extras of them: report" in readme.read().decode()
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    assert {*EXTRAS} == {*(metadata("aiflux").get_all("Provides-Extra") or ())} - {"test", "lint"}
+
+
+def test_what_a_bundle_lacks_is_brought_by_another() -> None:
+    assert "pip install 'aiflux[report]'" in remedy("report", has_pip=True)
+    assert "aiflux bundle create --extra report" in remedy("report", has_pip=False)
+
+
+def test_extras_are_asked_of_pip_wherever_the_wheel_lies(awkward: Path) -> None:
+    wheel = make_wheel(awkward, "1.0")
+    target = awkward / "to"
+    done = subprocess.run(
+        [*download_command(wheel, ("report",), "3.12", MACHINE, target), "--no-deps"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in target.iterdir()] == [wheel.name]
+
+
 def test_pip_is_asked_for_the_cluster_s_wheels() -> None:
-    command: Sequence[str] = download_command(Path("/w/a.whl"), "3.12", "aarch64", Path("/d"))
+    command: Sequence[str] = download_command(Path("/w/a.whl"), (), "3.12", "aarch64", Path("/d"))
     assert "--only-binary=:all:" in command
     assert command[command.index("--python-version") + 1] == "3.12"
     assert "manylinux2014_aarch64" in command
@@ -337,6 +384,7 @@ def test_verify_and_install_as_commands(
     assert main(["bundle", "verify", str(bundle)]) == 0
     told = capsys.readouterr().out
     assert "model: tiny:1b" in told
+    assert "extras: none" in told
     assert "is whole: 8 files" in told
     where = ["--prefix", str(to.prefix), "--models-dir", str(to.models)]
     assert main(["bundle", "install", str(bundle), *where]) == 0
@@ -371,6 +419,14 @@ def test_what_cannot_become_a_bundle_is_told_before_anything_is_fetched(
     where = ["--image", str(parts.image), "--models-dir", str(parts.models_dir)]
     assert main(["bundle", "create", *where, *more]) != 0
     assert words in capsys.readouterr().err
+
+
+def test_an_extra_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bundle", "create", "--extra", "plots"])
+    told = capsys.readouterr().err
+    assert "plots" in told
+    assert all(name in told for name in EXTRAS)
 
 
 @pytest.mark.parametrize("version", ["3.9", "3", "4.0", "3.11.2", "x"])

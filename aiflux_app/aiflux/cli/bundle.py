@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from aiflux.core.bundleinstaller import (
 )
 from aiflux.core.config import Config
 from aiflux.core.container import find_image
+from aiflux.core.extras import EXTRAS
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import read_manifest, refuse_other_digest
 from aiflux.core.preflight import size_text
@@ -57,6 +59,14 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
         "--python", metavar="VERSION", action="append", type=python_version,
         help=f"of the cluster; repeatable (default: {', '.join(PYTHONS)})",
     )  # fmt: skip
+    extras = parser.add_mutually_exclusive_group()
+    extras.add_argument(
+        "--extra", metavar="NAME", dest="extras", action="append", choices=EXTRAS,
+        help=f"only these of {', '.join(EXTRAS)}; repeatable (default: all)",
+    )  # fmt: skip
+    extras.add_argument(
+        "--no-extras", action="store_true", help="none of them: 100 MB less a Python"
+    )
     add("--arch", choices=ARCHITECTURES, help="of the cluster (default: the image's)")
     add("--force", action="store_true", help="replace a bundle that is there")
     add_settings(parser, "paths")
@@ -90,14 +100,25 @@ def _create(arguments: argparse.Namespace) -> int:
     arch = _architecture(arguments.arch, image)
     models = tuple(_model(config.models_dir, name) for name in dict.fromkeys(arguments.names))
     pythons = tuple(dict.fromkeys(arguments.python or PYTHONS))
-    with packages(pythons, arch) as wheels:
-        parts = Ingredients(image, config.models_dir, models, wheels, arch)
+    extras = _extras(arguments)
+    with packages(pythons, arch, extras, _say) as wheels:
+        parts = Ingredients(image, config.models_dir, models, wheels, arch, extras)
         written = write_bundle(output, parts, meter(payload_size(parts)))
     for line in _summary(written.contents):
         print(line)
     print(f"{output}  {size_text(written.size)}")
     print(f"sha256:{written.digest}")
     return 0
+
+
+def _extras(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if arguments.no_extras:
+        return ()
+    return tuple(name for name in EXTRAS if name in (arguments.extras or EXTRAS))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -162,6 +183,7 @@ def _told() -> Iterator[None]:
 def _summary(contents: dict[str, Any]) -> Iterator[str]:
     pythons = ", ".join(contents["pythons"])
     yield f"aiflux {contents['aiflux']} for {contents['arch']}, Python {pythons}"
+    yield f"extras: {', '.join(contents.get('extras', ())) or 'none'}"
     image = contents["image"]
     yield (
         f"image: {image['engine'] or 'of unknown content'}, {image['arch']}"

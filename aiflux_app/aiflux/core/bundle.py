@@ -34,6 +34,7 @@ _OPTIONS: dict[str, Any] = {"copybufsize": _CHUNK}  # 16 kB would be slow
 _README = """\
 AI-Flux {aiflux} for a machine without internet, made {created}
   Python packages for {arch}, Python {pythons}
+  extras of them: {extras}
   image: {image}
   models: {models}
 
@@ -75,6 +76,7 @@ class Ingredients:
         models_dir: where the models are.
         wheels: wheel files by versions of Python such as 3.11.
         arch: what the wheels are for, as ``uname -m`` names it.
+        extras: of AI-Flux's own, whose wheels are among them.
     """
 
     image: Path | None
@@ -82,6 +84,7 @@ class Ingredients:
     models: tuple[ModelName, ...]
     wheels: Mapping[str, Sequence[Path]]
     arch: str
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,7 @@ def _contents(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:
         "aiflux": __version__,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "arch": parts.arch,
+        "extras": list(parts.extras),
         "pythons": {
             python: [f"wheels/{wheel.name}" for wheel in wheels]
             for python, wheels in parts.wheels.items()
@@ -268,6 +272,7 @@ def _readme(contents: Mapping[str, Any]) -> str:
         created=contents["created"],
         arch=contents["arch"],
         pythons=", ".join(contents["pythons"]),
+        extras=", ".join(contents["extras"]) or "none",
         image=f"{image['engine'] or 'yes'}, {image['arch']}" if image else "none",
         models=", ".join(model["name"] for model in contents["models"]) or "none",
     )

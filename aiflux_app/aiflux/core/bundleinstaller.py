@@ -82,6 +82,11 @@ class Bundle:
         """Members that are manifests, by the models' names."""
         return {model["name"]: model["manifest"] for model in self.contents["models"]}
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Extras of AI-Flux whose packages are among the wheels."""
+        return tuple(self.contents.get("extras", ()))
+
     def wheels(self, python: str) -> tuple[str, ...]:
         """Members to install for a version of Python such as 3.11."""
         return tuple(self.contents["pythons"].get(python, ()))
@@ -422,6 +427,7 @@ def _holds(path: Path, wanted: str) -> bool:
 
 def _put_in_place(bundle: Bundle, to: Places, say: Say) -> None:
     """Move what is staged: the environment first, as it may still fail; manifests last."""
+    before = _extras_of(to.prefix / "python")
     environment = _make_environment(bundle, to)
     blobs_first = sorted(bundle.sums, key=lambda member: "models/manifests/" in member)
     for member in blobs_first:
@@ -434,6 +440,13 @@ def _put_in_place(bundle: Bundle, to: Places, say: Say) -> None:
     _switch(to.prefix / "python", environment)
     _replace(to.command, _command(to), 0o777)
     say(f"aiflux {bundle.contents['aiflux']} for Python {_python()}: {to.command}")
+    say(f"extras: {', '.join(bundle.extras) or 'none'}")
+    gone = [extra for extra in before if extra not in bundle.extras]
+    if gone:
+        say(
+            f"warning: what was installed before had {', '.join(gone)} as well; a bundle that was "
+            f"made with --extra {' --extra '.join(gone)} brings them back"
+        )
     if bundle.image:
         say(f"image: {to.image}")
     for name in bundle.models:
@@ -454,6 +467,7 @@ def _make_environment(bundle: Bundle, to: Places) -> Path:
     folder = to.prefix / "environments" / name
     done = folder / ".whole"
     if done.exists():
+        _note_extras(done, bundle)  # other extras may have the same wheels
         return folder
     try:
         venv.EnvBuilder(clear=True, symlinks=True, with_pip=False).create(folder)
@@ -461,11 +475,21 @@ def _make_environment(bundle: Bundle, to: Places) -> Path:
         for wheel in wheels:
             _unpack(to.staged(wheel), site)
         compileall.compile_dir(site, quiet=2)
-        done.touch()
+        _note_extras(done, bundle)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def _note_extras(whole: Path, bundle: Bundle) -> None:
+    whole.write_text("\n".join(bundle.extras), encoding="utf-8")
+
+
+def _extras_of(environment: Path) -> list[str]:
+    """Return the extras that an environment was made with; none where there is no environment."""
+    whole = environment / ".whole"
+    return whole.read_text(encoding="utf-8").split() if whole.exists() else []
 
 
 def _unpack(wheel: Path, site: Path) -> None:

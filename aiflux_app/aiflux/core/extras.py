@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from aiflux.errors import ConfigError
+
+EXTRAS: Mapping[str, str] = {
+    "documents": "PDF and DOCX in aiflux convert dir",
+    "images": "aiflux convert images",
+    "parquet": "Parquet tables, read and written",
+    "report": "the plots of a report",
+    "schema": "--validate",
+}
+"""The package's extras that users choose from, and what each is for."""
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
@@ -15,7 +26,7 @@ def need(module: str, extra: str, purpose: str) -> Any:
         purpose: what needs it, as the beginning of a sentence.
 
     Raises:
-        ConfigError: it is not installed; the remedy is the command that installs it.
+        ConfigError: it is not installed; the remedy is what installs it.
     """
     try:
         return import_module(module)
@@ -23,5 +34,12 @@ def need(module: str, extra: str, purpose: str) -> Any:
         raise ConfigError(
             f"{purpose} needs the Python package {module.partition('.')[0]}, which cannot be "
             f"imported: {error}",
-            f"python -m pip install 'aiflux[{extra}]'",
+            remedy(extra, has_pip=find_spec("pip") is not None),
         ) from error
+
+
+def remedy(extra: str, *, has_pip: bool) -> str:
+    """Return what brings an extra; an installation from a bundle has no pip."""
+    if has_pip:
+        return f"python -m pip install 'aiflux[{extra}]'"
+    return f"install a bundle that was made with it: aiflux bundle create --extra {extra}"

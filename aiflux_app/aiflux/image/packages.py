@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +26,17 @@ def this_architecture() -> str:
 
 
 @contextmanager
-def packages(pythons: Sequence[str], arch: str) -> Iterator[Mapping[str, Sequence[Path]]]:
+def packages(
+    pythons: Sequence[str],
+    arch: str,
+    extras: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Mapping[str, Sequence[Path]]]:
     """Yield the wheels for each version of Python, in a directory that is removed afterwards.
+
+    Args:
+        extras: of AI-Flux's own, whose wheels come too.
+        say: takes one line at a time for the user.
 
     Raises:
         BundleError: pip could not fetch them, or there is no checkout to build AI-Flux's own from.
@@ -43,20 +52,31 @@ def packages(pythons: Sequence[str], arch: str) -> Iterator[Mapping[str, Sequenc
         folder = Path(name)
         own = _own_wheel(root, folder / "own")
         try:
-            yield {python: _fetch(own, python, arch, folder / python) for python in pythons}
+            fetched = {}
+            for python in pythons:
+                say(f"fetching the packages for Python {python} on {arch}")
+                fetched[python] = _fetch(own, extras, python, arch, folder / python)
+            yield fetched
         finally:
             shutil.rmtree(folder / "own")
 
 
-def download_command(wheel: Path, python: str, arch: str, folder: Path) -> list[str]:
+def download_command(
+    wheel: Path, extras: Sequence[str], python: str, arch: str, folder: Path
+) -> list[str]:
     """Return the command that fetches a wheel's dependencies for another machine."""
     platforms = [f"{name}_{arch}" for name in _PLATFORMS]
     return [
         *_pip("download"),
         *("--only-binary=:all:", "--implementation", "cp", "--python-version", python),
         *(word for name in platforms for word in ("--platform", name)),
-        *("--dest", str(folder), str(wheel)),
+        *("--dest", str(folder), _requirement(wheel, extras)),
     ]
+
+
+def _requirement(wheel: Path, extras: Sequence[str]) -> str:
+    """Return a wheel and extras of it, as PEP 508 writes them."""
+    return f"aiflux[{','.join(extras)}] @ {wheel.absolute().as_uri()}"
 
 
 def _pip(action: str) -> list[str]:
@@ -69,9 +89,12 @@ def _own_wheel(root: Path, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _fetch(own: Path, python: str, arch: str, folder: Path) -> Sequence[Path]:
-    what = f"the packages for Python {python} on {arch} could not be fetched"
-    _call(download_command(own, python, arch, folder), what)
+def _fetch(
+    own: Path, extras: Sequence[str], python: str, arch: str, folder: Path
+) -> Sequence[Path]:
+    also = f" with the extras {', '.join(extras)}" if extras else ""
+    what = f"the packages for Python {python} on {arch}{also} could not be fetched"
+    _call(download_command(own, extras, python, arch, folder), what)
     return sorted(folder.glob("*.whl"))
 
 

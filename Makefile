@@ -9,6 +9,8 @@ BASE ?= auto
 OLLAMA_TARBALL ?=
 OLLAMA_IMAGE ?=
 IMAGE ?= aiflux.sif
+SIGN ?=
+KEY ?=
 OLLAMA ?=
 MODEL ?=
 EXAMPLE ?=
@@ -40,10 +42,11 @@ $(bin)/.installed-dev: pyproject.toml $(bin)/.installed
 install: $(bin)/.installed ## make a virtual environment in .venv with aiflux in it
 	@echo "installed: $(bin)/aiflux"
 
-image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TARBALL=, OLLAMA_IMAGE=)
+image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TARBALL=, OLLAMA_IMAGE=, SIGN=1, KEY=)
 	$(bin)/aiflux image build --base $(BASE) --output $(IMAGE) --force \
 		$(if $(OLLAMA_TARBALL),--ollama-tarball '$(OLLAMA_TARBALL)') \
-		$(if $(OLLAMA_IMAGE),--ollama-image '$(OLLAMA_IMAGE)')
+		$(if $(OLLAMA_IMAGE),--ollama-image '$(OLLAMA_IMAGE)') \
+		$(if $(SIGN)$(KEY),--sign) $(if $(KEY),--key '$(KEY)')
 
 # What some examples need beside the package.
 extras_of_caption := images

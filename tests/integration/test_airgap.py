@@ -181,7 +181,8 @@ def test_a_signed_image_tells_who_signed_it_and_that_it_was_not_changed(
         "apptainer", "key", "newpair", "--name", "Ann Example", "--email", "ann@example.org",
         "--comment", "test", "--password", "", "--push=false", "--bit-length", "2048",
     )  # fmt: skip
-    assert "holds 1" in signer.run(aiflux, "image", "sign", mine, "--key", "3", cwd=place, code=2)
+    told = signer.run(aiflux, "image", "sign", mine, "--key", "3", cwd=place, code=2)
+    assert "holds 1 to sign with: 0 Ann Example" in told
     told = signer.run(aiflux, "image", "sign", mine, "--key", "0", cwd=place)
     assert "verified: signed by Ann Example (test) <ann@example.org>" in told
     assert "Ann Example" in signer.run(*info, cwd=place)
@@ -197,6 +198,51 @@ def test_a_signed_image_tells_who_signed_it_and_that_it_was_not_changed(
     assert "the image was changed since" in signer.run(*info, cwd=place)
     told = signer.run(aiflux, "doctor", cwd=place, env=env, code=2)
     assert "FAIL signature" in told
+
+
+ALL_BUT_BUILDING = """\
+#!/bin/sh
+# The real Apptainer, whose build is a copy of an image that was built before.
+[ "$1" = build ] || exec /usr/bin/apptainer "$@"
+while [ $# -gt 2 ]; do shift; done
+exec cp "$BUILT" "$1"
+"""
+
+
+def test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built(
+    user: User, aiflux: Path, image: Path
+) -> None:
+    place = user.folder("signed build")
+    signer = replace(user, home=user.folder("signed build/home"))
+    programs = user.folder("signed build/programs")
+    apptainer = user.write(programs / "apptainer", ALL_BUT_BUILDING)
+    apptainer.chmod(0o755)
+    for name, word in (("Ann", ""), ("Bob", "a b $c")):
+        signer.run(
+            "apptainer", "key", "newpair", "--name", name, "--email", f"{name}@example.org",
+            "--comment", "", "--password", word, "--push=false", "--bit-length", "2048",
+        )  # fmt: skip
+    env = {"BUILT": str(image), "PATH": f"{programs}:{signer.environment()['PATH']}"}
+    new = place / "new.sif"
+    build = [aiflux, "image", "build", "--base", "debian", "--output", new, "--sign"]
+    told = signer.run(*build, cwd=place, env=env, code=2)
+    assert "holds 2 to sign with: 0 Ann" in told
+    told = signer.run(*build, "--key", "1", cwd=place, env=env, code=2)
+    assert "key 1 (Bob" in told
+    assert "nobody to type it" in told
+    assert not new.exists(), "nothing was built for it"
+    typed = 'printf %s\\n "$1" | { shift; exec "$@"; }'
+    told = signer.run(
+        "sh", "-c", typed, "sh", "wrong", *build, "--key", "1", cwd=place, env=env, code=2
+    )
+    assert "does not sign with this passphrase" in told
+    told = signer.run("sh", "-c", typed, "sh", "a b $c", *build, "--key", "1", cwd=place, env=env)
+    assert "verified: signed by Bob" in told
+    assert "verified: signed by Bob" in signer.run(aiflux, "image", "info", new, cwd=place)
+    make = ["make", "image", "BASE=debian", f"IMAGE={new}", "SIGN=1", "KEY=0"]
+    told = signer.run(*make, cwd=aiflux.parents[2], env=env)
+    assert "verified: signed by Ann" in told
+    assert [path.name for path in place.glob("*.sif*")] == ["new.sif"]
 
 
 # --- sealed runs ------------------------------------------------------------------------------

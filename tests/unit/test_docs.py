@@ -34,7 +34,17 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"--[a-z][a-z-]+")
 # Options of sbatch, Apptainer and ruff/mypy that pages speak of.
-FOREIGN_OPTIONS = {"--net", "--network", "--containall", "--nv", "--bind", "--requeue", "--strict"}
+FOREIGN_OPTIONS = {
+    "--net",
+    "--network",
+    "--containall",
+    "--nv",
+    "--bind",
+    "--requeue",
+    "--strict",
+    "--push",
+    "--export-secret-keys",
+}
 # Every option of LLMFlux 2.0.0 (its cli.py): docs/moving.md tells what became of each.
 LLMFLUX_OPTIONS = OPTION.findall("""
     --model --input --output --batch-size --save-frequency --max-retries --retry-delay --max-tokens

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from aiflux.errors import ImageError
+from aiflux.image.build import build
+from aiflux.image.keys import Signer, find_signer
 from aiflux.image.options import BuildOptions
-from aiflux.image.signing import check_key, diagnose, judge, sign, signature
+from aiflux.image.signing import diagnose, judge, sign, signature
+from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 
 INFO = "INFO:    Verifying image with PGP key material\n"
@@ -68,29 +73,100 @@ def apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
     return fakes
 
 
-def keys(count: int) -> str:
-    listed = "".join(f"{number})  User:   A\n    Fingerprint: F\n" for number in range(count))
-    return f"case $1 in key) printf '%s' 'Private key listing:\n{listed}' ;; esac\n"
+# As the real one: key 1 has the passphrase "a b $c", which is read from standard input.
+KEYRING = r"""
+case "$1 $2" in
+'key list')
+  printf 'Private key listing:\n'
+  for ((key = 0; key < KEYS; key++)); do
+    printf '%d)  User:              Key %d (t) <a@example.org>\n    Fingerprint: F\n' $key $key
+  done ;;
+'sign --keyidx')
+  [[ $3 != 2 ]] || { echo 'FATAL:   Failed to sign container: openpgp: key expired' >&2; exit 255; }
+  [[ $3 != 1 ]] || {
+    printf 'Enter key passphrase : '; read -r typed
+    [[ $typed == 'a b $c' ]] || { echo 'FATAL: private key checksum failure' >&2; exit 255; }
+  } ;;
+esac
+"""
+
+
+def keyring(fakes: FakeCommands, count: int, more: str = "") -> None:
+    fakes.add("apptainer", KEYRING.replace("KEYS", str(count)) + more)
 
 
 @pytest.mark.parametrize(
     ("count", "key", "words"),
-    [(0, None, "no PGP key"), (2, None, "holds 2 keys"), (2, 2, "no key 2"), (1, -1, "no key -1")],
+    [
+        (0, None, "no PGP key"),
+        (2, None, "holds 2 to sign with: 0 Key 0 .* 1 Key 1"),
+        (2, 2, "no key 2: your keyring holds 2"),
+        (1, -1, "no key -1"),
+        (3, 2, r"key 2 \(Key 2 .*\) does not sign: openpgp: key expired"),
+        (2, 1, "key 1 .* has a passphrase, and there is nobody to type it"),
+    ],
 )
 def test_a_key_that_cannot_sign_is_told_before_the_build(
-    apptainer: FakeCommands, count: int, key: int | None, words: str
+    apptainer: FakeCommands, tmp_path: Path, count: int, key: int | None, words: str
 ) -> None:
-    apptainer.add("apptainer", keys(count))
+    keyring(apptainer, count)
+    output = tmp_path / "a.sif"
     with pytest.raises(ImageError, match=words) as error:
-        check_key(key)
-    assert "apptainer key" in str(error.value.remedy)
+        build(BuildOptions(output=output, base="debian", sign=True, key=key))
+    assert error.value.remedy
+    assert not any(call.argv[0] == "build" for call in apptainer.calls("apptainer"))
+
+
+def test_a_keyring_that_cannot_be_read(apptainer: FakeCommands) -> None:
+    apptainer.say("apptainer", stderr="ERROR:   key list command failed: denied", status=2)
+    with pytest.raises(ImageError, match="cannot list your keys: key list command failed: denied"):
+        find_signer()
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["a b $c"], None),
+        (["x", "y", "a b $c"], None),
+        (["x", "y", "z", "a b $c"], "does not sign with this passphrase: private key checksum"),
+        (["x", ""], "does not sign with this passphrase"),
+        ([""], "nobody to type it"),
+    ],
+)
+def test_a_passphrase_is_asked_for_once_and_tried(
+    apptainer: FakeCommands, typed: list[str], words: str | None
+) -> None:
+    keyring(apptainer, 2)
+    answers = iter(typed)
+    if words is not None:
+        with pytest.raises(ImageError, match=words):
+            find_signer(1, lambda _: next(answers))
+        return
+    signer = find_signer(1, lambda _: next(answers))
+    assert signer == Signer(1, "a b $c")
+    assert "a b" not in repr(signer)
+    sign(Path("x.sif"), signer)
+    assert not any("a b" in str(call) for call in apptainer.calls("apptainer"))
+
+
+def test_a_passphrase_is_read_from_a_pipe(apptainer: FakeCommands, tmp_path: Path) -> None:
+    image = make_sif(tmp_path / "an image.sif", version="1")
+    labels = """'{"data": {"attributes": {"labels": {"aiflux.version": "1"}}}}'"""
+    more = f"[ $1 = inspect ] && echo {labels}\n[ $1 = verify ] && echo '{answer('FS')}'\nexit 0\n"
+    keyring(apptainer, 2, more)
+    done = subprocess.run(
+        [sys.executable, "-m", "aiflux.cli", "image", "sign", str(image), "--key", "1"],
+        input="a b $c\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "verified: signed by Ann" in done.stdout
 
 
 def test_signing_and_asking(apptainer: FakeCommands, tmp_path: Path) -> None:
-    apptainer.add("apptainer", keys(2) + f"[ $1 = verify ] && echo '{answer('FS')}'\nexit 0\n")
+    keyring(apptainer, 1, f"[ $1 = verify ] && echo '{answer('FS')}'\nexit 0\n")
     image = tmp_path / "an image.sif"
-    sign(image, 1)
-    assert apptainer.calls("apptainer")[-1].argv == ["sign", "--keyidx", "1", str(image)]
+    sign(image, find_signer())
+    assert apptainer.calls("apptainer")[-1].argv == ["sign", "--keyidx", "0", str(image)]
     assert signature(image).state == "verified"
     asked = apptainer.calls("apptainer")[-1].argv
     assert asked == ["verify", "--local", "--json", str(image)], "no key server is asked"

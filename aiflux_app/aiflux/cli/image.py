@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from aiflux.cli.jsonout import add_json, print_json
 from aiflux.core.config import Config
 from aiflux.core.container import find_image
 from aiflux.errors import ImageError
-from aiflux.image import BuildOptions, build, info, sign, signature
+from aiflux.image import BuildOptions, build, find_signer, info, sign, signature
+
+_PIPED = 4096  # columns; what a program reads is not folded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +70,10 @@ def _build(arguments: argparse.Namespace) -> int:
         sign=arguments.sign,
         key=arguments.key,
     )
-    print(build(options, _say))
+    image = build(options, _say, _ask)
+    print(image)
+    if options.sign:
+        _say(signature(image).words)
     return 0
 
 
@@ -78,7 +84,7 @@ def _named(arguments: argparse.Namespace) -> Path:
 def _sign(arguments: argparse.Namespace) -> int:
     image = _named(arguments)
     info(image)
-    sign(image, arguments.key)
+    sign(image, find_signer(arguments.key, _ask))
     print(f"{image}: {signature(image).words}")
     return 0
 
@@ -101,8 +107,19 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, value in sorted(found.facts.items()):
         table.add_row(name, value)
     table.add_row("signature", _signature(found.path))
-    Console(highlight=False, markup=False).print(table)
+    width = None if sys.stdout.isatty() else _PIPED
+    Console(highlight=False, markup=False, width=width).print(table)
     return 0
+
+
+def _ask(what: str) -> str | None:
+    """Ask without showing what is typed; without a terminal, take a line of standard input."""
+    try:
+        if sys.stdin.isatty():
+            return getpass.getpass(what)
+    except EOFError:
+        return None
+    return sys.stdin.readline().rstrip("\n")
 
 
 def _say(line: str) -> None:

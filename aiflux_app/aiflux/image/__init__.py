@@ -7,6 +7,7 @@ holds the definition (``container/``) and the entry point.
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.build import build
 from aiflux.image.info import ImageInfo, info
+from aiflux.image.keys import find_signer
 from aiflux.image.options import BuildOptions
 from aiflux.image.signing import sign, signature
 
@@ -16,6 +17,7 @@ __all__ = [
     "ImageInfo",
     "build",
     "choose_base",
+    "find_signer",
     "info",
     "sign",
     "signature",

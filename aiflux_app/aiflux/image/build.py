@@ -13,9 +13,10 @@ from aiflux.core.container import find_runtime
 from aiflux.errors import ImageError
 from aiflux.image import registry
 from aiflux.image.base import BaseChoice, choose_base
+from aiflux.image.keys import Ask, Signer, find_signer, no_answer
 from aiflux.image.options import BuildOptions
 from aiflux.image.payload import Sources, find_sources, stage
-from aiflux.image.signing import check_key, sign
+from aiflux.image.signing import sign
 from aiflux.image.tools import run
 
 Say = Callable[[str], None]
@@ -34,22 +35,22 @@ def _silent(_: str) -> None:
     return None
 
 
-def build(options: BuildOptions, say: Say = _silent) -> Path:
+def build(options: BuildOptions, say: Say = _silent, ask: Ask = no_answer) -> Path:
     """Build the image and return its path; an image that is there is replaced only when whole.
 
     Args:
         options: what to build.
         say: takes one line at a time for the user.
+        ask: asks for the passphrase of the key to sign with, before the build begins.
 
     Raises:
-        ImageError: it could not be built; what to do stands in the remedy.
+        ImageError: it could not be built, or not signed; what to do stands in the remedy.
     """
     output = options.output.absolute()
     _check_output(output, options.force)
     apptainer = str(find_runtime())
     sources = find_sources()
-    if options.sign:
-        check_key(options.key)
+    signer = find_signer(options.key, ask) if options.sign else None
     choice = choose_base(options)
     say(choice.description)
     scratch = scratch_dir(os.environ)
@@ -63,23 +64,23 @@ def build(options: BuildOptions, say: Say = _silent) -> Path:
         environment = build_environment(os.environ, scratch, sources)
         try:
             run(command, "the image could not be built", _REMEDY, cwd=work, env=environment)
-            unsigned = _sign(new, options)
+            unsigned = _sign(new, signer)
             new.replace(output)
         finally:
             new.unlink(missing_ok=True)
     if unsigned is not None:
         raise ImageError(
             f"{output} is built, and not signed: {unsigned.message}",
-            f"aiflux image sign {shlex.quote(str(output))}",
+            f"aiflux image sign {shlex.quote(str(output))} --key {signer.key if signer else 0}",
         ) from unsigned
     return output
 
 
-def _sign(image: Path, options: BuildOptions) -> ImageError | None:
+def _sign(image: Path, signer: Signer | None) -> ImageError | None:
     """Sign the image where that is wanted; what keeps it from that does not undo the build."""
     try:
-        if options.sign:
-            sign(image, options.key)
+        if signer is not None:
+            sign(image, signer)
     except ImageError as error:
         return error
     return None

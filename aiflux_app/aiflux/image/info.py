@@ -44,6 +44,8 @@ def info(path: Path) -> ImageInfo:
     """
     if not path.exists():
         raise ImageError(f"there is no image {path}", "build it: make image")
+    if not path.is_file():
+        raise ImageError(f"{path} is no image, which is a file", "name the image's file (*.sif)")
     labels = _labels(path)
     facts = {
         key.removeprefix(_PREFIX): value for key, value in labels.items() if key.startswith(_PREFIX)

@@ -6,23 +6,16 @@ No network is used: only the keys in this user's own keyring count (``apptainer 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from aiflux.core.container import find_runtime
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.errors import ImageError
-from aiflux.image.tools import ask, run
+from aiflux.image.keys import Signer, apptainer, last_words, sign_with
 
 State = Literal["verified", "unsigned", "unknown key", "broken"]
-_KEY_REMEDY = (
-    "apptainer key list --secret shows your keys and their numbers (--key N); without one: "
-    "apptainer key newpair"
-)
 
 
 @dataclass(frozen=True)
@@ -54,38 +47,18 @@ class Signature:
         return f"verified: signed by {self.signer} ({self.fingerprint})"
 
 
-def check_key(key: int | None) -> None:
-    """Let a key pass that can be signed with.
-
-    Raises:
-        ImageError: there is none, none of that number, or several and none was named.
-    """
-    told = ask([find_runtime(), "key", "list", "--secret"]) or ""
-    count = len(re.findall(r"^\s*\d+\)", told, re.MULTILINE))
-    if not count:
-        raise ImageError(
-            "there is no PGP key to sign with in your keyring",
-            "make one (apptainer key newpair), or import one (apptainer key import FILE)",
-        )
-    if key is None and count > 1:
-        raise ImageError(f"your keyring holds {count} keys to sign with", _KEY_REMEDY)
-    if key is not None and not 0 <= key < count:
-        raise ImageError(f"there is no key {key}: your keyring holds {count}", _KEY_REMEDY)
-
-
-def sign(image: Path, key: int | None = None) -> None:
-    """Sign an image; Apptainer asks at the terminal for the key's passphrase, where it has one.
-
-    Args:
-        key: number of the key in ``apptainer key list --secret``; None for the only one.
+def sign(image: Path, signer: Signer) -> None:
+    """Sign an image with a key that was found to sign (``find_signer``).
 
     Raises:
         ImageError: it could not be signed.
     """
-    check_key(key)
-    chosen = [] if key is None else ["--keyidx", str(key)]
-    command = [str(find_runtime()), "sign", *chosen, str(image)]
-    run(command, f"{image.name} could not be signed", _KEY_REMEDY, ask_user=True)
+    done = sign_with(signer, image)
+    if done.returncode:
+        raise ImageError(
+            f"{image.name} could not be signed: {last_words(done.stderr)}",
+            f"see that you may write {image}, and that there is room beside it",
+        )
 
 
 def signature(image: Path) -> Signature:
@@ -94,14 +67,7 @@ def signature(image: Path) -> Signature:
     Raises:
         ImageError: there is no Apptainer, or it cannot tell.
     """
-    command = [str(find_runtime()), "verify", "--local", "--json", str(image)]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", check=False,
-        )  # fmt: skip
-    except OSError as error:
-        raise ImageError(f"apptainer verify cannot be started: {error}", None) from error
+    done = apptainer(["verify", "--local", "--json", str(image)])
     return judge(done.stdout, done.stderr, done.returncode)
 
 
@@ -111,7 +77,7 @@ def judge(stdout: str, stderr: str, code: int) -> Signature:
     Raises:
         ImageError: it told nothing about signatures.
     """
-    why = _last_words(stderr)
+    why = last_words(stderr)
     if "signature not found" in why:
         return Signature("unsigned", why=why)
     told = _json(stdout)
@@ -153,9 +119,3 @@ def _json(text: str) -> Mapping[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) and "Signatures" in content else None
-
-
-def _last_words(stderr: str) -> str:
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines()]
-    words = next((line for line in reversed(lines) if line), "")
-    return re.sub(r"^FATAL:\s*(Failed to verify container:)?\s*", "", words)

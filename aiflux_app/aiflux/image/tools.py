@@ -18,18 +18,13 @@ def run(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    ask_user: bool = False,
 ) -> None:
     """Run a program with its output shown to the user.
-
-    Args:
-        ask_user: let it read what the user types.
 
     Raises:
         ImageError: it could not be started, or failed; ``what`` begins the message.
     """
-    stdin = None if ask_user else subprocess.DEVNULL
-    _start(command, what, remedy, cwd=cwd, env=env, stdin=stdin)
+    _start(command, what, remedy, cwd=cwd, env=env)
 
 
 def capture(command: Sequence[str | Path], what: str, remedy: str) -> str:
@@ -48,7 +43,6 @@ def _start(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    stdin: int | None = subprocess.DEVNULL,
     stdout: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     # Our scripts call pip through PYTHON: the python of a virtual environment has it.
@@ -59,7 +53,7 @@ def _start(
             words,
             cwd=cwd,
             env=environment,
-            stdin=stdin,
+            stdin=subprocess.DEVNULL,
             stdout=stdout,
             text=True,
             check=False,

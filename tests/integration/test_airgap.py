@@ -231,7 +231,7 @@ def test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built(
     assert "key 1 (Bob" in told
     assert "nobody to type it" in told
     assert not new.exists(), "nothing was built for it"
-    typed = 'printf %s\\n "$1" | { shift; exec "$@"; }'
+    typed = 'echo "$1" | { shift; exec "$@"; }'
     told = signer.run(
         "sh", "-c", typed, "sh", "wrong", *build, "--key", "1", cwd=place, env=env, code=2
     )

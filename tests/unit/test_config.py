@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,12 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
         ("slurm: [1]", "must hold KEY: VALUE"),
         ("[1]", "must hold KEY: VALUE"),
         ("a: b: c", "is not YAML"),
+        ("slurm: {gpus_per_node: two}", "a number of GPUs such as 2, or TYPE:NUMBER"),
+        ("slurm: {mem: \u0663G}", "mem must be a memory size"),
+        ("slurm: {sbatch_arg: {a: [1, 2]}}", "each VALUE a text or a number"),
+        ('slurm: {account: "a\\0b"}', "without control characters"),
+        ("run: {request_timeout: inf}", "request_timeout must be a number of at least 0.1"),
+        ("run: {request_timeout: 1e999}", "request_timeout must be a number of at least 0.1"),
     ],
 )
 def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: str) -> None:
@@ -81,6 +90,18 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: s
         ("run:\n\n\n  log_level: loud\n", "line 4 (run.log_level)", "DEBUG, INFO, WARNING or"),
         ("slurm:\n  mem: 1G\n  mem: 2G\n", "line 3: mem is given twice", "leave one of them"),
         ("slurm:\n  mem: [\n", "line 3 is not YAML", "correct it"),
+        ("slurm:\n\tmem: 1G\n", "line 2 is not YAML", "indent with blanks, not tabs"),
+        (
+            "slurm:\n  memory: 1G\n  mem: 2G\n",
+            "line 2 (slurm.memory): mem is another name of memory, and stands there too",
+            "leave one of them out",
+        ),
+        ("time: 1:00\n", "line 1: unknown section 'time'", "belongs to the section slurm: write"),
+        (
+            "run:\n  mem: 1G\n",
+            "line 2: unknown setting 'mem' in run",
+            "belongs to the section slurm",
+        ),
         ("slurm:\n  modules: {a: b}\n", "line 2 (slurm.modules)", "must be a text"),
     ],
 )
@@ -92,6 +113,76 @@ def test_an_error_names_the_line_and_what_may_stand_there(
         config(tmp_path)
     assert f"{tmp_path / 'aiflux.yaml'}, {place}" in caught.value.message
     assert remedy in str(caught.value.remedy)
+
+
+def test_what_is_no_file_of_settings_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "aiflux.yaml"
+    file.mkdir()
+    with pytest.raises(ConfigError, match="is a folder, and should be a file"):
+        config(tmp_path)
+    file.rmdir()
+    file.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="is a link to 'nowhere', where nothing is"):
+        config(tmp_path)
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config(tmp_path)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="is no plain file"):
+        config(tmp_path)
+    file.unlink()
+    file.write_text("#" * (2 << 20))
+    with pytest.raises(ConfigError, match="has 2 MB"):
+        config(tmp_path)
+    file.unlink()
+    (tmp_path / ".env").mkdir()
+    assert config(tmp_path).get("model") is None, "such folders are virtual environments"
+
+
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / ".config" / "aiflux"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    folder.chmod(0)
+    # Root may enter all the same, unless it gives that up.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    drop = drop if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*drop, sys.executable, "-m", "aiflux.cli", "config", "show"],
+        env={"HOME": str(tmp_path), "PATH": os.defpath}, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    folder.chmod(0o700)
+    assert done.returncode == 2, done.stderr
+    assert f"{folder / 'config.yaml'} cannot be read: Permission denied" in done.stderr
+
+
+def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    command = 'rmdir "$PWD" && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, "-m", "aiflux.cli", "config", "show"],
+        cwd=lost, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "the current folder cannot be used any more" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("MODEL_NAME='a", "the quote ' is not closed"),
+        ('MODEL_NAME="a" b', "'b' stands behind the quotes"),
+        ("MODEL_NAME='a'b", "'b' stands behind the quotes"),
+    ],
+)
+def test_quotes_of_dotenv_that_do_not_fit(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / ".env").write_text(f"\n{line}\n")
+    with pytest.raises(ConfigError, match=f"line 2 .MODEL_NAME.: {words}"):
+        config(tmp_path)
 
 
 def test_a_wrong_line_of_dotenv_is_named(tmp_path: Path) -> None:

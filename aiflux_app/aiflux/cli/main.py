@@ -10,7 +10,14 @@ from typing import Any
 
 from aiflux import __version__
 from aiflux.cli.parser import Parser
-from aiflux.cli.streams import FULL, drop_stdout, open_streams, refuse_broken_names, refused
+from aiflux.cli.streams import (
+    FULL,
+    drop_stdout,
+    open_streams,
+    refuse_broken_names,
+    refuse_lost_folder,
+    refused,
+)
 from aiflux.cli.usage import parse
 from aiflux.errors import AifluxError, ExitCode, describe
 
@@ -25,9 +32,6 @@ exit status: 0 all succeeded; 2 usage, configuration or input is wrong; 3 more
 requests failed than --max-failures allows; 4 no engine or model; 5 stopped
 before the end, the same command goes on; 1 a bug
 """
-
-# What rich's Console ends the process with where nobody reads stdout any more.
-_RICH_BROKEN_PIPE = 1
 
 # Each is a module of this package with ``add_arguments(parser)`` and ``execute(arguments)``.
 GROUPS = {
@@ -117,8 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             drop_stdout()
             code = int(ExitCode.OK)
         except SystemExit as end:
-            if end.code != _RICH_BROKEN_PIPE:
+            # So rich's Console ends the process where nobody reads stdout any more.
+            if not isinstance(end.__context__, BrokenPipeError):
                 raise
+            drop_stdout()
             code = int(ExitCode.OK)
         except Exception as error:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
             code = _failed(error, debug=debug)
@@ -146,6 +152,7 @@ def _run(words: Sequence[str]) -> int:
     if arguments.command is None:
         parser.print_help()
         return int(ExitCode.USAGE)
+    refuse_lost_folder()
     code: int = _module(arguments.command).execute(arguments)
     return code
 

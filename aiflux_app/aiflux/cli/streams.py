@@ -69,6 +69,20 @@ def refuse_broken_names(words: Sequence[str]) -> None:
             )
 
 
+def refuse_lost_folder() -> None:
+    """Refuse to work in a folder that is gone.
+
+    Raises:
+        UsageError: the current folder was removed, or may not be read.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"the current folder cannot be used any more: {error.strerror}", "cd to another one"
+        ) from error
+
+
 def _is_text(word: str) -> bool:
     try:
         word.encode("utf-8")

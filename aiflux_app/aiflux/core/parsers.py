@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 Parser = Callable[[Any], Any]
 
-_WALLTIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z", re.IGNORECASE)
+_WALLTIME = re.compile(
+    r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z", re.IGNORECASE | re.ASCII
+)
+_GPUS = re.compile(r"([\w.:-]+:)?\d+", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _TRUTH = {"true": True, "yes": True, "1": True, "on": True,
           "false": False, "no": False, "0": False, "off": False}  # fmt: skip
 
@@ -18,8 +23,8 @@ def text(value: Any) -> str:
     """Accept a text of one line that is not empty."""
     if value is None or isinstance(value, bool | dict | list | tuple) or str(value).strip() == "":
         raise ValueError("a text")
-    if "\n" in str(value):
-        raise ValueError("a text of one line")
+    if _CONTROL.search(str(value)):
+        raise ValueError("a text of one line, without control characters")
     return str(value)
 
 
@@ -28,7 +33,7 @@ def integer(low: int, high: int | None = None) -> Callable[[Any], int]:
     wanted = f"a whole number of at least {low}" + (f" and at most {high}" if high else "")
 
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d+", str(value).strip()):
+        if isinstance(value, bool) or not re.fullmatch(r"[+-]?[0-9]+", str(value).strip()):
             raise ValueError(wanted)
         number = int(value)
         if number < low or (high is not None and number > high):
@@ -47,7 +52,7 @@ def number(low: float, high: float | None = None) -> Callable[[Any], float]:
             found = float("x" if isinstance(value, bool) else value)
         except (TypeError, ValueError):
             raise ValueError(wanted) from None
-        if not low <= found <= (float("inf") if high is None else high):
+        if not math.isfinite(found) or found < low or (high is not None and found > high):
             raise ValueError(wanted)
         return found
 
@@ -86,15 +91,23 @@ def walltime(value: Any) -> str:
 def memory(value: Any) -> str:
     """Accept the forms of ``sbatch --mem``, and a B at their end."""
     size = text(value)
-    if not re.fullmatch(r"\d+[KMGTkmgt]?[Bb]?", size):
+    if not re.fullmatch(r"[0-9]+[KMGTkmgt]?[Bb]?", size):
         raise ValueError("a memory size such as 32G")
     return size.upper().removesuffix("B")
+
+
+def gpus(value: Any) -> str:
+    """Accept the forms of ``sbatch --gpus-per-node``."""
+    wanted = text(value).strip()
+    if not all(_GPUS.fullmatch(part) for part in wanted.split(",")):
+        raise ValueError("a number of GPUs such as 2, or TYPE:NUMBER such as a100:2; 0 for none")
+    return wanted
 
 
 def failures(value: Any) -> str:
     """Accept a count or a percentage."""
     limit = text(value).strip()
-    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", limit):
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", limit, re.ASCII):
         raise ValueError("a number of requests such as 10, or a percentage such as 2%")
     return limit
 
@@ -104,7 +117,7 @@ def shards(value: Any) -> int | str:
     word = str(value).strip().lower()
     if word == "auto":
         return word
-    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d*", word):
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9][0-9]*", word):
         raise ValueError("a whole number of at least 1, or auto")
     return int(word)
 
@@ -112,10 +125,16 @@ def shards(value: Any) -> int | str:
 def pairs(value: Any) -> dict[str, str]:
     """Accept a mapping, ``KEY=VALUE``, or a list of ``KEY=VALUE``; a bare KEY is a flag."""
     if isinstance(value, dict):
-        return {text(key): "" if item is None else str(item) for key, item in value.items()}
+        return {text(key): "" if item is None else _pair_value(item) for key, item in value.items()}
     items = value if isinstance(value, list | tuple) else [value]
     split = (text(item).partition("=") for item in items)
     return {key.strip().removeprefix("--"): item for key, _, item in split}
+
+
+def _pair_value(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        raise ValueError("KEY: VALUE lines, each VALUE a text or a number")
+    return str(value)
 
 
 def lines(value: Any) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ SETTINGS: tuple[Setting, ...] = (
     _slurm("nodes", parsers.integer(1), 1, "nodes of the job", env="SLURM_NODES"),
     _slurm(
         "gpus_per_node",
-        parsers.text,
+        parsers.gpus,
         "1",
         "GPUs, a number or TYPE:NUMBER; 0 for none",
         env="SLURM_GPUS_PER_NODE",
@@ -245,6 +245,14 @@ def known_setting(name: str, place: str, known: Mapping[str, Setting] = BY_NAME)
     if name not in known:
         raise ConfigError(f"{place}unknown setting {name!r}", suggestion(name, known))
     return known[name]
+
+
+def elsewhere(name: str, otherwise: str) -> str:
+    """Return the remedy for a setting in the wrong part of a YAML file, or another one."""
+    if name not in BY_NAME:
+        return otherwise
+    section = BY_NAME[name].section
+    return f"{name} belongs to the section {section}: write it below '{section}:', indented"
 
 
 def parse_setting(setting: Setting, value: Any, place: str) -> Any:

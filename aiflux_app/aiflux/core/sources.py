@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.settings import SECTIONS, SETTINGS, parse_setting, section_settings
+from aiflux.core.settings import (
+    SECTIONS,
+    SETTINGS,
+    elsewhere,
+    parse_setting,
+    section_settings,
+)
 from aiflux.core.slurmconfig import LEFT_OUT
-from aiflux.core.yamlfile import read_yaml
+from aiflux.core.yamlfile import YamlFile, is_there, read_yaml
 from aiflux.errors import ConfigError
 
 _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
@@ -31,7 +37,7 @@ def site_file(environ: Mapping[str, str]) -> Path | None:
         ConfigError: it is not there.
     """
     site = environ.get("AIFLUX_SITE_CONFIG")
-    if site and not Path(site).is_file():
+    if site and not is_there(Path(site)):
         raise ConfigError(
             f"AIFLUX_SITE_CONFIG names {site!r}, which is not a file",
             "correct the variable or unset it",
@@ -55,7 +61,7 @@ def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Value]:
     values = {}
     site = site_file(environ)
     for path in (*([site] if site else []), user_file(environ), project_file(directory)):
-        if path.is_file():
+        if is_there(path):
             values.update(from_yaml(path))
     return values
 
@@ -67,10 +73,12 @@ def from_yaml(path: Path) -> dict[str, Value]:
         ConfigError: naming the line and what may stand there.
     """
     file = read_yaml(path)
-    values = {}
-    for section in file.mapping(known=SECTIONS, noun="section"):
+    values: dict[str, Value] = {}
+    for section in file.mapping(known=SECTIONS, noun="section", remedy=elsewhere):
         known = section_settings(section)
-        for name, value in file.mapping(section, known=known, noun="setting").items():
+        given = file.mapping(section, known=known, noun="setting", remedy=elsewhere)
+        _refuse_two_names(file, section, given)
+        for name, value in given.items():
             setting, keys = known[name], (section, name)
             if value is not None:
                 parsed = parse_setting(setting, value, file.place(*keys))
@@ -80,6 +88,19 @@ def from_yaml(path: Path) -> dict[str, Value]:
     return values
 
 
+def _refuse_two_names(file: YamlFile, section: str, given: Mapping[str, Any]) -> None:
+    """Refuse a setting that stands there under two of its names."""
+    for setting in section_settings(section).values():
+        names = [name for name in (setting.name, *setting.aliases) if name in given]
+        if len(names) > 1:
+            first, second = names[:2]
+            raise ConfigError(
+                f"{file.place(section, second)}: {first} is another name of {second}, and stands "
+                "there too",
+                "leave one of them out",
+            )
+
+
 def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:
     """Return what the environment says; an empty variable counts as not set."""
     return _named({name: (text, "environment") for name, text in environ.items()})
@@ -87,7 +108,8 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:
 
 def from_dotenv(path: Path) -> dict[str, Value]:
     """Return what a ``.env`` file says, if there is one."""
-    if not path.is_file():
+    # A folder of this name is a virtual environment.
+    if path.is_dir() or not is_there(path):
         return {}
     return _named(
         {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)}
@@ -116,19 +138,32 @@ def _named(texts: Mapping[str, tuple[str, str]]) -> dict[str, Value]:
 def _dotenv_lines(path: Path) -> Iterator[tuple[str, str, int]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", "mend it, or remove it") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}", "check its permissions"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from None
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _DOTENV_LINE.match(line)
         if match is None:
             raise ConfigError(f"{path}, line {number}: {line!r} is not KEY=VALUE", "correct it")
-        yield match[1], _unquote(match[2]), number
+        try:
+            yield match[1], _unquote(match[2]), number
+        except ValueError as error:
+            place = f"{path}, line {number} ({match[1]})"
+            raise ConfigError(f"{place}: {error}", "correct it") from None
 
 
 def _unquote(text: str) -> str:
-    for quote in ("'", '"'):
-        if text.startswith(quote) and text.find(quote, 1) > 0:
-            return text[1 : text.index(quote, 1)]
+    quote = text[:1]
+    if quote in ("'", '"'):
+        inside, closed, after = text[1:].partition(quote)
+        if not closed:
+            raise ValueError(f"the quote {quote} is not closed")
+        if not re.fullmatch(r"(\s*|\s+#.*)", after):
+            raise ValueError(f"{after.strip()!r} stands behind the quotes")
+        return inside
     return re.split(r"(?:^|\s+)#", text, maxsplit=1)[0]

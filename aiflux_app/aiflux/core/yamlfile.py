@@ -6,9 +6,10 @@ guesses (12:30:00 is 45000, ``no`` is false, 010 is 8) are traps in a file of Sl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import yaml
@@ -16,6 +17,7 @@ import yaml
 from aiflux.core.names import suggestion
 from aiflux.errors import ConfigError
 
+_LARGEST = 1 << 20  # bytes; what is larger was not written by hand, and takes long to read
 _KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 _DEPTH = 4  # mappings within mappings whose keys are looked at
 
@@ -55,12 +57,19 @@ class YamlFile:
         """Return ``FILE, line N (KEY.KEY)``."""
         return f"{self.line(*keys)} ({'.'.join(keys)})" if keys else str(self.path)
 
-    def mapping(self, *keys: str, known: Iterable[str] = (), noun: str = "key") -> dict[str, Any]:
+    def mapping(
+        self,
+        *keys: str,
+        known: Iterable[str] = (),
+        noun: str = "key",
+        remedy: Callable[[str, str], str] = lambda _, usual: usual,
+    ) -> dict[str, Any]:
         """Return the mapping that stands at ``keys``; an empty one where there is nothing.
 
         Args:
             known: the keys that it may hold; none given, it may hold any.
             noun: what the keys are, for the message.
+            remedy: from an unknown key and the usual remedy to a better one.
 
         Raises:
             ConfigError: it is no mapping, or holds a key that is not known.
@@ -81,18 +90,49 @@ class YamlFile:
                 where = f" in {'.'.join(keys)}" if keys else ""
                 raise ConfigError(
                     f"{self.line(*keys, key)}: unknown {noun} {key!r}{where}",
-                    suggestion(key, names),
+                    remedy(key, suggestion(key, names)),
                 )
         return {str(key): item for key, item in value.items()}
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file of settings is there to be read.
+
+    Raises:
+        ConfigError: something else has its name, or it cannot be told.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link to {str(path.readlink())!r}, where nothing is",
+                "correct the link, or remove it",
+            ) from None
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}", "check its name and permissions"
+        ) from None
+    if not S_ISREG(mode):
+        kind = "a folder" if S_ISDIR(mode) else "no plain file"
+        raise ConfigError(f"{path} is {kind}, and should be a file", "rename or remove it")
+    return True
 
 
 def read_yaml(path: Path) -> YamlFile:
     """Read a file.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, or gives a key twice.
+        ConfigError: it cannot be read, is too large, is not YAML, or gives a key twice.
     """
     try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise ConfigError(
+                f"{path} has {size / 1e6:.0f} MB, which is no file of settings",
+                "see what is in it, and name the right file",
+            )
         return parse_yaml(path.read_text(encoding="utf-8-sig"), path)
     except OSError as error:
         raise ConfigError(
@@ -117,7 +157,8 @@ def parse_yaml(text: str, path: Path) -> YamlFile:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         told = error.problem or error.context or "it cannot be read"
-        raise ConfigError(f"{path}{line} is not YAML: {told}", "correct it") from None
+        remedy = "indent with blanks, not tabs" if r"'\t'" in told else "correct it"
+        raise ConfigError(f"{path}{line} is not YAML: {told}", remedy) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
     return YamlFile(path, content, lines)

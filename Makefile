@@ -43,7 +43,7 @@ install: $(bin)/.installed ## make a virtual environment in .venv with aiflux in
 	@echo "installed: $(bin)/aiflux"
 
 image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TARBALL=, OLLAMA_IMAGE=, SIGN=1, KEY=)
-	$(bin)/aiflux image build --base $(BASE) --output $(IMAGE) --force \
+	$(bin)/aiflux image build --base '$(BASE)' --output '$(IMAGE)' --force \
 		$(if $(OLLAMA_TARBALL),--ollama-tarball '$(OLLAMA_TARBALL)') \
 		$(if $(OLLAMA_IMAGE),--ollama-image '$(OLLAMA_IMAGE)') \
 		$(if $(SIGN)$(KEY),--sign) $(if $(KEY),--key '$(KEY)')

@@ -179,10 +179,9 @@ def _table(section: str) -> Iterator[str]:
     options = _options()
     for setting in SETTINGS:
         if setting.section == section:
-            names = [setting.option, *("--" + alias.replace("_", "-") for alias in setting.aliases)]
             cells = [
                 f"`{setting.name}`",
-                ", ".join(f"`{name}`" for name in names if name in options),
+                ", ".join(f"`{name}`" for name in setting.options if name in options),
                 f"`{setting.env}`" if setting.env else "",
                 _default(setting),
                 _meaning(setting),

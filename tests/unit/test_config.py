@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.options import RunOptions
-from aiflux.core.settings import SETTINGS
+from aiflux.core.settings import SETTINGS, Setting
 from aiflux.errors import ConfigError
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.directives import job_directives
@@ -113,6 +115,19 @@ def test_an_error_names_the_line_and_what_may_stand_there(
         config(tmp_path)
     assert f"{tmp_path / 'aiflux.yaml'}, {place}" in caught.value.message
     assert remedy in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("setting", [item for item in SETTINGS if isinstance(item.default, bool)])
+def test_an_argument_can_say_yes_and_no_over_a_file(tmp_path: Path, setting: Setting) -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, "run", "slurm", "paths")
+    name = setting.name.replace("_", "-")
+    for option, meant in ((f"--{name}", True), (f"--no-{name}", False)):
+        word = str(not meant).lower()
+        (tmp_path / "aiflux.yaml").write_text(f"{setting.section}: {{{setting.name}: {word}}}")
+        assert config(tmp_path).get(setting.name) is not meant
+        given = given_settings(parser.parse_args([option]))
+        assert config(tmp_path, arguments=given).get(setting.name) is meant
 
 
 def test_what_is_no_file_of_settings_is_told(tmp_path: Path) -> None:

@@ -207,7 +207,9 @@ def test_init_for_all_folders_and_elsewhere(
 def test_show_tells_each_value_and_its_origin(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "aiflux.yaml").write_text("slurm:\n  mem: null\n  sbatch_arg: {comment: x}\n")
+    (folder / "aiflux.yaml").write_text(
+        'slurm:\n  mem: null\n  sbatch_arg: {comment: x}\nrun:\n  stop: ["\\n", "a, b", c d]\n'
+    )
     (folder / ".env").write_text("\nTOP_P=0.5\n")
     monkeypatch.setenv("SLURM_ACCOUNT", "mine")
     assert main(["config", "show"]) == 0
@@ -216,6 +218,7 @@ def test_show_tells_each_value_and_its_origin(
     assert table["account"].split() == ["mine", "environment", "(SLURM_ACCOUNT)"]
     assert table["mem"].split() == ["-", "./aiflux.yaml,", "line", "2"]
     assert table["sbatch_arg"].split() == ["comment=x", "./aiflux.yaml,", "line", "3"]
+    assert table["stop"].startswith(r'"\n", "a, b", c d '), "three texts"
     assert table["top_p"].split() == ["0.5", "./.env,", "line", "2", "(TOP_P)"]
     assert table["seal"].split() == ["true", "default"]
     assert {item.name for item in SETTINGS} <= set(table)

@@ -70,8 +70,14 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return ", ".join(f"{key}={item}" if item else key for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else _short(str(value))
+        return ", ".join(_item(f"{key}={item}" if item else key) for key, item in value.items())
+    return ", ".join(map(_item, value)) if isinstance(value, tuple) else _short(str(value))
+
+
+def _item(text: str) -> str:
+    """Return one of several texts, in quotes where it could be taken for two or not be seen."""
+    plain = text.isprintable() and text == text.strip() and "," not in text
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _short(text: str) -> str:

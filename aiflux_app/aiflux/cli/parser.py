@@ -58,6 +58,11 @@ def is_setting(action: argparse.Action) -> bool:
     return action.dest in BY_NAME and action.default is None
 
 
+def _is_common(action: argparse.Action) -> bool:
+    """Tell whether --help shows an option; of two opposites it shows the first."""
+    return action.dest in _COMMON and BY_NAME[action.dest].option in action.option_strings
+
+
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', ')')) else '.'}"
 
@@ -122,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         return [
             action
             for action in self._actions
-            if action.dest in _RARE or (is_setting(action) and action.dest not in _COMMON)
+            if action.dest in _RARE or (is_setting(action) and not _is_common(action))
         ]
 
     def commands(self) -> list[tuple[Parser, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from aiflux.core.settings import SETTINGS, Setting
@@ -50,20 +52,29 @@ def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
             _add(group, setting)
 
 
+class _Switch(argparse.Action):
+    """Sets what the option's name says: ``--seal`` true, ``--no-seal`` false."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
+
+
 def _add(group: Any, setting: Setting) -> None:
-    names = [setting.option, *("--" + alias.replace("_", "-") for alias in setting.aliases)]
+    names = setting.options
     text = setting.help
     if setting.default not in (None, True, False, {}, ()):
         text += f" (default: {str(setting.default).replace('%', '%%')})"
     if isinstance(setting.default, bool):
-        group.add_argument(
-            *names,
-            dest=setting.name,
-            action="store_const",
-            const=not setting.default,
-            default=None,
-            help=text,
-        )
+        option, opposite = names
+        add = partial(group.add_argument, dest=setting.name, action=_Switch, nargs=0, default=None)
+        add(option, help=text)
+        add(opposite, help=f"the opposite of {option}, where a file or the environment says that")
         return
     group.add_argument(
         *names,

@@ -36,7 +36,16 @@ class Setting:
     @property
     def option(self) -> str:
         """The name of the command line option; it says the opposite of a default of True."""
-        return ("--no-" if self.default is True else "--") + self.name.replace("_", "-")
+        return self.options[0]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Its options; those of a truth value have the opposite, which undoes a file's."""
+        if isinstance(self.default, bool):
+            name = self.name.replace("_", "-")
+            both = (f"--{name}", f"--no-{name}")
+            return both[::-1] if self.default else both
+        return tuple("--" + name.replace("_", "-") for name in (self.name, *self.aliases))
 
 
 def _run(name: str, parse: Parser, default: Any, help: str, **more: Any) -> Setting:

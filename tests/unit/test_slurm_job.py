@@ -125,6 +125,7 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
         AIFLUX_ALLOW_CPU="1",
         AIFLUX_DATA_DIR="/of/the/host",
         AIFLUX_IMAGE="/of/the/host",
+        AIFLUX_OLLAMA="/of/the/host",
         AIFLUX_SEAL="yes",
         AIFLUX_SEALED="0",
         AIFLUX_UNSEALED="of the host",
@@ -148,6 +149,7 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
     assert inside(prepare) == inside(Call([], prepare_environment(spec, environ)))
     assert inside(work) == inside(Call([], work_environment(spec, environ)))
     assert inside(work)["APPTAINERENV_AIFLUX_SEALED"] == "1"
+    assert "/of/the/host" not in inside(work).values()
     assert not any(name.lower().endswith("_proxy") for name in work.environ)
 
 

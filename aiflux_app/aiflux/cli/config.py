@@ -121,6 +121,8 @@ def _init(arguments: argparse.Namespace) -> int:
     target = _target(arguments)
     if target is not None:
         _refuse(target, force=arguments.force)
+    if sys.stderr.isatty():
+        print("asking Slurm ...", file=sys.stderr)
     facts = ask_cluster()
     proposal = propose(facts)
     text = initial_file(facts, proposal)

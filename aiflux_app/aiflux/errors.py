@@ -43,14 +43,21 @@ class AifluxError(Exception):
     Args:
         message: what was seen, and what follows from it.
         remedy: what the user can do next; shown on a line of its own.
+
+    As a text, which a traceback shows, it is all of this.
     """
 
     exit_code: ExitCode = ExitCode.BUG
+    problems: tuple[str, ...] = ()
 
     def __init__(self, message: str, remedy: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {problem}" for problem in self.problems)]
+        return "\n".join([*lines, f"  -> {self.remedy}"] if self.remedy else lines)
 
 
 class UsageError(AifluxError):
@@ -131,9 +138,4 @@ class StorageError(StoppedError):
 
 def describe(error: AifluxError) -> str:
     """Return the one form in which errors are shown: what was seen, its places, what to do."""
-    lines = [f"error: {error.message}"]
-    if isinstance(error, InputError | PreflightError):
-        lines += [f"  {problem}" for problem in error.problems]
-    if error.remedy:
-        lines.append(f"  -> {error.remedy}")
-    return "\n".join(lines)
+    return f"error: {error}"

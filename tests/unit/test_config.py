@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.options import RunOptions
 from aiflux.core.settings import SETTINGS, Setting
-from aiflux.errors import ConfigError
+from aiflux.errors import ConfigError, PreflightError, describe
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.directives import job_directives
 
@@ -95,7 +96,7 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: s
         ("slurm:\n\tmem: 1G\n", "line 2 is not YAML", "indent with blanks, not tabs"),
         (
             "slurm:\n  memory: 1G\n  mem: 2G\n",
-            "line 2 (slurm.memory): mem is another name of memory, and stands there too",
+            "line 3 (slurm.mem): memory and mem are names of one setting, and both are given",
             "leave one of them out",
         ),
         ("time: 1:00\n", "line 1: unknown section 'time'", "belongs to the section slurm: write"),
@@ -296,6 +297,24 @@ def test_a_value_is_checked_when_it_is_given() -> None:
     assert "did you mean 'account'?" in str(caught.value.remedy)
     with pytest.raises(ConfigError, match="one job uses one node"):
         SlurmConfig(nodes=2).checked()
+
+
+def test_what_python_shows_of_an_error_names_the_allowed_values() -> None:
+    with pytest.raises(ConfigError) as caught:
+        SlurmConfig(acount="x")
+    assert "unknown setting 'acount'" in str(caught.value)
+    assert "did you mean 'account'? known are: account, " in str(caught.value)
+    found = PreflightError("2 things stand in the way", "mend them", ("1. this", "2. that"))
+    shown = "".join(traceback.format_exception_only(found))
+    assert shown.endswith("stand in the way\n  1. this\n  2. that\n  -> mend them\n")
+    assert describe(found) == f"error: {found}"
+
+
+def test_two_names_of_one_setting_are_not_both_taken(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mem and memory are names of one setting"):
+        SlurmConfig(mem="1G", memory="2G")
+    with pytest.raises(ConfigError, match="memory and mem are names of one setting"):
+        config(tmp_path).get_slurm_config({"memory": "1G", "mem": "2G"})
 
 
 def test_top_k_is_refused_where_it_would_have_no_effect() -> None:

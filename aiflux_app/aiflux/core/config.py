@@ -18,7 +18,14 @@ from aiflux.core.catalogue import Catalogue, catalogue_files, read_catalogue
 from aiflux.core.modelconfig import ModelConfig, ModelParameters, model_file, read_model_file
 from aiflux.core.modelname import parse_model_name, same_model
 from aiflux.core.options import RunOptions
-from aiflux.core.settings import BY_NAME, SETTINGS, known_setting, parse_setting, section_settings
+from aiflux.core.settings import (
+    BY_NAME,
+    SETTINGS,
+    known_setting,
+    parse_setting,
+    refuse_two_names,
+    section_settings,
+)
 from aiflux.core.slurmconfig import SlurmConfig
 from aiflux.core.sources import Value, from_dotenv, from_environment, from_files
 from aiflux.errors import ConfigError
@@ -231,6 +238,7 @@ def _of_model(model: ModelConfig, values: Mapping[str, Value]) -> Iterator[tuple
 def _parsed(section: str, given: Mapping[str, Any], place: str) -> dict[str, Any]:
     known = section_settings(section)
     values = {}
+    refuse_two_names(given, lambda _: place)
     for name, value in given.items():
         setting = known_setting(name, f"{place}: ", known)
         if value is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -254,6 +254,26 @@ def known_setting(name: str, place: str, known: Mapping[str, Setting] = BY_NAME)
     if name not in known:
         raise ConfigError(f"{place}unknown setting {name!r}", suggestion(name, known))
     return known[name]
+
+
+def refuse_two_names(given: Mapping[str, Any], place: Callable[[str], str]) -> None:
+    """Refuse a setting that is given under two of its names.
+
+    Args:
+        given: values by names; None means not given.
+        place: where a name stands, for the message.
+
+    Raises:
+        ConfigError: one is.
+    """
+    seen: dict[str, str] = {}
+    for name in (name for name in given if name in BY_NAME and given[name] is not None):
+        first = seen.setdefault(BY_NAME[name].name, name)
+        if first != name:
+            raise ConfigError(
+                f"{place(name)}: {first} and {name} are names of one setting, and both are given",
+                "leave one of them out",
+            )
 
 
 def elsewhere(name: str, otherwise: str) -> str:

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from aiflux.core.settings import Setting, known_setting, parse_setting, section_settings
+from aiflux.core.settings import (
+    Setting,
+    known_setting,
+    parse_setting,
+    refuse_two_names,
+    section_settings,
+)
 from aiflux.errors import ConfigError
 
 LEFT_OUT = ("time", "mem", "cpus_per_task")
@@ -48,6 +54,7 @@ class SlurmConfig:
     def __init__(self, **values: Any) -> None:
         for item in fields(self):
             object.__setattr__(self, item.name, _default(item.name))
+        refuse_two_names(values, lambda _: "SlurmConfig")
         for name, value in values.items():
             setattr(self, name, value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from aiflux.core.settings import (
     SETTINGS,
     elsewhere,
     parse_setting,
+    refuse_two_names,
     section_settings,
 )
 from aiflux.core.slurmconfig import LEFT_OUT
-from aiflux.core.yamlfile import YamlFile, is_there, read_yaml
+from aiflux.core.yamlfile import is_there, read_yaml
 from aiflux.errors import ConfigError
 
 _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
@@ -77,7 +79,7 @@ def from_yaml(path: Path) -> dict[str, Value]:
     for section in file.mapping(known=SECTIONS, noun="section", remedy=elsewhere):
         known = section_settings(section)
         given = file.mapping(section, known=known, noun="setting", remedy=elsewhere)
-        _refuse_two_names(file, section, given)
+        refuse_two_names(given, partial(file.place, section))
         for name, value in given.items():
             setting, keys = known[name], (section, name)
             if value is not None:
@@ -86,19 +88,6 @@ def from_yaml(path: Path) -> dict[str, Value]:
             elif setting.name in LEFT_OUT:
                 values[setting.name] = Value(None, file.line(*keys))
     return values
-
-
-def _refuse_two_names(file: YamlFile, section: str, given: Mapping[str, Any]) -> None:
-    """Refuse a setting that stands there under two of its names."""
-    for setting in section_settings(section).values():
-        names = [name for name in (setting.name, *setting.aliases) if name in given]
-        if len(names) > 1:
-            first, second = names[:2]
-            raise ConfigError(
-                f"{file.place(section, second)}: {first} is another name of {second}, and stands "
-                "there too",
-                "leave one of them out",
-            )
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:

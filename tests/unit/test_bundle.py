@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -198,6 +200,47 @@ def test_what_a_killed_install_left_is_used(bundle: Path, to: Places) -> None:
     staged.write_bytes(b"half")
     install(bundle, to, silent)
     assert missing_parts(to.models, NAME) == []
+
+
+def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: Places) -> None:
+    staged = to.staged("image/aiflux.sif")
+
+    def stop(_: int) -> None:
+        if (to.models / ".staging" / "bundle" / "models").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install(bundle, to, silent, stop)
+    inode = staged.stat().st_ino
+    assert not to.command.exists()
+    install(bundle, to, silent)
+    assert to.image.stat().st_ino == inode
+    assert not staged.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "words", [[bundleinstaller.__file__], ["-m", "aiflux.cli", "bundle", "install"]]
+)
+def test_a_signal_stops_an_install_in_words(bundle: Path, to: Places, words: list[str]) -> None:
+    # It waits where it wants to write the image: nobody reads this pipe.
+    pipe = to.staged("image/aiflux.sif")
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    where = ["--prefix", str(to.prefix), "--models-dir", str(to.models)]
+    process = subprocess.Popen(
+        [sys.executable, *words, str(bundle), *where],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (to.models / ".staging" / "bundle.lock").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, told = process.communicate(timeout=30)
+    assert (process.returncode, out) == (5, "")
+    assert told.splitlines() == [
+        "error: the install was stopped before its end",
+        "  -> the same command goes on where this one stopped",
+    ]
 
 
 def test_a_blob_that_was_damaged_on_the_disk_is_replaced(bundle: Path, to: Places) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.cli.jsonout import add_json, print_json
+from aiflux.cli.unwinding import unwinding
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.bundle import Ingredients, payload_size, write_bundle
 from aiflux.core.bundleinstaller import (
+    STOPPED,
     Bundle,
     InstallError,
     add_options,
@@ -31,7 +33,7 @@ from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import read_manifest, refuse_other_digest
 from aiflux.core.preflight import size_text
 from aiflux.core.sif import machine_arch, read_image
-from aiflux.errors import BundleError, OutputExistsError, StorageError
+from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,8 @@ def python_version(text: str) -> str:
 def execute(arguments: argparse.Namespace) -> int:
     """Carry out the action that was named."""
     actions = {"create": _create, "install": _install, "verify": _verify}
-    return actions[arguments.action](arguments)
+    with unwinding():
+        return actions[arguments.action](arguments)
 
 
 def _create(arguments: argparse.Namespace) -> int:
@@ -153,7 +156,10 @@ def _model(models_dir: Path, text: str) -> ModelName:
 def _install(arguments: argparse.Namespace) -> int:
     with _told():
         to = places(arguments.prefix, arguments.models_dir)
-        install(arguments.bundle, to, print, meter(size(arguments.bundle)))
+        try:
+            install(arguments.bundle, to, print, meter(size(arguments.bundle)))
+        except KeyboardInterrupt:
+            raise StoppedError(*STOPPED) from None
         print(next_steps(to))
     return 0
 

@@ -24,6 +24,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tarfile
 import venv
@@ -41,6 +42,11 @@ _CHUNK = 4 << 20
 _SMALL = 16 << 20  # bytes that a list of checksums may have
 _SUM = re.compile(r"([0-9a-f]{64})  (\S.*)\Z")
 _BLOB = re.compile(r"models/blobs/sha256-([0-9a-f]{64})\Z")
+STOPPED = (
+    "the install was stopped before its end",
+    "the same command goes on where this one stopped",
+)
+"""What is said when somebody stops an install, and what to do next."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Say = Callable[[str], None]
@@ -169,6 +175,7 @@ def install(
     Raises:
         InstallError: nothing was changed: the bundle is damaged or not for this machine, or there
             is no room.
+        KeyboardInterrupt: what has arrived is kept, for the next try.
     """
     with _opened(path) as (tar, bundle):
         _refuse_foreign(bundle)
@@ -177,10 +184,18 @@ def install(
                 _refuse_full(bundle, tar, to)
                 _stage(tar, bundle, to, on_bytes)
                 _put_in_place(bundle, to, say)
-            finally:
-                for root in (to.prefix, to.models):
-                    shutil.rmtree(root / ".staging" / "bundle", ignore_errors=True)
+            except KeyboardInterrupt:
+                raise  # what has arrived is of use to the next try
+            except BaseException:
+                _remove_staged(to)
+                raise
+            _remove_staged(to)
     return bundle
+
+
+def _remove_staged(to: Places) -> None:
+    for root in (to.prefix, to.models):
+        shutil.rmtree(root / ".staging" / "bundle", ignore_errors=True)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -599,6 +614,8 @@ def main() -> int:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
+    # SIGTERM is to leave things as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.verify:
             verify(arguments.bundle, meter(size(arguments.bundle)))
@@ -610,6 +627,9 @@ def main() -> int:
     except InstallError as error:
         sys.stderr.write(f"error: {error}\n  -> {error.remedy}\n")
         return 5 if error.storage else 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: {}\n  -> {}\n".format(*STOPPED))
+        return 5
     return 0
 
 

@@ -581,6 +581,7 @@ def test_paths_are_relative_to_where_sbatch_was_called(place: Place) -> None:
         ([], "No", "--no-seal"),
         ([], "0", "--no-seal"),
         (["--model", "m", "--no-seal", "--force"], "yes", "--no-seal"),
+        (["--seal", "--force"], "no", None),
     ],
 )
 def test_the_generic_script_can_leave_the_network(
@@ -590,7 +591,7 @@ def test_the_generic_script_can_leave_the_network(
     assert done.returncode == 0, done.stderr
     calls = place.fakes.calls("apptainer")
     assert len(calls) == (3 if why is None else 2)
-    assert "--no-seal" not in calls[0].argv, "it is no option of the worker"
+    assert not {"--no-seal", "--seal"} & {*calls[0].argv}, "they are no options of the worker"
     assert ("--force" in calls[0].argv) is bool(arguments)
     assert ("--net" in calls[-1].argv) is (why is None)
     assert inside(calls[-1]).get("APPTAINERENV_AIFLUX_UNSEALED") == why

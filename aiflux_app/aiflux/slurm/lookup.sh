@@ -2,7 +2,7 @@
 # Usage: sbatch [SBATCH OPTIONS] slurm/run.sbatch INPUT [OUTPUT] [WORKER OPTIONS]
 #   INPUT    requests, OpenAI Batch JSONL
 #   OUTPUT   *.json or *.jsonl; INPUT's stem and .results.json in the current directory if left out
-#   options  of the worker, such as --model llama3.2:3b; and --no-seal
+#   options  of the worker, such as --model llama3.2:3b; and --no-seal or --seal
 # Environment: AIFLUX_IMAGE, AIFLUX_MODELS_DIR, AIFLUX_DATA_DIR, AIFLUX_CONTAINERS_DIR, AIFLUX_SEAL
 # and what `aiflux run` reads for a run (MODEL_NAME, TEMPERATURE, ...).
 
@@ -86,6 +86,7 @@ worker_options=()
 for argument in "$@"; do
     case $argument in
         --no-seal) want_seal=0 && continue ;;
+        --seal) want_seal=1 && continue ;;
         --engine-url*) engine_url=$argument ;;
     esac
     worker_options+=("$argument")

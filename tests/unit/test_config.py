@@ -201,6 +201,39 @@ def test_quotes_of_dotenv_that_do_not_fit(tmp_path: Path, line: str, words: str)
         config(tmp_path)
 
 
+def test_paths_of_files_count_from_there_and_may_name_variables(tmp_path: Path) -> None:
+    site, here = tmp_path / "site" / "s.yaml", tmp_path / "here"
+    site.parent.mkdir()
+    here.mkdir()
+    environ = {"AIFLUX_SITE_CONFIG": str(site), "HOME": "/h", "USER": "ann", "SCRATCH": "/s c"}
+
+    def models_dir() -> Path:
+        return Config(environ=environ, directory=here).models_dir
+
+    def written(path: str) -> Path:
+        site.write_text(f"paths:\n  models_dir: {path}\n")
+        return models_dir()
+
+    assert written("models") == tmp_path / "site" / "models"
+    assert written("/data/$USER/models") == Path("/data/ann/models")
+    assert written("${SCRATCH}/m") == Path("/s c/m")
+    assert written("/a$$USER/$(b)$") == Path("/a$USER/$(b)$")
+    assert written("~/m") == Path("~/m").expanduser()
+    (here / ".env").write_text("AIFLUX_MODELS_DIR=$SCRATCH/m\n")
+    assert models_dir() == Path("/s c/m")
+    environ["AIFLUX_MODELS_DIR"] = "/$USER"
+    assert models_dir() == Path("/$USER"), "a shell has put in what it should"
+    del environ["AIFLUX_MODELS_DIR"], environ["SCRATCH"]
+    with pytest.raises(
+        ConfigError, match=r"(?s)line 1 .*whose variables are set here, and \$SCRATCH"
+    ):
+        models_dir()
+    (here / ".env").unlink()
+    for wrong in ("''", "~nobody-of-that-name/m"):
+        with pytest.raises(ConfigError, match=r"line 2 \(paths.models_dir\)"):
+            written(wrong)
+
+
 def test_a_wrong_line_of_dotenv_is_named(tmp_path: Path) -> None:
     dotenv = tmp_path / ".env"
     dotenv.write_text("# mine\nSLURM_MEM=lots\n")

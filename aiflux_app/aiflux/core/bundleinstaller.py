@@ -522,7 +522,7 @@ def _write_site(bundle: Bundle, to: Places, say: Say) -> None:
     paths = {"models_dir": str(to.models)}
     if bundle.image:
         paths["containers_dir"] = str(to.image.parent)
-    lines = [f"  {name}: {json.dumps(path, ensure_ascii=False)}" for name, path in paths.items()]
+    lines = [f"  {name}: {_quoted(path)}" for name, path in paths.items()]
     text = "\n".join(["# Settings of this installation; every user's own come before them.",
                       "paths:", *lines, ""])  # fmt: skip
     if to.site.exists() and to.site.read_text(encoding="utf-8") != text:
@@ -531,6 +531,11 @@ def _write_site(bundle: Bundle, to: Places, say: Say) -> None:
         say(f"{to.site} was there and is kept; what this bundle would have written: {new}")
         return
     _replace(to.site, text, 0o666)
+
+
+def _quoted(path: str) -> str:
+    """Return a path as it stands in a file of settings, where ``$`` begins a variable."""
+    return json.dumps(path.replace("$", "$$"), ensure_ascii=False)
 
 
 def _command(to: Places) -> str:

@@ -101,7 +101,7 @@ class Config:
     def _resolve(self, arguments: Mapping[str, Any]) -> dict[str, Value]:
         values = {item.name: Value(item.default, "default") for item in SETTINGS}
         values.update(from_files(self._environ, self._directory))
-        values.update(from_dotenv(self._directory / ".env"))
+        values.update(from_dotenv(self._directory / ".env", self._environ))
         values.update(from_environment(self._environ))
         for name, value in arguments.items():
             if value is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ _WALLTIME = re.compile(
     r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z", re.IGNORECASE | re.ASCII
 )
 _GPUS = re.compile(r"([\w.:-]+:)?\d+", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|\$)", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _TRUTH = {"true": True, "yes": True, "1": True, "on": True,
           "false": False, "no": False, "0": False, "off": False}  # fmt: skip
@@ -69,7 +70,34 @@ def boolean(value: Any) -> bool:
 
 def path(value: Any) -> Path:
     """Accept a path; ``~`` is the home directory."""
-    return Path(text(value)).expanduser().absolute()
+    try:
+        return Path(text(value)).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("a path; nobody's home directory is known for its ~") from None
+
+
+def written_path(value: Any, folder: Path, environ: Mapping[str, str]) -> Any:
+    """Return a path of a file of settings as one that stands for itself.
+
+    ``$NAME`` and ``${NAME}`` stand for variables, ``$$`` for a ``$``; what is relative counts from
+    ``folder``. Anything but a text is returned as it is.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+
+    def variable(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name is None:
+            return "$"
+        if not environ.get(name):
+            raise ValueError(f"a path whose variables are set here, and ${name} is not")
+        return environ[name]
+
+    if not isinstance(value, str) or not value.strip():
+        return value
+    found = _VARIABLE.sub(variable, value)
+    return found if found.startswith("~") else str(folder / found)
 
 
 def url(value: Any) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aiflux.core import parsers
+from aiflux.core.parsers import written_path
 from aiflux.core.settings import (
     SECTIONS,
     SETTINGS,
+    Setting,
     elsewhere,
     parse_setting,
     refuse_two_names,
@@ -64,12 +67,15 @@ def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Value]:
     site = site_file(environ)
     for path in (*([site] if site else []), user_file(environ), project_file(directory)):
         if is_there(path):
-            values.update(from_yaml(path))
+            values.update(from_yaml(path, environ))
     return values
 
 
-def from_yaml(path: Path) -> dict[str, Value]:
+def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
     """Return what one YAML file says.
+
+    Args:
+        environ: the variables that its paths may name.
 
     Raises:
         ConfigError: naming the line and what may stand there.
@@ -83,7 +89,7 @@ def from_yaml(path: Path) -> dict[str, Value]:
         for name, value in given.items():
             setting, keys = known[name], (section, name)
             if value is not None:
-                parsed = parse_setting(setting, value, file.place(*keys))
+                parsed = _parsed(setting, value, file.place(*keys), path.parent, environ)
                 values[setting.name] = Value(parsed, file.line(*keys))
             elif setting.name in LEFT_OUT:
                 values[setting.name] = Value(None, file.line(*keys))
@@ -95,13 +101,14 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:
     return _named({name: (text, "environment") for name, text in environ.items()})
 
 
-def from_dotenv(path: Path) -> dict[str, Value]:
-    """Return what a ``.env`` file says, if there is one."""
+def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
+    """Return what a ``.env`` file says, if there is one; its paths may name variables."""
     # A folder of this name is a virtual environment.
     if path.is_dir() or not is_there(path):
         return {}
     return _named(
-        {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)}
+        {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)},
+        lambda item, text, place: _parsed(item, text, place, path.parent, environ),
     )
 
 
@@ -114,13 +121,27 @@ def read_dotenv(path: Path) -> dict[str, str]:
     return {name: text for name, text, _ in _dotenv_lines(path)}
 
 
-def _named(texts: Mapping[str, tuple[str, str]]) -> dict[str, Value]:
+def _parsed(
+    setting: Setting, value: Any, place: str, folder: Path, environ: Mapping[str, str]
+) -> Any:
+    """Parse a value of a file; paths are those of the file."""
+
+    def parse(value: Any) -> Any:
+        return setting.parse(written_path(value, folder.absolute(), environ))
+
+    item = replace(setting, parse=parse) if setting.parse is parsers.path else setting
+    return parse_setting(item, value, place)
+
+
+def _named(
+    texts: Mapping[str, tuple[str, str]], parse: Callable[[Setting, str, str], Any] = parse_setting
+) -> dict[str, Value]:
     values = {}
     for item in SETTINGS:
         text, where = texts.get(item.env or "", ("", ""))
         if text:
             origin = f"{where} ({item.env})"
-            values[item.name] = Value(parse_setting(item, text, origin), origin)
+            values[item.name] = Value(parse(item, text, origin), origin)
     return values
 
 

@@ -227,13 +227,23 @@ def test_no_models_yet(tmp_path: Path) -> None:
     assert "free" in room.what
 
 
-def test_settings_that_mean_nothing_or_are_wrong(tmp_path: Path) -> None:
+def test_settings_that_mean_nothing_or_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     environ = {"HOME": str(tmp_path), "AIFLUX_MODEL_DIR": "/x", "MAX_RETRIES": "many"}
     settings, lines = host.load_config(environ)
     assert [line.level for line in lines] == ["warn", "fail"]
     assert lines[0].fix.startswith("did you mean AIFLUX_MODELS_DIR?")
     assert "MAX_RETRIES" in lines[1].what
     assert settings.models_dir == tmp_path / ".local/share/aiflux/models"
+    (tmp_path / ".env").write_text("AIFLUX_IMGE=/x\nOF_OTHERS=1\n")
+    _, (_, misspelt, _) = host.load_config(environ)
+    assert misspelt.what == "AIFLUX_IMGE in ./.env means nothing"
+    assert misspelt.fix == "did you mean AIFLUX_IMAGE? remove AIFLUX_IMGE"
+    (tmp_path / ".env").write_text("AIFLUX_IMGE\n")
+    _, (_, wrong) = host.load_config(environ)
+    assert (wrong.level, "is not KEY=VALUE" in wrong.what) == ("fail", True)
 
 
 def test_proxies_without_their_passwords() -> None:

@@ -16,6 +16,7 @@ from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.core.modelstore import listed_models, missing_parts
 from aiflux.core.preflight import nearest_there, size_text
 from aiflux.core.settings import SETTINGS
+from aiflux.core.sources import read_dotenv
 from aiflux.errors import ConfigError
 
 _OTHER_NAMES = {
@@ -39,23 +40,25 @@ def versions() -> Iterator[Diagnosis]:
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, list[Diagnosis]]:
     """Return the configuration, or the defaults where it is wrong, and what is to say of it."""
-    told = [*unknown_settings(environ)]
+    told = [*unknown_settings(environ, "is set and", "unset")]
     try:
+        dotenv = read_dotenv(Path(".env")) if Path(".env").is_file() else {}
+        told += unknown_settings(dotenv, "in ./.env", "remove")
         return Config(environ=environ), [*told, ok("settings", _sources(environ))]
     except ConfigError as error:
         home = {name: environ[name] for name in ("HOME", "XDG_DATA_HOME") if name in environ}
-        config = Config(environ=home, directory=Path("/nonexistent"))
+        config = Config(environ=home, directory=Path(os.devnull))  # no files of settings
         return config, [*told, fail("settings", error.message, error.remedy or "correct it")]
 
 
-def unknown_settings(environ: Mapping[str, str]) -> Iterator[Diagnosis]:
+def unknown_settings(environ: Mapping[str, str], where: str, undo: str) -> Iterator[Diagnosis]:
     """Tell of AIFLUX_ variables that mean nothing: most are misspelt."""
     known = _OTHER_NAMES | {item.env for item in SETTINGS if item.env}
     for name in sorted(set(environ) - known):
         if name.startswith("AIFLUX_"):
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"did you mean {near[0]}? " if near else ""
-            yield warn("settings", f"{name} is set and means nothing", f"{meant}unset {name}")
+            yield warn("settings", f"{name} {where} means nothing", f"{meant}{undo} {name}")
 
 
 def _sources(environ: Mapping[str, str]) -> str:

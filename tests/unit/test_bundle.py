@@ -446,8 +446,11 @@ def test_verify_and_install_as_commands(
         (["--model", "absent:1b"], "absent:1b is not in"),
         (["--model", f"tiny:1b@sha256:{'0' * 12}"], "insists on"),
         (["--arch", "aarch64"], "is for amd64, and the bundle for aarch64"),
-        (["-o", "here"], "is there already"),
+        (["-o", "here/some.sif"], "is there already"),
         (["-o", "nowhere/b.tar"], "is not there"),
+        (["-o", "here/models", "--force"], "is a folder"),
+        (["--model", "torn:1b"], "torn:1b is not whole in"),
+        (["--model", "huge:1b"], "the bundle will have"),
     ],
 )
 def test_what_cannot_become_a_bundle_is_told_before_anything_is_fetched(
@@ -459,9 +462,21 @@ def test_what_cannot_become_a_bundle_is_told_before_anything_is_fetched(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    make_model(parts.models_dir, parse_model_name("torn:1b"), b"torn")
+    torn = hashlib.sha256(b"torn").hexdigest()
+    (parts.models_dir / "blobs" / f"sha256-{torn}").write_bytes(b"to")
+    huge = parse_model_name("huge:1b")
+    make_model(parts.models_dir, huge, b"huge")
+    manifest = json.loads((parts.models_dir / huge.manifest_path).read_text())
+    manifest["layers"][0]["size"] = shutil.disk_usage(tmp_path).total + 1
+    (parts.models_dir / huge.manifest_path).write_text(json.dumps(manifest))
+    blob = parts.models_dir / "blobs" / manifest["layers"][0]["digest"].replace(":", "-")
+    os.truncate(blob, manifest["layers"][0]["size"])
     where = ["--image", str(parts.image), "--models-dir", str(parts.models_dir)]
     assert main(["bundle", "create", *where, *more]) != 0
-    assert words in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert words in told
+    assert "fetching" not in told
 
 
 def test_an_extra_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:

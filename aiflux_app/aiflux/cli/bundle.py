@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.unwinding import unwinding
 from aiflux.core.arguments import add_settings, given_settings
-from aiflux.core.bundle import Ingredients, payload_size, write_bundle
+from aiflux.core.bundle import Ingredients, payload_size, refuse_torn, write_bundle
 from aiflux.core.bundleinstaller import (
     STOPPED,
     Bundle,
@@ -34,6 +35,8 @@ from aiflux.core.modelstore import read_manifest, refuse_other_digest
 from aiflux.core.preflight import size_text
 from aiflux.core.sif import machine_arch, read_image
 from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
+
+_NO_ROOM = "make room, or write it elsewhere: -o FILE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,9 +107,15 @@ def _create(arguments: argparse.Namespace) -> int:
     models = tuple(_model(config.models_dir, name) for name in dict.fromkeys(arguments.names))
     pythons = tuple(dict.fromkeys(arguments.python or PYTHONS))
     extras = _extras(arguments)
+    payload = payload_size(image, config.models_dir, models)
+    _check_room(output, payload)
+    read = payload + (image.stat().st_size if image else 0)  # it is hashed first
     with packages(pythons, arch, extras, _say) as wheels:
         parts = Ingredients(image, config.models_dir, models, wheels, arch, extras)
-        written = write_bundle(output, parts, meter(payload_size(parts)))
+        try:
+            written = write_bundle(output, parts, meter(read))
+        except StorageError as error:
+            raise StorageError(error.message, _NO_ROOM) from error
     for line in _summary(written.contents):
         print(line)
     print(f"{output}  {size_text(written.size)}")
@@ -127,8 +136,20 @@ def _say(line: str) -> None:
 def _check_output(output: Path, force: bool) -> None:
     if not output.parent.is_dir():
         raise BundleError(f"the directory {output.parent} is not there", "make it")
+    if output.is_dir():
+        raise BundleError(f"{output} is a folder", "name a file: -o FILE")
     if output.exists() and not force:
         raise OutputExistsError(f"{output} is there already", "say --force to replace it")
+
+
+def _check_room(output: Path, payload: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if payload > free:
+        raise StorageError(
+            f"the bundle will have {size_text(payload)} and more, and {output.parent} has "
+            f"{size_text(free)} free",
+            _NO_ROOM,
+        )
 
 
 def _architecture(asked: str | None, image: Path | None) -> str:
@@ -150,6 +171,7 @@ def _model(models_dir: Path, text: str) -> ModelName:
     name = parse_model_name(text)
     manifest = read_manifest(models_dir, name)
     refuse_other_digest(name, manifest.digest, str(models_dir))
+    refuse_torn(models_dir, name)
     return name
 
 

@@ -24,7 +24,7 @@ from aiflux.core.bundleinstaller import CONTENTS, SUMS, TOP, VERSION
 from aiflux.core.files import atomic_write
 from aiflux.core.modelcheck import HashedReader, OnBytes, digest_of
 from aiflux.core.modelname import ModelName
-from aiflux.core.modelstore import blob_path, read_manifest
+from aiflux.core.modelstore import blob_path, missing_parts, read_manifest
 from aiflux.core.sif import ImageFacts, read_image
 from aiflux.errors import BundleError
 
@@ -130,10 +130,10 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
     return Written(target, target.stat().st_size, hashing.digest, contents)
 
 
-def payload_size(parts: Ingredients) -> int:
-    """Return about how many bytes are read to write a bundle."""
-    image = 2 * parts.image.stat().st_size if parts.image else 0
-    return image + sum(read_manifest(parts.models_dir, name).size for name in parts.models)
+def payload_size(image: Path | None, models_dir: Path, models: Sequence[ModelName]) -> int:
+    """Return about how many bytes image and models have."""
+    of_image = image.stat().st_size if image else 0
+    return of_image + sum(read_manifest(models_dir, name).size for name in models)
 
 
 class _Hashing:
@@ -207,19 +207,25 @@ def _models(parts: Ingredients) -> list[Member]:
     manifests, blobs = [], {}
     for name in parts.models:
         manifest = read_manifest(parts.models_dir, name)
+        refuse_torn(parts.models_dir, name)
         path = parts.models_dir / name.manifest_path
         manifests.append(Member(f"models/{name.manifest_path}", path, manifest.digest))
         for digest in manifest.blobs:
             path = blob_path(parts.models_dir, digest)
-            _refuse_missing(path, name)
             blobs[digest] = Member(f"models/blobs/{path.name}", path, digest.partition(":")[2])
     return [*manifests, *blobs.values()]
 
 
-def _refuse_missing(path: Path, name: ModelName) -> None:
-    if not path.is_file():
+def refuse_torn(models_dir: Path, name: ModelName) -> None:
+    """Refuse a model that is not whole, as far as sizes tell.
+
+    Raises:
+        BundleError: a blob is missing or cut.
+    """
+    missing = missing_parts(models_dir, name)
+    if missing:
         raise BundleError(
-            f"{name.served} is not whole: {path} is missing",
+            f"{name.served} is not whole in {models_dir}: {missing[0]} is missing or cut",
             f"pull it again: aiflux models pull {name.served}",
         )
 

@@ -393,11 +393,15 @@ def _refuse_full(bundle: Bundle, tar: tarfile.TarFile, to: Places) -> None:
         free = shutil.disk_usage(place).free
         if size > free:
             raise InstallError(
-                f"the bundle needs {size / 1e9:.1f} GB in {place}, and {free / 1e9:.1f} GB are "
-                "free; nothing was installed",
+                f"the bundle needs {_size_text(size)} in {place}, and {_size_text(free)} are free; "
+                "nothing was installed",
                 "make room, or choose another directory: --prefix DIR, --models-dir DIR",
                 storage=True,
             )
+
+
+def _size_text(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _there(path: Path | None, size: int) -> bool:

@@ -17,7 +17,10 @@ from aiflux.image.tools import run
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ARCHITECTURES = ("x86_64", "aarch64")
 _PLATFORMS = ("manylinux2014", "manylinux_2_28")
-_REMEDY = "see pip's message above; the wheels come from PyPI, or where pip is told to look"
+_REMEDY = (
+    "see pip's message above; the wheels come from PyPI, or where pip is told to look, and lie "
+    "below TMPDIR until they are packed"
+)
 
 
 def this_architecture() -> str:

@@ -55,10 +55,14 @@ def make_wheel(folder: Path, version: str) -> Path:
     """Make a wheel of a package that stands for AI-Flux: it prints how it is called."""
     facts = f"Metadata-Version: 2.1\nName: aiflux\nVersion: {version}\nProvides-Extra: report\n"
     tag = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    code = "import os, sys\nprint(sys.argv[1:], os.environ['AIFLUX_SITE_CONFIG'])\n"
+    code = (
+        "import os, sys\nprint(sys.argv[1:], os.environ['AIFLUX_SITE_CONFIG'])\n"
+        "sys.argv[1:2] == ['wait'] and input()\nfrom aiflux.late import VERSION\nprint(VERSION)\n"
+    )
     wheel = folder / f"aiflux-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("aiflux/__init__.py", f"VERSION = {version!r}\n")
+        archive.writestr("aiflux/late.py", f"VERSION = {version!r}\n")
         archive.writestr("aiflux/cli/__init__.py", "")
         archive.writestr("aiflux/cli/__main__.py", code)
         archive.writestr(f"aiflux-{version}.data/purelib/aiflux/more.py", "MORE = 1\n")
@@ -154,7 +158,7 @@ def test_an_install_by_plain_python(bundle: Path, to: Places, tmp_path: Path) ->
         [to.command, "run", "a b", "$(c)"], capture_output=True, text=True, check=True,
         env={"PATH": "/bin:/usr/bin"},
     )  # fmt: skip
-    assert called.stdout == f"['run', 'a b', '$(c)'] {to.site}\n"
+    assert called.stdout == f"['run', 'a b', '$(c)'] {to.site}\n1.0\n"
     assert not [path for path in files(to.prefix, to.models) if ".staging" in path.parts]
 
 
@@ -200,6 +204,24 @@ def test_what_a_killed_install_left_is_used(bundle: Path, to: Places) -> None:
     staged.write_bytes(b"half")
     install(bundle, to, silent)
     assert missing_parts(to.models, NAME) == []
+
+
+def test_what_runs_keeps_its_packages(
+    bundle: Path, to: Places, parts: Ingredients, tmp_path: Path
+) -> None:
+    install(bundle, to, silent)
+    running = subprocess.Popen(
+        [to.command, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    running.stdout.readline()
+    newer = Ingredients(
+        None, parts.models_dir, (), {PYTHON: [make_wheel(tmp_path, "2.0")]}, MACHINE
+    )
+    install(write_bundle(tmp_path / "n.tar", newer).path, to, silent)
+    assert running.communicate("\n")[0] == "1.0\n"
+    called = subprocess.run([to.command], capture_output=True, text=True, check=True)
+    assert called.stdout.splitlines()[-1] == "2.0"
 
 
 def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: Places) -> None:

@@ -543,13 +543,15 @@ def _quoted(path: str) -> str:
 
 
 def _command(to: Places) -> str:
-    python = shlex.quote(str(to.prefix / "python" / "bin" / "python"))
+    python = shlex.quote(str(to.prefix / "python"))
     return (
         "#!/bin/sh\n"
         "# Made by install.py of an AI-Flux bundle.\n"
         f'[ -n "${{AIFLUX_SITE_CONFIG:-}}" ] || AIFLUX_SITE_CONFIG={shlex.quote(str(to.site))}\n'
         "export AIFLUX_SITE_CONFIG\n"
-        f'exec {python} -I -m aiflux.cli "$@"\n'
+        "# What runs keeps its packages when the link is switched to newer ones.\n"
+        f"python=$(readlink -f -- {python}) || exit\n"
+        'exec "$python/bin/python" -I -m aiflux.cli "$@"\n'
     )
 
 

@@ -154,13 +154,20 @@ def test_another_pilot_takes_the_place_of_the_first() -> None:
         assert engine.bodies[-1]["max_tokens"] == 5
 
 
+def stop_after(engine: FaultyEngine, requests: int) -> None:
+    """Stop an engine once it was asked so often."""
+    while len(engine.bodies) < requests:
+        time.sleep(0.01)
+    engine.stop()
+
+
 def test_a_pilot_that_was_stopped_goes_on() -> None:
     with FaultyEngine(delay=0.2) as engine:
-        timer = threading.Timer(2.0, engine.stop)
-        timer.start()
+        stopper = threading.Thread(target=stop_after, args=(engine, 3))
+        stopper.start()
         asked = here(engine, "--concurrency", "1", "--engine-wait", "0.5")
         aiflux(*asked, code=4)
-        timer.join()
+        stopper.join()
         done = len(engine.bodies)
         assert 0 < done < 40
         engine.start()

@@ -286,8 +286,8 @@ def test_answers_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "nothing failed\n"
     assert main(["results", "show", str(output), "--failed", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
-    with pytest.raises(SystemExit):
-        main(["results", "show", str(output), "--limit", "-1"])
+    assert main(["results", "show", str(output), "--limit", "-1"]) == 2
+    assert "--limit: '-1' is no whole number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])

@@ -290,6 +290,36 @@ def test_answers_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--limit: '-1' is no whole number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metadata": None},
+        {"input": {"custom_id": 7}},
+        {"input": {"custom_id": "n0", "body": []}},
+        {"error": {"status": 400}},
+    ],
+)
+def test_an_output_that_was_damaged_is_told(
+    tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = made(tmp_path, "A")
+    entry = {**json.loads(output.read_text())[0], **change}
+    output.write_text(f"[\n{json.dumps(entry)}\n]\n", encoding="utf-8")
+    for words in (["show"], ["to-csv", "--output", "-"]):
+        assert main(["results", words[0], str(output), *words[1:]]) == 2
+        assert "is not an output of aiflux" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("body", [{"choices": 3}, {"object": "list", "data": [None]}, [], "x"])
+def test_an_answer_of_another_form_is_empty(tmp_path: Path, body: Any) -> None:
+    output = made(tmp_path, "A")
+    entry = {**json.loads(output.read_text())[0], "output": body}
+    output.write_text(f"[\n{json.dumps(entry)}\n]\n", encoding="utf-8")
+    results_to_csv(output, tmp_path / "b.csv")
+    assert read_csv(tmp_path / "b.csv")[1] == ["n0", "", ""]
+    assert main(["results", "show", str(output)]) == 0
+
+
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
 @pytest.mark.parametrize("named", ["output", "directory", "gone"])
 def test_from_a_csv_to_answers_and_back(

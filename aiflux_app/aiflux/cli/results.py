@@ -20,7 +20,7 @@ from aiflux.cli.located import located
 from aiflux.converters.answers import entries, prompt_text, refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
 from aiflux.converters.writing import printable
-from aiflux.core.outputs import Entry
+from aiflux.core.outputs import Entry, vectors
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import OUTPUT_SUFFIXES
 
@@ -234,16 +234,12 @@ def _print_json(shown: Iterator[Entry]) -> None:
 
 
 def _prompt(entry: Entry) -> str:
-    return "" if entry.request is None else prompt_text(entry.request["body"])
+    return "" if entry.request is None else prompt_text(entry.request.get("body") or {})
 
 
 def _answer(entry: Entry) -> str:
-    body = entry.body
-    if isinstance(body, dict) and body.get("object") == "list":
-        vectors = body.get("data") or [{}]
-        size = len(vectors[0].get("embedding") or [])
-        return f"{len(vectors)} embedding(s) of {size} numbers"
-    return entry.answer
+    sizes = [len(vector) for vector in vectors(entry.body) if isinstance(vector, list)]
+    return f"{len(sizes)} embedding(s) of {sizes[0]} numbers" if sizes else entry.answer
 
 
 def _short(text: str) -> str:

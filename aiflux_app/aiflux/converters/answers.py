@@ -128,15 +128,17 @@ def _object(text: str) -> dict[str, Any] | None:
 def choices(entry: Entry) -> list[dict[str, Any]]:
     """Return the choices of an answer; nothing for embeddings and failures."""
     found = entry.body.get("choices") if isinstance(entry.body, dict) else None
-    return [choice for choice in found or () if isinstance(choice, dict)]
+    listed = found if isinstance(found, list) else []
+    return [choice for choice in listed if isinstance(choice, dict)]
 
 
 def prompt_text(body: dict[str, Any], roles: tuple[str, ...] = ("user",)) -> str:
     """Return what a request asks; of a message in parts the texts, and the kinds of the others."""
     messages = body.get("messages")
     if isinstance(messages, list):
-        asked = (message for message in messages if message.get("role") in roles)
-        return "\n".join(_words(message.get("content")) for message in asked)
+        asked = (message for message in messages if isinstance(message, dict))
+        told = (message.get("content") for message in asked if message.get("role") in roles)
+        return "\n".join(map(_words, told))
     return str(body.get("prompt", body.get("input", "")))
 
 
@@ -144,7 +146,7 @@ def _words(content: Any) -> str:
     if not isinstance(content, list):
         return str(content)
     parts = (part for part in content if isinstance(part, dict))
-    return " ".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in parts)
+    return " ".join(str(part.get("text") or f"[{part.get('type', 'part')}]") for part in parts)
 
 
 def refuse_missing(output: Path) -> None:

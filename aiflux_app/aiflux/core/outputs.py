@@ -53,11 +53,18 @@ def answer_texts(body: Any) -> list[str]:
     return texts
 
 
+def vectors(body: Any) -> list[Any]:
+    """Return the vectors of an answer of embeddings, in order; nothing for others."""
+    data = body.get("data") if isinstance(body, dict) and body.get("object") == "list" else None
+    items = data if isinstance(data, list) else []
+    return [item.get("embedding") for item in items if isinstance(item, dict)]
+
+
 def answer_text(body: Any) -> str:
     """Return the first choice's text, or the vector (vectors) of an embedding as JSON."""
-    if isinstance(body, dict) and body.get("object") == "list":
-        vectors = [item.get("embedding") for item in body.get("data") or []]
-        return json.dumps(vectors[0] if len(vectors) == 1 else vectors)
+    found = vectors(body)
+    if found:
+        return json.dumps(found[0] if len(found) == 1 else found)
     texts = answer_texts(body)
     return texts[0] if texts else ""
 
@@ -115,13 +122,26 @@ def read_entries(path: Path) -> Iterator[Entry]:
 def _entry(content: dict[str, Any]) -> Entry:
     if "input" in content:
         request = content["input"]
-        return Entry(
+        entry = Entry(
             request["custom_id"],
             request,
             content["output"],
             content.get("error"),
             content["metadata"],
         )
-    body = (content["response"] or {}).get("body")
-    error = content["error"]
-    return Entry(content["custom_id"], None, None if error else body, error)
+    else:
+        body = (content["response"] or {}).get("body")
+        error = content["error"]
+        entry = Entry(content["custom_id"], None, None if error else body, error)
+    _check(entry)
+    return entry
+
+
+def _check(entry: Entry) -> None:
+    """Raise TypeError where a part has another type than any output gives it."""
+    if not isinstance(entry.custom_id, str) or not isinstance(entry.metadata, dict):
+        raise TypeError("custom_id is no text, or metadata no object")
+    if entry.request is not None and not isinstance(entry.request.get("body", {}), dict):
+        raise TypeError("the request's body is no object")
+    if entry.error is not None and not {"code", "message"} <= entry.error.keys():
+        raise TypeError("the error has no code or no message")

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from aiflux.cli import jobs
 from aiflux.cli.main import main
 from aiflux.cli.views import Frame, duration, one_line, overview, progress_line, typed
 from aiflux.core.registry import register
@@ -183,6 +184,21 @@ def test_jobs(made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert content[2]["completed"] == 148
     assert main(["jobs", "--prune"]) == 0
     assert capsys.readouterr().out == f"forgotten: {tmp_path / 'gone.aiflux'}\n"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_the_list_of_runs_is_never_wider_than_the_terminal(width: int) -> None:
+    rows = [
+        ["JOB", "STATE", "DONE", "FAILED", "SUBMITTED", "OUTPUT"],
+        ["123456 +3", "finished with failures", "999/1000", "1", "2026-01-02 03:04", "a/b" * 30],
+    ]
+    narrowed = jobs._narrowed(rows, width)
+    lines = [jobs._line(row, jobs._widths(narrowed), width) for row in narrowed]
+    assert all(cell_len(line.plain) <= width for line in lines)
+    assert ("SUBMITTED" in lines[0].plain) is (width >= 100)
+    styled = [line.plain[span.start : span.end] for line in lines for span in line.spans]
+    assert all("finished with failures".startswith(words.rstrip("…")) for words in styled)
+    assert styled
 
 
 def test_runs_that_ended_long_ago_are_listed_on_demand(

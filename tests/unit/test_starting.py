@@ -60,6 +60,23 @@ def test_bash_completes_files(bash_script: Path, tmp_path: Path) -> None:
     assert "results.json" in completed(bash_script, tmp_path, "run", "--input", "res")
 
 
+def test_fish_completes_commands_options_and_files(tmp_path: Path) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    (tmp_path / "aiflux.fish").write_text(script("fish"), encoding="utf-8")
+    (tmp_path / "my results.json").touch()
+    for typed, told in (
+        ("aiflux repo", "report"), ("aiflux report --js", "--json"),
+        ("aiflux report my", "my results.json"), ("aiflux run --input my", "my results.json"),
+    ):  # fmt: skip
+        command = f"source aiflux.fish; complete -C '{typed}'"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", command], cwd=tmp_path,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [told], typed
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_shells_read_their_script(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:

@@ -10,9 +10,9 @@ import shtab
 SHELLS = ("bash", "zsh", "fish")
 _EXAMPLES = """\
 examples:
-  source <(aiflux completion bash)                                   # this shell
+  source <(aiflux completion bash)                      # for this shell
   aiflux completion bash > ~/.local/share/bash-completion/completions/aiflux
-  aiflux completion zsh > ~/.zfunc/_aiflux             # with fpath+=~/.zfunc in ~/.zshrc
+  aiflux completion zsh > ~/.zfunc/_aiflux              # fpath+=~/.zfunc
   aiflux completion fish > ~/.config/fish/completions/aiflux.fish
 """
 _FILES = {"FILE", "F", "R", "PATH", "RUN", "SIF"}

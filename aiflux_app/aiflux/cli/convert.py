@@ -43,10 +43,7 @@ Tell = Callable[[int, int], None]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's kinds of input and their options."""
     parser.description = "Turn a table, a folder, JSON or images into a file of requests."
-    parser.epilog = (
-        'example: aiflux convert csv --input reviews.csv --template "Summarize: {text}" '
-        "--output prompts.jsonl"
-    )
+    parser.epilog = f"example:\n  {_CSV}"
     kinds = parser.add_subparsers(
         title="kinds of input", metavar="KIND", dest="kind", required=True
     )
@@ -57,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_parquet(_kind(kinds, "parquet", "a Parquet file: a request for each row", _PARQUET))
 
 
-_CSV = 'aiflux convert csv --input in.csv --template "Summarize: {text}" --output q.jsonl'
-_DIR = 'aiflux convert dir --input papers --template "Summarize: {text}" --output q.jsonl'
+_CSV = 'aiflux convert csv --input in.csv --template "Sum up: {text}" --output q.jsonl'
+_DIR = 'aiflux convert dir --input papers --template "Sum up: {text}" --output q.jsonl'
 _JSON = "aiflux convert json --input in.json --field question --output q.jsonl"
-_IMAGES = 'aiflux convert images --input photos --template "What is this?" --output q.jsonl'
+_IMAGES = 'aiflux convert images --input photos --template "Which bird?" --output q.jsonl'
 _PARQUET = 'aiflux convert parquet --input in.parquet --template "{text}" --output q.jsonl'
 
 

@@ -21,6 +21,8 @@ from aiflux.errors import AifluxError
 from aiflux.slurm.overview import RunView, gather_all
 
 RECENT_SECONDS = 86400.0
+_LEAST_OUTPUT = 12
+_FEWEST_COLUMNS = 3  # state, done and output: the others are left out where they find no room
 _Known = RunView | AifluxError | None
 
 
@@ -94,8 +96,9 @@ def _to_json(entry: Entry, known: _Known) -> dict[str, Any]:
 def _list(shown: Sequence[tuple[Entry, _Known]]) -> None:
     console = make_console()
     rows = [["JOB", "STATE", "DONE", "FAILED", "SUBMITTED", "OUTPUT"], *(_row(*p) for p in shown)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    lines = [_line(row, widths, console.width if console.is_terminal else None) for row in rows]
+    width = console.width if console.is_terminal else None
+    rows = _narrowed(rows, width)
+    lines = [_line(row, _widths(rows), width) for row in rows]
     lines[0].stylize("dim")
     show(console, lines)
     views = (known for _, known in shown if isinstance(known, RunView))
@@ -119,12 +122,28 @@ def _row(entry: Entry, known: _Known) -> list[str]:
     ]
 
 
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+
+
+def _narrowed(rows: list[list[str]], most: int | None) -> list[list[str]]:
+    """Leave out the columns that tell least, as long as the output's name finds no room."""
+    for at in (4, 3, 0):  # when it was submitted, what failed, the job
+        left = sum(_widths(rows)[:-1]) + 2 * (len(rows[0]) - 1)
+        if most is not None and left + _LEAST_OUTPUT > most:
+            rows = [[*row[:at], *row[at + 1 :]] for row in rows]
+    return rows
+
+
 def _line(row: Sequence[str], widths: Sequence[int], most: int | None) -> Text:
     left = "  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
     output = row[-1]
     if most is not None and len(left) + 2 + len(output) > most:
         output = "…" + output[-max(8, most - len(left) - 3) :]
     line = Text(f"{left}  {output}")
-    start = widths[0] + 2
-    line.stylize(STYLES.get(row[1], ""), start, start + len(row[1]))
+    at = 1 if len(row) > _FEWEST_COLUMNS else 0
+    start = sum(widths[:at]) + 2 * at
+    line.stylize(STYLES.get(row[at], ""), start, start + len(row[at]))
+    if most is not None:
+        line.truncate(most, overflow="ellipsis")
     return line

@@ -139,6 +139,28 @@ def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert bad["problems"][1].startswith("line 1: ")
 
 
+def test_a_check_has_the_model_that_the_run_would_have(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "aiflux.yaml").write_text("run:\n  model: m:1\n")
+    assert main(["check", "in.jsonl"]) == 0
+    assert "models:    m:1 (the run's" in capsys.readouterr().out
+
+
+def test_a_run_with_other_defaults_is_told_from_what_it_was(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "--model", "llama3.2:3b", "--input", "in.jsonl", "--output", "o.json"]
+    with FaultyEngine() as engine:
+        assert main([*words, "--engine-url", engine.url, "--max-failures", "1"]) == 0
+    (place / "i.sif").touch()
+    capsys.readouterr()
+    assert main([*words, "--image", "i.sif", "--no-preflight"]) == 2
+    begun, _, asked = capsys.readouterr().err.splitlines()[0].partition("; this run asks for ")
+    assert begun.endswith("begun with model llama3.2:3b, else the engine's defaults")
+    assert asked.startswith("model llama3.2:3b, as advised for it: ")
+
+
 def test_a_conversion(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "in.csv").write_text("text\na\nb\n")
     words = ["convert", "csv", "--input", "in.csv", "--template", "{text}"]

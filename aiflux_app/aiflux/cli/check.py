@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from aiflux.cli.jsonout import add_json, print_json
+from aiflux.core.arguments import given_settings
+from aiflux.core.config import Config
 from aiflux.core.input import InputSummary, scan_input
 from aiflux.errors import InputError
 
@@ -16,18 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Read the whole input once and report every bad line."
     parser.epilog = "example: aiflux check prompts.jsonl --model llama3.2:3b"
     parser.add_argument("file", metavar="FILE", help="requests, *.jsonl")
-    parser.add_argument("--model", metavar="NAME:TAG", help="the run's model")
+    parser.add_argument("--model", metavar="NAME:TAG", help="the run's model (default: as for run)")
     add_json(parser, "print what was found as one JSON object, problems too")
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Check a file; InputError lists what is wrong."""
     path = Path(arguments.file)
+    model = Config(arguments=given_settings(arguments)).get("model")
     if arguments.json:
-        return _as_json(path, arguments.model)
-    summary = scan_input(path, arguments.model)
+        return _as_json(path, model)
+    summary = scan_input(path, model)
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
-    models = ", ".join(summary.models) or "none named (give --model to the run)"
+    models = ", ".join(summary.models) or f"{model} (the run's; no request names one)"
     print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
     print(f"  endpoints: {endpoints}")
     print(f"  models:    {models}")

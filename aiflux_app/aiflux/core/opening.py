@@ -222,8 +222,16 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
 
 
 def _show(plan: Plan) -> str:
-    parameters = "".join(f", {name} {value}" for name, value in plan.options.parameters.items())
-    return "model " + ", ".join(plan.identity["models"]) + parameters
+    given = plan.options.parameters
+    advised = [
+        f"{name} {value}"
+        for values in plan.options.model_defaults.values()
+        for name, value in values.items()
+        if name not in given
+    ]
+    parts = [*plan.identity["models"], *(f"{name} {value}" for name, value in given.items())]
+    else_ = f"as advised for it: {', '.join(advised)}" if advised else "else the engine's defaults"
+    return f"model {', '.join([*parts, else_])}"
 
 
 def _refuse_existing(output: Path) -> None:

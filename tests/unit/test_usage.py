@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from aiflux.cli.main import main
+from aiflux.worker.progress import TerminalReporter
+from aiflux.worker.stats import Stats
+from aiflux.worker.verdict import Kind, Verdict
 from tests.unit.made_runs import MadeRun
 
 
@@ -105,6 +110,36 @@ COMMANDS = pytest.mark.parametrize("command", ["status", "report --json", "confi
 def words_of(command: str, run: str) -> list[str]:
     words = command.split()
     return [*words, run] if words[0] in ("status", "report") else words
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_of_a_run_shows_its_figures_whole(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    now = [0.0]
+    stats = Stats(1_000_000, 200_000, 12_345, clock=lambda: now[0])
+    verdict = Verdict(Kind.ANSWERED, completion_tokens=30)
+    for _ in range(50):
+        now[0] += 0.01
+        stats.recorded(verdict, "r")
+    screen = Terminal()
+    reporter = TerminalReporter(screen)
+    reporter.show(stats)
+    reporter.close()
+    told = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
+    line = next(line for line in told.splitlines() if "req/s" in line)
+    assert len(line) <= width
+    assert f"{stats.done}/1000000" in line
+    assert "12345 failed, " in line
+    assert "ETA " in line
+    assert "…" not in line
 
 
 @COMMANDS

@@ -18,12 +18,14 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from aiflux.worker.stats import Stats
 
 LINE_INTERVAL = 30.0
+_WIDE = 100
+_MANY = 10
 
 
 class Reporter(Protocol):
@@ -151,9 +153,10 @@ class TerminalReporter:
         requests, tokens = stats.rates()
         remaining = stats.remaining_seconds()
         failed = f"[red]{stats.failed} failed[/red]" if stats.failed else "0 failed"
-        eta = "" if remaining is None or final else f" · ETA {clock(remaining)}"
-        detail = f"{failed} · {requests:.1f} req/s · {tokens:.0f} tok/s{eta}"
-        self._update("requests", stats.done, stats.total, detail)
+        eta = "" if remaining is None or final else f", ETA {clock(remaining)}"
+        speed = f"{requests:.{0 if requests >= _MANY else 1}f} req/s, {tokens:.0f} tok/s"
+        label = "requests" if self._wide else ""
+        self._update(label, stats.done, stats.total, f"{failed}, {speed}{eta}")
         if final:
             self.close()
 
@@ -173,6 +176,10 @@ class TerminalReporter:
         if label == "success":
             self.close()
 
+    @property
+    def _wide(self) -> bool:
+        return self._console.width >= _WIDE
+
     def close(self) -> None:
         """Stop drawing."""
         if self._progress is not None:
@@ -191,16 +198,19 @@ class TerminalReporter:
             return
         progress, task = self._progress, self._task
         if progress is None or task is None:
+            # The bar alone gives way where the line is too long.
+            whole = Column(no_wrap=True)
+            elapsed = [TimeElapsedColumn(table_column=whole)] if self._wide else []
             progress = self._start(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", table_column=whole),
                 BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[detail]}"),
+                MofNCompleteColumn(table_column=whole),
+                *elapsed,
+                TextColumn("{task.fields[detail]}", table_column=whole),
                 transient=False,
             )
-            task = self._task = progress.add_task(label, total=total, detail=detail)
+            task = self._task = progress.add_task(label, total=total, completed=done, detail=detail)
         progress.update(task, description=label, completed=done, total=total, detail=detail)
 
 

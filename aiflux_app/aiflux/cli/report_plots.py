@@ -107,7 +107,7 @@ def throughput_plot(flow: Throughput) -> Markup:
             axes[1].stairs(speeds, edges, fill=True, color=_THIRD)
             axes[1].set_ylabel("answer tokens/s")
         figure.align_ylabels(axes)
-        _mark_time(axes, flow, edges, 4 if width == "narrow" else 7)
+        _mark_time(axes, flow, edges, 4 if width == "narrow" else 8)
 
     title = (
         "Requests and answer tokens per second over time: on average "

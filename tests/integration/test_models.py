@@ -254,6 +254,10 @@ def test_a_digest_is_insisted_on(site: Site) -> None:
     told = site.run(*run, f"{served}@sha256:{other}", code=4)
     assert digest in told
     assert other in told
+    insisting = request("a", "one", model=f"{site.name}@sha256:{digest}")
+    (site.folder / "own.jsonl").write_text(lines(insisting), encoding="utf-8")
+    site.run("run", "--local", "--input", "own.jsonl", "--output", "own.json")
+    assert "a" in answers(site.folder / "own.json")
     site.run(*run, f"{served}@sha256:{digest[:12]}", "--force-resume")
     assert "a" in answers(site.folder / "out.json")
     entry = json.loads((site.folder / "out.json").read_text(encoding="utf-8"))[0]

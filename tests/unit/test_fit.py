@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from aiflux.core.needs import context_length
 from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan, make_plan
 from aiflux.core.preflight import check_models
-from aiflux.errors import ConfigError
+from aiflux.errors import ConfigError, InputError
 from aiflux.slurm.facts import ask_cluster
 from aiflux.slurm.preflight import check_room
 from aiflux.slurm.room import gpu_room
@@ -258,6 +259,22 @@ def test_a_digest_that_is_insisted_on_is_compared_with_what_is_there(tmp_path: P
     assert finding.level == "error"
     assert digest in finding.what
     assert "0" * 64 in finding.what
+
+
+def test_requests_may_insist_on_a_digest_but_not_on_two(tmp_path: Path) -> None:
+    def plan(*names: str) -> Plan:
+        path = tmp_path / "in.jsonl"
+        lines = [
+            {"custom_id": name, "method": "POST", "url": "/v1/completions",
+             "body": {"model": name, "prompt": "x"}} for name in names
+        ]  # fmt: skip
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return make_plan(scan_input(path, None), tmp_path / "o.json", RunOptions(), tmp_path)
+
+    short, long = "m:1@sha256:" + "0" * 12, "m:1@sha256:" + "0" * 64
+    assert plan("m:1", long, short, "M:1").models == (long,)
+    with pytest.raises(InputError, match="insist on two digests of m:1"):
+        plan(short, "m:1@sha256:" + "1" * 12)
 
 
 @pytest.mark.parametrize("text", ["m@sha256:12", "m@md5:123456789012", "m@", "m@sha256:xyz"])

@@ -82,6 +82,15 @@ def test_latest_is_the_tag_that_goes_without_saying() -> None:
     assert parse_request(line, "m:latest").model == "m"
 
 
+def test_a_body_may_insist_on_the_digest_that_the_run_insists_on() -> None:
+    digest = "@sha256:" + "0" * 64
+    line = request_line(body={"model": f"m{digest}", "messages": []})
+    for model in (f"m{digest}", f"m:latest{digest[:20]}", None):
+        assert parse_request(line.encode(), model).model == f"m{digest}"
+    for model in ("m", "m@sha256:" + "1" * 12):
+        assert f'but the run\'s model is "{model}"' in problem(line, model)
+
+
 def test_a_model_may_be_left_to_the_run() -> None:
     line = request_line(body={"messages": []}).encode()
     assert parse_request(line, "m:1").model is None

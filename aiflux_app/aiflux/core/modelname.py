@@ -106,6 +106,11 @@ def parse_model_name(text: str) -> ModelName:
     )
 
 
+def same_digest(one: ModelName, other: ModelName) -> bool:
+    """Tell whether two names can insist on the same digest; one that insists on none can."""
+    return one.digest.startswith(other.digest) or other.digest.startswith(one.digest)
+
+
 def same_model(one: str, other: str) -> bool:
     """Tell whether two names mean the same model (``m`` and ``m:latest`` do)."""
     if one == other:

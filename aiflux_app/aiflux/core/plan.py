@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -12,7 +13,7 @@ from aiflux import __version__
 from aiflux.core.clock import utc_now
 from aiflux.core.files import write_json
 from aiflux.core.input import InputSummary, describe
-from aiflux.core.modelname import parse_model_name
+from aiflux.core.modelname import parse_model_name, same_digest
 from aiflux.core.options import RunOptions
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.sharding import Shard, cut
@@ -113,7 +114,7 @@ def make_plan(
             "leave @sha256:... out",
         )
     if options.engine_url is None:
-        names = list({parse_model_name(name).served: name for name in names}.values())
+        names = _one_of_each(names)
     options = _with_defaults_of(names, options)
     return Plan(
         input=describe(summary),
@@ -124,6 +125,23 @@ def make_plan(
         models_dir=models_dir if options.engine_url is None else None,
         created=utc_now(),
     )
+
+
+def _one_of_each(names: Iterable[str]) -> list[str]:
+    """Return one name for each model: of several, the one that insists on the most of a digest."""
+    chosen: dict[str, str] = {}
+    for name in names:
+        model = parse_model_name(name)
+        key = model.served.lower()
+        other = chosen.setdefault(key, name)
+        if not same_digest(model, parse_model_name(other)):
+            raise InputError(
+                f"requests insist on two digests of {model.served}: {other} and {name}",
+                "leave one of them out, or run each by itself",
+            )
+        if len(model.digest) > len(parse_model_name(other).digest):
+            chosen[key] = name
+    return list(chosen.values())
 
 
 def _with_defaults_of(names: list[str], options: RunOptions) -> RunOptions:

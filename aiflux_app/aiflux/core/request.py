@@ -10,7 +10,7 @@ import json
 from hashlib import blake2b
 from typing import Any, NamedTuple, NoReturn
 
-from aiflux.core.modelname import same_model
+from aiflux.core.modelname import parse_model_name, same_digest, same_model
 
 try:
     import orjson
@@ -178,7 +178,15 @@ def _model_fits(body: dict[str, Any], model: str | None) -> bool:
         return model is not None
     if type(named) is not str or not named:
         return False
-    return model is None or named == model or same_model(named, model)
+    return model is None or named == model or (same_model(named, model) and _insists(model, named))
+
+
+def _insists(model: str, named: str) -> bool:
+    """Tell whether a run's model insists on the digest that a body insists on, if it does."""
+    if "@" not in named:
+        return True
+    one, other = parse_model_name(model), parse_model_name(named)
+    return one.digest != "" and same_digest(one, other)
 
 
 def _problems(entry: dict[str, Any], model: str | None) -> list[str]:

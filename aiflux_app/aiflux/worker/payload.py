@@ -16,14 +16,16 @@ def build_payload(
     """Return the JSON to send.
 
     Args:
-        model: filled in where the body names none.
+        model: as the engine serves it; filled in where the body names none, and put in the place of
+            a name with AI-Flux's own ``http://`` or ``@sha256:...``, which Ollama does not know.
         parameters: filled in where the body lacks them; not for embeddings, which have none.
         bundled: the engine is Ollama, which ignores ``max_completion_tokens``; the value is then
             also sent as ``max_tokens``.
     """
     body = request.body
     edits: dict[str, Any] = {}
-    if body.get("model") is None:
+    named = body.get("model")
+    if named is None or (bundled and ("@" in named or "://" in named)):
         edits["model"] = model
     if body.get("stream"):
         edits["stream"] = False

@@ -8,6 +8,7 @@ one goes on. Models are made of GGUF files in the same way.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ _HOPELESS = (
     "does not exist", "not found", "no such host", "dial tcp", "unauthorized", "no space left",
     "quota exceeded", "unsupported protocol scheme",
 )  # fmt: skip
+_TIMED_OUT = "context deadline exceeded"
+_REASON = re.compile(r'level=WARN .*\berr="((?:[^"\\]|\\.)*)"')
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -68,7 +71,7 @@ def ensure_model(
         say(f"pulling {name.served} into {models_dir}")
         folder = begin_staging(models_dir, name, "pull")
         with _serving(folder, program, log) as ollama:
-            _pull_with(ollama, name, folder, progress)
+            _pull_with(ollama, name, folder, progress, log)
         _refuse_partial(folder, name)
         _insist(folder, name)
         move_into_place(folder, models_dir, name)
@@ -151,7 +154,9 @@ def _serving(folder: Path, program: str, log: Path) -> Iterator[Ollama]:
             server.stop()
 
 
-def _pull_with(ollama: Ollama, name: ModelName, folder: Path, progress: Progress) -> None:
+def _pull_with(
+    ollama: Ollama, name: ModelName, folder: Path, progress: Progress, log: Path
+) -> None:
     """Pull, and go on when it breaks off, while each attempt brings it further."""
     for attempt in range(1, _ATTEMPTS + 1):
         # Ollama checks the digests of what it has just fetched, and of nothing that is there.
@@ -162,9 +167,24 @@ def _pull_with(ollama: Ollama, name: ModelName, folder: Path, progress: Progress
                 progress(step)
         except EngineError as error:
             if attempt == _ATTEMPTS or any(text in error.message for text in _HOPELESS):
-                raise _explain(name, folder, error.message) from error
+                raise _explain(name, folder, with_reason(error.message, log)) from error
         else:
             return
+
+
+def with_reason(words: str, log: Path) -> str:
+    """Return an error's words; where they tell of a time limit only, with why Ollama was waiting.
+
+    Source: ollama, server/download.go: a blob that cannot be had is tried again for 30 s, and each
+    failure is a line of the log.
+    """
+    if _TIMED_OUT not in words:
+        return words
+    reasons = _REASON.findall(log.read_text(encoding="utf-8", errors="replace"))
+    if not reasons:
+        return words
+    last = reasons[-1].replace('\\"', '"')
+    return f"{words} (what was tried last gave: {last})"
 
 
 def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
@@ -181,7 +201,8 @@ def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
             f"the registry {name.host} asks for a login and does not say where: {words}",
             "pull from one that is open, or carry the model: aiflux models export and import",
         )
-    if "does not exist" in words or "not found" in words or "unauthorized" in words:
+    unknown = ("does not exist", "not found", "unauthorized")
+    if any(text in words for text in unknown) and _TIMED_OUT not in words:  # then it is a blob
         return ModelError(
             f"the registry {name.host} has no model {name.served}: {words}",
             "check the name (https://ollama.com/library lists them)",

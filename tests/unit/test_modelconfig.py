@@ -54,8 +54,8 @@ requirements:
 """
 
 
-def config(folder: Path) -> Config:
-    return Config(environ={"HOME": str(folder)}, directory=folder)
+def config(folder: Path, **arguments: str) -> Config:
+    return Config(environ={"HOME": str(folder)}, directory=folder, arguments=arguments)
 
 
 def put(folder: Path, text: str = EARLIER, name: str = "models/llama3.2/3b.yaml") -> Path:
@@ -139,6 +139,12 @@ def test_a_file_of_many_models(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words) as caught:
             read_model_file(path, name)
         assert "Llama-3.2-3B-Instruct, Other" in str(caught.value.remedy)
+    assert read_model_file(path, among="llama3.2:3b") == found
+    assert read_model_file(path, among="Other").name == "other:1b"
+    own = config(tmp_path, model_config=str(path), model="llama3.2:3b")
+    assert own.get("temperature") == 0.7
+    put(tmp_path, "models: {'phi3:mini': {parameters: {top_p: 0.5}}}", "models.yaml")
+    assert read_model_file(path).name == "phi3:mini"
 
 
 def test_without_a_file_the_catalogue_tells(tmp_path: Path) -> None:

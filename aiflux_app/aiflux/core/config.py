@@ -76,7 +76,7 @@ class Config:
         values = self._resolve(self._arguments)
         path = values["model_config"].value
         if model_config is None and path is not None:
-            model_config = self._read_model_file(path)
+            model_config = self._read_model_file(path, among=values["model"].value)
         self._model_config = model_config
         if model_config is not None:
             values.update(_of_model(model_config, values))
@@ -197,8 +197,10 @@ class Config:
         yield self._directory / "config" / "models"
         yield self.models_dir
 
-    def _read_model_file(self, path: Path, name: str | None = None) -> ModelConfig:
-        found = read_model_file(path, name)
+    def _read_model_file(
+        self, path: Path, name: str | None = None, among: str | None = None
+    ) -> ModelConfig:
+        found = read_model_file(path, name, among)
         if found.unused:
             told = "".join(f"\n  {each}" for each in found.unused)
             _log.warning("%s: these keys are not used any more:%s", path, told)

@@ -132,22 +132,23 @@ _REASONS = {
 }
 
 
-def read_model_file(path: Path, name: str | None = None) -> ModelConfig:
+def read_model_file(path: Path, name: str | None = None, among: str | None = None) -> ModelConfig:
     """Read a model's file.
 
     Args:
         name: the model where the file names none; None takes ``FAMILY:SIZE`` from the path. In a
             file of many models (``models:``), the key of the one that is wanted.
+        among: which of many models is wanted where ``name`` is None, by its key or its name.
 
     Raises:
         ConfigError: the file is wrong; names line, key and what may stand there.
     """
     file = read_yaml(path)
-    at = _entry(file, name)
+    at = _entry(file, name or among)
     top = file.mapping(*at, known=(*_SECTIONS, *_FREE))
     sections = {section: _section(file, at, section) for section in _SECTIONS}
     _check_ranges(file, at, sections)
-    named = name or f"{path.parent.name}:{path.stem}"
+    named = name or (at[-1] if at else f"{path.parent.name}:{path.stem}")
     return ModelConfig(
         name=_name(file, at, top.get("name") or named),
         parameters=ModelParameters(**sections.pop("parameters")),
@@ -176,12 +177,13 @@ def _entry(file: YamlFile, name: str | None) -> tuple[str, ...]:
     models = file.mapping("models")
     if name is None and len(models) == 1:
         (name,) = models
-    if name not in models:
+    named = [key for key in models if name in (key, file.mapping("models", key).get("name"))]
+    if name is None or not named:
         raise ConfigError(
             f"{file.path} has {'no model ' + repr(name) if name else 'several models'}",
-            f"name one of them: {', '.join(sorted(models))}",
+            f"name one of them (--model): {', '.join(sorted(models))}",
         )
-    return ("models", name)
+    return ("models", name if name in named else named[0])
 
 
 def _name(file: YamlFile, at: tuple[str, ...], name: Any) -> str:

@@ -237,9 +237,10 @@ def test_settings_that_mean_nothing_or_are_wrong(
     assert lines[0].fix.startswith("did you mean AIFLUX_MODELS_DIR?")
     assert "MAX_RETRIES" in lines[1].what
     assert settings.models_dir == tmp_path / ".local/share/aiflux/models"
-    (tmp_path / ".env").write_text("AIFLUX_IMGE=/x\nOF_OTHERS=1\n")
-    _, (_, misspelt, _) = host.load_config(environ)
+    (tmp_path / ".env").write_text("AIFLUX_IMGE=/x\nOF_OTHERS=1\nAIFLUX_API_KEY=k\n")
+    _, (_, misspelt, key, _) = host.load_config(environ)
     assert misspelt.what == "AIFLUX_IMGE in ./.env means nothing"
+    assert key.what == "AIFLUX_API_KEY in ./.env is not read there"
     assert misspelt.fix == "did you mean AIFLUX_IMAGE? remove AIFLUX_IMGE"
     (tmp_path / ".env").write_text("AIFLUX_IMGE\n")
     _, (_, wrong) = host.load_config(environ)

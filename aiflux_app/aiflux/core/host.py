@@ -44,6 +44,10 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[Diagnosis]]:
     try:
         dotenv = read_dotenv(Path(".env")) if Path(".env").is_file() else {}
         told += unknown_settings(dotenv, "in ./.env", "remove")
+        told += [
+            warn("settings", f"{name} in ./.env is not read there", f"export {name} instead")
+            for name in sorted(_OTHER_NAMES & dotenv.keys())
+        ]
         return Config(environ=environ), [*told, ok("settings", _sources(environ))]
     except ConfigError as error:
         home = {name: environ[name] for name in ("HOME", "XDG_DATA_HOME") if name in environ}

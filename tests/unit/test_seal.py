@@ -9,6 +9,7 @@ import pytest
 
 from aiflux.core.config import Config
 from aiflux.errors import ConfigError, ExitCode
+from aiflux.worker.seal import seal_facts
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 
@@ -17,7 +18,6 @@ from tests.unit.working import Working
     ("environ", "told"),
     [
         ({}, {"sealed": False, "unsealed": "the engine is elsewhere"}),
-        ({"AIFLUX_SEALED": "1"}, {"sealed": True}),
         ({"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": "--no-seal"},
          {"sealed": False, "unsealed": "--no-seal"}),
         ({"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": "no \udcff netns"},
@@ -34,6 +34,33 @@ def test_the_status_says_why_a_run_is_not_sealed(
         assert working.run() is ExitCode.OK
     facts = working.status["aiflux"]
     assert {name: facts[name] for name in ("sealed", "unsealed") if name in facts} == told
+
+
+FOURTH = "Iface\tDestination\tGateway\tFlags\n"
+SIXTH = f"{'0' * 32} 00 {'0' * 32} 00 {'0' * 32} ffffffff 00000001 00000000 00200200       lo\n"
+
+
+@pytest.mark.parametrize(
+    ("fourth", "sixth", "out"),
+    [
+        (None, None, None),
+        ("", SIXTH, None),
+        (FOURTH, SIXTH, None),
+        (FOURTH + "lo\t0000007F\t00000000\t0001\n", SIXTH, None),
+        (FOURTH + "eth0\t00000000\t010011AC\t0003\n", SIXTH, "eth0"),
+        (FOURTH, SIXTH + SIXTH.replace("  lo", "  ib0"), "ib0"),
+    ],
+)
+def test_a_seal_that_is_none_is_told(
+    tmp_path: Path, fourth: str | None, sixth: str | None, out: str | None
+) -> None:
+    tables = (tmp_path / "route", tmp_path / "ipv6_route")
+    for table, text in zip(tables, (fourth, sixth), strict=True):
+        if text is not None:
+            table.write_text(text)
+    facts = seal_facts({"AIFLUX_SEALED": "1"}, engine_here=True, tables=tables)
+    why = f"the container has a network all the same ({out})"
+    assert facts == ({"sealed": False, "unsealed": why} if out else {"sealed": True})
 
 
 @pytest.mark.parametrize(("text", "value"), [("yes", True), ("No", False), ("0", False)])

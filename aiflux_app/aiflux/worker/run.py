@@ -56,6 +56,7 @@ from aiflux.worker.pool import Describe, Pool
 from aiflux.worker.progress import Reporter
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import Lane, Scheduler
+from aiflux.worker.seal import seal_facts
 from aiflux.worker.source import Source
 from aiflux.worker.stats import Stats
 from aiflux.worker.stopper import Stopper
@@ -484,19 +485,10 @@ def _facts(plan: Plan, context: Context) -> dict[str, Any]:
         "pid": os.getpid(),
         "slurm": {name: environ[name] for name in names if name in environ},
         "image": _image_facts(environ),
-        **_seal(plan, environ),
+        **seal_facts(environ, engine_here=not plan.options.engine_url),
         "gpus": list(gpu_names()),
         "models": list(plan.models),
     }
-
-
-def _seal(plan: Plan, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return whether this process has loopback only, and else why not."""
-    if environ.get("AIFLUX_SEALED") == "1":
-        return {"sealed": True}
-    elsewhere = "the engine is elsewhere" if plan.options.engine_url else "started by hand"
-    why = environ.get("AIFLUX_UNSEALED") or elsewhere
-    return {"sealed": False, "unsealed": why.encode(errors="replace").decode()}
 
 
 def _image_facts(environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aiflux.core.request import LineError, parse_request, request_entry, request_key
@@ -143,6 +143,7 @@ _VALUES = st.recursive(
 )
 
 
+@example(custom_id="r1", body={"model": -(2**63) - 1}, tail="", ascii_only=False)
 @given(
     custom_id=_VALUES | st.just("r1"),
     body=_VALUES | st.dictionaries(st.sampled_from(["model", "messages", "x"]), _VALUES),

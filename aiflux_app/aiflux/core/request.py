@@ -157,6 +157,8 @@ def request_entry(raw: bytes, model: str | None = None, *, exact: bool = True) -
         and (metadata is None or type(metadata) is dict)
         and _model_fits(body, model)
     )
+    if not valid and not exact:
+        return request_entry(raw, model)  # what is shown of the line keeps every digit
     if not valid:
         raise LineError(*_problems(entry, model))
     return entry

@@ -124,6 +124,11 @@ class User:
             shutil.chown(path, self.name)
         return path
 
+    def give(self, folder: Path) -> None:
+        """Make the user the owner of a folder and all below it; links are not followed."""
+        if os.geteuid() == 0:
+            subprocess.run(["chown", "-hR", f"{self.name}:", str(folder)], check=True)
+
     def processes(self) -> list[str]:
         """Return the processes whose command line or environment names a folder of these tests."""
         found = []
@@ -171,8 +176,7 @@ def checkout(user: User) -> Path:
         if source.is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target / name)
-    if os.geteuid() == 0:
-        subprocess.run(["chown", "-R", f"{user.name}:", str(target)], check=True)
+    user.give(target)
     user.run("git", "init", "-q", cwd=target)
     user.run("make", "install", cwd=target)
     return target

@@ -1,0 +1,247 @@
+"""Every command of the pages is run as a reader types it: Slurm, Apptainer and Ollama are real.
+
+A page's blocks are run one after the other in one folder. What is different here from where the
+pages are read stands in two tables: texts that are replaced, and commands that run elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import re
+import shlex
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from aiflux.core.modelname import parse_model_name
+from aiflux.core.modelstore import model_digest
+from aiflux.worker.server import Server, engine_environment
+from tests.integration.conftest import REPOSITORY, User
+from tests.integration.reader import MODEL, Reader, commands, furnish, page_blocks
+
+PAGES = {
+    str(path.relative_to(REPOSITORY)): path
+    for path in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"),
+                 *REPOSITORY.glob("examples/*.md")]
+    if page_blocks(path, "sh", "python")
+}  # fmt: skip
+
+# Commands that another test (or its fixture) runs: they take long, or they run the tests.
+_BENCH = "tests/slow/test_bench.py::test_a_case_gives_figures"
+_SIGNED = "test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built"
+ELSEWHERE = {
+    "make image": "tests/integration/conftest.py::image",
+    "make demo": "tests/integration/test_image.py::test_the_demo_shows_prompts_and_answers",
+    "make test": "tests/integration/test_docs.py::test_every_command_of_a_page",
+    "make test-fast": "tests/unit/test_docs.py::test_commands_parse",
+    "make lint": "tests/unit/test_docs.py::test_make_targets_exist",
+    "make bench": _BENCH,
+    "make bench BENCH=--quick": _BENCH,
+    'make bench BENCH="occupancy reading"': _BENCH,
+    "aiflux image build --base docker --output aiflux.sif":
+        "tests/integration/test_image_docker.py::test_the_docker_base_makes_the_same_image",
+    "aiflux image build --sign --force": f"tests/integration/test_airgap.py::{_SIGNED}",
+    "cat passphrase | aiflux image build --sign --force":
+        f"tests/integration/test_airgap.py::{_SIGNED}",
+}  # fmt: skip
+
+# What a reader of a page, or of one command, has done before; and what he does after one.
+_RUN = "aiflux run --model llama3.2:3b --input prompts.jsonl --output results.json"
+_KEY = "apptainer key newpair --push=false"
+BEFORE: dict[str, list[str]] = {
+    "docs/image.md": [_KEY, "cp prompts.jsonl input.jsonl"],
+    "docs/running.md": [f"{_RUN} --shards 4"],
+    "docs/report.md": [_RUN],
+    "docs/reference.md": [_KEY, _RUN],
+    "aiflux results to-csv results.json --source reviews.csv --id-column id": [
+        "aiflux convert csv --input reviews.csv --id-column id --template '{text}'"
+        " --schema rating.json --output rated.jsonl",
+        "rm -r results.json*",
+        "aiflux run --model llama3.2:3b --input rated.jsonl --output results.json",
+    ],
+    "aiflux results to-csv out.json --source reviews.csv --json-fields": [
+        "aiflux convert csv --input reviews.csv --template '{text}' --schema rating.json"
+        " --output rated.jsonl",
+        "rm -r out.json*",
+        "aiflux run --model llama3.2:3b --input rated.jsonl --output out.json",
+    ],
+    # Ways to the same output, of which a reader takes one.
+    "aiflux run --engine-url http://127.0.0.1:8000 --model llama3.2:3b --input prompts.jsonl": [
+        "rm -r prompts.results.json*"
+    ],
+    **{
+        f"examples/classify/run.sh --model {rest}": ["rm -r classified*"]
+        for rest in (MODEL, f"{MODEL} --local", "MODEL --engine-url http://127.0.0.1:8000")
+    },
+}  # fmt: skip
+AFTER = {"aiflux models remove llama3.2:3b": ["aiflux models pull llama3.2:3b"]}
+
+# Texts for which something else is typed here.
+HERE = {
+    # The test cluster knows no types or features of GPUs; its nodes have 16 GB.
+    "gpu:a100:2": "gpu:2",
+    " --constraint a100": "",
+    "--partition long": "--partition urgent",
+    "sbatch slurm/": "sbatch --mem=1G slurm/",
+    "sbatch --account": "sbatch --mem=1G --account",
+    # Folders that only root could make, and a site's modules.
+    "/sw/aiflux": "sw/aiflux",
+    "/data/models": "data/models",
+    "TMPDIR=/scratch": "TMPDIR=/var/tmp",
+    " --modules apptainer": " --setup 'echo a module'",
+    # What a person answers to Apptainer's questions, and what he does on another machine.
+    _KEY: f"{_KEY} --name Ann --email ann@example.org --comment '' --password ''"
+          " --bit-length 2048",
+    "apptainer key export": "echo 0 | apptainer key export",
+    "apptainer key import": "mkdir other && HOME=$PWD/other apptainer key import",
+    "--model MODEL": "--model smollm2:135m",
+}  # fmt: skip
+
+DIGEST = "a80c4f17acd5"
+"""The model's digest on the pages."""
+
+# Pages that pull their model: it comes from the registry of the test stack.
+PULLING = {"docs/models.md", "docs/reference.md"}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(user: User, checkout: Path, ollama: Path) -> Path:
+    """A models directory in which a random model goes by the names of the pages."""
+    folder = user.folder("models of the pages")
+    user.run("python3", checkout / "tests/tools/make_tiny_gguf.py", folder / "tiny.gguf")
+    for name in (MODEL, "smollm2:135m"):
+        user.run(
+            checkout / ".venv/bin/aiflux", "models", "import", "--gguf", folder / "tiny.gguf",
+            "--name", name, "--models-dir", folder, env={"AIFLUX_OLLAMA": str(ollama)},
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine(user: User, ollama: Path, tiny_models: Path) -> Iterator[str]:
+    """The server at 127.0.0.1:8000 of the pages, on a port that is free."""
+    home = user.folder("home of an engine")
+    environ = engine_environment(os.environ, tiny_models, home, {})
+    server = Server(str(ollama), environ, home / "serve.log")
+    server.start()
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def registered(stack: dict[str, str], engine: str) -> str:
+    """The model's name in the registry of the test stack."""
+    name = f"{stack['AIFLUX_STACK_REGISTRY']}/library/docs-{uuid.uuid4().hex[:8]}:3b"
+    with requests.Session() as session:
+        session.trust_env = False  # loopback is behind no proxy
+        copied = session.post(
+            f"{engine}/api/copy", json={"source": MODEL, "destination": name}, timeout=60
+        )
+        copied.raise_for_status()
+        asked = {"model": name, "insecure": True, "stream": False}
+        pushed = session.post(f"{engine}/api/push", json=asked, timeout=120)
+        assert pushed.json() == {"status": "success"}
+        session.delete(f"{engine}/api/delete", json={"model": name}, timeout=60).raise_for_status()
+    return f"http://{name}"
+
+
+@pytest.fixture(scope="session")
+def equipped(user: User, checkout: Path) -> Path:
+    """The checkout with the extras of the package, as the pages advise to install them."""
+    extras = "documents,images,parquet,report,schema"
+    pip = (checkout / ".venv/bin/python", "-m", "pip", "install", "--quiet")
+    user.run(*pip, "--disable-pip-version-check", "-e", f".[{extras}]", cwd=checkout)
+    return checkout
+
+
+@pytest.fixture
+def reader(
+    user: User, equipped: Path, image: Path, tiny_models: Path, engine: str
+) -> Iterator[Reader]:
+    place = user.folder(f"{uuid.uuid4().hex[:6]} a reader's, place")
+    furnish(user, equipped, image, place)
+    user.run("cp", "-r", tiny_models, place / "store")
+    env = {
+        "AIFLUX_MODELS_DIR": str(place / "store"), "AIFLUX_ALLOW_CPU": "1",
+        "SLURM_MEM": "1G", "SLURM_CPUS_PER_TASK": "1", "SLURM_PARTITION": "gpu",
+        # The random model ends no answer by itself.
+        "MAX_TOKENS": "64",
+    }  # fmt: skip
+    digest = model_digest(tiny_models, parse_model_name(MODEL))
+    assert digest is not None
+    changes = {**HERE, "http://127.0.0.1:8000": engine, DIGEST: digest[:12]}
+    reader = Reader(user, place, env, changes)
+    yield reader
+    for job in reader.jobs():
+        user.run("scancel", job, code=None)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page(
+    reader: Reader, page: str, image: Path, request: pytest.FixtureRequest
+) -> None:
+    if page in PULLING:
+        name = request.getfixturevalue("registered")
+        reader.changes[MODEL] = name
+        reader.types(f"aiflux models pull {name}")
+        digest = model_digest(reader.place / "store", parse_model_name(name))
+        assert digest is not None
+        reader.changes[DIGEST] = digest[:12]
+    if any(" image sign " in text for text in page_blocks(PAGES[page], "sh")):
+        own_image(reader, image)
+    failed = [*type_all(reader, BEFORE.get(page, []))]
+    for block in page_blocks(PAGES[page], "sh"):
+        typed = [command for command in commands(block) if command not in ELSEWHERE]
+        reader.makes_way(typed)
+        for command in typed:
+            around = (BEFORE.get(command, []), [command], AFTER.get(command, []))
+            failed += type_all(reader, itertools.chain(*around))
+    for block in page_blocks(PAGES[page], "python"):
+        try:
+            reader.runs_python(block)
+        except pytest.fail.Exception as error:
+            failed.append(str(error))
+    failed += type_all(reader, ["true"])
+    assert not failed, "\n\n".join(failed)
+
+
+def type_all(reader: Reader, given: Iterable[str]) -> Iterator[str]:
+    """Type commands; yield what is to be said of those that fail."""
+    for command in given:
+        try:
+            reader.types(command)
+        except pytest.fail.Exception as error:
+            yield f"{command}\n{error}"
+
+
+def own_image(reader: Reader, image: Path) -> None:
+    """Give the reader a copy of the image, which he may change."""
+    link = reader.place / "aiflux.sif"
+    link.unlink()
+    reader.user.run("cp", image, link)
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_what_runs_elsewhere_is_there(command: str) -> None:
+    """The table above names tests and fixtures that exist, and commands that pages have."""
+    assert any(
+        command in commands(block) for page in PAGES.values() for block in page_blocks(page, "sh")
+    )
+    path, _, name = ELSEWHERE[command].partition("::")
+    tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_stand_in_blocks_that_are_run(page: str) -> None:
+    """No block without a language holds a command, but for the forms in the reference."""
+    for block in page_blocks(PAGES[page], ""):
+        for command in commands(block):
+            words = shlex.split(command) if command.count("'") % 2 == 0 else command.split()
+            form = re.search(r"\[|\bR\b|NAME:TAG|BUNDLE|FILE", command)
+            assert words[0] not in ("aiflux", "make", "apptainer", "sbatch") or form, command

@@ -509,6 +509,17 @@ def test_embeddings_have_no_sampling(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "/v1/embeddings" in Page(made.run.report.read_text()).text
 
 
+def test_tokens_that_no_engine_counts_are_not_none(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path, each=1)
+    made.status(0, "completed", 1)
+    made.whole("completed", 1)
+    write(made, 0, result(1, body=b'{"choices": []}'))
+    assert main(["report", str(made.output)]) == 0
+    words = Page(made.run.report.read_text()).text
+    assert "not toldtokens, by the engine" in words
+    assert "0prompt tokens" not in words
+
+
 def test_secrets_in_what_slurm_was_asked_for_are_not_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,10 +113,8 @@ def _cards(report: Report) -> Markup:
     cards = [
         (number(counts.completed), f"of {counted(counts.total, 'request')} answered"),
         (number(counts.failed), f"failed ({percent(counts.failed, done)})"),
-        (number(report.tokens.prompt), "prompt tokens"),
-        (number(report.tokens.completion), "answer tokens"),
+        *_tokens(report),
         (rate(report.throughput.requests_per_second), "requests/s"),
-        (rate(report.throughput.completion_tokens_per_second), "answer tokens/s"),
         (_median(report), "median time per request"),
         (f"{use.gpu_hours:.2f}", "GPU-hours")
         if use.gpu_hours
@@ -127,6 +125,18 @@ def _cards(report: Report) -> Markup:
         for figure, name in cards
     ]
     return element("div", *made, class_="cards")
+
+
+def _tokens(report: Report) -> Iterable[tuple[str, str]]:
+    told = report.tokens
+    if report.counts.completed and not told.prompt and not told.completion:
+        return (("not told", "tokens, by the engine"),)
+    speed = rate(report.throughput.completion_tokens_per_second)
+    return (
+        (number(told.prompt), "prompt tokens"),
+        (number(told.completion), "answer tokens"),
+        (speed, "answer tokens/s"),
+    )
 
 
 def _median(report: Report) -> str:

@@ -81,8 +81,9 @@ def throughput_plot(flow: Throughput) -> Markup:
         ConfigError: matplotlib is not installed.
     """
 
+    tokens = any(bar.completion_tokens for bar in flow.bars)
+
     def draw(figure: Any, width: str) -> None:
-        tokens = any(bar.completion_tokens for bar in flow.bars)
         axes = figure.subplots(2 if tokens else 1, sharex=True, squeeze=False)[:, 0]
         edges = _edges(flow.bars)
         rates = [bar.results / bar.seconds for bar in flow.bars]
@@ -114,7 +115,7 @@ def throughput_plot(flow: Throughput) -> Markup:
         f"{rate(flow.requests_per_second)} requests and "
         f"{rate(flow.completion_tokens_per_second)} answer tokens per second"
     )
-    return _plot("throughput", title, draw, rows=2)
+    return _plot("throughput", title, draw, rows=2 if tokens else 1.2)
 
 
 def latency_plot(latency: Latency) -> Markup:

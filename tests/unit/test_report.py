@@ -460,6 +460,13 @@ def test_json_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not made.run.report.exists()
 
 
+def test_the_page_goes_to_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = a_run(tmp_path)
+    assert main(["report", str(made.output), "--output", "-"]) == 0
+    assert "Methods" in Page(capsys.readouterr().out).text
+    assert not Path("-").exists()
+
+
 def told_methods(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> str:
     return str(report(made, capsys)["methods"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from aiflux.errors import ConfigError
 from aiflux.slurm.overview import gather
 from aiflux.slurm.records import read_submissions
 
+_STDOUT = "-"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -38,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: aiflux report results.json --output report.html"
     add_run(parser)
     parser.add_argument(
-        "--output", metavar="FILE", help="the page (default: report.html in the run directory)"
+        "--output",
+        metavar="FILE",
+        help="the page (default: report.html in the run directory); - for stdout",
     )
     parser.add_argument(
         "--json",
@@ -50,24 +55,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Write the report; the exit code does not tell how the run is."""
     run = located(arguments.run)
+    output = arguments.output or (_STDOUT if arguments.json else None)
+    target = None if output == _STDOUT else _target(arguments.output, run)
     report = read_report(run)
-    told = json.dumps({**report.to_json(), "methods": methods(report)}, indent=2)
-    if arguments.json and arguments.output is None:
-        print(told)
-        return 0
-    target = _target(arguments.output, run)
-    if arguments.json:
+    text, no_plots = _json(report) if arguments.json else _page(report)
+    if target is None:
+        print(text, end="")
+    else:
         with atomic_write(target, 0o600) as file:
-            file.write(f"{told}\n".encode())
+            file.write(text.encode("utf-8", "replace"))
         print(f"{report.condition.state}: wrote {short(target)}")
-        return 0
-    plots, no_plots = _plots(report)
-    with atomic_write(target, 0o600) as file:
-        file.write(page(report, plots, no_plots).encode("utf-8", "replace"))
-    print(f"{report.condition.state}: wrote {short(target)}")
     if no_plots is not None:
-        print(f"  without plots: {no_plots}")
+        print(f"  without plots: {no_plots}", file=sys.stdout if target else sys.stderr)
     return 0
+
+
+def _json(report: Report) -> tuple[str, None]:
+    content = {**report.to_json(), "methods": methods(report)}
+    return f"{json.dumps(content, indent=2)}\n", None
+
+
+def _page(report: Report) -> tuple[str, str | None]:
+    """Return the page, and why it has no plots."""
+    plots, no_plots = _plots(report)
+    return page(report, plots, no_plots), no_plots
 
 
 def read_report(run: RunDirectory) -> Report:

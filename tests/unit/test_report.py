@@ -367,6 +367,20 @@ def test_runs_that_are_not_finished_have_a_report(
     assert told["condition"]["state"] in capsys.readouterr().out
 
 
+def test_a_run_that_failed_before_it_began_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(tmp_path)
+    made.status(0, "failed", exit_code=4, ended="")
+    told = report(made, capsys)
+    assert told["shards"][0]["ended"]
+    assert "were to be processed with" in told["methods"]
+    assert main(["report", str(made.output)]) == 0
+    words = Page(made.run.report.read_text()).text
+    assert f"shard 0: {told['shards'][0]['ended']}" in words
+    assert "none has started yet" in words
+
+
 def test_a_run_without_any_result_has_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import read_run_status, read_status
 from aiflux.core.tally import tally
 from aiflux.errors import ConfigError
-from aiflux.slurm.overview import gather
+from aiflux.slurm.overview import ShardView, gather
 from aiflux.slurm.records import read_submissions
 
 _STDOUT = "-"
@@ -113,11 +113,21 @@ def _condition(run: RunDirectory) -> Condition:
         finished=view.finished,
         next_command=view.next_command,
         shards=tuple(shard.state.value for shard in view.shards),
+        reasons=tuple(_reason(shard) for shard in view.shards),
         submitted=view.submitted,
         jobs=view.jobs,
         image=None if submissions is None else str(submissions.image),
         slurm=None if submissions is None else submissions.slurm,
     )
+
+
+def _reason(shard: ShardView) -> str:
+    """Return why a shard is not done, as the table of ``aiflux status`` tells it."""
+    code = shard.exit_code
+    told = [shard.reason] if shard.reason else []
+    if code and "exit code" not in shard.reason:
+        told.append(f"exit code {code}")
+    return ", ".join(told)
 
 
 def _of_plan(status: dict[str, Any] | None, plan: Plan) -> dict[str, Any] | None:

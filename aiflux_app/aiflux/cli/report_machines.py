@@ -106,6 +106,9 @@ def _use(report: Report) -> Iterable[tuple[str, str]]:
             "Per GPU-hour",
             f"{number(use.requests_per_gpu_hour)} requests, {number(tokens)} answer tokens",
         )
+    if not report.engines:
+        yield "Engines", "none has started yet"
+        return
     yield (
         "In flight",
         f"{use.in_flight:.1f} requests per engine, averaged over the jobs' time with loading",

@@ -47,6 +47,8 @@ def _verb(report: Report) -> str:
     one = report.counts.total == 1
     if not report.condition.ended:
         return f"{'is' if one else 'are'} being processed"
+    if not report.counts.recorded and not report.condition.finished:
+        return f"{'was' if one else 'were'} to be processed"
     partly = "" if report.condition.finished else " in part"
     return f"{'was' if one else 'were'} processed{partly}"
 

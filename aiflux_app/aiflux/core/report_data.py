@@ -23,6 +23,7 @@ class Condition:
         finished: the output is written.
         next_command: what brings it to its end; None where nothing is to do.
         shards: the state of each shard.
+        reasons: why each shard is not done, as far as that is known; "" where it is.
     """
 
     state: str
@@ -30,6 +31,7 @@ class Condition:
     finished: bool
     next_command: str | None
     shards: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
     submitted: str | None = None
     jobs: tuple[str, ...] = ()
     image: str | None = None

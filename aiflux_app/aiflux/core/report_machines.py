@@ -20,14 +20,16 @@ from aiflux.core.tally import EngineTally, Tally
 
 def shard_rows(sources: Sources) -> Iterable[ShardRow]:
     """Yield what each shard did."""
+    reasons = sources.condition.reasons or ("",) * len(sources.plan.shards)
     rows = zip(
         sources.plan.shards,
         sources.condition.shards,
+        reasons,
         sources.statuses,
         sources.tallies,
         strict=True,
     )
-    for shard, state, status, tally in rows:
+    for shard, state, reason, status, tally in rows:
         details = details_of(status)
         totals, counts = totals_of(details), mapping((status or {}).get("request_counts"))
         seconds = float(totals.get("seconds", 0))
@@ -47,7 +49,7 @@ def shard_rows(sources: Sources) -> Iterable[ShardRow]:
             starts=int(totals.get("starts", 0)),
             tokens_per_second=round(tally.completion_tokens / seconds, 2) if seconds else 0.0,
             median_seconds=round(tally.latency.quantile(0.5), 3),
-            ended=details.get("ended"),
+            ended=details.get("ended") or reason or None,
         )
 
 

@@ -124,6 +124,23 @@ def test_the_installer_needs_nothing_but_python() -> None:
             assert name.partition(".")[0] in sys.stdlib_module_names
 
 
+def test_an_old_python_is_told_in_words() -> None:
+    source = Path(bundleinstaller.__file__).read_text(encoding="utf-8")
+    first, second, check = ast.parse(source, feature_version=(3, 6)).body[1:4]
+    assert [ast.unparse(each) for each in (first, second)] == ["import shutil", "import sys"]
+    assert ast.unparse(check).startswith("if sys.version_info < (3, 10):")
+    for name in ("python3.6", "python3.8", "python3.9"):
+        there = subprocess.run(["sh", "-c", f"{name} -V"], capture_output=True, check=False)
+        if there.returncode:
+            continue
+        done = subprocess.run(
+            [name, bundleinstaller.__file__, "x"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: this is Python 3.")
+        assert "needs 3.10 or later\n  -> " in done.stderr
+
+
 def test_a_bundle_is_what_plain_tools_understand(bundle: Path, tmp_path: Path) -> None:
     assert members(bundle)[:4] == [
         f"aiflux-bundle/{name}"

@@ -11,7 +11,20 @@ is written beside its final place and moved there when all of it has proved whol
 fails leaves things as they were, and one that was killed goes on when it is run again.
 """
 
-from __future__ import annotations
+import shutil
+import sys
+
+# An older Python reads as far as this, so all of the file keeps to its syntax (3.6).
+if sys.version_info < (3, 10):  # noqa: UP036
+    newer = [name for name in map("python3.{}".format, range(19, 9, -1)) if shutil.which(name)]
+    sys.stderr.write(
+        "error: this is Python {}.{}, and AI-Flux needs 3.10 or later\n  -> {}\n".format(
+            sys.version_info[0],
+            sys.version_info[1],
+            "call it with " + newer[0] if newer else "load a newer one: module avail python",
+        )
+    )
+    sys.exit(2)
 
 import argparse
 import compileall
@@ -23,9 +36,7 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
-import sys
 import tarfile
 import venv
 import zipfile
@@ -267,7 +278,7 @@ def _small(tar: tarfile.TarFile, wanted: str) -> bytes:
 def _members(tar: tarfile.TarFile, bundle: Bundle) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield the members that are left, each once; all that the bundle names have to come."""
     left = set(bundle.sums) - {CONTENTS}
-    while (info := tar.next()) is not None:
+    for info in iter(tar.next, None):
         member = info.name[len(TOP) :]
         content = tar.extractfile(info) if info.isfile() else None
         if not info.name.startswith(TOP) or member not in left or content is None:
@@ -437,7 +448,7 @@ def _holds(path: Path, wanted: str) -> bool:
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
+            for chunk in iter(lambda: file.read(_CHUNK), b""):
                 digest.update(chunk)
     except OSError:
         return False

@@ -26,7 +26,7 @@ def open_streams() -> Iterator[None]:
         mode = "r" if name == "stdin" else "w"
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - closed below
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:

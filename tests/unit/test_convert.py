@@ -221,13 +221,14 @@ def test_a_full_disk_behind_stdout_is_told(place: Path) -> None:
     assert b"stdout cannot be written, and holds a part only: No space left" in done.stderr
 
 
-def test_an_interrupt_leaves_nothing(place: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(place: Path, number: signal.Signals) -> None:
     write(place / "t.csv", "text\n" + "some text\n" * 600_000)
     words = ("csv", "--input", "t.csv", "--template", "{text}", "--output", "q.jsonl")
     process = subprocess.Popen([*AIFLUX, "convert", *words], stderr=subprocess.PIPE)
     while process.poll() is None and not list(place.glob(".q.jsonl.*")):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 5
     assert b"stopped; nothing was written" in told

@@ -129,6 +129,23 @@ def test_delimiter_and_encoding_are_detected(tmp_path: Path, delimiter: str, enc
     assert repr(delimiter) in summary.notes[0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [None, ";"])
+def test_a_first_line_may_declare_the_delimiter(
+    tmp_path: Path, delimiter: str | None, encoding: str
+) -> None:
+    """As Excel writes and reads it; places count it as a line."""
+    source = tmp_path / "in.csv"
+    text = "sep=;\r\nid;text\r\n1;été, déjà\r\n2\r\n3;deux\r\n"
+    source.write_text(text, encoding=encoding, newline="")
+    output = tmp_path / "out.jsonl"
+    summary = csv_to_jsonl(
+        source, output, template="{text}", id_column="id", delimiter=delimiter, skip_bad=True
+    )
+    assert prompts(output) == {"1": "été, déjà", "3": "deux"}
+    assert [row.place for row in summary.examples] == ["line 4"]
+
+
 @pytest.mark.parametrize(
     ("text", "encoding"),
     [

@@ -376,8 +376,8 @@ def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "converters.md"
     (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
-    source = write_csv(tmp_path / "reviews.csv", [["text"], ["good"]])
-    csv_to_jsonl(source, tmp_path / "q.jsonl", template="{text}")
+    source = write_csv(tmp_path / "reviews.csv", [["id", "text"], ["a", "good"]])
+    csv_to_jsonl(source, tmp_path / "q.jsonl", template="{text}", id_column="id")
     answered(tmp_path / "q.jsonl", tmp_path / "results.json")
     exec(compile(block, "converters.md", "exec"), {})  # noqa: S102
-    assert read_csv(tmp_path / "answers.csv")[1] == ["row-1", "good", "good", ""]
+    assert read_csv(tmp_path / "answers.csv")[1] == ["a", "a", "good", "good", ""]

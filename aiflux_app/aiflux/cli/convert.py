@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from aiflux.cli.jsonout import add_json, print_json
+from aiflux.cli.unwinding import unwinding
 from aiflux.converters.folder import MAX_FILE_SIZE, directory_to_jsonl
 from aiflux.converters.form import ENDPOINTS
 from aiflux.converters.pictures import MAX_PIXELS, TEMPLATE, images_to_jsonl
@@ -200,7 +201,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Convert, or show what would come of it."""
     try:
-        return _execute(arguments)
+        with unwinding():
+            return _execute(arguments)
     except KeyboardInterrupt:
         raise StoppedError(
             "stopped; nothing was written", "the same command begins again"

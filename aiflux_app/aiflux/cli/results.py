@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
+from aiflux.cli.unwinding import unwinding
 from aiflux.converters.answers import entries, prompt_text, refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
 from aiflux.converters.writing import printable
@@ -105,7 +106,8 @@ def execute(arguments: argparse.Namespace) -> int:
     refuse_missing(output)
     if arguments.action == "show":
         return _show(output, arguments)
-    return _write(output, arguments)
+    with unwinding():
+        return _write(output, arguments)
 
 
 def output_of(text: str) -> Path:

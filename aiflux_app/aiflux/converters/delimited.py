@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _DELIMITERS = (",", "\t", ";", "|")
 _NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 _SAMPLE = 1 << 16
+_DECLARATION = re.compile(r"sep=(.)\r?\n")
 # A quote that is never closed takes in the rest of the file: this much is too much for a cell.
 _MAX_CELL = 64 << 20
 
@@ -78,12 +80,17 @@ def csv_to_jsonl(
 
 @dataclass(frozen=True)
 class DelimitedTable:
-    """A CSV file: its columns, and how to read it."""
+    """A CSV file: its columns, and how to read it.
+
+    Attributes:
+        declares: its first line is Excel's ``sep=;``, and the header the second.
+    """
 
     path: Path
     columns: tuple[str, ...]
     delimiter: str
     encoding: Encoding
+    declares: bool = False
 
     @classmethod
     def of(cls, path: Path, delimiter: str | None, encoding: str | None) -> DelimitedTable:
@@ -94,13 +101,17 @@ class DelimitedTable:
         """
         _check_file(path)
         known = detect_encoding(path) if encoding is None else checked_encoding(encoding)
-        if delimiter is None:
-            delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _detect(path, known)
-        else:
+        declared = _declared(path, known)
+        if delimiter is not None:
             delimiter = _NAMES.get(delimiter, delimiter)
+        elif declared is not None:
+            delimiter = declared
+        else:
+            delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _detect(path, known)
         if len(delimiter) != 1 or delimiter in '"\r\n':
             raise InputError(f"the delimiter {delimiter!r} is not one character", "--delimiter ';'")
-        return cls(path, _header(path, known, delimiter), delimiter, known)
+        draft = cls(path, (), delimiter, known, declares=declared is not None)
+        return replace(draft, columns=_header(draft))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,6 +142,8 @@ class DelimitedTable:
         csv.field_size_limit(_MAX_CELL)
         reader = csv.reader(text, delimiter=self.delimiter, strict=True)
         try:
+            if self.declares:
+                next(reader)
             while True:
                 line = reader.line_num + 1
                 try:
@@ -210,17 +223,27 @@ def _check_file(path: Path) -> None:
     refuse_other_kinds(path, start, "CSV")
 
 
-def _detect(path: Path, encoding: Encoding) -> str:
-    """Return the delimiter that cuts the first rows into the most equal and most numerous cells."""
+def _declared(path: Path, encoding: Encoding) -> str | None:
+    """Return the delimiter of a first line ``sep=;``, which Excel writes and reads."""
+    match = _DECLARATION.match(_beginning(path, encoding)[0])
+    return match[1] if match else None
+
+
+def _beginning(path: Path, encoding: Encoding) -> tuple[str, bool]:
+    """Return the first of a file's text, and whether that is all of it."""
     with (
         reading(path),
         open(path, encoding=encoding.name, errors="replace", newline="") as file,
     ):
         try:
-            sample = file.read(_SAMPLE)
-            whole = not file.read(1)
+            return file.read(_SAMPLE), not file.read(1)
         except UnicodeError as error:
             raise _not_in(path, encoding, "from its beginning", error) from None
+
+
+def _detect(path: Path, encoding: Encoding) -> str:
+    """Return the delimiter that cuts the first rows into the most equal and most numerous cells."""
+    sample, whole = _beginning(path, encoding)
     scores = {item: _score(sample, item, whole) for item in _DELIMITERS}
     return max(_DELIMITERS, key=lambda item: scores[item])
 
@@ -244,8 +267,8 @@ def _sample_rows(sample: str, delimiter: str) -> list[list[str]]:
     return rows
 
 
-def _header(path: Path, encoding: Encoding, delimiter: str) -> tuple[str, ...]:
-    draft = DelimitedTable(path, (), delimiter, encoding)
+def _header(draft: DelimitedTable) -> tuple[str, ...]:
+    path = draft.path
     with reading(path), open(path, "rb") as file:
         first = next(draft._cells(file), None)
     if first is None:

@@ -202,7 +202,9 @@ def test_a_signed_image_tells_who_signed_it_and_that_it_was_not_changed(
 
 ALL_BUT_BUILDING = """\
 #!/bin/sh
-# The real Apptainer, whose build is a copy of an image that was built before.
+# The real Apptainer, whose build is a copy of an image that was built before. Where FAIL is set, no
+# new image can be signed.
+case "${FAIL:+$*}" in "sign "*.new) echo 'FATAL:   no room' >&2 && exit 255 ;; esac
 [ "$1" = build ] || exec /usr/bin/apptainer "$@"
 while [ $# -gt 2 ]; do shift; done
 exec cp "$BUILT" "$1"
@@ -242,6 +244,12 @@ def test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built(
     make = ["make", "image", "BASE=debian", f"IMAGE={new}", "SIGN=1", "KEY=0"]
     told = signer.run(*make, cwd=aiflux.parents[2], env=env)
     assert "verified: signed by Ann" in told
+    new.unlink()
+    told = signer.run(*build, "--key", "0", cwd=place, env={**env, "FAIL": "1"}, code=2)
+    assert f"{new} is built, and not signed: " in told
+    assert "no room" in told
+    assert f"-> aiflux image sign '{new}' --key 0" in told
+    assert "not signed" in signer.run(aiflux, "image", "info", new, cwd=place)
     assert [path.name for path in place.glob("*.sif*")] == ["new.sif"]
 
 

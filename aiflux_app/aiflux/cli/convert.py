@@ -4,198 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from aiflux.cli.jsonout import add_json, print_json
+from aiflux.cli.convert_options import add_arguments
+from aiflux.cli.ends import STDIN, STDOUT, destination, piped_file, refuse_both, refuse_existing
+from aiflux.cli.jsonout import print_json
 from aiflux.cli.unwinding import unwinding
-from aiflux.converters.folder import MAX_FILE_SIZE, directory_to_jsonl
-from aiflux.converters.form import ENDPOINTS
-from aiflux.converters.pictures import MAX_PIXELS, TEMPLATE, images_to_jsonl
+from aiflux.converters.folder import directory_to_jsonl
+from aiflux.converters.pictures import images_to_jsonl
 from aiflux.converters.walking import parse_size
 from aiflux.converters.writing import SHOWN, Summary, listed, plural, skipped_path
-from aiflux.core.files import refuse_special
 from aiflux.core.request import parse_json
-from aiflux.errors import (
-    InputError,
-    OutputExistsError,
-    StoppedError,
-    StorageError,
-    UsageError,
-)
+from aiflux.errors import InputError, StoppedError, UsageError
 
 _TRIAL = 3
-STDIN = STDOUT = "-"
+
+__all__ = ["add_arguments", "execute"]
 
 Tell = Callable[[int, int], None]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's kinds of input and their options."""
-    parser.description = "Turn a table, a folder, JSON or images into a file of requests."
-    parser.epilog = f"example:\n  {_CSV}"
-    kinds = parser.add_subparsers(
-        title="kinds of input", metavar="KIND", dest="kind", required=True
-    )
-    _add_csv(_kind(kinds, "csv", "a CSV or TSV file: a request for each row", _CSV))
-    _add_dir(_kind(kinds, "dir", "a directory: a request for each file or chunk", _DIR))
-    _add_json(_kind(kinds, "json", "a JSON array, or JSON Lines: one for each entry", _JSON))
-    _add_images(_kind(kinds, "images", "a directory or a list of images", _IMAGES))
-    _add_parquet(_kind(kinds, "parquet", "a Parquet file: a request for each row", _PARQUET))
-
-
-_CSV = 'aiflux convert csv --input in.csv --template "Sum up: {text}" --output q.jsonl'
-_DIR = 'aiflux convert dir --input papers --template "Sum up: {text}" --output q.jsonl'
-_JSON = "aiflux convert json --input in.json --field question --output q.jsonl"
-_IMAGES = 'aiflux convert images --input photos --template "Which bird?" --output q.jsonl'
-_PARQUET = 'aiflux convert parquet --input in.parquet --template "{text}" --output q.jsonl'
-
-
-def _kind(kinds: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        name,
-        help=help_text,
-        usage=f"aiflux convert {name} --input PATH --output FILE [options]",
-        description=f"Convert {help_text}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--input", required=True, metavar="PATH", help="what to convert; - for stdin"
-    )
-    parser.add_argument("--output", metavar="FILE", help="requests, *.jsonl; - for stdout")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show the first three requests, write nothing"
-    )
-    parser.add_argument("--force", action="store_true", help="replace an output that is there")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out what cannot be used, and list it"
-    )
-    add_json(parser, "print the summary as one JSON object")
-    return parser
-
-
-def _add_request(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what every request has")
-    group.add_argument("--model", metavar="NAME:TAG", help="model (or name it to aiflux run)")
-    group.add_argument("--system", metavar="TEXT", help="system message")
-    group.add_argument("--temperature", type=float, metavar="T", help="temperature")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="tokens per answer")
-    group.add_argument(
-        "--schema", metavar="FILE", help="JSON Schema that answers are to fit (response_format)"
-    )
-    group.add_argument(
-        "--param",
-        action="append",
-        default=[],
-        metavar="KEY=JSON",
-        help="any other field of the body (repeatable)",
-    )
-    group.add_argument(
-        "--endpoint", choices=tuple(ENDPOINTS), default="chat", help="API (default: chat)"
-    )
-
-
-def _add_template(parser: argparse.ArgumentParser, names: str, default: str = "") -> None:
-    group = parser.add_argument_group("the prompt").add_mutually_exclusive_group()
-    ends = f" (default: {default})" if default else ""
-    group.add_argument(
-        "--template", metavar="TEXT", help=f"the prompt, with {names}; {{{{ is a brace{ends}"
-    )
-    group.add_argument("--template-file", metavar="FILE", help="a file with the template")
-
-
-def _add_table(parser: argparse.ArgumentParser, unit: str = "column") -> None:
-    group = parser.add_argument_group("the rows")
-    group.add_argument(
-        f"--id-{unit}",
-        dest="id_column",
-        metavar="NAME",
-        help=f"{unit} of the custom_ids (default: row-1, row-2, ...)",
-    )
-    group.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"{unit} to keep in the metadata (repeatable; '*' for all)",
-    )
-
-
-def _add_csv(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{column}")
-    _add_table(parser)
-    parser.add_argument("--delimiter", metavar="CHAR", help="between cells (default: detected)")
-    parser.add_argument("--encoding", metavar="NAME", help="of the file (default: detected)")
-    _add_request(parser)
-
-
-def _add_parquet(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{column}")
-    _add_table(parser)
-    _add_request(parser)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{field} or {outer.inner}")
-    parser.add_argument("--field", metavar="NAME", help="field that is the prompt")
-    _add_table(parser, "field")
-    _add_request(parser)
-
-
-def _add_walk(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which files")
-    group.add_argument("--recursive", action="store_true", help="folders in it, too")
-    for name, what in (("pattern", "only such files"), ("exclude", "no such files or folders")):
-        group.add_argument(
-            f"--{name}",
-            action="append",
-            default=[],
-            metavar="GLOB",
-            help=f"{what}, such as '*.md' (repeatable)",
-        )
-
-
-def _add_dir(parser: argparse.ArgumentParser) -> None:
-    names = "{text}, {source_file}, {chunk}, {chunks}"
-    _add_template(parser, names, "{text}")
-    _add_walk(parser)
-    parser.add_argument(
-        "--max-file-size",
-        default=f"{MAX_FILE_SIZE >> 20}M",
-        metavar="SIZE",
-        help="leave out larger files (default: %(default)s)",
-    )
-    parser.add_argument("--chunk-tokens", type=int, metavar="N", help="cut texts into such chunks")
-    parser.add_argument(
-        "--overlap", type=int, default=0, metavar="N", help="tokens that a chunk repeats"
-    )
-    parser.add_argument("--encoding", metavar="NAME", help="of texts that are not UTF-8")
-    _add_request(parser)
-
-
-def _add_images(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{source_file}, {name}", TEMPLATE)
-    _add_walk(parser)
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="reduce larger images to N pixels (default: %(default)s)",
-    )
-    _add_request(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -225,7 +59,7 @@ def _execute(arguments: argparse.Namespace) -> int:
     refuse_both(arguments.output, as_json=arguments.json)
     with destination(arguments.output, force=arguments.force) as target:
         if arguments.output != STDOUT and not arguments.force:
-            _refuse_existing(skipped_path(target))
+            refuse_existing(skipped_path(target))
         with _bar() as tell:
             summary = convert(target, progress=tell)
         if arguments.json:
@@ -239,42 +73,17 @@ def _execute(arguments: argparse.Namespace) -> int:
 
 def _converter(arguments: argparse.Namespace, options: dict[str, Any]) -> Callable[..., Summary]:
     """Return the function for the kind of input, with the user's options."""
-    source = _piped(arguments) if arguments.input == STDIN else Path(arguments.input).expanduser()
+    source = (
+        piped_file(arguments.kind)
+        if arguments.input == STDIN
+        else Path(arguments.input).expanduser()
+    )
     template = _template(arguments)
 
     def call(output: Path | None, **more: Any) -> Summary:
         return _call(arguments, source, output, template, {**options, **more})
 
     return call
-
-
-def _piped(arguments: argparse.Namespace) -> Path:
-    """Return the name of stdin, which holds all of what is piped, for it is read more than once."""
-    if arguments.kind == "dir" or sys.stdin.isatty():
-        seen = "reads a folder" if arguments.kind == "dir" else "reads a pipe, and there is none"
-        raise UsageError(
-            f"--input {STDIN} {seen}", "name it; or: zcat in.csv.gz | aiflux convert csv --input -"
-        )
-    if not stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
-        with tempfile.TemporaryFile(prefix="aiflux-") as file:
-            _copy(sys.stdin.buffer, file)
-            os.dup2(file.fileno(), sys.stdin.fileno())
-    return Path("/dev/stdin")
-
-
-def _copy(source: BinaryIO, target: BinaryIO) -> None:
-    try:
-        shutil.copyfileobj(source, target, 1 << 20)
-        target.flush()
-    except OSError as error:
-        raise _no_room(error.strerror or str(error)) from error
-
-
-def _no_room(reason: str) -> StorageError:
-    return StorageError(
-        f"what is piped has no place in {tempfile.gettempdir()}: {reason}",
-        "make room there, or set TMPDIR to a folder with more",
-    )
 
 
 def _call(
@@ -350,77 +159,6 @@ def _param(text: str) -> tuple[str, Any]:
             f"--param {text!r} is not KEY=JSON: {error}",
             """such as --param top_p=0.9 or --param 'stop=["END"]'; a text needs its quotes""",
         ) from None
-
-
-def refuse_both(output: str, *, as_json: bool) -> None:
-    """Refuse to write both data and a summary to stdout.
-
-    Raises:
-        UsageError: that was asked for.
-    """
-    if as_json and output == STDOUT:
-        raise UsageError(
-            "--output - and --json exclude each other: stdout takes one thing",
-            "name a file with --output, or leave --json out",
-        )
-
-
-@contextmanager
-def destination(name: str, *, force: bool) -> Iterator[Path]:
-    """Yield the file to write; what is meant for stdout goes there once it is whole.
-
-    So a reader behind a pipe sees all of it, or nothing.
-
-    Raises:
-        OutputExistsError: the file is there already, and ``force`` is not given.
-        StorageError: stdout, or the folder for temporary files, is full.
-        UsageError: it is no file.
-    """
-    if name == STDOUT:
-        with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
-            path = Path(folder) / "stdout"
-            try:
-                yield path
-            except StorageError as error:
-                raise _no_room(error.message) from error
-            _to_stdout(path)
-        return
-    path = Path(name).expanduser().absolute()
-    refuse_special(path)
-    if not force:
-        _refuse_existing(path)
-    yield path
-
-
-def _to_stdout(path: Path) -> None:
-    try:
-        sys.stdout.flush()
-        with open(path, "rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _forget_stdout()
-        raise StorageError(
-            f"stdout cannot be written, and holds a part only: {error.strerror or error}",
-            "make room, and run the same command again",
-        ) from error
-
-
-def _forget_stdout() -> None:
-    """Let what is still buffered go nowhere, or the interpreter's end would fail for it again."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-
-
-def _refuse_existing(path: Path) -> None:
-    if os.path.exists(path):
-        raise OutputExistsError(
-            f"the output {path} is there already and would be overwritten",
-            "give --force to replace it, or choose another output",
-        )
 
 
 @contextmanager

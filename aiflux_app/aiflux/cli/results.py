@@ -125,7 +125,7 @@ def output_of(text: str) -> Path:
 
 def _write(output: Path, arguments: argparse.Namespace) -> int:
     from aiflux import converters
-    from aiflux.cli.convert import STDOUT, destination, refuse_both
+    from aiflux.cli.ends import STDOUT, destination, refuse_both
 
     writers = {
         "to-csv": converters.results_to_csv,

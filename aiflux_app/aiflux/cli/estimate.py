@@ -14,8 +14,8 @@ from shlex import quote
 from typing import Any
 
 from aiflux.cli.forecast import forecast, full_command
-from aiflux.cli.run import pilot_size, run_here, run_local, submit_planned
 from aiflux.cli.runs import make_console, short, show
+from aiflux.cli.starting import pilot_size, run_here, run_local, submit_planned
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.estimate import LOCAL, SLURM, Estimate, estimate

@@ -6,7 +6,7 @@ import argparse
 
 from aiflux.cli.jsonout import add_json, print_json, then_told
 from aiflux.cli.located import located
-from aiflux.cli.run import write_output
+from aiflux.cli.starting import write_output
 from aiflux.core.merge import merge_partial
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import RunDirectory

@@ -7,7 +7,7 @@ import os
 
 from aiflux.cli.jsonout import add_json, then_told
 from aiflux.cli.located import located
-from aiflux.cli.run import submit_planned
+from aiflux.cli.starting import submit_planned
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.rundir import RunDirectory

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.cli.jsonout import add_json, print_json, then_told
 from aiflux.cli.piped import STDIN, kept_input
+from aiflux.cli.starting import pilot_size, register, run_here, run_local, submit_planned
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
-from aiflux.core.container import find_image, find_runtime
-from aiflux.core.merge import merge
 from aiflux.core.opening import OpenedRun, open_run
-from aiflux.core.plan import Plan
 from aiflux.core.preflight import told
-from aiflux.core.registry import register_plan
 from aiflux.core.rundir import RunDirectory, checked_output, default_output
-from aiflux.core.status import finished_line, refuse_failures
-from aiflux.errors import ImageError, UsageError
+from aiflux.errors import UsageError
 
 if TYPE_CHECKING:
-    from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submission import PlannedRun
 
 
@@ -67,17 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_json(parser)
     add_settings(parser, "run", "slurm", "paths")
-
-
-def pilot_size(text: str) -> int:
-    """Return the number of a pilot's requests.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none, or too few to tell how requests differ.
-    """
-    if not text.isascii() or not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
-    return int(text)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -124,7 +105,7 @@ def _open(
         force_resume=arguments.force_resume,
     )
     if not opened.finished:
-        _register(opened.plan)
+        register(opened.plan)
     return opened
 
 
@@ -165,90 +146,3 @@ def _dry(planned: PlannedRun) -> dict[str, Any]:
         "scripts": [text for _, text in planned.scripts],
         "warnings": [told(finding) for finding in planned.findings],
     }
-
-
-def submit_planned(planned: PlannedRun) -> int:
-    """Submit a planned run and say so; write the output where only that is missing."""
-    from aiflux.slurm.jobs import join_jobs
-    from aiflux.slurm.submission import submit_job
-
-    opened = planned.opened
-    if opened.finished:
-        return _tell_finished(opened)
-    if not opened.open_shards:
-        return write_output(opened.plan, opened.run)
-    jobs = submit_job(planned)
-    _register(opened.plan, jobs)
-    plan, shards = opened.plan, len(opened.open_shards)
-    parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
-    noun = "job" if len(jobs) == 1 else "jobs"
-    print(f"submitted {noun} {join_jobs(jobs)}: {plan.requests} requests{parts} -> {plan.output}")
-    print(f"  run directory: {opened.run.path}")
-    name = jobs[0].number
-    print(f"  see it: aiflux watch {name}    stop it: aiflux cancel {name}")
-    return 0
-
-
-def _register(plan: Plan, jobs: Sequence[JobId] = ()) -> None:
-    """Let `aiflux jobs` know the run."""
-    warning = register_plan(plan, jobs)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
-    """Write a run's output from its journals.
-
-    Raises:
-        TooManyFailuresError: more requests failed than are allowed.
-    """
-    counts = merge(plan, run, print, again=again)
-    refuse_failures(plan, {"total": counts.total, "failed": counts.failed})
-    return 0
-
-
-def run_local(opened: OpenedRun, config: Config) -> int:
-    """Run in the image where Apptainer and the image are, else on an ollama found on PATH.
-
-    AIFLUX_OLLAMA names an ollama to use in either case.
-    """
-    if opened.finished:
-        return _tell_finished(opened)
-    if os.environ.get("AIFLUX_OLLAMA"):
-        return run_here(opened)
-    try:
-        runtime, image = find_runtime(), find_image(config, Path.cwd())
-    except ImageError as error:
-        if config.image is not None or shutil.which("ollama") is None:
-            raise ImageError(
-                f"{error.message}; and there is no ollama on PATH either", error.remedy
-            ) from error
-        return run_here(opened)
-    from aiflux.cli.container import run_in_container
-
-    return run_in_container(opened, runtime, image, seal=config.get("seal"))
-
-
-def run_here(opened: OpenedRun) -> int:
-    """Work in this process, in the foreground."""
-    from aiflux.worker.progress import make_reporter
-    from aiflux.worker.run import Context, ensure_models, work
-    from aiflux.worker.stopper import Stopper
-
-    if opened.finished:
-        return _tell_finished(opened)
-    stopper = Stopper()
-    stopper.install()
-    context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
-    try:
-        ensure_models(opened.plan, opened.run, context)
-        work(opened.plan, opened.run, 0, context)
-    finally:
-        context.reporter.close()
-    return 0
-
-
-def _tell_finished(opened: OpenedRun) -> int:
-    print(finished_line(opened.plan, opened.counts))
-    refuse_failures(opened.plan, opened.counts)
-    return 0

@@ -1,0 +1,123 @@
+"""Starting a run that is opened: as Slurm jobs, in the image here, or in this process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiflux.core.config import Config
+from aiflux.core.container import find_image, find_runtime
+from aiflux.core.merge import merge
+from aiflux.core.opening import OpenedRun
+from aiflux.core.plan import Plan
+from aiflux.core.registry import register_plan
+from aiflux.core.rundir import RunDirectory
+from aiflux.core.status import finished_line, refuse_failures
+from aiflux.errors import ImageError
+
+if TYPE_CHECKING:
+    from aiflux.slurm.jobs import JobId
+    from aiflux.slurm.submission import PlannedRun
+
+
+def pilot_size(text: str) -> int:
+    """Return the number of a pilot's requests.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or too few to tell how requests differ.
+    """
+    if not text.isascii() or not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
+    return int(text)
+
+
+def submit_planned(planned: PlannedRun) -> int:
+    """Submit a planned run and say so; write the output where only that is missing."""
+    from aiflux.slurm.jobs import join_jobs
+    from aiflux.slurm.submission import submit_job
+
+    opened = planned.opened
+    if opened.finished:
+        return _tell_finished(opened)
+    if not opened.open_shards:
+        return write_output(opened.plan, opened.run)
+    jobs = submit_job(planned)
+    register(opened.plan, jobs)
+    plan, shards = opened.plan, len(opened.open_shards)
+    parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
+    noun = "job" if len(jobs) == 1 else "jobs"
+    print(f"submitted {noun} {join_jobs(jobs)}: {plan.requests} requests{parts} -> {plan.output}")
+    print(f"  run directory: {opened.run.path}")
+    name = jobs[0].number
+    print(f"  see it: aiflux watch {name}    stop it: aiflux cancel {name}")
+    return 0
+
+
+def register(plan: Plan, jobs: Sequence[JobId] = ()) -> None:
+    """Let `aiflux jobs` know a run."""
+    warning = register_plan(plan, jobs)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
+    """Write a run's output from its journals.
+
+    Raises:
+        TooManyFailuresError: more requests failed than are allowed.
+    """
+    counts = merge(plan, run, print, again=again)
+    refuse_failures(plan, {"total": counts.total, "failed": counts.failed})
+    return 0
+
+
+def run_local(opened: OpenedRun, config: Config) -> int:
+    """Run in the image where Apptainer and the image are, else on an ollama found on PATH.
+
+    AIFLUX_OLLAMA names an ollama to use in either case.
+    """
+    if opened.finished:
+        return _tell_finished(opened)
+    if os.environ.get("AIFLUX_OLLAMA"):
+        return run_here(opened)
+    try:
+        runtime, image = find_runtime(), find_image(config, Path.cwd())
+    except ImageError as error:
+        if config.image is not None or shutil.which("ollama") is None:
+            raise ImageError(
+                f"{error.message}; and there is no ollama on PATH either", error.remedy
+            ) from error
+        return run_here(opened)
+    from aiflux.cli.container import run_in_container
+
+    return run_in_container(opened, runtime, image, seal=config.get("seal"))
+
+
+def run_here(opened: OpenedRun) -> int:
+    """Work in this process, in the foreground."""
+    from aiflux.worker.progress import make_reporter
+    from aiflux.worker.run import Context, ensure_models, work
+    from aiflux.worker.stopper import Stopper
+
+    if opened.finished:
+        return _tell_finished(opened)
+    stopper = Stopper()
+    stopper.install()
+    context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
+    try:
+        ensure_models(opened.plan, opened.run, context)
+        work(opened.plan, opened.run, 0, context)
+    finally:
+        context.reporter.close()
+    return 0
+
+
+def _tell_finished(opened: OpenedRun) -> int:
+    print(finished_line(opened.plan, opened.counts))
+    refuse_failures(opened.plan, opened.counts)
+    return 0

@@ -122,9 +122,12 @@ def tiny_models(user: User, checkout: Path, ollama: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(user: User, ollama: Path, tiny_models: Path) -> Iterator[str]:
-    """The server at 127.0.0.1:8000 of the pages, on a port that is free."""
+    """The server at 127.0.0.1:8000 of the pages, on a port that is free.
+
+    It ends with this module: other tests look for processes that were left behind.
+    """
     home = user.folder("home of an engine")
     environ = engine_environment(os.environ, tiny_models, home, {})
     server = Server(str(ollama), environ, home / "serve.log")
@@ -133,7 +136,7 @@ def engine(user: User, ollama: Path, tiny_models: Path) -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def registered(stack: dict[str, str], engine: str) -> str:
     """The model's name in the registry of the test stack."""
     name = f"{stack['AIFLUX_STACK_REGISTRY']}/library/docs-{uuid.uuid4().hex[:8]}:3b"

@@ -139,7 +139,9 @@ def test_the_image_of_the_containers_directory_is_found(awkward: Path) -> None:
 
 
 def test_no_image_says_where_it_was_looked_for(awkward: Path) -> None:
+    (awkward / "Makefile").touch()  # the current folder is the checkout, too
     with pytest.raises(ImageError) as caught:
         find_image(config(awkward), awkward, awkward)
     assert str(awkward) in caught.value.message
+    assert caught.value.message.count(f"{awkward},") == 1, "each place once"
     assert "make image" in str(caught.value.remedy)

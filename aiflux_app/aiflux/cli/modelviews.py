@@ -90,7 +90,7 @@ def list_models(arguments: argparse.Namespace, config: Config) -> None:
     rows = [_row(model, context, slots) for model in sorted(models, key=_order)]
     heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
     print("\n".join(_table([heads, *rows])))
-    print(f"\nGPU memory: at least, with {slots} slots of {context} tokens. Here: {folder}")
+    print(f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}")
     for staged in staged_models(folder):
         print(_on_its_way(staged))
 

@@ -198,7 +198,7 @@ def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
             )
         return config.image
     development = [checkout] if (checkout / "Makefile").is_file() else []
-    folders = [cwd, *development, config.containers_dir]
+    folders = [*dict.fromkeys([cwd, *development, config.containers_dir])]
     for folder in folders:
         image = (folder / IMAGE_NAME).absolute()
         if image.is_file():

@@ -35,7 +35,7 @@ SPEC = ContainerSpec(
 
 def test_the_preparation_has_the_network_and_writable_models() -> None:
     assert prepare_command(SPEC, ["--run-dir", "/r", "--prepare"]) == [
-        *("/usr/bin/apptainer", "run", "--containall", "--nv", "--workdir", "/w"),
+        *("/usr/bin/apptainer", "--quiet", "run", "--containall", "--nv", "--workdir", "/w"),
         *("--pwd", "/out", "--mount", 'type=bind,"source=/out","destination=/out"'),
         *("--mount", 'type=bind,"source=/m","destination=/m"'),
         *("--mount", 'type=bind,"source=/d/in.jsonl","destination=/d/in.jsonl",ro'),
@@ -45,7 +45,7 @@ def test_the_preparation_has_the_network_and_writable_models() -> None:
 
 def test_the_work_is_sealed_and_its_models_read_only() -> None:
     command = work_command(SPEC, ["--run-dir", "/r", "--shard", "0"])
-    assert command[2:7] == ["--containall", "--nv", "--net", "--network", "none"]
+    assert command[3:8] == ["--containall", "--nv", "--net", "--network", "none"]
     assert 'type=bind,"source=/m","destination=/m",ro' in command
 
 

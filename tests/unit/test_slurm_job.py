@@ -34,7 +34,7 @@ names = st.text(
 ).filter(lambda name: name not in (".", "..") and len(name.encode()) < 200)
 
 TRAPPING = """\
-[[ $1 == run && $* == *--shard* ]] || exit 0
+[[ $2 == run && $* == *--shard* ]] || exit 0
 trap 'echo TERM >>"$call/signals"; exit 5' TERM
 trap 'echo USR1 >>"$call/signals"; exit 5' USR1
 touch "$here/ready"
@@ -162,7 +162,7 @@ def test_the_shell_reads_an_images_id_as_python_does(place: Place) -> None:
 
 
 def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
-    place.fakes.add("apptainer", "[[ $1 == run ]] || { echo no netns >&2; exit 255; }")
+    place.fakes.add("apptainer", "[[ $2 == run ]] || { echo no netns >&2; exit 255; }")
     done = place.bash(render(place.job()))
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 1
@@ -181,6 +181,15 @@ def test_a_site_that_forbids_it_is_not_even_asked(place: Place) -> None:
     spec = place.spec(work, unsealed="--no-seal")
     assert work.argv == work_command(spec, work.argv[-4:])[1:]
     assert inside(work) == inside(Call([], work_environment(spec, place.environ())))
+
+
+def test_models_beside_the_output_are_mounted_once(place: Place) -> None:
+    done = place.bash(render(place.job(models_dir=place.folder)))
+    assert (done.returncode, done.stderr) == (0, "")
+    prepare, _, work = place.fakes.calls("apptainer")
+    spec = place.spec(work, models_dir=place.folder)
+    assert work.argv == work_command(spec, work.argv[-4:])[1:]
+    assert [call.argv.count("--mount") for call in (prepare, work)] == [2, 2]
 
 
 def test_an_engine_elsewhere_needs_the_network_and_no_models(place: Place) -> None:
@@ -233,7 +242,7 @@ def test_the_exit_code_is_the_workers(place: Place, code: int) -> None:
 def test_an_end_that_no_worker_tells_is_explained(
     place: Place, code: int, stands_for: int, words: str, step: str
 ) -> None:
-    place.fakes.add("apptainer", f"[[ $1 != run || $* != *{step}* ]] || exit {code}")
+    place.fakes.add("apptainer", f"[[ $2 != run || $* != *{step}* ]] || exit {code}")
     done = place.bash(render(place.job()))
     assert done.returncode == stands_for
     assert words in done.stderr
@@ -242,7 +251,7 @@ def test_an_end_that_no_worker_tells_is_explained(
 def test_the_private_directory_is_private_and_goes(place: Place) -> None:
     place.fakes.add(
         "apptainer",
-        'for d in "$TMPDIR"/*; do >"$d/x"; [[ $1 != run ]] || stat -c "%a %n" "$d"; done',
+        'for d in "$TMPDIR"/*; do >"$d/x"; [[ $2 != run ]] || stat -c "%a %n" "$d"; done',
     )
     done = place.bash(render(place.job()))
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["700", "700"]

@@ -122,6 +122,7 @@ def _command(
 ) -> list[str]:
     return [
         str(spec.runtime),
+        "--quiet",  # warnings and errors are shown all the same
         "run",
         "--containall",
         *(["--nv"] if spec.nv else []),

@@ -117,7 +117,8 @@ bind() {
 # bind_all [ro]: with the models read-only or not. A folder comes before what lies in it.
 bind_all() {
     mounts=()
-    if [[ -z $models_dir ]]; then
+    # One folder for both is mounted once, and writable.
+    if [[ -z $models_dir || $models_dir == "$output_dir" ]]; then
         bind "$output_dir"
     elif [[ $output_dir/ == "$models_dir"/* ]]; then
         bind "$models_dir" "$@"
@@ -139,7 +140,7 @@ stop_if_asked() {
 # command in the foreground.
 run_container() {
     stop_if_asked
-    "$runtime" run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} ${seal[@]+"${seal[@]}"} \
+    "$runtime" --quiet run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} ${seal[@]+"${seal[@]}"} \
         --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" "$image" "$@" &
     child=$!
     forget_usr1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -107,6 +108,44 @@ def test_the_python_quick_start(
     assert entry["metadata"]["model"] == "llama3.2:3b"
     plan = json.loads((place / "results.json.aiflux/plan.json").read_text(encoding="utf-8"))
     assert plan["options"]["concurrency"] == 4
+
+
+def states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Return size, mode and time of change of everything in a folder."""
+    found = {path: path.lstat() for path in [folder, *folder.rglob("*")]}
+    return {
+        str(path): (stat.st_size, stat.st_mode, stat.st_mtime_ns) for path, stat in found.items()
+    }
+
+
+def test_a_group_shares_models_that_only_their_owner_may_change(
+    user: User, aiflux: Path, image: Path, models: Path, cluster: Cluster, place: Path
+) -> None:
+    shared = place / "group's models"
+    user.run("cp", "-r", models, shared)
+    user.run("chmod", "-R", "a-w,a+rX", shared)
+    if os.geteuid() == 0:
+        subprocess.run(["chown", "-R", "root:", shared], check=True)
+    before = states(shared)
+    env = {"AIFLUX_MODELS_DIR": str(shared), "AIFLUX_ALLOW_CPU": "1"}
+    user.write(place / "in.jsonl", lines(FRANCE))
+    run = [aiflux, "run", "--input", "in.jsonl", "--mem", "2G"]
+    told = user.run(*run, "--output", "job.json", cwd=place, env=env)
+    assert cluster.end(submitted(told)).code == 0, cluster.log(submitted(told), place)
+    user.run(*run, "--output", "here.json", "--local", cwd=place, env=env)
+    for name in ("job.json", "here.json"):
+        assert "Paris" in answers(place / name)["france"]
+    for words in (["list"], ["show", MODEL], ["verify", MODEL], ["export", MODEL, "m.tar"]):
+        user.run(aiflux, "models", *words, cwd=place, env=env)
+    for words in (["remove", MODEL], ["import", "m.tar"], ["pull", "lab/other:1"]):
+        told = user.run(aiflux, "models", *words, cwd=place, env=env, code=2)
+        assert "you may not write into the models directory" in told
+    user.write(place / "other.jsonl", lines(request("a", "one", model=None)))
+    other = ["--input", "other.jsonl", "--model", "lab/other:1", "--mem", "2G"]
+    told = user.run(aiflux, "run", *other, cwd=place, env=env, code=2)
+    assert "could not pull lab/other:1" in told
+    assert "you may not write there" in told
+    assert states(shared) == before
 
 
 def test_two_jobs_on_one_node_at_once(

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,19 @@ def worker(place: Path, url: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def moment(dice: random.Random, kills: int, engine: FaultyEngine) -> Callable[[], bool]:
+    """Return what tells that the moment of the next kill has come.
+
+    It comes after so many requests, however fast the machine is; the later ones also by the clock,
+    before the first request or between two.
+    """
+    if kills and dice.random() < 0.4:
+        end = time.monotonic() + dice.uniform(0.0, 0.8)
+        return lambda: time.monotonic() > end
+    count = len(engine.bodies) + dice.randrange(1, REQUESTS // 4)
+    return lambda: len(engine.bodies) >= count
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100))
 def test_kill_9_at_any_moment_and_resume(tmp_path: Path, seed: int) -> None:
@@ -40,9 +54,9 @@ def test_kill_9_at_any_moment_and_resume(tmp_path: Path, seed: int) -> None:
     with FaultyEngine(delay=0.02) as engine:
         for _ in range(20):
             process = worker(tmp_path, engine.url)
-            deadline = time.monotonic() + dice.uniform(0.3, 1.2)
-            while process.poll() is None and (time.monotonic() < deadline or kills >= 4):
-                time.sleep(0.01)
+            due = moment(dice, kills, engine)
+            while process.poll() is None and not (kills < 4 and due()):
+                time.sleep(0.002)
             if process.poll() is None:
                 process.kill()
                 kills += 1

@@ -11,6 +11,7 @@
 
 runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
 child='' pending='' signals=0   # the container's pid, a signal it has not had yet, their number
+forwarded=0                     # whether it has had one
 stopped=0                       # 1 after TERM or INT: somebody wants the job to end
 seal=() unsealed='' mounts=() deadline=() # why it is not sealed
 
@@ -35,6 +36,9 @@ give_up() {
 
 on_signal() {
     signals=$((signals + 1))
+    # Where the job's end is known, the worker minds the clock. USR1 may come a minute early, and
+    # the runtime would die of it while it starts.
+    [[ $1 != USR1 || -z ${SLURM_JOB_END_TIME:-} ]] || return 0
     pending=$1
     [[ $1 == USR1 ]] || stopped=1
     deliver
@@ -50,6 +54,7 @@ deliver() {
     local signal=$pending
     [[ -n $child && -n $signal ]] || return 0
     pending=''
+    forwarded=1
     kill -s "$signal" "$child" 2>/dev/null
 }
 
@@ -65,8 +70,12 @@ wait_for_child() {
         code=$?
     done
     child=''
+    ((code >= 0)) || code=5
     # The runtime itself can die of a signal that comes before it forwards any.
-    ((signals == 0 || (code >= 0 && code <= 128))) || code=5
+    if ((forwarded && code > 128)); then
+        say "stopped by a signal while the container began or ended; the same job goes on when it is run again"
+        code=5
+    fi
     return "$code"
 }
 

@@ -21,7 +21,7 @@ from aiflux.core.settings import (
     section_settings,
 )
 from aiflux.core.slurmconfig import LEFT_OUT
-from aiflux.core.yamlfile import is_there, read_yaml
+from aiflux.core.yamlfile import is_there, read_text, read_yaml
 from aiflux.errors import ConfigError
 
 _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
@@ -146,15 +146,7 @@ def _named(
 
 
 def _dotenv_lines(path: Path) -> Iterator[tuple[str, str, int]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}", "check its permissions"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _DOTENV_LINE.match(line)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any
@@ -111,13 +112,38 @@ def is_there(path: Path) -> bool:
             ) from None
         return False
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}", "check its name and permissions"
-        ) from None
+        raise _unreadable(path, error) from None
     if not S_ISREG(mode):
         kind = "a folder" if S_ISDIR(mode) else "no plain file"
         raise ConfigError(f"{path} is {kind}, and should be a file", "rename or remove it")
     return True
+
+
+def read_text(path: Path, largest: float = inf) -> str:
+    """Return what a file of settings holds.
+
+    Args:
+        largest: bytes that it may have.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        size = path.stat().st_size
+        if size > largest:
+            raise ConfigError(
+                f"{path} has {size / 1e6:.0f} MB, which is no file of settings",
+                "see what is in it, and name the right file",
+            )
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from None
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path} cannot be read: {error.strerror}", "check its name and permissions")
 
 
 def read_yaml(path: Path) -> YamlFile:
@@ -126,20 +152,7 @@ def read_yaml(path: Path) -> YamlFile:
     Raises:
         ConfigError: it cannot be read, is too large, is not YAML, or gives a key twice.
     """
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST:
-            raise ConfigError(
-                f"{path} has {size / 1e6:.0f} MB, which is no file of settings",
-                "see what is in it, and name the right file",
-            )
-        return parse_yaml(path.read_text(encoding="utf-8-sig"), path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}", "check its name and permissions"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from None
+    return parse_yaml(read_text(path, _LARGEST), path)
 
 
 def parse_yaml(text: str, path: Path) -> YamlFile:

@@ -75,6 +75,18 @@ def _refuse_device(target: Path) -> None:
         raise UsageError(f"the output {target} is a device or a pipe", "name a file")
 
 
+def may_write(folder: Path) -> bool:
+    """Tell whether a folder may be written into, or be made where there is none."""
+    nearest = nearest_there(folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def nearest_there(path: Path) -> Path:
+    """Return a path, or the nearest one above it that is there and can be seen."""
+    # Unlike Path.exists(), os.path.exists() never raises.
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
+
+
 def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
     """Replace ``target`` atomically by ``value`` as JSON."""
     with atomic_write(target, mode) as file:

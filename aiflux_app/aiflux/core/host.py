@@ -13,8 +13,9 @@ from pathlib import Path
 from aiflux import __version__
 from aiflux.core.config import Config
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
+from aiflux.core.files import may_write, nearest_there
 from aiflux.core.modelstore import listed_models, missing_parts
-from aiflux.core.preflight import nearest_there, size_text
+from aiflux.core.preflight import size_text
 from aiflux.core.settings import SETTINGS
 from aiflux.core.sources import read_dotenv
 from aiflux.errors import ConfigError
@@ -110,7 +111,7 @@ def _listed(names: list[str]) -> str:
 
 def _room(folder: Path, nearest: Path) -> Diagnosis:
     free = shutil.disk_usage(nearest).free
-    if not os.access(nearest, os.W_OK):
+    if not may_write(folder):
         return warn(
             "models",
             f"you may not write to {folder}: models that are there can be used, none be added",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from aiflux.core.files import may_write
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import missing_parts, model_digest, refuse_other_digest
 from aiflux.core.plan import Plan
@@ -155,7 +156,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
     folder = plan.models_dir
     if folder is None:
         return
-    if _is_there(folder) and not os.access(folder, os.R_OK | os.X_OK):
+    if os.path.exists(folder) and not os.access(folder, os.R_OK | os.X_OK):
         yield Finding(
             "error",
             f"the models directory {folder} cannot be read",
@@ -171,7 +172,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
             "the network on the compute node",
             f"pull it where there is internet: aiflux models pull {name.served}",
         )
-    if absent and not _can_write(folder):
+    if absent and not may_write(folder):
         yield Finding(
             "error",
             f"the job could not pull {absent[0].served} into {folder}: you may not write there",
@@ -189,21 +190,6 @@ def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
             yield finding_of(error)
 
 
-def _can_write(folder: Path) -> bool:
-    """Tell whether a folder, or the nearest one above it that is there, may be written to."""
-    nearest = nearest_there(folder)
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-
-
-def nearest_there(path: Path) -> Path:
-    """Return a path, or the nearest one above it that is there and can be seen."""
-    return next(each for each in (path, *path.parents) if _is_there(each))
-
-
-def _is_there(path: Path) -> bool:
-    return os.path.exists(path)  # unlike Path.exists(), it never raises
-
-
 def check_space(plan: Plan) -> Iterator[Finding]:
     """Check that the output and the journal, which lies beside it, have room.
 
@@ -211,7 +197,7 @@ def check_space(plan: Plan) -> Iterator[Finding]:
     three times the input and 4 KB for each request are taken to be enough.
     """
     folder = plan.output.parent
-    if not _can_write(folder):
+    if not may_write(folder):
         yield Finding(
             "error", f"you may not write into {folder}", "choose another folder: --output FILE"
         )

@@ -7,14 +7,13 @@ reads the directory meanwhile sees a model whole or not at all.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiflux.core.files import fsync_directory, storage_error
+from aiflux.core.files import fsync_directory, may_write, storage_error
 from aiflux.core.lease import Lease, acquire, holder_lives
 from aiflux.core.modelname import ModelName
 from aiflux.core.modelstore import (
@@ -209,19 +208,13 @@ def _remove_empty(folder: Path, root: Path) -> None:
         folder = folder.parent
 
 
-def writable(models_dir: Path) -> bool:
-    """Tell whether a models directory may be written, or made where there is none."""
-    nearest = next(each for each in (models_dir, *models_dir.parents) if each.exists())
-    return os.access(nearest, os.W_OK | os.X_OK)
-
-
 def refuse_read_only(models_dir: Path) -> None:
     """Let a change pass where the models directory may be written.
 
     Raises:
         UsageError: it may not.
     """
-    if not writable(models_dir):
+    if not may_write(models_dir):
         raise UsageError(
             f"you may not write into the models directory {models_dir}",
             "ask its owner, or name one of your own: --models-dir PATH",

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.files import may_write
 from aiflux.core.modelcheck import remove_damaged
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts, read_manifest, refuse_other_digest
-from aiflux.core.staging import begin_staging, changing, move_into_place, staged_folder, writable
+from aiflux.core.staging import begin_staging, changing, move_into_place, staged_folder
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
@@ -112,7 +113,7 @@ def create_model(
 
 
 def _refuse_read_only(models_dir: Path, name: ModelName) -> None:
-    if not writable(models_dir):
+    if not may_write(models_dir):
         raise ModelError(
             f"{name.served} is not (whole) in the models directory {models_dir}, and you may not "
             "write there to pull it",

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from aiflux.cli.convert_options import add_arguments
-from aiflux.cli.ends import STDIN, STDOUT, destination, piped_file, refuse_both, refuse_existing
+from aiflux.cli.ends import STDIN, STDOUT, destination, piped_file, refuse_both
 from aiflux.cli.jsonout import print_json
 from aiflux.cli.unwinding import unwinding
 from aiflux.converters.folder import directory_to_jsonl
 from aiflux.converters.pictures import images_to_jsonl
 from aiflux.converters.walking import parse_size
 from aiflux.converters.writing import SHOWN, Summary, listed, plural, skipped_path
+from aiflux.core.files import refuse_existing
 from aiflux.core.request import parse_json
 from aiflux.errors import InputError, StoppedError, UsageError
 

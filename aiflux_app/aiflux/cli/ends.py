@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from aiflux.cli.streams import drop_stdout
-from aiflux.core.files import refuse_special
-from aiflux.errors import OutputExistsError, StorageError, UsageError
+from aiflux.core.files import refuse_existing, refuse_special
+from aiflux.errors import StorageError, UsageError
 
 STDIN = STDOUT = "-"
 
@@ -110,12 +110,3 @@ def _to_stdout(path: Path) -> None:
             f"stdout cannot be written, and holds a part only: {error.strerror or error}",
             "make room, and run the same command again",
         ) from error
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise OutputExistsError where something is there already."""
-    if os.path.exists(path):
-        raise OutputExistsError(
-            f"the output {path} is there already and would be overwritten",
-            "give --force to replace it, or choose another output",
-        )

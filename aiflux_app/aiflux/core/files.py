@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from aiflux.errors import StorageError, UsageError
+from aiflux.errors import OutputExistsError, StorageError, UsageError
 
 _BUFFER = 1 << 20
 
@@ -73,6 +73,16 @@ def _refuse_device(target: Path) -> None:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UsageError(f"the output {target} is a device or a pipe", "name a file")
+
+
+def refuse_existing(*targets: Path) -> None:
+    """Raise OutputExistsError where one of the outputs is there already."""
+    for target in targets:
+        if os.path.exists(target):
+            raise OutputExistsError(
+                f"the output {target} is there already and would be overwritten",
+                "give --force to replace it, or choose another output",
+            )
 
 
 def may_write(folder: Path) -> bool:

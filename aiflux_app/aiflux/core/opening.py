@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiflux.core.estimate_file import carry_estimate
-from aiflux.core.files import storage_error
+from aiflux.core.files import refuse_existing, storage_error
 from aiflux.core.input import InputSummary, scan_input
 from aiflux.core.lease import acquire, refuse_living
 from aiflux.core.options import RunOptions
@@ -23,7 +23,7 @@ from aiflux.core.status import (
     read_status,
     run_status,
 )
-from aiflux.errors import ConfigError, OutputExistsError, RunConflictError
+from aiflux.errors import ConfigError, RunConflictError
 
 ShardCount = Callable[[InputSummary], int]
 
@@ -153,7 +153,7 @@ def draft_run(
         return Draft(plan, run, earlier, counts)
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
     if not replace:
-        _refuse_existing(output)
+        refuse_existing(*output_paths(output))
     anew = counts is not None and not options.retry_failed
     return Draft(plan, run, earlier, counts, replace, anew)
 
@@ -232,15 +232,6 @@ def _show(plan: Plan) -> str:
     parts = [*plan.identity["models"], *(f"{name} {value}" for name, value in given.items())]
     else_ = f"as advised for it: {', '.join(advised)}" if advised else "else the engine's defaults"
     return f"model {', '.join([*parts, else_])}"
-
-
-def _refuse_existing(output: Path) -> None:
-    for path in output_paths(output):
-        if path.exists():
-            raise OutputExistsError(
-                f"the output {path} is there already and would be overwritten",
-                "give --force to replace it, or choose another output",
-            )
 
 
 def _start_anew(run: RunDirectory) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from aiflux.cli.jsonout import add_json
 from aiflux.core.config import Config
 from aiflux.core.settings import SECTIONS, SETTINGS, Setting
 from aiflux.core.sources import project_file, user_file
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     show = actions.add_parser("show", help="print each value and where it came from")
-    show.add_argument("--json", action="store_true", help="print JSON")
+    add_json(show, "print JSON")
     init = actions.add_parser("init", help="write a first aiflux.yaml from what Slurm offers here")
     where = init.add_mutually_exclusive_group()
     where.add_argument("--user", action="store_true", help="for all your folders, not this one")

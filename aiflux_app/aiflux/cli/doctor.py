@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aiflux.cli.jsonout import add_json
 from aiflux.cli.quota import quotas
 from aiflux.core import host
 from aiflux.core.config import Config
@@ -31,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "It changes nothing and submits nothing."
     )
     parser.epilog = "exit status: 0 nothing fails (warnings may stand); 2 something does"
-    parser.add_argument(
-        "--json", action="store_true", help="print a list of {name, level, what, fix}"
-    )
+    add_json(parser, "print a list of {name, level, what, fix}")
 
 
 def execute(arguments: argparse.Namespace) -> int:

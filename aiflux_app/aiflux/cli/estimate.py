@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.cli.forecast import forecast, full_command
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.runs import make_console, short, show
 from aiflux.cli.starting import pilot_size, run_here, run_local, submit_planned
 from aiflux.core.arguments import add_settings, given_settings
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-preflight", action="store_true", help="submit without the checks before (see run)"
     )
-    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    add_json(parser, "everything, as one JSON object")
     add_settings(parser, "run", "slurm", "paths")
 
 
@@ -238,7 +238,7 @@ def _follow(asked: Asked, pilot: Pilot) -> int | None:
 def _tell_going(asked: Asked, state: str, jobs: tuple[str, ...], done: int, total: int) -> None:
     if asked.as_json:
         going = {"state": state, "jobs": list(jobs), "done": done, "total": total}
-        print(json.dumps({"estimate": None, "pilot": going}, indent=2))
+        print_json({"estimate": None, "pilot": going})
         return
     print(f"the pilot is {state} (job {', '.join(jobs)}): {done} of {total} requests done")
     print("  the same command again tells the estimate when it has ended; --wait waits")
@@ -249,7 +249,7 @@ def _tell(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> int:
     keep_estimate(foretold, whole)
     command = full_command(_given(asked), asked.where == SLURM, foretold)
     if asked.as_json:
-        print(json.dumps({"estimate": foretold.to_json(), "command": command}, indent=2))
+        print_json({"estimate": foretold.to_json(), "command": command})
         return 0
     show(make_console(), forecast(foretold, command))
     return 0

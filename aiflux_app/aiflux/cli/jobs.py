@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.runs import make_console, short, show
 from aiflux.cli.views import STYLES, moment
 from aiflux.core.clock import unix_seconds
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the last day."
     )
     parser.add_argument("--all", action="store_true", help="every run, and those that are gone")
-    parser.add_argument("--json", action="store_true", help="as a JSON array")
+    add_json(parser, "as a JSON array")
     parser.add_argument("--prune", action="store_true", help="forget runs whose directory is gone")
 
 
@@ -42,7 +42,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.prune:
         forgotten = forget_gone(os.environ)
         if arguments.json:
-            print(json.dumps([entry.to_json() for entry in forgotten], indent=2))
+            print_json([entry.to_json() for entry in forgotten])
             return 0
         for entry in forgotten:
             print(f"forgotten: {entry.run_dir}")
@@ -54,7 +54,7 @@ def execute(arguments: argparse.Namespace) -> int:
     known = [(entry, views.get(entry.run_dir)) for entry in candidates]
     shown = [pair for pair in known if arguments.all or _is_recent(*pair, since)]
     if arguments.json:
-        print(json.dumps([_to_json(*pair) for pair in shown], indent=2))
+        print_json([_to_json(*pair) for pair in shown])
     elif shown:
         _list(shown)
     else:

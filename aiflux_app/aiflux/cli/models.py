@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listed.add_argument("--fits", metavar="SIZE", help="those that fit a GPU of SIZE, such as 40GB")
     shown = action("show", "show what is known of a model, and the memory it takes")
     for each in (listed, shown):
-        each.add_argument("--json", action="store_true", help="as JSON")
+        add_json(each, "as JSON")
         each.add_argument(
             "--context-length", type=_number, default=4096, metavar="N", help="tokens of each slot"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiflux.cli.jsonout import print_json
 from aiflux.core.catalogue import Catalogue, CataloguedModel
 from aiflux.core.config import Config
 from aiflux.core.memory import Figures, estimate
@@ -85,7 +85,7 @@ def list_models(arguments: argparse.Namespace, config: Config) -> None:
     if room is not None:
         models = [model for model in models if _memory(model, context, slots, room)]
     if arguments.json:
-        print(json.dumps([as_json(model, context, slots) for model in models], indent=2))
+        print_json([as_json(model, context, slots) for model in models])
         return
     rows = [_row(model, context, slots) for model in sorted(models, key=_order)]
     heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
@@ -125,7 +125,7 @@ def show_model(arguments: argparse.Namespace, config: Config) -> None:
     if model.digest is not None:
         refuse_other_digest(name, model.digest, str(config.models_dir))
     if arguments.json:
-        print(json.dumps(as_json(model, arguments.context_length, arguments.slots), indent=2))
+        print_json(as_json(model, arguments.context_length, arguments.slots))
         return
     print(name.served)
     print("\n".join(f"  {key:<14}{value}" for key, value in _facts(model, config.models_dir)))

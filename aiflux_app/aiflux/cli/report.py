@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aiflux.cli.jsonout import add_json
 from aiflux.cli.located import located
 from aiflux.cli.markup import Markup
 from aiflux.cli.report_page import page
@@ -45,11 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the page (default: report.html in the run directory); - for stdout",
     )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="one JSON object instead, printed or in FILE",
-    )
+    add_json(parser, "one JSON object instead, printed or in FILE")
 
 
 def execute(arguments: argparse.Namespace) -> int:

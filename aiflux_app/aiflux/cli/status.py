@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
 from aiflux.cli.forecast import comparison
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
 from aiflux.cli.runs import add_run, frame_of, make_console, show
 from aiflux.cli.views import overview
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show how a run is: its shards, its progress, its last errors."
     parser.epilog = "example: aiflux status results.json"
     add_run(parser)
-    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    add_json(parser, "everything, as one JSON object")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def execute(arguments: argparse.Namespace) -> int:
     rows = _compared(run) if view.finished else ()
     if arguments.json:
         estimated = [asdict(row) for row in rows] or None
-        print(json.dumps({**view.to_json(), "estimate": estimated}, indent=2))
+        print_json({**view.to_json(), "estimate": estimated})
         return 0
     console = make_console()
     lines = overview(view, frame_of(console))

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from aiflux.cli.convert_options import add_arguments
-from aiflux.cli.ends import STDIN, STDOUT, destination, piped_file, refuse_both
+from aiflux.cli.ends import destination, piped_file, refuse_both
 from aiflux.cli.jsonout import print_json
+from aiflux.cli.streams import STDIN, STDOUT
 from aiflux.cli.unwinding import unwinding
 from aiflux.converters.folder import directory_to_jsonl
 from aiflux.converters.pictures import images_to_jsonl

@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from aiflux.cli.streams import drop_stdout
+from aiflux.cli.streams import STDIN, STDOUT, drop_stdout
 from aiflux.core.files import refuse_existing, refuse_special
 from aiflux.errors import StorageError, UsageError
-
-STDIN = STDOUT = "-"
 
 
 def piped_file(kind: str) -> Path:

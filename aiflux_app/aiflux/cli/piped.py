@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from aiflux.cli.streams import STDIN
 from aiflux.core.files import atomic_write
 from aiflux.core.rundir import checked_output
 from aiflux.errors import InputError, UsageError
 
-STDIN = "-"
 _BLOCK = 1 << 20
 
 
@@ -29,10 +29,10 @@ def kept_input(stream: BinaryIO, output: str | None) -> Path:
         StorageError: the file cannot be written.
     """
     if output is None:
-        raise UsageError("--input - needs a name for the output", "--output results.json")
+        raise UsageError(f"--input {STDIN} needs a name for the output", "--output results.json")
     if stream.isatty():
         raise UsageError(
-            "--input - reads requests from a pipe, and there is none",
+            f"--input {STDIN} reads requests from a pipe, and there is none",
             "aiflux convert ... --output - | aiflux run --input - ...",
         )
     target = checked_output(Path(output))

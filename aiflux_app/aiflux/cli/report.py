@@ -15,6 +15,7 @@ from aiflux.cli.markup import Markup
 from aiflux.cli.report_page import page
 from aiflux.cli.report_plots import latency_plot, throughput_plot
 from aiflux.cli.runs import add_run, short
+from aiflux.cli.streams import STDOUT
 from aiflux.core.estimate_file import read_estimate
 from aiflux.core.files import atomic_write
 from aiflux.core.journal import journal_lines
@@ -29,8 +30,6 @@ from aiflux.core.tally import tally
 from aiflux.errors import ConfigError
 from aiflux.slurm.overview import ShardView, gather
 from aiflux.slurm.records import read_submissions
-
-_STDOUT = "-"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Write the report; the exit code does not tell how the run is."""
     run = located(arguments.run)
-    output = arguments.output or (_STDOUT if arguments.json else None)
-    target = None if output == _STDOUT else _target(arguments.output, run)
+    output = arguments.output or (STDOUT if arguments.json else None)
+    target = None if output == STDOUT else _target(arguments.output, run)
     report = read_report(run)
     text, no_plots = _json(report) if arguments.json else _page(report)
     if target is None:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
+from aiflux.cli.streams import STDOUT
 from aiflux.cli.unwinding import unwinding
 from aiflux.converters.answers import entries, prompt_text, refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
@@ -125,7 +126,7 @@ def output_of(text: str) -> Path:
 
 def _write(output: Path, arguments: argparse.Namespace) -> int:
     from aiflux import converters
-    from aiflux.cli.ends import STDOUT, destination, refuse_both
+    from aiflux.cli.ends import destination, refuse_both
 
     writers = {
         "to-csv": converters.results_to_csv,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.cli.jsonout import add_json, print_json, then_told
-from aiflux.cli.piped import STDIN, kept_input
+from aiflux.cli.piped import kept_input
 from aiflux.cli.starting import pilot_size, register, run_here, run_local, submit_planned
+from aiflux.cli.streams import STDIN
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.opening import OpenedRun, open_run

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from aiflux.errors import StorageError, UsageError
 
+STDIN = STDOUT = "-"  # in place of a file's name
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 

@@ -515,7 +515,10 @@ def test_methods_name_what_filled_in_open_parameters(
     assert "the values advised for the model (top-p = 0.9)" in methods
     assert "temperature = 0.6" not in methods
     assert main(["report", str(made.output)]) == 0
-    assert "Else, as advised" in Page(made.run.report.read_text()).text
+    words = Page(made.run.report.read_text()).text
+    assert "Else, as advised" in words
+    assert "llama3.2:3b: top_p=0.9" in words
+    assert "temperature=0.6" not in words
 
 
 def test_embeddings_have_no_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

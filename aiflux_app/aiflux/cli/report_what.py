@@ -27,7 +27,7 @@ def what_section(report: Report) -> Markup:
         ("Sealed", {True: "yes: no network in the container", False: "no", None: ""}[what.sealed]),
         ("AI-Flux", ", ".join(what.aiflux)),
         ("Parameters", _settings(what.parameters) or "those of each request"),
-        ("Else, as advised", _lines(_advised(what.options.get("model_defaults") or {}))),
+        ("Else, as advised", _lines(_advised(what.advised))),
         ("Options", _settings(_without(what.options, what.parameters))),
         ("Slurm", _settings(what.slurm)),
         ("Jobs", ", ".join(what.jobs)),
@@ -53,9 +53,8 @@ def _endpoints(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{url} ({counted(count, 'request')})" for url, count in counts.items())
 
 
-def _advised(defaults: Mapping[str, Mapping[str, Any]]) -> Iterable[Markup]:
-    """Yield what fills in what neither a request nor the run sets, for each model."""
-    for model, values in defaults.items():
+def _advised(advised: Mapping[str, Mapping[str, Any]]) -> Iterable[Markup]:
+    for model, values in advised.items():
         yield joined([f"{model}: ", _settings(values)])
 
 

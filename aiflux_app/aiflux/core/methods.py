@@ -80,32 +80,21 @@ def _hardware(report: Report) -> str:
 
 def _sampling(report: Report) -> Iterator[str]:
     given = report.what.parameters
-    usual = _usual(report)
+    advised = report.what.advised
     if given:
         yield f"Where a request did not set them otherwise: {_set_to(given)}."
     else:
-        rest = "" if usual else ", else the engine's defaults"
+        rest = "" if advised else ", else the engine's defaults"
         yield f"Sampling parameters were those of each request{rest}."
-    if usual:
+    if advised:
         told = "; ".join(
             _set_to(values) if len(report.what.models) == 1 else f"{model}: {_set_to(values)}"
-            for model, values in usual.items()
+            for model, values in advised.items()
         )
         yield (
             f"What was left open was set to the values advised for the model ({told}), all else to "
             "the engine's defaults."
         )
-
-
-def _usual(report: Report) -> dict[str, dict[str, Any]]:
-    """Return what was filled in for each model where neither a request nor the run set it."""
-    given = report.what.parameters
-    defaults: Mapping[str, Mapping[str, Any]] = report.what.options.get("model_defaults") or {}
-    left = {
-        model: {name: value for name, value in values.items() if name not in given}
-        for model, values in defaults.items()
-    }
-    return {model: values for model, values in left.items() if values}
 
 
 def _set_to(parameters: Mapping[str, Any]) -> str:

@@ -222,16 +222,14 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
 
 
 def _show(plan: Plan) -> str:
-    given = plan.options.parameters
+    given = [f"{name} {value}" for name, value in plan.options.parameters.items()]
     advised = [
         f"{name} {value}"
-        for values in plan.options.model_defaults.values()
+        for values in plan.options.advised.values()
         for name, value in values.items()
-        if name not in given
     ]
-    parts = [*plan.identity["models"], *(f"{name} {value}" for name, value in given.items())]
     else_ = f"as advised for it: {', '.join(advised)}" if advised else "else the engine's defaults"
-    return f"model {', '.join([*parts, else_])}"
+    return f"model {', '.join([*plan.identity['models'], *given, else_])}"
 
 
 def _start_anew(run: RunDirectory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,6 +79,11 @@ class RunOptions:
         """Return the same for one model, whose own defaults are the weakest."""
         return {**self.model_defaults.get(served.lower(), {}), **self.parameters}
 
+    @property
+    def advised(self) -> dict[str, dict[str, Any]]:
+        """What fills in a body's field that the run leaves open, too, for each model."""
+        return left_open(self.model_defaults, self.parameters)
+
     def allowed_failures(self, requests: int) -> int:
         """Return how many of ``requests`` may fail before the run counts as failed."""
         if self.max_failures.endswith("%"):
@@ -87,3 +93,14 @@ class RunOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as they stand in the plan."""
         return asdict(self)
+
+
+def left_open(
+    defaults: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the defaults of each model that nothing given takes the place of."""
+    left = {
+        model: {name: value for name, value in values.items() if name not in given}
+        for model, values in defaults.items()
+    }
+    return {model: values for model, values in left.items() if values}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiflux.core.compare import Row
+from aiflux.core.options import left_open
 from aiflux.core.report_flow import Throughput
 from aiflux.core.tally import Example
 
@@ -77,6 +78,11 @@ class What:
     slurm: Mapping[str, Any]
     jobs: tuple[str, ...]
     shards: int
+
+    @property
+    def advised(self) -> dict[str, dict[str, Any]]:
+        """What was filled in for each model where neither a request nor the run set it."""
+        return left_open(self.options.get("model_defaults") or {}, self.parameters)
 
 
 @dataclass(frozen=True)

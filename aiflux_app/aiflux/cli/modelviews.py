@@ -13,7 +13,7 @@ from aiflux.cli.jsonout import print_json
 from aiflux.core.catalogue import Catalogue, CataloguedModel
 from aiflux.core.config import Config
 from aiflux.core.memory import Figures, estimate
-from aiflux.core.modelfacts import StoredModel, stored_model
+from aiflux.core.modelfacts import StoredModel, best_figures, readable_model
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import (
     listed_models,
@@ -51,9 +51,7 @@ class Known:
     @property
     def figures(self) -> Figures | None:
         """What its memory depends on: from its own file, else from the catalogue."""
-        if self.stored is not None:
-            return self.stored.figures
-        return self.catalogued.figures if self.catalogued else None
+        return best_figures(self.stored, self.catalogued)
 
     @property
     def parameters(self) -> int:
@@ -143,14 +141,7 @@ def known(folder: Path, catalogue: Catalogue, name: ModelName) -> Known:
         size = read_manifest(folder, name).size
     else:
         size = catalogued.size + catalogued.projector_size if catalogued else 0
-    return Known(name, catalogued, _stored(folder, name), digest, missing, size)
-
-
-def _stored(folder: Path, name: ModelName) -> StoredModel | None:
-    try:
-        return stored_model(folder, name)
-    except ModelError:
-        return None
+    return Known(name, catalogued, readable_model(folder, name), digest, missing, size)
 
 
 def parse_size(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiflux.core.catalogue import Catalogue
+from aiflux.core.catalogue import Catalogue, CataloguedModel
 from aiflux.core.gguf import GgufHeader, Length, read_gguf
 from aiflux.core.memory import Architecture, Figures, Vision
 from aiflux.core.modelname import ModelName
@@ -29,13 +29,15 @@ def known_figures(
     models_dir: Path | None, name: ModelName, catalogue: Catalogue | None
 ) -> Figures | None:
     """Return a model's figures; None where neither its file nor the catalogue tells them."""
-    if models_dir is not None:
-        try:
-            return stored_figures(models_dir, name)
-        except ModelError:
-            pass
-    model = catalogue.find(name.served) if catalogue else None
-    return model.figures if model else None
+    stored = None if models_dir is None else readable_model(models_dir, name)
+    return best_figures(stored, catalogue.find(name.served) if catalogue else None)
+
+
+def best_figures(stored: StoredModel | None, catalogued: CataloguedModel | None) -> Figures | None:
+    """Return a model's figures: from its own file, else from the catalogue."""
+    if stored is not None:
+        return stored.figures
+    return catalogued.figures if catalogued else None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,14 @@ def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
     kind = header.metadata.get("general.file_type")
     quantisation = _FILE_TYPES.get(kind, "") if isinstance(kind, int) else ""
     return StoredModel(figures_of(header, projector), header.parameters, quantisation)
+
+
+def readable_model(models_dir: Path, name: ModelName) -> StoredModel | None:
+    """Return the same; None where the model is not there, or its file tells nothing."""
+    try:
+        return stored_model(models_dir, name)
+    except ModelError:
+        return None
 
 
 def figures_of(header: GgufHeader, projector: int = 0) -> Figures:

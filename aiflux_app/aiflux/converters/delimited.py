@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from aiflux.converters.encoding import Encoding, bad_byte, checked_encoding, detect_encoding
 from aiflux.converters.form import make_form
-from aiflux.converters.kinds import refuse_other_kinds
+from aiflux.converters.kinds import checked_start
 from aiflux.converters.table import Row, TableOptions, convert_table
 from aiflux.converters.values import names
 from aiflux.converters.writing import Progress, Skipped, Summary, reading
@@ -99,7 +99,7 @@ class DelimitedTable:
         Raises:
             InputError: it cannot be read, or has no proper header.
         """
-        _check_file(path)
+        checked_start(path, "CSV")
         known = detect_encoding(path) if encoding is None else checked_encoding(encoding)
         declared = _declared(path, known)
         if delimiter is not None:
@@ -208,19 +208,6 @@ def _malformed(error: csv.Error) -> str:
     if "unexpected end" in str(error):
         return 'a quote (") is not closed before the end of the file'
     return f'not CSV: {error} (a quote inside a quoted cell is written "")'
-
-
-def _check_file(path: Path) -> None:
-    with reading(path):
-        if path.is_dir():
-            raise InputError(
-                f"the input {str(path)!r} is a directory", "`aiflux convert dir` reads directories"
-            )
-        with open(path, "rb") as file:
-            start = file.read(16)
-    if not start:
-        raise InputError(f"the input {str(path)!r} is empty", "check the path")
-    refuse_other_kinds(path, start, "CSV")
 
 
 def _declared(path: Path, encoding: Encoding) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiflux.converters.kinds import refuse_other_kinds
+from aiflux.converters.kinds import checked_start
 from aiflux.converters.writing import Progress, Skipped, reading
 from aiflux.core.lines import read_lines
 from aiflux.core.request import parse_json
@@ -48,18 +48,7 @@ class JsonFile:
         Raises:
             InputError: the file cannot be read.
         """
-        with reading(path):
-            if path.is_dir():
-                raise InputError(
-                    f"the input {str(path)!r} is a directory",
-                    "`aiflux convert dir` reads directories",
-                )
-            with open(path, "rb") as file:
-                start = file.read(_BLOCK)
-        if not start:
-            raise InputError(f"the input {str(path)!r} is empty", "check the path")
-        refuse_other_kinds(path, start, "JSON")
-        start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+        start = checked_start(path, "JSON").removeprefix(codecs.BOM_UTF8).lstrip()
         lines = path.suffix.lower() in _LINES
         return cls(path, "line" if lines or not start.startswith((b"[", b"{")) else "entry")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aiflux.converters.writing import reading
 from aiflux.errors import InputError
 
+_BLOCK = 1 << 16
 _ZIP = "save the workbook as CSV, or unpack the archive; `aiflux convert dir` reads DOCX"
 _PIPE = "unpack it, or pipe it: {} FILE | aiflux convert ... --input -"
 _KINDS = (
@@ -21,8 +23,22 @@ _KINDS = (
 )
 
 
-def refuse_other_kinds(path: Path, start: bytes, wanted: str) -> None:
-    """Raise InputError where a file begins as one of the kinds that are mistaken for ``wanted``."""
+def checked_start(path: Path, wanted: str) -> bytes:
+    """Return the first bytes of a file that may be what is wanted, such as ``CSV``.
+
+    Raises:
+        InputError: it cannot be read, is empty, or begins as one of the kinds that are mistaken.
+    """
+    with reading(path):
+        if path.is_dir():
+            raise InputError(
+                f"the input {str(path)!r} is a directory", "`aiflux convert dir` reads directories"
+            )
+        with open(path, "rb") as file:
+            start = file.read(_BLOCK)
+    if not start:
+        raise InputError(f"the input {str(path)!r} is empty", "check the path")
     for mark, kind, remedy in _KINDS:
         if start.startswith(mark):
             raise InputError(f"the input {str(path)!r} is not {wanted}: it is {kind}", remedy)
+    return start

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DELIMITERS = (",", "\t", ";", "|")
 _NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 _SAMPLE = 1 << 16
-_DECLARATION = re.compile(r"sep=(.)\r?\n")
+_DECLARATION = re.compile(r"sep=(.)\r?\n")  # which Excel writes and reads
 # A quote that is never closed takes in the rest of the file: this much is too much for a cell.
 _MAX_CELL = 64 << 20
 
@@ -101,13 +101,16 @@ class DelimitedTable:
         """
         checked_start(path, "CSV")
         known = detect_encoding(path) if encoding is None else checked_encoding(encoding)
-        declared = _declared(path, known)
+        sample, whole = _beginning(path, known)
+        declared = _DECLARATION.match(sample)
         if delimiter is not None:
             delimiter = _NAMES.get(delimiter, delimiter)
         elif declared is not None:
-            delimiter = declared
+            delimiter = declared[1]
+        elif path.suffix.lower() in (".tsv", ".tab"):
+            delimiter = "\t"
         else:
-            delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _detect(path, known)
+            delimiter = _detect(sample, whole)
         if len(delimiter) != 1 or delimiter in '"\r\n':
             raise InputError(f"the delimiter {delimiter!r} is not one character", "--delimiter ';'")
         draft = cls(path, (), delimiter, known, declares=declared is not None)
@@ -210,12 +213,6 @@ def _malformed(error: csv.Error) -> str:
     return f'not CSV: {error} (a quote inside a quoted cell is written "")'
 
 
-def _declared(path: Path, encoding: Encoding) -> str | None:
-    """Return the delimiter of a first line ``sep=;``, which Excel writes and reads."""
-    match = _DECLARATION.match(_beginning(path, encoding)[0])
-    return match[1] if match else None
-
-
 def _beginning(path: Path, encoding: Encoding) -> tuple[str, bool]:
     """Return the first of a file's text, and whether that is all of it."""
     with (
@@ -228,9 +225,8 @@ def _beginning(path: Path, encoding: Encoding) -> tuple[str, bool]:
             raise _not_in(path, encoding, "from its beginning", error) from None
 
 
-def _detect(path: Path, encoding: Encoding) -> str:
+def _detect(sample: str, whole: bool) -> str:
     """Return the delimiter that cuts the first rows into the most equal and most numerous cells."""
-    sample, whole = _beginning(path, encoding)
     scores = {item: _score(sample, item, whole) for item in _DELIMITERS}
     return max(_DELIMITERS, key=lambda item: scores[item])
 

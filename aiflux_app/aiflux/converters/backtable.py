@@ -208,12 +208,15 @@ class _Seen:
 
     def note(self, entry: Entry, options: BackOptions) -> None:
         for name, value in kept_columns(entry).items():
-            large = isinstance(value, int) and value not in _INT64
-            self.columns.setdefault(name, set()).add(str if large else type(value))
+            self.columns.setdefault(name, set()).add(_type(value))
         if options.json_fields is not None:
             for name, value in (json_fields(entry) or {}).items():
-                large = isinstance(value, int) and value not in _INT64
-                self.fields.setdefault(name, set()).add(str if large else type(value))
+                self.fields.setdefault(name, set()).add(_type(value))
+
+
+def _type(value: Any) -> type:
+    """Return a value's type; that of text for a number that a column of 64 bits cannot hold."""
+    return str if isinstance(value, int) and value not in _INT64 else type(value)
 
 
 @dataclass(frozen=True)

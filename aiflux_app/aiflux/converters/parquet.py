@@ -122,10 +122,10 @@ class ParquetTable:
         number = 0
         try:
             for batch in self._file.iter_batches(_BATCH_ROWS, columns=list(columns)):
-                names = batch.schema.names
+                present = batch.schema.names
                 for cells in zip(*map(self._values, batch.columns), strict=True):
                     number += 1
-                    yield Row(number, f"row-{number}", dict(zip(names, cells, strict=True)))
+                    yield Row(number, f"row-{number}", dict(zip(present, cells, strict=True)))
                 if progress is not None:
                     progress(number, self.size)
         except (self._arrow.ArrowException, OSError) as error:

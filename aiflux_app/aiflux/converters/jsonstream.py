@@ -13,7 +13,7 @@ from typing import Any
 from aiflux.converters.kinds import checked_start
 from aiflux.converters.writing import Progress, Skipped, reading
 from aiflux.core.lines import read_lines
-from aiflux.core.request import parse_json
+from aiflux.core.request import not_json, parse_json
 from aiflux.errors import InputError
 
 _BLOCK = 1 << 16
@@ -70,12 +70,8 @@ class JsonFile:
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
                 yield Skipped(number, f"line {number}", reason)
-            except json.JSONDecodeError as error:
-                what = error.msg.removesuffix(" at")
-                reason = f"not JSON: {what} at column {error.colno}"
-                yield Skipped(number, f"line {number}", reason)
             except ValueError as error:
-                yield Skipped(number, f"line {number}", f"not JSON: {error}")
+                yield Skipped(number, f"line {number}", not_json(error))
         if progress is not None:
             progress(size, size)
 

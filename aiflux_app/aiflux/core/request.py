@@ -78,6 +78,13 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def not_json(error: ValueError) -> str:
+    """Return in words, and with its place in the line, why ``parse_json`` raised."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+    return f"not JSON: {error}"
+
+
 def _decode(text: str) -> Any:
     try:
         value, end = _decoder.raw_decode(text)
@@ -98,13 +105,8 @@ def _load(raw: bytes) -> Any:
         ) from None
     try:
         return parse_json(text)
-    except json.JSONDecodeError as error:
-        what = error.msg.removesuffix(" at")
-        raise LineError(
-            f"not JSON: {what} at column {error.colno}; each line must hold one JSON object"
-        ) from None
     except ValueError as error:
-        raise LineError(f"not JSON: {error}; each line must hold one JSON object") from None
+        raise LineError(f"{not_json(error)}; each line must hold one JSON object") from None
 
 
 def _load_quickly(raw: bytes) -> Any:

@@ -14,8 +14,9 @@ from typing import Any
 
 from aiflux.cli.forecast import forecast, full_command
 from aiflux.cli.jsonout import add_json, print_json
+from aiflux.cli.numbers import whole_number
 from aiflux.cli.runs import make_console, short, show
-from aiflux.cli.starting import pilot_size, run_here, run_local, submit_planned
+from aiflux.cli.starting import run_here, run_local, submit_planned
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.estimate import LOCAL, SLURM, Estimate, estimate
@@ -25,7 +26,7 @@ from aiflux.core.needs import context_length
 from aiflux.core.opening import open_run
 from aiflux.core.options import RunOptions
 from aiflux.core.pace import observe
-from aiflux.core.pilot import REQUESTS, Drawn, Pilot
+from aiflux.core.pilot import FEWEST, REQUESTS, Drawn, Pilot
 from aiflux.core.plan import Plan, make_plan, read_plan
 from aiflux.core.preflight import told
 from aiflux.core.rundir import checked_output, default_output
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--requests",
-        type=pilot_size,
+        type=whole_number(FEWEST),
         default=REQUESTS,
         metavar="K",
         help=f"requests to do (default: {REQUESTS})",

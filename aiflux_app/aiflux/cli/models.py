@@ -13,6 +13,7 @@ from pathlib import Path
 from aiflux.cli.bytebar import byte_bar
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.modelviews import list_models, show_model
+from aiflux.cli.numbers import whole_number
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
@@ -53,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = action("show", "show what is known of a model, and the memory it takes")
     for each in (listed, shown):
         add_json(each, "as JSON")
+        some = whole_number(1)
         each.add_argument(
-            "--context-length", type=_number, default=4096, metavar="N", help="tokens of each slot"
+            "--context-length", type=some, default=4096, metavar="N", help="tokens of each slot"
         )
-        each.add_argument("--slots", type=_number, default=8, metavar="N", help="sequences at once")
+        each.add_argument("--slots", type=some, default=8, metavar="N", help="sequences at once")
     pulled = action("pull", "pull a model, on a machine with internet; goes on where it broke off")
     pulled.add_argument("--again", action="store_true", help="pull it although it is there")
     verified = action("verify", "read every blob of a model and compare it with its digest")
@@ -78,12 +80,6 @@ def execute(arguments: argparse.Namespace) -> int:
     """Do one thing with models."""
     config = Config(arguments=given_settings(arguments))
     return _ACTIONS[arguments.action](arguments, config)
-
-
-def _number(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _say(text: str) -> None:

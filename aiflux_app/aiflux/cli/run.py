@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.cli.jsonout import add_json, print_json, then_told
+from aiflux.cli.numbers import whole_number
 from aiflux.cli.piped import kept_input
-from aiflux.cli.starting import pilot_size, register, run_here, run_local, submit_planned
+from aiflux.cli.starting import register, run_here, run_local, submit_planned
 from aiflux.cli.streams import STDIN
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.opening import OpenedRun, open_run
+from aiflux.core.pilot import FEWEST
 from aiflux.core.preflight import told
 from aiflux.core.rundir import RunDirectory, checked_output, default_output
 from aiflux.errors import UsageError
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pilot",
-        type=pilot_size,
+        type=whole_number(FEWEST),
         metavar="K",
         help="do K requests only, and say what the whole will take (see aiflux estimate)",
     )

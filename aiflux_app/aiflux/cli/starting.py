@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -23,17 +22,6 @@ from aiflux.errors import ImageError
 if TYPE_CHECKING:
     from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submission import PlannedRun
-
-
-def pilot_size(text: str) -> int:
-    """Return the number of a pilot's requests.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none, or too few to tell how requests differ.
-    """
-    if not text.isascii() or not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 2")
-    return int(text)
 
 
 def submit_planned(planned: PlannedRun) -> int:

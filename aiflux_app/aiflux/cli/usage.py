@@ -21,7 +21,7 @@ _VALUE = re.compile(r"argument (?P<name>[^:]+): invalid (?P<kind>\w+) value: (?P
 _NO_VALUE = re.compile(r"argument (?P<name>[^:]+): expected (one|at least one) argument")
 _EXCLUDED = re.compile(r"argument (?P<name>[^:]+): not allowed with argument (?P<other>.*)")
 _MISSING = re.compile(r"the following arguments are required: (?P<names>.*)")
-_KINDS = {"int": "a whole number", "_number": "a whole number", "float": "a number"}
+_KINDS = {"int": "a whole number", "float": "a number"}
 
 MakeParser = Callable[[], Parser]
 

@@ -19,6 +19,7 @@ from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import all_done
 
 REQUESTS = 100
+FEWEST = 2  # one does not tell how requests differ
 _SEED = 4
 _FEW_STRATA = 10
 

@@ -7,6 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 # The name of the call's files is its number; behaviour/NAME is shell that the call then runs.
 _RECORDER = """\
 #!/bin/bash
@@ -61,6 +63,18 @@ class FakeCommands:
         while (call := self.folder / "calls" / f"{name}-{len(calls)}").is_dir():
             calls.append(Call(_split(call / "argv"), dict(_pairs(call / "env"))))
         return calls
+
+
+def waiting_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
+    """Return a Slurm on PATH that takes every job as number 100 and lets it wait."""
+    fakes = FakeCommands(folder)
+    fakes.say("sbatch", "100\n")
+    fakes.say("scancel")
+    fakes.say("squeue", "100|N/A|PENDING|N/A|0:00||Priority\n")
+    for name in ("sacct", "scontrol"):
+        fakes.say(name, status=1)
+    monkeypatch.setenv("PATH", fakes.path)
+    return fakes
 
 
 def _split(file: Path) -> list[str]:

@@ -21,7 +21,7 @@ from aiflux.core.request import request_key
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import Status
 from tests.tools.faulty_engine import FaultyEngine
-from tests.unit.fake_commands import FakeCommands
+from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line, write_input
 
 OUTPUT = Path("out.json")
@@ -40,14 +40,8 @@ def place(awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def slurm(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
-    fakes = FakeCommands(tmp_path / "bin")
-    fakes.say("sbatch", "100\n")
-    fakes.say("squeue", "100|N/A|PENDING|N/A|0:00||Priority\n")
-    for name in ("sacct", "scontrol"):
-        fakes.say(name, status=1)
-    monkeypatch.setenv("PATH", fakes.path)
     (place / "i.sif").touch()
-    return fakes
+    return waiting_slurm(tmp_path / "bin", monkeypatch)
 
 
 def here(engine: FaultyEngine, *more: str) -> list[str]:

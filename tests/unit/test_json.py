@@ -12,7 +12,7 @@ import pytest
 from aiflux.cli.main import main, make_parser
 from aiflux.cli.parser import Parser
 from tests.tools.faulty_engine import FaultyEngine
-from tests.unit.fake_commands import FakeCommands
+from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line
 from tests.unit.made_runs import MadeRun
 
@@ -94,15 +94,8 @@ def test_where_nothing_was_begun_there_is_nothing_on_stdout(
 
 @pytest.fixture
 def slurm(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
-    fakes = FakeCommands(tmp_path / "bin")
-    fakes.say("sbatch", "100\n")
-    fakes.say("scancel")
-    fakes.say("squeue", "100|N/A|PENDING|N/A|0:00||Priority\n")
-    for name in ("sacct", "scontrol"):
-        fakes.say(name, status=1)
-    monkeypatch.setenv("PATH", fakes.path)
     (place / "i.sif").touch()
-    return fakes
+    return waiting_slurm(tmp_path / "bin", monkeypatch)
 
 
 @pytest.mark.usefixtures("slurm")

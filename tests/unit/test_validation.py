@@ -25,6 +25,15 @@ def asking(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
+def hold(working: Working, number: int, schema: Any) -> None:
+    """Let one of the requests (counted from 0) ask for a schema."""
+    lines = working.input.read_text(encoding="utf-8").splitlines()
+    request = json.loads(lines[number])
+    request["body"]["response_format"] = asking(schema)
+    lines[number] = json.dumps(request)
+    working.input.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
 def verdict_on(text: str, wanted: Any, checking: Checking | None = None) -> Verdict:
     body = {"model": "m:1", "messages": [], "response_format": wanted}
     request = parse_request(request_line(body=body).encode())
@@ -103,10 +112,7 @@ def test_a_reference_in_circles_fails_its_request_and_not_the_run(tmp_path: Path
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, validate=True)
         working.prompts('answer:{"x": 1}', "free")
-        lines = working.input.read_text(encoding="utf-8").splitlines()
-        first = json.loads(lines[0])
-        first["body"]["response_format"] = asking(circle)
-        working.input.write_text(f"{json.dumps(first)}\n{lines[1]}\n", encoding="utf-8")
+        hold(working, 0, circle)
         assert working.run() is ExitCode.FAILURES
     failed, free = working.results
     assert "leads back to itself" in failed["error"]["message"]
@@ -126,10 +132,7 @@ def test_unfit_answers_are_asked_for_again_and_then_fail(tmp_path: Path) -> None
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, validate=True, revalidate_attempts=2)
         working.prompts("free", "strict")
-        lines = working.input.read_text(encoding="utf-8").splitlines()
-        strict = json.loads(lines[1])
-        strict["body"]["response_format"] = asking(LABEL)
-        working.input.write_text(f"{lines[0]}\n{json.dumps(strict)}\n", encoding="utf-8")
+        hold(working, 1, LABEL)
         assert working.run() is ExitCode.FAILURES
         assert engine.seen == {"free": 1, "strict": 3}
     free, failed = working.results

@@ -36,24 +36,19 @@ give_up() {
 
 on_signal() {
     signals=$((signals + 1))
-    # Where the job's end is known, the worker minds the clock. USR1 may come a minute early, and
-    # the runtime would die of it while it starts.
-    [[ $1 != USR1 || -z ${SLURM_JOB_END_TIME:-} ]] || return 0
-    pending=$1
+    [[ $1 == USR1 && -n $pending ]] || pending=$1
     [[ $1 == USR1 ]] || stopped=1
     deliver
 }
 
 # The container may not be there yet when the signal comes; then it gets it as soon as it is. But
-# not USR1, which may come a minute early: where the job's end is known, the worker minds the clock.
-forget_usr1() {
-    [[ $pending != USR1 || -z ${SLURM_JOB_END_TIME:-} ]] || pending=''
-}
-
+# not USR1 where the job's end is known: the worker minds the clock then, while the signal may come
+# a minute early, and the runtime would die of it while it starts.
 deliver() {
     local signal=$pending
     [[ -n $child && -n $signal ]] || return 0
     pending=''
+    [[ $signal != USR1 || -z ${SLURM_JOB_END_TIME:-} ]] || return 0
     forwarded=1
     kill -s "$signal" "$child" 2>/dev/null
 }
@@ -152,7 +147,6 @@ run_container() {
     "$runtime" --quiet run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} ${seal[@]+"${seal[@]}"} \
         --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" "$image" "$@" &
     child=$!
-    forget_usr1
     deliver
     wait_for_child || explain "$?"
 }

@@ -130,6 +130,12 @@ class Page(HTMLParser):
                 self.handlers.append(name)
 
 
+def page_words(made: MadeRun) -> str:
+    """Write the page; return what people read on it."""
+    assert main(["report", str(made.output)]) == 0
+    return Page(made.run.report.read_text()).text
+
+
 @given(some.lists(FIGURES, min_size=1), some.floats(min_value=0.01, max_value=1.0))
 def test_quantiles_are_right_to_one_percent(figures: list[float], share: float) -> None:
     histogram = Histogram()
@@ -360,8 +366,7 @@ def test_runs_that_are_not_finished_have_a_report(
     assert told["condition"]["finished"] is False
     assert told["condition"]["ended"] is (not running)
     assert told["counts"]["left"] == 197
-    assert main(["report", str(made.output)]) == 0
-    words = Page(made.run.report.read_text()).text
+    words = page_words(made)
     assert ("The run goes on" in words) is running
     assert ("aiflux resume" in words) is (not running)
     assert told["condition"]["state"] in capsys.readouterr().out
@@ -375,8 +380,7 @@ def test_a_run_that_failed_before_it_began_says_why(
     told = report(made, capsys)
     assert told["shards"][0]["ended"]
     assert "were to be processed with" in told["methods"]
-    assert main(["report", str(made.output)]) == 0
-    words = Page(made.run.report.read_text()).text
+    words = page_words(made)
     assert f"shard 0: {told['shards'][0]['ended']}" in words
     assert "none has started yet" in words
 
@@ -386,8 +390,7 @@ def test_a_run_without_any_result_has_a_report(
 ) -> None:
     made = MadeRun(tmp_path)
     assert report(made, capsys)["latency"]["count"] == 0
-    assert main(["report", str(made.output)]) == 0
-    assert "No result was recorded yet" in Page(made.run.report.read_text()).text
+    assert "No result was recorded yet" in page_words(made)
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
@@ -495,8 +498,7 @@ def test_one_request_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[
         "1 request (", ") was processed with", "1 request was answered", "1 result took more",
     ):  # fmt: skip
         assert words in methods
-    assert main(["report", str(made.output)]) == 0
-    words = Page(made.run.report.read_text()).text
+    words = page_words(made)
     assert "of 1 request answered" in words
     assert "1 requests" not in words
     assert "1 results" not in words
@@ -514,8 +516,7 @@ def test_methods_name_what_filled_in_open_parameters(
     assert 'temperature = 0.0 and stop = "<end of \\"it\\">" or "x".' in methods
     assert "the values advised for the model (top-p = 0.9)" in methods
     assert "temperature = 0.6" not in methods
-    assert main(["report", str(made.output)]) == 0
-    words = Page(made.run.report.read_text()).text
+    words = page_words(made)
     assert "Else, as advised" in words
     assert "llama3.2:3b: top_p=0.9" in words
     assert "temperature=0.6" not in words
@@ -529,8 +530,7 @@ def test_embeddings_have_no_sampling(tmp_path: Path, capsys: pytest.CaptureFixtu
     methods = told_methods(made, capsys)
     assert "ampling" not in methods
     assert "Prompts came to 7 tokens" in methods
-    assert main(["report", str(made.output)]) == 0
-    assert "/v1/embeddings" in Page(made.run.report.read_text()).text
+    assert "/v1/embeddings" in page_words(made)
 
 
 def test_tokens_that_no_engine_counts_are_not_none(tmp_path: Path) -> None:
@@ -538,8 +538,7 @@ def test_tokens_that_no_engine_counts_are_not_none(tmp_path: Path) -> None:
     made.status(0, "completed", 1)
     made.whole("completed", 1)
     write(made, 0, result(1, body=b'{"choices": []}'))
-    assert main(["report", str(made.output)]) == 0
-    words = Page(made.run.report.read_text()).text
+    words = page_words(made)
     assert "not toldtokens, by the engine" in words
     assert "0prompt tokens" not in words
 

@@ -101,7 +101,8 @@ def _on_its_way(staged: Staged) -> str:
     if staged.going_on:
         return told
     if staged.what == "pull":
-        return f"{told}; aiflux models pull {staged.name} goes on with it".replace("  ", " ")
+        command = f"aiflux models pull {staged.name}".rstrip()
+        return f"{told}; {command} goes on with it"
     return f"{told}; import it again, or: aiflux models remove {staged.name}"
 
 

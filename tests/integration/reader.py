@@ -159,13 +159,13 @@ def ask(custom_id: str, prompt: str, **more: object) -> str:
 
 def write_files(place: Path) -> None:
     """Write every file that a page takes for granted."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    shown = next(text for _, name, text in BLOCK.findall(readme) if name == "json")
+    request = page_blocks(REPOSITORY / "README.md", "json")[0]
+    old_models = page_blocks(REPOSITORY / "docs/configuration.md", "")
     rows = [("a1", "Works well, and looks good.", "good"), ("a2", "Broke on day one.", "bad")]
     table = [("id", "text", "label"), *rows]
     texts = {
         "prompts.jsonl": "".join(ask(f"r{n}", f"Say {n}.") for n in range(1, 5)),
-        "input.jsonl": shown,
+        "input.jsonl": request,
         "reviews.csv": "".join(",".join(f'"{cell}"' for cell in row) + "\n" for row in table),
         "reviews.tsv": "".join("\t".join(row) + "\n" for row in table),
         "prompt.txt": "Summarize in one sentence: {text}\n",
@@ -185,13 +185,7 @@ def write_files(place: Path) -> None:
         "passphrase": "\n",
         "papers/notes.md": "# Notes\n\nA text of a few words.\n",
         "papers/drafts/old.md": "Not this one.\n",
-        "models/llama3.2/3b.yaml": next(
-            text
-            for _, _, text in BLOCK.findall(
-                (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8")
-            )
-            if text.startswith("name: ")
-        ),
+        "models/llama3.2/3b.yaml": next(text for text in old_models if text.startswith("name: ")),
     }
     texts |= {"in.csv": texts["reviews.csv"], "in.json": texts["questions.json"]}
     for name, text in texts.items():

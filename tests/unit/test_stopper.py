@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from aiflux.errors import ExitCode, StoppedError
 from aiflux.worker.stopper import Stopper
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.working import Working
+
+PROGRAMS = pytest.mark.parametrize(
+    "program",
+    [
+        ["-m", "aiflux.cli", "run", "--input", "in.jsonl", "--output", "out.json"],
+        ["-m", "aiflux.worker", "in.jsonl", "out.json"],
+    ],
+    ids=["aiflux", "the worker"],
+)
+ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
 
 
 @pytest.fixture
 def stopper() -> Iterator[Stopper]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     stopper = Stopper()
     stopper.install()
@@ -56,3 +72,78 @@ def test_the_time_limits_early_warning_stops_nothing_at_once(stopper: Stopper) -
     with stopper.raising():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert stopper.time_is_up
+
+
+@pytest.fixture
+def engine() -> Iterator[FaultyEngine]:
+    with FaultyEngine() as engine:
+        yield engine
+
+
+def started(
+    program: list[str], folder: Path, engine: FaultyEngine, *prefix: str
+) -> subprocess.Popen[str]:
+    more = ["--engine-url", engine.url, "--drain-seconds", "0.1"]
+    return subprocess.Popen(
+        [*prefix, sys.executable, *program, *more],
+        cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not true():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+def listens(process: subprocess.Popen[str], number: int) -> bool:
+    """Tell whether a process has a handler for a signal (proc(5), SigCgt)."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+@ENDING
+@PROGRAMS
+def test_a_signal_at_the_very_start_is_a_stop(
+    program: list[str], number: signal.Signals, engine: FaultyEngine, tmp_path: Path
+) -> None:
+    """The handlers are there before the imports, which take many times as long as they."""
+    Working(tmp_path, engine.url).prompts("hang")
+    process = started(program, tmp_path, engine)
+    wait_until(lambda: listens(process, number), process)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.STOPPED, told
+    assert number.name in told
+    assert not engine.bodies
+
+
+@ENDING
+@PROGRAMS
+def test_a_signal_stops_a_run_in_good_order(
+    program: list[str], number: signal.Signals, engine: FaultyEngine, tmp_path: Path
+) -> None:
+    working = Working(tmp_path, engine.url).prompts("hello", "hang")
+    process = started(program, tmp_path, engine)
+    wait_until(lambda: bool(engine.seen["hang"]), process)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.STOPPED, told
+    assert working.status["status"] == "cancelled"
+
+
+@PROGRAMS
+def test_nohup_keeps_a_run_from_hanging_up(
+    program: list[str], engine: FaultyEngine, tmp_path: Path
+) -> None:
+    engine.delay = 0.5
+    working = Working(tmp_path, engine.url).prompts("hello")
+    process = started(program, tmp_path, engine, "nohup")
+    wait_until(lambda: bool(engine.seen["hello"]), process)
+    process.send_signal(signal.SIGHUP)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 0, told
+    assert working.status["status"] == "completed"

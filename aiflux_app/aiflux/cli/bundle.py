@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.cli.jsonout import add_json, print_json
-from aiflux.cli.unwinding import unwinding
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.bundle import Ingredients, payload_size, refuse_torn, write_bundle
 from aiflux.core.bundleinstaller import (
@@ -92,8 +91,7 @@ def python_version(text: str) -> str:
 def execute(arguments: argparse.Namespace) -> int:
     """Carry out the action that was named."""
     actions = {"create": _create, "install": _install, "verify": _verify}
-    with unwinding():
-        return actions[arguments.action](arguments)
+    return actions[arguments.action](arguments)
 
 
 def _create(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from aiflux.core.files import storage_error
 from aiflux.core.opening import OpenedRun
 from aiflux.errors import ExitCode
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def run_in_container(opened: OpenedRun, runtime: Path, image: Path, *, seal: bool) -> int:
@@ -103,13 +103,22 @@ def _unsealed(spec: ContainerSpec) -> str:
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run in the foreground, passing signals on; the child ends in good order."""
-    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        process.send_signal(number)
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # SIGHUP stays ignored where it is, as under nohup.
+    numbers = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
+        process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        for number in early:
+            process.send_signal(number)
         return _explained(process.wait())
     finally:
         for number, handler in before.items():

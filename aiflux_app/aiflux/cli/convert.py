@@ -17,14 +17,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from aiflux.cli.convert_options import add_arguments
 from aiflux.cli.ends import destination, piped_file, refuse_both
 from aiflux.cli.jsonout import print_json
-from aiflux.cli.streams import STDIN, STDOUT
-from aiflux.cli.unwinding import unwinding
 from aiflux.converters.folder import directory_to_jsonl
 from aiflux.converters.pictures import images_to_jsonl
 from aiflux.converters.walking import parse_size
 from aiflux.converters.writing import SHOWN, Summary, listed, plural, skipped_path
 from aiflux.core.files import refuse_existing
 from aiflux.core.request import parse_json
+from aiflux.core.streams import STDIN, STDOUT
 from aiflux.errors import InputError, StoppedError, UsageError
 
 _TRIAL = 3
@@ -37,8 +36,7 @@ Tell = Callable[[int, int], None]
 def execute(arguments: argparse.Namespace) -> int:
     """Convert, or show what would come of it."""
     try:
-        with unwinding():
-            return _execute(arguments)
+        return _execute(arguments)
     except KeyboardInterrupt:
         raise StoppedError(
             "stopped; nothing was written", "the same command begins again"

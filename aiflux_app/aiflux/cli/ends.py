@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from aiflux.cli.streams import STDIN, STDOUT, drop_stdout
 from aiflux.core.files import refuse_existing, refuse_special
+from aiflux.core.streams import STDIN, STDOUT
 from aiflux.errors import StorageError, UsageError
 
 
@@ -103,7 +103,6 @@ def _to_stdout(path: Path) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        drop_stdout()  # or the interpreter's end would fail for it again
         raise StorageError(
             f"stdout cannot be written, and holds a part only: {error.strerror or error}",
             "make room, and run the same command again",

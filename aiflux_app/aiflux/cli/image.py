@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from aiflux.cli.jsonout import add_json, print_json
-from aiflux.cli.unwinding import unwinding
 from aiflux.core.config import Config
 from aiflux.core.container import find_image
 from aiflux.errors import ImageError
@@ -50,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Carry out the action that was named."""
     actions = {"build": _build, "sign": _sign, "info": _info}
-    with unwinding():
-        return actions[arguments.action](arguments)
+    return actions[arguments.action](arguments)
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiflux import __version__
-from aiflux.cli.parser import Parser
-from aiflux.cli.streams import (
+from aiflux.cli.unwinding import unwinding
+from aiflux.core.streams import (
     FULL,
-    drop_stdout,
+    Outlet,
     open_streams,
     refuse_broken_names,
     refuse_lost_folder,
     refused,
 )
-from aiflux.cli.usage import parse
 from aiflux.errors import AifluxError, ExitCode, describe
+
+if TYPE_CHECKING:
+    from aiflux.cli.parser import Parser
+
+# What takes long to import is imported where it is used: behind the first line of `main`, which
+# takes the signals.
 
 _EXAMPLES = """\
 aiflux COMMAND --help tells more. --version; --debug: the trace of an error.
@@ -72,6 +77,8 @@ def make_parser(only: str | None = None) -> Parser:
         only: the one command whose options are wanted (the others' modules are not imported, so
             that ``--help`` stays quick); None fills in every command.
     """
+    from aiflux.cli.parser import Parser
+
     parser = Parser(
         prog="aiflux",
         usage="aiflux COMMAND ...",
@@ -109,34 +116,35 @@ def _named(argv: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    words, debug = _without_debug(sys.argv[1:] if argv is None else argv)
-    with open_streams():
+    with unwinding(), open_streams() as stdout:
+        words, debug = _without_debug(sys.argv[1:] if argv is None else argv)
         try:
-            code = _run(words)
+            code = _run(words, stdout)
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C before the end", file=sys.stderr)
-            code = int(ExitCode.STOPPED)
+        except KeyboardInterrupt as signal:
+            print(f"stopped by {signal or 'Ctrl-C'} before the end", file=sys.stderr)
+            return int(ExitCode.STOPPED)
         except BrokenPipeError:
-            drop_stdout()
-            code = int(ExitCode.OK)
+            return int(ExitCode.OK)
         except SystemExit as end:
             # So rich's Console ends the process where nobody reads stdout any more.
             if not isinstance(end.__context__, BrokenPipeError):
                 raise
-            drop_stdout()
-            code = int(ExitCode.OK)
+            return int(ExitCode.OK)
         except Exception as error:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
-            code = _failed(error, debug=debug)
+            return _failed(error, debug=debug)
+        if stdout.failure is not None and stdout.failure.errno != errno.EPIPE:
+            print(f"warning: {refused(stdout.failure).message}", file=sys.stderr)
     return code
 
 
 def _failed(error: Exception, *, debug: bool) -> int:
     """Tell an error; return its exit code."""
     if isinstance(error, OSError) and error.errno in FULL:
-        drop_stdout()
         error = refused(error)
     if debug or not isinstance(error, AifluxError):
+        import traceback
+
         traceback.print_exc()
     if isinstance(error, AifluxError):
         print(describe(error), file=sys.stderr)
@@ -145,7 +153,9 @@ def _failed(error: Exception, *, debug: bool) -> int:
     return int(ExitCode.BUG)
 
 
-def _run(words: Sequence[str]) -> int:
+def _run(words: Sequence[str], stdout: Outlet) -> int:
+    from aiflux.cli.usage import parse
+
     refuse_broken_names(words)
     parser = make_parser(_named(words))
     arguments = parse(parser, words, make_parser)
@@ -153,6 +163,9 @@ def _run(words: Sequence[str]) -> int:
         parser.print_help()
         return int(ExitCode.USAGE)
     refuse_lost_folder()
+    # The exit code of what works on a run says how the run went, whoever reads the words.
+    works = arguments.command in GROUPS["run"] and not getattr(arguments, "dry_run", False)
+    stdout.heeded = not works
     code: int = _module(arguments.command).execute(arguments)
     return code
 

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from aiflux.cli.streams import STDIN
 from aiflux.core.files import atomic_write
 from aiflux.core.rundir import checked_output
+from aiflux.core.streams import STDIN
 from aiflux.errors import InputError, UsageError
 
 _BLOCK = 1 << 20

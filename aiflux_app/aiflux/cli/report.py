@@ -15,7 +15,6 @@ from aiflux.cli.markup import Markup
 from aiflux.cli.report_page import page
 from aiflux.cli.report_plots import latency_plot, throughput_plot
 from aiflux.cli.runs import add_run, short
-from aiflux.cli.streams import STDOUT
 from aiflux.core.estimate_file import read_estimate
 from aiflux.core.files import atomic_write
 from aiflux.core.journal import journal_lines
@@ -26,6 +25,7 @@ from aiflux.core.report_making import make_report
 from aiflux.core.report_sources import Sources
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import read_run_status, read_status
+from aiflux.core.streams import STDOUT
 from aiflux.core.tally import tally
 from aiflux.errors import ConfigError
 from aiflux.slurm.overview import ShardView, gather

@@ -17,14 +17,13 @@ from rich.table import Column, Table
 
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
-from aiflux.cli.streams import STDOUT
-from aiflux.cli.unwinding import unwinding
 from aiflux.converters.answers import entries, prompt_text, refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
 from aiflux.converters.writing import printable
 from aiflux.core.outputs import Entry, vectors
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import OUTPUT_SUFFIXES
+from aiflux.core.streams import STDOUT
 
 _SHOWN = 400
 _ROWS = 50
@@ -107,8 +106,7 @@ def execute(arguments: argparse.Namespace) -> int:
     refuse_missing(output)
     if arguments.action == "show":
         return _show(output, arguments)
-    with unwinding():
-        return _write(output, arguments)
+    return _write(output, arguments)
 
 
 def output_of(text: str) -> Path:

@@ -13,13 +13,13 @@ from aiflux.cli.jsonout import add_json, print_json, then_told
 from aiflux.cli.numbers import whole_number
 from aiflux.cli.piped import kept_input
 from aiflux.cli.starting import register, run_here, run_local, submit_planned
-from aiflux.cli.streams import STDIN
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.pilot import FEWEST
 from aiflux.core.preflight import told
 from aiflux.core.rundir import RunDirectory, checked_output, default_output
+from aiflux.core.streams import STDIN
 from aiflux.errors import UsageError
 
 if TYPE_CHECKING:

@@ -1,18 +1,33 @@
-"""SIGTERM unwinds as Ctrl-C does, for commands that have temporary files to remove."""
+"""SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files and leases are removed."""
 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Have SIGTERM raise KeyboardInterrupt; to be used in the main thread."""
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt with their name.
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    SIGHUP stays ignored where it is, as under nohup. In a thread, signals are the caller's affair.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, _unwind) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)

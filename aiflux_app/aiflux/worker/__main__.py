@@ -2,7 +2,17 @@
 
 import sys
 
-from aiflux.worker.main import main
+from aiflux.worker.stopper import Stopper
+
+
+def main() -> int:
+    """Listen to signals first: the imports of the worker take a while."""
+    stopper = Stopper()
+    stopper.install()
+    from aiflux.worker.main import main as run  # noqa: PLC0415 - after the handlers
+
+    return run(stopper=stopper)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,17 @@ class TruncationLog:
 
     def left(self, tokens: int) -> bool:
         """Tell whether a prompt was cut to this many tokens since this object was made."""
-        with self._lock:
-            with open(self._path, "rb") as log:
-                log.seek(self._offset)
-                for line in log:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._offset += len(line)
-                    match = _TRUNCATION.search(line)
-                    if match:
-                        self._lengths.add(int(match[1]))
-            return tokens in self._lengths
+        # There is no log where the disk had no room for one.
+        with self._lock, suppress(FileNotFoundError), open(self._path, "rb") as log:
+            log.seek(self._offset)
+            for line in log:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                match = _TRUNCATION.search(line)
+                if match:
+                    self._lengths.add(int(match[1]))
+        return tokens in self._lengths
 
 
 class BundledEngine:

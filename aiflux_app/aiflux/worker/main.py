@@ -28,6 +28,7 @@ from aiflux.core.opening import open_run
 from aiflux.core.plan import Plan, read_plan
 from aiflux.core.rundir import RunDirectory, default_output
 from aiflux.core.status import finished_counts, finished_line, refuse_failures
+from aiflux.core.streams import open_streams
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.worker.models import create_model, ensure_model
 from aiflux.worker.progress import make_reporter
@@ -71,10 +72,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the worker; return the exit code."""
+def main(argv: Sequence[str] | None = None, stopper: Stopper | None = None) -> int:
+    """Run the worker; return the exit code.
+
+    Args:
+        stopper: one that listens to signals already.
+    """
+    with open_streams() as stdout:
+        stdout.heeded = False
+        return _main(argv, stopper or Stopper())
+
+
+def _main(argv: Sequence[str] | None, stopper: Stopper) -> int:
     arguments = make_parser().parse_args(argv)
-    stopper = Stopper()
     if arguments.deadline is not None:
         # Until the plan is read, that tells it better: Slurm may send SIGUSR1 a minute early.
         now = time.time()
@@ -150,7 +160,8 @@ def create(model: str, config: Config, context: Context) -> None:
 
 def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
     run = RunDirectory(Path(arguments.run_dir).absolute())
-    plan = read_plan(run)
+    with context.stopper.raising():
+        plan = read_plan(run)
     if not 0 <= arguments.shard < len(plan.shards):
         raise UsageError(
             f"the plan has no shard {arguments.shard}", f"shards are 0 to {len(plan.shards) - 1}"
@@ -168,14 +179,15 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
     options = config.run_options()
     input_path = Path(arguments.input)
     output = Path(arguments.output or default_output(input_path, Path.cwd()))
-    opened = open_run(
-        input_path,
-        output,
-        options,
-        config.models_dir,
-        force=arguments.force,
-        force_resume=arguments.force_resume,
-    )
+    with context.stopper.raising():
+        opened = open_run(
+            input_path,
+            output,
+            options,
+            config.models_dir,
+            force=arguments.force,
+            force_resume=arguments.force_resume,
+        )
     if opened.finished:
         finished(opened.plan, opened.counts, context)
         return

@@ -227,9 +227,9 @@ class _ShardWork:
             stack.enter_context(self._gpu_watch())
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiflux-")))
             for model in self.plan.models:
-                _ModelWork(self, model, journal, home).run()
                 if not self.may_admit():
                     break
+                _ModelWork(self, model, journal, home).run()
         self._sync_status()
         self.context.reporter.show(self.stats, final=True)
         if self.stats.done < self.shard.requests:

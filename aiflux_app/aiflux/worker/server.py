@@ -15,7 +15,9 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
+from aiflux.core.streams import FULL
 from aiflux.errors import EngineError
 
 START_TIMEOUT = 60.0
@@ -110,11 +112,10 @@ class Server:
         the server with the thread that started it.
 
         Raises:
-            EngineError: it did not start, or ended.
+            EngineError: it did not start, or ended; or its log cannot be opened.
         """
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(self.log, "ab") as log:
+        with self._open_log() as log:
+            try:
                 self._process = subprocess.Popen(
                     self._command,
                     env=self._environment,
@@ -123,10 +124,10 @@ class Server:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-        except OSError as error:
-            raise EngineError(
-                f"cannot start {self._command[-2]}: {error.strerror}", "check the installation"
-            ) from error
+            except OSError as error:
+                raise EngineError(
+                    f"cannot start {self._command[-2]}: {error.strerror}", "check the installation"
+                ) from error
         self.url = f"http://127.0.0.1:{self._await_port(self._process)}"
 
     def stop(self) -> None:
@@ -149,6 +150,19 @@ class Server:
                 return log.read().decode("utf-8", "replace").strip()
         except OSError:
             return ""
+
+    def _open_log(self) -> BinaryIO:
+        """Open the log. A full disk costs the log, not the engine; the journal reports the disk."""
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            return open(self.log, "ab")
+        except OSError as error:
+            if error.errno in FULL:
+                return open(os.devnull, "ab")
+            raise EngineError(
+                f"cannot open the engine's log {self.log}: {error.strerror}",
+                "make its folder writable",
+            ) from error
 
     def _signal(self, number: int) -> None:
         """Signal the whole process group: a runner whose server was killed is in it, too."""

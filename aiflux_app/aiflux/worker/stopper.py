@@ -54,7 +54,7 @@ class Stopper:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Have SIGTERM and SIGINT raise StoppedError: while nothing is in flight to wait for.
+        """Have SIGTERM, SIGINT and SIGHUP raise StoppedError: while there is nothing to wait for.
 
         Main thread only. It is raised once; what cleans up after it is left alone.
         """
@@ -67,9 +67,14 @@ class Stopper:
             self._raises = False
 
     def install(self) -> None:
-        """Listen to SIGTERM, SIGINT and SIGUSR1. Main thread only."""
+        """Listen to SIGTERM, SIGINT, SIGUSR1 and SIGHUP. Main thread only.
+
+        SIGHUP stays ignored where it is, as under nohup.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1 and self._clock() < self._heed_usr1_from:

@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from aiflux.cli.main import main
 from aiflux.core.answerschema import SchemaError, compile_schema
-from aiflux.core.request import parse_request
-from aiflux.errors import ExitCode
+from aiflux.core.journal import JournalReader, JournalWriter, scan_journal
+from aiflux.core.request import ENDPOINTS, Request, parse_request
+from aiflux.errors import ExitCode, InputError
 from aiflux.worker.checking import Checking
-from aiflux.worker.verdict import Kind, Verdict
+from aiflux.worker.client import Answer, Client
+from aiflux.worker.engines import ForeignEngine
+from aiflux.worker.limits import FixedLimit
+from aiflux.worker.pool import Describe, Pool
+from aiflux.worker.retry import RetryPolicy
+from aiflux.worker.scheduler import Lane, Scheduler
+from aiflux.worker.source import Source
+from aiflux.worker.stats import Stats
+from aiflux.worker.verdict import Kind, Verdict, judge_answer
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 from tests.unit.working import Working
@@ -73,6 +85,145 @@ def test_a_schema_that_is_none_is_the_requests_fault(schema: Any) -> None:
     verdict = verdict_on("{}", asking(schema))
     assert verdict.kind is Kind.FAILED
     assert "response_format is wrong" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (5, "json_schema is not an object"),
+        ("x", "json_schema is not an object"),
+        ([1], "json_schema is not an object"),
+        ({"name": "x"}, "json_schema.schema is missing"),
+        ({"schema": {"$schema": 5, "type": "object"}}, "$.$schema: it is not a string"),
+        ({"schema": {"$schema": ["a"]}}, "$.$schema: it is not a string"),
+        ({"schema": {"type": "nonsense"}}, "'nonsense' is not valid"),
+    ],
+)
+def test_a_wrong_schema_is_found_in_the_worker_and_in_the_check(
+    wanted: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"type": "json_schema", "json_schema": wanted}
+    verdict = verdict_on("{}", asked)
+    assert verdict.kind is Kind.FAILED
+    assert words in verdict.message
+    body = {"model": "m:1", "messages": [], "response_format": asked}
+    path = tmp_path / "in.jsonl"
+    path.write_text(f"{request_line('a')}\n{request_line('b', body=body)}\n", encoding="utf-8")
+    assert main(["check", str(path)]) == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert "1 line is wrong" in told
+    assert "line 2: the schema in body.response_format is wrong: " in told
+    assert words in told
+
+
+def test_wrong_schemas_are_refused_before_a_run_that_checks_answers(tmp_path: Path) -> None:
+    asked = {"type": "json_schema", "json_schema": 5}
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, validate=True)
+        assert working.prompts("x", response_format=asked).run() is ExitCode.USAGE
+        assert not engine.bodies
+        lax = Working(tmp_path, engine.url)
+        assert lax.prompts("x", response_format=asked).run() is ExitCode.OK
+        assert engine.bodies[0]["response_format"] == asked
+
+
+keys = st.sampled_from(
+    ["type", "json_schema", "schema", "$schema", "$ref", "$id", "$defs", "$dynamicRef", "enum",
+     "properties", "items", "required", "pattern", "multipleOf", "choices", "message", "content",
+     "text", "finish_reason", "usage", "completion_tokens", "data", "error", "model"]
+) | st.text(max_size=3)  # fmt: skip
+words = st.sampled_from(
+    ["json_schema", "json_object", "object", "string", "#", "#/$defs/a", "(", "stop", "length",
+     "http://json-schema.org/draft-04/schema#", "https://json-schema.org/draft/2020-12/schema"]
+) | st.text(max_size=5)  # fmt: skip
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.just(10**400)
+any_json = st.recursive(
+    st.none() | st.booleans() | numbers | words,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=5),
+    max_leaves=15,
+)
+formats = any_json | any_json.map(asking) | st.fixed_dictionaries(
+    {"type": st.just("json_schema"), "json_schema": any_json}
+)  # fmt: skip
+texts = words | any_json.map(json.dumps)
+choices = st.fixed_dictionaries(
+    {}, optional={"message": st.fixed_dictionaries({"content": texts | any_json}) | any_json,
+                  "text": any_json, "finish_reason": any_json},
+)  # fmt: skip
+bodies = any_json | st.fixed_dictionaries(
+    {"choices": st.lists(choices, max_size=3)}, optional={"usage": any_json, "error": any_json}
+)
+
+
+@settings(max_examples=150)
+@given(wanted=formats, body=bodies, url=st.sampled_from(ENDPOINTS))
+def test_any_answer_to_any_request_is_judged(wanted: Any, body: Any, url: str) -> None:
+    content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "response_format": wanted}
+    request = parse_request(request_line(url=url, body=content).encode())
+    answer = Answer(200, json.dumps(body).encode())
+    verdict = Checking(2).judge(request, judge_answer(url, answer, bundled=True))
+    assert verdict.kind in Kind
+    assert verdict.code or verdict.kind is Kind.ANSWERED
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=st.lists(st.tuples(formats, bodies), min_size=1, max_size=8))
+def test_no_request_and_no_answer_ends_a_run(
+    pairs: list[tuple[Any, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    with FaultyEngine() as engine:
+        working = Working(
+            folder, engine.url, validate=True, max_retries=1, revalidate_attempts=1
+        )  # fmt: skip
+        lines = []
+        for number, (wanted, body) in enumerate(pairs):
+            messages = [{"role": "user", "content": f"body:{json.dumps(body)}"}]
+            content = {"model": "m:1", "messages": messages, "response_format": wanted}
+            lines.append(request_line(str(number), body=content))
+        working.input.write_text("\n".join(lines), encoding="utf-8")
+        code = working.run()
+    if code is ExitCode.USAGE:
+        assert isinstance(working.error, InputError)
+        assert all("response_format is wrong" in problem for problem in working.error.problems)
+    else:
+        assert code in (ExitCode.OK, ExitCode.FAILURES)
+        assert len(working.results) == len(pairs)
+
+
+class BuggyChecking(Checking):
+    """Fails as only a bug can, at one kind of request."""
+
+    def judge(self, request: Request, verdict: Verdict) -> Verdict:
+        if "bug" in request.custom_id:
+            raise ZeroDivisionError("a bug")
+        return verdict
+
+
+def test_a_bug_costs_its_request_and_shows_its_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("bug", "fine", "bug")
+        opened = working.open()
+        shard = opened.plan.shards[0]
+        path = opened.run.journal(0)
+        source = Source(opened.plan, shard, scan_journal(path), JournalReader(path))
+        lane, stats = Lane(0, FixedLimit(2)), Stats(3)
+        link = ForeignEngine(engine.url, lambda url: Client(url, 5.0, 4), 1.0, print)
+        journal = JournalWriter(path, on_failure=lambda error: None)
+        pool = Pool(
+            Scheduler(source.tasks("m:1"), [lane]), [link], journal, RetryPolicy(1, 0.01), stats,
+            Describe("m:1", {}), on_down=lambda lane, generation: None, checking=BuggyChecking(1),
+        )  # fmt: skip
+        pool.start()
+        pool.join(lambda: None)
+        journal.close()
+        link.close()
+    assert (stats.completed, stats.failed) == (1, 2)
+    assert stats.errors[0]["code"] == "internal_error"
+    assert "ZeroDivisionError" in stats.errors[0]["message"]
+    assert capsys.readouterr().err.count("Traceback") == 1
 
 
 def test_nothing_outside_a_schema_is_fetched() -> None:

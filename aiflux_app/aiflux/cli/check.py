@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from aiflux.cli.jsonout import add_json, print_json
+from aiflux.core.answerschema import can_check_schemas
 from aiflux.core.arguments import given_settings
 from aiflux.core.config import Config
+from aiflux.core.extras import remedy
 from aiflux.core.input import InputSummary, scan_input
 from aiflux.errors import InputError
 
@@ -28,7 +31,7 @@ def execute(arguments: argparse.Namespace) -> int:
     model = Config(arguments=given_settings(arguments)).get("model")
     if arguments.json:
         return _as_json(path, model)
-    summary = scan_input(path, model)
+    summary = scan_input(path, model, schemas=can_check_schemas())
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
     models = ", ".join(summary.models) or f"{model} (the run's; no request names one)"
     print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
@@ -38,12 +41,15 @@ def execute(arguments: argparse.Namespace) -> int:
         f"  context:   about {summary.context_tokens} tokens cover 99 % of the requests, "
         f"{summary.longest_tokens} the longest"
     )
+    if not can_check_schemas():
+        how = remedy("schema", has_pip=find_spec("pip") is not None)
+        print(f"  schemas:   not checked, which needs jsonschema; {how}")
     return 0
 
 
 def _as_json(path: Path, model: str | None) -> int:
     try:
-        summary = scan_input(path, model)
+        summary = scan_input(path, model, schemas=can_check_schemas())
     except InputError as error:
         print_json({"path": path.absolute(), "problems": [error.message, *error.problems]})
         raise

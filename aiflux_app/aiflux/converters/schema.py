@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.answerschema import SchemaError, compile_schema
+from aiflux.core.answerschema import SchemaError, can_check_schemas, compile_schema
 from aiflux.core.request import parse_json
 from aiflux.errors import InputError
 
@@ -38,7 +37,7 @@ def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
         path = Path(schema)
         content, place, name = _read(path), f"the schema {str(path)!r}", path.stem
     _refuse_what_allows_all(content, place)
-    if find_spec("jsonschema") is not None:
+    if can_check_schemas():
         try:
             compile_schema(content)
         except SchemaError as error:

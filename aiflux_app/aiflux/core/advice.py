@@ -67,6 +67,14 @@ _KNOWN = {
         "what came back was no answer of an OpenAI API",
         "look at --engine-url, and at what stands between here and the engine",
     ),
+    "internal_error": Advice(
+        "a bug in AI-Flux stopped the request",
+        f"report the trace in the log (aiflux logs); after an update, {_RETRY}",
+    ),
+    "memory": Advice(
+        "there was not enough memory for the answer, again and again",
+        f"lower --concurrency, or allow more memory; {_RETRY}",
+    ),
     "error_in_answer": Advice(
         "the engine said that it failed", f"read the message and the engine's log; {_RETRY}"
     ),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,6 +18,62 @@ _SHOWN = 300
 
 class SchemaError(ValueError):
     """A schema is not one, refers to what is not there, or cannot be applied."""
+
+
+def can_check_schemas() -> bool:
+    """Tell whether jsonschema is installed."""
+    return find_spec("jsonschema") is not None
+
+
+def requested_schema(wanted: dict[str, Any]) -> Any:
+    """Return the schema in a ``response_format`` of the type ``json_schema``.
+
+    Raises:
+        SchemaError: it holds none.
+    """
+    holder = wanted.get("json_schema")
+    if not isinstance(holder, dict):
+        raise SchemaError("json_schema is not an object")
+    if "schema" not in holder:
+        raise SchemaError("json_schema.schema is missing")
+    return holder["schema"]
+
+
+def schema_text(schema: Any) -> str:
+    """Return a schema as JSON.
+
+    Raises:
+        SchemaError: it is nested too deeply.
+    """
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise SchemaError("it is nested too deeply") from None
+
+
+def schema_problem(body: dict[str, Any]) -> str | None:
+    """Return what is wrong with the schema that a request's body asks for; None if nothing is.
+
+    Raises:
+        ConfigError: jsonschema is not installed.
+    """
+    wanted = body.get("response_format")
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        return None
+    try:
+        problem = _problem(schema_text(requested_schema(wanted)))
+    except SchemaError as error:
+        problem = str(error)
+    return None if problem is None else f"the schema in body.response_format is wrong: {problem}"
+
+
+@lru_cache(maxsize=256)
+def _problem(schema: str) -> str | None:
+    try:
+        compile_schema(json.loads(schema))
+    except SchemaError as error:
+        return str(error)
+    return None
 
 
 def compile_schema(schema: Any) -> Check:
@@ -30,14 +89,20 @@ def compile_schema(schema: Any) -> Check:
     library = need("jsonschema", "schema", "checking answers against a JSON Schema")
     if not isinstance(schema, dict):
         raise SchemaError("it is not a JSON object")
-    kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
+    if not isinstance(schema.get("$schema", ""), str):
+        raise SchemaError("at $.$schema: it is not a string")
     try:
+        kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
         _check(schema, kind)
+        validator = kind(schema)
     except library.SchemaError as error:
         raise SchemaError(f"at {error.json_path}: {_short(error.message)}") from None
     except RecursionError:
         raise SchemaError("it is nested too deeply") from None
-    validator = kind(schema)
+    except SchemaError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of JSON that is no schema the library may raise any
+        raise SchemaError(f"it cannot be read: {_short(repr(error))}") from None
 
     def check(value: Any) -> str | None:
         try:

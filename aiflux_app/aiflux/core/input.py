@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +55,7 @@ def scan_input(
     path: Path,
     model: str | None = None,
     *,
+    schemas: bool = False,
     part_bytes: int = PART_BYTES,
     children: int | None = None,
 ) -> InputSummary:
@@ -63,6 +64,7 @@ def scan_input(
     Args:
         path: the input file.
         model: the run's model, if it is named outside the input.
+        schemas: check the JSON Schemas that requests ask for, too.
         part_bytes: the input is checked in parts of about this size.
         children: processes that share an input of several parts; None takes as many as is safe.
 
@@ -74,7 +76,8 @@ def scan_input(
     try:
         parts = cut_at_lines(path, part_bytes)
         children = children if children is not None else helpers() if len(parts) > 1 else 0
-        whole, digest = _scan(path, parts, model, children)
+        work = partial(_scan_part, path, model, schemas)
+        whole, digest = _scan(path, parts, work, children)
         _check_names(path, whole)
         if whole.problems.lines:
             raise whole.problems.error(path)
@@ -88,11 +91,13 @@ def scan_input(
 
 
 def _scan(
-    path: Path, parts: Sequence[tuple[int, int]], model: str | None, children: int
+    path: Path,
+    parts: Sequence[tuple[int, int]],
+    work: Callable[[tuple[int, int]], Part],
+    children: int,
 ) -> tuple[Whole, str]:
     """Return what the parts tell together, and the digest."""
     whole, digest = Whole(), InputDigest(path)
-    work = partial(_scan_part, path, model)
     with ExitStack() as stack:
         # A process that forks has no threads; with children at work it needs none.
         add = digest.add if children else stack.enter_context(beside(digest.add))
@@ -102,8 +107,8 @@ def _scan(
     return whole, digest.hexdigest()
 
 
-def _scan_part(path: Path, model: str | None, part: tuple[int, int]) -> Part:
-    return scan_part(path, *part, model)
+def _scan_part(path: Path, model: str | None, schemas: bool, part: tuple[int, int]) -> Part:
+    return scan_part(path, *part, model, schemas=schemas)
 
 
 def _summary(path: Path, whole: Whole, digest: str, size: int) -> InputSummary:

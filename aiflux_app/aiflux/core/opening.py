@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aiflux.core.answerschema import can_check_schemas
 from aiflux.core.estimate_file import carry_estimate
 from aiflux.core.files import refuse_existing, storage_error
 from aiflux.core.input import InputSummary, scan_input
@@ -144,7 +145,9 @@ def draft_run(
     if input_path in output_paths(output):
         raise ConfigError("input and output are the same file", "name another output")
     run = RunDirectory.of_output(output)
-    summary = scan_input(input_path, options.model)
+    # Where jsonschema is missing here, the worker checks with its own, or says what to install.
+    schemas = options.validate and can_check_schemas()
+    summary = scan_input(input_path, options.model, schemas=schemas)
     number = shards(summary) if callable(shards) else shards
     plan = make_plan(summary, output, options, models_dir, number)
     earlier = _earlier(run, plan, force_resume)

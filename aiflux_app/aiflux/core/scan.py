@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aiflux.core.answerschema import schema_problem
 from aiflux.core.lines import MAX_LINE_BYTES, ends_line, read_lines
 from aiflux.core.problems import Problems
 from aiflux.core.request import LineError, request_entry
@@ -82,11 +83,14 @@ class Part:
     problems: Problems = field(default_factory=Problems)
 
 
-def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
+def scan_part(
+    path: Path, start: int, end: int, model: str | None, *, schemas: bool = False
+) -> Part:
     """Check the lines from byte ``start``, where one begins, to byte ``end``.
 
     Args:
         model: the run's model, if it is named outside the input.
+        schemas: check the JSON Schemas that requests ask for, too.
 
     Raises:
         InputError: the file cannot be read.
@@ -103,6 +107,8 @@ def scan_part(path: Path, start: int, end: int, model: str | None) -> Part:
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
             entry = request_entry(raw, model, exact=False)
+            if schemas and (problem := schema_problem(entry["body"])):
+                raise LineError(problem)
         except LineError as error:
             part.problems.add(offset, str(error))
             continue

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-from aiflux.core.answerschema import Check, SchemaError, compile_schema
+from aiflux.core.answerschema import (
+    Check,
+    SchemaError,
+    compile_schema,
+    requested_schema,
+    schema_text,
+)
 from aiflux.core.options import RunOptions
 from aiflux.core.outputs import answer_texts
 from aiflux.core.request import Request, parse_json
@@ -82,8 +87,8 @@ class Checking:
 
     def _check(self, wanted: dict[str, Any]) -> Check:
         """Return the compiled schema; the last few hundred are kept."""
-        schema = (wanted.get("json_schema") or {}).get("schema")
-        key = json.dumps(schema)
+        schema = requested_schema(wanted)
+        key = schema_text(schema)
         with self._lock:
             if key not in self._checks:
                 self._checks[key] = compile_schema(schema)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Protocol
 
 from aiflux.core.clock import utc_now
@@ -16,7 +18,14 @@ from aiflux.worker.client import Client, ExchangeError
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
-from aiflux.worker.verdict import UNTOUCHED, Kind, Verdict, judge_answer, judge_exchange_error
+from aiflux.worker.verdict import (
+    UNTOUCHED,
+    Kind,
+    Verdict,
+    judge_answer,
+    judge_bug,
+    judge_exchange_error,
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Pool:
         self._checking = checking
         self._timeouts = dict.fromkeys(self._links, 0)
         self._threads: list[threading.Thread] = []
+        self._bugs: set[tuple[CodeType, int]] = set()
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
 
@@ -136,10 +146,24 @@ class Pool:
                 verdict = self._checking.judge(task.request, verdict)
         except ExchangeError as error:
             verdict = judge_exchange_error(error)
+        except AifluxError:
+            raise
+        except Exception as error:  # noqa: BLE001 - no answer, and no request, may end the run
+            verdict = self._judge_bug(error)
         seconds = time.monotonic() - began
         self._stats.attempt_ended(seconds, verdict)
         self._adapt(lane, verdict, seconds)
         self._settle(task, lane, link, generation, verdict, seconds)
+
+    def _judge_bug(self, error: Exception) -> Verdict:
+        """Show a bug's trace, once for each place in the code."""
+        place = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        with self._lock:
+            known = place[-1] in self._bugs
+            self._bugs.add(place[-1])
+        if not known:
+            traceback.print_exception(error)
+        return judge_bug(error)
 
     def _adapt(self, lane: Lane, verdict: Verdict, seconds: float) -> None:
         before = lane.limit.value

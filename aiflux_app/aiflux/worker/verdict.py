@@ -15,6 +15,7 @@ RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 OVERLOADED_STATUSES = frozenset({429, 503})
 _SHOWN = 500
 _KEPT_BODY = 65536
+_MOST_TOKENS = 2**40  # what an answer counts beyond this is no count
 # What Ollama says in a 500 when its runner process died under the request (llm/server.go).
 _RUNNER_DIED = (
     "llama runner process has terminated",
@@ -101,6 +102,15 @@ def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
     )
 
 
+def judge_bug(error: Exception) -> Verdict:
+    """Judge an attempt that our own code could not deal with: it costs its request, not the run."""
+    if isinstance(error, MemoryError):
+        return Verdict(Kind.RETRY, "memory", "there was not enough memory for the answer")
+    seen = f"{type(error).__name__}: {error}"[:_SHOWN]
+    message = f"a bug in AI-Flux, whose trace is in the log; please report it: {seen}"
+    return Verdict(Kind.FAILED, "internal_error", message)
+
+
 def judge_exchange_error(error: ExchangeError) -> Verdict:
     """Judge an exchange without a whole answer; whether the engine lives is not looked at here."""
     if error.code == "aborted":
@@ -153,18 +163,19 @@ def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
     content = bool(choice.get("text"))
     if isinstance(message, dict):
         content = any(value for name, value in message.items() if name != "role")
-    return choice.get("finish_reason"), content
+    finish = choice.get("finish_reason")
+    return finish if isinstance(finish, str) else None, content
 
 
 def _count(usage: dict[str, Any], name: str) -> int:
     value = usage.get(name)
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
 
 
 def _error_message(text: str) -> str:
     """Return the server's own words: ``error.message``, ``error``, or the text."""
     try:
-        error = json.loads(text).get("error")
+        error = parse_json(text).get("error")
         message = error.get("message") if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = None

@@ -3,9 +3,10 @@
 The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
 first N requests with that text meet the fault, later ones an answer. Faults: ``500 502 503 504 408
 425 429 400 404 reset hang cut html notjson array empty error drip headers unfit die``; everything
-else is answered with an echo, or with what stands behind ``answer:``. A prompt that begins with
-``body:`` is answered with the rest of it, as the whole body. ``unfit`` is a plain word for
-an answer; ``die`` ends the server as a crash would; ``start`` brings it back.
+else is answered with an echo, or with what stands behind ``answer:``. ``unfit`` is a plain word for
+an answer; ``die`` ends the server as a crash would; ``start`` brings it back. A prompt ``body:BODY``
+is answered with that body (``body400:BODY``: with status 400), ``fail:TEXT`` with an error that has
+that message.
 """
 
 from __future__ import annotations
@@ -151,8 +152,13 @@ class _Handler(BaseHTTPRequestHandler):
                 engine.active -= 1
 
     def _act(self, fault: str, body: dict[str, Any], text: str) -> None:
-        if text.startswith("body:"):
-            self._send(200, text.removeprefix("body:").encode("utf-8", "surrogatepass"))
+        start, _, rest = text.partition(":")
+        if start in ("body", "body400"):
+            # Half of a surrogate pair from U+DC80 on stands for a byte that is not UTF-8.
+            content = rest.encode("utf-8", "surrogateescape")
+            self._send(200 if start == "body" else 400, content)
+        elif start == "fail":
+            self._send(400, json.dumps({"error": {"message": rest}}).encode())
         elif fault in _STATUSES:
             error = {"error": {"message": f"told to say {fault}", "type": "test"}}
             self._send(int(fault), json.dumps(error).encode())

@@ -60,6 +60,8 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
         ("slurm: [1]", "must hold KEY: VALUE"),
         ("[1]", "must hold KEY: VALUE"),
         ("a: b: c", "is not YAML"),
+        ("[" * 5000, "is nested too deeply"),
+        ('run:\n  stop: ["half \\ud83d"]', "line 2 is not YAML: a text holds half a character"),
         ("slurm: {gpus_per_node: two}", "a number of GPUs such as 2, or TYPE:NUMBER"),
         ("slurm: {mem: \u0663G}", "mem must be a memory size"),
         ("slurm: {sbatch_arg: {a: [1, 2]}}", "each VALUE a text or a number"),

@@ -473,7 +473,7 @@ def test_one_object_and_a_field(tmp_path: Path) -> None:
         ('{"a": 1}', "it has no field 'q' (its fields are 'a')"),
         ("7", "it has no field 'q' (it is a number)"),
         ('{"q": 1', "not JSON"),
-        ('{"q": NaN}', "not JSON: NaN is not JSON"),
+        ('{"q": NaN}', "NaN is not JSON at column 7"),
     ],
 )
 def test_entries_that_cannot_be_used(tmp_path: Path, line: str, words: str) -> None:
@@ -652,10 +652,26 @@ def test_nan_spoils_its_own_entry_only(tmp_path: Path) -> None:
     assert json_to_jsonl(source, tmp_path / "o.jsonl", field="q", skip_bad=True).requests == 2
 
 
-def test_numbers_that_are_too_large_stay_visible(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.json", '[{"q": 1e999}]')
-    json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
-    assert list(prompts(tmp_path / "o.jsonl").values()) == ["inf"]
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("1e999", "it holds the number 1e999, which is too large"),
+        ("[" * 250 + "]" * 250, "nested more than 200 levels deep"),
+        ('{"a":' * 900 + "1" + "}" * 900, "nested more than 200 levels deep"),
+    ],
+)
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_what_cannot_be_sent_as_it_is_spoils_its_own_entry_only(
+    tmp_path: Path, value: str, reason: str, form: str
+) -> None:
+    lines = ['{"q": "a"}', f'{{"q": "b", "x": {value}}}', '{"q": "c"}']
+    text = "\n".join(lines) if form == "jsonl" else f"[{','.join(lines)}]"
+    source = write(tmp_path / f"in.{form}", text)
+    with pytest.raises(InputError, match="1 of 3") as error:
+        json_to_jsonl(source, tmp_path / "o.jsonl", field="q", keep="*")
+    said = refused(error)
+    assert (reason if form == "json" else reason.removeprefix("it holds ").split(",")[0]) in said
+    assert json_to_jsonl(source, tmp_path / "o.jsonl", field="q", skip_bad=True).requests == 2
 
 
 def test_what_is_no_json_at_all(tmp_path: Path) -> None:
@@ -677,7 +693,7 @@ def test_odd_names_are_told_on_one_line(tmp_path: Path) -> None:
     write(tmp_path / "in" / "d.txt", "d")
     told = directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl").examples
     assert [str(item) for item in told] == [
-        r"a\x1b[31m\nb.bin: binary", r"c\udcff.bin: binary",
+        r"a\x1b[31m\nb.bin: binary", "c\ufffd.bin: binary",
     ]  # fmt: skip
 
 

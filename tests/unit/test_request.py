@@ -41,8 +41,13 @@ def test_the_seed_request_is_understood() -> None:
         ('{"a', "Unterminated string starting at column 2;"),
         ("[1]", "an array where a request object was expected"),
         ("7", "a number where"),
-        ('{"a": NaN}', "NaN is not JSON"),
-        ("[" * 100_000, "not JSON: nested too deeply"),
+        ('{"a": NaN}', "NaN is not JSON at column 7"),
+        ('{"NaN": [{"\\"1e400": -Infinity}]}', "-Infinity is not JSON at column 22"),
+        ('{"a": 1.5, "b": 1e400}', "the number 1e400 is too large at column 17"),
+        (f'{{"a": {"9" * 5000}}}', f"the number {'9' * 40}... is too large at column 7"),
+        ('{"a": ' + "[" * 300 + "]" * 300 + "}", "nested more than 200 levels deep at column 206"),
+        (request_line(body={"messages": [], "model": "m\ud83d"}), "holds half a character"),
+        ("[" * 100_000, "nested more than 200 levels deep at column 201"),
         (b'{"custom_id": "\xff"}', "not UTF-8 (byte 0xff at column 16)"),
         (request_line(custom_id=...), "custom_id is missing"),
         (request_line(custom_id=""), "custom_id is empty"),
@@ -63,6 +68,41 @@ def test_the_seed_request_is_understood() -> None:
 )
 def test_a_bad_line_says_what_is_wrong(line: str | bytes, words: str) -> None:
     assert words in problem(line)
+
+
+BAD_VALUES = ["NaN", "Infinity", "-Infinity", "1e400", "-1.5E+309", "[" * 201 + "]" * 201]
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from(BAD_VALUES),
+    st.lists(st.sampled_from(["list", "object"]), max_size=5),
+    st.sampled_from(["body", "metadata"]),
+    st.text(max_size=20),
+)
+def test_a_value_that_cannot_be_passed_on_is_refused_wherever_it_stands(
+    value: str, inside: list[str], field: str, name: str
+) -> None:
+    """The quick check and the exact one agree; a text that looks like such a value is a text."""
+    text = value
+    for kind in inside:
+        text = f"[0, {text}]" if kind == "list" else f"{{{json.dumps(name)}: {text}}}"
+    body = {"messages": [{"role": "user", "content": f'"{value}'}], "model": "m:1", "x": "<here>"}
+    changes = {"body": body} if field == "body" else {"metadata": {"x": "<here>"}}
+    good = request_line("r1", **changes)
+    for exact in (True, False):
+        request_entry(good.encode(), exact=exact)
+        with pytest.raises(LineError, match=r"(NaN|Infinity|number|nested) .*at column [0-9]+$"):
+            request_entry(good.replace('"<here>"', text).encode(), exact=exact)
+
+
+def test_numbers_keep_their_digits_and_the_last_of_two_keys_counts() -> None:
+    line = request_line(body=...).removesuffix("}")
+    digits = "1" * 4000
+    line += f', "body": {{"model": "m:1", "messages": [], "n": {digits}, "t": 0, "t": 1}}}}'
+    body = parse_request(line.encode()).body
+    assert body["n"] == int(digits)
+    assert body["t"] == 1
 
 
 def test_all_problems_of_a_line_are_told() -> None:

@@ -56,6 +56,42 @@ def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: str) -> None:
     assert engine.seen[fault] == 3
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('{"choices": [NaN]}', "NaN is not JSON at offset 13: "),
+        ('{"a": "ä",\n "b": -Infinity}', "-Infinity is not JSON at offset 18: "),
+        ('{"a": 1e400}', "the number 1e400 is too large at offset 6: "),
+        ('{"a": "\udcff"}', "byte 0xff is not UTF-8 at offset 7: "),
+        ("{" * 300, "Expecting property name enclosed in double quotes at offset 1: "),
+        ("[" * 300 + "]" * 300, "nested more than 200 levels deep at offset 200: "),
+        ('{"choices": [' + " " * 1000 + "oops]}", "Expecting value at offset 1013: '    "),
+    ],
+)
+def test_an_answer_that_cannot_be_read_says_what_is_wrong_in_it(
+    tmp_path: Path, body: str, words: str
+) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, max_retries=1).prompts(f"body:{body}")
+        assert working.run() is ExitCode.FAILURES
+    (entry,) = working.results
+    assert entry["error"]["code"] == "not_json"
+    assert entry["error"]["message"].startswith(f"the answer is not valid JSON: {words}")
+    assert entry["metadata"]["attempts"] == 2
+
+
+@pytest.mark.parametrize(
+    "body", ["[" * 5000, '{"error": "\udcff"}', '{"error": {"message": 1e400}}']
+)
+def test_an_error_whose_body_cannot_be_read_is_kept_as_text(tmp_path: Path, body: str) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, output="out.jsonl").prompts(f"body400:{body}")
+        assert working.run() is ExitCode.FAILURES
+    line = (tmp_path / "out.errors.jsonl").read_bytes().decode("utf-8")
+    kept = json.loads(line)["response"]["body"]
+    assert kept == body.replace("\udcff", "\ufffd")
+
+
 @pytest.mark.parametrize("status", ["400", "404", "422", "501"])
 def test_a_permanent_error_is_sent_once(tmp_path: Path, status: str) -> None:
     with FaultyEngine() as engine:

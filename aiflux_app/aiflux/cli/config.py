@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from aiflux.cli.jsonout import add_json
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.core.config import Config
 from aiflux.core.settings import SECTIONS, SETTINGS, Setting
 from aiflux.core.sources import project_file, user_file
 from aiflux.errors import OutputExistsError, UsageError
+from aiflux.worker.console import TerminalConsole
 
 _PIPED = 4096  # columns; what a program reads is not folded
 
@@ -41,10 +41,10 @@ def execute(arguments: argparse.Namespace) -> int:
         return _init(arguments)
     config = Config()
     if arguments.json:
-        print(json.dumps(_as_json(config), indent=2, ensure_ascii=False))
+        print_json(_as_json(config))
     else:
         width = None if sys.stdout.isatty() else _PIPED
-        Console(highlight=False, markup=False, width=width).print(_table(config))
+        TerminalConsole(highlight=False, markup=False, width=width).print(_table(config))
     return 0
 
 

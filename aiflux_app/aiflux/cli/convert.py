@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from aiflux.cli.convert_options import add_arguments
@@ -24,7 +22,9 @@ from aiflux.converters.writing import SHOWN, Summary, listed, plural, skipped_pa
 from aiflux.core.files import refuse_existing
 from aiflux.core.request import parse_json
 from aiflux.core.streams import STDIN, STDOUT
+from aiflux.core.text import json_text
 from aiflux.errors import InputError, StoppedError, UsageError
+from aiflux.worker.console import TerminalConsole
 
 _TRIAL = 3
 
@@ -164,7 +164,7 @@ def _param(text: str) -> tuple[str, Any]:
 @contextmanager
 def _bar() -> Iterator[Tell | None]:
     """Show a bar on a terminal; yield what moves it."""
-    console = Console(stderr=True)
+    console = TerminalConsole(stderr=True)
     if not console.is_terminal:
         yield None
         return
@@ -177,7 +177,7 @@ def _bar() -> Iterator[Tell | None]:
 def _show_trial(summary: Summary) -> None:
     for number, request in enumerate(summary.first, start=1):
         print(f"request {number}:")
-        print(json.dumps(_shortened(request), indent=2, ensure_ascii=False), flush=True)
+        print(json_text(_shortened(request), indent=2), flush=True)
     for note in (*summary.notes, *listed(summary.examples, summary.skipped)):
         print(f"  {note}", file=sys.stderr)
     print("nothing was written (--dry-run)", file=sys.stderr)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aiflux.cli.jsonout import add_json
+from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.quota import quotas
 from aiflux.core import host
 from aiflux.core.config import Config
 from aiflux.core.diagnosis import Diagnosis, fail
 from aiflux.errors import AifluxError, ExitCode
+from aiflux.worker.console import TerminalConsole
 
 Section = tuple[str, Callable[[], Iterable[Diagnosis]]]
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Look at everything; print it section by section as it is found."""
     config, settings = host.load_config(os.environ)
-    console = Console(highlight=False)
+    console = TerminalConsole(highlight=False)
     found: list[Diagnosis] = []
     for title, look in _sections(config, settings):
         lines = _looked(title, look)
@@ -51,7 +50,7 @@ def execute(arguments: argparse.Namespace) -> int:
         else:
             print(_plain(title, lines))
     if arguments.json:
-        print(json.dumps([line.to_json() for line in found], indent=2, ensure_ascii=False))
+        print_json([line.to_json() for line in found])
     else:
         print(_verdict(found))
     failed = any(line.level == "fail" for line in found)

@@ -7,7 +7,6 @@ import getpass
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from aiflux.cli.jsonout import add_json, print_json
@@ -15,6 +14,7 @@ from aiflux.core.config import Config
 from aiflux.core.container import find_image
 from aiflux.errors import ImageError
 from aiflux.image import BuildOptions, build, find_signer, info, sign, signature
+from aiflux.worker.console import TerminalConsole
 
 _PIPED = 4096  # columns; what a program reads is not folded
 
@@ -108,7 +108,7 @@ def _info(arguments: argparse.Namespace) -> int:
         table.add_row(name, value)
     table.add_row("signature", _signature(found.path))
     width = None if sys.stdout.isatty() else _PIPED
-    Console(highlight=False, markup=False, width=width).print(table)
+    TerminalConsole(highlight=False, markup=False, width=width).print(table)
     return 0
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
 from aiflux.core.rundir import RunDirectory
+from aiflux.core.text import json_text
 from aiflux.errors import AifluxError, UsageError
 
 _RUN_HELP = "print how the run is then as one JSON object, as aiflux status --json does"
@@ -22,7 +22,7 @@ def add_json(parser: argparse.ArgumentParser, text: str = _RUN_HELP) -> None:
 
 def print_json(content: Any) -> None:
     """Print a value; what JSON lacks (paths) as its text."""
-    print(json.dumps(content, indent=2, default=str))
+    print(json_text(content, indent=2, default=str, only_ascii=True))
 
 
 def then_told(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import read_run_status, read_status
 from aiflux.core.streams import STDOUT
 from aiflux.core.tally import tally
+from aiflux.core.text import json_text, whole, whole_text
 from aiflux.errors import ConfigError
 from aiflux.slurm.overview import ShardView, gather
 from aiflux.slurm.records import read_submissions
@@ -59,7 +59,7 @@ def execute(arguments: argparse.Namespace) -> int:
         print(text, end="")
     else:
         with atomic_write(target, 0o600) as file:
-            file.write(text.encode("utf-8", "replace"))
+            file.write(whole_text(text).encode())
         print(f"{report.condition.state}: wrote {short(target)}")
     if no_plots is not None:
         print(f"  without plots: {no_plots}", file=sys.stdout if target else sys.stderr)
@@ -68,7 +68,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _json(report: Report) -> tuple[str, None]:
     content = {**report.to_json(), "methods": methods(report)}
-    return f"{json.dumps(content, indent=2)}\n", None
+    return f"{json_text(whole(content), indent=2, only_ascii=True)}\n", None
 
 
 def _page(report: Report) -> tuple[str, str | None]:

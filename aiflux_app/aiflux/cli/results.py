@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -19,11 +17,12 @@ from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
 from aiflux.converters.answers import entries, prompt_text, refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
-from aiflux.converters.writing import printable
 from aiflux.core.outputs import Entry, vectors
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import OUTPUT_SUFFIXES
 from aiflux.core.streams import STDOUT
+from aiflux.core.text import json_text, terminal_line
+from aiflux.worker.console import TerminalConsole
 
 _SHOWN = 400
 _ROWS = 50
@@ -193,7 +192,7 @@ def _told(summary: BackSummary, name: str) -> Iterator[str]:
 def _named(summary: BackSummary, what: str) -> str:
     names = summary.examples.get(what, [])
     more = ", ..." if getattr(summary, what) > len(names) else ""
-    return printable(", ".join(names)) + more
+    return terminal_line(", ".join(names)) + more
 
 
 def _show(output: Path, arguments: argparse.Namespace) -> int:
@@ -212,7 +211,7 @@ def _show(output: Path, arguments: argparse.Namespace) -> int:
         answer = escape(_short(entry.failure or _answer(entry)))
         told = f"[red]{answer}[/red]" if entry.error else answer
         table.add_row(escape(_short(entry.custom_id)), escape(_short(_prompt(entry))), told)
-    Console().print(table)
+    TerminalConsole().print(table)
     more = sum(1 for _ in wanted)
     if more:
         print(f"{more} more are not shown: --limit N shows N", file=sys.stderr)
@@ -229,7 +228,7 @@ def _print_json(shown: Iterator[Entry]) -> None:
             "answer": None if entry.error else entry.answer,
             "error": entry.error,
         }
-        print(start, json.dumps(fields, ensure_ascii=True), sep="\n" if start == "[" else "")
+        print(start, json_text(fields, only_ascii=True), sep="\n" if start == "[" else "")
         start = ","
     print("]" if start == "," else "[]")
 
@@ -244,5 +243,5 @@ def _answer(entry: Entry) -> str:
 
 
 def _short(text: str) -> str:
-    text = "\n".join(printable(line) for line in text.strip()[: _SHOWN + 1].split("\n"))
+    text = "\n".join(terminal_line(line) for line in text.strip()[: _SHOWN + 1].split("\n"))
     return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."

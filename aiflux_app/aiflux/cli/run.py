@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from aiflux.core.pilot import FEWEST
 from aiflux.core.preflight import told
 from aiflux.core.rundir import RunDirectory, checked_output, default_output
 from aiflux.core.streams import STDIN
+from aiflux.core.text import json_text
 from aiflux.errors import UsageError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, out
         print_json(_dry(planned))
         return 0
     if arguments.dry_run:
-        print(json.dumps(planned.opened.plan.to_json(), indent=2, ensure_ascii=False))
+        print(json_text(planned.opened.plan.to_json(), indent=2))
         for _, script in planned.scripts:
             print()
             print(script, end="")

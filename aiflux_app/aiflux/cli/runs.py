@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from aiflux.cli.views import Frame
+from aiflux.worker.console import TerminalConsole
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +26,12 @@ def short(path: Path) -> str:
     return str(path)
 
 
-def make_console() -> Console:
+def make_console() -> TerminalConsole:
     """Return a console on stdout that prints as it is told: no markup, nothing highlighted."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return TerminalConsole(highlight=False, markup=False, emoji=False)
 
 
-def frame_of(console: Console, *, fit: bool = False) -> Frame:
+def frame_of(console: TerminalConsole, *, fit: bool = False) -> Frame:
     """Return the frame that a run is shown in; ``fit`` keeps it to the terminal's height."""
     blocks = console.encoding.lower().replace("-", "") == "utf8"
     if not console.is_terminal:
@@ -40,7 +40,7 @@ def frame_of(console: Console, *, fit: bool = False) -> Frame:
     return Frame(console.width, console.height - 1 if fit else None, blocks, short)
 
 
-def show(console: Console, lines: list[Text]) -> None:
+def show(console: TerminalConsole, lines: list[Text]) -> None:
     """Print lines as they are: coloured on a terminal, plain elsewhere."""
     for line in lines:
         if console.is_terminal:

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 
 from aiflux.cli.jsonout import add_json, print_json
@@ -18,6 +18,7 @@ from aiflux.cli.runs import add_run, frame_of, make_console, short, show
 from aiflux.cli.views import overview, progress_line, typed
 from aiflux.errors import ConfigError, ExitCode
 from aiflux.slurm.overview import Observer, RunView, outcome
+from aiflux.worker.console import TerminalConsole
 
 LINE_INTERVAL = 30.0
 
@@ -59,7 +60,7 @@ def execute(arguments: argparse.Namespace) -> int:
     return int(outcome(view))
 
 
-def _draw(observer: Observer, view: RunView, console: Console, interval: float) -> RunView:
+def _draw(observer: Observer, view: RunView, console: TerminalConsole, interval: float) -> RunView:
     """Draw the run on a terminal until it has ended."""
     if view.ended:
         return view

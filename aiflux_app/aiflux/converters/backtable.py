@@ -24,6 +24,7 @@ from aiflux.converters.template import check_columns
 from aiflux.converters.values import as_text
 from aiflux.converters.writing import Skipped
 from aiflux.core.outputs import Entry
+from aiflux.core.text import whole_text
 from aiflux.errors import InputError
 
 _NAMED = 5
@@ -118,11 +119,12 @@ class BackTable:
                 self.seen.note(entry, options)
         self._columns = tuple(names or self.seen.columns)
         self._fields = options.json_fields or tuple(self.seen.fields)
-        self.id = "custom_id" if "custom_id" not in self._columns else "aiflux_custom_id"
-        taken = {self.id, *self._columns}
-        self.answer, self.error = (_free(name, taken) for name in ("answer", "error"))
-        self.columns = {name: name for name in self._columns}
-        self.fields = {name: _free(name, taken) for name in self._fields}
+        taken: set[str] = set()
+        self.columns = {name: _free(whole_text(name), taken) for name in self._columns}
+        self.id, self.answer, self.error = (
+            _free(name, taken) for name in ("custom_id", "answer", "error")
+        )
+        self.fields = {name: _free(whole_text(name), taken) for name in self._fields}
 
     @property
     def header(self) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from itertools import islice
 from typing import IO, Any
@@ -13,6 +12,7 @@ from aiflux.converters.delimited import csv_writer
 from aiflux.converters.parquet import ParquetTable
 from aiflux.converters.values import as_json, as_text
 from aiflux.core.extras import need
+from aiflux.core.text import REPLACEMENT, json_text, whole, whole_text
 from aiflux.errors import InputError
 
 _ROW_GROUP = 8192
@@ -20,9 +20,9 @@ _ROW_GROUP = 8192
 
 def write_csv(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
     """Write rows as CSV."""
-    shown = _for_excel if table.options.excel else as_text
+    shown = _for_excel if table.options.excel else _plain
     encoding = "utf-8-sig" if table.options.excel else "utf-8"
-    text = io.TextIOWrapper(file, encoding=encoding, errors="surrogatepass", newline="")
+    text = io.TextIOWrapper(file, encoding=encoding, newline="")
     writer = csv_writer(text)
     header = table.header
     writer.writerow(map(shown, header))
@@ -32,9 +32,14 @@ def write_csv(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> N
     text.detach()
 
 
+def _plain(value: Any) -> str:
+    """Return a cell as text that can be written. NUL, at which many readers of CSV stop, cannot."""
+    return whole_text(as_text(value)).replace("\0", REPLACEMENT)
+
+
 def _for_excel(value: Any) -> str:
     """Return a cell as text that no spreadsheet takes for a formula; numbers stay as they are."""
-    text = as_text(value)
+    text = _plain(value)
     if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
         return text
     try:
@@ -48,7 +53,7 @@ def write_jsonl(file: IO[bytes], table: BackTable, records: Iterator[Record]) ->
     """Write rows as JSON Lines."""
     for record in records:
         plain = {name: as_json(value) for name, value in record.items()}
-        file.write(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        file.write(json_text(whole(plain)).encode() + b"\n")
 
 
 def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
@@ -73,7 +78,7 @@ def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) 
 def _cell(arrow: Any, value: Any, kind: Any) -> Any:
     """Return a value as its column takes it; see ``ParquetTable`` for times that are text."""
     if arrow.types.is_string(kind) and value is not None:
-        return as_text(value)
+        return whole_text(as_text(value))
     if arrow.types.is_timestamp(kind) and isinstance(value, str):
         return arrow.scalar(value).cast(kind)
     return value

@@ -159,7 +159,7 @@ def _check_values(
 def _check_param(name: str, value: Any) -> None:
     try:
         json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"--param {name} has no place in JSON: {error}", "give numbers, texts, lists, objects"
         ) from None

@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isinf
 from pathlib import Path
 from typing import Any
 
 from aiflux.converters.kinds import checked_start
 from aiflux.converters.writing import Progress, Skipped, reading
 from aiflux.core.lines import read_lines
-from aiflux.core.request import not_json, parse_json
+from aiflux.core.request import MAX_DEPTH, TOO_DEEP, depth, not_json, parse_json
 from aiflux.errors import InputError
 
 _BLOCK = 1 << 16
@@ -82,8 +83,10 @@ class JsonFile:
             for number, value in enumerate(window.elements(), start=1):
                 if progress is not None and number % 100 == 1:
                     progress(min(file.tell(), size), size)
-                if window.constant:
-                    reason = f"it holds {window.constant}, which is not JSON: write null"
+                reason = window.refused
+                if not reason and depth(value) > MAX_DEPTH:
+                    reason = TOO_DEEP
+                if reason:
                     yield Skipped(number, f"entry {number}", reason)
                 else:
                     yield Value(number, value)
@@ -95,15 +98,18 @@ class _Window:
     """What of a file is in memory: decoded text around the value that is being read.
 
     Attributes:
-        constant: what the last value holds that Python writes and JSON does not know, such as NaN.
+        refused: why the last value cannot be used, "" where it can: it holds a constant that
+            Python writes and JSON does not know, such as NaN, or a number that no double can hold.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
         self._path = path
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder(parse_constant=self._note_constant)
-        self.constant = ""
+        self._json = json.JSONDecoder(
+            parse_constant=self._note_constant, parse_float=self._note_float
+        )
+        self.refused = ""
         self._text = ""
         self._at = 0
         self._line = 1
@@ -143,7 +149,7 @@ class _Window:
 
     def _value(self) -> Any:
         while True:
-            self.constant = ""
+            self.refused = ""
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
             except ValueError as error:
@@ -159,7 +165,13 @@ class _Window:
             return value
 
     def _note_constant(self, name: str) -> None:
-        self.constant = name
+        self.refused = f"it holds {name}, which is not JSON: write null"
+
+    def _note_float(self, text: str) -> float:
+        value = float(text)
+        if isinf(value):
+            self.refused = f"it holds the number {text}, which is too large"
+        return value
 
     def _more(self) -> bool:
         """Read on, twice as much each time; drop what is done with. False at the end."""

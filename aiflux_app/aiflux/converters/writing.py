@@ -15,6 +15,7 @@ from aiflux.converters.form import Draft, RequestForm
 from aiflux.converters.seen import SeenIds
 from aiflux.core.files import atomic_write, refuse_special
 from aiflux.core.lines import MAX_LINE_BYTES
+from aiflux.core.text import terminal_line
 from aiflux.errors import InputError, UsageError
 
 SHOWN = 20
@@ -42,12 +43,7 @@ class Skipped:
     bad: bool = True
 
     def __str__(self) -> str:
-        return printable(f"{self.place}: {self.reason}")
-
-
-def printable(text: str) -> str:
-    """Return a text on one line, without what would change the terminal or cannot be printed."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+        return terminal_line(f"{self.place}: {self.reason}")
 
 
 class BadRowError(ValueError):

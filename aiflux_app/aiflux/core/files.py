@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import tempfile
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from aiflux.core.text import json_text
 from aiflux.errors import OutputExistsError, StorageError, UsageError
 
 _BUFFER = 1 << 20
@@ -100,7 +100,7 @@ def nearest_there(path: Path) -> Path:
 def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
     """Replace ``target`` atomically by ``value`` as JSON."""
     with atomic_write(target, mode) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+        file.write(json_text(value, indent=2).encode() + b"\n")
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:

@@ -101,7 +101,7 @@ def parse_entry(text: bytes, path: Path) -> Entry:
     """
     try:
         return _entry(json.loads(text.strip().removesuffix(b",")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is not an output of aiflux: {error!r} at {text[:60]!r}",
             "name an output of `aiflux run`, its run directory or its job",

@@ -7,10 +7,13 @@ The form is OpenAI's (https://platform.openai.com/docs/guides/batch): an object 
 from __future__ import annotations
 
 import json
+import re
 from hashlib import blake2b
+from math import isinf
 from typing import Any, NamedTuple, NoReturn
 
 from aiflux.core.modelname import parse_model_name, same_digest, same_model
+from aiflux.core.text import is_whole
 
 try:
     import orjson
@@ -24,6 +27,9 @@ _PAYLOAD_FIELD = {
     "/v1/embeddings": "input",
 }
 KEY_BYTES = 16
+MAX_DEPTH = 200
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+_SHOWN_DIGITS = 40
 
 
 class LineError(ValueError):
@@ -63,23 +69,106 @@ def request_key(raw: bytes) -> bytes:
     return blake2b(raw, digest_size=KEY_BYTES).digest()
 
 
+class _RefusedValueError(json.JSONDecodeError):
+    """JSON, or nearly, whose value cannot be passed on as it is."""
+
+
+class _NumberError(ValueError):
+    """A constant or a number that no double can hold."""
+
+
 def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise _NumberError(name)
 
 
-_decoder = json.JSONDecoder(parse_constant=_reject_constant)
+def _float(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        raise _NumberError(text)
+    return value
+
+
+_decoder = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_float)
+_CONSTANTS = {"NaN", "Infinity", "-Infinity"}
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_WORD = re.compile(_STRING + r"|-?Infinity|NaN|-?[0-9][0-9.eE+-]*", re.DOTALL)
+_BRACKET = re.compile(_STRING + r"|[][{}]", re.DOTALL)
 
 
 def parse_json(text: str) -> Any:
-    """Decode strict JSON (no NaN or Infinity). Raises ValueError."""
+    """Decode strict JSON.
+
+    Integers keep all their digits; of a key that stands twice in an object the last counts.
+
+    Raises:
+        ValueError: it is not JSON, holds NaN, Infinity or a number that no double can hold, or is
+            nested more than ``MAX_DEPTH`` levels deep.
+    """
     try:
-        return _decode(text)
+        value = _decode(text)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise _too_deep(text) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number or a constant; the decoder does not say where
+        raise _bad_number(text) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+        raise _too_deep(text)
+    return value
+
+
+def load_json(raw: bytes) -> Any:
+    """Decode JSON that was checked before, quickly."""
+    if orjson is not None:
+        try:
+            return orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            pass  # half a surrogate pair, or a number of many digits
+    return json.loads(raw)
+
+
+def depth(value: Any) -> int:
+    """Return how many levels of objects and arrays a value has."""
+    levels, level = 0, [value]
+    while level := [item for item in level if type(item) in (dict, list)]:
+        levels += 1
+        level = [part for item in level for part in (item.values() if type(item) is dict else item)]
+    return levels
+
+
+def _bad_number(text: str) -> _RefusedValueError:
+    for found in _WORD.finditer(text):
+        word = found[0]
+        if word in _CONSTANTS:
+            return _RefusedValueError(f"{word} is not JSON", text, found.start())
+        if word[0] != '"' and _is_too_large(word):
+            shown = word if len(word) <= _SHOWN_DIGITS else f"{word[:_SHOWN_DIGITS]}..."
+            return _RefusedValueError(f"the number {shown} is too large", text, found.start())
+    return _RefusedValueError("a number is too large", text, 0)
+
+
+def _is_too_large(word: str) -> bool:
+    """Tell whether no double can hold a number, or an integer has more digits than Python reads."""
+    try:
+        number = float(word) if set(word) & set(".eE") else int(word)
+    except ValueError:
+        return True
+    return isinstance(number, float) and isinf(number)
+
+
+def _too_deep(text: str) -> _RefusedValueError:
+    levels = 0
+    for found in _BRACKET.finditer(text):
+        levels += (found[0] in "[{") - (found[0] in "]}")
+        if levels > MAX_DEPTH:
+            break
+    return _RefusedValueError(TOO_DEEP, text, found.start())
 
 
 def not_json(error: ValueError) -> str:
     """Return in words, and with its place in the line, why ``parse_json`` raised."""
+    if isinstance(error, _RefusedValueError):
+        return f"{error.msg} at column {error.colno}"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     return f"not JSON: {error}"
@@ -105,6 +194,8 @@ def _load(raw: bytes) -> Any:
         ) from None
     try:
         return parse_json(text)
+    except _RefusedValueError as error:
+        raise LineError(not_json(error)) from None
     except ValueError as error:
         raise LineError(f"{not_json(error)}; each line must hold one JSON object") from None
 
@@ -113,9 +204,11 @@ def _load_quickly(raw: bytes) -> Any:
     """Decode for a check alone: integers of more than 64 bits come out as floats."""
     if orjson is not None:
         try:
-            return orjson.loads(raw)
+            value = orjson.loads(raw)
         except orjson.JSONDecodeError:
-            pass  # it also refuses some valid JSON: the standard library judges
+            return _load(raw)  # it also refuses some valid JSON: the standard library judges
+        if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH or depth(value) <= MAX_DEPTH:
+            return value
     return _load(raw)
 
 
@@ -180,7 +273,7 @@ def _model_fits(body: dict[str, Any], model: str | None) -> bool:
     named = body.get("model")
     if named is None:
         return model is not None
-    if type(named) is not str or not named:
+    if type(named) is not str or not named or not is_whole(named):
         return False
     return model is None or named == model or (same_model(named, model) and _insists(model, named))
 
@@ -248,6 +341,8 @@ def _model_problems(body: dict[str, Any], model: str | None) -> list[str]:
         return ["body.model is missing; add it, or name the model of the run with --model"]
     if type(named) is not str or not named:
         return [f"body.model must be a non-empty string, not {_show(named)}"]
+    if not is_whole(named):
+        return [f"body.model is {json.dumps(named)}, which holds half a character; correct it"]
     return [
         f"body.model is {_show(named)} but the run's model is {_show(model)}; "
         "drop one of the two, or run each model by itself"

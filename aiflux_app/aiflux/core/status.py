@@ -16,6 +16,7 @@ from typing import Any
 from aiflux.core.files import write_json
 from aiflux.core.plan import Plan
 from aiflux.core.rundir import RunDirectory, errors_path
+from aiflux.core.text import whole
 from aiflux.errors import TooManyFailuresError
 
 WRITE_INTERVAL = 1.0
@@ -73,7 +74,7 @@ class Status:
             if not force and now - self._written < WRITE_INTERVAL:
                 return
             self._written = now
-            write_json(self.path, self.to_json())
+            write_json(self.path, whole(self.to_json()))
 
     def to_json(self) -> dict[str, Any]:
         """Return the status in the form of OpenAI's Batch object."""

@@ -11,10 +11,11 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
+from aiflux.core.text import terminal_text
 from aiflux.errors import StorageError, UsageError
 
 STDIN = STDOUT = "-"  # in place of a file's name
@@ -70,13 +71,36 @@ class Outlet(io.RawIOBase):
                     raise
 
 
+class _TerminalStream:
+    """A text stream on which everything written is made safe to show.
+
+    ``rich_proxied_file`` leads rich to the stream itself: ``TerminalConsole`` makes the text safe,
+    and adds sequences of its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(terminal_text(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
 @contextmanager
 def open_streams() -> Iterator[Outlet]:
     """Write to stdout and stderr through outlets; yield that of stdout, which is heeded.
 
     A stream that was closed by the shell (``>&-``) swallows what is written to it: in its place the
     next file that is opened would stand, for children to write to. A character that the encoding of
-    a stream lacks costs nothing but itself.
+    a stream lacks costs nothing but itself. What is printed is made safe to show (``terminal_text``);
+    bytes that are written to ``sys.stdout.buffer`` are data, and stay as they are.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:
@@ -84,8 +108,9 @@ def open_streams() -> Iterator[Outlet]:
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - closed below
     before = sys.stdout, sys.stderr
     out, err = Outlet(1, heeded=True), Outlet(2, heeded=False)
-    sys.stdout = _behind(sys.stdout, sys.__stdout__, out, line_buffering=out.isatty())
-    sys.stderr = _behind(sys.stderr, sys.__stderr__, err, line_buffering=True)
+    out_text = _behind(sys.stdout, sys.__stdout__, out, line_buffering=out.isatty())
+    err_text = _behind(sys.stderr, sys.__stderr__, err, line_buffering=True)
+    sys.stdout, sys.stderr = (cast(TextIO, _TerminalStream(each)) for each in (out_text, err_text))
     try:
         yield out
     finally:

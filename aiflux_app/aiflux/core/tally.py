@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from aiflux.core.accumulators import Histogram, Timeline
 from aiflux.core.clock import unix_seconds
 from aiflux.core.journal import split_line
+from aiflux.core.request import load_json
 
 EXAMPLES = 3
 MANY_ATTEMPTS = 20
@@ -140,7 +139,7 @@ class _Reader:
 
     def read(self, key: bytes, line: bytes) -> None:
         result = split_line(line)
-        metadata = orjson.loads(result.metadata)
+        metadata = load_json(result.metadata)
         failed = result.failed
         prompt, completion = _usage(result.body)
         seconds = float(metadata["processing_time"])
@@ -183,13 +182,13 @@ class _Reader:
         engine.completion_tokens += completion
 
     def _fail(self, key: bytes, custom_id: bytes, error: bytes) -> None:
-        content = orjson.loads(error)
+        content = load_json(error)
         code = str(content.get("code"))
         kind = self.tally.failures.setdefault(code, Failures())
         kind.count += 1
         if len(kind.examples) < EXAMPLES:
             message = str(content.get("message"))[:_LONGEST_MESSAGE]
-            name = str(orjson.loads(custom_id))
+            name = str(load_json(custom_id))
             kind.examples.append(Example(name, content.get("status"), message))
         self._failed[key] = code
 
@@ -214,7 +213,7 @@ def _usage(body: bytes) -> tuple[int, int]:
     if _USAGE.match(body, at):
         prompt, completion = _PROMPT.search(body, at), _COMPLETION.search(body, at)
         return int(prompt[1]) if prompt else 0, int(completion[1]) if completion else 0
-    content = orjson.loads(body)
+    content = load_json(body)
     usage = content.get("usage") if isinstance(content, dict) else None
     usage = usage if isinstance(usage, dict) else {}
     return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from aiflux.core.names import suggestion
+from aiflux.core.text import is_whole
 from aiflux.errors import ConfigError
 
 _LARGEST = 1 << 20  # bytes; what is larger was not written by hand, and takes long to read
@@ -32,6 +33,15 @@ class _Loader(yaml.SafeLoader):
     """Takes no plain text for a number, a truth value or a date."""
 
     yaml_implicit_resolvers = _resolvers()
+
+    def construct_scalar(self, node: Any) -> Any:
+        """Return a text; half a surrogate pair has no place in a setting."""
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and not is_whole(value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a text holds half a character", node.start_mark
+            )
+        return value
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,9 @@ def parse_yaml(text: str, path: Path) -> YamlFile:
         told = error.problem or error.context or "it cannot be read"
         remedy = "indent with blanks, not tabs" if r"'\t'" in told else "correct it"
         raise ConfigError(f"{path}{line} is not YAML: {told}", remedy) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply", "correct it") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
     return YamlFile(path, content, lines)
 

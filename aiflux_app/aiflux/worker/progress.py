@@ -6,7 +6,6 @@ import sys
 import time
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +20,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from aiflux.worker.console import TerminalConsole
 from aiflux.worker.stats import Stats
 
 LINE_INTERVAL = 30.0
@@ -137,7 +137,7 @@ class TerminalReporter:
 
     def __init__(self, stream: TextIO) -> None:
         self.quiet = False
-        self._console = Console(file=stream)
+        self._console = TerminalConsole(file=stream)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._label = ""

@@ -16,6 +16,8 @@ OVERLOADED_STATUSES = frozenset({429, 503})
 _SHOWN = 500
 _KEPT_BODY = 65536
 _MOST_TOKENS = 2**40  # what an answer counts beyond this is no count
+_BEFORE = 60
+_EXCERPT = 200
 # What Ollama says in a 500 when its runner process died under the request (llm/server.go).
 _RUNNER_DIED = (
     "llama runner process has terminated",
@@ -123,11 +125,8 @@ def judge_exchange_error(error: ExchangeError) -> Verdict:
 def _judge_body(url: str, answer: Answer) -> Verdict:
     try:
         body = parse_json(answer.body.decode("utf-8"))
-    except ValueError:
-        text = answer.body[:200].decode("utf-8", "replace")
-        return Verdict(
-            Kind.RETRY, "not_json", f"the answer is not JSON: {text!r}", 200, retry_after=None
-        )
+    except ValueError as error:
+        return Verdict(Kind.RETRY, "not_json", _not_json(answer.body, error), 200)
     if not isinstance(body, dict):
         return Verdict(Kind.RETRY, "not_json", "the answer is not a JSON object", 200)
     if body.get("error"):
@@ -149,6 +148,18 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
         completion_tokens=_count(usage, "completion_tokens"),
         finish_reason=finish,
     )
+
+
+def _not_json(body: bytes, error: ValueError) -> str:
+    """Return why an answer cannot be read, where, and what stands there."""
+    at, what = 0, str(error)
+    if isinstance(error, UnicodeDecodeError):
+        at, what = error.start, f"byte 0x{body[error.start]:02x} is not UTF-8"
+    elif isinstance(error, json.JSONDecodeError):
+        at, what = len(error.doc[: error.pos].encode()), error.msg.removesuffix(" at")
+    start = max(0, at - _BEFORE)
+    seen = body[start : start + _EXCERPT].decode("utf-8", "replace")
+    return f"the answer is not valid JSON: {what} at offset {at}: {seen!r}"
 
 
 def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
@@ -184,9 +195,9 @@ def _error_message(text: str) -> str:
 
 
 def _kept_body(body: bytes, text: str) -> bytes:
-    """Return an error answer as JSON: as it came where it is JSON, else as a string."""
+    """Return an error answer as JSON: as it came where it is JSON in UTF-8, else as a string."""
     try:
-        parse_json(text)
+        parse_json(body.decode("utf-8"))
     except ValueError:
         return json.dumps(text[:_KEPT_BODY]).encode()
     return body

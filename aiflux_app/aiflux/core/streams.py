@@ -99,8 +99,8 @@ def open_streams() -> Iterator[Outlet]:
 
     A stream that was closed by the shell (``>&-``) swallows what is written to it: in its place the
     next file that is opened would stand, for children to write to. A character that the encoding of
-    a stream lacks costs nothing but itself. What is printed is made safe to show (``terminal_text``);
-    bytes that are written to ``sys.stdout.buffer`` are data, and stay as they are.
+    a stream lacks costs nothing but itself. What is printed is made safe to show
+    (``terminal_text``); bytes that are written to ``sys.stdout.buffer`` are data, and stay.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:

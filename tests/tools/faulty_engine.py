@@ -4,9 +4,9 @@ The last message (or the prompt, or the input) is a line of words ``fault`` or `
 first N requests with that text meet the fault, later ones an answer. Faults: ``500 502 503 504 408
 425 429 400 404 reset hang cut html notjson array empty error drip headers unfit die``; everything
 else is answered with an echo, or with what stands behind ``answer:``. ``unfit`` is a plain word for
-an answer; ``die`` ends the server as a crash would; ``start`` brings it back. A prompt ``body:BODY``
-is answered with that body (``body400:BODY``: with status 400), ``fail:TEXT`` with an error that has
-that message.
+an answer; ``die`` ends the server as a crash would; ``start`` brings it back. A prompt
+``body:BODY`` is answered with that body (``body400:BODY``: with status 400), ``fail:TEXT`` with an
+error that has that message.
 """
 
 from __future__ import annotations

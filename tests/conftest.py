@@ -1,9 +1,11 @@
-"""What every test shares: a clean environment and a directory with an awkward name."""
+"""What tests share: a clean environment, an ordinary user, a directory with an awkward name."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,45 @@ settings.load_profile("aiflux")
 _KEPT = {"PATH", "HOME", "LANG", "USER", "LOGNAME", "SHELL", "CI", "AIFLUX_REQUIRE_STACK",
          "AIFLUX_STACK_DIR"}  # fmt: skip
 _KEPT_PREFIXES = ("PIP_", "SSL_", "REQUESTS_", "CURL_")
+
+OUTSIDE = "outside this machine: "
+"""How the reason of a skip begins that stands although AIFLUX_REQUIRE_STACK=1."""
+_REQUIRED = os.environ.get("AIFLUX_REQUIRE_STACK") == "1"
+_CAP_DAC_OVERRIDE = 1 << 1  # capabilities(7): root may write whatever the permissions say
+_AS_OTHERS = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where the stack is required, fail tests that are skipped for a reason in the machine."""
+    report = yield
+    if _REQUIRED and report.skipped and isinstance(report.longrepr, tuple):
+        path, line, reason = report.longrepr
+        if OUTSIDE not in reason:
+            report.outcome = "failed"
+            report.longrepr = f"{path}:{line}: skipped although the stack is required: {reason}"
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that permissions must bind in a child without root's leave to ignore them."""
+    if pyfuncitem.get_closest_marker("ordinary_user") is None or not _ignores_permissions():
+        return None
+    pytest_words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    done = subprocess.run(
+        [*_AS_OTHERS, sys.executable, *pytest_words], cwd=pyfuncitem.config.rootpath,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode or " passed" not in done.stdout:
+        pytest.fail(done.stdout, pytrace=False)
+    return True
+
+
+def _ignores_permissions() -> bool:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) & _CAP_DAC_OVERRIDE)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from tests.conftest import OUTSIDE
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,6 @@ def test_a_link_that_leads_out_is_answered(link: str) -> None:
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
-        pytest.skip(f"{host} cannot be reached from this machine: {error}")
+        pytest.skip(f"{OUTSIDE}{host} cannot be reached: {error}")
     answer = requests.get(link, timeout=30, headers={"User-Agent": "aiflux-docs-check"})
     assert answer.ok, f"{link}: HTTP {answer.status_code}"

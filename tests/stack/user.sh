@@ -30,7 +30,7 @@ grant_range() {
 
 # What a person's own machine has: the tests follow the README as this user.
 install_tools() {
-    apt_install python3 python3-venv python3-pip make git gcc libc6-dev
+    apt_install python3 python3-venv python3-pip make git gcc libc6-dev zsh fish
 }
 
 up() {

@@ -333,7 +333,7 @@ def test_what_is_being_pulled_is_not_taken_away(aiflux: Aiflux, models: Path) ->
     assert (code, "is removed" in out, "is in use" in err) == (0, True, True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; test_jobs.py tries it")
+@pytest.mark.ordinary_user
 def test_a_shared_directory_that_is_read_only_is_only_read(aiflux: Aiflux, models: Path) -> None:
     folders = [models, *(path for path in models.rglob("*") if path.is_dir())]
     for folder in folders:

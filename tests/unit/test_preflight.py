@@ -222,7 +222,7 @@ def test_a_model_that_is_not_there_is_pulled_by_the_job(plan: Plan) -> None:
     assert [*check_models(dataclasses.replace(plan, models_dir=None))] == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; test_jobs.py tries it")
+@pytest.mark.ordinary_user
 def test_a_model_that_cannot_be_pulled_either(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir(mode=0o555)
     assert [finding.level for finding in check_models(plan)] == ["warning", "error"]

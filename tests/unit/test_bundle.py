@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import fcntl
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,17 +16,30 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.core import bundleinstaller
 from aiflux.core.bundle import Ingredients, write_bundle
-from aiflux.core.bundleinstaller import InstallError, Places, install, places, verify
+from aiflux.core.bundleinstaller import (
+    CONTENTS,
+    SUMS,
+    TOP,
+    InstallError,
+    Places,
+    install,
+    places,
+    verify,
+)
 from aiflux.core.extras import EXTRAS, remedy
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts
@@ -331,6 +346,13 @@ def link(info: tarfile.TarInfo) -> bool:
     return True
 
 
+def sparse(info: tarfile.TarInfo) -> bool:
+    if info.name.endswith(".sif"):
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0",
+                            "GNU.sparse.realsize": str(1 << 40)}  # fmt: skip
+    return True
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -338,14 +360,148 @@ def link(info: tarfile.TarInfo) -> bool:
         (lambda info: "SUMS" not in info.name, "SHA256SUMS is not where it should be"),
         (escape, "does not belong there"),
         (link, "does not belong there"),
+        (sparse, "it has a sparse member"),
     ],
-    ids=["missing", "no sums", "escape", "link"],
+    ids=["missing", "no sums", "escape", "link", "sparse"],
 )
 def test_members_that_are_missing_or_strange(
     bundle: Path, change: Callable[[tarfile.TarInfo], bool], words: str
 ) -> None:
     with pytest.raises(InstallError, match=words):
         verify(rewritten(bundle, change))
+
+
+def of_contents(bundle: Path, raw: bytes) -> Path:
+    """Return a bundle whose bundle.json are these bytes, with the right checksum."""
+    copy = bundle.with_name("contents.tar")
+    with tarfile.open(bundle) as old, tarfile.open(copy, "w") as new:
+        for info in old.getmembers():
+            file = old.extractfile(info)
+            assert file is not None
+            content = file.read()
+            if info.name == TOP + SUMS:
+                digest = hashlib.sha256(raw).hexdigest()
+                content = re.sub(rb"[0-9a-f]{64}(?=  bundle.json)", digest.encode(), content)
+            if info.name == TOP + CONTENTS:
+                content = raw
+            info.size = len(content)
+            new.addfile(info, io.BytesIO(content))
+    return copy
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def changed(value: Any, path: list[Any], new: Any) -> Any:
+    """Return a value in which another stands at one place."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+def places_in(value: Any) -> Iterator[list[Any]]:
+    yield []
+    items: Iterable[Any] = ()
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield from ([key, *rest] for rest in places_in(inner))
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
+@given(st.data())
+def test_any_value_in_a_bundle_s_contents_is_an_error_or_harmless(
+    bundle: Path, to: Places, data: st.DataObject
+) -> None:
+    contents = verify(bundle).contents
+    place = data.draw(st.sampled_from([*places_in(contents)]))
+    paths = st.sampled_from(["../../x", "/etc/x", "..", "a/b", "x\0y", "x\ny", "models/../../x"])
+    raw = json.dumps(changed(contents, place, data.draw(ANY_JSON | paths))).encode()
+    forged = of_contents(bundle, raw)
+    around = to.prefix.parent.parent
+    before = set(around.rglob("*"))
+    with suppress(InstallError):
+        install(forged, to, silent)
+    assert main(["bundle", "verify", str(forged)]) in (0, 2)
+    strangers = {*around.rglob("*")} - before
+    inside = (to.prefix, to.models, *to.prefix.parents)
+    assert not [path for path in strangers if not any(map(path.is_relative_to, inside[:2]))
+                and path not in inside]  # fmt: skip
+
+
+KINDS = [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, tarfile.XGLTYPE, tarfile.XHDTYPE,
+         tarfile.GNUTYPE_LONGNAME, tarfile.CONTTYPE, b"V"]  # fmt: skip
+HEADERS = ["size", "path", "linkpath", "mtime", "hdrcharset", "GNU.sparse.size", "GNU.sparse.map",
+           "GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.numblocks", "GNU.sparse.name",
+           "GNU.sparse.realsize", "GNU.sparse.offset"]  # fmt: skip
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+)
+@given(
+    st.sampled_from(KINDS),
+    st.dictionaries(
+        st.sampled_from(HEADERS),
+        st.sampled_from(["0", "1", "-1", "9" * 30, "x", "1,2", "../x"]) | st.text(max_size=5),
+    ),
+    st.binary(max_size=600),
+)
+def test_any_first_member_is_an_error(
+    tmp_path: Path, kind: bytes, headers: dict[str, str], data: bytes
+) -> None:
+    info = tarfile.TarInfo(TOP + SUMS)
+    info.type, info.size, info.pax_headers = kind, len(data), headers
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(InstallError, match="is not a whole bundle"):
+        verify(tmp_path / "x.tar")
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
+)
+@given(st.binary(max_size=200) | ANY_JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_as_a_bundle_s_contents_are_an_error(bundle: Path, raw: bytes) -> None:
+    with pytest.raises(InstallError, match="is not a whole bundle"):
+        verify(of_contents(bundle, raw))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("aiflux", "../../../x"), ("aiflux", "/x"), ("aiflux", ""), ("extras", ["a/b"]),
+     ("pythons", {"../x": []}), ("pythons", []), ("models", {}), ("arch", "a\nb")],
+)  # fmt: skip
+def test_a_field_that_could_lead_elsewhere_is_refused(
+    bundle: Path, to: Places, name: str, value: object
+) -> None:
+    raw = json.dumps({**verify(bundle).contents, name: value}).encode()
+    with pytest.raises(InstallError, match=f"wrong value of {name}"):
+        install(of_contents(bundle, raw), to, silent)
+    assert files(to.prefix, to.models) == []
+
+
+@pytest.mark.parametrize("depth", [100_000])
+def test_contents_nested_too_deeply_are_an_error(bundle: Path, depth: int) -> None:
+    with pytest.raises(InstallError, match="is not a whole bundle"):
+        verify(of_contents(bundle, b"[" * depth + b"]" * depth))
+
+
+def test_a_header_that_asks_for_much_memory_is_refused(bundle: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 40
+    bundle.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(bundle, 1 << 40)  # a hole, as large as the header says
+    with pytest.raises(InstallError, match="a header is too large"):
+        verify(bundle)
 
 
 def test_it_is_told_which_pythons_would_do(bundle: Path, parts: Ingredients, to: Places) -> None:

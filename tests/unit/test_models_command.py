@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 import threading
@@ -13,10 +14,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.core.modelname import parse_model_name
-from aiflux.core.modelstore import model_digest
+from aiflux.core.modelstore import model_digest, parse_manifest
 from aiflux.core.staging import begin_staging, changing
 from tests.tools import make_tiny_gguf
 from tests.unit.made_models import CONFIG, blob_files, put_model, tree
@@ -254,6 +257,82 @@ def test_an_archive_whose_manifest_lies_about_sizes_is_refused(
     code, _, err = aiflux("import", "one.tar", "--models-dir", tmp_path / "elsewhere")
     assert (code, "has not the size" in err) == (4, True), err
     assert not [*(tmp_path / "elsewhere").glob("manifests/*")]
+
+
+def forged_archive(target: Path, size: int, blob: tarfile.TarInfo, data: bytes) -> None:
+    """Write an archive of one blob, whose manifest says ``size``."""
+    digest = "sha256:" + "a" * 64
+    layer = {"mediaType": "x", "digest": digest, "size": size}
+    raw = json.dumps({"config": layer, "layers": []}).encode()
+    label = {"version": 1, "name": "x:1", "digest": f"sha256:{sha256(raw).hexdigest()}"}
+    with tarfile.open(target, "w") as tar:
+        for name, content in (("aiflux-model.json", json.dumps(label).encode()), ("manifest", raw)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        blob.name, blob.size = f"blobs/sha256-{'a' * 64}", len(data)
+        tar.addfile(blob, io.BytesIO(data))
+
+
+def of_type(kind: bytes, **headers: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo()
+    member.type, member.linkname, member.pax_headers = kind, "/etc/passwd", headers
+    return member
+
+
+GIGABYTES = str(8 << 30)
+SPARSE = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": GIGABYTES}
+
+
+@pytest.mark.parametrize(
+    ("blob", "data"),
+    [
+        (of_type(tarfile.REGTYPE, **SPARSE), f"1\n0\n{GIGABYTES}\n".encode().ljust(512, b"\0")),
+        (of_type(tarfile.REGTYPE), bytes(1 << 20)),
+        (of_type(tarfile.SYMTYPE), b""),
+        (of_type(tarfile.LNKTYPE), b""),
+        (of_type(tarfile.CHRTYPE), b""),
+        (of_type(tarfile.FIFOTYPE), b""),
+        (of_type(tarfile.DIRTYPE), b""),
+    ],
+    ids=["sparse", "larger", "symlink", "link", "device", "pipe", "folder"],
+)
+@pytest.mark.parametrize("size", [5, 8 << 30])
+def test_an_archive_never_writes_more_than_it_holds(
+    aiflux: Aiflux, tmp_path: Path, blob: tarfile.TarInfo, data: bytes, size: int
+) -> None:
+    forged_archive(tmp_path / "bomb.tar", size, blob, data)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    try:
+        code, _, err = aiflux("import", "bomb.tar", "--models-dir", tmp_path / "elsewhere")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, "is not a whole archive" in err) == (4, True), err
+    assert not [*(tmp_path / "elsewhere").glob("blobs/*")]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(
+            st.sampled_from(["config", "layers", "digest", "size", "mediaType"]), inner
+        ),
+    )
+)  # fmt: skip
+def test_any_json_is_a_manifest_or_a_value_error(content: object) -> None:
+    try:
+        manifest = parse_manifest(json.dumps(content).encode())
+    except ValueError:
+        return
+    assert manifest.size >= 0
+
+
+@pytest.mark.parametrize("size", [float("inf"), -1, "5", 5.0, True, None, 1 << 70])
+def test_a_size_in_a_manifest_is_a_count_of_bytes(size: object) -> None:
+    layer = {"digest": "sha256:" + "a" * 64, "size": size}
+    with pytest.raises(ValueError, match="is no size"):
+        parse_manifest(json.dumps({"config": layer, "layers": []}).encode())
 
 
 def test_an_archive_is_a_regular_file(aiflux: Aiflux, tmp_path: Path) -> None:

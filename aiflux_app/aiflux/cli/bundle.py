@@ -209,7 +209,7 @@ def _told() -> Iterator[None]:
 def _summary(contents: dict[str, Any]) -> Iterator[str]:
     pythons = ", ".join(contents["pythons"])
     yield f"aiflux {contents['aiflux']} for {contents['arch']}, Python {pythons}"
-    yield f"extras: {', '.join(contents.get('extras', ())) or 'none'}"
+    yield f"extras: {', '.join(contents['extras']) or 'none'}"
     image = contents["image"]
     yield (
         f"image: {image['engine'] or 'of unknown content'}, {image['arch']}"

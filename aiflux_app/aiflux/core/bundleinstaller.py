@@ -32,6 +32,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -42,7 +43,7 @@ import venv
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 VERSION = 1
@@ -53,6 +54,14 @@ _CHUNK = 4 << 20
 _SMALL = 16 << 20  # bytes that a list of checksums may have
 _SUM = re.compile(r"([0-9a-f]{64})  (\S.*)\Z")
 _BLOB = re.compile(r"models/blobs/sha256-([0-9a-f]{64})\Z")
+_MEMBER = re.compile(
+    r"bundle\.json|README\.txt|install\.py|wheels/[\w.+!-]+\.whl|image/aiflux\.sif"
+    r"|models/blobs/sha256-[0-9a-f]{64}|models/manifests(/[\w.:-]+){2,}",
+    re.ASCII,
+)
+_RELEASE = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}")  # becomes a folder's name
+_PYTHON = re.compile(r"3\.[0-9]{1,2}")
+_LINE = re.compile(r"[^\x00-\x1f\x7f]{1,1000}")
 STOPPED = (
     "the install was stopped before its end",
     "the same command goes on where this one stopped",
@@ -92,7 +101,7 @@ class Bundle:
     @property
     def image(self) -> str | None:
         """The image's member; None in a bundle without one."""
-        return self.contents["image"]["path"] if self.contents.get("image") else None
+        return self.contents["image"]["path"] if self.contents["image"] else None
 
     @property
     def models(self) -> dict[str, str]:
@@ -102,7 +111,7 @@ class Bundle:
     @property
     def extras(self) -> tuple[str, ...]:
         """Extras of AI-Flux whose packages are among the wheels."""
-        return tuple(self.contents.get("extras", ()))
+        return tuple(self.contents["extras"])
 
     def wheels(self, python: str) -> tuple[str, ...]:
         """Members to install for a version of Python such as 3.11."""
@@ -219,15 +228,60 @@ def _damaged(path: Path, what: str) -> InstallError:
     )
 
 
+class ArchiveFile(io.BufferedReader):
+    """A tar file of strangers: a header cannot make ``tarfile`` read it into memory whole."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read, unless it is more than a member's chunk."""
+        if size is None or not 0 <= size <= _SMALL:
+            raise tarfile.ReadError("a header is too large")
+        return super().read(size)
+
+
+class PlainMember(tarfile.TarInfo):
+    """A member that is not sparse: such a one can be far larger than its archive.
+
+    ``tarfile`` reads the maps of sparse members before anybody can refuse them, and bounds
+    nothing in them.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "PlainMember":
+        """Read the next member; a header of nonsense is a ``tarfile`` error, too."""
+        try:
+            return super().fromtarfile(tarfile_)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise tarfile.ReadError(f"a header is wrong: {error}") from error
+
+    def _refuse_sparse(self, *_: Any) -> Any:
+        raise tarfile.ReadError("it has a sparse member")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+
+
+def open_archive(file: io.FileIO) -> tarfile.TarFile:
+    """Open a tar file that may come from anybody; it is not compressed.
+
+    Raises:
+        tarfile.TarError: it is none.
+    """
+    return tarfile.open(fileobj=ArchiveFile(file), mode="r:", tarinfo=PlainMember)
+
+
+def plain(info: tarfile.TarInfo) -> bool:
+    """Return whether a member is a file with its bytes in the archive; a link leads elsewhere."""
+    return info.isreg() and not info.issparse()
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Bundle]]:
     try:
-        file = open(path, "rb")  # noqa: SIM115 - what is written meanwhile has errors of its own
+        file = open(path, "rb", 0)  # noqa: SIM115 - what is written meanwhile has errors of its own
     except OSError as error:
         raise InstallError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     with file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with open_archive(file) as tar:
                 yield tar, _head(tar, path)
         except tarfile.TarError as error:
             raise _damaged(path, str(error)) from error
@@ -239,18 +293,63 @@ def _head(tar: tarfile.TarFile, path: Path) -> Bundle:
         raw = _small(tar, CONTENTS)
         if hashlib.sha256(raw).hexdigest() != sums[CONTENTS]:
             raise ValueError(f"{CONTENTS} is not what {SUMS} says")
-        bundle = Bundle(path, json.loads(raw), sums)
-        if bundle.contents["version"] != VERSION:
-            raise ValueError(f"its form is {bundle.contents['version']}, and this reads {VERSION}")
+        bundle = Bundle(path, _contents(json.loads(raw)), sums)
         named = {*bundle.models.values(), *([bundle.image] if bundle.image else [])}
         named.update(*bundle.contents["pythons"].values())
         if not all(path.startswith("models/manifests/") for path in bundle.models.values()):
             raise ValueError(f"{CONTENTS} names a manifest that is none")
         if not named <= set(sums):
             raise ValueError(f"{SUMS} lacks {', '.join(sorted(named - set(sums)))}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     return bundle
+
+
+def _contents(found: Any) -> dict[str, Any]:
+    """Return what ``bundle.json`` holds, each field of its type and form.
+
+    Raises:
+        ValueError: one is not; names it.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{CONTENTS} holds no object")
+    if found.get("version") != VERSION:
+        raise ValueError(f"its form is {found.get('version')!r}, and this reads {VERSION}")
+    _need(found, "aiflux", _text(_RELEASE))
+    _need(found, "arch", _text(_LINE))
+    _need(found, "pythons", lambda value: isinstance(value, dict))
+    for python, wheels in found["pythons"].items():
+        if not _PYTHON.fullmatch(python) or not _list_of(_text(_MEMBER))(wheels):
+            raise ValueError(f"{CONTENTS} has a wrong value of pythons: {python!r}")
+    found.setdefault("extras", [])
+    _need(found, "extras", _list_of(_text(_RELEASE)))
+    found.setdefault("image", None)
+    _need(found, "image", lambda value: value is None or isinstance(value, dict))
+    if found["image"] is not None:
+        _need(found["image"], "path", lambda value: value == "image/aiflux.sif")
+        for name in ("engine", "arch"):
+            found["image"].setdefault(name, None)
+            _need(found["image"], name, lambda value: value is None or _text(_LINE)(value))
+    _need(found, "models", _list_of(lambda value: isinstance(value, dict)))
+    for model in found["models"]:
+        _need(model, "name", _text(_LINE))
+        _need(model, "digest", _text(_LINE))
+        _need(model, "manifest", _text(_MEMBER))
+        _need(model, "size", lambda value: type(value) is int and 0 <= value < 1 << 60)
+    return found
+
+
+def _need(found: dict[str, Any], name: str, fits: Callable[[Any], bool]) -> None:
+    if not fits(found.get(name)):
+        raise ValueError(f"{CONTENTS} has a wrong value of {name}: {str(found.get(name))[:80]!r}")
+
+
+def _text(form: re.Pattern[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and form.fullmatch(value) is not None
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
 def _sum(line: str) -> tuple[str, str]:
@@ -258,9 +357,8 @@ def _sum(line: str) -> tuple[str, str]:
     if match is None:
         raise ValueError(f"{SUMS} has the line {line[:80]!r}")
     digest, member = match.groups()
-    parts = PurePosixPath(member).parts
-    if member != "/".join(parts) or ".." in parts or parts[0] == "/":
-        raise ValueError(f"{SUMS} names {member!r}")
+    if not _MEMBER.fullmatch(member) or {".", ".."} & {*member.split("/")}:
+        raise ValueError(f"{SUMS} names {member[:80]!r}")
     blob = _BLOB.match(member)
     if member.startswith("models/blobs/") and (blob is None or blob[1] != digest):
         raise ValueError(f"{member} does not bear its digest as its name")
@@ -269,7 +367,7 @@ def _sum(line: str) -> tuple[str, str]:
 
 def _small(tar: tarfile.TarFile, wanted: str) -> bytes:
     member = tar.next()
-    if member is None or member.name != TOP + wanted or member.size > _SMALL:
+    if member is None or member.name != TOP + wanted or not plain(member) or member.size > _SMALL:
         raise ValueError(f"{wanted} is not where it should be")
     file = tar.extractfile(member)
     return b"" if file is None else file.read()
@@ -280,7 +378,7 @@ def _members(tar: tarfile.TarFile, bundle: Bundle) -> Iterator[tuple[str, IO[byt
     left = set(bundle.sums) - {CONTENTS}
     for info in iter(tar.next, None):
         member = info.name[len(TOP) :]
-        content = tar.extractfile(info) if info.isfile() else None
+        content = tar.extractfile(info) if plain(info) else None
         if not info.name.startswith(TOP) or member not in left or content is None:
             raise _damaged(bundle.path, f"{info.name!r} does not belong there")
         left.remove(member)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.bundleinstaller import open_archive, plain
 from aiflux.core.files import atomic_write, storage_error
 from aiflux.core.modelcheck import HashedReader, OnBytes, digest_of
 from aiflux.core.modelname import ModelName, parse_model_name
@@ -146,7 +147,7 @@ def _opened(source: Path) -> Iterator[tarfile.TarFile]:
     if source.exists() and not source.is_file():
         raise ModelError(f"{source} is no regular file", "name the file that export wrote")
     try:
-        with tarfile.open(source, mode="r:") as tar:
+        with open(source, "rb", 0) as file, open_archive(file) as tar:
             yield tar
     except tarfile.TarError as error:
         raise _broken(source, str(error)) from error
@@ -183,7 +184,7 @@ def _head(tar: tarfile.TarFile, source: Path) -> Archive:
 
 def _small(tar: tarfile.TarFile, wanted: str) -> bytes:
     member = tar.next()
-    if member is None or member.name != wanted or not member.isfile() or member.size > _SMALL:
+    if member is None or member.name != wanted or not plain(member) or member.size > _SMALL:
         raise ValueError(f"it has no {wanted} where that should be")
     file = tar.extractfile(member)
     return b"" if file is None else file.read()
@@ -207,16 +208,16 @@ def _unpack(
     try:
         while (member := tar.next()) is not None:
             digest = wanted.pop(member.name, None)
-            content = tar.extractfile(member) if digest and member.isfile() else None
+            content = tar.extractfile(member) if digest and plain(member) else None
             if digest is None or content is None:
                 raise _broken(source, f"{member.name!r} does not belong there")
+            if member.size != archive.manifest.blobs[digest]:
+                raise _broken(source, f"{member.name} has not the size that its manifest names")
             with open(blob_path(folder, digest), "xb") as file:
                 if digest_of(content, on_bytes, file) != digest:
                     raise _broken(source, f"{member.name} was changed or cut")
                 file.flush()
                 os.fsync(file.fileno())
-            if blob_path(folder, digest).stat().st_size != archive.manifest.blobs[digest]:
-                raise _broken(source, f"{member.name} has not the size that its manifest tells")
         if wanted:
             raise _broken(source, f"{', '.join(wanted)} is missing")
         manifest = folder / archive.name.manifest_path

@@ -64,14 +64,16 @@ def parse_manifest(raw: bytes) -> Manifest:
     try:
         content = json.loads(raw)
         layers = tuple(
-            Layer(str(item.get("mediaType", "")), str(item["digest"]), int(item["size"]))
+            Layer(str(item.get("mediaType", "")), str(item["digest"]), item["size"])
             for item in [content["config"], *(content["layers"] or [])]
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it lacks {error}") from None
     for layer in layers:
-        if not _DIGEST.match(layer.digest) or layer.size < 0:
+        if not _DIGEST.match(layer.digest):
             raise ValueError(f"{layer.digest!r} is no digest")
+        if type(layer.size) is not int or not 0 <= layer.size < 1 << 60:
+            raise ValueError(f"{layer.size!r} is no size")
     return Manifest(hashlib.sha256(raw).hexdigest(), layers)
 
 

@@ -15,7 +15,8 @@ _WALLTIME = re.compile(
 )
 _GPUS = re.compile(r"([\w.:-]+:)?\d+", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|\$)", re.ASCII)
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+"""Characters that no text of one line holds."""
 _TRUTH = {"true": True, "yes": True, "1": True, "on": True,
           "false": False, "no": False, "0": False, "off": False}  # fmt: skip
 
@@ -24,7 +25,7 @@ def text(value: Any) -> str:
     """Accept a text of one line that is not empty."""
     if value is None or isinstance(value, bool | dict | list | tuple) or str(value).strip() == "":
         raise ValueError("a text")
-    if _CONTROL.search(str(value)):
+    if CONTROL.search(str(value)):
         raise ValueError("a text of one line, without control characters")
     return str(value)
 
@@ -162,6 +163,8 @@ def pairs(value: Any) -> dict[str, str]:
 def _pair_value(value: Any) -> str:
     if isinstance(value, dict | list | tuple):
         raise ValueError("KEY: VALUE lines, each VALUE a text or a number")
+    if CONTROL.search(str(value)):
+        raise ValueError("KEY: VALUE lines, each VALUE without line breaks or control characters")
     return str(value)
 
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from aiflux.core.config import SlurmConfig
+from aiflux.core.parsers import CONTROL
 from aiflux.errors import ConfigError
 from aiflux.slurm.directives import job_directives, wants_gpus
 
@@ -75,10 +76,10 @@ def render(job: JobScript) -> str:
         _assign("want_seal", int(slurm.seal)),
         'prepare_args=(--run-dir "$run_dir" --prepare)',
         *_site(slurm),
-        "",
-        _part("job.sh"),
     ]
-    return _checked("\n".join(lines), job)
+    for line in lines:
+        _refuse_control(line)
+    return "\n".join([*lines, "", _part("job.sh")])
 
 
 def generic_script() -> str:
@@ -128,12 +129,13 @@ def _part(name: str) -> str:
     return re.sub(r"\A# shellcheck .*\n", "", text)
 
 
-def _checked(text: str, job: JobScript) -> str:
-    values = (job.image, job.input, job.output_dir, job.models_dir, job.run_dir, job.log)
-    for path in values:
-        if "\n" in str(path):
-            raise ConfigError(f"the path {str(path)!r} holds a line break", "choose another name")
-    # sbatch refuses a script with DOS line ends.
-    if "\r\n" in text:
-        raise ConfigError("a setup line ends in a carriage return", "remove it")
-    return text
+def _refuse_control(line: str) -> None:
+    """Refuse what would end a line early: of the directives, of an assignment or of ``setup``.
+
+    sbatch refuses a script with DOS line ends, and bash drops a NUL.
+    """
+    if CONTROL.search(line):
+        raise ConfigError(
+            f"the batch script cannot hold a line break or another control character: {line!r}",
+            "remove it from the setting, or choose another name for the file",
+        )

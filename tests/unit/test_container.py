@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiflux.cli.main import main
 from aiflux.core.config import Config
 from aiflux.core.container import (
     ContainerSpec,
     find_image,
     find_runtime,
+    is_chosen,
     mount_option,
     prepare_command,
     work_command,
     work_environment,
 )
 from aiflux.errors import ConfigError, ImageError
+from tests.tools.make_sif import make_sif
+from tests.unit.fake_commands import waiting_slurm
+from tests.unit.helpers import request_line
 
 SPEC = ContainerSpec(
     runtime=Path("/usr/bin/apptainer"),
@@ -102,28 +109,28 @@ def config(folder: Path, **environ: str) -> Config:
 
 
 def test_a_named_image_wins(awkward: Path) -> None:
-    (awkward / "aiflux.sif").touch()
+    make_sif(awkward / "aiflux.sif", version="1")
     named = awkward / "n.sif"
-    named.touch()
+    make_sif(named, version="1")
     assert find_image(config(awkward, AIFLUX_IMAGE=str(named)), awkward) == named
 
 
 def test_a_named_image_that_is_missing_is_an_error_that_says_who_named_it(awkward: Path) -> None:
-    (awkward / "aiflux.sif").touch()
+    make_sif(awkward / "aiflux.sif", version="1")
     with pytest.raises(ImageError, match="AIFLUX_IMAGE"):
         find_image(config(awkward, AIFLUX_IMAGE="/no/such.sif"), awkward)
 
 
 def test_the_image_of_the_current_directory_comes_first(awkward: Path) -> None:
     image = awkward / "aiflux.sif"
-    image.touch()
+    make_sif(image, version="1")
     assert find_image(config(awkward), awkward) == image
 
 
 def test_the_image_of_a_checkout_is_found(awkward: Path) -> None:
     checkout = awkward / "checkout"
     checkout.mkdir()
-    (checkout / "aiflux.sif").touch()
+    make_sif(checkout / "aiflux.sif", version="1")
     with pytest.raises(ImageError):
         find_image(config(awkward), awkward, checkout)
     (checkout / "Makefile").touch()
@@ -133,9 +140,93 @@ def test_the_image_of_a_checkout_is_found(awkward: Path) -> None:
 def test_the_image_of_the_containers_directory_is_found(awkward: Path) -> None:
     image = awkward / "c" / "aiflux.sif"
     image.parent.mkdir()
-    image.touch()
+    make_sif(image, version="1")
     found = find_image(config(awkward, AIFLUX_CONTAINERS_DIR=str(image.parent)), awkward, awkward)
     assert found == image
+
+
+@pytest.mark.parametrize("labels", [{}, {"engine": "Ollama 9"}, {"version": ""}])
+def test_an_image_of_others_is_refused_by_its_labels(awkward: Path, labels: dict[str, str]) -> None:
+    image = make_sif(awkward / "aiflux.sif", **labels)
+    with pytest.raises(ImageError, match="is not an AI-Flux image"):
+        find_image(config(awkward), awkward)
+    with pytest.raises(ImageError, match="is not an AI-Flux image"):
+        find_image(config(awkward, AIFLUX_IMAGE=str(image)), awkward)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor"],
+        ["run", "--model", "m:1", "--input", "in.jsonl"],
+        ["run", "--model", "m:1", "--input", "in.jsonl", "--no-preflight"],
+        ["run", "--model", "m:1", "--input", "in.jsonl", "--local"],
+        ["estimate", "--model", "m:1", "--input", "in.jsonl", "--no-preflight"],
+        ["models", "pull", "m:1"],
+        ["bundle", "create"],
+        ["image", "info"],
+        ["image", "info", "aiflux.sif"],
+        ["image", "sign"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_executes_an_image_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    slurm = waiting_slurm(tmp_path / "bin", monkeypatch)
+    slurm.add("apptainer", "[[ $1 == verify || $1 == key ]] && exit 1\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("AIFLUX_OLLAMA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    make_sif(tmp_path / "aiflux.sif", engine="theirs")
+    (tmp_path / "in.jsonl").write_text(request_line("a") + "\n", encoding="utf-8")
+    assert main(words) in (2, 4)
+    called = {call.argv[0] for call in slurm.calls("apptainer")}
+    assert not called & {"exec", "run", "shell", "test", "inspect", "instance", "-s"}
+    assert slurm.calls("sbatch") == []
+
+
+def test_an_image_is_chosen_by_the_user_or_the_site_not_by_a_folder(tmp_path: Path) -> None:
+    """The current directory may be anybody's; a checkout's code runs already."""
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "c"
+    for folder in (tmp_path, checkout, elsewhere):
+        folder.mkdir(exist_ok=True)
+        make_sif(folder / "aiflux.sif", version="1")
+    (checkout / "Makefile").touch()
+    here, there = tmp_path / "aiflux.sif", elsewhere / "aiflux.sif"
+
+    def chosen(image: Path, **environ: str) -> bool:
+        return is_chosen(config(tmp_path, **environ), image, checkout)
+
+    assert not chosen(here)
+    assert chosen(here, AIFLUX_IMAGE=str(here))
+    assert chosen(checkout / "aiflux.sif")
+    assert not chosen(there)
+    assert chosen(there, AIFLUX_CONTAINERS_DIR=str(elsewhere))
+    user = tmp_path / "home" / ".config" / "aiflux"
+    user.mkdir(parents=True)
+    for name, value in (("image", there), ("containers_dir", elsewhere)):
+        text = f"paths: {{{name}: {json.dumps(str(value))}}}\n"
+        (user / "config.yaml").write_text(text, encoding="utf-8")
+        assert chosen(there)
+        (user / "config.yaml").rename(tmp_path / "aiflux.yaml")
+        assert not chosen(there), "the folder's own file says so"
+        (tmp_path / "aiflux.yaml").rename(tmp_path / ".env")
+        variable = "AIFLUX_IMAGE" if name == "image" else "AIFLUX_CONTAINERS_DIR"
+        (tmp_path / ".env").write_text(f"{variable}={str(value)!r}\n")
+        assert not chosen(there)
+        (tmp_path / ".env").unlink()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_an_image_that_somebody_else_put_here_is_not_run(tmp_path: Path) -> None:
+    image = make_sif(tmp_path / "aiflux.sif", version="1")
+    os.chown(image, 12345, 12345)
+    with pytest.raises(ConfigError, match="is refused: it belongs to user 12345") as caught:
+        find_image(config(tmp_path), tmp_path)
+    assert f"--image {image}" in str(caught.value.remedy)
+    assert find_image(config(tmp_path, AIFLUX_IMAGE=str(image)), tmp_path) == image
 
 
 def test_no_image_says_where_it_was_looked_for(awkward: Path) -> None:

@@ -132,7 +132,8 @@ def test_the_container_and_its_image(
     assert "CPU-only" in told["image"][1].what
     assert told["sealing"][0].level == "ok"
     (probe,) = [call for call in commands.calls("apptainer") if call.argv[0] == "exec"]
-    assert probe.argv[1:] == ["--net", "--network", "none", str(image), "true"]
+    sealed = ["--containall", "--pwd", "/", "--net", "--network", "none"]
+    assert probe.argv[1:] == [*sealed, str(image), "true"]
 
 
 def os_arch() -> str:
@@ -162,8 +163,11 @@ def test_an_image_of_others(
 ) -> None:
     commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
     (tmp_path / "a.sif").write_bytes(b"no image")
-    told = of_containers(commands, monkeypatch, tmp_path / "a.sif")
-    assert told["image"][0].level == "fail"
+    make_sif(tmp_path / "b.sif", engine="theirs")
+    for name in ("a.sif", "b.sif"):
+        told = of_containers(commands, monkeypatch, tmp_path / name)
+        assert told["image"][0].level == "fail"
+    assert "exec" not in {call.argv[0] for call in commands.calls("apptainer")}
 
 
 def test_a_starter_of_the_user_is_not_setuid(tmp_path: Path) -> None:
@@ -287,6 +291,8 @@ def test_the_command_says_it_all(
     assert "partition gpu: 1 node with 4 a100" in plain
     assert "\nNetwork\n" in plain
     assert "nothing fails" in plain
+    assert "sealing: not tried: " in plain
+    assert "exec" not in {call.argv[0] for call in commands.calls("apptainer")}, "only found"
     assert main(["doctor", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
     assert {frozenset(line) for line in lines} == {frozenset({"name", "level", "what", "fix"})}

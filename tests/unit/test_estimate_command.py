@@ -21,6 +21,7 @@ from aiflux.core.request import request_key
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import Status
 from tests.tools.faulty_engine import FaultyEngine
+from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line, write_input
 
@@ -40,7 +41,7 @@ def place(awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def slurm(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
-    (place / "i.sif").touch()
+    make_sif(place / "i.sif", version="1")
     return waiting_slurm(tmp_path / "bin", monkeypatch)
 
 

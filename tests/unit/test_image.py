@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from aiflux.cli.main import main
 from aiflux.errors import ImageError
 from aiflux.image import registry
 from aiflux.image.aptsource import AptSource, find_source
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.build import build, build_environment, render_command
-from aiflux.image.info import info
 from aiflux.image.options import OLLAMA_IMAGE, BuildOptions
 from aiflux.image.payload import Sources, find_sources, known_facts
+from tests.tools.make_sif import make_sif
+from tests.unit.fake_commands import FakeCommands
 
 DIGEST = "sha256:" + "5" * 64
 DEBIAN = BaseChoice("debian", "as asked", "CPU", source=AptSource("http://mirror", "trixie"))
@@ -212,53 +214,31 @@ def test_an_image_that_is_there_stays(tmp_path: Path) -> None:
         build(BuildOptions(output=tmp_path / "none" / "aiflux.sif"))
 
 
-FAKE_APPTAINER = """\
-#!/bin/sh
-[ "$1" = inspect ] || exit 9
-for image; do :; done
-case $image in
-    *torn*) echo 'FATAL: image format not recognized' >&2; exit 255 ;;
-    *other*) echo '{"data": {"attributes": {"labels": {"a": "b"}}}}' ;;
-    *odd*) echo '{"data": []}' ;;
-    *) echo '{"data": {"attributes": {"labels": {"aiflux.cpu_only": "yes", "a": "b"}}}}' ;;
-esac
-"""
+def test_info_reads_the_labels_and_executes_nothing_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes = FakeCommands(tmp_path / "bin")
+    fakes.say("apptainer", status=1)
+    monkeypatch.setenv("PATH", fakes.path)
+    image = make_sif(tmp_path / "an image.sif", version="0.2", cpu_only="yes")
+    assert main(["image", "info", str(image), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["version"], told["cpu_only"]) == ("0.2", "yes")
+    assert {call.argv[0] for call in fakes.calls("apptainer")} <= {"verify"}
 
 
-@pytest.fixture
-def fake_apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "bin" / "apptainer"
-    program.parent.mkdir()
-    program.write_text(FAKE_APPTAINER)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.mark.usefixtures("fake_apptainer")
-def test_info_reads_our_labels(tmp_path: Path) -> None:
-    image = tmp_path / "an image.sif"
-    image.touch()
-    found = info(image)
-    assert found.facts == {"cpu_only": "yes"}
-    assert found.labels == {"a": "b"}
-    assert found.cpu_only
-
-
-@pytest.mark.usefixtures("fake_apptainer")
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("make", "message"),
     [
-        ("torn.sif", "format not recognized"),
-        ("other.sif", "no image of AI-Flux"),
-        ("odd.sif", "not known"),
+        (lambda path: path.write_bytes(b"torn"), "is no Apptainer image"),
+        (lambda path: make_sif(path, engine="x"), "is not an AI-Flux image"),
+        (lambda path: path.mkdir(), "is not an AI-Flux image"),
+        (lambda path: None, "there is no image"),
     ],
 )
-def test_info_of_what_is_no_image(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(ImageError, match=message):
-        info(tmp_path / name)
-
-
-def test_info_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="there is no image"):
-        info(tmp_path / "none.sif")
+def test_info_of_what_is_no_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[..., object], message: str
+) -> None:
+    make(tmp_path / "x.sif")
+    assert main(["image", "info", str(tmp_path / "x.sif")]) == 2
+    assert message in capsys.readouterr().err

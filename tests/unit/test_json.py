@@ -12,6 +12,7 @@ import pytest
 from aiflux.cli.main import main, make_parser
 from aiflux.cli.parser import Parser
 from tests.tools.faulty_engine import FaultyEngine
+from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line
 from tests.unit.made_runs import MadeRun
@@ -94,7 +95,7 @@ def test_where_nothing_was_begun_there_is_nothing_on_stdout(
 
 @pytest.fixture
 def slurm(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
-    (place / "i.sif").touch()
+    make_sif(place / "i.sif", version="1")
     return waiting_slurm(tmp_path / "bin", monkeypatch)
 
 
@@ -146,7 +147,7 @@ def test_a_run_with_other_defaults_is_told_from_what_it_was(
     words = ["run", "--model", "llama3.2:3b", "--input", "in.jsonl", "--output", "o.json"]
     with FaultyEngine() as engine:
         assert main([*words, "--engine-url", engine.url, "--max-failures", "1"]) == 0
-    (place / "i.sif").touch()
+    make_sif(place / "i.sif", version="1")
     capsys.readouterr()
     assert main([*words, "--image", "i.sif", "--no-preflight"]) == 2
     begun, _, asked = capsys.readouterr().err.splitlines()[0].partition("; this run asks for ")

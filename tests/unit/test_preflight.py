@@ -192,7 +192,7 @@ def test_generic_resources(gres: str, gpus: dict[str, int]) -> None:
 
 
 def test_an_image_for_another_machine(tmp_path: Path) -> None:
-    image = make_sif(tmp_path / "a.sif", OTHER)
+    image = make_sif(tmp_path / "a.sif", OTHER, version="1")
     wants = {"wants_gpus": True, "allow_cpu": False}
     (certain,) = check_image(image, {HERE}, certain=True, **wants)
     (guessed,) = check_image(image, {HERE}, certain=False, **wants)
@@ -207,7 +207,7 @@ def test_an_image_for_another_machine(tmp_path: Path) -> None:
 def test_an_image_without_gpu_support(
     tmp_path: Path, wants_gpus: bool, allow_cpu: bool, count: int
 ) -> None:
-    image = make_sif(tmp_path / "a.sif", cpu_only="yes")
+    image = make_sif(tmp_path / "a.sif", version="1", cpu_only="yes")
     found = [
         *check_image(image, {"x86_64"}, certain=True, wants_gpus=wants_gpus, allow_cpu=allow_cpu)
     ]
@@ -249,7 +249,7 @@ def test_everything_is_told_at_once(tmp_path: Path, plan: Plan, commands: FakeCo
         Config(environ={"HOME": str(tmp_path)}, directory=tmp_path),
         SlurmConfig(partition="gpu", gpus_per_node="3", time="3-0"),
         RunOptions(),
-        make_sif(tmp_path / "a.sif", OTHER, cpu_only="yes"),
+        make_sif(tmp_path / "a.sif", OTHER, version="1", cpu_only="yes"),
         plan,
         site.install(commands),
     )

@@ -52,7 +52,7 @@ class Place:
         self.input = folder / name
         self.input.write_text("{}\n", encoding="utf-8")
         self.image = folder / "image.sif"
-        self.image.touch()
+        make_sif(self.image, version="1")
         self.models = folder / "models"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
@@ -144,7 +144,7 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
         prepare.argv
         == prepare_command(spec, ["--run-dir", run_dir, "--prepare", *arguments[-2:]])[1:]
     )
-    assert probe.argv == probe_command(spec)[1:]
+    assert probe.argv == probe_command(spec.runtime, spec.image)[1:]
     assert work.argv == work_command(spec, arguments)[1:]
     assert inside(prepare) == inside(Call([], prepare_environment(spec, environ)))
     assert inside(work) == inside(Call([], work_environment(spec, environ)))
@@ -154,7 +154,7 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
 
 
 def test_the_shell_reads_an_images_id_as_python_does(place: Place) -> None:
-    make_sif(place.image)
+    make_sif(place.image, version="1")
     assert place.bash(render(place.job())).returncode == 0
     work = place.fakes.calls("apptainer")[-1]
     assert len(inside(work)["APPTAINERENV_AIFLUX_IMAGE_ID"]) == 36
@@ -291,7 +291,18 @@ def test_no_apptainer_is_a_usage_error_with_a_remedy(place: Place) -> None:
 
 def test_singularity_gets_its_own_variables(place: Place) -> None:
     path = commands_only(
-        place.folder.parent / "bin", "bash", "env", "mktemp", "rm", "mkdir", "dirname", "basename"
+        place.folder.parent / "bin",
+        "bash",
+        "env",
+        "head",
+        "grep",
+        "od",
+        "tr",
+        "mktemp",
+        "rm",
+        "mkdir",
+        "dirname",
+        "basename",
     )
     place.fakes.add("singularity")
     (place.folder.parent / "bin" / "singularity").symlink_to(place.fakes.folder / "singularity")
@@ -449,7 +460,17 @@ def test_slurm_s_refusal_is_told_with_what_to_do(place: Place) -> None:
 def test_a_node_without_scontrol_says_what_to_do(place: Place) -> None:
     place.fakes.add("apptainer", marking(0))
     path = commands_only(
-        *(place.folder.parent / "bin", "bash", "env", "mktemp", "rm", "mkdir", "dirname"),
+        *(
+            place.folder.parent / "bin",
+            "bash",
+            "env",
+            "head",
+            "grep",
+            "mktemp",
+            "rm",
+            "mkdir",
+            "dirname",
+        ),
         *("basename", "touch"),
     )
     environ = {**place.environ(SLURM_JOB_ID="7"), "PATH": f"{place.fakes.folder}:{path}"}
@@ -652,13 +673,21 @@ def test_the_image_is_looked_for_in_four_places(place: Place) -> None:
     environ["AIFLUX_DATA_DIR"] = str(place.folder / "data")
     for image in reversed(places):
         image.parent.mkdir(parents=True, exist_ok=True)
-        image.touch()
+        make_sif(image, version="1")
         if image.name != "named.sif":
             environ["AIFLUX_IMAGE"] = ""
         else:
             environ["AIFLUX_IMAGE"] = "named.sif"
         assert generic(place, "in.jsonl", **environ).returncode == 0
         assert str(image) in place.fakes.calls("apptainer")[-1].argv
+
+
+def test_a_job_does_not_run_an_image_of_others(place: Place) -> None:
+    make_sif(place.image, engine="theirs")
+    for done in (place.bash(render(place.job())), generic(place, "in.jsonl")):
+        assert done.returncode == 2
+        assert "is not an AI-Flux image" in done.stderr
+    assert place.fakes.calls("apptainer") == []
 
 
 def test_no_image_says_what_to_do(place: Place) -> None:
@@ -669,7 +698,7 @@ def test_no_image_says_what_to_do(place: Place) -> None:
 
 
 def test_a_named_image_that_is_missing_is_not_replaced_by_another(place: Place) -> None:
-    (place.folder / "aiflux.sif").touch()
+    make_sif(place.folder / "aiflux.sif", version="1")
     done = generic(place, "in.jsonl", AIFLUX_IMAGE="/no/such.sif")
     assert done.returncode == 2
     assert "/no/such.sif" in done.stderr

@@ -91,7 +91,11 @@ def _unsealed(spec: ContainerSpec) -> str:
     if spec.models_dir is None:
         return "the engine is elsewhere"
     probe = subprocess.run(
-        probe_command(spec), capture_output=True, text=True, errors="replace", check=False
+        probe_command(spec.runtime, spec.image),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     if probe.returncode == 0:
         return ""

@@ -16,7 +16,7 @@ from aiflux.cli.forecast import forecast, full_command
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.numbers import whole_number
 from aiflux.cli.runs import make_console, short, show
-from aiflux.cli.starting import run_here, run_local, submit_planned
+from aiflux.cli.starting import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.estimate import LOCAL, SLURM, Estimate, estimate
@@ -182,7 +182,11 @@ def _do(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
     if asked.where == SLURM:
         return _do_in_slurm(asked, pilot, options)
     opened = open_run(pilot.input, pilot.output, options, asked.config.models_dir)
-    code = run_local(opened, asked.config) if asked.where == LOCAL else run_here(opened)
+    if asked.where == LOCAL:
+        code = run_local(opened, asked.config)
+    else:
+        show_local_choices(asked.config, None)
+        code = run_here(opened)
     return None if pilot.done() else code or int(ExitCode.STOPPED)
 
 
@@ -202,6 +206,7 @@ def _submit(asked: Asked, pilot: Pilot, options: RunOptions) -> None:
     small: SlurmConfig = replace(slurm, shards=1, max_running=None, time=limit)
     check = not asked.arguments.no_preflight
     planned = plan_job(asked.config, small, pilot.input, pilot.output, options, check=check)
+    show_local_choices(asked.config, planned.image)
     for finding in planned.findings:
         print(f"warning: {told(finding)}", file=sys.stderr)
     with redirect_stdout(sys.stderr) if asked.as_json else nullcontext():

@@ -12,8 +12,9 @@ from rich.table import Table
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.core.config import Config
 from aiflux.core.container import find_image
+from aiflux.core.sif import own_image
 from aiflux.errors import ImageError
-from aiflux.image import BuildOptions, build, find_signer, info, sign, signature
+from aiflux.image import BuildOptions, build, find_signer, sign, signature
 from aiflux.worker.console import TerminalConsole
 
 _PIPED = 4096  # columns; what a program reads is not folded
@@ -83,7 +84,7 @@ def _named(arguments: argparse.Namespace) -> Path:
 
 def _sign(arguments: argparse.Namespace) -> int:
     image = _named(arguments)
-    info(image)
+    own_image(image)
     sign(image, find_signer(arguments.key, _ask))
     print(f"{image}: {signature(image).words}")
     return 0
@@ -97,7 +98,7 @@ def _signature(image: Path) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    found = info(_named(arguments))
+    found = own_image(_named(arguments))
     if arguments.json:
         signed = {"signature": _signature(found.path)}
         print_json({"image": found.path, **dict(found.facts), **signed})

@@ -14,6 +14,7 @@ from aiflux.cli.bytebar import byte_bar
 from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.modelviews import list_models, show_model
 from aiflux.cli.numbers import whole_number
+from aiflux.cli.starting import show_local_choices
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime
@@ -102,9 +103,11 @@ def _find_image(config: Config) -> tuple[Path, Path] | ImageError:
     if os.environ.get("AIFLUX_OLLAMA"):
         return ImageError("AIFLUX_OLLAMA names an Ollama that cannot be run")
     try:
-        return find_runtime(), find_image(config, Path.cwd())
+        found = find_runtime(), find_image(config, Path.cwd())
     except ImageError as error:
         return error
+    show_local_choices(config, found[1])
+    return found
 
 
 def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) -> int:

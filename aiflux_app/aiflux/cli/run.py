@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from aiflux.cli.jsonout import add_json, print_json, then_told
 from aiflux.cli.numbers import whole_number
 from aiflux.cli.piped import kept_input
-from aiflux.cli.starting import register, run_here, run_local, submit_planned
+from aiflux.cli.starting import (
+    register,
+    run_here,
+    run_local,
+    show_local_choices,
+    submit_planned,
+)
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.opening import OpenedRun, open_run
@@ -91,6 +97,7 @@ def _run(arguments: argparse.Namespace, config: Config, input_path: Path, output
     if arguments.local:
         return run_local(_open(arguments, config, input_path, output), config)
     if config.get("engine_url") and not arguments.dry_run:
+        show_local_choices(config, None)
         return run_here(_open(arguments, config, input_path, output))
     return _submit(arguments, config, input_path, output)
 
@@ -127,6 +134,7 @@ def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, out
         check=not arguments.no_preflight,
         write=not arguments.dry_run,
     )
+    show_local_choices(config, planned.image)
     for finding in planned.findings:
         print(f"warning: {told(finding)}", file=sys.stderr)
     if arguments.dry_run and arguments.json:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiflux.core.config import Config
-from aiflux.core.container import find_image, find_runtime
+from aiflux.core.container import find_image, find_runtime, local_choices
 from aiflux.core.merge import merge
 from aiflux.core.opening import OpenedRun
 from aiflux.core.plan import Plan
@@ -22,6 +22,13 @@ from aiflux.errors import ImageError
 if TYPE_CHECKING:
     from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submission import PlannedRun
+
+
+def show_local_choices(config: Config, image: Path | None) -> None:
+    """Say on stderr, before anything starts, what the current directory decides."""
+    line = local_choices(config, image)
+    if line is not None:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def submit_planned(planned: PlannedRun) -> int:
@@ -72,6 +79,7 @@ def run_local(opened: OpenedRun, config: Config) -> int:
     if opened.finished:
         return _tell_finished(opened)
     if os.environ.get("AIFLUX_OLLAMA"):
+        show_local_choices(config, None)
         return run_here(opened)
     try:
         runtime, image = find_runtime(), find_image(config, Path.cwd())
@@ -80,7 +88,9 @@ def run_local(opened: OpenedRun, config: Config) -> int:
             raise ImageError(
                 f"{error.message}; and there is no ollama on PATH either", error.remedy
             ) from error
+        show_local_choices(config, None)
         return run_here(opened)
+    show_local_choices(config, image)
     from aiflux.cli.container import run_in_container
 
     return run_in_container(opened, runtime, image, seal=config.get("seal"))

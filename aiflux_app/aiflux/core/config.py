@@ -18,6 +18,7 @@ from aiflux.core.catalogue import Catalogue, catalogue_files, read_catalogue
 from aiflux.core.modelconfig import ModelConfig, ModelParameters, model_file, read_model_file
 from aiflux.core.modelname import parse_model_name, same_model
 from aiflux.core.options import RunOptions
+from aiflux.core.parsers import without_password
 from aiflux.core.settings import (
     BY_NAME,
     SETTINGS,
@@ -156,8 +157,35 @@ class Config:
         values = {item.name: self.get(item.name) for item in fields(SlurmConfig)}
         return SlurmConfig(**{**values, **_parsed("slurm", overrides or {}, "the overrides")})
 
+    @property
+    def decided_here(self) -> dict[str, Value]:
+        """Settings of the current directory's files that decide where prompts go or what runs."""
+        return {
+            name: value
+            for name, value in self.values.items()
+            if value.local and BY_NAME[name].decisive and value.value != BY_NAME[name].default
+        }
+
+    def _refuse_key(self) -> None:
+        """Keep the API key from an address that only a file of the current directory names."""
+        url = self.values["engine_url"]
+        if url.local and url.value and self._environ.get("AIFLUX_API_KEY"):
+            raise ConfigError(
+                f"AIFLUX_API_KEY would go to {without_password(url.value)}, an address that only "
+                f"{url.origin} names",
+                "confirm the address with --engine-url or AIFLUX_ENGINE_URL, or write it into "
+                "~/.config/aiflux/config.yaml; or unset AIFLUX_API_KEY",
+            )
+
     def run_options(self, **overrides: Any) -> RunOptions:
-        """Return the options of a run; ``overrides`` that are not None win."""
+        """Return the options of a run; ``overrides`` that are not None win.
+
+        Raises:
+            ConfigError: a value is wrong, or the API key would go to an address of a file of the
+                current directory.
+        """
+        if overrides.get("engine_url") is None:
+            self._refuse_key()
         names = [item.name for item in fields(RunOptions) if item.name in BY_NAME]
         values = {name: self.get(name) for name in names}
         values["model_defaults"] = self.catalogue().all_defaults

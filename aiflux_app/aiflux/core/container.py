@@ -6,16 +6,21 @@ Source of the flags: https://apptainer.org/docs/user/main/cli/apptainer_run.html
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from aiflux.core.config import Config
-from aiflux.core.sif import image_id
+from aiflux.core.parsers import without_password
+from aiflux.core.sif import image_id, own_image
+from aiflux.core.sources import refuse_foreign
 from aiflux.errors import ConfigError, ImageError
 
 IMAGE_NAME = "aiflux.sif"
+_LONGEST = 100  # characters of a value in a message
 CHECKOUT = Path(__file__).parents[3]  # the repository, when the package runs from one
 
 _PASSED = (
@@ -69,9 +74,13 @@ class ContainerSpec:
     unsealed: str = ""
 
 
-def probe_command(spec: ContainerSpec) -> list[str]:
-    """Return the command that succeeds where a container can be sealed."""
-    return [str(spec.runtime), "exec", "--net", "--network", "none", str(spec.image), "true"]
+def probe_command(runtime: Path, image: Path) -> list[str]:
+    """Return the command that succeeds where a container can be sealed.
+
+    It shows the container nothing: neither home nor the current directory nor the environment.
+    """
+    flags = ["--containall", "--pwd", "/", "--net", "--network", "none"]
+    return [str(runtime), "exec", *flags, str(image), "true"]
 
 
 def prepare_command(spec: ContainerSpec, args: Sequence[str]) -> list[str]:
@@ -186,10 +195,11 @@ def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
     """Return the image, absolute and unresolved.
 
     Looked for: the one that was named; ``aiflux.sif`` in ``cwd``, in ``checkout`` where that is
-    one (it has a Makefile), and in the containers directory.
+    one (it has a Makefile), and in the containers directory. Only its labels are read.
 
     Raises:
-        ImageError: the named one, or every one of these, is missing.
+        ConfigError: it is only found in ``cwd``, and others can write to it.
+        ImageError: the named one, or every one of these, is missing; or it is not AI-Flux's.
     """
     if config.image is not None:
         if not config.image.is_file():
@@ -197,14 +207,57 @@ def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
                 f"the image {config.image} is not there ({config.values['image'].origin})",
                 "correct the path, or leave it out and run: make image",
             )
-        return config.image
-    development = [checkout] if (checkout / "Makefile").is_file() else []
-    folders = [*dict.fromkeys([cwd, *development, config.containers_dir])]
+        return own_image(config.image).path
+    folders = [*dict.fromkeys([cwd, *_development(checkout), config.containers_dir])]
     for folder in folders:
         image = (folder / IMAGE_NAME).absolute()
         if image.is_file():
-            return image
+            if not is_chosen(config, image, checkout):
+                refuse_foreign(image, f"--image {shlex.quote(str(image))}")
+            return own_image(image).path
     places = ", ".join(str(folder) for folder in folders)
     raise ImageError(
         f"there is no image {IMAGE_NAME} in {places}", "make image; or name one: --image FILE"
     )
+
+
+def is_chosen(config: Config, image: Path, checkout: Path = CHECKOUT) -> bool:
+    """Return whether the user or the site chose an image that ``find_image`` returned.
+
+    One that merely lies in the current directory, or that a file there names, was put there by
+    whoever may write there.
+    """
+    if config.image is not None:
+        return not config.values["image"].local
+    chosen = [*_development(checkout)]
+    if not any(config.values[name].local for name in ("containers_dir", "data_dir")):
+        chosen.append(config.containers_dir)
+    return image.parent in [folder.absolute() for folder in chosen]
+
+
+def local_choices(config: Config, image: Path | None, checkout: Path = CHECKOUT) -> str | None:
+    """Return in one line what the current directory decides about where prompts go and what runs.
+
+    Args:
+        image: the one that will run; None where none does.
+
+    Returns:
+        None where it decides nothing of that kind.
+    """
+    told = [
+        f"{name} = {_shown(value.value)} ({value.origin})"
+        for name, value in config.decided_here.items()
+    ]
+    if image is not None and config.image is None and not is_chosen(config, image, checkout):
+        told.append(f"image = {_shown(image)} (found here)")
+    return f"the current directory decides: {'; '.join(told)}" if told else None
+
+
+def _shown(value: Any) -> str:
+    text = without_password(value) if isinstance(value, str) else str(value)
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def _development(checkout: Path) -> list[Path]:
+    return [checkout] if (checkout / "Makefile").is_file() else []

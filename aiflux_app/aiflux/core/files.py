@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -89,6 +91,43 @@ def may_write(folder: Path) -> bool:
     """Tell whether a folder may be written into, or be made where there is none."""
     nearest = nearest_there(folder)
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def others_may_write(path: Path) -> str | None:
+    """Return who else than this user and root can change a file; None where nobody can."""
+    status = path.stat()
+    for owner in (path.lstat().st_uid, status.st_uid):
+        if owner not in (os.getuid(), 0):
+            return f"it belongs to {_user_name(owner)}"
+    if status.st_mode & stat.S_IWOTH:
+        return "everybody can write to it"
+    if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
+        return f"the group {_group_name(status.st_gid)} can write to it"
+    return None
+
+
+def _is_private(gid: int) -> bool:
+    """Return whether a group is the user's own, which many systems give to everyone."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    own = (gid, group.gr_name) == (user.pw_gid, user.pw_name)
+    return own and {*group.gr_mem} <= {user.pw_name}
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 def nearest_there(path: Path) -> Path:

@@ -15,6 +15,7 @@ from aiflux.core.config import Config
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.core.files import may_write, nearest_there
 from aiflux.core.modelstore import listed_models, missing_parts
+from aiflux.core.parsers import without_password
 from aiflux.core.preflight import size_text
 from aiflux.core.settings import SETTINGS
 from aiflux.core.sources import read_dotenv
@@ -129,7 +130,7 @@ def _room(folder: Path, nearest: Path) -> Diagnosis:
 def proxies(environ: Mapping[str, str]) -> Iterator[Diagnosis]:
     """Tell which proxies are set, without their passwords."""
     found = {
-        name: re.sub(r"//[^/@]*@", "//***@", environ[name])
+        name: without_password(environ[name])
         for low in _PROXIES
         for name in (low, low.upper())
         if environ.get(name)

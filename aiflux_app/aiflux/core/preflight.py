@@ -17,7 +17,7 @@ from aiflux.core.files import may_write
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import missing_parts, model_digest, refuse_other_digest
 from aiflux.core.plan import Plan
-from aiflux.core.sif import ImageFacts, machine_arch, read_image
+from aiflux.core.sif import ImageFacts, machine_arch, own_image
 from aiflux.errors import (
     AifluxError,
     ImageError,
@@ -116,7 +116,7 @@ def check_image(
             ``--constraint`` can make untrue: a mismatch is then a warning.
     """
     try:
-        image = read_image(path)
+        image = own_image(path)
     except ImageError as error:
         yield finding_of(error)
         return

@@ -23,6 +23,7 @@ class Setting:
         parse: turns a text or a YAML value into the setting's type; raises ValueError.
         env: environment name, if it has one.
         aliases: other names it is known by.
+        decisive: whether it decides where prompts and keys go or what runs in the user's name.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Setting:
     help: str
     env: str | None = None
     aliases: tuple[str, ...] = ()
+    decisive: bool = False
 
     @property
     def option(self) -> str:
@@ -56,8 +58,8 @@ def _slurm(name: str, parse: Parser, default: Any, help: str, **more: Any) -> Se
     return Setting(name, "slurm", parse, default, help, **more)
 
 
-def _paths(name: str, help: str, env: str | None = None) -> Setting:
-    return Setting(name, "paths", parsers.path, None, help, env)
+def _paths(name: str, help: str, env: str | None = None, *, decisive: bool = False) -> Setting:
+    return Setting(name, "paths", parsers.path, None, help, env, decisive=decisive)
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -78,7 +80,13 @@ SETTINGS: tuple[Setting, ...] = (
         1,
         "GPUs that one engine uses, for models that need it",
     ),
-    _run("engine_env", parsers.pairs, {}, "KEY=VALUE set in the engine's environment (repeatable)"),
+    _run(
+        "engine_env",
+        parsers.pairs,
+        {},
+        "KEY=VALUE set in the engine's environment (repeatable)",
+        decisive=True,
+    ),
     _run(
         "save_frequency",
         parsers.integer(1),
@@ -173,6 +181,7 @@ SETTINGS: tuple[Setting, ...] = (
         None,
         "use this engine, which is already up",
         env="AIFLUX_ENGINE_URL",
+        decisive=True,
     ),
     _run(
         "engine_wait",
@@ -213,21 +222,39 @@ SETTINGS: tuple[Setting, ...] = (
     _slurm("reservation", parsers.text, None, "reservation to use"),
     _slurm("shards", parsers.shards, 1, "jobs to cut the input into (an array), or auto"),
     _slurm("max_running", parsers.integer(1), None, "shards that may run at the same time"),
-    _slurm("sbatch_arg", parsers.pairs, {}, "any other sbatch option as KEY=VALUE (repeatable)"),
+    _slurm(
+        "sbatch_arg",
+        parsers.pairs,
+        {},
+        "any other sbatch option as KEY=VALUE (repeatable)",
+        decisive=True,
+    ),
     _slurm(
         "seal",
         parsers.boolean,
         True,
         "when false (--no-seal), the container keeps the network while it works",
         env="AIFLUX_SEAL",
+        decisive=True,
     ),
-    _slurm("modules", parsers.lines, (), "environment modules to load in the job"),
-    _slurm("setup", parsers.lines, (), "shell lines to run in the job before the container"),
-    _paths("data_dir", "where AI-Flux keeps its data", "AIFLUX_DATA_DIR"),
-    _paths("models_dir", "where models lie (default: DATA_DIR/models)", "AIFLUX_MODELS_DIR"),
+    _slurm("modules", parsers.lines, (), "environment modules to load in the job", decisive=True),
+    _slurm(
+        "setup",
+        parsers.lines,
+        (),
+        "shell lines to run in the job before the container",
+        decisive=True,
+    ),
+    _paths("data_dir", "where AI-Flux keeps its data", "AIFLUX_DATA_DIR", decisive=True),
+    _paths(
+        "models_dir",
+        "where models lie (default: DATA_DIR/models)",
+        "AIFLUX_MODELS_DIR",
+        decisive=True,
+    ),
     _paths("logs_dir", "where job logs go (default: the run directory)", "AIFLUX_LOGS_DIR"),
-    _paths("containers_dir", "where images lie", "AIFLUX_CONTAINERS_DIR"),
-    _paths("image", "the image to run", "AIFLUX_IMAGE"),
+    _paths("containers_dir", "where images lie", "AIFLUX_CONTAINERS_DIR", decisive=True),
+    _paths("image", "the image to run", "AIFLUX_IMAGE", decisive=True),
     _paths("models_file", "a catalogue of models that adds to AI-Flux's own", "AIFLUX_MODELS_FILE"),
 )
 BY_NAME: Mapping[str, Setting] = {

@@ -28,6 +28,7 @@ _GENERIC_JSON = 0x4006
 _METADATA = b"inspect-metadata.json"
 _MAX_DESCRIPTORS = 4096
 _MAX_METADATA = 16 << 20
+_OWN = "aiflux."
 
 ARCHITECTURES = {
     "01": "386", "02": "amd64", "03": "arm", "04": "arm64", "05": "ppc64", "06": "ppc64le",
@@ -56,7 +57,13 @@ class ImageFacts:
 
     def fact(self, name: str) -> str | None:
         """Return one of AI-Flux's own labels, such as ``version``, ``ollama`` or ``engine``."""
-        return self.labels.get(f"aiflux.{name}")
+        return self.labels.get(_OWN + name)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """AI-Flux's own labels, without their prefix."""
+        own = {name: value for name, value in self.labels.items() if name.startswith(_OWN)}
+        return {name.removeprefix(_OWN): value for name, value in own.items()}
 
     @property
     def cpu_only(self) -> bool:
@@ -86,6 +93,24 @@ def read_image(path: Path) -> ImageFacts:
         raise ImageError(
             f"the image {path} cannot be read: {error.strerror}", f"mend it: ls -l {str(path)!r}"
         ) from error
+
+
+def own_image(path: Path) -> ImageFacts:
+    """Read an image that has AI-Flux's labels; nothing of it is executed.
+
+    A label keeps other images from being run by accident. It proves no origin: anybody can write
+    one (see ``docs/security.md``).
+
+    Raises:
+        ImageError: it is not there, cannot be read, or is another image.
+    """
+    image = read_image(path)
+    if not image.fact("version"):
+        raise ImageError(
+            f"{path} is not an AI-Flux image: it has no label aiflux.version",
+            "build one: make image; or name another: --image FILE",
+        )
+    return image
 
 
 def _read(path: Path, file: IO[bytes]) -> ImageFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core import parsers
+from aiflux.core.files import others_may_write
 from aiflux.core.parsers import written_path
 from aiflux.core.settings import (
     SECTIONS,
@@ -29,10 +31,15 @@ _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?
 
 @dataclass(frozen=True)
 class Value:
-    """A setting's value and where it came from, such as ``aiflux.yaml, line 3``."""
+    """A setting's value and where it came from, such as ``aiflux.yaml, line 3``.
+
+    Attributes:
+        local: whether a file of the current directory gave it.
+    """
 
     value: Any
     origin: str
+    local: bool = False
 
 
 def site_file(environ: Mapping[str, str]) -> Path | None:
@@ -62,13 +69,42 @@ def project_file(directory: Path) -> Path:
 
 
 def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Value]:
-    """Return what the YAML files say; the folder's wins over the user's, that over the site's."""
+    """Return what the YAML files say; the folder's wins over the user's, that over the site's.
+
+    Raises:
+        ConfigError: naming the line and what may stand there; or others can write the folder's.
+    """
     values = {}
-    site = site_file(environ)
-    for path in (*([site] if site else []), user_file(environ), project_file(directory)):
+    site, project = site_file(environ), project_file(directory)
+    for path in (*([site] if site else []), user_file(environ)):
         if is_there(path):
             values.update(from_yaml(path, environ))
+    if is_there(project):
+        trusted = site is not None and site.samefile(project)
+        if not trusted:
+            refuse_foreign(project, f"AIFLUX_SITE_CONFIG={shlex.quote(str(project.absolute()))}")
+        found = from_yaml(project, environ)
+        values.update({name: replace(each, local=not trusted) for name, each in found.items()})
     return values
+
+
+def refuse_foreign(path: Path, trust: str) -> None:
+    """Refuse a file of the current directory that somebody else owns or can write to.
+
+    Args:
+        trust: what names the file, and so takes it all the same.
+
+    Raises:
+        ConfigError: it is such a file.
+    """
+    why = others_may_write(path)
+    if why is not None:
+        raise ConfigError(
+            f"{path} is refused: {why}, and could send prompts elsewhere or run commands in your "
+            "name",
+            f"make it yours alone: chmod go-w {shlex.quote(str(path))}, or copy it; or, if you "
+            f"trust it: {trust}",
+        )
 
 
 def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
@@ -106,10 +142,14 @@ def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
     # A folder of this name is a virtual environment.
     if path.is_dir() or not is_there(path):
         return {}
-    return _named(
+    found = _named(
         {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)},
         lambda item, text, place: _parsed(item, text, place, path.parent, environ),
     )
+    # Other programs have files of this name.
+    if found:
+        refuse_foreign(path, "set the same variables in the environment")
+    return {name: replace(each, local=True) for name, each in found.items()}
 
 
 def read_dotenv(path: Path) -> dict[str, str]:

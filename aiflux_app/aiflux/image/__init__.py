@@ -1,12 +1,11 @@
 """The Apptainer image: building it and reading what is in it.
 
-The only part of AI-Flux that uses spython. It works from a checkout of the repository, which
-holds the definition (``container/``) and the entry point.
+It works from a checkout of the repository, which holds the definition (``container/``) and the
+entry point.
 """
 
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.build import build
-from aiflux.image.info import ImageInfo, info
 from aiflux.image.keys import find_signer
 from aiflux.image.options import BuildOptions
 from aiflux.image.signing import sign, signature
@@ -14,11 +13,9 @@ from aiflux.image.signing import sign, signature
 __all__ = [
     "BaseChoice",
     "BuildOptions",
-    "ImageInfo",
     "build",
     "choose_base",
     "find_signer",
-    "info",
     "sign",
     "signature",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from aiflux.core import host
 from aiflux.core.config import Config
-from aiflux.core.container import find_image, find_runtime
+from aiflux.core.container import find_image, find_runtime, is_chosen, probe_command
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.core.modelname import DEFAULT_HOST
 from aiflux.core.sif import machine_arch, read_image
@@ -46,7 +47,7 @@ def containers(config: Config, cwd: Path) -> Iterator[Diagnosis]:
         return
     if runtime is not None:
         yield diagnose(image)
-        yield seal(runtime, image)
+        yield seal(runtime, image) if is_chosen(config, image) else _untried(image)
 
 
 def _runtime(runtime: Path) -> Iterator[Diagnosis]:
@@ -151,11 +152,7 @@ def _building(setuid: bool) -> Diagnosis:
 
 def _image(path: Path) -> Iterator[Diagnosis]:
     image = read_image(path)
-    version = image.fact("version")
-    if image.labels and version is None:
-        yield fail("image", f"{path} is no image of AI-Flux", "make image, or name one: --image")
-        return
-    told = f"{path}: aiflux {version or '?'}, Ollama {image.fact('ollama') or '?'}"
+    told = f"{path}: aiflux {image.fact('version')}, Ollama {image.fact('ollama') or '?'}"
     yield ok("image", f"{told}, {image.arch or 'architecture not known'}")
     if image.arch not in (None, machine_arch(os.uname().machine)):
         yield warn(
@@ -173,10 +170,9 @@ def _image(path: Path) -> Iterator[Diagnosis]:
 
 def seal(runtime: Path, image: Path) -> Diagnosis:
     """Start a container that has no network, as jobs do."""
-    command = [str(runtime), "exec", "--net", "--network", "none", str(image), "true"]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            probe_command(runtime, image), stdin=subprocess.DEVNULL, capture_output=True, text=True,
             errors="replace", timeout=_TIMEOUT, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -184,6 +180,16 @@ def seal(runtime: Path, image: Path) -> Diagnosis:
     if done.returncode == 0:
         return ok("sealing", "a container without a network starts here")
     return _unsealed(_last_words(done.stderr) or f"exit status {done.returncode}")
+
+
+def _untried(image: Path) -> Diagnosis:
+    """Nothing is executed that was only found: it may be anybody's."""
+    return warn(
+        "sealing",
+        f"not tried: {image} comes from the current directory, and doctor runs only an image that "
+        "you or the site named",
+        f"AIFLUX_IMAGE={shlex.quote(str(image))} aiflux doctor",
+    )
 
 
 def _last_words(stderr: str) -> str:

@@ -99,6 +99,15 @@ find_runtime() {
     fi
 }
 
+# No other image is run by accident. SIF files keep their labels before the file system; a label
+# proves no origin.
+refuse_other_image() {
+    [[ -r $image ]] || return 0 # the runtime says why
+    { head -c 1048576 -- "$image" | grep -aqF '"aiflux.version"'; } 2>/dev/null ||
+        give_up "$image is not an AI-Flux image: it has no label aiflux.version" \
+            "build one: make image; or name another: AIFLUX_IMAGE, --image"
+}
+
 # /tmp, /var/tmp and HOME of the container lie here.
 make_scratch() {
     trap remove_scratch EXIT
@@ -243,7 +252,7 @@ choose_seal() {
         unsealed='the engine is elsewhere'
     elif ((!want_seal)); then
         unsealed='--no-seal'
-    elif words=$("$runtime" exec --net --network none "$image" true 2>&1); then
+    elif words=$("$runtime" exec --containall --pwd / --net --network none "$image" true 2>&1); then
         seal=(--net --network none)
     else
         unsealed="this node cannot take the network from a container (${words##*$'\n'})"
@@ -295,6 +304,7 @@ main() {
     load_modules
     site_setup
     find_runtime
+    refuse_other_image
     make_scratch
     find_end_time
     [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")

@@ -11,6 +11,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.config import Config, SlurmConfig
+from aiflux.core.container import local_choices
 from aiflux.core.modelconfig import ModelConfig
 from aiflux.core.preflight import told
 from aiflux.core.registry import register_plan
@@ -116,6 +117,9 @@ class SlurmRunner:
             check=preflight,
             write=not dry_run,
         )
+        choices = local_choices(config, planned.image)
+        if choices is not None:
+            _log.warning(choices)
         for finding in planned.findings:
             _log.warning(told(finding))
         if dry_run:

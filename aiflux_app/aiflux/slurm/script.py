@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 
 from aiflux.core.config import SlurmConfig
-from aiflux.core.parsers import CONTROL
 from aiflux.errors import ConfigError
 from aiflux.slurm.directives import job_directives, wants_gpus
 
@@ -78,7 +77,7 @@ def render(job: JobScript) -> str:
         *_site(slurm),
     ]
     for line in lines:
-        _refuse_control(line)
+        _refuse_ends(line)
     return "\n".join([*lines, "", _part("job.sh")])
 
 
@@ -129,13 +128,13 @@ def _part(name: str) -> str:
     return re.sub(r"\A# shellcheck .*\n", "", text)
 
 
-def _refuse_control(line: str) -> None:
+def _refuse_ends(line: str) -> None:
     """Refuse what would end a line early: of the directives, of an assignment or of ``setup``.
 
     sbatch refuses a script with DOS line ends, and bash drops a NUL.
     """
-    if CONTROL.search(line):
+    if re.search(r"[\n\0]|\r\Z", line):
         raise ConfigError(
-            f"the batch script cannot hold a line break or another control character: {line!r}",
+            f"a line of the batch script cannot hold a line break or a NUL: {line!r}",
             "remove it from the setting, or choose another name for the file",
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 from aiflux import __version__
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
+from aiflux.core.container import local_choices
 from aiflux.core.ggufstaging import read_staged_gguf
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.opening import open_run
@@ -177,6 +178,9 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
 
 def _work_on_input(arguments: argparse.Namespace, config: Config, context: Context) -> None:
     options = config.run_options()
+    choices = local_choices(config, None)
+    if choices is not None:
+        context.reporter.say(f"note: {choices}")
     input_path = Path(arguments.input)
     output = Path(arguments.output or default_output(input_path, Path.cwd()))
     with context.stopper.raising():

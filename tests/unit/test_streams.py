@@ -14,6 +14,7 @@ import pytest
 
 from aiflux.core.registry import entries
 from tests.tools.faulty_engine import FaultyEngine
+from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import waiting_slurm
 from tests.unit.helpers import write_input
 from tests.unit.working import Working
@@ -101,7 +102,7 @@ def test_a_submission_needs_no_one_who_reads_it(
 ) -> None:
     fakes = waiting_slurm(tmp_path / "bin", monkeypatch)
     image = tmp_path / "aiflux.sif"
-    image.touch()
+    make_sif(image, version="1")
     write_input(tmp_path / "in.jsonl", 2)
     words = ["--no-preflight", "--image", str(image), "--model", "m:1", "--partition", "p"]
     done = subprocess.run(

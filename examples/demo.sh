@@ -11,7 +11,12 @@ demo_model=smollm2:135m
 demo_eye=smollm2-untrained-eye:135m
 model=${MODEL:-$demo_model}
 input=$here/prompts.jsonl
-output=$PWD/results.json
+# A name that nothing has: neither results nor a run are ever overwritten.
+output=$PWD/demo-results.json
+for ((number = 2; ; number++)); do
+    [[ -e $output || -e $output.aiflux ]] || break
+    output=$PWD/demo-results-$number.json
+done
 
 if [[ -n ${OLLAMA:-} ]]; then
     ollama=$OLLAMA
@@ -41,7 +46,6 @@ if [[ -n ${EXAMPLE:-} ]]; then
     exec "$here/$EXAMPLE/run.sh" --local --model "$model" --allow-cpu
 fi
 
-rm -rf "$output" "$output.aiflux"
 aiflux run --local --model "$model" --input "$input" --output "$output" --allow-cpu
 aiflux results show "$output"
 echo "results: $output"

@@ -9,8 +9,8 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
 # A request for each row. The schema leaves the model the choice among the labels and nothing else.
-aiflux convert csv --input "$here/reviews.csv" --id-column id --template-file "$here/prompt.txt" \
-    --schema "$here/schema.json" --temperature 0 --max-tokens 20 --output classified.jsonl --force
+[[ -e classified.jsonl ]] || aiflux convert csv --input "$here/reviews.csv" --id-column id --template-file "$here/prompt.txt" \
+    --schema "$here/schema.json" --temperature 0 --max-tokens 20 --output classified.jsonl
 
 aiflux run --input classified.jsonl --output classified.json "$@"
 
@@ -18,5 +18,5 @@ aiflux run --input classified.jsonl --output classified.json "$@"
 aiflux watch classified.json
 
 # The answers beside the columns that they were asked from.
-aiflux results to-csv classified.json --source "$here/reviews.csv" --id-column id \
-    --json-fields label --output classified.csv --force
+[[ -e classified.csv ]] || aiflux results to-csv classified.json --source "$here/reviews.csv" --id-column id \
+    --json-fields label --output classified.csv

@@ -5,8 +5,8 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-aiflux convert csv --input "$here/corpus.csv" --id-column id --endpoint embeddings \
-    --template "{text}" --output embedded.jsonl --force
+[[ -e embedded.jsonl ]] || aiflux convert csv --input "$here/corpus.csv" --id-column id --endpoint embeddings \
+    --template "{text}" --output embedded.jsonl
 
 aiflux run --input embedded.jsonl --output embedded.json "$@"
 aiflux watch embedded.json

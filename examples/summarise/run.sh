@@ -5,13 +5,13 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-# PDF and DOCX need the extra aiflux[documents]. The chunks here are small so that some text is cut;
+# PDF and DOCX need the extra documents. The chunks here are small so that some text is cut;
 # with real models take a few thousand tokens, and leave room for the answer in the context.
-aiflux convert dir --input "$here/reports" --chunk-tokens 160 --overlap 20 \
+[[ -e summaries.jsonl ]] || aiflux convert dir --input "$here/reports" --chunk-tokens 160 --overlap 20 \
     --system "You summarise texts in one plain sentence." \
     --template "Summarise part {chunk} of {chunks} of {source_file}: {text}" \
-    --temperature 0 --max-tokens 40 --output summaries.jsonl --force
+    --temperature 0 --max-tokens 40 --output summaries.jsonl
 
 aiflux run --input summaries.jsonl --output summaries.json "$@"
 aiflux watch summaries.json
-aiflux results to-csv summaries.json --output summaries.csv --force
+[[ -e summaries.csv ]] || aiflux results to-csv summaries.json --output summaries.csv

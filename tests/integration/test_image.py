@@ -67,8 +67,11 @@ def test_bad_input_sends_nothing(user: User, image: Path, models: Path) -> None:
 
 @pytest.mark.timeout(1500)  # it may have to download, and to answer on a busy CPU
 def test_the_demo_shows_prompts_and_answers(user: User, checkout: Path) -> None:
+    (checkout / "results.json").write_text("mine", encoding="utf-8")
     told = user.run("make", "demo", cwd=checkout, timeout=1200)
+    assert (checkout / "results.json").read_text(encoding="utf-8") == "mine"
+    (checkout / "results.json").unlink()
     assert "Paris" in told
-    entries = json.loads((checkout / "results.json").read_text(encoding="utf-8"))
+    entries = json.loads((checkout / "demo-results.json").read_text(encoding="utf-8"))
     assert len(entries) == 12
     assert all(entry["output"] for entry in entries)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,17 @@ from aiflux.core.bundleinstaller import (
     places,
     verify,
 )
-from aiflux.core.extras import EXTRAS, remedy
+from aiflux.core.extras import EXTRAS, LIBRARIES, remedy
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts
 from aiflux.errors import BundleError, ModelError
 from aiflux.image.packages import download_command
 from tests.tools.make_sif import make_sif
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # of pytest
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 MACHINE = os.uname().machine
@@ -68,21 +73,23 @@ def make_model(models: Path, name: ModelName, weights: bytes) -> None:
 
 def make_wheel(folder: Path, version: str) -> Path:
     """Make a wheel of a package that stands for AI-Flux: it prints how it is called."""
-    facts = f"Metadata-Version: 2.1\nName: aiflux\nVersion: {version}\nProvides-Extra: report\n"
+    facts = (
+        f"Metadata-Version: 2.1\nName: aiflux-slurm\nVersion: {version}\nProvides-Extra: report\n"
+    )
     tag = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     code = (
         "import os, sys\nprint(sys.argv[1:], os.environ['AIFLUX_SITE_CONFIG'])\n"
         "sys.argv[1:2] == ['wait'] and input()\nfrom aiflux.late import VERSION\nprint(VERSION)\n"
     )
-    wheel = folder / f"aiflux-{version}-py3-none-any.whl"
+    wheel = folder / f"aiflux_slurm-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("aiflux/__init__.py", f"VERSION = {version!r}\n")
         archive.writestr("aiflux/late.py", f"VERSION = {version!r}\n")
         archive.writestr("aiflux/cli/__init__.py", "")
         archive.writestr("aiflux/cli/__main__.py", code)
-        archive.writestr(f"aiflux-{version}.data/purelib/aiflux/more.py", "MORE = 1\n")
-        archive.writestr(f"aiflux-{version}.dist-info/METADATA", facts)
-        archive.writestr(f"aiflux-{version}.dist-info/WHEEL", tag)
+        archive.writestr(f"aiflux_slurm-{version}.data/purelib/aiflux/more.py", "MORE = 1\n")
+        archive.writestr(f"aiflux_slurm-{version}.dist-info/METADATA", facts)
+        archive.writestr(f"aiflux_slurm-{version}.dist-info/WHEEL", tag)
     return wheel
 
 
@@ -586,12 +593,28 @@ def test_an_install_has_the_extras_of_its_bundle(
 
 
 def test_the_extras_are_those_of_the_package() -> None:
-    assert {*EXTRAS} == {*(metadata("aiflux").get_all("Provides-Extra") or ())} - {"test", "lint"}
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert {name: tuple(extras[name]) for name in extras if name not in ("test", "lint")} == {
+        **LIBRARIES
+    }
+    assert EXTRAS.keys() == LIBRARIES.keys()
 
 
-def test_what_a_bundle_lacks_is_brought_by_another() -> None:
-    assert "pip install 'aiflux[report]'" in remedy("report", has_pip=True)
-    assert "aiflux bundle create --extra report" in remedy("report", has_pip=False)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_a_bundle_lacks_is_brought_by_another(extra: str) -> None:
+    assert f"aiflux bundle create --extra {extra}" in remedy(extra, has_pip=False)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_missing_library_is_named_to_pip_itself(extra: str) -> None:
+    """It is right in a checkout, in a virtual environment and with any Python."""
+    words = shlex.split(remedy(extra, has_pip=True))
+    assert words[:4] == [sys.executable, "-m", "pip", "install"]
+    done = subprocess.run(
+        [*words, "--dry-run", "--no-index", "--quiet"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, "these are installed already: pip agrees with what is needed"
 
 
 def test_extras_are_asked_of_pip_wherever_the_wheel_lies(awkward: Path) -> None:

@@ -20,6 +20,7 @@ from aiflux.converters.chunks import split_text
 from aiflux.converters.seen import SeenIds
 from aiflux.converters.template import Template, escape
 from aiflux.converters.walking import parse_size
+from aiflux.core.extras import remedy
 from aiflux.core.request import parse_request
 from aiflux.errors import ConfigError, InputError, UsageError
 
@@ -906,7 +907,7 @@ def test_a_missing_library_is_told_with_its_command(
     write(tmp_path / "in" / name, b"x")
     with pytest.raises(ConfigError) as error:
         directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", skip_bad=True)
-    assert error.value.remedy == f"python -m pip install 'aiflux[{extra}]'"
+    assert error.value.remedy == remedy(extra, has_pip=True)
 
 
 # --- the rest ---

@@ -17,6 +17,7 @@ from PIL import Image
 
 from aiflux.converters import images_to_jsonl, parquet_to_jsonl, results_to_parquet
 from aiflux.converters.results import BackOptions
+from aiflux.core.extras import remedy
 from aiflux.errors import ConfigError, InputError, UsageError
 from tests.unit.test_converters import prompts, refused, requests_in, write
 
@@ -141,7 +142,7 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     picture_folder.mkdir()
     with pytest.raises(ConfigError) as error:
         images_to_jsonl(picture_folder, tmp_path / "o.jsonl")
-    assert error.value.remedy == "python -m pip install 'aiflux[images]'"
+    assert error.value.remedy == remedy("images", has_pip=True)
 
 
 def parquet(path: Path, columns: dict[str, Any], **more: Any) -> Path:
@@ -239,4 +240,4 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError) as error:
         parquet_to_jsonl(tmp_path / "x.parquet", tmp_path / "o.jsonl", template="{b}")
-    assert error.value.remedy == "python -m pip install 'aiflux[parquet]'"
+    assert error.value.remedy == remedy("parquet", has_pip=True)

@@ -290,3 +290,30 @@ def test_the_python_quick_start_runs_up_to_the_submission(
 def test_the_exit_codes_are_the_ones_that_are_used(name: str) -> None:
     table = re.findall(r"^ *\| (\d) \| ", read(ROOT / name), re.MULTILINE)
     assert [int(code) for code in table] == sorted(ExitCode)
+
+
+SUFFIXES = ("", ".md", ".sh", ".py", ".yaml", ".def", ".sbatch", ".txt")
+TEXTS = [
+    path
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "docs", "examples",
+                 "container", "entrypoint", "slurm", "aiflux_app", "bench")
+    for path in [ROOT / name, *(ROOT / name).rglob("*")]
+    if path.is_file() and path.suffix in SUFFIXES
+]  # fmt: skip
+
+
+def test_nothing_leads_to_the_package_that_others_have_on_pypi() -> None:
+    """``aiflux`` is somebody else's name there; this distribution is ``aiflux-slurm``."""
+    assert len(TEXTS) > 200
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        found = re.search(r"\b(pip3?|uv|pipx)\b.*\binstall\b.*[\s'\"]aiflux(?![-/\w.])", text)
+        assert found is None, f"{path}: {found}"
+        assert "aiflux" + "[" not in text.replace("${AIFLUX", ""), path
+
+
+def test_no_example_removes_or_replaces_what_is_there() -> None:
+    scripts = [*(ROOT / "examples").rglob("*.sh")]
+    assert len(scripts) == 6
+    for script in scripts:
+        assert not re.search(r"\brm\b|--force", script.read_text(encoding="utf-8")), script

@@ -46,6 +46,32 @@ def test_classify(tmp_path: Path) -> None:
     assert len(engine.bodies) == 12
 
 
+def test_an_example_keeps_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "classified.csv").write_text("mine", encoding="utf-8")
+    with FaultyEngine(told='{"label": "mixed"}') as engine:
+        run("classify", engine, tmp_path)
+    assert (tmp_path / "classified.csv").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_demo_has_names_of_its_own(tmp_path: Path) -> None:
+    """With stand-ins for Ollama and the command, only the names are of interest."""
+    (tmp_path / "bin").mkdir()
+    log = tmp_path / "log"
+    aiflux = tmp_path / "bin" / "aiflux"
+    aiflux.write_text(f"#!/bin/sh\necho \"$@\" >> '{log}'\n", encoding="utf-8")
+    aiflux.chmod(0o755)
+    theirs = ["results.json", "demo-results.json", "demo-results-2.json.aiflux"]
+    for name in theirs:
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    env = {
+        "PATH": f"{aiflux.parent}:{os.environ['PATH']}", "HOME": str(tmp_path),
+        "OLLAMA": "/bin/true", "MODEL": "other:1b",
+    }  # fmt: skip
+    subprocess.run([EXAMPLES / "demo.sh"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert f"--output {tmp_path / 'demo-results-3.json'}" in log.read_text(encoding="utf-8")
+    assert {(tmp_path / name).read_text(encoding="utf-8") for name in theirs} == {"mine"}
+
+
 def test_summarise(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         run("summarise", engine, tmp_path)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.core.answerschema import SchemaError, compile_schema
+from aiflux.core.extras import remedy
 from aiflux.core.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.request import ENDPOINTS, Request, parse_request
 from aiflux.errors import ExitCode, InputError
@@ -325,4 +326,4 @@ def test_without_jsonschema_the_run_says_what_to_install(
         working = Working(tmp_path, engine.url, validate=True).prompts("x")
         assert working.run() is ExitCode.USAGE
     assert working.error is not None
-    assert working.error.remedy == "python -m pip install 'aiflux[schema]'"
+    assert working.error.remedy == remedy("schema", has_pip=True)

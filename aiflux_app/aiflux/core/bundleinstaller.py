@@ -289,7 +289,8 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Bundle]]:
 
 def _head(tar: tarfile.TarFile, path: Path) -> Bundle:
     try:
-        sums = dict(_sum(line) for line in _small(tar, SUMS).decode().splitlines())
+        lines = _small(tar, SUMS).decode().split("\n")  # splitlines() knows more line ends
+        sums = dict(map(_sum, filter(None, lines)))
         raw = _small(tar, CONTENTS)
         if hashlib.sha256(raw).hexdigest() != sums[CONTENTS]:
             raise ValueError(f"{CONTENTS} is not what {SUMS} says")

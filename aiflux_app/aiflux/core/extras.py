@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +19,15 @@ EXTRAS: Mapping[str, str] = {
     "schema": "--validate",
 }
 """The package's extras that users choose from, and what each is for."""
+
+LIBRARIES: Mapping[str, tuple[str, ...]] = {
+    "documents": ("pypdf>=5.0", "python-docx>=1.1"),
+    "images": ("Pillow>=10.0",),
+    "parquet": ("pyarrow>=14.0",),
+    "report": ("matplotlib>=3.8",),
+    "schema": ("jsonschema>=4.17",),
+}
+"""What each extra brings, as in ``pyproject.toml``."""
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
@@ -39,7 +50,11 @@ def need(module: str, extra: str, purpose: str) -> Any:
 
 
 def remedy(extra: str, *, has_pip: bool) -> str:
-    """Return what brings an extra; an installation from a bundle has no pip."""
+    """Return what brings an extra; an installation from a bundle has no pip.
+
+    The libraries are named themselves: that is right wherever AI-Flux came from.
+    """
     if has_pip:
-        return f"python -m pip install 'aiflux[{extra}]'"
+        command = [sys.executable, "-m", "pip", "install", *LIBRARIES[extra]]
+        return " ".join(map(shlex.quote, command))
     return f"install a bundle that was made with it: aiflux bundle create --extra {extra}"

@@ -79,7 +79,7 @@ def download_command(
 
 def _requirement(wheel: Path, extras: Sequence[str]) -> str:
     """Return a wheel and extras of it, as PEP 508 writes them."""
-    return f"aiflux[{','.join(extras)}] @ {wheel.absolute().as_uri()}"
+    return f"aiflux-slurm[{','.join(extras)}] @ {wheel.absolute().as_uri()}"
 
 
 def _pip(action: str) -> list[str]:

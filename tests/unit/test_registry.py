@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aiflux.core.locate import find_run
 from aiflux.core.registry import entries, folder, forget_gone, register, with_job
+from aiflux.core.rundir import RunDirectory
 from aiflux.errors import UsageError
+from aiflux.slurm.records import read_submissions
 from tests.unit.made_runs import MadeRun
 
 
@@ -199,3 +206,59 @@ def test_an_entry_is_json_that_others_can_read(tmp_path: Path, environ: dict[str
     assert content["run_dir"] == str(made.run.path)
     assert content["jobs"] == ["7"]
     assert file.stat().st_mode & 0o077 == 0
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+ENTRY = ["run_dir", "output", "input", "models", "requests", "submitted", "jobs", "host"]
+JOB_FILE = ["image", "slurm", "submissions"]
+SUBMISSION = ["submitted", "cluster", "jobs", "log"]
+JOB_FIELDS = ["job_id", "array", "first", "shards"]
+
+
+def some(names: list[str], **usual: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.fixed_dictionaries({name: usual.get(name, ANY_JSON) | ANY_JSON for name in names})
+
+
+JOBS = some(JOB_FIELDS, job_id=st.just("7"), first=st.just(0), shards=st.just([0]))
+RECORDS = some(
+    JOB_FILE,
+    image=st.just("/i.sif"),
+    slurm=st.just({}),
+    submissions=st.lists(some(SUBMISSION, jobs=st.lists(JOBS, max_size=2), log=st.just("/l"))),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ANY_JSON | some(ENTRY, run_dir=st.text()))
+def test_any_json_in_the_registry_is_left_out_or_an_entry(tmp_path: Path, content: object) -> None:
+    environ = {"XDG_STATE_HOME": str(tmp_path)}
+    place = folder(environ)
+    place.mkdir(parents=True, exist_ok=True)
+    named = content["run_dir"] if isinstance(content, dict) and "run_dir" in content else "/x"
+    raw = str(named).encode("utf-8", "surrogatepass")
+    (place / f"{blake2b(raw, digest_size=12).hexdigest()}.json").write_text(json.dumps(content))
+    for entry in entries(environ):
+        assert isinstance(entry.gone, bool)
+    with_job("7", environ)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ANY_JSON | RECORDS)
+def test_any_json_in_jobs_json_is_unreadable_or_of_its_form(tmp_path: Path, content: Any) -> None:
+    run = RunDirectory(tmp_path)
+    run.submissions.write_text(json.dumps(content), encoding="utf-8")
+    found = read_submissions(run)
+    for submission in () if found is None else found.submissions:
+        for id_ in submission.ids:
+            assert re.fullmatch(r"[1-9]\d*(;[^\s;,]+)?", str(id_)), "never an option of scancel"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "\0", "1e999"])
+def test_files_of_nonsense_are_left_out(tmp_path: Path, content: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.submissions.write_text(content, encoding="utf-8")
+    assert read_submissions(run) is None

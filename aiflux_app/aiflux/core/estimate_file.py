@@ -16,7 +16,7 @@ def read_estimate(path: Path, plan: Plan) -> Estimate | None:
     """Return the estimate in a file; None where there is none for this very plan."""
     try:
         told = Estimate.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return told if told.plan == plan.id else None
 

@@ -100,7 +100,7 @@ def read_staged_gguf(models_dir: Path, name: ModelName) -> StagedGguf:
     try:
         content = json.loads((staged_folder(models_dir, name) / _NOTE).read_text(encoding="utf-8"))
         return StagedGguf(str(content["digest"]), content["template"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"no GGUF file is staged for {name.served}: {error}",
             "aiflux models import --gguf FILE --name NAME",

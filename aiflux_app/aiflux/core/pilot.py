@@ -65,7 +65,7 @@ class Pilot:
         try:
             content = json.loads(self.record.read_text(encoding="utf-8"))
             drawn = Drawn(**content["drawn"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return drawn if content["settings"] == json.loads(json.dumps(settings)) else None
 

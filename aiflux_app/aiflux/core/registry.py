@@ -172,15 +172,16 @@ def _entries(environ: Mapping[str, str]) -> Iterator[Entry]:
         return
     for file in files:
         entry = _read(file)
-        # A file that was copied under another name would show its run twice.
-        if entry is not None and file.name == _name(entry.run_dir):
+        if entry is not None:
             yield entry
 
 
 def _read(file: Path) -> Entry | None:
     try:
-        return _from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        entry = _from_json(json.loads(file.read_text(encoding="utf-8")))
+        # A file that was copied under another name would show its run twice.
+        return entry if file.name == _name(entry.run_dir) else None
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from aiflux.core.config import SlurmConfig
 from aiflux.core.files import write_json
 from aiflux.core.rundir import RunDirectory
+from aiflux.errors import SlurmError
 from aiflux.slurm.jobs import JobId
 
 
@@ -67,19 +68,28 @@ def read_submissions(run: RunDirectory) -> Submissions | None:
         content = json.loads(run.submissions.read_text(encoding="utf-8"))
         return Submissions(
             Path(content["image"]),
-            content["slurm"],
+            dict(content["slurm"]),
             tuple(_submission(item) for item in content["submissions"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+            RecursionError, SlurmError):  # fmt: skip
         return None
 
 
 def _submission(content: dict[str, Any]) -> Submission:
-    jobs = (
-        Job(str(job["job_id"]), job["array"], int(job["first"]), tuple(job["shards"]))
-        for job in content["jobs"]
-    )
-    return Submission(content["submitted"], content["cluster"], tuple(jobs), Path(content["log"]))
+    cluster = None if content["cluster"] is None else str(content["cluster"])
+    jobs = tuple(_job(item, cluster) for item in content["jobs"])
+    return Submission(str(content["submitted"]), cluster, jobs, Path(content["log"]))
+
+
+def _job(content: dict[str, Any], cluster: str | None) -> Job:
+    # What is not an id could be an option of Slurm's commands.
+    id_ = JobId.parse(str(JobId(str(content["job_id"]), cluster)))
+    array = None if content["array"] is None else str(content["array"])
+    shards = tuple(int(shard) for shard in content["shards"])
+    if not shards:
+        raise ValueError("a job works on at least one shard")
+    return Job(id_.number, array, int(content["first"]), shards)
 
 
 def remember(run: RunDirectory, image: Path, slurm: SlurmConfig, submission: Submission) -> None:

@@ -203,6 +203,7 @@ def test_a_killed_engine_costs_nothing(
     os.kill(going.child("ollama", *victim), signal.SIGKILL)
     code, told = going.end()
     assert code == 0, told
+    assert told.count("starting it again") == 1, told
     whole(place, 120)
     entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
     assert {entry["metadata"]["attempts"] for entry in entries} == {1}

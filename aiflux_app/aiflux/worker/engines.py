@@ -343,8 +343,9 @@ class Keeper:
         self._scheduler = scheduler
         self._say = say
         self._on_ready = on_ready
-        self._down = threading.Event()
-        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._down_in = -1
+        self._closing = False
         self._thread = threading.Thread(
             target=self._keep, name=f"engine-{engine.index}", daemon=True
         )
@@ -355,22 +356,32 @@ class Keeper:
 
     def close(self) -> None:
         """Stop the engine for good and wait for that."""
-        self._closing.set()
-        self._down.set()
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self.engine.close()
         if self._thread.ident is not None:
             self._thread.join()
 
     def report_down(self, generation: int) -> None:
-        """Have the engine restarted, unless it has been since ``generation``."""
-        if generation == self.lane.generation:
-            self._down.set()
+        """Have the engine restarted, unless it has been since ``generation``.
+
+        Every request in flight reports the same death, some of them while the engine starts again
+        or after that: it is the generation that tells that they mean the one before.
+        """
+        with self._changed:
+            self._down_in = max(self._down_in, generation)
+            self._changed.notify()
+
+    def _wait_until_down(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._down_in >= self.lane.generation)
 
     def _keep(self) -> None:
         try:
             self._run()
         except AifluxError as error:
-            if not self._closing.is_set():
+            if not self._closing:
                 self.failure = error
                 self._say(f"engine {self.engine.index} is gone: {error.message}")
             self._scheduler.close_lane(self.lane, gone=True)
@@ -380,7 +391,7 @@ class Keeper:
     def _run(self) -> None:
         fruitless = 0
         completed = -1
-        while not self._closing.is_set():
+        while not self._closing:
             try:
                 self.engine.start()
             except EngineError:
@@ -388,9 +399,8 @@ class Keeper:
                     raise
             else:
                 self._open()
-                self._down.wait()
-                self._down.clear()
-            if self._closing.is_set():
+                self._wait_until_down()
+            if self._closing:
                 return
             self._scheduler.close_lane(self.lane)
             fruitless = 1 if self.lane.completed > completed >= 0 else fruitless + 1

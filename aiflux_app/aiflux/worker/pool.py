@@ -239,8 +239,7 @@ class Pool:
         seconds: float,
     ) -> None:
         """The engine died: that is not the request's fault, unless it dies again and again."""
-        if lane.generation == generation:
-            self._scheduler.close_lane(lane)
+        self._scheduler.close_lane(lane, generation=generation)
         if verdict.code in UNTOUCHED:
             self._scheduler.put_back(task, lane)
         else:
@@ -264,7 +263,7 @@ class Pool:
         self._timeouts[lane.index] += 1
         if self._timeouts[lane.index] >= max(self._timeouts_before_restart, lane.limit.value):
             self._timeouts[lane.index] = 0
-            self._scheduler.close_lane(lane)
+            self._scheduler.close_lane(lane, generation=generation)
             self._on_down(lane, generation)
 
     def _record(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:

@@ -155,9 +155,15 @@ class Scheduler:
                 self._ready.appendleft(task)
             self._leave(task, lane)
 
-    def close_lane(self, lane: Lane, *, gone: bool = False) -> None:
-        """Give the engine no more requests, for now or for good."""
+    def close_lane(self, lane: Lane, *, generation: int | None = None, gone: bool = False) -> None:
+        """Give the engine no more requests, for now or for good.
+
+        Args:
+            generation: the start of the engine that this is about; a later one is left alone.
+        """
         with self._condition:
+            if generation is not None and generation != lane.generation:
+                return
             lane.open = False
             lane.gone = lane.gone or gone
             self._condition.notify_all()

@@ -8,40 +8,6 @@ work=$stack_dir/apptainer # downloads and what is unpacked from them
 libc_dir=$work/libc       # sid's libraries, for sid's binaries alone
 helpers=(ca-certificates squashfs-tools squashfuse fuse-overlayfs uidmap fakeroot debootstrap)
 
-# --- sid, seen through an apt of its own: the machine's lists and sources stay as they are ---
-
-private_apt() {
-    apt-get -q -o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts="$work/apt/none" \
-        -o Dir::Etc::Preferences="$work/apt/none" -o Dir::Etc::PreferencesParts="$work/apt/none" \
-        -o Dir::State="$work/apt/state" -o Dir::State::status="$work/apt/status" \
-        -o Dir::Cache="$work/apt/cache" -o APT::Sandbox::User=root -o Acquire::Languages=none \
-        "$@" </dev/null >&2
-}
-
-write_sid_source() {
-    local source keyring=/usr/share/keyrings/debian-archive-keyring.gpg option=
-    source=$(debian_source)
-    [[ ! -e $keyring ]] || option="[signed-by=$keyring] "
-    mkdir -p "$work/apt/none" "$work/apt/state/lists/partial" "$work/apt/cache/archives/partial"
-    : >"$work/apt/status"
-    printf 'deb %s%s sid main\n' "$option" "${source% *}" >"$work/apt/sources.list"
-}
-
-# apt-get download puts the packages into the working directory.
-download_from_sid() {
-    write_sid_source
-    private_apt update
-    rm -rf "$work/debs"
-    mkdir -p "$work/debs"
-    (cd "$work/debs" && private_apt download "$@")
-}
-
-unpack() {
-    rm -rf "$2"
-    mkdir -p "$2"
-    dpkg-deb -x "$work"/debs/"$1"_*.deb "$2"
-}
-
 # --- installing -----------------------------------------------------------------------------
 
 # Debian 13 and later have the libc that sid's Apptainer was linked against.

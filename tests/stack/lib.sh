@@ -6,7 +6,7 @@
 stack_dir=${AIFLUX_STACK_DIR:-/var/tmp/aiflux-stack}
 stack_user=aifluxtest
 # In the order in which they come up; <part>.sh takes up, down or status.
-parts=(user apptainer slurm registry ollama)
+parts=(user apptainer slurm registry ollama llamacpp)
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd -- "$here/../.." && pwd)
 run_dir=$stack_dir/run
@@ -112,6 +112,42 @@ archive_of() {
     apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
         awk -v release="$1" '$2 == release && $3 == "main" && $1 ~ /^https?:/ && !found {
             sub("/$", "", $1); print $1, $2; found = 1 }'
+}
+
+# --- Debian sid -----------------------------------------------------------------------------
+# Seen through an apt of its own: the machine's lists and sources stay as they are. Downloads and
+# what is unpacked from them go below $work, which the part sets.
+
+private_apt() {
+    apt-get -q -o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts="$work/apt/none" \
+        -o Dir::Etc::Preferences="$work/apt/none" -o Dir::Etc::PreferencesParts="$work/apt/none" \
+        -o Dir::State="$work/apt/state" -o Dir::State::status="$work/apt/status" \
+        -o Dir::Cache="$work/apt/cache" -o APT::Sandbox::User=root -o Acquire::Languages=none \
+        "$@" </dev/null >&2
+}
+
+write_sid_source() {
+    local source keyring=/usr/share/keyrings/debian-archive-keyring.gpg option=
+    source=$(debian_source)
+    [[ ! -e $keyring ]] || option="[signed-by=$keyring] "
+    mkdir -p "$work/apt/none" "$work/apt/state/lists/partial" "$work/apt/cache/archives/partial"
+    : >"$work/apt/status"
+    printf 'deb %s%s sid main\n' "$option" "${source% *}" >"$work/apt/sources.list"
+}
+
+# apt-get download puts the packages into the working directory.
+download_from_sid() {
+    write_sid_source
+    private_apt update
+    rm -rf "$work/debs"
+    mkdir -p "$work/debs"
+    (cd "$work/debs" && private_apt download "$@")
+}
+
+unpack() {
+    rm -rf "$2"
+    mkdir -p "$2"
+    dpkg-deb -x "$work"/debs/"$1"_*.deb "$2"
 }
 
 # --- daemons --------------------------------------------------------------------------------

@@ -14,7 +14,8 @@
     │   └── PreflightError           what is asked for cannot work here; names every reason
     ├── TooManyFailuresError         exit 3: finished, too many requests failed
     ├── EngineError                  exit 4: the engine or the model could not be had
-    │   └── ModelError               the model is unknown, or could not be pulled
+    │   ├── ModelError               the model is unknown, or could not be pulled
+    │   └── RejectedError            the engine takes no request: address, key or model is wrong
     └── StoppedError                 exit 5: stopped before the end; resumable
         └── StorageError             the journal or output could not be written
 
@@ -124,6 +125,10 @@ class EngineError(AifluxError):
 
 class ModelError(EngineError):
     """The model is unknown, or could not be pulled."""
+
+
+class RejectedError(EngineError):
+    """No request can succeed until the command or the server is corrected."""
 
 
 class StoppedError(AifluxError):

@@ -2,25 +2,34 @@
 
 The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
 first N requests with that text meet the fault, later ones an answer. Faults: ``500 502 503 504 408
-425 429 400 404 reset hang cut html notjson array empty error drip headers unfit die``; everything
+425 429 400 403 404 reset hang cut html notjson array empty error drip headers unfit die``; all
 else is answered with an echo, or with what stands behind ``answer:``. ``unfit`` is a plain word for
 an answer; ``die`` ends the server as a crash would; ``start`` brings it back. A prompt
 ``body:BODY`` is answered with that body (``body400:BODY``: with status 400), ``fail:TEXT`` with an
 error that has that message.
+
+``/v1/models`` lists ``models``. ``instead`` may answer any call before anything else does.
 """
 
 from __future__ import annotations
 
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-_STATUSES = {"400", "404", "408", "422", "425", "429", "500", "501", "502", "503", "504"}
+Reply = tuple[int, bytes, dict[str, str]]
+"""Status, body and headers."""
+Instead = Callable[[str, str, Mapping[str, str]], "Reply | None"]
+"""Of method, path and headers of a call: what to answer; None leaves it to the engine."""
+
+_STATUSES = {"400", "403", "404", "408", "422", "425", "429", "500", "501", "502", "503", "504"}
 
 
 class FaultyEngine:
@@ -28,6 +37,9 @@ class FaultyEngine:
 
     Args:
         told: what every request is answered with, instead of an echo.
+        models: what ``/v1/models`` lists.
+        answers_as: the model that answers name; None takes the one that was asked for.
+        tls: certificate and key, for HTTPS.
 
     Attributes:
         seen: how often each prompt came.
@@ -36,10 +48,21 @@ class FaultyEngine:
     """
 
     def __init__(
-        self, delay: float = 0.0, retry_after: str | None = None, told: str | None = None
+        self,
+        delay: float = 0.0,
+        retry_after: str | None = None,
+        told: str | None = None,
+        models: tuple[str, ...] = (),
+        answers_as: str | None = None,
+        instead: Instead | None = None,
+        tls: tuple[str, str] | None = None,
     ) -> None:
         self.delay = delay
         self.told = told
+        self.models = models
+        self.answers_as = answers_as
+        self.instead = instead
+        self.tls = tls
         self.retry_after = retry_after
         self.seen: Counter[str] = Counter()
         self.times: dict[str, list[float]] = {}
@@ -64,13 +87,20 @@ class FaultyEngine:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Listen, on the same port as before where there was one."""
         self.died.clear()
         self._server = _Server(("127.0.0.1", self.port), _Handler)
         self._server.engine = self
+        if self.tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*self.tls)
+            # The handshake is left to the thread of each connection.
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -128,11 +158,18 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def do_GET(self) -> None:
-        self._send(200, json.dumps({"object": "list", "data": []}).encode())
+        if self._instead("GET"):
+            return
+        listed = [{"id": name, "object": "model"} for name in self.server.engine.models]
+        self._send(200, json.dumps({"object": "list", "data": listed}).encode())
 
     def do_POST(self) -> None:
         engine = self.server.engine
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if engine.answers_as is not None:
+            body["model"] = engine.answers_as
+        if self._instead("POST"):
+            return
         text = _text(body)
         with engine.lock:
             engine.seen[text] += 1
@@ -150,6 +187,20 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with engine.lock:
                 engine.active -= 1
+
+    def _instead(self, method: str) -> bool:
+        """Answer as the test says, if it says so for this call."""
+        instead = self.server.engine.instead
+        reply = instead(method, self.path, self.headers) if instead else None
+        if reply is None:
+            return False
+        status, content, headers = reply
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+        return True
 
     def _act(self, fault: str, body: dict[str, Any], text: str) -> None:
         start, _, rest = text.partition(":")

@@ -42,7 +42,15 @@ class Quiet:
 class Working:
     """One run in a directory: its input, its options, and what came of it."""
 
-    def __init__(self, directory: Path, url: str, output: str = "out.json", **options: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        url: str,
+        output: str = "out.json",
+        api_key: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.api_key = api_key
         self.input = directory / "in.jsonl"
         self.output = directory / output
         self.reporter = Quiet()
@@ -66,7 +74,9 @@ class Working:
 
     def run(self, **more: Any) -> ExitCode:
         """Open and work; return the exit code that the CLI would give."""
-        self.context = Context(self.reporter, self.stopper, deadline=self.deadline)
+        self.context = Context(
+            self.reporter, self.stopper, deadline=self.deadline, api_key=self.api_key
+        )
         try:
             opened = self.open(**more)
             if not opened.finished:

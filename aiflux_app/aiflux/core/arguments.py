@@ -13,6 +13,7 @@ _REPEATABLE = {"engine_env", "sbatch_arg", "modules", "setup", "stop"}
 _METAVARS = {
     "model": "NAME:TAG",
     "engine_url": "URL",
+    "engine_ca": "FILE",
     "engine_env": "KEY=VALUE",
     "sbatch_arg": "KEY=VALUE",
     "time": "TIME",

@@ -27,6 +27,7 @@ class RunOptions:
         max_failures: a count, or a percentage such as ``"2%"``.
         retry_failed: try those again that failed before the plan was made.
         engine_url: an engine that is up already; None means a bundled Ollama.
+        engine_ca: path of the certificates to trust at ``engine_url``.
         model_defaults: parameters that the catalogue has of models, by the name they are served
             under; in a plan, those of its models. They fill only what is left open.
     """
@@ -54,6 +55,7 @@ class RunOptions:
     allow_cpu: bool = False
     engine_url: str | None = None
     engine_wait: float = 300.0
+    engine_ca: str | None = None
     load_timeout: float = 1800.0
     retry_failed: bool = False
     log_level: str = "INFO"
@@ -61,6 +63,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))  # JSON has lists only
+        if self.engine_ca is not None:
+            object.__setattr__(self, "engine_ca", str(self.engine_ca))  # and no paths
         if self.top_k is not None and self.engine_url is None:
             raise ConfigError(
                 "top_k is set, but Ollama's OpenAI API does not know it",

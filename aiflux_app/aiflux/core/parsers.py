@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 Parser = Callable[[Any], Any]
 
@@ -17,6 +18,10 @@ _GPUS = re.compile(r"([\w.:-]+:)?\d+", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|\$)", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 """Characters that no text of one line holds."""
+_ENDPOINT = re.compile(
+    r"/((v1/)?(chat/completions|completions|embeddings|models|responses)"
+    r"|api/(chat|generate|tags|embed|embeddings|show)|health|metrics)\Z"
+)
 _TRUTH = {"true": True, "yes": True, "1": True, "on": True,
           "false": False, "no": False, "0": False, "off": False}  # fmt: skip
 
@@ -103,10 +108,28 @@ def written_path(value: Any, folder: Path, environ: Mapping[str, str]) -> Any:
 
 def url(value: Any) -> str:
     """Accept an http address; a ``/v1`` at its end is dropped."""
-    address = text(value).rstrip("/")
+    address = text(value).strip().rstrip("/")
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
         raise ValueError("an address such as http://127.0.0.1:8000")
-    return address.removesuffix("/v1")
+    if "@" in address.split("/")[2] or re.search(r"//[^?#]*:[^?#]*@", address):
+        raise ValueError(
+            "an address without user and password, which would be stored with the run: set "
+            "AIFLUX_API_KEY='Basic TOKEN', where TOKEN is the output of: printf %s USER:PASSWORD "
+            "| base64 -w0"
+        )
+    if re.search(r"[?#]", address):
+        raise ValueError("an address without ? and #; a key belongs into AIFLUX_API_KEY")
+    try:
+        parts = urlsplit(address)
+        if not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError("an address with a host, and a port from 1 to 65535") from None
+    endpoint = _ENDPOINT.search(address)
+    if endpoint is not None:
+        base = address[: endpoint.start()].removesuffix("/v1")
+        raise ValueError(f"the server's address, without the endpoint: {base}")
+    return address.removesuffix("/v1").rstrip("/")
 
 
 def without_password(address: str) -> str:

@@ -14,8 +14,8 @@ from aiflux.core.report_sources import (
     mapping,
     totals_of,
 )
-from aiflux.core.report_what import without_password
 from aiflux.core.tally import EngineTally, Tally
+from aiflux.core.words import public_url
 
 
 def shard_rows(sources: Sources) -> Iterable[ShardRow]:
@@ -78,7 +78,7 @@ def engine_rows(sources: Sources) -> Iterable[EngineRow]:
 
 def _place(engine: Mapping[str, Any]) -> str:
     if "url" in engine:
-        return without_password(str(engine["url"]))
+        return public_url(str(engine["url"]))
     devices = ",".join(str(each) for each in engine.get("devices") or ())
     if not engine:
         return ""

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan
 from aiflux.core.report_data import Model, What
 from aiflux.core.report_sources import Sources, all_details, engines_of, mapping
 from aiflux.core.tally import Tally
+from aiflux.core.words import public_url
 
 _SECRET = re.compile(r"key|token|secret|passw", re.IGNORECASE)
 _HIDDEN = "(not shown)"
@@ -57,14 +57,8 @@ def what_ran(sources: Sources, whole: Tally) -> What:
 
 def _kind(engine: Mapping[str, Any]) -> str:
     if "url" in engine:
-        return f"server at {without_password(str(engine['url']))}"
+        return f"server at {public_url(str(engine['url']))}"
     return f"Ollama {engine['version']}" if engine.get("version") else "Ollama"
-
-
-def without_password(url: str) -> str:
-    """Return an address without user and password."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def without_secrets(value: Any) -> Any:
@@ -99,7 +93,7 @@ def _options(options: RunOptions) -> dict[str, Any]:
         if getattr(options, item.name) != getattr(usual, item.name)
     }
     if options.engine_url is not None:
-        given["engine_url"] = without_password(options.engine_url)
+        given["engine_url"] = public_url(options.engine_url)
     if "engine_env" in given:
         given["engine_env"] = without_secrets(given["engine_env"])
     return given

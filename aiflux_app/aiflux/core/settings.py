@@ -10,6 +10,7 @@ from typing import Any
 from aiflux.core import parsers
 from aiflux.core.names import suggestion
 from aiflux.core.parsers import Parser
+from aiflux.core.words import hidden_url
 from aiflux.errors import ConfigError
 
 
@@ -189,6 +190,13 @@ SETTINGS: tuple[Setting, ...] = (
         300.0,
         "seconds to wait for an engine at --engine-url that does not answer",
     ),
+    _run(
+        "engine_ca",
+        parsers.path,
+        None,
+        "certificates to trust for an https:// --engine-url: a PEM file or a directory",
+        env="AIFLUX_ENGINE_CA",
+    ),
     _run("load_timeout", parsers.number(1), 1800.0, "seconds that loading the model may take"),
     _run("retry_failed", parsers.boolean, False, "try failed requests of an earlier start again"),
     _run(
@@ -323,6 +331,7 @@ def parse_setting(setting: Setting, value: Any, place: str) -> Any:
     try:
         return setting.parse(value)
     except ValueError as error:
+        shown = hidden_url(value) if setting.parse is parsers.url else value
         raise ConfigError(
-            f"{place}: {setting.name} = {value!r} is wrong", f"{setting.name} must be {error}"
+            f"{place}: {setting.name} = {shown!r} is wrong", f"{setting.name} must be {error}"
         ) from None

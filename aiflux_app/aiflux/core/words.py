@@ -1,8 +1,14 @@
-"""Counts and lists in English. Pure."""
+"""Counts, lists and addresses as they are shown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# By pattern: it must also work on what is no valid address.
+_USER = re.compile(r"(//)[^/\s]*@")
+_WRONG_USER = re.compile(r"^(\w+:/*)?.*@", re.DOTALL)
+_QUERY = re.compile(r"[?#].*", re.DOTALL)
 
 
 def counted(count: int, noun: str) -> str:
@@ -15,3 +21,15 @@ def joined(parts: Sequence[str]) -> str:
     if len(parts) < 2:
         return "".join(parts)
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def public_url(url: str) -> str:
+    """Return an address without user, password, query and fragment, which may hold keys."""
+    return _USER.sub(r"\1", _QUERY.sub("", url))
+
+
+def hidden_url(value: object) -> object:
+    """Return what was given for an address and is wrong, without what may be a password or key."""
+    if not isinstance(value, str):
+        return value
+    return _WRONG_USER.sub(r"\1...@", _QUERY.sub(lambda match: f"{match[0][0]}...", value))

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import refuse_other_digest
-from aiflux.errors import AifluxError, EngineError
+from aiflux.errors import AifluxError, EngineError, RejectedError
 from aiflux.worker.client import Client
+from aiflux.worker.external import ExternalEngine
 from aiflux.worker.ollama import Loaded, Ollama
 from aiflux.worker.scheduler import Lane, Scheduler
 from aiflux.worker.server import Server, engine_environment
@@ -29,8 +28,6 @@ from aiflux.worker.server import Server, engine_environment
 RESTARTS_WITHOUT_PROGRESS = 3
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
-_FIRST_DELAY = 0.1
-_PROBE_TIMEOUT = 5.0
 # Ollama cuts a prompt to the context (0.9) or to about half of it (0.33).
 _SLACK_TOKENS = 16
 _TRUNCATION = re.compile(rb"truncating input prompt.*\bnew=(\d+)")
@@ -165,6 +162,22 @@ class BundledEngine:
             time.sleep(_POLL)
         return True
 
+    def ready(self) -> bool:
+        """Tell whether the server runs: it says 503 where it is busy, not where it loads."""
+        return self._server is not None and self._server.running
+
+    def refusal(self, model: str) -> RejectedError | None:
+        """Nothing: the model was loaded, so that Ollama takes requests for it."""
+        return None
+
+    def offers(self, model: str) -> bool | None:
+        """The model was loaded."""
+        return True
+
+    def ran(self, asked: str, answered: str | None) -> str:
+        """Return the model's name: the one that was loaded."""
+        return asked
+
     def truncated(self, prompt_tokens: int) -> bool:
         """Tell whether a prompt was cut: Ollama says so in its log only."""
         if prompt_tokens < self.settings.context_length // 2 - _SLACK_TOKENS:
@@ -251,77 +264,7 @@ def _digest(tags: dict[str, str], model: str) -> str | None:
     return next((digest for name, digest in tags.items() if name.lower() == model.lower()), None)
 
 
-class ForeignEngine:
-    """An engine that is up already, at ``--engine-url``."""
-
-    bundled = False
-    slots = 0
-
-    def __init__(
-        self,
-        url: str,
-        make_client: Callable[[str], Client],
-        patience: float,
-        say: Callable[[str], None],
-    ) -> None:
-        self.index = 0
-        self.url = url
-        self.client = make_client(url)
-        self.facts: dict[str, Any] = {"index": 0, "url": url}
-        self._patience = patience
-        self._say = say
-        self._closing = threading.Event()
-
-    def start(self) -> None:
-        """Wait until it accepts connections.
-
-        Raises:
-            EngineError: it does not within the patience.
-        """
-        deadline = time.monotonic() + self._patience
-        delay = _FIRST_DELAY
-        while not self.alive():
-            if delay == _FIRST_DELAY:
-                self._say(
-                    f"the engine at {self.url} does not answer yet: it is given "
-                    f"{self._patience:g} s (--engine-wait)"
-                )
-            if time.monotonic() + delay > deadline or self._closing.is_set():
-                raise EngineError(
-                    f"the engine at {self.url} does not answer",
-                    "check the address, and that the server is up",
-                )
-            self._closing.wait(delay)
-            delay = min(2 * delay, 5.0)
-
-    def stop(self) -> None:
-        """Leave it alone: it is not ours."""
-
-    def close(self) -> None:
-        """Close the connections and give up waiting for it. From any thread."""
-        self._closing.set()
-        self.client.close()
-
-    def alive(self) -> bool:
-        """Tell whether it answers HTTP at all, whatever the status."""
-        try:
-            with requests.Session() as session:
-                session.trust_env = False
-                session.get(self.url + "/v1/models", timeout=_PROBE_TIMEOUT).close()
-        except requests.RequestException:
-            return False
-        return True
-
-    def truncated(self, prompt_tokens: int) -> bool:
-        """Nothing is known of a foreign engine's context."""
-        return False
-
-    def model_digest(self) -> str | None:
-        """Nothing is known of a foreign engine's model file."""
-        return None
-
-
-Engine = BundledEngine | ForeignEngine
+Engine = BundledEngine | ExternalEngine
 
 
 class Keeper:
@@ -394,6 +337,8 @@ class Keeper:
         while not self._closing:
             try:
                 self.engine.start()
+            except RejectedError:
+                raise
             except EngineError:
                 if completed < 0 or fruitless >= RESTARTS_WITHOUT_PROGRESS:
                     raise

@@ -12,16 +12,19 @@ from typing import Any, Protocol
 
 from aiflux.core.clock import utc_now
 from aiflux.core.journal import JournalWriter, Result
-from aiflux.errors import AifluxError, StorageError
+from aiflux.errors import AifluxError, RejectedError, StorageError
 from aiflux.worker.checking import Checking
 from aiflux.worker.client import Client, ExchangeError
+from aiflux.worker.rejections import ENOUGH, Held, Rejections, certain
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
 from aiflux.worker.verdict import (
+    UNREADY_STATUSES,
     UNTOUCHED,
     Kind,
     Verdict,
+    as_down,
     judge_answer,
     judge_bug,
     judge_exchange_error,
@@ -51,6 +54,18 @@ class EngineLink(Protocol):
     def alive(self) -> bool:
         """Tell whether the engine is up; may take a moment to be sure."""
 
+    def ready(self) -> bool:
+        """Tell whether the engine takes requests; asked after a 502, 503 or 504."""
+
+    def refusal(self, model: str) -> RejectedError | None:
+        """Return why requests for a model cannot succeed, as far as the engine says so now."""
+
+    def offers(self, model: str) -> bool | None:
+        """Tell whether the engine has a model; None where it does not say."""
+
+    def ran(self, asked: str, answered: str | None) -> str:
+        """Return the name of the model that gave an answer; RejectedError where it is wrong."""
+
     def truncated(self, prompt_tokens: int) -> bool:
         """Tell whether the engine cut a prompt that it counted as ``prompt_tokens``."""
 
@@ -61,6 +76,7 @@ class Pool:
     Args:
         on_down: told that the engine of a lane was found down, in which generation.
         checking: checks answers against the schemas that requests ask for.
+        rejections: holds back rejections that may concern every request.
     """
 
     def __init__(
@@ -74,6 +90,7 @@ class Pool:
         on_down: Callable[[Lane, int], None],
         timeouts_before_restart: int = 3,
         checking: Checking | None = None,
+        rejections: Rejections | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._links = {link.index: link for link in links}
@@ -84,6 +101,7 @@ class Pool:
         self._on_down = on_down
         self._timeouts_before_restart = timeouts_before_restart
         self._checking = checking
+        self._rejections = rejections or Rejections()
         self._timeouts = dict.fromkeys(self._links, 0)
         self._threads: list[threading.Thread] = []
         self._bugs: set[tuple[CodeType, int]] = set()
@@ -112,6 +130,9 @@ class Pool:
             tick()
         if self.failure is not None:
             raise self.failure
+        if not self._scheduler.stopped and not all(lane.gone for lane in self._scheduler.lanes):
+            for url in self._rejections.urls:
+                self._decide(url)
 
     def fail(self, failure: BaseException) -> None:
         """End the pool with an error."""
@@ -140,17 +161,14 @@ class Pool:
         if not task.began:
             task.began = began
         try:
-            answer = link.client.post(task.request.url, task.payload)
-            verdict = judge_answer(task.request.url, answer, bundled=link.bundled)
-            if self._checking is not None:
-                verdict = self._checking.judge(task.request, verdict)
-        except ExchangeError as error:
-            verdict = judge_exchange_error(error)
+            verdict = self._exchange(task, link)
         except AifluxError:
             raise
         except Exception as error:  # noqa: BLE001 - no answer, and no request, may end the run
             verdict = self._judge_bug(error)
         seconds = time.monotonic() - began
+        if verdict.status in UNREADY_STATUSES and self._is_down(lane, link.ready, generation):
+            verdict = as_down(verdict)
         self._stats.attempt_ended(seconds, verdict)
         self._adapt(lane, verdict, seconds)
         self._settle(task, lane, link, generation, verdict, seconds)
@@ -164,6 +182,18 @@ class Pool:
         if not known:
             traceback.print_exception(error)
         return judge_bug(error)
+
+    def _exchange(self, task: Task, link: EngineLink) -> Verdict:
+        url, client = task.request.url, link.client
+        try:
+            answer = client.post(url, task.payload)
+        except ExchangeError as error:
+            return judge_exchange_error(error)
+        verdict = judge_answer(url, answer, bundled=link.bundled)
+        if not verdict.generated:
+            # An answer is kept to the byte; of an error nothing is kept that echoes the key.
+            verdict = judge_answer(url, client.hidden(answer), bundled=link.bundled)
+        return verdict if self._checking is None else self._checking.judge(task.request, verdict)
 
     def _adapt(self, lane: Lane, verdict: Verdict, seconds: float) -> None:
         before = lane.limit.value
@@ -186,25 +216,66 @@ class Pool:
         if kind is Kind.ANSWERED or kind is Kind.FAILED:
             self._timeouts[lane.index] = 0
             task.attempts += 1
-            self._record(task, lane, verdict, seconds)
+            self._conclude(task, lane, link, verdict, seconds)
         elif kind is Kind.UNFIT:
             self._ask_again(task, lane, verdict, seconds)
         elif kind is Kind.UNATTEMPTED or self._ending(verdict):
             self._scheduler.put_back(task, lane)
         elif kind is Kind.CRASHED or (
-            verdict.code == "connection" and self._is_down(lane, link, generation)
+            verdict.code == "connection" and self._is_down(lane, link.alive, generation)
         ):
             self._crashed(task, lane, generation, verdict, seconds)
         else:
             self._watch_timeouts(lane, generation, verdict)
             self._retry(task, lane, verdict, seconds)
 
-    def _is_down(self, lane: Lane, link: EngineLink, generation: int) -> bool:
+    def _conclude(
+        self, task: Task, lane: Lane, link: EngineLink, verdict: Verdict, seconds: float
+    ) -> None:
+        """Record a result, unless it is a rejection that concerns every request, or may do so."""
+        url, model = task.request.url, task.request.model or self._describe.model
+        error = certain(link.client.base_url, url, verdict)
+        if error is not None:
+            self._scheduler.put_back(task, lane)
+            raise error
+        if self._rejections.may_concern_all(url, verdict, offered=link.offers(model)):
+            waiting = self._rejections.hold(Held(task, lane, verdict, seconds))
+            self._scheduler.set_aside(task, lane)
+            if waiting == 1:
+                self._raise_refusal(link, model)
+            elif waiting >= ENOUGH:
+                self._decide(url)
+            return
+        self._record(task, lane, verdict, seconds)
+        if verdict.kind is Kind.ANSWERED:
+            for held in self._rejections.answered(url, time.monotonic() - seconds):
+                self._store(held.task, held.lane, held.verdict, held.seconds)
+
+    def _decide(self, url: str) -> None:
+        """Record the rejections at an endpoint, or raise what they mean for every request."""
+        error = self._rejections.conclusion(url)
+        waiting = [] if error is not None else self._rejections.take(url)
+        if waiting:
+            last = waiting[-1]
+            self._raise_refusal(
+                self._links[last.lane.index], last.task.request.model or self._describe.model
+            )
+        if error is not None:
+            raise error
+        for held in waiting:
+            self._store(held.task, held.lane, held.verdict, held.seconds)
+
+    def _raise_refusal(self, link: EngineLink, model: str) -> None:
+        error = link.refusal(model)
+        if error is not None:
+            raise error
+
+    def _is_down(self, lane: Lane, alive: Callable[[], bool], generation: int) -> bool:
         def is_another() -> bool:
             return not lane.open or lane.generation != generation
 
         # While this looks whether the engine lives, it may already have been started anew.
-        return is_another() or not link.alive() or is_another()
+        return is_another() or not alive() or is_another()
 
     def _ending(self, verdict: Verdict) -> bool:
         """After a signal a broken connection means that the request was not attempted."""
@@ -267,6 +338,14 @@ class Pool:
             self._on_down(lane, generation)
 
     def _record(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        try:
+            self._store(task, lane, verdict, seconds)
+        except (StorageError, RejectedError):
+            self._scheduler.put_back(task, lane)
+            raise
+        self._scheduler.done(task, lane)
+
+    def _store(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
         failed = verdict.kind is not Kind.ANSWERED
         result = Result(
             key=task.key,
@@ -276,23 +355,22 @@ class Pool:
             error=verdict.error if failed else None,
             body=verdict.body,
         )
-        try:
-            self._journal.append(result)
-        except StorageError:
-            self._scheduler.put_back(task, lane)
-            raise
+        self._journal.append(result)
         self._stats.recorded(verdict, task.request.custom_id)
-        self._scheduler.done(task, lane)
 
     def _metadata(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> dict[str, Any]:
+        asked = task.request.model or self._describe.model
+        model = self._links[lane.index].ran(asked, verdict.model)
         metadata: dict[str, Any] = {
-            "model": task.request.model or self._describe.model,
+            "model": model,
             "timestamp": utc_now(),
             "processing_time": round(seconds, 4),
             "attempts": task.attempts,
             "engine": lane.index,
             **self._describe.fixed,
         }
+        if model != asked:
+            metadata["requested_model"] = asked
         if task.unfit:
             metadata["unfit_answers"] = task.unfit
         if verdict.finish_reason == "length":

@@ -45,15 +45,16 @@ from aiflux.worker.engines import (
     BundledEngine,
     Engine,
     EngineSettings,
-    ForeignEngine,
     Keeper,
 )
+from aiflux.worker.external import ExternalEngine, ca_bundle
 from aiflux.worker.gpuuse import GpuUse, GpuWatch
 from aiflux.worker.ledger import Ledger
 from aiflux.worker.limits import AdaptiveLimit, FixedLimit
 from aiflux.worker.models import ensure_model
 from aiflux.worker.pool import Describe, Pool
 from aiflux.worker.progress import Reporter
+from aiflux.worker.rejections import Rejections
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import Lane, Scheduler
 from aiflux.worker.seal import seal_facts
@@ -342,6 +343,11 @@ class _ModelWork:
             self.describe,
             on_down=lambda lane, generation: self.keepers[lane.index].report_down(generation),
             checking=shard.checking,
+            rejections=Rejections(
+                answered_before=shard.stats.completed > 0,
+                tolerant=self.plan.options.allowed_failures(self.plan.requests)
+                >= self.plan.requests,
+            ),
         )
         self.keepers = [
             Keeper(
@@ -404,7 +410,7 @@ class _ModelWork:
         make_client = self._client_maker()
         if options.engine_url is not None:
             say = self.context.reporter.say
-            return [ForeignEngine(options.engine_url, make_client, options.engine_wait, say)]
+            return [ExternalEngine(options.engine_url, make_client, options.engine_wait, say)]
         devices = visible_devices(self.context.environ)
         self._refuse_cpu_image(devices)
         if devices and options.gpus_per_engine > len(devices):
@@ -454,11 +460,13 @@ class _ModelWork:
     def _client_maker(self) -> Callable[[str], Client]:
         timeout = self.plan.options.request_timeout
         key = self.context.api_key
-        return lambda url: Client(url, timeout, connections=4096, api_key=key)
+        secure = (self.plan.options.engine_url or "").startswith("https:")
+        ca = ca_bundle(self.plan.options.engine_ca, self.context.environ) if secure else None
+        return lambda url: Client(url, timeout, connections=4096, api_key=key, ca=ca)
 
 
 def _engine_line(engine: Engine, lane: Lane) -> str:
-    if isinstance(engine, ForeignEngine):
+    if isinstance(engine, ExternalEngine):
         return f"engine at {engine.url} is up"
     facts = engine.facts
     where = "GPU " + ",".join(facts["devices"]) if facts["gpu_bytes"] else "the CPU"

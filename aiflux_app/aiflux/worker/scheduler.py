@@ -133,6 +133,11 @@ class Scheduler:
             lane.completed += 1
             self._leave(task, lane)
 
+    def set_aside(self, task: Task, lane: Lane) -> None:
+        """The request is neither done nor to be sent again, for now."""
+        with self._condition:
+            self._leave(task, lane)
+
     def retry(self, task: Task, lane: Lane, delay: float) -> None:
         """Try the request again after ``delay`` seconds."""
         with self._condition:

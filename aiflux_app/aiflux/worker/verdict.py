@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -13,6 +13,8 @@ from aiflux.worker.client import Answer, ExchangeError
 
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 OVERLOADED_STATUSES = frozenset({429, 503})
+UNREADY_STATUSES = frozenset({502, 503, 504})
+"""What a server, or a gateway before it, answers where the model is not there (yet)."""
 _SHOWN = 500
 _KEPT_BODY = 65536
 _MOST_TOKENS = 2**40  # what an answer counts beyond this is no count
@@ -31,7 +33,9 @@ _RUNNER_DIED = (
 
 # What Ollama says in a 404 when the model's manifest is gone (server/routes.go).
 _MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
-UNTOUCHED = ("refused", "model_gone")
+# llama-server and others, in a 503, until the model is in memory.
+_LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
+UNTOUCHED = ("refused", "model_gone", "loading")
 """Codes of an engine that is down, or as good as that, and did nothing with the request."""
 
 
@@ -56,6 +60,8 @@ class Verdict:
         body: JSON for the journal.
         usage: the answer's token counts.
         finish_reason: of the first choice.
+        model: as the answer names it; None where it names none.
+        location: where the engine redirects to.
         overloaded: the engine asked for less.
     """
 
@@ -68,6 +74,8 @@ class Verdict:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str | None = None
+    model: str | None = None
+    location: str = ""
     overloaded: bool = False
 
     @property
@@ -86,7 +94,9 @@ def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
     if answer.status == 200:
         return _judge_body(url, answer)
     text = answer.body.decode("utf-8", "replace")
-    message = _error_message(text)
+    message = error_message(text)
+    if answer.location and 300 <= answer.status < 400:
+        message = f"redirected to {answer.location}"
     kept = _kept_body(answer.body, text)
     if bundled and answer.status == 500 and any(words in message for words in _RUNNER_DIED):
         return Verdict(Kind.CRASHED, "engine_crashed", message, 500, kept)
@@ -101,6 +111,7 @@ def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
         kept,
         retry_after=answer.retry_after,
         overloaded=answer.status in OVERLOADED_STATUSES,
+        location=answer.location,
     )
 
 
@@ -111,6 +122,12 @@ def judge_bug(error: Exception) -> Verdict:
     seen = f"{type(error).__name__}: {error}"[:_SHOWN]
     message = f"a bug in AI-Flux, whose trace is in the log; please report it: {seen}"
     return Verdict(Kind.FAILED, "internal_error", message)
+
+
+def as_down(verdict: Verdict) -> Verdict:
+    """Return the verdict on an answer of an engine that turned out not to be ready."""
+    code = "loading" if _LOADING.search(verdict.message) else "not_ready"
+    return replace(verdict, kind=Kind.CRASHED, code=code, overloaded=False)
 
 
 def judge_exchange_error(error: ExchangeError) -> Verdict:
@@ -130,7 +147,7 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
     if not isinstance(body, dict):
         return Verdict(Kind.RETRY, "not_json", "the answer is not a JSON object", 200)
     if body.get("error"):
-        message = _error_message(answer.body.decode("utf-8"))
+        message = error_message(answer.body.decode("utf-8"))
         return Verdict(Kind.RETRY, "error_in_answer", message, 200, answer.body)
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
@@ -147,6 +164,7 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
         prompt_tokens=_count(usage, "prompt_tokens"),
         completion_tokens=_count(usage, "completion_tokens"),
         finish_reason=finish,
+        model=body["model"] if isinstance(body.get("model"), str) else None,
     )
 
 
@@ -183,7 +201,7 @@ def _count(usage: dict[str, Any], name: str) -> int:
     return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
 
 
-def _error_message(text: str) -> str:
+def error_message(text: str) -> str:
     """Return the server's own words: ``error.message``, ``error``, or the text."""
     try:
         error = parse_json(text).get("error")

@@ -1,0 +1,132 @@
+"""Rejections that may concern every request, held back until it is clear whether they do.
+
+A wrong key, address or model makes a server reject all that it is sent. Recorded as failures, such
+rejections would leave nothing for the corrected command to do. So a rejection that may be of this
+kind waits, without a result, until another request to the same endpoint is answered (then it was
+its own request's fault), or until so many came in a row that it is no coincidence.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from aiflux.core.words import public_url
+from aiflux.errors import RejectedError
+from aiflux.worker.external import redirect_error
+from aiflux.worker.scheduler import Lane, Task
+from aiflux.worker.verdict import Kind, Verdict
+
+ENOUGH = 10
+_CREDENTIALS = frozenset({401, 402, 407})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# 403 may also be the verdict of a content filter, 404 that of a file that a request names.
+_DOUBTFUL = frozenset({403, 404, 405, 410})
+_OF_THE_MODEL = frozenset({400, 422})
+
+
+@dataclass(frozen=True)
+class Held:
+    """A rejected request that waits for the verdict on all of them."""
+
+    task: Task
+    lane: Lane
+    verdict: Verdict
+    seconds: float
+    since: float = field(default_factory=time.monotonic)
+
+
+class Rejections:
+    """The rejected requests that wait, by endpoint. Thread-safe.
+
+    Args:
+        answered_before: requests were answered in an earlier start, so that not all are rejected.
+        tolerant: every failure is allowed, so that there may be no answer at all.
+    """
+
+    def __init__(self, *, answered_before: bool = False, tolerant: bool = False) -> None:
+        self._lenient = answered_before or tolerant
+        self._answered: set[str] = set()
+        self._waiting: dict[str, list[Held]] = {}
+        self._lock = threading.Lock()
+
+    def may_concern_all(self, url: str, verdict: Verdict, *, offered: bool | None) -> bool:
+        """Tell whether a failure may be one of every request to its endpoint.
+
+        Args:
+            offered: whether the engine lists the model; None where it does not say.
+        """
+        if verdict.kind is not Kind.FAILED:
+            return False
+        of_the_model = verdict.status in _OF_THE_MODEL and offered is False
+        return verdict.status in _DOUBTFUL or (of_the_model and url not in self._answered)
+
+    def hold(self, held: Held) -> int:
+        """Let a request wait; return how many now do at its endpoint."""
+        with self._lock:
+            waiting = self._waiting.setdefault(held.task.request.url, [])
+            waiting.append(held)
+            return len(waiting)
+
+    def answered(self, url: str, sent: float) -> list[Held]:
+        """Take note of an answer; return those that waited, whose own fault it was.
+
+        Args:
+            sent: monotonic time at which the answered request was; an answer to one that was
+                already under way says nothing of rejections that came meanwhile.
+        """
+        self._answered.add(url)
+        if url not in self._waiting:
+            return []
+        with self._lock:
+            waiting = self._waiting.pop(url, [])
+            later = [held for held in waiting if held.since >= sent]
+            if later:
+                self._waiting[url] = later
+            return [held for held in waiting if held.since < sent]
+
+    def take(self, url: str) -> list[Held]:
+        """Return those that wait at an endpoint, and forget them."""
+        with self._lock:
+            return self._waiting.pop(url, [])
+
+    @property
+    def urls(self) -> list[str]:
+        """Endpoints at which requests wait."""
+        with self._lock:
+            return list(self._waiting)
+
+    def conclusion(self, url: str) -> RejectedError | None:
+        """Return what so many rejections mean; None where requests were answered besides."""
+        with self._lock:
+            waiting = list(self._waiting.get(url, ()))
+        if not waiting or self._lenient or url in self._answered:
+            return None
+        last = waiting[-1].verdict
+        first = "the only request" if len(waiting) == 1 else f"the first {len(waiting)} requests"
+        return RejectedError(
+            f"the engine rejected {first} to {url} ({last.status}): {last.message}; nothing was "
+            "recorded",
+            "correct the address, the model or these requests and run the same command again; "
+            "--max-failures 100% records them as failed",
+        )
+
+
+def certain(engine: str, url: str, verdict: Verdict) -> RejectedError | None:
+    """Return the error of an answer that every request gets; None of any other.
+
+    Args:
+        engine: address of the engine.
+    """
+    if verdict.status in _CREDENTIALS:
+        return RejectedError(
+            f"the engine refuses the key ({verdict.status}): {verdict.message}; this is not "
+            "recorded as a failure of requests",
+            "set AIFLUX_API_KEY to a key that is valid and run the same command again",
+        )
+    if verdict.status in _REDIRECTS:
+        return redirect_error(
+            public_url(engine), url, verdict.location or "an address that it does not name"
+        )
+    return None

@@ -1,0 +1,81 @@
+"""The key for an engine, and how it is kept out of what is stored and shown."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import html
+import json
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+HIDDEN = "(not shown)"
+# A shorter "key" is a dummy such as "none" or "x": hiding it would spoil ordinary words.
+_SHORTEST = 6
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What must not be shown, in every form in which a server may echo it; longest first."""
+
+    forms: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, key: str | None) -> Secrets:
+        """Return the forms of a key: with ``Basic ``, also user and password and each by itself."""
+        if not key:
+            return cls()
+        bare = key.removeprefix("Bearer ").removeprefix("Basic ").strip()
+        plain = {bare, *(_decoded(bare) if key.startswith("Basic ") else ())}
+        forms = {form for each in plain if len(each) >= _SHORTEST for form in _written(each)}
+        return cls(tuple(sorted(forms, key=len, reverse=True)))
+
+    def hide(self, text: str) -> str:
+        """Return a text without them."""
+        for form in self.forms:
+            text = text.replace(form, HIDDEN)
+        return text
+
+    def hide_bytes(self, content: bytes) -> bytes:
+        """Return the same of bytes; JSON stays JSON, and what is clean stays as it is."""
+        text = content.decode("utf-8", "replace")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            hidden = self.hide(text)
+            return content if hidden == text else hidden.encode()
+        cleaned = self._hide_in(value)
+        return content if cleaned == value else json.dumps(cleaned).encode()
+
+    def _hide_in(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, list):
+            return [self._hide_in(each) for each in value]
+        if isinstance(value, dict):
+            return {self.hide(name): self._hide_in(each) for name, each in value.items()}
+        return value
+
+
+def _decoded(token: str) -> tuple[str, ...]:
+    """Return ``user:password`` and the password of a token of HTTP's Basic scheme."""
+    try:
+        pair = base64.b64decode(token, validate=True).decode("utf-8")
+    except (binascii.Error, ValueError):
+        return ()
+    return pair, pair.partition(":")[2]
+
+
+def _written(secret: str) -> set[str]:
+    """Return how a secret is written: as it is, in base64, JSON, HTML and addresses."""
+    in_json = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    return {
+        secret,
+        base64.b64encode(secret.encode()).decode(),
+        *in_json,
+        *(each.replace("/", "\\/") for each in in_json),
+        html.escape(secret),
+        quote(secret, safe=""),
+        quote_plus(secret),
+    }

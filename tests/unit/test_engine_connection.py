@@ -1,0 +1,236 @@
+"""How an engine at ``--engine-url`` is reached: certificates, addresses, and their errors."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from aiflux.core import parsers
+from aiflux.core.config import Config
+from aiflux.errors import ConfigError, ExitCode
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.working import Working
+
+VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """A site's own authority, and what it signed for 127.0.0.1 and for another host."""
+
+    authority: Path
+    server: tuple[str, str]
+    other: tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    folder = tmp_path_factory.mktemp("ca")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    def sign(name: str, alternative: str) -> tuple[str, str]:
+        openssl(
+            "req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}"
+        )
+        extensions = folder / f"{name}.ext"
+        extensions.write_text(
+            f"subjectAltName={alternative}\nauthorityKeyIdentifier=keyid\n"
+            "subjectKeyIdentifier=hash\nbasicConstraints=CA:FALSE\n",
+            encoding="utf-8",
+        )
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+                "-CAcreateserial", "-out", f"{name}.pem", "-days", "2", "-extfile",
+                extensions.name)  # fmt: skip
+        return str(folder / f"{name}.pem"), str(folder / f"{name}.key")
+
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=site",
+            "-days", "2", "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
+    here = sign("server", "IP:127.0.0.1")
+    return Certificates(folder / "ca.pem", here, sign("elsewhere", "DNS:elsewhere.example"))
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*VARIABLES, "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused_at_once(tmp_path: Path, url: str, **options: object) -> str:
+    """Return the whole error of a run that must not wait."""
+    working = Working(tmp_path, url, engine_wait=60, **options).prompts("a", "b")
+    began = time.monotonic()
+    assert working.run() is ExitCode.ENGINE
+    assert time.monotonic() - began < 8
+    assert not working.journal.exists() or not working.journal.read_bytes()
+    return str(working.error)
+
+
+# --- HTTPS ---------------------------------------------------------------------------------------
+
+
+def test_a_certificate_of_a_sites_own_is_refused_with_the_reason(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    with FaultyEngine(tls=certificates.server) as engine:
+        text = refused_at_once(tmp_path, engine.url)
+    assert "its certificate is not trusted" in text
+    assert "unable to get local issuer certificate" in text or "self-signed" in text
+    assert "--engine-ca FILE" in text
+
+
+def test_an_authority_that_is_named_is_trusted(tmp_path: Path, certificates: Certificates) -> None:
+    with FaultyEngine(tls=certificates.server) as engine:
+        working = Working(tmp_path, engine.url, engine_ca=certificates.authority).prompts("a")
+        assert working.run() is ExitCode.OK
+        assert working.open().plan.options.engine_ca == str(certificates.authority)
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_the_usual_variables_count(
+    tmp_path: Path, certificates: Certificates, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, str(certificates.authority))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with FaultyEngine(tls=certificates.server) as engine:
+        working = Working(tmp_path, engine.url).prompts("a")
+        assert working.run() is ExitCode.OK, "and proxies do not"
+
+
+def test_a_certificate_for_another_host_is_refused(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    with FaultyEngine(tls=certificates.other) as engine:
+        text = refused_at_once(tmp_path, engine.url, engine_ca=certificates.authority)
+    assert "127.0.0.1" in text
+    assert "IP address mismatch" in text
+
+
+def test_certificates_that_are_not_there_are_exit_2(
+    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultyEngine(tls=certificates.server) as engine:
+        working = Working(tmp_path, engine.url, engine_ca="/nowhere/ca.pem").prompts("a")
+        assert working.run() is ExitCode.USAGE
+        assert "from /nowhere/ca.pem: No such file or directory" in str(working.error)
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with FaultyEngine() as engine:
+        assert Working(tmp_path, engine.url).prompts("a").run() is ExitCode.OK, "no HTTPS"
+
+
+def test_a_file_without_certificates_is_named(tmp_path: Path, certificates: Certificates) -> None:
+    wrong = tmp_path / "wrong.pem"
+    wrong.write_text("no certificate", encoding="utf-8")
+    with FaultyEngine(tls=certificates.server) as engine:
+        working = Working(tmp_path, engine.url, engine_ca=wrong).prompts("a")
+        assert working.run() is ExitCode.USAGE
+    assert f"--engine-ca: no certificates can be read from {wrong}" in str(working.error)
+
+
+def test_http_on_a_port_of_https(tmp_path: Path, certificates: Certificates) -> None:
+    with FaultyEngine(tls=certificates.server) as engine:
+        plain = engine.url.replace("https:", "http:")
+        text = refused_at_once(tmp_path, plain)
+        assert "speaks HTTPS" in text
+        assert f"--engine-url {engine.url}" in text
+
+
+def test_https_on_a_port_of_http(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        text = refused_at_once(tmp_path, engine.url.replace("http:", "https:"))
+    assert "speaks plain HTTP" in text
+    assert "http://" in text
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+
+def test_an_unknown_host_is_not_waited_for(tmp_path: Path) -> None:
+    name = "no-such-host.invalid"
+    try:
+        socket.getaddrinfo(name, 80)
+    except socket.gaierror as error:
+        temporary = error.errno == socket.EAI_AGAIN
+    if temporary:  # a machine without any name server: that may pass, so that it is waited for
+        working = Working(tmp_path, f"http://{name}:1", engine_wait=0.2).prompts("a")
+        assert working.run() is ExitCode.ENGINE
+        text = str(working.error)
+    else:
+        text = refused_at_once(tmp_path, f"http://{name}:1")
+        assert "unknown host" in text
+    assert name in text
+
+
+def test_the_reason_of_a_refused_connection_is_shown_while_it_is_waited_for(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        url = engine.url
+    working = Working(tmp_path, url, engine_wait=0.3).prompts("x")
+    assert working.run() is ExitCode.ENGINE
+    assert "Connection refused" in str(working.error)
+    assert any("Connection refused" in line and "--engine-wait" in line
+               for line in working.reporter.said)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("http://h:8000", "http://h:8000"),
+        ("http://h:8000/v1", "http://h:8000"),
+        ("http://h:8000/v1/", "http://h:8000"),
+        ("https://h/llm/v1", "https://h/llm"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_addresses_that_are_taken(given: str, meant: str) -> None:
+    assert parsers.url(given) == meant
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["chat/completions", "completions", "embeddings", "models", "responses"],
+)
+@pytest.mark.parametrize("prefix", ["/v1/", "/llm/v1/", "/"])
+def test_an_address_of_an_endpoint_is_refused_with_the_right_form(
+    prefix: str, endpoint: str
+) -> None:
+    base = "http://h:8000" + prefix.removesuffix("/").removesuffix("/v1")
+    with pytest.raises(ValueError, match=f"without the endpoint: {base}$"):
+        parsers.url(f"http://h:8000{prefix}{endpoint}/")
+
+
+@pytest.mark.parametrize("wrong", ["http://h:99999", "http://h:0", "http://h:x", "http://:80"])
+def test_an_address_without_a_port_that_exists_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match="a port from 1 to 65535"):
+        parsers.url(wrong)
+
+
+@pytest.mark.parametrize(
+    "secretive",
+    [
+        "http://me:hunter2@h:8000",
+        "http://hunter2@h:8000/v1",
+        "http://me:hun/hunter2@h:8000",
+        "https://h/v1?api_key=hunter2",
+        "https://h/v1#hunter2",
+        "h?key=hunter2",
+        "me:hunter2@h",
+    ],
+)
+def test_an_address_with_a_secret_is_refused_and_not_repeated(
+    secretive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        Config(arguments={"engine_url": secretive}).run_options()
+    assert "hunter2" not in str(refused.value)
+    monkeypatch.setenv("AIFLUX_ENGINE_URL", secretive)
+    with pytest.raises(ConfigError) as refused:
+        Config().run_options()
+    assert "hunter2" not in str(refused.value)

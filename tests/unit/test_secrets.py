@@ -1,0 +1,113 @@
+"""The engine's key is stored and shown nowhere, however the engine echoes it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiflux.cli.main import main
+from aiflux.errors import ExitCode
+from aiflux.worker.secrets import HIDDEN, Secrets
+from tests.tools.faulty_engine import FaultyEngine, Reply
+from tests.unit.working import Working
+
+KEY = "sk-Ab12/Cd+34&<ef>=="
+PASSWORD = "pass/wörd&1"
+BASIC = "Basic " + base64.b64encode(f"user:{PASSWORD}".encode()).decode()
+
+
+def written(secret: str) -> list[str]:
+    """Return a secret as servers of several kinds write it."""
+    return [
+        secret,
+        json.dumps(secret)[1:-1],
+        json.dumps(secret).replace("/", "\\/")[1:-1],
+        quote(secret, safe=""),
+        html.escape(secret),
+        base64.b64encode(secret.encode()).decode(),
+    ]
+
+
+def forms(key: str) -> list[str]:
+    bare = key.removeprefix("Basic ")
+    more = [f"user:{PASSWORD}", PASSWORD] if key.startswith("Basic ") else []
+    return [form for each in (bare, *more) for form in written(each)]
+
+
+def everything(tmp_path: Path, working: Working) -> str:
+    """Return all that a run leaves, and all that it says."""
+    files = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
+    return "\n".join([*files, *working.reporter.said, str(working.error)])
+
+
+@pytest.mark.parametrize("key", [KEY, BASIC], ids=["bearer", "basic"])
+@pytest.mark.parametrize("status", [400, 500, 503, 401, 403, 404, 302])
+def test_a_key_that_an_error_echoes_is_left_nowhere(
+    tmp_path: Path, key: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echoed = " ".join(forms(key))
+    padding = "x" * 490  # so that the cut of a long message goes through the key
+
+    def instead(method: str, path: str, headers: Mapping[str, str]) -> Reply | None:
+        if method == "GET":
+            return None
+        assert headers["Authorization"].endswith(key)
+        body = json.dumps({"error": {"message": f"{padding}{echoed}", "headers": echoed}})
+        where = f"https://login.example/{quote(forms(key)[0], safe='')}"
+        return status, body.encode(), {"Location": where, "X-Key": "x", "Retry-After": "0"}
+
+    monkeypatch.setenv("AIFLUX_API_KEY", key)
+    with FaultyEngine(instead=instead) as engine:
+        working = Working(tmp_path, engine.url, max_retries=1, api_key=key).prompts("a", "b")
+        assert working.run() in (ExitCode.FAILURES, ExitCode.ENGINE)
+        if working.error is not None and working.error.exit_code is ExitCode.FAILURES:
+            assert main(["report", str(working.output)]) == 0
+    left = everything(tmp_path, working)
+    found = [form for form in forms(key) if form in left]
+    assert not found
+    assert key not in left
+    assert "user:pass" not in left
+
+
+@pytest.mark.parametrize("fault", ["error", "notjson"])
+def test_a_key_in_a_200_that_is_no_answer_is_left_nowhere(tmp_path: Path, fault: str) -> None:
+    def instead(method: str, path: str, headers: Mapping[str, str]) -> Reply | None:
+        echo = {"error": {"message": f"bad {headers.get('Authorization')}"}}
+        whole = json.dumps(echo).encode()
+        return (200, whole if fault == "error" else whole[:-1], {}) if method == "POST" else None
+
+    with FaultyEngine(instead=instead) as engine:
+        working = Working(tmp_path, engine.url, max_retries=0, api_key="sk-secret-1").prompts("a")
+        assert working.run() is ExitCode.FAILURES
+    left = everything(tmp_path, working)
+    assert "sk-secret-1" not in left
+    assert HIDDEN in left
+
+
+def test_an_answer_is_kept_to_the_byte(tmp_path: Path) -> None:
+    """A model's own words are data: it never saw the key, and a dummy key may be a plain word."""
+    with FaultyEngine(told="ask ollama or sk-secret-1") as engine:
+        working = Working(tmp_path, engine.url, api_key="ollama").prompts("a")
+        assert working.run() is ExitCode.OK
+    content = working.results[0]["output"]["choices"][0]["message"]["content"]
+    assert content == "ask ollama or sk-secret-1"
+
+
+@given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=6), st.text())
+def test_json_stays_json(key: str, around: str) -> None:
+    content = json.dumps({"message": around + key + around, key: [key]}).encode()
+    left = json.loads(Secrets.of(key).hide_bytes(content))
+    assert key not in left.values()
+    assert [HIDDEN] in left.values()
+
+
+def test_a_dummy_key_spoils_no_words() -> None:
+    assert Secrets.of("none").hide("none of it") == "none of it"

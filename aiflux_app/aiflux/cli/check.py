@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from aiflux.core.answerschema import can_check_schemas
 from aiflux.core.arguments import given_settings
 from aiflux.core.config import Config
 from aiflux.core.extras import remedy
+from aiflux.core.ignored_fields import FIX, ignored_texts
 from aiflux.core.input import InputSummary, scan_input
 from aiflux.errors import InputError
 
@@ -28,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Check a file; InputError lists what is wrong."""
     path = Path(arguments.file)
-    model = Config(arguments=given_settings(arguments)).get("model")
+    config = Config(arguments=given_settings(arguments))
+    model = config.get("model")
     if arguments.json:
         return _as_json(path, model)
     summary = scan_input(path, model, schemas=can_check_schemas())
@@ -41,6 +44,9 @@ def execute(arguments: argparse.Namespace) -> int:
         f"  context:   about {summary.context_tokens} tokens cover 99 % of the requests, "
         f"{summary.longest_tokens} the longest"
     )
+    if config.get("engine_url") is None:
+        for text in ignored_texts(summary.ignored):
+            print(f"warning: {text}\n     -> {FIX}", file=sys.stderr)
     if not can_check_schemas():
         how = remedy("schema", has_pip=find_spec("pip") is not None)
         print(f"  schemas:   not checked, which needs jsonschema; {how}")

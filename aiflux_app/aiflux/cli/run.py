@@ -22,7 +22,7 @@ from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
 from aiflux.core.opening import OpenedRun, open_run
 from aiflux.core.pilot import FEWEST
-from aiflux.core.preflight import told
+from aiflux.core.preflight import check_fields, told
 from aiflux.core.rundir import RunDirectory, checked_output, default_output
 from aiflux.core.streams import STDIN
 from aiflux.core.text import json_text
@@ -116,6 +116,8 @@ def _open(
     )
     if not opened.finished:
         register(opened.plan)
+        for finding in check_fields(opened.plan):
+            print(f"warning: {told(finding)}", file=sys.stderr)
     return opened
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiflux.core.digest import InputDigest, beside
 from aiflux.core.forks import helpers, share_out
-from aiflux.core.lines import cut_at_lines, read_lines, unreadable
+from aiflux.core.lines import cut_at_lines, line_numbers, read_lines, unreadable
 from aiflux.core.request import custom_id_of
 from aiflux.core.scan import LENGTH_STEP, Mark, Part, Whole, scan_part
 from aiflux.errors import InputError
@@ -35,6 +35,8 @@ class InputSummary:
         context_tokens: estimated tokens (prompt + answer) that 99 % of the requests stay under.
         longest_tokens: the same for the longest request.
         mean_tokens: the same on average.
+        ignored: fields that Ollama ignores: for each the number of ``requests`` that set it, and
+            the ``lines`` of the first ones.
         marks: places to cut at, thinned out in large inputs.
     """
 
@@ -48,6 +50,7 @@ class InputSummary:
     context_tokens: int
     longest_tokens: int
     mean_tokens: int
+    ignored: dict[str, dict[str, Any]]
     marks: tuple[Mark, ...]
 
 
@@ -81,13 +84,13 @@ def scan_input(
         _check_names(path, whole)
         if whole.problems.lines:
             raise whole.problems.error(path)
+        if not whole.requests:
+            raise InputError(
+                f"the input {str(path)!r} holds no request", "give it one JSON object per line"
+            )
+        return _summary(path, whole, digest, parts[-1][1])
     except OSError as error:
         raise unreadable(path, error) from error
-    if not whole.requests:
-        raise InputError(
-            f"the input {str(path)!r} holds no request", "give it one JSON object per line"
-        )
-    return _summary(path, whole, digest, parts[-1][1])
 
 
 def _scan(
@@ -123,6 +126,13 @@ def _summary(path: Path, whole: Whole, digest: str, size: int) -> InputSummary:
         context_tokens=whole.percentile(0.99),
         longest_tokens=max(whole.lengths) * LENGTH_STEP,
         mean_tokens=whole.mean_tokens,
+        ignored={
+            name: {
+                "requests": whole.ignored.counts[name],
+                "lines": line_numbers(path, whole.ignored.offsets[name]),
+            }
+            for name in sorted(whole.ignored.counts)
+        },
         marks=whole.marks,
     )
 
@@ -178,4 +188,5 @@ def describe(summary: InputSummary) -> dict[str, Any]:
         "context_tokens": summary.context_tokens,
         "longest_tokens": summary.longest_tokens,
         "mean_tokens": summary.mean_tokens,
+        **({"ignored": summary.ignored} if summary.ignored else {}),
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from aiflux.core.files import may_write
+from aiflux.core.ignored_fields import FIX, ignored_texts
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import missing_parts, model_digest, refuse_other_digest
 from aiflux.core.plan import Plan
@@ -188,6 +189,13 @@ def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
                 refuse_other_digest(name, found, str(folder))
         except ModelError as error:
             yield finding_of(error)
+
+
+def check_fields(plan: Plan) -> Iterator[Finding]:
+    """Check that Ollama obeys what requests ask for; of another engine nothing is known."""
+    if plan.options.engine_url is None:
+        for text in ignored_texts(plan.input.get("ignored") or {}):
+            yield Finding("warning", text, FIX)
 
 
 def check_space(plan: Plan) -> Iterator[Finding]:

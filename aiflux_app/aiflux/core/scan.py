@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiflux.core.answerschema import schema_problem
+from aiflux.core.ignored_fields import IgnoredFields
 from aiflux.core.lines import MAX_LINE_BYTES, ends_line, read_lines
 from aiflux.core.problems import Problems
 from aiflux.core.request import LineError, request_entry
@@ -69,6 +70,7 @@ class Part:
         unnamed: number of requests whose body names no model.
         endpoints: number of requests for each url.
         lengths: number of requests for each length in steps of ``LENGTH_STEP`` tokens.
+        ignored: fields that Ollama ignores.
     """
 
     start: int
@@ -81,6 +83,7 @@ class Part:
     lengths: Counter[int] = field(default_factory=Counter)
     names: Names = field(default_factory=Names)
     problems: Problems = field(default_factory=Problems)
+    ignored: IgnoredFields = field(default_factory=IgnoredFields)
 
 
 def scan_part(
@@ -115,6 +118,7 @@ def scan_part(
         part.offsets.append(offset)
         names.append(hash(entry["custom_id"]))
         body = entry["body"]
+        part.ignored.add(body, offset)
         lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
         endpoints[entry["url"]] += 1
         named = body.get("model")
@@ -141,6 +145,7 @@ class Whole:
     lengths: Counter[int] = field(default_factory=Counter)
     names: Names = field(default_factory=Names)
     problems: Problems = field(default_factory=Problems)
+    ignored: IgnoredFields = field(default_factory=IgnoredFields)
     _cuts: array[int] = field(default_factory=lambda: array("q"))
     _stride: int = 1
 
@@ -153,6 +158,7 @@ class Whole:
         self.lengths.update(part.lengths)
         self.names.merge(part.names)
         self.problems.merge(part.problems)
+        self.ignored.merge(part.ignored)
 
     def percentile(self, share: float) -> int:
         """Return the fewest tokens that at least ``share`` of the requests stay at or under."""

@@ -18,6 +18,7 @@ from aiflux.core.plan import Plan
 from aiflux.core.preflight import (
     Check,
     Finding,
+    check_fields,
     check_image,
     check_models,
     check_space,
@@ -64,6 +65,7 @@ def preflight(
         [
             of_image,
             lambda: () if plan is None else check_models(plan),
+            lambda: () if plan is None else check_fields(plan),
             lambda: () if plan is None else check_space(plan),
             lambda: () if plan is None else check_room(plan, config, facts, slurm),
             *cluster_checks(facts, slurm),

@@ -1,0 +1,80 @@
+"""Fields that Ollama ignores in silence are warned of before anything is sent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.cli.main import main
+from aiflux.core.input import scan_input
+from aiflux.core.opening import open_run
+from aiflux.core.options import RunOptions
+from aiflux.core.preflight import check_fields
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.helpers import request_line
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+def written(path: Path, *bodies: dict[str, Any]) -> Path:
+    lines = [
+        request_line(f"r{index}", body={"model": "m:1", "messages": MESSAGES, **body})
+        for index, body in enumerate(bodies)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return written(
+        tmp_path / "in.jsonl",
+        {"n": 3},
+        {"n": 1, "tool_choice": "auto", "logit_bias": {}, "user": None},
+        {"n": 2, "tool_choice": "required", "tools": []},
+        *({"user": f"u{index}"} for index in range(9)),
+    )
+
+
+def test_check_groups_them_with_count_and_lines(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(mixed)]) == 0
+    told = capsys.readouterr().err
+    assert "Ollama ignores 'n' in 2 requests (lines 1 and 3): each gets one answer" in told
+    assert "Ollama ignores 'tool_choice' in 1 request (line 3)" in told
+    assert "Ollama ignores 'user' in 9 requests (lines 4, 5, 6, 7, 8, ...)" in told
+    assert "logit_bias" not in told
+    assert "--engine-url" in told
+
+
+def test_check_has_them_as_json(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(mixed), "--json"]) == 0
+    ignored = json.loads(capsys.readouterr().out)["ignored"]
+    assert ignored["n"] == {"requests": 2, "lines": [1, 3]}
+
+
+def test_they_are_the_same_in_parts(mixed: Path) -> None:
+    whole = scan_input(mixed, children=0)
+    assert scan_input(mixed, part_bytes=200, children=0).ignored == whole.ignored
+    assert scan_input(mixed, part_bytes=200, children=2).ignored == whole.ignored
+
+
+def test_the_preflight_warns_for_ollama_only(mixed: Path, tmp_path: Path) -> None:
+    findings = [*check_fields(open_run(mixed, tmp_path / "a.json", RunOptions(), tmp_path).plan)]
+    assert [finding.level for finding in findings] == ["warning"] * 3
+    other = RunOptions(engine_url="http://127.0.0.1:1")
+    assert not [*check_fields(open_run(mixed, tmp_path / "b.json", other, None).plan)]
+
+
+def test_a_server_of_ones_own_gets_no_warning(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FaultyEngine() as engine:
+        words = ["--input", str(mixed), "--output", "o.json", "--engine-url", engine.url]
+        assert main(["run", *words]) == 0
+    assert "ignores" not in capsys.readouterr().err

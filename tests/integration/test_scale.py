@@ -260,6 +260,30 @@ def test_a_node_that_goes_down(
     is_whole(place, "moves", 60)
 
 
+@pytest.mark.parametrize("more", [0, 1, 3, 6, 12])
+def test_a_limit_on_threads_leaves_fewer_or_stops(
+    more: int, user: User, aiflux: Path, place: Path, engine: FaultyEngine
+) -> None:
+    """``ulimit -u`` binds an ordinary user only, and counts the threads of all his processes."""
+    user.write(place / "in.jsonl", lines(*(request(str(i), f"say {i}") for i in range(4))))
+    taken = subprocess.run(
+        ["ps", "-L", "-u", user.name, "-o", "lwp="], capture_output=True, text=True, check=False
+    ).stdout.count("\n")
+    words = ["run", "--input", "in.jsonl", "--output", "out.json", "--concurrency", "50"]
+    told = user.run(
+        "prlimit", f"--nproc={taken + 1 + more}", "--",
+        aiflux, *words, "--engine-url", engine.url, cwd=place, code=None, timeout=60,
+    )  # fmt: skip
+    if "wrote" in told:
+        assert "requests in flight: at most " in told
+        assert len(answers(place / "out.json")) == 4
+    else:
+        assert "ulimit -u" in told
+        assert "run the same command again" in told
+    assert "Traceback" not in told
+    assert ("wrote" in told) == (more > 4)
+
+
 def control(stack: dict[str, str], *words: str, check: bool = True) -> None:
     environment = {"SLURM_CONF": stack["SLURM_CONF"], "PATH": "/usr/bin:/bin"}
     subprocess.run(["scontrol", "update", *words], check=check, env=environment)

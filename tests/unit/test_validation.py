@@ -19,7 +19,7 @@ from aiflux.core.request import ENDPOINTS, Request, parse_request
 from aiflux.errors import ExitCode, InputError
 from aiflux.worker.checking import Checking
 from aiflux.worker.client import Answer, Client
-from aiflux.worker.engines import ForeignEngine
+from aiflux.worker.external import ExternalEngine
 from aiflux.worker.limits import FixedLimit
 from aiflux.worker.pool import Describe, Pool
 from aiflux.worker.retry import RetryPolicy
@@ -211,7 +211,7 @@ def test_a_bug_costs_its_request_and_shows_its_trace(
         path = opened.run.journal(0)
         source = Source(opened.plan, shard, scan_journal(path), JournalReader(path))
         lane, stats = Lane(0, FixedLimit(2)), Stats(3)
-        link = ForeignEngine(engine.url, lambda url: Client(url, 5.0, 4), 1.0, print)
+        link = ExternalEngine(engine.url, lambda url: Client(url, 5.0, 4), 1.0, print)
         journal = JournalWriter(path, on_failure=lambda error: None)
         pool = Pool(
             Scheduler(source.tasks("m:1"), [lane]), [link], journal, RetryPolicy(1, 0.01), stats,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiflux import __version__
 from aiflux.cli.unwinding import unwinding
+from aiflux.core.processlimits import exhaustion_stops
 from aiflux.core.streams import (
     FULL,
     Outlet,
@@ -119,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with unwinding(), open_streams() as stdout:
         words, debug = _without_debug(sys.argv[1:] if argv is None else argv)
         try:
-            code = _run(words, stdout)
+            with exhaustion_stops():
+                code = _run(words, stdout)
             sys.stdout.flush()
         except KeyboardInterrupt as signal:
             print(f"stopped by {signal or 'Ctrl-C'} before the end", file=sys.stderr)

@@ -56,11 +56,19 @@ def beside(add: Add) -> Iterator[Add]:
     """
     with ThreadPoolExecutor(1, "digest") as executor:
         pending: list[Future[None]] = []
+        alone = False
 
         def submit(start: int, end: int, plain: bool) -> None:
+            nonlocal alone
             if pending:
                 pending.pop().result()
-            pending.append(executor.submit(add, start, end, plain))
+            if not alone:
+                try:
+                    pending.append(executor.submit(add, start, end, plain))
+                except RuntimeError:  # no thread can be started
+                    alone = True
+            if alone:
+                add(start, end, plain)
 
         yield submit
         if pending:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from aiflux.core.processlimits import exhausted
 from aiflux.core.text import json_text
 from aiflux.errors import OutputExistsError, StorageError, UsageError
 
@@ -144,9 +145,12 @@ def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
 
 def storage_error(error: OSError, path: Path) -> StorageError:
     """Turn an OSError met in writing ``path`` into an error that says what to do."""
+    limit = exhausted(error)
     return StorageError(
         f"cannot write {path}: {error.strerror or error}",
-        "make room (or mend the permission) and run the same command again: it goes on",
+        limit.remedy
+        if limit
+        else "make room (or mend the permission) and run the same command again: it goes on",
     )
 
 

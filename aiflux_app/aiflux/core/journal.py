@@ -31,6 +31,7 @@ from zlib import crc32
 from aiflux.core.files import storage_error
 from aiflux.core.forks import helpers, share_out
 from aiflux.core.lines import cut_at_lines
+from aiflux.core.processlimits import start_thread
 from aiflux.core.request import KEY_BYTES
 from aiflux.errors import StorageError
 
@@ -376,8 +377,7 @@ class JournalWriter:
             self._descriptor = os.open(path, flags, 0o600)
         except OSError as error:
             raise storage_error(error, path) from error
-        self._thread = threading.Thread(target=self._sync_loop, name="journal-sync", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._sync_loop, "journal-sync")
 
     def append(self, result: Result) -> None:
         """Write one result.

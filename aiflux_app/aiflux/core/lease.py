@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.files import storage_error
-from aiflux.errors import RunConflictError
+from aiflux.core.processlimits import start_thread
+from aiflux.errors import RunConflictError, StoppedError
 
 BEAT_SECONDS = 3.0
 STALE_SECONDS = 30.0
@@ -93,8 +94,12 @@ class Lease:
         self._on_lost = on_lost
         self._released = threading.Event()
         self._beat = 0
-        self._thread = threading.Thread(target=self._beat_loop, name="lease", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = start_thread(self._beat_loop, "lease")
+        except StoppedError:
+            path.unlink()
+            os.close(descriptor)
+            raise
 
     def __enter__(self) -> Lease:
         return self

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from aiflux.errors import InputError
+from aiflux.core.processlimits import exhausted
+from aiflux.errors import AifluxError, InputError
 
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 256 * 1024 * 1024
@@ -113,9 +114,9 @@ def line_numbers(path: Path, offsets: Sequence[int]) -> list[int]:
     return numbers
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
+def unreadable(path: Path, error: OSError) -> AifluxError:
     """Return the error for an input that cannot be read."""
-    return InputError(
+    return exhausted(error) or InputError(
         f"cannot read the input {str(path)!r}: {error.strerror}",
         "check the path and its permissions",
     )

@@ -25,6 +25,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
+from aiflux.core.processlimits import start_thread
 from aiflux.core.words import public_url
 from aiflux.worker.secrets import Secrets
 
@@ -142,8 +143,7 @@ class Client:
         self._exchanges: set[_Exchange] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._watchdog.start()
+        self._watchdog = start_thread(self._watch, "watchdog")
 
     def post(self, url: str, payload: bytes) -> Answer:
         """Send one request and return the whole answer, whatever its status.

@@ -18,6 +18,7 @@ from typing import Any
 
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import refuse_other_digest
+from aiflux.core.processlimits import start_thread
 from aiflux.errors import AifluxError, EngineError, RejectedError
 from aiflux.worker.client import Client
 from aiflux.worker.external import ExternalEngine
@@ -281,7 +282,7 @@ class Keeper:
     ) -> None:
         self.engine = engine
         self.lane = lane
-        self.failure: AifluxError | None = None
+        self.failure: BaseException | None = None
         self.restarts = 0
         self._scheduler = scheduler
         self._say = say
@@ -289,13 +290,11 @@ class Keeper:
         self._changed = threading.Condition()
         self._down_in = -1
         self._closing = False
-        self._thread = threading.Thread(
-            target=self._keep, name=f"engine-{engine.index}", daemon=True
-        )
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to start the engine; returns at once."""
-        self._thread.start()
+        self._thread = start_thread(self._keep, f"engine-{self.engine.index}")
 
     def close(self) -> None:
         """Stop the engine for good and wait for that."""
@@ -303,7 +302,7 @@ class Keeper:
             self._closing = True
             self._changed.notify()
         self.engine.close()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
 
     def report_down(self, generation: int) -> None:
@@ -327,6 +326,9 @@ class Keeper:
             if not self._closing:
                 self.failure = error
                 self._say(f"engine {self.engine.index} is gone: {error.message}")
+            self._scheduler.close_lane(self.lane, gone=True)
+        except BaseException as error:  # noqa: BLE001 - the pool would wait for this engine for ever
+            self.failure = error
             self._scheduler.close_lane(self.lane, gone=True)
         finally:
             self.engine.stop()

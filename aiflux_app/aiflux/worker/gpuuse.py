@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from aiflux.core.processlimits import start_thread
 from aiflux.worker.devices import nvidia_smi
 
 INTERVAL = 30.0
@@ -89,11 +90,10 @@ class GpuWatch:
         self._note = note
         self._interval = interval
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="gpu-use", daemon=True)
 
     def __enter__(self) -> GpuWatch:
         if self._devices:
-            self._thread.start()
+            start_thread(self._watch, "gpu-use")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -27,6 +27,7 @@ from aiflux.core.ggufstaging import read_staged_gguf
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.opening import open_run
 from aiflux.core.plan import Plan, read_plan
+from aiflux.core.processlimits import exhaustion_stops
 from aiflux.core.rundir import RunDirectory, default_output
 from aiflux.core.status import finished_counts, finished_line, refuse_failures
 from aiflux.core.streams import open_streams
@@ -98,7 +99,8 @@ def _main(argv: Sequence[str] | None, stopper: Stopper) -> int:
         api_key=os.environ.get("AIFLUX_API_KEY"),
     )
     try:
-        _dispatch(arguments, context)
+        with exhaustion_stops():
+            _dispatch(arguments, context)
     except AifluxError as error:
         context.reporter.close()
         sys.stderr.write(describe(error) + "\n")

@@ -6,13 +6,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
 
 from aiflux.core.clock import utc_now
 from aiflux.core.journal import JournalWriter, Result
-from aiflux.errors import AifluxError, RejectedError, StorageError
+from aiflux.core.processlimits import reserved_memory, start_thread
+from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
 from aiflux.worker.checking import Checking
 from aiflux.worker.client import Client, ExchangeError
 from aiflux.worker.rejections import ENOUGH, Held, Rejections, certain
@@ -77,6 +79,7 @@ class Pool:
         on_down: told that the engine of a lane was found down, in which generation.
         checking: checks answers against the schemas that requests ask for.
         rejections: holds back rejections that may concern every request.
+        most: requests in flight that the process has files for.
     """
 
     def __init__(
@@ -91,6 +94,8 @@ class Pool:
         timeouts_before_restart: int = 3,
         checking: Checking | None = None,
         rejections: Rejections | None = None,
+        most: int = 1 << 20,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._scheduler = scheduler
         self._links = {link.index: link for link in links}
@@ -103,6 +108,10 @@ class Pool:
         self._checking = checking
         self._rejections = rejections or Rejections()
         self._timeouts = dict.fromkeys(self._links, 0)
+        self._most = most
+        self._say = say
+        self._why = "open files (ulimit -n)"
+        self._limited = False
         self._threads: list[threading.Thread] = []
         self._bugs: set[tuple[CodeType, int]] = set()
         self._lock = threading.Lock()
@@ -112,11 +121,24 @@ class Pool:
         """Start as many threads as the engines' limits ask for now."""
         wanted = max(1, sum(lane.limit.value for lane in self._scheduler.lanes if not lane.gone))
         with self._lock:
-            while len(self._threads) < wanted:
-                name = f"request-{len(self._threads)}"
-                thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            if wanted > self._most:
+                self._report_limit()
+            while len(self._threads) < min(wanted, self._most):
+                try:
+                    with reserved_memory() if self._threads else nullcontext():
+                        thread = start_thread(self._work, f"request-{len(self._threads)}")
+                except StoppedError:
+                    if not self._threads:
+                        raise
+                    self._most, self._why = len(self._threads), "threads (ulimit -u, ulimit -v)"
+                    self._report_limit()
+                else:
+                    self._threads.append(thread)
+
+    def _report_limit(self) -> None:
+        if not self._limited:
+            self._limited = True
+            self._say(f"requests in flight: at most {self._most}, by the limit on {self._why}")
 
     def join(self, tick: Callable[[], None], interval: float = 0.1) -> None:
         """Wait until all threads have ended, calling ``tick`` meanwhile.

@@ -25,6 +25,7 @@ from aiflux.worker.stats import Stats
 
 LINE_INTERVAL = 30.0
 _WIDE = 100
+_DRAW_SECONDS = 0.25
 _MANY = 10
 
 
@@ -141,6 +142,7 @@ class TerminalReporter:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._label = ""
+        self._drawn = 0.0
 
     def say(self, text: str) -> None:
         """Tell one line, above the bar."""
@@ -173,6 +175,7 @@ class TerminalReporter:
                 progress.remove_task(self._task)
             self._task, self._label = progress.add_task(label, total=total), label
         progress.update(self._task, completed=step.get("completed", 0), total=total)
+        self._draw(progress)
         if label == "success":
             self.close()
 
@@ -187,11 +190,18 @@ class TerminalReporter:
             self._progress, self._task, self._label = None, None, ""
 
     def _start(self, *columns: ProgressColumn, transient: bool = True) -> Progress:
+        # Without a thread of its own: the system may allow none, and the worker calls often enough.
         self._progress = Progress(
-            *columns, console=self._console, refresh_per_second=4, transient=transient
+            *columns, console=self._console, auto_refresh=False, transient=transient
         )
         self._progress.start()
         return self._progress
+
+    def _draw(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._drawn >= _DRAW_SECONDS:
+            self._drawn = now
+            progress.refresh()
 
     def _update(self, label: str, done: int, total: int, detail: str) -> None:
         if self.quiet:
@@ -212,6 +222,7 @@ class TerminalReporter:
             )
             task = self._task = progress.add_task(label, total=total, completed=done, detail=detail)
         progress.update(task, description=label, completed=done, total=total, detail=detail)
+        self._draw(progress)
 
 
 class _PullColumn(ProgressColumn):

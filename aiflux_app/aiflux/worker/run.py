@@ -24,6 +24,7 @@ from aiflux.core.modelfacts import known_figures
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.needs import context_length
 from aiflux.core.plan import Plan, read_plan
+from aiflux.core.processlimits import exhaustion_stops, raise_file_limit, spare_files
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.sharding import Shard
 from aiflux.core.status import Status, read_status
@@ -129,6 +130,7 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
         StoppedError: stopped before the end.
         RunConflictError: another process works on the shard.
     """
+    raise_file_limit()
     shard = plan.shards[shard_index]
     context.reporter.quiet = plan.options.log_level in ("WARNING", "ERROR")
 
@@ -199,9 +201,10 @@ class _ShardWork:
 
     def run(self) -> None:
         try:
-            if self.stats.done < self.shard.requests:
-                self._process()
-            self._finish()
+            with exhaustion_stops():
+                if self.stats.done < self.shard.requests:
+                    self._process()
+                self._finish()
         except StoppedError as error:
             self._ask_for_requeue()
             self._end("cancelled", error)
@@ -348,6 +351,8 @@ class _ModelWork:
                 tolerant=self.plan.options.allowed_failures(self.plan.requests)
                 >= self.plan.requests,
             ),
+            most=spare_files(),
+            say=self.context.reporter.say,
         )
         self.keepers = [
             Keeper(

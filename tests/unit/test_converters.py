@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -152,7 +153,7 @@ def test_a_first_line_may_declare_the_delimiter(
     [
         ("Größe, schön", "latin-1"),
         ("It’s a “test” — really…", "cp1252"),
-        ("Привет, мир, как дела сегодня? " * 20, "cp1251"),
+        ("Все люди рождаются свободными и равными в своем достоинстве и правах.", "cp1251"),
         ("日本語のテキストです。今日は天気がいいですね。", "shift_jis"),
     ],
 )
@@ -171,7 +172,7 @@ def test_an_encoding_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.csv", content), tmp_path / "out.jsonl"
     with pytest.raises(InputError, match="not clear") as error:
         csv_to_jsonl(source, output, template="{text}")
-    assert "cp1252 ('Déjà')" in refused(error)
+    assert re.search(r"may be .*cp1252 \('\S+'\)", refused(error))
     assert "--encoding" in refused(error)
     csv_to_jsonl(source, output, template="{text}", encoding="cp1252")
     assert prompts(output) == {"row-1": "Déjà vu à l'école; naïve"}
@@ -853,7 +854,10 @@ def test_a_pdf_and_a_docx_are_read(tmp_path: Path) -> None:
     }
 
 
-def small_pdf(text: str) -> bytes:
+HELVETICA = b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"
+
+
+def small_pdf(text: str, font: bytes = HELVETICA) -> bytes:
     """Return a PDF of one page, written by hand."""
     stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
     objects = [
@@ -862,7 +866,7 @@ def small_pdf(text: str) -> bytes:
         b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R"
         b"/Resources<</Font<</F1 5 0 R>>>>>>",
         b"<</Length %d>>stream\n%b\nendstream" % (len(stream), stream),
-        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+        font,
     ]
     content, places = b"%PDF-1.4\n", []
     for number, each in enumerate(objects, start=1):
@@ -892,22 +896,19 @@ def test_a_broken_document_is_bad(tmp_path: Path, name: str, content: bytes, wor
     with pytest.raises(InputError, match="1 of 2 files") as error:
         directory_to_jsonl(folder, tmp_path / "o.jsonl")
     assert f"{name}: {words}" in refused(error)
-    assert "save it anew" in refused(error)
+    assert "save it again" in refused(error)
     summary = directory_to_jsonl(folder, tmp_path / "o.jsonl", skip_bad=True)
     assert (summary.requests, summary.skipped) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "extra"), [("pypdf", "x.pdf", "documents"), ("docx", "x.docx", "documents")]
-)
 def test_a_missing_library_is_told_with_its_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, extra: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    write(tmp_path / "in" / name, b"x")
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    write(tmp_path / "in" / "x.pdf", b"x")
     with pytest.raises(ConfigError) as error:
         directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", skip_bad=True)
-    assert error.value.remedy == remedy(extra, has_pip=True)
+    assert error.value.remedy == remedy("documents", has_pip=True)
 
 
 # --- the rest ---
@@ -938,10 +939,10 @@ def test_sizes() -> None:
 def test_importing_costs_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, aiflux.converters as c; before = set(sys.modules); c.csv_to_jsonl; "
-        "heavy = {'csv', 'json', 'pyarrow', 'PIL', 'pypdf', 'docx', 'charset_normalizer'}; "
+        "heavy = {'csv', 'json', 'pyarrow', 'PIL', 'pypdf', 'docx', 'chardet'}; "
         "print(sorted(heavy & before), sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[] ['charset_normalizer', 'csv', 'json']"
+    assert done.stdout.strip() == "[] ['chardet', 'csv', 'json']"

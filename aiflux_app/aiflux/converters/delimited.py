@@ -121,6 +121,8 @@ class DelimitedTable:
         """What was found out about the file."""
         name = self.encoding.name.removesuffix("-sig")
         note = f"encoding {name}, delimiter {self.delimiter!r}"
+        if self.encoding.origin == "declared":
+            note += f" ({name} is what the file declares)"
         if self.encoding.origin == "guessed":
             note += f" ({name} is a guess: look at a --dry-run, or give --encoding)"
         return (note,)

@@ -1,4 +1,4 @@
-"""Which encoding a text file has: told by a byte order mark, by UTF-8's rules, else a guess."""
+"""The encoding of a text file: by its byte order mark, UTF-8's rules, declaration or a guess."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from charset_normalizer import from_bytes
-
+from aiflux.converters.encoding_guess import (
+    UNPRINTED,
+    UnclearEncodingError,
+    assigned,
+    escape_encoding,
+    guess_encoding,
+)
 from aiflux.converters.writing import reading
 from aiflux.errors import InputError
 
 _BLOCK = 1 << 20
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 16
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -24,25 +29,28 @@ _BOMS = (
 )
 
 
-# In most cases, a text that is not UTF-8 was saved by Windows in Western Europe or America.
-_COMMON = "cp1252"
-# What tables and texts are saved in; not those of DOS, old Macs and mainframes.
-_CANDIDATES = [
-    *(f"cp125{number}" for number in range(9)),
-    *("cp932", "cp949", "big5", "gb18030", "euc_jp", "euc_kr", "iso2022_jp"),
-    *("iso8859_2", "iso8859_5", "iso8859_7", "iso8859_9", "iso8859_15", "koi8_r", "koi8_u"),
-]
+# What WHATWG's Encoding Standard reads for these labels; pages say "latin-1" and mean Windows's.
+_MEANT = {
+    "iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874",
+    "iso8859-11": "cp874", "shift_jis": "cp932", "euc_kr": "cp949", "gb2312": "gb18030",
+    "gbk": "gb18030",
+}  # fmt: skip
+_DECLARATIONS = (
+    re.compile(rb"""\s*<\?xml\s[^>]*?\bencoding\s*=\s*["']([\w.:-]+)"""),
+    re.compile(rb"""@charset\s+"([\w.:-]+)";"""),
+    re.compile(rb"""(?is).*?<meta\s[^>]*?\bcharset\s*=\s*["']?\s*([\w.:-]+)"""),
+    re.compile(rb"""(?:[^\n]*\n)?[ \t\f]*#[^\n]*?coding[:=][ \t]*([\w.-]+)"""),
+)
+_DECLARED_WITHIN = 1024  # bytes: where browsers look for it
+_BLANKS = (" ", "\n", "\u3000", "。", "、", "，")
+_WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+_ESCAPES = re.compile(rb"\x1b[$(]|~\{")  # how ISO-2022 and HZ, whose bytes are ASCII, begin a word
 _ESCAPED = re.compile("[\udc80-\udcff]")
-_CLEAR, _MARGIN = 0.4, 0.2
-
-
-class UnclearEncodingError(ValueError):
-    """No encoding is clearly the right one; the text says which ones come into question."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """An encoding and how it came to be known: ``given``, ``detected`` or ``guessed``."""
+    """An encoding and its origin: ``given``, ``detected``, ``declared`` or ``guessed``."""
 
     name: str
     origin: str = "given"
@@ -70,29 +78,65 @@ def checked_encoding(name: str) -> Encoding:
 
 
 def detect_encoding(path: Path) -> Encoding:
-    """Read a file once and tell its encoding, in bounded memory.
+    """Read a file once and detect its encoding, in bounded memory.
 
-    A file that is UTF-8 but for a few bytes is UTF-8; its readers find those bytes.
+    A file that is UTF-8 except for a few bytes is UTF-8; its readers find those bytes.
 
     Raises:
-        InputError: the file cannot be read, or nothing fits.
+        InputError: the file cannot be read, or its encoding is not clear.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
+    escapes, ascii_only = -1, True
     with reading(path), open(path, "rb") as file:
-        block = file.read(_BLOCK)
-        marked = marked_encoding(block)
-        if marked is not None:
-            return Encoding(marked, "detected")
-        wide = _without_mark(block)
-        if wide is not None:
-            return Encoding(wide, "guessed")
+        start = block = file.read(_BLOCK)
+        known = _known(start)
+        if known is not None:
+            return known
         while block:
+            at = file.tell() - len(block)
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
-                return _guess(path, file.tell() - len(block) + error.start)
+                return _of_part(path, start, at + error.start)
+            found = _ESCAPES.search(block) if escapes < 0 else None
+            escapes = at + found.start() if found is not None else escapes
+            ascii_only = ascii_only and block.isascii()
             block = file.read(_BLOCK)
-        return Encoding("utf-8-sig", "detected")
+    if ascii_only and escapes >= 0:
+        return _escaped(_part(path, escapes)) or Encoding("utf-8-sig", "detected")
+    return Encoding("utf-8-sig", "detected")
+
+
+def decoded(content: bytes, named: str | None = None) -> tuple[str, Encoding]:
+    """Return the text of a whole file and its encoding.
+
+    Args:
+        named: the encoding that the user named, for a text that is not UTF-8.
+
+    Raises:
+        UnclearEncodingError: its encoding is not clear.
+        UnicodeDecodeError: bytes do not fit the encoding.
+    """
+    known = _known(content)
+    if known is None:
+        with suppress(UnicodeDecodeError):
+            text = content.decode("utf-8")
+            escaped = named is None and content.isascii() and _ESCAPES.search(content)
+            known = _escaped(content) if escaped else None
+            if known is None:
+                return text, Encoding("utf-8", "detected")
+    if known is None:
+        known = Encoding(named) if named is not None else _of_bytes(content, content)
+    return content.decode(known.name), known
+
+
+def _known(content: bytes) -> Encoding | None:
+    """Return the encoding that a byte order mark or the pattern of zero bytes shows, if any."""
+    marked = marked_encoding(content)
+    if marked is not None:
+        return Encoding(marked, "detected")
+    wide = _without_mark(content) if b"\0" in content else None
+    return None if wide is None else Encoding(wide, "guessed")
 
 
 def marked_encoding(content: bytes) -> str | None:
@@ -100,73 +144,90 @@ def marked_encoding(content: bytes) -> str | None:
     return next((name for mark, name in _BOMS if content.startswith(mark)), None)
 
 
-def _without_mark(block: bytes) -> str | None:
-    """Return UTF-16's name where every other byte of a text is mostly 0, as in Western texts."""
-    even, odd = block[::2], block[1::2]
-    some = len(odd) // 4
-    if odd.count(0) > some and not even.count(0):
-        return "utf-16-le"
-    if even.count(0) > some and not odd.count(0):
-        return "utf-16-be"
+def _without_mark(content: bytes) -> str | None:
+    """Return which UTF-16 or UTF-32 makes a text of bytes that hold zeros, or None.
+
+    Most words of a Western text show it. Elsewhere, a text has blanks and line ends; read in the
+    other byte order, it has none, and bytes that are no text have characters that do not exist.
+    """
+    sample = content[: _SAMPLE - _SAMPLE % 4]
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    western = "" if min(even, odd) or max(even, odd) <= len(sample) // 8 else "utf-16-le"
+    if western and even:
+        western = "utf-16-be"
+    for name in _WIDE:
+        with suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(name)().decode(sample)
+            blanks = sum(map(text.count, _BLANKS))
+            if not (blanks > len(text) // 200 or name == western) or UNPRINTED.search(text):
+                continue
+            if all(map(assigned, set(text))):
+                return name
     return None
 
 
-def _guess(path: Path, bad: int) -> Encoding:
-    """Guess from what lies around the first byte that UTF-8 does not have."""
+def _part(path: Path, at: int) -> bytes:
+    """Return the whole lines around a place in a file, where there are line ends."""
     with reading(path), open(path, "rb") as file:
-        file.seek(max(0, bad - _SAMPLE // 2))
-        sample = file.read(_SAMPLE)
+        begin = max(0, at - _SAMPLE // 2)
+        file.seek(begin)
+        part = file.read(_SAMPLE)
+    first = part.find(b"\n", 0, at - begin) + 1 if begin else 0
+    last = part.rfind(b"\n", at - begin) + 1
+    return part[first : last or len(part)]
+
+
+def _of_part(path: Path, start: bytes, bad: int) -> Encoding:
+    """Return the encoding that a file declares, or a guess from what is around ``bad``.
+
+    Args:
+        start: the file's first bytes.
+        bad: the first byte that UTF-8 does not have.
+    """
+    sample = _part(path, bad)
     text = sample.decode("utf-8", "surrogateescape")
     broken = sum("\udc80" <= char <= "\udcff" for char in text)
     if sum(not char.isascii() for char in text) > 2 * broken:
         return Encoding("utf-8-sig", "detected")
     try:
-        return Encoding(guess_encoding(sample), "guessed")
+        return _of_bytes(start, sample)
     except UnclearEncodingError as error:
         raise InputError(
             f"{str(path)!r} is not UTF-8 (from byte {bad} on), and {error}",
-            "say which with --encoding, or save it as UTF-8",
+            "name its encoding with --encoding, or save the file as UTF-8",
         ) from None
 
 
-def guess_encoding(sample: bytes) -> str:
-    """Return the encoding of a text that is not UTF-8, where it is clear enough.
+def _of_bytes(start: bytes, sample: bytes) -> Encoding:
+    declared = declared_encoding(start)
+    if declared is not None:
+        with suppress(UnicodeDecodeError):
+            if not UNPRINTED.search(sample.decode(declared)):
+                return Encoding(declared, "declared")
+    return Encoding(guess_encoding(sample[:_SAMPLE]), "guessed")
 
-    It is clear where all that come into question read the text alike, or where one reads as a known
-    language and the others do not. A wrong guess would change letters without a word.
 
-    Raises:
-        UnclearEncodingError: tells what comes into question, and how a word would read.
+def declared_encoding(start: bytes) -> str | None:
+    """Return the encoding other than UTF-8 that a text declares at its beginning, or None.
+
+    XML, HTML, CSS and the comment ``coding: NAME`` of scripts are known.
     """
-    if b"\0" in sample:
-        raise UnclearEncodingError("it is binary, not text")
-    matches = list(from_bytes(sample, cp_isolation=_CANDIDATES))
-    readings = {match.encoding: str(match) for match in matches}
-    with suppress(UnicodeDecodeError):
-        readings.setdefault(_COMMON, sample.decode(_COMMON))
-    if matches and len(set(readings.values())) == 1:
-        return _COMMON if _COMMON in readings else matches[0].encoding
-    best, others = matches[:1], matches[1:]
-    alike = bool(best) and readings.get(_COMMON) == str(best[0])
-    if (
-        best
-        and best[0].coherence >= _CLEAR
-        and all(
-            best[0].coherence - other.coherence >= _MARGIN or str(other) == str(best[0])
-            for other in others
-        )
-    ):
-        return _COMMON if alike else best[0].encoding
-    names = list(dict.fromkeys([*(name for name in readings if name == _COMMON), *readings]))[:4]
-    shown = ", ".join(f"{name} ({_word(readings[name])!r})" for name in names)
-    raise UnclearEncodingError(
-        f"its encoding is not clear: it may be {shown}" if shown else "its encoding is not known"
-    )
+    for pattern in _DECLARATIONS:
+        found = pattern.match(start[:_DECLARED_WITHIN])
+        if found is not None:
+            with suppress(LookupError, ValueError):
+                name = codecs.lookup(found[1].decode("ascii")).name
+                "".encode(name)
+                # A declaration that can be read in bytes is not in UTF-16, whatever it says.
+                if not name.startswith("utf"):
+                    return _MEANT.get(name, name)
+    return None
 
 
-def _word(text: str) -> str:
-    found = re.search(r"\w*[^\x00-\x7f]\w*", text)
-    return found[0][:30] if found else text[:30]
+def _escaped(content: bytes) -> Encoding | None:
+    """Return ISO-2022 or HZ for ASCII bytes that are one of these, or None."""
+    name = escape_encoding(content[:_SAMPLE])
+    return None if name is None else Encoding(name, "guessed")
 
 
 def bad_byte(text: str) -> int | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiflux.converters.chunks import check_chunks, split_text
 from aiflux.converters.documents import NoTextError, read_document
-from aiflux.converters.encoding import checked_encoding
+from aiflux.converters.encoding import Encoding, checked_encoding
 from aiflux.converters.form import Draft, make_form
 from aiflux.converters.template import Template
 from aiflux.converters.values import names
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from aiflux.converters.form import RequestOptions
 
 MAX_FILE_SIZE = 20 << 20
+_NAMED = 5
 NAMES = ("text", "source_file", "chunk", "chunks")
 
 
@@ -55,7 +57,8 @@ def directory_to_jsonl(
         max_file_size: bytes; larger files are left out.
         chunk_tokens: cut longer texts into chunks of about so many tokens.
         overlap: tokens that a chunk repeats of the one before.
-        encoding: of plain text that is not UTF-8; guessed where it is not given.
+        encoding: of plain text that is not UTF-8; else what a text declares, or a guess, which the
+            summary reports.
         progress: told how many files are done, and of how many.
 
     The other arguments are those of ``csv_to_jsonl``.
@@ -81,6 +84,7 @@ def directory_to_jsonl(
         place="file",
         skip_bad=skip_bad,
         limit=limit,
+        notes=maker.notes,
         nothing=walk.nothing,
     )
     return job.run(maker.items())
@@ -97,6 +101,11 @@ class _Maker:
     encoding: str | None
     output: Path | None
     progress: Progress | None
+    assumed: dict[Encoding, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return which files were not UTF-8, by what they were read as."""
+        return tuple(map(_assumption, self.assumed, self.assumed.values()))
 
     def items(self) -> Iterator[Draft | Skipped]:
         total = self.walk.count() if self.progress is not None else 0
@@ -119,10 +128,13 @@ class _Maker:
             yield Skipped(number, found.name, found.reason, bad=False)
             return
         try:
-            text = read_document(found.path, self.encoding)
+            document = read_document(found.path, self.encoding)
         except (NoTextError, BadRowError) as error:
             yield Skipped(number, found.name, str(error), bad=isinstance(error, BadRowError))
             return
+        text, encoding = document.text, document.encoding
+        if encoding is not None and encoding.origin != "detected":
+            self.assumed[encoding].append(found.name)
         chunks = [text]
         if self.chunk_tokens is not None:
             chunks = list(split_text(text, self.chunk_tokens, self.overlap))
@@ -138,3 +150,13 @@ class _Maker:
             metadata |= {"chunk": part + 1, "chunks": parts}
         name = source if parts == 1 else f"{source}#{part + 1}"
         return Draft(number, name, self.template.render(values), metadata, part=part)
+
+
+def _assumption(encoding: Encoding, files: list[str]) -> str:
+    """Return what was assumed of files, with the first of their names."""
+    named = ", ".join(map(repr, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
+    count = f"{len(files)} file" + ("" if len(files) == 1 else "s")
+    note = f"{encoding.name} ({encoding.origin}): {count}, {named}"
+    if encoding.origin == "guessed":
+        note += "; if that is wrong, name the encoding with --encoding"
+    return note

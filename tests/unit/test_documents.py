@@ -1,0 +1,269 @@
+"""PDF and DOCX files: what their readers show is what is sent."""
+
+# ruff: noqa: E501 - a document is a line
+
+from __future__ import annotations
+
+import io
+import random
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import pypdf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiflux.converters import directory_to_jsonl
+from aiflux.converters.documents import NoTextError, read_document
+from aiflux.converters.docx import docx_text
+from aiflux.converters.writing import BadRowError
+from tests.unit.test_converters import small_pdf, write
+
+TRANSITIONAL = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+STRICT = "http://purl.oclc.org/ooxml/wordprocessingml/main"
+COMPATIBILITY = "http://schemas.openxmlformats.org/markup-compatibility/2006"
+
+
+def docx(body: str, space: str = TRANSITIONAL, **parts: str) -> bytes:
+    """Return a DOCX with the parts that Word needs to open it."""
+    office = space.partition("/wordprocessingml")[0] + "/officeDocument"
+    if space == TRANSITIONAL:
+        office += "/2006"
+    root = f'xmlns:w="{space}" xmlns:mc="{COMPATIBILITY}" xmlns:v="v" xmlns:wps="wps"'
+    relation = '<Relationship Id="{0}" Type="{1}/relationships/{0}" Target="{2}"/>'
+    related = "".join(relation.format(name, office, f"{name}.xml") for name in parts)
+    listing = '<Relationships xmlns="r">{}</Relationships>'
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as package:
+        main = relation.format("officeDocument", office, "/word/document.xml")
+        package.writestr("_rels/.rels", listing.format(main))
+        package.writestr("word/_rels/document.xml.rels", listing.format(related))
+        package.writestr(
+            "word/document.xml", f"<w:document {root}><w:body>{body}</w:body></w:document>"
+        )
+        for name, content in parts.items():
+            package.writestr(f"word/{name}.xml", f"<w:{name} {root}>{content}</w:{name}>")
+    return file.getvalue()
+
+
+def run(text: str) -> str:
+    return f'<w:r><w:rPr><w:b/></w:rPr><w:t xml:space="preserve">{text}</w:t></w:r>'
+
+
+def p(*content: str, properties: str = "") -> str:
+    return f"<w:p><w:pPr>{properties}</w:pPr>{''.join(content)}</w:p>"
+
+
+def box(text: str) -> str:
+    """Return a text box as Word writes it: for new readers, and again for old ones."""
+    inner = f"<w:txbxContent>{p(run(text))}</w:txbxContent>"
+    return (
+        f'<w:r><mc:AlternateContent><mc:Choice Requires="wps"><w:drawing><wps:txbx>{inner}</wps:txbx>'
+        f"</w:drawing></mc:Choice><mc:Fallback><w:pict><v:textbox>{inner}</v:textbox></w:pict>"
+        "</mc:Fallback></mc:AlternateContent></w:r>"
+    )
+
+
+def field(code: str, result: str) -> str:
+    def char(kind: str) -> str:
+        return f'<w:r><w:fldChar w:fldCharType="{kind}"/></w:r>'
+
+    instruction = f"<w:r><w:instrText>{code}</w:instrText></w:r>"
+    nested = char("begin") + instruction + char("separate") + run("not shown") + char("end")
+    return char("begin") + instruction + nested + char("separate") + run(result) + char("end")
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    cells = ("".join(f"<w:tc><w:tcPr/>{cell}</w:tc>" for cell in row) for row in rows)
+    return f"<w:tbl><w:tblPr/>{''.join(f'<w:tr>{row}</w:tr>' for row in cells)}</w:tbl>"
+
+
+TEXTS = {
+    "insertion": (
+        p(run("the king of "), f"<w:ins>{run('France')}</w:ins>", run(" died")),
+        "the king of France died",
+    ),
+    "deletion": (
+        p(run("a"), "<w:del><w:r><w:delText>gone</w:delText></w:r></w:del>", run("b")),
+        "ab",
+    ),
+    "moved": (
+        p(f"<w:moveFrom>{run('from')}</w:moveFrom>", f"<w:moveTo>{run('to')}</w:moveTo>"),
+        "to",
+    ),
+    "deleted end": (
+        p(run("one, "), properties="<w:rPr><w:del/></w:rPr>") + p(run("two")),
+        "one, two",
+    ),
+    "inserted end": (
+        p(run("one"), properties="<w:rPr><w:ins/></w:rPr>") + p(run("two")),
+        "one\ntwo",
+    ),
+    "control": (
+        f"<w:sdt><w:sdtPr/><w:sdtContent>{p(run('block'))}</w:sdtContent></w:sdt>"
+        + p(f"<w:sdt><w:sdtContent>{run('inline')}</w:sdtContent></w:sdt>"),
+        "block\ninline",
+    ),
+    "wrappers": (
+        p(
+            f"<w:smartTag><w:customXml>{run('Rome')}</w:customXml></w:smartTag>",
+            f"<w:hyperlink>{run(' link')}</w:hyperlink>",
+        ),
+        "Rome link",
+    ),
+    "text box": (p(run("before"), box("inside"), run(" after")), "before after\ninside"),
+    "field": (
+        p(
+            run("on "),
+            field(" DATE ", "3 May"),
+            f'<w:fldSimple w:instr="PAGE">{run("!")}</w:fldSimple>',
+        ),
+        "on 3 May!",
+    ),
+    "tables": (
+        table(
+            (p(run("a")), table((p(run("in")), p(run("ner")))) + p()), (p(run("c")), p(run("d")))
+        ),
+        "a\tin\tner\n\nc\td",
+    ),
+    "control in a table": (
+        "<w:tbl><w:sdt><w:sdtContent><w:tr><w:tc>" + p(run("x")) + "</w:tc></w:tr>"
+        "</w:sdtContent></w:sdt></w:tbl>",
+        "x",
+    ),
+    "deleted row": (
+        "<w:tbl><w:tr><w:trPr><w:del/></w:trPr><w:tc>"
+        + p(run("x"))
+        + "</w:tc></w:tr></w:tbl>"
+        + p(run("y")),
+        "y",
+    ),
+    "signs": (
+        p(
+            "<w:r><w:t>a</w:t><w:tab/><w:t>b</w:t><w:br/><w:t>c</w:t><w:noBreakHyphen/></w:r>",
+            properties='<w:tabs><w:tab w:val="left"/></w:tabs>',
+        ),
+        "a\tb\nc\u2011",
+    ),
+    "hidden": (
+        p(
+            "<w:r><w:rPr><w:vanish/></w:rPr><w:t>x</w:t></w:r>",
+            run("y"),
+            '<w:r><w:rPr><w:vanish w:val="0"/></w:rPr><w:t>z</w:t></w:r>',
+        ),
+        "yz",
+    ),
+}
+
+
+@pytest.mark.parametrize("space", [TRANSITIONAL, STRICT])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_what_word_shows_is_read(kind: str, space: str) -> None:
+    body, shown = TEXTS[kind]
+    assert docx_text(io.BytesIO(docx(body, space))) == shown
+
+
+wrapped = st.recursive(
+    st.tuples(st.just("run"), st.text("abc ", min_size=1, max_size=5)),
+    lambda inner: st.tuples(
+        st.sampled_from(["ins", "sdt", "smartTag", "hyperlink", "moveTo", "customXml", "del"]),
+        st.lists(inner, max_size=3),
+    ),
+    max_leaves=12,
+)
+
+
+def as_xml(tree: object) -> tuple[str, str]:
+    """Return a tree as XML, and what it shows."""
+    kind, inner = tree  # type: ignore[misc]
+    if kind == "run":
+        return run(inner), inner
+    parts = [as_xml(each) for each in inner]
+    xml, shown = ("".join(each) for each in zip(*parts, strict=True)) if parts else ("", "")
+    if kind == "sdt":
+        return f"<w:sdt><w:sdtPr/><w:sdtContent>{xml}</w:sdtContent></w:sdt>", shown
+    return f"<w:{kind}>{xml}</w:{kind}>", "" if kind == "del" else shown
+
+
+@given(st.lists(wrapped, max_size=5))
+@settings(deadline=None, max_examples=50)
+def test_no_nesting_of_wrappers_hides_a_text(trees: list[object]) -> None:
+    parts = [as_xml(tree) for tree in trees]
+    body = p(*(xml for xml, _ in parts))
+    assert docx_text(io.BytesIO(docx(body))) == "".join(shown for _, shown in parts)
+
+
+def test_notes_come_last_with_their_numbers() -> None:
+    note = '<w:footnote w:id="-1">{0}</w:footnote><w:footnote w:id="7">{1}</w:footnote>'
+    body = p(run("Word"), '<w:r><w:footnoteReference w:id="7"/></w:r>', run(".")) + p(run("End"))
+    content = docx(body, footnotes=note.format(p(run("separator")), p(run("A note."))))
+    assert docx_text(io.BytesIO(content)) == "Word[1].\nEnd\n[1] A note."
+
+
+def test_an_entity_cannot_fill_the_memory(tmp_path: Path) -> None:
+    content = docx(p(run("x")))
+    bomb = '<!DOCTYPE a [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;">]><a>&b;</a>'
+    file = io.BytesIO(content)
+    with zipfile.ZipFile(file, "a") as package, pytest.warns(UserWarning, match="Duplicate"):
+        package.writestr("word/document.xml", bomb)
+    with pytest.raises(BadRowError, match="document type"):
+        read_document(write(tmp_path / "a.docx", file.getvalue()))
+
+
+def test_an_encrypted_docx_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(BadRowError, match="encrypted, or an old Word file"):
+        read_document(write(tmp_path / "a.docx", b"\xd0\xcf\x11\xe0" + bytes(600)))
+
+
+def encrypted(owner: str, user: str, algorithm: str) -> bytes:
+    writer = pypdf.PdfWriter(io.BytesIO(small_pdf("Kept from printing")))
+    writer.encrypt(user, owner, algorithm=algorithm)
+    file = io.BytesIO()
+    writer.write(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("algorithm", ["RC4-128", "AES-128", "AES-256"])
+def test_a_pdf_that_only_its_owner_may_change_is_read(tmp_path: Path, algorithm: str) -> None:
+    path = write(tmp_path / "a.pdf", encrypted("owner", "", algorithm))
+    assert read_document(path).text == "Kept from printing"
+    path.write_bytes(encrypted("owner", "user", algorithm))
+    with pytest.raises(BadRowError, match="encrypted; save a copy without a password"):
+        read_document(path)
+
+
+GLYPHS = (
+    b"<</Type/Font/Subtype/Type0/BaseFont/X/Encoding/Identity-H/DescendantFonts[<</Type/Font"
+    b"/Subtype/CIDFontType2/BaseFont/X/CIDSystemInfo<</Registry(Adobe)/Ordering(Identity)"
+    b"/Supplement 0>>>>]>>"
+)
+NUMBERED = b"<</Type/Font/Subtype/Type1/BaseFont/X/Encoding<</Differences[72/g1 105/g2]>>>>"
+
+
+@pytest.mark.parametrize("font", [GLYPHS, NUMBERED])
+def test_a_pdf_whose_fonts_name_no_letters_is_left_out(tmp_path: Path, font: bytes) -> None:
+    content = small_pdf("Hi" * 20, font)
+    write(tmp_path / "in" / "a.pdf", content)
+    with pytest.raises(NoTextError, match="fonts do not say which letters"):
+        read_document(tmp_path / "in" / "a.pdf")
+    write(tmp_path / "in" / "b.txt", "good")
+    summary = directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
+    assert (summary.requests, summary.skipped) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["docx", "pdf"])
+def test_a_damaged_document_is_refused_or_read(tmp_path: Path, kind: str) -> None:
+    everything = docx("".join(body for body, _ in TEXTS.values()), footnotes="")
+    whole = everything if kind == "docx" else encrypted("owner", "", "AES-256")
+    chance = random.Random(7)
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(chance.randint(1, 8)):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path = write(
+            tmp_path / f"a.{kind}", bytes(content[: chance.choice([None, len(content) // 2])])
+        )
+        with suppress(BadRowError, NoTextError):
+            assert read_document(path).text

@@ -147,6 +147,8 @@ def _decode(content: bytes, named: str | None) -> Document:
         marked = marked_encoding(content)
         if marked not in (None, "utf-8-sig"):
             raise BadRowError(f"it begins as {marked}, and is none") from None
+        if marked is None and b"\0" in content:
+            raise NoTextError("binary") from None
         byte = content[error.start]
         raise BadRowError(
             f"byte 0x{byte:02x} at offset {error.start} is neither UTF-8 nor {error.encoding}"

@@ -161,7 +161,7 @@ def _without_mark(content: bytes) -> str | None:
             blanks = sum(map(text.count, _BLANKS))
             if not (blanks > len(text) // 200 or name == western) or UNPRINTED.search(text):
                 continue
-            if all(map(assigned, set(text))):
+            if text and all(map(assigned, set(text))):
                 return name
     return None
 

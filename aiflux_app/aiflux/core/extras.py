@@ -21,7 +21,7 @@ EXTRAS: Mapping[str, str] = {
 """The package's extras that users choose from, and what each is for."""
 
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
-    "documents": ("pypdf>=5.0", "python-docx>=1.1"),
+    "documents": ("pypdf>=5.0", "cryptography>=41"),
     "images": ("Pillow>=10.0",),
     "parquet": ("pyarrow>=14.0",),
     "report": ("matplotlib>=3.8",),

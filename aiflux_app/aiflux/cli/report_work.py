@@ -16,6 +16,7 @@ from aiflux.cli.report_words import (
     sentence,
     share_bar,
 )
+from aiflux.core.outputs import EMPTY_REASONS
 from aiflux.core.report_data import Failure, Report
 from aiflux.core.report_flow import Throughput
 from aiflux.core.tally import EXAMPLES, MANY_ATTEMPTS
@@ -127,7 +128,11 @@ def _notes(report: Report) -> Iterable[Markup]:
             "cut by the engine: raise --context-length, or shorten them",
         ),
     )
-    for count, noun, words in told:
+    empty = (
+        (counts.empty_answers.get(reason, 0), "empty answer", words)
+        for reason, words in EMPTY_REASONS.items()
+    )
+    for count, noun, words in (*told, *empty):
         if count:
             yield element("p", element("strong", counted(count, noun)), f" {words}.")
 

@@ -17,7 +17,7 @@ from aiflux.cli.jsonout import add_json, print_json
 from aiflux.cli.located import located
 from aiflux.converters.answers import entries, prompt_text, refuse_missing
 from aiflux.converters.results import BackOptions, BackSummary
-from aiflux.core.outputs import Entry, vectors
+from aiflux.core.outputs import EMPTY_REASONS, Entry, answered_words, vectors
 from aiflux.core.plan import read_plan
 from aiflux.core.rundir import OUTPUT_SUFFIXES
 from aiflux.core.streams import STDOUT
@@ -91,6 +91,11 @@ def _add_table(actions: Any, name: str, form: str) -> None:
             help="as Excel reads it: UTF-8 with a mark, ' before what it takes for a formula",
         )
     parser.add_argument(
+        "--reasoning",
+        action="store_true",
+        help="add a column with what a reasoning model thought before it answered",
+    )
+    parser.add_argument(
         "--json-fields",
         nargs="?",
         const="",
@@ -137,6 +142,7 @@ def _write(output: Path, arguments: argparse.Namespace) -> int:
         delimiter=arguments.delimiter,
         encoding=arguments.encoding,
         excel=getattr(arguments, "excel", False),
+        reasoning=arguments.reasoning,
     )
     suffix = _TABLES[arguments.action][1]
     name = arguments.target or str(output.with_suffix(suffix))
@@ -161,7 +167,8 @@ def _fields(given: str | None) -> tuple[str, ...] | None:
 def _told(summary: BackSummary, name: str) -> Iterator[str]:
     """Yield what was written, and what is worth knowing of it."""
     rows = f"{summary.rows} row" + ("" if summary.rows == 1 else "s")
-    yield f"{rows} -> {name}: {summary.answered} answered, {summary.failed} failed"
+    answered = answered_words(summary.answered, summary.empty)
+    yield f"{rows} -> {name}: {answered}, {summary.failed} failed"
     for count, words in (
         (summary.unasked - summary.repeated, "of the source without a result: not asked"),
         (
@@ -239,7 +246,10 @@ def _prompt(entry: Entry) -> str:
 
 def _answer(entry: Entry) -> str:
     sizes = [len(vector) for vector in vectors(entry.body) if isinstance(vector, list)]
-    return f"{len(sizes)} embedding(s) of {sizes[0]} numbers" if sizes else entry.answer
+    if sizes:
+        return f"{len(sizes)} embedding(s) of {sizes[0]} numbers"
+    empty = entry.choice.empty
+    return entry.answer if empty is None else f"(empty: {EMPTY_REASONS[empty]})"
 
 
 def _short(text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from aiflux.core.outputs import answered_words
 from aiflux.slurm.assembly import RequestError, RunState, RunView, ShardView
 from aiflux.slurm.states import ShardState
 
@@ -124,6 +125,8 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
     lines = [Text("   ").join(_pair(name, value) for name, value in about)]
     speed = _speed(view) if not view.ended else ""
     lines += [Text(words) for words in (speed, _used(view), _seal(view)) if words]
+    if view.empty_answers:
+        lines.append(Text(answered_words(view.completed, view.empty_answers), style="yellow"))
     if len(view.shards) == 1:
         lines += _only_shard(view)
     else:

@@ -48,6 +48,7 @@ class BackSummary:
         unfit: answers that hold no JSON object, where such were to be unpacked.
         several: answers with further choices; the table has the first.
         cut: answers that ended at the token limit.
+        empty: answers without a text, by their reason.
         absent: fields that were named and that no answer has.
         examples: the first custom_ids that ``changed`` and ``unfit`` count, by that name.
     """
@@ -64,6 +65,7 @@ class BackSummary:
     unfit: int = 0
     several: int = 0
     cut: int = 0
+    empty: dict[str, int] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -84,6 +86,7 @@ class BackOptions:
             columns that were kept in the requests' metadata.
         id_column: the column of the source that the custom_ids came from.
         json_fields: fields of JSON answers that become columns; () takes all, None none.
+        reasoning: a column with what reasoning models thought, where the engine keeps that apart.
         delimiter, encoding: of a source that is CSV.
         excel: CSV as Excel reads it: with a byte order mark, and ``'`` before cells that it would
             take for a formula.
@@ -95,6 +98,7 @@ class BackOptions:
     delimiter: str | None = None
     encoding: str | None = None
     excel: bool = False
+    reasoning: bool = False
 
 
 class BackTable:
@@ -124,12 +128,15 @@ class BackTable:
         self.id, self.answer, self.error = (
             _free(name, taken) for name in ("custom_id", "answer", "error")
         )
+        self.reasoning = _free("reasoning", taken) if options.reasoning else None
         self.fields = {name: _free(whole_text(name), taken) for name in self._fields}
 
     @property
     def header(self) -> list[str]:
         """All columns, in order."""
-        return [self.id, *self.columns.values(), self.answer, self.error, *self.fields.values()]
+        more = [] if self.reasoning is None else [self.reasoning]
+        ours = [self.answer, *more, self.error]
+        return [self.id, *self.columns.values(), *ours, *self.fields.values()]
 
     def records(self, target: Path) -> Iterator[Record]:
         """Yield every row, and count what it is."""
@@ -165,6 +172,11 @@ class BackTable:
             summary.answered += not failed
             record[self.answer] = None if failed else entry.answer
             record[self.error] = entry.failure if failed else None
+            said = entry.choice
+            if self.reasoning is not None:
+                record[self.reasoning] = said.reasoning or None
+            if said.empty is not None:
+                summary.empty[said.empty] = summary.empty.get(said.empty, 0) + 1
             told = choices(entry)
             summary.several += len(told) > 1
             summary.cut += bool(told) and told[0].get("finish_reason") == "length"

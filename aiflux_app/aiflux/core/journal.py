@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from array import array
@@ -47,6 +48,9 @@ _ERROR = b',"error":'
 _BODY = b',"body":'
 _END = b"}\n"
 _STATUS = b',"status":'
+EMPTY = "empty_answer"
+"""Key of a result's metadata; its value is one of ``EMPTY_REASONS``."""
+_EMPTY = re.compile(rb'"empty_answer":"([a-z_]+)"')
 _SUCCEEDED = b',"error":null,"body":'
 _CUSTOM_ID = _KEY_END + len(b'","custom_id":')
 _BUFFER = 1 << 20
@@ -115,6 +119,12 @@ class RawResult(NamedTuple):
     def failed(self) -> bool:
         """Whether the request failed."""
         return self.error != b"null"
+
+    @property
+    def empty(self) -> str | None:
+        """Why the answer is empty, where it is and was recorded so."""
+        found = _EMPTY.search(self.metadata)
+        return None if self.failed or found is None else found[1].decode()
 
 
 def split_line(line: bytes) -> RawResult:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from aiflux.core.lease import acquire
+from aiflux.core.outputs import answered_words
 from aiflux.core.plan import Plan
 from aiflux.core.results import Counts, finalise
 from aiflux.core.rundir import RunDirectory
@@ -62,6 +63,7 @@ def merge(
                 status.enter("in_progress")
             raise
         status.completed, status.failed = written.completed, written.failed
+        status.details["empty_answers"] = dict(written.empty)
         status.details["merge"] = {
             "seconds": round(time.monotonic() - began, 3),
             "bytes": plan.output.stat().st_size,
@@ -69,6 +71,8 @@ def merge(
         }
         status.enter("completed")
     say(f"wrote {plan.output}")
+    if written.empty:
+        say(answered_words(written.completed, written.empty))
     return written
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,104 @@ class Entry:
         return "" if self.error is not None else answer_text(self.body)
 
     @property
+    def choice(self) -> ChoiceText:
+        """What the first choice says; nothing for a failed request, and for embeddings."""
+        told = choice_texts(self.body) if self.error is None else []
+        return told[0] if told else ChoiceText("")
+
+    @property
     def failure(self) -> str:
         """What went wrong, as ``code: message``; "" where nothing did."""
         return "" if self.error is None else f"{self.error['code']}: {self.error['message']}"
 
 
+EMPTY_REASONS = {
+    "reasoning": "ended in reasoning: raise max_tokens",
+    "length": "cut before the first word: raise max_tokens",
+    "only_reasoning": "with reasoning only",
+    "tool_call": "with a tool call",
+    "refusal": "refused",
+    "content_filter": "stopped by a content filter",
+    "no_text": "without any text",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceText:
+    """What one choice of an answer says.
+
+    Attributes:
+        reasoning: what a reasoning model thought before it answered, where the engine keeps that
+            apart.
+        empty: why there is no text, one of ``EMPTY_REASONS``; None where there is.
+    """
+
+    text: str
+    reasoning: str = ""
+    empty: str | None = None
+
+
+def choice_texts(body: Any) -> list[ChoiceText]:
+    """Return what each choice of an answer says; nothing for embeddings."""
+    found = body.get("choices") if isinstance(body, dict) else None
+    listed = found if isinstance(found, list) else []
+    return [_choice_text(choice) for choice in listed if isinstance(choice, dict)]
+
+
+def _choice_text(choice: dict[str, Any]) -> ChoiceText:
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        message = {"content": choice.get("text")}
+    content = message.get("content")
+    text = _parts_text(content, "text")
+    # vLLM and llama.cpp say reasoning_content, Ollama and OpenRouter reasoning; Mistral has parts.
+    named = (message.get(name) for name in ("reasoning_content", "reasoning"))
+    thoughts = (*(_parts_text(each, "text") for each in named), _parts_text(content, "thinking"))
+    reasoning = next((thought for thought in thoughts if thought.strip()), "")
+    empty = None if text.strip() else _empty_reason(message, choice.get("finish_reason"), reasoning)
+    return ChoiceText(text, reasoning, empty)
+
+
+def _parts_text(content: Any, key: str) -> str:
+    """Return a content's text; of a list of parts that of those with ``key``, put together."""
+    if isinstance(content, str):
+        return content if key == "text" else ""
+    parts = content if isinstance(content, list) else ()
+    inside = (part.get(key) for part in parts if isinstance(part, dict))
+    return "".join(
+        each if isinstance(each, str) else _parts_text(each, "text")
+        for each in inside
+        if isinstance(each, str | list)
+    )
+
+
+def _empty_reason(message: dict[str, Any], finish: Any, reasoning: str) -> str:
+    if message.get("tool_calls") or message.get("function_call"):
+        return "tool_call"
+    if message.get("refusal") or _parts_text(message.get("content"), "refusal"):
+        return "refusal"
+    if finish == "content_filter":
+        return "content_filter"
+    if finish == "length":
+        return "reasoning" if reasoning else "length"
+    return "only_reasoning" if reasoning else "no_text"
+
+
+def answered_words(answered: int, empty: Mapping[str, int]) -> str:
+    """Return how many requests were answered, how many of the answers are empty, and why."""
+    words = f"{answered:,} answered"
+    count = sum(empty.values())
+    if not count:
+        return words
+    reasons = (
+        f"{empty[name]:,} {EMPTY_REASONS[name]}" for name in EMPTY_REASONS if empty.get(name)
+    )
+    return f"{words}, {count:,} of them empty ({'; '.join(reasons)})"
+
+
 def answer_texts(body: Any) -> list[str]:
     """Return the text of each choice of an answer; nothing for embeddings."""
-    choices = body.get("choices") if isinstance(body, dict) else None
-    texts = []
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict):
-            message = choice.get("message")
-            content = message.get("content") if isinstance(message, dict) else choice.get("text")
-            texts.append(content if isinstance(content, str) else "")
-    return texts
+    return [choice.text for choice in choice_texts(body)]
 
 
 def vectors(body: Any) -> list[Any]:

@@ -99,6 +99,7 @@ class Counts:
     cut_at_limit: int
     truncated_prompts: int
     unfit_answers: int
+    empty_answers: Mapping[str, int]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def _counts(sources: Sources, whole: Tally) -> Counts:
         cut_at_limit=whole.cut,
         truncated_prompts=whole.truncated,
         unfit_answers=whole.unfit,
+        empty_answers=dict(whole.empty),
     )
 
 

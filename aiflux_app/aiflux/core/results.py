@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -26,15 +27,24 @@ _FLUSH_EVERY = 4096
 
 @dataclass
 class Counts:
-    """Results of a run."""
+    """Results of a run; ``empty`` counts answers without a text, by their reason."""
 
     total: int = 0
     failed: int = 0
+    empty: Counter[str] = field(default_factory=Counter)
 
     @property
     def completed(self) -> int:
         """Requests that succeeded."""
         return self.total - self.failed
+
+    def add(self, result: RawResult) -> None:
+        """Count one result."""
+        self.total += 1
+        self.failed += result.failed
+        reason = result.empty
+        if reason is not None:
+            self.empty[reason] += 1
 
 
 def iterate_results(plan: Plan, run: RunDirectory, *, partial: bool = False) -> Results:
@@ -104,8 +114,7 @@ def _write_array(results: Results, target: Path) -> Counts:
             file.write(separator)
             file.write(array_entry(raw, result))
             separator = b",\n"
-            counts.total += 1
-            counts.failed += result.failed
+            counts.add(result)
             if not counts.total % _FLUSH_EVERY:
                 begin_writeback(file)
         file.write(b"\n]\n" if counts.total else b"[]\n")
@@ -150,8 +159,7 @@ def _write_batch_form(results: Results, target: Path) -> Counts:
         failed: IO[bytes] = stack.enter_context(atomic_write(errors))
         for _, result in results:
             (failed if result.failed else answered).write(batch_line(result))
-            counts.total += 1
-            counts.failed += result.failed
+            counts.add(result)
             if not counts.total % _FLUSH_EVERY:
                 begin_writeback(answered)
     if not counts.failed:

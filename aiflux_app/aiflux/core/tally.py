@@ -10,7 +10,7 @@ from typing import Any
 
 from aiflux.core.accumulators import Histogram, Timeline
 from aiflux.core.clock import unix_seconds
-from aiflux.core.journal import split_line
+from aiflux.core.journal import EMPTY, split_line
 from aiflux.core.request import load_json
 
 EXAMPLES = 3
@@ -62,6 +62,7 @@ class Tally:
         cut: answers that ended at their limit of tokens.
         truncated: answers to prompts that the engine cut.
         unfit: answers that did not fit their schema.
+        empty: answers without a text, by their reason (``EMPTY_REASONS``).
         models: results by model, as it was asked for; ``digests``: what the engines said it is.
         engines: by the number of the engine.
     """
@@ -73,6 +74,7 @@ class Tally:
     cut: int = 0
     truncated: int = 0
     unfit: int = 0
+    empty: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     latency: Histogram = field(default_factory=Histogram)
     timeline: Timeline = field(default_factory=Timeline)
@@ -107,6 +109,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.latency.merge(other.latency)
         self.timeline.merge(other.timeline)
+        self.empty.update(other.empty)
         self.attempts.update(other.attempts)
         self.models.update(other.models)
         for model, digests in other.digests.items():
@@ -171,6 +174,8 @@ class _Reader:
         told.cut += "finish_reason_length" in metadata
         told.truncated += "truncated_prompt" in metadata
         told.unfit += int(metadata.get("unfit_answers", 0))
+        if EMPTY in metadata and not failed:
+            told.empty[str(metadata[EMPTY])] += 1
         number = int(metadata.get("engine", 0))
         engine = told.engines.get(number)
         if engine is None:

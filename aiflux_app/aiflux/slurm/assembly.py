@@ -107,6 +107,7 @@ class ShardView:
     restarts: int
     prompt_tokens: int
     completion_tokens: int
+    empty_answers: Mapping[str, int]
     gpu_seconds: float
     in_slurm: bool
     sealed: bool | None
@@ -137,6 +138,7 @@ class RunView:
         created: when it was planned; ``submitted``: when jobs were submitted last (UTC).
         completed, failed: requests so far.
         allowed_failures: how many may fail before the run counts as failed.
+        empty_answers: answers without a text, by their reason.
         errors: of the last requests that failed, newest first.
         next_command: what the user can do to bring the run to its end; None where nothing is to do.
         slurm: why Slurm could not be asked; None where it could, or was not needed.
@@ -162,6 +164,7 @@ class RunView:
     restarts: int
     prompt_tokens: int
     completion_tokens: int
+    empty_answers: Mapping[str, int]
     gpu_seconds: float
     errors: tuple[RequestError, ...]
     next_command: str | None
@@ -238,6 +241,7 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         restarts=sum(shard.restarts for shard in shards),
         prompt_tokens=sum(shard.prompt_tokens for shard in shards),
         completion_tokens=sum(shard.completion_tokens for shard in shards),
+        empty_answers=_empty(facts, shards),
         gpu_seconds=round(sum(shard.gpu_seconds for shard in shards), 1),
         errors=tuple(_errors(facts.shards)),
         next_command=_next_command(state, facts, shards),
@@ -274,6 +278,7 @@ def _shard(facts: ShardFacts, tasks: Tasks | None) -> ShardView:
         restarts=_restarts(details, totals),
         prompt_tokens=int(_number(tokens.get("prompt_tokens"))),
         completion_tokens=int(_number(tokens.get("completion_tokens"))),
+        empty_answers=_numbers(tokens.get("empty_answers")),
         gpu_seconds=_number(totals.get("gpu_seconds")),
         in_slurm=task is not None and task.active,
         sealed=details.get("sealed"),
@@ -308,6 +313,15 @@ def _counts(facts: RunFacts, shards: tuple[ShardView, ...]) -> tuple[int, int]:
         counts = _mapping(facts.whole.get("request_counts"))
         return int(counts.get("completed", 0)), int(counts.get("failed", 0))
     return sum(shard.completed for shard in shards), sum(shard.failed for shard in shards)
+
+
+def _empty(facts: RunFacts, shards: tuple[ShardView, ...]) -> Mapping[str, int]:
+    """The output's own count once it is written, else that of the shards."""
+    if facts.finished and facts.whole is not None:
+        details = _mapping(facts.whole.get("aiflux"))
+        if "empty_answers" in details:
+            return _numbers(details["empty_answers"])
+    return dict(sum((Counter(shard.empty_answers) for shard in shards), Counter()))
 
 
 def _state(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunState:
@@ -392,6 +406,10 @@ def _moment(status: Mapping[str, Any] | None) -> float | None:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _numbers(value: Any) -> dict[str, int]:
+    return {name: int(_number(count)) for name, count in _mapping(value).items()}
 
 
 def _number(value: Any) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiflux.core.plan import Plan
@@ -27,6 +28,7 @@ class Ledger:
     completion_tokens: int = 0
     starts: int = 0
     requeues: int = 0
+    empty_answers: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, earlier: dict[str, Any] | None, environ: Mapping[str, str]) -> Ledger:
@@ -45,6 +47,7 @@ class Ledger:
             totals.get("completion_tokens", 0),
             totals.get("starts", 0),
             details.get("requeues", 0) if same_job else 0,
+            totals.get("empty_answers", {}),
         )
 
     def totals(self, progress: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,4 +59,5 @@ class Ledger:
             "prompt_tokens": self.prompt_tokens + progress["prompt_tokens"],
             "completion_tokens": self.completion_tokens + progress["completion_tokens"],
             "starts": self.starts + 1,
+            "empty_answers": dict(Counter(self.empty_answers) + Counter(progress["empty_answers"])),
         }

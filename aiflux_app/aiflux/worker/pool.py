@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any, Protocol
 
 from aiflux.core.clock import utc_now
-from aiflux.core.journal import JournalWriter, Result
+from aiflux.core.journal import EMPTY, JournalWriter, Result
 from aiflux.core.processlimits import reserved_memory, start_thread
 from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
 from aiflux.worker.checking import Checking
@@ -395,6 +395,8 @@ class Pool:
             metadata["requested_model"] = asked
         if task.unfit:
             metadata["unfit_answers"] = task.unfit
+        if verdict.empty is not None:
+            metadata[EMPTY] = verdict.empty
         if verdict.finish_reason == "length":
             metadata["finish_reason_length"] = True
         if verdict.prompt_tokens and self._links[lane.index].truncated(verdict.prompt_tokens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +36,7 @@ class Stats:
         self.retries = 0
         self.crashes = 0
         self.unfit = 0
+        self.empty: Counter[str] = Counter()
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.errors: deque[dict[str, Any]] = deque(maxlen=_SHOWN_ERRORS)
@@ -74,6 +75,8 @@ class Stats:
             self.completion_tokens += verdict.completion_tokens
             if verdict.kind is Kind.ANSWERED:
                 self.completed += 1
+                if verdict.empty is not None:
+                    self.empty[verdict.empty] += 1
             else:
                 self.failed += 1
                 self.unfit += verdict.kind is Kind.UNFIT
@@ -124,6 +127,7 @@ class Stats:
             "retries": self.retries,
             "engine_crashes_seen": self.crashes,
             "unfit_answers": self.unfit,
+            "empty_answers": dict(self.empty),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "requests_per_second": round(requests, 3),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+from aiflux.core.outputs import choice_texts
 from aiflux.core.request import parse_json
 from aiflux.worker.client import Answer, ExchangeError
 
@@ -62,6 +63,8 @@ class Verdict:
         finish_reason: of the first choice.
         model: as the answer names it; None where it names none.
         location: where the engine redirects to.
+        empty: why the first choice has no text (``EMPTY_REASONS``); None where it has, and for
+            embeddings.
         overloaded: the engine asked for less.
     """
 
@@ -76,6 +79,7 @@ class Verdict:
     finish_reason: str | None = None
     model: str | None = None
     location: str = ""
+    empty: str | None = None
     overloaded: bool = False
 
     @property
@@ -152,6 +156,7 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     finish, content = _finish(url, body)
+    told = choice_texts(body)
     if finish is None and not content:
         return Verdict(
             Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
@@ -165,6 +170,7 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
         completion_tokens=_count(usage, "completion_tokens"),
         finish_reason=finish,
         model=body["model"] if isinstance(body.get("model"), str) else None,
+        empty=told[0].empty if told else None,
     )
 
 

@@ -26,7 +26,7 @@ def answers(path: Path) -> None:
         if entry["output"] is None:
             print(name, "FAILED: " + entry["error"]["message"], sep="\t")
         else:
-            text = entry["output"]["choices"][0]["message"]["content"]
+            text = entry["output"]["choices"][0]["message"]["content"] or "(empty)"
             print(name, " ".join(text.split()), sep="\t")
 
 

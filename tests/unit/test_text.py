@@ -70,7 +70,7 @@ def cli(*words: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
 
 
 def safe(text: str) -> bool:
-    return not UNSAFE & set(text.replace("\r\n", "\n"))
+    return not (UNSAFE | {"\r"}) & set(text.replace("\r\n", "\n"))
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -173,6 +173,24 @@ def test_nothing_that_is_printed_steers_the_terminal(
             assert "\\x1b[2J" in err
         if "--json" in words:
             json.loads(out)
+
+
+def test_a_report_in_a_file_is_safe_too(tmp_path: Path, engine: FaultyEngine) -> None:
+    working = ask(tmp_path, engine, [request(f"id {HOSTILE}", f"fail:{HOSTILE}", {})])
+    assert working.run() is ExitCode.OK
+    for name, *more in (("page.html",), ("report.json", "--json")):
+        assert main(["report", str(working.output), "--output", str(tmp_path / name), *more]) == 0
+        written = (tmp_path / name).read_bytes().decode("utf-8")
+        assert safe(written)
+        assert "title" in written
+
+
+def test_results_that_are_nested_too_deeply_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    path.write_text(f'[\n{{"input": {"[" * 5000}\n]\n')
+    done = cli("results", "show", "out.json", folder=tmp_path)
+    assert done.returncode == ExitCode.USAGE
+    assert b"is not an output of aiflux" in done.stderr
 
 
 def test_the_last_error_of_a_process_is_safe_to_show(tmp_path: Path, engine: FaultyEngine) -> None:

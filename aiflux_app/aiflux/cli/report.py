@@ -26,7 +26,7 @@ from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import read_run_status, read_status
 from aiflux.core.streams import STDOUT
 from aiflux.core.tally import tally
-from aiflux.core.text import json_text, whole, whole_text
+from aiflux.core.text import json_text, terminal_text, whole
 from aiflux.errors import ConfigError
 from aiflux.slurm.overview import ShardView, gather
 from aiflux.slurm.records import read_submissions
@@ -59,7 +59,7 @@ def execute(arguments: argparse.Namespace) -> int:
         print(text, end="")
     else:
         with atomic_write(target, 0o600) as file:
-            file.write(whole_text(text).encode())
+            file.write(terminal_text(text).encode())
         print(f"{report.condition.state}: wrote {short(target)}")
     if no_plots is not None:
         print(f"  without plots: {no_plots}", file=sys.stdout if target else sys.stderr)

@@ -722,6 +722,11 @@ def meter(total: int) -> Callable[[int], None]:
     return show
 
 
+def printable(text: str) -> str:
+    """Return a text that cannot steer the terminal: names in a bundle are foreign."""
+    return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
+
+
 def main() -> int:
     """Install the bundle that is named on the command line."""
     parser = argparse.ArgumentParser(
@@ -732,7 +737,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     def say(line: str) -> None:
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(printable(line) + "\n")
         sys.stdout.flush()
 
     # SIGTERM is to leave things as Ctrl-C does.
@@ -746,7 +751,7 @@ def main() -> int:
         install(arguments.bundle, to, say, meter(size(arguments.bundle)))
         say(next_steps(to))
     except InstallError as error:
-        sys.stderr.write(f"error: {error}\n  -> {error.remedy}\n")
+        sys.stderr.write(printable(f"error: {error}\n  -> {error.remedy}\n"))
         return 5 if error.storage else 2
     except KeyboardInterrupt:
         sys.stderr.write("error: {}\n  -> {}\n".format(*STOPPED))

@@ -170,7 +170,7 @@ def _labels(path: Path, text: bytes) -> dict[str, str]:
         content: Any = json.loads(text)
         labels = content["data"]["attributes"].get("labels") or {}
         return {str(name): str(value) for name, value in labels.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its labels cannot be read ({error!r})") from error
 
 

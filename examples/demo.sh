@@ -26,7 +26,9 @@ else
     "$root/container/cpu-ollama.sh" "$cache/ollama-cpu"
 fi
 export AIFLUX_OLLAMA=$ollama
-export AIFLUX_MODELS_DIR=${AIFLUX_MODELS_DIR:-$cache/models}
+# Where `aiflux run --local` looks, too: what the demo downloaded serves the next step.
+data=${AIFLUX_DATA_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aiflux}
+export AIFLUX_MODELS_DIR=${AIFLUX_MODELS_DIR:-$data/models}
 
 if [[ $model == "$demo_model" && ${EXAMPLE:-} == caption ]]; then
     model=$demo_eye
@@ -49,3 +51,4 @@ fi
 aiflux run --local --model "$model" --input "$input" --output "$output" --allow-cpu
 aiflux results show "$output"
 echo "results: $output"
+echo "your own prompts: aiflux run --local --model $model --input prompts.jsonl"

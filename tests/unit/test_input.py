@@ -76,19 +76,48 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     assert "'a' was used on line 1 already" in error.problems[1]
 
 
-def test_twenty_in_full_then_a_count(tmp_path: Path) -> None:
+def test_equal_problems_are_one_entry_with_twenty_numbers_and_a_count(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_text("{\n" * 1000 + request_line(), encoding="utf-8")
+    path.write_text("{\n" * 1000 + request_line(""), encoding="utf-8")
     error = refused(path)
-    assert error.message.startswith("1000 lines are wrong")
-    assert len(error.problems) == 21
-    assert error.problems[0].startswith("line 1:")
-    assert error.problems[-1] == "... and 980 more"
+    assert error.message.startswith("1001 lines are wrong")
+    assert len(error.problems) == 2
+    assert error.problems[0].startswith("lines 1, 2, 3,")
+    assert " 20 and 980 more: " in error.problems[0]
+    assert error.problems[1].startswith("line 1,001: ")
+
+
+def test_twenty_different_problems_then_a_count(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [request_line(f"n{index}", url=f"/v{index}") for index in range(300)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    error = refused(path)
+    assert error.message.startswith("300 lines are wrong")
+    assert [text.split(":")[0] for text in error.problems[:20]] == [
+        f"line {number}" for number in range(1, 21)
+    ]
+    assert error.problems[20] == "... and 280 more"
+
+
+@given(
+    kinds=st.lists(st.integers(0, 40), min_size=1, max_size=400),
+    part_bytes=st.integers(1, 4000),
+)
+def test_every_bad_line_is_counted_once(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[int], part_bytes: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "kinds.jsonl"
+    path.write_text("".join(f"{kind:{kind + 1}}\n" for kind in kinds), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        scan_input(path, part_bytes=part_bytes, children=1)
+    assert f"{len(kinds)} line" in caught.value.message
+    assert caught.value.problems[0].split(":")[0].split()[1].rstrip(",") == "1"
 
 
 def test_another_model_is_named(tmp_path: Path) -> None:
     error = refused(write_input(tmp_path / "in.jsonl", 2), "other:2")
-    assert len(error.problems) == 2
+    assert len(error.problems) == 1
+    assert error.problems[0].startswith("lines 1 and 2: ")
     assert '"other:2"' in error.problems[0]
 
 

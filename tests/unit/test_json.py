@@ -130,8 +130,8 @@ def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:
     good = told(capsys, 0, "check", "in.jsonl", "--model", "m:1")
     assert (good["requests"], good["problems"]) == (3, [])
     bad = told(capsys, 2, "check", "in.jsonl")
-    assert len(bad["problems"]) == 4
-    assert bad["problems"][1].startswith("line 1: ")
+    assert len(bad["problems"]) == 2
+    assert bad["problems"][1].startswith("lines 1, 2 and 3: ")
 
 
 def test_a_check_has_the_model_that_the_run_would_have(

@@ -104,7 +104,8 @@ def test_status_says_when_slurm_cannot_be_asked(
 
 
 @pytest.mark.parametrize(
-    ("state", "command"), [("cancelled", "resume"), ("failed", "resume"), ("completed", "merge")]
+    ("state", "command"),
+    [("cancelled", "resume --local"), ("failed", "resume --local"), ("completed", "merge")],
 )
 def test_status_says_how_to_go_on(
     slurm: FakeCommands,

@@ -117,26 +117,32 @@ def _named(argv: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    with unwinding(), open_streams() as stdout:
-        words, debug = _without_debug(sys.argv[1:] if argv is None else argv)
-        try:
-            with exhaustion_stops():
-                code = _run(words, stdout)
-            sys.stdout.flush()
-        except KeyboardInterrupt as signal:
-            print(f"stopped by {signal or 'Ctrl-C'} before the end", file=sys.stderr)
-            return int(ExitCode.STOPPED)
-        except BrokenPipeError:
-            return int(ExitCode.OK)
-        except SystemExit as end:
-            # So rich's Console ends the process where nobody reads stdout any more.
-            if not isinstance(end.__context__, BrokenPipeError):
-                raise
-            return int(ExitCode.OK)
-        except Exception as error:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
-            return _failed(error, debug=debug)
-        if stdout.failure is not None and stdout.failure.errno != errno.EPIPE:
-            print(f"warning: {refused(stdout.failure).message}", file=sys.stderr)
+    # Outermost, for a signal may come as soon as its handler is there.
+    try:
+        with unwinding(), open_streams() as stdout:
+            return _main(sys.argv[1:] if argv is None else argv, stdout)
+    except KeyboardInterrupt as signal:
+        print(f"stopped by {signal or 'Ctrl-C'} before the end", file=sys.stderr)
+        return int(ExitCode.STOPPED)
+
+
+def _main(argv: Sequence[str], stdout: Outlet) -> int:
+    words, debug = _without_debug(argv)
+    try:
+        with exhaustion_stops():
+            code = _run(words, stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return int(ExitCode.OK)
+    except SystemExit as end:
+        # So rich's Console ends the process where nobody reads stdout any more.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return int(ExitCode.OK)
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
+        return _failed(error, debug=debug)
+    if stdout.failure is not None and stdout.failure.errno != errno.EPIPE:
+        print(f"warning: {refused(stdout.failure).message}", file=sys.stderr)
     return code
 
 

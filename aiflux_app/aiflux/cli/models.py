@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -232,10 +231,11 @@ def _create(name: ModelName, config: Config) -> int:
     from aiflux.worker.main import create
     from aiflux.worker.progress import make_reporter
     from aiflux.worker.run import Context
+    from aiflux.worker.server import find_program
     from aiflux.worker.stopper import Stopper
 
     context = Context(make_reporter(), Stopper())
-    if not os.environ.get("AIFLUX_OLLAMA") and shutil.which("ollama") is None:
+    if find_program(os.environ) is None:
         raise found
     context.stopper.install()
     try:

@@ -1,4 +1,4 @@
-"""``aiflux resume``: submit what is left of a run."""
+"""``aiflux resume``: submit what is left of a run, or continue it here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 
 from aiflux.cli.jsonout import add_json, then_told
 from aiflux.cli.located import located
-from aiflux.cli.starting import submit_planned
+from aiflux.cli.starting import register, run_here, run_local, submit_planned
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
+from aiflux.core.opening import open_run
+from aiflux.core.plan import read_plan
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.settings import BY_NAME, parse_setting
 from aiflux.errors import SlurmError
@@ -19,11 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = (
         "Submit the shards of a run that are neither done nor in the queue. Options change what is "
-        "asked of Slurm; what was asked before holds for the rest."
+        "asked of Slurm; what was asked before holds for the rest. A run with --engine-url "
+        "continues here, in the foreground, and so does any other with --local."
     )
     parser.epilog = "example: aiflux resume results.json --time 08:00:00"
     parser.add_argument("run", metavar="R", help="job id, run directory or output")
     parser.add_argument("--image", metavar="PATH", help="another image than before")
+    parser.add_argument(
+        "--local", action="store_true", help="continue on this machine, in the foreground"
+    )
     add_json(parser)
     add_settings(parser, "slurm")
 
@@ -39,6 +45,8 @@ def execute(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace, run: RunDirectory) -> int:
     from aiflux.slurm.submission import plan_resume
 
+    if arguments.local or read_plan(run).options.engine_url:
+        return _continue_here(arguments, run)
     changes = {
         name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")
         for name, value in given_settings(arguments).items()
@@ -53,3 +61,20 @@ def _resume(arguments: argparse.Namespace, run: RunDirectory) -> int:
         f"({planned.active} shards)",
         f"aiflux watch {arguments.run}",
     )
+
+
+def _continue_here(arguments: argparse.Namespace, run: RunDirectory) -> int:
+    """Continue a run in the foreground, as `aiflux run` with the same options would."""
+    from aiflux.slurm.submission import refuse_second
+
+    if run.submissions.exists():
+        refuse_second(run)
+    plan = read_plan(run)
+    opened = open_run(
+        plan.input_path, plan.output, plan.options, plan.models_dir, shards=len(plan.shards)
+    )
+    if not opened.finished:
+        register(opened.plan)
+    if plan.options.engine_url:
+        return run_here(opened)
+    return run_local(opened, Config(arguments={"image": arguments.image}))

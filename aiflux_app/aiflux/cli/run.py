@@ -20,7 +20,7 @@ from aiflux.cli.starting import (
 )
 from aiflux.core.arguments import add_settings, given_settings
 from aiflux.core.config import Config
-from aiflux.core.opening import OpenedRun, open_run
+from aiflux.core.opening import OpenedRun, draft_run, open_run
 from aiflux.core.pilot import FEWEST
 from aiflux.core.preflight import check_fields, told
 from aiflux.core.rundir import RunDirectory, checked_output, default_output
@@ -96,7 +96,9 @@ def execute(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
     if arguments.local:
         return run_local(_open(arguments, config, input_path, output), config)
-    if config.get("engine_url") and not arguments.dry_run:
+    if config.get("engine_url") and arguments.dry_run:
+        return _show_plan(arguments, config, input_path, output)
+    if config.get("engine_url"):
         show_local_choices(config, None)
         return run_here(_open(arguments, config, input_path, output))
     return _submit(arguments, config, input_path, output)
@@ -119,6 +121,26 @@ def _open(
         for finding in check_fields(opened.plan):
             print(f"warning: {told(finding)}", file=sys.stderr)
     return opened
+
+
+def _show_plan(
+    arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
+) -> int:
+    """Print the plan of a run that needs neither Slurm nor an image: its engine runs already."""
+    draft = draft_run(
+        input_path,
+        output,
+        config.run_options(),
+        config.models_dir,
+        force=arguments.force,
+        force_resume=arguments.force_resume,
+    )
+    plan = draft.plan.to_json()
+    if arguments.json:
+        print_json({"plan": plan, "image": None, "scripts": [], "warnings": []})
+    else:
+        print(json_text(plan, indent=2))
+    return 0
 
 
 def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:

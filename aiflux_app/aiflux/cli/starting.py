@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime, local_choices
+from aiflux.core.fit import check_names
 from aiflux.core.merge import merge
 from aiflux.core.opening import OpenedRun
 from aiflux.core.plan import Plan
 from aiflux.core.registry import register_plan
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import finished_line, refuse_failures
-from aiflux.errors import ImageError
+from aiflux.errors import ImageError, ModelError
 
 if TYPE_CHECKING:
     from aiflux.slurm.jobs import JobId
@@ -72,19 +72,23 @@ def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
 
 
 def run_local(opened: OpenedRun, config: Config) -> int:
-    """Run in the image where Apptainer and the image are, else on an ollama found on PATH.
+    """Run in the image where Apptainer and the image are, else on an Ollama of this machine.
 
-    AIFLUX_OLLAMA names an ollama to use in either case.
+    AIFLUX_OLLAMA names an Ollama to use in either case (see ``find_program``).
     """
+    from aiflux.worker.server import find_program
+
     if opened.finished:
         return _tell_finished(opened)
+    for finding in check_names(opened.plan, config.catalogue()):
+        raise ModelError(finding.what, finding.fix)
     if os.environ.get("AIFLUX_OLLAMA"):
         show_local_choices(config, None)
         return run_here(opened)
     try:
         runtime, image = find_runtime(), find_image(config, Path.cwd())
     except ImageError as error:
-        if config.image is not None or shutil.which("ollama") is None:
+        if config.image is not None or find_program(os.environ) is None:
             raise ImageError(
                 f"{error.message}; and there is no ollama on PATH either", error.remedy
             ) from error

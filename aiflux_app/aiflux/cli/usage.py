@@ -36,6 +36,9 @@ def parse(parser: Parser, words: Sequence[str], every_command: MakeParser) -> ar
         UsageError: the command line is wrong.
     """
     command = _named(parser, words)
+    stray = _no_command(command, words)
+    if stray is not None:
+        raise _no_choice(command, stray)
     unknown = next(_unknown_options(command, words), None)
     if unknown is not None:
         raise _no_option(command, unknown, every_command())
@@ -65,6 +68,15 @@ def _named(parser: Parser, words: Sequence[str]) -> Parser:
         if word in below:
             parser = below[word]
     return parser
+
+
+def _no_command(command: Parser, words: Sequence[str]) -> str | None:
+    """Return the word that stands where a command below this one is due, and is none."""
+    if not command.commands():
+        return None
+    names = command.prog.split()[1:]
+    rest = [word for word in words if not word.startswith("-")][len(names) :]
+    return rest[0] if rest else None
 
 
 def _unknown_options(command: Parser, words: Sequence[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ thing (``core/registry.py``).
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from aiflux.core.parsers import Parser
 from aiflux.core.yamlfile import read_yaml
 from aiflux.errors import ConfigError
 
+_MISSPELT = 0.8  # how like a known family a name has to be
 OWN = Path(__file__).with_name("models.yaml")
 FILE_NAME = "models.yaml"
 ENDPOINTS = {
@@ -116,6 +118,23 @@ class Catalogue:
         """Return a model; None where the catalogue does not know it."""
         served = _served(name)
         return self.models.get(served) or self.latest.get(served)
+
+    def nearest(self, name: str) -> str | None:
+        """Return the known model that a name is probably a misspelling of; None where it is none.
+
+        Only the family counts, the part before the colon: the catalogue does not know every tag.
+        Names with a registry or a namespace are taken as they are.
+        """
+        family, _, tag = _served(name).partition(":")
+        families = {known.partition(":")[0] for known in self.models}
+        if "/" in family or family in families:
+            return None
+        near = difflib.get_close_matches(family, families, n=1, cutoff=_MISSPELT)
+        if not near:
+            return None
+        known = [each for each in self.models if each.partition(":")[0] == near[0]]
+        same_tag = f"{near[0]}:{tag}"
+        return same_tag if same_tag in known else known[0]
 
     @property
     def all_defaults(self) -> dict[str, dict[str, Any]]:

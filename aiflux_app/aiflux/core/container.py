@@ -15,13 +15,12 @@ from typing import Any
 
 from aiflux.core.config import Config
 from aiflux.core.parsers import without_password
-from aiflux.core.sif import image_id, own_image
+from aiflux.core.sif import CHECKOUT, how_to_build, image_id, own_image
 from aiflux.core.sources import refuse_foreign
 from aiflux.errors import ConfigError, ImageError
 
 IMAGE_NAME = "aiflux.sif"
 _LONGEST = 100  # characters of a value in a message
-CHECKOUT = Path(__file__).parents[3]  # the repository, when the package runs from one
 
 _PASSED = (
     "CUDA_VISIBLE_DEVICES",
@@ -205,7 +204,7 @@ def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
         if not config.image.is_file():
             raise ImageError(
                 f"the image {config.image} is not there ({config.values['image'].origin})",
-                "correct the path, or leave it out and run: make image",
+                f"correct the path, or leave it out and {how_to_build()}",
             )
         return own_image(config.image).path
     folders = [*dict.fromkeys([cwd, *_development(checkout), config.containers_dir])]
@@ -217,7 +216,8 @@ def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
             return own_image(image).path
     places = ", ".join(str(folder) for folder in folders)
     raise ImageError(
-        f"there is no image {IMAGE_NAME} in {places}", "make image; or name one: --image FILE"
+        f"there is no image {IMAGE_NAME} in {places}",
+        f"{how_to_build()}; or name one: --image FILE",
     )
 
 

@@ -9,6 +9,7 @@ from aiflux.core.gpus import Room, is_slice
 from aiflux.core.memory import Figures, estimate, gpus_needed
 from aiflux.core.modelfacts import known_figures
 from aiflux.core.modelname import parse_model_name
+from aiflux.core.modelstore import missing_parts
 from aiflux.core.needs import cache_type, context_length
 from aiflux.core.plan import Plan
 from aiflux.core.preflight import Finding
@@ -35,6 +36,18 @@ def check_memory(plan: Plan, catalogue: Catalogue, room: Room) -> Iterator[Findi
         figures = known_figures(plan.models_dir, name, catalogue)
         if figures is not None:
             yield from _check_fit(plan, name.served, figures, room)
+
+
+def check_names(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
+    """Find models that are absent and whose names look like misspellings of known ones."""
+    for name in map(parse_model_name, plan.models):
+        near = catalogue.nearest(name.served)
+        if near and plan.models_dir and missing_parts(plan.models_dir, name):
+            yield Finding(
+                "error",
+                f"the model {name.served} is neither in {plan.models_dir} nor in the catalog",
+                f"did you mean {near}? If not, pull it first: aiflux models pull {name.served}",
+            )
 
 
 def check_endpoints(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:

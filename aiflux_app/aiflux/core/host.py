@@ -17,19 +17,10 @@ from aiflux.core.files import may_write, nearest_there
 from aiflux.core.modelstore import listed_models, missing_parts
 from aiflux.core.parsers import without_password
 from aiflux.core.preflight import size_text
-from aiflux.core.settings import SETTINGS
+from aiflux.core.settings import SETTINGS, VARIABLES
 from aiflux.core.sources import read_dotenv
 from aiflux.errors import ConfigError
 
-_OTHER_NAMES = {
-    "AIFLUX_SITE_CONFIG",
-    "AIFLUX_API_KEY",
-    "AIFLUX_OLLAMA",
-    "AIFLUX_CACHE_DIR",
-    "AIFLUX_SEALED",
-    "AIFLUX_UNSEALED",
-    "AIFLUX_IMAGE_CPU_ONLY",
-}
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _ROOM = 20e9  # bytes: a few models of the middle size
 
@@ -48,7 +39,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[Diagnosis]]:
         told += unknown_settings(dotenv, "in ./.env", "remove")
         told += [
             warn("settings", f"{name} in ./.env is not read there", f"export {name} instead")
-            for name in sorted(_OTHER_NAMES & dotenv.keys())
+            for name in sorted(VARIABLES & dotenv.keys())
         ]
         return Config(environ=environ), [*told, ok("settings", _sources(environ))]
     except ConfigError as error:
@@ -59,7 +50,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[Diagnosis]]:
 
 def unknown_settings(environ: Mapping[str, str], where: str, undo: str) -> Iterator[Diagnosis]:
     """Tell of AIFLUX_ variables that mean nothing: most are misspelt."""
-    known = _OTHER_NAMES | {item.env for item in SETTINGS if item.env}
+    known = VARIABLES | {item.env for item in SETTINGS if item.env}
     for name in sorted(set(environ) - known):
         if name.startswith("AIFLUX_"):
             near = difflib.get_close_matches(name, known, n=1)

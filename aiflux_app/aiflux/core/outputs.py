@@ -186,9 +186,13 @@ def parse_entry(text: bytes, path: Path) -> Entry:
         return _entry(json.loads(text.strip().removesuffix(b",")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{path} is not an output of aiflux: {error!r} at {text[:60]!r}",
+            f"{path} is not an output of aiflux: {_reason(error)}, at {text[:60]!r}",
             "name an output of `aiflux run`, its run directory or its job",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
@@ -203,6 +207,8 @@ def read_entries(path: Path) -> Iterator[Entry]:
 
 
 def _entry(content: dict[str, Any]) -> Entry:
+    if "output" not in content and "response" not in content:
+        raise TypeError("it has neither an output nor a response")
     if "input" in content:
         request = content["input"]
         entry = Entry(

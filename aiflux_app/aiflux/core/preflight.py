@@ -18,7 +18,7 @@ from aiflux.core.ignored_fields import FIX, ignored_texts
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.modelstore import missing_parts, model_digest, refuse_other_digest
 from aiflux.core.plan import Plan
-from aiflux.core.sif import ImageFacts, machine_arch, own_image
+from aiflux.core.sif import ImageFacts, how_to_build, machine_arch, own_image
 from aiflux.errors import (
     AifluxError,
     ImageError,
@@ -126,7 +126,7 @@ def check_image(
         yield Finding(
             "error",
             f"the image {path} holds a CPU build of Ollama, and the job asks for GPUs",
-            "build one that can use them (make image BASE=docker); or run on the CPU: "
+            f"{how_to_build('BASE=docker')}, which can use them; or run on the CPU: "
             "--gpus-per-node 0, or --allow-cpu",
         )
 

@@ -265,6 +265,18 @@ SETTINGS: tuple[Setting, ...] = (
     _paths("image", "the image to run", "AIFLUX_IMAGE", decisive=True),
     _paths("models_file", "a catalogue of models that adds to AI-Flux's own", "AIFLUX_MODELS_FILE"),
 )
+# Variables of AI-Flux that are no settings: they hold from the environment only.
+VARIABLES = frozenset(
+    {
+        "AIFLUX_SITE_CONFIG",
+        "AIFLUX_API_KEY",
+        "AIFLUX_OLLAMA",
+        "AIFLUX_CACHE_DIR",
+        "AIFLUX_SEALED",
+        "AIFLUX_UNSEALED",
+        "AIFLUX_IMAGE_CPU_ONLY",
+    }
+)
 BY_NAME: Mapping[str, Setting] = {
     name: setting for setting in SETTINGS for name in (setting.name, *setting.aliases)
 }

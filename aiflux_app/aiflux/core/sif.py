@@ -9,6 +9,7 @@ object ``inspect-metadata.json``; images without it tell none.
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ _MAX_DESCRIPTORS = 4096
 _MAX_METADATA = 16 << 20
 _OWN = "aiflux."
 
+CHECKOUT = Path(__file__).parents[3]  # the repository, when the package runs from one
 ARCHITECTURES = {
     "01": "386", "02": "amd64", "03": "arm", "04": "arm64", "05": "ppc64", "06": "ppc64le",
     "07": "mips", "08": "mipsle", "09": "mips64", "10": "mips64le", "11": "s390x", "12": "riscv64",
@@ -40,6 +42,18 @@ _MACHINES = {
     "x86_64": "amd64", "aarch64": "arm64", "i386": "386", "i486": "386", "i586": "386",
     "i686": "386", "armv7l": "arm",
 }  # fmt: skip
+
+
+def how_to_build(options: str = "") -> str:
+    """Return the remedy that builds an image, as it has to be typed from here.
+
+    Args:
+        options: of ``make image``, such as ``BASE=docker``.
+    """
+    make = "make" if Path.cwd() == CHECKOUT else f"make -C {shlex.quote(str(CHECKOUT))}"
+    if not (CHECKOUT / "Makefile").is_file():
+        return f"build it with `{f'make image {options}'.strip()}` in a clone of AI-Flux"
+    return f"build it: {f'{make} image {options}'.strip()}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ def read_image(path: Path) -> ImageFacts:
         with path.open("rb") as file:
             return _read(path, file)
     except FileNotFoundError:
-        raise ImageError(f"there is no image {path}", "build it: make image") from None
+        raise ImageError(f"there is no image {path}", how_to_build()) from None
     except OSError as error:
         raise ImageError(
             f"the image {path} cannot be read: {error.strerror}", f"mend it: ls -l {str(path)!r}"
@@ -108,7 +122,7 @@ def own_image(path: Path) -> ImageFacts:
     if not image.fact("version"):
         raise ImageError(
             f"{path} is not an AI-Flux image: it has no label aiflux.version",
-            "build one: make image; or name another: --image FILE",
+            f"{how_to_build()}; or name another image: --image FILE",
         )
     return image
 
@@ -118,7 +132,7 @@ def _read(path: Path, file: IO[bytes]) -> ImageFacts:
     if len(head) < _HEADER.size or head[32:42] != _MAGIC:
         raise ImageError(
             f"{path} is no Apptainer image: it does not begin as a SIF file does",
-            "build it: make image; or name another: --image FILE",
+            f"{how_to_build()}; or name another image: --image FILE",
         )
     _, _, _, arch, _, _, _, _, total, offset, *_ = _HEADER.unpack(head)
     size = file.seek(0, 2)
@@ -175,6 +189,4 @@ def _labels(path: Path, text: bytes) -> dict[str, str]:
 
 
 def _damaged(path: Path, why: str) -> ImageError:
-    return ImageError(
-        f"the image {path} is damaged: {why}", "copy it again, or build it: make image"
-    )
+    return ImageError(f"the image {path} is damaged: {why}", f"copy it again, or {how_to_build()}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +18,7 @@ from aiflux.core.parsers import written_path
 from aiflux.core.settings import (
     SECTIONS,
     SETTINGS,
+    VARIABLES,
     Setting,
     elsewhere,
     parse_setting,
@@ -26,6 +29,8 @@ from aiflux.core.slurmconfig import LEFT_OUT
 from aiflux.core.yamlfile import is_there, read_text, read_yaml
 from aiflux.errors import ConfigError
 
+_log = logging.getLogger(__name__)
+_MISSPELT = 0.85  # similarity of a misspelt name: SLURM_ACOUNT is 0.96, SLURM_JOB_NAME 0.83 at most
 _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
 
 
@@ -142,14 +147,24 @@ def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
     # A folder of this name is a virtual environment.
     if path.is_dir() or not is_there(path):
         return {}
+    lines = {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)}
     found = _named(
-        {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)},
-        lambda item, text, place: _parsed(item, text, place, path.parent, environ),
+        lines, lambda item, text, place: _parsed(item, text, place, path.parent, environ)
     )
+    _warn_of_misspelt(lines)
     # Other programs have files of this name.
     if found:
         refuse_foreign(path, "set the same variables in the environment")
     return {name: replace(each, local=True) for name, each in found.items()}
+
+
+def _warn_of_misspelt(lines: Mapping[str, tuple[str, str]]) -> None:
+    """Warn of names that are nearly those of settings; other programs' names pass in silence."""
+    known = {item.env for item in SETTINGS if item.env}
+    for name, (_, place) in lines.items():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT)
+        if near and name not in known | VARIABLES and near[0] not in lines:
+            _log.warning("%s: %s is not a setting; did you mean %s?", place, name, near[0])
 
 
 def read_dotenv(path: Path) -> dict[str, str]:

@@ -73,6 +73,12 @@ def begin_staging(models_dir: Path, name: ModelName, what: str) -> Path:
     return folder
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a staging folder into which no byte of a model came."""
+    if not any(folder.glob("blobs/*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def move_into_place(folder: Path, models_dir: Path, name: ModelName) -> None:
     """Move a whole model out of its staging folder: blobs first, the manifest last.
 

@@ -18,7 +18,7 @@ from aiflux.core.config import Config
 from aiflux.core.container import find_image, find_runtime, is_chosen, probe_command
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.core.modelname import DEFAULT_HOST
-from aiflux.core.sif import machine_arch, read_image
+from aiflux.core.sif import how_to_build, machine_arch, read_image
 from aiflux.errors import ImageError
 from aiflux.image import registry
 from aiflux.image.options import OLLAMA_IMAGE
@@ -164,7 +164,7 @@ def _image(path: Path) -> Iterator[Diagnosis]:
         yield warn(
             "image",
             "it is CPU-only: jobs with GPUs are refused",
-            "make image BASE=docker, where the registry can be reached; or --allow-cpu",
+            f"{how_to_build('BASE=docker')}, where the registry can be reached; or --allow-cpu",
         )
 
 

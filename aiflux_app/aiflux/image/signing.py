@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
+from aiflux.core.sif import how_to_build
 from aiflux.errors import ImageError
 from aiflux.image.keys import Signer, apptainer, last_words, sign_with
 
@@ -104,7 +105,7 @@ def diagnose(image: Path) -> Diagnosis:
     except ImageError as error:
         return warn("signature", error.message, error.remedy or "")
     if found.state == "broken":
-        return fail("signature", found.words, "copy the image again, or build it: make image")
+        return fail("signature", found.words, f"copy the image again, or {how_to_build()}")
     if found.state == "unknown key":
         return warn(
             "signature", found.words,

@@ -384,9 +384,16 @@ def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...
     if state is RunState.NOT_MERGED:
         return f"aiflux merge {name}"
     broken = any(shard.state in (ShardState.FAILED, ShardState.LOST) for shard in shards)
-    if broken or state is RunState.STOPPED:
+    if not broken and state is not RunState.STOPPED:
+        return None
+    if facts.submitted is not None or facts.plan.options.engine_url:
         return f"aiflux resume {name}"
-    return None
+    # A run that was never submitted by us: in the foreground, or by `sbatch slurm/run.sbatch`,
+    # whose job this machine must not repeat.
+    by_hand = any(
+        _mapping(_mapping(each.status).get("aiflux")).get("slurm") for each in facts.shards
+    )
+    return None if by_hand else f"aiflux resume --local {name}"
 
 
 def _updated(facts: RunFacts) -> float | None:

@@ -51,15 +51,20 @@ def call(command: list[str], environment: Mapping[str, str]) -> subprocess.Compl
             check=False,
         )
     except FileNotFoundError:
-        raise SlurmError(
-            f"{command[0]} is not on PATH: this is no machine that submits to Slurm",
-            "log in to a login node, or module load slurm; or run it here: aiflux run --local",
-        ) from None
+        raise missing(command[0]) from None
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"{command[0]} did not answer within {_TIMEOUT:.0f} s",
             "the controller may be busy: look with squeue before you try again",
         ) from None
+
+
+def missing(command: str) -> SlurmError:
+    """Return the error for a command of Slurm that is not on PATH."""
+    return SlurmError(
+        f"{command} is not on PATH: this is no machine that submits to Slurm",
+        "log in to a login node, or module load slurm; or run it here: aiflux run --local",
+    )
 
 
 def attempt(command: list[str], environment: Mapping[str, str]) -> str | None:

@@ -6,13 +6,15 @@ leaves open is not judged. A site whose rules are not visible here has ``--no-pr
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from aiflux.core.config import Config, SlurmConfig
 from aiflux.core.container import find_image
-from aiflux.core.fit import check_endpoints, check_memory
+from aiflux.core.fit import check_endpoints, check_memory, check_names
 from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan
 from aiflux.core.preflight import (
@@ -27,6 +29,7 @@ from aiflux.core.preflight import (
 )
 from aiflux.core.walltime import walltime_seconds, walltime_text
 from aiflux.errors import ConfigError, ImageError
+from aiflux.slurm.calling import missing
 from aiflux.slurm.directives import wants_gpus
 from aiflux.slurm.facts import Facts, Partition, ask_cluster
 from aiflux.slurm.fitting import check_nodes, with_features
@@ -41,6 +44,8 @@ def preflight(
     plan: Plan | None,
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    *,
+    submits: bool = True,
 ) -> tuple[Finding, ...]:
     """Return everything that stands in the way of a run as a Slurm job; errors first.
 
@@ -50,9 +55,15 @@ def preflight(
         plan: of the input; None where that is wrong, so that there is none.
         environ: the environment that Slurm's commands are called in.
         cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
+        submits: whether a job follows; False for a dry run, which needs no Slurm.
     """
     slurm = slurm.checked()
     facts = ask_cluster(environ)
+
+    def of_slurm() -> Iterable[Finding]:
+        path = (os.environ if environ is None else environ).get("PATH")
+        if submits and shutil.which("sbatch", path=path) is None:
+            yield finding_of(missing("sbatch"))
 
     def of_image() -> Iterable[Finding]:
         try:
@@ -63,6 +74,7 @@ def preflight(
 
     return collect(
         [
+            of_slurm,
             of_image,
             lambda: () if plan is None else check_models(plan),
             lambda: () if plan is None else check_fields(plan),
@@ -97,6 +109,7 @@ def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> 
     except ConfigError as error:
         yield finding_of(error)
         return
+    yield from check_names(plan, catalogue)
     yield from check_endpoints(plan, catalogue)
     room = gpu_room(facts, slurm, _partitions(facts, slurm))
     if room is not None and not plan.options.allow_cpu:

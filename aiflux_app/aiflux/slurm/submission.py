@@ -115,12 +115,12 @@ def plan_job(
     findings: tuple[Finding, ...] = ()
     if check and (isinstance(draft, InputError) or not draft.finished):
         plan = None if isinstance(draft, InputError) else draft.plan
-        findings = preflight(config, slurm, options, image, plan, environ, place)
+        findings = preflight(config, slurm, options, image, plan, environ, place, submits=write)
     if isinstance(draft, InputError):
         raise problem_with(draft, findings)
     refuse(findings)
     if write and not draft.finished:
-        _refuse_second(run, environ)
+        refuse_second(run, environ)
     opened = draft.open(write=write)
     scripts = _scripts(job, opened.plan, opened.open_shards, slurm, environ)
     return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings)
@@ -202,7 +202,8 @@ def plan_resume(
     if records is None:
         raise RunConflictError(
             f"the run {run.path} was never submitted to Slurm",
-            "give the command again that began it: it goes on where it stopped",
+            f"continue it on this machine: aiflux resume --local {quote(str(plan.output))}; or "
+            "submit it: run the same `aiflux run` command again",
         )
     slurm = _recorded(records.slurm, changes)
     if slurm.shards != records.slurm.get("shards"):
@@ -286,7 +287,13 @@ def logs_folder(config: Config, run: RunDirectory) -> Path:
     return config.logs_dir or run.logs
 
 
-def _refuse_second(run: RunDirectory, environ: Mapping[str, str] | None) -> None:
+def refuse_second(run: RunDirectory, environ: Mapping[str, str] | None = None) -> None:
+    """Refuse to work on a run that a job waits for or works on.
+
+    Raises:
+        RunConflictError: there is such a job.
+        SlurmError: Slurm is missing or does not answer.
+    """
     active = active_shards(run, environ)
     if active:
         job, state = next(iter(active.values()))

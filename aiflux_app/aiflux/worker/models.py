@@ -20,7 +20,13 @@ from aiflux.core.files import may_write
 from aiflux.core.modelcheck import remove_damaged
 from aiflux.core.modelname import ModelName, parse_model_name
 from aiflux.core.modelstore import missing_parts, read_manifest, refuse_other_digest
-from aiflux.core.staging import begin_staging, changing, move_into_place, staged_folder
+from aiflux.core.staging import (
+    begin_staging,
+    changing,
+    move_into_place,
+    remove_if_empty,
+    staged_folder,
+)
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.worker.ollama import Ollama
 from aiflux.worker.server import Server, engine_environment
@@ -71,8 +77,13 @@ def ensure_model(
             return False
         say(f"pulling {name.served} into {models_dir}")
         folder = begin_staging(models_dir, name, "pull")
-        with _serving(folder, program, log) as ollama:
-            _pull_with(ollama, name, folder, progress, log)
+        try:
+            with _serving(folder, program, log) as ollama:
+                _pull_with(ollama, name, folder, progress, log)
+        except AifluxError:
+            # A name that no registry knows is no pull that broke off.
+            remove_if_empty(folder)
+            raise
         _refuse_partial(folder, name)
         _insist(folder, name)
         move_into_place(folder, models_dir, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -59,6 +58,7 @@ from aiflux.worker.rejections import Rejections
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import Lane, Scheduler
 from aiflux.worker.seal import seal_facts
+from aiflux.worker.server import find_program
 from aiflux.worker.source import Source
 from aiflux.worker.stats import Stats
 from aiflux.worker.stopper import Stopper
@@ -90,7 +90,7 @@ class Context:
         Raises:
             EngineError: there is none.
         """
-        program = self.environ.get("AIFLUX_OLLAMA") or shutil.which("ollama")
+        program = find_program(self.environ)
         if program is None:
             raise EngineError(
                 "there is no ollama on PATH",
@@ -434,7 +434,7 @@ class _ModelWork:
         if cpu_only and devices and not self.plan.options.allow_cpu:
             raise EngineError(
                 f"this image runs on the CPU only, but the job has the GPUs {', '.join(devices)}",
-                "use an image with GPU support (make image BASE=docker), or say --allow-cpu",
+                "use an image with GPU support (built with BASE=docker), or say --allow-cpu",
             )
 
     def _settings(self, index: int, gpus: tuple[str, ...], home: Path) -> EngineSettings:

@@ -79,6 +79,20 @@ def engine_environment(
     }
 
 
+def find_program(environ: Mapping[str, str]) -> str | None:
+    """Return the ``ollama`` executable to start; None where there is none.
+
+    AIFLUX_OLLAMA names it; else it is the one on PATH; else the CPU build that ``make demo`` put
+    into the user's cache.
+    """
+    named = environ.get("AIFLUX_OLLAMA") or shutil.which("ollama", path=environ.get("PATH"))
+    if named:
+        return named
+    home = environ.get("XDG_CACHE_HOME") or f"{environ.get('HOME') or ''}/.cache"
+    demo = Path(environ.get("AIFLUX_CACHE_DIR") or f"{home}/aiflux") / "ollama-cpu/bin/ollama"
+    return str(demo) if os.access(demo, os.X_OK) else None
+
+
 class Server:
     """One ``ollama serve``.
 

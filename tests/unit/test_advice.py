@@ -1,0 +1,192 @@
+"""What AI-Flux advises can be followed, and fits the situation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiflux.cli.main import main
+from aiflux.core.catalogue import read_catalogue
+from aiflux.core.config import Config
+from aiflux.core.sif import CHECKOUT, how_to_build
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.helpers import request_line, write_input
+
+
+def aiflux(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does who has neither Slurm nor Apptainer nor Ollama."""
+    clean = {"HOME": str(cwd), "PATH": str(cwd / "no-programs"), **environ}
+    return subprocess.run(
+        [sys.executable, "-m", "aiflux.cli", *words],
+        cwd=cwd,
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_status_advises_what_resumes_a_foreground_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_input(tmp_path / "in.jsonl", 3)
+    with FaultyEngine() as engine:
+        url = engine.url
+    words = ["--input", "in.jsonl", "--output", "out.json", "--engine-wait", "0.1"]
+    assert main(["run", "--engine-url", url, *words]) == 4
+    capsys.readouterr()
+    assert main(["status", "out.json"]) == 0
+    advised = re.findall(r"aiflux resume [^\n]+", capsys.readouterr().out)
+    assert advised
+    # Nobody answers at the old address, so the advised command gets as far as the run did.
+    assert main(shlex.split(advised[0].strip())[1:]) == 4
+    assert "never submitted" not in capsys.readouterr().err
+
+
+def test_a_foreground_run_resumes_and_keeps_what_is_done(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 4)
+    with FaultyEngine() as engine:
+        words = ("--engine-url", engine.url, "--input", "in.jsonl", "--output", "out.json")
+        assert aiflux("run", *words, cwd=tmp_path).returncode == 0
+        sent = len(engine.bodies)
+        (tmp_path / "out.json").unlink()
+        done = aiflux("resume", "out.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads((tmp_path / "out.json").read_text())) == 4
+        assert len(engine.bodies) == sent, "no request is sent again"
+
+
+def test_building_an_image_is_advised_where_there_is_a_makefile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    assert how_to_build() == "build it: make image"
+    monkeypatch.chdir(tmp_path)
+    assert how_to_build("BASE=docker") == f"build it: make -C {shlex.quote(str(CHECKOUT))} image BASE=docker"  # fmt: skip  # noqa: E501
+
+
+def test_an_installed_package_advises_a_clone(tmp_path: Path) -> None:
+    """The package alone, as a wheel installs it, has no Makefile beside it."""
+    site = tmp_path / "lib" / "site" / "packages"
+    site.mkdir(parents=True)
+    (site / "aiflux").symlink_to(CHECKOUT / "aiflux_app" / "aiflux")
+    code = "from aiflux.core.sif import how_to_build; print(how_to_build())"
+    copied = tmp_path / "copied" / "x"
+    copied.mkdir(parents=True)
+    subprocess.run(["cp", "-r", str(CHECKOUT / "aiflux_app" / "aiflux"), str(copied)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(copied), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "in a clone of AI-Flux" in done.stdout
+
+
+def test_check_says_once_that_the_model_is_missing(tmp_path: Path) -> None:
+    line = request_line("%d", body={"messages": [{"role": "user", "content": "x"}]})
+    text = "".join(line.replace("%d", str(index)) + "\n" for index in range(50))
+    (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
+    done = aiflux("check", "in.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("body.model is missing") == 1
+    assert "aiflux check" not in done.stderr, "the command that was just run is no advice"
+    assert "--model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("smolm2:135m", "smollm2:135m"),
+        ("lama3.2:3b", "llama3.2:3b"),
+        ("qwen3:8b", None),
+        ("llama3.2:3b-instruct-q8_0", None),
+        ("registry.example/team/smolm2:135m", None),
+        ("my-own-model:1", None),
+    ],
+)
+def test_a_misspelt_model_has_a_suggestion(name: str, near: str | None) -> None:
+    assert read_catalogue().nearest(name) == near
+
+
+def test_a_misspelt_model_is_not_submitted_and_all_problems_are_told(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 1, body={"messages": [{"role": "user", "content": "x"}]})
+    words = ("run", "--model", "smolm2:135m", "--input", "in.jsonl", "--output", "out.json")
+    done = aiflux(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean smollm2:135m?" in done.stderr
+    assert "sbatch is not on PATH" in done.stderr
+    assert "there is no image" in done.stderr
+    local = aiflux(*words, "--local", cwd=tmp_path)
+    assert "did you mean smollm2:135m?" in local.stderr
+    assert local.returncode == 4
+
+
+def test_a_dry_run_needs_no_slurm_and_with_an_engine_no_image(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 1)
+    words = ("run", "--dry-run", "--input", "in.jsonl", "--output", "out.json")
+    assert "sbatch" not in aiflux(*words, cwd=tmp_path).stderr
+    done = aiflux(*words, "--engine-url", "http://127.0.0.1:9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["input"]["requests"] == 1
+    assert not (tmp_path / "out.json.aiflux").exists()
+
+
+def test_the_demo_s_ollama_is_found(tmp_path: Path) -> None:
+    from aiflux.worker.server import find_program
+
+    environ = {"HOME": str(tmp_path), "PATH": str(tmp_path)}
+    assert find_program(environ) is None
+    program = tmp_path / ".cache/aiflux/ollama-cpu/bin/ollama"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n", encoding="utf-8")
+    program.chmod(0o755)
+    assert find_program(environ) == str(program)
+    assert find_program({**environ, "AIFLUX_OLLAMA": "/other"}) == "/other"
+    demo = (CHECKOUT / "examples" / "demo.sh").read_text(encoding="utf-8")
+    assert "AIFLUX_MODELS_DIR:-$data/models" in demo
+    assert Config(environ=environ, directory=tmp_path).models_dir == (
+        tmp_path / ".local/share/aiflux/models"
+    )
+
+
+def test_a_kind_of_data_that_convert_does_not_know(tmp_path: Path) -> None:
+    done = aiflux("convert", "xlsx", "--input", "x.xlsx", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'xlsx'" in done.stderr
+    assert "csv" in done.stderr
+    assert "no option" not in done.stderr
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("csv", "csv"), ("tsv", "csv"), ("json", "json")])
+def test_a_table_given_to_run_leads_to_convert(tmp_path: Path, suffix: str, kind: str) -> None:
+    (tmp_path / f"t.{suffix}").write_text("a,b\n1,2\n", encoding="utf-8")
+    done = aiflux("check", f"t.{suffix}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"aiflux convert {kind} --input " in done.stderr
+
+
+def test_a_misspelt_name_in_dotenv_is_reported_and_a_foreign_one_is_not(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 1)
+    (tmp_path / ".env").write_text("SLURM_ACOUNT=me\nOPENAI_API_KEY=x\n", encoding="utf-8")
+    done = aiflux("check", "in.jsonl", cwd=tmp_path)
+    assert "SLURM_ACOUNT is not a setting; did you mean SLURM_ACCOUNT?" in done.stderr
+    assert "OPENAI" not in done.stderr
+
+
+def test_results_of_an_input_are_refused_in_words(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 1)
+    done = aiflux("results", "show", "in.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is not an output of aiflux" in done.stderr
+    assert "KeyError" not in done.stderr

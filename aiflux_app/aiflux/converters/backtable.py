@@ -204,13 +204,15 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _changed(entry: Entry, cells: dict[str, Any]) -> bool:
-    """Tell whether the request of an answer holds none of a row's cells."""
+    """Return whether the request of an answer holds none of a row's cells.
+
+    A row with an empty cell cannot be judged: that cell may be all that was asked.
+    """
     if entry.request is None:
         return False
     asked = prompt_text(entry.request.get("body") or {}, ("system", "user", "assistant"))
     texts = [as_text(cell) for cell in cells.values() if not isinstance(cell, bytes)]
-    given = [text for text in texts if text]
-    return bool(given) and not any(text in asked for text in given)
+    return bool(texts) and all(texts) and not any(text in asked for text in texts)
 
 
 @dataclass

@@ -20,7 +20,11 @@ _ROW_GROUP = 8192
 
 def write_csv(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
     """Write rows as CSV."""
-    shown = _for_excel if table.options.excel else _plain
+    form = _for_excel if table.options.excel else _plain
+
+    def shown(value: Any) -> str:
+        return form(as_json(value) if isinstance(value, bytes) else value)
+
     encoding = "utf-8-sig" if table.options.excel else "utf-8"
     text = io.TextIOWrapper(file, encoding=encoding, newline="")
     writer = csv_writer(text)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _DELIMITERS = (",", "\t", ";", "|")
 _NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 _SAMPLE = 1 << 16
+_ROW_NAMES = "row.names"
 _DECLARATION = re.compile(r"sep=(.)\r?\n")  # which Excel writes and reads
 # A quote that is never closed takes in the rest of the file: this much is too much for a cell.
 _MAX_CELL = 64 << 20
@@ -84,6 +85,7 @@ class DelimitedTable:
 
     Attributes:
         declares: its first line is Excel's ``sep=;``, and the header the second.
+        row_names: its first column has no name in the header: R's row names.
     """
 
     path: Path
@@ -91,6 +93,7 @@ class DelimitedTable:
     delimiter: str
     encoding: Encoding
     declares: bool = False
+    row_names: bool = False
 
     @classmethod
     def of(cls, path: Path, delimiter: str | None, encoding: str | None) -> DelimitedTable:
@@ -114,7 +117,11 @@ class DelimitedTable:
         if len(delimiter) != 1 or delimiter in '"\r\n':
             raise InputError(f"the delimiter {delimiter!r} is not one character", "--delimiter ';'")
         draft = cls(path, (), delimiter, known, declares=declared is not None)
-        return replace(draft, columns=_header(draft))
+        columns = _header(draft)
+        rows = _sample_rows(sample, delimiter)[1 + draft.declares :]
+        if _has_row_names(sample, rows if whole else rows[:-1], columns):
+            return replace(draft, columns=(_ROW_NAMES, *columns), row_names=True)
+        return replace(draft, columns=columns)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -125,7 +132,10 @@ class DelimitedTable:
             note += f" ({name} is what the file declares)"
         if self.encoding.origin == "guessed":
             note += f" ({name} is a guess: look at a --dry-run, or give --encoding)"
-        return (note,)
+        if not self.row_names:
+            return (note,)
+        named = f"the first cell of each row has no column in the header: {_ROW_NAMES!r}, as in R"
+        return (note, named)
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row | Skipped]:
         """Yield every row under the header, and what is none."""
@@ -268,6 +278,24 @@ def _header(draft: DelimitedTable) -> tuple[str, ...]:
                 f"the header of {str(path)!r} has {reason}", "see that it is a table of text"
             )
     return unique_columns([name or f"column_{at}" for at, name in enumerate(cells, 1)], path)
+
+
+def _has_row_names(sample: str, rows: Sequence[Sequence[str]], columns: Sequence[str]) -> bool:
+    """Return whether every row has one cell more than the header: a name, as R writes it.
+
+    R puts header and names in quotes, or numbers the rows. A delimiter at the end of each row, or a
+    comma in a text without quotes, also makes one cell more.
+    """
+    first = [row[0] for row in rows]
+    quoted = re.match(r'"[^\n]*"\r?\n"', sample) is not None
+    return (
+        bool(rows)
+        and _ROW_NAMES not in columns
+        and all(len(row) == len(columns) + 1 for row in rows)
+        and any(row[-1] for row in rows)
+        and (first == [str(number) for number in range(1, len(rows) + 1)] or quoted)
+        and len(set(first)) == len(rows)
+    )
 
 
 def unique_columns(names: Iterable[str], path: Path) -> tuple[str, ...]:

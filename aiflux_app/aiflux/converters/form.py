@@ -60,6 +60,7 @@ class Draft:
         content: the user's text, the parts of a message with an image, or with ``messages`` the
             whole conversation.
         part: 0 for the first (mostly only) request of a row or file.
+        remark: what is worth a warning, such as ``with nothing filled in``.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Draft:
     metadata: dict[str, Any] = field(default_factory=dict)
     messages: bool = False
     part: int = 0
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from aiflux.converters.form import Draft, make_form
 from aiflux.converters.jsonstream import JsonFile, Value
 from aiflux.converters.template import Template
-from aiflux.converters.values import as_json, as_text, names
-from aiflux.converters.writing import BadRowError, Job, Progress, Skipped, Summary
+from aiflux.converters.values import as_json, as_messages, as_text, names
+from aiflux.converters.writing import EMPTY, BadRowError, Job, Progress, Skipped, Summary
 from aiflux.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ def json_to_jsonl(
         id_field,
         names(keep),
         source.unit,
-        chat=form.endpoint == "chat",
-        system=form.system is not None,
     )
     job = Job(
         source.path,
@@ -88,8 +86,6 @@ class _Maker:
     id_field: str | None
     keep: tuple[str, ...]
     place: str
-    chat: bool
-    system: bool
 
     def drafts(self, values: Iterator[Value | Skipped]) -> Iterator[Draft | Skipped]:
         for count, item in enumerate(values, start=1):
@@ -107,9 +103,9 @@ class _Maker:
         metadata = self._metadata(value)
         content = self._content(value)
         if isinstance(content, list):
-            self._check_messages(content)
             return Draft(item.number, name, content, metadata, messages=True)
-        return Draft(item.number, name, content, metadata)
+        remark = EMPTY if self._blank(value, content) else ""
+        return Draft(item.number, name, content, metadata, remark=remark)
 
     def _content(self, value: Any) -> Any:
         if self.template is not None:
@@ -117,27 +113,34 @@ class _Maker:
             return self.template.render({name: _text(fields, name) for name in self.template.names})
         if self.field is not None:
             found = _find(value, self.field)
-            return found if _is_conversation(found) else _text(value, self.field)
+            return as_messages(found) or _text(value, self.field)
         if isinstance(value, str):
             return value
         if isinstance(value, dict) and {"custom_id", "url", "body"} <= value.keys():
             raise BadRowError("it is a request already: give the file to `aiflux run` as it is")
-        messages = value.get("messages") if isinstance(value, dict) else value
+        messages = value
+        if isinstance(value, dict):
+            messages = value.get("messages", value.get("conversations"))
         if isinstance(messages, list):
-            return messages
+            found = as_messages(messages)
+            if found is None:
+                raise BadRowError(
+                    'it is no list of messages: {"role": ..., "content": ...}, or as ShareGPT has '
+                    'it {"from": "human" or "gpt", "value": ...}'
+                )
+            return found
         if isinstance(value, dict):
             raise BadRowError(
                 f"it has no messages; say with --field or --template what to ask ({_names(value)})"
             )
         raise BadRowError(f"it is {_kind(value)}, not an object, a text or a list of messages")
 
-    def _check_messages(self, messages: list[Any]) -> None:
-        if not messages or not _is_conversation(messages):
-            raise BadRowError('it is no list of messages: {"role": ..., "content": ...}')
-        if not self.chat:
-            raise BadRowError("a list of messages is for --endpoint chat only")
-        if self.system and messages[0].get("role") == "system":
-            raise BadRowError("it has a system message of its own; leave out --system")
+    def _blank(self, value: Any, content: str) -> bool:
+        """Return whether nothing was filled in."""
+        if self.template is None:
+            return not content.strip()
+        fields = {"text": value} if isinstance(value, str) else value
+        return not any(_text(fields, name).strip() for name in self.template.names)
 
     def _metadata(self, value: Any) -> dict[str, Any]:
         if not self.keep:
@@ -146,12 +149,6 @@ class _Maker:
             return {"columns": {"text": as_json(value)}} if "*" in self.keep else {}
         wanted = list(value) if "*" in self.keep else self.keep
         return {"columns": {name: as_json(_found(value, name)) for name in wanted}}
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
-    )
 
 
 def _find(value: Any, name: str) -> Any:

@@ -50,7 +50,9 @@ def parquet_to_jsonl(
     options = TableOptions(template, id_column, names(keep), skip_bad, limit)
     with ParquetTable(source) as table:
         needed = options.needed(table.columns)
-        table.refuse_nested([*Template(template).names, *([id_column] if id_column else [])])
+        parsed = Template(template)
+        named = [name for name in parsed.names if name != parsed.only or not table.is_chat(name)]
+        table.refuse_nested([*named, *([id_column] if id_column else [])])
         return convert_table(
             source,
             None if output_path is None else Path(output_path),
@@ -101,6 +103,19 @@ class ParquetTable:
         """The Arrow schema."""
         return self._file.schema_arrow
 
+    def is_chat(self, column: str) -> bool:
+        """Return whether a column holds lists of messages, or of ShareGPT's turns."""
+        if column not in self.columns:
+            return False
+        kind = self.schema.field(column).type
+        types = self._arrow.types
+        if not (types.is_list(kind) or types.is_large_list(kind)):
+            return False
+        if not types.is_struct(kind.value_type):
+            return False
+        fields = {item.name for item in kind.value_type}
+        return {"role", "content"} <= fields or {"from", "value"} <= fields
+
     def refuse_nested(self, columns: Sequence[str]) -> None:
         """Raise InputError where one of the columns is a list, a struct or a map."""
         for name in columns:
@@ -109,7 +124,8 @@ class ParquetTable:
                 raise InputError(
                     f"column {name!r} of {str(self.path)!r} is nested ({kind}): a prompt and a "
                     "custom_id need one value for each row",
-                    "name another column; or flatten it first, for example in pandas: "
+                    "name another column; a chat column is asked as it is with a template of its "
+                    "name alone; or flatten it first, for example in pandas: "
                     f"df[{name!r}] = df[{name!r}].map(str)",
                 )
 

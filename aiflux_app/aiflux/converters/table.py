@@ -9,8 +9,8 @@ from typing import Any
 
 from aiflux.converters.form import Draft, RequestForm
 from aiflux.converters.template import Template, check_columns
-from aiflux.converters.values import as_json, as_text
-from aiflux.converters.writing import BadRowError, Job, Skipped, Summary
+from aiflux.converters.values import as_json, as_messages, as_text
+from aiflux.converters.writing import EMPTY, BadRowError, Job, Skipped, Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,17 @@ def _drafts(
 
 
 def _draft(row: Row, template: Template, kept: Sequence[str], id_column: str | None) -> Draft:
-    values = {name: _text(row, name) for name in template.names}
+    whole = template.only
+    messages = None if whole is None else as_messages(row.cells[whole])
+    values = {} if messages else {name: _text(row, name) for name in template.names}
     name = row.name if id_column is None else _text(row, id_column)
     metadata: dict[str, Any] = {}
     if kept:
         metadata["columns"] = {column: as_json(row.cells[column]) for column in kept}
-    return Draft(row.number, name, template.render(values), metadata)
+    if messages:
+        return Draft(row.number, name, as_json(messages), metadata, messages=True)
+    remark = "" if any(map(str.strip, values.values())) else EMPTY
+    return Draft(row.number, name, template.render(values), metadata, remark=remark)
 
 
 def _text(row: Row, column: str) -> str:

@@ -68,6 +68,11 @@ class Template:
                 f"its {kind}s are {_listed(known)}; a literal brace is {{{{ or }}}}",
             )
 
+    @property
+    def only(self) -> str | None:
+        """The name, where the template is that and nothing else."""
+        return self.names[0] if self._fields and self._texts == ["", ""] else None
+
     def render(self, values: Mapping[str, str]) -> str:
         """Return the text with every name replaced. Raises KeyError for one that is missing."""
         parts = [self._texts[0]]

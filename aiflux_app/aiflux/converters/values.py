@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64encode
 from collections.abc import Sequence
 from datetime import date, datetime, time
 from typing import Any
@@ -12,6 +13,28 @@ from typing import Any
 def names(given: Sequence[str]) -> tuple[str, ...]:
     """Return names; a single text is one name, not as many as it has letters."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+_SPEAKERS = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant",
+    "assistant": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
+    "model": "assistant",
+}  # fmt: skip
+
+
+def as_messages(value: Any) -> list[dict[str, Any]] | None:
+    """Return a list of messages: with role and content, or as ShareGPT writes it; else None."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return None
+    if all(isinstance(turn.get("role"), str) for turn in value):
+        # In Parquet every message has all fields that any has.
+        return [
+            {name: item for name, item in turn.items() if item is not None or name == "content"}
+            for turn in value
+        ]
+    if all({"from", "value"} <= turn.keys() and turn["from"] in _SPEAKERS for turn in value):
+        return [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in value]
+    return None
 
 
 def as_text(value: Any) -> str:
@@ -36,7 +59,10 @@ def as_text(value: Any) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value in JSON's own types: dates in ISO form, what JSON has no word for as text."""
+    """Return a value in JSON's own types: dates in ISO form, what JSON has no word for as text.
+
+    Bytes that are no text become Base64, as in most programs that write JSON.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -50,5 +76,8 @@ def as_json(value: Any) -> Any:
 
 def _as_words(value: Any) -> str:
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return b64encode(value).decode("ascii")
     return value.isoformat() if isinstance(value, datetime | date | time) else str(value)

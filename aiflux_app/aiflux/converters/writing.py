@@ -20,6 +20,7 @@ from aiflux.errors import InputError, UsageError
 
 SHOWN = 20
 _KEPT = 1000
+_PLACES = 5
 SKIP_REMEDY = "correct the input; or leave such {units} out with --skip-bad"
 
 Progress = Callable[[int, int], None]
@@ -44,6 +45,13 @@ class Skipped:
 
     def __str__(self) -> str:
         return terminal_line(f"{self.place}: {self.reason}")
+
+
+EMPTY = "with nothing filled in: what the template names is empty"
+ANSWERED = (
+    "that end with an assistant's turn, which the model continues or answers; remove the last turn "
+    "where it is to be written anew"
+)
 
 
 class BadRowError(ValueError):
@@ -170,6 +178,7 @@ class _Tally:
         self.skipped: list[Skipped] = []
         self.skips = 0
         self.first: list[dict[str, Any]] = []
+        self.remarks: dict[str, list[int]] = {}
         self.seen = SeenIds()
         self._skip_file: IO[bytes] | None = None
         self._file = None if job.limit is not None else self._open(job.output)
@@ -200,6 +209,11 @@ class _Tally:
                 f"custom_id {draft.custom_id!r} was used at {self.job.place} {earlier} already; "
                 "every request needs a name of its own"
             )
+        if draft.messages:
+            self._check_messages(draft.content)
+        remark = draft.remark or (ANSWERED if _answered(draft) else "")
+        if remark:
+            self.remarks.setdefault(remark, []).append(draft.number)
         line = self.job.form.line(draft)
         if len(line) > MAX_LINE_BYTES:
             raise BadRowError(f"the request is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -208,6 +222,23 @@ class _Tally:
             self.first.append(json.loads(line))
         elif not self._failing:
             self._file.write(line)
+
+    def _check_messages(self, messages: list[Any]) -> None:
+        if not messages:
+            raise BadRowError("its list of messages is empty")
+        if self.job.form.endpoint != "chat":
+            raise BadRowError("a list of messages is for --endpoint chat only")
+        if self.job.form.system is not None and messages[0].get("role") == "system":
+            raise BadRowError("it has a system message of its own; leave out --system")
+
+    def _notes(self) -> tuple[str, ...]:
+        """Return the job's notes, and the counts of what is worth a warning."""
+        found = []
+        for remark, numbers in self.remarks.items():
+            requests = f"{len(numbers)} request" + ("" if len(numbers) == 1 else "s")
+            places = ", ".join(map(str, numbers[:_PLACES])) + (", ..." * (len(numbers) > _PLACES))
+            found.append(f"{requests} {remark} ({self.job.place} {places})")
+        return (*self.job.notes(), *found)
 
     @property
     def _failing(self) -> bool:
@@ -260,9 +291,13 @@ class _Tally:
             skipped=self.skips,
             examples=tuple(self.skipped),
             skipped_path=listed_in,
-            notes=job.notes(),
+            notes=self._notes(),
             first=tuple(self.first),
         )
+
+
+def _answered(draft: Draft) -> bool:
+    return draft.messages and bool(draft.content) and draft.content[-1].get("role") == "assistant"
 
 
 def plural(unit: str) -> str:

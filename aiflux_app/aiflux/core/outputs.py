@@ -219,11 +219,21 @@ def _entry(content: dict[str, Any]) -> Entry:
             content["metadata"],
         )
     else:
-        body = (content["response"] or {}).get("body")
-        error = content["error"]
+        response = content["response"] or {}
+        body = response.get("body")
+        error = content["error"] or _refusal(response.get("status_code"), body)
         entry = Entry(content["custom_id"], None, None if error else body, error)
     _check(entry)
     return entry
+
+
+def _refusal(status: Any, body: Any) -> dict[str, Any] | None:
+    """Return the error of a response that is one by its HTTP status, as OpenAI's batches have."""
+    if not isinstance(status, int) or status < 400:
+        return None
+    error = body.get("error") if isinstance(body, dict) else None
+    told = error.get("message") if isinstance(error, dict) else None
+    return {"code": f"http_{status}", "message": str(told or json.dumps(body)), "status": status}
 
 
 def _check(entry: Entry) -> None:

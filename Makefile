@@ -21,6 +21,10 @@ sources := $(shell find aiflux_app -name '*.py' -o -name '*.sh' 2>/dev/null)
 shell_files := $(shell git ls-files -- '*.sh' tests/stack entrypoint .ci examples slurm 2>/dev/null | \
 	xargs -r grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
 
+# The tests misspell words on purpose.
+spelled := $(shell git ls-files -- '*.md' aiflux_app container entrypoint examples slurm bench docs 2>/dev/null | \
+	grep -vE '\.(svg|png|lock|css)$$')
+
 .PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down clean
 
 help: ## list the targets
@@ -63,11 +67,12 @@ cluster: ## as root: bring up the test cluster (Slurm, Apptainer, Ollama, a regi
 cluster-down: ## as root: stop the test cluster
 	tests/stack/down
 
-lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck
+lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck, codespell
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/shellcheck -x $(shell_files)
+	$(bin)/codespell $(spelled)
 
 test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
 	$(bin)/pytest -q -n 2 tests/unit

@@ -22,7 +22,7 @@ assemble() {
         "$work"/unpacked/*/usr/lib/*-linux-gnu/llama/*.so "$work"/unpacked/*/usr/lib/*-linux-gnu/ggml/backends0/*.so
     cp -t "$new" "$work/unpacked/llama.cpp-tools/usr/bin/llama-server"
     link "$new"
-    rm -rf "$work/bin" "$work/unpacked" "$work/debs"
+    rm -rf "${work:?}/bin" "${work:?}/unpacked" "${work:?}/debs"
     mv "$new" "$work/bin"
 }
 

@@ -17,13 +17,15 @@
     │   ├── ModelError               the model is unknown, or could not be pulled
     │   └── RejectedError            the engine takes no request: address, key or model is wrong
     └── StoppedError                 exit 5: stopped before the end; resumable
-        └── StorageError             the journal or output could not be written
+        ├── StorageError             the journal or output could not be written
+        └── MissingResultsError      the journals lack results; names the shards
 
 A message says what was seen and what follows from it; ``remedy`` says what to do next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 
@@ -139,6 +141,14 @@ class StoppedError(AifluxError):
 
 class StorageError(StoppedError):
     """The journal or the output could not be written (disk full, quota, ...)."""
+
+
+class MissingResultsError(StoppedError):
+    """Requests have no result in the journals (``shards``: how many of each shard)."""
+
+    def __init__(self, message: str, remedy: str, shards: Mapping[int, int]) -> None:
+        super().__init__(message, remedy)
+        self.shards = dict(shards)
 
 
 def describe(error: AifluxError) -> str:

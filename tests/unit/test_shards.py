@@ -66,7 +66,7 @@ def test_a_failed_shard_leaves_the_rest_usable(tmp_path: Path) -> None:
         opened = working.open(shards=3)
         assert working.shard(0) is ExitCode.OK
         assert working.shard(2) is ExitCode.OK
-        with pytest.raises(StoppedError, match="no result"):
+        with pytest.raises(StoppedError, match="have no result"):
             merge(opened.plan, opened.run, print)
         assert not working.output.exists()
         path, counts = merge_partial(opened.plan, opened.run)
@@ -163,8 +163,8 @@ def test_however_many_end_at_once_one_writes(tmp_path: Path) -> None:
 
     def end(shard: int) -> None:
         gate.wait()
-        Status(run.status(shard), plan, shard).enter("completed")
-        came.append(merge_when_last(plan, run, lambda _: None))
+        status = Status(run.status(shard), plan, shard)
+        came.append(merge_when_last(plan, run, shard, status, lambda _: None))
 
     threads = [threading.Thread(target=end, args=(index,)) for index in range(8)]
     for thread in threads:
@@ -221,7 +221,7 @@ def test_an_input_that_changed_is_refused(tmp_path: Path) -> None:
         assert isinstance(working.error, InputError)
         working.input.unlink()
         assert working.shard(0) is ExitCode.USAGE
-    assert "is not there any more" in str(working.error)
+    assert "does not exist any more" in str(working.error)
     assert not engine.seen
 
 

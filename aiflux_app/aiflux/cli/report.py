@@ -29,7 +29,7 @@ from aiflux.core.tally import tally
 from aiflux.core.text import json_text, terminal_text, whole
 from aiflux.errors import ConfigError
 from aiflux.slurm.overview import ShardView, gather
-from aiflux.slurm.records import read_submissions
+from aiflux.slurm.records import known_submissions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +102,7 @@ def read_report(run: RunDirectory) -> Report:
 
 def _condition(run: RunDirectory) -> Condition:
     view = gather(run)
-    submissions = read_submissions(run)
+    submissions = known_submissions(run)
     return Condition(
         state=view.state.value,
         ended=view.ended,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.input import change_of, looks_unchanged
 from aiflux.core.journal import ResultIndex
 from aiflux.core.outputs import Entry, entry_lines, output_files, parse_entry, read_entries
 from aiflux.core.plan import read_plan
@@ -29,11 +30,10 @@ def entries(output: Path) -> Iterator[Entry]:
     if output.suffix == ".jsonl" and run.plan.is_file():
         try:
             plan = read_plan(run)
-            path = plan.input_path
-            if path.is_file() and path.stat().st_size == plan.input["size"]:
+            if looks_unchanged(plan.input) or change_of(plan.input) is None:
                 return _entries_of_run(run)
-        except RunConflictError:
-            pass  # another version's plan: the output alone tells less, but enough
+        except (RunConflictError, InputError, OSError):
+            pass  # another version's plan, or no input: the output alone tells less, but enough
     return read_entries(output)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from aiflux.core.lines import read_lines
 
 _BLOCK = 1 << 20
+_SIZE = 16
 
 
 class InputDigest:
@@ -18,7 +19,7 @@ class InputDigest:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._hash = blake2b(digest_size=16)
+        self._hash = blake2b(digest_size=_SIZE)
 
     def add(self, start: int, end: int, plain: bool) -> None:
         """Add the lines from byte ``start`` to byte ``end``.
@@ -42,6 +43,23 @@ class InputDigest:
 
     def hexdigest(self) -> str:
         """Return the digest of what was added so far."""
+        return self._hash.hexdigest()
+
+
+class LineDigest:
+    """Computes the same digest of lines that are read one by one, and counts them."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self._hash = blake2b(digest_size=_SIZE)
+
+    def add(self, raw: bytes) -> None:
+        """Add the next line, without its line ending."""
+        self.lines += 1
+        self._hash.update(raw + b"\n")
+
+    def hexdigest(self) -> str:
+        """Return the digest of the lines so far."""
         return self._hash.hexdigest()
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from shlex import quote
+from typing import IO, Any, TypeVar
 
 from aiflux.core.processlimits import exhausted
 from aiflux.core.text import json_text
 from aiflux.errors import OutputExistsError, StorageError, UsageError
 
 _BUFFER = 1 << 20
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_STALE_TRIES, _STALE_PAUSE = 10, 0.1
+_READ_REMEDIES = {
+    errno.EACCES: "check its permissions, then run the same command again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then run the same command again",
+    errno.ENFILE: "close other programs' files, then run the same command again",
+}
+T = TypeVar("T")
 
 
 def fsync_directory(path: Path) -> None:
@@ -60,6 +71,79 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def read_file(path: Path) -> bytes | None:
+    """Return the content of a small file; None only where it is certain that there is none.
+
+    Raises:
+        StorageError: the file exists and cannot be read, or it is a folder, a pipe or a device.
+    """
+    return _looked_at(path, lambda: _read_regular(path))
+
+
+def _read_regular(path: Path) -> bytes:
+    # Without O_NONBLOCK, opening a pipe would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_irregular(path, os.fstat(descriptor))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a path exists; ``Path.exists`` takes an I/O error for an absence.
+
+    Raises:
+        StorageError: that cannot be told.
+    """
+    return _looked_at(path, lambda: os.stat(path)) is not None
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise StorageError where ``path`` exists and is no regular file."""
+    found = _looked_at(path, lambda: os.stat(path))
+    if found is not None:
+        _refuse_irregular(path, found)
+
+
+def _refuse_irregular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise StorageError(
+            f"{path} is {kind}, where a file belongs",
+            f"move it away (mv {quote(str(path))} ELSEWHERE) and run the same command again",
+        )
+
+
+def _looked_at(path: Path, look: Callable[[], T]) -> T | None:
+    """Return what ``look`` returns; None where nothing exists at ``path``.
+
+    A file that another NFS client replaced can be stale for a moment, and is found again by name.
+    Every other error is told: to take it for an absence would let a run end in silence.
+    """
+    tries = 0
+    while True:
+        try:
+            return look()
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            tries += 1
+            if error.errno != errno.ESTALE or tries == _STALE_TRIES:
+                raise read_error(error, path) from error
+        time.sleep(_STALE_PAUSE)
+
+
+def read_error(error: OSError, path: Path) -> StorageError:
+    """Turn an OSError met in reading ``path`` into an error that says what to do."""
+    default = "check the file system, then run the same command again: it goes on"
+    return StorageError(
+        f"cannot read {path}: {error.strerror or error}",
+        _READ_REMEDIES.get(error.errno or 0, default),
+    )
 
 
 def refuse_special(target: Path) -> None:
@@ -141,6 +225,17 @@ def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
     """Replace ``target`` atomically by ``value`` as JSON."""
     with atomic_write(target, mode) as file:
         file.write(json_text(value, indent=2).encode() + b"\n")
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Tell whether a value has a form: a type; objects and lists, the forms of what is in them."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            fits(value[name], inner) for name, inner in form.items() if name in value
+        )
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(each, form[0]) for each in value)
+    return isinstance(value, form)
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:

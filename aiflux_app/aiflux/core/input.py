@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.digest import InputDigest, beside
+from aiflux.core.digest import InputDigest, LineDigest, beside
 from aiflux.core.forks import helpers, share_out
 from aiflux.core.lines import cut_at_lines, line_numbers, read_lines, unreadable
 from aiflux.core.request import custom_id_of
@@ -27,6 +27,7 @@ class InputSummary:
     Attributes:
         path: absolute path.
         size: bytes.
+        modified: when it was last written, in nanoseconds.
         requests: number of requests.
         digest: BLAKE2b-128 of the request lines, hex; it ignores blank lines and line endings.
         models: models that bodies name, in order of first appearance.
@@ -42,6 +43,7 @@ class InputSummary:
 
     path: Path
     size: int
+    modified: int
     requests: int
     digest: str
     models: tuple[str, ...]
@@ -77,6 +79,7 @@ def scan_input(
     path = path.expanduser().absolute()
     check_readable(path)
     try:
+        before = path.stat()
         parts = cut_at_lines(path, part_bytes)
         children = children if children is not None else helpers() if len(parts) > 1 else 0
         work = partial(_scan_part, path, model, schemas)
@@ -84,13 +87,22 @@ def scan_input(
         _check_names(path, whole)
         if whole.problems.lines:
             raise whole.problems.error(path)
+        if _moment(path.stat()) != _moment(before):
+            raise InputError(
+                f"the input {str(path)!r} was written to while it was checked",
+                "run the same command again when the file is complete",
+            )
         if not whole.requests:
             raise InputError(
                 f"the input {str(path)!r} holds no request", "give it one JSON object per line"
             )
-        return _summary(path, whole, digest, parts[-1][1])
+        return _summary(path, whole, digest, before)
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def _moment(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _scan(
@@ -114,10 +126,11 @@ def _scan_part(path: Path, model: str | None, schemas: bool, part: tuple[int, in
     return scan_part(path, *part, model, schemas=schemas)
 
 
-def _summary(path: Path, whole: Whole, digest: str, size: int) -> InputSummary:
+def _summary(path: Path, whole: Whole, digest: str, stat: os.stat_result) -> InputSummary:
     return InputSummary(
         path=path,
-        size=size,
+        size=stat.st_size,
+        modified=stat.st_mtime_ns,
         requests=whole.requests,
         digest=digest,
         models=tuple(whole.models),
@@ -182,6 +195,7 @@ def describe(summary: InputSummary) -> dict[str, Any]:
     return {
         "path": str(summary.path),
         "size": summary.size,
+        "modified": summary.modified,
         "requests": summary.requests,
         "digest": summary.digest,
         "endpoints": summary.endpoints,
@@ -190,3 +204,43 @@ def describe(summary: InputSummary) -> dict[str, Any]:
         "mean_tokens": summary.mean_tokens,
         **({"ignored": summary.ignored} if summary.ignored else {}),
     }
+
+
+def looks_unchanged(described: Mapping[str, Any]) -> bool:
+    """Tell whether an input has the size and the time of its last change that ``describe`` noted.
+
+    Raises:
+        OSError: the file cannot be looked at.
+    """
+    return _moment(os.stat(described["path"])) == (described["size"], described.get("modified"))
+
+
+def change_of(described: Mapping[str, Any]) -> str | None:
+    """Read an input again; return how it differs from what ``describe`` noted, None if it does not.
+
+    The text continues a sentence that begins with the input's name.
+
+    Raises:
+        InputError: the file exists and cannot be read.
+    """
+    path = Path(described["path"])
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "does not exist any more"
+    except OSError as error:
+        raise unreadable(path, error) from error
+    seen = LineDigest()
+    for _, _, raw in read_lines(path):
+        seen.add(raw)
+    if seen.lines != described["requests"]:
+        word = "shorter" if seen.lines < described["requests"] else "longer"
+        return (
+            f"is {word} than when the run was planned: "
+            f"{seen.lines} requests instead of {described['requests']}"
+        )
+    if seen.hexdigest() != described["digest"]:
+        return "was edited or put in another order after the run was planned"
+    if size != described["size"]:
+        return "has other line endings or blank lines than when the run was planned"
+    return None

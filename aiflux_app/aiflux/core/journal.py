@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from aiflux.core.files import storage_error
+from aiflux.core.files import read_error, refuse_irregular, storage_error
 from aiflux.core.forks import helpers, share_out
 from aiflux.core.lines import cut_at_lines
 from aiflux.core.processlimits import start_thread
@@ -223,6 +223,7 @@ def scan_journal(
         StorageError: the journal cannot be read.
     """
     index = ResultIndex()
+    refuse_irregular(path)
     try:
         parts = cut_at_lines(path, part_bytes)
         children = helpers() if children is None else children
@@ -232,7 +233,7 @@ def scan_journal(
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise read_error(error, path) from error
     index.seal()
     return index
 
@@ -254,6 +255,7 @@ def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
     Raises:
         StorageError: the journal cannot be read.
     """
+    refuse_irregular(path)
     try:
         for _, line in _lines(path, 0, os.path.getsize(path)):
             if valid_line(line):
@@ -261,7 +263,7 @@ def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise read_error(error, path) from error
 
 
 def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -275,17 +277,12 @@ def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def _unreadable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"cannot read the journal {path}: {error.strerror}", "mend the file system and go on"
-    )
-
-
 def cut_torn_tail(path: Path) -> int:
     """Cut what a crash left of a last line; return the number of bytes cut.
 
     A journal that is not there has nothing to cut.
     """
+    refuse_irregular(path)
     try:
         with open(path, "r+b") as file:
             end = file.seek(0, os.SEEK_END)

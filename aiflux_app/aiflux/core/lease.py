@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.files import storage_error
+from aiflux.core.files import read_file, storage_error
 from aiflux.core.processlimits import start_thread
 from aiflux.errors import RunConflictError, StoppedError
 
@@ -27,6 +28,7 @@ BEAT_SECONDS = 3.0
 STALE_SECONDS = 30.0
 _BEAT_WIDTH = 12
 _BREAK_SECONDS = 0.05
+_FIRST_PAUSE = 0.02
 
 
 def _read(path: str) -> str:
@@ -161,7 +163,7 @@ def acquire(
         StorageError: the file cannot be made.
     """
     watch, break_watch = _Watch(clock), _Watch(clock)
-    told = False
+    told, pause = False, _FIRST_PAUSE
     while True:
         descriptor = _create(path)
         if descriptor is not None:
@@ -180,7 +182,9 @@ def acquire(
         if on_wait is not None and not told:
             on_wait(f"{what} is in use on {holder.get('host')}; waiting")
             told = True
-        sleep(BEAT_SECONDS / 2)
+        # Many wait at once where the shards of a run end together: each looks at its own times.
+        sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, BEAT_SECONDS / 2)
 
 
 def refuse_living(
@@ -254,21 +258,18 @@ def _create(path: Path) -> int | None:
 
 
 def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise storage_error(error, path) from error
+    return read_file(path)
 
 
 def _holder(content: bytes) -> dict[str, Any]:
     """Return who holds a lease; {} when its maker died between making and writing it."""
     try:
         holder = json.loads(content[_BEAT_WIDTH:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    whole = isinstance(holder, dict) and type(holder.get("pid")) is int
+    texts = ("host", "started", "namespace", "job")
+    return holder if whole and all(isinstance(holder.get(each), str) for each in texts) else {}
 
 
 def _break(path: Path, judged: bytes, watch: _Watch) -> bool:

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from aiflux.core.answerschema import can_check_schemas
 from aiflux.core.estimate_file import carry_estimate
-from aiflux.core.files import refuse_existing, storage_error
+from aiflux.core.files import read_file, refuse_existing, storage_error
 from aiflux.core.input import InputSummary, scan_input
 from aiflux.core.lease import acquire, refuse_living
+from aiflux.core.merge import forget_done, shards_left
 from aiflux.core.options import RunOptions
 from aiflux.core.plan import Plan, make_plan, read_plan, write_plan
 from aiflux.core.reshard import mend_journals, recut_journals
@@ -20,7 +22,6 @@ from aiflux.core.rundir import RunDirectory, checked_output
 from aiflux.core.status import (
     finished_counts,
     may_replace,
-    open_shards,
     read_status,
     run_status,
 )
@@ -57,6 +58,7 @@ class Draft:
         counts: total, completed and failed of a finished run.
         replace: an output that is there may be replaced.
         anew: results of earlier starts are to be dropped.
+        seen: the plan that was in the run directory, as it was written.
     """
 
     plan: Plan
@@ -65,6 +67,7 @@ class Draft:
     counts: dict[str, int] | None
     replace: bool = False
     anew: bool = False
+    seen: bytes | None = None
 
     @property
     def finished(self) -> bool:
@@ -84,9 +87,9 @@ class Draft:
         if self.finished:
             return OpenedRun(self.plan, self.run, True, True, self.counts or {}, ())
         if write:
-            _write(self.plan, self.run, self.earlier, anew=self.anew, replace=self.replace)
+            _write(self)
         everything = self.anew or not write
-        left = range(len(self.plan.shards)) if everything else open_shards(self.plan, self.run)
+        left = range(len(self.plan.shards)) if everything else shards_left(self.plan, self.run)
         resumed = self.earlier is not None and not self.anew
         return OpenedRun(self.plan, self.run, False, resumed, {}, tuple(left))
 
@@ -150,6 +153,7 @@ def draft_run(
     summary = scan_input(input_path, options.model, schemas=schemas)
     number = shards(summary) if callable(shards) else shards
     plan = make_plan(summary, output, options, models_dir, number)
+    seen = read_file(run.plan)
     earlier = _earlier(run, plan, force_resume)
     counts = finished_counts(plan, run) if earlier else None
     if counts is not None and not force and not options.retry_failed:
@@ -158,20 +162,28 @@ def draft_run(
     if not replace:
         refuse_existing(*output_paths(output))
     anew = counts is not None and not options.retry_failed
-    return Draft(plan, run, earlier, counts, replace, anew)
+    return Draft(plan, run, earlier, counts, replace, anew, seen)
 
 
-def _write(
-    plan: Plan, run: RunDirectory, earlier: Plan | None, *, anew: bool, replace: bool
-) -> None:
-    """Bring the run directory in line with the plan, while no process works on it."""
+def _write(draft: Draft) -> None:
+    """Bring the run directory in line with the plan, while no process works on it.
+
+    What was drafted holds only for what was there then: another command may have planned, and even
+    ended, since.
+    """
+    plan, run, earlier = draft.plan, draft.run, draft.earlier
     run.make()
     with acquire(run.plan_lease, f"the run {plan.output}"):
         leases = [*run.path.glob(".shard-*.lease"), run.merge_lease]
         refuse_living(leases, f"the run {plan.output}")
+        if read_file(run.plan) != draft.seen:
+            raise RunConflictError(
+                f"another command began the run {plan.output} at the same time",
+                "look at it (aiflux status), or run the same command again",
+            )
         mend_journals(run)
         run.create()
-        if anew:
+        if draft.anew:
             _start_anew(run)
         elif earlier is not None:
             _settle(plan, run, earlier)
@@ -180,23 +192,29 @@ def _write(
         write_plan(plan, run)
         carry_estimate(plan, run)
         status = run_status(plan, run)
-        status.details["replace"] = replace and plan.output.exists()
+        status.details["replace"] = draft.replace and plan.output.exists()
         status.enter("in_progress")
 
 
 def _forget_statuses(run: RunDirectory) -> None:
-    for path in run.path.glob("status/shard-*"):
-        path.unlink(missing_ok=True)
+    try:
+        for path in run.path.glob("status/shard-*"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, run.path / "status") from error
 
 
 def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
-    cut_anew = earlier.shards != plan.shards and max(len(earlier.shards), len(plan.shards)) > 1
-    if cut_anew:
+    several = max(len(earlier.shards), len(plan.shards)) > 1
+    # Lines that changed places can be in another shard although the cuts are where they were.
+    same = (earlier.shards, earlier.input["digest"]) == (plan.shards, plan.input["digest"])
+    if several and not same:
         recut_journals(plan, run)
     elif plan.options.retry_failed:
         for shard in plan.shards:
             status = read_status(run, shard.index)
             if status is not None and status["request_counts"]["failed"]:
+                forget_done(plan, run, shard.index)
                 run.status(shard.index).unlink(missing_ok=True)
 
 
@@ -205,7 +223,8 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
     if not run.plan.exists():
         if not run.unused():
             raise RunConflictError(
-                f"{run.path} is there but holds no plan", "remove it, or choose another output"
+                f"{run.path} is there but holds no plan",
+                f"move it away (mv {quote(str(run.path))} ELSEWHERE), or choose another output",
             )
         return None
     earlier = read_plan(run)

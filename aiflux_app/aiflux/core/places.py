@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from aiflux.core.files import is_there, refuse_irregular
 from aiflux.core.forks import helpers, share_out
 from aiflux.core.journal import PART_BYTES, ResultIndex, scan_journal
-from aiflux.core.lines import cut_at_lines, read_lines
+from aiflux.core.lines import cut_at_lines, read_lines, unreadable
 from aiflux.core.plan import Plan
 from aiflux.core.request import request_key
 from aiflux.core.rundir import RunDirectory
@@ -63,13 +65,29 @@ def find_places(
             yield from _of_large(plan, run, shard, part_bytes, children)
 
 
+def missing_results(plan: Plan, run: RunDirectory) -> dict[int, int]:
+    """Return, for each shard that lacks results, of how many requests.
+
+    Raises:
+        InputError: the input cannot be read.
+        StorageError: a journal cannot be read.
+    """
+    shards = {run.journal(shard.index): shard.index for shard in plan.shards}
+    missing: Counter[int] = Counter()
+    with closing(find_places(plan, run)) as found:
+        for places in found:
+            missing[shards[places.journal]] += places.offsets.count(MISSING)
+    return {shard: count for shard, count in sorted(missing.items()) if count}
+
+
 def _groups(plan: Plan, run: RunDirectory, part_bytes: int) -> list[list[Shard]]:
     """Return neighbouring shards that are at most of ``part_bytes`` together, or alone."""
     groups: list[list[Shard]] = []
     room = 0
     for shard in plan.shards:
         journal = run.journal(shard.index)
-        written = journal.stat().st_size if journal.exists() else 0
+        refuse_irregular(journal)
+        written = journal.stat().st_size if is_there(journal) else 0
         size = max(written, shard.end - shard.start)
         if size > room:
             groups.append([])
@@ -94,7 +112,10 @@ def _of_large(
     journal = run.journal(shard.index)
     index = scan_journal(journal, part_bytes=part_bytes, children=children)
     work = partial(_of_lines, plan.input_path, journal, index)
-    parts = cut_at_lines(plan.input_path, part_bytes, shard.start, shard.end)
+    try:
+        parts = cut_at_lines(plan.input_path, part_bytes, shard.start, shard.end)
+    except OSError as error:
+        raise unreadable(plan.input_path, error) from error
     with closing(share_out(work, parts, children)) as found:
         yield from found
 

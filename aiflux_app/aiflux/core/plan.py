@@ -6,20 +6,43 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
+from numbers import Real
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from aiflux import __version__
 from aiflux.core.clock import utc_now
-from aiflux.core.files import write_json
+from aiflux.core.files import fits, read_file, write_json
 from aiflux.core.input import InputSummary, describe
 from aiflux.core.modelname import parse_model_name, same_digest
 from aiflux.core.options import RunOptions
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.sharding import Shard, cut
-from aiflux.errors import ConfigError, InputError, RunConflictError
+from aiflux.errors import ConfigError, InputError, RunConflictError, StoppedError
 
 PLAN_VERSION = 1
+_OPTION = {bool: bool, int: int, float: Real, str: str, tuple: list, dict: dict}
+_FORM = {
+    "aiflux": str,
+    "created": str,
+    "input": {
+        "path": str,
+        "size": int,
+        "modified": (int, type(None)),
+        "requests": int,
+        "digest": str,
+        "endpoints": dict,
+    },
+    "output": str,
+    "models": [str],
+    "models_dir": (str, type(None)),
+    "options": {
+        name: _OPTION.get(type(value), (str, Real, type(None)))
+        for name, value in RunOptions().to_json().items()
+    },
+    "shards": [dict.fromkeys((item.name for item in fields(Shard)), int)],
+}
 
 
 @dataclass(frozen=True)
@@ -153,6 +176,26 @@ def _with_defaults_of(names: list[str], options: RunOptions) -> RunOptions:
     return replace(options, model_defaults={name: some for name, some in kept.items() if some})
 
 
+def same_work(plan: Plan, other: Plan) -> bool:
+    """Tell whether two plans differ in nothing but the moment at which they were made."""
+    one, two = ({**each.to_json(), "created": ""} for each in (plan, other))
+    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(two)))
+
+
+def changed_input(plan: Plan, change: str) -> StoppedError:
+    """Return the error for an input that is not the planned one any more, once requests were sent.
+
+    Args:
+        change: see ``change_of``.
+    """
+    return StoppedError(
+        f"the input {plan.input_path} {change}; no output was written",
+        "every answer is kept in the journal: put the input back as it was and run "
+        f"`aiflux merge {quote(str(plan.output))}`, or run the same `aiflux run` command again: it "
+        "plans again and sends only what changed",
+    )
+
+
 def write_plan(plan: Plan, run: RunDirectory) -> None:
     """Write ``plan.json`` into the run directory, which is made where it is not there."""
     run.create()
@@ -164,14 +207,20 @@ def read_plan(run: RunDirectory) -> Plan:
 
     Raises:
         RunConflictError: there is none, or it is not a plan that this version understands.
+        StorageError: it cannot be read.
     """
+    written = read_file(run.plan)
+    if written is None:
+        raise RunConflictError(f"there is no plan at {run.plan}", "check the path of the run")
     try:
-        content = json.loads(run.plan.read_text(encoding="utf-8"))
+        content = json.loads(written)
         if content["version"] != PLAN_VERSION:
             raise RunConflictError(
                 f"{run.plan} is a plan of version {content['version']}; this is {PLAN_VERSION}",
                 "finish the run with the AI-Flux that began it, or choose another output",
             )
+        if not fits(content, _FORM):
+            raise TypeError("a part of it is of another type")
         strange = content["options"].keys() - {item.name for item in fields(RunOptions)}
         if strange:
             raise RunConflictError(
@@ -180,19 +229,20 @@ def read_plan(run: RunDirectory) -> Plan:
                 "finish the run with the AI-Flux that began it, or choose another output",
             )
         return _from_json(content)
-    except OSError as error:
-        raise RunConflictError(
-            f"no plan can be read at {run.plan}: {error.strerror}", "check the path of the run"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunConflictError(
             f"{run.plan} is damaged, or no plan: {error!r}",
             "the results so far are in the journal beside it: move the run directory away "
-            f"(mv {str(run.path)!r} ELSEWHERE), or choose another output",
+            f"(mv {quote(str(run.path))} ELSEWHERE), or choose another output",
         ) from error
 
 
 def _from_json(content: dict[str, Any]) -> Plan:
+    needed = ("path", "size", "requests", "digest")
+    if not all([content["shards"], content["input"]["endpoints"], content["models"]]) or any(
+        name not in content["input"] for name in needed
+    ):
+        raise ValueError("a part of it is missing")
     models_dir = content["models_dir"]
     return Plan(
         input=content["input"],

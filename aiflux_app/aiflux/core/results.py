@@ -9,16 +9,24 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import IO
 
-from aiflux.core.files import atomic_write
-from aiflux.core.journal import JournalReader, RawResult
+from aiflux.core.digest import LineDigest
+from aiflux.core.files import atomic_write, is_there, read_error
+from aiflux.core.input import change_of
+from aiflux.core.journal import (
+    JournalReader,
+    RawResult,
+    ResultIndex,
+    scan_journal,
+)
 from aiflux.core.lines import read_lines
-from aiflux.core.places import MISSING, Places, find_places
-from aiflux.core.plan import Plan
-from aiflux.core.request import parse_json
+from aiflux.core.places import MISSING, Places, find_places, missing_results
+from aiflux.core.plan import Plan, changed_input
+from aiflux.core.request import custom_id_of, parse_json, request_key
 from aiflux.core.rundir import RunDirectory, errors_path
-from aiflux.errors import StoppedError
+from aiflux.errors import InputError, MissingResultsError
 
 Results = Generator[tuple[bytes, RawResult], None, None]
 # Results between two calls for the disk to begin with what it was given.
@@ -50,12 +58,39 @@ class Counts:
 def iterate_results(plan: Plan, run: RunDirectory, *, partial: bool = False) -> Results:
     """Yield ``(request line, result)`` in input order.
 
+    Whoever writes a file of them keeps it only when this ends without an error: that the lines were
+    the planned ones, all of them and in their order, is known at the end.
+
     Args:
         partial: leave out requests that have no result yet.
 
     Raises:
-        StoppedError: a request has no result yet.
+        StoppedError: a request has no result yet, or the input is not the planned one any more.
+        StorageError: a journal cannot be read.
     """
+    seen = LineDigest()
+    try:
+        with closing(_paired(plan, run)) as pairs:
+            for raw, result in pairs:
+                seen.add(raw)
+                if result is not None:
+                    yield raw, result
+                elif not partial:
+                    refuse_changed_input(plan, run)
+                    raise _without_result(plan, run, raw)
+        size = os.stat(plan.input_path).st_size
+    except (InputError, OSError) as error:
+        seen_at = error.__cause__ if isinstance(error, InputError) else error
+        if isinstance(seen_at, FileNotFoundError):
+            raise changed_input(plan, "does not exist any more") from None
+        raise changed_input(plan, f"cannot be read any more: {seen_at}") from error
+    planned = (plan.requests, plan.input["digest"], plan.input["size"])
+    if (seen.lines, seen.hexdigest(), size) != planned:
+        refuse_changed_input(plan, run, partial=partial)
+        raise changed_input(plan, "changed while the output was written")
+
+
+def _paired(plan: Plan, run: RunDirectory) -> Generator[tuple[bytes, RawResult | None], None, None]:
     with closing(find_places(plan, run)) as found, ExitStack() as stack:
         opened: Path | None = None
         for places in found:
@@ -64,14 +99,7 @@ def iterate_results(plan: Plan, run: RunDirectory, *, partial: bool = False) -> 
                 reader = JournalReader(places.journal)
                 stack.callback(reader.close)
                 opened = places.journal
-            for raw, result in _read(plan, reader, places):
-                if result is not None:
-                    yield raw, result
-                elif not partial:
-                    raise StoppedError(
-                        f"a request of {plan.input_path} has no result in {places.journal} yet",
-                        "run the same command again: it goes on where it stopped",
-                    )
+            yield from _read(plan, reader, places)
 
 
 def _read(
@@ -79,15 +107,55 @@ def _read(
 ) -> Iterator[tuple[bytes, RawResult | None]]:
     """Yield the requests of some lines with their results."""
     lines = read_lines(plan.input_path, places.start, places.end)
-    read = reader.read
     try:
         for (_, _, raw), offset, size in zip(lines, places.offsets, places.sizes, strict=True):
-            yield raw, None if offset == MISSING else read(offset, size)
+            yield raw, None if offset == MISSING else _result_of(raw, reader.read(offset, size))
     except ValueError:
-        raise StoppedError(
-            f"{plan.input_path} or a journal changed while the output was written",
-            "run the same command again: it goes on where it stopped",
-        ) from None
+        raise changed_input(plan, "or a journal changed while the output was written") from None
+    except OSError as error:
+        raise read_error(error, places.journal) from error
+
+
+def _result_of(raw: bytes, result: RawResult) -> RawResult:
+    """Return the result, once it is certain that it answers this very line."""
+    if result.key != request_key(raw):
+        raise ValueError("the result of another request")
+    return result
+
+
+def refuse_changed_input(plan: Plan, run: RunDirectory, *, partial: bool = False) -> None:
+    """Raise StoppedError, with what changed, where the input is not the planned one any more."""
+    change = change_of(plan.input)
+    if change is None:
+        return
+    first = None if partial else _first_without_result(plan, run)
+    if first is not None:
+        number, raw = first
+        change += f"; line {number} ({custom_id_of(raw)}) is the first that differs"
+    raise changed_input(plan, change)
+
+
+def _first_without_result(plan: Plan, run: RunDirectory) -> tuple[int, bytes] | None:
+    """Return the first line of the input, as it is now, that no journal has a result of."""
+    index = ResultIndex()
+    for shard in plan.shards:
+        index.merge(scan_journal(run.journal(shard.index), children=0))
+    index.seal()
+    for number, _, raw in read_lines(plan.input_path):
+        if index.find(request_key(raw)) is None:
+            return number, raw
+    return None
+
+
+def _without_result(plan: Plan, run: RunDirectory, raw: bytes) -> MissingResultsError:
+    shards = missing_results(plan, run)
+    resume = f" (or: aiflux resume {quote(str(plan.output))})" if is_there(run.submissions) else ""
+    return MissingResultsError(
+        f"{sum(shards.values())} of {plan.requests} requests have no result in "
+        f"{run.path / 'journal'}; the first is {custom_id_of(raw)!r}",
+        f"run the same `aiflux run` command again: it sends only what is missing{resume}",
+        shards,
+    )
 
 
 def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> Counts:

@@ -83,6 +83,10 @@ class RunDirectory:
         """Status of one shard, replaced atomically."""
         return self.path / "status" / f"shard-{shard:04d}.json"
 
+    def done_mark(self, shard: int, plan: str) -> Path:
+        """Made by a worker whose shard is done, for the plan with that id (see ``merge``)."""
+        return self.path / "status" / f"shard-{shard:04d}.{plan}.done"
+
     def requeue_mark(self, shard: int) -> Path:
         """Made by a worker that wants its job to go back to the queue."""
         return self.path / "status" / f"shard-{shard:04d}.requeue"

@@ -10,10 +10,11 @@ import json
 import threading
 import time
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.files import write_json
+from aiflux.core.files import fits, is_there, read_file, write_json
 from aiflux.core.plan import Plan
 from aiflux.core.rundir import RunDirectory, errors_path
 from aiflux.core.text import whole
@@ -27,6 +28,59 @@ _MOMENTS = {
     "failed": "failed_at",
     "cancelling": "cancelling_at",
     "cancelled": "cancelled_at",
+}
+
+
+_COUNTS = dict.fromkeys(("total", "completed", "failed"), int)
+_NUMBER = (Real, type(None))
+_TEXT = (str, type(None))
+# What readers of a status rely on, where it is there.
+_FORM = {
+    "status": str,
+    "request_counts": _COUNTS,
+    "errors": (dict, type(None)),
+    **dict.fromkeys(("created_at", *_MOMENTS.values()), _NUMBER),
+    "aiflux": {
+        "plan": str,
+        "updated": _NUMBER,
+        "requeues": int,
+        "exit_code": int,
+        "version": str,
+        "started": str,
+        "ended": _TEXT,
+        "host": _TEXT,
+        "slurm": dict.fromkeys(("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"), str),
+        "image": (dict, type(None)),
+        "gpus": [str],
+        "engines": [dict],
+        "model_digests": dict,
+        "gpu_use": dict.fromkeys(
+            (
+                "samples",
+                "utilization_mean",
+                "utilization_max",
+                "memory_mib_mean",
+                "memory_mib_max",
+                "memory_mib_total",
+            ),
+            Real,
+        ),
+        "progress": dict.fromkeys(
+            (
+                "elapsed_seconds",
+                "prompt_tokens",
+                "completion_tokens",
+                "requests_per_second",
+                "tokens_per_second",
+                "remaining_seconds",
+            ),
+            _NUMBER,
+        ),
+        "totals": dict.fromkeys(
+            ("seconds", "gpu_seconds", "prompt_tokens", "completion_tokens", "starts"), Real
+        ),
+        "merge": {"bytes": int},
+    },
 }
 
 
@@ -120,21 +174,30 @@ def run_status(plan: Plan, run: RunDirectory) -> Status:
 
 
 def read_status(run: RunDirectory, shard: int) -> dict[str, Any] | None:
-    """Return a shard's status as it was last written; None where there is none to read."""
+    """Return a shard's status as it was last written; None where there is none.
+
+    One that is damaged counts as none: the journal decides what is done, and the next start of the
+    shard writes its status again.
+
+    Raises:
+        StorageError: it exists and cannot be read.
+    """
     return _read(run.status(shard))
 
 
 def read_run_status(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the whole run's status as it was last written; None where there is none to read."""
+    """Return the whole run's status; see ``read_status``."""
     return _read(run.run_status)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    content = read_file(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        status = json.loads(content or b"")
+    except (ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+    whole = isinstance(status, dict) and status.keys() >= {"status", "request_counts", "aiflux"}
+    return status if whole and fits(status, _FORM) else None
 
 
 def _of_plan(status: dict[str, Any] | None, plan: Plan) -> bool:
@@ -150,7 +213,7 @@ def open_shards(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
 
 def all_done(plan: Plan, run: RunDirectory) -> bool:
     """Tell whether every shard is known to be done."""
-    return all(_completed(read_status(run, shard.index), plan) for shard in plan.shards)
+    return not open_shards(plan, run)
 
 
 def _completed(status: dict[str, Any] | None, plan: Plan) -> bool:
@@ -171,7 +234,7 @@ def may_replace(plan: Plan, run: RunDirectory) -> bool:
 def finished_counts(plan: Plan, run: RunDirectory) -> dict[str, int] | None:
     """Return total, completed and failed of a run that is finished; None where it is not."""
     status = read_run_status(run)
-    if not _completed(status, plan) or status is None or not plan.output.exists():
+    if not _completed(status, plan) or status is None or not is_there(plan.output):
         return None
     return {name: int(count) for name, count in status["request_counts"].items()}
 

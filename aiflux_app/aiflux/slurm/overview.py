@@ -19,7 +19,7 @@ from aiflux.errors import AifluxError, SlurmError
 from aiflux.slurm.assembly import RunFacts, RunState, RunView, ShardView, Tasks, assemble, outcome
 from aiflux.slurm.jobs import JobId
 from aiflux.slurm.queue import task_states
-from aiflux.slurm.records import Submissions, read_submissions
+from aiflux.slurm.records import Submissions, known_submissions
 from aiflux.slurm.states import QUIET_SECONDS, ShardFacts, ShardState, TaskId
 
 __all__ = [
@@ -144,7 +144,7 @@ def read_facts(run: RunDirectory, now: float) -> RunFacts:
         RunConflictError: the run has no plan that can be read.
     """
     plan = read_plan(run)
-    submissions = read_submissions(run)
+    submissions = known_submissions(run)
     tasks = _submitted_tasks(submissions)
     listed = () if submissions is None else submissions.submissions
     return RunFacts(

@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from aiflux.core.config import SlurmConfig
-from aiflux.core.files import write_json
+from aiflux.core.files import fits, read_file, write_json
 from aiflux.core.rundir import RunDirectory
-from aiflux.errors import SlurmError
+from aiflux.errors import RunConflictError, SlurmError
 from aiflux.slurm.jobs import JobId
+
+_TEXT = (str, type(None))
+_FORM = {
+    "image": str,
+    "slurm": dict,
+    "submissions": [
+        {
+            "submitted": str,
+            "cluster": _TEXT,
+            "log": str,
+            "jobs": [{"job_id": str, "array": _TEXT, "first": int, "shards": [int]}],
+        }
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -63,16 +78,37 @@ class Submissions:
 
 
 def read_submissions(run: RunDirectory) -> Submissions | None:
-    """Return the submissions of a run; None where there were none, or they cannot be read."""
+    """Return the submissions of a run; None where there were none.
+
+    Raises:
+        RunConflictError: the file is damaged.
+        StorageError: it cannot be read.
+    """
+    written = read_file(run.submissions)
+    if written is None:
+        return None
     try:
-        content = json.loads(run.submissions.read_text(encoding="utf-8"))
+        content = json.loads(written)
+        if not fits(content, _FORM):
+            raise TypeError("a part of it is of another type")
         return Submissions(
             Path(content["image"]),
             dict(content["slurm"]),
             tuple(_submission(item) for item in content["submissions"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
-            RecursionError, SlurmError):  # fmt: skip
+    except (ValueError, KeyError, TypeError, RecursionError, SlurmError) as error:
+        raise RunConflictError(
+            f"{run.submissions} is damaged: {error!r}",
+            f"move it away (mv {quote(str(run.submissions))} ELSEWHERE); the run's jobs are then "
+            "unknown here: look for those that still wait or run with squeue --me",
+        ) from error
+
+
+def known_submissions(run: RunDirectory) -> Submissions | None:
+    """Return the submissions of a run for a view of it, which a damaged file does not prevent."""
+    try:
+        return read_submissions(run)
+    except RunConflictError:
         return None
 
 

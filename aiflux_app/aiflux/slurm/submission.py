@@ -15,13 +15,15 @@ from aiflux.core.estimate import SLURM
 from aiflux.core.estimate_file import known_estimate
 from aiflux.core.files import atomic_write, storage_error
 from aiflux.core.input import InputSummary
+from aiflux.core.lease import acquire
+from aiflux.core.merge import shards_left
 from aiflux.core.opening import Draft, OpenedRun, draft_run
 from aiflux.core.options import RunOptions
-from aiflux.core.plan import Plan, make_plan, read_plan
+from aiflux.core.plan import Plan, make_plan, read_plan, same_work
 from aiflux.core.preflight import Finding, problem_with, refuse
 from aiflux.core.rundir import RunDirectory, checked_output
 from aiflux.core.sharding import auto_shards
-from aiflux.core.status import finished_counts, open_shards
+from aiflux.core.status import finished_counts
 from aiflux.core.walltime import walltime_seconds
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.slurm.arrays import array_ranges, parse_ranges, split_arrays
@@ -29,7 +31,7 @@ from aiflux.slurm.commands import submit
 from aiflux.slurm.jobs import JobId, TaskState
 from aiflux.slurm.preflight import preflight
 from aiflux.slurm.queue import max_array_size, task_states
-from aiflux.slurm.records import Job, Submission, read_submissions, remember
+from aiflux.slurm.records import Job, Submission, Submissions, read_submissions, remember
 from aiflux.slurm.script import JobScript, job_name, render
 
 
@@ -41,6 +43,7 @@ class PlannedRun:
         scripts: each array (or the one job) and its batch script.
         active: shards that wait or run already and are left alone.
         findings: what the checks before a submission warn of.
+        known: the submissions of the run when it was planned.
     """
 
     opened: OpenedRun
@@ -50,6 +53,7 @@ class PlannedRun:
     scripts: tuple[tuple[JobScript, str], ...]
     active: int = 0
     findings: tuple[Finding, ...] = ()
+    known: Submissions | None = None
 
     @property
     def script(self) -> str:
@@ -119,11 +123,12 @@ def plan_job(
     if isinstance(draft, InputError):
         raise problem_with(draft, findings)
     refuse(findings)
+    known = read_submissions(run)
     if write and not draft.finished:
         refuse_second(run, environ)
     opened = draft.open(write=write)
     scripts = _scripts(job, opened.plan, opened.open_shards, slurm, environ)
-    return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings)
+    return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings, known=known)
 
 
 def _image(config: Config, cwd: Path, *, missing_ok: bool) -> Path | None:
@@ -215,7 +220,7 @@ def plan_resume(
     if not image.exists():
         raise ImageError(f"the image {image} is not there", "name another with --image")
     counts = finished_counts(plan, run)
-    left = () if counts is not None else open_shards(plan, run)
+    left = () if counts is not None else shards_left(plan, run)
     active = active_shards(run, environ)
     missing = tuple(shard for shard in left if shard not in active)
     logs = records.submissions[-1].log
@@ -233,7 +238,7 @@ def plan_resume(
     )
     opened = OpenedRun(plan, run, counts is not None, True, counts or {}, missing)
     scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()
-    return PlannedRun(opened, image, slurm, logs, scripts, len(active))
+    return PlannedRun(opened, image, slurm, logs, scripts, len(active), known=records)
 
 
 def _recorded(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> SlurmConfig:
@@ -245,9 +250,11 @@ def _recorded(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> SlurmC
 def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
     """Write the scripts into the run directory, submit them and remember the jobs there.
 
-    With ``max_running``, several arrays wait for one another, so that no more run in all.
+    With ``max_running``, several arrays wait for one another, so that no more run in all. Of the
+    same command given several times at once, one submits the run, and the others are refused.
 
     Raises:
+        RunConflictError: another command planned or submitted the run since it was planned here.
         SlurmError: Slurm is missing or refused a job; those before it stay submitted.
         StorageError: the run directory cannot be written.
     """
@@ -256,6 +263,20 @@ def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) ->
         planned.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, planned.logs) from error
+    with acquire(run.plan_lease, f"the run {planned.opened.plan.output}", wait=True):
+        if not same_work(read_plan(run), planned.opened.plan) or (
+            read_submissions(run) != planned.known
+        ):
+            raise RunConflictError(
+                f"another command planned or submitted {planned.opened.plan.output} at the same "
+                "time",
+                f"look at it: aiflux status {quote(str(run.path))}",
+            )
+        return _submit(planned, environ)
+
+
+def _submit(planned: PlannedRun, environ: Mapping[str, str] | None) -> tuple[JobId, ...]:
+    run = planned.opened.run
     for mark in run.path.glob("status/*.requeue"):
         mark.unlink(missing_ok=True)
     submission = Submission(utc_now(), None, (), planned.logs)

@@ -37,7 +37,9 @@ class GpuUse:
         """Go on from a status that an earlier start of the same plan left."""
         details = (earlier or {}).get("aiflux", {})
         told = details.get("gpu_use") if details.get("plan") == plan_id else None
-        return cls(**told) if told else cls()
+        return (
+            cls(**{name: told[name] for name in asdict(cls()) if name in told}) if told else cls()
+        )
 
     def with_sample(self, utilization: float, used: float, total: float) -> GpuUse:
         """Return the sum with one sample more."""

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 
 from aiflux import __version__
 from aiflux.core.clock import utc_text
+from aiflux.core.input import change_of, looks_unchanged
 from aiflux.core.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.lease import acquire
-from aiflux.core.merge import merge_when_last
+from aiflux.core.merge import forget_done, merge_when_last
 from aiflux.core.modelfacts import known_figures
 from aiflux.core.modelname import parse_model_name
 from aiflux.core.needs import context_length
-from aiflux.core.plan import Plan, read_plan
+from aiflux.core.plan import Plan, changed_input, read_plan, same_work
 from aiflux.core.processlimits import exhaustion_stops, raise_file_limit, spare_files
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.sharding import Shard
@@ -138,30 +139,40 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
         context.stopper.stop("another process took the shard over")
 
     with acquire(run.lease(shard_index), f"the run {plan.output}", on_lost=lost):
-        _refuse_other_plan(plan, run)
+        plan = _settled_plan(plan, run)
+        _refuse_changed_input(plan)
         _ShardWork(plan, run, shard, context).run()
 
 
-def _refuse_other_plan(plan: Plan, run: RunDirectory) -> None:
-    """Refuse to work on a plan that is being replaced, or was.
+def _settled_plan(plan: Plan, run: RunDirectory) -> Plan:
+    """Return the plan as it stands now; refuse to work on one that was replaced by another.
 
     Whoever plans holds the plan's lease and then looks for workers; a worker holds its shard's
-    lease and then looks for planners: one of the two sees the other.
+    lease and then looks for planners: one of the two sees the other. Where the same command was
+    given several times at once, another may have planned the same work between this one's plan and
+    its lease. It will find the lease held and end; so this one goes on, or nobody would.
     """
     if run.plan_lease.exists():
         acquire(run.plan_lease, f"planning {plan.output}", wait=True).release()
-    if read_plan(run).created != plan.created:
+    now = read_plan(run)
+    if now.created != plan.created and not same_work(now, plan):
         raise RunConflictError(
             f"{plan.output} was planned anew meanwhile", "submit it again: aiflux resume"
         )
-    size = plan.input_path.stat().st_size if plan.input_path.exists() else None
-    if size != plan.input["size"]:
-        seen = "is not there any more" if size is None else f"has {size} bytes"
+    return now
+
+
+def _refuse_changed_input(plan: Plan) -> None:
+    """Refuse an input that is not the planned one; it is read only where it may have changed."""
+    with suppress(OSError):  # reading it says what is wrong
+        if looks_unchanged(plan.input):
+            return
+    change = change_of(plan.input)
+    if change is not None:
         raise InputError(
-            f"the input {plan.input_path} {seen}; it had {plan.input['size']} bytes when the run "
-            "was planned",
-            "put it back, or run the same `aiflux run` command again: it plans anew and does only "
-            "what changed",
+            f"the input {plan.input_path} {change}",
+            "put it back as it was, or run the same `aiflux run` command again: it plans again "
+            "and sends only what changed",
         )
 
 
@@ -193,6 +204,8 @@ class _ShardWork:
         if self.gpu_use.samples:
             self.status.details["gpu_use"] = self.gpu_use.to_json()
         self._sync_status()
+        if self.stats.done < shard.requests:
+            forget_done(plan, run, shard.index)
         self.status.enter("validating")
         if completed + failed:
             context.reporter.say(
@@ -238,6 +251,9 @@ class _ShardWork:
         self.context.reporter.show(self.stats, final=True)
         if self.stats.done < self.shard.requests:
             reason = stopper.reason or "the job's time is nearly over"
+            change = None if stopper.stopping else change_of(self.plan.input)
+            if change is not None:  # the lines ended before the planned number of requests
+                raise changed_input(self.plan, change)
             raise StoppedError(
                 f"stopped ({reason}) with {self.stats.done} of {self.shard.requests} requests done",
                 "run the same command again: it goes on from there",
@@ -248,8 +264,13 @@ class _ShardWork:
         run_wide = self.plan.options.allowed_failures(self.plan.requests)
         own = self.stats.failed > run_wide
         self.status.details["exit_code"] = int(ExitCode.FAILURES if own else ExitCode.OK)
-        self.status.enter("completed")
-        merged = merge_when_last(self.plan, self.run_directory, self.context.reporter.say)
+        merged = merge_when_last(
+            self.plan,
+            self.run_directory,
+            self.shard.index,
+            self.status,
+            self.context.reporter.say,
+        )
         failed = self.stats.failed if merged is None else merged.failed
         if failed > run_wide:
             last = self.stats.errors[-1] if self.stats.errors else {}

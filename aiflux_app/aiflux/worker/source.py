@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from aiflux.core.journal import JournalReader, ResultIndex
 from aiflux.core.lines import read_lines
 from aiflux.core.modelname import same_model
-from aiflux.core.plan import Plan
+from aiflux.core.plan import Plan, changed_input
 from aiflux.core.request import LineError, Request, parse_request, request_key
 from aiflux.core.sharding import Shard
-from aiflux.errors import InputError
 from aiflux.worker.payload import build_payload
 from aiflux.worker.scheduler import Task
 
@@ -63,11 +62,8 @@ class Source:
         try:
             return parse_request(raw, self._plan.options.model)
         except LineError as error:
-            raise InputError(
-                f"the input {self._plan.input_path} changed while it was processed: line {number} "
-                f"of shard {self._shard.index}: {error}",
-                "correct it and run the same command again; what was done is kept",
-            ) from None
+            change = f"changed while it was processed: line {number} of shard {self._shard.index}"
+            raise changed_input(self._plan, f"{change}: {error}") from None
 
     def _earlier(self, key: bytes) -> bool | None:
         """Return whether the request succeeded before; None where it is still to be done."""

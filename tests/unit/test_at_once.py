@@ -1,0 +1,55 @@
+"""The same command given several times at once: one of them runs, the others say so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.opening import draft_run
+from aiflux.core.options import RunOptions
+from aiflux.errors import RunConflictError
+from tests.tools import at_once
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.helpers import write_input
+from tests.unit.working import Working
+
+
+def one_runs(place: Path, starts: int) -> None:
+    """Start the command so many times; one does all the work, the others exit 2 with the reason."""
+    write_input(place / "in.jsonl", 12)
+    with FaultyEngine(delay=0.05) as engine:
+        done = subprocess.run(
+            [sys.executable, at_once.__file__, str(place), engine.url, str(starts)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    codes = json.loads(done.stdout)
+    said = [(place / f"said-{number}").read_text(encoding="utf-8") for number in range(starts)]
+    shown = "\n".join(f"{code}: {text}" for code, text in zip(codes, said, strict=True))
+    assert set(codes) <= {0, 2}, shown
+    assert 0 in codes, shown
+    for code, text in zip(codes, said, strict=True):
+        # Who comes when the run has ended already sees it finished.
+        reasons = ("in use by process", "at the same time") if code else ("wrote", "finished")
+        assert any(reason in text for reason in reasons), shown
+    assert sum("wrote" in text for text in said) == 1, shown
+    assert len(json.loads((place / "out.json").read_text(encoding="utf-8"))) == 12
+    assert set(engine.seen.values()) == {1}
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_one_of_eight_runs(tmp_path: Path, turn: int) -> None:
+    one_runs(tmp_path, 8)
+
+
+def test_what_was_drafted_holds_only_for_what_was_there(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("one", "two")
+        late = draft_run(working.input, working.output, RunOptions(**working.options), None)
+        assert working.run() == 0
+        with pytest.raises(RunConflictError, match="at the same time"):
+            late.open()
+        assert working.open().finished

@@ -204,7 +204,8 @@ def test_no_worker_starts_on_a_plan_that_changes(tmp_path: Path) -> None:
         time.sleep(0.5)
         assert not engine.seen
         content = json.loads(run.plan.read_text("utf-8"))
-        run.plan.write_text(json.dumps({**content, "created": "later"}), encoding="utf-8")
+        other = {"created": "later", "options": {**content["options"], "max_retries": 7}}
+        run.plan.write_text(json.dumps({**content, **other}), encoding="utf-8")
         lease.release()
         thread.join()
     assert ended == [ExitCode.USAGE]

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Cancel a run's jobs."""
     run = located(arguments.run)
+    run.refuse_foreign()
     jobs = active_jobs(run, os.environ)
     if arguments.json:
         cancelled = {"cancelled": [str(job) for job in jobs]}

@@ -14,12 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 from typing import IO, Any, TypeVar
+from zlib import crc32
 
 from aiflux.core.processlimits import exhausted
 from aiflux.core.text import json_text
 from aiflux.errors import OutputExistsError, StorageError, UsageError
 
 _BUFFER = 1 << 20
+_PART = ".aiflux-part"
+_LONG_NAME = 64
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _STALE_TRIES, _STALE_PAUSE = 10, 0.1
 _READ_REMEDIES = {
@@ -54,7 +57,7 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     _refuse_device(target)
     target = Path(os.path.realpath(target))
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", dir=target.parent)
+        descriptor, name = tempfile.mkstemp(_PART, _prefix(target), target.parent)
     except OSError as error:
         raise storage_error(error, target) from error
     temporary = Path(name)
@@ -87,8 +90,10 @@ def _read_regular(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_irregular(path, os.fstat(descriptor))
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+        parts = []
+        while part := os.read(descriptor, _BUFFER):
+            parts.append(part)
+        return b"".join(parts)
     finally:
         os.close(descriptor)
 
@@ -144,6 +149,35 @@ def read_error(error: OSError, path: Path) -> StorageError:
         f"cannot read {path}: {error.strerror or error}",
         _READ_REMEDIES.get(error.errno or 0, default),
     )
+
+
+def _prefix(target: Path) -> str:
+    """Return how the names of a target's temporary files begin; no other target's begin so."""
+    encoded = os.fsencode(target.name)
+    kept = target.name if len(encoded) <= _LONG_NAME else f"{target.name[:16]}~{crc32(encoded):08x}"
+    return f".{kept}."
+
+
+def remove_leftovers(*targets: Path) -> None:
+    """Remove what killed processes left of ``targets`` under temporary names.
+
+    Only for whoever knows that no process writes one of them now.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    for target in {Path(os.path.realpath(target)) for target in targets}:
+        prefix = _prefix(target)
+        try:
+            for name in os.listdir(target.parent):
+                # Between the two stands what mkstemp chose, which has no dot.
+                middle = name.removeprefix(prefix).removesuffix(_PART)
+                if name == f"{prefix}{middle}{_PART}" and "." not in middle:
+                    (target.parent / name).unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise storage_error(error, target) from error
 
 
 def refuse_special(target: Path) -> None:
@@ -228,13 +262,15 @@ def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
 
 
 def fits(value: Any, form: Any) -> bool:
-    """Tell whether a value has a form: a type; objects and lists, the forms of what is in them."""
+    """Tell whether a value has a form: a type, several, or an object or list of inner forms."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
             fits(value[name], inner) for name, inner in form.items() if name in value
         )
     if isinstance(form, list):
         return isinstance(value, list) and all(fits(each, form[0]) for each in value)
+    if isinstance(form, tuple):
+        return any(fits(value, each) for each in form)
     return isinstance(value, form)
 
 

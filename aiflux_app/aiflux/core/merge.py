@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from aiflux.core.files import read_file, storage_error
+from aiflux.core.files import read_file, remove_leftovers, storage_error
 from aiflux.core.lease import acquire
 from aiflux.core.outputs import answered_words
 from aiflux.core.places import missing_results
 from aiflux.core.plan import Plan
-from aiflux.core.results import Counts, finalise, refuse_changed_input
+from aiflux.core.results import Counts, finalise, output_paths, refuse_changed_input
 from aiflux.core.rundir import RunDirectory
 from aiflux.core.status import Status, finished_counts, open_shards, read_run_status, run_status
 from aiflux.errors import AifluxError, MissingResultsError, StorageError
@@ -85,6 +85,7 @@ def merge(
         StoppedError: a request has no result yet; nothing is written.
         StorageError: the disk refused.
     """
+    run.refuse_foreign()
     with acquire(run.merge_lease, f"writing {plan.output}"):
         return _merge(plan, run, say, again=again)
 
@@ -95,6 +96,7 @@ def _merge(
     counts = finished_counts(plan, run)
     if counts is not None and not again:
         return Counts(counts["total"], counts["failed"])
+    remove_leftovers(*output_paths(plan.output))
     status = _begun(plan, run, own=counts is not None)
     began = time.monotonic()
     try:
@@ -167,6 +169,7 @@ def merge_partial(plan: Plan, run: RunDirectory) -> tuple[Path, Counts]:
     """
     target = plan.output.with_name(f"{plan.output.stem}.partial{plan.output.suffix}")
     with acquire(run.merge_lease, f"writing {plan.output}"):
+        remove_leftovers(*output_paths(target))
         return target, finalise(plan, run, partial=target)
 
 

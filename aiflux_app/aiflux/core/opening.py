@@ -10,7 +10,14 @@ from shlex import quote
 
 from aiflux.core.answerschema import can_check_schemas
 from aiflux.core.estimate_file import carry_estimate
-from aiflux.core.files import read_file, refuse_existing, storage_error
+from aiflux.core.files import (
+    is_there,
+    read_file,
+    refuse_existing,
+    refuse_irregular,
+    remove_leftovers,
+    storage_error,
+)
 from aiflux.core.input import InputSummary, scan_input
 from aiflux.core.lease import acquire, refuse_living
 from aiflux.core.merge import forget_done, shards_left
@@ -182,6 +189,7 @@ def _write(draft: Draft) -> None:
                 "look at it (aiflux status), or run the same command again",
             )
         mend_journals(run)
+        _remove_leftovers(draft)
         run.create()
         if draft.anew:
             _start_anew(run)
@@ -196,12 +204,22 @@ def _write(draft: Draft) -> None:
         status.enter("in_progress")
 
 
+def _remove_leftovers(draft: Draft) -> None:
+    """Remove the temporary files of earlier starts that were killed; none is alive now."""
+    shards = {*draft.plan.shards, *(draft.earlier.shards if draft.earlier else ())}
+    statuses = {draft.run.status(shard.index) for shard in shards}
+    remove_leftovers(
+        *output_paths(draft.plan.output), draft.run.plan, draft.run.run_status, *statuses
+    )
+
+
 def _forget_statuses(run: RunDirectory) -> None:
-    try:
-        for path in run.path.glob("status/shard-*"):
+    for path in run.path.glob("status/shard-*"):
+        refuse_irregular(path)
+        try:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, run.path / "status") from error
+        except OSError as error:
+            raise storage_error(error, path) from error
 
 
 def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
@@ -220,7 +238,8 @@ def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
 
 def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
     """Return the plan of earlier starts that left results; refuse a run that is another's."""
-    if not run.plan.exists():
+    run.refuse_foreign()
+    if not is_there(run.plan):
         if not run.unused():
             raise RunConflictError(
                 f"{run.path} is there but holds no plan",

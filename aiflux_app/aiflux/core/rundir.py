@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
-from aiflux.core.files import storage_error
-from aiflux.errors import ConfigError
+from aiflux.core.files import read_error, storage_error
+from aiflux.errors import ConfigError, RunConflictError
 
 OUTPUT_SUFFIXES = (".json", ".jsonl")
 
@@ -103,12 +106,40 @@ class RunDirectory:
         files = (path for path in self.path.rglob("*") if not path.is_dir())
         return all(path.parent == self.path and path.name.startswith(unfinished) for path in files)
 
+    def refuse_foreign(self) -> None:
+        """Refuse a run directory in which somebody else can have put or changed files.
+
+        What is read there decides where prompts go and which files are written.
+
+        Raises:
+            RunConflictError: it belongs to another user, or others can write it.
+            StorageError: that cannot be told.
+        """
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise read_error(error, self.path) from error
+        if found.st_uid != os.geteuid():
+            raise RunConflictError(
+                f"the run directory {self.path} belongs to another user (uid {found.st_uid})",
+                "choose another output, in a folder of your own",
+            )
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RunConflictError(
+                f"others can write the run directory {self.path} "
+                f"(mode {stat.S_IMODE(found.st_mode):04o})",
+                f"make sure that its files are yours, then: chmod go-w {quote(str(self.path))}",
+            )
+
     def make(self) -> None:
         """Make the directory (mode 0700) alone, where it is not there yet."""
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise storage_error(error, self.path) from error
+        self.refuse_foreign()
 
     def create(self) -> None:
         """Make the directory and its folders, where they are not there yet."""

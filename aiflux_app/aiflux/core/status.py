@@ -38,7 +38,7 @@ _TEXT = (str, type(None))
 _FORM = {
     "status": str,
     "request_counts": _COUNTS,
-    "errors": (dict, type(None)),
+    "errors": ({"data": [dict]}, type(None)),
     **dict.fromkeys(("created_at", *_MOMENTS.values()), _NUMBER),
     "aiflux": {
         "plan": str,
@@ -52,7 +52,16 @@ _FORM = {
         "slurm": dict.fromkeys(("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"), str),
         "image": (dict, type(None)),
         "gpus": [str],
-        "engines": [dict],
+        "engines": [
+            {
+                "index": int,
+                "slots": (int, type(None)),
+                "devices": (list, type(None)),
+                "gpu_bytes": _NUMBER,
+                "version": _TEXT,
+                "url": str,
+            }
+        ],
         "model_digests": dict,
         "gpu_use": dict.fromkeys(
             (

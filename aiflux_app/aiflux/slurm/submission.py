@@ -202,6 +202,7 @@ def plan_resume(
         RunConflictError: there is no plan, or it was never submitted.
         ConfigError: a setting is wrong.
     """
+    run.refuse_foreign()
     plan = read_plan(run)
     records = read_submissions(run)
     if records is None:

@@ -163,6 +163,7 @@ def create(model: str, config: Config, context: Context) -> None:
 
 def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
     run = RunDirectory(Path(arguments.run_dir).absolute())
+    run.refuse_foreign()
     with context.stopper.raising():
         plan = read_plan(run)
     if not 0 <= arguments.shard < len(plan.shards):

@@ -131,6 +131,7 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
         StoppedError: stopped before the end.
         RunConflictError: another process works on the shard.
     """
+    run.refuse_foreign()
     raise_file_limit()
     shard = plan.shards[shard_index]
     context.reporter.quiet = plan.options.log_level in ("WARNING", "ERROR")

@@ -184,10 +184,7 @@ def _write(draft: Draft) -> None:
         leases = [*run.path.glob(".shard-*.lease"), run.merge_lease]
         refuse_living(leases, f"the run {plan.output}")
         if read_file(run.plan) != draft.seen:
-            raise RunConflictError(
-                f"another command began the run {plan.output} at the same time",
-                "look at it (aiflux status), or run the same command again",
-            )
+            raise _begun_meanwhile(plan, run)
         mend_journals(run)
         _remove_leftovers(draft)
         run.create()
@@ -202,6 +199,13 @@ def _write(draft: Draft) -> None:
         status = run_status(plan, run)
         status.details["replace"] = draft.replace and plan.output.exists()
         status.enter("in_progress")
+
+
+def _begun_meanwhile(plan: Plan, run: RunDirectory) -> RunConflictError:
+    return RunConflictError(
+        f"another command began the run {plan.output} at the same time",
+        f"look at it (aiflux status {quote(str(run.path))}), or run the same command again",
+    )
 
 
 def _remove_leftovers(draft: Draft) -> None:
@@ -241,6 +245,10 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
     run.refuse_foreign()
     if not is_there(run.plan):
         if not run.unused():
+            # Another start may be just about to write its plan, or has written it by now.
+            refuse_living([run.plan_lease], f"the run {plan.output}")
+            if is_there(run.plan):
+                raise _begun_meanwhile(plan, run)
             raise RunConflictError(
                 f"{run.path} is there but holds no plan",
                 f"move it away (mv {quote(str(run.path))} ELSEWHERE), or choose another output",

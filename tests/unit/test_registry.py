@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from aiflux.core.locate import find_run
 from aiflux.core.registry import entries, folder, forget_gone, register, with_job
 from aiflux.core.rundir import RunDirectory
-from aiflux.errors import UsageError
-from aiflux.slurm.records import read_submissions
+from aiflux.errors import RunConflictError, UsageError
+from aiflux.slurm.records import known_submissions, read_submissions
 from tests.unit.made_runs import MadeRun
 
 
@@ -251,7 +251,7 @@ def test_any_json_in_the_registry_is_left_out_or_an_entry(tmp_path: Path, conten
 def test_any_json_in_jobs_json_is_unreadable_or_of_its_form(tmp_path: Path, content: Any) -> None:
     run = RunDirectory(tmp_path)
     run.submissions.write_text(json.dumps(content), encoding="utf-8")
-    found = read_submissions(run)
+    found = known_submissions(run)
     for submission in () if found is None else found.submissions:
         for id_ in submission.ids:
             assert re.fullmatch(r"[1-9]\d*(;[^\s;,]+)?", str(id_)), "never an option of scancel"
@@ -261,4 +261,6 @@ def test_any_json_in_jobs_json_is_unreadable_or_of_its_form(tmp_path: Path, cont
 def test_files_of_nonsense_are_left_out(tmp_path: Path, content: str) -> None:
     run = RunDirectory(tmp_path)
     run.submissions.write_text(content, encoding="utf-8")
-    assert read_submissions(run) is None
+    assert known_submissions(run) is None
+    with pytest.raises(RunConflictError, match="is damaged"):
+        read_submissions(run)

@@ -17,7 +17,7 @@ from aiflux.core.files import fits, read_file, write_json
 from aiflux.core.input import InputSummary, describe
 from aiflux.core.modelname import parse_model_name, same_digest
 from aiflux.core.options import RunOptions
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.rundir import OUTPUT_SUFFIXES, RunDirectory
 from aiflux.core.sharding import Shard, cut
 from aiflux.errors import ConfigError, InputError, RunConflictError, StoppedError
 
@@ -243,14 +243,40 @@ def _from_json(content: dict[str, Any]) -> Plan:
         name not in content["input"] for name in needed
     ):
         raise ValueError("a part of it is missing")
+    output = Path(content["output"])
+    if not output.is_absolute() or output.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError("its output is no path of an output")
+    options = RunOptions(**content["options"])
+    options.allowed_failures(1)  # a ValueError where it is no number
+    for values, kind in (
+        (content["input"]["endpoints"], int),
+        (options.engine_env, str),
+        (options.model_defaults, dict),
+    ):
+        if not all(isinstance(each, kind) for each in values.values()):
+            raise TypeError("a part of it is of another type")
+    shards = tuple(Shard(**shard) for shard in content["shards"])
+    _refuse_gaps(shards, content["input"]["requests"])
     models_dir = content["models_dir"]
     return Plan(
         input=content["input"],
-        output=Path(content["output"]),
+        output=output,
         models=tuple(content["models"]),
-        options=RunOptions(**content["options"]),
-        shards=tuple(Shard(**shard) for shard in content["shards"]),
+        options=options,
+        shards=shards,
         models_dir=None if models_dir is None else Path(models_dir),
         created=content["created"],
         aiflux=content["aiflux"],
     )
+
+
+def _refuse_gaps(shards: tuple[Shard, ...], requests: int) -> None:
+    """Raise ValueError unless the shards follow one another and hold all requests."""
+    position = first = 0
+    for index, shard in enumerate(shards):
+        follows = (shard.index, shard.first) == (index, first) and shard.requests > 0
+        if not follows or not position <= shard.start < shard.end:
+            raise ValueError(f"its shard {index} does not follow the one before")
+        position, first = shard.end, first + shard.requests
+    if first != requests:
+        raise ValueError("its shards do not hold all requests")

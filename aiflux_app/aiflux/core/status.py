@@ -205,8 +205,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         status = json.loads(content or b"")
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(status, dict) and status.keys() >= {"status", "request_counts", "aiflux"}
-    return status if whole and fits(status, _FORM) else None
+    needed = {"status", "request_counts", "aiflux"}
+    if not isinstance(status, dict) or not needed <= status.keys() or not fits(status, _FORM):
+        return None
+    return status if status["request_counts"].keys() >= _COUNTS.keys() else None
 
 
 def _of_plan(status: dict[str, Any] | None, plan: Plan) -> bool:

@@ -91,7 +91,7 @@ def _read_regular(path: Path) -> bytes:
     try:
         _refuse_irregular(path, os.fstat(descriptor))
         parts = []
-        while part := os.read(descriptor, _BUFFER):
+        while part := os.read(descriptor, 1 << 16):
             parts.append(part)
         return b"".join(parts)
     finally:

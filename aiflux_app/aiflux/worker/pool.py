@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from aiflux.core.clock import utc_now
 from aiflux.core.journal import EMPTY, JournalWriter, Result
-from aiflux.core.processlimits import reserved_memory, start_thread
+from aiflux.core.processlimits import exhausted, reserved_memory, start_thread
 from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
 from aiflux.worker.checking import Checking
 from aiflux.worker.client import Client, ExchangeError
@@ -174,7 +174,9 @@ class Pool:
             self.fail(failure)
         except BaseException as failure:
             self.fail(failure)
-            raise
+            # Whoever joins raises it with its remedy; a thread's own trace is for bugs.
+            if not isinstance(failure, Exception) or exhausted(failure) is None:
+                raise
 
     def _attempt(self, task: Task, lane: Lane) -> None:
         link = self._links[lane.index]

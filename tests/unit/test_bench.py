@@ -1,12 +1,26 @@
-"""The simulated engine accounts honestly; no test here is timed."""
+"""The simulated engine accounts honestly, and what bench/gpu makes can be used.
 
+No test here is timed.
+"""
+
+import io
 import json
+import random
+import struct
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
 from bench.children import engine
 from bench.decoding import Cost, Decoder, floor
+from bench.engine import MODEL
+from bench.gpu import llamacpp, smi, transformers_serve
+from bench.gpu.measuring import CLIENTS, Mix, Session, output_tokens
+from bench.gpu.models import SHAPES, make_gguf, make_hf, word, words
+
+from aiflux.core.gguf import read_gguf
 
 COST = Cost(base=0.004, each=0.001)
 
@@ -87,3 +101,91 @@ def test_the_instant_engine_counts():
             assert session.post(running.url + "/v1/chat/completions", data=b"{}", timeout=20).ok
         assert json.loads(session.get(running.url + "/stats", timeout=20).content)["done"] == 3
         session.close()
+
+
+def test_a_random_gguf_has_the_shape_that_was_asked_for(tmp_path):
+    make_gguf(tmp_path / "m.gguf", SHAPES["tiny"])
+    header = read_gguf(tmp_path / "m.gguf")
+    assert header.architecture == "llama"
+    assert header.number("block_count") == SHAPES["tiny"].layers
+    assert header.data_size <= (tmp_path / "m.gguf").stat().st_size < header.data_size + 100_000
+    assert len(header.tensors) == len(SHAPES["tiny"].tensors)
+
+
+def test_a_random_hf_model_never_chooses_its_end(tmp_path):
+    shape = SHAPES["tiny"]
+    make_hf(tmp_path, shape)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    head = json.loads(content[8 : 8 + size])
+    assert max(info["data_offsets"][1] for name, info in head.items() if name[0] != "_") == len(
+        content[8 + size :]
+    )
+    start, end = head["lm_head.weight"]["data_offsets"]
+    rows = content[8 + size + start : 8 + size + end]
+    row = 2 * shape.width
+    assert not any(rows[-2 * row :]), "the rows of the two special tokens are zero"
+    assert any(rows[256 * row : 257 * row])
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] is None
+
+
+def test_every_word_is_one_token_of_the_tokenizer(tmp_path):
+    shape = SHAPES["tiny"]
+    make_hf(tmp_path, shape)
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    assert len(vocabulary) == shape.vocabulary
+    assert all(f"Ġ{word(number)}" in vocabulary for number in range(words(shape)))
+
+
+def test_the_source_is_built_for_the_gpu_here_only_where_there_is_a_compiler(tmp_path):
+    configure, build = llamacpp.build_commands(tmp_path, tmp_path / "b", cuda=True)
+    assert "-DGGML_CUDA=ON" in configure
+    assert build[-2:] == ["llama-server", "llama-batched-bench"]
+    assert "-DGGML_CUDA=ON" not in llamacpp.build_commands(tmp_path, tmp_path / "b", cuda=False)[0]
+
+
+def test_only_what_the_build_reads_is_taken_from_the_sdist(tmp_path):
+    names = (
+        "x/README.md",
+        "x",
+        "x/.git/modules/vendor/llama.cpp/pack",
+        "x/vendor/llama.cpp/CMakeLists.txt",
+        "x/vendor/llama.cpp/docs/a.md",
+        "x/vendor/llama.cpp/tools/ui/CMakeLists.txt",
+        "x/vendor/llama.cpp/tools/ui/src/a.ts",
+    )
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with tarfile.open(tmp_path / "a.tar.gz") as archive:
+        taken = [member.name for member in llamacpp.wanted(archive)]
+    assert taken == [names[3], names[5]]
+
+
+def test_the_engines_own_figures_are_output_tokens_over_the_whole_time():
+    line = {"pp": 128, "tg": 64, "pl": 16, "t_pp": 0.5, "t_tg": 1.5, "t": 2.0}
+    lines = ["main: n_kv_max = 1024", json.dumps(line), ""]
+    assert llamacpp.batched_bench_rates(lines) == {16: 512.0}
+    lines = ["loading", json.dumps({"level": 4, "rate": 12.5})]
+    assert transformers_serve.offline_rates(lines) == {4: 12.5}
+
+
+def test_a_line_of_nvidia_smi_is_read_and_any_other_is_left():
+    assert smi.parse("68, 373.55, 24751\n", 5.0) == smi.Sample(5.0, 68.0, 373.55, 24751.0)
+    assert smi.parse("[N/A], 12, 3", 5.0) is None
+    assert smi.parse("Unable to determine the device handle", 5.0) is None
+
+
+def test_answers_are_half_to_one_and_a_half_of_the_mean():
+    lengths = Mix(8, 20).lengths(200, random.Random(1))
+    assert min(lengths) == 10
+    assert max(lengths) == 30
+
+
+def test_aiflux_answers_what_the_bench_asks(tmp_path):
+    with engine() as running, smi.Sampler() as sampler:
+        session = Session(running.url, MODEL, 100, tmp_path, sampler)
+        with pytest.raises(RuntimeError, match="were asked for"):
+            session.measure(CLIENTS[1], Mix(4, 10), 4, 8)
+        assert running.stats()["done"] == 8
+    assert output_tokens(Path(tmp_path / "out.jsonl")) == 8 * 200

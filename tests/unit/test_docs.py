@@ -44,6 +44,8 @@ FOREIGN_OPTIONS = {
     "--strict",
     "--push",
     "--export-secret-keys",
+    "--backend-sampling",  # of llama-server
+    "--kv-unified",
 }
 # Every option of LLMFlux 2.0.0 (its cli.py): docs/moving.md tells what became of each.
 LLMFLUX_OPTIONS = OPTION.findall("""

@@ -1,0 +1,1 @@
+"""Measure AI-Flux's share of what a real engine does on a real GPU."""

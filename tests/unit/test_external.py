@@ -306,6 +306,31 @@ def test_an_unknown_model_is_told_with_the_names_there_are(tmp_path: Path, statu
     assert recorded(working) == 0
 
 
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_slow_list_of_models_still_explains_the_rejections(
+    tmp_path: Path, status: int, answers: bool
+) -> None:
+    """Ten rejections come before the look at the list, which the first one began, has ended."""
+    looks = Counter[str]()
+    reject = rejecting(status, "unknown model")
+
+    def instead(method: str, path: str, headers: Mapping[str, str]) -> Reply | None:
+        looks[method] += 1
+        if method == "GET" and looks[method] > 1:
+            time.sleep(0.4)
+            return None if answers else (200, b"", {"Content-Length": "9"})
+        return reject(method, path, headers)
+
+    with FaultyEngine(models=("llama3.2:3b",), instead=instead) as engine:
+        working = Working(tmp_path, engine.url, concurrency=16)
+        working.prompts(*(f"p{i}" for i in range(50)), model="lama3.2:3b")
+        assert working.run() is ExitCode.ENGINE
+    assert working.error is not None
+    assert "does not offer the model 'lama3.2:3b'" in working.error.message
+    assert recorded(working) == 0
+
+
 def test_a_bad_request_for_a_model_that_is_listed_is_its_own_failure(tmp_path: Path) -> None:
     with FaultyEngine(models=("m:1",)) as engine:
         working = Working(tmp_path, engine.url).prompts("400", "400")

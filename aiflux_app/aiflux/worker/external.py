@@ -128,7 +128,7 @@ class ExternalEngine:
         try:
             answer = self.client.hidden(self.client.get(_MODELS, _PROBE_TIMEOUT))
         except ExchangeError:
-            return None
+            return None if self.offers(model) is not False else self._no_such_model(model)
         if answer.status in _DENIED and not self._denied:
             return RejectedError(
                 f"the engine at {self.url} refuses the key ({answer.status}): {_words(answer)}",

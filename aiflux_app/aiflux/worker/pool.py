@@ -277,16 +277,18 @@ class Pool:
 
     def _decide(self, url: str) -> None:
         """Record the rejections at an endpoint, or raise what they mean for every request."""
+        last = self._rejections.last(url)
+        if last is None:
+            return
+        # The engine's own list is certain, so it is asked before the count decides: the look that
+        # the first rejection began may still be under way in another thread.
+        self._raise_refusal(
+            self._links[last.lane.index], last.task.request.model or self._describe.model
+        )
         error = self._rejections.conclusion(url)
-        waiting = [] if error is not None else self._rejections.take(url)
-        if waiting:
-            last = waiting[-1]
-            self._raise_refusal(
-                self._links[last.lane.index], last.task.request.model or self._describe.model
-            )
         if error is not None:
             raise error
-        for held in waiting:
+        for held in self._rejections.take(url):
             self._store(held.task, held.lane, held.verdict, held.seconds)
 
     def _raise_refusal(self, link: EngineLink, model: str) -> None:

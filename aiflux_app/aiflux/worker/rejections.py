@@ -91,6 +91,11 @@ class Rejections:
         with self._lock:
             return self._waiting.pop(url, [])
 
+    def last(self, url: str) -> Held | None:
+        """Return the latest of those that wait at an endpoint."""
+        with self._lock:
+            return next(reversed(self._waiting.get(url, ())), None)
+
     @property
     def urls(self) -> list[str]:
         """Endpoints at which requests wait."""

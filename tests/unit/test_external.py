@@ -289,6 +289,44 @@ def test_an_endpoint_that_is_missing_is_told_by_name(tmp_path: Path) -> None:
     assert working.status["request_counts"]["failed"] == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "shown"),
+    [
+        ("text/html; charset=utf-8", b"<html><head><title>\n Sign in </title>", "titled 'Sign in'"),
+        ("text/html", b"<!DOCTYPE html><p>It works!</p>", "(text/html)"),
+        ("text/plain", b"pong", "'pong' (text/plain)"),
+        ("application/json", b'{"status": "ok"}', "without content"),
+        ("application/json", b"[]", "not a JSON object"),
+        ("", b"", "not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_server_that_is_no_openai_api_is_exit_4_and_nothing_is_recorded(
+    tmp_path: Path, kind: str, body: bytes, shown: str, count: int
+) -> None:
+    page = (200, body, {"Content-Type": kind} if kind else {})
+    with FaultyEngine(instead=lambda *_: page) as engine:
+        working = Working(tmp_path, engine.url, max_retries=1).prompts(*(["p"] * count))
+        assert working.run() is ExitCode.ENGINE
+        assert working.error is not None
+        assert "something else than an OpenAI API" in working.error.message
+        assert shown in working.error.message
+        assert "--engine-url" in str(working.error.remedy)
+        assert recorded(working) == 0
+        engine.instead = None
+        corrected = Working(tmp_path, engine.url)
+        assert corrected.run() is ExitCode.OK
+    assert len(corrected.results) == count
+
+
+def test_a_page_among_answers_is_its_own_requests_failure(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, max_retries=0, concurrency=4)
+        working.prompts(*(f"{'html' if i % 3 else 'fine'} {i}" for i in range(60)))
+        assert working.run() is ExitCode.FAILURES
+    assert sum("error" in entry for entry in working.results) == 40
+
+
 # --- another model -------------------------------------------------------------------------------
 
 

@@ -72,9 +72,9 @@ def test_an_answer_that_cannot_be_read_says_what_is_wrong_in_it(
     tmp_path: Path, body: str, words: str
 ) -> None:
     with FaultyEngine() as engine:
-        working = Working(tmp_path, engine.url, max_retries=1).prompts(f"body:{body}")
+        working = Working(tmp_path, engine.url, max_retries=1).prompts(f"body:{body}", "fine")
         assert working.run() is ExitCode.FAILURES
-    (entry,) = working.results
+    entry, _ = working.results
     assert entry["error"]["code"] == "not_json"
     assert entry["error"]["message"].startswith(f"the answer is not valid JSON: {words}")
     assert entry["metadata"]["attempts"] == 2

@@ -56,12 +56,14 @@ class Answer:
     Attributes:
         retry_after: seconds that the server asks to wait; None where it does not.
         location: address that it redirects to, without user, password and query; else empty.
+        content_type: as the server names it; empty where it names none.
     """
 
     status: int
     body: bytes
     retry_after: float | None = None
     location: str = ""
+    content_type: str = ""
 
 
 class _Exchange:
@@ -209,7 +211,8 @@ class Client:
         location = raw.headers.get("Location", "")
         if location:
             location = public_url(urljoin(str(request.url), location))
-        return Answer(raw.status, body, _retry_after(raw.headers), location)
+        content_type = raw.headers.get("Content-Type", "").partition(";")[0].strip()
+        return Answer(raw.status, body, _retry_after(raw.headers), location, content_type)
 
     def hidden(self, answer: Answer) -> Answer:
         """Return an answer without the key, in case that the server echoes it."""

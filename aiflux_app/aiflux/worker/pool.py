@@ -251,7 +251,7 @@ class Pool:
             self._crashed(task, lane, generation, verdict, seconds)
         else:
             self._watch_timeouts(lane, generation, verdict)
-            self._retry(task, lane, verdict, seconds)
+            self._retry(task, lane, link, verdict, seconds)
 
     def _conclude(
         self, task: Task, lane: Lane, link: EngineLink, verdict: Verdict, seconds: float
@@ -307,11 +307,13 @@ class Pool:
         """After a signal a broken connection means that the request was not attempted."""
         return self._scheduler.stopped and verdict.code in ("connection", "refused")
 
-    def _retry(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+    def _retry(
+        self, task: Task, lane: Lane, link: EngineLink, verdict: Verdict, seconds: float
+    ) -> None:
         task.attempts += 1
         delay = self._policy.next_delay(task.attempts, verdict.retry_after)
         if delay is None:
-            self._record(task, lane, verdict, seconds)
+            self._conclude(task, lane, link, verdict, seconds)
         else:
             self._stats.retried()
             self._scheduler.retry(task, lane, delay)

@@ -57,6 +57,8 @@ class Rejections:
         Args:
             offered: whether the engine lists the model; None where it does not say.
         """
+        if verdict.foreign:
+            return url not in self._answered
         if verdict.kind is not Kind.FAILED:
             return False
         of_the_model = verdict.status in _OF_THE_MODEL and offered is False
@@ -110,6 +112,12 @@ class Rejections:
             return None
         last = waiting[-1].verdict
         first = "the only request" if len(waiting) == 1 else f"the first {len(waiting)} requests"
+        if last.foreign:
+            return RejectedError(
+                f"the server answered {first} to {url} with something else than an OpenAI API does "
+                f"({last.status}): {last.message}; nothing was recorded",
+                "check --engine-url: a website or the login page of a proxy answers like this",
+            )
         return RejectedError(
             f"the engine rejected {first} to {url} ({last.status}): {last.message}; nothing was "
             "recorded",

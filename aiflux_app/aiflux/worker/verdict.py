@@ -36,6 +36,7 @@ _RUNNER_DIED = (
 _MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
 # llama-server and others, in a 503, until the model is in memory.
 _LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
+_TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 UNTOUCHED = ("refused", "model_gone", "loading")
 """Codes of an engine that is down, or as good as that, and did nothing with the request."""
 
@@ -66,6 +67,8 @@ class Verdict:
         empty: why the first choice has no text (``EMPTY_REASONS``); None where it has, and for
             embeddings.
         overloaded: the engine asked for less.
+        foreign: a status 200 with something else than an answer of an OpenAI API, such as a web
+            page.
     """
 
     kind: Kind
@@ -81,6 +84,7 @@ class Verdict:
     location: str = ""
     empty: str | None = None
     overloaded: bool = False
+    foreign: bool = False
 
     @property
     def generated(self) -> bool:
@@ -147,9 +151,13 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
     try:
         body = parse_json(answer.body.decode("utf-8"))
     except ValueError as error:
-        return Verdict(Kind.RETRY, "not_json", _not_json(answer.body, error), 200)
+        # What begins as an object is an API's answer that broke.
+        foreign = not answer.body.lstrip().startswith(b"{")
+        message = _not_json(answer, error)
+        return Verdict(Kind.RETRY, "not_json", message, 200, foreign=foreign)
     if not isinstance(body, dict):
-        return Verdict(Kind.RETRY, "not_json", "the answer is not a JSON object", 200)
+        message = "the answer is not a JSON object"
+        return Verdict(Kind.RETRY, "not_json", message, 200, foreign=True)
     if body.get("error"):
         message = error_message(answer.body.decode("utf-8"))
         return Verdict(Kind.RETRY, "error_in_answer", message, 200, answer.body)
@@ -160,7 +168,7 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
     if finish is None and not content:
         return Verdict(
             Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
-            answer.body,
+            answer.body, foreign="choices" not in body and "data" not in body,
         )  # fmt: skip
     return Verdict(
         Kind.ANSWERED,
@@ -174,8 +182,9 @@ def _judge_body(url: str, answer: Answer) -> Verdict:
     )
 
 
-def _not_json(body: bytes, error: ValueError) -> str:
-    """Return why an answer cannot be read, where, and what stands there."""
+def _not_json(answer: Answer, error: ValueError) -> str:
+    """Return why an answer cannot be read, where, and its type, title and text there."""
+    body = answer.body
     at, what = 0, str(error)
     if isinstance(error, UnicodeDecodeError):
         at, what = error.start, f"byte 0x{body[error.start]:02x} is not UTF-8"
@@ -183,7 +192,16 @@ def _not_json(body: bytes, error: ValueError) -> str:
         at, what = len(error.doc[: error.pos].encode()), error.msg.removesuffix(" at")
     start = max(0, at - _BEFORE)
     seen = body[start : start + _EXCERPT].decode("utf-8", "replace")
-    return f"the answer is not valid JSON: {what} at offset {at}: {seen!r}"
+    return f"the answer is not valid JSON: {what} at offset {at}: {seen!r}{_page(answer)}"
+
+
+def _page(answer: Answer) -> str:
+    """Return the content type and the title of a page; empty for what calls itself JSON."""
+    if answer.content_type in ("", "application/json"):
+        return ""
+    title = _TITLE.search(answer.body[:_KEPT_BODY])
+    text = " ".join(title[1].decode("utf-8", "replace").split())[:_EXCERPT] if title else ""
+    return f" ({answer.content_type}{f', titled {text!r}' if text else ''})"
 
 
 def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:

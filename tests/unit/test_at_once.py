@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.core.lease import acquire
 from aiflux.core.opening import draft_run
 from aiflux.core.options import RunOptions
 from aiflux.errors import RunConflictError
+from aiflux.worker.run import Context, work
 from tests.tools import at_once
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import write_input
@@ -43,6 +45,33 @@ def one_runs(place: Path, starts: int) -> None:
 @pytest.mark.parametrize("turn", range(2))
 def test_one_of_eight_runs(tmp_path: Path, turn: int) -> None:
     one_runs(tmp_path, 8)
+
+
+def test_of_two_that_planned_the_same_work_the_first_at_it_runs(tmp_path: Path) -> None:
+    """The plan that another wrote between this one's plan and its lease is no reason to end."""
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("one", "two")
+        first, second = working.open(), working.open()
+        context = Context(working.reporter, working.stopper)
+        with (
+            acquire(second.run.lease(0), "the shard"),
+            pytest.raises(RunConflictError, match="in use by process"),
+        ):
+            work(second.plan, second.run, 0, context)
+        work(first.plan, first.run, 0, context)
+    assert len(working.results) == 2
+
+
+def test_a_draft_from_before_the_end_of_the_run_is_refused(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("one", "two")
+        begun = working.open()
+        late = draft_run(working.input, working.output, RunOptions(**working.options), None)
+        work(begun.plan, begun.run, 0, Context(working.reporter, working.stopper))
+        written = working.output.stat().st_ino
+        with pytest.raises(RunConflictError, match="at the same time"):
+            late.open()
+        assert working.output.stat().st_ino == written
 
 
 def test_what_was_drafted_holds_only_for_what_was_there(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class Draft:
         counts: total, completed and failed of a finished run.
         replace: an output that is there may be replaced.
         anew: results of earlier starts are to be dropped.
-        seen: the plan that was in the run directory, as it was written.
+        seen: the plan and the run's status in the run directory, as they were written.
     """
 
     plan: Plan
@@ -74,7 +74,7 @@ class Draft:
     counts: dict[str, int] | None
     replace: bool = False
     anew: bool = False
-    seen: bytes | None = None
+    seen: tuple[bytes | None, bytes | None] = (None, None)
 
     @property
     def finished(self) -> bool:
@@ -160,7 +160,7 @@ def draft_run(
     summary = scan_input(input_path, options.model, schemas=schemas)
     number = shards(summary) if callable(shards) else shards
     plan = make_plan(summary, output, options, models_dir, number)
-    seen = read_file(run.plan)
+    seen = _seen(run)
     earlier = _earlier(run, plan, force_resume)
     counts = finished_counts(plan, run) if earlier else None
     if counts is not None and not force and not options.retry_failed:
@@ -183,7 +183,7 @@ def _write(draft: Draft) -> None:
     with acquire(run.plan_lease, f"the run {plan.output}"):
         leases = [*run.path.glob(".shard-*.lease"), run.merge_lease]
         refuse_living(leases, f"the run {plan.output}")
-        if read_file(run.plan) != draft.seen:
+        if _seen(run) != draft.seen:
             raise _begun_meanwhile(plan, run)
         mend_journals(run)
         _remove_leftovers(draft)
@@ -199,6 +199,11 @@ def _write(draft: Draft) -> None:
         status = run_status(plan, run)
         status.details["replace"] = draft.replace and plan.output.exists()
         status.enter("in_progress")
+
+
+def _seen(run: RunDirectory) -> tuple[bytes | None, bytes | None]:
+    """Return what changes whenever a run is planned or ends."""
+    return read_file(run.plan), read_file(run.run_status)
 
 
 def _begun_meanwhile(plan: Plan, run: RunDirectory) -> RunConflictError:

@@ -51,6 +51,7 @@ def test_imports_run_one_way(path: Path) -> None:
         ("requests", {"worker"}),
         ("urllib3", {"worker"}),
         ("subprocess", {"slurm", "image", "worker", "cli"}),
+        ("spython", {"image"}),
         ("rich", {"cli", "worker"}),
         ("yaml", {"core"}),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.errors import ImageError
+from aiflux.image import tools
 from aiflux.image.build import build
 from aiflux.image.keys import Signer, find_signer
 from aiflux.image.options import BuildOptions
@@ -93,6 +94,34 @@ esac
 
 def keyring(fakes: FakeCommands, count: int, more: str = "") -> None:
     fakes.add("apptainer", KEYRING.replace("KEYS", str(count)) + more)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo told; echo warned >&2", (0, "told\n", "warned\n")),
+        ("echo warned >&2; exit 3", (3, "warned\n", "warned\n")),
+        ("exit 4", (4, "", "")),
+        ("yes | head -c 300000 >&2; echo told", (0, "told\n", "y\n" * 150_000)),
+    ],
+)
+def test_output_and_errors_of_apptainer_are_kept_and_not_shown(
+    apptainer: FakeCommands,
+    capfd: pytest.CaptureFixture[str],
+    script: str,
+    expected: tuple[int, str, str],
+) -> None:
+    apptainer.add("apptainer", script + "\n")
+    done = tools.apptainer(["--version"])
+    assert (done.returncode, done.stdout, done.stderr) == expected
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("script", ["printf '\\377'", "printf '\\377' >&2; exit 2"])
+def test_output_of_apptainer_that_is_no_text(apptainer: FakeCommands, script: str) -> None:
+    apptainer.add("apptainer", script + "\n")
+    with pytest.raises(ImageError, match="apptainer key failed: 'utf-8' codec"):
+        find_signer()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiflux.core.container import find_runtime
 from aiflux.errors import ImageError
+from aiflux.image.tools import apptainer
 
 Ask = Callable[[str], str | None]
 """Asks the user for what is named; None where nobody answers."""
@@ -87,21 +87,6 @@ def sign_with(signer: Signer, image: Path) -> subprocess.CompletedProcess[str]:
     """Have Apptainer sign an image; the passphrase goes to its standard input."""
     command = ["sign", "--keyidx", str(signer.key), str(image)]
     return apptainer(command, typed=f"{signer.passphrase}\n")
-
-
-def apptainer(words: Sequence[str], typed: str = "") -> subprocess.CompletedProcess[str]:
-    """Run Apptainer and keep what it says.
-
-    Raises:
-        ImageError: it cannot be started.
-    """
-    try:
-        return subprocess.run(
-            [str(find_runtime()), *words], input=typed, capture_output=True, text=True,
-            errors="replace", check=False,
-        )  # fmt: skip
-    except OSError as error:
-        raise ImageError(f"apptainer {words[0]} cannot be started: {error}", None) from error
 
 
 def last_words(stderr: str) -> str:

@@ -23,7 +23,7 @@ from aiflux.errors import ImageError
 from aiflux.image import registry
 from aiflux.image.options import OLLAMA_IMAGE
 from aiflux.image.signing import diagnose
-from aiflux.image.tools import ask
+from aiflux.image.tools import apptainer, ask
 
 _TIMEOUT = 60.0
 _HERE = "this says nothing about compute nodes"
@@ -51,16 +51,25 @@ def containers(config: Config, cwd: Path) -> Iterator[Diagnosis]:
 
 
 def _runtime(runtime: Path) -> Iterator[Diagnosis]:
-    text = ask([runtime, "--version"])
+    text = _answer("--version")
     if text is None:
         yield fail(runtime.name, f"{runtime} --version fails", "ask the site to mend it")
         return
     yield _version(runtime.name, text)
-    settings = dict(re.findall(r"^(\w+)=(.*)$", ask([runtime, "buildcfg"]) or "", re.MULTILINE))
+    settings = dict(re.findall(r"^(\w+)=(.*)$", _answer("buildcfg") or "", re.MULTILINE))
     setuid = is_setuid(runtime, settings)
     yield _mode(setuid)
     yield _mounting(setuid, settings)
     yield _building(setuid)
+
+
+def _answer(word: str) -> str | None:
+    """Return what Apptainer answers to a question of one word; None where it fails."""
+    try:
+        done = apptainer([word])
+    except ImageError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(name: str, text: str) -> Diagnosis:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.core.sif import how_to_build
 from aiflux.errors import ImageError
-from aiflux.image.keys import Signer, apptainer, last_words, sign_with
+from aiflux.image.keys import Signer, last_words, sign_with
+from aiflux.image.tools import apptainer
 
 State = Literal["verified", "unsigned", "unknown key", "broken"]
 

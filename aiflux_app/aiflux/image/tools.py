@@ -8,6 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spython.utils import run_command
+
+from aiflux.core.container import find_runtime
 from aiflux.errors import ImageError
 
 
@@ -74,3 +77,32 @@ def ask(command: Sequence[str | Path]) -> str | None:
     except OSError:
         return None
     return done.stdout.removesuffix("\n") if done.returncode == 0 else None
+
+
+def apptainer(words: Sequence[str], typed: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Apptainer and keep its output and its errors.
+
+    Where it wrote only one of them, both are that text.
+
+    Args:
+        typed: what is written to its standard input.
+
+    Raises:
+        ImageError: it cannot be started, or its output is not text.
+    """
+    command = [str(find_runtime()), *words]
+    try:
+        if typed is None:
+            # spython's Client would start "singularity", which need not exist, and exits this
+            # process where a bind is missing; its runner does neither.
+            answer = run_command(command, quiet=True)
+            told = answer["message"] or [""]
+            return subprocess.CompletedProcess(command, answer["return_code"], told[0], told[-1])
+        # The runner has no standard input to give.
+        return subprocess.run(
+            command, input=typed, capture_output=True, text=True, errors="replace", check=False
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(
+            f"apptainer {words[0]} failed: {error}", f"try it by hand: apptainer {words[0]}"
+        ) from error

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -167,6 +168,7 @@ def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_named(
 _WRITE = """
 import sys, time
 from pathlib import Path
+from types import FrameType
 from aiflux.core.files import atomic_write
 with atomic_write(Path(sys.argv[1])) as file:
     file.write(b"x" * 5_000_000)
@@ -228,3 +230,43 @@ def test_leftovers_are_told_from_other_files_whatever_the_name(
         with pytest.raises(StorageError), atomic_write(target):
             remove_leftovers(target)
     assert [path.read_bytes() for path in place.iterdir()] == [b"whole"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # between open() and its with
+def test_an_interrupt_at_any_instruction_leaves_nothing(tmp_path: Path) -> None:
+    """As Ctrl-C does between two instructions; a later one leaves the whole target."""
+    target = tmp_path / "out.json"
+    writing = atomic_write.__wrapped__.__code__  # type: ignore[attr-defined]
+    places = {writing, *(each.__code__ for each in (contextlib._GeneratorContextManager.__enter__,
+                         contextlib._GeneratorContextManager.__exit__))}  # fmt: skip
+    left = 0
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal left
+        if frame.f_code not in places:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return interrupt
+
+    outcomes = []
+    while True:
+        count = left = len(outcomes) + 1
+        before = sys.gettrace()
+        try:
+            sys.settrace(interrupt)
+            with atomic_write(target) as file:
+                file.write(b"whole")
+        except KeyboardInterrupt:
+            outcomes.append(target.exists())
+        else:
+            break
+        finally:
+            sys.settrace(before)
+        assert [path.name for path in tmp_path.iterdir()] in ([], ["out.json"]), f"place {count}"
+        target.unlink(missing_ok=True)
+    assert {False, True} == set(outcomes)

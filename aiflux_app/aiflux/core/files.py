@@ -7,11 +7,11 @@ import grp
 import os
 import pwd
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from shlex import quote
 from typing import IO, Any, TypeVar
 from zlib import crc32
@@ -56,13 +56,10 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """
     _refuse_device(target)
     target = Path(os.path.realpath(target))
+    # Named before it is created, so that an interrupt just after that still removes it.
+    temporary = target.with_name(f"{_prefix(target)}{token_hex(8)}{_PART}")
     try:
-        descriptor, name = tempfile.mkstemp(_PART, _prefix(target), target.parent)
-    except OSError as error:
-        raise storage_error(error, target) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb", _BUFFER) as file:
+        with open(temporary, "xb", _BUFFER, opener=_open_private) as file:
             yield file
             file.flush()
             os.fchmod(file.fileno(), mode & ~_umask())
@@ -74,6 +71,10 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def read_file(path: Path) -> bytes | None:
@@ -170,7 +171,7 @@ def remove_leftovers(*targets: Path) -> None:
         prefix = _prefix(target)
         try:
             for name in os.listdir(target.parent):
-                # Between the two stands what mkstemp chose, which has no dot.
+                # Between the two stands a random part, which has no dot.
                 middle = name.removeprefix(prefix).removesuffix(_PART)
                 if name == f"{prefix}{middle}{_PART}" and "." not in middle:
                     (target.parent / name).unlink(missing_ok=True)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.children import Usage, engine, run, worker
-from bench.decoding import Cost, Decoder, floor
+from bench.decoding import Cost, Decoder, floor, mixed_lengths
 from bench.peers import Llmflux, plain_loop
-from bench.workload import mixed_lengths, write_input
+from bench.workload import write_input
 
 COST = Cost()
 _MB = 1_000_000
 _MEAN_LENGTH = 43
+_CLIMB = 15
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,38 @@ def _simulated(
     with engine(slots, COST) as running:
         runner(running.url, source, source.with_name("out.json"))
         return running.stats(), floor(lengths, slots, COST)
+
+
+def adaptive(bench: Bench) -> list[Row]:
+    """How full the slots are without ``--concurrency`` when things change, after the climb."""
+    phase = 20 if bench.quick else 45
+    rows = []
+    for slots in (32, 64, 256, 1024):
+        each = COST.step(slots) * _MEAN_LENGTH / slots
+        count = int(phase / each)
+        short, long = mixed_lengths(count), [10 * n for n in mixed_lengths(count // 10)]
+        half = (slots // 2, float(phase), 2.0 * phase)
+        for name, lengths, others in (
+            ("lengths x 10 and back", [*short, *long, *short], (0, 0.0, 0.0)),
+            ("another user comes and goes", [*short, *short, *short], half),
+        ):
+            say(f"adaptive at {slots} slots: {name}")
+            share = _used(bench, slots, lengths, others)
+            title = f"slots used after {_CLIMB} s, {slots} slots, adaptive, {name}"
+            rows.append(Row(title, f"{share:.1%}", ">= 97 %", share >= 0.97))
+    return rows
+
+
+def _used(
+    bench: Bench, slots: int, lengths: Sequence[int], others: tuple[int, float, float]
+) -> float:
+    """Return the share of the slots that was used, by anybody, between climb and last arrival."""
+    source = bench.input(lengths, 400)
+    with engine(slots, COST, others) as running:
+        worker(running.url, source, source.with_name("out.json"))
+        stats = running.stats()
+    busy = stats["busy_by_second"][_CLIMB : int(stats["arriving"])]
+    return float(sum(busy)) / (slots * len(busy))
 
 
 def ceiling(bench: Bench) -> list[Row]:
@@ -316,6 +349,7 @@ def cli(bench: Bench) -> list[Row]:
 
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "occupancy": occupancy,
+    "adaptive": adaptive,
     "ceiling": ceiling,
     "reading": reading,
     "start": start,

@@ -96,11 +96,19 @@ class RunningEngine:
 
 
 @contextmanager
-def engine(slots: int = 0, cost: Cost | None = None) -> Iterator[RunningEngine]:
-    """Have an engine up; 0 slots answer at once."""
+def engine(
+    slots: int = 0, cost: Cost | None = None, others: tuple[int, float, float] = (0, 0, 0)
+) -> Iterator[RunningEngine]:
+    """Have an engine up; 0 slots answer at once.
+
+    Args:
+        others: another user's requests in flight, and the seconds of their beginning and end.
+    """
     cost = cost or Cost()
     command = [sys.executable, "-m", "bench.engine", "--slots", str(slots)]
     command += ["--base", repr(cost.base), "--each", repr(cost.each)]
+    for option, value in zip(("others", "others-start", "others-end"), others, strict=True):
+        command += [f"--{option}", repr(value)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

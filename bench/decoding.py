@@ -8,10 +8,20 @@ queue. The same code makes the simulated engine and the floor that it is measure
 from __future__ import annotations
 
 import heapq
+import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+SEED = 20
+SHORTEST, LONGEST = 4, 200
+
+
+def mixed_lengths(count: int) -> list[int]:
+    """Return ``count`` answer lengths in tokens: many short ones, some fifty times as long."""
+    source = random.Random(SEED)
+    return [min(LONGEST, max(SHORTEST, int(source.lognormvariate(3.5, 0.8)))) for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Decoder:
         busy: slot-seconds in which a slot decoded.
         first: when the first request arrived; None before that.
         last: when the last answer was done.
+        busy_by_second: ``busy`` of the steps that began in each second since the first arrival.
     """
 
     slots: int
@@ -45,6 +56,7 @@ class Decoder:
     last: float = 0.0
     done: int = 0
     steps: int = 0
+    busy_by_second: list[float] = field(default_factory=list)
     _queue: deque[tuple[float, int, Any]] = field(default_factory=deque)
     _active: list[tuple[int, int, Any]] = field(default_factory=list)
     _admitted: int = 0
@@ -70,6 +82,9 @@ class Decoder:
         active = len(self._active)
         seconds = self.cost.step(active)
         self.busy += active * seconds
+        second = int(self.now - (self.first or 0.0))
+        self.busy_by_second += [0.0] * (second + 1 - len(self.busy_by_second))
+        self.busy_by_second[second] += active * seconds
         self.now += seconds
         self.steps += 1
         tags = []

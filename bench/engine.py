@@ -17,9 +17,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any, Protocol
 
-from bench.decoding import Cost, Decoder
+from bench.decoding import Cost, Decoder, mixed_lengths
 
 MODEL = "m:1"
 _LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
@@ -84,11 +85,38 @@ class Instant:
         return {"done": self._done, "first": self._first, "makespan": makespan}
 
 
+class Others:
+    """Another user, who keeps some requests in flight for some time.
+
+    Args:
+        in_flight: how many; of mixed lengths.
+        start, end: seconds after the first request of the user who is measured.
+    """
+
+    def __init__(self, in_flight: int, start: float, end: float) -> None:
+        self._in_flight = in_flight
+        self._start, self._end = start, end
+        self._lengths = cycle(mixed_lengths(1000))
+        self._waiting = 0
+
+    def top_up(self, decoder: Decoder, now: float) -> None:
+        """Send what is missing."""
+        since = 0.0 if decoder.first is None else now - decoder.first
+        while self._start <= since < self._end and self._waiting < self._in_flight:
+            decoder.submit((self._answered, 1), next(self._lengths), now)
+            self._waiting += 1
+
+    def _answered(self, body: bytes) -> None:
+        self._waiting -= 1
+
+
 class Simulated:
     """Continuous batching on the clock."""
 
-    def __init__(self, slots: int, cost: Cost) -> None:
+    def __init__(self, slots: int, cost: Cost, others: Others) -> None:
         self._decoder = Decoder(slots, cost)
+        self._others = others
+        self._last_arrival = 0.0
         self._stepping = False
         self._step_end = 0.0
         self._loop = asyncio.get_running_loop()
@@ -96,7 +124,8 @@ class Simulated:
     def post(self, body: bytes, reply: Reply) -> None:
         """Queue a request whose length is its ``max_tokens``."""
         tokens = int(json.loads(body)["max_tokens"])
-        self._decoder.submit((reply, tokens), tokens, self._loop.time())
+        self._last_arrival = self._loop.time()
+        self._decoder.submit((reply, tokens), tokens, self._last_arrival)
         if not self._stepping:
             self._advance()
 
@@ -111,6 +140,8 @@ class Simulated:
             "makespan": decoder.makespan,
             "busy": decoder.busy,
             "occupancy": decoder.occupancy,
+            "busy_by_second": decoder.busy_by_second,
+            "arriving": self._last_arrival - (decoder.first or 0.0),
         }
 
     def _advance(self) -> None:
@@ -122,6 +153,7 @@ class Simulated:
                     return
                 for reply, tokens in self._decoder.end():
                     reply(answer(tokens, 512))
+            self._others.top_up(self._decoder, self._decoder.now)
             end = self._decoder.begin()
             self._stepping = end is not None
             if end is None:
@@ -181,13 +213,13 @@ class Connection(asyncio.Protocol):
             )
 
 
-async def serve(slots: int, cost: Cost) -> None:
+async def serve(slots: int, cost: Cost, others: Others) -> None:
     """Serve on a free port of the loopback, which is printed, until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    service: Service = Simulated(slots, cost) if slots else Instant()
+    service: Service = Simulated(slots, cost, others) if slots else Instant()
     server = await loop.create_server(lambda: Connection(service), "127.0.0.1", 0, backlog=_BACKLOG)
     print(server.sockets[0].getsockname()[1], flush=True)
     await stopped.wait()
@@ -200,8 +232,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=0)
     parser.add_argument("--base", type=float, default=Cost.base, help="seconds of every step")
     parser.add_argument("--each", type=float, default=Cost.each, help="seconds for each sequence")
+    parser.add_argument("--others", type=int, default=0, help="another user's requests in flight")
+    parser.add_argument("--others-start", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--others-end", type=float, default=0.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
-    asyncio.run(serve(arguments.slots, Cost(arguments.base, arguments.each)))
+    others = Others(arguments.others, arguments.others_start, arguments.others_end)
+    asyncio.run(serve(arguments.slots, Cost(arguments.base, arguments.each), others))
 
 
 if __name__ == "__main__":

@@ -11,18 +11,11 @@ from pathlib import Path
 from aiflux.core.journal import Result
 from aiflux.core.lines import read_lines
 from aiflux.core.request import request_key
+from bench.decoding import SEED
 from bench.engine import MODEL, answer
 
-SEED = 20
 _IN_FLIGHT = 64
-SHORTEST, LONGEST = 4, 200
 _WORDS = tuple(string.ascii_lowercase[n:] for n in range(20))
-
-
-def mixed_lengths(count: int) -> list[int]:
-    """Return ``count`` answer lengths in tokens: many short ones, some fifty times as long."""
-    source = random.Random(SEED)
-    return [min(LONGEST, max(SHORTEST, int(source.lognormvariate(3.5, 0.8)))) for _ in range(count)]
 
 
 def request_line(number: int, tokens: int, text: str) -> bytes:

@@ -30,8 +30,18 @@ TINY = "tiny:latest"
 @pytest.fixture(scope="session")
 def tiny(user: User, models: Path, ollama: Path, checkout: Path) -> str:
     """A random half-megabyte model, where the words do not matter."""
+    return create(user, models, ollama, TINY)
+
+
+@pytest.fixture(scope="session")
+def embedder(user: User, models: Path, ollama: Path, checkout: Path) -> str:
+    """The same as a model for embeddings only."""
+    return create(user, models, ollama, "embedder:latest", "embeddings")
+
+
+def create(user: User, models: Path, ollama: Path, name: str, *kind: str) -> str:
     gguf = user.home / "tiny.gguf"
-    user.run("python3", REPOSITORY / "tests/tools/make_tiny_gguf.py", gguf)
+    user.run("python3", REPOSITORY / "tests/tools/make_tiny_gguf.py", gguf, *kind)
     user.write(user.home / "Modelfile", f"FROM {gguf}\nPARAMETER num_predict 16\n")
     script = user.write(
         user.home / "create.sh",
@@ -42,11 +52,11 @@ def tiny(user: User, models: Path, ollama: Path, checkout: Path) -> str:
         '"$1" serve > "$HOME/create.log" 2>&1 & server=$!\n'
         "trap 'kill $server; wait $server || true' EXIT\n"
         'for _ in $(seq 100); do "$1" list >/dev/null 2>&1 && break; sleep 0.1; done\n'
-        '"$1" create tiny -f "$HOME/Modelfile"\n',
+        '"$1" create "$4" -f "$HOME/Modelfile"\n',
     )
     port = 20000 + random.randrange(20000)
-    user.run("bash", script, ollama, models, str(port), timeout=120)
-    return TINY
+    user.run("bash", script, ollama, models, str(port), name, timeout=120)
+    return name
 
 
 @pytest.fixture
@@ -110,6 +120,18 @@ def test_slots_and_context_are_those_asked_for(
     log = Path(engine["log"]).read_text(encoding="utf-8", errors="replace")
     assert "--parallel 3" in log
     assert "--ctx-size 3072" in log
+
+
+def test_an_embedding_model_is_planned_with_the_one_slot_that_ollama_gives_it(
+    user: User, place: Path, local: list[str | Path], embedder: str
+) -> None:
+    body = {"model": embedder, "input": "a word"}
+    entry = {"custom_id": "e1", "method": "POST", "url": "/v1/embeddings", "body": body}
+    user.write(place / "in.jsonl", json.dumps(entry) + "\n")
+    user.run(*local, cwd=place)
+    engine = shard_status(place)["aiflux"]["engines"][0]
+    assert engine["slots"] == 1
+    assert "--parallel 1" in Path(engine["log"]).read_text(encoding="utf-8", errors="replace")
 
 
 def test_an_engine_that_landed_on_the_cpu_is_exit_4_unless_that_is_meant(

@@ -1,7 +1,7 @@
-"""Writes a random Llama of half a megabyte: ``python make_tiny_gguf.py OUT.gguf``.
+"""Writes a random Llama of half a megabyte: ``python make_tiny_gguf.py OUT.gguf [embeddings]``.
 
-A real model to Ollama (chat, completions and embeddings), for tests where the words do not
-matter. The same bytes every time.
+A real model to Ollama (chat, completions and embeddings, or embeddings only), for tests where the
+words do not matter. The same bytes every time.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "container" / "demo-model"))
@@ -38,22 +39,22 @@ TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "
 TYPES = [UNKNOWN, CONTROL, CONTROL, *([BYTE] * 256), *([NORMAL] * (1 + len(PRINTABLE)))]
 
 
-def metadata() -> list[bytes]:
+def metadata(architecture: str) -> list[bytes]:
     """What Ollama reads before it loads the tensors."""
     return [
-        entry("general.architecture", STRING, "llama"),
+        entry("general.architecture", STRING, architecture),
         entry("general.name", STRING, "tiny"),
         entry("general.alignment", UINT32, ALIGNMENT),
         entry("general.file_type", UINT32, 0),
-        entry("llama.block_count", UINT32, LAYERS),
-        entry("llama.context_length", UINT32, CONTEXT),
-        entry("llama.embedding_length", UINT32, WIDTH),
-        entry("llama.feed_forward_length", UINT32, FEED_FORWARD),
-        entry("llama.attention.head_count", UINT32, HEADS),
-        entry("llama.attention.head_count_kv", UINT32, HEADS),
-        entry("llama.attention.layer_norm_rms_epsilon", FLOAT32, 1e-5),
-        entry("llama.rope.dimension_count", UINT32, HEAD_SIZE),
-        entry("llama.vocab_size", UINT32, len(TOKENS)),
+        entry(f"{architecture}.block_count", UINT32, LAYERS),
+        entry(f"{architecture}.context_length", UINT32, CONTEXT),
+        entry(f"{architecture}.embedding_length", UINT32, WIDTH),
+        entry(f"{architecture}.feed_forward_length", UINT32, FEED_FORWARD),
+        entry(f"{architecture}.attention.head_count", UINT32, HEADS),
+        entry(f"{architecture}.attention.head_count_kv", UINT32, HEADS),
+        entry(f"{architecture}.attention.layer_norm_rms_epsilon", FLOAT32, 1e-5),
+        entry(f"{architecture}.rope.dimension_count", UINT32, HEAD_SIZE),
+        entry(f"{architecture}.vocab_size", UINT32, len(TOKENS)),
         entry("tokenizer.ggml.model", STRING, "llama"),
         list_entry("tokenizer.ggml.tokens", STRING, [*TOKENS]),
         list_entry("tokenizer.ggml.scores", FLOAT32, [0.0] * len(TOKENS)),
@@ -96,14 +97,20 @@ def values(name: str, shape: tuple[int, ...], rng: random.Random) -> array[float
     return array("f", [value for row in rows for value in row])
 
 
-def tiny() -> bytes:
-    """The whole file."""
+def tiny(architecture: str = "llama", more: Sequence[bytes] = ()) -> bytes:
+    """The whole file.
+
+    Args:
+        architecture: what it claims to be; only a llama can be loaded.
+        more: further entries of the metadata.
+    """
     rng = random.Random(20240101)
     tensors = {name: (shape, values(name, shape, rng)) for name, shape in shapes().items()}
-    return gguf(metadata(), tensors)
+    return gguf([*metadata(architecture), *more], tensors)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["embeddings"]):
         raise SystemExit(__doc__)
-    Path(sys.argv[1]).write_bytes(tiny())
+    pooling = [entry("llama.pooling_type", UINT32, 1)] if sys.argv[2:] else []
+    Path(sys.argv[1]).write_bytes(tiny(more=pooling))

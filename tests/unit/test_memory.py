@@ -52,9 +52,34 @@ def test_more_context_than_a_model_was_trained_for_costs_nothing() -> None:
     assert estimate(SMOLLM2, 99999, 2) == estimate(SMOLLM2, 8192, 2)
 
 
-def test_an_embedding_model_has_one_slot_whatever_is_asked() -> None:
-    bge = known("bge-m3:567m")
-    assert estimate(bge, 8192, 16) == estimate(bge, 8192, 1)
+@pytest.mark.parametrize("name", ["bge-m3:567m", "embeddinggemma:300m", "qwen3-vl:8b"])
+def test_what_ollama_runs_with_one_slot_takes_the_memory_of_one(name: str) -> None:
+    figures = known(name)
+    assert figures.architecture.one_slot
+    assert estimate(figures, 8192, 16) == estimate(figures, 8192, 1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "one_slot"),
+    [
+        ("llama", [], False),
+        ("qwen3", [], False),
+        ("qwen35", [], True),
+        ("nemotron_h_omni", [], True),
+        ("gemma3", [], False),
+        ("gemma3", ["pooling_type"], True),
+        ("qwen3", ["pooling_type"], True),
+    ],
+)
+def test_a_models_own_file_shows_whether_it_gets_one_slot(
+    tmp_path: Path, architecture: str, more: list[str], one_slot: bool
+) -> None:
+    path = tmp_path / "model.gguf"
+    entries = [
+        make_tiny_gguf.entry(f"{architecture}.{key}", make_tiny_gguf.UINT32, 1) for key in more
+    ]
+    path.write_bytes(make_tiny_gguf.tiny(architecture, entries))
+    assert figures_of(read_gguf(path)).architecture.one_slot is one_slot
 
 
 def test_sliding_layers_keep_less() -> None:

@@ -258,6 +258,8 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
             f"{shape.name}: {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys "
             f"and values) of {shape.key_size}, {shape.vocabulary} tokens{experts}{sliding}",
         )
+        if shape.one_slot:
+            yield "slots", "1 (Ollama runs it with one slot, whatever it is told)"
     if told is not None:
         yield "endpoints", ", ".join(told.endpoints) + (" (images too)" if told.vision else "")
         yield "licence", told.licence

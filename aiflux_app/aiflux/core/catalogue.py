@@ -272,6 +272,7 @@ def _model(name: str, entry: Mapping[str, Any], path: Path) -> CataloguedModel:
         f"{path}: {name}: architecture",
     )
     context = values.whole("context")
+    endpoints = values.words("endpoints", tuple(ENDPOINTS))
     return CataloguedModel(
         name=name,
         family=values.text("family", parse_model_name(name).model),
@@ -279,9 +280,9 @@ def _model(name: str, entry: Mapping[str, Any], path: Path) -> CataloguedModel:
         quantisation=values.text("quantisation", "unknown"),
         size=values.whole("size"),
         context=context,
-        endpoints=values.words("endpoints", tuple(ENDPOINTS)),
+        endpoints=endpoints,
         licence=values.text("licence", "unknown"),
-        architecture=_shape(shape, context),
+        architecture=_shape(shape, context, embeds=endpoints == ("embeddings",)),
         place=path,
         projector_size=values.whole("projector_size", 0),
         vision=values.flag("vision"),
@@ -304,7 +305,7 @@ def _defaults(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
     return given
 
 
-def _shape(values: _Values, context: int) -> Architecture:
+def _shape(values: _Values, context: int, *, embeds: bool) -> Architecture:
     heads, embedding = values.whole("heads"), values.whole("embedding")
     head_size = values.whole("head_size", embedding // max(heads, 1))
     return Architecture(
@@ -322,6 +323,7 @@ def _shape(values: _Values, context: int) -> Architecture:
         experts=values.whole("experts", 0),
         experts_used=values.whole("experts_used", 0),
         cross_layers=values.numbers("cross_layers"),
+        embeds=embeds,
     )
 
 

@@ -27,8 +27,21 @@ _WHOLE_EVERY = {"gemma3": 6, "gptoss": 2, "gpt-oss": 2}
 _WHOLE_EVERY_LATER = {**_WHOLE_EVERY, "gemma2": 2}
 # What such a layer keeps for each slot is at least this much, in Ollama's account of 0.11.
 _LEAST_WINDOW = {"gptoss": 4096, "gpt-oss": 4096}
-# Ollama runs these with one slot, whatever it is told: they cannot generate, or share no cache.
-ONE_SLOT = ("mllama", "bert", "nomic-bert")
+# Ollama runs these with one slot, whatever it is told (server/sched.go, Scheduler.load, the same
+# in v0.33.0-rc2 and on its main branch of 2026-08-21), and every model that cannot generate.
+ONE_SLOT = (
+    "mllama",
+    "qwen3vl",
+    "qwen3vlmoe",
+    "qwen35",
+    "qwen35moe",
+    "qwen3next",
+    "lfm2",
+    "lfm2moe",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "nemotron_h_omni",
+)
 _MLLAMA_PATCHES, _MLLAMA_TILES = 1601, 4
 
 
@@ -43,6 +56,7 @@ class Architecture:
         context: tokens that it was trained for; 0 where that is not known.
         sliding_window: tokens that a sliding layer looks back; 0 where there are none.
         cross_layers: layers that look at the image alone (llama3.2-vision).
+        embeds: it makes embeddings, and no text.
     """
 
     name: str
@@ -59,11 +73,12 @@ class Architecture:
     experts: int = 0
     experts_used: int = 0
     cross_layers: tuple[int, ...] = ()
+    embeds: bool = False
 
     @property
     def one_slot(self) -> bool:
         """Whether Ollama runs it with one slot only."""
-        return self.name in ONE_SLOT
+        return self.embeds or self.name in ONE_SLOT
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ def shape_of(header: GgufHeader) -> Architecture:
         experts=header.number("expert_count"),
         experts_used=header.number("expert_used_count"),
         cross_layers=tuple(cross) if isinstance(cross, list) else (),
+        # What Ollama goes by (server/images.go, ggufCapabilities).
+        embeds=f"{header.architecture}.pooling_type" in header.metadata,
     )
 
 

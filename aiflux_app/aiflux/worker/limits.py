@@ -1,18 +1,57 @@
-"""How many requests an engine is given at once."""
+"""How many requests an engine is given at once.
+
+What is judged is completed work (output tokens) per second, not latency. Latency limits, such as
+Vegas and Gradient2 of Netflix's concurrency-limits
+(https://github.com/Netflix/concurrency-limits, ``limit/VegasLimit.java``, ``Gradient2Limit.java``),
+assume that latency is flat until a queue forms, and much the same for all requests. An engine that
+batches has no such range, as each further sequence makes all others slower, and one answer takes
+fifty times as long as another. On the simulated engine of ``bench`` with 256 slots and mixed
+lengths, Gradient2 stays at 26 in flight (18 % of what is possible) and Vegas at 6 (6 %).
+
+``AdaptiveLimit`` therefore climbs a hill by controlled experiments, as PCC does for congestion
+control (Dong et al., "PCC: Re-architecting Congestion Control for Consistent High Performance",
+NSDI 2015; the variant with gradients is "PCC Vivace", NSDI 2018): start by multiplying, then
+compare trials above and below with the limit in use, before and after each trial. A comparison
+never reaches back further than that, so nothing old is remembered. Refusals lower the limit by a
+factor, as in ``limit/AIMDLimit.java`` of concurrency-limits.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from statistics import fmean, pstdev
 
-START = 8
-CEILING = 320
-_GAIN = 1.05
-_BACKOFF = 0.7
-_LATENCY_FACTOR = 4.0
-_FEWEST_ANSWERS = 8
-_REST = 60.0
+START = 16
+CEILING = 1280
+"""A quarter above 1,024, which vLLM starts with on large GPUs (``--max-num-seqs``)."""
+FEW = 4
+"""In flight for an engine that works on one request at a time: the others hide our own delays."""
+
+_FEWEST = 16
+_CLIMB_GAIN = 1.04
+_CLEAR_GAIN = 1.7
+_NO_WAIT = 0.15
+_HEADROOM = 1.25
+_UP, _UP_GAIN = 1.5, 1.02
+_DOWN, _DOWN_LOSS, _DOWN_ERROR = 0.8, 0.985, 0.025
+_DOWN_MARGIN = 1.125
+_REST_UP, _REST_DOWN, _LONGEST_REST = 2, 4, 32
+_BACKOFF = 0.8
+_CAP = 0.9
+_CAP_SECONDS, _LONGEST_CAP = 15.0, 120.0
+_AGAIN = 2.0
+_QUIET_SECONDS = 1.0
+_FULL = 0.9
+_SLOW = 2.0
+_SAME_TIME = 0.05
+_AT_ONCE = 0.02
+_EVEN = 0.35
+_AS_MUCH = 0.9
 
 
 class FixedLimit:
@@ -24,16 +63,153 @@ class FixedLimit:
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
         """Take note of an ended exchange; changes nothing."""
 
+    def note_timeout(self) -> None:
+        """Take note of an exchange that ran out of time; changes nothing."""
 
-class AdaptiveLimit:
+
+@dataclass
+class Window:
+    """Sums over the answers of a stretch of time under one limit.
+
+    Latency is fitted as ``wait + slope * work``, so that a stretch with longer answers than
+    another does not look slower.
+    """
+
+    limit: int
+    began: float
+    ended: float = 0.0
+    answers: int = 0
+    work: float = 0.0
+    seconds: float = 0.0
+    work_squares: float = 0.0
+    second_squares: float = 0.0
+    products: float = 0.0
+
+    def add(self, work: float, seconds: float, now: float) -> None:
+        """Add an answer."""
+        self.answers += 1
+        self.ended = now
+        self.work += work
+        self.seconds += seconds
+        self.work_squares += work * work
+        self.second_squares += seconds * seconds
+        self.products += work * seconds
+
+    @property
+    def spread(self) -> float:
+        """Squared coefficient of variation of the work; 0 where all answers count the same."""
+        spread = self.work_squares * self.answers / (self.work * self.work) - 1
+        return spread if spread > 1e-4 else 0.0
+
+    @property
+    def _slope(self) -> float:
+        mean = self.work / self.answers
+        covariance = self.products / self.answers - mean * self.seconds / self.answers
+        return covariance / (self.spread * mean * mean) if self.spread else 0.0
+
+    def latency(self, work: float) -> float:
+        """Return the seconds that an answer of this much work takes."""
+        mean = self.work / self.answers
+        return max(1e-6, self.seconds / self.answers + self._slope * (work - mean))
+
+    def waiting(self, work: float) -> float:
+        """Return the share of an answer's latency that does not depend on its work."""
+        return min(1.0, self.latency(0.0) / self.latency(work)) if self.spread else 1.0
+
+    @property
+    def error(self) -> float:
+        """Relative standard error of the mean latency, given the work."""
+        mean = self.seconds / self.answers
+        variance = self.second_squares / self.answers - mean * mean
+        explained = self._slope**2 * self.spread * (self.work / self.answers) ** 2
+        return sqrt(max(0.0, variance - explained) / max(1, self.answers - 2)) / max(mean, 1e-9)
+
+    def throughput(self, work: float) -> float:
+        """Return work per second by Little's law: requests in flight over their latency.
+
+        Exact after a few answers where nothing waits; uncertain in a long queue, whose content
+        varies.
+        """
+        return self.limit * work / self.latency(work)
+
+    @property
+    def rate(self) -> float:
+        """Completed work per second; the surer, the more answers wait for the same slots."""
+        return self.work / max(self.ended - self.began, 1e-6)
+
+
+def gain(before: Window, after: Window, work: float) -> tuple[float, float]:
+    """Return the ratio of two throughputs, and its relative standard error.
+
+    The two measures of throughput are weighted by the inverse of their variances.
+
+    Args:
+        work: of a usual answer.
+    """
+    if not (before.spread and after.spread):
+        return after.rate / before.rate, sqrt(1 / before.answers + 1 / after.answers)
+    by_rate = by_latency = 0.0
+    spread = max(before.spread, after.spread, 0.01)
+    for window in (before, after):
+        turnovers, waiting = window.answers / window.limit, window.waiting(work)
+        by_rate += 2 * max(1 - waiting, 0.05) / turnovers**2 * spread / window.limit
+        by_latency += waiting / turnovers * spread / window.limit
+    weight = by_rate / (by_rate + by_latency)
+    ratio = weight * log(after.throughput(work) / before.throughput(work))
+    ratio += (1 - weight) * log(after.rate / before.rate)
+    return exp(ratio), sqrt(by_rate * by_latency / (by_rate + by_latency)) + 0.002
+
+
+class _Meter:
+    """Collects windows; what a limit is changed for is left to the classes below."""
+
+    def __init__(self, value: int, clock: Callable[[], float]) -> None:
+        self.value = value
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._mean = 0.0
+        self._seen = 0
+        self._start_window(skip=0)
+
+    def _start_window(self, skip: int) -> None:
+        """Begin to measure the limit that is set now.
+
+        Only answers to requests that were sent since count, and of these the first ``skip`` do not:
+        after a turnover, short and long answers come in their usual proportion again.
+        """
+        self._since = self._clock()
+        self._skip = skip
+        self._window = Window(self.value, self._since)
+
+    def _next_window(self) -> None:
+        self._window = Window(self.value, self._clock())
+
+    def _add(self, work: float, seconds: float) -> Window | None:
+        now = self._clock()
+        self._seen += 1
+        self._mean += (work - self._mean) / min(self._seen, 2 * max(self.value, _FEWEST))
+        if now - seconds < self._since:
+            return None
+        if self._skip:
+            self._skip -= 1
+            self._window.began = now
+            return None
+        self._window.add(work, seconds, now)
+        return self._window
+
+
+class AdaptiveLimit(_Meter):
     """Finds the concurrency of a foreign engine by itself. Thread-safe.
 
-    It judges a limit by its throughput, by Little's law: requests in flight times work per second
-    of latency, over the answers to requests that were sent under that limit. Long and short answers
-    hardly disturb this figure, as a long one brings as much more work as it takes time. While a
-    limit brings at least 5 % more than the one before, it is doubled; when it does so twice not,
-    the last one that did is kept, and a quarter more to wait at the engine's door. It is tried
-    again every minute. 429 and 503 lower it at once, as does a fourfold latency.
+    - **Climb**: double the limit, or multiply it by four where throughput rose in proportion, until
+      it does not rise any more. Then keep the best, and a quarter more to wait at the engine's
+      door.
+    - **Rest**, and try now and then a limit half as large again, or a fifth less. A trial counts if
+      it compares the same with what was measured before and after it. One that brings more
+      work is the start of another climb; one that brings no less is kept, with a margin. Trials
+      without a result become rarer.
+    - **Refusals** (429, 503) and many timeouts lower it at once. It climbs again after 15 s, and if
+      that is refused soon, after twice the time.
 
     Args:
         ceiling: never more than this.
@@ -41,16 +217,22 @@ class AdaptiveLimit:
     """
 
     def __init__(self, ceiling: int = CEILING, clock: Callable[[], float] = time.monotonic) -> None:
-        self.value = min(START, ceiling)
+        super().__init__(min(START, ceiling), clock)
         self._ceiling = ceiling
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._best = 0.0
-        self._kept = self.value
-        self._fruitless = 0
-        self._settled: float | None = None
-        self._quiet_until = 0.0
-        self._set(self.value)
+        self._capped = False
+        self._cap = ceiling
+        self._cap_until = clock()
+        self._cap_seconds = _CAP_SECONDS
+        self._quiet_until = clock()
+        self._timeouts = 0
+        self._idle_reports = 0
+        self._step: Callable[[Window], None] = self._climb
+        self._best: Window | None = None
+        self._sure = False
+        self._before = self._trial = self._window
+        self._up = True
+        self._down = _DOWN
+        self._forget_rests()
 
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
         """Take note of an ended exchange.
@@ -61,65 +243,254 @@ class AdaptiveLimit:
             overloaded: the engine answered 429 or 503.
         """
         with self._lock:
-            now = self._clock()
             if overloaded:
-                self._back_off(now)
-            elif now - seconds >= self._since:
-                self._work += work
-                self._seconds += seconds
-                self._answers += 1
-                if self._answers >= max(self.value, _FEWEST_ANSWERS):
-                    self._judge(now)
+                self._back_off()
+                return
+            if self._capped and self._clock() >= self._cap_until:
+                self._capped = False
+                self._begin_climb(None, self.value)
+            window = self._add(work, seconds)
+            if window is not None and self._enough(window):
+                self._next_window()
+                self._step(window)
 
-    def _set(self, value: int) -> None:
-        self.value = value
-        self._since = self._clock()
-        self._forget()
+    def note_timeout(self) -> None:
+        """Take note of an exchange that ran out of time; many of them mean that too many wait."""
+        with self._lock:
+            self._timeouts += 1
+            if self._timeouts >= max(3, self.value // 8):
+                self._back_off()
 
-    def _forget(self) -> None:
-        self._work = 0
-        self._answers = 0
-        self._seconds = 0.0
+    def note_load(self, running: int, waiting: int) -> None:
+        """Take note of what the engine reports of its queue.
 
-    def _back_off(self, now: float) -> None:
+        It only makes the search faster: where nothing waits, more can be sent at once; where much
+        waits, the climb is over. Other users' requests are in these figures, so that a long queue
+        is no reason to send less than before.
+        """
+        with self._lock:
+            full = running >= _FULL * self.value
+            self._idle_reports = self._idle_reports + 1 if full and not waiting else 0
+            climbing = self._step == self._climb
+            if self._idle_reports and (climbing or self._idle_reports > 2):
+                self._begin_climb(None, 2 * self.value)
+            elif climbing and waiting > running // 4 + 2:
+                self._settle(int(self.value * running / (running + waiting) * _HEADROOM) + 2)
+
+    def _set(self, value: float, skip: bool = True) -> bool:
+        """Set the limit within its bounds; tell whether it changed."""
+        before = self.value
+        top = self._cap if self._capped else self._ceiling
+        self.value = max(1, min(int(value), top))
+        self._timeouts = 0
+        self._sure = False
+        self._start_window(self.value if skip else 0)
+        return self.value != before
+
+    def _enough(self, window: Window) -> bool:
+        if self._step != self._climb:
+            return window.answers >= max(4 * _FEWEST, 2 * self.value)
+        if self._sure or not window.spread:
+            return window.answers >= max(_FEWEST, self.value)
+        few = max(_FEWEST, self.value // 4)
+        return window.answers >= few and (
+            window.answers >= max(_FEWEST, self.value) or window.error < 0.01
+        )
+
+    def _begin_climb(self, best: Window | None, value: int) -> None:
+        self._step = self._climb
+        self._best = best
+        self._forget_rests()
+        self._set(value, skip=False)
+
+    def _climb(self, window: Window) -> None:
+        best = self._best
+        no_wait = window.spread > 0 and window.waiting(self._mean) < _NO_WAIT
+        rise = self._rise(window)
+        if best is not None and rise > _CLIMB_GAIN and not no_wait and not self._sure:
+            # A queue that is only forming looks like a gain: measure again when it has formed.
+            self._sure = True
+            self._skip = max(0, self.value - window.answers)
+            return
+        if best is None or rise > _CLIMB_GAIN:
+            self._best = best = window
+            clear = no_wait and rise > _CLEAR_GAIN
+            if self._set((4 if clear else 2) * self.value, skip=False):
+                return
+        self._settle(min(self.value, int(best.limit * _HEADROOM) + 2))
+
+    def _rise(self, window: Window) -> float:
+        if self._best is None:
+            return 1.0
+        if self._sure:
+            return gain(self._best, window, self._mean)[0]
+        return window.throughput(self._mean) / self._best.throughput(self._mean)
+
+    def _settle(self, value: float) -> None:
+        self._step = self._rest
+        self._forget_rests()
+        self._set(value)
+
+    def _forget_rests(self) -> None:
+        self._pauses = {True: _REST_UP, False: _REST_DOWN}
+        self._left = dict(self._pauses)
+
+    def _rest(self, window: Window) -> None:
+        self._before = window
+        for up in (True, False):
+            self._left[up] -= 1
+        for up in (True, False):
+            if self._left[up] <= 0 and self._step == self._rest:
+                self._begin_trial(up)
+
+    def _begin_trial(self, up: bool) -> None:
+        base = self.value
+        self._up = up
+        if self._set(max(base + 1, base * _UP) if up else base * self._down):
+            self._step = self._try
+        else:
+            self._left[up] = self._pauses[up]
+
+    def _try(self, window: Window) -> None:
+        """The trial was measured: return to the limit before it, and compare."""
+        self._trial = window
+        self._step = self._check
+        if not self._better(self._before):
+            self._fail()
+        self._set(self._before.limit)
+
+    def _check(self, window: Window) -> None:
+        """The limit before the trial was measured once more: it must compare the same."""
+        base, self._before = self._before.limit, window
+        if not self._better(window):
+            self._fail()
+        elif self._up:
+            self._begin_climb(self._trial, 2 * self._trial.limit)
+        else:
+            self._settle(min(self._trial.limit * _DOWN_MARGIN + 1, base - 1))
+            self._left[False] = 1
+            self._down = max(0.5, self._down**2)
+
+    def _better(self, reference: Window) -> bool:
+        ratio, error = gain(reference, self._trial, self._mean)
+        if self._up:
+            return ratio > _UP_GAIN + 2 * error
+        return ratio > _DOWN_LOSS and error < _DOWN_ERROR
+
+    def _fail(self) -> None:
+        self._step = self._rest
+        if not self._up:
+            self._down = _DOWN
+        pause = min(_LONGEST_REST, 2 * self._pauses[self._up])
+        self._pauses[self._up] = self._left[self._up] = pause
+
+    def _back_off(self) -> None:
+        now = self._clock()
         if now < self._quiet_until:
             return  # one burst of refusals counts once
-        self._quiet_until = now + 1.0
-        self._ceiling = max(1, int(self._ceiling * 0.9))
-        self._best = 0.0
-        self._settle(int(self.value * _BACKOFF), now)
-
-    def _settle(self, value: int, now: float) -> None:
-        self._settled = now
-        self._set(max(1, min(value, self._ceiling)))
-
-    def _judge(self, now: float) -> None:
-        throughput = self.value * self._work / max(self._seconds, 1e-6)
-        self._forget()
-        if self._settled is not None:
-            self._watch(throughput, now, now - self._settled)
-        elif throughput > self._best * _GAIN:
-            self._best = throughput
-            self._kept = self.value + max(2, self.value // 4)
-            self._climb(now)
-        elif self._fruitless:
-            self._settle(self._kept, now)
+        self._quiet_until = now + _QUIET_SECONDS
+        self._cap = max(1, int(self.value * _CAP))
+        if not self._capped and now > self._cap_until:
+            again = now < self._cap_until + _AGAIN * self._cap_seconds
+            seconds = 2 * self._cap_seconds if again else _CAP_SECONDS
+            self._cap_seconds = min(seconds, _LONGEST_CAP)
+        self._capped = True
+        self._cap_until = now + self._cap_seconds
+        if self._step == self._climb and self._best is not None:
+            self._settle(max(self._best.limit, self.value // 2))
+        elif self._step == self._try and self._up:
+            self._settle(self._before.limit)
         else:
-            self._fruitless = 1
+            self._settle(self.value * _BACKOFF)
 
-    def _climb(self, now: float) -> None:
-        self._fruitless = 0
-        if self.value < self._ceiling:
-            self._set(min(self._ceiling, 2 * self.value))
-        else:
-            self._settle(self.value, now)
 
-    def _watch(self, throughput: float, now: float, settled_for: float) -> None:
-        """Come down where the engine has become slow; else look now and then for more."""
-        if throughput * _LATENCY_FACTOR < self._best:
-            self._set(max(1, self.value - max(1, self.value // 8)))
-        elif settled_for > _REST:
-            self._settled = None
-            self._best = throughput
-            self._kept = self.value
-            self._climb(now)
+class SlotLimit(_Meter):
+    """The limit of an engine whose slots are known, unless they are not real. Thread-safe.
+
+    An engine that works on one request at a time, whatever it was started with, answers in the
+    order of arrival, and the time between two answers is that of the second. Parallel slots look
+    like this only by chance, or if all answers are equally long. So this is no proof but a reason
+    for an experiment: if few requests in flight bring as much work per second as many, more would
+    only wait, and run out of time. The experiment is repeated after ever longer stretches.
+
+    Args:
+        value: the limit while the slots are real.
+        found: called with True when the engine is found to work on one request at a time, with
+            False when it no longer does.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        value: int,
+        found: Callable[[bool], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(value, clock)
+        self._full = value
+        self._found = found
+        self._single = False
+        self._trying: Window | None = None
+        self._answers_left = 0
+        self._pause = 8 * value
+        self._last_end = self._last_sent = clock()
+        self._in_order = 0
+        self._gaps: deque[float] = deque(maxlen=_FEWEST)
+        self._paces: deque[float] = deque(maxlen=_FEWEST)
+
+    def note(self, work: int, seconds: float, overloaded: bool) -> None:
+        """Take note of an ended exchange; see ``AdaptiveLimit.note``."""
+        with self._lock:
+            if overloaded or self._full <= FEW:
+                return
+            self._watch(work, seconds)
+            window = self._add(work, seconds)
+            if window is None or window.answers < 2 * _FEWEST:
+                return
+            self._next_window()
+            if self._trying is not None:
+                self._conclude(self._trying, window)
+            elif self._answers_left > 0:
+                return
+            elif self._single and self.value < self._full:
+                self._change(self._full)
+            elif self._single or (window.seconds > _SLOW * window.answers and self._looks_single()):
+                self._trying = window
+                self._change(FEW)
+
+    def note_timeout(self) -> None:
+        """Take note of an exchange that ran out of time; changes nothing."""
+
+    def _conclude(self, before: Window, window: Window) -> None:
+        self._trying = None
+        self._answers_left = self._pause
+        self._pause *= 2
+        single = window.rate >= _AS_MUCH * before.rate
+        if not single:
+            self._change(self._full)
+        if single != self._single:
+            self._single = single
+            self._found(single)
+
+    def _change(self, value: int) -> None:
+        self.value = value
+        self._start_window(skip=value)
+        self._gaps.clear()
+        self._paces.clear()
+
+    def _watch(self, work: int, seconds: float) -> None:
+        """Keep what shows whether answers come one by one, in the order of their requests."""
+        now = self._clock()
+        sent = now - seconds
+        self._answers_left -= 1
+        self._gaps.append(now - self._last_end)
+        self._paces.append((now - self._last_end) / work)
+        self._last_end = now
+        self._in_order = self._in_order + 1 if sent > self._last_sent - _SAME_TIME else 0
+        self._last_sent = max(sent, self._last_sent)
+
+    def _looks_single(self) -> bool:
+        if min(self._gaps) <= _AT_ONCE * fmean(self._gaps):
+            return False  # two answers at once: they were worked on together
+        even = pstdev(self._paces) < _EVEN * fmean(self._paces)
+        return even or self._in_order >= self._full + _FEWEST

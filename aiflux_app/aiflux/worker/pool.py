@@ -222,7 +222,9 @@ class Pool:
     def _adapt(self, lane: Lane, verdict: Verdict, seconds: float) -> None:
         before = lane.limit.value
         if verdict.generated or verdict.overloaded:
-            lane.limit.note(verdict.completion_tokens or 1, seconds, verdict.overloaded)
+            lane.limit.note(verdict.work, seconds, verdict.overloaded)
+        elif verdict.code == "timeout":
+            lane.limit.note_timeout()
         if lane.limit.value > before:
             self.start()
             self._scheduler.wake()

@@ -38,7 +38,7 @@ from aiflux.errors import (
     StoppedError,
     TooManyFailuresError,
 )
-from aiflux.worker import sizing
+from aiflux.worker import serverload, sizing
 from aiflux.worker.checking import Checking
 from aiflux.worker.client import Client
 from aiflux.worker.devices import free_memory, gpu_names, group, visible_devices
@@ -51,13 +51,13 @@ from aiflux.worker.engines import (
 from aiflux.worker.external import ExternalEngine, ca_bundle
 from aiflux.worker.gpuuse import GpuUse, GpuWatch
 from aiflux.worker.ledger import Ledger
-from aiflux.worker.limits import AdaptiveLimit, FixedLimit
+from aiflux.worker.limits import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.models import ensure_model
 from aiflux.worker.pool import Describe, Pool
 from aiflux.worker.progress import Reporter
 from aiflux.worker.rejections import Rejections
 from aiflux.worker.retry import RetryPolicy
-from aiflux.worker.scheduler import Lane, Scheduler
+from aiflux.worker.scheduler import Lane, Limit, Scheduler
 from aiflux.worker.seal import seal_facts
 from aiflux.worker.server import find_program
 from aiflux.worker.source import Source
@@ -359,6 +359,7 @@ class _ModelWork:
             shard.source.tasks(model), self.lanes, may_admit=self.shard.may_admit
         )
         self.describe = Describe(self.plan.served(model), {})
+        self.load_watch: serverload.LoadWatch | None = None
         self.pool = Pool(
             self.scheduler,
             engines,
@@ -394,6 +395,8 @@ class _ModelWork:
                 keeper.start()
             self.pool.join(self._tick)
         finally:
+            if self.load_watch is not None:
+                self.load_watch.close()
             for keeper in self.keepers:
                 keeper.close()
         failures = [keeper.failure for keeper in self.keepers if keeper.failure is not None]
@@ -421,16 +424,42 @@ class _ModelWork:
         if digest is not None:
             self.describe.fixed["model_digest"] = digest
         options = self.plan.options
-        if isinstance(engine, BundledEngine) or options.concurrency is not None:
-            lane.limit = FixedLimit(sizing.concurrency(self.plan, engine.slots))
+        in_flight = sizing.concurrency(self.plan, engine.slots)
+        if options.concurrency is not None:
+            lane.limit = FixedLimit(in_flight)
+        elif isinstance(engine, BundledEngine):
+            lane.limit = SlotLimit(in_flight, partial(self._slots_found, engine))
         elif not isinstance(lane.limit, AdaptiveLimit):
-            lane.limit = AdaptiveLimit()
+            lane.limit = self._limit_of(engine)
         facts = self.shard.status.details
         facts["engines"] = [keeper.engine.facts for keeper in self.keepers]
         if digest is not None:
             facts.setdefault("model_digests", {})[self.model] = digest
         self.pool.start()
         self.context.reporter.say(_engine_line(engine, lane))
+
+    def _limit_of(self, engine: ExternalEngine) -> Limit:
+        """Return the limit of a server that is already running: by what it reports, or adaptive."""
+        fetch = partial(serverload.get, engine.client)
+        slots = serverload.total_slots(fetch)
+        if slots is not None:
+            engine.slots = engine.facts["slots"] = slots
+            in_flight = sizing.concurrency(self.plan, slots)
+            return SlotLimit(in_flight, partial(self._slots_found, engine))
+        limit = AdaptiveLimit()
+        self.load_watch = serverload.LoadWatch(fetch, limit.note_load)
+        self.load_watch.start()
+        return limit
+
+    def _slots_found(self, engine: Engine, single: bool) -> None:
+        """Report that an engine works on one request at a time, or no longer does."""
+        engine.facts["one_at_a_time"] = single
+        self.context.reporter.say(
+            f"engine {engine.index} works on one request at a time although it was started with "
+            f"{engine.slots} slots: only {FEW} requests are kept in flight"
+            if single
+            else f"engine {engine.index} works on several requests at a time again"
+        )
 
     def _engines(self, home: Path) -> list[Engine]:
         options = self.plan.options
@@ -494,12 +523,13 @@ class _ModelWork:
 
 def _engine_line(engine: Engine, lane: Lane) -> str:
     if isinstance(engine, ExternalEngine):
-        return f"engine at {engine.url} is up"
+        known = f" with {engine.slots} slots, {lane.limit.value} requests in flight"
+        return f"engine at {engine.url} is up{known if engine.slots else ''}"
     facts = engine.facts
     where = "GPU " + ",".join(facts["devices"]) if facts["gpu_bytes"] else "the CPU"
     return (
         f"engine {engine.index} is up on {where}: Ollama {facts['version']}, "
-        f"{facts['slots']} slots of {facts['context_length']} tokens, "
+        f"{facts['slots']} slot{'s' * (facts['slots'] > 1)} of {facts['context_length']} tokens, "
         f"{lane.limit.value} requests in flight"
     )
 

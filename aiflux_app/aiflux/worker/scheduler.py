@@ -48,6 +48,9 @@ class Limit(Protocol):
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
         """Take note of an ended exchange."""
 
+    def note_timeout(self) -> None:
+        """Take note of an exchange that ran out of time."""
+
 
 @dataclass(eq=False)
 class Lane:

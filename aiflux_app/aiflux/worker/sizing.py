@@ -31,12 +31,12 @@ def slots(
     """
     if plan.options.slots is not None:
         return plan.options.slots
+    if figures is not None and figures.architecture.one_slot:
+        return 1
     if not devices:
         return max(1, min(CPU_SLOTS, cores))
     if figures is None or not free:
         return GPU_SLOTS
-    if figures.architecture.one_slot:
-        return 1
     return min(_most_that_fit(plan, figures, free), max(1, plan.requests))
 
 

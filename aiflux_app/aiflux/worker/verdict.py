@@ -92,6 +92,11 @@ class Verdict:
         return self.kind in (Kind.ANSWERED, Kind.UNFIT)
 
     @property
+    def work(self) -> int:
+        """Tokens that the engine made, or read where it makes none; 1 where it counts none."""
+        return self.completion_tokens or self.prompt_tokens or 1
+
+    @property
     def error(self) -> dict[str, Any]:
         """The error object of a failed result."""
         return {"code": self.code, "message": self.message, "status": self.status}

@@ -1,0 +1,124 @@
+"""What a server's own report of its load is read from."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from aiflux.worker import serverload
+from aiflux.worker.client import Client
+from aiflux.worker.serverload import Load, LoadWatch, parse_load, total_slots
+
+VLLM = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 64.0
+vllm:num_requests_running{engine="1",model_name="m"} 60.0
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="m {a} b"} 3.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
+# TYPE vllm:num_requests_waiting_by_reason gauge
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 3.0
+vllm:generation_tokens_total{engine="0",model_name="m"} 1.234e+06
+vllm:something{engine="0"} NaN
+"""
+LLAMA = """\
+# TYPE llamacpp:requests_processing gauge
+llamacpp:requests_processing 4
+# TYPE llamacpp:requests_deferred gauge
+llamacpp:requests_deferred 12
+"""
+
+
+def test_the_load_of_all_engines_of_a_vllm_is_added_up():
+    assert parse_load(VLLM) == Load(124, 3)
+
+
+def test_the_load_of_a_llama_server():
+    assert parse_load(LLAMA) == Load(4, 12)
+
+
+@pytest.mark.parametrize("text", ["", "<html>not found</html>", "up 1\n", VLLM[:80]])
+def test_where_no_load_is_shown(text):
+    assert parse_load(text) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "slots"),
+    [
+        (json.dumps({"total_slots": 64}).encode(), 64),
+        (json.dumps({"total_slots": "64"}).encode(), None),
+        (json.dumps([1]).encode(), None),
+        (b"<html>", None),
+        (None, None),
+    ],
+)
+def test_the_slots_of_a_llama_server(body, slots):
+    assert total_slots({"/props": body}.get) == slots
+
+
+class Server(BaseHTTPRequestHandler):
+    """Shows its metrics and its slots to those who have the key."""
+
+    def do_GET(self) -> None:
+        body = {"/metrics": VLLM.encode(), "/props": b'{"total_slots": 8}'}.get(self.path, b"")
+        known = self.headers["Authorization"] == "Bearer key"
+        self.send_response(401 if not known else 200 if body else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@contextmanager
+def client(url: str, key: str | None = "key") -> Iterator[Client]:
+    made = Client(url, 10.0, 4, key)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_a_server_is_asked_with_the_key(url):
+    with client(url) as known, client(url, None) as unknown:
+        assert total_slots(partial(serverload.get, known)) == 8
+        assert total_slots(partial(serverload.get, unknown)) is None
+        assert serverload.get(known, "/nothing") is None
+
+
+def test_a_server_that_is_not_there_reports_nothing():
+    with client("http://127.0.0.1:1") as nobody:
+        assert serverload.get(nobody, "/props") is None
+
+
+def test_the_load_is_noted_until_the_watch_is_closed(url):
+    noted = threading.Event()
+    seen = []
+
+    def note(running: int, waiting: int) -> None:
+        seen.append((running, waiting))
+        noted.set()
+
+    with client(url) as known:
+        watch = LoadWatch(partial(serverload.get, known), note)
+        watch.start()
+        assert noted.wait(10)
+        watch.close()
+    assert seen[0] == (124, 3)

@@ -1,6 +1,8 @@
 """What a server's own report of its load is read from."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +10,12 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from bench.engine import answer
 
 from aiflux.worker import serverload
 from aiflux.worker.client import Client
 from aiflux.worker.serverload import Load, LoadWatch, parse_load, total_slots
+from tests.unit.helpers import write_input
 
 VLLM = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -76,9 +80,42 @@ class Server(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Patient(BaseHTTPRequestHandler):
+    """Reports its load as vLLM does, and answers nothing before 64 requests are in flight."""
+
+    protocol_version = "HTTP/1.1"
+    all_there = threading.Barrier(64)
+    lock = threading.Lock()
+    running = 0
+
+    def do_GET(self) -> None:
+        models = {"object": "list", "data": [{"id": "m"}]}
+        gauge = "vllm:num_requests_{} {}\n"
+        metrics = gauge.format("running", self.running) + gauge.format("waiting", 0)
+        known = {"/metrics": metrics.encode(), "/v1/models": json.dumps(models).encode()}
+        self._answer(known.get(self.path))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with self.lock:
+            Patient.running += 1
+        self.all_there.wait(60)
+        self._answer(answer(5))
+
+    def _answer(self, body: bytes | None) -> None:
+        self.send_response(404 if body is None else 200)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
 @pytest.fixture
-def url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    handler = getattr(request, "param", Server)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -122,3 +159,18 @@ def test_the_load_is_noted_until_the_watch_is_closed(url):
         assert noted.wait(10)
         watch.close()
     assert seen[0] == (124, 3)
+
+
+@pytest.mark.parametrize("url", [Patient], indirect=True)
+def test_requests_in_flight_rise_by_the_report_alone(url, tmp_path):
+    """No answer comes before 64 requests are in flight, and the limit begins far below."""
+    source = write_input(
+        tmp_path / "in.jsonl",
+        64,
+        body={"model": "m", "messages": [{"role": "user", "content": "a"}]},
+    )
+    worker = [sys.executable, "-m", "aiflux.worker", str(source), str(tmp_path / "out.json")]
+    done = subprocess.run(
+        [*worker, "--engine-url", url], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -447,7 +447,13 @@ class _ModelWork:
             in_flight = sizing.concurrency(self.plan, slots)
             return SlotLimit(in_flight, partial(self._slots_found, engine))
         limit = AdaptiveLimit()
-        self.load_watch = serverload.LoadWatch(fetch, limit.note_load)
+
+        def note(running: int, waiting: int) -> None:
+            limit.note_load(running, waiting)
+            self.pool.start()
+            self.scheduler.wake()
+
+        self.load_watch = serverload.LoadWatch(fetch, note)
         self.load_watch.start()
         return limit
 

@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, log, sqrt
-from statistics import fmean, pstdev
 
 START = 16
 CEILING = 1280
@@ -490,7 +489,9 @@ class SlotLimit(_Meter):
         self._last_sent = max(sent, self._last_sent)
 
     def _looks_single(self) -> bool:
-        if min(self._gaps) <= _AT_ONCE * fmean(self._gaps):
+        if min(self._gaps) <= _AT_ONCE * sum(self._gaps) / len(self._gaps):
             return False  # two answers at once: they were worked on together
-        even = pstdev(self._paces) < _EVEN * fmean(self._paces)
+        mean = sum(self._paces) / len(self._paces)
+        variance = sum((pace - mean) ** 2 for pace in self._paces) / len(self._paces)
+        even = variance < (_EVEN * mean) ** 2
         return even or self._in_order >= self._full + _FEWEST

@@ -170,7 +170,7 @@ class Pool:
                 if job is None:
                     return
                 self._attempt(*job)
-        except AifluxError as failure:
+        except (AifluxError, MemoryError) as failure:
             self.fail(failure)
         except BaseException as failure:
             self.fail(failure)

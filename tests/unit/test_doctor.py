@@ -251,9 +251,15 @@ def test_settings_that_mean_nothing_or_are_wrong(
     assert (wrong.level, "is not KEY=VALUE" in wrong.what) == ("fail", True)
 
 
-def test_proxies_without_their_passwords() -> None:
-    (line,) = host.proxies({"https_proxy": "http://ann:secret@proxy:3128"})
-    assert "https_proxy=http://***@proxy:3128" in line.what
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://ann:secret@proxy:3128", "ann:secret@proxy:3128", "http://ann:se/cr@secret@proxy:3128"],
+)
+def test_proxies_without_their_passwords(proxy: str) -> None:
+    (line,) = host.proxies({"https_proxy": proxy})
+    assert "...@proxy:3128" in line.what
+    assert "secret" not in line.what
+    assert "se/cr" not in line.what
 
 
 def test_quotas(commands: FakeCommands, monkeypatch: pytest.MonkeyPatch) -> None:

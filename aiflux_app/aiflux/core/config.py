@@ -18,7 +18,6 @@ from aiflux.core.catalogue import Catalogue, catalogue_files, read_catalogue
 from aiflux.core.modelconfig import ModelConfig, ModelParameters, model_file, read_model_file
 from aiflux.core.modelname import parse_model_name, same_model
 from aiflux.core.options import RunOptions
-from aiflux.core.parsers import without_password
 from aiflux.core.settings import (
     BY_NAME,
     SETTINGS,
@@ -29,6 +28,7 @@ from aiflux.core.settings import (
 )
 from aiflux.core.slurmconfig import SlurmConfig
 from aiflux.core.sources import Value, from_dotenv, from_environment, from_files
+from aiflux.core.words import public_url
 from aiflux.errors import ConfigError
 
 __all__ = ["Config", "SlurmConfig", "Value"]
@@ -171,7 +171,7 @@ class Config:
         url = self.values["engine_url"]
         if url.local and url.value and self._environ.get("AIFLUX_API_KEY"):
             raise ConfigError(
-                f"AIFLUX_API_KEY would go to {without_password(url.value)}, an address that only "
+                f"AIFLUX_API_KEY would go to {public_url(url.value)}, an address that only "
                 f"{url.origin} names",
                 "confirm the address with --engine-url or AIFLUX_ENGINE_URL, or write it into "
                 "~/.config/aiflux/config.yaml; or unset AIFLUX_API_KEY",

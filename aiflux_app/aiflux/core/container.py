@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.config import Config
-from aiflux.core.parsers import without_password
 from aiflux.core.sif import CHECKOUT, how_to_build, image_id, own_image
 from aiflux.core.sources import refuse_foreign
 from aiflux.errors import ConfigError, ImageError
@@ -254,8 +253,7 @@ def local_choices(config: Config, image: Path | None, checkout: Path = CHECKOUT)
 
 
 def _shown(value: Any) -> str:
-    text = without_password(value) if isinstance(value, str) else str(value)
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    text = "".join(char if char.isprintable() else "?" for char in str(value))
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 

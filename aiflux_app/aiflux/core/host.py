@@ -15,10 +15,10 @@ from aiflux.core.config import Config
 from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.core.files import may_write, nearest_there
 from aiflux.core.modelstore import listed_models, missing_parts
-from aiflux.core.parsers import without_password
 from aiflux.core.preflight import size_text
 from aiflux.core.settings import SETTINGS, VARIABLES
 from aiflux.core.sources import read_dotenv
+from aiflux.core.words import hidden_url
 from aiflux.errors import ConfigError
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -121,7 +121,7 @@ def _room(folder: Path, nearest: Path) -> Diagnosis:
 def proxies(environ: Mapping[str, str]) -> Iterator[Diagnosis]:
     """Tell which proxies are set, without their passwords."""
     found = {
-        name: without_password(environ[name])
+        name: hidden_url(environ[name])
         for low in _PROXIES
         for name in (low, low.upper())
         if environ.get(name)

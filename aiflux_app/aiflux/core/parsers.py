@@ -132,11 +132,6 @@ def url(value: Any) -> str:
     return address.removesuffix("/v1").rstrip("/")
 
 
-def without_password(address: str) -> str:
-    """Return an address as it may be shown."""
-    return re.sub(r"//[^/@\s]*@", "//***@", address)
-
-
 def walltime(value: Any) -> str:
     """Accept the forms of ``sbatch --time``."""
     time = text(value)

@@ -645,6 +645,41 @@ def test_the_generic_script_is_not_sealed_from_an_engine_elsewhere(place: Place,
     assert inside(place.fakes.calls("apptainer")[1])["APPTAINERENV_AIFLUX_SEALED"] == "0"
 
 
+@pytest.mark.parametrize("how", ["word", "words", "environment"])
+def test_certificates_for_an_engine_elsewhere_are_seen_in_the_container(
+    place: Place, how: str
+) -> None:
+    ca = place.folder / "our ca.pem"
+    ca.touch()
+    given = {"word": ["--engine-ca=our ca.pem"], "words": ["--engine-ca", "our ca.pem"]}
+    variables = {"AIFLUX_ENGINE_CA": "our ca.pem"} if how == "environment" else {}
+    done = generic(place, "in.jsonl", "--engine-url", "https://h", *given.get(how, []), **variables)
+    assert done.returncode == 0, done.stderr
+    prepare, work = place.fakes.calls("apptainer")
+    mount = mount_option(ca, read_only=True)
+    assert mount in prepare.argv
+    assert mount in work.argv
+    assert prepare.argv[-2:] == ["--engine-ca", str(ca)], "the last one counts"
+
+
+def test_certificates_that_are_missing_are_told_before_the_container(place: Place) -> None:
+    done = generic(place, "in.jsonl", "--engine-url=https://h", "--engine-ca=no.pem")
+    assert done.returncode == 2
+    assert "no.pem, which cannot be read" in done.stderr
+    assert place.fakes.calls("apptainer") == []
+    done = generic(place, "in.jsonl", AIFLUX_ENGINE_CA="no.pem")
+    assert done.returncode == 0, "there is no engine elsewhere"
+
+
+def test_a_job_binds_the_certificates_of_its_run(place: Place) -> None:
+    ca = place.folder / "ca.pem"
+    ca.touch()
+    script = render(place.job(models_dir=None, engine_ca=str(ca)))
+    assert place.bash(script).returncode == 0
+    for call in place.fakes.calls("apptainer"):
+        assert mount_option(ca, read_only=True) in call.argv
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -3,6 +3,7 @@
 # without it. Needs bash 4.2, and from the lines above:
 #   image, input, output_dir, run_dir   absolute paths
 #   models_dir                          absolute path; empty when the engine is elsewhere
+#   engine_ca                           absolute path of certificates to trust there; may be empty
 #   shard                               index of the shard to work on
 #   max_requeues                        0: the job does not go back to the queue by itself
 #   want_seal                           0: the container keeps the network while it works
@@ -141,6 +142,7 @@ bind_all() {
         bind "$models_dir" "$@"
     fi
     bind "$input" ro
+    [[ -z $engine_ca ]] || bind "$engine_ca" ro
 }
 
 stop_if_asked() {

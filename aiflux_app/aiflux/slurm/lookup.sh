@@ -81,19 +81,28 @@ case ${AIFLUX_SEAL:-yes} in
     [Ff][Aa][Ll][Ss][Ee] | [Nn][Oo] | [Oo][Ff][Ff] | 0) want_seal=0 ;;
     *) usage "AIFLUX_SEAL is '$AIFLUX_SEAL'" "it must be true or false" ;;
 esac
-engine_url=${AIFLUX_ENGINE_URL:-}
+engine_url=${AIFLUX_ENGINE_URL:-} engine_ca=${AIFLUX_ENGINE_CA:-}
 worker_options=()
+before=''
 for argument in "$@"; do
+    [[ $before != --engine-ca ]] || engine_ca=$argument
+    before=$argument
     case $argument in
+        --engine-ca=*) engine_ca=${argument#*=} ;;
         --no-seal) want_seal=0 && continue ;;
         --seal) want_seal=1 && continue ;;
         --engine-url*) engine_url=$argument ;;
     esac
     worker_options+=("$argument")
 done
-[[ -z $engine_url ]] || models_dir=''
+if [[ -n $engine_url ]]; then models_dir=''; else engine_ca=''; fi
 find_image
 prepare_args=("$input" "$output" --prepare ${worker_options[@]+"${worker_options[@]}"})
+if [[ -n $engine_ca ]]; then
+    absolute engine_ca "$engine_ca"
+    [[ -r $engine_ca ]] || usage "--engine-ca names $engine_ca, which cannot be read" "correct it, or leave it out"
+    prepare_args+=(--engine-ca "$engine_ca")
+fi
 
 # Settings of a run; the plan keeps them.
 for name in MODEL_NAME BATCH_SIZE SAVE_FREQUENCY MAX_RETRIES RETRY_DELAY MAX_TOKENS TEMPERATURE \

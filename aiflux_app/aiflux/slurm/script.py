@@ -29,6 +29,7 @@ class JobScript:
         first: the shard of an array's task 0.
         drain_seconds: what requests in flight get when the time is up.
         max_requeues: 0 keeps the job from going back to the queue by itself; the worker counts.
+        engine_ca: certificates to trust at an engine elsewhere; the container must see them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class JobScript:
     first: int = 0
     drain_seconds: float = 30.0
     max_requeues: int = 20
+    engine_ca: str | None = None
 
 
 def job_name(output: Path) -> str:
@@ -69,6 +71,7 @@ def render(job: JobScript) -> str:
         _assign("input", job.input),
         _assign("output_dir", job.output_dir),
         _assign("models_dir", job.models_dir or ""),
+        _assign("engine_ca", job.engine_ca or ""),
         _assign("run_dir", job.run_dir),
         *_shard(job),
         _assign("max_requeues", job.max_requeues),

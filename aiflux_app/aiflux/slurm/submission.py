@@ -104,6 +104,7 @@ def plan_job(
         log=logs_folder(config, run),
         drain_seconds=options.drain_seconds,
         max_requeues=options.max_requeues,
+        engine_ca=options.engine_ca if options.engine_url else None,
     )
     # What cannot be rendered is refused before the input is read and anything is written.
     render(job)
@@ -236,6 +237,7 @@ def plan_resume(
         log=logs,
         drain_seconds=plan.options.drain_seconds,
         max_requeues=plan.options.max_requeues,
+        engine_ca=plan.options.engine_ca if plan.options.engine_url else None,
     )
     opened = OpenedRun(plan, run, counts is not None, True, counts or {}, missing)
     scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aiflux.core.merge import merge, merge_when_last
@@ -215,6 +215,16 @@ HOW = ["gone", "folder", "cut", "empty object", "a list", "zeros", "flipped"]
 Damage = list[tuple[str, str, int]]
 
 
+@example(
+    damaged=[(FILES[1], "cut", 1), (FILES[2], "gone", 0), (FILES[5], "gone", 0)],
+    output=False,
+    first=by_hand,
+)
+@example(
+    damaged=[(FILES[1], "cut", 1), (FILES[2], "gone", 0), (FILES[5], "gone", 0)],
+    output=False,
+    first=lambda working: all_shards(working, force=False),
+)
 @settings(max_examples=30)
 @given(
     damaged=st.lists(

@@ -142,12 +142,15 @@ def shards_left(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
 
 def reopen(plan: Plan, run: RunDirectory, shards: Iterable[int]) -> None:
     """Take back that shards are done, so that the next start works on them."""
-    for shard in set(shards) - set(open_shards(plan, run)):
+    already_open = open_shards(plan, run)
+    for shard in shards:
+        # Also of a shard whose status is lost: its mark would have another shard write the output.
         forget_done(plan, run, shard)
-        try:
-            run.status(shard).unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error(error, run.status(shard)) from error
+        if shard not in already_open:
+            try:
+                run.status(shard).unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error(error, run.status(shard)) from error
 
 
 def forget_done(plan: Plan, run: RunDirectory, shard: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,24 @@ def test_a_dry_run_touches_nothing(workspace: Path) -> None:
     assert planned.opened.plan.requests == 3
     assert planned.script.startswith("#!/bin/bash\n#SBATCH ")
     assert sorted(workspace.iterdir()) == before
+
+
+@pytest.mark.parametrize("url", ["https://h:1", None])
+def test_certificates_for_an_engine_elsewhere_stand_in_the_script(
+    workspace: Path, url: str | None
+) -> None:
+    ca = workspace / "ca.pem"
+    config = Config(directory=workspace)
+    planned = plan_job(
+        config,
+        config.get_slurm_config(),
+        workspace / "in.jsonl",
+        workspace / "out.json",
+        config.run_options(engine_url=url, engine_ca=ca),
+        cwd=workspace,
+        write=False,
+    )
+    assert f"\nengine_ca={shlex.quote(str(ca) if url else '')}\n" in planned.script
 
 
 def test_a_finished_run_is_not_submitted_again(slurm: FakeCommands, workspace: Path) -> None:

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from aiflux.core.input import scan_input
-from aiflux.core.journal import scan_journal
-from aiflux.core.opening import open_run
-from aiflux.core.options import RunOptions
-from aiflux.core.plan import Plan, read_plan
-from aiflux.core.results import finalise
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.batch.input_file import scan_input
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import scan_journal
+from aiflux.core.runs.open import open_run
+from aiflux.core.runs.output import finalise
+from aiflux.core.runs.plan import Plan, read_plan
 from bench.workload import write_journal
 
 _OPTIONS = RunOptions(engine_url="http://127.0.0.1:9")

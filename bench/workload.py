@@ -8,9 +8,9 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from aiflux.core.journal import Result
-from aiflux.core.lines import read_lines
-from aiflux.core.request import request_key
+from aiflux.core.batch.request import request_key
+from aiflux.core.runs.journal import Result
+from aiflux.util.lines import read_lines
 from bench.decoding import SEED
 from bench.engine import MODEL, answer
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from aiflux.cli.main import GROUPS, make_parser
 from aiflux.cli.parser import Parser, is_setting
-from aiflux.core.arguments import add_settings
-from aiflux.core.settings import SETTINGS, Setting
+from aiflux.core.config.arguments import add_settings
+from aiflux.core.config.settings import SETTINGS, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"

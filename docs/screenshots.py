@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from aiflux.cli.runs import short
-from aiflux.cli.views import Frame, overview
-from aiflux.core.locate import find_run
-from aiflux.slurm.overview import RunView, gather
+from aiflux.cli.render.run import Frame, overview
+from aiflux.cli.run_argument import short
+from aiflux.core.runs.find import find_run
+from aiflux.slurm.monitor.collect import RunView, gather
 
 FOLDER = Path(__file__).parent
 WIDTH = 92

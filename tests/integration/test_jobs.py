@@ -88,7 +88,7 @@ def test_the_python_quick_start(
     user.write(
         place / "quick_start.py",
         "from aiflux.slurm import SlurmRunner\n"
-        "from aiflux.core.config import Config\n"
+        "from aiflux.core.config.config import Config\n"
         "config = Config()\n"
         "slurm_config = config.get_slurm_config()\n"
         'slurm_config.account = "myaccount"\n'

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.catalogue import CataloguedModel, read_catalogue
-from aiflux.core.memory import BATCH, Figures, estimate, graph_sizes, layer_caches
-from aiflux.core.modelfacts import stored_figures
-from aiflux.core.modelname import parse_model_name
+from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.process import Server, engine_environment
 from aiflux.errors import EngineError
-from aiflux.worker.ollama import Ollama
-from aiflux.worker.server import Server, engine_environment
+from aiflux.models.catalog import CataloguedModel, read_catalogue
+from aiflux.models.figures import stored_figures
+from aiflux.models.memory import BATCH, Figures, estimate, graph_sizes, layer_caches
+from aiflux.models.name import parse_model_name
 from tests.integration.conftest import MODEL
 from tests.tools.make_sparse_gguf import install
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.modelname import parse_model_name
-from aiflux.core.modelstore import missing_parts, model_digest, read_manifest
-from aiflux.core.staging import staged_folder
-from aiflux.worker.ollama import Ollama
-from aiflux.worker.server import Server, engine_environment
+from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.process import Server, engine_environment
+from aiflux.models.name import parse_model_name
+from aiflux.models.staging import staged_folder
+from aiflux.models.store import missing_parts, model_digest, read_manifest
 from tests.integration.conftest import REPOSITORY, User, answers, lines, request
 from tests.unit.made_models import tree
 

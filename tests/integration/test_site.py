@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config import SlurmConfig
-from aiflux.core.options import RunOptions
-from aiflux.core.preflight import Finding, collect
-from aiflux.core.sif import machine_arch, read_image
-from aiflux.slurm.facts import ask_cluster
-from aiflux.slurm.preflight import check_job_image, cluster_checks
+from aiflux.core.config.config import SlurmConfig
+from aiflux.core.config.run_options import RunOptions
+from aiflux.image.sif import machine_arch, read_image
+from aiflux.slurm.cluster import ask_cluster
+from aiflux.slurm.preflight.cluster import check_job_image, cluster_checks
+from aiflux.slurm.preflight.local import Finding, collect
 from tests.integration.conftest import Cluster, User
 
 SMALL = {"mem": "1G", "cpus_per_task": 1, "time": "5"}

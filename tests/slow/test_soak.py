@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.opening import open_run
-from aiflux.core.options import RunOptions
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.open import open_run
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 

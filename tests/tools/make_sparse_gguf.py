@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiflux.core.catalogue import CataloguedModel, read_catalogue
-from aiflux.core.gguf import TENSOR_TYPES
-from aiflux.core.modelname import parse_model_name
+from aiflux.models.catalog import CataloguedModel, read_catalogue
+from aiflux.models.gguf import TENSOR_TYPES
+from aiflux.models.name import parse_model_name
 from tests.tools.make_tiny_gguf import ALIGNMENT, STRING, UINT32, entry, list_entry, string
 
 F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, MXFP4 = 0, 1, 2, 8, 12, 14, 30, 39

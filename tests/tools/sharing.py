@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.forks import share_out
-from aiflux.core.input import scan_input
+from aiflux.core.batch.input_file import scan_input
 from aiflux.errors import InputError
+from aiflux.util.parallel import share_out
 
 _PARENT = os.getpid()
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from aiflux.core.modelname import ModelName, parse_model_name
+from aiflux.models.name import ModelName, parse_model_name
 
 CONFIG = b'{"model_format": "gguf"}'
 KIND = "application/vnd.ollama.image."

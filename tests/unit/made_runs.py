@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.options import RunOptions
-from aiflux.core.plan import Plan, write_plan
-from aiflux.core.rundir import RunDirectory
-from aiflux.core.sharding import Shard
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import Plan, write_plan
+from aiflux.core.runs.shards import Shard
 
 ELSEWHERE = {"host": "gpu07", "pid": 4711, "started": "1", "namespace": "another", "job": "100"}
 

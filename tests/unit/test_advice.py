@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from aiflux.cli.main import main
-from aiflux.core.catalogue import read_catalogue
-from aiflux.core.config import Config
-from aiflux.core.sif import CHECKOUT, how_to_build
+from aiflux.core.config.config import Config
+from aiflux.image.sif import CHECKOUT, how_to_build
+from aiflux.models.catalog import read_catalogue
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line, write_input
 
@@ -78,7 +78,7 @@ def test_an_installed_package_advises_a_clone(tmp_path: Path) -> None:
     site = tmp_path / "lib" / "site" / "packages"
     site.mkdir(parents=True)
     (site / "aiflux").symlink_to(CHECKOUT / "aiflux_app" / "aiflux")
-    code = "from aiflux.core.sif import how_to_build; print(how_to_build())"
+    code = "from aiflux.image.sif import how_to_build; print(how_to_build())"
     copied = tmp_path / "copied" / "x"
     copied.mkdir(parents=True)
     subprocess.run(["cp", "-r", str(CHECKOUT / "aiflux_app" / "aiflux"), str(copied)], check=True)
@@ -143,7 +143,7 @@ def test_a_dry_run_needs_no_slurm_and_with_an_engine_no_image(tmp_path: Path) ->
 
 
 def test_the_demo_s_ollama_is_found(tmp_path: Path) -> None:
-    from aiflux.worker.server import find_program
+    from aiflux.engines.process import find_program
 
     environ = {"HOME": str(tmp_path), "PATH": str(tmp_path)}
     assert find_program(environ) is None

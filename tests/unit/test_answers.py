@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
-from aiflux.core.outputs import EMPTY_REASONS, ChoiceText, answered_words, choice_texts
+from aiflux.core.batch.results_file import EMPTY_REASONS, ChoiceText, answered_words, choice_texts
 from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.lease import acquire
-from aiflux.core.opening import draft_run
-from aiflux.core.options import RunOptions
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.open import draft_run
 from aiflux.errors import RunConflictError
-from aiflux.worker.run import Context, work
+from aiflux.util.lease import acquire
+from aiflux.worker.shard import Context, work
 from tests.tools import at_once
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import write_input

@@ -20,7 +20,7 @@ from bench.gpu import llamacpp, smi, transformers_serve
 from bench.gpu.measuring import CLIENTS, Mix, Session, output_tokens
 from bench.gpu.models import SHAPES, make_gguf, make_hf, word, words
 
-from aiflux.core.gguf import read_gguf
+from aiflux.models.gguf import read_gguf
 
 COST = Cost(base=0.004, each=0.001)
 

@@ -27,10 +27,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiflux.cli.main import main
-from aiflux.core import bundleinstaller
-from aiflux.core.bundle import Ingredients, write_bundle
-from aiflux.core.bundleinstaller import (
+from aiflux.bundle import installer
+from aiflux.bundle.installer import (
     CONTENTS,
     SUMS,
     TOP,
@@ -40,11 +38,13 @@ from aiflux.core.bundleinstaller import (
     places,
     verify,
 )
-from aiflux.core.extras import EXTRAS, LIBRARIES, remedy
-from aiflux.core.modelname import ModelName, parse_model_name
-from aiflux.core.modelstore import missing_parts
+from aiflux.bundle.wheels import download_command
+from aiflux.bundle.writer import Ingredients, write_bundle
+from aiflux.cli.main import main
 from aiflux.errors import BundleError, ModelError
-from aiflux.image.packages import download_command
+from aiflux.models.name import ModelName, parse_model_name
+from aiflux.models.store import missing_parts
+from aiflux.util.extras import EXTRAS, LIBRARIES, remedy
 from tests.tools.make_sif import make_sif
 
 if sys.version_info >= (3, 11):
@@ -138,7 +138,7 @@ def rewritten(bundle: Path, change: Callable[[tarfile.TarInfo], bool]) -> Path:
 
 
 def test_the_installer_needs_nothing_but_python() -> None:
-    source = Path(bundleinstaller.__file__).read_text(encoding="utf-8")
+    source = Path(installer.__file__).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -147,7 +147,7 @@ def test_the_installer_needs_nothing_but_python() -> None:
 
 
 def test_an_old_python_is_told_in_words() -> None:
-    source = Path(bundleinstaller.__file__).read_text(encoding="utf-8")
+    source = Path(installer.__file__).read_text(encoding="utf-8")
     first, second, check = ast.parse(source, feature_version=(3, 6)).body[1:4]
     assert [ast.unparse(each) for each in (first, second)] == ["import shutil", "import sys"]
     assert ast.unparse(check).startswith("if sys.version_info < (3, 10):")
@@ -156,7 +156,7 @@ def test_an_old_python_is_told_in_words() -> None:
         if there.returncode:
             continue
         done = subprocess.run(
-            [name, bundleinstaller.__file__, "x"], capture_output=True, text=True, check=False
+            [name, installer.__file__, "x"], capture_output=True, text=True, check=False
         )
         assert done.returncode == 2
         assert done.stderr.startswith("error: this is Python 3.")
@@ -202,7 +202,7 @@ def test_an_install_by_plain_python(bundle: Path, to: Places, tmp_path: Path) ->
 
 
 def test_what_is_installed_is_found(bundle: Path, to: Places) -> None:
-    from aiflux.core.config import Config
+    from aiflux.core.config.config import Config
 
     install(bundle, to, silent)
     config = Config(environ={"AIFLUX_SITE_CONFIG": str(to.site)}, directory=Path("/nonexistent"))
@@ -279,9 +279,7 @@ def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: Places) 
     assert not staged.parent.exists()
 
 
-@pytest.mark.parametrize(
-    "words", [[bundleinstaller.__file__], ["-m", "aiflux.cli", "bundle", "install"]]
-)
+@pytest.mark.parametrize("words", [[installer.__file__], ["-m", "aiflux.cli", "bundle", "install"]])
 def test_a_signal_stops_an_install_in_words(bundle: Path, to: Places, words: list[str]) -> None:
     # It waits where it wants to write the image: nobody reads this pipe.
     pipe = to.staged("image/aiflux.sif")

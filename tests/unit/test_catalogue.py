@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from aiflux.core.catalogue import (
+from aiflux.errors import ConfigError
+from aiflux.models.catalog import (
     DEFAULTS,
     OWN,
     CataloguedModel,
     catalogue_files,
     read_catalogue,
 )
-from aiflux.core.memory import estimate
-from aiflux.errors import ConfigError
+from aiflux.models.memory import estimate
 
 OWN_MODELS = read_catalogue().models
 TABLE = {"name": "llama", "layers": 2, "embedding": 64, "heads": 4, "vocabulary": 100}

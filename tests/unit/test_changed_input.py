@@ -13,8 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.journal import scan_journal
-from aiflux.core.merge import merge, merge_partial
+from aiflux.core.runs.journal import scan_journal
+from aiflux.core.runs.merge import merge, merge_partial
 from aiflux.errors import ExitCode, StoppedError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line

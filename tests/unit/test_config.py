@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.arguments import add_settings, given_settings
-from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.options import RunOptions
-from aiflux.core.settings import SETTINGS, Setting
+from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import SETTINGS, Setting
 from aiflux.errors import ConfigError, PreflightError, describe
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.directives import job_directives

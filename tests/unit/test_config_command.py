@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from aiflux.cli.main import main
-from aiflux.core.config import Config
-from aiflux.core.preflight import collect
-from aiflux.core.settings import SETTINGS
-from aiflux.slurm.facts import Facts, ask_cluster
-from aiflux.slurm.initialfile import initial_file
-from aiflux.slurm.preflight import cluster_checks
-from aiflux.slurm.proposal import Proposal, propose
+from aiflux.core.config.config import Config
+from aiflux.core.config.settings import SETTINGS
+from aiflux.slurm.cluster import Facts, ask_cluster
+from aiflux.slurm.config_template import initial_file
+from aiflux.slurm.defaults import Proposal, propose
+from aiflux.slurm.preflight.cluster import cluster_checks
+from aiflux.slurm.preflight.local import collect
 from aiflux.slurm.script import JobScript, render
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
-from aiflux.core.config import Config
-from aiflux.core.container import (
+from aiflux.core.config.config import Config
+from aiflux.errors import ConfigError, ImageError
+from aiflux.image.container import (
     ContainerSpec,
     find_image,
     find_runtime,
@@ -25,7 +26,6 @@ from aiflux.core.container import (
     work_command,
     work_environment,
 )
-from aiflux.errors import ConfigError, ImageError
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import waiting_slurm
 from tests.unit.helpers import request_line

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from aiflux.cli.main import main
-from aiflux.core.files import atomic_write
 from aiflux.errors import StorageError, UsageError
+from aiflux.util.files import atomic_write
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.test_converters import prompts, requests_in, write
 

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from aiflux.converters import csv_to_jsonl, directory_to_jsonl, json_to_jsonl
 from aiflux.converters.chunks import split_text
-from aiflux.converters.seen import SeenIds
+from aiflux.converters.duplicate_ids import SeenIds
 from aiflux.converters.template import Template, escape
-from aiflux.converters.walking import parse_size
-from aiflux.core.extras import remedy
-from aiflux.core.request import parse_request
+from aiflux.converters.walk import parse_size
+from aiflux.core.batch.request import parse_request
 from aiflux.errors import ConfigError, InputError, UsageError
+from aiflux.util.extras import remedy
 
 TEMPLATE = "Say: {text}"
 
@@ -527,7 +527,7 @@ values = st.recursive(
 def test_an_array_is_read_as_json_reads_it(
     tmp_path_factory: pytest.TempPathFactory, content: list[Any], indent: int | None, ascii: bool
 ) -> None:
-    from aiflux.converters.jsonstream import JsonFile
+    from aiflux.converters.json_stream import JsonFile
 
     path = tmp_path_factory.mktemp("json") / "in.json"
     path.write_text(

@@ -17,8 +17,8 @@ from PIL import Image
 
 from aiflux.converters import images_to_jsonl, parquet_to_jsonl, results_to_parquet
 from aiflux.converters.results import BackOptions
-from aiflux.core.extras import remedy
 from aiflux.errors import ConfigError, InputError, UsageError
+from aiflux.util.extras import remedy
 from tests.unit.test_converters import prompts, refused, requests_in, write
 
 ORIENTATION = 0x0112

@@ -16,12 +16,12 @@ import yaml
 
 from aiflux.cli.main import make_parser
 from aiflux.cli.parser import Parser
-from aiflux.core.catalogue import read_catalogue
-from aiflux.core.config import Config
-from aiflux.core.request import parse_request
-from aiflux.core.settings import SETTINGS
-from aiflux.core.sources import read_dotenv
+from aiflux.core.batch.request import parse_request
+from aiflux.core.config.config import Config
+from aiflux.core.config.settings import SETTINGS
+from aiflux.core.config.sources import read_dotenv
 from aiflux.errors import ExitCode
+from aiflux.models.catalog import read_catalogue
 from aiflux.worker.main import make_parser as make_worker_parser
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from aiflux.cli.main import main
-from aiflux.cli.quota import quotas
-from aiflux.core import host
-from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.diagnosis import Diagnosis
-from aiflux.image.probes import containers, is_setuid
-from aiflux.slurm.site import scheduler
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.doctor import host
+from aiflux.doctor.apptainer import containers, is_setuid
+from aiflux.doctor.quota import quotas
+from aiflux.doctor.slurm import scheduler
+from aiflux.util.diagnosis import Diagnosis
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from aiflux.converters import directory_to_jsonl
 from aiflux.converters.documents import NoTextError, read_document
 from aiflux.converters.docx import docx_text
-from aiflux.converters.writing import BadRowError
+from aiflux.converters.writer import BadRowError
 from tests.unit.test_converters import small_pdf, write
 
 TRANSITIONAL = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"

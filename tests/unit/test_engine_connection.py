@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core import parsers
-from aiflux.core.config import Config
+from aiflux.core.config.config import Config
 from aiflux.errors import ConfigError, ExitCode
+from aiflux.util import value_parsers
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 
@@ -189,7 +189,7 @@ def test_the_reason_of_a_refused_connection_is_shown_while_it_is_waited_for(tmp_
     ],
 )
 def test_addresses_that_are_taken(given: str, meant: str) -> None:
-    assert parsers.url(given) == meant
+    assert value_parsers.url(given) == meant
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def test_an_address_of_an_endpoint_is_refused_with_the_right_form(
 ) -> None:
     base = "http://h:8000" + prefix.removesuffix("/").removesuffix("/v1")
     with pytest.raises(ValueError, match=f"without the endpoint: {base}$"):
-        parsers.url(f"http://h:8000{prefix}{endpoint}/")
+        value_parsers.url(f"http://h:8000{prefix}{endpoint}/")
 
 
 @pytest.mark.parametrize("wrong", ["http://h:99999", "http://h:0", "http://h:x", "http://:80"])
 def test_an_address_without_a_port_that_exists_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="a port from 1 to 65535"):
-        parsers.url(wrong)
+        value_parsers.url(wrong)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from aiflux.cli.main import make_parser
-from aiflux.core.config import Config
-from aiflux.core.settings import BY_NAME, SETTINGS
+from aiflux.core.config.config import Config
+from aiflux.core.config.settings import BY_NAME, SETTINGS
 from aiflux.errors import ConfigError
 from aiflux.slurm import SlurmRunner
-from aiflux.slurm.submission import plan_job
+from aiflux.slurm.submit import plan_job
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import write_input

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiflux.cli.forecast import comparison, count, forecast, full_command
-from aiflux.core.clock import utc_text
-from aiflux.core.compare import compare
-from aiflux.core.estimate import Estimate, estimate
-from aiflux.core.input import scan_input
-from aiflux.core.options import RunOptions
-from aiflux.core.pace import Observation, pace, start_up
-from aiflux.core.pilot import Drawn, Pilot, chosen
-from aiflux.core.plan import Plan, make_plan
-from aiflux.core.sampling import Range, share_of, total, unevenness
-from aiflux.core.walltime import walltime_seconds
+from aiflux.cli.render.estimate import comparison, count, forecast, full_command
+from aiflux.core.batch.input_file import scan_input
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Plan, make_plan
+from aiflux.estimates.compare import compare
+from aiflux.estimates.estimate import Estimate, estimate
+from aiflux.estimates.intervals import Range, share_of, total, unevenness
+from aiflux.estimates.pilot import Drawn, Pilot, chosen
+from aiflux.estimates.throughput import Observation, pace, start_up
+from aiflux.util.durations import walltime_seconds
+from aiflux.util.timestamps import utc_text
 from tests.unit.helpers import write_input
 
 START = 1_700_000_000.0

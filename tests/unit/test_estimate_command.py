@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from aiflux.cli.main import main
-from aiflux.core.clock import utc_text
-from aiflux.core.journal import Result
-from aiflux.core.pilot import Pilot
-from aiflux.core.plan import read_plan
-from aiflux.core.request import request_key
-from aiflux.core.rundir import RunDirectory
-from aiflux.core.status import Status
+from aiflux.core.batch.request import request_key
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import Result
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import Status
+from aiflux.estimates.pilot import Pilot
+from aiflux.util.timestamps import utc_text
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands, waiting_slurm

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.journal import scan_journal
+from aiflux.core.runs.journal import scan_journal
 from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine, Instead, Reply
 from tests.unit.helpers import request_line

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.journal import JournalReader, Result, journal_lines, scan_journal, split_line
-from aiflux.core.opening import OpenedRun, open_run
-from aiflux.core.options import RunOptions
-from aiflux.core.places import MISSING, find_places
-from aiflux.core.request import request_key
-from aiflux.core.results import array_entry, batch_line, finalise
+from aiflux.core.batch.request import request_key
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.journal import JournalReader, Result, journal_lines, scan_journal, split_line
+from aiflux.core.runs.open import OpenedRun, open_run
+from aiflux.core.runs.output import array_entry, batch_line, finalise
+from aiflux.core.runs.result_index import MISSING, find_places
 from aiflux.errors import StoppedError
 from tests.unit.helpers import request_line
 

@@ -9,23 +9,23 @@ from typing import Any
 
 import pytest
 
-from aiflux.core.catalogue import read_catalogue
-from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.gpus import gpu_bytes, gpu_bytes_of_features
-from aiflux.core.input import scan_input
-from aiflux.core.memory import Figures
-from aiflux.core.modelname import parse_model_name
-from aiflux.core.modelstore import model_digest
-from aiflux.core.needs import context_length
-from aiflux.core.options import RunOptions
-from aiflux.core.plan import Plan, make_plan
-from aiflux.core.preflight import check_models
+from aiflux.core.batch.input_file import scan_input
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Plan, make_plan
+from aiflux.engines.gpus import free_memory
+from aiflux.engines.needs import context_length
+from aiflux.engines.sizing import GPU_SLOTS, slots
 from aiflux.errors import ConfigError, InputError
-from aiflux.slurm.facts import ask_cluster
-from aiflux.slurm.preflight import check_room
-from aiflux.slurm.room import gpu_room
-from aiflux.worker.devices import free_memory
-from aiflux.worker.sizing import GPU_SLOTS, slots
+from aiflux.models.catalog import read_catalogue
+from aiflux.models.gpu_memory import gpu_bytes, gpu_bytes_of_features
+from aiflux.models.memory import Figures
+from aiflux.models.name import parse_model_name
+from aiflux.models.store import model_digest
+from aiflux.slurm.cluster import ask_cluster
+from aiflux.slurm.preflight.cluster import check_room
+from aiflux.slurm.preflight.gpu_memory import gpu_room
+from aiflux.slurm.preflight.local import check_models
 from tests.tools.make_sparse_gguf import install
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import FakeSite, node, partition

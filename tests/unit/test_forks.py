@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.forks import helpers, share_out
+from aiflux.util.parallel import helpers, share_out
 from tests.unit.helpers import request_line
 
 ROOT = Path(__file__).parents[2]

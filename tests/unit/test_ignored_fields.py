@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from aiflux.cli.main import main
-from aiflux.core.input import scan_input
-from aiflux.core.opening import open_run
-from aiflux.core.options import RunOptions
-from aiflux.core.preflight import check_fields
+from aiflux.core.batch.input_file import scan_input
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.open import open_run
+from aiflux.slurm.preflight.local import check_fields
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 

@@ -13,8 +13,8 @@ import pytest
 
 from aiflux.cli.main import main
 from aiflux.errors import ImageError
-from aiflux.image import registry
-from aiflux.image.aptsource import AptSource, find_source
+from aiflux.image import oci_registry
+from aiflux.image.apt_source import AptSource, find_source
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.build import build, build_environment, render_command
 from aiflux.image.options import OLLAMA_IMAGE, BuildOptions
@@ -70,12 +70,12 @@ def address() -> Iterator[str]:
 def test_references_are_read_as_docker_reads_them(
     reference: str, expected: tuple[str, str, str]
 ) -> None:
-    assert registry.parse(reference) == registry.Reference(*expected)
+    assert oci_registry.parse(reference) == oci_registry.Reference(*expected)
 
 
 def test_only_loopback_is_spoken_to_without_tls() -> None:
-    assert registry.parse("docker://127.0.0.1:5000/a").url == "http://127.0.0.1:5000/v2/"
-    assert registry.parse("docker://reg.example.org/a").url == "https://reg.example.org/v2/"
+    assert oci_registry.parse("docker://127.0.0.1:5000/a").url == "http://127.0.0.1:5000/v2/"
+    assert oci_registry.parse("docker://reg.example.org/a").url == "https://reg.example.org/v2/"
 
 
 def test_a_tag_becomes_a_digest(address: str) -> None:
@@ -93,7 +93,7 @@ def test_an_unknown_tag_is_left_to_apptainer(address: str) -> None:
 
 def test_the_default_is_pinned() -> None:
     choice = BaseChoice(
-        "docker", "", "", image=OLLAMA_IMAGE, digest=registry.parse(OLLAMA_IMAGE).version
+        "docker", "", "", image=OLLAMA_IMAGE, digest=oci_registry.parse(OLLAMA_IMAGE).version
     )
     assert choice.pinned_image == OLLAMA_IMAGE.removeprefix("docker://")
 

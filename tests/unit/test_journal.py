@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.journal import (
+from aiflux.core.batch.request import request_key
+from aiflux.core.runs.journal import (
     JournalReader,
     JournalWriter,
     Result,
@@ -19,7 +20,6 @@ from aiflux.core.journal import (
     split_line,
     valid_line,
 )
-from aiflux.core.request import request_key
 from aiflux.errors import ExitCode, StorageError
 
 texts = st.text(st.characters(codec="utf-8"))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from aiflux.worker.client import Client
+from aiflux.engines.http import Client
+from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.engines import Keeper
-from aiflux.worker.limits import FixedLimit
 from aiflux.worker.scheduler import Lane, Scheduler
 from tests.tools.faulty_engine import FaultyEngine
 

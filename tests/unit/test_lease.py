@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.lease import acquire
 from aiflux.errors import RunConflictError
+from aiflux.util.lease import acquire
 
 _HOLD = (
-    "import sys, time; from pathlib import Path; from aiflux.core.lease import acquire\n"
+    "import sys, time; from pathlib import Path; from aiflux.util.lease import acquire\n"
     "lease = acquire(Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(60)\n"
 )
 

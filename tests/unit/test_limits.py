@@ -9,7 +9,7 @@ from bench.decoding import Cost, Decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiflux.worker.limits import CEILING, FEW, START, AdaptiveLimit, SlotLimit
+from aiflux.worker.concurrency import CEILING, FEW, START, AdaptiveLimit, SlotLimit
 
 COST = Cost()
 VLLM = Cost(base=0.047, each=0.0033)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.catalogue import read_catalogue
-from aiflux.core.gguf import read_gguf
-from aiflux.core.memory import Architecture, Figures, estimate, gpus_needed
-from aiflux.core.modelfacts import figures_of, known_figures, stored_figures
-from aiflux.core.modelname import parse_model_name
 from aiflux.errors import ModelError
+from aiflux.models.catalog import read_catalogue
+from aiflux.models.figures import figures_of, known_figures, stored_figures
+from aiflux.models.gguf import read_gguf
+from aiflux.models.memory import Architecture, Figures, estimate, gpus_needed
+from aiflux.models.name import parse_model_name
 from tests.tools import make_tiny_gguf
 from tests.tools.make_sparse_gguf import install, write_sparse
 

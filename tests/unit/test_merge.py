@@ -14,10 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.merge import merge, merge_when_last
-from aiflux.core.plan import read_plan
-from aiflux.core.rundir import RunDirectory
-from aiflux.core.status import Status, read_run_status
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.merge import merge, merge_when_last
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import Status, read_run_status
 from aiflux.errors import AifluxError, ExitCode, StorageError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.test_finalise import opened, write_journals
@@ -53,8 +53,8 @@ def test_an_absent_status_is_told_from_one_that_cannot_be_read(tmp_path: Path) -
 _LIMITED = """
 import os, resource, sys
 from pathlib import Path
-from aiflux.core.rundir import RunDirectory
-from aiflux.core.status import read_run_status
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
 kind, run = sys.argv[1], RunDirectory(Path(sys.argv[2]))
 if kind == "files":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config import Config
-from aiflux.core.modelconfig import read_model_file
-from aiflux.core.plan import read_plan
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.config.config import Config
+from aiflux.core.config.legacy_model_file import read_model_file
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import read_plan
 from aiflux.errors import ConfigError
 from aiflux.slurm import SlurmRunner
 from tests.tools.make_sif import make_sif

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
-from aiflux.core.modelname import parse_model_name
-from aiflux.core.modelstore import model_digest, parse_manifest
-from aiflux.core.staging import begin_staging, changing
+from aiflux.models.name import parse_model_name
+from aiflux.models.staging import begin_staging, changing
+from aiflux.models.store import model_digest, parse_manifest
 from tests.tools import make_tiny_gguf
 from tests.unit.made_models import CONFIG, blob_files, put_model, tree
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from aiflux.core.lease import identity
-from aiflux.core.options import RunOptions
+from aiflux.core.config.run_options import RunOptions
 from aiflux.errors import AifluxError, ExitCode, RunConflictError
-from aiflux.slurm.assembly import RunState, RunView, assemble, outcome
-from aiflux.slurm.jobs import JobId, TaskState
-from aiflux.slurm.origin import run_directory_of
-from aiflux.slurm.overview import (
+from aiflux.slurm.job_id import JobId, TaskState
+from aiflux.slurm.monitor.collect import (
     Observer,
     active_jobs,
     gather,
     gather_all,
     read_facts,
 )
+from aiflux.slurm.monitor.run_view import RunState, RunView, assemble, outcome
+from aiflux.slurm.origin import run_directory_of
+from aiflux.util.lease import identity
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.input import scan_input
-from aiflux.core.options import RunOptions
-from aiflux.core.plan import Plan, make_plan
-from aiflux.core.preflight import (
+from aiflux.core.batch.input_file import scan_input
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Plan, make_plan
+from aiflux.errors import ExitCode, PreflightError, describe
+from aiflux.slurm.cluster import ask_cluster, parse_gpus
+from aiflux.slurm.preflight.cluster import cluster_checks, preflight
+from aiflux.slurm.preflight.local import (
     Finding,
     check_image,
     check_models,
@@ -23,9 +26,6 @@ from aiflux.core.preflight import (
     refuse,
     size_text,
 )
-from aiflux.errors import ExitCode, PreflightError, describe
-from aiflux.slurm.facts import ask_cluster, parse_gpus
-from aiflux.slurm.preflight import cluster_checks, preflight
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aiflux.worker.models import with_reason
+from aiflux.engines.ollama.pull import with_reason
 
 LOG = r"""time=2026-11-25T20:48:52.5Z level=INFO source=download.go:177 msg="downloading ef96"
 time=2026-11-25T20:48:52.6Z level=WARN source=download.go:256 msg="backing off" err="reset"

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.locate import find_run
-from aiflux.core.registry import entries, folder, forget_gone, register, with_job
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.find import find_run
+from aiflux.core.runs.registry import entries, folder, forget_gone, register, with_job
 from aiflux.errors import RunConflictError, UsageError
-from aiflux.slurm.records import known_submissions, read_submissions
+from aiflux.slurm.submissions import known_submissions, read_submissions
 from tests.unit.made_runs import MadeRun
 
 

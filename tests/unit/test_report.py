@@ -20,17 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from aiflux.cli.main import main
-from aiflux.cli.markup import element, joined
-from aiflux.core.accumulators import Histogram, Timeline
-from aiflux.core.clock import utc_text
-from aiflux.core.estimate import Estimate
-from aiflux.core.journal import JournalWriter, Result
-from aiflux.core.options import RunOptions
-from aiflux.core.plan import write_plan
-from aiflux.core.report_flow import throughput
-from aiflux.core.sampling import Range
-from aiflux.core.tally import Tally, tally
-from aiflux.worker.gpuuse import GpuUse, GpuWatch, samples
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.journal import JournalWriter, Result
+from aiflux.core.runs.plan import write_plan
+from aiflux.estimates.estimate import Estimate
+from aiflux.estimates.intervals import Range
+from aiflux.report.histogram import Histogram, Timeline
+from aiflux.report.html.markup import element, joined
+from aiflux.report.journal_summary import Tally, tally
+from aiflux.report.throughput import throughput
+from aiflux.util.timestamps import utc_text
+from aiflux.worker.gpu_monitor import GpuUse, GpuWatch, samples
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 
@@ -587,7 +587,7 @@ def test_tables_have_names_and_heads(tmp_path: Path) -> None:
 
 @given(some.floats(1e-3, 1e5), some.floats(1.02, 1e4), some.integers(4, 8))
 def test_a_logarithmic_axis_always_has_marks(lowest: float, times: float, most: int) -> None:
-    plots = pytest.importorskip("aiflux.cli.report_plots")
+    plots = pytest.importorskip("aiflux.report.html.plots")
     highest = lowest * times
     places = plots.round_places(lowest, highest, most)
     assert 2 <= len(places) <= most
@@ -598,7 +598,7 @@ def test_a_logarithmic_axis_always_has_marks(lowest: float, times: float, most: 
 @given(MOMENTS)
 @settings(deadline=None)
 def test_times_are_marked_where_they_are_round(moments: list[float]) -> None:
-    plots = pytest.importorskip("aiflux.cli.report_plots")
+    plots = pytest.importorskip("aiflux.report.html.plots")
     timeline = Timeline()
     for moment in moments:
         timeline.add(moment, False, 0, 0)

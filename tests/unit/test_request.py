@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.request import LineError, parse_request, request_entry, request_key
+from aiflux.core.batch.request import LineError, parse_request, request_entry, request_key
 from tests.unit.helpers import request_line
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.journal import scan_journal
+from aiflux.core.runs.journal import scan_journal
 from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working

@@ -19,11 +19,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main as command_line
-from aiflux.core.files import atomic_write, remove_leftovers
-from aiflux.core.lease import acquire
-from aiflux.core.merge import merge, merge_partial
+from aiflux.core.runs.merge import merge, merge_partial
 from aiflux.errors import AifluxError, ExitCode, RunConflictError, StorageError
-from aiflux.slurm.submission import plan_resume
+from aiflux.slurm.submit import plan_resume
+from aiflux.util.files import atomic_write, remove_leftovers
+from aiflux.util.lease import acquire
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.made_runs import MadeRun
 from tests.unit.test_finalise import opened, write_journals
@@ -169,7 +169,7 @@ _WRITE = """
 import sys, time
 from pathlib import Path
 from types import FrameType
-from aiflux.core.files import atomic_write
+from aiflux.util.files import atomic_write
 with atomic_write(Path(sys.argv[1])) as file:
     file.write(b"x" * 5_000_000)
     file.flush()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from aiflux.core.request import Request
-from aiflux.worker.limits import FixedLimit
+from aiflux.core.batch.request import Request
+from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.scheduler import Lane, Scheduler, Task
 
 

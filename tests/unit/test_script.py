@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.parsers import CONTROL
+from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.errors import ConfigError
 from aiflux.slurm.directives import directive, log_file, log_pattern, signal_seconds
 from aiflux.slurm.script import JobScript, generic_script, job_name, render
+from aiflux.util.value_parsers import CONTROL
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "run.sbatch"

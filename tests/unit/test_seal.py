@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from aiflux.core.config import Config
+from aiflux.core.config.config import Config
 from aiflux.errors import ConfigError, ExitCode
-from aiflux.worker.seal import seal_facts
+from aiflux.worker.network_check import seal_facts
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
+from aiflux.engines.secrets import HIDDEN, Secrets
 from aiflux.errors import ExitCode
-from aiflux.worker.secrets import HIDDEN, Secrets
 from tests.tools.faulty_engine import FaultyEngine, Reply
 from tests.unit.working import Working
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from aiflux.cli.main import main
-from aiflux.core.config import Config
-from aiflux.core.container import local_choices
-from aiflux.core.settings import SETTINGS
+from aiflux.core.config.config import Config
+from aiflux.core.config.settings import SETTINGS
 from aiflux.errors import ConfigError
+from aiflux.image.container import local_choices
 from aiflux.slurm import SlurmRunner
 from aiflux.worker import main as worker
 from tests.tools.faulty_engine import FaultyEngine

@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from aiflux.cli import jobs
+from aiflux.cli.commands import jobs
 from aiflux.cli.main import main
-from aiflux.cli.views import Frame, duration, one_line, overview, progress_line, typed
-from aiflux.core.registry import register
-from aiflux.slurm.overview import gather
+from aiflux.cli.render.run import Frame, duration, one_line, overview, progress_line, typed
+from aiflux.core.runs.registry import register
+from aiflux.slurm.monitor.collect import gather
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 

@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from bench.engine import answer
 
-from aiflux.worker import serverload
-from aiflux.worker.client import Client
-from aiflux.worker.serverload import Load, LoadWatch, parse_load, total_slots
+from aiflux.engines import server_load
+from aiflux.engines.http import Client
+from aiflux.engines.server_load import Load, LoadWatch, parse_load, total_slots
 from tests.unit.helpers import write_input
 
 VLLM = """\
@@ -135,14 +135,14 @@ def client(url: str, key: str | None = "key") -> Iterator[Client]:
 
 def test_a_server_is_asked_with_the_key(url):
     with client(url) as known, client(url, None) as unknown:
-        assert total_slots(partial(serverload.get, known)) == 8
-        assert total_slots(partial(serverload.get, unknown)) is None
-        assert serverload.get(known, "/nothing") is None
+        assert total_slots(partial(server_load.get, known)) == 8
+        assert total_slots(partial(server_load.get, unknown)) is None
+        assert server_load.get(known, "/nothing") is None
 
 
 def test_a_server_that_is_not_there_reports_nothing():
     with client("http://127.0.0.1:1") as nobody:
-        assert serverload.get(nobody, "/props") is None
+        assert server_load.get(nobody, "/props") is None
 
 
 def test_the_load_is_noted_until_the_watch_is_closed(url):
@@ -154,7 +154,7 @@ def test_the_load_is_noted_until_the_watch_is_closed(url):
         noted.set()
 
     with client(url) as known:
-        watch = LoadWatch(partial(serverload.get, known), note)
+        watch = LoadWatch(partial(server_load.get, known), note)
         watch.start()
         assert noted.wait(10)
         watch.close()

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiflux.core.journal import scan_journal
-from aiflux.core.lease import acquire
-from aiflux.core.merge import merge, merge_partial, merge_when_last
-from aiflux.core.plan import read_plan
-from aiflux.core.reshard import mend_journals, recut_journals
-from aiflux.core.rundir import RunDirectory
-from aiflux.core.sharding import auto_shards
-from aiflux.core.status import Status, open_shards, read_run_status
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import scan_journal
+from aiflux.core.runs.merge import merge, merge_partial, merge_when_last
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.reshard import mend_journals, recut_journals
+from aiflux.core.runs.shards import auto_shards
+from aiflux.core.runs.status_file import Status, open_shards, read_run_status
 from aiflux.errors import (
     ExitCode,
     InputError,
@@ -27,6 +26,7 @@ from aiflux.errors import (
     StoppedError,
     TooManyFailuresError,
 )
+from aiflux.util.lease import acquire
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 
@@ -118,9 +118,9 @@ def test_cut_anew_nothing_is_lost(
 
 def write_results(plan, run, lines) -> None:  # type: ignore[no-untyped-def]
     """Journal a result for each of the request lines, in the shard that holds it."""
-    from aiflux.core.journal import JournalWriter, Result
-    from aiflux.core.lines import read_lines
-    from aiflux.core.request import request_key
+    from aiflux.core.batch.request import request_key
+    from aiflux.core.runs.journal import JournalWriter, Result
+    from aiflux.util.lines import read_lines
 
     for shard in plan.shards:
         writer = JournalWriter(run.journal(shard.index))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.sif import machine_arch, read_image
 from aiflux.errors import ImageError
+from aiflux.image.sif import machine_arch, read_image
 from tests.tools.make_sif import make_raw_sif, make_sif
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from aiflux.errors import ImageError
-from aiflux.image import tools
+from aiflux.image import run_tool
 from aiflux.image.build import build
-from aiflux.image.keys import Signer, find_signer
 from aiflux.image.options import BuildOptions
 from aiflux.image.signing import diagnose, judge, sign, signature
+from aiflux.image.signing_keys import Signer, find_signer
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 
@@ -112,7 +112,7 @@ def test_output_and_errors_of_apptainer_are_kept_and_not_shown(
     expected: tuple[int, str, str],
 ) -> None:
     apptainer.add("apptainer", script + "\n")
-    done = tools.apptainer(["--version"])
+    done = run_tool.apptainer(["--version"])
     assert (done.returncode, done.stdout, done.stderr) == expected
     assert capfd.readouterr() == ("", "")
 

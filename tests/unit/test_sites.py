@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config import Config
+from aiflux.core.config.config import Config
 from aiflux.slurm.script import JobScript, render
 
 SITES = Path(__file__).parents[2] / "slurm" / "sites"

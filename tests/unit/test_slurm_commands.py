@@ -9,8 +9,8 @@ import pytest
 from aiflux.errors import SlurmError
 from aiflux.slurm.calling import clean_environment
 from aiflux.slurm.commands import cancel, submit
-from aiflux.slurm.jobs import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
-from aiflux.slurm.queue import job_state, max_array_size, task_states
+from aiflux.slurm.job_id import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
+from aiflux.slurm.query import job_state, max_array_size, task_states
 from tests.unit.fake_commands import FakeCommands
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.config import SlurmConfig
-from aiflux.core.container import (
+from aiflux.core.config.config import SlurmConfig
+from aiflux.image.container import (
     ContainerSpec,
     mount_option,
     prepare_command,
@@ -24,7 +24,7 @@ from aiflux.core.container import (
     work_command,
     work_environment,
 )
-from aiflux.core.sif import image_id
+from aiflux.image.sif import image_id
 from aiflux.slurm.script import JobScript, generic_script, render
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import Call, FakeCommands

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.plan import read_plan
-from aiflux.core.rundir import RunDirectory
-from aiflux.core.status import Status, run_status
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import Status, run_status
 from aiflux.errors import (
     ConfigError,
     ImageError,
@@ -24,9 +24,9 @@ from aiflux.errors import (
     describe,
 )
 from aiflux.slurm import SlurmRunner
-from aiflux.slurm.jobs import JobState
-from aiflux.slurm.records import read_submissions
-from aiflux.slurm.submission import plan_job, plan_resume, submit_job
+from aiflux.slurm.job_id import JobState
+from aiflux.slurm.submissions import read_submissions
+from aiflux.slurm.submit import plan_job, plan_resume, submit_job
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import write_input

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.cli.completion import SHELLS, script
-from aiflux.cli.examples import NAMES
+from aiflux.cli.commands.completion import SHELLS, script
+from aiflux.cli.commands.examples import NAMES
 from aiflux.cli.main import COMMANDS, main, make_parser
-from aiflux.core.config import Config
+from aiflux.core.config.config import Config
 
 # What bash does when a person presses the Tab key.
 COMPLETE = """\

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.errors import ExitCode, StoppedError
-from aiflux.worker.stopper import Stopper
+from aiflux.worker.stop import Stopper
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.registry import entries
+from aiflux.core.runs.registry import entries
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import waiting_slurm

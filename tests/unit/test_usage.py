@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from aiflux.cli.main import main
+from aiflux.engines.outcome import Kind, Verdict
 from aiflux.worker.progress import TerminalReporter
 from aiflux.worker.stats import Stats
-from aiflux.worker.verdict import Kind, Verdict
 from tests.unit.made_runs import MadeRun
 
 

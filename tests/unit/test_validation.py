@@ -12,21 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
-from aiflux.core.answerschema import SchemaError, compile_schema
-from aiflux.core.extras import remedy
-from aiflux.core.journal import JournalReader, JournalWriter, scan_journal
-from aiflux.core.request import ENDPOINTS, Request, parse_request
+from aiflux.core.batch.request import ENDPOINTS, Request, parse_request
+from aiflux.core.batch.schema import SchemaError, compile_schema
+from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
+from aiflux.engines.external import ExternalEngine
+from aiflux.engines.http import Answer, Client
+from aiflux.engines.outcome import Kind, Verdict, judge_answer
 from aiflux.errors import ExitCode, InputError
-from aiflux.worker.checking import Checking
-from aiflux.worker.client import Answer, Client
-from aiflux.worker.external import ExternalEngine
-from aiflux.worker.limits import FixedLimit
-from aiflux.worker.pool import Describe, Pool
+from aiflux.util.extras import remedy
+from aiflux.worker.concurrency import FixedLimit
+from aiflux.worker.dispatcher import Describe, Pool
 from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import Lane, Scheduler
 from aiflux.worker.source import Source
 from aiflux.worker.stats import Stats
-from aiflux.worker.verdict import Kind, Verdict, judge_answer
+from aiflux.worker.validation import Checking
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 from tests.unit.working import Working

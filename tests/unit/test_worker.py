@@ -11,7 +11,7 @@ import pytest
 from openai.types import Batch, BatchError
 from openai.types.chat import ChatCompletion
 
-from aiflux.core.journal import scan_journal
+from aiflux.core.runs.journal import scan_journal
 from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
@@ -294,7 +294,7 @@ def test_only_absent_fields_are_filled_in(tmp_path: Path) -> None:
 
 
 def test_the_key_is_sent_and_stands_nowhere(tmp_path: Path) -> None:
-    from aiflux.worker.run import Context, work
+    from aiflux.worker.shard import Context, work
 
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("a")

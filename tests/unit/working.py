@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.opening import OpenedRun, open_run
-from aiflux.core.options import RunOptions
-from aiflux.core.plan import read_plan
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.open import OpenedRun, open_run
+from aiflux.core.runs.plan import read_plan
 from aiflux.errors import AifluxError, ExitCode
-from aiflux.worker.run import Context, work
+from aiflux.worker.shard import Context, work
 from aiflux.worker.stats import Stats
-from aiflux.worker.stopper import Stopper
+from aiflux.worker.stop import Stopper
 from tests.unit.helpers import request_line
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from aiflux.core.locate import find_run
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.find import find_run
 from aiflux.slurm.origin import run_directory_of
 
 

@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from aiflux import __version__
-from aiflux.cli.unwinding import unwinding
-from aiflux.core.processlimits import exhaustion_stops
-from aiflux.core.streams import (
+from aiflux.cli.sigterm import unwinding
+from aiflux.errors import AifluxError, ExitCode, describe
+from aiflux.util.process_limits import exhaustion_stops
+from aiflux.util.streams import (
     FULL,
     Outlet,
     open_streams,
@@ -19,7 +20,6 @@ from aiflux.core.streams import (
     refuse_lost_folder,
     refused,
 )
-from aiflux.errors import AifluxError, ExitCode, describe
 
 if TYPE_CHECKING:
     from aiflux.cli.parser import Parser
@@ -107,7 +107,7 @@ def _overview() -> str:
 
 
 def _module(command: str) -> Any:
-    return import_module(f"aiflux.cli.{command}")
+    return import_module(f"aiflux.cli.commands.{command}")
 
 
 def _named(argv: Sequence[str]) -> str:
@@ -162,7 +162,7 @@ def _failed(error: Exception, *, debug: bool) -> int:
 
 
 def _run(words: Sequence[str], stdout: Outlet) -> int:
-    from aiflux.cli.usage import parse
+    from aiflux.cli.usage_errors import parse
 
     refuse_broken_names(words)
     parser = make_parser(_named(words))

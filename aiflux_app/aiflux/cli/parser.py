@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from aiflux.cli.helptexts import EXAMPLES
-from aiflux.core.settings import BY_NAME
+from aiflux.core.config.settings import BY_NAME
 
 _WIDEST = 100
 _MANY = 8

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aiflux.converters.delimited import csv_to_jsonl
-    from aiflux.converters.folder import directory_to_jsonl
-    from aiflux.converters.jsonfile import json_to_jsonl
+    from aiflux.converters.directory import directory_to_jsonl
+    from aiflux.converters.images import images_to_jsonl
+    from aiflux.converters.json_records import json_to_jsonl
     from aiflux.converters.parquet import parquet_to_jsonl
-    from aiflux.converters.pictures import images_to_jsonl
     from aiflux.converters.results import results_to_csv, results_to_jsonl, results_to_parquet
 
 _HOMES = {
     "csv_to_jsonl": "delimited",
-    "directory_to_jsonl": "folder",
-    "images_to_jsonl": "pictures",
-    "json_to_jsonl": "jsonfile",
+    "directory_to_jsonl": "directory",
+    "images_to_jsonl": "images",
+    "json_to_jsonl": "json_records",
     "parquet_to_jsonl": "parquet",
     "results_to_csv": "results",
     "results_to_jsonl": "results",

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from aiflux.converters.cells import names
 from aiflux.converters.encoding import Encoding, bad_byte, checked_encoding, detect_encoding
-from aiflux.converters.form import make_form
-from aiflux.converters.kinds import checked_start
+from aiflux.converters.file_type import checked_start
+from aiflux.converters.request_form import make_form
 from aiflux.converters.table import Row, TableOptions, convert_table
-from aiflux.converters.values import names
-from aiflux.converters.writing import Progress, Skipped, Summary, reading
+from aiflux.converters.writer import Progress, Skipped, Summary, reading
 from aiflux.errors import InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from aiflux.converters.form import RequestOptions
+    from aiflux.converters.request_form import RequestOptions
 
 _DELIMITERS = (",", "\t", ";", "|")
 _NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
@@ -59,7 +59,7 @@ def csv_to_jsonl(
         skip_bad: leave out rows that cannot be used, instead of refusing the file.
         limit: a trial: the first so many requests are in the summary, nothing is written.
         progress: told how many bytes are read, and of how many.
-        request: what every request has: see ``aiflux.converters.form.RequestOptions``.
+        request: what every request has: see ``aiflux.converters.request_form.RequestOptions``.
 
     Raises:
         InputError: the file or some rows cannot be used; names their lines.

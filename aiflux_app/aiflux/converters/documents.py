@@ -11,8 +11,8 @@ from typing import Any
 from aiflux.converters.docx import DocxError, docx_text
 from aiflux.converters.encoding import Encoding, decoded, marked_encoding
 from aiflux.converters.encoding_guess import UnclearEncodingError
-from aiflux.converters.writing import BadRowError
-from aiflux.core.extras import need
+from aiflux.converters.writer import BadRowError
+from aiflux.util.extras import need
 
 # What pypdf makes of glyphs whose letters a font does not name.
 _UNREADABLE = re.compile(

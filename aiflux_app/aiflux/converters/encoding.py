@@ -15,7 +15,7 @@ from aiflux.converters.encoding_guess import (
     escape_encoding,
     guess_encoding,
 )
-from aiflux.converters.writing import reading
+from aiflux.converters.writer import reading
 from aiflux.errors import InputError
 
 _BLOCK = 1 << 20

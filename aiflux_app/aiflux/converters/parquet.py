@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiflux.converters.cells import names
 from aiflux.converters.delimited import unique_columns
-from aiflux.converters.form import make_form
+from aiflux.converters.request_form import make_form
 from aiflux.converters.table import Row, TableOptions, convert_table
 from aiflux.converters.template import Template
-from aiflux.converters.values import names
-from aiflux.converters.writing import Progress, Summary, reading
-from aiflux.core.extras import need
+from aiflux.converters.writer import Progress, Summary, reading
 from aiflux.errors import InputError
+from aiflux.util.extras import need
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from aiflux.converters.form import RequestOptions
+    from aiflux.converters.request_form import RequestOptions
 
 _BATCH_ROWS = 1024
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiflux.converters.form import Draft, RequestForm
+from aiflux.converters.cells import as_json, as_messages, as_text
+from aiflux.converters.request_form import Draft, RequestForm
 from aiflux.converters.template import Template, check_columns
-from aiflux.converters.values import as_json, as_messages, as_text
-from aiflux.converters.writing import EMPTY, BadRowError, Job, Skipped, Summary
+from aiflux.converters.writer import EMPTY, BadRowError, Job, Skipped, Summary
 
 
 @dataclass(frozen=True, slots=True)

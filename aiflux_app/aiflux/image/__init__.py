@@ -6,9 +6,9 @@ entry point.
 
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.build import build
-from aiflux.image.keys import find_signer
 from aiflux.image.options import BuildOptions
 from aiflux.image.signing import sign, signature
+from aiflux.image.signing_keys import find_signer
 
 __all__ = [
     "BaseChoice",

@@ -6,8 +6,8 @@ import platform
 from dataclasses import dataclass
 
 from aiflux.errors import ImageError
-from aiflux.image import registry
-from aiflux.image.aptsource import AptSource, find_source
+from aiflux.image import oci_registry
+from aiflux.image.apt_source import AptSource, find_source
 from aiflux.image.options import OLLAMA_IMAGE, OLLAMA_VERSION, BuildOptions
 
 CPU_OLLAMA_VERSION = "0.9.3"
@@ -38,7 +38,7 @@ class BaseChoice:
     @property
     def pinned_image(self) -> str:
         """The docker image as Apptainer's ``From`` takes it, by digest where that is known."""
-        reference = registry.parse(self.image)
+        reference = oci_registry.parse(self.image)
         if not self.digest:
             return self.image.removeprefix("docker://")
         return f"{reference.host}/{reference.name}@{self.digest}"
@@ -60,8 +60,8 @@ def choose_base(options: BuildOptions) -> BaseChoice:
     if options.ollama_tarball:
         return _debian(options, "an Ollama archive was given")
     image = options.ollama_image or OLLAMA_IMAGE
-    reference = registry.parse(image)
-    problem = registry.why_unreachable(reference)
+    reference = oci_registry.parse(image)
+    problem = oci_registry.why_unreachable(reference)
     if problem is None:
         why = "as asked" if options.base == "docker" else f"{reference.host} answers"
         return _docker(options, image, reference, why)
@@ -75,12 +75,14 @@ def choose_base(options: BuildOptions) -> BaseChoice:
 
 
 def _docker(
-    options: BuildOptions, image: str, reference: registry.Reference, why: str
+    options: BuildOptions, image: str, reference: oci_registry.Reference, why: str
 ) -> BaseChoice:
     engine = f"official Ollama {OLLAMA_VERSION}, with GPU support"
     if options.ollama_image:
         engine = f"Ollama of {image.removeprefix('docker://')}"
-    return BaseChoice("docker", why, engine, image=image, digest=registry.digest(reference) or "")
+    return BaseChoice(
+        "docker", why, engine, image=image, digest=oci_registry.digest(reference) or ""
+    )
 
 
 def _debian(options: BuildOptions, why: str) -> BaseChoice:

@@ -9,15 +9,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from aiflux.core.container import find_runtime
 from aiflux.errors import ImageError
-from aiflux.image import registry
+from aiflux.image import oci_registry
 from aiflux.image.base import BaseChoice, choose_base
-from aiflux.image.keys import Ask, Signer, find_signer, no_answer
+from aiflux.image.container import find_runtime
 from aiflux.image.options import BuildOptions
 from aiflux.image.payload import Sources, find_sources, stage
+from aiflux.image.run_tool import run
 from aiflux.image.signing import sign
-from aiflux.image.tools import run
+from aiflux.image.signing_keys import Ask, Signer, find_signer, no_answer
 
 Say = Callable[[str], None]
 
@@ -93,7 +93,7 @@ def render_command(
     command = [apptainer, "build"]
     if not options.run_tests:
         command.append("--notest")
-    if choice.image and registry.parse(choice.image).insecure:
+    if choice.image and oci_registry.parse(choice.image).insecure:
         command.append("--no-https")
     for name, value in build_arguments(choice).items():
         command += ["--build-arg", f"{name}={value}"]

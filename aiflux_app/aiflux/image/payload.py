@@ -13,7 +13,7 @@ import aiflux
 from aiflux.errors import ImageError
 from aiflux.image.base import BaseChoice
 from aiflux.image.options import BuildOptions
-from aiflux.image.tools import ask, capture, run
+from aiflux.image.run_tool import ask, capture, run
 
 _NETWORK_REMEDY = "see the message above; the wheels come from PyPI through pip"
 

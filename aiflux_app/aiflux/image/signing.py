@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from aiflux.core.diagnosis import Diagnosis, fail, ok, warn
-from aiflux.core.sif import how_to_build
 from aiflux.errors import ImageError
-from aiflux.image.keys import Signer, last_words, sign_with
-from aiflux.image.tools import apptainer
+from aiflux.image.run_tool import apptainer
+from aiflux.image.sif import how_to_build
+from aiflux.image.signing_keys import Signer, last_words, sign_with
+from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
 
 State = Literal["verified", "unsigned", "unknown key", "broken"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from aiflux.errors import SlurmError
 from aiflux.slurm.arrays import array_ranges
 from aiflux.slurm.calling import attempt, call, clean_environment, words
-from aiflux.slurm.jobs import JobId
+from aiflux.slurm.job_id import JobId
 
 
 def submit(

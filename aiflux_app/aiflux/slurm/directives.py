@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from aiflux.core.config import SlurmConfig
+from aiflux.core.config.config import SlurmConfig
 from aiflux.errors import ConfigError
 
 SIGNAL_MARGIN = 60  # seconds that the job gets besides the drain: Slurm signals up to 60 s early

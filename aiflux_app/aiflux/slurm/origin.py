@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from aiflux.core.registry import JOB
-from aiflux.core.rundir import RunDirectory
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.registry import JOB
 from aiflux.slurm.calling import attempt, clean_environment
-from aiflux.slurm.jobs import JobId
+from aiflux.slurm.job_id import JobId
 
 
 def run_directory_of(text: str, environ: Mapping[str, str]) -> Path | None:

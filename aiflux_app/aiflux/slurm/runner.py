@@ -10,18 +10,18 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from aiflux.core.config import Config, SlurmConfig
-from aiflux.core.container import local_choices
-from aiflux.core.modelconfig import ModelConfig
-from aiflux.core.preflight import told
-from aiflux.core.registry import register_plan
-from aiflux.core.rundir import default_output
-from aiflux.core.settings import known_setting, parse_setting, section_settings
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.legacy_model_file import ModelConfig
+from aiflux.core.config.settings import known_setting, parse_setting, section_settings
+from aiflux.core.runs.directory import default_output
+from aiflux.core.runs.registry import register_plan
 from aiflux.errors import OutputExistsError, SlurmError
+from aiflux.image.container import local_choices
 from aiflux.slurm import commands
-from aiflux.slurm.jobs import JobState, join_jobs, parse_jobs
-from aiflux.slurm.queue import job_state
-from aiflux.slurm.submission import plan_job, submit_job
+from aiflux.slurm.job_id import JobState, join_jobs, parse_jobs
+from aiflux.slurm.preflight.local import told
+from aiflux.slurm.query import job_state
+from aiflux.slurm.submit import plan_job, submit_job
 
 _log = logging.getLogger(__name__)
 

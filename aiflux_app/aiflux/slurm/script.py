@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from aiflux.core.config import SlurmConfig
+from aiflux.core.config.config import SlurmConfig
 from aiflux.errors import ConfigError
 from aiflux.slurm.directives import job_directives, wants_gpus
 

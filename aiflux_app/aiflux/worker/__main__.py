@@ -2,7 +2,7 @@
 
 import sys
 
-from aiflux.worker.stopper import Stopper
+from aiflux.worker.stop import Stopper
 
 
 def main() -> int:

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.modelname import parse_model_name
-from aiflux.core.modelstore import refuse_other_digest
-from aiflux.core.processlimits import start_thread
+from aiflux.engines.external import ExternalEngine
+from aiflux.engines.http import Client
+from aiflux.engines.ollama.api import Loaded, Ollama
+from aiflux.engines.process import Server, engine_environment
 from aiflux.errors import AifluxError, EngineError, RejectedError
-from aiflux.worker.client import Client
-from aiflux.worker.external import ExternalEngine
-from aiflux.worker.ollama import Loaded, Ollama
+from aiflux.models.name import parse_model_name
+from aiflux.models.store import refuse_other_digest
+from aiflux.util.process_limits import start_thread
 from aiflux.worker.scheduler import Lane, Scheduler
-from aiflux.worker.server import Server, engine_environment
 
 RESTARTS_WITHOUT_PROGRESS = 3
 _DEATH_NOTICE = 1.0

@@ -20,22 +20,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aiflux import __version__
-from aiflux.core.arguments import add_settings, given_settings
-from aiflux.core.config import Config
-from aiflux.core.container import local_choices
-from aiflux.core.ggufstaging import read_staged_gguf
-from aiflux.core.modelname import parse_model_name
-from aiflux.core.opening import open_run
-from aiflux.core.plan import Plan, read_plan
-from aiflux.core.processlimits import exhaustion_stops
-from aiflux.core.rundir import RunDirectory, default_output
-from aiflux.core.status import finished_counts, finished_line, refuse_failures
-from aiflux.core.streams import open_streams
+from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.config import Config
+from aiflux.core.runs.directory import RunDirectory, default_output
+from aiflux.core.runs.open import open_run
+from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
+from aiflux.engines.ollama.pull import create_model, ensure_model
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
-from aiflux.worker.models import create_model, ensure_model
+from aiflux.image.container import local_choices
+from aiflux.models.gguf_import import read_staged_gguf
+from aiflux.models.name import parse_model_name
+from aiflux.util.process_limits import exhaustion_stops
+from aiflux.util.streams import open_streams
 from aiflux.worker.progress import make_reporter
-from aiflux.worker.run import Context, ensure_models, work
-from aiflux.worker.stopper import Stopper
+from aiflux.worker.shard import Context, ensure_models, work
+from aiflux.worker.stop import Stopper
 
 _EPILOG = """\
 exit status: 0 all succeeded; 2 usage or input wrong, nothing was sent; 3 too many requests failed;

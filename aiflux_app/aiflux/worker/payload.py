@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from aiflux.core.request import Request
+from aiflux.core.batch.request import Request
 
 EMBEDDINGS = "/v1/embeddings"
 

@@ -12,11 +12,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from aiflux.core.words import public_url
+from aiflux.engines.external import redirect_error
+from aiflux.engines.outcome import Kind, Verdict
 from aiflux.errors import RejectedError
-from aiflux.worker.external import redirect_error
+from aiflux.util.text import public_url
 from aiflux.worker.scheduler import Lane, Task
-from aiflux.worker.verdict import Kind, Verdict
 
 ENOUGH = 10
 _CREDENTIALS = frozenset({401, 402, 407})

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiflux.core.request import Request
+from aiflux.core.batch.request import Request
 
 CRASHES_BEFORE_ALONE = 2
 

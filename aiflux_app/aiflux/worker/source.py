@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from aiflux.core.journal import JournalReader, ResultIndex
-from aiflux.core.lines import read_lines
-from aiflux.core.modelname import same_model
-from aiflux.core.plan import Plan, changed_input
-from aiflux.core.request import LineError, Request, parse_request, request_key
-from aiflux.core.sharding import Shard
+from aiflux.core.batch.request import LineError, Request, parse_request, request_key
+from aiflux.core.runs.journal import JournalReader, ResultIndex
+from aiflux.core.runs.plan import Plan, changed_input
+from aiflux.core.runs.shards import Shard
+from aiflux.models.name import same_model
+from aiflux.util.lines import read_lines
 from aiflux.worker.payload import build_payload
 from aiflux.worker.scheduler import Task
 

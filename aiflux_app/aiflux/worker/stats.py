@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from aiflux.worker.verdict import Kind, Verdict
+from aiflux.engines.outcome import Kind, Verdict
 
 _DURATIONS = 256
 _SHOWN_ERRORS = 10

@@ -1,0 +1,1 @@
+"""The commands of `aiflux`, one module for each."""

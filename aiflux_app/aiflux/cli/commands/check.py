@@ -1,0 +1,64 @@
+"""``aiflux check``: read an input once and report every bad line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from aiflux.cli.json_output import add_json, print_json
+from aiflux.core.batch.ignored_fields import FIX, ignored_texts
+from aiflux.core.batch.input_file import InputSummary, scan_input
+from aiflux.core.batch.schema import can_check_schemas
+from aiflux.core.config.arguments import given_settings
+from aiflux.core.config.config import Config
+from aiflux.errors import InputError
+from aiflux.util.extras import remedy
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = "Read the whole input once and report every bad line."
+    parser.epilog = "example: aiflux check prompts.jsonl --model llama3.2:3b"
+    parser.add_argument("file", metavar="FILE", help="requests, *.jsonl")
+    parser.add_argument("--model", metavar="NAME:TAG", help="the run's model (default: as for run)")
+    add_json(parser, "print what was found as one JSON object, problems too")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Check a file; InputError lists what is wrong."""
+    path = Path(arguments.file)
+    config = Config(arguments=given_settings(arguments))
+    model = config.get("model")
+    if arguments.json:
+        return _as_json(path, model)
+    summary = scan_input(path, model, schemas=can_check_schemas())
+    endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
+    models = ", ".join(summary.models) or f"{model} (the run's; no request names one)"
+    print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
+    print(f"  endpoints: {endpoints}")
+    print(f"  models:    {models}")
+    print(
+        f"  context:   about {summary.context_tokens} tokens cover 99 % of the requests, "
+        f"{summary.longest_tokens} the longest"
+    )
+    if config.get("engine_url") is None:
+        for text in ignored_texts(summary.ignored):
+            print(f"warning: {text}\n     -> {FIX}", file=sys.stderr)
+    if not can_check_schemas():
+        how = remedy("schema", has_pip=find_spec("pip") is not None)
+        print(f"  schemas:   not checked, which needs jsonschema; {how}")
+    return 0
+
+
+def _as_json(path: Path, model: str | None) -> int:
+    try:
+        summary = scan_input(path, model, schemas=can_check_schemas())
+    except InputError as error:
+        print_json({"path": path.absolute(), "problems": [error.message, *error.problems]})
+        raise
+    names = [item.name for item in fields(InputSummary) if item.name != "marks"]
+    print_json({**{name: getattr(summary, name) for name in names}, "problems": []})
+    return 0

@@ -1,0 +1,149 @@
+"""``aiflux jobs``: the user's runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.text import Text
+
+from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.render.run import STYLES, moment
+from aiflux.cli.run_argument import make_console, short, show
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.registry import Entry, entries, forget_gone
+from aiflux.core.runs.status_file import read_run_status
+from aiflux.errors import AifluxError
+from aiflux.slurm.monitor.collect import RunView, gather_all
+from aiflux.util.timestamps import unix_seconds
+
+RECENT_SECONDS = 86400.0
+_LEAST_OUTPUT = 12
+_FEWEST_COLUMNS = 3  # state, done and output: the others are left out where they find no room
+_Known = RunView | AifluxError | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = (
+        "List your runs, the newest first: those that have not ended, and those that ended within "
+        "the last day."
+    )
+    parser.add_argument("--all", action="store_true", help="every run, and those that are gone")
+    add_json(parser, "as a JSON array")
+    parser.add_argument("--prune", action="store_true", help="forget runs whose directory is gone")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """List the user's runs."""
+    if arguments.prune:
+        forgotten = forget_gone(os.environ)
+        if arguments.json:
+            print_json([entry.to_json() for entry in forgotten])
+            return 0
+        for entry in forgotten:
+            print(f"forgotten: {entry.run_dir}")
+        return 0
+    since = float("-inf") if arguments.all else time.time() - RECENT_SECONDS
+    candidates = [entry for entry in entries(os.environ) if not _long_finished(entry, since)]
+    there = [RunDirectory(entry.run_dir) for entry in candidates if not entry.gone]
+    views = gather_all(there, os.environ)
+    known = [(entry, views.get(entry.run_dir)) for entry in candidates]
+    shown = [pair for pair in known if arguments.all or _is_recent(*pair, since)]
+    if arguments.json:
+        print_json([_to_json(*pair) for pair in shown])
+    elif shown:
+        _list(shown)
+    else:
+        more = "" if arguments.all else "; older ones: aiflux jobs --all"
+        print(f"no runs{more}")
+    return 0
+
+
+def _long_finished(entry: Entry, since: float) -> bool:
+    """Tell from one file that a run does not belong into the list."""
+    run = RunDirectory(entry.run_dir)
+    try:
+        old = run.run_status.stat().st_mtime < since
+    except OSError:
+        return False
+    return old and (read_run_status(run) or {}).get("status") == "completed"
+
+
+def _is_recent(entry: Entry, known: _Known, since: float) -> bool:
+    if not isinstance(known, RunView):
+        return known is not None and unix_seconds(entry.submitted) >= since
+    return not known.ended or max(known.updated or 0, unix_seconds(entry.submitted)) >= since
+
+
+def _state(known: _Known) -> str:
+    if isinstance(known, RunView):
+        return known.state.value
+    return "gone" if known is None else "unreadable"
+
+
+def _to_json(entry: Entry, known: _Known) -> dict[str, Any]:
+    content = {**entry.to_json(), "state": _state(known)}
+    if isinstance(known, RunView):
+        names = ("total", "completed", "failed", "remaining_seconds", "next_command", "updated")
+        content.update({name: getattr(known, name) for name in names})
+    return content
+
+
+def _list(shown: Sequence[tuple[Entry, _Known]]) -> None:
+    console = make_console()
+    rows = [["JOB", "STATE", "DONE", "FAILED", "SUBMITTED", "OUTPUT"], *(_row(*p) for p in shown)]
+    width = console.width if console.is_terminal else None
+    rows = _narrowed(rows, width)
+    lines = [_line(row, _widths(rows), width) for row in rows]
+    lines[0].stylize("dim")
+    show(console, lines)
+    views = (known for _, known in shown if isinstance(known, RunView))
+    refusal = next((view.slurm for view in views if view.slurm), None)
+    if refusal is not None:
+        show(console, [Text(f"from the files alone: {refusal}", style="yellow")])
+
+
+def _row(entry: Entry, known: _Known) -> list[str]:
+    done = failed = ""
+    if isinstance(known, RunView):
+        done, failed = f"{known.done}/{known.total}", str(known.failed)
+    more = "" if len(entry.jobs) < 2 else f" +{len(entry.jobs) - 1}"
+    return [
+        f"{entry.jobs[-1]}{more}" if entry.jobs else f"({entry.host})",
+        _state(known),
+        done,
+        failed,
+        moment(unix_seconds(entry.submitted)),
+        short(entry.output),
+    ]
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+
+
+def _narrowed(rows: list[list[str]], most: int | None) -> list[list[str]]:
+    """Leave out the columns that tell least, as long as the output's name finds no room."""
+    for at in (4, 3, 0):  # when it was submitted, what failed, the job
+        left = sum(_widths(rows)[:-1]) + 2 * (len(rows[0]) - 1)
+        if most is not None and left + _LEAST_OUTPUT > most:
+            rows = [[*row[:at], *row[at + 1 :]] for row in rows]
+    return rows
+
+
+def _line(row: Sequence[str], widths: Sequence[int], most: int | None) -> Text:
+    left = "  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
+    output = row[-1]
+    if most is not None and len(left) + 2 + len(output) > most:
+        output = "…" + output[-max(8, most - len(left) - 3) :]
+    line = Text(f"{left}  {output}")
+    at = 1 if len(row) > _FEWEST_COLUMNS else 0
+    start = sum(widths[:at]) + 2 * at
+    line.stylize(STYLES.get(row[at], ""), start, start + len(row[at]))
+    if most is not None:
+        line.truncate(most, overflow="ellipsis")
+    return line

@@ -1,0 +1,171 @@
+"""``aiflux logs``: the logs of a run's jobs, or of its engines."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiflux.cli.located import located
+from aiflux.cli.run_argument import add_run, short
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import read_plan
+from aiflux.errors import UsageError
+from aiflux.slurm.monitor.collect import Observer
+from aiflux.slurm.monitor.logs import engine_logs, job_logs
+
+_POLL_SECONDS = 0.5
+_TAIL_BYTES = 1 << 16
+_LINES_OF_ONE = 50
+_LINES_OF_EACH = 5
+Find = Callable[[], list[tuple[int, Path]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = "Show the end of the logs of a run's jobs, or of its engines."
+    parser.epilog = "example: aiflux logs results.json -f"
+    add_run(parser)
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the run has ended, or Ctrl-C"
+    )
+    parser.add_argument("--shard", type=int, metavar="K", help="of one shard, counted from 0")
+    parser.add_argument("--engine", action="store_true", help="the engines' logs")
+    parser.add_argument(
+        "--lines",
+        type=int,
+        metavar="N",
+        help=f"lines of each log ({_LINES_OF_ONE}; of several shards {_LINES_OF_EACH})",
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Show logs."""
+    run = located(arguments.run)
+    shards = _shards(run, arguments.shard)
+    find = _finder(run, shards, arguments.engine)
+    lines = arguments.lines
+    if lines is None:
+        lines = _LINES_OF_ONE if len(shards) == 1 else _LINES_OF_EACH
+    tails = _Tails(find, max(0, lines), several=len(shards) > 1)
+    shown = tails.begin(last=not arguments.follow)
+    if arguments.follow:
+        with suppress(KeyboardInterrupt):
+            _follow(tails, run)
+    elif not shown:
+        raise _no_log(run, arguments.engine, find())
+    return 0
+
+
+def _shards(run: RunDirectory, wanted: int | None) -> range:
+    count = len(read_plan(run).shards)
+    if wanted is None:
+        return range(count)
+    if not 0 <= wanted < count:
+        raise UsageError(f"the run has no shard {wanted}", f"its shards are 0 to {count - 1}")
+    return range(wanted, wanted + 1)
+
+
+def _finder(run: RunDirectory, shards: range, engine: bool) -> Find:
+    def of_engines() -> list[tuple[int, Path]]:
+        return [(shard, path) for shard in shards for path in engine_logs(run, shard)]
+
+    def of_jobs() -> list[tuple[int, Path]]:
+        logs = job_logs(run)
+        return [(shard, path) for shard in shards for path in logs.get(shard, [])]
+
+    return of_engines if engine else of_jobs
+
+
+def _no_log(run: RunDirectory, engine: bool, expected: list[tuple[int, Path]]) -> UsageError:
+    if engine:
+        return UsageError(
+            f"no engine of {short(run.path)} has written a log",
+            "an engine at --engine-url keeps its own; else the job has not come so far: "
+            "see the job's log, without --engine",
+        )
+    if expected:
+        return UsageError(
+            f"no log is there yet: {expected[-1][1]}",
+            "the job has not begun; -f waits for it, `aiflux status` says why it waits",
+        )
+    return UsageError(
+        f"no job of {short(run.path)} is known, so no job's log",
+        "a run in the foreground writes to its terminal; --engine shows its engine's log",
+    )
+
+
+def _follow(tails: _Tails, run: RunDirectory) -> None:
+    observer = Observer(run, os.environ)
+    # Asked before the files are read: what was written before the end is shown.
+    while not observer.look().ended:
+        for _ in range(4):
+            tails.go_on()
+            time.sleep(_POLL_SECONDS)
+    tails.go_on(last=True)
+
+
+@dataclass
+class _Tails:
+    """Logs that are read to their ends, again and again.
+
+    Attributes:
+        lines: shown of each log at the beginning.
+        several: a line says which shard it is from.
+    """
+
+    find: Find
+    lines: int
+    several: bool
+    _places: dict[Path, int] = field(default_factory=dict)
+
+    def begin(self, *, last: bool) -> bool:
+        """Show the end of each log, a torn last line only with ``last``; tell if one is there."""
+        for shard, path in self.find():
+            with suppress(OSError):
+                text, self._places[path] = _end_of(path, self.lines, last)
+                self._print(shard, text)
+        return bool(self._places)
+
+    def go_on(self, *, last: bool = False) -> None:
+        """Show what was written since. A log that is new, or was begun anew, is shown whole."""
+        for shard, path in self.find():
+            with suppress(OSError):
+                text, self._places[path] = _since(path, self._places.get(path, 0), last)
+                self._print(shard, text)
+
+    def _print(self, shard: int, text: str) -> None:
+        prefix = f"[{shard}] " if self.several else ""
+        if text:
+            lines = text.removesuffix("\n").split("\n")
+            print("\n".join(prefix + line for line in lines), flush=True)
+
+
+def _end_of(path: Path, lines: int, last: bool) -> tuple[str, int]:
+    """Return the last lines of a log, and the place after them."""
+    with open(path, "rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        content = b""
+        while start and content.count(b"\n") <= lines:
+            step = min(start, _TAIL_BYTES)
+            start -= step
+            file.seek(start)
+            content = file.read(step) + content
+    content = content if last else content[: content.rfind(b"\n") + 1]
+    kept = content.splitlines(keepends=True)[-lines:] if lines else []
+    return b"".join(kept).decode("utf-8", "replace"), start + len(content)
+
+
+def _since(path: Path, place: int, last: bool) -> tuple[str, int]:
+    """Return what a log holds after a place, and the place after that."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) < place:
+            place = 0
+        file.seek(place)
+        content = file.read()
+    content = content if last else content[: content.rfind(b"\n") + 1]
+    return content.decode("utf-8", "replace"), place + len(content)

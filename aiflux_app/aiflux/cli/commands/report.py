@@ -1,0 +1,157 @@
+"""``aiflux report``: a run as one HTML page, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from aiflux.cli.json_output import add_json
+from aiflux.cli.located import located
+from aiflux.cli.run_argument import add_run, short
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import journal_lines
+from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.status_file import read_run_status, read_status
+from aiflux.errors import ConfigError
+from aiflux.estimates.storage import read_estimate
+from aiflux.report.build import make_report
+from aiflux.report.data import Condition, Report
+from aiflux.report.html.markup import Markup
+from aiflux.report.html.page import page
+from aiflux.report.html.plots import latency_plot, throughput_plot
+from aiflux.report.journal_summary import tally
+from aiflux.report.methods import methods
+from aiflux.report.sources import Sources
+from aiflux.slurm.monitor.collect import ShardView, gather
+from aiflux.slurm.submissions import known_submissions
+from aiflux.util.files import atomic_write
+from aiflux.util.streams import STDOUT
+from aiflux.util.unicode import json_text, terminal_text, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = (
+        "Write what ran, what came of it and what it took as one HTML page that needs no network. "
+        "It works while the run goes on, too."
+    )
+    parser.epilog = "example: aiflux report results.json --output report.html"
+    add_run(parser)
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the page (default: report.html in the run directory); - for stdout",
+    )
+    add_json(parser, "one JSON object instead, printed or in FILE")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Write the report; the exit code does not tell how the run is."""
+    run = located(arguments.run)
+    output = arguments.output or (STDOUT if arguments.json else None)
+    target = None if output == STDOUT else _target(arguments.output, run)
+    report = read_report(run)
+    text, no_plots = _json(report) if arguments.json else _page(report)
+    if target is None:
+        print(text, end="")
+    else:
+        with atomic_write(target, 0o600) as file:
+            file.write(terminal_text(text).encode())
+        print(f"{report.condition.state}: wrote {short(target)}")
+    if no_plots is not None:
+        print(f"  without plots: {no_plots}", file=sys.stdout if target else sys.stderr)
+    return 0
+
+
+def _json(report: Report) -> tuple[str, None]:
+    content = {**report.to_json(), "methods": methods(report)}
+    return f"{json_text(whole(content), indent=2, only_ascii=True)}\n", None
+
+
+def _page(report: Report) -> tuple[str, str | None]:
+    """Return the page, and why it has no plots."""
+    plots, no_plots = _plots(report)
+    return page(report, plots, no_plots), no_plots
+
+
+def read_report(run: RunDirectory) -> Report:
+    """Read all files of a run and add them up.
+
+    Raises:
+        RunConflictError: the run has no plan that can be read.
+    """
+    plan = read_plan(run)
+    journals = (run.journal(shard.index) for shard in plan.shards)
+    tallies = tuple(tally(journal_lines(journal)) for journal in journals)
+    return make_report(
+        Sources(
+            plan=plan,
+            run_dir=str(run.path),
+            condition=_condition(run),
+            statuses=tuple(_of_plan(read_status(run, s.index), plan) for s in plan.shards),
+            whole=_of_plan(read_run_status(run), plan),
+            tallies=tallies,
+            estimate=read_estimate(run.estimate, plan),
+            now=time.time(),
+        )
+    )
+
+
+def _condition(run: RunDirectory) -> Condition:
+    view = gather(run)
+    submissions = known_submissions(run)
+    return Condition(
+        state=view.state.value,
+        ended=view.ended,
+        finished=view.finished,
+        next_command=view.next_command,
+        shards=tuple(shard.state.value for shard in view.shards),
+        reasons=tuple(_reason(shard) for shard in view.shards),
+        submitted=view.submitted,
+        jobs=view.jobs,
+        image=None if submissions is None else str(submissions.image),
+        slurm=None if submissions is None else submissions.slurm,
+    )
+
+
+def _reason(shard: ShardView) -> str:
+    """Return why a shard is not done, as the table of ``aiflux status`` tells it."""
+    code = shard.exit_code
+    told = [shard.reason] if shard.reason else []
+    if code and "exit code" not in shard.reason:
+        told.append(f"exit code {code}")
+    return ", ".join(told)
+
+
+def _of_plan(status: dict[str, Any] | None, plan: Plan) -> dict[str, Any] | None:
+    details = {} if status is None else status.get("aiflux")
+    return status if isinstance(details, dict) and details.get("plan") == plan.id else None
+
+
+def _target(given: str | None, run: RunDirectory) -> Path:
+    if given is None:
+        return run.report
+    target = Path(given).expanduser().absolute()
+    if target.is_dir():
+        raise ConfigError(f"--output {given!r} is a folder", "name a file, e.g. report.html")
+    if not target.parent.is_dir():
+        raise ConfigError(
+            f"the folder of --output {given!r} is not there", f"mkdir -p {str(target.parent)!r}"
+        )
+    return target
+
+
+def _plots(report: Report) -> tuple[dict[str, Markup], str | None]:
+    """Return the plots, or why there are none."""
+    plots = {}
+    try:
+        if report.throughput.bars:
+            plots["throughput"] = throughput_plot(report.throughput)
+        if report.latency.count:
+            plots["latency"] = latency_plot(report.latency)
+    except ConfigError as error:
+        return {}, f"{error.message}; {error.remedy}"
+    return plots, None

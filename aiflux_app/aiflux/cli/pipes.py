@@ -1,0 +1,109 @@
+"""Where a conversion's data comes from and goes to: a file, or a pipe (``-``)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from aiflux.errors import StorageError, UsageError
+from aiflux.util.files import refuse_existing, refuse_special
+from aiflux.util.streams import STDIN, STDOUT
+
+
+def piped_file(kind: str) -> Path:
+    """Return the name of stdin, which holds all of what is piped, for it is read more than once.
+
+    Args:
+        kind: of input that is converted.
+
+    Raises:
+        UsageError: nothing is piped, or the kind is no file.
+        StorageError: what is piped has no place.
+    """
+    if kind == "dir" or sys.stdin.isatty():
+        seen = "reads a folder" if kind == "dir" else "reads a pipe, and there is none"
+        raise UsageError(
+            f"--input {STDIN} {seen}", "name it; or: zcat in.csv.gz | aiflux convert csv --input -"
+        )
+    if not stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
+        with tempfile.TemporaryFile(prefix="aiflux-") as file:
+            _copy(sys.stdin.buffer, file)
+            os.dup2(file.fileno(), sys.stdin.fileno())
+    return Path("/dev/stdin")
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    try:
+        shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()
+    except OSError as error:
+        raise _no_room(error.strerror or str(error)) from error
+
+
+def _no_room(reason: str) -> StorageError:
+    return StorageError(
+        f"what is piped has no place in {tempfile.gettempdir()}: {reason}",
+        "make room there, or set TMPDIR to a folder with more",
+    )
+
+
+def refuse_both(output: str, *, as_json: bool) -> None:
+    """Refuse to write both data and a summary to stdout.
+
+    Raises:
+        UsageError: that was asked for.
+    """
+    if as_json and output == STDOUT:
+        raise UsageError(
+            "--output - and --json exclude each other: stdout takes one thing",
+            "name a file with --output, or leave --json out",
+        )
+
+
+@contextmanager
+def destination(name: str, *, force: bool) -> Iterator[Path]:
+    """Yield the file to write; what is meant for stdout goes there once it is whole.
+
+    So a reader behind a pipe sees all of it, or nothing.
+
+    Raises:
+        OutputExistsError: the file is there already, and ``force`` is not given.
+        StorageError: stdout, or the folder for temporary files, is full.
+        UsageError: it is no file.
+    """
+    if name == STDOUT:
+        with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
+            path = Path(folder) / "stdout"
+            try:
+                yield path
+            except StorageError as error:
+                raise _no_room(error.message) from error
+            _to_stdout(path)
+        return
+    path = Path(name).expanduser().absolute()
+    refuse_special(path)
+    if not force:
+        refuse_existing(path)
+    yield path
+
+
+def _to_stdout(path: Path) -> None:
+    try:
+        sys.stdout.flush()
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"stdout cannot be written, and holds a part only: {error.strerror or error}",
+            "make room, and run the same command again",
+        ) from error

@@ -1,0 +1,1 @@
+"""Text for the terminal, made from values: runs, models, estimates, progress."""

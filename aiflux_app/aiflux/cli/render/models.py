@@ -1,0 +1,294 @@
+"""What ``aiflux models list`` and ``show`` print: facts of models as tables and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiflux.cli.json_output import print_json
+from aiflux.core.config.config import Config
+from aiflux.errors import ModelError, UsageError
+from aiflux.models.catalog import Catalogue, CataloguedModel
+from aiflux.models.figures import StoredModel, best_figures, readable_model
+from aiflux.models.memory import Figures, estimate
+from aiflux.models.name import ModelName, parse_model_name
+from aiflux.models.staging import Staged, staged_models
+from aiflux.models.store import (
+    listed_models,
+    missing_parts,
+    model_digest,
+    read_manifest,
+    refuse_other_digest,
+)
+from aiflux.slurm.preflight.local import size_text
+
+_CONTEXTS = (2048, 8192, 32768)
+_SLOTS = (1, 4, 8, 16, 32)
+_UNITS = {"m": 2**20, "": 2**30, "g": 2**30, "t": 2**40}
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that is known of one model.
+
+    Attributes:
+        stored: what its own file tells; None where that is not there, or tells nothing.
+        digest: None where it is not in the models directory.
+        missing: parts that it lacks, where it is there in part.
+    """
+
+    name: ModelName
+    catalogued: CataloguedModel | None
+    stored: StoredModel | None
+    digest: str | None
+    missing: tuple[str, ...]
+    size: int
+
+    @property
+    def figures(self) -> Figures | None:
+        """What its memory depends on: from its own file, else from the catalogue."""
+        return best_figures(self.stored, self.catalogued)
+
+    @property
+    def parameters(self) -> int:
+        """Their number; 0 where it is not known."""
+        told = self.catalogued.parameters if self.catalogued else 0
+        return self.stored.parameters if self.stored else told
+
+    @property
+    def quantisation(self) -> str:
+        """Such as Q4_K_M; "" where it is not known."""
+        told = self.catalogued.quantisation if self.catalogued else ""
+        return (self.stored.quantisation if self.stored else "") or told
+
+    @property
+    def state(self) -> str:
+        """Whether it is in the models directory."""
+        return "" if self.digest is None else "damaged" if self.missing else "yes"
+
+
+def list_models(arguments: argparse.Namespace, config: Config) -> None:
+    """Print the catalogue and what is on the disk."""
+    folder, catalogue = config.models_dir, config.catalogue()
+    names = {name.served: name for name in listed_models(folder)}
+    if not arguments.here:
+        names |= {name: parse_model_name(name) for name in catalogue.models if name not in names}
+    room = None if arguments.fits is None else parse_size(arguments.fits)
+    context, slots = arguments.context_length, arguments.slots
+    models = [known(folder, catalogue, name) for name in names.values()]
+    if room is not None:
+        models = [model for model in models if _memory(model, context, slots, room)]
+    if arguments.json:
+        print_json([as_json(model, context, slots) for model in models])
+        return
+    rows = [_row(model, context, slots) for model in sorted(models, key=_order)]
+    heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
+    print("\n".join(_table([heads, *rows])))
+    print(f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}")
+    for staged in staged_models(folder):
+        print(_on_its_way(staged))
+
+
+def _on_its_way(staged: Staged) -> str:
+    what = "a pull" if staged.what == "pull" else "an import"
+    states = {True: "goes on", False: "broke off", None: "goes on elsewhere, or broke off"}
+    told = f"{what} {states[staged.going_on]}: {staged.name or staged.folder}"
+    told += f" ({size_text(staged.size)})"
+    if staged.going_on:
+        return told
+    if staged.what == "pull":
+        command = f"aiflux models pull {staged.name}".rstrip()
+        return f"{told}; {command} goes on with it"
+    return f"{told}; import it again, or: aiflux models remove {staged.name}"
+
+
+def show_model(arguments: argparse.Namespace, config: Config) -> None:
+    """Print what is known of one model.
+
+    Raises:
+        ModelError: nothing is, or the model that is there is not the one insisted on.
+    """
+    name = parse_model_name(arguments.name)
+    model = known(config.models_dir, config.catalogue(), name)
+    if model.figures is None and model.digest is None:
+        raise ModelError(
+            f"nothing is known of {name.served}: it is neither in {config.models_dir} nor in a "
+            "catalogue",
+            f"it may work all the same; once it is pulled, its file tells: aiflux models pull "
+            f"{name.served}",
+        )
+    if model.digest is not None:
+        refuse_other_digest(name, model.digest, str(config.models_dir))
+    if arguments.json:
+        print_json(as_json(model, arguments.context_length, arguments.slots))
+        return
+    print(name.served)
+    print("\n".join(f"  {key:<14}{value}" for key, value in _facts(model, config.models_dir)))
+    if model.figures is not None:
+        print()
+        print("\n".join(_memory_table(model.figures)))
+
+
+def known(folder: Path, catalogue: Catalogue, name: ModelName) -> Known:
+    """Return what is known of a model."""
+    catalogued = catalogue.find(name.served)
+    digest = model_digest(folder, name)
+    missing = tuple(missing_parts(folder, name)) if digest else ()
+    if digest is not None:
+        size = read_manifest(folder, name).size
+    else:
+        size = catalogued.size + catalogued.projector_size if catalogued else 0
+    return Known(name, catalogued, readable_model(folder, name), digest, missing, size)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``40GB`` (as GPUs have them: 2^30 bytes a GB).
+
+    GB where no unit is given; ``40GiB`` is the same, as makers of GPUs mean it.
+
+    Raises:
+        UsageError: it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([mgt]?)(?:i?b)?", text.strip().lower())
+    size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise UsageError(f"--fits {text!r} is no size", "write it as in --fits 40GB")
+    return size
+
+
+def as_json(model: Known, context: int, slots: int) -> dict[str, Any]:
+    """Return what is known of a model for programs; sizes are bytes, None is not known."""
+    told = model.catalogued
+    shape = model.figures.architecture if model.figures else None
+    return {
+        "name": model.name.served,
+        "here": model.digest is not None and not model.missing,
+        "digest": model.digest,
+        "missing": list(model.missing),
+        "size": model.size or None,
+        "family": told.family if told else None,
+        "parameters": model.parameters or None,
+        "quantisation": model.quantisation or None,
+        "licence": told.licence if told else None,
+        "endpoints": list(told.endpoints) if told else None,
+        "vision": told.vision if told else None,
+        "defaults": told.defaults if told else {},
+        "context": shape.context if shape else None,
+        "architecture": shape.name if shape else None,
+        "layers": shape.layers if shape else None,
+        "memory": _memory_json(model.figures, context, slots),
+    }
+
+
+def _memory_json(figures: Figures | None, context: int, slots: int) -> dict[str, Any] | None:
+    if figures is None:
+        return None
+    least = estimate(figures, context, slots, flash=True)
+    return {
+        "context_length": context,
+        "slots": slots,
+        "least": least.total,
+        "ollama_0.9.3": estimate(figures, context, slots).total,
+        "weights": least.weights,
+        "cache": least.cache,
+        "measured": figures.measured,
+    }
+
+
+def _memory(model: Known, context: int, slots: int, room: int | None = None) -> int:
+    """Return the least memory; 0 where it is not known, or is more than ``room``."""
+    if model.figures is None:
+        return 0
+    total = estimate(model.figures, context, slots, flash=True).total
+    return 0 if room is not None and total > room else total
+
+
+def _order(model: Known) -> tuple[str, int]:
+    family = model.catalogued.family if model.catalogued else model.name.model
+    return family.lower(), model.size
+
+
+def _row(model: Known, context: int, slots: int) -> tuple[str, ...]:
+    memory = _memory(model, context, slots)
+    return (
+        model.name.served,
+        _count(model.parameters) if model.parameters else "",
+        model.quantisation,
+        size_text(model.size) if model.size else "",
+        str(model.figures.architecture.context or "") if model.figures else "",
+        size_text(memory) if memory else "",
+        model.state,
+    )
+
+
+def _count(parameters: int) -> str:
+    if parameters >= 999_500_000:  # which is 1.0 B
+        return f"{parameters / 1e9:.1f} B"
+    return f"{parameters / 1e6:.{0 if parameters >= 10_000_000 else 1}f} M"
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield "  ".join(cells).rstrip()
+
+
+def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
+    told, figures = model.catalogued, model.figures
+    if told is not None:
+        if told.name != model.name.served.lower():
+            yield "stands for", told.name
+        yield "family", told.family
+    yield "parameters", _count(model.parameters) if model.parameters else "unknown"
+    yield "quantisation", model.quantisation or "unknown"
+    yield "size", size_text(model.size)
+    if figures is not None:
+        shape = figures.architecture
+        yield "context", f"{shape.context} tokens"
+        experts = f", {shape.experts} experts ({shape.experts_used} used)" if shape.experts else ""
+        sliding = f", sliding window {shape.sliding_window}" if shape.sliding_window else ""
+        yield (
+            "architecture",
+            f"{shape.name}: {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys "
+            f"and values) of {shape.key_size}, {shape.vocabulary} tokens{experts}{sliding}",
+        )
+        if shape.one_slot:
+            yield "slots", "1 (Ollama runs it with one slot, whatever it is told)"
+    if told is not None:
+        yield "endpoints", ", ".join(told.endpoints) + (" (images too)" if told.vision else "")
+        yield "licence", told.licence
+        if told.defaults:
+            yield "defaults", ", ".join(f"{key} {value}" for key, value in told.defaults.items())
+        yield "known from", str(told.place)
+    yield "here", _here(model, folder)
+
+
+def _here(model: Known, folder: Path) -> str:
+    if model.digest is None:
+        return f"no (aiflux models pull {model.name.served})"
+    if model.missing:
+        return f"in part: {', '.join(model.missing)} is missing"
+    return f"{folder}, sha256:{model.digest}"
+
+
+def _memory_table(figures: Figures) -> Iterator[str]:
+    context = figures.architecture.context or _CONTEXTS[-1]
+    lengths = [length for length in _CONTEXTS if length <= context] or [context]
+    slots = (1,) if figures.architecture.one_slot else _SLOTS
+    heads = ("  slots", *(f"{length} tokens" for length in lengths))
+    rows = [
+        (
+            f"  {count:>5}",
+            *(size_text(estimate(figures, each, count, flash=True).total) for each in lengths),
+        )
+        for count in slots
+    ]
+    source = "from its own file" if figures.measured else "from the catalogue"
+    yield f"  GPU memory on one GPU, at least ({source}):"
+    yield from _table([heads, *rows])

@@ -1,0 +1,342 @@
+"""How a run looks: from a view to lines of text. Pure; a line is never wrapped, but cut.
+
+The same lines serve a terminal, which shows their colours and is given a width and a height, and a
+file or a pipe, which gets their plain text in full.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.text import Text
+
+from aiflux.core.batch.results_file import answered_words
+from aiflux.slurm.monitor.run_view import RequestError, RunState, RunView, ShardView
+from aiflux.slurm.monitor.shard_state import ShardState
+
+SHOWN_SHARDS = 20
+_WIDE = 100
+_MOST_ERRORS = 3
+_LEAST_ROWS = 3
+STYLES = {
+    "waiting": "yellow",
+    "running": "cyan",
+    "merging": "cyan",
+    "stopping": "yellow",
+    "done": "green",
+    "finished": "bold green",
+    "finished with failures": "bold yellow",
+    "stopped": "yellow",
+    "failed": "bold red",
+    "lost": "bold red",
+    "not merged": "yellow",
+    "not submitted": "dim",
+}
+# What a person wants to see first.
+_ORDER = (
+    ShardState.RUNNING,
+    ShardState.STOPPING,
+    ShardState.FAILED,
+    ShardState.LOST,
+    ShardState.STOPPED,
+    ShardState.NOT_SUBMITTED,
+    ShardState.WAITING,
+    ShardState.DONE,
+)
+_GOING = {ShardState.RUNNING, ShardState.STOPPING}
+_QUIET = {ShardState.WAITING, ShardState.DONE, ShardState.NOT_SUBMITTED}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where lines go.
+
+    Attributes:
+        width, height: in cells and lines; None where nothing has to be cut.
+        blocks: whether block characters can be shown.
+        short: the form in which paths are shown.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    blocks: bool = True
+    short: Callable[[Path], str] = str
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as H:MM:SS, from a day on with days in front."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{hours}:{minutes:02d}:{rest:02d}"
+
+
+def one_line(text: str) -> str:
+    """Return foreign text as one line without control characters, which could steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def typed(path: str) -> str:
+    """Return a path as it has to be typed in a shell; a ``~`` in front keeps its meaning."""
+    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
+
+
+def progress_line(view: RunView) -> str:
+    """Return a run's progress in one line."""
+    states = _shard_counts(view) if len(view.shards) > 1 else ""
+    parts = [f"{view.state.value}: {_done(view)}", f"{view.failed} failed", states, _speed(view)]
+    return ", ".join(part for part in parts if part)
+
+
+def overview(view: RunView, frame: Frame) -> list[Text]:
+    """Return everything there is to see of a run, fitted into the frame."""
+    head = [*_head(view, frame), *_facts(view, frame)]
+    tail = [*_errors(view), *_next(view, frame)]
+    shards = _shards(view, frame, _room(frame, len(head) + len(tail)))
+    lines = [*head, *shards, *tail]
+    for line in lines:
+        if frame.width is not None:
+            line.truncate(frame.width, overflow="ellipsis")
+    return lines if frame.height is None else lines[: frame.height]
+
+
+def _room(frame: Frame, taken: int) -> int | None:
+    return None if frame.height is None else max(_LEAST_ROWS, frame.height - taken)
+
+
+def _head(view: RunView, frame: Frame) -> list[Text]:
+    title = Text(one_line(frame.short(view.output)), style="bold")
+    if frame.width is not None:
+        _cut_left(title, frame.width - len(view.state.value) - 2)
+    title = Text.assemble(title, "  ", (view.state.value, STYLES[view.state.value]))
+    failed = (f"{view.failed} failed", "red" if view.failed else "")
+    return [title, Text.assemble(_bar(view, frame), f" {_done(view)}, ", failed)]
+
+
+def _facts(view: RunView, frame: Frame) -> list[Text]:
+    about = [("input", frame.short(view.input)), ("model", ", ".join(view.models))]
+    if view.jobs:
+        about.append(("job" if len(view.jobs) == 1 else "jobs", ", ".join(view.jobs)))
+    lines = [Text("   ").join(_pair(name, value) for name, value in about)]
+    speed = _speed(view) if not view.ended else ""
+    lines += [Text(words) for words in (speed, _used(view), _seal(view)) if words]
+    if view.empty_answers:
+        lines.append(Text(answered_words(view.completed, view.empty_answers), style="yellow"))
+    if len(view.shards) == 1:
+        lines += _only_shard(view)
+    else:
+        lines.append(_pair(f"{len(view.shards)} shards", _shard_counts(view)))
+    if view.slurm is not None:
+        lines.append(Text(f"from the files alone: {one_line(view.slurm)}", style="yellow"))
+    return lines
+
+
+def _pair(name: str, value: str) -> Text:
+    return Text.assemble((name, "dim"), " ", one_line(value))
+
+
+def _only_shard(view: RunView) -> list[Text]:
+    (shard,) = view.shards
+    words = _note(shard)
+    if shard.gpus and shard.state is ShardState.RUNNING:
+        words += f", {_gpus(shard.gpus)}"
+    if view.state in (RunState.FINISHED, RunState.WITH_FAILURES) or not words:
+        return []
+    return [Text.assemble((shard.state.value, STYLES[shard.state.value]), " ", words)]
+
+
+def _gpus(names: Sequence[str]) -> str:
+    return ", ".join(f"{count} x {one_line(name)}" for name, count in Counter(names).items())
+
+
+def _done(view: RunView) -> str:
+    share = 100 * view.done // max(view.total, 1)
+    return f"{view.done}/{view.total} done ({share} %)"
+
+
+def _speed(view: RunView) -> str:
+    parts = []
+    if view.requests_per_second:
+        parts.append(f"{view.requests_per_second:.1f} requests/s")
+        parts.append(f"{view.tokens_per_second:.0f} tokens/s")
+    if view.remaining_seconds is not None:
+        parts.append(f"ETA {duration(view.remaining_seconds)}")
+    return ", ".join(parts)
+
+
+def _used(view: RunView) -> str:
+    parts = []
+    if view.prompt_tokens + view.completion_tokens:
+        parts.append(f"tokens: {view.prompt_tokens} in, {view.completion_tokens} out")
+    if view.gpu_seconds:
+        parts.append(f"{view.gpu_seconds / 3600:.2f} GPU-hours")
+    if view.restarts:
+        parts.append(_times(view.restarts, "restart"))
+    return ", ".join(parts)
+
+
+def _seal(view: RunView) -> str:
+    """Return whether the work had no network, and why not everywhere; "" where nothing started."""
+    known = [shard for shard in view.shards if shard.sealed is not None]
+    reasons = Counter(shard.unsealed for shard in known if not shard.sealed)
+    if not known or not reasons:
+        return "sealed: no network but its own" if known else ""
+    told = "; ".join(one_line(why) or "no reason is known" for why, _ in reasons.most_common())
+    count = sum(reasons.values())
+    some = f" in {count} of {len(view.shards)} shards" if count < len(view.shards) else ""
+    return f"not sealed{some}: {told}"
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _shard_counts(view: RunView) -> str:
+    return _counted(view.shards)
+
+
+def _counted(shards: Iterable[ShardView]) -> str:
+    counts = Counter(shard.state for shard in shards)
+    return ", ".join(f"{counts[state]} {state.value}" for state in _ORDER if counts[state])
+
+
+def _bar(view: RunView, frame: Frame) -> Text:
+    width = 40 if frame.width is None else max(10, min(40, frame.width - 44))
+    full, empty = ("█", "░") if frame.blocks else ("#", "-")
+    done = width * view.done // max(view.total, 1)
+    bad = min(done, -(-width * view.failed // max(view.total, 1)))
+    return Text.assemble(
+        (full * (done - bad), "green"), (full * bad, "red"), (empty * (width - done), "dim")
+    )
+
+
+def _shards(view: RunView, frame: Frame, room: int | None) -> list[Text]:
+    """Return the table of shards, the interesting ones first, in at most ``room`` lines."""
+    if len(view.shards) == 1 or view.finished:
+        return []
+    ranked = sorted(view.shards, key=lambda shard: (_ORDER.index(shard.state), shard.index))
+    most = SHOWN_SHARDS if room is None else room - 3  # the heading, the sum and a blank
+    if len(ranked) > most + 1:
+        ranked = _choose(ranked, max(most, 0))
+    if not ranked:
+        return []
+    lines = [Text(""), *_table(ranked, frame)]
+    shown = {shard.index for shard in ranked}
+    rest = [shard for shard in view.shards if shard.index not in shown]
+    if rest:
+        lines.append(Text(f"       and {len(rest)} more: {_counted(rest)}", style="dim"))
+    return lines
+
+
+def _choose(ranked: list[ShardView], most: int) -> list[ShardView]:
+    """Return the shards that are worth a line; however many run, broken ones have their share."""
+    interesting = [shard for shard in ranked if shard.state not in _QUIET]
+    going = [shard for shard in interesting if shard.state in _GOING]
+    broken = interesting[len(going) :]
+    shown = going[: most - min(len(broken), most // 3)]
+    return [*shown, *broken[: most - len(shown)]] or ranked[:most]
+
+
+def _table(shards: Sequence[ShardView], frame: Frame) -> list[Text]:
+    wide = frame.width is None or frame.width >= _WIDE
+    names = ["SHARD", "STATE", "DONE", "FAILED", "REQ/S", "TOK/S", "ETA", "JOB", ""]
+    rows = [_row(shard) for shard in shards]
+    dropped = set() if wide else {"REQ/S", "JOB"}
+    kept = [
+        at
+        for at, name in enumerate(names)
+        if name not in dropped and (not name or any(row[at] for row in rows))
+    ]
+    widths = {at: max(len(names[at]), *(len(row[at]) for row in rows)) for at in kept}
+    heading = Text(_aligned(names, kept, widths), style="dim")
+    lines = [heading]
+    for shard, row in zip(shards, rows, strict=True):
+        line = Text(_aligned(row, kept, widths))
+        start = widths[0] + 2
+        line.stylize(STYLES[shard.state.value], start, start + len(shard.state.value))
+        lines.append(line)
+    return lines
+
+
+_LEFT = {1, 7, 8}
+
+
+def _aligned(row: Sequence[str], kept: Sequence[int], widths: dict[int, int]) -> str:
+    cells = (row[at].ljust(widths[at]) if at in _LEFT else row[at].rjust(widths[at]) for at in kept)
+    return "  ".join(cells).rstrip()
+
+
+def _row(shard: ShardView) -> list[str]:
+    remaining = shard.remaining_seconds
+    return [
+        str(shard.index),
+        shard.state.value,
+        f"{shard.done}/{shard.total}",
+        str(shard.failed),
+        f"{shard.requests_per_second:.1f}" if shard.requests_per_second else "",
+        f"{shard.tokens_per_second:.0f}" if shard.tokens_per_second else "",
+        "" if remaining is None else duration(remaining),
+        shard.job or "",
+        _note(shard),
+    ]
+
+
+def _note(shard: ShardView) -> str:
+    """Return where a shard runs, or why it does not."""
+    parts = []
+    if shard.host and shard.state in _GOING:
+        parts.append(f"on {shard.host}")
+    if shard.restarts:
+        parts.append(_times(shard.restarts, "restart"))
+    if shard.reason:
+        parts.append(one_line(shard.reason))
+    if shard.exit_code and "exit code" not in shard.reason:
+        parts.append(f"exit code {shard.exit_code}")
+    return ", ".join(parts)
+
+
+def _errors(view: RunView) -> list[Text]:
+    if not view.errors or view.state is RunState.FINISHED:
+        return []
+    several = len(view.shards) > 1
+    heading = [Text(""), Text("last failed requests", style="dim")]
+    return [*heading, *(_error(error, several) for error in view.errors[:_MOST_ERRORS])]
+
+
+def _error(error: RequestError, several: bool) -> Text:
+    where = f" (shard {error.shard})" if several else ""
+    return Text.assemble(
+        "  ",
+        (one_line(error.custom_id), "bold"),
+        where,
+        ": ",
+        (one_line(error.code), "red"),
+        f" {one_line(error.message)}",
+    )
+
+
+def _next(view: RunView, frame: Frame) -> list[Text]:
+    if view.next_command is not None:
+        *command, _ = shlex.split(view.next_command)
+        words = f"{shlex.join(command)} {typed(frame.short(view.output))}"
+        return [Text(""), Text.assemble(("go on: ", "dim"), words)]
+    if view.state is RunState.WITH_FAILURES:
+        words = "the output says why for each; the same command with --retry-failed tries again"
+        return [Text(""), Text(words, style="dim")]
+    return []
+
+
+def _cut_left(text: Text, width: int) -> None:
+    """Cut a path at its beginning: its end tells more."""
+    if text.cell_len > width > 1:
+        text.plain = "…" + text.plain[-(width - 1) :]
+
+
+def moment(seconds: float | None) -> str:
+    """Return Unix time as local date and time; "" for None."""
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

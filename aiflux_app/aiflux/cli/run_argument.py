@@ -1,0 +1,49 @@
+"""What the commands that look at a run share: its argument, its paths and the terminal."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.text import Text
+
+from aiflux.cli.render.run import Frame
+from aiflux.worker.console import TerminalConsole
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a run."""
+    parser.add_argument(
+        "run", metavar="R", help="a Slurm job id, an output, or a run directory (OUTPUT.aiflux)"
+    )
+
+
+def short(path: Path) -> str:
+    """Return the shortest form of a path that can be typed here."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base) and path != base:
+            return prefix + str(path.relative_to(base))
+    return str(path)
+
+
+def make_console() -> TerminalConsole:
+    """Return a console on stdout that prints as it is told: no markup, nothing highlighted."""
+    return TerminalConsole(highlight=False, markup=False, emoji=False)
+
+
+def frame_of(console: TerminalConsole, *, fit: bool = False) -> Frame:
+    """Return the frame that a run is shown in; ``fit`` keeps it to the terminal's height."""
+    blocks = console.encoding.lower().replace("-", "") == "utf8"
+    if not console.is_terminal:
+        return Frame(None, None, blocks, short)
+    # One line stays free: the cursor stands there.
+    return Frame(console.width, console.height - 1 if fit else None, blocks, short)
+
+
+def show(console: TerminalConsole, lines: list[Text]) -> None:
+    """Print lines as they are: coloured on a terminal, plain elsewhere."""
+    for line in lines:
+        if console.is_terminal:
+            console.print(line, soft_wrap=True)
+        else:
+            print(line.plain)

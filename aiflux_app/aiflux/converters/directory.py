@@ -1,0 +1,162 @@
+"""Directories: every file's text, whole or in chunks, becomes a request."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiflux.converters.cells import names
+from aiflux.converters.chunks import check_chunks, split_text
+from aiflux.converters.documents import NoTextError, read_document
+from aiflux.converters.encoding import Encoding, checked_encoding
+from aiflux.converters.request_form import Draft, make_form
+from aiflux.converters.template import Template
+from aiflux.converters.walk import Found, Walk
+from aiflux.converters.writer import BadRowError, Job, Progress, Skipped, Summary, skipped_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from aiflux.converters.request_form import RequestOptions
+
+MAX_FILE_SIZE = 20 << 20
+_NAMED = 5
+NAMES = ("text", "source_file", "chunk", "chunks")
+
+
+def directory_to_jsonl(
+    input_path: Path | str,
+    output_path: Path | str | None,
+    *,
+    template: str = "{text}",
+    recursive: bool = False,
+    patterns: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_file_size: int = MAX_FILE_SIZE,
+    chunk_tokens: int | None = None,
+    overlap: int = 0,
+    encoding: str | None = None,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **request: Unpack[RequestOptions],
+) -> Summary:
+    """Make a request of every text, PDF and DOCX file of a directory, or of every chunk of it.
+
+    ``custom_id`` is the file's path inside the directory, with ``#1``, ``#2``, ... for chunks; the
+    metadata has ``source_file`` and, for chunks, ``chunk`` (from 1) and ``chunks``. Binary files,
+    empty ones and those that are too large are left out; broken documents are bad.
+
+    Args:
+        template: ``{text}``, ``{source_file}``, ``{chunk}`` and ``{chunks}`` are filled in.
+        recursive: folders of the directory, too. Hidden files and folders are left out.
+        patterns, exclude: as in the shell; held against name and path inside the directory.
+        max_file_size: bytes; larger files are left out.
+        chunk_tokens: cut longer texts into chunks of about so many tokens.
+        overlap: tokens that a chunk repeats of the one before.
+        encoding: of plain text that is not UTF-8; else what a text declares, or a guess, which the
+            summary reports.
+        progress: told how many files are done, and of how many.
+
+    The other arguments are those of ``csv_to_jsonl``.
+
+    Raises:
+        ConfigError: a PDF or DOCX is there, but not the library that reads it.
+        InputError: the directory or some files cannot be used, or nothing is left.
+        StorageError: the output cannot be written.
+    """
+    check_chunks(chunk_tokens, overlap)
+    form, parsed = make_form(**request), Template(template)
+    parsed.check(NAMES, "a file", "name")
+    folder = Path(input_path)
+    walk = Walk(folder, recursive, names(patterns), names(exclude), max_file_size)
+    output = None if output_path is None else Path(output_path)
+    known = None if encoding is None else checked_encoding(encoding).name
+    maker = _Maker(walk, parsed, chunk_tokens, overlap, known, output, progress)
+    job = Job(
+        folder,
+        output,
+        form,
+        unit="file",
+        place="file",
+        skip_bad=skip_bad,
+        limit=limit,
+        notes=maker.notes,
+        nothing=walk.nothing,
+    )
+    return job.run(maker.items())
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What is made of a file."""
+
+    walk: Walk
+    template: Template
+    chunk_tokens: int | None
+    overlap: int
+    encoding: str | None
+    output: Path | None
+    progress: Progress | None
+    assumed: dict[Encoding, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return which files were not UTF-8, by what they were read as."""
+        return tuple(map(_assumption, self.assumed, self.assumed.values()))
+
+    def items(self) -> Iterator[Draft | Skipped]:
+        total = self.walk.count() if self.progress is not None else 0
+        own = self._own()
+        for number, found in enumerate(self.walk.files(), start=1):
+            if found.path.absolute() not in own:
+                yield from self._of_file(number, found)
+            if self.progress is not None:
+                self.progress(number, total)
+
+    def _own(self) -> set[Path]:
+        """Return what this conversion, or an earlier one, writes."""
+        if self.output is None:
+            return set()
+        output = self.output.absolute()
+        return {output, skipped_path(output)}
+
+    def _of_file(self, number: int, found: Found) -> Iterator[Draft | Skipped]:
+        if found.reason:
+            yield Skipped(number, found.name, found.reason, bad=False)
+            return
+        try:
+            document = read_document(found.path, self.encoding)
+        except (NoTextError, BadRowError) as error:
+            yield Skipped(number, found.name, str(error), bad=isinstance(error, BadRowError))
+            return
+        text, encoding = document.text, document.encoding
+        if encoding is not None and encoding.origin != "detected":
+            self.assumed[encoding].append(found.name)
+        chunks = [text]
+        if self.chunk_tokens is not None:
+            chunks = list(split_text(text, self.chunk_tokens, self.overlap))
+        for part, chunk in enumerate(chunks):
+            yield self._draft(number, found.name, chunk, part, len(chunks))
+
+    def _draft(self, number: int, name: str, text: str, part: int, parts: int) -> Draft:
+        source = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        values = {"text": text, "source_file": source}
+        values |= {"chunk": str(part + 1), "chunks": str(parts)}
+        metadata: dict[str, object] = {"source_file": source}
+        if self.chunk_tokens is not None:
+            metadata |= {"chunk": part + 1, "chunks": parts}
+        name = source if parts == 1 else f"{source}#{part + 1}"
+        return Draft(number, name, self.template.render(values), metadata, part=part)
+
+
+def _assumption(encoding: Encoding, files: list[str]) -> str:
+    """Return what was assumed of files, with the first of their names."""
+    named = ", ".join(map(repr, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
+    count = f"{len(files)} file" + ("" if len(files) == 1 else "s")
+    note = f"{encoding.name} ({encoding.origin}): {count}, {named}"
+    if encoding.origin == "guessed":
+        note += "; if that is wrong, name the encoding with --encoding"
+    return note

@@ -1,0 +1,252 @@
+"""Images: each becomes a request that holds it as a data URL, made small enough."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aiflux.converters.cells import names
+from aiflux.converters.request_form import Draft, make_form
+from aiflux.converters.template import Template
+from aiflux.converters.walk import Found, Walk
+from aiflux.converters.writer import BadRowError, Job, Progress, Skipped, Summary, reading
+from aiflux.errors import InputError, UsageError
+from aiflux.util.extras import need
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from aiflux.converters.request_form import RequestOptions
+
+MAX_PIXELS = 1024 * 1024
+TEMPLATE = "Describe this image."
+NAMES = ("source_file", "name")
+# What engines take as it is; everything else is sent as PNG or JPEG.
+_SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
+_KNOWN = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".avif")
+)
+# What every engine knows; others, such as CMYK, are turned into one of these.
+_PLAIN_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
+# Grey of more than 8 bits, as microscopes and scanners write it.
+_DEEP_MODES = frozenset(("I", "I;16", "I;16B", "I;16L", "I;16N", "F"))
+_WITH_FRAMES = frozenset(("GIF", "PNG", "TIFF", "WEBP"))
+_QUALITY = 90
+
+
+def images_to_jsonl(
+    input_path: Path | str,
+    output_path: Path | str | None,
+    *,
+    template: str = TEMPLATE,
+    recursive: bool = False,
+    patterns: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_pixels: int = MAX_PIXELS,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **request: Unpack[RequestOptions],
+) -> Summary:
+    """Make a request of every image of a directory, or of a file that lists images, one a line.
+
+    Paths in a list are taken from the list's own folder. ``custom_id`` is the path inside the
+    directory or as it stands in the list; the metadata has ``source_file``. JPEG and PNG that are
+    small enough are sent byte for byte; all else is turned upright, resized and sent as JPEG, or
+    as PNG where it is transparent. Grey of more than 8 bits is stretched from its darkest to its
+    brightest value. Of several frames or pages the first is sent.
+
+    Args:
+        template: the question; ``{source_file}`` and ``{name}`` (without ending) are filled in.
+        max_pixels: width times height that an image is reduced to.
+        progress: told how many images are done, and of how many.
+
+    The other arguments are those of ``directory_to_jsonl``.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+        InputError: the directory, the list or some images cannot be used.
+        StorageError: the output cannot be written.
+    """
+    if max_pixels < 1:
+        raise UsageError(f"--max-pixels {max_pixels} leaves nothing", "--max-pixels 1000000")
+    parsed = Template(template, required=False)
+    parsed.check(NAMES, "an image", "name")
+    form = make_form(**request)
+    if form.endpoint != "chat":
+        raise UsageError("images are for chat only", "leave out --endpoint")
+    source = Path(input_path)
+    listed = source.is_file()
+    walk = Walk(source, recursive, names(patterns), names(exclude))
+    maker = _Maker(source if listed else walk, parsed, _Reducer(max_pixels), progress)
+    job = Job(
+        source,
+        None if output_path is None else Path(output_path),
+        form,
+        unit="image",
+        place="line" if listed else "file",
+        skip_bad=skip_bad,
+        limit=limit,
+        notes=maker.notes,
+        nothing=_no_line if listed else walk.nothing,
+    )
+    return job.run(maker.items())
+
+
+def _no_line() -> str:
+    return "name an image in every line"
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What is made of an image."""
+
+    source: Path | Walk
+    template: Template
+    reducer: _Reducer
+    progress: Progress | None
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what is worth knowing of the images that were read."""
+        several = self.reducer.several
+        if not several:
+            return ()
+        seen = "1 image has" if several == 1 else f"{several} images have"
+        return (f"{seen} several frames or pages: only the first is sent",)
+
+    def items(self) -> Iterator[Draft | Skipped]:
+        total = sum(1 for _ in self._files()) if self.progress is not None else 0
+        for done, (number, found) in enumerate(self._files(), start=1):
+            yield self._of_file(number, found)
+            if self.progress is not None:
+                self.progress(done, total)
+
+    def _files(self) -> Iterator[tuple[int, Found]]:
+        """Yield each image's line or place, and the image."""
+        if isinstance(self.source, Walk):
+            yield from enumerate(self.source.files(), start=1)
+        else:
+            yield from _listed(self.source)
+
+    def _of_file(self, number: int, found: Found) -> Draft | Skipped:
+        if found.reason:
+            return Skipped(number, found.name, found.reason, bad=False)
+        if isinstance(self.source, Walk) and found.path.suffix.lower() not in _KNOWN:
+            kinds = ", ".join(sorted(_KNOWN))
+            return Skipped(number, found.name, f"not named as an image ({kinds})", bad=False)
+        place = found.name if isinstance(self.source, Walk) else f"line {number}: {found.name}"
+        try:
+            if found.name.startswith(("http://", "https://")):
+                raise BadRowError("it is an address: fetch the image first, and name its file")
+            url = self.reducer.data_url(found.path)
+        except BadRowError as error:
+            return Skipped(number, place, str(error))
+        name = found.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        values = {"source_file": name, "name": found.path.stem}
+        parts = [
+            {"type": "text", "text": self.template.render(values)},
+            {"type": "image_url", "image_url": {"url": url}},
+        ]
+        return Draft(number, name, parts, {"source_file": name})
+
+
+def _listed(path: Path) -> Iterator[tuple[int, Found]]:
+    with reading(path):
+        if path.suffix.lower() in _KNOWN:
+            raise InputError(
+                f"the input {str(path)!r} is one image",
+                "give its folder (with --pattern), or a text file that lists images, one a line",
+            )
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, start=1):
+                    name = line.strip()
+                    if name and not name.startswith("#"):
+                        yield number, Found(path.parent / name, name)
+        except UnicodeDecodeError:
+            raise InputError(
+                f"the list {str(path)!r} is not UTF-8 text", "give one path of an image a line"
+            ) from None
+
+
+class _Reducer:
+    """Turns image files into data URLs.
+
+    Attributes:
+        several: how many of them had several frames or pages.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+    """
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self.several = 0
+        self._pillow = need("PIL.Image", "images", "reading images")
+        self._ops = need("PIL.ImageOps", "images", "reading images")
+
+    def data_url(self, path: Path) -> str:
+        """Return an image as a data URL.
+
+        Raises:
+            BadRowError: it cannot be read, or is no image.
+        """
+        try:
+            content = path.read_bytes()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # large ones are welcome; only bombs are refused
+                kind, sent = self._reduced(content)
+        except self._pillow.UnidentifiedImageError:
+            raise BadRowError("it is not an image, or of a kind that Pillow cannot read") from None
+        except self._pillow.DecompressionBombError as error:
+            raise BadRowError(f"it is too large to open: {error}") from None
+        except Exception as error:  # noqa: BLE001 - Pillow's readers meet damage in many ways
+            words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise BadRowError(f"the image cannot be read: {words}") from None
+        return f"data:{kind};base64,{base64.b64encode(sent).decode()}"
+
+    def _reduced(self, content: bytes) -> tuple[str, bytes]:
+        with self._pillow.open(io.BytesIO(content)) as image:
+            if image.format in _WITH_FRAMES:
+                self.several += getattr(image, "n_frames", 1) > 1
+            size = self._size(image.width, image.height)
+            kind = _SENT_AS_IS.get(image.format or "") if image.mode in _PLAIN_MODES else None
+            if kind is not None and size == image.size and image.getexif().get(0x0112, 1) == 1:
+                image.load()  # finds damage that the header does not show
+                return kind, content
+            image.draft("RGB", size)
+            upright = _shallow(self._ops.exif_transpose(image))
+            small = upright.resize(self._size(*upright.size), self._pillow.Resampling.LANCZOS)
+            return _encoded(small)
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        scale = math.sqrt(self._max_pixels / (width * height))
+        if scale >= 1:
+            return width, height
+        return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def _shallow(image: Any) -> Any:
+    """Return grey of more than 8 bits as grey of 8, stretched over all of them."""
+    if image.mode not in _DEEP_MODES:
+        return image
+    wide = image.convert("F")
+    low, high = wide.getextrema()
+    scale = 255 / (high - low) if high > low else 0.0
+    return wide.point(lambda value: value * scale - low * scale).convert("L")
+
+
+def _encoded(image: Any) -> tuple[str, bytes]:
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    file = io.BytesIO()
+    if transparent:
+        image.convert("RGBA").save(file, "PNG")
+        return "image/png", file.getvalue()
+    image.convert("RGB").save(file, "JPEG", quality=_QUALITY)
+    return "image/jpeg", file.getvalue()

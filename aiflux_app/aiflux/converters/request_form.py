@@ -1,0 +1,167 @@
+"""What every request of a conversion has in common, and the line it becomes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aiflux.converters.response_format import response_format
+from aiflux.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    class RequestOptions(TypedDict, total=False):
+        """Keyword arguments that every converter has.
+
+        Attributes:
+            model: model that each body names; without one the run has to name it.
+            system: text of a system message.
+            temperature, max_tokens: as in the API; ``params``: any other fields of the body.
+            schema: a JSON Schema, or the path of a file that holds one, for ``response_format``.
+            endpoint: ``chat``, ``completions`` or ``embeddings``.
+        """
+
+        model: str | None
+        system: str | None
+        temperature: float | None
+        max_tokens: int | None
+        params: Mapping[str, Any] | None
+        schema: Path | str | Mapping[str, Any] | None
+        endpoint: str
+
+
+ENDPOINTS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+}
+_OWN_OPTIONS = {
+    "model": "--model",
+    "messages": "--template and --system",
+    "prompt": "--template",
+    "input": "--template",
+    "temperature": "--temperature",
+    "max_tokens": "--max-tokens",
+    "response_format": "--schema",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What one request is to ask.
+
+    Attributes:
+        number: where it stands in the input (line, row, place in a list), from 1.
+        content: the user's text, the parts of a message with an image, or with ``messages`` the
+            whole conversation.
+        part: 0 for the first (mostly only) request of a row or file.
+        remark: what is worth a warning, such as ``with nothing filled in``.
+    """
+
+    number: int
+    custom_id: str
+    content: Any
+    metadata: dict[str, Any] = field(default_factory=dict)
+    messages: bool = False
+    part: int = 0
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class RequestForm:
+    """What every request has in common."""
+
+    endpoint: str = "chat"
+    fields: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+
+    def line(self, draft: Draft) -> bytes:
+        """Return the request as one line, with its line ending."""
+        entry: dict[str, Any] = {
+            "custom_id": draft.custom_id,
+            "method": "POST",
+            "url": ENDPOINTS[self.endpoint],
+            "body": {**self.fields, **self._content(draft)},
+        }
+        if draft.metadata:
+            entry["metadata"] = draft.metadata
+        try:
+            return json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say
+            return json.dumps(entry, allow_nan=False).encode() + b"\n"
+
+    def _content(self, draft: Draft) -> dict[str, Any]:
+        if self.endpoint == "embeddings":
+            return {"input": draft.content}
+        if self.endpoint == "completions":
+            return {"prompt": draft.content}
+        messages = draft.content if draft.messages else [{"role": "user", "content": draft.content}]
+        if self.system is not None:
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return {"messages": messages}
+
+
+def make_form(
+    *,
+    model: str | None = None,
+    system: str | None = None,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    params: Mapping[str, Any] | None = None,
+    schema: Path | str | Mapping[str, Any] | None = None,
+    endpoint: str = "chat",
+) -> RequestForm:
+    """Return what every request has in common; see ``RequestOptions``.
+
+    Raises:
+        UsageError: options contradict each other, or a value is wrong.
+        InputError: the schema is wrong.
+    """
+    if endpoint not in ENDPOINTS:
+        raise UsageError(f"endpoint {endpoint!r} is unknown", f"use {', '.join(ENDPOINTS)}")
+    _check_values(model, temperature, max_tokens, endpoint)
+    given = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, value in (params or {}).items():
+        if name in _OWN_OPTIONS:
+            raise UsageError(f"--param sets {name}", f"use {_OWN_OPTIONS[name]} instead")
+        _check_param(name, value)
+        fields[name] = value
+    if schema is not None:
+        fields["response_format"] = response_format(schema)
+    if endpoint != "chat" and (system is not None or schema is not None):
+        raise UsageError(
+            f"--system and --schema are for chat, not for {endpoint}",
+            "leave them out, or leave out --endpoint",
+        )
+    return RequestForm(endpoint, fields, system)
+
+
+def _check_values(
+    model: str | None, temperature: float | None, max_tokens: int | None, endpoint: str
+) -> None:
+    if model is not None and not model.strip():
+        raise UsageError("--model is empty", "name one, such as llama3.2:3b, or leave it out")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature {temperature} is not 0 or more", "--temperature 0.7")
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens} leaves no answer", "--max-tokens 500")
+    if endpoint == "embeddings" and (temperature, max_tokens) != (None, None):
+        raise UsageError(
+            "--temperature and --max-tokens mean nothing for embeddings",
+            "leave them out, or leave out --endpoint",
+        )
+
+
+def _check_param(name: str, value: Any) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--param {name} has no place in JSON: {error}", "give numbers, texts, lists, objects"
+        ) from None

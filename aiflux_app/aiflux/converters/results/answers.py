@@ -1,0 +1,165 @@
+"""Answers of a run: one after the other, or each by its custom_id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.batch.input_file import change_of, looks_unchanged
+from aiflux.core.batch.request import parse_json, request_key
+from aiflux.core.batch.results_file import (
+    Entry,
+    entry_lines,
+    output_files,
+    parse_entry,
+    read_entries,
+)
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import ResultIndex
+from aiflux.core.runs.output import iterate_results
+from aiflux.core.runs.plan import read_plan
+from aiflux.errors import InputError, RunConflictError
+
+_FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
+_THOUGHT = "</think>"
+
+
+def entries(output: Path) -> Iterator[Entry]:
+    """Yield the entries of an output, with their requests where these can be found.
+
+    A ``.jsonl`` output holds no requests: they are read from its run, where that is still there.
+    """
+    run = RunDirectory.of_output(output)
+    if output.suffix == ".jsonl" and run.plan.is_file():
+        try:
+            plan = read_plan(run)
+            if looks_unchanged(plan.input) or change_of(plan.input) is None:
+                return _entries_of_run(run)
+        except (RunConflictError, InputError, OSError):
+            pass  # another version's plan, or no input: the output alone tells less, but enough
+    return read_entries(output)
+
+
+def _entries_of_run(run: RunDirectory) -> Iterator[Entry]:
+    for raw, result in iterate_results(read_plan(run), run):
+        request = parse_json(raw.decode("utf-8"))
+        yield Entry(
+            request["custom_id"],
+            request,
+            None if result.failed else json.loads(result.body),
+            json.loads(result.error),
+            {**(request.get("metadata") or {}), **json.loads(result.metadata)},
+        )
+
+
+class AnswersById:
+    """Random access to an output's entries, with 24 bytes of memory for each."""
+
+    def __init__(self, output: Path) -> None:
+        self._paths = output_files(output)
+        self._index = ResultIndex()
+        for at, path in enumerate(self._paths):
+            for offset, size, text in entry_lines(path):
+                key = _key(parse_entry(text, path).custom_id)
+                self._index.add(key, offset * len(self._paths) + at, size, failed=at > 0)
+        self._index.seal()
+        self._files = [open(path, "rb") for path in self._paths]  # noqa: SIM115 - see close
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return self._index.done
+
+    def get(self, custom_id: str) -> Entry | None:
+        """Return the entry of a request, or None."""
+        found = self._index.find(_key(custom_id))
+        if found is None:
+            return None
+        offset, at = divmod(found[0], len(self._paths))
+        self._files[at].seek(offset)
+        return parse_entry(self._files[at].read(found[1]), self._paths[at])
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+
+def _key(custom_id: str) -> bytes:
+    return request_key(custom_id.encode("utf-8", "surrogatepass"))
+
+
+def kept_columns(entry: Entry) -> dict[str, Any]:
+    """Return the source's columns that a converter put into the request's metadata."""
+    columns = entry.metadata.get("columns")
+    if columns is None and entry.request is not None:
+        columns = (entry.request.get("metadata") or {}).get("columns")
+    own = columns if isinstance(columns, dict) else {}
+    named = ("source_file", "chunk", "chunks")
+    return own or {name: entry.metadata[name] for name in named if name in entry.metadata}
+
+
+def json_fields(entry: Entry) -> dict[str, Any] | None:
+    """Return the JSON object that an answer is, or that it holds beside other words, or None.
+
+    What stands before ``</think>`` is no answer. A Markdown fence, and words before and behind, are
+    dropped where what is left is one object and no other could be meant.
+    """
+    text = entry.answer.rpartition(_THOUGHT)[2]
+    try:
+        whole = parse_json(text)
+    except ValueError:
+        return _object_within(text)
+    return whole if isinstance(whole, dict) else None
+
+
+def _object_within(text: str) -> dict[str, Any] | None:
+    fenced = [found for found in map(_object, _FENCE.findall(text)) if found is not None]
+    if fenced:
+        return fenced[0] if len(fenced) == 1 else None
+    return _object(text[text.find("{") : text.rfind("}") + 1])
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def choices(entry: Entry) -> list[dict[str, Any]]:
+    """Return the choices of an answer; nothing for embeddings and failures."""
+    found = entry.body.get("choices") if isinstance(entry.body, dict) else None
+    listed = found if isinstance(found, list) else []
+    return [choice for choice in listed if isinstance(choice, dict)]
+
+
+def prompt_text(body: dict[str, Any], roles: tuple[str, ...] = ("user",)) -> str:
+    """Return what a request asks; of a message in parts the texts, and the kinds of the others."""
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        asked = (message for message in messages if isinstance(message, dict))
+        told = (message.get("content") for message in asked if message.get("role") in roles)
+        return "\n".join(map(_words, told))
+    return str(body.get("prompt", body.get("input", "")))
+
+
+def _words(content: Any) -> str:
+    if not isinstance(content, list):
+        return str(content)
+    parts = (part for part in content if isinstance(part, dict))
+    return " ".join(str(part.get("text") or f"[{part.get('type', 'part')}]") for part in parts)
+
+
+def refuse_missing(output: Path) -> None:
+    """Raise InputError where an output is not there (yet)."""
+    if not output.is_file():
+        raise InputError(
+            f"the output {output} is not there",
+            f"wait for its run (aiflux status {str(output)!r}); `aiflux merge --partial` writes "
+            "what is done so far",
+        )

@@ -1,0 +1,291 @@
+"""The table that answers become: its columns and rows, beside those of the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiflux.converters.cells import as_text
+from aiflux.converters.delimited import DelimitedTable
+from aiflux.converters.duplicate_ids import SeenIds
+from aiflux.converters.parquet import ParquetTable
+from aiflux.converters.results.answers import (
+    AnswersById,
+    choices,
+    entries,
+    json_fields,
+    kept_columns,
+    prompt_text,
+)
+from aiflux.converters.table import Row
+from aiflux.converters.template import check_columns
+from aiflux.converters.writer import Skipped
+from aiflux.core.batch.results_file import Entry
+from aiflux.errors import InputError
+from aiflux.util.unicode import whole_text
+
+_NAMED = 5
+_INT64 = range(-(1 << 63), 1 << 63)
+_REPEATED = "no result: an earlier row of the source has this custom_id"
+Record = dict[str, Any]
+
+
+@dataclass
+class BackSummary:
+    """What a table of answers holds.
+
+    Attributes:
+        rows: rows written.
+        answered, failed: rows with an answer, and with an error.
+        unasked: rows of the source without a result.
+        unused: results that belong to no row of the source.
+        unread: rows of the source that cannot be read, and are left out.
+        repeated: rows of the source whose custom_id an earlier row has: only that one was asked.
+        changed: rows of the source none of whose cells stands in the request of their custom_id.
+        unfit: answers that hold no JSON object, where such were to be unpacked.
+        several: answers with further choices; the table has the first.
+        cut: answers that ended at the token limit.
+        empty: answers without a text, by their reason.
+        absent: fields that were named and that no answer has.
+        examples: the first custom_ids that ``changed`` and ``unfit`` count, by that name.
+    """
+
+    output: Path | None
+    rows: int = 0
+    answered: int = 0
+    failed: int = 0
+    unasked: int = 0
+    unused: int = 0
+    unread: int = 0
+    repeated: int = 0
+    changed: int = 0
+    unfit: int = 0
+    several: int = 0
+    cut: int = 0
+    empty: dict[str, int] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, what: str, custom_id: str) -> None:
+        """Count one more of ``changed`` or ``unfit``."""
+        setattr(self, what, getattr(self, what) + 1)
+        named = self.examples.setdefault(what, [])
+        if len(named) < _NAMED:
+            named.append(custom_id)
+
+
+@dataclass(frozen=True)
+class BackOptions:
+    """How answers are joined.
+
+    Attributes:
+        source: the CSV, TSV or Parquet file that the requests were made from; None takes the
+            columns that were kept in the requests' metadata.
+        id_column: the column of the source that the custom_ids came from.
+        json_fields: fields of JSON answers that become columns; () takes all, None none.
+        reasoning: a column with what reasoning models thought, where the engine keeps that apart.
+        delimiter, encoding: of a source that is CSV.
+        excel: CSV as Excel reads it: with a byte order mark, and ``'`` before cells that it would
+            take for a formula.
+    """
+
+    source: Path | str | None = None
+    id_column: str | None = None
+    json_fields: tuple[str, ...] | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+    excel: bool = False
+    reasoning: bool = False
+
+
+class BackTable:
+    """The columns of the table, and its rows.
+
+    Attributes:
+        columns: of the source, as they are called in the table.
+        fields: of JSON answers, as they are called in the table.
+        met: those of the fields that some answer has.
+    """
+
+    def __init__(self, output: Path, options: BackOptions, stack: ExitStack) -> None:
+        self.output = output
+        self.options = options
+        self.summary = BackSummary(None)
+        self.seen = _Seen()
+        self.met: set[str] = set()
+        self.source = None if options.source is None else _Source.of(options, stack)
+        names: Sequence[str] = () if self.source is None else self.source.columns
+        if self.source is None or (options.json_fields == ()):
+            for entry in entries(output):
+                self.seen.note(entry, options)
+        self._columns = tuple(names or self.seen.columns)
+        self._fields = options.json_fields or tuple(self.seen.fields)
+        taken: set[str] = set()
+        self.columns = {name: _free(whole_text(name), taken) for name in self._columns}
+        self.id, self.answer, self.error = (
+            _free(name, taken) for name in ("custom_id", "answer", "error")
+        )
+        self.reasoning = _free("reasoning", taken) if options.reasoning else None
+        self.fields = {name: _free(whole_text(name), taken) for name in self._fields}
+
+    @property
+    def header(self) -> list[str]:
+        """All columns, in order."""
+        more = [] if self.reasoning is None else [self.reasoning]
+        ours = [self.answer, *more, self.error]
+        return [self.id, *self.columns.values(), *ours, *self.fields.values()]
+
+    def records(self, target: Path) -> Iterator[Record]:
+        """Yield every row, and count what it is."""
+        self.summary.output = target
+        if self.source is None:
+            for entry in entries(self.output):
+                yield self._record(entry.custom_id, kept_columns(entry), entry)
+            return
+        with closing(AnswersById(self.output)) as answers:
+            found = 0
+            for custom_id, cells, repeated in self.source.rows(self.summary):
+                answer = None if repeated else answers.get(custom_id)
+                found += answer is not None
+                if answer is not None and _changed(answer, cells):
+                    self.summary.note("changed", custom_id)
+                record = self._record(custom_id, cells, answer)
+                yield record | {self.error: _REPEATED} if repeated else record
+            self.summary.unused = answers.count - found
+            if not found:
+                raise self.source.foreign(self.output)
+
+    def _record(self, custom_id: str, cells: dict[str, Any], entry: Entry | None) -> Record:
+        summary = self.summary
+        summary.rows += 1
+        record: Record = {self.id: custom_id}
+        record |= {shown: cells.get(name) for name, shown in self.columns.items()}
+        if entry is None:
+            summary.unasked += 1
+            record |= {self.answer: None, self.error: "no result: it was not asked"}
+        else:
+            failed = entry.error is not None
+            summary.failed += failed
+            summary.answered += not failed
+            record[self.answer] = None if failed else entry.answer
+            record[self.error] = entry.failure if failed else None
+            said = entry.choice
+            if self.reasoning is not None:
+                record[self.reasoning] = said.reasoning or None
+            if said.empty is not None:
+                summary.empty[said.empty] = summary.empty.get(said.empty, 0) + 1
+            told = choices(entry)
+            summary.several += len(told) > 1
+            summary.cut += bool(told) and told[0].get("finish_reason") == "length"
+        if self.options.json_fields is not None:
+            record |= self._unpacked(entry)
+        return record
+
+    def _unpacked(self, entry: Entry | None) -> Record:
+        answered = entry is not None and entry.error is None
+        content = json_fields(entry) if entry is not None and answered else None
+        if entry is not None and answered and content is None:
+            self.summary.note("unfit", entry.custom_id)
+        self.met.update(content or ())
+        return {shown: (content or {}).get(name) for name, shown in self.fields.items()}
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """Return a column's name, changed where the table has one of that name; it is taken then."""
+    found, number = name, 1
+    while found in taken:
+        found = f"aiflux_{name}" if number == 1 else f"aiflux_{name}_{number}"
+        number += 1
+    taken.add(found)
+    return found
+
+
+def _changed(entry: Entry, cells: dict[str, Any]) -> bool:
+    """Return whether the request of an answer holds none of a row's cells.
+
+    A row with an empty cell cannot be judged: that cell may be all that was asked.
+    """
+    if entry.request is None:
+        return False
+    asked = prompt_text(entry.request.get("body") or {}, ("system", "user", "assistant"))
+    texts = [as_text(cell) for cell in cells.values() if not isinstance(cell, bytes)]
+    return bool(texts) and all(texts) and not any(text in asked for text in texts)
+
+
+@dataclass
+class _Seen:
+    """Columns and JSON fields that entries have, with the types of their values."""
+
+    columns: dict[str, set[type]] = field(default_factory=dict)
+    fields: dict[str, set[type]] = field(default_factory=dict)
+
+    def note(self, entry: Entry, options: BackOptions) -> None:
+        for name, value in kept_columns(entry).items():
+            self.columns.setdefault(name, set()).add(_type(value))
+        if options.json_fields is not None:
+            for name, value in (json_fields(entry) or {}).items():
+                self.fields.setdefault(name, set()).add(_type(value))
+
+
+def _type(value: Any) -> type:
+    """Return a value's type; that of text for a number that a column of 64 bits cannot hold."""
+    return str if isinstance(value, int) and value not in _INT64 else type(value)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The table that the requests were made from."""
+
+    table: DelimitedTable | ParquetTable
+    id_column: str | None
+
+    @classmethod
+    def of(cls, options: BackOptions, stack: ExitStack) -> _Source:
+        path = Path(options.source or "")
+        table: DelimitedTable | ParquetTable
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = stack.enter_context(ParquetTable(path))
+        else:
+            table = DelimitedTable.of(path, options.delimiter, options.encoding)
+        if options.id_column is not None:
+            check_columns([options.id_column], table.columns, "--id-column", repr(str(path)))
+        return cls(table, options.id_column)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self.table.columns
+
+    def rows(self, summary: BackSummary) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """Yield each row's custom_id and cells, and whether an earlier row has that custom_id.
+
+        Rows that cannot be read are counted and left out.
+        """
+        seen = SeenIds()
+        for row in self._rows():
+            if not isinstance(row, Row):
+                summary.unread += 1
+                continue
+            name = row.name
+            if self.id_column is not None:
+                name = as_text(row.cells[self.id_column])
+                if seen.first_use(name, row.number) is not None:
+                    summary.repeated += 1
+                    yield name, dict(row.cells), True
+                    continue
+            yield name, dict(row.cells), False
+
+    def _rows(self) -> Iterable[Row | Skipped]:
+        if isinstance(self.table, ParquetTable):
+            return self.table.rows(self.table.columns)
+        return self.table.rows()
+
+    def foreign(self, output: Path) -> InputError:
+        listed = ", ".join(repr(name) for name in self.columns)
+        return InputError(
+            f"no row of {str(self.table.path)!r} has a result in {str(output)!r}",
+            "name the column that the custom_ids came from with --id-column "
+            f"(the columns are {listed}); without one, row 1 is 'row-1'",
+        )

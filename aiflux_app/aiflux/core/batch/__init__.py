@@ -1,0 +1,1 @@
+"""The batch format: request lines, whole input files and results files."""

@@ -1,0 +1,246 @@
+"""Reading outputs: the entries of a ``.json`` array, or of a ``.jsonl`` and its errors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.runs.directory import errors_path
+from aiflux.errors import InputError
+
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What an output says of one request.
+
+    Attributes:
+        request: the request, where the output holds it.
+        body: the engine's answer; None for a failed request.
+        error: None, or an object with ``code`` and ``message``.
+    """
+
+    custom_id: str
+    request: dict[str, Any] | None
+    body: Any
+    error: dict[str, Any] | None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """The answer's text; "" for a failed request."""
+        return "" if self.error is not None else answer_text(self.body)
+
+    @property
+    def choice(self) -> ChoiceText:
+        """What the first choice says; nothing for a failed request, and for embeddings."""
+        told = choice_texts(self.body) if self.error is None else []
+        return told[0] if told else ChoiceText("")
+
+    @property
+    def failure(self) -> str:
+        """What went wrong, as ``code: message``; "" where nothing did."""
+        return "" if self.error is None else f"{self.error['code']}: {self.error['message']}"
+
+
+EMPTY_REASONS = {
+    "reasoning": "ended in reasoning: raise max_tokens",
+    "length": "cut before the first word: raise max_tokens",
+    "only_reasoning": "with reasoning only",
+    "tool_call": "with a tool call",
+    "refusal": "refused",
+    "content_filter": "stopped by a content filter",
+    "no_text": "without any text",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceText:
+    """What one choice of an answer says.
+
+    Attributes:
+        reasoning: what a reasoning model thought before it answered, where the engine keeps that
+            apart.
+        empty: why there is no text, one of ``EMPTY_REASONS``; None where there is.
+    """
+
+    text: str
+    reasoning: str = ""
+    empty: str | None = None
+
+
+def choice_texts(body: Any) -> list[ChoiceText]:
+    """Return what each choice of an answer says; nothing for embeddings."""
+    found = body.get("choices") if isinstance(body, dict) else None
+    listed = found if isinstance(found, list) else []
+    return [_choice_text(choice) for choice in listed if isinstance(choice, dict)]
+
+
+def _choice_text(choice: dict[str, Any]) -> ChoiceText:
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        message = {"content": choice.get("text")}
+    content = message.get("content")
+    text = _parts_text(content, "text")
+    # vLLM and llama.cpp say reasoning_content, Ollama and OpenRouter reasoning; Mistral has parts.
+    named = (message.get(name) for name in ("reasoning_content", "reasoning"))
+    thoughts = (*(_parts_text(each, "text") for each in named), _parts_text(content, "thinking"))
+    reasoning = next((thought for thought in thoughts if thought.strip()), "")
+    empty = None if text.strip() else _empty_reason(message, choice.get("finish_reason"), reasoning)
+    return ChoiceText(text, reasoning, empty)
+
+
+def _parts_text(content: Any, key: str) -> str:
+    """Return a content's text; of a list of parts that of those with ``key``, put together."""
+    if isinstance(content, str):
+        return content if key == "text" else ""
+    parts = content if isinstance(content, list) else ()
+    inside = (part.get(key) for part in parts if isinstance(part, dict))
+    return "".join(
+        each if isinstance(each, str) else _parts_text(each, "text")
+        for each in inside
+        if isinstance(each, str | list)
+    )
+
+
+def _empty_reason(message: dict[str, Any], finish: Any, reasoning: str) -> str:
+    if message.get("tool_calls") or message.get("function_call"):
+        return "tool_call"
+    if message.get("refusal") or _parts_text(message.get("content"), "refusal"):
+        return "refusal"
+    if finish == "content_filter":
+        return "content_filter"
+    if finish == "length":
+        return "reasoning" if reasoning else "length"
+    return "only_reasoning" if reasoning else "no_text"
+
+
+def answered_words(answered: int, empty: Mapping[str, int]) -> str:
+    """Return how many requests were answered, how many of the answers are empty, and why."""
+    words = f"{answered:,} answered"
+    count = sum(empty.values())
+    if not count:
+        return words
+    reasons = (
+        f"{empty[name]:,} {EMPTY_REASONS[name]}" for name in EMPTY_REASONS if empty.get(name)
+    )
+    return f"{words}, {count:,} of them empty ({'; '.join(reasons)})"
+
+
+def answer_texts(body: Any) -> list[str]:
+    """Return the text of each choice of an answer; nothing for embeddings."""
+    return [choice.text for choice in choice_texts(body)]
+
+
+def vectors(body: Any) -> list[Any]:
+    """Return the vectors of an answer of embeddings, in order; nothing for others."""
+    data = body.get("data") if isinstance(body, dict) and body.get("object") == "list" else None
+    items = data if isinstance(data, list) else []
+    return [item.get("embedding") for item in items if isinstance(item, dict)]
+
+
+def answer_text(body: Any) -> str:
+    """Return the first choice's text, or the vector (vectors) of an embedding as JSON."""
+    found = vectors(body)
+    if found:
+        return json.dumps(found[0] if len(found) == 1 else found)
+    texts = answer_texts(body)
+    return texts[0] if texts else ""
+
+
+def output_files(path: Path) -> list[Path]:
+    """Return the files that hold an output's entries."""
+    errors = errors_path(path)
+    return [path, errors] if path.suffix == ".jsonl" and errors.exists() else [path]
+
+
+def entry_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield ``(offset, size, line)`` of every entry of one file; both forms hold one a line.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=_BUFFER) as file:
+            offset = 0
+            for line in file:
+                text = line.strip().removesuffix(b",")
+                if text not in (b"", b"[", b"]", b"[]"):
+                    yield offset, len(line), text
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
+
+
+def parse_entry(text: bytes, path: Path) -> Entry:
+    """Parse one entry of an output.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return _entry(json.loads(text.strip().removesuffix(b",")))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not an output of aiflux: {_reason(error)}, at {text[:60]!r}",
+            "name an output of `aiflux run`, its run directory or its job",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """Yield every entry of an output: those of a ``.jsonl`` output's errors file come last.
+
+    Raises:
+        InputError: a file cannot be read, or is no output.
+    """
+    for file in output_files(path):
+        for _, _, text in entry_lines(file):
+            yield parse_entry(text, file)
+
+
+def _entry(content: dict[str, Any]) -> Entry:
+    if "output" not in content and "response" not in content:
+        raise TypeError("it has neither an output nor a response")
+    if "input" in content:
+        request = content["input"]
+        entry = Entry(
+            request["custom_id"],
+            request,
+            content["output"],
+            content.get("error"),
+            content["metadata"],
+        )
+    else:
+        response = content["response"] or {}
+        body = response.get("body")
+        error = content["error"] or _refusal(response.get("status_code"), body)
+        entry = Entry(content["custom_id"], None, None if error else body, error)
+    _check(entry)
+    return entry
+
+
+def _refusal(status: Any, body: Any) -> dict[str, Any] | None:
+    """Return the error of a response that is one by its HTTP status, as OpenAI's batches have."""
+    if not isinstance(status, int) or status < 400:
+        return None
+    error = body.get("error") if isinstance(body, dict) else None
+    told = error.get("message") if isinstance(error, dict) else None
+    return {"code": f"http_{status}", "message": str(told or json.dumps(body)), "status": status}
+
+
+def _check(entry: Entry) -> None:
+    """Raise TypeError where a part has another type than any output gives it."""
+    if not isinstance(entry.custom_id, str) or not isinstance(entry.metadata, dict):
+        raise TypeError("custom_id is no text, or metadata no object")
+    if entry.request is not None and not isinstance(entry.request.get("body", {}), dict):
+        raise TypeError("the request's body is no object")
+    if entry.error is not None and not {"code", "message"} <= entry.error.keys():
+        raise TypeError("the error has no code or no message")

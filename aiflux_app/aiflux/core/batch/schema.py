@@ -1,0 +1,181 @@
+"""JSON Schemas that answers must fit. Validation is jsonschema's; nothing is fetched for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import unquote
+
+from aiflux.util.extras import need
+
+Check = Callable[[Any], "str | None"]
+_SHOWN = 300
+
+
+class SchemaError(ValueError):
+    """A schema is not one, refers to what is not there, or cannot be applied."""
+
+
+def can_check_schemas() -> bool:
+    """Tell whether jsonschema is installed."""
+    return find_spec("jsonschema") is not None
+
+
+def requested_schema(wanted: dict[str, Any]) -> Any:
+    """Return the schema in a ``response_format`` of the type ``json_schema``.
+
+    Raises:
+        SchemaError: it holds none.
+    """
+    holder = wanted.get("json_schema")
+    if not isinstance(holder, dict):
+        raise SchemaError("json_schema is not an object")
+    if "schema" not in holder:
+        raise SchemaError("json_schema.schema is missing")
+    return holder["schema"]
+
+
+def schema_text(schema: Any) -> str:
+    """Return a schema as JSON.
+
+    Raises:
+        SchemaError: it is nested too deeply.
+    """
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise SchemaError("it is nested too deeply") from None
+
+
+def schema_problem(body: dict[str, Any]) -> str | None:
+    """Return what is wrong with the schema that a request's body asks for; None if nothing is.
+
+    Raises:
+        ConfigError: jsonschema is not installed.
+    """
+    wanted = body.get("response_format")
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        return None
+    try:
+        problem = _problem(schema_text(requested_schema(wanted)))
+    except SchemaError as error:
+        problem = str(error)
+    return None if problem is None else f"the schema in body.response_format is wrong: {problem}"
+
+
+@lru_cache(maxsize=256)
+def _problem(schema: str) -> str | None:
+    try:
+        compile_schema(json.loads(schema))
+    except SchemaError as error:
+        return str(error)
+    return None
+
+
+def compile_schema(schema: Any) -> Check:
+    """Return a function that tells what is wrong with a value, or None. It is not thread-safe.
+
+    Without ``$schema`` the schema is of draft 2020-12. The function raises SchemaError where a
+    value leads to a reference that cannot be followed, or that leads back to itself.
+
+    Raises:
+        SchemaError: the schema is not valid.
+        ConfigError: jsonschema is not installed.
+    """
+    library = need("jsonschema", "schema", "checking answers against a JSON Schema")
+    if not isinstance(schema, dict):
+        raise SchemaError("it is not a JSON object")
+    if not isinstance(schema.get("$schema", ""), str):
+        raise SchemaError("at $.$schema: it is not a string")
+    try:
+        kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
+        _check(schema, kind)
+        validator = kind(schema)
+    except library.SchemaError as error:
+        raise SchemaError(f"at {error.json_path}: {_short(error.message)}") from None
+    except RecursionError:
+        raise SchemaError("it is nested too deeply") from None
+    except SchemaError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of JSON that is no schema the library may raise any
+        raise SchemaError(f"it cannot be read: {_short(repr(error))}") from None
+
+    def check(value: Any) -> str | None:
+        try:
+            error = library.exceptions.best_match(validator.iter_errors(value))
+        except RecursionError:
+            raise SchemaError("a reference in it leads back to itself, or too deep") from None
+        except Exception as error:  # noqa: BLE001 - the class of a bad reference varies by version
+            raise SchemaError(f"it cannot be applied: {_short(str(error))}") from None
+        return None if error is None else f"at {error.json_path}: {_short(error.message)}"
+
+    check(None)
+    return check
+
+
+def _check(schema: dict[str, Any], kind: Any) -> None:
+    outside = next(_outside(schema), None)
+    if outside is not None:
+        raise SchemaError(
+            f"it refers to {outside!r}; nothing outside the schema is read: put it under $defs"
+        )
+    kind.check_schema(schema)
+    dangling = next(_dangling(schema, schema), None)
+    if dangling is not None:
+        raise SchemaError(f"it refers to {dangling!r}, which is not there")
+
+
+def _outside(schema: Any) -> Iterator[str]:
+    """Yield what would have to be fetched: references that do not begin with #."""
+    if isinstance(schema, dict):
+        for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+            target = schema.get(key)
+            if isinstance(target, str) and not target.startswith("#"):
+                yield target
+        for key, value in schema.items():
+            if key not in ("const", "enum", "default", "examples"):
+                yield from _outside(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _outside(value)
+
+
+def _dangling(schema: Any, root: dict[str, Any]) -> Iterator[str]:
+    """Yield references by path (``#/$defs/x``) that lead nowhere.
+
+    A part with an ``$id`` of its own is left out: paths inside it do not begin at the root.
+    """
+    if isinstance(schema, dict):
+        if schema is not root and "$id" in schema:
+            return
+        target = schema.get("$ref")
+        if isinstance(target, str) and target.startswith("#/") and not _leads(target, root):
+            yield target
+        for key, value in schema.items():
+            if key not in ("const", "enum", "default", "examples"):
+                yield from _dangling(value, root)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _dangling(value, root)
+
+
+def _leads(target: str, root: Any) -> bool:
+    """Tell whether a JSON Pointer (RFC 6901) behind ``#`` leads to something."""
+    found = root
+    for step in unquote(target[2:]).split("/"):
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+        elif isinstance(found, list) and re.fullmatch(r"\d+", name) and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            return False
+    return True
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

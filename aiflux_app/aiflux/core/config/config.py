@@ -1,0 +1,281 @@
+"""Configuration: what was set where, and what holds.
+
+Order: argument > environment > ``.env`` > ``./aiflux.yaml`` > ``~/.config/aiflux/config.yaml`` >
+site file (``AIFLUX_SITE_CONFIG``) > default. ``.env`` is read, never exported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from aiflux.core.config.legacy_model_file import (
+    ModelConfig,
+    ModelParameters,
+    model_file,
+    read_model_file,
+)
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import (
+    BY_NAME,
+    SETTINGS,
+    known_setting,
+    parse_setting,
+    refuse_two_names,
+    section_settings,
+)
+from aiflux.core.config.slurm_config import SlurmConfig
+from aiflux.core.config.sources import Value, from_dotenv, from_environment, from_files
+from aiflux.errors import ConfigError
+from aiflux.models.catalog import Catalogue, catalogue_files, read_catalogue
+from aiflux.models.name import parse_model_name, same_model
+from aiflux.util.text import public_url
+
+__all__ = ["Config", "SlurmConfig", "Value"]
+
+_log = logging.getLogger(__name__)
+
+
+class Config:
+    """All settings of this process, resolved once.
+
+    Args:
+        data_dir, models_dir, logs_dir, containers_dir: folders; win over every other source.
+        arguments: settings given on the command line; None means not given.
+        model_config: a model, whose parameters hold where nothing else sets them.
+        environ: the environment (default: the process's).
+        directory: where ``.env`` and ``aiflux.yaml`` are looked for (default: the current one).
+
+    Attributes:
+        values: every setting's value and where it came from.
+
+    Raises:
+        ConfigError: a value is wrong or a key unknown; names its place.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path | None = None,
+        models_dir: str | Path | None = None,
+        logs_dir: str | Path | None = None,
+        containers_dir: str | Path | None = None,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        model_config: ModelConfig | None = None,
+        environ: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self._environ = os.environ if environ is None else environ
+        self._directory = Path.cwd() if directory is None else directory
+        given = {
+            "data_dir": data_dir,
+            "models_dir": models_dir,
+            "logs_dir": logs_dir,
+            "containers_dir": containers_dir,
+        }
+        self._arguments = {**(arguments or {}), **{k: v for k, v in given.items() if v is not None}}
+        values = self._resolve(self._arguments)
+        path = values["model_config"].value
+        if model_config is None and path is not None:
+            model_config = self._read_model_file(path, among=values["model"].value)
+        self._model_config = model_config
+        if model_config is not None:
+            values.update(_of_model(model_config, values))
+        self.values: Mapping[str, Value] = MappingProxyType(values)
+
+    def get(self, name: str) -> Any:
+        """Return a setting's value."""
+        return self.values[name].value
+
+    def changed(
+        self, arguments: Mapping[str, Any], model_config: ModelConfig | None = None
+    ) -> Config:
+        """Return this configuration with further arguments; None means not given."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return Config(
+            arguments={**self._arguments, **given},
+            model_config=model_config or (None if "model_config" in given else self._model_config),
+            environ=self._environ,
+            directory=self._directory,
+        )
+
+    def _resolve(self, arguments: Mapping[str, Any]) -> dict[str, Value]:
+        values = {item.name: Value(item.default, "default") for item in SETTINGS}
+        values.update(from_files(self._environ, self._directory))
+        values.update(from_dotenv(self._directory / ".env", self._environ))
+        values.update(from_environment(self._environ))
+        for name, value in arguments.items():
+            if value is not None:
+                setting = known_setting(name, "the arguments: ")
+                parsed = parse_setting(setting, value, f"the argument {setting.option}")
+                values[setting.name] = Value(parsed, "argument")
+        return values
+
+    @property
+    def data_dir(self) -> Path:
+        """Where AI-Flux keeps models and images unless told otherwise."""
+        home = Path(self._environ.get("HOME") or "/")
+        base = Path(self._environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+        return Path(self.get("data_dir") or base / "aiflux")
+
+    @property
+    def models_dir(self) -> Path:
+        """Where models lie."""
+        return Path(self.get("models_dir") or self.data_dir / "models")
+
+    @property
+    def containers_dir(self) -> Path:
+        """Where images lie."""
+        return Path(self.get("containers_dir") or self.data_dir / "containers")
+
+    @property
+    def logs_dir(self) -> Path | None:
+        """Where job logs go; None means the run directory."""
+        value: Path | None = self.get("logs_dir")
+        return value
+
+    @property
+    def image(self) -> Path | None:
+        """The image that was named, if one was."""
+        value: Path | None = self.get("image")
+        return value
+
+    def catalogue(self) -> Catalogue:
+        """Return what is known of models: AI-Flux's own figures, the site's and the user's.
+
+        Raises:
+            ConfigError: a ``models.yaml`` is wrong; names its place.
+        """
+        return read_catalogue(catalogue_files(self.get("models_file"), self._environ))
+
+    def get_slurm_config(self, overrides: Mapping[str, Any] | None = None) -> SlurmConfig:
+        """Return what to ask of Slurm.
+
+        Args:
+            overrides: win over every other source; None means not given.
+        """
+        values = {item.name: self.get(item.name) for item in fields(SlurmConfig)}
+        return SlurmConfig(**{**values, **_parsed("slurm", overrides or {}, "the overrides")})
+
+    @property
+    def decided_here(self) -> dict[str, Value]:
+        """Settings of the current directory's files that decide where prompts go or what runs."""
+        return {
+            name: value
+            for name, value in self.values.items()
+            if value.local and BY_NAME[name].decisive and value.value != BY_NAME[name].default
+        }
+
+    def _refuse_key(self) -> None:
+        """Keep the API key from an address that only a file of the current directory names."""
+        url = self.values["engine_url"]
+        if url.local and url.value and self._environ.get("AIFLUX_API_KEY"):
+            raise ConfigError(
+                f"AIFLUX_API_KEY would go to {public_url(url.value)}, an address that only "
+                f"{url.origin} names",
+                "confirm the address with --engine-url or AIFLUX_ENGINE_URL, or write it into "
+                "~/.config/aiflux/config.yaml; or unset AIFLUX_API_KEY",
+            )
+
+    def run_options(self, **overrides: Any) -> RunOptions:
+        """Return the options of a run; ``overrides`` that are not None win.
+
+        Raises:
+            ConfigError: a value is wrong, or the API key would go to an address of a file of the
+                current directory.
+        """
+        if overrides.get("engine_url") is None:
+            self._refuse_key()
+        names = [item.name for item in fields(RunOptions) if item.name in BY_NAME]
+        values = {name: self.get(name) for name in names}
+        values["model_defaults"] = self.catalogue().all_defaults
+        return RunOptions(**{**values, **_parsed("run", overrides, "the arguments")})
+
+    def load_model_config(
+        self,
+        model_type: str,
+        model_size: str | None = None,
+        custom_config_path: str | Path | None = None,
+    ) -> ModelConfig:
+        """Return what is configured for a model, to be given to ``SlurmRunner.run(model_config=)``.
+
+        That is ``custom_config_path``, else a file ``FAMILY/SIZE.yaml`` in ``models`` or
+        ``config/models`` of this folder or in the models directory, else what the catalogue knows.
+        A model that none of them knows has no parameters of its own.
+
+        Args:
+            model_type: ``"llama3.2:3b"``, or ``"llama3.2"`` with ``model_size="3b"``.
+
+        Raises:
+            ConfigError: the name is none, or the file is wrong; names its place.
+        """
+        name = model_type if model_size is None else f"{model_type}:{model_size}"
+        parse_model_name(name)
+        path = (
+            model_file(self._model_folders(), name)
+            if custom_config_path is None
+            else self._directory / Path(custom_config_path).expanduser()
+        )
+        if path is not None:
+            return self._read_model_file(path, name)
+        return ModelConfig(name, _known_parameters(self.catalogue(), name))
+
+    def _model_folders(self) -> Iterator[Path]:
+        yield self._directory / "models"
+        yield self._directory / "config" / "models"
+        yield self.models_dir
+
+    def _read_model_file(
+        self, path: Path, name: str | None = None, among: str | None = None
+    ) -> ModelConfig:
+        found = read_model_file(path, name, among)
+        if found.unused:
+            told = "".join(f"\n  {each}" for each in found.unused)
+            _log.warning("%s: these keys are not used any more:%s", path, told)
+        return found
+
+
+def _known_parameters(catalogue: Catalogue, name: str) -> ModelParameters:
+    """Return the catalogue's parameters of a model."""
+    known = catalogue.defaults(name)
+    stop = known.get("stop") or ()
+    return ModelParameters(
+        temperature=known.get("temperature"),
+        top_p=known.get("top_p"),
+        max_tokens=known.get("max_tokens"),
+        stop_sequences=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+
+
+def _of_model(model: ModelConfig, values: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+    """Yield the settings that a model's configuration gives and nothing else sets."""
+    origin = str(model.place or f"the configuration of {model.name}")
+    named = values["model"]
+    if named.value is not None and not same_model(named.value, model.name):
+        raise ConfigError(
+            f"{origin} is of the model {model.name}, and the run's model is {named.value} "
+            f"({named.origin})",
+            f"model {model.name}, or another model_config, or none",
+        )
+    given = {"model": model.name, **model.parameters.settings()}
+    if values["engine_url"].value is None:
+        given.pop("top_k", None)
+    for name, value in given.items():
+        if values[name].origin == "default":
+            yield name, Value(value, origin)
+
+
+def _parsed(section: str, given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    known = section_settings(section)
+    values = {}
+    refuse_two_names(given, lambda _: place)
+    for name, value in given.items():
+        setting = known_setting(name, f"{place}: ", known)
+        if value is not None:
+            values[setting.name] = parse_setting(setting, value, place)
+    return values

@@ -1,0 +1,226 @@
+"""Where settings come from: the environment, ``.env`` and YAML files. Nothing is exported."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.config.settings import (
+    SECTIONS,
+    SETTINGS,
+    VARIABLES,
+    Setting,
+    elsewhere,
+    parse_setting,
+    refuse_two_names,
+    section_settings,
+)
+from aiflux.core.config.slurm_config import LEFT_OUT
+from aiflux.errors import ConfigError
+from aiflux.util import value_parsers
+from aiflux.util.files import others_may_write
+from aiflux.util.value_parsers import written_path
+from aiflux.util.yaml_file import is_there, read_text, read_yaml
+
+_log = logging.getLogger(__name__)
+_MISSPELT = 0.85  # similarity of a misspelt name: SLURM_ACOUNT is 0.96, SLURM_JOB_NAME 0.83 at most
+_DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A setting's value and where it came from, such as ``aiflux.yaml, line 3``.
+
+    Attributes:
+        local: whether a file of the current directory gave it.
+    """
+
+    value: Any
+    origin: str
+    local: bool = False
+
+
+def site_file(environ: Mapping[str, str]) -> Path | None:
+    """Return the site's file, which AIFLUX_SITE_CONFIG names; None where it names none.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    site = environ.get("AIFLUX_SITE_CONFIG")
+    if site and not is_there(Path(site)):
+        raise ConfigError(
+            f"AIFLUX_SITE_CONFIG names {site!r}, which is not a file",
+            "correct the variable or unset it",
+        )
+    return Path(site) if site else None
+
+
+def user_file(environ: Mapping[str, str]) -> Path:
+    """Return where the user's own file lies, if there is one."""
+    home = Path(environ.get("HOME") or "/")
+    return Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "aiflux" / "config.yaml"
+
+
+def project_file(directory: Path) -> Path:
+    """Return where the file of a folder lies, if there is one."""
+    return directory / "aiflux.yaml"
+
+
+def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Value]:
+    """Return what the YAML files say; the folder's wins over the user's, that over the site's.
+
+    Raises:
+        ConfigError: naming the line and what may stand there; or others can write the folder's.
+    """
+    values = {}
+    site, project = site_file(environ), project_file(directory)
+    for path in (*([site] if site else []), user_file(environ)):
+        if is_there(path):
+            values.update(from_yaml(path, environ))
+    if is_there(project):
+        trusted = site is not None and site.samefile(project)
+        if not trusted:
+            refuse_foreign(project, f"AIFLUX_SITE_CONFIG={shlex.quote(str(project.absolute()))}")
+        found = from_yaml(project, environ)
+        values.update({name: replace(each, local=not trusted) for name, each in found.items()})
+    return values
+
+
+def refuse_foreign(path: Path, trust: str) -> None:
+    """Refuse a file of the current directory that somebody else owns or can write to.
+
+    Args:
+        trust: what names the file, and so takes it all the same.
+
+    Raises:
+        ConfigError: it is such a file.
+    """
+    why = others_may_write(path)
+    if why is not None:
+        raise ConfigError(
+            f"{path} is refused: {why}, and could send prompts elsewhere or run commands in your "
+            "name",
+            f"make it yours alone: chmod go-w {shlex.quote(str(path))}, or copy it; or, if you "
+            f"trust it: {trust}",
+        )
+
+
+def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
+    """Return what one YAML file says.
+
+    Args:
+        environ: the variables that its paths may name.
+
+    Raises:
+        ConfigError: naming the line and what may stand there.
+    """
+    file = read_yaml(path)
+    values: dict[str, Value] = {}
+    for section in file.mapping(known=SECTIONS, noun="section", remedy=elsewhere):
+        known = section_settings(section)
+        given = file.mapping(section, known=known, noun="setting", remedy=elsewhere)
+        refuse_two_names(given, partial(file.place, section))
+        for name, value in given.items():
+            setting, keys = known[name], (section, name)
+            if value is not None:
+                parsed = _parsed(setting, value, file.place(*keys), path.parent, environ)
+                values[setting.name] = Value(parsed, file.line(*keys))
+            elif setting.name in LEFT_OUT:
+                values[setting.name] = Value(None, file.line(*keys))
+    return values
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:
+    """Return what the environment says; an empty variable counts as not set."""
+    return _named({name: (text, "environment") for name, text in environ.items()})
+
+
+def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
+    """Return what a ``.env`` file says, if there is one; its paths may name variables."""
+    # A folder of this name is a virtual environment.
+    if path.is_dir() or not is_there(path):
+        return {}
+    lines = {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)}
+    found = _named(
+        lines, lambda item, text, place: _parsed(item, text, place, path.parent, environ)
+    )
+    _warn_of_misspelt(lines)
+    # Other programs have files of this name.
+    if found:
+        refuse_foreign(path, "set the same variables in the environment")
+    return {name: replace(each, local=True) for name, each in found.items()}
+
+
+def _warn_of_misspelt(lines: Mapping[str, tuple[str, str]]) -> None:
+    """Warn of names that are nearly those of settings; other programs' names pass in silence."""
+    known = {item.env for item in SETTINGS if item.env}
+    for name, (_, place) in lines.items():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT)
+        if near and name not in known | VARIABLES and near[0] not in lines:
+            _log.warning("%s: %s is not a setting; did you mean %s?", place, name, near[0])
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """Read ``KEY=VALUE`` lines; ``#`` comments, ``export`` and quotes are understood.
+
+    Raises:
+        ConfigError: a line is not of that form.
+    """
+    return {name: text for name, text, _ in _dotenv_lines(path)}
+
+
+def _parsed(
+    setting: Setting, value: Any, place: str, folder: Path, environ: Mapping[str, str]
+) -> Any:
+    """Parse a value of a file; paths are those of the file."""
+
+    def parse(value: Any) -> Any:
+        return setting.parse(written_path(value, folder.absolute(), environ))
+
+    item = replace(setting, parse=parse) if setting.parse is value_parsers.path else setting
+    return parse_setting(item, value, place)
+
+
+def _named(
+    texts: Mapping[str, tuple[str, str]], parse: Callable[[Setting, str, str], Any] = parse_setting
+) -> dict[str, Value]:
+    values = {}
+    for item in SETTINGS:
+        text, where = texts.get(item.env or "", ("", ""))
+        if text:
+            origin = f"{where} ({item.env})"
+            values[item.name] = Value(parse(item, text, origin), origin)
+    return values
+
+
+def _dotenv_lines(path: Path) -> Iterator[tuple[str, str, int]]:
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _DOTENV_LINE.match(line)
+        if match is None:
+            raise ConfigError(f"{path}, line {number}: {line!r} is not KEY=VALUE", "correct it")
+        try:
+            yield match[1], _unquote(match[2]), number
+        except ValueError as error:
+            place = f"{path}, line {number} ({match[1]})"
+            raise ConfigError(f"{place}: {error}", "correct it") from None
+
+
+def _unquote(text: str) -> str:
+    quote = text[:1]
+    if quote in ("'", '"'):
+        inside, closed, after = text[1:].partition(quote)
+        if not closed:
+            raise ValueError(f"the quote {quote} is not closed")
+        if not re.fullmatch(r"(\s*|\s+#.*)", after):
+            raise ValueError(f"{after.strip()!r} stands behind the quotes")
+        return inside
+    return re.split(r"(?:^|\s+)#", text, maxsplit=1)[0]

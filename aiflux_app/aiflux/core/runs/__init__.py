@@ -1,0 +1,1 @@
+"""A run's state on disk: plan, shards, run directory, journal, status and output."""

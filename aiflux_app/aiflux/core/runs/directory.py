@@ -1,0 +1,183 @@
+"""The run directory: one class names every file of a run."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from aiflux.errors import ConfigError, RunConflictError
+from aiflux.util.files import read_error, storage_error
+
+OUTPUT_SUFFIXES = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run; ``path`` is ``<output>.aiflux``."""
+
+    path: Path
+
+    @classmethod
+    def of_output(cls, output: Path) -> RunDirectory:
+        """Return the run directory that belongs to an output file."""
+        return cls(output.with_name(output.name + ".aiflux"))
+
+    @property
+    def plan(self) -> Path:
+        """What was decided before the first request was sent."""
+        return self.path / "plan.json"
+
+    @property
+    def script(self) -> Path:
+        """The sbatch script as it was submitted."""
+        return self.path / "run.sbatch"
+
+    def script_part(self, number: int) -> Path:
+        """The script of the ``number``-th array, from 1, of a run that needs several."""
+        return self.script if number == 1 else self.path / f"run-{number}.sbatch"
+
+    @property
+    def submissions(self) -> Path:
+        """The Slurm jobs that were submitted for the run."""
+        return self.path / "jobs.json"
+
+    @property
+    def estimate(self) -> Path:
+        """What a pilot said the run would take."""
+        return self.path / "estimate.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that ``aiflux report`` writes."""
+        return self.path / "report.html"
+
+    @property
+    def run_status(self) -> Path:
+        """Status of the whole run, replaced atomically."""
+        return self.path / "status" / "run.json"
+
+    @property
+    def plan_lease(self) -> Path:
+        """Held while the plan is made or changed."""
+        return self.path / ".plan.lease"
+
+    @property
+    def merge_lease(self) -> Path:
+        """Held by the process that writes the output."""
+        return self.path / ".merge.lease"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the job, the worker and the engines."""
+        return self.path / "logs"
+
+    def lease(self, shard: int) -> Path:
+        """Held by the worker that writes a shard's journal."""
+        return self.path / f".shard-{shard:04d}.lease"
+
+    def journal(self, shard: int) -> Path:
+        """Journal of one shard."""
+        return self.path / "journal" / f"shard-{shard:04d}.jsonl"
+
+    def status(self, shard: int) -> Path:
+        """Status of one shard, replaced atomically."""
+        return self.path / "status" / f"shard-{shard:04d}.json"
+
+    def done_mark(self, shard: int, plan: str) -> Path:
+        """Made by a worker whose shard is done, for the plan with that id (see ``merge``)."""
+        return self.path / "status" / f"shard-{shard:04d}.{plan}.done"
+
+    def requeue_mark(self, shard: int) -> Path:
+        """Made by a worker that wants its job to go back to the queue."""
+        return self.path / "status" / f"shard-{shard:04d}.requeue"
+
+    def engine_log(self, shard: int, engine: int) -> Path:
+        """Log of one engine."""
+        return self.logs / f"engine-{shard:04d}-{engine}.log"
+
+    def unused(self) -> bool:
+        """Tell whether nothing is there but what a start leaves that was killed before its plan."""
+        if not self.path.exists():
+            return True
+        unfinished = (f".{self.plan.name}.", self.plan_lease.name)
+        files = (path for path in self.path.rglob("*") if not path.is_dir())
+        return all(path.parent == self.path and path.name.startswith(unfinished) for path in files)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a run directory in which somebody else can have put or changed files.
+
+        What is read there decides where prompts go and which files are written.
+
+        Raises:
+            RunConflictError: it belongs to another user, or others can write it.
+            StorageError: that cannot be told.
+        """
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise read_error(error, self.path) from error
+        if found.st_uid != os.geteuid():
+            raise RunConflictError(
+                f"the run directory {self.path} belongs to another user (uid {found.st_uid})",
+                "choose another output, in a folder of your own",
+            )
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RunConflictError(
+                f"others can write the run directory {self.path} "
+                f"(mode {stat.S_IMODE(found.st_mode):04o})",
+                f"make sure that its files are yours, then: chmod go-w {quote(str(self.path))}",
+            )
+
+    def make(self) -> None:
+        """Make the directory (mode 0700) alone, where it is not there yet."""
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        self.refuse_foreign()
+
+    def create(self) -> None:
+        """Make the directory and its folders, where they are not there yet."""
+        self.make()
+        try:
+            for name in ("journal", "status", "logs"):
+                (self.path / name).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+
+def errors_path(output: Path) -> Path:
+    """Return where the failed requests of a ``.jsonl`` output go."""
+    return output.with_name(output.stem + ".errors.jsonl")
+
+
+def default_output(input_path: Path, directory: Path) -> Path:
+    """Return the output used when none is named: ``<input stem>.results.json`` in ``directory``."""
+    return directory / f"{input_path.stem}.results.json"
+
+
+def checked_output(output: Path) -> Path:
+    """Return the absolute output path.
+
+    Raises:
+        ConfigError: the form of the output cannot be told, or its folder is not there.
+    """
+    output = output.expanduser().absolute()
+    if output.suffix not in OUTPUT_SUFFIXES:
+        raise ConfigError(
+            f"output {str(output)!r} ends in {output.suffix!r}",
+            "name it *.json (one array) or *.jsonl (OpenAI Batch output)",
+        )
+    if "\n" in str(output):
+        raise ConfigError("the output's path holds a line break", "choose another name")
+    if not output.parent.is_dir():
+        raise ConfigError(
+            f"the output's folder {str(output.parent)!r} is not there",
+            f"mkdir -p {str(output.parent)!r}",
+        )
+    return output

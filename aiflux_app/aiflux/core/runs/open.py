@@ -1,0 +1,295 @@
+"""Opening a run: check the input, make the plan, and settle what is there from before."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from aiflux.core.batch.input_file import InputSummary, scan_input
+from aiflux.core.batch.schema import can_check_schemas
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import RunDirectory, checked_output
+from aiflux.core.runs.merge import forget_done, shards_left
+from aiflux.core.runs.output import output_paths
+from aiflux.core.runs.plan import Plan, make_plan, read_plan, write_plan
+from aiflux.core.runs.reshard import mend_journals, recut_journals
+from aiflux.core.runs.status_file import (
+    finished_counts,
+    may_replace,
+    read_status,
+    run_status,
+)
+from aiflux.errors import ConfigError, RunConflictError
+from aiflux.estimates.storage import carry_estimate
+from aiflux.util.files import (
+    is_there,
+    read_file,
+    refuse_existing,
+    refuse_irregular,
+    remove_leftovers,
+    storage_error,
+)
+from aiflux.util.lease import acquire, refuse_living
+
+ShardCount = Callable[[InputSummary], int]
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run that is ready to be submitted or worked on.
+
+    Attributes:
+        finished: the run was done before; there is nothing to do.
+        resumed: results of earlier starts are there.
+        counts: total, completed and failed of a finished run.
+        open_shards: the shards that a start has to look at; none when only the output is missing.
+    """
+
+    plan: Plan
+    run: RunDirectory
+    finished: bool
+    resumed: bool
+    counts: dict[str, int]
+    open_shards: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A run that is checked and planned, while nothing is written.
+
+    Attributes:
+        earlier: the plan of earlier starts that left results.
+        counts: total, completed and failed of a finished run.
+        replace: an output that is there may be replaced.
+        anew: results of earlier starts are to be dropped.
+        seen: the plan and the run's status in the run directory, as they were written.
+    """
+
+    plan: Plan
+    run: RunDirectory
+    earlier: Plan | None
+    counts: dict[str, int] | None
+    replace: bool = False
+    anew: bool = False
+    seen: tuple[bytes | None, bytes | None] = (None, None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was done before and is to stay so."""
+        return self.counts is not None and not self.replace
+
+    def open(self, *, write: bool = True) -> OpenedRun:
+        """Write the plan into the run directory.
+
+        Args:
+            write: False leaves the disk as it is (a dry run).
+
+        Raises:
+            RunConflictError: a process works on the run.
+            StorageError: the run directory cannot be written.
+        """
+        if self.finished:
+            return OpenedRun(self.plan, self.run, True, True, self.counts or {}, ())
+        if write:
+            _write(self)
+        everything = self.anew or not write
+        left = range(len(self.plan.shards)) if everything else shards_left(self.plan, self.run)
+        resumed = self.earlier is not None and not self.anew
+        return OpenedRun(self.plan, self.run, False, resumed, {}, tuple(left))
+
+
+def open_run(
+    input_path: Path,
+    output: Path,
+    options: RunOptions,
+    models_dir: Path | None,
+    *,
+    shards: int | ShardCount = 1,
+    force: bool = False,
+    force_resume: bool = False,
+) -> OpenedRun:
+    """Check everything, then write the plan into the run directory.
+
+    Args and errors are those of ``draft_run`` and ``Draft.open``.
+    """
+    return draft_run(
+        input_path,
+        output,
+        options,
+        models_dir,
+        shards=shards,
+        force=force,
+        force_resume=force_resume,
+    ).open()
+
+
+def draft_run(
+    input_path: Path,
+    output: Path,
+    options: RunOptions,
+    models_dir: Path | None,
+    *,
+    shards: int | ShardCount = 1,
+    force: bool = False,
+    force_resume: bool = False,
+) -> Draft:
+    """Check the input and what is there from before, and plan the run; write nothing.
+
+    Args:
+        models_dir: where models lie; unused with an engine that is up already.
+        shards: their number, or what tells it from the input.
+        force: an output that is there may be replaced; a finished run starts anew.
+        force_resume: go on although model or parameters changed; results then mix.
+
+    Raises:
+        InputError: the input is wrong; lists its lines.
+        ConfigError: the output's path or the model's name is wrong.
+        OutputExistsError: the output is there and ``force`` is not given.
+        RunConflictError: the run directory belongs to another input, model or parameters.
+    """
+    output = checked_output(output)
+    input_path = input_path.expanduser().absolute()
+    if input_path in output_paths(output):
+        raise ConfigError("input and output are the same file", "name another output")
+    run = RunDirectory.of_output(output)
+    # Where jsonschema is missing here, the worker checks with its own, or says what to install.
+    schemas = options.validate and can_check_schemas()
+    summary = scan_input(input_path, options.model, schemas=schemas)
+    number = shards(summary) if callable(shards) else shards
+    plan = make_plan(summary, output, options, models_dir, number)
+    seen = _seen(run)
+    earlier = _earlier(run, plan, force_resume)
+    counts = finished_counts(plan, run) if earlier else None
+    if counts is not None and not force and not options.retry_failed:
+        return Draft(plan, run, earlier, counts)
+    replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
+    if not replace:
+        refuse_existing(*output_paths(output))
+    anew = counts is not None and not options.retry_failed
+    return Draft(plan, run, earlier, counts, replace, anew, seen)
+
+
+def _write(draft: Draft) -> None:
+    """Bring the run directory in line with the plan, while no process works on it.
+
+    What was drafted holds only for what was there then: another command may have planned, and even
+    ended, since.
+    """
+    plan, run, earlier = draft.plan, draft.run, draft.earlier
+    run.make()
+    with acquire(run.plan_lease, f"the run {plan.output}"):
+        leases = [*run.path.glob(".shard-*.lease"), run.merge_lease]
+        refuse_living(leases, f"the run {plan.output}")
+        if _seen(run) != draft.seen:
+            raise _begun_meanwhile(plan, run)
+        mend_journals(run)
+        _remove_leftovers(draft)
+        run.create()
+        if draft.anew:
+            _start_anew(run)
+        elif earlier is not None:
+            _settle(plan, run, earlier)
+        else:
+            _forget_statuses(run)
+        write_plan(plan, run)
+        carry_estimate(plan, run)
+        status = run_status(plan, run)
+        status.details["replace"] = draft.replace and plan.output.exists()
+        status.enter("in_progress")
+
+
+def _seen(run: RunDirectory) -> tuple[bytes | None, bytes | None]:
+    """Return what changes whenever a run is planned or ends."""
+    return read_file(run.plan), read_file(run.run_status)
+
+
+def _begun_meanwhile(plan: Plan, run: RunDirectory) -> RunConflictError:
+    return RunConflictError(
+        f"another command began the run {plan.output} at the same time",
+        f"look at it (aiflux status {quote(str(run.path))}), or run the same command again",
+    )
+
+
+def _remove_leftovers(draft: Draft) -> None:
+    """Remove the temporary files of earlier starts that were killed; none is alive now."""
+    shards = {*draft.plan.shards, *(draft.earlier.shards if draft.earlier else ())}
+    statuses = {draft.run.status(shard.index) for shard in shards}
+    remove_leftovers(
+        *output_paths(draft.plan.output), draft.run.plan, draft.run.run_status, *statuses
+    )
+
+
+def _forget_statuses(run: RunDirectory) -> None:
+    for path in run.path.glob("status/shard-*"):
+        refuse_irregular(path)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(error, path) from error
+
+
+def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
+    several = max(len(earlier.shards), len(plan.shards)) > 1
+    # Lines that changed places can be in another shard although the cuts are where they were.
+    same = (earlier.shards, earlier.input["digest"]) == (plan.shards, plan.input["digest"])
+    if several and not same:
+        recut_journals(plan, run)
+    elif plan.options.retry_failed:
+        for shard in plan.shards:
+            status = read_status(run, shard.index)
+            if status is not None and status["request_counts"]["failed"]:
+                forget_done(plan, run, shard.index)
+                run.status(shard.index).unlink(missing_ok=True)
+
+
+def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
+    """Return the plan of earlier starts that left results; refuse a run that is another's."""
+    run.refuse_foreign()
+    if not is_there(run.plan):
+        if not run.unused():
+            # Another start may be just about to write its plan, or has written it by now.
+            refuse_living([run.plan_lease], f"the run {plan.output}")
+            if is_there(run.plan):
+                raise _begun_meanwhile(plan, run)
+            raise RunConflictError(
+                f"{run.path} is there but holds no plan",
+                f"move it away (mv {quote(str(run.path))} ELSEWHERE), or choose another output",
+            )
+        return None
+    earlier = read_plan(run)
+    if earlier.input_path != plan.input_path:
+        raise RunConflictError(
+            f"{run.path} belongs to the input {earlier.input_path}, not {plan.input_path}",
+            f"choose another output, or remove that run: rm -r {str(run.path)!r}",
+        )
+    if not any(path.stat().st_size for path in run.path.glob("journal*/*.jsonl")):
+        return None
+    if earlier.identity != plan.identity and not force_resume:
+        raise RunConflictError(
+            f"{run.path} was begun with {_show(earlier)}; this run asks for {_show(plan)}",
+            "choose another output; or give --force-resume to keep the results so far and mix",
+        )
+    return earlier
+
+
+def _show(plan: Plan) -> str:
+    given = [f"{name} {value}" for name, value in plan.options.parameters.items()]
+    advised = [
+        f"{name} {value}"
+        for values in plan.options.advised.values()
+        for name, value in values.items()
+    ]
+    else_ = f"as advised for it: {', '.join(advised)}" if advised else "else the engine's defaults"
+    return f"model {', '.join([*plan.identity['models'], *given, else_])}"
+
+
+def _start_anew(run: RunDirectory) -> None:
+    try:
+        for name in ("journal", "status"):
+            shutil.rmtree(run.path / name)
+        run.create()
+    except OSError as error:
+        raise storage_error(error, run.path) from error

@@ -1,0 +1,258 @@
+"""Finalising: the journal becomes the output, streamed, in input order, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import IO
+
+from aiflux.core.batch.digest import LineDigest
+from aiflux.core.batch.input_file import change_of
+from aiflux.core.batch.request import custom_id_of, parse_json, request_key
+from aiflux.core.runs.directory import RunDirectory, errors_path
+from aiflux.core.runs.journal import (
+    JournalReader,
+    RawResult,
+    ResultIndex,
+    scan_journal,
+)
+from aiflux.core.runs.plan import Plan, changed_input
+from aiflux.core.runs.result_index import MISSING, Places, find_places, missing_results
+from aiflux.errors import InputError, MissingResultsError
+from aiflux.util.files import atomic_write, is_there, read_error
+from aiflux.util.lines import read_lines
+
+Results = Generator[tuple[bytes, RawResult], None, None]
+# Results between two calls for the disk to begin with what it was given.
+_FLUSH_EVERY = 4096
+
+
+@dataclass
+class Counts:
+    """Results of a run; ``empty`` counts answers without a text, by their reason."""
+
+    total: int = 0
+    failed: int = 0
+    empty: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def completed(self) -> int:
+        """Requests that succeeded."""
+        return self.total - self.failed
+
+    def add(self, result: RawResult) -> None:
+        """Count one result."""
+        self.total += 1
+        self.failed += result.failed
+        reason = result.empty
+        if reason is not None:
+            self.empty[reason] += 1
+
+
+def iterate_results(plan: Plan, run: RunDirectory, *, partial: bool = False) -> Results:
+    """Yield ``(request line, result)`` in input order.
+
+    Whoever writes a file of them keeps it only when this ends without an error: that the lines were
+    the planned ones, all of them and in their order, is known at the end.
+
+    Args:
+        partial: leave out requests that have no result yet.
+
+    Raises:
+        StoppedError: a request has no result yet, or the input is not the planned one any more.
+        StorageError: a journal cannot be read.
+    """
+    seen = LineDigest()
+    try:
+        with closing(_paired(plan, run)) as pairs:
+            for raw, result in pairs:
+                seen.add(raw)
+                if result is not None:
+                    yield raw, result
+                elif not partial:
+                    refuse_changed_input(plan, run)
+                    raise _without_result(plan, run, raw)
+        size = os.stat(plan.input_path).st_size
+    except (InputError, OSError) as error:
+        seen_at = error.__cause__ if isinstance(error, InputError) else error
+        if isinstance(seen_at, FileNotFoundError):
+            raise changed_input(plan, "does not exist any more") from None
+        raise changed_input(plan, f"cannot be read any more: {seen_at}") from error
+    planned = (plan.requests, plan.input["digest"], plan.input["size"])
+    if (seen.lines, seen.hexdigest(), size) != planned:
+        refuse_changed_input(plan, run, partial=partial)
+        raise changed_input(plan, "changed while the output was written")
+
+
+def _paired(plan: Plan, run: RunDirectory) -> Generator[tuple[bytes, RawResult | None], None, None]:
+    with closing(find_places(plan, run)) as found, ExitStack() as stack:
+        opened: Path | None = None
+        for places in found:
+            if places.journal != opened:
+                stack.close()
+                reader = JournalReader(places.journal)
+                stack.callback(reader.close)
+                opened = places.journal
+            yield from _read(plan, reader, places)
+
+
+def _read(
+    plan: Plan, reader: JournalReader, places: Places
+) -> Iterator[tuple[bytes, RawResult | None]]:
+    """Yield the requests of some lines with their results."""
+    lines = read_lines(plan.input_path, places.start, places.end)
+    try:
+        for (_, _, raw), offset, size in zip(lines, places.offsets, places.sizes, strict=True):
+            yield raw, None if offset == MISSING else _result_of(raw, reader.read(offset, size))
+    except ValueError:
+        raise changed_input(plan, "or a journal changed while the output was written") from None
+    except OSError as error:
+        raise read_error(error, places.journal) from error
+
+
+def _result_of(raw: bytes, result: RawResult) -> RawResult:
+    """Return the result, once it is certain that it answers this very line."""
+    if result.key != request_key(raw):
+        raise ValueError("the result of another request")
+    return result
+
+
+def refuse_changed_input(plan: Plan, run: RunDirectory, *, partial: bool = False) -> None:
+    """Raise StoppedError, with what changed, where the input is not the planned one any more."""
+    change = change_of(plan.input)
+    if change is None:
+        return
+    first = None if partial else _first_without_result(plan, run)
+    if first is not None:
+        number, raw = first
+        change += f"; line {number} ({custom_id_of(raw)}) is the first that differs"
+    raise changed_input(plan, change)
+
+
+def _first_without_result(plan: Plan, run: RunDirectory) -> tuple[int, bytes] | None:
+    """Return the first line of the input, as it is now, that no journal has a result of."""
+    index = ResultIndex()
+    for shard in plan.shards:
+        index.merge(scan_journal(run.journal(shard.index), children=0))
+    index.seal()
+    for number, _, raw in read_lines(plan.input_path):
+        if index.find(request_key(raw)) is None:
+            return number, raw
+    return None
+
+
+def _without_result(plan: Plan, run: RunDirectory, raw: bytes) -> MissingResultsError:
+    shards = missing_results(plan, run)
+    resume = f" (or: aiflux resume {quote(str(plan.output))})" if is_there(run.submissions) else ""
+    return MissingResultsError(
+        f"{sum(shards.values())} of {plan.requests} requests have no result in "
+        f"{run.path / 'journal'}; the first is {custom_id_of(raw)!r}",
+        f"run the same `aiflux run` command again: it sends only what is missing{resume}",
+        shards,
+    )
+
+
+def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> Counts:
+    """Write the output (and the errors file of a ``.jsonl`` output) from the journals.
+
+    Args:
+        partial: write there what is done so far, instead of the output.
+
+    Raises:
+        StoppedError: a request has no result yet; nothing is written.
+        StorageError: the disk refused; an output that was there stays as it was.
+    """
+    target = partial or plan.output
+    write = _write_batch_form if target.suffix == ".jsonl" else _write_array
+    with closing(iterate_results(plan, run, partial=partial is not None)) as results:
+        return write(results, target)
+
+
+def _write_array(results: Results, target: Path) -> Counts:
+    counts = Counts()
+    with atomic_write(target) as file:
+        separator = b"[\n"
+        for raw, result in results:
+            file.write(separator)
+            file.write(array_entry(raw, result))
+            separator = b",\n"
+            counts.add(result)
+            if not counts.total % _FLUSH_EVERY:
+                begin_writeback(file)
+        file.write(b"\n]\n" if counts.total else b"[]\n")
+    return counts
+
+
+def begin_writeback(file: IO[bytes]) -> None:
+    """Let the disk begin with what was written, so that the sync at the end has little to wait for.
+
+    Linux begins to write pages that are said not to be needed; nothing waits for it here.
+    """
+    file.flush()
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def array_entry(raw: bytes, result: RawResult) -> bytes:
+    """Return one entry of the ``.json`` output; request and answer stand in it byte for byte."""
+    metadata = _merged_metadata(raw, result.metadata)
+    if result.failed:
+        outcome = (b',"output":null,"error":', result.error)
+    else:
+        outcome = (b',"output":', result.body)
+    return b"".join((b'{"input":', raw.strip(), *outcome, b',"metadata":', metadata, b"}"))
+
+
+def _merged_metadata(raw: bytes, metadata: bytes) -> bytes:
+    """Add the request's own metadata under its keys; the product's own keys win."""
+    if b'"metadata"' not in raw:
+        return metadata
+    own = parse_json(raw.decode("utf-8")).get("metadata")
+    if not own:
+        return metadata
+    return json.dumps({**own, **json.loads(metadata)}).encode()
+
+
+def _write_batch_form(results: Results, target: Path) -> Counts:
+    counts = Counts()
+    errors = errors_path(target)
+    with ExitStack() as stack:
+        answered = stack.enter_context(atomic_write(target))
+        failed: IO[bytes] = stack.enter_context(atomic_write(errors))
+        for _, result in results:
+            (failed if result.failed else answered).write(batch_line(result))
+            counts.add(result)
+            if not counts.total % _FLUSH_EVERY:
+                begin_writeback(answered)
+    if not counts.failed:
+        errors.unlink()
+    return counts
+
+
+def batch_line(result: RawResult) -> bytes:
+    """Return one line in OpenAI's Batch output form."""
+    name = result.key.hex().encode()
+    response = b"null"
+    if result.status != b"null":
+        response = b'{"status_code":%b,"request_id":"%b","body":%b}' % (
+            result.status,
+            name,
+            result.body,
+        )
+    return b'{"id":"batch_req_%b","custom_id":%b,"response":%b,"error":%b}\n' % (
+        name,
+        result.custom_id,
+        response,
+        result.error,
+    )
+
+
+def output_paths(output: Path) -> tuple[Path, ...]:
+    """Return every file that finalising may write."""
+    return (output, errors_path(output)) if output.suffix == ".jsonl" else (output,)

@@ -1,0 +1,282 @@
+"""The plan: everything decided before the first request is sent, in ``plan.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
+from numbers import Real
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from aiflux import __version__
+from aiflux.core.batch.input_file import InputSummary, describe
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
+from aiflux.core.runs.shards import Shard, cut
+from aiflux.errors import ConfigError, InputError, RunConflictError, StoppedError
+from aiflux.models.name import parse_model_name, same_digest
+from aiflux.util.files import fits, read_file, write_json
+from aiflux.util.timestamps import utc_now
+
+PLAN_VERSION = 1
+_OPTION = {bool: bool, int: int, float: Real, str: str, tuple: list, dict: dict}
+_FORM = {
+    "aiflux": str,
+    "created": str,
+    "input": {
+        "path": str,
+        "size": int,
+        "modified": (int, type(None)),
+        "requests": int,
+        "digest": str,
+        "endpoints": dict,
+    },
+    "output": str,
+    "models": [str],
+    "models_dir": (str, type(None)),
+    "options": {
+        name: _OPTION.get(type(value), (str, Real, type(None)))
+        for name, value in RunOptions().to_json().items()
+    },
+    "shards": [dict.fromkeys((item.name for item in fields(Shard)), int)],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do.
+
+    Attributes:
+        input: what one pass over the input told (see ``InputSummary``).
+        output: absolute path of the output.
+        models: names as they were given, in the order in which they are processed.
+        models_dir: where models lie; None with an engine that is up already.
+    """
+
+    input: dict[str, Any]
+    output: Path
+    models: tuple[str, ...]
+    options: RunOptions
+    shards: tuple[Shard, ...]
+    models_dir: Path | None
+    created: str
+    aiflux: str = __version__
+    version: int = PLAN_VERSION
+
+    @property
+    def input_path(self) -> Path:
+        """The input's absolute path."""
+        return Path(self.input["path"])
+
+    @property
+    def requests(self) -> int:
+        """Number of requests of the run."""
+        return int(self.input["requests"])
+
+    def served(self, model: str) -> str:
+        """Return the name under which the engine serves one of the plan's models."""
+        return parse_model_name(model).served if self.options.engine_url is None else model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on beside the requests; must not change within a run."""
+        models = [self.served(model) for model in self.models]
+        defaults = self.options.model_defaults
+        more = {"defaults": defaults} if defaults else {}
+        return {"models": models, "parameters": self.options.parameters, **more}
+
+    @property
+    def id(self) -> str:
+        """Short digest of the input and of what the answers depend on."""
+        content = json.dumps([self.input["digest"], self.identity], sort_keys=True)
+        return blake2b(content.encode(), digest_size=8).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``plan.json`` holds."""
+        return {
+            "version": self.version,
+            "id": self.id,
+            "aiflux": self.aiflux,
+            "created": self.created,
+            "input": self.input,
+            "output": str(self.output),
+            "models": list(self.models),
+            "models_dir": None if self.models_dir is None else str(self.models_dir),
+            "options": self.options.to_json(),
+            "shards": [
+                {item.name: getattr(shard, item.name) for item in fields(Shard)}
+                for shard in self.shards
+            ],
+        }
+
+
+def make_plan(
+    summary: InputSummary,
+    output: Path,
+    options: RunOptions,
+    models_dir: Path | None,
+    shards: int = 1,
+) -> Plan:
+    """Decide on a run. Pure.
+
+    Raises:
+        InputError: no model is named at all.
+        ConfigError: a model's name is wrong.
+    """
+    names = [options.model] if options.model else list(summary.models)
+    if not names:
+        raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
+    insisting = [name for name in names if "@sha256:" in name]
+    if options.engine_url is not None and insisting:
+        raise ConfigError(
+            f"the model {insisting[0]!r} insists on a digest, and an engine at --engine-url does "
+            "not tell the digests of its models",
+            "leave @sha256:... out",
+        )
+    if options.engine_url is None:
+        names = _one_of_each(names)
+    options = _with_defaults_of(names, options)
+    return Plan(
+        input=describe(summary),
+        output=output,
+        models=tuple(names),
+        options=options,
+        shards=cut(summary, shards),
+        models_dir=models_dir if options.engine_url is None else None,
+        created=utc_now(),
+    )
+
+
+def _one_of_each(names: Iterable[str]) -> list[str]:
+    """Return one name for each model: of several, the one that insists on the most of a digest."""
+    chosen: dict[str, str] = {}
+    for name in names:
+        model = parse_model_name(name)
+        key = model.served.lower()
+        other = chosen.setdefault(key, name)
+        if not same_digest(model, parse_model_name(other)):
+            raise InputError(
+                f"requests insist on two digests of {model.served}: {other} and {name}",
+                "leave one of them out, or run each by itself",
+            )
+        if len(model.digest) > len(parse_model_name(other).digest):
+            chosen[key] = name
+    return list(chosen.values())
+
+
+def _with_defaults_of(names: list[str], options: RunOptions) -> RunOptions:
+    """Keep the default parameters of the plan's models; an engine of others has its own."""
+    kept = {}
+    if options.engine_url is None:
+        served = [parse_model_name(name).served.lower() for name in names]
+        kept = {name: options.model_defaults.get(name, {}) for name in served}
+    return replace(options, model_defaults={name: some for name, some in kept.items() if some})
+
+
+def same_work(plan: Plan, other: Plan) -> bool:
+    """Tell whether two plans differ in nothing but the moment at which they were made."""
+    one, two = ({**each.to_json(), "created": ""} for each in (plan, other))
+    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(two)))
+
+
+def changed_input(plan: Plan, change: str) -> StoppedError:
+    """Return the error for an input that is not the planned one any more, once requests were sent.
+
+    Args:
+        change: see ``change_of``.
+    """
+    return StoppedError(
+        f"the input {plan.input_path} {change}; no output was written",
+        "every answer is kept in the journal: put the input back as it was and run "
+        f"`aiflux merge {quote(str(plan.output))}`, or run the same `aiflux run` command again: it "
+        "plans again and sends only what changed",
+    )
+
+
+def write_plan(plan: Plan, run: RunDirectory) -> None:
+    """Write ``plan.json`` into the run directory, which is made where it is not there."""
+    run.create()
+    write_json(run.plan, plan.to_json())
+
+
+def read_plan(run: RunDirectory) -> Plan:
+    """Read ``plan.json``.
+
+    Raises:
+        RunConflictError: there is none, or it is not a plan that this version understands.
+        StorageError: it cannot be read.
+    """
+    written = read_file(run.plan)
+    if written is None:
+        raise RunConflictError(f"there is no plan at {run.plan}", "check the path of the run")
+    try:
+        content = json.loads(written)
+        if content["version"] != PLAN_VERSION:
+            raise RunConflictError(
+                f"{run.plan} is a plan of version {content['version']}; this is {PLAN_VERSION}",
+                "finish the run with the AI-Flux that began it, or choose another output",
+            )
+        if not fits(content, _FORM):
+            raise TypeError("a part of it is of another type")
+        strange = content["options"].keys() - {item.name for item in fields(RunOptions)}
+        if strange:
+            raise RunConflictError(
+                f"{run.plan} was made by another AI-Flux ({content['aiflux']}; this is "
+                f"{__version__}): options {', '.join(sorted(strange))} are not known here",
+                "finish the run with the AI-Flux that began it, or choose another output",
+            )
+        return _from_json(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunConflictError(
+            f"{run.plan} is damaged, or no plan: {error!r}",
+            "the results so far are in the journal beside it: move the run directory away "
+            f"(mv {quote(str(run.path))} ELSEWHERE), or choose another output",
+        ) from error
+
+
+def _from_json(content: dict[str, Any]) -> Plan:
+    needed = ("path", "size", "requests", "digest")
+    if not all([content["shards"], content["input"]["endpoints"], content["models"]]) or any(
+        name not in content["input"] for name in needed
+    ):
+        raise ValueError("a part of it is missing")
+    output = Path(content["output"])
+    if not output.is_absolute() or output.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError("its output is no path of an output")
+    options = RunOptions(**content["options"])
+    options.allowed_failures(1)  # a ValueError where it is no number
+    for values, kind in (
+        (content["input"]["endpoints"], int),
+        (options.engine_env, str),
+        (options.model_defaults, dict),
+    ):
+        if not all(isinstance(each, kind) for each in values.values()):
+            raise TypeError("a part of it is of another type")
+    shards = tuple(Shard(**shard) for shard in content["shards"])
+    _refuse_gaps(shards, content["input"]["requests"])
+    models_dir = content["models_dir"]
+    return Plan(
+        input=content["input"],
+        output=output,
+        models=tuple(content["models"]),
+        options=options,
+        shards=shards,
+        models_dir=None if models_dir is None else Path(models_dir),
+        created=content["created"],
+        aiflux=content["aiflux"],
+    )
+
+
+def _refuse_gaps(shards: tuple[Shard, ...], requests: int) -> None:
+    """Raise ValueError unless the shards follow one another and hold all requests."""
+    position = first = 0
+    for index, shard in enumerate(shards):
+        follows = (shard.index, shard.first) == (index, first) and shard.requests > 0
+        if not follows or not position <= shard.start < shard.end:
+            raise ValueError(f"its shard {index} does not follow the one before")
+        position, first = shard.end, first + shard.requests
+    if first != requests:
+        raise ValueError("its shards do not hold all requests")

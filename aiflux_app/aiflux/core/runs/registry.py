@@ -1,0 +1,199 @@
+"""The user's runs: one small file per run, so that a job id or a list leads back to a run.
+
+The registry is a convenience. A file that is not one of ours is skipped, and a home that cannot be
+written costs a warning, never a submission. Each run has its own file, replaced atomically: any
+number of processes may write at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import Plan
+from aiflux.errors import StorageError
+from aiflux.util.files import write_json
+from aiflux.util.timestamps import utc_now
+
+JOB = re.compile(r"(?P<number>[1-9]\d*)(?:_(?P<task>\d+))?(?:;(?P<cluster>[^\s;]+))?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of this user.
+
+    Attributes:
+        run_dir, output: absolute paths.
+        input: absolute path; None where it was not told.
+        requests: number of requests; None where it was not told.
+        submitted: when the run was last registered (UTC ISO-8601).
+        jobs: every job that was submitted for it, ``id`` or ``id;cluster``; none for a run in the
+            foreground.
+        host: where it was registered.
+    """
+
+    run_dir: Path
+    output: Path
+    input: Path | None
+    models: tuple[str, ...]
+    requests: int | None
+    submitted: str
+    jobs: tuple[str, ...]
+    host: str
+
+    @property
+    def gone(self) -> bool:
+        """Whether the run directory is not there (any more, or on this machine)."""
+        return not os.path.isdir(self.run_dir)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the entry's file holds."""
+        content = asdict(self)
+        for name in ("run_dir", "output", "input"):
+            content[name] = None if content[name] is None else str(content[name])
+        return content
+
+
+def folder(environ: Mapping[str, str]) -> Path:
+    """Return where the entries lie: ``$XDG_STATE_HOME/aiflux/runs``.
+
+    Raises:
+        RuntimeError: no home directory can be told.
+    """
+    named = environ.get("XDG_STATE_HOME", "")
+    home = Path(environ["HOME"]) if environ.get("HOME") else None
+    state = Path(named) if Path(named).is_absolute() else (home or Path.home()) / ".local/state"
+    return state / "aiflux" / "runs"
+
+
+def register(
+    run_dir: Path,
+    output: Path,
+    jobs: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    *,
+    input: Path | None = None,
+    models: Sequence[str] = (),
+    requests: int | None = None,
+) -> str | None:
+    """Remember a run. Jobs of earlier submissions stay in its entry.
+
+    Args:
+        jobs: those just submitted, ``id`` or ``id;cluster``.
+
+    Returns:
+        None, or a warning: the run could not be remembered, which stops nothing.
+    """
+    try:
+        place = folder(os.environ if environ is None else environ)
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = place / _name(run_dir)
+        earlier = _read(file)
+        before = earlier.jobs if earlier is not None else ()
+        entry = Entry(
+            run_dir,
+            output,
+            input,
+            tuple(models),
+            requests,
+            utc_now(),
+            tuple(dict.fromkeys((*before, *jobs))),
+            socket.gethostname(),
+        )
+        write_json(file, entry.to_json())
+    except (OSError, RuntimeError, UnicodeError, StorageError) as error:
+        return (
+            f"the run is not in the list of `aiflux jobs`: {error}; "
+            f"use its directory instead: {run_dir}"
+        )
+    return None
+
+
+def register_plan(plan: Plan, jobs: Iterable[object]) -> str | None:
+    """Remember the run of a plan (see ``register``)."""
+    return register(
+        RunDirectory.of_output(plan.output).path,
+        plan.output,
+        [str(job) for job in jobs],
+        input=plan.input_path,
+        models=plan.models,
+        requests=plan.requests,
+    )
+
+
+def entries(environ: Mapping[str, str]) -> list[Entry]:
+    """Return the user's runs, the newest first. What cannot be read is left out."""
+    return sorted(_entries(environ), key=lambda entry: entry.submitted, reverse=True)
+
+
+def forget_gone(environ: Mapping[str, str]) -> list[Entry]:
+    """Forget runs whose directory is gone; return them."""
+    gone = [entry for entry in _entries(environ) if entry.gone]
+    for entry in gone:
+        with suppress(OSError):
+            (folder(environ) / _name(entry.run_dir)).unlink()
+    return gone
+
+
+def with_job(text: str, environ: Mapping[str, str]) -> Entry | None:
+    """Return the newest run that has a job: ``123``, ``123_4`` (its task) or ``123;cluster``."""
+    wanted = JOB.fullmatch(text)
+    if wanted is None:
+        return None
+    known = entries(environ)
+    return next((entry for entry in known if any(_same(job, wanted) for job in entry.jobs)), None)
+
+
+def _same(job: str, wanted: re.Match[str]) -> bool:
+    have = JOB.fullmatch(job)
+    if have is None or have["number"] != wanted["number"]:
+        return False
+    return wanted["cluster"] in (None, have["cluster"])
+
+
+def _name(run_dir: Path) -> str:
+    digest = blake2b(str(run_dir).encode("utf-8", "surrogateescape"), digest_size=12)
+    return f"{digest.hexdigest()}.json"
+
+
+def _entries(environ: Mapping[str, str]) -> Iterator[Entry]:
+    try:
+        files = list(folder(environ).glob("[!.]*.json"))
+    except (OSError, RuntimeError):
+        return
+    for file in files:
+        entry = _read(file)
+        if entry is not None:
+            yield entry
+
+
+def _read(file: Path) -> Entry | None:
+    try:
+        entry = _from_json(json.loads(file.read_text(encoding="utf-8")))
+        # A file that was copied under another name would show its run twice.
+        return entry if file.name == _name(entry.run_dir) else None
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+        return None
+
+
+def _from_json(content: dict[str, Any]) -> Entry:
+    input_path, requests = content["input"], content["requests"]
+    return Entry(
+        Path(content["run_dir"]),
+        Path(content["output"]),
+        None if input_path is None else Path(input_path),
+        tuple(str(model) for model in content["models"]),
+        None if requests is None else int(requests),
+        str(content["submitted"]),
+        tuple(str(job) for job in content["jobs"]),
+        str(content["host"]),
+    )

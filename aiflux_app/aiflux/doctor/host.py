@@ -1,0 +1,187 @@
+"""What this machine tells of itself from its files: Python, settings, models, namespaces, fuse."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from aiflux import __version__
+from aiflux.core.config.config import Config
+from aiflux.core.config.settings import SETTINGS, VARIABLES
+from aiflux.core.config.sources import read_dotenv
+from aiflux.errors import ConfigError
+from aiflux.models.store import listed_models, missing_parts
+from aiflux.slurm.preflight.local import size_text
+from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
+from aiflux.util.files import may_write, nearest_there
+from aiflux.util.text import hidden_url
+
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+_ROOM = 20e9  # bytes: a few models of the middle size
+
+
+def versions() -> Iterator[Diagnosis]:
+    """Tell what runs here."""
+    yield ok("aiflux", __version__)
+    yield ok("python", f"{platform.python_version()}, on {platform.machine()}")
+
+
+def load_config(environ: Mapping[str, str]) -> tuple[Config, list[Diagnosis]]:
+    """Return the configuration, or the defaults where it is wrong, and what is to say of it."""
+    told = [*unknown_settings(environ, "is set and", "unset")]
+    try:
+        dotenv = read_dotenv(Path(".env")) if Path(".env").is_file() else {}
+        told += unknown_settings(dotenv, "in ./.env", "remove")
+        told += [
+            warn("settings", f"{name} in ./.env is not read there", f"export {name} instead")
+            for name in sorted(VARIABLES & dotenv.keys())
+        ]
+        return Config(environ=environ), [*told, ok("settings", _sources(environ))]
+    except ConfigError as error:
+        home = {name: environ[name] for name in ("HOME", "XDG_DATA_HOME") if name in environ}
+        config = Config(environ=home, directory=Path(os.devnull))  # no files of settings
+        return config, [*told, fail("settings", error.message, error.remedy or "correct it")]
+
+
+def unknown_settings(environ: Mapping[str, str], where: str, undo: str) -> Iterator[Diagnosis]:
+    """Tell of AIFLUX_ variables that mean nothing: most are misspelt."""
+    known = VARIABLES | {item.env for item in SETTINGS if item.env}
+    for name in sorted(set(environ) - known):
+        if name.startswith("AIFLUX_"):
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            yield warn("settings", f"{name} {where} means nothing", f"{meant}{undo} {name}")
+
+
+def _sources(environ: Mapping[str, str]) -> str:
+    origins = {value.origin for value in Config(environ=environ).values.values()}
+    files = sorted(
+        re.sub(r"(, line \d+)?( \([^)]*\))?\Z", "", origin) for origin in origins - {"default"}
+    )
+    return "from " + ", ".join(dict.fromkeys(files)) if files else "all at their defaults"
+
+
+def models(config: Config) -> Iterator[Diagnosis]:
+    """Tell what is in the models directory, and whether more can go there."""
+    folder = config.models_dir
+    nearest = nearest_there(folder)
+    if not os.access(nearest, os.R_OK | os.X_OK) or not nearest.is_dir():
+        yield fail(
+            "models",
+            f"{folder} cannot be read",
+            "mend its permissions, or name another: AIFLUX_MODELS_DIR",
+        )
+        return
+    found = listed_models(folder)
+    torn = [name.served for name in found if missing_parts(folder, name)]
+    whole = [name.served for name in found if name.served not in torn]
+    told = f"{folder}: {_listed(whole)}"
+    if whole:
+        yield ok("models", told)
+    else:
+        yield warn(
+            "models", f"{told}; jobs pull them, if their nodes reach the internet",
+            "aiflux models pull NAME:TAG, on a machine with internet",
+        )  # fmt: skip
+    if torn:
+        yield warn(
+            "models", f"parts of {', '.join(torn)} are missing", f"aiflux models pull {torn[0]}"
+        )
+    yield _room(folder, nearest)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    plural = "" if len(names) == 1 else "s"
+    return f"{len(names)} model{plural} ({shown})" if names else "no models yet"
+
+
+def _room(folder: Path, nearest: Path) -> Diagnosis:
+    free = shutil.disk_usage(nearest).free
+    if not may_write(folder):
+        return warn(
+            "models",
+            f"you may not write to {folder}: models that are there can be used, none be added",
+            "ask its owner to pull more, or name a directory of your own: AIFLUX_MODELS_DIR",
+        )
+    if free < _ROOM:
+        return warn(
+            "models",
+            f"{size_text(free)} free: a model of 8 billion parameters takes about 5 GB",
+            "make room, or name another file system: AIFLUX_MODELS_DIR",
+        )
+    return ok("models", f"{size_text(free)} free, writable")
+
+
+def proxies(environ: Mapping[str, str]) -> Iterator[Diagnosis]:
+    """Tell which proxies are set, without their passwords."""
+    found = {
+        name: hidden_url(environ[name])
+        for low in _PROXIES
+        for name in (low, low.upper())
+        if environ.get(name)
+    }
+    if found:
+        listed = ", ".join(f"{name}={value}" for name, value in found.items())
+        yield ok("proxy", f"{listed}; pulls use it, the model's own traffic does not")
+    else:
+        yield ok("proxy", "none is set")
+
+
+def user_namespaces(proc: Path = Path("/proc/sys")) -> str | None:
+    """Return why unprivileged user namespaces cannot be made here; None where they can.
+
+    Sources: user_namespaces(7); the sysctls of Debian and of Ubuntu's AppArmor.
+    """
+    forbidding = {
+        "user/max_user_namespaces": "0",
+        "kernel/unprivileged_userns_clone": "0",
+        "kernel/apparmor_restrict_unprivileged_userns": "1",
+    }
+    for name, bad in forbidding.items():
+        try:
+            value = (proc / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if value == bad:
+            return f"{name.replace('/', '.')} is {bad}"
+    return None
+
+
+def subordinate_ids(user: str, uid: int, etc: Path = Path("/etc")) -> list[str]:
+    """Return which of /etc/subuid and /etc/subgid have no range for a user."""
+    return [
+        str(etc / name)
+        for name in ("subuid", "subgid")
+        if not _has_range(etc / name, {user, str(uid)})
+    ]
+
+
+def _has_range(file: Path, owners: set[str]) -> bool:
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.partition(":")[0] in owners for line in lines)
+
+
+def fuse_usable(device: Path = Path("/dev/fuse")) -> bool:
+    """Tell whether FUSE file systems can be mounted by this user."""
+    return os.access(device, os.R_OK | os.W_OK)
+
+
+def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """Return the type of the file system that a path lies on; "" where it cannot be told."""
+    best, kind = Path("/"), ""
+    resolved = path.resolve()
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        point, this = [*line.split(), "", "", ""][1:3]
+        folder = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point))
+        if resolved.is_relative_to(folder) and len(folder.parts) >= len(best.parts):
+            best, kind = folder, this
+    return kind

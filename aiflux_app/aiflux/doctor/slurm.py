@@ -1,0 +1,141 @@
+"""What Slurm offers on this site, as ``aiflux doctor`` tells it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from aiflux.core.config.config import SlurmConfig
+from aiflux.slurm.calling import call, clean_environment, words
+from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, ask_cluster
+from aiflux.slurm.preflight.cluster import cluster_checks, refused_access
+from aiflux.slurm.preflight.local import collect
+from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
+from aiflux.util.durations import walltime_text
+
+_OLDEST = (20, 11)
+_NEEDED = ("sbatch", "squeue", "scancel", "scontrol")
+
+
+def scheduler(slurm: SlurmConfig, environ: Mapping[str, str] | None = None) -> Iterator[Diagnosis]:
+    """Tell what Slurm is here, what it allows, and whether what would be asked for fits."""
+    environment = os.environ if environ is None else environ
+    missing = [name for name in _NEEDED if shutil.which(name, path=environment.get("PATH")) is None]
+    if missing:
+        yield fail(
+            "slurm",
+            f"{', '.join(missing)} not on PATH: no job can be submitted from here",
+            "log in to a login node, or module load slurm; aiflux run --local works without",
+        )
+        return
+    asked = call(["scontrol", "show", "config"], clean_environment(environment))
+    if asked.returncode != 0:
+        yield fail(
+            "slurm",
+            f"Slurm does not answer: {words(asked)}",
+            "try again in a minute; if it stays so, ask the site",
+        )
+        return
+    facts = ask_cluster(environment)
+    yield _version(facts)
+    yield from _limits(facts)
+    yield from _accounting(facts)
+    yield from gpu_partitions(facts, slurm)
+    yield from _defaults(facts, slurm)
+
+
+def _version(facts: Facts) -> Diagnosis:
+    text = facts.settings.get("SLURM_VERSION", "?")
+    told = f"{text}, cluster {facts.settings.get('ClusterName', '?')}"
+    match = re.match(r"(\d+)\.(\d+)", text)
+    if match and (int(match[1]), int(match[2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        return warn(
+            "slurm", f"{told}: AI-Flux is made for {oldest} and later", "look at --dry-run first"
+        )
+    return ok("slurm", told)
+
+
+def _limits(facts: Facts) -> Iterator[Diagnosis]:
+    size = facts.settings.get("MaxArraySize", "1001")
+    if size in ("0", "1"):
+        yield warn("arrays", "job arrays are switched off", "leave --shards at 1")
+    elif size.isdigit():
+        yield ok("arrays", f"of up to {int(size) - 1} tasks; more shards make more arrays")
+    requeue = facts.settings.get("JobRequeue") == "1"
+    yield ok("requeue", "by default" if requeue else "only as asked for; AI-Flux's jobs ask for it")
+    kind = facts.settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
+    mode = facts.settings.get("PreemptMode", "OFF")
+    yield ok("preemption", "none" if kind == "none" else f"{kind}, {mode}: a run goes on after it")
+
+
+def _accounting(facts: Facts) -> Iterator[Diagnosis]:
+    if facts.accounts is None:
+        age = facts.settings.get("MinJobAge", "300 sec")
+        yield ok("accounting", f"none, or it does not answer; Slurm forgets jobs after {age}")
+        return
+    enforced = "is enforced" if facts.enforces("associations") else "is not enforced"
+    names = ", ".join(facts.accounts.names) or "none"
+    default = facts.accounts.default or "none"
+    yield ok("accounting", f"{enforced}; your accounts: {names}; default: {default}")
+
+
+def gpu_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
+    """Tell of each partition with GPUs: what they are, how long they may be had, and by whom."""
+    lines = [
+        _partition_line(partition, facts, slurm)
+        for partition in facts.partitions
+        if any(node.gpus for node in facts.nodes_of(partition.name))
+    ]
+    yield from lines
+    if not lines:
+        yield warn(
+            "GPUs",
+            "no partition that you can see has GPUs",
+            "ask the site; jobs on CPUs: --gpus-per-node 0",
+        )
+
+
+def _partition_line(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Diagnosis:
+    nodes = facts.nodes_of(partition.name)
+    gpus = _gpu_text(node for node in nodes if node.gpus)
+    unlimited = partition.max_seconds == UNLIMITED
+    time = "no time limit" if unlimited else f"up to {walltime_text(partition.max_seconds)}"
+    alive = sum(node.alive for node in nodes if node.gpus)
+    name = f"partition {partition.name}"
+    default = " (default)" if partition.default else ""
+    told = f"{gpus}; {time}{default}"
+    closed = [finding.what for finding in refused_access(partition, facts, slurm)]
+    if closed:
+        # One partition that is closed to a user is no defect while others are open.
+        return ok(name, f"{told}; not for you: {closed[0]}")
+    if not alive:
+        return warn(name, f"{told}; every one is down or drained now", "sinfo -R tells why")
+    return ok(name, told)
+
+
+def _gpu_text(nodes: Iterable[Node]) -> str:
+    kinds = Counter(
+        " and ".join(f"{count} {kind or 'GPUs'}" for kind, count in sorted(node.gpus.items()))
+        for node in nodes
+    )
+    return ", ".join(
+        f"{count} node{'s' if count > 1 else ''} with {kind}" for kind, count in kinds.most_common()
+    )
+
+
+def _defaults(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
+    """Judge what a run would ask for with no further options."""
+    found = collect(cluster_checks(facts, slurm))
+    for finding in found:
+        fix = f"{finding.fix}; as an option, or in aiflux.yaml"
+        yield warn("your settings", f"a job as configured: {finding.what}", fix)
+    if not found:
+        asked = (
+            f"{slurm.gpus_per_node} GPU, {slurm.cpus_per_task} CPUs, {slurm.mem}, {slurm.time} "
+            f"in partition {slurm.partition or '(default)'}"
+        )
+        yield ok("your settings", f"a job as configured fits: {asked}")

@@ -1,0 +1,1 @@
+"""Engines: what starts and describes them, and the HTTP exchange with one."""

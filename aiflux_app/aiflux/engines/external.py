@@ -1,0 +1,266 @@
+"""A server that is already running, at ``--engine-url``: is it ready, and what does it offer."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiflux.engines.http import Answer, Client, ExchangeError, speaks_tls
+from aiflux.engines.outcome import RETRIED_STATUSES, error_message
+from aiflux.errors import ConfigError, EngineError, RejectedError
+from aiflux.util.suggestions import suggestion
+from aiflux.util.text import public_url
+
+_MODELS = "/v1/models"
+_FIRST_DELAY = 0.1
+_LONGEST_DELAY = 5.0
+_PROBE_TIMEOUT = 5.0
+_DENIED = (401, 403)
+_CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+def ca_bundle(engine_ca: str | None, environ: Mapping[str, str]) -> str | None:
+    """Return the certificates to trust: a file or directory; None for those of certifi.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no certificate.
+    """
+    given = {"--engine-ca": engine_ca, **{name: environ.get(name) for name in _CA_VARIABLES}}
+    for name, value in given.items():
+        if not value:
+            continue
+        try:
+            _load(Path(value))
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(
+                f"{name}: no certificates can be read from {value}: {error.strerror or error}",
+                "name a PEM file of certificates, such as /etc/ssl/certs/ca-certificates.crt",
+            ) from error
+        return str(value)
+    return None
+
+
+def _load(path: Path) -> None:
+    """Read the certificates once; of a directory, OpenSSL reads those that it needs."""
+    if not path.is_dir():
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+
+
+class ExternalEngine:
+    """An engine that somebody else started."""
+
+    bundled = False
+    slots = 0
+
+    def __init__(
+        self,
+        url: str,
+        make_client: Callable[[str], Client],
+        patience: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self.index = 0
+        self.url = public_url(url)
+        self.client = make_client(url)
+        self.facts: dict[str, Any] = {"index": 0, "url": self.url}
+        self._patience = patience
+        self._say = say
+        self._closing = threading.Event()
+        self._names: tuple[str, ...] = ()
+        self._said: set[tuple[str, str]] = set()
+        self._probing = threading.Lock()
+        self._ready_at = float("-inf")
+        self._status = 0
+        self._denied = False
+
+    def start(self) -> None:
+        """Wait until it is ready.
+
+        Raises:
+            EngineError: it is not within the patience; a RejectedError where waiting cannot help.
+        """
+        deadline = time.monotonic() + self._patience
+        delay = _FIRST_DELAY
+        last = ""
+        while (problem := self._probe()) is not None:
+            if problem != last:
+                last = problem
+                self._say(
+                    f"{problem}: it is given {max(0, deadline - time.monotonic()):.0f} s "
+                    "(--engine-wait)"
+                )
+            if time.monotonic() + delay > deadline or self._closing.is_set():
+                raise EngineError(problem, "check the address, and that the server is up")
+            self._closing.wait(delay)
+            delay = min(2 * delay, _LONGEST_DELAY)
+        self._denied = self._status in _DENIED
+
+    def stop(self) -> None:
+        """Leave it alone: it is not ours."""
+
+    def close(self) -> None:
+        """Close the connections and give up waiting for it. From any thread."""
+        self._closing.set()
+        self.client.close()
+
+    def alive(self) -> bool:
+        """Tell whether it answers, and not that it is not ready."""
+        try:
+            return self._probe() is None
+        except RejectedError:
+            return False  # ``start`` says why
+
+    def ready(self) -> bool:
+        """Tell the same; many ask at once, and a look that began after they asked will do."""
+        asked = time.monotonic()
+        with self._probing:
+            return self._ready_at >= asked or self.alive()
+
+    def refusal(self, model: str) -> RejectedError | None:
+        """Return why requests for a model cannot succeed, as far as the engine says so now."""
+        try:
+            answer = self.client.hidden(self.client.get(_MODELS, _PROBE_TIMEOUT))
+        except ExchangeError:
+            return None if self.offers(model) is not False else self._no_such_model(model)
+        if answer.status in _DENIED and not self._denied:
+            return RejectedError(
+                f"the engine at {self.url} refuses the key ({answer.status}): {_words(answer)}",
+                "set AIFLUX_API_KEY",
+            )
+        self._names = _names(answer)
+        return None if self.offers(model) is not False else self._no_such_model(model)
+
+    def offers(self, model: str) -> bool | None:
+        """Tell whether the engine lists a model; None where it lists none."""
+        if not self._names:
+            return None
+        return any(fnmatchcase(_plain(model), _plain(name)) for name in self._names)
+
+    def ran(self, asked: str, answered: str | None) -> str:
+        """Return the name of the model that gave an answer.
+
+        Raises:
+            RejectedError: the engine lists its models, the one asked for is not among them, and
+                another one answered.
+        """
+        if answered is None or _plain(answered) == _plain(asked):
+            return asked
+        if self.offers(asked) is False and not _is_version(asked, answered):
+            error = self._no_such_model(asked)
+            raise RejectedError(
+                f"the engine at {self.url} answers as {answered!r}, and {asked!r} was asked for",
+                error.remedy,
+            )
+        if (asked, answered) not in self._said:
+            self._said.add((asked, answered))
+            self._say(f"the engine answers as {answered!r} where {asked!r} is asked for; the "
+                      "results name both")  # fmt: skip
+        return answered
+
+    def truncated(self, prompt_tokens: int) -> bool:
+        """Nothing is known of such an engine's context."""
+        return False
+
+    def model_digest(self) -> str | None:
+        """Nothing is known of such an engine's model file."""
+        return None
+
+    def _probe(self) -> str | None:
+        """Ask for the models. Return why it is not ready; None where it is.
+
+        A server without ``/v1/models``, or one that wants another key for it, is ready: its
+        answers to requests tell the rest.
+
+        Raises:
+            RejectedError: waiting cannot help.
+        """
+        began = time.monotonic()
+        try:
+            answer = self.client.hidden(self.client.get(_MODELS, _PROBE_TIMEOUT))
+        except ExchangeError as error:
+            if error.remedy:
+                raise RejectedError(f"the engine: {error.message}", error.remedy) from error
+            if error.code == "connection":
+                self._refuse_plain_http()
+            return f"the engine does not answer yet: {error.message}"
+        if answer.location and 300 <= answer.status < 400:
+            self._refuse_redirect(answer.location)
+        elif answer.status in RETRIED_STATUSES - {429}:
+            return f"the engine at {self.url} is not ready ({answer.status}): {_words(answer)}"
+        elif answer.status == 400:
+            self._refuse_plain_http()
+        self._names, self._status = _names(answer), answer.status
+        self._ready_at = began
+        return None
+
+    def _refuse_plain_http(self) -> None:
+        if self.url.startswith("http://") and speaks_tls(self.url, _PROBE_TIMEOUT):
+            raise RejectedError(
+                f"the engine at {self.url} speaks HTTPS on this port",
+                f"use --engine-url https{self.url.removeprefix('http')}",
+            )
+
+    def _refuse_redirect(self, target: str) -> None:
+        here, there = urlsplit(self.url + _MODELS), urlsplit(target)
+        if here[:2] == there[:2] and here.path == there.path.rstrip("/"):
+            return  # only the slash at the end, which says nothing of other paths
+        raise redirect_error(self.url, _MODELS, target)
+
+    def _no_such_model(self, model: str) -> RejectedError:
+        return RejectedError(
+            f"the engine at {self.url} does not offer the model {model!r}",
+            f"{suggestion(model, self._names)} (--model NAME, or the requests' body.model)",
+        )
+
+
+def redirect_error(url: str, path: str, target: str) -> RejectedError:
+    """Return the error of a server that redirects, with the address to use instead."""
+    base = target.rstrip("/").removesuffix(path).removesuffix("/v1")
+    moved = target.rstrip("/").endswith(path)
+    return RejectedError(
+        f"the engine at {url} redirects {path} to {target}",
+        f"use that address: --engine-url {base}" if moved else
+        "check --engine-url, and whether the server asks for a login",
+    )  # fmt: skip
+
+
+def _words(answer: Answer) -> str:
+    return error_message(answer.body.decode("utf-8", "replace")) or "no reason given"
+
+
+def _names(answer: Answer) -> tuple[str, ...]:
+    """Return ids, aliases and paths of the models listed; empty where there is no such list."""
+    if answer.status != 200:
+        return ()
+    try:
+        listed = json.loads(answer.body)["data"]
+        entries = [entry for entry in listed if isinstance(entry, dict)]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    names: dict[str, None] = {}
+    for entry in entries:
+        aliases = entry.get("aliases")
+        for name in (entry.get("id"), *(aliases if isinstance(aliases, list) else ())):
+            if isinstance(name, str) and name:
+                names[name] = None
+    return tuple(names)
+
+
+def _plain(name: str) -> str:
+    """Return a model's name as it is compared: some servers ignore case and add ``:latest``."""
+    return name.casefold().removesuffix(":latest")
+
+
+def _is_version(asked: str, answered: str) -> bool:
+    """Tell whether one name is the other with a date or version behind, or a folder in front."""
+    one, other = _plain(asked), _plain(answered)
+    rest = other.removeprefix(one)
+    dated = rest != other and rest[:1] in ("-", "@", ":") and rest[1:2].isdigit()
+    return dated or one.endswith("/" + other) or other.endswith("/" + one)

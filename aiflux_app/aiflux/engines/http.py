@@ -1,0 +1,327 @@
+"""One HTTP exchange with an engine, with a deadline for the whole of it.
+
+``requests`` is used at the level of its transport adapter, with a request that is prepared once for
+each endpoint: what is left out (cookies, redirects, hooks, environment) takes two thirds of the CPU
+time of ``Session.send`` and has no use here. A watchdog shuts down the socket of an exchange that
+is overdue, so that neither a hanging server nor one that drips byte by byte outlives its deadline.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from socket import SHUT_RDWR
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.exceptions import ConnectionError as RequestsConnectionError
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError
+
+from aiflux.engines.secrets import Secrets
+from aiflux.util.process_limits import start_thread
+from aiflux.util.text import public_url
+
+CONNECT_TIMEOUT = 10.0
+_WATCH_INTERVAL = 0.25
+_MARGIN = 5.0
+
+
+class ExchangeError(Exception):
+    """No whole answer came.
+
+    Attributes:
+        code: ``timeout``, ``aborted``, ``refused`` or ``connection``.
+        remedy: what to change, where waiting or trying again cannot help; else empty.
+    """
+
+    def __init__(self, code: str, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole HTTP answer.
+
+    Attributes:
+        retry_after: seconds that the server asks to wait; None where it does not.
+        location: address that it redirects to, without user, password and query; else empty.
+        content_type: as the server names it; empty where it names none.
+    """
+
+    status: int
+    body: bytes
+    retry_after: float | None = None
+    location: str = ""
+    content_type: str = ""
+
+
+class _Exchange:
+    """What the watchdog knows of an exchange under way."""
+
+    __slots__ = ("connection", "deadline", "verdict")
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.connection: HTTPConnection | None = None
+        self.verdict: str | None = None
+
+    def end(self, verdict: str) -> None:
+        self.verdict = verdict
+        sock = None if self.connection is None else self.connection.sock
+        if sock is not None:
+            try:
+                sock.shutdown(SHUT_RDWR)
+            except OSError:
+                return  # it ended by itself in the meantime
+
+
+_current = threading.local()
+
+
+class _TrackedConnection(HTTPConnection):
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        _current.exchange.connection = self
+        super().request(*args, **kwargs)
+
+
+class _TrackedTLSConnection(HTTPSConnection):
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        _current.exchange.connection = self
+        super().request(*args, **kwargs)
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _TrackedConnection
+
+
+class _TLSPool(HTTPSConnectionPool):
+    ConnectionCls = _TrackedTLSConnection
+
+
+class Client:
+    """Sends requests to one engine. Thread-safe; keeps connections alive.
+
+    Args:
+        base_url: e.g. ``http://127.0.0.1:11434``, without ``/v1``.
+        timeout: seconds that one exchange may take, from connecting to the last byte.
+        connections: how many are kept.
+        api_key: sent as a bearer token, or as it is where it begins with ``Basic `` or ``Bearer ``.
+        ca: certificates to trust instead of the usual ones: a file, or a directory.
+
+    Attributes:
+        secrets: hides the key in what the server sends.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        timeout: float,
+        connections: int,
+        api_key: str | None = None,
+        ca: str | None = None,
+    ) -> None:
+        self.base_url = base_url
+        self.secrets = Secrets.of(api_key)
+        self._timeout = timeout
+        self._verify: bool | str = ca or True
+        self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections)
+        self._adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if api_key:
+            whole = api_key.startswith(("Basic ", "Bearer "))
+            self._headers["Authorization"] = api_key if whole else f"Bearer {api_key}"
+        self._prepared: dict[tuple[str, str], requests.PreparedRequest] = {}
+        self._exchanges: set[_Exchange] = set()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._watchdog = start_thread(self._watch, "watchdog")
+
+    def post(self, url: str, payload: bytes) -> Answer:
+        """Send one request and return the whole answer, whatever its status.
+
+        Raises:
+            ExchangeError: no whole answer came.
+        """
+        return self._exchange(self._request("POST", url, payload), self._timeout)
+
+    def get(self, url: str, timeout: float) -> Answer:
+        """Ask for something, such as the list of models; as ``post``."""
+        return self._exchange(self._request("GET", url, None), timeout)
+
+    def _exchange(self, request: requests.PreparedRequest, timeout: float) -> Answer:
+        exchange = _Exchange(time.monotonic() + timeout)
+        _current.exchange = exchange
+        with self._lock:
+            self._exchanges.add(exchange)
+        try:
+            answer = self._send(request, timeout)
+        except (requests.RequestException, HTTPError, OSError) as error:
+            raise self._explain(exchange, error, timeout) from error
+        finally:
+            with self._lock:
+                self._exchanges.discard(exchange)
+        if exchange.verdict is not None:
+            # A socket that was shut down among the headers looks like a whole, empty answer.
+            raise self._explain(exchange, OSError("shut down"), timeout)
+        return answer
+
+    def abort(self) -> None:
+        """End every exchange under way; their requests count as not attempted."""
+        with self._lock:
+            exchanges = list(self._exchanges)
+        for exchange in exchanges:
+            exchange.end("aborted")
+
+    def close(self) -> None:
+        """Close the connections and stop the watchdog."""
+        self._closed.set()
+        self._watchdog.join()
+        self._adapter.close()
+
+    def _request(self, method: str, url: str, payload: bytes | None) -> requests.PreparedRequest:
+        prepared = self._prepared.get((method, url))
+        if prepared is None:
+            prepared = requests.Request(method, self.base_url + url, self._headers).prepare()
+            self._prepared[method, url] = prepared
+        copy = requests.PreparedRequest()
+        copy.method, copy.url, copy.body = method, prepared.url, payload
+        copy.headers = prepared.headers.copy()
+        if payload is not None:
+            copy.headers["Content-Length"] = str(len(payload))
+        return copy
+
+    def _send(self, request: requests.PreparedRequest, timeout: float) -> Answer:
+        # The socket's own timeout lies behind the deadline: the watchdog comes first.
+        timeouts = (min(CONNECT_TIMEOUT, timeout), timeout + _MARGIN)
+        response = self._adapter.send(request, stream=True, timeout=timeouts, verify=self._verify)
+        raw = response.raw
+        body = raw.read(decode_content=True)
+        raw.release_conn()
+        location = raw.headers.get("Location", "")
+        if location:
+            location = public_url(urljoin(str(request.url), location))
+        content_type = raw.headers.get("Content-Type", "").partition(";")[0].strip()
+        return Answer(raw.status, body, _retry_after(raw.headers), location, content_type)
+
+    def hidden(self, answer: Answer) -> Answer:
+        """Return an answer without the key, in case that the server echoes it."""
+        secrets = self.secrets
+        location = secrets.hide(answer.location)
+        return replace(answer, body=secrets.hide_bytes(answer.body), location=location)
+
+    def _explain(self, exchange: _Exchange, error: Exception, timeout: float) -> ExchangeError:
+        if exchange.verdict == "timeout" or isinstance(error, requests.ReadTimeout):
+            return ExchangeError("timeout", f"no whole answer within {timeout:g} s")
+        if exchange.verdict == "aborted":
+            return ExchangeError("aborted", "ended by the worker")
+        where = public_url(self.base_url)
+        found = _known_cause(error)
+        if found is not None:
+            code, what, remedy = found
+            return ExchangeError(code, self.secrets.hide(f"{where}: {what}"), remedy)
+        if isinstance(error, RequestsConnectionError) and "NewConnectionError" in repr(error):
+            return ExchangeError(
+                "refused", f"{where} does not accept connections ({_reason(error)})"
+            )
+        if isinstance(error, requests.ConnectTimeout):
+            return ExchangeError("refused", f"{where} does not answer")
+        text = self.secrets.hide(_reason(error))
+        return ExchangeError("connection", f"the connection to {where} broke: {text}")
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_WATCH_INTERVAL):
+            now = time.monotonic()
+            with self._lock:
+                overdue = [item for item in self._exchanges if item.deadline < now]
+            for exchange in overdue:
+                exchange.end("timeout")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from; urllib3 also keeps causes in ``reason``."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        linked = (each.__context__, each.__cause__, getattr(each, "reason", None), *each.args)
+        waiting += [other for other in linked if isinstance(other, BaseException)]
+
+
+def _known_cause(error: BaseException) -> tuple[str, str, str] | None:
+    """Return code, message and remedy of a failure that waiting cannot mend."""
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                "connection",
+                f"its certificate is not trusted: {cause.verify_message}",
+                "give the certificate of the authority that signed it: --engine-ca FILE "
+                "(or REQUESTS_CA_BUNDLE); check that the address has the name in the certificate",
+            )
+        if isinstance(cause, ssl.SSLError) and cause.reason in _NOT_TLS:
+            return "connection", "the server speaks plain HTTP", "use http:// in --engine-url"
+        if isinstance(cause, ssl.SSLError) and not isinstance(
+            cause, ssl.SSLEOFError | ssl.SSLZeroReturnError
+        ):
+            return "connection", f"TLS failed: {cause.reason or cause}", "check --engine-url"
+        if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
+            return "refused", f"unknown host ({cause.strerror})", "check --engine-url"
+    return None
+
+
+# OpenSSL's names for an answer that is no TLS record; they differ by version.
+_NOT_TLS = (
+    "WRONG_VERSION_NUMBER",
+    "RECORD_LAYER_FAILURE",
+    "HTTP_REQUEST",
+    "PACKET_LENGTH_TOO_LONG",
+)
+
+
+def speaks_tls(url: str, timeout: float) -> bool:
+    """Tell whether the server at a plain ``http://`` address completes a TLS handshake."""
+    parts = urlsplit(url)
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # nothing is sent: this only asks which protocol it is
+    try:
+        with (
+            socket.create_connection((parts.hostname, parts.port or 80), timeout) as plain,
+            context.wrap_socket(plain, server_hostname=parts.hostname),
+        ):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause's own words."""
+    while error.__context__ is not None:
+        error = error.__context__
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return words or type(error).__name__
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Read Retry-After in its seconds form (RFC 9110, 10.2.3); a date is left to the backoff."""
+    text = headers.get("Retry-After")
+    if text is None:
+        return None
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        return None

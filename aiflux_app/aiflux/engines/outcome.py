@@ -1,0 +1,250 @@
+"""What an attempt's outcome means: an answer, another attempt, or a failure for good."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from aiflux.core.batch.request import parse_json
+from aiflux.core.batch.results_file import choice_texts
+from aiflux.engines.http import Answer, ExchangeError
+
+RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+OVERLOADED_STATUSES = frozenset({429, 503})
+UNREADY_STATUSES = frozenset({502, 503, 504})
+"""What a server, or a gateway before it, answers where the model is not there (yet)."""
+_SHOWN = 500
+_KEPT_BODY = 65536
+_MOST_TOKENS = 2**40  # what an answer counts beyond this is no count
+_BEFORE = 60
+_EXCERPT = 200
+# What Ollama says in a 500 when its runner process died under the request (llm/server.go).
+_RUNNER_DIED = (
+    "llama runner process has terminated",
+    "llama runner process no longer running",
+    "model runner has unexpectedly stopped",
+    ": EOF",
+    "unexpected EOF",
+    "connection reset by peer",
+    "connection refused",
+)
+
+# What Ollama says in a 404 when the model's manifest is gone (server/routes.go).
+_MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
+# llama-server and others, in a 503, until the model is in memory.
+_LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
+_TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
+UNTOUCHED = ("refused", "model_gone", "loading")
+"""Codes of an engine that is down, or as good as that, and did nothing with the request."""
+
+
+class Kind(Enum):
+    """What follows from an outcome."""
+
+    ANSWERED = "answered"
+    UNFIT = "unfit"
+    RETRY = "retry"
+    FAILED = "failed"
+    CRASHED = "crashed"
+    UNATTEMPTED = "unattempted"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an attempt's outcome means.
+
+    Attributes:
+        kind: UNFIT is an answer that does not fit the schema which its request asks for.
+        code, message: say what was wrong, unless ``kind`` is ANSWERED.
+        body: JSON for the journal.
+        usage: the answer's token counts.
+        finish_reason: of the first choice.
+        model: as the answer names it; None where it names none.
+        location: where the engine redirects to.
+        empty: why the first choice has no text (``EMPTY_REASONS``); None where it has, and for
+            embeddings.
+        overloaded: the engine asked for less.
+        foreign: a status 200 with something else than an answer of an OpenAI API, such as a web
+            page.
+    """
+
+    kind: Kind
+    code: str = ""
+    message: str = ""
+    status: int | None = None
+    body: bytes = b"null"
+    retry_after: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+    model: str | None = None
+    location: str = ""
+    empty: str | None = None
+    overloaded: bool = False
+    foreign: bool = False
+
+    @property
+    def generated(self) -> bool:
+        """Whether the engine did its work, whatever the answer is worth."""
+        return self.kind in (Kind.ANSWERED, Kind.UNFIT)
+
+    @property
+    def work(self) -> int:
+        """Tokens that the engine made, or read where it makes none; 1 where it counts none."""
+        return self.completion_tokens or self.prompt_tokens or 1
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object of a failed result."""
+        return {"code": self.code, "message": self.message, "status": self.status}
+
+
+def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
+    """Judge a whole HTTP answer. Pure."""
+    if answer.status == 200:
+        return _judge_body(url, answer)
+    text = answer.body.decode("utf-8", "replace")
+    message = error_message(text)
+    if answer.location and 300 <= answer.status < 400:
+        message = f"redirected to {answer.location}"
+    kept = _kept_body(answer.body, text)
+    if bundled and answer.status == 500 and any(words in message for words in _RUNNER_DIED):
+        return Verdict(Kind.CRASHED, "engine_crashed", message, 500, kept)
+    if bundled and answer.status == 404 and _MODEL_GONE.match(message):
+        return Verdict(Kind.CRASHED, "model_gone", message, 404, kept)
+    retried = answer.status in RETRIED_STATUSES or answer.status >= 500
+    return Verdict(
+        Kind.RETRY if retried and answer.status != 501 else Kind.FAILED,
+        f"http_{answer.status}",
+        message,
+        answer.status,
+        kept,
+        retry_after=answer.retry_after,
+        overloaded=answer.status in OVERLOADED_STATUSES,
+        location=answer.location,
+    )
+
+
+def judge_bug(error: Exception) -> Verdict:
+    """Judge an attempt that our own code could not deal with: it costs its request, not the run."""
+    if isinstance(error, MemoryError):
+        return Verdict(Kind.RETRY, "memory", "there was not enough memory for the answer")
+    seen = f"{type(error).__name__}: {error}"[:_SHOWN]
+    message = f"a bug in AI-Flux, whose trace is in the log; please report it: {seen}"
+    return Verdict(Kind.FAILED, "internal_error", message)
+
+
+def as_down(verdict: Verdict) -> Verdict:
+    """Return the verdict on an answer of an engine that turned out not to be ready."""
+    code = "loading" if _LOADING.search(verdict.message) else "not_ready"
+    return replace(verdict, kind=Kind.CRASHED, code=code, overloaded=False)
+
+
+def judge_exchange_error(error: ExchangeError) -> Verdict:
+    """Judge an exchange without a whole answer; whether the engine lives is not looked at here."""
+    if error.code == "aborted":
+        return Verdict(Kind.UNATTEMPTED, error.code, error.message)
+    if error.code == "refused":
+        return Verdict(Kind.CRASHED, error.code, error.message)
+    return Verdict(Kind.RETRY, error.code, error.message)
+
+
+def _judge_body(url: str, answer: Answer) -> Verdict:
+    try:
+        body = parse_json(answer.body.decode("utf-8"))
+    except ValueError as error:
+        # What begins as an object is an API's answer that broke.
+        foreign = not answer.body.lstrip().startswith(b"{")
+        message = _not_json(answer, error)
+        return Verdict(Kind.RETRY, "not_json", message, 200, foreign=foreign)
+    if not isinstance(body, dict):
+        message = "the answer is not a JSON object"
+        return Verdict(Kind.RETRY, "not_json", message, 200, foreign=True)
+    if body.get("error"):
+        message = error_message(answer.body.decode("utf-8"))
+        return Verdict(Kind.RETRY, "error_in_answer", message, 200, answer.body)
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    finish, content = _finish(url, body)
+    told = choice_texts(body)
+    if finish is None and not content:
+        return Verdict(
+            Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
+            answer.body, foreign="choices" not in body and "data" not in body,
+        )  # fmt: skip
+    return Verdict(
+        Kind.ANSWERED,
+        status=200,
+        body=answer.body,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        finish_reason=finish,
+        model=body["model"] if isinstance(body.get("model"), str) else None,
+        empty=told[0].empty if told else None,
+    )
+
+
+def _not_json(answer: Answer, error: ValueError) -> str:
+    """Return why an answer cannot be read, where, and its type, title and text there."""
+    body = answer.body
+    at, what = 0, str(error)
+    if isinstance(error, UnicodeDecodeError):
+        at, what = error.start, f"byte 0x{body[error.start]:02x} is not UTF-8"
+    elif isinstance(error, json.JSONDecodeError):
+        at, what = len(error.doc[: error.pos].encode()), error.msg.removesuffix(" at")
+    start = max(0, at - _BEFORE)
+    seen = body[start : start + _EXCERPT].decode("utf-8", "replace")
+    return f"the answer is not valid JSON: {what} at offset {at}: {seen!r}{_page(answer)}"
+
+
+def _page(answer: Answer) -> str:
+    """Return the content type and the title of a page; empty for what calls itself JSON."""
+    if answer.content_type in ("", "application/json"):
+        return ""
+    title = _TITLE.search(answer.body[:_KEPT_BODY])
+    text = " ".join(title[1].decode("utf-8", "replace").split())[:_EXCERPT] if title else ""
+    return f" ({answer.content_type}{f', titled {text!r}' if text else ''})"
+
+
+def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
+    """Return the first choice's finish reason and whether there is anything in the answer."""
+    if url == "/v1/embeddings":
+        return None, bool(body.get("data"))
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return None, False
+    choice = choices[0]
+    message = choice.get("message")
+    content = bool(choice.get("text"))
+    if isinstance(message, dict):
+        content = any(value for name, value in message.items() if name != "role")
+    finish = choice.get("finish_reason")
+    return finish if isinstance(finish, str) else None, content
+
+
+def _count(usage: dict[str, Any], name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
+
+
+def error_message(text: str) -> str:
+    """Return the server's own words: ``error.message``, ``error``, or the text."""
+    try:
+        error = parse_json(text).get("error")
+        message = error.get("message") if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        message = None
+    message = message if isinstance(message, str) and message else text.strip()
+    return message if len(message) <= _SHOWN else message[:_SHOWN] + "..."
+
+
+def _kept_body(body: bytes, text: str) -> bytes:
+    """Return an error answer as JSON: as it came where it is JSON in UTF-8, else as a string."""
+    try:
+        parse_json(body.decode("utf-8"))
+    except ValueError:
+        return json.dumps(text[:_KEPT_BODY]).encode()
+    return body

@@ -1,0 +1,102 @@
+"""What a server reports of its own load: its slots, and how many requests run and wait."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiflux.engines.http import Client, ExchangeError
+
+Get = Callable[[str], bytes | None]
+"""Returns what a path answers, as ``get`` does."""
+
+_TIMEOUT = 5.0
+_OFTEN, _SELDOM = 0.5, 5.0
+_REPORTS_OFTEN = 60
+# Names of the metrics of requests that run and wait, in Prometheus' text format: vLLM
+# (docs/usage/metrics.md), llama-server (tools/server/README.md, with --metrics), SGLang
+# (docs/references/production_metrics.md).
+_METRICS = (
+    ("vllm:num_requests_running", "vllm:num_requests_waiting"),
+    ("llamacpp:requests_processing", "llamacpp:requests_deferred"),
+    ("sglang:num_running_reqs", "sglang:num_queue_reqs"),
+)
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^\n]*\})? ([-+.\deE]+)(?: \d+)?$", re.MULTILINE)
+
+
+def get(client: Client, path: str) -> bytes | None:
+    """Return what a server answers under status 200; None for any other outcome.
+
+    A server need not report anything, so that no outcome is an error here.
+    """
+    try:
+        answer = client.get(path, _TIMEOUT)
+    except ExchangeError:
+        return None
+    return answer.body if answer.status == 200 else None
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that a server works on, and that wait in it, of all users together."""
+
+    running: int
+    waiting: int
+
+
+def total_slots(fetch: Get) -> int | None:
+    """Return the slots of a llama-server; None where the server does not report any."""
+    try:
+        props = json.loads(fetch("/props") or b"null")
+    except ValueError:
+        return None
+    slots = props.get("total_slots") if isinstance(props, dict) else None
+    return slots if isinstance(slots, int) and slots > 0 else None
+
+
+def parse_load(text: str) -> Load | None:
+    """Return the load in a server's metrics; None where they do not show any."""
+    sums: dict[str, float] = {}
+    for name, value in _SAMPLE.findall(text):
+        try:
+            sums[name] = sums.get(name, 0.0) + float(value)
+        except ValueError:
+            continue  # another kind of value: not one of those that are looked for
+    for running, waiting in _METRICS:
+        if running in sums and waiting in sums:
+            return Load(int(sums[running]), int(sums[waiting]))
+    return None
+
+
+class LoadWatch:
+    """Asks a server for its load, every half second at first, in a thread of its own.
+
+    Ends by itself where the server shows no load at the first time.
+    """
+
+    def __init__(self, fetch: Get, note: Callable[[int, int], None]) -> None:
+        self._fetch = fetch
+        self._note = note
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="load-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to ask."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop asking."""
+        self._closing.set()
+
+    def _watch(self) -> None:
+        reports = 0
+        while not self._closing.wait(_OFTEN if reports < _REPORTS_OFTEN else _SELDOM):
+            load = parse_load((self._fetch("/metrics") or b"").decode("utf-8", "replace"))
+            if load is not None:
+                reports += 1
+                self._note(load.running, load.waiting)
+            elif not reports:
+                return

@@ -1,0 +1,59 @@
+"""Slots and requests in flight, where the user leaves them open. Pure."""
+
+from __future__ import annotations
+
+from aiflux.core.runs.plan import Plan
+from aiflux.engines.needs import cache_type, context_length
+from aiflux.models.memory import Figures, estimate
+
+GPU_SLOTS = 16
+CPU_SLOTS = 4
+# What is tried where the GPUs' memory is known, the most first: beyond 32 little is gained.
+LADDER = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+_SPARE = 2**30
+"""Bytes of each GPU that are left free; llama.cpp's own fitting leaves as much."""
+_SHARE = 0.97
+
+
+def slots(
+    plan: Plan,
+    devices: tuple[str, ...],
+    cores: int,
+    figures: Figures | None = None,
+    free: tuple[int, ...] = (),
+) -> int:
+    """Return the sequences that an engine decodes in parallel.
+
+    Args:
+        devices: the engine's GPUs.
+        figures: of the model; None where they are not known.
+        free: bytes of memory that are free on each of the GPUs; empty where they are not known.
+    """
+    if plan.options.slots is not None:
+        return plan.options.slots
+    if figures is not None and figures.architecture.one_slot:
+        return 1
+    if not devices:
+        return max(1, min(CPU_SLOTS, cores))
+    if figures is None or not free:
+        return GPU_SLOTS
+    return min(_most_that_fit(plan, figures, free), max(1, plan.requests))
+
+
+def _most_that_fit(plan: Plan, figures: Figures, free: tuple[int, ...]) -> int:
+    context = context_length(plan, figures.architecture.context)
+    room = len(free) * (_SHARE * min(free) - _SPARE)
+    for count in LADDER:
+        wanted = estimate(
+            figures, context, count, gpus=len(free), flash=True, cache_type=cache_type(plan)
+        )
+        if wanted.total <= room:
+            return count
+    return 1
+
+
+def concurrency(plan: Plan, engine_slots: int) -> int:
+    """Return the requests in flight for an engine: its slots and a few that wait at its door."""
+    if plan.options.concurrency is not None:
+        return plan.options.concurrency
+    return engine_slots + max(2, engine_slots // 4)

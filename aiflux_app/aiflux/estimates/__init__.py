@@ -1,0 +1,1 @@
+"""Estimates: how long a run will take, from a pilot of it."""

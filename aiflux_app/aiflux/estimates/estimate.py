@@ -1,0 +1,338 @@
+"""What a run will take, told from a pilot. Pure.
+
+Every figure is a ``Range``: the value, and the bounds of its 95 % interval. docs/estimate.md says
+how they come about.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from aiflux.core.runs.plan import Plan
+from aiflux.estimates.intervals import Range, share_of, total, unevenness
+from aiflux.estimates.pilot import Drawn
+from aiflux.estimates.throughput import Observation, pace, start_up
+from aiflux.util.durations import walltime_seconds, walltime_text
+from aiflux.util.timestamps import unix_seconds, utc_now
+
+SLURM = "slurm"
+LOCAL = "local"
+_DOUBT = 0.1
+_DOUBT_UNFILLED = 0.25
+_DOUBT_CLIMBING = 0.5
+_SETTLED = 8
+_SHARE_OF_WALLTIME = 0.8
+_MARGIN = 1.3
+_STEP = 300.0
+_FIXED_SHARE = 0.2
+_MANY_FAILURES = 0.05
+_WIDE = 0.3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        plan: id of the plan of the whole run: it binds the estimate to input, model and parameters.
+        where: the pilot's engine: ``slurm``, ``local``, or its address.
+        requests, pilot: requests of the whole run, and of the pilot.
+        prompt_tokens, completion_tokens: of the whole run.
+        in_flight: requests in flight while the pilot's engines were full.
+        work_seconds: time of one job for all requests, engines full.
+        fixed_seconds: what each job spends beside that: starting, and emptying at the end.
+        uneven: how much longer than the average the requests of some stretch of the input take.
+        gpus: of the pilot's job; 0 where there were none, or they are not ours.
+        failures: requests that will fail.
+        walltime: seconds that one job may take; None where there is no limit.
+        shards: recommended.
+        time_seconds: ``--time`` that is recommended for each shard.
+    """
+
+    plan: str
+    where: str
+    created: str
+    requests: int
+    pilot: int
+    pilot_failures: int
+    prompt_tokens: Range
+    completion_tokens: Range
+    in_flight: int
+    work_seconds: Range
+    fixed_seconds: Range
+    uneven: float
+    gpus: int
+    failures: Range
+    walltime: float | None = None
+    shards: int = 1
+    time_seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def time(self) -> str:
+        """The recommended ``--time``, as Slurm writes it."""
+        return walltime_text(self.time_seconds)
+
+    @property
+    def requests_per_second(self) -> float:
+        """Requests that one job does in a second while its engines are full."""
+        return self.requests / self.work_seconds.value
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The same in answer tokens."""
+        return self.completion_tokens.value / self.work_seconds.value
+
+    @property
+    def shard_seconds(self) -> Range:
+        """Time of one of the recommended shards."""
+        return self.seconds_of_shard(self.shards)
+
+    def seconds_of_shard(self, shards: int) -> Range:
+        """Return the time of one job where the input is cut into ``shards``; the longest of them
+        is at the upper bound.
+        """
+        share = -(-self.requests // shards) / self.requests
+        own = self.work_seconds.times(share)
+        highest = self.work_seconds.high * min(1.0, share * self.uneven)
+        return self.fixed_seconds.plus(Range(own.value, own.low, highest))
+
+    def seconds_of_jobs(self, shards: int) -> Range:
+        """Return the time of all jobs together."""
+        return self.work_seconds.plus(self.fixed_seconds.times(shards))
+
+    def gpu_hours(self, shards: int) -> Range:
+        """Return the GPU-hours of all jobs together."""
+        return self.seconds_of_jobs(shards).times(self.gpus / 3600)
+
+    def shards_for(self, time: str | None) -> int:
+        """Return the shards to cut the input into where a job may take ``time``."""
+        return self.recommended(time).shards
+
+    def recommended(self, time: str | None) -> Estimate:
+        """Return the estimate with what it recommends where a job may take ``time``.
+
+        More time is recommended where a job could not do a single request in it.
+        """
+        walltime = walltime_seconds(time)
+        shards = self._fewest(walltime)
+        most = walltime
+        if shards is None:
+            most = math.inf
+            enough = self.fixed_seconds.high / (_FIXED_SHARE * _SHARE_OF_WALLTIME)
+            shards = self._fewest(enough) or self.requests
+        needed = math.ceil(self.seconds_of_shard(shards).high * _MARGIN / _STEP) * _STEP
+        return replace(
+            self,
+            walltime=None if math.isinf(walltime) else walltime,
+            shards=shards,
+            time_seconds=min(needed, most),
+        )
+
+    def _fewest(self, walltime: float) -> int | None:
+        """Return the fewest shards that fit the walltime; None where no number does."""
+
+        def fits(shards: int) -> bool:
+            return self.seconds_of_shard(shards).high <= _SHARE_OF_WALLTIME * walltime
+
+        found = bisect_left(range(1, self.requests + 1), True, key=fits) + 1
+        return found if found <= self.requests else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate as JSON, with what follows from it."""
+        return {
+            **asdict(self),
+            "time": self.time,
+            "shard_seconds": asdict(self.shard_seconds),
+            "gpu_hours": asdict(self.gpu_hours(self.shards)) if self.gpus else None,
+            "requests_per_second": round(self.requests_per_second, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Estimate:
+        """Read what ``to_json`` returned.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        values = {item.name: content[item.name] for item in fields(cls)}
+        ranges = {name: Range(**value) for name, value in values.items() if isinstance(value, dict)}
+        return cls(**{**values, **ranges, "warnings": tuple(values["warnings"])})
+
+
+def estimate(
+    whole: Plan,
+    drawn: Drawn,
+    observations: Sequence[Observation],
+    status: Mapping[str, Any],
+    time: str | None,
+    where: str = SLURM,
+) -> Estimate:
+    """Return what the whole run will take.
+
+    Args:
+        whole: the plan of the whole run.
+        drawn: what was drawn from its input.
+        observations: at least one, in input order.
+        status: of the pilot's only shard.
+        time: what one job may take, as Slurm writes it; None for no limit.
+        where: see ``Estimate``.
+    """
+    full, costs = _costs(observations)
+    seen = len(observations)
+    doubt = _doubt(seen, full, _lanes(whole, status))
+    details = status["aiflux"]
+    work = _doubted(_sum(costs, observations, drawn, whole.requests), doubt)
+    failed = sum(item.error is not None for item in observations)
+    told = Estimate(
+        plan=whole.id,
+        where=where,
+        created=utc_now(),
+        requests=whole.requests,
+        pilot=seen,
+        pilot_failures=failed,
+        prompt_tokens=_total("prompt_tokens", observations, drawn, whole.requests),
+        completion_tokens=_total("completion_tokens", observations, drawn, whole.requests),
+        in_flight=full,
+        work_seconds=work,
+        fixed_seconds=_fixed(observations, unix_seconds(details["started"])),
+        uneven=1.0 if seen >= whole.requests else unevenness(costs),
+        gpus=_gpus(details),
+        failures=share_of(failed, seen, whole.requests),
+    ).recommended(time)
+    warnings = [
+        *_warn_of_size(told, doubt),
+        *_warn_of_results(observations, whole),
+        *_warn_of_shards(told, time),
+    ]
+    return replace(told, warnings=tuple(warnings))
+
+
+def _costs(observations: Sequence[Observation]) -> tuple[int, list[float]]:
+    """Return the requests in flight, and each request's share of the job's time.
+
+    Models of one run are done one after the other, so each has its own pace.
+    """
+    costs: dict[int, float] = {}
+    full = 0
+    for model in dict.fromkeys(item.model for item in observations):
+        places = [at for at, item in enumerate(observations) if item.model == model]
+        of_model = pace([observations[at] for at in places])
+        full = max(full, of_model.in_flight)
+        costs.update(zip(places, of_model.costs, strict=True))
+    return full, [costs[at] for at in range(len(observations))]
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """How much less, or more, time the whole may take at another pace than the pilot's."""
+
+    below: float
+    above: float
+    unfilled: bool
+
+
+def _doubt(seen: int, full: int, lanes: int | None) -> _Doubt:
+    """Return the doubt about the pace.
+
+    Args:
+        lanes: requests that the engines take at once; None where the worker finds that out by and
+            by (``worker.limits``).
+    """
+    if lanes is None and seen < _SETTLED * full:
+        return _Doubt(_DOUBT_CLIMBING, _DOUBT_UNFILLED, True)
+    if lanes is not None and seen < 2 * max(full, lanes):
+        return _Doubt(max(_DOUBT_UNFILLED, 1 - full / lanes), _DOUBT_UNFILLED, True)
+    return _Doubt(_DOUBT, _DOUBT, False)
+
+
+def _lanes(plan: Plan, status: Mapping[str, Any]) -> int | None:
+    """Return the requests in flight that the engines take, as far as that is known before."""
+    engines = status["aiflux"].get("engines") or []
+    if plan.options.concurrency is not None:
+        return max(1, len(engines)) * plan.options.concurrency
+    slots = sum(int(engine.get("slots") or 0) for engine in engines)
+    return slots or None
+
+
+def _gpus(details: Mapping[str, Any]) -> int:
+    totals = details.get("totals") or {}
+    return round(float(totals.get("gpu_seconds", 0)) / max(float(totals.get("seconds", 0)), 1e-3))
+
+
+def _fixed(observations: Sequence[Observation], started: float) -> Range:
+    """A job's start, and its end: while the last requests are done the engines empty.
+
+    The end takes no longer than the longest request.
+    """
+    start = start_up(observations, started)
+    longest = max(item.seconds for item in observations)
+    return Range(start + longest / 2, start, start + longest)
+
+
+def _doubted(figure: Range, doubt: _Doubt) -> Range:
+    """Widen a time by the doubt about the pace."""
+    below = math.hypot(figure.value - figure.low, figure.value * doubt.below)
+    above = math.hypot(figure.high - figure.value, figure.value * doubt.above)
+    return Range(figure.value, max(0.0, figure.value - below), figure.value + above)
+
+
+def _total(name: str, observations: Sequence[Observation], drawn: Drawn, requests: int) -> Range:
+    values = [float(getattr(item, name)) for item in observations]
+    return _sum(values, observations, drawn, requests)
+
+
+def _sum(
+    values: Sequence[float], observations: Sequence[Observation], drawn: Drawn, requests: int
+) -> Range:
+    return total(values, [item.size for item in observations], requests, drawn.bytes)
+
+
+def _warn_of_size(told: Estimate, doubt: _Doubt) -> Iterator[str]:
+    seen, work = told.pilot, told.work_seconds
+    if seen >= told.requests:
+        return
+    if doubt.unfilled:
+        yield (
+            f"{seen} requests hardly fill the engines ({told.in_flight} were in flight): the whole "
+            f"may well go at another pace; --requests {5 * seen} tells more"
+        )
+    elif work.high > (1 + doubt.above + _WIDE) * work.value:
+        yield (
+            f"the requests differ so much that {seen} of them leave the time open: "
+            f"--requests {4 * seen} about halves the interval"
+        )
+
+
+def _warn_of_results(observations: Sequence[Observation], whole: Plan) -> Iterator[str]:
+    seen = len(observations)
+    errors = Counter(item.error for item in observations if item.error is not None)
+    failed = errors.total()
+    expected = failed * whole.requests / seen
+    if failed and (
+        failed >= _MANY_FAILURES * seen or expected > whole.options.allowed_failures(whole.requests)
+    ):
+        (most, _), *_ = errors.most_common(1)
+        yield f"{failed} of {seen} requests failed, most of them with {most}"
+    cut = sum(item.cut for item in observations)
+    if cut:
+        yield f"{cut} of {seen} answers ended at their limit of tokens (max_tokens or the context)"
+    truncated = sum(item.truncated for item in observations)
+    if truncated:
+        yield f"{truncated} of {seen} prompts were cut by the engine: --context-length"
+
+
+def _warn_of_shards(told: Estimate, time: str | None) -> Iterator[str]:
+    if told.uneven > 1:
+        yield (
+            f"some stretch of the input takes {told.uneven:.1f} times the average: shards will "
+            "differ, and are cut for the longest"
+        )
+    if told.walltime is not None and told.time_seconds > told.walltime:
+        yield f"--time {time} is hardly enough for a job to start and do anything: ask for more"

@@ -1,0 +1,174 @@
+"""How fast requests were done, told from the journal: each result has its end and its duration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import RawResult
+from aiflux.core.runs.output import iterate_results
+from aiflux.core.runs.plan import Plan
+from aiflux.util.timestamps import unix_seconds
+
+# Prompts are processed many tokens at a time. The figure only weighs requests against each other.
+_PROMPT_TOKENS_PER_ANSWER_TOKEN = 20
+_SHORTEST = 1e-3
+_FULL_SHARE = 0.1
+_NEARLY = 0.9
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A request of the pilot and what came of it.
+
+    Attributes:
+        began, ended: Unix time of its last attempt.
+        size: bytes of the request's line.
+        error: code and message; None for an answer.
+        cut: the answer ended at its limit of tokens.
+        truncated: the engine cut the prompt.
+    """
+
+    model: str
+    began: float
+    ended: float
+    prompt_tokens: int
+    completion_tokens: int
+    size: int
+    error: str | None = None
+    cut: bool = False
+    truncated: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """How long the last attempt took."""
+        return self.ended - self.began
+
+    @property
+    def work(self) -> float:
+        """Its share in the engine's work, in answer tokens."""
+        return self.completion_tokens + self.prompt_tokens / _PROMPT_TOKENS_PER_ANSWER_TOKEN
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast one model's requests were done while the engines were as full as they became.
+
+    Attributes:
+        in_flight: requests in flight then.
+        costs: seconds of the whole job that each request stands for, in the order of the requests.
+    """
+
+    in_flight: int
+    costs: tuple[float, ...]
+
+
+def observe(plan: Plan, run: RunDirectory) -> tuple[Observation, ...]:
+    """Read what a run did so far, in input order."""
+    found = iterate_results(plan, run, partial=True)
+    return tuple(_observation(len(raw), result) for raw, result in found)
+
+
+def _observation(size: int, result: RawResult) -> Observation:
+    metadata = json.loads(result.metadata)
+    usage = _usage(result.body)
+    ended = unix_seconds(metadata["timestamp"])
+    error = json.loads(result.error)
+    return Observation(
+        model=metadata["model"],
+        began=ended - max(float(metadata["processing_time"]), _SHORTEST),
+        ended=ended,
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        size=size,
+        error=None if error is None else f"{error['code']}: {error['message']}",
+        cut=bool(metadata.get("finish_reason_length")),
+        truncated=bool(metadata.get("truncated_prompt")),
+    )
+
+
+def _usage(body: bytes) -> Mapping[str, Any]:
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return {}
+    usage = content.get("usage") if isinstance(content, dict) else None
+    return usage if isinstance(usage, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def start_up(observations: Sequence[Observation], started: float) -> float:
+    """Return the seconds of a start in which nothing was in flight: before the first request, and
+    between the models of a run that has several.
+
+    Args:
+        started: Unix time of the start.
+    """
+    own = [item for item in observations if item.began >= started]
+    if not own:
+        return 0.0
+    first = min(item.began for item in own)
+    several = len({item.model for item in own}) > 1
+    idle = sum(end - begin for begin, end, count in _levels(own) if count == 0)
+    return first - started + (idle if several else 0.0)
+
+
+def pace(observations: Sequence[Observation]) -> Pace:
+    """Return how fast requests of one model were done.
+
+    A request's work is spread evenly over its time in flight. The work that falls into the stretch
+    from the first to the last moment at which the engines were full gives the speed; so neither the
+    emptying at the end nor the way in which long and short requests met in the pilot disturbs it.
+    Pauses with nothing in flight (the job was requeued, the engine started anew) are left out.
+    """
+    works = [item.work for item in observations]
+    if not any(works):
+        works = [1.0] * len(works)
+    levels = [level for level in _levels(observations) if level[2]]
+    full = _full(levels)
+    low = min(begin for begin, _, count in levels if count >= _NEARLY * full)
+    high = max(end for _, end, count in levels if count >= _NEARLY * full)
+    seconds = sum(_overlap(begin, end, low, high) for begin, end, _ in levels)
+    done = sum(
+        work * _overlap(item.began, item.ended, low, high) / item.seconds
+        for work, item in zip(works, observations, strict=True)
+    )
+    return Pace(full, tuple(work * seconds / done for work in works))
+
+
+def _overlap(begin: float, end: float, low: float, high: float) -> float:
+    return max(0.0, min(end, high) - max(begin, low))
+
+
+def _levels(observations: Iterable[Observation]) -> Iterator[tuple[float, float, int]]:
+    """Yield stretches of time and how many requests were in flight in them."""
+    events = [(item.began, 1) for item in observations]
+    events += [(item.ended, -1) for item in observations]
+    events.sort()
+    count = 0
+    for (moment, change), (following, _) in pairwise(events):
+        count += change
+        if following > moment:
+            yield moment, following, count
+
+
+def _full(levels: Sequence[tuple[float, float, int]]) -> int:
+    """Return how many requests were in flight in at least a tenth of the time.
+
+    The very highest count is no measure: times are rounded, so that a request seems to begin before
+    the one ends that it follows.
+    """
+    left = _FULL_SHARE * sum(end - begin for begin, end, _ in levels)
+    ranked = sorted(levels, key=lambda level: -level[2])
+    for begin, end, count in ranked:
+        left -= end - begin
+        if left <= 0:
+            return count
+    return ranked[-1][2]

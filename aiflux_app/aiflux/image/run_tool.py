@@ -1,0 +1,108 @@
+"""Runs the programs that the image helper needs: apptainer, git, tar and our own scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from spython.utils import run_command
+
+from aiflux.errors import ImageError
+from aiflux.image.container import find_runtime
+
+
+def run(
+    command: Sequence[str | Path],
+    what: str,
+    remedy: str,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run a program with its output shown to the user.
+
+    Raises:
+        ImageError: it could not be started, or failed; ``what`` begins the message.
+    """
+    _start(command, what, remedy, cwd=cwd, env=env)
+
+
+def capture(command: Sequence[str | Path], what: str, remedy: str) -> str:
+    """Run a program with only its errors shown to the user; return what it prints.
+
+    Raises:
+        ImageError: as for run().
+    """
+    return _start(command, what, remedy, stdout=subprocess.PIPE).stdout
+
+
+def _start(
+    command: Sequence[str | Path],
+    what: str,
+    remedy: str,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+) -> subprocess.CompletedProcess[str]:
+    # Our scripts call pip through PYTHON: the python of a virtual environment has it.
+    environment = {"PYTHON": sys.executable, **(os.environ if env is None else env)}
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise ImageError(f"{what}: {error}", remedy) from error
+    if done.returncode:
+        raise ImageError(f"{what}: {Path(words[0]).name} ended with {done.returncode}", remedy)
+    return done
+
+
+def ask(command: Sequence[str | Path]) -> str | None:
+    """The output of a program without its last newline, or None when it failed."""
+    try:
+        done = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.removesuffix("\n") if done.returncode == 0 else None
+
+
+def apptainer(words: Sequence[str], typed: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Apptainer and keep its output and its errors.
+
+    Where it wrote only one of them, both are that text.
+
+    Args:
+        typed: what is written to its standard input.
+
+    Raises:
+        ImageError: it cannot be started, or its output is not text.
+    """
+    command = [str(find_runtime()), *words]
+    try:
+        if typed is None:
+            # spython's Client would start "singularity", which need not exist, and exits this
+            # process where a bind is missing; its runner does neither.
+            answer = run_command(command, quiet=True)
+            told = answer["message"] or [""]
+            return subprocess.CompletedProcess(command, answer["return_code"], told[0], told[-1])
+        # The runner has no standard input to give.
+        return subprocess.run(
+            command, input=typed, capture_output=True, text=True, errors="replace", check=False
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(
+            f"apptainer {words[0]} failed: {error}", f"try it by hand: apptainer {words[0]}"
+        ) from error

@@ -1,0 +1,392 @@
+"""The catalogue of models: what is known of a model before it is there.
+
+The package's own ``models.yaml`` first, then the site's (beside the file that AIFLUX_SITE_CONFIG
+names), the user's (``~/.config/aiflux/models.yaml``) and the one that ``models_file`` names: each
+adds models, and overrides single keys of those that are there. Registries of *runs* are another
+thing (``core/registry.py``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aiflux.errors import ConfigError
+from aiflux.models.memory import Architecture, Figures, Vision
+from aiflux.models.name import parse_model_name
+from aiflux.util import value_parsers
+from aiflux.util.suggestions import suggestion
+from aiflux.util.value_parsers import Parser
+from aiflux.util.yaml_file import read_yaml
+
+_MISSPELT = 0.8  # how like a known family a name has to be
+OWN = Path(__file__).with_name("catalog.yaml")
+FILE_NAME = "models.yaml"
+ENDPOINTS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+}
+DEFAULTS: Mapping[str, Parser] = {
+    "temperature": value_parsers.number(0, 100),
+    "top_p": value_parsers.number(0, 1),
+    "max_tokens": value_parsers.integer(1),
+    "seed": value_parsers.integer(0),
+    "stop": value_parsers.texts,
+    "frequency_penalty": value_parsers.number(-2, 2),
+    "presence_penalty": value_parsers.number(-2, 2),
+}
+"""Parameters that a model may have defaults of: what Ollama's OpenAI endpoints obey."""
+
+# Bytes of a value in the table of tokens, and in what makes tokens of numbers, for each kind of
+# file. Source: llama.cpp, src/llama-quant.cpp; Q4_K_M and Q4_0 have the latter in Q6_K.
+_TOKEN_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.0}
+_OUTPUT_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.0}
+_Q4, _Q6 = 0.5625, 0.8203125
+
+
+@dataclass(frozen=True)
+class CataloguedModel:
+    """One model of the catalogue.
+
+    Attributes:
+        name: as Ollama names it.
+        parameters: their number; 0 where it is not told.
+        size: bytes of the model's file; ``projector_size``: of a second one, which reads images.
+        context: tokens that it was trained for.
+        endpoints: keys of ``ENDPOINTS``.
+        tied: the table of tokens also makes tokens of numbers.
+        latest: what the name without a tag (or with ``latest``) stands for.
+        defaults: parameters that fill what a request leaves open.
+        place: the file that told of it, the last one where several did.
+    """
+
+    name: str
+    family: str
+    parameters: int
+    quantisation: str
+    size: int
+    context: int
+    endpoints: tuple[str, ...]
+    licence: str
+    architecture: Architecture
+    place: Path
+    projector_size: int = 0
+    vision: bool = False
+    vision_encoder: Vision | None = None
+    tied: bool = False
+    latest: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> Figures:
+        """What its memory depends on; the layers' weights are taken to be alike."""
+        shape = self.architecture
+        table = shape.vocabulary * shape.embedding
+        output = int(table * _OUTPUT_BYTES.get(self.quantisation, _Q6))
+        on_host = 0 if self.tied else int(table * _TOKEN_BYTES.get(self.quantisation, _Q4))
+        layer = max(0, self.size - output - on_host) // shape.layers
+        return Figures(
+            shape,
+            (layer,) * shape.layers,
+            output,
+            self.projector_size,
+            self.vision_encoder,
+        )
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Models by the name under which Ollama serves them."""
+
+    models: Mapping[str, CataloguedModel]
+
+    @cached_property
+    def latest(self) -> Mapping[str, CataloguedModel]:
+        """Models by the name ``...:latest`` that stands for them, too."""
+        found = {_latest(name): model for name, model in self.models.items() if model.latest}
+        return {name: model for name, model in found.items() if name not in self.models}
+
+    def find(self, name: str) -> CataloguedModel | None:
+        """Return a model; None where the catalogue does not know it."""
+        served = _served(name)
+        return self.models.get(served) or self.latest.get(served)
+
+    def nearest(self, name: str) -> str | None:
+        """Return the known model that a name is probably a misspelling of; None where it is none.
+
+        Only the family counts, the part before the colon: the catalogue does not know every tag.
+        Names with a registry or a namespace are taken as they are.
+        """
+        family, _, tag = _served(name).partition(":")
+        families = {known.partition(":")[0] for known in self.models}
+        if "/" in family or family in families:
+            return None
+        near = difflib.get_close_matches(family, families, n=1, cutoff=_MISSPELT)
+        if not near:
+            return None
+        known = [each for each in self.models if each.partition(":")[0] == near[0]]
+        same_tag = f"{near[0]}:{tag}"
+        return same_tag if same_tag in known else known[0]
+
+    @property
+    def all_defaults(self) -> dict[str, dict[str, Any]]:
+        """The default parameters of every model that has some."""
+        every = {**self.models, **self.latest}
+        return {name: dict(model.defaults) for name, model in every.items() if model.defaults}
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Return the parameters that fill what a request to a model leaves open."""
+        model = self.find(name)
+        return dict(model.defaults) if model else {}
+
+
+def read_catalogue(files: Iterable[Path] = ()) -> Catalogue:
+    """Read the package's own catalogue and then ``files``, the weakest first.
+
+    Raises:
+        ConfigError: a file is wrong; names the file, the model and the key.
+    """
+    files = tuple(files)
+    if not files:
+        return _own_catalogue()
+    entries: dict[str, dict[str, Any]] = {}
+    places: dict[str, Path] = {}
+    for path in (OWN, *files):
+        for name, entry in _read(path).items():
+            entries[name] = {**_overridden(entries, name), **entry}
+            places[name] = path
+    return Catalogue({name: _model(name, entry, places[name]) for name, entry in entries.items()})
+
+
+def catalogue_files(
+    models_file: Path | None, environ: Mapping[str, str] = os.environ
+) -> tuple[Path, ...]:
+    """Return the catalogues beside the package's own that are there, the weakest first.
+
+    Args:
+        models_file: the one that was named; it has to be there.
+
+    Raises:
+        ConfigError: the one that was named is not there.
+    """
+    home = Path(environ.get("HOME") or "/")
+    base = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
+    site = environ.get("AIFLUX_SITE_CONFIG")
+    candidates = [Path(site).with_name(FILE_NAME)] if site else []
+    candidates.append(base / "aiflux" / FILE_NAME)
+    if models_file is not None and not models_file.is_file():
+        raise ConfigError(
+            f"models_file names {models_file}, which is not a file", "correct it, or leave it out"
+        )
+    found = [path for path in candidates if path.is_file()]
+    return (*found, *([models_file] if models_file else []))
+
+
+@cache
+def _own_catalogue() -> Catalogue:
+    return Catalogue({name: _model(name, entry, OWN) for name, entry in _read(OWN).items()})
+
+
+def _served(name: str) -> str:
+    return parse_model_name(name).served.lower()
+
+
+def _latest(name: str) -> str:
+    return name.rpartition(":")[0] + ":latest"
+
+
+def _overridden(entries: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return what is known of a model so far, also where its name says ``latest``."""
+    if name in entries:
+        return entries[name]
+    for other, entry in entries.items():
+        if entry.get("latest") is True and _latest(other) == name:
+            return {**entry, "latest": False}
+    return {}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if path != OWN:
+        read_yaml(path)  # tells what is no YAML, or is given twice, with its line
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=loader)  # noqa: S506 - safe
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
+    content = _mapping(content or {}, f"{path}", {"models"})
+    models = _mapping(content.get("models") or {}, f"{path}: models", None)
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in models.items():
+        served = _named(name, path)
+        if served in found:
+            raise ConfigError(
+                f"{path}: {name} stands twice: names are the same in capitals or not, and without "
+                "a tag as with :latest",
+                "leave one of them out",
+            )
+        found[served] = _mapping(entry, f"{path}: {name}", set(_KEYS))
+    return found
+
+
+def _named(name: str, path: Path) -> str:
+    try:
+        return _served(name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: models: {error.message}", error.remedy) from None
+
+
+def _mapping(value: Any, place: str, known: set[str] | None) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place}: {value!r} stands where KEY: VALUE lines should", "correct it")
+    unknown = sorted({str(key) for key in value} - (known or {str(key) for key in value}))
+    if unknown:
+        raise ConfigError(
+            f"{place}: unknown key {unknown[0]!r}", suggestion(unknown[0], known or ())
+        )
+    return {str(key): item for key, item in value.items()}
+
+
+_KEYS = {
+    "family", "parameters", "quantisation", "size", "projector_size", "context", "endpoints",
+    "vision", "licence", "architecture", "vision_encoder", "latest", "defaults",
+}  # fmt: skip
+_SHAPE_KEYS = {
+    "name", "layers", "embedding", "heads", "kv_heads", "head_size", "value_size", "feed_forward",
+    "vocabulary", "tied", "experts", "experts_used", "sliding_window", "cross_layers",
+}  # fmt: skip
+_VISION_KEYS = {"image", "patch", "heads", "embedding", "channels", "max_pixels"}
+
+
+def _model(name: str, entry: Mapping[str, Any], path: Path) -> CataloguedModel:
+    values = _Values(entry, f"{path}: {name}")
+    shape = _Values(
+        _mapping(values.need("architecture"), f"{path}: {name}: architecture", _SHAPE_KEYS),
+        f"{path}: {name}: architecture",
+    )
+    context = values.whole("context")
+    endpoints = values.words("endpoints", tuple(ENDPOINTS))
+    return CataloguedModel(
+        name=name,
+        family=values.text("family", parse_model_name(name).model),
+        parameters=values.whole("parameters", 0),
+        quantisation=values.text("quantisation", "unknown"),
+        size=values.whole("size"),
+        context=context,
+        endpoints=endpoints,
+        licence=values.text("licence", "unknown"),
+        architecture=_shape(shape, context, embeds=endpoints == ("embeddings",)),
+        place=path,
+        projector_size=values.whole("projector_size", 0),
+        vision=values.flag("vision"),
+        vision_encoder=_vision(entry, f"{path}: {name}: vision_encoder"),
+        tied=shape.flag("tied"),
+        latest=values.flag("latest"),
+        defaults=_defaults(entry, f"{path}: {name}: defaults"),
+    )
+
+
+def _defaults(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
+    given = _mapping(entry.get("defaults") or {}, place, set(DEFAULTS))
+    for key, value in given.items():
+        try:
+            DEFAULTS[key](value)
+        except ValueError as error:
+            raise ConfigError(
+                f"{place}: {key} = {value!r} is wrong", f"{key} must be {error}"
+            ) from None
+    return given
+
+
+def _shape(values: _Values, context: int, *, embeds: bool) -> Architecture:
+    heads, embedding = values.whole("heads"), values.whole("embedding")
+    head_size = values.whole("head_size", embedding // max(heads, 1))
+    return Architecture(
+        name=values.text("name"),
+        layers=values.whole("layers"),
+        embedding=embedding,
+        heads=heads,
+        kv_heads=values.whole("kv_heads", heads),
+        key_size=head_size,
+        value_size=values.whole("value_size", head_size),
+        vocabulary=values.whole("vocabulary"),
+        context=context,
+        feed_forward=values.whole("feed_forward", 0),
+        sliding_window=values.whole("sliding_window", 0),
+        experts=values.whole("experts", 0),
+        experts_used=values.whole("experts_used", 0),
+        cross_layers=values.numbers("cross_layers"),
+        embeds=embeds,
+    )
+
+
+def _vision(entry: Mapping[str, Any], place: str) -> Vision | None:
+    given = entry.get("vision_encoder")
+    if given is None:
+        return None
+    values = _Values(_mapping(given, place, _VISION_KEYS), place)
+    return Vision(
+        weights=0,  # they are part of the model's size
+        image=values.whole("image"),
+        patch=values.whole("patch"),
+        heads=values.whole("heads"),
+        embedding=values.whole("embedding"),
+        channels=values.whole("channels", 3),
+        max_pixels=values.whole("max_pixels", 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Typed values of a mapping; what is wrong is told with its place."""
+
+    entry: Mapping[str, Any]
+    place: str
+
+    def need(self, key: str) -> Any:
+        if self.entry.get(key) is None:
+            raise ConfigError(f"{self.place}: {key} is missing", f"add {key}: VALUE")
+        return self.entry[key]
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.entry.get(key, default)
+        value = self.need(key) if value is None else value
+        low = 1 if default is None else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self._wrong(key, value, f"a whole number of at least {low}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.entry.get(key, default)
+        value = self.need(key) if value is None else value
+        if not isinstance(value, str) or not value.strip():
+            raise self._wrong(key, value, "a text")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.entry.get(key, False)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def words(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        value = self.entry.get(key, list(default))
+        if not isinstance(value, list) or not value or not {*map(str, value)} <= {*ENDPOINTS}:
+            raise self._wrong(key, value, f"a list of: {', '.join(ENDPOINTS)}")
+        return tuple(str(word) for word in value)
+
+    def numbers(self, key: str) -> tuple[int, ...]:
+        value = self.entry.get(key, [])
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self._wrong(key, value, "a list of whole numbers")
+        return tuple(value)
+
+    def _wrong(self, key: str, value: Any, wanted: str) -> ConfigError:
+        return ConfigError(f"{self.place}: {key} = {value!r} is wrong", f"{key} must be {wanted}")

@@ -1,0 +1,261 @@
+"""What Slurm tells about itself: its settings, partitions, nodes, and the user's accounts.
+
+Read from ``scontrol`` (``-o``: one record a line, ``NAME=VALUE`` words) and ``sacctmgr -P``, whose
+forms every Slurm since 20.11 shares. Sources: scontrol(1), sacctmgr(1), slurm.conf(5).
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from aiflux.slurm.calling import attempt, clean_environment
+from aiflux.util.durations import walltime_seconds
+
+UNLIMITED = float("inf")
+_DEAD = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "ERROR", "INVAL", "FUTURE"}
+_MEMORY = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition; an empty tuple of names means that no list was given.
+
+    Attributes:
+        max_seconds: its time limit; infinite where it has none.
+        max_memory: MB of one job on one node; infinite where there is no limit.
+        max_cpus: CPUs of one job on one node.
+    """
+
+    name: str
+    default: bool = False
+    state: str = "UP"
+    max_seconds: float = UNLIMITED
+    max_memory: float = UNLIMITED
+    max_cpus: float = UNLIMITED
+    allow_accounts: tuple[str, ...] = ()
+    deny_accounts: tuple[str, ...] = ()
+    allow_groups: tuple[str, ...] = ()
+    allow_qos: tuple[str, ...] = ()
+    deny_qos: tuple[str, ...] = ()
+    root_only: bool = False
+    reservation_only: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node.
+
+    Attributes:
+        arch: as ``uname -m`` says; None until it registers.
+        memory: MB.
+        gpus: number of each type; the type of GPUs without one is "".
+        alive: it is not down, drained or failing now.
+    """
+
+    name: str
+    arch: str | None = None
+    cpus: int = 0
+    memory: int = 0
+    gpus: dict[str, int] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
+    partitions: tuple[str, ...] = ()
+    alive: bool = True
+
+    def gpus_of(self, kind: str) -> int:
+        """Return the number of GPUs of a type; "" stands for any."""
+        same = (name for name in self.gpus if not kind or name.lower() == kind.lower())
+        return sum(self.gpus[name] for name in same)
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """What the accounting database says of the user.
+
+    Attributes:
+        default: the default account; None where there is none, or it is not known.
+        names: the accounts that the user may charge.
+        qos: limits on the wall time, in seconds, of every QOS that exists.
+    """
+
+    default: str | None = None
+    names: tuple[str, ...] = ()
+    qos: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A cluster, as far as Slurm tells; what it does not tell is empty.
+
+    Attributes:
+        settings: ``scontrol show config``.
+        accounts: None where there is no accounting, or it does not answer.
+        groups: the user's groups on this machine.
+    """
+
+    settings: dict[str, str] = field(default_factory=dict)
+    partitions: tuple[Partition, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    accounts: Accounts | None = None
+    groups: frozenset[str] = frozenset()
+
+    @property
+    def rewrites_jobs(self) -> bool:
+        """Whether the site has plugins that may change what a job asks for."""
+        names = ("JobSubmitPlugins", "CliFilterPlugins")
+        return any(self.settings.get(name, "(null)") not in ("(null)", "") for name in names)
+
+    def enforces(self, what: str) -> bool:
+        """Whether accounting enforces ``associations``, ``qos``, ...; some imply associations."""
+        words = self.settings.get("AccountingStorageEnforce", "none").lower().split(",")
+        implied = {"limits", "qos", "wckeys", "safe", "all"} if what == "associations" else {"all"}
+        return what in words or bool(implied & {*words})
+
+    def partition(self, name: str) -> Partition | None:
+        """Return a partition by its name."""
+        return next((one for one in self.partitions if one.name == name), None)
+
+    def nodes_of(self, partition: str) -> tuple[Node, ...]:
+        """Return the nodes of a partition."""
+        return tuple(node for node in self.nodes if partition in node.partitions)
+
+
+def ask_cluster(environ: Mapping[str, str] | None = None) -> Facts:
+    """Ask Slurm; nothing is raised where it is missing or does not answer."""
+    environment = clean_environment(os.environ if environ is None else environ)
+    settings = parse_settings(attempt(["scontrol", "show", "config"], environment) or "")
+    if not settings:
+        return Facts()
+    partitions = attempt(["scontrol", "-o", "show", "partition"], environment) or ""
+    nodes = attempt(["scontrol", "-o", "show", "node"], environment) or ""
+    return Facts(
+        settings,
+        tuple(parse_partition(line) for line in partitions.splitlines() if "=" in line),
+        tuple(parse_node(line) for line in nodes.splitlines() if "=" in line),
+        _ask_accounts(settings, environment),
+        frozenset(_groups()),
+    )
+
+
+def parse_settings(text: str) -> dict[str, str]:
+    """Read ``scontrol show config``: ``Name = value`` lines."""
+    return dict(re.findall(r"^([A-Za-z_]\w*)(?:\[\d+\])?\s*= ?(.*?)\s*$", text, re.MULTILINE))
+
+
+def parse_partition(line: str) -> Partition:
+    """Read one line of ``scontrol -o show partition``."""
+    words = _words(line)
+    return Partition(
+        name=words.get("PartitionName", ""),
+        default=words.get("Default") == "YES",
+        state=words.get("State", "UP"),
+        max_seconds=limit_seconds(words.get("MaxTime", "UNLIMITED")),
+        max_memory=_limit(words.get("MaxMemPerNode", "")),
+        max_cpus=_limit(words.get("MaxCPUsPerNode", "")),
+        allow_accounts=_names(words.get("AllowAccounts", "ALL")),
+        deny_accounts=_names(words.get("DenyAccounts", "ALL")),
+        allow_groups=_names(words.get("AllowGroups", "ALL")),
+        allow_qos=_names(words.get("AllowQos", "ALL")),
+        deny_qos=_names(words.get("DenyQos", "ALL")),
+        root_only=words.get("RootOnly") == "YES",
+        reservation_only=words.get("ReqResv") == "YES",
+    )
+
+
+def parse_node(line: str) -> Node:
+    """Read one line of ``scontrol -o show node``."""
+    words = _words(line)
+    states = set(re.split(r"[+*~#!%$@^-]", words.get("State", "")))
+    return Node(
+        name=words.get("NodeName", ""),
+        arch=words.get("Arch") or None,
+        cpus=_whole(words.get("CPUTot", "")),
+        memory=_whole(words.get("RealMemory", "")),
+        gpus=parse_gpus(words.get("Gres", "")),
+        features=_names(words.get("AvailableFeatures", "")),
+        partitions=_names(words.get("Partitions", "")),
+        alive=not states & _DEAD,
+    )
+
+
+def parse_gpus(gres: str) -> dict[str, int]:
+    """Return the GPUs of a list of generic resources, of a node or as they are asked for.
+
+    Items are ``gpu``, ``gpu:2``, ``gpu:a100`` and ``gpu:a100:4(S:0-1)``.
+    """
+    found: dict[str, int] = {}
+    for item in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = item.strip().removeprefix("gres/").replace("=", ":").split(":")
+        if name == "gpu":
+            count = int(rest.pop()) if rest and rest[-1].isdigit() else 1
+            kind = rest[0] if rest else ""
+            found[kind] = found.get(kind, 0) + count
+    return found
+
+
+def limit_seconds(text: str) -> float:
+    """Return a time limit in seconds; infinite for none, and for what is no time."""
+    try:
+        return walltime_seconds(text.strip())
+    except ValueError:
+        return UNLIMITED
+
+
+def megabytes(text: str) -> float:
+    """Return a memory size as ``--mem`` takes it, in MB; 0 asks for all that a node has."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", text.strip().upper())
+    return int(match[1]) * _MEMORY[match[2] or "M"] if match else 0
+
+
+def _words(line: str) -> dict[str, str]:
+    # Reasons and comments hold spaces and come last: the first of a name is the field.
+    words: dict[str, str] = {}
+    for name, value in re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", line):
+        words.setdefault(name, value)
+    return words
+
+
+def _names(text: str) -> tuple[str, ...]:
+    if text in ("", "ALL", "(null)", "N/A", "NONE"):
+        return ()
+    return tuple(name for name in text.split(",") if name)
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def _limit(text: str) -> float:
+    return int(text) if text.isdigit() and text != "0" else UNLIMITED
+
+
+def _groups() -> Iterator[str]:
+    user = pwd.getpwuid(os.getuid())
+    for number in os.getgrouplist(user.pw_name, user.pw_gid):
+        try:
+            yield grp.getgrgid(number).gr_name
+        except KeyError:
+            continue
+
+
+def _ask_accounts(settings: Mapping[str, str], environment: Mapping[str, str]) -> Accounts | None:
+    if "none" in settings.get("AccountingStorageType", "none"):
+        return None
+    user = pwd.getpwuid(os.getuid()).pw_name
+    asked = ["sacctmgr", "-nP", "show"]
+    default = attempt([*asked, "user", user, "format=defaultaccount"], environment)
+    cluster = f"cluster={settings.get('ClusterName', '')}"
+    listed = attempt([*asked, "assoc", f"user={user}", cluster, "format=account"], environment)
+    if default is None or listed is None:
+        return None
+    qos = attempt([*asked, "qos", "format=name,maxwall"], environment) or ""
+    walls = (line.partition("|") for line in qos.splitlines() if line.strip())
+    return Accounts(
+        default.strip().splitlines()[0] if default.strip() else None,
+        tuple(sorted({line.strip() for line in listed.splitlines() if line.strip()})),
+        {name: limit_seconds(wall) for name, _, wall in walls},
+    )

@@ -1,0 +1,182 @@
+"""The text of a first ``aiflux.yaml``: every setting, with what Slurm offers on this cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aiflux.core.config.config import SlurmConfig
+from aiflux.core.config.settings import SETTINGS, Setting
+from aiflux.doctor.slurm import gpu_partitions
+from aiflux.slurm.cluster import UNLIMITED, Facts, Partition
+from aiflux.slurm.defaults import Proposal, share
+from aiflux.util.durations import walltime_text
+
+_WIDTH = 100
+_PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*\Z")
+_TITLES = {
+    "slurm": "what is asked of Slurm",
+    "paths": "where things lie",
+    "run": "how requests are processed",
+}
+_INTRODUCTION = (
+    "A setting behind a # has its default: take the # away to change it. What is given on the "
+    "command line or in the environment wins over this file. `aiflux config show` tells what "
+    "holds and where it comes from, `aiflux doctor` whether it will work."
+)
+
+
+def initial_file(facts: Facts, proposal: Proposal) -> str:
+    """Return the file; without an answer from Slurm every setting is a comment."""
+    lines = [*_header(facts, proposal)]
+    notes = {name: [*told] for name, told in _notes(facts, proposal)}
+    for section, title in _TITLES.items():
+        lines += ["", f"{section}:  # {title}"]
+        for setting in SETTINGS:
+            if setting.section == section:
+                lines += ["", *_entry(setting, proposal.values, notes.get(setting.name, []))]
+    return "\n".join(lines) + "\n"
+
+
+def _header(facts: Facts, proposal: Proposal) -> Iterator[str]:
+    yield from _comment("Settings of AI-Flux, made by `aiflux config init`.", "")
+    if facts.settings:
+        cluster = facts.settings.get("ClusterName", "?")
+        told = f"Slurm {facts.settings.get('SLURM_VERSION', '?')} of the cluster {cluster} told"
+        yield from _comment(f"{told} what it offers; what was chosen from it has no #.", "")
+    else:
+        yield from _comment(
+            "Slurm was not there, or did not answer, when this was made: nothing was chosen. "
+            "On a login node, `aiflux config init --force` asks it again.",
+            "",
+        )
+    yield "#"
+    yield from _comment(_INTRODUCTION, "")
+    if facts.rewrites_jobs:
+        yield from _comment("This site's own plugins may change what a job asks for.", "")
+    for finding in proposal.findings:
+        yield "#"
+        yield from _comment(f"STILL IN THE WAY: {finding.what} ({finding.fix})", "")
+
+
+def _entry(setting: Setting, values: Mapping[str, Any], notes: list[str]) -> Iterator[str]:
+    meaning = setting.help.replace("%%", "%")
+    yield from _comment(meaning, "  ")
+    for note in notes:
+        yield from _comment(note, "  ", "  ")
+    chosen = setting.name in values
+    value = values[setting.name] if chosen else setting.default
+    yield f"  {'' if chosen else '# '}{setting.name}: {_yaml(value, left_out=chosen)}".rstrip()
+
+
+def _yaml(value: Any, *, left_out: bool = False) -> str:
+    if value is None:
+        return "null" if left_out else ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list | dict):
+        return json.dumps(value)
+    text = str(value)
+    return text if _PLAIN.match(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _comment(text: str, indent: str, hang: str = "") -> list[str]:
+    mark = f"{indent}# {hang}"
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=mark, subsequent_indent=mark, break_on_hyphens=False
+    )
+
+
+def _notes(facts: Facts, proposal: Proposal) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield what Slurm offers for a setting."""
+    if not facts.settings:
+        return
+    partition = proposal.partition
+    yield "account", _accounts(facts)
+    yield "partition", _partitions(facts)
+    yield "qos", _qos(facts, partition)
+    yield "max_running", _arrays(facts)
+    if partition is not None:
+        yield "gpus_per_node", _gpus(facts, partition)
+        yield "gres", iter([f"as in --gres={facts.settings.get('GresTypes', 'gpu')}:1"])
+        yield "constraint", _features(facts, partition)
+        yield "time", _time(partition)
+        yield "mem", _memory(facts, partition)
+        yield "cpus_per_task", _cpus(facts, partition)
+
+
+def _accounts(facts: Facts) -> Iterator[str]:
+    if facts.accounts is None:
+        yield "there is no accounting here, or it does not answer"
+        return
+    names = ", ".join(facts.accounts.names) or "none"
+    default = facts.accounts.default
+    yield f"yours: {names}; " + (f"without one: {default}" if default else "it has to be named")
+
+
+def _partitions(facts: Facts) -> Iterator[str]:
+    for line in gpu_partitions(facts, SlurmConfig()):
+        yield f"{line.name.removeprefix('partition ')}: {line.what}"
+    others = [
+        one.name
+        for one in facts.partitions
+        if not any(node.gpus for node in facts.nodes_of(one.name))
+    ]
+    if others:
+        yield f"without GPUs: {', '.join(others)}"
+
+
+def _qos(facts: Facts, partition: Partition | None) -> Iterator[str]:
+    known = facts.accounts.qos if facts.accounts else {}
+    if known:
+        limits = (
+            name if limit == UNLIMITED else f"{name} (up to {walltime_text(limit)})"
+            for name, limit in known.items()
+        )
+        yield f"there are: {', '.join(limits)}"
+    if partition is not None and partition.allow_qos:
+        yield f"partition {partition.name} takes: {', '.join(partition.allow_qos)}"
+
+
+def _arrays(facts: Facts) -> Iterator[str]:
+    size = facts.settings.get("MaxArraySize", "")
+    if size.isdigit():
+        yield f"an array has up to {max(int(size) - 1, 0)} tasks; more shards make more arrays"
+
+
+def _gpus(facts: Facts, partition: Partition) -> Iterator[str]:
+    nodes = facts.nodes_of(partition.name)
+    kinds = sorted({kind for node in nodes for kind in node.gpus if kind})
+    most = max((node.gpus_of("") for node in nodes), default=0)
+    if most:
+        yield f"a node of {partition.name} has up to {most}; each GPU gets its own Ollama"
+    if kinds:
+        yield f"with a type: {', '.join(f'{kind}:1' for kind in kinds)}"
+
+
+def _features(facts: Facts, partition: Partition) -> Iterator[str]:
+    names = sorted({name for node in facts.nodes_of(partition.name) for name in node.features})
+    if names:
+        yield f"nodes of {partition.name} have: {', '.join(names)}"
+
+
+def _time(partition: Partition) -> Iterator[str]:
+    if partition.max_seconds != UNLIMITED:
+        yield f"partition {partition.name} allows up to {walltime_text(partition.max_seconds)}"
+    yield "a run goes on by itself where its time ended"
+
+
+def _memory(facts: Facts, partition: Partition) -> Iterator[str]:
+    memory, _ = share(partition, facts)
+    if memory < 512:
+        yield "Slurm does not count memory here: null leaves --mem out"
+    else:
+        yield f"a GPU's share of a node of {partition.name} is {memory / 1024:.0f}G"
+
+
+def _cpus(facts: Facts, partition: Partition) -> Iterator[str]:
+    _, cpus = share(partition, facts)
+    yield f"a GPU's share of a node of {partition.name} is {cpus:.0f}"

@@ -1,0 +1,1 @@
+"""The state of a run, from its files and from Slurm."""

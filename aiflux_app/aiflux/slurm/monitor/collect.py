@@ -1,0 +1,245 @@
+"""How runs are: gathered from their directories and from Slurm, whichever of them can tell."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.status_file import read_run_status, read_status
+from aiflux.errors import AifluxError, SlurmError
+from aiflux.slurm.job_id import JobId
+from aiflux.slurm.monitor.run_view import (
+    RunFacts,
+    RunState,
+    RunView,
+    ShardView,
+    Tasks,
+    assemble,
+    outcome,
+)
+from aiflux.slurm.monitor.shard_state import QUIET_SECONDS, ShardFacts, ShardState, TaskId
+from aiflux.slurm.query import task_states
+from aiflux.slurm.submissions import Submissions, known_submissions
+from aiflux.util.lease import holder_lives
+
+__all__ = [
+    "Observer",
+    "RunState",
+    "RunView",
+    "ShardState",
+    "ShardView",
+    "active_jobs",
+    "gather",
+    "gather_all",
+    "outcome",
+]
+
+SLURM_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Slurm's answer: ``tasks``, or why there is none."""
+
+    tasks: Tasks | None = None
+    refusal: str | None = None
+
+
+def gather(
+    run: RunDirectory, environ: Mapping[str, str] | None = None, now: float | None = None
+) -> RunView:
+    """Return how a run is, now.
+
+    Slurm is asked only of what is not done yet. Where it is missing or does not answer, the files
+    alone tell, and the view says so.
+
+    Raises:
+        RunConflictError: the run has no plan that can be read.
+    """
+    moment = time.time() if now is None else now
+    facts = read_facts(run, moment)
+    answer = _ask(_open_jobs(facts), environ)
+    return assemble(facts, answer.tasks, moment, answer.refusal)
+
+
+def gather_all(
+    runs: Iterable[RunDirectory], environ: Mapping[str, str] | None = None
+) -> dict[Path, RunView | AifluxError]:
+    """Return how several runs are, by run directory, with one question to Slurm for all.
+
+    A run that cannot be read has its error there.
+    """
+    now = time.time()
+    known: dict[Path, RunFacts | AifluxError] = {}
+    for run in runs:
+        try:
+            known[run.path] = read_facts(run, now)
+        except AifluxError as error:
+            known[run.path] = error
+    read = [facts for facts in known.values() if isinstance(facts, RunFacts)]
+    answer = _ask([job for facts in read for job in _open_jobs(facts)], environ)
+    return {
+        path: facts
+        if isinstance(facts, AifluxError)
+        else assemble(facts, answer.tasks, now, answer.refusal if _open_jobs(facts) else None)
+        for path, facts in known.items()
+    }
+
+
+class Observer:
+    """Looks at one run again and again, and asks Slurm no more often than every ten seconds.
+
+    Raises:
+        RunConflictError: the run has no plan that can be read.
+    """
+
+    def __init__(self, run: RunDirectory, environ: Mapping[str, str] | None = None) -> None:
+        self.run = run
+        self._environ = environ
+        self._asked = float("-inf")
+        self._jobs: Sequence[JobId] = ()
+        self._answer = _Answer()
+
+    def look(self) -> RunView:
+        """Return how the run is. An end is believed only with Slurm's fresh word."""
+        view = self._look(SLURM_SECONDS)
+        if view.ended and self._asked_before:
+            view = self._look(0.0)
+        return view
+
+    @property
+    def _asked_before(self) -> bool:
+        return time.monotonic() - self._asked > 1.0
+
+    def _look(self, most: float) -> RunView:
+        now = time.time()
+        facts = read_facts(self.run, now)
+        jobs = _open_jobs(facts)
+        added = not set(jobs) <= set(self._jobs)
+        if added or time.monotonic() - self._asked >= most:
+            self._answer = _ask(jobs, self._environ)
+            self._asked, self._jobs = time.monotonic(), jobs
+        return assemble(facts, self._answer.tasks, now, self._answer.refusal if jobs else None)
+
+
+def active_jobs(run: RunDirectory, environ: Mapping[str, str] | None = None) -> list[JobId]:
+    """Return the jobs of a run that wait or run, those of earlier submissions too.
+
+    Raises:
+        RunConflictError: the run has no plan that can be read.
+        SlurmError: Slurm is missing or does not answer.
+    """
+    facts = read_facts(run, time.time())
+    jobs = dict.fromkeys((*facts.jobs, *_open_jobs(facts)))
+    if not jobs:
+        return []
+    tasks = task_states(list(jobs), environ)
+    return [job for job in jobs if any(task.active for task in tasks.get(job.number, {}).values())]
+
+
+def read_facts(run: RunDirectory, now: float) -> RunFacts:
+    """Read what the files of a run tell.
+
+    Raises:
+        RunConflictError: the run has no plan that can be read.
+    """
+    plan = read_plan(run)
+    submissions = known_submissions(run)
+    tasks = _submitted_tasks(submissions)
+    listed = () if submissions is None else submissions.submissions
+    return RunFacts(
+        run=run,
+        plan=plan,
+        shards=tuple(
+            _shard(run, plan, shard, tasks.get(shard.index), now) for shard in plan.shards
+        ),
+        whole=_of_plan(read_run_status(run), plan),
+        output_there=plan.output.exists(),
+        merging=_held(run.merge_lease, now),
+        jobs=tuple(dict.fromkeys(job for each in listed for job in each.ids)),
+        submitted=listed[-1].submitted if listed else None,
+    )
+
+
+def _submitted_tasks(submissions: Submissions | None) -> dict[int, TaskId]:
+    """Return the task that was submitted last for each shard."""
+    tasks = {}
+    for submission in () if submissions is None else submissions.submissions:
+        for job in submission.jobs:
+            for shard in job.shards:
+                index = None if job.array is None else shard - job.first
+                tasks[shard] = TaskId(JobId(job.job_id, submission.cluster), index)
+    return tasks
+
+
+def _shard(
+    run: RunDirectory, plan: Plan, shard: Shard, task: TaskId | None, now: float
+) -> ShardFacts:
+    status = _of_plan(read_status(run, shard.index), plan)
+    if status is None or status.get("status") == "completed":
+        return ShardFacts(shard, status, task)
+    lease = run.lease(shard.index)
+    if not lease.exists():
+        quiet = _quiet(run.status(shard.index), now)
+        return ShardFacts(shard, status, task or _own_task(status), None, quiet)
+    lives = None
+    with suppress(AifluxError):
+        lives = holder_lives(lease)
+    return ShardFacts(shard, status, task or _own_task(status), lives, _quiet(lease, now))
+
+
+def _own_task(status: Mapping[str, Any]) -> TaskId | None:
+    """Return the task that a worker says it runs in: a job made by hand is in no list of ours."""
+    slurm = status.get("aiflux", {}).get("slurm") or {}
+    array, index = slurm.get("SLURM_ARRAY_JOB_ID"), slurm.get("SLURM_ARRAY_TASK_ID", "")
+    if array and index.isdigit():
+        return TaskId(JobId(array), int(index))
+    number = slurm.get("SLURM_JOB_ID")
+    return TaskId(JobId(number), None) if number else None
+
+
+def _of_plan(status: dict[str, Any] | None, plan: Plan) -> dict[str, Any] | None:
+    """Return a status that was written for this very plan."""
+    details = {} if status is None else status.get("aiflux")
+    return status if isinstance(details, dict) and details.get("plan") == plan.id else None
+
+
+def _held(lease: Path, now: float) -> bool:
+    with suppress(AifluxError):
+        lives = holder_lives(lease)
+        if lives is not None:
+            return lives
+    quiet = _quiet(lease, now)
+    return quiet is not None and quiet < QUIET_SECONDS
+
+
+def _quiet(path: Path, now: float) -> float | None:
+    try:
+        return max(0.0, now - path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def _open_jobs(facts: RunFacts) -> list[JobId]:
+    """Return the jobs that Slurm has to be asked of."""
+    if facts.finished:
+        return []
+    unfinished = [shard for shard in facts.shards if shard.word != "completed"] or facts.shards
+    return list(dict.fromkeys(shard.task.job for shard in unfinished if shard.task is not None))
+
+
+def _ask(jobs: Sequence[JobId], environ: Mapping[str, str] | None) -> _Answer:
+    if not jobs:
+        return _Answer()
+    try:
+        return _Answer(task_states(jobs, os.environ if environ is None else environ))
+    except SlurmError as error:
+        return _Answer(None, error.message)

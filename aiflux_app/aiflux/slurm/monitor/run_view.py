@@ -1,0 +1,423 @@
+"""A run as a whole: from the facts of its files and Slurm's word to one view. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import Plan
+from aiflux.errors import ExitCode
+from aiflux.slurm.job_id import JobId, TaskState
+from aiflux.slurm.monitor.shard_state import (
+    ACTIVE,
+    QUIET_SECONDS,
+    ShardFacts,
+    ShardState,
+    Verdict,
+    judge,
+)
+
+SHOWN_ERRORS = 5
+Tasks = Mapping[str, Mapping[int | None, TaskState]]
+
+
+class RunState(str, Enum):
+    """What a run is at."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    MERGING = "merging"
+    FINISHED = "finished"
+    WITH_FAILURES = "finished with failures"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    LOST = "lost"
+    NOT_MERGED = "not merged"
+
+
+_GOING = {RunState.WAITING, RunState.RUNNING, RunState.MERGING}
+_COMPLETE = {RunState.FINISHED, RunState.WITH_FAILURES}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the files tell of a run.
+
+    Attributes:
+        whole: status of the whole run, for this very plan.
+        output_there: whether the output exists.
+        merging: whether a living process holds the lease for writing the output.
+        jobs: every job that was submitted, oldest first.
+        submitted: when that was done last (UTC); None for a run in the foreground.
+    """
+
+    run: RunDirectory
+    plan: Plan
+    shards: tuple[ShardFacts, ...]
+    whole: Mapping[str, Any] | None
+    output_there: bool
+    merging: bool
+    jobs: tuple[JobId, ...]
+    submitted: str | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the output is written."""
+        completed = self.whole is not None and self.whole.get("status") == "completed"
+        return completed and self.output_there
+
+
+@dataclass(frozen=True)
+class ShardView:
+    """One shard, as it is shown.
+
+    Attributes:
+        reason: why it waits, or what ended it; may be "".
+        job: ``123_4`` or ``123``; None where none was submitted.
+        pid: of the worker, on ``host``.
+        requests_per_second, tokens_per_second: 0 unless it runs.
+        remaining_seconds: None while nothing can be said.
+        restarts: starts after the first.
+        in_slurm: whether its job waits or runs.
+        sealed: whether its last start had no network; None where it never started.
+        unsealed: why it had one; "" where it had none.
+        updated: Unix time of its last status; None without one.
+    """
+
+    index: int
+    state: ShardState
+    reason: str
+    exit_code: int | None
+    total: int
+    completed: int
+    failed: int
+    job: str | None
+    host: str | None
+    pid: int | None
+    gpus: tuple[str, ...]
+    requests_per_second: float
+    tokens_per_second: float
+    remaining_seconds: float | None
+    restarts: int
+    prompt_tokens: int
+    completion_tokens: int
+    empty_answers: Mapping[str, int]
+    gpu_seconds: float
+    in_slurm: bool
+    sealed: bool | None
+    unsealed: str
+    updated: float | None
+
+    @property
+    def done(self) -> int:
+        """Requests with a result."""
+        return self.completed + self.failed
+
+
+@dataclass(frozen=True)
+class RequestError:
+    """What became of a request that failed."""
+
+    shard: int
+    custom_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run, as it is shown.
+
+    Attributes:
+        created: when it was planned; ``submitted``: when jobs were submitted last (UTC).
+        completed, failed: requests so far.
+        allowed_failures: how many may fail before the run counts as failed.
+        empty_answers: answers without a text, by their reason.
+        errors: of the last requests that failed, newest first.
+        next_command: what the user can do to bring the run to its end; None where nothing is to do.
+        slurm: why Slurm could not be asked; None where it could, or was not needed.
+        updated: Unix time of the last thing that is known of it; None where nothing is.
+    """
+
+    run_dir: Path
+    output: Path
+    input: Path
+    models: tuple[str, ...]
+    plan: str
+    created: str
+    submitted: str | None
+    jobs: tuple[str, ...]
+    state: RunState
+    total: int
+    completed: int
+    failed: int
+    allowed_failures: int
+    requests_per_second: float
+    tokens_per_second: float
+    remaining_seconds: float | None
+    restarts: int
+    prompt_tokens: int
+    completion_tokens: int
+    empty_answers: Mapping[str, int]
+    gpu_seconds: float
+    errors: tuple[RequestError, ...]
+    next_command: str | None
+    slurm: str | None
+    updated: float | None
+    shards: tuple[ShardView, ...]
+
+    @property
+    def done(self) -> int:
+        """Requests with a result."""
+        return self.completed + self.failed
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing works on the run, and nothing will without a user."""
+        return self.state not in _GOING
+
+    @property
+    def finished(self) -> bool:
+        """Whether the output is written."""
+        return self.state in _COMPLETE
+
+    def count(self, *states: ShardState) -> int:
+        """Return how many shards are in one of the states."""
+        return sum(shard.state in states for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the view as JSON; ``exit_code`` stands there once the run has ended."""
+        content = asdict(self)
+        for name in ("run_dir", "output", "input"):
+            content[name] = str(content[name])
+        return {**content, "exit_code": int(outcome(self)) if self.ended else None}
+
+
+def outcome(view: RunView) -> ExitCode:
+    """Return the exit code of a run; STOPPED stands for one that has not come to its end."""
+    if view.finished:
+        return ExitCode.OK if view.failed <= view.allowed_failures else ExitCode.FAILURES
+    if view.state is not RunState.FAILED:
+        return ExitCode.STOPPED
+    codes = [shard.exit_code for shard in view.shards if shard.state is ShardState.FAILED]
+    known = [ExitCode(code) for code in codes if code in set(ExitCode) - {ExitCode.OK}]
+    return known[0] if known else ExitCode.STOPPED
+
+
+def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None = None) -> RunView:
+    """Return the view of a run.
+
+    Args:
+        tasks: Slurm's word on each task, by job number and index; None where it was not asked.
+        now: Unix time.
+        slurm: why Slurm could not be asked, where it should have been.
+    """
+    shards = tuple(_shard(each, tasks) for each in facts.shards)
+    state = _state(facts, shards, now)
+    completed, failed = _counts(facts, shards)
+    return RunView(
+        run_dir=facts.run.path,
+        output=facts.plan.output,
+        input=facts.plan.input_path,
+        models=facts.plan.models,
+        plan=facts.plan.id,
+        created=facts.plan.created,
+        submitted=facts.submitted,
+        jobs=tuple(str(job) for job in facts.jobs),
+        state=state,
+        total=facts.plan.requests,
+        completed=completed,
+        failed=failed,
+        allowed_failures=facts.plan.options.allowed_failures(facts.plan.requests),
+        requests_per_second=round(sum(shard.requests_per_second for shard in shards), 3),
+        tokens_per_second=round(sum(shard.tokens_per_second for shard in shards), 3),
+        remaining_seconds=_remaining(shards),
+        restarts=sum(shard.restarts for shard in shards),
+        prompt_tokens=sum(shard.prompt_tokens for shard in shards),
+        completion_tokens=sum(shard.completion_tokens for shard in shards),
+        empty_answers=_empty(facts, shards),
+        gpu_seconds=round(sum(shard.gpu_seconds for shard in shards), 1),
+        errors=tuple(_errors(facts.shards)),
+        next_command=_next_command(state, facts, shards),
+        slurm=slurm,
+        updated=_updated(facts),
+        shards=shards,
+    )
+
+
+def _shard(facts: ShardFacts, tasks: Tasks | None) -> ShardView:
+    task = _task(facts, tasks)
+    verdict = judge(facts, task, tasks is not None)
+    running = verdict.state in (ShardState.RUNNING, ShardState.STOPPING)
+    counts, details = _mapping((facts.status or {}).get("request_counts")), facts.details
+    progress, totals = _mapping(details.get("progress")), _mapping(details.get("totals"))
+    completed, failed = int(counts.get("completed", 0)), int(counts.get("failed", 0))
+    rate = _number(progress.get("requests_per_second")) if running else 0.0
+    tokens = totals or progress
+    return ShardView(
+        index=facts.shard.index,
+        state=verdict.state,
+        reason=verdict.reason,
+        exit_code=verdict.exit_code,
+        total=facts.shard.requests,
+        completed=completed,
+        failed=failed,
+        job=None if facts.task is None else str(facts.task),
+        host=details.get("host"),
+        pid=details.get("pid"),
+        gpus=tuple(details.get("gpus") or ()),
+        requests_per_second=rate,
+        tokens_per_second=_number(progress.get("tokens_per_second")) if running else 0.0,
+        remaining_seconds=_seconds(facts.shard.requests - completed - failed, rate, verdict),
+        restarts=_restarts(details, totals),
+        prompt_tokens=int(_number(tokens.get("prompt_tokens"))),
+        completion_tokens=int(_number(tokens.get("completion_tokens"))),
+        empty_answers=_numbers(tokens.get("empty_answers")),
+        gpu_seconds=_number(totals.get("gpu_seconds")),
+        in_slurm=task is not None and task.active,
+        sealed=details.get("sealed"),
+        unsealed=str(details.get("unsealed") or ""),
+        updated=_moment(facts.status),
+    )
+
+
+def _task(facts: ShardFacts, tasks: Tasks | None) -> TaskState | None:
+    if facts.task is None or tasks is None:
+        return None
+    known = tasks.get(facts.task.job.number, {})
+    return known.get(facts.task.index, known.get(None))
+
+
+def _seconds(left: int, rate: float, verdict: Verdict) -> float | None:
+    going = verdict.state is ShardState.RUNNING and left and rate > 0
+    return round(left / rate, 1) if going else None
+
+
+def _restarts(details: Mapping[str, Any], totals: Mapping[str, Any]) -> int:
+    starts = int(_number(totals.get("starts")))
+    if starts:
+        return starts - 1
+    count = str(_mapping(details.get("slurm")).get("SLURM_RESTART_COUNT", "0"))
+    return int(count) if count.isdigit() else 0
+
+
+def _counts(facts: RunFacts, shards: tuple[ShardView, ...]) -> tuple[int, int]:
+    """The output's own counts once it is written, else those of the shards."""
+    if facts.finished and facts.whole is not None:
+        counts = _mapping(facts.whole.get("request_counts"))
+        return int(counts.get("completed", 0)), int(counts.get("failed", 0))
+    return sum(shard.completed for shard in shards), sum(shard.failed for shard in shards)
+
+
+def _empty(facts: RunFacts, shards: tuple[ShardView, ...]) -> Mapping[str, int]:
+    """The output's own count once it is written, else that of the shards."""
+    if facts.finished and facts.whole is not None:
+        details = _mapping(facts.whole.get("aiflux"))
+        if "empty_answers" in details:
+            return _numbers(details["empty_answers"])
+    return dict(sum((Counter(shard.empty_answers) for shard in shards), Counter()))
+
+
+def _state(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunState:
+    if facts.finished:
+        _, failed = _counts(facts, shards)
+        return RunState.WITH_FAILURES if failed else RunState.FINISHED
+    states = Counter(shard.state for shard in shards)
+    if states[ShardState.DONE] == len(shards):
+        return _state_of_merge(facts, shards, now)
+    for state, run_state in (
+        (ShardState.RUNNING, RunState.RUNNING),
+        (ShardState.STOPPING, RunState.RUNNING),
+        (ShardState.WAITING, RunState.WAITING),
+        (ShardState.FAILED, RunState.FAILED),
+        (ShardState.LOST, RunState.LOST),
+    ):
+        if states[state]:
+            return run_state
+    return RunState.STOPPED
+
+
+def _state_of_merge(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunState:
+    """Every shard is done, and the output is not written."""
+    ended = max((shard.updated or 0.0 for shard in shards), default=0.0)
+    soon = now - ended < QUIET_SECONDS and not facts.output_there
+    if facts.merging or soon or any(shard.in_slurm for shard in shards):
+        return RunState.MERGING
+    return RunState.NOT_MERGED
+
+
+def _remaining(shards: tuple[ShardView, ...]) -> float | None:
+    """What is left of the shards that go on, at the rate of all; at least the slowest one's."""
+    rate = sum(shard.requests_per_second for shard in shards)
+    left = sum(shard.total - shard.done for shard in shards if shard.state in ACTIVE)
+    if rate <= 0 or not left:
+        return None
+    slowest = max((shard.remaining_seconds or 0.0 for shard in shards), default=0.0)
+    return round(max(left / rate, slowest), 1)
+
+
+def _errors(shards: Iterable[ShardFacts]) -> Iterator[RequestError]:
+    """Yield the last errors: the newest of each shard first, shards that moved last before others.
+
+    A status holds its errors without times, the oldest first.
+    """
+    ranked = []
+    for facts in shards:
+        listed = _mapping((facts.status or {}).get("errors")).get("data") or []
+        moment = _moment(facts.status) or 0.0
+        newest = list(reversed(listed))[:SHOWN_ERRORS]
+        ranked += [(rank, -moment, facts.shard.index, error) for rank, error in enumerate(newest)]
+    ranked.sort(key=lambda item: item[:3])
+    for _, _, index, error in ranked[:SHOWN_ERRORS]:
+        texts = (str(error.get(name) or "") for name in ("param", "code", "message"))
+        yield RequestError(index, *texts)
+
+
+def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...]) -> str | None:
+    name = shlex.quote(str(facts.plan.output))
+    if state is RunState.NOT_MERGED:
+        return f"aiflux merge {name}"
+    broken = any(shard.state in (ShardState.FAILED, ShardState.LOST) for shard in shards)
+    if not broken and state is not RunState.STOPPED:
+        return None
+    if facts.submitted is not None or facts.plan.options.engine_url:
+        return f"aiflux resume {name}"
+    # A run that was never submitted by us: in the foreground, or by `sbatch slurm/run.sbatch`,
+    # whose job this machine must not repeat.
+    by_hand = any(
+        _mapping(_mapping(each.status).get("aiflux")).get("slurm") for each in facts.shards
+    )
+    return None if by_hand else f"aiflux resume --local {name}"
+
+
+def _updated(facts: RunFacts) -> float | None:
+    moments = [_moment(facts.whole), *(_moment(shard.status) for shard in facts.shards)]
+    return max((moment for moment in moments if moment is not None), default=None)
+
+
+def _moment(status: Mapping[str, Any] | None) -> float | None:
+    """Return when a status was written (Unix time), as far as it tells."""
+    if status is None:
+        return None
+    names = ("completed_at", "failed_at", "cancelled_at", "in_progress_at", "created_at")
+    written = _mapping(status.get("aiflux")).get("updated")
+    moments = (written, *(status.get(name) for name in names))
+    return next((float(each) for each in moments if isinstance(each, (int, float))), None)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _numbers(value: Any) -> dict[str, int]:
+    return {name: int(_number(count)) for name, count in _mapping(value).items()}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0

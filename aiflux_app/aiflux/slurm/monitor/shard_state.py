@@ -1,0 +1,187 @@
+"""What became of each shard: its status, its lease and Slurm's word on its task, judged. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from aiflux.core.runs.shards import Shard
+from aiflux.errors import ExitCode
+from aiflux.slurm.job_id import JobId, TaskState
+
+QUIET_SECONDS = 45.0  # a lease beats every 3 s; the rest is for clocks that differ
+LONG_QUIET_SECONDS = 180.0
+_WORKING = {"validating", "in_progress", "finalizing", "cancelling"}
+_ENDING = {"COMPLETING", "SIGNALING", "STAGE_OUT"}
+_ON_NODE = {"RUNNING", *_ENDING}
+_INTERRUPTED = {"CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "DEADLINE", "REVOKED"}
+
+
+class ShardState(str, Enum):
+    """What a shard is at; ``stopped`` ones can go on where they are."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    DONE = "done"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    LOST = "lost"
+    NOT_SUBMITTED = "not submitted"
+
+
+ACTIVE = {ShardState.WAITING, ShardState.RUNNING, ShardState.STOPPING}
+
+
+@dataclass(frozen=True)
+class TaskId:
+    """The Slurm task that works on a shard; ``index`` is None for a job that is no array."""
+
+    job: JobId
+    index: int | None
+
+    def __str__(self) -> str:
+        return self.job.number if self.index is None else f"{self.job.number}_{self.index}"
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the files tell of a shard.
+
+    Attributes:
+        status: as its worker wrote it last, for this very plan.
+        task: the one that was submitted for it last.
+        lives: whether a living process holds its lease; None where that cannot be told from here.
+        quiet: seconds since its lease (without one, its status) moved; None where neither is there.
+    """
+
+    shard: Shard
+    status: Mapping[str, Any] | None
+    task: TaskId | None
+    lives: bool | None = None
+    quiet: float | None = None
+
+    @property
+    def word(self) -> str:
+        """The status's own state; "" where there is none."""
+        return "" if self.status is None else str(self.status.get("status", ""))
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """What stands under ``aiflux`` in the status."""
+        details = (self.status or {}).get("aiflux")
+        return details if isinstance(details, dict) else {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody works on the shard, as far as its files tell."""
+        if self.lives is not None:
+            return self.lives
+        return self.quiet is not None and self.quiet < QUIET_SECONDS
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code that the worker ended with."""
+        code = self.details.get("exit_code")
+        return code if isinstance(code, int) else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A shard's state, why it is so (a few words, may be ""), and the exit code of what ended."""
+
+    state: ShardState
+    reason: str = ""
+    exit_code: int | None = None
+
+
+def judge(facts: ShardFacts, task: TaskState | None, answered: bool) -> Verdict:
+    """Say what a shard is at.
+
+    Args:
+        task: Slurm's word on the shard's task; None where it has none.
+        answered: whether Slurm was there to ask; False judges by the files alone.
+    """
+    if facts.word == "completed":
+        return Verdict(ShardState.DONE)
+    if task is not None and task.active:
+        return _in_slurm(facts, task)
+    if facts.word in _WORKING:
+        return _said_to_work(facts, task)
+    if facts.word == "cancelled":
+        return Verdict(ShardState.STOPPED, _ended(facts), facts.exit_code)
+    if facts.word == "failed":
+        return Verdict(ShardState.FAILED, _ended(facts), facts.exit_code)
+    return _without_status(facts, task, answered)
+
+
+def _in_slurm(facts: ShardFacts, task: TaskState) -> Verdict:
+    if task.name not in _ON_NODE:
+        return Verdict(ShardState.WAITING, _why_waiting(task))
+    if task.name in _ENDING:
+        return Verdict(ShardState.STOPPING, task.name.lower())
+    if facts.word in _WORKING - {"cancelling"}:
+        silent = facts.quiet is not None and facts.quiet > LONG_QUIET_SECONDS
+        reason = f"no sign of life for {(facts.quiet or 0) / 60:.0f} min" if silent else ""
+        return Verdict(ShardState.RUNNING, reason)
+    if facts.word == "cancelling" or _just_ended(facts):
+        return Verdict(ShardState.STOPPING, _ended(facts))
+    return Verdict(ShardState.RUNNING, "starting")
+
+
+def _why_waiting(task: TaskState) -> str:
+    why = task.reason or task.name.lower()
+    return f"{why}, expected to start {task.start}" if task.start else why
+
+
+def _just_ended(facts: ShardFacts) -> bool:
+    """Whether the job is still there only because its worker ended a moment ago."""
+    recent = facts.quiet is not None and facts.quiet < QUIET_SECONDS
+    return facts.word in ("cancelled", "failed") and recent and _of_task(facts)
+
+
+def _of_task(facts: ShardFacts) -> bool:
+    """Whether the status was written by the task that was submitted last."""
+    slurm = facts.details.get("slurm")
+    if not isinstance(slurm, dict) or facts.task is None:
+        return False
+    wrote = slurm.get("SLURM_ARRAY_JOB_ID") or slurm.get("SLURM_JOB_ID")
+    return bool(wrote == facts.task.job.number)
+
+
+def _said_to_work(facts: ShardFacts, task: TaskState | None) -> Verdict:
+    """The status says that a worker works, and Slurm does not."""
+    if facts.alive:
+        stopping = facts.word == "cancelling" or task is not None
+        return Verdict(ShardState.STOPPING if stopping else ShardState.RUNNING)
+    if task is None:
+        reason = "its process is gone" if facts.task is None else "Slurm no longer has its job"
+        return Verdict(ShardState.LOST, reason)
+    return Verdict(ShardState.LOST, f"its job ended: {_slurm_words(task)}", task.exit_code)
+
+
+def _without_status(facts: ShardFacts, task: TaskState | None, answered: bool) -> Verdict:
+    if facts.task is None:
+        return Verdict(ShardState.NOT_SUBMITTED)
+    if task is None and answered:
+        return Verdict(ShardState.LOST, "Slurm no longer has its job, and it left no status")
+    if task is None:
+        return Verdict(ShardState.WAITING, "submitted; Slurm cannot be asked")
+    words = f"its job ended before the work began: {_slurm_words(task)}"
+    if task.name in _INTERRUPTED or task.exit_code == ExitCode.STOPPED:
+        return Verdict(ShardState.STOPPED, words, task.exit_code)
+    return Verdict(ShardState.FAILED, words, task.exit_code)
+
+
+def _slurm_words(task: TaskState) -> str:
+    words = task.name
+    if task.exit_code:
+        words += f", exit code {task.exit_code}"
+    known = task.reason in (None, "", "NonZeroExitCode", task.name)
+    return words if known else f"{words} ({task.reason})"
+
+
+def _ended(facts: ShardFacts) -> str:
+    return str(facts.details.get("ended") or "")

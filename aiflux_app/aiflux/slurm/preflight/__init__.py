@@ -1,0 +1,1 @@
+"""Checks before submission that find jobs which would fail, or wait for ever."""

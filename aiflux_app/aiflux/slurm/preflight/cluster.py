@@ -1,0 +1,279 @@
+"""What Slurm is sure to refuse, or to leave waiting for ever, told before anything is queued.
+
+What Slurm does not tell is no finding, and where a site's own plugins rewrite jobs, what a job
+leaves open is not judged. A site whose rules are not visible here has ``--no-preflight``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Plan
+from aiflux.errors import ConfigError, ImageError
+from aiflux.image.container import find_image
+from aiflux.slurm.calling import missing
+from aiflux.slurm.cluster import Facts, Partition, ask_cluster
+from aiflux.slurm.directives import wants_gpus
+from aiflux.slurm.preflight.gpu_memory import gpu_room
+from aiflux.slurm.preflight.local import (
+    Check,
+    Finding,
+    check_fields,
+    check_image,
+    check_models,
+    check_space,
+    collect,
+    finding_of,
+)
+from aiflux.slurm.preflight.memory import check_endpoints, check_memory, check_names
+from aiflux.slurm.preflight.nodes import check_nodes, with_features
+from aiflux.util.durations import walltime_seconds, walltime_text
+
+
+def preflight(
+    config: Config,
+    slurm: SlurmConfig,
+    options: RunOptions,
+    image: Path | None,
+    plan: Plan | None,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    *,
+    submits: bool = True,
+) -> tuple[Finding, ...]:
+    """Return everything that stands in the way of a run as a Slurm job; errors first.
+
+    Args:
+        slurm: what is asked for.
+        image: None has it looked for, and a missing one told with the rest.
+        plan: of the input; None where that is wrong, so that there is none.
+        environ: the environment that Slurm's commands are called in.
+        cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
+        submits: whether a job follows; False for a dry run, which needs no Slurm.
+    """
+    slurm = slurm.checked()
+    facts = ask_cluster(environ)
+
+    def of_slurm() -> Iterable[Finding]:
+        path = (os.environ if environ is None else environ).get("PATH")
+        if submits and shutil.which("sbatch", path=path) is None:
+            yield finding_of(missing("sbatch"))
+
+    def of_image() -> Iterable[Finding]:
+        try:
+            path = image or find_image(config, cwd or Path.cwd())
+        except ImageError as error:
+            return [finding_of(error)]
+        return check_job_image(path, facts, slurm, options)
+
+    return collect(
+        [
+            of_slurm,
+            of_image,
+            lambda: () if plan is None else check_models(plan),
+            lambda: () if plan is None else check_fields(plan),
+            lambda: () if plan is None else check_space(plan),
+            lambda: () if plan is None else check_room(plan, config, facts, slurm),
+            *cluster_checks(facts, slurm),
+        ]
+    )
+
+
+def check_job_image(
+    image: Path, facts: Facts, slurm: SlurmConfig, options: RunOptions
+) -> Iterator[Finding]:
+    """Check the image against the nodes that the job may get."""
+    nodes = [node for name in _partitions(facts, slurm) for node in facts.nodes_of(name)]
+    machines = {node.arch for node in with_features(nodes, slurm) if node.arch}
+    return check_image(
+        image,
+        machines or {platform.machine()},
+        certain=bool(machines) or slurm.constraint is None,
+        wants_gpus=wants_gpus(slurm) and options.engine_url is None,
+        allow_cpu=options.allow_cpu,
+    )
+
+
+def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
+    """Check that the models do what is asked, and fit the GPUs where their memory is known."""
+    if plan.options.engine_url is not None:
+        return
+    try:
+        catalogue = config.catalogue()
+    except ConfigError as error:
+        yield finding_of(error)
+        return
+    yield from check_names(plan, catalogue)
+    yield from check_endpoints(plan, catalogue)
+    room = gpu_room(facts, slurm, _partitions(facts, slurm))
+    if room is not None and not plan.options.allow_cpu:
+        yield from check_memory(plan, catalogue, room)
+
+
+def cluster_checks(facts: Facts, slurm: SlurmConfig) -> list[Check]:
+    """Return the checks of what is asked of Slurm; none where Slurm does not answer."""
+    if not facts.settings:
+        return []
+    return [
+        lambda: _check_partitions(facts, slurm),
+        lambda: _check_account(facts, slurm),
+        lambda: _check_qos(facts, slurm),
+        lambda: _check_any_partition(facts, slurm),
+    ]
+
+
+def _partitions(facts: Facts, slurm: SlurmConfig) -> list[str]:
+    """Return the partitions that a job may go to: those that it names, else the default one."""
+    if slurm.partition is not None:
+        return slurm.partition.split(",")
+    if facts.rewrites_jobs:
+        return []
+    return [partition.name for partition in facts.partitions if partition.default]
+
+
+def _check_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
+    if not facts.partitions:
+        return
+    known = ", ".join(partition.name for partition in facts.partitions)
+    if slurm.partition is None and not facts.rewrites_jobs and not _partitions(facts, slurm):
+        yield Finding(
+            "error",
+            "this cluster has no default partition, and none is named",
+            f"--partition NAME (there are: {known})",
+        )
+    for name in _partitions(facts, slurm):
+        if facts.partition(name) is None:
+            yield Finding(
+                "error",
+                f"this cluster has no partition {name!r} that you can see",
+                f"--partition NAME (there are: {known})",
+            )
+
+
+def _check_account(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
+    accounts = facts.accounts
+    if accounts is None:
+        return
+    enforced = facts.enforces("associations")
+    yours = ", ".join(accounts.names)
+    remedy = f"--account NAME (yours: {yours})" if yours else "ask the site for an account"
+    if slurm.account is None:
+        if enforced and accounts.default is None and not facts.rewrites_jobs:
+            yield Finding(
+                "error",
+                "this cluster charges jobs to accounts, and you have no default account",
+                remedy,
+            )
+    elif accounts.names and not _contains(accounts.names, slurm.account):
+        yield Finding(
+            "error" if enforced else "warning",
+            f"you may not charge the account {slurm.account!r}",
+            remedy,
+        )
+
+
+def _check_qos(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
+    limits = facts.accounts.qos if facts.accounts else {}
+    if slurm.qos is None or not limits:
+        return
+    limit = next((limits[name] for name in limits if _contains([name], slurm.qos)), None)
+    if limit is None:
+        yield Finding(
+            "error" if facts.enforces("qos") else "warning",
+            f"this cluster has no QOS {slurm.qos!r}",
+            f"--qos NAME (there are: {', '.join(sorted(limits))})",
+        )
+    elif _seconds(slurm) > limit:
+        yield Finding(
+            "error",
+            f"--time {slurm.time} is more than the QOS {slurm.qos!r} allows",
+            f"--time {walltime_text(limit)} at most: a run goes on where its time ended",
+        )
+
+
+def _check_any_partition(facts: Facts, slurm: SlurmConfig) -> list[Finding]:
+    """Return what is wrong with every partition that the job may go to; nothing if one will do."""
+    known = [facts.partition(name) for name in _partitions(facts, slurm)]
+    verdicts = [
+        [
+            *refused_access(one, facts, slurm),
+            *_check_limits(one, slurm),
+            *check_nodes(one, facts, slurm),
+        ]
+        for one in known
+        if one is not None
+    ]
+    failed = [any(finding.level == "error" for finding in verdict) for verdict in verdicts]
+    if verdicts and all(failed):
+        return [finding for verdict in verdicts for finding in verdict]
+    passed = [verdict for verdict, bad in zip(verdicts, failed, strict=True) if not bad]
+    return min(passed, key=len, default=[])
+
+
+def refused_access(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
+    """Yield why a partition does not take the user's jobs."""
+    name = partition.name
+    other = "name another: --partition NAME (sinfo lists them)"
+    if partition.state in ("DRAIN", "INACTIVE"):
+        yield Finding("error", f"partition {name} is {partition.state}: it takes no jobs", other)
+    elif partition.state == "DOWN":
+        yield Finding("warning", f"partition {name} is DOWN: jobs wait until it is up", other)
+    if partition.root_only:
+        yield Finding("error", f"partition {name} is for administrators", other)
+    if partition.reservation_only and slurm.reservation is None:
+        yield Finding(
+            "error", f"partition {name} is for reservations only", "--reservation NAME, or " + other
+        )
+    account = slurm.account or (facts.accounts.default if facts.accounts else None)
+    for kind, value, allowed, denied in (
+        ("account", account, partition.allow_accounts, partition.deny_accounts),
+        ("QOS", slurm.qos, partition.allow_qos, partition.deny_qos),
+    ):
+        if value is not None and _refused(value, allowed, denied):
+            names = f" (it takes: {', '.join(allowed)})" if allowed else ""
+            yield Finding(
+                "error",
+                f"partition {name} does not take the {kind} {value!r}",
+                f"--{kind.lower()} NAME{names}, or {other}",
+            )
+    if partition.allow_groups and facts.groups and not facts.groups & {*partition.allow_groups}:
+        yield Finding(
+            "error",
+            f"partition {name} is for the groups {', '.join(partition.allow_groups)}; "
+            "you are in none of them",
+            other,
+        )
+
+
+def _check_limits(partition: Partition, slurm: SlurmConfig) -> Iterator[Finding]:
+    if _seconds(slurm) > partition.max_seconds and slurm.time is not None:
+        limit = walltime_text(partition.max_seconds)
+        # A QOS may be allowed to go beyond its partition's limits.
+        yield Finding(
+            "error" if slurm.qos is None else "warning",
+            f"--time {slurm.time} is more than partition {partition.name} allows: the job would "
+            "be refused, or wait for ever",
+            f"--time {limit} at most: a run goes on where its time ended",
+        )
+
+
+def _refused(value: str, allowed: tuple[str, ...], denied: tuple[str, ...]) -> bool:
+    if allowed:
+        return not _contains(allowed, value)
+    return _contains(denied, value)
+
+
+def _contains(names: Iterable[str], value: str) -> bool:
+    """Tell whether a name is among others; Slurm keeps these names in lower case."""
+    return value.lower() in (name.lower() for name in names)
+
+
+def _seconds(slurm: SlurmConfig) -> float:
+    """Return the time asked for; none takes the partition's own, which always fits."""
+    return 0 if slurm.time is None else walltime_seconds(slurm.time)

@@ -1,0 +1,231 @@
+"""What can be known to go wrong before anything is queued, on this machine's own evidence.
+
+Every check returns findings and raises nothing, so that all of them are told at once. What cannot
+be known is no finding: a disk quota, for one, and whether a compute node has the network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from aiflux.core.batch.ignored_fields import FIX, ignored_texts
+from aiflux.core.runs.plan import Plan
+from aiflux.errors import (
+    AifluxError,
+    ImageError,
+    InputError,
+    ModelError,
+    PreflightError,
+    UsageError,
+)
+from aiflux.image.sif import ImageFacts, how_to_build, machine_arch, own_image
+from aiflux.models.name import parse_model_name
+from aiflux.models.store import missing_parts, model_digest, refuse_other_digest
+from aiflux.util.files import may_write
+
+Level = Literal["error", "warning"]
+
+_COPIES = 3
+"""An answer quotes its request (1), the journal and the output both hold it, and answers add."""
+_BYTES_PER_REQUEST = 4096
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that will go wrong (an error), or may (a warning), and what to do about it.
+
+    Attributes:
+        error: the error it was, if it was one: raised as it is where it stands alone.
+    """
+
+    level: Level
+    what: str
+    fix: str
+    error: AifluxError | None = field(default=None, compare=False, repr=False)
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def collect(checks: Iterable[Check]) -> tuple[Finding, ...]:
+    """Make every check; return the errors, then the warnings."""
+    found = [finding for check in checks for finding in check()]
+    return tuple(sorted(found, key=lambda finding: finding.level != "error"))
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Let a run pass that has warnings only.
+
+    Raises:
+        PreflightError: naming every error, each with its fix.
+    """
+    errors = [finding for finding in findings if finding.level == "error"]
+    if len(errors) == 1 and errors[0].error is not None:
+        raise errors[0].error
+    if len(errors) == 1:
+        raise PreflightError(errors[0].what, errors[0].fix)
+    if errors:
+        raise _all_of(errors)
+
+
+def _all_of(errors: Sequence[Finding]) -> PreflightError:
+    return PreflightError(
+        f"{len(errors)} things stand in the way; nothing was queued",
+        "mend them; or, where this cluster knows better: --no-preflight",
+        tuple(f"{number}. {told(finding)}" for number, finding in enumerate(errors, start=1)),
+    )
+
+
+def problem_with(error: InputError, findings: Iterable[Finding]) -> UsageError:
+    """Return what stands in the way beside an input that is wrong: one error that names it all."""
+    others = [finding for finding in findings if finding.level == "error"]
+    if not others:
+        return error
+    lines = "".join(f"\n     {problem}" for problem in error.problems)
+    every = [Finding("error", error.message + lines, error.remedy or ""), *others]
+    return _all_of(every)
+
+
+def told(finding: Finding) -> str:
+    """Return a finding as it is shown: what, and the fix on a line of its own."""
+    return f"{finding.what}\n     -> {finding.fix}"
+
+
+def finding_of(error: AifluxError) -> Finding:
+    """Return an error as a finding."""
+    return Finding("error", error.message, error.remedy or "", error)
+
+
+def check_image(
+    path: Path,
+    machines: Collection[str],
+    *,
+    certain: bool,
+    wants_gpus: bool,
+    allow_cpu: bool,
+) -> Iterator[Finding]:
+    """Check that the image can be read, fits the machines, and can use GPUs where it gets some.
+
+    Args:
+        machines: what the nodes are (``uname -m``) that the job may run on.
+        certain: Slurm said so. Otherwise they are taken to be as this machine is, which a
+            ``--constraint`` can make untrue: a mismatch is then a warning.
+    """
+    try:
+        image = own_image(path)
+    except ImageError as error:
+        yield finding_of(error)
+        return
+    yield from _check_architecture(image, machines, certain)
+    if image.cpu_only and wants_gpus and not allow_cpu:
+        yield Finding(
+            "error",
+            f"the image {path} holds a CPU build of Ollama, and the job asks for GPUs",
+            f"{how_to_build('BASE=docker')}, which can use them; or run on the CPU: "
+            "--gpus-per-node 0, or --allow-cpu",
+        )
+
+
+def _check_architecture(
+    image: ImageFacts, machines: Collection[str], certain: bool
+) -> Iterator[Finding]:
+    nodes = {machine_arch(machine) for machine in machines}
+    if image.arch is None or not nodes or nodes == {image.arch}:
+        return
+    names = " and ".join(sorted(nodes))
+    if image.arch in nodes:
+        yield Finding(
+            "warning",
+            f"the image {image.path} is for {image.arch}; the nodes are {names}",
+            "name a partition or a feature that has that kind only: --constraint NAME",
+        )
+        return
+    yield Finding(
+        "error" if certain else "warning",
+        f"the image {image.path} is for {image.arch}, and the nodes are {names}",
+        "build it on such a machine, and name it: --image FILE",
+    )
+
+
+def check_models(plan: Plan) -> Iterator[Finding]:
+    """Check that the models are there, or that the job may put them there."""
+    folder = plan.models_dir
+    if folder is None:
+        return
+    if os.path.exists(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        yield Finding(
+            "error",
+            f"the models directory {folder} cannot be read",
+            "mend its permissions, or name another: --models-dir PATH",
+        )
+        return
+    absent = [name for name in map(parse_model_name, plan.models) if missing_parts(folder, name)]
+    yield from _check_digests(folder, plan)
+    for name in absent:
+        yield Finding(
+            "warning",
+            f"{name.served} is not (whole) in {folder}: the job pulls it at its start, which needs "
+            "the network on the compute node",
+            f"pull it where there is internet: aiflux models pull {name.served}",
+        )
+    if absent and not may_write(folder):
+        yield Finding(
+            "error",
+            f"the job could not pull {absent[0].served} into {folder}: you may not write there",
+            "ask its owner to pull it, or name a directory of your own: --models-dir PATH",
+        )
+
+
+def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
+    for name in map(parse_model_name, plan.models):
+        found = model_digest(folder, name)
+        try:
+            if found is not None:
+                refuse_other_digest(name, found, str(folder))
+        except ModelError as error:
+            yield finding_of(error)
+
+
+def check_fields(plan: Plan) -> Iterator[Finding]:
+    """Check that Ollama obeys what requests ask for; of another engine nothing is known."""
+    if plan.options.engine_url is None:
+        for text in ignored_texts(plan.input.get("ignored") or {}):
+            yield Finding("warning", text, FIX)
+
+
+def check_space(plan: Plan) -> Iterator[Finding]:
+    """Check that the output and the journal, which lies beside it, have room.
+
+    Their size is not known before the answers are: less than the input is sure to be too little;
+    three times the input and 4 KB for each request are taken to be enough.
+    """
+    folder = plan.output.parent
+    if not may_write(folder):
+        yield Finding(
+            "error", f"you may not write into {folder}", "choose another folder: --output FILE"
+        )
+        return
+    free = shutil.disk_usage(folder).free
+    size = int(plan.input["size"])
+    wanted = _COPIES * size + _BYTES_PER_REQUEST * plan.requests
+    if free < wanted:
+        yield Finding(
+            "error" if free < size else "warning",
+            f"{folder} has {size_text(free)} free; output and journal of this run may need about "
+            f"{size_text(wanted)}",
+            "make room, or choose another file system: --output FILE",
+        )
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.{0 if unit == 'bytes' or count >= 10 else 1}f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,110 @@
+"""Whether the models of a run fit its GPUs and its requests, told before it is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from aiflux.core.runs.plan import Plan
+from aiflux.engines.needs import cache_type, context_length
+from aiflux.models.catalog import ENDPOINTS, Catalogue
+from aiflux.models.figures import known_figures
+from aiflux.models.gpu_memory import Room, is_slice
+from aiflux.models.memory import Figures, estimate, gpus_needed
+from aiflux.models.name import parse_model_name
+from aiflux.models.store import missing_parts
+from aiflux.slurm.preflight.local import Finding
+
+
+def check_memory(plan: Plan, catalogue: Catalogue, room: Room) -> Iterator[Finding]:
+    """Check that the plan's models can fit the GPUs of one engine.
+
+    What is refused needs more than the GPUs have even with one slot (or as many as were asked for)
+    and the smallest buffers; of a model whose figures nobody knows there is no finding.
+
+    Args:
+        room: the GPUs that the job gets.
+    """
+    options = plan.options
+    if options.gpus_per_engine > room.count:
+        yield Finding(
+            "error",
+            f"--gpus-per-engine {options.gpus_per_engine} is more than the job's GPUs "
+            f"({room.count})",
+            room.option.format(options.gpus_per_engine),
+        )
+    for name in map(parse_model_name, plan.models):
+        figures = known_figures(plan.models_dir, name, catalogue)
+        if figures is not None:
+            yield from _check_fit(plan, name.served, figures, room)
+
+
+def check_names(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
+    """Find models that are absent and whose names look like misspellings of known ones."""
+    for name in map(parse_model_name, plan.models):
+        near = catalogue.nearest(name.served)
+        if near and plan.models_dir and missing_parts(plan.models_dir, name):
+            yield Finding(
+                "error",
+                f"the model {name.served} is neither in {plan.models_dir} nor in the catalog",
+                f"did you mean {near}? If not, pull it first: aiflux models pull {name.served}",
+            )
+
+
+def check_endpoints(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
+    """Check that the one model of a plan can do what its requests ask for."""
+    model = catalogue.find(plan.served(plan.models[0])) if len(plan.models) == 1 else None
+    if model is None:
+        return
+    able = {ENDPOINTS[name] for name in model.endpoints}
+    for url, count in plan.input["endpoints"].items():
+        if url not in able:
+            yield Finding(
+                "error",
+                f"{model.name} is for {', '.join(model.endpoints)}, and {count} "
+                f"request{'s' * (count > 1)} ask{'s' * (count == 1)} for {url}",
+                "name another model, or make requests for what it does; where it is known to do "
+                "that, say so in a models.yaml of your own (endpoints)",
+            )
+
+
+def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator[Finding]:
+    options, cache = plan.options, cache_type(plan)
+    context = context_length(plan, figures.architecture.context)
+    slots, each = options.slots or 1, options.gpus_per_engine
+
+    def least(count: int) -> int:
+        return estimate(figures, context, count, gpus=each, flash=True, cache_type=cache).total
+
+    has = each * room.size
+    if least(slots) <= has:
+        return
+    fits = [count for count in range(1, slots) if least(count) <= has]
+    enough = gpus_needed(figures, context, slots, room.size, cache_type=cache)
+    remedies = [f"--slots {fits[-1]} at most"] if fits else []
+    remedies += [] if enough is None else _more_gpus(enough, room)
+    remedies.append("GPUs with more memory, a smaller model, or a smaller --context-length")
+    kept = f"{each} such GPUs have" if each > 1 else "it has"
+    yield Finding(
+        "error",
+        f"{model} does not fit a GPU {room.kind!r}: with {slots} slot{'s' * (slots > 1)} of "
+        f"{context} tokens it takes at least {_gigabytes(least(slots))}, and {kept} "
+        f"{_gigabytes(has)}",
+        "; or ".join(remedies),
+    )
+
+
+def _more_gpus(enough: int, room: Room) -> list[str]:
+    """Say how many GPUs would do."""
+    if is_slice(room.kind):
+        return ["a whole GPU or a larger slice of one (an engine can use one slice only)"]
+    if room.most < enough:
+        return [
+            f"{enough} such GPUs for each engine would do, but no node here has more than "
+            f"{room.most}"
+        ]
+    more = "" if enough <= room.count else f" {room.option.format(enough)}"
+    return [f"{enough} such GPUs for each engine would do: --gpus-per-engine {enough}{more}"]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

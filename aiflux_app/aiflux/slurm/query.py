@@ -1,0 +1,206 @@
+"""Asking Slurm: the states of jobs and of the tasks of arrays, and what the cluster allows.
+
+Formats are those that every Slurm since 20.11 prints alike (``squeue -o``, ``sacct -P``,
+``scontrol -o``); ``--json`` differs by version. Source: the man pages of these commands.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from aiflux.errors import SlurmError
+from aiflux.slurm.arrays import parse_ranges
+from aiflux.slurm.calling import attempt, call, clean_environment, words
+from aiflux.slurm.job_id import JobId, JobState, TaskState, join_jobs, overall_state
+
+Tasks = dict[int | None, TaskState]
+
+_SQUEUE = "%F|%K|%T|%S|%M|%N|%r"  # the reason comes last: it is free text
+_SACCT = "JobID,State,ExitCode,Start,Elapsed,NodeList"
+_JOB_ID = re.compile(r"(\d+)(?:_(\d+|\[.*))?\Z")
+_DEFAULT_MAX_ARRAY_SIZE = 1001
+
+
+def max_array_size(environ: Mapping[str, str] | None = None) -> int:
+    """Return the cluster's ``MaxArraySize``: one more than the highest task number it takes."""
+    config = attempt(["scontrol", "show", "config"], _environment(environ)) or ""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
+    return int(match[1]) if match else _DEFAULT_MAX_ARRAY_SIZE
+
+
+def task_states(
+    jobs: Sequence[JobId], environ: Mapping[str, str] | None = None
+) -> dict[str, dict[int | None, TaskState]]:
+    """Return the states of jobs by their number, and for each by task.
+
+    The task of a job that is no array is None. squeue tells what waits and runs, sacct (or
+    scontrol, where there is no accounting) what has ended. A job, or a task, that Slurm has
+    forgotten is absent.
+
+    Raises:
+        SlurmError: Slurm is missing or does not answer, and a job is therefore not known.
+    """
+    found: dict[str, Tasks] = {}
+    for cluster in dict.fromkeys(job.cluster for job in jobs):
+        group = [job for job in jobs if job.cluster == cluster]
+        for number, tasks in _states_on(group, _environment(environ)).items():
+            found.setdefault(number, {}).update(tasks)
+    return {
+        job.number: dict(sorted(found[job.number].items(), key=lambda item: item[0] or 0))
+        for job in jobs
+        if job.number in found
+    }
+
+
+def job_state(jobs: JobId | Sequence[JobId], environ: Mapping[str, str] | None = None) -> JobState:
+    """Return a job's state; that of an array, or of several jobs, is its tasks' overall state.
+
+    Raises:
+        SlurmError: Slurm is missing or does not answer, or knows no such job (any more).
+    """
+    wanted = [jobs] if isinstance(jobs, JobId) else jobs
+    states = task_states(wanted, environ)
+    state = overall_state(task for tasks in states.values() for task in tasks.values())
+    if state is None:
+        raise SlurmError(
+            f"Slurm knows no job {join_jobs(wanted)}",
+            "check the id; what is known of a job that ended long ago: aiflux status RUN",
+        )
+    return state
+
+
+def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
+    cleaned = clean_environment(os.environ if environ is None else environ)
+    # Without it, Slurm cuts long lists of tasks short.
+    return cleaned | {"SLURM_BITSTR_LEN": "0"}
+
+
+def _states_on(jobs: Sequence[JobId], environment: Mapping[str, str]) -> dict[str, Tasks]:
+    """Return the states of jobs on one cluster."""
+    failure = None
+    found: dict[str, Tasks] = {}
+    try:
+        _add(found, _from_squeue(jobs, environment))
+    except SlurmError as error:
+        failure = error
+    # What has ended is not known to squeue for long, and its exit code never.
+    rest = [job for job in jobs if not _settled(found.get(job.number, {}))]
+    ended: dict[str, Tasks] = {}
+    if rest:
+        _add(ended, _from_sacct(rest, environment))
+        _complete(found, ended)
+    for job in rest:
+        if not _known(found.get(job.number, {})):
+            _complete(found, _collected(_from_scontrol(job, environment)))
+    if failure is not None and any(job.number not in found for job in jobs):
+        raise failure
+    return found
+
+
+def _settled(tasks: Tasks) -> bool:
+    """Whether nothing more is to be known: a job that is no array, and active."""
+    return None in tasks and tasks[None].active
+
+
+def _known(tasks: Tasks) -> bool:
+    return bool(tasks) and all(task.active or task.exit_code is not None for task in tasks.values())
+
+
+def _complete(found: dict[str, Tasks], more: dict[str, Tasks]) -> None:
+    """Add what squeue does not tell; of what is active or has just ended it knows first."""
+    for number, tasks in more.items():
+        known = found.setdefault(number, {})
+        for task, state in tasks.items():
+            if task not in known or not (known[task].active or state.active):
+                known[task] = state
+
+
+def _collected(rows: Iterable[tuple[str, int | None, TaskState]]) -> dict[str, Tasks]:
+    found: dict[str, Tasks] = {}
+    _add(found, rows)
+    return found
+
+
+def _add(found: dict[str, Tasks], rows: Iterable[tuple[str, int | None, TaskState]]) -> None:
+    for number, task, state in rows:
+        found.setdefault(number, {})[task] = state
+
+
+def _from_squeue(
+    jobs: Sequence[JobId], environment: Mapping[str, str]
+) -> Iterator[tuple[str, int | None, TaskState]]:
+    asked = ["squeue", *jobs[0].options, "-h", "-r", "-t", "all", "-j", _numbers(jobs)]
+    done = call([*asked, "-o", _SQUEUE], environment)
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise SlurmError(f"squeue did not answer: {words(done)}", "try again in a minute")
+    for line in done.stdout.splitlines():
+        fields = line.split("|", 6)
+        if len(fields) == 7:
+            number, task, name, start, elapsed, nodes, reason = fields
+            state = TaskState(name, None, _told(reason), _told(nodes), _told(start), _told(elapsed))
+            yield from ((number, index, state) for index in _indexes(task))
+
+
+def _from_sacct(
+    jobs: Sequence[JobId], environment: Mapping[str, str]
+) -> Iterator[tuple[str, int | None, TaskState]]:
+    asked = ["sacct", *jobs[0].options, "-X", "-n", "-P", "-j", _numbers(jobs), "-o", _SACCT]
+    for line in (attempt(asked, environment) or "").splitlines():
+        fields = line.split("|")
+        match = _JOB_ID.match(fields[0])
+        if match and len(fields) == 6 and fields[1].strip():
+            _, name, code, start, elapsed, nodes = fields
+            # CANCELLED comes as "CANCELLED by 1000".
+            name = name.split()[0]
+            state = TaskState(
+                name, _exit_code(code), None, _told(nodes), _told(start), _told(elapsed)
+            )
+            yield from ((match[1], index, state) for index in _indexes(match[2] or ""))
+
+
+def _from_scontrol(
+    job: JobId, environment: Mapping[str, str]
+) -> Iterator[tuple[str, int | None, TaskState]]:
+    asked = ["scontrol", *job.options, "-o", "show", "job", job.number]
+    for line in (attempt(asked, environment) or "").splitlines():
+        # A job's name and comment are free text: the state stands right before its reason.
+        states = re.findall(r" JobState=([A-Z_]+) Reason=(\S*)", line)
+        if not states or not line.startswith("JobId="):
+            continue
+        name, reason = states[0]
+        restarts = _field(line, "Restarts")
+        state = TaskState(
+            name,
+            _exit_code(_field(line, "ExitCode")),
+            _told(reason),
+            _told(_field(line, "NodeList")),
+            _told(_field(line, "StartTime")),
+            _told(_field(line, "RunTime")),
+            int(restarts) if restarts.isdigit() else None,
+        )
+        yield from ((job.number, index, state) for index in _indexes(_field(line, "ArrayTaskId")))
+
+
+def _numbers(jobs: Sequence[JobId]) -> str:
+    return ",".join(job.number for job in jobs)
+
+
+def _indexes(text: str) -> list[int | None]:
+    return [*parse_ranges(text)] if text not in ("", "N/A") else [None]
+
+
+def _field(line: str, name: str) -> str:
+    match = re.search(rf" {name}=(\S*)", line)
+    return match[1] if match else ""
+
+
+def _exit_code(text: str) -> int | None:
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    return int(match[1]) if match else None
+
+
+def _told(text: str) -> str | None:
+    empty = ("", "None", "N/A", "Unknown", "(null)", "None assigned")
+    return None if text.strip() in empty else text.strip()

@@ -1,0 +1,351 @@
+"""From settings to a submitted job: plan, render, submit, remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from aiflux.core.batch.input_file import InputSummary
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import RunDirectory, checked_output
+from aiflux.core.runs.merge import shards_left
+from aiflux.core.runs.open import Draft, OpenedRun, draft_run
+from aiflux.core.runs.plan import Plan, make_plan, read_plan, same_work
+from aiflux.core.runs.shards import auto_shards
+from aiflux.core.runs.status_file import finished_counts
+from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
+from aiflux.estimates.estimate import SLURM
+from aiflux.estimates.storage import known_estimate
+from aiflux.image.container import IMAGE_NAME, find_image
+from aiflux.slurm.arrays import array_ranges, parse_ranges, split_arrays
+from aiflux.slurm.commands import submit
+from aiflux.slurm.job_id import JobId, TaskState
+from aiflux.slurm.preflight.cluster import preflight
+from aiflux.slurm.preflight.local import Finding, problem_with, refuse
+from aiflux.slurm.query import max_array_size, task_states
+from aiflux.slurm.script import JobScript, job_name, render
+from aiflux.slurm.submissions import Job, Submission, Submissions, read_submissions, remember
+from aiflux.util.durations import walltime_seconds
+from aiflux.util.files import atomic_write, storage_error
+from aiflux.util.lease import acquire
+from aiflux.util.timestamps import utc_now
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is checked, planned and rendered, but not submitted.
+
+    Attributes:
+        scripts: each array (or the one job) and its batch script.
+        active: shards that wait or run already and are left alone.
+        findings: what the checks before a submission warn of.
+        known: the submissions of the run when it was planned.
+    """
+
+    opened: OpenedRun
+    image: Path
+    slurm: SlurmConfig
+    logs: Path
+    scripts: tuple[tuple[JobScript, str], ...]
+    active: int = 0
+    findings: tuple[Finding, ...] = ()
+    known: Submissions | None = None
+
+    @property
+    def script(self) -> str:
+        """The text of the first script."""
+        return self.scripts[0][1]
+
+
+def plan_job(
+    config: Config,
+    slurm: SlurmConfig,
+    input_path: Path,
+    output: Path,
+    options: RunOptions,
+    *,
+    cwd: Path | None = None,
+    force: bool = False,
+    force_resume: bool = False,
+    check: bool = True,
+    write: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> PlannedRun:
+    """Check everything, plan the run and render its batch scripts.
+
+    Args:
+        cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
+        check: ask Slurm, the image and the disks whether they will have it (preflight).
+        write: False plans without touching the disk (a dry run).
+
+    Raises:
+        PreflightError: the checks found what will go wrong; names all of it.
+        UsageError: settings, input, output or image are wrong (see ``draft_run``, ``find_image``).
+        RunConflictError: a job of this run waits or runs already.
+        StorageError: the run directory cannot be written.
+    """
+    slurm = slurm.checked()
+    output = checked_output(output)
+    run = RunDirectory.of_output(output)
+    place = Path.cwd() if cwd is None else cwd
+    image = _image(config, place, missing_ok=check)
+    job = JobScript(
+        name=job_name(output),
+        slurm=slurm,
+        image=image or place / IMAGE_NAME,
+        input=input_path.expanduser().absolute(),
+        output_dir=output.parent,
+        models_dir=config.models_dir if options.engine_url is None else None,
+        run_dir=run.path,
+        log=logs_folder(config, run),
+        drain_seconds=options.drain_seconds,
+        max_requeues=options.max_requeues,
+        engine_ca=options.engine_ca if options.engine_url else None,
+    )
+    # What cannot be rendered is refused before the input is read and anything is written.
+    render(job)
+    draft = _draft(
+        input_path,
+        output,
+        options,
+        config.models_dir,
+        shards=_shard_count(slurm, output, options),
+        force=force,
+        force_resume=force_resume,
+    )
+    findings: tuple[Finding, ...] = ()
+    if check and (isinstance(draft, InputError) or not draft.finished):
+        plan = None if isinstance(draft, InputError) else draft.plan
+        findings = preflight(config, slurm, options, image, plan, environ, place, submits=write)
+    if isinstance(draft, InputError):
+        raise problem_with(draft, findings)
+    refuse(findings)
+    known = read_submissions(run)
+    if write and not draft.finished:
+        refuse_second(run, environ)
+    opened = draft.open(write=write)
+    scripts = _scripts(job, opened.plan, opened.open_shards, slurm, environ)
+    return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings, known=known)
+
+
+def _image(config: Config, cwd: Path, *, missing_ok: bool) -> Path | None:
+    """Return the image; where it is missing and that may be told later, None."""
+    try:
+        return find_image(config, cwd)
+    except ImageError:
+        if missing_ok:
+            return None
+        raise
+
+
+def _draft(*arguments: Any, **keywords: Any) -> Draft | InputError:
+    """Draft a run; an input that is wrong is returned, to be told with what else is."""
+    try:
+        return draft_run(*arguments, **keywords)
+    except InputError as error:
+        return error
+
+
+def _shard_count(
+    slurm: SlurmConfig, output: Path, options: RunOptions
+) -> int | Callable[[InputSummary], int]:
+    """Return the shards asked for; for ``auto`` what a pilot told, else a rule of thumb."""
+    if isinstance(slurm.shards, int):
+        return slurm.shards
+
+    def automatic(summary: InputSummary) -> int:
+        told = known_estimate(make_plan(summary, output, options, None))
+        if told is not None and told.where == (options.engine_url or SLURM):
+            return told.shards_for(slurm.time)
+        return auto_shards(summary, walltime_seconds(slurm.time))
+
+    return automatic
+
+
+def _scripts(
+    job: JobScript,
+    plan: Plan,
+    shards: Sequence[int],
+    slurm: SlurmConfig,
+    environ: Mapping[str, str] | None,
+) -> tuple[tuple[JobScript, str], ...]:
+    """Render a script for each array that is needed to reach the shards."""
+    if len(plan.shards) == 1:
+        return ((job, render(job)),)
+    at_once = "" if slurm.max_running is None else f"%{slurm.max_running}"
+    scripts = []
+    for first, tasks in split_arrays(shards, max_array_size(environ)):
+        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first)
+        scripts.append((part, render(part)))
+    return tuple(scripts)
+
+
+def plan_resume(
+    run: RunDirectory,
+    changes: Mapping[str, Any],
+    image: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> PlannedRun:
+    """Render batch scripts for what is left of a run that was submitted before.
+
+    Shards that are done, wait or run are left out. The plan stays as it is.
+
+    Args:
+        changes: settings of Slurm that differ from those of the last submission.
+        image: another image than the last submission's.
+
+    Raises:
+        ImageError: the image is not there.
+        RunConflictError: there is no plan, or it was never submitted.
+        ConfigError: a setting is wrong.
+    """
+    run.refuse_foreign()
+    plan = read_plan(run)
+    records = read_submissions(run)
+    if records is None:
+        raise RunConflictError(
+            f"the run {run.path} was never submitted to Slurm",
+            f"continue it on this machine: aiflux resume --local {quote(str(plan.output))}; or "
+            "submit it: run the same `aiflux run` command again",
+        )
+    slurm = _recorded(records.slurm, changes)
+    if slurm.shards != records.slurm.get("shards"):
+        raise ConfigError(
+            "a run is resumed with the shards that it has",
+            "give the whole `aiflux run` command with another --shards: it cuts the input anew",
+        )
+    image = image or records.image
+    if not image.exists():
+        raise ImageError(f"the image {image} is not there", "name another with --image")
+    counts = finished_counts(plan, run)
+    left = () if counts is not None else shards_left(plan, run)
+    active = active_shards(run, environ)
+    missing = tuple(shard for shard in left if shard not in active)
+    logs = records.submissions[-1].log
+    job = JobScript(
+        name=job_name(plan.output),
+        slurm=slurm,
+        image=image,
+        input=plan.input_path,
+        output_dir=plan.output.parent,
+        models_dir=plan.models_dir,
+        run_dir=run.path,
+        log=logs,
+        drain_seconds=plan.options.drain_seconds,
+        max_requeues=plan.options.max_requeues,
+        engine_ca=plan.options.engine_ca if plan.options.engine_url else None,
+    )
+    opened = OpenedRun(plan, run, counts is not None, True, counts or {}, missing)
+    scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()
+    return PlannedRun(opened, image, slurm, logs, scripts, len(active), known=records)
+
+
+def _recorded(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> SlurmConfig:
+    known = {item.name for item in fields(SlurmConfig)}
+    values = {name: value for name, value in recorded.items() if name in known}
+    return SlurmConfig(**{**values, **changes}).checked()
+
+
+def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
+    """Write the scripts into the run directory, submit them and remember the jobs there.
+
+    With ``max_running``, several arrays wait for one another, so that no more run in all. Of the
+    same command given several times at once, one submits the run, and the others are refused.
+
+    Raises:
+        RunConflictError: another command planned or submitted the run since it was planned here.
+        SlurmError: Slurm is missing or refused a job; those before it stay submitted.
+        StorageError: the run directory cannot be written.
+    """
+    run = planned.opened.run
+    try:
+        planned.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, planned.logs) from error
+    with acquire(run.plan_lease, f"the run {planned.opened.plan.output}", wait=True):
+        if not same_work(read_plan(run), planned.opened.plan) or (
+            read_submissions(run) != planned.known
+        ):
+            raise RunConflictError(
+                f"another command planned or submitted {planned.opened.plan.output} at the same "
+                "time",
+                f"look at it: aiflux status {quote(str(run.path))}",
+            )
+        return _submit(planned, environ)
+
+
+def _submit(planned: PlannedRun, environ: Mapping[str, str] | None) -> tuple[JobId, ...]:
+    run = planned.opened.run
+    for mark in run.path.glob("status/*.requeue"):
+        mark.unlink(missing_ok=True)
+    submission = Submission(utc_now(), None, (), planned.logs)
+    for number, (job, text) in enumerate(planned.scripts, start=1):
+        script = run.script_part(number)
+        with atomic_write(script, 0o600) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        id_ = submit(script, _after(submission, planned.slurm), environ=environ)
+        jobs = (*submission.jobs, Job(id_.number, job.tasks, job.first, _shards_of(job)))
+        submission = replace(submission, cluster=id_.cluster, jobs=jobs)
+        remember(run, planned.image, planned.slurm, submission)
+    return submission.ids
+
+
+def _after(submission: Submission, slurm: SlurmConfig) -> list[str]:
+    if slurm.max_running is None or not submission.jobs:
+        return []
+    return [f"--dependency=afterany:{submission.jobs[-1].job_id}"]
+
+
+def _shards_of(job: JobScript) -> tuple[int, ...]:
+    if job.tasks is None:
+        return (job.shard,)
+    return tuple(job.first + task for task in parse_ranges(job.tasks))
+
+
+def logs_folder(config: Config, run: RunDirectory) -> Path:
+    """Return where the job's log goes: the configured folder, else the run directory's."""
+    return config.logs_dir or run.logs
+
+
+def refuse_second(run: RunDirectory, environ: Mapping[str, str] | None = None) -> None:
+    """Refuse to work on a run that a job waits for or works on.
+
+    Raises:
+        RunConflictError: there is such a job.
+        SlurmError: Slurm is missing or does not answer.
+    """
+    active = active_shards(run, environ)
+    if active:
+        job, state = next(iter(active.values()))
+        raise RunConflictError(
+            f"job {job} of this run is {state.name} already",
+            f"wait for it, or cancel it first: aiflux cancel {quote(str(run.path))}",
+        )
+
+
+def active_shards(
+    run: RunDirectory, environ: Mapping[str, str] | None = None
+) -> dict[int, tuple[JobId, TaskState]]:
+    """Return the shards of a run that wait or run in Slurm, each with its job.
+
+    Jobs that Slurm has forgotten are in nobody's way.
+
+    Raises:
+        SlurmError: Slurm is missing or does not answer.
+    """
+    records = read_submissions(run)
+    submissions = records.submissions if records is not None else ()
+    ids = [id_ for each in submissions for id_ in each.ids]
+    states = task_states(ids, environ) if ids else {}
+    active = {}
+    for submission in submissions:
+        for job, id_ in zip(submission.jobs, submission.ids, strict=True):
+            for task, state in states.get(job.job_id, {}).items():
+                if state.active:
+                    shard = job.shards[0] if task is None else job.first + task
+                    active[shard] = (id_, state)
+    return active

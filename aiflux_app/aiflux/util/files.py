@@ -1,0 +1,295 @@
+"""Durable file operations: atomic replacement, and errors that say where."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+from shlex import quote
+from typing import IO, Any, TypeVar
+from zlib import crc32
+
+from aiflux.errors import OutputExistsError, StorageError, UsageError
+from aiflux.util.process_limits import exhausted
+from aiflux.util.unicode import json_text
+
+_BUFFER = 1 << 20
+_PART = ".aiflux-part"
+_LONG_NAME = 64
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_STALE_TRIES, _STALE_PAUSE = 10, 0.1
+_READ_REMEDIES = {
+    errno.EACCES: "check its permissions, then run the same command again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then run the same command again",
+    errno.ENFILE: "close other programs' files, then run the same command again",
+}
+T = TypeVar("T")
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename in ``path`` durable. File systems that cannot sync a directory are let off."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Write ``target`` whole or not at all: temporary name beside it, fsync, rename.
+
+    ``mode`` is subject to the umask, as for any new file. A link stays, and what it leads to is
+    replaced.
+
+    Raises:
+        StorageError: the file system refused (full, quota, permission).
+        UsageError: ``target`` is a device or a pipe, which a rename would displace.
+    """
+    _refuse_device(target)
+    target = Path(os.path.realpath(target))
+    # Named before it is created, so that an interrupt just after that still removes it.
+    temporary = target.with_name(f"{_prefix(target)}{token_hex(8)}{_PART}")
+    try:
+        with open(temporary, "xb", _BUFFER, opener=_open_private) as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), mode & ~_umask())
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        fsync_directory(target.parent)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def read_file(path: Path) -> bytes | None:
+    """Return the content of a small file; None only where it is certain that there is none.
+
+    Raises:
+        StorageError: the file exists and cannot be read, or it is a folder, a pipe or a device.
+    """
+    return _looked_at(path, lambda: _read_regular(path))
+
+
+def _read_regular(path: Path) -> bytes:
+    # Without O_NONBLOCK, opening a pipe would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_irregular(path, os.fstat(descriptor))
+        parts = []
+        while part := os.read(descriptor, 1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a path exists; ``Path.exists`` takes an I/O error for an absence.
+
+    Raises:
+        StorageError: that cannot be told.
+    """
+    return _looked_at(path, lambda: os.stat(path)) is not None
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise StorageError where ``path`` exists and is no regular file."""
+    found = _looked_at(path, lambda: os.stat(path))
+    if found is not None:
+        _refuse_irregular(path, found)
+
+
+def _refuse_irregular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise StorageError(
+            f"{path} is {kind}, where a file belongs",
+            f"move it away (mv {quote(str(path))} ELSEWHERE) and run the same command again",
+        )
+
+
+def _looked_at(path: Path, look: Callable[[], T]) -> T | None:
+    """Return what ``look`` returns; None where nothing exists at ``path``.
+
+    A file that another NFS client replaced can be stale for a moment, and is found again by name.
+    Every other error is told: to take it for an absence would let a run end in silence.
+    """
+    tries = 0
+    while True:
+        try:
+            return look()
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            tries += 1
+            if error.errno != errno.ESTALE or tries == _STALE_TRIES:
+                raise read_error(error, path) from error
+        time.sleep(_STALE_PAUSE)
+
+
+def read_error(error: OSError, path: Path) -> StorageError:
+    """Turn an OSError met in reading ``path`` into an error that says what to do."""
+    default = "check the file system, then run the same command again: it goes on"
+    return StorageError(
+        f"cannot read {path}: {error.strerror or error}",
+        _READ_REMEDIES.get(error.errno or 0, default),
+    )
+
+
+def _prefix(target: Path) -> str:
+    """Return how the names of a target's temporary files begin; no other target's begin so."""
+    encoded = os.fsencode(target.name)
+    kept = target.name if len(encoded) <= _LONG_NAME else f"{target.name[:16]}~{crc32(encoded):08x}"
+    return f".{kept}."
+
+
+def remove_leftovers(*targets: Path) -> None:
+    """Remove what killed processes left of ``targets`` under temporary names.
+
+    Only for whoever knows that no process writes one of them now.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    for target in {Path(os.path.realpath(target)) for target in targets}:
+        prefix = _prefix(target)
+        try:
+            for name in os.listdir(target.parent):
+                # Between the two stands a random part, which has no dot.
+                middle = name.removeprefix(prefix).removesuffix(_PART)
+                if name == f"{prefix}{middle}{_PART}" and "." not in middle:
+                    (target.parent / name).unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise storage_error(error, target) from error
+
+
+def refuse_special(target: Path) -> None:
+    """Raise UsageError where no file can take the place of ``target``: a folder, device, pipe."""
+    if os.path.isdir(target):
+        raise UsageError(f"the output {target} is a folder", "name a file in it")
+    _refuse_device(target)
+
+
+def _refuse_device(target: Path) -> None:
+    try:
+        mode = target.stat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UsageError(f"the output {target} is a device or a pipe", "name a file")
+
+
+def refuse_existing(*targets: Path) -> None:
+    """Raise OutputExistsError where one of the outputs is there already."""
+    for target in targets:
+        if os.path.exists(target):
+            raise OutputExistsError(
+                f"the output {target} is there already and would be overwritten",
+                "give --force to replace it, or choose another output",
+            )
+
+
+def may_write(folder: Path) -> bool:
+    """Tell whether a folder may be written into, or be made where there is none."""
+    nearest = nearest_there(folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def others_may_write(path: Path) -> str | None:
+    """Return who else than this user and root can change a file; None where nobody can."""
+    status = path.stat()
+    for owner in (path.lstat().st_uid, status.st_uid):
+        if owner not in (os.getuid(), 0):
+            return f"it belongs to {_user_name(owner)}"
+    if status.st_mode & stat.S_IWOTH:
+        return "everybody can write to it"
+    if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
+        return f"the group {_group_name(status.st_gid)} can write to it"
+    return None
+
+
+def _is_private(gid: int) -> bool:
+    """Return whether a group is the user's own, which many systems give to everyone."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    own = (gid, group.gr_name) == (user.pw_gid, user.pw_name)
+    return own and {*group.gr_mem} <= {user.pw_name}
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def nearest_there(path: Path) -> Path:
+    """Return a path, or the nearest one above it that is there and can be seen."""
+    # Unlike Path.exists(), os.path.exists() never raises.
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
+
+
+def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
+    """Replace ``target`` atomically by ``value`` as JSON."""
+    with atomic_write(target, mode) as file:
+        file.write(json_text(value, indent=2).encode() + b"\n")
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Tell whether a value has a form: a type, several, or an object or list of inner forms."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            fits(value[name], inner) for name, inner in form.items() if name in value
+        )
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(each, form[0]) for each in value)
+    if isinstance(form, tuple):
+        return any(fits(value, each) for each in form)
+    return isinstance(value, form)
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """Turn an OSError met in writing ``path`` into an error that says what to do."""
+    limit = exhausted(error)
+    return StorageError(
+        f"cannot write {path}: {error.strerror or error}",
+        limit.remedy
+        if limit
+        else "make room (or mend the permission) and run the same command again: it goes on",
+    )
+
+
+def _umask() -> int:
+    """Return the process's umask without changing it (os.umask can only be read by setting)."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077

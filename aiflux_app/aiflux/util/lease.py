@@ -1,0 +1,302 @@
+"""A lease: at most one process of the cluster holds it, on any shared file system, without flock.
+
+The lease is a file made with ``O_EXCL``; its holder rewrites a beat in it every few seconds.
+Whoever finds it held judges the holder dead when the beat stands still by the *finder's own* clock,
+or at once when the holder was a process of the same PID namespace that is gone, or an earlier start
+of the same Slurm job (Slurm never runs two starts of one job at a time).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from aiflux.errors import RunConflictError, StoppedError
+from aiflux.util.files import read_file, storage_error
+from aiflux.util.process_limits import start_thread
+
+BEAT_SECONDS = 3.0
+STALE_SECONDS = 30.0
+_BEAT_WIDTH = 12
+_BREAK_SECONDS = 0.05
+_FIRST_PAUSE = 0.02
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return _read("/proc/sys/kernel/random/boot_id") + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """Return the process's start time in ticks (field 22 of /proc/PID/stat), "" if it is gone."""
+    stat = _read(f"/proc/{pid}/stat")
+    return stat.rpartition(")")[2].split()[19] if stat else ""
+
+
+def identity() -> dict[str, Any]:
+    """Return who this process is, for others to read in a lease."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+        "namespace": _namespace(),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def _alive(holder: dict[str, Any]) -> bool | None:
+    """Tell whether a holder lives; None where that cannot be told from here."""
+    if holder.get("namespace") and holder["namespace"] == _namespace():
+        return bool(_start_time(int(holder["pid"])) == holder["started"])
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return False if job and holder.get("job") == job else None
+
+
+def holder_lives(path: Path) -> bool | None:
+    """Tell whether a lease is held by a living process; None where that cannot be told from here.
+
+    Raises:
+        StorageError: the lease cannot be read.
+    """
+    content = _content(path)
+    return False if content is None else _alive(_holder(content))
+
+
+class Lease:
+    """A held lease; a context manager that gives it back.
+
+    Attributes:
+        lost: set when somebody else took the lease away.
+    """
+
+    def __init__(self, path: Path, descriptor: int, on_lost: Callable[[], None] | None) -> None:
+        self.path = path
+        self.lost = threading.Event()
+        self._descriptor = descriptor
+        self._inode = os.fstat(descriptor).st_ino
+        self._on_lost = on_lost
+        self._released = threading.Event()
+        self._beat = 0
+        try:
+            self._thread = start_thread(self._beat_loop, "lease")
+        except StoppedError:
+            path.unlink()
+            os.close(descriptor)
+            raise
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lease back; harmless when it was lost or released before."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        self._thread.join()
+        if self._still_ours():
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+        os.close(self._descriptor)
+
+    def _still_ours(self) -> bool:
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def _beat_loop(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            if not self._still_ours():
+                self.lost.set()
+                if self._on_lost is not None:
+                    self._on_lost()
+                return
+            self._beat += 1
+            # A full disk must not cost the lease: overwriting in place needs no new block.
+            with suppress(OSError):
+                os.pwrite(self._descriptor, b"%0*d" % (_BEAT_WIDTH, self._beat), 0)
+
+
+def acquire(
+    path: Path,
+    what: str,
+    *,
+    wait: bool = False,
+    on_wait: Callable[[str], None] | None = None,
+    on_lost: Callable[[], None] | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Lease:
+    """Take a lease.
+
+    Args:
+        path: the lease's file; its folder must be there.
+        what: what is held, for messages, e.g. "the run results.json".
+        wait: wait until a living holder gives it back, rather than refuse.
+        on_wait: called once with a text when waiting begins.
+        on_lost: called from a thread when the lease is taken away.
+
+    Raises:
+        RunConflictError: a living process holds it (only without ``wait``).
+        StorageError: the file cannot be made.
+    """
+    watch, break_watch = _Watch(clock), _Watch(clock)
+    told, pause = False, _FIRST_PAUSE
+    while True:
+        descriptor = _create(path)
+        if descriptor is not None:
+            return Lease(path, descriptor, on_lost)
+        content = _content(path)
+        if content is None:
+            continue
+        holder = _holder(content)
+        alive = _alive(holder)
+        if alive is False or watch.stands_still(content):
+            if not _break(path, content, break_watch):
+                sleep(_BREAK_SECONDS)
+            continue
+        if (alive or watch.moved) and not wait:
+            raise _conflict(what, holder)
+        if on_wait is not None and not told:
+            on_wait(f"{what} is in use on {holder.get('host')}; waiting")
+            told = True
+        # Many wait at once where the shards of a run end together: each looks at its own times.
+        sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, BEAT_SECONDS / 2)
+
+
+def refuse_living(
+    paths: Iterable[Path],
+    what: str,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Raise RunConflictError if a living process holds one of the leases.
+
+    Those of dead holders are left as they are. Where it cannot be told from here whether a holder
+    lives, this takes as long as a beat, or ``STALE_SECONDS`` when all are dead.
+    """
+    began = clock()
+    seen: dict[Path, bytes] = {}
+    while True:
+        watched = 0
+        for path in paths:
+            content = _content(path)
+            if content is None or _alive(_holder(content)) is False:
+                continue
+            if _alive(_holder(content)) or seen.setdefault(path, content) != content:
+                raise _conflict(what, _holder(content))
+            watched += 1
+        if not watched or clock() - began > STALE_SECONDS:
+            return
+        sleep(BEAT_SECONDS / 2)
+
+
+def _conflict(what: str, holder: Mapping[str, Any]) -> RunConflictError:
+    return RunConflictError(
+        f"{what} is in use by process {holder.get('pid')} on {holder.get('host')}",
+        "wait for it to end, or stop it",
+    )
+
+
+class _Watch:
+    """Watches a foreign lease's beat by this process's own clock."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._content: bytes | None = None
+        self._since = 0.0
+        self.moved = False
+
+    def stands_still(self, content: bytes) -> bool:
+        now = self._clock()
+        if content != self._content:
+            self.moved = self._content is not None
+            self._content, self._since = content, now
+        return now - self._since > STALE_SECONDS
+
+
+def _create(path: Path) -> int | None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return None
+    except OSError as error:
+        raise storage_error(error, path) from error
+    content = b"0" * _BEAT_WIDTH + b" " + json.dumps(identity()).encode() + b"\n"
+    try:
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    except OSError as error:
+        path.unlink()
+        os.close(descriptor)
+        raise storage_error(error, path) from error
+    return descriptor
+
+
+def _content(path: Path) -> bytes | None:
+    return read_file(path)
+
+
+def _holder(content: bytes) -> dict[str, Any]:
+    """Return who holds a lease; {} when its maker died between making and writing it."""
+    try:
+        holder = json.loads(content[_BEAT_WIDTH:])
+    except (ValueError, RecursionError):
+        return {}
+    whole = isinstance(holder, dict) and type(holder.get("pid")) is int
+    texts = ("host", "started", "namespace", "job")
+    return holder if whole and all(isinstance(holder.get(each), str) for each in texts) else {}
+
+
+def _break(path: Path, judged: bytes, watch: _Watch) -> bool:
+    """Take a dead holder's lease away; False where somebody else is at it.
+
+    One process at a time may do so, and only while the lease is still the one that was judged:
+    else the lease of whoever came next could be taken for the dead one's. ``watch`` finds the mark
+    of a process that died in the middle of it.
+    """
+    mark = path.with_name(path.name + ".break")
+    try:
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if watch.stands_still(b"%d" % mark.stat().st_ino):
+                mark.unlink()
+        return False
+    except OSError as error:
+        raise storage_error(error, mark) from error
+    try:
+        content = _content(path)
+        if content is not None and _token(content) == _token(judged):
+            path.unlink()
+    finally:
+        mark.unlink(missing_ok=True)
+    return True
+
+
+def _token(content: bytes) -> Any:
+    return _holder(content).get("token", content)

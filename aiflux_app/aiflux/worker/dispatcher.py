@@ -1,0 +1,412 @@
+"""The pool: threads that keep every engine's slots full until every request has its result."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Protocol
+
+from aiflux.core.runs.journal import EMPTY, JournalWriter, Result
+from aiflux.engines.http import Client, ExchangeError
+from aiflux.engines.outcome import (
+    UNREADY_STATUSES,
+    UNTOUCHED,
+    Kind,
+    Verdict,
+    as_down,
+    judge_answer,
+    judge_bug,
+    judge_exchange_error,
+)
+from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
+from aiflux.util.process_limits import exhausted, reserved_memory, start_thread
+from aiflux.util.timestamps import utc_now
+from aiflux.worker.rejections import ENOUGH, Held, Rejections, certain
+from aiflux.worker.retry import RetryPolicy
+from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
+from aiflux.worker.stats import Stats
+from aiflux.worker.validation import Checking
+
+
+@dataclass(frozen=True)
+class Describe:
+    """What stands in every result's metadata beside what the attempt itself tells.
+
+    Attributes:
+        model: the model's name as the engine serves it.
+        fixed: fields such as ``model_digest``.
+    """
+
+    model: str
+    fixed: dict[str, Any]
+
+
+class EngineLink(Protocol):
+    """An engine as the pool sees it."""
+
+    index: int
+    client: Client
+    bundled: bool
+
+    def alive(self) -> bool:
+        """Tell whether the engine is up; may take a moment to be sure."""
+
+    def ready(self) -> bool:
+        """Tell whether the engine takes requests; asked after a 502, 503 or 504."""
+
+    def refusal(self, model: str) -> RejectedError | None:
+        """Return why requests for a model cannot succeed, as far as the engine says so now."""
+
+    def offers(self, model: str) -> bool | None:
+        """Tell whether the engine has a model; None where it does not say."""
+
+    def ran(self, asked: str, answered: str | None) -> str:
+        """Return the name of the model that gave an answer; RejectedError where it is wrong."""
+
+    def truncated(self, prompt_tokens: int) -> bool:
+        """Tell whether the engine cut a prompt that it counted as ``prompt_tokens``."""
+
+
+class Pool:
+    """Sends what the scheduler hands out, and journals what comes of it.
+
+    Args:
+        on_down: told that the engine of a lane was found down, in which generation.
+        checking: checks answers against the schemas that requests ask for.
+        rejections: holds back rejections that may concern every request.
+        most: requests in flight that the process has files for.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        links: Sequence[EngineLink],
+        journal: JournalWriter,
+        policy: RetryPolicy,
+        stats: Stats,
+        describe: Describe,
+        on_down: Callable[[Lane, int], None],
+        timeouts_before_restart: int = 3,
+        checking: Checking | None = None,
+        rejections: Rejections | None = None,
+        most: int = 1 << 20,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._links = {link.index: link for link in links}
+        self._journal = journal
+        self._policy = policy
+        self._stats = stats
+        self._describe = describe
+        self._on_down = on_down
+        self._timeouts_before_restart = timeouts_before_restart
+        self._checking = checking
+        self._rejections = rejections or Rejections()
+        self._timeouts = dict.fromkeys(self._links, 0)
+        self._most = most
+        self._say = say
+        self._why = "open files (ulimit -n)"
+        self._limited = False
+        self._threads: list[threading.Thread] = []
+        self._bugs: set[tuple[CodeType, int]] = set()
+        self._lock = threading.Lock()
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Start as many threads as the engines' limits ask for now."""
+        wanted = max(1, sum(lane.limit.value for lane in self._scheduler.lanes if not lane.gone))
+        with self._lock:
+            if wanted > self._most:
+                self._report_limit()
+            while len(self._threads) < min(wanted, self._most):
+                try:
+                    with reserved_memory() if self._threads else nullcontext():
+                        thread = start_thread(self._work, f"request-{len(self._threads)}")
+                except StoppedError:
+                    if not self._threads:
+                        raise
+                    self._most, self._why = len(self._threads), "threads (ulimit -u, ulimit -v)"
+                    self._report_limit()
+                else:
+                    self._threads.append(thread)
+
+    def _report_limit(self) -> None:
+        if not self._limited:
+            self._limited = True
+            self._say(f"requests in flight: at most {self._most}, by the limit on {self._why}")
+
+    def join(self, tick: Callable[[], None], interval: float = 0.1) -> None:
+        """Wait until all threads have ended, calling ``tick`` meanwhile.
+
+        Raises:
+            AifluxError: what ended the pool before its time.
+        """
+        while any(thread.is_alive() for thread in self._threads):
+            alive = next(thread for thread in self._threads if thread.is_alive())
+            alive.join(interval)
+            tick()
+        if self.failure is not None:
+            raise self.failure
+        if not self._scheduler.stopped and not all(lane.gone for lane in self._scheduler.lanes):
+            for url in self._rejections.urls:
+                self._decide(url)
+
+    def fail(self, failure: BaseException) -> None:
+        """End the pool with an error."""
+        with self._lock:
+            if self.failure is None:
+                self.failure = failure
+        self._scheduler.stop()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                job = self._scheduler.next()
+                if job is None:
+                    return
+                self._attempt(*job)
+        except (AifluxError, MemoryError) as failure:
+            self.fail(failure)
+        except BaseException as failure:
+            self.fail(failure)
+            # Whoever joins raises it with its remedy; a thread's own trace is for bugs.
+            if not isinstance(failure, Exception) or exhausted(failure) is None:
+                raise
+
+    def _attempt(self, task: Task, lane: Lane) -> None:
+        link = self._links[lane.index]
+        generation = lane.generation
+        began = time.monotonic()
+        if not task.began:
+            task.began = began
+        try:
+            verdict = self._exchange(task, link)
+        except AifluxError:
+            raise
+        except Exception as error:  # noqa: BLE001 - no answer, and no request, may end the run
+            verdict = self._judge_bug(error)
+        seconds = time.monotonic() - began
+        if verdict.status in UNREADY_STATUSES and self._is_down(lane, link.ready, generation):
+            verdict = as_down(verdict)
+        self._stats.attempt_ended(seconds, verdict)
+        self._adapt(lane, verdict, seconds)
+        self._settle(task, lane, link, generation, verdict, seconds)
+
+    def _judge_bug(self, error: Exception) -> Verdict:
+        """Show a bug's trace, once for each place in the code."""
+        place = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        with self._lock:
+            known = place[-1] in self._bugs
+            self._bugs.add(place[-1])
+        if not known:
+            traceback.print_exception(error)
+        return judge_bug(error)
+
+    def _exchange(self, task: Task, link: EngineLink) -> Verdict:
+        url, client = task.request.url, link.client
+        try:
+            answer = client.post(url, task.payload)
+        except ExchangeError as error:
+            return judge_exchange_error(error)
+        verdict = judge_answer(url, answer, bundled=link.bundled)
+        if not verdict.generated:
+            # An answer is kept to the byte; of an error nothing is kept that echoes the key.
+            verdict = judge_answer(url, client.hidden(answer), bundled=link.bundled)
+        return verdict if self._checking is None else self._checking.judge(task.request, verdict)
+
+    def _adapt(self, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        before = lane.limit.value
+        if verdict.generated or verdict.overloaded:
+            lane.limit.note(verdict.work, seconds, verdict.overloaded)
+        elif verdict.code == "timeout":
+            lane.limit.note_timeout()
+        if lane.limit.value > before:
+            self.start()
+            self._scheduler.wake()
+
+    def _settle(
+        self,
+        task: Task,
+        lane: Lane,
+        link: EngineLink,
+        generation: int,
+        verdict: Verdict,
+        seconds: float,
+    ) -> None:
+        kind = verdict.kind
+        if kind is Kind.ANSWERED or kind is Kind.FAILED:
+            self._timeouts[lane.index] = 0
+            task.attempts += 1
+            self._conclude(task, lane, link, verdict, seconds)
+        elif kind is Kind.UNFIT:
+            self._ask_again(task, lane, verdict, seconds)
+        elif kind is Kind.UNATTEMPTED or self._ending(verdict):
+            self._scheduler.put_back(task, lane)
+        elif kind is Kind.CRASHED or (
+            verdict.code == "connection" and self._is_down(lane, link.alive, generation)
+        ):
+            self._crashed(task, lane, generation, verdict, seconds)
+        else:
+            self._watch_timeouts(lane, generation, verdict)
+            self._retry(task, lane, link, verdict, seconds)
+
+    def _conclude(
+        self, task: Task, lane: Lane, link: EngineLink, verdict: Verdict, seconds: float
+    ) -> None:
+        """Record a result, unless it is a rejection that concerns every request, or may do so."""
+        url, model = task.request.url, task.request.model or self._describe.model
+        error = certain(link.client.base_url, url, verdict)
+        if error is not None:
+            self._scheduler.put_back(task, lane)
+            raise error
+        if self._rejections.may_concern_all(url, verdict, offered=link.offers(model)):
+            waiting = self._rejections.hold(Held(task, lane, verdict, seconds))
+            self._scheduler.set_aside(task, lane)
+            if waiting == 1:
+                self._raise_refusal(link, model)
+            elif waiting >= ENOUGH:
+                self._decide(url)
+            return
+        self._record(task, lane, verdict, seconds)
+        if verdict.kind is Kind.ANSWERED:
+            for held in self._rejections.answered(url, time.monotonic() - seconds):
+                self._store(held.task, held.lane, held.verdict, held.seconds)
+
+    def _decide(self, url: str) -> None:
+        """Record the rejections at an endpoint, or raise what they mean for every request."""
+        last = self._rejections.last(url)
+        if last is None:
+            return
+        # The engine's own list is certain, so it is asked before the count decides: the look that
+        # the first rejection began may still be under way in another thread.
+        self._raise_refusal(
+            self._links[last.lane.index], last.task.request.model or self._describe.model
+        )
+        error = self._rejections.conclusion(url)
+        if error is not None:
+            raise error
+        for held in self._rejections.take(url):
+            self._store(held.task, held.lane, held.verdict, held.seconds)
+
+    def _raise_refusal(self, link: EngineLink, model: str) -> None:
+        error = link.refusal(model)
+        if error is not None:
+            raise error
+
+    def _is_down(self, lane: Lane, alive: Callable[[], bool], generation: int) -> bool:
+        def is_another() -> bool:
+            return not lane.open or lane.generation != generation
+
+        # While this looks whether the engine lives, it may already have been started anew.
+        return is_another() or not alive() or is_another()
+
+    def _ending(self, verdict: Verdict) -> bool:
+        """After a signal a broken connection means that the request was not attempted."""
+        return self._scheduler.stopped and verdict.code in ("connection", "refused")
+
+    def _retry(
+        self, task: Task, lane: Lane, link: EngineLink, verdict: Verdict, seconds: float
+    ) -> None:
+        task.attempts += 1
+        delay = self._policy.next_delay(task.attempts, verdict.retry_after)
+        if delay is None:
+            self._conclude(task, lane, link, verdict, seconds)
+        else:
+            self._stats.retried()
+            self._scheduler.retry(task, lane, delay)
+
+    def _ask_again(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        """The answer does not fit its schema: ask again, a few times."""
+        self._timeouts[lane.index] = 0
+        task.attempts += 1
+        task.unfit += 1
+        if self._checking is None or task.unfit > self._checking.attempts:
+            self._record(task, lane, verdict, seconds)
+        else:
+            self._stats.asked_again(verdict)
+            self._scheduler.retry(task, lane, 0.0)
+
+    def _crashed(
+        self,
+        task: Task,
+        lane: Lane,
+        generation: int,
+        verdict: Verdict,
+        seconds: float,
+    ) -> None:
+        """The engine died: that is not the request's fault, unless it dies again and again."""
+        self._scheduler.close_lane(lane, generation=generation)
+        if verdict.code in UNTOUCHED:
+            self._scheduler.put_back(task, lane)
+        else:
+            task.crashes += 1
+            if task.crashes > CRASHES_BEFORE_ALONE:
+                task.attempts += 1
+                message = f"the engine died {task.crashes} times under this request"
+                failed = Verdict(
+                    Kind.FAILED, "engine_crashed", f"{message}: {verdict.message}", verdict.status
+                )
+                self._record(task, lane, failed, seconds)
+            else:
+                self._scheduler.crashed(task, lane)
+        self._on_down(lane, generation)
+
+    def _watch_timeouts(self, lane: Lane, generation: int, verdict: Verdict) -> None:
+        """Several timeouts in a row mean that the engine hangs."""
+        if verdict.code != "timeout":
+            self._timeouts[lane.index] = 0
+            return
+        self._timeouts[lane.index] += 1
+        if self._timeouts[lane.index] >= max(self._timeouts_before_restart, lane.limit.value):
+            self._timeouts[lane.index] = 0
+            self._scheduler.close_lane(lane, generation=generation)
+            self._on_down(lane, generation)
+
+    def _record(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        try:
+            self._store(task, lane, verdict, seconds)
+        except (StorageError, RejectedError):
+            self._scheduler.put_back(task, lane)
+            raise
+        self._scheduler.done(task, lane)
+
+    def _store(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+        failed = verdict.kind is not Kind.ANSWERED
+        result = Result(
+            key=task.key,
+            custom_id=task.request.custom_id,
+            status=verdict.status,
+            metadata=self._metadata(task, lane, verdict, seconds),
+            error=verdict.error if failed else None,
+            body=verdict.body,
+        )
+        self._journal.append(result)
+        self._stats.recorded(verdict, task.request.custom_id)
+
+    def _metadata(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> dict[str, Any]:
+        asked = task.request.model or self._describe.model
+        model = self._links[lane.index].ran(asked, verdict.model)
+        metadata: dict[str, Any] = {
+            "model": model,
+            "timestamp": utc_now(),
+            "processing_time": round(seconds, 4),
+            "attempts": task.attempts,
+            "engine": lane.index,
+            **self._describe.fixed,
+        }
+        if model != asked:
+            metadata["requested_model"] = asked
+        if task.unfit:
+            metadata["unfit_answers"] = task.unfit
+        if verdict.empty is not None:
+            metadata[EMPTY] = verdict.empty
+        if verdict.finish_reason == "length":
+            metadata["finish_reason_length"] = True
+        if verdict.prompt_tokens and self._links[lane.index].truncated(verdict.prompt_tokens):
+            metadata["truncated_prompt"] = True
+        return metadata

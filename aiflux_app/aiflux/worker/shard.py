@@ -1,0 +1,571 @@
+"""Working on a shard: engines up, requests out, results journalled, and at the end the output."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aiflux import __version__
+from aiflux.core.batch.input_file import change_of, looks_unchanged
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
+from aiflux.core.runs.merge import forget_done, merge_when_last
+from aiflux.core.runs.plan import Plan, changed_input, read_plan, same_work
+from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.status_file import Status, read_status
+from aiflux.engines import server_load, sizing
+from aiflux.engines.external import ExternalEngine, ca_bundle
+from aiflux.engines.gpus import free_memory, gpu_names, group, visible_devices
+from aiflux.engines.http import Client
+from aiflux.engines.needs import context_length
+from aiflux.engines.ollama.pull import ensure_model
+from aiflux.engines.process import find_program
+from aiflux.errors import (
+    AifluxError,
+    EngineError,
+    ExitCode,
+    InputError,
+    ModelError,
+    RunConflictError,
+    StoppedError,
+    TooManyFailuresError,
+)
+from aiflux.models.figures import known_figures
+from aiflux.models.name import parse_model_name
+from aiflux.util.lease import acquire
+from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
+from aiflux.util.timestamps import utc_text
+from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
+from aiflux.worker.dispatcher import Describe, Pool
+from aiflux.worker.engines import (
+    BundledEngine,
+    Engine,
+    EngineSettings,
+    Keeper,
+)
+from aiflux.worker.gpu_monitor import GpuUse, GpuWatch
+from aiflux.worker.network_check import seal_facts
+from aiflux.worker.progress import Reporter
+from aiflux.worker.rejections import Rejections
+from aiflux.worker.retry import RetryPolicy
+from aiflux.worker.scheduler import Lane, Limit, Scheduler
+from aiflux.worker.source import Source
+from aiflux.worker.stats import Stats
+from aiflux.worker.stop import Stopper
+from aiflux.worker.totals import Ledger
+from aiflux.worker.validation import Checking
+
+IMAGE_FACTS = Path("/opt/aiflux/image.json")
+_DEADLINE_MARGIN = 15.0
+_DEBUG: dict[bool, dict[str, str]] = {True: {"OLLAMA_DEBUG": "1"}, False: {}}
+
+
+@dataclass
+class Context:
+    """What a start of the worker has at hand.
+
+    Attributes:
+        deadline: Unix time at which the job ends; None where there is no such time.
+        api_key: for a foreign engine.
+    """
+
+    reporter: Reporter
+    stopper: Stopper
+    deadline: float | None = None
+    api_key: str | None = None
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    @property
+    def ollama(self) -> str:
+        """The ``ollama`` executable.
+
+        Raises:
+            EngineError: there is none.
+        """
+        program = find_program(self.environ)
+        if program is None:
+            raise EngineError(
+                "there is no ollama on PATH",
+                "run in the image, install Ollama, or use a server that is up: --engine-url URL",
+            )
+        return program
+
+
+def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
+    """Make sure of the plan's models; harmless where they are there.
+
+    Raises:
+        ModelError: a model could not be had.
+        StoppedError: a signal came meanwhile.
+    """
+    if plan.models_dir is None:
+        return
+    for model in plan.models:
+        with context.stopper.raising():
+            ensure_model(
+                plan.models_dir,
+                model,
+                context.ollama,
+                run.logs / "pull.log",
+                say=context.reporter.say,
+                progress=context.reporter.pull,
+            )
+    context.reporter.close()
+
+
+def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> None:
+    """Process one shard to its end and, when the run is complete, write the output.
+
+    Raises:
+        TooManyFailuresError: finished; more requests failed than are allowed.
+        EngineError: no engine could be had, or all kept dying.
+        StoppedError: stopped before the end.
+        RunConflictError: another process works on the shard.
+    """
+    run.refuse_foreign()
+    raise_file_limit()
+    shard = plan.shards[shard_index]
+    context.reporter.quiet = plan.options.log_level in ("WARNING", "ERROR")
+
+    def lost() -> None:
+        context.stopper.stop("another process took the shard over")
+
+    with acquire(run.lease(shard_index), f"the run {plan.output}", on_lost=lost):
+        plan = _settled_plan(plan, run)
+        _refuse_changed_input(plan)
+        _ShardWork(plan, run, shard, context).run()
+
+
+def _settled_plan(plan: Plan, run: RunDirectory) -> Plan:
+    """Return the plan as it stands now; refuse to work on one that was replaced by another.
+
+    Whoever plans holds the plan's lease and then looks for workers; a worker holds its shard's
+    lease and then looks for planners: one of the two sees the other. Where the same command was
+    given several times at once, another may have planned the same work between this one's plan and
+    its lease. It will find the lease held and end; so this one goes on, or nobody would.
+    """
+    if run.plan_lease.exists():
+        acquire(run.plan_lease, f"planning {plan.output}", wait=True).release()
+    now = read_plan(run)
+    if now.created != plan.created and not same_work(now, plan):
+        raise RunConflictError(
+            f"{plan.output} was planned anew meanwhile", "submit it again: aiflux resume"
+        )
+    return now
+
+
+def _refuse_changed_input(plan: Plan) -> None:
+    """Refuse an input that is not the planned one; it is read only where it may have changed."""
+    with suppress(OSError):  # reading it says what is wrong
+        if looks_unchanged(plan.input):
+            return
+    change = change_of(plan.input)
+    if change is not None:
+        raise InputError(
+            f"the input {plan.input_path} {change}",
+            "put it back as it was, or run the same `aiflux run` command again: it plans again "
+            "and sends only what changed",
+        )
+
+
+class _ShardWork:
+    """One start's work on one shard."""
+
+    def __init__(self, plan: Plan, run: RunDirectory, shard: Shard, context: Context) -> None:
+        self.plan = plan
+        self.run_directory = run
+        self.checking = Checking.of(plan.options)
+        self.shard = shard
+        self.context = context
+        if context.deadline is not None:
+            self.last_call = context.deadline - plan.options.drain_seconds - _DEADLINE_MARGIN
+            context.stopper.ignore_usr1_until(self.last_call)
+        else:
+            self.last_call = float("inf")
+        path = run.journal(shard.index)
+        index = scan_journal(path)
+        self.reader = JournalReader(path, index)
+        self.source = Source(plan, shard, index, self.reader)
+        completed, failed = self.source.count_done()
+        self.stats = Stats(shard.requests, completed, failed)
+        self.status = Status(run.status(shard.index), plan, shard.index)
+        self.status.details.update(_facts(plan, context))
+        earlier = read_status(run, shard.index)
+        self.ledger = Ledger.of(plan, earlier, context.environ)
+        self.gpu_use = GpuUse.of(plan.id, earlier)
+        if self.gpu_use.samples:
+            self.status.details["gpu_use"] = self.gpu_use.to_json()
+        self._sync_status()
+        if self.stats.done < shard.requests:
+            forget_done(plan, run, shard.index)
+        self.status.enter("validating")
+        if completed + failed:
+            context.reporter.say(
+                f"going on: {completed + failed} of {shard.requests} requests are done already"
+            )
+
+    def run(self) -> None:
+        try:
+            with exhaustion_stops():
+                if self.stats.done < self.shard.requests:
+                    self._process()
+                self._finish()
+        except StoppedError as error:
+            self._ask_for_requeue()
+            self._end("cancelled", error)
+            raise
+        except TooManyFailuresError:
+            raise
+        except BaseException as error:
+            self._end("failed", error)
+            raise
+        finally:
+            self.reader.close()
+            self.context.reporter.close()
+
+    def _process(self) -> None:
+        self.status.enter("in_progress")
+        stopper = self.context.stopper
+        with ExitStack() as stack:
+            journal = JournalWriter(
+                self.run_directory.journal(self.shard.index),
+                self.plan.options.save_frequency,
+                on_failure=lambda error: stopper.stop(error.message),
+            )
+            stack.callback(journal.close)
+            stack.enter_context(self._gpu_watch())
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiflux-")))
+            for model in self.plan.models:
+                if not self.may_admit():
+                    break
+                _ModelWork(self, model, journal, home).run()
+        self._sync_status()
+        self.context.reporter.show(self.stats, final=True)
+        if self.stats.done < self.shard.requests:
+            reason = stopper.reason or "the job's time is nearly over"
+            change = None if stopper.stopping else change_of(self.plan.input)
+            if change is not None:  # the lines ended before the planned number of requests
+                raise changed_input(self.plan, change)
+            raise StoppedError(
+                f"stopped ({reason}) with {self.stats.done} of {self.shard.requests} requests done",
+                "run the same command again: it goes on from there",
+            )
+
+    def _finish(self) -> None:
+        self._sync_status()
+        run_wide = self.plan.options.allowed_failures(self.plan.requests)
+        own = self.stats.failed > run_wide
+        self.status.details["exit_code"] = int(ExitCode.FAILURES if own else ExitCode.OK)
+        merged = merge_when_last(
+            self.plan,
+            self.run_directory,
+            self.shard.index,
+            self.status,
+            self.context.reporter.say,
+        )
+        failed = self.stats.failed if merged is None else merged.failed
+        if failed > run_wide:
+            last = self.stats.errors[-1] if self.stats.errors else {}
+            shown = f"; the last: {last['param']}: {last['message']}" if last else ""
+            raise TooManyFailuresError(
+                f"{failed} of {self.plan.requests} requests failed "
+                f"({run_wide} allowed by --max-failures){shown}",
+                "the output says why for each; --retry-failed tries them again",
+            )
+
+    def _ask_for_requeue(self) -> None:
+        """Leave word for the batch script, where another start of the job would get on."""
+        options = self.plan.options
+        if not (self.context.stopper.time_is_up or self.past_deadline()):
+            return
+        if not self.stats.new:
+            self.context.reporter.say(
+                "no request was done in this start, so another of the same length would get no "
+                "further: ask for more time (aiflux resume --time ...)"
+            )
+        elif self.ledger.requeues >= options.max_requeues:
+            self.context.reporter.say(
+                f"the job was sent back to the queue {self.ledger.requeues} times already "
+                "(--max-requeues)"
+            )
+        else:
+            self.ledger.requeues += 1
+            self.run_directory.requeue_mark(self.shard.index).touch()
+
+    def tick(self) -> None:
+        """Bring what people see up to date, and stop when the job's time is nearly over."""
+        if time.time() > self.last_call:
+            self.context.stopper.stop("the job's time is nearly over", time_is_up=True)
+        self._sync_status()
+        self.status.write()
+        self.context.reporter.show(self.stats)
+
+    def past_deadline(self) -> bool:
+        """Tell whether a request that is sent now could not end before the job does."""
+        if self.context.deadline is None:
+            return False
+        expected = self.stats.expected_duration() + _DEADLINE_MARGIN
+        return time.time() + expected > self.context.deadline
+
+    def may_admit(self) -> bool:
+        """Tell whether a request may still be sent."""
+        return not self.context.stopper.stopping and not self.past_deadline()
+
+    def _gpu_watch(self) -> GpuWatch:
+        own = self.plan.options.engine_url is None
+        devices = visible_devices(self.context.environ) if own else ()
+        note = partial(self.status.details.__setitem__, "gpu_use")
+        return GpuWatch(devices, self.gpu_use, note)
+
+    def _sync_status(self) -> None:
+        self.status.completed = self.stats.completed
+        self.status.failed = self.stats.failed
+        self.status.errors = list(self.stats.errors)
+        self.status.details["progress"] = progress = self.stats.snapshot()
+        self.status.details["totals"] = self.ledger.totals(progress)
+        self.status.details["requeues"] = self.ledger.requeues
+
+    def _end(self, state: str, error: BaseException) -> None:
+        self._sync_status()
+        message = error.message if isinstance(error, AifluxError) else repr(error)
+        code = error.exit_code if isinstance(error, AifluxError) else ExitCode.BUG
+        self.status.details.update(ended=message, exit_code=int(code))
+        try:
+            self.status.enter(state)
+        except AifluxError as failure:
+            self.context.reporter.say(f"the status could not be written: {failure.message}")
+
+
+class _ModelWork:
+    """One model's requests: its engines, a scheduler and a pool."""
+
+    def __init__(self, shard: _ShardWork, model: str, journal: JournalWriter, home: Path) -> None:
+        self.shard = shard
+        self.plan = shard.plan
+        self.context = shard.context
+        self.model = model
+        engines = self._engines(home)
+        self.lanes = [Lane(engine.index, FixedLimit(1), open=False) for engine in engines]
+        self.scheduler = Scheduler(
+            shard.source.tasks(model), self.lanes, may_admit=self.shard.may_admit
+        )
+        self.describe = Describe(self.plan.served(model), {})
+        self.load_watch: server_load.LoadWatch | None = None
+        self.pool = Pool(
+            self.scheduler,
+            engines,
+            journal,
+            RetryPolicy(self.plan.options.max_retries, self.plan.options.retry_delay),
+            shard.stats,
+            self.describe,
+            on_down=lambda lane, generation: self.keepers[lane.index].report_down(generation),
+            checking=shard.checking,
+            rejections=Rejections(
+                answered_before=shard.stats.completed > 0,
+                tolerant=self.plan.options.allowed_failures(self.plan.requests)
+                >= self.plan.requests,
+            ),
+            most=spare_files(),
+            say=self.context.reporter.say,
+        )
+        self.keepers = [
+            Keeper(
+                engine,
+                lane,
+                self.scheduler,
+                say=self.context.reporter.say,
+                on_ready=self._ready,
+            )
+            for engine, lane in zip(engines, self.lanes, strict=True)
+        ]
+
+    def run(self) -> None:
+        try:
+            self.pool.start()
+            for keeper in self.keepers:
+                keeper.start()
+            self.pool.join(self._tick)
+        finally:
+            if self.load_watch is not None:
+                self.load_watch.close()
+            for keeper in self.keepers:
+                keeper.close()
+        failures = [keeper.failure for keeper in self.keepers if keeper.failure is not None]
+        if len(failures) == len(self.keepers) and not self.context.stopper.stopping:
+            raise failures[0]
+
+    def _tick(self) -> None:
+        self.shard.tick()
+        stopper = self.context.stopper
+        if not stopper.stopping:
+            return
+        if not self.scheduler.stopped:
+            self.context.reporter.say(
+                f"stopping ({stopper.reason}): {self.scheduler.in_flight} requests in flight get "
+                f"{self.plan.options.drain_seconds:g} s"
+            )
+            self.scheduler.stop()
+        drained = time.monotonic() - stopper.since > self.plan.options.drain_seconds
+        if drained or stopper.at_once:
+            for keeper in self.keepers:
+                keeper.engine.client.abort()
+
+    def _ready(self, engine: Engine, lane: Lane) -> None:
+        digest = engine.model_digest()
+        if digest is not None:
+            self.describe.fixed["model_digest"] = digest
+        options = self.plan.options
+        in_flight = sizing.concurrency(self.plan, engine.slots)
+        if options.concurrency is not None:
+            lane.limit = FixedLimit(in_flight)
+        elif isinstance(engine, BundledEngine):
+            lane.limit = SlotLimit(in_flight, partial(self._slots_found, engine))
+        elif not isinstance(lane.limit, AdaptiveLimit):
+            lane.limit = self._limit_of(engine)
+        facts = self.shard.status.details
+        facts["engines"] = [keeper.engine.facts for keeper in self.keepers]
+        if digest is not None:
+            facts.setdefault("model_digests", {})[self.model] = digest
+        self.pool.start()
+        self.context.reporter.say(_engine_line(engine, lane))
+
+    def _limit_of(self, engine: ExternalEngine) -> Limit:
+        """Return the limit of a server that is already running: by what it reports, or adaptive."""
+        fetch = partial(server_load.get, engine.client)
+        slots = server_load.total_slots(fetch)
+        if slots is not None:
+            engine.slots = engine.facts["slots"] = slots
+            in_flight = sizing.concurrency(self.plan, slots)
+            return SlotLimit(in_flight, partial(self._slots_found, engine))
+        limit = AdaptiveLimit()
+
+        def note(running: int, waiting: int) -> None:
+            limit.note_load(running, waiting)
+            self.pool.start()
+            self.scheduler.wake()
+
+        self.load_watch = server_load.LoadWatch(fetch, note)
+        self.load_watch.start()
+        return limit
+
+    def _slots_found(self, engine: Engine, single: bool) -> None:
+        """Report that an engine works on one request at a time, or no longer does."""
+        engine.facts["one_at_a_time"] = single
+        self.context.reporter.say(
+            f"engine {engine.index} works on one request at a time although it was started with "
+            f"{engine.slots} slots: only {FEW} requests are kept in flight"
+            if single
+            else f"engine {engine.index} works on several requests at a time again"
+        )
+
+    def _engines(self, home: Path) -> list[Engine]:
+        options = self.plan.options
+        make_client = self._client_maker()
+        if options.engine_url is not None:
+            say = self.context.reporter.say
+            return [ExternalEngine(options.engine_url, make_client, options.engine_wait, say)]
+        devices = visible_devices(self.context.environ)
+        self._refuse_cpu_image(devices)
+        if devices and options.gpus_per_engine > len(devices):
+            raise EngineError(
+                f"--gpus-per-engine {options.gpus_per_engine}, but the job has {len(devices)} GPUs",
+                f"ask for more with --gpus-per-node {options.gpus_per_engine}",
+            )
+        groups = group(devices, options.gpus_per_engine)
+        return [
+            BundledEngine(self._settings(index, gpus, home), make_client)
+            for index, gpus in enumerate(groups)
+        ]
+
+    def _refuse_cpu_image(self, devices: tuple[str, ...]) -> None:
+        cpu_only = self.context.environ.get("AIFLUX_IMAGE_CPU_ONLY") == "1"
+        if cpu_only and devices and not self.plan.options.allow_cpu:
+            raise EngineError(
+                f"this image runs on the CPU only, but the job has the GPUs {', '.join(devices)}",
+                "use an image with GPU support (built with BASE=docker), or say --allow-cpu",
+            )
+
+    def _settings(self, index: int, gpus: tuple[str, ...], home: Path) -> EngineSettings:
+        options = self.plan.options
+        if self.plan.models_dir is None:
+            raise ModelError("the plan names no models directory", "plan the run again")
+        name = parse_model_name(self.model)
+        figures = known_figures(self.plan.models_dir, name, None)
+        trained = figures.architecture.context if figures else 0
+        cores = len(os.sched_getaffinity(0))
+        return EngineSettings(
+            index=index,
+            program=self.context.ollama,
+            models_dir=self.plan.models_dir,
+            model=self.plan.served(self.model),
+            devices=gpus,
+            slots=sizing.slots(self.plan, gpus, cores, figures, free_memory(gpus)),
+            context_length=context_length(self.plan, trained),
+            home=home / f"engine-{index}",
+            log=self.shard.run_directory.engine_log(self.shard.shard.index, index),
+            may_shrink=options.slots is None,
+            allow_cpu=options.allow_cpu,
+            load_timeout=options.load_timeout,
+            insisted=name.digest,
+            extra={**_DEBUG[options.log_level == "DEBUG"], **options.engine_env},
+        )
+
+    def _client_maker(self) -> Callable[[str], Client]:
+        timeout = self.plan.options.request_timeout
+        key = self.context.api_key
+        secure = (self.plan.options.engine_url or "").startswith("https:")
+        ca = ca_bundle(self.plan.options.engine_ca, self.context.environ) if secure else None
+        return lambda url: Client(url, timeout, connections=4096, api_key=key, ca=ca)
+
+
+def _engine_line(engine: Engine, lane: Lane) -> str:
+    if isinstance(engine, ExternalEngine):
+        known = f" with {engine.slots} slots, {lane.limit.value} requests in flight"
+        return f"engine at {engine.url} is up{known if engine.slots else ''}"
+    facts = engine.facts
+    where = "GPU " + ",".join(facts["devices"]) if facts["gpu_bytes"] else "the CPU"
+    return (
+        f"engine {engine.index} is up on {where}: Ollama {facts['version']}, "
+        f"{facts['slots']} slot{'s' * (facts['slots'] > 1)} of {facts['context_length']} tokens, "
+        f"{lane.limit.value} requests in flight"
+    )
+
+
+def _facts(plan: Plan, context: Context) -> dict[str, Any]:
+    """Return what the status says once per start about where and how it runs."""
+    environ = context.environ
+    names = (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+    )
+    return {
+        "version": __version__,
+        "started": utc_text(time.time()),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm": {name: environ[name] for name in names if name in environ},
+        "image": _image_facts(environ),
+        **seal_facts(environ, engine_here=not plan.options.engine_url),
+        "gpus": list(gpu_names()),
+        "models": list(plan.models),
+    }
+
+
+def _image_facts(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(IMAGE_FACTS.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    known = isinstance(facts, dict)
+    return {**facts, "id": environ.get("AIFLUX_IMAGE_ID") or None} if known else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_at_once import one_runs
+from tests.unit.core.runs.test_concurrent_starts import one_runs
 
 
 @pytest.mark.slow

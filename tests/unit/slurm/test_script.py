@@ -17,7 +17,7 @@ from aiflux.slurm.directives import directive, log_file, log_pattern, signal_sec
 from aiflux.slurm.script import JobScript, generic_script, job_name, render
 from aiflux.util.value_parsers import CONTROL
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 GOLDEN = REPOSITORY / "tests" / "golden" / "run.sbatch"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 
@@ -289,7 +289,7 @@ def test_job_names_are_plain(output: str, name: str) -> None:
 
 def test_the_golden_script() -> None:
     assert render(full_job()) == GOLDEN.read_text(encoding="utf-8"), (
-        "the script changed; if that was meant: python -m tests.unit.test_script"
+        "the script changed; if that was meant: python -m tests.unit.slurm.test_script"
     )
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from aiflux.util.parallel import helpers, share_out
 from tests.unit.helpers import request_line
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def start(mode: str) -> subprocess.Popen[str]:

@@ -25,8 +25,8 @@ from aiflux.slurm.submit import plan_resume
 from aiflux.util.files import atomic_write, remove_leftovers
 from aiflux.util.lease import acquire
 from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.core.runs.test_output import opened, write_journals
 from tests.unit.made_runs import MadeRun
-from tests.unit.test_finalise import opened, write_journals
 from tests.unit.working import Working
 
 

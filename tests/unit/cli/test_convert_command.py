@@ -21,7 +21,7 @@ from aiflux.cli.main import main
 from aiflux.errors import StorageError, UsageError
 from aiflux.util.files import atomic_write
 from tests.tools.faulty_engine import FaultyEngine
-from tests.unit.test_converters import prompts, requests_in, write
+from tests.unit.converters.test_converters import prompts, requests_in, write
 
 AIFLUX = [sys.executable, "-c", "import sys; from aiflux.cli import main; sys.exit(main())"]
 

@@ -19,7 +19,7 @@ from aiflux.converters import directory_to_jsonl
 from aiflux.converters.documents import NoTextError, read_document
 from aiflux.converters.docx import docx_text
 from aiflux.converters.writer import BadRowError
-from tests.unit.test_converters import small_pdf, write
+from tests.unit.converters.test_converters import small_pdf, write
 
 TRANSITIONAL = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 STRICT = "http://purl.oclc.org/ooxml/wordprocessingml/main"

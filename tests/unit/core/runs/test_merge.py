@@ -20,7 +20,7 @@ from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import Status, read_run_status
 from aiflux.errors import AifluxError, ExitCode, StorageError
 from tests.tools.faulty_engine import FaultyEngine
-from tests.unit.test_finalise import opened, write_journals
+from tests.unit.core.runs.test_output import opened, write_journals
 from tests.unit.working import Working
 
 PROMPTS = [f"prompt {index}" for index in range(8)]

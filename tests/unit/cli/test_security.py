@@ -58,7 +58,7 @@ def user_file(folder: Path) -> Path:
 
 def test_the_settings_that_decide_are_known() -> None:
     assert {item.name for item in SETTINGS if item.decisive} == {*DECISIVE}
-    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in DECISIVE)
 
 

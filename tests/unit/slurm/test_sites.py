@@ -9,7 +9,7 @@ import pytest
 from aiflux.core.config.config import Config
 from aiflux.slurm.script import JobScript, render
 
-SITES = Path(__file__).parents[2] / "slurm" / "sites"
+SITES = Path(__file__).parents[3] / "slurm" / "sites"
 COMMON = [
     "--output=/o/logs/slurm-%j.out",
     "--open-mode=append",

@@ -374,7 +374,7 @@ def test_working_answers_are_found_in_an_embedding(tmp_path: Path) -> None:
 
 def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[2] / "docs" / "converters.md"
+    page = Path(__file__).parents[3] / "docs" / "converters.md"
     (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
     source = write_csv(tmp_path / "reviews.csv", [["id", "text"], ["a", "good"]])
     csv_to_jsonl(source, tmp_path / "q.jsonl", template="{text}", id_column="id")

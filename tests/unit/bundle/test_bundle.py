@@ -591,7 +591,7 @@ def test_an_install_has_the_extras_of_its_bundle(
 
 
 def test_the_extras_are_those_of_the_package() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     assert {name: tuple(extras[name]) for name in extras if name not in ("test", "lint")} == {
         **LIBRARIES

@@ -101,7 +101,7 @@ def test_what_is_not_used_any_more_is_told_once_with_its_reason(
 
 
 def test_the_example_in_the_documentation(tmp_path: Path) -> None:
-    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    page = Path(__file__).parents[4] / "docs" / "configuration.md"
     (block,) = re.findall(r"^```\n(name: .*?)^```", page.read_text("utf-8"), re.M | re.S)
     found = read_model_file(put(tmp_path, block))
     assert found.parameters.settings() == {

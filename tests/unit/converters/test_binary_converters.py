@@ -19,7 +19,7 @@ from aiflux.converters import images_to_jsonl, parquet_to_jsonl, results_to_parq
 from aiflux.converters.results import BackOptions
 from aiflux.errors import ConfigError, InputError, UsageError
 from aiflux.util.extras import remedy
-from tests.unit.test_converters import prompts, refused, requests_in, write
+from tests.unit.converters.test_converters import prompts, refused, requests_in, write
 
 ORIENTATION = 0x0112
 

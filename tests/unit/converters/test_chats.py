@@ -27,8 +27,8 @@ from aiflux.converters import (
 from aiflux.converters.cells import as_messages
 from aiflux.converters.results import BackOptions
 from aiflux.errors import InputError
-from tests.unit.test_converters import prompts, refused, requests_in, write
-from tests.unit.test_results import answered, read_csv
+from tests.unit.converters.test_converters import prompts, refused, requests_in, write
+from tests.unit.converters.test_results import answered, read_csv
 
 TURNS = [("system", "be brief"), ("human", "Hi?"), ("gpt", "Hello."), ("human", "Why?")]
 SHARED = [{"from": speaker, "value": text} for speaker, text in TURNS]

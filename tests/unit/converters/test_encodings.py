@@ -16,7 +16,7 @@ from aiflux.converters import csv_to_jsonl, directory_to_jsonl
 from aiflux.converters.encoding import decoded, detect_encoding
 from aiflux.converters.encoding_guess import UnclearEncodingError
 from aiflux.errors import InputError
-from tests.unit.test_converters import prompts, refused, write
+from tests.unit.converters.test_converters import prompts, refused, write
 
 # Article 1 of the Universal Declaration of Human Rights, and what each language was saved in.
 WESTERN = "cp1252 iso8859-15 mac-roman cp850"

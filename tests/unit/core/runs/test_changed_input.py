@@ -17,8 +17,8 @@ from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.merge import merge, merge_partial
 from aiflux.errors import ExitCode, StoppedError
 from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.core.runs.test_output import opened, write_journals
 from tests.unit.helpers import request_line
-from tests.unit.test_finalise import opened, write_journals
 from tests.unit.working import Working
 
 CHANGES: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {

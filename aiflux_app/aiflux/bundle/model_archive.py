@@ -30,8 +30,8 @@ from aiflux.models.store import (
     read_manifest,
     refuse_other_digest,
 )
-from aiflux.slurm.preflight.local import size_text
 from aiflux.util.files import atomic_write, storage_error
+from aiflux.util.text import size_text
 
 VERSION = 1
 LABEL = "aiflux-model.json"

@@ -16,10 +16,9 @@ from aiflux.core.config.settings import SETTINGS, VARIABLES
 from aiflux.core.config.sources import read_dotenv
 from aiflux.errors import ConfigError
 from aiflux.models.store import listed_models, missing_parts
-from aiflux.slurm.preflight.local import size_text
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.util.files import may_write, nearest_there
-from aiflux.util.text import hidden_url
+from aiflux.util.text import hidden_url, size_text
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _ROOM = 20e9  # bytes: a few models of the middle size

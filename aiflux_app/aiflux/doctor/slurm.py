@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from aiflux.core.config.config import SlurmConfig
 from aiflux.slurm.calling import call, clean_environment, words
-from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, ask_cluster
-from aiflux.slurm.preflight.cluster import cluster_checks, refused_access
+from aiflux.slurm.cluster import Facts, ask_cluster
+from aiflux.slurm.preflight.cluster import cluster_checks, gpu_partitions
 from aiflux.slurm.preflight.local import collect
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
-from aiflux.util.durations import walltime_text
 
 _OLDEST = (20, 11)
 _NEEDED = ("sbatch", "squeue", "scancel", "scontrol")
@@ -81,50 +79,6 @@ def _accounting(facts: Facts) -> Iterator[Diagnosis]:
     names = ", ".join(facts.accounts.names) or "none"
     default = facts.accounts.default or "none"
     yield ok("accounting", f"{enforced}; your accounts: {names}; default: {default}")
-
-
-def gpu_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
-    """Tell of each partition with GPUs: what they are, how long they may be had, and by whom."""
-    lines = [
-        _partition_line(partition, facts, slurm)
-        for partition in facts.partitions
-        if any(node.gpus for node in facts.nodes_of(partition.name))
-    ]
-    yield from lines
-    if not lines:
-        yield warn(
-            "GPUs",
-            "no partition that you can see has GPUs",
-            "ask the site; jobs on CPUs: --gpus-per-node 0",
-        )
-
-
-def _partition_line(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Diagnosis:
-    nodes = facts.nodes_of(partition.name)
-    gpus = _gpu_text(node for node in nodes if node.gpus)
-    unlimited = partition.max_seconds == UNLIMITED
-    time = "no time limit" if unlimited else f"up to {walltime_text(partition.max_seconds)}"
-    alive = sum(node.alive for node in nodes if node.gpus)
-    name = f"partition {partition.name}"
-    default = " (default)" if partition.default else ""
-    told = f"{gpus}; {time}{default}"
-    closed = [finding.what for finding in refused_access(partition, facts, slurm)]
-    if closed:
-        # One partition that is closed to a user is no defect while others are open.
-        return ok(name, f"{told}; not for you: {closed[0]}")
-    if not alive:
-        return warn(name, f"{told}; every one is down or drained now", "sinfo -R tells why")
-    return ok(name, told)
-
-
-def _gpu_text(nodes: Iterable[Node]) -> str:
-    kinds = Counter(
-        " and ".join(f"{count} {kind or 'GPUs'}" for kind, count in sorted(node.gpus.items()))
-        for node in nodes
-    )
-    return ", ".join(
-        f"{count} node{'s' if count > 1 else ''} with {kind}" for kind, count in kinds.most_common()
-    )
 
 
 def _defaults(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.config.settings import SETTINGS, Setting
-from aiflux.doctor.slurm import gpu_partitions
 from aiflux.slurm.cluster import UNLIMITED, Facts, Partition
 from aiflux.slurm.defaults import Proposal, share
+from aiflux.slurm.preflight.cluster import gpu_partitions
 from aiflux.util.durations import walltime_text
 
 _WIDTH = 100

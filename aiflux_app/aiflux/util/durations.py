@@ -32,3 +32,11 @@ def walltime_text(seconds: float) -> str:
     days, minutes = divmod(minutes, _DAY // 60)
     clock = f"{minutes // 60:02d}:{minutes % 60:02d}:00"
     return f"{days}-{clock}" if days else clock
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as H:MM:SS, from a day on with days in front."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{hours}:{minutes:02d}:{rest:02d}"

@@ -33,3 +33,12 @@ def hidden_url(value: object) -> object:
     if not isinstance(value, str):
         return value
     return _WRONG_USER.sub(r"\1...@", _QUERY.sub(lambda match: f"{match[0][0]}...", value))
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.{0 if unit == 'bytes' or count >= 10 else 1}f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

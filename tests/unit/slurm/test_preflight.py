@@ -24,8 +24,8 @@ from aiflux.slurm.preflight.local import (
     check_space,
     collect,
     refuse,
-    size_text,
 )
+from aiflux.util.text import size_text
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition

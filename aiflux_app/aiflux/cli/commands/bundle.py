@@ -32,8 +32,8 @@ from aiflux.image.container import find_image
 from aiflux.image.sif import machine_arch, read_image
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.models.store import read_manifest, refuse_other_digest
-from aiflux.slurm.preflight.local import size_text
 from aiflux.util.extras import EXTRAS
+from aiflux.util.text import size_text
 
 _NO_ROOM = "make room, or write it elsewhere: -o FILE"
 

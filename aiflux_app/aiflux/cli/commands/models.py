@@ -32,7 +32,7 @@ from aiflux.models.store import (
     read_manifest,
     refuse_other_digest,
 )
-from aiflux.slurm.preflight.local import size_text
+from aiflux.util.text import size_text
 
 Action = Callable[[argparse.Namespace, Config], int]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.cli.render.run import duration
 from aiflux.core.config.settings import BY_NAME
 from aiflux.estimates.compare import Row
 from aiflux.estimates.estimate import SLURM, Estimate
 from aiflux.estimates.intervals import Range
+from aiflux.util.durations import duration
 
 _WIDTH = 80
 _NAME = 24

@@ -24,7 +24,7 @@ from aiflux.models.store import (
     read_manifest,
     refuse_other_digest,
 )
-from aiflux.slurm.preflight.local import size_text
+from aiflux.util.text import size_text
 
 _CONTEXTS = (2048, 8192, 32768)
 _SLOTS = (1, 4, 8, 16, 32)

@@ -18,6 +18,7 @@ from rich.text import Text
 from aiflux.core.batch.results_file import answered_words
 from aiflux.slurm.monitor.run_view import RequestError, RunState, RunView, ShardView
 from aiflux.slurm.monitor.shard_state import ShardState
+from aiflux.util.durations import duration
 
 SHOWN_SHARDS = 20
 _WIDE = 100
@@ -66,14 +67,6 @@ class Frame:
     height: int | None = None
     blocks: bool = True
     short: Callable[[Path], str] = str
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as H:MM:SS, from a day on with days in front."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{f'{days}d ' if days else ''}{hours}:{minutes:02d}:{rest:02d}"
 
 
 def one_line(text: str) -> str:

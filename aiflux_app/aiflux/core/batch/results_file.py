@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.runs.directory import errors_path
 from aiflux.errors import InputError
 
 _BUFFER = 1 << 20
@@ -244,3 +243,8 @@ def _check(entry: Entry) -> None:
         raise TypeError("the request's body is no object")
     if entry.error is not None and not {"code", "message"} <= entry.error.keys():
         raise TypeError("the error has no code or no message")
+
+
+def errors_path(output: Path) -> Path:
+    """Return where the failed requests of a ``.jsonl`` output go."""
+    return output.with_name(output.stem + ".errors.jsonl")

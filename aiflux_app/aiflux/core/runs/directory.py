@@ -151,11 +151,6 @@ class RunDirectory:
             raise storage_error(error, self.path) from error
 
 
-def errors_path(output: Path) -> Path:
-    """Return where the failed requests of a ``.jsonl`` output go."""
-    return output.with_name(output.stem + ".errors.jsonl")
-
-
 def default_output(input_path: Path, directory: Path) -> Path:
     """Return the output used when none is named: ``<input stem>.results.json`` in ``directory``."""
     return directory / f"{input_path.stem}.results.json"

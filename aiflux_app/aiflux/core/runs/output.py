@@ -15,7 +15,8 @@ from typing import IO
 from aiflux.core.batch.digest import LineDigest
 from aiflux.core.batch.input_file import change_of
 from aiflux.core.batch.request import custom_id_of, parse_json, request_key
-from aiflux.core.runs.directory import RunDirectory, errors_path
+from aiflux.core.batch.results_file import errors_path
+from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import (
     JournalReader,
     RawResult,

@@ -14,7 +14,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.runs.directory import RunDirectory, errors_path
+from aiflux.core.batch.results_file import errors_path
+from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import TooManyFailuresError
 from aiflux.util.files import fits, is_there, read_file, write_json

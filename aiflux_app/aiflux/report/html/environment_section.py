@@ -8,8 +8,7 @@ from typing import Any
 from aiflux.report.data import Model, Report
 from aiflux.report.html.format import duration_text, moment_text, number
 from aiflux.report.html.markup import Markup, element, facts, joined
-from aiflux.slurm.preflight.local import size_text
-from aiflux.util.text import counted
+from aiflux.util.text import counted, size_text
 
 
 def what_section(report: Report) -> Markup:

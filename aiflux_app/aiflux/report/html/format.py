@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from aiflux.cli.render.run import duration
 from aiflux.report.html.markup import Markup, element
+from aiflux.util.durations import duration
 from aiflux.util.timestamps import utc_text
 
 

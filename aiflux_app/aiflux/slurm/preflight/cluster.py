@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from aiflux.core.runs.plan import Plan
 from aiflux.errors import ConfigError, ImageError
 from aiflux.image.container import find_image
 from aiflux.slurm.calling import missing
-from aiflux.slurm.cluster import Facts, Partition, ask_cluster
+from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, ask_cluster
 from aiflux.slurm.directives import wants_gpus
 from aiflux.slurm.preflight.gpu_memory import gpu_room
 from aiflux.slurm.preflight.local import (
@@ -33,6 +34,7 @@ from aiflux.slurm.preflight.local import (
 )
 from aiflux.slurm.preflight.memory import check_endpoints, check_memory, check_names
 from aiflux.slurm.preflight.nodes import check_nodes, with_features
+from aiflux.util.diagnosis import Diagnosis, ok, warn
 from aiflux.util.durations import walltime_seconds, walltime_text
 
 
@@ -277,3 +279,47 @@ def _contains(names: Iterable[str], value: str) -> bool:
 def _seconds(slurm: SlurmConfig) -> float:
     """Return the time asked for; none takes the partition's own, which always fits."""
     return 0 if slurm.time is None else walltime_seconds(slurm.time)
+
+
+def gpu_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
+    """Tell of each partition with GPUs: what they are, how long they may be had, and by whom."""
+    lines = [
+        _partition_line(partition, facts, slurm)
+        for partition in facts.partitions
+        if any(node.gpus for node in facts.nodes_of(partition.name))
+    ]
+    yield from lines
+    if not lines:
+        yield warn(
+            "GPUs",
+            "no partition that you can see has GPUs",
+            "ask the site; jobs on CPUs: --gpus-per-node 0",
+        )
+
+
+def _partition_line(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Diagnosis:
+    nodes = facts.nodes_of(partition.name)
+    gpus = _gpu_text(node for node in nodes if node.gpus)
+    unlimited = partition.max_seconds == UNLIMITED
+    time = "no time limit" if unlimited else f"up to {walltime_text(partition.max_seconds)}"
+    alive = sum(node.alive for node in nodes if node.gpus)
+    name = f"partition {partition.name}"
+    default = " (default)" if partition.default else ""
+    told = f"{gpus}; {time}{default}"
+    closed = [finding.what for finding in refused_access(partition, facts, slurm)]
+    if closed:
+        # One partition that is closed to a user is no defect while others are open.
+        return ok(name, f"{told}; not for you: {closed[0]}")
+    if not alive:
+        return warn(name, f"{told}; every one is down or drained now", "sinfo -R tells why")
+    return ok(name, told)
+
+
+def _gpu_text(nodes: Iterable[Node]) -> str:
+    kinds = Counter(
+        " and ".join(f"{count} {kind or 'GPUs'}" for kind, count in sorted(node.gpus.items()))
+        for node in nodes
+    )
+    return ", ".join(
+        f"{count} node{'s' if count > 1 else ''} with {kind}" for kind, count in kinds.most_common()
+    )

@@ -27,6 +27,7 @@ from aiflux.image.sif import ImageFacts, how_to_build, machine_arch, own_image
 from aiflux.models.name import parse_model_name
 from aiflux.models.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.util.files import may_write
+from aiflux.util.text import size_text
 
 Level = Literal["error", "warning"]
 
@@ -220,12 +221,3 @@ def check_space(plan: Plan) -> Iterator[Finding]:
             f"{size_text(wanted)}",
             "make room, or choose another file system: --output FILE",
         )
-
-
-def size_text(count: float) -> str:
-    """Return a number of bytes as people read it."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.{0 if unit == 'bytes' or count >= 10 else 1}f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 STRUCTURE = ROOT / "docs" / "structure.md"
 PACKAGE = ROOT / "aiflux_app" / "aiflux"
-PARTS = ("core", "slurm", "worker", "converters", "image", "cli")
 REFERENCE = ROOT / "docs" / "reference.md"
 ENV_EXAMPLE = ROOT / ".env.example"
 BEGIN = "<!-- made by docs/generate.py: begin -->\n"
@@ -76,13 +75,23 @@ def with_tables(text: str) -> str:
 
 def with_modules(text: str) -> str:
     """Return the text of ``docs/structure.md`` with the modules between its markers renewed."""
-    return _between_markers(text, "\n".join(map(_modules, PARTS)))
+    return _between_markers(text, "\n".join(map(_modules, _packages())))
 
 
 def _between_markers(text: str, made: str) -> str:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + "\n" + made + "\n" + END + after
+
+
+def _packages() -> list[str]:
+    """Return the packages below ``aiflux`` that hold modules."""
+    folders = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
+    return [
+        folder.relative_to(PACKAGE).as_posix()
+        for folder in folders
+        if folder != PACKAGE and len([*folder.glob("*.py")]) > 1
+    ]
 
 
 def _modules(part: str) -> str:

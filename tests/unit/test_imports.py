@@ -1,27 +1,37 @@
-"""The house's import rule: cli -> {slurm, worker, converters} -> core -> errors."""
+"""The import rule: the table of docs/structure.md, and which libraries each package may use."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "aiflux_app" / "aiflux"
-MAY_IMPORT = {
-    "errors": set(),
-    "core": {"errors", "core", ""},
-    "slurm": {"errors", "core", "slurm", ""},
-    "worker": {"errors", "core", "worker", ""},
-    "converters": {"errors", "core", "converters", ""},
-    "image": {"errors", "core", "image", ""},
-    "cli": {"errors", "core", "slurm", "worker", "converters", "image", "cli", ""},
-    "__init__": set(),
-}
+# A package may import what stands below it; packages of one line never import each other.
+LAYERS = (
+    ("cli",),
+    ("gateway",),
+    ("doctor",),
+    ("slurm", "report", "worker", "bundle"),
+    ("engines", "estimates", "image", "converters"),
+    ("core.runs",),
+    ("core.config", "core.batch"),
+    ("models",),
+    ("util",),
+    ("errors",),
+)
+LEVELS = {package: level for level, layer in enumerate(LAYERS) for package in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = {
+    ".".join(("aiflux", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in MODULES
+}
+MOST_IN_A_FOLDER = 25
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -30,36 +40,97 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import hides what is imported"
-            yield node.module or ""
+            module = node.module or ""
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            # `from aiflux.image import base` imports the module `aiflux.image.base`.
+            yield from names & NAMES or {module}
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def package_of(dotted: str) -> str | None:
+    """Return the package of the table that a module belongs to; None for `aiflux` itself."""
+    parts = dotted.split(".")
+    return next((name for name in (".".join(parts[:2]), parts[0]) if name in LEVELS), None)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_every_module_is_in_a_package_of_the_table() -> None:
+    outside = {dotted(path) for path in MODULES if package_of(dotted(path)) is None}
+    assert outside == {"__init__", "core.__init__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_imports_run_one_way(path: Path) -> None:
+    own = package_of(dotted(path))
     for name in imported(path):
-        if name == "aiflux" or name.startswith("aiflux."):
-            target = [*name.split("."), ""][1]
-            assert target in MAY_IMPORT[room(path)], f"{path} imports {name}"
+        other = package_of(name.removeprefix("aiflux.")) if name.startswith("aiflux.") else None
+        if other is not None and other != own:
+            assert own is not None, f"{path} imports {name}"
+            assert LEVELS[own] < LEVELS[other], f"{path} imports {name}"
+
+
+def test_no_package_imports_in_a_circle() -> None:
+    """A circle between modules would show only where somebody imports them in another order."""
+    edges = {dotted(path).removesuffix(".__init__"): set(imported(path)) for path in MODULES}
+    inside = {
+        name: {one.removeprefix("aiflux.") for one in names if one.startswith("aiflux.")} & {*edges}
+        for name, names in edges.items()
+    }
+    done: set[str] = set()
+
+    def walk(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            for other in sorted(inside[name] - {name}):
+                walk(other, (*above, name))
+            done.add(name)
+
+    for name in sorted(inside):
+        walk(name, ())
 
 
 @pytest.mark.parametrize(
-    ("module", "rooms"),
+    ("module", "packages"),
     [
-        ("requests", {"worker"}),
-        ("urllib3", {"worker"}),
-        ("subprocess", {"slurm", "image", "worker", "cli"}),
+        ("requests", {"engines"}),
+        ("urllib3", {"engines"}),
+        ("urllib.request", {"image"}),
+        ("subprocess", {"slurm", "image", "worker", "engines", "doctor", "bundle", "cli"}),
         ("spython", {"image"}),
         ("rich", {"cli", "worker"}),
-        ("yaml", {"core"}),
+        ("yaml", {"util", "models"}),
     ],
 )
-def test_edges_stay_in_their_rooms(module: str, rooms: set[str]) -> None:
+def test_libraries_stay_in_their_packages(module: str, packages: set[str]) -> None:
     for path in MODULES:
-        names = {name.split(".")[0] for name in imported(path)}
-        assert module not in names or room(path) in rooms, f"{path} imports {module}"
+        names = {*imported(path)}
+        used = module in names or any(name.startswith(f"{module}.") for name in names)
+        assert not used or package_of(dotted(path)) in packages, f"{path} imports {module}"
+
+
+def test_no_folder_is_crowded() -> None:
+    count: dict[Path, int] = defaultdict(int)
+    for path in MODULES:
+        count[path.parent] += path.stem != "__init__"
+    assert {folder: n for folder, n in count.items() if n > MOST_IN_A_FOLDER} == {}
+
+
+def test_a_class_name_exists_once() -> None:
+    homes = defaultdict(list)
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(dotted(path))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def test_each_package_says_what_belongs_in_it() -> None:
+    for path in MODULES:
+        if path.name == "__init__.py":
+            told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert told.partition("\n")[0].endswith("."), path
 
 
 @pytest.mark.parametrize("module", ["aiflux", "aiflux.slurm", "aiflux.core.config"])
@@ -71,3 +142,16 @@ def test_importing_does_nothing(module: str, tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from aiflux.slurm import SlurmRunner",
+        "from aiflux.core.config import Config",
+        "from aiflux.converters import csv_to_jsonl, results_to_csv",
+        "from aiflux.converters.results import BackOptions",
+    ],
+)
+def test_promised_import_paths_work(statement: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", statement], cwd=tmp_path, check=True)

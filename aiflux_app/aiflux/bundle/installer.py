@@ -119,7 +119,7 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Places:
+class InstallPaths:
     """Where a bundle goes. Paths are absolute.
 
     Attributes:
@@ -157,7 +157,7 @@ class Places:
         return root / ".staging" / "bundle" / member
 
 
-def places(prefix: str | None, models: str | None) -> Places:
+def places(prefix: str | None, models: str | None) -> InstallPaths:
     """Return where to install; by default where AI-Flux looks by itself."""
     share = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     root = Path(os.path.abspath(Path(prefix).expanduser() if prefix else share / "aiflux"))
@@ -168,7 +168,7 @@ def places(prefix: str | None, models: str | None) -> Places:
             raise InstallError(
                 f"the path {str(path)!r} holds a colon or a line break", "choose another directory"
             )
-    return Places(root, below)
+    return InstallPaths(root, below)
 
 
 def verify(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> Bundle:
@@ -184,7 +184,7 @@ def verify(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> Bund
 
 
 def install(
-    path: Path, to: Places, say: Say, on_bytes: Callable[[int], None] = lambda _: None
+    path: Path, to: InstallPaths, say: Say, on_bytes: Callable[[int], None] = lambda _: None
 ) -> Bundle:
     """Install a bundle; run again, it writes nothing that is there already.
 
@@ -213,7 +213,7 @@ def install(
     return bundle
 
 
-def _remove_staged(to: Places) -> None:
+def _remove_staged(to: InstallPaths) -> None:
     for root in (to.prefix, to.models):
         shutil.rmtree(root / ".staging" / "bundle", ignore_errors=True)
 
@@ -487,7 +487,7 @@ def _wanted(bundle: Bundle, member: str) -> bool:
     return member in bundle.wheels(_python()) or member.startswith(("image/", "models/"))
 
 
-def _refuse_full(bundle: Bundle, tar: tarfile.TarFile, to: Places) -> None:
+def _refuse_full(bundle: Bundle, tar: tarfile.TarFile, to: InstallPaths) -> None:
     """Compare what is to come with the room there is; quotas show only in writing."""
     needed: dict[int, tuple[Path, int]] = {}
     for info in tar.getmembers():
@@ -522,7 +522,7 @@ def _there(path: Path | None, size: int) -> bool:
 
 
 def _stage(
-    tar: tarfile.TarFile, bundle: Bundle, to: Places, on_bytes: Callable[[int], None]
+    tar: tarfile.TarFile, bundle: Bundle, to: InstallPaths, on_bytes: Callable[[int], None]
 ) -> None:
     """Write beside its place what is not there whole already, checking all of it."""
     # getmembers() has read to the end.
@@ -554,7 +554,7 @@ def _holds(path: Path, wanted: str) -> bool:
     return digest.hexdigest() == wanted
 
 
-def _put_in_place(bundle: Bundle, to: Places, say: Say) -> None:
+def _put_in_place(bundle: Bundle, to: InstallPaths, say: Say) -> None:
     """Move what is staged: the environment first, as it may still fail; manifests last."""
     before = _extras_of(to.prefix / "python")
     environment = _make_environment(bundle, to)
@@ -582,7 +582,7 @@ def _put_in_place(bundle: Bundle, to: Places, say: Say) -> None:
         say(f"model: {name} in {to.models}")
 
 
-def _make_environment(bundle: Bundle, to: Places) -> Path:
+def _make_environment(bundle: Bundle, to: InstallPaths) -> Path:
     """Return the virtual environment with the bundle's packages; nobody uses it yet.
 
     Wheels are unpacked, as the specification of binary distributions lets one do: so neither pip
@@ -631,7 +631,7 @@ def _unpack(wheel: Path, site: Path) -> None:
         shutil.rmtree(data)
 
 
-def _write_site(bundle: Bundle, to: Places, say: Say) -> None:
+def _write_site(bundle: Bundle, to: InstallPaths, say: Say) -> None:
     """Say where things are, as the weakest of all settings; a file that was edited is kept."""
     paths = {"models_dir": str(to.models)}
     if bundle.image:
@@ -652,7 +652,7 @@ def _quoted(path: str) -> str:
     return json.dumps(path.replace("$", "$$"), ensure_ascii=False)
 
 
-def _command(to: Places) -> str:
+def _command(to: InstallPaths) -> str:
     python = shlex.quote(str(to.prefix / "python"))
     return (
         "#!/bin/sh\n"
@@ -698,7 +698,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def next_steps(to: Places) -> str:
+def next_steps(to: InstallPaths) -> str:
     """Return what a user does after an install."""
     command = shlex.quote(str(to.command))
     return f"next: {command} doctor    (and put {to.command.parent} on your PATH)"

@@ -12,10 +12,17 @@ from aiflux.converters.cells import names
 from aiflux.converters.chunks import check_chunks, split_text
 from aiflux.converters.documents import NoTextError, read_document
 from aiflux.converters.encoding import Encoding, checked_encoding
-from aiflux.converters.request_form import Draft, make_form
+from aiflux.converters.request_form import RequestDraft, make_form
 from aiflux.converters.template import Template
 from aiflux.converters.walk import Found, Walk
-from aiflux.converters.writer import BadRowError, Job, Progress, Skipped, Summary, skipped_path
+from aiflux.converters.writer import (
+    BadRowError,
+    Conversion,
+    Progress,
+    Skipped,
+    Summary,
+    skipped_path,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,8 +82,8 @@ def directory_to_jsonl(
     walk = Walk(folder, recursive, names(patterns), names(exclude), max_file_size)
     output = None if output_path is None else Path(output_path)
     known = None if encoding is None else checked_encoding(encoding).name
-    maker = _Maker(walk, parsed, chunk_tokens, overlap, known, output, progress)
-    job = Job(
+    maker = _FileRequests(walk, parsed, chunk_tokens, overlap, known, output, progress)
+    job = Conversion(
         folder,
         output,
         form,
@@ -91,7 +98,7 @@ def directory_to_jsonl(
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _FileRequests:
     """What is made of a file."""
 
     walk: Walk
@@ -107,7 +114,7 @@ class _Maker:
         """Return which files were not UTF-8, by what they were read as."""
         return tuple(map(_assumption, self.assumed, self.assumed.values()))
 
-    def items(self) -> Iterator[Draft | Skipped]:
+    def items(self) -> Iterator[RequestDraft | Skipped]:
         total = self.walk.count() if self.progress is not None else 0
         own = self._own()
         for number, found in enumerate(self.walk.files(), start=1):
@@ -123,7 +130,7 @@ class _Maker:
         output = self.output.absolute()
         return {output, skipped_path(output)}
 
-    def _of_file(self, number: int, found: Found) -> Iterator[Draft | Skipped]:
+    def _of_file(self, number: int, found: Found) -> Iterator[RequestDraft | Skipped]:
         if found.reason:
             yield Skipped(number, found.name, found.reason, bad=False)
             return
@@ -141,7 +148,7 @@ class _Maker:
         for part, chunk in enumerate(chunks):
             yield self._draft(number, found.name, chunk, part, len(chunks))
 
-    def _draft(self, number: int, name: str, text: str, part: int, parts: int) -> Draft:
+    def _draft(self, number: int, name: str, text: str, part: int, parts: int) -> RequestDraft:
         source = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         values = {"text": text, "source_file": source}
         values |= {"chunk": str(part + 1), "chunks": str(parts)}
@@ -149,7 +156,7 @@ class _Maker:
         if self.chunk_tokens is not None:
             metadata |= {"chunk": part + 1, "chunks": parts}
         name = source if parts == 1 else f"{source}#{part + 1}"
-        return Draft(number, name, self.template.render(values), metadata, part=part)
+        return RequestDraft(number, name, self.template.render(values), metadata, part=part)
 
 
 def _assumption(encoding: Encoding, files: list[str]) -> str:

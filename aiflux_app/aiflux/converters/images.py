@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.converters.cells import names
-from aiflux.converters.request_form import Draft, make_form
+from aiflux.converters.request_form import RequestDraft, make_form
 from aiflux.converters.template import Template
 from aiflux.converters.walk import Found, Walk
-from aiflux.converters.writer import BadRowError, Job, Progress, Skipped, Summary, reading
+from aiflux.converters.writer import BadRowError, Conversion, Progress, Skipped, Summary, reading
 from aiflux.errors import InputError, UsageError
 from aiflux.util.extras import need
 
@@ -84,8 +84,8 @@ def images_to_jsonl(
     source = Path(input_path)
     listed = source.is_file()
     walk = Walk(source, recursive, names(patterns), names(exclude))
-    maker = _Maker(source if listed else walk, parsed, _Reducer(max_pixels), progress)
-    job = Job(
+    maker = _ImageRequests(source if listed else walk, parsed, _Reducer(max_pixels), progress)
+    job = Conversion(
         source,
         None if output_path is None else Path(output_path),
         form,
@@ -104,7 +104,7 @@ def _no_line() -> str:
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _ImageRequests:
     """What is made of an image."""
 
     source: Path | Walk
@@ -120,7 +120,7 @@ class _Maker:
         seen = "1 image has" if several == 1 else f"{several} images have"
         return (f"{seen} several frames or pages: only the first is sent",)
 
-    def items(self) -> Iterator[Draft | Skipped]:
+    def items(self) -> Iterator[RequestDraft | Skipped]:
         total = sum(1 for _ in self._files()) if self.progress is not None else 0
         for done, (number, found) in enumerate(self._files(), start=1):
             yield self._of_file(number, found)
@@ -134,7 +134,7 @@ class _Maker:
         else:
             yield from _listed(self.source)
 
-    def _of_file(self, number: int, found: Found) -> Draft | Skipped:
+    def _of_file(self, number: int, found: Found) -> RequestDraft | Skipped:
         if found.reason:
             return Skipped(number, found.name, found.reason, bad=False)
         if isinstance(self.source, Walk) and found.path.suffix.lower() not in _KNOWN:
@@ -153,7 +153,7 @@ class _Maker:
             {"type": "text", "text": self.template.render(values)},
             {"type": "image_url", "image_url": {"url": url}},
         ]
-        return Draft(number, name, parts, {"source_file": name})
+        return RequestDraft(number, name, parts, {"source_file": name})
 
 
 def _listed(path: Path) -> Iterator[tuple[int, Found]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.converters.cells import as_json, as_messages, as_text, names
-from aiflux.converters.json_stream import JsonFile, Value
-from aiflux.converters.request_form import Draft, make_form
+from aiflux.converters.json_stream import JsonFile, LocatedValue
+from aiflux.converters.request_form import RequestDraft, make_form
 from aiflux.converters.template import Template
-from aiflux.converters.writer import EMPTY, BadRowError, Job, Progress, Skipped, Summary
+from aiflux.converters.writer import EMPTY, BadRowError, Conversion, Progress, Skipped, Summary
 from aiflux.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ def json_to_jsonl(
         raise UsageError("--template and --field exclude each other", "give one of the two")
     form = make_form(**request)
     source = JsonFile.of(Path(input_path))
-    maker = _Maker(
+    maker = _RecordRequests(
         Template(template) if template is not None else None,
         field,
         id_field,
         names(keep),
         source.unit,
     )
-    job = Job(
+    job = Conversion(
         source.path,
         None if output_path is None else Path(output_path),
         form,
@@ -78,7 +78,7 @@ def json_to_jsonl(
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _RecordRequests:
     """What is made of an entry."""
 
     template: Template | None
@@ -87,7 +87,7 @@ class _Maker:
     keep: tuple[str, ...]
     place: str
 
-    def drafts(self, values: Iterator[Value | Skipped]) -> Iterator[Draft | Skipped]:
+    def drafts(self, values: Iterator[LocatedValue | Skipped]) -> Iterator[RequestDraft | Skipped]:
         for count, item in enumerate(values, start=1):
             if isinstance(item, Skipped):
                 yield item
@@ -97,15 +97,15 @@ class _Maker:
             except BadRowError as error:
                 yield Skipped(item.number, f"{self.place} {item.number}", str(error))
 
-    def _draft(self, item: Value, count: int) -> Draft:
+    def _draft(self, item: LocatedValue, count: int) -> RequestDraft:
         value = item.value
         name = f"row-{count}" if self.id_field is None else _text(value, self.id_field)
         metadata = self._metadata(value)
         content = self._content(value)
         if isinstance(content, list):
-            return Draft(item.number, name, content, metadata, messages=True)
+            return RequestDraft(item.number, name, content, metadata, messages=True)
         remark = EMPTY if self._blank(value, content) else ""
-        return Draft(item.number, name, content, metadata, remark=remark)
+        return RequestDraft(item.number, name, content, metadata, remark=remark)
 
     def _content(self, value: Any) -> Any:
         if self.template is not None:

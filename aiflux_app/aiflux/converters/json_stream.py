@@ -24,7 +24,7 @@ _LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class LocatedValue:
     """A value and where it stands: the number of its line, or of the array's element."""
 
     number: int
@@ -53,7 +53,7 @@ class JsonFile:
         lines = path.suffix.lower() in _LINES
         return cls(path, "line" if lines or not start.startswith((b"[", b"{")) else "entry")
 
-    def values(self, progress: Progress | None = None) -> Iterator[Value | Skipped]:
+    def values(self, progress: Progress | None = None) -> Iterator[LocatedValue | Skipped]:
         """Yield every value, and what is none.
 
         Raises:
@@ -61,13 +61,13 @@ class JsonFile:
         """
         return self._lines(progress) if self.unit == "line" else self._elements(progress)
 
-    def _lines(self, progress: Progress | None) -> Iterator[Value | Skipped]:
+    def _lines(self, progress: Progress | None) -> Iterator[LocatedValue | Skipped]:
         size = self.path.stat().st_size
         for number, offset, raw in read_lines(self.path):
             if progress is not None and number % 1000 == 1:
                 progress(offset, size)
             try:
-                yield Value(number, parse_json(raw.decode("utf-8")))
+                yield LocatedValue(number, parse_json(raw.decode("utf-8")))
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
                 yield Skipped(number, f"line {number}", reason)
@@ -76,7 +76,7 @@ class JsonFile:
         if progress is not None:
             progress(size, size)
 
-    def _elements(self, progress: Progress | None) -> Iterator[Value | Skipped]:
+    def _elements(self, progress: Progress | None) -> Iterator[LocatedValue | Skipped]:
         size = self.path.stat().st_size
         with reading(self.path), open(self.path, "rb") as file:
             window = _Window(self.path, file)
@@ -89,7 +89,7 @@ class JsonFile:
                 if reason:
                     yield Skipped(number, f"entry {number}", reason)
                 else:
-                    yield Value(number, value)
+                    yield LocatedValue(number, value)
         if progress is not None:
             progress(size, size)
 

@@ -52,7 +52,7 @@ _OWN_OPTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class RequestDraft:
     """What one request is to ask.
 
     Attributes:
@@ -80,7 +80,7 @@ class RequestForm:
     fields: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
 
-    def line(self, draft: Draft) -> bytes:
+    def line(self, draft: RequestDraft) -> bytes:
         """Return the request as one line, with its line ending."""
         entry: dict[str, Any] = {
             "custom_id": draft.custom_id,
@@ -95,7 +95,7 @@ class RequestForm:
         except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say
             return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
-    def _content(self, draft: Draft) -> dict[str, Any]:
+    def _content(self, draft: RequestDraft) -> dict[str, Any]:
         if self.endpoint == "embeddings":
             return {"input": draft.content}
         if self.endpoint == "completions":

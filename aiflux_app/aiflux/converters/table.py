@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.converters.cells import as_json, as_messages, as_text
-from aiflux.converters.request_form import Draft, RequestForm
+from aiflux.converters.request_form import RequestDraft, RequestForm
 from aiflux.converters.template import Template, check_columns
-from aiflux.converters.writer import EMPTY, BadRowError, Job, Skipped, Summary
+from aiflux.converters.writer import EMPTY, BadRowError, Conversion, Skipped, Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def convert_table(
         InputError: columns that are named are not there, or rows cannot be used.
     """
     options.needed(columns)
-    job = Job(
+    job = Conversion(
         source,
         output,
         form,
@@ -88,7 +88,7 @@ def convert_table(
 
 def _drafts(
     rows: Iterable[Row | Skipped], columns: Sequence[str], options: TableOptions
-) -> Iterator[Draft | Skipped]:
+) -> Iterator[RequestDraft | Skipped]:
     template, kept = Template(options.template), options.kept(columns)
     for row in rows:
         if isinstance(row, Skipped):
@@ -100,7 +100,9 @@ def _drafts(
             yield Skipped(row.number, f"{options.place} {row.number}", str(error))
 
 
-def _draft(row: Row, template: Template, kept: Sequence[str], id_column: str | None) -> Draft:
+def _draft(
+    row: Row, template: Template, kept: Sequence[str], id_column: str | None
+) -> RequestDraft:
     whole = template.only
     messages = None if whole is None else as_messages(row.cells[whole])
     values = {} if messages else {name: _text(row, name) for name in template.names}
@@ -109,9 +111,9 @@ def _draft(row: Row, template: Template, kept: Sequence[str], id_column: str | N
     if kept:
         metadata["columns"] = {column: as_json(row.cells[column]) for column in kept}
     if messages:
-        return Draft(row.number, name, as_json(messages), metadata, messages=True)
+        return RequestDraft(row.number, name, as_json(messages), metadata, messages=True)
     remark = "" if any(map(str.strip, values.values())) else EMPTY
-    return Draft(row.number, name, template.render(values), metadata, remark=remark)
+    return RequestDraft(row.number, name, template.render(values), metadata, remark=remark)
 
 
 def _text(row: Row, column: str) -> str:

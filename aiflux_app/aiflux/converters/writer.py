@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aiflux.converters.duplicate_ids import SeenIds
-from aiflux.converters.request_form import Draft, RequestForm
+from aiflux.converters.request_form import RequestDraft, RequestForm
 from aiflux.errors import InputError, UsageError
 from aiflux.util.files import atomic_write, refuse_special
 from aiflux.util.lines import MAX_LINE_BYTES
@@ -88,11 +88,11 @@ class Summary:
     first: tuple[dict[str, Any], ...] = ()
 
 
-Items = Iterable[Draft | Skipped]
+Items = Iterable[RequestDraft | Skipped]
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """One conversion.
 
     Attributes:
@@ -171,7 +171,7 @@ def skipped_path(output: Path) -> Path:
 class _Tally:
     """What accumulates over one conversion."""
 
-    def __init__(self, job: Job, stack: ExitStack) -> None:
+    def __init__(self, job: Conversion, stack: ExitStack) -> None:
         self.job = job
         self.stack = stack
         self.rows = self.requests = self.bad = 0
@@ -186,8 +186,8 @@ class _Tally:
     def _open(self, path: Path | None) -> IO[bytes] | None:
         return None if path is None else self.stack.enter_context(atomic_write(path))
 
-    def take(self, item: Draft | Skipped) -> None:
-        if isinstance(item, Draft):
+    def take(self, item: RequestDraft | Skipped) -> None:
+        if isinstance(item, RequestDraft):
             self.rows += item.part == 0
             try:
                 self._write(item)
@@ -198,7 +198,7 @@ class _Tally:
             self.rows += 1
             self._skip(item)
 
-    def _write(self, draft: Draft) -> None:
+    def _write(self, draft: RequestDraft) -> None:
         if not draft.custom_id:
             raise BadRowError("its custom_id is empty; every request needs a name of its own")
         earlier = None
@@ -296,7 +296,7 @@ class _Tally:
         )
 
 
-def _answered(draft: Draft) -> bool:
+def _answered(draft: RequestDraft) -> bool:
     return draft.messages and bool(draft.content) and draft.content[-1].get("role") == "assistant"
 
 

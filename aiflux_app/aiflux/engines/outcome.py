@@ -53,7 +53,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Outcome:
     """What an attempt's outcome means.
 
     Attributes:
@@ -102,7 +102,7 @@ class Verdict:
         return {"code": self.code, "message": self.message, "status": self.status}
 
 
-def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
+def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Outcome:
     """Judge a whole HTTP answer. Pure."""
     if answer.status == 200:
         return _judge_body(url, answer)
@@ -112,11 +112,11 @@ def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
         message = f"redirected to {answer.location}"
     kept = _kept_body(answer.body, text)
     if bundled and answer.status == 500 and any(words in message for words in _RUNNER_DIED):
-        return Verdict(Kind.CRASHED, "engine_crashed", message, 500, kept)
+        return Outcome(Kind.CRASHED, "engine_crashed", message, 500, kept)
     if bundled and answer.status == 404 and _MODEL_GONE.match(message):
-        return Verdict(Kind.CRASHED, "model_gone", message, 404, kept)
+        return Outcome(Kind.CRASHED, "model_gone", message, 404, kept)
     retried = answer.status in RETRIED_STATUSES or answer.status >= 500
-    return Verdict(
+    return Outcome(
         Kind.RETRY if retried and answer.status != 501 else Kind.FAILED,
         f"http_{answer.status}",
         message,
@@ -128,54 +128,54 @@ def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Verdict:
     )
 
 
-def judge_bug(error: Exception) -> Verdict:
+def judge_bug(error: Exception) -> Outcome:
     """Judge an attempt that our own code could not deal with: it costs its request, not the run."""
     if isinstance(error, MemoryError):
-        return Verdict(Kind.RETRY, "memory", "there was not enough memory for the answer")
+        return Outcome(Kind.RETRY, "memory", "there was not enough memory for the answer")
     seen = f"{type(error).__name__}: {error}"[:_SHOWN]
     message = f"a bug in AI-Flux, whose trace is in the log; please report it: {seen}"
-    return Verdict(Kind.FAILED, "internal_error", message)
+    return Outcome(Kind.FAILED, "internal_error", message)
 
 
-def as_down(verdict: Verdict) -> Verdict:
+def as_down(verdict: Outcome) -> Outcome:
     """Return the verdict on an answer of an engine that turned out not to be ready."""
     code = "loading" if _LOADING.search(verdict.message) else "not_ready"
     return replace(verdict, kind=Kind.CRASHED, code=code, overloaded=False)
 
 
-def judge_exchange_error(error: ExchangeError) -> Verdict:
+def judge_exchange_error(error: ExchangeError) -> Outcome:
     """Judge an exchange without a whole answer; whether the engine lives is not looked at here."""
     if error.code == "aborted":
-        return Verdict(Kind.UNATTEMPTED, error.code, error.message)
+        return Outcome(Kind.UNATTEMPTED, error.code, error.message)
     if error.code == "refused":
-        return Verdict(Kind.CRASHED, error.code, error.message)
-    return Verdict(Kind.RETRY, error.code, error.message)
+        return Outcome(Kind.CRASHED, error.code, error.message)
+    return Outcome(Kind.RETRY, error.code, error.message)
 
 
-def _judge_body(url: str, answer: Answer) -> Verdict:
+def _judge_body(url: str, answer: Answer) -> Outcome:
     try:
         body = parse_json(answer.body.decode("utf-8"))
     except ValueError as error:
         # What begins as an object is an API's answer that broke.
         foreign = not answer.body.lstrip().startswith(b"{")
         message = _not_json(answer, error)
-        return Verdict(Kind.RETRY, "not_json", message, 200, foreign=foreign)
+        return Outcome(Kind.RETRY, "not_json", message, 200, foreign=foreign)
     if not isinstance(body, dict):
         message = "the answer is not a JSON object"
-        return Verdict(Kind.RETRY, "not_json", message, 200, foreign=True)
+        return Outcome(Kind.RETRY, "not_json", message, 200, foreign=True)
     if body.get("error"):
         message = error_message(answer.body.decode("utf-8"))
-        return Verdict(Kind.RETRY, "error_in_answer", message, 200, answer.body)
+        return Outcome(Kind.RETRY, "error_in_answer", message, 200, answer.body)
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     finish, content = _finish(url, body)
     told = choice_texts(body)
     if finish is None and not content:
-        return Verdict(
+        return Outcome(
             Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
             answer.body, foreign="choices" not in body and "data" not in body,
         )  # fmt: skip
-    return Verdict(
+    return Outcome(
         Kind.ANSWERED,
         status=200,
         body=answer.body,

@@ -13,7 +13,7 @@ from aiflux.util.timestamps import unix_seconds
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedFigure:
     """One figure, estimated and actual.
 
     Attributes:
@@ -29,7 +29,7 @@ class Row:
 
 def compare(
     told: Estimate, shards: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]
-) -> tuple[Row, ...]:
+) -> tuple[ComparedFigure, ...]:
     """Return estimated and actual figures of a finished run side by side.
 
     Args:
@@ -44,15 +44,23 @@ def compare(
         return float(sum(each.get(name, 0) for each in totals))
 
     rows = [
-        Row("prompt tokens", "count", told.prompt_tokens, summed("prompt_tokens")),
-        Row("answer tokens", "count", told.completion_tokens, summed("completion_tokens")),
-        Row("failed requests", "count", told.failures, whole["request_counts"]["failed"]),
-        Row("time of all jobs", "seconds", told.seconds_of_jobs(count), summed("seconds")),
-        Row("start to output", "seconds", told.seconds_of_shard(count), _span(statuses, whole)),
+        ComparedFigure("prompt tokens", "count", told.prompt_tokens, summed("prompt_tokens")),
+        ComparedFigure(
+            "answer tokens", "count", told.completion_tokens, summed("completion_tokens")
+        ),
+        ComparedFigure(
+            "failed requests", "count", told.failures, whole["request_counts"]["failed"]
+        ),
+        ComparedFigure(
+            "time of all jobs", "seconds", told.seconds_of_jobs(count), summed("seconds")
+        ),
+        ComparedFigure(
+            "start to output", "seconds", told.seconds_of_shard(count), _span(statuses, whole)
+        ),
     ]
     if told.gpus:
         hours = summed("gpu_seconds") / 3600
-        rows.append(Row("GPU-hours", "hours", told.gpu_hours(count), hours))
+        rows.append(ComparedFigure("GPU-hours", "hours", told.gpu_hours(count), hours))
     return tuple(rows)
 
 

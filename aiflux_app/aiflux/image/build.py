@@ -14,7 +14,7 @@ from aiflux.image import oci_registry
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.container import find_runtime
 from aiflux.image.options import BuildOptions
-from aiflux.image.payload import Sources, find_sources, stage
+from aiflux.image.payload import Checkout, find_sources, stage
 from aiflux.image.run_tool import run
 from aiflux.image.signing import sign
 from aiflux.image.signing_keys import Ask, Signer, find_signer, no_answer
@@ -114,7 +114,7 @@ def build_arguments(choice: BaseChoice) -> dict[str, str]:
 
 
 def build_environment(
-    environ: Mapping[str, str], scratch: Path, sources: Sources
+    environ: Mapping[str, str], scratch: Path, sources: Checkout
 ) -> dict[str, str]:
     """The environment of ``apptainer build``: times of the commit, room for temporary files."""
     environment = {**environ, "APPTAINER_TMPDIR": str(scratch)}

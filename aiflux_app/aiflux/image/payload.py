@@ -19,7 +19,7 @@ _NETWORK_REMEDY = "see the message above; the wheels come from PyPI through pip"
 
 
 @dataclass(frozen=True)
-class Sources:
+class Checkout:
     """The checkout that an image is built from."""
 
     root: Path
@@ -57,13 +57,13 @@ class Sources:
         return self.git("log", "-1", "--format=%ct")
 
 
-def find_sources() -> Sources:
+def find_sources() -> Checkout:
     """The checkout around this package.
 
     Raises:
         ImageError: the package was installed without one.
     """
-    sources = Sources(Path(aiflux.__file__).resolve().parents[2])
+    sources = Checkout(Path(aiflux.__file__).resolve().parents[2])
     if not sources.definition.is_file():
         raise ImageError(
             "an image is built from a checkout of AI-Flux, and this package was installed alone",
@@ -80,7 +80,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "aiflux"
 
 
-def stage(target: Path, sources: Sources, options: BuildOptions, choice: BaseChoice) -> None:
+def stage(target: Path, sources: Checkout, options: BuildOptions, choice: BaseChoice) -> None:
     """Fill ``target``, which becomes /opt/aiflux (see container/aiflux.def)."""
     build = target / "build"
     build.mkdir(parents=True)
@@ -98,7 +98,7 @@ def stage(target: Path, sources: Sources, options: BuildOptions, choice: BaseCho
     _stage_ollama(target / "ollama.tar", sources, options, choice)
 
 
-def known_facts(sources: Sources, choice: BaseChoice) -> dict[str, str]:
+def known_facts(sources: Checkout, choice: BaseChoice) -> dict[str, str]:
     """What the host knows about the image; the image adds the rest."""
     image, digest = choice.image.removeprefix("docker://"), choice.digest or "unknown"
     if choice.source:
@@ -113,7 +113,7 @@ def known_facts(sources: Sources, choice: BaseChoice) -> dict[str, str]:
     }
 
 
-def _stage_wheels(site: Path, sources: Sources) -> None:
+def _stage_wheels(site: Path, sources: Checkout) -> None:
     fetch = sources.container / "fetch-wheels.sh"
     lock = sources.container / "requirements.txt"
     wheels = capture(
@@ -125,7 +125,7 @@ def _stage_wheels(site: Path, sources: Sources) -> None:
 
 
 def _stage_ollama(
-    archive: Path, sources: Sources, options: BuildOptions, choice: BaseChoice
+    archive: Path, sources: Checkout, options: BuildOptions, choice: BaseChoice
 ) -> None:
     if options.ollama_tarball:
         shutil.copyfile(options.ollama_tarball, archive)

@@ -96,7 +96,7 @@ def read_gguf(path: Path) -> GgufHeader:
             open(path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            return _Reader(content).header()
+            return _HeaderReader(content).header()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except (ValueError, struct.error, IndexError, UnicodeDecodeError) as error:
@@ -106,7 +106,7 @@ def read_gguf(path: Path) -> GgufHeader:
         ) from error
 
 
-class _Reader:
+class _HeaderReader:
     def __init__(self, content: mmap.mmap) -> None:
         self._content = content
         self._at = 0

@@ -21,24 +21,24 @@ OnBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BlobCheck:
     """What was found of one blob."""
 
     layer: Layer
     state: State
 
 
-def check_blobs(models_dir: Path, manifest: Manifest, on_bytes: OnBytes) -> Iterator[Verdict]:
+def check_blobs(models_dir: Path, manifest: Manifest, on_bytes: OnBytes) -> Iterator[BlobCheck]:
     """Read every blob of a model and yield what was found.
 
     Args:
         on_bytes: told how many bytes were read since it was last told.
     """
     for layer in {layer.digest: layer for layer in manifest.layers}.values():
-        yield Verdict(layer, _state(blob_path(models_dir, layer.digest), layer, on_bytes))
+        yield BlobCheck(layer, _state(blob_path(models_dir, layer.digest), layer, on_bytes))
 
 
-def refuse_damaged(name: ModelName, models_dir: Path, verdicts: list[Verdict]) -> None:
+def refuse_damaged(name: ModelName, models_dir: Path, verdicts: list[BlobCheck]) -> None:
     """Let a model pass that is whole.
 
     Raises:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from aiflux import __version__
-from aiflux.estimates.compare import Row, compare
+from aiflux.estimates.compare import ComparedFigure, compare
 from aiflux.report.advice import advice
-from aiflux.report.data import FORM, Counts, Failure, Latency, Report, Times, Tokens
+from aiflux.report.data import FORM, Failure, Latency, Report, RequestCounts, Times, Tokens
 from aiflux.report.environment import what_ran
 from aiflux.report.journal_summary import Tally
 from aiflux.report.machines import engine_rows, machine_use, shard_rows
-from aiflux.report.sources import Sources, all_details, totals_of
+from aiflux.report.sources import ReportSources, all_details, totals_of
 from aiflux.report.throughput import throughput
 from aiflux.util.timestamps import utc_text
 
@@ -19,7 +19,7 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _BARS = 40
 
 
-def make_report(sources: Sources) -> Report:
+def make_report(sources: ReportSources) -> Report:
     """Add up a run."""
     whole = Tally()
     for each in sources.tallies:
@@ -49,7 +49,7 @@ def make_report(sources: Sources) -> Report:
     )
 
 
-def _counts(sources: Sources, whole: Tally) -> Counts:
+def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
     plan = sources.plan
     told = [status for status in sources.statuses if status is not None]
     if sources.condition.finished and sources.whole is not None:
@@ -58,7 +58,7 @@ def _counts(sources: Sources, whole: Tally) -> Counts:
         sum(int(status["request_counts"][name]) for status in told)
         for name in ("completed", "failed")
     )
-    return Counts(
+    return RequestCounts(
         total=plan.requests,
         completed=completed,
         failed=failed,
@@ -73,7 +73,7 @@ def _counts(sources: Sources, whole: Tally) -> Counts:
     )
 
 
-def _times(sources: Sources, whole: Tally) -> Times:
+def _times(sources: ReportSources, whole: Tally) -> Times:
     timeline, known = whole.timeline, [totals_of(details) for details in all_details(sources)]
     ended = sources.whole.get("completed_at") if sources.whole is not None else None
     some = bool(whole.results)
@@ -109,7 +109,7 @@ def _failures(whole: Tally) -> Iterable[Failure]:
             yield Failure(code, kind.count, told.meaning, told.remedy, tuple(kind.examples))
 
 
-def _compared(sources: Sources) -> tuple[Row, ...]:
+def _compared(sources: ReportSources) -> tuple[ComparedFigure, ...]:
     known = [status for status in sources.statuses if status is not None]
     complete = sources.condition.finished and len(known) == len(sources.statuses)
     if sources.estimate is None or sources.whole is None or not complete:

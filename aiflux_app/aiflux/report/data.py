@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiflux.core.config.run_options import left_open
-from aiflux.estimates.compare import Row
+from aiflux.estimates.compare import ComparedFigure
 from aiflux.report.journal_summary import Example
 from aiflux.report.throughput import Throughput
 
@@ -86,7 +86,7 @@ class What:
 
 
 @dataclass(frozen=True)
-class Counts:
+class RequestCounts:
     """Requests. ``recorded`` counts every result, ``superseded`` those that were tried again."""
 
     total: int
@@ -223,7 +223,7 @@ class Report:
     version: str
     condition: Condition
     what: What
-    counts: Counts
+    counts: RequestCounts
     times: Times
     tokens: Tokens
     throughput: Throughput
@@ -232,7 +232,7 @@ class Report:
     failures: tuple[Failure, ...]
     shards: tuple[ShardRow, ...]
     engines: tuple[EngineRow, ...]
-    estimate: tuple[Row, ...]
+    estimate: tuple[ComparedFigure, ...]
     use: Use
 
     def to_json(self) -> dict[str, Any]:

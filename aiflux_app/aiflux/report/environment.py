@@ -12,7 +12,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.report.data import Model, What
 from aiflux.report.journal_summary import Tally
-from aiflux.report.sources import Sources, all_details, engines_of, mapping
+from aiflux.report.sources import ReportSources, all_details, engines_of, mapping
 from aiflux.util.text import public_url
 
 _SECRET = re.compile(r"key|token|secret|passw", re.IGNORECASE)
@@ -24,7 +24,7 @@ _SECRET_VALUE = re.compile(
 _OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
 
 
-def what_ran(sources: Sources, whole: Tally) -> What:
+def what_ran(sources: ReportSources, whole: Tally) -> What:
     """Return what ran, as far as plan, statuses and journals tell."""
     plan, known = sources.plan, all_details(sources)
     images = [details["image"] for details in known if details.get("image")]

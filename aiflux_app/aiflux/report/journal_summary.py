@@ -128,13 +128,13 @@ def tally(lines: Iterable[tuple[bytes, bytes]]) -> Tally:
     Args:
         lines: key and line of each result, in the order in which they were written.
     """
-    reader = _Reader()
+    reader = _JournalReader()
     for key, line in lines:
         reader.read(key, line)
     return reader.tally
 
 
-class _Reader:
+class _JournalReader:
     def __init__(self) -> None:
         self.tally = Tally()
         self._failed: dict[bytes, str] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from aiflux.report.data import EngineRow, ShardRow, Use
 from aiflux.report.journal_summary import EngineTally, Tally
 from aiflux.report.sources import (
-    Sources,
+    ReportSources,
     all_details,
     details_of,
     engines_of,
@@ -18,7 +18,7 @@ from aiflux.report.sources import (
 from aiflux.util.text import public_url
 
 
-def shard_rows(sources: Sources) -> Iterable[ShardRow]:
+def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
     """Yield what each shard did."""
     reasons = sources.condition.reasons or ("",) * len(sources.plan.shards)
     rows = zip(
@@ -53,7 +53,7 @@ def shard_rows(sources: Sources) -> Iterable[ShardRow]:
         )
 
 
-def engine_rows(sources: Sources) -> Iterable[EngineRow]:
+def engine_rows(sources: ReportSources) -> Iterable[EngineRow]:
     """Yield what each engine of each shard did."""
     for shard, status, tally in zip(
         sources.plan.shards, sources.statuses, sources.tallies, strict=True
@@ -86,7 +86,7 @@ def _place(engine: Mapping[str, Any]) -> str:
     return f"GPU {devices}" if on_gpu else "CPU"
 
 
-def machine_use(sources: Sources, whole: Tally) -> Use:
+def machine_use(sources: ReportSources, whole: Tally) -> Use:
     """Return how the machines were used."""
     engine_seconds = slot_seconds = counted = busy = gpu_seconds = 0.0
     for status, tally in zip(sources.statuses, sources.tallies, strict=True):
@@ -116,7 +116,7 @@ def machine_use(sources: Sources, whole: Tally) -> Use:
 
 
 def _gpu_use(
-    sources: Sources,
+    sources: ReportSources,
 ) -> tuple[Mapping[str, float] | None, Mapping[str, float] | None, int]:
     """Average what the shards' samples say, each by their number."""
     told = [mapping(details.get("gpu_use")) for details in all_details(sources)]

@@ -13,7 +13,7 @@ from aiflux.report.journal_summary import Tally
 
 
 @dataclass(frozen=True)
-class Sources:
+class ReportSources:
     """What a report is made of.
 
     Attributes:
@@ -43,7 +43,7 @@ def details_of(status: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return mapping((status or {}).get("aiflux"))
 
 
-def all_details(sources: Sources) -> list[Mapping[str, Any]]:
+def all_details(sources: ReportSources) -> list[Mapping[str, Any]]:
     """Return the details of all shards that have a status."""
     return [details_of(status) for status in sources.statuses if status is not None]
 

@@ -13,13 +13,13 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.merge import shards_left
-from aiflux.core.runs.open import Draft, OpenedRun, draft_run
+from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
 from aiflux.core.runs.plan import Plan, make_plan, read_plan, same_work
 from aiflux.core.runs.shards import auto_shards
 from aiflux.core.runs.status_file import finished_counts
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.estimates.estimate import SLURM
-from aiflux.estimates.storage import known_estimate
+from aiflux.estimates.storage import carry_estimate, known_estimate
 from aiflux.image.container import IMAGE_NAME, find_image
 from aiflux.slurm.arrays import array_ranges, parse_ranges, split_arrays
 from aiflux.slurm.commands import submit
@@ -128,6 +128,8 @@ def plan_job(
     if write and not draft.finished:
         refuse_second(run, environ)
     opened = draft.open(write=write)
+    if write and not opened.finished:
+        carry_estimate(opened.plan, opened.run)
     scripts = _scripts(job, opened.plan, opened.open_shards, slurm, environ)
     return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings, known=known)
 
@@ -142,7 +144,7 @@ def _image(config: Config, cwd: Path, *, missing_ok: bool) -> Path | None:
         raise
 
 
-def _draft(*arguments: Any, **keywords: Any) -> Draft | InputError:
+def _draft(*arguments: Any, **keywords: Any) -> RunDraft | InputError:
     """Draft a run; an input that is wrong is returned, to be told with what else is."""
     try:
         return draft_run(*arguments, **keywords)

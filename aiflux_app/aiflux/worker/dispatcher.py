@@ -17,7 +17,7 @@ from aiflux.engines.outcome import (
     UNREADY_STATUSES,
     UNTOUCHED,
     Kind,
-    Verdict,
+    Outcome,
     as_down,
     judge_answer,
     judge_bug,
@@ -197,7 +197,7 @@ class Pool:
         self._adapt(lane, verdict, seconds)
         self._settle(task, lane, link, generation, verdict, seconds)
 
-    def _judge_bug(self, error: Exception) -> Verdict:
+    def _judge_bug(self, error: Exception) -> Outcome:
         """Show a bug's trace, once for each place in the code."""
         place = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
         with self._lock:
@@ -207,7 +207,7 @@ class Pool:
             traceback.print_exception(error)
         return judge_bug(error)
 
-    def _exchange(self, task: Task, link: EngineLink) -> Verdict:
+    def _exchange(self, task: Task, link: EngineLink) -> Outcome:
         url, client = task.request.url, link.client
         try:
             answer = client.post(url, task.payload)
@@ -219,7 +219,7 @@ class Pool:
             verdict = judge_answer(url, client.hidden(answer), bundled=link.bundled)
         return verdict if self._checking is None else self._checking.judge(task.request, verdict)
 
-    def _adapt(self, lane: Lane, verdict: Verdict, seconds: float) -> None:
+    def _adapt(self, lane: Lane, verdict: Outcome, seconds: float) -> None:
         before = lane.limit.value
         if verdict.generated or verdict.overloaded:
             lane.limit.note(verdict.work, seconds, verdict.overloaded)
@@ -235,7 +235,7 @@ class Pool:
         lane: Lane,
         link: EngineLink,
         generation: int,
-        verdict: Verdict,
+        verdict: Outcome,
         seconds: float,
     ) -> None:
         kind = verdict.kind
@@ -256,7 +256,7 @@ class Pool:
             self._retry(task, lane, link, verdict, seconds)
 
     def _conclude(
-        self, task: Task, lane: Lane, link: EngineLink, verdict: Verdict, seconds: float
+        self, task: Task, lane: Lane, link: EngineLink, verdict: Outcome, seconds: float
     ) -> None:
         """Record a result, unless it is a rejection that concerns every request, or may do so."""
         url, model = task.request.url, task.request.model or self._describe.model
@@ -305,12 +305,12 @@ class Pool:
         # While this looks whether the engine lives, it may already have been started anew.
         return is_another() or not alive() or is_another()
 
-    def _ending(self, verdict: Verdict) -> bool:
+    def _ending(self, verdict: Outcome) -> bool:
         """After a signal a broken connection means that the request was not attempted."""
         return self._scheduler.stopped and verdict.code in ("connection", "refused")
 
     def _retry(
-        self, task: Task, lane: Lane, link: EngineLink, verdict: Verdict, seconds: float
+        self, task: Task, lane: Lane, link: EngineLink, verdict: Outcome, seconds: float
     ) -> None:
         task.attempts += 1
         delay = self._policy.next_delay(task.attempts, verdict.retry_after)
@@ -320,7 +320,7 @@ class Pool:
             self._stats.retried()
             self._scheduler.retry(task, lane, delay)
 
-    def _ask_again(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+    def _ask_again(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> None:
         """The answer does not fit its schema: ask again, a few times."""
         self._timeouts[lane.index] = 0
         task.attempts += 1
@@ -336,7 +336,7 @@ class Pool:
         task: Task,
         lane: Lane,
         generation: int,
-        verdict: Verdict,
+        verdict: Outcome,
         seconds: float,
     ) -> None:
         """The engine died: that is not the request's fault, unless it dies again and again."""
@@ -348,7 +348,7 @@ class Pool:
             if task.crashes > CRASHES_BEFORE_ALONE:
                 task.attempts += 1
                 message = f"the engine died {task.crashes} times under this request"
-                failed = Verdict(
+                failed = Outcome(
                     Kind.FAILED, "engine_crashed", f"{message}: {verdict.message}", verdict.status
                 )
                 self._record(task, lane, failed, seconds)
@@ -356,7 +356,7 @@ class Pool:
                 self._scheduler.crashed(task, lane)
         self._on_down(lane, generation)
 
-    def _watch_timeouts(self, lane: Lane, generation: int, verdict: Verdict) -> None:
+    def _watch_timeouts(self, lane: Lane, generation: int, verdict: Outcome) -> None:
         """Several timeouts in a row mean that the engine hangs."""
         if verdict.code != "timeout":
             self._timeouts[lane.index] = 0
@@ -367,7 +367,7 @@ class Pool:
             self._scheduler.close_lane(lane, generation=generation)
             self._on_down(lane, generation)
 
-    def _record(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+    def _record(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> None:
         try:
             self._store(task, lane, verdict, seconds)
         except (StorageError, RejectedError):
@@ -375,7 +375,7 @@ class Pool:
             raise
         self._scheduler.done(task, lane)
 
-    def _store(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> None:
+    def _store(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> None:
         failed = verdict.kind is not Kind.ANSWERED
         result = Result(
             key=task.key,
@@ -388,7 +388,7 @@ class Pool:
         self._journal.append(result)
         self._stats.recorded(verdict, task.request.custom_id)
 
-    def _metadata(self, task: Task, lane: Lane, verdict: Verdict, seconds: float) -> dict[str, Any]:
+    def _metadata(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> dict[str, Any]:
         asked = task.request.model or self._describe.model
         model = self._links[lane.index].ran(asked, verdict.model)
         metadata: dict[str, Any] = {

@@ -28,6 +28,7 @@ from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.ollama.pull import create_model, ensure_model
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
+from aiflux.estimates.storage import carry_estimate
 from aiflux.image.container import local_choices
 from aiflux.models.gguf_import import read_staged_gguf
 from aiflux.models.name import parse_model_name
@@ -198,6 +199,7 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
     if opened.finished:
         finished(opened.plan, opened.counts, context)
         return
+    carry_estimate(opened.plan, opened.run)
     ensure_models(opened.plan, opened.run, context)
     if not arguments.prepare:
         work(opened.plan, opened.run, 0, context)

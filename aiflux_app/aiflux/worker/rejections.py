@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 from aiflux.engines.external import redirect_error
-from aiflux.engines.outcome import Kind, Verdict
+from aiflux.engines.outcome import Kind, Outcome
 from aiflux.errors import RejectedError
 from aiflux.util.text import public_url
 from aiflux.worker.scheduler import Lane, Task
@@ -32,7 +32,7 @@ class Held:
 
     task: Task
     lane: Lane
-    verdict: Verdict
+    verdict: Outcome
     seconds: float
     since: float = field(default_factory=time.monotonic)
 
@@ -51,7 +51,7 @@ class Rejections:
         self._waiting: dict[str, list[Held]] = {}
         self._lock = threading.Lock()
 
-    def may_concern_all(self, url: str, verdict: Verdict, *, offered: bool | None) -> bool:
+    def may_concern_all(self, url: str, verdict: Outcome, *, offered: bool | None) -> bool:
         """Tell whether a failure may be one of every request to its endpoint.
 
         Args:
@@ -126,7 +126,7 @@ class Rejections:
         )
 
 
-def certain(engine: str, url: str, verdict: Verdict) -> RejectedError | None:
+def certain(engine: str, url: str, verdict: Outcome) -> RejectedError | None:
     """Return the error of an answer that every request gets; None of any other.
 
     Args:

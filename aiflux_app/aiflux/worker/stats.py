@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from aiflux.engines.outcome import Kind, Verdict
+from aiflux.engines.outcome import Kind, Outcome
 
 _DURATIONS = 256
 _SHOWN_ERRORS = 10
@@ -47,7 +47,7 @@ class Stats:
         self._marks: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
         self._lock = threading.Lock()
 
-    def attempt_ended(self, seconds: float, verdict: Verdict) -> None:
+    def attempt_ended(self, seconds: float, verdict: Outcome) -> None:
         """Take note of an ended exchange."""
         with self._lock:
             if verdict.generated:
@@ -60,14 +60,14 @@ class Stats:
         with self._lock:
             self.retries += 1
 
-    def asked_again(self, verdict: Verdict) -> None:
+    def asked_again(self, verdict: Outcome) -> None:
         """Take note of an answer that does not fit its schema and is asked for again."""
         with self._lock:
             self.unfit += 1
             self.prompt_tokens += verdict.prompt_tokens
             self.completion_tokens += verdict.completion_tokens
 
-    def recorded(self, verdict: Verdict, custom_id: str) -> None:
+    def recorded(self, verdict: Outcome, custom_id: str) -> None:
         """Take note of a result."""
         with self._lock:
             self._new += 1

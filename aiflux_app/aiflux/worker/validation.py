@@ -17,7 +17,7 @@ from aiflux.core.batch.schema import (
     schema_text,
 )
 from aiflux.core.config.run_options import RunOptions
-from aiflux.engines.outcome import Kind, Verdict
+from aiflux.engines.outcome import Kind, Outcome
 
 CODE = "schema"
 _KEPT = 256
@@ -46,7 +46,7 @@ class Checking:
         """Return what a run asks for; None where answers are taken as they are."""
         return cls(options.revalidate_attempts) if options.validate else None
 
-    def judge(self, request: Request, verdict: Verdict) -> Verdict:
+    def judge(self, request: Request, verdict: Outcome) -> Outcome:
         """Return the verdict on an answer that came, or UNFIT; FAILED for a schema that is none."""
         wanted = request.body.get("response_format")
         if verdict.kind is not Kind.ANSWERED or not isinstance(wanted, dict):
@@ -60,7 +60,7 @@ class Checking:
             return verdict
         return replace(verdict, kind=Kind.UNFIT, code=CODE, message=problem)
 
-    def _problem(self, wanted: dict[str, Any], verdict: Verdict) -> str | None:
+    def _problem(self, wanted: dict[str, Any], verdict: Outcome) -> str | None:
         kind = wanted.get("type")
         if kind not in ("json_schema", "json_object"):
             return None

@@ -33,7 +33,7 @@ from aiflux.bundle.installer import (
     SUMS,
     TOP,
     InstallError,
-    Places,
+    InstallPaths,
     install,
     places,
     verify,
@@ -108,7 +108,7 @@ def bundle(tmp_path: Path, parts: Ingredients) -> Path:
 
 
 @pytest.fixture
-def to(tmp_path: Path, awkward: Path) -> Places:
+def to(tmp_path: Path, awkward: Path) -> InstallPaths:
     prefix = tmp_path / awkward.name.replace(":", "") / "soft ware"
     return places(str(prefix), str(awkward / "models"))
 
@@ -182,7 +182,7 @@ def test_the_sum_that_is_told_is_the_file_s(tmp_path: Path, parts: Ingredients) 
     assert written.size == len(content)
 
 
-def test_an_install_by_plain_python(bundle: Path, to: Places, tmp_path: Path) -> None:
+def test_an_install_by_plain_python(bundle: Path, to: InstallPaths, tmp_path: Path) -> None:
     subprocess.run(["tar", "-xf", bundle, "aiflux-bundle/install.py"], cwd=tmp_path, check=True)
     done = subprocess.run(
         [sys.executable, "-I", "-S", "aiflux-bundle/install.py", bundle, "--prefix", to.prefix,
@@ -201,7 +201,7 @@ def test_an_install_by_plain_python(bundle: Path, to: Places, tmp_path: Path) ->
     assert not [path for path in files(to.prefix, to.models) if ".staging" in path.parts]
 
 
-def test_what_is_installed_is_found(bundle: Path, to: Places) -> None:
+def test_what_is_installed_is_found(bundle: Path, to: InstallPaths) -> None:
     from aiflux.core.config.config import Config
 
     install(bundle, to, silent)
@@ -211,7 +211,7 @@ def test_what_is_installed_is_found(bundle: Path, to: Places) -> None:
 
 
 def test_again_writes_nothing_and_a_newer_one_takes_over(
-    bundle: Path, to: Places, parts: Ingredients, tmp_path: Path
+    bundle: Path, to: InstallPaths, parts: Ingredients, tmp_path: Path
 ) -> None:
     install(bundle, to, silent)
     before = {path: path.stat().st_ino for path in files(to.models, to.prefix / "containers")}
@@ -229,7 +229,7 @@ def test_again_writes_nothing_and_a_newer_one_takes_over(
     assert "containers_dir" in to.site.read_text(), "and the settings are kept"
 
 
-def test_what_a_killed_install_left_is_used(bundle: Path, to: Places) -> None:
+def test_what_a_killed_install_left_is_used(bundle: Path, to: InstallPaths) -> None:
     install(bundle, to, silent)
     (blob, *_) = sorted((to.models / "blobs").iterdir(), key=lambda path: -path.stat().st_size)
     staged = to.staged(f"models/blobs/{blob.name}")
@@ -246,7 +246,7 @@ def test_what_a_killed_install_left_is_used(bundle: Path, to: Places) -> None:
 
 
 def test_what_runs_keeps_its_packages(
-    bundle: Path, to: Places, parts: Ingredients, tmp_path: Path
+    bundle: Path, to: InstallPaths, parts: Ingredients, tmp_path: Path
 ) -> None:
     install(bundle, to, silent)
     running = subprocess.Popen(
@@ -263,7 +263,7 @@ def test_what_runs_keeps_its_packages(
     assert called.stdout.splitlines()[-1] == "2.0"
 
 
-def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: Places) -> None:
+def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: InstallPaths) -> None:
     staged = to.staged("image/aiflux.sif")
 
     def stop(_: int) -> None:
@@ -280,7 +280,9 @@ def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: Places) 
 
 
 @pytest.mark.parametrize("words", [[installer.__file__], ["-m", "aiflux.cli", "bundle", "install"]])
-def test_a_signal_stops_an_install_in_words(bundle: Path, to: Places, words: list[str]) -> None:
+def test_a_signal_stops_an_install_in_words(
+    bundle: Path, to: InstallPaths, words: list[str]
+) -> None:
     # It waits where it wants to write the image: nobody reads this pipe.
     pipe = to.staged("image/aiflux.sif")
     pipe.parent.mkdir(parents=True)
@@ -302,7 +304,7 @@ def test_a_signal_stops_an_install_in_words(bundle: Path, to: Places, words: lis
     ]
 
 
-def test_a_blob_that_was_damaged_on_the_disk_is_replaced(bundle: Path, to: Places) -> None:
+def test_a_blob_that_was_damaged_on_the_disk_is_replaced(bundle: Path, to: InstallPaths) -> None:
     install(bundle, to, silent)
     blob = max((to.models / "blobs").iterdir(), key=lambda path: path.stat().st_size)
     whole = blob.read_bytes()
@@ -314,7 +316,7 @@ def test_a_blob_that_was_damaged_on_the_disk_is_replaced(bundle: Path, to: Place
 # --- what is refused --------------------------------------------------------------------------
 
 
-def test_every_damaged_byte_of_content_is_found(bundle: Path, to: Places) -> None:
+def test_every_damaged_byte_of_content_is_found(bundle: Path, to: InstallPaths) -> None:
     with tarfile.open(bundle) as tar:
         spots = [info.offset_data + info.size // 2 for info in tar.getmembers() if info.size]
     whole = bundle.read_bytes()
@@ -329,7 +331,7 @@ def test_every_damaged_byte_of_content_is_found(bundle: Path, to: Places) -> Non
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9999])
-def test_every_cut_is_found(bundle: Path, to: Places, share: float) -> None:
+def test_every_cut_is_found(bundle: Path, to: InstallPaths, share: float) -> None:
     cut = bundle.with_name("cut.tar")
     with tarfile.open(bundle) as tar:
         end = max(info.offset_data + info.size for info in tar.getmembers())
@@ -424,7 +426,7 @@ def places_in(value: Any) -> Iterator[list[Any]]:
 )
 @given(st.data())
 def test_any_value_in_a_bundle_s_contents_is_an_error_or_harmless(
-    bundle: Path, to: Places, data: st.DataObject
+    bundle: Path, to: InstallPaths, data: st.DataObject
 ) -> None:
     contents = verify(bundle).contents
     place = data.draw(st.sampled_from([*places_in(contents)]))
@@ -486,7 +488,7 @@ def test_any_bytes_as_a_bundle_s_contents_are_an_error(bundle: Path, raw: bytes)
      ("pythons", {"../x": []}), ("pythons", []), ("models", {}), ("arch", "a\nb")],
 )  # fmt: skip
 def test_a_field_that_could_lead_elsewhere_is_refused(
-    bundle: Path, to: Places, name: str, value: object
+    bundle: Path, to: InstallPaths, name: str, value: object
 ) -> None:
     raw = json.dumps({**verify(bundle).contents, name: value}).encode()
     with pytest.raises(InstallError, match=f"wrong value of {name}"):
@@ -509,7 +511,9 @@ def test_a_header_that_asks_for_much_memory_is_refused(bundle: Path) -> None:
         verify(bundle)
 
 
-def test_it_is_told_which_pythons_would_do(bundle: Path, parts: Ingredients, to: Places) -> None:
+def test_it_is_told_which_pythons_would_do(
+    bundle: Path, parts: Ingredients, to: InstallPaths
+) -> None:
     other = Ingredients(None, parts.models_dir, (), {"3.9": [*parts.wheels[PYTHON]]}, MACHINE)
     path = write_bundle(bundle.with_name("o.tar"), other).path
     with pytest.raises(InstallError, match=rf"this is Python {PYTHON}, .* packages for 3\.9"):
@@ -532,7 +536,7 @@ def test_a_place_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
     assert error.value.storage
 
 
-def test_two_installs_at_once(bundle: Path, to: Places) -> None:
+def test_two_installs_at_once(bundle: Path, to: InstallPaths) -> None:
     lock = to.models / ".staging" / "bundle.lock"
     lock.parent.mkdir(parents=True)
     with lock.open("w") as held:
@@ -542,7 +546,7 @@ def test_two_installs_at_once(bundle: Path, to: Places) -> None:
     install(bundle, to, silent)
 
 
-def test_edited_settings_are_kept(bundle: Path, to: Places) -> None:
+def test_edited_settings_are_kept(bundle: Path, to: InstallPaths) -> None:
     to.prefix.mkdir(parents=True)
     to.site.write_text("slurm: {partition: gpu}\n")
     told: list[str] = []
@@ -571,7 +575,7 @@ def test_models_that_are_missing_or_damaged_make_no_bundle(
 
 
 def test_an_install_has_the_extras_of_its_bundle(
-    tmp_path: Path, parts: Ingredients, to: Places
+    tmp_path: Path, parts: Ingredients, to: InstallPaths
 ) -> None:
     def installed(*extras: str) -> list[str]:
         told: list[str] = []
@@ -638,7 +642,7 @@ def test_pip_is_asked_for_the_cluster_s_wheels() -> None:
 
 
 def test_verify_and_install_as_commands(
-    bundle: Path, to: Places, capsys: pytest.CaptureFixture[str]
+    bundle: Path, to: InstallPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bundle", "verify", str(bundle)]) == 0
     told = capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.cli.main import main
-from aiflux.engines.outcome import Kind, Verdict
+from aiflux.engines.outcome import Kind, Outcome
 from aiflux.worker.progress import TerminalReporter
 from aiflux.worker.stats import Stats
 from tests.unit.made_runs import MadeRun
@@ -125,7 +125,7 @@ def test_the_bar_of_a_run_shows_its_figures_whole(
     monkeypatch.setenv("COLUMNS", str(width))
     now = [0.0]
     stats = Stats(1_000_000, 200_000, 12_345, clock=lambda: now[0])
-    verdict = Verdict(Kind.ANSWERED, completion_tokens=30)
+    verdict = Outcome(Kind.ANSWERED, completion_tokens=30)
     for _ in range(50):
         now[0] += 0.01
         stats.recorded(verdict, "r")

@@ -18,7 +18,7 @@ from aiflux.image.apt_source import AptSource, find_source
 from aiflux.image.base import BaseChoice, choose_base
 from aiflux.image.build import build, build_environment, render_command
 from aiflux.image.options import OLLAMA_IMAGE, BuildOptions
-from aiflux.image.payload import Sources, find_sources, known_facts
+from aiflux.image.payload import Checkout, find_sources, known_facts
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 
@@ -199,10 +199,10 @@ def test_the_time_of_the_build_is_that_of_the_commit(tmp_path: Path) -> None:
 
 
 def test_no_checkout_has_no_commit(tmp_path: Path) -> None:
-    facts = known_facts(Sources(tmp_path), DEBIAN)
+    facts = known_facts(Checkout(tmp_path), DEBIAN)
     assert facts["commit"] == "unknown"
     assert facts["base_image"] == "debootstrap trixie"
-    assert "SOURCE_DATE_EPOCH" not in build_environment({}, tmp_path, Sources(tmp_path))
+    assert "SOURCE_DATE_EPOCH" not in build_environment({}, tmp_path, Checkout(tmp_path))
 
 
 def test_an_image_that_is_there_stays(tmp_path: Path) -> None:

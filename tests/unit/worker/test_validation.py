@@ -17,7 +17,7 @@ from aiflux.core.batch.schema import SchemaError, compile_schema
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.engines.external import ExternalEngine
 from aiflux.engines.http import Answer, Client
-from aiflux.engines.outcome import Kind, Verdict, judge_answer
+from aiflux.engines.outcome import Kind, Outcome, judge_answer
 from aiflux.errors import ExitCode, InputError
 from aiflux.util.extras import remedy
 from aiflux.worker.concurrency import FixedLimit
@@ -47,11 +47,11 @@ def hold(working: Working, number: int, schema: Any) -> None:
     working.input.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def verdict_on(text: str, wanted: Any, checking: Checking | None = None) -> Verdict:
+def verdict_on(text: str, wanted: Any, checking: Checking | None = None) -> Outcome:
     body = {"model": "m:1", "messages": [], "response_format": wanted}
     request = parse_request(request_line(body=body).encode())
     answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-    verdict = Verdict(Kind.ANSWERED, status=200, body=json.dumps(answer).encode())
+    verdict = Outcome(Kind.ANSWERED, status=200, body=json.dumps(answer).encode())
     return (checking or Checking(2)).judge(request, verdict)
 
 
@@ -196,7 +196,7 @@ def test_no_request_and_no_answer_ends_a_run(
 class BuggyChecking(Checking):
     """Fails as only a bug can, at one kind of request."""
 
-    def judge(self, request: Request, verdict: Verdict) -> Verdict:
+    def judge(self, request: Request, verdict: Outcome) -> Outcome:
         if "bug" in request.custom_id:
             raise ZeroDivisionError("a bug")
         return verdict

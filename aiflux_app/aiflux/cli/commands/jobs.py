@@ -14,7 +14,7 @@ from aiflux.cli.json_output import add_json, print_json
 from aiflux.cli.render.run import STYLES, moment
 from aiflux.cli.run_argument import make_console, short, show
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.registry import Entry, entries, forget_gone
+from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
 from aiflux.slurm.monitor.collect import RunView, gather_all
@@ -63,7 +63,7 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _long_finished(entry: Entry, since: float) -> bool:
+def _long_finished(entry: RegistryEntry, since: float) -> bool:
     """Tell from one file that a run does not belong into the list."""
     run = RunDirectory(entry.run_dir)
     try:
@@ -73,7 +73,7 @@ def _long_finished(entry: Entry, since: float) -> bool:
     return old and (read_run_status(run) or {}).get("status") == "completed"
 
 
-def _is_recent(entry: Entry, known: _Known, since: float) -> bool:
+def _is_recent(entry: RegistryEntry, known: _Known, since: float) -> bool:
     if not isinstance(known, RunView):
         return known is not None and unix_seconds(entry.submitted) >= since
     return not known.ended or max(known.updated or 0, unix_seconds(entry.submitted)) >= since
@@ -85,7 +85,7 @@ def _state(known: _Known) -> str:
     return "gone" if known is None else "unreadable"
 
 
-def _to_json(entry: Entry, known: _Known) -> dict[str, Any]:
+def _to_json(entry: RegistryEntry, known: _Known) -> dict[str, Any]:
     content = {**entry.to_json(), "state": _state(known)}
     if isinstance(known, RunView):
         names = ("total", "completed", "failed", "remaining_seconds", "next_command", "updated")
@@ -93,7 +93,7 @@ def _to_json(entry: Entry, known: _Known) -> dict[str, Any]:
     return content
 
 
-def _list(shown: Sequence[tuple[Entry, _Known]]) -> None:
+def _list(shown: Sequence[tuple[RegistryEntry, _Known]]) -> None:
     console = make_console()
     rows = [["JOB", "STATE", "DONE", "FAILED", "SUBMITTED", "OUTPUT"], *(_row(*p) for p in shown)]
     width = console.width if console.is_terminal else None
@@ -107,7 +107,7 @@ def _list(shown: Sequence[tuple[Entry, _Known]]) -> None:
         show(console, [Text(f"from the files alone: {refusal}", style="yellow")])
 
 
-def _row(entry: Entry, known: _Known) -> list[str]:
+def _row(entry: RegistryEntry, known: _Known) -> list[str]:
     done = failed = ""
     if isinstance(known, RunView):
         done, failed = f"{known.done}/{known.total}", str(known.failed)

@@ -24,7 +24,7 @@ from aiflux.report.html.page import page
 from aiflux.report.html.plots import latency_plot, throughput_plot
 from aiflux.report.journal_summary import tally
 from aiflux.report.methods import methods
-from aiflux.report.sources import Sources
+from aiflux.report.sources import ReportSources
 from aiflux.slurm.monitor.collect import ShardView, gather
 from aiflux.slurm.submissions import known_submissions
 from aiflux.util.files import atomic_write
@@ -87,7 +87,7 @@ def read_report(run: RunDirectory) -> Report:
     journals = (run.journal(shard.index) for shard in plan.shards)
     tallies = tuple(tally(journal_lines(journal)) for journal in journals)
     return make_report(
-        Sources(
+        ReportSources(
             plan=plan,
             run_dir=str(run.path),
             condition=_condition(run),

@@ -17,7 +17,7 @@ from aiflux.cli.json_output import add_json, print_json
 from aiflux.cli.located import located
 from aiflux.converters.results import BackOptions, BackSummary
 from aiflux.converters.results.answers import entries, prompt_text, refuse_missing
-from aiflux.core.batch.results_file import EMPTY_REASONS, Entry, answered_words, vectors
+from aiflux.core.batch.results_file import EMPTY_REASONS, ResultEntry, answered_words, vectors
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES
 from aiflux.core.runs.plan import read_plan
 from aiflux.util.streams import STDOUT
@@ -225,7 +225,7 @@ def _show(output: Path, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_json(shown: Iterator[Entry]) -> None:
+def _print_json(shown: Iterator[ResultEntry]) -> None:
     """Print an array, an entry a line; it may be larger than memory."""
     start = "["
     for entry in shown:
@@ -240,11 +240,11 @@ def _print_json(shown: Iterator[Entry]) -> None:
     print("]" if start == "," else "[]")
 
 
-def _prompt(entry: Entry) -> str:
+def _prompt(entry: ResultEntry) -> str:
     return "" if entry.request is None else prompt_text(entry.request.get("body") or {})
 
 
-def _answer(entry: Entry) -> str:
+def _answer(entry: ResultEntry) -> str:
     sizes = [len(vector) for vector in vectors(entry.body) if isinstance(vector, list)]
     if sizes:
         return f"{len(sizes)} embedding(s) of {sizes[0]} numbers"

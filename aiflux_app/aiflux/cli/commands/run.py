@@ -24,6 +24,7 @@ from aiflux.core.runs.directory import RunDirectory, checked_output, default_out
 from aiflux.core.runs.open import OpenedRun, draft_run, open_run
 from aiflux.errors import UsageError
 from aiflux.estimates.pilot import FEWEST
+from aiflux.estimates.storage import carry_estimate
 from aiflux.slurm.preflight.local import check_fields, told
 from aiflux.util.streams import STDIN
 from aiflux.util.unicode import json_text
@@ -118,6 +119,7 @@ def _open(
     )
     if not opened.finished:
         register(opened.plan)
+        carry_estimate(opened.plan, opened.run)
         for finding in check_fields(opened.plan):
             print(f"warning: {told(finding)}", file=sys.stderr)
     return opened

@@ -13,7 +13,7 @@ from aiflux.cli.run_argument import add_run, frame_of, make_console, show
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
-from aiflux.estimates.compare import Row, compare
+from aiflux.estimates.compare import ComparedFigure, compare
 from aiflux.estimates.storage import read_estimate
 from aiflux.slurm.monitor.collect import gather
 
@@ -41,7 +41,7 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compared(run: RunDirectory) -> tuple[Row, ...]:
+def _compared(run: RunDirectory) -> tuple[ComparedFigure, ...]:
     """Return what was estimated of a finished run beside what it took; nothing without both."""
     plan = read_plan(run)
     told = read_estimate(run.estimate, plan)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from aiflux.core.config.settings import BY_NAME
-from aiflux.estimates.compare import Row
+from aiflux.estimates.compare import ComparedFigure
 from aiflux.estimates.estimate import SLURM, Estimate
 from aiflux.estimates.intervals import Range
 from aiflux.util.durations import duration
@@ -34,7 +34,7 @@ def forecast(told: Estimate, command: str) -> list[Text]:
     ]
 
 
-def comparison(rows: Sequence[Row]) -> list[Text]:
+def comparison(rows: Sequence[ComparedFigure]) -> list[Text]:
     """Return estimated and actual figures as lines."""
     lines = [Text(""), _heading("", "actual", "estimated", "95 % between")]
     for row in rows:

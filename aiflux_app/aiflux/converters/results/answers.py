@@ -11,7 +11,7 @@ from typing import Any
 from aiflux.core.batch.input_file import change_of, looks_unchanged
 from aiflux.core.batch.request import parse_json, request_key
 from aiflux.core.batch.results_file import (
-    Entry,
+    ResultEntry,
     entry_lines,
     output_files,
     parse_entry,
@@ -27,7 +27,7 @@ _FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
 _THOUGHT = "</think>"
 
 
-def entries(output: Path) -> Iterator[Entry]:
+def entries(output: Path) -> Iterator[ResultEntry]:
     """Yield the entries of an output, with their requests where these can be found.
 
     A ``.jsonl`` output holds no requests: they are read from its run, where that is still there.
@@ -43,10 +43,10 @@ def entries(output: Path) -> Iterator[Entry]:
     return read_entries(output)
 
 
-def _entries_of_run(run: RunDirectory) -> Iterator[Entry]:
+def _entries_of_run(run: RunDirectory) -> Iterator[ResultEntry]:
     for raw, result in iterate_results(read_plan(run), run):
         request = parse_json(raw.decode("utf-8"))
-        yield Entry(
+        yield ResultEntry(
             request["custom_id"],
             request,
             None if result.failed else json.loads(result.body),
@@ -73,7 +73,7 @@ class AnswersById:
         """Number of entries."""
         return self._index.done
 
-    def get(self, custom_id: str) -> Entry | None:
+    def get(self, custom_id: str) -> ResultEntry | None:
         """Return the entry of a request, or None."""
         found = self._index.find(_key(custom_id))
         if found is None:
@@ -92,7 +92,7 @@ def _key(custom_id: str) -> bytes:
     return request_key(custom_id.encode("utf-8", "surrogatepass"))
 
 
-def kept_columns(entry: Entry) -> dict[str, Any]:
+def kept_columns(entry: ResultEntry) -> dict[str, Any]:
     """Return the source's columns that a converter put into the request's metadata."""
     columns = entry.metadata.get("columns")
     if columns is None and entry.request is not None:
@@ -102,7 +102,7 @@ def kept_columns(entry: Entry) -> dict[str, Any]:
     return own or {name: entry.metadata[name] for name in named if name in entry.metadata}
 
 
-def json_fields(entry: Entry) -> dict[str, Any] | None:
+def json_fields(entry: ResultEntry) -> dict[str, Any] | None:
     """Return the JSON object that an answer is, or that it holds beside other words, or None.
 
     What stands before ``</think>`` is no answer. A Markdown fence, and words before and behind, are
@@ -131,7 +131,7 @@ def _object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def choices(entry: Entry) -> list[dict[str, Any]]:
+def choices(entry: ResultEntry) -> list[dict[str, Any]]:
     """Return the choices of an answer; nothing for embeddings and failures."""
     found = entry.body.get("choices") if isinstance(entry.body, dict) else None
     listed = found if isinstance(found, list) else []

@@ -23,7 +23,7 @@ from aiflux.converters.results.answers import (
 from aiflux.converters.table import Row
 from aiflux.converters.template import check_columns
 from aiflux.converters.writer import Skipped
-from aiflux.core.batch.results_file import Entry
+from aiflux.core.batch.results_file import ResultEntry
 from aiflux.errors import InputError
 from aiflux.util.unicode import whole_text
 
@@ -158,7 +158,7 @@ class BackTable:
             if not found:
                 raise self.source.foreign(self.output)
 
-    def _record(self, custom_id: str, cells: dict[str, Any], entry: Entry | None) -> Record:
+    def _record(self, custom_id: str, cells: dict[str, Any], entry: ResultEntry | None) -> Record:
         summary = self.summary
         summary.rows += 1
         record: Record = {self.id: custom_id}
@@ -184,7 +184,7 @@ class BackTable:
             record |= self._unpacked(entry)
         return record
 
-    def _unpacked(self, entry: Entry | None) -> Record:
+    def _unpacked(self, entry: ResultEntry | None) -> Record:
         answered = entry is not None and entry.error is None
         content = json_fields(entry) if entry is not None and answered else None
         if entry is not None and answered and content is None:
@@ -203,7 +203,7 @@ def _free(name: str, taken: set[str]) -> str:
     return found
 
 
-def _changed(entry: Entry, cells: dict[str, Any]) -> bool:
+def _changed(entry: ResultEntry, cells: dict[str, Any]) -> bool:
     """Return whether the request of an answer holds none of a row's cells.
 
     A row with an empty cell cannot be judged: that cell may be all that was asked.
@@ -222,7 +222,7 @@ class _Seen:
     columns: dict[str, set[type]] = field(default_factory=dict)
     fields: dict[str, set[type]] = field(default_factory=dict)
 
-    def note(self, entry: Entry, options: BackOptions) -> None:
+    def note(self, entry: ResultEntry, options: BackOptions) -> None:
         for name, value in kept_columns(entry).items():
             self.columns.setdefault(name, set()).add(_type(value))
         if options.json_fields is not None:

@@ -14,7 +14,7 @@ _BUFFER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ResultEntry:
     """What an output says of one request.
 
     Attributes:
@@ -175,7 +175,7 @@ def entry_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
 
 
-def parse_entry(text: bytes, path: Path) -> Entry:
+def parse_entry(text: bytes, path: Path) -> ResultEntry:
     """Parse one entry of an output.
 
     Raises:
@@ -194,7 +194,7 @@ def _reason(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def read_entries(path: Path) -> Iterator[Entry]:
+def read_entries(path: Path) -> Iterator[ResultEntry]:
     """Yield every entry of an output: those of a ``.jsonl`` output's errors file come last.
 
     Raises:
@@ -205,12 +205,12 @@ def read_entries(path: Path) -> Iterator[Entry]:
             yield parse_entry(text, file)
 
 
-def _entry(content: dict[str, Any]) -> Entry:
+def _entry(content: dict[str, Any]) -> ResultEntry:
     if "output" not in content and "response" not in content:
         raise TypeError("it has neither an output nor a response")
     if "input" in content:
         request = content["input"]
-        entry = Entry(
+        entry = ResultEntry(
             request["custom_id"],
             request,
             content["output"],
@@ -221,7 +221,7 @@ def _entry(content: dict[str, Any]) -> Entry:
         response = content["response"] or {}
         body = response.get("body")
         error = content["error"] or _refusal(response.get("status_code"), body)
-        entry = Entry(content["custom_id"], None, None if error else body, error)
+        entry = ResultEntry(content["custom_id"], None, None if error else body, error)
     _check(entry)
     return entry
 
@@ -235,7 +235,7 @@ def _refusal(status: Any, body: Any) -> dict[str, Any] | None:
     return {"code": f"http_{status}", "message": str(told or json.dumps(body)), "status": status}
 
 
-def _check(entry: Entry) -> None:
+def _check(entry: ResultEntry) -> None:
     """Raise TypeError where a part has another type than any output gives it."""
     if not isinstance(entry.custom_id, str) or not isinstance(entry.metadata, dict):
         raise TypeError("custom_id is no text, or metadata no object")

@@ -30,13 +30,13 @@ from aiflux.core.config.settings import (
     section_settings,
 )
 from aiflux.core.config.slurm_config import SlurmConfig
-from aiflux.core.config.sources import Value, from_dotenv, from_environment, from_files
+from aiflux.core.config.sources import SourcedValue, from_dotenv, from_environment, from_files
 from aiflux.errors import ConfigError
 from aiflux.models.catalog import Catalogue, catalogue_files, read_catalogue
 from aiflux.models.name import parse_model_name, same_model
 from aiflux.util.text import public_url
 
-__all__ = ["Config", "SlurmConfig", "Value"]
+__all__ = ["Config", "SlurmConfig", "SourcedValue"]
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Config:
         self._model_config = model_config
         if model_config is not None:
             values.update(_of_model(model_config, values))
-        self.values: Mapping[str, Value] = MappingProxyType(values)
+        self.values: Mapping[str, SourcedValue] = MappingProxyType(values)
 
     def get(self, name: str) -> Any:
         """Return a setting's value."""
@@ -104,8 +104,8 @@ class Config:
             directory=self._directory,
         )
 
-    def _resolve(self, arguments: Mapping[str, Any]) -> dict[str, Value]:
-        values = {item.name: Value(item.default, "default") for item in SETTINGS}
+    def _resolve(self, arguments: Mapping[str, Any]) -> dict[str, SourcedValue]:
+        values = {item.name: SourcedValue(item.default, "default") for item in SETTINGS}
         values.update(from_files(self._environ, self._directory))
         values.update(from_dotenv(self._directory / ".env", self._environ))
         values.update(from_environment(self._environ))
@@ -113,7 +113,7 @@ class Config:
             if value is not None:
                 setting = known_setting(name, "the arguments: ")
                 parsed = parse_setting(setting, value, f"the argument {setting.option}")
-                values[setting.name] = Value(parsed, "argument")
+                values[setting.name] = SourcedValue(parsed, "argument")
         return values
 
     @property
@@ -163,7 +163,7 @@ class Config:
         return SlurmConfig(**{**values, **_parsed("slurm", overrides or {}, "the overrides")})
 
     @property
-    def decided_here(self) -> dict[str, Value]:
+    def decided_here(self) -> dict[str, SourcedValue]:
         """Settings of the current directory's files that decide where prompts go or what runs."""
         return {
             name: value
@@ -252,7 +252,9 @@ def _known_parameters(catalogue: Catalogue, name: str) -> ModelParameters:
     )
 
 
-def _of_model(model: ModelConfig, values: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+def _of_model(
+    model: ModelConfig, values: Mapping[str, SourcedValue]
+) -> Iterator[tuple[str, SourcedValue]]:
     """Yield the settings that a model's configuration gives and nothing else sets."""
     origin = str(model.place or f"the configuration of {model.name}")
     named = values["model"]
@@ -267,7 +269,7 @@ def _of_model(model: ModelConfig, values: Mapping[str, Value]) -> Iterator[tuple
         given.pop("top_k", None)
     for name, value in given.items():
         if values[name].origin == "default":
-            yield name, Value(value, origin)
+            yield name, SourcedValue(value, origin)
 
 
 def _parsed(section: str, given: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?
 
 
 @dataclass(frozen=True)
-class Value:
+class SourcedValue:
     """A setting's value and where it came from, such as ``aiflux.yaml, line 3``.
 
     Attributes:
@@ -73,7 +73,7 @@ def project_file(directory: Path) -> Path:
     return directory / "aiflux.yaml"
 
 
-def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Value]:
+def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, SourcedValue]:
     """Return what the YAML files say; the folder's wins over the user's, that over the site's.
 
     Raises:
@@ -112,7 +112,7 @@ def refuse_foreign(path: Path, trust: str) -> None:
         )
 
 
-def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
+def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValue]:
     """Return what one YAML file says.
 
     Args:
@@ -122,7 +122,7 @@ def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
         ConfigError: naming the line and what may stand there.
     """
     file = read_yaml(path)
-    values: dict[str, Value] = {}
+    values: dict[str, SourcedValue] = {}
     for section in file.mapping(known=SECTIONS, noun="section", remedy=elsewhere):
         known = section_settings(section)
         given = file.mapping(section, known=known, noun="setting", remedy=elsewhere)
@@ -131,18 +131,18 @@ def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
             setting, keys = known[name], (section, name)
             if value is not None:
                 parsed = _parsed(setting, value, file.place(*keys), path.parent, environ)
-                values[setting.name] = Value(parsed, file.line(*keys))
+                values[setting.name] = SourcedValue(parsed, file.line(*keys))
             elif setting.name in LEFT_OUT:
-                values[setting.name] = Value(None, file.line(*keys))
+                values[setting.name] = SourcedValue(None, file.line(*keys))
     return values
 
 
-def from_environment(environ: Mapping[str, str]) -> dict[str, Value]:
+def from_environment(environ: Mapping[str, str]) -> dict[str, SourcedValue]:
     """Return what the environment says; an empty variable counts as not set."""
     return _named({name: (text, "environment") for name, text in environ.items()})
 
 
-def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, Value]:
+def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValue]:
     """Return what a ``.env`` file says, if there is one; its paths may name variables."""
     # A folder of this name is a virtual environment.
     if path.is_dir() or not is_there(path):
@@ -190,13 +190,13 @@ def _parsed(
 
 def _named(
     texts: Mapping[str, tuple[str, str]], parse: Callable[[Setting, str, str], Any] = parse_setting
-) -> dict[str, Value]:
+) -> dict[str, SourcedValue]:
     values = {}
     for item in SETTINGS:
         text, where = texts.get(item.env or "", ("", ""))
         if text:
             origin = f"{where} ({item.env})"
-            values[item.name] = Value(parse(item, text, origin), origin)
+            values[item.name] = SourcedValue(parse(item, text, origin), origin)
     return values
 
 

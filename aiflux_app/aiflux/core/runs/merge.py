@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aiflux.core.batch.results_file import answered_words
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.output import Counts, finalise, output_paths, refuse_changed_input
+from aiflux.core.runs.output import ResultCounts, finalise, output_paths, refuse_changed_input
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.result_index import missing_results
 from aiflux.core.runs.status_file import (
@@ -30,7 +30,7 @@ _DONE = b"done\n"
 
 def merge_when_last(
     plan: Plan, run: RunDirectory, shard: int, status: Status, say: Callable[[str], None]
-) -> Counts | None:
+) -> ResultCounts | None:
     """Note that a shard is done, and write the output where every shard is; None where one is not.
 
     Shards end together, on nodes that each see the other's status late: an NFS client may take a
@@ -80,7 +80,7 @@ def _marked(mark: Path) -> bool:
 
 def merge(
     plan: Plan, run: RunDirectory, say: Callable[[str], None], *, again: bool = False
-) -> Counts:
+) -> ResultCounts:
     """Write the output from the journals, unless that was done before.
 
     Args:
@@ -98,10 +98,10 @@ def merge(
 
 def _merge(
     plan: Plan, run: RunDirectory, say: Callable[[str], None], *, again: bool = False
-) -> Counts:
+) -> ResultCounts:
     counts = finished_counts(plan, run)
     if counts is not None and not again:
-        return Counts(counts["total"], counts["failed"])
+        return ResultCounts(counts["total"], counts["failed"])
     remove_leftovers(*output_paths(plan.output))
     status = _begun(plan, run, own=counts is not None)
     began = time.monotonic()
@@ -168,7 +168,7 @@ def forget_done(plan: Plan, run: RunDirectory, shard: int) -> None:
         raise storage_error(error, mark) from error
 
 
-def merge_partial(plan: Plan, run: RunDirectory) -> tuple[Path, Counts]:
+def merge_partial(plan: Plan, run: RunDirectory) -> tuple[Path, ResultCounts]:
     """Write what is done so far beside the output; return where, and how much it is.
 
     Raises:

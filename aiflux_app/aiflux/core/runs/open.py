@@ -23,7 +23,6 @@ from aiflux.core.runs.status_file import (
     run_status,
 )
 from aiflux.errors import ConfigError, RunConflictError
-from aiflux.estimates.storage import carry_estimate
 from aiflux.util.files import (
     is_there,
     read_file,
@@ -57,7 +56,7 @@ class OpenedRun:
 
 
 @dataclass(frozen=True)
-class Draft:
+class RunDraft:
     """A run that is checked and planned, while nothing is written.
 
     Attributes:
@@ -135,7 +134,7 @@ def draft_run(
     shards: int | ShardCount = 1,
     force: bool = False,
     force_resume: bool = False,
-) -> Draft:
+) -> RunDraft:
     """Check the input and what is there from before, and plan the run; write nothing.
 
     Args:
@@ -164,15 +163,15 @@ def draft_run(
     earlier = _earlier(run, plan, force_resume)
     counts = finished_counts(plan, run) if earlier else None
     if counts is not None and not force and not options.retry_failed:
-        return Draft(plan, run, earlier, counts)
+        return RunDraft(plan, run, earlier, counts)
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
     if not replace:
         refuse_existing(*output_paths(output))
     anew = counts is not None and not options.retry_failed
-    return Draft(plan, run, earlier, counts, replace, anew, seen)
+    return RunDraft(plan, run, earlier, counts, replace, anew, seen)
 
 
-def _write(draft: Draft) -> None:
+def _write(draft: RunDraft) -> None:
     """Bring the run directory in line with the plan, while no process works on it.
 
     What was drafted holds only for what was there then: another command may have planned, and even
@@ -195,7 +194,6 @@ def _write(draft: Draft) -> None:
         else:
             _forget_statuses(run)
         write_plan(plan, run)
-        carry_estimate(plan, run)
         status = run_status(plan, run)
         status.details["replace"] = draft.replace and plan.output.exists()
         status.enter("in_progress")
@@ -213,7 +211,7 @@ def _begun_meanwhile(plan: Plan, run: RunDirectory) -> RunConflictError:
     )
 
 
-def _remove_leftovers(draft: Draft) -> None:
+def _remove_leftovers(draft: RunDraft) -> None:
     """Remove the temporary files of earlier starts that were killed; none is alive now."""
     shards = {*draft.plan.shards, *(draft.earlier.shards if draft.earlier else ())}
     statuses = {draft.run.status(shard.index) for shard in shards}

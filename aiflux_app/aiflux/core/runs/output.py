@@ -24,7 +24,7 @@ from aiflux.core.runs.journal import (
     scan_journal,
 )
 from aiflux.core.runs.plan import Plan, changed_input
-from aiflux.core.runs.result_index import MISSING, Places, find_places, missing_results
+from aiflux.core.runs.result_index import MISSING, ResultOffsets, find_places, missing_results
 from aiflux.errors import InputError, MissingResultsError
 from aiflux.util.files import atomic_write, is_there, read_error
 from aiflux.util.lines import read_lines
@@ -35,7 +35,7 @@ _FLUSH_EVERY = 4096
 
 
 @dataclass
-class Counts:
+class ResultCounts:
     """Results of a run; ``empty`` counts answers without a text, by their reason."""
 
     total: int = 0
@@ -104,7 +104,7 @@ def _paired(plan: Plan, run: RunDirectory) -> Generator[tuple[bytes, RawResult |
 
 
 def _read(
-    plan: Plan, reader: JournalReader, places: Places
+    plan: Plan, reader: JournalReader, places: ResultOffsets
 ) -> Iterator[tuple[bytes, RawResult | None]]:
     """Yield the requests of some lines with their results."""
     lines = read_lines(plan.input_path, places.start, places.end)
@@ -159,7 +159,7 @@ def _without_result(plan: Plan, run: RunDirectory, raw: bytes) -> MissingResults
     )
 
 
-def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> Counts:
+def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> ResultCounts:
     """Write the output (and the errors file of a ``.jsonl`` output) from the journals.
 
     Args:
@@ -175,8 +175,8 @@ def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> Coun
         return write(results, target)
 
 
-def _write_array(results: Results, target: Path) -> Counts:
-    counts = Counts()
+def _write_array(results: Results, target: Path) -> ResultCounts:
+    counts = ResultCounts()
     with atomic_write(target) as file:
         separator = b"[\n"
         for raw, result in results:
@@ -220,8 +220,8 @@ def _merged_metadata(raw: bytes, metadata: bytes) -> bytes:
     return json.dumps({**own, **json.loads(metadata)}).encode()
 
 
-def _write_batch_form(results: Results, target: Path) -> Counts:
-    counts = Counts()
+def _write_batch_form(results: Results, target: Path) -> ResultCounts:
+    counts = ResultCounts()
     errors = errors_path(target)
     with ExitStack() as stack:
         answered = stack.enter_context(atomic_write(target))

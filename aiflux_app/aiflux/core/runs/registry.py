@@ -28,7 +28,7 @@ JOB = re.compile(r"(?P<number>[1-9]\d*)(?:_(?P<task>\d+))?(?:;(?P<cluster>[^\s;]
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegistryEntry:
     """One run of this user.
 
     Attributes:
@@ -99,7 +99,7 @@ def register(
         file = place / _name(run_dir)
         earlier = _read(file)
         before = earlier.jobs if earlier is not None else ()
-        entry = Entry(
+        entry = RegistryEntry(
             run_dir,
             output,
             input,
@@ -130,12 +130,12 @@ def register_plan(plan: Plan, jobs: Iterable[object]) -> str | None:
     )
 
 
-def entries(environ: Mapping[str, str]) -> list[Entry]:
+def entries(environ: Mapping[str, str]) -> list[RegistryEntry]:
     """Return the user's runs, the newest first. What cannot be read is left out."""
     return sorted(_entries(environ), key=lambda entry: entry.submitted, reverse=True)
 
 
-def forget_gone(environ: Mapping[str, str]) -> list[Entry]:
+def forget_gone(environ: Mapping[str, str]) -> list[RegistryEntry]:
     """Forget runs whose directory is gone; return them."""
     gone = [entry for entry in _entries(environ) if entry.gone]
     for entry in gone:
@@ -144,7 +144,7 @@ def forget_gone(environ: Mapping[str, str]) -> list[Entry]:
     return gone
 
 
-def with_job(text: str, environ: Mapping[str, str]) -> Entry | None:
+def with_job(text: str, environ: Mapping[str, str]) -> RegistryEntry | None:
     """Return the newest run that has a job: ``123``, ``123_4`` (its task) or ``123;cluster``."""
     wanted = JOB.fullmatch(text)
     if wanted is None:
@@ -165,7 +165,7 @@ def _name(run_dir: Path) -> str:
     return f"{digest.hexdigest()}.json"
 
 
-def _entries(environ: Mapping[str, str]) -> Iterator[Entry]:
+def _entries(environ: Mapping[str, str]) -> Iterator[RegistryEntry]:
     try:
         files = list(folder(environ).glob("[!.]*.json"))
     except (OSError, RuntimeError):
@@ -176,7 +176,7 @@ def _entries(environ: Mapping[str, str]) -> Iterator[Entry]:
             yield entry
 
 
-def _read(file: Path) -> Entry | None:
+def _read(file: Path) -> RegistryEntry | None:
     try:
         entry = _from_json(json.loads(file.read_text(encoding="utf-8")))
         # A file that was copied under another name would show its run twice.
@@ -185,9 +185,9 @@ def _read(file: Path) -> Entry | None:
         return None
 
 
-def _from_json(content: dict[str, Any]) -> Entry:
+def _from_json(content: dict[str, Any]) -> RegistryEntry:
     input_path, requests = content["input"], content["requests"]
-    return Entry(
+    return RegistryEntry(
         Path(content["run_dir"]),
         Path(content["output"]),
         None if input_path is None else Path(input_path),

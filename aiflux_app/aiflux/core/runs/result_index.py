@@ -24,7 +24,7 @@ MISSING = -1
 
 
 @dataclass(frozen=True)
-class Places:
+class ResultOffsets:
     """Where the results of some lines stand.
 
     Attributes:
@@ -42,7 +42,7 @@ class Places:
 
 def find_places(
     plan: Plan, run: RunDirectory, *, part_bytes: int = PART_BYTES, children: int | None = None
-) -> Generator[Places, None, None]:
+) -> Generator[ResultOffsets, None, None]:
     """Yield the places of the results, for one part of the input after the other.
 
     Args:
@@ -97,7 +97,7 @@ def _groups(plan: Plan, run: RunDirectory, part_bytes: int) -> list[list[Shard]]
     return groups
 
 
-def _of_shards(plan: Plan, run: RunDirectory, shards: Sequence[Shard]) -> list[Places]:
+def _of_shards(plan: Plan, run: RunDirectory, shards: Sequence[Shard]) -> list[ResultOffsets]:
     found = []
     for shard in shards:
         journal = run.journal(shard.index)
@@ -108,7 +108,7 @@ def _of_shards(plan: Plan, run: RunDirectory, shards: Sequence[Shard]) -> list[P
 
 def _of_large(
     plan: Plan, run: RunDirectory, shard: Shard, part_bytes: int, children: int
-) -> Iterator[Places]:
+) -> Iterator[ResultOffsets]:
     journal = run.journal(shard.index)
     index = scan_journal(journal, part_bytes=part_bytes, children=children)
     work = partial(_of_lines, plan.input_path, journal, index)
@@ -120,8 +120,10 @@ def _of_large(
         yield from found
 
 
-def _of_lines(path: Path, journal: Path, index: ResultIndex, part: tuple[int, int]) -> Places:
-    places = Places(journal, *part, array("q"), array("q"))
+def _of_lines(
+    path: Path, journal: Path, index: ResultIndex, part: tuple[int, int]
+) -> ResultOffsets:
+    places = ResultOffsets(journal, *part, array("q"), array("q"))
     for _, _, raw in read_lines(path, *part):
         found = index.find(request_key(raw))
         places.offsets.append(MISSING if found is None else found[0])

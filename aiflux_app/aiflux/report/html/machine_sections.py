@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from aiflux.estimates.compare import Row
+from aiflux.estimates.compare import ComparedFigure
 from aiflux.report.data import EngineRow, Report, ShardRow
 from aiflux.report.html.format import (
     UNITS,
@@ -145,7 +145,7 @@ def estimate_section(report: Report) -> Markup:
     return joined([table("Estimate and actual", heads, rows, (1, 2, 3)), caption])
 
 
-def _estimated(row: Row) -> tuple[object, ...]:
+def _estimated(row: ComparedFigure) -> tuple[object, ...]:
     shown = UNITS[row.unit]
     told = row.estimated
     within = row.actual is None or told.low <= row.actual <= told.high

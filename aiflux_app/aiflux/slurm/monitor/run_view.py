@@ -19,7 +19,7 @@ from aiflux.slurm.monitor.shard_state import (
     QUIET_SECONDS,
     ShardFacts,
     ShardState,
-    Verdict,
+    ShardVerdict,
     judge,
 )
 
@@ -294,7 +294,7 @@ def _task(facts: ShardFacts, tasks: Tasks | None) -> TaskState | None:
     return known.get(facts.task.index, known.get(None))
 
 
-def _seconds(left: int, rate: float, verdict: Verdict) -> float | None:
+def _seconds(left: int, rate: float, verdict: ShardVerdict) -> float | None:
     going = verdict.state is ShardState.RUNNING and left and rate > 0
     return round(left / rate, 1) if going else None
 

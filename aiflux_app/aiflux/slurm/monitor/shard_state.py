@@ -89,7 +89,7 @@ class ShardFacts:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShardVerdict:
     """A shard's state, why it is so (a few words, may be ""), and the exit code of what ended."""
 
     state: ShardState
@@ -97,7 +97,7 @@ class Verdict:
     exit_code: int | None = None
 
 
-def judge(facts: ShardFacts, task: TaskState | None, answered: bool) -> Verdict:
+def judge(facts: ShardFacts, task: TaskState | None, answered: bool) -> ShardVerdict:
     """Say what a shard is at.
 
     Args:
@@ -105,30 +105,30 @@ def judge(facts: ShardFacts, task: TaskState | None, answered: bool) -> Verdict:
         answered: whether Slurm was there to ask; False judges by the files alone.
     """
     if facts.word == "completed":
-        return Verdict(ShardState.DONE)
+        return ShardVerdict(ShardState.DONE)
     if task is not None and task.active:
         return _in_slurm(facts, task)
     if facts.word in _WORKING:
         return _said_to_work(facts, task)
     if facts.word == "cancelled":
-        return Verdict(ShardState.STOPPED, _ended(facts), facts.exit_code)
+        return ShardVerdict(ShardState.STOPPED, _ended(facts), facts.exit_code)
     if facts.word == "failed":
-        return Verdict(ShardState.FAILED, _ended(facts), facts.exit_code)
+        return ShardVerdict(ShardState.FAILED, _ended(facts), facts.exit_code)
     return _without_status(facts, task, answered)
 
 
-def _in_slurm(facts: ShardFacts, task: TaskState) -> Verdict:
+def _in_slurm(facts: ShardFacts, task: TaskState) -> ShardVerdict:
     if task.name not in _ON_NODE:
-        return Verdict(ShardState.WAITING, _why_waiting(task))
+        return ShardVerdict(ShardState.WAITING, _why_waiting(task))
     if task.name in _ENDING:
-        return Verdict(ShardState.STOPPING, task.name.lower())
+        return ShardVerdict(ShardState.STOPPING, task.name.lower())
     if facts.word in _WORKING - {"cancelling"}:
         silent = facts.quiet is not None and facts.quiet > LONG_QUIET_SECONDS
         reason = f"no sign of life for {(facts.quiet or 0) / 60:.0f} min" if silent else ""
-        return Verdict(ShardState.RUNNING, reason)
+        return ShardVerdict(ShardState.RUNNING, reason)
     if facts.word == "cancelling" or _just_ended(facts):
-        return Verdict(ShardState.STOPPING, _ended(facts))
-    return Verdict(ShardState.RUNNING, "starting")
+        return ShardVerdict(ShardState.STOPPING, _ended(facts))
+    return ShardVerdict(ShardState.RUNNING, "starting")
 
 
 def _why_waiting(task: TaskState) -> str:
@@ -151,28 +151,28 @@ def _of_task(facts: ShardFacts) -> bool:
     return bool(wrote == facts.task.job.number)
 
 
-def _said_to_work(facts: ShardFacts, task: TaskState | None) -> Verdict:
+def _said_to_work(facts: ShardFacts, task: TaskState | None) -> ShardVerdict:
     """The status says that a worker works, and Slurm does not."""
     if facts.alive:
         stopping = facts.word == "cancelling" or task is not None
-        return Verdict(ShardState.STOPPING if stopping else ShardState.RUNNING)
+        return ShardVerdict(ShardState.STOPPING if stopping else ShardState.RUNNING)
     if task is None:
         reason = "its process is gone" if facts.task is None else "Slurm no longer has its job"
-        return Verdict(ShardState.LOST, reason)
-    return Verdict(ShardState.LOST, f"its job ended: {_slurm_words(task)}", task.exit_code)
+        return ShardVerdict(ShardState.LOST, reason)
+    return ShardVerdict(ShardState.LOST, f"its job ended: {_slurm_words(task)}", task.exit_code)
 
 
-def _without_status(facts: ShardFacts, task: TaskState | None, answered: bool) -> Verdict:
+def _without_status(facts: ShardFacts, task: TaskState | None, answered: bool) -> ShardVerdict:
     if facts.task is None:
-        return Verdict(ShardState.NOT_SUBMITTED)
+        return ShardVerdict(ShardState.NOT_SUBMITTED)
     if task is None and answered:
-        return Verdict(ShardState.LOST, "Slurm no longer has its job, and it left no status")
+        return ShardVerdict(ShardState.LOST, "Slurm no longer has its job, and it left no status")
     if task is None:
-        return Verdict(ShardState.WAITING, "submitted; Slurm cannot be asked")
+        return ShardVerdict(ShardState.WAITING, "submitted; Slurm cannot be asked")
     words = f"its job ended before the work began: {_slurm_words(task)}"
     if task.name in _INTERRUPTED or task.exit_code == ExitCode.STOPPED:
-        return Verdict(ShardState.STOPPED, words, task.exit_code)
-    return Verdict(ShardState.FAILED, words, task.exit_code)
+        return ShardVerdict(ShardState.STOPPED, words, task.exit_code)
+    return ShardVerdict(ShardState.FAILED, words, task.exit_code)
 
 
 def _slurm_words(task: TaskState) -> str:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from aiflux.cli.render.run import Frame, overview
 from aiflux.cli.run_argument import short
-from aiflux.core.runs.find import find_run
+from aiflux.core.runs.registry import find_run
 from aiflux.slurm.monitor.collect import RunView, gather
 
 FOLDER = Path(__file__).parent

@@ -11,8 +11,7 @@ from typing import Any
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.plan import Plan, write_plan
-from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.plan import Plan, Shard, write_plan
 
 ELSEWHERE = {"host": "gpu07", "pid": 4711, "started": "1", "namespace": "another", "job": "100"}
 

@@ -20,12 +20,14 @@ from typing import Any
 
 from aiflux.bundle.installer import open_archive, plain
 from aiflux.errors import ConfigError, ModelError
-from aiflux.models.integrity import HashedReader, OnBytes, digest_of
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.models.staging import begin_staging, changing, move_into_place
 from aiflux.models.store import (
+    HashedReader,
     Manifest,
+    OnBytes,
     blob_path,
+    digest_of,
     parse_manifest,
     read_manifest,
     refuse_other_digest,

@@ -23,9 +23,15 @@ from aiflux.bundle import installer
 from aiflux.bundle.installer import CONTENTS, SUMS, TOP, VERSION
 from aiflux.errors import BundleError
 from aiflux.image.sif import ImageFacts, read_image
-from aiflux.models.integrity import HashedReader, OnBytes, digest_of
 from aiflux.models.name import ModelName
-from aiflux.models.store import blob_path, missing_parts, read_manifest
+from aiflux.models.store import (
+    HashedReader,
+    OnBytes,
+    blob_path,
+    digest_of,
+    missing_parts,
+    read_manifest,
+)
 from aiflux.util.files import atomic_write
 
 _CHUNK = 4 << 20

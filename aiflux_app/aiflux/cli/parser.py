@@ -1,15 +1,14 @@
-"""The parser of the commands: help that fits a screen, with an example; the rest on request."""
+"""The command line parser: short help with examples, and the types of numbers."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from aiflux.cli.helptexts import EXAMPLES
 from aiflux.core.config.settings import BY_NAME
 
 _WIDEST = 100
@@ -176,3 +175,40 @@ def _without(actions: Sequence[argparse.Action]) -> Iterator[None]:
     finally:
         for action, text in zip(actions, texts, strict=True):
             action.help = text
+
+
+EXAMPLES = {
+    "aiflux doctor": "aiflux doctor --json",
+    "aiflux config": "aiflux config show",
+    "aiflux config show": "aiflux config show --json",
+    "aiflux config init": "aiflux config init --user",
+    "aiflux image": "aiflux image info",
+    "aiflux image build": "aiflux image build --base docker --output aiflux.sif",
+    "aiflux image sign": "aiflux image sign aiflux.sif",
+    "aiflux image info": "aiflux image info aiflux.sif",
+    "aiflux models": "aiflux models pull llama3.2:3b",
+    "aiflux models list": "aiflux models list --fits 40GB",
+    "aiflux models show": "aiflux models show llama3.3:70b --slots 16",
+    "aiflux models pull": "aiflux models pull llama3.2:3b",
+    "aiflux models verify": "aiflux models verify llama3.2:3b",
+    "aiflux models export": "aiflux models export llama3.2:3b llama.tar",
+    "aiflux models import": "aiflux models import llama.tar",
+    "aiflux models remove": "aiflux models remove llama3.2:3b",
+    "aiflux bundle": "aiflux bundle create --model llama3.2:3b -o bundle.tar",
+    "aiflux bundle create": "aiflux bundle create --model llama3.2:3b -o bundle.tar",
+    "aiflux bundle install": "aiflux bundle install bundle.tar --prefix /sw/aiflux",
+    "aiflux bundle verify": "aiflux bundle verify bundle.tar",
+    "aiflux jobs": "aiflux jobs --all",
+    "aiflux results show": "aiflux results show results.json --failed",
+}
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the type of an option that takes a whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse

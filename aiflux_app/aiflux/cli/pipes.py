@@ -1,19 +1,21 @@
-"""Where a conversion's data comes from and goes to: a file, or a pipe (``-``)."""
+"""Standard input and output of the commands: data that comes from or goes to a pipe (``-``)."""
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from aiflux.errors import StorageError, UsageError
-from aiflux.util.files import refuse_existing, refuse_special
+from aiflux.core.runs.directory import checked_output
+from aiflux.errors import InputError, StorageError, UsageError
+from aiflux.util.files import atomic_write, refuse_existing, refuse_special
 from aiflux.util.streams import STDIN, STDOUT
 
 
@@ -107,3 +109,37 @@ def _to_stdout(path: Path) -> None:
             f"stdout cannot be written, and holds a part only: {error.strerror or error}",
             "make room, and run the same command again",
         ) from error
+
+
+_BLOCK = 1 << 20
+
+
+class _SameError(Exception):
+    """The file holds the very same requests already."""
+
+
+def kept_input(stream: BinaryIO, output: str | None) -> Path:
+    """Return ``OUTPUT.input.jsonl`` with what the stream holds; the same again leaves it alone.
+
+    Raises:
+        UsageError: no output is named, or nothing is piped.
+        InputError: nothing came.
+        StorageError: the file cannot be written.
+    """
+    if output is None:
+        raise UsageError(f"--input {STDIN} needs a name for the output", "--output results.json")
+    if stream.isatty():
+        raise UsageError(
+            f"--input {STDIN} reads requests from a pipe, and there is none",
+            "aiflux convert ... --output - | aiflux run --input - ...",
+        )
+    target = checked_output(Path(output))
+    target = target.with_name(f"{target.name}.input.jsonl")
+    with suppress(_SameError), atomic_write(target) as file:
+        shutil.copyfileobj(stream, file, _BLOCK)
+        file.flush()
+        if not file.tell():
+            raise InputError("no request came through the pipe", "see what the command before says")
+        if target.exists() and filecmp.cmp(f"/dev/fd/{file.fileno()}", target, shallow=False):
+            raise _SameError
+    return target

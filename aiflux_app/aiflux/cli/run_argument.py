@@ -1,13 +1,17 @@
-"""What the commands that look at a run share: its argument, its paths and the terminal."""
+"""The RUN argument: find the run a user names, and print its paths."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from rich.text import Text
 
 from aiflux.cli.render.run import Frame
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.registry import find_run
+from aiflux.slurm.query import run_directory_of
 from aiflux.worker.console import TerminalConsole
 
 
@@ -47,3 +51,12 @@ def show(console: TerminalConsole, lines: list[Text]) -> None:
             console.print(line, soft_wrap=True)
         else:
             print(line.plain)
+
+
+def located(text: str) -> RunDirectory:
+    """Return the run that a job id, a run directory or an output path names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    return find_run(text, os.environ, lambda job: run_directory_of(job, os.environ))

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from aiflux.cli.parser import Parser, WrongUsageError
 from aiflux.errors import UsageError
-from aiflux.util.suggestions import suggestion
-from aiflux.util.text import joined
+from aiflux.util.text import joined, suggestion
 
 _SHOWN_COMMANDS = 3
 _CHOICE = re.compile(r"argument [^:]+: invalid choice: '?(?P<given>.*?)'? \(choose from")

@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from aiflux.converters.cells import names
-from aiflux.converters.encoding import Encoding, bad_byte, checked_encoding, detect_encoding
-from aiflux.converters.file_type import checked_start
+from aiflux.converters.encoding import (
+    Encoding,
+    bad_byte,
+    checked_encoding,
+    checked_start,
+    detect_encoding,
+)
 from aiflux.converters.request_form import make_form
-from aiflux.converters.table import Row, TableOptions, convert_table
+from aiflux.converters.table import Row, TableOptions, convert_table, names
 from aiflux.converters.writer import Progress, Skipped, Summary, reading
 from aiflux.errors import InputError
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiflux.converters.cells import as_json, as_messages, as_text, names
 from aiflux.converters.json_stream import JsonFile, LocatedValue
 from aiflux.converters.request_form import RequestDraft, make_form
+from aiflux.converters.table import as_json, as_messages, as_text, names
 from aiflux.converters.template import Template
 from aiflux.converters.writer import EMPTY, BadRowError, Conversion, Progress, Skipped, Summary
 from aiflux.errors import UsageError

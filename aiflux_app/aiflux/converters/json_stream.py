@@ -11,7 +11,7 @@ from math import isinf
 from pathlib import Path
 from typing import Any
 
-from aiflux.converters.file_type import checked_start
+from aiflux.converters.encoding import checked_start
 from aiflux.converters.writer import Progress, Skipped, reading
 from aiflux.core.batch.request import MAX_DEPTH, TOO_DEEP, depth, not_json, parse_json
 from aiflux.errors import InputError

@@ -17,8 +17,8 @@ from aiflux.core.config.config import Config
 from aiflux.doctor import host
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
+from aiflux.image.base import OLLAMA_IMAGE
 from aiflux.image.container import find_image, find_runtime, is_chosen, probe_command
-from aiflux.image.options import OLLAMA_IMAGE
 from aiflux.image.run_tool import apptainer, ask
 from aiflux.image.sif import how_to_build, machine_arch, read_image
 from aiflux.image.signing import diagnose

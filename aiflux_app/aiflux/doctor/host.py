@@ -1,12 +1,14 @@
-"""What this machine tells of itself from its files: Python, settings, models, namespaces, fuse."""
+"""Checks of this machine: Python, settings, models, namespaces, FUSE and disk quotas."""
 
 from __future__ import annotations
 
 import difflib
+import getpass
 import os
 import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -184,3 +186,42 @@ def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
         if resolved.is_relative_to(folder) and len(folder.parts) >= len(best.parts):
             best, kind = folder, this
     return kind
+
+
+_TIMEOUT = 20.0
+_FIX = "remove what you no longer need, or point AIFLUX_DATA_DIR at another file system"
+
+
+def quotas(folders: list[Path]) -> Iterator[Diagnosis]:
+    """Tell the user's quotas; nothing where no command tells them."""
+    if shutil.which("quota"):
+        over, told = _ask(["quota", "-q"]), _ask(["quota", "-s"])
+        if over:
+            yield warn("quota", f"exceeded: {over}", _FIX)
+        elif told:
+            yield ok("quota", told)
+    if shutil.which("lfs"):
+        lustre = {folder for folder in folders if file_system(folder) == "lustre"}
+        for folder in sorted(lustre):
+            told = _ask(["lfs", "quota", "-q", "-h", "-u", getpass.getuser(), str(folder)])
+            if told:
+                # A star marks what is over its limit.
+                exceeded = "*" in told
+                yield warn("quota", f"exceeded: {told}", _FIX) if exceeded else ok("quota", told)
+
+
+def _ask(command: list[str]) -> str:
+    """Return what a command prints, without its headings, in one line; "" where it fails."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=_TIMEOUT, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    return "; ".join(
+        line
+        for line in lines
+        if line and not line.startswith(("Disk quotas", "Filesystem")) and ": none" not in line
+    )

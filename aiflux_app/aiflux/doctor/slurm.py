@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 from aiflux.core.config.config import SlurmConfig
-from aiflux.slurm.calling import call, clean_environment, words
 from aiflux.slurm.cluster import Facts, ask_cluster
+from aiflux.slurm.commands import call, clean_environment, words
 from aiflux.slurm.preflight.cluster import cluster_checks, gpu_partitions
 from aiflux.slurm.preflight.local import collect
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn

@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 from aiflux.engines.http import Answer, Client, ExchangeError, speaks_tls
 from aiflux.engines.outcome import RETRIED_STATUSES, error_message
 from aiflux.errors import ConfigError, EngineError, RejectedError
-from aiflux.util.suggestions import suggestion
-from aiflux.util.text import public_url
+from aiflux.util.text import public_url, suggestion
 
 _MODELS = "/v1/models"
 _FIRST_DELAY = 0.1

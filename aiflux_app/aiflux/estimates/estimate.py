@@ -1,4 +1,4 @@
-"""What a run will take, told from a pilot. Pure.
+"""Extrapolate from a pilot to the whole run, and compare the estimate with the actual figures.
 
 Every figure is a ``Range``: the value, and the bounds of its 95 % interval. docs/estimate.md says
 how they come about.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -17,8 +17,7 @@ from aiflux.core.runs.plan import Plan
 from aiflux.estimates.intervals import Range, share_of, total, unevenness
 from aiflux.estimates.pilot import Drawn
 from aiflux.estimates.throughput import Observation, pace, start_up
-from aiflux.util.durations import walltime_seconds, walltime_text
-from aiflux.util.timestamps import unix_seconds, utc_now
+from aiflux.util.times import unix_seconds, utc_now, walltime_seconds, walltime_text
 
 SLURM = "slurm"
 LOCAL = "local"
@@ -336,3 +335,74 @@ def _warn_of_shards(told: Estimate, time: str | None) -> Iterator[str]:
         )
     if told.walltime is not None and told.time_seconds > told.walltime:
         yield f"--time {time} is hardly enough for a job to start and do anything: ask for more"
+
+
+@dataclass(frozen=True)
+class ComparedFigure:
+    """One figure, estimated and actual.
+
+    Attributes:
+        unit: ``count``, ``seconds`` or ``hours``.
+        actual: None where it is not known.
+    """
+
+    name: str
+    unit: str
+    estimated: Range
+    actual: float | None
+
+
+def compare(
+    told: Estimate, shards: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]
+) -> tuple[ComparedFigure, ...]:
+    """Return estimated and actual figures of a finished run side by side.
+
+    Args:
+        shards: the status of every shard.
+        whole: the status of the whole run.
+    """
+    statuses = list(shards)
+    count = max(1, len(statuses))
+    totals = [status["aiflux"].get("totals") or {} for status in statuses]
+
+    def summed(name: str) -> float:
+        return float(sum(each.get(name, 0) for each in totals))
+
+    rows = [
+        ComparedFigure("prompt tokens", "count", told.prompt_tokens, summed("prompt_tokens")),
+        ComparedFigure(
+            "answer tokens", "count", told.completion_tokens, summed("completion_tokens")
+        ),
+        ComparedFigure(
+            "failed requests", "count", told.failures, whole["request_counts"]["failed"]
+        ),
+        ComparedFigure(
+            "time of all jobs", "seconds", told.seconds_of_jobs(count), summed("seconds")
+        ),
+        ComparedFigure(
+            "start to output", "seconds", told.seconds_of_shard(count), _span(statuses, whole)
+        ),
+    ]
+    if told.gpus:
+        hours = summed("gpu_seconds") / 3600
+        rows.append(ComparedFigure("GPU-hours", "hours", told.gpu_hours(count), hours))
+    return tuple(rows)
+
+
+def _span(statuses: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]) -> float | None:
+    """Return the seconds from the first start of a shard to the output, as far as that is known:
+    a status tells when its last start began, and how long all starts took.
+    """
+    begun = [min(_started(status), _at_least_since(status)) for status in statuses]
+    ended = whole.get("completed_at")
+    return max(0.0, ended - min(begun)) if begun and ended else None
+
+
+def _started(status: Mapping[str, Any]) -> float:
+    return unix_seconds(str(status["aiflux"].get("started", ""))) or math.inf
+
+
+def _at_least_since(status: Mapping[str, Any]) -> float:
+    details = status["aiflux"]
+    seconds = (details.get("totals") or {}).get("seconds", 0.0)
+    return float(details.get("updated") or math.inf) - float(seconds)

@@ -12,7 +12,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import RawResult
 from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan
-from aiflux.util.timestamps import unix_seconds
+from aiflux.util.times import unix_seconds
 
 # Prompts are processed many tokens at a time. The figure only weighs requests against each other.
 _PROMPT_TOKENS_PER_ANSWER_TOKEN = 20

@@ -4,11 +4,9 @@ It works from a checkout of the repository, which holds the definition (``contai
 entry point.
 """
 
-from aiflux.image.base import BaseChoice, choose_base
+from aiflux.image.base import BaseChoice, BuildOptions, choose_base
 from aiflux.image.build import build
-from aiflux.image.options import BuildOptions
-from aiflux.image.signing import sign, signature
-from aiflux.image.signing_keys import find_signer
+from aiflux.image.signing import find_signer, sign, signature
 
 __all__ = [
     "BaseChoice",

@@ -1,14 +1,14 @@
-"""Chooses what the image is built on."""
+"""Choose the base of an image: the build options, and Docker Hub or this machine's Debian."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
-from aiflux.image.apt_source import AptSource, find_source
-from aiflux.image.options import OLLAMA_IMAGE, OLLAMA_VERSION, BuildOptions
 
 CPU_OLLAMA_VERSION = "0.9.3"
 
@@ -109,3 +109,130 @@ def _source(options: BuildOptions) -> AptSource:
             "say --mirror URL --suite NAME",
         )
     return AptSource(mirror, suite)
+
+
+APT = Path("/etc/apt")
+
+
+@dataclass(frozen=True)
+class AptSource:
+    """One place to install from."""
+
+    mirror: str
+    suite: str
+
+
+def find_source(apt: Path = APT) -> AptSource | None:
+    """The first source of a whole release (not its updates), or None where there is no apt."""
+    for source in _all_sources(apt):
+        if source.mirror.startswith(("http://", "https://")) and _is_release(source.suite):
+            return source
+    return None
+
+
+def _is_release(suite: str) -> bool:
+    return "-" not in suite and "/" not in suite
+
+
+def _all_sources(apt: Path) -> Iterator[AptSource]:
+    for path in [apt / "sources.list", *sorted((apt / "sources.list.d").glob("*.list"))]:
+        if path.is_file():
+            yield from _one_line_sources(path.read_text(encoding="utf-8", errors="replace"))
+    for path in sorted((apt / "sources.list.d").glob("*.sources")):
+        yield from _deb822_sources(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _one_line_sources(text: str) -> Iterator[AptSource]:
+    """``deb [options] URI SUITE main ...``; see sources.list(5)."""
+    for line in text.splitlines():
+        kind, _, rest = line.partition(" ")
+        if kind != "deb":
+            continue
+        if rest.lstrip().startswith("["):
+            rest = rest.partition("]")[2]
+        words = rest.split()
+        if len(words) >= 3 and "main" in words[2:]:
+            yield AptSource(words[0], words[1])
+
+
+def _deb822_sources(text: str) -> Iterator[AptSource]:
+    """Stanzas of ``Types``, ``URIs``, ``Suites`` and ``Components``; see sources.list(5)."""
+    for stanza in text.split("\n\n"):
+        fields = dict(_fields(stanza))
+        if "deb" not in fields.get("types", []) or "main" not in fields.get("components", []):
+            continue
+        if fields.get("enabled", ["yes"]) == ["no"]:
+            continue
+        for mirror in fields.get("uris", []):
+            for suite in fields.get("suites", []):
+                yield AptSource(mirror, suite)
+
+
+def _fields(stanza: str) -> Iterator[tuple[str, list[str]]]:
+    for line in stanza.splitlines():
+        name, colon, value = line.partition(":")
+        if colon and not line.startswith(("#", " ", "\t")):
+            yield name.strip().lower(), value.split()
+
+
+OLLAMA_VERSION = "0.33.3"
+OLLAMA_IMAGE = (
+    "docker://docker.io/ollama/ollama"
+    "@sha256:32931b46719f673c05fdbaa81ccb26da18ea4a1c57590a754874ab28ba269eb2"
+)
+"""The official image of OLLAMA_VERSION, by digest (Apptainer takes a tag or a digest, not both)."""
+
+BASES = ("auto", "docker", "debian")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build, and from what.
+
+    Attributes:
+        output: the image file to write.
+        base: ``docker`` (the official Ollama image), ``debian`` (debootstrap), or ``auto``:
+            docker where its registry answers.
+        ollama_image: the docker base, as ``docker://HOST/NAME:TAG``; plain http on loopback.
+        ollama_tarball: Ollama's official archive for Linux; for the Debian base.
+        mirror: Debian mirror; by default the one that this machine's apt uses.
+        suite: Debian suite; by default this machine's.
+        force: replace an output that is there.
+        run_tests: run the image's own test at the end of the build.
+        sign: sign the image with a PGP key of the user's.
+        key: which one, as ``apptainer key list --secret`` counts them; needed where there are
+            several.
+    """
+
+    output: Path = Path("aiflux.sif")
+    base: str = "auto"
+    ollama_image: str | None = None
+    ollama_tarball: Path | None = None
+    mirror: str | None = None
+    suite: str | None = None
+    force: bool = False
+    run_tests: bool = True
+    sign: bool = False
+    key: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ImageError where two of them cannot go together."""
+        if self.base not in BASES:
+            raise ImageError(f"base {self.base!r} is unknown", f"name one of {', '.join(BASES)}")
+        if self.base == "docker" and self.ollama_tarball:
+            raise ImageError(
+                "the docker base has an Ollama already, and --ollama-tarball names another",
+                "say --base debian, or leave the tarball away",
+            )
+        if self.ollama_image and not self.ollama_image.startswith("docker://"):
+            raise ImageError(
+                f"--ollama-image {self.ollama_image!r} is no docker reference",
+                "write it as docker://HOST/NAME:TAG, e.g. docker://docker.io/ollama/ollama:latest",
+            )
+        if self.key is not None and not self.sign:
+            raise ImageError("--key names a key, and nothing is to be signed", "say --sign as well")
+        if self.ollama_tarball and not self.ollama_tarball.is_file():
+            raise ImageError(
+                f"the Ollama archive {self.ollama_tarball} is not there",
+                "download ollama-linux-amd64.tgz (or arm64, or .tar.zst) of an Ollama release",
+            )

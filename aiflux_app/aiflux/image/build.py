@@ -11,13 +11,11 @@ from pathlib import Path
 
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
-from aiflux.image.base import BaseChoice, choose_base
+from aiflux.image.base import BaseChoice, BuildOptions, choose_base
 from aiflux.image.container import find_runtime
-from aiflux.image.options import BuildOptions
 from aiflux.image.payload import Checkout, find_sources, stage
 from aiflux.image.run_tool import run
-from aiflux.image.signing import sign
-from aiflux.image.signing_keys import Ask, Signer, find_signer, no_answer
+from aiflux.image.signing import Ask, Signer, find_signer, no_answer, sign
 
 Say = Callable[[str], None]
 

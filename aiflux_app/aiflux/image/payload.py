@@ -11,8 +11,7 @@ from pathlib import Path
 
 import aiflux
 from aiflux.errors import ImageError
-from aiflux.image.base import BaseChoice
-from aiflux.image.options import BuildOptions
+from aiflux.image.base import BaseChoice, BuildOptions
 from aiflux.image.run_tool import ask, capture, run
 
 _NETWORK_REMEDY = "see the message above; the wheels come from PyPI through pip"

@@ -22,7 +22,7 @@ from aiflux.errors import ConfigError
 from aiflux.models.memory import Architecture, Figures, Vision
 from aiflux.models.name import parse_model_name
 from aiflux.util import value_parsers
-from aiflux.util.suggestions import suggestion
+from aiflux.util.text import suggestion
 from aiflux.util.value_parsers import Parser
 from aiflux.util.yaml_file import read_yaml
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from aiflux import __version__
-from aiflux.estimates.compare import ComparedFigure, compare
+from aiflux.estimates.estimate import ComparedFigure, compare
 from aiflux.report.advice import advice
 from aiflux.report.data import FORM, Failure, Latency, Report, RequestCounts, Times, Tokens
-from aiflux.report.environment import what_ran
 from aiflux.report.journal_summary import Tally
-from aiflux.report.machines import engine_rows, machine_use, shard_rows
-from aiflux.report.sources import ReportSources, all_details, totals_of
+from aiflux.report.machines import (
+    ReportSources,
+    all_details,
+    engine_rows,
+    machine_use,
+    shard_rows,
+    totals_of,
+    what_ran,
+)
 from aiflux.report.throughput import throughput
-from aiflux.util.timestamps import utc_text
+from aiflux.util.times import utc_text
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _BARS = 40

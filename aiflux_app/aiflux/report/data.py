@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiflux.core.config.run_options import left_open
-from aiflux.estimates.compare import ComparedFigure
+from aiflux.estimates.estimate import ComparedFigure
 from aiflux.report.journal_summary import Example
 from aiflux.report.throughput import Throughput
 

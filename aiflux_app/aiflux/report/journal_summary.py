@@ -10,8 +10,8 @@ from typing import Any
 
 from aiflux.core.batch.request import load_json
 from aiflux.core.runs.journal import EMPTY, split_line
-from aiflux.report.histogram import Histogram, Timeline
-from aiflux.util.timestamps import unix_seconds
+from aiflux.report.throughput import Histogram, Timeline
+from aiflux.util.times import unix_seconds
 
 EXAMPLES = 3
 MANY_ATTEMPTS = 20

@@ -1,11 +1,12 @@
-"""What came when, cut into bars for a plot: stretches in which nothing came are left out. Pure."""
+"""Throughput over time, and histograms in bounded memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
-
-from aiflux.report.histogram import Span, Timeline
 
 _BARS = 120
 _PAUSE_SHARE = 0.05
@@ -105,3 +106,147 @@ def _bars(timeline: Timeline, first: int, last: int, step: int) -> list[Bar]:
             )
         )
     return bars
+
+
+_RATIO = math.log(1.02)
+_SMALLEST = 1e-4
+_LARGEST = 1e7
+_MOST_BINS = 2048
+
+
+@dataclass
+class Histogram:
+    """Positive figures in bins that grow by 2 %: at most 1300 of them, whatever comes.
+
+    A quantile is right to 1 % between 0.0001 and 10,000,000; the ends, count and sum are exact.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    lowest: float = math.inf
+    highest: float = 0.0
+    _bins: Counter[int] = field(default_factory=Counter)
+
+    def add(self, value: float) -> None:
+        """Take in one figure."""
+        self.count += 1
+        self.total += value
+        self.lowest = min(self.lowest, value)
+        self.highest = max(self.highest, value)
+        self._bins[_bin(value)] += 1
+
+    def merge(self, other: Histogram) -> None:
+        """Take in all figures of another histogram."""
+        self.count += other.count
+        self.total += other.total
+        self.lowest = min(self.lowest, other.lowest)
+        self.highest = max(self.highest, other.highest)
+        self._bins.update(other._bins)
+
+    @property
+    def mean(self) -> float:
+        """The average; 0 without figures."""
+        return self.total / self.count if self.count else 0.0
+
+    def quantile(self, share: float) -> float:
+        """Return the figure that ``share`` of all (0 to 1) do not exceed; 0 without figures."""
+        rank = max(1, math.ceil(share * self.count))
+        if rank >= self.count:
+            return self.highest
+        for at, count in sorted(self._bins.items()):
+            rank -= count
+            if rank <= 0:
+                return min(max(math.exp((at + 0.5) * _RATIO), self.lowest), self.highest)
+        return 0.0
+
+    def bars(self, most: int) -> Iterator[tuple[float, float, int]]:
+        """Yield ``(from, to, count)`` of at most ``most`` bars without a gap, equally wide on a
+        logarithmic scale.
+        """
+        if not self._bins:
+            return
+        first, last = min(self._bins), max(self._bins)
+        step = -(-(last - first + 1) // most)
+        for start in range(first, last + 1, step):
+            count = sum(self._bins[at] for at in range(start, start + step))
+            yield math.exp(start * _RATIO), math.exp((start + step) * _RATIO), count
+
+
+def _bin(value: float) -> int:
+    return math.floor(math.log(min(max(value, _SMALLEST), _LARGEST)) / _RATIO)
+
+
+@dataclass(slots=True)
+class Span:
+    """What came in one stretch of time."""
+
+    results: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, other: Span) -> None:
+        """Take in what came in another."""
+        self.results += other.results
+        self.failed += other.failed
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+
+
+@dataclass
+class Timeline:
+    """What came when, in equal stretches of time: one second each, and twice as long whenever there
+    are too many. Stretches in which nothing came take no room.
+
+    Attributes:
+        width: seconds of a stretch.
+        spans: by the number of the stretch since 1970.
+        first, last: Unix times.
+        most: stretches in which something came.
+    """
+
+    width: int = 1
+    spans: dict[int, Span] = field(default_factory=dict)
+    first: float = math.inf
+    last: float = 0.0
+    most: int = _MOST_BINS
+
+    def add(self, moment: float, failed: bool, prompt_tokens: int, completion_tokens: int) -> None:
+        """Take in one result that came at a Unix time."""
+        self.first = min(self.first, moment)
+        self.last = max(self.last, moment)
+        span = self._at(int(moment // self.width))
+        span.results += 1
+        span.failed += failed
+        span.prompt_tokens += prompt_tokens
+        span.completion_tokens += completion_tokens
+
+    def merge(self, other: Timeline) -> None:
+        """Take in all results of another timeline."""
+        self.first = min(self.first, other.first)
+        self.last = max(self.last, other.last)
+        while self.width < other.width:
+            self._widen()
+        for at, span in other.spans.items():
+            self._at(at * other.width // self.width).add(span)
+
+    def _at(self, number: int) -> Span:
+        span = self.spans.get(number)
+        if span is not None:
+            return span
+        if len(self.spans) < self.most:
+            return self.spans.setdefault(number, Span())
+        moment = number * self.width
+        # The stretch that is looked for counts among those that are too many.
+        while len({at // 2 for at in (*self.spans, number)}) > self.most:
+            self._widen()
+            number = moment // self.width
+        self._widen()
+        return self.spans.setdefault(moment // self.width, Span())
+
+    def _widen(self) -> None:
+        wider: dict[int, Span] = {}
+        for at, span in self.spans.items():
+            wider.setdefault(at // 2, Span()).add(span)
+        self.spans = wider
+        self.width *= 2

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from aiflux.slurm.calling import attempt, clean_environment
-from aiflux.util.durations import walltime_seconds
+from aiflux.slurm.commands import attempt, clean_environment
+from aiflux.util.times import walltime_seconds
 
 UNLIMITED = float("inf")
 _DEAD = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "ERROR", "INVAL", "FUTURE"}

@@ -1,12 +1,12 @@
-"""What a Slurm job is called and what can be said of it; nothing is asked here."""
+"""Slurm job ids, job states and the task ranges of job arrays."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from aiflux.errors import SlurmError
+from aiflux.errors import ConfigError, SlurmError
 
 _ACTIVE = (
     "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING", "SUSPENDED",
@@ -111,3 +111,53 @@ def overall_state(states: Iterable[JobState]) -> JobState | None:
     worst = min(tasks, key=lambda task: {"COMPLETED": 2, "CANCELLED": 1}.get(task.name, 0))
     codes = [task.exit_code for task in tasks if task.exit_code is not None]
     return JobState(worst.name, max(codes, default=None), worst.reason)
+
+
+_PART = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?\Z")
+
+
+def array_ranges(tasks: Sequence[int]) -> str:
+    """Return task numbers as ``--array`` takes them: ``3,7,9-12``."""
+    ranges: list[list[int]] = []
+    for task in sorted(set(tasks)):
+        if ranges and task == ranges[-1][1] + 1:
+            ranges[-1][1] = task
+        else:
+            ranges.append([task, task])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def split_arrays(shards: Sequence[int], max_array_size: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Cut shards into as few arrays as the cluster needs.
+
+    Args:
+        max_array_size: one more than the highest task number that the cluster takes.
+
+    Returns:
+        for each array the shard of its task 0, and its task numbers: shard = first + task.
+
+    Raises:
+        ConfigError: the cluster takes no arrays at all.
+    """
+    if max_array_size < 1:
+        raise ConfigError(
+            "this cluster takes no job arrays (MaxArraySize is 0)", "leave --shards at 1"
+        )
+    arrays: list[tuple[int, list[int]]] = []
+    for shard in sorted(set(shards)):
+        if not arrays or shard - arrays[-1][0] >= max_array_size:
+            arrays.append((shard, []))
+        arrays[-1][1].append(shard - arrays[-1][0])
+    return [(first, tuple(tasks)) for first, tasks in arrays]
+
+
+def parse_ranges(text: str) -> Iterator[int]:
+    """Yield the task numbers of what Slurm prints: ``4-9%2``, ``1,3``, ``0-8:2``.
+
+    What Slurm has cut short (``1,3,...``) and what is no number is passed over.
+    """
+    for part in text.strip("[]").partition("%")[0].split(","):
+        match = _PART.match(part)
+        if match:
+            start, end, step = (int(group or 0) for group in match.groups())
+            yield from range(start, max(start, end) + 1, step or 1)

@@ -1,4 +1,4 @@
-"""Asking Slurm: the states of jobs and of the tasks of arrays, and what the cluster allows.
+"""Query Slurm for the states of jobs and array tasks, and for the run that a job belongs to.
 
 Formats are those that every Slurm since 20.11 prints alike (``squeue -o``, ``sacct -P``,
 ``scontrol -o``); ``--json`` differs by version. Source: the man pages of these commands.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.registry import JOB
 from aiflux.errors import SlurmError
-from aiflux.slurm.arrays import parse_ranges
-from aiflux.slurm.calling import attempt, call, clean_environment, words
-from aiflux.slurm.job_id import JobId, JobState, TaskState, join_jobs, overall_state
+from aiflux.slurm.commands import attempt, call, clean_environment, words
+from aiflux.slurm.job_id import JobId, JobState, TaskState, join_jobs, overall_state, parse_ranges
 
 Tasks = dict[int | None, TaskState]
 
@@ -204,3 +206,28 @@ def _exit_code(text: str) -> int | None:
 def _told(text: str) -> str | None:
     empty = ("", "None", "N/A", "Unknown", "(null)", "None assigned")
     return None if text.strip() in empty else text.strip()
+
+
+def run_directory_of(text: str, environ: Mapping[str, str]) -> Path | None:
+    """Return the run directory that a job's script lies in; None where Slurm cannot tell.
+
+    Args:
+        text: ``123``, ``123_4`` or ``123;cluster``.
+    """
+    match = JOB.fullmatch(text)
+    if match is None:
+        return None
+    job = JobId(match["number"], match["cluster"])
+    scripts = (Path(path) for path in _scripts(job, clean_environment(environ)))
+    folders = (path.parent for path in scripts if path.suffix == ".sbatch" and path.is_absolute())
+    return next((folder for folder in folders if RunDirectory(folder).plan.is_file()), None)
+
+
+def _scripts(job: JobId, environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield what may be the path of the job's script."""
+    # Without -o each field has its own line, and a path may hold blanks.
+    shown = attempt(["scontrol", *job.options, "show", "job", job.number], environment) or ""
+    yield from re.findall(r"^\s*Command=(/.*\.sbatch)\s*$", shown, re.MULTILINE)
+    asked = ["sacct", *job.options, "-X", "-n", "-P", "-j", job.number, "-o", "SubmitLine"]
+    for line in (attempt(asked, environment) or "").splitlines():
+        yield from re.findall(r" -- (/.*\.sbatch)\s*$", line)

@@ -1,17 +1,17 @@
-"""Batch scripts as text: pure functions of what is to be run."""
+"""Render the batch script: its directives and its body, as pure functions."""
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from aiflux.core.config.config import SlurmConfig
 from aiflux.errors import ConfigError
-from aiflux.slurm.directives import job_directives, wants_gpus
 
 _NAME_LENGTH = 64
 
@@ -140,4 +140,148 @@ def _refuse_ends(line: str) -> None:
         raise ConfigError(
             f"a line of the batch script cannot hold a line break or a NUL: {line!r}",
             "remove it from the setting, or choose another name for the file",
+        )
+
+
+SIGNAL_MARGIN = 60  # seconds that the job gets besides the drain: Slurm signals up to 60 s early
+_LONGEST_SIGNAL = 65535  # seconds; sbatch takes no more
+
+_PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./%-]+\Z")
+_OWN = {
+    "account", "partition", "qos", "gpus-per-node", "gres", "constraint", "time", "mem",
+    "cpus-per-task", "mail-user", "mail-type", "exclude", "reservation",
+}  # fmt: skip
+_MANAGED = {
+    "array", "chdir", "error", "export", "export-file", "get-user-env", "help", "hold", "input",
+    "no-requeue", "nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "open-mode", "output",
+    "parsable", "quiet", "requeue", "signal", "test-only", "uid", "gid", "usage", "verbose",
+    "version", "wait", "workdir", "wrap",
+}  # fmt: skip
+_OWN_ALIASES = {"gpus": "gpus_per_node", "gpus-per-task": "gpus_per_node"}
+
+
+def directive(name: str, value: str | int | None) -> str:
+    """Return one ``#SBATCH`` line; a value of ``""`` makes a flag.
+
+    Quoting follows sbatch's own parser (``get_argument`` in Slurm's src/sbatch/opt.c), which is
+    no shell: a backslash escapes inside both kinds of quotes, and ``#`` begins a comment.
+    """
+    text = str(value)
+    if text == "":
+        return f"#SBATCH --{name}"
+    if not _PLAIN.match(text):
+        text = '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return f"#SBATCH --{name}={text}"
+
+
+def log_pattern(folder: Path, *, array: bool = False) -> str:
+    r"""Return the value of ``--output`` for logs in ``folder``.
+
+    Slurm replaces ``%`` symbols unless the path holds a backslash anywhere
+    (``fname_create`` in Slurm's src/slurmd/common/fname.c): such a folder gets one log,
+    ``slurm.out``, that every start appends to.
+    """
+    if "\\" in str(folder):
+        return str(folder / "slurm.out").replace("\\", "\\\\")
+    return str(folder).replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
+
+
+def log_file(folder: Path, job_id: str, task: int | None = None) -> Path:
+    """Return the log that ``log_pattern(folder)`` means for a job, or for a task of an array."""
+    if "\\" in str(folder):
+        return folder / "slurm.out"
+    return folder / f"slurm-{job_id}{'' if task is None else f'_{task}'}.out"
+
+
+def signal_seconds(drain_seconds: float) -> int:
+    """Return how long before the time limit Slurm is asked to signal the batch script."""
+    return min(math.ceil(drain_seconds) + SIGNAL_MARGIN, _LONGEST_SIGNAL)
+
+
+def job_directives(
+    name: str,
+    slurm: SlurmConfig,
+    log: Path | None,
+    *,
+    tasks: str | None = None,
+    drain_seconds: float = 30.0,
+) -> Iterator[str]:
+    """Yield the ``#SBATCH`` lines of a job.
+
+    Args:
+        slurm: checked (see ``SlurmConfig.checked``).
+        log: folder of the logs; None leaves Slurm's default.
+        tasks: the value of ``--array``; None for a job that is no array.
+        drain_seconds: what requests in flight get when the time is up.
+
+    Raises:
+        ConfigError: an extra option is one that AI-Flux sets itself.
+    """
+    extra = checked_extras(slurm.sbatch_arg)
+    wanted: dict[str, str | int | None] = {
+        "job-name": name,
+        "array": tasks,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "nodes": slurm.nodes,
+        "ntasks": 1,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": None if {"mem-per-cpu", "mem-per-gpu"} & extra.keys() else slurm.mem,
+        "gres": slurm.gres,
+        "gpus-per-node": None if slurm.gres or not wants_gpus(slurm) else slurm.gpus_per_node,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "reservation": slurm.reservation,
+        "time": slurm.time,
+        "mail-user": slurm.mail_user,
+        "mail-type": slurm.mail_type,
+        "output": None if log is None else log_pattern(log, array=tasks is not None),
+        "open-mode": "append",
+        "requeue": "",
+        "signal": f"B:USR1@{signal_seconds(drain_seconds)}",
+    }
+    wanted.update(extra)
+    return (directive(key, value) for key, value in wanted.items() if value is not None)
+
+
+def wants_gpus(slurm: SlurmConfig) -> bool:
+    """Return whether a job asks for GPUs (generic resources are taken to be GPUs)."""
+    return slurm.gres is not None or str(slurm.gpus_per_node) != "0"
+
+
+def checked_extras(extras: Mapping[str, str]) -> dict[str, str]:
+    """Return the user's further sbatch options.
+
+    Raises:
+        ConfigError: one of them is no long option, or AI-Flux sets it itself.
+    """
+    for key in extras:
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
+            raise ConfigError(
+                f"sbatch_arg {key!r} is not the long name of an sbatch option",
+                "write it as in --comment=TEXT, without the dashes: comment=TEXT",
+            )
+        _refuse_own(key)
+        _refuse_managed(key)
+    return dict(extras)
+
+
+def _refuse_own(key: str) -> None:
+    own = _OWN_ALIASES.get(key) or (key if key in _OWN else None)
+    if own:
+        field = own.replace("-", "_")
+        raise ConfigError(
+            f"sbatch_arg {key!r} has a setting of its own",
+            f"use --{field.replace('_', '-')} ({field} in aiflux.yaml)",
+        )
+
+
+def _refuse_managed(key: str) -> None:
+    # sbatch takes any unambiguous beginning of an option's name.
+    managed = sorted(name for name in _MANAGED | _OWN if name.startswith(key))
+    if managed:
+        raise ConfigError(
+            f"sbatch_arg {key!r} is refused: AI-Flux sets --{managed[0]} itself",
+            "leave it out; a job of your own making: sbatch [options] slurm/run.sbatch INPUT",
         )

@@ -12,27 +12,24 @@ from aiflux.core.batch.input_file import InputSummary
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
-from aiflux.core.runs.merge import shards_left
 from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
-from aiflux.core.runs.plan import Plan, make_plan, read_plan, same_work
-from aiflux.core.runs.shards import auto_shards
+from aiflux.core.runs.output import shards_left
+from aiflux.core.runs.plan import Plan, auto_shards, make_plan, read_plan, same_work
 from aiflux.core.runs.status_file import finished_counts
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.estimates.estimate import SLURM
 from aiflux.estimates.storage import carry_estimate, known_estimate
 from aiflux.image.container import IMAGE_NAME, find_image
-from aiflux.slurm.arrays import array_ranges, parse_ranges, split_arrays
 from aiflux.slurm.commands import submit
-from aiflux.slurm.job_id import JobId, TaskState
+from aiflux.slurm.job_id import JobId, TaskState, array_ranges, parse_ranges, split_arrays
 from aiflux.slurm.preflight.cluster import preflight
 from aiflux.slurm.preflight.local import Finding, problem_with, refuse
 from aiflux.slurm.query import max_array_size, task_states
 from aiflux.slurm.script import JobScript, job_name, render
 from aiflux.slurm.submissions import Job, Submission, Submissions, read_submissions, remember
-from aiflux.util.durations import walltime_seconds
 from aiflux.util.files import atomic_write, storage_error
 from aiflux.util.lease import acquire
-from aiflux.util.timestamps import utc_now
+from aiflux.util.times import utc_now, walltime_seconds
 
 
 @dataclass(frozen=True)

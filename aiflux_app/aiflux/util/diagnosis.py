@@ -1,4 +1,4 @@
-"""What ``aiflux doctor`` finds: one thing about a site, how well it is, and what to do."""
+"""The result of one check: ok, a warning or a failure, with the remedy."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Counts, lists and addresses as they are shown."""
+"""Text helpers: counts, lists, sizes and suggestions for misspelt names."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # By pattern: it must also work on what is no valid address.
 _USER = re.compile(r"(//)[^/\s]*@")
@@ -42,3 +43,11 @@ def size_text(count: float) -> str:
             return f"{count:.{0 if unit == 'bytes' or count >= 10 else 1}f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the remedy for a name that is none of ``known``."""
+    names = sorted({*known})
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"{meant}known are: {', '.join(names)}"

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from aiflux.errors import ConfigError
-from aiflux.util.suggestions import suggestion
+from aiflux.util.text import suggestion
 from aiflux.util.unicode import is_whole
 
 _LARGEST = 1 << 20  # bytes; what is larger was not written by hand, and takes long to read

@@ -1,4 +1,4 @@
-"""The pool: threads that keep every engine's slots full until every request has its result."""
+"""The dispatcher: threads that keep every engine's slots full, with retries and backoff."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
+
+from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_random_exponential
 
 from aiflux.core.runs.journal import EMPTY, JournalWriter, Result
 from aiflux.engines.http import Client, ExchangeError
@@ -25,9 +27,8 @@ from aiflux.engines.outcome import (
 )
 from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
 from aiflux.util.process_limits import exhausted, reserved_memory, start_thread
-from aiflux.util.timestamps import utc_now
+from aiflux.util.times import utc_now
 from aiflux.worker.rejections import ENOUGH, Held, Rejections, certain
-from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking
@@ -410,3 +411,37 @@ class Pool:
         if verdict.prompt_tokens and self._links[lane.index].truncated(verdict.prompt_tokens):
             metadata["truncated_prompt"] = True
         return metadata
+
+
+MAX_DELAY = 60.0
+MAX_RETRY_AFTER = 600.0
+
+
+class RetryPolicy:
+    """Decides whether and when there is another attempt.
+
+    The pool does the waiting itself (a waiting request holds no slot), so tenacity's stop and wait
+    strategies are asked directly, without its loop.
+
+    Args:
+        max_retries: further attempts after the first.
+        delay: upper bound of the first wait, in seconds; doubles with every attempt, up to 60.
+    """
+
+    def __init__(self, max_retries: int, delay: float) -> None:
+        self._stop = stop_after_attempt(max_retries + 1)
+        self._wait = wait_random_exponential(multiplier=delay, max=MAX_DELAY)
+        self._retrying = Retrying(stop=self._stop, wait=self._wait)
+
+    def next_delay(self, attempts: int, retry_after: float | None) -> float | None:
+        """Return the seconds to wait before the next attempt; None when there is none.
+
+        Args:
+            attempts: attempts made so far.
+            retry_after: what the server asked for; the wait is never shorter.
+        """
+        state = RetryCallState(self._retrying, None, (), {})
+        state.attempt_number = attempts
+        if self._stop(state):
+            return None
+        return max(float(self._wait(state)), min(retry_after or 0.0, MAX_RETRY_AFTER))

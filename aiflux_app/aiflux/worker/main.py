@@ -30,8 +30,8 @@ from aiflux.engines.ollama.pull import create_model, ensure_model
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.estimates.storage import carry_estimate
 from aiflux.image.container import local_choices
-from aiflux.models.gguf_import import read_staged_gguf
 from aiflux.models.name import parse_model_name
+from aiflux.models.staging import read_staged_gguf
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
 from aiflux.worker.progress import make_reporter

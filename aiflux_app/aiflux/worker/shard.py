@@ -18,17 +18,16 @@ from aiflux import __version__
 from aiflux.core.batch.input_file import change_of, looks_unchanged
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
-from aiflux.core.runs.merge import forget_done, merge_when_last
-from aiflux.core.runs.plan import Plan, changed_input, read_plan, same_work
-from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.output import forget_done, merge_when_last
+from aiflux.core.runs.plan import Plan, Shard, changed_input, read_plan, same_work
 from aiflux.core.runs.status_file import Status, read_status
 from aiflux.engines import server_load, sizing
 from aiflux.engines.external import ExternalEngine, ca_bundle
 from aiflux.engines.gpus import free_memory, gpu_names, group, visible_devices
 from aiflux.engines.http import Client
-from aiflux.engines.needs import context_length
 from aiflux.engines.ollama.pull import ensure_model
 from aiflux.engines.process import find_program
+from aiflux.engines.sizing import context_length
 from aiflux.errors import (
     AifluxError,
     EngineError,
@@ -43,9 +42,9 @@ from aiflux.models.figures import known_figures
 from aiflux.models.name import parse_model_name
 from aiflux.util.lease import acquire
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
-from aiflux.util.timestamps import utc_text
+from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
-from aiflux.worker.dispatcher import Describe, Pool
+from aiflux.worker.dispatcher import Describe, Pool, RetryPolicy
 from aiflux.worker.engines import (
     BundledEngine,
     Engine,
@@ -56,12 +55,10 @@ from aiflux.worker.gpu_monitor import GpuUse, GpuWatch
 from aiflux.worker.network_check import seal_facts
 from aiflux.worker.progress import Reporter
 from aiflux.worker.rejections import Rejections
-from aiflux.worker.retry import RetryPolicy
 from aiflux.worker.scheduler import Lane, Limit, Scheduler
 from aiflux.worker.source import Source
-from aiflux.worker.stats import Stats
+from aiflux.worker.stats import Ledger, Stats
 from aiflux.worker.stop import Stopper
-from aiflux.worker.totals import Ledger
 from aiflux.worker.validation import Checking
 
 IMAGE_FACTS = Path("/opt/aiflux/image.json")

@@ -1,17 +1,16 @@
-"""The requests of a shard that are still to be done, read from the input as they are needed."""
+"""Requests of a shard that are still to do, with the body that the engine is sent."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from aiflux.core.batch.request import LineError, Request, parse_request, request_key
 from aiflux.core.runs.journal import JournalReader, ResultIndex
-from aiflux.core.runs.plan import Plan, changed_input
-from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.plan import Plan, Shard, changed_input
 from aiflux.models.name import same_model
 from aiflux.util.lines import read_lines
-from aiflux.worker.payload import build_payload
 from aiflux.worker.scheduler import Task
 
 
@@ -79,3 +78,39 @@ class Source:
         if result is None:
             return False
         return str(json.loads(result.metadata)["timestamp"]) < self._plan.created
+
+
+EMBEDDINGS = "/v1/embeddings"
+
+
+def build_payload(
+    request: Request, model: str | None, parameters: dict[str, Any], *, bundled: bool
+) -> bytes:
+    """Return the JSON to send.
+
+    Args:
+        model: as the engine serves it; filled in where the body names none, and put in the place of
+            a name with AI-Flux's own ``http://`` or ``@sha256:...``, which Ollama does not know.
+        parameters: filled in where the body lacks them; not for embeddings, which have none.
+        bundled: the engine is Ollama, which ignores ``max_completion_tokens``; the value is then
+            also sent as ``max_tokens``.
+    """
+    body = request.body
+    edits: dict[str, Any] = {}
+    named = body.get("model")
+    if named is None or (bundled and ("@" in named or "://" in named)):
+        edits["model"] = model
+    if body.get("stream"):
+        edits["stream"] = False
+    if request.url != EMBEDDINGS:
+        edits.update({name: value for name, value in parameters.items() if name not in body})
+        limit = body.get("max_completion_tokens")
+        if limit is not None:
+            edits.pop("max_tokens", None)
+            if bundled and "max_tokens" not in body:
+                edits["max_tokens"] = limit
+    if edits:
+        body = {**body, **edits}
+        if "stream" in edits:
+            body.pop("stream_options", None)
+    return json.dumps(body).encode()

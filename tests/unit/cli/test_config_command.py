@@ -20,8 +20,7 @@ from aiflux.cli.main import main
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import SETTINGS
 from aiflux.slurm.cluster import Facts, ask_cluster
-from aiflux.slurm.config_template import initial_file
-from aiflux.slurm.defaults import Proposal, propose
+from aiflux.slurm.config_template import Proposal, initial_file, propose
 from aiflux.slurm.preflight.cluster import cluster_checks
 from aiflux.slurm.preflight.local import collect
 from aiflux.slurm.script import JobScript, render

@@ -19,7 +19,7 @@ from aiflux.core.runs.journal import Result
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import Status
 from aiflux.estimates.pilot import Pilot
-from aiflux.util.timestamps import utc_text
+from aiflux.util.times import utc_text
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands, waiting_slurm

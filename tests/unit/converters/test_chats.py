@@ -24,8 +24,8 @@ from aiflux.converters import (
     results_to_jsonl,
     results_to_parquet,
 )
-from aiflux.converters.cells import as_messages
 from aiflux.converters.results import BackOptions
+from aiflux.converters.table import as_messages
 from aiflux.errors import InputError
 from tests.unit.converters.test_converters import prompts, refused, requests_in, write
 from tests.unit.converters.test_results import answered, read_csv

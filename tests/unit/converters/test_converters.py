@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.converters import csv_to_jsonl, directory_to_jsonl, json_to_jsonl
-from aiflux.converters.chunks import split_text
-from aiflux.converters.duplicate_ids import SeenIds
+from aiflux.converters.directory import split_text
 from aiflux.converters.template import Template, escape
 from aiflux.converters.walk import parse_size
+from aiflux.converters.writer import SeenIds
 from aiflux.core.batch.request import parse_request
 from aiflux.errors import ConfigError, InputError, UsageError
 from aiflux.util.extras import remedy

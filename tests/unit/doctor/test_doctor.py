@@ -12,7 +12,7 @@ from aiflux.cli.main import main
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.doctor import host
 from aiflux.doctor.apptainer import containers, is_setuid
-from aiflux.doctor.quota import quotas
+from aiflux.doctor.host import quotas
 from aiflux.doctor.slurm import scheduler
 from aiflux.util.diagnosis import Diagnosis
 from tests.tools.make_sif import make_sif

@@ -18,13 +18,11 @@ from aiflux.cli.render.estimate import comparison, count, forecast, full_command
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
-from aiflux.estimates.compare import compare
-from aiflux.estimates.estimate import Estimate, estimate
+from aiflux.estimates.estimate import Estimate, compare, estimate
 from aiflux.estimates.intervals import Range, share_of, total, unevenness
 from aiflux.estimates.pilot import Drawn, Pilot, chosen
 from aiflux.estimates.throughput import Observation, pace, start_up
-from aiflux.util.durations import walltime_seconds
-from aiflux.util.timestamps import utc_text
+from aiflux.util.times import utc_text, walltime_seconds
 from tests.unit.helpers import write_input
 
 START = 1_700_000_000.0

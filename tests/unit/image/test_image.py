@@ -14,10 +14,15 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
-from aiflux.image.apt_source import AptSource, find_source
-from aiflux.image.base import BaseChoice, choose_base
+from aiflux.image.base import (
+    OLLAMA_IMAGE,
+    AptSource,
+    BaseChoice,
+    BuildOptions,
+    choose_base,
+    find_source,
+)
 from aiflux.image.build import build, build_environment, render_command
-from aiflux.image.options import OLLAMA_IMAGE, BuildOptions
 from aiflux.image.payload import Checkout, find_sources, known_facts
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands

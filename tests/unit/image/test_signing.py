@@ -11,10 +11,9 @@ import pytest
 
 from aiflux.errors import ImageError
 from aiflux.image import run_tool
+from aiflux.image.base import BuildOptions
 from aiflux.image.build import build
-from aiflux.image.options import BuildOptions
-from aiflux.image.signing import diagnose, judge, sign, signature
-from aiflux.image.signing_keys import Signer, find_signer
+from aiflux.image.signing import Signer, diagnose, find_signer, judge, sign, signature
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 

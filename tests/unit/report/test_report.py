@@ -25,11 +25,10 @@ from aiflux.core.runs.journal import JournalWriter, Result
 from aiflux.core.runs.plan import write_plan
 from aiflux.estimates.estimate import Estimate
 from aiflux.estimates.intervals import Range
-from aiflux.report.histogram import Histogram, Timeline
 from aiflux.report.html.markup import element, joined
 from aiflux.report.journal_summary import Tally, tally
-from aiflux.report.throughput import throughput
-from aiflux.util.timestamps import utc_text
+from aiflux.report.throughput import Histogram, Timeline, throughput
+from aiflux.util.times import utc_text
 from aiflux.worker.gpu_monitor import GpuUse, GpuWatch, samples
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun

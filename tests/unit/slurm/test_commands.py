@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.errors import SlurmError
-from aiflux.slurm.calling import clean_environment
-from aiflux.slurm.commands import cancel, submit
+from aiflux.slurm.commands import cancel, clean_environment, submit
 from aiflux.slurm.job_id import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
 from aiflux.slurm.query import job_state, max_array_size, task_states
 from tests.unit.fake_commands import FakeCommands

@@ -14,8 +14,7 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.gpus import free_memory
-from aiflux.engines.needs import context_length
-from aiflux.engines.sizing import GPU_SLOTS, slots
+from aiflux.engines.sizing import GPU_SLOTS, context_length, slots
 from aiflux.errors import ConfigError, InputError
 from aiflux.models.catalog import read_catalogue
 from aiflux.models.gpu_memory import gpu_bytes, gpu_bytes_of_features
@@ -24,8 +23,8 @@ from aiflux.models.name import parse_model_name
 from aiflux.models.store import model_digest
 from aiflux.slurm.cluster import ask_cluster
 from aiflux.slurm.preflight.cluster import check_room
-from aiflux.slurm.preflight.gpu_memory import gpu_room
 from aiflux.slurm.preflight.local import check_models
+from aiflux.slurm.preflight.memory import gpu_room
 from tests.tools.make_sparse_gguf import install
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import FakeSite, node, partition

@@ -21,7 +21,7 @@ from aiflux.slurm.monitor.collect import (
     read_facts,
 )
 from aiflux.slurm.monitor.run_view import RunState, RunView, assemble, outcome
-from aiflux.slurm.origin import run_directory_of
+from aiflux.slurm.query import run_directory_of
 from aiflux.util.lease import identity
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun

@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.errors import ConfigError
-from aiflux.slurm.directives import directive, log_file, log_pattern, signal_seconds
-from aiflux.slurm.script import JobScript, generic_script, job_name, render
+from aiflux.slurm.script import (
+    JobScript,
+    directive,
+    generic_script,
+    job_name,
+    log_file,
+    log_pattern,
+    render,
+    signal_seconds,
+)
 from aiflux.util.value_parsers import CONTROL
 
 REPOSITORY = Path(__file__).parents[3]

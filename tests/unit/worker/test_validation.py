@@ -21,8 +21,7 @@ from aiflux.engines.outcome import Kind, Outcome, judge_answer
 from aiflux.errors import ExitCode, InputError
 from aiflux.util.extras import remedy
 from aiflux.worker.concurrency import FixedLimit
-from aiflux.worker.dispatcher import Describe, Pool
-from aiflux.worker.retry import RetryPolicy
+from aiflux.worker.dispatcher import Describe, Pool, RetryPolicy
 from aiflux.worker.scheduler import Lane, Scheduler
 from aiflux.worker.source import Source
 from aiflux.worker.stats import Stats

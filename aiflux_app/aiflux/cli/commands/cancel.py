@@ -7,9 +7,8 @@ import os
 from collections.abc import Sequence
 
 from aiflux.cli.json_output import add_json, then_told
-from aiflux.cli.located import located
 from aiflux.cli.render.run import typed
-from aiflux.cli.run_argument import add_run, short
+from aiflux.cli.run_argument import add_run, located, short
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import UsageError
 from aiflux.slurm.commands import cancel

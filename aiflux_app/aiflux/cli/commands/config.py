@@ -115,8 +115,7 @@ def _setting_as_json(config: Config, setting: Setting) -> dict[str, Any]:
 
 def _init(arguments: argparse.Namespace) -> int:
     from aiflux.slurm.cluster import ask_cluster
-    from aiflux.slurm.config_template import initial_file
-    from aiflux.slurm.defaults import propose
+    from aiflux.slurm.config_template import initial_file, propose
     from aiflux.util.files import atomic_write
 
     target = _target(arguments)

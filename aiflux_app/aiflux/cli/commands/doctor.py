@@ -13,7 +13,7 @@ from rich.table import Table
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.config.config import Config
 from aiflux.doctor import host
-from aiflux.doctor.quota import quotas
+from aiflux.doctor.host import quotas
 from aiflux.errors import AifluxError, ExitCode
 from aiflux.util.diagnosis import Diagnosis, fail
 from aiflux.worker.console import TerminalConsole

@@ -13,7 +13,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.cli.json_output import add_json, print_json
-from aiflux.cli.numbers import whole_number
+from aiflux.cli.parser import whole_number
 from aiflux.cli.render.estimate import forecast, full_command
 from aiflux.cli.run_argument import make_console, short, show
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
@@ -25,14 +25,14 @@ from aiflux.core.runs.directory import checked_output, default_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, make_plan, read_plan
 from aiflux.core.runs.status_file import read_status
-from aiflux.engines.needs import context_length
+from aiflux.engines.sizing import context_length
 from aiflux.errors import EngineError, ExitCode, RunConflictError, StoppedError, UsageError
 from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, estimate
 from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot
 from aiflux.estimates.storage import keep_estimate
 from aiflux.estimates.throughput import observe
 from aiflux.slurm.preflight.local import told
-from aiflux.util.durations import walltime_seconds
+from aiflux.util.times import walltime_seconds
 
 LONGEST = "01:00:00"
 _INTERVAL = 5.0

@@ -18,7 +18,7 @@ from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
 from aiflux.slurm.monitor.collect import RunView, gather_all
-from aiflux.util.timestamps import unix_seconds
+from aiflux.util.times import unix_seconds
 
 RECENT_SECONDS = 86400.0
 _LEAST_OUTPUT = 12

@@ -10,13 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiflux.cli.located import located
-from aiflux.cli.run_argument import add_run, short
+from aiflux.cli.run_argument import add_run, located, short
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.errors import UsageError
-from aiflux.slurm.monitor.collect import Observer
-from aiflux.slurm.monitor.logs import engine_logs, job_logs
+from aiflux.slurm.monitor.collect import Observer, engine_logs, job_logs
 
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 1 << 16

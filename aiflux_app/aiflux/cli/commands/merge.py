@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from aiflux.cli.json_output import add_json, print_json, then_told
-from aiflux.cli.located import located
+from aiflux.cli.run_argument import located
 from aiflux.cli.start import write_output
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.merge import merge_partial
+from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aiflux.cli.json_output import add_json, print_json
-from aiflux.cli.numbers import whole_number
+from aiflux.cli.parser import whole_number
 from aiflux.cli.render.models import list_models, show_model
 from aiflux.cli.render.progress import byte_bar
 from aiflux.cli.start import show_local_choices
@@ -92,7 +92,7 @@ def _pull(arguments: argparse.Namespace, config: Config) -> int:
     found = _find_image(config)
     if isinstance(found, ImageError):
         return _pull_here(arguments.name, config, found, again=arguments.again)
-    from aiflux.cli.local_container import pull_in_container
+    from aiflux.cli.start import pull_in_container
 
     return pull_in_container(arguments.name, config.models_dir, *found, again=arguments.again)
 
@@ -129,7 +129,7 @@ def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) 
 
 
 def _verify(arguments: argparse.Namespace, config: Config) -> int:
-    from aiflux.models.integrity import check_blobs, refuse_damaged
+    from aiflux.models.store import check_blobs, refuse_damaged
 
     name = parse_model_name(arguments.name)
     manifest = read_manifest(config.models_dir, name)
@@ -195,7 +195,7 @@ def _import(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _import_gguf(arguments: argparse.Namespace, config: Config) -> int:
-    from aiflux.models.gguf_import import stage_gguf
+    from aiflux.models.staging import stage_gguf
 
     if arguments.name is None:
         raise UsageError("--gguf needs a name for the model", "--name NAME:TAG")
@@ -225,7 +225,7 @@ def _template(path: Path | None) -> str | None:
 def _create(name: ModelName, config: Config) -> int:
     found = _find_image(config)
     if not isinstance(found, ImageError):
-        from aiflux.cli.local_container import create_in_container
+        from aiflux.cli.start import create_in_container
 
         return create_in_container(name.served, config.models_dir, *found)
     from aiflux.engines.process import find_program

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.cli.json_output import add_json
-from aiflux.cli.located import located
-from aiflux.cli.run_argument import add_run, short
+from aiflux.cli.run_argument import add_run, located, short
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import journal_lines
 from aiflux.core.runs.plan import Plan, read_plan
@@ -23,8 +22,8 @@ from aiflux.report.html.markup import Markup
 from aiflux.report.html.page import page
 from aiflux.report.html.plots import latency_plot, throughput_plot
 from aiflux.report.journal_summary import tally
+from aiflux.report.machines import ReportSources
 from aiflux.report.methods import methods
-from aiflux.report.sources import ReportSources
 from aiflux.slurm.monitor.collect import ShardView, gather
 from aiflux.slurm.submissions import known_submissions
 from aiflux.util.files import atomic_write

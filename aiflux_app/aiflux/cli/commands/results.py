@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from aiflux.cli.json_output import add_json, print_json
-from aiflux.cli.located import located
+from aiflux.cli.run_argument import located
 from aiflux.converters.results import BackOptions, BackSummary
 from aiflux.converters.results.answers import entries, prompt_text, refuse_missing
 from aiflux.core.batch.results_file import EMPTY_REASONS, ResultEntry, answered_words, vectors

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from aiflux.cli.json_output import add_json, then_told
-from aiflux.cli.located import located
+from aiflux.cli.run_argument import located
 from aiflux.cli.start import register, run_here, run_local, submit_planned
 from aiflux.core.config.arguments import add_settings, given_settings
 from aiflux.core.config.config import Config

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.cli.json_output import add_json, print_json, then_told
-from aiflux.cli.numbers import whole_number
-from aiflux.cli.piped_input import kept_input
+from aiflux.cli.parser import whole_number
+from aiflux.cli.pipes import kept_input
 from aiflux.cli.start import (
     register,
     run_here,

@@ -6,14 +6,13 @@ import argparse
 from dataclasses import asdict
 
 from aiflux.cli.json_output import add_json, print_json
-from aiflux.cli.located import located
 from aiflux.cli.render.estimate import comparison
 from aiflux.cli.render.run import overview
-from aiflux.cli.run_argument import add_run, frame_of, make_console, show
+from aiflux.cli.run_argument import add_run, frame_of, located, make_console, show
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
-from aiflux.estimates.compare import ComparedFigure, compare
+from aiflux.estimates.estimate import ComparedFigure, compare
 from aiflux.estimates.storage import read_estimate
 from aiflux.slurm.monitor.collect import gather
 

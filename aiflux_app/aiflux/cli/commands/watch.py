@@ -13,9 +13,8 @@ from rich.console import Group
 from rich.live import Live
 
 from aiflux.cli.json_output import add_json, print_json
-from aiflux.cli.located import located
 from aiflux.cli.render.run import overview, progress_line, typed
-from aiflux.cli.run_argument import add_run, frame_of, make_console, short, show
+from aiflux.cli.run_argument import add_run, frame_of, located, make_console, short, show
 from aiflux.errors import ConfigError, ExitCode
 from aiflux.slurm.monitor.collect import Observer, RunView, outcome
 from aiflux.worker.console import TerminalConsole

@@ -10,10 +10,9 @@ from typing import Any
 from rich.text import Text
 
 from aiflux.core.config.settings import BY_NAME
-from aiflux.estimates.compare import ComparedFigure
-from aiflux.estimates.estimate import SLURM, Estimate
+from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate
 from aiflux.estimates.intervals import Range
-from aiflux.util.durations import duration
+from aiflux.util.times import duration
 
 _WIDTH = 80
 _NAME = 24

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aiflux.converters.cells import as_text
 from aiflux.converters.delimited import DelimitedTable
-from aiflux.converters.duplicate_ids import SeenIds
 from aiflux.converters.parquet import ParquetTable
 from aiflux.converters.results.answers import (
     AnswersById,
@@ -20,9 +18,9 @@ from aiflux.converters.results.answers import (
     kept_columns,
     prompt_text,
 )
-from aiflux.converters.table import Row
+from aiflux.converters.table import Row, as_text
 from aiflux.converters.template import check_columns
-from aiflux.converters.writer import Skipped
+from aiflux.converters.writer import SeenIds, Skipped
 from aiflux.core.batch.results_file import ResultEntry
 from aiflux.errors import InputError
 from aiflux.util.unicode import whole_text

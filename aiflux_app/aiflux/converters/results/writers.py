@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import IO, Any
 
-from aiflux.converters.cells import as_json, as_text
 from aiflux.converters.delimited import csv_writer
 from aiflux.converters.parquet import ParquetTable
 from aiflux.converters.results.table import BackTable, Record
+from aiflux.converters.table import as_json, as_text
 from aiflux.errors import InputError
 from aiflux.util.extras import need
 from aiflux.util.unicode import REPLACEMENT, json_text, whole, whole_text

@@ -1,21 +1,242 @@
-"""The input as a whole, checked before anything is queued."""
+"""Validate a whole input file in one pass: every bad line, the digest, tokens and models."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+import shlex
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.batch.digest import InputDigest, LineDigest, beside
-from aiflux.core.batch.request import custom_id_of
-from aiflux.core.batch.scan import LENGTH_STEP, Mark, Part, Whole, scan_part
+from aiflux.core.batch.ignored_fields import IgnoredFields
+from aiflux.core.batch.request import LineError, custom_id_of, request_entry
+from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
-from aiflux.util.lines import cut_at_lines, line_numbers, read_lines, unreadable
+from aiflux.util.lines import (
+    MAX_LINE_BYTES,
+    cut_at_lines,
+    ends_line,
+    line_numbers,
+    read_lines,
+    unreadable,
+)
 from aiflux.util.parallel import helpers, share_out
+from aiflux.util.text import joined
+
+SHOWN_PROBLEMS = 20
+_SHOWN_LINES = 20
+# Files that hold data rather than requests, and the converter that reads them.
+_CONVERTED = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
+
+
+@dataclass
+class Group:
+    """The lines that have one problem.
+
+    Attributes:
+        count: how many lines.
+        offsets: byte offsets of the first ``_SHOWN_LINES`` of them.
+    """
+
+    count: int = 0
+    offsets: list[int] = field(default_factory=list)
+
+    def add(self, count: int, offsets: list[int]) -> None:
+        """Add further lines with the same problem."""
+        self.count += count
+        self.offsets = sorted([*self.offsets, *offsets])[:_SHOWN_LINES]
+
+
+@dataclass
+class Problems:
+    """Bad lines: the first ``SHOWN_PROBLEMS`` different problems in full, the rest as a count.
+
+    Memory stays bounded however many lines are bad: problems that come late are only counted.
+    """
+
+    lines: int = 0
+    _groups: dict[str, Group] = field(default_factory=dict)
+
+    def add(self, offset: int, problem: str) -> None:
+        """Record a problem of the line that starts at byte ``offset``."""
+        self._add(problem, 1, [offset])
+
+    def merge(self, other: Problems) -> None:
+        """Add the bad lines of another part of the same input."""
+        for problem, group in other._groups.items():
+            self._add(problem, group.count, group.offsets)
+        self.lines += other.lines - sum(group.count for group in other._groups.values())
+
+    def error(self, path: Path) -> InputError:
+        """Return the error that names the lines.
+
+        Raises:
+            OSError: the input cannot be read.
+        """
+        self._trim()
+        offsets = sorted({offset for group in self._groups.values() for offset in group.offsets})
+        numbers = dict(zip(offsets, line_numbers(path, offsets), strict=True))
+        texts = [f"{_where(group, numbers)}: {text}" for text, group in self._groups.items()]
+        rest = self.lines - sum(group.count for group in self._groups.values())
+        if rest:
+            texts.append(f"... and {rest} more")
+        noun = "line is" if self.lines == 1 else "lines are"
+        return InputError(
+            f"{self.lines} {noun} wrong in {str(path)!r}; nothing was sent",
+            _remedy(path),
+            tuple(texts),
+        )
+
+    def _add(self, problem: str, count: int, offsets: list[int]) -> None:
+        self.lines += count
+        self._groups.setdefault(problem, Group()).add(count, offsets)
+        if len(self._groups) > 8 * SHOWN_PROBLEMS:
+            self._trim()
+
+    def _trim(self) -> None:
+        ranked = sorted(self._groups.items(), key=lambda item: item[1].offsets)
+        self._groups = dict(ranked[:SHOWN_PROBLEMS])
+
+
+def _remedy(path: Path) -> str:
+    kind = _CONVERTED.get(path.suffix.lower())
+    if kind is None:
+        return "correct the input and run the same command again"
+    return f"turn it into requests first: aiflux convert {kind} --input {shlex.quote(str(path))}"
+
+
+def _where(group: Group, numbers: dict[int, int]) -> str:
+    """Return the lines of a group: ``line 3``, ``lines 1 and 4``, ``lines 1, 2 and 998 more``."""
+    shown = [f"{numbers[offset]:,}" for offset in group.offsets]
+    more = group.count - len(shown)
+    listed = joined([*shown, f"{more:,} more"] if more else shown)
+    return f"{'line' if group.count == 1 else 'lines'} {listed}"
+
+
+_BLOCK = 1 << 20
+_SIZE = 16
+
+
+class InputDigest:
+    """Computes the digest of a file, part by part in their order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._hash = blake2b(digest_size=_SIZE)
+
+    def add(self, start: int, end: int, plain: bool) -> None:
+        """Add the lines from byte ``start`` to byte ``end``.
+
+        Args:
+            plain: nothing stands there but lines as they are digested; they are not taken apart.
+
+        Raises:
+            OSError: the file cannot be read.
+            InputError: likewise.
+        """
+        if not plain:
+            for _, _, raw in read_lines(self._path, start, end):
+                self._hash.update(raw + b"\n")
+            return
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(start)
+            while start < end and (block := file.read(min(_BLOCK, end - start))):
+                self._hash.update(block)
+                start += len(block)
+
+    def hexdigest(self) -> str:
+        """Return the digest of what was added so far."""
+        return self._hash.hexdigest()
+
+
+class LineDigest:
+    """Computes the same digest of lines that are read one by one, and counts them."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self._hash = blake2b(digest_size=_SIZE)
+
+    def add(self, raw: bytes) -> None:
+        """Add the next line, without its line ending."""
+        self.lines += 1
+        self._hash.update(raw + b"\n")
+
+    def hexdigest(self) -> str:
+        """Return the digest of the lines so far."""
+        return self._hash.hexdigest()
+
+
+Add = Callable[[int, int, bool], None]
+
+
+@contextmanager
+def beside(add: Add) -> Iterator[Add]:
+    """Yield ``add`` in a thread: each call waits for the one before; at the end all are done.
+
+    Hashing lets other threads run meanwhile.
+    """
+    with ThreadPoolExecutor(1, "digest") as executor:
+        pending: list[Future[None]] = []
+        alone = False
+
+        def submit(start: int, end: int, plain: bool) -> None:
+            nonlocal alone
+            if pending:
+                pending.pop().result()
+            if not alone:
+                try:
+                    pending.append(executor.submit(add, start, end, plain))
+                except RuntimeError:  # no thread can be started
+                    alone = True
+            if alone:
+                add(start, end, plain)
+
+        yield submit
+        if pending:
+            pending.pop().result()
+
+
+# English text has about 4 bytes a token, code 3, CJK text 3 bytes a character and token:
+# 3 errs on the side of a context that is large enough.
+_BYTES_PER_TOKEN = 3
+_TOKENS_PER_MESSAGE = 16
+_TOKENS_PER_IMAGE = 1024
+_UNLIMITED_ANSWER = 1024
+
+
+def estimate_tokens(body: dict[str, Any]) -> int:
+    """Estimate the tokens of a request, prompt and answer together."""
+    answer = body.get("max_tokens") or body.get("max_completion_tokens")
+    payload = body.get("messages") or body.get("prompt") or body.get("input")
+    return _prompt_tokens(payload) + (answer if isinstance(answer, int) else _UNLIMITED_ANSWER)
+
+
+def _prompt_tokens(payload: Any) -> int:
+    if type(payload) is str:
+        size = len(payload) if payload.isascii() else len(payload.encode("utf-8", "surrogatepass"))
+        return size // _BYTES_PER_TOKEN + 1
+    tokens = 0
+    if type(payload) is list:
+        for part in payload:
+            tokens += _part_tokens(part)
+    return tokens
+
+
+def _part_tokens(part: Any) -> int:
+    if type(part) is dict:
+        if "image_url" in part:
+            return _TOKENS_PER_IMAGE
+        text = part["content"] if "content" in part else part.get("text")
+        return _TOKENS_PER_MESSAGE + _prompt_tokens(text)
+    return 1 if isinstance(part, int) else _prompt_tokens(part)
+
 
 PART_BYTES = 32 << 20
 
@@ -244,3 +465,176 @@ def change_of(described: Mapping[str, Any]) -> str | None:
     if size != described["size"]:
         return "has other line endings or blank lines than when the run was planned"
     return None
+
+
+# Lengths are counted in steps of so many tokens.
+LENGTH_STEP = 64
+_BUCKETS = 256
+_MAX_MARKS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place where the input can be cut: ``index`` requests lie before byte ``offset``."""
+
+    index: int
+    offset: int
+
+
+class Names:
+    """The custom_ids seen, as 64-bit hashes in 8 bytes each.
+
+    The hashes are those of this process and of what it forks.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: list[array[int]] = [array("q") for _ in range(_BUCKETS)]
+
+    def add(self, hashes: Iterable[int]) -> None:
+        """Note names by their hashes."""
+        buckets = self._buckets
+        for name in hashes:
+            buckets[name % _BUCKETS].append(name)
+
+    def merge(self, other: Names) -> None:
+        """Add the names of another part."""
+        for mine, more in zip(self._buckets, other._buckets, strict=True):
+            mine.extend(more)
+
+    def repeated(self) -> set[int]:
+        """Return the hashes that were added more than once."""
+        repeated: set[int] = set()
+        for bucket in self._buckets:
+            if len(set(bucket)) < len(bucket):
+                repeated.update(name for name, count in Counter(bucket).items() if count > 1)
+        return repeated
+
+
+@dataclass
+class Part:
+    """What one pass over a part of the input tells.
+
+    Attributes:
+        start, end: of the part, in bytes.
+        plain: nothing stands in it but lines that are not blank and end with one line feed.
+        offsets: of every request.
+        models: in order of first appearance.
+        unnamed: number of requests whose body names no model.
+        endpoints: number of requests for each url.
+        lengths: number of requests for each length in steps of ``LENGTH_STEP`` tokens.
+        ignored: fields that Ollama ignores.
+    """
+
+    start: int
+    end: int
+    plain: bool = True
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    models: dict[str, None] = field(default_factory=dict)
+    unnamed: int = 0
+    endpoints: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    names: Names = field(default_factory=Names)
+    problems: Problems = field(default_factory=Problems)
+    ignored: IgnoredFields = field(default_factory=IgnoredFields)
+
+
+def scan_part(
+    path: Path, start: int, end: int, model: str | None, *, schemas: bool = False
+) -> Part:
+    """Check the lines from byte ``start``, where one begins, to byte ``end``.
+
+    Args:
+        model: the run's model, if it is named outside the input.
+        schemas: check the JSON Schemas that requests ask for, too.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    part = Part(start, end)
+    endpoints, lengths, models = part.endpoints, part.lengths, part.models
+    names = array("q")
+    following = start
+    for _, offset, raw in read_lines(path, start, end):
+        if offset != following:
+            part.plain = False
+        following = offset + len(raw) + 1
+        try:
+            if len(raw) > MAX_LINE_BYTES:
+                raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
+            entry = request_entry(raw, model, exact=False)
+            if schemas and (problem := schema_problem(entry["body"])):
+                raise LineError(problem)
+        except LineError as error:
+            part.problems.add(offset, str(error))
+            continue
+        part.offsets.append(offset)
+        names.append(hash(entry["custom_id"]))
+        body = entry["body"]
+        part.ignored.add(body, offset)
+        lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
+        endpoints[entry["url"]] += 1
+        named = body.get("model")
+        if named is None:
+            part.unnamed += 1
+        elif named not in models:
+            models[named] = None
+    part.plain = part.plain and following == end and ends_line(path, end)
+    part.names.add(names)
+    return part
+
+
+@dataclass
+class Whole:
+    """What the parts tell together; they are added in the order of the input.
+
+    The other attributes are those of ``Part``.
+    """
+
+    requests: int = 0
+    models: dict[str, None] = field(default_factory=dict)
+    unnamed: int = 0
+    endpoints: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    names: Names = field(default_factory=Names)
+    problems: Problems = field(default_factory=Problems)
+    ignored: IgnoredFields = field(default_factory=IgnoredFields)
+    _cuts: array[int] = field(default_factory=lambda: array("q"))
+    _stride: int = 1
+
+    def add(self, part: Part) -> None:
+        """Add the part that follows."""
+        self._add_cuts(part.offsets)
+        self.models.update(part.models)
+        self.unnamed += part.unnamed
+        self.endpoints.update(part.endpoints)
+        self.lengths.update(part.lengths)
+        self.names.merge(part.names)
+        self.problems.merge(part.problems)
+        self.ignored.merge(part.ignored)
+
+    def percentile(self, share: float) -> int:
+        """Return the fewest tokens that at least ``share`` of the requests stay at or under."""
+        rest = share * self.requests
+        for length in sorted(self.lengths):
+            rest -= self.lengths[length]
+            if rest <= 0:
+                return length * LENGTH_STEP
+        return 0
+
+    @property
+    def mean_tokens(self) -> int:
+        """Mean tokens of a request."""
+        total = sum(length * count for length, count in self.lengths.items())
+        return total // max(1, self.requests) * LENGTH_STEP
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """Places to cut at: where requests begin, only every n-th where there are many."""
+        return tuple(Mark(at * self._stride, offset) for at, offset in enumerate(self._cuts))
+
+    def _add_cuts(self, offsets: array[int]) -> None:
+        first, self.requests = self.requests, self.requests + len(offsets)
+        while self.requests > self._stride * _MAX_MARKS:
+            self._stride *= 2
+            self._cuts = self._cuts[::2]
+        self._cuts.extend(offsets[-first % self._stride :: self._stride])

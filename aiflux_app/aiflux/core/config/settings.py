@@ -9,8 +9,7 @@ from typing import Any
 
 from aiflux.errors import ConfigError
 from aiflux.util import value_parsers
-from aiflux.util.suggestions import suggestion
-from aiflux.util.text import hidden_url
+from aiflux.util.text import hidden_url, suggestion
 from aiflux.util.value_parsers import Parser
 
 

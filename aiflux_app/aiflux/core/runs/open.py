@@ -12,8 +12,7 @@ from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
-from aiflux.core.runs.merge import forget_done, shards_left
-from aiflux.core.runs.output import output_paths
+from aiflux.core.runs.output import forget_done, output_paths, shards_left
 from aiflux.core.runs.plan import Plan, make_plan, read_plan, write_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
 from aiflux.core.runs.status_file import (

@@ -1,4 +1,4 @@
-"""The user's runs: one small file per run, so that a job id or a list leads back to a run.
+"""The user's list of runs, and how to find a run by output, directory or job id.
 
 The registry is a convenience. A file that is not one of ours is skipped, and a home that cannot be
 written costs a warning, never a submission. Each run has its own file, replaced atomically: any
@@ -11,7 +11,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -20,9 +20,9 @@ from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
-from aiflux.errors import StorageError
+from aiflux.errors import StorageError, UsageError
 from aiflux.util.files import write_json
-from aiflux.util.timestamps import utc_now
+from aiflux.util.times import utc_now
 
 JOB = re.compile(r"(?P<number>[1-9]\d*)(?:_(?P<task>\d+))?(?:;(?P<cluster>[^\s;]+))?")
 
@@ -197,3 +197,68 @@ def _from_json(content: dict[str, Any]) -> RegistryEntry:
         tuple(str(job) for job in content["jobs"]),
         str(content["host"]),
     )
+
+
+Ask = Callable[[str], Path | None]
+
+
+def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> RunDirectory:
+    """Return the run that ``text`` names. A path that is there wins over a job's number.
+
+    Args:
+        text: a run directory, any file in one, an output (there already or not), or a job id:
+            ``123``, ``123_4``, ``123;cluster``, or several of one run as
+            ``SlurmRunner.run`` returns them (``123,124``).
+        environ: where the registry of runs is looked for.
+        ask: returns the run directory of a job that the registry does not know, or None.
+
+    Raises:
+        UsageError: no run is found.
+    """
+    text = text.strip()
+    found = _by_path(text) if text else None
+    if found is not None:
+        return found
+    job = re.sub(r",[1-9][0-9,]*", "", text)
+    if JOB.fullmatch(job):
+        return _by_job(job, environ, ask)
+    raise UsageError(
+        f"no run is found at {text!r}: it is no run directory, no output of a run, and no job id",
+        "`aiflux jobs --all` lists your runs",
+    )
+
+
+def _by_job(text: str, environ: Mapping[str, str], ask: Ask | None) -> RunDirectory:
+    entry = with_job(text, environ)
+    if entry is not None and not entry.gone:
+        return RunDirectory(entry.run_dir)
+    asked = ask(text) if ask is not None else None
+    if asked is not None and RunDirectory(asked).plan.is_file():
+        return RunDirectory(asked)
+    if entry is not None:
+        raise UsageError(
+            f"job {text} worked for {entry.run_dir}, which is gone",
+            f"look for the output: {entry.output}",
+        )
+    raise UsageError(
+        f"no run of yours has the job {text}, as far as this machine and Slurm know",
+        "`aiflux jobs --all` lists your runs; or name the run directory or the output",
+    )
+
+
+def _by_path(text: str) -> RunDirectory | None:
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError:  # ~ of a user that is unknown
+        return None
+    runs = (RunDirectory(candidate) for candidate in _candidates(path))
+    # Path.is_file raises where a folder may not be entered.
+    return next((run for run in runs if os.path.isfile(run.plan)), None)
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    yield path
+    if path.name:
+        yield RunDirectory.of_output(path).path
+    # A file of a run lies in its directory, or in a folder of it.
+    yield from list(path.parents)[:2]

@@ -13,8 +13,7 @@ from pathlib import Path
 from aiflux.core.batch.request import request_key
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import PART_BYTES, ResultIndex, scan_journal
-from aiflux.core.runs.plan import Plan
-from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.plan import Plan, Shard
 from aiflux.util.files import is_there, refuse_irregular
 from aiflux.util.lines import cut_at_lines, read_lines, unreadable
 from aiflux.util.parallel import helpers, share_out

@@ -19,7 +19,6 @@ from typing import Any
 from aiflux.engines.ollama.api import Ollama
 from aiflux.engines.process import Server, engine_environment
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
-from aiflux.models.integrity import remove_damaged
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.models.staging import (
     begin_staging,
@@ -28,7 +27,7 @@ from aiflux.models.staging import (
     remove_if_empty,
     staged_folder,
 )
-from aiflux.models.store import missing_parts, read_manifest, refuse_other_digest
+from aiflux.models.store import missing_parts, read_manifest, refuse_other_digest, remove_damaged
 from aiflux.util.files import may_write
 
 _STALL_TIMEOUT = 600.0

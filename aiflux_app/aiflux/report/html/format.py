@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from aiflux.report.html.markup import Markup, element
-from aiflux.util.durations import duration
-from aiflux.util.timestamps import utc_text
+from aiflux.util.times import duration, utc_text
 
 
 def number(count: int) -> str:

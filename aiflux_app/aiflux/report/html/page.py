@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import PurePath
 
 from aiflux.report.data import Report
-from aiflux.report.html.environment_section import what_section
 from aiflux.report.html.format import (
     duration_text,
     moment_text,
@@ -16,13 +15,16 @@ from aiflux.report.html.format import (
     rate,
     seconds_text,
 )
-from aiflux.report.html.machine_sections import engines_section, estimate_section, shards_section
 from aiflux.report.html.markup import Markup, element, joined
-from aiflux.report.html.work_sections import (
+from aiflux.report.html.sections import (
     attempts_section,
+    engines_section,
+    estimate_section,
     failures_section,
     latency_section,
+    shards_section,
     throughput_section,
+    what_section,
 )
 from aiflux.report.methods import methods
 from aiflux.util.text import counted

@@ -16,7 +16,7 @@ from aiflux.report.html.format import rate, seconds_text
 from aiflux.report.html.markup import Markup, element
 from aiflux.report.throughput import Bar, Throughput
 from aiflux.util.extras import need
-from aiflux.util.timestamps import utc_text
+from aiflux.util.times import utc_text
 
 # What stands for a variable of the style sheet while matplotlib draws.
 _INK, _FAINT, _FIRST, _SECOND, _THIRD = "#a00001", "#a00002", "#a00003", "#a00004", "#a00005"

@@ -1,4 +1,4 @@
-"""How runs are: gathered from their directories and from Slurm, whichever of them can tell."""
+"""Collect what is known of a run: its files, its logs and Slurm's states."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.plan import Plan, read_plan
-from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.plan import Plan, Shard, read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
 from aiflux.errors import AifluxError, SlurmError
 from aiflux.slurm.job_id import JobId
@@ -27,7 +26,8 @@ from aiflux.slurm.monitor.run_view import (
 )
 from aiflux.slurm.monitor.shard_state import QUIET_SECONDS, ShardFacts, ShardState, TaskId
 from aiflux.slurm.query import task_states
-from aiflux.slurm.submissions import Submissions, known_submissions
+from aiflux.slurm.script import log_file
+from aiflux.slurm.submissions import Submissions, known_submissions, read_submissions
 from aiflux.util.lease import holder_lives
 
 __all__ = [
@@ -243,3 +243,27 @@ def _ask(jobs: Sequence[JobId], environ: Mapping[str, str] | None) -> _Answer:
         return _Answer(task_states(jobs, os.environ if environ is None else environ))
     except SlurmError as error:
         return _Answer(None, error.message)
+
+
+def job_logs(run: RunDirectory) -> dict[int, list[Path]]:
+    """Return the logs of the jobs that worked on each shard, in the order of submission.
+
+    A log is named here before its job has begun and made the file.
+    """
+    logs: dict[int, list[Path]] = {}
+    submissions = read_submissions(run)
+    for submission in () if submissions is None else submissions.submissions:
+        for job in submission.jobs:
+            for shard in job.shards:
+                task = None if job.array is None else shard - job.first
+                file = log_file(submission.log, job.job_id, task)
+                known = logs.setdefault(shard, [])
+                if file not in known:
+                    known.append(file)
+    return logs
+
+
+def engine_logs(run: RunDirectory, shard: int) -> list[Path]:
+    """Return the engines' logs of a shard that are there now."""
+    prefix = run.engine_log(shard, 0).name.removesuffix("-0.log")
+    return sorted(run.logs.glob(f"{prefix}-*.log"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from aiflux.core.runs.shards import Shard
+from aiflux.core.runs.plan import Shard
 from aiflux.errors import ExitCode
 from aiflux.slurm.job_id import JobId, TaskState
 

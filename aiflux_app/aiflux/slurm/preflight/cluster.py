@@ -18,10 +18,8 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import ConfigError, ImageError
 from aiflux.image.container import find_image
-from aiflux.slurm.calling import missing
 from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, ask_cluster
-from aiflux.slurm.directives import wants_gpus
-from aiflux.slurm.preflight.gpu_memory import gpu_room
+from aiflux.slurm.commands import missing
 from aiflux.slurm.preflight.local import (
     Check,
     Finding,
@@ -32,10 +30,11 @@ from aiflux.slurm.preflight.local import (
     collect,
     finding_of,
 )
-from aiflux.slurm.preflight.memory import check_endpoints, check_memory, check_names
+from aiflux.slurm.preflight.memory import check_endpoints, check_memory, check_names, gpu_room
 from aiflux.slurm.preflight.nodes import check_nodes, with_features
+from aiflux.slurm.script import wants_gpus
 from aiflux.util.diagnosis import Diagnosis, ok, warn
-from aiflux.util.durations import walltime_seconds, walltime_text
+from aiflux.util.times import walltime_seconds, walltime_text
 
 
 def preflight(

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aiflux.core.batch.digest import InputDigest
-from aiflux.core.batch.input_file import scan_input
-from aiflux.core.batch.scan import scan_part
+from aiflux.core.batch.input_file import InputDigest, scan_input, scan_part
 from aiflux.errors import ExitCode, InputError
 from aiflux.util.lines import cut_at_lines, read_lines
 from tests.unit.helpers import request_line, write_input

@@ -18,7 +18,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import SETTINGS, Setting
 from aiflux.errors import ConfigError, PreflightError, describe
 from aiflux.slurm import SlurmRunner
-from aiflux.slurm.directives import job_directives
+from aiflux.slurm.script import job_directives
 
 
 def config(directory: Path, **more: object) -> Config:

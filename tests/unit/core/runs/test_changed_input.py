@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aiflux.core.runs.journal import scan_journal
-from aiflux.core.runs.merge import merge, merge_partial
+from aiflux.core.runs.output import merge, merge_partial
 from aiflux.errors import ExitCode, StoppedError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.core.runs.test_output import opened, write_journals

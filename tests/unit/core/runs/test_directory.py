@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main as command_line
-from aiflux.core.runs.merge import merge, merge_partial
+from aiflux.core.runs.output import merge, merge_partial
 from aiflux.errors import AifluxError, ExitCode, RunConflictError, StorageError
 from aiflux.slurm.submit import plan_resume
 from aiflux.util.files import atomic_write, remove_leftovers

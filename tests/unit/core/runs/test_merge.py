@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.merge import merge, merge_when_last
+from aiflux.core.runs.output import merge, merge_when_last
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import Status, read_run_status
 from aiflux.errors import AifluxError, ExitCode, StorageError

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
-from aiflux.core.runs.merge import merge, merge_partial, merge_when_last
-from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.output import merge, merge_partial, merge_when_last
+from aiflux.core.runs.plan import auto_shards, read_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
-from aiflux.core.runs.shards import auto_shards
 from aiflux.core.runs.status_file import Status, open_shards, read_run_status
 from aiflux.errors import (
     ExitCode,

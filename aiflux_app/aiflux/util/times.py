@@ -1,8 +1,9 @@
-"""Slurm's way to write a length of time."""
+"""Points in time and durations as text, in UTC and in Slurm's format."""
 
 from __future__ import annotations
 
 import math
+from datetime import datetime, timezone
 
 _DAY = 86400
 
@@ -40,3 +41,22 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return f"{f'{days}d ' if days else ''}{hours}:{minutes:02d}:{rest:02d}"
+
+
+def utc_text(seconds: float) -> str:
+    """Return Unix time as UTC ISO-8601 with milliseconds and ``Z``."""
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def utc_now() -> str:
+    """Return the present time as UTC ISO-8601 with ``Z``."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def unix_seconds(text: str) -> float:
+    """Return Unix time of what ``utc_text`` wrote; 0 where the text is none."""
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0.0

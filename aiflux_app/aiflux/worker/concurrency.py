@@ -1,13 +1,13 @@
 """How many requests an engine is given at once.
 
 What is judged is completed work (output tokens) per second, not latency. Latency limits, such as
-Vegas and Gradient2 of Netflix's concurrency-limits
-(https://github.com/Netflix/concurrency-limits, ``limit/VegasLimit.java``, ``Gradient2Limit.java``),
-assume that latency is flat until a queue forms, and much the same for all requests. An engine that
-batches has no such range, as each further sequence makes all others slower, and one answer takes
-fifty times as long as another. Ports of both, in the simulation of
-tests/unit/worker/test_concurrency.py with 256 slots and mixed lengths, used from 20 to 300 s: Gradient2 50 % of the slots (8 % without the
-windows of a second of ``limit/WindowedLimit.java``), still rising slowly, and Vegas 6 % (3 %).
+Vegas and Gradient2 of Netflix's concurrency-limits (https://github.com/Netflix/concurrency-limits,
+``limit/VegasLimit.java``, ``Gradient2Limit.java``), assume that latency is flat until a queue
+forms, and much the same for all requests. An engine that batches has no such range, as each further
+sequence makes all others slower, and one answer takes fifty times as long as another. Ports of
+both, in the simulation of tests/unit/worker/test_concurrency.py with 256 slots and mixed lengths,
+used from 20 to 300 s: Gradient2 50 % of the slots (8 % without the windows of a second of
+``limit/WindowedLimit.java``), still rising slowly, and Vegas 6 % (3 %).
 
 ``AdaptiveLimit`` therefore climbs a hill by controlled experiments, as PCC does for congestion
 control (Dong et al., "PCC: Re-architecting Congestion Control for Consistent High Performance",

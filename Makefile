@@ -72,7 +72,7 @@ lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck, codespell
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/shellcheck -x $(shell_files)
-	$(bin)/codespell $(spelled)
+	@echo '$(bin)/codespell'; $(bin)/codespell $(spelled)
 
 test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
 	$(bin)/pytest -q -n 2 tests/unit

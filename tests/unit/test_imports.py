@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -155,3 +156,17 @@ def test_importing_does_nothing(module: str, tmp_path: Path) -> None:
 )
 def test_promised_import_paths_work(statement: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", statement], cwd=tmp_path, check=True)
+
+
+def test_the_worker_needs_only_what_the_image_carries(tmp_path: Path) -> None:
+    root = PACKAGE.parents[1]
+    carried = (root / "container" / "requirements.txt").read_text(encoding="utf-8")
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    listed = project.partition("dependencies = [")[2].partition("]")[0]
+    wanted = re.findall(r'"([A-Za-z0-9_-]+)>=', listed)
+    absent = {name for name in wanted if not re.search(rf"(?m)^{name}==", carried, re.IGNORECASE)}
+    assert {"spython", "requests"} <= {*wanted}
+    assert "spython" in absent
+    block = f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)}))"
+    code = f"{block}; import aiflux.worker.main, aiflux.worker.shard"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -1,19 +1,6 @@
 """The Apptainer image: building it and reading what is in it.
 
-It works from a checkout of the repository, which holds the definition (``container/``) and the
-entry point.
+It is built from a checkout of the repository, which holds the definition (``container/``) and the
+entry point. Nothing is imported here: the worker, which runs in the image without the libraries
+that build it, imports ``image.container`` and ``image.sif``.
 """
-
-from aiflux.image.base import BaseChoice, BuildOptions, choose_base
-from aiflux.image.build import build
-from aiflux.image.signing import find_signer, sign, signature
-
-__all__ = [
-    "BaseChoice",
-    "BuildOptions",
-    "build",
-    "choose_base",
-    "find_signer",
-    "sign",
-    "signature",
-]

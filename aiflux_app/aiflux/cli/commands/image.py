@@ -12,9 +12,11 @@ from rich.table import Table
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.config.config import Config
 from aiflux.errors import ImageError
-from aiflux.image import BuildOptions, build, find_signer, sign, signature
+from aiflux.image.base import BuildOptions
+from aiflux.image.build import build
 from aiflux.image.container import find_image
 from aiflux.image.sif import own_image
+from aiflux.image.signing import find_signer, sign, signature
 from aiflux.worker.console import TerminalConsole
 
 _PIPED = 4096  # columns; what a program reads is not folded

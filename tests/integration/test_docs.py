@@ -42,7 +42,7 @@ ELSEWHERE = {
     "make lint": "tests/unit/test_docs.py::test_make_targets_exist",
     "make bench": _BENCH,
     "make bench BENCH=--quick": _BENCH,
-    'make bench BENCH="occupancy reading"': _BENCH,
+    'make bench BENCH="occupancy adaptive"': _BENCH,
     "aiflux image build --base docker --output aiflux.sif":
         "tests/integration/test_image_docker.py::test_the_docker_base_makes_the_same_image",
     "aiflux image build --sign --force": f"tests/integration/test_airgap.py::{_SIGNED}",

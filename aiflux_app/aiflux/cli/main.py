@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with unwinding(), open_streams() as stdout:
             return _main(sys.argv[1:] if argv is None else argv, stdout)
     except KeyboardInterrupt as signal:
-        print(f"stopped by {signal or 'Ctrl-C'} before the end", file=sys.stderr)
+        print(f"stopped by {str(signal) or 'Ctrl-C'} before the end", file=sys.stderr)
         return int(ExitCode.STOPPED)
 
 

@@ -17,10 +17,11 @@ from aiflux.worker.stop import Stopper
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 
+AIFLUX = ["-m", "aiflux.cli", "run", "--input", "in.jsonl", "--output", "out.json"]
 PROGRAMS = pytest.mark.parametrize(
     "program",
     [
-        ["-m", "aiflux.cli", "run", "--input", "in.jsonl", "--output", "out.json"],
+        AIFLUX,
         ["-m", "aiflux.worker", "in.jsonl", "out.json"],
     ],
     ids=["aiflux", "the worker"],
@@ -119,6 +120,16 @@ def test_a_signal_at_the_very_start_is_a_stop(
     assert process.returncode == ExitCode.STOPPED, told
     assert number.name in told
     assert not engine.bodies
+
+
+def test_ctrl_c_before_anything_runs_is_named(engine: FaultyEngine, tmp_path: Path) -> None:
+    Working(tmp_path, engine.url).prompts("hang")
+    process = started(AIFLUX, tmp_path, engine)
+    wait_until(lambda: listens(process, signal.SIGTERM), process)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.STOPPED, told
+    assert told == "stopped by Ctrl-C before the end\n"
 
 
 @ENDING

@@ -29,11 +29,18 @@ from aiflux.core.runs.result_index import MISSING, ResultOffsets, find_places, m
 from aiflux.core.runs.status_file import (
     Status,
     finished_counts,
+    may_replace,
     open_shards,
     read_run_status,
     run_status,
 )
-from aiflux.errors import AifluxError, InputError, MissingResultsError, StorageError
+from aiflux.errors import (
+    AifluxError,
+    InputError,
+    MissingResultsError,
+    StoppedError,
+    StorageError,
+)
 from aiflux.util.files import (
     atomic_write,
     is_there,
@@ -353,6 +360,8 @@ def _merge(
     if counts is not None and not again:
         return ResultCounts(counts["total"], counts["failed"])
     remove_leftovers(*output_paths(plan.output))
+    if counts is None and not again:
+        _refuse_strangers(plan, run)
     status = _begun(plan, run, own=counts is not None)
     began = time.monotonic()
     try:
@@ -375,6 +384,21 @@ def _merge(
     if written.empty:
         say(answered_words(written.completed, written.empty))
     return written
+
+
+def _refuse_strangers(plan: Plan, run: RunDirectory) -> None:
+    """Keep an output that somebody else made since the run was planned.
+
+    Raises:
+        StoppedError: there is one.
+    """
+    there = next((path for path in output_paths(plan.output) if os.path.lexists(path)), None)
+    if there is not None and not may_replace(plan, run):
+        raise StoppedError(
+            f"the output {there} was made by somebody else during the run; nothing was written",
+            "every answer is kept: move that file away and run the same command again, or give "
+            "--force to replace it",
+        )
 
 
 def shards_left(plan: Plan, run: RunDirectory) -> tuple[int, ...]:

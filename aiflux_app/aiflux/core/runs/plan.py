@@ -75,7 +75,16 @@ def auto_shards(summary: InputSummary, walltime: float) -> int:
 
 
 PLAN_VERSION = 1
-_OPTION = {bool: bool, int: int, float: Real, str: str, tuple: list, dict: dict}
+_OPTION = {"bool": bool, "int": int, "float": Real, "str": str, "tuple": list, "dict": dict}
+
+
+def _option_form(annotation: str) -> Any:
+    """Return the form of an option in JSON by its annotation, such as ``int | None``."""
+    kind, _, rest = annotation.partition(" | ")
+    form = _OPTION[kind.partition("[")[0]]
+    return (form, type(None)) if rest == "None" else form
+
+
 _FORM = {
     "aiflux": str,
     "created": str,
@@ -90,10 +99,7 @@ _FORM = {
     "output": str,
     "models": [str],
     "models_dir": (str, type(None)),
-    "options": {
-        name: _OPTION.get(type(value), (str, Real, type(None)))
-        for name, value in RunOptions().to_json().items()
-    },
+    "options": {item.name: _option_form(str(item.type)) for item in fields(RunOptions)},
     "shards": [dict.fromkeys((item.name for item in fields(Shard)), int)],
 }
 

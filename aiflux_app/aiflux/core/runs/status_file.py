@@ -235,12 +235,14 @@ def _completed(status: dict[str, Any] | None, plan: Plan) -> bool:
 def may_replace(plan: Plan, run: RunDirectory) -> bool:
     """Tell whether an output that is there is this very plan's own, or was allowed to be replaced.
 
-    It is the plan's own where a start ended between writing it and saying so.
+    It is the plan's own where a start ended between writing it and saying so, and where the run was
+    finished and only a part of its output was removed since.
     """
     status = read_run_status(run)
     if status is None or not _of_plan(status, plan):
         return False
-    return status.get("status") == "finalizing" or bool(status["aiflux"].get("replace"))
+    own = status.get("status") in ("finalizing", "completed")
+    return own or bool(status["aiflux"].get("replace"))
 
 
 def finished_counts(plan: Plan, run: RunDirectory) -> dict[str, int] | None:

@@ -177,3 +177,16 @@ def test_lines_that_changed_shards_keep_their_answers(tmp_path: Path) -> None:
     assert set(engine.seen.values()) == {1}
     names = [json.loads(line)["custom_id"] for line in reversed(lines)]
     assert [entry["input"]["custom_id"] for entry in working.results] == names
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.jsonl", "out.errors.jsonl"])
+def test_an_output_that_somebody_else_makes_meanwhile_is_kept(tmp_path: Path, name: str) -> None:
+    output = "out.json" if name == "out.json" else "out.jsonl"
+    made = opened(tmp_path, 3, 1, output)
+    write_journals(made, [2, 2, 2], 0)
+    (tmp_path / name).write_text("theirs", encoding="utf-8")
+    with pytest.raises(StoppedError, match="somebody else"):
+        merge(made.plan, made.run, lambda _: None)
+    assert (tmp_path / name).read_text(encoding="utf-8") == "theirs"
+    (tmp_path / name).unlink()
+    assert merge(made.plan, made.run, lambda _: None).total == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -43,11 +44,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test that permissions must bind in a child without root's leave to ignore them."""
     if pyfuncitem.get_closest_marker("ordinary_user") is None or not _ignores_permissions():
         return None
-    pytest_words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    done = subprocess.run(
-        [*_AS_OTHERS, sys.executable, *pytest_words], cwd=pyfuncitem.config.rootpath,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+    # A base of its own: pytest clears old ones away, and may not touch what others' tests locked.
+    with tempfile.TemporaryDirectory() as folder:
+        base = f"--basetemp={folder}/base"
+        pytest_words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", base, pyfuncitem.nodeid]
+        done = subprocess.run(
+            [*_AS_OTHERS, sys.executable, *pytest_words], cwd=pyfuncitem.config.rootpath,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
     if done.returncode or " passed" not in done.stdout:
         pytest.fail(done.stdout, pytrace=False)
     return True

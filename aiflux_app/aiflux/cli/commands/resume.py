@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = (
         "Submit the shards of a run that are neither done nor in the queue. Options change what is "
-        "asked of Slurm; what was asked before holds for the rest. A run with --engine-url "
-        "continues here, in the foreground, and so does any other with --local."
+        "asked of Slurm; what was asked before holds for the rest. A run with --engine-url that "
+        "began here continues here, in the foreground, and so does any other with --local."
     )
     parser.epilog = "example: aiflux resume results.json --time 08:00:00"
     parser.add_argument("run", metavar="R", help="job id, run directory or output")
@@ -45,7 +45,9 @@ def execute(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace, run: RunDirectory) -> int:
     from aiflux.slurm.submit import plan_resume
 
-    if arguments.local or read_plan(run).options.engine_url:
+    # A job may use an engine elsewhere, too (SlurmRunner): what was submitted goes to Slurm again.
+    started_here = read_plan(run).options.engine_url and not run.submissions.exists()
+    if arguments.local or started_here:
         return _continue_here(arguments, run)
     changes = {
         name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")

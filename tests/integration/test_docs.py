@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import requests
 
+from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.process import Server, engine_environment
 from aiflux.models.name import parse_model_name
-from aiflux.models.store import model_digest
 from tests.integration.conftest import REPOSITORY, User
 from tests.integration.reader import MODEL, Reader, commands, furnish, page_blocks
 

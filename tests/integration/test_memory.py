@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.ollama.memory import BATCH, estimate, graph_sizes, layer_caches
+from aiflux.engines.ollama.stored_model import stored_figures
 from aiflux.engines.process import Server, engine_environment
 from aiflux.errors import EngineError
 from aiflux.models.catalog import CataloguedModel, read_catalogue
-from aiflux.models.figures import stored_figures
-from aiflux.models.memory import BATCH, Figures, estimate, graph_sizes, layer_caches
+from aiflux.models.figures import Figures
 from aiflux.models.name import parse_model_name
 from tests.integration.conftest import MODEL
 from tests.tools.make_sparse_gguf import install

@@ -23,10 +23,10 @@ from pathlib import Path
 import pytest
 
 from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.ollama.staging import staged_folder
+from aiflux.engines.ollama.store import missing_parts, model_digest, read_manifest
 from aiflux.engines.process import Server, engine_environment
 from aiflux.models.name import parse_model_name
-from aiflux.models.staging import staged_folder
-from aiflux.models.store import missing_parts, model_digest, read_manifest
 from tests.integration.conftest import REPOSITORY, User, answers, lines, request
 from tests.unit.made_models import tree
 

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.bundle.installer import open_archive, plain
-from aiflux.errors import ConfigError, ModelError
-from aiflux.models.name import ModelName, parse_model_name
-from aiflux.models.staging import begin_staging, changing, move_into_place
-from aiflux.models.store import (
+from aiflux.engines.ollama.staging import begin_staging, changing, move_into_place
+from aiflux.engines.ollama.store import (
     HashedReader,
     Manifest,
     OnBytes,
@@ -32,6 +30,8 @@ from aiflux.models.store import (
     read_manifest,
     refuse_other_digest,
 )
+from aiflux.errors import ConfigError, ModelError
+from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.files import atomic_write, storage_error
 from aiflux.util.text import size_text
 

@@ -21,10 +21,7 @@ from typing import IO, Any
 from aiflux import __version__
 from aiflux.bundle import installer
 from aiflux.bundle.installer import CONTENTS, SUMS, TOP, VERSION
-from aiflux.errors import BundleError
-from aiflux.image.sif import ImageFacts, read_image
-from aiflux.models.name import ModelName
-from aiflux.models.store import (
+from aiflux.engines.ollama.store import (
     HashedReader,
     OnBytes,
     blob_path,
@@ -32,6 +29,9 @@ from aiflux.models.store import (
     missing_parts,
     read_manifest,
 )
+from aiflux.errors import BundleError
+from aiflux.image.sif import ImageFacts, read_image
+from aiflux.models.name import ModelName
 from aiflux.util.files import atomic_write
 
 _CHUNK = 4 << 20

@@ -16,8 +16,8 @@ from aiflux import __version__
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import SETTINGS, VARIABLES
 from aiflux.core.config.sources import read_dotenv
+from aiflux.engines.ollama.store import listed_models, missing_parts
 from aiflux.errors import ConfigError
-from aiflux.models.store import listed_models, missing_parts
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.util.files import may_write, nearest_there
 from aiflux.util.text import hidden_url, size_text

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from aiflux.core.runs.plan import Plan
-from aiflux.models.memory import Figures, estimate
+from aiflux.engines.ollama.memory import estimate, one_slot
+from aiflux.models.figures import Figures
 
 GPU_SLOTS = 16
 CPU_SLOTS = 4
@@ -30,7 +31,7 @@ def slots(
     """
     if plan.options.slots is not None:
         return plan.options.slots
-    if figures is not None and figures.architecture.one_slot:
+    if figures is not None and one_slot(figures.architecture):
         return 1
     if not devices:
         return max(1, min(CPU_SLOTS, cores))

@@ -1,1 +1,1 @@
-"""Models: names, the catalog, memory figures, and the files of a models directory."""
+"""Models: names, the catalog, GGUF files and the figures of memory."""

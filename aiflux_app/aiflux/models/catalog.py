@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from aiflux.errors import ConfigError
-from aiflux.models.memory import Architecture, Figures, Vision
+from aiflux.models.figures import Architecture, Figures, Vision
 from aiflux.models.name import parse_model_name
 from aiflux.util import value_parsers
 from aiflux.util.text import suggestion

@@ -1,22 +1,14 @@
-"""What is known of a model's memory: from its own file where it is there, else the catalogue."""
+"""What the memory of a model depends on, and how a GGUF header shows it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from aiflux.errors import ModelError
-from aiflux.models.catalog import Catalogue, CataloguedModel
-from aiflux.models.gguf import GgufHeader, Length, read_gguf
-from aiflux.models.memory import Architecture, Figures, Vision
-from aiflux.models.name import ModelName
-from aiflux.models.store import blob_path, read_manifest
-
-_MODEL = "application/vnd.ollama.image.model"
-_PROJECTOR = "application/vnd.ollama.image.projector"
+from aiflux.models.gguf import GgufHeader, Length
 
 # Source: llama.cpp, include/llama.h (llama_ftype); 4 is Ollama's own (fs/ggml/type.go).
-_FILE_TYPES = {
+FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "MXFP4", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1",
     10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M",
     16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S",
@@ -25,70 +17,79 @@ _FILE_TYPES = {
 }  # fmt: skip
 
 
-def known_figures(
-    models_dir: Path | None, name: ModelName, catalogue: Catalogue | None
-) -> Figures | None:
-    """Return a model's figures; None where neither its file nor the catalogue tells them."""
-    stored = None if models_dir is None else readable_model(models_dir, name)
-    return best_figures(stored, catalogue.find(name.served) if catalogue else None)
+@dataclass(frozen=True)
+class Architecture:
+    """A model's shape, as its config and GGUF header tell it.
 
+    Attributes:
+        name: the GGUF's ``general.architecture``.
+        embedding: width of the model.
+        key_size, value_size: numbers in one head's key and value.
+        context: tokens that it was trained for; 0 where that is not known.
+        sliding_window: tokens that a sliding layer looks back; 0 where there are none.
+        cross_layers: layers that look at the image alone (llama3.2-vision).
+        embeds: it makes embeddings, and no text.
+    """
 
-def best_figures(stored: StoredModel | None, catalogued: CataloguedModel | None) -> Figures | None:
-    """Return a model's figures: from its own file, else from the catalogue."""
-    if stored is not None:
-        return stored.figures
-    return catalogued.figures if catalogued else None
+    name: str
+    layers: int
+    embedding: int
+    heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    vocabulary: int
+    context: int = 0
+    feed_forward: int = 0
+    sliding_window: int = 0
+    experts: int = 0
+    experts_used: int = 0
+    cross_layers: tuple[int, ...] = ()
+    embeds: bool = False
 
 
 @dataclass(frozen=True)
-class StoredModel:
-    """What the own file of a model tells.
+class Vision:
+    """The part that reads images, where it lies in the model's own file.
 
     Attributes:
-        parameters: their number.
-        quantisation: such as ``Q4_K_M``; "" where the file does not tell.
+        weights: bytes of its tensors.
+        image, patch: width in pixels of an image, and of the pieces it is cut into.
+        max_pixels: of an image, where its size is free; 0 where it is not.
     """
 
-    figures: Figures
-    parameters: int
-    quantisation: str
+    weights: int
+    image: int
+    patch: int
+    heads: int
+    embedding: int
+    channels: int = 3
+    max_pixels: int = 0
 
 
-def stored_figures(models_dir: Path, name: ModelName) -> Figures:
-    """Return the figures of a model that is in a models directory.
+@dataclass(frozen=True)
+class Figures:
+    """All that the memory of a model depends on.
 
-    Raises:
-        ModelError: it is not there, or its file is no whole GGUF.
+    Attributes:
+        layers: bytes of the weights of each layer, the first first.
+        output: bytes of the last norm and of what makes words of numbers.
+        projector: bytes of a second file, which reads images.
+        measured: they were read from the model's own file.
     """
-    return stored_model(models_dir, name).figures
 
+    architecture: Architecture
+    layers: tuple[int, ...]
+    output: int
+    projector: int = 0
+    vision: Vision | None = None
+    measured: bool = False
 
-def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
-    """Return what the file of a model tells that is in a models directory.
-
-    Raises:
-        ModelError: it is not there, or its file is no whole GGUF.
-    """
-    files = {"model": [], "projector": []}  # type: dict[str, list[Path]]
-    for layer in read_manifest(models_dir, name).layers:
-        if layer.kind in (_MODEL, _PROJECTOR):
-            part = layer.kind.rpartition(".")[2]
-            files[part].append(blob_path(models_dir, layer.digest))
-    if not files["model"]:
-        raise ModelError(f"{name.served} has no GGUF file", "pull it again")
-    header = read_gguf(files["model"][0])
-    projector = sum(read_gguf(path).data_size for path in files["projector"])
-    kind = header.metadata.get("general.file_type")
-    quantisation = _FILE_TYPES.get(kind, "") if isinstance(kind, int) else ""
-    return StoredModel(figures_of(header, projector), header.parameters, quantisation)
-
-
-def readable_model(models_dir: Path, name: ModelName) -> StoredModel | None:
-    """Return the same; None where the model is not there, or its file tells nothing."""
-    try:
-        return stored_model(models_dir, name)
-    except ModelError:
-        return None
+    @property
+    def weights(self) -> int:
+        """Bytes of weights on GPUs."""
+        seeing = self.vision.weights if self.vision else 0
+        return sum(self.layers) + self.output + self.projector + seeing
 
 
 def figures_of(header: GgufHeader, projector: int = 0) -> Figures:

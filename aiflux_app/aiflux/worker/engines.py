@@ -19,10 +19,10 @@ from typing import Any
 from aiflux.engines.external import ExternalEngine
 from aiflux.engines.http import Client
 from aiflux.engines.ollama.api import Loaded, Ollama
+from aiflux.engines.ollama.store import refuse_other_digest
 from aiflux.engines.process import Server, engine_environment
 from aiflux.errors import AifluxError, EngineError, RejectedError
 from aiflux.models.name import parse_model_name
-from aiflux.models.store import refuse_other_digest
 from aiflux.util.process_limits import start_thread
 from aiflux.worker.scheduler import Lane, Scheduler
 

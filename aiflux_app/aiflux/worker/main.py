@@ -27,11 +27,11 @@ from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.ollama.pull import create_model, ensure_model
+from aiflux.engines.ollama.staging import read_staged_gguf
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.estimates.storage import carry_estimate
 from aiflux.image.container import local_choices
 from aiflux.models.name import parse_model_name
-from aiflux.models.staging import read_staged_gguf
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
 from aiflux.worker.progress import make_reporter

@@ -26,6 +26,7 @@ from aiflux.engines.external import ExternalEngine, ca_bundle
 from aiflux.engines.gpus import free_memory, gpu_names, group, visible_devices
 from aiflux.engines.http import Client
 from aiflux.engines.ollama.pull import ensure_model
+from aiflux.engines.ollama.stored_model import known_figures
 from aiflux.engines.process import find_program
 from aiflux.engines.sizing import context_length
 from aiflux.errors import (
@@ -38,7 +39,6 @@ from aiflux.errors import (
     StoppedError,
     TooManyFailuresError,
 )
-from aiflux.models.figures import known_figures
 from aiflux.models.name import parse_model_name
 from aiflux.util.lease import acquire
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files

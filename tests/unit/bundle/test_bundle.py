@@ -41,9 +41,9 @@ from aiflux.bundle.installer import (
 from aiflux.bundle.wheels import download_command
 from aiflux.bundle.writer import Ingredients, write_bundle
 from aiflux.cli.main import main
+from aiflux.engines.ollama.store import missing_parts
 from aiflux.errors import BundleError, ModelError
 from aiflux.models.name import ModelName, parse_model_name
-from aiflux.models.store import missing_parts
 from aiflux.util.extras import EXTRAS, LIBRARIES, remedy
 from tests.tools.make_sif import make_sif
 

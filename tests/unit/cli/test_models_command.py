@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
+from aiflux.engines.ollama.staging import begin_staging, changing
+from aiflux.engines.ollama.store import model_digest, parse_manifest
 from aiflux.models.name import parse_model_name
-from aiflux.models.staging import begin_staging, changing
-from aiflux.models.store import model_digest, parse_manifest
 from tests.tools import make_tiny_gguf
 from tests.unit.made_models import CONFIG, blob_files, put_model, tree
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from aiflux.engines.ollama.memory import estimate
 from aiflux.errors import ConfigError
 from aiflux.models.catalog import (
     DEFAULTS,
@@ -16,7 +17,6 @@ from aiflux.models.catalog import (
     catalogue_files,
     read_catalogue,
 )
-from aiflux.models.memory import estimate
 
 OWN_MODELS = read_catalogue().models
 TABLE = {"name": "llama", "layers": 2, "embedding": 64, "heads": 4, "vocabulary": 100}

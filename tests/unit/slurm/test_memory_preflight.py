@@ -14,13 +14,13 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.gpus import free_memory
+from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.sizing import GPU_SLOTS, context_length, slots
 from aiflux.errors import ConfigError, InputError
 from aiflux.models.catalog import read_catalogue
+from aiflux.models.figures import Figures
 from aiflux.models.gpu_memory import gpu_bytes, gpu_bytes_of_features
-from aiflux.models.memory import Figures
 from aiflux.models.name import parse_model_name
-from aiflux.models.store import model_digest
 from aiflux.slurm.cluster import ask_cluster
 from aiflux.slurm.preflight.cluster import check_room
 from aiflux.slurm.preflight.local import check_models

@@ -27,11 +27,11 @@ from aiflux.bundle.writer import Ingredients, payload_size, refuse_torn, write_b
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.config.arguments import add_settings, given_settings
 from aiflux.core.config.config import Config
+from aiflux.engines.ollama.store import read_manifest, refuse_other_digest
 from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
 from aiflux.image.container import find_image
 from aiflux.image.sif import machine_arch, read_image
 from aiflux.models.name import ModelName, parse_model_name
-from aiflux.models.store import read_manifest, refuse_other_digest
 from aiflux.util.extras import EXTRAS
 from aiflux.util.text import size_text
 

@@ -16,22 +16,22 @@ from aiflux.cli.render.progress import byte_bar
 from aiflux.cli.start import show_local_choices
 from aiflux.core.config.arguments import add_settings, given_settings
 from aiflux.core.config.config import Config
-from aiflux.errors import EngineError, ExitCode, ImageError, UsageError
-from aiflux.image.container import find_image, find_runtime
-from aiflux.models.name import ModelName, parse_model_name
-from aiflux.models.staging import (
+from aiflux.engines.ollama.staging import (
     changing,
     making_room,
     refuse_read_only,
     remove_model,
     remove_staged,
 )
-from aiflux.models.store import (
+from aiflux.engines.ollama.store import (
     missing_parts,
     model_digest,
     read_manifest,
     refuse_other_digest,
 )
+from aiflux.errors import EngineError, ExitCode, ImageError, UsageError
+from aiflux.image.container import find_image, find_runtime
+from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.text import size_text
 
 Action = Callable[[argparse.Namespace, Config], int]
@@ -129,7 +129,7 @@ def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) 
 
 
 def _verify(arguments: argparse.Namespace, config: Config) -> int:
-    from aiflux.models.store import check_blobs, refuse_damaged
+    from aiflux.engines.ollama.store import check_blobs, refuse_damaged
 
     name = parse_model_name(arguments.name)
     manifest = read_manifest(config.models_dir, name)
@@ -195,7 +195,7 @@ def _import(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _import_gguf(arguments: argparse.Namespace, config: Config) -> int:
-    from aiflux.models.staging import stage_gguf
+    from aiflux.engines.ollama.staging import stage_gguf
 
     if arguments.name is None:
         raise UsageError("--gguf needs a name for the model", "--name NAME:TAG")

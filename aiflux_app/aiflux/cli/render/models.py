@@ -11,19 +11,20 @@ from typing import Any
 
 from aiflux.cli.json_output import print_json
 from aiflux.core.config.config import Config
-from aiflux.errors import ModelError, UsageError
-from aiflux.models.catalog import Catalogue, CataloguedModel
-from aiflux.models.figures import StoredModel, best_figures, readable_model
-from aiflux.models.memory import Figures, estimate
-from aiflux.models.name import ModelName, parse_model_name
-from aiflux.models.staging import Staged, staged_models
-from aiflux.models.store import (
+from aiflux.engines.ollama.memory import estimate, one_slot
+from aiflux.engines.ollama.staging import Staged, staged_models
+from aiflux.engines.ollama.store import (
     listed_models,
     missing_parts,
     model_digest,
     read_manifest,
     refuse_other_digest,
 )
+from aiflux.engines.ollama.stored_model import StoredModel, best_figures, readable_model
+from aiflux.errors import ModelError, UsageError
+from aiflux.models.catalog import Catalogue, CataloguedModel
+from aiflux.models.figures import Figures
+from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.text import size_text
 
 _CONTEXTS = (2048, 8192, 32768)
@@ -258,7 +259,7 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
             f"{shape.name}: {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys "
             f"and values) of {shape.key_size}, {shape.vocabulary} tokens{experts}{sliding}",
         )
-        if shape.one_slot:
+        if one_slot(shape):
             yield "slots", "1 (Ollama runs it with one slot, whatever it is told)"
     if told is not None:
         yield "endpoints", ", ".join(told.endpoints) + (" (images too)" if told.vision else "")
@@ -280,7 +281,7 @@ def _here(model: Known, folder: Path) -> str:
 def _memory_table(figures: Figures) -> Iterator[str]:
     context = figures.architecture.context or _CONTEXTS[-1]
     lengths = [length for length in _CONTEXTS if length <= context] or [context]
-    slots = (1,) if figures.architecture.one_slot else _SLOTS
+    slots = (1,) if one_slot(figures.architecture) else _SLOTS
     heads = ("  slots", *(f"{length} tokens" for length in lengths))
     rows = [
         (

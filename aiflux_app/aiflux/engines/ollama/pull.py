@@ -17,17 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.engines.ollama.api import Ollama
-from aiflux.engines.process import Server, engine_environment
-from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
-from aiflux.models.name import ModelName, parse_model_name
-from aiflux.models.staging import (
+from aiflux.engines.ollama.staging import (
     begin_staging,
     changing,
     move_into_place,
     remove_if_empty,
     staged_folder,
 )
-from aiflux.models.store import missing_parts, read_manifest, refuse_other_digest, remove_damaged
+from aiflux.engines.ollama.store import (
+    missing_parts,
+    read_manifest,
+    refuse_other_digest,
+    remove_damaged,
+)
+from aiflux.engines.process import Server, engine_environment
+from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
+from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.files import may_write
 
 _STALL_TIMEOUT = 600.0

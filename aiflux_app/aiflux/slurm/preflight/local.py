@@ -15,6 +15,7 @@ from typing import Literal
 
 from aiflux.core.batch.ignored_fields import FIX, ignored_texts
 from aiflux.core.runs.plan import Plan
+from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.errors import (
     AifluxError,
     ImageError,
@@ -25,7 +26,6 @@ from aiflux.errors import (
 )
 from aiflux.image.sif import ImageFacts, how_to_build, machine_arch, own_image
 from aiflux.models.name import parse_model_name
-from aiflux.models.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.util.files import may_write
 from aiflux.util.text import size_text
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.runs.plan import Plan
+from aiflux.engines.ollama.memory import estimate, gpus_needed
+from aiflux.engines.ollama.store import missing_parts
+from aiflux.engines.ollama.stored_model import known_figures
 from aiflux.engines.sizing import cache_type, context_length
 from aiflux.models.catalog import ENDPOINTS, Catalogue
-from aiflux.models.figures import known_figures
+from aiflux.models.figures import Figures
 from aiflux.models.gpu_memory import Room, gpu_bytes, gpu_bytes_of_features, is_slice
-from aiflux.models.memory import Figures, estimate, gpus_needed
 from aiflux.models.name import parse_model_name
-from aiflux.models.store import missing_parts
 from aiflux.slurm.cluster import Facts, Node
 from aiflux.slurm.preflight.local import Finding
 from aiflux.slurm.preflight.nodes import requested_gpus, with_features

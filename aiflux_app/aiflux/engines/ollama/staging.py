@@ -15,11 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from aiflux.errors import ModelError, StorageError, UsageError
-from aiflux.models.figures import shape_of
-from aiflux.models.gguf import GgufHeader, read_gguf
-from aiflux.models.name import ModelName
-from aiflux.models.store import (
+from aiflux.engines.ollama.store import (
     OnBytes,
     blob_path,
     digest_of,
@@ -27,6 +23,10 @@ from aiflux.models.store import (
     read_manifest,
     refuse_other_digest,
 )
+from aiflux.errors import ModelError, StorageError, UsageError
+from aiflux.models.figures import shape_of
+from aiflux.models.gguf import GgufHeader, read_gguf
+from aiflux.models.name import ModelName
 from aiflux.util.files import fsync_directory, may_write, storage_error, write_json
 from aiflux.util.lease import Lease, acquire, holder_lives
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.engines.ollama.memory import estimate, gpus_needed, one_slot
+from aiflux.engines.ollama.stored_model import known_figures, stored_figures
 from aiflux.errors import ModelError
 from aiflux.models.catalog import read_catalogue
-from aiflux.models.figures import figures_of, known_figures, stored_figures
+from aiflux.models.figures import Architecture, Figures, figures_of
 from aiflux.models.gguf import read_gguf
-from aiflux.models.memory import Architecture, Figures, estimate, gpus_needed
 from aiflux.models.name import parse_model_name
 from tests.tools import make_tiny_gguf
 from tests.tools.make_sparse_gguf import install, write_sparse
@@ -55,12 +56,12 @@ def test_more_context_than_a_model_was_trained_for_costs_nothing() -> None:
 @pytest.mark.parametrize("name", ["bge-m3:567m", "embeddinggemma:300m", "qwen3-vl:8b"])
 def test_what_ollama_runs_with_one_slot_takes_the_memory_of_one(name: str) -> None:
     figures = known(name)
-    assert figures.architecture.one_slot
+    assert one_slot(figures.architecture)
     assert estimate(figures, 8192, 16) == estimate(figures, 8192, 1)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "more", "one_slot"),
+    ("architecture", "more", "single"),
     [
         ("llama", [], False),
         ("qwen3", [], False),
@@ -72,14 +73,14 @@ def test_what_ollama_runs_with_one_slot_takes_the_memory_of_one(name: str) -> No
     ],
 )
 def test_a_models_own_file_shows_whether_it_gets_one_slot(
-    tmp_path: Path, architecture: str, more: list[str], one_slot: bool
+    tmp_path: Path, architecture: str, more: list[str], single: bool
 ) -> None:
     path = tmp_path / "model.gguf"
     entries = [
         make_tiny_gguf.entry(f"{architecture}.{key}", make_tiny_gguf.UINT32, 1) for key in more
     ]
     path.write_bytes(make_tiny_gguf.tiny(architecture, entries))
-    assert figures_of(read_gguf(path)).architecture.one_slot is one_slot
+    assert one_slot(figures_of(read_gguf(path)).architecture) is single
 
 
 def test_sliding_layers_keep_less() -> None:

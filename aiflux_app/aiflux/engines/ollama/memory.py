@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from aiflux.models.figures import Architecture, Figures, Vision
+
 BATCH = 512
 """Tokens of prompt that Ollama takes in at once (``num_batch``)."""
 GPU_OVERHEAD = 457 * 2**20
@@ -45,84 +47,9 @@ ONE_SLOT = (
 _MLLAMA_PATCHES, _MLLAMA_TILES = 1601, 4
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A model's shape, as its config and GGUF header tell it.
-
-    Attributes:
-        name: the GGUF's ``general.architecture``.
-        embedding: width of the model.
-        key_size, value_size: numbers in one head's key and value.
-        context: tokens that it was trained for; 0 where that is not known.
-        sliding_window: tokens that a sliding layer looks back; 0 where there are none.
-        cross_layers: layers that look at the image alone (llama3.2-vision).
-        embeds: it makes embeddings, and no text.
-    """
-
-    name: str
-    layers: int
-    embedding: int
-    heads: int
-    kv_heads: int
-    key_size: int
-    value_size: int
-    vocabulary: int
-    context: int = 0
-    feed_forward: int = 0
-    sliding_window: int = 0
-    experts: int = 0
-    experts_used: int = 0
-    cross_layers: tuple[int, ...] = ()
-    embeds: bool = False
-
-    @property
-    def one_slot(self) -> bool:
-        """Whether Ollama runs it with one slot only."""
-        return self.embeds or self.name in ONE_SLOT
-
-
-@dataclass(frozen=True)
-class Vision:
-    """The part that reads images, where it lies in the model's own file.
-
-    Attributes:
-        weights: bytes of its tensors.
-        image, patch: width in pixels of an image, and of the pieces it is cut into.
-        max_pixels: of an image, where its size is free; 0 where it is not.
-    """
-
-    weights: int
-    image: int
-    patch: int
-    heads: int
-    embedding: int
-    channels: int = 3
-    max_pixels: int = 0
-
-
-@dataclass(frozen=True)
-class Figures:
-    """All that the memory of a model depends on.
-
-    Attributes:
-        layers: bytes of the weights of each layer, the first first.
-        output: bytes of the last norm and of what makes words of numbers.
-        projector: bytes of a second file, which reads images.
-        measured: they were read from the model's own file.
-    """
-
-    architecture: Architecture
-    layers: tuple[int, ...]
-    output: int
-    projector: int = 0
-    vision: Vision | None = None
-    measured: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Bytes of weights on GPUs."""
-        seeing = self.vision.weights if self.vision else 0
-        return sum(self.layers) + self.output + self.projector + seeing
+def one_slot(shape: Architecture) -> bool:
+    """Tell whether Ollama runs a model with one slot only."""
+    return shape.embeds or shape.name in ONE_SLOT
 
 
 @dataclass(frozen=True)
@@ -166,7 +93,7 @@ def estimate(
         cache_type: ``f16``, ``q8_0`` or ``q4_0``; what is not known is taken for f16.
     """
     shape = figures.architecture
-    slots = 1 if shape.one_slot else slots
+    slots = 1 if one_slot(shape) else slots
     context = min(context, shape.context or context)
     # Ollama gives a model that may see images this much at least.
     total = max(context * slots, 2048)

@@ -1,0 +1,84 @@
+"""What is known of a model: from its own file where it is stored, else from the catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiflux.engines.ollama.store import blob_path, read_manifest
+from aiflux.errors import ModelError
+from aiflux.models.catalog import Catalogue, CataloguedModel
+from aiflux.models.figures import FILE_TYPES, Figures, figures_of
+from aiflux.models.gguf import read_gguf
+from aiflux.models.name import ModelName
+
+_MODEL = "application/vnd.ollama.image.model"
+
+
+_PROJECTOR = "application/vnd.ollama.image.projector"
+
+
+def known_figures(
+    models_dir: Path | None, name: ModelName, catalogue: Catalogue | None
+) -> Figures | None:
+    """Return a model's figures; None where neither its file nor the catalogue tells them."""
+    stored = None if models_dir is None else readable_model(models_dir, name)
+    return best_figures(stored, catalogue.find(name.served) if catalogue else None)
+
+
+def best_figures(stored: StoredModel | None, catalogued: CataloguedModel | None) -> Figures | None:
+    """Return a model's figures: from its own file, else from the catalogue."""
+    if stored is not None:
+        return stored.figures
+    return catalogued.figures if catalogued else None
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What the own file of a model tells.
+
+    Attributes:
+        parameters: their number.
+        quantisation: such as ``Q4_K_M``; "" where the file does not tell.
+    """
+
+    figures: Figures
+    parameters: int
+    quantisation: str
+
+
+def stored_figures(models_dir: Path, name: ModelName) -> Figures:
+    """Return the figures of a model that is in a models directory.
+
+    Raises:
+        ModelError: it is not there, or its file is no whole GGUF.
+    """
+    return stored_model(models_dir, name).figures
+
+
+def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
+    """Return what the file of a model tells that is in a models directory.
+
+    Raises:
+        ModelError: it is not there, or its file is no whole GGUF.
+    """
+    files = {"model": [], "projector": []}  # type: dict[str, list[Path]]
+    for layer in read_manifest(models_dir, name).layers:
+        if layer.kind in (_MODEL, _PROJECTOR):
+            part = layer.kind.rpartition(".")[2]
+            files[part].append(blob_path(models_dir, layer.digest))
+    if not files["model"]:
+        raise ModelError(f"{name.served} has no GGUF file", "pull it again")
+    header = read_gguf(files["model"][0])
+    projector = sum(read_gguf(path).data_size for path in files["projector"])
+    kind = header.metadata.get("general.file_type")
+    quantisation = FILE_TYPES.get(kind, "") if isinstance(kind, int) else ""
+    return StoredModel(figures_of(header, projector), header.parameters, quantisation)
+
+
+def readable_model(models_dir: Path, name: ModelName) -> StoredModel | None:
+    """Return the same; None where the model is not there, or its file tells nothing."""
+    try:
+        return stored_model(models_dir, name)
+    except ModelError:
+        return None

@@ -8,6 +8,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _draft(
     messages = None if whole is None else as_messages(row.cells[whole])
     values = {} if messages else {name: _text(row, name) for name in template.names}
     name = row.name if id_column is None else _text(row, id_column)
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {CELL_DIGESTS: _digests(row.cells, template.names)}
     if kept:
         metadata["columns"] = {column: as_json(row.cells[column]) for column in kept}
     if messages:
@@ -124,6 +125,30 @@ def _text(row: Row, column: str) -> str:
         return as_text(row.cells[column])
     except ValueError as error:
         raise BadRowError(f"column {column!r} {error}") from None
+
+
+CELL_DIGESTS = "cell_digests"
+"""Key of a request's metadata: a digest of each cell that its prompt was made from."""
+
+
+def _digests(cells: Mapping[str, Any], columns: Iterable[str]) -> dict[str, str]:
+    return {column: _digest(cells[column]) for column in columns}
+
+
+def _digest(cell: Any) -> str:
+    text = as_text(cell).encode("utf-8", "surrogatepass")
+    return blake2b(text, digest_size=6).hexdigest()
+
+
+def changed_cell(cells: Mapping[str, Any], digests: Mapping[str, str]) -> str | None:
+    """Return the first column whose cell is not the one that a request was made from.
+
+    Raises:
+        ValueError: a cell is bytes that are no text, so that no request can have been made from it.
+        KeyError: there is no such column.
+    """
+    differing = (name for name, digest in digests.items() if _digest(cells[name]) != digest)
+    return next(differing, None)
 
 
 def names(given: Sequence[str]) -> tuple[str, ...]:

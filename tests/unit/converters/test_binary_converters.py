@@ -200,7 +200,7 @@ def test_nanoseconds_are_kept(tmp_path: Path) -> None:
         "1970-01-01T01:00:00.000000001+0100", "1970-01-01T01:00:00.000001+01:00", "",
     ]  # fmt: skip
     source = parquet(tmp_path / "in.parquet", {"at": times})
-    entry = {"input": {"custom_id": "row-1"}, "output": {}, "metadata": {}}
+    entry = {"input": requests_in(tmp_path / "o.jsonl")[0], "output": {}, "metadata": {}}
     output = write(tmp_path / "r.json", f"[\n{json.dumps(entry)}\n]\n")
     results_to_parquet(output, tmp_path / "back.parquet", BackOptions(source=source))
     assert pq.read_table(tmp_path / "back.parquet")["at"].combine_chunks().equals(times)

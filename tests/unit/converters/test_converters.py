@@ -114,7 +114,10 @@ def test_rows_become_requests(tmp_path: Path) -> None:
                 {"role": "user", "content": '{x, "y"\nz} a'},
             ],
         },
-        "metadata": {"columns": {"id": "a"}},
+        "metadata": {
+            "columns": {"id": "a"},
+            "cell_digests": {"text": "5850e282baf8", "id": "433911c6eb0d"},
+        },
     }  # fmt: skip
     assert second["body"]["messages"][1]["content"] == "{{q}} b"
 
@@ -597,7 +600,7 @@ def test_a_single_name_is_no_list_of_letters(tmp_path: Path) -> None:
         assert list(prompts(tmp_path / "o.jsonl")) == [found]
     source = write(tmp_path / "in.csv", "text,kind\na,b\n")
     csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", keep="kind")
-    assert requests_in(tmp_path / "o.jsonl")[0]["metadata"] == {"columns": {"kind": "b"}}
+    assert requests_in(tmp_path / "o.jsonl")[0]["metadata"]["columns"] == {"kind": "b"}
 
 
 def test_texts_of_utf_16_are_read(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from aiflux.cli.main import main
 from aiflux.converters import (
     csv_to_jsonl,
+    parquet_to_jsonl,
     results_to_csv,
     results_to_jsonl,
     results_to_parquet,
@@ -205,19 +206,162 @@ def test_no_column_takes_the_name_of_another(tmp_path: Path) -> None:
     assert row[3:] == ["gold", '{"answer": "field", "custom_id": "f"}', "", "field", "f"]
 
 
-def test_a_source_that_was_changed_since_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = write_csv(tmp_path / "in.csv", [["text"], ["first"], ["second"]])
-    csv_to_jsonl(source, tmp_path / "q.jsonl", template="Rate: {text}")
-    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
-    assert results_to_csv(output, tmp_path / "b.csv", BackOptions(source=source)).changed == 0
-    write_csv(source, [["text"], ["new"], ["first"], ["second"]])
+ROWS = [["a", "0", "x"], ["b", "", "y"], ["a", "0", "z"], ["", "1", "b"]]
+
+
+@st.composite
+def edited(draw: st.DrawFn) -> tuple[list[list[str]], list[list[str]]]:
+    """Return rows, and those of the same file after somebody worked on it."""
+    cell = st.sampled_from(["a", "b", "0", "1", ""])
+    rows = draw(st.lists(st.tuples(cell, cell, cell).map(list), min_size=1, max_size=6))
+    after = [list(row) for row in rows]
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, max(0, len(after) - 1)))
+        change = draw(st.sampled_from(["insert", "delete", "swap", "edit"]))
+        if change == "insert" or not after:
+            after.insert(at, draw(st.tuples(cell, cell, cell).map(list)))
+        elif change == "delete":
+            del after[at]
+        elif change == "swap":
+            other = draw(st.integers(0, len(after) - 1))
+            after[at], after[other] = after[other], after[at]
+        else:
+            after[at][draw(st.integers(0, 2))] = draw(cell)
+    return rows, after
+
+
+def write_table(path: Path, rows: list[list[str]]) -> Path:
+    """Write rows as the name asks: CSV, TSV or Parquet."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(dict(zip("abc", zip(*rows, strict=True), strict=False))), path)
+        return path
+    mark = "\t" if path.suffix == ".tsv" else ","
+    text = "".join(mark.join(f'"{cell}"' for cell in row) + "\n" for row in [list("abc"), *rows])
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def convert(source: Path, requests: Path, **options: Any) -> None:
+    if source.suffix == ".parquet":
+        parquet_to_jsonl(source, requests, **options)
+    else:
+        csv_to_jsonl(source, requests, **options)
+
+
+@given(
+    st.sampled_from([None, "a"]),
+    edited(),
+    st.sampled_from(["in.csv", "in.tsv", "in.parquet"]),
+    st.data(),
+)
+def test_no_answer_stands_beside_a_row_that_did_not_ask_for_it(
+    tmp_path_factory: pytest.TempPathFactory, id_column: str | None,
+    versions: tuple[list[list[str]], list[list[str]]], name: str, data: st.DataObject,
+) -> None:  # fmt: skip
+    """Whatever rows were inserted, deleted, swapped or edited: matched right, or refused."""
+    before, after = versions
+    folder = tmp_path_factory.mktemp("source")
+    source = write_table(folder / name, before)
+    template = data.draw(st.sampled_from(["{b}", "{b} and {c}", "{c}: {c}"]))
+    options = {"template": template, "id_column": id_column, "skip_bad": True}
+    try:
+        convert(source, folder / "q.jsonl", **options)
+    except InputError:  # every custom_id is empty
+        return
+    output = answered(folder / "q.jsonl", folder / "out.json")
+    back = BackOptions(source=source, id_column=id_column)
+    summary = results_to_csv(output, folder / "same.csv", back)
+    assert summary.unused == 0
+    if not after:
+        return
+    write_table(source, after)
+    try:
+        results_to_csv(output, folder / "back.csv", back)
+    except InputError:
+        assert before != after
+        assert not (folder / "back.csv").exists()
+        return
+    header, *rows = read_csv(folder / "back.csv")
+    for row in (dict(zip(header, cells, strict=True)) for cells in rows):
+        if not row["error"]:
+            assert row["answer"] == template.format(**row)
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
+@pytest.mark.parametrize("kind", ["in.csv", "in.tsv", "in.parquet"])
+def test_a_source_that_was_changed_since_is_refused_with_the_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    source = write_table(tmp_path / kind, ROWS)
+    convert(source, tmp_path / "q.jsonl", template="answer:{b}{c}")
+    output = tmp_path / name
+    with FaultyEngine() as engine:
+        assert main(["run", "--engine-url", engine.url, "--model", "m:1", "--input",
+                     str(tmp_path / "q.jsonl"), "--output", str(output)]) == 0  # fmt: skip
+    capsys.readouterr()
     words = ["results", "to-csv", str(output), "--source", str(source), "--output", "-"]
     assert main(words) == 0
-    told = capsys.readouterr().err
-    assert "2 of the source with nothing of what was asked under their custom_id" in told
-    assert "(row-1, row-2)" in told
+    told = capsys.readouterr()
+    assert [line.split(",")[4] for line in told.out.splitlines()[1:]] == ["0x", "y", "0z", "1b"]
+    assert "not asked" not in told.err
+    write_table(source, [["new", "0", "z"], *ROWS])
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    place = "row 1 of" if kind == "in.parquet" else "line 2 of"
+    assert f"{place} {str(source)!r} is not what 'row-1' was made from: column 'c'" in told.err
+    assert "give the file as it was when it was converted" in told.err
+    write_table(source, [*ROWS, ["new", "0", "z"]])  # at the end it does no harm
+    assert main(words) == 0
+    assert "1 of the source without a result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [("rename", "which needs column 'b'"), ("metadata", "not made from a table"),
+     ("form", "needs its run directory")],
+)  # fmt: skip
+def test_rows_whose_numbers_are_all_that_is_known_are_refused(
+    tmp_path: Path, change: str, reason: str
+) -> None:
+    source = write_csv(tmp_path / "in.csv", [["id", "b"], ["row-1", "one"], ["row-2", "two"]])
+    csv_to_jsonl(source, tmp_path / "q.jsonl", template="{b}")
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
+    if change == "rename":
+        write_csv(source, [["id", "other"], ["row-1", "one"], ["row-2", "two"]])
+    elif change == "metadata":
+        entries = json.loads(output.read_text())
+        for entry in entries:
+            del entry["input"]["metadata"]
+        lines = ",\n".join(map(json.dumps, entries))
+        output.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    else:
+        output = output.with_suffix(".jsonl")
+        body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "one"}}]}
+        entry = {"custom_id": "row-1", "response": {"status_code": 200, "body": body}}
+        output.write_text(json.dumps({**entry, "error": None}) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="is not known") as error:
+        results_to_csv(output, tmp_path / "b.csv", BackOptions(source=source))
+    assert reason in str(error.value)
+    assert "--id-column" in str(error.value.remedy)
+    # By a column of custom_ids the rows are known, whatever else there is.
+    results_to_csv(output, tmp_path / "b.csv", BackOptions(source=source, id_column="id"))
+    assert read_csv(tmp_path / "b.csv")[1] == ["row-1", "row-1", "one", "one", ""]
+
+
+def test_rows_that_were_skipped_take_no_answer(tmp_path: Path) -> None:
+    """The first row of a custom_id holds no text: the second was asked."""
+    source = tmp_path / "in.parquet"
+    texts = pa.array([b"\xff", b"ok", b"x", b"y"])
+    pq.write_table(pa.table({"id": pa.array([b"a", b"a", b"\xff", b"b"]), "text": texts}), source)
+    options = {"template": "{text}", "id_column": "id", "skip_bad": True}
+    parquet_to_jsonl(source, tmp_path / "q.jsonl", **options)
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
+    results_to_jsonl(output, tmp_path / "b.jsonl", BackOptions(source=source, id_column="id"))
+    rows = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == [None, "ok", None, "y"]
 
 
 def test_a_row_that_was_not_asked_gets_no_answer_of_another(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import change_of, looks_unchanged
-from aiflux.core.batch.request import parse_json, request_key
+from aiflux.core.batch.request import custom_id_of, parse_json, request_key
 from aiflux.core.batch.results_file import (
     ResultEntry,
     entry_lines,
@@ -20,8 +21,9 @@ from aiflux.core.batch.results_file import (
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import ResultIndex
 from aiflux.core.runs.output import iterate_results
-from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.errors import InputError, RunConflictError
+from aiflux.util.lines import BOM, read_lines
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
 _THOUGHT = "</think>"
@@ -32,19 +34,25 @@ def entries(output: Path) -> Iterator[ResultEntry]:
 
     A ``.jsonl`` output holds no requests: they are read from its run, where that is still there.
     """
+    plan = _plan_with_requests(output)
+    return read_entries(output) if plan is None else _entries_of_run(plan)
+
+
+def _plan_with_requests(output: Path) -> Plan | None:
+    """Return the plan of a ``.jsonl`` output whose requests can still be read."""
     run = RunDirectory.of_output(output)
     if output.suffix == ".jsonl" and run.plan.is_file():
         try:
             plan = read_plan(run)
             if looks_unchanged(plan.input) or change_of(plan.input) is None:
-                return _entries_of_run(run)
+                return plan
         except (RunConflictError, InputError, OSError):
             pass  # another version's plan, or no input: the output alone tells less, but enough
-    return read_entries(output)
+    return None
 
 
-def _entries_of_run(run: RunDirectory) -> Iterator[ResultEntry]:
-    for raw, result in iterate_results(read_plan(run), run):
+def _entries_of_run(plan: Plan) -> Iterator[ResultEntry]:
+    for raw, result in iterate_results(plan, RunDirectory.of_output(plan.output)):
         request = parse_json(raw.decode("utf-8"))
         yield ResultEntry(
             request["custom_id"],
@@ -56,7 +64,10 @@ def _entries_of_run(run: RunDirectory) -> Iterator[ResultEntry]:
 
 
 class AnswersById:
-    """Random access to an output's entries, with 24 bytes of memory for each."""
+    """Random access to an output's entries, with 24 bytes of memory for each.
+
+    A ``.jsonl`` output needs twice as much: its requests are in the run's input.
+    """
 
     def __init__(self, output: Path) -> None:
         self._paths = output_files(output)
@@ -66,7 +77,15 @@ class AnswersById:
                 key = _key(parse_entry(text, path).custom_id)
                 self._index.add(key, offset * len(self._paths) + at, size, failed=at > 0)
         self._index.seal()
-        self._files = [open(path, "rb") for path in self._paths]  # noqa: SIM115 - see close
+        self._requests = ResultIndex()
+        plan = _plan_with_requests(output)
+        files = list(self._paths)
+        if plan is not None:
+            files.append(plan.input_path)
+            for _, offset, raw in read_lines(plan.input_path):
+                self._requests.add(_key(custom_id_of(raw) or ""), offset, len(raw), failed=False)
+        self._requests.seal()
+        self._files = [open(path, "rb") for path in files]  # noqa: SIM115 - see close
 
     @property
     def count(self) -> int:
@@ -79,8 +98,16 @@ class AnswersById:
         if found is None:
             return None
         offset, at = divmod(found[0], len(self._paths))
-        self._files[at].seek(offset)
-        return parse_entry(self._files[at].read(found[1]), self._paths[at])
+        entry = parse_entry(self._read(at, offset), self._paths[at])
+        request = self._requests.find(_key(custom_id))
+        if entry.request is not None or request is None:
+            return entry
+        line = self._read(-1, request[0]).removeprefix(BOM)
+        return replace(entry, request=parse_json(line.decode("utf-8")))
+
+    def _read(self, file: int, offset: int) -> bytes:
+        self._files[file].seek(offset)
+        return self._files[file].readline()
 
     def close(self) -> None:
         """Close the files."""
@@ -92,11 +119,17 @@ def _key(custom_id: str) -> bytes:
     return request_key(custom_id.encode("utf-8", "surrogatepass"))
 
 
+def requests_metadata(entry: ResultEntry) -> dict[str, Any]:
+    """Return the metadata that a request had of its own; {} where the request is not known."""
+    own = (entry.request or {}).get("metadata")
+    return own if isinstance(own, dict) else {}
+
+
 def kept_columns(entry: ResultEntry) -> dict[str, Any]:
     """Return the source's columns that a converter put into the request's metadata."""
     columns = entry.metadata.get("columns")
-    if columns is None and entry.request is not None:
-        columns = (entry.request.get("metadata") or {}).get("columns")
+    if columns is None:
+        columns = requests_metadata(entry).get("columns")
     own = columns if isinstance(columns, dict) else {}
     named = ("source_file", "chunk", "chunks")
     return own or {name: entry.metadata[name] for name in named if name in entry.metadata}

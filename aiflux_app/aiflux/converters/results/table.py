@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from aiflux.converters.results.answers import (
     json_fields,
     kept_columns,
     prompt_text,
+    requests_metadata,
 )
-from aiflux.converters.table import Row, as_text
+from aiflux.converters.table import CELL_DIGESTS, Row, as_text, changed_cell
 from aiflux.converters.template import check_columns
 from aiflux.converters.writer import SeenIds, Skipped
 from aiflux.core.batch.results_file import ResultEntry
@@ -42,7 +43,8 @@ class BackSummary:
         unused: results that belong to no row of the source.
         unread: rows of the source that cannot be read, and are left out.
         repeated: rows of the source whose custom_id an earlier row has: only that one was asked.
-        changed: rows of the source none of whose cells stands in the request of their custom_id.
+        changed: rows none of whose cells stands in the request of their custom_id, where that
+            request was not made by ``aiflux convert``, which would know.
         unfit: answers that hold no JSON object, where such were to be unpacked.
         several: answers with further choices; the table has the first.
         cut: answers that ended at the token limit.
@@ -145,16 +147,44 @@ class BackTable:
             return
         with closing(AnswersById(self.output)) as answers:
             found = 0
-            for custom_id, cells, repeated in self.source.rows(self.summary):
-                answer = None if repeated else answers.get(custom_id)
-                found += answer is not None
-                if answer is not None and _changed(answer, cells):
-                    self.summary.note("changed", custom_id)
-                record = self._record(custom_id, cells, answer)
+            seen = SeenIds()
+            for row in self.source.rows(self.summary):
+                answer = self._answer(row, answers)
+                repeated = answer is not None and seen.first_use(row.name, row.number) is not None
+                self.summary.repeated += repeated
+                found += answer is not None and not repeated
+                if answer is not None and not repeated:
+                    self._check(self.source, row, answer)
+                record = self._record(row.name, dict(row.cells), None if repeated else answer)
                 yield record | {self.error: _REPEATED} if repeated else record
             self.summary.unused = answers.count - found
             if not found:
                 raise self.source.foreign(self.output)
+
+    def _answer(self, row: Row, answers: AnswersById) -> ResultEntry | None:
+        """Return the result of the request that was made from a row, if there was one."""
+        answer = answers.get(row.name)
+        digests = {} if answer is None else _digests(answer)
+        try:
+            changed_cell(row.cells, {name: digests[name] for name in digests if name in row.cells})
+        except ValueError:  # not text: the row was skipped
+            return None
+        return answer
+
+    def _check(self, source: _Source, row: Row, answer: ResultEntry) -> None:
+        """Raise InputError unless a row is what the request of an answer was made from.
+
+        By an id column a row can also be joined from another table, which lacks what was asked.
+        """
+        digests = _digests(answer)
+        known = {name: digests[name] for name in digests if name in row.cells}
+        changed = changed_cell(row.cells, known)
+        if changed is not None:
+            raise source.changed(row, changed)
+        if source.id_column is None and (not digests or len(known) < len(digests)):
+            raise source.unknown(row, answer, digests)
+        if not known and _changed(answer, row.cells):
+            self.summary.note("changed", row.name)
 
     def _record(self, custom_id: str, cells: dict[str, Any], entry: ResultEntry | None) -> Record:
         summary = self.summary
@@ -201,7 +231,13 @@ def _free(name: str, taken: set[str]) -> str:
     return found
 
 
-def _changed(entry: ResultEntry, cells: dict[str, Any]) -> bool:
+def _digests(entry: ResultEntry) -> dict[str, str]:
+    """Return the digests of the cells that a request was made from; {} where it has none."""
+    found = requests_metadata(entry).get(CELL_DIGESTS)
+    return found if isinstance(found, dict) else {}
+
+
+def _changed(entry: ResultEntry, cells: Mapping[str, Any]) -> bool:
     """Return whether the request of an answer holds none of a row's cells.
 
     A row with an empty cell cannot be judged: that cell may be all that was asked.
@@ -256,29 +292,56 @@ class _Source:
     def columns(self) -> Sequence[str]:
         return self.table.columns
 
-    def rows(self, summary: BackSummary) -> Iterator[tuple[str, dict[str, Any], bool]]:
-        """Yield each row's custom_id and cells, and whether an earlier row has that custom_id.
+    def rows(self, summary: BackSummary) -> Iterator[Row]:
+        """Yield each row, with its custom_id as its name.
 
         Rows that cannot be read are counted and left out.
         """
-        seen = SeenIds()
         for row in self._rows():
             if not isinstance(row, Row):
                 summary.unread += 1
                 continue
-            name = row.name
-            if self.id_column is not None:
-                name = as_text(row.cells[self.id_column])
-                if seen.first_use(name, row.number) is not None:
-                    summary.repeated += 1
-                    yield name, dict(row.cells), True
-                    continue
-            yield name, dict(row.cells), False
+            yield row if self.id_column is None else replace(row, name=self._id(row))
+
+    def _id(self, row: Row) -> str:
+        """Return the custom_id in a row's id column; "", which no request has, for what is none."""
+        try:
+            return as_text(row.cells[self.id_column or ""])
+        except ValueError:
+            return ""
 
     def _rows(self) -> Iterable[Row | Skipped]:
         if isinstance(self.table, ParquetTable):
             return self.table.rows(self.table.columns)
         return self.table.rows()
+
+    def _place(self, row: Row) -> str:
+        unit = "row" if isinstance(self.table, ParquetTable) else "line"
+        return f"{unit} {row.number} of {str(self.table.path)!r}"
+
+    def changed(self, row: Row, column: str) -> InputError:
+        return InputError(
+            f"{self._place(row)} is not what {row.name!r} was made from: column {column!r} "
+            "differs; no table was written",
+            "give the file as it was when it was converted, with the same --delimiter and "
+            "--encoding; without --source, the table has the columns of --keep",
+        )
+
+    def unknown(self, row: Row, answer: ResultEntry, digests: Mapping[str, str]) -> InputError:
+        """Return the error for a row that would be matched by its number alone."""
+        missing = [name for name in digests if name not in self.columns]
+        if missing:
+            reason = f"which needs column {missing[0]!r}"
+        elif answer.request is None:
+            reason = "because a .jsonl output needs its run directory and its input for that"
+        else:
+            reason = "because that request was not made from a table by `aiflux convert`"
+        return InputError(
+            f"whether {self._place(row)} is what {row.name!r} was made from is not known, "
+            f"{reason}; no table was written",
+            "name the column that the custom_ids came from with --id-column; without --source, "
+            "the table has the columns of --keep",
+        )
 
     def foreign(self, output: Path) -> InputError:
         listed = ", ".join(repr(name) for name in self.columns)

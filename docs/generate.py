@@ -15,7 +15,8 @@ from pathlib import Path
 from aiflux.cli.main import GROUPS, make_parser
 from aiflux.cli.parser import Parser, is_setting
 from aiflux.core.config.arguments import add_settings
-from aiflux.core.config.settings import SETTINGS, Setting
+from aiflux.core.config.declaration import Setting
+from aiflux.core.config.settings import SECTIONS, SETTINGS, TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -25,11 +26,6 @@ REFERENCE = ROOT / "docs" / "reference.md"
 ENV_EXAMPLE = ROOT / ".env.example"
 BEGIN = "<!-- made by docs/generate.py: begin -->\n"
 END = "<!-- made by docs/generate.py: end -->\n"
-SECTIONS = {
-    "run": "how requests are processed",
-    "slurm": "what is asked of Slurm",
-    "paths": "where things lie",
-}
 _HEADER = """\
 # Settings for .env: copy this file to .env in the folder where you call aiflux.
 # Made by docs/generate.py. An empty value means: not set. What is in the environment wins.
@@ -51,19 +47,19 @@ def settings_tables() -> str:
     """Return one Markdown table for each section."""
     return "\n".join(
         "\n".join([f"### `{section}`: {title}", "", *_table(section), ""])
-        for section, title in SECTIONS.items()
+        for section, title in TITLES.items()
     )
 
 
 def env_example() -> str:
     """Return the text of ``.env.example``: every setting that has an environment name."""
     parts = [_HEADER]
-    for section, title in SECTIONS.items():
+    for section, title in TITLES.items():
         parts.append(f"\n# --- {title} ---\n")
         parts += [
-            f"\n# {_meaning(setting)}{_default_note(setting)}\n{setting.env}=\n"
+            f"\n# {setting.help}{_default_note(setting)}\n{setting.env}=\n"
             for setting in SETTINGS
-            if setting.section == section and setting.env
+            if setting.section == section and setting.env and setting.offered
         ]
     return "".join(parts)
 
@@ -187,13 +183,13 @@ def _table(section: str) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     options = _options()
     for setting in SETTINGS:
-        if setting.section == section:
+        if setting.section == section and setting.offered:
             cells = [
                 f"`{setting.name}`",
                 ", ".join(f"`{name}`" for name in setting.options if name in options),
                 f"`{setting.env}`" if setting.env else "",
                 _default(setting),
-                _meaning(setting),
+                setting.help,
             ]
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -215,11 +211,6 @@ def _default(setting: Setting) -> str:
 def _default_note(setting: Setting) -> str:
     default = _default(setting).strip("`")
     return f" (default: {default})" if default else ""
-
-
-def _meaning(setting: Setting) -> str:
-    # argparse reads %% as a percent sign.
-    return setting.help.replace("%%", "%")
 
 
 def main() -> None:

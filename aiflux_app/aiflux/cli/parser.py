@@ -13,24 +13,6 @@ from aiflux.core.config.settings import BY_NAME
 
 _WIDEST = 100
 _MANY = 8
-# Settings that most people need; --help leaves the others to --help-all.
-_COMMON = {
-    "model",
-    "max_tokens",
-    "temperature",
-    "max_failures",
-    "retry_failed",
-    "validate",
-    "allow_cpu",
-    "engine_url",
-    "account",
-    "partition",
-    "gpus_per_node",
-    "time",
-    "mem",
-    "shards",
-    "max_running",
-}
 _RARE = {"force_resume", "no_preflight"}
 _WHOLE = "--help-all"
 
@@ -59,7 +41,7 @@ def is_setting(action: argparse.Action) -> bool:
 
 def _is_common(action: argparse.Action) -> bool:
     """Tell whether --help shows an option; of two opposites it shows the first."""
-    return action.dest in _COMMON and BY_NAME[action.dest].option in action.option_strings
+    return BY_NAME[action.dest].common and BY_NAME[action.dest].option in action.option_strings
 
 
 def _sentence(text: str) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiflux.core.config.config import SlurmConfig
-from aiflux.core.config.settings import SETTINGS, Setting
+from aiflux.core.config.declaration import Setting
+from aiflux.core.config.settings import SETTINGS, TITLES
 from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, megabytes
 from aiflux.slurm.preflight.cluster import cluster_checks, gpu_partitions
 from aiflux.slurm.preflight.local import Finding, collect
@@ -18,11 +19,7 @@ from aiflux.util.times import walltime_seconds, walltime_text
 
 _WIDTH = 100
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*\Z")
-_TITLES = {
-    "slurm": "what is asked of Slurm",
-    "paths": "where things lie",
-    "run": "how requests are processed",
-}
+_SECTIONS = ("slurm", "paths", "run")
 _INTRODUCTION = (
     "A setting behind a # has its default: take the # away to change it. What is given on the "
     "command line or in the environment wins over this file. `aiflux config show` tells what "
@@ -34,10 +31,10 @@ def initial_file(facts: Facts, proposal: Proposal) -> str:
     """Return the file; without an answer from Slurm every setting is a comment."""
     lines = [*_header(facts, proposal)]
     notes = {name: [*told] for name, told in _notes(facts, proposal)}
-    for section, title in _TITLES.items():
-        lines += ["", f"{section}:  # {title}"]
+    for section in _SECTIONS:
+        lines += ["", f"{section}:  # {TITLES[section]}"]
         for setting in SETTINGS:
-            if setting.section == section:
+            if setting.section == section and setting.offered:
                 lines += ["", *_entry(setting, proposal.values, notes.get(setting.name, []))]
     return "\n".join(lines) + "\n"
 
@@ -64,8 +61,7 @@ def _header(facts: Facts, proposal: Proposal) -> Iterator[str]:
 
 
 def _entry(setting: Setting, values: Mapping[str, Any], notes: list[str]) -> Iterator[str]:
-    meaning = setting.help.replace("%%", "%")
-    yield from _comment(meaning, "  ")
+    yield from _comment(setting.help, "  ")
     for note in notes:
         yield from _comment(note, "  ", "  ")
     chosen = setting.name in values

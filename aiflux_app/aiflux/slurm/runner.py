@@ -11,8 +11,9 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.declaration import known_setting, parse_setting
 from aiflux.core.config.legacy_model_file import ModelConfig
-from aiflux.core.config.settings import known_setting, parse_setting, section_settings
+from aiflux.core.config.settings import BY_NAME, section_settings
 from aiflux.core.runs.directory import default_output
 from aiflux.core.runs.registry import register_plan
 from aiflux.errors import OutputExistsError, SlurmError
@@ -200,7 +201,7 @@ def _by_section(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     sections: dict[str, dict[str, Any]] = {"run": {}, "slurm": {}, "paths": {}}
     for name, value in options.items():
-        setting = known_setting(name, "run(): ")
+        setting = known_setting(name, "run(): ", BY_NAME)
         if value is not None:
             sections[setting.section][setting.name] = value
     return sections

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aiflux import __version__
-from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
+from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, default_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, read_plan
@@ -117,12 +118,12 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
     if arguments.run_dir:
         _work_on_plan(arguments, context)
     elif arguments.pull:
-        config = Config(arguments=given_settings(arguments))
+        config = Config(arguments=given_settings(vars(arguments)))
         pull(arguments.pull, config, context, context.ollama, again=arguments.again)
     elif arguments.create:
-        create(arguments.create, Config(arguments=given_settings(arguments)), context)
+        create(arguments.create, Config(arguments=given_settings(vars(arguments))), context)
     elif arguments.input:
-        _work_on_input(arguments, Config(arguments=given_settings(arguments)), context)
+        _work_on_input(arguments, Config(arguments=given_settings(vars(arguments))), context)
     else:
         raise UsageError("no input was given", "give a file of requests; --help tells more")
 

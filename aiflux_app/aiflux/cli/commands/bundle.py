@@ -25,8 +25,9 @@ from aiflux.bundle.installer import (
 )
 from aiflux.bundle.writer import Ingredients, payload_size, refuse_torn, write_bundle
 from aiflux.cli.json_output import add_json, print_json
-from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
+from aiflux.core.config.settings import given_settings
 from aiflux.engines.ollama.store import read_manifest, refuse_other_digest
 from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
 from aiflux.image.container import find_image
@@ -97,7 +98,7 @@ def execute(arguments: argparse.Namespace) -> int:
 def _create(arguments: argparse.Namespace) -> int:
     from aiflux.bundle.wheels import PYTHONS, packages
 
-    config = Config(arguments=given_settings(arguments))
+    config = Config(arguments=given_settings(vars(arguments)))
     output = Path(arguments.output).absolute()
     _check_output(output, arguments.force)
     image = None if arguments.no_image else find_image(config, Path.cwd())

@@ -12,8 +12,8 @@ from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.batch.ignored_fields import FIX, ignored_texts
 from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.batch.schema import can_check_schemas
-from aiflux.core.config.arguments import given_settings
 from aiflux.core.config.config import Config
+from aiflux.core.config.settings import given_settings
 from aiflux.errors import InputError
 from aiflux.util.extras import remedy
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Check a file; InputError lists what is wrong."""
     path = Path(arguments.file)
-    config = Config(arguments=given_settings(arguments))
+    config = Config(arguments=given_settings(vars(arguments)))
     model = config.get("model")
     if arguments.json:
         return _as_json(path, model)

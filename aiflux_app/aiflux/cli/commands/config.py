@@ -13,7 +13,8 @@ from rich.table import Table
 
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.config.config import Config
-from aiflux.core.config.settings import SECTIONS, SETTINGS, Setting
+from aiflux.core.config.declaration import Setting
+from aiflux.core.config.settings import SECTIONS, SETTINGS
 from aiflux.core.config.sources import project_file, user_file
 from aiflux.errors import OutputExistsError, UsageError
 from aiflux.worker.console import TerminalConsole

@@ -18,9 +18,10 @@ from aiflux.cli.render.estimate import forecast, full_command
 from aiflux.cli.run_argument import make_console, short, show
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.batch.input_file import InputSummary, scan_input
-from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import checked_output, default_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, make_plan, read_plan
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Tell what a run will take, or how far the pilot is that can tell it."""
-    config = Config(arguments=given_settings(arguments))
+    config = Config(arguments=given_settings(vars(arguments)))
     input_path = Path(arguments.input)
     output = Path(arguments.output or default_output(input_path, Path.cwd()))
     if arguments.local and config.get("engine_url"):
@@ -277,6 +278,6 @@ def _estimate(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> Estimate
 
 def _given(asked: Asked) -> Mapping[str, Any]:
     """Return the options of the command that runs the whole, as the user gave them."""
-    given = given_settings(asked.arguments)
+    given = given_settings(vars(asked.arguments))
     paths = {"input": asked.arguments.input, "output": asked.arguments.output}
     return {**paths, **given, "local": asked.arguments.local or None}

@@ -14,8 +14,9 @@ from aiflux.cli.parser import whole_number
 from aiflux.cli.render.models import list_models, show_model
 from aiflux.cli.render.progress import byte_bar
 from aiflux.cli.start import show_local_choices
-from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
+from aiflux.core.config.settings import given_settings
 from aiflux.engines.ollama.staging import (
     changing,
     making_room,
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Do one thing with models."""
-    config = Config(arguments=given_settings(arguments))
+    config = Config(arguments=given_settings(vars(arguments)))
     return _ACTIONS[arguments.action](arguments, config)
 
 

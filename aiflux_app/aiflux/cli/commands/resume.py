@@ -8,9 +8,10 @@ import os
 from aiflux.cli.json_output import add_json, then_told
 from aiflux.cli.run_argument import located
 from aiflux.cli.start import register, run_here, run_local, submit_planned
-from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
-from aiflux.core.config.settings import BY_NAME, parse_setting
+from aiflux.core.config.declaration import parse_setting
+from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import read_plan
@@ -51,7 +52,7 @@ def _resume(arguments: argparse.Namespace, run: RunDirectory) -> int:
         return _continue_here(arguments, run)
     changes = {
         name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")
-        for name, value in given_settings(arguments).items()
+        for name, value in given_settings(vars(arguments)).items()
         if value is not None and BY_NAME[name].section == "slurm"
     }
     image = Config(arguments={"image": arguments.image}).image if arguments.image else None

@@ -18,8 +18,9 @@ from aiflux.cli.start import (
     show_local_choices,
     submit_planned,
 )
-from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
+from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, default_output
 from aiflux.core.runs.open import OpenedRun, draft_run, open_run
 from aiflux.errors import UsageError
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run one input."""
-    config = Config(arguments=given_settings(arguments))
+    config = Config(arguments=given_settings(vars(arguments)))
     input_path = Path(arguments.input)
     if arguments.input == STDIN:
         input_path = kept_input(sys.stdin.buffer, arguments.output)

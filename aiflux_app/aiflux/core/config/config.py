@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from aiflux.core.config.declaration import known_setting, parse_setting, refuse_two_names
 from aiflux.core.config.legacy_model_file import (
     ModelConfig,
     ModelParameters,
@@ -21,14 +22,7 @@ from aiflux.core.config.legacy_model_file import (
     read_model_file,
 )
 from aiflux.core.config.run_options import RunOptions
-from aiflux.core.config.settings import (
-    BY_NAME,
-    SETTINGS,
-    known_setting,
-    parse_setting,
-    refuse_two_names,
-    section_settings,
-)
+from aiflux.core.config.settings import BY_NAME, SETTINGS, section_settings
 from aiflux.core.config.slurm_config import SlurmConfig
 from aiflux.core.config.sources import SourcedValue, from_dotenv, from_environment, from_files
 from aiflux.errors import ConfigError
@@ -111,7 +105,7 @@ class Config:
         values.update(from_environment(self._environ))
         for name, value in arguments.items():
             if value is not None:
-                setting = known_setting(name, "the arguments: ")
+                setting = known_setting(name, "the arguments: ", BY_NAME)
                 parsed = parse_setting(setting, value, f"the argument {setting.option}")
                 values[setting.name] = SourcedValue(parsed, "argument")
         return values
@@ -275,7 +269,7 @@ def _of_model(
 def _parsed(section: str, given: Mapping[str, Any], place: str) -> dict[str, Any]:
     known = section_settings(section)
     values = {}
-    refuse_two_names(given, lambda _: place)
+    refuse_two_names(given, lambda _: place, known)
     for name, value in given.items():
         setting = known_setting(name, f"{place}: ", known)
         if value is not None:

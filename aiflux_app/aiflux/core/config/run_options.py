@@ -6,59 +6,169 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from aiflux.core.config.declaration import setting
 from aiflux.errors import ConfigError
+from aiflux.util import value_parsers as parse
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is to be done. Times are seconds; None leaves the choice to the worker.
+    """How a run is processed. Times are seconds; None leaves the choice to the worker.
 
     Attributes:
-        model: the run's model; None takes the model that each body names.
-        concurrency: requests in flight per engine.
-        slots: sequences that an engine decodes in parallel.
-        context_length: tokens of context per slot.
-        save_frequency: results after which the journal is synced.
-        max_retries: further attempts after the first.
-        retry_delay: base of the exponential backoff.
-        validate: check answers against the JSON Schema that their request asks for.
-        revalidate_attempts: times that an answer which does not fit is asked for again.
-        max_requeues: times that a job goes back to the queue by itself when its time is up.
-        max_failures: a count, or a percentage such as ``"2%"``.
-        retry_failed: try those again that failed before the plan was made.
-        engine_url: an engine that is up already; None means a bundled Ollama.
-        engine_ca: path of the certificates to trust at ``engine_url``.
         model_defaults: parameters that the catalogue has of models, by the name they are served
             under; in a plan, those of its models. They fill only what is left open.
     """
 
-    model: str | None = None
-    concurrency: int | None = None
-    slots: int | None = None
-    context_length: int | None = None
-    gpus_per_engine: int = 1
-    engine_env: dict[str, str] = field(default_factory=dict)
-    save_frequency: int = 64
-    max_retries: int = 3
-    retry_delay: float = 1.0
-    request_timeout: float = 600.0
-    validate: bool = False
-    revalidate_attempts: int = 2
-    max_failures: str = "0"
-    max_requeues: int = 20
-    drain_seconds: float = 30.0
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop: tuple[str, ...] = ()
-    allow_cpu: bool = False
-    engine_url: str | None = None
-    engine_wait: float = 300.0
-    engine_ca: str | None = None
-    load_timeout: float = 1800.0
-    retry_failed: bool = False
-    log_level: str = "INFO"
+    model: str | None = setting(
+        parse.text,
+        None,
+        "Model to run, such as llama3.2:3b",
+        metavar="NAME:TAG",
+        env="MODEL_NAME",
+        common=True,
+    )
+    concurrency: int | None = setting(
+        parse.integer(1, 4096),
+        None,
+        "Requests in flight per engine (default: slots and a few more)",
+        env="BATCH_SIZE",
+        aliases=("batch_size",),
+    )
+    slots: int | None = setting(
+        parse.integer(1, 1024), None, "Sequences that an engine decodes in parallel"
+    )
+    context_length: int | None = setting(
+        parse.integer(256), None, "Tokens of context for each slot"
+    )
+    gpus_per_engine: int = setting(
+        parse.integer(1, 64), 1, "GPUs for each engine, for models that need several"
+    )
+    engine_env: dict[str, str] = setting(
+        parse.pairs,
+        {},
+        "Environment variable of the engine (repeatable)",
+        metavar="KEY=VALUE",
+        repeatable=True,
+        decisive=True,
+    )
+    save_frequency: int = setting(
+        parse.integer(1),
+        64,
+        "Sync the journal to disk after this number of results, or every second",
+        env="SAVE_FREQUENCY",
+    )
+    max_retries: int = setting(
+        parse.integer(0, 1000), 3, "Retries of a failed request", env="MAX_RETRIES"
+    )
+    retry_delay: float = setting(
+        parse.number(0, 3600),
+        1.0,
+        "Longest wait before the first retry; doubles with each retry",
+        metavar="SECONDS",
+        env="RETRY_DELAY",
+    )
+    request_timeout: float = setting(
+        parse.number(0.1), 600.0, "Time limit of one attempt", metavar="SECONDS"
+    )
+    validate: bool = setting(
+        parse.boolean,
+        False,
+        "Check answers against the JSON Schema of their request (response_format)",
+        common=True,
+    )
+    revalidate_attempts: int = setting(
+        parse.integer(0, 1000), 2, "Retries of an answer that does not match its schema"
+    )
+    max_failures: str = setting(
+        parse.failures,
+        "0",
+        "Failed requests (a number or N%) with which the run still exits with 0",
+        metavar="N|N%",
+        common=True,
+    )
+    max_requeues: int = setting(
+        parse.integer(0), 20, "Times that a job requeues itself when its time is up"
+    )
+    drain_seconds: float = setting(
+        parse.number(0),
+        30.0,
+        "Time that requests in flight get to finish after a signal",
+        metavar="SECONDS",
+    )
+    max_tokens: int | None = setting(
+        parse.integer(1),
+        None,
+        "Tokens per answer, for requests without a limit",
+        env="MAX_TOKENS",
+        common=True,
+    )
+    temperature: float | None = setting(
+        parse.number(0, 100),
+        None,
+        "Temperature, for requests without one",
+        metavar="T",
+        env="TEMPERATURE",
+        common=True,
+    )
+    top_p: float | None = setting(
+        parse.number(0, 1), None, "top_p, for requests without one", metavar="P", env="TOP_P"
+    )
+    top_k: int | None = setting(
+        parse.integer(0),
+        None,
+        "top_k, for requests without one (only with --engine-url)",
+        env="TOP_K",
+    )
+    stop: tuple[str, ...] = setting(
+        parse.texts,
+        (),
+        "Text that ends an answer, for requests without stop (repeatable)",
+        metavar="TEXT",
+        repeatable=True,
+    )
+    allow_cpu: bool = setting(
+        parse.boolean,
+        False,
+        "Let the engine run on the CPU in a GPU job",
+        env="AIFLUX_ALLOW_CPU",
+        common=True,
+    )
+    engine_url: str | None = setting(
+        parse.url,
+        None,
+        "Use a server that is already running",
+        metavar="URL",
+        env="AIFLUX_ENGINE_URL",
+        common=True,
+        decisive=True,
+    )
+    engine_wait: float = setting(
+        parse.number(0),
+        300.0,
+        "Time to wait for a server at --engine-url that does not respond",
+        metavar="SECONDS",
+    )
+    engine_ca: str | None = setting(
+        parse.path,
+        None,
+        "CA certificates for an https:// --engine-url: a PEM file or a directory",
+        metavar="PATH",
+        env="AIFLUX_ENGINE_CA",
+    )
+    load_timeout: float = setting(
+        parse.number(1), 1800.0, "Time limit of loading the model", metavar="SECONDS"
+    )
+    retry_failed: bool = setting(
+        parse.boolean, False, "Retry the failed requests of an earlier start", common=True
+    )
+    log_level: str = setting(
+        parse.level,
+        "INFO",
+        "WARNING and ERROR hide the progress; DEBUG adds the engine's debug log",
+        metavar="LEVEL",
+        env="LOG_LEVEL",
+    )
     model_defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,8 +178,8 @@ class RunOptions:
         if self.top_k is not None and self.engine_url is None:
             raise ConfigError(
                 "top_k is set, but Ollama's OpenAI API does not know it",
-                "leave out --top-k, TOP_K and top_k in aiflux.yaml (aiflux config show tells which "
-                "it is), or set it in the model (ollama create, PARAMETER top_k)",
+                "remove --top-k, TOP_K or top_k in aiflux.yaml (aiflux config show prints "
+                "which one it is), or set it in the model (ollama create, PARAMETER top_k)",
             )
 
     @property

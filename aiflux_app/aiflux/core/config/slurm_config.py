@@ -1,27 +1,31 @@
-"""What is asked of Slurm."""
+"""The resources that are requested from Slurm."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any
 
-from aiflux.core.config.settings import (
+from aiflux.core.config.declaration import (
     Setting,
+    by_every_name,
+    declared_settings,
     known_setting,
     parse_setting,
     refuse_two_names,
-    section_settings,
+    setting,
 )
 from aiflux.errors import ConfigError
+from aiflux.util import value_parsers as parse
 
 LEFT_OUT = ("time", "mem", "cpus_per_task")
-"""Settings whose null leaves their directive out; for the others it means "not said here"."""
+"""Settings whose null omits their directive; for the others it means "not set here"."""
 
 
 @dataclass(init=False)
 class SlurmConfig:
-    """What is asked of Slurm; fields are given by keyword, or assigned later.
+    """The resources that are requested from Slurm; fields are keywords, or assigned later.
 
     Each value is checked when it is given, and is then of the field's type. None leaves the
     directive out, or takes the default where there has to be a value.
@@ -30,40 +34,104 @@ class SlurmConfig:
         ConfigError: a value is wrong, or a name unknown; names the field and what it must be.
     """
 
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    nodes: int = 1
-    gpus_per_node: str = "1"
-    gres: str | None = None
-    constraint: str | None = None
-    time: str | None = "04:00:00"
-    mem: str | None = "32G"
-    cpus_per_task: int | None = 4
-    mail_user: str | None = None
-    mail_type: str | None = None
-    exclude: str | None = None
-    reservation: str | None = None
-    shards: int | str = 1
-    max_running: int | None = None
-    seal: bool = True
-    sbatch_arg: dict[str, str] = field(default_factory=dict)
-    modules: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
+    account: str | None = setting(
+        parse.text, None, "Account to charge", metavar="NAME", env="SLURM_ACCOUNT", common=True
+    )
+    partition: str | None = setting(
+        parse.text, None, "Partition", metavar="NAME", env="SLURM_PARTITION", common=True
+    )
+    qos: str | None = setting(parse.text, None, "Quality of service", metavar="NAME")
+    nodes: int = setting(
+        parse.integer(1), 1, "Nodes of a job; only 1 is possible", env="SLURM_NODES", offered=False
+    )
+    gpus_per_node: str = setting(
+        parse.gpus,
+        "1",
+        "GPUs, as a number or TYPE:NUMBER; 0 for none",
+        metavar="[TYPE:]N",
+        env="SLURM_GPUS_PER_NODE",
+        common=True,
+    )
+    gres: str | None = setting(
+        parse.text, None, "Generic resources, instead of --gpus-per-node", metavar="LIST"
+    )
+    constraint: str | None = setting(parse.text, None, "Required node features", metavar="LIST")
+    time: str | None = setting(
+        parse.walltime, "04:00:00", "Time limit", metavar="TIME", env="SLURM_TIME", common=True
+    )
+    mem: str | None = setting(
+        parse.memory,
+        "32G",
+        "Memory per node",
+        metavar="SIZE",
+        env="SLURM_MEM",
+        aliases=("memory",),
+        common=True,
+    )
+    cpus_per_task: int | None = setting(parse.integer(1), 4, "CPU cores", env="SLURM_CPUS_PER_TASK")
+    mail_user: str | None = setting(
+        parse.text, None, "Address for Slurm's mails", metavar="ADDRESS"
+    )
+    mail_type: str | None = setting(
+        parse.text, None, "Events that Slurm sends mails about, such as END,FAIL", metavar="LIST"
+    )
+    exclude: str | None = setting(parse.text, None, "Nodes not to use", metavar="NODES")
+    reservation: str | None = setting(parse.text, None, "Reservation to use", metavar="NAME")
+    shards: int | str = setting(
+        parse.shards,
+        1,
+        "Jobs to split the input into (a job array), or auto",
+        metavar="N|auto",
+        common=True,
+    )
+    max_running: int | None = setting(
+        parse.integer(1), None, "Shards that may run at the same time", common=True
+    )
+    sbatch_arg: dict[str, str] = setting(
+        parse.pairs,
+        {},
+        "Any other sbatch option (repeatable)",
+        metavar="KEY=VALUE",
+        repeatable=True,
+        decisive=True,
+    )
+    seal: bool = setting(
+        parse.boolean,
+        True,
+        "Process requests without network access; --no-seal keeps the network",
+        env="AIFLUX_SEAL",
+        decisive=True,
+    )
+    modules: tuple[str, ...] = setting(
+        parse.lines,
+        (),
+        "Environment module to load in the job (repeatable)",
+        metavar="NAME",
+        repeatable=True,
+        decisive=True,
+    )
+    setup: tuple[str, ...] = setting(
+        parse.lines,
+        (),
+        "Shell line to run in the job before the container (repeatable)",
+        metavar="LINE",
+        repeatable=True,
+        decisive=True,
+    )
 
     def __init__(self, **values: Any) -> None:
         for item in fields(self):
             object.__setattr__(self, item.name, _default(item.name))
-        refuse_two_names(values, lambda _: "SlurmConfig")
+        refuse_two_names(values, lambda _: "SlurmConfig", _settings())
         for name, value in values.items():
             setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setting = known_setting(name, "SlurmConfig: ", _settings())
-        parsed = parse_setting(setting, value, "SlurmConfig") if value is not None else None
-        if parsed is None and setting.name not in LEFT_OUT:
-            parsed = _default(setting.name)
-        object.__setattr__(self, setting.name, parsed)
+        known = known_setting(name, "SlurmConfig: ", _settings())
+        parsed = parse_setting(known, value, "SlurmConfig") if value is not None else None
+        if parsed is None and known.name not in LEFT_OUT:
+            parsed = _default(known.name)
+        object.__setattr__(self, known.name, parsed)
 
     @property
     def memory(self) -> str | None:
@@ -91,8 +159,9 @@ class SlurmConfig:
         return checked
 
 
+@cache
 def _settings() -> Mapping[str, Setting]:
-    return section_settings("slurm")
+    return by_every_name(declared_settings(SlurmConfig, "slurm"))
 
 
 def _default(name: str) -> Any:

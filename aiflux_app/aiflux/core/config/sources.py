@@ -12,14 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.config.declaration import Setting, parse_setting, refuse_two_names
 from aiflux.core.config.settings import (
     SECTIONS,
     SETTINGS,
     VARIABLES,
-    Setting,
     elsewhere,
-    parse_setting,
-    refuse_two_names,
     section_settings,
 )
 from aiflux.core.config.slurm_config import LEFT_OUT
@@ -126,7 +124,7 @@ def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValue]
     for section in file.mapping(known=SECTIONS, noun="section", remedy=elsewhere):
         known = section_settings(section)
         given = file.mapping(section, known=known, noun="setting", remedy=elsewhere)
-        refuse_two_names(given, partial(file.place, section))
+        refuse_two_names(given, partial(file.place, section), known)
         for name, value in given.items():
             setting, keys = known[name], (section, name)
             if value is not None:

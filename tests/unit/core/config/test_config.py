@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config.arguments import add_settings, given_settings
+from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
-from aiflux.core.config.settings import SETTINGS, Setting
+from aiflux.core.config.settings import SETTINGS, Setting, given_settings
 from aiflux.errors import ConfigError, PreflightError, describe
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.script import job_directives
@@ -129,7 +129,7 @@ def test_an_argument_can_say_yes_and_no_over_a_file(tmp_path: Path, setting: Set
         word = str(not meant).lower()
         (tmp_path / "aiflux.yaml").write_text(f"{setting.section}: {{{setting.name}: {word}}}")
         assert config(tmp_path).get(setting.name) is not meant
-        given = given_settings(parser.parse_args([option]))
+        given = given_settings(vars(parser.parse_args([option])))
         assert config(tmp_path, arguments=given).get(setting.name) is meant
 
 

@@ -88,7 +88,7 @@ class RunConflictError(UsageError):
 
 
 class OutputExistsError(UsageError):
-    """The output exists and was not made by this run."""
+    """The output exists and was not made by this run, or was changed since."""
 
 
 class ImageError(UsageError):

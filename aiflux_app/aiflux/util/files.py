@@ -108,6 +108,22 @@ def is_there(path: Path) -> bool:
     return _looked_at(path, lambda: os.stat(path)) is not None
 
 
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file's content.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    crc = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(_BUFFER):
+                crc = crc32(block, crc)
+    except OSError as error:
+        raise read_error(error, path) from error
+    return crc
+
+
 def refuse_irregular(path: Path) -> None:
     """Raise StorageError where ``path`` exists and is no regular file."""
     found = _looked_at(path, lambda: os.stat(path))

@@ -54,7 +54,7 @@ def _partial(arguments: argparse.Namespace, run: RunDirectory) -> int:
 
 def _merge(arguments: argparse.Namespace, run: RunDirectory) -> int:
     plan = read_plan(run)
-    done = finished_counts(plan, run)
+    done = finished_counts(plan, run, changed_ok=arguments.again)
     if done is not None and not arguments.again:
         print(finished_line(plan, done))
         refuse_failures(plan, done)

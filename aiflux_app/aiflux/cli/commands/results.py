@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.cli.run_argument import located
 from aiflux.converters.results import BackOptions, BackSummary
-from aiflux.converters.results.answers import entries, prompt_text, refuse_missing
+from aiflux.converters.results.answers import entries, prompt_text, refuse_unfit
 from aiflux.core.batch.results_file import EMPTY_REASONS, ResultEntry, answered_words, vectors
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES
 from aiflux.core.runs.plan import read_plan
@@ -107,7 +107,7 @@ def _add_table(actions: Any, name: str, form: str) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Show or write answers."""
     output = output_of(arguments.output)
-    refuse_missing(output)
+    refuse_unfit(output)
     if arguments.action == "show":
         return _show(output, arguments)
     return _write(output, arguments)

@@ -36,6 +36,7 @@ STYLES = {
     "failed": "bold red",
     "lost": "bold red",
     "not merged": "yellow",
+    "output changed": "bold red",
     "not submitted": "dim",
 }
 # What a person wants to see first.

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from aiflux.converters.results.answers import refuse_missing
+from aiflux.converters.results.answers import refuse_unfit
 from aiflux.converters.results.table import BackOptions, BackSummary, BackTable, Record
 from aiflux.converters.results.writers import write_csv, write_jsonl, write_parquet
 from aiflux.converters.writer import same_file
@@ -61,7 +61,7 @@ def _write(
     output: Path | str, target: Path | str, options: BackOptions | None, writer: Writer
 ) -> BackSummary:
     output, target = Path(output), Path(target)
-    refuse_missing(output)
+    refuse_unfit(output)
     _refuse_same(target, output, options.source if options else None)
     with ExitStack() as stack:
         table = BackTable(output, options or BackOptions(), stack)

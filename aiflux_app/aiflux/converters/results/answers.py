@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import ResultIndex
 from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan, read_plan
-from aiflux.errors import InputError, RunConflictError
+from aiflux.core.runs.status_file import is_completed, read_run_status, refuse_changed_output
+from aiflux.errors import InputError, RunConflictError, StorageError
 from aiflux.util.lines import BOM, read_lines
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
@@ -41,7 +44,7 @@ def entries(output: Path) -> Iterator[ResultEntry]:
 def _plan_with_requests(output: Path) -> Plan | None:
     """Return the plan of a ``.jsonl`` output whose requests can still be read."""
     run = RunDirectory.of_output(output)
-    if output.suffix == ".jsonl" and run.plan.is_file():
+    if output.suffix == ".jsonl" and os.path.isfile(run.plan):
         try:
             plan = read_plan(run)
             if looks_unchanged(plan.input) or change_of(plan.input) is None:
@@ -188,11 +191,21 @@ def _words(content: Any) -> str:
     return " ".join(str(part.get("text") or f"[{part.get('type', 'part')}]") for part in parts)
 
 
-def refuse_missing(output: Path) -> None:
-    """Raise InputError where an output is not there (yet)."""
+def refuse_unfit(output: Path) -> None:
+    """Raise an error where an output is not there (yet), or is not what its run wrote.
+
+    Raises:
+        InputError: it is not there.
+        OutputExistsError: it was changed.
+    """
     if not output.is_file():
         raise InputError(
             f"the output {output} is not there",
             f"wait for its run (aiflux status {str(output)!r}); `aiflux merge --partial` writes "
             "what is done so far",
         )
+    run = RunDirectory.of_output(output)
+    with suppress(RunConflictError, StorageError):  # of a run that cannot be read, nothing is known
+        status = read_run_status(run) if os.path.isfile(run.plan) else None
+        if status is not None and is_completed(status, read_plan(run)):
+            refuse_changed_output(output, status)

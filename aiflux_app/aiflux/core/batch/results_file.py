@@ -245,6 +245,11 @@ def _check(entry: ResultEntry) -> None:
         raise TypeError("the error has no code or no message")
 
 
+def output_paths(output: Path) -> tuple[Path, ...]:
+    """Return every file that writing an output may make."""
+    return (output, errors_path(output)) if output.suffix == ".jsonl" else (output,)
+
+
 def errors_path(output: Path) -> Path:
     """Return where the failed requests of a ``.jsonl`` output go."""
     return output.with_name(output.stem + ".errors.jsonl")

@@ -9,10 +9,11 @@ from pathlib import Path
 from shlex import quote
 
 from aiflux.core.batch.input_file import InputSummary, scan_input
+from aiflux.core.batch.results_file import output_paths
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
-from aiflux.core.runs.output import forget_done, output_paths, shards_left
+from aiflux.core.runs.output import forget_done, shards_left
 from aiflux.core.runs.plan import Plan, make_plan, read_plan, write_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
 from aiflux.core.runs.status_file import (
@@ -145,7 +146,8 @@ def draft_run(
     Raises:
         InputError: the input is wrong; lists its lines.
         ConfigError: the output's path or the model's name is wrong.
-        OutputExistsError: the output is there and ``force`` is not given.
+        OutputExistsError: the output is there, and is not what this run wrote; ``force`` is not
+            given.
         RunConflictError: the run directory belongs to another input, model or parameters.
     """
     output = checked_output(output)
@@ -160,7 +162,7 @@ def draft_run(
     plan = make_plan(summary, output, options, models_dir, number)
     seen = _seen(run)
     earlier = _earlier(run, plan, force_resume)
-    counts = finished_counts(plan, run) if earlier else None
+    counts = finished_counts(plan, run, changed_ok=force) if earlier else None
     if counts is not None and not force and not options.retry_failed:
         return RunDraft(plan, run, earlier, counts)
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import IO
+from zlib import crc32
 
 from aiflux.core.batch.input_file import LineDigest, change_of
 from aiflux.core.batch.request import custom_id_of, parse_json, request_key
-from aiflux.core.batch.results_file import answered_words, errors_path
+from aiflux.core.batch.results_file import answered_words, errors_path, output_paths
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import (
     JournalReader,
@@ -33,6 +34,7 @@ from aiflux.core.runs.status_file import (
     open_shards,
     read_run_status,
     run_status,
+    written_file,
 )
 from aiflux.errors import (
     AifluxError,
@@ -59,11 +61,17 @@ _FLUSH_EVERY = 4096
 
 @dataclass
 class ResultCounts:
-    """Results of a run; ``empty`` counts answers without a text, by their reason."""
+    """Results of a run.
+
+    Attributes:
+        empty: answers without a text, by their reason.
+        files: what the files that were written can be known by (see ``written_file``), by name.
+    """
 
     total: int = 0
     failed: int = 0
     empty: Counter[str] = field(default_factory=Counter)
+    files: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def completed(self) -> int:
@@ -200,7 +208,8 @@ def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> Resu
 
 def _write_array(results: Results, target: Path) -> ResultCounts:
     counts = ResultCounts()
-    with atomic_write(target) as file:
+    with atomic_write(target) as opened:
+        file = _SummedFile(opened)
         separator = b"[\n"
         for raw, result in results:
             file.write(separator)
@@ -208,9 +217,22 @@ def _write_array(results: Results, target: Path) -> ResultCounts:
             separator = b",\n"
             counts.add(result)
             if not counts.total % _FLUSH_EVERY:
-                begin_writeback(file)
+                begin_writeback(opened)
         file.write(b"\n]\n" if counts.total else b"[]\n")
+    counts.files[target.name] = written_file(target, file.crc)
     return counts
+
+
+class _SummedFile:
+    """A file that is written, with the checksum of what it was given."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.crc = 0
+
+    def write(self, data: bytes) -> None:
+        self.crc = crc32(data, self.crc)
+        self.file.write(data)
 
 
 def begin_writeback(file: IO[bytes]) -> None:
@@ -247,14 +269,17 @@ def _write_batch_form(results: Results, target: Path) -> ResultCounts:
     counts = ResultCounts()
     errors = errors_path(target)
     with ExitStack() as stack:
-        answered = stack.enter_context(atomic_write(target))
-        failed: IO[bytes] = stack.enter_context(atomic_write(errors))
+        answered = _SummedFile(stack.enter_context(atomic_write(target)))
+        failed = _SummedFile(stack.enter_context(atomic_write(errors)))
         for _, result in results:
             (failed if result.failed else answered).write(batch_line(result))
             counts.add(result)
             if not counts.total % _FLUSH_EVERY:
-                begin_writeback(answered)
-    if not counts.failed:
+                begin_writeback(answered.file)
+    counts.files[target.name] = written_file(target, answered.crc)
+    if counts.failed:
+        counts.files[errors.name] = written_file(errors, failed.crc)
+    else:
         errors.unlink()
     return counts
 
@@ -275,11 +300,6 @@ def batch_line(result: RawResult) -> bytes:
         response,
         result.error,
     )
-
-
-def output_paths(output: Path) -> tuple[Path, ...]:
-    """Return every file that finalising may write."""
-    return (output, errors_path(output)) if output.suffix == ".jsonl" else (output,)
 
 
 _DONE = b"done\n"
@@ -345,6 +365,7 @@ def merge(
 
     Raises:
         RunConflictError: another process is writing it.
+        OutputExistsError: it was written and then changed, and is not to be written ``again``.
         StoppedError: a request has no result yet; nothing is written.
         StorageError: the disk refused.
     """
@@ -356,7 +377,7 @@ def merge(
 def _merge(
     plan: Plan, run: RunDirectory, say: Callable[[str], None], *, again: bool = False
 ) -> ResultCounts:
-    counts = finished_counts(plan, run)
+    counts = finished_counts(plan, run, changed_ok=again)
     if counts is not None and not again:
         return ResultCounts(counts["total"], counts["failed"])
     remove_leftovers(*output_paths(plan.output))
@@ -376,7 +397,8 @@ def _merge(
     status.details["empty_answers"] = dict(written.empty)
     status.details["merge"] = {
         "seconds": round(time.monotonic() - began, 3),
-        "bytes": plan.output.stat().st_size,
+        "bytes": written.files[plan.output.name]["bytes"],
+        "files": written.files,
         "by": f"process {os.getpid()} on {socket.gethostname()}",
     }
     status.enter("completed")

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from aiflux.core.batch.results_file import errors_path
+from aiflux.core.batch.results_file import errors_path, output_paths
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
-from aiflux.errors import TooManyFailuresError
-from aiflux.util.files import fits, is_there, read_file, write_json
+from aiflux.errors import OutputExistsError, TooManyFailuresError
+from aiflux.util.files import checksum, fits, is_there, read_file, write_json
 from aiflux.util.unicode import whole
 
 WRITE_INTERVAL = 1.0
@@ -33,6 +35,7 @@ _MOMENTS = {
 
 
 _COUNTS = dict.fromkeys(("total", "completed", "failed"), int)
+_FILE = dict.fromkeys(("bytes", "modified", "crc32"), int)
 _NUMBER = (Real, type(None))
 _TEXT = (str, type(None))
 # What readers of a status rely on, where it is there.
@@ -89,7 +92,7 @@ _FORM = {
         "totals": dict.fromkeys(
             ("seconds", "gpu_seconds", "prompt_tokens", "completion_tokens", "starts"), Real
         ),
-        "merge": {"bytes": int},
+        "merge": {"bytes": int, "files": dict},
     },
 }
 
@@ -219,7 +222,9 @@ def _of_plan(status: dict[str, Any] | None, plan: Plan) -> bool:
 def open_shards(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
     """Return the shards that are not known to be done: those that a start has to look at."""
     return tuple(
-        shard.index for shard in plan.shards if not _completed(read_status(run, shard.index), plan)
+        shard.index
+        for shard in plan.shards
+        if not is_completed(read_status(run, shard.index), plan)
     )
 
 
@@ -228,7 +233,8 @@ def all_done(plan: Plan, run: RunDirectory) -> bool:
     return not open_shards(plan, run)
 
 
-def _completed(status: dict[str, Any] | None, plan: Plan) -> bool:
+def is_completed(status: dict[str, Any] | None, plan: Plan) -> bool:
+    """Tell whether a status says that this very plan is done."""
     return status is not None and status.get("status") == "completed" and _of_plan(status, plan)
 
 
@@ -245,12 +251,92 @@ def may_replace(plan: Plan, run: RunDirectory) -> bool:
     return own or bool(status["aiflux"].get("replace"))
 
 
-def finished_counts(plan: Plan, run: RunDirectory) -> dict[str, int] | None:
-    """Return total, completed and failed of a run that is finished; None where it is not."""
+def finished_counts(
+    plan: Plan, run: RunDirectory, *, changed_ok: bool = False
+) -> dict[str, int] | None:
+    """Return total, completed and failed of a run that is finished; None where it is not.
+
+    Args:
+        changed_ok: the output may be another than the one that the run wrote.
+
+    Raises:
+        OutputExistsError: it is, and may not.
+    """
     status = read_run_status(run)
-    if not _completed(status, plan) or status is None or not is_there(plan.output):
+    if not is_completed(status, plan) or status is None:
+        return None
+    if not changed_ok:
+        refuse_changed_output(plan.output, status)
+    if not output_there(plan.output, status):
         return None
     return {name: int(count) for name, count in status["request_counts"].items()}
+
+
+# A file whose time changed is read, to know whether its content did; to show how a run is, only up
+# to this size.
+READ_TO_SHOW = 256 << 20
+
+
+def written_file(path: Path, crc: int) -> dict[str, int]:
+    """Return what a file that was written can be known by."""
+    found = path.stat()
+    return {"bytes": found.st_size, "modified": found.st_mtime_ns, "crc32": crc}
+
+
+def _written(output: Path, status: Mapping[str, Any]) -> dict[Path, Mapping[str, int]]:
+    """Return what is known of each file of a finished run's output."""
+    files = status["aiflux"].get("merge", {}).get("files", {})
+    return {output.with_name(name): known for name, known in files.items() if fits(known, _FILE)}
+
+
+def output_there(output: Path, status: Mapping[str, Any] | None) -> bool:
+    """Tell whether an output is there, with every file that a finished run wrote."""
+    written = () if status is None else _written(output, status)
+    return all(map(is_there, (output, *written)))
+
+
+def output_change(output: Path, status: Mapping[str, Any], most: int | None = None) -> str | None:
+    """Return what was changed in the output of a finished run since it was written, or None.
+
+    A file that is missing is no change: it is written again.
+
+    Args:
+        most: read no file that is larger than this.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    written = _written(output, status)
+    for path in output_paths(output) if written else ():
+        change = _change(path, written.get(path), most)
+        if change is not None:
+            return f"{path} {change}"
+    return None
+
+
+def _change(path: Path, known: Mapping[str, int] | None, most: int | None) -> str | None:
+    if not is_there(path):
+        return None
+    if known is None:
+        return "was not made by the run"
+    found = path.stat()
+    if found.st_size != known["bytes"]:
+        return f"has {found.st_size:,} bytes instead of the {known['bytes']:,} that were written"
+    same = found.st_mtime_ns == known["modified"] or (most is not None and found.st_size > most)
+    if same or checksum(path) == known["crc32"]:
+        return None
+    return "was edited after it was written"
+
+
+def refuse_changed_output(output: Path, status: Mapping[str, Any]) -> None:
+    """Raise OutputExistsError where the output of a finished run was changed since."""
+    change = output_change(output, status)
+    if change is not None:
+        raise OutputExistsError(
+            f"the run is finished, but its output was changed: {change}",
+            f"aiflux merge --again {quote(str(output))} writes it again from the journal; to keep "
+            "the changed file, copy it first",
+        )
 
 
 def finished_line(plan: Plan, counts: dict[str, int]) -> str:

@@ -12,7 +12,13 @@ from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan, Shard, read_plan
-from aiflux.core.runs.status_file import read_run_status, read_status
+from aiflux.core.runs.status_file import (
+    READ_TO_SHOW,
+    output_change,
+    output_there,
+    read_run_status,
+    read_status,
+)
 from aiflux.errors import AifluxError, SlurmError
 from aiflux.slurm.job_id import JobId
 from aiflux.slurm.monitor.run_view import (
@@ -155,14 +161,16 @@ def read_facts(run: RunDirectory, now: float) -> RunFacts:
     submissions = known_submissions(run)
     tasks = _submitted_tasks(submissions)
     listed = () if submissions is None else submissions.submissions
+    whole = _of_plan(read_run_status(run), plan)
     return RunFacts(
         run=run,
         plan=plan,
         shards=tuple(
             _shard(run, plan, shard, tasks.get(shard.index), now) for shard in plan.shards
         ),
-        whole=_of_plan(read_run_status(run), plan),
-        output_there=plan.output.exists(),
+        whole=whole,
+        output_there=output_there(plan.output, whole),
+        output_change=_output_change(whole, plan),
         merging=_held(run.merge_lease, now),
         jobs=tuple(dict.fromkeys(job for each in listed for job in each.ids)),
         submitted=listed[-1].submitted if listed else None,
@@ -210,6 +218,12 @@ def _of_plan(status: dict[str, Any] | None, plan: Plan) -> dict[str, Any] | None
     """Return a status that was written for this very plan."""
     details = {} if status is None else status.get("aiflux")
     return status if isinstance(details, dict) and details.get("plan") == plan.id else None
+
+
+def _output_change(whole: Mapping[str, Any] | None, plan: Plan) -> str | None:
+    if whole is None or whole.get("status") != "completed":
+        return None
+    return output_change(plan.output, whole, READ_TO_SHOW)
 
 
 def _held(lease: Path, now: float) -> bool:

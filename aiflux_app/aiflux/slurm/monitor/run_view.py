@@ -39,6 +39,7 @@ class RunState(str, Enum):
     FAILED = "failed"
     LOST = "lost"
     NOT_MERGED = "not merged"
+    CHANGED = "output changed"
 
 
 _GOING = {RunState.WAITING, RunState.RUNNING, RunState.MERGING}
@@ -52,6 +53,7 @@ class RunFacts:
     Attributes:
         whole: status of the whole run, for this very plan.
         output_there: whether the output exists.
+        output_change: what was changed in the finished output since it was written, or None.
         merging: whether a living process holds the lease for writing the output.
         jobs: every job that was submitted, oldest first.
         submitted: when that was done last (UTC); None for a run in the foreground.
@@ -62,6 +64,7 @@ class RunFacts:
     shards: tuple[ShardFacts, ...]
     whole: Mapping[str, Any] | None
     output_there: bool
+    output_change: str | None
     merging: bool
     jobs: tuple[JobId, ...]
     submitted: str | None
@@ -69,8 +72,12 @@ class RunFacts:
     @property
     def finished(self) -> bool:
         """Whether the output is written."""
-        completed = self.whole is not None and self.whole.get("status") == "completed"
-        return completed and self.output_there
+        return self.written and self.output_there and self.output_change is None
+
+    @property
+    def written(self) -> bool:
+        """Whether the output was written, however it is by now."""
+        return self.whole is not None and self.whole.get("status") == "completed"
 
 
 @dataclass(frozen=True)
@@ -328,6 +335,8 @@ def _state(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunSta
     if facts.finished:
         _, failed = _counts(facts, shards)
         return RunState.WITH_FAILURES if failed else RunState.FINISHED
+    if facts.output_change is not None:
+        return RunState.CHANGED
     states = Counter(shard.state for shard in shards)
     if states[ShardState.DONE] == len(shards):
         return _state_of_merge(facts, shards, now)
@@ -346,7 +355,7 @@ def _state(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunSta
 def _state_of_merge(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunState:
     """Every shard is done, and the output is not written."""
     ended = max((shard.updated or 0.0 for shard in shards), default=0.0)
-    soon = now - ended < QUIET_SECONDS and not facts.output_there
+    soon = now - ended < QUIET_SECONDS and not facts.output_there and not facts.written
     if facts.merging or soon or any(shard.in_slurm for shard in shards):
         return RunState.MERGING
     return RunState.NOT_MERGED
@@ -383,6 +392,8 @@ def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...
     name = shlex.quote(str(facts.plan.output))
     if state is RunState.NOT_MERGED:
         return f"aiflux merge {name}"
+    if state is RunState.CHANGED:
+        return f"aiflux merge --again {name}"
     broken = any(shard.state in (ShardState.FAILED, ShardState.LOST) for shard in shards)
     if not broken and state is not RunState.STOPPED:
         return None

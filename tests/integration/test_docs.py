@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import requests
 
+from aiflux.engines.ollama.environment import ollama_environment
 from aiflux.engines.ollama.store import model_digest
-from aiflux.engines.process import Server, engine_environment
+from aiflux.engines.process import ServerProcess
 from aiflux.models.name import parse_model_name
 from tests.integration.conftest import REPOSITORY, User
 from tests.integration.reader import MODEL, Reader, commands, furnish, page_blocks
@@ -129,8 +130,8 @@ def engine(user: User, ollama: Path, tiny_models: Path) -> Iterator[str]:
     It ends with this module: other tests look for processes that were left behind.
     """
     home = user.folder("home of an engine")
-    environ = engine_environment(os.environ, tiny_models, home, {})
-    server = Server(str(ollama), environ, home / "serve.log")
+    environ = ollama_environment(os.environ, tiny_models, home, {})
+    server = ServerProcess([str(ollama), "serve"], environ, home / "serve.log")
     server.start()
     yield server.url
     server.stop()

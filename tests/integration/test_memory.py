@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.ollama.environment import ollama_environment
 from aiflux.engines.ollama.memory import BATCH, estimate, graph_sizes, layer_caches
 from aiflux.engines.ollama.stored_model import stored_figures
-from aiflux.engines.process import Server, engine_environment
+from aiflux.engines.process import ServerProcess
 from aiflux.errors import EngineError
 from aiflux.models.catalog import CataloguedModel, read_catalogue
 from aiflux.models.figures import Figures
@@ -58,7 +59,9 @@ def serving(
 ) -> Iterator[tuple[Ollama, Path]]:
     log = home / f"serve-{slots}-{context}.log"
     settings = {"OLLAMA_NUM_PARALLEL": str(slots), "OLLAMA_CONTEXT_LENGTH": str(context)}
-    server = Server(str(program), engine_environment(os.environ, models, home, settings), log)
+    server = ServerProcess(
+        [str(program), "serve"], ollama_environment(os.environ, models, home, settings), log
+    )
     server.start()
     try:
         yield Ollama(server.url), log

@@ -23,9 +23,10 @@ from pathlib import Path
 import pytest
 
 from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.ollama.environment import ollama_environment
 from aiflux.engines.ollama.staging import staged_folder
 from aiflux.engines.ollama.store import missing_parts, model_digest, read_manifest
-from aiflux.engines.process import Server, engine_environment
+from aiflux.engines.process import ServerProcess
 from aiflux.models.name import parse_model_name
 from tests.integration.conftest import REPOSITORY, User, answers, lines, request
 from tests.unit.made_models import tree
@@ -92,8 +93,10 @@ class Site:
 def serving(site: Site, models: Path) -> Iterator[Ollama]:
     home = site.folder / f"home-{uuid.uuid4().hex[:6]}"
     home.mkdir()
-    server = Server(
-        str(site.ollama), engine_environment(os.environ, models, home, {}), home / "serve.log"
+    server = ServerProcess(
+        [str(site.ollama), "serve"],
+        ollama_environment(os.environ, models, home, {}),
+        home / "serve.log",
     )
     server.start()
     try:

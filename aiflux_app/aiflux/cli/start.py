@@ -21,6 +21,7 @@ from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.registry import register_plan
 from aiflux.core.runs.status_file import finished_line, refuse_failures
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ExitCode, ImageError, ModelError
 from aiflux.image.container import (
     ContainerSpec,
@@ -89,25 +90,26 @@ def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
 
 
 def run_local(opened: OpenedRun, config: Config) -> int:
-    """Run in the image where Apptainer and the image are, else on an Ollama of this machine.
+    """Run in the image where Apptainer and the image are, else on an engine of this machine.
 
-    AIFLUX_OLLAMA names an Ollama to use in either case (see ``find_program``).
+    AIFLUX_ENGINE_PROGRAM names one to use in either case (see ``find_program``).
     """
-    from aiflux.engines.process import find_program
+    from aiflux.engines.process import find_program, named_program
 
+    kind = engine_kind(opened.plan.options)
     if opened.finished:
         return _tell_finished(opened)
     for finding in check_names(opened.plan, config.catalogue()):
         raise ModelError(finding.what, finding.fix)
-    if os.environ.get("AIFLUX_OLLAMA"):
+    if named_program(kind, os.environ):
         show_local_choices(config, None)
         return run_here(opened)
     try:
         runtime, image = find_runtime(), find_image(config, Path.cwd())
     except ImageError as error:
-        if config.image is not None or find_program(os.environ) is None:
+        if config.image is not None or find_program(kind, os.environ) is None:
             raise ImageError(
-                f"{error.message}; and there is no ollama on PATH either", error.remedy
+                f"{error.message}; and there is no {kind.program} on PATH either", error.remedy
             ) from error
         show_local_choices(config, None)
         return run_here(opened)

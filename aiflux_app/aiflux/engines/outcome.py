@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from aiflux.core.batch.request import parse_json
+from aiflux.core.batch.request import EMBEDDINGS, parse_json
 from aiflux.core.batch.results_file import choice_texts
 from aiflux.engines.http import Answer, ExchangeError
 
@@ -21,22 +22,11 @@ _KEPT_BODY = 65536
 _MOST_TOKENS = 2**40  # what an answer counts beyond this is no count
 _BEFORE = 60
 _EXCERPT = 200
-# What Ollama says in a 500 when its runner process died under the request (llm/server.go).
-_RUNNER_DIED = (
-    "llama runner process has terminated",
-    "llama runner process no longer running",
-    "model runner has unexpectedly stopped",
-    ": EOF",
-    "unexpected EOF",
-    "connection reset by peer",
-    "connection refused",
-)
-
-# What Ollama says in a 404 when the model's manifest is gone (server/routes.go).
-_MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
 # llama-server and others, in a 503, until the model is in memory.
 _LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
 _TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
+CrashCode = Callable[[int, str], str | None]
+"""Of status and message: the code of an answer which means that the engine broke down."""
 UNTOUCHED = ("refused", "model_gone", "loading")
 """Codes of an engine that is down, or as good as that, and did nothing with the request."""
 
@@ -102,8 +92,12 @@ class Outcome:
         return {"code": self.code, "message": self.message, "status": self.status}
 
 
-def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Outcome:
-    """Judge a whole HTTP answer. Pure."""
+def judge_answer(url: str, answer: Answer, crash_code: CrashCode) -> Outcome:
+    """Judge a whole HTTP answer.
+
+    Args:
+        crash_code: of the engine's kind.
+    """
     if answer.status == 200:
         return _judge_body(url, answer)
     text = answer.body.decode("utf-8", "replace")
@@ -111,10 +105,9 @@ def judge_answer(url: str, answer: Answer, *, bundled: bool) -> Outcome:
     if answer.location and 300 <= answer.status < 400:
         message = f"redirected to {answer.location}"
     kept = _kept_body(answer.body, text)
-    if bundled and answer.status == 500 and any(words in message for words in _RUNNER_DIED):
-        return Outcome(Kind.CRASHED, "engine_crashed", message, 500, kept)
-    if bundled and answer.status == 404 and _MODEL_GONE.match(message):
-        return Outcome(Kind.CRASHED, "model_gone", message, 404, kept)
+    crash = crash_code(answer.status, message)
+    if crash is not None:
+        return Outcome(Kind.CRASHED, crash, message, answer.status, kept)
     retried = answer.status in RETRIED_STATUSES or answer.status >= 500
     return Outcome(
         Kind.RETRY if retried and answer.status != 501 else Kind.FAILED,
@@ -211,7 +204,7 @@ def _page(answer: Answer) -> str:
 
 def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
     """Return the first choice's finish reason and whether there is anything in the answer."""
-    if url == "/v1/embeddings":
+    if url == EMBEDDINGS:
         return None, bool(body.get("data"))
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):

@@ -1,8 +1,8 @@
-"""The Ollama server as a child process: on a loopback port of its own, and surely ours.
+"""An inference server as a child process: on a loopback port of its own, and surely ours.
 
-The kernel picks the port (``OLLAMA_HOST=127.0.0.1:0``), and which one it is, is read from the
-sockets that the child itself holds (/proc/PID/fd against /proc/net/tcp). No port can be lost to
-somebody else between choosing and binding it, and the server that answers on it is our child.
+The kernel picks the port (a server is told to listen on port 0), and which one it is, is read from
+the sockets that the child's session holds (/proc/PID/fd against /proc/net/tcp). No port can be lost
+to somebody else between choosing and binding it, and the server that answers on it is our child.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from aiflux.engines.base import EngineKind
 from aiflux.errors import EngineError
 from aiflux.util.streams import FULL
 
+PROGRAM_VARIABLE = "AIFLUX_ENGINE_PROGRAM"
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 10.0
 _POLL = 0.02
@@ -47,13 +50,14 @@ _LOG_TAIL = 2000
 
 def engine_environment(
     environ: Mapping[str, str],
-    models_dir: Path,
     home: Path,
     settings: Mapping[str, str],
     *,
     network: bool = False,
 ) -> dict[str, str]:
-    """Return the server's whole environment; nothing of the caller's gets in unnamed. Pure.
+    """Return a server's whole environment; nothing of the caller's gets in unnamed.
+
+    The worker's PYTHONPATH stays out: an engine may be written in Python and bring its own.
 
     Args:
         home: writable folder for HOME and TMPDIR.
@@ -65,54 +69,69 @@ def engine_environment(
     environment = {name: environ[name] for name in kept if environ.get(name)}
     if "CUDA_VISIBLE_DEVICES" in environment:
         environment.pop("ROCR_VISIBLE_DEVICES", None)
-    return {
-        **environment,
-        "HOME": str(home),
-        "TMPDIR": str(home),
-        "OLLAMA_HOST": "127.0.0.1:0",
-        "OLLAMA_MODELS": str(models_dir),
-        "OLLAMA_KEEP_ALIVE": "-1",
-        "OLLAMA_MAX_LOADED_MODELS": "1",
-        "OLLAMA_NOPRUNE": "1",
-        "OLLAMA_NO_CLOUD": "1",
-        **settings,
-    }
+    return {**environment, "HOME": str(home), "TMPDIR": str(home), **settings}
 
 
-def find_program(environ: Mapping[str, str]) -> str | None:
-    """Return the ``ollama`` executable to start; None where there is none.
+def named_program(kind: EngineKind, environ: Mapping[str, str]) -> str | None:
+    """Return the program that the environment names for a kind; None where it names none."""
+    names = (PROGRAM_VARIABLE, *kind.program_variables)
+    return next((environ[name] for name in names if environ.get(name)), None)
 
-    AIFLUX_OLLAMA names it; else it is the one on PATH; else the CPU build that ``make demo`` put
-    into the user's cache.
+
+def find_program(kind: EngineKind, environ: Mapping[str, str]) -> str | None:
+    """Return the executable of a kind to start; None where there is none.
+
+    AIFLUX_ENGINE_PROGRAM names it; otherwise it is the one on PATH, or the CPU build that
+    ``make demo`` put into the user's cache.
     """
-    named = environ.get("AIFLUX_OLLAMA") or shutil.which("ollama", path=environ.get("PATH"))
-    if named:
+    named = named_program(kind, environ) or shutil.which(kind.program, path=environ.get("PATH"))
+    if named or not kind.cached_program:
         return named
     home = environ.get("XDG_CACHE_HOME") or f"{environ.get('HOME') or ''}/.cache"
-    demo = Path(environ.get("AIFLUX_CACHE_DIR") or f"{home}/aiflux") / "ollama-cpu/bin/ollama"
+    demo = Path(environ.get("AIFLUX_CACHE_DIR") or f"{home}/aiflux") / kind.cached_program
     return str(demo) if os.access(demo, os.X_OK) else None
 
 
-class Server:
-    """One ``ollama serve``.
+def engine_program(kind: EngineKind, environ: Mapping[str, str]) -> str:
+    """Return the same.
+
+    Raises:
+        EngineError: there is none.
+    """
+    program = find_program(kind, environ)
+    if program is None:
+        raise EngineError(
+            f"there is no {kind.program} on PATH",
+            f"run in the image, install {kind.title}, or use a server that is up: --engine-url URL",
+        )
+    return program
+
+
+class ServerProcess:
+    """One server. Started once; stopped from any thread.
 
     Args:
-        program: the ``ollama`` executable.
+        command: its command line.
         environment: its whole environment (see ``engine_environment``).
         log: file that its output is appended to.
     """
 
-    def __init__(self, program: str, environment: Mapping[str, str], log: Path) -> None:
-        self._command = [*_die_with_parent(), program, "serve"]
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self._command = [*_die_with_parent(), *command]
+        self._name = " ".join([Path(command[0]).name, *command[1:2]])
+        self._program = command[0]
         self._environment = dict(environment)
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
         self.url = ""
 
     @property
     def running(self) -> bool:
         """Whether the process lives."""
-        return self._process is not None and self._process.poll() is None
+        process = self._process
+        return process is not None and process.poll() is None
 
     @property
     def pid(self) -> int | None:
@@ -128,9 +147,11 @@ class Server:
         Raises:
             EngineError: it did not start, or ended; or its log cannot be opened.
         """
-        with self._open_log() as log:
+        with self._open_log() as log, self._lock:
+            if self._stopped:
+                raise EngineError("the engine was stopped during its start")
             try:
-                self._process = subprocess.Popen(
+                self._process = process = subprocess.Popen(
                     self._command,
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
@@ -140,19 +161,24 @@ class Server:
                 )
             except OSError as error:
                 raise EngineError(
-                    f"cannot start {self._command[-2]}: {error.strerror}", "check the installation"
+                    f"cannot start {self._program}: {error.strerror}", "check the installation"
                 ) from error
-        self.url = f"http://127.0.0.1:{self._await_port(self._process)}"
+        self.url = f"http://127.0.0.1:{self._await_port(process)}"
 
     def stop(self) -> None:
-        """End the server and every process of its session; harmless when it is gone."""
-        process = self._process
+        """End the server and every process of its session; harmless when it is gone.
+
+        A server that is not started yet stays so.
+        """
+        with self._lock:
+            self._stopped = True
+            process = self._process
         if process is None:
             return
-        self._signal(signal.SIGTERM)
+        _signal(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT)
-        self._signal(signal.SIGKILL)
+        _signal(process.pid, signal.SIGKILL)
         process.wait()
         self._process = None
 
@@ -178,18 +204,12 @@ class Server:
                 "make its folder writable",
             ) from error
 
-    def _signal(self, number: int) -> None:
-        """Signal the whole process group: a runner whose server was killed is in it, too."""
-        if self._process is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
-
     def _await_port(self, process: subprocess.Popen[bytes]) -> int:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise EngineError(
-                    f"ollama serve ended with status {process.returncode} as it started:\n"
+                    f"{self._name} ended with status {process.returncode} as it started:\n"
                     f"{self.log_tail()}",
                     f"see its log: {self.log}",
                 )
@@ -199,8 +219,14 @@ class Server:
             time.sleep(_POLL)
         self.stop()
         raise EngineError(
-            f"ollama serve did not listen within {START_TIMEOUT:g} s", f"see its log: {self.log}"
+            f"{self._name} did not listen within {START_TIMEOUT:g} s", f"see its log: {self.log}"
         )
+
+
+def _signal(group: int, number: int) -> None:
+    """Signal a whole process group: a runner whose server was killed is in it, too."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 def _die_with_parent() -> list[str]:
@@ -210,10 +236,32 @@ def _die_with_parent() -> list[str]:
 
 
 def listening_port(pid: int) -> int | None:
-    """Return the loopback TCP port that a process listens on; None where it does not (yet).
+    """Return the loopback TCP port that a session listens on; None where it does not (yet).
+
+    Some servers listen in a child of the process that was started. The session's leader, ``pid``,
+    comes first, then its other processes, the oldest first.
 
     Source: proc(5): /proc/PID/net/tcp has local address, state and inode in fields 2, 4 and 10.
     """
+    for each in (pid, *_session(pid)):
+        port = _port_of(each)
+        if port is not None:
+            return port
+    return None
+
+
+def _session(leader: int) -> Iterator[int]:
+    """Yield the other processes of a session, by proc(5): the fourth field after the name."""
+    for name in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
+        if int(name) == leader:
+            continue
+        with suppress(OSError):
+            stat = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
+            if int(stat.rpartition(")")[2].split()[3]) == leader:
+                yield int(name)
+
+
+def _port_of(pid: int) -> int | None:
     inodes = _socket_inodes(pid)
     if not inodes:
         return None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 from aiflux.core.runs.plan import Plan
-from aiflux.engines.ollama.memory import estimate, one_slot
+from aiflux.engines.base import EngineKind, EngineSpec
+from aiflux.engines.gpus import free_memory
 from aiflux.models.figures import Figures
 
 GPU_SLOTS = 16
@@ -15,7 +19,26 @@ _SPARE = 2**30
 _SHARE = 0.97
 
 
+def engine_slots(kind: EngineKind, spec: EngineSpec) -> int:
+    """Return the sequences that an engine decodes in parallel, by the memory that is free now."""
+    cores = len(os.sched_getaffinity(0))
+    return slots(
+        kind, spec.plan, spec.devices, cores, _figures(kind, spec), free_memory(spec.devices)
+    )
+
+
+def engine_context(kind: EngineKind, spec: EngineSpec) -> int:
+    """Return the tokens of context for each slot of an engine."""
+    figures = _figures(kind, spec)
+    return context_length(spec.plan, figures.architecture.context if figures else 0)
+
+
+def _figures(kind: EngineKind, spec: EngineSpec) -> Figures | None:
+    return kind.figures(spec.plan.models_dir, spec.model, None)
+
+
 def slots(
+    kind: EngineKind,
     plan: Plan,
     devices: tuple[str, ...],
     cores: int,
@@ -31,31 +54,38 @@ def slots(
     """
     if plan.options.slots is not None:
         return plan.options.slots
-    if figures is not None and one_slot(figures.architecture):
+    if figures is not None and kind.one_slot(figures):
         return 1
     if not devices:
         return max(1, min(CPU_SLOTS, cores))
     if figures is None or not free:
         return GPU_SLOTS
-    return min(_most_that_fit(plan, figures, free), max(1, plan.requests))
+    return min(_most_that_fit(kind, plan, figures, free), max(1, plan.requests))
 
 
-def _most_that_fit(plan: Plan, figures: Figures, free: tuple[int, ...]) -> int:
+def _most_that_fit(kind: EngineKind, plan: Plan, figures: Figures, free: tuple[int, ...]) -> int:
     context = context_length(plan, figures.architecture.context)
     room = len(free) * (_SHARE * min(free) - _SPARE)
     for count in LADDER:
-        wanted = estimate(
-            figures, context, count, gpus=len(free), flash=True, cache_type=cache_type(plan)
-        )
-        if wanted.total <= room:
+        if kind.memory_needed(figures, context, count, len(free), plan.options) <= room:
             return count
     return 1
 
 
-def concurrency(plan: Plan, engine_slots: int) -> int:
-    """Return the requests in flight for an engine: its slots and a few that wait at its door."""
-    if plan.options.concurrency is not None:
-        return plan.options.concurrency
+def gpus_needed(
+    needed: Callable[[int], int], figures: Figures, capacity: int, most: int = 16
+) -> int | None:
+    """Return the least GPUs of ``capacity`` bytes that a model needs; None above ``most``.
+
+    Args:
+        needed: bytes that it needs on a number of GPUs together.
+    """
+    counts = range(1, min(most, figures.architecture.layers + 1) + 1)
+    return next((gpus for gpus in counts if needed(gpus) <= gpus * capacity), None)
+
+
+def in_flight(engine_slots: int) -> int:
+    """Return the requests that keep slots busy: as many, and a few that wait at the door."""
     return engine_slots + max(2, engine_slots // 4)
 
 
@@ -79,8 +109,3 @@ def context_length(plan: Plan, trained: int = 0) -> int:
     needed = longest if longest <= _GENEROUS else int(plan.input["context_tokens"])
     rounded = max(MIN_CONTEXT, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
     return min(rounded, trained or rounded)
-
-
-def cache_type(plan: Plan) -> str:
-    """Return the type of the cache's numbers that the engine is told to use."""
-    return plan.options.engine_env.get("OLLAMA_KV_CACHE_TYPE") or "f16"

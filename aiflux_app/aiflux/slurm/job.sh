@@ -203,7 +203,7 @@ pass_environment() {
     export "${prefix}_NO_EVAL=1"
     for name in "${!AIFLUX_@}"; do
         case $name in
-            AIFLUX_*_DIR | AIFLUX_IMAGE | AIFLUX_IMAGE_ID | AIFLUX_SITE_CONFIG | AIFLUX_MODELS_FILE | AIFLUX_OLLAMA | AIFLUX_*SEALED | AIFLUX_SEAL) ;; # of the host
+            AIFLUX_*_DIR | AIFLUX_IMAGE | AIFLUX_IMAGE_ID | AIFLUX_SITE_CONFIG | AIFLUX_MODELS_FILE | AIFLUX_ENGINE_PROGRAM | AIFLUX_OLLAMA | AIFLUX_*SEALED | AIFLUX_SEAL) ;; # of the host
             *) pass "$name" ;;
         esac
     done

@@ -7,14 +7,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import CodeType
-from typing import Any, Protocol
+from typing import Any
 
 from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_random_exponential
 
 from aiflux.core.runs.journal import EMPTY, JournalWriter, Result
-from aiflux.engines.http import Client, ExchangeError
+from aiflux.engines.base import Engine
+from aiflux.engines.http import ExchangeError
 from aiflux.engines.outcome import (
     UNREADY_STATUSES,
     UNTOUCHED,
@@ -34,49 +34,11 @@ from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking
 
 
-@dataclass(frozen=True)
-class Describe:
-    """What stands in every result's metadata beside what the attempt itself tells.
-
-    Attributes:
-        model: the model's name as the engine serves it.
-        fixed: fields such as ``model_digest``.
-    """
-
-    model: str
-    fixed: dict[str, Any]
-
-
-class EngineLink(Protocol):
-    """An engine as the pool sees it."""
-
-    index: int
-    client: Client
-    bundled: bool
-
-    def alive(self) -> bool:
-        """Tell whether the engine is up; may take a moment to be sure."""
-
-    def ready(self) -> bool:
-        """Tell whether the engine takes requests; asked after a 502, 503 or 504."""
-
-    def refusal(self, model: str) -> RejectedError | None:
-        """Return why requests for a model cannot succeed, as far as the engine says so now."""
-
-    def offers(self, model: str) -> bool | None:
-        """Tell whether the engine has a model; None where it does not say."""
-
-    def ran(self, asked: str, answered: str | None) -> str:
-        """Return the name of the model that gave an answer; RejectedError where it is wrong."""
-
-    def truncated(self, prompt_tokens: int) -> bool:
-        """Tell whether the engine cut a prompt that it counted as ``prompt_tokens``."""
-
-
 class Pool:
     """Sends what the scheduler hands out, and journals what comes of it.
 
     Args:
+        served: the model's name as the engines serve it.
         on_down: told that the engine of a lane was found down, in which generation.
         checking: checks answers against the schemas that requests ask for.
         rejections: holds back rejections that may concern every request.
@@ -86,11 +48,11 @@ class Pool:
     def __init__(
         self,
         scheduler: Scheduler,
-        links: Sequence[EngineLink],
+        engines: Sequence[Engine],
         journal: JournalWriter,
         policy: RetryPolicy,
         stats: Stats,
-        describe: Describe,
+        served: str,
         on_down: Callable[[Lane, int], None],
         timeouts_before_restart: int = 3,
         checking: Checking | None = None,
@@ -99,11 +61,11 @@ class Pool:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._scheduler = scheduler
-        self._links = {link.index: link for link in links}
+        self._links = {engine.index: engine for engine in engines}
         self._journal = journal
         self._policy = policy
         self._stats = stats
-        self._describe = describe
+        self._served = served
         self._on_down = on_down
         self._timeouts_before_restart = timeouts_before_restart
         self._checking = checking
@@ -192,7 +154,7 @@ class Pool:
         except Exception as error:  # noqa: BLE001 - no answer, and no request, may end the run
             verdict = self._judge_bug(error)
         seconds = time.monotonic() - began
-        if verdict.status in UNREADY_STATUSES and self._is_down(lane, link.ready, generation):
+        if verdict.status in UNREADY_STATUSES and self._is_down(lane, link.is_ready, generation):
             verdict = as_down(verdict)
         self._stats.attempt_ended(seconds, verdict)
         self._adapt(lane, verdict, seconds)
@@ -208,16 +170,16 @@ class Pool:
             traceback.print_exception(error)
         return judge_bug(error)
 
-    def _exchange(self, task: Task, link: EngineLink) -> Outcome:
+    def _exchange(self, task: Task, link: Engine) -> Outcome:
         url, client = task.request.url, link.client
         try:
             answer = client.post(url, task.payload)
         except ExchangeError as error:
             return judge_exchange_error(error)
-        verdict = judge_answer(url, answer, bundled=link.bundled)
+        verdict = judge_answer(url, answer, link.kind.crash_code)
         if not verdict.generated:
             # An answer is kept to the byte; of an error nothing is kept that echoes the key.
-            verdict = judge_answer(url, client.hidden(answer), bundled=link.bundled)
+            verdict = judge_answer(url, client.hidden(answer), link.kind.crash_code)
         return verdict if self._checking is None else self._checking.judge(task.request, verdict)
 
     def _adapt(self, lane: Lane, verdict: Outcome, seconds: float) -> None:
@@ -234,7 +196,7 @@ class Pool:
         self,
         task: Task,
         lane: Lane,
-        link: EngineLink,
+        link: Engine,
         generation: int,
         verdict: Outcome,
         seconds: float,
@@ -249,7 +211,7 @@ class Pool:
         elif kind is Kind.UNATTEMPTED or self._ending(verdict):
             self._scheduler.put_back(task, lane)
         elif kind is Kind.CRASHED or (
-            verdict.code == "connection" and self._is_down(lane, link.alive, generation)
+            verdict.code == "connection" and self._is_down(lane, link.is_alive, generation)
         ):
             self._crashed(task, lane, generation, verdict, seconds)
         else:
@@ -257,10 +219,10 @@ class Pool:
             self._retry(task, lane, link, verdict, seconds)
 
     def _conclude(
-        self, task: Task, lane: Lane, link: EngineLink, verdict: Outcome, seconds: float
+        self, task: Task, lane: Lane, link: Engine, verdict: Outcome, seconds: float
     ) -> None:
         """Record a result, unless it is a rejection that concerns every request, or may do so."""
-        url, model = task.request.url, task.request.model or self._describe.model
+        url, model = task.request.url, task.request.model or self._served
         error = certain(link.client.base_url, url, verdict)
         if error is not None:
             self._scheduler.put_back(task, lane)
@@ -285,16 +247,14 @@ class Pool:
             return
         # The engine's own list is certain, so it is asked before the count decides: the look that
         # the first rejection began may still be under way in another thread.
-        self._raise_refusal(
-            self._links[last.lane.index], last.task.request.model or self._describe.model
-        )
+        self._raise_refusal(self._links[last.lane.index], last.task.request.model or self._served)
         error = self._rejections.conclusion(url)
         if error is not None:
             raise error
         for held in self._rejections.take(url):
             self._store(held.task, held.lane, held.verdict, held.seconds)
 
-    def _raise_refusal(self, link: EngineLink, model: str) -> None:
+    def _raise_refusal(self, link: Engine, model: str) -> None:
         error = link.refusal(model)
         if error is not None:
             raise error
@@ -311,7 +271,7 @@ class Pool:
         return self._scheduler.stopped and verdict.code in ("connection", "refused")
 
     def _retry(
-        self, task: Task, lane: Lane, link: EngineLink, verdict: Outcome, seconds: float
+        self, task: Task, lane: Lane, link: Engine, verdict: Outcome, seconds: float
     ) -> None:
         task.attempts += 1
         delay = self._policy.next_delay(task.attempts, verdict.retry_after)
@@ -390,7 +350,7 @@ class Pool:
         self._stats.recorded(verdict, task.request.custom_id)
 
     def _metadata(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> dict[str, Any]:
-        asked = task.request.model or self._describe.model
+        asked = task.request.model or self._served
         model = self._links[lane.index].ran(asked, verdict.model)
         metadata: dict[str, Any] = {
             "model": model,
@@ -398,8 +358,10 @@ class Pool:
             "processing_time": round(seconds, 4),
             "attempts": task.attempts,
             "engine": lane.index,
-            **self._describe.fixed,
         }
+        digest = self._links[lane.index].model_digest()
+        if digest is not None:
+            metadata["model_digest"] = digest
         if model != asked:
             metadata["requested_model"] = asked
         if task.unfit:
@@ -408,7 +370,7 @@ class Pool:
             metadata[EMPTY] = verdict.empty
         if verdict.finish_reason == "length":
             metadata["finish_reason_length"] = True
-        if verdict.prompt_tokens and self._links[lane.index].truncated(verdict.prompt_tokens):
+        if verdict.prompt_tokens and self._links[lane.index].was_truncated(verdict.prompt_tokens):
             metadata["truncated_prompt"] = True
         return metadata
 

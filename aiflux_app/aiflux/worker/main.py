@@ -27,8 +27,11 @@ from aiflux.core.runs.directory import RunDirectory, default_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
-from aiflux.engines.ollama.pull import create_model, ensure_model
+from aiflux.engines.base import FetchContext
+from aiflux.engines.kinds import engine_kind, kind_named
+from aiflux.engines.ollama.pull import create_model
 from aiflux.engines.ollama.staging import read_staged_gguf
+from aiflux.engines.process import engine_program
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.estimates.storage import carry_estimate
 from aiflux.image.container import local_choices
@@ -119,7 +122,7 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
         _work_on_plan(arguments, context)
     elif arguments.pull:
         config = Config(arguments=given_settings(vars(arguments)))
-        pull(arguments.pull, config, context, context.ollama, again=arguments.again)
+        pull(arguments.pull, config, context, again=arguments.again)
     elif arguments.create:
         create(arguments.create, Config(arguments=given_settings(vars(arguments))), context)
     elif arguments.input:
@@ -128,20 +131,18 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
         raise UsageError("no input was given", "give a file of requests; --help tells more")
 
 
-def pull(
-    model: str, config: Config, context: Context, program: str, *, again: bool = False
-) -> None:
+def pull(model: str, config: Config, context: Context, *, again: bool = False) -> None:
     """Make sure that a model is in the models directory, and say so."""
+    kind = engine_kind(config.run_options())
     with context.stopper.raising(), tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
-        pulled = ensure_model(
-            config.models_dir,
-            model,
-            program,
+        fetch = FetchContext(
+            context.environ,
             Path(folder) / "pull.log",
-            say=context.reporter.say,
-            progress=context.reporter.pull,
-            again=again,
+            context.reporter.say,
+            context.reporter.pull,
+            again,
         )
+        pulled = kind.fetch_model(config.models_dir, model, fetch)
     context.reporter.close()
     context.reporter.say(f"{model} is {'pulled' if pulled else 'there'}: {config.models_dir}")
 
@@ -156,7 +157,7 @@ def create(model: str, config: Config, context: Context) -> None:
             name,
             staged.digest,
             staged.template,
-            context.ollama,
+            engine_program(kind_named("ollama"), context.environ),
             Path(folder) / "create.log",
             progress=context.reporter.pull,
         )

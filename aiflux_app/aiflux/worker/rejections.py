@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from aiflux.engines.external import redirect_error
+from aiflux.engines.external.engine import redirect_error
 from aiflux.engines.outcome import Kind, Outcome
 from aiflux.errors import RejectedError
 from aiflux.util.text import public_url

@@ -7,7 +7,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,36 +21,26 @@ from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.runs.output import forget_done, merge_when_last
 from aiflux.core.runs.plan import Plan, Shard, changed_input, read_plan, same_work
 from aiflux.core.runs.status_file import Status, read_status
-from aiflux.engines import server_load, sizing
-from aiflux.engines.external import ExternalEngine, ca_bundle
-from aiflux.engines.gpus import free_memory, gpu_names, group, visible_devices
+from aiflux.engines import server_load
+from aiflux.engines.base import Engine, EngineSpec, FetchContext
+from aiflux.engines.gpus import gpu_names, group, visible_devices
 from aiflux.engines.http import Client
-from aiflux.engines.ollama.pull import ensure_model
-from aiflux.engines.ollama.stored_model import known_figures
-from aiflux.engines.process import find_program
-from aiflux.engines.sizing import context_length
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import (
     AifluxError,
     EngineError,
     ExitCode,
     InputError,
-    ModelError,
     RunConflictError,
     StoppedError,
     TooManyFailuresError,
 )
-from aiflux.models.name import parse_model_name
 from aiflux.util.lease import acquire
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
 from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
-from aiflux.worker.dispatcher import Describe, Pool, RetryPolicy
-from aiflux.worker.engines import (
-    BundledEngine,
-    Engine,
-    EngineSettings,
-    Keeper,
-)
+from aiflux.worker.dispatcher import Pool, RetryPolicy
+from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.gpu_monitor import GpuUse, GpuWatch
 from aiflux.worker.network_check import seal_facts
 from aiflux.worker.progress import Reporter
@@ -63,7 +53,6 @@ from aiflux.worker.validation import Checking
 
 IMAGE_FACTS = Path("/opt/aiflux/image.json")
 _DEADLINE_MARGIN = 15.0
-_DEBUG: dict[bool, dict[str, str]] = {True: {"OLLAMA_DEBUG": "1"}, False: {}}
 
 
 @dataclass
@@ -81,21 +70,6 @@ class Context:
     api_key: str | None = None
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
-    @property
-    def ollama(self) -> str:
-        """The ``ollama`` executable.
-
-        Raises:
-            EngineError: there is none.
-        """
-        program = find_program(self.environ)
-        if program is None:
-            raise EngineError(
-                "there is no ollama on PATH",
-                "run in the image, install Ollama, or use a server that is up: --engine-url URL",
-            )
-        return program
-
 
 def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
     """Make sure of the plan's models; harmless where they are there.
@@ -106,16 +80,12 @@ def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
     """
     if plan.models_dir is None:
         return
+    fetch = FetchContext(
+        context.environ, run.logs / "pull.log", context.reporter.say, context.reporter.pull
+    )
     for model in plan.models:
         with context.stopper.raising():
-            ensure_model(
-                plan.models_dir,
-                model,
-                context.ollama,
-                run.logs / "pull.log",
-                say=context.reporter.say,
-                progress=context.reporter.pull,
-            )
+            engine_kind(plan.options).fetch_model(plan.models_dir, model, fetch)
     context.reporter.close()
 
 
@@ -318,7 +288,7 @@ class _ShardWork:
         return not self.context.stopper.stopping and not self.past_deadline()
 
     def _gpu_watch(self) -> GpuWatch:
-        own = self.plan.options.engine_url is None
+        own = engine_kind(self.plan.options).managed
         devices = visible_devices(self.context.environ) if own else ()
         note = partial(self.status.details.__setitem__, "gpu_use")
         return GpuWatch(devices, self.gpu_use, note)
@@ -355,7 +325,6 @@ class _ModelWork:
         self.scheduler = Scheduler(
             shard.source.tasks(model), self.lanes, may_admit=self.shard.may_admit
         )
-        self.describe = Describe(self.plan.served(model), {})
         self.load_watch: server_load.LoadWatch | None = None
         self.pool = Pool(
             self.scheduler,
@@ -363,8 +332,8 @@ class _ModelWork:
             journal,
             RetryPolicy(self.plan.options.max_retries, self.plan.options.retry_delay),
             shard.stats,
-            self.describe,
-            on_down=lambda lane, generation: self.keepers[lane.index].report_down(generation),
+            self.plan.served(model),
+            on_down=lambda lane, generation: self.supervisors[lane.index].report_down(generation),
             checking=shard.checking,
             rejections=Rejections(
                 answered_before=shard.stats.completed > 0,
@@ -374,8 +343,8 @@ class _ModelWork:
             most=spare_files(),
             say=self.context.reporter.say,
         )
-        self.keepers = [
-            Keeper(
+        self.supervisors = [
+            EngineSupervisor(
                 engine,
                 lane,
                 self.scheduler,
@@ -388,16 +357,16 @@ class _ModelWork:
     def run(self) -> None:
         try:
             self.pool.start()
-            for keeper in self.keepers:
-                keeper.start()
+            for each in self.supervisors:
+                each.start()
             self.pool.join(self._tick)
         finally:
             if self.load_watch is not None:
                 self.load_watch.close()
-            for keeper in self.keepers:
-                keeper.close()
-        failures = [keeper.failure for keeper in self.keepers if keeper.failure is not None]
-        if len(failures) == len(self.keepers) and not self.context.stopper.stopping:
+            for each in self.supervisors:
+                each.close()
+        failures = [each.failure for each in self.supervisors if each.failure is not None]
+        if len(failures) == len(self.supervisors) and not self.context.stopper.stopping:
             raise failures[0]
 
     def _tick(self) -> None:
@@ -413,36 +382,31 @@ class _ModelWork:
             self.scheduler.stop()
         drained = time.monotonic() - stopper.since > self.plan.options.drain_seconds
         if drained or stopper.at_once:
-            for keeper in self.keepers:
-                keeper.engine.client.abort()
+            for each in self.supervisors:
+                each.engine.client.abort()
 
     def _ready(self, engine: Engine, lane: Lane) -> None:
-        digest = engine.model_digest()
-        if digest is not None:
-            self.describe.fixed["model_digest"] = digest
-        options = self.plan.options
-        in_flight = sizing.concurrency(self.plan, engine.slots)
-        if options.concurrency is not None:
-            lane.limit = FixedLimit(in_flight)
-        elif isinstance(engine, BundledEngine):
-            lane.limit = SlotLimit(in_flight, partial(self._slots_found, engine))
-        elif not isinstance(lane.limit, AdaptiveLimit):
+        if self.plan.options.concurrency is not None:
+            lane.limit = FixedLimit(self.plan.options.concurrency)
+        elif not isinstance(lane.limit, AdaptiveLimit):  # what it found stays true
             lane.limit = self._limit_of(engine)
+        digest = engine.model_digest()
         facts = self.shard.status.details
-        facts["engines"] = [keeper.engine.facts for keeper in self.keepers]
+        facts["engines"] = [each.engine.facts for each in self.supervisors]
         if digest is not None:
             facts.setdefault("model_digests", {})[self.model] = digest
         self.pool.start()
-        self.context.reporter.say(_engine_line(engine, lane))
+        self.context.reporter.say(
+            f"{engine.describe()}, {lane.limit.value} requests in flight"
+            if "slots" in engine.facts
+            else engine.describe()
+        )
 
-    def _limit_of(self, engine: ExternalEngine) -> Limit:
-        """Return the limit of a server that is already running: by what it reports, or adaptive."""
-        fetch = partial(server_load.get, engine.client)
-        slots = server_load.total_slots(fetch)
-        if slots is not None:
-            engine.slots = engine.facts["slots"] = slots
-            in_flight = sizing.concurrency(self.plan, slots)
-            return SlotLimit(in_flight, partial(self._slots_found, engine))
+    def _limit_of(self, engine: Engine) -> Limit:
+        """Return the limit of an engine: by its slots, or adaptive where they are unknown."""
+        most = engine.max_in_flight()
+        if most is not None:
+            return SlotLimit(most, partial(self._slots_found, engine))
         limit = AdaptiveLimit()
 
         def note(running: int, waiting: int) -> None:
@@ -450,6 +414,7 @@ class _ModelWork:
             self.pool.start()
             self.scheduler.wake()
 
+        fetch = partial(server_load.get, engine.client)
         self.load_watch = server_load.LoadWatch(fetch, note)
         self.load_watch.start()
         return limit
@@ -459,18 +424,15 @@ class _ModelWork:
         engine.facts["one_at_a_time"] = single
         self.context.reporter.say(
             f"engine {engine.index} works on one request at a time although it was started with "
-            f"{engine.slots} slots: only {FEW} requests are kept in flight"
+            f"{engine.facts['slots']} slots: only {FEW} requests are kept in flight"
             if single
             else f"engine {engine.index} works on several requests at a time again"
         )
 
     def _engines(self, home: Path) -> list[Engine]:
         options = self.plan.options
-        make_client = self._client_maker()
-        if options.engine_url is not None:
-            say = self.context.reporter.say
-            return [ExternalEngine(options.engine_url, make_client, options.engine_wait, say)]
-        devices = visible_devices(self.context.environ)
+        kind = engine_kind(options)
+        devices = visible_devices(self.context.environ) if kind.managed else ()
         self._refuse_cpu_image(devices)
         if devices and options.gpus_per_engine > len(devices):
             raise EngineError(
@@ -479,7 +441,7 @@ class _ModelWork:
             )
         groups = group(devices, options.gpus_per_engine)
         return [
-            BundledEngine(self._settings(index, gpus, home), make_client)
+            kind.make_engine(self._spec(index, gpus, home), self._make_client)
             for index, gpus in enumerate(groups)
         ]
 
@@ -491,50 +453,21 @@ class _ModelWork:
                 "use an image with GPU support (built with BASE=docker), or say --allow-cpu",
             )
 
-    def _settings(self, index: int, gpus: tuple[str, ...], home: Path) -> EngineSettings:
-        options = self.plan.options
-        if self.plan.models_dir is None:
-            raise ModelError("the plan names no models directory", "plan the run again")
-        name = parse_model_name(self.model)
-        figures = known_figures(self.plan.models_dir, name, None)
-        trained = figures.architecture.context if figures else 0
-        cores = len(os.sched_getaffinity(0))
-        return EngineSettings(
+    def _spec(self, index: int, devices: tuple[str, ...], home: Path) -> EngineSpec:
+        return EngineSpec(
             index=index,
-            program=self.context.ollama,
-            models_dir=self.plan.models_dir,
-            model=self.plan.served(self.model),
-            devices=gpus,
-            slots=sizing.slots(self.plan, gpus, cores, figures, free_memory(gpus)),
-            context_length=context_length(self.plan, trained),
+            plan=self.plan,
+            model=self.model,
+            devices=devices,
             home=home / f"engine-{index}",
             log=self.shard.run_directory.engine_log(self.shard.shard.index, index),
-            may_shrink=options.slots is None,
-            allow_cpu=options.allow_cpu,
-            load_timeout=options.load_timeout,
-            insisted=name.digest,
-            extra={**_DEBUG[options.log_level == "DEBUG"], **options.engine_env},
+            environ=self.context.environ,
+            say=self.context.reporter.say,
         )
 
-    def _client_maker(self) -> Callable[[str], Client]:
+    def _make_client(self, url: str, ca: str | None = None) -> Client:
         timeout = self.plan.options.request_timeout
-        key = self.context.api_key
-        secure = (self.plan.options.engine_url or "").startswith("https:")
-        ca = ca_bundle(self.plan.options.engine_ca, self.context.environ) if secure else None
-        return lambda url: Client(url, timeout, connections=4096, api_key=key, ca=ca)
-
-
-def _engine_line(engine: Engine, lane: Lane) -> str:
-    if isinstance(engine, ExternalEngine):
-        known = f" with {engine.slots} slots, {lane.limit.value} requests in flight"
-        return f"engine at {engine.url} is up{known if engine.slots else ''}"
-    facts = engine.facts
-    where = "GPU " + ",".join(facts["devices"]) if facts["gpu_bytes"] else "the CPU"
-    return (
-        f"engine {engine.index} is up on {where}: Ollama {facts['version']}, "
-        f"{facts['slots']} slot{'s' * (facts['slots'] > 1)} of {facts['context_length']} tokens, "
-        f"{lane.limit.value} requests in flight"
-    )
+        return Client(url, timeout, connections=4096, api_key=self.context.api_key, ca=ca)
 
 
 def _facts(plan: Plan, context: Context) -> dict[str, Any]:
@@ -553,7 +486,7 @@ def _facts(plan: Plan, context: Context) -> dict[str, Any]:
         "pid": os.getpid(),
         "slurm": {name: environ[name] for name in names if name in environ},
         "image": _image_facts(environ),
-        **seal_facts(environ, engine_here=not plan.options.engine_url),
+        **seal_facts(environ, engine_here=engine_kind(plan.options).managed),
         "gpus": list(gpu_names()),
         "models": list(plan.models),
     }

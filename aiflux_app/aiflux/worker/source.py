@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from aiflux.core.batch.request import LineError, Request, parse_request, request_key
+from aiflux.core.batch.request import EMBEDDINGS, LineError, Request, parse_request, request_key
 from aiflux.core.runs.journal import JournalReader, ResultIndex
 from aiflux.core.runs.plan import Plan, Shard, changed_input
+from aiflux.engines.base import EngineKind
+from aiflux.engines.kinds import engine_kind
 from aiflux.models.name import same_model
 from aiflux.util.lines import read_lines
 from aiflux.worker.scheduler import Task
@@ -43,7 +45,7 @@ class Source:
         plan = self._plan
         served = plan.served(model)
         parameters = plan.options.parameters_of(served)
-        bundled = plan.options.engine_url is None
+        kind = engine_kind(plan.options)
         only = len(plan.models) == 1
         for number, _, raw in self._lines():
             key = request_key(raw)
@@ -51,7 +53,7 @@ class Source:
                 continue
             request = self._parse(number, raw)
             if only or same_model(request.model or model, model):
-                payload = build_payload(request, served, parameters, bundled=bundled)
+                payload = build_payload(request, served, parameters, kind)
                 yield Task(request, key, payload)
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
@@ -80,35 +82,27 @@ class Source:
         return str(json.loads(result.metadata)["timestamp"]) < self._plan.created
 
 
-EMBEDDINGS = "/v1/embeddings"
-
-
 def build_payload(
-    request: Request, model: str | None, parameters: dict[str, Any], *, bundled: bool
+    request: Request, model: str, parameters: dict[str, Any], kind: EngineKind
 ) -> bytes:
     """Return the JSON to send.
 
     Args:
-        model: as the engine serves it; filled in where the body names none, and put in the place of
-            a name with AI-Flux's own ``http://`` or ``@sha256:...``, which Ollama does not know.
+        model: as the engine serves it; filled in where the body names none.
         parameters: filled in where the body lacks them; not for embeddings, which have none.
-        bundled: the engine is Ollama, which ignores ``max_completion_tokens``; the value is then
-            also sent as ``max_tokens``.
+        kind: of the engine; it may adapt the body.
     """
     body = request.body
     edits: dict[str, Any] = {}
-    named = body.get("model")
-    if named is None or (bundled and ("@" in named or "://" in named)):
+    if body.get("model") is None:
         edits["model"] = model
     if body.get("stream"):
         edits["stream"] = False
     if request.url != EMBEDDINGS:
         edits.update({name: value for name, value in parameters.items() if name not in body})
-        limit = body.get("max_completion_tokens")
-        if limit is not None:
+        if body.get("max_completion_tokens") is not None:
             edits.pop("max_tokens", None)
-            if bundled and "max_tokens" not in body:
-                edits["max_tokens"] = limit
+    edits.update(kind.adapt_body(request.url, body, model))
     if edits:
         body = {**body, **edits}
         if "stream" in edits:

@@ -11,6 +11,7 @@ from typing import Any
 
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.gpus import visible_devices
+from aiflux.engines.kinds import engine_kind
 from aiflux.engines.outcome import Kind, Outcome
 
 _DURATIONS = 256
@@ -161,7 +162,8 @@ class Ledger:
     @classmethod
     def of(cls, plan: Plan, earlier: dict[str, Any] | None, environ: Mapping[str, str]) -> Ledger:
         """Go on from a status that an earlier start of the same plan left."""
-        gpus = 0 if plan.options.engine_url else len(visible_devices(environ))
+        own = engine_kind(plan.options).managed
+        gpus = len(visible_devices(environ)) if own else 0
         details = (earlier or {}).get("aiflux", {})
         if details.get("plan") != plan.id:
             return cls(gpus)

@@ -143,16 +143,21 @@ def test_a_dry_run_needs_no_slurm_and_with_an_engine_no_image(tmp_path: Path) ->
 
 
 def test_the_demo_s_ollama_is_found(tmp_path: Path) -> None:
+    from aiflux.engines.kinds import kind_named
     from aiflux.engines.process import find_program
 
     environ = {"HOME": str(tmp_path), "PATH": str(tmp_path)}
-    assert find_program(environ) is None
+    kind = kind_named("ollama")
+    assert find_program(kind, environ) is None
     program = tmp_path / ".cache/aiflux/ollama-cpu/bin/ollama"
     program.parent.mkdir(parents=True)
     program.write_text("#!/bin/sh\n", encoding="utf-8")
     program.chmod(0o755)
-    assert find_program(environ) == str(program)
-    assert find_program({**environ, "AIFLUX_OLLAMA": "/other"}) == "/other"
+    assert find_program(kind, environ) == str(program)
+    environ["AIFLUX_OLLAMA"] = "/other"
+    assert find_program(kind, environ) == "/other"
+    environ["AIFLUX_ENGINE_PROGRAM"] = "/first"
+    assert find_program(kind, environ) == "/first"
     demo = (CHECKOUT / "examples" / "demo.sh").read_text(encoding="utf-8")
     assert "AIFLUX_MODELS_DIR:-$data/models" in demo
     assert Config(environ=environ, directory=tmp_path).models_dir == (

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.engines.ollama.memory import estimate, gpus_needed, one_slot
+from aiflux.core.config.run_options import RunOptions
+from aiflux.engines.ollama.kind import KIND
+from aiflux.engines.ollama.memory import estimate, one_slot
 from aiflux.engines.ollama.stored_model import known_figures, stored_figures
+from aiflux.engines.sizing import gpus_needed
 from aiflux.errors import ModelError
 from aiflux.models.catalog import read_catalogue
 from aiflux.models.figures import Architecture, Figures, figures_of
@@ -117,7 +120,12 @@ def test_the_least_is_less() -> None:
     ],
 )
 def test_how_many_gpus_would_do(name: str, capacity: int, gpus: int | None) -> None:
-    assert gpus_needed(known(name), 4096, 1, capacity * GB) == gpus
+    figures = known(name)
+
+    def needed(count: int) -> int:
+        return KIND.memory_needed(figures, 4096, 1, count, RunOptions())
+
+    assert gpus_needed(needed, figures, capacity * GB) == gpus
 
 
 def test_the_header_of_a_real_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.gpus import free_memory
+from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.sizing import GPU_SLOTS, context_length, slots
 from aiflux.errors import ConfigError, InputError
@@ -64,27 +65,29 @@ def test_slots_are_what_the_gpus_have_room_for(
 ) -> None:
     free = tuple(number * GB for number in gigabytes)
     plan = plan_of(tmp_path, name, context_length=4096)
-    assert slots(plan, ("0",) * len(free), 8, known(name), free) == expected
+    assert slots(KIND, plan, ("0",) * len(free), 8, known(name), free) == expected
 
 
 def test_what_is_asked_for_or_not_known_decides(tmp_path: Path) -> None:
     figures = known("llama3.1:8b")
     plan = plan_of(tmp_path, "m")
-    assert slots(plan, ("0",), 8) == GPU_SLOTS
-    assert slots(plan, ("0",), 8, figures) == GPU_SLOTS
-    assert slots(plan, (), 2, figures, ()) == 2
-    assert slots(plan, (), 8, known("qwen3-vl:8b"), ()) == 1
-    assert slots(plan, ("0",), 8, known("embeddinggemma:300m"), (80 * GB,)) == 1
+    assert slots(KIND, plan, ("0",), 8) == GPU_SLOTS
+    assert slots(KIND, plan, ("0",), 8, figures) == GPU_SLOTS
+    assert slots(KIND, plan, (), 2, figures, ()) == 2
+    assert slots(KIND, plan, (), 8, known("qwen3-vl:8b"), ()) == 1
+    assert slots(KIND, plan, ("0",), 8, known("embeddinggemma:300m"), (80 * GB,)) == 1
     few = replace(plan, input={**plan.input, "requests": 3})
-    assert slots(few, ("0",), 8, figures, (80 * GB,)) == 3
-    assert slots(plan_of(tmp_path, "m", slots=5), ("0",), 8, figures, (80 * GB,)) == 5
+    assert slots(KIND, few, ("0",), 8, figures, (80 * GB,)) == 3
+    assert slots(KIND, plan_of(tmp_path, "m", slots=5), ("0",), 8, figures, (80 * GB,)) == 5
 
 
 def test_a_smaller_cache_type_makes_room_for_more(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "m", context_length=4096)
     small = plan_of(tmp_path, "m", context_length=4096, engine_env={"OLLAMA_KV_CACHE_TYPE": "q8_0"})
     figures, free = known("llama3.1:8b"), (12 * GB,)
-    assert slots(small, ("0",), 8, figures, free) > slots(plan, ("0",), 8, figures, free)
+    assert slots(KIND, small, ("0",), 8, figures, free) > slots(
+        KIND, plan, ("0",), 8, figures, free
+    )
 
 
 def test_no_context_is_longer_than_a_model_was_trained_for(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from aiflux.cli.main import main
 from aiflux.core.batch.request import ENDPOINTS, Request, parse_request
 from aiflux.core.batch.schema import SchemaError, compile_schema
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
-from aiflux.engines.external import ExternalEngine
+from aiflux.engines.external.engine import ExternalEngine
+from aiflux.engines.external.kind import KIND
 from aiflux.engines.http import Answer, Client
 from aiflux.engines.outcome import Kind, Outcome, judge_answer
 from aiflux.errors import ExitCode, InputError
 from aiflux.util.extras import remedy
 from aiflux.worker.concurrency import FixedLimit
-from aiflux.worker.dispatcher import Describe, Pool, RetryPolicy
+from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.scheduler import Lane, Scheduler
 from aiflux.worker.source import Source
 from aiflux.worker.stats import Stats
@@ -161,7 +162,7 @@ def test_any_answer_to_any_request_is_judged(wanted: Any, body: Any, url: str) -
     content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "response_format": wanted}
     request = parse_request(request_line(url=url, body=content).encode())
     answer = Answer(200, json.dumps(body).encode())
-    verdict = Checking(2).judge(request, judge_answer(url, answer, bundled=True))
+    verdict = Checking(2).judge(request, judge_answer(url, answer, KIND.crash_code))
     assert verdict.kind in Kind
     assert verdict.code or verdict.kind is Kind.ANSWERED
 
@@ -211,11 +212,11 @@ def test_a_bug_costs_its_request_and_shows_its_trace(
         path = opened.run.journal(0)
         source = Source(opened.plan, shard, scan_journal(path), JournalReader(path))
         lane, stats = Lane(0, FixedLimit(2)), Stats(3)
-        link = ExternalEngine(engine.url, lambda url: Client(url, 5.0, 4), 1.0, print)
+        link = ExternalEngine(KIND, engine.url, lambda url: Client(url, 5.0, 4), 1.0, print)
         journal = JournalWriter(path, on_failure=lambda error: None)
         pool = Pool(
             Scheduler(source.tasks("m:1"), [lane]), [link], journal, RetryPolicy(1, 0.01), stats,
-            Describe("m:1", {}), on_down=lambda lane, generation: None, checking=BuggyChecking(1),
+            "m:1", on_down=lambda lane, generation: None, checking=BuggyChecking(1),
         )  # fmt: skip
         pool.start()
         pool.join(lambda: None)

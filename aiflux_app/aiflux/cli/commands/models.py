@@ -17,6 +17,7 @@ from aiflux.cli.start import show_local_choices
 from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
+from aiflux.engines.kinds import kind_named
 from aiflux.engines.ollama.staging import (
     changing,
     making_room,
@@ -100,8 +101,11 @@ def _pull(arguments: argparse.Namespace, config: Config) -> int:
 
 def _find_image(config: Config) -> tuple[Path, Path] | ImageError:
     """Return the runtime and the image; the error where an Ollama found here is to do it."""
-    if os.environ.get("AIFLUX_OLLAMA"):
-        return ImageError("AIFLUX_OLLAMA names an Ollama that cannot be run")
+    from aiflux.engines.process import named_program
+
+    program = named_program(kind_named("ollama"), os.environ)
+    if program:
+        return ImageError(f"the environment names an Ollama that cannot be run: {program}")
     try:
         found = find_runtime(), find_image(config, Path.cwd())
     except ImageError as error:
@@ -111,6 +115,7 @@ def _find_image(config: Config) -> tuple[Path, Path] | ImageError:
 
 
 def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) -> int:
+    from aiflux.engines.process import engine_program
     from aiflux.worker.main import pull
     from aiflux.worker.progress import make_reporter
     from aiflux.worker.shard import Context
@@ -119,11 +124,11 @@ def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) 
     context = Context(make_reporter(), Stopper())
     context.stopper.install()
     try:
-        program = context.ollama
+        engine_program(kind_named("ollama"), context.environ)
     except EngineError:
         raise no_image from None
     try:
-        pull(name, config, context, program, again=again)
+        pull(name, config, context, again=again)
     finally:
         context.reporter.close()
     return 0
@@ -236,7 +241,7 @@ def _create(name: ModelName, config: Config) -> int:
     from aiflux.worker.stop import Stopper
 
     context = Context(make_reporter(), Stopper())
-    if find_program(os.environ) is None:
+    if find_program(kind_named("ollama"), os.environ) is None:
         raise found
     context.stopper.install()
     try:

@@ -20,11 +20,12 @@ try:
 except ImportError:  # the image holds pure Python only
     orjson = None  # type: ignore[assignment]
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+EMBEDDINGS = "/v1/embeddings"
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS)
 _PAYLOAD_FIELD = {
     "/v1/chat/completions": "messages",
     "/v1/completions": "prompt",
-    "/v1/embeddings": "input",
+    EMBEDDINGS: "input",
 }
 KEY_BYTES = 16
 MAX_DEPTH = 200

@@ -56,6 +56,7 @@ VARIABLES = frozenset(
     {
         "AIFLUX_SITE_CONFIG",
         "AIFLUX_API_KEY",
+        "AIFLUX_ENGINE_PROGRAM",
         "AIFLUX_OLLAMA",
         "AIFLUX_CACHE_DIR",
         "AIFLUX_SEALED",

@@ -119,23 +119,6 @@ def estimate(
     )
 
 
-def gpus_needed(
-    figures: Figures,
-    context: int,
-    slots: int,
-    capacity: int,
-    *,
-    cache_type: str = "f16",
-    most: int = 16,
-) -> int | None:
-    """Return the least GPUs of ``capacity`` bytes that a model can do with; None above ``most``."""
-    for gpus in range(1, min(most, figures.architecture.layers + 1) + 1):
-        least = estimate(figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type)
-        if least.total <= gpus * capacity:
-            return gpus
-    return None
-
-
 def layer_caches(
     shape: Architecture, total: int, slots: int, batch: int, flash: bool = False
 ) -> tuple[int, ...]:

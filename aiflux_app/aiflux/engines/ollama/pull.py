@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.ollama.environment import ollama_environment
 from aiflux.engines.ollama.staging import (
     begin_staging,
     changing,
@@ -30,7 +31,7 @@ from aiflux.engines.ollama.store import (
     refuse_other_digest,
     remove_damaged,
 )
-from aiflux.engines.process import Server, engine_environment
+from aiflux.engines.process import ServerProcess
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.files import may_write
@@ -161,8 +162,8 @@ def _refuse_partial(folder: Path, name: ModelName) -> None:
 def _serving(folder: Path, program: str, log: Path) -> Iterator[Ollama]:
     """A server of its own on a staging folder, with the network."""
     with tempfile.TemporaryDirectory(prefix="aiflux-pull-") as home:
-        environment = engine_environment(os.environ, folder, Path(home), {}, network=True)
-        server = Server(program, environment, log)
+        environment = ollama_environment(os.environ, folder, Path(home), {}, network=True)
+        server = ServerProcess([program, "serve"], environment, log)
         try:
             server.start()
             yield Ollama(server.url)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from aiflux.core.batch.ignored_fields import FIX, ignored_texts
 from aiflux.core.runs.plan import Plan
-from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import (
     AifluxError,
     ImageError,
@@ -25,7 +25,6 @@ from aiflux.errors import (
     UsageError,
 )
 from aiflux.image.sif import ImageFacts, how_to_build, machine_arch, own_image
-from aiflux.models.name import parse_model_name
 from aiflux.util.files import may_write
 from aiflux.util.text import size_text
 
@@ -165,29 +164,28 @@ def check_models(plan: Plan) -> Iterator[Finding]:
             "mend its permissions, or name another: --models-dir PATH",
         )
         return
-    absent = [name for name in map(parse_model_name, plan.models) if missing_parts(folder, name)]
+    kind = engine_kind(plan.options)
+    absent = [plan.served(name) for name in plan.models if not kind.is_stored(folder, name)]
     yield from _check_digests(folder, plan)
     for name in absent:
         yield Finding(
             "warning",
-            f"{name.served} is not (whole) in {folder}: the job pulls it at its start, which needs "
+            f"{name} is not (whole) in {folder}: the job pulls it at its start, which needs "
             "the network on the compute node",
-            f"pull it where there is internet: aiflux models pull {name.served}",
+            f"pull it where there is internet: aiflux models pull {name}",
         )
     if absent and not may_write(folder):
         yield Finding(
             "error",
-            f"the job could not pull {absent[0].served} into {folder}: you may not write there",
+            f"the job could not pull {absent[0]} into {folder}: you may not write there",
             "ask its owner to pull it, or name a directory of your own: --models-dir PATH",
         )
 
 
 def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
-    for name in map(parse_model_name, plan.models):
-        found = model_digest(folder, name)
+    for name in plan.models:
         try:
-            if found is not None:
-                refuse_other_digest(name, found, str(folder))
+            engine_kind(plan.options).refuse_other_digest(folder, name)
         except ModelError as error:
             yield finding_of(error)
 

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Iterator
 
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.runs.plan import Plan
-from aiflux.engines.ollama.memory import estimate, gpus_needed
-from aiflux.engines.ollama.store import missing_parts
-from aiflux.engines.ollama.stored_model import known_figures
-from aiflux.engines.sizing import cache_type, context_length
+from aiflux.engines.kinds import engine_kind
+from aiflux.engines.sizing import context_length, gpus_needed
 from aiflux.models.catalog import ENDPOINTS, Catalogue
 from aiflux.models.figures import Figures
 from aiflux.models.gpu_memory import Room, gpu_bytes, gpu_bytes_of_features, is_slice
-from aiflux.models.name import parse_model_name
 from aiflux.slurm.cluster import Facts, Node
 from aiflux.slurm.preflight.local import Finding
 from aiflux.slurm.preflight.nodes import requested_gpus, with_features
@@ -36,21 +33,23 @@ def check_memory(plan: Plan, catalogue: Catalogue, room: Room) -> Iterator[Findi
             f"({room.count})",
             room.option.format(options.gpus_per_engine),
         )
-    for name in map(parse_model_name, plan.models):
-        figures = known_figures(plan.models_dir, name, catalogue)
+    for name in plan.models:
+        figures = engine_kind(options).figures(plan.models_dir, name, catalogue)
         if figures is not None:
-            yield from _check_fit(plan, name.served, figures, room)
+            yield from _check_fit(plan, plan.served(name), figures, room)
 
 
 def check_names(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
     """Find models that are absent and whose names look like misspellings of known ones."""
-    for name in map(parse_model_name, plan.models):
-        near = catalogue.nearest(name.served)
-        if near and plan.models_dir and missing_parts(plan.models_dir, name):
+    kind = engine_kind(plan.options)
+    for name in plan.models:
+        served = plan.served(name)
+        near = catalogue.nearest(served)
+        if near and plan.models_dir and not kind.is_stored(plan.models_dir, name):
             yield Finding(
                 "error",
-                f"the model {name.served} is neither in {plan.models_dir} nor in the catalog",
-                f"did you mean {near}? If not, pull it first: aiflux models pull {name.served}",
+                f"the model {served} is neither in {plan.models_dir} nor in the catalog",
+                f"did you mean {near}? If not, pull it first: aiflux models pull {served}",
             )
 
 
@@ -72,18 +71,21 @@ def check_endpoints(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
 
 
 def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator[Finding]:
-    options, cache = plan.options, cache_type(plan)
+    options = plan.options
+    needed = engine_kind(options).memory_needed
     context = context_length(plan, figures.architecture.context)
     slots, each = options.slots or 1, options.gpus_per_engine
 
     def least(count: int) -> int:
-        return estimate(figures, context, count, gpus=each, flash=True, cache_type=cache).total
+        return needed(figures, context, count, each, options)
 
     has = each * room.size
     if least(slots) <= has:
         return
     fits = [count for count in range(1, slots) if least(count) <= has]
-    enough = gpus_needed(figures, context, slots, room.size, cache_type=cache)
+    enough = gpus_needed(
+        lambda gpus: needed(figures, context, slots, gpus, options), figures, room.size
+    )
     remedies = [f"--slots {fits[-1]} at most"] if fits else []
     remedies += [] if enough is None else _more_gpus(enough, room)
     remedies.append("GPUs with more memory, a smaller model, or a smaller --context-length")

@@ -8,12 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiflux.engines.base import EngineKind
 from aiflux.engines.http import Answer, Client, ExchangeError, speaks_tls
 from aiflux.engines.outcome import RETRIED_STATUSES, error_message
+from aiflux.engines.server_load import get, total_slots
+from aiflux.engines.sizing import in_flight
 from aiflux.errors import ConfigError, EngineError, RejectedError
 from aiflux.util.text import public_url, suggestion
 
@@ -55,20 +59,20 @@ def _load(path: Path) -> None:
 class ExternalEngine:
     """An engine that somebody else started."""
 
-    bundled = False
-    slots = 0
-
     def __init__(
         self,
+        kind: EngineKind,
         url: str,
         make_client: Callable[[str], Client],
         patience: float,
         say: Callable[[str], None],
     ) -> None:
+        self.kind = kind
         self.index = 0
         self.url = public_url(url)
         self.client = make_client(url)
         self.facts: dict[str, Any] = {"index": 0, "url": self.url}
+        self._slots: int | None = None
         self._patience = patience
         self._say = say
         self._closing = threading.Event()
@@ -109,18 +113,18 @@ class ExternalEngine:
         self._closing.set()
         self.client.close()
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Tell whether it answers, and not that it is not ready."""
         try:
             return self._probe() is None
         except RejectedError:
             return False  # ``start`` says why
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Tell the same; many ask at once, and a look that began after they asked will do."""
         asked = time.monotonic()
         with self._probing:
-            return self._ready_at >= asked or self.alive()
+            return self._ready_at >= asked or self.is_alive()
 
     def refusal(self, model: str) -> RejectedError | None:
         """Return why requests for a model cannot succeed, as far as the engine says so now."""
@@ -163,13 +167,26 @@ class ExternalEngine:
                       "results name both")  # fmt: skip
         return answered
 
-    def truncated(self, prompt_tokens: int) -> bool:
+    def was_truncated(self, prompt_tokens: int) -> bool:
         """Nothing is known of such an engine's context."""
         return False
+
+    def max_in_flight(self) -> int | None:
+        """Ask for its slots; return the requests that keep them busy, None where it has none."""
+        self._slots = total_slots(partial(get, self.client))
+        if self._slots is None:
+            return None
+        self.facts["slots"] = self._slots
+        return in_flight(self._slots)
 
     def model_digest(self) -> str | None:
         """Nothing is known of such an engine's model file."""
         return None
+
+    def describe(self) -> str:
+        """Return its address, and its slots where it reports them."""
+        known = "" if self._slots is None else f" with {self._slots} slots"
+        return f"engine at {self.url} is up{known}"
 
     def _probe(self) -> str | None:
         """Ask for the models. Return why it is not ready; None where it is.

@@ -1,4 +1,4 @@
-"""The keeper of an engine: one death is one start, whoever reports it and when."""
+"""The supervisor of an engine: one death is one start, whoever reports it and when."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from aiflux.engines.http import Client
 from aiflux.worker.concurrency import FixedLimit
-from aiflux.worker.engines import Keeper
+from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.scheduler import Lane, Scheduler
 from tests.tools.faulty_engine import FaultyEngine
 
@@ -19,8 +19,6 @@ class SlowEngine:
     """An engine that needs a moment to start, and counts its starts."""
 
     index = 0
-    bundled = True
-    slots = 1
 
     def __init__(self, url: str) -> None:
         self.facts = {"log": "engine.log"}
@@ -41,52 +39,54 @@ class SlowEngine:
 
 
 @pytest.fixture
-def kept() -> Iterator[tuple[Keeper, SlowEngine]]:
+def kept() -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
     with FaultyEngine() as server:
         engine = SlowEngine(server.url)
         lane = Lane(0, FixedLimit(1), open=False)
         scheduler = Scheduler(iter(()), [lane])
-        keeper = Keeper(
+        supervisor = EngineSupervisor(
             engine,  # type: ignore[arg-type]
             lane,
             scheduler,
             say=lambda _: None,
             on_ready=lambda *_: None,
         )
-        keeper.start()
-        yield keeper, engine
-        keeper.close()
+        supervisor.start()
+        yield supervisor, engine
+        supervisor.close()
 
 
-def wait_for_generation(keeper: Keeper, generation: int) -> None:
+def wait_for_generation(supervisor: EngineSupervisor, generation: int) -> None:
     deadline = time.monotonic() + 5
-    while keeper.lane.generation < generation and time.monotonic() < deadline:
+    while supervisor.lane.generation < generation and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert keeper.lane.generation == generation
+    assert supervisor.lane.generation == generation
 
 
-def test_late_reports_of_one_death_cause_one_start(kept: tuple[Keeper, SlowEngine]) -> None:
-    keeper, engine = kept
-    wait_for_generation(keeper, 1)
+def test_late_reports_of_one_death_cause_one_start(
+    kept: tuple[EngineSupervisor, SlowEngine],
+) -> None:
+    supervisor, engine = kept
+    wait_for_generation(supervisor, 1)
     engine.starting.clear()
-    keeper.report_down(1)
+    supervisor.report_down(1)
     assert engine.starting.wait(5)
     for _ in range(20):
-        keeper.report_down(1)
-    wait_for_generation(keeper, 2)
-    keeper.report_down(1)
+        supervisor.report_down(1)
+    wait_for_generation(supervisor, 2)
+    supervisor.report_down(1)
     time.sleep(0.4)
     assert engine.starts == 2
-    assert keeper.restarts == 1
-    assert keeper.lane.open
+    assert supervisor.restarts == 1
+    assert supervisor.lane.open
 
 
-def test_each_death_is_a_start(kept: tuple[Keeper, SlowEngine]) -> None:
-    keeper, engine = kept
+def test_each_death_is_a_start(kept: tuple[EngineSupervisor, SlowEngine]) -> None:
+    supervisor, engine = kept
     for generation in range(1, 4):
-        wait_for_generation(keeper, generation)
-        keeper.report_down(generation)
-    wait_for_generation(keeper, 4)
+        wait_for_generation(supervisor, generation)
+        supervisor.report_down(generation)
+    wait_for_generation(supervisor, 4)
     assert engine.starts == 4
 
 

@@ -1,0 +1,1 @@
+"""The engine kind `external`: a server that is already running, at ``--engine-url``."""

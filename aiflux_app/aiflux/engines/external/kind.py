@@ -1,0 +1,79 @@
+"""What is known of a server at ``--engine-url`` before it is asked: nothing but its address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.config.run_options import RunOptions
+from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
+from aiflux.errors import ConfigError
+from aiflux.models.catalog import Catalogue
+from aiflux.models.figures import Figures
+
+
+class ExternalKind:
+    """A server that somebody else started. Its models are its own."""
+
+    name = "external"
+    title = "external server"
+    managed = False
+    program = ""
+    program_variables: tuple[str, ...] = ()
+    cached_program = ""
+
+    def is_stored(self, models_dir: Path, model: str) -> bool:
+        """The server's models are not ours to look for."""
+        return True
+
+    def refuse_other_digest(self, models_dir: Path, model: str) -> None:
+        """The server's models have no digests that are known here."""
+
+    def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
+        """Nothing is fetched."""
+        return False
+
+    def figures(
+        self, models_dir: Path | None, model: str, catalogue: Catalogue | None
+    ) -> Figures | None:
+        """Unknown: the server may have the model in any form."""
+        return None
+
+    def one_slot(self, figures: Figures) -> bool:
+        """Unknown."""
+        return False
+
+    def memory_needed(
+        self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
+    ) -> int:
+        """None here: it runs elsewhere."""
+        return 0
+
+    def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
+        """The server gets bodies as they are."""
+        return {}
+
+    def crash_code(self, status: int, message: str) -> str | None:
+        """The generic rule holds."""
+        return None
+
+    def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
+        """Return the server at ``--engine-url``."""
+        from aiflux.engines.external.engine import ExternalEngine, ca_bundle
+
+        options = spec.plan.options
+        if options.engine_url is None:
+            raise ConfigError("the plan names no server", "plan the run again with --engine-url")
+        secure = options.engine_url.startswith("https:")
+        ca = ca_bundle(options.engine_ca, spec.environ) if secure else None
+        return ExternalEngine(
+            self,
+            options.engine_url,
+            lambda url: make_client(url, ca),
+            options.engine_wait,
+            spec.say,
+        )
+
+
+KIND: EngineKind = ExternalKind()

@@ -1,0 +1,184 @@
+"""The engine `ollama`: a server of the worker's own, which loads one model before it is asked."""
+
+from __future__ import annotations
+
+import re
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.managed import ManagedEngine
+from aiflux.engines.ollama.api import Loaded, Ollama
+from aiflux.engines.ollama.environment import ollama_environment
+from aiflux.engines.ollama.store import refuse_other_digest
+from aiflux.engines.process import engine_program
+from aiflux.engines.sizing import engine_context, engine_slots
+from aiflux.errors import EngineError, ModelError
+from aiflux.models.name import parse_model_name
+
+# Ollama cuts a prompt to the context (0.9) or to about half of it (0.33).
+_SLACK_TOKENS = 16
+_TRUNCATION = re.compile(rb"truncating input prompt.*\bnew=(\d+)")
+
+
+class TruncationLog:
+    """Prompts that Ollama cut, as its log tells: ``truncating input prompt ... new=TOKENS``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._lengths: set[int] = set()
+        self._lock = threading.Lock()
+
+    def left(self, tokens: int) -> bool:
+        """Tell whether a prompt was cut to this many tokens since this object was made."""
+        # There is no log where the disk had no room for one.
+        with self._lock, suppress(FileNotFoundError), open(self._path, "rb") as log:
+            log.seek(self._offset)
+            for line in log:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                match = _TRUNCATION.search(line)
+                if match:
+                    self._lengths.add(int(match[1]))
+        return tokens in self._lengths
+
+
+class OllamaEngine(ManagedEngine):
+    """An Ollama that the worker starts.
+
+    Where its model does not fit the GPUs, it is tried with half the slots, down to one, unless the
+    run asks for a number of slots.
+
+    Raises:
+        EngineError: there is no ``ollama``.
+        ModelError: the plan names no models directory.
+    """
+
+    def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
+        super().__init__(kind, spec, make_client, engine_slots(kind, spec))
+        if spec.plan.models_dir is None:
+            raise ModelError("the plan names no models directory", "plan the run again")
+        self._options = spec.plan.options
+        self._models_dir = spec.plan.models_dir
+        self._model = spec.plan.served(spec.model)
+        self._context = engine_context(kind, spec)
+        self._program = engine_program(kind, spec.environ)
+        self._truncations = TruncationLog(spec.log)
+
+    def start(self) -> None:
+        """Start the server, load the model and see where it landed.
+
+        Raises:
+            EngineError: it did not start, the model did not load, or it landed on the CPU.
+        """
+        while True:
+            ollama = self._serve_ollama()
+            loaded = self._load(ollama)
+            if self._fits(loaded) or not self._shrink(loaded):
+                break
+        self._check_placement(loaded)
+        self.facts |= {
+            "version": ollama.version(),
+            "slots": self.slots,
+            "context_length": loaded.context_length or self._context,
+            "size_bytes": loaded.size,
+            "gpu_bytes": loaded.size_vram,
+            "log": str(self.spec.log),
+        }
+        self._use(ollama.url)
+
+    def was_truncated(self, prompt_tokens: int) -> bool:
+        """Tell whether a prompt was cut: Ollama says so in its log only."""
+        if prompt_tokens < self._context // 2 - _SLACK_TOKENS:
+            return False
+        return self._truncations.left(prompt_tokens)
+
+    def _serve_ollama(self) -> Ollama:
+        environment = ollama_environment(
+            self.spec.environ,
+            _models_link(self.spec.home, self._models_dir),
+            self.spec.home,
+            self._settings(),
+        )
+        return Ollama(self._serve([self._program, "serve"], environment))
+
+    def _settings(self) -> dict[str, str]:
+        """Return what differs from engine to engine; the run's own variables win."""
+        settings = {
+            "OLLAMA_NUM_PARALLEL": str(self.slots),
+            "OLLAMA_CONTEXT_LENGTH": str(self._context),
+            "OLLAMA_MAX_QUEUE": str(max(512, 4 * self.slots)),
+            "OLLAMA_LOAD_TIMEOUT": f"{int(self._options.load_timeout)}s",
+        }
+        if self.spec.devices:
+            settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.devices)
+        if self._options.log_level == "DEBUG":
+            settings["OLLAMA_DEBUG"] = "1"
+        return {**settings, **self._options.engine_env}
+
+    def _load(self, ollama: Ollama) -> Loaded:
+        model = self._model
+        digest = _digest(ollama.tags(), model)
+        if digest is None:
+            raise EngineError(
+                f"Ollama does not list {model} in {self._models_dir}",
+                f"pull it: aiflux models pull {model}",
+            )
+        insisted = parse_model_name(self.spec.model).digest
+        name = replace(parse_model_name(model), digest=insisted)
+        refuse_other_digest(name, digest, str(self._models_dir))
+        self._digest = digest
+        try:
+            ollama.load(model, self._options.load_timeout)
+            return next(iter(ollama.loaded()))
+        except StopIteration:
+            raise EngineError(f"{model} was loaded but is not in memory", str(self.spec.log)) \
+                from None  # fmt: skip
+        except EngineError as error:
+            raise EngineError(
+                f"{model} could not be loaded: {error.message}",
+                f"see the engine's log: {self.spec.log}",
+            ) from error
+
+    def _fits(self, loaded: Loaded) -> bool:
+        return not self.spec.devices or loaded.size_vram >= loaded.size
+
+    def _shrink(self, loaded: Loaded) -> bool:
+        """Take half the slots; False where that is not allowed, or would not help."""
+        if self._options.slots is not None or self.slots == 1 or not loaded.size_vram:
+            return False
+        self.slots //= 2
+        return True
+
+    def _check_placement(self, loaded: Loaded) -> None:
+        if self._fits(loaded) or self._options.allow_cpu:
+            return
+        share = 100 - 100 * loaded.size_vram // max(loaded.size, 1)
+        raise EngineError(
+            f"{share} % of {self._model} landed on the CPU in a job with the GPUs "
+            f"{', '.join(self.spec.devices)}",
+            "ask for more or larger GPUs, fewer --slots or a smaller --context-length; check that "
+            "the image has GPU support (aiflux image info); or say --allow-cpu",
+        )
+
+
+def _models_link(home: Path, models_dir: Path) -> Path:
+    """Return a plain path to the models directory.
+
+    Ollama finds models with a glob pattern made from this path, so that a backslash or a bracket
+    in it would hide them all (``Manifests`` in ollama's server/manifest.go).
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    link = home / "models"
+    if not link.is_symlink():
+        link.symlink_to(models_dir)
+    return link
+
+
+def _digest(tags: dict[str, str], model: str) -> str | None:
+    """Return a model's digest; Ollama's names do not depend on case."""
+    return next((digest for name, digest in tags.items() if name.lower() == model.lower()), None)

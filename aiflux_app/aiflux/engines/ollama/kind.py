@@ -1,0 +1,125 @@
+"""What is known of Ollama without starting it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.batch.request import EMBEDDINGS
+from aiflux.core.config.run_options import RunOptions
+from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
+from aiflux.engines.ollama.memory import estimate, one_slot
+from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
+from aiflux.engines.ollama.stored_model import known_figures
+from aiflux.engines.process import engine_program
+from aiflux.models.catalog import Catalogue
+from aiflux.models.figures import Figures
+from aiflux.models.name import parse_model_name
+
+# What Ollama says in a 500 when its runner process died under the request (llm/server.go).
+_RUNNER_DIED = (
+    "llama runner process has terminated",
+    "llama runner process no longer running",
+    "model runner has unexpectedly stopped",
+    ": EOF",
+    "unexpected EOF",
+    "connection reset by peer",
+    "connection refused",
+)
+# What Ollama says in a 404 when the model's manifest is gone (server/routes.go).
+_MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
+
+
+class OllamaKind:
+    """Ollama."""
+
+    name = "ollama"
+    title = "Ollama"
+    managed = True
+    program = "ollama"
+    program_variables: tuple[str, ...] = ("AIFLUX_OLLAMA",)
+    cached_program = "ollama-cpu/bin/ollama"
+
+    def is_stored(self, models_dir: Path, model: str) -> bool:
+        """Tell whether a model's manifest and all its blobs are in a models directory."""
+        return not missing_parts(models_dir, parse_model_name(model))
+
+    def refuse_other_digest(self, models_dir: Path, model: str) -> None:
+        """Refuse a stored model with another digest than its name insists on.
+
+        Raises:
+            ModelError: it has.
+        """
+        name = parse_model_name(model)
+        found = model_digest(models_dir, name)
+        if found is not None:
+            refuse_other_digest(name, found, str(models_dir))
+
+    def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
+        """Pull a model unless it is stored; return whether it was pulled.
+
+        Raises:
+            ModelError: it is unknown or not available.
+            StorageError: the models directory cannot be written.
+            EngineError: there is no ``ollama``.
+        """
+        from aiflux.engines.ollama.pull import ensure_model
+
+        return ensure_model(
+            models_dir,
+            model,
+            engine_program(self, context.environ),
+            context.log,
+            say=context.say,
+            progress=context.progress,
+            again=context.again,
+        )
+
+    def figures(
+        self, models_dir: Path | None, model: str, catalogue: Catalogue | None
+    ) -> Figures | None:
+        """Return a model's figures: from its own file, or else from the catalog."""
+        return known_figures(models_dir, parse_model_name(model), catalogue)
+
+    def one_slot(self, figures: Figures) -> bool:
+        """Tell whether Ollama runs a model with one slot, whatever it is given."""
+        return one_slot(figures.architecture)
+
+    def memory_needed(
+        self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
+    ) -> int:
+        """Return the least that the newer Ollamas need, with flash attention."""
+        cache_type = options.engine_env.get("OLLAMA_KV_CACHE_TYPE") or "f16"
+        return estimate(figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type).total
+
+    def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
+        """Use a name that Ollama knows, and the limit that it obeys.
+
+        Names with AI-Flux's own ``http://`` or ``@sha256:...`` are replaced. Ollama ignores
+        ``max_completion_tokens``: the value is also sent as ``max_tokens``.
+        """
+        edits: dict[str, Any] = {}
+        named = body.get("model")
+        if named is not None and ("@" in named or "://" in named):
+            edits["model"] = served
+        limit = body.get("max_completion_tokens")
+        if limit is not None and url != EMBEDDINGS and "max_tokens" not in body:
+            edits["max_tokens"] = limit
+        return edits
+
+    def crash_code(self, status: int, message: str) -> str | None:
+        """Return the code of an answer by which Ollama shows that it lost its model."""
+        if status == 500 and any(words in message for words in _RUNNER_DIED):
+            return "engine_crashed"
+        return "model_gone" if status == 404 and _MODEL_GONE.match(message) else None
+
+    def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
+        """Return an Ollama on the spec's GPUs."""
+        from aiflux.engines.ollama.engine import OllamaEngine
+
+        return OllamaEngine(self, spec, make_client)
+
+
+KIND: EngineKind = OllamaKind()

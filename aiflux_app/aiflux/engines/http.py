@@ -26,7 +26,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
 from aiflux.engines.secrets import Secrets
-from aiflux.util.process_limits import start_thread
+from aiflux.util.process_limits import exhausted, start_thread
 from aiflux.util.text import public_url
 
 CONNECT_TIMEOUT = 10.0
@@ -167,6 +167,9 @@ class Client:
         try:
             answer = self._send(request, timeout)
         except (requests.RequestException, HTTPError, OSError) as error:
+            stop = exhausted(error)
+            if stop is not None:
+                raise stop from error
             raise self._explain(exchange, error, timeout) from error
         finally:
             with self._lock:

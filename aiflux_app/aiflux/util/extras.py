@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from aiflux.errors import ConfigError
+from aiflux.util.process_limits import exhausted
 
 EXTRAS: Mapping[str, str] = {
     "documents": "PDF and DOCX in aiflux convert dir",
@@ -38,11 +39,12 @@ def need(module: str, extra: str, purpose: str) -> Any:
 
     Raises:
         ConfigError: it is not installed; the remedy is what installs it.
+        StoppedError: it could not be loaded for lack of memory or files.
     """
     try:
         return import_module(module)
     except ImportError as error:
-        raise ConfigError(
+        raise exhausted(error) or ConfigError(
             f"{purpose} needs the Python package {module.partition('.')[0]}, which cannot be "
             f"imported: {error}",
             remedy(extra, has_pip=find_spec("pip") is not None),

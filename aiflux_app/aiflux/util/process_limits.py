@@ -14,67 +14,121 @@ from aiflux.errors import StoppedError
 
 # Open files besides connections to engines: logs, the journal, probes, pipes of children.
 _OTHER_FILES = 32
-_RESERVE_BYTES = 32 << 20
+SPARE_BYTES = 32 << 20
+"""What all threads need once the last one was started."""
+THREAD_BYTES = 8 << 20
+_LAST_WORDS_BYTES = 4 << 20
 _NO_FILES = {errno.EMFILE, errno.ENFILE}
+# What the dynamic loader says in an ImportError, which has no errno.
+_LOADER_NO_MEMORY = ("failed to map", "cannot allocate memory", "out of memory")
+_LOADER_NO_FILES = ("too many open files",)
+_NO_THREAD = ("can't start new thread", "can't allocate")
+_AGAIN = "then run the same command again"
 
 
-def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
+def start_thread(
+    target: Callable[[], None], name: str, spare: int = THREAD_BYTES
+) -> threading.Thread:
     """Start a daemon thread and return it.
+
+    Args:
+        spare: bytes of memory that have to be free beside the thread's stack. Python waits for ever
+            for a thread that has none to begin with.
 
     Raises:
         StoppedError: the system allows no further thread.
     """
     thread = threading.Thread(target=target, name=name, daemon=True)
-    with exhaustion_stops():
+    _reserve(_stack_bytes() + spare).close()
+    try:
         thread.start()
+    except (MemoryError, RuntimeError) as error:
+        raise exhausted(error) or error from error
     return thread
+
+
+def _stack_bytes() -> int:
+    """Return the size of a new thread's stack, which glibc takes from the limit on stacks."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return threading.stack_size() or (THREAD_BYTES if soft == resource.RLIM_INFINITY else soft)
 
 
 @contextmanager
 def exhaustion_stops() -> Iterator[None]:
     """Turn what Python raises at the limits of the process into a StoppedError with the remedy."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        stop = exhausted(error)
-        if stop is None:
+    # Given back when an error comes: showing one takes memory too.
+    with _reserve(_LAST_WORDS_BYTES) as reserve:
+        try:
+            yield
+        except StoppedError:
             raise
-        raise stop from error
+        except Exception as error:
+            reserve.close()
+            stop = exhausted(error)
+            if stop is None:
+                raise
+            raise stop from error
 
 
-def exhausted(error: Exception) -> StoppedError | None:
-    """Return what an error at a limit of the process means; None for any other error."""
-    again = "then run the same command again"
-    if isinstance(error, OSError):
-        if error.errno not in _NO_FILES:
-            return None
-        return StoppedError("the limit on open files is too low", f"raise it (ulimit -n), {again}")
-    if isinstance(error, MemoryError):
+def exhausted(error: BaseException) -> StoppedError | None:
+    """Return what an error at a limit of the process means; None for any other error.
+
+    Looked at is also what the error was raised from, such as a library that could not be loaded.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        stop = _meaning(cause)
+        if stop is not None:
+            return stop
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _meaning(error: BaseException) -> StoppedError | None:
+    number = error.errno if isinstance(error, OSError) else None
+    words = str(error).lower() if isinstance(error, ImportError) else ""
+    if number in _NO_FILES or any(text in words for text in _LOADER_NO_FILES):
+        return StoppedError("the limit on open files is too low", f"raise it (ulimit -n), {_AGAIN}")
+    if (
+        isinstance(error, MemoryError)
+        or number == errno.ENOMEM
+        or any(text in words for text in _LOADER_NO_MEMORY)
+        # Python's own word for a MemoryError that got lost.
+        or (isinstance(error, SystemError) and _memory_is_short())
+    ):
         return StoppedError(
-            "there is not enough memory", f"allow more (ulimit -v, the job's --mem), {again}"
+            "there is not enough memory", f"allow more (ulimit -v, the job's --mem), {_AGAIN}"
         )
-    if "can't start new thread" in str(error) or "can't allocate" in str(error):
+    no_thread = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_THREAD)
+    if no_thread or number == errno.EAGAIN:
         return StoppedError(
-            f"the system allows this process no further thread: {error}",
+            f"the system allows this process no further thread or process: {error}",
             "allow more processes (ulimit -u) or more memory (ulimit -v, the job's --mem), "
-            f"{again}",
+            f"{_AGAIN}",
         )
     return None
 
 
-@contextmanager
-def reserved_memory() -> Iterator[None]:
-    """Hold some memory back while threads are started, for what all threads do afterwards.
+def _memory_is_short() -> bool:
+    try:
+        mmap.mmap(-1, SPARE_BYTES).close()
+    except OSError:
+        return True
+    return False
+
+
+def _reserve(size: int) -> mmap.mmap:
+    """Take memory that nothing uses.
 
     Raises:
         StoppedError: there is too little left.
     """
     try:
-        reserve = mmap.mmap(-1, _RESERVE_BYTES)
+        return mmap.mmap(-1, size)
     except OSError as error:
-        raise StoppedError("there is not enough memory for another thread") from error
-    with reserve:
-        yield
+        raise exhausted(error) or error from error
 
 
 def raise_file_limit() -> None:

@@ -2,6 +2,8 @@
 
 import sys
 
+from aiflux.errors import StoppedError, describe
+from aiflux.util.process_limits import exhaustion_stops
 from aiflux.worker.stop import Stopper
 
 
@@ -9,8 +11,12 @@ def main() -> int:
     """Listen to signals first: the imports of the worker take a while."""
     stopper = Stopper()
     stopper.install()
-    from aiflux.worker.main import main as run  # noqa: PLC0415 - after the handlers
-
+    try:
+        with exhaustion_stops():
+            from aiflux.worker.main import main as run  # noqa: PLC0415 - after the handlers
+    except StoppedError as error:
+        sys.stderr.write(describe(error) + "\n")
+        return int(error.exit_code)
     return run(stopper=stopper)
 
 

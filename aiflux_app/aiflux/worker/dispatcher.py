@@ -6,7 +6,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from types import CodeType
 from typing import Any
 
@@ -26,7 +25,7 @@ from aiflux.engines.outcome import (
     judge_exchange_error,
 )
 from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
-from aiflux.util.process_limits import exhausted, reserved_memory, start_thread
+from aiflux.util.process_limits import SPARE_BYTES, THREAD_BYTES, exhausted, start_thread
 from aiflux.util.times import utc_now
 from aiflux.worker.rejections import ENOUGH, Held, Rejections, certain
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
@@ -88,8 +87,12 @@ class Pool:
                 self._report_limit()
             while len(self._threads) < min(wanted, self._most):
                 try:
-                    with reserved_memory() if self._threads else nullcontext():
-                        thread = start_thread(self._work, f"request-{len(self._threads)}")
+                    number = len(self._threads)
+                    thread = start_thread(
+                        self._work,
+                        f"request-{number}",
+                        spare=SPARE_BYTES if number else THREAD_BYTES,
+                    )
                 except StoppedError:
                     if not self._threads:
                         raise
@@ -151,7 +154,10 @@ class Pool:
             verdict = self._exchange(task, link)
         except AifluxError:
             raise
-        except Exception as error:  # noqa: BLE001 - no answer, and no request, may end the run
+        except Exception as error:
+            stop = None if isinstance(error, MemoryError) else exhausted(error)
+            if stop is not None:
+                raise stop from error
             verdict = self._judge_bug(error)
         seconds = time.monotonic() - began
         if verdict.status in UNREADY_STATUSES and self._is_down(lane, link.is_ready, generation):

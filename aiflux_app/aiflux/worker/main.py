@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from aiflux import __version__
@@ -97,21 +98,15 @@ def _main(argv: Sequence[str] | None, stopper: Stopper) -> int:
         now = time.time()
         stopper.ignore_usr1_until(max(arguments.deadline - 60, (now + arguments.deadline) / 2))
     stopper.install()
-    context = Context(
-        make_reporter(),
-        stopper,
-        deadline=arguments.deadline,
-        api_key=os.environ.get("AIFLUX_API_KEY"),
-    )
     try:
-        with exhaustion_stops():
+        with exhaustion_stops(), closing(make_reporter()) as reporter:
+            key = os.environ.get("AIFLUX_API_KEY")
+            context = Context(reporter, stopper, deadline=arguments.deadline, api_key=key)
             _dispatch(arguments, context)
     except AifluxError as error:
-        context.reporter.close()
         sys.stderr.write(describe(error) + "\n")
         return int(error.exit_code)
     except Exception:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
-        context.reporter.close()
         traceback.print_exc()
         return int(ExitCode.BUG)
     return int(ExitCode.OK)

@@ -41,25 +41,80 @@ def allowed(told: str) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("mib", [75, 90, 110, 120, 150, 200])
-def test_few_threads_are_enough_and_none_stop_the_run(
-    mib: int, engine: FaultyEngine, tmp_path: Path
+@pytest.fixture(scope="module")
+def started() -> int:
+    """Bytes of address space that AI-Flux takes before it does anything, on this machine."""
+    code = "import aiflux.cli; print(open('/proc/self/status').read())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = re.search(r"VmPeak:\s+(\d+) kB", told.stdout)
+    assert found
+    return int(found[1]) << 10
+
+
+def limited_to(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+MORE = [1, 3, 6, 10, 14, 18, 25, 33, 40, 65, 130]
+"""MiB beyond the start; how much it takes for one thread, or ten, differs between machines."""
+
+
+@pytest.mark.parametrize("mib", MORE)
+def test_little_memory_is_enough_or_a_stop_that_names_the_limit(
+    mib: int, started: int, engine: FaultyEngine, tmp_path: Path
 ) -> None:
-    """How much memory it takes for one thread, or for ten, differs from machine to machine."""
     working = Working(tmp_path, engine.url).prompts(*["hello"] * REQUESTS)
-    done = run(
-        tmp_path,
-        engine,
-        lambda: resource.setrlimit(resource.RLIMIT_AS, (mib * MIB, mib * MIB)),
-    )
+    done = run(tmp_path, engine, limited_to(started + mib * MIB))
     if done.returncode == ExitCode.STOPPED:
         assert "ulimit -v" in done.stderr
         assert "run the same command again" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
         assert len(working.results) == REQUESTS
-        assert engine.most <= allowed(done.stderr)
+        if "requests in flight: at most" in done.stderr:
+            assert engine.most <= allowed(done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("mib", [1, 4, 10, 20])
+def test_the_worker_stops_likewise(mib: int, started: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aiflux.worker", "--run-dir", "none"],
+        cwd=tmp_path, preexec_fn=limited_to(started + mib * MIB),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    if done.returncode != ExitCode.USAGE:  # there is no such run
+        assert done.returncode == ExitCode.STOPPED, done.stderr
+        assert "ulimit -v" in done.stderr
+
+
+LOADING = """
+import resource, sys
+from aiflux.errors import ConfigError
+from aiflux.util.extras import need
+limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(getattr(resource, sys.argv[1]), (limit if len(sys.argv) < 3 else 3,) * 2)
+try:
+    need("_decimal", "schema", "this")
+except Exception as error:
+    print(type(error.__cause__).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "remedy"),
+    [(["RLIMIT_AS"], "ulimit -v"), (["RLIMIT_NOFILE", "3"], "ulimit -n")],
+)
+def test_a_library_that_there_is_no_room_for_is_not_called_missing(
+    limit: list[str], remedy: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *limit], capture_output=True, text=True, check=True
+    )
+    assert "Error" in done.stdout, done.stderr
+    assert remedy in done.stdout
+    assert "pip install" not in done.stdout
 
 
 @pytest.mark.parametrize("files", [10, 64])

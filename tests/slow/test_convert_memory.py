@@ -116,4 +116,4 @@ def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert re.search(r"lines 2 to \d+: a cell of more than 64 MiB", done.stderr)
+    assert re.search(r"lines 2 to \d+: a cell larger than 64 MiB", done.stderr)

@@ -1,6 +1,6 @@
-"""Converters: tables, folders, JSON and images become requests, and answers become tables again.
+"""Convert tables, folders, JSON and images to requests, and results back to tables.
 
-Each function is imported when it is first used, so that importing this package costs nothing.
+Each function is imported on first use, so importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a converter."""
+    """Import a converter on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

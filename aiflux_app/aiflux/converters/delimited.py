@@ -1,4 +1,4 @@
-"""CSV and TSV: tables of text, read row by row."""
+"""Convert CSV and TSV files, read row by row."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _DELIMITERS = (",", "\t", ";", "|")
 _NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 _SAMPLE = 1 << 16
 _ROW_NAMES = "row.names"
-_DECLARATION = re.compile(r"sep=(.)\r?\n")  # which Excel writes and reads
-# A quote that is never closed takes in the rest of the file: this much is too much for a cell.
+_DECLARATION = re.compile(r"sep=(.)\r?\n")  # written and read by Excel
+# An unclosed quote swallows the rest of the file; no real cell is this large.
 _MAX_CELL = 64 << 20
 
 
@@ -51,22 +51,23 @@ def csv_to_jsonl(
     progress: Progress | None = None,
     **request: Unpack[RequestOptions],
 ) -> Summary:
-    """Make a request of every row of a CSV or TSV file whose first row names the columns.
+    """Convert each row of a CSV or TSV file to a request. The first row names the columns.
 
     Args:
-        output_path: replaced whole or not at all; None with ``limit``.
-        template: the prompt; ``{column}`` is filled in, a literal brace is doubled.
-        id_column: its cells become the custom_ids; else these are ``row-1``, ``row-2``, ...
-        keep: columns that go into the request's metadata (``*`` stands for all).
-        delimiter: detected where it is not given.
-        encoding: detected where it is not given.
-        skip_bad: leave out rows that cannot be used, instead of refusing the file.
-        limit: a trial: the first so many requests are in the summary, nothing is written.
-        progress: told how many bytes are read, and of how many.
-        request: what every request has: see ``aiflux.converters.request_form.RequestOptions``.
+        output_path: written completely or not at all; may be None with ``limit``.
+        template: the prompt; ``{column}`` is replaced, and literal braces are doubled.
+        id_column: the column with the custom_ids; by default they are ``row-1``, ``row-2``, ...
+        keep: columns to copy to the request's metadata (``*`` for all).
+        delimiter: detected by default.
+        encoding: detected by default.
+        skip_bad: skip invalid rows instead of rejecting the file.
+        limit: preview: return this number of requests in the summary and write nothing.
+        progress: called with the number of bytes read and the total.
+        request: options shared by all requests; see
+            ``aiflux.converters.request_form.RequestOptions``.
 
     Raises:
-        InputError: the file or some rows cannot be used; names their lines.
+        InputError: the file or some rows are invalid; lists their lines.
         StorageError: the output cannot be written.
     """
     form = make_form(**request)
@@ -85,11 +86,11 @@ def csv_to_jsonl(
 
 @dataclass(frozen=True)
 class DelimitedTable:
-    """A CSV file: its columns, and how to read it.
+    """A CSV file: its columns and its format.
 
     Attributes:
-        declares: its first line is Excel's ``sep=;``, and the header the second.
-        row_names: its first column has no name in the header: R's row names.
+        declares: the first line is Excel's ``sep=;`` and the second is the header.
+        row_names: the first column has no name in the header, as with R's row names.
     """
 
     path: Path
@@ -101,10 +102,10 @@ class DelimitedTable:
 
     @classmethod
     def of(cls, path: Path, delimiter: str | None, encoding: str | None) -> DelimitedTable:
-        """Look at a file's beginning.
+        """Detect a file's format from its beginning.
 
         Raises:
-            InputError: it cannot be read, or has no proper header.
+            InputError: the file cannot be read or has no valid header.
         """
         checked_start(path, "CSV")
         known = detect_encoding(path) if encoding is None else checked_encoding(encoding)
@@ -129,20 +130,20 @@ class DelimitedTable:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was found out about the file."""
+        """What was detected in the file."""
         name = self.encoding.name.removesuffix("-sig")
         note = f"encoding {name}, delimiter {self.delimiter!r}"
         if self.encoding.origin == "declared":
-            note += f" ({name} is what the file declares)"
+            note += " (encoding declared in the file)"
         if self.encoding.origin == "guessed":
-            note += f" ({name} is a guess: look at a --dry-run, or give --encoding)"
+            note += " (encoding guessed: check with --dry-run or set --encoding)"
         if not self.row_names:
             return (note,)
-        named = f"the first cell of each row has no column in the header: {_ROW_NAMES!r}, as in R"
+        named = f"the header does not name the first column, as in R; it is called {_ROW_NAMES!r}"
         return (note, named)
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row | Skipped]:
-        """Yield every row under the header, and what is none."""
+        """Yield the rows below the header; invalid rows are yielded as ``Skipped``."""
         size = self.path.stat().st_size
         with reading(self.path), open(self.path, "rb") as file:
             for number, (line, last, cells) in enumerate(self._cells(file)):
@@ -154,7 +155,7 @@ class DelimitedTable:
                 progress(size, size)
 
     def _cells(self, file: BinaryIO) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
-        """Yield a row's first and last line, and its cells; rows without any are left out."""
+        """Yield the first line, last line and cells of each row; empty rows are skipped."""
         text = io.TextIOWrapper(
             file, encoding=self.encoding.name, errors=self.encoding.errors, newline=""
         )
@@ -196,41 +197,44 @@ class DelimitedTable:
         return Row(line, f"row-{number}", dict(zip(self.columns, cells, strict=True)))
 
     def _damage(self, cell: str) -> str | None:
-        """Return what no text has: a byte of another encoding, or a 0, at which engines stop."""
+        """Return what makes a cell invalid: a byte of another encoding, or NUL.
+
+        Engines truncate a prompt at NUL.
+        """
         byte = bad_byte(cell)
         if byte is not None:
             name = self.encoding.name.removesuffix("-sig")
-            return f"the byte 0x{byte:02x}, which is not {name}; give the right --encoding"
-        return "a NUL character: the file is damaged, or no text" if "\0" in cell else None
+            return f"the byte 0x{byte:02x}, which is not valid {name}; set --encoding"
+        return "a NUL character: the file is damaged or not text" if "\0" in cell else None
 
     def _ragged(self, cells: Sequence[str]) -> str:
-        some = f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")
+        count = f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")
         shown = self.delimiter.join(cells)
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        seen = f"{some} where the header has {len(self.columns)}: {shown!r}"
+        problem = f"{count}, but the header has {len(self.columns)}: {shown!r}"
         if len(self.columns) == 1:
-            seen += f' (write a cell that holds {self.delimiter!r} in quotes: "...")'
-        return seen
+            problem += f' (quote a cell that contains {self.delimiter!r}: "...")'
+        return problem
 
 
 def _not_in(path: Path, encoding: Encoding, place: str, error: UnicodeError) -> InputError:
-    """Return the error for UTF-16 and UTF-32, where nothing can be read behind a broken place."""
+    """Return the error for UTF-16 and UTF-32, where nothing after an invalid byte can be read."""
     return InputError(
-        f"{str(path)!r} is not {encoding.name} {place}: {error}",
-        "name its encoding with --encoding; without a byte order mark: utf-16-le or utf-16-be",
+        f"{str(path)!r} is not valid {encoding.name} {place}: {error}",
+        "set --encoding; without a byte order mark, use utf-16-le or utf-16-be",
     )
 
 
 def _malformed(error: csv.Error) -> str:
     if "field larger" in str(error):
-        return f'a cell of more than {_MAX_CELL >> 20} MiB: a quote (") is not closed'
+        return f'a cell larger than {_MAX_CELL >> 20} MiB: a quote (") is not closed'
     if "unexpected end" in str(error):
         return 'a quote (") is not closed before the end of the file'
-    return f'not CSV: {error} (a quote inside a quoted cell is written "")'
+    return f'not valid CSV: {error} (write a quote in a quoted cell as "")'
 
 
 def _beginning(path: Path, encoding: Encoding) -> tuple[str, bool]:
-    """Return the first of a file's text, and whether that is all of it."""
+    """Return the beginning of a file's text, and whether it is the whole file."""
     with (
         reading(path),
         open(path, encoding=encoding.name, errors="replace", newline="") as file,
@@ -238,11 +242,11 @@ def _beginning(path: Path, encoding: Encoding) -> tuple[str, bool]:
         try:
             return file.read(_SAMPLE), not file.read(1)
         except UnicodeError as error:
-            raise _not_in(path, encoding, "from its beginning", error) from None
+            raise _not_in(path, encoding, "at the beginning", error) from None
 
 
 def _detect(sample: str, whole: bool) -> str:
-    """Return the delimiter that cuts the first rows into the most equal and most numerous cells."""
+    """Return the delimiter that splits the first rows most evenly and into most cells."""
     scores = {item: _score(sample, item, whole) for item in _DELIMITERS}
     return max(_DELIMITERS, key=lambda item: scores[item])
 
@@ -261,7 +265,7 @@ def _score(sample: str, delimiter: str, whole: bool) -> tuple[float, int]:
 def _sample_rows(sample: str, delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
     csv.field_size_limit(_MAX_CELL)
-    with suppress(csv.Error):  # what was read up to there tells enough
+    with suppress(csv.Error):  # the rows read so far are enough
         rows.extend(row for row in csv.reader(io.StringIO(sample, ""), delimiter=delimiter) if row)
     return rows
 
@@ -271,24 +275,28 @@ def _header(draft: DelimitedTable) -> tuple[str, ...]:
     with reading(path), open(path, "rb") as file:
         first = next(draft._cells(file), None)
     if first is None:
-        raise InputError(f"the input {str(path)!r} has no header line", "name its columns there")
+        raise InputError(
+            f"the input {str(path)!r} has no header line", "add a line that names the columns"
+        )
     line, _, cells = first
     if isinstance(cells, csv.Error):
-        raise InputError(f"the header of {str(path)!r} (line {line}) is {_malformed(cells)}")
+        raise InputError(
+            f"the header of {str(path)!r} (line {line}) is invalid: {_malformed(cells)}"
+        )
     for cell in cells:
         reason = draft._damage(cell)
         if reason is not None:
             raise InputError(
-                f"the header of {str(path)!r} has {reason}", "see that it is a table of text"
+                f"the header of {str(path)!r} has {reason}", "check that the file is a text table"
             )
     return unique_columns([name or f"column_{at}" for at, name in enumerate(cells, 1)], path)
 
 
 def _has_row_names(sample: str, rows: Sequence[Sequence[str]], columns: Sequence[str]) -> bool:
-    """Return whether every row has one cell more than the header: a name, as R writes it.
+    """Return whether every row starts with an extra cell, R's row name.
 
-    R puts header and names in quotes, or numbers the rows. A delimiter at the end of each row, or a
-    comma in a text without quotes, also makes one cell more.
+    R quotes the header and the names, or numbers the rows. A trailing delimiter in each row, or a
+    comma in unquoted text, also results in one extra cell and must not count.
     """
     first = [row[0] for row in rows]
     quoted = re.match(r'"[^\n]*"\r?\n"', sample) is not None
@@ -303,17 +311,17 @@ def _has_row_names(sample: str, rows: Sequence[Sequence[str]], columns: Sequence
 
 
 def unique_columns(names: Iterable[str], path: Path) -> tuple[str, ...]:
-    """Return the names of columns; raise InputError where two are the same."""
+    """Return column names; raise InputError for duplicates."""
     columns = tuple(names)
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise InputError(
-            f"{str(path)!r} has several columns of the same name: {', '.join(map(repr, twice))}",
-            "give every column a name of its own",
+            f"{str(path)!r} has duplicate column names: {', '.join(map(repr, twice))}",
+            "give each column a unique name",
         )
     return columns
 
 
 def csv_writer(file: Any) -> Any:
-    """Return a writer whose every cell comes back as it was; CRLF makes it quote both."""
+    """Return a CSV writer that preserves cells; with CRLF it quotes both CR and LF."""
     return csv.writer(file, lineterminator="\r\n")

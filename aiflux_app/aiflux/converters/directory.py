@@ -1,4 +1,4 @@
-"""Turn the files of a directory into requests, whole or in chunks."""
+"""Convert the files of a directory to requests, one per file or per chunk."""
 
 from __future__ import annotations
 
@@ -51,28 +51,28 @@ def directory_to_jsonl(
     progress: Progress | None = None,
     **request: Unpack[RequestOptions],
 ) -> Summary:
-    """Make a request of every text, PDF and DOCX file of a directory, or of every chunk of it.
+    """Convert each text, PDF and DOCX file of a directory, or each chunk of it, to a request.
 
-    ``custom_id`` is the file's path inside the directory, with ``#1``, ``#2``, ... for chunks; the
-    metadata has ``source_file`` and, for chunks, ``chunk`` (from 1) and ``chunks``. Binary files,
-    empty ones and those that are too large are left out; broken documents are bad.
+    ``custom_id`` is the file's path inside the directory, followed by ``#1``, ``#2``, ... for
+    chunks. The metadata has ``source_file`` and, for chunks, ``chunk`` (from 1) and ``chunks``.
+    Binary, empty and too large files are skipped; damaged documents are errors.
 
     Args:
-        template: ``{text}``, ``{source_file}``, ``{chunk}`` and ``{chunks}`` are filled in.
-        recursive: folders of the directory, too. Hidden files and folders are left out.
-        patterns, exclude: as in the shell; held against name and path inside the directory.
-        max_file_size: bytes; larger files are left out.
-        chunk_tokens: cut longer texts into chunks of about so many tokens.
-        overlap: tokens that a chunk repeats of the one before.
-        encoding: of plain text that is not UTF-8; else what a text declares, or a guess, which the
-            summary reports.
-        progress: told how many files are done, and of how many.
+        template: ``{text}``, ``{source_file}``, ``{chunk}`` and ``{chunks}`` are replaced.
+        recursive: include subdirectories. Hidden files and directories are always skipped.
+        patterns, exclude: shell patterns, matched against file name and relative path.
+        max_file_size: in bytes; larger files are skipped.
+        chunk_tokens: split longer texts into chunks of about this number of tokens.
+        overlap: number of tokens that a chunk repeats from the previous one.
+        encoding: encoding of plain text that is not UTF-8; by default it is read from the file or
+            guessed, and reported in the summary.
+        progress: called with the number of files done and the total.
 
-    The other arguments are those of ``csv_to_jsonl``.
+    The other arguments are the same as for ``csv_to_jsonl``.
 
     Raises:
-        ConfigError: a PDF or DOCX is there, but not the library that reads it.
-        InputError: the directory or some files cannot be used, or nothing is left.
+        ConfigError: the library for PDF or DOCX files is not installed.
+        InputError: the directory or some files are invalid, or no file remains.
         StorageError: the output cannot be written.
     """
     check_chunks(chunk_tokens, overlap)
@@ -99,7 +99,7 @@ def directory_to_jsonl(
 
 @dataclass(frozen=True)
 class _FileRequests:
-    """What is made of a file."""
+    """Creates the requests for each file."""
 
     walk: Walk
     template: Template
@@ -111,7 +111,7 @@ class _FileRequests:
     assumed: dict[Encoding, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def notes(self) -> tuple[str, ...]:
-        """Return which files were not UTF-8, by what they were read as."""
+        """Return which files were not UTF-8, grouped by the assumed encoding."""
         return tuple(map(_assumption, self.assumed, self.assumed.values()))
 
     def items(self) -> Iterator[RequestDraft | Skipped]:
@@ -124,7 +124,7 @@ class _FileRequests:
                 self.progress(number, total)
 
     def _own(self) -> set[Path]:
-        """Return what this conversion, or an earlier one, writes."""
+        """Return the files that this or an earlier conversion writes."""
         if self.output is None:
             return set()
         output = self.output.absolute()
@@ -160,37 +160,38 @@ class _FileRequests:
 
 
 def _assumption(encoding: Encoding, files: list[str]) -> str:
-    """Return what was assumed of files, with the first of their names."""
+    """Describe the encoding assumed for some files, with the first file names."""
     named = ", ".join(map(repr, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
     count = f"{len(files)} file" + ("" if len(files) == 1 else "s")
     note = f"{encoding.name} ({encoding.origin}): {count}, {named}"
     if encoding.origin == "guessed":
-        note += "; if that is wrong, name the encoding with --encoding"
+        note += "; if this is wrong, set --encoding"
     return note
 
 
-# English text has about 4 bytes a token, code 3, CJK text 3 bytes a character and token.
+# English text has about 4 bytes per token and code 3; CJK text has 3 bytes per character, which
+# is about one token.
 BYTES_PER_TOKEN = 3
 _ENDS = ("\n\n", "\n", ". ", "。", " ")
 
 
 def check_chunks(tokens: int | None, overlap: int) -> None:
-    """Raise UsageError unless chunks of ``tokens`` can overlap by ``overlap``."""
+    """Raise UsageError if chunks of ``tokens`` cannot overlap by ``overlap``."""
     if tokens is None and overlap:
         raise UsageError("--overlap needs --chunk-tokens", "--chunk-tokens 2000 --overlap 200")
     if tokens is not None and tokens < 1:
-        raise UsageError(f"--chunk-tokens {tokens} leaves nothing", "--chunk-tokens 2000")
+        raise UsageError(f"--chunk-tokens {tokens} is not 1 or more", "--chunk-tokens 2000")
     if tokens is not None and (not 0 <= overlap <= tokens // 2):
         raise UsageError(
             f"chunks of {tokens} tokens cannot overlap by {overlap}",
-            "--overlap is at most half of --chunk-tokens",
+            "set --overlap to at most half of --chunk-tokens",
         )
 
 
 def split_text(text: str, tokens: int, overlap: int = 0) -> Iterator[str]:
-    """Yield pieces of at most ``tokens`` tokens; each begins ``overlap`` before the last one's end.
+    """Yield chunks of at most ``tokens`` tokens, each starting ``overlap`` before the last end.
 
-    A token is counted as three bytes of UTF-8, which errs on the side of smaller pieces.
+    A token is counted as three bytes of UTF-8, so chunks tend to be smaller than the limit.
     """
     start = 0
     while True:
@@ -204,7 +205,7 @@ def split_text(text: str, tokens: int, overlap: int = 0) -> Iterator[str]:
 
 
 def _fitting(text: str, start: int, size: int) -> int:
-    """Return the end of the longest piece that has at most ``size`` bytes (and one character)."""
+    """Return the end of the longest chunk with at most ``size`` bytes, but at least one char."""
     piece = text[start : start + size]
     if not piece.isascii():
         piece = piece.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
@@ -212,7 +213,7 @@ def _fitting(text: str, start: int, size: int) -> int:
 
 
 def _good_end(text: str, start: int, longest: int) -> int:
-    """Return where to cut: behind the largest unit that ends in the piece's second half."""
+    """Return where to split: after the largest unit that ends in the chunk's second half."""
     for end in _ENDS:
         found = text.rfind(end, start + (longest - start) // 2, longest)
         if found >= 0:
@@ -221,7 +222,7 @@ def _good_end(text: str, start: int, longest: int) -> int:
 
 
 def _good_start(text: str, end: int, overlap: int) -> int:
-    """Return where the next piece begins: at a word, about ``overlap`` tokens before ``end``."""
+    """Return the next chunk's start: a word about ``overlap`` tokens before ``end``."""
     if not overlap:
         return end
     back = _last(text[max(0, end - overlap * BYTES_PER_TOKEN) : end], overlap * BYTES_PER_TOKEN)
@@ -231,7 +232,7 @@ def _good_start(text: str, end: int, overlap: int) -> int:
 
 
 def _last(text: str, size: int) -> int:
-    """Return how many of a text's last characters have at most ``size`` bytes together."""
+    """Return how many characters at the end of a text fit into ``size`` bytes."""
     if text.isascii():
         return len(text)
     return len(text.encode("utf-8", "replace")[-size:].decode("utf-8", "ignore"))

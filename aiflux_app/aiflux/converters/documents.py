@@ -1,4 +1,4 @@
-"""The text of a file: plain text in any encoding, PDF and DOCX."""
+"""Read the text of a file: plain text in any encoding, PDF or DOCX."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from aiflux.converters.encoding_guess import UnclearEncodingError
 from aiflux.converters.writer import BadRowError
 from aiflux.util.extras import need
 
-# What pypdf makes of glyphs whose letters a font does not name.
+# pypdf's output for glyphs that the font does not map to letters.
 _UNREADABLE = re.compile(
     r"[\ufffd\ue000-\uf8ff\x00-\x08\x0e-\x1f]|\(cid:\d+\)|/(?:[gGcCa]|cid|glyph|index)\d+"
 )
-_MAX_UNREADABLE = 0.2  # of a document's characters; with more of them, the text is useless
+_MAX_UNREADABLE = 0.2  # share of unreadable characters above which the text is useless
 
 
 class NoTextError(ValueError):
-    """A file has no text that could be read; says why."""
+    """A file has no readable text; the message says why."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """The text of a file, and the encoding of plain text."""
+    """The text of a file, with its encoding if it is plain text."""
 
     text: str
     encoding: Encoding | None = None
@@ -37,12 +37,12 @@ def read_document(path: Path, encoding: str | None = None) -> Document:
     """Return a file's text.
 
     Args:
-        encoding: of plain text that is not UTF-8; else what the text declares, or a guess.
+        encoding: encoding of plain text that is not UTF-8; by default declared or guessed.
 
     Raises:
-        NoTextError: it is binary, holds no text, or may not be read.
-        BadRowError: it is a broken or encrypted document.
-        ConfigError: the library for its kind is not installed.
+        NoTextError: the file is binary, contains no text, or cannot be read.
+        BadRowError: the document is damaged or encrypted.
+        ConfigError: the library for this file type is not installed.
     """
     kind = path.suffix.lower()
     try:
@@ -55,19 +55,19 @@ def read_document(path: Path, encoding: str | None = None) -> Document:
     except OSError as error:
         raise NoTextError(f"cannot be read: {error.strerror or error}") from None
     if not document.text.strip():
-        note = " (scanned pages? OCR makes text of them)" if kind == ".pdf" else ""
-        raise NoTextError(f"it holds no text{note}")
+        note = " (scanned pages need OCR)" if kind == ".pdf" else ""
+        raise NoTextError(f"contains no text{note}")
     return document
 
 
 def _read_pdf(path: Path) -> str:
     library = need("pypdf", "documents", f"reading {path.name!r}")
-    # Without a handler its warnings would come to stderr, where nothing tells which file they mean.
+    # Without a handler, pypdf's warnings go to stderr without the file's name.
     logging.getLogger("pypdf").addHandler(logging.NullHandler())
     try:
         with open(path, "rb") as file:
             reader = library.PdfReader(file)
-            # A PDF with only an owner's password opens with an empty one, as in every viewer.
+            # A PDF with only an owner password opens with an empty user password, as in viewers.
             if reader.is_encrypted and not reader.decrypt(""):
                 raise BadRowError("the PDF is encrypted; save a copy without a password")
             readable = _Readable()
@@ -79,9 +79,9 @@ def _read_pdf(path: Path) -> str:
     except library.errors.DependencyError:
         need("cryptography", "documents", f"reading {path.name!r}, which is encrypted,")
         raise
-    except Exception as error:  # noqa: BLE001 - pypdf meets damage with errors of many types
+    except Exception as error:  # noqa: BLE001 - pypdf raises many types for damaged files
         raise BadRowError(
-            f"the PDF is broken ({_words(error)}); open it in a PDF reader and save it again"
+            f"the PDF is damaged ({_words(error)}); open it in a PDF reader and save it again"
         ) from None
     readable.check()
     return text
@@ -89,13 +89,13 @@ def _read_pdf(path: Path) -> str:
 
 @dataclass
 class _Readable:
-    """Counts the characters of a PDF, and those whose fonts do not say which letters they show."""
+    """Counts a PDF's characters, and those that the fonts do not map to letters."""
 
     signs: int = 0
     unreadable: int = 0
 
     def note(self, text: str, _current: Any, _matrix: Any, font: Any, _size: Any) -> None:
-        """Count a piece of text; pypdf calls this for each."""
+        """Count a piece of text; called by pypdf."""
         size = len("".join(text.split()))
         self.signs += size
         if _without_letters(font):
@@ -104,16 +104,16 @@ class _Readable:
             self.unreadable += sum(len(found) for found in _UNREADABLE.findall(text))
 
     def check(self) -> None:
-        """Raise NoTextError where too much cannot be read."""
+        """Raise NoTextError if too many characters are unreadable."""
         if self.unreadable > _MAX_UNREADABLE * self.signs:
             raise NoTextError(
-                f"{self.unreadable} of its {self.signs} characters cannot be read: the PDF's fonts "
-                "do not say which letters they show (OCR makes text of it)"
+                f"{self.unreadable} of {self.signs} characters are unreadable: the PDF's fonts do "
+                "not map glyphs to letters (use OCR)"
             )
 
 
 def _without_letters(font: Any) -> bool:
-    """Return whether a font shows glyphs by their numbers, without a map to letters."""
+    """Return whether a font shows glyphs by number, without a map to letters."""
     if not font or "/ToUnicode" in font or font.get("/Subtype") != "/Type0":
         return False
     return str(font.get("/Encoding", "")).startswith("/Identity") and any(
@@ -130,9 +130,9 @@ def _read_docx(path: Path) -> str:
         raise BadRowError(str(error)) from None
     except OSError:
         raise
-    except Exception as error:  # noqa: BLE001 - zipfile, zlib and expat each have their errors
+    except Exception as error:  # noqa: BLE001 - zipfile, zlib and expat raise their own errors
         raise BadRowError(
-            f"the DOCX is broken ({_words(error)}); open it in a word processor and save it again"
+            f"the DOCX is damaged ({_words(error)}); open and save it in a word processor"
         ) from None
 
 
@@ -142,16 +142,18 @@ def _decode(content: bytes, named: str | None) -> Document:
     except UnclearEncodingError as error:
         if b"\0" in content:
             raise NoTextError("binary") from None
-        raise BadRowError(f"not UTF-8, and {error}; name its encoding with --encoding") from None
+        raise BadRowError(f"not UTF-8, and {error}; set --encoding") from None
     except UnicodeDecodeError as error:
         marked = marked_encoding(content)
         if marked not in (None, "utf-8-sig"):
-            raise BadRowError(f"it begins as {marked}, and is none") from None
+            raise BadRowError(
+                f"starts with a {marked} byte order mark, but is not valid {marked}"
+            ) from None
         if marked is None and b"\0" in content:
             raise NoTextError("binary") from None
         byte = content[error.start]
         raise BadRowError(
-            f"byte 0x{byte:02x} at offset {error.start} is neither UTF-8 nor {error.encoding}"
+            f"byte 0x{byte:02x} at offset {error.start} is invalid in UTF-8 and {error.encoding}"
         ) from None
     if "\0" in text:
         raise NoTextError("binary")

@@ -1,7 +1,7 @@
-"""The text of a DOCX file, as Word shows it once all tracked changes are accepted.
+"""Extract the text of a DOCX file, as Word shows it with all tracked changes accepted.
 
-The file's XML is read directly, element by element: whatever wraps a paragraph or a run (content
-controls, insertions, smart tags, links) is passed through, so that no wrapper hides its text.
+The XML is parsed element by element. Whatever wraps a paragraph or a run (content controls,
+insertions, smart tags, links) is passed through, so that no wrapper hides its text.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 from xml.parsers import expat
 
-# A DOCX of a few kilobytes can unpack to gigabytes.
+# A DOCX of a few kilobytes can decompress to gigabytes.
 _MAX_UNPACKED = 256 << 20
 _OLE = b"\xd0\xcf\x11\xe0"
 _WORD = (
     "http://schemas.openxmlformats.org/wordprocessingml/2006/main",
-    "http://purl.oclc.org/ooxml/wordprocessingml/main",  # of Strict documents
+    "http://purl.oclc.org/ooxml/wordprocessingml/main",  # Strict documents
 )
 _MATH = (
     "http://schemas.openxmlformats.org/officeDocument/2006/math",
     "http://purl.oclc.org/ooxml/officeDocument/math",
 )
 _COMPATIBILITY = "http://schemas.openxmlformats.org/markup-compatibility/2006"
-# What is deleted, a field's code, and phonetic signs above a word.
+# Deleted text, field codes, and phonetic guides above words.
 _LEFT_OUT = ("del", "moveFrom", "instrText", "delInstrText", "delText", "rt")
 _SIGNS = {"tab": "\t", "ptab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "\u2011"}
 _NOTES = {"footnoteReference": "footnotes", "endnoteReference": "endnotes"}
@@ -35,28 +35,26 @@ Attributes = dict[str, str]
 
 
 class DocxError(ValueError):
-    """A file is not a DOCX that can be read; the text says why and what to do."""
+    """A file is not a readable DOCX; the message says why and how to fix it."""
 
 
 def docx_text(file: BinaryIO) -> str:
-    """Return a document's text: a line for each paragraph, cells of tables with tabs between.
+    """Return a document's text: one line per paragraph, table cells separated by tabs.
 
-    Text boxes follow the paragraph that they belong to; footnotes and endnotes come last, with the
-    number that stands in the text. Headers, footers and comments are left out.
+    Text boxes follow their paragraph. Footnotes and endnotes come last, with their numbers in the
+    text. Headers, footers and comments are skipped.
 
     Raises:
-        DocxError: it is encrypted, or unpacks to too much.
-        Exception: the file is damaged: zipfile, zlib and expat each have their own errors.
+        DocxError: the file is encrypted, or decompresses to too much.
+        Exception: the file is damaged; zipfile, zlib and expat raise their own errors.
     """
     start = file.read(len(_OLE))
     if start == _OLE:
-        raise DocxError(
-            "the DOCX is encrypted, or an old Word file; save it as DOCX without a password"
-        )
+        raise DocxError("encrypted DOCX or old Word file; save it as DOCX without a password")
     with zipfile.ZipFile(file) as package:
         size = sum(part.file_size for part in package.infolist())
         if size > _MAX_UNPACKED:
-            raise DocxError(f"the DOCX unpacks to {size >> 20} MiB, more than a document has")
+            raise DocxError(f"the DOCX decompresses to {size >> 20} MiB, too much for a document")
         return _text_of(package)
 
 
@@ -97,12 +95,12 @@ def _parse(
 
 
 def _refuse_doctype(*_: object) -> None:
-    """Office writes no document type, and one can make text of gigabytes."""
-    raise DocxError("the DOCX has a document type declaration, which no word processor writes")
+    """Reject a document type: Office never writes one, and entities can expand to gigabytes."""
+    raise DocxError("the DOCX has a document type declaration, which word processors never write")
 
 
 def _related(package: zipfile.ZipFile, part: str) -> dict[str, str]:
-    """Return the parts that a part names (the package itself is ""), by the kind of relation."""
+    """Return the parts related to a part ("" is the package), by relationship type."""
     folder, name = posixpath.split(part)
     listing = posixpath.join(folder, "_rels", f"{name}.rels")
     found: dict[str, str] = {}
@@ -122,7 +120,7 @@ def _related(package: zipfile.ZipFile, part: str) -> dict[str, str]:
 class _Paragraph:
     text: list[str] = field(default_factory=list)
     boxes: list[str] = field(default_factory=list)
-    joined: bool = False  # its end is deleted: the next paragraph continues it
+    joined: bool = False  # its end was deleted, so the next paragraph continues it
 
 
 @dataclass
@@ -137,7 +135,7 @@ class _Body:
     Attributes:
         lines: the finished text.
         footnotes, endnotes: names of the notes that the text refers to, in order.
-        notes: lines of notes by name, where the part consists of these.
+        notes: lines of the notes by name, if the part consists of notes.
     """
 
     def __init__(self) -> None:
@@ -145,13 +143,13 @@ class _Body:
         self.footnotes: list[str] = []
         self.endnotes: list[str] = []
         self.notes: dict[str, list[str]] = {}
-        self._places = [self.lines]  # where a paragraph's line goes; the last is the innermost
+        self._places = [self.lines]  # stack of targets for lines; the last is the innermost
         self._paragraphs: list[_Paragraph] = []
         self._rows: list[_Row] = []
         self._fields: list[bool] = []  # for each open field, whether its code is being read
-        self._choices: list[bool] = []  # for each mc:AlternateContent, whether one was taken
+        self._choices: list[bool] = []  # for each mc:AlternateContent, whether a branch was used
         self._path: list[str] = []
-        self._hidden = 0  # depth inside something that is left out
+        self._hidden = 0  # depth inside skipped elements
         self._vanished = self._in_text = False
         self._carried = ""
 
@@ -178,7 +176,7 @@ class _Body:
         return space in _WORD and name in _LEFT_OUT and not self._is_property()
 
     def _is_property(self) -> bool:
-        """Return whether the innermost element stands among the properties of another."""
+        """Return whether the current element is part of another element's properties."""
         return any(name.endswith("Pr") for name in self._path[-4:-1])
 
     def _start(self, name: str, values: Attributes) -> None:
@@ -225,7 +223,7 @@ class _Body:
             self._fields.pop()
 
     def _symbol(self, code: str) -> None:
-        """Add a sign of a symbol font where Unicode has it at the same place."""
+        """Add a symbol font's character if Unicode has the same character at this code."""
         try:
             char = chr(int(code, 16))
         except (ValueError, OverflowError):
@@ -278,7 +276,7 @@ class _Body:
             self._close()
 
     def _close(self) -> list[str]:
-        """Return the lines of the innermost place, which has ended."""
+        """Close the innermost target and return its lines."""
         if self._carried:
             self._places[-1].append(self._carried)
             self._carried = ""

@@ -1,4 +1,4 @@
-"""Detect the encoding of a text file, and the type of a file that is not text."""
+"""Detect the encoding of text files, and recognize files that are not text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BOMS = (
 )
 
 
-# What WHATWG's Encoding Standard reads for these labels; pages say "latin-1" and mean Windows's.
+# The WHATWG Encoding Standard maps these labels so: pages that declare latin-1 mean Windows-1252.
 _MEANT = {
     "iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874",
     "iso8859-11": "cp874", "shift_jis": "cp932", "euc_kr": "cp949", "gb2312": "gb18030",
@@ -41,10 +41,10 @@ _DECLARATIONS = (
     re.compile(rb"""(?is).*?<meta\s[^>]*?\bcharset\s*=\s*["']?\s*([\w.:-]+)"""),
     re.compile(rb"""(?:[^\n]*\n)?[ \t\f]*#[^\n]*?coding[:=][ \t]*([\w.-]+)"""),
 )
-_DECLARED_WITHIN = 1024  # bytes: where browsers look for it
+_DECLARED_WITHIN = 1024  # bytes: browsers search the same range
 _BLANKS = (" ", "\n", "\u3000", "。", "、", "，")
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
-_ESCAPES = re.compile(rb"\x1b[$(]|~\{")  # how ISO-2022 and HZ, whose bytes are ASCII, begin a word
+_ESCAPES = re.compile(rb"\x1b[$(]|~\{")  # ISO-2022 and HZ use only ASCII bytes
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
@@ -57,33 +57,33 @@ class Encoding:
 
     @property
     def errors(self) -> str:
-        """How to decode so that bytes which do not fit can be found: see ``bad_byte``."""
+        """Error handler for decoding that keeps invalid bytes detectable; see ``bad_byte``."""
         return "strict" if self.name.startswith(("utf-16", "utf-32")) else "surrogateescape"
 
 
 def checked_encoding(name: str) -> Encoding:
-    """Return an encoding that the user named.
+    """Return the encoding that the user specified.
 
     Raises:
-        InputError: Python does not know it.
+        InputError: Python has no such encoding.
     """
     try:
         codecs.lookup(name)
         "".encode(name)
     except (LookupError, ValueError):
         raise InputError(
-            f"the encoding {name!r} is unknown", "name one such as utf-8, cp1252 or utf-16"
+            f"unknown encoding {name!r}", "use for example utf-8, cp1252 or utf-16"
         ) from None
     return Encoding("utf-8-sig" if codecs.lookup(name).name == "utf-8" else name)
 
 
 def detect_encoding(path: Path) -> Encoding:
-    """Read a file once and detect its encoding, in bounded memory.
+    """Detect a file's encoding in one pass and in bounded memory.
 
-    A file that is UTF-8 except for a few bytes is UTF-8; its readers find those bytes.
+    A file with only a few invalid bytes counts as UTF-8; its readers report these bytes.
 
     Raises:
-        InputError: the file cannot be read, or its encoding is not clear.
+        InputError: the file cannot be read, or its encoding is ambiguous.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     escapes, ascii_only = -1, True
@@ -111,11 +111,11 @@ def decoded(content: bytes, named: str | None = None) -> tuple[str, Encoding]:
     """Return the text of a whole file and its encoding.
 
     Args:
-        named: the encoding that the user named, for a text that is not UTF-8.
+        named: the encoding that the user specified for text that is not UTF-8.
 
     Raises:
-        UnclearEncodingError: its encoding is not clear.
-        UnicodeDecodeError: bytes do not fit the encoding.
+        UnclearEncodingError: the encoding is ambiguous.
+        UnicodeDecodeError: some bytes are invalid in the encoding.
     """
     known = _known(content)
     if known is None:
@@ -131,7 +131,7 @@ def decoded(content: bytes, named: str | None = None) -> tuple[str, Encoding]:
 
 
 def _known(content: bytes) -> Encoding | None:
-    """Return the encoding that a byte order mark or the pattern of zero bytes shows, if any."""
+    """Return the encoding indicated by a byte order mark or by zero bytes, or None."""
     marked = marked_encoding(content)
     if marked is not None:
         return Encoding(marked, "detected")
@@ -140,15 +140,15 @@ def _known(content: bytes) -> Encoding | None:
 
 
 def marked_encoding(content: bytes) -> str | None:
-    """Return the encoding that a byte order mark at the beginning tells, or None."""
+    """Return the encoding of a byte order mark, or None."""
     return next((name for mark, name in _BOMS if content.startswith(mark)), None)
 
 
 def _without_mark(content: bytes) -> str | None:
-    """Return which UTF-16 or UTF-32 makes a text of bytes that hold zeros, or None.
+    """Return the UTF-16 or UTF-32 variant that decodes bytes with zeros to text, or None.
 
-    Most words of a Western text show it. Elsewhere, a text has blanks and line ends; read in the
-    other byte order, it has none, and bytes that are no text have characters that do not exist.
+    For Western text, the positions of the zero bytes decide. Other text contains spaces and line
+    ends; in the wrong byte order it contains none, and binary data has unassigned characters.
     """
     sample = content[: _SAMPLE - _SAMPLE % 4]
     even, odd = sample[::2].count(0), sample[1::2].count(0)
@@ -167,7 +167,7 @@ def _without_mark(content: bytes) -> str | None:
 
 
 def _part(path: Path, at: int) -> bytes:
-    """Return the whole lines around a place in a file, where there are line ends."""
+    """Return the complete lines around an offset, or the bytes if there are no line ends."""
     with reading(path), open(path, "rb") as file:
         begin = max(0, at - _SAMPLE // 2)
         file.seek(begin)
@@ -178,11 +178,11 @@ def _part(path: Path, at: int) -> bytes:
 
 
 def _of_part(path: Path, start: bytes, bad: int) -> Encoding:
-    """Return the encoding that a file declares, or a guess from what is around ``bad``.
+    """Return the encoding that a file declares, or a guess from the bytes around ``bad``.
 
     Args:
-        start: the file's first bytes.
-        bad: the first byte that UTF-8 does not have.
+        start: the first bytes of the file.
+        bad: offset of the first byte that is not valid UTF-8.
     """
     sample = _part(path, bad)
     text = sample.decode("utf-8", "surrogateescape")
@@ -193,8 +193,8 @@ def _of_part(path: Path, start: bytes, bad: int) -> Encoding:
         return _of_bytes(start, sample)
     except UnclearEncodingError as error:
         raise InputError(
-            f"{str(path)!r} is not UTF-8 (from byte {bad} on), and {error}",
-            "name its encoding with --encoding, or save the file as UTF-8",
+            f"{str(path)!r} is not UTF-8 (invalid byte at offset {bad}), and {error}",
+            "set --encoding, or save the file as UTF-8",
         ) from None
 
 
@@ -210,7 +210,7 @@ def _of_bytes(start: bytes, sample: bytes) -> Encoding:
 def declared_encoding(start: bytes) -> str | None:
     """Return the encoding other than UTF-8 that a text declares at its beginning, or None.
 
-    XML, HTML, CSS and the comment ``coding: NAME`` of scripts are known.
+    Supports XML, HTML, CSS and the script comment ``coding: NAME``.
     """
     for pattern in _DECLARATIONS:
         found = pattern.match(start[:_DECLARED_WITHIN])
@@ -218,51 +218,52 @@ def declared_encoding(start: bytes) -> str | None:
             with suppress(LookupError, ValueError):
                 name = codecs.lookup(found[1].decode("ascii")).name
                 "".encode(name)
-                # A declaration that can be read in bytes is not in UTF-16, whatever it says.
+                # A declaration that was readable as bytes cannot be UTF-16, whatever it claims.
                 if not name.startswith("utf"):
                     return _MEANT.get(name, name)
     return None
 
 
 def _escaped(content: bytes) -> Encoding | None:
-    """Return ISO-2022 or HZ for ASCII bytes that are one of these, or None."""
+    """Return the encoding if ASCII bytes are ISO-2022 or HZ, else None."""
     name = escape_encoding(content[:_SAMPLE])
     return None if name is None else Encoding(name, "guessed")
 
 
 def bad_byte(text: str) -> int | None:
-    """Return the first byte that did not fit the encoding (see ``Encoding.errors``), or None."""
+    """Return the first byte that is invalid in the encoding (see ``Encoding.errors``), or None."""
     found = None if text.isascii() else _ESCAPED.search(text)
     return None if found is None else ord(found[0]) - 0xDC00
 
 
 _FIRST_BYTES = 1 << 16
-_ZIP = "save the workbook as CSV, or unpack the archive; `aiflux convert dir` reads DOCX"
-_PIPE = "unpack it, or pipe it: {} FILE | aiflux convert ... --input -"
+_ZIP = "save the workbook as CSV or unpack the archive; for DOCX, use `aiflux convert dir`"
+_PIPE = "decompress it, or use a pipe: {} FILE | aiflux convert ... --input -"
 _KINDS = (
-    (b"\x1f\x8b", "compressed by gzip", _PIPE.format("zcat")),
-    (b"BZh", "compressed by bzip2", _PIPE.format("bzcat")),
-    (b"\xfd7zXZ", "compressed by xz", _PIPE.format("xzcat")),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", _PIPE.format("zstdcat")),
+    (b"\x1f\x8b", "compressed with gzip", _PIPE.format("zcat")),
+    (b"BZh", "compressed with bzip2", _PIPE.format("bzcat")),
+    (b"\xfd7zXZ", "compressed with xz", _PIPE.format("xzcat")),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _PIPE.format("zstdcat")),
     (b"PK\x03\x04", "a ZIP file: an Excel workbook, a DOCX file or an archive", _ZIP),
-    (b"\xd0\xcf\x11\xe0", "an Excel or Word file of the old kind", "save it as CSV"),
-    (b"PAR1", "a Parquet file", "`aiflux convert parquet` reads it"),
-    (b"%PDF-", "a PDF file", "`aiflux convert dir` reads PDF files of a folder"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", "save it as CSV"),
+    (b"PAR1", "a Parquet file", "use `aiflux convert parquet`"),
+    (b"%PDF-", "a PDF file", "use `aiflux convert dir` on its folder"),
     (b"SQLite format 3\0", "an SQLite database", "export the table as CSV"),
 )
 
 
 def checked_start(path: Path, wanted: str) -> bytes:
-    """Return the first bytes of a file that may be what is wanted, such as ``CSV``.
+    """Return the first bytes of a file after rejecting common other file types.
+
+    Args:
+        wanted: name of the expected format, such as ``CSV``.
 
     Raises:
-        InputError: it cannot be read, is empty, or begins as one of the kinds that are mistaken.
+        InputError: the file cannot be read, is empty, or is of another known type.
     """
     with reading(path):
         if path.is_dir():
-            raise InputError(
-                f"the input {str(path)!r} is a directory", "`aiflux convert dir` reads directories"
-            )
+            raise InputError(f"the input {str(path)!r} is a directory", "use `aiflux convert dir`")
         with open(path, "rb") as file:
             start = file.read(_FIRST_BYTES)
     if not start:

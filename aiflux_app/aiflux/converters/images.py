@@ -1,4 +1,4 @@
-"""Images: each becomes a request that holds it as a data URL, made small enough."""
+"""Convert images to requests that contain them as data URLs, scaled down if needed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1024 * 1024
 TEMPLATE = "Describe this image."
 NAMES = ("source_file", "name")
-# What engines take as it is; everything else is sent as PNG or JPEG.
+# Formats that engines accept as they are; others are sent as PNG or JPEG.
 _SENT_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 _KNOWN = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".avif")
 )
-# What every engine knows; others, such as CMYK, are turned into one of these.
+# Modes that every engine accepts; others, such as CMYK, are converted.
 _PLAIN_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
-# Grey of more than 8 bits, as microscopes and scanners write it.
+# Grayscale with more than 8 bits, as written by microscopes and scanners.
 _DEEP_MODES = frozenset(("I", "I;16", "I;16B", "I;16L", "I;16N", "F"))
 _WITH_FRAMES = frozenset(("GIF", "PNG", "TIFF", "WEBP"))
 _QUALITY = 90
@@ -54,33 +54,33 @@ def images_to_jsonl(
     progress: Progress | None = None,
     **request: Unpack[RequestOptions],
 ) -> Summary:
-    """Make a request of every image of a directory, or of a file that lists images, one a line.
+    """Convert each image of a directory, or of a list with one path per line, to a request.
 
-    Paths in a list are taken from the list's own folder. ``custom_id`` is the path inside the
-    directory or as it stands in the list; the metadata has ``source_file``. JPEG and PNG that are
-    small enough are sent byte for byte; all else is turned upright, resized and sent as JPEG, or
-    as PNG where it is transparent. Grey of more than 8 bits is stretched from its darkest to its
-    brightest value. Of several frames or pages the first is sent.
+    Paths in a list are relative to the list's directory. ``custom_id`` is the path as listed or
+    relative to the directory; the metadata has ``source_file``. JPEG and PNG files that are small
+    enough are sent unchanged. Other images are rotated upright, resized and sent as JPEG, or as PNG
+    if they have transparency. Grayscale with more than 8 bits is stretched from its darkest to its
+    brightest value. Only the first frame or page is sent.
 
     Args:
-        template: the question; ``{source_file}`` and ``{name}`` (without ending) are filled in.
-        max_pixels: width times height that an image is reduced to.
-        progress: told how many images are done, and of how many.
+        template: the question; ``{source_file}`` and ``{name}`` (without suffix) are replaced.
+        max_pixels: maximum width times height.
+        progress: called with the number of images done and the total.
 
-    The other arguments are those of ``directory_to_jsonl``.
+    The other arguments are the same as for ``directory_to_jsonl``.
 
     Raises:
         ConfigError: Pillow is not installed.
-        InputError: the directory, the list or some images cannot be used.
+        InputError: the directory, the list or some images are invalid.
         StorageError: the output cannot be written.
     """
     if max_pixels < 1:
-        raise UsageError(f"--max-pixels {max_pixels} leaves nothing", "--max-pixels 1000000")
+        raise UsageError(f"--max-pixels {max_pixels} is not 1 or more", "--max-pixels 1000000")
     parsed = Template(template, required=False)
     parsed.check(NAMES, "an image", "name")
     form = make_form(**request)
     if form.endpoint != "chat":
-        raise UsageError("images are for chat only", "leave out --endpoint")
+        raise UsageError("images require the chat endpoint", "remove --endpoint")
     source = Path(input_path)
     listed = source.is_file()
     walk = Walk(source, recursive, names(patterns), names(exclude))
@@ -100,12 +100,12 @@ def images_to_jsonl(
 
 
 def _no_line() -> str:
-    return "name an image in every line"
+    return "write one image path per line"
 
 
 @dataclass(frozen=True)
 class _ImageRequests:
-    """What is made of an image."""
+    """Creates the request for each image."""
 
     source: Path | Walk
     template: Template
@@ -113,12 +113,12 @@ class _ImageRequests:
     progress: Progress | None
 
     def notes(self) -> tuple[str, ...]:
-        """Return what is worth knowing of the images that were read."""
+        """Return notes about the images that were read."""
         several = self.reducer.several
         if not several:
             return ()
-        seen = "1 image has" if several == 1 else f"{several} images have"
-        return (f"{seen} several frames or pages: only the first is sent",)
+        count = "1 image has" if several == 1 else f"{several} images have"
+        return (f"{count} several frames or pages; only the first is sent",)
 
     def items(self) -> Iterator[RequestDraft | Skipped]:
         total = sum(1 for _ in self._files()) if self.progress is not None else 0
@@ -128,7 +128,7 @@ class _ImageRequests:
                 self.progress(done, total)
 
     def _files(self) -> Iterator[tuple[int, Found]]:
-        """Yield each image's line or place, and the image."""
+        """Yield each image with its line number or position."""
         if isinstance(self.source, Walk):
             yield from enumerate(self.source.files(), start=1)
         else:
@@ -139,11 +139,11 @@ class _ImageRequests:
             return Skipped(number, found.name, found.reason, bad=False)
         if isinstance(self.source, Walk) and found.path.suffix.lower() not in _KNOWN:
             kinds = ", ".join(sorted(_KNOWN))
-            return Skipped(number, found.name, f"not named as an image ({kinds})", bad=False)
+            return Skipped(number, found.name, f"not an image file name ({kinds})", bad=False)
         place = found.name if isinstance(self.source, Walk) else f"line {number}: {found.name}"
         try:
             if found.name.startswith(("http://", "https://")):
-                raise BadRowError("it is an address: fetch the image first, and name its file")
+                raise BadRowError("it is a URL: download the image and give its path")
             url = self.reducer.data_url(found.path)
         except BadRowError as error:
             return Skipped(number, place, str(error))
@@ -160,8 +160,8 @@ def _listed(path: Path) -> Iterator[tuple[int, Found]]:
     with reading(path):
         if path.suffix.lower() in _KNOWN:
             raise InputError(
-                f"the input {str(path)!r} is one image",
-                "give its folder (with --pattern), or a text file that lists images, one a line",
+                f"the input {str(path)!r} is a single image",
+                "give its directory (with --pattern) or a text file with one image path per line",
             )
         try:
             with open(path, encoding="utf-8-sig") as file:
@@ -171,15 +171,15 @@ def _listed(path: Path) -> Iterator[tuple[int, Found]]:
                         yield number, Found(path.parent / name, name)
         except UnicodeDecodeError:
             raise InputError(
-                f"the list {str(path)!r} is not UTF-8 text", "give one path of an image a line"
+                f"the list {str(path)!r} is not UTF-8 text", "write one image path per line"
             ) from None
 
 
 class _Reducer:
-    """Turns image files into data URLs.
+    """Converts image files to data URLs.
 
     Attributes:
-        several: how many of them had several frames or pages.
+        several: number of images with several frames or pages.
 
     Raises:
         ConfigError: Pillow is not installed.
@@ -195,18 +195,18 @@ class _Reducer:
         """Return an image as a data URL.
 
         Raises:
-            BadRowError: it cannot be read, or is no image.
+            BadRowError: the file cannot be read or is not an image.
         """
         try:
             content = path.read_bytes()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # large ones are welcome; only bombs are refused
+                warnings.simplefilter("ignore")  # large images are fine; bombs raise
                 kind, sent = self._reduced(content)
         except self._pillow.UnidentifiedImageError:
-            raise BadRowError("it is not an image, or of a kind that Pillow cannot read") from None
+            raise BadRowError("not an image, or a format that Pillow cannot read") from None
         except self._pillow.DecompressionBombError as error:
-            raise BadRowError(f"it is too large to open: {error}") from None
-        except Exception as error:  # noqa: BLE001 - Pillow's readers meet damage in many ways
+            raise BadRowError(f"the image is too large: {error}") from None
+        except Exception as error:  # noqa: BLE001 - Pillow raises many types for damaged images
             words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BadRowError(f"the image cannot be read: {words}") from None
         return f"data:{kind};base64,{base64.b64encode(sent).decode()}"
@@ -218,7 +218,7 @@ class _Reducer:
             size = self._size(image.width, image.height)
             kind = _SENT_AS_IS.get(image.format or "") if image.mode in _PLAIN_MODES else None
             if kind is not None and size == image.size and image.getexif().get(0x0112, 1) == 1:
-                image.load()  # finds damage that the header does not show
+                image.load()  # detects damage after the header
                 return kind, content
             image.draft("RGB", size)
             upright = _shallow(self._ops.exif_transpose(image))
@@ -233,7 +233,7 @@ class _Reducer:
 
 
 def _shallow(image: Any) -> Any:
-    """Return grey of more than 8 bits as grey of 8, stretched over all of them."""
+    """Convert grayscale with more than 8 bits to 8 bits, using the full range."""
     if image.mode not in _DEEP_MODES:
         return image
     wide = image.convert("F")

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines: objects, texts or whole conversations become requests."""
+"""Convert JSON and JSON Lines: each object, text or conversation becomes a request."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def json_to_jsonl(
     progress: Progress | None = None,
     **request: Unpack[RequestOptions],
 ) -> Summary:
-    """Make a request of every entry of a JSON array, or of every line of a JSON Lines file.
+    """Convert each entry of a JSON array, or each line of a JSON Lines file, to a request.
 
-    An entry is an object, of which ``template`` (``{field}``, ``{outer.inner}``, ``{list.0}``) or
-    ``field`` take the prompt; an object with ``messages``, or a list of messages, which is asked as
-    it is; or a text, which is the prompt (or ``{text}`` in a template).
+    An entry is one of: an object, with the prompt from ``template`` (``{field}``,
+    ``{outer.inner}``, ``{list.0}``) or ``field``; an object with ``messages``, or a list of
+    messages, sent unchanged; a string, used as the prompt (or as ``{text}`` in a template).
 
     Args:
-        id_field: its values become the custom_ids; else these are ``row-1``, ``row-2``, ...
-        keep: fields that go into the request's metadata (``*`` stands for all).
-        progress: told how many bytes are read, and of how many.
+        id_field: the field with the custom_ids; by default they are ``row-1``, ``row-2``, ...
+        keep: fields to copy to the request's metadata (``*`` for all).
+        progress: called with the number of bytes read and the total.
 
-    The other arguments are those of ``csv_to_jsonl``.
+    The other arguments are the same as for ``csv_to_jsonl``.
 
     Raises:
         UsageError: both ``template`` and ``field`` are given.
-        InputError: the file or some entries cannot be used; names their places.
+        InputError: the file or some entries are invalid; lists their positions.
         StorageError: the output cannot be written.
     """
     if template is not None and field is not None:
-        raise UsageError("--template and --field exclude each other", "give one of the two")
+        raise UsageError("--template and --field cannot be combined", "use one of them")
     form = make_form(**request)
     source = JsonFile.of(Path(input_path))
     maker = _RecordRequests(
@@ -79,7 +79,7 @@ def json_to_jsonl(
 
 @dataclass(frozen=True)
 class _RecordRequests:
-    """What is made of an entry."""
+    """Creates the request for each entry."""
 
     template: Template | None
     field: str | None
@@ -117,7 +117,7 @@ class _RecordRequests:
         if isinstance(value, str):
             return value
         if isinstance(value, dict) and {"custom_id", "url", "body"} <= value.keys():
-            raise BadRowError("it is a request already: give the file to `aiflux run` as it is")
+            raise BadRowError("already a request: pass the file to `aiflux run` unchanged")
         messages = value
         if isinstance(value, dict):
             messages = value.get("messages", value.get("conversations"))
@@ -125,18 +125,16 @@ class _RecordRequests:
             found = as_messages(messages)
             if found is None:
                 raise BadRowError(
-                    'it is no list of messages: {"role": ..., "content": ...}, or as ShareGPT has '
-                    'it {"from": "human" or "gpt", "value": ...}'
+                    'not a list of messages: expected {"role": ..., "content": ...}, or '
+                    'ShareGPT form {"from": "human" or "gpt", "value": ...}'
                 )
             return found
         if isinstance(value, dict):
-            raise BadRowError(
-                f"it has no messages; say with --field or --template what to ask ({_names(value)})"
-            )
-        raise BadRowError(f"it is {_kind(value)}, not an object, a text or a list of messages")
+            raise BadRowError(f"no prompt: set --field or --template ({_names(value)})")
+        raise BadRowError(f"{_kind(value)} instead of an object, a string or a list of messages")
 
     def _blank(self, value: Any, content: str) -> bool:
-        """Return whether nothing was filled in."""
+        """Return whether all values filled into the template were empty."""
         if self.template is None:
             return not content.strip()
         fields = {"text": value} if isinstance(value, str) else value
@@ -152,7 +150,7 @@ class _RecordRequests:
 
 
 def _find(value: Any, name: str) -> Any:
-    """Return a field: by its whole name, else by the steps between its dots (in lists: from 0)."""
+    """Return a field by its full name, else by the path that its dots separate."""
     if isinstance(value, dict) and name in value:
         return value[name]
     for step in name.split("."):
@@ -168,7 +166,7 @@ def _find(value: Any, name: str) -> Any:
 def _found(value: Any, name: str) -> Any:
     found = _find(value, name)
     if found is _MISSING:
-        raise BadRowError(f"it has no field {name!r} ({_names(value)}{_inside(value, name)})")
+        raise BadRowError(f"no field {name!r} ({_names(value)}{_inside(value, name)})")
     return found
 
 
@@ -184,13 +182,13 @@ def _names(value: Any) -> str:
 
 
 def _inside(value: Any, name: str) -> str:
-    """Return what helps where the entries are a list inside the object."""
+    """Return a hint if the entries are a list inside the object."""
     for key, items in value.items() if isinstance(value, dict) else ():
         if isinstance(items, list) and items and _find(items[0], name) is not _MISSING:
-            return f"; those in {key!r} have: write them to a file of their own, jq '.{key}'"
+            return f"; the entries of {key!r} have it: extract them with jq '.{key}'"
     return ""
 
 
 def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean"}
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     return kinds.get(type(value), "null" if value is None else "a number")

@@ -1,4 +1,4 @@
-"""JSON values of a file one by one, in bounded memory: an array's elements, or lines."""
+"""Read JSON values from a file one by one, in bounded memory: array elements or lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LINES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True, slots=True)
 class LocatedValue:
-    """A value and where it stands: the number of its line, or of the array's element."""
+    """A value and its position: the number of its line or array element."""
 
     number: int
     value: Any
@@ -36,7 +36,7 @@ class JsonFile:
     """A file of JSON values.
 
     Attributes:
-        unit: ``line`` where every line is a value, else ``entry``.
+        unit: ``line`` for JSON Lines, ``entry`` for an array.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class JsonFile:
 
     @classmethod
     def of(cls, path: Path) -> JsonFile:
-        """Tell lines from an array: by the file's name, else by its first character.
+        """Detect JSON Lines or an array by the file's name, else by its first character.
 
         Raises:
             InputError: the file cannot be read.
@@ -54,10 +54,10 @@ class JsonFile:
         return cls(path, "line" if lines or not start.startswith((b"[", b"{")) else "entry")
 
     def values(self, progress: Progress | None = None) -> Iterator[LocatedValue | Skipped]:
-        """Yield every value, and what is none.
+        """Yield all values; invalid ones are yielded as ``Skipped``.
 
         Raises:
-            InputError: an array is broken: what follows cannot be told apart.
+            InputError: an array is malformed, so the following elements cannot be separated.
         """
         return self._lines(progress) if self.unit == "line" else self._elements(progress)
 
@@ -95,11 +95,11 @@ class JsonFile:
 
 
 class _Window:
-    """What of a file is in memory: decoded text around the value that is being read.
+    """A sliding window of decoded text around the value that is being read.
 
     Attributes:
-        refused: why the last value cannot be used, "" where it can: it holds a constant that
-            Python writes and JSON does not know, such as NaN, or a number that no double can hold.
+        refused: why the last value is invalid, or "": it contains a constant such as NaN that
+            Python accepts but JSON does not, or a number out of range.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -117,7 +117,7 @@ class _Window:
         self._number = 0
 
     def elements(self) -> Iterator[Any]:
-        """Yield the elements of an array, or values that follow each other."""
+        """Yield the elements of an array, or consecutive values."""
         array = self._peek() == "["
         if array:
             self._at += 1
@@ -135,12 +135,12 @@ class _Window:
             elif array and self._peek() != "]":
                 raise self._broken("a comma or ] is missing after it")
         if array and self._ended and self._text[self._at - 1 : self._at] != "]":
-            raise self._broken("the file ends within the array")
+            raise self._broken("the file ends inside the array")
         if self._peek():
-            raise self._broken("something follows the array")
+            raise self._broken("unexpected content after the array")
 
     def _peek(self) -> str:
-        """Return the next character that is no white space; "" at the end."""
+        """Return the next character that is not white space, or "" at the end."""
         while True:
             found = _SPACE.match(self._text, self._at)
             self._at = self._at if found is None else found.end()
@@ -158,28 +158,28 @@ class _Window:
                 continue
             except RecursionError:
                 raise self._broken("nested too deeply") from None
-            # A number may go on in the next block.
+            # A number may continue in the next block.
             if end == len(self._text) and not isinstance(value, dict | list | str) and self._more():
                 continue
             self._at = end
             return value
 
     def _note_constant(self, name: str) -> None:
-        self.refused = f"it holds {name}, which is not JSON: write null"
+        self.refused = f"it contains {name}, which is not JSON; use null"
 
     def _note_float(self, text: str) -> float:
         value = float(text)
         if isinf(value):
-            self.refused = f"it holds the number {text}, which is too large"
+            self.refused = f"the number {text} is too large"
         return value
 
     def _more(self) -> bool:
-        """Read on, twice as much each time; drop what is done with. False at the end."""
+        """Read a block twice as large as the last, and drop consumed text. False at the end."""
         if self._ended:
             return False
         kept = len(self._text) - self._at
         if kept > _MAX_ELEMENT:
-            raise self._broken(f"it is not JSON, or longer than {_MAX_ELEMENT >> 20} MiB")
+            raise self._broken(f"not JSON, or longer than {_MAX_ELEMENT >> 20} MiB")
         block = self._file.read(max(_BLOCK, kept))
         self._line += self._text.count("\n", 0, self._at)
         try:
@@ -195,6 +195,6 @@ class _Window:
         line = self._line + self._text.count("\n", 0, self._at)
         place = f"entry {self._number} (line {line})" if self._number else f"line {line}"
         return InputError(
-            f"{str(self._path)!r} is broken at {place}: {reason}",
-            "correct it: what follows in the array cannot be told apart",
+            f"{str(self._path)!r} is not valid JSON at {place}: {reason}",
+            "correct it; the rest of the array cannot be parsed",
         )

@@ -1,4 +1,4 @@
-"""Parquet: tables with types, read by row group; only the columns that are needed."""
+"""Convert Parquet files, read by row group and only with the required columns."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def parquet_to_jsonl(
     progress: Progress | None = None,
     **request: Unpack[RequestOptions],
 ) -> Summary:
-    """Make a request of every row of a Parquet file, one row group after the other.
+    """Convert each row of a Parquet file to a request, one row group at a time.
 
-    The arguments are those of ``csv_to_jsonl``; ``progress`` counts rows. Columns that are lists,
-    structs or maps can be kept, but have no place in a template or in custom_ids.
+    The arguments are the same as for ``csv_to_jsonl``, but ``progress`` counts rows. Lists, structs
+    and maps can be kept as metadata, but not used in a template or as custom_ids.
 
     Raises:
         ConfigError: pyarrow is not installed.
-        InputError: the file, a column or some rows cannot be used.
+        InputError: the file, a column or some rows are invalid.
         StorageError: the output cannot be written.
     """
     form = make_form(**request)
@@ -78,8 +78,8 @@ class ParquetTable:
         with reading(path):
             if path.is_dir():
                 raise InputError(
-                    f"the input {str(path)!r} is a folder; one Parquet file is read at a time",
-                    "convert its files one by one, or make one of them, for example in pandas: "
+                    f"the input {str(path)!r} is a directory, not a single Parquet file",
+                    "convert its files one by one, or combine them, for example with pandas: "
                     f"pd.read_parquet({str(path)!r}).to_parquet('one.parquet')",
                 )
             open(path, "rb").close()
@@ -103,7 +103,7 @@ class ParquetTable:
         return self._file.schema_arrow
 
     def is_chat(self, column: str) -> bool:
-        """Return whether a column holds lists of messages, or of ShareGPT's turns."""
+        """Return whether a column contains lists of messages, also in ShareGPT form."""
         if column not in self.columns:
             return False
         kind = self.schema.field(column).type
@@ -116,20 +116,20 @@ class ParquetTable:
         return {"role", "content"} <= fields or {"from", "value"} <= fields
 
     def refuse_nested(self, columns: Sequence[str]) -> None:
-        """Raise InputError where one of the columns is a list, a struct or a map."""
+        """Raise InputError if one of the columns is a list, struct or map."""
         for name in columns:
             kind = self.schema.field(name).type
             if self._arrow.types.is_nested(kind):
                 raise InputError(
-                    f"column {name!r} of {str(self.path)!r} is nested ({kind}): a prompt and a "
-                    "custom_id need one value for each row",
-                    "name another column; a chat column is asked as it is with a template of its "
-                    "name alone; or flatten it first, for example in pandas: "
+                    f"column {name!r} of {str(self.path)!r} is nested ({kind}); a prompt or "
+                    "custom_id needs a single value per row",
+                    "use another column, use a chat column alone as the template, or flatten the "
+                    "column first, for example with pandas: "
                     f"df[{name!r}] = df[{name!r}].map(str)",
                 )
 
     def rows(self, columns: Sequence[str], progress: Progress | None = None) -> Iterator[Row]:
-        """Yield the rows, with the given columns only.
+        """Yield the rows with the given columns.
 
         Raises:
             InputError: the file is damaged.
@@ -147,7 +147,7 @@ class ParquetTable:
             raise self._broken(error, number) from error
 
     def _values(self, column: Any) -> list[Any]:
-        if self._arrow.types.is_float32(column.type):  # its 0.1 is 0.10000000149011612 in 64 bits
+        if self._arrow.types.is_float32(column.type):  # avoids 0.10000000149011612 for 0.1
             texts = column.cast(self._arrow.string()).to_pylist()
             return [None if text is None else float(text) for text in texts]
         try:
@@ -157,7 +157,7 @@ class ParquetTable:
         return values
 
     def _value(self, scalar: Any) -> Any:
-        """Return a value of Python; as text where it is finer, or further off, than Python's."""
+        """Return a Python value, or text if Python's type has less precision or range."""
         try:
             return scalar.as_py()
         except UnicodeDecodeError:
@@ -169,5 +169,5 @@ class ParquetTable:
         place = "" if row is None else f" after row {row}"
         return InputError(
             f"{str(self.path)!r} cannot be read as Parquet{place}: {str(error).splitlines()[0]}",
-            "check that it is a whole Parquet file (`aiflux convert csv` reads CSV)",
+            "check that it is a complete Parquet file; for CSV, use `aiflux convert csv`",
         )

@@ -1,4 +1,4 @@
-"""What all requests of a conversion have in common: body, response format, custom_id."""
+"""Options shared by all requests of a conversion: body, response format and custom_id."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from typing import TypedDict
 
     class RequestOptions(TypedDict, total=False):
-        """Keyword arguments that every converter has.
+        """Keyword arguments of every converter.
 
         Attributes:
-            model: model that each body names; without one the run has to name it.
+            model: the model in each body; if unset, the run must name one.
             system: text of a system message.
             temperature, max_tokens: as in the API; ``params``: any other fields of the body.
-            schema: a JSON Schema, or the path of a file that holds one, for ``response_format``.
+            schema: a JSON Schema, or the path of a schema file, for ``response_format``.
             endpoint: ``chat``, ``completions`` or ``embeddings``.
         """
 
@@ -55,14 +55,14 @@ _OWN_OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class RequestDraft:
-    """What one request is to ask.
+    """The content of one request.
 
     Attributes:
-        number: where it stands in the input (line, row, place in a list), from 1.
-        content: the user's text, the parts of a message with an image, or with ``messages`` the
-            whole conversation.
-        part: 0 for the first (mostly only) request of a row or file.
-        remark: what is worth a warning, such as ``with nothing filled in``.
+        number: position in the input (line, row or list index), from 1.
+        content: the user's text, the message parts with an image, or the whole conversation if
+            ``messages`` is set.
+        part: chunk number within a row or file, from 0.
+        remark: reason for a warning, such as ``with nothing filled in``.
     """
 
     number: int
@@ -76,14 +76,14 @@ class RequestDraft:
 
 @dataclass(frozen=True)
 class RequestForm:
-    """What every request has in common."""
+    """The parts that all requests share."""
 
     endpoint: str = "chat"
     fields: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
 
     def line(self, draft: RequestDraft) -> bytes:
-        """Return the request as one line, with its line ending."""
+        """Return the request as one line, including the line ending."""
         entry: dict[str, Any] = {
             "custom_id": draft.custom_id,
             "method": "POST",
@@ -94,7 +94,7 @@ class RequestForm:
             entry["metadata"] = draft.metadata
         try:
             return json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say
+        except UnicodeEncodeError:  # a lone surrogate can only be written as an escape
             return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
     def _content(self, draft: RequestDraft) -> dict[str, Any]:
@@ -118,14 +118,14 @@ def make_form(
     schema: Path | str | Mapping[str, Any] | None = None,
     endpoint: str = "chat",
 ) -> RequestForm:
-    """Return what every request has in common; see ``RequestOptions``.
+    """Build and validate the shared parts of all requests; see ``RequestOptions``.
 
     Raises:
-        UsageError: options contradict each other, or a value is wrong.
-        InputError: the schema is wrong.
+        UsageError: options conflict, or a value is invalid.
+        InputError: the schema is invalid.
     """
     if endpoint not in ENDPOINTS:
-        raise UsageError(f"endpoint {endpoint!r} is unknown", f"use {', '.join(ENDPOINTS)}")
+        raise UsageError(f"unknown endpoint {endpoint!r}", f"use {', '.join(ENDPOINTS)}")
     _check_values(model, temperature, max_tokens, endpoint)
     given = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -138,8 +138,8 @@ def make_form(
         fields["response_format"] = response_format(schema)
     if endpoint != "chat" and (system is not None or schema is not None):
         raise UsageError(
-            f"--system and --schema are for chat, not for {endpoint}",
-            "leave them out, or leave out --endpoint",
+            f"--system and --schema require the chat endpoint, not {endpoint}",
+            "remove them, or remove --endpoint",
         )
     return RequestForm(endpoint, fields, system)
 
@@ -148,15 +148,17 @@ def _check_values(
     model: str | None, temperature: float | None, max_tokens: int | None, endpoint: str
 ) -> None:
     if model is not None and not model.strip():
-        raise UsageError("--model is empty", "name one, such as llama3.2:3b, or leave it out")
+        raise UsageError(
+            "--model is empty", "name a model such as llama3.2:3b, or remove the option"
+        )
     if temperature is not None and not 0 <= temperature < math.inf:
         raise UsageError(f"--temperature {temperature} is not 0 or more", "--temperature 0.7")
     if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"--max-tokens {max_tokens} leaves no answer", "--max-tokens 500")
+        raise UsageError(f"--max-tokens {max_tokens} is not 1 or more", "--max-tokens 500")
     if endpoint == "embeddings" and (temperature, max_tokens) != (None, None):
         raise UsageError(
-            "--temperature and --max-tokens mean nothing for embeddings",
-            "leave them out, or leave out --endpoint",
+            "--temperature and --max-tokens do not apply to embeddings",
+            "remove them, or remove --endpoint",
         )
 
 
@@ -165,11 +167,11 @@ def _check_param(name: str, value: Any) -> None:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"--param {name} has no place in JSON: {error}", "give numbers, texts, lists, objects"
+            f"--param {name} is not valid JSON: {error}", "use numbers, strings, lists, objects"
         ) from None
 
 
-# A schema with none of these allows everything. What says more about one of them needs that one.
+# A schema without any of these keywords allows everything. Others only refine one of these.
 _KEYWORDS = {
     "$dynamicRef", "$recursiveRef", "$ref", "additionalProperties", "allOf", "anyOf", "const",
     "contains", "dependentRequired", "dependentSchemas", "enum", "exclusiveMaximum",
@@ -181,12 +183,12 @@ _KEYWORDS = {
 
 
 def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return OpenAI's ``response_format`` for a schema, or for the file that holds it.
+    """Return OpenAI's ``response_format`` for a schema or schema file.
 
-    Where jsonschema is installed, the schema is checked.
+    The schema is validated if jsonschema is installed.
 
     Raises:
-        InputError: the file cannot be read, or the schema is wrong.
+        InputError: the file cannot be read, or the schema is invalid.
     """
     if isinstance(schema, Mapping):
         content, place, name = dict(schema), "the schema", "answer"
@@ -198,7 +200,7 @@ def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
         try:
             compile_schema(content)
         except SchemaError as error:
-            raise InputError(f"{place} is wrong: {error}", "correct it") from None
+            raise InputError(f"{place} is invalid: {error}", "correct it") from None
     title = content.get("title")
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", title if isinstance(title, str) and title else name)
     return {
@@ -208,18 +210,18 @@ def response_format(schema: Path | str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_what_allows_all(schema: Mapping[str, Any], place: str) -> None:
-    """Raise InputError for a whole ``response_format``, and for names without a keyword."""
+    """Raise InputError for a complete ``response_format``, or if no schema keyword is used."""
     whole = "json_schema" in schema or isinstance(schema.get("schema"), dict)
     if whole and schema.get("type") in (None, "json_schema"):
         raise InputError(
-            f"{place} is a whole response_format",
-            'give only what stands under "schema" in it',
+            f"{place} is a complete response_format",
+            'use only the value of its "schema" key',
         )
     if schema and not _KEYWORDS & schema.keys():
         names = ", ".join(repr(name) for name in list(schema)[:5])
         raise InputError(
-            f"{place} allows every answer: none of its keys ({names}) is a keyword of JSON Schema",
-            'name fields under "properties", such as '
+            f"{place} allows any answer: it has no JSON Schema keyword, only {names}",
+            'define fields under "properties", such as '
             '{"type": "object", "properties": {"label": {"type": "string"}}}',
         )
 
@@ -242,6 +244,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(
             f"the schema {str(path)!r} is not a JSON object",
-            'give a JSON Schema, such as {"type": "object", "properties": {...}}',
+            'use a JSON Schema such as {"type": "object", "properties": {...}}',
         )
     return content

@@ -1,4 +1,4 @@
-"""Turn the rows of a table into requests; CSV and Parquet share it."""
+"""Convert table rows to requests; shared by CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Row:
     """One row.
 
     Attributes:
-        number: its line, or its place in the table from 1.
-        name: the custom_id that it has without an id column.
+        number: its line number, or its position in the table from 1.
+        name: its default custom_id.
         cells: its values by column.
     """
 
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What is made of a row; ``place`` says what a row's number counts."""
+    """How rows are converted; ``place`` is the unit of a row's number."""
 
     template: str
     id_column: str | None = None
@@ -44,14 +44,14 @@ class TableOptions:
     place: str = "row"
 
     def kept(self, columns: Sequence[str]) -> tuple[str, ...]:
-        """Return the columns that go into the metadata."""
+        """Return the columns to copy to the metadata."""
         return tuple(columns) if "*" in self.keep else self.keep
 
     def needed(self, columns: Sequence[str]) -> list[str]:
-        """Return the columns that have to be read, in the table's order.
+        """Return the columns to read, in the table's order.
 
         Raises:
-            InputError: one is named that is not there.
+            InputError: a named column does not exist.
         """
         template, where = Template(self.template), "the input"
         template.check(columns, where)
@@ -71,10 +71,10 @@ def convert_table(
     options: TableOptions,
     notes: tuple[str, ...] = (),
 ) -> Summary:
-    """Write a request for every row.
+    """Write a request for each row.
 
     Raises:
-        InputError: columns that are named are not there, or rows cannot be used.
+        InputError: named columns do not exist, or rows are invalid.
     """
     options.needed(columns)
     job = Conversion(
@@ -152,7 +152,7 @@ def changed_cell(cells: Mapping[str, Any], digests: Mapping[str, str]) -> str | 
 
 
 def names(given: Sequence[str]) -> tuple[str, ...]:
-    """Return names; a single text is one name, not as many as it has letters."""
+    """Return names as a tuple; a single string counts as one name."""
     return (given,) if isinstance(given, str) else tuple(given)
 
 
@@ -164,11 +164,11 @@ _SPEAKERS = {
 
 
 def as_messages(value: Any) -> list[dict[str, Any]] | None:
-    """Return a list of messages: with role and content, or as ShareGPT writes it; else None."""
+    """Return a list of messages (role and content, or ShareGPT form), else None."""
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         return None
     if all(isinstance(turn.get("role"), str) for turn in value):
-        # In Parquet every message has all fields that any has.
+        # In Parquet, every message has the union of all fields.
         return [
             {name: item for name, item in turn.items() if item is not None or name == "content"}
             for turn in value
@@ -179,10 +179,10 @@ def as_messages(value: Any) -> list[dict[str, Any]] | None:
 
 
 def as_text(value: Any) -> str:
-    """Return a value as a prompt shows it: text as it is, null as nothing, the rest as JSON.
+    """Return a value as prompt text: strings unchanged, null as "", the rest as JSON.
 
     Raises:
-        ValueError: it is bytes that are no text.
+        ValueError: the value is binary.
     """
     if isinstance(value, str):
         return value
@@ -192,7 +192,7 @@ def as_text(value: Any) -> str:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"holds {len(value)} bytes that are no text") from None
+            raise ValueError(f"contains {len(value)} bytes of binary data") from None
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     plain = as_json(value)
@@ -200,9 +200,9 @@ def as_text(value: Any) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value in JSON's own types: dates in ISO form, what JSON has no word for as text.
+    """Return a value as JSON types: dates in ISO form, types without a JSON equivalent as text.
 
-    Bytes that are no text become Base64, as in most programs that write JSON.
+    Binary data becomes Base64, as in most JSON writers.
     """
     if value is None or isinstance(value, str | bool | int):
         return value

@@ -1,4 +1,4 @@
-"""Templates: a prompt's text with ``{name}`` where a value goes; ``{{`` and ``}}`` are braces."""
+"""Prompt templates: ``{name}`` is replaced by a value; ``{{`` and ``}}`` are literal braces."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Template:
 
     Args:
         text: the template.
-        required: a template that names nothing is an error: it would ask the same every time.
+            required: reject a template without names, as all prompts would be equal.
 
-    Attributes:
-        names: what is filled in, in order of first appearance.
+        Attributes:
+            names: the names to fill in, in order of first appearance.
 
     Raises:
-        InputError: a brace stands alone, a name is empty, or nothing is named.
+        InputError: the template has a single brace, an empty name or no name.
     """
 
     def __init__(self, text: str, *, required: bool = True) -> None:
         self.text = text
-        # Literal text and names by turns: texts[0] names[0] texts[1] names[1] ... texts[-1]
+        # Literals and names alternate: texts[0] names[0] texts[1] names[1] ... texts[-1]
         self._texts: list[str] = [""]
         self._fields: list[str] = []
         for match in _PARTS.finditer(text):
@@ -34,47 +34,50 @@ class Template:
         self.names = tuple(dict.fromkeys(self._fields))
         if required and not self.names:
             raise InputError(
-                f"the template {_shown(text)} names nothing to fill in: every request would be the "
+                f"the template {_shown(text)} has nothing to fill in: all requests would be the "
                 "same",
-                'name a column (or field) in braces, such as "Summarize: {text}"',
+                'name a column or field in braces, for example "Summarize: {text}"',
             )
 
     def _add(self, match: re.Match[str]) -> None:
         part = match[0]
         if match[1] is not None:
             if not match[1].strip():
-                raise self._wrong(match.start(), "{} without a name", "write the name between them")
+                raise self._wrong(match.start(), "{} without a name", "write a name in the braces")
             self._fields.append(match[1])
             self._texts.append("")
         elif part in ("{", "}"):
-            raise self._wrong(match.start(), f"a lone {part}", f"a literal {part} is {part * 2}")
+            raise self._wrong(
+                match.start(), f"a single {part}", f"write a literal {part} as {part * 2}"
+            )
         else:
             self._texts[-1] += part[0] if part in ("{{", "}}") else part
 
-    def _wrong(self, position: int, seen: str, remedy: str) -> InputError:
+    def _wrong(self, position: int, problem: str, remedy: str) -> InputError:
         line = self.text.count("\n", 0, position) + 1
         column = position - self.text.rfind("\n", 0, position)
         return InputError(
-            f"the template {_shown(self.text)} has {seen} at line {line}, column {column}", remedy
+            f"the template {_shown(self.text)} has {problem} at line {line}, column {column}",
+            remedy,
         )
 
     def check(self, columns: Iterable[str], where: str, kind: str = "column") -> None:
-        """Raise InputError unless every name is one of ``columns`` of ``where``."""
+        """Raise InputError unless every name is one of ``columns``."""
         known = list(columns)
         missing = [name for name in self.names if name not in known]
         if missing:
             raise InputError(
                 f"the template names {_listed(missing)}, but {where} has no such {kind}",
-                f"its {kind}s are {_listed(known)}; a literal brace is {{{{ or }}}}",
+                f"its {kind}s are {_listed(known)}; write literal braces as {{{{ and }}}}",
             )
 
     @property
     def only(self) -> str | None:
-        """The name, where the template is that and nothing else."""
+        """The name, if the template consists only of it."""
         return self.names[0] if self._fields and self._texts == ["", ""] else None
 
     def render(self, values: Mapping[str, str]) -> str:
-        """Return the text with every name replaced. Raises KeyError for one that is missing."""
+        """Return the text with all names replaced. Raises KeyError if a value is missing."""
         parts = [self._texts[0]]
         for name, text in zip(self._fields, self._texts[1:], strict=True):
             parts += (values[name], text)
@@ -82,7 +85,7 @@ class Template:
 
 
 def escape(text: str) -> str:
-    """Return the template that stands for ``text`` itself."""
+    """Return a template that renders to ``text``."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
@@ -93,7 +96,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def check_columns(wanted: Iterable[str], columns: Iterable[str], option: str, where: str) -> None:
-    """Raise InputError unless every column that an option names is there."""
+    """Raise InputError unless every column that an option names exists."""
     known = list(columns)
     missing = [name for name in wanted if name not in known]
     if missing:

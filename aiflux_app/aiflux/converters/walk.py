@@ -1,4 +1,4 @@
-"""The files of a directory in a fixed order, and why some are left out."""
+"""List the files of a directory in a fixed order, and say why files are skipped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from aiflux.converters.writer import reading
 from aiflux.errors import InputError, UsageError
 
-# ~$ is what Word and Excel leave beside a file that is open.
+# Word and Excel create ~$ lock files next to open documents.
 _HIDDEN = (".", "~$")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file: its path, its path inside the directory, and why it is left out, if it is."""
+    """A file: its path, its path relative to the directory, and why it is skipped, if so."""
 
     path: Path
     name: str
@@ -28,11 +28,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Walk:
-    """Which files of a directory are wanted.
+    """Selects files of a directory.
 
-    Patterns are those of the shell (``*.md``, ``drafts/*``) and are held against a file's name and
-    its path inside the directory. Hidden files and folders are never looked at; links to files are
-    followed, links to folders are not.
+    Shell patterns (``*.md``, ``drafts/*``) are matched against a file's name and its path relative
+    to the directory. Hidden files and directories are skipped. Links to files are followed, links
+    to directories are not.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Walk:
     max_size: int | None = None
 
     def files(self) -> Iterator[Found]:
-        """Yield the files that the patterns want.
+        """Yield the selected files.
 
         Raises:
             InputError: the directory cannot be read.
@@ -53,22 +53,22 @@ class Walk:
 
     def _no_folder(self) -> InputError:
         if not self.folder.exists():
-            return InputError(f"the input {str(self.folder)!r} is not there", "check the path")
+            return InputError(f"the input {str(self.folder)!r} does not exist", "check the path")
         return InputError(
             f"the input {str(self.folder)!r} is not a directory",
-            f"give its folder, with --pattern {self.folder.name!r}",
+            f"use its parent directory, with --pattern {self.folder.name!r}",
         )
 
     def nothing(self) -> str:
-        """Return what to do where no file was found."""
+        """Return the remedy if no file was found."""
         if self.patterns or self.exclude:
-            remedy = "see what --pattern and --exclude leave of it"
+            remedy = "check --pattern and --exclude"
         else:
-            remedy = "check what it holds; hidden files are not read"
-        return remedy if self.recursive else f"{remedy}; --recursive reads the folders in it, too"
+            remedy = "check its content; hidden files are skipped"
+        return remedy if self.recursive else f"{remedy}; use --recursive to include subdirectories"
 
     def count(self) -> int:
-        """Return how many files there are, without looking into them."""
+        """Return the number of files without reading them."""
         return sum(1 for _ in self.files())
 
     def _below(self, folder: Path, prefix: str) -> Iterator[Found]:
@@ -87,7 +87,7 @@ class Walk:
                 continue
             if path.is_dir():
                 if self.recursive and path.is_symlink():
-                    yield Found(path, inner + "/", "a link to a folder: it may lead in a circle")
+                    yield Found(path, inner + "/", "links to directories are not followed")
                 elif self.recursive:
                     yield from self._below(path, inner + "/")
             elif not self.patterns or _matches(inner, self.patterns):
@@ -103,7 +103,7 @@ class Walk:
         if size == 0:
             return "empty"
         if self.max_size is not None and size > self.max_size:
-            return f"{_size(size)} is more than --max-file-size {_size(self.max_size)}"
+            return f"{_size(size)} exceeds --max-file-size {_size(self.max_size)}"
         return ""
 
 
@@ -113,14 +113,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def parse_size(text: str) -> int:
-    """Return a size such as ``10M`` or ``500K`` in bytes.
+    """Convert a size such as ``10M`` or ``500K`` to bytes.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text.strip().upper().replace("IB", "B"))
     if match is None:
-        raise UsageError(f"{text!r} is not a size", "give one such as 500K, 10M or 2G")
+        raise UsageError(f"{text!r} is not a size", "use for example 500K, 10M or 2G")
     return int(match[1]) * _UNITS[match[2]]
 
 

@@ -1,4 +1,4 @@
-"""Write requests: streamed, complete or not at all, with a summary and unique custom_ids."""
+"""Write requests: streamed, all or nothing, with unique custom_ids and a summary."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from aiflux.util.unicode import terminal_line
 SHOWN = 20
 _KEPT = 1000
 _PLACES = 5
-SKIP_REMEDY = "correct the input; or leave such {units} out with --skip-bad"
+SKIP_REMEDY = "correct the input, or skip these {units} with --skip-bad"
 
 Progress = Callable[[int, int], None]
-"""Told how much is done, and of how much (0 where that is not known)."""
+"""Called with the amount done and the total (0 if unknown)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something that becomes no request.
+    """An input item that becomes no request.
 
     Attributes:
-        number: as in ``Draft``.
-        place: where it stands, in words.
-        bad: it is wrong, and only left out where the user said so; else it is not meant to become
-            a request (a binary file, one that is too large).
+        number: as in ``RequestDraft``.
+        place: its position, in words.
+        bad: it is invalid, and skipped only with ``skip_bad``. Otherwise it was not meant to become
+            a request, such as a binary or too large file.
     """
 
     number: int
@@ -47,33 +47,33 @@ class Skipped:
         return terminal_line(f"{self.place}: {self.reason}")
 
 
-EMPTY = "with nothing filled in: what the template names is empty"
+EMPTY = "with nothing filled in: the template's fields are empty"
 ANSWERED = (
     "that end with an assistant's turn, which the model continues or answers; remove the last turn "
-    "where it is to be written anew"
+    "to generate it again"
 )
 
 
 class BadRowError(ValueError):
-    """A row that cannot become a request; the text says why."""
+    """A row that cannot become a request; the message says why."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did.
+    """Result of a conversion.
 
     Attributes:
-        source: what was read.
-        output: what was written; None for a trial.
+        source: the input.
+        output: the file written; None for a preview.
         unit: what ``rows`` counts: row, entry, file or image.
-        rows: rows read; every one became a request (several, where files are cut into chunks) or
-            was skipped.
-        requests: requests written.
-        skipped: number of rows left out.
-        examples: the first thousand of them.
-        skipped_path: the file that lists all of them, where there are any.
-        notes: what was detected or is worth knowing.
-        first: a trial's requests.
+        rows: number of rows read. Each became a request (several, if files are split into chunks)
+            or was skipped.
+        requests: number of requests written.
+        skipped: number of rows skipped.
+        examples: the first thousand skipped rows.
+        skipped_path: the file that lists all skipped rows, if any.
+        notes: what was detected, and warnings.
+        first: the requests of a preview.
     """
 
     source: Path
@@ -96,11 +96,11 @@ class Conversion:
     """One conversion.
 
     Attributes:
-        place: how a number is told, such as ``line`` in ``line 7``.
-        limit: stop after so many requests and write nothing: a trial.
-        notes: asked at the end.
-        nothing: asked what to do where the source holds none.
-        numbered: custom_ids count the rows, so that none can come twice.
+        place: unit of a position, such as ``line`` in ``line 7``.
+        limit: stop after this number of requests and write nothing (a preview).
+        notes: called at the end.
+        nothing: returns the remedy if the source is empty.
+        numbered: custom_ids are row numbers, so they need no check for duplicates.
     """
 
     source: Path
@@ -112,14 +112,14 @@ class Conversion:
     limit: int | None = None
     notes: Callable[[], tuple[str, ...]] = tuple
     numbered: bool = False
-    nothing: Callable[[], str] = lambda: "check what it holds"
+    nothing: Callable[[], str] = lambda: "check its content"
 
     def run(self, items: Items) -> Summary:
-        """Write a request for every draft.
+        """Write a request for each draft.
 
         Raises:
-            InputError: rows are bad and may not be skipped, or nothing is left; nothing is written.
-            StorageError: the disk refused.
+            InputError: rows are invalid and may not be skipped, or none is left.
+            StorageError: the output cannot be written.
         """
         self._check_paths()
         with ExitStack() as stack:
@@ -136,27 +136,27 @@ class Conversion:
 
     def _check_paths(self) -> None:
         if self.limit is None and self.output is None:
-            raise UsageError("no output was named", "--output FILE")
+            raise UsageError("no output file was given", "--output FILE")
         if self.output is None:
             return
         if same_file(self.output, self.source):
-            raise InputError("input and output are the same file", "name another output")
+            raise InputError("input and output are the same file", "use another output")
         listing = skipped_path(self.output)
         if same_file(listing, self.source):
             raise InputError(
-                f"{str(listing)!r} is the input, and would be the list of what is skipped",
-                "name another output",
+                f"{str(listing)!r} is the input, but the skipped rows would be listed there",
+                "use another output",
             )
         refuse_special(self.output)
         if not os.path.isdir(self.output.parent):
             raise InputError(
-                f"the output's folder {str(self.output.parent)!r} is not there",
+                f"the output directory {str(self.output.parent)!r} does not exist",
                 f"mkdir -p {str(self.output.parent)!r}",
             )
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Tell whether both names lead to the same file; what cannot be looked at is none."""
+    """Return whether two paths are the same file; False if one is not accessible."""
     try:
         return one.samefile(other)
     except OSError:
@@ -164,12 +164,12 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def skipped_path(output: Path) -> Path:
-    """Return the file that lists what was skipped: one JSON object a line."""
+    """Return the path of the file that lists skipped rows, one JSON object per line."""
     return output.with_name(f"{output.stem}.skipped.jsonl")
 
 
 class _Tally:
-    """What accumulates over one conversion."""
+    """Counters and open files of one conversion."""
 
     def __init__(self, job: Conversion, stack: ExitStack) -> None:
         self.job = job
@@ -200,14 +200,14 @@ class _Tally:
 
     def _write(self, draft: RequestDraft) -> None:
         if not draft.custom_id:
-            raise BadRowError("its custom_id is empty; every request needs a name of its own")
+            raise BadRowError("the custom_id is empty; every request needs a unique one")
         earlier = None
         if not self.job.numbered:
             earlier = self.seen.first_use(draft.custom_id, draft.number)
         if earlier is not None:
             raise BadRowError(
-                f"custom_id {draft.custom_id!r} was used at {self.job.place} {earlier} already; "
-                "every request needs a name of its own"
+                f"custom_id {draft.custom_id!r} was already used at {self.job.place} {earlier}; "
+                "every request needs a unique one"
             )
         if draft.messages:
             self._check_messages(draft.content)
@@ -225,14 +225,14 @@ class _Tally:
 
     def _check_messages(self, messages: list[Any]) -> None:
         if not messages:
-            raise BadRowError("its list of messages is empty")
+            raise BadRowError("the list of messages is empty")
         if self.job.form.endpoint != "chat":
-            raise BadRowError("a list of messages is for --endpoint chat only")
+            raise BadRowError("a list of messages requires --endpoint chat")
         if self.job.form.system is not None and messages[0].get("role") == "system":
-            raise BadRowError("it has a system message of its own; leave out --system")
+            raise BadRowError("it already has a system message; remove --system")
 
     def _notes(self) -> tuple[str, ...]:
-        """Return the job's notes, and the counts of what is worth a warning."""
+        """Return the job's notes and the number of requests with each remark."""
         found = []
         for remark, numbers in self.remarks.items():
             requests = f"{len(numbers)} request" + ("" if len(numbers) == 1 else "s")
@@ -242,7 +242,7 @@ class _Tally:
 
     @property
     def _failing(self) -> bool:
-        """Nothing will be written: what still matters is which rows are bad."""
+        """Whether invalid rows prevent any output; further rows are only checked."""
         return bool(self.bad) and not self.job.skip_bad
 
     def _skip(self, item: Skipped) -> None:
@@ -259,22 +259,22 @@ class _Tally:
             self._skip_file.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
 
     def refuse(self) -> None:
-        """Raise InputError where nothing may be written."""
+        """Raise InputError if nothing may be written."""
         job, unit = self.job, self.job.unit
         nothing = "; nothing was written"
         if self._failing:
             bad = [item for item in self.skipped if item.bad]
             raise InputError(
-                f"{self.bad} of {self.rows} {plural(unit)} of {str(job.source)!r} cannot be used"
+                f"{self.bad} of {self.rows} {plural(unit)} of {str(job.source)!r} are invalid"
                 f"{nothing}",
                 SKIP_REMEDY.format(units=plural(unit)),
                 listed(bad, self.bad),
             )
         if not self.requests:
-            seen = f"no {unit}" if not self.rows else f"no {unit} that can be used"
+            found = f"no {unit}" if not self.rows else f"no valid {unit}"
             raise InputError(
-                f"{str(job.source)!r} holds {seen}{nothing}",
-                job.nothing() if not self.rows else "the lines above say why",
+                f"{str(job.source)!r} contains {found}{nothing}",
+                job.nothing() if not self.rows else "see the reasons above",
                 listed(self.skipped, self.skips),
             )
 
@@ -306,27 +306,27 @@ def plural(unit: str) -> str:
 
 
 def listed(items: Iterable[Skipped], count: int) -> tuple[str, ...]:
-    """Return the first ``SHOWN`` of ``count`` items as texts, and how many more there are."""
+    """Return the first ``SHOWN`` of ``count`` items as texts, and the number of others."""
     texts = [str(item) for item in islice(items, SHOWN)]
     if count > len(texts):
         texts.append(f"... and {count - len(texts)} more")
     return tuple(texts)
 
 
-def every(items: Iterator[Any], step: int, tell: Callable[[], None]) -> Iterator[Any]:
-    """Pass items on, and call ``tell`` after every ``step`` of them and at the end."""
+def every(items: Iterator[Any], step: int, report: Callable[[], None]) -> Iterator[Any]:
+    """Pass items on, and call ``report`` after every ``step`` items and at the end."""
     number = 0
     for number, item in enumerate(items, start=1):
         yield item
         if number % step == 0:
-            tell()
+            report()
     if number % step:
-        tell()
+        report()
 
 
 @contextmanager
 def reading(path: Path, what: str = "the input") -> Iterator[None]:
-    """Turn an OSError met in reading ``path`` into an InputError that names it."""
+    """Convert an OSError raised while reading ``path`` to an InputError that names it."""
     try:
         yield
     except OSError as error:
@@ -340,10 +340,10 @@ _FIRST_SIZE = 1 << 12
 
 
 class SeenIds:
-    """An open-addressing table from a name's 64-bit hash to the number it was first used at.
+    """Compact hash table from a name's 64-bit hash to the number where it was first used.
 
-    Names themselves are not kept: of ten million names, two different ones are taken for the same
-    with a probability of about three in a million.
+    Names themselves are not stored. Among ten million names, the probability that two different
+    ones collide is about three in a million.
     """
 
     def __init__(self) -> None:
@@ -351,7 +351,7 @@ class SeenIds:
         self._hashes, self._numbers = _table(_FIRST_SIZE)
 
     def first_use(self, name: str, number: int) -> int | None:
-        """Return the number that ``name`` was used at before; else note it and return None."""
+        """Return the number where ``name`` was used before; else store it and return None."""
         key = hash(name) or 1
         slot = self._slot(key)
         if self._hashes[slot]:
@@ -363,7 +363,7 @@ class SeenIds:
         return None
 
     def _slot(self, key: int) -> int:
-        """Return the slot that holds a hash, or the free one where it belongs."""
+        """Return the slot of a hash, or the free slot where it belongs."""
         mask = len(self._hashes) - 1
         slot = key & mask
         while self._hashes[slot] not in (0, key):

@@ -114,7 +114,7 @@ def test_the_summary_lists_what_was_skipped(
     told = capsys.readouterr().out
     assert "1 request from 31 rows of t.csv -> q.jsonl" in told
     assert "skipped 30:" in told
-    assert "line 3: 1 cell where the header has 2: 'x'" in told
+    assert "line 3: 1 cell, but the header has 2: 'x'" in told
     assert "... and 10 more" in told
     assert "all of them: " in told
     assert "q.skipped.jsonl" in told
@@ -192,7 +192,7 @@ def test_the_list_of_what_is_skipped_replaces_nothing_unasked(
     assert convert("csv", "--input", "t.csv", "--template", "{text}") == 2
     assert "q.skipped.jsonl is there already" in capsys.readouterr().err
     assert convert("csv", "--input", mine.name, "--template", "{text}", "--force") == 2
-    assert "would be the list of what is skipped" in capsys.readouterr().err
+    assert "is the input, but the skipped rows would be listed there" in capsys.readouterr().err
     assert mine.read_text() == "text\na\n"
 
 

@@ -1,4 +1,4 @@
-"""Converters of images and Parquet, which need libraries of their own."""
+"""Converters for images and Parquet, which need optional libraries."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def picture(path: Path, size: tuple[int, int] = (40, 20), mode: str = "RGB", **m
 
 
 def sent(request: dict[str, Any]) -> tuple[str, bytes]:
-    """Return the kind and the bytes of the image in a request."""
+    """Return the type and bytes of the image in a request."""
     url = request["body"]["messages"][0]["content"][1]["image_url"]["url"]
     kind, _, data = url.removeprefix("data:").partition(";base64,")
     return kind, base64.b64decode(data)
@@ -52,10 +52,10 @@ def test_images_become_requests(tmp_path: Path) -> None:
     assert sent(first) == ("image/png", png.read_bytes())
     assert sent(second)[0] == "image/jpeg"
     assert third["custom_id"] == "deep/c.jpg"
-    assert "notes.txt: not named as an image (.avif, .bmp" in str(summary.examples[0])
+    assert "notes.txt: not an image file name (.avif, .bmp" in str(summary.examples[0])
 
 
-def test_large_images_are_reduced_and_turned_upright(tmp_path: Path) -> None:
+def test_large_images_are_scaled_down_and_rotated_upright(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -73,25 +73,25 @@ def test_large_images_are_reduced_and_turned_upright(tmp_path: Path) -> None:
 
 def test_a_list_of_images(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "a.png")
-    source = write(tmp_path / "in" / "list.txt", "# mine\n\na.png\ngone.png\na.png\n")
+    source = write(tmp_path / "in" / "list.txt", "# comment\n\na.png\ngone.png\na.png\n")
     output = tmp_path / "o.jsonl"
     with pytest.raises(InputError, match="2 of 3 images") as error:
         images_to_jsonl(source, output)
     assert "line 4: gone.png: the image cannot be read: No such file" in refused(error)
-    assert "line 5: custom_id 'a.png' was used at line 3 already" in refused(error)
+    assert "line 5: custom_id 'a.png' was already used at line 3" in refused(error)
     assert images_to_jsonl(source, output, skip_bad=True).requests == 1
-    with pytest.raises(InputError, match="is one image"):
+    with pytest.raises(InputError, match="is a single image"):
         images_to_jsonl(tmp_path / "in" / "a.png", output)
 
 
-def test_an_image_that_is_none(tmp_path: Path) -> None:
+def test_invalid_images_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     whole = picture(folder / "good.png", (200, 200)).read_bytes()
     write(folder / "half.png", whole[: len(whole) // 2])
     write(folder / "text.jpg", "no image")
     with pytest.raises(InputError, match="2 of 3 images") as error:
         images_to_jsonl(folder, tmp_path / "o.jsonl")
-    assert "text.jpg: it is not an image" in refused(error)
+    assert "text.jpg: not an image" in refused(error)
     assert "half.png: the image cannot be read" in refused(error)
     assert images_to_jsonl(folder, tmp_path / "o.jsonl", skip_bad=True).requests == 1
 
@@ -99,8 +99,10 @@ def test_an_image_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "ending"), [("I;16", "png"), ("I;16", "tif"), ("I", "tif"), ("F", "tif")]
 )
-def test_grey_of_more_than_8_bits_is_stretched(tmp_path: Path, mode: str, ending: str) -> None:
-    """A cut at 255, as Pillow's own conversion does, would make all of it white."""
+def test_grayscale_with_more_than_8_bits_is_stretched(
+    tmp_path: Path, mode: str, ending: str
+) -> None:
+    """Pillow's own conversion clips at 255, which would make the whole image white."""
     image = Image.new(mode, (64, 64), 300)
     image.paste(4000, (32, 0, 64, 64))
     (tmp_path / "in").mkdir()
@@ -120,23 +122,23 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(content)).mode == "RGB"
 
 
-def test_only_the_first_frame_is_sent_and_that_is_told(tmp_path: Path) -> None:
+def test_only_the_first_frame_is_sent_and_a_note_says_so(tmp_path: Path) -> None:
     pages = [Image.new("L", (20, 20), 80 * number) for number in range(3)]
     (tmp_path / "in").mkdir()
     pages[0].save(tmp_path / "in" / "a.tif", save_all=True, append_images=pages[1:])
     picture(tmp_path / "in" / "b.png")
     summary = images_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
-    assert summary.notes == ("1 image has several frames or pages: only the first is sent",)
+    assert summary.notes == ("1 image has several frames or pages; only the first is sent",)
 
 
-def test_addresses_in_a_list_are_not_fetched(tmp_path: Path) -> None:
+def test_urls_in_a_list_are_not_downloaded(tmp_path: Path) -> None:
     source = write(tmp_path / "list.txt", "https://example.org/a.png\n")
     with pytest.raises(InputError) as error:
         images_to_jsonl(source, tmp_path / "o.jsonl")
-    assert "line 1: https://example.org/a.png: it is an address: fetch" in refused(error)
+    assert "line 1: https://example.org/a.png: it is a URL: download" in refused(error)
 
 
-def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pillow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     picture_folder = tmp_path / "in"
     picture_folder.mkdir()
@@ -172,26 +174,26 @@ def test_rows_of_parquet_become_requests(tmp_path: Path) -> None:
     assert summary.notes == ("3 rows in 2 row groups",)
 
 
-def test_a_nested_column_has_no_place_in_a_prompt(tmp_path: Path) -> None:
+def test_nested_columns_are_rejected_in_a_prompt(tmp_path: Path) -> None:
     source = parquet(tmp_path / "in.parquet", {"tags": [["a", "b"]], "text": ["x"]})
     for options in ({"template": "{tags}"}, {"template": "{text}", "id_column": "tags"}):
         with pytest.raises(InputError, match="column 'tags'") as error:
             parquet_to_jsonl(source, tmp_path / "o.jsonl", **options)
         assert "nested (list<" in refused(error)
-        assert "flatten it first" in refused(error)
+        assert "flatten the column first" in refused(error)
 
 
-def test_bytes_that_are_no_text_are_bad(tmp_path: Path) -> None:
+def test_binary_cells_are_invalid(tmp_path: Path) -> None:
     source = parquet(tmp_path / "in.parquet", {"text": [b"caf\xc3\xa9", b"\xff"]})
     with pytest.raises(InputError, match="1 of 2 rows") as error:
         parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
-    assert "row 2: column 'text' holds 1 bytes that are no text" in refused(error)
+    assert "row 2: column 'text' contains 1 bytes of binary data" in refused(error)
     parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", skip_bad=True)
     assert prompts(tmp_path / "o.jsonl") == {"row-1": "café"}
 
 
 def test_nanoseconds_are_kept(tmp_path: Path) -> None:
-    """Python's own datetime ends at microseconds: pyarrow refuses what is finer."""
+    """Python's datetime has microseconds; pyarrow refuses to convert finer values."""
     numbers = pa.array([1, 1_000, None], pa.int64())
     times = numbers.cast(pa.timestamp("ns", "Europe/Berlin"))
     source = parquet(tmp_path / "in.parquet", {"at": times, "for": numbers.cast(pa.duration("ns"))})
@@ -206,19 +208,19 @@ def test_nanoseconds_are_kept(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "back.parquet")["at"].combine_chunks().equals(times)
 
 
-def test_numbers_of_32_bits_are_shown_as_they_were_written(tmp_path: Path) -> None:
+def test_float32_values_keep_their_short_form(tmp_path: Path) -> None:
     source = parquet(tmp_path / "in.parquet", {"x": pa.array([0.1, None, 1e20], pa.float32())})
     parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{x}")
     assert list(prompts(tmp_path / "o.jsonl").values()) == ["0.1", "", "1e+20"]
 
 
-def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a folder") as error:
+def test_a_directory_of_parquet_files_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a directory") as error:
         parquet_to_jsonl(tmp_path, tmp_path / "o.jsonl", template="{x}")
     assert "pd.read_parquet" in str(error.value.remedy)
 
 
-def test_what_is_no_parquet(tmp_path: Path) -> None:
+def test_files_that_are_not_parquet_are_rejected(tmp_path: Path) -> None:
     source = write(tmp_path / "in.parquet", "id,text\n1,2\n")
     with pytest.raises(InputError, match="cannot be read as Parquet") as error:
         parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
@@ -229,14 +231,14 @@ def test_what_is_no_parquet(tmp_path: Path) -> None:
         parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
 
 
-def test_a_missing_column_of_parquet(tmp_path: Path) -> None:
+def test_a_missing_parquet_column_lists_the_existing_ones(tmp_path: Path) -> None:
     source = parquet(tmp_path / "in.parquet", {"a": [1]})
     with pytest.raises(InputError, match="'b'") as error:
         parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{b}")
     assert "its columns are 'a'" in refused(error)
 
 
-def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError) as error:
         parquet_to_jsonl(tmp_path / "x.parquet", tmp_path / "o.jsonl", template="{b}")

@@ -1,4 +1,4 @@
-"""Conversations and odd tables: what a converter recognises, and what it warns of."""
+"""Conversations and unusual tables: what converters recognize and warn about."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 MESSAGES = [{"role": ROLES[speaker], "content": text} for speaker, text in TURNS]
 
 
-def asked(path: Path) -> list[Any]:
+def messages_in(path: Path) -> list[Any]:
     return [request["body"]["messages"] for request in requests_in(path)]
 
 
@@ -45,19 +45,19 @@ def test_sharegpt_is_a_conversation(tmp_path: Path, field: str | None) -> None:
     entries = [{"id": "a", "conversations": SHARED}, {"id": "b", "conversations": SHARED[:2]}]
     source = write(tmp_path / "in.json", json.dumps(entries))
     json_to_jsonl(source, tmp_path / "o.jsonl", field=field, id_field="id")
-    assert asked(tmp_path / "o.jsonl") == [MESSAGES, MESSAGES[:2]]
+    assert messages_in(tmp_path / "o.jsonl") == [MESSAGES, MESSAGES[:2]]
 
 
-def test_a_speaker_that_nobody_knows_is_no_conversation(tmp_path: Path) -> None:
+def test_an_unknown_speaker_is_rejected(tmp_path: Path) -> None:
     entry = {"conversations": [{"from": "parrot", "value": "Hi"}]}
     source = write(tmp_path / "in.jsonl", json.dumps(entry))
     with pytest.raises(InputError) as error:
         json_to_jsonl(source, tmp_path / "o.jsonl")
-    assert "as ShareGPT has it" in refused(error)
+    assert "ShareGPT form" in refused(error)
 
 
 @given(st.lists(st.sampled_from(SHARED), max_size=6))
-def test_every_turn_stays_in_its_place(turns: list[dict[str, str]]) -> None:
+def test_turns_keep_their_order(turns: list[dict[str, str]]) -> None:
     found = as_messages(turns)
     assert found == [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
 
@@ -69,37 +69,37 @@ def test_conversations_that_end_with_an_answer_are_counted(tmp_path: Path) -> No
     assert summary.requests == 14
     assert summary.notes == (
         "7 requests that end with an assistant's turn, which the model continues or answers; "
-        "remove the last turn where it is to be written anew (line 1, 3, 5, 7, 9, ...)",
+        "remove the last turn to generate it again (line 1, 3, 5, 7, 9, ...)",
     )
 
 
 @pytest.mark.parametrize("turns", [SHARED, MESSAGES])
-def test_a_chat_column_of_parquet_is_asked_as_it_is(
+def test_a_parquet_chat_column_is_sent_unchanged(
     tmp_path: Path, turns: list[dict[str, str]]
 ) -> None:
     table = pa.table({"chat": [turns, turns[:2]], "id": ["a", "b"]})
     pq.write_table(table, tmp_path / "in.parquet")
     parquet_to_jsonl(tmp_path / "in.parquet", tmp_path / "o.jsonl", template="{chat}")
-    assert asked(tmp_path / "o.jsonl") == [MESSAGES, MESSAGES[:2]]
+    assert messages_in(tmp_path / "o.jsonl") == [MESSAGES, MESSAGES[:2]]
     with pytest.raises(InputError, match="is nested") as error:
         parquet_to_jsonl(tmp_path / "in.parquet", tmp_path / "p.jsonl", template="Sum up: {chat}")
-    assert "a template of its name alone" in refused(error)
+    assert "a chat column alone as the template" in refused(error)
     with pytest.raises(InputError) as error:
         parquet_to_jsonl(
             tmp_path / "in.parquet", tmp_path / "p.jsonl", template="{chat}", system="be kind"
         )
-    assert "a system message of its own" in refused(error)
+    assert "already has a system message" in refused(error)
 
 
-def test_fields_that_other_messages_have_are_not_sent_as_null(tmp_path: Path) -> None:
+def test_fields_of_other_messages_are_not_sent_as_null(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi", "name": None}, *[{**MESSAGES[3], "name": "Ann"}]]
     pq.write_table(pa.table({"chat": [turns]}), tmp_path / "in.parquet")
     parquet_to_jsonl(tmp_path / "in.parquet", tmp_path / "o.jsonl", template="{chat}")
-    assert asked(tmp_path / "o.jsonl") == [[{"role": "user", "content": "Hi"}, turns[1]]]
+    assert messages_in(tmp_path / "o.jsonl") == [[{"role": "user", "content": "Hi"}, turns[1]]]
 
 
 def as_r_writes(rows: list[list[str]], separator: str) -> str:
-    """Return what ``write.table(frame, sep = separator)`` writes: every text in quotes."""
+    """Return what ``write.table(frame, sep = separator)`` writes: all strings quoted."""
     header, *cells = rows
     lines = [separator.join(f'"{name}"' for name in header)]
     for number, row in enumerate(cells, start=1):
@@ -109,7 +109,7 @@ def as_r_writes(rows: list[list[str]], separator: str) -> str:
 
 @pytest.mark.parametrize("quote", ['"', ""])
 @pytest.mark.parametrize("separator", [" ", "\t", ";"])
-def test_row_names_of_r_are_a_column(tmp_path: Path, separator: str, quote: str) -> None:
+def test_row_names_of_r_become_a_column(tmp_path: Path, separator: str, quote: str) -> None:
     frame = [["text", "score"], ["a,b", "1"], ["c,d", "2"]]
     content = as_r_writes(frame, separator).replace('"', quote)
     source = write(tmp_path / "in.csv", content)
@@ -118,10 +118,10 @@ def test_row_names_of_r_are_a_column(tmp_path: Path, separator: str, quote: str)
         source, tmp_path / "o.jsonl", template="{text}", id_column="row.names", **given
     )
     assert prompts(tmp_path / "o.jsonl") == {"1": "a,b", "2": "c,d"}
-    assert "has no column in the header: 'row.names', as in R" in summary.notes[1]
+    assert "as in R; it is called 'row.names'" in summary.notes[1]
 
 
-def test_a_delimiter_at_the_end_of_rows_makes_no_row_names(tmp_path: Path) -> None:
+def test_a_trailing_delimiter_does_not_mean_row_names(tmp_path: Path) -> None:
     for content in ("a,b\n1,2,\n2,4,\n", "a,b\nx, y,2\nz, z,3\n"):
         source = write(tmp_path / "in.csv", content)
         with pytest.raises(InputError, match="2 of 2 rows"):
@@ -131,23 +131,23 @@ def test_a_delimiter_at_the_end_of_rows_makes_no_row_names(tmp_path: Path) -> No
 def test_requests_with_nothing_filled_in_are_counted(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "id,text\n1,a\n2,\n3,  \n4,b\n")
     summary = csv_to_jsonl(source, tmp_path / "o.jsonl", template="Rate: {text}")
-    told = "2 requests with nothing filled in: what the template names is empty (line 3, 4)"
-    assert summary.notes[1:] == (told,)
+    note = "2 requests with nothing filled in: the template's fields are empty (line 3, 4)"
+    assert summary.notes[1:] == (note,)
     source = write(tmp_path / "in.jsonl", '{"text": "a"}\n{"text": null}\n')
     for options in ({"template": "Rate: {text}"}, {"field": "text"}):
         summary = json_to_jsonl(source, tmp_path / "o.jsonl", **options)
         assert summary.notes[0].startswith("1 request with nothing filled in")
 
 
-def test_a_row_with_an_empty_cell_is_not_taken_for_changed(tmp_path: Path) -> None:
+def test_a_row_with_an_empty_cell_does_not_count_as_changed(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "text,label\na,x\n,y\n")
     csv_to_jsonl(source, tmp_path / "q.jsonl", template="Rate: {text}")
     output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
     assert results_to_csv(output, tmp_path / "b.csv", BackOptions(source=source)).changed == 0
 
 
-def test_bytes_of_a_source_come_back(tmp_path: Path) -> None:
-    """In Parquet as they are; in text as UTF-8, else as Base64."""
+def test_binary_source_columns_are_returned(tmp_path: Path) -> None:
+    """Parquet keeps the bytes; text formats have UTF-8, else Base64."""
     noise = bytes(range(256))
     table = pa.table({"text": ["a", "b", "c"], "raw": [noise, b"plain", None]})
     source = tmp_path / "in.parquet"
@@ -165,10 +165,10 @@ def test_bytes_of_a_source_come_back(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "b.parquet")["raw"].to_pylist() == [noise, b"plain", None]
 
 
-def test_a_response_with_an_http_error_has_failed(
+def test_a_response_with_an_http_error_counts_as_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """OpenAI's batches have the reason in the body, and no ``error`` beside the response."""
+    """OpenAI's batch results have the reason in the body and no ``error`` next to it."""
     body = {"error": {"message": "context too long", "type": "invalid_request_error"}}
     response = {"status_code": 400, "request_id": "r", "body": body}
     line = {"id": "b", "custom_id": "a", "response": response, "error": None}

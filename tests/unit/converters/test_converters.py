@@ -1,4 +1,4 @@
-"""Converters: what every kind of input becomes, and what they refuse."""
+"""Converters: the requests they create and the input they reject."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEMPLATE = "Say: {text}"
 
 
 def requests_in(path: Path) -> list[dict[str, Any]]:
-    """Read requests, and have the product's own check agree with each."""
+    """Read requests and check each with the product's own validation."""
     lines = path.read_bytes().splitlines()
     for line in lines:
         parse_request(line, "m:1")
@@ -56,7 +56,7 @@ def refused(error: pytest.ExceptionInfo[InputError]) -> str:
 
 
 @given(st.text())
-def test_an_escaped_text_comes_out_as_it_was(text: str) -> None:
+def test_an_escaped_text_renders_to_itself(text: str) -> None:
     assert Template(escape(text), required=False).render({}) == text
 
 
@@ -64,7 +64,7 @@ names = st.text(st.characters(exclude_characters="{}"), min_size=1).filter(str.s
 
 
 @given(st.lists(st.tuples(st.text(), names)), st.text(), st.dictionaries(names, st.text()))
-def test_every_name_is_filled_in(
+def test_all_names_are_filled_in(
     parts: list[tuple[str, str]], end: str, values: dict[str, str]
 ) -> None:
     text = "".join(escape(literal) + f"{{{name}}}" for literal, name in parts) + escape(end)
@@ -77,15 +77,15 @@ def test_every_name_is_filled_in(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("no name", "names nothing to fill in"),
-        ("{{text}}", "names nothing to fill in"),
-        ("a\nb {", "a lone { at line 2, column 3"),
-        ("{text} }", "a lone } at line 1, column 8"),
+        ("no name", "has nothing to fill in"),
+        ("{{text}}", "has nothing to fill in"),
+        ("a\nb {", "a single { at line 2, column 3"),
+        ("{text} }", "a single } at line 1, column 8"),
         ("{}", "{} without a name at line 1, column 1"),
-        ("{a{b}", "a lone {"),
+        ("{a{b}", "a single {"),
     ],
 )
-def test_a_broken_template_is_told_with_its_place(text: str, words: str) -> None:
+def test_an_invalid_template_is_reported_with_its_position(text: str, words: str) -> None:
     with pytest.raises(InputError, match="template") as error:
         Template(text)
     assert words in refused(error)
@@ -136,10 +136,10 @@ def test_delimiter_and_encoding_are_detected(tmp_path: Path, delimiter: str, enc
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("delimiter", [None, ";"])
-def test_a_first_line_may_declare_the_delimiter(
+def test_the_first_line_can_declare_the_delimiter(
     tmp_path: Path, delimiter: str | None, encoding: str
 ) -> None:
-    """As Excel writes and reads it; places count it as a line."""
+    """Excel writes and reads such a line; line numbers include it."""
     source = tmp_path / "in.csv"
     text = "sep=;\r\nid;text\r\n1;été, déjà\r\n2\r\n3;deux\r\n"
     source.write_text(text, encoding=encoding, newline="")
@@ -160,20 +160,18 @@ def test_a_first_line_may_declare_the_delimiter(
         ("日本語のテキストです。今日は天気がいいですね。", "shift_jis"),
     ],
 )
-def test_other_encodings_are_guessed_where_they_are_clear(
-    tmp_path: Path, text: str, encoding: str
-) -> None:
+def test_unambiguous_encodings_are_guessed(tmp_path: Path, text: str, encoding: str) -> None:
     source = write(tmp_path / "in.csv", f"id;text\n1;{text}\n".encode(encoding))
     summary = csv_to_jsonl(source, tmp_path / "out.jsonl", template="{text}")
     assert prompts(tmp_path / "out.jsonl") == {"row-1": text}
-    assert "is a guess" in summary.notes[0]
+    assert "encoding guessed" in summary.notes[0]
 
 
-def test_an_encoding_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
-    """Several would do, and read differently: a guess would change letters without a word."""
+def test_an_ambiguous_encoding_must_be_specified(tmp_path: Path) -> None:
+    """Several encodings fit and read differently: a guess would silently change letters."""
     content = "id,text\n1,Déjà vu à l'école; naïve\n".encode("cp1252")
     source, output = write(tmp_path / "in.csv", content), tmp_path / "out.jsonl"
-    with pytest.raises(InputError, match="not clear") as error:
+    with pytest.raises(InputError, match="ambiguous") as error:
         csv_to_jsonl(source, output, template="{text}")
     assert re.search(r"may be .*cp1252 \('\S+'\)", refused(error))
     assert "--encoding" in refused(error)
@@ -181,7 +179,7 @@ def test_an_encoding_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
     assert prompts(output) == {"row-1": "Déjà vu à l'école; naïve"}
 
 
-def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_column_lists_the_existing_ones(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "id,text\n1,a\n")
     for wrong in (
         {"template": "{txt}"},
@@ -197,19 +195,19 @@ def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path) -> N
 RAGGED = 'id,text\n1,a\n2\n3,"c\nd"\n4,e,f\n5,g\n'
 
 
-def test_a_ragged_csv_is_refused_with_its_lines(tmp_path: Path) -> None:
+def test_ragged_csv_rows_are_reported_with_their_lines(tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.csv", RAGGED), tmp_path / "out.jsonl"
     with pytest.raises(InputError, match="2 of 5 rows") as error:
         csv_to_jsonl(source, output, template=TEMPLATE)
     assert error.value.problems == (
-        "line 3: 1 cell where the header has 2: '2'",
-        "line 6: 3 cells where the header has 2: '4,e,f'",
+        "line 3: 1 cell, but the header has 2: '2'",
+        "line 6: 3 cells, but the header has 2: '4,e,f'",
     )
     assert "--skip-bad" in str(error.value.remedy)
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_skip_bad_uses_the_rest_and_lists_what_it_left_out(tmp_path: Path) -> None:
+def test_skip_bad_converts_the_rest_and_lists_skipped_rows(tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.csv", RAGGED), tmp_path / "out.jsonl"
     summary = csv_to_jsonl(source, output, template="{text}", skip_bad=True)
     assert (summary.rows, summary.requests, summary.skipped) == (5, 3, 2)
@@ -221,25 +219,25 @@ def test_skip_bad_uses_the_rest_and_lists_what_it_left_out(tmp_path: Path) -> No
     assert not summary.skipped_path.exists()
 
 
-def test_a_custom_id_that_comes_twice_is_told_with_both_places(tmp_path: Path) -> None:
+def test_a_duplicate_custom_id_is_reported_with_both_lines(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "id,text\na,1\nb,2\na,3\n,4\n")
     with pytest.raises(InputError, match="2 of 4") as error:
         csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE, id_column="id")
-    assert "line 4: custom_id 'a' was used at line 2 already" in refused(error)
-    assert "line 5: its custom_id is empty" in refused(error)
+    assert "line 4: custom_id 'a' was already used at line 2" in refused(error)
+    assert "line 5: the custom_id is empty" in refused(error)
 
 
-def test_the_wrong_encoding_is_told_with_its_line(tmp_path: Path) -> None:
+def test_the_wrong_encoding_is_reported_with_its_line(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", b"id,text\n1,a\n2,caf\xe9\n")
     with pytest.raises(InputError, match="1 of 2 rows") as error:
         csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE, encoding="utf-8")
-    assert "line 3: column 'text' has the byte 0xe9, which is not utf-8" in refused(error)
+    assert "line 3: column 'text' has the byte 0xe9, which is not valid utf-8" in refused(error)
     assert "--encoding" in refused(error)
     with pytest.raises(InputError, match="unknown"):
         csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE, encoding="klingon")
 
 
-def test_one_bad_byte_in_utf_8_makes_no_other_encoding(tmp_path: Path) -> None:
+def test_one_invalid_byte_does_not_change_the_encoding_from_utf_8(tmp_path: Path) -> None:
     rows = "".join(f"{i},日本語のテキスト\n" for i in range(50)).encode()
     source = write(tmp_path / "in.csv", b"id,text\n" + rows + b"x,\xff\n" + rows)
     output = tmp_path / "out.jsonl"
@@ -248,26 +246,30 @@ def test_one_bad_byte_in_utf_8_makes_no_other_encoding(tmp_path: Path) -> None:
     assert set(prompts(output).values()) == {"日本語のテキスト"}
 
 
-def test_utf_16_without_its_mark_is_read(tmp_path: Path) -> None:
+def test_utf_16_without_byte_order_mark_is_read(tmp_path: Path) -> None:
     for name in ("utf-16-le", "utf-16-be"):
         source = write(tmp_path / "in.csv", "id,text\n1,naïve\n2,plain\n".encode(name))
         summary = csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
         assert list(prompts(tmp_path / "o.jsonl").values()) == ["naïve", "plain"]
-        assert f"{name} is a guess" in summary.notes[0]
+        assert f"encoding {name}, delimiter ',' (encoding guessed" in summary.notes[0]
 
 
 @pytest.mark.parametrize("delimiter", [None, ","])
-def test_what_is_not_in_the_encoding_that_was_named(tmp_path: Path, delimiter: str | None) -> None:
+def test_input_that_is_invalid_in_the_specified_encoding(
+    tmp_path: Path, delimiter: str | None
+) -> None:
     source = write(tmp_path / "in.csv", "id,text\n1,a\n".encode("utf-16-le"))
-    with pytest.raises(InputError, match=r"is not utf-16 .* does not start with BOM") as error:
+    with pytest.raises(
+        InputError, match=r"is not valid utf-16 .* does not start with BOM"
+    ) as error:
         csv_to_jsonl(
             source, tmp_path / "o", template="{text}", encoding="utf-16", delimiter=delimiter
         )
     assert "utf-16-le" in str(error.value.remedy)
 
 
-def test_what_reads_alike_in_western_text_is_taken_for_it(tmp_path: Path) -> None:
-    """cp1250 has the same letters in German, but another one for the à that may come later."""
+def test_text_that_reads_the_same_in_cp1252_is_read_as_cp1252(tmp_path: Path) -> None:
+    """cp1250 has the same German letters, but another one for an à that may follow."""
     text = "Die Lieferung war schön und überraschend günstig, aber größer als gedacht\n" * 20
     later = "x\n" * 150_000 + "voilà\n"
     source = write(tmp_path / "in.csv", ("text\n" + text + later).encode("cp1252"))
@@ -280,25 +282,25 @@ def test_what_reads_alike_in_western_text_is_taken_for_it(tmp_path: Path) -> Non
     [
         (b"\x1f\x8b\x08", "zcat FILE | aiflux convert"),
         (b"PK\x03\x04", "save the workbook as CSV"),
-        (b"PAR1", "`aiflux convert parquet` reads it"),
-        (b"%PDF-1.7", "`aiflux convert dir` reads PDF"),
+        (b"PAR1", "use `aiflux convert parquet`"),
+        (b"%PDF-1.7", "use `aiflux convert dir`"),
     ],
 )
-def test_another_kind_of_file_is_told(tmp_path: Path, start: bytes, words: str) -> None:
+def test_other_file_types_are_recognized(tmp_path: Path, start: bytes, words: str) -> None:
     source = write(tmp_path / "in.csv", start + b"\xff\0" * 50)
     with pytest.raises(InputError, match="is not CSV: it is") as error:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
     assert words in str(error.value.remedy)
 
 
-def test_what_a_stray_quote_takes_in_is_told_with_all_its_lines(tmp_path: Path) -> None:
+def test_a_stray_quote_is_reported_with_all_affected_lines(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", 'id,text\n1,"a\n2,b\n3,c\n4,"d"\n5,e\n')
     with pytest.raises(InputError, match="1 of 2 rows") as error:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
-    assert "lines 2 to 5: not CSV" in refused(error)
+    assert "lines 2 to 5: not valid CSV" in refused(error)
 
 
-def test_a_nul_character_is_no_text(tmp_path: Path) -> None:
+def test_a_nul_character_is_rejected(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", b"id,text\n1,a\0b\n2,c\n")
     with pytest.raises(InputError, match="1 of 2 rows") as error:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
@@ -308,14 +310,14 @@ def test_a_nul_character_is_no_text(tmp_path: Path) -> None:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE)
 
 
-def test_one_column_says_how_a_delimiter_in_it_is_written(tmp_path: Path) -> None:
+def test_a_single_column_file_explains_how_to_quote_a_delimiter(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "text\nhello, world\n")
     with pytest.raises(InputError) as error:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
-    assert "write a cell that holds ',' in quotes" in refused(error)
+    assert "quote a cell that contains ','" in refused(error)
 
 
-def test_binary_is_no_csv(tmp_path: Path) -> None:
+def test_binary_input_is_not_csv(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", bytes(range(256)) * 40)
     with pytest.raises(InputError, match="binary") as error:
         csv_to_jsonl(source, tmp_path / "out.jsonl", template=TEMPLATE)
@@ -327,23 +329,23 @@ def test_binary_is_no_csv(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ("\n\n", "no header line"),
-        ("id,text\n", "holds no row"),
-        ("id,id,text\n1,2,3\n", "columns of the same name: 'id'"),
+        ("id,text\n", "contains no row"),
+        ("id,id,text\n1,2,3\n", "duplicate column names: 'id'"),
         ('id,text\n1,"a\n2,b\n', 'lines 2 to 3: a quote (") is not closed before the end'),
-        ('id,text\n1,"a"b\n', "line 2: not CSV"),
+        ('id,text\n1,"a"b\n', "line 2: not valid CSV"),
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path: Path, content: str, words: str) -> None:
+def test_invalid_tables_are_rejected(tmp_path: Path, content: str, words: str) -> None:
     with pytest.raises(InputError, match=r".") as error:
         csv_to_jsonl(write(tmp_path / "in.csv", content), tmp_path / "o.jsonl", template=TEMPLATE)
     assert words in refused(error)
 
 
-def test_paths_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_paths_are_rejected(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "text\na\n")
     with pytest.raises(InputError, match="same file"):
         csv_to_jsonl(source, source, template=TEMPLATE)
-    with pytest.raises(InputError, match="folder"):
+    with pytest.raises(InputError, match="output directory"):
         csv_to_jsonl(source, tmp_path / "no" / "out.jsonl", template=TEMPLATE)
     with pytest.raises(InputError, match="cannot be read"):
         csv_to_jsonl(tmp_path / "no.csv", tmp_path / "out.jsonl", template=TEMPLATE)
@@ -351,21 +353,21 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
         csv_to_jsonl(tmp_path, tmp_path / "out.jsonl", template=TEMPLATE)
 
 
-def test_a_trial_writes_nothing(tmp_path: Path) -> None:
+def test_a_preview_writes_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "text\n" + "a\n" * 9)
     summary = csv_to_jsonl(source, None, template=TEMPLATE, limit=3)
     assert [entry["custom_id"] for entry in summary.first] == ["row-1", "row-2", "row-3"]
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_progress_ends_at_the_end(tmp_path: Path) -> None:
+def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     source = write(tmp_path / "in.csv", "text\n" + "a\n" * 3000)
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     csv_to_jsonl(
-        source, tmp_path / "o.jsonl", template=TEMPLATE, progress=lambda *at: told.append(at)
+        source, tmp_path / "o.jsonl", template=TEMPLATE, progress=lambda *at: calls.append(at)
     )
-    assert told[-1] == (source.stat().st_size, source.stat().st_size)
-    assert len(told) > 3
+    assert calls[-1] == (source.stat().st_size, source.stat().st_size)
+    assert len(calls) > 3
 
 
 @pytest.mark.parametrize(
@@ -375,15 +377,17 @@ def test_progress_ends_at_the_end(tmp_path: Path) -> None:
         ({"params": {"messages": []}}, "--template"),
         ({"endpoint": "images"}, "unknown"),
         ({"endpoint": "embeddings", "system": "x"}, "--system"),
-        ({"endpoint": "embeddings", "max_tokens": 5}, "mean nothing for embeddings"),
-        ({"params": {"x": float("inf")}}, "--param x has no place in JSON"),
+        ({"endpoint": "embeddings", "max_tokens": 5}, "do not apply to embeddings"),
+        ({"params": {"x": float("inf")}}, "--param x is not valid JSON"),
         ({"temperature": float("nan")}, "--temperature nan is not 0 or more"),
         ({"temperature": -1}, "--temperature -1 is not"),
-        ({"max_tokens": 0}, "--max-tokens 0 leaves no answer"),
+        ({"max_tokens": 0}, "--max-tokens 0 is not 1 or more"),
         ({"model": " "}, "--model is empty"),
     ],
 )
-def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+def test_conflicting_options_are_rejected(
+    tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
     source = write(tmp_path / "in.csv", "text\na\n")
     with pytest.raises(UsageError) as error:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template=TEMPLATE, **options)
@@ -417,15 +421,15 @@ def test_a_schema_becomes_the_response_format(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
-        ('{"type": "strin"}', "is wrong: at $.type"),
+        ('{"type": "strin"}', "is invalid: at $.type"),
         ('{"$ref": "http://x/y"}', "refers to 'http://x/y'"),
         ('{"$ref": "#/$defs/y"}', "which is not there"),
-        ('{"label": "string"}', "allows every answer"),
-        ('{"name": "x", "schema": {"type": "object"}}', "a whole response_format"),
-        ('{"type": "json_schema", "json_schema": {}}', "a whole response_format"),
+        ('{"label": "string"}', "allows any answer"),
+        ('{"name": "x", "schema": {"type": "object"}}', "a complete response_format"),
+        ('{"type": "json_schema", "json_schema": {}}', "a complete response_format"),
     ],
 )
-def test_a_schema_that_is_none(tmp_path: Path, content: str, words: str) -> None:
+def test_invalid_schemas_are_rejected(tmp_path: Path, content: str, words: str) -> None:
     source = write(tmp_path / "in.csv", "text\na\n")
     path = write(tmp_path / "s.json", content)
     with pytest.raises(InputError) as error:
@@ -449,7 +453,7 @@ def test_an_array_of_objects(tmp_path: Path, indent: int | None) -> None:
     assert requests_in(output)[7]["metadata"] == {"columns": {"q.text": "ü7"}}
 
 
-def test_lines_of_every_kind(tmp_path: Path) -> None:
+def test_json_lines_of_all_forms(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
     source = write(
         tmp_path / "in.jsonl",
@@ -468,20 +472,20 @@ def test_one_object_and_a_field(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     json_to_jsonl(source, output, field="q")
     assert prompts(output) == {"row-1": "one", "row-2": "2"}
-    with pytest.raises(UsageError, match="exclude"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         json_to_jsonl(source, output, field="q", template="{q}")
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"a": 1}', "it has no field 'q' (its fields are 'a')"),
-        ("7", "it has no field 'q' (it is a number)"),
+        ('{"a": 1}', "no field 'q' (its fields are 'a')"),
+        ("7", "no field 'q' (it is a number)"),
         ('{"q": 1', "not JSON"),
         ('{"q": NaN}', "NaN is not JSON at column 7"),
     ],
 )
-def test_entries_that_cannot_be_used(tmp_path: Path, line: str, words: str) -> None:
+def test_invalid_entries_are_reported(tmp_path: Path, line: str, words: str) -> None:
     source = write(tmp_path / "in.jsonl", f'{{"q": 1}}\n\n{line}\n')
     output = tmp_path / "out.jsonl"
     with pytest.raises(InputError, match="1 of 2 lines") as error:
@@ -490,29 +494,31 @@ def test_entries_that_cannot_be_used(tmp_path: Path, line: str, words: str) -> N
     assert json_to_jsonl(source, output, field="q", skip_bad=True).requests == 1
 
 
-def test_what_is_asked_has_to_be_said(tmp_path: Path) -> None:
+def test_a_prompt_source_is_required(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", '{"a": 1}')
     with pytest.raises(InputError) as error:
         json_to_jsonl(source, tmp_path / "o.jsonl")
-    assert "--field or --template" in refused(error)
+    assert "set --field or --template" in refused(error)
     write(source, '{"custom_id": "x", "method": "POST", "url": "/v1", "body": {}}')
     with pytest.raises(InputError) as error:
         json_to_jsonl(source, tmp_path / "o.jsonl")
-    assert "is a request already" in refused(error)
+    assert "already a request" in refused(error)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"q": 1}\n,{"q": tru}]', "broken at entry 2 (line 2)"),
+        ('[{"q": 1}\n,{"q": tru}]', "not valid JSON at entry 2 (line 2)"),
         ('[{"q": 1} {"q": 2}]', "a comma or ] is missing"),
         ('[{"q": 1}', "a comma or ] is missing"),
-        ('[{"q": 1},', "the file ends within the array"),
-        ('[{"q": 1}] 2', "something follows the array"),
-        ("[]", "holds no entry"),
+        ('[{"q": 1},', "the file ends inside the array"),
+        ('[{"q": 1}] 2', "unexpected content after the array"),
+        ("[]", "contains no entry"),
     ],
 )
-def test_a_broken_array_is_told_with_its_place(tmp_path: Path, content: str, words: str) -> None:
+def test_an_invalid_array_is_reported_with_its_position(
+    tmp_path: Path, content: str, words: str
+) -> None:
     with pytest.raises(InputError) as error:
         json_to_jsonl(write(tmp_path / "in.json", content), tmp_path / "o.jsonl", field="q")
     assert words in refused(error)
@@ -527,7 +533,7 @@ values = st.recursive(
 
 
 @given(st.lists(values), st.sampled_from([None, 1]), st.booleans())
-def test_an_array_is_read_as_json_reads_it(
+def test_an_array_is_read_as_the_json_module_reads_it(
     tmp_path_factory: pytest.TempPathFactory, content: list[Any], indent: int | None, ascii: bool
 ) -> None:
     from aiflux.converters.json_stream import JsonFile
@@ -561,7 +567,7 @@ def test_files_become_requests(tmp_path: Path) -> None:
     skipped = {item.place: item.reason for item in summary.examples}
     assert skipped == {
         "bin.dat": "binary",
-        "blank.txt": "it holds no text",
+        "blank.txt": "contains no text",
         "none.txt": "empty",
     }
     summary = directory_to_jsonl(folder, None, limit=9, patterns=["*.md", "*.txt"], exclude=["a*"])
@@ -570,17 +576,17 @@ def test_files_become_requests(tmp_path: Path) -> None:
     assert [entry["custom_id"] for entry in deep.first] == ["deep/c.py"]
 
 
-def test_a_text_whose_encoding_is_not_clear_is_bad(tmp_path: Path) -> None:
+def test_text_with_an_ambiguous_encoding_is_invalid(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.txt", "déjà vu".encode("cp1252"))
     with pytest.raises(InputError, match="1 of 1 files") as error:
         directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
     assert "a.txt: not UTF-8" in refused(error)
     with pytest.raises(InputError, match="1 of 1 files") as error:
         directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", encoding="ascii")
-    assert "byte 0xe9 at offset 1 is neither UTF-8 nor ascii" in refused(error)
+    assert "byte 0xe9 at offset 1 is invalid in UTF-8 and ascii" in refused(error)
 
 
-def test_links_that_lead_in_circles(tmp_path: Path) -> None:
+def test_links_to_directories_are_not_followed(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write(folder / "a.txt", "a")
     (folder / "self").symlink_to(folder)
@@ -588,10 +594,10 @@ def test_links_that_lead_in_circles(tmp_path: Path) -> None:
     summary = directory_to_jsonl(folder, tmp_path / "o.jsonl", recursive=True)
     assert summary.requests == 1
     assert [item.place for item in summary.examples] == ["gone.txt", "self/"]
-    assert "a link to a folder" in summary.examples[1].reason
+    assert "links to directories are not followed" in summary.examples[1].reason
 
 
-def test_a_single_name_is_no_list_of_letters(tmp_path: Path) -> None:
+def test_a_single_pattern_is_not_split_into_letters(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.md", "a")
     write(tmp_path / "in" / "b.txt", "b")
     write(tmp_path / "in" / "~$c.docx", "left by a word processor")
@@ -603,30 +609,30 @@ def test_a_single_name_is_no_list_of_letters(tmp_path: Path) -> None:
     assert requests_in(tmp_path / "o.jsonl")[0]["metadata"]["columns"] == {"kind": "b"}
 
 
-def test_texts_of_utf_16_are_read(tmp_path: Path) -> None:
+def test_utf_16_texts_are_read(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.txt", "héllo\r\nyou".encode("utf-16"))
     write(tmp_path / "in" / "b.txt", b"\xff\xfe\x00\xd8x")
     output = tmp_path / "o.jsonl"
     with pytest.raises(InputError, match="1 of 2 files") as error:
         directory_to_jsonl(tmp_path / "in", output)
-    assert "b.txt: it begins as utf-16, and is none" in refused(error)
+    assert "b.txt: starts with a utf-16 byte order mark, but is not valid utf-16" in refused(error)
     directory_to_jsonl(tmp_path / "in", output, skip_bad=True)
     assert prompts(output) == {"a.txt": "héllo\nyou"}
 
 
-def test_a_nul_far_into_a_file_makes_it_binary(tmp_path: Path) -> None:
+def test_a_nul_deep_inside_a_file_makes_it_binary(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.txt", "a" * 20_000 + "\0")
     write(tmp_path / "in" / "b.txt", "b")
     assert directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl").requests == 1
 
 
-def test_a_folder_without_files_says_what_may_be_the_matter(tmp_path: Path) -> None:
+def test_a_directory_without_matching_files_suggests_options(tmp_path: Path) -> None:
     write(tmp_path / "in" / "deep" / "a.txt", "a")
     for options, words in (
-        ({}, "--recursive reads the folders in it"),
-        ({"patterns": ["*.md"], "recursive": True}, "see what --pattern"),
+        ({}, "use --recursive to include subdirectories"),
+        ({"patterns": ["*.md"], "recursive": True}, "check --pattern"),
     ):
-        with pytest.raises(InputError, match="holds no file") as error:
+        with pytest.raises(InputError, match="contains no file") as error:
             directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl", **options)
         assert words in str(error.value.remedy)
     with pytest.raises(InputError, match="is not a directory") as error:
@@ -634,14 +640,14 @@ def test_a_folder_without_files_says_what_may_be_the_matter(tmp_path: Path) -> N
     assert "--pattern 'a.txt'" in str(error.value.remedy)
 
 
-def test_entries_inside_an_object_are_pointed_at(tmp_path: Path) -> None:
+def test_a_list_inside_an_object_is_suggested(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", '{"data": [{"q": "a"}], "meta": [1]}')
     with pytest.raises(InputError, match="1 of 1 entries") as error:
         json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
-    assert "those in 'data' have: write them to a file of their own, jq '.data'" in refused(error)
+    assert "the entries of 'data' have it: extract them with jq '.data'" in refused(error)
 
 
-def test_steps_into_a_list_count_from_0(tmp_path: Path) -> None:
+def test_list_indexes_in_a_field_path_start_at_0(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", '[{"a": [{"t": "x"}, {"t": "y"}]}]')
     json_to_jsonl(source, tmp_path / "o.jsonl", template="{a.1.t}{a.0.t}")
     assert list(prompts(tmp_path / "o.jsonl").values()) == ["yx"]
@@ -649,24 +655,24 @@ def test_steps_into_a_list_count_from_0(tmp_path: Path) -> None:
         json_to_jsonl(source, tmp_path / "o.jsonl", field="a.2.t")
 
 
-def test_nan_spoils_its_own_entry_only(tmp_path: Path) -> None:
+def test_nan_affects_only_its_own_entry(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", '[{"q": "a"}, {"q": "b", "x": NaN}, {"q": "c"}]')
     with pytest.raises(InputError, match="1 of 3 entries") as error:
         json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
-    assert "entry 2: it holds NaN, which is not JSON: write null" in refused(error)
+    assert "entry 2: it contains NaN, which is not JSON; use null" in refused(error)
     assert json_to_jsonl(source, tmp_path / "o.jsonl", field="q", skip_bad=True).requests == 2
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("1e999", "it holds the number 1e999, which is too large"),
+        ("1e999", "the number 1e999 is too large"),
         ("[" * 250 + "]" * 250, "nested more than 200 levels deep"),
         ('{"a":' * 900 + "1" + "}" * 900, "nested more than 200 levels deep"),
     ],
 )
 @pytest.mark.parametrize("form", ["json", "jsonl"])
-def test_what_cannot_be_sent_as_it_is_spoils_its_own_entry_only(
+def test_a_value_that_cannot_be_sent_affects_only_its_own_entry(
     tmp_path: Path, value: str, reason: str, form: str
 ) -> None:
     lines = ['{"q": "a"}', f'{{"q": "b", "x": {value}}}', '{"q": "c"}']
@@ -674,35 +680,35 @@ def test_what_cannot_be_sent_as_it_is_spoils_its_own_entry_only(
     source = write(tmp_path / f"in.{form}", text)
     with pytest.raises(InputError, match="1 of 3") as error:
         json_to_jsonl(source, tmp_path / "o.jsonl", field="q", keep="*")
-    said = refused(error)
-    assert (reason if form == "json" else reason.removeprefix("it holds ").split(",")[0]) in said
+    message = refused(error)
+    assert (reason if form == "json" else reason.split(" is too", maxsplit=1)[0]) in message
     assert json_to_jsonl(source, tmp_path / "o.jsonl", field="q", skip_bad=True).requests == 2
 
 
-def test_what_is_no_json_at_all(tmp_path: Path) -> None:
+def test_input_that_is_not_json_is_rejected(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", '{"q": "a"}\n\nnope\n{"cut\n')
     with pytest.raises(InputError) as error:
         json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
     assert "line 3: not JSON: Expecting value at column 1" in refused(error)
     assert "line 4: not JSON: Unterminated string starting at column 2" in refused(error)
-    for content, words in ((b"", "is empty"), (b"\x1f\x8b\x08\0", "compressed by gzip")):
+    for content, words in ((b"", "is empty"), (b"\x1f\x8b\x08\0", "compressed with gzip")):
         with pytest.raises(InputError, match=words):
             json_to_jsonl(write(source, content), tmp_path / "o.jsonl", field="q")
-    with pytest.raises(InputError, match=r"broken at line 1: byte 0xe9"):
+    with pytest.raises(InputError, match=r"not valid JSON at line 1: byte 0xe9"):
         json_to_jsonl(write(tmp_path / "in.json", b'["caf\xe9"]'), tmp_path / "o.jsonl")
 
 
-def test_odd_names_are_told_on_one_line(tmp_path: Path) -> None:
+def test_unusual_file_names_are_printed_on_one_line(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a\x1b[31m\nb.bin", b"\0")
     write(tmp_path / "in" / os.fsdecode(b"c\xff.bin"), b"\0")
     write(tmp_path / "in" / "d.txt", "d")
-    told = directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl").examples
-    assert [str(item) for item in told] == [
+    skipped = directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl").examples
+    assert [str(item) for item in skipped] == [
         r"a\x1b[31m\nb.bin: binary", "c\ufffd.bin: binary",
     ]  # fmt: skip
 
 
-def test_a_second_conversion_takes_no_list_of_the_first(tmp_path: Path) -> None:
+def test_a_second_conversion_ignores_files_of_the_first(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "a")
     write(tmp_path / "b.bin", b"\0")
     for _ in range(2):
@@ -710,19 +716,17 @@ def test_a_second_conversion_takes_no_list_of_the_first(tmp_path: Path) -> None:
         assert list(prompts(tmp_path / "o.jsonl")) == ["a.txt"]
 
 
-def test_a_huge_file_is_left_out_unread(tmp_path: Path) -> None:
+def test_a_huge_file_is_skipped_without_reading_it(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write(folder / "a.txt", "a")
     with open(folder / "huge.txt", "wb") as file:
         file.truncate(2 << 30)
     summary = directory_to_jsonl(folder, tmp_path / "o.jsonl")
     assert summary.requests == 1
-    assert [str(item) for item in summary.examples] == [
-        "huge.txt: 2G is more than --max-file-size 20M"
-    ]
+    assert [str(item) for item in summary.examples] == ["huge.txt: 2G exceeds --max-file-size 20M"]
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_skipped(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write(folder / "a.txt", "a")
     os.mkfifo(folder / "pipe.txt")
@@ -735,19 +739,19 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"\x00"])
-def test_an_empty_directory_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_an_empty_directory_is_rejected(tmp_path: Path, content: bytes | None) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     if content is not None:
         write(folder / "x.bin", content)
-    with pytest.raises(InputError, match="holds no file") as error:
+    with pytest.raises(InputError, match=r"contains no .*file") as error:
         directory_to_jsonl(folder, tmp_path / "o.jsonl")
     assert ("x.bin: binary" in refused(error)) == (content is not None)
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         directory_to_jsonl(tmp_path / "no", tmp_path / "o.jsonl")
 
 
-def test_long_texts_are_cut(tmp_path: Path) -> None:
+def test_long_texts_are_split(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write(folder / "long.txt", "One two three. " * 100)
     write(folder / "short.txt", "One.")
@@ -766,7 +770,7 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
 
 
 @given(st.text(min_size=1), st.integers(1, 20))
-def test_chunks_without_overlap_are_the_text(text: str, tokens: int) -> None:
+def test_chunks_without_overlap_join_to_the_text(text: str, tokens: int) -> None:
     chunks = list(split_text(text, tokens))
     assert "".join(chunks) == text
     assert all(chunks)
@@ -777,11 +781,13 @@ def test_chunks_without_overlap_are_the_text(text: str, tokens: int) -> None:
 
 
 @given(st.text(min_size=1), st.integers(2, 20), st.data())
-def test_chunks_with_overlap_miss_nothing(text: str, tokens: int, data: st.DataObject) -> None:
+def test_chunks_with_overlap_cover_the_whole_text(
+    text: str, tokens: int, data: st.DataObject
+) -> None:
     overlap = data.draw(st.integers(0, tokens // 2))
     covered = 0
     for chunk in split_text(text, tokens, overlap):
-        # The last place of all where it may begin: a text that repeats itself has several.
+        # A repetitive text matches at several positions: take the last possible one.
         place = text.rfind(chunk, 0, covered + len(chunk))
         assert place >= 0
         covered = max(covered, place + len(chunk))
@@ -789,14 +795,14 @@ def test_chunks_with_overlap_miss_nothing(text: str, tokens: int, data: st.DataO
 
 
 def test_an_overlap_is_counted_in_bytes_too() -> None:
-    """A character of Chinese has as many bytes as a token: an overlap of 50 is 50 of them."""
+    """A Chinese character counts as one token, so an overlap of 50 tokens is 50 characters."""
     chunks = list(split_text("这是一个测试。" * 200, 100, 50))
     assert len(chunks) < 40
     assert chunks[0].endswith("。")
     assert chunks[1].startswith(chunks[0][-50:])
 
 
-def test_a_cell_across_columns_is_read_once(tmp_path: Path) -> None:
+def test_a_cell_that_spans_columns_is_read_once(tmp_path: Path) -> None:
     from docx import Document
 
     document = Document()
@@ -810,7 +816,7 @@ def test_a_cell_across_columns_is_read_once(tmp_path: Path) -> None:
     assert prompts(tmp_path / "o.jsonl") == {"a.docx": "title\n\tright"}
 
 
-def test_a_docx_that_unpacks_to_too_much_is_bad(tmp_path: Path) -> None:
+def test_a_docx_that_decompresses_to_too_much_is_invalid(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with (
         zipfile.ZipFile(tmp_path / "in" / "a.docx", "w", zipfile.ZIP_DEFLATED) as packed,
@@ -820,10 +826,10 @@ def test_a_docx_that_unpacks_to_too_much_is_bad(tmp_path: Path) -> None:
             part.write(bytes(1 << 20))
     with pytest.raises(InputError, match="1 of 1 files") as error:
         directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
-    assert "a.docx: the DOCX unpacks to 300 MiB" in refused(error)
+    assert "a.docx: the DOCX decompresses to 300 MiB" in refused(error)
 
 
-def test_what_pypdf_complains_of_is_not_printed(tmp_path: Path) -> None:
+def test_warnings_of_pypdf_are_not_printed(tmp_path: Path) -> None:
     write(tmp_path / "a.pdf", "no PDF")
     code = (
         "import sys; from aiflux.converters import directory_to_jsonl as convert; "
@@ -834,7 +840,7 @@ def test_what_pypdf_complains_of_is_not_printed(tmp_path: Path) -> None:
     words = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert "a.pdf: the PDF is broken" in done.stdout
+    assert "a.pdf: the PDF is damaged" in done.stdout
 
 
 def test_a_pdf_and_a_docx_are_read(tmp_path: Path) -> None:
@@ -886,25 +892,27 @@ def small_pdf(text: str, font: bytes = HELVETICA) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.pdf", small_pdf("hi")[:200], "the PDF is broken"),
-        ("x.pdf", b"nonsense", "the PDF is broken"),
-        ("x.docx", b"nonsense", "the DOCX is broken"),
+        ("x.pdf", small_pdf("hi")[:200], "the PDF is damaged"),
+        ("x.pdf", b"nonsense", "the PDF is damaged"),
+        ("x.docx", b"nonsense", "the DOCX is damaged"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_broken_document_is_bad(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_a_damaged_document_is_invalid(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
     folder = tmp_path / "in"
     write(folder / name, content)
     write(folder / "good.txt", "good")
     with pytest.raises(InputError, match="1 of 2 files") as error:
         directory_to_jsonl(folder, tmp_path / "o.jsonl")
     assert f"{name}: {words}" in refused(error)
-    assert "save it again" in refused(error)
+    assert "save it" in refused(error)
     summary = directory_to_jsonl(folder, tmp_path / "o.jsonl", skip_bad=True)
     assert (summary.requests, summary.skipped) == (1, 1)
 
 
-def test_a_missing_library_is_told_with_its_command(
+def test_a_missing_library_is_reported_with_its_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pypdf", None)
@@ -918,20 +926,20 @@ def test_a_missing_library_is_told_with_its_command(
 
 
 @given(st.lists(st.text(), max_size=300))
-def test_uses_of_a_name_are_told_with_the_first(names: list[str]) -> None:
+def test_first_use_returns_where_a_name_was_first_used(names: list[str]) -> None:
     seen = SeenIds()
     for number, name in enumerate(names, start=1):
         first = names.index(name) + 1
         assert seen.first_use(name, number) == (None if first == number else first)
 
 
-def test_a_hundred_thousand_names() -> None:
+def test_first_use_finds_a_hundred_thousand_names() -> None:
     seen = SeenIds()
     assert all(seen.first_use(f"n{i}", i) is None for i in range(100_000))
     assert all(seen.first_use(f"n{i}", 0) == i for i in range(100_000))
 
 
-def test_sizes() -> None:
+def test_sizes_are_parsed() -> None:
     assert [parse_size(text) for text in ("7", "2k", "10M", "3GB", "1MiB")] == [
         7, 2048, 10 << 20, 3 << 30, 1 << 20,
     ]  # fmt: skip
@@ -939,7 +947,7 @@ def test_sizes() -> None:
         parse_size("big")
 
 
-def test_importing_costs_nothing(tmp_path: Path) -> None:
+def test_importing_the_package_imports_no_heavy_modules(tmp_path: Path) -> None:
     code = (
         "import sys, aiflux.converters as c; before = set(sys.modules); c.csv_to_jsonl; "
         "heavy = {'csv', 'json', 'pyarrow', 'PIL', 'pypdf', 'docx', 'chardet'}; "

@@ -1,4 +1,4 @@
-"""PDF and DOCX files: what their readers show is what is sent."""
+"""PDF and DOCX files: the text sent is the text that their readers show."""
 
 # ruff: noqa: E501 - a document is a line
 
@@ -27,7 +27,7 @@ COMPATIBILITY = "http://schemas.openxmlformats.org/markup-compatibility/2006"
 
 
 def docx(body: str, space: str = TRANSITIONAL, **parts: str) -> bytes:
-    """Return a DOCX with the parts that Word needs to open it."""
+    """Return a DOCX with the parts required by Word."""
     office = space.partition("/wordprocessingml")[0] + "/officeDocument"
     if space == TRANSITIONAL:
         office += "/2006"
@@ -57,7 +57,7 @@ def p(*content: str, properties: str = "") -> str:
 
 
 def box(text: str) -> str:
-    """Return a text box as Word writes it: for new readers, and again for old ones."""
+    """Return a text box as Word writes it: once for new readers and once for old ones."""
     inner = f"<w:txbxContent>{p(run(text))}</w:txbxContent>"
     return (
         f'<w:r><mc:AlternateContent><mc:Choice Requires="wps"><w:drawing><wps:txbx>{inner}</wps:txbx>'
@@ -160,7 +160,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("space", [TRANSITIONAL, STRICT])
 @pytest.mark.parametrize("kind", TEXTS)
-def test_what_word_shows_is_read(kind: str, space: str) -> None:
+def test_the_text_that_word_shows_is_read(kind: str, space: str) -> None:
     body, shown = TEXTS[kind]
     assert docx_text(io.BytesIO(docx(body, space))) == shown
 
@@ -176,7 +176,7 @@ wrapped = st.recursive(
 
 
 def as_xml(tree: object) -> tuple[str, str]:
-    """Return a tree as XML, and what it shows."""
+    """Return a tree as XML, and the text that it shows."""
     kind, inner = tree  # type: ignore[misc]
     if kind == "run":
         return run(inner), inner
@@ -189,7 +189,7 @@ def as_xml(tree: object) -> tuple[str, str]:
 
 @given(st.lists(wrapped, max_size=5))
 @settings(deadline=None, max_examples=50)
-def test_no_nesting_of_wrappers_hides_a_text(trees: list[object]) -> None:
+def test_nested_wrappers_do_not_hide_text(trees: list[object]) -> None:
     parts = [as_xml(tree) for tree in trees]
     body = p(*(xml for xml, _ in parts))
     assert docx_text(io.BytesIO(docx(body))) == "".join(shown for _, shown in parts)
@@ -202,7 +202,7 @@ def test_notes_come_last_with_their_numbers() -> None:
     assert docx_text(io.BytesIO(content)) == "Word[1].\nEnd\n[1] A note."
 
 
-def test_an_entity_cannot_fill_the_memory(tmp_path: Path) -> None:
+def test_entities_cannot_exhaust_memory(tmp_path: Path) -> None:
     content = docx(p(run("x")))
     bomb = '<!DOCTYPE a [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;">]><a>&b;</a>'
     file = io.BytesIO(content)
@@ -212,8 +212,8 @@ def test_an_entity_cannot_fill_the_memory(tmp_path: Path) -> None:
         read_document(write(tmp_path / "a.docx", file.getvalue()))
 
 
-def test_an_encrypted_docx_is_named_as_such(tmp_path: Path) -> None:
-    with pytest.raises(BadRowError, match="encrypted, or an old Word file"):
+def test_an_encrypted_docx_is_reported_as_encrypted(tmp_path: Path) -> None:
+    with pytest.raises(BadRowError, match="encrypted DOCX or old Word file"):
         read_document(write(tmp_path / "a.docx", b"\xd0\xcf\x11\xe0" + bytes(600)))
 
 
@@ -226,7 +226,7 @@ def encrypted(owner: str, user: str, algorithm: str) -> bytes:
 
 
 @pytest.mark.parametrize("algorithm", ["RC4-128", "AES-128", "AES-256"])
-def test_a_pdf_that_only_its_owner_may_change_is_read(tmp_path: Path, algorithm: str) -> None:
+def test_a_pdf_with_only_an_owner_password_is_read(tmp_path: Path, algorithm: str) -> None:
     path = write(tmp_path / "a.pdf", encrypted("owner", "", algorithm))
     assert read_document(path).text == "Kept from printing"
     path.write_bytes(encrypted("owner", "user", algorithm))
@@ -243,10 +243,10 @@ NUMBERED = b"<</Type/Font/Subtype/Type1/BaseFont/X/Encoding<</Differences[72/g1 
 
 
 @pytest.mark.parametrize("font", [GLYPHS, NUMBERED])
-def test_a_pdf_whose_fonts_name_no_letters_is_left_out(tmp_path: Path, font: bytes) -> None:
+def test_a_pdf_whose_fonts_do_not_map_to_letters_is_skipped(tmp_path: Path, font: bytes) -> None:
     content = small_pdf("Hi" * 20, font)
     write(tmp_path / "in" / "a.pdf", content)
-    with pytest.raises(NoTextError, match="fonts do not say which letters"):
+    with pytest.raises(NoTextError, match="fonts do not map glyphs to letters"):
         read_document(tmp_path / "in" / "a.pdf")
     write(tmp_path / "in" / "b.txt", "good")
     summary = directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
@@ -254,7 +254,7 @@ def test_a_pdf_whose_fonts_name_no_letters_is_left_out(tmp_path: Path, font: byt
 
 
 @pytest.mark.parametrize("kind", ["docx", "pdf"])
-def test_a_damaged_document_is_refused_or_read(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_document_is_rejected_or_read(tmp_path: Path, kind: str) -> None:
     everything = docx("".join(body for body, _ in TEXTS.values()), footnotes="")
     whole = everything if kind == "docx" else encrypted("owner", "", "AES-256")
     chance = random.Random(7)

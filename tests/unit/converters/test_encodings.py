@@ -1,4 +1,4 @@
-"""Texts in the encodings of many languages: read as they are, or refused with the candidates."""
+"""Texts in the encodings of many languages: read correctly, or rejected with the candidates."""
 
 # ruff: noqa: E501 - a text is a line
 
@@ -18,7 +18,7 @@ from aiflux.converters.encoding_guess import UnclearEncodingError
 from aiflux.errors import InputError
 from tests.unit.converters.test_converters import prompts, refused, write
 
-# Article 1 of the Universal Declaration of Human Rights, and what each language was saved in.
+# Article 1 of the Universal Declaration of Human Rights, and the encodings used per language.
 WESTERN = "cp1252 iso8859-15 mac-roman cp850"
 CENTRAL = "cp1250 iso8859-2 cp852 mac-latin2"
 ARTICLES = {
@@ -55,12 +55,12 @@ WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 
 
 def encoded(text: str, name: str) -> bytes:
-    """Return a text as bytes; letters that an encoding lacks are left out."""
+    """Encode a text, dropping letters that the encoding lacks."""
     return text.encode(name, "ignore")
 
 
 def objection(content: bytes) -> str:
-    """Return why bytes are refused; "" where they are read."""
+    """Return why bytes are rejected, or "" if they are read."""
     try:
         decoded(content)
     except UnclearEncodingError as error:
@@ -68,8 +68,8 @@ def objection(content: bytes) -> str:
     return ""
 
 
-def test_no_text_is_read_wrongly_and_most_are_read() -> None:
-    """Whole articles and their first halves, in all encodings that they were ever saved in."""
+def test_no_text_is_misread_and_most_are_read() -> None:
+    """Whole articles and their first halves, in all encodings used for their language."""
     came = Counter[str]()
     for text, name in CASES:
         for part in (text, text[: len(text) // 2]):
@@ -83,7 +83,7 @@ def test_no_text_is_read_wrongly_and_most_are_read() -> None:
     assert came["read"] > 7 * came["refused"], came
 
 
-def test_the_examples_of_candidates_differ() -> None:
+def test_the_example_words_of_candidates_differ() -> None:
     for text, name in CASES:
         for size in (12, 30, 60):
             refusal = objection(encoded(text[:size], name))
@@ -92,8 +92,8 @@ def test_the_examples_of_candidates_differ() -> None:
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_wide_texts_without_a_mark_are_read(tmp_path: Path, name: str) -> None:
-    """In a folder, too; without a blank or an ASCII sign, nothing shows it."""
+def test_utf_16_and_32_without_byte_order_mark_are_read(tmp_path: Path, name: str) -> None:
+    """Also in a directory. Detection needs a space or an ASCII character."""
     texts = {f"{key}.txt": text for key, (_, text) in ARTICLES.items() if key != "ja"}
     for key, text in texts.items():
         write(tmp_path / "in" / key, text.encode(name))
@@ -102,7 +102,7 @@ def test_wide_texts_without_a_mark_are_read(tmp_path: Path, name: str) -> None:
     assert any(note.startswith(f"{name} (guessed): 26 files") for note in summary.notes)
 
 
-def test_noise_is_no_wide_text() -> None:
+def test_noise_is_not_read_as_utf_16_or_32() -> None:
     chance = random.Random(3)
     for size in range(40, 400):
         content = chance.randbytes(size) + b"\0"
@@ -120,7 +120,7 @@ DECLARED = {
 
 
 @pytest.mark.parametrize("kind", DECLARED)
-def test_what_a_text_declares_comes_before_a_guess(tmp_path: Path, kind: str) -> None:
+def test_a_declared_encoding_takes_precedence_over_a_guess(tmp_path: Path, kind: str) -> None:
     form, name = DECLARED[kind]
     text = form.format("Ő és ű")  # too short for a guess
     write(tmp_path / "in" / "a.txt", text.encode(name))
@@ -129,19 +129,19 @@ def test_what_a_text_declares_comes_before_a_guess(tmp_path: Path, kind: str) ->
     assert summary.notes == (f"{name} (declared): 1 file, 'a.txt'",)
 
 
-def test_a_wrong_declaration_does_not_make_utf_8_another(tmp_path: Path) -> None:
-    """Many pages were saved again as UTF-8 and kept their old declaration."""
+def test_utf_8_wins_over_a_wrong_declaration(tmp_path: Path) -> None:
+    """Many pages were re-saved as UTF-8 but kept their old declaration."""
     text = "<?xml version='1.0' encoding='latin1'?><a>Größe</a>"
     assert decoded(text.encode()) == (text, decoded(b"x")[1])
 
 
-def test_a_folder_reports_what_was_assumed_of_each_file(tmp_path: Path) -> None:
+def test_a_directory_reports_the_encoding_assumed_for_each_file(tmp_path: Path) -> None:
     for key in ("de", "ru", "fr", "pl"):
         names, text = ARTICLES[key]
         write(tmp_path / "in" / f"{key}.txt", text.encode(names.split()[0]))
     write(tmp_path / "in" / "u.txt", "Größe")
     summary = directory_to_jsonl(tmp_path / "in", tmp_path / "o.jsonl")
-    remedy = "; if that is wrong, name the encoding with --encoding"
+    remedy = "; if this is wrong, set --encoding"
     assert summary.notes == (
         f"cp1252 (guessed): 2 files, 'de.txt', 'fr.txt'{remedy}",
         f"cp1250 (guessed): 1 file, 'pl.txt'{remedy}",
@@ -149,8 +149,8 @@ def test_a_folder_reports_what_was_assumed_of_each_file(tmp_path: Path) -> None:
     )
 
 
-def test_asia_s_encodings_are_read_far_into_a_file(tmp_path: Path) -> None:
-    """The sample begins and ends at line ends, so that it cuts no character."""
+def test_asian_encodings_are_detected_deep_inside_a_file(tmp_path: Path) -> None:
+    """The sample starts and ends at line ends, so it splits no character."""
     for key in ("ja", "ko", "zh-CN", "zh-TW"):
         names, text = ARTICLES[key]
         name = names.split()[0]
@@ -160,7 +160,7 @@ def test_asia_s_encodings_are_read_far_into_a_file(tmp_path: Path) -> None:
         assert list(prompts(tmp_path / f"{key}.jsonl").values())[-1] == text
 
 
-def test_damaged_texts_are_refused_or_read(tmp_path: Path) -> None:
+def test_damaged_texts_are_rejected_or_read(tmp_path: Path) -> None:
     chance = random.Random(11)
     for text, name in CASES[::3]:
         content = bytearray(encoded(text, name))
@@ -173,8 +173,8 @@ def test_damaged_texts_are_refused_or_read(tmp_path: Path) -> None:
             assert decoded(bytes(content))[0]
 
 
-def test_a_refused_table_names_the_option(tmp_path: Path) -> None:
+def test_a_rejected_table_suggests_the_option(tmp_path: Path) -> None:
     source = write(tmp_path / "a.csv", "id,text\n1,naïve\n".encode("cp1252"))
-    with pytest.raises(InputError, match="its encoding is not clear") as error:
+    with pytest.raises(InputError, match="its encoding is ambiguous") as error:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
     assert "--encoding" in refused(error)

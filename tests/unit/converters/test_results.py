@@ -1,4 +1,4 @@
-"""The way back: answers as a table, joined with what they were asked from."""
+"""Results converted back to tables, joined with the source of the requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_csv(path: Path) -> list[list[str]]:
 
 
 def output_entry(request: dict[str, Any], answer: str | None) -> dict[str, Any]:
-    """Return an entry of an output; None for an answer is a failure."""
+    """Return an entry of an output; ``None`` as the answer means failure."""
     metadata = {**request.get("metadata", {}), "model": "m:1"}
     entry: dict[str, Any] = {"input": request, "output": None, "metadata": metadata}
     if answer is None:
@@ -52,10 +52,10 @@ def output_entry(request: dict[str, Any], answer: str | None) -> dict[str, Any]:
 
 
 def answered(requests: Path, output: Path, *answers: str | None) -> Path:
-    """Write the output of a run over ``requests``; without answers each is its own prompt."""
+    """Write the output of a run over ``requests``; by default each answer is its prompt."""
     entries = [json.loads(line) for line in requests.read_bytes().splitlines()]
-    told = answers or [entry["body"]["messages"][0]["content"] for entry in entries]
-    lines = [json.dumps(output_entry(*pair)) for pair in zip(entries, told, strict=True)]
+    texts = answers or [entry["body"]["messages"][0]["content"] for entry in entries]
+    lines = [json.dumps(output_entry(*pair)) for pair in zip(entries, texts, strict=True)]
     output.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     return output
 
@@ -64,7 +64,7 @@ cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 @given(st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=8))
-def test_any_cells_come_back_whole(
+def test_all_cells_are_preserved(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("back")
@@ -87,7 +87,7 @@ def test_any_cells_come_back_whole(
         ]
 
 
-def made(folder: Path, *answers: str | None, **options: Any) -> Path:
+def output_of(folder: Path, *answers: str | None, **options: Any) -> Path:
     rows = [["id", "text"], *([f"n{number}", f"t{number}"] for number in range(len(answers)))]
     source = write_csv(folder / "in.csv", rows)
     csv_to_jsonl(source, folder / "q.jsonl", template="{text}", id_column="id", **options)
@@ -95,31 +95,31 @@ def made(folder: Path, *answers: str | None, **options: Any) -> Path:
 
 
 def test_answers_are_joined_by_custom_id(tmp_path: Path) -> None:
-    output = made(tmp_path, "A", None)
+    output = output_of(tmp_path, "A", None)
     write_csv(tmp_path / "in.csv", [["text", "id"], ["t1", "n1"], ["new", "n9"], ["t0", "n0"]])
     back = BackOptions(source=tmp_path / "in.csv", id_column="id")
     summary = results_to_csv(output, tmp_path / "back.csv", back)
     assert read_csv(tmp_path / "back.csv") == [
         ["custom_id", "text", "id", "answer", "error"],
         ["n1", "t1", "n1", "", "http_400: no"],
-        ["n9", "new", "n9", "", "no result: it was not asked"],
+        ["n9", "new", "n9", "", "no result: it was not requested"],
         ["n0", "t0", "n0", "A", ""],
     ]
     assert (summary.answered, summary.failed, summary.unasked, summary.unused) == (1, 1, 1, 0)
 
 
-def test_a_source_that_has_nothing_to_do_with_it(tmp_path: Path) -> None:
-    output = made(tmp_path, "A")
+def test_a_source_without_matching_custom_ids_is_rejected(tmp_path: Path) -> None:
+    output = output_of(tmp_path, "A")
     with pytest.raises(InputError, match="no row of") as error:
         results_to_csv(output, tmp_path / "back.csv", BackOptions(source=tmp_path / "in.csv"))
-    assert "--id-column (the columns are 'id', 'text')" in str(error.value.remedy)
+    assert "(columns: 'id', 'text')" in str(error.value.remedy)
     assert not (tmp_path / "back.csv").exists()
     wrong = BackOptions(source=tmp_path / "in.csv", id_column="x")
     with pytest.raises(InputError, match="no such column"):
         results_to_csv(output, tmp_path / "back.csv", wrong)
-    with pytest.raises(InputError, match="overwrite"):
+    with pytest.raises(InputError, match="is also an input"):
         results_to_csv(output, output)
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         results_to_csv(tmp_path / "none.json", tmp_path / "back.csv")
     with pytest.raises(InputError, match="is not an output"):
         results_to_csv(tmp_path / "q.jsonl", tmp_path / "back.csv")
@@ -129,7 +129,7 @@ FENCED = '```json\n{"label": "x", "score": 2.5, "answer": null}\n```'
 
 
 def test_json_answers_become_columns(tmp_path: Path) -> None:
-    output = made(tmp_path, '{"label": "y", "n": [1], "score": 1}', FENCED, "words", None)
+    output = output_of(tmp_path, '{"label": "y", "n": [1], "score": 1}', FENCED, "words", None)
     summary = results_to_csv(output, tmp_path / "back.csv", BackOptions(json_fields=()))
     header, *rows = read_csv(tmp_path / "back.csv")
     assert header == ["custom_id", "answer", "error", "label", "n", "score", "aiflux_answer"]
@@ -141,9 +141,9 @@ def test_json_answers_become_columns(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "back.csv")[1][3:] == ["1", ""]
 
 
-def test_parquet_has_types(tmp_path: Path) -> None:
+def test_parquet_columns_have_types(tmp_path: Path) -> None:
     answers = ('{"s": 1, "ok": true, "m": "a"}', '{"s": 2.5, "ok": false, "m": 3}')
-    output = made(tmp_path, *answers, keep=["text"])
+    output = output_of(tmp_path, *answers, keep=["text"])
     results_to_parquet(output, tmp_path / "back.parquet", BackOptions(json_fields=()))
     table = pq.read_table(tmp_path / "back.parquet")
     kinds = {field.name: str(field.type) for field in table.schema}
@@ -156,7 +156,7 @@ def test_parquet_has_types(tmp_path: Path) -> None:
 
 
 def test_a_parquet_source_keeps_its_types(tmp_path: Path) -> None:
-    output = made(tmp_path, "A", "B")
+    output = output_of(tmp_path, "A", "B")
     source = tmp_path / "in.parquet"
     pq.write_table(pa.table({"k": ["n1", "n0"], "tags": [["a"], []], "n": pa.array([1, 2], "i2")}),
                    source)  # fmt: skip
@@ -169,7 +169,7 @@ def test_a_parquet_source_keeps_its_types(tmp_path: Path) -> None:
 
 
 def test_a_number_too_large_for_parquet_becomes_text(tmp_path: Path) -> None:
-    output = made(tmp_path, f'{{"n": {10**30}}}', '{"n": 1}')
+    output = output_of(tmp_path, f'{{"n": {10**30}}}', '{"n": 1}')
     results_to_parquet(output, tmp_path / "b.parquet", BackOptions(json_fields=()))
     assert pq.read_table(tmp_path / "b.parquet").column("n").to_pylist() == [str(10**30), "1"]
     results_to_jsonl(output, tmp_path / "b.jsonl", BackOptions(json_fields=()))
@@ -188,16 +188,16 @@ def test_a_number_too_large_for_parquet_becomes_text(tmp_path: Path) -> None:
         ('{"label": "x', ""),
     ],
 )
-def test_an_object_is_found_beside_other_words(tmp_path: Path, answer: str, label: str) -> None:
-    output = made(tmp_path, answer)
+def test_a_json_object_is_found_among_other_words(tmp_path: Path, answer: str, label: str) -> None:
+    output = output_of(tmp_path, answer)
     summary = results_to_csv(output, tmp_path / "b.csv", BackOptions(json_fields=("label",)))
     assert read_csv(tmp_path / "b.csv")[1][-1] == label
     assert summary.unfit == (not label)
 
 
-def test_no_column_takes_the_name_of_another(tmp_path: Path) -> None:
-    """A field called ``answer`` beside a source that has such a column, too."""
-    output = made(tmp_path, '{"answer": "field", "custom_id": "f"}')
+def test_column_names_stay_unique(tmp_path: Path) -> None:
+    """A JSON field called ``answer`` together with a source column of the same name."""
+    output = output_of(tmp_path, '{"answer": "field", "custom_id": "f"}')
     source = write_csv(tmp_path / "s.csv", [["id", "text", "answer"], ["n0", "t0", "gold"]])
     back = BackOptions(source=source, id_column="id", json_fields=())
     results_to_csv(output, tmp_path / "b.csv", back)
@@ -364,7 +364,7 @@ def test_rows_that_were_skipped_take_no_answer(tmp_path: Path) -> None:
     assert [row["answer"] for row in rows] == [None, "ok", None, "y"]
 
 
-def test_a_row_that_was_not_asked_gets_no_answer_of_another(
+def test_a_row_without_a_request_gets_no_answer_of_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [["id", "text"], ["a", "one"], ["a", "two"], ["b"], ["c", "three"]]
@@ -373,60 +373,62 @@ def test_a_row_that_was_not_asked_gets_no_answer_of_another(
     output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
     words = ["to-csv", str(output), "--source", str(source), "--id-column", "id", "--output", "-"]
     assert main(["results", *words]) == 0
-    told = capsys.readouterr()
-    assert told.out.splitlines()[1:] == [
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1:] == [
         "a,a,one,one,",
         "a,a,two,,no result: an earlier row of the source has this custom_id",
         "c,c,three,three,",
     ]
-    assert "1 of the source with the custom_id of an earlier row" in told.err
-    assert "1 of the source that cannot be read" in told.err
-    assert "without a row" not in told.err
+    assert "1 of the source with the custom_id of an earlier row" in captured.err
+    assert "1 of the source that cannot be read" in captured.err
+    assert "without a row" not in captured.err
 
 
-def test_what_is_worth_knowing_of_answers_is_told(
+def test_warnings_about_answers_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = made(tmp_path, "words", "more")
+    output = output_of(tmp_path, "words", "more")
     content = json.loads(output.read_text())
     content[0]["output"]["choices"][0]["finish_reason"] = "length"
     content[1]["output"]["choices"] *= 2
     output.write_text("[\n" + ",\n".join(map(json.dumps, content)) + "\n]\n", encoding="utf-8")
     words = ["results", "to-csv", str(output), "--json-fields", "label", "--output", "-"]
     assert main(words) == 0
-    told = capsys.readouterr().err
-    assert "1 of the answers cut at the token limit" in told
-    assert "1 of the answers with several choices" in told
-    assert "2 of the answers without a JSON object: their fields are empty (n0, n1)" in told
-    assert "no answer has the field 'label'" in told
+    captured = capsys.readouterr().err
+    assert "1 of the answers cut at the token limit" in captured
+    assert "1 of the answers with several choices" in captured
+    assert "2 of the answers without a JSON object: their fields are empty (n0, n1)" in captured
+    assert "no answer has the field 'label'" in captured
 
 
-def test_cells_for_excel(tmp_path: Path) -> None:
-    output = made(tmp_path, '=HYPERLINK("x")', "-5", "@x", "é")
+def test_excel_formulas_are_escaped(tmp_path: Path) -> None:
+    output = output_of(tmp_path, '=HYPERLINK("x")', "-5", "@x", "é")
     results_to_csv(output, tmp_path / "b.csv", BackOptions(excel=True))
     assert (tmp_path / "b.csv").read_bytes().startswith("\ufeffcustom_id".encode())
     answers = [row[1] for row in read_csv(tmp_path / "b.csv")[1:]]
     assert answers == ['\'=HYPERLINK("x")', "-5", "'@x", "é"]
 
 
-def test_answers_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = made(tmp_path, "a\x1b[31mred", "b", None)
+def test_answers_are_shown_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = output_of(tmp_path, "a\x1b[31mred", "b", None)
     assert main(["results", "show", str(output), "--limit", "1"]) == 0
-    told = capsys.readouterr()
-    assert "\x1b" not in told.out
-    assert r"a\x1b[31mred" in told.out
-    assert "2 more are not shown" in told.err
-    long = made(tmp_path, "".join(f"{number:04}" for number in range(90)))
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out
+    assert r"a\x1b[31mred" in captured.out
+    assert "2 more are not shown" in captured.err
+    long = output_of(tmp_path, "".join(f"{number:04}" for number in range(90)))
     assert main(["results", "show", str(long)]) == 0
     shown = re.sub(r"[^0-9]", "", capsys.readouterr().out)
     assert sum(f"{number:04}" in shown for number in range(90)) > 60  # the rest is on two lines
-    output = made(tmp_path, "a\x1b[31mred", "b", None)
+    output = output_of(tmp_path, "a\x1b[31mred", "b", None)
     assert main(["results", "show", str(output), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [entry["answer"] for entry in shown] == ["a\x1b[31mred", "b", None]
     assert shown[2]["error"]["code"] == "http_400"
     assert shown[2]["prompt"] == "t2"
-    assert main(["results", "show", str(made(tmp_path, "x")), "--failed"]) == 0
+    assert main(["results", "show", str(output_of(tmp_path, "x")), "--failed"]) == 0
     assert capsys.readouterr().out == "nothing failed\n"
     assert main(["results", "show", str(output), "--failed", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
@@ -443,10 +445,10 @@ def test_answers_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str
         {"error": {"status": 400}},
     ],
 )
-def test_an_output_that_was_damaged_is_told(
+def test_a_damaged_output_is_reported(
     tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = made(tmp_path, "A")
+    output = output_of(tmp_path, "A")
     entry = {**json.loads(output.read_text())[0], **change}
     output.write_text(f"[\n{json.dumps(entry)}\n]\n", encoding="utf-8")
     for words in (["show"], ["to-csv", "--output", "-"]):
@@ -455,8 +457,8 @@ def test_an_output_that_was_damaged_is_told(
 
 
 @pytest.mark.parametrize("body", [{"choices": 3}, {"object": "list", "data": [None]}, [], "x"])
-def test_an_answer_of_another_form_is_empty(tmp_path: Path, body: Any) -> None:
-    output = made(tmp_path, "A")
+def test_an_answer_of_unknown_form_is_empty(tmp_path: Path, body: Any) -> None:
+    output = output_of(tmp_path, "A")
     entry = {**json.loads(output.read_text())[0], "output": body}
     output.write_text(f"[\n{json.dumps(entry)}\n]\n", encoding="utf-8")
     results_to_csv(output, tmp_path / "b.csv")
@@ -466,11 +468,11 @@ def test_an_answer_of_another_form_is_empty(tmp_path: Path, body: Any) -> None:
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
 @pytest.mark.parametrize("named", ["output", "directory", "gone"])
-def test_from_a_csv_to_answers_and_back(
+def test_csv_to_requests_and_results_to_csv(
     tmp_path: Path, name: str, named: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The whole way by the commands; the second row fails."""
+    """The complete workflow with the commands; the second row fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -478,7 +480,7 @@ def test_from_a_csv_to_answers_and_back(
     convert = ["convert", "csv", "--input", "in.csv", "--template", 'answer:{{"t": "{id}"}} {text}',
                "--id-column", "id", "--keep", "text", "--output", "q.jsonl"]  # fmt: skip
     assert main(convert) == 0
-    assert main(convert) == 2  # it is there already
+    assert main(convert) == 2  # the output already exists
     assert "--force" in capsys.readouterr().err
     with FaultyEngine() as engine:
         ran = main(["run", "--engine-url", engine.url, "--model", "m:1", "--input", "q.jsonl",
@@ -505,7 +507,7 @@ def test_from_a_csv_to_answers_and_back(
     assert "x, " not in shown
 
 
-def test_working_answers_are_found_in_an_embedding(tmp_path: Path) -> None:
+def test_an_embedding_counts_as_an_answer(tmp_path: Path) -> None:
     line = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings",
             "body": {"model": "m:1", "input": "x"}}  # fmt: skip
     with FaultyEngine() as engine:
@@ -516,7 +518,7 @@ def test_working_answers_are_found_in_an_embedding(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "back.csv")[1] == ["e", "[0.5, -0.25]", ""]
 
 
-def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[3] / "docs" / "converters.md"
     (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)

@@ -1,4 +1,4 @@
-"""The way back: answers become a table again, beside the columns that they were asked from."""
+"""Convert results back to a table, joined with the columns that the requests came from."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Writer = Callable[[IO[bytes], BackTable, Iterator[Record]], None]
 def results_to_csv(
     output: Path | str, target: Path | str, options: BackOptions | None = None
 ) -> BackSummary:
-    """Write a run's answers as CSV: custom_id, the source's columns, answer, error, JSON fields.
+    """Write results as CSV: custom_id, the source's columns, answer, error and JSON fields.
 
     Args:
-        output: the run's output, ``.json`` or ``.jsonl``.
-        target: replaced whole or not at all.
+            output: the run's output, ``.json`` or ``.jsonl``.
+            target: written completely or not at all.
 
-    Raises:
-        InputError: the output or the source cannot be read, or have nothing in common.
-        StorageError: the target cannot be written.
+        Raises:
+            InputError: the output or source cannot be read, or they share no custom_id.
+            StorageError: the target cannot be written.
     """
     return _write(output, target, options, write_csv)
 
@@ -41,14 +41,14 @@ def results_to_csv(
 def results_to_jsonl(
     output: Path | str, target: Path | str, options: BackOptions | None = None
 ) -> BackSummary:
-    """Write a run's answers as JSON Lines; see ``results_to_csv``."""
+    """Write results as JSON Lines; see ``results_to_csv``."""
     return _write(output, target, options, write_jsonl)
 
 
 def results_to_parquet(
     output: Path | str, target: Path | str, options: BackOptions | None = None
 ) -> BackSummary:
-    """Write a run's answers as Parquet; see ``results_to_csv``. Types are the source's own.
+    """Write results as Parquet, with the source's types; see ``results_to_csv``.
 
     Raises:
         ConfigError: pyarrow is not installed.
@@ -74,4 +74,4 @@ def _write(
 def _refuse_same(target: Path, *others: Path | str | None) -> None:
     for other in (Path(name) for name in others if name is not None):
         if same_file(target, other):
-            raise InputError(f"{target} would overwrite what is read", "name another --output")
+            raise InputError(f"{target} is also an input", "use another --output")

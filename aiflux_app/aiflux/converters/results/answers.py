@@ -1,4 +1,4 @@
-"""Answers of a run: one after the other, or each by its custom_id."""
+"""Read the results of a run: sequentially, or by custom_id."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _THOUGHT = "</think>"
 
 
 def entries(output: Path) -> Iterator[ResultEntry]:
-    """Yield the entries of an output, with their requests where these can be found.
+    """Yield the entries of an output, with their requests if these can be found.
 
-    A ``.jsonl`` output holds no requests: they are read from its run, where that is still there.
+    A ``.jsonl`` output contains no requests; they are read from its run directory if that exists.
     """
     plan = _plan_with_requests(output)
     return read_entries(output) if plan is None else _entries_of_run(plan)
@@ -50,7 +50,7 @@ def _plan_with_requests(output: Path) -> Plan | None:
             if looks_unchanged(plan.input) or change_of(plan.input) is None:
                 return plan
         except (RunConflictError, InputError, OSError):
-            pass  # another version's plan, or no input: the output alone tells less, but enough
+            pass  # another version's plan, or no input: the output alone is enough
     return None
 
 
@@ -67,9 +67,9 @@ def _entries_of_run(plan: Plan) -> Iterator[ResultEntry]:
 
 
 class AnswersById:
-    """Random access to an output's entries, with 24 bytes of memory for each.
+    """Random access to the entries of an output, with 24 bytes of memory per entry.
 
-    A ``.jsonl`` output needs twice as much: its requests are in the run's input.
+    A ``.jsonl`` output needs twice as much, as its requests are in the run's input.
     """
 
     def __init__(self, output: Path) -> None:
@@ -123,13 +123,13 @@ def _key(custom_id: str) -> bytes:
 
 
 def requests_metadata(entry: ResultEntry) -> dict[str, Any]:
-    """Return the metadata that a request had of its own; {} where the request is not known."""
+    """Return the metadata of a request itself; {} if the request is unknown."""
     own = (entry.request or {}).get("metadata")
     return own if isinstance(own, dict) else {}
 
 
 def kept_columns(entry: ResultEntry) -> dict[str, Any]:
-    """Return the source's columns that a converter put into the request's metadata."""
+    """Return the source columns that a converter stored in the request's metadata."""
     columns = entry.metadata.get("columns")
     if columns is None:
         columns = requests_metadata(entry).get("columns")
@@ -139,10 +139,10 @@ def kept_columns(entry: ResultEntry) -> dict[str, Any]:
 
 
 def json_fields(entry: ResultEntry) -> dict[str, Any] | None:
-    """Return the JSON object that an answer is, or that it holds beside other words, or None.
+    """Return the JSON object that an answer is or contains, or None.
 
-    What stands before ``</think>`` is no answer. A Markdown fence, and words before and behind, are
-    dropped where what is left is one object and no other could be meant.
+    Text before ``</think>`` is ignored. A Markdown fence and surrounding words are dropped if
+    exactly one object remains.
     """
     text = entry.answer.rpartition(_THOUGHT)[2]
     try:
@@ -168,14 +168,14 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def choices(entry: ResultEntry) -> list[dict[str, Any]]:
-    """Return the choices of an answer; nothing for embeddings and failures."""
+    """Return the choices of an answer; empty for embeddings and failures."""
     found = entry.body.get("choices") if isinstance(entry.body, dict) else None
     listed = found if isinstance(found, list) else []
     return [choice for choice in listed if isinstance(choice, dict)]
 
 
 def prompt_text(body: dict[str, Any], roles: tuple[str, ...] = ("user",)) -> str:
-    """Return what a request asks; of a message in parts the texts, and the kinds of the others."""
+    """Return a request's prompt; for messages with parts, their texts and the types of others."""
     messages = body.get("messages")
     if isinstance(messages, list):
         asked = (message for message in messages if isinstance(message, dict))
@@ -192,20 +192,20 @@ def _words(content: Any) -> str:
 
 
 def refuse_unfit(output: Path) -> None:
-    """Raise an error where an output is not there (yet), or is not what its run wrote.
+    """Reject an output that does not exist (yet), or that was modified after its run.
 
     Raises:
-        InputError: it is not there.
-        OutputExistsError: it was changed.
+        InputError: the output does not exist.
+        OutputExistsError: the output was modified.
     """
     if not output.is_file():
         raise InputError(
-            f"the output {output} is not there",
-            f"wait for its run (aiflux status {str(output)!r}); `aiflux merge --partial` writes "
-            "what is done so far",
+            f"the output {output} does not exist",
+            f"wait for its run (aiflux status {str(output)!r}), or write the results so far with "
+            "`aiflux merge --partial`",
         )
     run = RunDirectory.of_output(output)
-    with suppress(RunConflictError, StorageError):  # of a run that cannot be read, nothing is known
+    with suppress(RunConflictError, StorageError):  # an unreadable run has no status
         status = read_run_status(run) if os.path.isfile(run.plan) else None
         if status is not None and is_completed(status, read_plan(run)):
             refuse_changed_output(output, status)

@@ -1,4 +1,4 @@
-"""The table that answers become: its columns and rows, beside those of the source."""
+"""Build the table of results: its columns and rows, joined with those of the source."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ Record = dict[str, Any]
 
 @dataclass
 class BackSummary:
-    """What a table of answers holds.
+    """Counts of a results table.
 
     Attributes:
         rows: rows written.
         answered, failed: rows with an answer, and with an error.
-        unasked: rows of the source without a result.
-        unused: results that belong to no row of the source.
-        unread: rows of the source that cannot be read, and are left out.
-        repeated: rows of the source whose custom_id an earlier row has: only that one was asked.
-        changed: rows none of whose cells stands in the request of their custom_id, where that
-            request was not made by ``aiflux convert``, which would know.
-        unfit: answers that hold no JSON object, where such were to be unpacked.
+        unasked: source rows without a result.
+        unused: results without a source row.
+        unread: source rows that cannot be read and are skipped.
+        repeated: source rows with the custom_id of an earlier row; only that row was requested.
+        changed: source rows none of whose cells occurs in the request with their custom_id. Only
+            for requests not made by ``aiflux convert``, whose requests have digests.
+        unfit: answers without a JSON object, if JSON fields were requested.
         several: answers with further choices; the table has the first.
         cut: answers that ended at the token limit.
-        empty: answers without a text, by their reason.
-        absent: fields that were named and that no answer has.
-        examples: the first custom_ids that ``changed`` and ``unfit`` count, by that name.
+        empty: answers without text, by reason.
+        absent: named fields that no answer has.
+        examples: the first custom_ids counted by ``changed`` and ``unfit``.
     """
 
     output: Path | None
@@ -70,7 +70,7 @@ class BackSummary:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, what: str, custom_id: str) -> None:
-        """Count one more of ``changed`` or ``unfit``."""
+        """Add one to ``changed`` or ``unfit``."""
         setattr(self, what, getattr(self, what) + 1)
         named = self.examples.setdefault(what, [])
         if len(named) < _NAMED:
@@ -79,17 +79,17 @@ class BackSummary:
 
 @dataclass(frozen=True)
 class BackOptions:
-    """How answers are joined.
+    """How results are joined with their source.
 
     Attributes:
-        source: the CSV, TSV or Parquet file that the requests were made from; None takes the
-            columns that were kept in the requests' metadata.
-        id_column: the column of the source that the custom_ids came from.
-        json_fields: fields of JSON answers that become columns; () takes all, None none.
-        reasoning: a column with what reasoning models thought, where the engine keeps that apart.
-        delimiter, encoding: of a source that is CSV.
-        excel: CSV as Excel reads it: with a byte order mark, and ``'`` before cells that it would
-            take for a formula.
+        source: the CSV, TSV or Parquet file that the requests were made from; None uses the columns
+            kept in the requests' metadata.
+        id_column: the source column with the custom_ids.
+        json_fields: fields of JSON answers to use as columns; () for all, None for none.
+        reasoning: add a column with the reasoning, if the engine returns it separately.
+        delimiter, encoding: format of a CSV source.
+        excel: write CSV for Excel: with a byte order mark, and ``'`` before cells that Excel would
+            treat as formulas.
     """
 
     source: Path | str | None = None
@@ -102,12 +102,12 @@ class BackOptions:
 
 
 class BackTable:
-    """The columns of the table, and its rows.
+    """The columns and rows of the results table.
 
     Attributes:
-        columns: of the source, as they are called in the table.
-        fields: of JSON answers, as they are called in the table.
-        met: those of the fields that some answer has.
+        columns: source columns, by the name they have in the table.
+        fields: JSON fields, by the name they have in the table.
+        met: JSON fields that at least one answer has.
     """
 
     def __init__(self, output: Path, options: BackOptions, stack: ExitStack) -> None:
@@ -139,7 +139,7 @@ class BackTable:
         return [self.id, *self.columns.values(), *ours, *self.fields.values()]
 
     def records(self, target: Path) -> Iterator[Record]:
-        """Yield every row, and count what it is."""
+        """Yield all rows and update the summary."""
         self.summary.output = target
         if self.source is None:
             for entry in entries(self.output):
@@ -193,7 +193,7 @@ class BackTable:
         record |= {shown: cells.get(name) for name, shown in self.columns.items()}
         if entry is None:
             summary.unasked += 1
-            record |= {self.answer: None, self.error: "no result: it was not asked"}
+            record |= {self.answer: None, self.error: "no result: it was not requested"}
         else:
             failed = entry.error is not None
             summary.failed += failed
@@ -222,7 +222,7 @@ class BackTable:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """Return a column's name, changed where the table has one of that name; it is taken then."""
+    """Return a column name that is not yet taken, and add it to ``taken``."""
     found, number = name, 1
     while found in taken:
         found = f"aiflux_{name}" if number == 1 else f"aiflux_{name}_{number}"
@@ -232,15 +232,15 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _digests(entry: ResultEntry) -> dict[str, str]:
-    """Return the digests of the cells that a request was made from; {} where it has none."""
+    """Return the digests of the cells from which a request was made; {} if there are none."""
     found = requests_metadata(entry).get(CELL_DIGESTS)
     return found if isinstance(found, dict) else {}
 
 
 def _changed(entry: ResultEntry, cells: Mapping[str, Any]) -> bool:
-    """Return whether the request of an answer holds none of a row's cells.
+    """Return whether the request contains none of a row's cells.
 
-    A row with an empty cell cannot be judged: that cell may be all that was asked.
+    A row with an empty cell is not judged: that cell may be the only one in the prompt.
     """
     if entry.request is None:
         return False
@@ -251,7 +251,7 @@ def _changed(entry: ResultEntry, cells: Mapping[str, Any]) -> bool:
 
 @dataclass
 class _Seen:
-    """Columns and JSON fields that entries have, with the types of their values."""
+    """Columns and JSON fields that occur in entries, with the types of their values."""
 
     columns: dict[str, set[type]] = field(default_factory=dict)
     fields: dict[str, set[type]] = field(default_factory=dict)
@@ -265,7 +265,7 @@ class _Seen:
 
 
 def _type(value: Any) -> type:
-    """Return a value's type; that of text for a number that a column of 64 bits cannot hold."""
+    """Return a value's type; ``str`` for an integer that does not fit into 64 bits."""
     return str if isinstance(value, int) and value not in _INT64 else type(value)
 
 
@@ -293,9 +293,9 @@ class _Source:
         return self.table.columns
 
     def rows(self, summary: BackSummary) -> Iterator[Row]:
-        """Yield each row, with its custom_id as its name.
+        """Yield each row, named by its custom_id.
 
-        Rows that cannot be read are counted and left out.
+        Rows that cannot be read are counted and skipped.
         """
         for row in self._rows():
             if not isinstance(row, Row):
@@ -347,6 +347,6 @@ class _Source:
         listed = ", ".join(repr(name) for name in self.columns)
         return InputError(
             f"no row of {str(self.table.path)!r} has a result in {str(output)!r}",
-            "name the column that the custom_ids came from with --id-column "
-            f"(the columns are {listed}); without one, row 1 is 'row-1'",
+            "set --id-column to the column with the custom_ids "
+            f"(columns: {listed}); by default, row 1 is 'row-1'",
         )

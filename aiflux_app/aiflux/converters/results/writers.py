@@ -1,4 +1,4 @@
-"""Writing the table of answers: CSV, JSON Lines and Parquet."""
+"""Write the results table as CSV, JSON Lines or Parquet."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def write_csv(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> N
 
 
 def _plain(value: Any) -> str:
-    """Return a cell as text that can be written. NUL, at which many readers of CSV stop, cannot."""
+    """Return a cell as writable text. NUL is replaced: many CSV readers stop at it."""
     return whole_text(as_text(value)).replace("\0", REPLACEMENT)
 
 
 def _for_excel(value: Any) -> str:
-    """Return a cell as text that no spreadsheet takes for a formula; numbers stay as they are."""
+    """Return a cell that no spreadsheet treats as a formula; numbers stay unchanged."""
     text = _plain(value)
     if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
         return text
@@ -61,7 +61,7 @@ def write_jsonl(file: IO[bytes], table: BackTable, records: Iterator[Record]) ->
 
 
 def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
-    """Write rows as Parquet, a row group at a time."""
+    """Write rows as Parquet, one row group at a time."""
     arrow = need("pyarrow", "parquet", "writing Parquet")
     library = need("pyarrow.parquet", "parquet", "writing Parquet")
     schema = _arrow_schema(arrow, table)
@@ -75,12 +75,12 @@ def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) 
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
     except (arrow.ArrowException, OverflowError) as error:
         raise InputError(
-            f"a value has no place in a Parquet table: {error}", "use `aiflux results to-jsonl`"
+            f"a value cannot be stored in Parquet: {error}", "use `aiflux results to-jsonl`"
         ) from error
 
 
 def _cell(arrow: Any, value: Any, kind: Any) -> Any:
-    """Return a value as its column takes it; see ``ParquetTable`` for times that are text."""
+    """Return a value of its column's type; ``ParquetTable`` returns some times as text."""
     if arrow.types.is_string(kind) and value is not None:
         return whole_text(as_text(value))
     if arrow.types.is_timestamp(kind) and isinstance(value, str):
@@ -89,7 +89,7 @@ def _cell(arrow: Any, value: Any, kind: Any) -> Any:
 
 
 def _arrow_schema(arrow: Any, table: BackTable) -> Any:
-    """Return the table's schema: the source's own types, else what fits all values seen."""
+    """Return the table's schema: the source's types, else types that fit all values."""
     source = None if table.source is None else table.source.table
     own = source.schema if isinstance(source, ParquetTable) else None
     kinds = {name: arrow.string() for name in table.header}

@@ -1,26 +1,26 @@
-"""Every error AI-Flux raises on purpose, and the exit codes they become.
+"""All errors that AI-Flux raises on purpose, and their exit codes.
 
 ::
 
-    AifluxError                      exit 1 (never raised itself)
-    ├── UsageError                   exit 2: nothing was sent
-    │   ├── ConfigError              a setting is wrong; names its place
-    │   ├── InputError               the input file is wrong; names its lines
-    │   ├── RunConflictError         the run directory belongs to something else
-    │   ├── OutputExistsError        the output is there and --force was not given
-    │   ├── ImageError               the image cannot be found, built or read
-    │   ├── BundleError              a bundle cannot be made, is damaged or not for this machine
-    │   ├── SlurmError               Slurm is missing, or refused the job
-    │   └── PreflightError           what is asked for cannot work here; names every reason
-    ├── TooManyFailuresError         exit 3: finished, too many requests failed
-    ├── EngineError                  exit 4: the engine or the model could not be had
-    │   ├── ModelError               the model is unknown, or could not be pulled
-    │   └── RejectedError            the engine takes no request: address, key or model is wrong
-    └── StoppedError                 exit 5: stopped before the end; resumable
-        ├── StorageError             the journal or output could not be written
-        └── MissingResultsError      the journals lack results; names the shards
+        AifluxError                      exit 1 (never raised itself)
+        ├── UsageError                   exit 2: nothing was sent
+        │   ├── ConfigError              a setting is invalid; names its location
+        │   ├── InputError               the input file is invalid; names its lines
+        │   ├── RunConflictError         the run directory belongs to another run
+        │   ├── OutputExistsError        the output already exists and --force was not given
+        │   ├── ImageError               the image cannot be found, built or read
+        │   ├── BundleError              a bundle is damaged, for another machine, or not possible
+        │   ├── SlurmError               Slurm is missing, or rejected the job
+        │   └── PreflightError           the job cannot work here; lists all reasons
+        ├── TooManyFailuresError         exit 3: finished, but too many requests failed
+        ├── EngineError                  exit 4: the engine or the model is not available
+        │   ├── ModelError               the model is unknown, or could not be pulled
+        │   └── RejectedError            the engine accepts no request: wrong address, key or model
+        └── StoppedError                 exit 5: stopped before the end; resumable
+            ├── StorageError             the journal or output could not be written
+            └── MissingResultsError      the journals lack results; names the shards
 
-A message says what was seen and what follows from it; ``remedy`` says what to do next.
+    A message states what was found and what follows from it; ``remedy`` states what to do next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the CLI, the worker and the batch job (the same everywhere)."""
+    """Exit codes of the CLI, the worker and the batch job (the same in all of them)."""
 
     OK = 0
     BUG = 1
@@ -44,10 +44,10 @@ class AifluxError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        message: what was seen, and what follows from it.
-        remedy: what the user can do next; shown on a line of its own.
+            message: what was found, and what follows from it.
+            remedy: what the user can do next; shown on a separate line.
 
-    As a text, which a traceback shows, it is all of this.
+        ``str()`` returns all of it, so that a traceback shows it too.
     """
 
     exit_code: ExitCode = ExitCode.BUG
@@ -64,17 +64,17 @@ class AifluxError(Exception):
 
 
 class UsageError(AifluxError):
-    """Usage, configuration or input is wrong; nothing was sent."""
+    """Usage, configuration or input is invalid; nothing was sent."""
 
     exit_code = ExitCode.USAGE
 
 
 class ConfigError(UsageError):
-    """A setting has a wrong value, or an unknown name."""
+    """A setting has an invalid value or an unknown name."""
 
 
 class InputError(UsageError):
-    """The input is missing, unreadable, or has bad lines (``problems``, one text each)."""
+    """The input is missing, unreadable or has invalid lines (``problems``, one text each)."""
 
     def __init__(
         self, message: str, remedy: str | None = None, problems: tuple[str, ...] = ()
@@ -96,15 +96,15 @@ class ImageError(UsageError):
 
 
 class BundleError(UsageError):
-    """A bundle cannot be made, is damaged, or is not for this machine."""
+    """A bundle cannot be created, is damaged, or is for another machine."""
 
 
 class SlurmError(UsageError):
-    """Slurm is missing, did not answer, or refused the job."""
+    """Slurm is missing, did not respond, or rejected the job."""
 
 
 class PreflightError(UsageError):
-    """What is asked for cannot work here (``problems``, one text each, with its fix)."""
+    """The job cannot work here (``problems``, one text each, with its fix)."""
 
     def __init__(
         self, message: str, remedy: str | None = None, problems: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ class TooManyFailuresError(AifluxError):
 
 
 class EngineError(AifluxError):
-    """The engine could not be started, or kept dying."""
+    """The engine could not be started, or keeps crashing."""
 
     exit_code = ExitCode.ENGINE
 
@@ -130,11 +130,11 @@ class ModelError(EngineError):
 
 
 class RejectedError(EngineError):
-    """No request can succeed until the command or the server is corrected."""
+    """No request can succeed until the command or the server is fixed."""
 
 
 class StoppedError(AifluxError):
-    """The run stopped before the end; the same command goes on."""
+    """The run stopped before the end; the same command resumes it."""
 
     exit_code = ExitCode.STOPPED
 
@@ -144,7 +144,7 @@ class StorageError(StoppedError):
 
 
 class MissingResultsError(StoppedError):
-    """Requests have no result in the journals (``shards``: how many of each shard)."""
+    """Requests have no result in the journals (``shards``: the number per shard)."""
 
     def __init__(self, message: str, remedy: str, shards: Mapping[int, int]) -> None:
         super().__init__(message, remedy)
@@ -152,5 +152,5 @@ class MissingResultsError(StoppedError):
 
 
 def describe(error: AifluxError) -> str:
-    """Return the one form in which errors are shown: what was seen, its places, what to do."""
+    """Return an error as shown to the user: what was found, where, and the remedy."""
     return f"error: {error}"

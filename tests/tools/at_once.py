@@ -1,7 +1,7 @@
-"""Runs the worker's command several times at once: ``at_once.py FOLDER ENGINE_URL COUNT``.
+"""Run the worker several times at once: ``at_once.py FOLDER ENGINE_URL COUNT``.
 
-All starts are forks of this process, so that they begin within a millisecond. It prints the exit
-codes, as JSON; what a start says is in ``said-N`` in the folder.
+All runs are forks of this process, so that they start within a millisecond. Prints the exit codes
+as JSON; the output of each run is in ``said-N`` in the folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Pushes an image with the layout of the official Ollama image to a registry, without docker.
+"""Push an image with the layout of the official Ollama image to a registry, without docker.
 
 ``make_oci_image.py REGISTRY NAME TAG ROOTFS OLLAMA`` prints the manifest's digest. ROOTFS is an
-unpacked root without Python (debootstrap --variant=minbase), OLLAMA a tree with bin/ and lib/.
+unpacked root without Python (debootstrap --variant=minbase), OLLAMA is a tree with bin/ and lib/.
 Protocol: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
 
@@ -41,7 +41,7 @@ RUNTIME = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A packed layer: digests of its compressed and of its plain form."""
+    """A packed layer, with the digests of its compressed and uncompressed form."""
 
     path: Path
     digest: str
@@ -49,12 +49,12 @@ class Layer:
 
     @property
     def descriptor(self) -> dict[str, Any]:
-        """How a manifest names it."""
+        """The layer's entry in a manifest."""
         return {"mediaType": LAYER, "digest": self.digest, "size": self.path.stat().st_size}
 
 
 class Hashing:
-    """A file that is only written, and its SHA-256."""
+    """A write-only file with its SHA-256."""
 
     def __init__(self, sink: IO[bytes]) -> None:
         self._sink = sink
@@ -66,17 +66,17 @@ class Hashing:
         return self._sink.write(data)
 
     def flush(self) -> None:
-        """Pass on what is buffered below."""
+        """Flush the underlying file."""
         self._sink.flush()
 
     @property
     def digest(self) -> str:
-        """Of what was written so far."""
+        """SHA-256 of the data written so far."""
         return f"sha256:{self._sum.hexdigest()}"
 
 
 def owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Leave out device nodes, which an ordinary user cannot unpack."""
+    """Skip device nodes, which an ordinary user cannot unpack."""
     if member.isdev():
         return None
     member.uid = member.gid = 0
@@ -124,14 +124,14 @@ class Registry:
         self._exchange("PUT", f"{place.path}?{query}", body, headers)
 
     def put_manifest(self, tag: str, manifest: bytes) -> str:
-        """Name an image; return its digest."""
+        """Upload a manifest under a tag; return its digest."""
         path = f"{self._root}/manifests/{tag}"
         answer = self._exchange("PUT", path, manifest, {"Content-Type": MANIFEST})
         return str(answer.headers["Docker-Content-Digest"])
 
 
 def image_config(layers: list[Layer]) -> bytes:
-    """The image's configuration."""
+    """Return the image's configuration."""
     rootfs = {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]}
     config = {"architecture": "amd64", "os": "linux", "config": RUNTIME, "rootfs": rootfs}
     return json.dumps(config).encode()
@@ -156,7 +156,7 @@ def push_image(address: str, name: str, tag: str, layers: list[Layer]) -> str:
 
 
 def children(directory: Path, prefix: str = "") -> Iterator[tuple[Path, str]]:
-    """Each entry of a directory and its name in the layer."""
+    """Yield each entry of a directory with its name in the layer."""
     for child in sorted(directory.iterdir()):
         yield child, prefix + child.name
 

@@ -1,6 +1,6 @@
 """Write a small file in Apptainer's image format (SIF): a header, a table and one JSON object.
 
-Laid out as Apptainer 1.4 does it (``pkg/sif/sif.go``), without a file system inside.
+The layout is that of Apptainer 1.4 (``pkg/sif/sif.go``), without a file system inside.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def make_sif(path: Path, arch: str = "amd64", **labels: str) -> Path:
 
 
 def make_raw_sif(path: Path, metadata: bytes, arch: str = "amd64") -> Path:
-    """Write an image whose metadata are these bytes."""
+    """Write an image with these bytes as metadata."""
     data = _TABLE + _TOTAL * _DESCRIPTOR
     header = b"".join(
         (

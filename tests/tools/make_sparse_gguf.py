@@ -1,8 +1,8 @@
-"""Puts the header of a real model's GGUF, its numbers left out, in a models directory.
+"""Add the GGUF header of a real model, without weights, to a models directory.
 
-``python make_sparse_gguf.py MODELS_DIR NAME...``, names from the catalogue. The file has the real
-one's size but takes no room on the disk: Ollama reckons the memory from the header, before it
-loads. Tensor types are those that llama.cpp gives a Q4_K_M file (``src/llama-quant.cpp``).
+``python make_sparse_gguf.py MODELS_DIR NAME...``, with names from the catalog. The file has the
+real size but is sparse: Ollama calculates the memory from the header before it loads the weights.
+Tensor types are those that llama.cpp uses in a Q4_K_M file (``src/llama-quant.cpp``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tensor:
 
 
 def better(layer: int, layers: int) -> bool:
-    """Whether llama.cpp gives this layer more bits (``use_more_bits``)."""
+    """Return whether llama.cpp uses more bits for this layer (``use_more_bits``)."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
@@ -82,7 +82,7 @@ def tensors(model: CataloguedModel) -> Iterator[Tensor]:
 
 
 def metadata(model: CataloguedModel) -> list[bytes]:
-    """What Ollama reads before it loads."""
+    """Return the metadata that Ollama reads before it loads the weights."""
     a = model.architecture
     numbers = {
         "block_count": a.layers,
@@ -128,9 +128,9 @@ def write_sparse(path: Path, model: CataloguedModel) -> int:
 
 
 def install(models_dir: Path, model: CataloguedModel, name: str) -> int:
-    """Put a model of that shape into a models directory; return its file's size.
+    """Add such a model to a models directory; return its file size.
 
-    Its digest is not the file's: nobody computes it who only reads the header.
+    Its digest is not that of the file, as nothing that only reads the header computes it.
     """
     blobs = models_dir / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
@@ -165,5 +165,5 @@ if __name__ == "__main__":
     for asked in sys.argv[2:]:
         found = catalogue.find(asked)
         if found is None:
-            raise SystemExit(f"{asked} is not in the catalogue")
+            raise SystemExit(f"{asked} is not in the catalog")
         print(asked, install(Path(sys.argv[1]), found, f"sparse-{asked}"))

@@ -1,7 +1,7 @@
-"""Writes a random Llama of half a megabyte: ``python make_tiny_gguf.py OUT.gguf [embeddings]``.
+"""Write a random Llama of half a megabyte: ``python make_tiny_gguf.py OUT.gguf [embeddings]``.
 
-A real model to Ollama (chat, completions and embeddings, or embeddings only), for tests where the
-words do not matter. The same bytes every time.
+Ollama treats it as a real model (chat, completions and embeddings, or embeddings only). For tests
+where the generated text does not matter. The output is always the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TYPES = [UNKNOWN, CONTROL, CONTROL, *([BYTE] * 256), *([NORMAL] * (1 + len(PRINT
 
 
 def metadata(architecture: str) -> list[bytes]:
-    """What Ollama reads before it loads the tensors."""
+    """Return the metadata that Ollama reads before it loads the tensors."""
     return [
         entry("general.architecture", STRING, architecture),
         entry("general.name", STRING, "tiny"),
@@ -67,7 +67,7 @@ def metadata(architecture: str) -> list[bytes]:
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, fastest dimension first."""
+    """Return each tensor's shape, fastest dimension first."""
     found: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (WIDTH, len(TOKENS)),
         "output_norm.weight": (WIDTH,),
@@ -88,7 +88,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def values(name: str, shape: tuple[int, ...], rng: random.Random) -> array[float]:
-    """A tensor's numbers: norms are 1, and only printable tokens (not EOS) get a logit."""
+    """Return a tensor's values: norms are 1, and only printable tokens (not EOS) get a logit."""
     if len(shape) == 1:
         return array("f", [1.0] * shape[0])
     rows = [[rng.gauss(0.0, 0.2) for _ in range(shape[0])] for _ in range(shape[1])]
@@ -98,11 +98,11 @@ def values(name: str, shape: tuple[int, ...], rng: random.Random) -> array[float
 
 
 def tiny(architecture: str = "llama", more: Sequence[bytes] = ()) -> bytes:
-    """The whole file.
+    """Return the complete file.
 
     Args:
-        architecture: what it claims to be; only a llama can be loaded.
-        more: further entries of the metadata.
+        architecture: the declared architecture; only a llama can be loaded.
+        more: additional metadata entries.
     """
     rng = random.Random(20240101)
     tensors = {name: (shape, values(name, shape, rng)) for name, shape in shapes().items()}

@@ -1,8 +1,7 @@
-"""Shares out work in a process of its own, for tests: the tests' own process may have threads.
+"""Distribute work to child processes, for tests whose own process may have threads.
 
-``summaries``: for every line ``PATH PART_BYTES`` on standard input, prints the summary that one
-process makes and the one that children make together. ``kill``, ``leave``, ``fail``: see the
-functions.
+``summaries``: for each line ``PATH PART_BYTES`` of standard input, print the summaries computed by
+one process and by several children. ``kill``, ``leave``, ``fail``: see the functions.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ _PARENT = os.getpid()
 
 
 def summaries() -> None:
-    """Answer every line of standard input with a line of two summaries."""
+    """Print two summaries for each line of standard input."""
     for line in sys.stdin:
         part_bytes, path = line.rstrip("\n").split(" ", 1)
         both = [
-            told(Path(path), part_bytes=1 << 40, children=0),
-            told(Path(path), part_bytes=int(part_bytes), children=3),
+            checked(Path(path), part_bytes=1 << 40, children=0),
+            checked(Path(path), part_bytes=int(part_bytes), children=3),
         ]
         print(json.dumps(both), flush=True)
 
 
-def told(path: Path, **how: int) -> Any:
-    """Return all that a check tells."""
+def checked(path: Path, **how: int) -> Any:
+    """Return everything that an input check reports."""
     try:
         return asdict(scan_input(path, **how)) | {"path": ""}
     except InputError as error:
@@ -44,7 +43,7 @@ def told(path: Path, **how: int) -> Any:
 
 
 def kill() -> None:
-    """Share out ten numbers; the children of some are killed at their work."""
+    """Distribute ten numbers; some children are killed during their work."""
 
     def work(number: int) -> tuple[int, bool]:
         here = os.getpid() == _PARENT
@@ -56,7 +55,7 @@ def kill() -> None:
 
 
 def leave() -> None:
-    """Share out work that takes long, telling the children's ids, and wait."""
+    """Distribute long work, print the children's ids, and wait."""
 
     def work(number: int) -> int:
         print(os.getpid(), flush=True)
@@ -69,7 +68,7 @@ def leave() -> None:
 
 
 def fail() -> None:
-    """Share out work that fails in the middle."""
+    """Distribute work that fails in the middle."""
 
     def work(number: int) -> int:
         if number == 2:
@@ -86,7 +85,7 @@ def fail() -> None:
 
 
 def children_left() -> bool:
-    """Tell whether this process has a child, alive or not reaped."""
+    """Return whether this process has a child, alive or not reaped."""
     try:
         os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:

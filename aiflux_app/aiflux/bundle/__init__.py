@@ -1,1 +1,1 @@
-"""Bundles: the image, models and packages in one file, for clusters without internet."""
+"""Bundles: image, models and packages in a single file, for clusters without internet."""

@@ -1,27 +1,27 @@
 """Install or check a bundle: AI-Flux, its image and models in one tar file.
 
-This file travels in every bundle as ``install.py``: it needs Python 3.10 or later and nothing else,
-and imports nothing of AI-Flux. From a bundle it installs with
+This file is part of every bundle, as ``install.py``. It needs Python 3.10 or later and nothing
+else, and imports nothing from AI-Flux. To install from a bundle:
 
     tar -xf bundle.tar aiflux-bundle/install.py
     python3 aiflux-bundle/install.py bundle.tar --prefix DIR
 
-The bundle is read once, from front to end, and every member is held to its SHA-256. What it brings
-is written beside its final place and moved there when all of it has proved whole: an install that
-fails leaves things as they were, and one that was killed goes on when it is run again.
+The bundle is read once, sequentially, and every member is compared with its SHA-256. Files are
+staged next to their destination and moved there once all of them are verified. A failed install
+changes nothing, and one that was killed resumes when it is run again.
 """
 
 import shutil
 import sys
 
-# An older Python reads as far as this, so all of the file keeps to its syntax (3.6).
+# An older Python stops here, so the whole file uses syntax of Python 3.6.
 if sys.version_info < (3, 10):  # noqa: UP036
     newer = [name for name in map("python3.{}".format, range(19, 9, -1)) if shutil.which(name)]
     sys.stderr.write(
-        "error: this is Python {}.{}, and AI-Flux needs 3.10 or later\n  -> {}\n".format(
+        "error: this is Python {}.{}, but AI-Flux requires 3.10 or later\n  -> {}\n".format(
             sys.version_info[0],
             sys.version_info[1],
-            "call it with " + newer[0] if newer else "load a newer one: module avail python",
+            "run it with " + newer[0] if newer else "load a newer version: module avail python",
         )
     )
     sys.exit(2)
@@ -51,7 +51,7 @@ TOP = "aiflux-bundle/"
 SUMS = "SHA256SUMS"
 CONTENTS = "bundle.json"
 _CHUNK = 4 << 20
-_SMALL = 16 << 20  # bytes that a list of checksums may have
+_SMALL = 16 << 20  # maximum size of the checksum list in bytes
 _SUM = re.compile(r"([0-9a-f]{64})  (\S.*)\Z")
 _BLOB = re.compile(r"models/blobs/sha256-([0-9a-f]{64})\Z")
 _MEMBER = re.compile(
@@ -59,25 +59,25 @@ _MEMBER = re.compile(
     r"|models/blobs/sha256-[0-9a-f]{64}|models/manifests(/[\w.:-]+){2,}",
     re.ASCII,
 )
-_RELEASE = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}")  # becomes a folder's name
+_RELEASE = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}")  # becomes a directory name
 _PYTHON = re.compile(r"3\.[0-9]{1,2}")
 _LINE = re.compile(r"[^\x00-\x1f\x7f]{1,1000}")
 STOPPED = (
-    "the install was stopped before its end",
-    "the same command goes on where this one stopped",
+    "the installation was stopped",
+    "run the same command again to resume it",
 )
-"""What is said when somebody stops an install, and what to do next."""
+"""Message and remedy for an interrupted installation."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Say = Callable[[str], None]
 
 
 class InstallError(Exception):
-    """The bundle is damaged, does not fit here, or cannot be written.
+    """The bundle is damaged, for another machine, or cannot be installed.
 
     Attributes:
         remedy: what to do next.
-        storage: whether what failed is this machine's disk.
+        storage: whether writing to disk failed.
     """
 
     def __init__(self, message: str, remedy: str, *, storage: bool = False) -> None:
@@ -87,11 +87,11 @@ class InstallError(Exception):
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle says that it holds.
+    """A bundle's table of contents.
 
     Attributes:
         contents: ``bundle.json``.
-        sums: SHA-256 of every member but the list of them itself, by path below the top folder.
+        sums: SHA-256 of every member except this list, by path below the top directory.
     """
 
     path: Path
@@ -100,30 +100,30 @@ class Bundle:
 
     @property
     def image(self) -> str | None:
-        """The image's member; None in a bundle without one."""
+        """The member with the image; None in a bundle without image."""
         return self.contents["image"]["path"] if self.contents["image"] else None
 
     @property
     def models(self) -> dict[str, str]:
-        """Members that are manifests, by the models' names."""
+        """The members with the manifests, by model name."""
         return {model["name"]: model["manifest"] for model in self.contents["models"]}
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """Extras of AI-Flux whose packages are among the wheels."""
+        """Extras of AI-Flux whose packages are in the bundle."""
         return tuple(self.contents["extras"])
 
     def wheels(self, python: str) -> tuple[str, ...]:
-        """Members to install for a version of Python such as 3.11."""
+        """Return the members to install for a Python version such as 3.11."""
         return tuple(self.contents["pythons"].get(python, ()))
 
 
 @dataclass(frozen=True)
 class InstallPaths:
-    """Where a bundle goes. Paths are absolute.
+    """Where a bundle is installed. Paths are absolute.
 
     Attributes:
-        prefix: gets ``bin/aiflux``, ``python`` (a virtual environment), ``containers/aiflux.sif``
+        prefix: receives ``bin/aiflux``, ``python`` (virtual environment), ``containers/aiflux.sif``
             and ``site.yaml``.
     """
 
@@ -132,50 +132,51 @@ class InstallPaths:
 
     @property
     def image(self) -> Path:
-        """The image's place."""
+        """The installed image."""
         return self.prefix / "containers" / "aiflux.sif"
 
     @property
     def command(self) -> Path:
-        """The command that users call."""
+        """The installed ``aiflux`` command."""
         return self.prefix / "bin" / "aiflux"
 
     @property
     def site(self) -> Path:
-        """The settings that say where image and models are."""
+        """The settings file with the locations of image and models."""
         return self.prefix / "site.yaml"
 
     def final(self, member: str) -> Path | None:
-        """Return where a member of image or models ends up; None for the others."""
+        """Return the destination of a member with image or model; None for others."""
         if member.startswith("models/"):
             return self.models / member[len("models/") :]
         return self.image if member.startswith("image/") else None
 
     def staged(self, member: str) -> Path:
-        """Return where a member waits for the others."""
+        """Return where a member is staged until all members are verified."""
         root = self.models if member.startswith("models/") else self.prefix
         return root / ".staging" / "bundle" / member
 
 
 def places(prefix: str | None, models: str | None) -> InstallPaths:
-    """Return where to install; by default where AI-Flux looks by itself."""
+    """Return where to install; the default is where AI-Flux searches by itself."""
     share = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     root = Path(os.path.abspath(Path(prefix).expanduser() if prefix else share / "aiflux"))
     below = Path(os.path.abspath(Path(models).expanduser())) if models else root / "models"
-    # The separator of PATH cannot stand in a virtual environment's path.
+    # A virtual environment's path must not contain PATH's separator.
     for path, unfit in ((root, "[:\r\n]"), (below, "[\r\n]")):
         if re.search(unfit, str(path)):
             raise InstallError(
-                f"the path {str(path)!r} holds a colon or a line break", "choose another directory"
+                f"the path {str(path)!r} contains a colon or a line break",
+                "choose another directory",
             )
     return InstallPaths(root, below)
 
 
 def verify(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> Bundle:
-    """Read a whole bundle and hold every member to its SHA-256.
+    """Read a complete bundle and compare every member with its SHA-256.
 
     Raises:
-        InstallError: it is damaged; names the member.
+        InstallError: the bundle is damaged; names the member.
     """
     with _opened(path) as (tar, bundle):
         for member, content in _members(tar, bundle):
@@ -186,16 +187,16 @@ def verify(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> Bund
 def install(
     path: Path, to: InstallPaths, say: Say, on_bytes: Callable[[int], None] = lambda _: None
 ) -> Bundle:
-    """Install a bundle; run again, it writes nothing that is there already.
+    """Install a bundle. Files that already exist are not written again.
 
     Args:
-        say: takes one line at a time for the user.
-        on_bytes: told how many bytes of the bundle were read since it was last told.
+            say: called with one line of output for the user.
+            on_bytes: called with the number of bytes read since the last call.
 
-    Raises:
-        InstallError: nothing was changed: the bundle is damaged or not for this machine, or there
-            is no room.
-        KeyboardInterrupt: what has arrived is kept, for the next try.
+        Raises:
+            InstallError: the bundle is damaged, for another machine, or too large; nothing was
+                changed.
+            KeyboardInterrupt: staged files are kept for the next attempt.
     """
     with _opened(path) as (tar, bundle):
         _refuse_foreign(bundle)
@@ -205,7 +206,7 @@ def install(
                 _stage(tar, bundle, to, on_bytes)
                 _put_in_place(bundle, to, say)
             except KeyboardInterrupt:
-                raise  # what has arrived is of use to the next try
+                raise  # the next attempt uses the staged files
             except BaseException:
                 _remove_staged(to)
                 raise
@@ -223,35 +224,35 @@ def _remove_staged(to: InstallPaths) -> None:
 
 def _damaged(path: Path, what: str) -> InstallError:
     return InstallError(
-        f"{path} is not a whole bundle: {what}; nothing was installed",
-        "copy it again, and compare its size and SHA-256 with those that aiflux bundle create told",
+        f"{path} is not a complete bundle: {what}; nothing was installed",
+        "copy it again, and compare its size and SHA-256 with the output of aiflux bundle create",
     )
 
 
 class ArchiveFile(io.BufferedReader):
-    """A tar file of strangers: a header cannot make ``tarfile`` read it into memory whole."""
+    """An untrusted tar file: large headers cannot make ``tarfile`` read it into memory."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read, unless it is more than a member's chunk."""
+        """Read at most the size of one chunk."""
         if size is None or not 0 <= size <= _SMALL:
             raise tarfile.ReadError("a header is too large")
         return super().read(size)
 
 
 class PlainMember(tarfile.TarInfo):
-    """A member that is not sparse: such a one can be far larger than its archive.
+    """A member that is not sparse, because a sparse member can be far larger than its archive.
 
-    ``tarfile`` reads the maps of sparse members before anybody can refuse them, and bounds
-    nothing in them.
+    ``tarfile`` reads the maps of sparse members before they can be rejected, and does not limit
+    them.
     """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "PlainMember":
-        """Read the next member; a header of nonsense is a ``tarfile`` error, too."""
+        """Read the next member; an invalid header also raises a ``tarfile`` error."""
         try:
             return super().fromtarfile(tarfile_)
         except (ValueError, OverflowError, RecursionError) as error:
-            raise tarfile.ReadError(f"a header is wrong: {error}") from error
+            raise tarfile.ReadError(f"a header is invalid: {error}") from error
 
     def _refuse_sparse(self, *_: Any) -> Any:
         raise tarfile.ReadError("it has a sparse member")
@@ -260,23 +261,23 @@ class PlainMember(tarfile.TarInfo):
 
 
 def open_archive(file: io.FileIO) -> tarfile.TarFile:
-    """Open a tar file that may come from anybody; it is not compressed.
+    """Open an untrusted, uncompressed tar file.
 
     Raises:
-        tarfile.TarError: it is none.
+        tarfile.TarError: the file is not a tar file.
     """
     return tarfile.open(fileobj=ArchiveFile(file), mode="r:", tarinfo=PlainMember)
 
 
 def plain(info: tarfile.TarInfo) -> bool:
-    """Return whether a member is a file with its bytes in the archive; a link leads elsewhere."""
+    """Return whether a member is a regular file with its content in the archive."""
     return info.isreg() and not info.issparse()
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Bundle]]:
     try:
-        file = open(path, "rb", 0)  # noqa: SIM115 - what is written meanwhile has errors of its own
+        file = open(path, "rb", 0)  # noqa: SIM115 - only errors of opening are handled here
     except OSError as error:
         raise InstallError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     with file:
@@ -289,39 +290,39 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Bundle]]:
 
 def _head(tar: tarfile.TarFile, path: Path) -> Bundle:
     try:
-        lines = _small(tar, SUMS).decode().split("\n")  # splitlines() knows more line ends
+        lines = _small(tar, SUMS).decode().split("\n")  # splitlines() splits at more characters
         sums = dict(map(_sum, filter(None, lines)))
         raw = _small(tar, CONTENTS)
         if hashlib.sha256(raw).hexdigest() != sums[CONTENTS]:
-            raise ValueError(f"{CONTENTS} is not what {SUMS} says")
+            raise ValueError(f"{CONTENTS} does not match {SUMS}")
         bundle = Bundle(path, _contents(json.loads(raw)), sums)
         named = {*bundle.models.values(), *([bundle.image] if bundle.image else [])}
         named.update(*bundle.contents["pythons"].values())
         if not all(path.startswith("models/manifests/") for path in bundle.models.values()):
-            raise ValueError(f"{CONTENTS} names a manifest that is none")
+            raise ValueError(f"{CONTENTS} names an invalid manifest")
         if not named <= set(sums):
-            raise ValueError(f"{SUMS} lacks {', '.join(sorted(named - set(sums)))}")
+            raise ValueError(f"{SUMS} does not list {', '.join(sorted(named - set(sums)))}")
     except (ValueError, KeyError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     return bundle
 
 
 def _contents(found: Any) -> dict[str, Any]:
-    """Return what ``bundle.json`` holds, each field of its type and form.
+    """Return the content of ``bundle.json`` after checking the type and form of each field.
 
     Raises:
-        ValueError: one is not; names it.
+        ValueError: a field is invalid; names it.
     """
     if not isinstance(found, dict):
-        raise ValueError(f"{CONTENTS} holds no object")
+        raise ValueError(f"{CONTENTS} is not a JSON object")
     if found.get("version") != VERSION:
-        raise ValueError(f"its form is {found.get('version')!r}, and this reads {VERSION}")
+        raise ValueError(f"its version is {found.get('version')!r} instead of {VERSION}")
     _need(found, "aiflux", _text(_RELEASE))
     _need(found, "arch", _text(_LINE))
     _need(found, "pythons", lambda value: isinstance(value, dict))
     for python, wheels in found["pythons"].items():
         if not _PYTHON.fullmatch(python) or not _list_of(_text(_MEMBER))(wheels):
-            raise ValueError(f"{CONTENTS} has a wrong value of pythons: {python!r}")
+            raise ValueError(f"{CONTENTS} has an invalid pythons: {python!r}")
     found.setdefault("extras", [])
     _need(found, "extras", _list_of(_text(_RELEASE)))
     found.setdefault("image", None)
@@ -340,52 +341,52 @@ def _contents(found: Any) -> dict[str, Any]:
     return found
 
 
-def _need(found: dict[str, Any], name: str, fits: Callable[[Any], bool]) -> None:
-    if not fits(found.get(name)):
-        raise ValueError(f"{CONTENTS} has a wrong value of {name}: {str(found.get(name))[:80]!r}")
+def _need(found: dict[str, Any], name: str, is_valid: Callable[[Any], bool]) -> None:
+    if not is_valid(found.get(name)):
+        raise ValueError(f"{CONTENTS} has an invalid {name}: {str(found.get(name))[:80]!r}")
 
 
 def _text(form: re.Pattern[str]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and form.fullmatch(value) is not None
 
 
-def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
+def _list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
 
 
 def _sum(line: str) -> tuple[str, str]:
     match = _SUM.match(line)
     if match is None:
-        raise ValueError(f"{SUMS} has the line {line[:80]!r}")
+        raise ValueError(f"{SUMS} has the invalid line {line[:80]!r}")
     digest, member = match.groups()
     if not _MEMBER.fullmatch(member) or {".", ".."} & {*member.split("/")}:
-        raise ValueError(f"{SUMS} names {member[:80]!r}")
+        raise ValueError(f"{SUMS} lists the invalid path {member[:80]!r}")
     blob = _BLOB.match(member)
     if member.startswith("models/blobs/") and (blob is None or blob[1] != digest):
-        raise ValueError(f"{member} does not bear its digest as its name")
+        raise ValueError(f"{member} is not named after its digest")
     return member, digest
 
 
 def _small(tar: tarfile.TarFile, wanted: str) -> bytes:
     member = tar.next()
     if member is None or member.name != TOP + wanted or not plain(member) or member.size > _SMALL:
-        raise ValueError(f"{wanted} is not where it should be")
+        raise ValueError(f"{wanted} is not at the expected position")
     file = tar.extractfile(member)
     return b"" if file is None else file.read()
 
 
 def _members(tar: tarfile.TarFile, bundle: Bundle) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the members that are left, each once; all that the bundle names have to come."""
+    """Yield the remaining members, each once; all members that the bundle lists must follow."""
     left = set(bundle.sums) - {CONTENTS}
     for info in iter(tar.next, None):
         member = info.name[len(TOP) :]
         content = tar.extractfile(info) if plain(info) else None
         if not info.name.startswith(TOP) or member not in left or content is None:
-            raise _damaged(bundle.path, f"{info.name!r} does not belong there")
+            raise _damaged(bundle.path, f"{info.name!r} is unexpected")
         left.remove(member)
         yield member, content
     if left:
-        raise _damaged(bundle.path, f"{min(left)} is missing ({len(left)} in all)")
+        raise _damaged(bundle.path, f"{min(left)} is missing ({len(left)} missing in total)")
 
 
 def _copy(
@@ -400,7 +401,7 @@ def _copy(
         try:
             chunk = content.read(_CHUNK)
         except OSError as error:
-            raise _damaged(bundle.path, f"it cannot be read at {member}: {error}") from error
+            raise _damaged(bundle.path, f"{member} cannot be read: {error}") from error
         if not chunk:
             break
         digest.update(chunk)
@@ -408,7 +409,7 @@ def _copy(
         if into is not None:
             into.write(chunk)
     if digest.hexdigest() != bundle.sums[member]:
-        raise _damaged(bundle.path, f"{member} was changed or cut")
+        raise _damaged(bundle.path, f"{member} was modified or truncated")
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -416,14 +417,14 @@ def _copy(
 
 @contextlib.contextmanager
 def _disk(prefix: Path) -> Iterator[None]:
-    """Turn what the file system refuses into words."""
+    """Convert file system errors to an ``InstallError``."""
     try:
         yield
     except OSError as error:
         where = error.filename or prefix
-        remedy = "choose a directory that you may write to: --prefix DIR, --models-dir DIR"
+        remedy = "choose a directory that you can write to: --prefix DIR, --models-dir DIR"
         if error.errno in _NO_ROOM:
-            remedy = "make room (df, quota), or choose another directory; then install again"
+            remedy = "free some space (df, quota) or choose another directory, and install again"
         raise InstallError(
             f"cannot write {where}: {error.strerror or error}",
             remedy,
@@ -433,22 +434,22 @@ def _disk(prefix: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Keep a second install of the same place out."""
+    """Prevent two installations to the same directory at once."""
     path = root / ".staging" / "bundle.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before removes the file when it is through.
+            # A finished installation removes the file: check that ours is still the one on disk.
             ours = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            # File systems without locks are let off.
+            # File systems without locks are accepted.
             ours = error.errno != errno.EWOULDBLOCK
         if not ours:
             raise InstallError(
-                f"another install into {root} is going on", "wait until it is through"
+                f"another installation to {root} is running", "wait until it has finished"
             )
         try:
             yield
@@ -463,15 +464,15 @@ def _refuse_foreign(bundle: Bundle) -> None:
     known = ", ".join(sorted(bundle.contents["pythons"], key=_number))
     if not bundle.wheels(python):
         raise InstallError(
-            f"this is Python {python}, and the bundle has packages for {known}",
-            "run install.py with one of these (module avail python), or make the bundle with "
+            f"this is Python {python}, but the bundle has packages for {known}",
+            "run install.py with one of these (module avail python), or create the bundle with "
             f"--python {python}",
         )
     machine, arch = os.uname().machine, bundle.contents["arch"]
     if machine != arch:
         raise InstallError(
-            f"the bundle is for {arch}, and this machine is {machine}",
-            f"make one with --arch {machine}, from an image of that architecture",
+            f"the bundle is for {arch}, but this machine is {machine}",
+            f"create a bundle with --arch {machine} from an image of that architecture",
         )
 
 
@@ -488,24 +489,24 @@ def _wanted(bundle: Bundle, member: str) -> bool:
 
 
 def _refuse_full(bundle: Bundle, tar: tarfile.TarFile, to: InstallPaths) -> None:
-    """Compare what is to come with the room there is; quotas show only in writing."""
+    """Compare the required with the free space; quotas only show when writing."""
     needed: dict[int, tuple[Path, int]] = {}
     for info in tar.getmembers():
         member = info.name[len(TOP) :]
-        if not _wanted(bundle, member) or _there(to.final(member), info.size):
+        if not _wanted(bundle, member) or _has_size(to.final(member), info.size):
             continue
         root = to.models if member.startswith("models/") else to.prefix
         device = root.stat().st_dev
         place, size = needed.get(device, (root, 0))
-        # A wheel is there packed and unpacked at the same time.
+        # A wheel exists packed and unpacked at the same time.
         needed[device] = (place, size + info.size * (6 if member.endswith(".whl") else 1))
     for place, size in needed.values():
         free = shutil.disk_usage(place).free
         if size > free:
             raise InstallError(
-                f"the bundle needs {_size_text(size)} in {place}, and {_size_text(free)} are free; "
+                f"the bundle needs {_size_text(size)} in {place}, but {_size_text(free)} are free; "
                 "nothing was installed",
-                "make room, or choose another directory: --prefix DIR, --models-dir DIR",
+                "free some space, or choose another directory: --prefix DIR, --models-dir DIR",
                 storage=True,
             )
 
@@ -514,7 +515,7 @@ def _size_text(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _there(path: Path | None, size: int) -> bool:
+def _has_size(path: Path | None, size: int) -> bool:
     try:
         return path is not None and path.stat().st_size == size
     except OSError:
@@ -524,7 +525,7 @@ def _there(path: Path | None, size: int) -> bool:
 def _stage(
     tar: tarfile.TarFile, bundle: Bundle, to: InstallPaths, on_bytes: Callable[[int], None]
 ) -> None:
-    """Write beside its place what is not there whole already, checking all of it."""
+    """Stage the files that do not exist yet, and verify all members."""
     # getmembers() has read to the end.
     with _opened(bundle.path) as (again, _):
         for member, content in _members(again, bundle):
@@ -543,7 +544,7 @@ def _stage(
 
 
 def _holds(path: Path, wanted: str) -> bool:
-    """Tell whether a file is there with just this content."""
+    """Return whether a file exists with exactly this content."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -555,7 +556,7 @@ def _holds(path: Path, wanted: str) -> bool:
 
 
 def _put_in_place(bundle: Bundle, to: InstallPaths, say: Say) -> None:
-    """Move what is staged: the environment first, as it may still fail; manifests last."""
+    """Move staged files into place: the environment first, as it may fail; manifests last."""
     before = _extras_of(to.prefix / "python")
     environment = _make_environment(bundle, to)
     blobs_first = sorted(bundle.sums, key=lambda member: "models/manifests/" in member)
@@ -573,8 +574,8 @@ def _put_in_place(bundle: Bundle, to: InstallPaths, say: Say) -> None:
     gone = [extra for extra in before if extra not in bundle.extras]
     if gone:
         say(
-            f"warning: what was installed before had {', '.join(gone)} as well; a bundle that was "
-            f"made with --extra {' --extra '.join(gone)} brings them back"
+            f"warning: the previous installation also had {', '.join(gone)}; to keep it, create "
+            f"the bundle with --extra {' --extra '.join(gone)}"
         )
     if bundle.image:
         say(f"image: {to.image}")
@@ -583,10 +584,10 @@ def _put_in_place(bundle: Bundle, to: InstallPaths, say: Say) -> None:
 
 
 def _make_environment(bundle: Bundle, to: InstallPaths) -> Path:
-    """Return the virtual environment with the bundle's packages; nobody uses it yet.
+    """Return a virtual environment with the bundle's packages; it is not in use yet.
 
-    Wheels are unpacked, as the specification of binary distributions lets one do: so neither pip
-    nor ensurepip has to be there.
+    Wheels are unpacked directly, as the specification of binary distributions permits, so neither
+    pip nor ensurepip is needed.
     """
     wheels = bundle.wheels(_python())
     content = "".join(bundle.sums[wheel] for wheel in sorted(wheels)) + os.path.realpath(
@@ -596,7 +597,7 @@ def _make_environment(bundle: Bundle, to: InstallPaths) -> Path:
     folder = to.prefix / "environments" / name
     done = folder / ".whole"
     if done.exists():
-        _note_extras(done, bundle)  # other extras may have the same wheels
+        _note_extras(done, bundle)  # different extras can have the same wheels
         return folder
     try:
         venv.EnvBuilder(clear=True, symlinks=True, with_pip=False).create(folder)
@@ -616,14 +617,14 @@ def _note_extras(whole: Path, bundle: Bundle) -> None:
 
 
 def _extras_of(environment: Path) -> list[str]:
-    """Return the extras that an environment was made with; none where there is no environment."""
+    """Return the extras of an environment; none if it does not exist."""
     whole = environment / ".whole"
     return whole.read_text(encoding="utf-8").split() if whole.exists() else []
 
 
 def _unpack(wheel: Path, site: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)  # noqa: S202 - zipfile keeps names inside; the sums are checked
+        archive.extractall(site)  # noqa: S202 - zipfile keeps names inside; the checksums match
     for kind in ("purelib", "platlib"):
         for data in site.glob(f"*.data/{kind}"):
             shutil.copytree(data, site, dirs_exist_ok=True)
@@ -632,23 +633,23 @@ def _unpack(wheel: Path, site: Path) -> None:
 
 
 def _write_site(bundle: Bundle, to: InstallPaths, say: Say) -> None:
-    """Say where things are, as the weakest of all settings; a file that was edited is kept."""
+    """Write the locations as settings with the lowest precedence; an edited file is kept."""
     paths = {"models_dir": str(to.models)}
     if bundle.image:
         paths["containers_dir"] = str(to.image.parent)
     lines = [f"  {name}: {_quoted(path)}" for name, path in paths.items()]
-    text = "\n".join(["# Settings of this installation; every user's own come before them.",
+    text = "\n".join(["# Settings of this installation. Users' own settings take precedence.",
                       "paths:", *lines, ""])  # fmt: skip
     if to.site.exists() and to.site.read_text(encoding="utf-8") != text:
         new = to.site.with_name("site.yaml.new")
         _replace(new, text, 0o666)
-        say(f"{to.site} was there and is kept; what this bundle would have written: {new}")
+        say(f"kept the existing {to.site}; the settings of this bundle are in {new}")
         return
     _replace(to.site, text, 0o666)
 
 
 def _quoted(path: str) -> str:
-    """Return a path as it stands in a file of settings, where ``$`` begins a variable."""
+    """Return a path quoted for a settings file, in which ``$`` starts a variable."""
     return json.dumps(path.replace("$", "$$"), ensure_ascii=False)
 
 
@@ -656,10 +657,10 @@ def _command(to: InstallPaths) -> str:
     python = shlex.quote(str(to.prefix / "python"))
     return (
         "#!/bin/sh\n"
-        "# Made by install.py of an AI-Flux bundle.\n"
+        "# Created by install.py of an AI-Flux bundle.\n"
         f'[ -n "${{AIFLUX_SITE_CONFIG:-}}" ] || AIFLUX_SITE_CONFIG={shlex.quote(str(to.site))}\n'
         "export AIFLUX_SITE_CONFIG\n"
-        "# What runs keeps its packages when the link is switched to newer ones.\n"
+        "# Running commands keep their packages when the link is switched to newer ones.\n"
         f"python=$(readlink -f -- {python}) || exit\n"
         'exec "$python/bin/python" -I -m aiflux.cli "$@"\n'
     )
@@ -688,29 +689,29 @@ def _replace(path: Path, text: str, mode: int) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what can be said of an install."""
+    """Add the options of an installation."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle, *.tar")
     parser.add_argument(
         "--prefix", metavar="DIR", help="where to install (default: ~/.local/share/aiflux)"
     )
     parser.add_argument(
-        "--models-dir", metavar="DIR", help="where models go (default: PREFIX/models)"
+        "--models-dir", metavar="DIR", help="directory for models (default: PREFIX/models)"
     )
 
 
 def next_steps(to: InstallPaths) -> str:
-    """Return what a user does after an install."""
+    """Return the next command for the user."""
     command = shlex.quote(str(to.command))
     return f"next: {command} doctor    (and put {to.command.parent} on your PATH)"
 
 
 def size(path: Path) -> int:
-    """Return a file's bytes; 0 where there is none."""
+    """Return a file's size in bytes, or 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def meter(total: int) -> Callable[[int], None]:
-    """Return what tells a person at a terminal how much of so many bytes was read."""
+    """Return a callback that shows the progress of reading in a terminal."""
     read = 0
 
     def show(count: int) -> None:
@@ -723,14 +724,14 @@ def meter(total: int) -> Callable[[int], None]:
 
 
 def printable(text: str) -> str:
-    """Return a text that cannot steer the terminal: names in a bundle are foreign."""
+    """Return a text without terminal control characters: names in a bundle are untrusted."""
     return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
 
 
 def main() -> int:
-    """Install the bundle that is named on the command line."""
+    """Run the installer as a command."""
     parser = argparse.ArgumentParser(
-        description="Install AI-Flux, its image and its models from a bundle, without a network."
+        description="Install AI-Flux, its image and its models from a bundle, without network."
     )
     add_options(parser)
     parser.add_argument("--verify", action="store_true", help="check the bundle, install nothing")
@@ -740,12 +741,12 @@ def main() -> int:
         sys.stdout.write(printable(line) + "\n")
         sys.stdout.flush()
 
-    # SIGTERM is to leave things as Ctrl-C does.
+    # Treat SIGTERM like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.verify:
             verify(arguments.bundle, meter(size(arguments.bundle)))
-            say(f"{arguments.bundle} is whole")
+            say(f"{arguments.bundle} is complete")
             return 0
         to = places(arguments.prefix, arguments.models_dir)
         install(arguments.bundle, to, say, meter(size(arguments.bundle)))

@@ -1,8 +1,8 @@
-"""One model in one tar file, to carry it where nothing has internet. Needs no Ollama.
+"""Pack one model into a tar file, to copy it to clusters without internet. Needs no Ollama.
 
 Members, in this order: ``aiflux-model.json`` (version, name, digest), ``manifest``, and the blobs
-as ``blobs/sha256-...``. Nothing is compressed: weights do not get smaller. Every digest is checked
-on the way out and on the way in.
+as ``blobs/sha256-...``. Nothing is compressed, as weights do not shrink. Every digest is verified
+on export and import.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ VERSION = 1
 LABEL = "aiflux-model.json"
 MANIFEST = "manifest"
 _SMALL = 16 << 20
-"""Bytes that the label and the manifest may have."""
+"""Maximum size of the label and the manifest in bytes."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What an archive holds.
+    """Contents of an archive.
 
     Attributes:
-        raw: the manifest's bytes, which its digest depends on.
+        raw: the manifest's bytes, from which its digest is computed.
     """
 
     name: ModelName
@@ -56,10 +56,10 @@ class Archive:
 
 
 def export_model(models_dir: Path, name: ModelName, target: Path, on_bytes: OnBytes) -> Manifest:
-    """Write a model into a tar file, which is whole or not there.
+    """Write a model to a tar file, completely or not at all.
 
     Raises:
-        ModelError: it is not there, is not the one insisted on, or damaged.
+        ModelError: the model is missing, damaged, or has another digest than requested.
         StorageError: the file cannot be written.
     """
     manifest = read_manifest(models_dir, name)
@@ -76,10 +76,10 @@ def export_model(models_dir: Path, name: ModelName, target: Path, on_bytes: OnBy
 def import_model(
     models_dir: Path, source: Path, *, say: Callable[[str], None], on_bytes: OnBytes
 ) -> Archive:
-    """Put the model of an archive into a models directory, when it is whole.
+    """Add the model of an archive to a models directory once it is verified.
 
     Raises:
-        ModelError: the file is no archive of a model, is cut short, or its bytes changed.
+        ModelError: the file is not a model archive, is truncated, or was modified.
         StorageError: the models directory cannot be written.
     """
     with _opened(source) as tar:
@@ -96,10 +96,10 @@ def import_model(
 
 
 def read_archive(source: Path) -> Archive:
-    """Return what an archive says that it holds.
+    """Read an archive's table of contents.
 
     Raises:
-        ModelError: it is no archive of a model.
+        ModelError: the file is not a model archive.
     """
     with _opened(source) as tar:
         return _head(tar, source)
@@ -134,36 +134,38 @@ def _add_blob(
     except OSError as error:
         if error.errno is not None:
             raise
-        whole = False  # tarfile's own "unexpected end of data"
+        whole = False  # raised by tarfile: "unexpected end of data"
     if not whole:
         raise ModelError(
             f"the blob {digest[:19]}... of {name.served} is missing or damaged; nothing was "
             "exported",
-            f"aiflux models verify {name.served} tells more; pull it anew: aiflux models pull "
-            f"--again {name.served}",
+            f"for details: aiflux models verify {name.served}; to pull it again: aiflux models "
+            f"pull --again {name.served}",
         )
 
 
 @contextmanager
 def _opened(source: Path) -> Iterator[tarfile.TarFile]:
     if source.exists() and not source.is_file():
-        raise ModelError(f"{source} is no regular file", "name the file that export wrote")
+        raise ModelError(
+            f"{source} is not a regular file", "use a file written by aiflux models export"
+        )
     try:
         with open(source, "rb", 0) as file, open_archive(file) as tar:
             yield tar
     except tarfile.TarError as error:
         raise _broken(source, str(error)) from error
     except FileNotFoundError as error:
-        raise ModelError(f"there is no file {source}", "check the path") from error
+        raise ModelError(f"file not found: {source}", "check the path") from error
     except PermissionError as error:
         raise ModelError(f"{source} cannot be read: {error.strerror}", "ask its owner") from error
 
 
 def _broken(source: Path, what: str) -> ModelError:
     return ModelError(
-        f"{source} is not a whole archive of a model: {what}",
-        "make it again where the model is: aiflux models export NAME:TAG FILE, and compare the "
-        "files' sizes",
+        f"{source} is not a complete model archive: {what}",
+        "create it again where the model is (aiflux models export NAME:TAG FILE), and compare the "
+        "file sizes",
     )
 
 
@@ -171,23 +173,23 @@ def _head(tar: tarfile.TarFile, source: Path) -> Archive:
     try:
         label = json.loads(_small(tar, LABEL))
         if label["version"] != VERSION:
-            raise ValueError(f"its version is {label['version']}, this is {VERSION}")
+            raise ValueError(f"its version is {label['version']}, but AI-Flux reads {VERSION}")
         if not isinstance(label["name"], str):
-            raise ValueError(f"its {LABEL} names no model")
+            raise ValueError(f"{LABEL} names no model")
         name = parse_model_name(label["name"])
         raw = _small(tar, MANIFEST)
         manifest = parse_manifest(raw)
     except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise _broken(source, str(error)) from error
     if f"sha256:{manifest.digest}" != label.get("digest"):
-        raise _broken(source, "its manifest is not the one that was exported")
+        raise _broken(source, "its manifest was modified")
     return Archive(name, manifest, raw)
 
 
 def _small(tar: tarfile.TarFile, wanted: str) -> bytes:
     member = tar.next()
     if member is None or member.name != wanted or not plain(member) or member.size > _SMALL:
-        raise ValueError(f"it has no {wanted} where that should be")
+        raise ValueError(f"{wanted} is not at the expected position")
     file = tar.extractfile(member)
     return b"" if file is None else file.read()
 
@@ -197,7 +199,7 @@ def _refuse_full(models_dir: Path, archive: Archive) -> None:
     if free < archive.manifest.size:
         error = OSError(
             28,
-            f"{size_text(free)} are free, and {archive.name.served} takes "
+            f"{size_text(free)} are free, but {archive.name.served} needs "
             f"{size_text(archive.manifest.size)}",
         )
         raise storage_error(error, models_dir)
@@ -212,12 +214,12 @@ def _unpack(
             digest = wanted.pop(member.name, None)
             content = tar.extractfile(member) if digest and plain(member) else None
             if digest is None or content is None:
-                raise _broken(source, f"{member.name!r} does not belong there")
+                raise _broken(source, f"{member.name!r} is unexpected")
             if member.size != archive.manifest.blobs[digest]:
-                raise _broken(source, f"{member.name} has not the size that its manifest names")
+                raise _broken(source, f"{member.name} does not have the size given in the manifest")
             with open(blob_path(folder, digest), "xb") as file:
                 if digest_of(content, on_bytes, file) != digest:
-                    raise _broken(source, f"{member.name} was changed or cut")
+                    raise _broken(source, f"{member.name} was modified or truncated")
                 file.flush()
                 os.fsync(file.fileno())
         if wanted:
@@ -226,6 +228,6 @@ def _unpack(
         manifest.parent.mkdir(parents=True)
         manifest.write_bytes(archive.raw)
     except OSError as error:
-        if error.errno is None:  # tarfile's own: "unexpected end of data"
+        if error.errno is None:  # raised by tarfile: "unexpected end of data"
             raise _broken(source, str(error)) from error
         raise storage_error(error, folder) from error

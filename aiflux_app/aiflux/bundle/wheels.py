@@ -1,4 +1,4 @@
-"""Fetches what pip would install of AI-Flux on another machine: its own wheel and all it needs."""
+"""Download what pip would install on another machine: AI-Flux's own wheel and dependencies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ARCHITECTURES = ("x86_64", "aarch64")
 _PLATFORMS = ("manylinux2014", "manylinux_2_28")
 _REMEDY = (
-    "see pip's message above; the wheels come from PyPI, or where pip is told to look, and lie "
-    "below TMPDIR until they are packed"
+    "see pip's message above; pip downloads from PyPI or its configured index, and stores the "
+    "wheels below TMPDIR until they are packed"
 )
 
 
 def this_architecture() -> str:
-    """Return this machine's architecture, as wheels name it."""
+    """Return this machine's architecture in the notation of wheels."""
     return platform.machine()
 
 
@@ -35,20 +35,19 @@ def packages(
     extras: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Mapping[str, Sequence[Path]]]:
-    """Yield the wheels for each version of Python, in a directory that is removed afterwards.
+    """Yield the wheels for each Python version, in a directory that is removed afterwards.
 
     Args:
-        extras: of AI-Flux's own, whose wheels come too.
-        say: takes one line at a time for the user.
-
+        extras: extras of AI-Flux whose wheels are included.
+        say: called with one line of output for the user.
     Raises:
-        BundleError: pip could not fetch them, or there is no checkout to build AI-Flux's own from.
+        BundleError: pip cannot download the wheels, or there is no checkout to build AI-Flux from.
     """
     try:
         root = find_sources().root
     except ImageError as error:
         raise BundleError(
-            "a bundle is made from a checkout of AI-Flux, and this package was installed alone",
+            "bundles can only be created from a checkout of AI-Flux",
             error.remedy,
         ) from error
     with tempfile.TemporaryDirectory(prefix="aiflux-wheels.") as name:
@@ -57,7 +56,7 @@ def packages(
         try:
             fetched = {}
             for python in pythons:
-                say(f"fetching the packages for Python {python} on {arch}")
+                say(f"downloading packages for Python {python} on {arch}")
                 fetched[python] = _fetch(own, extras, python, arch, folder / python)
             yield fetched
         finally:
@@ -67,7 +66,7 @@ def packages(
 def download_command(
     wheel: Path, extras: Sequence[str], python: str, arch: str, folder: Path
 ) -> list[str]:
-    """Return the command that fetches a wheel's dependencies for another machine."""
+    """Return the command that downloads a wheel's dependencies for another machine."""
     platforms = [f"{name}_{arch}" for name in _PLATFORMS]
     return [
         *_pip("download"),
@@ -78,7 +77,7 @@ def download_command(
 
 
 def _requirement(wheel: Path, extras: Sequence[str]) -> str:
-    """Return a wheel and extras of it, as PEP 508 writes them."""
+    """Return a requirement (PEP 508) for a wheel with extras."""
     return f"aiflux-slurm[{','.join(extras)}] @ {wheel.absolute().as_uri()}"
 
 
@@ -88,7 +87,7 @@ def _pip(action: str) -> list[str]:
 
 def _own_wheel(root: Path, folder: Path) -> Path:
     command = [*_pip("wheel"), "--no-deps", "--wheel-dir", str(folder), str(root)]
-    _call(command, "the package of AI-Flux itself could not be built")
+    _call(command, "the AI-Flux package could not be built")
     return next(folder.glob("*.whl"))
 
 
@@ -96,7 +95,7 @@ def _fetch(
     own: Path, extras: Sequence[str], python: str, arch: str, folder: Path
 ) -> Sequence[Path]:
     also = f" with the extras {', '.join(extras)}" if extras else ""
-    what = f"the packages for Python {python} on {arch}{also} could not be fetched"
+    what = f"packages for Python {python} on {arch}{also} could not be downloaded"
     _call(download_command(own, extras, python, arch, folder), what)
     return sorted(folder.glob("*.whl"))
 

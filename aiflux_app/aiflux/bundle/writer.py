@@ -1,9 +1,9 @@
-"""Write a bundle: what a cluster without internet needs, in one tar file.
+"""Write a bundle: everything that a cluster without internet needs, in one tar file.
 
-Below ``aiflux-bundle/``, in this order: ``SHA256SUMS`` (as ``sha256sum -c`` takes it),
-``bundle.json``, ``README.txt``, ``install.py``, ``wheels/``, ``image/`` and ``models/``, which is
-laid out as a models directory. Nothing is compressed: images and weights do not get smaller.
-``core/bundleinstaller.py`` reads it.
+Below ``aiflux-bundle/``, in this order: ``SHA256SUMS`` (for ``sha256sum -c``), ``bundle.json``,
+``README.txt``, ``install.py``, ``wheels/``, ``image/``, and ``models/`` in the layout of a models
+directory. Nothing is compressed, as images and weights do not shrink. ``bundle/installer.py`` reads
+it.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from aiflux.models.name import ModelName
 from aiflux.util.files import atomic_write
 
 _CHUNK = 4 << 20
-_OPTIONS: dict[str, Any] = {"copybufsize": _CHUNK}  # 16 kB would be slow
+_OPTIONS: dict[str, Any] = {"copybufsize": _CHUNK}  # the default of 16 kB is slow
 
 _README = """\
-AI-Flux {aiflux} for a machine without internet, made {created}
+AI-Flux {aiflux} for a machine without internet, created {created}
   Python packages for {arch}, Python {pythons}
-  extras of them: {extras}
+  extras: {extras}
   image: {image}
   models: {models}
 
-Check it:     sha256sum bundle.tar        (aiflux bundle create told the sum)
+Check it:     sha256sum bundle.tar        (compare with aiflux bundle create)
 Install it:   tar -xf bundle.tar aiflux-bundle/install.py
               python3 aiflux-bundle/install.py bundle.tar --prefix DIR [--models-dir DIR]
 Then:         DIR/bin/aiflux doctor
 
-install.py needs one of the Pythons above and nothing else. It reads the bundle where it lies: there
-is no need to unpack it. Where it is unpacked all the same: sha256sum -c SHA256SUMS
+install.py requires one of the Python versions above and nothing else. It reads the bundle directly;
+there is no need to unpack it. To check an unpacked bundle: sha256sum -c SHA256SUMS
 """
 
 
@@ -59,8 +59,8 @@ class Member:
     """One file of a bundle.
 
     Attributes:
-        content: a file, or the bytes themselves.
-        digest: SHA-256 in hexadecimal digits.
+        content: a file, or bytes.
+        digest: SHA-256 in hexadecimal.
     """
 
     name: str
@@ -69,20 +69,20 @@ class Member:
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Size in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What goes into a bundle.
+    """The inputs of a bundle.
 
     Attributes:
-        image: None leaves it out.
-        models_dir: where the models are.
-        wheels: wheel files by versions of Python such as 3.11.
-        arch: what the wheels are for, as ``uname -m`` names it.
-        extras: of AI-Flux's own, whose wheels are among them.
+        image: None for a bundle without image.
+        models_dir: the models directory.
+        wheels: wheel files by Python version, such as 3.11.
+        arch: the architecture of the wheels, as in ``uname -m``.
+        extras: extras of AI-Flux whose wheels are included.
     """
 
     image: Path | None
@@ -95,10 +95,10 @@ class Ingredients:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The bundle that was written.
 
     Attributes:
-        digest: SHA-256 of the whole file.
+        digest: SHA-256 of the file.
     """
 
     path: Path
@@ -108,15 +108,15 @@ class Written:
 
 
 def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _: None) -> Written:
-    """Write a bundle, which is whole or not there.
+    """Write a bundle, completely or not at all.
 
     Args:
-        on_bytes: told how many bytes were read since it was last told.
+        on_bytes: called with the number of bytes read since the last call.
 
     Raises:
         ModelError: a model is missing or damaged.
         ImageError: the image is missing or damaged.
-        BundleError: a file changed while it was read, or a blob is not what its name says.
+        BundleError: a file changed while it was read, or a blob does not match its digest.
         StorageError: the file cannot be written.
     """
     files = [*_wheels(parts), *_image(parts, on_bytes), *_models(parts)]
@@ -137,13 +137,13 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
 
 
 def payload_size(image: Path | None, models_dir: Path, models: Sequence[ModelName]) -> int:
-    """Return about how many bytes image and models have."""
+    """Return the approximate size of image and models in bytes."""
     of_image = image.stat().st_size if image else 0
     return of_image + sum(read_manifest(models_dir, name).size for name in models)
 
 
 class _Hashing:
-    """A file that is hashed as it is written."""
+    """A file that hashes what is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest = file, hashlib.sha256()
@@ -173,7 +173,7 @@ def _add(tar: tarfile.TarFile, member: Member, on_bytes: OnBytes) -> None:
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise _changed(member) from error  # tarfile's own: "unexpected end of data"
+            raise _changed(member) from error  # raised by tarfile: "unexpected end of data"
     if _bare(checked.digest) != member.digest:
         raise _changed(member)
 
@@ -181,8 +181,8 @@ def _add(tar: tarfile.TarFile, member: Member, on_bytes: OnBytes) -> None:
 def _changed(member: Member) -> BundleError:
     if "blobs" in member.name:
         return BundleError(
-            f"{member.name} is not what its name says; no bundle was written",
-            "aiflux models verify tells which model is damaged; pull that one again",
+            f"{member.name} does not match its digest; no bundle was written",
+            "run aiflux models verify to find the damaged model, and pull it again",
         )
     return BundleError(
         f"{member.name} changed while it was read; no bundle was written", "try again"
@@ -209,11 +209,11 @@ def _image(parts: Ingredients, on_bytes: OnBytes) -> list[Member]:
 
 
 def _models(parts: Ingredients) -> list[Member]:
-    """Manifests first; a blob that several models share stands once."""
+    """Return manifests first, then blobs; a shared blob is included once."""
     manifests, blobs = [], {}
     for name in parts.models:
         manifest = read_manifest(parts.models_dir, name)
-        refuse_torn(parts.models_dir, name)
+        refuse_incomplete(parts.models_dir, name)
         path = parts.models_dir / name.manifest_path
         manifests.append(Member(f"models/{name.manifest_path}", path, manifest.digest))
         for digest in manifest.blobs:
@@ -222,16 +222,16 @@ def _models(parts: Ingredients) -> list[Member]:
     return [*manifests, *blobs.values()]
 
 
-def refuse_torn(models_dir: Path, name: ModelName) -> None:
-    """Refuse a model that is not whole, as far as sizes tell.
+def refuse_incomplete(models_dir: Path, name: ModelName) -> None:
+    """Reject an incomplete model, judged by file sizes.
 
     Raises:
-        BundleError: a blob is missing or cut.
+        BundleError: a blob is missing or truncated.
     """
     missing = missing_parts(models_dir, name)
     if missing:
         raise BundleError(
-            f"{name.served} is not whole in {models_dir}: {missing[0]} is missing or cut",
+            f"{name.served} is incomplete in {models_dir}: {missing[0]} is missing or truncated",
             f"pull it again: aiflux models pull {name.served}",
         )
 
@@ -242,7 +242,7 @@ def _digest(path: Path, on_bytes: OnBytes) -> str:
 
 
 def _bare(digest: str) -> str:
-    """Return a digest as ``sha256sum`` writes it."""
+    """Return a digest in the notation of ``sha256sum``."""
     return digest.removeprefix("sha256:")
 
 

@@ -1,4 +1,4 @@
-"""What Apptainer can do on this machine: its version and mode, sealing, building; registries."""
+"""Check Apptainer on this machine: version, mode, sealing and building; and the registries."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from aiflux.models.name import DEFAULT_HOST
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
 
 _TIMEOUT = 60.0
-_HERE = "this says nothing about compute nodes"
+_HERE = "compute nodes may differ"
 
 
 def containers(config: Config, cwd: Path) -> Iterator[Diagnosis]:
-    """Tell what runs containers here, which image runs would use, and whether it can be sealed."""
+    """Check the container runtime, the image that runs would use, and sealing."""
     runtime: Path | None = None
     try:
         runtime = find_runtime()
     except ImageError as error:
-        # Compute nodes may have what the login node lacks.
+        # Compute nodes may have a runtime even if the login node lacks one.
         yield warn("apptainer", f"{error.message} (on this machine)", error.remedy or "")
     if runtime is not None:
         yield from _runtime(runtime)
@@ -53,7 +53,7 @@ def containers(config: Config, cwd: Path) -> Iterator[Diagnosis]:
 def _runtime(runtime: Path) -> Iterator[Diagnosis]:
     text = _answer("--version")
     if text is None:
-        yield fail(runtime.name, f"{runtime} --version fails", "ask the site to mend it")
+        yield fail(runtime.name, f"{runtime} --version fails", "ask the site to fix it")
         return
     yield _version(runtime.name, text)
     settings = dict(re.findall(r"^(\w+)=(.*)$", _answer("buildcfg") or "", re.MULTILINE))
@@ -64,7 +64,7 @@ def _runtime(runtime: Path) -> Iterator[Diagnosis]:
 
 
 def _answer(word: str) -> str | None:
-    """Return what Apptainer answers to a question of one word; None where it fails."""
+    """Return Apptainer's output for a one-word command, or None if it fails."""
     try:
         done = apptainer([word])
     except ImageError:
@@ -73,21 +73,21 @@ def _answer(word: str) -> str | None:
 
 
 def _version(name: str, text: str) -> Diagnosis:
-    """Judge a version: ``--mount`` came with Apptainer 1.0 and SingularityCE 3.10."""
+    """Check the version: ``--mount`` requires Apptainer 1.0 or SingularityCE 3.10."""
     match = re.search(r"(\d+)\.(\d+)", text)
     number = (int(match[1]), int(match[2])) if match else (0, 0)
     old = number < ((1, 0) if "apptainer" in text.lower() else (3, 10))
     if old:
         return fail(
             name,
-            f"{text} is too old: jobs mount files with --mount, which it does not know",
-            "load a newer one (module avail apptainer), or ask for Apptainer 1.0 or later",
+            f"{text} is too old: jobs require its --mount option",
+            "load a newer version (module avail apptainer), or ask for Apptainer 1.0 or later",
         )
     return ok(name, text)
 
 
 def is_setuid(runtime: Path, settings: dict[str, str]) -> bool:
-    """Tell whether Apptainer's starter is installed setuid root."""
+    """Return whether Apptainer's starter is installed setuid root."""
     library = settings.get("LIBEXECDIR") or str(runtime.resolve().parents[1] / "libexec")
     for name in ("apptainer", "singularity"):
         starter = Path(library) / name / "bin" / "starter-suid"
@@ -104,11 +104,11 @@ def _mode(setuid: bool) -> Diagnosis:
     why = host.user_namespaces()
     if why is None:
         extra = "; a setuid starter is installed too" if setuid else ""
-        return ok("namespaces", f"unprivileged user namespaces work by their settings{extra}")
+        return ok("namespaces", f"unprivileged user namespaces are enabled{extra}")
     if setuid:
         return warn(
             "namespaces",
-            f"{why}: containers start by the setuid starter; building and sealing may not work",
+            f"{why}: containers use the setuid starter; building and sealing may not work",
             "ask the site to allow unprivileged user namespaces",
         )
     return fail(
@@ -120,18 +120,18 @@ def _mode(setuid: bool) -> Diagnosis:
 
 def _mounting(setuid: bool, settings: dict[str, str]) -> Diagnosis:
     if setuid:
-        return ok("mounting", "images are mounted by the kernel")
+        return ok("mounting", "the kernel mounts images")
     bundled = Path(settings.get("LIBEXECDIR", "/nonexistent")) / "apptainer" / "bin"
     helper = any(
         shutil.which(name) or (bundled / name).exists() for name in ("squashfuse_ll", "squashfuse")
     )
     if helper and host.fuse_usable():
-        return ok("mounting", "images are mounted with squashfuse")
+        return ok("mounting", "squashfuse mounts images")
     lacking = "/dev/fuse cannot be used" if helper else "squashfuse is not installed"
     return warn(
         "mounting",
-        f"{lacking}: every start unpacks the whole image into a temporary directory",
-        "ask the site for squashfuse and a /dev/fuse that users may open (mode 0666)",
+        f"{lacking}: each start unpacks the whole image into a temporary directory",
+        "ask the site for squashfuse and access to /dev/fuse (mode 0666)",
     )
 
 
@@ -139,18 +139,22 @@ def _building(setuid: bool) -> Diagnosis:
     user = pwd.getpwuid(os.getuid())
     elsewhere = "build it elsewhere and copy aiflux.sif here"
     if host.user_namespaces() is not None and not setuid:
-        return warn("building", "no image can be built here: no user namespaces", elsewhere)
+        return warn("building", "images cannot be built here without user namespaces", elsewhere)
     lacking = host.subordinate_ids(user.pw_name, user.pw_uid)
     if lacking and (ask(["getsubids", user.pw_name]) or "").strip():
-        lacking = []  # a directory service has them
+        lacking = []  # a directory service provides them
     if not lacking and shutil.which("newuidmap"):
         return ok("building", f"images can be built here (subordinate ids of {user.pw_name})")
-    what = f"no range for you in {' and '.join(lacking)}" if lacking else "newuidmap is missing"
+    what = (
+        f"no subordinate ids for you in {' and '.join(lacking)}"
+        if lacking
+        else "newuidmap is missing"
+    )
     if shutil.which("fakeroot"):
         return warn(
             "building",
-            f"{what}: images are built with the fakeroot command, which may not be enough",
-            f"if a build fails: ask for subordinate ids (usermod --add-subuids), or {elsewhere}",
+            f"{what}: builds use the fakeroot command, which may not suffice",
+            f"if a build fails, ask for subordinate ids (usermod --add-subuids), or {elsewhere}",
         )
     return warn(
         "building",
@@ -161,24 +165,24 @@ def _building(setuid: bool) -> Diagnosis:
 
 def _image(path: Path) -> Iterator[Diagnosis]:
     image = read_image(path)
-    told = f"{path}: aiflux {image.fact('version')}, Ollama {image.fact('ollama') or '?'}"
-    yield ok("image", f"{told}, {image.arch or 'architecture not known'}")
+    found = f"{path}: aiflux {image.fact('version')}, Ollama {image.fact('ollama') or '?'}"
+    yield ok("image", f"{found}, {image.arch or 'unknown architecture'}")
     if image.arch not in (None, machine_arch(os.uname().machine)):
         yield warn(
             "image",
-            f"it is for {image.arch}, and this machine is {os.uname().machine}",
-            "well if the compute nodes are; else build it on such a machine",
+            f"the image is for {image.arch}, but this machine is {os.uname().machine}",
+            "check that the compute nodes are {image.arch}, or build it on a machine like them",
         )
     if image.cpu_only:
         yield warn(
             "image",
-            "it is CPU-only: jobs with GPUs are refused",
-            f"{how_to_build('BASE=docker')}, where the registry can be reached; or --allow-cpu",
+            "CPU-only image: jobs with GPUs are rejected",
+            f"{how_to_build('BASE=docker')}, where the registry is reachable; or use --allow-cpu",
         )
 
 
 def seal(runtime: Path, image: Path) -> Diagnosis:
-    """Start a container that has no network, as jobs do."""
+    """Start a container without network, as jobs do."""
     try:
         done = subprocess.run(
             probe_command(runtime, image), stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -187,22 +191,22 @@ def seal(runtime: Path, image: Path) -> Diagnosis:
     except (OSError, subprocess.TimeoutExpired) as error:
         return _unsealed(f"{error}")
     if done.returncode == 0:
-        return ok("sealing", "a container without a network starts here")
+        return ok("sealing", "containers without network start here")
     return _unsealed(_last_words(done.stderr) or f"exit status {done.returncode}")
 
 
 def _untried(image: Path) -> Diagnosis:
-    """Nothing is executed that was only found: it may be anybody's."""
+    """Report that sealing was not tried: an image that was only found may be anybody's."""
     return warn(
         "sealing",
-        f"not tried: {image} comes from the current directory, and doctor runs only an image that "
-        "you or the site named",
+        f"not tried: {image} was found in the current directory, and doctor only runs an image "
+        "that you or the site configured",
         f"AIFLUX_IMAGE={shlex.quote(str(image))} aiflux doctor",
     )
 
 
 def _last_words(stderr: str) -> str:
-    """Return Apptainer's last line of text, without colours."""
+    """Return Apptainer's last line of output, without colours."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines()]
     return next((line for line in reversed(lines) if line), "")
 
@@ -210,31 +214,31 @@ def _last_words(stderr: str) -> str:
 def _unsealed(why: str) -> Diagnosis:
     return warn(
         "sealing",
-        f"no container without a network can be started here: {why}",
-        "where compute nodes are like this, jobs use 127.0.0.1 and a free port, unsealed; ask "
-        "the site for user namespaces",
+        f"containers without network cannot be started here: {why}",
+        "on such compute nodes, jobs run unsealed, on 127.0.0.1 and a free port; ask the site "
+        "for user namespaces",
     )
 
 
 def registries() -> list[Diagnosis]:
-    """Tell whether this machine reaches where models and images come from."""
+    """Check whether this machine reaches the registries of models and images."""
     with ThreadPoolExecutor(2) as pool:
         model = pool.submit(oci_registry.why_silent, DEFAULT_HOST)
         image = pool.submit(oci_registry.why_silent, oci_registry.parse(OLLAMA_IMAGE).api_host)
         no_models, no_images = model.result(), image.result()
     return [
-        ok("model registry", f"{DEFAULT_HOST} answers this machine; {_HERE}")
+        ok("model registry", f"{DEFAULT_HOST} is reachable from here; {_HERE}")
         if no_models is None
         else warn(
             "model registry",
             f"{no_models}: models cannot be pulled on this machine; {_HERE}",
-            "pull on a machine with internet and copy the models directory; or set https_proxy",
+            "set https_proxy, or pull on a machine with internet and copy the models directory",
         ),
-        ok("image registry", f"{oci_registry.parse(OLLAMA_IMAGE).host} answers this machine")
+        ok("image registry", f"{oci_registry.parse(OLLAMA_IMAGE).host} is reachable from here")
         if no_images is None
         else warn(
             "image registry",
             f"{no_images}: the image with GPU support cannot be built here",
-            "name a copy of it (make image OLLAMA_IMAGE=...), or build elsewhere and copy it",
+            "use a mirror (make image OLLAMA_IMAGE=...), or build elsewhere and copy the image",
         ),
     ]

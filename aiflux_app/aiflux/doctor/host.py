@@ -1,4 +1,4 @@
-"""Checks of this machine: Python, settings, models, namespaces, FUSE and disk quotas."""
+"""Check this machine: Python, settings, models, namespaces, FUSE and disk quotas."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from aiflux.util.files import may_write, nearest_there
 from aiflux.util.text import hidden_url, size_text
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-_ROOM = 20e9  # bytes: a few models of the middle size
+_ROOM = 20e9  # bytes: a few medium-sized models
 
 
 def versions() -> Iterator[Diagnosis]:
-    """Tell what runs here."""
+    """Report the versions of AI-Flux and Python."""
     yield ok("aiflux", __version__)
     yield ok("python", f"{platform.python_version()}, on {platform.machine()}")
 
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, list[Diagnosis]]:
-    """Return the configuration, or the defaults where it is wrong, and what is to say of it."""
-    told = [*unknown_settings(environ, "is set and", "unset")]
+    """Return the configuration and its diagnoses; the defaults if it is invalid."""
+    found = [*unknown_settings(environ, "is set but", "unset")]
     try:
         dotenv = read_dotenv(Path(".env")) if Path(".env").is_file() else {}
-        told += unknown_settings(dotenv, "in ./.env", "remove")
-        told += [
-            warn("settings", f"{name} in ./.env is not read there", f"export {name} instead")
+        found += unknown_settings(dotenv, "in ./.env is", "remove")
+        found += [
+            warn("settings", f"{name} in ./.env is not read from there", f"export {name} instead")
             for name in sorted(VARIABLES & dotenv.keys())
         ]
-        return Config(environ=environ), [*told, ok("settings", _sources(environ))]
+        return Config(environ=environ), [*found, ok("settings", _sources(environ))]
     except ConfigError as error:
         home = {name: environ[name] for name in ("HOME", "XDG_DATA_HOME") if name in environ}
-        config = Config(environ=home, directory=Path(os.devnull))  # no files of settings
-        return config, [*told, fail("settings", error.message, error.remedy or "correct it")]
+        config = Config(environ=home, directory=Path(os.devnull))  # reads no settings file
+        return config, [*found, fail("settings", error.message, error.remedy or "correct it")]
 
 
 def unknown_settings(environ: Mapping[str, str], where: str, undo: str) -> Iterator[Diagnosis]:
-    """Tell of AIFLUX_ variables that mean nothing: most are misspelt."""
+    """Warn about unknown AIFLUX_ variables: most are misspelt."""
     known = VARIABLES | {item.env for item in SETTINGS if item.env}
     for name in sorted(set(environ) - known):
         if name.startswith("AIFLUX_"):
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"did you mean {near[0]}? " if near else ""
-            yield warn("settings", f"{name} {where} means nothing", f"{meant}{undo} {name}")
+            yield warn("settings", f"{name} {where} unknown", f"{meant}{undo} {name}")
 
 
 def _sources(environ: Mapping[str, str]) -> str:
@@ -64,29 +64,29 @@ def _sources(environ: Mapping[str, str]) -> str:
     files = sorted(
         re.sub(r"(, line \d+)?( \([^)]*\))?\Z", "", origin) for origin in origins - {"default"}
     )
-    return "from " + ", ".join(dict.fromkeys(files)) if files else "all at their defaults"
+    return "from " + ", ".join(dict.fromkeys(files)) if files else "all defaults"
 
 
 def models(config: Config) -> Iterator[Diagnosis]:
-    """Tell what is in the models directory, and whether more can go there."""
+    """Report the models in the models directory, and whether more can be added."""
     folder = config.models_dir
     nearest = nearest_there(folder)
     if not os.access(nearest, os.R_OK | os.X_OK) or not nearest.is_dir():
         yield fail(
             "models",
             f"{folder} cannot be read",
-            "mend its permissions, or name another: AIFLUX_MODELS_DIR",
+            "fix its permissions, or set AIFLUX_MODELS_DIR to another directory",
         )
         return
     found = listed_models(folder)
     torn = [name.served for name in found if missing_parts(folder, name)]
     whole = [name.served for name in found if name.served not in torn]
-    told = f"{folder}: {_listed(whole)}"
+    summary = f"{folder}: {_listed(whole)}"
     if whole:
-        yield ok("models", told)
+        yield ok("models", summary)
     else:
         yield warn(
-            "models", f"{told}; jobs pull them, if their nodes reach the internet",
+            "models", f"{summary}; jobs pull models if their nodes have internet access",
             "aiflux models pull NAME:TAG, on a machine with internet",
         )  # fmt: skip
     if torn:
@@ -107,20 +107,20 @@ def _room(folder: Path, nearest: Path) -> Diagnosis:
     if not may_write(folder):
         return warn(
             "models",
-            f"you may not write to {folder}: models that are there can be used, none be added",
-            "ask its owner to pull more, or name a directory of your own: AIFLUX_MODELS_DIR",
+            f"{folder} is read-only for you: you can use its models, but not add any",
+            "ask its owner to pull models, or set AIFLUX_MODELS_DIR to your own directory",
         )
     if free < _ROOM:
         return warn(
             "models",
             f"{size_text(free)} free: a model of 8 billion parameters takes about 5 GB",
-            "make room, or name another file system: AIFLUX_MODELS_DIR",
+            "free some space, or set AIFLUX_MODELS_DIR to another file system",
         )
     return ok("models", f"{size_text(free)} free, writable")
 
 
 def proxies(environ: Mapping[str, str]) -> Iterator[Diagnosis]:
-    """Tell which proxies are set, without their passwords."""
+    """Report proxy settings without passwords."""
     found = {
         name: hidden_url(environ[name])
         for low in _PROXIES
@@ -129,13 +129,13 @@ def proxies(environ: Mapping[str, str]) -> Iterator[Diagnosis]:
     }
     if found:
         listed = ", ".join(f"{name}={value}" for name, value in found.items())
-        yield ok("proxy", f"{listed}; pulls use it, the model's own traffic does not")
+        yield ok("proxy", f"{listed}; used to pull models, not for requests")
     else:
-        yield ok("proxy", "none is set")
+        yield ok("proxy", "not set")
 
 
 def user_namespaces(proc: Path = Path("/proc/sys")) -> str | None:
-    """Return why unprivileged user namespaces cannot be made here; None where they can.
+    """Return why unprivileged user namespaces are not available, or None if they are.
 
     Sources: user_namespaces(7); the sysctls of Debian and of Ubuntu's AppArmor.
     """
@@ -155,7 +155,7 @@ def user_namespaces(proc: Path = Path("/proc/sys")) -> str | None:
 
 
 def subordinate_ids(user: str, uid: int, etc: Path = Path("/etc")) -> list[str]:
-    """Return which of /etc/subuid and /etc/subgid have no range for a user."""
+    """Return those of /etc/subuid and /etc/subgid that have no range for a user."""
     return [
         str(etc / name)
         for name in ("subuid", "subgid")
@@ -172,12 +172,12 @@ def _has_range(file: Path, owners: set[str]) -> bool:
 
 
 def fuse_usable(device: Path = Path("/dev/fuse")) -> bool:
-    """Tell whether FUSE file systems can be mounted by this user."""
+    """Return whether this user can mount FUSE file systems."""
     return os.access(device, os.R_OK | os.W_OK)
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """Return the type of the file system that a path lies on; "" where it cannot be told."""
+    """Return the file system type of a path, or "" if unknown."""
     best, kind = Path("/"), ""
     resolved = path.resolve()
     for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -189,29 +189,29 @@ def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
 
 
 _TIMEOUT = 20.0
-_FIX = "remove what you no longer need, or point AIFLUX_DATA_DIR at another file system"
+_FIX = "delete files, or set AIFLUX_DATA_DIR to another file system"
 
 
 def quotas(folders: list[Path]) -> Iterator[Diagnosis]:
-    """Tell the user's quotas; nothing where no command tells them."""
+    """Report the user's disk quotas if a command shows them."""
     if shutil.which("quota"):
-        over, told = _ask(["quota", "-q"]), _ask(["quota", "-s"])
-        if over:
-            yield warn("quota", f"exceeded: {over}", _FIX)
-        elif told:
-            yield ok("quota", told)
+        exceeded, limits = _ask(["quota", "-q"]), _ask(["quota", "-s"])
+        if exceeded:
+            yield warn("quota", f"exceeded: {exceeded}", _FIX)
+        elif limits:
+            yield ok("quota", limits)
     if shutil.which("lfs"):
         lustre = {folder for folder in folders if file_system(folder) == "lustre"}
         for folder in sorted(lustre):
-            told = _ask(["lfs", "quota", "-q", "-h", "-u", getpass.getuser(), str(folder)])
-            if told:
-                # A star marks what is over its limit.
-                exceeded = "*" in told
-                yield warn("quota", f"exceeded: {told}", _FIX) if exceeded else ok("quota", told)
+            found = _ask(["lfs", "quota", "-q", "-h", "-u", getpass.getuser(), str(folder)])
+            if found:
+                # A star marks an exceeded limit.
+                over = "*" in found
+                yield warn("quota", f"exceeded: {found}", _FIX) if over else ok("quota", found)
 
 
 def _ask(command: list[str]) -> str:
-    """Return what a command prints, without its headings, in one line; "" where it fails."""
+    """Return a command's output without headings in one line, or "" if it fails."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""What Slurm offers on this site, as ``aiflux doctor`` tells it."""
+"""Check Slurm on this site for ``aiflux doctor``."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _NEEDED = ("sbatch", "squeue", "scancel", "scontrol")
 
 
 def scheduler(slurm: SlurmConfig, environ: Mapping[str, str] | None = None) -> Iterator[Diagnosis]:
-    """Tell what Slurm is here, what it allows, and whether what would be asked for fits."""
+    """Report Slurm's version, its limits, and whether the default job would fit."""
     environment = os.environ if environ is None else environ
     missing = [name for name in _NEEDED if shutil.which(name, path=environment.get("PATH")) is None]
     if missing:
         yield fail(
             "slurm",
-            f"{', '.join(missing)} not on PATH: no job can be submitted from here",
-            "log in to a login node, or module load slurm; aiflux run --local works without",
+            f"{', '.join(missing)} not on PATH: jobs cannot be submitted from here",
+            "log in to a login node, or run `module load slurm`; aiflux run --local needs no Slurm",
         )
         return
     asked = call(["scontrol", "show", "config"], clean_environment(environment))
     if asked.returncode != 0:
         yield fail(
             "slurm",
-            f"Slurm does not answer: {words(asked)}",
-            "try again in a minute; if it stays so, ask the site",
+            f"Slurm does not respond: {words(asked)}",
+            "try again in a minute; if the problem persists, ask the site",
         )
         return
     facts = ask_cluster(environment)
@@ -47,33 +47,35 @@ def scheduler(slurm: SlurmConfig, environ: Mapping[str, str] | None = None) -> I
 
 def _version(facts: Facts) -> Diagnosis:
     text = facts.settings.get("SLURM_VERSION", "?")
-    told = f"{text}, cluster {facts.settings.get('ClusterName', '?')}"
+    found = f"{text}, cluster {facts.settings.get('ClusterName', '?')}"
     match = re.match(r"(\d+)\.(\d+)", text)
     if match and (int(match[1]), int(match[2])) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         return warn(
-            "slurm", f"{told}: AI-Flux is made for {oldest} and later", "look at --dry-run first"
+            "slurm", f"{found}: AI-Flux requires {oldest} or later", "check the script (--dry-run)"
         )
-    return ok("slurm", told)
+    return ok("slurm", found)
 
 
 def _limits(facts: Facts) -> Iterator[Diagnosis]:
     size = facts.settings.get("MaxArraySize", "1001")
     if size in ("0", "1"):
-        yield warn("arrays", "job arrays are switched off", "leave --shards at 1")
+        yield warn("arrays", "job arrays are disabled", "keep --shards at 1")
     elif size.isdigit():
-        yield ok("arrays", f"of up to {int(size) - 1} tasks; more shards make more arrays")
+        yield ok(
+            "arrays", f"up to {int(size) - 1} tasks; more shards are split over several arrays"
+        )
     requeue = facts.settings.get("JobRequeue") == "1"
-    yield ok("requeue", "by default" if requeue else "only as asked for; AI-Flux's jobs ask for it")
+    yield ok("requeue", "by default" if requeue else "only on request; AI-Flux's jobs request it")
     kind = facts.settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
     mode = facts.settings.get("PreemptMode", "OFF")
-    yield ok("preemption", "none" if kind == "none" else f"{kind}, {mode}: a run goes on after it")
+    yield ok("preemption", "none" if kind == "none" else f"{kind}, {mode}: preempted runs resume")
 
 
 def _accounting(facts: Facts) -> Iterator[Diagnosis]:
     if facts.accounts is None:
         age = facts.settings.get("MinJobAge", "300 sec")
-        yield ok("accounting", f"none, or it does not answer; Slurm forgets jobs after {age}")
+        yield ok("accounting", f"not available; Slurm forgets jobs after {age}")
         return
     enforced = "is enforced" if facts.enforces("associations") else "is not enforced"
     names = ", ".join(facts.accounts.names) or "none"
@@ -82,10 +84,10 @@ def _accounting(facts: Facts) -> Iterator[Diagnosis]:
 
 
 def _defaults(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
-    """Judge what a run would ask for with no further options."""
+    """Check the job that a run without further options would request."""
     found = collect(cluster_checks(facts, slurm))
     for finding in found:
-        fix = f"{finding.fix}; as an option, or in aiflux.yaml"
+        fix = f"{finding.fix}; set it as an option or in aiflux.yaml"
         yield warn("your settings", f"a job as configured: {finding.what}", fix)
     if not found:
         asked = (

@@ -1,1 +1,1 @@
-"""Estimates: how long a run will take, from a pilot of it."""
+"""Estimate a run's duration from a pilot run."""

@@ -1,7 +1,6 @@
-"""Extrapolate from a pilot to the whole run, and compare the estimate with the actual figures.
+"""Extrapolate from a pilot to the full run, and compare estimated and actual figures.
 
-Every figure is a ``Range``: the value, and the bounds of its 95 % interval. docs/estimate.md says
-how they come about.
+Every figure is a ``Range``: a value with its 95 % interval. docs/estimate.md describes the method.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ _WIDE = 0.3
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take.
+    """Estimated figures of a run.
 
     Attributes:
-        plan: id of the plan of the whole run: it binds the estimate to input, model and parameters.
+        plan: plan id of the full run; ties the estimate to input, model and parameters.
         where: the pilot's engine: ``slurm``, ``local``, or its address.
-        requests, pilot: requests of the whole run, and of the pilot.
-        prompt_tokens, completion_tokens: of the whole run.
-        in_flight: requests in flight while the pilot's engines were full.
-        work_seconds: time of one job for all requests, engines full.
-        fixed_seconds: what each job spends beside that: starting, and emptying at the end.
-        uneven: how much longer than the average the requests of some stretch of the input take.
-        gpus: of the pilot's job; 0 where there were none, or they are not ours.
+        requests, pilot: number of requests of the full run, and of the pilot.
+        prompt_tokens, completion_tokens: of the full run.
+        in_flight: requests in flight while the pilot's engines were fully used.
+        work_seconds: time of one job for all requests with fully used engines.
+        fixed_seconds: additional time of each job: startup, and draining at the end.
+        uneven: how much more than the average the most expensive part of the input takes.
+        gpus: of the pilot's job; 0 if there were none, or the engine is external.
         failures: requests that will fail.
-        walltime: seconds that one job may take; None where there is no limit.
-        shards: recommended.
-        time_seconds: ``--time`` that is recommended for each shard.
+        walltime: time limit of one job in seconds; None for no limit.
+        shards: recommended number of shards.
+        time_seconds: recommended ``--time`` for each shard.
     """
 
     plan: str
@@ -74,17 +73,17 @@ class Estimate:
 
     @property
     def time(self) -> str:
-        """The recommended ``--time``, as Slurm writes it."""
+        """The recommended ``--time``, in Slurm's format."""
         return walltime_text(self.time_seconds)
 
     @property
     def requests_per_second(self) -> float:
-        """Requests that one job does in a second while its engines are full."""
+        """Requests per second of one job with fully used engines."""
         return self.requests / self.work_seconds.value
 
     @property
     def tokens_per_second(self) -> float:
-        """The same in answer tokens."""
+        """Generated tokens per second of one job with fully used engines."""
         return self.completion_tokens.value / self.work_seconds.value
 
     @property
@@ -93,8 +92,9 @@ class Estimate:
         return self.seconds_of_shard(self.shards)
 
     def seconds_of_shard(self, shards: int) -> Range:
-        """Return the time of one job where the input is cut into ``shards``; the longest of them
-        is at the upper bound.
+        """Return the time of one job if the input is split into ``shards``.
+
+        The upper bound is the time of the longest shard.
         """
         share = -(-self.requests // shards) / self.requests
         own = self.work_seconds.times(share)
@@ -110,13 +110,13 @@ class Estimate:
         return self.seconds_of_jobs(shards).times(self.gpus / 3600)
 
     def shards_for(self, time: str | None) -> int:
-        """Return the shards to cut the input into where a job may take ``time``."""
+        """Return the recommended number of shards if a job may take ``time``."""
         return self.recommended(time).shards
 
     def recommended(self, time: str | None) -> Estimate:
-        """Return the estimate with what it recommends where a job may take ``time``.
+        """Return the estimate with the recommendation for a job that may take ``time``.
 
-        More time is recommended where a job could not do a single request in it.
+        More time is recommended if a job could not finish a single request within it.
         """
         walltime = walltime_seconds(time)
         shards = self._fewest(walltime)
@@ -134,7 +134,7 @@ class Estimate:
         )
 
     def _fewest(self, walltime: float) -> int | None:
-        """Return the fewest shards that fit the walltime; None where no number does."""
+        """Return the smallest number of shards that fits the time limit, or None."""
 
         def fits(shards: int) -> bool:
             return self.seconds_of_shard(shards).high <= _SHARE_OF_WALLTIME * walltime
@@ -143,7 +143,7 @@ class Estimate:
         return found if found <= self.requests else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the estimate as JSON, with what follows from it."""
+        """Return the estimate and its derived figures as JSON."""
         return {
             **asdict(self),
             "time": self.time,
@@ -158,7 +158,7 @@ class Estimate:
         """Read what ``to_json`` returned.
 
         Raises:
-            KeyError, TypeError: it is something else.
+            KeyError, TypeError: the content is not an estimate.
         """
         values = {item.name: content[item.name] for item in fields(cls)}
         ranges = {name: Range(**value) for name, value in values.items() if isinstance(value, dict)}
@@ -173,14 +173,14 @@ def estimate(
     time: str | None,
     where: str = SLURM,
 ) -> Estimate:
-    """Return what the whole run will take.
+    """Estimate the full run.
 
     Args:
-        whole: the plan of the whole run.
-        drawn: what was drawn from its input.
+        whole: the plan of the full run.
+        drawn: the pilot's sample of the input.
         observations: at least one, in input order.
-        status: of the pilot's only shard.
-        time: what one job may take, as Slurm writes it; None for no limit.
+        status: status of the pilot's only shard.
+        time: time limit of one job in Slurm's format; None for no limit.
         where: see ``Estimate``.
     """
     full, costs = _costs(observations)
@@ -189,7 +189,7 @@ def estimate(
     details = status["aiflux"]
     work = _doubted(_sum(costs, observations, drawn, whole.requests), doubt)
     failed = sum(item.error is not None for item in observations)
-    told = Estimate(
+    result = Estimate(
         plan=whole.id,
         where=where,
         created=utc_now(),
@@ -206,17 +206,17 @@ def estimate(
         failures=share_of(failed, seen, whole.requests),
     ).recommended(time)
     warnings = [
-        *_warn_of_size(told, doubt),
+        *_warn_of_size(result, doubt),
         *_warn_of_results(observations, whole),
-        *_warn_of_shards(told, time),
+        *_warn_of_shards(result, time),
     ]
-    return replace(told, warnings=tuple(warnings))
+    return replace(result, warnings=tuple(warnings))
 
 
 def _costs(observations: Sequence[Observation]) -> tuple[int, list[float]]:
-    """Return the requests in flight, and each request's share of the job's time.
+    """Return the number of requests in flight, and each request's share of the job's time.
 
-    Models of one run are done one after the other, so each has its own pace.
+    The models of a run are processed one after the other, so each has its own pace.
     """
     costs: dict[int, float] = {}
     full = 0
@@ -230,7 +230,7 @@ def _costs(observations: Sequence[Observation]) -> tuple[int, list[float]]:
 
 @dataclass(frozen=True)
 class _Doubt:
-    """How much less, or more, time the whole may take at another pace than the pilot's."""
+    """How much less or more time the full run may take at another pace than the pilot's."""
 
     below: float
     above: float
@@ -238,11 +238,11 @@ class _Doubt:
 
 
 def _doubt(seen: int, full: int, lanes: int | None) -> _Doubt:
-    """Return the doubt about the pace.
+    """Return the uncertainty of the pace.
 
     Args:
-        lanes: requests that the engines take at once; None where the worker finds that out by and
-            by (``worker.limits``).
+        lanes: requests that the engines process at once; None if the worker finds the limit while
+            running (``worker.concurrency``).
     """
     if lanes is None and seen < _SETTLED * full:
         return _Doubt(_DOUBT_CLIMBING, _DOUBT_UNFILLED, True)
@@ -252,7 +252,7 @@ def _doubt(seen: int, full: int, lanes: int | None) -> _Doubt:
 
 
 def _lanes(plan: Plan, status: Mapping[str, Any]) -> int | None:
-    """Return the requests in flight that the engines take, as far as that is known before."""
+    """Return the concurrency of the engines if it is known in advance, else None."""
     engines = status["aiflux"].get("engines") or []
     if plan.options.concurrency is not None:
         return max(1, len(engines)) * plan.options.concurrency
@@ -266,9 +266,9 @@ def _gpus(details: Mapping[str, Any]) -> int:
 
 
 def _fixed(observations: Sequence[Observation], started: float) -> Range:
-    """A job's start, and its end: while the last requests are done the engines empty.
+    """Return a job's startup time and the time in which the engines drain at the end.
 
-    The end takes no longer than the longest request.
+    Draining takes no longer than the longest request.
     """
     start = start_up(observations, started)
     longest = max(item.seconds for item in observations)
@@ -276,7 +276,7 @@ def _fixed(observations: Sequence[Observation], started: float) -> Range:
 
 
 def _doubted(figure: Range, doubt: _Doubt) -> Range:
-    """Widen a time by the doubt about the pace."""
+    """Widen a time by the uncertainty of the pace."""
     below = math.hypot(figure.value - figure.low, figure.value * doubt.below)
     above = math.hypot(figure.high - figure.value, figure.value * doubt.above)
     return Range(figure.value, max(0.0, figure.value - below), figure.value + above)
@@ -293,19 +293,19 @@ def _sum(
     return total(values, [item.size for item in observations], requests, drawn.bytes)
 
 
-def _warn_of_size(told: Estimate, doubt: _Doubt) -> Iterator[str]:
-    seen, work = told.pilot, told.work_seconds
-    if seen >= told.requests:
+def _warn_of_size(result: Estimate, doubt: _Doubt) -> Iterator[str]:
+    seen, work = result.pilot, result.work_seconds
+    if seen >= result.requests:
         return
     if doubt.unfilled:
         yield (
-            f"{seen} requests hardly fill the engines ({told.in_flight} were in flight): the whole "
-            f"may well go at another pace; --requests {5 * seen} tells more"
+            f"the pilot is too small to fill the engines ({result.in_flight} requests in flight): "
+            f"the full run may have another pace; --requests {5 * seen} is more reliable"
         )
     elif work.high > (1 + doubt.above + _WIDE) * work.value:
         yield (
-            f"the requests differ so much that {seen} of them leave the time open: "
-            f"--requests {4 * seen} about halves the interval"
+            f"the requests vary too much for a reliable time: --requests {4 * seen} about halves "
+            "the interval"
         )
 
 
@@ -318,23 +318,23 @@ def _warn_of_results(observations: Sequence[Observation], whole: Plan) -> Iterat
         failed >= _MANY_FAILURES * seen or expected > whole.options.allowed_failures(whole.requests)
     ):
         (most, _), *_ = errors.most_common(1)
-        yield f"{failed} of {seen} requests failed, most of them with {most}"
+        yield f"{failed} of {seen} requests failed, most often with {most}"
     cut = sum(item.cut for item in observations)
     if cut:
-        yield f"{cut} of {seen} answers ended at their limit of tokens (max_tokens or the context)"
+        yield f"{cut} of {seen} answers reached the token limit (max_tokens or the context)"
     truncated = sum(item.truncated for item in observations)
     if truncated:
-        yield f"{truncated} of {seen} prompts were cut by the engine: --context-length"
+        yield f"{truncated} of {seen} prompts were truncated; increase --context-length"
 
 
-def _warn_of_shards(told: Estimate, time: str | None) -> Iterator[str]:
-    if told.uneven > 1:
+def _warn_of_shards(result: Estimate, time: str | None) -> Iterator[str]:
+    if result.uneven > 1:
         yield (
-            f"some stretch of the input takes {told.uneven:.1f} times the average: shards will "
-            "differ, and are cut for the longest"
+            f"part of the input takes {result.uneven:.1f} times the average: shards differ, and "
+            "the recommendation fits the longest"
         )
-    if told.walltime is not None and told.time_seconds > told.walltime:
-        yield f"--time {time} is hardly enough for a job to start and do anything: ask for more"
+    if result.walltime is not None and result.time_seconds > result.walltime:
+        yield f"--time {time} is barely enough for a job to start; request more"
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ class ComparedFigure:
 
     Attributes:
         unit: ``count``, ``seconds`` or ``hours``.
-        actual: None where it is not known.
+        actual: None if unknown.
     """
 
     name: str
@@ -353,7 +353,7 @@ class ComparedFigure:
 
 
 def compare(
-    told: Estimate, shards: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]
+    result: Estimate, shards: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]
 ) -> tuple[ComparedFigure, ...]:
     """Return estimated and actual figures of a finished run side by side.
 
@@ -369,29 +369,30 @@ def compare(
         return float(sum(each.get(name, 0) for each in totals))
 
     rows = [
-        ComparedFigure("prompt tokens", "count", told.prompt_tokens, summed("prompt_tokens")),
+        ComparedFigure("prompt tokens", "count", result.prompt_tokens, summed("prompt_tokens")),
         ComparedFigure(
-            "answer tokens", "count", told.completion_tokens, summed("completion_tokens")
+            "answer tokens", "count", result.completion_tokens, summed("completion_tokens")
         ),
         ComparedFigure(
-            "failed requests", "count", told.failures, whole["request_counts"]["failed"]
+            "failed requests", "count", result.failures, whole["request_counts"]["failed"]
         ),
         ComparedFigure(
-            "time of all jobs", "seconds", told.seconds_of_jobs(count), summed("seconds")
+            "time of all jobs", "seconds", result.seconds_of_jobs(count), summed("seconds")
         ),
         ComparedFigure(
-            "start to output", "seconds", told.seconds_of_shard(count), _span(statuses, whole)
+            "start to output", "seconds", result.seconds_of_shard(count), _span(statuses, whole)
         ),
     ]
-    if told.gpus:
+    if result.gpus:
         hours = summed("gpu_seconds") / 3600
-        rows.append(ComparedFigure("GPU-hours", "hours", told.gpu_hours(count), hours))
+        rows.append(ComparedFigure("GPU-hours", "hours", result.gpu_hours(count), hours))
     return tuple(rows)
 
 
 def _span(statuses: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]) -> float | None:
-    """Return the seconds from the first start of a shard to the output, as far as that is known:
-    a status tells when its last start began, and how long all starts took.
+    """Return the seconds from the first start of a shard to the output, or None if unknown.
+
+    A status has the time of its last start and the total duration of all starts.
     """
     begun = [min(_started(status), _at_least_since(status)) for status in statuses]
     ended = whole.get("completed_at")

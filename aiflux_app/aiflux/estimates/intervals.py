@@ -1,4 +1,4 @@
-"""From some of the requests to all of them: sums, shares and their intervals. Pure."""
+"""Extrapolate from a sample to all requests: sums and shares with their intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FEWEST_FOR_QUARTERS = 40
 
 @dataclass(frozen=True)
 class Range:
-    """An estimated figure and the bounds of its 95 % interval."""
+    """An estimated figure with its 95 % interval."""
 
     value: float
     low: float
@@ -32,16 +32,17 @@ class Range:
 
 
 def total(values: Sequence[float], sizes: Sequence[int], requests: int, size: int) -> Range:
-    """Return the sum over all requests of what was seen of some.
+    """Extrapolate the sum over all requests from a sample.
 
-    The mean of the sample times the requests; or, where the values clearly go with the sizes of the
-    lines, their ratio times the size of all lines (W. G. Cochran, Sampling Techniques, chapter 6).
-    The interval is Student's, with the correction for finite populations: it closes when all
-    requests were seen. The sample is spread evenly over the input, so it errs to the wide side.
+    The estimate is the sample mean times the number of requests. If the values clearly correlate
+    with the line sizes, it is their ratio times the total size (W. G. Cochran, Sampling Techniques,
+    chapter 6). The interval is Student's, with the finite population correction: it has no width
+    once all requests were observed. The sample is spread evenly over the input, so the interval is
+    rather too wide than too narrow.
 
     Args:
-        values, sizes: of the sample; sizes are those of the request lines.
-        requests, size: number of all requests, and the size of all their lines.
+        values, sizes: values and line sizes of the sample.
+        requests, size: number of all requests, and the total size of their lines.
     """
     seen = len(values)
     value, spread = requests * fmean(values), _deviation(values)
@@ -59,7 +60,7 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _student(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's distribution, by the Cornish-Fisher expansion."""
+    """Return the 97.5 % quantile of Student's distribution, using the Cornish-Fisher expansion."""
     if freedom < 3:
         return (12.706, 12.706, 4.303)[freedom]
     z, n = _Z, freedom
@@ -72,7 +73,7 @@ def _student(freedom: int) -> float:
 
 
 def share_of(some: int, seen: int, requests: int) -> Range:
-    """Return how many of all requests share what ``some`` of the ``seen`` ones do (Wilson)."""
+    """Extrapolate how many requests share a property of ``some`` of the ``seen`` ones (Wilson)."""
     share = some / seen
     if seen >= requests:
         return Range(some, some, some)
@@ -84,8 +85,9 @@ def share_of(some: int, seen: int, requests: int) -> Range:
 
 
 def unevenness(costs: Sequence[float]) -> float:
-    """Return how much more than the average the dearest quarter of the input costs; 1 where the
-    difference may well be chance.
+    """Return how much more than the average the most expensive quarter of the input costs.
+
+    Returns 1 if the difference may be due to chance.
     """
     if len(costs) < _FEWEST_FOR_QUARTERS:
         return 1.0

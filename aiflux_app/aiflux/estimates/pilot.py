@@ -1,4 +1,4 @@
-"""A pilot: some of a run's requests, spread over its whole input, done first to tell the rest."""
+"""A pilot run: a sample of a run's requests, spread over the input and processed first."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from aiflux.util.lease import refuse_living
 from aiflux.util.lines import read_lines
 
 REQUESTS = 100
-FEWEST = 2  # one does not tell how requests differ
+FEWEST = 2  # a single request shows no variation
 _SEED = 4
 _FEW_STRATA = 10
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """The files of a pilot; ``folder`` is ``<output>.pilot``. It is an ordinary run in there."""
+    """Files of a pilot; ``folder`` is ``<output>.pilot``. Inside, the pilot is an ordinary run."""
 
     folder: Path
 
     @classmethod
     def of_output(cls, output: Path) -> Pilot:
-        """Return the pilot that belongs to the output of the whole run."""
+        """Return the pilot for the output of a full run."""
         return cls(output.with_name(output.name + ".pilot"))
 
     @property
     def input(self) -> Path:
-        """The requests that were drawn."""
+        """The sampled requests."""
         return self.folder / "input.jsonl"
 
     @property
@@ -52,16 +52,16 @@ class Pilot:
 
     @property
     def record(self) -> Path:
-        """What the pilot was made of."""
+        """The settings and sample of the pilot."""
         return self.folder / "pilot.json"
 
     @property
     def estimate(self) -> Path:
-        """What it said the whole would take."""
+        """The estimate made from the pilot."""
         return self.folder / "estimate.json"
 
     def drawn(self, settings: dict[str, Any]) -> Drawn | None:
-        """Return what was drawn for a pilot of these very settings; None where it was not."""
+        """Return the sample of a pilot with exactly these settings, or None."""
         try:
             content = json.loads(self.record.read_text(encoding="utf-8"))
             drawn = Drawn(**content["drawn"])
@@ -70,15 +70,15 @@ class Pilot:
         return drawn if content["settings"] == json.loads(json.dumps(settings)) else None
 
     def done(self) -> bool:
-        """Tell whether every request of the pilot has its result."""
+        """Return whether every request of the pilot has a result."""
         return self.run.plan.exists() and all_done(read_plan(self.run), self.run)
 
     def begin(self, summary: InputSummary, count: int, settings: dict[str, Any]) -> Drawn:
-        """Throw away what an earlier pilot left, draw requests and write them down.
+        """Remove an earlier pilot, draw a new sample and store it.
 
         Raises:
-            RunConflictError: a process works on the earlier pilot.
-            StorageError: the folder cannot be written.
+            RunConflictError: a process is still working on the earlier pilot.
+            StorageError: the directory cannot be written.
         """
         refuse_living([*self.run.path.glob(".*.lease")], f"the pilot {self.folder}")
         try:
@@ -96,11 +96,11 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn.
+    """A sample of the input.
 
     Attributes:
-        requests: how many requests the pilot has.
-        bytes: size of all request lines of the whole input.
+        requests: number of requests in the sample.
+        bytes: total size of the request lines of the full input.
     """
 
     requests: int
@@ -108,11 +108,11 @@ class Drawn:
 
 
 def chosen(requests: int, count: int) -> list[int]:
-    """Return the indexes of the requests to draw, in order; the same ones every time.
+    """Return the indexes of the requests to sample, in order and reproducibly.
 
-    One is drawn at random from each of ``count`` parts of equal length, so that every stretch of
-    the input has its share; where the parts would be short, their lengths would differ too much
-    for equal chances, and all are drawn from the whole.
+    One request is drawn at random from each of ``count`` parts of equal length, so that every part
+    of the input is represented. Very short parts would differ too much in length for equal chances;
+    then all requests are drawn from the whole input.
     """
     source = Random(_SEED)
     if requests < _FEW_STRATA * count:
@@ -122,7 +122,7 @@ def chosen(requests: int, count: int) -> list[int]:
 
 
 def _draw(summary: InputSummary, count: int, target: Path) -> Drawn:
-    """Copy the chosen lines byte for byte, in one pass over the input."""
+    """Copy the sampled lines unchanged, in one pass over the input."""
     wanted = iter(chosen(summary.requests, count))
     following = next(wanted, None)
     drawn = size = 0

@@ -1,4 +1,4 @@
-"""Estimates on disk: beside the pilot that told them, and in the run directory they are about."""
+"""Store estimates next to their pilot and in the run directory."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from aiflux.util.files import write_json
 
 
 def read_estimate(path: Path, plan: Plan) -> Estimate | None:
-    """Return the estimate in a file; None where there is none for this very plan."""
+    """Return the estimate in a file, or None if there is none for this plan."""
     try:
-        told = Estimate.from_json(json.loads(path.read_text(encoding="utf-8")))
+        estimate = Estimate.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return told if told.plan == plan.id else None
+    return estimate if estimate.plan == plan.id else None
 
 
 def known_estimate(plan: Plan) -> Estimate | None:
-    """Return what a pilot told of a run that is to be planned."""
+    """Return the estimate that a pilot made for a run to be planned."""
     return read_estimate(Pilot.of_output(plan.output).estimate, plan)
 
 
-def keep_estimate(told: Estimate, plan: Plan) -> None:
-    """Write an estimate down beside its pilot, and where the run is planned already, there too.
+def keep_estimate(estimate: Estimate, plan: Plan) -> None:
+    """Store an estimate next to its pilot, and in the run directory if it already exists.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the file cannot be written.
     """
-    write_json(Pilot.of_output(plan.output).estimate, told.to_json())
+    write_json(Pilot.of_output(plan.output).estimate, estimate.to_json())
     run = RunDirectory.of_output(plan.output)
     if run.plan.exists():
-        write_json(run.estimate, told.to_json())
+        write_json(run.estimate, estimate.to_json())
 
 
 def carry_estimate(plan: Plan, run: RunDirectory) -> None:
-    """Copy what a pilot told of a run into its directory.
+    """Copy a pilot's estimate to the run directory.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the file cannot be written.
     """
-    told = known_estimate(plan)
-    if told is not None:
-        write_json(run.estimate, told.to_json())
+    estimate = known_estimate(plan)
+    if estimate is not None:
+        write_json(run.estimate, estimate.to_json())

@@ -1,4 +1,4 @@
-"""How fast requests were done, told from the journal: each result has its end and its duration."""
+"""Measure the throughput of a run from the end times and durations in its journal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan
 from aiflux.util.times import unix_seconds
 
-# Prompts are processed many tokens at a time. The figure only weighs requests against each other.
+# Prompts are processed many tokens at a time. The figure only weighs requests relatively.
 _PROMPT_TOKENS_PER_ANSWER_TOKEN = 20
 _SHORTEST = 1e-3
 _FULL_SHARE = 0.1
@@ -23,13 +23,13 @@ _NEARLY = 0.9
 
 @dataclass(frozen=True)
 class Observation:
-    """A request of the pilot and what came of it.
+    """A pilot request and its result.
 
     Attributes:
         began, ended: Unix time of its last attempt.
         size: bytes of the request's line.
-        error: code and message; None for an answer.
-        cut: the answer ended at its limit of tokens.
+        error: code and message; None for success.
+        cut: the answer reached the token limit.
         truncated: the engine cut the prompt.
     """
 
@@ -45,22 +45,22 @@ class Observation:
 
     @property
     def seconds(self) -> float:
-        """How long the last attempt took."""
+        """Duration of the last attempt."""
         return self.ended - self.began
 
     @property
     def work(self) -> float:
-        """Its share in the engine's work, in answer tokens."""
+        """Its share of the engine's work, in generated tokens."""
         return self.completion_tokens + self.prompt_tokens / _PROMPT_TOKENS_PER_ANSWER_TOKEN
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast one model's requests were done while the engines were as full as they became.
+    """Throughput of one model while the engines were as busy as they became.
 
     Attributes:
-        in_flight: requests in flight then.
-        costs: seconds of the whole job that each request stands for, in the order of the requests.
+        in_flight: number of requests in flight in that time.
+        costs: seconds of the job that each request accounts for, in request order.
     """
 
     in_flight: int
@@ -68,7 +68,7 @@ class Pace:
 
 
 def observe(plan: Plan, run: RunDirectory) -> tuple[Observation, ...]:
-    """Read what a run did so far, in input order."""
+    """Read the results of a run so far, in input order."""
     found = iterate_results(plan, run, partial=True)
     return tuple(_observation(len(raw), result) for raw, result in found)
 
@@ -105,8 +105,9 @@ def _count(value: Any) -> int:
 
 
 def start_up(observations: Sequence[Observation], started: float) -> float:
-    """Return the seconds of a start in which nothing was in flight: before the first request, and
-    between the models of a run that has several.
+    """Return the startup seconds in which nothing was in flight.
+
+    These are the times before the first request, and between the models of a run.
 
     Args:
         started: Unix time of the start.
@@ -121,12 +122,12 @@ def start_up(observations: Sequence[Observation], started: float) -> float:
 
 
 def pace(observations: Sequence[Observation]) -> Pace:
-    """Return how fast requests of one model were done.
+    """Return the throughput of the requests of one model.
 
-    A request's work is spread evenly over its time in flight. The work that falls into the stretch
-    from the first to the last moment at which the engines were full gives the speed; so neither the
-    emptying at the end nor the way in which long and short requests met in the pilot disturbs it.
-    Pauses with nothing in flight (the job was requeued, the engine started anew) are left out.
+    A request's work is spread evenly over its time in flight. The speed is the work done between
+    the first and the last moment at which the engines were full. So neither draining at the end nor
+    the mix of long and short requests in the pilot distorts it. Pauses with nothing in flight
+    (requeued job, restarted engine) are excluded.
     """
     works = [item.work for item in observations]
     if not any(works):
@@ -148,7 +149,7 @@ def _overlap(begin: float, end: float, low: float, high: float) -> float:
 
 
 def _levels(observations: Iterable[Observation]) -> Iterator[tuple[float, float, int]]:
-    """Yield stretches of time and how many requests were in flight in them."""
+    """Yield time spans with the number of requests in flight in them."""
     events = [(item.began, 1) for item in observations]
     events += [(item.ended, -1) for item in observations]
     events.sort()
@@ -160,10 +161,10 @@ def _levels(observations: Iterable[Observation]) -> Iterator[tuple[float, float,
 
 
 def _full(levels: Sequence[tuple[float, float, int]]) -> int:
-    """Return how many requests were in flight in at least a tenth of the time.
+    """Return the number of requests in flight for at least a tenth of the time.
 
-    The very highest count is no measure: times are rounded, so that a request seems to begin before
-    the one ends that it follows.
+    The maximum is no measure: times are rounded, so a request may seem to start before its
+    predecessor ended.
     """
     left = _FULL_SHARE * sum(end - begin for begin, end, _ in levels)
     ranked = sorted(levels, key=lambda level: -level[2])

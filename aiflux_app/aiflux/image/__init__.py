@@ -1,6 +1,6 @@
-"""The Apptainer image: building it and reading what is in it.
+"""The Apptainer image: building, reading, signing and running it.
 
-It is built from a checkout of the repository, which holds the definition (``container/``) and the
-entry point. Nothing is imported here: the worker, which runs in the image without the libraries
-that build it, imports ``image.container`` and ``image.sif``.
+The image is built from a checkout of the repository, which contains the definition
+(``container/``) and the entry point. This package imports nothing: the worker runs in the image
+without the libraries for building, and imports ``image.container`` and ``image.sif``.
 """

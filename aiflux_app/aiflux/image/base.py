@@ -1,4 +1,4 @@
-"""Choose the base of an image: the build options, and Docker Hub or this machine's Debian."""
+"""Choose the base of an image (Docker Hub or Debian), and define the build options."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ CPU_OLLAMA_VERSION = "0.9.3"
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """What the image is built on, and why.
+    """The base of an image, and the reason for it.
 
     Attributes:
         base: ``docker`` or ``debian``.
-        why: half a sentence for the user.
-        image: the docker reference; for docker.
-        digest: its digest, where known; for docker.
+        why: the reason, as half a sentence for the user.
+        image: docker reference; for docker.
+        digest: its digest, if known; for docker.
         source: mirror and suite; for debian.
         cpu_build: whether Ollama is the CPU build; for debian.
-        engine: what the image's help says about its Ollama.
+        engine: description of Ollama for the image's help.
     """
 
     base: str
@@ -37,7 +37,7 @@ class BaseChoice:
 
     @property
     def pinned_image(self) -> str:
-        """The docker image as Apptainer's ``From`` takes it, by digest where that is known."""
+        """The image for Apptainer's ``From``, by digest if it is known."""
         reference = oci_registry.parse(self.image)
         if not self.digest:
             return self.image.removeprefix("docker://")
@@ -50,26 +50,26 @@ class BaseChoice:
 
 
 def choose_base(options: BuildOptions) -> BaseChoice:
-    """Choose; ``auto`` takes docker where its registry answers, unless a tarball is given.
+    """Choose the base; ``auto`` uses docker if its registry is reachable and no tarball is given.
 
     Raises:
-        ImageError: the base that was asked for cannot be used on this machine.
+        ImageError: the requested base cannot be used on this machine.
     """
     if options.base == "debian":
-        return _debian(options, "as asked")
+        return _debian(options, "as requested")
     if options.ollama_tarball:
         return _debian(options, "an Ollama archive was given")
     image = options.ollama_image or OLLAMA_IMAGE
     reference = oci_registry.parse(image)
     problem = oci_registry.why_unreachable(reference)
     if problem is None:
-        why = "as asked" if options.base == "docker" else f"{reference.host} answers"
+        why = "as requested" if options.base == "docker" else f"{reference.host} is reachable"
         return _docker(options, image, reference, why)
     if options.base == "docker":
         raise ImageError(
-            f"the docker base cannot be fetched: {problem}",
-            "build where the registry can be reached, name a copy with --ollama-image, "
-            "or say --base debian",
+            f"the docker base cannot be downloaded: {problem}",
+            "build where the registry is reachable, name a mirror with --ollama-image, or use "
+            "--base debian",
         )
     return _debian(options, problem)
 
@@ -77,9 +77,9 @@ def choose_base(options: BuildOptions) -> BaseChoice:
 def _docker(
     options: BuildOptions, image: str, reference: oci_registry.Reference, why: str
 ) -> BaseChoice:
-    engine = f"official Ollama {OLLAMA_VERSION}, with GPU support"
+    engine = f"official Ollama {OLLAMA_VERSION} with GPU support"
     if options.ollama_image:
-        engine = f"Ollama of {image.removeprefix('docker://')}"
+        engine = f"Ollama from {image.removeprefix('docker://')}"
     return BaseChoice(
         "docker", why, engine, image=image, digest=oci_registry.digest(reference) or ""
     )
@@ -88,14 +88,14 @@ def _docker(
 def _debian(options: BuildOptions, why: str) -> BaseChoice:
     source = _source(options)
     if options.ollama_tarball:
-        engine = f"Ollama of {options.ollama_tarball.name}"
+        engine = f"Ollama from {options.ollama_tarball.name}"
         return BaseChoice("debian", why, engine, source=source)
     if platform.machine() != "x86_64":
         raise ImageError(
-            f"the Debian base has a CPU Ollama for x86_64 only, and this is {platform.machine()}",
-            "name the official archive of Ollama with --ollama-tarball",
+            f"the Debian base has a CPU build of Ollama for x86_64 only, not {platform.machine()}",
+            "provide the official Ollama archive with --ollama-tarball",
         )
-    engine = f"CPU build of Ollama {CPU_OLLAMA_VERSION}: no GPU support"
+    engine = f"CPU build of Ollama {CPU_OLLAMA_VERSION}, without GPU support"
     return BaseChoice("debian", why, engine, source=source, cpu_build=True)
 
 
@@ -105,8 +105,8 @@ def _source(options: BuildOptions) -> AptSource:
     suite = options.suite or (found and found.suite)
     if not mirror or not suite:
         raise ImageError(
-            "the Debian base needs a Debian mirror and suite, and this machine's apt names none",
-            "say --mirror URL --suite NAME",
+            "the Debian base requires a mirror and suite, and apt has none configured here",
+            "use --mirror URL --suite NAME",
         )
     return AptSource(mirror, suite)
 
@@ -116,14 +116,14 @@ APT = Path("/etc/apt")
 
 @dataclass(frozen=True)
 class AptSource:
-    """One place to install from."""
+    """A Debian mirror and suite."""
 
     mirror: str
     suite: str
 
 
 def find_source(apt: Path = APT) -> AptSource | None:
-    """The first source of a whole release (not its updates), or None where there is no apt."""
+    """Return the first source of a full release (not updates), or None without apt."""
     for source in _all_sources(apt):
         if source.mirror.startswith(("http://", "https://")) and _is_release(source.suite):
             return source
@@ -143,7 +143,7 @@ def _all_sources(apt: Path) -> Iterator[AptSource]:
 
 
 def _one_line_sources(text: str) -> Iterator[AptSource]:
-    """``deb [options] URI SUITE main ...``; see sources.list(5)."""
+    """Parse ``deb [options] URI SUITE main ...``; see sources.list(5)."""
     for line in text.splitlines():
         kind, _, rest = line.partition(" ")
         if kind != "deb":
@@ -156,7 +156,7 @@ def _one_line_sources(text: str) -> Iterator[AptSource]:
 
 
 def _deb822_sources(text: str) -> Iterator[AptSource]:
-    """Stanzas of ``Types``, ``URIs``, ``Suites`` and ``Components``; see sources.list(5)."""
+    """Parse stanzas of ``Types``, ``URIs``, ``Suites`` and ``Components``; see sources.list(5)."""
     for stanza in text.split("\n\n"):
         fields = dict(_fields(stanza))
         if "deb" not in fields.get("types", []) or "main" not in fields.get("components", []):
@@ -180,28 +180,27 @@ OLLAMA_IMAGE = (
     "docker://docker.io/ollama/ollama"
     "@sha256:32931b46719f673c05fdbaa81ccb26da18ea4a1c57590a754874ab28ba269eb2"
 )
-"""The official image of OLLAMA_VERSION, by digest (Apptainer takes a tag or a digest, not both)."""
+"""The official image of OLLAMA_VERSION, by digest (Apptainer accepts a tag or digest, not both)."""
 
 BASES = ("auto", "docker", "debian")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build, and from what.
+    """Options of an image build.
 
     Attributes:
         output: the image file to write.
         base: ``docker`` (the official Ollama image), ``debian`` (debootstrap), or ``auto``:
-            docker where its registry answers.
-        ollama_image: the docker base, as ``docker://HOST/NAME:TAG``; plain http on loopback.
+            docker if its registry is reachable.
+        ollama_image: docker base as ``docker://HOST/NAME:TAG``; plain http on loopback.
         ollama_tarball: Ollama's official archive for Linux; for the Debian base.
-        mirror: Debian mirror; by default the one that this machine's apt uses.
+        mirror: Debian mirror; by default that of this machine's apt.
         suite: Debian suite; by default this machine's.
-        force: replace an output that is there.
+        force: replace an existing output.
         run_tests: run the image's own test at the end of the build.
-        sign: sign the image with a PGP key of the user's.
-        key: which one, as ``apptainer key list --secret`` counts them; needed where there are
-            several.
+        sign: sign the image with one of the user's PGP keys.
+        key: number of the key in ``apptainer key list --secret``; required if there are several.
     """
 
     output: Path = Path("aiflux.sif")
@@ -216,23 +215,23 @@ class BuildOptions:
     key: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ImageError where two of them cannot go together."""
+        """Raise ImageError for options that cannot be combined."""
         if self.base not in BASES:
-            raise ImageError(f"base {self.base!r} is unknown", f"name one of {', '.join(BASES)}")
+            raise ImageError(f"unknown base {self.base!r}", f"use one of {', '.join(BASES)}")
         if self.base == "docker" and self.ollama_tarball:
             raise ImageError(
-                "the docker base has an Ollama already, and --ollama-tarball names another",
-                "say --base debian, or leave the tarball away",
+                "--ollama-tarball cannot be combined with the docker base, which contains Ollama",
+                "use --base debian, or remove --ollama-tarball",
             )
         if self.ollama_image and not self.ollama_image.startswith("docker://"):
             raise ImageError(
-                f"--ollama-image {self.ollama_image!r} is no docker reference",
+                f"--ollama-image {self.ollama_image!r} is not a docker reference",
                 "write it as docker://HOST/NAME:TAG, e.g. docker://docker.io/ollama/ollama:latest",
             )
         if self.key is not None and not self.sign:
-            raise ImageError("--key names a key, and nothing is to be signed", "say --sign as well")
+            raise ImageError("--key has no effect without --sign", "add --sign")
         if self.ollama_tarball and not self.ollama_tarball.is_file():
             raise ImageError(
-                f"the Ollama archive {self.ollama_tarball} is not there",
-                "download ollama-linux-amd64.tgz (or arm64, or .tar.zst) of an Ollama release",
+                f"Ollama archive not found: {self.ollama_tarball}",
+                "download ollama-linux-amd64.tgz (or arm64, or .tar.zst) from an Ollama release",
             )

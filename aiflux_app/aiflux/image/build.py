@@ -1,4 +1,4 @@
-"""Builds the image with ``apptainer build``, as an ordinary user."""
+"""Build the image with ``apptainer build``, as an ordinary user."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from aiflux.image.signing import Ask, Signer, find_signer, no_answer, sign
 Say = Callable[[str], None]
 
 ROOM_NEEDED = {"docker": 20, "debian": 3}
-"""Free space for a build in APPTAINER_TMPDIR, in GiB."""
+"""Free space in APPTAINER_TMPDIR that a build needs, in GiB."""
 
 _REMEDY = (
-    "the last lines above say why; often: TMPDIR or APPTAINER_TMPDIR is full or on a network "
-    "file system; unprivileged user namespaces are switched off on this machine; or root builds "
-    "where root lacks capabilities (in a container): build as an ordinary user"
+    "see the last lines above; frequent causes: TMPDIR or APPTAINER_TMPDIR is full or on a network "
+    "file system, unprivileged user namespaces are disabled, or root lacks capabilities (inside a "
+    "container): build as an ordinary user"
 )
 
 
@@ -34,15 +34,15 @@ def _silent(_: str) -> None:
 
 
 def build(options: BuildOptions, say: Say = _silent, ask: Ask = no_answer) -> Path:
-    """Build the image and return its path; an image that is there is replaced only when whole.
+    """Build the image and return its path; an existing image is only replaced by a complete one.
 
     Args:
         options: what to build.
-        say: takes one line at a time for the user.
-        ask: asks for the passphrase of the key to sign with, before the build begins.
+        say: called with one line of output for the user.
+        ask: returns the passphrase of the signing key; called before the build starts.
 
     Raises:
-        ImageError: it could not be built, or not signed; what to do stands in the remedy.
+        ImageError: the image could not be built or signed.
     """
     output = options.output.absolute()
     _check_output(output, options.force)
@@ -68,14 +68,14 @@ def build(options: BuildOptions, say: Say = _silent, ask: Ask = no_answer) -> Pa
             new.unlink(missing_ok=True)
     if unsigned is not None:
         raise ImageError(
-            f"{output} is built, and not signed: {unsigned.message}",
+            f"{output} was built but not signed: {unsigned.message}",
             f"aiflux image sign {shlex.quote(str(output))} --key {signer.key if signer else 0}",
         ) from unsigned
     return output
 
 
 def _sign(image: Path, signer: Signer | None) -> ImageError | None:
-    """Sign the image where that is wanted; what keeps it from that does not undo the build."""
+    """Sign the image if requested; return the error, as a failure does not undo the build."""
     try:
         if signer is not None:
             sign(image, signer)
@@ -87,7 +87,7 @@ def _sign(image: Path, signer: Signer | None) -> ImageError | None:
 def render_command(
     apptainer: str, output: Path, definition: Path, options: BuildOptions, choice: BaseChoice
 ) -> list[str]:
-    """The command line of ``apptainer build``, to be run beside the staged payload."""
+    """Return the ``apptainer build`` command; it runs next to the staged payload."""
     command = [apptainer, "build"]
     if not options.run_tests:
         command.append("--notest")
@@ -99,7 +99,7 @@ def render_command(
 
 
 def build_arguments(choice: BaseChoice) -> dict[str, str]:
-    """The values of the definition's variables."""
+    """Return the values of the definition's variables."""
     if choice.source:
         return {
             "bootstrap": "debootstrap",
@@ -114,7 +114,7 @@ def build_arguments(choice: BaseChoice) -> dict[str, str]:
 def build_environment(
     environ: Mapping[str, str], scratch: Path, sources: Checkout
 ) -> dict[str, str]:
-    """The environment of ``apptainer build``: times of the commit, room for temporary files."""
+    """Return the environment of ``apptainer build``: commit time and temporary directory."""
     environment = {**environ, "APPTAINER_TMPDIR": str(scratch)}
     commit_time = sources.commit_time
     if commit_time:
@@ -123,15 +123,17 @@ def build_environment(
 
 
 def scratch_dir(environ: Mapping[str, str]) -> Path:
-    """Where the build unpacks: APPTAINER_TMPDIR, else the usual directory of temporary files."""
+    """Return the build's temporary directory: APPTAINER_TMPDIR, else the system's."""
     return Path(environ.get("APPTAINER_TMPDIR") or tempfile.gettempdir())
 
 
 def _check_output(output: Path, force: bool) -> None:
     if not output.parent.is_dir():
-        raise ImageError(f"the directory {output.parent} is not there", "make it, then build again")
+        raise ImageError(
+            f"the output directory {output.parent} does not exist", "create it and build again"
+        )
     if output.exists() and not force:
-        raise ImageError(f"{output} is there already", "say --force to replace it")
+        raise ImageError(f"output file already exists: {output}", "use --force to replace it")
 
 
 def _warn_of_little_room(scratch: Path, choice: BaseChoice, say: Say) -> None:
@@ -139,12 +141,12 @@ def _warn_of_little_room(scratch: Path, choice: BaseChoice, say: Say) -> None:
         free = shutil.disk_usage(scratch).free >> 30
     except OSError as error:
         raise ImageError(
-            f"the directory of temporary files, {scratch}, cannot be used: {error.strerror}",
-            "set APPTAINER_TMPDIR to a directory of a local disk",
+            f"the temporary directory {scratch} cannot be used: {error.strerror}",
+            "set APPTAINER_TMPDIR to a directory on a local disk",
         ) from error
     needed = ROOM_NEEDED[choice.base]
     if free < needed:
         say(
-            f"warning: {scratch} has {free} GiB free, and the build may need {needed}; "
-            "APPTAINER_TMPDIR names another directory"
+            f"warning: {scratch} has {free} GiB free, but the build may need {needed}; set "
+            "APPTAINER_TMPDIR to use another directory"
         )

@@ -1,7 +1,7 @@
-"""The container's two command lines and environments, as pure functions; and finding the image.
+"""Render the container's command lines and environments, and find the image.
 
-``slurm/job.sh`` says the same in shell for the compute node; a test holds the two equal.
-Source of the flags: https://apptainer.org/docs/user/main/cli/apptainer_run.html
+``slurm/job.sh`` implements the same in shell for compute nodes; a test compares both.
+Flags: https://apptainer.org/docs/user/main/cli/apptainer_run.html
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aiflux.errors import ConfigError, ImageError
 from aiflux.image.sif import CHECKOUT, how_to_build, image_id, own_image
 
 IMAGE_NAME = "aiflux.sif"
-_LONGEST = 100  # characters of a value in a message
+_LONGEST = 100  # maximum characters of a value in a message
 
 _PASSED = (
     "CUDA_VISIBLE_DEVICES",
@@ -52,15 +52,15 @@ _OF_THE_HOST = (
 
 @dataclass(frozen=True)
 class ContainerSpec:
-    """One container to run. Paths are absolute, and the same inside and outside.
+    """A container to run. Paths are absolute, and equal inside and outside.
 
     Attributes:
         runtime: ``apptainer`` or ``singularity``.
-        output_dir: the folder of the output and of the run directory; writable inside.
-        models_dir: None when the engine is elsewhere.
-        workdir: a private directory for /tmp, /var/tmp and HOME of the container.
-        nv: give the container the node's NVIDIA GPUs.
-        unsealed: why the work keeps the network; "" where it has loopback only (is sealed).
+        output_dir: directory of the output and the run directory; writable inside.
+        models_dir: None if the engine is external.
+        workdir: private directory for /tmp, /var/tmp and HOME of the container.
+        nv: expose the node's NVIDIA GPUs to the container.
+        unsealed: why the network stays available; "" if the container is sealed (loopback only).
     """
 
     runtime: Path
@@ -74,47 +74,47 @@ class ContainerSpec:
 
 
 def probe_command(runtime: Path, image: Path) -> list[str]:
-    """Return the command that succeeds where a container can be sealed.
+    """Return a command that succeeds if containers can be sealed.
 
-    It shows the container nothing: neither home nor the current directory nor the environment.
+    The container sees neither home nor the current directory nor the environment.
     """
     flags = ["--containall", "--pwd", "/", "--net", "--network", "none"]
     return [str(runtime), "exec", *flags, str(image), "true"]
 
 
 def prepare_command(spec: ContainerSpec, args: Sequence[str]) -> list[str]:
-    """Return the command that prepares a run: with the network, models writable."""
+    """Return the command that prepares a run: with network, models writable."""
     return _command(spec, args, sealed=False, models_read_only=False)
 
 
 def work_command(spec: ContainerSpec, args: Sequence[str]) -> list[str]:
-    """Return the command that works on a shard: sealed, models read-only."""
+    """Return the command that processes a shard: sealed, models read-only."""
     return _command(spec, args, sealed=not spec.unsealed, models_read_only=True)
 
 
 def prepare_environment(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of ``prepare_command``; proxies of ``environ`` go in."""
+    """Return the environment of ``prepare_command``, including proxies of ``environ``."""
     return _environment(spec, environ, {name: environ.get(name) for name in _PROXIES})
 
 
 def work_environment(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of ``work_command``; AIFLUX_SEALED is 1 or 0 inside.
+    """Return the environment of ``work_command``, with AIFLUX_SEALED as 1 or 0.
 
-    AIFLUX_UNSEALED says why it is 0.
+    If it is 0, AIFLUX_UNSEALED has the reason.
     """
-    # Apptainer passes the host's proxies even into a clean environment.
+    # Apptainer passes the host's proxies even to a clean environment.
     kept = {name: value for name, value in environ.items() if name.lower() not in _NO_PROXIES}
-    told = {"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": spec.unsealed}
-    return _environment(spec, kept, told if spec.unsealed else {"AIFLUX_SEALED": "1"})
+    decided = {"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": spec.unsealed}
+    return _environment(spec, kept, decided if spec.unsealed else {"AIFLUX_SEALED": "1"})
 
 
 def mount_option(path: Path, read_only: bool) -> str:
-    """Return the value of ``--mount`` that shows ``path`` at the same place inside.
+    """Return the value of ``--mount`` that binds ``path`` to the same path inside.
 
-    ``--mount`` reads CSV, so every character but a line break can stand in it.
+    ``--mount`` parses CSV, so the path can contain any character except line breaks.
 
     Raises:
-        ConfigError: the path is not absolute, or holds a line break.
+        ConfigError: the path is not absolute, or contains a line break.
     """
     text = str(path)
     if not path.is_absolute() or "\n" in text:
@@ -130,7 +130,7 @@ def _command(
 ) -> list[str]:
     return [
         str(spec.runtime),
-        "--quiet",  # warnings and errors are shown all the same
+        "--quiet",  # still shows warnings and errors
         "run",
         "--containall",
         *(["--nv"] if spec.nv else []),
@@ -145,9 +145,9 @@ def _command(
 
 def _mounts(spec: ContainerSpec, models_read_only: bool) -> Iterator[str]:
     folders = [(spec.output_dir, False)]
-    # What is written to stays writable; mounting it twice makes Apptainer warn.
+    # Apptainer warns about duplicate mounts, so each directory is mounted once, writable if needed.
     if spec.models_dir is not None and spec.models_dir != spec.output_dir:
-        # A folder comes before what lies in it.
+        # Parents must be mounted before their subdirectories.
         position = 0 if spec.output_dir.is_relative_to(spec.models_dir) else 1
         folders.insert(position, (spec.models_dir, models_read_only))
     for path, read_only in [*folders, (spec.input, True)]:
@@ -166,7 +166,7 @@ def _environment(
     inside["LANG"] = "C.UTF-8"
     inside |= more
     given = {f"{prefix}ENV_{name}": value for name, value in inside.items() if value is not None}
-    # Values go in as they are: without this the container's shell evaluates them.
+    # NO_EVAL passes values literally; otherwise the container's shell evaluates them.
     return {**environ, f"{prefix}_NO_EVAL": "1", **given}
 
 
@@ -175,10 +175,10 @@ def _is_option(name: str) -> bool:
 
 
 def find_runtime(path: str | None = None) -> Path:
-    """Return Apptainer (or its older name) as found on ``path``, by default PATH.
+    """Return Apptainer (or Singularity) from ``path``, by default PATH.
 
     Raises:
-        ImageError: there is neither.
+        ImageError: neither is installed.
     """
     for name in ("apptainer", "singularity"):
         found = shutil.which(name, path=path)
@@ -186,25 +186,25 @@ def find_runtime(path: str | None = None) -> Path:
             return Path(found)
     raise ImageError(
         "neither apptainer nor singularity is on PATH",
-        "load the site's module (module load apptainer), or ask for Apptainer to be installed",
+        "load the site's module (module load apptainer), or ask the site to install Apptainer",
     )
 
 
 def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
-    """Return the image, absolute and unresolved.
+    """Return the absolute path of the image, without resolving links.
 
-    Looked for: the one that was named; ``aiflux.sif`` in ``cwd``, in ``checkout`` where that is
-    one (it has a Makefile), and in the containers directory. Only its labels are read.
+    Candidates: the configured image; ``aiflux.sif`` in ``cwd``, in ``checkout`` if that is a
+    checkout (has a Makefile), and in the containers directory. Only labels are read.
 
     Raises:
-        ConfigError: it is only found in ``cwd``, and others can write to it.
-        ImageError: the named one, or every one of these, is missing; or it is not AI-Flux's.
+        ConfigError: the image is only in ``cwd``, and others can write to it.
+        ImageError: no image was found, or it is not an AI-Flux image.
     """
     if config.image is not None:
         if not config.image.is_file():
             raise ImageError(
-                f"the image {config.image} is not there ({config.values['image'].origin})",
-                f"correct the path, or leave it out and {how_to_build()}",
+                f"image not found: {config.image} ({config.values['image'].origin})",
+                f"correct the path, or remove the setting and {how_to_build()}",
             )
         return own_image(config.image).path
     folders = [*dict.fromkeys([cwd, *_development(checkout), config.containers_dir])]
@@ -216,16 +216,16 @@ def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
             return own_image(image).path
     places = ", ".join(str(folder) for folder in folders)
     raise ImageError(
-        f"there is no image {IMAGE_NAME} in {places}",
-        f"{how_to_build()}; or name one: --image FILE",
+        f"no image {IMAGE_NAME} in {places}",
+        f"{how_to_build()}; or use --image FILE",
     )
 
 
 def is_chosen(config: Config, image: Path, checkout: Path = CHECKOUT) -> bool:
     """Return whether the user or the site chose an image that ``find_image`` returned.
 
-    One that merely lies in the current directory, or that a file there names, was put there by
-    whoever may write there.
+    An image that was only found in the current directory, or that a file there names, was put
+    there by anyone who can write to it.
     """
     if config.image is not None:
         return not config.values["image"].local
@@ -236,21 +236,21 @@ def is_chosen(config: Config, image: Path, checkout: Path = CHECKOUT) -> bool:
 
 
 def local_choices(config: Config, image: Path | None, checkout: Path = CHECKOUT) -> str | None:
-    """Return in one line what the current directory decides about where prompts go and what runs.
+    """Return one line about what the current directory decides about data flow and execution.
 
     Args:
-        image: the one that will run; None where none does.
+        image: the image that will run, if any.
 
     Returns:
-        None where it decides nothing of that kind.
+        None if it decides nothing.
     """
-    told = [
+    decided = [
         f"{name} = {_shown(value.value)} ({value.origin})"
         for name, value in config.decided_here.items()
     ]
     if image is not None and config.image is None and not is_chosen(config, image, checkout):
-        told.append(f"image = {_shown(image)} (found here)")
-    return f"the current directory decides: {'; '.join(told)}" if told else None
+        decided.append(f"image = {_shown(image)} (found here)")
+    return f"the current directory decides: {'; '.join(decided)}" if decided else None
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Asks an OCI registry whether it answers, and for the digest behind a tag.
+"""Check whether an OCI registry is reachable, and resolve tags to digests.
 
 Protocol: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
@@ -24,12 +24,12 @@ _MANIFESTS = ", ".join(
     )
 )
 _API_HOSTS = {"docker.io": "registry-1.docker.io"}
-"""Registries whose API lies on another host than their references name."""
+"""Registries whose API host differs from the host in references."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed ``docker://`` reference; ``version`` is a tag, or a digest with its algorithm."""
+    """A parsed ``docker://`` reference; ``version`` is a tag or a digest with its algorithm."""
 
     host: str
     name: str
@@ -37,23 +37,23 @@ class Reference:
 
     @property
     def insecure(self) -> bool:
-        """Whether it is spoken to in plain http: only on loopback."""
+        """Whether to use plain http: only on loopback."""
         host = self.host.rpartition(":")[0] or self.host
         return host == "localhost" or host.startswith("127.")
 
     @property
     def api_host(self) -> str:
-        """The host of the registry's API."""
+        """Host of the registry's API."""
         return _API_HOSTS.get(self.host, self.host)
 
     @property
     def url(self) -> str:
-        """The root of the registry's API, with a slash at the end."""
+        """Base URL of the registry's API, with a trailing slash."""
         return f"{'http' if self.insecure else 'https'}://{self.api_host}/v2/"
 
 
 def parse(reference: str) -> Reference:
-    """Split ``docker://[HOST/]NAME[:TAG|@DIGEST]`` the way docker does."""
+    """Parse ``docker://[HOST/]NAME[:TAG|@DIGEST]`` the way docker does."""
     rest = reference.removeprefix("docker://")
     first, slash, others = rest.partition("/")
     is_host = slash and ("." in first or ":" in first or first == "localhost")
@@ -66,27 +66,27 @@ def parse(reference: str) -> Reference:
 
 
 def why_unreachable(reference: Reference) -> str | None:
-    """None when the registry answers (that it asks for a login is an answer), else the reason."""
+    """Return why the registry is unreachable, or None. A login request counts as reachable."""
     try:
         status, _ = _request("GET", reference.url)
     except OSError as error:
-        return f"{reference.host} does not answer: {_reason(error)}"
+        return f"{reference.host} does not respond: {_reason(error)}"
     if status in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED):
         return None
-    return f"{reference.host} answers {status}"
+    return f"{reference.host} returned status {status}"
 
 
 def why_silent(host: str) -> str | None:
-    """None when a host answers over https, whatever it says, else the reason."""
+    """Return why a host does not respond over https, or None. Any status counts as a response."""
     try:
         _request("GET", f"https://{host}/v2/")
     except OSError as error:
-        return f"{host} does not answer: {_reason(error)}"
+        return f"{host} does not respond: {_reason(error)}"
     return None
 
 
 def digest(reference: Reference) -> str | None:
-    """The digest that the reference stands for now; None where the registry does not tell."""
+    """Return the digest that a reference resolves to, or None if unknown."""
     if ":" in reference.version:
         return reference.version
     url = f"{reference.url}{reference.name}/manifests/{reference.version}"
@@ -102,7 +102,7 @@ def digest(reference: Reference) -> str | None:
 
 
 def _authorization(challenge: str) -> dict[str, str]:
-    """An anonymous token for the scope that the registry named in its challenge."""
+    """Return an anonymous token for the scope in the registry's challenge."""
     values = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
     realm = values.pop("realm", "")
     if not realm.startswith("https://"):
@@ -115,7 +115,7 @@ def _authorization(challenge: str) -> dict[str, str]:
 
 
 def _request(method: str, url: str, headers: dict[str, str] | None = None) -> tuple[int, Message]:
-    """Status and headers of one exchange, whatever the status."""
+    """Send a request; return status and headers, whatever the status."""
     request = urllib.request.Request(url, method=method, headers=headers or {})  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:  # noqa: S310

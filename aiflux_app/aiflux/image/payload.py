@@ -1,4 +1,4 @@
-"""Stages what goes into the image: the package, its wheels, the entry point and Ollama."""
+"""Stage the image's content: package, wheels, entry point and Ollama."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from aiflux.errors import ImageError
 from aiflux.image.base import BaseChoice, BuildOptions
 from aiflux.image.run_tool import ask, capture, run
 
-_NETWORK_REMEDY = "see the message above; the wheels come from PyPI through pip"
+_NETWORK_REMEDY = "see the message above; pip downloads the wheels from PyPI"
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """The checkout that an image is built from."""
+    """The checkout from which an image is built."""
 
     root: Path
 
     @property
     def container(self) -> Path:
-        """Definition, locks and scripts."""
+        """Directory with definition, lock files and scripts."""
         return self.root / "container"
 
     @property
@@ -35,16 +35,16 @@ class Checkout:
 
     @property
     def entrypoint(self) -> Path:
-        """The directory of what the image runs."""
+        """Directory with the image's entry point."""
         return self.root / "entrypoint"
 
     def git(self, *words: str) -> str | None:
-        """What git says about the checkout; None where it is none."""
+        """Return git's output for the checkout, or None if it is not a repository."""
         return ask(["git", "-c", f"safe.directory={self.root}", "-C", self.root, *words])
 
     @property
     def commit(self) -> str:
-        """The commit, marked where tracked files differ from it."""
+        """The commit, marked if tracked files were modified."""
         commit = self.git("rev-parse", "HEAD")
         if commit is None:
             return "unknown"
@@ -57,22 +57,22 @@ class Checkout:
 
 
 def find_sources() -> Checkout:
-    """The checkout around this package.
+    """Return the checkout that contains this package.
 
     Raises:
-        ImageError: the package was installed without one.
+        ImageError: the package was installed without a checkout.
     """
     sources = Checkout(Path(aiflux.__file__).resolve().parents[2])
     if not sources.definition.is_file():
         raise ImageError(
-            "an image is built from a checkout of AI-Flux, and this package was installed alone",
+            "images can only be built from a checkout of AI-Flux",
             "clone the repository, and run `make image` there",
         )
     return sources
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: AIFLUX_CACHE_DIR, else below XDG_CACHE_HOME or ~/.cache."""
+    """Return the download cache: AIFLUX_CACHE_DIR, else below XDG_CACHE_HOME or ~/.cache."""
     given = os.environ.get("AIFLUX_CACHE_DIR")
     if given:
         return Path(given).absolute()
@@ -98,7 +98,7 @@ def stage(target: Path, sources: Checkout, options: BuildOptions, choice: BaseCh
 
 
 def known_facts(sources: Checkout, choice: BaseChoice) -> dict[str, str]:
-    """What the host knows about the image; the image adds the rest."""
+    """Return the labels known on the host; the build adds the others."""
     image, digest = choice.image.removeprefix("docker://"), choice.digest or "unknown"
     if choice.source:
         image, digest = f"debootstrap {choice.source.suite}", "none"
@@ -116,7 +116,7 @@ def _stage_wheels(site: Path, sources: Checkout) -> None:
     fetch = sources.container / "fetch-wheels.sh"
     lock = sources.container / "requirements.txt"
     wheels = capture(
-        [fetch, lock], "the worker's dependencies could not be fetched", _NETWORK_REMEDY
+        [fetch, lock], "the worker's dependencies could not be downloaded", _NETWORK_REMEDY
     )
     for wheel in wheels.splitlines():
         with zipfile.ZipFile(wheel) as archive:
@@ -135,5 +135,5 @@ def _stage_ollama(
         run(
             ["tar", "-C", assembled, "-cf", archive, "bin", "lib"],
             "the CPU Ollama could not be packed",
-            "make room in the directory of temporary files (TMPDIR)",
+            "free some space in the temporary directory (TMPDIR)",
         )

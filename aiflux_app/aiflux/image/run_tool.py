@@ -1,4 +1,4 @@
-"""Runs the programs that the image helper needs: apptainer, git, tar and our own scripts."""
+"""Run external programs for image builds: apptainer, git, tar and our own scripts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def run(
     """Run a program with its output shown to the user.
 
     Raises:
-        ImageError: it could not be started, or failed; ``what`` begins the message.
+        ImageError: the program could not be started or failed; ``what`` starts the message.
     """
     _start(command, what, remedy, cwd=cwd, env=env)
 
 
 def capture(command: Sequence[str | Path], what: str, remedy: str) -> str:
-    """Run a program with only its errors shown to the user; return what it prints.
+    """Run a program with its errors shown to the user, and return its output.
 
     Raises:
         ImageError: as for run().
@@ -48,7 +48,7 @@ def _start(
     env: Mapping[str, str] | None = None,
     stdout: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    # Our scripts call pip through PYTHON: the python of a virtual environment has it.
+    # Our scripts call pip through PYTHON, the interpreter of the virtual environment.
     environment = {"PYTHON": sys.executable, **(os.environ if env is None else env)}
     words = [str(word) for word in command]
     try:
@@ -69,7 +69,7 @@ def _start(
 
 
 def ask(command: Sequence[str | Path]) -> str | None:
-    """The output of a program without its last newline, or None when it failed."""
+    """Return a program's output without the final newline, or None if it failed."""
     try:
         done = subprocess.run(
             [str(word) for word in command], capture_output=True, text=True, check=False
@@ -80,25 +80,25 @@ def ask(command: Sequence[str | Path]) -> str | None:
 
 
 def apptainer(words: Sequence[str], typed: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run Apptainer and keep its output and its errors.
+    """Run Apptainer, capturing output and errors.
 
-    Where it wrote only one of them, both are that text.
+    If it wrote only one of them, both are set to that text.
 
     Args:
-        typed: what is written to its standard input.
+        typed: text for its standard input.
 
     Raises:
-        ImageError: it cannot be started, or its output is not text.
+        ImageError: Apptainer cannot be started, or its output is not text.
     """
     command = [str(find_runtime()), *words]
     try:
         if typed is None:
-            # spython's Client would start "singularity", which need not exist, and exits this
-            # process where a bind is missing; its runner does neither.
+            # spython's Client would start "singularity", which may not exist, and exits this
+            # process if a bind is missing. Its runner does neither.
             answer = run_command(command, quiet=True)
             told = answer["message"] or [""]
             return subprocess.CompletedProcess(command, answer["return_code"], told[0], told[-1])
-        # The runner has no standard input to give.
+        # The runner cannot pass standard input.
         return subprocess.run(
             command, input=typed, capture_output=True, text=True, errors="replace", check=False
         )

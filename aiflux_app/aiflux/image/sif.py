@@ -1,9 +1,9 @@
-"""Reads what an image says of itself straight from its file: architecture and labels.
+"""Read an image's architecture and labels directly from its file.
 
-No Apptainer is needed for it, so that it works on every login node and costs a millisecond.
-Source of the format: the ``sif`` package of Apptainer (``pkg/sif/sif.go``): a global header, then
-descriptors of data objects, all little-endian and unpadded. Apptainer keeps the labels in the
-object ``inspect-metadata.json``; images without it tell none.
+This needs no Apptainer, so it works on every login node and takes a millisecond.
+Format: the ``sif`` package of Apptainer (``pkg/sif/sif.go``). A global header, then descriptors of
+data objects, all little-endian and unpadded. Apptainer stores the labels in the object
+``inspect-metadata.json``; images without it have none.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _MAX_DESCRIPTORS = 4096
 _MAX_METADATA = 16 << 20
 _OWN = "aiflux."
 
-CHECKOUT = Path(__file__).parents[3]  # the repository, when the package runs from one
+CHECKOUT = Path(__file__).parents[3]  # the repository, if the package runs from one
 ARCHITECTURES = {
     "01": "386", "02": "amd64", "03": "arm", "04": "arm64", "05": "ppc64", "06": "ppc64le",
     "07": "mips", "08": "mipsle", "09": "mips64", "10": "mips64le", "11": "s390x", "12": "riscv64",
 }  # fmt: skip
-"""Architecture codes of the header, by the names that Go gives them."""
+"""Architecture codes of the header, with Go's names."""
 
 _MACHINES = {
     "x86_64": "amd64", "aarch64": "arm64", "i386": "386", "i486": "386", "i586": "386",
@@ -45,10 +45,10 @@ _MACHINES = {
 
 
 def how_to_build(options: str = "") -> str:
-    """Return the remedy that builds an image, as it has to be typed from here.
+    """Return the remedy that builds an image, with the command to type from here.
 
     Args:
-        options: of ``make image``, such as ``BASE=docker``.
+        options: options of ``make image``, such as ``BASE=docker``.
     """
     make = "make" if Path.cwd() == CHECKOUT else f"make -C {shlex.quote(str(CHECKOUT))}"
     if not (CHECKOUT / "Makefile").is_file():
@@ -58,11 +58,11 @@ def how_to_build(options: str = "") -> str:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What an image says of itself.
+    """Metadata of an image.
 
     Attributes:
-        arch: such as amd64 or arm64; None where it is not known (a sandbox directory).
-        labels: every label; empty where none are known.
+        arch: for example amd64 or arm64; None if unknown (a sandbox directory).
+        labels: all labels; empty if none are known.
     """
 
     path: Path
@@ -81,20 +81,20 @@ class ImageFacts:
 
     @property
     def cpu_only(self) -> bool:
-        """Whether its Ollama is known to be unable to use a GPU."""
+        """Whether its Ollama is known not to support GPUs."""
         return self.fact("cpu_only") == "yes"
 
 
 def machine_arch(machine: str) -> str:
-    """Return the name that images give to a machine (as ``uname -m`` names it)."""
+    """Return the architecture name used by images for a machine (``uname -m``)."""
     return _MACHINES.get(machine, machine)
 
 
 def read_image(path: Path) -> ImageFacts:
-    """Read an image's architecture and labels. A sandbox directory tells nothing.
+    """Read an image's architecture and labels. A sandbox directory has none.
 
     Raises:
-        ImageError: it is not there, cannot be read, or is no image.
+        ImageError: the file does not exist, cannot be read, or is not an image.
     """
     try:
         if path.is_dir():
@@ -102,27 +102,28 @@ def read_image(path: Path) -> ImageFacts:
         with path.open("rb") as file:
             return _read(path, file)
     except FileNotFoundError:
-        raise ImageError(f"there is no image {path}", how_to_build()) from None
+        raise ImageError(f"image not found: {path}", how_to_build()) from None
     except OSError as error:
         raise ImageError(
-            f"the image {path} cannot be read: {error.strerror}", f"mend it: ls -l {str(path)!r}"
+            f"the image {path} cannot be read: {error.strerror}",
+            f"check its permissions: ls -l {str(path)!r}",
         ) from error
 
 
 def own_image(path: Path) -> ImageFacts:
-    """Read an image that has AI-Flux's labels; nothing of it is executed.
+    """Read an image with AI-Flux's labels, without executing anything from it.
 
-    A label keeps other images from being run by accident. It proves no origin: anybody can write
-    one (see ``docs/security.md``).
+    The label prevents other images from being run by accident. It does not prove the origin, as
+    anyone can set it (see ``docs/security.md``).
 
     Raises:
-        ImageError: it is not there, cannot be read, or is another image.
+        ImageError: the file does not exist, cannot be read, or is another image.
     """
     image = read_image(path)
     if not image.fact("version"):
         raise ImageError(
             f"{path} is not an AI-Flux image: it has no label aiflux.version",
-            f"{how_to_build()}; or name another image: --image FILE",
+            f"{how_to_build()}; or use another image: --image FILE",
         )
     return image
 
@@ -131,8 +132,8 @@ def _read(path: Path, file: IO[bytes]) -> ImageFacts:
     head = file.read(_HEADER.size)
     if len(head) < _HEADER.size or head[32:42] != _MAGIC:
         raise ImageError(
-            f"{path} is no Apptainer image: it does not begin as a SIF file does",
-            f"{how_to_build()}; or name another image: --image FILE",
+            f"{path} is not an Apptainer image: it has no SIF header",
+            f"{how_to_build()}; or use another image: --image FILE",
         )
     _, _, _, arch, _, _, _, _, total, offset, *_ = _HEADER.unpack(head)
     size = file.seek(0, 2)
@@ -141,11 +142,13 @@ def _read(path: Path, file: IO[bytes]) -> ImageFacts:
     file.seek(offset)
     table = file.read(_DESCRIPTOR.size * total)
     if len(table) < _DESCRIPTOR.size * total:
-        raise _damaged(path, "it ends within its table of contents")
+        raise _damaged(path, "it ends inside its table of contents")
     labels: dict[str, str] = {}
     for data in _objects(table):
         if data.start < 0 or data.length < 0 or data.start + data.length > size:
-            raise _damaged(path, f"it has {size} bytes of at least {data.start + data.length}")
+            raise _damaged(
+                path, f"it has {size} bytes instead of at least {data.start + data.length}"
+            )
         if data.holds_labels and data.length <= _MAX_METADATA:
             file.seek(data.start)
             labels |= _labels(path, file.read(data.length))
@@ -154,7 +157,7 @@ def _read(path: Path, file: IO[bytes]) -> ImageFacts:
 
 
 def image_id(path: Path) -> str:
-    """Return the id that an image got when it was built; "" for what is no SIF file."""
+    """Return the id assigned when the image was built, or "" if it is not a SIF file."""
     try:
         with path.open("rb") as file:
             head = file.read(64)

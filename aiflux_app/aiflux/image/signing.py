@@ -1,6 +1,6 @@
-"""Sign and verify images with the PGP keys of Apptainer's keyring.
+"""Sign and verify images with the PGP keys in Apptainer's keyring.
 
-No network is used: only the keys in this user's own keyring count (``apptainer key list``).
+No network is used: only keys in the user's own keyring count (``apptainer key list``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ State = Literal["verified", "unsigned", "unknown key", "broken"]
 
 @dataclass(frozen=True)
 class Signature:
-    """What is known of an image's signature.
+    """Signature state of an image.
 
     Attributes:
-        state: ``verified`` (each part of the image is what the signer signed), ``unsigned``,
-            ``unknown key`` (none of the keyring's) or ``broken`` (the image was changed since).
-        signer: name and address of the key's owner; "" where none is known.
-        fingerprint: of the key, in capitals; "" where none is known.
-        why: Apptainer's own words where it is not verified.
+        state: ``verified`` (every part of the image is as signed), ``unsigned``, ``unknown key``
+            (not in the keyring) or ``broken`` (the image was modified after signing).
+        signer: name and address of the key's owner; "" if unknown.
+        fingerprint: of the key, in capitals; "" if unknown.
+        why: Apptainer's message if the image is not verified.
     """
 
     state: State
@@ -45,52 +45,52 @@ class Signature:
         if self.state == "unsigned":
             return "not signed"
         if self.state == "unknown key":
-            return "signed with a key that is not in your keyring: not verified"
+            return "not verified: signed with a key that is not in your keyring"
         if self.state == "broken":
-            return f"signed, but the image was changed since: {self.why}"
+            return f"signed, but modified since: {self.why}"
         return f"verified: signed by {self.signer} ({self.fingerprint})"
 
 
 def sign(image: Path, signer: Signer) -> None:
-    """Sign an image with a key that was found to sign (``find_signer``).
+    """Sign an image with a key from ``find_signer``.
 
     Raises:
-        ImageError: it could not be signed.
+        ImageError: the image could not be signed.
     """
     done = sign_with(signer, image)
     if done.returncode:
         raise ImageError(
             f"{image.name} could not be signed: {last_words(done.stderr)}",
-            f"see that you may write {image}, and that there is room beside it",
+            f"check that {image} is writable and that its disk has free space",
         )
 
 
 def signature(image: Path) -> Signature:
-    """Tell who signed an image, by the keys of this user's keyring alone.
+    """Return who signed an image, according to the user's keyring alone.
 
     Raises:
-        ImageError: there is no Apptainer, or it cannot tell.
+        ImageError: Apptainer is missing, or cannot check the signature.
     """
     done = apptainer(["verify", "--local", "--json", str(image)])
     return judge(done.stdout, done.stderr, done.returncode)
 
 
 def judge(stdout: str, stderr: str, code: int) -> Signature:
-    """Read what ``apptainer verify --local --json`` answered.
+    """Parse the output of ``apptainer verify --local --json``.
 
     Raises:
-        ImageError: it told nothing about signatures.
+        ImageError: the output has no information about signatures.
     """
     why = last_words(stderr)
     if "signature not found" in why:
         return Signature("unsigned", why=why)
-    told = _json(stdout)
-    if told is None:
+    report = _json(stdout)
+    if report is None:
         raise ImageError(
             f"the signature cannot be checked: {why or f'exit status {code}'}",
-            "try it by hand: apptainer verify --local IMAGE",
+            "try it manually: apptainer verify --local IMAGE",
         )
-    signers = [each.get("Signer") or {} for each in told.get("SignerKeys") or []]
+    signers = [each.get("Signer") or {} for each in report.get("SignerKeys") or []]
     names = dict.fromkeys(str(each.get("Name", "")) for each in signers)
     prints = dict.fromkeys(str(each.get("Fingerprint", "")).upper() for each in signers)
     by = (" and ".join(names), " and ".join(prints))
@@ -102,7 +102,7 @@ def judge(stdout: str, stderr: str, code: int) -> Signature:
 
 
 def diagnose(image: Path) -> Diagnosis:
-    """Tell of an image's signature; that there is none is no fault."""
+    """Report an image's signature; a missing one is not an error."""
     try:
         found = signature(image)
     except ImageError as error:
@@ -112,7 +112,7 @@ def diagnose(image: Path) -> Diagnosis:
     if found.state == "unknown key":
         return warn(
             "signature", found.words,
-            "get the signer's public key from a place you trust: apptainer key import FILE",
+            "get the signer's public key from a trusted source: apptainer key import FILE",
         )  # fmt: skip
     return ok("signature", found.words)
 
@@ -126,21 +126,21 @@ def _json(text: str) -> Mapping[str, Any] | None:
 
 
 Ask = Callable[[str], str | None]
-"""Asks the user for what is named; None where nobody answers."""
+"""Prompts the user; returns None if nobody answers."""
 
 _KEY = re.compile(r"^\s*(\d+)\)\s+User:\s+(.*?)\s*$", re.MULTILINE)
 _TRIES = 3
-_BY_NUMBER = "say which: --key N"
-_GENERIC = "7"  # SIF's data type of no special meaning
+_BY_NUMBER = "choose one with --key N"
+_GENERIC = "7"  # SIF's generic data type
 
 
 @dataclass(frozen=True)
 class Signer:
-    """A key that was tried, and signs.
+    """A key that was tested and can sign.
 
     Attributes:
         key: its number in ``apptainer key list --secret``.
-        passphrase: "" where it has none.
+        passphrase: "" if it has none.
     """
 
     key: int
@@ -148,12 +148,12 @@ class Signer:
 
 
 def no_answer(_: str) -> str | None:
-    """Answer nothing: there is nobody to ask."""
+    """Return None: nobody can be asked."""
     return None
 
 
 def secret_keys() -> list[str]:
-    """Return the owners of the keys that can sign, as Apptainer counts them.
+    """Return the owners of the secret keys, in Apptainer's order.
 
     Raises:
         ImageError: Apptainer cannot read its keyring.
@@ -162,21 +162,20 @@ def secret_keys() -> list[str]:
     if done.returncode:
         raise ImageError(
             f"apptainer cannot list your keys: {last_words(done.stderr)}",
-            "try it by hand: apptainer key list --secret",
+            "try it manually: apptainer key list --secret",
         )
     return [owner for _, owner in _KEY.findall(done.stdout)]
 
 
 def find_signer(key: int | None = None, ask: Ask = no_answer) -> Signer:
-    """Return a key that signs: it is tried on a small image of its own.
+    """Return a key after testing it on a small image.
 
     Args:
         key: number of the key in ``apptainer key list --secret``; None for the only one.
-        ask: asks for the key's passphrase, where it has one.
+        ask: returns the key's passphrase, if it has one.
 
     Raises:
-        ImageError: there is none, none of that number, or several and none was named; or it does
-            not sign, or its passphrase is not told.
+        ImageError: there is no such key, several keys but none was named, or the key does not sign.
     """
     owners = secret_keys()
     chosen = _choose(key, owners)
@@ -188,19 +187,20 @@ def find_signer(key: int | None = None, ask: Ask = no_answer) -> Signer:
         whose = f"key {chosen} ({owners[chosen]})"
         if "passphrase" not in done.stdout.lower():
             raise ImageError(
-                f"{whose} does not sign: {last_words(done.stderr)}", "sign with another: --key N"
+                f"{whose} does not sign: {last_words(done.stderr)}",
+                "sign with another key: --key N",
             )
         return _with_passphrase(chosen, whose, image, ask)
 
 
 def sign_with(signer: Signer, image: Path) -> subprocess.CompletedProcess[str]:
-    """Have Apptainer sign an image; the passphrase goes to its standard input."""
+    """Sign an image with Apptainer; the passphrase is passed on standard input."""
     command = ["sign", "--keyidx", str(signer.key), str(image)]
     return apptainer(command, typed=f"{signer.passphrase}\n")
 
 
 def last_words(stderr: str) -> str:
-    """Return the last line that Apptainer wrote, without its colours and marks."""
+    """Return Apptainer's last line of output, without colours and prefixes."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines()]
     words = next((line for line in reversed(lines) if line), "")
     return re.sub(r"^(FATAL|ERROR):\s*(Failed to (verify|sign) container:)?\s*", "", words)
@@ -210,23 +210,23 @@ def _choose(key: int | None, owners: Sequence[str]) -> int:
     if not owners:
         raise ImageError(
             "there is no PGP key to sign with in Apptainer's keyring",
-            "make one (apptainer key newpair --push=false), or bring one of gpg's: "
+            "create one (apptainer key newpair --push=false), or import one from gpg: "
             "gpg --export-secret-keys ADDRESS > KEY; apptainer key import KEY",
         )
     if key is None and len(owners) == 1:
         return 0
-    held = f"your keyring holds {len(owners)} to sign with: " + ", ".join(
+    held = "secret keys in your keyring: " + ", ".join(
         f"{number} {owner}" for number, owner in enumerate(owners)
     )
     if key is None:
-        raise ImageError(f"no key is named, and {held}", _BY_NUMBER)
+        raise ImageError(f"no key was chosen; {held}", _BY_NUMBER)
     if not 0 <= key < len(owners):
-        raise ImageError(f"there is no key {key}: {held}", _BY_NUMBER)
+        raise ImageError(f"there is no key {key}; {held}", _BY_NUMBER)
     return key
 
 
 def _with_passphrase(chosen: int, whose: str, image: Path, ask: Ask) -> Signer:
-    told = f"{whose} has a passphrase, and there is nobody to type it"
+    problem = f"{whose} needs a passphrase, and nobody can be asked for it"
     for _ in range(_TRIES):
         passphrase = ask(f"passphrase of {whose}: ")
         if not passphrase:
@@ -235,16 +235,14 @@ def _with_passphrase(chosen: int, whose: str, image: Path, ask: Ask) -> Signer:
         done = sign_with(signer, image)
         if done.returncode == 0:
             return signer
-        told = f"{whose} does not sign with this passphrase: {last_words(done.stderr)}"
-    raise ImageError(
-        told, "type it at a terminal, or have it read from a file of yours alone: ... < FILE"
-    )
+        problem = f"{whose} does not sign with this passphrase: {last_words(done.stderr)}"
+    raise ImageError(problem, "type it in a terminal, or pass it from a private file: ... < FILE")
 
 
 def _small_image(folder: Path) -> Path:
-    """Make an image of one small file, as what is signed has to be one."""
+    """Create an image with one small file; Apptainer can only sign images."""
     image, content = folder / "small.sif", folder / "content"
-    content.write_text("to see whether a key signs\n", encoding="utf-8")
+    content.write_text("test of a signing key\n", encoding="utf-8")
     add = ["--datatype", _GENERIC, "--groupid", "1", str(image), str(content)]
     for words in (["sif", "new", str(image)], ["sif", "add", *add]):
         done = apptainer(words)
@@ -252,6 +250,6 @@ def _small_image(folder: Path) -> Path:
             raise ImageError(
                 f"no key can be tried: apptainer {' '.join(words[:2])} ended with "
                 f"{done.returncode}: {last_words(done.stderr)}",
-                f"see that there is room in {folder.parent} (TMPDIR)",
+                f"check the free space in {folder.parent} (TMPDIR)",
             )
     return image

@@ -1,4 +1,4 @@
-"""Bundles: what is written, what is refused, and what an install leaves behind."""
+"""Bundles: their content, rejected input, and what an installation leaves behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tests.tools.make_sif import make_sif
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # of pytest
+    import tomli as tomllib  # a dependency of pytest
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 MACHINE = os.uname().machine
@@ -58,7 +58,7 @@ NAME = parse_model_name("tiny:1b")
 
 
 def make_model(models: Path, name: ModelName, weights: bytes) -> None:
-    """Put a model of two blobs into a models directory."""
+    """Add a model of two blobs to a models directory."""
     layers = []
     for content in (b"{}", weights):
         digest = "sha256:" + hashlib.sha256(content).hexdigest()
@@ -72,7 +72,7 @@ def make_model(models: Path, name: ModelName, weights: bytes) -> None:
 
 
 def make_wheel(folder: Path, version: str) -> Path:
-    """Make a wheel of a package that stands for AI-Flux: it prints how it is called."""
+    """Build a wheel of a package that replaces AI-Flux: it prints how it is called."""
     facts = (
         f"Metadata-Version: 2.1\nName: aiflux-slurm\nVersion: {version}\nProvides-Extra: report\n"
     )
@@ -113,7 +113,7 @@ def to(tmp_path: Path, awkward: Path) -> InstallPaths:
     return places(str(prefix), str(awkward / "models"))
 
 
-def silent(_: str) -> None:
+def ignore(_: str) -> None:
     return None
 
 
@@ -127,7 +127,7 @@ def members(bundle: Path) -> list[str]:
 
 
 def rewritten(bundle: Path, change: Callable[[tarfile.TarInfo], bool]) -> Path:
-    """Return a copy with only the members that ``change`` keeps, and as it changes them."""
+    """Return a copy with only the members that ``change`` keeps, as modified by it."""
     copy = bundle.with_name("changed.tar")
     with tarfile.open(bundle) as old, tarfile.open(copy, "w") as new:
         for info in old.getmembers():
@@ -137,7 +137,7 @@ def rewritten(bundle: Path, change: Callable[[tarfile.TarInfo], bool]) -> Path:
     return copy
 
 
-def test_the_installer_needs_nothing_but_python() -> None:
+def test_the_installer_needs_only_python() -> None:
     source = Path(installer.__file__).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -146,7 +146,7 @@ def test_the_installer_needs_nothing_but_python() -> None:
             assert name.partition(".")[0] in sys.stdlib_module_names
 
 
-def test_an_old_python_is_told_in_words() -> None:
+def test_an_old_python_is_reported() -> None:
     source = Path(installer.__file__).read_text(encoding="utf-8")
     first, second, check = ast.parse(source, feature_version=(3, 6)).body[1:4]
     assert [ast.unparse(each) for each in (first, second)] == ["import shutil", "import sys"]
@@ -160,10 +160,10 @@ def test_an_old_python_is_told_in_words() -> None:
         )
         assert done.returncode == 2
         assert done.stderr.startswith("error: this is Python 3.")
-        assert "needs 3.10 or later\n  -> " in done.stderr
+        assert "requires 3.10 or later\n  -> " in done.stderr
 
 
-def test_a_bundle_is_what_plain_tools_understand(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_can_be_read_with_standard_tools(bundle: Path, tmp_path: Path) -> None:
     assert members(bundle)[:4] == [
         f"aiflux-bundle/{name}"
         for name in ("SHA256SUMS", "bundle.json", "README.txt", "install.py")
@@ -175,14 +175,14 @@ def test_a_bundle_is_what_plain_tools_understand(bundle: Path, tmp_path: Path) -
     assert "tiny:1b" in (folder / "README.txt").read_text()
 
 
-def test_the_sum_that_is_told_is_the_file_s(tmp_path: Path, parts: Ingredients) -> None:
+def test_the_reported_checksum_is_that_of_the_file(tmp_path: Path, parts: Ingredients) -> None:
     written = write_bundle(tmp_path / "b.tar", parts)
     content = written.path.read_bytes()
     assert written.digest == hashlib.sha256(content).hexdigest()
     assert written.size == len(content)
 
 
-def test_an_install_by_plain_python(bundle: Path, to: InstallPaths, tmp_path: Path) -> None:
+def test_an_installation_with_plain_python(bundle: Path, to: InstallPaths, tmp_path: Path) -> None:
     subprocess.run(["tar", "-xf", bundle, "aiflux-bundle/install.py"], cwd=tmp_path, check=True)
     done = subprocess.run(
         [sys.executable, "-I", "-S", "aiflux-bundle/install.py", bundle, "--prefix", to.prefix,
@@ -201,54 +201,54 @@ def test_an_install_by_plain_python(bundle: Path, to: InstallPaths, tmp_path: Pa
     assert not [path for path in files(to.prefix, to.models) if ".staging" in path.parts]
 
 
-def test_what_is_installed_is_found(bundle: Path, to: InstallPaths) -> None:
+def test_installed_files_are_found(bundle: Path, to: InstallPaths) -> None:
     from aiflux.core.config.config import Config
 
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     config = Config(environ={"AIFLUX_SITE_CONFIG": str(to.site)}, directory=Path("/nonexistent"))
     assert config.models_dir == to.models
     assert config.containers_dir / "aiflux.sif" == to.image
 
 
-def test_again_writes_nothing_and_a_newer_one_takes_over(
+def test_reinstalling_writes_nothing_and_a_newer_bundle_replaces(
     bundle: Path, to: InstallPaths, parts: Ingredients, tmp_path: Path
 ) -> None:
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     before = {path: path.stat().st_ino for path in files(to.models, to.prefix / "containers")}
     environment = (to.prefix / "python").resolve()
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     assert {path: path.stat().st_ino for path in before} == before
     assert (to.prefix / "python").resolve() == environment
     wheels = {PYTHON: [make_wheel(tmp_path, "2.0")]}
     newer = Ingredients(None, parts.models_dir, (), wheels, MACHINE)
-    install(write_bundle(tmp_path / "n.tar", newer).path, to, silent)
+    install(write_bundle(tmp_path / "n.tar", newer).path, to, ignore)
     site = (to.prefix / "python" / "lib" / f"python{PYTHON}" / "site-packages").resolve()
     assert "2.0" in (site / "aiflux" / "__init__.py").read_text()
     assert (site / "aiflux" / "more.py").exists()
-    assert environment.exists(), "what runs with it goes on"
-    assert "containers_dir" in to.site.read_text(), "and the settings are kept"
+    assert environment.exists(), "running commands still need it"
+    assert "containers_dir" in to.site.read_text(), "settings are kept"
 
 
-def test_what_a_killed_install_left_is_used(bundle: Path, to: InstallPaths) -> None:
-    install(bundle, to, silent)
+def test_files_of_a_killed_installation_are_reused(bundle: Path, to: InstallPaths) -> None:
+    install(bundle, to, ignore)
     (blob, *_) = sorted((to.models / "blobs").iterdir(), key=lambda path: -path.stat().st_size)
     staged = to.staged(f"models/blobs/{blob.name}")
     staged.parent.mkdir(parents=True)
     blob.rename(staged)
     inode = staged.stat().st_ino
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     assert blob.stat().st_ino == inode
     staged.parent.mkdir(parents=True)
     blob.rename(staged)
     staged.write_bytes(b"half")
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     assert missing_parts(to.models, NAME) == []
 
 
-def test_what_runs_keeps_its_packages(
+def test_running_commands_keep_their_packages(
     bundle: Path, to: InstallPaths, parts: Ingredients, tmp_path: Path
 ) -> None:
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     running = subprocess.Popen(
         [to.command, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -257,13 +257,13 @@ def test_what_runs_keeps_its_packages(
     newer = Ingredients(
         None, parts.models_dir, (), {PYTHON: [make_wheel(tmp_path, "2.0")]}, MACHINE
     )
-    install(write_bundle(tmp_path / "n.tar", newer).path, to, silent)
+    install(write_bundle(tmp_path / "n.tar", newer).path, to, ignore)
     assert running.communicate("\n")[0] == "1.0\n"
     called = subprocess.run([to.command], capture_output=True, text=True, check=True)
     assert called.stdout.splitlines()[-1] == "2.0"
 
 
-def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: InstallPaths) -> None:
+def test_staged_files_of_a_stopped_installation_are_reused(bundle: Path, to: InstallPaths) -> None:
     staged = to.staged("image/aiflux.sif")
 
     def stop(_: int) -> None:
@@ -271,19 +271,19 @@ def test_what_had_arrived_when_it_was_stopped_is_used(bundle: Path, to: InstallP
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        install(bundle, to, silent, stop)
+        install(bundle, to, ignore, stop)
     inode = staged.stat().st_ino
     assert not to.command.exists()
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     assert to.image.stat().st_ino == inode
     assert not staged.parent.exists()
 
 
 @pytest.mark.parametrize("words", [[installer.__file__], ["-m", "aiflux.cli", "bundle", "install"]])
-def test_a_signal_stops_an_install_in_words(
+def test_a_signal_stops_an_installation_with_a_message(
     bundle: Path, to: InstallPaths, words: list[str]
 ) -> None:
-    # It waits where it wants to write the image: nobody reads this pipe.
+    # The process blocks at writing the image, because nobody reads this pipe.
     pipe = to.staged("image/aiflux.sif")
     pipe.parent.mkdir(parents=True)
     os.mkfifo(pipe)
@@ -296,48 +296,48 @@ def test_a_signal_stops_an_install_in_words(
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    out, told = process.communicate(timeout=30)
+    out, printed = process.communicate(timeout=30)
     assert (process.returncode, out) == (5, "")
-    assert told.splitlines() == [
-        "error: the install was stopped before its end",
-        "  -> the same command goes on where this one stopped",
+    assert printed.splitlines() == [
+        "error: the installation was stopped",
+        "  -> run the same command again to resume it",
     ]
 
 
-def test_a_blob_that_was_damaged_on_the_disk_is_replaced(bundle: Path, to: InstallPaths) -> None:
-    install(bundle, to, silent)
+def test_a_blob_damaged_on_disk_is_replaced(bundle: Path, to: InstallPaths) -> None:
+    install(bundle, to, ignore)
     blob = max((to.models / "blobs").iterdir(), key=lambda path: path.stat().st_size)
     whole = blob.read_bytes()
     blob.write_bytes(b"x" * len(whole))
-    install(bundle, to, silent)
+    install(bundle, to, ignore)
     assert blob.read_bytes() == whole
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- rejected bundles -------------------------------------------------------------------------
 
 
-def test_every_damaged_byte_of_content_is_found(bundle: Path, to: InstallPaths) -> None:
+def test_every_damaged_byte_is_detected(bundle: Path, to: InstallPaths) -> None:
     with tarfile.open(bundle) as tar:
         spots = [info.offset_data + info.size // 2 for info in tar.getmembers() if info.size]
     whole = bundle.read_bytes()
     for spot in spots:
         damaged = bundle.with_name("damaged.tar")
         damaged.write_bytes(whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :])
-        with pytest.raises(InstallError, match="is not a whole bundle"):
+        with pytest.raises(InstallError, match="is not a complete bundle"):
             verify(damaged)
     with pytest.raises(InstallError):
-        install(damaged, to, silent)
+        install(damaged, to, ignore)
     assert files(to.prefix, to.models) == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9999])
-def test_every_cut_is_found(bundle: Path, to: InstallPaths, share: float) -> None:
+def test_every_truncation_is_detected(bundle: Path, to: InstallPaths, share: float) -> None:
     cut = bundle.with_name("cut.tar")
     with tarfile.open(bundle) as tar:
         end = max(info.offset_data + info.size for info in tar.getmembers())
     cut.write_bytes(bundle.read_bytes()[: int(end * share)])
-    with pytest.raises(InstallError, match="is not a whole bundle") as error:
-        install(cut, to, silent)
+    with pytest.raises(InstallError, match="is not a complete bundle") as error:
+        install(cut, to, ignore)
     assert not error.value.storage
     assert files(to.prefix, to.models) == []
 
@@ -364,14 +364,14 @@ def sparse(info: tarfile.TarInfo) -> bool:
     ("change", "words"),
     [
         (lambda info: not info.name.endswith(".sif"), "image/aiflux.sif is missing"),
-        (lambda info: "SUMS" not in info.name, "SHA256SUMS is not where it should be"),
-        (escape, "does not belong there"),
-        (link, "does not belong there"),
+        (lambda info: "SUMS" not in info.name, "SHA256SUMS is not at the expected position"),
+        (escape, "is unexpected"),
+        (link, "is unexpected"),
         (sparse, "it has a sparse member"),
     ],
     ids=["missing", "no sums", "escape", "link", "sparse"],
 )
-def test_members_that_are_missing_or_strange(
+def test_missing_or_unexpected_members_are_rejected(
     bundle: Path, change: Callable[[tarfile.TarInfo], bool], words: str
 ) -> None:
     with pytest.raises(InstallError, match=words):
@@ -379,7 +379,7 @@ def test_members_that_are_missing_or_strange(
 
 
 def of_contents(bundle: Path, raw: bytes) -> Path:
-    """Return a bundle whose bundle.json are these bytes, with the right checksum."""
+    """Return a bundle with these bytes as bundle.json, with the right checksum."""
     copy = bundle.with_name("contents.tar")
     with tarfile.open(bundle) as old, tarfile.open(copy, "w") as new:
         for info in old.getmembers():
@@ -404,7 +404,7 @@ ANY_JSON = st.recursive(
 
 
 def changed(value: Any, path: list[Any], new: Any) -> Any:
-    """Return a value in which another stands at one place."""
+    """Return a copy of a value, changed at one path."""
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -425,7 +425,7 @@ def places_in(value: Any) -> Iterator[list[Any]]:
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
 )
 @given(st.data())
-def test_any_value_in_a_bundle_s_contents_is_an_error_or_harmless(
+def test_any_value_in_bundle_json_is_an_error_or_harmless(
     bundle: Path, to: InstallPaths, data: st.DataObject
 ) -> None:
     contents = verify(bundle).contents
@@ -436,7 +436,7 @@ def test_any_value_in_a_bundle_s_contents_is_an_error_or_harmless(
     around = to.prefix.parent.parent
     before = set(around.rglob("*"))
     with suppress(InstallError):
-        install(forged, to, silent)
+        install(forged, to, ignore)
     assert main(["bundle", "verify", str(forged)]) in (0, 2)
     strangers = {*around.rglob("*")} - before
     inside = (to.prefix, to.models, *to.prefix.parents)
@@ -469,7 +469,7 @@ def test_any_first_member_is_an_error(
     info.type, info.size, info.pax_headers = kind, len(data), headers
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(info, io.BytesIO(data))
-    with pytest.raises(InstallError, match="is not a whole bundle"):
+    with pytest.raises(InstallError, match="is not a complete bundle"):
         verify(tmp_path / "x.tar")
 
 
@@ -477,8 +477,8 @@ def test_any_first_member_is_an_error(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
 )
 @given(st.binary(max_size=200) | ANY_JSON.map(lambda value: json.dumps(value).encode()))
-def test_any_bytes_as_a_bundle_s_contents_are_an_error(bundle: Path, raw: bytes) -> None:
-    with pytest.raises(InstallError, match="is not a whole bundle"):
+def test_any_bytes_as_bundle_json_are_an_error(bundle: Path, raw: bytes) -> None:
+    with pytest.raises(InstallError, match="is not a complete bundle"):
         verify(of_contents(bundle, raw))
 
 
@@ -487,77 +487,75 @@ def test_any_bytes_as_a_bundle_s_contents_are_an_error(bundle: Path, raw: bytes)
     [("aiflux", "../../../x"), ("aiflux", "/x"), ("aiflux", ""), ("extras", ["a/b"]),
      ("pythons", {"../x": []}), ("pythons", []), ("models", {}), ("arch", "a\nb")],
 )  # fmt: skip
-def test_a_field_that_could_lead_elsewhere_is_refused(
+def test_a_field_with_a_path_outside_is_rejected(
     bundle: Path, to: InstallPaths, name: str, value: object
 ) -> None:
     raw = json.dumps({**verify(bundle).contents, name: value}).encode()
-    with pytest.raises(InstallError, match=f"wrong value of {name}"):
-        install(of_contents(bundle, raw), to, silent)
+    with pytest.raises(InstallError, match=f"invalid {name}"):
+        install(of_contents(bundle, raw), to, ignore)
     assert files(to.prefix, to.models) == []
 
 
 @pytest.mark.parametrize("depth", [100_000])
-def test_contents_nested_too_deeply_are_an_error(bundle: Path, depth: int) -> None:
-    with pytest.raises(InstallError, match="is not a whole bundle"):
+def test_deeply_nested_bundle_json_is_an_error(bundle: Path, depth: int) -> None:
+    with pytest.raises(InstallError, match="is not a complete bundle"):
         verify(of_contents(bundle, b"[" * depth + b"]" * depth))
 
 
-def test_a_header_that_asks_for_much_memory_is_refused(bundle: Path) -> None:
+def test_a_header_that_needs_much_memory_is_rejected(bundle: Path) -> None:
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, 1 << 40
     bundle.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
-    os.truncate(bundle, 1 << 40)  # a hole, as large as the header says
+    os.truncate(bundle, 1 << 40)  # a sparse file of the size in the header
     with pytest.raises(InstallError, match="a header is too large"):
         verify(bundle)
 
 
-def test_it_is_told_which_pythons_would_do(
+def test_the_supported_python_versions_are_reported(
     bundle: Path, parts: Ingredients, to: InstallPaths
 ) -> None:
     other = Ingredients(None, parts.models_dir, (), {"3.9": [*parts.wheels[PYTHON]]}, MACHINE)
     path = write_bundle(bundle.with_name("o.tar"), other).path
     with pytest.raises(InstallError, match=rf"this is Python {PYTHON}, .* packages for 3\.9"):
-        install(path, to, silent)
+        install(path, to, ignore)
     foreign = Ingredients(None, parts.models_dir, (), parts.wheels, "riscv64")
     with pytest.raises(InstallError, match="is for riscv64"):
-        install(write_bundle(bundle.with_name("f.tar"), foreign).path, to, silent)
+        install(write_bundle(bundle.with_name("f.tar"), foreign).path, to, ignore)
     assert files(to.prefix, to.models) == []
 
 
-def test_a_prefix_that_python_cannot_have() -> None:
-    with pytest.raises(InstallError, match="holds a colon"):
+def test_a_prefix_with_a_colon_is_rejected() -> None:
+    with pytest.raises(InstallError, match="contains a colon"):
         places("/a:b", None)
 
 
-def test_a_place_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
+def test_a_read_only_prefix_is_reported(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InstallError, match="cannot write") as error:
-        install(bundle, places(str(tmp_path / "file" / "x"), None), silent)
+        install(bundle, places(str(tmp_path / "file" / "x"), None), ignore)
     assert error.value.storage
 
 
-def test_two_installs_at_once(bundle: Path, to: InstallPaths) -> None:
+def test_two_installations_at_once(bundle: Path, to: InstallPaths) -> None:
     lock = to.models / ".staging" / "bundle.lock"
     lock.parent.mkdir(parents=True)
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(InstallError, match="another install"):
-            install(bundle, to, silent)
-    install(bundle, to, silent)
+        with pytest.raises(InstallError, match="another installation"):
+            install(bundle, to, ignore)
+    install(bundle, to, ignore)
 
 
 def test_edited_settings_are_kept(bundle: Path, to: InstallPaths) -> None:
     to.prefix.mkdir(parents=True)
     to.site.write_text("slurm: {partition: gpu}\n")
-    told: list[str] = []
-    install(bundle, to, told.append)
+    printed: list[str] = []
+    install(bundle, to, printed.append)
     assert to.site.read_text() == "slurm: {partition: gpu}\n"
-    assert any("site.yaml.new" in line for line in told)
+    assert any("site.yaml.new" in line for line in printed)
 
 
-def test_models_that_are_missing_or_damaged_make_no_bundle(
-    tmp_path: Path, parts: Ingredients
-) -> None:
+def test_missing_or_damaged_models_are_rejected(tmp_path: Path, parts: Ingredients) -> None:
     other = (parse_model_name("other"),)
     with pytest.raises(ModelError, match="is not in"):
         write_bundle(
@@ -566,32 +564,32 @@ def test_models_that_are_missing_or_damaged_make_no_bundle(
     blobs = sorted((parts.models_dir / "blobs").iterdir(), key=lambda path: path.stat().st_size)
     content = blobs[-1].read_bytes()
     blobs[-1].write_bytes(content[:-1] + b"!")
-    with pytest.raises(BundleError, match="not what its name says"):
+    with pytest.raises(BundleError, match="does not match its digest"):
         write_bundle(tmp_path / "b.tar", parts)
     blobs[-1].unlink()
-    with pytest.raises(BundleError, match="is not whole"):
+    with pytest.raises(BundleError, match="is incomplete"):
         write_bundle(tmp_path / "b.tar", parts)
     assert not (tmp_path / "b.tar").exists()
 
 
-def test_an_install_has_the_extras_of_its_bundle(
+def test_an_installation_has_the_extras_of_its_bundle(
     tmp_path: Path, parts: Ingredients, to: InstallPaths
 ) -> None:
     def installed(*extras: str) -> list[str]:
-        told: list[str] = []
+        printed: list[str] = []
         path = write_bundle(tmp_path / "e.tar", replace(parts, extras=extras)).path
-        assert install(path, to, told.append).extras == extras
-        return told
+        assert install(path, to, printed.append).extras == extras
+        return printed
 
     assert "extras: images, report" in installed("images", "report")
     fewer = installed("report")
     assert "extras: report" in fewer
-    assert any("had images as well" in line and "--extra images " in line for line in fewer)
+    assert any("also had images" in line and "--extra images" in line for line in fewer)
     assert not any("had " in line for line in installed("report"))
     with tarfile.open(tmp_path / "e.tar") as tar:
         readme = tar.extractfile("aiflux-bundle/README.txt")
         assert readme is not None
-        assert "extras of them: report" in readme.read().decode()
+        assert "extras: report" in readme.read().decode()
 
 
 def test_the_extras_are_those_of_the_package() -> None:
@@ -604,22 +602,22 @@ def test_the_extras_are_those_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_what_a_bundle_lacks_is_brought_by_another(extra: str) -> None:
+def test_a_missing_extra_suggests_another_bundle(extra: str) -> None:
     assert f"aiflux bundle create --extra {extra}" in remedy(extra, has_pip=False)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_a_missing_library_is_named_to_pip_itself(extra: str) -> None:
-    """It is right in a checkout, in a virtual environment and with any Python."""
+def test_a_missing_library_is_suggested_as_a_pip_requirement(extra: str) -> None:
+    """The command works in a checkout, in a virtual environment and with any Python."""
     words = shlex.split(remedy(extra, has_pip=True))
     assert words[:4] == [sys.executable, "-m", "pip", "install"]
     done = subprocess.run(
         [*words, "--dry-run", "--no-index", "--quiet"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, "these are installed already: pip agrees with what is needed"
+    assert done.returncode == 0, "pip finds the requirements already installed"
 
 
-def test_extras_are_asked_of_pip_wherever_the_wheel_lies(awkward: Path) -> None:
+def test_extras_are_requested_for_a_wheel_in_any_path(awkward: Path) -> None:
     wheel = make_wheel(awkward, "1.0")
     target = awkward / "to"
     done = subprocess.run(
@@ -630,7 +628,7 @@ def test_extras_are_asked_of_pip_wherever_the_wheel_lies(awkward: Path) -> None:
     assert [path.name for path in target.iterdir()] == [wheel.name]
 
 
-def test_pip_is_asked_for_the_cluster_s_wheels() -> None:
+def test_pip_downloads_wheels_for_the_cluster() -> None:
     command: Sequence[str] = download_command(Path("/w/a.whl"), (), "3.12", "aarch64", Path("/d"))
     assert "--only-binary=:all:" in command
     assert command[command.index("--python-version") + 1] == "3.12"
@@ -645,17 +643,17 @@ def test_verify_and_install_as_commands(
     bundle: Path, to: InstallPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bundle", "verify", str(bundle)]) == 0
-    told = capsys.readouterr().out
-    assert "model: tiny:1b" in told
-    assert "extras: none" in told
-    assert "is whole: 8 files" in told
+    printed = capsys.readouterr().out
+    assert "model: tiny:1b" in printed
+    assert "extras: none" in printed
+    assert "is whole: 8 files" in printed
     where = ["--prefix", str(to.prefix), "--models-dir", str(to.models)]
     assert main(["bundle", "install", str(bundle), *where]) == 0
     assert str(to.command) in capsys.readouterr().out
     with bundle.open("r+b") as file:
         file.truncate(40_000)
     assert main(["bundle", "verify", str(bundle)]) == 2
-    assert "is not a whole bundle" in capsys.readouterr().err
+    assert "is not a complete bundle" in capsys.readouterr().err
     assert main(["bundle", "verify", str(bundle.with_name("none.tar"))]) == 2
     assert main(["bundle", "install", str(bundle), "--prefix", "/proc/none"]) == 5
 
@@ -669,11 +667,11 @@ def test_verify_and_install_as_commands(
         (["-o", "here/some.sif"], "is there already"),
         (["-o", "nowhere/b.tar"], "is not there"),
         (["-o", "here/models", "--force"], "is a folder"),
-        (["--model", "torn:1b"], "torn:1b is not whole in"),
+        (["--model", "torn:1b"], "torn:1b is incomplete in"),
         (["--model", "huge:1b"], "the bundle will have"),
     ],
 )
-def test_what_cannot_become_a_bundle_is_told_before_anything_is_fetched(
+def test_invalid_input_is_reported_before_any_download(
     tmp_path: Path,
     parts: Ingredients,
     monkeypatch: pytest.MonkeyPatch,
@@ -694,18 +692,18 @@ def test_what_cannot_become_a_bundle_is_told_before_anything_is_fetched(
     os.truncate(blob, manifest["layers"][0]["size"])
     where = ["--image", str(parts.image), "--models-dir", str(parts.models_dir)]
     assert main(["bundle", "create", *where, *more]) != 0
-    told = capsys.readouterr().err
-    assert words in told
-    assert "fetching" not in told
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert "downloading" not in printed
 
 
-def test_an_extra_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_extra_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bundle", "create", "--extra", "plots"]) == 2
-    told = capsys.readouterr().err
-    assert "plots" in told
-    assert all(name in told for name in EXTRAS)
+    printed = capsys.readouterr().err
+    assert "plots" in printed
+    assert all(name in printed for name in EXTRAS)
 
 
 @pytest.mark.parametrize("version", ["3.9", "3", "4.0", "3.11.2", "x"])
-def test_a_python_that_is_none(version: str) -> None:
+def test_an_invalid_python_version_is_rejected(version: str) -> None:
     assert main(["bundle", "create", "--python", version]) == 2

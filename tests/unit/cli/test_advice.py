@@ -126,7 +126,7 @@ def test_a_misspelt_model_is_not_submitted_and_all_problems_are_told(tmp_path: P
     assert done.returncode == 2
     assert "did you mean smollm2:135m?" in done.stderr
     assert "sbatch is not on PATH" in done.stderr
-    assert "there is no image" in done.stderr
+    assert "no image aiflux.sif" in done.stderr
     local = aiflux(*words, "--local", cwd=tmp_path)
     assert "did you mean smollm2:135m?" in local.stderr
     assert local.returncode == 4

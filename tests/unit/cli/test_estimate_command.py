@@ -138,7 +138,7 @@ def test_failures_are_foretold(place: Path) -> None:
     with FaultyEngine() as engine:
         told = json.loads(aiflux(*here(engine, "--json")))["estimate"]
     assert told["failures"]["low"] <= 25 <= told["failures"]["high"]
-    assert any("most of them with http_400" in text for text in told["warnings"])
+    assert any("most often with http_400" in text for text in told["warnings"])
 
 
 def test_another_pilot_takes_the_place_of_the_first() -> None:

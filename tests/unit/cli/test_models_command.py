@@ -215,18 +215,18 @@ def swap(index: int, name: str | None = None, content: bytes | None = None) -> C
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (swap(3, content=WEIGHTS[:-1] + b"?"), "was changed or cut"),
-        (swap(3, name="../../evil"), "does not belong there"),
-        (swap(3, name="/etc/evil"), "does not belong there"),
+        (swap(3, content=WEIGHTS[:-1] + b"?"), "was modified or truncated"),
+        (swap(3, name="../../evil"), "is unexpected"),
+        (swap(3, name="/etc/evil"), "is unexpected"),
         (lambda parts: parts.pop(), "is missing"),
-        (lambda parts: parts.append(("more", b"x")), "does not belong there"),
-        (swap(0, content=b"{}"), "is not a whole archive"),
+        (lambda parts: parts.append(("more", b"x")), "is unexpected"),
+        (swap(0, content=b"{}"), "is not a complete model archive"),
         (swap(0, content=b'{"version": 9}'), "version is 9"),
         (swap(0, content=b'{"version": 1, "name": null}'), "names no model"),
-        (swap(0, content=b"[" * 100_000), "is not a whole archive"),
-        (swap(1, content=b"[" * 100_000), "is not a whole archive"),
-        (swap(1, content=b"[]"), "is not a whole archive"),
-        (swap(0, name="readme"), "no aiflux-model.json"),
+        (swap(0, content=b"[" * 100_000), "is not a complete model archive"),
+        (swap(1, content=b"[" * 100_000), "is not a complete model archive"),
+        (swap(1, content=b"[]"), "is not a complete model archive"),
+        (swap(0, name="readme"), "aiflux-model.json is not at"),
     ],
 )
 def test_an_archive_that_was_changed_is_refused(
@@ -255,7 +255,7 @@ def test_an_archive_whose_manifest_lies_about_sizes_is_refused(
     assert aiflux("export", "lab/one:1", "one.tar")[0] == 0
     changed_tar(tmp_path / "one.tar", lie)
     code, _, err = aiflux("import", "one.tar", "--models-dir", tmp_path / "elsewhere")
-    assert (code, "has not the size" in err) == (4, True), err
+    assert (code, "does not have the size" in err) == (4, True), err
     assert not [*(tmp_path / "elsewhere").glob("manifests/*")]
 
 
@@ -308,7 +308,7 @@ def test_an_archive_never_writes_more_than_it_holds(
         code, _, err = aiflux("import", "bomb.tar", "--models-dir", tmp_path / "elsewhere")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (code, "is not a whole archive" in err) == (4, True), err
+    assert (code, "is not a complete model archive" in err) == (4, True), err
     assert not [*(tmp_path / "elsewhere").glob("blobs/*")]
 
 
@@ -344,7 +344,7 @@ def test_an_archive_is_a_regular_file(aiflux: Aiflux, tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
     for source in ("pipe", tmp_path):
         code, _, err = aiflux("import", source)
-        assert (code, "is no regular file" in err) == (4, True), err
+        assert (code, "is not a regular file" in err) == (4, True), err
 
 
 @pytest.mark.parametrize("action", ["show", "verify", "remove", "export"])
@@ -363,7 +363,7 @@ def test_an_archive_that_was_cut_short_is_refused(aiflux: Aiflux, tmp_path: Path
     for size in (archive.stat().st_size // 2, 700, 3):
         os.truncate(archive, size)
         code, _, err = aiflux("import", "one.tar", "--models-dir", tmp_path / "elsewhere")
-        assert (code, "is not a whole archive" in err) == (4, True), err
+        assert (code, "is not a complete model archive" in err) == (4, True), err
         assert not [*(tmp_path / "elsewhere").glob("blobs/*")]
     assert aiflux("import", "none.tar")[0] == 4
 

@@ -1,4 +1,4 @@
-"""``aiflux doctor``: every line from small honest commands, files and folders."""
+"""``aiflux doctor``: all lines, with fake commands, files and directories."""
 
 from __future__ import annotations
 
@@ -41,37 +41,37 @@ def of_slurm(
     return by_name([*scheduler(slurm or SlurmConfig(partition="gpu"), site.install(commands))])
 
 
-def test_what_slurm_offers(commands: FakeCommands) -> None:
-    told = of_slurm(commands, FakeSite(settings=ACCOUNTING))
-    assert told["slurm"][0].what == "23.11.4, cluster delta"
-    assert "1000 tasks" in told["arrays"][0].what
-    assert told["accounting"][0].what == (
+def test_slurm_is_described(commands: FakeCommands) -> None:
+    found = of_slurm(commands, FakeSite(settings=ACCOUNTING))
+    assert found["slurm"][0].what == "23.11.4, cluster delta"
+    assert "1000 tasks" in found["arrays"][0].what
+    assert found["accounting"][0].what == (
         "is enforced; your accounts: chem, physics; default: physics"
     )
-    assert told["partition gpu"][0].what == (
+    assert found["partition gpu"][0].what == (
         "1 node with 4 a100, 1 node with 1 p4 and 2 v100; up to 1-00:00:00"
     )
-    assert "partition cpu" not in told
-    assert "fits" in told["your settings"][0].what
-    assert {line.level for lines in told.values() for line in lines} == {"ok"}
+    assert "partition cpu" not in found
+    assert "fits" in found["your settings"][0].what
+    assert {line.level for lines in found.values() for line in lines} == {"ok"}
 
 
-def test_what_does_not_fit_is_a_warning(commands: FakeCommands) -> None:
-    told = of_slurm(commands, FakeSite(), SlurmConfig(partition="gpu", mem="999G"))
-    assert told["your settings"][0].level == "warn"
-    assert "--mem 256000M at most" in told["your settings"][0].fix
+def test_a_default_job_that_does_not_fit_is_a_warning(commands: FakeCommands) -> None:
+    found = of_slurm(commands, FakeSite(), SlurmConfig(partition="gpu", mem="999G"))
+    assert found["your settings"][0].level == "warn"
+    assert "--mem 256000M at most" in found["your settings"][0].fix
 
 
-def test_a_site_without_much(commands: FakeCommands) -> None:
+def test_a_minimal_site_gives_warnings(commands: FakeCommands) -> None:
     site = FakeSite(
         settings={"SLURM_VERSION": "19.05.8", "MaxArraySize": "0", "PreemptType": "preempt/none"},
         nodes=[node("c1", Partitions="cpu")],
     )
-    told = of_slurm(commands, site, SlurmConfig(gpus_per_node="0"))
-    assert [told[name][0].level for name in ("slurm", "arrays", "GPUs")] == ["warn"] * 3
+    found = of_slurm(commands, site, SlurmConfig(gpus_per_node="0"))
+    assert [found[name][0].level for name in ("slurm", "arrays", "GPUs")] == ["warn"] * 3
 
 
-def test_a_partition_that_is_closed_or_down_says_so(commands: FakeCommands) -> None:
+def test_a_closed_or_down_partition_is_reported(commands: FakeCommands) -> None:
     site = FakeSite(
         settings=ACCOUNTING,
         partitions=[partition("gpu", AllowAccounts="astro"), partition("big")],
@@ -80,18 +80,18 @@ def test_a_partition_that_is_closed_or_down_says_so(commands: FakeCommands) -> N
             node("b1", Gres="gpu:2", Partitions="big", State="DOWN*"),
         ],
     )
-    told = of_slurm(commands, site)
-    assert "not for you" in told["partition gpu"][0].what
-    assert told["partition big"][0].level == "warn"
+    found = of_slurm(commands, site)
+    assert "not for you" in found["partition gpu"][0].what
+    assert found["partition big"][0].level == "warn"
 
 
-def test_no_slurm(tmp_path: Path) -> None:
+def test_missing_slurm_is_reported(tmp_path: Path) -> None:
     (line,) = scheduler(SlurmConfig(), {"PATH": str(tmp_path)})
     assert line.level == "fail"
     assert "sbatch, squeue, scancel, scontrol not on PATH" in line.what
 
 
-def test_a_controller_that_is_silent(commands: FakeCommands) -> None:
+def test_a_silent_controller_is_reported(commands: FakeCommands) -> None:
     for name in ("sbatch", "squeue", "scancel"):
         commands.say(name)
     commands.say("scontrol", stderr="slurm_load_ctl_conf error: Unable to contact", status=1)
@@ -121,16 +121,16 @@ esac
 """
 
 
-def test_the_container_and_its_image(
+def test_container_and_image_are_described(
     commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, awkward: Path
 ) -> None:
     commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
     image = make_sif(awkward / "a.sif", os_arch(), version="0.1.0", ollama="0.9.3", cpu_only="yes")
-    told = of_containers(commands, monkeypatch, image)
-    assert told["apptainer"][0].what == "apptainer version 1.4.5"
-    assert "aiflux 0.1.0, Ollama 0.9.3" in told["image"][0].what
-    assert "CPU-only" in told["image"][1].what
-    assert told["sealing"][0].level == "ok"
+    found = of_containers(commands, monkeypatch, image)
+    assert found["apptainer"][0].what == "apptainer version 1.4.5"
+    assert "aiflux 0.1.0, Ollama 0.9.3" in found["image"][0].what
+    assert "CPU-only" in found["image"][1].what
+    assert found["sealing"][0].level == "ok"
     (probe,) = [call for call in commands.calls("apptainer") if call.argv[0] == "exec"]
     sealed = ["--containall", "--pwd", "/", "--net", "--network", "none"]
     assert probe.argv[1:] == [*sealed, str(image), "true"]
@@ -140,16 +140,16 @@ def os_arch() -> str:
     return "amd64" if os.uname().machine == "x86_64" else "arm64"
 
 
-def test_what_cannot_be_sealed_says_why(
+def test_failed_sealing_shows_the_reason(
     commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     commands.add("apptainer", APPTAINER.format(version="0.9.0", libexec="/none", seals=255))
-    told = of_containers(commands, monkeypatch, make_sif(tmp_path / "a.sif", version="1"))
-    assert told["apptainer"][0].level == "fail"
-    assert told["sealing"][0].what.endswith("started here: FATAL:   no such namespace")
+    found = of_containers(commands, monkeypatch, make_sif(tmp_path / "a.sif", version="1"))
+    assert found["apptainer"][0].level == "fail"
+    assert found["sealing"][0].what.endswith("started here: FATAL:   no such namespace")
 
 
-def test_no_apptainer_is_a_warning_and_no_image_a_failure(
+def test_missing_apptainer_is_a_warning_and_a_missing_image_a_failure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -158,19 +158,19 @@ def test_no_apptainer_is_a_warning_and_no_image_a_failure(
     assert [(line.name, line.level) for line in lines] == [("apptainer", "warn"), ("image", "fail")]
 
 
-def test_an_image_of_others(
+def test_a_foreign_image_is_a_failure(
     commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
     (tmp_path / "a.sif").write_bytes(b"no image")
     make_sif(tmp_path / "b.sif", engine="theirs")
     for name in ("a.sif", "b.sif"):
-        told = of_containers(commands, monkeypatch, tmp_path / name)
-        assert told["image"][0].level == "fail"
+        found = of_containers(commands, monkeypatch, tmp_path / name)
+        assert found["image"][0].level == "fail"
     assert "exec" not in {call.argv[0] for call in commands.calls("apptainer")}
 
 
-def test_a_starter_of_the_user_is_not_setuid(tmp_path: Path) -> None:
+def test_a_starter_owned_by_the_user_is_not_setuid(tmp_path: Path) -> None:
     starter = tmp_path / "apptainer" / "bin" / "starter-suid"
     starter.parent.mkdir(parents=True)
     starter.touch()
@@ -204,7 +204,7 @@ def test_subordinate_ids(tmp_path: Path) -> None:
     assert host.subordinate_ids("bob", 1001, tmp_path) == [str(tmp_path / "subgid")]
 
 
-def test_the_type_of_a_file_system(tmp_path: Path) -> None:
+def test_file_system_types_are_detected(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     folder = str(tmp_path.resolve() / "a b").replace(" ", "\\040")
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nmds {folder} lustre rw 0 0\n", encoding="utf-8")
@@ -212,7 +212,7 @@ def test_the_type_of_a_file_system(tmp_path: Path) -> None:
     assert host.file_system(tmp_path, mounts) == "ext4"
 
 
-def test_models_in_the_directory(tmp_path: Path) -> None:
+def test_complete_and_incomplete_models_are_listed(tmp_path: Path) -> None:
     library = tmp_path / "manifests" / "registry.ollama.ai" / "library"
     for name, size in (("whole", 2), ("torn", 3)):
         (library / name).mkdir(parents=True)
@@ -225,13 +225,13 @@ def test_models_in_the_directory(tmp_path: Path) -> None:
     assert (torn.level, torn.fix) == ("warn", "aiflux models pull torn:1b")
 
 
-def test_no_models_yet(tmp_path: Path) -> None:
+def test_an_empty_models_directory_is_a_warning(tmp_path: Path) -> None:
     first, room = host.models(config(tmp_path))
     assert (first.level, "no models yet" in first.what) == ("warn", True)
     assert "free" in room.what
 
 
-def test_settings_that_mean_nothing_or_are_wrong(
+def test_unknown_and_invalid_settings_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -243,8 +243,8 @@ def test_settings_that_mean_nothing_or_are_wrong(
     assert settings.models_dir == tmp_path / ".local/share/aiflux/models"
     (tmp_path / ".env").write_text("AIFLUX_IMGE=/x\nOF_OTHERS=1\nAIFLUX_API_KEY=k\n")
     _, (_, misspelt, key, _) = host.load_config(environ)
-    assert misspelt.what == "AIFLUX_IMGE in ./.env means nothing"
-    assert key.what == "AIFLUX_API_KEY in ./.env is not read there"
+    assert misspelt.what == "AIFLUX_IMGE in ./.env is unknown"
+    assert key.what == "AIFLUX_API_KEY in ./.env is not read from there"
     assert misspelt.fix == "did you mean AIFLUX_IMAGE? remove AIFLUX_IMGE"
     (tmp_path / ".env").write_text("AIFLUX_IMGE\n")
     _, (_, wrong) = host.load_config(environ)
@@ -255,7 +255,7 @@ def test_settings_that_mean_nothing_or_are_wrong(
     "proxy",
     ["http://ann:secret@proxy:3128", "ann:secret@proxy:3128", "http://ann:se/cr@secret@proxy:3128"],
 )
-def test_proxies_without_their_passwords(proxy: str) -> None:
+def test_proxies_are_shown_without_passwords(proxy: str) -> None:
     (line,) = host.proxies({"https_proxy": proxy})
     assert "...@proxy:3128" in line.what
     assert "secret" not in line.what
@@ -275,13 +275,13 @@ def test_quotas(commands: FakeCommands, monkeypatch: pytest.MonkeyPatch) -> None
     assert line.level == "warn"
 
 
-def test_the_command_says_it_all(
+def test_the_command_prints_all_sections(
     commands: FakeCommands,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Through a proxy that is not there, so that nothing is asked of the real network."""
+    """An unreachable proxy keeps the test away from the real network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(commands.folder) + ":/usr/bin:/bin")
@@ -298,7 +298,9 @@ def test_the_command_says_it_all(
     assert "\nNetwork\n" in plain
     assert "nothing fails" in plain
     assert "sealing: not tried: " in plain
-    assert "exec" not in {call.argv[0] for call in commands.calls("apptainer")}, "only found"
+    assert "exec" not in {call.argv[0] for call in commands.calls("apptainer")}, (
+        "the image was only found"
+    )
     assert main(["doctor", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
     assert {frozenset(line) for line in lines} == {frozenset({"name", "level", "what", "fix"})}

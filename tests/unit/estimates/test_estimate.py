@@ -1,4 +1,4 @@
-"""From a pilot's results to what the whole takes: sampling, pace, recommendation, comparison."""
+"""Estimate the full run from a pilot: sampling, pace, recommendation and comparison."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ START = 1_700_000_000.0
 def in_lanes(
     lengths: Sequence[int], lanes: int, speed: float = 10.0, **more: Any
 ) -> tuple[Observation, ...]:
-    """Return what an engine leaves that does ``lanes`` requests at once, each at ``speed``."""
+    """Return the observations of an engine with ``lanes`` parallel requests at ``speed`` each."""
     free = [START + 5.0] * lanes
     made = []
     for length in lengths:
@@ -57,7 +57,7 @@ def status(gpus: int = 1, slots: int = 4, **details: Any) -> dict[str, Any]:
     }
 
 
-def told(**changes: Any) -> Estimate:
+def estimated(**changes: Any) -> Estimate:
     few = Range(1.0, 1.0, 1.0)
     usual = Estimate(
         plan="p",
@@ -83,13 +83,13 @@ def told(**changes: Any) -> Estimate:
 
 
 class TestSampling:
-    def test_every_stretch_of_the_input_has_its_share(self) -> None:
+    def test_every_part_of_the_input_is_represented(self) -> None:
         drawn = chosen(10_000, 100)
         assert [index // 100 for index in drawn] == list(range(100))
         assert drawn == chosen(10_000, 100)
 
     @given(st.integers(1, 3000), st.integers(2, 300))
-    def test_indexes_are_distinct_in_order_and_in_the_input(self, requests: int, k: int) -> None:
+    def test_indexes_are_distinct_ordered_and_in_range(self, requests: int, k: int) -> None:
         drawn = chosen(requests, k)
         assert len(drawn) == min(requests, k)
         assert drawn == sorted(set(drawn))
@@ -97,7 +97,7 @@ class TestSampling:
         assert drawn[-1] < requests
 
     def test_small_inputs_give_every_request_the_same_chance(self) -> None:
-        """With parts of one and two requests, every third request would be drawn twice as often."""
+        """Parts of one or two requests would draw every third request twice as often."""
         drawn = chosen(1500, 1000)
         thirds = [sum(index % 3 == rest for index in drawn) for rest in range(3)]
         assert max(thirds) < 1.2 * min(thirds)
@@ -110,35 +110,35 @@ class TestSampling:
             sizes = [source.randint(200, 4000) for _ in range(3000)]
             values = [_value(kind, size, source) for size in sizes]
             drawn = sorted(source.sample(range(3000), 100))
-            seen = total(
+            result = total(
                 [values[at] for at in drawn], [sizes[at] for at in drawn], 3000, sum(sizes)
             )
-            covered += seen.low <= sum(values) <= seen.high
+            covered += result.low <= sum(values) <= result.high
         assert covered >= 180
 
-    def test_sizes_that_tell_make_the_interval_narrow(self) -> None:
+    def test_correlated_sizes_make_the_interval_narrow(self) -> None:
         source = random.Random(1)
         sizes = [source.randint(100, 10_000) for _ in range(100)]
         values = [size / 4 + source.uniform(-9, 9) for size in sizes]
-        seen = total(values, sizes, 10_000, 50_000_000)
-        assert seen.high - seen.low < 0.01 * seen.value
+        result = total(values, sizes, 10_000, 50_000_000)
+        assert result.high - result.low < 0.01 * result.value
 
-    def test_the_whole_input_leaves_no_doubt(self) -> None:
-        seen = total([1.0, 5.0, 9.0], [10, 10, 10], 3, 30)
-        assert seen == Range(15.0, 15.0, 15.0)
+    def test_a_complete_sample_has_no_interval(self) -> None:
+        result = total([1.0, 5.0, 9.0], [10, 10, 10], 3, 30)
+        assert result == Range(15.0, 15.0, 15.0)
 
-    def test_one_request_tells_little(self) -> None:
-        seen = total([10.0], [10], 100, 1000)
-        assert seen.value == 1000
-        assert seen.high > 2000
+    def test_a_single_request_has_a_wide_interval(self) -> None:
+        result = total([10.0], [10], 100, 1000)
+        assert result.value == 1000
+        assert result.high > 2000
 
-    def test_no_failure_seen_does_not_mean_that_none_will_come(self) -> None:
+    def test_a_sample_without_failures_still_has_an_upper_bound(self) -> None:
         few = share_of(0, 100, 10_000)
         assert (few.value, few.low) == (0, 0)
         assert 300 < few.high < 400
         assert share_of(3, 10, 10) == Range(3, 3, 3)
 
-    def test_a_heavy_stretch_is_seen_and_chance_is_not(self) -> None:
+    def test_unevenness_ignores_chance(self) -> None:
         source = random.Random(2)
         even = [source.lognormvariate(3, 0.8) for _ in range(100)]
         assert unevenness(even) == 1.0
@@ -156,63 +156,63 @@ def _value(kind: str, size: int, source: random.Random) -> float:
 
 
 class TestPace:
-    def test_the_speed_is_that_of_full_engines(self) -> None:
+    def test_the_speed_is_measured_with_full_engines(self) -> None:
         source = random.Random(3)
         lengths = [int(source.lognormvariate(4, 0.8)) + 1 for _ in range(200)]
-        seen = pace(in_lanes(lengths, 8))
-        assert seen.in_flight == 8
-        assert sum(seen.costs) == pytest.approx(sum(lengths) / 80, rel=0.05)
+        result = pace(in_lanes(lengths, 8))
+        assert result.in_flight == 8
+        assert sum(result.costs) == pytest.approx(sum(lengths) / 80, rel=0.05)
 
-    def test_the_last_long_request_does_not_count_against_the_speed(self) -> None:
-        seen = pace(in_lanes([100] * 80 + [2000], 8))
-        assert sum(seen.costs) == pytest.approx(10_000 / 80, rel=0.1)
+    def test_the_last_long_request_does_not_reduce_the_speed(self) -> None:
+        result = pace(in_lanes([100] * 80 + [2000], 8))
+        assert sum(result.costs) == pytest.approx(10_000 / 80, rel=0.1)
 
-    def test_a_pause_in_the_middle_is_left_out(self) -> None:
+    def test_a_pause_in_the_middle_is_excluded(self) -> None:
         first = in_lanes([100] * 40, 8)
         later = [replace(item, began=item.began + 999, ended=item.ended + 999) for item in first]
         assert sum(pace([*first, *later]).costs) == pytest.approx(100, rel=0.01)
 
-    def test_engines_that_count_no_tokens_are_measured_in_requests(self) -> None:
+    def test_engines_without_token_counts_are_measured_in_requests(self) -> None:
         made = [replace(item, completion_tokens=0) for item in in_lanes([50] * 80, 4)]
         assert sum(pace(made).costs) == pytest.approx(100, rel=0.01)
 
-    def test_rounded_times_do_not_make_more_requests_be_in_flight(self) -> None:
+    def test_rounded_times_do_not_increase_requests_in_flight(self) -> None:
         made = [replace(item, began=item.began - 0.002) for item in in_lanes([50] * 100, 4)]
         assert pace(made).in_flight == 4
 
-    def test_starting_is_what_passes_before_the_first_request(self) -> None:
+    def test_startup_is_the_time_before_the_first_request(self) -> None:
         assert start_up(in_lanes([10] * 20, 4), START) == pytest.approx(5.0)
 
-    def test_loading_the_second_model_is_starting_too(self) -> None:
+    def test_loading_the_second_model_counts_as_startup(self) -> None:
         first = in_lanes([100] * 8, 4)
         second = [
             replace(item, model="n", began=item.began + 60, ended=item.ended + 60) for item in first
         ]
         assert start_up([*first, *second], START) == pytest.approx(5 + 40)
 
-    def test_results_of_an_earlier_start_do_not_tell_how_this_one_began(self) -> None:
+    def test_results_of_an_earlier_start_do_not_count_as_startup(self) -> None:
         assert start_up(in_lanes([10] * 4, 4), START + 1000) == 0.0
 
 
 class TestEstimate:
-    def test_an_even_input_is_foretold(self, tmp_path: Path) -> None:
+    def test_a_uniform_input_is_estimated_precisely(self, tmp_path: Path) -> None:
         whole = plan_of(tmp_path, 4000, model="m:1", concurrency=8)
-        seen = estimate(whole, Drawn(200, 400_000), in_lanes([80] * 200, 8), status(), "04:00:00")
-        assert seen.requests == 4000
-        assert seen.completion_tokens == Range(320_000, 320_000, 320_000)
-        assert seen.work_seconds.value == pytest.approx(4000, rel=0.02)
-        assert seen.fixed_seconds == Range(9.0, 5.0, 13.0)
-        assert seen.gpu_hours(1).value == pytest.approx(4009 / 3600, rel=0.02)
-        assert (seen.shards, seen.time) == (1, "01:40:00")
-        assert seen.warnings == ()
+        result = estimate(whole, Drawn(200, 400_000), in_lanes([80] * 200, 8), status(), "04:00:00")
+        assert result.requests == 4000
+        assert result.completion_tokens == Range(320_000, 320_000, 320_000)
+        assert result.work_seconds.value == pytest.approx(4000, rel=0.02)
+        assert result.fixed_seconds == Range(9.0, 5.0, 13.0)
+        assert result.gpu_hours(1).value == pytest.approx(4009 / 3600, rel=0.02)
+        assert (result.shards, result.time) == (1, "01:40:00")
+        assert result.warnings == ()
 
-    def test_it_survives_its_file(self, tmp_path: Path) -> None:
+    def test_an_estimate_is_restored_from_json(self, tmp_path: Path) -> None:
         whole = plan_of(tmp_path, 400, model="m:1", concurrency=8)
-        seen = estimate(whole, Drawn(50, 40_000), in_lanes([80] * 50, 8), status(), None)
-        assert seen.walltime is None
-        assert Estimate.from_json(json.loads(json.dumps(seen.to_json()))) == seen
+        result = estimate(whole, Drawn(50, 40_000), in_lanes([80] * 50, 8), status(), None)
+        assert result.walltime is None
+        assert Estimate.from_json(json.loads(json.dumps(result.to_json()))) == result
 
-    def test_models_have_each_their_pace(self, tmp_path: Path) -> None:
+    def test_each_model_has_its_own_pace(self, tmp_path: Path) -> None:
         slow = in_lanes([80] * 100, 8, speed=10.0)
         late = max(item.ended for item in slow) - START
         quick = [
@@ -220,25 +220,25 @@ class TestEstimate:
             for item in in_lanes([80] * 100, 8, speed=40.0)
         ]
         whole = plan_of(tmp_path, 2000, model="m:1", concurrency=8)
-        seen = estimate(whole, Drawn(200, 1), [*slow, *quick], status(), None)
-        assert seen.work_seconds.value == pytest.approx(1000 + 250, rel=0.02)
+        result = estimate(whole, Drawn(200, 1), [*slow, *quick], status(), None)
+        assert result.work_seconds.value == pytest.approx(1000 + 250, rel=0.02)
 
-    def test_a_pilot_that_cannot_fill_the_engines_says_so(self, tmp_path: Path) -> None:
+    def test_a_pilot_that_cannot_fill_the_engines_warns(self, tmp_path: Path) -> None:
         whole = plan_of(tmp_path, 4000, model="m:1", concurrency=64)
-        seen = estimate(whole, Drawn(16, 1600), in_lanes([80] * 16, 8), status(), None)
-        assert "hardly fill the engines" in seen.warnings[0]
-        assert seen.work_seconds.low < seen.work_seconds.value / 4
+        result = estimate(whole, Drawn(16, 1600), in_lanes([80] * 16, 8), status(), None)
+        assert "too small to fill the engines" in result.warnings[0]
+        assert result.work_seconds.low < result.work_seconds.value / 4
 
-    def test_what_went_wrong_is_told(self, tmp_path: Path) -> None:
+    def test_failed_and_truncated_requests_are_warnings(self, tmp_path: Path) -> None:
         whole = plan_of(tmp_path, 400, model="m:1", concurrency=4)
         made = in_lanes([80] * 60, 4)
         bad = [replace(item, error="http_400: no", completion_tokens=0) for item in made[:30:3]]
         cut = [replace(item, cut=True, truncated=True) for item in made[:5]]
-        seen = estimate(whole, Drawn(60, 9), [*bad, *cut, *made[15:]], status(), None)
-        assert seen.pilot_failures == 10
-        assert "10 of 60 requests failed, most of them with http_400: no" in seen.warnings
-        assert any("5 of 60 answers ended at their limit" in text for text in seen.warnings)
-        assert any("5 of 60 prompts were cut" in text for text in seen.warnings)
+        result = estimate(whole, Drawn(60, 9), [*bad, *cut, *made[15:]], status(), None)
+        assert result.pilot_failures == 10
+        assert "10 of 60 requests failed, most often with http_400: no" in result.warnings
+        assert any("5 of 60 answers reached the token limit" in text for text in result.warnings)
+        assert any("5 of 60 prompts were truncated" in text for text in result.warnings)
 
     @given(
         work=st.floats(1, 1e7),
@@ -252,30 +252,30 @@ class TestEstimate:
         self, work: float, wide: float, start: float, longest: float, time: str, requests: int
     ) -> None:
         fixed = Range(start + longest / 2, start, start + longest)
-        seen = told(
+        result = estimated(
             requests=requests,
             work_seconds=Range(work, work * (1 - wide), work * (1 + wide)),
             fixed_seconds=fixed,
         ).recommended(time)
-        assert 1 <= seen.shards <= requests
-        assert seen.shard_seconds.high <= seen.time_seconds
-        assert seen.shards * seen.time_seconds >= seen.work_seconds.high
-        assert walltime_seconds(seen.time) >= seen.time_seconds
+        assert 1 <= result.shards <= requests
+        assert result.shard_seconds.high <= result.time_seconds
+        assert result.shards * result.time_seconds >= result.work_seconds.high
+        assert walltime_seconds(result.time) >= result.time_seconds
         limit = walltime_seconds(time)
-        fewer = seen.seconds_of_shard(max(1, seen.shards - 1)).high
-        if seen.time_seconds <= limit:
-            assert seen.shard_seconds.high <= 0.8 * limit or math.isinf(limit)
-            assert seen.shards == 1 or fewer > 0.8 * limit
+        fewer = result.seconds_of_shard(max(1, result.shards - 1)).high
+        if result.time_seconds <= limit:
+            assert result.shard_seconds.high <= 0.8 * limit or math.isinf(limit)
+            assert result.shards == 1 or fewer > 0.8 * limit
         else:
-            assert seen.seconds_of_shard(requests).high > 0.8 * limit
+            assert result.seconds_of_shard(requests).high > 0.8 * limit
 
-    def test_shards_for_another_time(self) -> None:
-        assert told().shards_for("00:10:00") == 3
-        assert told().shards_for("UNLIMITED") == 1
+    def test_shards_for_another_time_limit(self) -> None:
+        assert estimated().shards_for("00:10:00") == 3
+        assert estimated().shards_for("UNLIMITED") == 1
 
 
 class TestPilotFiles:
-    def test_lines_are_copied_byte_for_byte(self, tmp_path: Path) -> None:
+    def test_lines_are_copied_unchanged(self, tmp_path: Path) -> None:
         source = write_input(tmp_path / "in.jsonl", 500)
         source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes().replace(b"\n", b"\r\n\r\n"))
         lines = [line for line in source.read_bytes()[3:].split(b"\r\n") if line]
@@ -285,7 +285,7 @@ class TestPilotFiles:
         assert drawn == Drawn(20, sum(map(len, lines)))
         assert pilot.folder.stat().st_mode & 0o777 == 0o700
 
-    def test_a_pilot_is_known_by_its_settings(self, tmp_path: Path) -> None:
+    def test_a_pilot_is_found_by_its_settings(self, tmp_path: Path) -> None:
         summary = scan_input(write_input(tmp_path / "in.jsonl", 50))
         pilot = Pilot.of_output(tmp_path / "out.json")
         assert pilot.drawn({"a": (1, 2)}) is None
@@ -293,7 +293,7 @@ class TestPilotFiles:
         assert pilot.drawn({"a": (1, 2)}) == drawn
         assert pilot.drawn({"a": (1, 3)}) is None
 
-    def test_beginning_again_leaves_nothing_of_the_earlier_one(self, tmp_path: Path) -> None:
+    def test_a_new_pilot_removes_the_earlier_one(self, tmp_path: Path) -> None:
         summary = scan_input(write_input(tmp_path / "in.jsonl", 50))
         pilot = Pilot.of_output(tmp_path / "out.json")
         pilot.begin(summary, 20, {})
@@ -306,13 +306,13 @@ class TestPilotFiles:
 
 class TestShown:
     def test_everything_fits_in_80_columns(self) -> None:
-        warned = told(warnings=("long words " * 20,), shards=12, gpus=4)
+        warned = estimated(warnings=("long words " * 20,), shards=12, gpus=4)
         lines = [line.plain for line in forecast(warned, "aiflux run")]
         assert max(map(len, lines)) <= 80
         assert any(line.startswith("in 12 shards, each") for line in lines)
         assert "recommended: 12 shards of 00:25:00" in lines
 
-    def test_the_command_is_that_of_the_user_with_shards_and_time(self) -> None:
+    def test_the_suggested_command_has_the_user_s_options_with_shards_and_time(self) -> None:
         given_ = {
             "input": "my file.jsonl",
             "output": None,
@@ -321,7 +321,7 @@ class TestShown:
             "allow_cpu": True,
             "time": "8:00:00",
         }
-        assert full_command(given_, True, told(shards=3)) == (
+        assert full_command(given_, True, estimated(shards=3)) == (
             "aiflux run --input 'my file.jsonl' --model m:1 --engine-env A=1 --engine-env B=2 "
             "--allow-cpu --time 00:25:00 --shards 3"
         )
@@ -333,7 +333,7 @@ class TestShown:
     def test_counts(self, number: float, text: str) -> None:
         assert count(number) == text
 
-    def test_actual_figures_stand_beside_the_estimate(self) -> None:
+    def test_actual_figures_are_compared_with_the_estimate(self) -> None:
         shards = [
             {
                 "aiflux": {
@@ -351,7 +351,7 @@ class TestShown:
             for number in range(2)
         ]
         whole = {"completed_at": START + 700, "request_counts": {"failed": 3}}
-        rows = {row.name: row for row in compare(told(), shards, whole)}
+        rows = {row.name: row for row in compare(estimated(), shards, whole)}
         assert rows["answer tokens"].actual == 40
         assert rows["failed requests"].actual == 3
         assert rows["time of all jobs"].actual == 1100

@@ -1,4 +1,4 @@
-"""The container's command lines, and finding image and runtime."""
+"""The container's command lines, and the search for image and runtime."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPEC = ContainerSpec(
 )
 
 
-def test_the_preparation_has_the_network_and_writable_models() -> None:
+def test_preparation_has_network_and_writable_models() -> None:
     assert prepare_command(SPEC, ["--run-dir", "/r", "--prepare"]) == [
         *("/usr/bin/apptainer", "--quiet", "run", "--containall", "--nv", "--workdir", "/w"),
         *("--pwd", "/out", "--mount", 'type=bind,"source=/out","destination=/out"'),
@@ -50,14 +50,14 @@ def test_the_preparation_has_the_network_and_writable_models() -> None:
     ]
 
 
-def test_the_work_is_sealed_and_its_models_read_only() -> None:
+def test_work_is_sealed_with_read_only_models() -> None:
     command = work_command(SPEC, ["--run-dir", "/r", "--shard", "0"])
     assert command[3:8] == ["--containall", "--nv", "--net", "--network", "none"]
     assert 'type=bind,"source=/m","destination=/m",ro' in command
 
 
 @pytest.mark.parametrize("command", [prepare_command, work_command])
-def test_a_folder_of_models_and_output_is_mounted_once(
+def test_a_directory_with_models_and_output_is_mounted_once(
     command: Callable[[ContainerSpec, list[str]], list[str]],
 ) -> None:
     mounts = [word for word in command(replace(SPEC, output_dir=Path("/m")), []) if "/m" in word]
@@ -72,12 +72,12 @@ def test_any_path_can_be_mounted(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["relative", "/a\nb"])
-def test_a_path_that_cannot_be_mounted_is_refused(path: str) -> None:
+def test_a_path_that_cannot_be_mounted_is_rejected(path: str) -> None:
     with pytest.raises(ConfigError, match="cannot be mounted"):
         mount_option(Path(path), False)
 
 
-def test_only_named_variables_go_in() -> None:
+def test_only_named_variables_are_passed() -> None:
     environ = {"AIFLUX_API_KEY": "k", "SECRET": "s", "AIFLUX_SITE_CONFIG": "/s", "PATH": "/bin"}
     given_in = {
         name.removeprefix("APPTAINERENV_"): value
@@ -98,7 +98,7 @@ def test_the_runtime_is_found_under_both_names(tmp_path: Path, name: str) -> Non
     assert find_runtime(str(tmp_path)) == tmp_path / name
 
 
-def test_no_runtime_has_a_remedy(tmp_path: Path) -> None:
+def test_a_missing_runtime_suggests_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="neither apptainer nor singularity") as caught:
         find_runtime(str(tmp_path))
     assert "module load" in str(caught.value.remedy)
@@ -108,14 +108,14 @@ def config(folder: Path, **environ: str) -> Config:
     return Config(environ={"HOME": str(folder / "home"), **environ}, directory=folder)
 
 
-def test_a_named_image_wins(awkward: Path) -> None:
+def test_a_configured_image_takes_precedence(awkward: Path) -> None:
     make_sif(awkward / "aiflux.sif", version="1")
     named = awkward / "n.sif"
     make_sif(named, version="1")
     assert find_image(config(awkward, AIFLUX_IMAGE=str(named)), awkward) == named
 
 
-def test_a_named_image_that_is_missing_is_an_error_that_says_who_named_it(awkward: Path) -> None:
+def test_a_missing_configured_image_is_an_error_with_its_origin(awkward: Path) -> None:
     make_sif(awkward / "aiflux.sif", version="1")
     with pytest.raises(ImageError, match="AIFLUX_IMAGE"):
         find_image(config(awkward, AIFLUX_IMAGE="/no/such.sif"), awkward)
@@ -146,7 +146,7 @@ def test_the_image_of_the_containers_directory_is_found(awkward: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [{}, {"engine": "Ollama 9"}, {"version": ""}])
-def test_an_image_of_others_is_refused_by_its_labels(awkward: Path, labels: dict[str, str]) -> None:
+def test_an_image_without_our_labels_is_rejected(awkward: Path, labels: dict[str, str]) -> None:
     image = make_sif(awkward / "aiflux.sif", **labels)
     with pytest.raises(ImageError, match="is not an AI-Flux image"):
         find_image(config(awkward), awkward)
@@ -170,7 +170,7 @@ def test_an_image_of_others_is_refused_by_its_labels(awkward: Path, labels: dict
     ],
     ids=" ".join,
 )
-def test_no_command_executes_an_image_of_others(
+def test_no_command_executes_a_foreign_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     slurm = waiting_slurm(tmp_path / "bin", monkeypatch)
@@ -187,8 +187,8 @@ def test_no_command_executes_an_image_of_others(
     assert slurm.calls("sbatch") == []
 
 
-def test_an_image_is_chosen_by_the_user_or_the_site_not_by_a_folder(tmp_path: Path) -> None:
-    """The current directory may be anybody's; a checkout's code runs already."""
+def test_an_image_in_the_current_directory_is_not_a_choice(tmp_path: Path) -> None:
+    """Anyone may be able to write there. A checkout is trusted: its code already runs."""
     checkout, elsewhere = tmp_path / "checkout", tmp_path / "c"
     for folder in (tmp_path, checkout, elsewhere):
         folder.mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ def test_an_image_is_chosen_by_the_user_or_the_site_not_by_a_folder(tmp_path: Pa
         (user / "config.yaml").write_text(text, encoding="utf-8")
         assert chosen(there)
         (user / "config.yaml").rename(tmp_path / "aiflux.yaml")
-        assert not chosen(there), "the folder's own file says so"
+        assert not chosen(there), "named by a file in the directory itself"
         (tmp_path / "aiflux.yaml").rename(tmp_path / ".env")
         variable = "AIFLUX_IMAGE" if name == "image" else "AIFLUX_CONTAINERS_DIR"
         (tmp_path / ".env").write_text(f"{variable}={str(value)!r}\n")
@@ -219,8 +219,8 @@ def test_an_image_is_chosen_by_the_user_or_the_site_not_by_a_folder(tmp_path: Pa
         (tmp_path / ".env").unlink()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
-def test_an_image_that_somebody_else_put_here_is_not_run(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change file owners")
+def test_an_image_of_another_user_is_not_run(tmp_path: Path) -> None:
     image = make_sif(tmp_path / "aiflux.sif", version="1")
     os.chown(image, 12345, 12345)
     with pytest.raises(ConfigError, match="is refused: it belongs to user 12345") as caught:
@@ -229,8 +229,8 @@ def test_an_image_that_somebody_else_put_here_is_not_run(tmp_path: Path) -> None
     assert find_image(config(tmp_path, AIFLUX_IMAGE=str(image)), tmp_path) == image
 
 
-def test_no_image_says_where_it_was_looked_for(awkward: Path) -> None:
-    (awkward / "Makefile").touch()  # the current folder is the checkout, too
+def test_a_missing_image_lists_the_searched_directories(awkward: Path) -> None:
+    (awkward / "Makefile").touch()  # the current directory is also the checkout
     with pytest.raises(ImageError) as caught:
         find_image(config(awkward), awkward, awkward)
     assert str(awkward) in caught.value.message

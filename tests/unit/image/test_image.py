@@ -1,4 +1,4 @@
-"""The image helper: references, apt's sources, the choice of a base, the command line."""
+"""Image builds: references, apt sources, the choice of a base, and the command line."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 
 DIGEST = "sha256:" + "5" * 64
-DEBIAN = BaseChoice("debian", "as asked", "CPU", source=AptSource("http://mirror", "trixie"))
+DEBIAN = BaseChoice("debian", "as requested", "CPU", source=AptSource("http://mirror", "trixie"))
 
 
 class Registry(BaseHTTPRequestHandler):
-    """A registry with one image, open to all."""
+    """A registry with one public image."""
 
     def do_GET(self) -> None:
         self._answer(200 if self.path == "/v2/" else 404)
@@ -72,26 +72,26 @@ def address() -> Iterator[str]:
         (f"docker://reg.example.org/a:1@{DIGEST}", ("reg.example.org", "a", DIGEST)),
     ],
 )
-def test_references_are_read_as_docker_reads_them(
+def test_references_are_parsed_as_docker_does(
     reference: str, expected: tuple[str, str, str]
 ) -> None:
     assert oci_registry.parse(reference) == oci_registry.Reference(*expected)
 
 
-def test_only_loopback_is_spoken_to_without_tls() -> None:
+def test_only_loopback_uses_plain_http() -> None:
     assert oci_registry.parse("docker://127.0.0.1:5000/a").url == "http://127.0.0.1:5000/v2/"
     assert oci_registry.parse("docker://reg.example.org/a").url == "https://reg.example.org/v2/"
 
 
-def test_a_tag_becomes_a_digest(address: str) -> None:
+def test_a_tag_is_resolved_to_a_digest(address: str) -> None:
     choice = choose_base(BuildOptions(ollama_image=f"docker://{address}/ollama/ollama:9.9"))
     assert choice.base == "docker"
     assert choice.digest == DIGEST
     assert choice.pinned_image == f"{address}/ollama/ollama@{DIGEST}"
-    assert f"{address} answers" in choice.description
+    assert f"{address} is reachable" in choice.description
 
 
-def test_an_unknown_tag_is_left_to_apptainer(address: str) -> None:
+def test_an_unknown_tag_is_passed_to_apptainer(address: str) -> None:
     choice = choose_base(BuildOptions(ollama_image=f"docker://{address}/ollama/ollama:0.0"))
     assert choice.pinned_image == f"{address}/ollama/ollama:0.0"
 
@@ -103,18 +103,18 @@ def test_the_default_is_pinned() -> None:
     assert choice.pinned_image == OLLAMA_IMAGE.removeprefix("docker://")
 
 
-def test_auto_takes_debian_where_the_registry_is_silent() -> None:
+def test_auto_uses_debian_if_the_registry_does_not_respond() -> None:
     options = BuildOptions(
         ollama_image="docker://127.0.0.1:9/ollama/ollama", mirror="http://m", suite="trixie"
     )
     choice = choose_base(options)
     assert choice.base == "debian"
-    assert "127.0.0.1:9 does not answer" in choice.why
-    with pytest.raises(ImageError, match="cannot be fetched"):
+    assert "127.0.0.1:9 does not respond" in choice.why
+    with pytest.raises(ImageError, match="cannot be downloaded"):
         choose_base(replace(options, base="docker"))
 
 
-def test_an_archive_asks_for_debian(tmp_path: Path) -> None:
+def test_an_archive_implies_the_debian_base(tmp_path: Path) -> None:
     archive = tmp_path / "ollama-linux-amd64.tgz"
     archive.touch()
     choice = choose_base(BuildOptions(ollama_tarball=archive, mirror="http://m", suite="trixie"))
@@ -125,13 +125,13 @@ def test_an_archive_asks_for_debian(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"base": "alpine"}, "is unknown"),
-        ({"ollama_image": "ollama/ollama"}, "no docker reference"),
-        ({"ollama_tarball": Path("/nowhere.tgz")}, "is not there"),
-        ({"base": "docker", "ollama_tarball": Path("/x")}, "has an Ollama already"),
+        ({"base": "alpine"}, "unknown base"),
+        ({"ollama_image": "ollama/ollama"}, "not a docker reference"),
+        ({"ollama_tarball": Path("/nowhere.tgz")}, "archive not found"),
+        ({"base": "docker", "ollama_tarball": Path("/x")}, "which contains Ollama"),
     ],
 )
-def test_options_that_cannot_be(wrong: dict[str, object], message: str) -> None:
+def test_conflicting_options_are_rejected(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
         BuildOptions(**wrong)  # type: ignore[arg-type]
     assert caught.value.remedy
@@ -166,14 +166,14 @@ Components: main
         ("sources.list.d/debian.sources", DEB822),
     ],
 )
-def test_the_mirror_is_apts(tmp_path: Path, name: str, text: str) -> None:
+def test_the_mirror_comes_from_apt(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     assert find_source(tmp_path) == AptSource("http://first/debian", "trixie")
 
 
-def test_no_apt_is_no_source(tmp_path: Path) -> None:
+def test_there_is_no_source_without_apt(tmp_path: Path) -> None:
     assert find_source(tmp_path) is None
 
 
@@ -195,7 +195,7 @@ def test_the_command_line_for_a_registry_on_loopback() -> None:
     assert "from=127.0.0.1:5000/o/o:1" in command
 
 
-def test_the_time_of_the_build_is_that_of_the_commit(tmp_path: Path) -> None:
+def test_the_build_time_is_that_of_the_commit(tmp_path: Path) -> None:
     environment = build_environment({"A": "b"}, tmp_path, find_sources())
     assert environment["APPTAINER_TMPDIR"] == str(tmp_path)
     assert environment["A"] == "b"
@@ -203,23 +203,23 @@ def test_the_time_of_the_build_is_that_of_the_commit(tmp_path: Path) -> None:
         assert environment["SOURCE_DATE_EPOCH"].isdigit()
 
 
-def test_no_checkout_has_no_commit(tmp_path: Path) -> None:
+def test_there_is_no_commit_without_a_checkout(tmp_path: Path) -> None:
     facts = known_facts(Checkout(tmp_path), DEBIAN)
     assert facts["commit"] == "unknown"
     assert facts["base_image"] == "debootstrap trixie"
     assert "SOURCE_DATE_EPOCH" not in build_environment({}, tmp_path, Checkout(tmp_path))
 
 
-def test_an_image_that_is_there_stays(tmp_path: Path) -> None:
+def test_an_existing_image_is_not_replaced(tmp_path: Path) -> None:
     output = tmp_path / "aiflux.sif"
     output.touch()
-    with pytest.raises(ImageError, match="is there already"):
+    with pytest.raises(ImageError, match="already exists"):
         build(BuildOptions(output=output))
-    with pytest.raises(ImageError, match="the directory"):
+    with pytest.raises(ImageError, match="the output directory"):
         build(BuildOptions(output=tmp_path / "none" / "aiflux.sif"))
 
 
-def test_info_reads_the_labels_and_executes_nothing_of_the_image(
+def test_info_reads_the_labels_without_executing_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fakes = FakeCommands(tmp_path / "bin")
@@ -227,21 +227,21 @@ def test_info_reads_the_labels_and_executes_nothing_of_the_image(
     monkeypatch.setenv("PATH", fakes.path)
     image = make_sif(tmp_path / "an image.sif", version="0.2", cpu_only="yes")
     assert main(["image", "info", str(image), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["version"], told["cpu_only"]) == ("0.2", "yes")
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["version"], facts["cpu_only"]) == ("0.2", "yes")
     assert {call.argv[0] for call in fakes.calls("apptainer")} <= {"verify"}
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b"torn"), "is no Apptainer image"),
+        (lambda path: path.write_bytes(b"torn"), "is not an Apptainer image"),
         (lambda path: make_sif(path, engine="x"), "is not an AI-Flux image"),
         (lambda path: path.mkdir(), "is not an AI-Flux image"),
-        (lambda path: None, "there is no image"),
+        (lambda path: None, "image not found"),
     ],
 )
-def test_info_of_what_is_no_image(
+def test_info_rejects_other_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[..., object], message: str
 ) -> None:
     make(tmp_path / "x.sif")

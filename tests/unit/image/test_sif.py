@@ -1,4 +1,4 @@
-"""Images are read without Apptainer."""
+"""Reading images without Apptainer."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def test_an_image_without_labels_is_not_cpu_only(tmp_path: Path) -> None:
     assert not read_image(make_sif(tmp_path / "a.sif")).cpu_only
 
 
-def test_null_labels_are_none(tmp_path: Path) -> None:
+def test_null_labels_are_ignored(tmp_path: Path) -> None:
     made = make_raw_sif(tmp_path / "a.sif", b'{"data": {"attributes": {"labels": null}}}')
     assert read_image(made).labels == {}
 
 
-def test_a_sandbox_tells_nothing(tmp_path: Path) -> None:
+def test_a_sandbox_has_no_facts(tmp_path: Path) -> None:
     assert read_image(tmp_path).arch is None
 
 
-def test_nothing_is_there(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="there is no image") as raised:
+def test_a_missing_image_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="image not found") as raised:
         read_image(tmp_path / "none.sif")
     assert raised.value.remedy == "build it: make image"
 
@@ -42,14 +42,14 @@ def test_nothing_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"#!/bin/sh\n", b"hsqs" * 100, b"SIF_MAGIC\0" * 20], ids=len
 )
-def test_what_is_no_image(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.sif").write_bytes(content)
-    with pytest.raises(ImageError, match="is no Apptainer image"):
+    with pytest.raises(ImageError, match="is not an Apptainer image"):
         read_image(tmp_path / "a.sif")
 
 
 @pytest.mark.parametrize("kept", [128, 4096, 4700, 32176, 32200, -1])
-def test_a_copy_that_was_cut_short_is_damaged(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_image_is_damaged(tmp_path: Path, kept: int) -> None:
     path = make_sif(tmp_path / "a.sif", cpu_only="no")
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ImageError, match="is damaged") as raised:
@@ -58,6 +58,6 @@ def test_a_copy_that_was_cut_short_is_damaged(tmp_path: Path, kept: int) -> None
 
 
 @pytest.mark.parametrize("metadata", [b"", b"[]", b"{", b'{"data": 3}', b"\xff"])
-def test_labels_that_are_no_labels(tmp_path: Path, metadata: bytes) -> None:
+def test_invalid_labels_are_reported(tmp_path: Path, metadata: bytes) -> None:
     with pytest.raises(ImageError, match="its labels cannot be read"):
         read_image(make_raw_sif(tmp_path / "a.sif", metadata))

@@ -1,4 +1,4 @@
-"""Signatures, as Apptainer 1.4.5 tells of them."""
+"""Signatures, with the output of Apptainer 1.4.5."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def answer(*parts: str, whole: bool = True) -> str:
          f"{INFO}{FATAL}signature not found for object group 1\n", 255, "unsigned", "not signed"),
         (answer(), f"{INFO}{FATAL}signature object 4 not valid: openpgp: signature made by unknown "
          "entity\n", 255, "unknown key",
-         "signed with a key that is not in your keyring: not verified"),
+         "not verified: signed with a key that is not in your keyring"),
         (answer("FS", whole=False), f"{INFO}{FATAL}data object integrity compromised: 3\n", 255,
-         "broken", "signed, but the image was changed since: integrity: data object integrity "
+         "broken", "signed, but modified since: integrity: data object integrity "
          "compromised: 3"),
     ],
 )  # fmt: skip
-def test_what_apptainer_answers(
+def test_verify_output_is_parsed(
     stdout: str, stderr: str, code: int, state: str, words: str
 ) -> None:
     found = judge(stdout, stderr, code)
     assert (found.state, found.words) == (state, words)
 
 
-def test_an_answer_about_something_else_is_no_verdict() -> None:
+def test_unrelated_output_is_an_error() -> None:
     with pytest.raises(ImageError, match="could not be opened"):
         judge("", "FATAL:   x.sif could not be opened\n", 255)
 
@@ -73,7 +73,7 @@ def apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
     return fakes
 
 
-# As the real one: key 1 has the passphrase "a b $c", which is read from standard input.
+# Like the real command. Key 1 has the passphrase "a b $c", which is read from standard input.
 KEYRING = r"""
 case "$1 $2" in
 'key list')
@@ -98,13 +98,13 @@ def keyring(fakes: FakeCommands, count: int, more: str = "") -> None:
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ("echo told; echo warned >&2", (0, "told\n", "warned\n")),
+        ("echo out; echo warned >&2", (0, "out\n", "warned\n")),
         ("echo warned >&2; exit 3", (3, "warned\n", "warned\n")),
         ("exit 4", (4, "", "")),
-        ("yes | head -c 300000 >&2; echo told", (0, "told\n", "y\n" * 150_000)),
+        ("yes | head -c 300000 >&2; echo out", (0, "out\n", "y\n" * 150_000)),
     ],
 )
-def test_output_and_errors_of_apptainer_are_kept_and_not_shown(
+def test_output_and_errors_of_apptainer_are_captured(
     apptainer: FakeCommands,
     capfd: pytest.CaptureFixture[str],
     script: str,
@@ -117,7 +117,7 @@ def test_output_and_errors_of_apptainer_are_kept_and_not_shown(
 
 
 @pytest.mark.parametrize("script", ["printf '\\377'", "printf '\\377' >&2; exit 2"])
-def test_output_of_apptainer_that_is_no_text(apptainer: FakeCommands, script: str) -> None:
+def test_binary_output_of_apptainer_is_an_error(apptainer: FakeCommands, script: str) -> None:
     apptainer.add("apptainer", script + "\n")
     with pytest.raises(ImageError, match="apptainer key failed: 'utf-8' codec"):
         find_signer()
@@ -127,14 +127,14 @@ def test_output_of_apptainer_that_is_no_text(apptainer: FakeCommands, script: st
     ("count", "key", "words"),
     [
         (0, None, "no PGP key"),
-        (2, None, "holds 2 to sign with: 0 Key 0 .* 1 Key 1"),
-        (2, 2, "no key 2: your keyring holds 2"),
+        (2, None, "keyring: 0 Key 0 .* 1 Key 1"),
+        (2, 2, "no key 2; secret keys in your keyring"),
         (1, -1, "no key -1"),
         (3, 2, r"key 2 \(Key 2 .*\) does not sign: openpgp: key expired"),
-        (2, 1, "key 1 .* has a passphrase, and there is nobody to type it"),
+        (2, 1, "key 1 .* needs a passphrase, and nobody can be asked for it"),
     ],
 )
-def test_a_key_that_cannot_sign_is_told_before_the_build(
+def test_a_key_that_cannot_sign_is_reported_before_the_build(
     apptainer: FakeCommands, tmp_path: Path, count: int, key: int | None, words: str
 ) -> None:
     keyring(apptainer, count)
@@ -145,7 +145,7 @@ def test_a_key_that_cannot_sign_is_told_before_the_build(
     assert not any(call.argv[0] == "build" for call in apptainer.calls("apptainer"))
 
 
-def test_a_keyring_that_cannot_be_read(apptainer: FakeCommands) -> None:
+def test_an_unreadable_keyring_is_reported(apptainer: FakeCommands) -> None:
     apptainer.say("apptainer", stderr="ERROR:   key list command failed: denied", status=2)
     with pytest.raises(ImageError, match="cannot list your keys: key list command failed: denied"):
         find_signer()
@@ -158,10 +158,10 @@ def test_a_keyring_that_cannot_be_read(apptainer: FakeCommands) -> None:
         (["x", "y", "a b $c"], None),
         (["x", "y", "z", "a b $c"], "does not sign with this passphrase: private key checksum"),
         (["x", ""], "does not sign with this passphrase"),
-        ([""], "nobody to type it"),
+        ([""], "nobody can be asked"),
     ],
 )
-def test_a_passphrase_is_asked_for_once_and_tried(
+def test_a_passphrase_is_requested_and_tested(
     apptainer: FakeCommands, typed: list[str], words: str | None
 ) -> None:
     keyring(apptainer, 2)
@@ -190,17 +190,17 @@ def test_a_passphrase_is_read_from_a_pipe(apptainer: FakeCommands, tmp_path: Pat
     assert "verified: signed by Ann" in done.stdout
 
 
-def test_signing_and_asking(apptainer: FakeCommands, tmp_path: Path) -> None:
+def test_an_image_is_signed_and_verified(apptainer: FakeCommands, tmp_path: Path) -> None:
     keyring(apptainer, 1, f"[ $1 = verify ] && echo '{answer('FS')}'\nexit 0\n")
     image = tmp_path / "an image.sif"
     sign(image, find_signer())
     assert apptainer.calls("apptainer")[-1].argv == ["sign", "--keyidx", "0", str(image)]
     assert signature(image).state == "verified"
     asked = apptainer.calls("apptainer")[-1].argv
-    assert asked == ["verify", "--local", "--json", str(image)], "no key server is asked"
+    assert asked == ["verify", "--local", "--json", str(image)], "no key server is contacted"
     assert diagnose(image).level == "ok"
 
 
-def test_a_key_without_signing_is_a_mistake() -> None:
-    with pytest.raises(ImageError, match="--key names"):
+def test_a_key_without_sign_is_an_error() -> None:
+    with pytest.raises(ImageError, match="--key has no effect"):
         BuildOptions(key=1)

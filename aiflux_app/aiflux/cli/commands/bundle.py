@@ -23,7 +23,7 @@ from aiflux.bundle.installer import (
     size,
     verify,
 )
-from aiflux.bundle.writer import Ingredients, payload_size, refuse_torn, write_bundle
+from aiflux.bundle.writer import Ingredients, payload_size, refuse_incomplete, write_bundle
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
@@ -170,7 +170,7 @@ def _model(models_dir: Path, text: str) -> ModelName:
     name = parse_model_name(text)
     manifest = read_manifest(models_dir, name)
     refuse_other_digest(name, manifest.digest, str(models_dir))
-    refuse_torn(models_dir, name)
+    refuse_incomplete(models_dir, name)
     return name
 
 

@@ -128,7 +128,7 @@ def _text(row: Row, column: str) -> str:
 
 
 CELL_DIGESTS = "cell_digests"
-"""Key of a request's metadata: a digest of each cell that its prompt was made from."""
+"""Metadata key of a request: a digest of each cell used in its prompt."""
 
 
 def _digests(cells: Mapping[str, Any], columns: Iterable[str]) -> dict[str, str]:
@@ -141,11 +141,11 @@ def _digest(cell: Any) -> str:
 
 
 def changed_cell(cells: Mapping[str, Any], digests: Mapping[str, str]) -> str | None:
-    """Return the first column whose cell is not the one that a request was made from.
+    """Return the first column whose cell differs from that of the request.
 
     Raises:
-        ValueError: a cell is bytes that are no text, so that no request can have been made from it.
-        KeyError: there is no such column.
+        ValueError: a cell is binary, so no request was made from it.
+        KeyError: a column does not exist.
     """
     differing = (name for name, digest in digests.items() if _digest(cells[name]) != digest)
     return next(differing, None)

@@ -211,7 +211,7 @@ ROWS = [["a", "0", "x"], ["b", "", "y"], ["a", "0", "z"], ["", "1", "b"]]
 
 @st.composite
 def edited(draw: st.DrawFn) -> tuple[list[list[str]], list[list[str]]]:
-    """Return rows, and those of the same file after somebody worked on it."""
+    """Return rows, and the same rows after some edits."""
     cell = st.sampled_from(["a", "b", "0", "1", ""])
     rows = draw(st.lists(st.tuples(cell, cell, cell).map(list), min_size=1, max_size=6))
     after = [list(row) for row in rows]
@@ -231,7 +231,7 @@ def edited(draw: st.DrawFn) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def write_table(path: Path, rows: list[list[str]]) -> Path:
-    """Write rows as the name asks: CSV, TSV or Parquet."""
+    """Write rows as CSV, TSV or Parquet, by suffix."""
     if path.suffix == ".parquet":
         pq.write_table(pa.table(dict(zip("abc", zip(*rows, strict=True), strict=False))), path)
         return path
@@ -254,11 +254,11 @@ def convert(source: Path, requests: Path, **options: Any) -> None:
     st.sampled_from(["in.csv", "in.tsv", "in.parquet"]),
     st.data(),
 )
-def test_no_answer_stands_beside_a_row_that_did_not_ask_for_it(
+def test_no_row_gets_the_answer_of_another_row(
     tmp_path_factory: pytest.TempPathFactory, id_column: str | None,
     versions: tuple[list[list[str]], list[list[str]]], name: str, data: st.DataObject,
 ) -> None:  # fmt: skip
-    """Whatever rows were inserted, deleted, swapped or edited: matched right, or refused."""
+    """Rows are inserted, deleted, swapped or edited: they are matched correctly, or rejected."""
     before, after = versions
     folder = tmp_path_factory.mktemp("source")
     source = write_table(folder / name, before)
@@ -289,7 +289,7 @@ def test_no_answer_stands_beside_a_row_that_did_not_ask_for_it(
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
 @pytest.mark.parametrize("kind", ["in.csv", "in.tsv", "in.parquet"])
-def test_a_source_that_was_changed_since_is_refused_with_the_row(
+def test_a_changed_source_is_rejected_with_the_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -303,29 +303,30 @@ def test_a_source_that_was_changed_since_is_refused_with_the_row(
     capsys.readouterr()
     words = ["results", "to-csv", str(output), "--source", str(source), "--output", "-"]
     assert main(words) == 0
-    told = capsys.readouterr()
-    assert [line.split(",")[4] for line in told.out.splitlines()[1:]] == ["0x", "y", "0z", "1b"]
-    assert "not asked" not in told.err
+    captured = capsys.readouterr()
+    assert [line.split(",")[4] for line in captured.out.splitlines()[1:]] == ["0x", "y", "0z", "1b"]
+    assert "not asked" not in captured.err
     write_table(source, [["new", "0", "z"], *ROWS])
     assert main(words) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
+    captured = capsys.readouterr()
+    assert captured.out == ""
     place = "row 1 of" if kind == "in.parquet" else "line 2 of"
-    assert f"{place} {str(source)!r} is not what 'row-1' was made from: column 'c'" in told.err
-    assert "give the file as it was when it was converted" in told.err
-    write_table(source, [*ROWS, ["new", "0", "z"]])  # at the end it does no harm
+    assert (
+        f"{place} {str(source)!r} differs from the row that became 'row-1': column 'c'"
+        in captured.err
+    )
+    assert "use the file as it was converted" in captured.err
+    write_table(source, [*ROWS, ["new", "0", "z"]])  # rows can be added at the end
     assert main(words) == 0
     assert "1 of the source without a result" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [("rename", "which needs column 'b'"), ("metadata", "not made from a table"),
-     ("form", "needs its run directory")],
+    [("rename", "column 'b' is missing"), ("metadata", "did not create this request from a table"),
+     ("form", "requires its run directory")],
 )  # fmt: skip
-def test_rows_whose_numbers_are_all_that_is_known_are_refused(
-    tmp_path: Path, change: str, reason: str
-) -> None:
+def test_rows_known_only_by_number_are_rejected(tmp_path: Path, change: str, reason: str) -> None:
     source = write_csv(tmp_path / "in.csv", [["id", "b"], ["row-1", "one"], ["row-2", "two"]])
     csv_to_jsonl(source, tmp_path / "q.jsonl", template="{b}")
     output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
@@ -342,17 +343,17 @@ def test_rows_whose_numbers_are_all_that_is_known_are_refused(
         body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "one"}}]}
         entry = {"custom_id": "row-1", "response": {"status_code": 200, "body": body}}
         output.write_text(json.dumps({**entry, "error": None}) + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match="is not known") as error:
+    with pytest.raises(InputError, match="cannot be matched") as error:
         results_to_csv(output, tmp_path / "b.csv", BackOptions(source=source))
     assert reason in str(error.value)
     assert "--id-column" in str(error.value.remedy)
-    # By a column of custom_ids the rows are known, whatever else there is.
+    # With a column of custom_ids, all rows can be matched.
     results_to_csv(output, tmp_path / "b.csv", BackOptions(source=source, id_column="id"))
     assert read_csv(tmp_path / "b.csv")[1] == ["row-1", "row-1", "one", "one", ""]
 
 
-def test_rows_that_were_skipped_take_no_answer(tmp_path: Path) -> None:
-    """The first row of a custom_id holds no text: the second was asked."""
+def test_skipped_rows_get_no_answer(tmp_path: Path) -> None:
+    """The first row with a custom_id is not text, so the second one was requested."""
     source = tmp_path / "in.parquet"
     texts = pa.array([b"\xff", b"ok", b"x", b"y"])
     pq.write_table(pa.table({"id": pa.array([b"a", b"a", b"\xff", b"b"]), "text": texts}), source)

@@ -162,7 +162,7 @@ class BackTable:
                 raise self.source.foreign(self.output)
 
     def _answer(self, row: Row, answers: AnswersById) -> ResultEntry | None:
-        """Return the result of the request that was made from a row, if there was one."""
+        """Return the result of the request made from a row, if any."""
         answer = answers.get(row.name)
         digests = {} if answer is None else _digests(answer)
         try:
@@ -172,7 +172,7 @@ class BackTable:
         return answer
 
     def _check(self, source: _Source, row: Row, answer: ResultEntry) -> None:
-        """Raise InputError unless a row is what the request of an answer was made from.
+        """Raise InputError unless the request of an answer was made from this row.
 
         By an id column a row can also be joined from another table, which lacks what was asked.
         """
@@ -304,7 +304,7 @@ class _Source:
             yield row if self.id_column is None else replace(row, name=self._id(row))
 
     def _id(self, row: Row) -> str:
-        """Return the custom_id in a row's id column; "", which no request has, for what is none."""
+        """Return the custom_id in a row's id column; "" (used by no request) if it is not text."""
         try:
             return as_text(row.cells[self.id_column or ""])
         except ValueError:
@@ -321,25 +321,25 @@ class _Source:
 
     def changed(self, row: Row, column: str) -> InputError:
         return InputError(
-            f"{self._place(row)} is not what {row.name!r} was made from: column {column!r} "
-            "differs; no table was written",
-            "give the file as it was when it was converted, with the same --delimiter and "
+            f"{self._place(row)} differs from the row that became {row.name!r}: column {column!r} "
+            "has changed; no table was written",
+            "use the file as it was converted, with the same --delimiter and "
             "--encoding; without --source, the table has the columns of --keep",
         )
 
     def unknown(self, row: Row, answer: ResultEntry, digests: Mapping[str, str]) -> InputError:
-        """Return the error for a row that would be matched by its number alone."""
+        """Return the error for a row that could only be matched by its number."""
         missing = [name for name in digests if name not in self.columns]
         if missing:
-            reason = f"which needs column {missing[0]!r}"
+            reason = f"because column {missing[0]!r} is missing"
         elif answer.request is None:
-            reason = "because a .jsonl output needs its run directory and its input for that"
+            reason = "because a .jsonl output requires its run directory and input for this"
         else:
-            reason = "because that request was not made from a table by `aiflux convert`"
+            reason = "because `aiflux convert` did not create this request from a table"
         return InputError(
-            f"whether {self._place(row)} is what {row.name!r} was made from is not known, "
+            f"{self._place(row)} cannot be matched with {row.name!r}, "
             f"{reason}; no table was written",
-            "name the column that the custom_ids came from with --id-column; without --source, "
+            "set --id-column to the column with the custom_ids; without --source, "
             "the table has the columns of --keep",
         )
 

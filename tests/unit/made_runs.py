@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.batch.input_file import InputFacts
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan, Shard, write_plan
@@ -30,13 +31,13 @@ class MadeRun:
         self.output = self.folder / "results.json"
         self.run = RunDirectory.of_output(self.output)
         self.plan = Plan(
-            input={
-                "path": str(self.folder / "prompts.jsonl"),
-                "size": 1,
-                "requests": self.shards * self.each,
-                "digest": "d",
-                "endpoints": {"/v1/chat/completions": self.shards * self.each},
-            },
+            input=InputFacts(
+                path=self.folder / "prompts.jsonl",
+                size=1,
+                requests=self.shards * self.each,
+                digest="d",
+                endpoints={"/v1/chat/completions": self.shards * self.each},
+            ),
             output=self.output,
             models=("llama3.2:3b",),
             options=replace(self.options, model="llama3.2:3b"),

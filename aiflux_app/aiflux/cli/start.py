@@ -20,7 +20,7 @@ from aiflux.core.runs.open import OpenedRun
 from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.registry import register_plan
-from aiflux.core.runs.status_file import finished_line, refuse_failures
+from aiflux.core.runs.status_file import Counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ExitCode, ImageError, ModelError
 from aiflux.image.container import (
@@ -55,8 +55,8 @@ def submit_planned(planned: PlannedRun) -> int:
     from aiflux.slurm.submit import submit_job
 
     opened = planned.opened
-    if opened.finished:
-        return _tell_finished(opened)
+    if opened.counts is not None:
+        return _tell_finished(opened.plan, opened.counts)
     if not opened.open_shards:
         return write_output(opened.plan, opened.run)
     jobs = submit_job(planned)
@@ -85,7 +85,7 @@ def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
         TooManyFailuresError: more requests failed than are allowed.
     """
     counts = merge(plan, run, print, again=again)
-    refuse_failures(plan, {"total": counts.total, "failed": counts.failed})
+    refuse_failures(plan, counts.failed)
     return 0
 
 
@@ -97,8 +97,8 @@ def run_local(opened: OpenedRun, config: Config) -> int:
     from aiflux.engines.process import find_program, named_program
 
     kind = engine_kind(opened.plan.options)
-    if opened.finished:
-        return _tell_finished(opened)
+    if opened.counts is not None:
+        return _tell_finished(opened.plan, opened.counts)
     for finding in check_names(opened.plan, config.catalogue()):
         raise ModelError(finding.what, finding.fix)
     if named_program(kind, os.environ):
@@ -125,8 +125,8 @@ def run_here(opened: OpenedRun) -> int:
     from aiflux.worker.shard import Context, ensure_models, work
     from aiflux.worker.stop import Stopper
 
-    if opened.finished:
-        return _tell_finished(opened)
+    if opened.counts is not None:
+        return _tell_finished(opened.plan, opened.counts)
     stopper = Stopper()
     stopper.install()
     context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
@@ -138,9 +138,9 @@ def run_here(opened: OpenedRun) -> int:
     return 0
 
 
-def _tell_finished(opened: OpenedRun) -> int:
-    print(finished_line(opened.plan, opened.counts))
-    refuse_failures(opened.plan, opened.counts)
+def _tell_finished(plan: Plan, counts: Counts) -> int:
+    print(finished_line(plan, counts))
+    refuse_failures(plan, counts.failed)
     return 0
 
 

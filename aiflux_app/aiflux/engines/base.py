@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.status_file import EngineFacts
 from aiflux.errors import RejectedError
 from aiflux.models.catalog import Catalogue
 from aiflux.models.figures import Figures
@@ -154,7 +155,7 @@ class Engine(Protocol):
     kind: EngineKind
     index: int
     client: Client
-    facts: dict[str, Any]
+    facts: EngineFacts
 
     def start(self) -> None:
         """Return when the model answers. Called again after a crash.

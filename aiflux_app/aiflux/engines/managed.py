@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.process import ServerProcess
 from aiflux.engines.sizing import in_flight
@@ -30,7 +30,7 @@ class ManagedEngine:
         self.spec = spec
         self.index = spec.index
         self.slots = slots
-        self.facts: dict[str, Any] = {"index": spec.index, "devices": list(spec.devices)}
+        self.facts = EngineFacts(spec.index, spec.devices)
         self.client = make_client("")
         self._make_client = make_client
         self._server: ServerProcess | None = None
@@ -89,10 +89,10 @@ class ManagedEngine:
     def describe(self) -> str:
         """Return where it runs, its version and its slots."""
         facts = self.facts
-        where = "GPU " + ",".join(facts["devices"]) if facts["gpu_bytes"] else "the CPU"
+        where = "GPU " + ",".join(facts.devices or ()) if facts.gpu_bytes else "the CPU"
         return (
-            f"engine {self.index} is up on {where}: {self.kind.title} {facts['version']}, "
-            f"{self.slots} slot{'s' * (self.slots > 1)} of {facts['context_length']} tokens"
+            f"engine {self.index} is up on {where}: {self.kind.title} {facts.version}, "
+            f"{self.slots} slot{'s' * (self.slots > 1)} of {facts.context_length} tokens"
         )
 
     def _serve(self, command: Sequence[str], environment: Mapping[str, str]) -> str:

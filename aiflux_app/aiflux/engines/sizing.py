@@ -105,7 +105,7 @@ def context_length(plan: Plan, trained: int = 0) -> int:
     """
     if plan.options.context_length is not None:
         return plan.options.context_length
-    longest = int(plan.input["longest_tokens"])
-    needed = longest if longest <= _GENEROUS else int(plan.input["context_tokens"])
+    longest = plan.input.longest_tokens
+    needed = longest if longest <= _GENEROUS else plan.input.context_tokens
     rounded = max(MIN_CONTEXT, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
     return min(rounded, trained or rounded)

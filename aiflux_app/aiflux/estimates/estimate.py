@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.status_file import StatusFile, Totals
 from aiflux.estimates.intervals import Range, share_of, total, unevenness
 from aiflux.estimates.pilot import Drawn
 from aiflux.estimates.throughput import Observation, pace, start_up
+from aiflux.util.records import to_json
 from aiflux.util.times import unix_seconds, utc_now, walltime_seconds, walltime_text
 
 SLURM = "slurm"
@@ -145,31 +147,20 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """Return the estimate and its derived figures as JSON."""
         return {
-            **asdict(self),
+            **to_json(self),
             "time": self.time,
-            "shard_seconds": asdict(self.shard_seconds),
-            "gpu_hours": asdict(self.gpu_hours(self.shards)) if self.gpus else None,
+            "shard_seconds": to_json(self.shard_seconds),
+            "gpu_hours": to_json(self.gpu_hours(self.shards)) if self.gpus else None,
             "requests_per_second": round(self.requests_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
         }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Estimate:
-        """Read what ``to_json`` returned.
-
-        Raises:
-            KeyError, TypeError: the content is not an estimate.
-        """
-        values = {item.name: content[item.name] for item in fields(cls)}
-        ranges = {name: Range(**value) for name, value in values.items() if isinstance(value, dict)}
-        return cls(**{**values, **ranges, "warnings": tuple(values["warnings"])})
 
 
 def estimate(
     whole: Plan,
     drawn: Drawn,
     observations: Sequence[Observation],
-    status: Mapping[str, Any],
+    status: StatusFile,
     time: str | None,
     where: str = SLURM,
 ) -> Estimate:
@@ -186,7 +177,7 @@ def estimate(
     full, costs = _costs(observations)
     seen = len(observations)
     doubt = _doubt(seen, full, _lanes(whole, status))
-    details = status["aiflux"]
+    details = status.details
     work = _doubted(_sum(costs, observations, drawn, whole.requests), doubt)
     failed = sum(item.error is not None for item in observations)
     result = Estimate(
@@ -200,9 +191,9 @@ def estimate(
         completion_tokens=_total("completion_tokens", observations, drawn, whole.requests),
         in_flight=full,
         work_seconds=work,
-        fixed_seconds=_fixed(observations, unix_seconds(details["started"])),
+        fixed_seconds=_fixed(observations, unix_seconds(details.started or "")),
         uneven=1.0 if seen >= whole.requests else unevenness(costs),
-        gpus=_gpus(details),
+        gpus=_gpus(details.totals),
         failures=share_of(failed, seen, whole.requests),
     ).recommended(time)
     warnings = [
@@ -251,18 +242,16 @@ def _doubt(seen: int, full: int, lanes: int | None) -> _Doubt:
     return _Doubt(_DOUBT, _DOUBT, False)
 
 
-def _lanes(plan: Plan, status: Mapping[str, Any]) -> int | None:
-    """Return the concurrency of the engines if it is known in advance, else None."""
-    engines = status["aiflux"].get("engines") or []
+def _lanes(plan: Plan, status: StatusFile) -> int | None:
+    """Return the requests in flight that the engines take; None while that is unknown."""
+    engines = status.details.engines
     if plan.options.concurrency is not None:
         return max(1, len(engines)) * plan.options.concurrency
-    slots = sum(int(engine.get("slots") or 0) for engine in engines)
-    return slots or None
+    return sum(engine.slots or 0 for engine in engines) or None
 
 
-def _gpus(details: Mapping[str, Any]) -> int:
-    totals = details.get("totals") or {}
-    return round(float(totals.get("gpu_seconds", 0)) / max(float(totals.get("seconds", 0)), 1e-3))
+def _gpus(totals: Totals) -> int:
+    return round(totals.gpu_seconds / max(totals.seconds, 1e-3))
 
 
 def _fixed(observations: Sequence[Observation], started: float) -> Range:
@@ -353,29 +342,25 @@ class ComparedFigure:
 
 
 def compare(
-    result: Estimate, shards: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]
+    result: Estimate, statuses: Sequence[StatusFile], whole: StatusFile
 ) -> tuple[ComparedFigure, ...]:
     """Return estimated and actual figures of a finished run side by side.
 
     Args:
-        shards: the status of every shard.
+        statuses: of every shard.
         whole: the status of the whole run.
     """
-    statuses = list(shards)
     count = max(1, len(statuses))
-    totals = [status["aiflux"].get("totals") or {} for status in statuses]
 
     def summed(name: str) -> float:
-        return float(sum(each.get(name, 0) for each in totals))
+        return float(sum(getattr(status.details.totals, name) for status in statuses))
 
     rows = [
         ComparedFigure("prompt tokens", "count", result.prompt_tokens, summed("prompt_tokens")),
         ComparedFigure(
             "answer tokens", "count", result.completion_tokens, summed("completion_tokens")
         ),
-        ComparedFigure(
-            "failed requests", "count", result.failures, whole["request_counts"]["failed"]
-        ),
+        ComparedFigure("failed requests", "count", result.failures, whole.counts.failed),
         ComparedFigure(
             "time of all jobs", "seconds", result.seconds_of_jobs(count), summed("seconds")
         ),
@@ -389,21 +374,20 @@ def compare(
     return tuple(rows)
 
 
-def _span(statuses: Iterable[Mapping[str, Any]], whole: Mapping[str, Any]) -> float | None:
-    """Return the seconds from the first start of a shard to the output, or None if unknown.
+def _span(statuses: Iterable[StatusFile], whole: StatusFile) -> float | None:
+    """Return the seconds from the first start of a shard to the output; None where unknown.
 
-    A status has the time of its last start and the total duration of all starts.
+    A status has the time at which its last start began, and the duration of all its starts.
     """
     begun = [min(_started(status), _at_least_since(status)) for status in statuses]
-    ended = whole.get("completed_at")
+    ended = whole.completed_at
     return max(0.0, ended - min(begun)) if begun and ended else None
 
 
-def _started(status: Mapping[str, Any]) -> float:
-    return unix_seconds(str(status["aiflux"].get("started", ""))) or math.inf
+def _started(status: StatusFile) -> float:
+    return unix_seconds(status.details.started or "") or math.inf
 
 
-def _at_least_since(status: Mapping[str, Any]) -> float:
-    details = status["aiflux"]
-    seconds = (details.get("totals") or {}).get("seconds", 0.0)
-    return float(details.get("updated") or math.inf) - float(seconds)
+def _at_least_since(status: StatusFile) -> float:
+    details = status.details
+    return (details.updated or math.inf) - details.totals.seconds

@@ -10,13 +10,14 @@ from aiflux.core.runs.plan import Plan
 from aiflux.estimates.estimate import Estimate
 from aiflux.estimates.pilot import Pilot
 from aiflux.util.files import write_json
+from aiflux.util.records import from_json
 
 
 def read_estimate(path: Path, plan: Plan) -> Estimate | None:
     """Return the estimate in a file, or None if there is none for this plan."""
     try:
-        estimate = Estimate.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        estimate = from_json(Estimate, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
     return estimate if estimate.plan == plan.id else None
 

@@ -15,7 +15,6 @@ from aiflux.report.machines import (
     engine_rows,
     machine_use,
     shard_rows,
-    totals_of,
     what_ran,
 )
 from aiflux.report.throughput import throughput
@@ -57,13 +56,11 @@ def make_report(sources: ReportSources) -> Report:
 
 def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
     plan = sources.plan
-    told = [status for status in sources.statuses if status is not None]
+    statuses = [status for status in sources.statuses if status is not None]
     if sources.condition.finished and sources.whole is not None:
-        told = [sources.whole]
-    completed, failed = (
-        sum(int(status["request_counts"][name]) for status in told)
-        for name in ("completed", "failed")
-    )
+        statuses = [sources.whole]
+    completed = sum(status.counts.completed for status in statuses)
+    failed = sum(status.counts.failed for status in statuses)
     return RequestCounts(
         total=plan.requests,
         completed=completed,
@@ -80,8 +77,8 @@ def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
 
 
 def _times(sources: ReportSources, whole: Tally) -> Times:
-    timeline, known = whole.timeline, [totals_of(details) for details in all_details(sources)]
-    ended = sources.whole.get("completed_at") if sources.whole is not None else None
+    timeline, known = whole.timeline, [details.totals for details in all_details(sources)]
+    ended = sources.whole.completed_at if sources.whole is not None else None
     some = bool(whole.results)
     return Times(
         planned=sources.plan.created,
@@ -90,8 +87,8 @@ def _times(sources: ReportSources, whole: Tally) -> Times:
         last_result=utc_text(timeline.last) if some else None,
         finished=utc_text(ended) if sources.condition.finished and ended else None,
         span_seconds=round(timeline.last - timeline.first, 3) if some else 0.0,
-        job_seconds=round(sum(float(totals.get("seconds", 0)) for totals in known), 1),
-        starts=sum(int(totals.get("starts", 0)) for totals in known),
+        job_seconds=round(sum(totals.seconds for totals in known), 1),
+        starts=sum(totals.starts for totals in known),
     )
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile
 from aiflux.estimates.estimate import Estimate
 from aiflux.report.data import Condition, EngineRow, Model, ShardRow, Use, What
 from aiflux.report.journal_summary import EngineTally, Tally
+from aiflux.util.records import to_json
 from aiflux.util.text import public_url
 
 
@@ -30,36 +32,20 @@ class ReportSources:
     plan: Plan
     run_dir: str
     condition: Condition
-    statuses: tuple[Mapping[str, Any] | None, ...]
-    whole: Mapping[str, Any] | None
+    statuses: tuple[StatusFile | None, ...]
+    whole: StatusFile | None
     tallies: tuple[Tally, ...]
     estimate: Estimate | None
     now: float
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
-    """Return a value of JSON that should be an object; an empty one where it is none."""
-    return value if isinstance(value, dict) else {}
-
-
-def details_of(status: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the part of a status that is AI-Flux's own."""
-    return mapping((status or {}).get("aiflux"))
-
-
-def all_details(sources: ReportSources) -> list[Mapping[str, Any]]:
+def all_details(sources: ReportSources) -> list[StatusDetails]:
     """Return the details of all shards that have a status."""
-    return [details_of(status) for status in sources.statuses if status is not None]
+    return [status.details for status in sources.statuses if status is not None]
 
 
-def totals_of(details: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what all starts of a shard come to."""
-    return mapping(details.get("totals"))
-
-
-def engines_of(details: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the engines of a shard's last start."""
-    return [mapping(engine) for engine in details.get("engines") or ()]
+def _details(status: StatusFile | None) -> StatusDetails:
+    return StatusDetails() if status is None else status.details
 
 
 def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
@@ -74,26 +60,25 @@ def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
         strict=True,
     )
     for shard, state, reason, status, tally in rows:
-        details = details_of(status)
-        totals, counts = totals_of(details), mapping((status or {}).get("request_counts"))
-        seconds = float(totals.get("seconds", 0))
-        slurm = mapping(details.get("slurm"))
+        details = _details(status)
+        counts = Counts(shard.requests, 0, 0) if status is None else status.counts
+        totals, seconds = details.totals, details.totals.seconds
         yield ShardRow(
             index=shard.index,
             state=state,
-            host=details.get("host"),
-            job=slurm.get("SLURM_JOB_ID"),
+            host=details.host,
+            job=details.slurm.job or None,
             total=shard.requests,
-            completed=int(counts.get("completed", 0)),
-            failed=int(counts.get("failed", 0)),
+            completed=counts.completed,
+            failed=counts.failed,
             prompt_tokens=tally.prompt_tokens,
             completion_tokens=tally.completion_tokens,
             seconds=round(seconds, 1),
-            gpu_hours=round(float(totals.get("gpu_seconds", 0)) / 3600, 4),
-            starts=int(totals.get("starts", 0)),
+            gpu_hours=round(totals.gpu_seconds / 3600, 4),
+            starts=totals.starts,
             tokens_per_second=round(tally.completion_tokens / seconds, 2) if seconds else 0.0,
             median_seconds=round(tally.latency.quantile(0.5), 3),
-            ended=details.get("ended") or reason or None,
+            ended=details.ended or reason or None,
         )
 
 
@@ -102,16 +87,16 @@ def engine_rows(sources: ReportSources) -> Iterable[EngineRow]:
     for shard, status, tally in zip(
         sources.plan.shards, sources.statuses, sources.tallies, strict=True
     ):
-        details = details_of(status)
-        known = {int(engine.get("index", 0)): engine for engine in engines_of(details)}
-        seconds = float(totals_of(details).get("seconds", 0))
+        details = _details(status)
+        known = {engine.index: engine for engine in details.engines}
+        seconds = details.totals.seconds
         for number in sorted({*tally.engines, *known}):
-            engine, did = known.get(number, {}), tally.engines.get(number, EngineTally())
+            engine, did = known.get(number), tally.engines.get(number, EngineTally())
             yield EngineRow(
                 shard=shard.index,
                 engine=number,
                 where=_place(engine),
-                slots=engine.get("slots"),
+                slots=None if engine is None else engine.slots,
                 results=did.results,
                 failed=did.failed,
                 completion_tokens=did.completion_tokens,
@@ -120,26 +105,24 @@ def engine_rows(sources: ReportSources) -> Iterable[EngineRow]:
             )
 
 
-def _place(engine: Mapping[str, Any]) -> str:
-    if "url" in engine:
-        return public_url(str(engine["url"]))
-    devices = ",".join(str(each) for each in engine.get("devices") or ())
-    if not engine:
+def _place(engine: EngineFacts | None) -> str:
+    if engine is None:
         return ""
-    on_gpu = devices and engine.get("gpu_bytes", 1)
-    return f"GPU {devices}" if on_gpu else "CPU"
+    if engine.url is not None:
+        return public_url(engine.url)
+    on_gpu = engine.devices and engine.gpu_bytes != 0
+    return f"GPU {','.join(engine.devices or ())}" if on_gpu else "CPU"
 
 
 def machine_use(sources: ReportSources, whole: Tally) -> Use:
     """Return how the machines were used."""
     engine_seconds = slot_seconds = counted = busy = gpu_seconds = 0.0
     for status, tally in zip(sources.statuses, sources.tallies, strict=True):
-        details = details_of(status)
-        totals, engines = totals_of(details), engines_of(details)
-        seconds = float(totals.get("seconds", 0))
-        gpu_seconds += float(totals.get("gpu_seconds", 0))
+        details = _details(status)
+        engines, seconds = details.engines, details.totals.seconds
+        gpu_seconds += details.totals.gpu_seconds
         engine_seconds += seconds * max(1, len(engines))
-        slots = [int(engine["slots"]) for engine in engines if engine.get("slots")]
+        slots = [engine.slots for engine in engines if engine.slots]
         if slots:
             slot_seconds += seconds * sum(slots)
             counted += seconds * len(slots)
@@ -162,19 +145,19 @@ def machine_use(sources: ReportSources, whole: Tally) -> Use:
 def _gpu_use(
     sources: ReportSources,
 ) -> tuple[Mapping[str, float] | None, Mapping[str, float] | None, int]:
-    """Average what the shards' samples say, each by their number."""
-    told = [mapping(details.get("gpu_use")) for details in all_details(sources)]
-    told = [use for use in told if use.get("samples")]
-    samples = sum(int(use["samples"]) for use in told)
+    """Return the samples of all shards, each weighted by its number."""
+    uses = [details.gpu_use for details in all_details(sources) if details.gpu_use.samples]
+    samples = sum(use.samples for use in uses)
     if not samples:
         return None, None, 0
 
     def figures(name: str) -> dict[str, float]:
-        mean = sum(use[f"{name}_mean"] * use["samples"] for use in told) / samples
-        return {"mean": round(mean, 1), "highest": max(use[f"{name}_max"] for use in told)}
+        mean = sum(getattr(use, f"{name}_mean") * use.samples for use in uses) / samples
+        highest = max(getattr(use, f"{name}_max") for use in uses)
+        return {"mean": round(mean, 1), "highest": highest}
 
     memory = figures("memory_mib")
-    memory["whole"] = max(use["memory_mib_total"] for use in told)
+    memory["whole"] = max(use.memory_mib_total for use in uses)
     return figures("utilization"), memory, samples
 
 
@@ -190,21 +173,21 @@ _OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
 def what_ran(sources: ReportSources, whole: Tally) -> What:
     """Return what ran, as far as plan, statuses and journals tell."""
     plan, known = sources.plan, all_details(sources)
-    images = [details["image"] for details in known if details.get("image")]
-    sealed = [bool(details["sealed"]) for details in known if "sealed" in details]
-    versions = Counter(_kind(engine) for details in known for engine in engines_of(details))
+    images = [details.image for details in known if details.image]
+    sealed = [details.sealed for details in known if details.sealed is not None]
+    versions = Counter(_kind(engine) for details in known for engine in details.engines)
     return What(
         run_dir=sources.run_dir,
         output=str(plan.output),
-        input={name: plan.input.get(name) for name in _OF_THE_INPUT},
+        input={name: to_json(plan.input)[name] for name in _OF_THE_INPUT},
         plan=plan.id,
         models=tuple(_models(plan, whole, known)),
         image_path=sources.condition.image,
         image=images[-1] if images else None,
         engines=dict(versions),
-        aiflux=tuple(sorted({str(details.get("version", plan.aiflux)) for details in known})),
-        gpus=dict(Counter(name for details in known for name in details.get("gpus") or ())),
-        hosts=tuple(sorted({str(details["host"]) for details in known if details.get("host")})),
+        aiflux=tuple(sorted({details.version or plan.aiflux for details in known})),
+        gpus=dict(Counter(name for details in known for name in details.gpus)),
+        hosts=tuple(sorted({details.host for details in known if details.host})),
         sealed=all(sealed) if sealed else None,
         parameters=plan.options.parameters,
         options=_options(plan.options),
@@ -218,10 +201,10 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
     )
 
 
-def _kind(engine: Mapping[str, Any]) -> str:
-    if "url" in engine:
-        return f"server at {public_url(str(engine['url']))}"
-    return f"Ollama {engine['version']}" if engine.get("version") else "Ollama"
+def _kind(engine: EngineFacts) -> str:
+    if engine.url is not None:
+        return f"server at {public_url(engine.url)}"
+    return f"Ollama {engine.version}" if engine.version else "Ollama"
 
 
 def without_secrets(value: Any) -> Any:
@@ -236,13 +219,14 @@ def without_secrets(value: Any) -> Any:
     return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _models(plan: Plan, whole: Tally, known: Sequence[Mapping[str, Any]]) -> Iterable[Model]:
+def _models(plan: Plan, whole: Tally, known: Sequence[StatusDetails]) -> Iterable[Model]:
     for name in plan.models:
         names = {name, plan.served(name)}
         digests = {digest for each in names for digest in whole.digests.get(each, ())}
         for details in known:
-            told = mapping(details.get("model_digests"))
-            digests |= {str(told[each]) for each in names if told.get(each)}
+            digests |= {
+                details.model_digests[each] for each in names & details.model_digests.keys()
+            }
         results = sum(whole.models[each] for each in names)
         only = whole.results if len(plan.models) == 1 else results
         yield Model(name, only, tuple(sorted(digests)))

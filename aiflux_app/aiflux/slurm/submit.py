@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -29,6 +29,7 @@ from aiflux.slurm.script import JobScript, job_name, render
 from aiflux.slurm.submissions import Job, Submission, Submissions, read_submissions, remember
 from aiflux.util.files import atomic_write, storage_error
 from aiflux.util.lease import acquire
+from aiflux.util.records import to_json
 from aiflux.util.times import utc_now, walltime_seconds
 
 
@@ -212,7 +213,7 @@ def plan_resume(
             "submit it: run the same `aiflux run` command again",
         )
     slurm = _recorded(records.slurm, changes)
-    if slurm.shards != records.slurm.get("shards"):
+    if slurm.shards != records.slurm.shards:
         raise ConfigError(
             "a run is resumed with the shards that it has",
             "give the whole `aiflux run` command with another --shards: it cuts the input anew",
@@ -238,15 +239,13 @@ def plan_resume(
         max_requeues=plan.options.max_requeues,
         engine_ca=plan.options.engine_ca if plan.options.engine_url else None,
     )
-    opened = OpenedRun(plan, run, counts is not None, True, counts or {}, missing)
+    opened = OpenedRun(plan, run, True, counts, missing)
     scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()
     return PlannedRun(opened, image, slurm, logs, scripts, len(active), known=records)
 
 
-def _recorded(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> SlurmConfig:
-    known = {item.name for item in fields(SlurmConfig)}
-    values = {name: value for name, value in recorded.items() if name in known}
-    return SlurmConfig(**{**values, **changes}).checked()
+def _recorded(recorded: SlurmConfig, changes: Mapping[str, Any]) -> SlurmConfig:
+    return SlurmConfig(**{**to_json(recorded), **changes}).checked()
 
 
 def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:

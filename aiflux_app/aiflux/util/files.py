@@ -278,19 +278,6 @@ def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
         file.write(json_text(value, indent=2).encode() + b"\n")
 
 
-def fits(value: Any, form: Any) -> bool:
-    """Tell whether a value has a form: a type, several, or an object or list of inner forms."""
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(
-            fits(value[name], inner) for name, inner in form.items() if name in value
-        )
-    if isinstance(form, list):
-        return isinstance(value, list) and all(fits(each, form[0]) for each in value)
-    if isinstance(form, tuple):
-        return any(fits(value, each) for each in form)
-    return isinstance(value, form)
-
-
 def storage_error(error: OSError, path: Path) -> StorageError:
     """Turn an OSError met in writing ``path`` into an error that says what to do."""
     limit = exhausted(error)

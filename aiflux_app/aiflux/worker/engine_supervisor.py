@@ -104,7 +104,7 @@ class EngineSupervisor:
             if fruitless > RESTARTS_WITHOUT_PROGRESS:
                 raise EngineError(
                     f"engine {self.engine.index} died {fruitless} times without a result between",
-                    f"see its log: {self.engine.facts.get('log', self.engine.facts.get('url'))}",
+                    f"see its log: {self.engine.facts.log or self.engine.facts.url}",
                 )
             self.restarts += 1
             self._say(f"engine {self.engine.index} is down; starting it again ({fruitless})")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
+from aiflux.core.runs.status_file import GpuUse
 from aiflux.engines.gpus import nvidia_smi
 from aiflux.util.process_limits import start_thread
 
@@ -14,48 +14,22 @@ INTERVAL = 30.0
 _QUERY = "--query-gpu=utilization.gpu,memory.used,memory.total"
 
 
-@dataclass(frozen=True)
-class GpuUse:
-    """Samples of all GPUs of a shard, added up over all its starts.
+def with_sample(use: GpuUse, utilization: float, used: float, total: float) -> GpuUse:
+    """Return the use with one more sample."""
+    count = use.samples + 1
+    return GpuUse(
+        count,
+        use.utilization_mean + (utilization - use.utilization_mean) / count,
+        max(use.utilization_max, utilization),
+        use.memory_mib_mean + (used - use.memory_mib_mean) / count,
+        max(use.memory_mib_max, used),
+        max(use.memory_mib_total, total),
+    )
 
-    Attributes:
-        samples: one for each GPU each time.
-        utilization_mean, utilization_max: percent of the time in which a kernel ran.
-        memory_mib_mean, memory_mib_max: in use.
-        memory_mib_total: what a GPU has.
-    """
 
-    samples: int = 0
-    utilization_mean: float = 0.0
-    utilization_max: float = 0.0
-    memory_mib_mean: float = 0.0
-    memory_mib_max: float = 0.0
-    memory_mib_total: float = 0.0
-
-    @classmethod
-    def of(cls, plan_id: str, earlier: Mapping[str, Any] | None) -> GpuUse:
-        """Go on from a status that an earlier start of the same plan left."""
-        details = (earlier or {}).get("aiflux", {})
-        told = details.get("gpu_use") if details.get("plan") == plan_id else None
-        return (
-            cls(**{name: told[name] for name in asdict(cls()) if name in told}) if told else cls()
-        )
-
-    def with_sample(self, utilization: float, used: float, total: float) -> GpuUse:
-        """Return the sum with one sample more."""
-        count = self.samples + 1
-        return GpuUse(
-            count,
-            self.utilization_mean + (utilization - self.utilization_mean) / count,
-            max(self.utilization_max, utilization),
-            self.memory_mib_mean + (used - self.memory_mib_mean) / count,
-            max(self.memory_mib_max, used),
-            max(self.memory_mib_total, total),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what the status shows."""
-        return {name: round(value, 2) for name, value in asdict(self).items()}
+def rounded(use: GpuUse) -> GpuUse:
+    """Return the use as the status shows it."""
+    return GpuUse(use.samples, *(round(figure, 2) for figure in astuple(use)[1:]))
 
 
 def samples(devices: Sequence[str]) -> list[tuple[float, float, float]]:
@@ -84,7 +58,7 @@ class GpuWatch:
         self,
         devices: Sequence[str],
         before: GpuUse,
-        note: Callable[[dict[str, Any]], None],
+        note: Callable[[GpuUse], None],
         interval: float = INTERVAL,
     ) -> None:
         self._devices = devices
@@ -105,8 +79,8 @@ class GpuWatch:
         while not self._ended.wait(self._interval):
             found = samples(self._devices)
             for sample in found:
-                self._use = self._use.with_sample(*sample)
+                self._use = with_sample(self._use, *sample)
             if not found:
                 return
             if not self._ended.is_set():
-                self._note(self._use.to_json())
+                self._note(rounded(self._use))

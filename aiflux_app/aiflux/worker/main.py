@@ -27,7 +27,7 @@ from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, default_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, read_plan
-from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
+from aiflux.core.runs.status_file import Counts, finished_counts, finished_line, refuse_failures
 from aiflux.engines.base import FetchContext
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.engines.ollama.pull import create_model
@@ -193,7 +193,7 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
             force=arguments.force,
             force_resume=arguments.force_resume,
         )
-    if opened.finished:
+    if opened.counts is not None:
         finished(opened.plan, opened.counts, context)
         return
     carry_estimate(opened.plan, opened.run)
@@ -202,11 +202,11 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
         work(opened.plan, opened.run, 0, context)
 
 
-def finished(plan: Plan, counts: dict[str, int], context: Context) -> None:
+def finished(plan: Plan, counts: Counts, context: Context) -> None:
     """Say that a run was finished before.
 
     Raises:
         TooManyFailuresError: it had too many failures then.
     """
     context.reporter.say(finished_line(plan, counts))
-    refuse_failures(plan, counts)
+    refuse_failures(plan, counts.failed)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 ROUTES = (Path("/proc/net/route"), Path("/proc/net/ipv6_route"))
 """IPv4's table has the interface first and a heading, IPv6's has it last (Linux, proc(5))."""
 
 
-def seal_facts(
+def unsealed_reason(
     environ: Mapping[str, str], *, engine_here: bool, tables: tuple[Path, Path] = ROUTES
-) -> dict[str, Any]:
-    """Return whether this process has loopback only, and else why not.
+) -> str:
+    """Return why this process has a network; "" where it has loopback only.
 
     Args:
         engine_here: whether the engine runs beside this process.
@@ -22,14 +21,11 @@ def seal_facts(
     if environ.get("AIFLUX_SEALED") == "1":
         out = sorted({*_interfaces(tables)} - {"lo"})
         if not out:
-            return {"sealed": True}
-        return _unsealed(f"the container has a network all the same ({', '.join(out)})")
-    untold = "started by hand" if engine_here else "the engine is elsewhere"
-    return _unsealed(environ.get("AIFLUX_UNSEALED") or untold)
-
-
-def _unsealed(why: str) -> dict[str, Any]:
-    return {"sealed": False, "unsealed": why.encode(errors="replace").decode()}
+            return ""
+        return f"the container has a network all the same ({', '.join(out)})"
+    unknown = "started by hand" if engine_here else "the engine is elsewhere"
+    why = environ.get("AIFLUX_UNSEALED") or unknown
+    return why.encode(errors="replace").decode()
 
 
 def _interfaces(tables: tuple[Path, Path]) -> Iterator[str]:

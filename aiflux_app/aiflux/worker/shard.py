@@ -20,7 +20,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.runs.output import forget_done, merge_when_last
 from aiflux.core.runs.plan import Plan, Shard, changed_input, read_plan, same_work
-from aiflux.core.runs.status_file import Status, read_status
+from aiflux.core.runs.status_file import SlurmJob, Status, StatusDetails, read_status
 from aiflux.engines import server_load
 from aiflux.engines.base import Engine, EngineSpec, FetchContext
 from aiflux.engines.gpus import gpu_names, group, visible_devices
@@ -41,8 +41,8 @@ from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.engine_supervisor import EngineSupervisor
-from aiflux.worker.gpu_monitor import GpuUse, GpuWatch
-from aiflux.worker.network_check import seal_facts
+from aiflux.worker.gpu_monitor import GpuWatch
+from aiflux.worker.network_check import unsealed_reason
 from aiflux.worker.progress import Reporter
 from aiflux.worker.rejections import Rejections
 from aiflux.worker.scheduler import Lane, Limit, Scheduler
@@ -164,13 +164,12 @@ class _ShardWork:
         self.source = Source(plan, shard, index, self.reader)
         completed, failed = self.source.count_done()
         self.stats = Stats(shard.requests, completed, failed)
-        self.status = Status(run.status(shard.index), plan, shard.index)
-        self.status.details.update(_facts(plan, context))
-        earlier = read_status(run, shard.index)
+        facts = _facts(plan, context)
+        self.status = Status(run.status(shard.index), plan, shard.index, details=facts)
+        earlier = read_status(run, shard.index, plan)
         self.ledger = Ledger.of(plan, earlier, context.environ)
-        self.gpu_use = GpuUse.of(plan.id, earlier)
-        if self.gpu_use.samples:
-            self.status.details["gpu_use"] = self.gpu_use.to_json()
+        if earlier is not None:
+            self.status.details.gpu_use = earlier.details.gpu_use
         self._sync_status()
         if self.stats.done < shard.requests:
             forget_done(plan, run, shard.index)
@@ -231,7 +230,7 @@ class _ShardWork:
         self._sync_status()
         run_wide = self.plan.options.allowed_failures(self.plan.requests)
         own = self.stats.failed > run_wide
-        self.status.details["exit_code"] = int(ExitCode.FAILURES if own else ExitCode.OK)
+        self.status.details.exit_code = int(ExitCode.FAILURES if own else ExitCode.OK)
         merged = merge_when_last(
             self.plan,
             self.run_directory,
@@ -241,8 +240,8 @@ class _ShardWork:
         )
         failed = self.stats.failed if merged is None else merged.failed
         if failed > run_wide:
-            last = self.stats.errors[-1] if self.stats.errors else {}
-            shown = f"; the last: {last['param']}: {last['message']}" if last else ""
+            last = self.stats.errors[-1] if self.stats.errors else None
+            shown = f"; the last: {last.param}: {last.message}" if last else ""
             raise TooManyFailuresError(
                 f"{failed} of {self.plan.requests} requests failed "
                 f"({run_wide} allowed by --max-failures){shown}",
@@ -290,22 +289,24 @@ class _ShardWork:
     def _gpu_watch(self) -> GpuWatch:
         own = engine_kind(self.plan.options).managed
         devices = visible_devices(self.context.environ) if own else ()
-        note = partial(self.status.details.__setitem__, "gpu_use")
-        return GpuWatch(devices, self.gpu_use, note)
+        details = self.status.details
+        return GpuWatch(devices, details.gpu_use, partial(setattr, details, "gpu_use"))
 
     def _sync_status(self) -> None:
         self.status.completed = self.stats.completed
         self.status.failed = self.stats.failed
         self.status.errors = list(self.stats.errors)
-        self.status.details["progress"] = progress = self.stats.snapshot()
-        self.status.details["totals"] = self.ledger.totals(progress)
-        self.status.details["requeues"] = self.ledger.requeues
+        details = self.status.details
+        details.progress = self.stats.snapshot()
+        details.totals = self.ledger.totals(details.progress)
+        details.requeues = self.ledger.requeues
 
     def _end(self, state: str, error: BaseException) -> None:
         self._sync_status()
         message = error.message if isinstance(error, AifluxError) else repr(error)
         code = error.exit_code if isinstance(error, AifluxError) else ExitCode.BUG
-        self.status.details.update(ended=message, exit_code=int(code))
+        details = self.status.details
+        details.ended, details.exit_code = message, int(code)
         try:
             self.status.enter(state)
         except AifluxError as failure:
@@ -392,13 +393,13 @@ class _ModelWork:
             lane.limit = self._limit_of(engine)
         digest = engine.model_digest()
         facts = self.shard.status.details
-        facts["engines"] = [each.engine.facts for each in self.supervisors]
+        facts.engines = tuple(each.engine.facts for each in self.supervisors)
         if digest is not None:
-            facts.setdefault("model_digests", {})[self.model] = digest
+            facts.model_digests = {**facts.model_digests, self.model: digest}
         self.pool.start()
         self.context.reporter.say(
             f"{engine.describe()}, {lane.limit.value} requests in flight"
-            if "slots" in engine.facts
+            if engine.facts.slots is not None
             else engine.describe()
         )
 
@@ -421,10 +422,10 @@ class _ModelWork:
 
     def _slots_found(self, engine: Engine, single: bool) -> None:
         """Report that an engine works on one request at a time, or no longer does."""
-        engine.facts["one_at_a_time"] = single
+        engine.facts.one_at_a_time = single
         self.context.reporter.say(
             f"engine {engine.index} works on one request at a time although it was started with "
-            f"{engine.facts['slots']} slots: only {FEW} requests are kept in flight"
+            f"{engine.facts.slots} slots: only {FEW} requests are kept in flight"
             if single
             else f"engine {engine.index} works on several requests at a time again"
         )
@@ -470,26 +471,22 @@ class _ModelWork:
         return Client(url, timeout, connections=4096, api_key=self.context.api_key, ca=ca)
 
 
-def _facts(plan: Plan, context: Context) -> dict[str, Any]:
-    """Return what the status says once per start about where and how it runs."""
+def _facts(plan: Plan, context: Context) -> StatusDetails:
+    """Return what the status shows once per start about where and how it runs."""
     environ = context.environ
-    names = (
-        "SLURM_JOB_ID",
-        "SLURM_ARRAY_JOB_ID",
-        "SLURM_ARRAY_TASK_ID",
-        "SLURM_RESTART_COUNT",
+    unsealed = unsealed_reason(environ, engine_here=engine_kind(plan.options).managed)
+    return StatusDetails(
+        version=__version__,
+        started=utc_text(time.time()),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        slurm=SlurmJob.of(environ),
+        image=_image_facts(environ),
+        sealed=not unsealed,
+        unsealed=unsealed,
+        gpus=tuple(gpu_names()),
+        models=plan.models,
     )
-    return {
-        "version": __version__,
-        "started": utc_text(time.time()),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "slurm": {name: environ[name] for name in names if name in environ},
-        "image": _image_facts(environ),
-        **seal_facts(environ, engine_here=engine_kind(plan.options).managed),
-        "gpus": list(gpu_names()),
-        "models": list(plan.models),
-    }
 
 
 def _image_facts(environ: Mapping[str, str]) -> dict[str, Any] | None:

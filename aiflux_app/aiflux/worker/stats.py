@@ -7,9 +7,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.status_file import FailedRequest, Progress, StatusFile, Totals
 from aiflux.engines.gpus import visible_devices
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.outcome import Kind, Outcome
@@ -43,7 +43,7 @@ class Stats:
         self.empty: Counter[str] = Counter()
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        self.errors: deque[dict[str, Any]] = deque(maxlen=_SHOWN_ERRORS)
+        self.errors: deque[FailedRequest] = deque(maxlen=_SHOWN_ERRORS)
         self._clock = clock
         self._began = clock()
         self._new = 0
@@ -84,9 +84,7 @@ class Stats:
             else:
                 self.failed += 1
                 self.unfit += verdict.kind is Kind.UNFIT
-                self.errors.append(
-                    {"code": verdict.code, "message": verdict.message, "param": custom_id}
-                )
+                self.errors.append(FailedRequest(verdict.code, verdict.message, custom_id))
 
     @property
     def done(self) -> int:
@@ -121,73 +119,59 @@ class Stats:
         rate = self.rates()[0]
         return (self.total - self.done) / rate if rate > 0 and self._new else None
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return what the status file shows."""
+    def snapshot(self) -> Progress:
+        """Return the figures of this start for the status file."""
         requests, tokens = self.rates()
         remaining = self.remaining_seconds()
-        return {
-            "elapsed_seconds": round(self._clock() - self._began, 3),
-            "results_of_this_start": self._new,
-            "retries": self.retries,
-            "engine_crashes_seen": self.crashes,
-            "unfit_answers": self.unfit,
-            "empty_answers": dict(self.empty),
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "requests_per_second": round(requests, 3),
-            "tokens_per_second": round(tokens, 3),
-            "remaining_seconds": None if remaining is None else round(remaining),
-        }
+        return Progress(
+            elapsed_seconds=round(self._clock() - self._began, 3),
+            results_of_this_start=self._new,
+            retries=self.retries,
+            engine_crashes_seen=self.crashes,
+            unfit_answers=self.unfit,
+            empty_answers=dict(self.empty),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            requests_per_second=round(requests, 3),
+            tokens_per_second=round(tokens, 3),
+            remaining_seconds=None if remaining is None else round(remaining),
+        )
 
 
 @dataclass
 class Ledger:
-    """Sums of the starts before this one.
+    """The starts before this one.
 
     Attributes:
         gpus: GPUs of this start.
-        starts: starts before this one.
+        before: sums over the earlier starts.
         requeues: times that this job went back to the queue by itself.
     """
 
     gpus: int = 0
-    seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    starts: int = 0
+    before: Totals = field(default_factory=Totals)
     requeues: int = 0
-    empty_answers: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, earlier: dict[str, Any] | None, environ: Mapping[str, str]) -> Ledger:
-        """Go on from a status that an earlier start of the same plan left."""
+    def of(cls, plan: Plan, earlier: StatusFile | None, environ: Mapping[str, str]) -> Ledger:
+        """Continue from the status of an earlier start of the same plan."""
         own = engine_kind(plan.options).managed
         gpus = len(visible_devices(environ)) if own else 0
-        details = (earlier or {}).get("aiflux", {})
-        if details.get("plan") != plan.id:
+        if earlier is None:
             return cls(gpus)
-        totals = details.get("totals", {})
-        same_job = details.get("slurm", {}).get("SLURM_JOB_ID") == environ.get("SLURM_JOB_ID")
-        return cls(
-            gpus,
-            totals.get("seconds", 0.0),
-            totals.get("gpu_seconds", 0.0),
-            totals.get("prompt_tokens", 0),
-            totals.get("completion_tokens", 0),
-            totals.get("starts", 0),
-            details.get("requeues", 0) if same_job else 0,
-            totals.get("empty_answers", {}),
-        )
+        details = earlier.details
+        same_job = details.slurm.job == environ.get("SLURM_JOB_ID", "")
+        return cls(gpus, details.totals, details.requeues if same_job else 0)
 
-    def totals(self, progress: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the sums with this start's own figures (``Stats.snapshot``) in them."""
-        elapsed = progress["elapsed_seconds"]
-        return {
-            "seconds": round(self.seconds + elapsed, 3),
-            "gpu_seconds": round(self.gpu_seconds + elapsed * self.gpus, 3),
-            "prompt_tokens": self.prompt_tokens + progress["prompt_tokens"],
-            "completion_tokens": self.completion_tokens + progress["completion_tokens"],
-            "starts": self.starts + 1,
-            "empty_answers": dict(Counter(self.empty_answers) + Counter(progress["empty_answers"])),
-        }
+    def totals(self, progress: Progress) -> Totals:
+        """Return the sums with this start's own figures."""
+        before, elapsed = self.before, progress.elapsed_seconds
+        empty = Counter(before.empty_answers) + Counter(progress.empty_answers)
+        return Totals(
+            seconds=round(before.seconds + elapsed, 3),
+            gpu_seconds=round(before.gpu_seconds + elapsed * self.gpus, 3),
+            prompt_tokens=before.prompt_tokens + progress.prompt_tokens,
+            completion_tokens=before.completion_tokens + progress.completion_tokens,
+            starts=before.starts + 1,
+            empty_answers=dict(empty),
+        )

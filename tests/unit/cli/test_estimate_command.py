@@ -17,7 +17,7 @@ from aiflux.core.batch.request import request_key
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import Result
 from aiflux.core.runs.plan import read_plan
-from aiflux.core.runs.status_file import Status
+from aiflux.core.runs.status_file import EngineFacts, Status, Totals
 from aiflux.estimates.pilot import Pilot
 from aiflux.util.times import utc_text
 from tests.tools.faulty_engine import FaultyEngine
@@ -68,11 +68,9 @@ def do_the_pilot(seconds: float = 3.0, lanes: int = 4) -> None:
             result = Result(request_key(line), f"r{number}", 200, metadata, None, body)
             journal.write(result.to_line())
     status = Status(run.status(0), plan, 0, completed=len(lines))
-    status.details |= {
-        "started": utc_text(start),
-        "engines": [{"slots": lanes}],
-        "totals": {"seconds": 50.0, "gpu_seconds": 50.0, "starts": 1},
-    }
+    status.details.started = utc_text(start)
+    status.details.engines = (EngineFacts(slots=lanes),)
+    status.details.totals = Totals(seconds=50.0, gpu_seconds=50.0, starts=1)
     status.enter("completed")
 
 
@@ -215,7 +213,7 @@ def test_a_pilot_that_failed_says_why(
     slurm.say("squeue")
     slurm.say("sacct", "100|FAILED|4:0\n")
     status = Status(PILOT.run.status(0), read_plan(PILOT.run), 0)
-    status.details |= {"ended": "there is no such model", "exit_code": 4}
+    status.details.ended, status.details.exit_code = "there is no such model", 4
     status.enter("failed")
     capsys.readouterr()
     assert main(SLURM) == 4

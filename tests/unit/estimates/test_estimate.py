@@ -18,10 +18,12 @@ from aiflux.cli.render.estimate import comparison, count, forecast, full_command
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
+from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile, Totals
 from aiflux.estimates.estimate import Estimate, compare, estimate
 from aiflux.estimates.intervals import Range, share_of, total, unevenness
 from aiflux.estimates.pilot import Drawn, Pilot, chosen
 from aiflux.estimates.throughput import Observation, pace, start_up
+from aiflux.util.records import from_json
 from aiflux.util.times import utc_text, walltime_seconds
 from tests.unit.helpers import write_input
 
@@ -46,15 +48,13 @@ def plan_of(folder: Path, requests: int, **options: Any) -> Plan:
     return make_plan(summary, folder / "out.json", RunOptions(**options), folder)
 
 
-def status(gpus: int = 1, slots: int = 4, **details: Any) -> dict[str, Any]:
-    return {
-        "aiflux": {
-            "started": utc_text(START),
-            "totals": {"seconds": 100.0, "gpu_seconds": 100.0 * gpus},
-            "engines": [{"slots": slots}],
-            **details,
-        }
-    }
+def status(gpus: int = 1, slots: int = 4, **details: Any) -> StatusFile:
+    found = StatusDetails(
+        started=utc_text(START),
+        totals=Totals(seconds=100.0, gpu_seconds=100.0 * gpus),
+        engines=(EngineFacts(slots=slots),),
+    )
+    return StatusFile("completed", Counts(1, 1, 0), replace(found, **details))
 
 
 def estimated(**changes: Any) -> Estimate:
@@ -208,9 +208,9 @@ class TestEstimate:
 
     def test_an_estimate_is_restored_from_json(self, tmp_path: Path) -> None:
         whole = plan_of(tmp_path, 400, model="m:1", concurrency=8)
-        result = estimate(whole, Drawn(50, 40_000), in_lanes([80] * 50, 8), status(), None)
-        assert result.walltime is None
-        assert Estimate.from_json(json.loads(json.dumps(result.to_json()))) == result
+        seen = estimate(whole, Drawn(50, 40_000), in_lanes([80] * 50, 8), status(), None)
+        assert seen.walltime is None
+        assert from_json(Estimate, json.loads(json.dumps(seen.to_json()))) == seen
 
     def test_each_model_has_its_own_pace(self, tmp_path: Path) -> None:
         slow = in_lanes([80] * 100, 8, speed=10.0)
@@ -334,24 +334,13 @@ class TestShown:
         assert count(number) == text
 
     def test_actual_figures_are_compared_with_the_estimate(self) -> None:
-        shards = [
-            {
-                "aiflux": {
-                    "started": utc_text(START + 50 * number),
-                    "updated": START + 600.0,
-                    "totals": {
-                        "seconds": 550.0,
-                        "gpu_seconds": 1100.0,
-                        "prompt_tokens": 10,
-                        "completion_tokens": 20,
-                        "starts": 1,
-                    },
-                }
-            }
+        totals = Totals(550.0, 1100.0, prompt_tokens=10, completion_tokens=20, starts=1)
+        statuses = [
+            status(started=utc_text(START + 50 * number), updated=START + 600.0, totals=totals)
             for number in range(2)
         ]
-        whole = {"completed_at": START + 700, "request_counts": {"failed": 3}}
-        rows = {row.name: row for row in compare(estimated(), shards, whole)}
+        whole = StatusFile("completed", Counts(4, 1, 3), StatusDetails(), completed_at=START + 700)
+        rows = {row.name: row for row in compare(estimated(), statuses, whole)}
         assert rows["answer tokens"].actual == 40
         assert rows["failed requests"].actual == 3
         assert rows["time of all jobs"].actual == 1100

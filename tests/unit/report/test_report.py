@@ -23,13 +23,15 @@ from aiflux.cli.main import main
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.journal import JournalWriter, Result
 from aiflux.core.runs.plan import write_plan
+from aiflux.core.runs.status_file import GpuUse, read_status
 from aiflux.estimates.estimate import Estimate
 from aiflux.estimates.intervals import Range
 from aiflux.report.html.markup import element, joined
 from aiflux.report.journal_summary import Tally, tally
 from aiflux.report.throughput import Histogram, Timeline, throughput
+from aiflux.util.records import to_json
 from aiflux.util.times import utc_text
-from aiflux.worker.gpu_monitor import GpuUse, GpuWatch, samples
+from aiflux.worker.gpu_monitor import GpuWatch, samples, with_sample
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 
@@ -278,7 +280,7 @@ def a_run(folder: Path, **options: Any) -> MadeRun:
             sealed=True,
             version="0.1.0",
             model_digests={"llama3.2:3b": "c0ffee"},
-            gpu_use=GpuUse().with_sample(80, 1024, 2048).with_sample(90, 2048, 2048).to_json(),
+            gpu_use=to_json(with_sample(with_sample(GpuUse(), 80, 1024, 2048), 90, 2048, 2048)),
         )
         numbers = range(shard * 100, shard * 100 + 100)
         write(
@@ -523,7 +525,8 @@ def test_methods_name_what_filled_in_open_parameters(
 
 def test_embeddings_have_no_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = MadeRun(tmp_path, each=2)
-    made.plan.input["endpoints"] = {"/v1/embeddings": 2}
+    made.plan.input.endpoints.clear()
+    made.plan.input.endpoints["/v1/embeddings"] = 2
     write_plan(made.plan, made.run)
     write(made, 0, result(1, body=b'{"usage": {"prompt_tokens": 7}}'))
     methods = told_methods(made, capsys)
@@ -646,21 +649,21 @@ def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", fakes.path)
     assert samples(("0", "1")) == [(40, 100, 1000), (60, 300, 1000)]
     assert "--id=0,1" in fakes.calls("nvidia-smi")[0].argv
-    told: list[dict[str, Any]] = []
-    before = GpuUse().with_sample(100, 500, 1000)
+    told: list[GpuUse] = []
+    before = with_sample(GpuUse(), 100, 500, 1000)
     with GpuWatch(("0", "1"), before, told.append, interval=0.01):
         deadline = time.monotonic() + 20
         while len(told) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert told[0] == {
-        "samples": 3,
-        "utilization_mean": 66.67,
-        "utilization_max": 100,
-        "memory_mib_mean": 300.0,
-        "memory_mib_max": 500,
-        "memory_mib_total": 1000,
-    }
-    assert told[1]["samples"] == 5
+    assert told[0] == GpuUse(
+        samples=3,
+        utilization_mean=66.67,
+        utilization_max=100,
+        memory_mib_mean=300.0,
+        memory_mib_max=500,
+        memory_mib_total=1000,
+    )
+    assert told[1].samples == 5
 
 
 @pytest.mark.parametrize("printed", ["[N/A], 100, 1000\n", "", "No devices were found\n"])
@@ -674,9 +677,12 @@ def test_what_cannot_be_sampled_is_not_made_up(
     assert samples(()) == []
 
 
-def test_samples_of_earlier_starts_count(tmp_path: Path) -> None:
-    use = GpuUse().with_sample(50, 10, 20)
-    status = {"aiflux": {"plan": "p", "gpu_use": use.to_json()}}
-    assert GpuUse.of("p", status) == use
-    assert GpuUse.of("other", status) == GpuUse()
-    assert GpuUse.of("p", None) == GpuUse()
+def test_samples_of_earlier_starts_are_read_back(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path)
+    use = with_sample(GpuUse(), 50, 10, 20)
+    made.status(gpu_use=to_json(use))
+    status = read_status(made.run, 0, made.plan)
+    assert status is not None
+    assert status.details.gpu_use == use
+    made.status(gpu_use=to_json(use), plan="another")
+    assert read_status(made.run, 0, made.plan) is None

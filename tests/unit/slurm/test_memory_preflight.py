@@ -76,7 +76,7 @@ def test_what_is_asked_for_or_not_known_decides(tmp_path: Path) -> None:
     assert slots(KIND, plan, (), 2, figures, ()) == 2
     assert slots(KIND, plan, (), 8, known("qwen3-vl:8b"), ()) == 1
     assert slots(KIND, plan, ("0",), 8, known("embeddinggemma:300m"), (80 * GB,)) == 1
-    few = replace(plan, input={**plan.input, "requests": 3})
+    few = replace(plan, input=replace(plan.input, requests=3))
     assert slots(KIND, few, ("0",), 8, figures, (80 * GB,)) == 3
     assert slots(KIND, plan_of(tmp_path, "m", slots=5), ("0",), 8, figures, (80 * GB,)) == 5
 

@@ -233,7 +233,9 @@ def test_too_little_room(plan: Plan, factor: float, level: str) -> None:
     assert [*check_space(plan)] == []
     disk = os.statvfs(plan.output.parent)
     size = int(disk.f_bavail * disk.f_frsize * factor)
-    (finding,) = check_space(dataclasses.replace(plan, input={**plan.input, "size": size}))
+    (finding,) = check_space(
+        dataclasses.replace(plan, input=dataclasses.replace(plan.input, size=size))
+    )
     assert finding.level == level
     assert " free; " in finding.what
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.http import Client
 from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.engine_supervisor import EngineSupervisor
@@ -21,7 +22,7 @@ class SlowEngine:
     index = 0
 
     def __init__(self, url: str) -> None:
-        self.facts = {"log": "engine.log"}
+        self.facts = EngineFacts(log="engine.log")
         self.client = Client(url, 5.0, connections=4)
         self.starts = 0
         self.starting = threading.Event()

@@ -12,6 +12,7 @@ from openai.types import Batch, BatchError
 from openai.types.chat import ChatCompletion
 
 from aiflux.core.runs.journal import scan_journal
+from aiflux.core.runs.status_file import Counts
 from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
@@ -227,7 +228,7 @@ def test_a_finished_run_sends_nothing_more(tmp_path: Path) -> None:
         working = Working(tmp_path, engine.url).prompts("a")
         assert working.run() is ExitCode.OK
         assert working.open().finished
-        assert working.open().counts == {"total": 1, "completed": 1, "failed": 0}
+        assert working.open().counts == Counts(1, 1, 0)
         assert working.run(force=True) is ExitCode.OK
     assert engine.seen["a"] == 2
 

@@ -223,8 +223,8 @@ def test_a_bug_costs_its_request_and_shows_its_trace(
         journal.close()
         link.close()
     assert (stats.completed, stats.failed) == (1, 2)
-    assert stats.errors[0]["code"] == "internal_error"
-    assert "ZeroDivisionError" in stats.errors[0]["message"]
+    assert stats.errors[0].code == "internal_error"
+    assert "ZeroDivisionError" in stats.errors[0].message
     assert capsys.readouterr().err.count("Traceback") == 1
 
 

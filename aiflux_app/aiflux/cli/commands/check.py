@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.batch.ignored_fields import FIX, ignored_texts
-from aiflux.core.batch.input_file import InputSummary, scan_input
+from aiflux.core.batch.input_file import scan_input
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.errors import InputError
 from aiflux.util.extras import remedy
+from aiflux.util.records import to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,7 @@ def _as_json(path: Path, model: str | None) -> int:
     except InputError as error:
         print_json({"path": path.absolute(), "problems": [error.message, *error.problems]})
         raise
-    names = [item.name for item in fields(InputSummary) if item.name != "marks"]
-    print_json({**{name: getattr(summary, name) for name in names}, "problems": []})
+    content = {"ignored": {}, **to_json(replace(summary, marks=())), "problems": []}
+    del content["marks"]
+    print_json(content)
     return 0

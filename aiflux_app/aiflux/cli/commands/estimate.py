@@ -33,6 +33,7 @@ from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot
 from aiflux.estimates.storage import keep_estimate
 from aiflux.estimates.throughput import observe
 from aiflux.slurm.preflight.local import told
+from aiflux.util.records import to_json
 from aiflux.util.times import walltime_seconds
 
 LONGEST = "01:00:00"
@@ -143,7 +144,7 @@ def _drawn(asked: Asked, pilot: Pilot, whole: Plan, summary: InputSummary) -> Dr
     slurm = asdict(asked.config.get_slurm_config())
     settings = {
         "plan": whole.id,
-        "input": whole.input,
+        "input": to_json(whole.input),
         "requests": asked.requests,
         "where": asked.where,
         "options": _pilot_options(whole).to_json(),

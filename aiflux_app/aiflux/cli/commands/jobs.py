@@ -70,7 +70,8 @@ def _long_finished(entry: RegistryEntry, since: float) -> bool:
         old = run.run_status.stat().st_mtime < since
     except OSError:
         return False
-    return old and (read_run_status(run) or {}).get("status") == "completed"
+    status = read_run_status(run) if old else None
+    return status is not None and status.completed
 
 
 def _is_recent(entry: RegistryEntry, known: _Known, since: float) -> bool:

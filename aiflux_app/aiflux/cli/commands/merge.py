@@ -57,6 +57,6 @@ def _merge(arguments: argparse.Namespace, run: RunDirectory) -> int:
     done = finished_counts(plan, run, changed_ok=arguments.again)
     if done is not None and not arguments.again:
         print(finished_line(plan, done))
-        refuse_failures(plan, done)
+        refuse_failures(plan, done.failed)
         return 0
     return write_output(plan, run, again=arguments.again)

@@ -6,13 +6,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from aiflux.cli.json_output import add_json
 from aiflux.cli.run_argument import add_run, located, short
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import journal_lines
-from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
 from aiflux.errors import ConfigError
 from aiflux.estimates.storage import read_estimate
@@ -27,6 +26,7 @@ from aiflux.report.methods import methods
 from aiflux.slurm.monitor.collect import ShardView, gather
 from aiflux.slurm.submissions import known_submissions
 from aiflux.util.files import atomic_write
+from aiflux.util.records import to_json
 from aiflux.util.streams import STDOUT
 from aiflux.util.unicode import json_text, terminal_text, whole
 
@@ -90,8 +90,8 @@ def read_report(run: RunDirectory) -> Report:
             plan=plan,
             run_dir=str(run.path),
             condition=_condition(run),
-            statuses=tuple(_of_plan(read_status(run, s.index), plan) for s in plan.shards),
-            whole=_of_plan(read_run_status(run), plan),
+            statuses=tuple(read_status(run, shard.index, plan) for shard in plan.shards),
+            whole=read_run_status(run, plan),
             tallies=tallies,
             estimate=read_estimate(run.estimate, plan),
             now=time.time(),
@@ -112,7 +112,7 @@ def _condition(run: RunDirectory) -> Condition:
         submitted=view.submitted,
         jobs=view.jobs,
         image=None if submissions is None else str(submissions.image),
-        slurm=None if submissions is None else submissions.slurm,
+        slurm=None if submissions is None else to_json(submissions.slurm),
     )
 
 
@@ -123,11 +123,6 @@ def _reason(shard: ShardView) -> str:
     if code and "exit code" not in shard.reason:
         told.append(f"exit code {code}")
     return ", ".join(told)
-
-
-def _of_plan(status: dict[str, Any] | None, plan: Plan) -> dict[str, Any] | None:
-    details = {} if status is None else status.get("aiflux")
-    return status if isinstance(details, dict) and details.get("plan") == plan.id else None
 
 
 def _target(given: str | None, run: RunDirectory) -> Path:

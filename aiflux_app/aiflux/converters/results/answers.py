@@ -24,7 +24,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import ResultIndex
 from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan, read_plan
-from aiflux.core.runs.status_file import is_completed, read_run_status, refuse_changed_output
+from aiflux.core.runs.status_file import read_run_status, refuse_changed_output
 from aiflux.errors import InputError, RunConflictError, StorageError
 from aiflux.util.lines import BOM, read_lines
 
@@ -206,6 +206,6 @@ def refuse_unfit(output: Path) -> None:
         )
     run = RunDirectory.of_output(output)
     with suppress(RunConflictError, StorageError):  # an unreadable run has no status
-        status = read_run_status(run) if os.path.isfile(run.plan) else None
-        if status is not None and is_completed(status, read_plan(run)):
+        status = read_run_status(run, read_plan(run)) if os.path.isfile(run.plan) else None
+        if status is not None and status.completed:
             refuse_changed_output(output, status)

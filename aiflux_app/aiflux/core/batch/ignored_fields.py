@@ -22,6 +22,14 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {"n": (1,), "tool_choice": ("auto",)}
 _NAMES = _INSTEAD.keys()
 
 
+@dataclass(frozen=True)
+class IgnoredField:
+    """The number of requests that set a field which is ignored, and the lines of the first ones."""
+
+    requests: int
+    lines: tuple[int, ...]
+
+
 @dataclass
 class IgnoredFields:
     """How many requests set such a field, and where the first ones start in the input."""
@@ -46,14 +54,10 @@ class IgnoredFields:
             self.offsets[name] = [*self.offsets.get(name, ()), *offsets][:SHOWN_LINES]
 
 
-def ignored_texts(ignored: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Yield one warning for each field.
-
-    Args:
-        ignored: for each field the ``requests`` that set it and the ``lines`` of the first ones.
-    """
+def ignored_texts(ignored: Mapping[str, IgnoredField]) -> Iterator[str]:
+    """Yield one warning for each field."""
     for name, found in sorted(ignored.items()):
-        lines, requests = found["lines"], found["requests"]
+        lines, requests = found.lines, found.requests
         more = ["..."] if requests > len(lines) else []
         where = ", ".join([*map(str, lines), *more]) if more else joined([*map(str, lines)])
         noun = "line" if requests == 1 else "lines"

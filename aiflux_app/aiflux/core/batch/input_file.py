@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.batch.ignored_fields import IgnoredFields
+from aiflux.core.batch.ignored_fields import IgnoredField, IgnoredFields
 from aiflux.core.batch.request import LineError, custom_id_of, request_entry
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
@@ -28,6 +28,7 @@ from aiflux.util.lines import (
     unreadable,
 )
 from aiflux.util.parallel import helpers, share_out
+from aiflux.util.records import OMITTED
 from aiflux.util.text import joined
 
 SHOWN_PROBLEMS = 20
@@ -241,40 +242,53 @@ def _part_tokens(part: Any) -> int:
 PART_BYTES = 32 << 20
 
 
-@dataclass(frozen=True)
-class InputSummary:
-    """What one pass over the input tells.
+@dataclass(frozen=True, kw_only=True)
+class InputFacts:
+    """What a plan keeps of its input.
 
     Attributes:
         path: absolute path.
         size: bytes.
-        modified: when it was last written, in nanoseconds.
+        modified: when it was last written, in nanoseconds; None in plans that do not have it.
         requests: number of requests.
         digest: BLAKE2b-128 of the request lines, hex; it ignores blank lines and line endings.
-        models: models that bodies name, in order of first appearance.
-        unnamed: number of requests whose body names no model.
         endpoints: number of requests for each url.
         context_tokens: estimated tokens (prompt + answer) that 99 % of the requests stay under.
         longest_tokens: the same for the longest request.
         mean_tokens: the same on average.
-        ignored: fields that Ollama ignores: for each the number of ``requests`` that set it, and
-            the ``lines`` of the first ones.
-        marks: places to cut at, thinned out in large inputs.
+        ignored: by name, the fields that Ollama ignores.
     """
 
     path: Path
     size: int
-    modified: int
+    modified: int | None = None
     requests: int
     digest: str
+    endpoints: dict[str, int]
+    context_tokens: int = 0
+    longest_tokens: int = 0
+    mean_tokens: int = 0
+    ignored: dict[str, IgnoredField] = field(default_factory=dict, metadata=OMITTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSummary(InputFacts):
+    """The result of one pass over the input.
+
+    Attributes:
+        models: models that bodies name, in order of first appearance.
+        unnamed: number of requests whose body names no model.
+        marks: places to cut at, thinned out in large inputs.
+    """
+
     models: tuple[str, ...]
     unnamed: int
-    endpoints: dict[str, int]
-    context_tokens: int
-    longest_tokens: int
-    mean_tokens: int
-    ignored: dict[str, dict[str, Any]]
     marks: tuple[Mark, ...]
+
+    @property
+    def facts(self) -> InputFacts:
+        """The part of the summary that the plan keeps."""
+        return InputFacts(**{item.name: getattr(self, item.name) for item in fields(InputFacts)})
 
 
 def scan_input(
@@ -306,8 +320,8 @@ def scan_input(
         work = partial(_scan_part, path, model, schemas)
         whole, digest = _scan(path, parts, work, children)
         _check_names(path, whole)
-        if whole.problems.lines:
-            raise whole.problems.error(path)
+        if whole.found.problems.lines:
+            raise whole.found.problems.error(path)
         if _moment(path.stat()) != _moment(before):
             raise InputError(
                 f"the input {str(path)!r} was written to while it was checked",
@@ -332,7 +346,7 @@ def _scan(
     work: Callable[[tuple[int, int]], Part],
     children: int,
 ) -> tuple[Whole, str]:
-    """Return what the parts tell together, and the digest."""
+    """Scan all parts; return what they contain together, and the digest."""
     whole, digest = Whole(), InputDigest(path)
     with ExitStack() as stack:
         # A process that forks has no threads; with children at work it needs none.
@@ -348,24 +362,25 @@ def _scan_part(path: Path, model: str | None, schemas: bool, part: tuple[int, in
 
 
 def _summary(path: Path, whole: Whole, digest: str, stat: os.stat_result) -> InputSummary:
+    found = whole.found
     return InputSummary(
         path=path,
         size=stat.st_size,
         modified=stat.st_mtime_ns,
         requests=whole.requests,
         digest=digest,
-        models=tuple(whole.models),
-        unnamed=whole.unnamed,
-        endpoints=dict(whole.endpoints),
+        models=tuple(found.models),
+        unnamed=found.unnamed,
+        endpoints=dict(found.endpoints),
         context_tokens=whole.percentile(0.99),
-        longest_tokens=max(whole.lengths) * LENGTH_STEP,
+        longest_tokens=max(found.lengths) * LENGTH_STEP,
         mean_tokens=whole.mean_tokens,
         ignored={
-            name: {
-                "requests": whole.ignored.counts[name],
-                "lines": line_numbers(path, whole.ignored.offsets[name]),
-            }
-            for name in sorted(whole.ignored.counts)
+            name: IgnoredField(
+                found.ignored.counts[name],
+                tuple(line_numbers(path, found.ignored.offsets[name])),
+            )
+            for name in sorted(found.ignored.counts)
         },
         marks=whole.marks,
     )
@@ -373,7 +388,7 @@ def _summary(path: Path, whole: Whole, digest: str, stat: os.stat_result) -> Inp
 
 def _check_names(path: Path, whole: Whole) -> None:
     """Find the lines of repeated custom_ids in a second pass, only where there are any."""
-    repeated = whole.names.repeated()
+    repeated = whole.found.names.repeated()
     if not repeated:
         return
     first: dict[str, int] = {}
@@ -382,7 +397,7 @@ def _check_names(path: Path, whole: Whole) -> None:
         if custom_id is None or hash(custom_id) not in repeated:
             continue
         if custom_id in first:
-            whole.problems.add(
+            whole.found.problems.add(
                 offset,
                 f"custom_id {custom_id!r} was used on line {first[custom_id]} already; "
                 "give every request a unique name",
@@ -411,58 +426,41 @@ def check_readable(path: Path) -> None:
         )
 
 
-def describe(summary: InputSummary) -> dict[str, Any]:
-    """Return the part of a summary that the plan keeps."""
-    return {
-        "path": str(summary.path),
-        "size": summary.size,
-        "modified": summary.modified,
-        "requests": summary.requests,
-        "digest": summary.digest,
-        "endpoints": summary.endpoints,
-        "context_tokens": summary.context_tokens,
-        "longest_tokens": summary.longest_tokens,
-        "mean_tokens": summary.mean_tokens,
-        **({"ignored": summary.ignored} if summary.ignored else {}),
-    }
-
-
-def looks_unchanged(described: Mapping[str, Any]) -> bool:
-    """Tell whether an input has the size and the time of its last change that ``describe`` noted.
+def looks_unchanged(planned: InputFacts) -> bool:
+    """Tell whether an input still has the planned size and time of its last change.
 
     Raises:
         OSError: the file cannot be looked at.
     """
-    return _moment(os.stat(described["path"])) == (described["size"], described.get("modified"))
+    return _moment(os.stat(planned.path)) == (planned.size, planned.modified)
 
 
-def change_of(described: Mapping[str, Any]) -> str | None:
-    """Read an input again; return how it differs from what ``describe`` noted, None if it does not.
+def change_of(planned: InputFacts) -> str | None:
+    """Read an input again; return how it differs from the planned one, None if it does not.
 
     The text continues a sentence that begins with the input's name.
 
     Raises:
         InputError: the file exists and cannot be read.
     """
-    path = Path(described["path"])
     try:
-        size = path.stat().st_size
+        size = planned.path.stat().st_size
     except FileNotFoundError:
         return "does not exist any more"
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable(planned.path, error) from error
     seen = LineDigest()
-    for _, _, raw in read_lines(path):
+    for _, _, raw in read_lines(planned.path):
         seen.add(raw)
-    if seen.lines != described["requests"]:
-        word = "shorter" if seen.lines < described["requests"] else "longer"
+    if seen.lines != planned.requests:
+        word = "shorter" if seen.lines < planned.requests else "longer"
         return (
             f"is {word} than when the run was planned: "
-            f"{seen.lines} requests instead of {described['requests']}"
+            f"{seen.lines} requests instead of {planned.requests}"
         )
-    if seen.hexdigest() != described["digest"]:
+    if seen.hexdigest() != planned.digest:
         return "was edited or put in another order after the run was planned"
-    if size != described["size"]:
+    if size != planned.size:
         return "has other line endings or blank lines than when the run was planned"
     return None
 
@@ -511,13 +509,10 @@ class Names:
 
 
 @dataclass
-class Part:
-    """What one pass over a part of the input tells.
+class Findings:
+    """Facts about requests that add up over the parts of an input.
 
     Attributes:
-        start, end: of the part, in bytes.
-        plain: nothing stands in it but lines that are not blank and end with one line feed.
-        offsets: of every request.
         models: in order of first appearance.
         unnamed: number of requests whose body names no model.
         endpoints: number of requests for each url.
@@ -525,10 +520,6 @@ class Part:
         ignored: fields that Ollama ignores.
     """
 
-    start: int
-    end: int
-    plain: bool = True
-    offsets: array[int] = field(default_factory=lambda: array("q"))
     models: dict[str, None] = field(default_factory=dict)
     unnamed: int = 0
     endpoints: Counter[str] = field(default_factory=Counter)
@@ -536,6 +527,45 @@ class Part:
     names: Names = field(default_factory=Names)
     problems: Problems = field(default_factory=Problems)
     ignored: IgnoredFields = field(default_factory=IgnoredFields)
+
+    def add(self, entry: Mapping[str, Any], offset: int) -> None:
+        """Add the request whose line starts at byte ``offset``."""
+        body = entry["body"]
+        self.ignored.add(body, offset)
+        self.lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
+        self.endpoints[entry["url"]] += 1
+        named = body.get("model")
+        if named is None:
+            self.unnamed += 1
+        elif named not in self.models:
+            self.models[named] = None
+
+    def merge(self, other: Findings) -> None:
+        """Add those of the part that follows."""
+        self.models.update(other.models)
+        self.unnamed += other.unnamed
+        self.endpoints.update(other.endpoints)
+        self.lengths.update(other.lengths)
+        self.names.merge(other.names)
+        self.problems.merge(other.problems)
+        self.ignored.merge(other.ignored)
+
+
+@dataclass
+class Part:
+    """The result of one pass over a part of the input.
+
+    Attributes:
+        start, end: of the part, in bytes.
+        plain: every line in it is a request that ends with one line feed; none is blank.
+        offsets: of every request.
+    """
+
+    start: int
+    end: int
+    plain: bool = True
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    found: Findings = field(default_factory=Findings)
 
 
 def scan_part(
@@ -551,7 +581,7 @@ def scan_part(
         InputError: the file cannot be read.
     """
     part = Part(start, end)
-    endpoints, lengths, models = part.endpoints, part.lengths, part.models
+    found = part.found
     names = array("q")
     following = start
     for _, offset, raw in read_lines(path, start, end):
@@ -565,58 +595,35 @@ def scan_part(
             if schemas and (problem := schema_problem(entry["body"])):
                 raise LineError(problem)
         except LineError as error:
-            part.problems.add(offset, str(error))
+            found.problems.add(offset, str(error))
             continue
         part.offsets.append(offset)
         names.append(hash(entry["custom_id"]))
-        body = entry["body"]
-        part.ignored.add(body, offset)
-        lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
-        endpoints[entry["url"]] += 1
-        named = body.get("model")
-        if named is None:
-            part.unnamed += 1
-        elif named not in models:
-            models[named] = None
+        found.add(entry, offset)
     part.plain = part.plain and following == end and ends_line(path, end)
-    part.names.add(names)
+    found.names.add(names)
     return part
 
 
 @dataclass
 class Whole:
-    """What the parts tell together; they are added in the order of the input.
-
-    The other attributes are those of ``Part``.
-    """
+    """The results of all parts together; they are added in the order of the input."""
 
     requests: int = 0
-    models: dict[str, None] = field(default_factory=dict)
-    unnamed: int = 0
-    endpoints: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)
-    names: Names = field(default_factory=Names)
-    problems: Problems = field(default_factory=Problems)
-    ignored: IgnoredFields = field(default_factory=IgnoredFields)
+    found: Findings = field(default_factory=Findings)
     _cuts: array[int] = field(default_factory=lambda: array("q"))
     _stride: int = 1
 
     def add(self, part: Part) -> None:
         """Add the part that follows."""
         self._add_cuts(part.offsets)
-        self.models.update(part.models)
-        self.unnamed += part.unnamed
-        self.endpoints.update(part.endpoints)
-        self.lengths.update(part.lengths)
-        self.names.merge(part.names)
-        self.problems.merge(part.problems)
-        self.ignored.merge(part.ignored)
+        self.found.merge(part.found)
 
     def percentile(self, share: float) -> int:
         """Return the fewest tokens that at least ``share`` of the requests stay at or under."""
         rest = share * self.requests
-        for length in sorted(self.lengths):
-            rest -= self.lengths[length]
+        for length in sorted(self.found.lengths):
+            rest -= self.found.lengths[length]
             if rest <= 0:
                 return length * LENGTH_STEP
         return 0
@@ -624,7 +631,7 @@ class Whole:
     @property
     def mean_tokens(self) -> int:
         """Mean tokens of a request."""
-        total = sum(length * count for length, count in self.lengths.items())
+        total = sum(length * count for length, count in self.found.lengths.items())
         return total // max(1, self.requests) * LENGTH_STEP
 
     @property

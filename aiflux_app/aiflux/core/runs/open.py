@@ -17,6 +17,7 @@ from aiflux.core.runs.output import forget_done, shards_left
 from aiflux.core.runs.plan import Plan, make_plan, read_plan, write_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
 from aiflux.core.runs.status_file import (
+    Counts,
     finished_counts,
     may_replace,
     read_status,
@@ -41,18 +42,21 @@ class OpenedRun:
     """A run that is ready to be submitted or worked on.
 
     Attributes:
-        finished: the run was done before; there is nothing to do.
         resumed: results of earlier starts are there.
-        counts: total, completed and failed of a finished run.
+        counts: of a finished run; None otherwise.
         open_shards: the shards that a start has to look at; none when only the output is missing.
     """
 
     plan: Plan
     run: RunDirectory
-    finished: bool
     resumed: bool
-    counts: dict[str, int]
+    counts: Counts | None = None
     open_shards: tuple[int, ...] = (0,)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was done before, so that there is nothing to do."""
+        return self.counts is not None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class RunDraft:
 
     Attributes:
         earlier: the plan of earlier starts that left results.
-        counts: total, completed and failed of a finished run.
+        counts: of a finished run; None otherwise.
         replace: an output that is there may be replaced.
         anew: results of earlier starts are to be dropped.
         seen: the plan and the run's status in the run directory, as they were written.
@@ -70,7 +74,7 @@ class RunDraft:
     plan: Plan
     run: RunDirectory
     earlier: Plan | None
-    counts: dict[str, int] | None
+    counts: Counts | None
     replace: bool = False
     anew: bool = False
     seen: tuple[bytes | None, bytes | None] = (None, None)
@@ -91,13 +95,13 @@ class RunDraft:
             StorageError: the run directory cannot be written.
         """
         if self.finished:
-            return OpenedRun(self.plan, self.run, True, True, self.counts or {}, ())
+            return OpenedRun(self.plan, self.run, True, self.counts, ())
         if write:
             _write(self)
         everything = self.anew or not write
         left = range(len(self.plan.shards)) if everything else shards_left(self.plan, self.run)
         resumed = self.earlier is not None and not self.anew
-        return OpenedRun(self.plan, self.run, False, resumed, {}, tuple(left))
+        return OpenedRun(self.plan, self.run, resumed, open_shards=tuple(left))
 
 
 def open_run(
@@ -196,7 +200,7 @@ def _write(draft: RunDraft) -> None:
             _forget_statuses(run)
         write_plan(plan, run)
         status = run_status(plan, run)
-        status.details["replace"] = draft.replace and plan.output.exists()
+        status.details.replace = draft.replace and plan.output.exists()
         status.enter("in_progress")
 
 
@@ -233,13 +237,13 @@ def _forget_statuses(run: RunDirectory) -> None:
 def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
     several = max(len(earlier.shards), len(plan.shards)) > 1
     # Lines that changed places can be in another shard although the cuts are where they were.
-    same = (earlier.shards, earlier.input["digest"]) == (plan.shards, plan.input["digest"])
+    same = (earlier.shards, earlier.input.digest) == (plan.shards, plan.input.digest)
     if several and not same:
         recut_journals(plan, run)
     elif plan.options.retry_failed:
         for shard in plan.shards:
             status = read_status(run, shard.index)
-            if status is not None and status["request_counts"]["failed"]:
+            if status is not None and status.counts.failed:
                 forget_done(plan, run, shard.index)
                 run.status(shard.index).unlink(missing_ok=True)
 

@@ -28,7 +28,9 @@ from aiflux.core.runs.journal import (
 from aiflux.core.runs.plan import Plan, changed_input
 from aiflux.core.runs.result_index import MISSING, ResultOffsets, find_places, missing_results
 from aiflux.core.runs.status_file import (
+    MergeFacts,
     Status,
+    WrittenFile,
     finished_counts,
     may_replace,
     open_shards,
@@ -71,7 +73,7 @@ class ResultCounts:
     total: int = 0
     failed: int = 0
     empty: Counter[str] = field(default_factory=Counter)
-    files: dict[str, dict[str, int]] = field(default_factory=dict)
+    files: dict[str, WrittenFile] = field(default_factory=dict)
 
     @property
     def completed(self) -> int:
@@ -116,7 +118,7 @@ def iterate_results(plan: Plan, run: RunDirectory, *, partial: bool = False) -> 
         if isinstance(seen_at, FileNotFoundError):
             raise changed_input(plan, "does not exist any more") from None
         raise changed_input(plan, f"cannot be read any more: {seen_at}") from error
-    planned = (plan.requests, plan.input["digest"], plan.input["size"])
+    planned = (plan.requests, plan.input.digest, plan.input.size)
     if (seen.lines, seen.hexdigest(), size) != planned:
         refuse_changed_input(plan, run, partial=partial)
         raise changed_input(plan, "changed while the output was written")
@@ -379,7 +381,7 @@ def _merge(
 ) -> ResultCounts:
     counts = finished_counts(plan, run, changed_ok=again)
     if counts is not None and not again:
-        return ResultCounts(counts["total"], counts["failed"])
+        return ResultCounts(counts.total, counts.failed)
     remove_leftovers(*output_paths(plan.output))
     if counts is None and not again:
         _refuse_strangers(plan, run)
@@ -394,13 +396,13 @@ def _merge(
                 reopen(plan, run, error.shards)
         raise
     status.completed, status.failed = written.completed, written.failed
-    status.details["empty_answers"] = dict(written.empty)
-    status.details["merge"] = {
-        "seconds": round(time.monotonic() - began, 3),
-        "bytes": written.files[plan.output.name]["bytes"],
-        "files": written.files,
-        "by": f"process {os.getpid()} on {socket.gethostname()}",
-    }
+    status.details.empty_answers = dict(written.empty)
+    status.details.merge = MergeFacts(
+        seconds=round(time.monotonic() - began, 3),
+        bytes=written.files[plan.output.name].bytes,
+        files=written.files,
+        by=f"process {os.getpid()} on {socket.gethostname()}",
+    )
     status.enter("completed")
     say(f"wrote {plan.output}")
     if written.empty:
@@ -479,8 +481,8 @@ def merge_partial(plan: Plan, run: RunDirectory) -> tuple[Path, ResultCounts]:
 
 
 def _begun(plan: Plan, run: RunDirectory, *, own: bool) -> Status:
-    earlier = (read_run_status(run) or {}).get("aiflux", {})
+    earlier = read_run_status(run)
     status = run_status(plan, run)
-    status.details["replace"] = own or bool(earlier.get("replace"))
+    status.details.replace = own or bool(earlier is not None and earlier.details.replace)
     status.enter("finalizing")
     return status

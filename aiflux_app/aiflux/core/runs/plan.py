@@ -6,18 +6,18 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
-from numbers import Real
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from aiflux import __version__
-from aiflux.core.batch.input_file import InputSummary, describe
+from aiflux.core.batch.input_file import InputFacts, InputSummary
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
 from aiflux.errors import ConfigError, InputError, RunConflictError, StoppedError
 from aiflux.models.name import parse_model_name, same_digest
-from aiflux.util.files import fits, read_file, write_json
+from aiflux.util.files import read_file, write_json
+from aiflux.util.records import from_json, to_json
 from aiflux.util.times import utc_now
 
 # What one modern GPU does with a model of a few billion parameters and 16 slots; a pilot
@@ -75,47 +75,19 @@ def auto_shards(summary: InputSummary, walltime: float) -> int:
 
 
 PLAN_VERSION = 1
-_OPTION = {"bool": bool, "int": int, "float": Real, "str": str, "tuple": list, "dict": dict}
-
-
-def _option_form(annotation: str) -> Any:
-    """Return the form of an option in JSON by its annotation, such as ``int | None``."""
-    kind, _, rest = annotation.partition(" | ")
-    form = _OPTION[kind.partition("[")[0]]
-    return (form, type(None)) if rest == "None" else form
-
-
-_FORM = {
-    "aiflux": str,
-    "created": str,
-    "input": {
-        "path": str,
-        "size": int,
-        "modified": (int, type(None)),
-        "requests": int,
-        "digest": str,
-        "endpoints": dict,
-    },
-    "output": str,
-    "models": [str],
-    "models_dir": (str, type(None)),
-    "options": {item.name: _option_form(str(item.type)) for item in fields(RunOptions)},
-    "shards": [dict.fromkeys((item.name for item in fields(Shard)), int)],
-}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to do.
+    """Everything decided before the first request is sent.
 
     Attributes:
-        input: what one pass over the input told (see ``InputSummary``).
         output: absolute path of the output.
         models: names as they were given, in the order in which they are processed.
-        models_dir: where models lie; None with an engine that is up already.
+        models_dir: directory of the models; None with a server that is already running.
     """
 
-    input: dict[str, Any]
+    input: InputFacts
     output: Path
     models: tuple[str, ...]
     options: RunOptions
@@ -128,12 +100,12 @@ class Plan:
     @property
     def input_path(self) -> Path:
         """The input's absolute path."""
-        return Path(self.input["path"])
+        return self.input.path
 
     @property
     def requests(self) -> int:
         """Number of requests of the run."""
-        return int(self.input["requests"])
+        return self.input.requests
 
     def served(self, model: str) -> str:
         """Return the name under which the engine serves one of the plan's models."""
@@ -150,26 +122,12 @@ class Plan:
     @property
     def id(self) -> str:
         """Short digest of the input and of what the answers depend on."""
-        content = json.dumps([self.input["digest"], self.identity], sort_keys=True)
+        content = json.dumps([self.input.digest, self.identity], sort_keys=True)
         return blake2b(content.encode(), digest_size=8).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``plan.json`` holds."""
-        return {
-            "version": self.version,
-            "id": self.id,
-            "aiflux": self.aiflux,
-            "created": self.created,
-            "input": self.input,
-            "output": str(self.output),
-            "models": list(self.models),
-            "models_dir": None if self.models_dir is None else str(self.models_dir),
-            "options": self.options.to_json(),
-            "shards": [
-                {item.name: getattr(shard, item.name) for item in fields(Shard)}
-                for shard in self.shards
-            ],
-        }
+        """Return the content of ``plan.json``."""
+        return {"version": self.version, "id": self.id, **to_json(self)}
 
 
 def make_plan(
@@ -199,7 +157,7 @@ def make_plan(
         names = _one_of_each(names)
     options = _with_defaults_of(names, options)
     return Plan(
-        input=describe(summary),
+        input=summary.facts,
         output=output,
         models=tuple(names),
         options=options,
@@ -278,8 +236,6 @@ def read_plan(run: RunDirectory) -> Plan:
                 f"{run.plan} is a plan of version {content['version']}; this is {PLAN_VERSION}",
                 "finish the run with the AI-Flux that began it, or choose another output",
             )
-        if not fits(content, _FORM):
-            raise TypeError("a part of it is of another type")
         strange = content["options"].keys() - {item.name for item in fields(RunOptions)}
         if strange:
             raise RunConflictError(
@@ -297,36 +253,14 @@ def read_plan(run: RunDirectory) -> Plan:
 
 
 def _from_json(content: dict[str, Any]) -> Plan:
-    needed = ("path", "size", "requests", "digest")
-    if not all([content["shards"], content["input"]["endpoints"], content["models"]]) or any(
-        name not in content["input"] for name in needed
-    ):
+    plan = from_json(Plan, content)
+    if not (plan.shards and plan.input.endpoints and plan.models):
         raise ValueError("a part of it is missing")
-    output = Path(content["output"])
-    if not output.is_absolute() or output.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError("its output is no path of an output")
-    options = RunOptions(**content["options"])
-    options.allowed_failures(1)  # a ValueError where it is no number
-    for values, kind in (
-        (content["input"]["endpoints"], int),
-        (options.engine_env, str),
-        (options.model_defaults, dict),
-    ):
-        if not all(isinstance(each, kind) for each in values.values()):
-            raise TypeError("a part of it is of another type")
-    shards = tuple(Shard(**shard) for shard in content["shards"])
-    _refuse_gaps(shards, content["input"]["requests"])
-    models_dir = content["models_dir"]
-    return Plan(
-        input=content["input"],
-        output=output,
-        models=tuple(content["models"]),
-        options=options,
-        shards=shards,
-        models_dir=None if models_dir is None else Path(models_dir),
-        created=content["created"],
-        aiflux=content["aiflux"],
-    )
+    if not plan.output.is_absolute() or plan.output.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(f"{plan.output} is not the path of an output")
+    plan.options.allowed_failures(1)  # a ValueError where it is not a number
+    _refuse_gaps(plan.shards, plan.requests)
+    return plan
 
 
 def _refuse_gaps(shards: tuple[Shard, ...], requests: int) -> None:

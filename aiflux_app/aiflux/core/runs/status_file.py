@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -20,7 +19,8 @@ from aiflux.core.batch.results_file import errors_path, output_paths
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import OutputExistsError, TooManyFailuresError
-from aiflux.util.files import checksum, fits, is_there, read_file, write_json
+from aiflux.util.files import checksum, is_there, read_file, write_json
+from aiflux.util.records import KEY, OMITTED, from_json, to_json
 from aiflux.util.unicode import whole
 
 WRITE_INTERVAL = 1.0
@@ -34,67 +34,229 @@ _MOMENTS = {
 }
 
 
-_COUNTS = dict.fromkeys(("total", "completed", "failed"), int)
-_FILE = dict.fromkeys(("bytes", "modified", "crc32"), int)
-_NUMBER = (Real, type(None))
-_TEXT = (str, type(None))
-# What readers of a status rely on, where it is there.
-_FORM = {
-    "status": str,
-    "request_counts": _COUNTS,
-    "errors": ({"data": [dict]}, type(None)),
-    **dict.fromkeys(("created_at", *_MOMENTS.values()), _NUMBER),
-    "aiflux": {
-        "plan": str,
-        "updated": _NUMBER,
-        "requeues": int,
-        "exit_code": int,
-        "version": str,
-        "started": str,
-        "ended": _TEXT,
-        "host": _TEXT,
-        "slurm": dict.fromkeys(("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"), str),
-        "image": (dict, type(None)),
-        "gpus": [str],
-        "engines": [
-            {
-                "index": int,
-                "slots": (int, type(None)),
-                "devices": (list, type(None)),
-                "gpu_bytes": _NUMBER,
-                "version": _TEXT,
-                "url": str,
-            }
-        ],
-        "model_digests": dict,
-        "gpu_use": dict.fromkeys(
-            (
-                "samples",
-                "utilization_mean",
-                "utilization_max",
-                "memory_mib_mean",
-                "memory_mib_max",
-                "memory_mib_total",
-            ),
-            Real,
-        ),
-        "progress": dict.fromkeys(
-            (
-                "elapsed_seconds",
-                "prompt_tokens",
-                "completion_tokens",
-                "requests_per_second",
-                "tokens_per_second",
-                "remaining_seconds",
-            ),
-            _NUMBER,
-        ),
-        "totals": dict.fromkeys(
-            ("seconds", "gpu_seconds", "prompt_tokens", "completion_tokens", "starts"), Real
-        ),
-        "merge": {"bytes": int, "files": dict},
-    },
-}
+@dataclass(frozen=True)
+class Counts:
+    """Requests of a shard or a run, and those that have a result so far."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class FailedRequest:
+    """A request that failed; ``param`` is its custom_id (the field that OpenAI's form has)."""
+
+    code: str | None = None
+    message: str | None = None
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class FailedRequests:
+    """The last requests that failed, oldest first."""
+
+    data: tuple[FailedRequest, ...]
+    object: str = "list"
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The Slurm job in which a worker runs; empty outside one."""
+
+    job: str = field(default="", metadata={**OMITTED, KEY: "SLURM_JOB_ID"})
+    array_job: str = field(default="", metadata={**OMITTED, KEY: "SLURM_ARRAY_JOB_ID"})
+    array_task: str = field(default="", metadata={**OMITTED, KEY: "SLURM_ARRAY_TASK_ID"})
+    restarts: str = field(default="", metadata={**OMITTED, KEY: "SLURM_RESTART_COUNT"})
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> SlurmJob:
+        """Return the job of an environment."""
+        return from_json(cls, environ)
+
+
+@dataclass
+class EngineFacts:
+    """One engine, as the status shows it.
+
+    Attributes:
+        devices: its GPUs; None where they are unknown.
+        slots: None where they are unknown.
+        gpu_bytes: bytes of the model in GPU memory; None where that is unknown.
+        url: address of a server that is not started by AI-Flux.
+        one_at_a_time: it handles one request at a time, although it has several slots.
+    """
+
+    index: int = 0
+    devices: tuple[str, ...] | None = field(default=None, metadata=OMITTED)
+    version: str | None = field(default=None, metadata=OMITTED)
+    slots: int | None = field(default=None, metadata=OMITTED)
+    context_length: int | None = field(default=None, metadata=OMITTED)
+    size_bytes: int | None = field(default=None, metadata=OMITTED)
+    gpu_bytes: int | None = field(default=None, metadata=OMITTED)
+    log: str | None = field(default=None, metadata=OMITTED)
+    url: str | None = field(default=None, metadata=OMITTED)
+    one_at_a_time: bool | None = field(default=None, metadata=OMITTED)
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """Samples of all GPUs of a shard, added up over all its starts.
+
+    Attributes:
+        samples: one for each GPU each time.
+        utilization_mean, utilization_max: percent of the time in which a kernel ran.
+        memory_mib_mean, memory_mib_max: in use.
+        memory_mib_total: memory of one GPU.
+    """
+
+    samples: int = 0
+    utilization_mean: float = 0.0
+    utilization_max: float = 0.0
+    memory_mib_mean: float = 0.0
+    memory_mib_max: float = 0.0
+    memory_mib_total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Figures of the current start; the rates are those of the last half minute."""
+
+    elapsed_seconds: float = 0.0
+    results_of_this_start: int = 0
+    retries: int = 0
+    engine_crashes_seen: int = 0
+    unfit_answers: int = 0
+    empty_answers: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    remaining_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all starts of a shard."""
+
+    seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    starts: int = 0
+    empty_answers: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of the output as it was written; ``modified`` is in nanoseconds."""
+
+    bytes: int
+    modified: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class MergeFacts:
+    """How the output was written: by which process, and its files by name."""
+
+    seconds: float
+    bytes: int
+    by: str
+    files: dict[str, WrittenFile] = field(default_factory=dict)
+
+
+@dataclass
+class StatusDetails:
+    """AI-Flux's own part of a status.
+
+    Attributes:
+        plan: id of the plan that the status belongs to.
+        planned: when that plan was made.
+        shard: None for the whole run.
+        updated: Unix time at which the status was written.
+        version: of the AI-Flux that runs the shard.
+        started: when its last start began.
+        pid: of the worker, on ``host``.
+        image: content of the image, as it was built (``/opt/aiflux/image.json``).
+        sealed: whether the worker has no network; ``unsealed``: why it has one.
+        gpus: names of the GPUs.
+        requeues: times that the job went back to the queue by itself.
+        ended: why the last start ended before it was done.
+        replace: the run may replace an output that exists.
+        empty_answers: of the whole run, written with its output.
+    """
+
+    plan: str | None = None
+    planned: str | None = None
+    shard: int | None = None
+    updated: float | None = None
+    version: str | None = field(default=None, metadata=OMITTED)
+    started: str | None = field(default=None, metadata=OMITTED)
+    host: str | None = field(default=None, metadata=OMITTED)
+    pid: int | None = field(default=None, metadata=OMITTED)
+    slurm: SlurmJob = field(default_factory=SlurmJob, metadata=OMITTED)
+    image: dict[str, Any] | None = field(default=None, metadata=OMITTED)
+    sealed: bool | None = field(default=None, metadata=OMITTED)
+    unsealed: str = field(default="", metadata=OMITTED)
+    gpus: tuple[str, ...] = field(default=(), metadata=OMITTED)
+    models: tuple[str, ...] = field(default=(), metadata=OMITTED)
+    gpu_use: GpuUse = field(default_factory=GpuUse, metadata=OMITTED)
+    progress: Progress = field(default_factory=Progress, metadata=OMITTED)
+    totals: Totals = field(default_factory=Totals, metadata=OMITTED)
+    requeues: int = field(default=0, metadata=OMITTED)
+    engines: tuple[EngineFacts, ...] = field(default=(), metadata=OMITTED)
+    model_digests: dict[str, str] = field(default_factory=dict, metadata=OMITTED)
+    ended: str | None = field(default=None, metadata=OMITTED)
+    exit_code: int | None = field(default=None, metadata=OMITTED)
+    replace: bool | None = field(default=None, metadata=OMITTED)
+    empty_answers: dict[str, int] | None = field(default=None, metadata=OMITTED)
+    merge: MergeFacts | None = field(default=None, metadata=OMITTED)
+
+
+@dataclass(frozen=True)
+class StatusFile:
+    """A status as it was last written; what OpenAI's object has beyond these fields is constant.
+
+    Attributes:
+        state: ``status`` in the file; see ``Status``.
+        created_at, ...: Unix times; None before that state.
+    """
+
+    state: str = field(metadata={KEY: "status"})
+    counts: Counts = field(metadata={KEY: "request_counts"})
+    details: StatusDetails = field(metadata={KEY: "aiflux"})
+    errors: FailedRequests | None = None
+    created_at: float | None = None
+    in_progress_at: float | None = None
+    finalizing_at: float | None = None
+    completed_at: float | None = None
+    failed_at: float | None = None
+    cancelling_at: float | None = None
+    cancelled_at: float | None = None
+
+    @property
+    def completed(self) -> bool:
+        """Whether every request has its result, and of a whole run, whether the output exists."""
+        return self.state == "completed"
+
+    @property
+    def last_errors(self) -> tuple[FailedRequest, ...]:
+        """The last requests that failed, oldest first."""
+        return () if self.errors is None else self.errors.data
+
+    @property
+    def moment(self) -> float | None:
+        """When the status was written (Unix time)."""
+        moments = (
+            self.details.updated,
+            self.completed_at,
+            self.failed_at,
+            self.cancelled_at,
+            self.in_progress_at,
+            self.created_at,
+        )
+        return next((float(each) for each in moments if each is not None), None)
 
 
 @dataclass
@@ -104,8 +266,8 @@ class Status:
     Attributes:
         shard: None for the whole run.
         state: validating, in_progress, finalizing, completed, failed, cancelling or cancelled
-            (``cancelled`` stands for stopped before the end; the run can go on).
-        details: what stands under ``aiflux``.
+            (``cancelled`` stands for stopped before the end; the run can be resumed).
+        errors: the last requests that failed, oldest first.
     """
 
     path: Path
@@ -114,10 +276,12 @@ class Status:
     state: str = "validating"
     completed: int = 0
     failed: int = 0
-    errors: list[dict[str, Any]] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
+    errors: list[FailedRequest] = field(default_factory=list)
+    details: StatusDetails = field(default_factory=StatusDetails)
 
     def __post_init__(self) -> None:
+        self.details.plan, self.details.planned = self.plan.id, self.plan.created
+        self.details.shard = self.shard
         self._created = int(time.time())
         self._moments: dict[str, int] = {}
         self._written = 0.0
@@ -148,36 +312,27 @@ class Status:
         plan, shard = self.plan, self.shard
         total = plan.requests if shard is None else plan.shards[shard].requests
         ended = self.state == "completed"
-        errors = errors_path(self.plan.output)
-        has_errors_file = ended and self.failed and self.plan.output.suffix == ".jsonl"
+        errors = errors_path(plan.output)
+        has_errors_file = ended and self.failed and plan.output.suffix == ".jsonl"
+        self.details.updated = round(time.time(), 3)
         return {
             "id": f"batch_{plan.id}" + ("" if shard is None else f"_{shard:04d}"),
             "object": "batch",
-            "endpoint": next(iter(self.plan.input["endpoints"])),
-            "errors": {"object": "list", "data": self.errors} if self.errors else None,
-            "input_file_id": self.plan.input["path"],
+            "endpoint": next(iter(plan.input.endpoints)),
+            "errors": to_json(FailedRequests(tuple(self.errors))) if self.errors else None,
+            "input_file_id": str(plan.input_path),
             "completion_window": "24h",
             "status": self.state,
-            "output_file_id": str(self.plan.output) if ended else None,
+            "output_file_id": str(plan.output) if ended else None,
             "error_file_id": str(errors) if has_errors_file else None,
             "created_at": self._created,
             **dict.fromkeys(_MOMENTS.values()),
             **self._moments,
             "expires_at": None,
             "expired_at": None,
-            "request_counts": {
-                "total": total,
-                "completed": self.completed,
-                "failed": self.failed,
-            },
+            "request_counts": to_json(Counts(total, self.completed, self.failed)),
             "metadata": {},
-            "aiflux": {
-                "plan": plan.id,
-                "planned": plan.created,
-                "shard": shard,
-                "updated": round(time.time(), 3),
-                **self.details,
-            },
+            "aiflux": to_json(self.details),
         }
 
 
@@ -186,90 +341,77 @@ def run_status(plan: Plan, run: RunDirectory) -> Status:
     return Status(run.run_status, plan, None)
 
 
-def read_status(run: RunDirectory, shard: int) -> dict[str, Any] | None:
+def read_status(run: RunDirectory, shard: int, plan: Plan | None = None) -> StatusFile | None:
     """Return a shard's status as it was last written; None where there is none.
 
-    One that is damaged counts as none: the journal decides what is done, and the next start of the
-    shard writes its status again.
+    A damaged one counts as none: the journal decides what is done, and the next start of the shard
+    writes its status again.
+
+    Args:
+        plan: return only a status that belongs to this plan.
 
     Raises:
         StorageError: it exists and cannot be read.
     """
-    return _read(run.status(shard))
+    return _read(run.status(shard), plan)
 
 
-def read_run_status(run: RunDirectory) -> dict[str, Any] | None:
+def read_run_status(run: RunDirectory, plan: Plan | None = None) -> StatusFile | None:
     """Return the whole run's status; see ``read_status``."""
-    return _read(run.run_status)
+    return _read(run.run_status, plan)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, plan: Plan | None) -> StatusFile | None:
     content = read_file(path)
     try:
-        status = json.loads(content or b"")
+        status = from_json(StatusFile, json.loads(content or b""))
     except (ValueError, RecursionError):
         return None
-    needed = {"status", "request_counts", "aiflux"}
-    if not isinstance(status, dict) or not needed <= status.keys() or not fits(status, _FORM):
-        return None
-    return status if status["request_counts"].keys() >= _COUNTS.keys() else None
-
-
-def _of_plan(status: dict[str, Any] | None, plan: Plan) -> bool:
-    return status is not None and status.get("aiflux", {}).get("plan") == plan.id
+    return status if plan is None or status.details.plan == plan.id else None
 
 
 def open_shards(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
     """Return the shards that are not known to be done: those that a start has to look at."""
-    return tuple(
-        shard.index
-        for shard in plan.shards
-        if not is_completed(read_status(run, shard.index), plan)
-    )
+    return tuple(shard.index for shard in plan.shards if not _done(plan, run, shard.index))
+
+
+def _done(plan: Plan, run: RunDirectory, shard: int) -> bool:
+    status = read_status(run, shard, plan)
+    return status is not None and status.completed
 
 
 def all_done(plan: Plan, run: RunDirectory) -> bool:
-    """Tell whether every shard is known to be done."""
+    """Return whether every shard is known to be done."""
     return not open_shards(plan, run)
 
 
-def is_completed(status: dict[str, Any] | None, plan: Plan) -> bool:
-    """Tell whether a status says that this very plan is done."""
-    return status is not None and status.get("status") == "completed" and _of_plan(status, plan)
-
-
 def may_replace(plan: Plan, run: RunDirectory) -> bool:
-    """Tell whether an output that is there is this very plan's own, or was allowed to be replaced.
+    """Return whether an existing output belongs to this plan, or may be replaced by the run.
 
-    It is the plan's own where a start ended between writing it and saying so, and where the run was
-    finished and only a part of its output was removed since.
+    It belongs to the plan where a start ended between writing it and recording that, and where the
+    run was finished and only a part of its output was removed since.
     """
-    status = read_run_status(run)
-    if status is None or not _of_plan(status, plan):
+    status = read_run_status(run, plan)
+    if status is None:
         return False
-    own = status.get("status") in ("finalizing", "completed")
-    return own or bool(status["aiflux"].get("replace"))
+    return status.state in ("finalizing", "completed") or bool(status.details.replace)
 
 
-def finished_counts(
-    plan: Plan, run: RunDirectory, *, changed_ok: bool = False
-) -> dict[str, int] | None:
-    """Return total, completed and failed of a run that is finished; None where it is not.
+def finished_counts(plan: Plan, run: RunDirectory, *, changed_ok: bool = False) -> Counts | None:
+    """Return the counts of a finished run; None where it is not finished.
 
     Args:
-        changed_ok: the output may be another than the one that the run wrote.
+        changed_ok: accept an output that was changed after the run wrote it.
 
     Raises:
-        OutputExistsError: it is, and may not.
+        OutputExistsError: the output was changed, and ``changed_ok`` is not given.
     """
-    status = read_run_status(run)
-    if not is_completed(status, plan) or status is None:
+    status = read_run_status(run, plan)
+    if status is None or not status.completed:
         return None
     if not changed_ok:
         refuse_changed_output(plan.output, status)
-    if not output_there(plan.output, status):
-        return None
-    return {name: int(count) for name, count in status["request_counts"].items()}
+    return status.counts if output_there(plan.output, status) else None
 
 
 # A file whose time changed is read, to know whether its content did; to show how a run is, only up
@@ -277,25 +419,26 @@ def finished_counts(
 READ_TO_SHOW = 256 << 20
 
 
-def written_file(path: Path, crc: int) -> dict[str, int]:
-    """Return what a file that was written can be known by."""
+def written_file(path: Path, crc: int) -> WrittenFile:
+    """Return the size, time and checksum of a file that was just written."""
     found = path.stat()
-    return {"bytes": found.st_size, "modified": found.st_mtime_ns, "crc32": crc}
+    return WrittenFile(found.st_size, found.st_mtime_ns, crc)
 
 
-def _written(output: Path, status: Mapping[str, Any]) -> dict[Path, Mapping[str, int]]:
-    """Return what is known of each file of a finished run's output."""
-    files = status["aiflux"].get("merge", {}).get("files", {})
-    return {output.with_name(name): known for name, known in files.items() if fits(known, _FILE)}
+def _written(output: Path, status: StatusFile) -> dict[Path, WrittenFile]:
+    """Return the files of a finished run's output as they were written."""
+    merge = status.details.merge
+    files = {} if merge is None else merge.files
+    return {output.with_name(name): written for name, written in files.items()}
 
 
-def output_there(output: Path, status: Mapping[str, Any] | None) -> bool:
-    """Tell whether an output is there, with every file that a finished run wrote."""
+def output_there(output: Path, status: StatusFile | None) -> bool:
+    """Return whether an output exists, with every file that a finished run wrote."""
     written = () if status is None else _written(output, status)
     return all(map(is_there, (output, *written)))
 
 
-def output_change(output: Path, status: Mapping[str, Any], most: int | None = None) -> str | None:
+def output_change(output: Path, status: StatusFile, most: int | None = None) -> str | None:
     """Return what was changed in the output of a finished run since it was written, or None.
 
     A file that is missing is no change: it is written again.
@@ -314,21 +457,21 @@ def output_change(output: Path, status: Mapping[str, Any], most: int | None = No
     return None
 
 
-def _change(path: Path, known: Mapping[str, int] | None, most: int | None) -> str | None:
+def _change(path: Path, known: WrittenFile | None, most: int | None) -> str | None:
     if not is_there(path):
         return None
     if known is None:
         return "was not made by the run"
     found = path.stat()
-    if found.st_size != known["bytes"]:
-        return f"has {found.st_size:,} bytes instead of the {known['bytes']:,} that were written"
-    same = found.st_mtime_ns == known["modified"] or (most is not None and found.st_size > most)
-    if same or checksum(path) == known["crc32"]:
+    if found.st_size != known.bytes:
+        return f"has {found.st_size:,} bytes instead of the {known.bytes:,} that were written"
+    same = found.st_mtime_ns == known.modified or (most is not None and found.st_size > most)
+    if same or checksum(path) == known.crc32:
         return None
     return "was edited after it was written"
 
 
-def refuse_changed_output(output: Path, status: Mapping[str, Any]) -> None:
+def refuse_changed_output(output: Path, status: StatusFile) -> None:
     """Raise OutputExistsError where the output of a finished run was changed since."""
     change = output_change(output, status)
     if change is not None:
@@ -339,18 +482,17 @@ def refuse_changed_output(output: Path, status: Mapping[str, Any]) -> None:
         )
 
 
-def finished_line(plan: Plan, counts: dict[str, int]) -> str:
-    """Return what is said of a run that was finished before."""
+def finished_line(plan: Plan, counts: Counts) -> str:
+    """Return the line that is shown for a run that was finished before."""
     return (
-        f"{plan.output} is finished already: {counts['completed']} succeeded, "
-        f"{counts['failed']} failed; nothing was sent"
+        f"{plan.output} is finished already: {counts.completed} succeeded, "
+        f"{counts.failed} failed; nothing was sent"
     )
 
 
-def refuse_failures(plan: Plan, counts: dict[str, int]) -> None:
-    """Raise TooManyFailuresError where a run that was finished before had too many failures."""
-    failed, total = counts["failed"], counts["total"]
-    if failed > plan.options.allowed_failures(total):
+def refuse_failures(plan: Plan, failed: int) -> None:
+    """Raise TooManyFailuresError where more requests of a finished run failed than are allowed."""
+    if failed > plan.options.allowed_failures(plan.requests):
         raise TooManyFailuresError(
-            f"{failed} of {total} requests failed", "--retry-failed tries them again"
+            f"{failed} of {plan.requests} requests failed", "--retry-failed tries them again"
         )

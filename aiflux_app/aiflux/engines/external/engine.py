@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind
 from aiflux.engines.http import Answer, Client, ExchangeError, speaks_tls
 from aiflux.engines.outcome import RETRIED_STATUSES, error_message
@@ -71,7 +71,7 @@ class ExternalEngine:
         self.index = 0
         self.url = public_url(url)
         self.client = make_client(url)
-        self.facts: dict[str, Any] = {"index": 0, "url": self.url}
+        self.facts = EngineFacts(url=self.url)
         self._slots: int | None = None
         self._patience = patience
         self._say = say
@@ -176,7 +176,7 @@ class ExternalEngine:
         self._slots = total_slots(partial(get, self.client))
         if self._slots is None:
             return None
-        self.facts["slots"] = self._slots
+        self.facts.slots = self._slots
         return in_flight(self._slots)
 
     def model_digest(self) -> str | None:

@@ -81,14 +81,15 @@ class OllamaEngine(ManagedEngine):
             if self._fits(loaded) or not self._shrink(loaded):
                 break
         self._check_placement(loaded)
-        self.facts |= {
-            "version": ollama.version(),
-            "slots": self.slots,
-            "context_length": loaded.context_length or self._context,
-            "size_bytes": loaded.size,
-            "gpu_bytes": loaded.size_vram,
-            "log": str(self.spec.log),
-        }
+        self.facts = replace(
+            self.facts,
+            version=ollama.version(),
+            slots=self.slots,
+            context_length=loaded.context_length or self._context,
+            size_bytes=loaded.size,
+            gpu_bytes=loaded.size_vram,
+            log=str(self.spec.log),
+        )
         self._use(ollama.url)
 
     def was_truncated(self, prompt_tokens: int) -> bool:

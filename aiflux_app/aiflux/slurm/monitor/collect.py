@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan, Shard, read_plan
 from aiflux.core.runs.status_file import (
     READ_TO_SHOW,
+    StatusFile,
     output_change,
     output_there,
     read_run_status,
@@ -161,7 +161,7 @@ def read_facts(run: RunDirectory, now: float) -> RunFacts:
     submissions = known_submissions(run)
     tasks = _submitted_tasks(submissions)
     listed = () if submissions is None else submissions.submissions
-    whole = _of_plan(read_run_status(run), plan)
+    whole = read_run_status(run, plan)
     return RunFacts(
         run=run,
         plan=plan,
@@ -191,8 +191,8 @@ def _submitted_tasks(submissions: Submissions | None) -> dict[int, TaskId]:
 def _shard(
     run: RunDirectory, plan: Plan, shard: Shard, task: TaskId | None, now: float
 ) -> ShardFacts:
-    status = _of_plan(read_status(run, shard.index), plan)
-    if status is None or status.get("status") == "completed":
+    status = read_status(run, shard.index, plan)
+    if status is None or status.completed:
         return ShardFacts(shard, status, task)
     lease = run.lease(shard.index)
     if not lease.exists():
@@ -204,24 +204,16 @@ def _shard(
     return ShardFacts(shard, status, task or _own_task(status), lives, _quiet(lease, now))
 
 
-def _own_task(status: Mapping[str, Any]) -> TaskId | None:
-    """Return the task that a worker says it runs in: a job made by hand is in no list of ours."""
-    slurm = status.get("aiflux", {}).get("slurm") or {}
-    array, index = slurm.get("SLURM_ARRAY_JOB_ID"), slurm.get("SLURM_ARRAY_TASK_ID", "")
-    if array and index.isdigit():
-        return TaskId(JobId(array), int(index))
-    number = slurm.get("SLURM_JOB_ID")
-    return TaskId(JobId(number), None) if number else None
+def _own_task(status: StatusFile) -> TaskId | None:
+    """Return the task that a worker reports to run in: ``jobs.json`` has no job made by hand."""
+    slurm = status.details.slurm
+    if slurm.array_job and slurm.array_task.isdigit():
+        return TaskId(JobId(slurm.array_job), int(slurm.array_task))
+    return TaskId(JobId(slurm.job), None) if slurm.job else None
 
 
-def _of_plan(status: dict[str, Any] | None, plan: Plan) -> dict[str, Any] | None:
-    """Return a status that was written for this very plan."""
-    details = {} if status is None else status.get("aiflux")
-    return status if isinstance(details, dict) and details.get("plan") == plan.id else None
-
-
-def _output_change(whole: Mapping[str, Any] | None, plan: Plan) -> str | None:
-    if whole is None or whole.get("status") != "completed":
+def _output_change(whole: StatusFile | None, plan: Plan) -> str | None:
+    if whole is None or not whole.completed:
         return None
     return output_change(plan.output, whole, READ_TO_SHOW)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, StatusFile
 from aiflux.errors import ExitCode
 from aiflux.slurm.job_id import JobId, TaskState
 from aiflux.slurm.monitor.shard_state import (
@@ -62,7 +63,7 @@ class RunFacts:
     run: RunDirectory
     plan: Plan
     shards: tuple[ShardFacts, ...]
-    whole: Mapping[str, Any] | None
+    whole: StatusFile | None
     output_there: bool
     output_change: str | None
     merging: bool
@@ -76,8 +77,8 @@ class RunFacts:
 
     @property
     def written(self) -> bool:
-        """Whether the output was written, however it is by now."""
-        return self.whole is not None and self.whole.get("status") == "completed"
+        """Whether the output was written, whatever happened to it since."""
+        return self.whole is not None and self.whole.completed
 
 
 @dataclass(frozen=True)
@@ -262,35 +263,35 @@ def _shard(facts: ShardFacts, tasks: Tasks | None) -> ShardView:
     task = _task(facts, tasks)
     verdict = judge(facts, task, tasks is not None)
     running = verdict.state in (ShardState.RUNNING, ShardState.STOPPING)
-    counts, details = _mapping((facts.status or {}).get("request_counts")), facts.details
-    progress, totals = _mapping(details.get("progress")), _mapping(details.get("totals"))
-    completed, failed = int(counts.get("completed", 0)), int(counts.get("failed", 0))
-    rate = _number(progress.get("requests_per_second")) if running else 0.0
-    tokens = totals or progress
+    details, total = facts.details, facts.shard.requests
+    counts = Counts(total, 0, 0) if facts.status is None else facts.status.counts
+    progress, totals = details.progress, details.totals
+    rate = progress.requests_per_second if running else 0.0
+    left = total - counts.completed - counts.failed
     return ShardView(
         index=facts.shard.index,
         state=verdict.state,
         reason=verdict.reason,
         exit_code=verdict.exit_code,
-        total=facts.shard.requests,
-        completed=completed,
-        failed=failed,
+        total=total,
+        completed=counts.completed,
+        failed=counts.failed,
         job=None if facts.task is None else str(facts.task),
-        host=details.get("host"),
-        pid=details.get("pid"),
-        gpus=tuple(details.get("gpus") or ()),
+        host=details.host,
+        pid=details.pid,
+        gpus=details.gpus,
         requests_per_second=rate,
-        tokens_per_second=_number(progress.get("tokens_per_second")) if running else 0.0,
-        remaining_seconds=_seconds(facts.shard.requests - completed - failed, rate, verdict),
-        restarts=_restarts(details, totals),
-        prompt_tokens=int(_number(tokens.get("prompt_tokens"))),
-        completion_tokens=int(_number(tokens.get("completion_tokens"))),
-        empty_answers=_numbers(tokens.get("empty_answers")),
-        gpu_seconds=_number(totals.get("gpu_seconds")),
+        tokens_per_second=progress.tokens_per_second if running else 0.0,
+        remaining_seconds=_seconds(left, rate, verdict),
+        restarts=_restarts(details),
+        prompt_tokens=totals.prompt_tokens,
+        completion_tokens=totals.completion_tokens,
+        empty_answers=totals.empty_answers,
+        gpu_seconds=totals.gpu_seconds,
         in_slurm=task is not None and task.active,
-        sealed=details.get("sealed"),
-        unsealed=str(details.get("unsealed") or ""),
-        updated=_moment(facts.status),
+        sealed=details.sealed,
+        unsealed=details.unsealed,
+        updated=None if facts.status is None else facts.status.moment,
     )
 
 
@@ -306,28 +307,24 @@ def _seconds(left: int, rate: float, verdict: ShardVerdict) -> float | None:
     return round(left / rate, 1) if going else None
 
 
-def _restarts(details: Mapping[str, Any], totals: Mapping[str, Any]) -> int:
-    starts = int(_number(totals.get("starts")))
-    if starts:
-        return starts - 1
-    count = str(_mapping(details.get("slurm")).get("SLURM_RESTART_COUNT", "0"))
+def _restarts(details: StatusDetails) -> int:
+    if details.totals.starts:
+        return details.totals.starts - 1
+    count = details.slurm.restarts
     return int(count) if count.isdigit() else 0
 
 
 def _counts(facts: RunFacts, shards: tuple[ShardView, ...]) -> tuple[int, int]:
-    """The output's own counts once it is written, else those of the shards."""
+    """Return the output's own counts once it is written, else those of the shards."""
     if facts.finished and facts.whole is not None:
-        counts = _mapping(facts.whole.get("request_counts"))
-        return int(counts.get("completed", 0)), int(counts.get("failed", 0))
+        return facts.whole.counts.completed, facts.whole.counts.failed
     return sum(shard.completed for shard in shards), sum(shard.failed for shard in shards)
 
 
 def _empty(facts: RunFacts, shards: tuple[ShardView, ...]) -> Mapping[str, int]:
-    """The output's own count once it is written, else that of the shards."""
-    if facts.finished and facts.whole is not None:
-        details = _mapping(facts.whole.get("aiflux"))
-        if "empty_answers" in details:
-            return _numbers(details["empty_answers"])
+    """Return the output's own count once it is written, else that of the shards."""
+    if facts.finished and facts.whole is not None and facts.whole.details.empty_answers is not None:
+        return facts.whole.details.empty_answers
     return dict(sum((Counter(shard.empty_answers) for shard in shards), Counter()))
 
 
@@ -378,14 +375,14 @@ def _errors(shards: Iterable[ShardFacts]) -> Iterator[RequestError]:
     """
     ranked = []
     for facts in shards:
-        listed = _mapping((facts.status or {}).get("errors")).get("data") or []
-        moment = _moment(facts.status) or 0.0
-        newest = list(reversed(listed))[:SHOWN_ERRORS]
+        if facts.status is None:
+            continue
+        newest = list(reversed(facts.status.last_errors))[:SHOWN_ERRORS]
+        moment = facts.status.moment or 0.0
         ranked += [(rank, -moment, facts.shard.index, error) for rank, error in enumerate(newest)]
     ranked.sort(key=lambda item: item[:3])
     for _, _, index, error in ranked[:SHOWN_ERRORS]:
-        texts = (str(error.get(name) or "") for name in ("param", "code", "message"))
-        yield RequestError(index, *texts)
+        yield RequestError(index, error.param or "", error.code or "", error.message or "")
 
 
 def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...]) -> str | None:
@@ -401,34 +398,11 @@ def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...
         return f"aiflux resume {name}"
     # A run that was never submitted by us: in the foreground, or by `sbatch slurm/run.sbatch`,
     # whose job this machine must not repeat.
-    by_hand = any(
-        _mapping(_mapping(each.status).get("aiflux")).get("slurm") for each in facts.shards
-    )
+    by_hand = any(each.details.slurm != SlurmJob() for each in facts.shards)
     return None if by_hand else f"aiflux resume --local {name}"
 
 
 def _updated(facts: RunFacts) -> float | None:
-    moments = [_moment(facts.whole), *(_moment(shard.status) for shard in facts.shards)]
+    written = [facts.whole, *(shard.status for shard in facts.shards)]
+    moments = [status.moment for status in written if status is not None]
     return max((moment for moment in moments if moment is not None), default=None)
-
-
-def _moment(status: Mapping[str, Any] | None) -> float | None:
-    """Return when a status was written (Unix time), as far as it tells."""
-    if status is None:
-        return None
-    names = ("completed_at", "failed_at", "cancelled_at", "in_progress_at", "created_at")
-    written = _mapping(status.get("aiflux")).get("updated")
-    moments = (written, *(status.get(name) for name in names))
-    return next((float(each) for each in moments if isinstance(each, (int, float))), None)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _numbers(value: Any) -> dict[str, int]:
-    return {name: int(_number(count)) for name, count in _mapping(value).items()}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from aiflux.core.runs.plan import Shard
+from aiflux.core.runs.status_file import StatusDetails, StatusFile
 from aiflux.errors import ExitCode
 from aiflux.slurm.job_id import JobId, TaskState
 
@@ -58,7 +57,7 @@ class ShardFacts:
     """
 
     shard: Shard
-    status: Mapping[str, Any] | None
+    status: StatusFile | None
     task: TaskId | None
     lives: bool | None = None
     quiet: float | None = None
@@ -66,13 +65,12 @@ class ShardFacts:
     @property
     def word(self) -> str:
         """The status's own state; "" where there is none."""
-        return "" if self.status is None else str(self.status.get("status", ""))
+        return "" if self.status is None else self.status.state
 
     @property
-    def details(self) -> Mapping[str, Any]:
-        """What stands under ``aiflux`` in the status."""
-        details = (self.status or {}).get("aiflux")
-        return details if isinstance(details, dict) else {}
+    def details(self) -> StatusDetails:
+        """AI-Flux's own part of the status."""
+        return StatusDetails() if self.status is None else self.status.details
 
     @property
     def alive(self) -> bool:
@@ -84,8 +82,7 @@ class ShardFacts:
     @property
     def exit_code(self) -> int | None:
         """The exit code that the worker ended with."""
-        code = self.details.get("exit_code")
-        return code if isinstance(code, int) else None
+        return self.details.exit_code
 
 
 @dataclass(frozen=True)
@@ -144,11 +141,8 @@ def _just_ended(facts: ShardFacts) -> bool:
 
 def _of_task(facts: ShardFacts) -> bool:
     """Whether the status was written by the task that was submitted last."""
-    slurm = facts.details.get("slurm")
-    if not isinstance(slurm, dict) or facts.task is None:
-        return False
-    wrote = slurm.get("SLURM_ARRAY_JOB_ID") or slurm.get("SLURM_JOB_ID")
-    return bool(wrote == facts.task.job.number)
+    slurm = facts.details.slurm
+    return facts.task is not None and facts.task.job.number == (slurm.array_job or slurm.job)
 
 
 def _said_to_work(facts: ShardFacts, task: TaskState | None) -> ShardVerdict:
@@ -184,4 +178,4 @@ def _slurm_words(task: TaskState) -> str:
 
 
 def _ended(facts: ShardFacts) -> str:
-    return str(facts.details.get("ended") or "")
+    return facts.details.ended or ""

@@ -193,7 +193,7 @@ def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
 def check_fields(plan: Plan) -> Iterator[Finding]:
     """Check that Ollama obeys what requests ask for; of another engine nothing is known."""
     if plan.options.engine_url is None:
-        for text in ignored_texts(plan.input.get("ignored") or {}):
+        for text in ignored_texts(plan.input.ignored):
             yield Finding("warning", text, FIX)
 
 
@@ -210,7 +210,7 @@ def check_space(plan: Plan) -> Iterator[Finding]:
         )
         return
     free = shutil.disk_usage(folder).free
-    size = int(plan.input["size"])
+    size = plan.input.size
     wanted = _COPIES * size + _BYTES_PER_REQUEST * plan.requests
     if free < wanted:
         yield Finding(

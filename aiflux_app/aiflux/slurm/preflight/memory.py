@@ -59,7 +59,7 @@ def check_endpoints(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
     if model is None:
         return
     able = {ENDPOINTS[name] for name in model.endpoints}
-    for url, count in plan.input["endpoints"].items():
+    for url, count in plan.input.endpoints.items():
         if url not in able:
             yield Finding(
                 "error",

@@ -15,7 +15,7 @@ from aiflux.cli.main import main
 from aiflux.core.batch.results_file import output_paths
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
-from aiflux.core.runs.status_file import finished_counts
+from aiflux.core.runs.status_file import Counts, finished_counts
 from aiflux.errors import OutputExistsError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
@@ -43,7 +43,7 @@ def whole(run: Working) -> Iterator[dict[Path, bytes]]:
         os.utime(path, ns=(moments[path].st_atime_ns, moments[path].st_mtime_ns))
 
 
-def counts_of(run: Working) -> dict[str, int] | None:
+def counts_of(run: Working) -> Counts | None:
     directory = RunDirectory.of_output(run.output)
     return finished_counts(read_plan(directory), directory)
 
@@ -60,7 +60,7 @@ def test_any_change_is_noticed(run: Working, data: st.DataObject) -> None:
     try:
         path.write_bytes(after)
         if after == before:  # only its time changed
-            assert counts_of(run) == {"total": 4, "completed": 3, "failed": 1}
+            assert counts_of(run) == Counts(4, 3, 1)
             return
         with pytest.raises(OutputExistsError, match="its output was changed"):
             counts_of(run)

@@ -17,7 +17,7 @@ from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.output import merge, merge_partial, merge_when_last
 from aiflux.core.runs.plan import auto_shards, read_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
-from aiflux.core.runs.status_file import Status, open_shards, read_run_status
+from aiflux.core.runs.status_file import Counts, Status, open_shards, read_run_status
 from aiflux.errors import (
     ExitCode,
     InputError,
@@ -54,8 +54,8 @@ def test_the_last_shard_writes_the_output(tmp_path: Path) -> None:
     assert set(engine.seen.values()) == {1}
     whole = read_run_status(run_of(working))
     assert whole is not None
-    assert whole["status"] == "completed"
-    assert whole["request_counts"] == {"total": 24, "completed": 24, "failed": 0}
+    assert whole.completed
+    assert whole.counts == Counts(24, 24, 0)
     assert working.open(shards=4).finished
 
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from aiflux.core.runs.directory import checked_output
+from aiflux.core.runs.directory import checked_output, named_output
 from aiflux.errors import InputError, StorageError, UsageError
-from aiflux.util.files import atomic_write, refuse_existing, refuse_special
+from aiflux.util.files import atomic_write, expanded, refuse_existing, refuse_special
 from aiflux.util.streams import STDIN, STDOUT
 
 
@@ -89,7 +89,9 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
                 raise _no_room(error.message) from error
             _to_stdout(path)
         return
-    path = Path(name).expanduser().absolute()
+    path = expanded(name).absolute()
+    if name.endswith("/"):
+        raise UsageError(f"the output {name} is a folder", "name a file in it")
     refuse_special(path)
     if not force:
         refuse_existing(path)
@@ -133,7 +135,7 @@ def kept_input(stream: BinaryIO, output: str | None) -> Path:
             f"--input {STDIN} reads requests from a pipe, and there is none",
             "aiflux convert ... --output - | aiflux run --input - ...",
         )
-    target = checked_output(Path(output))
+    target = checked_output(named_output(output, Path(STDIN)))
     target = target.with_name(f"{target.name}.input.jsonl")
     with suppress(_SameError), atomic_write(target) as file:
         shutil.copyfileobj(stream, file, _BLOCK)

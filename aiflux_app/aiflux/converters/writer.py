@@ -148,6 +148,7 @@ class Conversion:
                 "use another output",
             )
         refuse_special(self.output)
+        refuse_special(listing)
         if not os.path.isdir(self.output.parent):
             raise InputError(
                 f"the output directory {str(self.output.parent)!r} does not exist",

@@ -23,6 +23,7 @@ from aiflux.slurm.job_id import JobState, join_jobs, parse_jobs
 from aiflux.slurm.preflight.local import told
 from aiflux.slurm.query import job_state
 from aiflux.slurm.submit import plan_job, submit_job
+from aiflux.util.files import expanded
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ class SlurmRunner:
     def __init__(
         self, config: SlurmConfig | Config | None = None, workspace: str | Path | None = None
     ) -> None:
-        self.workspace = (
-            Path.cwd() if workspace is None else Path(workspace).expanduser().absolute()
-        )
+        self.workspace = Path.cwd() if workspace is None else expanded(workspace).absolute()
         self.settings = config if isinstance(config, Config) else Config(directory=self.workspace)
         self.config = (
             config if isinstance(config, SlurmConfig) else self.settings.get_slurm_config()
@@ -190,7 +189,7 @@ class SlurmRunner:
         return self._path(value) if isinstance(value, str | Path) else value
 
     def _path(self, path: str | Path) -> Path:
-        return self.workspace / Path(path).expanduser()
+        return self.workspace / expanded(path)
 
 
 def _by_section(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ from aiflux.slurm.preflight.local import Finding, problem_with, refuse
 from aiflux.slurm.query import max_array_size, task_states
 from aiflux.slurm.script import JobScript, job_name, render
 from aiflux.slurm.submissions import Job, Submission, Submissions, read_submissions, remember
-from aiflux.util.files import atomic_write, storage_error
+from aiflux.util.files import atomic_write, expanded, storage_error
 from aiflux.util.lease import acquire
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_now, walltime_seconds
@@ -95,7 +95,7 @@ def plan_job(
         name=job_name(output),
         slurm=slurm,
         image=image or place / IMAGE_NAME,
-        input=input_path.expanduser().absolute(),
+        input=expanded(input_path).absolute(),
         output_dir=output.parent,
         models_dir=config.models_dir if options.engine_url is None else None,
         run_dir=run.path,

@@ -33,6 +33,11 @@ _READ_REMEDIES = {
 T = TypeVar("T")
 
 
+def expanded(path: Path | str) -> Path:
+    """Return a path with ``~`` replaced; one of a user that does not exist stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def fsync_directory(path: Path) -> None:
     """Make a rename in ``path`` durable. File systems that cannot sync a directory are let off."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -198,7 +203,14 @@ def remove_leftovers(*targets: Path) -> None:
 
 
 def refuse_special(target: Path) -> None:
-    """Raise UsageError where no file can take the place of ``target``: a folder, device, pipe."""
+    """Raise UsageError where no file can be ``target``: a folder, a device, a name too long."""
+    try:
+        os.stat(target)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(
+                f"the name of the output {target} is too long", "choose a shorter one"
+            ) from error
     if os.path.isdir(target):
         raise UsageError(f"the output {target} is a folder", "name a file in it")
     _refuse_device(target)

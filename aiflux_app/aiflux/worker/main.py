@@ -24,7 +24,7 @@ from aiflux import __version__
 from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
-from aiflux.core.runs.directory import RunDirectory, default_output
+from aiflux.core.runs.directory import RunDirectory, named_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import Counts, finished_counts, finished_line, refuse_failures
@@ -183,7 +183,7 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
     if choices is not None:
         context.reporter.say(f"note: {choices}")
     input_path = Path(arguments.input)
-    output = Path(arguments.output or default_output(input_path, Path.cwd()))
+    output = named_output(arguments.output, input_path)
     with context.stopper.raising():
         opened = open_run(
             input_path,

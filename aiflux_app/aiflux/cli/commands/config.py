@@ -17,6 +17,7 @@ from aiflux.core.config.declaration import Setting
 from aiflux.core.config.settings import SECTIONS, SETTINGS
 from aiflux.core.config.sources import project_file, user_file
 from aiflux.errors import OutputExistsError, UsageError
+from aiflux.util.files import expanded
 from aiflux.worker.console import TerminalConsole
 
 _PIPED = 4096  # columns; what a program reads is not folded
@@ -153,7 +154,7 @@ def _target(arguments: argparse.Namespace) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
     if arguments.output:
-        return Path(arguments.output).expanduser().absolute()
+        return expanded(arguments.output).absolute()
     return project_file(Path.cwd())
 
 

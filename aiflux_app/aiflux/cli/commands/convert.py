@@ -21,7 +21,7 @@ from aiflux.converters.walk import parse_size
 from aiflux.converters.writer import SHOWN, Summary, listed, plural, skipped_path
 from aiflux.core.batch.request import parse_json
 from aiflux.errors import InputError, StoppedError, UsageError
-from aiflux.util.files import refuse_existing
+from aiflux.util.files import expanded, refuse_existing
 from aiflux.util.streams import STDIN, STDOUT
 from aiflux.util.unicode import json_text
 from aiflux.worker.console import TerminalConsole
@@ -73,11 +73,7 @@ def _execute(arguments: argparse.Namespace) -> int:
 
 def _converter(arguments: argparse.Namespace, options: dict[str, Any]) -> Callable[..., Summary]:
     """Return the function for the kind of input, with the user's options."""
-    source = (
-        piped_file(arguments.kind)
-        if arguments.input == STDIN
-        else Path(arguments.input).expanduser()
-    )
+    source = piped_file(arguments.kind) if arguments.input == STDIN else expanded(arguments.input)
     template = _template(arguments)
 
     def call(output: Path | None, **more: Any) -> Summary:
@@ -133,7 +129,7 @@ def _template(arguments: argparse.Namespace) -> str | None:
         given: str | None = arguments.template
         return given
     try:
-        text = Path(arguments.template_file).expanduser().read_text(encoding="utf-8-sig")
+        text = expanded(arguments.template_file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"the template {arguments.template_file!r} cannot be read: {error}",

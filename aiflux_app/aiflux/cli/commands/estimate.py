@@ -22,7 +22,7 @@ from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import given_settings
-from aiflux.core.runs.directory import checked_output, default_output
+from aiflux.core.runs.directory import checked_output, named_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, make_plan, read_plan
 from aiflux.core.runs.status_file import read_status
@@ -78,7 +78,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Tell what a run will take, or how far the pilot is that can tell it."""
     config = Config(arguments=given_settings(vars(arguments)))
     input_path = Path(arguments.input)
-    output = Path(arguments.output or default_output(input_path, Path.cwd()))
+    output = named_output(arguments.output, input_path)
     if arguments.local and config.get("engine_url"):
         raise UsageError(
             "--local and --engine-url exclude each other",

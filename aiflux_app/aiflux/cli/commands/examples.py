@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from importlib.resources import files
-from pathlib import Path
 
 from aiflux.cli.run_argument import short
 from aiflux.errors import ConfigError
-from aiflux.util.files import atomic_write, storage_error
+from aiflux.util.files import atomic_write, expanded, storage_error
 
 NAMES = ("README.md", "prompts.jsonl", "aiflux.yaml", "answers.py")
 
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Write the files, all of them or none."""
-    folder = Path(arguments.folder).expanduser().absolute()
+    folder = expanded(arguments.folder).absolute()
     there = [name for name in NAMES if (folder / name).exists()]
     if there:
         raise ConfigError(

@@ -25,7 +25,7 @@ from aiflux.report.machines import ReportSources
 from aiflux.report.methods import methods
 from aiflux.slurm.monitor.collect import ShardView, gather
 from aiflux.slurm.submissions import known_submissions
-from aiflux.util.files import atomic_write
+from aiflux.util.files import atomic_write, expanded
 from aiflux.util.records import to_json
 from aiflux.util.streams import STDOUT
 from aiflux.util.unicode import json_text, terminal_text, whole
@@ -128,7 +128,7 @@ def _reason(shard: ShardView) -> str:
 def _target(given: str | None, run: RunDirectory) -> Path:
     if given is None:
         return run.report
-    target = Path(given).expanduser().absolute()
+    target = expanded(given).absolute()
     if target.is_dir():
         raise ConfigError(f"--output {given!r} is a folder", "name a file, e.g. report.html")
     if not target.parent.is_dir():

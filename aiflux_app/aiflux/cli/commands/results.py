@@ -20,6 +20,7 @@ from aiflux.converters.results.answers import entries, prompt_text, refuse_unfit
 from aiflux.core.batch.results_file import EMPTY_REASONS, ResultEntry, answered_words, vectors
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES
 from aiflux.core.runs.plan import read_plan
+from aiflux.util.files import expanded
 from aiflux.util.streams import STDOUT
 from aiflux.util.unicode import json_text, terminal_line
 from aiflux.worker.console import TerminalConsole
@@ -119,7 +120,7 @@ def output_of(text: str) -> Path:
     Raises:
         UsageError: it names none.
     """
-    path = Path(text).expanduser().absolute()
+    path = expanded(text).absolute()
     inside = any(parent.suffix == ".aiflux" for parent in path.parents)
     if path.is_file() and path.suffix in OUTPUT_SUFFIXES and not inside:
         return path

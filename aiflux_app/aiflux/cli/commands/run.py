@@ -21,7 +21,7 @@ from aiflux.cli.start import (
 from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
-from aiflux.core.runs.directory import RunDirectory, checked_output, default_output
+from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import OpenedRun, draft_run, open_run
 from aiflux.errors import UsageError
 from aiflux.estimates.pilot import FEWEST
@@ -78,7 +78,7 @@ def execute(arguments: argparse.Namespace) -> int:
     input_path = Path(arguments.input)
     if arguments.input == STDIN:
         input_path = kept_input(sys.stdin.buffer, arguments.output)
-    output = Path(arguments.output or default_output(input_path, Path.cwd()))
+    output = named_output(arguments.output, input_path)
     if arguments.local and config.get("engine_url"):
         raise UsageError(
             "--local and --engine-url exclude each other",

@@ -19,6 +19,7 @@ from aiflux.core.batch.ignored_fields import IgnoredField, IgnoredFields
 from aiflux.core.batch.request import LineError, custom_id_of, request_entry
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
+from aiflux.util.files import expanded
 from aiflux.util.lines import (
     MAX_LINE_BYTES,
     cut_at_lines,
@@ -311,7 +312,7 @@ def scan_input(
     Raises:
         InputError: the file cannot be read, is empty, or has bad lines; ``problems`` lists them.
     """
-    path = path.expanduser().absolute()
+    path = expanded(path).absolute()
     check_readable(path)
     try:
         before = path.stat()

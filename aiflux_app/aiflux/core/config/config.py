@@ -28,6 +28,7 @@ from aiflux.core.config.sources import SourcedValue, from_dotenv, from_environme
 from aiflux.errors import ConfigError
 from aiflux.models.catalog import Catalogue, catalogue_files, read_catalogue
 from aiflux.models.name import parse_model_name, same_model
+from aiflux.util.files import expanded
 from aiflux.util.text import public_url
 
 __all__ = ["Config", "SlurmConfig", "SourcedValue"]
@@ -213,7 +214,7 @@ class Config:
         path = (
             model_file(self._model_folders(), name)
             if custom_config_path is None
-            else self._directory / Path(custom_config_path).expanduser()
+            else self._directory / expanded(custom_config_path)
         )
         if path is not None:
             return self._read_model_file(path, name)

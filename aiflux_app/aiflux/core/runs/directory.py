@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+from aiflux.core.batch.results_file import output_paths
 from aiflux.errors import ConfigError, RunConflictError
-from aiflux.util.files import read_error, storage_error
+from aiflux.util.files import expanded, read_error, refuse_special, storage_error
 
 OUTPUT_SUFFIXES = (".json", ".jsonl")
 
@@ -121,6 +122,11 @@ class RunDirectory:
             return
         except OSError as error:
             raise read_error(error, self.path) from error
+        if not stat.S_ISDIR(found.st_mode):
+            raise RunConflictError(
+                f"{self.path} is a file, where the run directory belongs",
+                "move it away, or choose another output",
+            )
         if found.st_uid != os.geteuid():
             raise RunConflictError(
                 f"the run directory {self.path} belongs to another user (uid {found.st_uid})",
@@ -135,6 +141,7 @@ class RunDirectory:
 
     def make(self) -> None:
         """Make the directory (mode 0700) alone, where it is not there yet."""
+        self.refuse_foreign()
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
@@ -156,23 +163,72 @@ def default_output(input_path: Path, directory: Path) -> Path:
     return directory / f"{input_path.stem}.results.json"
 
 
+def named_output(text: str | None, input_path: Path) -> Path:
+    """Return the output that a user names, or else the default here.
+
+    Raises:
+        ConfigError: the name is that of a folder.
+    """
+    if text is None:
+        return default_output(input_path, Path.cwd())
+    if not text or text.endswith(("/", "/.")):  # pathlib drops both endings
+        raise ConfigError(
+            f"output {text!r} names a folder", f"name a file: {Path(text) / 'results.json'}"
+        )
+    return Path(text)
+
+
+# What AI-Flux names its files by: the longest addition to an output's name, and the longest path
+# inside its folders, of a pilot's status that is being written.
+_LONGEST_ADDITION = len(".partial.errors.jsonl") - len(".jsonl")
+_LONGEST_INSIDE = 160
+_PATH_MAX = 4096
+
+
+def _refuse_long_path(output: Path) -> None:
+    length = len(os.fsencode(output))
+    if length > _PATH_MAX - _LONGEST_INSIDE:
+        raise ConfigError(
+            f"the output's path is {length:,} bytes long, and its run directory needs room for "
+            f"{_LONGEST_INSIDE} of at most {_PATH_MAX:,}",
+            "choose a folder with a shorter path",
+        )
+
+
+def _refuse_long_name(output: Path) -> None:
+    most = os.pathconf(output.parent, "PC_NAME_MAX") - _LONGEST_ADDITION
+    length = len(os.fsencode(output.name))
+    if length > most:
+        raise ConfigError(
+            f"the output's name is {length} bytes long; at most {most} leave room for what "
+            "AI-Flux adds to it, such as .errors.jsonl",
+            f"choose a name of at most {most} bytes",
+        )
+
+
 def checked_output(output: Path) -> Path:
     """Return the absolute output path.
 
     Raises:
-        ConfigError: the form of the output cannot be told, or its folder is not there.
+        ConfigError: the form of the output cannot be told, its folder is not there, or its name is
+            too long.
+        UsageError: something else than a file is there.
     """
-    output = output.expanduser().absolute()
+    output = expanded(output).absolute()
     if output.suffix not in OUTPUT_SUFFIXES:
         raise ConfigError(
             f"output {str(output)!r} ends in {output.suffix!r}",
             "name it *.json (one array) or *.jsonl (OpenAI Batch output)",
         )
-    if "\n" in str(output):
-        raise ConfigError("the output's path holds a line break", "choose another name")
-    if not output.parent.is_dir():
+    if {"\n", "\0"} & set(str(output)):
+        raise ConfigError("the output's path holds a line break or NUL", "choose another name")
+    _refuse_long_path(output)
+    if not os.path.isdir(output.parent):
         raise ConfigError(
             f"the output's folder {str(output.parent)!r} is not there",
             f"mkdir -p {str(output.parent)!r}",
         )
+    _refuse_long_name(output)
+    for path in output_paths(output):
+        refuse_special(path)
     return output

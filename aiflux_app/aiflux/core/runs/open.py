@@ -25,6 +25,7 @@ from aiflux.core.runs.status_file import (
 )
 from aiflux.errors import ConfigError, RunConflictError
 from aiflux.util.files import (
+    expanded,
     is_there,
     read_file,
     refuse_existing,
@@ -155,7 +156,7 @@ def draft_run(
         RunConflictError: the run directory belongs to another input, model or parameters.
     """
     output = checked_output(output)
-    input_path = input_path.expanduser().absolute()
+    input_path = expanded(input_path).absolute()
     if input_path in output_paths(output):
         raise ConfigError("input and output are the same file", "name another output")
     run = RunDirectory.of_output(output)

@@ -21,7 +21,7 @@ from typing import Any
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import StorageError, UsageError
-from aiflux.util.files import write_json
+from aiflux.util.files import expanded, write_json
 from aiflux.util.times import utc_now
 
 JOB = re.compile(r"(?P<number>[1-9]\d*)(?:_(?P<task>\d+))?(?:;(?P<cluster>[^\s;]+))?")
@@ -253,10 +253,7 @@ def _by_job(text: str, environ: Mapping[str, str], ask: Ask | None) -> RunDirect
 
 
 def _by_path(text: str) -> RunDirectory | None:
-    try:
-        path = Path(text).expanduser().absolute()
-    except RuntimeError:  # ~ of a user that is unknown
-        return None
+    path = expanded(text).absolute()
     runs = (RunDirectory(candidate) for candidate in _candidates(path))
     # Path.is_file raises where a folder may not be entered.
     return next((run for run in runs if os.path.isfile(run.plan)), None)

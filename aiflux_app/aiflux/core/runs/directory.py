@@ -173,7 +173,7 @@ def named_output(text: str | None, input_path: Path) -> Path:
         return default_output(input_path, Path.cwd())
     if not text or text.endswith(("/", "/.")):  # pathlib drops both endings
         raise ConfigError(
-            f"output {text!r} names a folder", f"name a file: {Path(text) / 'results.json'}"
+            f"the output {text!r} is a directory", f"name a file: {Path(text) / 'results.json'}"
         )
     return Path(text)
 
@@ -191,7 +191,7 @@ def _refuse_long_path(output: Path) -> None:
         raise ConfigError(
             f"the output's path is {length:,} bytes long, and its run directory needs room for "
             f"{_LONGEST_INSIDE} of at most {_PATH_MAX:,}",
-            "choose a folder with a shorter path",
+            "choose a directory with a shorter path",
         )
 
 

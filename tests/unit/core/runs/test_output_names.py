@@ -43,9 +43,9 @@ LONG = "n" * 250 + ".json"
         ("/".join(["d" * 200] * 20) + "/out.json", "path is "),
         ("d" * 256 + "/out.json", "is not there"),
         ("line\nbreak.json", "line break"),
-        ("out.json/", "names a folder"),
-        ("out.json/.", "names a folder"),
-        ("", "names a folder"),
+        ("out.json/", "is a directory"),
+        ("out.json/.", "is a directory"),
+        ("", "is a directory"),
         ("folder.json", "is a folder"),
         ("errors.jsonl", "errors.errors.jsonl is a folder"),
         ("pipe.json", "is a device or a pipe"),
@@ -82,7 +82,7 @@ def test_other_outputs_are_refused_alike(
         ("out/", "is a folder"),
         ("n" * 256, "too long"),
         ("n" * 249 + ".jsonl", "too long"),  # the list of what is skipped
-        ("~nobody-of-this-name/out.jsonl", "is not there"),
+        ("~nobody-of-this-name/out.jsonl", "does not exist"),
     ):
         assert main([*convert, "--output", name]) == 2, name
         assert reason in capsys.readouterr().err

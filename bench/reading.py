@@ -19,6 +19,7 @@ from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.output import finalise
 from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.engines.kinds import kind_named
 from bench.workload import write_journal
 
 _OPTIONS = RunOptions(engine_url="http://127.0.0.1:9")
@@ -39,7 +40,7 @@ def check(source: str, children: str) -> None:
 
 def plan(source: str, output: str, shards: str) -> None:
     """Check an input and plan a run of it."""
-    open_run(Path(source), Path(output), _OPTIONS, None, shards=int(shards))
+    open_run(Path(source), Path(output), _OPTIONS, None, kind_named("external"), shards=int(shards))
 
 
 def fill(source: str, output: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import open_run
+from aiflux.engines.kinds import kind_named
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 
@@ -93,7 +94,7 @@ def test_kill_9_of_shards_that_are_cut_anew(tmp_path: Path, seed: int) -> None:
         while rounds < 30:
             rounds += 1
             opened = open_run(
-                tmp_path / "in.jsonl", tmp_path / "out.json", options, None,
+                tmp_path / "in.jsonl", tmp_path / "out.json", options, None, kind_named("external"),
                 shards=dice.choice([3, 3, 4, 7]),
             )  # fmt: skip
             if opened.finished:

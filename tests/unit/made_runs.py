@@ -40,6 +40,7 @@ class MadeRun:
             ),
             output=self.output,
             models=("llama3.2:3b",),
+            served_names=("llama3.2:3b",),
             options=replace(self.options, model="llama3.2:3b"),
             shards=tuple(
                 Shard(number, number, number + 1, number * self.each, self.each)

@@ -12,6 +12,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import OpenedRun, open_run
 from aiflux.core.runs.plan import read_plan
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import AifluxError, ExitCode
 from aiflux.worker.shard import Context, work
 from aiflux.worker.stats import Stats
@@ -70,7 +71,8 @@ class Working:
         return self
 
     def open(self, **more: Any) -> OpenedRun:
-        return open_run(self.input, self.output, RunOptions(**self.options), None, **more)
+        options = RunOptions(**self.options)
+        return open_run(self.input, self.output, options, None, engine_kind(options), **more)
 
     def run(self, **more: Any) -> ExitCode:
         """Open and work; return the exit code that the CLI would give."""

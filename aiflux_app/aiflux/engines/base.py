@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiflux.core.config.run_options import RunOptions
-from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.plan import Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.errors import RejectedError
 from aiflux.models.catalog import Catalogue
@@ -67,13 +67,14 @@ class EngineSpec:
     say: Callable[[str], None]
 
 
-class EngineKind(Protocol):
+class EngineKind(PlanningKind, Protocol):
     """One supported type of engine, such as Ollama. Stateless.
+
+    A managed kind has its servers started and stopped by the worker, on the node where it runs.
 
     Attributes:
         name: in ``--engine``, ``plan.json`` and the image's label.
         title: in messages and in the report.
-        managed: AI-Flux starts and stops its servers, on the node where the worker runs.
         program: name of the executable to start; "" where none is.
         program_variables: older names of AIFLUX_ENGINE_PROGRAM for this kind.
         cached_program: where a demo leaves the program, below the cache folder; "" for nowhere.
@@ -81,10 +82,12 @@ class EngineKind(Protocol):
 
     name: str
     title: str
-    managed: bool
     program: str
     program_variables: tuple[str, ...]
     cached_program: str
+
+    def same_model(self, one: str, other: str) -> bool:
+        """Tell whether two names mean the same model."""
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Tell whether a model is stored completely."""

@@ -8,10 +8,11 @@ latest; parts of 80 characters at most). An ``http://`` in front asks for a regi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from aiflux.errors import ConfigError
+from aiflux.errors import ConfigError, InputError
 
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
@@ -119,3 +120,38 @@ def same_model(one: str, other: str) -> bool:
         return parse_model_name(one).served.lower() == parse_model_name(other).served.lower()
     except ConfigError:
         return False
+
+
+def accepts_model(model: str, named: str) -> bool:
+    """Tell whether a request that names ``named`` may go to the run's model.
+
+    A digest that the request insists on must be one that the run's model insists on, too.
+    """
+    if not same_model(named, model):
+        return False
+    if "@" not in named:
+        return True
+    one, other = parse_model_name(model), parse_model_name(named)
+    return one.digest != "" and same_digest(one, other)
+
+
+def one_of_each(names: Iterable[str]) -> list[str]:
+    """Return one name for each model: of several, the one that insists on the most of a digest.
+
+    Raises:
+        ConfigError: a name is wrong.
+        InputError: two names of a model insist on different digests.
+    """
+    chosen: dict[str, str] = {}
+    for name in names:
+        model = parse_model_name(name)
+        key = model.served.lower()
+        other = chosen.setdefault(key, name)
+        if not same_digest(model, parse_model_name(other)):
+            raise InputError(
+                f"requests insist on two digests of {model.served}: {other} and {name}",
+                "leave one of them out, or run each by itself",
+            )
+        if len(model.digest) > len(parse_model_name(other).digest):
+            chosen[key] = name
+    return list(chosen.values())

@@ -11,6 +11,7 @@ from typing import Any
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile
+from aiflux.engines.kinds import engine_kind
 from aiflux.estimates.estimate import Estimate
 from aiflux.report.data import Condition, EngineRow, Model, ShardRow, Use, What
 from aiflux.report.journal_summary import EngineTally, Tally
@@ -173,9 +174,10 @@ _OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
 def what_ran(sources: ReportSources, whole: Tally) -> What:
     """Return what ran, as far as plan, statuses and journals tell."""
     plan, known = sources.plan, all_details(sources)
+    title = engine_kind(plan.options).title
     images = [details.image for details in known if details.image]
     sealed = [details.sealed for details in known if details.sealed is not None]
-    versions = Counter(_kind(engine) for details in known for engine in details.engines)
+    versions = Counter(_kind(engine, title) for details in known for engine in details.engines)
     return What(
         run_dir=sources.run_dir,
         output=str(plan.output),
@@ -201,10 +203,10 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
     )
 
 
-def _kind(engine: EngineFacts) -> str:
+def _kind(engine: EngineFacts, title: str) -> str:
     if engine.url is not None:
         return f"server at {public_url(engine.url)}"
-    return f"Ollama {engine.version}" if engine.version else "Ollama"
+    return f"{title} {engine.version}" if engine.version else title
 
 
 def without_secrets(value: Any) -> Any:

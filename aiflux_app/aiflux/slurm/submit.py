@@ -16,6 +16,7 @@ from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
 from aiflux.core.runs.output import shards_left
 from aiflux.core.runs.plan import Plan, auto_shards, make_plan, read_plan, same_work
 from aiflux.core.runs.status_file import finished_counts
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.estimates.estimate import SLURM
 from aiflux.estimates.storage import carry_estimate, known_estimate
@@ -86,6 +87,7 @@ def plan_job(
         RunConflictError: a job of this run waits or runs already.
         StorageError: the run directory cannot be written.
     """
+    kind = engine_kind(options)
     slurm = slurm.checked()
     output = checked_output(output)
     run = RunDirectory.of_output(output)
@@ -97,7 +99,7 @@ def plan_job(
         image=image or place / IMAGE_NAME,
         input=expanded(input_path).absolute(),
         output_dir=output.parent,
-        models_dir=config.models_dir if options.engine_url is None else None,
+        models_dir=config.models_dir if kind.managed else None,
         run_dir=run.path,
         log=logs_folder(config, run),
         drain_seconds=options.drain_seconds,
@@ -111,6 +113,7 @@ def plan_job(
         output,
         options,
         config.models_dir,
+        kind,
         shards=_shard_count(slurm, output, options),
         force=force,
         force_resume=force_resume,
@@ -158,7 +161,7 @@ def _shard_count(
         return slurm.shards
 
     def automatic(summary: InputSummary) -> int:
-        told = known_estimate(make_plan(summary, output, options, None))
+        told = known_estimate(make_plan(summary, output, options, None, engine_kind(options)))
         if told is not None and told.where == (options.engine_url or SLURM):
             return told.shards_for(slurm.time)
         return auto_shards(summary, walltime_seconds(slurm.time))

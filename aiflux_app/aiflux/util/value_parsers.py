@@ -205,6 +205,17 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
+def choice(*names: str) -> Callable[[Any], str]:
+    """Accept one of a few names."""
+
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"one of {', '.join(names)}" if len(names) > 1 else names[0])
+        return str(value)
+
+    return parse
+
+
 def level(value: Any) -> str:
     """Accept the name of a level of messages."""
     name = str(value).upper()

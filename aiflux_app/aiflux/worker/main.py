@@ -128,7 +128,7 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
 
 def pull(model: str, config: Config, context: Context, *, again: bool = False) -> None:
     """Make sure that a model is in the models directory, and say so."""
-    kind = engine_kind(config.run_options())
+    kind = kind_named(config.engine)
     with context.stopper.raising(), tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
         fetch = FetchContext(
             context.environ,
@@ -190,6 +190,7 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
             output,
             options,
             config.models_dir,
+            engine_kind(options),
             force=arguments.force,
             force_resume=arguments.force_resume,
         )

@@ -11,7 +11,6 @@ from aiflux.core.runs.journal import JournalReader, ResultIndex
 from aiflux.core.runs.plan import Plan, Shard, changed_input
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
-from aiflux.models.name import same_model
 from aiflux.util.lines import read_lines
 from aiflux.worker.scheduler import Task
 
@@ -28,6 +27,8 @@ class Source:
         self._shard = shard
         self._index = index
         self._reader = reader
+        self._kind = engine_kind(plan.options)
+        self._accepts = self._kind.input_rules.accepts_model
 
     def count_done(self) -> tuple[int, int]:
         """Return how many requests succeeded and failed in earlier starts."""
@@ -45,15 +46,14 @@ class Source:
         plan = self._plan
         served = plan.served(model)
         parameters = plan.options.parameters_of(served)
-        kind = engine_kind(plan.options)
         only = len(plan.models) == 1
         for number, _, raw in self._lines():
             key = request_key(raw)
             if self._earlier(key) is not None:
                 continue
             request = self._parse(number, raw)
-            if only or same_model(request.model or model, model):
-                payload = build_payload(request, served, parameters, kind)
+            if only or self._kind.same_model(request.model or model, model):
+                payload = build_payload(request, served, parameters, self._kind)
                 yield Task(request, key, payload)
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
@@ -61,7 +61,7 @@ class Source:
 
     def _parse(self, number: int, raw: bytes) -> Request:
         try:
-            return parse_request(raw, self._plan.options.model)
+            return parse_request(raw, self._plan.options.model, self._accepts)
         except LineError as error:
             change = f"changed while it was processed: line {number} of shard {self._shard.index}"
             raise changed_input(self._plan, f"{change}: {error}") from None

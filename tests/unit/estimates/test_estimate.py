@@ -19,6 +19,7 @@ from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile, Totals
+from aiflux.engines.kinds import kind_named
 from aiflux.estimates.estimate import Estimate, compare, estimate
 from aiflux.estimates.intervals import Range, share_of, total, unevenness
 from aiflux.estimates.pilot import Drawn, Pilot, chosen
@@ -45,7 +46,9 @@ def in_lanes(
 
 def plan_of(folder: Path, requests: int, **options: Any) -> Plan:
     summary = scan_input(write_input(folder / "in.jsonl", requests))
-    return make_plan(summary, folder / "out.json", RunOptions(**options), folder)
+    return make_plan(
+        summary, folder / "out.json", RunOptions(**options), folder, kind_named("ollama")
+    )
 
 
 def status(gpus: int = 1, slots: int = 4, **details: Any) -> StatusFile:

@@ -14,6 +14,7 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.gpus import free_memory
+from aiflux.engines.kinds import kind_named
 from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.sizing import GPU_SLOTS, context_length, slots
@@ -45,7 +46,7 @@ def plan_of(folder: Path, model: str, **options: Any) -> Plan:
                        "content": "hello"}]})  # fmt: skip
     summary = scan_input(path, model)
     chosen = RunOptions(model=model, **options)
-    return make_plan(summary, folder / "out.json", chosen, folder / "models")
+    return make_plan(summary, folder / "out.json", chosen, folder / "models", KIND)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_requests_may_insist_on_a_digest_but_not_on_two(tmp_path: Path) -> None:
              "body": {"model": name, "prompt": "x"}} for name in names
         ]  # fmt: skip
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return make_plan(scan_input(path, None), tmp_path / "o.json", RunOptions(), tmp_path)
+        return make_plan(scan_input(path, None), tmp_path / "o.json", RunOptions(), tmp_path, KIND)
 
     short, long = "m:1@sha256:" + "0" * 12, "m:1@sha256:" + "0" * 64
     assert plan("m:1", long, short, "M:1").models == (long,)
@@ -295,13 +296,13 @@ def test_a_models_own_defaults_fill_what_is_left_open(tmp_path: Path) -> None:
     )
     summary = scan_input(write_input(tmp_path / "in.jsonl", 2, body={"messages": [
         {"role": "user", "content": "hello"}]}), "qwen3:8b")  # fmt: skip
-    plan = make_plan(summary, tmp_path / "o.json", config.run_options(), tmp_path)
+    plan = make_plan(summary, tmp_path / "o.json", config.run_options(), tmp_path, KIND)
     assert plan.options.model_defaults == {"qwen3:8b": {"temperature": 0.6, "top_p": 0.95}}
     assert plan.options.parameters_of("qwen3:8b") == {"temperature": 0.6, "top_p": 0.5}
     assert plan.options.parameters_of("other:1b") == {"top_p": 0.5}
     assert plan.identity["defaults"] == plan.options.model_defaults
     foreign = config.run_options(engine_url="http://127.0.0.1:1")
-    elsewhere = make_plan(summary, tmp_path / "o.json", foreign, None)
+    elsewhere = make_plan(summary, tmp_path / "o.json", foreign, None, kind_named("external"))
     assert elsewhere.options.model_defaults == {}
     assert "defaults" not in elsewhere.identity
 

@@ -14,6 +14,7 @@ from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import ExitCode, PreflightError, describe
 from aiflux.slurm.cluster import ask_cluster, parse_gpus
 from aiflux.slurm.preflight.cluster import cluster_checks, preflight
@@ -38,7 +39,9 @@ OTHER = "arm64" if HERE == "x86_64" else "amd64"
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     summary = scan_input(write_input(tmp_path / "in.jsonl", 3), None)
-    return make_plan(summary, tmp_path / "out.json", RunOptions(), tmp_path / "models")
+    return make_plan(
+        summary, tmp_path / "out.json", RunOptions(), tmp_path / "models", kind_named("ollama")
+    )
 
 
 def asked(commands: FakeCommands, site: FakeSite, **slurm: Any) -> list[tuple[str, str, str]]:

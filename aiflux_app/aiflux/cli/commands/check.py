@@ -10,10 +10,11 @@ from pathlib import Path
 
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.core.batch.ignored_fields import FIX, ignored_texts
-from aiflux.core.batch.input_file import scan_input
+from aiflux.core.batch.input_file import InputRules, scan_input
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import InputError
 from aiflux.util.extras import remedy
 from aiflux.util.records import to_json
@@ -33,9 +34,10 @@ def execute(arguments: argparse.Namespace) -> int:
     path = Path(arguments.file)
     config = Config(arguments=given_settings(vars(arguments)))
     model = config.get("model")
+    kind = kind_named(config.engine)
     if arguments.json:
-        return _as_json(path, model)
-    summary = scan_input(path, model, schemas=can_check_schemas())
+        return _as_json(path, model, kind.input_rules)
+    summary = scan_input(path, model, rules=kind.input_rules, schemas=can_check_schemas())
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
     models = ", ".join(summary.models) or f"{model} (the run's; no request names one)"
     print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
@@ -45,18 +47,17 @@ def execute(arguments: argparse.Namespace) -> int:
         f"  context:   about {summary.context_tokens} tokens cover 99 % of the requests, "
         f"{summary.longest_tokens} the longest"
     )
-    if config.get("engine_url") is None:
-        for text in ignored_texts(summary.ignored):
-            print(f"warning: {text}\n     -> {FIX}", file=sys.stderr)
+    for text in ignored_texts(summary.ignored, kind.title, kind.input_rules.ignored_fields):
+        print(f"warning: {text}\n     -> {FIX}", file=sys.stderr)
     if not can_check_schemas():
         how = remedy("schema", has_pip=find_spec("pip") is not None)
         print(f"  schemas:   not checked, which needs jsonschema; {how}")
     return 0
 
 
-def _as_json(path: Path, model: str | None) -> int:
+def _as_json(path: Path, model: str | None, rules: InputRules) -> int:
     try:
-        summary = scan_input(path, model, schemas=can_check_schemas())
+        summary = scan_input(path, model, rules=rules, schemas=can_check_schemas())
     except InputError as error:
         print_json({"path": path.absolute(), "problems": [error.message, *error.problems]})
         raise

@@ -26,6 +26,7 @@ from aiflux.core.runs.directory import checked_output, named_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, make_plan, read_plan
 from aiflux.core.runs.status_file import read_status
+from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length
 from aiflux.errors import EngineError, ExitCode, RunConflictError, StoppedError, UsageError
 from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, estimate
@@ -127,9 +128,10 @@ class Asked:
 def foretell(asked: Asked) -> int:
     """Do what is left of the pilot; print the estimate, or how far the job is."""
     options = asked.config.run_options()
-    summary = scan_input(asked.input, options.model)
+    kind = engine_kind(options)
+    summary = scan_input(asked.input, options.model, rules=kind.input_rules)
     output = checked_output(asked.output)
-    whole = make_plan(summary, output, options, asked.config.models_dir)
+    whole = make_plan(summary, output, options, asked.config.models_dir, kind)
     pilot = Pilot.of_output(output)
     drawn = _drawn(asked, pilot, whole, summary)
     if not pilot.done():
@@ -174,7 +176,7 @@ def _pilot_options(whole: Plan) -> RunOptions:
     to its end, however many requests fail.
     """
     options = replace(whole.options, max_failures="100%", retry_failed=False)
-    if options.engine_url is not None:
+    if not engine_kind(options).managed:
         return options
     return replace(options, context_length=context_length(whole))
 
@@ -183,7 +185,9 @@ def _do(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
     """Do the pilot's requests. Return an exit code where that has not come to its end."""
     if asked.where == SLURM:
         return _do_in_slurm(asked, pilot, options)
-    opened = open_run(pilot.input, pilot.output, options, asked.config.models_dir)
+    opened = open_run(
+        pilot.input, pilot.output, options, asked.config.models_dir, engine_kind(options)
+    )
     if asked.where == LOCAL:
         code = run_local(opened, asked.config)
     else:

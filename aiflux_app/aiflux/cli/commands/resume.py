@@ -15,6 +15,7 @@ from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import read_plan
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import SlurmError
 
 
@@ -47,8 +48,8 @@ def _resume(arguments: argparse.Namespace, run: RunDirectory) -> int:
     from aiflux.slurm.submit import plan_resume
 
     # A job may use an engine elsewhere, too (SlurmRunner): what was submitted goes to Slurm again.
-    started_here = read_plan(run).options.engine_url and not run.submissions.exists()
-    if arguments.local or started_here:
+    managed = engine_kind(read_plan(run).options).managed
+    if arguments.local or (not managed and not run.submissions.exists()):
         return _continue_here(arguments, run)
     changes = {
         name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")
@@ -73,11 +74,12 @@ def _continue_here(arguments: argparse.Namespace, run: RunDirectory) -> int:
     if run.submissions.exists():
         refuse_second(run)
     plan = read_plan(run)
+    kind = engine_kind(plan.options)
     opened = open_run(
-        plan.input_path, plan.output, plan.options, plan.models_dir, shards=len(plan.shards)
+        plan.input_path, plan.output, plan.options, plan.models_dir, kind, shards=len(plan.shards)
     )
     if not opened.finished:
         register(opened.plan)
-    if plan.options.engine_url:
+    if not kind.managed:
         return run_here(opened)
     return run_local(opened, Config(arguments={"image": arguments.image}))

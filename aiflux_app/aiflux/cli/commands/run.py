@@ -23,6 +23,7 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import OpenedRun, draft_run, open_run
+from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.errors import UsageError
 from aiflux.estimates.pilot import FEWEST
 from aiflux.estimates.storage import carry_estimate
@@ -98,9 +99,10 @@ def execute(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
     if arguments.local:
         return run_local(_open(arguments, config, input_path, output), config)
-    if config.get("engine_url") and arguments.dry_run:
+    managed = kind_named(config.engine).managed
+    if not managed and arguments.dry_run:
         return _show_plan(arguments, config, input_path, output)
-    if config.get("engine_url"):
+    if not managed:
         show_local_choices(config, None)
         return run_here(_open(arguments, config, input_path, output))
     return _submit(arguments, config, input_path, output)
@@ -110,11 +112,13 @@ def _open(
     arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
 ) -> OpenedRun:
     """Open a run that is to be done here, and let `aiflux jobs` know it."""
+    options = config.run_options()
     opened = open_run(
         input_path,
         output,
-        config.run_options(),
+        options,
         config.models_dir,
+        engine_kind(options),
         force=arguments.force,
         force_resume=arguments.force_resume,
     )
@@ -130,11 +134,13 @@ def _show_plan(
     arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
 ) -> int:
     """Print the plan of a run that needs neither Slurm nor an image: its engine runs already."""
+    options = config.run_options()
     draft = draft_run(
         input_path,
         output,
-        config.run_options(),
+        options,
         config.models_dir,
+        engine_kind(options),
         force=arguments.force,
         force_resume=arguments.force_resume,
     )

@@ -1,4 +1,4 @@
-"""Fields of a body that Ollama's OpenAI API accepts without a word and does not obey."""
+"""Counts fields of a body that an engine accepts silently and does not obey."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from typing import Any
 from aiflux.util.text import counted, joined
 
 SHOWN_LINES = 5
-# Fields that the OpenAI API of Ollama 0.33 does not read, and what happens instead.
-_INSTEAD = {
-    "n": "each gets one answer",
-    "tool_choice": "the model decides whether it calls a tool",
-    "logit_bias": "tokens keep their probabilities",
-    "top_k": "the model's own value is used",
-    "user": "it has no effect",
-}
-_HARMLESS: dict[str, tuple[Any, ...]] = {"n": (1,), "tool_choice": ("auto",)}
-_NAMES = _INSTEAD.keys()
+
+
+@dataclass(frozen=True)
+class FieldRule:
+    """A field that an engine ignores.
+
+    Attributes:
+        instead: what happens instead.
+        harmless: values that ask for just that.
+    """
+
+    instead: str
+    harmless: tuple[Any, ...] = ()
+
+
+FieldRules = Mapping[str, FieldRule]
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,10 @@ class IgnoredFields:
     counts: Counter[str] = field(default_factory=Counter)
     offsets: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, body: Mapping[str, Any], offset: int) -> None:
+    def add(self, body: Mapping[str, Any], offset: int, rules: FieldRules) -> None:
         """Note those of one request, whose line starts at ``offset``."""
-        for name in _NAMES & body.keys():
-            value = body[name]
-            if value not in (None, {}, *_HARMLESS.get(name, ())):
+        for name in rules.keys() & body.keys():
+            if body[name] not in (None, {}, *rules[name].harmless):
                 self.counts[name] += 1
                 first = self.offsets.setdefault(name, [])
                 if len(first) < SHOWN_LINES:
@@ -54,16 +59,23 @@ class IgnoredFields:
             self.offsets[name] = [*self.offsets.get(name, ()), *offsets][:SHOWN_LINES]
 
 
-def ignored_texts(ignored: Mapping[str, IgnoredField]) -> Iterator[str]:
-    """Yield one warning for each field."""
-    for name, found in sorted(ignored.items()):
-        lines, requests = found.lines, found.requests
+def ignored_texts(
+    ignored: Mapping[str, IgnoredField], engine: str, rules: FieldRules
+) -> Iterator[str]:
+    """Yield one warning for each field.
+
+    Args:
+        engine: the engine's name in messages.
+        rules: of the engine; other fields are left out.
+    """
+    for name in sorted(ignored.keys() & rules.keys()):
+        lines, requests = ignored[name].lines, ignored[name].requests
         more = ["..."] if requests > len(lines) else []
         where = ", ".join([*map(str, lines), *more]) if more else joined([*map(str, lines)])
         noun = "line" if requests == 1 else "lines"
         yield (
-            f"Ollama ignores {name!r} in {counted(requests, 'request')} ({noun} {where}): "
-            f"{_INSTEAD.get(name, 'it has no effect')}"
+            f"{engine} ignores {name!r} in {counted(requests, 'request')} ({noun} {where}): "
+            f"{rules[name].instead}"
         )
 
 

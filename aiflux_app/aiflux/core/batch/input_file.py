@@ -12,11 +12,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from hashlib import blake2b
+from operator import eq
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.batch.ignored_fields import IgnoredField, IgnoredFields
-from aiflux.core.batch.request import LineError, custom_id_of, request_entry
+from aiflux.core.batch.ignored_fields import FieldRules, IgnoredField, IgnoredFields
+from aiflux.core.batch.request import AcceptsModel, LineError, custom_id_of, request_entry
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
 from aiflux.util.files import expanded
@@ -243,6 +244,19 @@ def _part_tokens(part: Any) -> int:
 PART_BYTES = 32 << 20
 
 
+@dataclass(frozen=True)
+class InputRules:
+    """What the check of an input has to know of the engine.
+
+    Attributes:
+        accepts_model: compares names of models.
+        ignored_fields: fields that the engine ignores.
+    """
+
+    accepts_model: AcceptsModel = eq
+    ignored_fields: FieldRules = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputFacts:
     """What a plan keeps of its input.
@@ -257,7 +271,7 @@ class InputFacts:
         context_tokens: estimated tokens (prompt + answer) that 99 % of the requests stay under.
         longest_tokens: the same for the longest request.
         mean_tokens: the same on average.
-        ignored: by name, the fields that Ollama ignores.
+        ignored: by name, the fields that the engine ignores.
     """
 
     path: Path
@@ -296,6 +310,7 @@ def scan_input(
     path: Path,
     model: str | None = None,
     *,
+    rules: InputRules | None = None,
     schemas: bool = False,
     part_bytes: int = PART_BYTES,
     children: int | None = None,
@@ -305,6 +320,7 @@ def scan_input(
     Args:
         path: the input file.
         model: the run's model, if it is named outside the input.
+        rules: of the engine's kind; without them names must be equal, and no field is ignored.
         schemas: check the JSON Schemas that requests ask for, too.
         part_bytes: the input is checked in parts of about this size.
         children: processes that share an input of several parts; None takes as many as is safe.
@@ -318,7 +334,7 @@ def scan_input(
         before = path.stat()
         parts = cut_at_lines(path, part_bytes)
         children = children if children is not None else helpers() if len(parts) > 1 else 0
-        work = partial(_scan_part, path, model, schemas)
+        work = partial(_scan_part, path, model, schemas, rules or InputRules())
         whole, digest = _scan(path, parts, work, children)
         _check_names(path, whole)
         if whole.found.problems.lines:
@@ -358,8 +374,10 @@ def _scan(
     return whole, digest.hexdigest()
 
 
-def _scan_part(path: Path, model: str | None, schemas: bool, part: tuple[int, int]) -> Part:
-    return scan_part(path, *part, model, schemas=schemas)
+def _scan_part(
+    path: Path, model: str | None, schemas: bool, rules: InputRules, part: tuple[int, int]
+) -> Part:
+    return scan_part(path, *part, model, rules, schemas=schemas)
 
 
 def _summary(path: Path, whole: Whole, digest: str, stat: os.stat_result) -> InputSummary:
@@ -518,7 +536,7 @@ class Findings:
         unnamed: number of requests whose body names no model.
         endpoints: number of requests for each url.
         lengths: number of requests for each length in steps of ``LENGTH_STEP`` tokens.
-        ignored: fields that Ollama ignores.
+        ignored: fields that the engine ignores.
     """
 
     models: dict[str, None] = field(default_factory=dict)
@@ -529,10 +547,10 @@ class Findings:
     problems: Problems = field(default_factory=Problems)
     ignored: IgnoredFields = field(default_factory=IgnoredFields)
 
-    def add(self, entry: Mapping[str, Any], offset: int) -> None:
+    def add(self, entry: Mapping[str, Any], offset: int, ignored: FieldRules) -> None:
         """Add the request whose line starts at byte ``offset``."""
         body = entry["body"]
-        self.ignored.add(body, offset)
+        self.ignored.add(body, offset, ignored)
         self.lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
         self.endpoints[entry["url"]] += 1
         named = body.get("model")
@@ -570,7 +588,13 @@ class Part:
 
 
 def scan_part(
-    path: Path, start: int, end: int, model: str | None, *, schemas: bool = False
+    path: Path,
+    start: int,
+    end: int,
+    model: str | None,
+    rules: InputRules,
+    *,
+    schemas: bool = False,
 ) -> Part:
     """Check the lines from byte ``start``, where one begins, to byte ``end``.
 
@@ -592,7 +616,7 @@ def scan_part(
         try:
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
-            entry = request_entry(raw, model, exact=False)
+            entry = request_entry(raw, model, rules.accepts_model, exact=False)
             if schemas and (problem := schema_problem(entry["body"])):
                 raise LineError(problem)
         except LineError as error:
@@ -600,7 +624,7 @@ def scan_part(
             continue
         part.offsets.append(offset)
         names.append(hash(entry["custom_id"]))
-        found.add(entry, offset)
+        found.add(entry, offset, rules.ignored_fields)
     part.plain = part.plain and following == end and ends_line(path, end)
     found.names.add(names)
     return part

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from hashlib import blake2b
 from math import isinf
+from operator import eq
 from typing import Any, NamedTuple, NoReturn
 
-from aiflux.models.name import parse_model_name, same_digest, same_model
 from aiflux.util.unicode import is_whole
 
 try:
@@ -27,6 +28,8 @@ _PAYLOAD_FIELD = {
     "/v1/completions": "prompt",
     EMBEDDINGS: "input",
 }
+AcceptsModel = Callable[[str, str], bool]
+"""Of the run's model and the one that a body names: whether both are the same."""
 KEY_BYTES = 16
 MAX_DEPTH = 200
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
@@ -213,21 +216,24 @@ def _load_quickly(raw: bytes) -> Any:
     return _load(raw)
 
 
-def parse_request(raw: bytes, model: str | None = None) -> Request:
+def parse_request(raw: bytes, model: str | None = None, accepts: AcceptsModel = eq) -> Request:
     """Parse and check one input line.
 
     Args:
         raw: the line, UTF-8, without its line ending.
         model: the run's model; a body that names another one is an error.
+        accepts: compares names of models as the engine does.
 
     Raises:
         LineError: with every problem of the line.
     """
-    entry = request_entry(raw, model)
+    entry = request_entry(raw, model, accepts)
     return Request(raw, entry["custom_id"], entry["url"], entry["body"], entry.get("metadata"))
 
 
-def request_entry(raw: bytes, model: str | None = None, *, exact: bool = True) -> dict[str, Any]:
+def request_entry(
+    raw: bytes, model: str | None = None, accepts: AcceptsModel = eq, *, exact: bool = True
+) -> dict[str, Any]:
     """Check one input line as ``parse_request`` does; return the object that stands in it.
 
     Args:
@@ -251,12 +257,12 @@ def request_entry(raw: bytes, model: str | None = None, *, exact: bool = True) -
         and type(body) is dict
         and _PAYLOAD_FIELD[url] in body
         and (metadata is None or type(metadata) is dict)
-        and _model_fits(body, model)
+        and _model_fits(body, model, accepts)
     )
     if not valid and not exact:
-        return request_entry(raw, model)  # what is shown of the line keeps every digit
+        return request_entry(raw, model, accepts)  # what is shown of the line keeps every digit
     if not valid:
-        raise LineError(*_problems(entry, model))
+        raise LineError(*_problems(entry, model, accepts))
     return entry
 
 
@@ -270,26 +276,18 @@ def custom_id_of(raw: bytes) -> str | None:
     return custom_id if type(custom_id) is str and custom_id else None
 
 
-def _model_fits(body: dict[str, Any], model: str | None) -> bool:
+def _model_fits(body: dict[str, Any], model: str | None, accepts: AcceptsModel) -> bool:
     named = body.get("model")
     if named is None:
         return model is not None
     if type(named) is not str or not named or not is_whole(named):
         return False
-    return model is None or named == model or (same_model(named, model) and _insists(model, named))
+    return model is None or named == model or accepts(model, named)
 
 
-def _insists(model: str, named: str) -> bool:
-    """Tell whether a run's model insists on the digest that a body insists on, if it does."""
-    if "@" not in named:
-        return True
-    one, other = parse_model_name(model), parse_model_name(named)
-    return one.digest != "" and same_digest(one, other)
-
-
-def _problems(entry: dict[str, Any], model: str | None) -> list[str]:
+def _problems(entry: dict[str, Any], model: str | None, accepts: AcceptsModel) -> list[str]:
     problems = [*_custom_id_problems(entry), *_method_problems(entry), *_url_problems(entry)]
-    problems += _body_problems(entry, model)
+    problems += _body_problems(entry, model, accepts)
     metadata = entry.get("metadata")
     if metadata is not None and type(metadata) is not dict:
         problems.append(f"metadata must be an object, not {_kind(metadata)}")
@@ -321,7 +319,7 @@ def _url_problems(entry: dict[str, Any]) -> list[str]:
     return [f"url {seen}; it must be one of {', '.join(ENDPOINTS)}"]
 
 
-def _body_problems(entry: dict[str, Any], model: str | None) -> list[str]:
+def _body_problems(entry: dict[str, Any], model: str | None, accepts: AcceptsModel) -> list[str]:
     body = entry.get("body")
     if type(body) is not dict:
         seen = "is missing" if body is None else f"is {_kind(body)}"
@@ -331,11 +329,11 @@ def _body_problems(entry: dict[str, Any], model: str | None) -> list[str]:
     field = _PAYLOAD_FIELD.get(url) if isinstance(url, str) else None
     if field is not None and field not in body:
         problems.append(f"body.{field} is missing; {url} needs it")
-    return problems + _model_problems(body, model)
+    return problems + _model_problems(body, model, accepts)
 
 
-def _model_problems(body: dict[str, Any], model: str | None) -> list[str]:
-    if _model_fits(body, model):
+def _model_problems(body: dict[str, Any], model: str | None, accepts: AcceptsModel) -> list[str]:
+    if _model_fits(body, model, accepts):
         return []
     named = body.get("model")
     if named is None:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from aiflux.core.config.declaration import known_setting, parse_setting, refuse_two_names
+from aiflux.core.config.engine_kinds import kind_name
 from aiflux.core.config.legacy_model_file import (
     ModelConfig,
     ModelParameters,
@@ -110,6 +111,11 @@ class Config:
                 parsed = parse_setting(setting, value, f"the argument {setting.option}")
                 values[setting.name] = SourcedValue(parsed, "argument")
         return values
+
+    @property
+    def engine(self) -> str:
+        """Name of the kind of engine that a run uses."""
+        return kind_name(self.get("engine"), self.get("engine_url"))
 
     @property
     def data_dir(self) -> Path:

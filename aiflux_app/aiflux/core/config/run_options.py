@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aiflux.core.config.declaration import setting
+from aiflux.core.config.engine_kinds import CHOICES, kind_name
 from aiflux.errors import ConfigError
 from aiflux.util import value_parsers as parse
+from aiflux.util.text import suggestion
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class RunOptions:
     )
     context_length: int | None = setting(
         parse.integer(256), None, "Tokens of context for each slot"
+    )
+    engine: str = setting(
+        parse.choice(*CHOICES),
+        CHOICES[0],
+        f"Engine to start: {', '.join(CHOICES)}",
+        metavar="KIND",
+        env="AIFLUX_ENGINE",
     )
     gpus_per_engine: int = setting(
         parse.integer(1, 64), 1, "GPUs for each engine, for models that need several"
@@ -175,11 +184,10 @@ class RunOptions:
         object.__setattr__(self, "stop", tuple(self.stop))  # JSON has lists only
         if self.engine_ca is not None:
             object.__setattr__(self, "engine_ca", str(self.engine_ca))  # and no paths
-        if self.top_k is not None and self.engine_url is None:
+        object.__setattr__(self, "engine", kind_name(self.engine, self.engine_url))
+        if self.engine_url is None and self.engine not in CHOICES:
             raise ConfigError(
-                "top_k is set, but Ollama's OpenAI API does not know it",
-                "remove --top-k, TOP_K or top_k in aiflux.yaml (aiflux config show prints "
-                "which one it is), or set it in the model (ollama create, PARAMETER top_k)",
+                f"engine = {self.engine!r} is wrong", suggestion(self.engine, CHOICES)
             )
 
     @property

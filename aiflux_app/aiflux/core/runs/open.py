@@ -14,7 +14,7 @@ from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.output import forget_done, shards_left
-from aiflux.core.runs.plan import Plan, make_plan, read_plan, write_plan
+from aiflux.core.runs.plan import Plan, PlanningKind, make_plan, read_plan, write_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
 from aiflux.core.runs.status_file import (
     Counts,
@@ -110,6 +110,7 @@ def open_run(
     output: Path,
     options: RunOptions,
     models_dir: Path | None,
+    kind: PlanningKind,
     *,
     shards: int | ShardCount = 1,
     force: bool = False,
@@ -124,6 +125,7 @@ def open_run(
         output,
         options,
         models_dir,
+        kind,
         shards=shards,
         force=force,
         force_resume=force_resume,
@@ -135,6 +137,7 @@ def draft_run(
     output: Path,
     options: RunOptions,
     models_dir: Path | None,
+    kind: PlanningKind,
     *,
     shards: int | ShardCount = 1,
     force: bool = False,
@@ -143,7 +146,8 @@ def draft_run(
     """Check the input and what is there from before, and plan the run; write nothing.
 
     Args:
-        models_dir: where models lie; unused with an engine that is up already.
+        models_dir: where models are stored; unused with an engine that is up already.
+        kind: of the engine that the options name.
         shards: their number, or what tells it from the input.
         force: an output that is there may be replaced; a finished run starts anew.
         force_resume: go on although model or parameters changed; results then mix.
@@ -162,9 +166,9 @@ def draft_run(
     run = RunDirectory.of_output(output)
     # Where jsonschema is missing here, the worker checks with its own, or says what to install.
     schemas = options.validate and can_check_schemas()
-    summary = scan_input(input_path, options.model, schemas=schemas)
+    summary = scan_input(input_path, options.model, rules=kind.input_rules, schemas=schemas)
     number = shards(summary) if callable(shards) else shards
-    plan = make_plan(summary, output, options, models_dir, number)
+    plan = make_plan(summary, output, options, models_dir, kind, number)
     seen = _seen(run)
     earlier = _earlier(run, plan, force_resume)
     counts = finished_counts(plan, run, changed_ok=force) if earlier else None
@@ -287,7 +291,8 @@ def _show(plan: Plan) -> str:
         for name, value in values.items()
     ]
     else_ = f"as advised for it: {', '.join(advised)}" if advised else "else the engine's defaults"
-    return f"model {', '.join([*plan.identity['models'], *given, else_])}"
+    models = ", ".join([*plan.served_names, *given, else_])
+    return f"engine {plan.options.engine}, model {models}"
 
 
 def _start_anew(run: RunDirectory) -> None:

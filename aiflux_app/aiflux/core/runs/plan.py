@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Protocol
 
 from aiflux import __version__
-from aiflux.core.batch.input_file import InputFacts, InputSummary
+from aiflux.core.batch.input_file import InputFacts, InputRules, InputSummary
+from aiflux.core.config.engine_kinds import EXTERNAL
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
 from aiflux.errors import ConfigError, InputError, RunConflictError, StoppedError
-from aiflux.models.name import parse_model_name, same_digest
+from aiflux.models.name import parse_model_name
 from aiflux.util.files import read_file, write_json
-from aiflux.util.records import from_json, to_json
+from aiflux.util.records import KEY, from_json, to_json
 from aiflux.util.times import utc_now
 
 # What one modern GPU does with a model of a few billion parameters and 16 slots; a pilot
@@ -75,6 +76,8 @@ def auto_shards(summary: InputSummary, walltime: float) -> int:
 
 
 PLAN_VERSION = 1
+# Runs of these kinds keep the ids that they had before a plan named its engine.
+_UNNAMED = ("ollama", "external")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Plan:
         output: absolute path of the output.
         models: names as they were given, in the order in which they are processed.
         models_dir: directory of the models; None with a server that is already running.
+        served_names: names under which the engine serves the models.
     """
 
     input: InputFacts
@@ -94,6 +98,7 @@ class Plan:
     shards: tuple[Shard, ...]
     models_dir: Path | None
     created: str
+    served_names: tuple[str, ...] = field(default=(), metadata={KEY: "served"})
     aiflux: str = __version__
     version: int = PLAN_VERSION
 
@@ -109,20 +114,27 @@ class Plan:
 
     def served(self, model: str) -> str:
         """Return the name under which the engine serves one of the plan's models."""
-        return parse_model_name(model).served if self.options.engine_url is None else model
+        return self.served_names[self.models.index(model)]
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the answers depend on beside the requests; must not change within a run."""
-        models = [self.served(model) for model in self.models]
         defaults = self.options.model_defaults
         more = {"defaults": defaults} if defaults else {}
-        return {"models": models, "parameters": self.options.parameters, **more}
+        return {
+            "models": [*self.served_names],
+            "parameters": self.options.parameters,
+            **more,
+            "engine": self.options.engine,
+        }
 
     @property
     def id(self) -> str:
         """Short digest of the input and of what the answers depend on."""
-        content = json.dumps([self.input.digest, self.identity], sort_keys=True)
+        identity = self.identity
+        if identity["engine"] in _UNNAMED:
+            del identity["engine"]
+        content = json.dumps([self.input.digest, identity], sort_keys=True)
         return blake2b(content.encode(), digest_size=8).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -130,66 +142,74 @@ class Plan:
         return {"version": self.version, "id": self.id, **to_json(self)}
 
 
+class PlanningKind(Protocol):
+    """What planning asks of an engine kind.
+
+    Attributes:
+        managed: AI-Flux starts its servers, and stores their models.
+        input_rules: for the check of the input.
+    """
+
+    managed: bool
+    input_rules: InputRules
+
+    def refuse_options(self, options: RunOptions) -> None:
+        """Raise ConfigError for options that the engine cannot obey."""
+
+    def served_name(self, model: str) -> str:
+        """Return the name under which the engine serves a model.
+
+        Raises:
+            ConfigError: it is not a name of a model.
+        """
+
+    def distinct_models(self, models: Sequence[str]) -> list[str]:
+        """Return one name for each model.
+
+        Raises:
+            ConfigError: a name is wrong, or asks for what the engine cannot do.
+            InputError: the names of one model contradict each other.
+        """
+
+
 def make_plan(
     summary: InputSummary,
     output: Path,
     options: RunOptions,
     models_dir: Path | None,
+    kind: PlanningKind,
     shards: int = 1,
 ) -> Plan:
-    """Decide on a run. Pure.
+    """Decide on a run.
+
+    Args:
+        kind: of the engine that the options name.
 
     Raises:
         InputError: no model is named at all.
-        ConfigError: a model's name is wrong.
+        ConfigError: a model's name is wrong, or an option does not suit the engine.
     """
+    kind.refuse_options(options)
     names = [options.model] if options.model else list(summary.models)
     if not names:
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
-    insisting = [name for name in names if "@sha256:" in name]
-    if options.engine_url is not None and insisting:
-        raise ConfigError(
-            f"the model {insisting[0]!r} insists on a digest, and an engine at --engine-url does "
-            "not tell the digests of its models",
-            "leave @sha256:... out",
-        )
-    if options.engine_url is None:
-        names = _one_of_each(names)
-    options = _with_defaults_of(names, options)
+    names = kind.distinct_models(names)
+    served = tuple(kind.served_name(name) for name in names)
     return Plan(
         input=summary.facts,
         output=output,
         models=tuple(names),
-        options=options,
+        served_names=served,
+        options=_with_defaults_of(served if kind.managed else (), options),
         shards=cut(summary, shards),
-        models_dir=models_dir if options.engine_url is None else None,
+        models_dir=models_dir if kind.managed else None,
         created=utc_now(),
     )
 
 
-def _one_of_each(names: Iterable[str]) -> list[str]:
-    """Return one name for each model: of several, the one that insists on the most of a digest."""
-    chosen: dict[str, str] = {}
-    for name in names:
-        model = parse_model_name(name)
-        key = model.served.lower()
-        other = chosen.setdefault(key, name)
-        if not same_digest(model, parse_model_name(other)):
-            raise InputError(
-                f"requests insist on two digests of {model.served}: {other} and {name}",
-                "leave one of them out, or run each by itself",
-            )
-        if len(model.digest) > len(parse_model_name(other).digest):
-            chosen[key] = name
-    return list(chosen.values())
-
-
-def _with_defaults_of(names: list[str], options: RunOptions) -> RunOptions:
-    """Keep the default parameters of the plan's models; an engine of others has its own."""
-    kept = {}
-    if options.engine_url is None:
-        served = [parse_model_name(name).served.lower() for name in names]
-        kept = {name: options.model_defaults.get(name, {}) for name in served}
+def _with_defaults_of(served: Iterable[str], options: RunOptions) -> RunOptions:
+    """Keep the default parameters of these models."""
+    kept = {name.lower(): options.model_defaults.get(name.lower(), {}) for name in served}
     return replace(options, model_defaults={name: some for name, some in kept.items() if some})
 
 
@@ -244,6 +264,11 @@ def read_plan(run: RunDirectory) -> Plan:
                 "finish the run with the AI-Flux that began it, or choose another output",
             )
         return _from_json(content)
+    except ConfigError as error:
+        raise RunConflictError(
+            f"{run.plan} was made by another AI-Flux, or is damaged: {error.message}",
+            "finish the run with the AI-Flux that began it, or choose another output",
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunConflictError(
             f"{run.plan} is damaged, or no plan: {error!r}",
@@ -260,7 +285,16 @@ def _from_json(content: dict[str, Any]) -> Plan:
         raise ValueError(f"{plan.output} is not the path of an output")
     plan.options.allowed_failures(1)  # a ValueError where it is not a number
     _refuse_gaps(plan.shards, plan.requests)
+    if not plan.served_names:  # a plan from before these names were kept
+        served = tuple(_served_before(name, plan.options) for name in plan.models)
+        plan = replace(plan, served_names=served)
+    if len(plan.served_names) != len(plan.models):
+        raise ValueError("models and served differ in length")
     return plan
+
+
+def _served_before(name: str, options: RunOptions) -> str:
+    return name if options.engine == EXTERNAL else parse_model_name(name).served
 
 
 def _refuse_gaps(shards: tuple[Shard, ...], requests: int) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.batch.input_file import InputRules
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
 from aiflux.errors import ConfigError
 from aiflux.models.catalog import Catalogue
 from aiflux.models.figures import Figures
+from aiflux.models.name import accepts_model, same_model
 
 
 class ExternalKind:
@@ -22,6 +24,34 @@ class ExternalKind:
     program = ""
     program_variables: tuple[str, ...] = ()
     cached_program = ""
+    # The server may be an Ollama, whose names have two forms; equal names always match.
+    input_rules = InputRules(accepts_model)
+
+    def refuse_options(self, options: RunOptions) -> None:
+        """The server gets every parameter."""
+
+    def served_name(self, model: str) -> str:
+        """Return the name as it is given."""
+        return model
+
+    def same_model(self, one: str, other: str) -> bool:
+        """Tell whether two names mean the same model."""
+        return same_model(one, other)
+
+    def distinct_models(self, models: Sequence[str]) -> list[str]:
+        """Return the names.
+
+        Raises:
+            ConfigError: one insists on a digest.
+        """
+        for name in models:
+            if "@sha256:" in name:
+                raise ConfigError(
+                    f"the model {name!r} insists on a digest, and an engine at --engine-url does "
+                    "not tell the digests of its models",
+                    "leave @sha256:... out",
+                )
+        return [*models]
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """The server's models are not ours to look for."""

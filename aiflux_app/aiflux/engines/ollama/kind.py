@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import EMBEDDINGS
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
+from aiflux.engines.ollama.ignored_fields import IGNORED_FIELDS
 from aiflux.engines.ollama.memory import estimate, one_slot
 from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.engines.ollama.stored_model import known_figures
 from aiflux.engines.process import engine_program
+from aiflux.errors import ConfigError
 from aiflux.models.catalog import Catalogue
 from aiflux.models.figures import Figures
-from aiflux.models.name import parse_model_name
+from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
 
 # What Ollama says in a 500 when its runner process died under the request (llm/server.go).
 _RUNNER_DIED = (
@@ -41,6 +44,41 @@ class OllamaKind:
     program = "ollama"
     program_variables: tuple[str, ...] = ("AIFLUX_OLLAMA",)
     cached_program = "ollama-cpu/bin/ollama"
+    input_rules = InputRules(accepts_model, IGNORED_FIELDS)
+
+    def refuse_options(self, options: RunOptions) -> None:
+        """Refuse top_k, which Ollama's OpenAI API does not read.
+
+        Raises:
+            ConfigError: it is set.
+        """
+        if options.top_k is not None:
+            raise ConfigError(
+                "top_k is set, but Ollama's OpenAI API does not know it",
+                "remove --top-k, TOP_K or top_k in aiflux.yaml (aiflux config show prints "
+                "which one it is), or set it in the model (ollama create, PARAMETER top_k)",
+            )
+
+    def served_name(self, model: str) -> str:
+        """Return the name under which Ollama lists a model.
+
+        Raises:
+            ConfigError: it is not a name of a model.
+        """
+        return parse_model_name(model).served
+
+    def same_model(self, one: str, other: str) -> bool:
+        """Tell whether two names mean the same model (``m`` and ``m:latest`` do)."""
+        return same_model(one, other)
+
+    def distinct_models(self, models: Sequence[str]) -> list[str]:
+        """Return one name for each model: of several, the one that insists on most of a digest.
+
+        Raises:
+            ConfigError: a name is wrong.
+            InputError: names of one model insist on two digests.
+        """
+        return one_of_each(models)
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Tell whether a model's manifest and all its blobs are in a models directory."""

@@ -13,6 +13,7 @@ from typing import Any
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, StatusFile
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ExitCode
 from aiflux.slurm.job_id import JobId, TaskState
 from aiflux.slurm.monitor.shard_state import (
@@ -394,7 +395,7 @@ def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...
     broken = any(shard.state in (ShardState.FAILED, ShardState.LOST) for shard in shards)
     if not broken and state is not RunState.STOPPED:
         return None
-    if facts.submitted is not None or facts.plan.options.engine_url:
+    if facts.submitted is not None or not engine_kind(facts.plan.options).managed:
         return f"aiflux resume {name}"
     # A run that was never submitted by us: in the foreground, or by `sbatch slurm/run.sbatch`,
     # whose job this machine must not repeat.

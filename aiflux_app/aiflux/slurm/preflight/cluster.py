@@ -16,6 +16,7 @@ from pathlib import Path
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError
 from aiflux.image.container import find_image
 from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, ask_cluster
@@ -96,14 +97,14 @@ def check_job_image(
         image,
         machines or {platform.machine()},
         certain=bool(machines) or slurm.constraint is None,
-        wants_gpus=wants_gpus(slurm) and options.engine_url is None,
+        wants_gpus=wants_gpus(slurm) and engine_kind(options).managed,
         allow_cpu=options.allow_cpu,
     )
 
 
 def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
     """Check that the models do what is asked, and fit the GPUs where their memory is known."""
-    if plan.options.engine_url is not None:
+    if not engine_kind(plan.options).managed:
         return
     try:
         catalogue = config.catalogue()

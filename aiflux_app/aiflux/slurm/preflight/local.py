@@ -191,10 +191,10 @@ def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
 
 
 def check_fields(plan: Plan) -> Iterator[Finding]:
-    """Check that Ollama obeys what requests ask for; of another engine nothing is known."""
-    if plan.options.engine_url is None:
-        for text in ignored_texts(plan.input.ignored):
-            yield Finding("warning", text, FIX)
+    """Check that the engine obeys what requests ask for, where its kind knows that."""
+    kind = engine_kind(plan.options)
+    for text in ignored_texts(plan.input.ignored, kind.title, kind.input_rules.ignored_fields):
+        yield Finding("warning", text, FIX)
 
 
 def check_space(plan: Plan) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from aiflux.cli.main import main
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.open import open_run
+from aiflux.engines.kinds import kind_named
 from aiflux.slurm.preflight.local import check_fields
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
@@ -59,16 +60,22 @@ def test_check_has_them_as_json(mixed: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_they_are_the_same_in_parts(mixed: Path) -> None:
-    whole = scan_input(mixed, children=0)
-    assert scan_input(mixed, part_bytes=200, children=0).ignored == whole.ignored
-    assert scan_input(mixed, part_bytes=200, children=2).ignored == whole.ignored
+    rules = kind_named("ollama").input_rules
+    whole = scan_input(mixed, rules=rules, children=0)
+    assert whole.ignored.keys() == {"n", "tool_choice", "user"}
+    for children in (0, 2):
+        parts = scan_input(mixed, rules=rules, part_bytes=200, children=children)
+        assert parts.ignored == whole.ignored
 
 
 def test_the_preflight_warns_for_ollama_only(mixed: Path, tmp_path: Path) -> None:
-    findings = [*check_fields(open_run(mixed, tmp_path / "a.json", RunOptions(), tmp_path).plan)]
+    ours = kind_named("ollama")
+    opened = open_run(mixed, tmp_path / "a.json", RunOptions(), tmp_path, ours)
+    findings = [*check_fields(opened.plan)]
     assert [finding.level for finding in findings] == ["warning"] * 3
     other = RunOptions(engine_url="http://127.0.0.1:1")
-    assert not [*check_fields(open_run(mixed, tmp_path / "b.json", other, None).plan)]
+    opened = open_run(mixed, tmp_path / "b.json", other, None, kind_named("external"))
+    assert not [*check_fields(opened.plan)]
 
 
 def test_a_server_of_ones_own_gets_no_warning(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aiflux.core.batch.input_file import InputDigest, scan_input, scan_part
+from aiflux.core.batch.input_file import InputDigest, InputRules, scan_input, scan_part
 from aiflux.errors import ExitCode, InputError
 from aiflux.util.lines import cut_at_lines, read_lines
 from tests.unit.helpers import request_line, write_input
@@ -161,7 +161,7 @@ def test_the_digest_is_that_of_the_lines(
     path.write_bytes(bom + content)
     digest = InputDigest(path)
     for start, end in cut_at_lines(path, part_bytes):
-        part = scan_part(path, start, end, None)
+        part = scan_part(path, start, end, None, InputRules())
         digest.add(start, end, part.plain)
     lines = b"".join(raw + b"\n" for _, _, raw in read_lines(path))
     assert digest.hexdigest() == blake2b(lines, digest_size=16).hexdigest()

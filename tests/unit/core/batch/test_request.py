@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from operator import eq
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aiflux.core.batch.request import LineError, parse_request, request_entry, request_key
+from aiflux.core.batch.request import (
+    AcceptsModel,
+    LineError,
+    parse_request,
+    request_entry,
+    request_key,
+)
+from aiflux.engines.kinds import kind_named
 from tests.unit.helpers import request_line
 
+ACCEPTS = kind_named("ollama").input_rules.accepts_model
 
-def problem(line: str | bytes, model: str | None = None) -> str:
+
+def problem(line: str | bytes, model: str | None = None, accepts: AcceptsModel = ACCEPTS) -> str:
     raw = line.encode() if isinstance(line, str) else line
     with pytest.raises(LineError) as caught:
-        parse_request(raw, model)
+        parse_request(raw, model, accepts)
     return str(caught.value)
 
 
@@ -119,14 +129,20 @@ def test_a_body_must_name_the_model_of_the_run() -> None:
 
 def test_latest_is_the_tag_that_goes_without_saying() -> None:
     line = request_line(body={"model": "m", "messages": []}).encode()
-    assert parse_request(line, "m:latest").model == "m"
+    assert parse_request(line, "m:latest", ACCEPTS).model == "m"
+
+
+def test_names_are_compared_as_the_engine_does() -> None:
+    line = request_line(body={"model": "m", "messages": []})
+    assert "drop one of the two" in problem(line, "m:latest", eq)
+    assert parse_request(line.encode(), "m:latest", ACCEPTS)
 
 
 def test_a_body_may_insist_on_the_digest_that_the_run_insists_on() -> None:
     digest = "@sha256:" + "0" * 64
     line = request_line(body={"model": f"m{digest}", "messages": []})
     for model in (f"m{digest}", f"m:latest{digest[:20]}", None):
-        assert parse_request(line.encode(), model).model == f"m{digest}"
+        assert parse_request(line.encode(), model, ACCEPTS).model == f"m{digest}"
     for model in ("m", "m@sha256:" + "1" * 12):
         assert f'but the run\'s model is "{model}"' in problem(line, model)
 

@@ -16,6 +16,7 @@ from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import SETTINGS, Setting, given_settings
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, PreflightError, describe
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.script import job_directives
@@ -265,7 +266,7 @@ def test_yaml_takes_nothing_for_another_thing(tmp_path: Path) -> None:
 
 def test_every_environment_name_is_read(tmp_path: Path) -> None:
     texts = {"time": "1:00:00", "mem": "8G", "engine_url": "http://h:1", "log_level": "DEBUG",
-             "top_p": "0.5"}  # fmt: skip
+             "top_p": "0.5", "engine": "ollama"}  # fmt: skip
     for setting in SETTINGS:
         if setting.env is None:
             continue
@@ -354,7 +355,8 @@ def test_two_names_of_one_setting_are_not_both_taken(tmp_path: Path) -> None:
 
 def test_top_k_is_refused_where_it_would_have_no_effect() -> None:
     with pytest.raises(ConfigError, match="top_k is set, but"):
-        RunOptions(top_k=5)
+        kind_named("ollama").refuse_options(RunOptions(top_k=5))
+    kind_named("external").refuse_options(RunOptions(top_k=5, engine_url="http://h"))
     assert RunOptions(top_k=5, engine_url="http://h").parameters == {"top_k": 5}
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.open import draft_run
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import RunConflictError
 from aiflux.util.lease import acquire
 from aiflux.worker.shard import Context, work
@@ -66,7 +67,13 @@ def test_a_draft_from_before_the_end_of_the_run_is_refused(tmp_path: Path) -> No
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("one", "two")
         begun = working.open()
-        late = draft_run(working.input, working.output, RunOptions(**working.options), None)
+        late = draft_run(
+            working.input,
+            working.output,
+            RunOptions(**working.options),
+            None,
+            kind_named("external"),
+        )
         work(begun.plan, begun.run, 0, Context(working.reporter, working.stopper))
         written = working.output.stat().st_ino
         with pytest.raises(RunConflictError, match="at the same time"):
@@ -77,7 +84,13 @@ def test_a_draft_from_before_the_end_of_the_run_is_refused(tmp_path: Path) -> No
 def test_what_was_drafted_holds_only_for_what_was_there(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("one", "two")
-        late = draft_run(working.input, working.output, RunOptions(**working.options), None)
+        late = draft_run(
+            working.input,
+            working.output,
+            RunOptions(**working.options),
+            None,
+            kind_named("external"),
+        )
         assert working.run() == 0
         with pytest.raises(RunConflictError, match="at the same time"):
             late.open()

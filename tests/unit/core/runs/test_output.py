@@ -17,6 +17,7 @@ from aiflux.core.runs.journal import JournalReader, Result, journal_lines, scan_
 from aiflux.core.runs.open import OpenedRun, open_run
 from aiflux.core.runs.output import array_entry, batch_line, finalise
 from aiflux.core.runs.result_index import MISSING, find_places
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import StoppedError
 from tests.unit.helpers import request_line
 
@@ -29,7 +30,9 @@ def opened(place: Path, requests: int, shards: int, name: str = "out.json") -> O
         more = {"metadata": {"mine": number}} if number % 3 == 0 else {}
         lines.append(request_line(f"r{number}", **more))
     (place / "in.jsonl").write_text("\r\n\n".join(lines) + "\n", encoding="utf-8")
-    return open_run(place / "in.jsonl", place / name, OPTIONS, None, shards=shards)
+    return open_run(
+        place / "in.jsonl", place / name, OPTIONS, None, kind_named("external"), shards=shards
+    )
 
 
 def line_of(raw: bytes, attempt: int) -> bytes:

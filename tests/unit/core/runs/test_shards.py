@@ -12,12 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
+from aiflux.core.runs.open import open_run
 from aiflux.core.runs.output import merge, merge_partial, merge_when_last
 from aiflux.core.runs.plan import auto_shards, read_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
 from aiflux.core.runs.status_file import Counts, Status, open_shards, read_run_status
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import (
     ExitCode,
     InputError,
@@ -27,6 +30,7 @@ from aiflux.errors import (
 )
 from aiflux.util.lease import acquire
 from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.helpers import write_input
 from tests.unit.working import Working
 
 PROMPTS = [f"prompt {index}" for index in range(24)]
@@ -289,7 +293,37 @@ def test_a_plan_of_another_version_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RunConflictError, match="options hologram are not known here") as caught:
         read_plan(run)
     assert "rm " not in str(caught.value.remedy)
+    del content["options"]["hologram"]
+    content["options"].update(engine="warp", engine_url=None)
+    run.plan.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RunConflictError, match="another AI-Flux, or is damaged: engine = 'warp'"):
+        read_plan(run)
     run.plan.write_text("{", encoding="utf-8")
     with pytest.raises(RunConflictError, match="damaged") as caught:
         read_plan(run)
     assert "rm " not in str(caught.value.remedy), "the journal beside it holds results"
+
+
+@pytest.mark.parametrize("kind", ["ollama", "external"])
+def test_a_plan_from_before_engines_had_names_is_the_same_run(tmp_path: Path, kind: str) -> None:
+    """Without them an address meant a server, and everything else an Ollama."""
+    source = write_input(tmp_path / "in.jsonl", 3, body={"model": "m", "messages": []})
+    options = RunOptions(engine_url="http://127.0.0.1:1" if kind == "external" else None)
+    opened = open_run(source, tmp_path / "o.json", options, tmp_path, kind_named(kind))
+    content = json.loads(opened.run.plan.read_text(encoding="utf-8"))
+    assert content["options"].pop("engine") == kind
+    assert content.pop("served") == (["m"] if kind == "external" else ["m:latest"])
+    opened.run.plan.write_text(json.dumps(content), encoding="utf-8")
+    assert read_plan(opened.run) == opened.plan
+    assert read_plan(opened.run).id == content["id"]
+
+
+def test_another_engine_is_another_run(tmp_path: Path) -> None:
+    with FaultyEngine(delay=0.02) as engine:
+        working = Working(tmp_path, engine.url, concurrency=1).prompts(*PROMPTS)
+        working.stop_soon(results=1)
+        assert working.run() is ExitCode.STOPPED
+    arguments = working.input, working.output, RunOptions(), tmp_path, kind_named("ollama")
+    with pytest.raises(RunConflictError, match=r"engine external.*asks for engine ollama"):
+        open_run(*arguments)
+    assert open_run(*arguments, force_resume=True).resumed

@@ -1,0 +1,19 @@
+"""The table of engine kinds: what ``--engine`` may name, and which module implements it."""
+
+from __future__ import annotations
+
+KINDS = {
+    "ollama": "aiflux.engines.ollama.kind",
+    "external": "aiflux.engines.external.kind",
+}
+"""For each kind its module, which has it as ``KIND``; `aiflux.engines.kinds` imports it on use."""
+
+EXTERNAL = "external"
+"""The kind of a server at ``--engine-url``; no other option names it."""
+
+CHOICES = tuple(name for name in KINDS if name != EXTERNAL)
+
+
+def kind_name(engine: str, engine_url: str | None) -> str:
+    """Return the kind of a run's engines: an address wins over the engine to start."""
+    return engine if engine_url is None else EXTERNAL

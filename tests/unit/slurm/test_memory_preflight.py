@@ -14,7 +14,7 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.gpus import free_memory
-from aiflux.engines.kinds import kind_named
+from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.sizing import GPU_SLOTS, context_length, slots
@@ -46,7 +46,8 @@ def plan_of(folder: Path, model: str, **options: Any) -> Plan:
                        "content": "hello"}]})  # fmt: skip
     summary = scan_input(path, model)
     chosen = RunOptions(model=model, **options)
-    return make_plan(summary, folder / "out.json", chosen, folder / "models", KIND)
+    kind = engine_kind(chosen)
+    return make_plan(summary, folder / "out.json", chosen, folder / "models", kind)
 
 
 @pytest.mark.parametrize(

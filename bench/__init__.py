@@ -1,1 +1,1 @@
-"""Measures the worker, side by side with a plain loop and with llmflux: ``python -m bench``."""
+"""Measure the worker in comparison with a plain loop and with llmflux: ``python -m bench``."""

@@ -1,4 +1,4 @@
-"""``python -m bench [NAME...] [--quick]``: measure, and print one table."""
+"""``python -m bench [NAME...] [--quick]``: run measurements and print a table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bench.cases import CASES, Bench, Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the measurements; exit 1 where a figure is not as wanted."""
+    """Run the measurements; exit 1 if a figure misses its target."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
-    parser.add_argument("--quick", action="store_true", help="shorter, and rougher")
+    parser.add_argument("--quick", action="store_true", help="shorter and less precise")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.names if name not in CASES]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(CASES)}")
+        parser.error(f"unknown: {', '.join(unknown)}; use {', '.join(CASES)}")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="aiflux-bench-") as folder:
         bench = Bench(arguments.quick, Path(folder))
@@ -39,14 +39,14 @@ def _measure(name: str, bench: Bench) -> list[Row]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the table and what it was measured on."""
-    # Here, so that the measuring process stays small: a child's peak memory counts from the fork.
+    """Print the table and the machine it was measured on."""
+    # Imported here to keep the measuring process small: a child's peak memory counts from the fork.
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for title in ("case", "figure", "wanted", "", "plain loop", "llmflux 2.0.0"):
+    for title in ("case", "figure", "target", "", "plain loop", "llmflux 2.0.0"):
         table.add_column(title)
     marks = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}
     for row in rows:

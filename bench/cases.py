@@ -1,4 +1,4 @@
-"""The measurements; each returns rows of the table."""
+"""The measurements. Each returns rows of the table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        good: whether the figure is as wanted; None where nothing is wanted of it.
+        good: whether the figure meets its target; None without target.
     """
 
     case: str
@@ -40,11 +40,11 @@ class Row:
 
 @dataclass
 class Bench:
-    """What the measurements share.
+    """Shared state of the measurements.
 
     Attributes:
-        quick: seconds rather than minutes; the figures are rougher.
-        folder: for inputs and outputs.
+        quick: take seconds rather than minutes, with less precise figures.
+        folder: directory for inputs and outputs.
     """
 
     quick: bool
@@ -53,7 +53,7 @@ class Bench:
 
     @property
     def peer(self) -> Llmflux:
-        """llmflux, installed at its first use."""
+        """llmflux, installed on first use."""
         if self._peer is None:
             self._peer = Llmflux()
         return self._peer
@@ -70,7 +70,7 @@ class Bench:
 
 
 def say(text: str) -> None:
-    """Tell how far the measurements are."""
+    """Print the progress of the measurements."""
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
@@ -78,7 +78,7 @@ Runner = Callable[[str, Path, Path], Usage]
 
 
 def occupancy(bench: Bench) -> list[Row]:
-    """How full the slots are, of what is possible."""
+    """Measure slot use, relative to the possible maximum."""
     rows = []
     for slots in (32, 64, 256):
         say(f"occupancy at {slots} slots")
@@ -124,7 +124,7 @@ def _occupancy_of(
 
 
 def _serial(bench: Bench, slots: int, lengths: Sequence[int], runner: Runner) -> str:
-    """Return a peer's figure; its few requests cannot fill the slots, so that of all counts."""
+    """Return a peer's figure over its full time, as its few requests cannot fill the slots."""
     stats, best = _simulated(bench, slots, lengths, runner)
     return f"{stats['occupancy']:.1%} ({stats['makespan'] / best.makespan:.1f} x the floor)"
 
@@ -132,7 +132,7 @@ def _serial(bench: Bench, slots: int, lengths: Sequence[int], runner: Runner) ->
 def _simulated(
     bench: Bench, slots: int, lengths: Sequence[int], runner: Runner
 ) -> tuple[dict[str, Any], Decoder]:
-    """Return the engine's account of a run, and the best run there can be."""
+    """Return the engine's statistics of a run, and those of the best possible run."""
     source = bench.input(lengths, 400)
     with engine(slots, COST) as running:
         runner(running.url, source, source.with_name("out.json"))
@@ -140,7 +140,7 @@ def _simulated(
 
 
 def adaptive(bench: Bench) -> list[Row]:
-    """How full the slots are without ``--concurrency`` when things change, after the climb."""
+    """Measure slot use without ``--concurrency`` under changing load, after the climb."""
     phase = 20 if bench.quick else 45
     rows = []
     for slots in (32, 64, 256, 1024):
@@ -162,7 +162,7 @@ def adaptive(bench: Bench) -> list[Row]:
 def _used(
     bench: Bench, slots: int, lengths: Sequence[int], others: tuple[int, float, float]
 ) -> float:
-    """Return the share of the slots that was used, by anybody, between climb and last arrival."""
+    """Return the share of slots in use (by anyone) between the climb and the last arrival."""
     source = bench.input(lengths, 400)
     with engine(slots, COST, others) as running:
         worker(running.url, source, source.with_name("out.json"))
@@ -172,7 +172,7 @@ def _used(
 
 
 def ceiling(bench: Bench) -> list[Row]:
-    """Requests per second against a server that costs no time, and what each costs in CPU."""
+    """Measure requests per second and CPU time per request with an instant server."""
     count, repeats, few = (4000, 1, 500) if bench.quick else (15000, 3, 1000)
     rows = []
     plain = _rate_of(bench, few, plain_loop)
@@ -213,7 +213,7 @@ def ceiling(bench: Bench) -> list[Row]:
 
 
 def _rate_of(bench: Bench, count: int, runner: Runner) -> tuple[float, float, int]:
-    """Return requests/s as the server saw them, CPU seconds per request, and peak memory."""
+    """Return requests/s according to the server, CPU seconds per request, and peak memory."""
     source = bench.input([200] * count)
     with engine() as running:
         usage = runner(running.url, source, source.with_name("out.json"))
@@ -222,7 +222,7 @@ def _rate_of(bench: Bench, count: int, runner: Runner) -> tuple[float, float, in
 
 
 def memory(bench: Bench) -> list[Row]:
-    """Peak memory of a whole run over a large input, its output included."""
+    """Measure peak memory of a complete run over a large input, including its output."""
     count, few = (50_000, 500) if bench.quick else (1_000_000, 5000)
     say(f"memory: {count:,} requests")
     rows = []
@@ -248,7 +248,7 @@ def memory(bench: Bench) -> list[Row]:
 
 
 def reading(bench: Bench) -> list[Row]:
-    """Speed of the passes over whole files, beside plain reading of the same files."""
+    """Measure the passes over whole files, compared with plain reading of the same files."""
     count = 50_000 if bench.quick else 1_000_000
     say(f"reading: {count:,} requests: check, plan, resume scan, finalise")
     source = bench.input([200] * count)
@@ -275,13 +275,13 @@ def reading(bench: Bench) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Speed:
-    """Measures passes over files that were read before: what the disk does is not counted."""
+    """Measures passes over files that are in the page cache, to exclude the disk."""
 
     bench: Bench
     repeats: int
 
     def row(self, name: str, read: Sequence[Path], *arguments: str | Path) -> Row:
-        """Return a row: medians of the pass, and of plain reading of the files it reads."""
+        """Return a row: medians of the pass, and of plain reading of the same files."""
         size = sum(path.stat().st_size for path in read)
         plain = self._median(lambda: sum(_timed(self.bench, "plain", str(path)) for path in read))
         words = [str(argument) for argument in arguments]
@@ -302,13 +302,13 @@ class _Speed:
 
 def _planning(bench: Bench, source: Path, output: Path, shards: int) -> Row:
     seconds = _timed(bench, "plan", str(source), str(output), str(shards))
-    name = f"plan {shards:,} shard{'s'[: shards > 1]}, check included"
+    name = f"plan {shards:,} shard{'s'[: shards > 1]}, including the check"
     size = source.stat().st_size / _MB
     return Row(name, f"{seconds:.2f} s for {size:,.0f} MB", "< 5 s", seconds < 5)
 
 
 def _timed(bench: Bench, *arguments: str, usages: list[Usage] | None = None) -> float:
-    """Return the seconds of a pass; what its process took is added to ``usages``."""
+    """Return the seconds of a pass; its resource usage is added to ``usages``."""
     path = bench.scratch() / "seconds"
     with open(path, "wb") as file:
         command = [sys.executable, "-m", "bench.reading", *arguments]
@@ -319,7 +319,7 @@ def _timed(bench: Bench, *arguments: str, usages: list[Usage] | None = None) -> 
 
 
 def start(bench: Bench) -> list[Row]:
-    """Time from the worker's process start to its first request."""
+    """Measure the time from the worker's process start to its first request."""
     say("start")
     repeats = 3 if bench.quick else 9
     ours = statistics.median(_first_request(bench, worker) for _ in range(repeats))
@@ -339,7 +339,7 @@ def _first_request(bench: Bench, runner: Runner) -> float:
 
 
 def cli(bench: Bench) -> list[Row]:
-    """Time of ``aiflux --help``."""
+    """Measure the time of ``aiflux --help``."""
     say("help")
     command = [str(Path(sys.executable).with_name("aiflux")), "--help"]
     usages = [run(command, limit=60.0) for _ in range(5 if bench.quick else 21)]

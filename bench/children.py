@@ -1,4 +1,4 @@
-"""The processes of a measurement: started, bounded in time, and accounted for."""
+"""Run the processes of a measurement with a time limit, and record their resource usage."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ERROR_SHOWN = 800
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process took.
+    """Resource usage of a process.
 
     Attributes:
-        began: when it was started, on the system's monotonic clock.
+        began: start time on the system's monotonic clock.
         wall, cpu: seconds.
-        rss: peak of the resident memory, bytes.
+        rss: peak resident memory in bytes.
     """
 
     began: float
@@ -45,10 +45,10 @@ def run(
     output: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Usage:
-    """Run a command to its end and return what it took.
+    """Run a command and return its resource usage.
 
     Raises:
-        RuntimeError: it failed, or took longer than ``limit`` seconds.
+        RuntimeError: the command failed, or took longer than ``limit`` seconds.
     """
     with tempfile.TemporaryFile() as errors:
         began = time.monotonic()
@@ -84,12 +84,12 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, Any]:
 
 @dataclass(frozen=True)
 class RunningEngine:
-    """An engine that is up."""
+    """A running engine."""
 
     url: str
 
     def stats(self) -> dict[str, Any]:
-        """Return its own account."""
+        """Return its statistics."""
         with urllib.request.urlopen(self.url + "/stats", timeout=10) as response:
             content: dict[str, Any] = json.load(response)
         return content
@@ -99,10 +99,10 @@ class RunningEngine:
 def engine(
     slots: int = 0, cost: Cost | None = None, others: tuple[int, float, float] = (0, 0, 0)
 ) -> Iterator[RunningEngine]:
-    """Have an engine up; 0 slots answer at once.
+    """Run an engine; with 0 slots it answers at once.
 
     Args:
-        others: another user's requests in flight, and the seconds of their beginning and end.
+        others: another user's requests in flight, and their start and end in seconds.
     """
     cost = cost or Cost()
     command = [sys.executable, "-m", "bench.engine", "--slots", str(slots)]

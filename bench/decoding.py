@@ -1,8 +1,8 @@
-"""Continuous batching in simulated time: what an engine with a fixed number of slots does. Pure.
+"""Simulate the continuous batching of an engine with a fixed number of slots.
 
 A step decodes one token of every active sequence and costs ``base + each * active`` seconds.
-Requests that arrived by the time a step begins take the free slots in order of arrival; the rest
-queue. The same code makes the simulated engine and the floor that it is measured against.
+Requests that arrived before a step starts take the free slots in order of arrival; the others
+queue. The same code drives the simulated engine and the lower bound that it is compared with.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def mixed_lengths(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs, in seconds."""
+    """Cost of a step in seconds."""
 
     base: float = 0.008
     each: float = 0.00005
@@ -38,14 +38,14 @@ class Cost:
 
 @dataclass
 class Decoder:
-    """The slots of an engine and the queue in front of them.
+    """The slots of an engine, and its queue.
 
     Attributes:
-        now: when the step under way began; seconds on the caller's clock.
-        busy: slot-seconds in which a slot decoded.
-        first: when the first request arrived; None before that.
-        last: when the last answer was done.
-        busy_by_second: ``busy`` of the steps that began in each second since the first arrival.
+        now: start of the current step, in seconds of the caller's clock.
+        busy: slot-seconds spent decoding.
+        first: arrival of the first request; None before.
+        last: end of the last answer.
+        busy_by_second: ``busy`` of the steps started in each second since the first arrival.
     """
 
     slots: int
@@ -68,7 +68,7 @@ class Decoder:
         self._queue.append((at, max(1, tokens), tag))
 
     def begin(self) -> float | None:
-        """Fill the free slots and begin a step; return when it ends, None with nothing to do."""
+        """Fill the free slots and start a step; return its end, or None if idle."""
         if not self._active and self._queue:
             self.now = max(self.now, self._queue[0][0])
         while self._queue and len(self._active) < self.slots and self._queue[0][0] <= self.now:
@@ -78,7 +78,7 @@ class Decoder:
         return self.now + self.cost.step(len(self._active)) if self._active else None
 
     def end(self) -> list[Any]:
-        """End the step; return the tags of the requests that are done."""
+        """End the step; return the tags of the finished requests."""
         active = len(self._active)
         seconds = self.cost.step(active)
         self.busy += active * seconds
@@ -102,12 +102,12 @@ class Decoder:
 
     @property
     def occupancy(self) -> float:
-        """Share of all slots' time, from first arrival to last answer, in which they decoded."""
+        """Share of the slots' time spent decoding, from first arrival to last answer."""
         return self.busy / (self.slots * self.makespan) if self.makespan else 0.0
 
 
 def floor(lengths: Iterable[int], slots: int, cost: Cost) -> Decoder:
-    """Return the decoder after the best run there can be: every request is there at the start."""
+    """Return the decoder after the best possible run, with all requests present at the start."""
     decoder = Decoder(slots, cost)
     for number, tokens in enumerate(lengths):
         decoder.submit(number, tokens, 0.0)

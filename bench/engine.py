@@ -1,9 +1,9 @@
-"""The engines that the worker is measured against: ``python -m bench.engine``, a process each.
+"""Engines to measure the worker against: ``python -m bench.engine``, one process each.
 
-``--slots N`` simulates continuous batching (``bench.decoding``) on the clock: a step ends when its
-cost has passed since it began, however late the process is woken, and a request takes part in steps
-that begin after it arrived. ``--slots 0`` answers at once. The HTTP/1.1 spoken is the minimum that
-clients of the OpenAI API need, so that the engine takes little of the machine it shares.
+``--slots N`` simulates continuous batching (``bench.decoding``) in real time. A step ends when its
+cost has passed since it started, however late the process is woken. A request takes part in steps
+that start after its arrival. ``--slots 0`` answers at once. Only the part of HTTP/1.1 that clients
+of the OpenAI API need is implemented, so that the engine uses little of the shared machine.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Reply = Callable[[bytes], None]
 
 
 class Service(Protocol):
-    """What answers requests."""
+    """A service that answers requests."""
 
     def post(self, body: bytes, reply: Reply) -> None:
-        """Take a request; ``reply`` is called with the answer's JSON, now or later."""
+        """Accept a request; ``reply`` is called with the answer's JSON, now or later."""
 
     def stats(self) -> dict[str, Any]:
-        """Return what ``GET /stats`` shows; times are of the system's monotonic clock."""
+        """Return the content of ``GET /stats``; times are from the system's monotonic clock."""
 
 
 def answer(tokens: int, size: int = _ANSWER_BYTES) -> bytes:
-    """Return a chat completion of about ``size`` bytes that counts ``tokens`` tokens."""
+    """Return a chat completion of about ``size`` bytes that reports ``tokens`` tokens."""
     body = {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -63,7 +63,7 @@ def answer(tokens: int, size: int = _ANSWER_BYTES) -> bytes:
 
 
 class Instant:
-    """Answers every request at once with the same answer."""
+    """Answers every request immediately, always with the same answer."""
 
     def __init__(self) -> None:
         self._answer = answer(200)
@@ -89,8 +89,8 @@ class Others:
     """Another user, who keeps some requests in flight for some time.
 
     Args:
-        in_flight: how many; of mixed lengths.
-        start, end: seconds after the first request of the user who is measured.
+        in_flight: number of requests, of mixed lengths.
+        start, end: seconds after the first measured request.
     """
 
     def __init__(self, in_flight: int, start: float, end: float) -> None:
@@ -100,7 +100,7 @@ class Others:
         self._waiting = 0
 
     def top_up(self, decoder: Decoder, now: float) -> None:
-        """Send what is missing."""
+        """Send the missing requests."""
         since = 0.0 if decoder.first is None else now - decoder.first
         while self._start <= since < self._end and self._waiting < self._in_flight:
             decoder.submit((self._answered, 1), next(self._lengths), now)
@@ -111,7 +111,7 @@ class Others:
 
 
 class Simulated:
-    """Continuous batching on the clock."""
+    """Continuous batching in real time."""
 
     def __init__(self, slots: int, cost: Cost, others: Others) -> None:
         self._decoder = Decoder(slots, cost)
@@ -130,7 +130,7 @@ class Simulated:
             self._advance()
 
     def stats(self) -> dict[str, Any]:
-        """Return the decoder's account."""
+        """Return the decoder's statistics."""
         decoder = self._decoder
         return {
             "slots": decoder.slots,
@@ -145,7 +145,7 @@ class Simulated:
         }
 
     def _advance(self) -> None:
-        """End the steps that are over and begin the next ones."""
+        """End finished steps and start the next ones."""
         while True:
             if self._stepping:
                 if self._loop.time() < self._step_end:
@@ -175,11 +175,11 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the transport: answers to come go nowhere."""
+        """Drop the transport, and with it pending answers."""
         self._transport = None
 
     def data_received(self, data: bytes) -> None:
-        """Serve every whole message."""
+        """Serve all complete messages."""
         self._buffer += data
         while True:
             headers = self._buffer.find(_HEADERS_END)
@@ -214,7 +214,7 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(slots: int, cost: Cost, others: Others) -> None:
-    """Serve on a free port of the loopback, which is printed, until SIGTERM or SIGINT."""
+    """Serve on a free loopback port, which is printed, until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""llmflux's BatchProcessor over a file, run by the Python that has llmflux. INPUT OUTPUT MODEL."""
+"""Run llmflux's BatchProcessor over a file, in a Python with llmflux: INPUT OUTPUT MODEL."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the worker is compared with: a plain loop, and llmflux's own BatchProcessor."""
+"""The worker's peers: a plain loop, and llmflux's BatchProcessor."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _LIMIT = 300.0
 
 
 def plain_loop(engine_url: str, source: Path, output: Path) -> Usage:
-    """Run ``requests.post`` over an input, one after another."""
+    """Send the requests of an input with ``requests.post``, one after another."""
     script = str(ROOT / "bench" / "plain_loop.py")
     return run([sys.executable, script, str(source), str(output), engine_url], limit=_LIMIT)
 
 
 class Llmflux:
-    """llmflux in a virtual environment of its own, kept in the user's cache.
+    """llmflux in its own virtual environment in the user's cache.
 
     Attributes:
-        problem: why it cannot be had; empty where it can.
+        problem: why it is not available; empty if it is.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The loop that everybody writes first: one request after another. INPUT OUTPUT URL."""
+"""The simplest possible client, one request after another: INPUT OUTPUT URL."""
 
 import json
 import sys

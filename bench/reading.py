@@ -1,8 +1,8 @@
-"""Times the product's passes over files, in a process of its own: ``python -m bench.reading``.
+"""Time the product's passes over files, in a separate process: ``python -m bench.reading``.
 
 ``plain FILE``; ``check INPUT CHILDREN``; ``plan INPUT OUTPUT SHARDS``; ``scan JOURNAL``;
-``finalise INPUT OUTPUT``, where ``fill INPUT OUTPUT`` gave the plan that is there its journals.
-Prints the seconds that the pass took, without the interpreter's start.
+``finalise INPUT OUTPUT``, after ``fill INPUT OUTPUT`` created journals for an existing plan.
+Prints the seconds of the pass, without the interpreter's start.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _BLOCK = 1 << 20
 
 
 def plain(path: str) -> None:
-    """Read a file, and do nothing with it."""
+    """Read a file without processing it."""
     with open(path, "rb", buffering=0) as file:
         while file.read(_BLOCK):
             pass
 
 
 def check(source: str, children: str) -> None:
-    """Check an input in this process (0 children), or as the product does."""
+    """Check an input in this process (0 children), or with children as the product does."""
     scan_input(Path(source), children=0 if children == "0" else None)
 
 
@@ -44,14 +44,14 @@ def plan(source: str, output: str, shards: str) -> None:
 
 
 def fill(source: str, output: str) -> None:
-    """Give every shard of a plan that is there its results."""
+    """Write results for every shard of an existing plan."""
     made, run = _there(output)
     for shard in made.shards:
         write_journal(run.journal(shard.index), Path(source), shard.start, shard.end)
 
 
 def scan(journal: str) -> None:
-    """Read a journal as a worker that goes on does."""
+    """Read a journal as a resuming worker does."""
     scan_journal(Path(journal))
 
 
@@ -76,7 +76,7 @@ PASSES: dict[str, Callable[..., None]] = {
 
 
 def main(action: str, *arguments: str) -> None:
-    """Do one pass and print its seconds."""
+    """Run one pass and print its seconds."""
     began = time.perf_counter()
     PASSES[action](*arguments)
     print(time.perf_counter() - began)

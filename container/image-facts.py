@@ -1,7 +1,7 @@
-"""Runs inside the image while it is built: tells what is in it, in three places.
+"""Collect the facts of an image; runs inside the image during the build.
 
-``image-facts.py FACTS IMAGE_JSON LABELS ENVIRONMENT``: reads what the host knew, adds what only the
-image knows, and writes image.json, Apptainer's label file and its environment file.
+``image-facts.py FACTS IMAGE_JSON LABELS ENVIRONMENT``: reads the facts known on the host, adds
+those known only inside, and writes image.json, Apptainer's label file and its environment file.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ GPU_LIBRARY = re.compile(r"^libggml-(cuda|hip|vulkan)\b.*\.so")
 
 
 def ollama_version() -> str:
-    """The version that ``ollama --version`` tells, with no server running."""
+    """Return the version from ``ollama --version``, without a server."""
     done = subprocess.run(["ollama", "--version"], capture_output=True, text=True, check=True)
     found = re.search(r"\d+\.\d+\.\d+\S*", done.stdout + done.stderr)
     if found is None:
-        raise SystemExit(f"image-facts: ollama told no version: {done.stdout}{done.stderr}")
+        raise SystemExit(f"image-facts: ollama printed no version: {done.stdout}{done.stderr}")
     return found[0]
 
 
 def has_gpu_libraries() -> bool:
-    """Whether any GPU back end lies beside Ollama."""
+    """Return whether Ollama has a GPU back end."""
     files = (path for library in LIBRARIES for path in library.rglob("*.so*"))
     return any(GPU_LIBRARY.match(path.name) for path in files)
 
 
 def label(value: object) -> str:
-    """A label's value: one line, with yes and no for the Booleans."""
+    """Return a label's value: one line, with yes and no for Booleans."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(str(value).split())
 
 
 def main(facts_path: str, image_json: str, labels: str, environment: str) -> None:
-    """Write all three."""
+    """Write all three files."""
     facts = json.loads(Path(facts_path).read_text(encoding="utf-8"))
     facts |= {
         "ollama": ollama_version(),

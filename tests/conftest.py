@@ -1,4 +1,4 @@
-"""What tests share: a clean environment, an ordinary user, a directory with an awkward name."""
+"""Shared fixtures: a clean environment, an ordinary user, a directory with an awkward name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine is no defect: examples are judged by what they show, not by how long they take.
+# On a busy machine examples may be slow, so hypothesis must not check their duration.
 settings.register_profile("aiflux", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aiflux")
 
@@ -21,15 +21,15 @@ _KEPT = {"PATH", "HOME", "LANG", "USER", "LOGNAME", "SHELL", "CI", "AIFLUX_REQUI
 _KEPT_PREFIXES = ("PIP_", "SSL_", "REQUESTS_", "CURL_")
 
 OUTSIDE = "outside this machine: "
-"""How the reason of a skip begins that stands although AIFLUX_REQUIRE_STACK=1."""
+"""Prefix of skip reasons that are accepted even with AIFLUX_REQUIRE_STACK=1."""
 _REQUIRED = os.environ.get("AIFLUX_REQUIRE_STACK") == "1"
-_CAP_DAC_OVERRIDE = 1 << 1  # capabilities(7): root may write whatever the permissions say
+_CAP_DAC_OVERRIDE = 1 << 1  # capabilities(7): root can write regardless of permissions
 _AS_OTHERS = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--"]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where the stack is required, fail tests that are skipped for a reason in the machine."""
+    """If the stack is required, fail tests that are skipped for a reason in the machine."""
     report = yield
     if _REQUIRED and report.skipped and isinstance(report.longrepr, tuple):
         path, line, reason = report.longrepr
@@ -41,10 +41,10 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that permissions must bind in a child without root's leave to ignore them."""
+    """Run a test that depends on permissions in a child that cannot bypass them."""
     if pyfuncitem.get_closest_marker("ordinary_user") is None or not _ignores_permissions():
         return None
-    # A base of its own: pytest clears old ones away, and may not touch what others' tests locked.
+    # A separate base: pytest removes old ones, but cannot access files locked by other tests.
     with tempfile.TemporaryDirectory() as folder:
         base = f"--basetemp={folder}/base"
         pytest_words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", base, pyfuncitem.nodeid]
@@ -65,7 +65,7 @@ def _ignores_permissions() -> bool:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No variable of the caller's that could change a result gets into a test."""
+    """Remove variables of the caller that could change a test's result."""
     for name in set(os.environ) - _KEPT:
         if not name.startswith(_KEPT_PREFIXES):
             monkeypatch.delenv(name)
@@ -76,7 +76,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 @pytest.fixture
 def awkward(tmp_path: Path) -> Path:
-    """A directory whose name breaks whatever does not quote."""
+    """A directory whose name breaks code without quoting."""
     path = tmp_path / "a b,c:d 'e' \"f\" $(g) `h` #i %j ü\\k"
     path.mkdir()
     return path

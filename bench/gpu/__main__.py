@@ -1,6 +1,6 @@
-"""``python -m bench.gpu``: AI-Flux's share of what a real engine does on this GPU.
+"""``python -m bench.gpu``: compare AI-Flux's throughput with a real engine's on this GPU.
 
-Finds or builds the engines, makes a model with random weights, and measures output tokens per
+Finds or builds the engines, creates a model with random weights, and measures output tokens per
 second of the engine's own tool, of a bare aiohttp client, and of AI-Flux with the same requests.
 """
 
@@ -31,7 +31,7 @@ REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every engine; exit 1 where AI-Flux's share is less than wanted, or one failed."""
+    """Measure every engine; exit 1 if AI-Flux's share is below its target, or an engine failed."""
     arguments = _parser().parse_args(argv)
     folder: Path = arguments.work.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pack(folder, arguments.pack)
         return 0
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the engine is ended then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # also ends the engine
     good = True
     for name in arguments.engine or ENGINES:
         try:
@@ -55,22 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     add = parser.add_argument
-    add("--engine", action="append", choices=list(ENGINES), help="this engine only (repeatable)")
+    add("--engine", action="append", choices=list(ENGINES), help="only this engine (repeatable)")
     add("--work", type=Path, default=Path("bench-gpu"), help="folder for engines, models, results")
     add("--shape", choices=list(SHAPES), default="8b", help="the model's sizes (default: 8b)")
     add("--llama", type=Path, help="llama.cpp: programs, source, or an archive of the source")
     add("--python", default=sys.executable, help="Python with transformers[serving]")
     add("--levels", type=_numbers, default=[1, 4, 16, 32, 64, 128, 256], help="requests in flight")
     add("--mix", type=_mix, action="append", help="PROMPT:ANSWER in tokens (default: 128:128)")
-    add("--seconds", type=float, default=30.0, help="of one run, roughly")
+    add("--seconds", type=float, default=30.0, help="approximate duration of a run")
     add("--rounds", type=int, default=3, help="runs of each client")
-    add("--pack", metavar="3.N", help="for a machine without network: fetch what it needs to work")
-    add("--option", action="append", default=[], help="more for the engine's server (repeatable)")
+    add("--pack", metavar="3.N", help="download everything for a machine without network")
+    add("--option", action="append", default=[], help="additional server option (repeatable)")
     return parser
 
 
 def pack(folder: Path, python: str) -> None:
-    """Fetch the source of llama.cpp, and wheels for a machine that has torch and transformers."""
+    """Download llama.cpp's source, and wheels for a machine with torch and transformers."""
     print(llamacpp.pack(folder))
     target = [f"--python-version={python}", "--implementation=cp", "--only-binary=:all:"]
     target += [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014")]
@@ -171,7 +171,7 @@ def _sweep(
 def _compare(
     session: Session, mix: Mix, best: Figure, arguments: argparse.Namespace
 ) -> Iterator[Figure]:
-    """Run the clients in turn, each after one request alone, which shows what a start takes."""
+    """Run the clients in turn, each after a single request that shows the startup time."""
     count = max(4 * best.in_flight, int(best.rate * arguments.seconds / mix.answer))
     for turn in range(arguments.rounds):
         place = turn % len(CLIENTS)
@@ -193,7 +193,7 @@ def _line(figure: Figure) -> str:
 
 
 def show(report: Report) -> bool:
-    """Print medians and shares; return whether AI-Flux's share is as wanted."""
+    """Print medians and shares; return whether AI-Flux's share meets its target."""
     good = True
     print(f"\n{report.engine}, {report.version}, shape {report.model}, {gpu_name()}")
     for mix in dict.fromkeys(figure.mix for figure in report.runs):

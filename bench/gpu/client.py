@@ -1,6 +1,6 @@
-"""The least that a client can be: aiohttp, N requests in flight. URL INPUT OUTPUT N.
+"""The simplest efficient client: aiohttp with N requests in flight. URL INPUT OUTPUT N.
 
-Reads and writes the files that AI-Flux reads and writes, and checks nothing but the status.
+Reads and writes the same files as AI-Flux, and checks only the status.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""llama.cpp: found, or built from the source in the sdist of llama-cpp-python."""
+"""Find llama.cpp, or build it from the source in the sdist of llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNUSED = (
     "tools/ui/static",
     "tools/ui/tests",
 )
-"""Parts of the source that the build does not read: 115 of 176 MB."""
+"""Parts of the source that the build does not need: 115 of 176 MB."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LlamaCpp:
 
     @property
     def environ(self) -> Mapping[str, str]:
-        """CUDA's libraries are on the path where only Python packages bring them."""
+        """The environment, with CUDA's libraries from Python packages if there are no others."""
         folders = [str(path.parent) for path in [wheel_library("cublas")] if path]
         given = os.environ.get("LD_LIBRARY_PATH")
         return {"LD_LIBRARY_PATH": os.pathsep.join([*folders, *([given] if given else [])])}
@@ -51,8 +51,8 @@ class LlamaCpp:
     def command(self, port: int) -> list[str]:
         """Return the server's command.
 
-        The cache of old prompts is off, as no prompt comes twice. Requests ask for temperature 0,
-        so that sampler alone is enough: the others cost time for each token and change nothing.
+        The cache of old prompts is off, as no prompt is repeated. Requests use temperature 0, so a
+        single sampler is enough: the others cost time for each token and change nothing.
         """
         return [
             str(self.programs / "llama-server"),
@@ -66,7 +66,7 @@ class LlamaCpp:
 
     @property
     def served_name(self) -> str:
-        """The name that requests give."""
+        """The model name in requests."""
         return "random"
 
     def own_tool(
@@ -93,7 +93,7 @@ class LlamaCpp:
         return command, batched_bench_rates(done.stdout.splitlines())
 
     def version(self) -> str:
-        """Return what the server reports."""
+        """Return the version that the server reports."""
         done = subprocess.run(
             [str(self.programs / "llama-server"), "--version"],
             env={**os.environ, **self.environ},
@@ -117,10 +117,10 @@ def batched_bench_rates(lines: Iterable[str]) -> dict[int, float]:
 
 
 def programs(given: Path | None, folder: Path) -> Path:
-    """Return the folder with llama.cpp's programs; build them if needed.
+    """Return the directory with llama.cpp's programs; build them if needed.
 
     Args:
-        given: programs, source, or an archive with the source; without it the PATH is searched,
+        given: programs, source, or an archive with the source; by default the PATH is searched,
             then the sdist is downloaded.
         folder: where to build.
     """
@@ -143,33 +143,33 @@ def _source(given: Path | None, folder: Path) -> Path:
         partial = folder / "llama.cpp-source.partial"
         shutil.rmtree(partial, ignore_errors=True)
         with tarfile.open(given or download(folder)) as archive:
-            archive.extractall(partial, members=wanted(archive), filter="data")
+            archive.extractall(partial, members=required_members(archive), filter="data")
         partial.rename(target)
     return next(target.rglob("vendor/llama.cpp"), target)
 
 
 def download(folder: Path) -> Path:
-    """Fetch the sdist; pip builds its metadata, which needs no compiler."""
+    """Download the sdist; pip builds its metadata, which needs no compiler."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--no-binary", ":all:", "-d", str(folder), SDIST], check=True)
     return next(folder.glob("llama_cpp_python-*.tar.gz"))
 
 
 def pack(folder: Path) -> Path:
-    """Write the part of the source that the build reads, for a machine without a network."""
+    """Pack the source files that the build needs, for a machine without network."""
     target = folder / "llama.cpp.tar.gz"
     with (
         tempfile.TemporaryDirectory() as scratch,
         tarfile.open(download(Path(scratch))) as archive,
         tarfile.open(target, "w:gz") as packed,
     ):
-        for member in wanted(archive):
+        for member in required_members(archive):
             packed.addfile(member, archive.extractfile(member) if member.isfile() else None)
     return target
 
 
-def wanted(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """Return the members under vendor/llama.cpp that the build reads."""
+def required_members(archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Return the members under vendor/llama.cpp that the build needs."""
     found = []
     for member in archive:
         parts = member.name.split("/", 3)
@@ -200,7 +200,7 @@ def find_nvcc() -> Path | None:
 
 
 def build_commands(source: Path, build: Path, cuda: bool) -> list[list[str]]:
-    """Return the commands that build the programs for the GPU that is here."""
+    """Return the commands that build the programs for this machine's GPU."""
     configure = [
         *("cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
         *(["-G", "Ninja"] if shutil.which("ninja") else []),
@@ -214,9 +214,9 @@ def build_commands(source: Path, build: Path, cuda: bool) -> list[list[str]]:
 
 
 def _for_wheels() -> list[str]:
-    """Return options for a CUDA toolkit without cuBLAS, if a Python package has it.
+    """Return options for a CUDA toolkit without cuBLAS if a Python package contains it.
 
-    Where the toolkit has no stub of the driver's library either, NO_VMM does without it.
+    NO_VMM avoids the stub of the driver's library if the toolkit has none.
     """
     options = [] if _in_toolkit("libcuda.so") else ["-DGGML_CUDA_NO_VMM=ON"]
     found = {name: wheel_library(name) for name in ("cublas", "cublasLt")}

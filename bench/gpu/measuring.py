@@ -1,4 +1,4 @@
-"""One engine, started and measured: sweep, then bare client and AI-Flux in turn."""
+"""Start and measure an engine: sweep, then bare client and AI-Flux in turn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIENTS = ("bare client", "aiflux fixed", "aiflux adaptive")
 
 
 class Engine(Protocol):
-    """What is measured."""
+    """An engine to measure."""
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class Engine(Protocol):
 
     @property
     def environ(self) -> Mapping[str, str]:
-        """Environment on top of ours."""
+        """Additional environment variables."""
         ...
 
     def command(self, port: int) -> list[str]:
@@ -61,7 +61,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Mix:
-    """Tokens of a prompt, and of an answer on average: half to one and a half of it, evenly."""
+    """Tokens of a prompt, and average tokens of an answer (uniform from 0.5 to 1.5 times that)."""
 
     prompt: int
     answer: int
@@ -87,11 +87,11 @@ class Figure:
     cpu: float
     gpu: Mapping[str, float]
     alone: float = 0.0
-    """Seconds that the client takes for one request of a few tokens."""
+    """Seconds of the client for a single request of a few tokens."""
 
     @property
     def steady_rate(self) -> float:
-        """The same without start and end, as a long run has it."""
+        """Output tokens per second without startup and end, as in a long run."""
         return self.tokens / (self.wall - self.alone)
 
     @property
@@ -102,7 +102,7 @@ class Figure:
 
 @dataclass
 class Report:
-    """Everything that was measured with an engine."""
+    """All measurements of an engine."""
 
     engine: str
     version: str
@@ -114,13 +114,13 @@ class Report:
     runs: list[Figure] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
-        """Return it for a file."""
+        """Return the report as JSON."""
         return asdict(self)
 
 
 @contextmanager
 def serving(engine: Engine, log: Path) -> Iterator[str]:
-    """Have the engine's server up; its output goes to ``log``."""
+    """Run the engine's server, with its output in ``log``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -168,9 +168,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class Session:
-    """Measures clients on an engine that is up.
+    """Measures clients with a running engine.
 
-    Every run has new prompts, so that no cache of prompts helps the second client.
+    Every run has new prompts, so that no prompt cache helps the second client.
     """
 
     url: str
@@ -184,7 +184,7 @@ class Session:
         """Run one client over ``count`` requests.
 
         Raises:
-            RuntimeError: it failed, or answers have not the length that was asked for.
+            RuntimeError: the client failed, or answers do not have the requested length.
         """
         lengths = mix.lengths(count, self.rng)
         source, target = self.folder / "in.jsonl", self.folder / "out.jsonl"
@@ -192,7 +192,7 @@ class Session:
         usage = run(self._command(client, source, target, in_flight), limit=_RUN_LIMIT)
         answered = output_tokens(target)
         if answered != sum(lengths):
-            raise RuntimeError(f"{client}: {answered} tokens, {sum(lengths)} were asked for")
+            raise RuntimeError(f"{client}: {answered} tokens instead of {sum(lengths)}")
         gpu = self.sampler.mean(usage.began, usage.wall)
         return Figure(client, str(mix), in_flight, count, answered, usage.wall, usage.cpu, gpu)
 

@@ -1,10 +1,10 @@
-"""Models of a realistic shape with random weights, as GGUF or as a Hugging Face directory.
+"""Create models of realistic shape with random weights, as GGUF or Hugging Face directory.
 
-Speed depends on shapes, not on what the weights say. The end-of-text token and all tokens that
+Speed depends on shapes, not on the values of weights. The end-of-text token and all tokens that
 are not whole words have a zero row in the output matrix. They are never chosen, so an answer has
-the length that its request asks for.
+the requested length.
 
-Every word of the vocabulary is one token to both tokenizers, so a prompt of N words is N tokens.
+Every word of the vocabulary is a single token in both tokenizers: a prompt of N words has N tokens.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Shape:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """Every tensor, in the order of the file."""
+        """All tensors, in file order."""
         width, feed = self.width, self.feed_forward
         found = [
             Tensor("token_embd", "model.embed_tokens", self.vocabulary, width),
@@ -106,7 +106,7 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return max(1, self.rows) * self.columns
 
 
@@ -147,7 +147,7 @@ def _vocabulary(shape: Shape) -> list[str]:
 
 
 def _never_chosen(tensor: Tensor, first: int, count: int) -> np.ndarray:
-    """Say for ``count`` rows from ``first`` whether they are zero."""
+    """Return for ``count`` rows from ``first`` whether they are zero."""
     rows = np.arange(first, first + count)
     outside = (rows < _BYTES) | (rows >= tensor.rows - len(_SPECIAL))
     return outside if tensor.hf == "lm_head" else np.zeros(count, bool)
@@ -160,7 +160,7 @@ def _row_chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _write_whole(path: Path, write: WriteTo) -> None:
-    """Write beside ``path`` and rename, so that a file with this name is complete."""
+    """Write a temporary file and rename it, so that a file with this name is complete."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         write(file)
@@ -228,7 +228,7 @@ def _gguf_metadata(shape: Shape) -> list[bytes]:
         entry("llama.rope.freq_base", FLOAT32, _ROPE_BASE),
         entry("llama.vocab_size", UINT32, shape.vocabulary),
         entry("tokenizer.ggml.model", STRING, "gpt2"),
-        entry("tokenizer.ggml.pre", STRING, "llama-bpe"),  # a word that is a token is not split
+        entry("tokenizer.ggml.pre", STRING, "llama-bpe"),  # does not split words that are tokens
         list_entry("tokenizer.ggml.tokens", STRING, [*tokens]),
         list_entry("tokenizer.ggml.token_type", INT32, [*kinds]),
         list_entry("tokenizer.ggml.merges", STRING, ["a a"]),  # at least one is required

@@ -1,7 +1,7 @@
-"""transformers' continuous batching without a server: MODEL LEVELS PROMPT ANSWER SECONDS.
+"""Measure transformers' continuous batching without server: MODEL LEVELS PROMPT ANSWER SECONDS.
 
-Runs in the engine's Python, loads the model once, and prints one JSON line for each level:
-output tokens per second with that many requests in flight.
+Runs in the engine's Python, loads the model once, and prints one JSON line per level: output tokens
+per second with that many requests in flight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What nvidia-smi reports while something runs."""
+"""Sample nvidia-smi during a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OPTIONS = ("--id=0", "--format=csv,noheader,nounits")
 
 @dataclass(frozen=True)
 class Sample:
-    """One reading: per cent, watts, MiB."""
+    """One reading: percent, watts, MiB."""
 
     at: float
     busy: float
@@ -35,7 +35,7 @@ def parse(line: str, at: float) -> Sample | None:
 
 @dataclass
 class Sampler:
-    """Reads the first GPU twice a second; does nothing where there is no nvidia-smi."""
+    """Reads the first GPU twice a second; does nothing without nvidia-smi."""
 
     samples: list[Sample] = field(default_factory=list)
     _process: subprocess.Popen[str] | None = None
@@ -60,7 +60,7 @@ class Sampler:
                 self.samples.append(sample)
 
     def mean(self, began: float, seconds: float) -> dict[str, float]:
-        """Return the means over a span; empty where nothing was read."""
+        """Return the means over a time span; empty without readings."""
         found = [sample for sample in self.samples if began <= sample.at <= began + seconds]
         if not found:
             return {}

@@ -14,7 +14,7 @@ from bench.children import ROOT
 
 @dataclass(frozen=True)
 class TransformersServe:
-    """transformers, in a Python that has it, with one model."""
+    """A Python with transformers, and one model."""
 
     python: str
     model: Path
@@ -24,7 +24,7 @@ class TransformersServe:
 
     @property
     def environ(self) -> Mapping[str, str]:
-        """Offline, with a hub cache that exists: its list of models fails without one."""
+        """Offline mode with an existing hub cache, which the list of models requires."""
         (self.cache / "hub").mkdir(parents=True, exist_ok=True)
         return {"HF_HOME": str(self.cache), "HF_HUB_OFFLINE": "1"}
 
@@ -38,7 +38,7 @@ class TransformersServe:
 
     @property
     def served_name(self) -> str:
-        """The name that requests give: the directory."""
+        """The model name in requests: the directory."""
         return str(self.model)
 
     def own_tool(

@@ -1,10 +1,10 @@
 /*
- * Stands in for libggml-sycl.so and libsycl.so.8, so that the SYCL build of Ollama runs
+ * Replaces libggml-sycl.so and libsycl.so.8, so that the SYCL build of Ollama runs
  * on the CPU without Intel's GPU runtime.
  *
- * libllama asks ggml for SYCL device 0 while it builds its compute contexts; the answers
- * here are those of ggml's own CPU device. Every ggml symbol is resolved at load time
- * from libggml-base.so and libggml.so, which come before this library.
+  * libllama asks ggml for SYCL device 0 while it builds its compute contexts; these functions return
+  * ggml's own CPU device. Every ggml symbol is resolved at load time from libggml-base.so and
+  * libggml.so, which are loaded before this library.
  */
 
 typedef struct ggml_backend_device *ggml_backend_dev_t;
@@ -37,7 +37,7 @@ ggml_backend_t ggml_backend_sycl_init(int device)
 /*
  * The only two libsycl symbols that libllama binds when it is loaded: the destructor of
  * sycl::exception and its type information (name pointer in the second word). All others
- * are bound at their first call, and none is called without a SYCL device.
+ * are bound at their first call, which never happens without a SYCL device.
  */
 void _ZN4sycl3_V19exceptionD1Ev(void *self)
 {

@@ -1,9 +1,8 @@
-"""Writes an untrained eye for a Llama: ``python eye.py OUT.gguf WIDTH``.
+"""Write an untrained vision part for a Llama: ``python eye.py OUT.gguf WIDTH``.
 
-A projector as LLaVA has one (a CLIP encoder and two layers to the language model's WIDTH), small,
-with random numbers, the same ones every time. A model with it takes images as real ones do, and
-answers with words that have nothing to do with them. Keys and tensors: llama.cpp,
-tools/mtmd/clip.cpp.
+A small projector like LLaVA's (a CLIP encoder and two layers to the language model's WIDTH) with
+reproducible random weights. A model with it accepts images as real vision models do, but its
+answers are unrelated to them. Keys and tensors: llama.cpp, tools/mtmd/clip.cpp.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from pathlib import Path
 from ggufwriter import ALIGNMENT, BOOL, FLOAT32, STRING, UINT32, entry, gguf, list_entry
 
 IMAGE, PATCH, CHANNELS = 56, 14, 3
-"""Pixels of an image's side and of a patch's; every image becomes 16 tokens."""
+"""Side length of an image and of a patch in pixels; every image becomes 16 tokens."""
 LAYERS, HEADS, WIDTH, FEED_FORWARD = 2, 4, 64, 128
 
 _MEAN, _STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 
 
 def metadata(text_width: int) -> list[bytes]:
-    """What tells Ollama that this is an eye, and what it looks like."""
+    """Return the metadata by which Ollama recognizes and loads a vision part."""
     vision = {
         "image_size": IMAGE, "patch_size": PATCH, "embedding_length": WIDTH,
         "feed_forward_length": FEED_FORWARD, "projection_dim": text_width,
@@ -49,7 +48,7 @@ def metadata(text_width: int) -> list[bytes]:
 
 
 def shapes(text_width: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, fastest dimension first."""
+    """Return each tensor's shape, fastest dimension first."""
     places = (IMAGE // PATCH) ** 2 + 1
     found: dict[str, tuple[int, ...]] = {
         "v.class_embd": (WIDTH,),
@@ -74,17 +73,17 @@ def _pair(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
 
 
 def numbers(name: str, shape: tuple[int, ...], rng: random.Random) -> array[float]:
-    """A tensor's numbers: norms change nothing, the rest is noise of an even strength."""
+    """Return a tensor's values: neutral norms, and noise of equal strength elsewhere."""
     count = math.prod(shape)
     if len(shape) == 1:
         return array("f", [1.0 if name.endswith(".weight") else 0.0]) * count
-    # An embedding of a word is about this small, too, so that the text model is not deafened.
+    # Word embeddings are about as small, so the image does not drown out the text.
     strength = 0.005 if name == "mm.2.weight" else 0.1
     return array("f", (rng.gauss(0.0, strength) for _ in range(count)))
 
 
 def eye(text_width: int) -> bytes:
-    """The whole file."""
+    """Return the complete file."""
     rng = random.Random(20240101)
     tensors = {
         name: (shape, numbers(name, shape, rng)) for name, shape in shapes(text_width).items()

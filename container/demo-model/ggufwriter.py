@@ -1,6 +1,6 @@
-"""Writes GGUF files. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""Write GGUF files. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-Standard library only: scripts that make small models import it from beside themselves.
+Uses only the standard library: scripts that create small models import it from their directory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 
 ALIGNMENT = 32
-"""Bytes to whose multiples tensors are padded (``general.alignment``)."""
+"""Tensors are padded to a multiple of this number of bytes (``general.alignment``)."""
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 """Type numbers of metadata values."""
@@ -20,44 +20,44 @@ _F32_TENSOR = 0
 
 
 def string(text: str) -> bytes:
-    """A string: its length and UTF-8."""
+    """Encode a string: its length and UTF-8."""
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
 def scalar(kind: int, value: object) -> bytes:
-    """One metadata value without its type."""
+    """Encode a metadata value without its type."""
     if kind == STRING:
         return string(str(value))
     return struct.pack({UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}[kind], value)
 
 
 def entry(key: str, kind: int, value: object) -> bytes:
-    """One metadata entry."""
+    """Encode a metadata entry."""
     return string(key) + struct.pack("<I", kind) + scalar(kind, value)
 
 
 def list_entry(key: str, kind: int, values: Iterable[object]) -> bytes:
-    """One metadata entry that is an array."""
+    """Encode a metadata entry with an array."""
     items = [scalar(kind, value) for value in values]
     return string(key) + struct.pack("<IIQ", ARRAY, kind, len(items)) + b"".join(items)
 
 
 def padded(data: bytes) -> bytes:
-    """The data with zeros up to the next multiple of the alignment."""
+    """Pad data with zeros to the next multiple of the alignment."""
     return data + bytes(-len(data) % ALIGNMENT)
 
 
 Tensor = tuple[tuple[int, ...], "array[float]"]
-"""A shape, fastest dimension first, and 32-bit numbers."""
+"""A shape, fastest dimension first, and 32-bit values."""
 
 
 def gguf(entries: list[bytes], tensors: Mapping[str, Tensor]) -> bytes:
-    """A whole file.
+    """Return a complete file.
 
     Args:
-        entries: the metadata, each made by ``entry`` or ``list_entry``.
-        tensors: by their names.
+        entries: metadata, created with ``entry`` or ``list_entry``.
+        tensors: tensors by name.
     """
     infos, blobs, offset = [], [], 0
     for name, (shape, numbers) in tensors.items():

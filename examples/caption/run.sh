@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Caption images: images/* -> captions.csv. It needs the extra images, and a model that sees
-# (`aiflux models list` shows which do), such as gemma3:4b.
-# What is given to this script is given to aiflux run: see ../classify/run.sh.
+# Caption images: images/* -> captions.csv. Requires the extra images and a vision model such as
+# gemma3:4b (`aiflux models list` shows which models accept images).
+# The arguments of this script are passed to aiflux run: see ../classify/run.sh.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-# Larger images are reduced to --max-pixels: an image costs tokens by its size.
+# Larger images are scaled down to --max-pixels: the tokens of an image depend on its size.
 [[ -e captions.jsonl ]] || aiflux convert images --input "$here/images" --max-pixels 250000 \
     --template "Describe this image in one sentence." \
     --temperature 0 --max-tokens 60 --output captions.jsonl

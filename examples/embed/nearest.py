@@ -1,4 +1,4 @@
-"""``python3 nearest.py OUTPUT.json``: for each embedded text the one that is nearest to it."""
+"""``python3 nearest.py OUTPUT.json``: print the nearest neighbour of each embedded text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def main(path: str) -> None:
-    """Print a line for each text. All of them at once are kept in memory: a few 10,000 will do."""
+    """Print a line for each text. Suitable for a few 10,000 texts: all are kept in memory."""
     with open(path, encoding="utf-8") as file:
         entries = [entry for entry in json.load(file) if entry["output"] is not None]
     texts = [entry["input"]["body"]["input"] for entry in entries]

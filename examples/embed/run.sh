@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Embed a corpus: corpus.csv -> embedded.json, and for each text the one that is nearest to it.
-# Take a model made for this, such as nomic-embed-text; others give vectors that mean less.
-# What is given to this script is given to aiflux run: see ../classify/run.sh.
+# Embed a corpus: corpus.csv -> embedded.json, and print the nearest neighbour of each text.
+# Use an embedding model such as nomic-embed-text; vectors of other models are less useful.
+# The arguments of this script are passed to aiflux run: see ../classify/run.sh.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 

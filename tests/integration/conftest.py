@@ -1,4 +1,4 @@
-"""The real stack (see tests/stack) as fixtures: an ordinary user, a checkout, an image, models."""
+"""Fixtures of the real stack (see tests/stack): ordinary user, checkout, image and models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _missing() -> str:
     if not (STACK_DIR / "env").exists():
-        return f"the test stack is not up ({STACK_DIR}/env is not there); make cluster"
+        return f"the test stack is not running ({STACK_DIR}/env is missing); run make cluster"
     reasons = [
         f"{path.name}: {path.read_text(encoding='utf-8').strip()}"
         for path in sorted((STACK_DIR / "missing").glob("*"))
@@ -41,7 +41,7 @@ def _missing() -> str:
 
 @pytest.fixture(scope="session")
 def stack() -> dict[str, str]:
-    """The stack's own account of itself; without it tests skip, or fail where it is required."""
+    """The stack's environment file; without it, tests skip, or fail if it is required."""
     missing = _missing()
     if missing and os.environ.get("AIFLUX_REQUIRE_STACK") == "1":
         pytest.fail(missing, pytrace=False)
@@ -53,11 +53,11 @@ def stack() -> dict[str, str]:
 
 @dataclass
 class User:
-    """The ordinary user that everything real runs as.
+    """The ordinary user who runs everything.
 
     Attributes:
-        home: a fresh folder of his, removed at the end.
-        env: added to his environment.
+        home: a new directory of the user, removed at the end.
+        env: additional environment variables.
     """
 
     name: str
@@ -99,7 +99,7 @@ class User:
         code: int | None = 0,
         timeout: float = 600,
     ) -> str:
-        """Run to the end; return stdout and stderr together."""
+        """Run a command; return stdout and stderr together."""
         process = self.popen(*command, cwd=cwd, env=env)
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -108,29 +108,31 @@ class User:
             output, _ = process.communicate()
             pytest.fail(f"{command} took longer than {timeout} s:\n{output}")
         if code is not None and process.returncode != code:
-            pytest.fail(f"{command} gave {process.returncode}, not {code}:\n{output[-6000:]}")
+            pytest.fail(
+                f"{command} exited with {process.returncode}, not {code}:\n{output[-6000:]}"
+            )
         return output
 
     def folder(self, name: str) -> Path:
-        """Make a folder of the user's."""
+        """Create a directory owned by the user."""
         path = self.home / name
         self.run("mkdir", "-p", path, cwd=Path("/"))
         return path
 
     def write(self, path: Path, text: str) -> Path:
-        """Write a file that the user owns."""
+        """Write a file owned by the user."""
         path.write_text(text, encoding="utf-8")
         if os.geteuid() == 0:
             shutil.chown(path, self.name)
         return path
 
     def give(self, folder: Path) -> None:
-        """Make the user the owner of a folder and all below it; links are not followed."""
+        """Make the user the owner of a directory tree; links are not followed."""
         if os.geteuid() == 0:
             subprocess.run(["chown", "-hR", f"{self.name}:", str(folder)], check=True)
 
     def processes(self) -> list[str]:
-        """Return the processes whose command line or environment names a folder of these tests."""
+        """Return the processes with a directory of these tests in command line or environment."""
         found = []
         for proc in Path("/proc").glob("[0-9]*"):
             try:
@@ -143,7 +145,7 @@ class User:
         return found
 
     def none_left(self, timeout: float = 20) -> bool:
-        """Tell whether everything that was started has ended; ending may take a moment."""
+        """Return whether all started processes end within the timeout."""
         deadline = time.monotonic() + timeout
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -156,7 +158,7 @@ def user(stack: dict[str, str]) -> Iterator[User]:
     home = Path(stack["AIFLUX_STACK_HOME"]) / f"test-{uuid.uuid4().hex[:8]}"
     user = User(name, home, stack["SLURM_CONF"])
     user.run("mkdir", "-p", home, cwd=Path("/"))
-    # What is downloaded is kept from run to run.
+    # Downloads are kept between test runs.
     user.env["AIFLUX_CACHE_DIR"] = str(Path(stack["AIFLUX_STACK_HOME"]) / ".cache" / "aiflux")
     yield user
     user.run("chmod", "-R", "u+w", home, cwd=Path("/"), code=None)
@@ -165,7 +167,7 @@ def user(stack: dict[str, str]) -> Iterator[User]:
 
 @pytest.fixture(scope="session")
 def checkout(user: User) -> Path:
-    """A fresh clone of what is here, uncommitted changes included, installed by the user."""
+    """A new copy of this checkout, with uncommitted changes, installed by the user."""
     target = user.folder("AI Flux, a (clone)")
     listed = subprocess.run(
         ["git", "-C", REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -197,7 +199,7 @@ def ollama(stack: dict[str, str], user: User) -> Path:
 
 @pytest.fixture(scope="session")
 def models(user: User, checkout: Path, ollama: Path) -> Path:
-    """A models directory with the small model in it."""
+    """A models directory with the small model."""
     folder = user.folder("models")
     user.run(checkout / "container" / "demo-model.sh", ollama, folder, MODEL)
     return folder
@@ -205,13 +207,13 @@ def models(user: User, checkout: Path, ollama: Path) -> Path:
 
 @pytest.fixture
 def job_env(models: Path) -> dict[str, str]:
-    """What jobs of these tests are told: the models, and that the CPU is meant."""
+    """The environment of jobs: the models directory, and that the CPU is intended."""
     return {"AIFLUX_MODELS_DIR": str(models), "AIFLUX_ALLOW_CPU": "1"}
 
 
 @pytest.fixture
 def place(user: User) -> Path:
-    """A fresh folder of the user's with an awkward name."""
+    """A new directory of the user with an awkward name."""
     return user.folder(f"{uuid.uuid4().hex[:6]} b,c:d 'e' \"f\" $(g) `h` #i %j ü\\k")
 
 
@@ -238,7 +240,7 @@ PLANETS = request("planets", "Name a planet.")
 
 
 def answers(output: Path) -> dict[str, str]:
-    """Return the answers of an output, by custom_id."""
+    """Return the answers of an output by custom_id."""
     entries = json.loads(output.read_text(encoding="utf-8"))
     return {
         entry["input"]["custom_id"]: entry["output"]["choices"][0]["message"]["content"]
@@ -247,7 +249,7 @@ def answers(output: Path) -> dict[str, str]:
 
 
 def shard_status(place: Path) -> dict[str, Any]:
-    """Return the first shard's status of the one run below ``place``."""
+    """Return the status of the first shard of the only run below ``place``."""
     (path,) = place.glob("*.aiflux/status/shard-0000.json")
     status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return status
@@ -255,7 +257,7 @@ def shard_status(place: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """How a job ended, as Slurm tells it."""
+    """How a job ended, according to Slurm."""
 
     state: str
     code: int
@@ -263,7 +265,7 @@ class JobEnd:
 
 
 class Cluster:
-    """Slurm's own commands, as the user gives them."""
+    """Slurm's own commands, run by the user."""
 
     def __init__(self, user: User) -> None:
         self.user = user
@@ -286,7 +288,7 @@ class Cluster:
         return JobEnd(fields["JobState"], int(fields["ExitCode"].split(":")[0]), fields)
 
     def log(self, job: str, folder: Path) -> str:
-        """Return what a job wrote, from the log that lies in or below ``folder``."""
+        """Return a job's log, which is in or below ``folder``."""
         logs = [*folder.rglob(f"slurm-{job}.out"), *folder.rglob("slurm.out")]
         assert len(logs) == 1, f"logs of job {job}: {logs}"
         return logs[0].read_text(encoding="utf-8", errors="replace")

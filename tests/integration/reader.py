@@ -1,4 +1,4 @@
-"""Somebody who reads a page and types its commands, and the files that he has."""
+"""A reader who types the commands of a page, and the reader's files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.tools.make_tiny_gguf import tiny
 
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 MODEL = "llama3.2:3b"
-"""The model of the pages. Here it is a random one of half a megabyte: words do not matter."""
+"""The model named on the pages; here a random model of half a megabyte."""
 
-# These follow a run that is going; every other command waits until no job of the page is left.
+# These follow a running job; all other commands wait until no job of the page is left.
 _FOLLOWING = re.compile(r"aiflux (watch|status|logs|jobs|cancel|estimate|run .*--pilot)")
 
 _GOOD_ENDS = {"COMPLETED", "CANCELLED"}
@@ -29,7 +29,7 @@ _ENDED = {*_GOOD_ENDS, "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEM
 
 
 def page_blocks(page: Path, *languages: str) -> list[str]:
-    """Return the blocks of a page in these languages, without their indentation."""
+    """Return a page's code blocks in these languages, without indentation."""
     found = BLOCK.findall(page.read_text(encoding="utf-8"))
     return [
         "".join(line.removeprefix(indent) for line in text.splitlines(keepends=True))
@@ -39,7 +39,7 @@ def page_blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands(block: str) -> Iterator[str]:
-    """Yield the commands of a block: its lines, without comments at their ends."""
+    """Yield the commands of a block: its lines without trailing comments."""
     for line in block.replace("\\\n", " ").splitlines():
         command = re.sub(r"\s{2,}#.*$", "", line).strip()
         if command and not command.startswith("#"):
@@ -48,22 +48,22 @@ def commands(block: str) -> Iterator[str]:
 
 @dataclass
 class Reader:
-    """A user in a folder that looks like a checkout, with the files that pages speak of.
+    """A user in a directory like a checkout, with the files that pages mention.
 
     Attributes:
-        place: his current folder; his home lies in it.
-        changes: texts of the pages for which something else has to be typed here.
-        told: jobs that ended badly, and of which that was said.
+        place: current directory; contains the home directory.
+        changes: texts of the pages that are replaced here.
+        reported: failed jobs that were already reported.
     """
 
     user: User
     place: Path
     env: dict[str, str]
     changes: dict[str, str] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def types(self, command: str, code: int = 0, timeout: float = 420) -> str:
-        """Run a command of a page; return what it prints."""
+        """Run a command of a page; return its output."""
         if not _FOLLOWING.match(command):
             self.settle()
         for text, other in self.changes.items():
@@ -76,7 +76,7 @@ class Reader:
         )  # fmt: skip
 
     def makes_way(self, given: Iterable[str]) -> None:
-        """Remove what an earlier block of the page made and these commands will make again."""
+        """Remove files of an earlier block that these commands create again."""
         self.settle()
         for name in itertools.chain.from_iterable(map(made_by, given)):
             for path in self.place.glob(f"{glob.escape(name)}*"):
@@ -90,23 +90,23 @@ class Reader:
         return self.user.run(self.place / ".venv/bin/python", script, cwd=self.place, env=env)
 
     def jobs(self) -> dict[str, str]:
-        """Return the states of the jobs that were submitted in his folder."""
-        told = self.user.run("squeue", "-h", "-a", "-t", "all", "-o", "%i|%T|%Z").splitlines()
-        rows = [line.split("|", 2) for line in told]
+        """Return the states of the jobs submitted from the reader's directory."""
+        listed = self.user.run("squeue", "-h", "-a", "-t", "all", "-o", "%i|%T|%Z").splitlines()
+        rows = [line.split("|", 2) for line in listed]
         return {job: state for job, state, at in rows if Path(at).is_relative_to(self.place)}
 
     def settle(self, timeout: float = 400) -> None:
-        """Wait until no job of his goes on, and see that each has ended well."""
+        """Wait until all jobs have ended, and check that they succeeded."""
         deadline = time.monotonic() + timeout
         while active := {job for job, state in self.jobs().items() if state not in _ENDED}:
             if time.monotonic() > deadline:
                 pytest.fail(f"jobs {active} have not ended after {timeout} s")
             time.sleep(0.5)
         bad = {job: state for job, state in self.jobs().items() if state not in _GOOD_ENDS}
-        if new := bad.keys() - self.told:
-            self.told |= new
+        if new := bad.keys() - self.reported:
+            self.reported |= new
             logs = [path.read_text("utf-8") for path in self.place.glob("**/slurm*.out")]
-            pytest.fail(f"jobs ended badly: {bad}\n" + "\n".join(logs)[-6000:])
+            pytest.fail(f"jobs failed: {bad}\n" + "\n".join(logs)[-6000:])
 
 
 def made_by(command: str) -> Iterator[str]:
@@ -127,7 +127,7 @@ def made_by(command: str) -> Iterator[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
+    """Remove a file or a directory tree."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -135,14 +135,14 @@ def remove(path: Path) -> None:
 
 
 def furnish(user: User, checkout: Path, image: Path, place: Path) -> None:
-    """Put into a folder what a reader of the pages has before he begins."""
+    """Create the files that a reader has at the beginning."""
     for entry in checkout.iterdir():
         if not (place / entry.name).exists():
             (place / entry.name).symlink_to(entry)
     if not (place / "aiflux.sif").exists():
         (place / "aiflux.sif").symlink_to(image)
     (place / "home").mkdir()
-    # The pages on completion make these; the reference takes them for granted.
+    # Created on the pages on completion; the reference assumes that they exist.
     for folder in (".zfunc", ".config/fish/completions",
                    ".local/share/bash-completion/completions"):  # fmt: skip
         (place / "home" / folder).mkdir(parents=True)
@@ -151,14 +151,14 @@ def furnish(user: User, checkout: Path, image: Path, place: Path) -> None:
 
 
 def ask(custom_id: str, prompt: str, **more: object) -> str:
-    """One request, as a line."""
+    """Return one request line."""
     body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 8, **more}
     entry = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
     return json.dumps(entry) + "\n"
 
 
 def write_files(place: Path) -> None:
-    """Write every file that a page takes for granted."""
+    """Write all files that the pages assume to exist."""
     request = page_blocks(REPOSITORY / "README.md", "json")[0]
     old_models = page_blocks(REPOSITORY / "docs/configuration.md", "")
     rows = [("a1", "Works well, and looks good.", "good"), ("a2", "Broke on day one.", "bad")]

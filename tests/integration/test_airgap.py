@@ -1,4 +1,4 @@
-"""Without internet: from a bundle to results, signed images, what a sealed run lets in or out."""
+"""Without internet: from a bundle to results, signed images, and sealed runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 from tests.integration.conftest import FRANCE, MODEL, User, answers, lines, request, shard_status
 
 SLURM = {"sbatch", "squeue", "scancel", "sinfo", "sacct", "scontrol", "srun"}
-OUTSIDER = 4242  # a user id that nobody has
+OUTSIDER = 4242  # an unused user id
 
 
 @pytest.fixture(scope="session")
@@ -31,20 +31,20 @@ def aiflux(checkout: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(user: User, aiflux: Path, image: Path, models: Path) -> Path:
-    """A bundle, made as on a connected machine."""
+    """A bundle, created as on a connected machine."""
     place = user.folder("connected")
-    told = user.run(
+    printed = user.run(
         aiflux, "bundle", "create", "--model", MODEL, "--image", image, "--models-dir", models,
         "--python", "3.11", "--python", f"3.{sys.version_info[1]}", "-o", "b.tar", cwd=place,
     )  # fmt: skip
-    assert MODEL in told
-    assert "extras: documents, images, parquet, report, schema" in told
-    assert "sha256:" in told.splitlines()[-1]
+    assert MODEL in printed
+    assert "extras: documents, images, parquet, report, schema" in printed
+    assert "sha256:" in printed.splitlines()[-1]
     return place / "b.tar"
 
 
 class Island:
-    """A network namespace without a way out, and commands of the user's in it."""
+    """A network namespace without outside connection, and commands of the user in it."""
 
     def __init__(self, user: User) -> None:
         self.user = user
@@ -59,10 +59,10 @@ class Island:
             [*wrap, "sh", "-c", script], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
         )
         assert self.holder.stdout is not None
-        assert self.holder.stdout.readline() == "up\n", "no network namespace can be made"
+        assert self.holder.stdout.readline() == "up\n", "cannot create a network namespace"
 
     def run(self, *command: str | Path, cwd: Path, code: int | None = 0) -> str:
-        """Run as the user, in the namespace, with the machine's own programs but Slurm's."""
+        """Run as the user in the namespace, with the machine's programs except Slurm's."""
         enter = ["nsenter", "--net", "--target", str(self.holder.pid)]
         if os.geteuid() != 0:
             enter[1:1] = ["--user", "--preserve-credentials"]
@@ -71,10 +71,10 @@ class Island:
             cwd=cwd, env=self.user.environment({"PATH": str(self.programs)}),
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
-        told = done.stdout + done.stderr
+        printed = done.stdout + done.stderr
         if code is not None:
-            assert done.returncode == code, told
-        return told
+            assert done.returncode == code, printed
+        return printed
 
     def close(self) -> None:
         self.holder.kill()
@@ -94,51 +94,49 @@ def test_from_a_bundle_to_results_without_a_network(
     user: User, bundle: Path, island: Island
 ) -> None:
     place = user.folder("island, 'far' away")
-    told = island.run("/usr/bin/python3", "-c", "import socket; socket.create_connection("
+    printed = island.run("/usr/bin/python3", "-c", "import socket; socket.create_connection("
                       "('192.0.2.1', 80), 3)", cwd=place, code=1)  # fmt: skip
-    assert "Network is unreachable" in told, "nothing leads out of here"
+    assert "Network is unreachable" in printed, "there is no connection to the outside"
     island.run("tar", "-xf", bundle, "aiflux-bundle/install.py", cwd=place)
     soft, models = place / "soft ware", place / "the models"
     install = ["/usr/bin/python3", "aiflux-bundle/install.py", bundle, "--prefix", soft]
     install += ["--models-dir", models]
-    told = island.run(*install, cwd=place)
+    printed = island.run(*install, cwd=place)
     command = soft / "bin" / "aiflux"
-    assert str(command) in told
+    assert str(command) in printed
     assert not (models / ".staging").exists()
     assert "is whole" in island.run(command, "bundle", "verify", bundle, cwd=place)
-    told = island.run(command, "doctor", cwd=place, code=2)
-    assert "FAIL slurm" in told, "which this namespace has none of"
-    assert told.count("FAIL ") == 1, told
-    assert f"1 model ({MODEL})" in told
-    assert "ok   sealing" in told
+    printed = island.run(command, "doctor", cwd=place, code=2)
+    assert "FAIL slurm" in printed, "this namespace has no Slurm"
+    assert printed.count("FAIL ") == 1, printed
+    assert f"1 model ({MODEL})" in printed
+    assert "ok   sealing" in printed
     user.write(place / "in.jsonl", lines(FRANCE))
     run = [command, "run", "--local", "--model", MODEL, "--input", "in.jsonl", "--output", "o.json"]
     island.run(*run, cwd=place)
     assert "Paris" in answers(place / "o.json")["france"]
     assert shard_status(place)["aiflux"]["sealed"] is True
-    told = island.run(command, "report", "o.json", "--output", "r.html", cwd=place)
-    assert "matplotlib" not in told
-    assert "<svg" in (place / "r.html").read_text(encoding="utf-8"), "plots are drawn here too"
+    printed = island.run(command, "report", "o.json", "--output", "r.html", cwd=place)
+    assert "matplotlib" not in printed
+    assert "<svg" in (place / "r.html").read_text(encoding="utf-8"), "drawn without matplotlib"
     table = ["results", "to-parquet", "o.json", "--output", "o.parquet"]
     island.run(command, *table, cwd=place)
     assert (place / "o.parquet").read_bytes().startswith(b"PAR1")
     before = (models / "blobs").stat().st_mtime_ns
-    told = island.run(command, "bundle", "install", bundle, *install[3:], cwd=place)
-    assert str(command) in told
-    assert (models / "blobs").stat().st_mtime_ns == before, "nothing was written twice"
+    printed = island.run(command, "bundle", "install", bundle, *install[3:], cwd=place)
+    assert str(command) in printed
+    assert (models / "blobs").stat().st_mtime_ns == before, "nothing was written again"
 
 
-def test_a_bundle_that_came_damaged_installs_nothing(
-    user: User, bundle: Path, aiflux: Path
-) -> None:
+def test_a_damaged_bundle_installs_nothing(user: User, bundle: Path, aiflux: Path) -> None:
     place = user.folder("damaged")
     bad = place / "bad.tar"
     user.run("cp", bundle, bad)
     with bad.open("r+b") as file:
         file.seek(bad.stat().st_size // 2)
         file.write(b"\0damage\0")
-    told = user.run(aiflux, "bundle", "verify", bad, code=2)
-    assert "was modified or truncated" in told
+    printed = user.run(aiflux, "bundle", "verify", bad, code=2)
+    assert "was modified or truncated" in printed
     install = ["bundle", "install", bad, "--prefix", place / "p"]
     assert "was modified or truncated" in user.run(aiflux, *install, code=2)
     with bad.open("r+b") as file:
@@ -148,16 +146,16 @@ def test_a_bundle_that_came_damaged_installs_nothing(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_full_disk_leaves_nothing_half(user: User, bundle: Path, aiflux: Path) -> None:
+def test_a_full_disk_leaves_no_partial_installation(user: User, bundle: Path, aiflux: Path) -> None:
     disk = user.folder("small disk")
     mount = ["mount", "-t", "tmpfs", "-o", "size=48m,mode=0777", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("cannot mount a file system here")
     try:
         install = ["bundle", "install", bundle, "--prefix", disk / "p"]
-        told = user.run(aiflux, *install, code=5)
-        assert "MB are free; nothing was installed" in told
-        assert "--prefix" in told
+        printed = user.run(aiflux, *install, code=5)
+        assert "MB are free; nothing was installed" in printed
+        assert "--prefix" in printed
         assert [path for path in disk.rglob("*") if not path.is_dir()] == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -166,7 +164,7 @@ def test_a_full_disk_leaves_nothing_half(user: User, bundle: Path, aiflux: Path)
 # --- signatures -------------------------------------------------------------------------------
 
 
-def test_a_signed_image_tells_who_signed_it_and_that_it_was_not_changed(
+def test_a_signed_image_shows_its_signer_and_modifications(
     user: User, aiflux: Path, image: Path
 ) -> None:
     place = user.folder("signing")
@@ -181,29 +179,29 @@ def test_a_signed_image_tells_who_signed_it_and_that_it_was_not_changed(
         "apptainer", "key", "newpair", "--name", "Ann Example", "--email", "ann@example.org",
         "--comment", "test", "--password", "", "--push=false", "--bit-length", "2048",
     )  # fmt: skip
-    told = signer.run(aiflux, "image", "sign", mine, "--key", "3", cwd=place, code=2)
-    assert "keyring: 0 Ann Example" in told
-    told = signer.run(aiflux, "image", "sign", mine, "--key", "0", cwd=place)
-    assert "verified: signed by Ann Example (test) <ann@example.org>" in told
+    printed = signer.run(aiflux, "image", "sign", mine, "--key", "3", cwd=place, code=2)
+    assert "keyring: 0 Ann Example" in printed
+    printed = signer.run(aiflux, "image", "sign", mine, "--key", "0", cwd=place)
+    assert "verified: signed by Ann Example (test) <ann@example.org>" in printed
     assert "Ann Example" in signer.run(*info, cwd=place)
     env = {"AIFLUX_IMAGE": str(mine)}
-    told = signer.run(aiflux, "doctor", cwd=place, env=env, code=None)
-    assert "ok   signature: verified: signed by Ann Example" in told
+    printed = signer.run(aiflux, "doctor", cwd=place, env=env, code=None)
+    assert "ok   signature: verified: signed by Ann Example" in printed
     assert "not in your keyring" in stranger.run(*info, cwd=place)
-    told = stranger.run(aiflux, "doctor", cwd=place, env=env, code=None)
-    assert "warn signature" in told
+    printed = stranger.run(aiflux, "doctor", cwd=place, env=env, code=None)
+    assert "warn signature" in printed
     with mine.open("r+b") as file:
         file.seek(mine.stat().st_size // 2)
         file.write(b"changed")
     assert "modified since" in signer.run(*info, cwd=place)
-    told = signer.run(aiflux, "doctor", cwd=place, env=env, code=2)
-    assert "FAIL signature" in told
+    printed = signer.run(aiflux, "doctor", cwd=place, env=env, code=2)
+    assert "FAIL signature" in printed
 
 
 ALL_BUT_BUILDING = """\
 #!/bin/sh
-# The real Apptainer, whose build is a copy of an image that was built before. Where FAIL is set, no
-# new image can be signed.
+# The real Apptainer, except that a build copies an image built before. If FAIL is set, new images
+# cannot be signed.
 case "${FAIL:+$*}" in "sign "*.new) echo 'FATAL:   no room' >&2 && exit 255 ;; esac
 [ "$1" = build ] || exec /usr/bin/apptainer "$@"
 while [ $# -gt 2 ]; do shift; done
@@ -211,7 +209,7 @@ exec cp "$BUILT" "$1"
 """
 
 
-def test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built(
+def test_a_build_asks_for_the_passphrase_first_and_signs_the_image(
     user: User, aiflux: Path, image: Path
 ) -> None:
     place = user.folder("signed build")
@@ -227,28 +225,30 @@ def test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built(
     env = {"BUILT": str(image), "PATH": f"{programs}:{signer.environment()['PATH']}"}
     new = place / "new.sif"
     build = [aiflux, "image", "build", "--base", "debian", "--output", new, "--sign"]
-    told = signer.run(*build, cwd=place, env=env, code=2)
-    assert "keyring: 0 Ann" in told
-    told = signer.run(*build, "--key", "1", cwd=place, env=env, code=2)
-    assert "key 1 (Bob" in told
-    assert "nobody can be asked" in told
-    assert not new.exists(), "nothing was built for it"
+    printed = signer.run(*build, cwd=place, env=env, code=2)
+    assert "keyring: 0 Ann" in printed
+    printed = signer.run(*build, "--key", "1", cwd=place, env=env, code=2)
+    assert "key 1 (Bob" in printed
+    assert "nobody can be asked" in printed
+    assert not new.exists(), "no image was built"
     typed = 'echo "$1" | { shift; exec "$@"; }'
-    told = signer.run(
+    printed = signer.run(
         "sh", "-c", typed, "sh", "wrong", *build, "--key", "1", cwd=place, env=env, code=2
     )
-    assert "does not sign with this passphrase" in told
-    told = signer.run("sh", "-c", typed, "sh", "a b $c", *build, "--key", "1", cwd=place, env=env)
-    assert "verified: signed by Bob" in told
+    assert "does not sign with this passphrase" in printed
+    printed = signer.run(
+        "sh", "-c", typed, "sh", "a b $c", *build, "--key", "1", cwd=place, env=env
+    )
+    assert "verified: signed by Bob" in printed
     assert "verified: signed by Bob" in signer.run(aiflux, "image", "info", new, cwd=place)
     make = ["make", "image", "BASE=debian", f"IMAGE={new}", "SIGN=1", "KEY=0"]
-    told = signer.run(*make, cwd=aiflux.parents[2], env=env)
-    assert "verified: signed by Ann" in told
+    printed = signer.run(*make, cwd=aiflux.parents[2], env=env)
+    assert "verified: signed by Ann" in printed
     new.unlink()
-    told = signer.run(*build, "--key", "0", cwd=place, env={**env, "FAIL": "1"}, code=2)
-    assert f"{new} was built but not signed: " in told
-    assert "no room" in told
-    assert f"-> aiflux image sign '{new}' --key 0" in told
+    printed = signer.run(*build, "--key", "0", cwd=place, env={**env, "FAIL": "1"}, code=2)
+    assert f"{new} was built but not signed: " in printed
+    assert "no room" in printed
+    assert f"-> aiflux image sign '{new}' --key 0" in printed
     assert "not signed" in signer.run(aiflux, "image", "info", new, cwd=place)
     assert [path.name for path in place.glob("*.sif*")] == ["new.sif"]
 
@@ -257,7 +257,7 @@ def test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built(
 
 
 class Listener:
-    """A server on every address of this machine that notes who calls."""
+    """A server on all addresses of this machine that records its clients."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -290,8 +290,8 @@ def listener() -> Iterator[Listener]:
 
 def own_addresses() -> list[str]:
     """Return the IPv4 addresses of this machine, loopback included."""
-    told = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=True)
-    return [line.split()[3].partition("/")[0] for line in told.stdout.splitlines()]
+    printed = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=True)
+    return [line.split()[3].partition("/")[0] for line in printed.stdout.splitlines()]
 
 
 def arguments_of(pid: int) -> list[str]:
@@ -302,7 +302,7 @@ def arguments_of(pid: int) -> list[str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return every process below one."""
+    """Return all descendants of a process."""
     parents = {}
     for proc in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -316,11 +316,11 @@ def descendants(pid: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Engine:
-    """The engine of a run that is going.
+    """The engine of a running run.
 
     Attributes:
-        pid: of the Ollama server.
-        port: on which it listens.
+        pid: pid of the Ollama server.
+        port: port on which it listens.
     """
 
     pid: int
@@ -328,7 +328,7 @@ class Engine:
 
 
 def engine_of(run: int) -> Engine:
-    """Return the engine that works below a process."""
+    """Return the engine among the descendants of a process."""
     below = [(pid, arguments_of(pid)) for pid in descendants(run)]
     (server,) = (pid for pid, words in below if words[1:] == ["serve"])
     (port,) = listening(server)
@@ -355,12 +355,12 @@ def wait_for_results(journal: Path) -> None:
         if journal.exists() and b"\n" in journal.read_bytes():
             return
         time.sleep(0.2)
-    pytest.fail("no result came")
+    pytest.fail("no result arrived")
 
 
 @contextmanager
-def going(user: User, aiflux: Path, place: Path, models: Path, *more: str) -> Iterator[Engine]:
-    """A run that goes on for a while; gives its engine."""
+def running(user: User, aiflux: Path, place: Path, models: Path, *more: str) -> Iterator[Engine]:
+    """Run for a while, and yield the engine."""
     many = [request(f"r{index}", f"Count to {index}.", max_tokens=16) for index in range(400)]
     user.write(place / "in.jsonl", lines(*many))
     run = user.popen(
@@ -391,62 +391,62 @@ ASK = (
 
 
 def as_outsider(command: list[str]) -> list[str]:
-    """Return a command that another user of this machine gives."""
+    """Return a command to run as another user of this machine."""
     ids = ["--reuid", str(OUTSIDER), "--regid", str(OUTSIDER), "--clear-groups"]
     return [shutil.which("setpriv") or "setpriv", *ids, "--", *command]
 
 
 def reaches(address: str, port: int) -> bool:
-    """Tell whether another user of this machine can connect to something."""
+    """Return whether another user of this machine can connect to an address."""
     command = as_outsider(["/usr/bin/python3", "-c", ASK, address, str(port)])
     done = subprocess.run(command, capture_output=True, check=False, cwd="/", timeout=30)
     return done.returncode == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
-def test_nothing_leaves_a_sealed_run_and_nobody_gets_in(
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
+def test_a_sealed_run_is_isolated_in_both_directions(
     user: User, aiflux: Path, image: Path, models: Path, listener: Listener
 ) -> None:
     place = user.folder("sealed")
     outside = [f"{address}:{listener.port}" for address in own_addresses()]
-    assert len(outside) > 1, "beside loopback"
-    with going(user, aiflux, place, models) as engine:
-        # What the run's own container can reach: its Python, in the namespaces of the engine.
+    assert len(outside) > 1, "addresses other than loopback"
+    with running(user, aiflux, place, models) as engine:
+        # Test what the container can reach, with its Python in the engine's namespaces.
         enter = ["nsenter", "--target", str(engine.pid), "--user", "--preserve-credentials"]
         inside = user.command([*enter, "--net", "--mount", "--root", "--", "python3"])
-        told = subprocess.run(
+        printed = subprocess.run(
             [*inside, "-c", CALL, *outside, "192.0.2.1:80"],
             capture_output=True, text=True, check=True, timeout=60,
         ).stdout.splitlines()  # fmt: skip
-        assert len(told) == len(outside) + 1
-        assert all("is silent" in line for line in told), told
-        assert listener.calls == [], "not a single connection came"
-        told_inside = subprocess.run([*inside, "-c", CALL, f"127.0.0.1:{engine.port}"],
+        assert len(printed) == len(outside) + 1
+        assert all("is silent" in line for line in printed), printed
+        assert listener.calls == [], "no connection arrived"
+        reached_inside = subprocess.run([*inside, "-c", CALL, f"127.0.0.1:{engine.port}"],
                                      capture_output=True, text=True, check=True).stdout  # fmt: skip
-        assert "answers" in told_inside, "while the engine is up, for those inside"
+        assert "answers" in reached_inside, "the engine is reachable from inside"
         for address in own_addresses():
-            assert reaches(address, listener.port), "another user reaches what is not sealed"
-            assert not reaches(address, engine.port), "and not the engine"
+            assert reaches(address, listener.port), "another user reaches an unsealed server"
+            assert not reaches(address, engine.port), "but not the engine"
         entering = as_outsider([*enter, "--net", "--", "true"])
         refused = subprocess.run(entering, capture_output=True, text=True, check=False)
-        assert refused.returncode != 0, "nor can another user enter the namespace"
+        assert refused.returncode != 0, "another user cannot enter the namespace"
         run_dir = place / "out.json.aiflux"
         look = as_outsider(["ls", str(run_dir)])
         assert subprocess.run(look, capture_output=True, check=False).returncode != 0
         assert shard_status(place)["aiflux"]["sealed"] is True
-    told_status = user.run(aiflux, "status", "out.json", cwd=place)
-    assert "sealed: no network but its own" in told_status
+    status_text = user.run(aiflux, "status", "out.json", cwd=place)
+    assert "sealed: no network but its own" in status_text
     assert user.none_left(), user.processes()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
-def test_a_site_may_forbid_the_seal_and_the_status_says_so(
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
+def test_a_site_can_disable_the_seal_and_the_status_says_so(
     user: User, aiflux: Path, image: Path, models: Path
 ) -> None:
     place = user.folder("unsealed")
-    with going(user, aiflux, place, models, "--no-seal") as engine:
+    with running(user, aiflux, place, models, "--no-seal") as engine:
         assert os.stat(f"/proc/{engine.pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
-        assert reaches("127.0.0.1", engine.port), "which is what the seal is for"
+        assert reaches("127.0.0.1", engine.port), "without the seal, other users reach the engine"
         facts = shard_status(place)["aiflux"]
         assert (facts["sealed"], facts["unsealed"]) == (False, "--no-seal")
     assert "not sealed: --no-seal" in user.run(aiflux, "status", "out.json", cwd=place)

@@ -1,4 +1,4 @@
-"""``aiflux config init`` on the real cluster: what it writes is taken by Slurm."""
+"""``aiflux config init`` on the real cluster: Slurm accepts the settings it writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REQUEST = {
 
 @pytest.fixture
 def folder(user: User) -> Path:
-    """A folder with an input, and something that passes for an image."""
+    """A directory with an input and a minimal image file."""
     folder = user.folder("first settings, a folder")
     user.write(folder / "in.jsonl", json.dumps(REQUEST) + "\n")
     make_sif(folder / "aiflux.sif", version="0.1.0", cpu_only="no")
@@ -26,7 +26,7 @@ def folder(user: User) -> Path:
 
 
 @pytest.mark.parametrize("changes", ["", "--gpus-per-node 2", "--partition urgent --shards auto"])
-def test_slurm_takes_a_job_of_the_first_settings(
+def test_slurm_accepts_a_job_with_the_first_settings(
     user: User, checkout: Path, folder: Path, changes: str
 ) -> None:
     aiflux = checkout / ".venv/bin/aiflux"
@@ -37,19 +37,17 @@ def test_slurm_takes_a_job_of_the_first_settings(
         assert origins[name].startswith(f"{folder / 'aiflux.yaml'}, line ")
     assert origins["account"] == "default"
     options = ["--input", "in.jsonl", "--output", "out.json", *changes.split()]
-    told = user.run(aiflux, "run", *options, "--dry-run", cwd=folder)
-    script = user.write(folder / "job.sbatch", told[told.index("#!/bin/bash") :])
+    printed = user.run(aiflux, "run", *options, "--dry-run", cwd=folder)
+    script = user.write(folder / "job.sbatch", printed[printed.index("#!/bin/bash") :])
     verdict = user.run("sbatch", "--test-only", script, cwd=folder)
     assert "to start at" in verdict
 
 
-def test_the_doctor_has_nothing_against_the_first_settings(
-    user: User, checkout: Path, folder: Path
-) -> None:
+def test_the_doctor_accepts_the_first_settings(user: User, checkout: Path, folder: Path) -> None:
     aiflux = checkout / ".venv/bin/aiflux"
     user.run(aiflux, "config", "init", "--force", cwd=folder)
-    told = json.loads(user.run(aiflux, "doctor", "--json", cwd=folder, code=None))
-    assert [line["level"] for line in told if line["name"] == "your settings"] == ["ok"]
+    printed = json.loads(user.run(aiflux, "doctor", "--json", cwd=folder, code=None))
+    assert [line["level"] for line in printed if line["name"] == "your settings"] == ["ok"]
 
 
 def test_without_slurm_the_file_says_so(user: User, checkout: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A table becomes answers that fit a schema, in the sealed image with the real Ollama."""
+"""From a table to answers that fit a schema, in the sealed image with the real Ollama."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_table_becomes_answers_that_fit_a_schema(
         "--output", "q.jsonl", cwd=place,
     )  # fmt: skip
     impossible = json.loads((place / "q.jsonl").read_text(encoding="utf-8").splitlines()[1])
-    impossible["body"]["max_tokens"] = 2  # cut off within the object
+    impossible["body"]["max_tokens"] = 2  # cut off inside the object
     first = (place / "q.jsonl").read_text(encoding="utf-8").splitlines()[0]
     user.write(place / "q.jsonl", f"{first}\n{json.dumps(impossible)}\n")
     user.run(

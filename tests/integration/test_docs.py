@@ -1,7 +1,7 @@
-"""Every command of the pages is run as a reader types it: Slurm, Apptainer and Ollama are real.
+"""Run every command of the pages as a reader types it, with the real Slurm, Apptainer and Ollama.
 
-A page's blocks are run one after the other in one folder. What is different here from where the
-pages are read stands in two tables: texts that are replaced, and commands that run elsewhere.
+The blocks of a page run one after the other in one directory. Two tables list the differences from
+a reader's environment: replaced texts, and commands that run elsewhere.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ PAGES = {
     if page_blocks(path, "sh", "python")
 }  # fmt: skip
 
-# Commands that another test (or its fixture) runs: they take long, or they run the tests.
+# Commands run by another test or fixture, because they take long or run the tests.
 _BENCH = "tests/slow/test_bench.py::test_a_case_gives_figures"
-_SIGNED = "test_a_build_asks_for_the_passphrase_first_and_signs_what_it_built"
+_SIGNED = "test_a_build_asks_for_the_passphrase_first_and_signs_the_image"
 ELSEWHERE = {
     "make image": "tests/integration/conftest.py::image",
     "make demo": "tests/integration/test_image.py::test_the_demo_shows_prompts_and_answers",
@@ -51,7 +51,7 @@ ELSEWHERE = {
         f"tests/integration/test_airgap.py::{_SIGNED}",
 }  # fmt: skip
 
-# What a reader of a page, or of one command, has done before; and what he does after one.
+# Commands that a reader has run before a page or a command, and runs after a command.
 _RUN = "aiflux run --model llama3.2:3b --input prompts.jsonl --output results.json"
 _KEY = "apptainer key newpair --push=false"
 BEFORE: dict[str, list[str]] = {
@@ -71,7 +71,7 @@ BEFORE: dict[str, list[str]] = {
         "rm -r out.json*",
         "aiflux run --model llama3.2:3b --input rated.jsonl --output out.json",
     ],
-    # Ways to the same output, of which a reader takes one.
+    # Alternatives with the same output, of which a reader chooses one.
     "aiflux run --engine-url http://127.0.0.1:8000 --model llama3.2:3b --input prompts.jsonl": [
         "rm -r prompts.results.json*"
     ],
@@ -82,20 +82,20 @@ BEFORE: dict[str, list[str]] = {
 }  # fmt: skip
 AFTER = {"aiflux models remove llama3.2:3b": ["aiflux models pull llama3.2:3b"]}
 
-# Texts for which something else is typed here.
+# Texts that are replaced here.
 HERE = {
-    # The test cluster knows no types or features of GPUs; its nodes have 16 GB.
+    # The test cluster has no GPU types or features, and its nodes have 16 GB.
     "gpu:a100:2": "gpu:2",
     " --constraint a100": "",
     "--partition long": "--partition urgent",
     "sbatch slurm/": "sbatch --mem=1G slurm/",
     "sbatch --account": "sbatch --mem=1G --account",
-    # Folders that only root could make, and a site's modules.
+    # Directories that only root could create, and a site's modules.
     "/sw/aiflux": "sw/aiflux",
     "/data/models": "data/models",
     "TMPDIR=/scratch": "TMPDIR=/var/tmp",
     " --modules apptainer": " --setup 'echo a module'",
-    # What a person answers to Apptainer's questions, and what he does on another machine.
+    # Answers to Apptainer's questions, and commands for another machine.
     _KEY: f"{_KEY} --name Ann --email ann@example.org --comment '' --password ''"
           " --bit-length 2048",
     "apptainer key export": "echo 0 | apptainer key export",
@@ -106,13 +106,13 @@ HERE = {
 DIGEST = "a80c4f17acd5"
 """The model's digest on the pages."""
 
-# Pages that pull their model: it comes from the registry of the test stack.
+# Pages that pull their model, here from the test stack's registry.
 PULLING = {"docs/models.md", "docs/reference.md"}
 
 
 @pytest.fixture(scope="session")
 def tiny_models(user: User, checkout: Path, ollama: Path) -> Path:
-    """A models directory in which a random model goes by the names of the pages."""
+    """A models directory with a random model under the names used on the pages."""
     folder = user.folder("models of the pages")
     user.run("python3", checkout / "tests/tools/make_tiny_gguf.py", folder / "tiny.gguf")
     for name in (MODEL, "smollm2:135m"):
@@ -125,9 +125,9 @@ def tiny_models(user: User, checkout: Path, ollama: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(user: User, ollama: Path, tiny_models: Path) -> Iterator[str]:
-    """The server at 127.0.0.1:8000 of the pages, on a port that is free.
+    """The server at 127.0.0.1:8000 of the pages, on a free port.
 
-    It ends with this module: other tests look for processes that were left behind.
+    It ends with this module, because other tests check for leftover processes.
     """
     home = user.folder("home of an engine")
     environ = ollama_environment(os.environ, tiny_models, home, {})
@@ -142,7 +142,7 @@ def registered(stack: dict[str, str], engine: str) -> str:
     """The model's name in the registry of the test stack."""
     name = f"{stack['AIFLUX_STACK_REGISTRY']}/library/docs-{uuid.uuid4().hex[:8]}:3b"
     with requests.Session() as session:
-        session.trust_env = False  # loopback is behind no proxy
+        session.trust_env = False  # no proxy for loopback
         copied = session.post(
             f"{engine}/api/copy", json={"source": MODEL, "destination": name}, timeout=60
         )
@@ -156,7 +156,7 @@ def registered(stack: dict[str, str], engine: str) -> str:
 
 @pytest.fixture(scope="session")
 def equipped(user: User, checkout: Path) -> Path:
-    """The checkout with the extras of the package, as the pages advise to install them."""
+    """The checkout with the package's extras, installed as described on the pages."""
     extras = "documents,images,parquet,report,schema"
     pip = (checkout / ".venv/bin/python", "-m", "pip", "install", "--quiet")
     user.run(*pip, "--disable-pip-version-check", "-e", f".[{extras}]", cwd=checkout)
@@ -173,7 +173,7 @@ def reader(
     env = {
         "AIFLUX_MODELS_DIR": str(place / "store"), "AIFLUX_ALLOW_CPU": "1",
         "SLURM_MEM": "1G", "SLURM_CPUS_PER_TASK": "1", "SLURM_PARTITION": "gpu",
-        # The random model ends no answer by itself.
+        # The random model never ends an answer by itself.
         "MAX_TOKENS": "64",
     }  # fmt: skip
     digest = model_digest(tiny_models, parse_model_name(MODEL))
@@ -215,7 +215,7 @@ def test_every_command_of_a_page(
 
 
 def type_all(reader: Reader, given: Iterable[str]) -> Iterator[str]:
-    """Type commands; yield what is to be said of those that fail."""
+    """Type commands; yield a message for each that fails."""
     for command in given:
         try:
             reader.types(command)
@@ -224,15 +224,15 @@ def type_all(reader: Reader, given: Iterable[str]) -> Iterator[str]:
 
 
 def own_image(reader: Reader, image: Path) -> None:
-    """Give the reader a copy of the image, which he may change."""
+    """Give the reader a writable copy of the image."""
     link = reader.place / "aiflux.sif"
     link.unlink()
     reader.user.run("cp", image, link)
 
 
 @pytest.mark.parametrize("command", ELSEWHERE)
-def test_what_runs_elsewhere_is_there(command: str) -> None:
-    """The table above names tests and fixtures that exist, and commands that pages have."""
+def test_commands_run_elsewhere_exist(command: str) -> None:
+    """The table above names existing tests and fixtures, and commands of the pages."""
     assert any(
         command in commands(block) for page in PAGES.values() for block in page_blocks(page, "sh")
     )
@@ -242,8 +242,8 @@ def test_what_runs_elsewhere_is_there(command: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_stand_in_blocks_that_are_run(page: str) -> None:
-    """No block without a language holds a command, but for the forms in the reference."""
+def test_commands_are_in_blocks_that_are_run(page: str) -> None:
+    """Blocks without a language contain no command, except usage lines in the reference."""
     for block in page_blocks(PAGES[page], ""):
         for command in commands(block):
             words = shlex.split(command) if command.count("'") % 2 == 0 else command.split()

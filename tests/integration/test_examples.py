@@ -1,4 +1,4 @@
-"""Examples, on the real Ollama in the real image."""
+"""The examples with the real Ollama in the real image."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def test_examples_run_in_the_image(
 
 
 def test_the_demo_captions_images(user: User, checkout: Path) -> None:
-    """Ollama's own way with images, from the file to the words; the eye is an untrained one."""
-    told = user.run("make", "demo", "EXAMPLE=caption", cwd=checkout, timeout=1200)
-    assert "its eye was never trained" in told
+    """Images are processed by Ollama itself, with an untrained vision part."""
+    printed = user.run("make", "demo", "EXAMPLE=caption", cwd=checkout, timeout=1200)
+    assert "its vision part is untrained" in printed
     rows = _answers(checkout / "captions.csv")
     assert [row["source_file"] for row in rows] == ["bars.png", "house.png", "red-circle.png"]
-    assert len({row["answer"] for row in rows}) == 3, "each image is seen for itself"
+    assert len({row["answer"] for row in rows}) == 3, "each image gets its own answer"
 
 
 def test_the_demo_embeds_a_corpus(user: User, checkout: Path) -> None:
-    told = user.run("make", "demo", "EXAMPLE=embed", cwd=checkout, timeout=1200)
-    assert told.count(" ~ ") == 6
+    printed = user.run("make", "demo", "EXAMPLE=embed", cwd=checkout, timeout=1200)
+    assert printed.count(" ~ ") == 6
 
 
 def _answers(path: Path) -> list[dict[str, str]]:

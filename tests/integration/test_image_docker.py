@@ -1,4 +1,4 @@
-"""The image on the docker base: a stand-in of the official Ollama image in the stack's registry."""
+"""The image on the docker base, with a replacement of the official Ollama image."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TAG = "stand-in"
 
 @pytest.fixture(scope="session")
 def rootfs(stack: dict[str, str]) -> Path:
-    """A minimal Debian without Python, kept beside the stack from run to run."""
+    """A minimal Debian without Python, kept next to the stack between test runs."""
     if os.geteuid() != 0:
-        pytest.skip("debootstrap makes a root only as root")
+        pytest.skip("debootstrap requires root")
     target = STACK_DIR / f"rootfs-{stack['AIFLUX_STACK_SUITE']}"
     if not target.exists():
         new = target.with_suffix(".new")
@@ -42,7 +42,7 @@ def rootfs(stack: dict[str, str]) -> Path:
 
 @pytest.fixture(scope="session")
 def pushed(stack: dict[str, str], rootfs: Path, ollama: Path) -> tuple[str, str]:
-    """The stand-in's reference and digest."""
+    """Reference and digest of the replacement image."""
     address = stack["AIFLUX_STACK_REGISTRY"]
     tool = REPOSITORY / "tests" / "tools" / "make_oci_image.py"
     done = subprocess.run(
@@ -54,21 +54,21 @@ def pushed(stack: dict[str, str], rootfs: Path, ollama: Path) -> tuple[str, str]
     return f"docker://{address}/{NAME}:{TAG}", done.stdout.strip()
 
 
-def test_the_stand_in_has_no_python(rootfs: Path) -> None:
+def test_the_replacement_image_has_no_python(rootfs: Path) -> None:
     assert not (rootfs / "usr/bin/python3").exists()
 
 
-def test_the_docker_base_makes_the_same_image(
+def test_the_docker_base_builds_an_equivalent_image(
     user: User, checkout: Path, pushed: tuple[str, str], models: Path
 ) -> None:
     reference, digest = pushed
     place = user.folder("docker base")
     image = place / "docker.sif"
-    told = user.run(
+    printed = user.run(
         checkout / ".venv/bin/aiflux", "image", "build", "--output", image,
         "--ollama-image", reference, timeout=900,
     )  # fmt: skip
-    assert "base: docker (127.0.0.1" in told
+    assert "base: docker (127.0.0.1" in printed
     labels = json.loads(user.run("apptainer", "inspect", "--json", "--labels", image))
     labels = labels["data"]["attributes"]["labels"]
     assert labels["aiflux.base"] == "docker"

@@ -1,4 +1,4 @@
-"""Jobs on the real Slurm, in the real Apptainer, with the real Ollama."""
+"""Jobs with the real Slurm, Apptainer and Ollama."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def aiflux(checkout: Path) -> Path:
 
 
 def sbatch(user: User, *arguments: str | Path, cwd: Path, env: dict[str, str]) -> str:
-    """Submit; return the job's id."""
+    """Submit a job and return its id."""
     return user.run("sbatch", "--parsable", "--mem=2G", *arguments, cwd=cwd, env=env).strip()
 
 
@@ -51,7 +51,7 @@ def test_the_script_works_from_any_directory_with_any_name(
     end = cluster.end(job)
     log = cluster.log(job, place)
     assert (end.state, end.code) == ("COMPLETED", 0), log
-    assert "gres" in end.fields["TresPerNode"], "a GPU is asked for"
+    assert "gres" in end.fields["TresPerNode"], "a GPU is requested"
     output = place / f"{Path(name).stem}.results.json"
     assert "Paris" in answers(output)["france"], log
     assert not list(place.rglob("pwned"))
@@ -66,8 +66,8 @@ def test_aiflux_run_submits_and_prints_the_id(
 ) -> None:
     user.write(place / "in.jsonl", lines(FRANCE))
     arguments = ["run", "--model", MODEL, "--input", "in.jsonl", "--output", "out.json"]
-    told = user.run(aiflux, *arguments, "--mem", "2G", cwd=place, env=job_env)
-    job = submitted(told)
+    printed = user.run(aiflux, *arguments, "--mem", "2G", cwd=place, env=job_env)
+    job = submitted(printed)
     assert cluster.end(job).code == 0, cluster.log(job, place)
     assert "Paris" in answers(place / "out.json")["france"]
     run_dir = place / "out.json.aiflux"
@@ -112,14 +112,14 @@ def test_the_python_quick_start(
 
 
 def states(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Return size, mode and time of change of everything in a folder."""
+    """Return size, mode and modification time of all files in a directory."""
     found = {path: path.lstat() for path in [folder, *folder.rglob("*")]}
     return {
         str(path): (stat.st_size, stat.st_mode, stat.st_mtime_ns) for path, stat in found.items()
     }
 
 
-def test_a_group_shares_models_that_only_their_owner_may_change(
+def test_a_group_shares_models_that_only_the_owner_can_change(
     user: User, aiflux: Path, image: Path, models: Path, cluster: Cluster, place: Path
 ) -> None:
     shared = place / "group's models"
@@ -131,21 +131,21 @@ def test_a_group_shares_models_that_only_their_owner_may_change(
     env = {"AIFLUX_MODELS_DIR": str(shared), "AIFLUX_ALLOW_CPU": "1"}
     user.write(place / "in.jsonl", lines(FRANCE))
     run = [aiflux, "run", "--input", "in.jsonl", "--mem", "2G"]
-    told = user.run(*run, "--output", "job.json", cwd=place, env=env)
-    assert cluster.end(submitted(told)).code == 0, cluster.log(submitted(told), place)
+    printed = user.run(*run, "--output", "job.json", cwd=place, env=env)
+    assert cluster.end(submitted(printed)).code == 0, cluster.log(submitted(printed), place)
     user.run(*run, "--output", "here.json", "--local", cwd=place, env=env)
     for name in ("job.json", "here.json"):
         assert "Paris" in answers(place / name)["france"]
     for words in (["list"], ["show", MODEL], ["verify", MODEL], ["export", MODEL, "m.tar"]):
         user.run(aiflux, "models", *words, cwd=place, env=env)
     for words in (["remove", MODEL], ["import", "m.tar"], ["pull", "lab/other:1"]):
-        told = user.run(aiflux, "models", *words, cwd=place, env=env, code=2)
-        assert "you may not write into the models directory" in told
+        printed = user.run(aiflux, "models", *words, cwd=place, env=env, code=2)
+        assert "you may not write into the models directory" in printed
     user.write(place / "other.jsonl", lines(request("a", "one", model=None)))
     other = ["--input", "other.jsonl", "--model", "lab/other:1", "--mem", "2G"]
-    told = user.run(aiflux, "run", *other, cwd=place, env=env, code=2)
-    assert "could not pull lab/other:1" in told
-    assert "you may not write there" in told
+    printed = user.run(aiflux, "run", *other, cwd=place, env=env, code=2)
+    assert "could not pull lab/other:1" in printed
+    assert "you may not write there" in printed
     assert states(shared) == before
 
 
@@ -155,11 +155,11 @@ def test_two_jobs_on_one_node_at_once(
     jobs = []
     for name in ("one", "two"):
         user.write(place / f"{name}.jsonl", lines(FRANCE, request(name, f"Say {name}.")))
-        told = user.run(
+        printed = user.run(
             aiflux, "run", "--input", f"{name}.jsonl", "--output", f"{name}.json", "--mem", "2G",
             "--sbatch-arg", "nodelist=n1", cwd=place, env=job_env,
         )  # fmt: skip
-        jobs.append(submitted(told))
+        jobs.append(submitted(printed))
     for job in jobs:
         cluster.wait_for(job, "RUNNING", "COMPLETING", "COMPLETED", timeout=30)
     for job, name in zip(jobs, ("one", "two"), strict=True):
@@ -169,7 +169,7 @@ def test_two_jobs_on_one_node_at_once(
         assert set(answers(place / f"{name}.json")) == {"france", name}
 
 
-def test_scancel_leaves_no_process_and_the_same_command_goes_on(
+def test_scancel_leaves_no_process_and_the_same_command_resumes(
     user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
 ) -> None:
     many = [request(f"r{index}", f"Count to {index}.", max_tokens=12) for index in range(24)]
@@ -196,7 +196,7 @@ def test_scancel_leaves_no_process_and_the_same_command_goes_on(
     again = submitted(user.run(*command, cwd=place, env=job_env))
     assert cluster.end(again).code == 0
     assert list(answers(place / "out.json")) == [f"r{index}" for index in range(24)]
-    assert journal.read_bytes().count(b"\n") == 24, "nothing was done twice"
+    assert journal.read_bytes().count(b"\n") == 24, "no request was processed twice"
 
 
 def test_a_model_is_pulled_from_a_registry_inside_the_job(
@@ -208,11 +208,11 @@ def test_a_model_is_pulled_from_a_registry_inside_the_job(
     fresh = place / "fresh models"
     user.write(place / "in.jsonl", lines(request("france", FRANCE_PROMPT, model=None)))
     env = {**job_env, "AIFLUX_MODELS_DIR": str(fresh)}
-    told = user.run(
+    printed = user.run(
         aiflux, "run", "--model", f"http://{name}", "--input", "in.jsonl", "--output", "out.json",
         "--mem", "2G", cwd=place, env=env,
     )  # fmt: skip
-    job = submitted(told)
+    job = submitted(printed)
     end = cluster.end(job)
     log = cluster.log(job, place)
     assert end.code == 0, log
@@ -260,17 +260,17 @@ def free_port() -> str:
         ("127.0.0.1:9/library/m:1", "cannot be reached from here"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_exit_4(
+def test_an_unavailable_model_is_exit_4(
     stack: dict[str, str], user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path,
     job_env: dict[str, str], model: str, words: str,
 ) -> None:  # fmt: skip
     name = model.format(registry=stack["AIFLUX_STACK_REGISTRY"])
     user.write(place / "in.jsonl", lines(request("a", "x", model=None)))
-    told = user.run(
+    printed = user.run(
         aiflux, "run", "--model", f"http://{name}", "--input", "in.jsonl", "--output", "out.json",
         "--mem", "2G", cwd=place, env=job_env,
     )  # fmt: skip
-    job = submitted(told)
+    job = submitted(printed)
     end = cluster.end(job)
     assert (end.state, end.code) == ("FAILED", 4), cluster.log(job, place)
     assert words in cluster.log(job, place)
@@ -282,11 +282,11 @@ def test_failed_requests_are_exit_3_and_recorded(
 ) -> None:
     bad = request("bad", "x", temperature="hot")
     user.write(place / "in.jsonl", lines(FRANCE, bad))
-    told = user.run(
+    printed = user.run(
         aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G",
         cwd=place, env=job_env,
     )  # fmt: skip
-    job = submitted(told)
+    job = submitted(printed)
     end = cluster.end(job)
     assert (end.state, end.code) == ("FAILED", 3), cluster.log(job, place)
     good, failed = json.loads((place / "out.json").read_text(encoding="utf-8"))
@@ -302,8 +302,8 @@ def test_a_gpu_job_on_the_cpu_is_exit_4(
     user.write(place / "in.jsonl", lines(FRANCE))
     run = [aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G"]
     env = {"AIFLUX_MODELS_DIR": str(models)}
-    told = user.run(*run, cwd=place, env=env, code=2)
-    assert "--allow-cpu" in told, "seen before anything was queued"
+    printed = user.run(*run, cwd=place, env=env, code=2)
+    assert "--allow-cpu" in printed, "reported before submission"
     assert not (place / "out.json.aiflux").exists()
     job = submitted(user.run(*run, "--no-preflight", cwd=place, env=env))
     assert cluster.end(job).code == 4
@@ -314,8 +314,8 @@ def test_a_missing_input_is_exit_2(
     user: User, checkout: Path, aiflux: Path, image: Path, cluster: Cluster, place: Path,
     job_env: dict[str, str],
 ) -> None:  # fmt: skip
-    told = user.run(aiflux, "run", "--input", "none.jsonl", cwd=place, env=job_env, code=2)
-    assert "is not there" in told
+    printed = user.run(aiflux, "run", "--input", "none.jsonl", cwd=place, env=job_env, code=2)
+    assert "is not there" in printed
     job = sbatch(user, checkout / "slurm" / "run.sbatch", "none.jsonl", cwd=place, env=job_env)
     end = cluster.end(job)
     assert (end.state, end.code) == ("FAILED", 2)
@@ -323,17 +323,17 @@ def test_a_missing_input_is_exit_2(
     assert sorted(path.name for path in place.iterdir()) == [f"slurm-{job}.out"]
 
 
-def test_sbatch_refusing_is_exit_2_in_its_own_words(
+def test_an_sbatch_error_is_exit_2_with_its_message(
     user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str]
 ) -> None:
     user.write(place / "in.jsonl", lines(FRANCE))
     run = [aiflux, "run", "--input", "in.jsonl", "--partition", "nowhere", "--mem", "2G"]
-    told = user.run(*run, cwd=place, env=job_env, code=2)
-    assert "no partition 'nowhere'" in told
-    assert "gpu" in told, "and the ones there are"
-    told = user.run(*run, "--no-preflight", cwd=place, env=job_env, code=2)
-    assert "invalid partition specified: nowhere" in told
-    assert "submitted" not in told
+    printed = user.run(*run, cwd=place, env=job_env, code=2)
+    assert "no partition 'nowhere'" in printed
+    assert "gpu" in printed, "the existing partitions are listed"
+    printed = user.run(*run, "--no-preflight", cwd=place, env=job_env, code=2)
+    assert "invalid partition specified: nowhere" in printed
+    assert "submitted" not in printed
 
 
 def test_no_slurm_and_no_image_are_exit_2_with_the_remedy(
@@ -341,14 +341,14 @@ def test_no_slurm_and_no_image_are_exit_2_with_the_remedy(
 ) -> None:
     user.write(place / "in.jsonl", lines(FRANCE))
     run = [aiflux, "run", "--input", "in.jsonl"]
-    told = user.run(*run, "--image", "none.sif", cwd=place, env=job_env, code=2)
-    assert re.search(r"make (-C .+ )?image", told), told
+    printed = user.run(*run, "--image", "none.sif", cwd=place, env=job_env, code=2)
+    assert re.search(r"make (-C .+ )?image", printed), printed
     bare = user.folder("bare bin")
     for tool in ("git",):
         user.run("ln", "-sf", shutil.which(tool) or tool, bare / tool)
-    told = user.run(*run, cwd=place, env={**job_env, "PATH": str(bare)}, code=2)
-    assert "sbatch" in told
-    assert "--local" in told
+    printed = user.run(*run, cwd=place, env={**job_env, "PATH": str(bare)}, code=2)
+    assert "sbatch" in printed
+    assert "--local" in printed
     assert not (place / "in.results.json").exists()
 
 
@@ -376,21 +376,21 @@ def test_local_runs_in_the_image_and_a_url_without_one(
     assert user.none_left(), user.processes()
 
 
-def test_the_gpus_that_slurm_gave_reach_the_engine(
+def test_gpus_allocated_by_slurm_reach_the_engine(
     user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
 ) -> None:
     user.write(place / "in.jsonl", lines(FRANCE, PLANETS))
-    told = user.run(
+    printed = user.run(
         aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "4G",
         "--gpus-per-node", "2", cwd=place, env=job_env,
     )  # fmt: skip
-    job = submitted(told)
+    job = submitted(printed)
     assert cluster.end(job).code == 0, cluster.log(job, place)
     status = shard_status(place)
     assert [engine["devices"] for engine in status["aiflux"]["engines"]] == [["0"], ["1"]]
 
 
-def test_the_stack_brings_nothing_down_but_its_own(stack: dict[str, str]) -> None:
+def test_the_stack_stops_only_its_own_processes(stack: dict[str, str]) -> None:
     done = subprocess.run(["sinfo", "-h", "-N", "-o", "%N %T"], capture_output=True, text=True,
                           check=True, env={"SLURM_CONF": stack["SLURM_CONF"],
                                            "PATH": "/usr/bin:/bin"})  # fmt: skip

@@ -1,8 +1,8 @@
-"""The memory formula against Ollama's own account of the same models.
+"""The memory formula, compared with Ollama's own calculation for the same models.
 
-Ollama reckons from a file's header before it loads: real architectures are held to it at their real
-sizes, in files without numbers (tests/tools/make_sparse_gguf.py). What SmolLM2 really takes is
-compared besides.
+Ollama calculates from a file's header before it loads the model. Real architectures are compared at
+their real sizes, in files without weights (tests/tools/make_sparse_gguf.py). The actual memory of
+SmolLM2 is compared as well.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ARCHITECTURES = [
 
 
 @dataclass(frozen=True)
-class Told:
-    """A size as Ollama writes it: bytes, and what one in its last digit is."""
+class PrintedSize:
+    """A size printed by Ollama: bytes, and the precision of the last digit."""
 
     value: float
     step: float
@@ -48,9 +48,9 @@ class Told:
         return abs(size - self.value) <= self.step / 2 + tolerance * self.value
 
 
-def read_size(text: str) -> Told:
+def read_size(text: str) -> PrintedSize:
     number, unit = text.split()
-    return Told(float(number) * UNITS[unit], UNITS[unit] * (0.1 if "." in number else 1))
+    return PrintedSize(float(number) * UNITS[unit], UNITS[unit] * (0.1 if "." in number else 1))
 
 
 @contextmanager
@@ -69,7 +69,9 @@ def serving(
         server.stop()
 
 
-def account_of(program: Path, models: Path, home: Path, name: str, context: int) -> dict[str, Told]:
+def account_of(
+    program: Path, models: Path, home: Path, name: str, context: int
+) -> dict[str, PrintedSize]:
     with serving(program, models, home, 1, context) as (ollama, log):
         before = log.stat().st_size
         words = ""
@@ -77,12 +79,12 @@ def account_of(program: Path, models: Path, home: Path, name: str, context: int)
             ollama.load(name, 1.5)
         except EngineError as error:
             words = error.message
-        told = log.read_text(encoding="utf-8", errors="replace")[before:] + words
-    refused = TOO_LARGE.search(told)
+        text = log.read_text(encoding="utf-8", errors="replace")[before:] + words
+    refused = TOO_LARGE.search(text)
     if refused:
         return {"required.full": read_size(f"{refused[1]} {refused[2]}")}
-    said = re.findall(r'memory\.([a-z.]+)="([\d.]+ \w+)"', told)
-    return {key: read_size(text) for key, text in said}
+    sizes = re.findall(r'memory\.([a-z.]+)="([\d.]+ \w+)"', text)
+    return {key: read_size(text) for key, text in sizes}
 
 
 def ours(figures: Figures, context: int) -> float:
@@ -91,7 +93,7 @@ def ours(figures: Figures, context: int) -> float:
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models directory of real architectures without their numbers."""
+    """A models directory with real architectures without weights."""
     folder = tmp_path_factory.mktemp("sparse")
     catalogue = read_catalogue()
     for name in ARCHITECTURES:
@@ -106,7 +108,7 @@ def known(model: CataloguedModel | None) -> CataloguedModel:
 
 @pytest.mark.parametrize("context", [2048, 16384])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_formula_is_ollamas_own(
+def test_the_formula_matches_ollama(
     name: str, context: int, sparse: Path, ollama: Path, tmp_path: Path
 ) -> None:
     account = account_of(ollama, sparse, tmp_path, f"sparse-{name}", context)
@@ -119,14 +121,14 @@ def test_the_formula_is_ollamas_own(
         "graph.full": reckoned.graph,
     }
     if "required.kv" not in account:
-        # It does not fit this machine: Ollama then reckons with the graph of a divided model.
+        # It does not fit this machine, so Ollama uses the graph of a split model.
         caches = layer_caches(figures.architecture, context, 1, BATCH)
         full, divided = graph_sizes(figures, context, BATCH, 2 * sum(caches))
         parts["required.full"] += divided - full
     assert "required.full" in account
     for key, size in parts.items():
         assert key not in account or account[key].means(size), (key, size, account[key])
-    # What the catalogue knows before the model is there, from its size and shape alone.
+    # The catalog's figures for a missing model, from its size and shape alone.
     catalogued = known(read_catalogue().find(name))
     if not catalogued.vision:
         expected = pytest.approx(account["required.full"].value, rel=0.08)
@@ -134,16 +136,16 @@ def test_the_formula_is_ollamas_own(
 
 
 @pytest.mark.parametrize(("slots", "context"), [(1, 2048), (2, 4096), (4, 2048), (8, 1024)])
-def test_what_smollm2_really_takes(
+def test_the_formula_matches_the_memory_of_smollm2(
     slots: int, context: int, models: Path, ollama: Path, tmp_path: Path
 ) -> None:
     with serving(ollama, models, tmp_path, slots, context) as (server, log):
         server.load(MODEL, 120)
         (loaded,) = server.loaded()
-        told = log.read_text(encoding="utf-8", errors="replace")
+        text = log.read_text(encoding="utf-8", errors="replace")
     buffers = {
         kind: float(number) * 2**20
-        for kind, number in re.findall(r"CPU +(model|KV|compute) buffer size = +([\d.]+) MiB", told)
+        for kind, number in re.findall(r"CPU +(model|KV|compute) buffer size = +([\d.]+) MiB", text)
     }
     figures = stored_figures(models, parse_model_name(MODEL))
     least = estimate(figures, context, slots, flash=True, gpu_overhead=0)

@@ -1,4 +1,4 @@
-"""The worker and the real Ollama, without a container: what comes back, and what survives."""
+"""The worker with the real Ollama, without a container: results and recovery."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TINY = "tiny:latest"
 
 @pytest.fixture(scope="session")
 def tiny(user: User, models: Path, ollama: Path, checkout: Path) -> str:
-    """A random half-megabyte model, where the words do not matter."""
+    """A random half-megabyte model, for tests that ignore the text."""
     return create(user, models, ollama, TINY)
 
 
 @pytest.fixture(scope="session")
 def embedder(user: User, models: Path, ollama: Path, checkout: Path) -> str:
-    """The same as a model for embeddings only."""
+    """The same as an embedding model."""
     return create(user, models, ollama, "embedder:latest", "embeddings")
 
 
@@ -46,7 +46,7 @@ def create(user: User, models: Path, ollama: Path, name: str, *kind: str) -> str
     script = user.write(
         user.home / "create.sh",
         "#!/bin/bash\n"
-        "# Makes a model from a Modelfile with a server on a port of its own.\n"
+        "# Creates a model from a Modelfile with a temporary server.\n"
         "set -euo pipefail\n"
         "export OLLAMA_MODELS=$2 OLLAMA_NOPRUNE=1 OLLAMA_HOST=127.0.0.1:$3\n"
         '"$1" serve > "$HOME/create.log" 2>&1 & server=$!\n'
@@ -97,7 +97,7 @@ def test_the_three_endpoints_and_the_official_types(
     assert entries[0]["metadata"]["model_digest"] == facts["model_digests"][TINY]
 
 
-def test_what_the_engine_does_in_silence_is_said(
+def test_silent_engine_behaviour_is_reported(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     cut = request("cut", "word " * 3000, model=TINY)
@@ -110,7 +110,7 @@ def test_what_the_engine_does_in_silence_is_said(
     assert first["metadata"]["finish_reason_length"] is True
 
 
-def test_slots_and_context_are_those_asked_for(
+def test_slots_and_context_are_as_requested(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(4))
@@ -122,7 +122,7 @@ def test_slots_and_context_are_those_asked_for(
     assert "--ctx-size 3072" in log
 
 
-def test_an_embedding_model_is_planned_with_the_one_slot_that_ollama_gives_it(
+def test_an_embedding_model_is_planned_with_ollamas_single_slot(
     user: User, place: Path, local: list[str | Path], embedder: str
 ) -> None:
     body = {"model": embedder, "input": "a word"}
@@ -134,21 +134,21 @@ def test_an_embedding_model_is_planned_with_the_one_slot_that_ollama_gives_it(
     assert "--parallel 1" in Path(engine["log"]).read_text(encoding="utf-8", errors="replace")
 
 
-def test_an_engine_that_landed_on_the_cpu_is_exit_4_unless_that_is_meant(
+def test_an_engine_on_the_cpu_is_exit_4_unless_allowed(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(2))
     gpu = {"CUDA_VISIBLE_DEVICES": "0"}
-    told = user.run(*local, cwd=place, env=gpu, code=4)
-    assert f"100 % of {TINY} landed on the CPU in a job with the GPUs 0" in told
-    assert "--allow-cpu" in told
+    printed = user.run(*local, cwd=place, env=gpu, code=4)
+    assert f"100 % of {TINY} landed on the CPU in a job with the GPUs 0" in printed
+    assert "--allow-cpu" in printed
     assert not (place / "out.json").exists()
     assert user.none_left(), user.processes()
     user.run(*local, "--allow-cpu", cwd=place, env=gpu)
     whole(place, 2)
 
 
-def test_each_group_of_gpus_has_an_engine_of_its_own(
+def test_each_group_of_gpus_has_its_own_engine(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(60))
@@ -162,8 +162,8 @@ def test_each_group_of_gpus_has_an_engine_of_its_own(
     assert {entry["metadata"]["engine"] for entry in entries} == {0, 1}
 
 
-class Going:
-    """A worker in progress that a test does harm to; ``process`` is the worker itself."""
+class RunningWorker:
+    """A running worker that a test disturbs; ``process`` is the worker itself."""
 
     def __init__(self, user: User, place: Path, local: list[str | Path]) -> None:
         self.place = place
@@ -183,7 +183,7 @@ class Going:
             time.sleep(0.02)
 
     def child(self, *words: str) -> int:
-        """Return the pid of a descendant whose command line holds all the words."""
+        """Return the pid of a descendant whose command line contains all words."""
         for pid in descendants(self.process.pid):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
             if all(word in command for word in words):
@@ -211,79 +211,79 @@ def descendants(pid: int) -> list[int]:
 
 
 def whole(place: Path, count: int) -> None:
-    """Each request has one result, in order."""
+    """Check that each request has one result, in order."""
     assert list(answers(place / "out.json")) == [f"r{i}" for i in range(count)]
 
 
 @pytest.mark.parametrize("victim", [("serve",), ("runner",)], ids=["serve", "runner"])
-def test_a_killed_engine_costs_nothing(
+def test_no_request_is_lost_when_the_engine_is_killed(
     user: User, place: Path, local: list[str | Path], tiny: str, victim: tuple[str, ...]
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(120))
-    going = Going(user, place, local)
-    going.wait_for(10)
-    os.kill(going.child("ollama", *victim), signal.SIGKILL)
-    code, told = going.end()
-    assert code == 0, told
-    assert told.count("starting it again") == 1, told
+    running = RunningWorker(user, place, local)
+    running.wait_for(10)
+    os.kill(running.child("ollama", *victim), signal.SIGKILL)
+    code, printed = running.end()
+    assert code == 0, printed
+    assert printed.count("starting it again") == 1, printed
     whole(place, 120)
     entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
     assert {entry["metadata"]["attempts"] for entry in entries} == {1}
     assert user.none_left(), user.processes()
 
 
-def test_a_killed_worker_loses_only_what_was_in_flight(
+def test_a_killed_worker_loses_only_requests_in_flight(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(80))
     kills = 0
     for target in (5, 25, 45):
-        going = Going(user, place, local)
-        going.wait_for(target)
-        if going.process.poll() is None:
-            going.process.kill()
+        running = RunningWorker(user, place, local)
+        running.wait_for(target)
+        if running.process.poll() is None:
+            running.process.kill()
             kills += 1
-        before = going.results()
-        going.end()
-        assert going.results() >= before
+        before = running.results()
+        running.end()
+        assert running.results() >= before
         assert user.none_left(), user.processes()
     assert kills >= 2
     user.run(*local, cwd=place)
     whole(place, 80)
 
 
-def test_a_storm_of_signals_ends_in_good_order(
+def test_repeated_signals_stop_the_worker_cleanly(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(400))
-    going = Going(user, place, local)
-    going.wait_for(10)
+    running = RunningWorker(user, place, local)
+    running.wait_for(10)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        going.process.send_signal(number)
-    code, told = going.end(timeout=60)
-    assert code == 5, told
-    assert "run the same command again" in told
+        running.process.send_signal(number)
+    code, printed = running.end(timeout=60)
+    assert code == 5, printed
+    assert "run the same command again" in printed
     assert shard_status(place)["status"] == "cancelled"
     assert user.none_left(), user.processes()
     user.run(*local, cwd=place)
     whole(place, 400)
 
 
-def test_a_model_of_the_real_kind_answers(user: User, place: Path, local: list[str | Path]) -> None:
+def test_a_real_model_answers(user: User, place: Path, local: list[str | Path]) -> None:
     user.write(place / "in.jsonl", lines(request("france", "What is the capital of France?")))
     user.run(*local, "--model", MODEL, cwd=place)
     assert "Paris" in answers(place / "out.json")["france"]
 
 
-def test_a_runner_that_hangs_is_started_anew(
+def test_a_hanging_runner_is_restarted(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     user.write(place / "in.jsonl", tiny_requests(120))
-    going = Going(user, place, [*local, "--request-timeout", "3", "--slots", "2"])
-    going.wait_for(10)
-    os.kill(going.child("ollama", "runner"), signal.SIGSTOP)
-    code, told = going.end()
-    assert code == 0, told
-    assert "is down; starting it again" in told
+    running = RunningWorker(user, place, [*local, "--request-timeout", "3", "--slots", "2"])
+    running.wait_for(10)
+    os.kill(running.child("ollama", "runner"), signal.SIGSTOP)
+    code, printed = running.end()
+    assert code == 0, printed
+    assert "is down; starting it again" in printed
     whole(place, 120)
     assert user.none_left(), user.processes()

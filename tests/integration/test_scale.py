@@ -1,4 +1,4 @@
-"""Runs of many jobs on the real Slurm: arrays, time limits, requeues, lost nodes, resume."""
+"""Runs with many jobs on the real Slurm: arrays, time limits, requeues, lost nodes, resume."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def aiflux(checkout: Path) -> Path:
 
 @pytest.fixture
 def engine() -> Iterator[FaultyEngine]:
-    """An engine that takes half a second for a request; the test nodes share its loopback."""
+    """An engine that takes half a second per request; the test nodes share its loopback."""
     with FaultyEngine(delay=0.5) as engine:
         yield engine
 
 
 @pytest.fixture
 def other_disk(user: User) -> Iterator[Path]:
-    """A folder of the user's on a file system of its own; only root can have one mounted."""
+    """A directory of the user on a separate file system, which only root can mount."""
     folder = user.folder(f"disk {uuid.uuid4().hex[:6]}")
     if os.geteuid() != 0:
         yield folder
@@ -48,7 +48,7 @@ Submit = Callable[..., str]
 
 @pytest.fixture
 def submit(user: User, checkout: Path, image: Path, place: Path, engine: FaultyEngine) -> Submit:
-    """Submits, from Python, a run of so many requests to the engine; returns the job's id."""
+    """Return a function that submits a run from Python and returns the job's id."""
     script = user.write(
         place / "submit.py",
         "import json, sys\n"
@@ -69,7 +69,7 @@ def submit(user: User, checkout: Path, image: Path, place: Path, engine: FaultyE
 
 
 def done(place: Path, name: str) -> int:
-    """Return how many results a run's journals hold."""
+    """Return the number of results in a run's journals."""
     journals = (place / f"{name}.json.aiflux" / "journal").glob("*.jsonl")
     return sum(journal.read_bytes().count(b"\n") for journal in journals)
 
@@ -77,7 +77,7 @@ def done(place: Path, name: str) -> int:
 def wait_until(condition: Callable[[], bool], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "it took too long"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.2)
 
 
@@ -91,7 +91,7 @@ def test_shards_of_one_run_become_one_output(
     user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str],
     other_disk: Path,
 ) -> None:  # fmt: skip
-    """With the real Ollama; the input lies on another file system than the output."""
+    """With the real Ollama; input and output are on different file systems."""
     requests = [request(f"r{i}", f"Say {i}.", max_tokens=3) for i in range(6)]
     user.write(other_disk / "in put.jsonl", lines(*requests))
     told = user.run(
@@ -114,10 +114,10 @@ def test_shards_of_one_run_become_one_output(
     assert "finished" in user.run(aiflux, "status", job, cwd=place)
 
 
-def test_time_limits_that_are_shorter_than_the_work(
+def test_time_limits_shorter_than_the_work(
     user: User, cluster: Cluster, place: Path, submit: Submit, engine: FaultyEngine
 ) -> None:
-    """One job goes on by itself, one may not, and one never gets anything done."""
+    """One job continues by itself, one must not, and one never completes a request."""
     goes_on = submit("on", 110, time="1")
     may_not = submit("not", 110, time="1", max_requeues=0)
     no_way = submit("no", 1, "hang", time="1")
@@ -141,7 +141,7 @@ def test_time_limits_that_are_shorter_than_the_work(
     assert status["aiflux"]["totals"]["starts"] == int(end.fields["Restarts"]) + 1
 
 
-def test_a_requeue_and_a_signal_in_mid_run(
+def test_a_requeue_and_a_signal_during_a_run(
     user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
     again = submit("again", 40)
@@ -163,10 +163,10 @@ def test_a_requeue_and_a_signal_in_mid_run(
     assert end.fields["Restarts"] == "1"
     is_whole(place, "again", 40)
     for name in ("again", "told"):
-        assert done(place, name) == 40, "nothing was journalled twice"
+        assert done(place, name) == 40, "no result was recorded twice"
 
 
-def test_a_cancelled_array_resumes_with_what_is_left(
+def test_a_cancelled_array_resumes_the_rest(
     user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit, engine: FaultyEngine
 ) -> None:
     job = submit("arr", 60, shards=3, max_running=2)
@@ -189,7 +189,7 @@ def test_a_cancelled_array_resumes_with_what_is_left(
     assert "finished already" in user.run(aiflux, "resume", "arr.json", cwd=place)
 
 
-def test_a_killed_shard_is_seen_and_resumed(
+def test_a_killed_shard_is_detected_and_resumed(
     user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
     job = submit("killed", 60, shards=2)
@@ -225,7 +225,7 @@ def test_more_shards_than_one_array_holds(
     ]
 
 
-def test_a_job_that_is_preempted_goes_on_by_itself(
+def test_a_preempted_job_continues_by_itself(
     user: User, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
     job = submit("pre", 40)
@@ -242,7 +242,7 @@ def test_a_job_that_is_preempted_goes_on_by_itself(
     assert done(place, "pre") == 40
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may take a node away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take a node down")
 def test_a_node_that_goes_down(
     stack: dict[str, str], user: User, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
@@ -253,18 +253,18 @@ def test_a_node_that_goes_down(
     try:
         end = cluster.end(job, timeout=240)
     finally:
-        # The node's own daemon may have brought it back; then there is nothing to resume.
+        # The node's daemon may have brought it back already; then there is nothing to resume.
         control(stack, f"nodename={node}", "state=resume", check=False)
     assert (end.state, end.code) == ("COMPLETED", 0), cluster.log(job, place / "moves.json.aiflux")
-    assert int(end.fields["Restarts"]) >= 1, "it was really taken away"
+    assert int(end.fields["Restarts"]) >= 1, "the node was down"
     is_whole(place, "moves", 60)
 
 
 @pytest.mark.parametrize("more", [0, 1, 3, 6, 12])
-def test_a_limit_on_threads_leaves_fewer_or_stops(
+def test_a_thread_limit_reduces_concurrency_or_stops(
     more: int, user: User, aiflux: Path, place: Path, engine: FaultyEngine
 ) -> None:
-    """``ulimit -u`` binds an ordinary user only, and counts the threads of all his processes."""
+    """``ulimit -u`` only applies to ordinary users, and counts threads of all their processes."""
     user.write(place / "in.jsonl", lines(*(request(str(i), f"say {i}") for i in range(4))))
     taken = subprocess.run(
         ["ps", "-L", "-u", user.name, "-o", "lwp="], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""What is told about the real site: its doctor's lines, and findings that Slurm confirms."""
+"""Diagnoses of the real site: the doctor's lines, and findings that Slurm confirms."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_the_image_is_read_without_apptainer(user: User, image: Path) -> None:
     facts = read_image(image)
     assert facts.arch == machine_arch(os.uname().machine)
     assert facts.cpu_only
-    told = json.loads(user.run("apptainer", "inspect", "--json", "--labels", image))
-    assert facts.labels == told["data"]["attributes"]["labels"]
+    printed = json.loads(user.run("apptainer", "inspect", "--json", "--labels", image))
+    assert facts.labels == printed["data"]["attributes"]["labels"]
 
 
-def test_a_cpu_image_on_gpus_is_refused(facts_env: dict[str, str], image: Path) -> None:
+def test_a_cpu_image_with_gpus_is_rejected(facts_env: dict[str, str], image: Path) -> None:
     facts = ask_cluster(facts_env)
     wants = SlurmConfig(**SMALL).checked()  # type: ignore[arg-type]
     (finding,) = check_job_image(image, facts, wants, RunOptions())
@@ -45,7 +45,7 @@ def test_a_cpu_image_on_gpus_is_refused(facts_env: dict[str, str], image: Path) 
     assert [*check_job_image(image, facts, wants, RunOptions(allow_cpu=True))] == []
 
 
-def test_what_fits_has_no_findings(facts_env: dict[str, str]) -> None:
+def test_a_job_that_fits_has_no_findings(facts_env: dict[str, str]) -> None:
     assert findings(facts_env) == []
     assert findings(facts_env, partition="urgent", gpus_per_node="2") == []
     assert findings(facts_env, partition="gpu,urgent", gres="gpu:1") == []
@@ -65,28 +65,28 @@ def test_what_fits_has_no_findings(facts_env: dict[str, str]) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_slurm_agrees(
+def test_slurm_confirms_the_findings(
     user: User,
     cluster: Cluster,
     facts_env: dict[str, str],
     slurm: dict[str, str],
     options: list[str],
 ) -> None:
-    """What is found is refused by the real sbatch, or would wait for ever."""
+    """The real sbatch rejects the job, or the job would wait forever."""
     (finding,) = findings(facts_env, **slurm)
     assert finding.level == "error"
-    told = user.run("sbatch", "--parsable", *options, "--wrap=true", code=None)
-    job = told.strip().splitlines()[-1]
+    printed = user.run("sbatch", "--parsable", *options, "--wrap=true", code=None)
+    job = printed.strip().splitlines()[-1]
     if job.isdigit():
         fields = cluster.fields(job)
         assert fields["JobState"] == "PENDING"
         assert fields["Reason"] not in ("None", "Resources", "Priority")
         user.run("scancel", job)
     else:
-        assert "error" in told
+        assert "error" in printed
 
 
-def test_the_doctor_of_the_real_site(user: User, checkout: Path, image: Path) -> None:
+def test_the_doctor_describes_the_real_site(user: User, checkout: Path, image: Path) -> None:
     env = {"SLURM_MEM": "1G", "AIFLUX_IMAGE": str(image)}
     doctor = checkout / ".venv/bin/aiflux"
     lines = json.loads(user.run(doctor, "doctor", "--json", env=env))
@@ -96,15 +96,15 @@ def test_the_doctor_of_the_real_site(user: User, checkout: Path, image: Path) ->
     for name in ("slurm", "apptainer", "sealing", "building", "your settings", "partition gpu"):
         assert levels[name] == ["ok"], (name, lines)
     assert levels["image"] == ["ok", "warn"]
-    told = {line["name"]: line["what"] for line in lines}
-    assert "2 nodes with 2 GPUs" in told["partition gpu"]
+    printed = {line["name"]: line["what"] for line in lines}
+    assert "2 nodes with 2 GPUs" in printed["partition gpu"]
 
 
-def test_the_doctor_finds_what_is_missing(user: User, checkout: Path) -> None:
+def test_the_doctor_reports_missing_parts(user: User, checkout: Path) -> None:
     place = user.folder("doctor")
     conf = "ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n"
     user.write(place / "none.conf", conf)
     env = {"SLURM_CONF": str(place / "none.conf"), "AIFLUX_IMAGE": str(place / "none.sif")}
-    told = user.run(checkout / ".venv/bin/aiflux", "doctor", cwd=place, env=env, code=2)
-    assert "FAIL image: " in told
-    assert "FAIL slurm: Slurm does not answer" in told
+    printed = user.run(checkout / ".venv/bin/aiflux", "doctor", cwd=place, env=env, code=2)
+    assert "FAIL image: " in printed
+    assert "FAIL slurm: Slurm does not answer" in printed

@@ -1,4 +1,4 @@
-"""The benchmark runs to its end. What it measures is for a person to judge, not for a test."""
+"""The benchmark runs to its end. Its figures are judged by people, not by tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversions of large files stay small in memory."""
+"""Conversions of large files need little memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print(summary.{count}, open("/proc/self/status").read())
 
 
 def measured(function: str, count: str, source: Path, target: Path, **options: object) -> list[int]:
-    """Run a converter in a process of its own; return what it did, and its peak memory in bytes."""
+    """Run a converter in a separate process; return its count, and its peak memory in bytes."""
     code = CODE.format(function=function, count=count, options=options)
     done = subprocess.run(
         [sys.executable, "-c", code, source, target], capture_output=True, text=True, check=True
@@ -30,14 +30,14 @@ def measured(function: str, count: str, source: Path, target: Path, **options: o
     return figures(done.stdout)
 
 
-def figures(told: str) -> list[int]:
-    """Return the count that a program told, and its peak memory in bytes.
+def figures(printed: str) -> list[int]:
+    """Return the count that a program printed, and its peak memory in bytes.
 
-    VmHWM is the peak of the program alone; ru_maxrss begins with that of what it was forked from.
+    VmHWM is the peak of the program alone; ru_maxrss starts with that of the forking process.
     """
-    peak = re.search(r"^VmHWM:\s+(\d+) kB$", told, re.MULTILINE)
-    assert peak is not None, told
-    return [int(told.split(maxsplit=1)[0]), int(peak[1]) * 1024]
+    peak = re.search(r"^VmHWM:\s+(\d+) kB$", printed, re.MULTILINE)
+    assert peak is not None, printed
+    return [int(printed.split(maxsplit=1)[0]), int(peak[1]) * 1024]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.mark.slow
-def test_a_large_csv_there_and_back(large: tuple[Path, int], tmp_path: Path) -> None:
+def test_a_large_csv_and_its_results(large: tuple[Path, int], tmp_path: Path) -> None:
     source, rows = large
     requests = tmp_path / "q.jsonl"
     done, peak = measured(
@@ -79,10 +79,10 @@ back = BackOptions(source=Path({str(source)!r}), id_column="id")
 summary = results_to_csv({str(output)!r}, {str(tmp_path / "back.csv")!r}, back)
 print(summary.answered, open("/proc/self/status").read())
 """
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    done, peak = figures(told)
+    done, peak = figures(printed)
     assert done == rows
     assert peak < BOUND
 
@@ -102,8 +102,8 @@ def test_a_large_json_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
-    """The rest of the file would be one cell: that is refused long before memory is full."""
+def test_an_unclosed_quote_in_a_large_file(tmp_path: Path) -> None:
+    """The rest of the file would be one cell; it is rejected long before memory is full."""
     source = tmp_path / "in.csv"
     with open(source, "w", encoding="utf-8") as file:
         file.write('text\n"')

@@ -1,4 +1,4 @@
-"""Soak tests: what must hold a hundred times over."""
+"""Soak tests: repeat interrupted runs a hundred times."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def worker(place: Path, url: str) -> subprocess.Popen[bytes]:
 
 
 def moment(dice: random.Random, kills: int, engine: FaultyEngine) -> Callable[[], bool]:
-    """Return what tells that the moment of the next kill has come.
+    """Return a function that tells whether it is time for the next kill.
 
-    It comes after so many requests, however fast the machine is; the later ones also by the clock,
-    before the first request or between two.
+    A kill comes after a number of requests, however fast the machine is. Later ones also come by
+    time, before the first request or between two requests.
     """
     if kills and dice.random() < 0.4:
         end = time.monotonic() + dice.uniform(0.0, 0.8)
@@ -44,7 +44,7 @@ def moment(dice: random.Random, kills: int, engine: FaultyEngine) -> Callable[[]
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100))
 def test_kill_9_at_any_moment_and_resume(tmp_path: Path, seed: int) -> None:
-    """Each of a hundred runs is killed again and again, and ends whole."""
+    """Each of a hundred runs is killed repeatedly and still completes."""
     dice = random.Random(seed)
     faults = ["", "500*1 ", "reset*1 ", "cut*1 ", "429*1 "]
     prompts = [f"{dice.choice(faults)}p{index}" for index in range(REQUESTS)]
@@ -61,17 +61,17 @@ def test_kill_9_at_any_moment_and_resume(tmp_path: Path, seed: int) -> None:
             if process.poll() is None:
                 process.kill()
                 kills += 1
-            _, told = process.communicate()
+            _, printed = process.communicate()
             if process.returncode == 0:
                 break
-            assert process.returncode == -9, told.decode()
+            assert process.returncode == -9, printed.decode()
         assert process.returncode == 0
         most = max(engine.seen.values())
     assert kills > 0
     entries = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert [entry["input"]["custom_id"] for entry in entries] == [f"r{i}" for i in range(REQUESTS)]
     assert all(entry["output"] for entry in entries)
-    # A request is sent again only for a fault, or for a kill while it was in flight.
+    # A request is only repeated after a fault, or after a kill while it was in flight.
     assert most <= 2 + kills
 
 
@@ -83,8 +83,8 @@ def shard_worker(run: RunDirectory, shard: int) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
-def test_kill_9_of_shards_that_are_cut_anew(tmp_path: Path, seed: int) -> None:
-    """Shards at work side by side, killed at random (the merge too), cut anew now and then."""
+def test_kill_9_of_shards_that_are_resharded(tmp_path: Path, seed: int) -> None:
+    """Parallel shards (and the merge) are killed at random, and resharded now and then."""
     dice = random.Random(seed)
     lines = [request_line(f"r{index}") for index in range(REQUESTS)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -110,8 +110,8 @@ def test_kill_9_of_shards_that_are_cut_anew(tmp_path: Path, seed: int) -> None:
                         kills += 1
                 time.sleep(0.01)
             for process in running:
-                _, told = process.communicate()
-                assert process.returncode in (0, -9), told.decode()
+                _, printed = process.communicate()
+                assert process.returncode in (0, -9), printed.decode()
         most = max(engine.seen.values())
     assert opened.finished
     assert kills > 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Apptainer for the ordinary user: the one installed here, else Debian sid's, beside the system's own libc if need be.
+# Apptainer for the ordinary user: the installed one, else Debian sid's, with its own libc if needed.
 set -euo pipefail
 # shellcheck source=tests/stack/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -8,9 +8,9 @@ work=$stack_dir/apptainer # downloads and what is unpacked from them
 libc_dir=$work/libc       # sid's libraries, for sid's binaries alone
 helpers=(ca-certificates squashfs-tools squashfuse fuse-overlayfs uidmap fakeroot debootstrap)
 
-# --- installing -----------------------------------------------------------------------------
+# --- installation ----------------------------------------------------------------------------
 
-# Debian 13 and later have the libc that sid's Apptainer was linked against.
+# Debian 13 and later have the libc that sid's Apptainer requires.
 libc_is_new_enough() {
     local have
     have=$(getconf GNU_LIBC_VERSION)
@@ -22,8 +22,8 @@ install_package() {
     apt_get install "$work"/debs/apptainer_*.deb
 }
 
-# The libraries go to one private directory; the program goes where it was compiled for.
-install_beside_old_libc() {
+# The libraries go to a private directory, the program to its compiled-in path.
+install_with_private_libc() {
     apt_install patchelf
     download_from_sid apptainer libc6 libseccomp2 libsqlite3-0
     unpack_libraries libc6 libseccomp2 libsqlite3-0
@@ -42,7 +42,7 @@ unpack_libraries() {
     done
 }
 
-# RPATH rather than RUNPATH: libsqlite3's own needs must be found there too.
+# RPATH rather than RUNPATH, so that dependencies of libsqlite3 are found there too.
 link_against_private_libc() {
     local binary interpreter
     for binary in "$@"; do
@@ -60,12 +60,12 @@ copy_program() {
     done
 }
 
-# As the package's own postinst does.
+# Like the package's own postinst.
 name_singularity() {
     update-alternatives --install /usr/bin/singularity singularity /usr/bin/singularity.apptainer 50 >&2
 }
 
-# It stops running when the stack's directory, and with it its libraries, was removed.
+# Apptainer no longer runs if the stack's directory with its libraries was removed.
 apptainer_runs() {
     apptainer version >/dev/null 2>&1
 }
@@ -78,7 +78,7 @@ open_fuse() {
 up() {
     apt_install "${helpers[@]}"
     if ! apptainer_runs; then
-        if libc_is_new_enough; then install_package; else install_beside_old_libc; fi
+        if libc_is_new_enough; then install_package; else install_with_private_libc; fi
     fi
     open_fuse
     status
@@ -86,7 +86,7 @@ up() {
 
 status() {
     apptainer_runs || fail "apptainer does not run: $(apptainer version 2>&1 || true)"
-    [[ $(stat -c %a /dev/fuse) == 666 ]] || fail "/dev/fuse is not open to $stack_user"
+    [[ $(stat -c %a /dev/fuse) == 666 ]] || fail "/dev/fuse is not accessible for $stack_user"
     say "$(apptainer version), $(command -v apptainer)"
 }
 

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # the scripts that source this use what is set here
-# Shared by the scripts of the test stack: paths, messages, apt, daemons, ports. Sourced, never run.
+# shellcheck disable=SC2034 # variables are used by the scripts that source this
+# Shared by the scripts of the test stack: paths, messages, apt, daemons, ports. To be sourced.
 
-# The interface: every path of the stack derives from these.
+# The interface: all paths of the stack derive from these.
 stack_dir=${AIFLUX_STACK_DIR:-/var/tmp/aiflux-stack}
 stack_user=aifluxtest
-# In the order in which they come up; <part>.sh takes up, down or status.
+# In the order of startup; <part>.sh accepts up, down or status.
 parts=(user apptainer slurm registry ollama llamacpp)
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd -- "$here/../.." && pwd)
@@ -18,22 +18,22 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 # --- messages -------------------------------------------------------------------------------
 
-# Ends the part; the text becomes the content of missing/<part>.
+# Exits with an error; the text is stored in missing/<part>.
 fail() {
     printf '%s\n' "$*" >&2
     exit 1
 }
 
-# The result of a part: one short line on stdout.
+# Prints the result of a part: one short line on stdout.
 say() {
     printf '%s\n' "$*"
 }
 
 require_root() {
-    [[ $EUID -eq 0 ]] || fail "the test stack needs root (it makes a user, device nodes and daemons); run it as root"
+    [[ $EUID -eq 0 ]] || fail "run the test stack as root: it creates a user, device nodes and daemons"
 }
 
-# Slurm's configuration cannot quote a blank, and a socket's path is at most 107 bytes.
+# Slurm's configuration cannot quote spaces, and a socket's path has at most 107 bytes.
 require_plain_stack_dir() {
     [[ $stack_dir =~ ^/[A-Za-z0-9/._-]+$ && ${#stack_dir} -le 70 ]] ||
         fail "AIFLUX_STACK_DIR=$stack_dir: need an absolute path of letters, digits and / . _ -, at most 70 characters"
@@ -53,7 +53,7 @@ user_home() {
 
 # --- packages -------------------------------------------------------------------------------
 
-# Package names that are not installed, one a line.
+# Prints the packages that are not installed, one per line.
 not_installed() {
     local package
     for package in "$@"; do
@@ -61,12 +61,12 @@ not_installed() {
     done
 }
 
-# Installs what is absent; refreshes apt's lists only when the first try fails.
+# Installs missing packages; refreshes apt's lists only if the first attempt fails.
 apt_install() {
     local -a wanted
     mapfile -t wanted < <(not_installed "$@")
     ((${#wanted[@]})) || return 0
-    # The parts run one after the other, so one policy-rc.d is enough for all of them.
+    # The parts run one after the other, so they can share one policy-rc.d.
     forbid_service_starts
     apt_get install "${wanted[@]}" || {
         apt_get update
@@ -79,7 +79,7 @@ apt_get() {
     apt-get -y -q --no-install-recommends -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" </dev/null >&2
 }
 
-# Debian's package scripts ask policy-rc.d before they start a daemon; 101 means no.
+# Debian's package scripts ask policy-rc.d before they start a daemon; 101 forbids it.
 forbid_service_starts() {
     [[ ! -e /usr/sbin/policy-rc.d ]] || return 0
     printf '#!/bin/sh\n# aiflux test stack\nexit 101\n' >/usr/sbin/policy-rc.d
@@ -93,12 +93,12 @@ allow_service_starts() {
     fi
 }
 
-# "URI SUITE" of the Debian archive that this machine's own apt sources name for its release.
+# Prints "URI SUITE" of the Debian archive in this machine's apt sources for its release.
 debian_source() {
     local codename found
     codename=$(. /etc/os-release && printf "%s" "${VERSION_CODENAME:-}")
     found=$(archive_of "$codename")
-    # apt can tell its sources apart only after it has fetched their lists once.
+    # apt can distinguish its sources only after it has fetched their lists once.
     if [[ -z $found ]]; then
         apt_get update
         found=$(archive_of "$codename")
@@ -115,8 +115,8 @@ archive_of() {
 }
 
 # --- Debian sid -----------------------------------------------------------------------------
-# Seen through an apt of its own: the machine's lists and sources stay as they are. Downloads and
-# what is unpacked from them go below $work, which the part sets.
+# Uses a private apt, so that the machine's lists and sources stay unchanged. Downloads and unpacked
+# files go below $work, which the part sets.
 
 private_apt() {
     apt-get -q -o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts="$work/apt/none" \
@@ -151,22 +151,22 @@ unpack() {
 }
 
 # --- daemons --------------------------------------------------------------------------------
-# run/<name>.pid holds "PID STARTTIME PROGRAM": the three together name one process for ever.
+# run/<name>.pid has "PID STARTTIME PROGRAM", which together identify a process uniquely.
 
-# Field 22 of /proc/PID/stat; the command name, field 2, may hold blanks and brackets.
+# Field 22 of /proc/PID/stat; the command name in field 2 can contain spaces and brackets.
 start_time() {
     local stat
     { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
     awk '{ print $20 }' <<<"${stat##*) }"
 }
 
-# The program as it was called: the first word of the command line.
+# Prints the program: the first word of the command line.
 called_as() {
     local word
     IFS= read -r -d '' word 2>/dev/null <"/proc/$1/cmdline" && printf '%s\n' "$word"
 }
 
-# The pid of a daemon of this stack if the recorded process is the one that runs, else status 1.
+# Prints the pid of a daemon of this stack if the recorded process is still running, else status 1.
 daemon_pid() {
     local pid started program
     [[ -e $run_dir/$1.pid ]] || return 1
@@ -175,13 +175,13 @@ daemon_pid() {
     printf '%s\n' "$pid"
 }
 
-# start_daemon NAME USER PROGRAM ARGUMENT...: detached, with an environment of its own.
+# start_daemon NAME USER PROGRAM ARGUMENT...: detached, with its own environment.
 start_daemon() {
     local name=$1 user=$2 program=$3 pid
     shift 2
     (
         cd /
-        # A background child of a script leads no group, so setsid does not fork: the pid stays.
+        # A background child of a script is not a group leader, so setsid does not fork and the pid stays.
         exec setsid env -i PATH="$PATH" LANG=C.UTF-8 \
             setpriv --reuid "$user" --regid "$(id -g "$user")" --init-groups "$@"
     ) </dev/null >>"$log_dir/$name.log" 2>&1 9>&- &
@@ -193,7 +193,7 @@ ensure_daemon() {
     daemon_pid "$1" >/dev/null || start_daemon "$@"
 }
 
-# TERM, ten seconds of grace, KILL: only ever the recorded process.
+# SIGTERM, then SIGKILL after ten seconds; only for the recorded process.
 stop_daemon() {
     local name=$1 pid
     if pid=$(daemon_pid "$name"); then
@@ -219,7 +219,7 @@ wait_until() {
 
 # --- ports ----------------------------------------------------------------------------------
 
-# remembered_port NAME FIRST: the port recorded for NAME, or the first free one from FIRST on.
+# remembered_port NAME FIRST: the port recorded for NAME, or the first free port from FIRST.
 remembered_port() {
     local file=$run_dir/$1.port port=$2
     if [[ ! -s $file ]]; then
@@ -235,7 +235,7 @@ port_taken() {
 
 # --- files ----------------------------------------------------------------------------------
 
-# Writes stdin to a file if that changes it; status 1 when the file was right already.
+# Writes stdin to a file if that changes it; status 1 if the file is unchanged.
 replace_if_changed() {
     local new=$1.new
     cat >"$new"

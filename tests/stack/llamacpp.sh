@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# llama-server from Debian sid, unpacked beside the system's own libc: the second engine that the tests run.
+# llama-server from Debian sid with its own libc: the second engine of the tests.
 set -euo pipefail
 # shellcheck source=tests/stack/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -8,7 +8,7 @@ work=$stack_dir/llamacpp # downloads, what is unpacked from them, and the progra
 program=$work/bin/llama-server
 packages=(llama.cpp-tools libllama0 libggml0 libc6 libstdc++6 libgcc-s1 libgomp1 libssl3t64)
 
-# One flat directory: the CPU back ends are looked for beside the program.
+# One flat directory, because the program searches its own directory for CPU back ends.
 assemble() {
     local new=$work/bin.new package
     apt_install patchelf
@@ -26,7 +26,7 @@ assemble() {
     mv "$new" "$work/bin"
 }
 
-# RPATH, which also holds for what the libraries need themselves.
+# RPATH also applies to the dependencies of libraries.
 link() {
     local interpreter library
     interpreter=$(patchelf --print-interpreter "$1/llama-server")

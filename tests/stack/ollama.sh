@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU Ollama that the tests run. container/cpu-ollama.sh assembles it, and knows itself when that is not needed.
+# The CPU Ollama of the tests. container/cpu-ollama.sh assembles it if needed.
 set -euo pipefail
 # shellcheck source=tests/stack/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -11,8 +11,8 @@ need_pip() {
     python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
 }
 
-# The assembler writes beside its target, so the user owns the directory above it; and it runs from
-# a copy, as the checkout may lie where only root can read.
+# The assembler writes next to its target, so the user owns the parent directory. It runs from a copy,
+# as the checkout may only be readable for root.
 assemble() {
     local owned=$stack_dir/user
     install -d -m 0755 -o "$stack_user" -g "$stack_user" "$owned"
@@ -32,7 +32,7 @@ up() {
 }
 
 status() {
-    [[ -e $assembler || -x $target/bin/ollama ]] || { say "not built: there is no container/cpu-ollama.sh" && return; }
+    [[ -e $assembler || -x $target/bin/ollama ]] || { say "not built: container/cpu-ollama.sh does not exist" && return; }
     [[ -x $target/bin/ollama ]] || fail "not assembled yet"
     say "$target/bin/ollama"
 }

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A container registry on loopback that models are pushed to and pulled from.
+# A container registry on loopback, for pushing and pulling models.
 set -euo pipefail
 # shellcheck source=tests/stack/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
 registry_dir=$stack_dir/registry
 
-# Ollama reads a blob's address from the answer's Location, which its own registry sends to redirect;
-# "#" names the address that was asked. Where the registry has a Location of its own, as for an
-# upload, that one is sent.
+# Ollama reads a blob's address from the Location header, with which its own registry redirects; "#"
+# means the requested address. If the registry sets a Location itself, as for an upload, that one is
+# sent.
 render_config() {
     cat <<CONF
 version: 0.1
@@ -38,15 +38,15 @@ up() {
     install -d -m 0755 -o "$stack_user" -g "$stack_user" "$registry_dir/data"
     if render_config "$port" | replace_if_changed "$registry_dir/config.yml"; then stop_daemon registry; fi
     ensure_daemon registry "$stack_user" /usr/bin/docker-registry serve "$registry_dir/config.yml"
-    wait_until 10 answers "$port" || fail "the registry does not answer on port $port: $(tail -n 2 "$log_dir/registry.log")"
+    wait_until 10 answers "$port" || fail "the registry does not respond on port $port: $(tail -n 2 "$log_dir/registry.log")"
     status
 }
 
 status() {
     local port
-    daemon_pid registry >/dev/null || fail "the registry does not run"
+    daemon_pid registry >/dev/null || fail "the registry is not running"
     port=$(remembered_port registry 15000)
-    answers "$port" || fail "the registry does not answer on port $port"
+    answers "$port" || fail "the registry does not respond on port $port"
     say "127.0.0.1:$port"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm cluster of two nodes on this machine, two make-believe GPUs each, with a munge of its own.
+# A Slurm cluster of two nodes on this machine, with two fake GPUs each and its own munge.
 set -euo pipefail
 # shellcheck source=tests/stack/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -10,7 +10,7 @@ nodes=(n1 n2)
 gpus_per_node=2
 export SLURM_CONF=$slurm_conf
 
-# --- munge: signs the users' identities -----------------------------------------------------
+# --- munge: signs user identities -----------------------------------------------------------
 
 make_munge_key() {
     install -d -m 0755 -o munge -g munge "$munge_dir"
@@ -23,7 +23,7 @@ ensure_munged() {
     ensure_daemon munged munge /usr/sbin/munged --foreground --key-file="$munge_dir/key" \
         --socket="$munge_dir/socket" --pid-file="$munge_dir/munged.pid" \
         --log-file="$munge_dir/munged.log" --seed-file="$munge_dir/seed" --num-threads=2
-    wait_until 10 munge_answers || fail "munged does not answer; see $munge_dir/munged.log"
+    wait_until 10 munge_answers || fail "munged does not respond; see $munge_dir/munged.log"
 }
 
 munge_answers() {
@@ -36,7 +36,7 @@ gpu_file() {
     printf '%s/dev/%s-gpu%s\n' "$slurm_dir" "$1" "$2"
 }
 
-# Slurm counts a GPU only where its file is a device node: these are further /dev/null.
+# Slurm only counts GPUs whose file is a device node: these are additional null devices.
 make_gpus() {
     local node index file
     mkdir -p "$slurm_dir/dev"
@@ -55,7 +55,7 @@ render_gres_conf() {
     done
 }
 
-# cred_expire is also how long a requeued job waits before it may start again.
+# cred_expire is also the time that a requeued job waits before it can start again.
 render_slurm_conf() {
     local host control_port node_port
     host=$(hostname -s)
@@ -110,8 +110,8 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF DefaultTime=10 
 CONF
 }
 
-# slurmd loads a cgroup plugin even where nothing uses it. The one of version 1 asks nothing of the
-# machine; detecting one, as is the default, fails where no cgroup is mounted. 23.11 and later can do without.
+# slurmd loads a cgroup plugin even if nothing uses it. The plugin for version 1 has no requirements.
+# The default, detection, fails if no cgroup is mounted. 23.11 and later do not need this.
 render_cgroup_conf() {
     local version plugin=cgroup/v1
     version=$(dpkg-query -W -f='${Version}' slurmd)
@@ -119,7 +119,7 @@ render_cgroup_conf() {
     printf 'CgroupPlugin=%s\n' "$plugin"
 }
 
-# Status 0 when a file changed, so that running daemons have to be started again.
+# Status 0 if a file changed, so that running daemons must be restarted.
 configure() {
     local changed=1
     install -d -m 0755 "$slurm_dir"
@@ -140,8 +140,8 @@ ensure_slurm_daemons() {
     done
 }
 
-# Lines "NODE STATE"; a * behind the state means that the node does not answer.
-# sinfo itself tries for minutes to reach a slurmctld that is away.
+# Lines "NODE STATE"; a * after the state means that the node does not respond.
+# sinfo itself tries for minutes to reach an unavailable slurmctld.
 node_states() {
     timeout 3 sinfo -h -N -p gpu -o '%N %T' 2>/dev/null
 }
@@ -157,7 +157,7 @@ dead_daemons() {
     done
 }
 
-# A daemon's own last words.
+# The last error in a daemon's log.
 last_error() {
     grep -h -E 'fatal|error' "$log_dir/$1.log" 2>/dev/null | tail -n 1
 }
@@ -172,7 +172,7 @@ ready_or_dead() {
     cluster_ready || ! daemons_run
 }
 
-# A node that was drained or went down with an earlier start takes jobs again.
+# Let nodes that were drained or went down during an earlier start accept jobs again.
 resume_nodes() {
     local node state
     while read -r node state; do
@@ -193,7 +193,7 @@ stop_slurm_daemons() {
     stop_daemon slurmctld
 }
 
-# A job's processes belong to Slurm, not to this script: Slurm itself ends them.
+# A job's processes belong to Slurm, not to this script, so Slurm ends them.
 cancel_jobs() {
     local -a jobs
     daemon_pid slurmctld >/dev/null || return 0

@@ -1,4 +1,4 @@
-"""Executables that stand for Slurm's commands and Apptainer, and record how they are called."""
+"""Executables that replace Slurm's commands and Apptainer and record their calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# The name of the call's files is its number; behaviour/NAME is shell that the call then runs.
+# Each call has a numbered directory; behaviour/NAME is a shell script that the call runs.
 _RECORDER = """\
 #!/bin/bash
 here=$(dirname -- "$0")
@@ -25,7 +25,7 @@ env -0 >"$call/env"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a fake: its arguments and its environment."""
+    """One call of a fake, with its arguments and environment."""
 
     argv: list[str]
     environ: dict[str, str]
@@ -41,11 +41,11 @@ class FakeCommands:
 
     @property
     def path(self) -> str:
-        """PATH with the fakes before the machine's own commands."""
+        """PATH with the fakes before the real commands."""
         return f"{self.folder}{os.pathsep}{os.defpath}"
 
     def add(self, name: str, behaviour: str = "") -> Path:
-        """Make an executable; ``behaviour`` is shell that sees ``$call`` and the arguments."""
+        """Create an executable; ``behaviour`` is shell code that can use ``$call``."""
         file = self.folder / name
         file.write_text(_RECORDER, encoding="utf-8")
         file.chmod(0o755)
@@ -53,12 +53,12 @@ class FakeCommands:
         return file
 
     def say(self, name: str, stdout: str = "", stderr: str = "", status: int = 0) -> Path:
-        """Make an executable that prints and exits."""
+        """Create an executable that prints text and exits."""
         out, err = shlex.quote(stdout), shlex.quote(stderr)
         return self.add(name, f"printf %s {out}\nprintf %s {err} >&2\nexit {status}\n")
 
     def calls(self, name: str) -> list[Call]:
-        """Return the calls of an executable, in their order."""
+        """Return the calls of an executable, in order."""
         calls = []
         while (call := self.folder / "calls" / f"{name}-{len(calls)}").is_dir():
             calls.append(Call(_split(call / "argv"), dict(_pairs(call / "env"))))
@@ -66,7 +66,7 @@ class FakeCommands:
 
 
 def waiting_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
-    """Return a Slurm on PATH that takes every job as number 100 and lets it wait."""
+    """Return a fake Slurm on PATH that accepts every job as job 100 and keeps it pending."""
     fakes = FakeCommands(folder)
     fakes.say("sbatch", "100\n")
     fakes.say("scancel")

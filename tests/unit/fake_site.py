@@ -1,4 +1,4 @@
-"""A cluster as ``scontrol`` and ``sacctmgr`` tell of it, in the words of real ones."""
+"""A fake cluster, with real output of ``scontrol`` and ``sacctmgr``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def node(name: str, **changes: str) -> str:
 
 @dataclass
 class FakeSite:
-    """What the cluster is; ``install`` makes the commands tell it."""
+    """A cluster's configuration; ``install`` creates the commands that print it."""
 
     settings: dict[str, str] = field(default_factory=dict)
     partitions: list[str] = field(
@@ -75,7 +75,7 @@ class FakeSite:
     qos: tuple[str, ...] = ("normal|", "short|04:00:00")
 
     def install(self, commands: FakeCommands) -> dict[str, str]:
-        """Make the commands; return an environment that finds them, and no others of Slurm."""
+        """Create the commands; return an environment with them as the only Slurm commands."""
         config = "\n".join(
             f"{key:23} = {value}" for key, value in (SETTINGS | self.settings).items()
         )
@@ -94,7 +94,7 @@ class FakeSite:
 
 def _cases(word: str, answers: dict[str, str]) -> str:
     cases = "".join(
-        f"{shlex.quote(given)}) printf '%s\\n' {shlex.quote(told)} ;;\n"
-        for given, told in answers.items()
+        f"{shlex.quote(given)}) printf '%s\\n' {shlex.quote(output)} ;;\n"
+        for given, output in answers.items()
     )
     return f'case "{word}" in\n{cases}*) exit 1 ;;\nesac\n'

@@ -1,4 +1,4 @@
-"""Models in a models directory, made by hand: small blobs whose digests are right."""
+"""Create small models in a models directory, with correct digests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def put_blob(models: Path, content: bytes) -> tuple[str, int]:
 
 
 def put_model(models: Path, name: str, *blobs: bytes) -> ModelName:
-    """Write a model of these blobs."""
+    """Write a model with these blobs."""
     parsed = parse_model_name(name)
     kinds = [KIND + kind for kind in ("model", "license", "template", "params")]
     layers = [

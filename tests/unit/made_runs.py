@@ -1,4 +1,4 @@
-"""Run directories as jobs leave them, made by hand: a plan, statuses, leases and jobs.json."""
+"""Create run directories as jobs leave them: a plan, statuses, leases and jobs.json."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class MadeRun:
         write_plan(self.plan, self.run)
 
     def submit(self, job: str = "100", first: int = 0, last: int | None = None) -> None:
-        """Note a job; of several shards it is an array."""
+        """Record a job; an array for several shards."""
         shards = list(range(first, self.shards if last is None else last + 1))
         entry = {
             "submitted": "2026-01-02T03:04:06.000Z",
@@ -85,10 +85,10 @@ class MadeRun:
         errors: tuple[tuple[str, str], ...] = (),
         **details: Any,
     ) -> None:
-        """Write a shard's status; one that works holds its lease, on another host.
+        """Write a shard's status; a running one holds its lease, on another host.
 
         Args:
-            age: seconds since status and lease moved.
+            age: seconds since status and lease changed.
             errors: custom ids and messages.
         """
         working = state in ("validating", "in_progress", "finalizing", "cancelling")
@@ -127,12 +127,12 @@ class MadeRun:
             self.hold(self.run.lease(shard), age)
 
     def hold(self, lease: Path, age: float = 0.0) -> None:
-        """Make a lease that a process of another machine holds."""
+        """Create a lease held by a process on another machine."""
         lease.write_bytes(b"0" * 12 + b" " + json.dumps(ELSEWHERE).encode() + b"\n")
         os.utime(lease, (time.time() - age,) * 2)
 
     def whole(self, state: str, completed: int, failed: int = 0, *, age: float = 0.0) -> None:
-        """Write the run's own status; a completed one has its output."""
+        """Write the run's status; a completed run also gets its output."""
         now = time.time() - age
         counts = {"total": self.plan.requests, "completed": completed, "failed": failed}
         facts = {"plan": self.plan.id, "updated": now}

@@ -1,6 +1,6 @@
-"""The simulated engine accounts honestly, and what bench/gpu makes can be used.
+"""The simulated engine's statistics are correct, and the output of bench/gpu is usable.
 
-No test here is timed.
+No test here measures time.
 """
 
 import io
@@ -25,7 +25,7 @@ from aiflux.models.gguf import read_gguf
 COST = Cost(base=0.004, each=0.001)
 
 
-def test_one_sequence_costs_its_steps():
+def test_one_sequence_takes_the_time_of_its_steps():
     decoder = floor([5], 4, COST)
     assert decoder.makespan == pytest.approx(5 * 0.005)
     assert decoder.occupancy == pytest.approx(1 / 4)
@@ -44,7 +44,7 @@ def test_a_slot_is_filled_as_soon_as_it_is_free():
     assert decoder.occupancy == pytest.approx(1.0)
 
 
-def test_what_arrives_during_a_step_waits_for_the_next():
+def test_a_request_that_arrives_during_a_step_waits_for_the_next():
     decoder = Decoder(2, COST)
     decoder.submit("a", 2, at=10.0)
     assert decoder.begin() == pytest.approx(10.005)
@@ -65,7 +65,7 @@ def test_time_without_requests_counts_as_unused():
     assert decoder.occupancy == pytest.approx(0.5)
 
 
-def test_no_order_beats_the_floor_by_arriving_late():
+def test_no_order_of_arrival_beats_the_floor():
     lengths = [3, 50, 4, 9, 30, 2]
     late = Decoder(2, COST)
     for number, tokens in enumerate(lengths):
@@ -81,20 +81,20 @@ def post(url: str, tokens: int) -> int:
     return int(answer.json()["usage"]["completion_tokens"])
 
 
-def test_the_engine_over_http_agrees_with_the_account():
+def test_the_engine_over_http_agrees_with_its_statistics():
     lengths = [3, 8, 5, 2, 9, 4]
     with engine(2, COST) as running, ThreadPoolExecutor(6) as threads:
         answered = list(threads.map(lambda tokens: post(running.url, tokens), lengths))
         stats = running.stats()
     assert answered == lengths
     assert stats["done"] == len(lengths)
-    # Every token costs its share of a step: between a whole step alone and half a step of two.
+    # A token costs between a whole step (alone) and half a step (two sequences).
     assert sum(lengths) * 0.005 * 0.999 <= stats["busy"] <= sum(lengths) * 0.006 * 1.001
     assert stats["makespan"] >= floor(sorted(lengths), 2, COST).busy / 2 * 0.8
     assert 0.0 < stats["occupancy"] <= 1.0
 
 
-def test_the_instant_engine_counts():
+def test_the_instant_engine_counts_requests():
     with engine() as running:
         session = requests.Session()
         for _ in range(3):
@@ -103,7 +103,7 @@ def test_the_instant_engine_counts():
         session.close()
 
 
-def test_a_random_gguf_has_the_shape_that_was_asked_for(tmp_path):
+def test_a_random_gguf_has_the_requested_shape(tmp_path):
     make_gguf(tmp_path / "m.gguf", SHAPES["tiny"])
     header = read_gguf(tmp_path / "m.gguf")
     assert header.architecture == "llama"
@@ -112,7 +112,7 @@ def test_a_random_gguf_has_the_shape_that_was_asked_for(tmp_path):
     assert len(header.tensors) == len(SHAPES["tiny"].tensors)
 
 
-def test_a_random_hf_model_never_chooses_its_end(tmp_path):
+def test_a_random_hf_model_never_generates_the_end_token(tmp_path):
     shape = SHAPES["tiny"]
     make_hf(tmp_path, shape)
     content = (tmp_path / "model.safetensors").read_bytes()
@@ -137,14 +137,14 @@ def test_every_word_is_one_token_of_the_tokenizer(tmp_path):
     assert all(f"Ġ{word(number)}" in vocabulary for number in range(words(shape)))
 
 
-def test_the_source_is_built_for_the_gpu_here_only_where_there_is_a_compiler(tmp_path):
+def test_cuda_is_only_built_with_a_cuda_compiler(tmp_path):
     configure, build = llamacpp.build_commands(tmp_path, tmp_path / "b", cuda=True)
     assert "-DGGML_CUDA=ON" in configure
     assert build[-2:] == ["llama-server", "llama-batched-bench"]
     assert "-DGGML_CUDA=ON" not in llamacpp.build_commands(tmp_path, tmp_path / "b", cuda=False)[0]
 
 
-def test_only_what_the_build_reads_is_taken_from_the_sdist(tmp_path):
+def test_only_required_files_are_taken_from_the_sdist(tmp_path):
     names = (
         "x/README.md",
         "x",
@@ -158,11 +158,11 @@ def test_only_what_the_build_reads_is_taken_from_the_sdist(tmp_path):
         for name in names:
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     with tarfile.open(tmp_path / "a.tar.gz") as archive:
-        taken = [member.name for member in llamacpp.wanted(archive)]
+        taken = [member.name for member in llamacpp.required_members(archive)]
     assert taken == [names[3], names[5]]
 
 
-def test_the_engines_own_figures_are_output_tokens_over_the_whole_time():
+def test_the_engines_own_figures_are_output_tokens_per_total_time():
     line = {"pp": 128, "tg": 64, "pl": 16, "t_pp": 0.5, "t_tg": 1.5, "t": 2.0}
     lines = ["main: n_kv_max = 1024", json.dumps(line), ""]
     assert llamacpp.batched_bench_rates(lines) == {16: 512.0}
@@ -170,22 +170,22 @@ def test_the_engines_own_figures_are_output_tokens_over_the_whole_time():
     assert transformers_serve.offline_rates(lines) == {4: 12.5}
 
 
-def test_a_line_of_nvidia_smi_is_read_and_any_other_is_left():
+def test_only_readings_of_nvidia_smi_are_parsed():
     assert smi.parse("68, 373.55, 24751\n", 5.0) == smi.Sample(5.0, 68.0, 373.55, 24751.0)
     assert smi.parse("[N/A], 12, 3", 5.0) is None
     assert smi.parse("Unable to determine the device handle", 5.0) is None
 
 
-def test_answers_are_half_to_one_and_a_half_of_the_mean():
+def test_answer_lengths_are_half_to_one_and_a_half_of_the_mean():
     lengths = Mix(8, 20).lengths(200, random.Random(1))
     assert min(lengths) == 10
     assert max(lengths) == 30
 
 
-def test_aiflux_answers_what_the_bench_asks(tmp_path):
+def test_the_bench_measures_aiflux(tmp_path):
     with engine() as running, smi.Sampler() as sampler:
         session = Session(running.url, MODEL, 100, tmp_path, sampler)
-        with pytest.raises(RuntimeError, match="were asked for"):
+        with pytest.raises(RuntimeError, match="1600 tokens instead of"):
             session.measure(CLIENTS[1], Mix(4, 10), 4, 8)
         assert running.stats()["done"] == 8
     assert output_tokens(Path(tmp_path / "out.jsonl")) == 8 * 200

@@ -1,4 +1,4 @@
-"""The documentation is held to the code: links, commands, make targets, settings, examples."""
+"""The documentation matches the code: links, commands, make targets, settings, examples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAGES = sorted(
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"--[a-z][a-z-]+")
-# Options of sbatch, Apptainer and ruff/mypy that pages speak of.
+# Options of sbatch, Apptainer, ruff and mypy that the pages mention.
 FOREIGN_OPTIONS = {
     "--net",
     "--network",
@@ -47,7 +47,7 @@ FOREIGN_OPTIONS = {
     "--backend-sampling",  # of llama-server
     "--kv-unified",
 }
-# Every option of LLMFlux 2.0.0 (its cli.py): docs/moving.md tells what became of each.
+# Every option of LLMFlux 2.0.0 (its cli.py): docs/moving.md describes each.
 LLMFLUX_OPTIONS = OPTION.findall("""
     --model --input --output --batch-size --save-frequency --max-retries --retry-delay --max-tokens
     --temperature --top-p --top-k --account --partition --nodes --gpus-per-node --time --mem
@@ -82,7 +82,7 @@ def words(line: str) -> list[str]:
 
 
 def piped(given: list[str]) -> Iterator[list[str]]:
-    """Yield the commands of a pipe, without the file that takes what the last one prints."""
+    """Yield the commands of a pipe, without a final redirection."""
     if ">" in given:
         given = given[: given.index(">")]
     while "|" in given:
@@ -101,13 +101,13 @@ def generator() -> ModuleType:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as on GitHub."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(page)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
 
 
 @per_page
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(page))):
         if re.match(r"https?://", target):
             continue
@@ -155,7 +155,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 
 
 def named(words: list[str]) -> Parser | None:
-    """Return the parser of a command; what follows the command is an argument of it."""
+    """Return the parser of a command; the remaining words are its arguments."""
     parser = make_parser()
     for depth, word in enumerate(words):
         below = {command.prog.split()[-1]: command for command, _ in parser.commands()}
@@ -173,9 +173,9 @@ def test_options_in_the_text_exist(page: Path) -> None:
             assert option in known, f"{page}: {span}"
 
 
-def test_what_became_of_every_option_is_told() -> None:
-    told = set(OPTION.findall(read(MOVING)))
-    assert set(LLMFLUX_OPTIONS) - {"--follow", "--version"} <= told
+def test_every_llmflux_option_is_described() -> None:
+    described = set(OPTION.findall(read(MOVING)))
+    assert set(LLMFLUX_OPTIONS) - {"--follow", "--version"} <= described
 
 
 def known_options() -> set[str]:
@@ -205,7 +205,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 def test_commands_are_found_in_the_pages() -> None:
-    """The tests above would pass on pages without commands."""
+    """The tests above would also pass if no commands were found."""
     lines = [words(line) for line in shell_lines(ROOT / "README.md")]
     assert ["make", "image"] in lines
     assert any(line[:2] == ["aiflux", "run"] for line in lines)
@@ -236,7 +236,7 @@ def test_the_modules_are_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "docs").glob("*.svg")], ids=lambda path: path.name)
-def test_pictures_load_nothing_and_are_small(path: Path) -> None:
+def test_pictures_are_self_contained_and_small(path: Path) -> None:
     text = read(path)
     assert len(text) <= 150_000
     assert "url(http" not in text
@@ -277,7 +277,7 @@ def test_examples_of_json_are_json(page: Path) -> None:
             parse_request(json.dumps(request).encode())
 
 
-def test_the_python_quick_start_runs_up_to_the_submission(
+def test_the_python_quick_start_runs_until_the_submission(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -291,7 +291,7 @@ def test_the_python_quick_start_runs_up_to_the_submission(
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/output.md"])
-def test_the_exit_codes_are_the_ones_that_are_used(name: str) -> None:
+def test_documented_exit_codes_are_the_actual_ones(name: str) -> None:
     table = re.findall(r"^ *\| (\d) \| ", read(ROOT / name), re.MULTILINE)
     assert [int(code) for code in table] == sorted(ExitCode)
 
@@ -306,8 +306,8 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_nothing_leads_to_the_package_that_others_have_on_pypi() -> None:
-    """``aiflux`` is somebody else's name there; this distribution is ``aiflux-slurm``."""
+def test_no_page_refers_to_the_unrelated_pypi_package() -> None:
+    """On PyPI, ``aiflux`` is an unrelated project; this distribution is ``aiflux-slurm``."""
     assert len(TEXTS) > 200
     for path in TEXTS:
         text = path.read_text(encoding="utf-8")
@@ -316,7 +316,7 @@ def test_nothing_leads_to_the_package_that_others_have_on_pypi() -> None:
         assert "aiflux" + "[" not in text.replace("${AIFLUX", ""), path
 
 
-def test_no_example_removes_or_replaces_what_is_there() -> None:
+def test_no_example_removes_or_replaces_files() -> None:
     scripts = [*(ROOT / "examples").rglob("*.sh")]
     assert len(scripts) == 6
     for script in scripts:

@@ -1,4 +1,4 @@
-"""The examples' own scripts, on an engine that answers at once. The real Ollama runs them, too."""
+"""The scripts of the examples with a fast fake engine. Integration tests use the real Ollama."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTICE = {"person": "Ms Okafor", "place": "room 12", "date": "3 May"}
 
 
 def run(name: str, engine: FaultyEngine, folder: Path) -> str:
-    """Run an example in a folder of its own, as the page says, and return what it printed."""
+    """Run an example in a separate directory, as documented, and return its output."""
     command = [str(EXAMPLES / name / "run.sh"), "--model", "m:1", "--engine-url", engine.url]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done: subprocess.CompletedProcess[str] = subprocess.run(
@@ -38,7 +38,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def test_classify(tmp_path: Path) -> None:
     with FaultyEngine(told='{"label": "mixed"}') as engine:
         run("classify", engine, tmp_path)
-        run("classify", engine, tmp_path)  # the same again: nothing is asked twice
+        run("classify", engine, tmp_path)  # repeated: no request is sent again
     rows = table(tmp_path / "classified.csv")
     assert [row["id"] for row in rows] == [f"r{number:02d}" for number in range(1, 13)]
     assert {row["label"] for row in rows} == {"mixed"}
@@ -46,15 +46,15 @@ def test_classify(tmp_path: Path) -> None:
     assert len(engine.bodies) == 12
 
 
-def test_an_example_keeps_what_is_there(tmp_path: Path) -> None:
+def test_an_example_keeps_existing_files(tmp_path: Path) -> None:
     (tmp_path / "classified.csv").write_text("mine", encoding="utf-8")
     with FaultyEngine(told='{"label": "mixed"}') as engine:
         run("classify", engine, tmp_path)
     assert (tmp_path / "classified.csv").read_text(encoding="utf-8") == "mine"
 
 
-def test_the_demo_has_names_of_its_own(tmp_path: Path) -> None:
-    """With stand-ins for Ollama and the command, only the names are of interest."""
+def test_the_demo_uses_unused_file_names(tmp_path: Path) -> None:
+    """Ollama and the command are replaced, as only the names matter."""
     (tmp_path / "bin").mkdir()
     log = tmp_path / "log"
     aiflux = tmp_path / "bin" / "aiflux"
@@ -108,7 +108,7 @@ def test_embed(tmp_path: Path) -> None:
     assert len(re.findall(r"^1\.00  .+ ~ .+$", told, re.MULTILINE)) == 6
 
 
-def test_every_example_is_tried() -> None:
+def test_every_example_is_tested() -> None:
     names = {path.parent.name for path in EXAMPLES.glob("*/run.sh")}
     tried = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert names

@@ -1,4 +1,4 @@
-"""Runs the worker in this process against an engine, for tests."""
+"""Run the worker in the test process against an engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.helpers import request_line
 
 
 class Quiet:
-    """A reporter that remembers what was said."""
+    """A reporter that records messages."""
 
     def __init__(self) -> None:
         self.quiet = False
@@ -41,7 +41,7 @@ class Quiet:
 
 
 class Working:
-    """One run in a directory: its input, its options, and what came of it."""
+    """One run in a directory: its input, options and results."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Working:
         self.options: dict[str, Any] = {"engine_url": url, **fast, **options}
 
     def prompts(self, *prompts: str, **body: Any) -> Working:
-        """Write the input: one chat request for each prompt, named by it and its place."""
+        """Write the input: one chat request per prompt, named by prompt and position."""
         lines = []
         for index, prompt in enumerate(prompts):
             messages = [{"role": "user", "content": prompt}]
@@ -75,7 +75,7 @@ class Working:
         return open_run(self.input, self.output, options, None, engine_kind(options), **more)
 
     def run(self, **more: Any) -> ExitCode:
-        """Open and work; return the exit code that the CLI would give."""
+        """Open the run and process it; return the exit code of the CLI."""
         self.context = Context(
             self.reporter, self.stopper, deadline=self.deadline, api_key=self.api_key
         )
@@ -90,7 +90,7 @@ class Working:
         return ExitCode.OK
 
     def shard(self, index: int) -> ExitCode:
-        """Work on one shard of the plan that is there, as a task of an array does."""
+        """Process one shard of the existing plan, like an array task."""
         self.context = Context(self.reporter, self.stopper, deadline=self.deadline)
         run = RunDirectory.of_output(self.output)
         self.error = None
@@ -102,7 +102,7 @@ class Working:
         return ExitCode.OK
 
     def stop_soon(self, reason: str = "a test", results: int = 1, **more: bool) -> None:
-        """Ask the run to stop as soon as its journal holds so many results more than now."""
+        """Stop the run once its journal has this many more results."""
         wanted = self._journalled() + results
         stopper = self.stopper
 

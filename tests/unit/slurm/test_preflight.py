@@ -276,7 +276,8 @@ def test_an_image_that_is_not_there_is_told_with_the_rest(
     found = preflight(config, slurm, RunOptions(), None, plan, FakeSite().install(commands))
     errors = [finding.what for finding in found if finding.level == "error"]
     assert len(errors) == 2
-    assert "no.sif is not there" in errors[0]
+    assert "image not found: " in errors[0]
+    assert "no.sif" in errors[0]
 
 
 def test_one_error_is_told_plainly_and_warnings_pass() -> None:

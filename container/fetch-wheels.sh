@@ -1,12 +1,14 @@
 #!/bin/sh
-# Usage: fetch-wheels.sh LOCK
+# Usage: fetch-wheels.sh LOCK [PIP-OPTION...]
 # Downloads every wheel of LOCK (a pip requirements file, one --hash=sha256: each) to the wheel
 # cache, and prints their paths, one per line, in the order of LOCK.
 # Cache: ${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}/wheels. Nothing is installed.
-# PYTHON is the interpreter that has pip (default: python3).
+# PYTHON is the interpreter that has pip (default: python3). The options are those of
+# `pip download`, such as --python-version, for wheels of another Python.
 set -eu
 
 lock=$1
+shift
 cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}/wheels
 python=${PYTHON:-python3}
 
@@ -33,7 +35,7 @@ download() {
     "$python" -m pip --version >/dev/null 2>&1 ||
         die "$python has no pip to download the wheels: install it (Debian: python3-pip)"
     "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-        --require-hashes --dest "$1" --requirement "$lock" >&2 ||
+        --require-hashes --dest "$@" --requirement "$lock" >&2 ||
         die "pip could not download the wheels of ${lock##*/}: see its message above"
 }
 
@@ -41,7 +43,7 @@ mkdir -p "$cache"
 if ! cached >/dev/null; then
     fresh=$(mktemp -d "$cache/.download.XXXXXX")
     trap 'rm -rf "$fresh"' EXIT
-    download "$fresh"
+    download "$fresh" "$@"
     mv -f "$fresh"/*.whl "$cache/"
 fi
 cached

@@ -6,7 +6,7 @@
 stack_dir=${AIFLUX_STACK_DIR:-/var/tmp/aiflux-stack}
 stack_user=aifluxtest
 # In the order of startup; <part>.sh accepts up, down or status.
-parts=(user apptainer slurm registry ollama llamacpp)
+parts=(user apptainer slurm registry ollama llamacpp vllm)
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd -- "$here/../.." && pwd)
 run_dir=$stack_dir/run
@@ -148,6 +148,24 @@ unpack() {
     rm -rf "$2"
     mkdir -p "$2"
     dpkg-deb -x "$work"/debs/"$1"_*.deb "$2"
+}
+
+# --- what the user assembles ----------------------------------------------------------------
+
+need_pip() {
+    python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
+}
+
+# user_assemble SCRIPT ARGUMENT...: runs a script of container/ as the user. From a copy, as the
+# checkout may be where only root can read; and it may write in $stack_dir/user, which the user owns.
+user_assemble() {
+    local owned=$stack_dir/user script=$1
+    shift
+    install -d -m 0755 -o "$stack_user" -g "$stack_user" "$owned"
+    rm -rf "$owned/container"
+    cp -r "$repo/container" "$owned/container"
+    chmod -R go+rX "$owned/container"
+    as_user "$owned/container/$script" "$@" >&2
 }
 
 # --- daemons --------------------------------------------------------------------------------

@@ -7,26 +7,11 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 assembler=$repo/container/cpu-ollama.sh
 target=$stack_dir/ollama-cpu
 
-need_pip() {
-    python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
-}
-
-# The assembler writes next to its target, so the user owns the parent directory. It runs from a copy,
-# as the checkout may only be readable for root.
-assemble() {
-    local owned=$stack_dir/user
-    install -d -m 0755 -o "$stack_user" -g "$stack_user" "$owned"
-    rm -rf "$owned/container"
-    cp -r "$repo/container" "$owned/container"
-    chmod -R go+rX "$owned/container"
-    as_user "$owned/container/${assembler##*/}" "$owned/ollama-cpu" >&2
-    ln -sfn user/ollama-cpu "$target"
-}
-
 up() {
     if [[ -e $assembler ]]; then
         need_pip
-        assemble
+        user_assemble "${assembler##*/}" "$stack_dir/user/ollama-cpu"
+        ln -sfn user/ollama-cpu "$target"
     fi
     status
 }

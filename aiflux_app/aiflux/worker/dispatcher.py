@@ -152,14 +152,18 @@ class Pool:
             task.began = began
         try:
             verdict = self._exchange(task, link)
+            ended = time.monotonic()  # the engine's time, without that of a check
+            if self._checking is not None:
+                verdict = self._checking.judge(task.request, verdict)
         except AifluxError:
             raise
         except Exception as error:
+            ended = time.monotonic()
             stop = None if isinstance(error, MemoryError) else exhausted(error)
             if stop is not None:
                 raise stop from error
             verdict = self._judge_bug(error)
-        seconds = time.monotonic() - began
+        seconds = ended - began
         if verdict.status in UNREADY_STATUSES and self._is_down(lane, link.is_ready, generation):
             verdict = as_down(verdict)
         self._stats.attempt_ended(seconds, verdict)
@@ -186,7 +190,7 @@ class Pool:
         if not verdict.generated:
             # An answer is kept to the byte; of an error nothing is kept that echoes the key.
             verdict = judge_answer(url, client.hidden(answer), link.kind.crash_code)
-        return verdict if self._checking is None else self._checking.judge(task.request, verdict)
+        return verdict
 
     def _adapt(self, lane: Lane, verdict: Outcome, seconds: float) -> None:
         before = lane.limit.value

@@ -208,6 +208,8 @@ class _ShardWork:
                 on_failure=lambda error: stopper.stop(error.message),
             )
             stack.callback(journal.close)
+            if self.checking is not None:
+                stack.callback(self.checking.close)
             stack.enter_context(self._gpu_watch())
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiflux-")))
             for model in self.plan.models:
@@ -385,6 +387,8 @@ class _ModelWork:
         if drained or stopper.at_once:
             for each in self.supervisors:
                 each.engine.client.abort()
+            if self.shard.checking is not None:
+                self.shard.checking.abort()
 
     def _ready(self, engine: Engine, lane: Lane) -> None:
         if self.plan.options.concurrency is not None:

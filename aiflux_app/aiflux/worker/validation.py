@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from queue import LifoQueue
 from typing import Any
 
 from aiflux.core.batch.request import Request, parse_json
 from aiflux.core.batch.results_file import answer_texts
 from aiflux.core.batch.schema import (
-    Check,
     SchemaError,
+    answer_problem,
     compile_schema,
+    is_quick,
     requested_schema,
     schema_text,
 )
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.outcome import Kind, Outcome
+from aiflux.worker.schema_process import (
+    FITS,
+    SECONDS,
+    UNFIT,
+    WRONG,
+    CheckAbortedError,
+    SchemaProcess,
+    find,
+)
 
 CODE = "schema"
-_KEPT = 256
+CHECK_FAILED = "schema_check_failed"
+_MOST_PROCESSES = 4
+
+
+class CheckFailedError(Exception):
+    """Nobody knows whether an answer fits, for the check did not end."""
 
 
 class Checking:
@@ -31,13 +49,21 @@ class Checking:
     Attributes:
         attempts: times that an answer which does not fit is asked for again.
 
+    Args:
+        seconds: how long the check of one text may take.
+
     Raises:
         ConfigError: jsonschema is not installed.
     """
 
-    def __init__(self, attempts: int) -> None:
+    def __init__(self, attempts: int, seconds: float = SECONDS) -> None:
         self.attempts = attempts
-        self._checks: OrderedDict[str, Check] = OrderedDict()
+        most = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+        self._processes = [SchemaProcess(seconds) for _ in range(most)]
+        # The last one that was used comes first, so that as few are started as are needed.
+        self._idle: LifoQueue[SchemaProcess] = LifoQueue()
+        for process in reversed(self._processes):
+            self._idle.put(process)
         self._lock = threading.Lock()
         compile_schema({})
 
@@ -56,17 +82,32 @@ class Checking:
         except SchemaError as error:
             message = f"the schema in the request's response_format is wrong: {error}"
             return replace(verdict, kind=Kind.FAILED, code=CODE, message=message)
+        except CheckFailedError as error:
+            message = f"the check of the answer against its schema {error}"
+            return replace(verdict, kind=Kind.FAILED, code=CHECK_FAILED, message=message)
+        except CheckAbortedError:
+            return Outcome(Kind.UNATTEMPTED, "aborted", "ended by the worker")
         if problem is None:
             return verdict
         return replace(verdict, kind=Kind.UNFIT, code=CODE, message=problem)
+
+    def abort(self) -> None:
+        """End every check under way; their requests count as not attempted."""
+        for process in self._processes:
+            process.abort()
+
+    def close(self) -> None:
+        """End the processes; no check may be under way."""
+        for process in self._processes:
+            process.close()
 
     def _problem(self, wanted: dict[str, Any], verdict: Outcome) -> str | None:
         kind = wanted.get("type")
         if kind not in ("json_schema", "json_object"):
             return None
-        check = self._check(wanted) if kind == "json_schema" else None
+        schema = schema_text(requested_schema(wanted)) if kind == "json_schema" else None
         for text in answer_texts(parse_json(verdict.body.decode("utf-8"))):
-            problem = self._text_problem(text, check)
+            problem = answer_problem(text, None) if schema is None else self._misfit(schema, text)
             if problem is not None:
                 cut = (
                     " (it was cut at the token limit)" if verdict.finish_reason == "length" else ""
@@ -74,24 +115,23 @@ class Checking:
                 return f"the answer {problem}{cut}"
         return None
 
-    def _text_problem(self, text: str, check: Check | None) -> str | None:
-        try:
-            value = parse_json(text)
-        except ValueError as error:
-            return f"is not JSON: {error}"
-        if check is None:
-            return None if isinstance(value, dict) else "is not a JSON object"
-        with self._lock:
-            problem = check(value)
-        return None if problem is None else f"does not fit the schema {problem}"
+    def _misfit(self, schema: str, text: str) -> str | None:
+        if is_quick(schema, text):
+            with self._lock:
+                finding, words = find(schema, text)
+        else:
+            with self._process() as process:
+                finding, words = process.check(schema, text)
+        if finding == WRONG:
+            raise SchemaError(words)
+        if finding not in (FITS, UNFIT):
+            raise CheckFailedError(words)
+        return words if finding == UNFIT else None
 
-    def _check(self, wanted: dict[str, Any]) -> Check:
-        """Return the compiled schema; the last few hundred are kept."""
-        schema = requested_schema(wanted)
-        key = schema_text(schema)
-        with self._lock:
-            if key not in self._checks:
-                self._checks[key] = compile_schema(schema)
-                if len(self._checks) > _KEPT:
-                    self._checks.popitem(last=False)
-            return self._checks[key]
+    @contextmanager
+    def _process(self) -> Iterator[SchemaProcess]:
+        process = self._idle.get()
+        try:
+            yield process
+        finally:
+            self._idle.put(process)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +31,7 @@ from aiflux.util.extras import remedy
 from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.scheduler import Lane, Scheduler
+from aiflux.worker.schema_process import SchemaProcess
 from aiflux.worker.source import Source
 from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking
@@ -47,12 +55,21 @@ def hold(working: Working, number: int, schema: Any) -> None:
     working.input.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def verdict_on(text: str, wanted: Any, checking: Checking | None = None) -> Outcome:
+CHECKING = Checking(2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    CHECKING.close()
+
+
+def verdict_on(text: str, wanted: Any, checking: Checking = CHECKING) -> Outcome:
     body = {"model": "m:1", "messages": [], "response_format": wanted}
     request = parse_request(request_line(body=body).encode())
     answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
     verdict = Outcome(Kind.ANSWERED, status=200, body=json.dumps(answer).encode())
-    return (checking or Checking(2)).judge(request, verdict)
+    return checking.judge(request, verdict)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +179,7 @@ def test_any_answer_to_any_request_is_judged(wanted: Any, body: Any, url: str) -
     content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "response_format": wanted}
     request = parse_request(request_line(url=url, body=content).encode())
     answer = Answer(200, json.dumps(body).encode())
-    verdict = Checking(2).judge(request, judge_answer(url, answer, KIND.crash_code))
+    verdict = CHECKING.judge(request, judge_answer(url, answer, KIND.crash_code))
     assert verdict.kind in Kind
     assert verdict.code or verdict.kind is Kind.ANSWERED
 
@@ -273,11 +290,10 @@ def test_a_reference_in_circles_fails_its_request_and_not_the_run(tmp_path: Path
 
 
 def test_schemas_are_kept_and_forgotten() -> None:
-    checking = Checking(0)
-    for number in range(600):
+    for number in range(300):
         wanted = asking({"const": number})
-        assert verdict_on(str(number), wanted, checking).kind is Kind.ANSWERED
-        assert verdict_on("x", wanted, checking).kind is Kind.UNFIT
+        assert verdict_on(str(number), wanted).kind is Kind.ANSWERED
+        assert verdict_on("x", wanted).kind is Kind.UNFIT
 
 
 def test_unfit_answers_are_asked_for_again_and_then_fail(tmp_path: Path) -> None:
@@ -328,3 +344,124 @@ def test_without_jsonschema_the_run_says_what_to_install(
         assert working.run() is ExitCode.USAGE
     assert working.error is not None
     assert working.error.remedy == remedy("schema", has_pip=True)
+
+
+EVIL = {"type": "string", "pattern": "^(a+)+$"}
+NEVER = json.dumps("a" * 60 + "!")
+
+
+def tangle(levels: int) -> dict[str, Any]:
+    """Return a schema that takes 2**levels steps to apply to anything."""
+    parts = {
+        f"d{level}": {"anyOf": [{"$ref": f"#/$defs/d{level + 1}"}] * 2} for level in range(levels)
+    }
+    return {"$ref": "#/$defs/d0", "$defs": {**parts, f"d{levels}": {"type": "integer", "not": {}}}}
+
+
+def children(parent: int) -> set[int]:
+    """Return the processes of a parent that check answers."""
+    found = set()
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    for pid in " ".join(each.read_text() for each in tasks).split():
+        with suppress(OSError):
+            if b"schema_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(pid))
+    return found
+
+
+def until(true: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        (EVIL, NEVER),
+        ({"patternProperties": {"^(a|a)*$": {}}}, json.dumps({"a" * 60 + "!": 1})),
+        ({"uniqueItems": True}, json.dumps([{}, *([n] for n in range(20_000))])),
+    ],
+)
+def test_a_check_that_does_not_end_fails_its_request_only(
+    schema: dict[str, Any], answer: str
+) -> None:
+    checking = Checking(2, seconds=1.0)
+    with closing(checking), ThreadPoolExecutor(10) as threads:
+        judged = [threads.submit(verdict_on, answer, asking(schema), checking)]
+        judged += [
+            threads.submit(verdict_on, '{"label": "a"}', asking(LABEL), checking)
+            for _ in range(100)
+        ]
+        failed, *fine = (each.result() for each in judged)
+    assert failed.kind is Kind.FAILED
+    assert failed.code == "schema_check_failed"
+    assert "took more than 1 s" in failed.message
+    assert {each.kind for each in fine} == {Kind.ANSWERED}
+
+
+def test_an_answer_of_many_megabytes_is_checked() -> None:
+    answer = json.dumps({"label": "a", "more": "x" * (20 << 20)})
+    assert verdict_on(answer, asking(LABEL)).kind is Kind.ANSWERED
+
+
+def test_a_check_that_kills_its_process_fails_its_request_only() -> None:
+    before = children(os.getpid())
+    process = SchemaProcess()
+    with closing(process), ThreadPoolExecutor(1) as threads:
+        assert process.check("{}", "1") == ("fits", "")
+        finding = threads.submit(process.check, json.dumps(EVIL), NEVER)
+        killed: set[int] = set()
+        while len(killed) < 2:
+            until(lambda: children(os.getpid()) - before - killed)
+            time.sleep(0.5)
+            for pid in children(os.getpid()) - before - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        assert finding.result() == ("failed", "ended the process that did it (signal 9)")
+        assert process.check("{}", "1") == ("fits", "")
+
+
+def test_schemas_of_too_many_combinations_are_refused_by_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = request_line(body={"model": "m", "messages": [], "response_format": asking(tangle(40))})
+    (tmp_path / "in.jsonl").write_text(line)
+    assert main(["check", str(tmp_path / "in.jsonl")]) == ExitCode.USAGE
+    assert "too many combinations" in capsys.readouterr().err
+    assert compile_schema(tangle(5))(1)
+
+
+def test_a_stop_does_not_wait_for_checks(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        Working(tmp_path, engine.url).prompts(
+            *[f"answer:{NEVER}"] * 20, response_format=asking(EVIL)
+        )
+        options = ["--output", "out.json", "--engine-url", engine.url, "--drain-seconds", "0.5"]
+        command = [sys.executable, "-m", "aiflux.cli", "run", "--validate", "--input", "in.jsonl"]
+        with subprocess.Popen(
+            [*command, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        ) as run:
+            until(lambda: children(run.pid) and len(engine.bodies) > 1)
+            time.sleep(1)
+            checkers = children(run.pid)
+            run.send_signal(signal.SIGTERM)
+            told = run.communicate(timeout=10)[1]
+    assert run.returncode == ExitCode.STOPPED, told
+    assert "stopped (signal SIGTERM) with 0 of 20" in told
+    assert checkers
+    assert not any(Path(f"/proc/{pid}").exists() for pid in checkers)
+
+
+def test_a_process_that_checks_does_not_outlive_its_worker() -> None:
+    command = [sys.executable, "-m", "aiflux.worker.schema_process", "0.5"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as busy:
+        assert busy.stdin is not None
+        busy.stdin.write(json.dumps([json.dumps(EVIL), NEVER]).encode() + b"\n")
+        busy.stdin.close()
+        assert busy.wait(10) == -signal.SIGALRM
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as idle:
+        assert idle.stdin is not None
+        idle.stdin.close()
+        assert idle.wait(10) == 0

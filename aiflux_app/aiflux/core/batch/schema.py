@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import count
 from typing import Any
 from urllib.parse import unquote
 
+from aiflux.core.batch.request import parse_json
 from aiflux.util.extras import need
 
 Check = Callable[[Any], "str | None"]
 _SHOWN = 300
+# Without these, each part of a schema is applied to each part of a value once at most.
+_SLOW = ('"pattern', '"uniqueItems"', '"unevaluated', '"$ref"', '"$dynamicRef"', '"$recursiveRef"')
+_QUICK_PRODUCT = 2_000_000
+# Time to read a schema, of which jsonschema takes about 3 microseconds a byte.
+_COMPILE_SECONDS = 1.5
+_SECONDS_PER_BYTE = 30e-6
+_CALLS_PER_LOOK = 4096
 
 
 class SchemaError(ValueError):
@@ -76,14 +88,40 @@ def _problem(schema: str) -> str | None:
     return None
 
 
+def is_quick(schema: str, text: str) -> bool:
+    """Tell whether an answer is surely checked in no more than about a second.
+
+    Args:
+        schema: as ``schema_text`` writes it.
+    """
+    return len(schema) * len(text) <= _QUICK_PRODUCT and not any(word in schema for word in _SLOW)
+
+
+def answer_problem(text: str, check: Check | None) -> str | None:
+    """Return what is wrong with an answer that has to be JSON; None if nothing is.
+
+    Args:
+        check: of its schema; None where any object will do.
+    """
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        return f"is not JSON: {error}"
+    if check is None:
+        return None if isinstance(value, dict) else "is not a JSON object"
+    problem = check(value)
+    return None if problem is None else f"does not fit the schema {problem}"
+
+
 def compile_schema(schema: Any) -> Check:
     """Return a function that tells what is wrong with a value, or None. It is not thread-safe.
 
     Without ``$schema`` the schema is of draft 2020-12. The function raises SchemaError where a
-    value leads to a reference that cannot be followed, or that leads back to itself.
+    value leads to a reference that cannot be followed, or that leads back to itself. How long it
+    takes depends on the value; only a process of its own can be ended in the middle of a pattern.
 
     Raises:
-        SchemaError: the schema is not valid.
+        SchemaError: the schema is not valid, or takes too long to apply even to null.
         ConfigError: jsonschema is not installed.
     """
     library = need("jsonschema", "schema", "checking answers against a JSON Schema")
@@ -93,7 +131,9 @@ def compile_schema(schema: Any) -> Check:
         raise SchemaError("at $.$schema: it is not a string")
     try:
         kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
-        _check(schema, kind)
+        seconds = _COMPILE_SECONDS + _SECONDS_PER_BYTE * len(schema_text(schema))
+        with _time_limit(seconds):
+            _check(schema, kind)
         validator = kind(schema)
     except library.SchemaError as error:
         raise SchemaError(f"at {error.json_path}: {_short(error.message)}") from None
@@ -109,12 +149,37 @@ def compile_schema(schema: Any) -> Check:
             error = library.exceptions.best_match(validator.iter_errors(value))
         except RecursionError:
             raise SchemaError("a reference in it leads back to itself, or too deep") from None
+        except SchemaError:
+            raise
         except Exception as error:  # noqa: BLE001 - the class of a bad reference varies by version
             raise SchemaError(f"it cannot be applied: {_short(str(error))}") from None
         return None if error is None else f"at {error.json_path}: {_short(error.message)}"
 
-    check(None)
+    with _time_limit(seconds):
+        check(None)
     return check
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise SchemaError in the middle of what takes too much of this thread's time.
+
+    Python calls a profile function at every call, of which jsonschema makes many; in a long regular
+    expression it makes none, but none is run on a schema itself.
+    """
+    deadline = time.thread_time() + seconds
+    before = sys.getprofile()
+    calls = count(1)
+
+    def look(*_: object) -> None:
+        if next(calls) % _CALLS_PER_LOOK == 0 and time.thread_time() > deadline:
+            raise SchemaError(f"it takes more than {seconds:g} s to read: too many combinations")
+
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def _check(schema: dict[str, Any], kind: Any) -> None:

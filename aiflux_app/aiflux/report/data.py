@@ -196,8 +196,8 @@ class Use:
 
     Attributes:
         in_flight: requests in flight in an engine, averaged over the jobs' whole time.
-        slots: per engine, on average; None where the engines do not tell.
-        slot_use: busy time over slots times time; above 1 requests waited in the engines.
+        slots: per engine, on average; None where they are unknown.
+        slot_use: time of the results over slots times the jobs' time, at most 1 for each engine.
         gpu_utilization: mean and highest percent that nvidia-smi told; None without samples.
         gpu_memory: mean, highest and whole MiB of a GPU.
         gpu_samples: how many samples these come from.

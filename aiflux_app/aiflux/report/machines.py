@@ -123,11 +123,12 @@ def machine_use(sources: ReportSources, whole: Tally) -> Use:
         engines, seconds = details.engines, details.totals.seconds
         gpu_seconds += details.totals.gpu_seconds
         engine_seconds += seconds * max(1, len(engines))
-        slots = [engine.slots for engine in engines if engine.slots]
-        if slots:
-            slot_seconds += seconds * sum(slots)
-            counted += seconds * len(slots)
-            busy += tally.seconds
+        for engine in engines:
+            if engine.slots:
+                room = seconds * engine.slots
+                slot_seconds, counted = slot_seconds + room, counted + seconds
+                # A result's time includes its wait in the engine, where it used no slot.
+                busy += min(tally.engines.get(engine.index, EngineTally()).seconds, room)
     hours = gpu_seconds / 3600
     utilization, memory, samples = _gpu_use(sources)
     return Use(

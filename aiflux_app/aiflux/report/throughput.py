@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-_BARS = 120
+_MOST_BARS = 120
+_FEWEST_BARS = 12
+_RESULTS_PER_BAR = 5
+_ROUND_SECONDS = (
+    *(1, 2, 5, 10, 15, 20, 30),
+    *(60, 120, 300, 600, 900, 1200, 1800),
+    *(3600, 7200, 14_400, 21_600, 43_200, 86_400),
+)
 _PAUSE_SHARE = 0.05
 _SHORTEST_PAUSE = 60.0
 
@@ -44,10 +51,12 @@ class Throughput:
 
 
 def throughput(timeline: Timeline) -> Throughput:
-    """Cut a timeline into about ``_BARS`` bars."""
+    """Cut a timeline into bars of a round number of seconds each.
+
+    A run with few results has few bars, so that a bar is an average over several results.
+    """
     segments = _segments(timeline)
-    occupied = sum(last - first + 1 for first, last in segments)
-    step = max(1, -(-occupied // _BARS))
+    step = _step(timeline, sum(last - first + 1 for first, last in segments))
     bars = tuple(bar for segment in segments for bar in _bars(timeline, *segment, step))
     seconds = sum(bar.seconds for bar in bars)
     width = timeline.width
@@ -64,6 +73,16 @@ def throughput(timeline: Timeline) -> Throughput:
             sum(bar.completion_tokens for bar in bars), seconds
         ),
     )
+
+
+def _step(timeline: Timeline, occupied: int) -> int:
+    """Return the stretches of the timeline in one bar."""
+    results = sum(span.results for span in timeline.spans.values())
+    bars = min(_MOST_BARS, max(_FEWEST_BARS, results // _RESULTS_PER_BAR))
+    least = max(1, -(-occupied // bars))
+    width = timeline.width
+    even = (seconds // width for seconds in _ROUND_SECONDS if seconds % width == 0)
+    return next((step for step in even if step >= least), least)
 
 
 def _per_second(count: int, seconds: float) -> float:
@@ -161,11 +180,12 @@ class Histogram:
 
     def bars(self, most: int) -> Iterator[tuple[float, float, int]]:
         """Yield ``(from, to, count)`` of at most ``most`` bars without a gap, equally wide on a
-        logarithmic scale.
+        logarithmic scale. Few figures give few bars (Rice's rule: twice the cube root).
         """
         if not self._bins:
             return
         first, last = min(self._bins), max(self._bins)
+        most = min(most, math.ceil(2 * self.count ** (1 / 3)))
         step = -(-(last - first + 1) // most)
         for start in range(first, last + 1, step):
             count = sum(self._bins[at] for at in range(start, start + step))

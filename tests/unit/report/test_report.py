@@ -26,7 +26,6 @@ from aiflux.core.runs.plan import write_plan
 from aiflux.core.runs.status_file import GpuUse, read_status
 from aiflux.estimates.estimate import Estimate
 from aiflux.estimates.intervals import Range
-from aiflux.report.html.markup import element, joined
 from aiflux.report.journal_summary import Tally, tally
 from aiflux.report.throughput import Histogram, Timeline, throughput
 from aiflux.util.records import to_json
@@ -210,9 +209,36 @@ def test_a_short_rest_has_no_bar_of_its_own() -> None:
     for moment in range(361):
         timeline.add(START + moment, False, 0, 1)
     flow = throughput(timeline)
-    assert flow.width == 4
-    assert [bar.seconds for bar in flow.bars[-2:]] == [4, 5]
+    assert flow.width == 10
+    assert [bar.seconds for bar in flow.bars[-2:]] == [10, 11]
     assert {bar.results / bar.seconds for bar in flow.bars} == {1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "per_second", "width"),
+    [
+        (8, 1, 1),
+        (60, 1, 5),  # 12 bars of 5 results
+        (60, 100, 1),
+        (600, 100, 5),  # at most 120 bars
+        (4000, 1, 60),  # longer than the timeline's one-second stretches
+    ],
+)
+def test_bars_fit_the_length_and_the_results_of_a_run(
+    seconds: int, per_second: int, width: int
+) -> None:
+    timeline = Timeline()
+    for moment in range(seconds):
+        for _ in range(per_second):
+            timeline.add(START + moment, False, 0, 1)
+    assert throughput(timeline).width == width
+
+
+def test_a_histogram_of_few_figures_has_few_bars() -> None:
+    histogram = Histogram()
+    for figure in range(1, 9):
+        histogram.add(figure)
+    assert len(list(histogram.bars(40))) <= 4
 
 
 def test_a_tally_counts_the_last_result_of_a_request() -> None:
@@ -335,6 +361,20 @@ def test_the_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixt
         assert words in told["methods"]
 
 
+def test_slots_are_never_used_more_than_they_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time of a result includes its wait in the engine: four were in flight for one slot."""
+    made = MadeRun(tmp_path)
+    engines = [{"index": 0, "slots": 1, "devices": []}, {"index": 1, "slots": 1, "devices": []}]
+    made.status(0, engines=engines, totals={"seconds": 10.0, "starts": 1})
+    busy = [result(n, START + 2.5 * (n // 4), seconds=10.0, engine=0) for n in range(4)]
+    write(made, 0, *busy, result(4, START, seconds=5.0, engine=1))
+    use = report(made, capsys)["use"]
+    assert use["in_flight"] == 2.25
+    assert use["slot_use"] == 0.75, "one engine full, one half full"
+
+
 def test_estimate_and_actual_stand_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,7 +408,7 @@ def test_runs_that_are_not_finished_have_a_report(
     assert told["condition"]["ended"] is (not running)
     assert told["counts"]["left"] == 197
     words = page_words(made)
-    assert ("The run goes on" in words) is running
+    assert ("The run is active" in words) is running
     assert ("aiflux resume" in words) is (not running)
     assert told["condition"]["state"] in capsys.readouterr().out
 
@@ -518,7 +558,7 @@ def test_methods_name_what_filled_in_open_parameters(
     assert "the values advised for the model (top-p = 0.9)" in methods
     assert "temperature = 0.6" not in methods
     words = page_words(made)
-    assert "Else, as advised" in words
+    assert "Model defaults" in words
     assert "llama3.2:3b: top_p=0.9" in words
     assert "temperature=0.6" not in words
 
@@ -541,7 +581,7 @@ def test_tokens_that_no_engine_counts_are_not_none(tmp_path: Path) -> None:
     made.whole("completed", 1)
     write(made, 0, result(1, body=b'{"choices": []}'))
     words = page_words(made)
-    assert "not toldtokens, by the engine" in words
+    assert "unknowntokens: the engine does not count them" in words
     assert "0prompt tokens" not in words
 
 
@@ -612,28 +652,6 @@ def test_times_are_marked_where_they_are_round(moments: list[float]) -> None:
     for place, moment in marks:
         at = max(n for n, edge in enumerate(edges[:-1]) if edge <= place)
         assert moment == flow.bars[at].start + place - edges[at]
-
-
-@given(some.text(), some.text())
-def test_markup_gives_text_back(child: str, attribute: str) -> None:
-    made = element("p", child, element("b", "x"), title=attribute)
-    assert "<p" in joined([made])
-
-    class Reader(HTMLParser):
-        told = ""
-        title: str | None = None
-
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            self.title = dict(attrs).get("title", self.title)
-
-        def handle_data(self, data: str) -> None:
-            self.told += data
-
-    reader = Reader()
-    reader.feed(made)
-    reader.close()
-    assert reader.told == child + "x"
-    assert reader.title == attribute
 
 
 SMI = """\

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from markupsafe import Markup
+
 from aiflux.cli.json_output import add_json
 from aiflux.cli.run_argument import add_run, located, short
 from aiflux.core.runs.directory import RunDirectory
@@ -17,7 +19,6 @@ from aiflux.errors import ConfigError
 from aiflux.estimates.storage import read_estimate
 from aiflux.report.build import make_report
 from aiflux.report.data import Condition, Report
-from aiflux.report.html.markup import Markup
 from aiflux.report.html.page import page
 from aiflux.report.html.plots import latency_plot, throughput_plot
 from aiflux.report.journal_summary import tally

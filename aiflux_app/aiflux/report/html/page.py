@@ -1,156 +1,127 @@
-"""The report as one HTML page that needs nothing but itself. Pure."""
+"""The report as one self-contained HTML page, from the templates beside this module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
-from pathlib import PurePath
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from aiflux.report.data import Report
+from aiflux.report.html import sections
 from aiflux.report.html.format import (
+    FILTERS,
     duration_text,
-    moment_text,
     number,
     percent,
     rate,
     seconds_text,
 )
-from aiflux.report.html.markup import Markup, element, joined
-from aiflux.report.html.sections import (
-    attempts_section,
-    engines_section,
-    estimate_section,
-    failures_section,
-    latency_section,
-    shards_section,
-    throughput_section,
-    what_section,
-)
 from aiflux.report.methods import methods
 from aiflux.util.text import counted
 
-# The page may load nothing, from nowhere.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_IMAGE_FACTS = ("version", "ollama", "python", "os", "base_image", "base_digest", "commit")
 
 
 def page(report: Report, plots: Mapping[str, Markup], no_plots: str | None = None) -> str:
     """Return the page.
 
     Args:
-        plots: ``throughput`` and ``latency``, as far as they could be drawn.
+        plots: ``throughput`` and ``latency``, where they could be drawn.
         no_plots: why there are none.
     """
-    title = f"{PurePath(report.what.output).name}: AI-Flux report"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("title", title),
-        element("style", Markup(_style())),
-    )
-    body = element("body", _header(report), element("main", *_sections(report, plots, no_plots)))
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _style() -> str:
-    return (files("aiflux.report.html") / "report.css").read_text(encoding="utf-8")
-
-
-def _sections(
-    report: Report, plots: Mapping[str, Markup], no_plots: str | None
-) -> Iterable[Markup]:
-    yield _cards(report)
-    if no_plots is not None:
-        yield element("p", f"Tables stand in place of plots: {no_plots}", class_="soft")
-    yield _section("What ran", what_section(report))
-    yield _section("Throughput", throughput_section(report, plots.get("throughput")))
-    yield _section("Time per request", latency_section(report, plots.get("latency")))
-    yield _section("Attempts", attempts_section(report))
-    yield _section("Failures", failures_section(report))
-    yield _section("Shards", shards_section(report))
-    yield _section("Engines and GPUs", engines_section(report))
-    yield _section("Estimate and actual", estimate_section(report))
-    yield _section("Methods", _methods(report))
-    yield element(
-        "footer",
-        f"Written by AI-Flux {report.version} at {moment_text(report.written)} from the files in ",
-        element("code", report.what.run_dir),
-        ". The page holds no prompts and no answers, but ids and error messages of requests that "
-        "failed.",
-    )
-
-
-def _section(title: str, *content: Markup) -> Markup:
-    if not any(content):
-        return Markup("")
-    return element("section", element("h2", title), *content)
-
-
-def _header(report: Report) -> Markup:
-    condition = report.condition
-    style = "busy" if not condition.ended else "bad"
-    if condition.finished and not report.counts.failed:
-        style = "good"
-    lines = [
-        element("h1", PurePath(report.what.output).name),
-        element(
-            "p",
-            element("span", condition.state, class_=f"state {style}"),
-            f" as of {moment_text(report.written)}",
-        ),
-    ]
-    if not condition.ended:
-        lines.append(element("p", "The run goes on; these figures are of what is done so far."))
-    elif condition.next_command:
-        lines.append(
-            element("p", "What brings it to its end: ", element("code", condition.next_command))
-        )
-    return element("header", *lines)
-
-
-def _cards(report: Report) -> Markup:
-    counts, use = report.counts, report.use
-    done = counts.completed + counts.failed
-    cards = [
-        (number(counts.completed), f"of {counted(counts.total, 'request')} answered"),
-        (number(counts.failed), f"failed ({percent(counts.failed, done)})"),
-        *_tokens(report),
-        (rate(report.throughput.requests_per_second), "requests/s"),
-        (_median(report), "median time per request"),
-        (f"{use.gpu_hours:.2f}", "GPU-hours")
-        if use.gpu_hours
-        else (duration_text(report.times.job_seconds), "time of all jobs"),
-    ]
-    made = [
-        element("div", element("b", figure), element("span", name), class_="card")
-        for figure, name in cards
-    ]
-    return element("div", *made, class_="cards")
-
-
-def _tokens(report: Report) -> Iterable[tuple[str, str]]:
-    told = report.tokens
-    if report.counts.completed and not told.prompt and not told.completion:
-        return (("not told", "tokens, by the engine"),)
-    speed = rate(report.throughput.completion_tokens_per_second)
+    what = report.what
     return (
-        (number(told.prompt), "prompt tokens"),
-        (number(told.completion), "answer tokens"),
-        (speed, "answer tokens/s"),
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            plots={"throughput": None, "latency": None, **plots},
+            no_plots=no_plots,
+            style=Markup((files("aiflux.report.html") / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+            tone=_tone(report),
+            cards=list(_cards(report)),
+            endpoints=_endpoints(what.input["endpoints"]),
+            image_facts=", ".join(_image_facts(what.image or {})),
+            options={
+                name: value
+                for name, value in what.options.items()
+                if name not in {*what.parameters, "model", "model_defaults"}
+            },
+            throughput=sections.throughput_table(report),
+            histogram=sections.histogram_table(report),
+            latency=sections.latency_table(report),
+            attempts=sections.attempts_table(report),
+            notes=list(sections.attempt_notes(report)),
+            shards=sections.shards_table(report),
+            unfinished=sections.unfinished_shards(report),
+            slot_use=sections.slot_use_text(report),
+            engines=sections.engines_table(report),
+            estimate=sections.estimate_table(report),
+            methods=methods(report),
+        )
     )
 
 
-def _median(report: Report) -> str:
-    told = report.latency
-    return seconds_text(told.quantiles["50"]) if told.count else "no answer"
-
-
-def _methods(report: Report) -> Markup:
-    note = "To be pasted into a paper, and looked over before."
-    return joined(
-        [
-            element("p", note, class_="soft leads"),
-            element("blockquote", element("p", methods(report))),
-        ]
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("aiflux.report.html"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters.update(FILTERS)
+    environment.tests["share"] = lambda cell: isinstance(cell, sections.Share)
+    return environment
+
+
+def _tone(report: Report) -> str:
+    """Return the class of the state's colour: red only where more failed than is allowed."""
+    counts, condition = report.counts, report.condition
+    if not condition.ended:
+        return "busy"
+    if not condition.finished or counts.failed > counts.allowed_failures:
+        return "bad"
+    return "soft" if counts.failed else "good"
+
+
+def _cards(report: Report) -> Iterator[tuple[str, str]]:
+    counts, use, latency = report.counts, report.use, report.latency
+    yield number(counts.completed), f"of {counted(counts.total, 'request')} answered"
+    yield (
+        number(counts.failed),
+        f"failed ({percent(counts.failed, counts.completed + counts.failed)})",
+    )
+    yield from _token_cards(report)
+    yield rate(report.throughput.requests_per_second), "requests/s"
+    median = seconds_text(latency.quantiles["50"]) if latency.count else "no answer"
+    yield median, "median time per request"
+    if use.gpu_hours:
+        yield f"{use.gpu_hours:.2f}", "GPU-hours"
+    else:
+        yield duration_text(report.times.job_seconds), "time of all jobs"
+
+
+def _token_cards(report: Report) -> Iterator[tuple[str, str]]:
+    tokens = report.tokens
+    if report.counts.completed and not tokens.prompt and not tokens.completion:
+        yield "unknown", "tokens: the engine does not count them"
+        return
+    yield number(tokens.prompt), "prompt tokens"
+    yield number(tokens.completion), "answer tokens"
+    yield rate(report.throughput.completion_tokens_per_second), "answer tokens/s"
+
+
+def _endpoints(counts: Mapping[str, int]) -> str:
+    if len(counts) == 1:
+        return "".join(counts)
+    return ", ".join(f"{url} ({counted(count, 'request')})" for url, count in counts.items())
+
+
+def _image_facts(image: Mapping[str, object]) -> Iterator[str]:
+    for name in _IMAGE_FACTS:
+        if image.get(name) not in (None, "", "none", "unknown"):
+            yield f"{name.replace('_', ' ')} {image[name]}"

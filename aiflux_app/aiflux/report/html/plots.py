@@ -1,4 +1,4 @@
-"""The report's plots: SVG that takes its colours from the page's style sheet, drawn by matplotlib.
+"""The report's plots, drawn by matplotlib as SVG with the colours of the page's style sheet.
 
 Each plot comes in two widths, of which the style sheet shows one. Text stays text.
 """
@@ -11,14 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from aiflux.report.data import Latency
 from aiflux.report.html.format import rate, seconds_text
-from aiflux.report.html.markup import Markup, element
 from aiflux.report.throughput import Bar, Throughput
 from aiflux.util.extras import need
 from aiflux.util.times import utc_text
 
-# What stands for a variable of the style sheet while matplotlib draws.
+# Placeholders for variables of the style sheet while matplotlib draws.
 _INK, _FAINT, _FIRST, _SECOND, _THIRD = "#a00001", "#a00002", "#a00003", "#a00004", "#a00005"
 _PAPER = "#a00006"
 _VARIABLES = {
@@ -50,7 +51,7 @@ _STYLE = {
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
 }
-# What a decade of a logarithmic axis is marked at, coarsest first.
+# Marks in a decade of a logarithmic axis, coarsest first.
 _FACTORS: tuple[tuple[float, ...], ...] = (
     (1.0,),
     (1.0, 2.0, 5.0),
@@ -61,6 +62,7 @@ _FACTORS: tuple[tuple[float, ...], ...] = (
 )
 _FEWEST_MARKS = 3
 _SIZES = {"wide": (8.2, 1.9), "narrow": (4.0, 1.9)}
+_DIVISION = Markup('<div class="{}" role="img" aria-label="{}">{}</div>')
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 _DAY = 86400
 # Seconds between two marks of a time axis.
@@ -119,7 +121,7 @@ def throughput_plot(flow: Throughput) -> Markup:
 
 
 def latency_plot(latency: Latency) -> Markup:
-    """Return the histogram of the seconds that answers took.
+    """Return the histogram of the time per request.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -130,8 +132,8 @@ def latency_plot(latency: Latency) -> Markup:
         edges = [latency.histogram[0][0], *(bar[1] for bar in latency.histogram)]
         axes.stairs([bar[2] for bar in latency.histogram], edges, fill=True, color=_FIRST)
         axes.set_xscale("log")
-        axes.set_ylabel("answers")
-        axes.set_xlabel("seconds")
+        axes.set_ylabel("number of answers")
+        axes.set_xlabel("time per request (seconds, logarithmic)")
         _plain_ticks(axes, edges[0], edges[-1], 4 if width == "narrow" else 8)
         for name, place in (("50", "right"), ("95", "left")):
             at = latency.quantiles[name]
@@ -146,8 +148,10 @@ def latency_plot(latency: Latency) -> Markup:
                 va="bottom",
             )
 
-    told = ", ".join(f"{name} % {seconds_text(at)}" for name, at in latency.quantiles.items())
-    return _plot("latency", f"Histogram of the seconds that answers took: {told}", draw, rows=1.3)
+    percentiles = ", ".join(
+        f"{name} % {seconds_text(at)}" for name, at in latency.quantiles.items()
+    )
+    return _plot("latency", f"Histogram of the time per request: {percentiles}", draw, rows=1.3)
 
 
 def _plain_ticks(axes: Any, lowest: float, highest: float, most: int) -> None:
@@ -158,7 +162,7 @@ def _plain_ticks(axes: Any, lowest: float, highest: float, most: int) -> None:
 
 
 def round_places(lowest: float, highest: float, most: int) -> list[float]:
-    """Return three to ``most`` round numbers of a range; its ends where it has not so many."""
+    """Return three to ``most`` round numbers in a range, or its ends if it has fewer."""
     for factors in _FACTORS:
         every = (factor * 10.0**power for power in range(-5, 9) for factor in factors)
         seen = [place for place in every if lowest <= place <= highest]
@@ -168,7 +172,7 @@ def round_places(lowest: float, highest: float, most: int) -> list[float]:
 
 
 def _edges(bars: Sequence[Bar]) -> list[float]:
-    """Return where bars begin and end, in seconds of the time that has bars."""
+    """Return the edges of bars in seconds, without the pauses."""
     edges = [0.0]
     for bar in bars:
         edges.append(edges[-1] + bar.seconds)
@@ -176,7 +180,7 @@ def _edges(bars: Sequence[Bar]) -> list[float]:
 
 
 def _mark_time(axes: Any, flow: Throughput, edges: Sequence[float], most: int) -> None:
-    """Write times of day under the lowest axis, and mark the pauses in all."""
+    """Label the lowest axis with times of day, and mark the pauses in all axes."""
     begins = [end for _, end in flow.pauses]
     places = [edges[at] for at, bar in enumerate(flow.bars) if bar.start in begins]
     for each in axes:
@@ -191,14 +195,13 @@ def _mark_time(axes: Any, flow: Throughput, edges: Sequence[float], most: int) -
         [place for place, _ in marks],
         [_time_of(moment, several_days, seconds) for _, moment in marks],
     )
-    axes[-1].set_xlabel("UTC" + (", pauses left out at the dashed lines" if places else ""))
+    axes[-1].set_xlabel("time (UTC)" + (", pauses omitted at the dashed lines" if places else ""))
 
 
 def time_marks(bars: Sequence[Bar], edges: Sequence[float], most: int) -> list[tuple[float, float]]:
-    """Return where on the axis round times of day are, and which: place and Unix time.
+    """Return round times of day: their place on the axis, and their Unix time.
 
-    Pauses have no room on the axis, so that marks on both sides of one may come close: then the
-    later is left out.
+    The axis omits pauses. A mark that would be close to the one before a pause is omitted too.
     """
     whole = edges[-1] - edges[0]
     step = next((step for step in _STEPS if whole / step <= most), _STEPS[-1])
@@ -229,12 +232,15 @@ def _plot(name: str, title: str, draw: Draw, rows: float) -> Markup:
             target = io.BytesIO()
             figure.savefig(target, format="svg", transparent=True, metadata=_NO_METADATA)
         svg = _inline(target.getvalue().decode(), f"{name}-{width}")
-        drawn.append(element("div", svg, class_=width, role="img", aria_label=title))
-    return element("figure", *drawn)
+        plot = Markup('<div class="{}" role="img" aria-label="{}">{}</div>').format(
+            width, title, svg
+        )
+        drawn.append(plot)
+    return Markup().join(drawn)
 
 
 def _inline(svg: str, name: str) -> Markup:
-    """Return an SVG document as an element of a page: its ids its own, its colours the page's."""
+    """Return an SVG document as an element of a page, with unique ids and the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -245,4 +251,4 @@ def _inline(svg: str, name: str) -> Markup:
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    return Markup(svg)
+    return Markup(svg)  # noqa: S704 - matplotlib escapes the text in it

@@ -246,7 +246,7 @@ def others_may_write(path: Path) -> str | None:
     status = path.stat()
     for owner in (path.lstat().st_uid, status.st_uid):
         if owner not in (os.getuid(), 0):
-            return f"it belongs to {_user_name(owner)}"
+            return f"it belongs to {user_name(owner)}"
     if status.st_mode & stat.S_IWOTH:
         return "everybody can write to it"
     if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
@@ -264,7 +264,8 @@ def _is_private(gid: int) -> bool:
     return own and {*group.gr_mem} <= {user.pw_name}
 
 
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """Return a user's name; one that is unknown here by number."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

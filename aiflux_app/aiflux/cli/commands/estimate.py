@@ -22,7 +22,7 @@ from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import given_settings
-from aiflux.core.runs.directory import checked_output, named_output
+from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import Plan, make_plan, read_plan
 from aiflux.core.runs.status_file import read_status
@@ -131,8 +131,10 @@ def foretell(asked: Asked) -> int:
     kind = engine_kind(options)
     summary = scan_input(asked.input, options.model, rules=kind.input_rules)
     output = checked_output(asked.output)
+    RunDirectory.of_output(output).refuse_foreign()
     whole = make_plan(summary, output, options, asked.config.models_dir, kind)
     pilot = Pilot.of_output(output)
+    pilot.run.refuse_foreign()
     drawn = _drawn(asked, pilot, whole, summary)
     if not pilot.done():
         ended = _do(asked, pilot, _pilot_options(whole))

@@ -26,7 +26,7 @@ from aiflux.report.machines import ReportSources
 from aiflux.report.methods import methods
 from aiflux.slurm.monitor.collect import ShardView, gather
 from aiflux.slurm.submissions import known_submissions
-from aiflux.util.files import atomic_write, expanded
+from aiflux.util.files import atomic_write, expanded, may_write, user_name
 from aiflux.util.records import to_json
 from aiflux.util.streams import STDOUT
 from aiflux.util.unicode import json_text, terminal_text, whole
@@ -128,6 +128,12 @@ def _reason(shard: ShardView) -> str:
 
 def _target(given: str | None, run: RunDirectory) -> Path:
     if given is None:
+        if not may_write(run.path):
+            owner = user_name(run.path.stat().st_uid)
+            raise ConfigError(
+                f"permissions deny writing to {run.path}, which belongs to {owner}",
+                "write the report elsewhere: --output report.html",
+            )
         return run.report
     target = expanded(given).absolute()
     if target.is_dir():

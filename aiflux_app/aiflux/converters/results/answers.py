@@ -49,7 +49,7 @@ def _plan_with_requests(output: Path) -> Plan | None:
             plan = read_plan(run)
             if looks_unchanged(plan.input) or change_of(plan.input) is None:
                 return plan
-        except (RunConflictError, InputError, OSError):
+        except (RunConflictError, InputError, StorageError, OSError):
             pass  # another version's plan, or no input: the output alone is enough
     return None
 

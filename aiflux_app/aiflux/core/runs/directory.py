@@ -10,7 +10,14 @@ from shlex import quote
 
 from aiflux.core.batch.results_file import output_paths
 from aiflux.errors import ConfigError, RunConflictError
-from aiflux.util.files import expanded, read_error, refuse_special, storage_error
+from aiflux.util.files import (
+    expanded,
+    nearest_there,
+    read_error,
+    refuse_special,
+    storage_error,
+    user_name,
+)
 
 OUTPUT_SUFFIXES = (".json", ".jsonl")
 
@@ -120,6 +127,8 @@ class RunDirectory:
             found = os.stat(self.path)
         except FileNotFoundError:
             return
+        except PermissionError:
+            raise self._unreadable(nearest_there(self.path)) from None
         except OSError as error:
             raise read_error(error, self.path) from error
         if not stat.S_ISDIR(found.st_mode):
@@ -128,16 +137,41 @@ class RunDirectory:
                 "move it away, or choose another output",
             )
         if found.st_uid != os.geteuid():
+            owner = user_name(found.st_uid)
             raise RunConflictError(
-                f"the run directory {self.path} belongs to another user (uid {found.st_uid})",
-                "choose another output, in a folder of your own",
+                f"the run directory {self.path} belongs to another user ({owner})",
+                "choose another output, in a directory of your own",
             )
+        self.refuse_unreadable()
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise RunConflictError(
                 f"others can write the run directory {self.path} "
                 f"(mode {stat.S_IMODE(found.st_mode):04o})",
                 f"make sure that its files are yours, then: chmod go-w {quote(str(self.path))}",
             )
+
+    def refuse_unreadable(self) -> None:
+        """Refuse a run whose directory or plan this user may not read.
+
+        Raises:
+            RunConflictError: names the owner.
+        """
+        for path, needed in ((self.path, os.R_OK | os.X_OK), (self.plan, os.R_OK)):
+            if os.path.exists(path) and not os.access(path, needed):
+                raise self._unreadable(path)
+
+    def _unreadable(self, path: Path) -> RunConflictError:
+        found = os.stat(path)
+        if found.st_uid == os.geteuid():
+            return RunConflictError(
+                f"permissions deny reading {path} (mode {stat.S_IMODE(found.st_mode):04o})",
+                f"chmod u+rwX {quote(str(path))}",
+            )
+        owner = user_name(found.st_uid)
+        return RunConflictError(
+            f"permissions deny reading {path}, which belongs to {owner}",
+            f"ask {owner}, or choose another output; `aiflux results` needs only the output file",
+        )
 
     def make(self) -> None:
         """Make the directory (mode 0700) alone, where it is not there yet."""

@@ -164,6 +164,7 @@ def draft_run(
     if input_path in output_paths(output):
         raise ConfigError("input and output are the same file", "name another output")
     run = RunDirectory.of_output(output)
+    run.refuse_foreign()
     # Where jsonschema is missing here, the worker checks with its own, or says what to install.
     schemas = options.validate and can_check_schemas()
     summary = scan_input(input_path, options.model, rules=kind.input_rules, schemas=schemas)
@@ -255,7 +256,6 @@ def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
 
 def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
     """Return the plan of earlier starts that left results; refuse a run that is another's."""
-    run.refuse_foreign()
     if not is_there(run.plan):
         if not run.unused():
             # Another start may be just about to write its plan, or has written it by now.

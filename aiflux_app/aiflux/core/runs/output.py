@@ -474,6 +474,7 @@ def merge_partial(plan: Plan, run: RunDirectory) -> tuple[Path, ResultCounts]:
         StoppedError: the input is not the planned one any more.
         StorageError: the disk refused.
     """
+    run.refuse_foreign()
     target = plan.output.with_name(f"{plan.output.stem}.partial{plan.output.suffix}")
     with acquire(run.merge_lease, f"writing {plan.output}"):
         remove_leftovers(*output_paths(target))

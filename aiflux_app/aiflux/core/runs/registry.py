@@ -214,20 +214,19 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
 
     Raises:
         UsageError: no run is found.
+        RunConflictError: it may not be read.
     """
     text = text.strip()
     found = _by_path(text) if text else None
     if found is not None:
+        found.refuse_unreadable()
         return found
     job = re.sub(r",[1-9][0-9,]*", "", text)
     if JOB.fullmatch(job):
         return _by_job(job, environ, ask)
-    for folder in _candidates(Path(text).absolute()):
-        if os.path.isdir(folder) and not os.access(folder, os.X_OK):
-            raise UsageError(
-                f"the run in {folder} cannot be read: Permission denied",
-                "run this as its owner; `aiflux results` needs only the output",
-            )
+    for candidate in _candidates(Path(text).absolute()):
+        if os.path.isdir(candidate) and not os.access(candidate, os.X_OK):
+            RunDirectory(candidate).refuse_unreadable()
     raise UsageError(
         f"no run is found at {text!r}: it is no run directory, no output of a run, and no job id",
         "`aiflux jobs --all` lists your runs",

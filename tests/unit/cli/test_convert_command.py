@@ -256,3 +256,37 @@ def test_a_trial_is_json(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
     main(["convert", "csv", "--input", "t.csv", "--template", "{text}", "--dry-run"])
     shown = capsys.readouterr().out.removeprefix("request 1:\n")
     assert json.loads(shown)["custom_id"] == "row-1"
+
+
+NO_THREADS = """
+import resource, sys, threading
+
+threading.stack_size(4 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from aiflux.cli.main import main
+from aiflux.cli.render.progress import byte_bar
+
+with byte_bar("reading", 10) as advance:
+    advance(10)
+sys.exit(main())
+"""
+
+
+def test_a_bar_on_a_terminal_needs_no_thread(place: Path) -> None:
+    """A system at its limit (``ulimit -u``) starts none; here, no thread's stack has room."""
+    write(place / "d" / "a.md", "A")
+    ours, theirs = pty.openpty()
+    words = ["convert", "dir", "--input", "d", "--output", "q.jsonl"]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", NO_THREADS, *words],
+            stdout=subprocess.PIPE, stderr=theirs, check=False, timeout=60,
+        )  # fmt: skip
+        shown = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 0, shown
+    assert "reading" in shown
+    assert "converting" in shown
+    assert list(prompts(place / "q.jsonl").values()) == ["A"]

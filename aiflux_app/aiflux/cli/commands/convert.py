@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.cli.pipes import destination, piped_file, refuse_both
+from aiflux.cli.render.progress import count_bar
 from aiflux.converters.directory import MAX_FILE_SIZE, directory_to_jsonl
 from aiflux.converters.images import MAX_PIXELS, TEMPLATE, images_to_jsonl
 from aiflux.converters.request_form import ENDPOINTS
@@ -24,13 +22,10 @@ from aiflux.errors import InputError, StoppedError, UsageError
 from aiflux.util.files import expanded, refuse_existing
 from aiflux.util.streams import STDIN, STDOUT
 from aiflux.util.unicode import json_text
-from aiflux.worker.console import TerminalConsole
 
 _TRIAL = 3
 
 __all__ = ["add_arguments", "execute"]
-
-Tell = Callable[[int, int], None]
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -47,8 +42,8 @@ def _execute(arguments: argparse.Namespace) -> int:
     options = {**_request_options(arguments), "skip_bad": arguments.skip_bad}
     convert = _converter(arguments, options)
     if arguments.dry_run:
-        with _bar() as tell:
-            summary = convert(None, limit=_TRIAL, progress=tell)
+        with count_bar("converting") as move:
+            summary = convert(None, limit=_TRIAL, progress=move)
         if arguments.json:
             print_json(asdict(summary))
         else:
@@ -60,8 +55,8 @@ def _execute(arguments: argparse.Namespace) -> int:
     with destination(arguments.output, force=arguments.force) as target:
         if arguments.output != STDOUT and not arguments.force:
             refuse_existing(skipped_path(target))
-        with _bar() as tell:
-            summary = convert(target, progress=tell)
+        with count_bar("converting") as move:
+            summary = convert(target, progress=move)
         if arguments.json:
             print_json(asdict(summary))
             return 0
@@ -155,19 +150,6 @@ def _param(text: str) -> tuple[str, Any]:
             f"--param {text!r} is not KEY=JSON: {error}",
             """such as --param top_p=0.9 or --param 'stop=["END"]'; a text needs its quotes""",
         ) from None
-
-
-@contextmanager
-def _bar() -> Iterator[Tell | None]:
-    """Show a bar on a terminal; yield what moves it."""
-    console = TerminalConsole(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("converting"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
 
 
 def _show_trial(summary: Summary) -> None:

@@ -42,8 +42,10 @@ def label(value: object) -> str:
 def main(facts_path: str, image_json: str, labels: str, environment: str) -> None:
     """Write all three files."""
     facts = json.loads(Path(facts_path).read_text(encoding="utf-8"))
+    version = ollama_version()
     facts |= {
-        "ollama": ollama_version(),
+        "engine_version": version,
+        "ollama": version,  # its label in earlier versions
         "python": platform.python_version(),
         "os": platform.freedesktop_os_release()["PRETTY_NAME"],
         "arch": platform.machine(),

@@ -272,9 +272,14 @@ def _contents(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:
 
 
 def _image_facts(image: ImageFacts) -> dict[str, Any]:
-    known = ("version", "ollama", "engine", "base", "cpu_only")
-    facts = {name: image.fact(name) for name in known}
-    return {"path": "image/aiflux.sif", "arch": image.arch, **facts}
+    facts = {name: image.fact(name) for name in ("version", "ollama", "base", "cpu_only")}
+    return {
+        "path": "image/aiflux.sif",
+        "arch": image.arch,
+        "engine": image.engine_description,
+        "engine_version": image.engine_version,
+        **facts,
+    }
 
 
 def _readme(contents: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from aiflux.image.container import (
     work_command,
     work_environment,
 )
+from aiflux.image.sif import own_image, refuse_other_engine
 from aiflux.slurm.preflight.memory import check_names
 from aiflux.util.files import storage_error
 
@@ -113,6 +114,8 @@ def run_local(opened: OpenedRun, config: Config) -> int:
             ) from error
         show_local_choices(config, None)
         return run_here(opened)
+    if kind.program:
+        refuse_other_engine(own_image(image), kind.name, kind.title)
     show_local_choices(config, image)
     from aiflux.cli.start import run_in_container
 

@@ -165,7 +165,8 @@ def _building(setuid: bool) -> Diagnosis:
 
 def _image(path: Path) -> Iterator[Diagnosis]:
     image = read_image(path)
-    found = f"{path}: aiflux {image.fact('version')}, Ollama {image.fact('ollama') or '?'}"
+    engine = f"{image.engine or 'engine'} {image.engine_version or '?'}"
+    found = f"{path}: aiflux {image.fact('version')}, {engine}"
     yield ok("image", f"{found}, {image.arch or 'unknown architecture'}")
     if image.arch not in (None, machine_arch(os.uname().machine)):
         yield warn(

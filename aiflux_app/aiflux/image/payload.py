@@ -108,7 +108,8 @@ def known_facts(sources: Checkout, choice: BaseChoice) -> dict[str, str]:
         "base": choice.base,
         "base_image": image,
         "base_digest": digest,
-        "engine": choice.engine,
+        "engine": "ollama",
+        "engine_description": choice.engine,
     }
 
 

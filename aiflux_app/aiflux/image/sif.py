@@ -70,7 +70,7 @@ class ImageFacts:
     labels: dict[str, str] = field(default_factory=dict)
 
     def fact(self, name: str) -> str | None:
-        """Return one of AI-Flux's own labels, such as ``version``, ``ollama`` or ``engine``."""
+        """Return one of AI-Flux's own labels, such as ``version``, ``base`` or ``engine``."""
         return self.labels.get(_OWN + name)
 
     @property
@@ -80,14 +80,51 @@ class ImageFacts:
         return {name.removeprefix(_OWN): value for name, value in own.items()}
 
     @property
+    def engine(self) -> str | None:
+        """The kind of its engine; None where it is unknown.
+
+        Earlier versions built images for Ollama only, and described it in the label ``engine``.
+        """
+        if self.fact("engine_version"):
+            return self.fact("engine")
+        return "ollama" if self.fact("ollama") else None
+
+    @property
+    def engine_version(self) -> str | None:
+        """The version of its engine; None where it is unknown."""
+        return self.fact("engine_version") or self.fact("ollama")
+
+    @property
+    def engine_description(self) -> str | None:
+        """Its engine in words; None where there are none."""
+        return self.fact("engine_description") or self.fact("engine")
+
+    @property
     def cpu_only(self) -> bool:
-        """Whether its Ollama is known not to support GPUs."""
+        """Whether its engine is known not to support GPUs."""
         return self.fact("cpu_only") == "yes"
 
 
 def machine_arch(machine: str) -> str:
     """Return the architecture name used by images for a machine (``uname -m``)."""
     return _MACHINES.get(machine, machine)
+
+
+def refuse_other_engine(image: ImageFacts, kind: str, title: str) -> None:
+    """Refuse an image with another engine than a run needs.
+
+    Args:
+        kind, title: of the engine that the run needs.
+
+    Raises:
+        ImageError: it has another one; names the image to build.
+    """
+    if image.engine not in (None, kind):
+        raise ImageError(
+            f"the image {image.path} has the engine {image.engine}, and the run needs {title}",
+            f"{how_to_build(f'ENGINE={kind}')}, and name it: --image FILE; or --engine "
+            f"{image.engine}",
+        )
 
 
 def read_image(path: Path) -> ImageFacts:

@@ -35,6 +35,8 @@ from tests.unit.helpers import write_input
 HERE = platform.machine()
 OTHER = "arm64" if HERE == "x86_64" else "amd64"
 
+OLLAMA = kind_named("ollama")
+
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
@@ -197,9 +199,9 @@ def test_generic_resources(gres: str, gpus: dict[str, int]) -> None:
 def test_an_image_for_another_machine(tmp_path: Path) -> None:
     image = make_sif(tmp_path / "a.sif", OTHER, version="1")
     wants = {"wants_gpus": True, "allow_cpu": False}
-    (certain,) = check_image(image, {HERE}, certain=True, **wants)
-    (guessed,) = check_image(image, {HERE}, certain=False, **wants)
-    (mixed,) = check_image(image, {"x86_64", "aarch64"}, certain=True, **wants)
+    (certain,) = check_image(image, {HERE}, OLLAMA, certain=True, **wants)
+    (guessed,) = check_image(image, {HERE}, OLLAMA, certain=False, **wants)
+    (mixed,) = check_image(image, {"x86_64", "aarch64"}, OLLAMA, certain=True, **wants)
     assert [certain.level, guessed.level, mixed.level] == ["error", "warning", "warning"]
     assert "--constraint" in mixed.fix
 
@@ -212,10 +214,33 @@ def test_an_image_without_gpu_support(
 ) -> None:
     image = make_sif(tmp_path / "a.sif", version="1", cpu_only="yes")
     found = [
-        *check_image(image, {"x86_64"}, certain=True, wants_gpus=wants_gpus, allow_cpu=allow_cpu)
+        *check_image(
+            image, {"x86_64"}, OLLAMA, certain=True, wants_gpus=wants_gpus, allow_cpu=allow_cpu
+        )
     ]
     assert len(found) == count
     assert all("--allow-cpu" in finding.fix for finding in found)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"engine": "llamacpp", "engine_version": "b11669"},
+        {"engine": "ollama", "engine_version": "0.33.3"},
+        {"engine": "official Ollama 0.33.3, with GPU support", "ollama": "0.33.3"},
+        {},
+    ],
+)
+def test_an_image_with_another_engine_is_refused(tmp_path: Path, labels: dict[str, str]) -> None:
+    """Images of earlier versions have an Ollama; of one without such labels nothing is known."""
+    image = make_sif(tmp_path / "a.sif", version="1", **labels)
+    wants = {"certain": True, "wants_gpus": False, "allow_cpu": False}
+    found = [*check_image(image, {"x86_64"}, OLLAMA, **wants)]
+    assert bool(found) is (labels.get("engine") == "llamacpp")
+    for finding in found:
+        assert "has the engine llamacpp, and the run needs Ollama" in finding.what
+        assert "ENGINE=ollama" in finding.fix
+    assert not [*check_image(image, {"x86_64"}, kind_named("external"), **wants)]
 
 
 def test_a_model_that_is_not_there_is_pulled_by_the_job(plan: Plan) -> None:

@@ -21,7 +21,7 @@ from aiflux.report.html.format import (
 from aiflux.report.methods import methods
 from aiflux.util.text import counted
 
-_IMAGE_FACTS = ("version", "ollama", "python", "os", "base_image", "base_digest", "commit")
+_IMAGE_FACTS = ("version", "engine", "python", "os", "base_image", "base_digest", "commit")
 
 
 def page(report: Report, plots: Mapping[str, Markup], no_plots: str | None = None) -> str:
@@ -122,6 +122,8 @@ def _endpoints(counts: Mapping[str, int]) -> str:
 
 
 def _image_facts(image: Mapping[str, object]) -> Iterator[str]:
+    if "engine_version" in image:
+        image = {**image, "engine": f"{image.get('engine')} {image['engine_version']}"}
     for name in _IMAGE_FACTS:
         if image.get(name) not in (None, "", "none", "unknown"):
             yield f"{name.replace('_', ' ')} {image[name]}"

@@ -90,14 +90,16 @@ def preflight(
 def check_job_image(
     image: Path, facts: Facts, slurm: SlurmConfig, options: RunOptions
 ) -> Iterator[Finding]:
-    """Check the image against the nodes that the job may get."""
+    """Check the image against the engine, and the nodes that the job may get."""
+    kind = engine_kind(options)
     nodes = [node for name in _partitions(facts, slurm) for node in facts.nodes_of(name)]
     machines = {node.arch for node in with_features(nodes, slurm) if node.arch}
     return check_image(
         image,
         machines or {platform.machine()},
+        kind,
         certain=bool(machines) or slurm.constraint is None,
-        wants_gpus=wants_gpus(slurm) and engine_kind(options).managed,
+        wants_gpus=wants_gpus(slurm) and kind.managed,
         allow_cpu=options.allow_cpu,
     )
 

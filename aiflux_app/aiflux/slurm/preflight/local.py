@@ -15,6 +15,7 @@ from typing import Literal
 
 from aiflux.core.batch.ignored_fields import FIX, ignored_texts
 from aiflux.core.runs.plan import Plan
+from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import (
     AifluxError,
@@ -24,7 +25,13 @@ from aiflux.errors import (
     PreflightError,
     UsageError,
 )
-from aiflux.image.sif import ImageFacts, how_to_build, machine_arch, own_image
+from aiflux.image.sif import (
+    ImageFacts,
+    how_to_build,
+    machine_arch,
+    own_image,
+    refuse_other_engine,
+)
 from aiflux.util.files import may_write
 from aiflux.util.text import size_text
 
@@ -104,6 +111,7 @@ def finding_of(error: AifluxError) -> Finding:
 def check_image(
     path: Path,
     machines: Collection[str],
+    kind: EngineKind,
     *,
     certain: bool,
     wants_gpus: bool,
@@ -112,12 +120,15 @@ def check_image(
     """Check that the image can be read, fits the machines, and can use GPUs where it gets some.
 
     Args:
+        kind: of the run's engine, which the image has to have.
         machines: what the nodes are (``uname -m``) that the job may run on.
         certain: Slurm said so. Otherwise they are taken to be as this machine is, which a
             ``--constraint`` can make untrue: a mismatch is then a warning.
     """
     try:
         image = own_image(path)
+        if kind.program:
+            refuse_other_engine(image, kind.name, kind.title)
     except ImageError as error:
         yield finding_of(error)
         return
@@ -125,7 +136,7 @@ def check_image(
     if image.cpu_only and wants_gpus and not allow_cpu:
         yield Finding(
             "error",
-            f"the image {path} holds a CPU build of Ollama, and the job asks for GPUs",
+            f"the image {path} holds a CPU build of {kind.title}, and the job asks for GPUs",
             f"{how_to_build('BASE=docker')}, which can use them; or run on the CPU: "
             "--gpus-per-node 0, or --allow-cpu",
         )

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aiflux.core.config.config import Config
+from aiflux.core.config.engine_kinds import KINDS
 from aiflux.doctor import host
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
 from aiflux.image.base import OLLAMA_IMAGE
@@ -165,7 +167,8 @@ def _building(setuid: bool) -> Diagnosis:
 
 def _image(path: Path) -> Iterator[Diagnosis]:
     image = read_image(path)
-    engine = f"{image.engine or 'engine'} {image.engine_version or '?'}"
+    title = kind_named(image.engine).title if image.engine in KINDS else image.engine or "engine"
+    engine = f"{title} {image.engine_version or '?'}"
     found = f"{path}: aiflux {image.fact('version')}, {engine}"
     yield ok("image", f"{found}, {image.arch or 'unknown architecture'}")
     if image.arch not in (None, machine_arch(os.uname().machine)):

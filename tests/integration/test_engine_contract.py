@@ -1,0 +1,40 @@
+"""The real engines keep the promises of the seam: the cases of ``EngineContract``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aiflux.engines.kinds import kind_named
+from aiflux.engines.ollama.store import model_digest
+from aiflux.models.name import parse_model_name
+from tests.integration.conftest import MODEL
+from tests.tools.engine_contract import EngineContract, EngineSite, ProgramSite
+
+
+class RealOllama(ProgramSite):
+    """The CPU Ollama with the small model."""
+
+    kind = kind_named("ollama")
+    model = MODEL
+    slots = 2
+
+    def __init__(self, folder: Path, models: Path, program: Path) -> None:
+        super().__init__(folder)
+        self._models = models
+        self.digest = model_digest(models, parse_model_name(MODEL))
+        self.wrap([str(program)])
+
+    @property
+    def models_dir(self) -> Path:
+        return self._models
+
+
+class TestOllama(EngineContract):
+    @pytest.fixture
+    def site(self, tmp_path: Path, models: Path, ollama: Path) -> Iterator[EngineSite]:
+        made = RealOllama(tmp_path, models, ollama)
+        yield made
+        made.close()

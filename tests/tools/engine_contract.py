@@ -1,0 +1,318 @@
+"""What every engine kind promises: the same cases for each, on real processes and sockets.
+
+A kind contributes an ``EngineSite``, which makes engines and disturbs their servers. Subclasses of
+``EngineContract`` give it as the fixture ``site``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.core.batch.input_file import scan_input
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import make_plan
+from aiflux.engines.base import Engine, EngineKind, EngineSpec
+from aiflux.engines.http import Client, ExchangeError
+from aiflux.engines.sizing import in_flight
+from aiflux.errors import EngineError, RejectedError
+
+ABSENT = "nobody:1b"
+
+
+class EngineSite(ABC):
+    """A place where engines of a kind run.
+
+    Attributes:
+        model: one that its servers have, as the plan names it.
+        digest: of that model; None where engines of the kind have none.
+        slots: with which its servers are started; None where they report none.
+        options: further options of the plan.
+    """
+
+    kind: EngineKind
+    model: str
+    digest: str | None = None
+    slots: int | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.options: dict[str, Any] = {}
+        self.environ = dict(os.environ)
+        self.made: list[Engine] = []
+
+    @property
+    @abstractmethod
+    def models_dir(self) -> Path: ...
+
+    @abstractmethod
+    def hold(self) -> None:
+        """Keep the next servers from getting ready."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let them get ready."""
+
+    @abstractmethod
+    def crash(self, index: int = 0) -> None:
+        """Let the server of an engine die, as ``kill -9`` does."""
+
+    @abstractmethod
+    def recover(self) -> None:
+        """Do what somebody else has to do before the server can come back."""
+
+    def make(self, model: str | None = None, index: int = 0) -> Engine:
+        """Return an engine that is not started."""
+        path = self.folder / "in.jsonl"
+        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+        request = {"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        path.write_text(json.dumps(request) + "\n", encoding="utf-8")
+        options = RunOptions(
+            model=model or self.model, engine_wait=10.0, slots=self.slots, **self.options
+        )
+        summary = scan_input(path, options.model)
+        plan = make_plan(summary, self.folder / "o.json", options, self.models_dir, self.kind)
+        spec = EngineSpec(
+            index=index,
+            plan=plan,
+            model=plan.models[0],
+            devices=(),
+            home=self.folder / f"home-{index}",
+            log=self.folder / f"engine-{index}.log",
+            environ=self.environ,
+            say=lambda _: None,
+        )
+        engine = self.kind.make_engine(spec, lambda url, ca=None: Client(url, 30.0, 8, ca=ca))
+        self.made.append(engine)
+        return engine
+
+    def close(self) -> None:
+        """Stop every engine that was made."""
+        self.release()
+        for engine in self.made:
+            engine.close()
+
+
+class ProgramSite(EngineSite):
+    """A site whose engines start a program; a wrapper holds it back and notes its id."""
+
+    def wrap(self, command: list[str]) -> None:
+        """Have engines start this command, with their own arguments."""
+        self.program = self.folder / "engine-program"
+        self.held = self.folder / "held"
+        self.pids = self.folder / "pids"
+        self.program.write_text(
+            "#!/bin/sh\n"
+            f"echo $$ >>{shlex.quote(str(self.pids))}\n"
+            f"while [ -e {shlex.quote(str(self.held))} ]; do sleep 0.05; done\n"
+            f'exec {shlex.join(command)} "$@"\n',
+            encoding="utf-8",
+        )
+        self.program.chmod(0o755)
+        self.environ["AIFLUX_ENGINE_PROGRAM"] = str(self.program)
+
+    def hold(self) -> None:
+        self.held.touch()
+
+    def release(self) -> None:
+        self.held.unlink(missing_ok=True)
+
+    def started(self) -> list[int]:
+        """Return the processes that were started, the oldest first."""
+        if not self.pids.exists():
+            return []
+        return [int(line) for line in self.pids.read_text(encoding="utf-8").split()]
+
+    def crash(self, index: int = 0) -> None:
+        os.kill(self.started()[-1], signal.SIGKILL)
+
+    def recover(self) -> None:
+        """Nothing: the worker starts another one."""
+
+
+def sessions() -> dict[int, list[int]]:
+    """Return the processes of every session, zombies left out."""
+    found: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        state, _, _, session = stat.rpartition(")")[2].split()[:4]
+        if state != "Z":
+            found.setdefault(int(session), []).append(int(name))
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+
+
+def answers(engine: Engine, site: EngineSite) -> bool:
+    body = {"model": engine_name(site), "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 4}  # fmt: skip
+    answer = engine.client.post("/v1/chat/completions", json.dumps(body).encode())
+    return answer.status == 200 and "choices" in json.loads(answer.body)
+
+
+def assert_none_left(site: EngineSite) -> None:
+    """Wait until no process of a session that was started is left."""
+    if isinstance(site, ProgramSite):
+        until(lambda: not {*site.started()} & sessions().keys())
+
+
+def engine_name(site: EngineSite) -> str:
+    return site.kind.served_name(site.model)
+
+
+class Start(threading.Thread):
+    """A start in a thread of its own, as the supervisor's."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(daemon=True)
+        self.engine = engine
+        self.error: BaseException | None = None
+        self.keep = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self.engine.start()
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            self.error = error
+
+    def ended(self, seconds: float = 15.0) -> BaseException | None:
+        self.join(seconds)
+        assert not self.is_alive(), "the start did not end"
+        return self.error
+
+
+class EngineContract:
+    """The cases."""
+
+    def test_a_started_engine_answers(self, site: EngineSite) -> None:
+        engine = site.make()
+        engine.start()
+        assert engine.is_alive()
+        assert engine.is_ready()
+        assert answers(engine, site)
+        assert engine.facts.index == 0
+        assert str(engine.index) in engine.describe() or "http" in engine.describe()
+
+    def test_a_server_that_is_not_ready_is_waited_for(self, site: EngineSite) -> None:
+        site.hold()
+        start = Start(site.make())
+        start.start()
+        start.join(0.4)
+        assert start.is_alive(), "it did not wait"
+        site.release()
+        # The kernel ends a server with the thread that started it, so only this is certain.
+        assert start.ended() is None
+
+    def test_a_crash_is_noticed_and_a_start_brings_it_back(self, site: EngineSite) -> None:
+        engine = site.make()
+        engine.start()
+        before = engine.model_digest()
+        site.crash()
+        until(lambda: not engine.is_ready())
+        assert not engine.is_alive()
+        with pytest.raises(ExchangeError):
+            answers(engine, site)
+        site.recover()
+        engine.start()
+        assert engine.is_alive()
+        assert answers(engine, site)
+        assert engine.model_digest() == before
+
+    def test_a_stop_in_mid_start_leaves_no_server_behind(self, site: EngineSite) -> None:
+        site.hold()
+        engine = site.make()
+        start = Start(engine)
+        start.start()
+        if isinstance(site, ProgramSite):
+            until(lambda: bool(site.started()))
+        engine.stop()
+        if not site.kind.managed:  # a server that is not ours goes on
+            site.release()
+            assert start.ended() is None
+            return
+        assert isinstance(start.ended(), EngineError)
+        assert not engine.is_ready()
+
+    @pytest.mark.parametrize("held", [True, False])
+    def test_close_from_another_thread_ends_a_start_or_the_server(
+        self, site: EngineSite, held: bool
+    ) -> None:
+        engine = site.make()
+        if held:
+            site.hold()
+            start = Start(engine)
+            start.start()
+            start.join(0.2)
+            engine.close()
+            assert isinstance(start.ended(), EngineError)
+        else:
+            engine.start()
+            closing = threading.Thread(target=engine.close)
+            closing.start()
+            closing.join(15)
+            assert not closing.is_alive()
+        assert_none_left(site)
+
+    def test_no_engine_starts_after_its_end(self, site: EngineSite) -> None:
+        engine = site.make()
+        engine.close()
+        if site.kind.managed:
+            with pytest.raises(EngineError):
+                engine.start()
+        assert_none_left(site)
+
+    def test_a_model_that_the_server_lacks_is_named(self, site: EngineSite) -> None:
+        engine = site.make(ABSENT)
+        error: EngineError | None
+        try:
+            engine.start()
+            error = engine.refusal(ABSENT)
+            assert engine.offers(ABSENT) is False
+            assert isinstance(error, RejectedError)
+        except EngineError as failure:
+            error = failure
+        assert error is not None
+        assert ABSENT in error.message
+
+    def test_the_digest_is_that_of_the_model(self, site: EngineSite) -> None:
+        engine = site.make()
+        engine.start()
+        assert engine.model_digest() == site.digest
+        assert engine.ran(engine_name(site), engine_name(site)) == engine_name(site)
+        assert engine.was_truncated(3) is False
+
+    def test_its_slots_say_how_many_requests_to_send(self, site: EngineSite) -> None:
+        engine = site.make()
+        engine.start()
+        expected = None if site.slots is None else in_flight(site.slots)
+        assert engine.max_in_flight() == expected
+        assert engine.facts.slots == site.slots
+
+    def test_two_engines_are_apart(self, site: EngineSite) -> None:
+        if not site.kind.managed:
+            return  # there is one server
+        one, two = site.make(), site.make(index=1)
+        one.start()
+        two.start()
+        assert one.client.base_url != two.client.base_url
+        one.stop()
+        assert not one.is_ready()
+        assert answers(two, site)

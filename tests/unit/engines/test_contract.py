@@ -1,0 +1,102 @@
+"""Every kind of the table keeps the promises of the seam: the cases of ``EngineContract``."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from aiflux.core.config.engine_kinds import KINDS
+from aiflux.engines.kinds import kind_named
+from tests.tools.engine_contract import EngineContract, EngineSite, ProgramSite
+from tests.tools.faulty_engine import FaultyEngine, Reply
+from tests.unit.made_models import put_model
+
+FAKE_OLLAMA = Path(__file__).parents[2] / "tools" / "fake_ollama.py"
+
+
+class FakeOllama(ProgramSite):
+    """The small stand-in for Ollama; held back before it listens."""
+
+    kind = kind_named("ollama")
+    model = "tiny:latest"
+    slots = 3
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        name = put_model(self.models_dir, self.model, b"weights")
+        manifest = (self.models_dir / name.manifest_path).read_bytes()
+        self.digest = hashlib.sha256(manifest).hexdigest()
+        self.wrap([sys.executable, str(FAKE_OLLAMA)])
+
+    @property
+    def models_dir(self) -> Path:
+        return self.folder / "models"
+
+
+class LoadingOllama(FakeOllama):
+    """The same; held back while it loads its model."""
+
+    def hold(self) -> None:
+        (self.folder / "home-0").mkdir(exist_ok=True)
+        (self.folder / "home-0" / "loading").touch()
+
+    def release(self) -> None:
+        (self.folder / "home-0" / "loading").unlink(missing_ok=True)
+
+
+class External(EngineSite):
+    """A server that somebody else started, which may not be ready yet."""
+
+    kind = kind_named("external")
+    model = "m:1"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.loading = False
+        self.server = FaultyEngine(models=(self.model,), instead=self._instead)
+        self.server.start()
+        self.options["engine_url"] = self.server.url
+
+    def _instead(self, method: str, path: str, headers: Mapping[str, str]) -> Reply | None:
+        return (503, b'{"error": {"message": "Loading model"}}', {}) if self.loading else None
+
+    @property
+    def models_dir(self) -> Path:
+        return self.folder
+
+    def hold(self) -> None:
+        self.loading = True
+
+    def release(self) -> None:
+        self.loading = False
+
+    def crash(self, index: int = 0) -> None:
+        self.server.stop()
+
+    def recover(self) -> None:
+        self.server.start()
+
+    def close(self) -> None:
+        super().close()
+        self.server.stop()
+
+
+SITES: tuple[type[EngineSite], ...] = (FakeOllama, LoadingOllama, External)
+
+
+class TestContract(EngineContract):
+    """The cases on stand-ins; those on the real engines are in ``tests/integration``."""
+
+    @pytest.fixture(params=SITES, ids=lambda site: site.__name__)
+    def site(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineSite]:
+        made: EngineSite = request.param(tmp_path)
+        yield made
+        made.close()
+
+
+def test_every_kind_of_the_table_takes_the_contract() -> None:
+    assert {site.kind.name for site in SITES} == KINDS.keys()

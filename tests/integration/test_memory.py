@@ -22,7 +22,7 @@ from aiflux.engines.ollama.memory import BATCH, estimate, graph_sizes, layer_cac
 from aiflux.engines.ollama.stored_model import stored_figures
 from aiflux.engines.process import ServerProcess
 from aiflux.errors import EngineError
-from aiflux.models.catalog import CataloguedModel, read_catalogue
+from aiflux.models.catalog import CatalogModel, read_catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import parse_model_name
 from tests.integration.conftest import MODEL
@@ -95,13 +95,13 @@ def ours(figures: Figures, context: int) -> float:
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models directory with real architectures without weights."""
     folder = tmp_path_factory.mktemp("sparse")
-    catalogue = read_catalogue()
+    catalog = read_catalog()
     for name in ARCHITECTURES:
-        install(folder, known(catalogue.find(name)), f"sparse-{name}")
+        install(folder, known(catalog.find(name)), f"sparse-{name}")
     return folder
 
 
-def known(model: CataloguedModel | None) -> CataloguedModel:
+def known(model: CatalogModel | None) -> CatalogModel:
     assert model is not None
     return model
 
@@ -129,10 +129,10 @@ def test_the_formula_matches_ollama(
     for key, size in parts.items():
         assert key not in account or account[key].means(size), (key, size, account[key])
     # The catalog's figures for a missing model, from its size and shape alone.
-    catalogued = known(read_catalogue().find(name))
-    if not catalogued.vision:
+    catalog_model = known(read_catalog().find(name))
+    if not catalog_model.vision:
         expected = pytest.approx(account["required.full"].value, rel=0.08)
-        assert ours(catalogued.figures, context) == expected
+        assert ours(catalog_model.figures, context) == expected
 
 
 @pytest.mark.parametrize(("slots", "context"), [(1, 2048), (2, 4096), (4, 2048), (8, 1024)])

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiflux.models.catalog import CataloguedModel, read_catalogue
+from aiflux.models.catalog import CatalogModel, read_catalog
 from aiflux.models.gguf import TENSOR_TYPES
 from aiflux.models.name import parse_model_name
 from tests.tools.make_tiny_gguf import ALIGNMENT, STRING, UINT32, entry, list_entry, string
@@ -49,7 +49,7 @@ def better(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def tensors(model: CataloguedModel) -> Iterator[Tensor]:
+def tensors(model: CatalogModel) -> Iterator[Tensor]:
     """Yield the tensors of a model."""
     a = model.architecture
     bulk, best = _BULK[model.quantisation], _BETTER[model.quantisation]
@@ -81,7 +81,7 @@ def tensors(model: CataloguedModel) -> Iterator[Tensor]:
             yield Tensor(block + "ffn_down.weight", (a.feed_forward, a.embedding), extra)
 
 
-def metadata(model: CataloguedModel) -> list[bytes]:
+def metadata(model: CatalogModel) -> list[bytes]:
     """Return the metadata that Ollama reads before it loads the weights."""
     a = model.architecture
     numbers = {
@@ -110,7 +110,7 @@ def metadata(model: CataloguedModel) -> list[bytes]:
     return found
 
 
-def write_sparse(path: Path, model: CataloguedModel) -> int:
+def write_sparse(path: Path, model: CatalogModel) -> int:
     """Write the file; return its size."""
     infos, offset = [], 0
     for tensor in tensors(model):
@@ -127,7 +127,7 @@ def write_sparse(path: Path, model: CataloguedModel) -> int:
     return len(head) + offset
 
 
-def install(models_dir: Path, model: CataloguedModel, name: str) -> int:
+def install(models_dir: Path, model: CatalogModel, name: str) -> int:
     """Add such a model to a models directory; return its file size.
 
     Its digest is not that of the file, as nothing that only reads the header computes it.
@@ -161,9 +161,9 @@ def install(models_dir: Path, model: CataloguedModel, name: str) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    catalogue = read_catalogue()
+    catalog = read_catalog()
     for asked in sys.argv[2:]:
-        found = catalogue.find(asked)
+        found = catalog.find(asked)
         if found is None:
             raise SystemExit(f"{asked} is not in the catalog")
         print(asked, install(Path(sys.argv[1]), found, f"sparse-{asked}"))

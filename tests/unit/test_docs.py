@@ -21,7 +21,7 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.settings import SETTINGS
 from aiflux.core.config.sources import read_dotenv
 from aiflux.errors import ExitCode
-from aiflux.models.catalog import read_catalogue
+from aiflux.models.catalog import read_catalog
 from aiflux.worker.main import make_parser as make_worker_parser
 
 ROOT = Path(__file__).parents[2]
@@ -259,7 +259,7 @@ def test_examples_of_yaml_load(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         if block.startswith("models:"):
             (tmp_path / "models.yaml").write_text(block, encoding="utf-8")
-            assert len(read_catalogue([tmp_path / "models.yaml"]).models) > 1
+            assert len(read_catalog([tmp_path / "models.yaml"]).models) > 1
             continue
         (tmp_path / "aiflux.yaml").write_text(block, encoding="utf-8")
         config = Config(environ={}, directory=tmp_path)

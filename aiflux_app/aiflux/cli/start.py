@@ -100,7 +100,7 @@ def run_local(opened: OpenedRun, config: Config) -> int:
     kind = engine_kind(opened.plan.options)
     if opened.counts is not None:
         return _tell_finished(opened.plan, opened.counts)
-    for finding in check_names(opened.plan, config.catalogue()):
+    for finding in check_names(opened.plan, config.catalog()):
         raise ModelError(finding.what, finding.fix)
     if named_program(kind, os.environ):
         show_local_choices(config, None)

@@ -15,7 +15,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.errors import RejectedError
-from aiflux.models.catalog import Catalogue
+from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class EngineKind(PlanningKind, Protocol):
         """
 
     def figures(
-        self, models_dir: Path | None, model: str, catalogue: Catalogue | None
+        self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
         """Return what the memory of a model depends on; None where it is unknown."""
 

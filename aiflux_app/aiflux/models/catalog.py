@@ -1,4 +1,4 @@
-"""The catalogue of models: what is known of a model before it is there.
+"""The catalog of models: what is known of a model before it is there.
 
 The package's own ``models.yaml`` first, then the site's (beside the file that AIFLUX_SITE_CONFIG
 names), the user's (``~/.config/aiflux/models.yaml``) and the one that ``models_file`` names: each
@@ -53,8 +53,8 @@ _Q4, _Q6 = 0.5625, 0.8203125
 
 
 @dataclass(frozen=True)
-class CataloguedModel:
-    """One model of the catalogue.
+class CatalogModel:
+    """One model of the catalog.
 
     Attributes:
         name: as Ollama names it.
@@ -103,26 +103,26 @@ class CataloguedModel:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """Models by the name under which Ollama serves them."""
 
-    models: Mapping[str, CataloguedModel]
+    models: Mapping[str, CatalogModel]
 
     @cached_property
-    def latest(self) -> Mapping[str, CataloguedModel]:
+    def latest(self) -> Mapping[str, CatalogModel]:
         """Models by the name ``...:latest`` that stands for them, too."""
         found = {_latest(name): model for name, model in self.models.items() if model.latest}
         return {name: model for name, model in found.items() if name not in self.models}
 
-    def find(self, name: str) -> CataloguedModel | None:
-        """Return a model; None where the catalogue does not know it."""
+    def find(self, name: str) -> CatalogModel | None:
+        """Return a model; None where the catalog does not know it."""
         served = _served(name)
         return self.models.get(served) or self.latest.get(served)
 
     def nearest(self, name: str) -> str | None:
         """Return the known model that a name is probably a misspelling of; None where it is none.
 
-        Only the family counts, the part before the colon: the catalogue does not know every tag.
+        Only the family counts, the part before the colon: the catalog does not know every tag.
         Names with a registry or a namespace are taken as they are.
         """
         family, _, tag = _served(name).partition(":")
@@ -148,28 +148,28 @@ class Catalogue:
         return dict(model.defaults) if model else {}
 
 
-def read_catalogue(files: Iterable[Path] = ()) -> Catalogue:
-    """Read the package's own catalogue and then ``files``, the weakest first.
+def read_catalog(files: Iterable[Path] = ()) -> Catalog:
+    """Read the package's own catalog and then ``files``, the weakest first.
 
     Raises:
         ConfigError: a file is wrong; names the file, the model and the key.
     """
     files = tuple(files)
     if not files:
-        return _own_catalogue()
+        return _own_catalog()
     entries: dict[str, dict[str, Any]] = {}
     places: dict[str, Path] = {}
     for path in (OWN, *files):
         for name, entry in _read(path).items():
             entries[name] = {**_overridden(entries, name), **entry}
             places[name] = path
-    return Catalogue({name: _model(name, entry, places[name]) for name, entry in entries.items()})
+    return Catalog({name: _model(name, entry, places[name]) for name, entry in entries.items()})
 
 
-def catalogue_files(
+def catalog_files(
     models_file: Path | None, environ: Mapping[str, str] = os.environ
 ) -> tuple[Path, ...]:
-    """Return the catalogues beside the package's own that are there, the weakest first.
+    """Return the catalogs beside the package's own that are there, the weakest first.
 
     Args:
         models_file: the one that was named; it has to be there.
@@ -191,8 +191,8 @@ def catalogue_files(
 
 
 @cache
-def _own_catalogue() -> Catalogue:
-    return Catalogue({name: _model(name, entry, OWN) for name, entry in _read(OWN).items()})
+def _own_catalog() -> Catalog:
+    return Catalog({name: _model(name, entry, OWN) for name, entry in _read(OWN).items()})
 
 
 def _served(name: str) -> str:
@@ -265,7 +265,7 @@ _SHAPE_KEYS = {
 _VISION_KEYS = {"image", "patch", "heads", "embedding", "channels", "max_pixels"}
 
 
-def _model(name: str, entry: Mapping[str, Any], path: Path) -> CataloguedModel:
+def _model(name: str, entry: Mapping[str, Any], path: Path) -> CatalogModel:
     values = _Values(entry, f"{path}: {name}")
     shape = _Values(
         _mapping(values.need("architecture"), f"{path}: {name}: architecture", _SHAPE_KEYS),
@@ -273,7 +273,7 @@ def _model(name: str, entry: Mapping[str, Any], path: Path) -> CataloguedModel:
     )
     context = values.whole("context")
     endpoints = values.words("endpoints", tuple(ENDPOINTS))
-    return CataloguedModel(
+    return CatalogModel(
         name=name,
         family=values.text("family", parse_model_name(name).model),
         parameters=values.whole("parameters", 0),

@@ -15,7 +15,7 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config
 from aiflux.image.sif import CHECKOUT, how_to_build
-from aiflux.models.catalog import read_catalogue
+from aiflux.models.catalog import read_catalog
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line, write_input
 
@@ -116,7 +116,7 @@ def test_check_says_once_that_the_model_is_missing(tmp_path: Path) -> None:
     ],
 )
 def test_a_misspelt_model_has_a_suggestion(name: str, near: str | None) -> None:
-    assert read_catalogue().nearest(name) == near
+    assert read_catalog().nearest(name) == near
 
 
 def test_a_misspelt_model_is_not_submitted_and_all_problems_are_told(tmp_path: Path) -> None:

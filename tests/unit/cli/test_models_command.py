@@ -105,7 +105,7 @@ def test_what_fits_a_gpu(aiflux: Aiflux) -> None:
 def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
     _, out, _ = aiflux("show", "qwen3:30b")
     assert "128 experts (8 used)" in out
-    assert "GPU memory on one GPU, at least (from the catalogue)" in out
+    assert "GPU memory on one GPU, at least (from the catalog)" in out
     assert "Apache-2.0" in out
     assert "stands for    phi4:14b" in aiflux("show", "phi4")[1]
     assert " 1.0 B " in aiflux("list")[1].split("gemma3:1b")[1].splitlines()[0]
@@ -121,7 +121,7 @@ def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
     assert "nothing is known of nobody:1b" in err
 
 
-def test_ones_own_catalogue_is_used(
+def test_ones_own_catalog_is_used(
     aiflux: Aiflux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "group.yaml"

@@ -17,7 +17,7 @@ from aiflux.engines.ollama.memory import estimate, one_slot
 from aiflux.engines.ollama.stored_model import known_figures, stored_figures
 from aiflux.engines.sizing import gpus_needed
 from aiflux.errors import ModelError
-from aiflux.models.catalog import read_catalogue
+from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Architecture, Figures, figures_of
 from aiflux.models.gguf import read_gguf
 from aiflux.models.name import parse_model_name
@@ -34,7 +34,7 @@ SMOLLM2 = Figures(
 
 
 def known(name: str) -> Figures:
-    model = read_catalogue().find(name)
+    model = read_catalog().find(name)
     assert model is not None
     return model.figures
 
@@ -141,7 +141,7 @@ def test_the_header_of_a_real_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama3.2:3b", "qwen3:30b", "gemma3:1b", "qwen2.5:7b"])
 def test_a_header_of_real_size_is_read_back(name: str, tmp_path: Path) -> None:
-    model = read_catalogue().find(name)
+    model = read_catalog().find(name)
     assert model is not None
     path = tmp_path / "sparse.gguf"
     write_sparse(path, model)
@@ -151,18 +151,18 @@ def test_a_header_of_real_size_is_read_back(name: str, tmp_path: Path) -> None:
         assert figures.weights == pytest.approx(model.figures.weights, rel=0.01)
 
 
-def test_what_lies_there_is_believed_more_than_the_catalogue(tmp_path: Path) -> None:
-    catalogue = read_catalogue()
-    other = catalogue.find("llama3.2:1b")
+def test_what_lies_there_is_believed_more_than_the_catalog(tmp_path: Path) -> None:
+    catalog = read_catalog()
+    other = catalog.find("llama3.2:1b")
     assert other is not None
     name = parse_model_name("llama3.1:8b")
-    assert known_figures(tmp_path, name, catalogue) == known("llama3.1:8b")
+    assert known_figures(tmp_path, name, catalog) == known("llama3.1:8b")
     install(tmp_path, other, "llama3.1:8b")
-    found = known_figures(tmp_path, name, catalogue)
+    found = known_figures(tmp_path, name, catalog)
     assert found is not None
     assert found.measured
     assert found.architecture == other.architecture
-    assert known_figures(tmp_path, parse_model_name("nobody:1b"), catalogue) is None
+    assert known_figures(tmp_path, parse_model_name("nobody:1b"), catalog) is None
     assert known_figures(None, parse_model_name("nobody:1b"), None) is None
 
 

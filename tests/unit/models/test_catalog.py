@@ -1,4 +1,4 @@
-"""The catalogue of models: its own figures, and the files that add to it and override it."""
+"""The catalog of models: its own figures, and the files that add to it and override it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from aiflux.errors import ConfigError
 from aiflux.models.catalog import (
     DEFAULTS,
     OWN,
-    CataloguedModel,
-    catalogue_files,
-    read_catalogue,
+    CatalogModel,
+    catalog_files,
+    read_catalog,
 )
 
-OWN_MODELS = read_catalogue().models
+OWN_MODELS = read_catalog().models
 TABLE = {"name": "llama", "layers": 2, "embedding": 64, "heads": 4, "vocabulary": 100}
 
 
@@ -28,7 +28,7 @@ def write(path: Path, models: dict[str, Any]) -> Path:
     return path
 
 
-def counted(model: CataloguedModel) -> int:
+def counted(model: CatalogModel) -> int:
     """Return the parameters that an architecture has, small ones (norms, biases) left out."""
     a = model.architecture
     tables = a.vocabulary * a.embedding * (1 if model.tied else 2)
@@ -76,37 +76,37 @@ def test_a_file_of_ones_own_adds_and_overrides(tmp_path: Path) -> None:
             "lab/mine": {"size": 10, "context": 512, "architecture": TABLE},
         },
     )
-    catalogue = read_catalogue([path])
-    changed, own = catalogue.find("llama3.1:8b"), catalogue.find("lab/mine:latest")
+    catalog = read_catalog([path])
+    changed, own = catalog.find("llama3.1:8b"), catalog.find("lab/mine:latest")
     assert changed is not None
     assert own is not None
     assert (changed.defaults, changed.size) == ({"temperature": 0}, 4920738944)
     assert (changed.place, own.place) == (path, path)
     assert own.architecture.kv_heads == 4
     assert own.architecture.key_size == 16
-    assert catalogue.defaults("LLAMA3.1:8B") == {"temperature": 0}
-    assert catalogue.defaults("nobody:1b") == {}
+    assert catalog.defaults("LLAMA3.1:8B") == {"temperature": 0}
+    assert catalog.defaults("nobody:1b") == {}
 
 
 def test_a_name_without_a_tag_stands_for_one_model(tmp_path: Path) -> None:
-    catalogue = read_catalogue()
+    catalog = read_catalog()
     for name, model in (
         ("phi4", "phi4:14b"),
         ("gpt-oss:latest", "gpt-oss:20b"),
         ("BGE-M3", "bge-m3:567m"),
     ):
-        found = catalogue.find(name)
+        found = catalog.find(name)
         assert found is not None
         assert found.name == model
-    assert catalogue.find("phi4:15b") is None
-    assert catalogue.find("elsewhere/phi4") is None
-    assert catalogue.all_defaults["qwen3:latest"] == catalogue.defaults("qwen3:8b")
-    families = [name.partition(":")[0] for name, each in catalogue.models.items() if each.latest]
+    assert catalog.find("phi4:15b") is None
+    assert catalog.find("elsewhere/phi4") is None
+    assert catalog.all_defaults["qwen3:latest"] == catalog.defaults("qwen3:8b")
+    families = [name.partition(":")[0] for name, each in catalog.models.items() if each.latest]
     assert len(families) == len(set(families)), "one model of a name"
     path = write(tmp_path / "models.yaml", {"qwen3": {"defaults": {"temperature": 0}}})
-    own = read_catalogue([path])
+    own = read_catalog([path])
     assert own.defaults("qwen3") == {"temperature": 0}
-    assert own.defaults("qwen3:8b") == catalogue.defaults("qwen3:8b")
+    assert own.defaults("qwen3:8b") == catalog.defaults("qwen3:8b")
 
 
 def test_the_stronger_file_wins(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_stronger_file_wins(tmp_path: Path) -> None:
         write(tmp_path / name / "models.yaml", {"phi4:14b": {"context": number}})
         for number, name in enumerate(("site", "user", "named"), start=1)
     ]
-    model = read_catalogue(files).find("phi4:14b")
+    model = read_catalog(files).find("phi4:14b")
     assert model is not None
     assert (model.context, model.place) == (3, files[2])
 
@@ -124,10 +124,10 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
     user = write(tmp_path / "home" / ".config" / "aiflux" / "models.yaml", {})
     named = write(tmp_path / "group.yaml", {})
     environ = {"HOME": str(tmp_path / "home"), "AIFLUX_SITE_CONFIG": str(site.parent / "a.yaml")}
-    assert catalogue_files(named, environ) == (site, user, named)
-    assert catalogue_files(None, {"HOME": str(tmp_path)}) == ()
+    assert catalog_files(named, environ) == (site, user, named)
+    assert catalog_files(None, {"HOME": str(tmp_path)}) == ()
     with pytest.raises(ConfigError, match=r"models_file names .*nowhere.yaml"):
-        catalogue_files(tmp_path / "nowhere.yaml", environ)
+        catalog_files(tmp_path / "nowhere.yaml", environ)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_what_is_wrong_is_told_with_its_place(
     path = tmp_path / "models.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        read_catalogue([path])
+        read_catalog([path])
     assert what in caught.value.message
     assert remedy in (caught.value.remedy or "")
     assert str(path) in caught.value.message

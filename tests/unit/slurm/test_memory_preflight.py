@@ -19,7 +19,7 @@ from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.sizing import GPU_SLOTS, context_length, slots
 from aiflux.errors import ConfigError, InputError
-from aiflux.models.catalog import read_catalogue
+from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
 from aiflux.models.gpu_memory import gpu_bytes, gpu_bytes_of_features
 from aiflux.models.name import parse_model_name
@@ -36,7 +36,7 @@ GB = 2**30
 
 
 def known(name: str) -> Figures:
-    model = read_catalogue().find(name)
+    model = read_catalog().find(name)
     assert model is not None
     return model.figures
 
@@ -235,15 +235,15 @@ def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path: Path) -> None
     assert "name another model" in fix
 
 
-def test_ones_own_catalogue_says_what_a_model_can_do(tmp_path: Path) -> None:
+def test_ones_own_catalog_says_what_a_model_can_do(tmp_path: Path) -> None:
     own = tmp_path / ".config" / "aiflux" / "models.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("models: {bge-m3: {endpoints: [chat]}}", encoding="utf-8")
     assert refused(tmp_path, plan_of(tmp_path, "bge-m3"), partition="mystery") == []
 
 
-def test_a_model_in_no_catalogue_is_judged_by_its_own_file(tmp_path: Path) -> None:
-    large = read_catalogue().find("llama3.3:70b")
+def test_a_model_in_no_catalog_is_judged_by_its_own_file(tmp_path: Path) -> None:
+    large = read_catalog().find("llama3.3:70b")
     assert large is not None
     plan = plan_of(tmp_path, "lab/large:1")
     install(tmp_path / "models", large, "lab/large:1")
@@ -252,7 +252,7 @@ def test_a_model_in_no_catalogue_is_judged_by_its_own_file(tmp_path: Path) -> No
 
 
 def test_a_digest_that_is_insisted_on_is_compared_with_what_is_there(tmp_path: Path) -> None:
-    small = read_catalogue().find("smollm2:135m")
+    small = read_catalog().find("smollm2:135m")
     assert small is not None
     install(tmp_path / "models", small, "lab/mine:1")
     digest = model_digest(tmp_path / "models", parse_model_name("lab/mine:1"))

@@ -22,7 +22,7 @@ from aiflux.engines.ollama.store import (
 )
 from aiflux.engines.ollama.stored_model import StoredModel, best_figures, readable_model
 from aiflux.errors import ModelError, UsageError
-from aiflux.models.catalog import Catalogue, CataloguedModel
+from aiflux.models.catalog import Catalog, CatalogModel
 from aiflux.models.figures import Figures
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.text import size_text
@@ -43,7 +43,7 @@ class Known:
     """
 
     name: ModelName
-    catalogued: CataloguedModel | None
+    catalog_model: CatalogModel | None
     stored: StoredModel | None
     digest: str | None
     missing: tuple[str, ...]
@@ -51,19 +51,19 @@ class Known:
 
     @property
     def figures(self) -> Figures | None:
-        """What its memory depends on: from its own file, else from the catalogue."""
-        return best_figures(self.stored, self.catalogued)
+        """What its memory depends on: from its own file, else from the catalog."""
+        return best_figures(self.stored, self.catalog_model)
 
     @property
     def parameters(self) -> int:
         """Their number; 0 where it is not known."""
-        told = self.catalogued.parameters if self.catalogued else 0
+        told = self.catalog_model.parameters if self.catalog_model else 0
         return self.stored.parameters if self.stored else told
 
     @property
     def quantisation(self) -> str:
         """Such as Q4_K_M; "" where it is not known."""
-        told = self.catalogued.quantisation if self.catalogued else ""
+        told = self.catalog_model.quantisation if self.catalog_model else ""
         return (self.stored.quantisation if self.stored else "") or told
 
     @property
@@ -73,14 +73,14 @@ class Known:
 
 
 def list_models(arguments: argparse.Namespace, config: Config) -> None:
-    """Print the catalogue and what is on the disk."""
-    folder, catalogue = config.models_dir, config.catalogue()
+    """Print the catalog and what is on the disk."""
+    folder, catalog = config.models_dir, config.catalog()
     names = {name.served: name for name in listed_models(folder)}
     if not arguments.here:
-        names |= {name: parse_model_name(name) for name in catalogue.models if name not in names}
+        names |= {name: parse_model_name(name) for name in catalog.models if name not in names}
     room = None if arguments.fits is None else parse_size(arguments.fits)
     context, slots = arguments.context_length, arguments.slots
-    models = [known(folder, catalogue, name) for name in names.values()]
+    models = [known(folder, catalog, name) for name in names.values()]
     if room is not None:
         models = [model for model in models if _memory(model, context, slots, room)]
     if arguments.json:
@@ -114,11 +114,11 @@ def show_model(arguments: argparse.Namespace, config: Config) -> None:
         ModelError: nothing is, or the model that is there is not the one insisted on.
     """
     name = parse_model_name(arguments.name)
-    model = known(config.models_dir, config.catalogue(), name)
+    model = known(config.models_dir, config.catalog(), name)
     if model.figures is None and model.digest is None:
         raise ModelError(
             f"nothing is known of {name.served}: it is neither in {config.models_dir} nor in a "
-            "catalogue",
+            "catalog",
             f"it may work all the same; once it is pulled, its file tells: aiflux models pull "
             f"{name.served}",
         )
@@ -134,16 +134,16 @@ def show_model(arguments: argparse.Namespace, config: Config) -> None:
         print("\n".join(_memory_table(model.figures)))
 
 
-def known(folder: Path, catalogue: Catalogue, name: ModelName) -> Known:
+def known(folder: Path, catalog: Catalog, name: ModelName) -> Known:
     """Return what is known of a model."""
-    catalogued = catalogue.find(name.served)
+    catalog_model = catalog.find(name.served)
     digest = model_digest(folder, name)
     missing = tuple(missing_parts(folder, name)) if digest else ()
     if digest is not None:
         size = read_manifest(folder, name).size
     else:
-        size = catalogued.size + catalogued.projector_size if catalogued else 0
-    return Known(name, catalogued, readable_model(folder, name), digest, missing, size)
+        size = catalog_model.size + catalog_model.projector_size if catalog_model else 0
+    return Known(name, catalog_model, readable_model(folder, name), digest, missing, size)
 
 
 def parse_size(text: str) -> int:
@@ -163,7 +163,7 @@ def parse_size(text: str) -> int:
 
 def as_json(model: Known, context: int, slots: int) -> dict[str, Any]:
     """Return what is known of a model for programs; sizes are bytes, None is not known."""
-    told = model.catalogued
+    told = model.catalog_model
     shape = model.figures.architecture if model.figures else None
     return {
         "name": model.name.served,
@@ -209,7 +209,7 @@ def _memory(model: Known, context: int, slots: int, room: int | None = None) -> 
 
 
 def _order(model: Known) -> tuple[str, int]:
-    family = model.catalogued.family if model.catalogued else model.name.model
+    family = model.catalog_model.family if model.catalog_model else model.name.model
     return family.lower(), model.size
 
 
@@ -241,7 +241,7 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
-    told, figures = model.catalogued, model.figures
+    told, figures = model.catalog_model, model.figures
     if told is not None:
         if told.name != model.name.served.lower():
             yield "stands for", told.name
@@ -290,6 +290,6 @@ def _memory_table(figures: Figures) -> Iterator[str]:
         )
         for count in slots
     ]
-    source = "from its own file" if figures.measured else "from the catalogue"
+    source = "from its own file" if figures.measured else "from the catalog"
     yield f"  GPU memory on one GPU, at least ({source}):"
     yield from _table([heads, *rows])

@@ -27,7 +27,7 @@ from aiflux.core.config.settings import BY_NAME, SETTINGS, section_settings
 from aiflux.core.config.slurm_config import SlurmConfig
 from aiflux.core.config.sources import SourcedValue, from_dotenv, from_environment, from_files
 from aiflux.errors import ConfigError
-from aiflux.models.catalog import Catalogue, catalogue_files, read_catalogue
+from aiflux.models.catalog import Catalog, catalog_files, read_catalog
 from aiflux.models.name import parse_model_name, same_model
 from aiflux.util.files import expanded
 from aiflux.util.text import public_url
@@ -146,13 +146,13 @@ class Config:
         value: Path | None = self.get("image")
         return value
 
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> Catalog:
         """Return what is known of models: AI-Flux's own figures, the site's and the user's.
 
         Raises:
             ConfigError: a ``models.yaml`` is wrong; names its place.
         """
-        return read_catalogue(catalogue_files(self.get("models_file"), self._environ))
+        return read_catalog(catalog_files(self.get("models_file"), self._environ))
 
     def get_slurm_config(self, overrides: Mapping[str, Any] | None = None) -> SlurmConfig:
         """Return what to ask of Slurm.
@@ -194,7 +194,7 @@ class Config:
             self._refuse_key()
         names = [item.name for item in fields(RunOptions) if item.name in BY_NAME]
         values = {name: self.get(name) for name in names}
-        values["model_defaults"] = self.catalogue().all_defaults
+        values["model_defaults"] = self.catalog().all_defaults
         return RunOptions(**{**values, **_parsed("run", overrides, "the arguments")})
 
     def load_model_config(
@@ -206,7 +206,7 @@ class Config:
         """Return what is configured for a model, to be given to ``SlurmRunner.run(model_config=)``.
 
         That is ``custom_config_path``, else a file ``FAMILY/SIZE.yaml`` in ``models`` or
-        ``config/models`` of this folder or in the models directory, else what the catalogue knows.
+        ``config/models`` of this folder or in the models directory, else what the catalog knows.
         A model that none of them knows has no parameters of its own.
 
         Args:
@@ -224,7 +224,7 @@ class Config:
         )
         if path is not None:
             return self._read_model_file(path, name)
-        return ModelConfig(name, _known_parameters(self.catalogue(), name))
+        return ModelConfig(name, _known_parameters(self.catalog(), name))
 
     def _model_folders(self) -> Iterator[Path]:
         yield self._directory / "models"
@@ -241,9 +241,9 @@ class Config:
         return found
 
 
-def _known_parameters(catalogue: Catalogue, name: str) -> ModelParameters:
-    """Return the catalogue's parameters of a model."""
-    known = catalogue.defaults(name)
+def _known_parameters(catalog: Catalog, name: str) -> ModelParameters:
+    """Return the catalog's parameters of a model."""
+    known = catalog.defaults(name)
     stop = known.get("stop") or ()
     return ModelParameters(
         temperature=known.get("temperature"),

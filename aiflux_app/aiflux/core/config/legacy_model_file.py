@@ -50,7 +50,7 @@ class ModelConfig:
         parameters: what flows into a run (``SlurmRunner.run(model_config=...)``).
         resources, system, validation, requirements: what the file says there; nothing uses it
             but a check of the parameters against ``validation``.
-        place: the file; None where the catalogue told, or nobody.
+        place: the file; None where the catalog told, or nobody.
         unused: keys of the file that have no effect, each with the reason.
     """
 

@@ -18,7 +18,7 @@ class RunOptions:
     """How a run is processed. Times are seconds; None leaves the choice to the worker.
 
     Attributes:
-        model_defaults: parameters that the catalogue has of models, by the name they are served
+        model_defaults: parameters that the catalog has of models, by the name they are served
             under; in a plan, those of its models. They fill only what is left open.
     """
 

@@ -47,7 +47,7 @@ SETTINGS: tuple[Setting, ...] = (
     _path(
         "models_file",
         "paths",
-        "Catalogue of models that adds to AI-Flux's own",
+        "Catalog of models that adds to AI-Flux's own",
         env="AIFLUX_MODELS_FILE",
     ),
 )

@@ -10,7 +10,7 @@ from aiflux.core.batch.input_file import InputRules
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
 from aiflux.errors import ConfigError
-from aiflux.models.catalog import Catalogue
+from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, same_model
 
@@ -65,7 +65,7 @@ class ExternalKind:
         return False
 
     def figures(
-        self, models_dir: Path | None, model: str, catalogue: Catalogue | None
+        self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
         """Unknown: the server may have the model in any form."""
         return None

@@ -17,7 +17,7 @@ from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_othe
 from aiflux.engines.ollama.stored_model import known_figures
 from aiflux.engines.process import engine_program
 from aiflux.errors import ConfigError
-from aiflux.models.catalog import Catalogue
+from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
 
@@ -116,10 +116,10 @@ class OllamaKind:
         )
 
     def figures(
-        self, models_dir: Path | None, model: str, catalogue: Catalogue | None
+        self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
         """Return a model's figures: from its own file, or else from the catalog."""
-        return known_figures(models_dir, parse_model_name(model), catalogue)
+        return known_figures(models_dir, parse_model_name(model), catalog)
 
     def one_slot(self, figures: Figures) -> bool:
         """Tell whether Ollama runs a model with one slot, whatever it is given."""

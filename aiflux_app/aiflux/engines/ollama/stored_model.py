@@ -1,4 +1,4 @@
-"""What is known of a model: from its own file where it is stored, else from the catalogue."""
+"""What is known of a model: from its own file where it is stored, else from the catalog."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from aiflux.engines.ollama.store import blob_path, read_manifest
 from aiflux.errors import ModelError
-from aiflux.models.catalog import Catalogue, CataloguedModel
+from aiflux.models.catalog import Catalog, CatalogModel
 from aiflux.models.figures import FILE_TYPES, Figures, figures_of
 from aiflux.models.gguf import read_gguf
 from aiflux.models.name import ModelName
@@ -19,18 +19,18 @@ _PROJECTOR = "application/vnd.ollama.image.projector"
 
 
 def known_figures(
-    models_dir: Path | None, name: ModelName, catalogue: Catalogue | None
+    models_dir: Path | None, name: ModelName, catalog: Catalog | None
 ) -> Figures | None:
-    """Return a model's figures; None where neither its file nor the catalogue tells them."""
+    """Return a model's figures; None where neither its file nor the catalog tells them."""
     stored = None if models_dir is None else readable_model(models_dir, name)
-    return best_figures(stored, catalogue.find(name.served) if catalogue else None)
+    return best_figures(stored, catalog.find(name.served) if catalog else None)
 
 
-def best_figures(stored: StoredModel | None, catalogued: CataloguedModel | None) -> Figures | None:
-    """Return a model's figures: from its own file, else from the catalogue."""
+def best_figures(stored: StoredModel | None, catalog_model: CatalogModel | None) -> Figures | None:
+    """Return a model's figures: from its own file, else from the catalog."""
     if stored is not None:
         return stored.figures
-    return catalogued.figures if catalogued else None
+    return catalog_model.figures if catalog_model else None
 
 
 @dataclass(frozen=True)

@@ -109,15 +109,15 @@ def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> 
     if not engine_kind(plan.options).managed:
         return
     try:
-        catalogue = config.catalogue()
+        catalog = config.catalog()
     except ConfigError as error:
         yield finding_of(error)
         return
-    yield from check_names(plan, catalogue)
-    yield from check_endpoints(plan, catalogue)
+    yield from check_names(plan, catalog)
+    yield from check_endpoints(plan, catalog)
     room = gpu_room(facts, slurm, _partitions(facts, slurm))
     if room is not None and not plan.options.allow_cpu:
-        yield from check_memory(plan, catalogue, room)
+        yield from check_memory(plan, catalog, room)
 
 
 def cluster_checks(facts: Facts, slurm: SlurmConfig) -> list[Check]:

@@ -8,7 +8,7 @@ from aiflux.core.config.config import SlurmConfig
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length, gpus_needed
-from aiflux.models.catalog import ENDPOINTS, Catalogue
+from aiflux.models.catalog import ENDPOINTS, Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.gpu_memory import Room, gpu_bytes, gpu_bytes_of_features, is_slice
 from aiflux.slurm.cluster import Facts, Node
@@ -16,7 +16,7 @@ from aiflux.slurm.preflight.local import Finding
 from aiflux.slurm.preflight.nodes import requested_gpus, with_features
 
 
-def check_memory(plan: Plan, catalogue: Catalogue, room: Room) -> Iterator[Finding]:
+def check_memory(plan: Plan, catalog: Catalog, room: Room) -> Iterator[Finding]:
     """Check that the plan's models can fit the GPUs of one engine.
 
     What is refused needs more than the GPUs have even with one slot (or as many as were asked for)
@@ -34,17 +34,17 @@ def check_memory(plan: Plan, catalogue: Catalogue, room: Room) -> Iterator[Findi
             room.option.format(options.gpus_per_engine),
         )
     for name in plan.models:
-        figures = engine_kind(options).figures(plan.models_dir, name, catalogue)
+        figures = engine_kind(options).figures(plan.models_dir, name, catalog)
         if figures is not None:
             yield from _check_fit(plan, plan.served(name), figures, room)
 
 
-def check_names(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
+def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
     """Find models that are absent and whose names look like misspellings of known ones."""
     kind = engine_kind(plan.options)
     for name in plan.models:
         served = plan.served(name)
-        near = catalogue.nearest(served)
+        near = catalog.nearest(served)
         if near and plan.models_dir and not kind.is_stored(plan.models_dir, name):
             yield Finding(
                 "error",
@@ -53,9 +53,9 @@ def check_names(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
             )
 
 
-def check_endpoints(plan: Plan, catalogue: Catalogue) -> Iterator[Finding]:
+def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
     """Check that the one model of a plan can do what its requests ask for."""
-    model = catalogue.find(plan.served(plan.models[0])) if len(plan.models) == 1 else None
+    model = catalog.find(plan.served(plan.models[0])) if len(plan.models) == 1 else None
     if model is None:
         return
     able = {ENDPOINTS[name] for name in model.endpoints}

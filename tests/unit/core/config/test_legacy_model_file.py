@@ -147,7 +147,7 @@ def test_a_file_of_many_models(tmp_path: Path) -> None:
     assert read_model_file(path).name == "phi3:mini"
 
 
-def test_without_a_file_the_catalogue_tells(tmp_path: Path) -> None:
+def test_without_a_file_the_catalog_tells(tmp_path: Path) -> None:
     place = tmp_path / ".config/aiflux/models.yaml"
     place.parent.mkdir(parents=True)
     place.write_text("models: {'phi4:14b': {defaults: {temperature: 0.125, stop: '###'}}}\n")

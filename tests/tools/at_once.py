@@ -1,7 +1,7 @@
 """Run the worker several times at once: ``at_once.py FOLDER ENGINE_URL COUNT``.
 
 All runs are forks of this process, so that they start within a millisecond. Prints the exit codes
-as JSON; the output of each run is in ``said-N`` in the folder.
+as JSON; the output of each run is in ``output-N`` in the folder.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def start(number: int, begin: float, url: str) -> int:
         return pid
     code = 1
     try:
-        with open(f"said-{number}", "w", encoding="utf-8") as said:
-            os.dup2(said.fileno(), 2)
+        with open(f"output-{number}", "w", encoding="utf-8") as output:
+            os.dup2(output.fileno(), 2)
         time.sleep(max(0.0, begin - time.monotonic()))
         code = main(["in.jsonl", "out.json", "--engine-url", url, "--concurrency", "4"])
     finally:

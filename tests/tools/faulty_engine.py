@@ -1,14 +1,13 @@
-"""An engine on a real socket that does what a request's prompt tells it to.
+"""An engine on a real socket that behaves as a request's prompt says.
 
 The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
-first N requests with that text meet the fault, later ones an answer. Faults: ``500 502 503 504 408
-425 429 400 403 404 reset hang cut html notjson array empty error drip headers unfit die``; all
-else is answered with an echo, or with what stands behind ``answer:``. ``unfit`` is a plain word for
-an answer; ``die`` ends the server as a crash would; ``start`` brings it back. A prompt
-``body:BODY`` is answered with that body (``body400:BODY``: with status 400), ``fail:TEXT`` with an
-error that has that message.
+first N requests with that text get the fault, later ones an answer. Faults: ``500 502 503 504 408
+425 429 400 403 404 reset hang cut html notjson array empty error drip headers unfit die``. Other texts are
+answered with an echo, or with the text after ``answer:``. ``unfit`` answers with a plain word;
+``die`` stops the server like a crash, and ``start`` starts it again. ``body:BODY`` is answered with
+that body (``body400:BODY`` with status 400), ``fail:TEXT`` with an error with that message.
 
-``/v1/models`` lists ``models``. ``instead`` may answer any call before anything else does.
+``/v1/models`` lists ``models``. ``instead`` can answer any call first.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Any
 Reply = tuple[int, bytes, dict[str, str]]
 """Status, body and headers."""
 Instead = Callable[[str, str, Mapping[str, str]], "Reply | None"]
-"""Of method, path and headers of a call: what to answer; None leaves it to the engine."""
+"""Takes method, path and headers of a call and returns its answer; None for the default."""
 
 _STATUSES = {"400", "403", "404", "408", "422", "425", "429", "500", "501", "502", "503", "504"}
 
@@ -36,29 +35,29 @@ class FaultyEngine:
     """The server; a context manager.
 
     Args:
-        told: what every request is answered with, instead of an echo.
-        models: what ``/v1/models`` lists.
-        answers_as: the model that answers name; None takes the one that was asked for.
-        tls: certificate and key, for HTTPS.
+        answer: the answer to every request, instead of an echo.
+        models: the models that ``/v1/models`` lists.
+        answers_as: the model name in answers; None for the requested one.
+        tls: certificate and key for HTTPS.
 
     Attributes:
-        seen: how often each prompt came.
-        bodies: every body that came, in order.
-        most: the most requests that were in progress at once.
+        seen: number of requests per prompt.
+        bodies: all request bodies, in order.
+        most: maximum number of concurrent requests.
     """
 
     def __init__(
         self,
         delay: float = 0.0,
         retry_after: str | None = None,
-        told: str | None = None,
+        answer: str | None = None,
         models: tuple[str, ...] = (),
         answers_as: str | None = None,
         instead: Instead | None = None,
         tls: tuple[str, str] | None = None,
     ) -> None:
         self.delay = delay
-        self.told = told
+        self.answer = answer
         self.models = models
         self.answers_as = answers_as
         self.instead = instead
@@ -90,14 +89,14 @@ class FaultyEngine:
         return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listen, on the same port as before where there was one."""
+        """Listen, on the same port as before if there was one."""
         self.died.clear()
         self._server = _Server(("127.0.0.1", self.port), _Handler)
         self._server.engine = self
         if self.tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*self.tls)
-            # The handshake is left to the thread of each connection.
+            # The thread of each connection does the handshake.
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -105,7 +104,7 @@ class FaultyEngine:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Close the door and every connection, as the kernel does for a dead process."""
+        """Close the listener and all connections, as the kernel does for a dead process."""
         server, self._server = self._server, None
         if server is not None:
             server.shutdown()
@@ -128,11 +127,11 @@ class _Server(ThreadingHTTPServer):
     engine: FaultyEngine
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Broken connections are this server's trade."""
+        """Ignore broken connections, which are intended."""
 
 
 def _reset(connection: socket.socket) -> None:
-    """Close with RST rather than FIN."""
+    """Close with RST instead of FIN."""
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RD)
@@ -147,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Be quiet."""
+        """Print nothing."""
 
     def setup(self) -> None:
         super().setup()
@@ -189,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
                 engine.active -= 1
 
     def _instead(self, method: str) -> bool:
-        """Answer as the test says, if it says so for this call."""
+        """Answer with ``instead``, if it handles this call."""
         instead = self.server.engine.instead
         reply = instead(method, self.path, self.headers) if instead else None
         if reply is None:
@@ -205,20 +204,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _act(self, fault: str, body: dict[str, Any], text: str) -> None:
         start, _, rest = text.partition(":")
         if start in ("body", "body400"):
-            # Half of a surrogate pair from U+DC80 on stands for a byte that is not UTF-8.
+            # A lone surrogate from U+DC80 on represents a byte that is not UTF-8.
             content = rest.encode("utf-8", "surrogateescape")
             self._send(200 if start == "body" else 400, content)
         elif start == "fail":
             self._send(400, json.dumps({"error": {"message": rest}}).encode())
         elif fault in _STATUSES:
-            error = {"error": {"message": f"told to say {fault}", "type": "test"}}
+            error = {"error": {"message": f"requested error {fault}", "type": "test"}}
             self._send(int(fault), json.dumps(error).encode())
         elif fault:
             getattr(self, f"_{fault}")(body, text)
         else:
-            told = self.server.engine.told
-            said = text if told is None else f"answer:{told}"
-            self._send(200, _answer(self.path, body, said))
+            fixed = self.server.engine.answer
+            reply = text if fixed is None else f"answer:{fixed}"
+            self._send(200, _answer(self.path, body, reply))
 
     def _reset(self, body: dict[str, Any], text: str) -> None:
         _reset(self.connection)
@@ -250,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, _answer(self.path, body, "answer:unfit"))
 
     def _error(self, body: dict[str, Any], text: str) -> None:
-        self._send(200, json.dumps({"error": {"message": "broke in mid-generation"}}).encode())
+        self._send(200, json.dumps({"error": {"message": "generation failed"}}).encode())
 
     def _drip(self, body: dict[str, Any], text: str) -> None:
         answer = _answer(self.path, body, text)
@@ -294,7 +293,7 @@ def _text(body: dict[str, Any]) -> str:
 
 
 def _fault(text: str, count: int) -> str:
-    """Return the fault that the ``count``-th request with this text meets."""
+    """Return the fault for the ``count``-th request with this text."""
     for word in text.split():
         name, star, times = word.partition("*")
         if name in _STATUSES or hasattr(_Handler, f"_{name}"):
@@ -306,17 +305,17 @@ def _fault(text: str, count: int) -> str:
 
 
 def _answer(path: str, body: dict[str, Any], text: str) -> bytes:
-    told = f"echo {text}" if "answer:" not in text else text.partition("answer:")[2]
+    content = f"echo {text}" if "answer:" not in text else text.partition("answer:")[2]
     usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     answer: dict[str, Any] = {"id": "x", "created": 1, "model": body.get("model"), "usage": usage}
     if path == "/v1/embeddings":
         vector = {"object": "embedding", "index": 0, "embedding": [0.5, -0.25]}
         answer |= {"object": "list", "data": [vector]}
     elif path == "/v1/completions":
-        choice = {"index": 0, "text": told, "finish_reason": "stop", "logprobs": None}
+        choice = {"index": 0, "text": content, "finish_reason": "stop", "logprobs": None}
         answer |= {"object": "text_completion", "choices": [choice]}
     else:
-        message = {"role": "assistant", "content": told}
+        message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
         answer |= {"object": "chat.completion", "choices": [choice]}
     return json.dumps(answer).encode()

@@ -36,7 +36,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def test_classify(tmp_path: Path) -> None:
-    with FaultyEngine(told='{"label": "mixed"}') as engine:
+    with FaultyEngine(answer='{"label": "mixed"}') as engine:
         run("classify", engine, tmp_path)
         run("classify", engine, tmp_path)  # repeated: no request is sent again
     rows = table(tmp_path / "classified.csv")
@@ -48,7 +48,7 @@ def test_classify(tmp_path: Path) -> None:
 
 def test_an_example_keeps_existing_files(tmp_path: Path) -> None:
     (tmp_path / "classified.csv").write_text("mine", encoding="utf-8")
-    with FaultyEngine(told='{"label": "mixed"}') as engine:
+    with FaultyEngine(answer='{"label": "mixed"}') as engine:
         run("classify", engine, tmp_path)
     assert (tmp_path / "classified.csv").read_text(encoding="utf-8") == "mine"
 
@@ -83,7 +83,7 @@ def test_summarise(tmp_path: Path) -> None:
 
 
 def test_extract(tmp_path: Path) -> None:
-    with FaultyEngine(told=json.dumps(NOTICE)) as engine:
+    with FaultyEngine(answer=json.dumps(NOTICE)) as engine:
         run("extract", engine, tmp_path)
     rows = table(tmp_path / "extracted.csv")
     assert [row["notice"] for row in rows] == ["1", "2", "3", "4"]
@@ -92,7 +92,7 @@ def test_extract(tmp_path: Path) -> None:
 
 
 def test_caption(tmp_path: Path) -> None:
-    with FaultyEngine(told="A picture.") as engine:
+    with FaultyEngine(answer="A picture.") as engine:
         run("caption", engine, tmp_path)
     rows = table(tmp_path / "captions.csv")
     assert [row["source_file"] for row in rows] == ["bars.png", "house.png", "red-circle.png"]

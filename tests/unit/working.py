@@ -25,10 +25,10 @@ class Quiet:
 
     def __init__(self) -> None:
         self.quiet = False
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def show(self, stats: Stats, *, final: bool = False) -> None:
         pass

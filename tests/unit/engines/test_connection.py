@@ -175,7 +175,7 @@ def test_the_reason_of_a_refused_connection_is_shown_while_it_is_waited_for(tmp_
     assert working.run() is ExitCode.ENGINE
     assert "Connection refused" in str(working.error)
     assert any("Connection refused" in line and "--engine-wait" in line
-               for line in working.reporter.said)  # fmt: skip
+               for line in working.reporter.messages)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_an_engine_that_loads_is_waited_for(tmp_path: Path) -> None:
         assert working.run() is ExitCode.OK
     assert loading.calls["POST"] == 0
     assert {entry["metadata"]["attempts"] for entry in working.results} == {1}
-    assert any("is not ready (503): Loading model" in line for line in working.reporter.said)
+    assert any("is not ready (503): Loading model" in line for line in working.reporter.messages)
 
 
 def test_an_engine_that_loads_for_too_long_is_exit_4_with_its_words(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_an_overloaded_engine_is_not_taken_for_one_that_loads(tmp_path: Path) ->
         working = Working(tmp_path, engine.url, max_retries=1).prompts("503", "fine", "503*1")
         assert working.run() is ExitCode.FAILURES
     assert engine.seen["503"] == 2
-    assert not any("is down" in line for line in working.reporter.said)
+    assert not any("is down" in line for line in working.reporter.messages)
 
 
 def test_a_gateway_without_its_model_server_is_waited_for(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_metadata_names_the_model_that_ran(
     for entry in working.results:
         assert entry["metadata"]["model"] == answered
         assert entry["metadata"]["requested_model"] == asked
-    assert sum("answers as" in line for line in working.reporter.said) == 1
+    assert sum("answers as" in line for line in working.reporter.messages) == 1
 
 
 @pytest.mark.parametrize("answered", ["Llama3.2", "llama3.2:latest"])

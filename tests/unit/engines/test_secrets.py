@@ -45,7 +45,7 @@ def forms(key: str) -> list[str]:
 def everything(tmp_path: Path, working: Working) -> str:
     """Return all that a run leaves, and all that it says."""
     files = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
-    return "\n".join([*files, *working.reporter.said, str(working.error)])
+    return "\n".join([*files, *working.reporter.messages, str(working.error)])
 
 
 @pytest.mark.parametrize("key", [KEY, BASIC], ids=["bearer", "basic"])
@@ -94,7 +94,7 @@ def test_a_key_in_a_200_that_is_no_answer_is_left_nowhere(tmp_path: Path, fault:
 
 def test_an_answer_is_kept_to_the_byte(tmp_path: Path) -> None:
     """A model's own words are data: it never saw the key, and a dummy key may be a plain word."""
-    with FaultyEngine(told="ask ollama or sk-secret-1") as engine:
+    with FaultyEngine(answer="ask ollama or sk-secret-1") as engine:
         working = Working(tmp_path, engine.url, api_key="ollama").prompts("a")
         assert working.run() is ExitCode.OK
     content = working.results[0]["output"]["choices"][0]["message"]["content"]

@@ -103,7 +103,7 @@ def test_a_permanent_error_is_sent_once(tmp_path: Path, status: str) -> None:
     assert failed["output"] is None
     assert failed["error"] == {
         "code": f"http_{status}",
-        "message": f"told to say {status}",
+        "message": f"requested error {status}",
         "status": int(status),
     }
     assert "error" not in answered

@@ -92,7 +92,7 @@ def test_a_run_says_how_many_answers_are_empty_and_why(
     assert words.startswith(
         "15 answered, 10 of them empty (2 ended in reasoning: raise max_tokens;"
     )
-    assert words in working.reporter.said
+    assert words in working.reporter.messages
     assert working.status["aiflux"]["totals"]["empty_answers"] == counts
     if form == "json":
         found = [entry["metadata"].get("empty_answer") for entry in working.results]
@@ -134,4 +134,4 @@ def test_empty_answers_of_earlier_starts_are_counted(tmp_path: Path) -> None:
         again = Working(tmp_path, engine.url, concurrency=1)
         assert again.run() is ExitCode.OK
     assert again.status["aiflux"]["totals"]["empty_answers"] == {"no_text": 12}
-    assert "12 answered, 12 of them empty (12 without any text)" in again.reporter.said
+    assert "12 answered, 12 of them empty (12 without any text)" in again.reporter.messages

@@ -30,15 +30,15 @@ def one_runs(place: Path, starts: int) -> None:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     codes = json.loads(done.stdout)
-    said = [(place / f"said-{number}").read_text(encoding="utf-8") for number in range(starts)]
-    shown = "\n".join(f"{code}: {text}" for code, text in zip(codes, said, strict=True))
+    outputs = [(place / f"output-{number}").read_text(encoding="utf-8") for number in range(starts)]
+    shown = "\n".join(f"{code}: {text}" for code, text in zip(codes, outputs, strict=True))
     assert set(codes) <= {0, 2}, shown
     assert 0 in codes, shown
-    for code, text in zip(codes, said, strict=True):
+    for code, text in zip(codes, outputs, strict=True):
         # Who comes when the run has ended already sees it finished.
         reasons = ("in use by process", "at the same time") if code else ("wrote", "finished")
         assert any(reason in text for reason in reasons), shown
-    assert sum("wrote" in text for text in said) == 1, shown
+    assert sum("wrote" in text for text in outputs) == 1, shown
     assert len(json.loads((place / "out.json").read_text(encoding="utf-8"))) == 12
     assert set(engine.seen.values()) == {1}
 

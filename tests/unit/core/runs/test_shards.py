@@ -252,7 +252,7 @@ def test_a_start_without_progress_asks_for_no_other(tmp_path: Path) -> None:
         threading.Timer(0.5, lambda: working.stopper.stop("time", time_is_up=True)).start()
         assert working.shard(0) is ExitCode.STOPPED
     assert not run_of(working).requeue_mark(0).exists()
-    assert any("ask for more time" in text for text in working.reporter.said)
+    assert any("ask for more time" in text for text in working.reporter.messages)
 
 
 def test_a_plain_signal_asks_for_no_other_start(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ shell_files := $(shell git ls-files -- '*.sh' tests/stack entrypoint .ci example
 spelled := $(shell git ls-files -- '*.md' aiflux_app container entrypoint examples slurm bench docs 2>/dev/null | \
 	grep -vE '\.(svg|png|lock|css)$$')
 
+# Files whose wording follows .ci/words and .ci/phrases.
+plain := $(shell git ls-files -- aiflux_app/aiflux/converters aiflux_app/aiflux/estimates aiflux_app/aiflux/bundle \
+	aiflux_app/aiflux/image aiflux_app/aiflux/doctor aiflux_app/aiflux/errors.py container entrypoint bench \
+	'examples/*.sh' 'examples/*.py' tests/tools tests/stack tests/integration tests/slow tests/conftest.py \
+	tests/unit/converters tests/unit/estimates tests/unit/bundle tests/unit/image tests/unit/doctor \
+	':(glob)tests/unit/*.py' 2>/dev/null | grep -v '\.lock$$')
+
 .PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down clean
 
 help: ## list the targets
@@ -33,8 +40,8 @@ help: ## list the targets
 $(bin)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is older than 3.10 -> make PYTHON=python3.12 ..." >&2; exit 2; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual\
- environments -> have python3-venv installed, or: make PYTHON=/path/to/another/python ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot create virtual\
+ environments -> install python3-venv, or: make PYTHON=/path/to/another/python ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
@@ -43,7 +50,7 @@ $(bin)/.installed-dev: pyproject.toml $(bin)/.installed
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
 	touch $@
 
-install: $(bin)/.installed ## make a virtual environment in .venv with aiflux in it
+install: $(bin)/.installed ## create a virtual environment in .venv with aiflux
 	@echo "installed: $(bin)/aiflux"
 
 image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TARBALL=, OLLAMA_IMAGE=, SIGN=1, KEY=)
@@ -52,7 +59,7 @@ image: $(bin)/.installed ## build aiflux.sif (BASE=auto|docker|debian, OLLAMA_TA
 		$(if $(OLLAMA_IMAGE),--ollama-image '$(OLLAMA_IMAGE)') \
 		$(if $(SIGN)$(KEY),--sign) $(if $(KEY),--key '$(KEY)')
 
-# What some examples need beside the package.
+# Extras that some examples need.
 extras_of_caption := images
 extras_of_extract := schema
 demo_extras = $(extras_of_$(EXAMPLE))
@@ -61,29 +68,31 @@ demo: $(bin)/.installed ## process examples/prompts.jsonl here, without root, Sl
 	$(if $(demo_extras),$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(demo_extras)]')
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
 
-cluster: ## as root: bring up the test cluster (Slurm, Apptainer, Ollama, a registry)
+cluster: ## as root: start the test cluster (Slurm, Apptainer, Ollama, a registry)
 	tests/stack/up
 
 cluster-down: ## as root: stop the test cluster
 	tests/stack/down
 
-lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck, codespell
+lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck, codespell, wording
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/shellcheck -x $(shell_files)
 	@echo '$(bin)/codespell'; $(bin)/codespell $(spelled)
+	@echo '$(bin)/codespell -D .ci/words'; $(bin)/codespell -D .ci/words $(plain)
+	@! grep -nEif .ci/phrases $(plain) || { echo "error: write the phrases above in plain words" >&2; exit 1; }
 
 test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
 	$(bin)/pytest -q -n 2 tests/unit
 
-test: lint ## everything but the soak tests, on the real Slurm, Apptainer and Ollama
-	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"
+test: lint ## everything except the soak tests, on the real Slurm, Apptainer and Ollama
+	tests/stack/up || echo "the test stack is incomplete; its tests report what is missing"
 	$(bin)/pytest -q -n 2 tests/unit
 	$(bin)/pytest -m 'not slow' tests/integration
 
 test-slow: $(bin)/.installed-dev ## soak tests
-	tests/stack/up || echo "the test stack is not complete; its tests say what is missing"
+	tests/stack/up || echo "the test stack is incomplete; its tests report what is missing"
 	$(bin)/pytest -m slow tests
 
 bench: $(bin)/.installed-dev ## measure the worker against a simulated engine (BENCH="--quick reading")
@@ -93,5 +102,5 @@ slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch scrip
 	$(bin)/python -m aiflux.slurm > $@.new
 	mv $@.new $@
 
-clean: ## remove what was built here
+clean: ## remove build results
 	rm -rf $(VENV) aiflux.sif build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

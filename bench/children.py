@@ -65,8 +65,8 @@ def run(
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             errors.seek(0)
-            said = errors.read().decode("utf-8", "replace")[-_ERROR_SHOWN:]
-            raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}: {said}")
+            output = errors.read().decode("utf-8", "replace")[-_ERROR_SHOWN:]
+            raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}: {output}")
     return Usage(began, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 

@@ -113,12 +113,12 @@ def test_the_formula_matches_ollama(
 ) -> None:
     account = account_of(ollama, sparse, tmp_path, f"sparse-{name}", context)
     figures = stored_figures(sparse, parse_model_name(f"sparse-{name}"))
-    reckoned = estimate(figures, context, 1, gpu_overhead=0)
+    estimated = estimate(figures, context, 1, gpu_overhead=0)
     parts = {
-        "required.full": reckoned.total,
-        "required.kv": reckoned.cache,
-        "weights.total": reckoned.weights,
-        "graph.full": reckoned.graph,
+        "required.full": estimated.total,
+        "required.kv": estimated.cache,
+        "weights.total": estimated.weights,
+        "graph.full": estimated.graph,
     }
     if "required.kv" not in account:
         # It does not fit this machine, so Ollama uses the graph of a split model.

@@ -94,18 +94,18 @@ def test_shards_of_one_run_become_one_output(
     """With the real Ollama; input and output are on different file systems."""
     requests = [request(f"r{i}", f"Say {i}.", max_tokens=3) for i in range(6)]
     user.write(other_disk / "in put.jsonl", lines(*requests))
-    told = user.run(
+    printed = user.run(
         aiflux, "run", "--input", other_disk / "in put.jsonl", "--output", "out.json",
         "--shards", "3", "--max-running", "2", "--mem", "2G", "--slots", "1",
         cwd=place, env=job_env,
     )  # fmt: skip
-    job = submitted(told)
-    assert "3 of 3 shards" in told
+    job = submitted(printed)
+    assert "3 of 3 shards" in printed
     listed = json.loads(user.run(aiflux, "jobs", "--json", cwd=place))
     assert [entry for entry in listed if job in json.dumps(entry)]
     code = user.popen(aiflux, "watch", job, "--interval", "1", cwd=place)
-    said, _ = code.communicate(timeout=300)
-    assert code.returncode == 0, said
+    printed, _ = code.communicate(timeout=300)
+    assert code.returncode == 0, printed
     assert list(answers(place / "out.json")) == [f"r{i}" for i in range(6)]
     logs = sorted(path.name for path in (place / "out.json.aiflux" / "logs").glob("slurm*"))
     assert logs in ([f"slurm-{job}_{task}.out" for task in range(3)], ["slurm.out"])
@@ -145,24 +145,24 @@ def test_a_requeue_and_a_signal_during_a_run(
     user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
     again = submit("again", 40)
-    told = submit("told", 40)
-    wait_until(lambda: done(place, "again") >= 3 and done(place, "told") >= 3)
+    signalled = submit("signalled", 40)
+    wait_until(lambda: done(place, "again") >= 3 and done(place, "signalled") >= 3)
     user.run("scontrol", "requeue", again)
-    user.run("scancel", "--signal=TERM", "--batch", told)
-    end = cluster.end(told)
-    assert end.code == 5, cluster.log(told, place / "told.json.aiflux")
-    assert not (place / "told.json").exists()
-    kept = done(place, "told")
+    user.run("scancel", "--signal=TERM", "--batch", signalled)
+    end = cluster.end(signalled)
+    assert end.code == 5, cluster.log(signalled, place / "signalled.json.aiflux")
+    assert not (place / "signalled.json").exists()
+    kept = done(place, "signalled")
     assert 3 <= kept < 40
-    resumed = user.run(aiflux, "resume", told, "--time", "00:30:00", cwd=place)
+    resumed = user.run(aiflux, "resume", signalled, "--time", "00:30:00", cwd=place)
     second = submitted(resumed)
-    assert cluster.end(second).code == 0, cluster.log(second, place / "told.json.aiflux")
-    is_whole(place, "told", 40)
+    assert cluster.end(second).code == 0, cluster.log(second, place / "signalled.json.aiflux")
+    is_whole(place, "signalled", 40)
     end = cluster.end(again)
     assert (end.state, end.code) == ("COMPLETED", 0)
     assert end.fields["Restarts"] == "1"
     is_whole(place, "again", 40)
-    for name in ("again", "told"):
+    for name in ("again", "signalled"):
         assert done(place, name) == 40, "no result was recorded twice"
 
 
@@ -181,8 +181,8 @@ def test_a_cancelled_array_resumes_the_rest(
     second = submitted(user.run(aiflux, "resume", "arr.json", cwd=place))
     assert "waits or runs already" in user.run(aiflux, "resume", "arr.json", cwd=place, code=2)
     code = user.popen(aiflux, "watch", second, cwd=place)
-    said, _ = code.communicate(timeout=300)
-    assert code.returncode == 0, said
+    printed, _ = code.communicate(timeout=300)
+    assert code.returncode == 0, printed
     is_whole(place, "arr", 60)
     assert {engine.seen[f"say arr {i}"] for i in range(60)} <= {1, 2}
     assert "finished already" in user.run(aiflux, "merge", "arr.json", cwd=place)
@@ -201,11 +201,11 @@ def test_a_killed_shard_is_detected_and_resumed(
     assert first == "done"
     assert second in ("failed", "lost", "stopped")
     assert "aiflux resume" in user.run(aiflux, "status", "killed.json", cwd=place)
-    told = user.run(aiflux, "resume", "killed.json", cwd=place)
-    assert "1 of 2 shards" in told
-    code = user.popen(aiflux, "watch", submitted(told), cwd=place)
-    said, _ = code.communicate(timeout=240)
-    assert code.returncode == 0, said
+    printed = user.run(aiflux, "resume", "killed.json", cwd=place)
+    assert "1 of 2 shards" in printed
+    code = user.popen(aiflux, "watch", submitted(printed), cwd=place)
+    printed, _ = code.communicate(timeout=240)
+    assert code.returncode == 0, printed
     is_whole(place, "killed", 60)
 
 
@@ -215,8 +215,8 @@ def test_more_shards_than_one_array_holds(
     jobs = submit("wide", 20, shards=10)
     first, _ = jobs.split(",")
     code = user.popen(aiflux, "watch", first, cwd=place)
-    said, _ = code.communicate(timeout=300)
-    assert code.returncode == 0, said
+    printed, _ = code.communicate(timeout=300)
+    assert code.returncode == 0, printed
     is_whole(place, "wide", 20)
     listed = json.loads((place / "wide.json.aiflux" / "jobs.json").read_text("utf-8"))
     assert [job["shards"] for job in listed["submissions"][0]["jobs"]] == [
@@ -270,18 +270,18 @@ def test_a_thread_limit_reduces_concurrency_or_stops(
         ["ps", "-L", "-u", user.name, "-o", "lwp="], capture_output=True, text=True, check=False
     ).stdout.count("\n")
     words = ["run", "--input", "in.jsonl", "--output", "out.json", "--concurrency", "50"]
-    told = user.run(
+    printed = user.run(
         "prlimit", f"--nproc={taken + 1 + more}", "--",
         aiflux, *words, "--engine-url", engine.url, cwd=place, code=None, timeout=60,
     )  # fmt: skip
-    if "wrote" in told:
-        assert "requests in flight: at most " in told
+    if "wrote" in printed:
+        assert "requests in flight: at most " in printed
         assert len(answers(place / "out.json")) == 4
     else:
-        assert "ulimit -u" in told
-        assert "run the same command again" in told
-    assert "Traceback" not in told
-    assert ("wrote" in told) == (more > 4)
+        assert "ulimit -u" in printed
+        assert "run the same command again" in printed
+    assert "Traceback" not in printed
+    assert ("wrote" in printed) == (more > 4)
 
 
 def control(stack: dict[str, str], *words: str, check: bool = True) -> None:

@@ -28,8 +28,8 @@ def worker(place: Path, url: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def moment(dice: random.Random, kills: int, engine: FaultyEngine) -> Callable[[], bool]:
-    """Return a function that tells whether it is time for the next kill.
+def next_kill(dice: random.Random, kills: int, engine: FaultyEngine) -> Callable[[], bool]:
+    """Return a function that returns whether it is time for the next kill.
 
     A kill comes after a number of requests, however fast the machine is. Later ones also come by
     time, before the first request or between two requests.
@@ -55,7 +55,7 @@ def test_kill_9_at_any_moment_and_resume(tmp_path: Path, seed: int) -> None:
     with FaultyEngine(delay=0.02) as engine:
         for _ in range(20):
             process = worker(tmp_path, engine.url)
-            due = moment(dice, kills, engine)
+            due = next_kill(dice, kills, engine)
             while process.poll() is None and not (kills < 4 and due()):
                 time.sleep(0.002)
             if process.poll() is None:

@@ -2,10 +2,11 @@
 
 The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
 first N requests with that text get the fault, later ones an answer. Faults: ``500 502 503 504 408
-425 429 400 403 404 reset hang cut html notjson array empty error drip headers unfit die``. Other texts
-are answered with an echo, or with the text after ``answer:``. ``unfit`` answers with a plain word;
-``die`` stops the server like a crash, and ``start`` starts it again. ``body:BODY`` is answered with
-that body (``body400:BODY`` with status 400), ``fail:TEXT`` with an error with that message.
+425 429 400 403 404 reset hang cut html notjson array empty error drip headers unfit die``. Other
+texts are answered with an echo, or with the text after ``answer:``. ``unfit`` answers with a plain
+word; ``die`` stops the server like a crash, and ``start`` starts it again. ``body:BODY`` is
+answered with that body (``body400:BODY`` with status 400), ``fail:TEXT`` with an error with that
+message.
 
 ``/v1/models`` lists ``models``. ``instead`` can answer any call first.
 """

@@ -103,9 +103,9 @@ def test_caption(tmp_path: Path) -> None:
 
 def test_embed(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
-        told = run("embed", engine, tmp_path)
+        printed = run("embed", engine, tmp_path)
     assert len(json.loads((tmp_path / "embedded.json").read_text(encoding="utf-8"))) == 6
-    assert len(re.findall(r"^1\.00  .+ ~ .+$", told, re.MULTILINE)) == 6
+    assert len(re.findall(r"^1\.00  .+ ~ .+$", printed, re.MULTILINE)) == 6
 
 
 def test_every_example_is_tested() -> None:

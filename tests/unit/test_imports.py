@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "aiflux_app" / "aiflux"
-# A package may import what stands below it; packages of one line never import each other.
+# A package can import the packages below it; packages on one line never import each other.
 LAYERS = (
     ("cli",),
     ("gateway",),
@@ -131,8 +131,8 @@ def test_a_class_name_exists_once() -> None:
 def test_each_package_says_what_belongs_in_it() -> None:
     for path in MODULES:
         if path.name == "__init__.py":
-            told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            assert told.partition("\n")[0].endswith("."), path
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert docstring.partition("\n")[0].endswith("."), path
 
 
 @pytest.mark.parametrize("module", ["aiflux", "aiflux.slurm", "aiflux.core.config"])

@@ -79,19 +79,21 @@ def models(config: Config) -> Iterator[Diagnosis]:
         )
         return
     found = listed_models(folder)
-    torn = [name.served for name in found if missing_parts(folder, name)]
-    whole = [name.served for name in found if name.served not in torn]
-    summary = f"{folder}: {_listed(whole)}"
-    if whole:
+    incomplete = [name.served for name in found if missing_parts(folder, name)]
+    complete = [name.served for name in found if name.served not in incomplete]
+    summary = f"{folder}: {_listed(complete)}"
+    if complete:
         yield ok("models", summary)
     else:
         yield warn(
             "models", f"{summary}; jobs pull models if their nodes have internet access",
             "aiflux models pull NAME:TAG, on a machine with internet",
         )  # fmt: skip
-    if torn:
+    if incomplete:
         yield warn(
-            "models", f"parts of {', '.join(torn)} are missing", f"aiflux models pull {torn[0]}"
+            "models",
+            f"parts of {', '.join(incomplete)} are missing",
+            f"aiflux models pull {incomplete[0]}",
         )
     yield _room(folder, nearest)
 

@@ -96,8 +96,8 @@ def apptainer(words: Sequence[str], typed: str | None = None) -> subprocess.Comp
             # spython's Client would start "singularity", which may not exist, and exits this
             # process if a bind is missing. Its runner does neither.
             answer = run_command(command, quiet=True)
-            told = answer["message"] or [""]
-            return subprocess.CompletedProcess(command, answer["return_code"], told[0], told[-1])
+            texts = answer["message"] or [""]
+            return subprocess.CompletedProcess(command, answer["return_code"], texts[0], texts[-1])
         # The runner cannot pass standard input.
         return subprocess.run(
             command, input=typed, capture_output=True, text=True, errors="replace", check=False

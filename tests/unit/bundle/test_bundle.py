@@ -667,7 +667,7 @@ def test_verify_and_install_as_commands(
         (["-o", "here/some.sif"], "is there already"),
         (["-o", "nowhere/b.tar"], "is not there"),
         (["-o", "here/models", "--force"], "is a folder"),
-        (["--model", "torn:1b"], "torn:1b is incomplete in"),
+        (["--model", "incomplete:1b"], "incomplete:1b is incomplete in"),
         (["--model", "huge:1b"], "the bundle will have"),
     ],
 )
@@ -680,9 +680,9 @@ def test_invalid_input_is_reported_before_any_download(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_model(parts.models_dir, parse_model_name("torn:1b"), b"torn")
-    torn = hashlib.sha256(b"torn").hexdigest()
-    (parts.models_dir / "blobs" / f"sha256-{torn}").write_bytes(b"to")
+    make_model(parts.models_dir, parse_model_name("incomplete:1b"), b"incomplete")
+    incomplete = hashlib.sha256(b"incomplete").hexdigest()
+    (parts.models_dir / "blobs" / f"sha256-{incomplete}").write_bytes(b"to")
     huge = parse_model_name("huge:1b")
     make_model(parts.models_dir, huge, b"huge")
     manifest = json.loads((parts.models_dir / huge.manifest_path).read_text())

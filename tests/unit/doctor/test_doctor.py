@@ -214,15 +214,15 @@ def test_file_system_types_are_detected(tmp_path: Path) -> None:
 
 def test_complete_and_incomplete_models_are_listed(tmp_path: Path) -> None:
     library = tmp_path / "manifests" / "registry.ollama.ai" / "library"
-    for name, size in (("whole", 2), ("torn", 3)):
+    for name, size in (("complete", 2), ("incomplete", 3)):
         (library / name).mkdir(parents=True)
         layer = {"digest": "sha256:" + "a" * 64, "size": size}
         (library / name / "1b").write_text(json.dumps({"config": layer, "layers": []}))
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / ("sha256-" + "a" * 64)).write_bytes(b"ab")
-    whole, torn, _ = host.models(config(tmp_path, AIFLUX_MODELS_DIR=str(tmp_path)))
-    assert (whole.level, whole.what) == ("ok", f"{tmp_path}: 1 model (whole:1b)")
-    assert (torn.level, torn.fix) == ("warn", "aiflux models pull torn:1b")
+    complete, incomplete, _ = host.models(config(tmp_path, AIFLUX_MODELS_DIR=str(tmp_path)))
+    assert (complete.level, complete.what) == ("ok", f"{tmp_path}: 1 model (complete:1b)")
+    assert (incomplete.level, incomplete.fix) == ("warn", "aiflux models pull incomplete:1b")
 
 
 def test_an_empty_models_directory_is_a_warning(tmp_path: Path) -> None:

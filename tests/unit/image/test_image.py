@@ -235,7 +235,7 @@ def test_info_reads_the_labels_without_executing_the_image(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b"torn"), "is not an Apptainer image"),
+        (lambda path: path.write_bytes(b"SIF?"), "is not an Apptainer image"),
         (lambda path: make_sif(path, engine="x"), "is not an AI-Flux image"),
         (lambda path: path.mkdir(), "is not an AI-Flux image"),
         (lambda path: None, "image not found"),

@@ -179,8 +179,8 @@ def prompt_text(body: dict[str, Any], roles: tuple[str, ...] = ("user",)) -> str
     messages = body.get("messages")
     if isinstance(messages, list):
         asked = (message for message in messages if isinstance(message, dict))
-        told = (message.get("content") for message in asked if message.get("role") in roles)
-        return "\n".join(map(_words, told))
+        contents = (message.get("content") for message in asked if message.get("role") in roles)
+        return "\n".join(map(_words, contents))
     return str(body.get("prompt", body.get("input", "")))
 
 

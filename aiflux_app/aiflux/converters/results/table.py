@@ -200,14 +200,14 @@ class BackTable:
             summary.answered += not failed
             record[self.answer] = None if failed else entry.answer
             record[self.error] = entry.failure if failed else None
-            said = entry.choice
+            choice = entry.choice
             if self.reasoning is not None:
-                record[self.reasoning] = said.reasoning or None
-            if said.empty is not None:
-                summary.empty[said.empty] = summary.empty.get(said.empty, 0) + 1
-            told = choices(entry)
-            summary.several += len(told) > 1
-            summary.cut += bool(told) and told[0].get("finish_reason") == "length"
+                record[self.reasoning] = choice.reasoning or None
+            if choice.empty is not None:
+                summary.empty[choice.empty] = summary.empty.get(choice.empty, 0) + 1
+            all_choices = choices(entry)
+            summary.several += len(all_choices) > 1
+            summary.cut += bool(all_choices) and all_choices[0].get("finish_reason") == "length"
         if self.options.json_fields is not None:
             record |= self._unpacked(entry)
         return record

@@ -93,7 +93,7 @@ def _packages() -> list[str]:
 def _modules(part: str) -> str:
     """Return a table of the modules of a part of the package, in their own words."""
     rows = [f"### `{part}`", "", _first_line(PACKAGE / part / "__init__.py"), ""]
-    rows += ["| module | what it is for |", "|---|---|"]
+    rows += ["| module | purpose |", "|---|---|"]
     for path in sorted((PACKAGE / part).glob("*.py")):
         if not path.stem.startswith("__"):
             words = _first_line(path).replace("``", "`").replace("|", "\\|")
@@ -102,8 +102,8 @@ def _modules(part: str) -> str:
 
 
 def _first_line(path: Path) -> str:
-    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return told.partition("\n")[0]
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
 
 
 def reference() -> str:

@@ -20,7 +20,7 @@
             ├── StorageError             the journal or output could not be written
             └── MissingResultsError      the journals lack results; names the shards
 
-    A message states what was found and what follows from it; ``remedy`` states what to do next.
+A message states what was found and what follows from it; ``remedy`` states what to do next.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class AifluxError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-            message: what was found, and what follows from it.
-            remedy: what the user can do next; shown on a separate line.
+        message: what was found, and what follows from it.
+        remedy: what the user can do next; shown on a separate line.
 
-        ``str()`` returns all of it, so that a traceback shows it too.
+    ``str()`` returns all of it, so that a traceback shows it too.
     """
 
     exit_code: ExitCode = ExitCode.BUG

@@ -190,13 +190,13 @@ def install(
     """Install a bundle. Files that already exist are not written again.
 
     Args:
-            say: called with one line of output for the user.
-            on_bytes: called with the number of bytes read since the last call.
+        say: called with one line of output for the user.
+        on_bytes: called with the number of bytes read since the last call.
 
-        Raises:
-            InstallError: the bundle is damaged, for another machine, or too large; nothing was
-                changed.
-            KeyboardInterrupt: staged files are kept for the next attempt.
+    Raises:
+        InstallError: the bundle is damaged, for another machine, or too large; nothing was
+            changed.
+        KeyboardInterrupt: staged files are kept for the next attempt.
     """
     with _opened(path) as (tar, bundle):
         _refuse_foreign(bundle)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aiflux.errors import BundleError, ImageError
-from aiflux.image.payload import find_sources
+from aiflux.image.build import find_sources
 from aiflux.image.run_tool import run
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

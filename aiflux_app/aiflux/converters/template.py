@@ -15,10 +15,10 @@ class Template:
 
     Args:
         text: the template.
-            required: reject a template without names, as all prompts would be equal.
+        required: reject a template without names, as all prompts would be equal.
 
-        Attributes:
-            names: the names to fill in, in order of first appearance.
+    Attributes:
+        names: the names to fill in, in order of first appearance.
 
     Raises:
         InputError: the template has a single brace, an empty name or no name.

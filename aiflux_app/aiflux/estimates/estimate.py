@@ -1,23 +1,27 @@
-"""Extrapolate from a pilot to the full run, and compare estimated and actual figures.
+"""Extrapolate from a pilot to the full run, store estimates, and compare them with actual figures.
 
 Every figure is a ``Range``: a value with its 95 % interval. docs/estimate.md describes the method.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.status_file import StatusFile, Totals
 from aiflux.estimates.intervals import Range, share_of, total, unevenness
-from aiflux.estimates.pilot import Drawn
+from aiflux.estimates.pilot import Drawn, Pilot
 from aiflux.estimates.throughput import Observation, pace, start_up
-from aiflux.util.records import to_json
+from aiflux.util.files import write_json
+from aiflux.util.records import from_json, to_json
 from aiflux.util.times import unix_seconds, utc_now, walltime_seconds, walltime_text
 
 SLURM = "slurm"
@@ -391,3 +395,40 @@ def _started(status: StatusFile) -> float:
 def _at_least_since(status: StatusFile) -> float:
     details = status.details
     return (details.updated or math.inf) - details.totals.seconds
+
+
+def read_estimate(path: Path, plan: Plan) -> Estimate | None:
+    """Return the estimate in a file, or None if there is none for this plan."""
+    try:
+        estimate = from_json(Estimate, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return estimate if estimate.plan == plan.id else None
+
+
+def known_estimate(plan: Plan) -> Estimate | None:
+    """Return the estimate that a pilot made for a run to be planned."""
+    return read_estimate(Pilot.of_output(plan.output).estimate, plan)
+
+
+def keep_estimate(estimate: Estimate, plan: Plan) -> None:
+    """Store an estimate next to its pilot, and in the run directory if it already exists.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    write_json(Pilot.of_output(plan.output).estimate, estimate.to_json())
+    run = RunDirectory.of_output(plan.output)
+    if run.plan.exists():
+        write_json(run.estimate, estimate.to_json())
+
+
+def carry_estimate(plan: Plan, run: RunDirectory) -> None:
+    """Copy a pilot's estimate to the run directory.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    estimate = known_estimate(plan)
+    if estimate is not None:
+        write_json(run.estimate, estimate.to_json())

@@ -18,8 +18,7 @@ from aiflux.core.runs.plan import Plan, auto_shards, make_plan, read_plan, same_
 from aiflux.core.runs.status_file import finished_counts
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
-from aiflux.estimates.estimate import SLURM
-from aiflux.estimates.storage import carry_estimate, known_estimate
+from aiflux.estimates.estimate import SLURM, carry_estimate, known_estimate
 from aiflux.image.container import IMAGE_NAME, find_image
 from aiflux.slurm.commands import submit
 from aiflux.slurm.job_id import JobId, TaskState, array_ranges, parse_ranges, split_arrays

@@ -34,7 +34,7 @@ from aiflux.engines.ollama.pull import create_model
 from aiflux.engines.ollama.staging import read_staged_gguf
 from aiflux.engines.process import engine_program
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
-from aiflux.estimates.storage import carry_estimate
+from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
 from aiflux.models.name import parse_model_name
 from aiflux.util.process_limits import exhaustion_stops

@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.converters import csv_to_jsonl, directory_to_jsonl, json_to_jsonl
-from aiflux.converters.directory import split_text
+from aiflux.converters.directory import parse_size, split_text
 from aiflux.converters.template import Template, escape
-from aiflux.converters.walk import parse_size
 from aiflux.converters.writer import SeenIds
 from aiflux.core.batch.request import parse_request
 from aiflux.errors import ConfigError, InputError, UsageError
@@ -536,7 +535,7 @@ values = st.recursive(
 def test_an_array_is_read_as_the_json_module_reads_it(
     tmp_path_factory: pytest.TempPathFactory, content: list[Any], indent: int | None, ascii: bool
 ) -> None:
-    from aiflux.converters.json_stream import JsonFile
+    from aiflux.converters.json_records import JsonFile
 
     path = tmp_path_factory.mktemp("json") / "in.json"
     path.write_text(

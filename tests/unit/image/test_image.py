@@ -22,8 +22,14 @@ from aiflux.image.base import (
     choose_base,
     find_source,
 )
-from aiflux.image.build import build, build_environment, render_command
-from aiflux.image.payload import Checkout, find_sources, known_facts
+from aiflux.image.build import (
+    Checkout,
+    build,
+    build_environment,
+    find_sources,
+    known_facts,
+    render_command,
+)
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 

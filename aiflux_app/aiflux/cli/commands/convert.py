@@ -12,10 +12,9 @@ from typing import Any
 from aiflux.cli.json_output import add_json, print_json
 from aiflux.cli.pipes import destination, piped_file, refuse_both
 from aiflux.cli.render.progress import count_bar
-from aiflux.converters.directory import MAX_FILE_SIZE, directory_to_jsonl
+from aiflux.converters.directory import MAX_FILE_SIZE, directory_to_jsonl, parse_size
 from aiflux.converters.images import MAX_PIXELS, TEMPLATE, images_to_jsonl
 from aiflux.converters.request_form import ENDPOINTS
-from aiflux.converters.walk import parse_size
 from aiflux.converters.writer import SHOWN, Summary, listed, plural, skipped_path
 from aiflux.core.batch.request import parse_json
 from aiflux.errors import InputError, StoppedError, UsageError

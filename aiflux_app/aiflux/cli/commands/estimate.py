@@ -29,9 +29,8 @@ from aiflux.core.runs.status_file import read_status
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length
 from aiflux.errors import EngineError, ExitCode, RunConflictError, StoppedError, UsageError
-from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, estimate
+from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, estimate, keep_estimate
 from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot
-from aiflux.estimates.storage import keep_estimate
 from aiflux.estimates.throughput import observe
 from aiflux.slurm.preflight.local import told
 from aiflux.util.records import to_json

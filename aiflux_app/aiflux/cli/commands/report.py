@@ -16,7 +16,7 @@ from aiflux.core.runs.journal import journal_lines
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
 from aiflux.errors import ConfigError
-from aiflux.estimates.storage import read_estimate
+from aiflux.estimates.estimate import read_estimate
 from aiflux.report.build import make_report
 from aiflux.report.data import Condition, Report
 from aiflux.report.html.page import page

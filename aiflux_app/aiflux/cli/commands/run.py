@@ -25,8 +25,8 @@ from aiflux.core.runs.directory import RunDirectory, checked_output, named_outpu
 from aiflux.core.runs.open import OpenedRun, draft_run, open_run
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.errors import UsageError
+from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
-from aiflux.estimates.storage import carry_estimate
 from aiflux.slurm.preflight.local import check_fields, told
 from aiflux.util.streams import STDIN
 from aiflux.util.unicode import json_text

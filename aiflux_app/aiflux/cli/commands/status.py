@@ -12,8 +12,7 @@ from aiflux.cli.run_argument import add_run, frame_of, located, make_console, sh
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
-from aiflux.estimates.estimate import ComparedFigure, compare
-from aiflux.estimates.storage import read_estimate
+from aiflux.estimates.estimate import ComparedFigure, compare, read_estimate
 from aiflux.slurm.monitor.collect import gather
 
 

@@ -2,23 +2,23 @@
 
 ::
 
-        AifluxError                      exit 1 (never raised itself)
-        ├── UsageError                   exit 2: nothing was sent
-        │   ├── ConfigError              a setting is invalid; names its location
-        │   ├── InputError               the input file is invalid; names its lines
-        │   ├── RunConflictError         the run directory belongs to another run
-        │   ├── OutputExistsError        the output already exists and --force was not given
-        │   ├── ImageError               the image cannot be found, built or read
-        │   ├── BundleError              a bundle is damaged, for another machine, or not possible
-        │   ├── SlurmError               Slurm is missing, or rejected the job
-        │   └── PreflightError           the job cannot work here; lists all reasons
-        ├── TooManyFailuresError         exit 3: finished, but too many requests failed
-        ├── EngineError                  exit 4: the engine or the model is not available
-        │   ├── ModelError               the model is unknown, or could not be pulled
-        │   └── RejectedError            the engine accepts no request: wrong address, key or model
-        └── StoppedError                 exit 5: stopped before the end; resumable
-            ├── StorageError             the journal or output could not be written
-            └── MissingResultsError      the journals lack results; names the shards
+    AifluxError                      exit 1 (never raised itself)
+    ├── UsageError                   exit 2: nothing was sent
+    │   ├── ConfigError              a setting is invalid; names its location
+    │   ├── InputError               the input file is invalid; names its lines
+    │   ├── RunConflictError         the run directory belongs to another run
+    │   ├── OutputExistsError        the output already exists and --force was not given
+    │   ├── ImageError               the image cannot be found, built or read
+    │   ├── BundleError              a bundle is damaged, for another machine, or not possible
+    │   ├── SlurmError               Slurm is missing, or rejected the job
+    │   └── PreflightError           the job cannot work here; lists all reasons
+    ├── TooManyFailuresError         exit 3: finished, but too many requests failed
+    ├── EngineError                  exit 4: the engine or the model is not available
+    │   ├── ModelError               the model is unknown, or could not be pulled
+    │   └── RejectedError            the engine accepts no request: wrong address, key or model
+    └── StoppedError                 exit 5: stopped before the end; resumable
+        ├── StorageError             the journal or output could not be written
+        └── MissingResultsError      the journals lack results; names the shards
 
 A message states what was found and what follows from it; ``remedy`` states what to do next.
 """

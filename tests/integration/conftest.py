@@ -198,6 +198,12 @@ def ollama(stack: dict[str, str], user: User) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_server(stack: dict[str, str]) -> Path:
+    """The llama-server of the test stack."""
+    return STACK_DIR / "llamacpp" / "bin" / "llama-server"
+
+
+@pytest.fixture(scope="session")
 def models(user: User, checkout: Path, ollama: Path) -> Path:
     """A models directory with the small model."""
     folder = user.folder("models")

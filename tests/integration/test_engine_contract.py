@@ -38,3 +38,29 @@ class TestOllama(EngineContract):
         made = RealOllama(tmp_path, models, ollama)
         yield made
         made.close()
+
+
+class RealLlamaServer(ProgramSite):
+    """llama-server with the small model that Ollama stored."""
+
+    kind = kind_named("llamacpp")
+    model = MODEL
+    slots = 2
+
+    def __init__(self, folder: Path, models: Path, program: Path) -> None:
+        super().__init__(folder)
+        self._models = models
+        self.digest = model_digest(models, parse_model_name(MODEL))
+        self.wrap([str(program)])
+
+    @property
+    def models_dir(self) -> Path:
+        return self._models
+
+
+class TestLlamaServer(EngineContract):
+    @pytest.fixture
+    def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
+        made = RealLlamaServer(tmp_path, models, llama_server)
+        yield made
+        made.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
-from aiflux.errors import RejectedError
+from aiflux.errors import ModelError, RejectedError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 
@@ -92,12 +92,18 @@ class EngineKind(PlanningKind, Protocol):
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Tell whether a model is stored completely."""
 
-    def refuse_other_digest(self, models_dir: Path, model: str) -> None:
-        """Refuse a stored model with another digest than its name insists on.
+    def catalog_name(self, model: str) -> str | None:
+        """Return the name of a model in the catalog; None where the catalog cannot know it."""
+
+    def refuse_model(self, models_dir: Path, model: str) -> None:
+        """Refuse a stored model that the engine cannot use; pass one that is not stored.
 
         Raises:
-            ModelError: it has.
+            ModelError: it has another digest than its name insists on, or another form.
         """
+
+    def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
+        """Return the error of a model that is not stored; None where the job can fetch it."""
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
         """Make sure that a model is stored; return whether it had to be fetched.

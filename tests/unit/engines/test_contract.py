@@ -11,11 +11,12 @@ import pytest
 
 from aiflux.core.config.engine_kinds import KINDS
 from aiflux.engines.kinds import kind_named
+from tests.tools import make_tiny_gguf
 from tests.tools.engine_contract import EngineContract, EngineSite, ProgramSite
 from tests.tools.faulty_engine import FaultyEngine, Reply
 from tests.unit.made_models import put_model
 
-FAKE_OLLAMA = Path(__file__).parents[2] / "tools" / "fake_ollama.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 class FakeOllama(ProgramSite):
@@ -30,15 +31,15 @@ class FakeOllama(ProgramSite):
         name = put_model(self.models_dir, self.model, b"weights")
         manifest = (self.models_dir / name.manifest_path).read_bytes()
         self.digest = hashlib.sha256(manifest).hexdigest()
-        self.wrap([sys.executable, str(FAKE_OLLAMA)])
+        self.wrap([sys.executable, str(TOOLS / "fake_ollama.py")])
 
     @property
     def models_dir(self) -> Path:
         return self.folder / "models"
 
 
-class LoadingOllama(FakeOllama):
-    """The same; held back while it loads its model."""
+class Loading(ProgramSite):
+    """Held back while it loads its model."""
 
     def hold(self) -> None:
         (self.folder / "home-0").mkdir(exist_ok=True)
@@ -46,6 +47,39 @@ class LoadingOllama(FakeOllama):
 
     def release(self) -> None:
         (self.folder / "home-0" / "loading").unlink(missing_ok=True)
+
+
+class LoadingOllama(Loading, FakeOllama):
+    """The stand-in for Ollama, held back later."""
+
+
+class FakeLlamaServer(Loading):
+    """The small stand-in for llama-server, with a model that Ollama pulled."""
+
+    kind = kind_named("llamacpp")
+    model = "tiny:latest"
+    slots = 3
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        name = put_model(self.models_dir, self.model, make_tiny_gguf.tiny())
+        manifest = (self.models_dir / name.manifest_path).read_bytes()
+        self.digest = hashlib.sha256(manifest).hexdigest()
+        self.wrap([sys.executable, str(TOOLS / "fake_llama_server.py")])
+
+    @property
+    def models_dir(self) -> Path:
+        return self.folder / "models"
+
+
+class LlamaServerOfFile(FakeLlamaServer):
+    """The same, with a file that a path names."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        path = folder / "a model.gguf"
+        path.write_bytes(make_tiny_gguf.tiny())
+        self.model, self.digest = str(path), None
 
 
 class External(EngineSite):
@@ -85,7 +119,13 @@ class External(EngineSite):
         self.server.stop()
 
 
-SITES: tuple[type[EngineSite], ...] = (FakeOllama, LoadingOllama, External)
+SITES: tuple[type[EngineSite], ...] = (
+    FakeOllama,
+    LoadingOllama,
+    FakeLlamaServer,
+    LlamaServerOfFile,
+    External,
+)
 
 
 class TestContract(EngineContract):

@@ -13,7 +13,7 @@ import pytest
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.ollama.kind import KIND
-from aiflux.engines.ollama.memory import estimate, one_slot
+from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.stored_model import known_figures, stored_figures
 from aiflux.engines.sizing import gpus_needed
 from aiflux.errors import ModelError
@@ -59,7 +59,7 @@ def test_more_context_than_a_model_was_trained_for_costs_nothing() -> None:
 @pytest.mark.parametrize("name", ["bge-m3:567m", "embeddinggemma:300m", "qwen3-vl:8b"])
 def test_what_ollama_runs_with_one_slot_takes_the_memory_of_one(name: str) -> None:
     figures = known(name)
-    assert one_slot(figures.architecture)
+    assert has_one_slot(figures.architecture)
     assert estimate(figures, 8192, 16) == estimate(figures, 8192, 1)
 
 
@@ -83,7 +83,7 @@ def test_a_models_own_file_shows_whether_it_gets_one_slot(
         make_tiny_gguf.entry(f"{architecture}.{key}", make_tiny_gguf.UINT32, 1) for key in more
     ]
     path.write_bytes(make_tiny_gguf.tiny(architecture, entries))
-    assert one_slot(figures_of(read_gguf(path)).architecture) is single
+    assert has_one_slot(figures_of(read_gguf(path)).architecture) is single
 
 
 def test_sliding_layers_keep_less() -> None:

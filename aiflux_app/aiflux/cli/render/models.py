@@ -11,7 +11,7 @@ from typing import Any
 
 from aiflux.cli.json_output import print_json
 from aiflux.core.config.config import Config
-from aiflux.engines.ollama.memory import estimate, one_slot
+from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.staging import Staged, staged_models
 from aiflux.engines.ollama.store import (
     listed_models,
@@ -259,7 +259,7 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
             f"{shape.name}: {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys "
             f"and values) of {shape.key_size}, {shape.vocabulary} tokens{experts}{sliding}",
         )
-        if one_slot(shape):
+        if has_one_slot(shape):
             yield "slots", "1 (Ollama runs it with one slot, whatever it is told)"
     if told is not None:
         yield "endpoints", ", ".join(told.endpoints) + (" (images too)" if told.vision else "")
@@ -281,7 +281,7 @@ def _here(model: Known, folder: Path) -> str:
 def _memory_table(figures: Figures) -> Iterator[str]:
     context = figures.architecture.context or _CONTEXTS[-1]
     lengths = [length for length in _CONTEXTS if length <= context] or [context]
-    slots = (1,) if one_slot(figures.architecture) else _SLOTS
+    slots = (1,) if has_one_slot(figures.architecture) else _SLOTS
     heads = ("  slots", *(f"{length} tokens" for length in lengths))
     rows = [
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -153,8 +153,15 @@ class PlanningKind(Protocol):
     managed: bool
     input_rules: InputRules
 
-    def refuse_options(self, options: RunOptions) -> None:
-        """Raise ConfigError for options that the engine cannot obey."""
+    def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
+        """Refuse what the engine cannot do.
+
+        Args:
+            endpoints: number of requests for each url.
+
+        Raises:
+            ConfigError, InputError: an option, or the requests, do not suit it.
+        """
 
     def served_name(self, model: str) -> str:
         """Return the name under which the engine serves a model.
@@ -189,7 +196,7 @@ def make_plan(
         InputError: no model is named at all.
         ConfigError: a model's name is wrong, or an option does not suit the engine.
     """
-    kind.refuse_options(options)
+    kind.refuse_run(options, summary.endpoints)
     names = [options.model] if options.model else list(summary.models)
     if not names:
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")

@@ -9,7 +9,7 @@ from typing import Any
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
-from aiflux.errors import ConfigError
+from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, same_model
@@ -27,7 +27,7 @@ class ExternalKind:
     # The server may be an Ollama, whose names have two forms; equal names always match.
     input_rules = InputRules(accepts_model)
 
-    def refuse_options(self, options: RunOptions) -> None:
+    def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """The server gets every parameter."""
 
     def served_name(self, model: str) -> str:
@@ -57,8 +57,16 @@ class ExternalKind:
         """The server's models are not ours to look for."""
         return True
 
-    def refuse_other_digest(self, models_dir: Path, model: str) -> None:
-        """The server's models have no digests that are known here."""
+    def catalog_name(self, model: str) -> str | None:
+        """The catalog does not describe what a server has."""
+        return None
+
+    def refuse_model(self, models_dir: Path, model: str) -> None:
+        """The server's models are not known here."""
+
+    def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
+        """None: no model has to be stored."""
+        return None
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
         """Nothing is fetched."""

@@ -12,11 +12,11 @@ from aiflux.core.batch.request import EMBEDDINGS
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
 from aiflux.engines.ollama.ignored_fields import IGNORED_FIELDS
-from aiflux.engines.ollama.memory import estimate, one_slot
+from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.engines.ollama.stored_model import known_figures
 from aiflux.engines.process import engine_program
-from aiflux.errors import ConfigError
+from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
@@ -46,7 +46,7 @@ class OllamaKind:
     cached_program = "ollama-cpu/bin/ollama"
     input_rules = InputRules(accepts_model, IGNORED_FIELDS)
 
-    def refuse_options(self, options: RunOptions) -> None:
+    def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse top_k, which Ollama's OpenAI API does not read.
 
         Raises:
@@ -84,7 +84,11 @@ class OllamaKind:
         """Tell whether a model's manifest and all its blobs are in a models directory."""
         return not missing_parts(models_dir, parse_model_name(model))
 
-    def refuse_other_digest(self, models_dir: Path, model: str) -> None:
+    def catalog_name(self, model: str) -> str | None:
+        """Return the name under which Ollama lists a model: the catalog has the same."""
+        return self.served_name(model)
+
+    def refuse_model(self, models_dir: Path, model: str) -> None:
         """Refuse a stored model with another digest than its name insists on.
 
         Raises:
@@ -94,6 +98,10 @@ class OllamaKind:
         found = model_digest(models_dir, name)
         if found is not None:
             refuse_other_digest(name, found, str(models_dir))
+
+    def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
+        """None: the job pulls it."""
+        return None
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
         """Pull a model unless it is stored; return whether it was pulled.
@@ -123,7 +131,7 @@ class OllamaKind:
 
     def one_slot(self, figures: Figures) -> bool:
         """Tell whether Ollama runs a model with one slot, whatever it is given."""
-        return one_slot(figures.architecture)
+        return has_one_slot(figures.architecture)
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions

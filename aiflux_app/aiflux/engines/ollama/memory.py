@@ -47,7 +47,7 @@ ONE_SLOT = (
 _MLLAMA_PATCHES, _MLLAMA_TILES = 1601, 4
 
 
-def one_slot(shape: Architecture) -> bool:
+def has_one_slot(shape: Architecture) -> bool:
     """Tell whether Ollama runs a model with one slot only."""
     return shape.embeds or shape.name in ONE_SLOT
 
@@ -82,6 +82,7 @@ def estimate(
     flash: bool = False,
     cache_type: str = "f16",
     gpu_overhead: int = GPU_OVERHEAD,
+    one_slot: bool | None = None,
 ) -> Memory:
     """Return the memory that a model takes on GPUs. Pure.
 
@@ -90,10 +91,12 @@ def estimate(
         slots: sequences decoded in parallel.
         gpus: GPUs that one engine spreads the model over.
         flash: the least, as newer Ollamas reach it; else the account of Ollama 0.9.3.
+        one_slot: whether the engine gives this model one slot only; None asks Ollama's rule.
         cache_type: ``f16``, ``q8_0`` or ``q4_0``; what is not known is taken for f16.
     """
     shape = figures.architecture
-    slots = 1 if one_slot(shape) else slots
+    single = has_one_slot(shape) if one_slot is None else one_slot
+    slots = 1 if single else slots
     context = min(context, shape.context or context)
     # Ollama gives a model that may see images this much at least.
     total = max(context * slots, 2048)

@@ -62,18 +62,27 @@ def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
     Raises:
         ModelError: it is not there, or its file is no whole GGUF.
     """
-    files = {"model": [], "projector": []}  # type: dict[str, list[Path]]
-    for layer in read_manifest(models_dir, name).layers:
-        if layer.kind in (_MODEL, _PROJECTOR):
-            part = layer.kind.rpartition(".")[2]
-            files[part].append(blob_path(models_dir, layer.digest))
-    if not files["model"]:
-        raise ModelError(f"{name.served} has no GGUF file", "pull it again")
-    header = read_gguf(files["model"][0])
-    projector = sum(read_gguf(path).data_size for path in files["projector"])
+    models, projectors = model_files(models_dir, name)
+    header = read_gguf(models[0])
+    projector = sum(read_gguf(path).data_size for path in projectors)
     kind = header.metadata.get("general.file_type")
     quantisation = FILE_TYPES.get(kind, "") if isinstance(kind, int) else ""
     return StoredModel(figures_of(header, projector), header.parameters, quantisation)
+
+
+def model_files(models_dir: Path, name: ModelName) -> tuple[list[Path], list[Path]]:
+    """Return the GGUF files of a model, at least one, and those of what reads images.
+
+    Raises:
+        ModelError: it is not stored, or has no GGUF file.
+    """
+    files: dict[str, list[Path]] = {_MODEL: [], _PROJECTOR: []}
+    for layer in read_manifest(models_dir, name).layers:
+        if layer.kind in files:
+            files[layer.kind].append(blob_path(models_dir, layer.digest))
+    if not files[_MODEL]:
+        raise ModelError(f"{name.served} has no GGUF file", "pull it again")
+    return files[_MODEL], files[_PROJECTOR]
 
 
 def readable_model(models_dir: Path, name: ModelName) -> StoredModel | None:

@@ -176,9 +176,17 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         )
         return
     kind = engine_kind(plan.options)
-    absent = [plan.served(name) for name in plan.models if not kind.is_stored(folder, name)]
-    yield from _check_digests(folder, plan)
-    for name in absent:
+    absent = []
+    yield from _check_stored(folder, plan)
+    for model in plan.models:
+        error = kind.absent_model(folder, model)
+        if kind.is_stored(folder, model):
+            continue
+        if error is not None:
+            yield finding_of(error)
+            continue
+        name = plan.served(model)
+        absent.append(name)
         yield Finding(
             "warning",
             f"{name} is not (whole) in {folder}: the job pulls it at its start, which needs "
@@ -193,10 +201,10 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         )
 
 
-def _check_digests(folder: Path, plan: Plan) -> Iterator[Finding]:
+def _check_stored(folder: Path, plan: Plan) -> Iterator[Finding]:
     for name in plan.models:
         try:
-            engine_kind(plan.options).refuse_other_digest(folder, name)
+            engine_kind(plan.options).refuse_model(folder, name)
         except ModelError as error:
             yield finding_of(error)
 

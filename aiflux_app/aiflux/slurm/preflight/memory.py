@@ -44,7 +44,8 @@ def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
     kind = engine_kind(plan.options)
     for name in plan.models:
         served = plan.served(name)
-        near = catalog.nearest(served)
+        known = kind.catalog_name(name)
+        near = None if known is None else catalog.nearest(known)
         if near and plan.models_dir and not kind.is_stored(plan.models_dir, name):
             yield Finding(
                 "error",
@@ -55,7 +56,8 @@ def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
 
 def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
     """Check that the one model of a plan can do what its requests ask for."""
-    model = catalog.find(plan.served(plan.models[0])) if len(plan.models) == 1 else None
+    name = engine_kind(plan.options).catalog_name(plan.models[0])
+    model = None if name is None or len(plan.models) > 1 else catalog.find(name)
     if model is None:
         return
     able = {ENDPOINTS[name] for name in model.endpoints}

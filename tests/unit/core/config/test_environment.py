@@ -31,6 +31,7 @@ PROMISED: Mapping[str, tuple[str, str, Any]] = {
     "SLURM_MEM": ("64G", "script", "#SBATCH --mem=64G\n"),
     "SLURM_CPUS_PER_TASK": ("16", "script", "#SBATCH --cpus-per-task=16\n"),
     "MODEL_NAME": ("gemma3:27b", "model", "gemma3:27b"),
+    "AIFLUX_ENGINE": ("llamacpp", "engine", "llamacpp"),
     "BATCH_SIZE": ("7", "concurrency", 7),
     "SAVE_FREQUENCY": ("9", "save_frequency", 9),
     "MAX_RETRIES": ("11", "max_retries", 11),

@@ -1,0 +1,209 @@
+"""The engine `llamacpp`: one ``llama-server`` with one model.
+
+Source: llama.cpp, ``tools/server/README.md``; checked with build 11669.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from typing import Any
+
+from aiflux.core.batch.request import EMBEDDINGS
+from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.http import Client, ExchangeError
+from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
+from aiflux.engines.managed import ManagedEngine
+from aiflux.engines.process import engine_environment, engine_program
+from aiflux.engines.sizing import engine_context, engine_slots
+from aiflux.errors import EngineError, ModelError
+
+_POLL = 0.1
+_PROBE_TIMEOUT = 5.0
+_ALL_LAYERS = "999"
+# What llama.cpp logs when the layers are in place, and why a model cannot be loaded.
+_OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+_REASON = re.compile(r"(?:error loading model: |(?=failed to (?:allocate|initialize)))(.*)")
+
+
+class LlamaCppEngine(ManagedEngine):
+    """A ``llama-server`` that the worker starts.
+
+    Where its model does not fit the GPUs, it is tried with half the slots, down to one, unless the
+    run asks for a number of slots.
+
+    Raises:
+        EngineError: there is no ``llama-server``.
+        ModelError: the model is not there, or llama.cpp cannot read it.
+    """
+
+    def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
+        super().__init__(kind, spec, make_client, engine_slots(kind, spec))
+        if spec.plan.models_dir is None:
+            raise ModelError("the plan names no models directory", "plan the run again")
+        self._options = spec.plan.options
+        self._models_dir = spec.plan.models_dir
+        self._model = spec.plan.served(spec.model)
+        self._context = engine_context(kind, spec)
+        self._program = engine_program(kind, spec.environ)
+        self._log_start = 0
+
+    def start(self) -> None:
+        """Start the server and wait until its model is in memory.
+
+        Raises:
+            EngineError: it did not start, the model did not load, or it landed on the CPU.
+        """
+        files = self._files()
+        while True:
+            try:
+                client = self._load(files)
+                break
+            except EngineError:
+                if not self._shrink():
+                    raise
+        self._digest = files.digest
+        self._note_facts(files, self._props(client))
+        client.close()
+        self._check_placement()
+        self._use(client.base_url)
+
+    def _files(self) -> ModelFiles:
+        model = self.spec.model
+        if not self.kind.is_stored(self._models_dir, model):
+            raise EngineError(
+                f"{self._model} is not stored in {self._models_dir}",
+                f"pull it: aiflux models pull {self._model}; or check the path",
+            )
+        self.kind.refuse_model(self._models_dir, model)
+        return find_files(self._models_dir, model)
+
+    def _load(self, files: ModelFiles) -> Client:
+        """Start the server; return a client of it, ready."""
+        self.spec.home.mkdir(parents=True, exist_ok=True)
+        log = self.spec.log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        environment = engine_environment(self.spec.environ, self.spec.home, self._settings())
+        client: Client = self._make_client(self._serve(self._command(files), environment))
+        deadline = time.monotonic() + self._options.load_timeout
+        while not self._answers(client):
+            if not self.is_ready():
+                raise EngineError(
+                    f"{self._model} could not be loaded: {self._reason()}",
+                    f"see the engine's log: {log}",
+                )
+            if time.monotonic() > deadline:
+                self.stop()
+                raise EngineError(
+                    f"{self._model} was not loaded within {self._options.load_timeout:g} s",
+                    f"see the engine's log: {log}; allow more time with --load-timeout",
+                )
+            self._closing.wait(_POLL)
+        return client
+
+    def _command(self, files: ModelFiles) -> list[str]:
+        # Every slot gets an equal share of the context.
+        command = [
+            self._program,
+            *("-m", str(files.model), "--alias", self._model),
+            *("--host", "127.0.0.1", "--port", "0"),
+            *("-np", str(self.slots), "-c", str(self._context * self.slots)),
+            *("--metrics", "--offline", "--no-webui"),
+        ]
+        if files.projector is not None:
+            command += ["--mmproj", str(files.projector)]
+        if not self.spec.devices:
+            command += ["-t", str(len(os.sched_getaffinity(0)))]
+        elif not self._options.allow_cpu:
+            command += ["-ngl", _ALL_LAYERS]
+        if EMBEDDINGS in self.spec.plan.input.endpoints:
+            command += self._embedding_options()
+        return command
+
+    def _embedding_options(self) -> list[str]:
+        """Return what an embedding needs: its input has to fit one batch."""
+        figures = self.kind.figures(self._models_dir, self.spec.model, None)
+        # A model for embeddings has a pooling of its own.
+        own = figures is not None and figures.architecture.embeds
+        batch = str(self._context)
+        return ["--embeddings", "-b", batch, "-ub", batch, *([] if own else ["--pooling", "mean"])]
+
+    def _settings(self) -> dict[str, str]:
+        """Return the environment of this engine; the run's own variables win."""
+        settings = {}
+        if self.spec.devices:
+            settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.devices)
+        if self._options.log_level == "DEBUG":
+            settings["LLAMA_LOG_VERBOSITY"] = "4"
+        return {**settings, **self._options.engine_env}
+
+    def _answers(self, client: Client) -> bool:
+        """Tell whether the model is in memory: until then every path answers 503."""
+        try:
+            return client.get("/health", _PROBE_TIMEOUT).status == 200
+        except ExchangeError:
+            return False
+
+    def _props(self, client: Client) -> dict[str, Any]:
+        try:
+            props = json.loads(client.get("/props", _PROBE_TIMEOUT).body)
+        except (ExchangeError, ValueError) as error:
+            raise EngineError(
+                f"llama-server does not report its slots (/props): {error}",
+                "use a llama-server of 2025 or later",
+            ) from error
+        return props if isinstance(props, dict) else {}
+
+    def _note_facts(self, files: ModelFiles, props: dict[str, Any]) -> None:
+        facts = self.facts
+        size = files.model.stat().st_size
+        on_gpu, layers = self._offloaded()
+        settings = props.get("default_generation_settings") or {}
+        facts.version = str(props.get("build_info") or "unknown")
+        facts.slots = self.slots = int(props.get("total_slots") or self.slots)
+        facts.context_length = int(settings.get("n_ctx") or self._context)
+        facts.size_bytes, facts.gpu_bytes = size, size * on_gpu // max(layers, 1)
+        facts.log = str(self.spec.log)
+
+    def _check_placement(self) -> None:
+        on_gpu, layers = self._offloaded()
+        if not self.spec.devices or self._options.allow_cpu or (layers and on_gpu == layers):
+            return
+        share = 100 - 100 * on_gpu // max(layers, 1)
+        raise EngineError(
+            f"{share} % of {self._model} landed on the CPU in a job with the GPUs "
+            f"{', '.join(self.spec.devices)}",
+            "check that llama-server has GPU support (aiflux image info); or use --allow-cpu",
+        )
+
+    def _shrink(self) -> bool:
+        """Take half the slots; return False where that is not allowed, or would not help."""
+        fixed = self._options.slots is not None or not self.spec.devices
+        if fixed or self.slots == 1 or self._closing.is_set() or "memory" not in self._log_text():
+            return False
+        self.slots //= 2
+        return True
+
+    def _offloaded(self) -> tuple[int, int]:
+        """Return the layers on GPUs and all layers; zeros where the log names none."""
+        found = _OFFLOADED.findall(self._log_text())
+        return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+
+    def _reason(self) -> str:
+        """Return why the server ended, in its own words."""
+        lines = self._log_text().strip().splitlines()
+        told = [found[1].strip() for found in map(_REASON.search, lines) if found]
+        if told:
+            return told[-1]
+        return lines[-1].strip() if lines else "it ended without a word"
+
+    def _log_text(self) -> str:
+        """Return what the current server logged; "" where the disk had no room for a log."""
+        try:
+            with open(self.spec.log, "rb") as log:
+                log.seek(self._log_start)
+                return log.read().decode("utf-8", "replace")
+        except OSError:
+            return ""

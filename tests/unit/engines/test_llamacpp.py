@@ -1,0 +1,175 @@
+"""llama.cpp: which models it takes, under which names, and what it refuses at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.core.batch.input_file import scan_input
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Plan, make_plan
+from aiflux.engines.base import EngineSpec
+from aiflux.engines.http import Client
+from aiflux.engines.llamacpp.kind import KIND
+from aiflux.errors import AifluxError, ConfigError, EngineError, InputError
+from aiflux.models.catalog import read_catalog
+from aiflux.slurm.preflight.local import check_models
+from aiflux.slurm.preflight.memory import check_endpoints, check_names
+from tests.tools import make_tiny_gguf
+from tests.unit.helpers import request_line
+from tests.unit.made_models import put_model
+
+
+def plan_of(folder: Path, model: str, *bodies: dict[str, Any], **options: Any) -> Plan:
+    lines = [request_line(f"r{at}", **body) for at, body in enumerate(bodies or ({"body": {
+        "messages": []}},))]  # fmt: skip
+    path = folder / "in.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    chosen = RunOptions(engine="llamacpp", model=model, **options)
+    summary = scan_input(path, model, rules=KIND.input_rules)
+    return make_plan(summary, folder / "o.json", chosen, folder / "models", KIND)
+
+
+def tiny_file(folder: Path) -> Path:
+    path = folder / "tiny one.gguf"
+    path.write_bytes(make_tiny_gguf.tiny())
+    return path
+
+
+def test_a_path_is_made_absolute_and_requests_may_call_the_file_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job does not run in this directory."""
+    path = tiny_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    named = [{"body": {"model": name, "messages": []}}
+             for name in ("tiny one.gguf", "tiny one", str(path))]  # fmt: skip
+    plan = plan_of(tmp_path, path.name, *named)
+    assert plan.models == (str(path),)
+    assert plan.served(plan.models[0]) == str(path)
+    assert not [*check_models(plan)]
+    with pytest.raises(InputError, match="but the run's model is"):
+        plan_of(tmp_path, path.name, {"body": {"model": "other", "messages": []}})
+    with pytest.raises(ConfigError, match="without a comma"):
+        plan_of(tmp_path, "a,b.gguf")
+
+
+def test_the_catalog_is_asked_for_names_only(tmp_path: Path) -> None:
+    catalog = read_catalog()
+    for finding in (check_names, check_endpoints):
+        assert not [*finding(plan_of(tmp_path, str(tiny_file(tmp_path))), catalog)]
+    (misspelt,) = check_names(plan_of(tmp_path, "lama3.2:3b"), catalog)
+    assert "did you mean llama3.2:3b?" in misspelt.fix
+
+
+@pytest.mark.parametrize(
+    ("model", "what", "fix"),
+    [
+        ("absent.gguf", "model file not found", "check the path"),
+        ("absent:1b", "llama.cpp does not pull models", "aiflux models pull absent:1b"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_before_submission(
+    tmp_path: Path, model: str, what: str, fix: str
+) -> None:
+    (finding,) = check_models(plan_of(tmp_path, model))
+    assert finding.level == "error"
+    assert what in finding.what
+    assert fix in finding.fix
+
+
+def test_a_file_in_another_form_is_refused_before_submission(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"PK\3\4 a torch file")
+    (finding,) = check_models(plan_of(tmp_path, str(path)))
+    assert "not a (whole) GGUF file" in finding.what
+
+
+def test_an_image_reader_in_the_models_own_file_is_refused(tmp_path: Path) -> None:
+    """Ollama's own converter writes such files; llama.cpp expects a second one."""
+    entries = [make_tiny_gguf.entry("llama.vision.block_count", make_tiny_gguf.UINT32, 1)]
+    plain = make_tiny_gguf.tiny("llama", entries)
+    put_model(tmp_path / "models", "seeing:1b", plain.replace(b"blk.0.attn_q", b"v.k.0.attn_q"))
+    put_model(tmp_path / "models", "plain:1b", plain)
+    assert not [*check_models(plan_of(tmp_path, "plain:1b"))]
+    (finding,) = check_models(plan_of(tmp_path, "seeing:1b"))
+    assert "reads images in the model's own file" in finding.what
+    assert "--engine ollama" in finding.fix
+
+
+def test_another_digest_than_the_name_insists_on_is_refused(tmp_path: Path) -> None:
+    put_model(tmp_path / "models", "tiny:1b", make_tiny_gguf.tiny())
+    (finding,) = check_models(plan_of(tmp_path, "tiny:1b@sha256:" + "0" * 12))
+    assert "digest" in finding.what or "insists" in finding.what
+
+
+def test_text_and_embeddings_in_one_input_are_refused(tmp_path: Path) -> None:
+    chat = {"body": {"messages": []}}
+    embedding = {"url": "/v1/embeddings", "body": {"input": "x"}}
+    with pytest.raises(InputError, match="one of both"):
+        plan_of(tmp_path, "m:1", chat, embedding)
+    assert plan_of(tmp_path, "m:1", embedding, embedding).requests == 2
+
+
+def test_all_models_get_slots_and_top_k_is_obeyed(tmp_path: Path) -> None:
+    figures = KIND.figures(None, "embeddinggemma:300m", read_catalog())
+    assert figures is not None
+    options = RunOptions(engine="llamacpp")
+    needed = [KIND.memory_needed(figures, 2048, slots, 1, options) for slots in (1, 16)]
+    assert needed[1] > needed[0]
+    assert plan_of(tmp_path, "m:1", top_k=3).options.parameters == {"top_k": 3}
+
+
+RECORDER = """\
+#!/bin/sh
+printf '%s\\n' "$@" >"$0.arguments"
+echo "load_tensors: offloaded 0/3 layers to GPU"
+echo "main: failed to allocate buffer of 12 GiB: out of memory"
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "devices", "options", "wanted", "unwanted"),
+    [
+        ({}, (), {}, "-t", "-ngl"),
+        ({}, ("0", "1"), {}, "-ngl 999", "-t"),
+        ({}, ("0",), {"allow_cpu": True}, "--metrics --offline --no-webui", "-ngl"),
+        ({"url": "/v1/embeddings", "body": {"input": "x"}}, (), {},
+         "--embeddings -b 1024 -ub 1024 --pooling mean", "--mmproj"),
+    ],
+)  # fmt: skip
+def test_the_command_line(
+    tmp_path: Path,
+    body: dict[str, Any],
+    devices: tuple[str, ...],
+    options: dict[str, Any],
+    wanted: str,
+    unwanted: str,
+) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text(RECORDER, encoding="utf-8")
+    program.chmod(0o755)
+    path = tiny_file(tmp_path)
+    plan = plan_of(tmp_path, str(path), body or {"body": {"messages": []}}, slots=3,
+                   context_length=1024, **options)  # fmt: skip
+    spec = EngineSpec(0, plan, plan.models[0], devices, tmp_path / "home", tmp_path / "log",
+                      {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"},
+                      lambda _: None)  # fmt: skip
+    engine = KIND.make_engine(spec, lambda url: Client(url, 5.0, 2))
+    with pytest.raises(EngineError, match="out of memory"):
+        engine.start()
+    line = " ".join(program.with_name("llama-server.arguments").read_text().splitlines())
+    assert f"-m {path} --alias {path} --host 127.0.0.1 --port 0 -np 3 -c 3072" in line
+    assert wanted in line
+    assert f" {unwanted} " not in line
+
+
+def test_without_the_program_the_error_names_it(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, str(tiny_file(tmp_path)))
+    spec = EngineSpec(0, plan, plan.models[0], (), tmp_path, tmp_path / "log",
+                      {"PATH": str(tmp_path)}, lambda _: None)  # fmt: skip
+    with pytest.raises(AifluxError, match="no llama-server on PATH"):
+        KIND.make_engine(spec, lambda url: Client(url, 5.0, 2))

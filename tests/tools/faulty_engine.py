@@ -312,6 +312,9 @@ def _answer(path: str, body: dict[str, Any], text: str) -> bytes:
     if path == "/v1/embeddings":
         vector = {"object": "embedding", "index": 0, "embedding": [0.5, -0.25]}
         answer |= {"object": "list", "data": [vector]}
+    elif path == "/v1/rerank":
+        scores = [{"index": at, "relevance_score": -at} for at, _ in enumerate(body["documents"])]
+        answer |= {"object": "list", "results": scores}
     elif path == "/v1/completions":
         choice = {"index": 0, "text": content, "finish_reason": "stop", "logprobs": None}
         answer |= {"object": "text_completion", "choices": [choice]}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from aiflux.core.batch.request import EMBEDDINGS, parse_json
+from aiflux.core.batch.request import EMBEDDINGS, RERANK, parse_json
 from aiflux.core.batch.results_file import choice_texts
 from aiflux.engines.http import Answer, ExchangeError
 
@@ -27,6 +27,8 @@ _LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
 _TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 CrashCode = Callable[[int, str], str | None]
 """Of status and message: the code of an answer which means that the engine broke down."""
+_CONTENT = {EMBEDDINGS: "data", RERANK: "results"}
+"""What holds the answer, where there are no choices."""
 UNTOUCHED = ("refused", "model_gone", "loading")
 """Codes of an engine that is down, or as good as that, and did nothing with the request."""
 
@@ -166,7 +168,7 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
     if finish is None and not content:
         return Outcome(
             Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
-            answer.body, foreign="choices" not in body and "data" not in body,
+            answer.body, foreign=not {"choices", *_CONTENT.values()} & body.keys(),
         )  # fmt: skip
     return Outcome(
         Kind.ANSWERED,
@@ -204,8 +206,8 @@ def _page(answer: Answer) -> str:
 
 def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
     """Return the first choice's finish reason and whether there is anything in the answer."""
-    if url == EMBEDDINGS:
-        return None, bool(body.get("data"))
+    if url in _CONTENT:
+        return None, bool(body.get(_CONTENT[url]))
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return None, False

@@ -33,6 +33,7 @@ ENDPOINTS = {
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
     "embeddings": "/v1/embeddings",
+    "rerank": "/v1/rerank",
 }
 DEFAULTS: Mapping[str, Parser] = {
     "temperature": value_parsers.number(0, 100),

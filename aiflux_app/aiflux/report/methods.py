@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.report.data import Report
 from aiflux.util.text import counted, joined
 
 _NAMES = {"top_p": "top-p", "top_k": "top-k"}
-_EMBEDDINGS = "/v1/embeddings"
 
 
 def methods(report: Report) -> str:
@@ -21,7 +21,7 @@ def methods(report: Report) -> str:
 
 def _sentences(report: Report) -> Iterator[str]:
     yield from _setting(report)
-    if set(report.what.input.get("endpoints") or ()) != {_EMBEDDINGS}:
+    if not set(report.what.input.get("endpoints") or ("?",)) <= WITHOUT_TEXT:
         yield from _sampling(report)
     yield from _outcome(report)
     yield from _cost(report)

@@ -6,7 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from aiflux.core.batch.request import EMBEDDINGS, LineError, Request, parse_request, request_key
+from aiflux.core.batch.request import (
+    WITHOUT_TEXT,
+    LineError,
+    Request,
+    parse_request,
+    request_key,
+)
 from aiflux.core.runs.journal import JournalReader, ResultIndex
 from aiflux.core.runs.plan import Plan, Shard, changed_input
 from aiflux.engines.base import EngineKind
@@ -98,7 +104,7 @@ def build_payload(
         edits["model"] = model
     if body.get("stream"):
         edits["stream"] = False
-    if request.url != EMBEDDINGS:
+    if request.url not in WITHOUT_TEXT:
         edits.update({name: value for name, value in parameters.items() if name not in body})
         if body.get("max_completion_tokens") is not None:
             edits.pop("max_tokens", None)

@@ -108,8 +108,10 @@ def test_another_digest_than_the_name_insists_on_is_refused(tmp_path: Path) -> N
 def test_text_and_embeddings_in_one_input_are_refused(tmp_path: Path) -> None:
     chat = {"body": {"messages": []}}
     embedding = {"url": "/v1/embeddings", "body": {"input": "x"}}
-    with pytest.raises(InputError, match="one of both"):
-        plan_of(tmp_path, "m:1", chat, embedding)
+    rerank = {"url": "/v1/rerank", "body": {"query": "x", "documents": ["y"]}}
+    for pair in ((chat, embedding), (embedding, rerank), (rerank, chat)):
+        with pytest.raises(InputError, match="does only one of text, embeddings and reranking"):
+            plan_of(tmp_path, "m:1", *pair)
     assert plan_of(tmp_path, "m:1", embedding, embedding).requests == 2
 
 
@@ -139,6 +141,8 @@ exit 1
         ({}, ("0",), {"allow_cpu": True}, "--metrics --offline --no-webui", "-ngl"),
         ({"url": "/v1/embeddings", "body": {"input": "x"}}, (), {},
          "--embeddings -b 1024 -ub 1024 --pooling mean", "--mmproj"),
+        ({"url": "/v1/rerank", "body": {"query": "x", "documents": []}}, (), {},
+         "--reranking -b 1024 -ub 1024", "--embeddings"),
     ],
 )  # fmt: skip
 def test_the_command_line(

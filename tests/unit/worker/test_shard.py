@@ -284,6 +284,7 @@ def test_only_absent_fields_are_filled_in(tmp_path: Path) -> None:
             request_line("b", body={"messages": messages, "temperature": 1, "max_tokens": 3}),
             request_line("c", body={"messages": messages, "stream": True, "stream_options": {}}),
             request_line("d", url="/v1/embeddings", body={"input": "x"}),
+            request_line("e", url="/v1/rerank", body={"query": "x", "documents": ["y", "z"]}),
         ]
         working.input.write_text("\n".join(lines), encoding="utf-8")
         assert working.run() is ExitCode.OK
@@ -292,6 +293,8 @@ def test_only_absent_fields_are_filled_in(tmp_path: Path) -> None:
     assert {**filled, "temperature": 1, "max_tokens": 3} in engine.bodies
     assert {**filled, "stream": False} in engine.bodies
     assert {"model": "m:1", "input": "x"} in engine.bodies
+    assert {"model": "m:1", "query": "x", "documents": ["y", "z"]} in engine.bodies
+    assert len(working.results[4]["output"]["results"]) == 2
 
 
 def test_the_key_is_sent_and_stands_nowhere(tmp_path: Path) -> None:

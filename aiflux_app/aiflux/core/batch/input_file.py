@@ -216,6 +216,9 @@ _UNLIMITED_ANSWER = 1024
 
 def estimate_tokens(body: dict[str, Any]) -> int:
     """Estimate the tokens of a request, prompt and answer together."""
+    if "query" in body and type(body.get("documents")) is list:  # each with the query by itself
+        longest = max(map(_part_tokens, body["documents"]), default=0)
+        return _prompt_tokens(body["query"]) + longest
     answer = body.get("max_tokens") or body.get("max_completion_tokens")
     payload = body.get("messages") or body.get("prompt") or body.get("input")
     return _prompt_tokens(payload) + (answer if isinstance(answer, int) else _UNLIMITED_ANSWER)

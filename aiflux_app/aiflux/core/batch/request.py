@@ -22,11 +22,15 @@ except ImportError:  # the image holds pure Python only
     orjson = None  # type: ignore[assignment]
 
 EMBEDDINGS = "/v1/embeddings"
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS)
+RERANK = "/v1/rerank"
+WITHOUT_TEXT = frozenset({EMBEDDINGS, RERANK})
+"""Endpoints that generate no text, and so have no parameters of sampling."""
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, RERANK)
 _PAYLOAD_FIELD = {
     "/v1/chat/completions": "messages",
     "/v1/completions": "prompt",
     EMBEDDINGS: "input",
+    RERANK: "documents",
 }
 AcceptsModel = Callable[[str, str], bool]
 """Of the run's model and the one that a body names: whether both are the same."""

@@ -11,7 +11,7 @@ import re
 import time
 from typing import Any
 
-from aiflux.core.batch.request import EMBEDDINGS
+from aiflux.core.batch.request import EMBEDDINGS, RERANK
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
@@ -118,17 +118,20 @@ class LlamaCppEngine(ManagedEngine):
             command += ["-t", str(len(os.sched_getaffinity(0)))]
         elif not self._options.allow_cpu:
             command += ["-ngl", _ALL_LAYERS]
-        if EMBEDDINGS in self.spec.plan.input.endpoints:
-            command += self._embedding_options()
-        return command
+        return command + self._pooling_options()
 
-    def _embedding_options(self) -> list[str]:
-        """Return what an embedding needs: its input has to fit one batch."""
+    def _pooling_options(self) -> list[str]:
+        """Return what embeddings and reranking need: each input has to fit one batch."""
+        endpoints = self.spec.plan.input.endpoints
+        batch = ["-b", str(self._context), "-ub", str(self._context)]
+        if RERANK in endpoints:
+            return ["--reranking", *batch]
+        if EMBEDDINGS not in endpoints:
+            return []
         figures = self.kind.figures(self._models_dir, self.spec.model, None)
         # A model for embeddings has a pooling of its own.
         own = figures is not None and figures.architecture.embeds
-        batch = str(self._context)
-        return ["--embeddings", "-b", batch, "-ub", batch, *([] if own else ["--pooling", "mean"])]
+        return ["--embeddings", *batch, *([] if own else ["--pooling", "mean"])]
 
     def _settings(self) -> dict[str, str]:
         """Return the environment of this engine; the run's own variables win."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
-from aiflux.core.batch.request import EMBEDDINGS
+from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
 from aiflux.engines.llamacpp import model_file
@@ -16,6 +16,7 @@ from aiflux.errors import InputError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
+from aiflux.util.text import joined
 
 
 def _accepts_model(model: str, named: str) -> bool:
@@ -36,15 +37,17 @@ class LlamaCppKind:
     input_rules = InputRules(_accepts_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse requests for text and for embeddings in one input: a server does one of both.
+        """Refuse text, embeddings and reranking in one input: a server does one of the three.
 
         Raises:
-            InputError: there are both.
+            InputError: there are several.
         """
-        if EMBEDDINGS in endpoints and len(endpoints) > 1:
+        uses = {url if url in WITHOUT_TEXT else "text" for url in endpoints}
+        if len(uses) > 1:
             raise InputError(
-                "requests ask for text and for embeddings, and a llama.cpp server does one of both",
-                "run each by itself, or use --engine ollama",
+                f"requests ask for {joined(sorted(uses))}, and a llama.cpp server does only one of "
+                "text, embeddings and reranking",
+                "put them into inputs of their own",
             )
 
     def served_name(self, model: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
-from aiflux.core.batch.request import EMBEDDINGS
+from aiflux.core.batch.request import RERANK, WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
 from aiflux.engines.ollama.ignored_fields import IGNORED_FIELDS
@@ -16,7 +16,7 @@ from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.engines.ollama.stored_model import known_figures
 from aiflux.engines.process import engine_program
-from aiflux.errors import ConfigError, ModelError
+from aiflux.errors import ConfigError, InputError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
@@ -47,11 +47,17 @@ class OllamaKind:
     input_rules = InputRules(accepts_model, IGNORED_FIELDS)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse top_k, which Ollama's OpenAI API does not read.
+        """Refuse top_k, which Ollama's OpenAI API does not read, and reranking, which it lacks.
 
         Raises:
-            ConfigError: it is set.
+            ConfigError: top_k is set.
+            InputError: requests ask for reranking.
         """
+        if RERANK in endpoints:
+            raise InputError(
+                f"Ollama does not offer {RERANK}",
+                "use --engine llamacpp, or a server that offers it: --engine-url URL",
+            )
         if options.top_k is not None:
             raise ConfigError(
                 "top_k is set, but Ollama's OpenAI API does not know it",
@@ -151,7 +157,7 @@ class OllamaKind:
         if named is not None and ("@" in named or "://" in named):
             edits["model"] = served
         limit = body.get("max_completion_tokens")
-        if limit is not None and url != EMBEDDINGS and "max_tokens" not in body:
+        if limit is not None and url not in WITHOUT_TEXT and "max_tokens" not in body:
             edits["max_tokens"] = limit
         return edits
 

@@ -30,7 +30,7 @@ plain := $(shell git ls-files -- aiflux_app/aiflux/converters aiflux_app/aiflux/
 	aiflux_app/aiflux/image aiflux_app/aiflux/doctor aiflux_app/aiflux/errors.py container entrypoint bench \
 	'examples/*.sh' 'examples/*.py' tests/tools tests/stack tests/integration tests/slow tests/conftest.py \
 	tests/unit/converters tests/unit/estimates tests/unit/bundle tests/unit/image tests/unit/doctor \
-	':(glob)tests/unit/*.py' 2>/dev/null | grep -v '\.lock$$')
+	':(glob)tests/unit/*.py' 2>/dev/null | grep -vE '\.lock$$|made_elsewhere')
 
 .PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down clean
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiflux import __version__
 from aiflux.cli.sigterm import unwinding
-from aiflux.errors import AifluxError, ExitCode, describe
+from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import (
     FULL,
@@ -69,6 +69,9 @@ GROUPS = {
     },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
+
+
+_UNREACHABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP}
 
 
 def make_parser(only: str | None = None) -> Parser:
@@ -150,6 +153,12 @@ def _failed(error: Exception, *, debug: bool) -> int:
     """Tell an error; return its exit code."""
     if isinstance(error, OSError) and error.errno in FULL:
         error = refused(error)
+    elif isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename:
+        # The files of a run have errors of their own: this is a path that the user named.
+        error = UsageError(
+            f"cannot access {error.filename!r}: {error.strerror}",
+            "check the path and its permissions",
+        )
     if debug or not isinstance(error, AifluxError):
         import traceback
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO
 
 from aiflux.core.runs.directory import checked_output, named_output
@@ -93,6 +94,11 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
     if name.endswith("/"):
         raise UsageError(f"the output {name} is a folder", "name a file in it")
     refuse_special(path)
+    if not os.path.isdir(path.parent):
+        raise UsageError(
+            f"the output directory {str(path.parent)!r} does not exist",
+            f"mkdir -p {quote(str(path.parent))}",
+        )
     if not force:
         refuse_existing(path)
     yield path

@@ -25,7 +25,8 @@ from aiflux.converters.writer import (
     reading,
     skipped_path,
 )
-from aiflux.errors import InputError, UsageError
+from aiflux.errors import AifluxError, InputError, UsageError
+from aiflux.util.lines import unreadable
 
 # Word and Excel create ~$ lock files next to open documents.
 _HIDDEN = (".", "~$")
@@ -62,13 +63,17 @@ class Walk:
         Raises:
             InputError: the directory cannot be read.
         """
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):  # unlike Path.is_dir, it never raises
             raise self._no_folder()
         yield from self._below(self.folder, "")
 
-    def _no_folder(self) -> InputError:
-        if not self.folder.exists():
+    def _no_folder(self) -> AifluxError:
+        try:
+            os.stat(self.folder)
+        except FileNotFoundError:
             return InputError(f"the input {str(self.folder)!r} does not exist", "check the path")
+        except OSError as error:
+            return unreadable(self.folder, error)
         return InputError(
             f"the input {str(self.folder)!r} is not a directory",
             f"use its parent directory, with --pattern {self.folder.name!r}",
@@ -100,7 +105,7 @@ class Walk:
             path, inner = folder / name, prefix + name
             if name.startswith(_HIDDEN) or _matches(inner, self.exclude):
                 continue
-            if path.is_dir():
+            if os.path.isdir(path):
                 if self.recursive and path.is_symlink():
                     yield Found(path, inner + "/", "links to directories are not followed")
                 elif self.recursive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def images_to_jsonl(
     if form.endpoint != "chat":
         raise UsageError("images require the chat endpoint", "remove --endpoint")
     source = Path(input_path)
-    listed = source.is_file()
+    listed = os.path.isfile(source)
     walk = Walk(source, recursive, names(patterns), names(exclude))
     maker = _ImageRequests(source if listed else walk, parsed, _Reducer(max_pixels), progress)
     job = Conversion(

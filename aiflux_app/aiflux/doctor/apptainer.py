@@ -123,9 +123,9 @@ def _mode(setuid: bool) -> Diagnosis:
 def _mounting(setuid: bool, settings: dict[str, str]) -> Diagnosis:
     if setuid:
         return ok("mounting", "the kernel mounts images")
-    bundled = Path(settings.get("LIBEXECDIR", "/nonexistent")) / "apptainer" / "bin"
+    shipped = Path(settings.get("LIBEXECDIR", "/nonexistent")) / "apptainer" / "bin"
     helper = any(
-        shutil.which(name) or (bundled / name).exists() for name in ("squashfuse_ll", "squashfuse")
+        shutil.which(name) or (shipped / name).exists() for name in ("squashfuse_ll", "squashfuse")
     )
     if helper and host.fuse_usable():
         return ok("mounting", "squashfuse mounts images")

@@ -152,8 +152,10 @@ def test_a_run_with_other_defaults_is_told_from_what_it_was(
     capsys.readouterr()
     assert main([*words, "--image", "i.sif", "--no-preflight"]) == 2
     begun, _, asked = capsys.readouterr().err.splitlines()[0].partition("; this run asks for ")
-    assert begun.endswith("begun with model llama3.2:3b, else the engine's defaults")
-    assert asked.startswith("model llama3.2:3b, as advised for it: ")
+    assert begun.endswith(
+        "begun with engine external, model llama3.2:3b, else the engine's defaults"
+    )
+    assert asked.startswith("engine ollama, model llama3.2:3b, as advised for it: ")
 
 
 def test_a_conversion(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

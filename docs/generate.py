@@ -7,16 +7,17 @@ checks that they are.
 
 from __future__ import annotations
 
-import argparse
 import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from aiflux.cli.main import GROUPS, make_parser
-from aiflux.cli.parser import Parser, is_setting
-from aiflux.core.config.arguments import add_settings
+import click
+
+from aiflux.cli.main import GROUPS, make_program
+from aiflux.cli.parser import Command, Option
 from aiflux.core.config.declaration import Setting
-from aiflux.core.config.settings import SECTIONS, SETTINGS, TITLES
+from aiflux.core.config.settings import BY_NAME, SECTIONS, SETTINGS, TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -27,18 +28,20 @@ ENV_EXAMPLE = ROOT / ".env.example"
 BEGIN = "<!-- made by docs/generate.py: begin -->\n"
 END = "<!-- made by docs/generate.py: end -->\n"
 _HEADER = """\
-# Settings for .env: copy this file to .env in the folder where you call aiflux.
-# Made by docs/generate.py. An empty value means: not set. What is in the environment wins.
+# Settings for .env: copy this file to .env in the directory where you run aiflux.
+# Made by docs/generate.py. An empty value means "not set". The environment takes precedence.
 """
 _HAS_ALL = "aiflux run"
-_TYPED = ("aiflux ", "source ")
 _REFERENCE_HEADER = """\
 # Every command
 
-Made from the code by `docs/generate.py`. In a terminal: `aiflux run --help`, and
-`aiflux run --help-all` for what is rarely needed. `R` names a run: its output, its run directory or
-a Slurm job id. [Settings](configuration.md) can stand in `aiflux.yaml` or the environment too; exit
-codes are [here](output.md#exit-codes).
+Made from the code by `docs/generate.py`. In a terminal, `aiflux help run` or `aiflux run --help`
+shows the common options and `aiflux run --help-all` all of them. `RUN` is a run's output file, its
+run directory or a Slurm job id. [Settings](configuration.md) can also be in `aiflux.yaml` or the
+environment. See also the [exit codes](output.md#exit-codes).
+
+Every command has `-h` and `--help`, and `-v` (`--verbose`, `--debug`), which shows the traceback of
+an error. `aiflux --version` or `-V` shows the version.
 
 """
 
@@ -108,96 +111,85 @@ def _first_line(path: Path) -> str:
 
 def reference() -> str:
     """Return the text of ``docs/reference.md``: every command with its options and an example."""
-    parser = make_parser()
-    commands = {command.prog.split()[-1]: (command, text) for command, text in parser.commands()}
+    program = make_program()
+    root = click.Context(program, info_name="aiflux", **program.context_settings)
     parts = [_REFERENCE_HEADER]
     for title, names in GROUPS.items():
         links = ", ".join(f"[{name}](#aiflux-{name})" for name in names)
         parts.append(f"- {title}: {links}\n")
-    for names in GROUPS.values():
-        for name in names:
-            parts += _command(*commands[name], "##")
+    for name in program.list_commands(root):
+        _, command, _ = program.resolve_command(root, [name])
+        parts += _command(click.Context(command, info_name=name, parent=root), "##")
     return "".join(parts)
 
 
-def _command(command: Parser, text: str, level: str) -> Iterator[str]:
-    """Yield the section of a command, and those of the commands below it."""
-    below = command.commands()
-    yield f"\n{level} {command.prog}\n\n{command.description or text}\n"
-    if not below:
-        usage = " ".join(command.format_usage().removeprefix("usage: ").split())
-        yield f"\n```\n{usage}\n```\n\n| option | meaning |\n|---|---|\n"
-        yield from map(_row, _shown(command))
-        yield _settings_of(command)
-        yield f"\n{_example(command)}"
-    for action, words in below:
-        yield from _command(action, words, level + "#")
+def _command(ctx: click.Context, level: str) -> Iterator[str]:
+    """Yield the section of a command, and those of its subcommands."""
+    command = ctx.command
+    yield f"\n{level} {ctx.command_path}\n\n{inspect.cleandoc(command.help or '')}\n"
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from _command(click.Context(below, info_name=name, parent=ctx), level + "#")
+    if not isinstance(command, Command):
+        return
+    usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
+    yield f"\n```\n{usage}\n```\n\n"
+    rows = [_row(param, ctx) for param in _shown(command, ctx)]
+    if rows:
+        yield "".join(["| option | meaning |\n|---|---|\n", *rows])
+        yield _settings_of(command, ctx)
+        yield "\n"
+    yield "\n".join(["```sh", *command.examples, "```"]) + "\n"
+    if command.note:
+        yield f"\n{command.note}\n"
 
 
-def _shown(command: Parser) -> Iterator[argparse.Action]:
-    """Yield the options that are worth a line here: not --help, nor settings of other commands."""
-    for action in command._actions:
-        helps = {"--help", "--help-all"} & {*action.option_strings}
-        if not helps and (command.prog == _HAS_ALL or not is_setting(action)):
-            yield action
+def _shown(command: Command, ctx: click.Context) -> Iterator[click.Parameter]:
+    """Yield the parameters that get a line here; settings are listed under one command only."""
+    for param in command.params:
+        hidden = isinstance(param, click.Option) and param.hidden
+        if not hidden and (ctx.command_path == _HAS_ALL or not _is_setting(param)):
+            yield param
 
 
-def _settings_of(command: Parser) -> str:
+def _is_setting(param: click.Parameter) -> bool:
+    return isinstance(param, Option) and param.panel in TITLES.values() and param.name in BY_NAME
+
+
+def _settings_of(command: Command, ctx: click.Context) -> str:
     """Return a line about the settings that a command has as options without a line for each."""
-    given = {action.dest for action in command._actions if is_setting(action)}
-    sections = [
-        name
-        for name in SECTIONS
-        if all(setting.name in given for setting in SETTINGS if setting.section == name)
-    ]
-    if command.prog == _HAS_ALL or not sections:
+    given = {BY_NAME[str(param.name)].section for param in command.params if _is_setting(param)}
+    if ctx.command_path == _HAS_ALL or not given:
         return ""
-    names = ", ".join(f"`{name}`" for name in sections)
+    names = ", ".join(f"`{name}`" for name in SECTIONS if name in given)
     return f"\nAnd the [settings](configuration.md) under {names}.\n"
 
 
-def _row(action: argparse.Action) -> str:
-    value = action.metavar or "" if action.nargs != 0 else ""
-    if action.choices is not None and not action.metavar:
-        value = "{" + ",".join(str(choice) for choice in action.choices) + "}"
-    names = [f"`{name} {value}`".replace(" `", "`") for name in action.option_strings]
-    text = (action.help or "") % {"default": action.default, "prog": ""}
-    cells = [", ".join(names) or f"`{value or action.dest}`", text]
+def _row(param: click.Parameter, ctx: click.Context) -> str:
+    value = param.make_metavar(ctx)
+    if isinstance(param, click.Argument):
+        names = [f"`{value.strip('[].')}`"]
+    else:
+        is_flag = isinstance(param, click.Option) and param.is_flag
+        options = sorted((*param.opts, *param.secondary_opts), key=len)
+        names = [f"`{name}`" if is_flag else f"`{name} {value}`" for name in options]
+    cells = [", ".join(names), str(getattr(param, "help", ""))]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-
-
-def _example(command: Parser) -> str:
-    """Return the examples of a command's help as a block, and what else stands beside them."""
-    lines = [line.strip() for line in (command.epilog or "").splitlines()]
-    shell = [line.partition("example: ")[2] or line for line in lines]
-    examples = [line for line in shell if line.startswith(("aiflux ", "source "))]
-    rest = [
-        line for line in lines if line and not line.startswith(("aiflux ", "source ", "example"))
-    ]
-    told = "\n".join(["```sh", *examples, "```"]) + "\n"
-    return told + ("\n" + "\n".join(rest) + "\n" if rest else "")
 
 
 def _table(section: str) -> Iterator[str]:
     yield "| key | option | environment | default | meaning |"
     yield "|---|---|---|---|---|"
-    options = _options()
     for setting in SETTINGS:
         if setting.section == section and setting.offered:
             cells = [
                 f"`{setting.name}`",
-                ", ".join(f"`{name}`" for name in setting.options if name in options),
+                ", ".join(f"`{name}`" for name in setting.options),
                 f"`{setting.env}`" if setting.env else "",
                 _default(setting),
                 setting.help,
             ]
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _options() -> set[str]:
-    parser = argparse.ArgumentParser()
-    add_settings(parser, *SECTIONS)
-    return set(parser.format_help().replace(",", " ").replace("[", " ").split())
 
 
 def _default(setting: Setting) -> str:

@@ -20,9 +20,9 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from aiflux.cli.render.run import Frame, overview
-from aiflux.cli.run_argument import short
 from aiflux.core.runs.registry import find_run
 from aiflux.slurm.monitor.collect import RunView, gather
+from aiflux.util.files import short
 
 FOLDER = Path(__file__).parent
 WIDTH = 92

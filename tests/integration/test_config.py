@@ -37,7 +37,7 @@ def test_slurm_accepts_a_job_with_the_first_settings(
         assert origins[name].startswith(f"{folder / 'aiflux.yaml'}, line ")
     assert origins["account"] == "default"
     options = ["--input", "in.jsonl", "--output", "out.json", *changes.split()]
-    printed = user.run(aiflux, "run", *options, "--dry-run", cwd=folder)
+    printed = user.run(aiflux, "run", *options, "--dry-run", "--show-script", cwd=folder)
     script = user.write(folder / "job.sbatch", printed[printed.index("#!/bin/bash") :])
     verdict = user.run("sbatch", "--test-only", script, cwd=folder)
     assert "to start at" in verdict
@@ -55,5 +55,5 @@ def test_without_slurm_the_file_says_so(user: User, checkout: Path, folder: Path
     user.write(folder / "none.conf", conf)
     env = {"SLURM_CONF": str(folder / "none.conf")}
     init = (checkout / ".venv/bin/aiflux", "config", "init", "--output", "none.yaml", "--force")
-    assert "nothing was chosen" in user.run(*init, cwd=folder, env=env)
+    assert "every setting has its default" in user.run(*init, cwd=folder, env=env)
     assert "Slurm was not there, or did not answer" in (folder / "none.yaml").read_text("utf-8")

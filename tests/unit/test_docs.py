@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import re
@@ -11,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 import yaml
 
-from aiflux.cli.main import make_parser
-from aiflux.cli.parser import Parser
 from aiflux.core.batch.request import parse_request
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import SETTINGS
@@ -23,6 +21,7 @@ from aiflux.core.config.sources import read_dotenv
 from aiflux.errors import ExitCode
 from aiflux.models.catalog import read_catalog
 from aiflux.worker.main import make_parser as make_worker_parser
+from tests.unit.command_line import PROGRAM, leaves, option_names, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -122,8 +121,8 @@ def test_links_have_targets(page: Path) -> None:
 def test_commands_parse(page: Path) -> None:
     for line in shell_lines(page):
         for given in piped(words(line)):
-            if given[:1] == ["aiflux"]:
-                make_parser().parse_args(given[1:])
+            if given[:1] == ["aiflux"] and given[1:] not in ([], ["--version"]):
+                parse(given[1:])
 
 
 @per_page
@@ -145,24 +144,29 @@ def test_worker_options_parse(page: Path) -> None:
 def test_commands_in_the_text_exist(page: Path) -> None:
     for span in spans(page):
         given = words(span)[1:] if span.startswith("aiflux ") else []
-        commands = [word for word in given if re.fullmatch(r"[a-z]+", word)]
+        commands = [word for word in given if re.fullmatch(r"[a-z][a-z-]*", word)]
         if given and commands:
-            parser = named(commands)
-            assert parser is not None, f"{page}: {span}"
-            assert set(OPTION.findall(span)) <= set(parser._option_string_actions), (
-                f"{page}: {span}"
-            )
+            command = named(commands)
+            assert command is not None, f"{page}: {span}"
+            known = option_names(command) | COMMON
+            assert set(OPTION.findall(span)) <= known, f"{page}: {span}"
 
 
-def named(words: list[str]) -> Parser | None:
-    """Return the parser of a command; the remaining words are its arguments."""
-    parser = make_parser()
+# What every command has.
+COMMON = {"--help", "--help-all", "--verbose", "--debug"}
+
+
+def named(words: list[str]) -> click.Command | None:
+    """Return a command; what follows the command is an argument of it."""
+    ctx = click.Context(PROGRAM)
     for depth, word in enumerate(words):
-        below = {command.prog.split()[-1]: command for command, _ in parser.commands()}
-        if word not in below:
-            return None if depth == 0 or below else parser
-        parser = below[word]
-    return parser
+        if not isinstance(ctx.command, click.Group):
+            break
+        below = ctx.command.get_command(ctx, word)
+        if below is None:
+            return None if depth == 0 else ctx.command
+        ctx = click.Context(below, parent=ctx)
+    return ctx.command
 
 
 @per_page
@@ -180,20 +184,13 @@ def test_every_llmflux_option_is_described() -> None:
 
 def known_options() -> set[str]:
     """Return the options of every command and of the worker."""
-    return aiflux_options() | set(make_worker_parser()._option_string_actions)
+    own = {"--version", *COMMON}
+    return aiflux_options() | own | set(make_worker_parser()._option_string_actions)
 
 
 def aiflux_options() -> set[str]:
     """Return the options of every command."""
-    parsers: list[argparse.ArgumentParser] = [command for command, _ in make_parser().commands()]
-    options: set[str] = set()
-    while parsers:
-        parser = parsers.pop()
-        for action in parser._actions:
-            options.update(action.option_strings)
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-    return options
+    return {name for ctx in leaves() for name in option_names(ctx.command)} - {"--nodes"}
 
 
 @per_page
@@ -226,7 +223,7 @@ def test_the_reference_is_up_to_date() -> None:
     made = generator()
     text = read(made.REFERENCE)
     assert text == made.reference(), "run: python docs/generate.py"
-    assert all(f"`{option}" in text for option in aiflux_options() - {"-h", "--help", "--help-all"})
+    assert all(f"`{option}" in text for option in aiflux_options())
 
 
 def test_the_modules_are_up_to_date() -> None:

@@ -1,40 +1,40 @@
-"""`--json`: stdout holds one JSON value and nothing else; what is said meanwhile goes to stderr."""
+"""`--json`: stdout has one JSON value and nothing else; other messages go to stderr."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
+from aiflux.cli.parser import Decorator, option
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import AifluxError, UsageError
 from aiflux.util.unicode import json_text
 
-_RUN_HELP = "print how the run is then as one JSON object, as aiflux status --json does"
+_RUN_HELP = "Print the run's status as JSON"
 
 
-def add_json(parser: argparse.ArgumentParser, text: str = _RUN_HELP) -> None:
+def json_option(text: str = _RUN_HELP) -> Decorator:
     """Add the option."""
-    parser.add_argument("--json", action="store_true", help=text)
+    return option("--json", "as_json", is_flag=True, help=text)
 
 
 def print_json(content: Any) -> None:
-    """Print a value; what JSON lacks (paths) as its text."""
+    """Print a value; types that JSON lacks, such as paths, as text."""
     print(json_text(content, indent=2, default=str, only_ascii=True))
 
 
-def then_told(
+def then_status(
     work: Callable[[], int], run: RunDirectory, more: Mapping[str, Any] | None = None
 ) -> int:
-    """Work on a run, then print how it is; return what the work returned.
+    """Work on a run, then print its status; return what the work returned.
 
-    Where the work ends with an error that leaves a run behind, that is told too, before the error
-    is raised; nothing is printed where nothing was begun.
+    If the work ends with an error and has left a run, its status is printed before the error is
+    raised. If no run was begun, nothing is printed.
 
     Args:
-        more: what the object holds besides; read after the work.
+        more: further keys of the object; read after the work.
 
     Raises:
         AifluxError: what the work raised.
@@ -46,13 +46,13 @@ def then_told(
         raise
     except AifluxError:
         if run.plan.is_file():
-            _tell(run, more)
+            _print_status(run, more)
         raise
-    _tell(run, more)
+    _print_status(run, more)
     return code
 
 
-def _tell(run: RunDirectory, more: Mapping[str, Any] | None) -> None:
+def _print_status(run: RunDirectory, more: Mapping[str, Any] | None) -> None:
     from aiflux.slurm.monitor.collect import gather
 
     print_json({**gather(run).to_json(), **(more or {})})

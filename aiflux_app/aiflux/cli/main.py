@@ -1,12 +1,12 @@
-"""``aiflux``: the parser of the commands, and what turns errors into messages and exit codes."""
+"""``aiflux``: the commands, and how errors become messages and exit codes."""
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiflux import __version__
 from aiflux.cli.sigterm import unwinding
@@ -22,100 +22,91 @@ from aiflux.util.streams import (
 )
 
 if TYPE_CHECKING:
-    from aiflux.cli.parser import Parser
+    import click
 
-# What takes long to import is imported where it is used: behind the first line of `main`, which
-# takes the signals.
+    from aiflux.cli.parser import LazyGroup, Session
 
-_EXAMPLES = """\
-aiflux COMMAND --help tells more. --version; --debug: the trace of an error.
+# Slow imports are in the functions that need them: `main` first handles signals.
 
-examples:
-  aiflux run --model llama3.2:3b --input prompts.jsonl --output results.json
-  aiflux run --engine-url http://127.0.0.1:8000 --input prompts.jsonl
-
-exit status: 0 all succeeded; 2 usage, configuration or input is wrong; 3 more
-requests failed than --max-failures allows; 4 no engine or model; 5 stopped
-before the end, the same command goes on; 1 a bug
-"""
-
-# Each is a module of this package with ``add_arguments(parser)`` and ``execute(arguments)``.
+_NOTE = (
+    "Exit status: 0 success; 2 wrong usage, configuration or input; 3 more requests failed than "
+    "--max-failures allows; 4 no engine or model; 5 stopped early, the same command resumes; "
+    "1 a bug."
+)
+_EXAMPLES = (
+    "aiflux run prompts.jsonl --model llama3.2:3b --output results.json",
+    "aiflux run prompts.jsonl --engine-url http://127.0.0.1:8000",
+)
 GROUPS = {
-    "prepare": {
-        "doctor": "tell what this site has, and what will not work",
-        "config": "show every setting and its origin, or write first settings",
-        "image": "build the Apptainer image, or tell what is in one",
-        "models": "list, get, check and carry models",
-        "bundle": "everything in one file, for clusters without internet",
-        "examples": "write a small starter project",
-        "completion": "print what completes commands in a shell",
-        "convert": "make requests of a table, a folder, JSON or images",
-        "check": "check a file of requests",
+    "Prepare": {
+        "doctor": "Check this site and report problems",
+        "config": "Show settings and their origins, or write a first file",
+        "image": "Build, sign or inspect the Apptainer image",
+        "models": "List, pull, check and move models",
+        "bundle": "Pack everything into one file, for clusters without internet",
+        "examples": "Write a small starter project",
+        "completion": "Print the completion script for a shell",
+        "convert": "Turn tables, folders, JSON or images into requests",
+        "check": "Check a file of requests",
     },
-    "run": {
-        "estimate": "try some requests, and tell what the whole file will take",
-        "run": "process a file of requests, as a Slurm job or here",
-        "resume": "submit what is left of a run",
-        "cancel": "stop a run's jobs; what was done is kept",
-        "merge": "write a run's output from what its jobs did",
+    "Run": {
+        "estimate": "Run a sample of the requests and estimate the full run",
+        "run": "Process a file of requests, in Slurm or on this machine",
+        "resume": "Continue a run that stopped",
+        "cancel": "Cancel a run's jobs; finished results are kept",
+        "merge": "Write the output from finished shards",
     },
-    "see": {
-        "jobs": "list your runs",
-        "status": "show how a run is",
-        "watch": "follow a run until it has ended",
-        "logs": "show the logs of a run's jobs or engines",
-        "results": "show answers, or write them as a table",
-        "report": "write a page about a run: what ran, what came of it",
+    "Inspect": {
+        "jobs": "List your runs",
+        "status": "Show a run's status",
+        "watch": "Follow a run until it ends",
+        "logs": "Show the logs of jobs or engines",
+        "results": "Show answers, or write them as a table",
+        "report": "Write a report about a run",
+        "help": "Show the help of a command",
     },
 }
-COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
+"""The commands: each is an object of its name in the module of its name in `cli.commands`."""
 
 
 _UNREACHABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP}
 
 
-def make_parser(only: str | None = None) -> Parser:
-    """Return the parser.
+def make_program() -> LazyGroup:
+    """Return the command ``aiflux``."""
+    import click
 
-    Args:
-        only: the one command whose options are wanted (the others' modules are not imported, so
-            that ``--help`` stays quick); None fills in every command.
-    """
-    from aiflux.cli.parser import Parser
+    from aiflux.cli.parser import LazyGroup, Option, debug_option
 
-    parser = Parser(
-        prog="aiflux",
-        usage="aiflux COMMAND ...",
-        description="Run an open language model over a file of prompts on a Slurm cluster.",
-        epilog=f"{_overview()}\n\n{_EXAMPLES}",
+    def show_version(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+        if given and not ctx.resilient_parsing:
+            print(f"aiflux {__version__}")
+            ctx.exit()
+
+    version = Option(
+        ["-V", "--version"], is_flag=True, is_eager=True, expose_value=False,
+        callback=show_version, help="Show the version",
+    )  # fmt: skip
+
+    def without_command() -> int:
+        ctx = click.get_current_context()
+        if ctx.invoked_subcommand is None:
+            from aiflux.cli.help import print_help
+
+            print_help(ctx.get_help())
+        return int(ExitCode.USAGE)
+
+    return LazyGroup(
+        name="aiflux",
+        callback=without_command,
+        panels=GROUPS,
+        package="aiflux.cli.commands",
+        params=[version, debug_option(hidden=False)],
+        help="Run an open language model over a file of prompts on a Slurm cluster.",
+        examples=_EXAMPLES,
+        epilog=_NOTE,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
-    parser.lists_commands = True
-    parser.add_argument("--version", action="version", version=f"aiflux {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the trace of every error")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, prog=f"aiflux {name}", help=help_text)
-        if only in (None, name):
-            _module(name).add_arguments(command)
-    parser.finish()
-    return parser
-
-
-def _overview() -> str:
-    """Return the commands in their groups."""
-    return "\n\n".join(
-        "\n".join([f"{title}:", *(f"  {name:<12}{text}" for name, text in group.items())])
-        for title, group in GROUPS.items()
-    )
-
-
-def _module(command: str) -> Any:
-    return import_module(f"aiflux.cli.commands.{command}")
-
-
-def _named(argv: Sequence[str]) -> str:
-    """Return the command that a command line names, "" where it names none."""
-    return next((word for word in argv if word in COMMANDS), "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,11 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ExitCode.STOPPED)
 
 
-def _main(argv: Sequence[str], stdout: Outlet) -> int:
-    words, debug = _without_debug(argv)
+def _main(words: Sequence[str], stdout: Outlet) -> int:
+    session: Session | None = None
     try:
         with exhaustion_stops():
-            code = _run(words, stdout)
+            from aiflux.cli.parser import Session
+
+            session = Session()
+            code = _run(words, session, stdout)
         sys.stdout.flush()
     except BrokenPipeError:
         return int(ExitCode.OK)
@@ -143,14 +137,14 @@ def _main(argv: Sequence[str], stdout: Outlet) -> int:
             raise
         return int(ExitCode.OK)
     except Exception as error:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
-        return _failed(error, debug=debug)
+        return _failed(error, debug=session is not None and session.debug)
     if stdout.failure is not None and stdout.failure.errno != errno.EPIPE:
         print(f"warning: {refused(stdout.failure).message}", file=sys.stderr)
     return code
 
 
 def _failed(error: Exception, *, debug: bool) -> int:
-    """Tell an error; return its exit code."""
+    """Print an error; return its exit code."""
     if isinstance(error, OSError) and error.errno in FULL:
         error = refused(error)
     elif isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename:
@@ -166,29 +160,36 @@ def _failed(error: Exception, *, debug: bool) -> int:
     if isinstance(error, AifluxError):
         print(describe(error), file=sys.stderr)
         return int(error.exit_code)
-    print("error: this is a bug in AI-Flux; please report the trace above", file=sys.stderr)
+    print("error: this is a bug in AI-Flux; please report the traceback above", file=sys.stderr)
     return int(ExitCode.BUG)
 
 
-def _run(words: Sequence[str], stdout: Outlet) -> int:
-    from aiflux.cli.usage_errors import parse
+def _run(words: Sequence[str], session: Session, stdout: Outlet) -> int:
+    import click
 
+    from aiflux.cli.parser import COMPLETE
+
+    program = make_program()
+    if os.environ.get(COMPLETE):
+        from aiflux.cli.completion import answer
+
+        return answer(program, COMPLETE)
     refuse_broken_names(words)
-    parser = make_parser(_named(words))
-    arguments = parse(parser, words, make_parser)
-    if arguments.command is None:
-        parser.print_help()
-        return int(ExitCode.USAGE)
-    refuse_lost_folder()
-    # The exit code of what works on a run says how the run went, whoever reads the words.
-    works = arguments.command in GROUPS["run"] and not getattr(arguments, "dry_run", False)
-    stdout.heeded = not works
-    code: int = _module(arguments.command).execute(arguments)
+
+    def begin(ctx: click.Context) -> None:
+        refuse_lost_folder()
+        # The exit code of what works on a run says how the run went, whoever reads the words.
+        name = ctx.command_path.split()[1]
+        stdout.heeded = name not in GROUPS["Run"] or bool(ctx.params.get("dry_run"))
+
+    session.begin = begin
+    try:
+        with program.make_context("aiflux", [*words], obj=session) as ctx:
+            code: int = program.invoke(ctx)
+    except click.exceptions.Exit as end:
+        return int(end.exit_code)
+    except click.UsageError as error:
+        from aiflux.cli.usage_errors import usage_error
+
+        raise usage_error(error, program, words) from None
     return code
-
-
-def _without_debug(words: Sequence[str]) -> tuple[list[str], bool]:
-    """Take ``--debug``, which every command has, out of a command line."""
-    end = words.index("--") if "--" in words else len(words)
-    kept = [word for word in words[:end] if word != "--debug"]
-    return [*kept, *words[end:]], len(kept) < end

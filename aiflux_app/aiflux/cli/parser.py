@@ -1,196 +1,516 @@
-"""The command line parser: short help with examples, and the types of numbers."""
+"""The parts that commands are made of: commands, groups, options, and the types of their values."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
 
-from aiflux.core.config.settings import BY_NAME
+import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
-_WIDEST = 100
-_MANY = 8
-_RARE = {"force_resume", "no_preflight"}
-_WHOLE = "--help-all"
+from aiflux.core.config.declaration import Setting
+from aiflux.core.config.settings import SETTINGS, TITLES
+from aiflux.errors import UsageError
+from aiflux.util import value_parsers
+from aiflux.util.text import suggestion
 
+COMPLETE = "_AIFLUX_COMPLETE"
+"""The environment variable with which a shell asks for completion."""
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps sentences; keeps lines that are indented, and examples."""
-
-    def __init__(self, prog: str) -> None:
-        width = min(shutil.get_terminal_size().columns, _WIDEST) - 1
-        super().__init__(prog, max_help_position=28, width=width)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(line for part in text.splitlines() for line in _lines(part, width))
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _lines(text: str, width: int) -> list[str]:
-    if len(text) <= width or text.startswith((" ", "example")):
-        return [text]
-    return textwrap.wrap(text, width)
+class Decorator(Protocol):
+    """What adds a parameter to a function."""
+
+    def __call__(self, function: Function, /) -> Function:
+        """Return the function."""
 
 
-def is_setting(action: argparse.Action) -> bool:
-    """Tell whether an option sets one of the settings; some commands have others of that name."""
-    return action.dest in BY_NAME and action.default is None
-
-
-def _is_common(action: argparse.Action) -> bool:
-    """Tell whether --help shows an option; of two opposites it shows the first."""
-    return BY_NAME[action.dest].common and BY_NAME[action.dest].option in action.option_strings
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', ')')) else '.'}"
-
-
-class WrongUsageError(Exception):
-    """A command line is wrong; ``message`` is argparse's."""
-
-    def __init__(self, parser: Parser, message: str) -> None:
-        super().__init__(message)
-        self.parser = parser
-        self.message = message
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose help is short.
+@dataclass
+class Session:
+    """What holds for one command line, whichever command it names.
 
     Attributes:
-        lists_commands: whether the epilog lists the commands and options: nothing else is shown.
+        begin: called with the command's context when the command line is right.
+        debug: print the traceback of every error.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        named["formatter_class"] = Formatter
-        super().__init__(*arguments, **named)
-        self.lists_commands = False
-
-    def error(self, message: str) -> NoReturn:
-        """Raise WrongUsageError: ``cli.usage`` tells it as every other error is told."""
-        raise WrongUsageError(self, message)
-
-    def option_names(self) -> list[str]:
-        """Return every name of an option of this command."""
-        return list(self._option_string_actions)
-
-    def finish(self) -> None:
-        """Shorten and complete the help of this command and of those below it.
-
-        To be called when everything is added.
-        """
-        example = EXAMPLES.get(self.prog)
-        if example and "example" not in (self.epilog or ""):
-            self.epilog = "\n\n".join(filter(None, (f"example: {example}", self.epilog)))
-        if self._rare():
-            self.add_argument(
-                _WHOLE, action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="all options"
-            )
-        if self.usage is None and len(self._actions) > _MANY and not self.commands():
-            self.usage = self._short_usage()
-        for command, text in self.commands():
-            command.description = _sentence(command.description or text)
-            command.finish()
-
-    def format_help(self) -> str:
-        """Return the help without what is rarely needed."""
-        with _without(self._actions if self.lists_commands else self._rare()):
-            return super().format_help()
-
-    def format_whole_help(self) -> str:
-        """Return the help with every option."""
-        return super().format_help()
-
-    def _rare(self) -> list[argparse.Action]:
-        return [
-            action
-            for action in self._actions
-            if action.dest in _RARE or (is_setting(action) and not _is_common(action))
-        ]
-
-    def commands(self) -> list[tuple[Parser, str]]:
-        """Return the commands below this one, each with what the list of them says of it."""
-        return [
-            (command, str(listed.help))
-            for action in self._actions
-            if isinstance(action, argparse._SubParsersAction)
-            for command, listed in zip(
-                action.choices.values(), action._choices_actions, strict=True
-            )
-        ]
-
-    def _short_usage(self) -> str:
-        parts = [self.prog]
-        for action in self._actions:
-            value = str(action.metavar or action.dest)
-            if not action.option_strings:
-                parts.append(f"[{value}]" if action.nargs in ("?", "*") else value)
-            elif action.required:
-                parts.append(f"{action.option_strings[0]} {value}")
-        return " ".join([*parts, "[options]"])
+    begin: Callable[[click.Context], None] = field(default=lambda _: None)
+    debug: bool = False
 
 
-class _HelpAll(argparse.Action):
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
+class Option(click.Option):
+    """An option.
+
+    Attributes:
+        panel: heading of its group in the help; None puts it under "Options".
+        rare: listed by ``--help-all`` only.
+    """
+
+    def __init__(
+        self, *names: Any, panel: str | None = None, rare: bool = False, **more: Any
     ) -> None:
-        assert isinstance(parser, Parser)  # noqa: S101
-        print(parser.format_whole_help(), end="")
-        parser.exit()
+        super().__init__(*names, **more)
+        self.panel = panel
+        self.rare = rare
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the value; refuse one that is the name of an option: a value was forgotten."""
+        given = value if isinstance(value, tuple | list) else (value,)
+        known = {
+            name for param in ctx.command.params for name in (*param.opts, *param.secondary_opts)
+        }
+        if any(isinstance(each, str) and each.startswith("--") and each in known for each in given):
+            raise click.BadOptionUsage(max(self.opts, key=len), "", ctx)
+        return super().type_cast_value(ctx, value)
 
 
-@contextmanager
-def _without(actions: Sequence[argparse.Action]) -> Iterator[None]:
-    """Leave actions out of the help for a while; completion scripts still have theirs."""
-    texts = [action.help for action in actions]
-    for action in actions:
-        action.help = argparse.SUPPRESS
-    try:
-        yield
-    finally:
-        for action, text in zip(actions, texts, strict=True):
-            action.help = text
+class Argument(click.Argument):
+    """An argument with a help text."""
+
+    def __init__(self, *names: Any, help: str, **more: Any) -> None:
+        super().__init__(*names, **more)
+        self.help = help
 
 
-EXAMPLES = {
-    "aiflux doctor": "aiflux doctor --json",
-    "aiflux config": "aiflux config show",
-    "aiflux config show": "aiflux config show --json",
-    "aiflux config init": "aiflux config init --user",
-    "aiflux image": "aiflux image info",
-    "aiflux image build": "aiflux image build --base docker --output aiflux.sif",
-    "aiflux image sign": "aiflux image sign aiflux.sif",
-    "aiflux image info": "aiflux image info aiflux.sif",
-    "aiflux models": "aiflux models pull llama3.2:3b",
-    "aiflux models list": "aiflux models list --fits 40GB",
-    "aiflux models show": "aiflux models show llama3.3:70b --slots 16",
-    "aiflux models pull": "aiflux models pull llama3.2:3b",
-    "aiflux models verify": "aiflux models verify llama3.2:3b",
-    "aiflux models export": "aiflux models export llama3.2:3b llama.tar",
-    "aiflux models import": "aiflux models import llama.tar",
-    "aiflux models remove": "aiflux models remove llama3.2:3b",
-    "aiflux bundle": "aiflux bundle create --model llama3.2:3b -o bundle.tar",
-    "aiflux bundle create": "aiflux bundle create --model llama3.2:3b -o bundle.tar",
-    "aiflux bundle install": "aiflux bundle install bundle.tar --prefix /sw/aiflux",
-    "aiflux bundle verify": "aiflux bundle verify bundle.tar",
-    "aiflux jobs": "aiflux jobs --all",
-    "aiflux results show": "aiflux results show results.json --failed",
-}
+def option(*names: str, **attributes: Any) -> Decorator:
+    """Add an option; see `Option` and `click.option`."""
+    return click.option(*names, cls=Option, **attributes)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return the type of an option that takes a whole number of at least ``least``."""
+def argument(*names: str, **attributes: Any) -> Decorator:
+    """Add an argument; see `Argument` and `click.argument`."""
+    return click.argument(*names, cls=Argument, **attributes)
 
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
 
-    return parse
+class Command(click.Command):
+    """A command with examples.
+
+    Attributes:
+        examples: command lines that work.
+        exclusive: parameters that exclude each other.
+        note: a paragraph at the end of the help.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        examples: Sequence[str] = (),
+        exclusive: Sequence[tuple[str, ...]] = (),
+        note: str = "",
+        **more: Any,
+    ) -> None:
+        super().__init__(*arguments, **more)
+        self.examples = examples
+        self.exclusive = exclusive
+        self.note = note
+        # What is left over is refused in our own words.
+        self.context_settings["allow_extra_args"] = True
+
+    @property
+    def rare_params(self) -> list[click.Parameter]:
+        """The options that ``--help`` does not list."""
+        return [param for param in self.params if isinstance(param, Option) and param.rare]
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return all parameters, with those that every command has."""
+        whole = [_help_all()] if self.rare_params else []
+        return [*super().get_params(ctx), *whole, debug_option(hidden=True)]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; refuse what no parameter takes, and parameters that exclude each other."""
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.BadOptionUsage as error:
+            error.ctx = ctx
+            raise
+        if ctx.resilient_parsing:
+            return rest
+        if rest:
+            words = ", ".join(map(repr, rest))
+            noun = "argument" if len(rest) == 1 else "arguments"
+            raise UsageError(f"{ctx.command_path}: unexpected {noun} {words}", see_help(ctx))
+        for names in self.exclusive:
+            refuse_several(ctx, names)
+        return rest
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return the option ``--help``."""
+        return _help_option(super().get_help_option(ctx))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; return its exit code."""
+        session = ctx.find_object(Session)
+        if session is not None:
+            session.begin(ctx)
+        return super().invoke(ctx)
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help, coloured for a terminal."""
+        from aiflux.cli.help import command_help
+
+        return command_help(ctx, self.examples, self.note)
+
+
+def refuse_several(ctx: click.Context, names: Sequence[str]) -> None:
+    """Refuse a command line that gives several parameters of which it may give one.
+
+    Raises:
+        UsageError: it does.
+    """
+    given = [
+        param.make_metavar(ctx).strip("[].")
+        if isinstance(param, Argument)
+        else max(param.opts, key=len)
+        for param in ctx.command.params
+        if param.name in names
+        and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
+    ]
+    if len(given) > 1:
+        raise UsageError(
+            f"{ctx.command_path}: {' and '.join(given)} cannot be combined",
+            f"give one of them; {see_help(ctx)}",
+        )
+
+
+class CommandGroup(click.Group):
+    """A command with subcommands."""
+
+    command_class = Command
+
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.no_args_is_help = False
+        self.examples = examples
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the subcommand that the words name."""
+        command = self.get_command(ctx, args[0])
+        if command is None and not ctx.resilient_parsing:
+            raise UsageError(
+                f"unknown command '{ctx.command_path} {args[0]}'",
+                suggestion(args[0], self.list_commands(ctx)),
+            )
+        return args[0], command, args[1:]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand."""
+        if not (ctx._protected_args or ctx.args or self.invoke_without_command):
+            raise UsageError(f"{ctx.command_path} needs a subcommand", example_of(ctx))
+        return super().invoke(ctx)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return all parameters, with those that every command has."""
+        return [*super().get_params(ctx), debug_option(hidden=True)]
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help, coloured for a terminal."""
+        from aiflux.cli.help import group_help
+
+        return group_help(ctx, {"Commands": self.listed()}, self.examples)
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return the option ``--help``."""
+        return _help_option(super().get_help_option(ctx))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the subcommands, in the order of the code."""
+        return [*self.commands]
+
+    def listed(self) -> dict[str, str]:
+        """Return the subcommands with what the help says about them."""
+        return {
+            name: each.get_short_help_str(80).removesuffix(".")
+            for name, each in self.commands.items()
+        }
+
+
+class LazyGroup(CommandGroup):
+    """The program: its commands are imported when they are named.
+
+    Attributes:
+        panels: the commands in groups: title, then name and help text.
+        package: has a module for each command, which holds it under its name.
+    """
+
+    def __init__(self, panels: Mapping[str, Mapping[str, str]], package: str, **more: Any) -> None:
+        super().__init__(invoke_without_command=True, **more)
+        self.panels = panels
+        self.package = package
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        return [name for group in self.panels.values() for name in group]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None where there is none of that name."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        found: click.Command = getattr(import_module(f"{self.package}.{cmd_name}"), cmd_name)
+        return found
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return all parameters."""
+        return click.Group.get_params(self, ctx)
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help; no command is imported for it."""
+        from aiflux.cli.help import group_help
+
+        return group_help(ctx, self.panels, self.examples, self.epilog or "")
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        """Return the commands and options that a word may become; no command is imported."""
+        texts = {name: text for group in self.panels.values() for name, text in group.items()}
+        items = [
+            CompletionItem(name, help=text)
+            for name, text in texts.items()
+            if name.startswith(incomplete)
+        ]
+        return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
+
+
+def command(name: str, **attributes: Any) -> Callable[[Callable[..., int]], Command]:
+    """Make a command of a function; its docstring is the help text. See `Command`."""
+    return click.command(name, cls=Command, **attributes)
+
+
+def group(name: str, **attributes: Any) -> Callable[[Callable[..., None]], CommandGroup]:
+    """Make a group of a function; its docstring is the help text. See `CommandGroup`."""
+    return click.group(name, cls=CommandGroup, **attributes)
+
+
+def _help_option(option: click.Option | None) -> click.Option | None:
+    """Have click's option print the help as ours does."""
+    if option is not None:
+        option.help = "Show this help"
+        option.callback = _show_help
+    return option
+
+
+def _show_help(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        from aiflux.cli.help import command_help, print_help
+
+        whole = "--help-all" in option.opts
+        command = ctx.command
+        if whole and isinstance(command, Command):
+            print_help(command_help(ctx, command.examples, command.note, whole=True))
+        else:
+            print_help(ctx.get_help())
+        ctx.exit()
+
+
+def see_help(ctx: click.Context) -> str:
+    """Return the sentence that leads to a command's help."""
+    whole = isinstance(ctx.command, Command) and ctx.command.rare_params
+    return f"see {ctx.command_path} {'--help-all' if whole else '--help'}"
+
+
+def example_of(ctx: click.Context) -> str:
+    """Return a remedy with an example of a command."""
+    examples: Sequence[str] = getattr(ctx.command, "examples", ())
+    return f"such as: {examples[0]}; {see_help(ctx)}" if examples else see_help(ctx)
+
+
+def debug_option(*, hidden: bool) -> Option:
+    """Return the option that shows tracebacks; it may stand anywhere in a command line."""
+
+    def set_debug(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+        session = ctx.find_object(Session)
+        if session is not None and given:
+            session.debug = True
+
+    return Option(
+        ["-v", "--verbose", "--debug"], is_flag=True, expose_value=False, callback=set_debug,
+        hidden=hidden, help="Show the traceback of an error",
+    )  # fmt: skip
+
+
+def _help_all() -> Option:
+    return Option(
+        ["--help-all"], is_flag=True, expose_value=False, is_eager=True, callback=_show_help,
+        help="Show all options",
+    )  # fmt: skip
+
+
+# --- types of values --------------------------------------------------------------------------
+
+
+class WholeNumber(click.ParamType[int]):
+    """A whole number of at least ``least``."""
+
+    name = "whole number"
+
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        if isinstance(value, int):
+            return value
+        if not value.isascii() or not value.isdigit() or int(value) < self.least:
+            least = f" of at least {self.least}" if self.least else ""
+            self.fail(f"{value!r} is not a whole number{least}", param, ctx)
+        return int(value)
+
+
+class Number(click.ParamType[float]):
+    """A number."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number."""
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+
+
+class Choice(click.Choice[str]):
+    """One of several words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word."""
+        if value not in self.choices:
+            place = "" if ctx is None else f"{ctx.command_path}: "
+            if isinstance(param, click.Option):
+                seen = f"{max(param.opts, key=len)} cannot be {value!r}"
+            else:
+                seen = f"{value!r} is not a possible {'value' if param is None else param.metavar}"
+            raise UsageError(f"{place}{seen}", suggestion(str(value), self.choices))
+        return str(value)
+
+
+FILE = click.Path()
+"""A file, which the shell completes."""
+FOLDER = click.Path(file_okay=True, dir_okay=True)
+
+
+class ModelType(click.ParamType[str]):
+    """A model; completes those of the models directory and of the catalog."""
+
+    name = "model"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        """Return the models that a word may become."""
+        from aiflux.cli.completion import model_names
+
+        return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
+
+
+MODEL = ModelType()
+
+
+class RunType(click.ParamType[str]):
+    """A run; completes the user's runs and their jobs, or files."""
+
+    name = "run"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        """Return the runs that a word may become; files where there is none."""
+        from aiflux.cli.completion import run_names
+
+        found = [
+            CompletionItem(name, help=text)
+            for name, text in run_names().items()
+            if name.startswith(incomplete)
+        ]
+        return found or [CompletionItem(incomplete, type="file")]
+
+
+RUN = RunType()
+
+
+# --- parameters that several commands have ----------------------------------------------------
+
+
+def settings_options(*sections: str) -> Decorator:
+    """Add an option for each setting of the sections; values stay texts, None means not given."""
+
+    def decorate(function: Function) -> Function:
+        for setting in reversed(SETTINGS):
+            if setting.section in sections:
+                function = _setting_option(setting)(function)
+        return function
+
+    return decorate
+
+
+def _setting_option(setting: Setting) -> Decorator:
+    more: dict[str, Any] = {
+        "panel": TITLES[setting.section],
+        "rare": not setting.common,
+        "hidden": not setting.offered,
+        "default": None,
+        "help": setting_help(setting),
+    }
+    if isinstance(setting.default, bool):
+        name = setting.name.replace("_", "-")
+        return option(f"--{name}/--no-{name}", setting.name, **more)
+    kind = MODEL if setting.name == "model" else FILE if _is_path(setting) else click.STRING
+    return option(
+        *setting.options,
+        setting.name,
+        metavar=setting.metavar,
+        multiple=setting.repeatable,
+        type=kind,
+        **more,
+    )
+
+
+def _is_path(setting: Setting) -> bool:
+    return setting.parse is value_parsers.path
+
+
+def setting_help(setting: Setting) -> str:
+    """Return a setting's help text with its default."""
+    if isinstance(setting.default, bool) or setting.default in (None, {}, ()):
+        return setting.help
+    return f"{setting.help} (default: {setting.default})"
+
+
+def input_parameters(help: str, *, metavar: str = "INPUT") -> Decorator:
+    """Add an input that is given as an argument or with ``--input``; see `the_input`."""
+
+    def decorate(function: Function) -> Function:
+        function = option(
+            "-i",
+            "--input",
+            "input_option",
+            metavar="FILE",
+            type=FILE,
+            help=f"Another way to give {metavar}",
+        )(function)
+        return argument("input_argument", required=False, metavar=metavar, type=FILE, help=help)(
+            function
+        )
+
+    return decorate
+
+
+def the_input(argument: str | None, option: str | None) -> str:
+    """Return the input of `input_parameters`.
+
+    Raises:
+        UsageError: none is given, or two.
+    """
+    ctx = click.get_current_context()
+    refuse_several(ctx, ("input_argument", "input_option"))
+    given = argument or option
+    if given is None:
+        raise UsageError(f"{ctx.command_path} needs an input", example_of(ctx))
+    return given

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from pathlib import Path
 
 from rich.text import Text
 
+from aiflux.cli.parser import RUN, Function, argument
 from aiflux.cli.render.run import Frame
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.registry import find_run
 from aiflux.slurm.query import run_directory_of
+from aiflux.util.files import short
 from aiflux.worker.console import TerminalConsole
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def run_argument(function: Function) -> Function:
     """Add the argument that names a run."""
-    parser.add_argument(
-        "run", metavar="R", help="a Slurm job id, an output, or a run directory (OUTPUT.aiflux)"
-    )
-
-
-def short(path: Path) -> str:
-    """Return the shortest form of a path that can be typed here."""
-    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if path.is_relative_to(base) and path != base:
-            return prefix + str(path.relative_to(base))
-    return str(path)
+    return argument(
+        "run", metavar="RUN", type=RUN, help="Output file, Slurm job id or run directory"
+    )(function)
 
 
 def make_console() -> TerminalConsole:

@@ -1,163 +1,92 @@
-"""What is said of a command line that is wrong: what was seen, and what to type instead.
-
-argparse tells of errors in sentences of its own; they are read here and told in the one form.
-"""
+"""Errors in a command line: what is wrong, and what to type instead."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from aiflux.cli.parser import Parser, WrongUsageError
+import click
+
+from aiflux.cli.parser import LazyGroup, Option, example_of, see_help
 from aiflux.errors import UsageError
-from aiflux.util.text import joined, suggestion
+from aiflux.util.text import joined
 
 _SHOWN_COMMANDS = 3
-_CHOICE = re.compile(r"argument [^:]+: invalid choice: '?(?P<given>.*?)'? \(choose from")
-_VALUE = re.compile(r"argument (?P<name>[^:]+): invalid (?P<kind>\w+) value: (?P<given>.*)")
-_NO_VALUE = re.compile(r"argument (?P<name>[^:]+): expected (one|at least one) argument")
-_EXCLUDED = re.compile(r"argument (?P<name>[^:]+): not allowed with argument (?P<other>.*)")
-_MISSING = re.compile(r"the following arguments are required: (?P<names>.*)")
-_KINDS = {"int": "a whole number", "float": "a number"}
-
-MakeParser = Callable[[], Parser]
 
 
-def parse(parser: Parser, words: Sequence[str], every_command: MakeParser) -> argparse.Namespace:
-    """Return the options that a command line gives.
-
-    Args:
-        every_command: makes a parser of all commands; called for an option that is not known.
-
-    Raises:
-        UsageError: the command line is wrong.
-    """
-    command = _named(parser, words)
-    stray = _no_command(command, words)
-    if stray is not None:
-        raise _no_choice(command, stray)
-    unknown = next(_unknown_options(command, words), None)
-    if unknown is not None:
-        raise _no_option(command, unknown, every_command())
-    try:
-        arguments, rest = parser.parse_known_args(words)
-    except WrongUsageError as wrong:
-        raise _told(wrong.parser, wrong.message) from None
-    if rest:
-        raise _left_over(command, rest)
-    return arguments
-
-
-def _left_over(command: Parser, rest: Sequence[str]) -> UsageError:
-    first = rest[0]
-    if first.partition("=")[0] in command.option_names():
-        return UsageError(
-            f"{first} stands before the command", f"put it behind: {command.prog} {first}"
+def usage_error(error: click.UsageError, root: LazyGroup, words: Sequence[str]) -> UsageError:
+    """Return one of click's errors in our form: what was seen, and the remedy."""
+    ctx = error.ctx
+    if ctx is None:
+        return UsageError(error.format_message(), see_help(root.make_context("aiflux", [])))
+    path = ctx.command_path
+    if isinstance(error, click.NoSuchOption):
+        return _no_option(error.option_name, ctx, root, words)
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        return UsageError(f"{path} needs {_name(error.param, ctx)}", example_of(ctx))
+    if isinstance(error, click.BadOptionUsage):
+        taken = next(
+            (param for param in ctx.command.params if error.option_name in param.opts), None
         )
-    left = joined([repr(word) for word in rest])
-    return UsageError(f"{command.prog} has no use for {left}", _help(command))
+        is_flag = isinstance(taken, click.Option) and taken.is_flag
+        seen = "takes no value" if is_flag else "needs a value"
+        return UsageError(f"{path}: {error.option_name} {seen}", example_of(ctx))
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        name = _name(error.param, ctx)
+        return UsageError(f"{path}: {name} {error.message}", example_of(ctx))
+    return UsageError(f"{path}: {error.format_message()}", see_help(ctx))
 
 
-def _named(parser: Parser, words: Sequence[str]) -> Parser:
-    """Return the parser of the command that words name, as far as they do."""
-    for word in words:
-        below = {command.prog.split()[-1]: command for command, _ in parser.commands()}
-        if word in below:
-            parser = below[word]
-    return parser
+def _name(param: click.Parameter, ctx: click.Context) -> str:
+    if isinstance(param, click.Argument):
+        return param.make_metavar(ctx)
+    return max(param.opts, key=len)
 
 
-def _no_command(command: Parser, words: Sequence[str]) -> str | None:
-    """Return the word that stands where a command below this one is due, and is none."""
-    if not command.commands():
-        return None
-    names = command.prog.split()[1:]
-    rest = [word for word in words if not word.startswith("-")][len(names) :]
-    return rest[0] if rest else None
-
-
-def _unknown_options(command: Parser, words: Sequence[str]) -> Iterator[str]:
-    """Yield the long options that a command does not have, nor any that begins so."""
-    known = command.option_names()
-    for word in words:
-        if word == "--":
-            return
-        name = word.partition("=")[0]
-        is_option = word.startswith("--") and " " not in word
-        if is_option and not any(option.startswith(name) for option in known):
-            yield name
-
-
-def _no_option(command: Parser, name: str, every: Parser) -> UsageError:
-    near = difflib.get_close_matches(name, command.option_names(), n=1)
-    elsewhere = [other.prog for other in _every(every) if name in other.option_names()]
-    remedy = _help(command)
-    if elsewhere:
+def _no_option(name: str, ctx: click.Context, root: LazyGroup, words: Sequence[str]) -> UsageError:
+    path = ctx.command_path
+    if ctx.parent is None and (late := _behind_the_command(name, root, words)):
+        return UsageError(f"{name} belongs after the command", f"such as: {late} {name}")
+    known = [each for param in ctx.command.get_params(ctx) for each in _names(param)]
+    near = [each for each in known if name.startswith("--") and each.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, n=1)
+    remedy = see_help(ctx)
+    elsewhere = [other for other, names in options_of_all(root) if name in names]
+    if near:
+        remedy = f"did you mean {' or '.join(near)}? {remedy}"
+    elif elsewhere:
         remedy = f"{_having(elsewhere)} it; {remedy}"
-    elif near:
-        remedy = f"did you mean {near[0]}? {remedy}"
-    return UsageError(f"{command.prog} has no option {name}", remedy)
+    return UsageError(f"{path}: unknown option {name}", remedy)
+
+
+def _names(param: click.Parameter) -> tuple[str, ...]:
+    hidden = isinstance(param, Option) and param.hidden
+    return () if hidden else (*param.opts, *param.secondary_opts)
+
+
+def _behind_the_command(name: str, root: LazyGroup, words: Sequence[str]) -> str | None:
+    """Return the command that a word names and that has an option."""
+    with root.make_context("aiflux", [], resilient_parsing=True) as ctx:
+        for word in words:
+            command = root.get_command(ctx, word)
+            if command is not None:
+                has = any(name in _names(param) for param in command.params)
+                return f"aiflux {word}" if has else None
+    return None
 
 
 def _having(commands: Sequence[str]) -> str:
-    ranked = sorted(commands, key=lambda prog: prog != "aiflux run")
+    ranked = sorted(commands, key=lambda path: path != "aiflux run")
     shown = ranked[:_SHOWN_COMMANDS] + (["others"] if len(ranked) > _SHOWN_COMMANDS else [])
     return f"{joined(shown)} {'has' if len(shown) == 1 else 'have'}"
 
 
-def _every(parser: Parser) -> Iterator[Parser]:
-    for command, _ in parser.commands():
-        yield command
-        yield from _every(command)
-
-
-def _help(command: Parser) -> str:
-    whole = "--help-all" if "--help-all" in command.option_names() else "--help"
-    return f"{command.prog} {whole} lists what it takes"
-
-
-def _told(parser: Parser, message: str) -> UsageError:
-    """Return an error of argparse's in the one form."""
-    if match := _CHOICE.match(message):
-        return _no_choice(parser, match["given"])
-    if match := _EXCLUDED.match(message):
-        both = f"{match['name']} and {match['other']}"
-        remedy = f"give one of them; {_help(parser)}"
-        return UsageError(f"{parser.prog}: {both} exclude each other", remedy)
-    if match := _MISSING.match(message):
-        names = joined(match["names"].split(", "))
-        return UsageError(f"{parser.prog} needs {names}", _example(parser))
-    return UsageError(f"{parser.prog}: {_seen(message)}", _example(parser))
-
-
-def _seen(message: str) -> str:
-    if match := _NO_VALUE.match(message):
-        return f"{match['name']} has no value"
-    if (match := _VALUE.match(message)) and match["kind"] in _KINDS:
-        return f"{match['name']} {match['given']} is not {_KINDS[match['kind']]}"
-    return message.removeprefix("argument ")
-
-
-def _no_choice(parser: Parser, given: str) -> UsageError:
-    """Return the error of a word that is none of those that may stand in its place."""
-    choosing = [action for action in parser._actions if action.choices is not None]
-    for action in sorted(choosing, key=lambda action: bool(action.option_strings)):
-        names = [str(choice) for choice in action.choices or ()]
-        if given in names:
-            continue
-        if action.option_strings:
-            seen = f"{parser.prog}: {action.option_strings[0]} cannot be {given!r}"
-        else:
-            seen = f"{given!r} is no {str(action.metavar or action.dest).lower()} of {parser.prog}"
-        return UsageError(seen, suggestion(given, names))
-    return UsageError(f"{parser.prog}: {given!r} cannot stand there", _help(parser))
-
-
-def _example(parser: Parser) -> str:
-    """Return the first example of a command's help."""
-    lines = [line.strip() for line in (parser.epilog or "").splitlines()]
-    typed = [line.removeprefix("example:").strip() for line in lines]
-    example = next((line for line in typed if line.startswith("aiflux ")), None)
-    return _help(parser) if example is None else f"such as: {example}; {_help(parser)}"
+def options_of_all(root: click.Group, path: str = "aiflux") -> Iterator[tuple[str, set[str]]]:
+    """Yield every command below a group with the names of its options."""
+    with click.Context(root, info_name=path, resilient_parsing=True) as ctx:
+        for name in root.list_commands(ctx):
+            command = root.get_command(ctx, name)
+            if isinstance(command, click.Group):
+                yield from options_of_all(command, f"{path} {name}")
+            elif command is not None:
+                yield f"{path} {name}", {each for param in command.params for each in _names(param)}

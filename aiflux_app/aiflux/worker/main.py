@@ -21,7 +21,6 @@ from contextlib import closing
 from pathlib import Path
 
 from aiflux import __version__
-from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, named_output
@@ -39,6 +38,7 @@ from aiflux.image.container import local_choices
 from aiflux.models.name import parse_model_name
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
+from aiflux.worker.arguments import add_settings
 from aiflux.worker.progress import make_reporter
 from aiflux.worker.shard import Context, ensure_models, work
 from aiflux.worker.stop import Stopper

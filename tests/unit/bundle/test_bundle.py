@@ -646,7 +646,7 @@ def test_verify_and_install_as_commands(
     printed = capsys.readouterr().out
     assert "model: tiny:1b" in printed
     assert "extras: none" in printed
-    assert "is whole: 8 files" in printed
+    assert "is complete: all 8 files" in printed
     where = ["--prefix", str(to.prefix), "--models-dir", str(to.models)]
     assert main(["bundle", "install", str(bundle), *where]) == 0
     assert str(to.command) in capsys.readouterr().out
@@ -664,11 +664,11 @@ def test_verify_and_install_as_commands(
         (["--model", "absent:1b"], "absent:1b is not in"),
         (["--model", f"tiny:1b@sha256:{'0' * 12}"], "insists on"),
         (["--arch", "aarch64"], "is for amd64, and the bundle for aarch64"),
-        (["-o", "here/some.sif"], "is there already"),
-        (["-o", "nowhere/b.tar"], "is not there"),
-        (["-o", "here/models", "--force"], "is a folder"),
+        (["-o", "here/some.sif"], "already exists"),
+        (["-o", "nowhere/b.tar"], "no such directory"),
+        (["-o", "here/models", "--force"], "is a directory"),
         (["--model", "incomplete:1b"], "incomplete:1b is incomplete in"),
-        (["--model", "huge:1b"], "the bundle will have"),
+        (["--model", "huge:1b"], "the bundle needs more than"),
     ],
 )
 def test_invalid_input_is_reported_before_any_download(

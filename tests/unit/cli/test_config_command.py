@@ -177,7 +177,7 @@ def test_init_writes_once(
     written = (folder / "aiflux.yaml").read_text(encoding="utf-8")
     (folder / "aiflux.yaml").write_text("# mine\n", encoding="utf-8")
     assert main(["config", "init"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (folder / "aiflux.yaml").read_text(encoding="utf-8") == "# mine\n"
     assert main(["config", "init", "--force"]) == 0
     assert (folder / "aiflux.yaml").read_text(encoding="utf-8") == written
@@ -193,14 +193,17 @@ def test_init_for_all_folders_and_elsewhere(
     monkeypatch.delenv("XDG_CONFIG_HOME")
     assert main(["config", "init", "--user"]) == 0
     assert (folder.parent / ".config/aiflux/config.yaml").is_file()
-    assert "Slurm was not there, or did not answer: nothing was chosen" in capsys.readouterr().out
+    assert (
+        "Slurm is not available or did not respond: every setting has its default"
+        in capsys.readouterr().out
+    )
     assert main(["config", "init", "--output", "site.yaml"]) == 0
     assert (folder / "site.yaml").is_file()
     assert main(["config", "init", "--output", "none/site.yaml"]) == 2
     assert main(["config", "init", "--output", "."]) == 2
     told = capsys.readouterr().err
-    assert f"there is no folder {folder / 'none'}" in told
-    assert "is a folder" in told
+    assert f"no such directory: {folder / 'none'}" in told
+    assert "is a directory" in told
 
 
 def test_show_tells_each_value_and_its_origin(

@@ -75,8 +75,8 @@ def test_what_every_request_has(place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--template", "{text}", "--param", "stop=END"), "a text needs its quotes"),
-        (("--template", "{text}", "--param", "x"), "there is no KEY="),
+        (("--template", "{text}", "--param", "stop=END"), "a text needs quotes"),
+        (("--template", "{text}", "--param", "x"), "KEY= is missing"),
         (("--template", "{text}", "--param", "x=NaN"), "NaN is not JSON"),
         ((), "no template was given"),
         (("--template-file", "none.txt"), "'none.txt' cannot be read"),
@@ -89,7 +89,7 @@ def test_usage(
     assert convert("csv", "--input", "t.csv", *options) == 2
     assert words in capsys.readouterr().err
     assert main(["convert", "csv", "--input", "t.csv", "--template", "{text}"]) == 2
-    assert "no output was named" in capsys.readouterr().err
+    assert "no output was given" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_the_first_three(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

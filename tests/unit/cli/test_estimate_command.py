@@ -98,7 +98,8 @@ def test_a_pilot_against_an_engine() -> None:
     assert lines[0] == "pilot: 40 of 300 requests done"
     assert lines[1].startswith("       4 in flight, ")
     assert any(line.startswith("time  ") for line in lines)
-    assert lines[-1].startswith("  aiflux run --input in.jsonl --output out.json --concurrency 4")
+    assert lines[-1].startswith("  aiflux run --input in.jsonl --output out.json ")
+    assert " --concurrency 4" in lines[-1]
     assert "--shards" not in told
     assert "GPU" not in told
 
@@ -230,16 +231,17 @@ def test_auto_shards_come_from_the_estimate(
     do_the_pilot(seconds=60.0)  # 300 requests, 4 at once: 75 minutes and what is added to them
     assert main([*SLURM, "--json"]) == 0
     slurm.say("squeue")
+    capsys.readouterr()
     for limit, shards in (("01:00:00", 2), ("00:20:00", 6)):
-        assert main([*WHOLE, "--time", limit, "--dry-run"]) == 0
+        assert main([*WHOLE, "--time", limit, "--dry-run", "--json"]) == 0
         assert len(_plan(capsys)["shards"]) == shards
-    assert main([*WHOLE, "--time", "01:00:00", "--max-tokens", "5", "--dry-run"]) == 0
+    assert main([*WHOLE, "--time", "01:00:00", "--max-tokens", "5", "--dry-run", "--json"]) == 0
     assert len(_plan(capsys)["shards"]) == 1  # another run: the rule of thumb
 
 
 def _plan(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     told = capsys.readouterr().out
-    plan: dict[str, Any] = json.JSONDecoder().raw_decode(told[told.index('{\n  "version"') :])[0]
+    plan: dict[str, Any] = json.loads(told)["plan"]
     return plan
 
 

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from aiflux.cli.commands.completion import SHELLS, script
 from aiflux.cli.commands.examples import NAMES
-from aiflux.cli.main import COMMANDS, main, make_parser
+from aiflux.cli.completion import SHELLS
+from aiflux.cli.main import main
 from aiflux.core.config.config import Config
+from aiflux.core.runs.registry import register
+from tests.unit.command_line import PROGRAM, parse
+from tests.unit.made_runs import MadeRun
 
-# What bash does when a person presses the Tab key.
+BIN = str(Path(sys.executable).parent)
+# What bash does when a person presses the Tab key. Where compopt is called, it completes files.
 COMPLETE = """\
 . "$1"
+compopt() { echo "compopt $2"; }
 COMP_WORDS=("${@:2}")
 COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
 COMP_LINE="${COMP_WORDS[*]}"
 COMP_POINT=${#COMP_LINE}
 read -r -a how <<<"$(complete -p aiflux)"
 for at in "${!how[@]}"; do [[ ${how[at]} != -F ]] || function=${how[at + 1]}; done
-"$function" aiflux "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}" 2>/dev/null
+"$function" aiflux "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
 printf '%s\\n' "${COMPREPLY[@]}"
 """
+
+
+def script(shell: str) -> str:
+    command = [f"{BIN}/aiflux", "completion", shell]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -37,44 +49,106 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+
+
 def completed(path: Path, folder: Path, *words: str) -> set[str]:
     done = subprocess.run(
         ["bash", "--norc", "-c", COMPLETE, "bash", str(path), "aiflux", *words],
         cwd=folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return set(done.stdout.split())
+    assert done.stderr == ""
+    return {line for line in done.stdout.splitlines() if line}
 
 
 def test_bash_completes_commands_and_options(bash_script: Path, tmp_path: Path) -> None:
-    assert set(COMMANDS) <= completed(bash_script, tmp_path, "")
-    assert {"report", "resume", "results", "run"} <= completed(bash_script, tmp_path, "r")
-    assert "run" not in completed(bash_script, tmp_path, "rep")
-    assert {"--shards", "--seal"} & completed(bash_script, tmp_path, "run", "--s")
+    assert set(PROGRAM.list_commands(click.Context(PROGRAM))) <= completed(
+        bash_script, tmp_path, ""
+    )
+    assert {"report", "resume", "results", "run"} == completed(bash_script, tmp_path, "r")
+    assert completed(bash_script, tmp_path, "rep") == {"report"}
+    assert {"--shards", "--seal"} <= completed(bash_script, tmp_path, "run", "--s")
     assert completed(bash_script, tmp_path, "report", "--js") == {"--json"}
     assert completed(bash_script, tmp_path, "completion", "z") == {"zsh"}
+    assert completed(bash_script, tmp_path, "models", "ver") == {"verify"}
+    assert completed(bash_script, tmp_path, "models", "nothing", "x") == set()
 
 
-def test_bash_completes_files(bash_script: Path, tmp_path: Path) -> None:
-    (tmp_path / "results.json").touch()
-    assert "results.json" in completed(bash_script, tmp_path, "report", "res")
-    assert "results.json" in completed(bash_script, tmp_path, "run", "--input", "res")
+@pytest.mark.parametrize(
+    "words", [("report", "res"), ("run", "--input", "res"), ("run", "res"), ("check", "")]
+)
+def test_bash_completes_files(words: tuple[str, ...], bash_script: Path, tmp_path: Path) -> None:
+    assert "compopt default" in completed(bash_script, tmp_path, *words)
 
 
-def test_fish_completes_commands_options_and_files(tmp_path: Path) -> None:
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user with two runs, a model of a catalog and a model in the directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    (tmp_path / "work").mkdir()
+    for folder, job in (("mine", "4711"), ("two words", "4712")):
+        made = MadeRun(tmp_path / "work" / folder)
+        assert register(made.run.path, made.output, [job]) is None
+    return tmp_path / "work"
+
+
+def test_bash_completes_runs_and_their_jobs(bash_script: Path, known: Path) -> None:
+    assert completed(bash_script, known, "status", "mi") == {"mine/results.json"}
+    assert completed(bash_script, known, "cancel", "4711") == {"4711"}
+    # What has to be quoted is left to the shell's own completion of files.
+    assert completed(bash_script, known, "status", "two") == {"compopt default"}
+
+
+def test_bash_completes_models_though_their_names_have_colons(
+    bash_script: Path, known: Path
+) -> None:
+    assert "llama3.2:3b" in completed(bash_script, known, "run", "--model", "llama3.")
+    # Bash takes the colon for the end of a word, and inserts what follows it.
+    split = completed(bash_script, known, "models", "show", "llama3.2", ":", "")
+    assert {"1b", "3b"} <= split
+    assert completed(bash_script, known, "models", "show", "llama3.2", ":", "3") == {"3b"}
+    assert completed(bash_script, known, "run", "-m", "smollm2", ":", "135") == {"135m"}
+
+
+def test_completion_reports_no_error_in_the_configuration(bash_script: Path, known: Path) -> None:
+    (known / "aiflux.yaml").write_text("slrm: {}\n", encoding="utf-8")
+    assert completed(bash_script, known, "run", "--model", "llama") == set()
+
+
+def test_fish_completes_commands_options_runs_and_files(known: Path) -> None:
     if shutil.which("fish") is None:
         pytest.skip("fish is not installed")
-    (tmp_path / "aiflux.fish").write_text(script("fish"), encoding="utf-8")
-    (tmp_path / "my results.json").touch()
-    for typed, told in (
+    (known / "aiflux.fish").write_text(script("fish"), encoding="utf-8")
+    (known / "my results.json").touch()
+    for typed, wanted in (
         ("aiflux repo", "report"), ("aiflux report --js", "--json"),
         ("aiflux report my", "my results.json"), ("aiflux run --input my", "my results.json"),
+        ("aiflux status mine", "mine/results.json"),
+        ("aiflux models show llama3.2:3", "llama3.2:3b"),
     ):  # fmt: skip
         command = f"source aiflux.fish; complete -C '{typed}'"
         done = subprocess.run(
-            ["fish", "--no-config", "-c", command], cwd=tmp_path,
+            ["fish", "--no-config", "-c", command], cwd=known,
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [told], typed
+        assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [wanted], typed
+
+
+def test_zsh_is_told_what_bash_is(known: Path) -> None:
+    def answered(words: str) -> list[str]:
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+        done = subprocess.run(
+            [f"{BIN}/aiflux"], cwd=known, capture_output=True, text=True, check=True,
+            env={**os.environ, **asked, "_AIFLUX_COMPLETE": "zsh_complete"},
+        )  # fmt: skip
+        return done.stdout.splitlines()
+
+    assert answered("aiflux rep")[:2] == ["plain", "report"]
+    assert answered("aiflux status mi")[:2] == ["plain", "mine/results.json"]
+    assert answered("aiflux status other")[0] == "file"
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -106,7 +180,7 @@ def test_the_starter_project_works(
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("aiflux ")]
     assert len(commands) > 5
     for command in commands:
-        make_parser().parse_args(command)
+        parse(command)
 
 
 def test_the_starter_script_makes_requests_and_reads_answers(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from aiflux.cli.main import main, make_parser
-from aiflux.cli.parser import Parser
+from aiflux.cli.main import main
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
+from tests.unit.command_line import leaves, option_names
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line
 from tests.unit.made_runs import MadeRun
@@ -20,7 +20,7 @@ from tests.unit.made_runs import MadeRun
 # What a script has no use for as JSON: it prints text that is meant to be kept, or only acts.
 _TEXT = {
     "logs", "completion", "examples", "config init", "image build", "image sign", "bundle create",
-    "bundle install", "models pull", "models export", "models import", "models remove",
+    "bundle install", "help", "models pull", "models export", "models import", "models remove",
 }  # fmt: skip
 
 
@@ -41,16 +41,11 @@ def told(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def leaves(parser: Parser) -> list[Parser]:
-    below = [command for command, _ in parser.commands()]
-    return [leaf for command in below for leaf in leaves(command)] if below else [parser]
-
-
 def test_what_a_script_might_read_is_there_as_json() -> None:
     without = {
-        leaf.prog.removeprefix("aiflux ")
-        for leaf in leaves(make_parser())
-        if "--json" not in leaf.option_names()
+        ctx.command_path.removeprefix("aiflux ")
+        for ctx in leaves()
+        if "--json" not in option_names(ctx.command)
     }
     assert without == _TEXT
 

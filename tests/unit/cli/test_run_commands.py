@@ -223,7 +223,7 @@ def test_cancel(made: MadeRun, slurm: FakeCommands, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines() == [
         "cancelled job 100",
         "  kept: 150 of 300 results, in r/results.json.aiflux/journal",
-        "  go on later: aiflux resume r/results.json",
+        "  continue it: aiflux resume r/results.json",
     ]
 
 
@@ -234,7 +234,7 @@ def test_cancel_where_nothing_is_to_be_cancelled(
     made.status(1, "cancelled", 50)
     assert main(["cancel", "r/results.json"]) == 0
     assert slurm.calls("scancel") == []
-    assert "no job that waits or runs: it is lost" in capsys.readouterr().out
+    assert "no pending or running job: it is lost" in capsys.readouterr().out
 
 
 def test_a_run_in_the_foreground_is_cancelled_where_it_runs(

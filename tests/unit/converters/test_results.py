@@ -430,11 +430,11 @@ def test_answers_are_shown_in_the_terminal(
     assert shown[2]["error"]["code"] == "http_400"
     assert shown[2]["prompt"] == "t2"
     assert main(["results", "show", str(output_of(tmp_path, "x")), "--failed"]) == 0
-    assert capsys.readouterr().out == "nothing failed\n"
+    assert capsys.readouterr().out == "no request failed\n"
     assert main(["results", "show", str(output), "--failed", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
     assert main(["results", "show", str(output), "--limit", "-1"]) == 2
-    assert "--limit: '-1' is no whole number above 0" in capsys.readouterr().err
+    assert "--limit '-1' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""``aiflux bundle``: everything in one file, for clusters without internet."""
+"""``aiflux bundle``: pack everything into one file for clusters without internet."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
@@ -11,21 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
+
 from aiflux.bundle.installer import (
     STOPPED,
     Bundle,
     InstallError,
-    add_options,
-    install,
     meter,
     next_steps,
     places,
     size,
-    verify,
 )
+from aiflux.bundle.installer import install as install_bundle
+from aiflux.bundle.installer import verify as verify_bundle
+from aiflux.bundle.wheels import ARCHITECTURES, PYTHONS, packages, this_architecture
 from aiflux.bundle.writer import Ingredients, payload_size, refuse_incomplete, write_bundle
-from aiflux.cli.json_output import add_json, print_json
-from aiflux.core.config.arguments import add_settings
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import (
+    FILE,
+    FOLDER,
+    MODEL,
+    Choice,
+    argument,
+    group,
+    option,
+    settings_options,
+)
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.engines.ollama.store import read_manifest, refuse_other_digest
@@ -36,96 +46,157 @@ from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.extras import EXTRAS
 from aiflux.util.text import size_text
 
-_NO_ROOM = "make room, or write it elsewhere: -o FILE"
+_NO_ROOM = "free disk space, or write it elsewhere: -o FILE"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    _add_create(actions.add_parser("create", help="make a bundle, on a machine with internet"))
-    add_options(actions.add_parser("install", help="install a bundle, without a network"))
-    checked = actions.add_parser("verify", help="check every file of a bundle")
-    checked.add_argument("bundle", metavar="BUNDLE", type=Path, help="the file")
-    add_json(checked, "print what is in it as one JSON object")
+@group("bundle", examples=["aiflux bundle create --model llama3.2:3b -o bundle.tar"])
+def bundle() -> None:
+    """Pack everything into one file for clusters without internet."""
 
 
-def _add_create(parser: argparse.ArgumentParser) -> None:
-    from aiflux.bundle.wheels import ARCHITECTURES, PYTHONS
+class PythonVersion(click.ParamType[str]):
+    """A version of Python such as 3.11, not older than AI-Flux needs."""
 
-    parser.description = (
-        "Put the image, models and all Python packages into one file, with their checksums and "
-        "what installs them. The models have to be in the models directory."
-    )
-    add = parser.add_argument
-    add("-o", "--output", metavar="FILE", default="aiflux-bundle.tar", help="default: %(default)s")
-    add("--model", metavar="NAME:TAG", dest="names", action="append", default=[], help="repeatable")
-    add("--no-image", action="store_true", help="leave the image out")
-    add(
-        "--python", metavar="VERSION", action="append", type=python_version,
-        help=f"of the cluster; repeatable (default: {', '.join(PYTHONS)})",
-    )  # fmt: skip
-    extras = parser.add_mutually_exclusive_group()
-    extras.add_argument(
-        "--extra", metavar="NAME", dest="extras", action="append", choices=EXTRAS,
-        help=f"only these of {', '.join(EXTRAS)}; repeatable (default: all)",
-    )  # fmt: skip
-    extras.add_argument(
-        "--no-extras", action="store_true", help="none of them: 100 MB less a Python"
-    )
-    add("--arch", choices=ARCHITECTURES, help="of the cluster (default: the image's)")
-    add("--force", action="store_true", help="replace a bundle that is there")
-    add_settings(parser, "paths")
+    name = "version"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the version."""
+        match = re.fullmatch(r"3\.(\d{1,2})", value)
+        if match is None or int(match[1]) < 10:
+            self.fail(f"{value!r} is not 3.10 or a later version, such as 3.11", param, ctx)
+        return str(value)
 
 
-def python_version(text: str) -> str:
-    """Return a version of Python such as 3.11.
+@bundle.command(
+    "create",
+    examples=["aiflux bundle create --model llama3.2:3b -o bundle.tar"],
+    exclusive=[("extras", "no_extras")],
+)
+@option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=FILE,
+    default="aiflux-bundle.tar",
+    help="Bundle to write (default: aiflux-bundle.tar)",
+)
+@option(
+    "-m",
+    "--model",
+    "names",
+    metavar="NAME:TAG",
+    type=MODEL,
+    multiple=True,
+    help="Model to include (repeatable)",
+)
+@option("--no-image", is_flag=True, help="Leave the image out")
+@option(
+    "--python",
+    "pythons",
+    metavar="VERSION",
+    type=PythonVersion(),
+    multiple=True,
+    help=f"The cluster's Python (repeatable; default: {', '.join(PYTHONS)})",
+)
+@option(
+    "--extra",
+    "extras",
+    metavar="NAME",
+    type=Choice(tuple(EXTRAS)),
+    multiple=True,
+    help=f"Only these of {', '.join(EXTRAS)} (repeatable; default: all)",
+)
+@option("--no-extras", is_flag=True, help="None of them: 100 MB less for each Python")
+@option(
+    "--arch",
+    metavar="NAME",
+    type=Choice(ARCHITECTURES),
+    help=f"The cluster's architecture, {' or '.join(ARCHITECTURES)} (default: the image's)",
+)
+@option("--force", is_flag=True, help="Overwrite an existing bundle")
+@settings_options("paths")
+def create(
+    output: str,
+    names: tuple[str, ...],
+    no_image: bool,
+    pythons: tuple[str, ...],
+    extras: tuple[str, ...],
+    no_extras: bool,
+    arch: str | None,
+    force: bool,
+    **settings: Any,
+) -> int:
+    """Create a bundle, on a machine with internet.
 
-    Raises:
-        argparse.ArgumentTypeError: it is none, or older than what AI-Flux needs.
+    It contains the image, models, all Python packages, their checksums and an installer. The
+    models must be in the models directory.
     """
-    match = re.fullmatch(r"3\.(\d{1,2})", text)
-    if match is None or int(match[1]) < 10:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 3.10 or a later one, as in 3.11")
-    return text
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Carry out the action that was named."""
-    actions = {"create": _create, "install": _install, "verify": _verify}
-    return actions[arguments.action](arguments)
-
-
-def _create(arguments: argparse.Namespace) -> int:
-    from aiflux.bundle.wheels import PYTHONS, packages
-
-    config = Config(arguments=given_settings(vars(arguments)))
-    output = Path(arguments.output).absolute()
-    _check_output(output, arguments.force)
-    image = None if arguments.no_image else find_image(config, Path.cwd())
-    arch = _architecture(arguments.arch, image)
-    models = tuple(_model(config.models_dir, name) for name in dict.fromkeys(arguments.names))
-    pythons = tuple(dict.fromkeys(arguments.python or PYTHONS))
-    extras = _extras(arguments)
+    config = Config(arguments=given_settings(settings))
+    target = Path(output).absolute()
+    _check_output(target, force)
+    image = None if no_image else find_image(config, Path.cwd())
+    arch = _architecture(arch, image)
+    models = tuple(_model(config.models_dir, name) for name in dict.fromkeys(names))
+    versions = tuple(dict.fromkeys(pythons or PYTHONS))
+    chosen = () if no_extras else tuple(name for name in EXTRAS if name in (extras or EXTRAS))
     payload = payload_size(image, config.models_dir, models)
-    _check_room(output, payload)
+    _check_room(target, payload)
     read = payload + (image.stat().st_size if image else 0)  # it is hashed first
-    with packages(pythons, arch, extras, _say) as wheels:
-        parts = Ingredients(image, config.models_dir, models, wheels, arch, extras)
+    with packages(versions, arch, chosen, _say) as wheels:
+        parts = Ingredients(image, config.models_dir, models, wheels, arch, chosen)
         try:
-            written = write_bundle(output, parts, meter(read))
+            written = write_bundle(target, parts, meter(read))
         except StorageError as error:
             raise StorageError(error.message, _NO_ROOM) from error
     for line in _summary(written.contents):
         print(line)
-    print(f"{output}  {size_text(written.size)}")
+    print(f"{target}  {size_text(written.size)}")
     print(f"sha256:{written.digest}")
     return 0
 
 
-def _extras(arguments: argparse.Namespace) -> tuple[str, ...]:
-    if arguments.no_extras:
-        return ()
-    return tuple(name for name in EXTRAS if name in (arguments.extras or EXTRAS))
+@bundle.command("install", examples=["aiflux bundle install bundle.tar --prefix /sw/aiflux"])
+@argument("file", metavar="BUNDLE", type=FILE, help="The bundle, *.tar")
+@option(
+    "--prefix",
+    metavar="DIR",
+    type=FOLDER,
+    help="Directory to install to (default: ~/.local/share/aiflux)",
+)
+@option(
+    "--models-dir",
+    metavar="DIR",
+    type=FOLDER,
+    help="Directory of the models (default: PREFIX/models)",
+)
+def install(file: str, prefix: str | None, models_dir: str | None) -> int:
+    """Install a bundle, without a network."""
+    path = Path(file)
+    with _installer_errors():
+        to = places(prefix, models_dir)
+        try:
+            install_bundle(path, to, print, meter(size(path)))
+        except KeyboardInterrupt:
+            raise StoppedError(*STOPPED) from None
+        print(next_steps(to))
+    return 0
+
+
+@bundle.command("verify", examples=["aiflux bundle verify bundle.tar"])
+@argument("file", metavar="BUNDLE", type=FILE, help="The bundle, *.tar")
+@json_option("Print the contents as JSON")
+def verify(file: str, as_json: bool) -> int:
+    """Check every file of a bundle."""
+    path = Path(file)
+    with _installer_errors():
+        found: Bundle = verify_bundle(path, meter(size(path)))
+    if as_json:
+        print_json({"bundle": path, **found.contents, "files": found.sums})
+        return 0
+    for line in _summary(found.contents):
+        print(line)
+    print(f"{path} is complete: all {len(found.sums)} files match their checksums")
+    return 0
 
 
 def _say(line: str) -> None:
@@ -134,34 +205,32 @@ def _say(line: str) -> None:
 
 def _check_output(output: Path, force: bool) -> None:
     if not output.parent.is_dir():
-        raise BundleError(f"the directory {output.parent} is not there", "make it")
+        raise BundleError(f"no such directory: {output.parent}", "create it")
     if output.is_dir():
-        raise BundleError(f"{output} is a folder", "name a file: -o FILE")
+        raise BundleError(f"{output} is a directory", "name a file: -o FILE")
     if output.exists() and not force:
-        raise OutputExistsError(f"{output} is there already", "say --force to replace it")
+        raise OutputExistsError(f"{output} already exists", "use --force to overwrite it")
 
 
 def _check_room(output: Path, payload: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if payload > free:
         raise StorageError(
-            f"the bundle will have {size_text(payload)} and more, and {output.parent} has "
+            f"the bundle needs more than {size_text(payload)}, and {output.parent} has "
             f"{size_text(free)} free",
             _NO_ROOM,
         )
 
 
 def _architecture(asked: str | None, image: Path | None) -> str:
-    """Return what the wheels are to be for; an image for another one is refused."""
-    from aiflux.bundle.wheels import ARCHITECTURES, this_architecture
-
+    """Return the architecture of the wheels; an image of another one is refused."""
     known = None if image is None else read_image(image).arch
     of_image = next((each for each in ARCHITECTURES if machine_arch(each) == known), None)
     arch = asked or of_image or this_architecture()
     if known is not None and of_image != arch:
         raise BundleError(
             f"the image {image} is for {known}, and the bundle for {arch}",
-            "name an image of that architecture (--image FILE), or say --no-image",
+            "name an image of that architecture (--image FILE), or use --no-image",
         )
     return arch
 
@@ -174,32 +243,9 @@ def _model(models_dir: Path, text: str) -> ModelName:
     return name
 
 
-def _install(arguments: argparse.Namespace) -> int:
-    with _told():
-        to = places(arguments.prefix, arguments.models_dir)
-        try:
-            install(arguments.bundle, to, print, meter(size(arguments.bundle)))
-        except KeyboardInterrupt:
-            raise StoppedError(*STOPPED) from None
-        print(next_steps(to))
-    return 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    with _told():
-        bundle: Bundle = verify(arguments.bundle, meter(size(arguments.bundle)))
-    if arguments.json:
-        print_json({"bundle": arguments.bundle, **bundle.contents, "files": bundle.sums})
-        return 0
-    for line in _summary(bundle.contents):
-        print(line)
-    print(f"{arguments.bundle} is whole: {len(bundle.sums)} files are what their checksums say")
-    return 0
-
-
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn the installer's own error into one of AI-Flux's."""
+def _installer_errors() -> Iterator[None]:
+    """Turn the installer's own errors into AI-Flux's."""
     try:
         yield
     except InstallError as error:

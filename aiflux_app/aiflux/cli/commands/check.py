@@ -1,41 +1,37 @@
-"""``aiflux check``: read an input once and report every bad line."""
+"""``aiflux check``: read an input once and report every invalid line."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import FILE, MODEL, argument, command, option
 from aiflux.core.batch.ignored_fields import FIX, ignored_texts
 from aiflux.core.batch.input_file import InputRules, scan_input
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
-from aiflux.core.config.settings import given_settings
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import InputError
 from aiflux.util.extras import remedy
 from aiflux.util.records import to_json
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = "Read the whole input once and report every bad line."
-    parser.epilog = "example: aiflux check prompts.jsonl --model llama3.2:3b"
-    parser.add_argument("file", metavar="FILE", help="requests, *.jsonl")
-    parser.add_argument("--model", metavar="NAME:TAG", help="the run's model (default: as for run)")
-    add_json(parser, "print what was found as one JSON object, problems too")
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Check a file; InputError lists what is wrong."""
-    path = Path(arguments.file)
-    config = Config(arguments=given_settings(vars(arguments)))
+@command("check", examples=["aiflux check prompts.jsonl --model llama3.2:3b"])
+@argument("file", metavar="FILE", type=FILE, help="Requests, *.jsonl")
+@option(
+    "-m", "--model", metavar="NAME:TAG", type=MODEL, help="The run's model (default: as for run)"
+)
+@json_option("Print the result as JSON, including problems")
+def check(file: str, model: str | None, as_json: bool) -> int:
+    """Read the whole input once and report every invalid line."""
+    path = Path(file)
+    config = Config(arguments={"model": model})
     model = config.get("model")
     kind = kind_named(config.engine)
-    if arguments.json:
+    if as_json:
         return _as_json(path, model, kind.input_rules)
     summary = scan_input(path, model, rules=kind.input_rules, schemas=can_check_schemas())
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
@@ -44,14 +40,14 @@ def execute(arguments: argparse.Namespace) -> int:
     print(f"  endpoints: {endpoints}")
     print(f"  models:    {models}")
     print(
-        f"  context:   about {summary.context_tokens} tokens cover 99 % of the requests, "
-        f"{summary.longest_tokens} the longest"
+        f"  context:   about {summary.context_tokens} tokens for 99 % of the requests, "
+        f"{summary.longest_tokens} for the longest"
     )
     for text in ignored_texts(summary.ignored, kind.title, kind.input_rules.ignored_fields):
         print(f"warning: {text}\n     -> {FIX}", file=sys.stderr)
     if not can_check_schemas():
         how = remedy("schema", has_pip=find_spec("pip") is not None)
-        print(f"  schemas:   not checked, which needs jsonschema; {how}")
+        print(f"  schemas:   not checked (jsonschema is not installed); {how}")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -11,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import FILE, group, option
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import Setting
 from aiflux.core.config.settings import SECTIONS, SETTINGS
@@ -23,30 +23,62 @@ from aiflux.worker.console import TerminalConsole
 _PIPED = 4096  # columns; what a program reads is not folded
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    show = actions.add_parser("show", help="print each value and where it came from")
-    add_json(show, "print JSON")
-    init = actions.add_parser("init", help="write a first aiflux.yaml from what Slurm offers here")
-    where = init.add_mutually_exclusive_group()
-    where.add_argument("--user", action="store_true", help="for all your folders, not this one")
-    where.add_argument(
-        "--output", metavar="FILE", help="where to write it (default: aiflux.yaml; - prints it)"
-    )
-    init.add_argument("--force", action="store_true", help="replace a file that is there")
+@group("config", examples=["aiflux config show", "aiflux config init"])
+def config() -> None:
+    """Show the settings and their origins, or write a first configuration file."""
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Show the configuration, or write a file of it."""
-    if arguments.action == "init":
-        return _init(arguments)
-    config = Config()
-    if arguments.json:
-        print_json(_as_json(config))
+@config.command("show", examples=["aiflux config show", "aiflux config show --json"])
+@json_option("Print all settings as JSON")
+def show(as_json: bool) -> int:
+    """Show the value and origin of every setting."""
+    values = Config()
+    if as_json:
+        print_json(_as_json(values))
     else:
         width = None if sys.stdout.isatty() else _PIPED
-        TerminalConsole(highlight=False, markup=False, width=width).print(_table(config))
+        TerminalConsole(highlight=False, markup=False, width=width).print(_table(values))
+    return 0
+
+
+@config.command("init", examples=["aiflux config init --user"], exclusive=[("user", "output")])
+@option("--user", is_flag=True, help="Write the file that holds for all your directories")
+@option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=FILE,
+    help="File to write, - for stdout (default: aiflux.yaml)",
+)
+@option("--force", is_flag=True, help="Overwrite an existing file")
+def init(user: bool, output: str | None, force: bool) -> int:
+    """Write a first aiflux.yaml that suits this cluster."""
+    from aiflux.slurm.cluster import ask_cluster
+    from aiflux.slurm.config_template import initial_file, propose
+    from aiflux.util.files import atomic_write
+
+    target = _target(output, user=user)
+    if target is not None:
+        _refuse(target, force=force)
+    if sys.stderr.isatty():
+        print("asking Slurm ...", file=sys.stderr)
+    facts = ask_cluster()
+    proposal = propose(facts)
+    text = initial_file(facts, proposal)
+    if target is None:
+        print(text, end="")
+        return 0
+    with atomic_write(target) as file:
+        file.write(text.encode())
+    print(f"wrote {target}")
+    if facts.settings:
+        chosen = (f"{name}: {value}" for name, value in proposal.values.items())
+        print("  " + ", ".join(chosen))
+    else:
+        print("  Slurm is not available or did not respond: every setting has its default")
+    print("  show the settings: aiflux config show    check the site: aiflux doctor")
+    for finding in proposal.findings:
+        print(f"warning: {finding.what}\n  -> {finding.fix}", file=sys.stderr)
     return 0
 
 
@@ -115,55 +147,28 @@ def _setting_as_json(config: Config, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _init(arguments: argparse.Namespace) -> int:
-    from aiflux.slurm.cluster import ask_cluster
-    from aiflux.slurm.config_template import initial_file, propose
-    from aiflux.util.files import atomic_write
-
-    target = _target(arguments)
-    if target is not None:
-        _refuse(target, force=arguments.force)
-    if sys.stderr.isatty():
-        print("asking Slurm ...", file=sys.stderr)
-    facts = ask_cluster()
-    proposal = propose(facts)
-    text = initial_file(facts, proposal)
-    if target is None:
-        print(text, end="")
-        return 0
-    with atomic_write(target) as file:
-        file.write(text.encode())
-    print(f"wrote {target}")
-    if facts.settings:
-        chosen = (f"{name}: {value}" for name, value in proposal.values.items())
-        print("  " + ", ".join(chosen))
-    else:
-        print("  Slurm was not there, or did not answer: nothing was chosen")
-    print("  see what holds: aiflux config show    whether it will work: aiflux doctor")
-    for finding in proposal.findings:
-        print(f"warning: {finding.what}\n  -> {finding.fix}", file=sys.stderr)
-    return 0
-
-
-def _target(arguments: argparse.Namespace) -> Path | None:
+def _target(output: str | None, *, user: bool) -> Path | None:
     """Return the file to write; None prints it."""
-    if arguments.output == "-":
+    if output == "-":
         return None
-    if arguments.user:
+    if user:
         path = user_file(os.environ)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-    if arguments.output:
-        return expanded(arguments.output).absolute()
+    if output:
+        return expanded(output).absolute()
     return project_file(Path.cwd())
 
 
 def _refuse(target: Path, *, force: bool) -> None:
     if not target.parent.is_dir():
-        raise UsageError(f"there is no folder {target.parent}", "make it, or choose another")
+        raise UsageError(
+            f"no such directory: {target.parent}", "create it, or choose another: --output"
+        )
     if target.is_dir():
-        raise UsageError(f"{target} is a folder", "name a file: --output FILE")
+        raise UsageError(f"{target} is a directory", "name a file: --output FILE")
     if target.exists() and not force:
         raise OutputExistsError(
-            f"{target} is there already", "give --force to replace it, or choose another: --output"
+            f"{target} already exists",
+            "use --force to overwrite it, or choose another: --output",
         )

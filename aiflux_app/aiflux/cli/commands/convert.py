@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from aiflux.cli.json_output import add_json, print_json
+import click
+
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import (
+    FILE,
+    MODEL,
+    Choice,
+    Decorator,
+    Function,
+    Number,
+    WholeNumber,
+    group,
+    input_parameters,
+    option,
+    the_input,
+)
 from aiflux.cli.pipes import destination, piped_file, refuse_both
 from aiflux.cli.render.progress import count_bar
 from aiflux.converters.directory import MAX_FILE_SIZE, directory_to_jsonl, parse_size
@@ -23,131 +36,84 @@ from aiflux.util.streams import STDIN, STDOUT
 from aiflux.util.unicode import json_text
 
 _TRIAL = 3
+_CSV = 'aiflux convert csv in.csv --template "Sum up: {text}" --output q.jsonl'
+_DIR = 'aiflux convert dir papers --template "Sum up: {text}" --output q.jsonl'
+_JSON = "aiflux convert json in.json --field question --output q.jsonl"
+_IMAGES = 'aiflux convert images photos --template "Which bird?" --output q.jsonl'
+_PARQUET = 'aiflux convert parquet in.parquet --template "{text}" --output q.jsonl'
 
-__all__ = ["add_arguments", "execute"]
+
+@group("convert", examples=[_CSV])
+def convert() -> None:
+    """Turn a table, a directory, JSON or images into a file of requests."""
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Convert, or show what would come of it."""
+@dataclass(frozen=True)
+class _Target:
+    """What becomes of the requests."""
+
+    output: str | None
+    dry_run: bool
+    force: bool
+    as_json: bool
+
+
+def _converted(make: Callable[..., Summary], target: _Target) -> int:
+    """Convert, or show the first requests."""
     try:
-        return _execute(arguments)
+        return _convert(make, target)
     except KeyboardInterrupt:
-        raise StoppedError(
-            "stopped; nothing was written", "the same command begins again"
-        ) from None
+        raise StoppedError("stopped; nothing was written", "run the same command again") from None
 
 
-def _execute(arguments: argparse.Namespace) -> int:
-    options = {**_request_options(arguments), "skip_bad": arguments.skip_bad}
-    convert = _converter(arguments, options)
-    if arguments.dry_run:
-        with count_bar("converting") as move:
-            summary = convert(None, limit=_TRIAL, progress=move)
-        if arguments.json:
+def _convert(make: Callable[..., Summary], target: _Target) -> int:
+    if target.dry_run:
+        with count_bar("converting") as progress:
+            summary = make(None, limit=_TRIAL, progress=progress)
+        if target.as_json:
             print_json(asdict(summary))
         else:
             _show_trial(summary)
         return 0
-    if arguments.output is None:
-        raise UsageError("no output was named", "--output prompts.jsonl, or - for stdout")
-    refuse_both(arguments.output, as_json=arguments.json)
-    with destination(arguments.output, force=arguments.force) as target:
-        if arguments.output != STDOUT and not arguments.force:
-            refuse_existing(skipped_path(target))
-        with count_bar("converting") as move:
-            summary = convert(target, progress=move)
-        if arguments.json:
+    if target.output is None:
+        raise UsageError("no output was given", "--output prompts.jsonl, or - for stdout")
+    refuse_both(target.output, as_json=target.as_json)
+    with destination(target.output, force=target.force) as path:
+        if target.output != STDOUT and not target.force:
+            refuse_existing(skipped_path(path))
+        with count_bar("converting") as progress:
+            summary = make(path, progress=progress)
+        if target.as_json:
             print_json(asdict(summary))
             return 0
-        stream = sys.stderr if arguments.output == STDOUT else sys.stdout
-        for line in _told(summary, arguments.output):
+        stream = sys.stderr if target.output == STDOUT else sys.stdout
+        for line in _summary(summary, target.output):
             print(line, file=stream)
     return 0
 
 
-def _converter(arguments: argparse.Namespace, options: dict[str, Any]) -> Callable[..., Summary]:
-    """Return the function for the kind of input, with the user's options."""
-    source = piped_file(arguments.kind) if arguments.input == STDIN else expanded(arguments.input)
-    template = _template(arguments)
-
-    def call(output: Path | None, **more: Any) -> Summary:
-        return _call(arguments, source, output, template, {**options, **more})
-
-    return call
-
-
-def _call(
-    arguments: argparse.Namespace,
-    source: Path,
-    output: Path | None,
-    template: str | None,
-    options: dict[str, Any],
-) -> Summary:
-    kind = arguments.kind
-    if kind in ("dir", "images"):
-        given = {} if template is None else {"template": template}
-        walk = {"recursive": arguments.recursive, "patterns": arguments.pattern}
-        options = {**options, **given, **walk, "exclude": arguments.exclude}
-        if kind == "images":
-            return images_to_jsonl(source, output, max_pixels=arguments.max_pixels, **options)
-        return directory_to_jsonl(
-            source,
-            output,
-            max_file_size=parse_size(arguments.max_file_size),
-            chunk_tokens=arguments.chunk_tokens,
-            overlap=arguments.overlap,
-            encoding=arguments.encoding,
-            **options,
-        )
-    options = {**options, "keep": arguments.keep}
-    if kind == "json":
-        from aiflux.converters import json_to_jsonl
-
-        ids = {"id_field": arguments.id_column, "field": arguments.field}
-        return json_to_jsonl(source, output, template=template, **ids, **options)
-    if template is None:
-        raise UsageError("no template was given", '--template "Summarize: {column}"')
-    options = {**options, "template": template, "id_column": arguments.id_column}
-    if kind == "parquet":
-        from aiflux.converters import parquet_to_jsonl
-
-        return parquet_to_jsonl(source, output, **options)
-    from aiflux.converters import csv_to_jsonl
-
-    dialect = {"delimiter": arguments.delimiter, "encoding": arguments.encoding}
-    return csv_to_jsonl(source, output, **dialect, **options)
-
-
-def _template(arguments: argparse.Namespace) -> str | None:
-    if arguments.template_file is None:
-        given: str | None = arguments.template
-        return given
+def _template(template: str | None, file: str | None) -> str | None:
+    if file is None:
+        return template
     try:
-        text = expanded(arguments.template_file).read_text(encoding="utf-8-sig")
+        text = expanded(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"the template {arguments.template_file!r} cannot be read: {error}",
-            "give a file of UTF-8 text",
+            f"the template {file!r} cannot be read: {error}", "give a UTF-8 text file"
         ) from error
     return text.removesuffix("\n")
-
-
-def _request_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "system", "temperature", "max_tokens", "schema", "endpoint")
-    params = dict(_param(text) for text in arguments.param)
-    return {**{name: getattr(arguments, name) for name in names}, "params": params}
 
 
 def _param(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     try:
         if not (key and equals):
-            raise ValueError("there is no KEY=")
+            raise ValueError("KEY= is missing")
         return key, parse_json(value)
     except ValueError as error:
         raise UsageError(
             f"--param {text!r} is not KEY=JSON: {error}",
-            """such as --param top_p=0.9 or --param 'stop=["END"]'; a text needs its quotes""",
+            """such as --param top_p=0.9 or --param 'stop=["END"]'; a text needs quotes""",
         ) from None
 
 
@@ -157,7 +123,7 @@ def _show_trial(summary: Summary) -> None:
         print(json_text(_shortened(request), indent=2), flush=True)
     for note in (*summary.notes, *listed(summary.examples, summary.skipped)):
         print(f"  {note}", file=sys.stderr)
-    print("nothing was written (--dry-run)", file=sys.stderr)
+    print("dry run: nothing was written", file=sys.stderr)
 
 
 def _shortened(value: Any) -> Any:
@@ -171,7 +137,7 @@ def _shortened(value: Any) -> Any:
     return value
 
 
-def _told(summary: Summary, output: str) -> Iterator[str]:
+def _summary(summary: Summary, output: str) -> Iterator[str]:
     """Yield the summary's lines."""
     rows = f"{summary.rows} {summary.unit if summary.rows == 1 else plural(summary.unit)}"
     requests = f"{summary.requests} request" + ("" if summary.requests == 1 else "s")
@@ -186,158 +152,221 @@ def _told(summary: Summary, output: str) -> Iterator[str]:
             yield f"  all of them: {summary.skipped_path}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's kinds of input and their options."""
-    parser.description = "Turn a table, a folder, JSON or images into a file of requests."
-    parser.epilog = f"example:\n  {_CSV}"
-    kinds = parser.add_subparsers(
-        title="kinds of input", metavar="KIND", dest="kind", required=True
-    )
-    _add_csv(_kind(kinds, "csv", "a CSV or TSV file: a request for each row", _CSV))
-    _add_dir(_kind(kinds, "dir", "a directory: a request for each file or chunk", _DIR))
-    _add_json(_kind(kinds, "json", "a JSON array, or JSON Lines: one for each entry", _JSON))
-    _add_images(_kind(kinds, "images", "a directory or a list of images", _IMAGES))
-    _add_parquet(_kind(kinds, "parquet", "a Parquet file: a request for each row", _PARQUET))
+# --- options ----------------------------------------------------------------------------------
 
 
-_CSV = 'aiflux convert csv --input in.csv --template "Sum up: {text}" --output q.jsonl'
-_DIR = 'aiflux convert dir --input papers --template "Sum up: {text}" --output q.jsonl'
-_JSON = "aiflux convert json --input in.json --field question --output q.jsonl"
-_IMAGES = 'aiflux convert images --input photos --template "Which bird?" --output q.jsonl'
-_PARQUET = 'aiflux convert parquet --input in.parquet --template "{text}" --output q.jsonl'
+def _all(*options: Decorator) -> Decorator:
+    """Add options in their order."""
+
+    def decorate(function: Function) -> Function:
+        for add in reversed(options):
+            function = add(function)
+        return function
+
+    return decorate
 
 
-def _kind(kinds: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        name,
-        help=help_text,
-        usage=f"aiflux convert {name} --input PATH --output FILE [options]",
-        description=f"Convert {help_text}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--input", required=True, metavar="PATH", help="what to convert; - for stdin"
-    )
-    parser.add_argument("--output", metavar="FILE", help="requests, *.jsonl; - for stdout")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show the first three requests, write nothing"
-    )
-    parser.add_argument("--force", action="store_true", help="replace an output that is there")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out what cannot be used, and list it"
-    )
-    add_json(parser, "print the summary as one JSON object")
-    return parser
+def _kind(
+    name: str,
+    example: str,
+    source: str,
+    *options: Decorator,
+) -> Callable[[Callable[..., int]], click.Command]:
+    """Make a command for a kind of input, with the options that every kind has."""
 
-
-def _add_request(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what every request has")
-    group.add_argument("--model", metavar="NAME:TAG", help="model (or name it to aiflux run)")
-    group.add_argument("--system", metavar="TEXT", help="system message")
-    group.add_argument("--temperature", type=float, metavar="T", help="temperature")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="tokens per answer")
-    group.add_argument(
-        "--schema", metavar="FILE", help="JSON Schema that answers are to fit (response_format)"
-    )
-    group.add_argument(
-        "--param",
-        action="append",
-        default=[],
-        metavar="KEY=JSON",
-        help="any other field of the body (repeatable)",
-    )
-    group.add_argument(
-        "--endpoint", choices=tuple(ENDPOINTS), default="chat", help="API (default: chat)"
-    )
-
-
-def _add_template(parser: argparse.ArgumentParser, names: str, default: str = "") -> None:
-    group = parser.add_argument_group("the prompt").add_mutually_exclusive_group()
-    ends = f" (default: {default})" if default else ""
-    group.add_argument(
-        "--template", metavar="TEXT", help=f"the prompt, with {names}; {{{{ is a brace{ends}"
-    )
-    group.add_argument("--template-file", metavar="FILE", help="a file with the template")
-
-
-def _add_table(parser: argparse.ArgumentParser, unit: str = "column") -> None:
-    group = parser.add_argument_group("the rows")
-    group.add_argument(
-        f"--id-{unit}",
-        dest="id_column",
-        metavar="NAME",
-        help=f"{unit} of the custom_ids (default: row-1, row-2, ...)",
-    )
-    group.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"{unit} to keep in the metadata (repeatable; '*' for all)",
-    )
-
-
-def _add_csv(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{column}")
-    _add_table(parser)
-    parser.add_argument("--delimiter", metavar="CHAR", help="between cells (default: detected)")
-    parser.add_argument("--encoding", metavar="NAME", help="of the file (default: detected)")
-    _add_request(parser)
-
-
-def _add_parquet(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{column}")
-    _add_table(parser)
-    _add_request(parser)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{field} or {outer.inner}")
-    parser.add_argument("--field", metavar="NAME", help="field that is the prompt")
-    _add_table(parser, "field")
-    _add_request(parser)
-
-
-def _add_walk(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which files")
-    group.add_argument("--recursive", action="store_true", help="folders in it, too")
-    for name, what in (("pattern", "only such files"), ("exclude", "no such files or folders")):
-        group.add_argument(
-            f"--{name}",
-            action="append",
-            default=[],
-            metavar="GLOB",
-            help=f"{what}, such as '*.md' (repeatable)",
+    def decorate(function: Callable[..., int]) -> click.Command:
+        function = _all(
+            input_parameters(f"{source}; - for stdin", metavar="PATH"),
+            option(
+                "-o", "--output", metavar="FILE", type=FILE, help="Requests, *.jsonl; - for stdout"
+            ),
+            option("--dry-run", is_flag=True, help="Show the first three requests, write nothing"),
+            option("--force", is_flag=True, help="Overwrite an existing output"),
+            option("--skip-bad", is_flag=True, help="Skip unusable rows or files, and list them"),
+            json_option("Print the summary as JSON"),
+            *options,
+            *_REQUEST,
+        )(function)
+        return convert.command(name, examples=[example], exclusive=[("template", "template_file")])(
+            function
         )
 
-
-def _add_dir(parser: argparse.ArgumentParser) -> None:
-    names = "{text}, {source_file}, {chunk}, {chunks}"
-    _add_template(parser, names, "{text}")
-    _add_walk(parser)
-    parser.add_argument(
-        "--max-file-size",
-        default=f"{MAX_FILE_SIZE >> 20}M",
-        metavar="SIZE",
-        help="leave out larger files (default: %(default)s)",
-    )
-    parser.add_argument("--chunk-tokens", type=int, metavar="N", help="cut texts into such chunks")
-    parser.add_argument(
-        "--overlap", type=int, default=0, metavar="N", help="tokens that a chunk repeats"
-    )
-    parser.add_argument("--encoding", metavar="NAME", help="of texts that are not UTF-8")
-    _add_request(parser)
+    return decorate
 
 
-def _add_images(parser: argparse.ArgumentParser) -> None:
-    _add_template(parser, "{source_file}, {name}", TEMPLATE)
-    _add_walk(parser)
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="reduce larger images to N pixels (default: %(default)s)",
-    )
-    _add_request(parser)
+_PANEL = "Fields of every request"
+_REQUEST: Sequence[Decorator] = (
+    option(
+        "-m", "--model", metavar="NAME:TAG", type=MODEL, panel=_PANEL,
+        help="Model (or give it to aiflux run)",
+    ),
+    option("--system", metavar="TEXT", panel=_PANEL, help="System message"),
+    option("--temperature", type=Number(), metavar="T", panel=_PANEL, help="Temperature"),
+    option("--max-tokens", type=WholeNumber(), metavar="N", panel=_PANEL, help="Tokens per answer"),
+    option(
+        "--schema", metavar="FILE", type=FILE, panel=_PANEL,
+        help="JSON Schema for the answers (response_format)",
+    ),
+    option(
+        "--param", "params", multiple=True, metavar="KEY=JSON", panel=_PANEL,
+        help="Any other field of the body (repeatable)",
+    ),
+    option(
+        "--endpoint", type=Choice(tuple(ENDPOINTS)), default="chat", metavar="NAME", panel=_PANEL,
+        help=f"API: {', '.join(ENDPOINTS)} (default: chat)",
+    ),
+)  # fmt: skip
+
+
+def _prompt(names: str, default: str = "") -> Decorator:
+    ends = f" (default: {default})" if default else ""
+    return _all(
+        option(
+            "--template", metavar="TEXT", panel="Prompt",
+            help=f"The prompt, with {names}; {{{{ is a brace{ends}",
+        ),
+        option(
+            "--template-file", metavar="FILE", type=FILE, panel="Prompt",
+            help="File with the template",
+        ),
+    )  # fmt: skip
+
+
+def _rows(unit: str = "column") -> Decorator:
+    return _all(
+        option(
+            f"--id-{unit}", "id_column", metavar="NAME", panel="Rows",
+            help=f"The {unit} with the custom_ids (default: row-1, row-2, ...)",
+        ),
+        option(
+            "--keep", multiple=True, metavar="NAME", panel="Rows",
+            help=f"A {unit} to keep in the metadata (repeatable; '*' for all)",
+        ),
+    )  # fmt: skip
+
+
+_FILES = (
+    option("--recursive", is_flag=True, panel="Files", help="Include subdirectories"),
+    option(
+        "--pattern", "patterns", multiple=True, metavar="GLOB", panel="Files",
+        help="Only these files, such as '*.md' (repeatable)",
+    ),
+    option(
+        "--exclude", multiple=True, metavar="GLOB", panel="Files",
+        help="Not these files or directories, such as '*.tmp' (repeatable)",
+    ),
+)  # fmt: skip
+_DELIMITER = option("--delimiter", metavar="CHAR", help="Between cells (default: detected)")
+_ENCODING = option("--encoding", metavar="NAME", help="Of the file (default: detected)")
+
+
+class _Given:
+    """The parameters that every kind of input has, and the rest."""
+
+    def __init__(self, kind: str, given: dict[str, Any]) -> None:
+        source = the_input(given.pop("input_argument"), given.pop("input_option"))
+        self.source = piped_file(kind) if source == STDIN else expanded(source)
+        self.target = _Target(
+            *(given.pop(name) for name in ("output", "dry_run", "force", "as_json"))
+        )
+        self.template = _template(given.pop("template"), given.pop("template_file"))
+        self.options = {**given, "params": dict(_param(text) for text in given.pop("params"))}
+
+    def made_with(self, function: Callable[..., Summary], **more: Any) -> int:
+        """Convert with a function of `aiflux.converters`."""
+        options = {**self.options, **more}
+        return _converted(
+            lambda output, **how: function(self.source, output, **options, **how), self.target
+        )
+
+    @property
+    def needed_template(self) -> str:
+        """The template.
+
+        Raises:
+            UsageError: none was given.
+        """
+        if self.template is None:
+            raise UsageError("no template was given", '--template "Summarize: {column}"')
+        return self.template
+
+    @property
+    def given_template(self) -> dict[str, str]:
+        """The template, where one was given."""
+        return {} if self.template is None else {"template": self.template}
+
+
+@_kind("csv", _CSV, "CSV or TSV file", _prompt("{column}"), _rows(), _DELIMITER, _ENCODING)
+def csv(**given: Any) -> int:
+    """Turn a CSV or TSV file into requests, one for each row."""
+    from aiflux.converters import csv_to_jsonl
+
+    asked = _Given("csv", given)
+    return asked.made_with(csv_to_jsonl, template=asked.needed_template)
+
+
+@_kind(
+    "dir",
+    _DIR,
+    "Directory",
+    _prompt("{text}, {source_file}, {chunk}, {chunks}", "{text}"),
+    *_FILES,
+    option(
+        "--max-file-size", default=f"{MAX_FILE_SIZE >> 20}M", metavar="SIZE", panel="Files",
+        help=f"Skip larger files (default: {MAX_FILE_SIZE >> 20}M)",
+    ),
+    option("--chunk-tokens", type=WholeNumber(), metavar="N", help="Split texts into such chunks"),
+    option(
+        "--overlap", type=WholeNumber(), default=0, metavar="N",
+        help="Tokens that a chunk repeats of the one before",
+    ),
+    option("--encoding", metavar="NAME", help="Encoding of texts that are not UTF-8"),
+)  # fmt: skip
+def dir(**given: Any) -> int:
+    """Turn a directory into requests, one for each file or chunk."""
+    asked = _Given("dir", given)
+    size = parse_size(asked.options["max_file_size"])
+    return asked.made_with(directory_to_jsonl, max_file_size=size, **asked.given_template)
+
+
+@_kind(
+    "json",
+    _JSON,
+    "JSON or JSON Lines file",
+    _prompt("{field} or {outer.inner}"),
+    option("--field", metavar="NAME", panel="Prompt", help="Field that is the prompt"),
+    _rows("field"),
+)
+def json(**given: Any) -> int:
+    """Turn a JSON array or JSON Lines into requests, one for each entry."""
+    from aiflux.converters import json_to_jsonl
+
+    asked = _Given("json", given)
+    id_field = asked.options.pop("id_column")
+    return asked.made_with(json_to_jsonl, template=asked.template, id_field=id_field)
+
+
+@_kind(
+    "images",
+    _IMAGES,
+    "Directory, or a list of images",
+    _prompt("{source_file}, {name}", TEMPLATE),
+    *_FILES,
+    option(
+        "--max-pixels", type=WholeNumber(), default=MAX_PIXELS, metavar="N",
+        help=f"Scale larger images down to N pixels (default: {MAX_PIXELS})",
+    ),
+)  # fmt: skip
+def images(**given: Any) -> int:
+    """Turn a directory or a list of images into requests, one for each image."""
+    asked = _Given("images", given)
+    return asked.made_with(images_to_jsonl, **asked.given_template)
+
+
+@_kind("parquet", _PARQUET, "Parquet file", _prompt("{column}"), _rows())
+def parquet(**given: Any) -> int:
+    """Turn a Parquet file into requests, one for each row."""
+    from aiflux.converters import parquet_to_jsonl
+
+    asked = _Given("parquet", given)
+    return asked.made_with(parquet_to_jsonl, template=asked.needed_template)

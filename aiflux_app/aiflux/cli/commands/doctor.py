@@ -1,8 +1,7 @@
-"""``aiflux doctor``: what this site has, what will not work, and how to mend it."""
+"""``aiflux doctor``: check this site, and report what will not work and how to fix it."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import command
 from aiflux.core.config.config import Config
 from aiflux.doctor import host
 from aiflux.doctor.host import quotas
@@ -20,36 +20,32 @@ from aiflux.worker.console import TerminalConsole
 
 Section = tuple[str, Callable[[], Iterable[Diagnosis]]]
 
+_NOTE = "Exit status: 0 nothing failed (there may be warnings); 2 something failed."
 _MARKS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "Tell what this machine and its cluster have, what will not work, and how to mend it. "
-        "It changes nothing and submits nothing."
-    )
-    parser.epilog = "exit status: 0 nothing fails (warnings may stand); 2 something does"
-    add_json(parser, "print a list of {name, level, what, fix}")
+@command("doctor", examples=["aiflux doctor --json"], note=_NOTE)
+@json_option("Print a list of {name, level, what, fix}")
+def doctor(as_json: bool) -> int:
+    """Check this machine and its cluster, and report what will not work and how to fix it.
 
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Look at everything; print it section by section as it is found."""
+    It changes nothing and submits nothing.
+    """
     config, settings = host.load_config(os.environ)
     console = TerminalConsole(highlight=False)
     found: list[Diagnosis] = []
     for title, look in _sections(config, settings):
         lines = _looked(title, look)
         found += lines
-        if arguments.json:
+        if as_json:
             continue
         if console.is_terminal:
             console.print(_table(title, lines))
             console.print()
         else:
             print(_plain(title, lines))
-    if arguments.json:
+    if as_json:
         print_json([line.to_json() for line in found])
     else:
         print(_verdict(found))

@@ -1,8 +1,7 @@
-"""``aiflux estimate``: some requests first, and from them what the whole will take."""
+"""``aiflux estimate``: run a sample of the requests and estimate the full run."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping
@@ -12,13 +11,20 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from aiflux.cli.json_output import add_json, print_json
-from aiflux.cli.parser import whole_number
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import (
+    FILE,
+    WholeNumber,
+    command,
+    input_parameters,
+    option,
+    settings_options,
+    the_input,
+)
 from aiflux.cli.render.estimate import forecast, full_command
-from aiflux.cli.run_argument import make_console, short, show
+from aiflux.cli.run_argument import make_console, show
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.batch.input_file import InputSummary, scan_input
-from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import given_settings
@@ -29,10 +35,12 @@ from aiflux.core.runs.status_file import read_status
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length
 from aiflux.errors import EngineError, ExitCode, RunConflictError, StoppedError, UsageError
-from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, estimate, keep_estimate
+from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, keep_estimate
+from aiflux.estimates.estimate import estimate as make_estimate
 from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot
 from aiflux.estimates.throughput import observe
 from aiflux.slurm.preflight.local import told
+from aiflux.util.files import short
 from aiflux.util.records import to_json
 from aiflux.util.times import walltime_seconds
 
@@ -42,58 +50,63 @@ _INTERVAL = 5.0
 _HARDWARE = ("partition", "nodes", "gpus_per_node", "gres", "constraint", "cpus_per_task", "mem")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "Do some requests, spread over the whole input, in a small job (or here), and tell from "
-        "them what the whole will take. The same command again tells how the job is, and the "
-        "estimate once it has ended."
-    )
-    parser.epilog = "example: aiflux estimate --model llama3.2:3b --input prompts.jsonl --wait"
-    parser.add_argument("--input", required=True, metavar="FILE", help="requests, *.jsonl")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="where the whole run's results will go (default: as for aiflux run); the pilot's "
-        "files go beside it, into FILE.pilot",
-    )
-    parser.add_argument(
-        "--requests",
-        type=whole_number(FEWEST),
-        default=REQUESTS,
-        metavar="K",
-        help=f"requests to do (default: {REQUESTS})",
-    )
-    parser.add_argument("--local", action="store_true", help="do them here, in the foreground")
-    parser.add_argument("--wait", action="store_true", help="wait for the job")
-    parser.add_argument("--force", action="store_true", help="do them again")
-    parser.add_argument(
-        "--no-preflight", action="store_true", help="submit without the checks before (see run)"
-    )
-    add_json(parser, "everything, as one JSON object")
-    add_settings(parser, "run", "slurm", "paths")
+@command(
+    "estimate",
+    examples=["aiflux estimate prompts.jsonl --model llama3.2:3b --wait"],
+)
+@input_parameters("Requests, *.jsonl")
+@option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=FILE,
+    help="Output of the full run (default: as for aiflux run); the sample's files go to FILE.pilot",
+)
+@option(
+    "--requests",
+    type=WholeNumber(FEWEST),
+    default=REQUESTS,
+    metavar="K",
+    help=f"Size of the sample (default: {REQUESTS})",
+)
+@option("--local", is_flag=True, help="Run the sample on this machine, in the foreground")
+@option("--wait", is_flag=True, help="Wait for the job")
+@option("--force", is_flag=True, help="Run the sample again")
+@option(
+    "--no-preflight",
+    is_flag=True,
+    rare=True,
+    help="Skip the checks of Slurm, image and disk space",
+)
+@json_option("Print everything as JSON")
+@settings_options("run", "slurm", "paths")
+def estimate(
+    input_argument: str | None, input_option: str | None, output: str | None, **more: Any
+) -> int:
+    """Run a sample of the requests in a small job, or here, and estimate the full run.
 
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Tell what a run will take, or how far the pilot is that can tell it."""
-    config = Config(arguments=given_settings(vars(arguments)))
-    input_path = Path(arguments.input)
-    output = named_output(arguments.output, input_path)
-    if arguments.local and config.get("engine_url"):
+    The same command again shows the job's progress, and the estimate when the job has ended.
+    """
+    source = the_input(input_argument, input_option)
+    config = Config(arguments=given_settings(more))
+    path = Path(source)
+    if more["local"] and config.get("engine_url"):
         raise UsageError(
-            "--local and --engine-url exclude each other",
-            "--local starts an engine here; --engine-url uses one that is up",
+            "--local and --engine-url cannot be combined",
+            "--local starts an engine; --engine-url uses a server that is already running",
         )
-    return foretell(
+    return estimate_run(
         Asked(
-            arguments,
             config,
-            input_path,
-            output,
-            arguments.requests,
-            wait=arguments.wait,
-            anew=arguments.force,
-            as_json=arguments.json,
+            path,
+            named_output(output, path),
+            more["requests"],
+            given={"input": source, "output": output, **given_settings(more)},
+            local=more["local"],
+            wait=more["wait"],
+            again=more["force"],
+            preflight=not more["no_preflight"],
+            as_json=more["as_json"],
         )
     )
 
@@ -103,29 +116,31 @@ class Asked:
     """What a user wants to know.
 
     Attributes:
-        arguments: those of the command line, for the command that is recommended.
-        requests: of the pilot.
-        anew: do the requests again although they are done.
+        requests: size of the pilot.
+        given: the options of the full run as they were given, for the recommended command.
+        again: process the pilot's requests again although they are finished.
     """
 
-    arguments: argparse.Namespace
     config: Config
     input: Path
     output: Path
     requests: int
+    given: Mapping[str, Any]
+    local: bool = False
     wait: bool = False
-    anew: bool = False
+    again: bool = False
+    preflight: bool = True
     as_json: bool = False
 
     @property
     def where(self) -> str:
         """Where the pilot's engine is."""
         url: str | None = self.config.get("engine_url")
-        return url or (LOCAL if self.arguments.local else SLURM)
+        return url or (LOCAL if self.local else SLURM)
 
 
-def foretell(asked: Asked) -> int:
-    """Do what is left of the pilot; print the estimate, or how far the job is."""
+def estimate_run(asked: Asked) -> int:
+    """Process the rest of the pilot; print the estimate, or the job's progress."""
     options = asked.config.run_options()
     kind = engine_kind(options)
     summary = scan_input(asked.input, options.model, rules=kind.input_rules)
@@ -139,7 +154,7 @@ def foretell(asked: Asked) -> int:
         ended = _do(asked, pilot, _pilot_options(whole))
         if ended is not None:
             return ended
-    return _tell(asked, pilot, whole, drawn)
+    return _show(asked, pilot, whole, drawn)
 
 
 def _drawn(asked: Asked, pilot: Pilot, whole: Plan, summary: InputSummary) -> Drawn:
@@ -153,7 +168,7 @@ def _drawn(asked: Asked, pilot: Pilot, whole: Plan, summary: InputSummary) -> Dr
         "options": _pilot_options(whole).to_json(),
         "slurm": {name: slurm[name] for name in _HARDWARE} if asked.where == SLURM else None,
     }
-    drawn = None if asked.anew else pilot.drawn(settings)
+    drawn = None if asked.again else pilot.drawn(settings)
     if drawn is None:
         _refuse_active(pilot)
         drawn = pilot.begin(summary, asked.requests, settings)
@@ -211,8 +226,9 @@ def _submit(asked: Asked, pilot: Pilot, options: RunOptions) -> None:
     slurm = asked.config.get_slurm_config()
     limit = LONGEST if walltime_seconds(slurm.time) > walltime_seconds(LONGEST) else slurm.time
     small: SlurmConfig = replace(slurm, shards=1, max_running=None, time=limit)
-    check = not asked.arguments.no_preflight
-    planned = plan_job(asked.config, small, pilot.input, pilot.output, options, check=check)
+    planned = plan_job(
+        asked.config, small, pilot.input, pilot.output, options, check=asked.preflight
+    )
     show_local_choices(asked.config, planned.image)
     for finding in planned.findings:
         print(f"warning: {told(finding)}", file=sys.stderr)
@@ -236,7 +252,7 @@ def _follow(asked: Asked, pilot: Pilot) -> int | None:
     if pilot.done():
         return None
     if not view.ended:
-        _tell_going(asked, view.state.value, view.jobs, view.done, view.total)
+        _show_progress(asked, view.state.value, view.jobs, view.done, view.total)
         return 0
     reason = "; ".join(dict.fromkeys(shard.reason for shard in view.shards if shard.reason))
     kind = EngineError if outcome(view) is ExitCode.ENGINE else StoppedError
@@ -248,19 +264,21 @@ def _follow(asked: Asked, pilot: Pilot) -> int | None:
     )
 
 
-def _tell_going(asked: Asked, state: str, jobs: tuple[str, ...], done: int, total: int) -> None:
+def _show_progress(asked: Asked, state: str, jobs: tuple[str, ...], done: int, total: int) -> None:
     if asked.as_json:
         going = {"state": state, "jobs": list(jobs), "done": done, "total": total}
         print_json({"estimate": None, "pilot": going})
         return
     print(f"the pilot is {state} (job {', '.join(jobs)}): {done} of {total} requests done")
-    print("  the same command again tells the estimate when it has ended; --wait waits")
+    print("  run the same command again for the estimate; --wait waits for the job")
 
 
-def _tell(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> int:
+def _show(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> int:
     foretold = _estimate(asked, pilot, whole, drawn)
     keep_estimate(foretold, whole)
-    command = full_command(_given(asked), asked.where == SLURM, foretold)
+    command = full_command(
+        {**asked.given, "local": asked.local or None}, asked.where == SLURM, foretold
+    )
     if asked.as_json:
         print_json({"estimate": foretold.to_json(), "command": command})
         return 0
@@ -279,11 +297,4 @@ def _estimate(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> Estimate
     if not observations or status is None:
         raise StoppedError(f"the pilot in {pilot.folder} left no results", "do it again: --force")
     limit = asked.config.get_slurm_config().time if asked.where == SLURM else None
-    return estimate(whole, drawn, observations, status, limit, asked.where)
-
-
-def _given(asked: Asked) -> Mapping[str, Any]:
-    """Return the options of the command that runs the whole, as the user gave them."""
-    given = given_settings(vars(asked.arguments))
-    paths = {"input": asked.arguments.input, "output": asked.arguments.output}
-    return {**paths, **given, "local": asked.arguments.local or None}
+    return make_estimate(whole, drawn, observations, status, limit, asked.where)

@@ -1,94 +1,97 @@
-"""``aiflux image``: build the Apptainer image, and tell what is in one."""
+"""``aiflux image``: build, sign and inspect the Apptainer image."""
 
 from __future__ import annotations
 
-import argparse
 import getpass
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import FILE, Choice, Function, WholeNumber, argument, group, option
 from aiflux.core.config.config import Config
 from aiflux.errors import ImageError
 from aiflux.image.base import BuildOptions
-from aiflux.image.build import build
+from aiflux.image.build import build as build_image
 from aiflux.image.container import find_image
 from aiflux.image.sif import own_image
-from aiflux.image.signing import find_signer, sign, signature
+from aiflux.image.signing import find_signer, signature
+from aiflux.image.signing import sign as sign_image
 from aiflux.worker.console import TerminalConsole
 
-_PIPED = 4096  # columns; what a program reads is not folded
+_PIPED = 4096  # columns: lines for other programs are not wrapped
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    build_parser = actions.add_parser("build", help="build the image (no root needed)")
-    add = build_parser.add_argument
-    add(
-        "--base",
-        choices=("auto", "docker", "debian"),
-        default="auto",
-        help="what it is made of: the official Ollama image, or Debian (default: what can be had)",
-    )
-    add("--output", metavar="FILE", default="aiflux.sif", help="the image (default: aiflux.sif)")
-    add("--ollama-image", metavar="REF", help="docker base, docker://HOST/NAME:TAG")
-    add("--ollama-tarball", metavar="FILE", help="official Ollama archive")
-    add("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")
-    add("--suite", metavar="NAME", help="Debian suite (default: this machine's)")
-    add("--force", action="store_true", help="replace an image that is there")
-    add("--sign", action="store_true", help="sign it with a PGP key of Apptainer's keyring")
-    _add_key(build_parser)
-    signed = actions.add_parser("sign", help="sign an image with a PGP key")
-    signed.add_argument("file", metavar="FILE", nargs="?", help="image (default: the one runs use)")
-    _add_key(signed)
-    shown = actions.add_parser("info", help="tell what is in an image")
-    shown.add_argument("file", metavar="FILE", nargs="?", help="image (default: the one runs use)")
-    add_json(shown, "as one JSON object")
+@group("image", examples=["aiflux image build", "aiflux image info"])
+def image() -> None:
+    """Build, sign or inspect the Apptainer image."""
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Carry out the action that was named."""
-    actions = {"build": _build, "sign": _sign, "info": _info}
-    return actions[arguments.action](arguments)
+def _key_option(function: Function) -> Function:
+    return option(
+        "--key", metavar="N", type=WholeNumber(), help="Index in apptainer key list --secret"
+    )(function)
 
 
-def _add_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--key", metavar="N", type=int, help="which key, by apptainer key list --secret"
-    )
+def _image_argument(function: Function) -> Function:
+    return argument(
+        "file",
+        required=False,
+        metavar="[FILE]",
+        type=FILE,
+        help="Image (default: the one that runs use)",
+    )(function)
 
 
-def _build(arguments: argparse.Namespace) -> int:
-    options = BuildOptions(
-        output=Path(arguments.output),
-        base=arguments.base,
-        ollama_image=arguments.ollama_image,
-        ollama_tarball=Path(arguments.ollama_tarball) if arguments.ollama_tarball else None,
-        mirror=arguments.mirror,
-        suite=arguments.suite,
-        force=arguments.force,
-        sign=arguments.sign,
-        key=arguments.key,
-    )
-    image = build(options, _say, _ask)
-    print(image)
+@image.command("build", examples=["aiflux image build --base docker --output aiflux.sif"])
+@option(
+    "--base",
+    type=Choice(("auto", "docker", "debian")),
+    metavar="NAME",
+    default="auto",
+    help="Official Ollama image (docker) or Debian (debian); default: auto, what is available",
+)
+@option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=FILE,
+    default="aiflux.sif",
+    help="Image to write (default: aiflux.sif)",
+)
+@option("--force", is_flag=True, help="Overwrite an existing image")
+@option("--sign", is_flag=True, help="Sign it with a PGP key of Apptainer's keyring")
+@_key_option
+@option("--ollama-image", metavar="REF", help="Docker base, docker://HOST/NAME:TAG")
+@option("--ollama-tarball", metavar="FILE", type=FILE, help="Official Ollama archive")
+@option("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")
+@option("--suite", metavar="NAME", help="Debian suite (default: this machine's)")
+def build(output: str, ollama_tarball: str | None, **more: Any) -> int:
+    """Build the image. Root is not needed."""
+    tarball = Path(ollama_tarball) if ollama_tarball else None
+    options = BuildOptions(output=Path(output), ollama_tarball=tarball, **more)
+    built = build_image(options, _say, _ask)
+    print(built)
     if options.sign:
-        _say(signature(image).words)
+        _say(signature(built).words)
     return 0
 
 
-def _named(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.file) if arguments.file else find_image(Config(), Path.cwd())
+def _named(file: str | None) -> Path:
+    return Path(file) if file else find_image(Config(), Path.cwd())
 
 
-def _sign(arguments: argparse.Namespace) -> int:
-    image = _named(arguments)
-    own_image(image)
-    sign(image, find_signer(arguments.key, _ask))
-    print(f"{image}: {signature(image).words}")
+@image.command("sign", examples=["aiflux image sign aiflux.sif"])
+@_image_argument
+@_key_option
+def sign(file: str | None, key: int | None) -> int:
+    """Sign an image with a PGP key."""
+    signed = _named(file)
+    own_image(signed)
+    sign_image(signed, find_signer(key, _ask))
+    print(f"{signed}: {signature(signed).words}")
     return 0
 
 
@@ -99,9 +102,13 @@ def _signature(image: Path) -> str:
         return error.message
 
 
-def _info(arguments: argparse.Namespace) -> int:
-    found = own_image(_named(arguments))
-    if arguments.json:
+@image.command("info", examples=["aiflux image info aiflux.sif"])
+@_image_argument
+@json_option("Print JSON")
+def info(file: str | None, as_json: bool) -> int:
+    """Show what an image contains, and its signature."""
+    found = own_image(_named(file))
+    if as_json:
         signed = {"signature": _signature(found.path)}
         print_json({"image": found.path, **dict(found.facts), **signed})
         return 0
@@ -116,7 +123,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _ask(what: str) -> str | None:
-    """Ask without showing what is typed; without a terminal, take a line of standard input."""
+    """Ask without echoing the answer; without a terminal, read a line of standard input."""
     try:
         if sys.stdin.isatty():
             return getpass.getpass(what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -10,61 +9,56 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import command, option
 from aiflux.cli.render.run import STYLES, moment
-from aiflux.cli.run_argument import make_console, short, show
+from aiflux.cli.run_argument import make_console, show
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
 from aiflux.slurm.monitor.collect import RunView, gather_all
+from aiflux.util.files import short
 from aiflux.util.times import unix_seconds
 
 RECENT_SECONDS = 86400.0
 _LEAST_OUTPUT = 12
-_FEWEST_COLUMNS = 3  # state, done and output: the others are left out where they find no room
+_FEWEST_COLUMNS = 3  # state, done and output: the others are omitted in narrow terminals
 _Known = RunView | AifluxError | None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "List your runs, the newest first: those that have not ended, and those that ended within "
-        "the last day."
-    )
-    parser.add_argument("--all", action="store_true", help="every run, and those that are gone")
-    add_json(parser, "as a JSON array")
-    parser.add_argument("--prune", action="store_true", help="forget runs whose directory is gone")
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """List the user's runs."""
-    if arguments.prune:
+@command("jobs", examples=["aiflux jobs --all"])
+@option("--all", "every", is_flag=True, help="List every run, including deleted ones")
+@option("--prune", is_flag=True, help="Forget runs whose directory was deleted")
+@json_option("Print a JSON array")
+def jobs(every: bool, prune: bool, as_json: bool) -> int:
+    """List your runs, newest first: those in progress and those of the last 24 hours."""
+    if prune:
         forgotten = forget_gone(os.environ)
-        if arguments.json:
+        if as_json:
             print_json([entry.to_json() for entry in forgotten])
             return 0
         for entry in forgotten:
             print(f"forgotten: {entry.run_dir}")
         return 0
-    since = float("-inf") if arguments.all else time.time() - RECENT_SECONDS
+    since = float("-inf") if every else time.time() - RECENT_SECONDS
     candidates = [entry for entry in entries(os.environ) if not _long_finished(entry, since)]
-    there = [RunDirectory(entry.run_dir) for entry in candidates if not entry.gone]
-    views = gather_all(there, os.environ)
+    existing = [RunDirectory(entry.run_dir) for entry in candidates if not entry.gone]
+    views = gather_all(existing, os.environ)
     known = [(entry, views.get(entry.run_dir)) for entry in candidates]
-    shown = [pair for pair in known if arguments.all or _is_recent(*pair, since)]
-    if arguments.json:
+    shown = [pair for pair in known if every or _is_recent(*pair, since)]
+    if as_json:
         print_json([_to_json(*pair) for pair in shown])
     elif shown:
         _list(shown)
     else:
-        more = "" if arguments.all else "; older ones: aiflux jobs --all"
+        more = "" if every else "; older ones: aiflux jobs --all"
         print(f"no runs{more}")
     return 0
 
 
 def _long_finished(entry: RegistryEntry, since: float) -> bool:
-    """Tell from one file that a run does not belong into the list."""
+    """Return whether one file shows that a run ended before ``since``."""
     run = RunDirectory(entry.run_dir)
     try:
         old = run.run_status.stat().st_mtime < since
@@ -128,7 +122,7 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _narrowed(rows: list[list[str]], most: int | None) -> list[list[str]]:
-    """Leave out the columns that tell least, as long as the output's name finds no room."""
+    """Omit the least important columns until the output's name fits."""
     for at in (4, 3, 0):  # when it was submitted, what failed, the job
         left = sum(_widths(rows)[:-1]) + 2 * (len(rows[0]) - 1)
         if most is not None and left + _LEAST_OUTPUT > most:

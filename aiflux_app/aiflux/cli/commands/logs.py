@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable
@@ -10,11 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiflux.cli.run_argument import add_run, located, short
+from aiflux.cli.parser import WholeNumber, command, option
+from aiflux.cli.run_argument import located, run_argument
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.errors import UsageError
 from aiflux.slurm.monitor.collect import Observer, engine_logs, job_logs
+from aiflux.util.files import short
 
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 1 << 16
@@ -23,39 +24,31 @@ _LINES_OF_EACH = 5
 Find = Callable[[], list[tuple[int, Path]]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = "Show the end of the logs of a run's jobs, or of its engines."
-    parser.epilog = "example: aiflux logs results.json -f"
-    add_run(parser)
-    parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on until the run has ended, or Ctrl-C"
-    )
-    parser.add_argument("--shard", type=int, metavar="K", help="of one shard, counted from 0")
-    parser.add_argument("--engine", action="store_true", help="the engines' logs")
-    parser.add_argument(
-        "--lines",
-        type=int,
-        metavar="N",
-        help=f"lines of each log ({_LINES_OF_ONE}; of several shards {_LINES_OF_EACH})",
-    )
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Show logs."""
-    run = located(arguments.run)
-    shards = _shards(run, arguments.shard)
-    find = _finder(run, shards, arguments.engine)
-    lines = arguments.lines
+@command("logs", examples=["aiflux logs results.json -f"])
+@run_argument
+@option("-f", "--follow", is_flag=True, help="Follow the logs until the run ends, or Ctrl-C")
+@option("--shard", type=WholeNumber(), metavar="K", help="Only this shard, counted from 0")
+@option("--engine", is_flag=True, help="Show the engines' logs instead of the jobs'")
+@option(
+    "--lines",
+    type=WholeNumber(),
+    metavar="N",
+    help=f"Lines of each log (default: {_LINES_OF_ONE}, with several shards {_LINES_OF_EACH})",
+)
+def logs(run: str, follow: bool, shard: int | None, engine: bool, lines: int | None) -> int:
+    """Show the end of the logs of a run's jobs or engines."""
+    directory = located(run)
+    shards = _shards(directory, shard)
+    find = _finder(directory, shards, engine)
     if lines is None:
         lines = _LINES_OF_ONE if len(shards) == 1 else _LINES_OF_EACH
-    tails = _Tails(find, max(0, lines), several=len(shards) > 1)
-    shown = tails.begin(last=not arguments.follow)
-    if arguments.follow:
+    tails = _Tails(find, lines, several=len(shards) > 1)
+    shown = tails.begin(last=not follow)
+    if follow:
         with suppress(KeyboardInterrupt):
-            _follow(tails, run)
+            _follow(tails, directory)
     elif not shown:
-        raise _no_log(run, arguments.engine, find())
+        raise _no_log(directory, engine, find())
     return 0
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-
-from aiflux.cli.json_output import add_json, print_json, then_told
-from aiflux.cli.run_argument import located
+from aiflux.cli.json_output import json_option, print_json, then_status
+from aiflux.cli.parser import command, option
+from aiflux.cli.run_argument import located, run_argument
 from aiflux.cli.start import write_output
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.output import merge_partial
@@ -13,38 +12,35 @@ from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "Write the output of a run whose requests are all done. The job that ends last does this "
-        "by itself; by hand it is for a run whose last job was killed meanwhile."
-    )
-    parser.epilog = "example: aiflux merge results.json --partial"
-    parser.add_argument("run", metavar="R", help="job id, run directory or output")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--again", action="store_true", help="write it although it is there")
-    how.add_argument(
-        "--partial",
-        action="store_true",
-        help="write what is done so far to OUTPUT.partial.json (or .jsonl); the run goes on",
-    )
-    add_json(parser)
+@command(
+    "merge", examples=["aiflux merge results.json --partial"], exclusive=[("again", "partial")]
+)
+@run_argument
+@option("--again", is_flag=True, help="Write the output although it already exists")
+@option(
+    "--partial",
+    is_flag=True,
+    help="Write the results so far to OUTPUT.partial.json (or .jsonl); the run continues",
+)
+@json_option()
+def merge(run: str, again: bool, partial: bool, as_json: bool) -> int:
+    """Write the output of a run whose requests are all finished.
+
+    The last job of a run does this itself. It is needed by hand only if that job was killed
+    while it merged.
+    """
+    directory = located(run)
+    if partial:
+        return _partial(directory, as_json=as_json)
+    if as_json:
+        return then_status(lambda: _merge(directory, again=again), directory)
+    return _merge(directory, again=again)
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Write the output."""
-    run = located(arguments.run)
-    if arguments.partial:
-        return _partial(arguments, run)
-    if arguments.json:
-        return then_told(lambda: _merge(arguments, run), run)
-    return _merge(arguments, run)
-
-
-def _partial(arguments: argparse.Namespace, run: RunDirectory) -> int:
+def _partial(run: RunDirectory, *, as_json: bool) -> int:
     plan = read_plan(run)
     path, counts = merge_partial(plan, run)
-    if arguments.json:
+    if as_json:
         done = {"written": counts.total, "failed": counts.failed, "total": plan.requests}
         print_json({"output": path, **done})
     else:
@@ -52,11 +48,11 @@ def _partial(arguments: argparse.Namespace, run: RunDirectory) -> int:
     return 0
 
 
-def _merge(arguments: argparse.Namespace, run: RunDirectory) -> int:
+def _merge(run: RunDirectory, *, again: bool) -> int:
     plan = read_plan(run)
-    done = finished_counts(plan, run, changed_ok=arguments.again)
-    if done is not None and not arguments.again:
+    done = finished_counts(plan, run, changed_ok=again)
+    if done is not None and not again:
         print(finished_line(plan, done))
         refuse_failures(plan, done.failed)
         return 0
-    return write_output(plan, run, again=arguments.again)
+    return write_output(plan, run, again=again)

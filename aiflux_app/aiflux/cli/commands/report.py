@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from markupsafe import Markup
 
-from aiflux.cli.json_output import add_json
-from aiflux.cli.run_argument import add_run, located, short
+from aiflux.cli.json_output import json_option
+from aiflux.cli.parser import FILE, command, option
+from aiflux.cli.run_argument import located, run_argument
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import journal_lines
 from aiflux.core.runs.plan import read_plan
@@ -26,41 +26,38 @@ from aiflux.report.machines import ReportSources
 from aiflux.report.methods import methods
 from aiflux.slurm.monitor.collect import ShardView, gather
 from aiflux.slurm.submissions import known_submissions
-from aiflux.util.files import atomic_write, expanded, may_write, user_name
+from aiflux.util.files import atomic_write, expanded, may_write, short, user_name
 from aiflux.util.records import to_json
 from aiflux.util.streams import STDOUT
 from aiflux.util.unicode import json_text, terminal_text, whole
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "Write what ran, what came of it and what it took as one HTML page that needs no network. "
-        "It works while the run goes on, too."
-    )
-    parser.epilog = "example: aiflux report results.json --output report.html"
-    add_run(parser)
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="the page (default: report.html in the run directory); - for stdout",
-    )
-    add_json(parser, "one JSON object instead, printed or in FILE")
+@command("report", examples=["aiflux report results.json --output report.html"])
+@run_argument
+@option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=FILE,
+    help="Page to write (default: report.html in the run directory); - for stdout",
+)
+@json_option("Write JSON instead, to stdout or FILE")
+def report(run: str, output: str | None, as_json: bool) -> int:
+    """Write a report about a run, as one HTML page that needs no network.
 
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Write the report; the exit code does not tell how the run is."""
-    run = located(arguments.run)
-    output = arguments.output or (STDOUT if arguments.json else None)
-    target = None if output == STDOUT else _target(arguments.output, run)
-    report = read_report(run)
-    text, no_plots = _json(report) if arguments.json else _page(report)
+    It shows what ran, the results and the resources used. The run may still be in progress.
+    """
+    directory = located(run)
+    place = output or (STDOUT if as_json else None)
+    target = None if place == STDOUT else _target(output, directory)
+    made = read_report(directory)
+    text, no_plots = _json(made) if as_json else _page(made)
     if target is None:
         print(text, end="")
     else:
         with atomic_write(target, 0o600) as file:
             file.write(terminal_text(text).encode())
-        print(f"{report.condition.state}: wrote {short(target)}")
+        print(f"{made.condition.state}: wrote {short(target)}")
     if no_plots is not None:
         print(f"  without plots: {no_plots}", file=sys.stdout if target else sys.stderr)
     return 0

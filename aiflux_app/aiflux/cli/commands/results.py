@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,7 +12,18 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Column, Table
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import (
+    FILE,
+    RUN,
+    Decorator,
+    Function,
+    WholeNumber,
+    argument,
+    group,
+    option,
+)
+from aiflux.cli.pipes import destination, refuse_both
 from aiflux.cli.run_argument import located
 from aiflux.converters.results import BackOptions, BackSummary
 from aiflux.converters.results.answers import entries, prompt_text, refuse_unfit
@@ -27,91 +37,126 @@ from aiflux.worker.console import TerminalConsole
 
 _SHOWN = 400
 _ROWS = 50
-_RUN_HELP = "output, run directory or job id"
-_TABLES = {
-    "to-csv": ("CSV", ".csv"),
-    "to-parquet": ("Parquet", ".parquet"),
-    "to-jsonl": ("JSON Lines", ".table.jsonl"),
-}
+_SUFFIXES = {"to-csv": ".csv", "to-parquet": ".parquet", "to-jsonl": ".table.jsonl"}
+_EXAMPLE = "aiflux results {} out.json --source reviews.csv --json-fields"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = "Look at the answers of a run, or write them as a table."
-    parser.epilog = "example: aiflux results to-csv results.json --source reviews.csv"
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
-    show = actions.add_parser("show", help="show prompts and answers as a table")
-    show.add_argument("output", metavar="R", help=_RUN_HELP)
-    show.add_argument("--failed", action="store_true", help="only what failed")
-    show.add_argument(
-        "--limit", type=_count, metavar="N", help=f"rows at most (default: {_ROWS}; JSON: all)"
-    )
-    add_json(show, "print them as a JSON array, in full")
-    for name, (form, _) in _TABLES.items():
-        _add_table(actions, name, form)
+@group("results", examples=["aiflux results to-csv results.json --source reviews.csv"])
+def results() -> None:
+    """Show the answers of a run, or write them as a table."""
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+_result_argument = argument(
+    "run", metavar="RUN", type=RUN, help="Output file, Slurm job id or run directory"
+)
 
 
-def _add_table(actions: Any, name: str, form: str) -> None:
-    parser = actions.add_parser(
-        name,
-        help=f"write answers as {form}, beside the columns that they were asked from",
-        description=f"Write answers as {form}: custom_id, the source's columns, answer, error.",
-        usage=f"aiflux results {name} R [options]",
-        epilog=f"example:\n  aiflux results {name} out.json --source reviews.csv --json-fields",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("output", metavar="R", help=_RUN_HELP)
-    parser.add_argument(
-        "--output",
-        dest="target",
-        metavar="FILE",
-        help="what to write (default: named after the run's output); - for stdout",
-    )
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
-    add_json(parser, "print the summary as one JSON object")
-    parser.add_argument(
-        "--source",
-        metavar="FILE",
-        help="CSV, TSV or Parquet file that was converted (default: columns kept with --keep)",
-    )
-    parser.add_argument(
-        "--id-column", metavar="NAME", help="column of the source that was --id-column"
-    )
-    parser.add_argument("--delimiter", metavar="CHAR", help="of a source that is CSV")
-    parser.add_argument("--encoding", metavar="NAME", help="of a source that is CSV")
-    if name == "to-csv":
-        parser.add_argument(
-            "--excel",
-            action="store_true",
-            help="as Excel reads it: UTF-8 with a mark, ' before what it takes for a formula",
-        )
-    parser.add_argument(
-        "--reasoning",
-        action="store_true",
-        help="add a column with what a reasoning model thought before it answered",
-    )
-    parser.add_argument(
-        "--json-fields",
-        nargs="?",
-        const="",
-        metavar="NAME,NAME",
-        help="make columns of the fields of JSON answers: of those named, or of all; after R",
-    )
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Show or write answers."""
-    output = output_of(arguments.output)
+@results.command("show", examples=["aiflux results show results.json --failed"])
+@_result_argument
+@option("--failed", is_flag=True, help="Only failed requests")
+@option(
+    "--limit",
+    type=WholeNumber(1),
+    metavar="N",
+    help=f"Maximum number of rows (default: {_ROWS}; with --json: all)",
+)
+@json_option("Print a JSON array with the full texts")
+def show(run: str, failed: bool, limit: int | None, as_json: bool) -> int:
+    """Show prompts and answers as a table."""
+    output = output_of(run)
     refuse_unfit(output)
-    if arguments.action == "show":
-        return _show(output, arguments)
-    return _write(output, arguments)
+    wanted = (entry for entry in entries(output) if entry.error or not failed)
+    if as_json:
+        _print_json(islice(wanted, limit))
+        return 0
+    shown = list(islice(wanted, limit or _ROWS))
+    if not shown:
+        print("no request failed" if failed else "no request has a result")
+        return 0
+    columns = (Column(name, overflow="fold") for name in ("custom_id", "prompt", "answer"))
+    table = Table(*columns, show_lines=True, expand=True)
+    for entry in shown:
+        answer = escape(_short(entry.failure or _answer(entry)))
+        text = f"[red]{answer}[/red]" if entry.error else answer
+        table.add_row(escape(_short(entry.custom_id)), escape(_short(_prompt(entry))), text)
+    TerminalConsole().print(table)
+    more = sum(1 for _ in wanted)
+    if more:
+        print(f"{more} more are not shown; --limit N shows N", file=sys.stderr)
+    return 0
+
+
+def _table_options(form: str) -> Decorator:
+    """Add the options of the commands that write a table."""
+    excel = [
+        option(
+            "--excel",
+            is_flag=True,
+            help="For Excel: UTF-8 with a byte order mark, and ' before apparent formulas",
+        )
+    ]
+    options: list[Decorator] = [
+        _result_argument,
+        option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            type=FILE,
+            help="File to write (default: the output's name with another suffix); - for stdout",
+        ),
+        option("--force", is_flag=True, help="Overwrite an existing file"),
+        option(
+            "--source",
+            metavar="FILE",
+            type=FILE,
+            help="CSV, TSV or Parquet file that was converted (default: columns kept with --keep)",
+        ),
+        option("--id-column", metavar="NAME", help="The source's column of custom_ids"),
+        option("--delimiter", metavar="CHAR", help="Delimiter of a CSV source"),
+        option("--encoding", metavar="NAME", help="Encoding of a CSV source"),
+        *(excel if form == "CSV" else []),
+        option(
+            "--reasoning",
+            is_flag=True,
+            help="Add a column with the reasoning of a reasoning model",
+        ),
+        option(
+            "--json-fields",
+            is_flag=False,
+            flag_value="",
+            metavar="[NAME,NAME]",
+            help="Make columns of the fields of JSON answers: the named ones, or all; after RUN",
+        ),
+        json_option("Print the summary as JSON"),
+    ]
+
+    def decorate(function: Function) -> Function:
+        for add in reversed(options):
+            function = add(function)
+        return function
+
+    return decorate
+
+
+@results.command("to-csv", examples=[_EXAMPLE.format("to-csv")])
+@_table_options("CSV")
+def to_csv(**options: Any) -> int:
+    """Write answers as CSV: custom_id, the source's columns, answer, error."""
+    return _write("to-csv", **options)
+
+
+@results.command("to-parquet", examples=[_EXAMPLE.format("to-parquet")])
+@_table_options("Parquet")
+def to_parquet(**options: Any) -> int:
+    """Write answers as Parquet: custom_id, the source's columns, answer, error."""
+    return _write("to-parquet", **options)
+
+
+@results.command("to-jsonl", examples=[_EXAMPLE.format("to-jsonl")])
+@_table_options("JSON Lines")
+def to_jsonl(**options: Any) -> int:
+    """Write answers as JSON Lines: custom_id, the source's columns, answer, error."""
+    return _write("to-jsonl", **options)
 
 
 def output_of(text: str) -> Path:
@@ -127,34 +172,35 @@ def output_of(text: str) -> Path:
     return read_plan(located(text)).output
 
 
-def _write(output: Path, arguments: argparse.Namespace) -> int:
+def _write(
+    form: str,
+    run: str,
+    output: str | None,
+    force: bool,
+    as_json: bool,
+    json_fields: str | None,
+    **options: Any,
+) -> int:
     from aiflux import converters
-    from aiflux.cli.pipes import destination, refuse_both
 
     writers = {
         "to-csv": converters.results_to_csv,
         "to-parquet": converters.results_to_parquet,
         "to-jsonl": converters.results_to_jsonl,
     }
-    options = BackOptions(
-        source=arguments.source,
-        id_column=arguments.id_column,
-        json_fields=_fields(arguments.json_fields),
-        delimiter=arguments.delimiter,
-        encoding=arguments.encoding,
-        excel=getattr(arguments, "excel", False),
-        reasoning=arguments.reasoning,
-    )
-    suffix = _TABLES[arguments.action][1]
-    name = arguments.target or str(output.with_suffix(suffix))
-    refuse_both(name, as_json=arguments.json)
-    with destination(name, force=arguments.force) as target:
-        summary = writers[arguments.action](output, target, options)
-        if arguments.json:
+    source = output_of(run)
+    refuse_unfit(source)
+    name = output or str(source.with_suffix(_SUFFIXES[form]))
+    refuse_both(name, as_json=as_json)
+    with destination(name, force=force) as target:
+        summary = writers[form](
+            source, target, BackOptions(json_fields=_fields(json_fields), **options)
+        )
+        if as_json:
             print_json({**asdict(summary), "output": name})
             return 0
         stream = sys.stderr if name == STDOUT else sys.stdout
-        for line in _told(summary, name):
+        for line in _summary(summary, name):
             print(line, file=stream)
     return 0
 
@@ -165,7 +211,7 @@ def _fields(given: str | None) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
-def _told(summary: BackSummary, name: str) -> Iterator[str]:
+def _summary(summary: BackSummary, name: str) -> Iterator[str]:
     """Yield what was written, and what is worth knowing of it."""
     rows = f"{summary.rows} row" + ("" if summary.rows == 1 else "s")
     answered = answered_words(summary.answered, summary.empty)
@@ -201,29 +247,6 @@ def _named(summary: BackSummary, what: str) -> str:
     names = summary.examples.get(what, [])
     more = ", ..." if getattr(summary, what) > len(names) else ""
     return terminal_line(", ".join(names)) + more
-
-
-def _show(output: Path, arguments: argparse.Namespace) -> int:
-    wanted = (entry for entry in entries(output) if entry.error or not arguments.failed)
-    if arguments.json:
-        _print_json(islice(wanted, arguments.limit))
-        return 0
-    limit = arguments.limit or _ROWS
-    shown = list(islice(wanted, limit))
-    if not shown:
-        print("nothing failed" if arguments.failed else "no request has a result")
-        return 0
-    columns = (Column(name, overflow="fold") for name in ("custom_id", "prompt", "answer"))
-    table = Table(*columns, show_lines=True, expand=True)
-    for entry in shown:
-        answer = escape(_short(entry.failure or _answer(entry)))
-        told = f"[red]{answer}[/red]" if entry.error else answer
-        table.add_row(escape(_short(entry.custom_id)), escape(_short(_prompt(entry))), told)
-    TerminalConsole().print(table)
-    more = sum(1 for _ in wanted)
-    if more:
-        print(f"{more} more are not shown: --limit N shows N", file=sys.stderr)
-    return 0
 
 
 def _print_json(shown: Iterator[ResultEntry]) -> None:

@@ -1,14 +1,15 @@
-"""``aiflux resume``: submit what is left of a run, or continue it here."""
+"""``aiflux resume``: submit the rest of a run, or continue it on this machine."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Mapping
+from typing import Any
 
-from aiflux.cli.json_output import add_json, then_told
-from aiflux.cli.run_argument import located
+from aiflux.cli.json_output import json_option, then_status
+from aiflux.cli.parser import FILE, command, option, settings_options
+from aiflux.cli.run_argument import located, run_argument
 from aiflux.cli.start import register, run_here, run_local, submit_planned
-from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
@@ -17,57 +18,57 @@ from aiflux.core.runs.open import open_run
 from aiflux.core.runs.plan import read_plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import SlurmError
+from aiflux.util.text import counted
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "Submit the shards of a run that are neither done nor in the queue. Options change what is "
-        "asked of Slurm; what was asked before holds for the rest. A run with --engine-url that "
-        "began here continues here, in the foreground, and so does any other with --local."
-    )
-    parser.epilog = "example: aiflux resume results.json --time 08:00:00"
-    parser.add_argument("run", metavar="R", help="job id, run directory or output")
-    parser.add_argument("--image", metavar="PATH", help="another image than before")
-    parser.add_argument(
-        "--local", action="store_true", help="continue on this machine, in the foreground"
-    )
-    add_json(parser)
-    add_settings(parser, "slurm")
+@command("resume", examples=["aiflux resume results.json --time 08:00:00"])
+@run_argument
+@option("--local", is_flag=True, help="Continue on this machine, in the foreground")
+@option("--image", metavar="PATH", type=FILE, help="Use another image than before")
+@json_option()
+@settings_options("slurm")
+def resume(run: str, as_json: bool, local: bool, image: str | None, **settings: Any) -> int:
+    """Submit the shards of a run that are neither finished nor in the queue.
+
+    Options change the resources requested from Slurm; the others stay as before. A run with
+    --engine-url that was started here continues here, in the foreground; --local does so with any
+    other run.
+    """
+    directory = located(run)
+
+    def work() -> int:
+        if local or _started_here(directory):
+            return _continue_here(directory, image)
+        return _submit(run, directory, image, settings)
+
+    return then_status(work, directory) if as_json else work()
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Submit what is left."""
-    run = located(arguments.run)
-    if arguments.json:
-        return then_told(lambda: _resume(arguments, run), run)
-    return _resume(arguments, run)
+def _started_here(run: RunDirectory) -> bool:
+    # A job may use an engine elsewhere, too (SlurmRunner): what was submitted goes to Slurm again.
+    return not engine_kind(read_plan(run).options).managed and not run.submissions.exists()
 
 
-def _resume(arguments: argparse.Namespace, run: RunDirectory) -> int:
+def _submit(name: str, run: RunDirectory, image: str | None, settings: Mapping[str, Any]) -> int:
     from aiflux.slurm.submit import plan_resume
 
-    # A job may use an engine elsewhere, too (SlurmRunner): what was submitted goes to Slurm again.
-    managed = engine_kind(read_plan(run).options).managed
-    if arguments.local or (not managed and not run.submissions.exists()):
-        return _continue_here(arguments, run)
     changes = {
         name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")
-        for name, value in given_settings(vars(arguments)).items()
-        if value is not None and BY_NAME[name].section == "slurm"
+        for name, value in given_settings(settings).items()
+        if value is not None
     }
-    image = Config(arguments={"image": arguments.image}).image if arguments.image else None
-    planned = plan_resume(run, changes, image, os.environ)
+    path = Config(arguments={"image": image}).image if image else None
+    planned = plan_resume(run, changes, path, os.environ)
     if planned.opened.open_shards or planned.opened.finished or not planned.active:
         return submit_planned(planned)
     raise SlurmError(
-        f"all that is left of {planned.opened.plan.output} waits or runs already "
-        f"({planned.active} shards)",
-        f"aiflux watch {arguments.run}",
+        f"the rest of {planned.opened.plan.output} is already pending or running "
+        f"({counted(planned.active, 'shard')})",
+        f"aiflux watch {name}",
     )
 
 
-def _continue_here(arguments: argparse.Namespace, run: RunDirectory) -> int:
+def _continue_here(run: RunDirectory, image: str | None) -> int:
     """Continue a run in the foreground, as `aiflux run` with the same options would."""
     from aiflux.slurm.submit import refuse_second
 
@@ -82,4 +83,4 @@ def _continue_here(arguments: argparse.Namespace, run: RunDirectory) -> int:
         register(opened.plan)
     if not kind.managed:
         return run_here(opened)
-    return run_local(opened, Config(arguments={"image": arguments.image}))
+    return run_local(opened, Config(arguments={"image": image}))

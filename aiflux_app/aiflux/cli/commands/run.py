@@ -1,16 +1,25 @@
-"""``aiflux run``: as a Slurm job, in the image here, or against an engine that is up."""
+"""``aiflux run``: in a Slurm job, in the image on this machine, or on a running server."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiflux.cli.json_output import add_json, print_json, then_told
-from aiflux.cli.parser import whole_number
+from aiflux.cli.commands.estimate import Asked, estimate_run
+from aiflux.cli.json_output import json_option, print_json, then_status
+from aiflux.cli.parser import (
+    FILE,
+    WholeNumber,
+    command,
+    input_parameters,
+    option,
+    settings_options,
+    the_input,
+)
 from aiflux.cli.pipes import kept_input
+from aiflux.cli.render.plan import dry_run_summary
 from aiflux.cli.start import (
     register,
     run_here,
@@ -18,175 +27,198 @@ from aiflux.cli.start import (
     show_local_choices,
     submit_planned,
 )
-from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
-from aiflux.core.runs.open import OpenedRun, draft_run, open_run
+from aiflux.core.runs.open import RunDraft, draft_run
+from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.errors import UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.preflight.local import check_fields, told
 from aiflux.util.streams import STDIN
-from aiflux.util.unicode import json_text
 
 if TYPE_CHECKING:
     from aiflux.slurm.submit import PlannedRun
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "Check the input, plan the run and submit it to Slurm (or process it here)."
-    )
-    parser.epilog = (
-        "example: aiflux run --model llama3.2:3b --input prompts.jsonl --output out.json"
-    )
-    parser.add_argument(
-        "--input", required=True, metavar="FILE", help="requests, *.jsonl; - for a pipe"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="results, *.json or *.jsonl (default: INPUT's name with .results.json, here)",
-    )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--local", action="store_true", help="process it here, in the foreground")
-    where.add_argument("--dry-run", action="store_true", help="print the plan and the script only")
-    parser.add_argument("--force", action="store_true", help="replace an output that is there")
-    parser.add_argument(
-        "--force-resume", action="store_true", help="go on although model or parameters changed"
-    )
-    parser.add_argument(
-        "--no-preflight",
-        action="store_true",
-        help="submit without asking Slurm, the image and the disks whether they will have it",
-    )
-    parser.add_argument(
-        "--pilot",
-        type=whole_number(FEWEST),
-        metavar="K",
-        help="do K requests only, and say what the whole will take (see aiflux estimate)",
-    )
-    add_json(parser)
-    add_settings(parser, "run", "slurm", "paths")
+@command(
+    "run",
+    examples=[
+        "aiflux run prompts.jsonl --model llama3.2:3b --output results.json",
+        "aiflux run prompts.jsonl --model llama3.2:3b --shards 4 --dry-run",
+    ],
+    exclusive=[("local", "dry_run")],
+)
+@input_parameters("Requests, *.jsonl; - for stdin")
+@option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=FILE,
+    help="Results, *.json or *.jsonl (default: from INPUT's name)",
+)
+@option("--local", is_flag=True, help="Run on this machine, in the foreground")
+@option("--dry-run", is_flag=True, help="Check and plan the run, but do not start it")
+@option("--show-script", is_flag=True, help="Print the batch script with --dry-run", rare=True)
+@option("--force", is_flag=True, help="Overwrite an existing output")
+@option(
+    "--force-resume",
+    is_flag=True,
+    rare=True,
+    help="Resume although the model or its parameters changed",
+)
+@option(
+    "--no-preflight",
+    is_flag=True,
+    rare=True,
+    help="Skip the checks of Slurm, image and disk space",
+)
+@option(
+    "--pilot",
+    type=WholeNumber(FEWEST),
+    metavar="K",
+    help="Run only K sample requests and estimate the full run",
+)
+@json_option()
+@settings_options("run", "slurm", "paths")
+def run(
+    input_argument: str | None, input_option: str | None, output: str | None, **more: Any
+) -> int:
+    """Plan a run and submit it to Slurm, or process it on this machine.
 
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Run one input."""
-    config = Config(arguments=given_settings(vars(arguments)))
-    input_path = Path(arguments.input)
-    if arguments.input == STDIN:
-        input_path = kept_input(sys.stdin.buffer, arguments.output)
-    output = named_output(arguments.output, input_path)
-    if arguments.local and config.get("engine_url"):
+    The same command resumes a run that stopped.
+    """
+    source = the_input(input_argument, input_option)
+    config = Config(arguments=given_settings(more))
+    if more["local"] and config.get("engine_url"):
         raise UsageError(
-            "--local and --engine-url exclude each other",
-            "--local starts an engine here; --engine-url uses one that is up",
+            "--local and --engine-url cannot be combined",
+            "--local starts an engine; --engine-url uses a server that is already running",
         )
-    if arguments.pilot is not None:
-        from aiflux.cli.commands.estimate import Asked, foretell
-
-        asked = Asked(arguments, config, input_path, output, arguments.pilot)
-        return foretell(replace(asked, as_json=arguments.json))
-    if arguments.json and not arguments.dry_run:
-        run = RunDirectory.of_output(checked_output(output))
-        return then_told(lambda: _run(arguments, config, input_path, output), run)
-    return _run(arguments, config, input_path, output)
-
-
-def _run(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
-    if arguments.local:
-        return run_local(_open(arguments, config, input_path, output), config)
-    managed = kind_named(config.engine).managed
-    if not managed and arguments.dry_run:
-        return _show_plan(arguments, config, input_path, output)
-    if not managed:
-        show_local_choices(config, None)
-        return run_here(_open(arguments, config, input_path, output))
-    return _submit(arguments, config, input_path, output)
-
-
-def _open(
-    arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
-) -> OpenedRun:
-    """Open a run that is to be done here, and let `aiflux jobs` know it."""
-    options = config.run_options()
-    opened = open_run(
-        input_path,
-        output,
-        options,
-        config.models_dir,
-        engine_kind(options),
-        force=arguments.force,
-        force_resume=arguments.force_resume,
+    path = kept_input(sys.stdin.buffer, output) if source == STDIN else Path(source)
+    asked = _Asked(
+        config,
+        path,
+        named_output(output, path),
+        force=more["force"],
+        force_resume=more["force_resume"],
+        preflight=not more["no_preflight"],
+        as_json=more["as_json"],
     )
+    if more["pilot"] is not None:
+        return estimate_run(
+            Asked(
+                config,
+                asked.input,
+                asked.output,
+                more["pilot"],
+                given={"input": source, "output": output, **given_settings(more)},
+                local=more["local"],
+                preflight=asked.preflight,
+                as_json=asked.as_json,
+            )
+        )
+    if more["dry_run"]:
+        return _dry_run(asked, script=more["show_script"])
+    start = _start_here if more["local"] or not asked.managed else _submit
+    if asked.as_json:
+        directory = RunDirectory.of_output(checked_output(asked.output))
+        return then_status(lambda: start(asked), directory)
+    return start(asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a command line asks for."""
+
+    config: Config
+    input: Path
+    output: Path
+    force: bool
+    force_resume: bool
+    preflight: bool
+    as_json: bool
+
+    @property
+    def managed(self) -> bool:
+        """Whether AI-Flux starts the engine; if not, a server is already running."""
+        return kind_named(self.config.engine).managed
+
+
+def _draft(asked: _Asked) -> RunDraft:
+    """Plan a run that is processed here."""
+    options = asked.config.run_options()
+    return draft_run(
+        asked.input,
+        asked.output,
+        options,
+        asked.config.models_dir,
+        engine_kind(options),
+        force=asked.force,
+        force_resume=asked.force_resume,
+    )
+
+
+def _start_here(asked: _Asked) -> int:
+    """Process a run in the foreground, and register it for `aiflux jobs`."""
+    if not asked.managed:
+        show_local_choices(asked.config, None)
+    opened = _draft(asked).open()
     if not opened.finished:
         register(opened.plan)
         carry_estimate(opened.plan, opened.run)
         for finding in check_fields(opened.plan):
             print(f"warning: {told(finding)}", file=sys.stderr)
-    return opened
+    return run_local(opened, asked.config) if asked.managed else run_here(opened)
 
 
-def _show_plan(
-    arguments: argparse.Namespace, config: Config, input_path: Path, output: Path
-) -> int:
-    """Print the plan of a run that needs neither Slurm nor an image: its engine runs already."""
-    options = config.run_options()
-    draft = draft_run(
-        input_path,
-        output,
-        options,
-        config.models_dir,
-        engine_kind(options),
-        force=arguments.force,
-        force_resume=arguments.force_resume,
+def _plan_job(asked: _Asked, *, write: bool) -> PlannedRun:
+    """Plan a run for Slurm; print what the checks found."""
+    from aiflux.slurm.submit import plan_job
+
+    planned = plan_job(
+        asked.config,
+        asked.config.get_slurm_config(),
+        asked.input,
+        asked.output,
+        asked.config.run_options(),
+        force=asked.force,
+        force_resume=asked.force_resume,
+        check=asked.preflight,
+        write=write,
     )
-    plan = draft.plan.to_json()
-    if arguments.json:
-        print_json({"plan": plan, "image": None, "scripts": [], "warnings": []})
-    else:
-        print(json_text(plan, indent=2))
+    show_local_choices(asked.config, planned.image)
+    for finding in planned.findings:
+        print(f"warning: {told(finding)}", file=sys.stderr)
+    return planned
+
+
+def _submit(asked: _Asked) -> int:
+    return submit_planned(_plan_job(asked, write=True))
+
+
+def _dry_run(asked: _Asked, *, script: bool) -> int:
+    """Show a run's plan; a run whose server is already running needs neither Slurm nor image."""
+    planned = _plan_job(asked, write=False) if asked.managed else None
+    plan = _draft(asked).plan if planned is None else planned.opened.plan
+    if asked.as_json:
+        print_json(_as_json(plan, planned))
+        return 0
+    for line in dry_run_summary(plan, planned):
+        print(line)
+    for _, text in planned.scripts if planned and script else ():
+        print()
+        print(text, end="")
     return 0
 
 
-def _submit(arguments: argparse.Namespace, config: Config, input_path: Path, output: Path) -> int:
-    from aiflux.slurm.submit import plan_job
-
-    slurm = config.get_slurm_config()
-    planned = plan_job(
-        config,
-        slurm,
-        input_path,
-        output,
-        config.run_options(),
-        force=arguments.force,
-        force_resume=arguments.force_resume,
-        check=not arguments.no_preflight,
-        write=not arguments.dry_run,
-    )
-    show_local_choices(config, planned.image)
-    for finding in planned.findings:
-        print(f"warning: {told(finding)}", file=sys.stderr)
-    if arguments.dry_run and arguments.json:
-        print_json(_dry(planned))
-        return 0
-    if arguments.dry_run:
-        print(json_text(planned.opened.plan.to_json(), indent=2))
-        for _, script in planned.scripts:
-            print()
-            print(script, end="")
-        return 0
-    return submit_planned(planned)
-
-
-def _dry(planned: PlannedRun) -> dict[str, Any]:
+def _as_json(plan: Plan, planned: PlannedRun | None) -> dict[str, Any]:
     """Return what a dry run shows."""
     return {
-        "plan": planned.opened.plan.to_json(),
-        "image": planned.image,
-        "scripts": [text for _, text in planned.scripts],
-        "warnings": [told(finding) for finding in planned.findings],
+        "plan": plan.to_json(),
+        "image": planned.image if planned else None,
+        "scripts": [text for _, text in planned.scripts] if planned else [],
+        "warnings": [told(finding) for finding in planned.findings] if planned else [],
     }

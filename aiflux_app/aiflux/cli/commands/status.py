@@ -1,14 +1,14 @@
-"""``aiflux status``: how a run is, once."""
+"""``aiflux status``: show a run's status once."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import command
 from aiflux.cli.render.estimate import comparison
 from aiflux.cli.render.run import overview
-from aiflux.cli.run_argument import add_run, frame_of, located, make_console, show
+from aiflux.cli.run_argument import frame_of, located, make_console, run_argument, show
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
@@ -16,20 +16,18 @@ from aiflux.estimates.estimate import ComparedFigure, compare, read_estimate
 from aiflux.slurm.monitor.collect import gather
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = "Show how a run is: its shards, its progress, its last errors."
-    parser.epilog = "example: aiflux status results.json"
-    add_run(parser)
-    add_json(parser, "everything, as one JSON object")
+@command("status", examples=["aiflux status results.json"])
+@run_argument
+@json_option("Print everything as JSON")
+def status(run: str, as_json: bool) -> int:
+    """Show a run's status: its shards, its progress and its latest errors.
 
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Show a run once; the exit code does not tell how the run is."""
-    run = located(arguments.run)
-    view = gather(run)
-    rows = _compared(run) if view.finished else ()
-    if arguments.json:
+    The exit code does not depend on the status.
+    """
+    directory = located(run)
+    view = gather(directory)
+    rows = _compared(directory) if view.finished else ()
+    if as_json:
         estimated = [asdict(row) for row in rows] or None
         print_json({**view.to_json(), "estimate": estimated})
         return 0
@@ -40,7 +38,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _compared(run: RunDirectory) -> tuple[ComparedFigure, ...]:
-    """Return what was estimated of a finished run beside what it took; nothing without both."""
+    """Compare the estimate of a finished run with what it took; empty if either is missing."""
     plan = read_plan(run)
     told = read_estimate(run.estimate, plan)
     statuses = [read_status(run, shard.index) for shard in plan.shards]

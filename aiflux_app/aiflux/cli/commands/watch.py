@@ -1,8 +1,7 @@
-"""``aiflux watch``: how a run is, until it has ended."""
+"""``aiflux watch``: follow a run until it ends."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -12,47 +11,48 @@ from dataclasses import replace
 from rich.console import Group
 from rich.live import Live
 
-from aiflux.cli.json_output import add_json, print_json
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import Number, command, option
 from aiflux.cli.render.run import overview, progress_line, typed
-from aiflux.cli.run_argument import add_run, frame_of, located, make_console, short, show
+from aiflux.cli.run_argument import (
+    frame_of,
+    located,
+    make_console,
+    run_argument,
+    show,
+)
 from aiflux.errors import ConfigError, ExitCode
 from aiflux.slurm.monitor.collect import Observer, RunView, outcome
+from aiflux.util.files import short
 from aiflux.worker.console import TerminalConsole
 
 LINE_INTERVAL = 30.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = (
-        "Follow a run until it has ended; the exit code is the run's. Ctrl-C leaves the run alone."
-    )
-    parser.epilog = "example: aiflux watch results.json"
-    add_run(parser)
-    parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="S", help="seconds between two looks (2)"
-    )
-    add_json(parser, "print how it ended as one JSON object; what comes before goes to stderr")
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Follow a run."""
-    if not arguments.interval >= 0.1:
-        raise ConfigError(f"--interval {arguments.interval:g} is too short", "give 0.1 or more")
-    observer = Observer(located(arguments.run))
+@command("watch", examples=["aiflux watch results.json"])
+@run_argument
+@option(
+    "--interval", type=Number(), default=2.0, metavar="SECONDS", help="Time between updates (2)"
+)
+@json_option("Print the final status as JSON; progress goes to stderr")
+def watch(run: str, interval: float, as_json: bool) -> int:
+    """Follow a run until it ends, and exit with its exit code. Ctrl-C does not stop the run."""
+    if not interval >= 0.1:
+        raise ConfigError(f"--interval {interval:g} is too short", "give 0.1 or more")
+    observer = Observer(located(run))
     console = make_console()
-    live = console.is_terminal and not console.is_dumb_terminal and not arguments.json
+    live = console.is_terminal and not console.is_dumb_terminal and not as_json
     view = observer.look()
     try:
         if live:
-            view = _draw(observer, view, console, arguments.interval)
+            view = _draw(observer, view, console, interval)
         else:
-            with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
-                view = _write(observer, view, arguments.interval)
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                view = _write(observer, view, interval)
     except KeyboardInterrupt:
         _tell_left(view)
         return int(ExitCode.STOPPED)
-    if arguments.json:
+    if as_json:
         print_json(view.to_json())
     else:
         show(console, overview(view, frame_of(console)))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiflux.cli.json_output import print_json
 from aiflux.core.config.config import Config
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.staging import Staged, staged_models
@@ -71,27 +69,54 @@ class Known:
         """Whether it is in the models directory."""
         return "" if self.digest is None else "damaged" if self.missing else "yes"
 
+    def to_json(self, context: int, slots: int) -> dict[str, Any]:
+        """Return what is known, for programs; sizes are bytes, None is unknown."""
+        listed = self.catalog_model
+        shape = self.figures.architecture if self.figures else None
+        return {
+            "name": self.name.served,
+            "here": self.digest is not None and not self.missing,
+            "digest": self.digest,
+            "missing": list(self.missing),
+            "size": self.size or None,
+            "family": listed.family if listed else None,
+            "parameters": self.parameters or None,
+            "quantisation": self.quantisation or None,
+            "licence": listed.licence if listed else None,
+            "endpoints": list(listed.endpoints) if listed else None,
+            "vision": listed.vision if listed else None,
+            "defaults": listed.defaults if listed else {},
+            "context": shape.context if shape else None,
+            "architecture": shape.name if shape else None,
+            "layers": shape.layers if shape else None,
+            "memory": _memory_json(self.figures, context, slots),
+        }
 
-def list_models(arguments: argparse.Namespace, config: Config) -> None:
-    """Print the catalog and what is on the disk."""
+
+def find_models(
+    config: Config, context: int, slots: int, *, here: bool, room: int | None
+) -> list[Known]:
+    """Return the models of the models directory and of the catalog.
+
+    Args:
+        here: only those of the models directory.
+        room: only those that need at most this much GPU memory.
+    """
     folder, catalog = config.models_dir, config.catalog()
     names = {name.served: name for name in listed_models(folder)}
-    if not arguments.here:
+    if not here:
         names |= {name: parse_model_name(name) for name in catalog.models if name not in names}
-    room = None if arguments.fits is None else parse_size(arguments.fits)
-    context, slots = arguments.context_length, arguments.slots
     models = [known(folder, catalog, name) for name in names.values()]
-    if room is not None:
-        models = [model for model in models if _memory(model, context, slots, room)]
-    if arguments.json:
-        print_json([as_json(model, context, slots) for model in models])
-        return
+    return [model for model in models if room is None or _memory(model, context, slots, room)]
+
+
+def models_table(models: Sequence[Known], folder: Path, context: int, slots: int) -> Iterator[str]:
+    """Yield models as a table, and unfinished pulls and imports."""
     rows = [_row(model, context, slots) for model in sorted(models, key=_order)]
     heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
-    print("\n".join(_table([heads, *rows])))
-    print(f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}")
-    for staged in staged_models(folder):
-        print(_on_its_way(staged))
+    yield from _table([heads, *rows])
+    yield f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}"
+    yield from map(_on_its_way, staged_models(folder))
 
 
 def _on_its_way(staged: Staged) -> str:
@@ -107,31 +132,31 @@ def _on_its_way(staged: Staged) -> str:
     return f"{told}; import it again, or: aiflux models remove {staged.name}"
 
 
-def show_model(arguments: argparse.Namespace, config: Config) -> None:
-    """Print what is known of one model.
+def find_model(config: Config, text: str) -> Known:
+    """Return what is known about one model.
 
     Raises:
-        ModelError: nothing is, or the model that is there is not the one insisted on.
+        ModelError: nothing is known, or the stored model has another digest than requested.
     """
-    name = parse_model_name(arguments.name)
+    name = parse_model_name(text)
     model = known(config.models_dir, config.catalog(), name)
     if model.figures is None and model.digest is None:
         raise ModelError(
-            f"nothing is known of {name.served}: it is neither in {config.models_dir} nor in a "
-            "catalog",
-            f"it may work all the same; once it is pulled, its file tells: aiflux models pull "
-            f"{name.served}",
+            f"{name.served} is unknown: it is neither in {config.models_dir} nor in a catalog",
+            f"it may still work; pull it to read its figures: aiflux models pull {name.served}",
         )
     if model.digest is not None:
         refuse_other_digest(name, model.digest, str(config.models_dir))
-    if arguments.json:
-        print_json(as_json(model, arguments.context_length, arguments.slots))
-        return
-    print(name.served)
-    print("\n".join(f"  {key:<14}{value}" for key, value in _facts(model, config.models_dir)))
+    return model
+
+
+def model_lines(model: Known, folder: Path) -> Iterator[str]:
+    """Yield what is known about one model."""
+    yield model.name.served
+    yield from (f"  {key:<14}{value}" for key, value in _facts(model, folder))
     if model.figures is not None:
-        print()
-        print("\n".join(_memory_table(model.figures)))
+        yield ""
+        yield from _memory_table(model.figures)
 
 
 def known(folder: Path, catalog: Catalog, name: ModelName) -> Known:
@@ -159,30 +184,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"--fits {text!r} is no size", "write it as in --fits 40GB")
     return size
-
-
-def as_json(model: Known, context: int, slots: int) -> dict[str, Any]:
-    """Return what is known of a model for programs; sizes are bytes, None is not known."""
-    told = model.catalog_model
-    shape = model.figures.architecture if model.figures else None
-    return {
-        "name": model.name.served,
-        "here": model.digest is not None and not model.missing,
-        "digest": model.digest,
-        "missing": list(model.missing),
-        "size": model.size or None,
-        "family": told.family if told else None,
-        "parameters": model.parameters or None,
-        "quantisation": model.quantisation or None,
-        "licence": told.licence if told else None,
-        "endpoints": list(told.endpoints) if told else None,
-        "vision": told.vision if told else None,
-        "defaults": told.defaults if told else {},
-        "context": shape.context if shape else None,
-        "architecture": shape.name if shape else None,
-        "layers": shape.layers if shape else None,
-        "memory": _memory_json(model.figures, context, slots),
-    }
 
 
 def _memory_json(figures: Figures | None, context: int, slots: int) -> dict[str, Any] | None:

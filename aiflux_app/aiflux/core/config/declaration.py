@@ -20,6 +20,7 @@ class Setting:
         name: key in YAML files and in Python; the option is ``--`` with dashes.
         section: ``run``, ``slurm`` or ``paths``: the block in YAML files.
         parse: converts a text or a YAML value to the setting's type; raises ValueError.
+        short: short form of the option, such as ``-m``.
         metavar: stands for the value in help texts.
         env: environment variable, if it has one.
         aliases: other names it is known by.
@@ -34,6 +35,7 @@ class Setting:
     parse: Parser
     default: Any
     help: str
+    short: str = ""
     metavar: str = "N"
     env: str | None = None
     aliases: tuple[str, ...] = ()
@@ -54,7 +56,8 @@ class Setting:
             name = self.name.replace("_", "-")
             both = (f"--{name}", f"--no-{name}")
             return both[::-1] if self.default else both
-        return tuple("--" + name.replace("_", "-") for name in (self.name, *self.aliases))
+        names = tuple("--" + name.replace("_", "-") for name in (self.name, *self.aliases))
+        return (*names, self.short) if self.short else names
 
 
 def setting(parse: Parser, default: Any, help: str, **more: Any) -> Any:

@@ -26,6 +26,7 @@ class RunOptions:
         parse.text,
         None,
         "Model to run, such as llama3.2:3b",
+        short="-m",
         metavar="NAME:TAG",
         env="MODEL_NAME",
         common=True,
@@ -83,7 +84,7 @@ class RunOptions:
     validate: bool = setting(
         parse.boolean,
         False,
-        "Check answers against the JSON Schema of their request (response_format)",
+        "Check answers against their request's JSON Schema",
         common=True,
     )
     revalidate_attempts: int = setting(
@@ -92,7 +93,7 @@ class RunOptions:
     max_failures: str = setting(
         parse.failures,
         "0",
-        "Failed requests (a number or N%) with which the run still exits with 0",
+        "Failed requests allowed, N or N%",
         metavar="N|N%",
         common=True,
     )
@@ -121,12 +122,16 @@ class RunOptions:
         common=True,
     )
     top_p: float | None = setting(
-        parse.number(0, 1), None, "top_p, for requests without one", metavar="P", env="TOP_P"
+        parse.number(0, 1),
+        None,
+        "Value of top_p, for requests without one",
+        metavar="P",
+        env="TOP_P",
     )
     top_k: int | None = setting(
         parse.integer(0),
         None,
-        "top_k, for requests without one (only with --engine-url)",
+        "Value of top_k, for requests without one (only with --engine-url)",
         env="TOP_K",
     )
     stop: tuple[str, ...] = setting(

@@ -66,8 +66,8 @@ VARIABLES = frozenset(
 )
 BY_NAME: Mapping[str, Setting] = by_every_name(SETTINGS)
 TITLES: Mapping[str, str] = {
-    "run": "How requests are processed",
-    "slurm": "Resources requested from Slurm",
+    "run": "Requests",
+    "slurm": "Slurm",
     "paths": "Files and directories",
 }
 """The sections, with their titles in help texts and pages."""

@@ -47,8 +47,8 @@ class SlurmConfig:
     gpus_per_node: str = setting(
         parse.gpus,
         "1",
-        "GPUs, as a number or TYPE:NUMBER; 0 for none",
-        metavar="[TYPE:]N",
+        "GPUs; 0 for none",
+        metavar="N|TYPE:N",
         env="SLURM_GPUS_PER_NODE",
         common=True,
     )
@@ -80,7 +80,7 @@ class SlurmConfig:
     shards: int | str = setting(
         parse.shards,
         1,
-        "Jobs to split the input into (a job array), or auto",
+        "Jobs to split the input into",
         metavar="N|auto",
         common=True,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import subprocess
@@ -12,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config.arguments import add_settings
 from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.declaration import Setting
 from aiflux.core.config.run_options import RunOptions
-from aiflux.core.config.settings import SETTINGS, Setting, given_settings
+from aiflux.core.config.settings import SETTINGS, given_settings
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, InputError, PreflightError, describe
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.script import job_directives
+from aiflux.worker.main import make_parser
+from tests.unit.command_line import parse
 
 
 def config(directory: Path, **more: object) -> Config:
@@ -123,15 +124,22 @@ def test_an_error_names_the_line_and_what_may_stand_there(
 
 @pytest.mark.parametrize("setting", [item for item in SETTINGS if isinstance(item.default, bool)])
 def test_an_argument_can_say_yes_and_no_over_a_file(tmp_path: Path, setting: Setting) -> None:
-    parser = argparse.ArgumentParser()
-    add_settings(parser, "run", "slurm", "paths")
     name = setting.name.replace("_", "-")
     for option, meant in ((f"--{name}", True), (f"--no-{name}", False)):
         word = str(not meant).lower()
         (tmp_path / "aiflux.yaml").write_text(f"{setting.section}: {{{setting.name}: {word}}}")
         assert config(tmp_path).get(setting.name) is not meant
-        given = given_settings(vars(parser.parse_args([option])))
+        given = given_settings(parse(["run", "in.jsonl", option]).params)
         assert config(tmp_path, arguments=given).get(setting.name) is meant
+
+
+@pytest.mark.parametrize("setting", [item for item in SETTINGS if item.section != "slurm"])
+def test_the_worker_takes_the_same_options(setting: Setting) -> None:
+    words = [] if isinstance(setting.default, bool) else ["1"]
+    text = ["1"] if setting.repeatable else "1"
+    for option in setting.options:
+        given = given_settings(vars(make_parser().parse_args([option, *words])))[setting.name]
+        assert given == (text if words else not option.startswith("--no-"))
 
 
 def test_what_is_no_file_of_settings_is_told(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aiflux.cli.main import make_parser
+from aiflux.cli.commands.run import run
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import BY_NAME, SETTINGS
 from aiflux.errors import ConfigError
@@ -51,7 +50,7 @@ PROMISED: Mapping[str, tuple[str, str, Any]] = {
 BESIDE = {"TOP_K": {"AIFLUX_ENGINE_URL": "http://127.0.0.1:1"}}
 # What a run needs that is no setting, and how Python names it; the rest does not submit a run.
 KEYWORDS = {
-    "input": "input_path",
+    "input_argument": "input_path",
     "output": "output_path",
     "force": "force",
     "force_resume": "force_resume",
@@ -59,7 +58,7 @@ KEYWORDS = {
     "dry_run": "dry_run",
 }
 # What means nothing to Python: where a run works, and what is printed.
-OF_THE_COMMAND_LINE = {"help_all", "help", "json", "local", "pilot"}
+OF_THE_COMMAND_LINE = {"input_option", "as_json", "local", "pilot", "show_script"}
 
 
 @pytest.fixture
@@ -126,11 +125,7 @@ def test_no_promised_name_is_missing() -> None:
 
 def options_of_run() -> set[str]:
     """Return the names of the options of ``aiflux run``."""
-    parser = make_parser("run")
-    (commands,) = (
-        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-    )
-    return {action.dest for action in commands.choices["run"]._actions}
+    return {param.name for param in run.params if param.name}
 
 
 def test_python_takes_every_option_of_the_command_line() -> None:

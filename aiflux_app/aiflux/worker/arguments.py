@@ -1,4 +1,4 @@
-"""Command line options made from the table of settings."""
+"""The settings as options of the worker: argparse, for the image has no click."""
 
 from __future__ import annotations
 

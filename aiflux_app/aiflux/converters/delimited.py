@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _DELIMITERS = (",", "\t", ";", "|")
 _NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
+# Quoted names with spaces between them, as R's write.table writes; or one name, and quoted rows.
+_SPACED = re.compile(r'("[^"\n]*" )+"[^"\n]*"\r?\n|"[^"\n]*"\r?\n"[^"\n]*" \S')
 _SAMPLE = 1 << 16
 _ROW_NAMES = "row.names"
 _DECLARATION = re.compile(r"sep=(.)\r?\n")  # written and read by Excel
@@ -124,7 +126,7 @@ class DelimitedTable:
         draft = cls(path, (), delimiter, known, declares=declared is not None)
         columns = _header(draft)
         rows = _sample_rows(sample, delimiter)[1 + draft.declares :]
-        if _has_row_names(sample, rows if whole else rows[:-1], columns):
+        if _has_row_names(sample, rows if whole else rows[:-1], columns, delimiter):
             return replace(draft, columns=(_ROW_NAMES, *columns), row_names=True)
         return replace(draft, columns=columns)
 
@@ -230,7 +232,9 @@ def _malformed(error: csv.Error) -> str:
         return f'a cell larger than {_MAX_CELL >> 20} MiB: a quote (") is not closed'
     if "unexpected end" in str(error):
         return 'a quote (") is not closed before the end of the file'
-    return f'not valid CSV: {error} (write a quote in a quoted cell as "")'
+    return (
+        f'not valid CSV: {error} (write a quote in a quoted cell as ""; in R: qmethod = "double")'
+    )
 
 
 def _beginning(path: Path, encoding: Encoding) -> tuple[str, bool]:
@@ -247,6 +251,8 @@ def _beginning(path: Path, encoding: Encoding) -> tuple[str, bool]:
 
 def _detect(sample: str, whole: bool) -> str:
     """Return the delimiter that splits the first rows most evenly and into most cells."""
+    if _SPACED.match(sample):
+        return " "
     scores = {item: _score(sample, item, whole) for item in _DELIMITERS}
     return max(_DELIMITERS, key=lambda item: scores[item])
 
@@ -292,20 +298,27 @@ def _header(draft: DelimitedTable) -> tuple[str, ...]:
     return unique_columns([name or f"column_{at}" for at, name in enumerate(cells, 1)], path)
 
 
-def _has_row_names(sample: str, rows: Sequence[Sequence[str]], columns: Sequence[str]) -> bool:
+def _has_row_names(
+    sample: str, rows: Sequence[Sequence[str]], columns: Sequence[str], delimiter: str
+) -> bool:
     """Return whether every row starts with an extra cell, R's row name.
 
-    R quotes the header and the names, or numbers the rows. A trailing delimiter in each row, or a
-    comma in unquoted text, also results in one extra cell and must not count.
+    R quotes the header and the names, or numbers the rows; some numbers are missing where rows were
+    selected. A trailing delimiter in each row, or a comma in unquoted text, also results in one
+    extra cell and must not count.
     """
     first = [row[0] for row in rows]
+    numbers = [int(name) for name in first if name.isascii() and name.isdigit()]
+    numbered = len(numbers) == len(first) and numbers == sorted(numbers)
+    if delimiter == ",":
+        numbered = numbered and numbers == list(range(1, len(rows) + 1))
     quoted = re.match(r'"[^\n]*"\r?\n"', sample) is not None
     return (
         bool(rows)
         and _ROW_NAMES not in columns
         and all(len(row) == len(columns) + 1 for row in rows)
         and any(row[-1] for row in rows)
-        and (first == [str(number) for number in range(1, len(rows) + 1)] or quoted)
+        and (numbered or quoted)
         and len(set(first)) == len(rows)
     )
 

@@ -125,6 +125,8 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
         lines += _only_shard(view)
     else:
         lines.append(_pair(f"{len(view.shards)} shards", _shard_counts(view)))
+    if view.output_change is not None:
+        lines.append(Text(one_line(view.output_change), style="red"))
     if view.slurm is not None:
         lines.append(Text(f"from the files alone: {one_line(view.slurm)}", style="yellow"))
     return lines

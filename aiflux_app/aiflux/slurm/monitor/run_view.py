@@ -150,6 +150,7 @@ class RunView:
         empty_answers: answers without a text, by their reason.
         errors: of the last requests that failed, newest first.
         next_command: what the user can do to bring the run to its end; None where nothing is to do.
+        output_change: what was changed in the finished output since it was written, or None.
         slurm: why Slurm could not be asked; None where it could, or was not needed.
         updated: Unix time of the last thing that is known of it; None where nothing is.
     """
@@ -177,6 +178,7 @@ class RunView:
     gpu_seconds: float
     errors: tuple[RequestError, ...]
     next_command: str | None
+    output_change: str | None
     slurm: str | None
     updated: float | None
     shards: tuple[ShardView, ...]
@@ -254,6 +256,7 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         gpu_seconds=round(sum(shard.gpu_seconds for shard in shards), 1),
         errors=tuple(_errors(facts.shards)),
         next_command=_next_command(state, facts, shards),
+        output_change=facts.output_change,
         slurm=slurm,
         updated=_updated(facts),
         shards=shards,

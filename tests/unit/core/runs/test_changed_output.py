@@ -103,6 +103,9 @@ def test_the_commands_that_call_it_finished_name_the_change_and_what_restores_it
     view = json.loads(capsys.readouterr().out)
     assert view["state"] == "output changed"
     assert view["next_command"] == f"aiflux merge --again {run.output}"
+    assert view["output_change"].startswith(f"{changed} ")
+    assert main(command(run, "status")) == 0
+    assert f"{changed} " in capsys.readouterr().out
     assert main(command(run, "report")) == 0
     assert capsys.readouterr().out.startswith("output changed: wrote ")
     assert changed.read_bytes() == damaged

@@ -7,28 +7,40 @@ those known only inside, and writes image.json, Apptainer's label file and its e
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-LIBRARIES = (Path("/usr/lib/ollama"), Path("/lib/ollama"), Path("/usr/local/lib/ollama"))
+PROGRAMS = {"ollama": "ollama", "llamacpp": "llama-server", "vllm": "vllm"}
+LIBRARIES = tuple(
+    map(Path, ("/usr/lib/ollama", "/lib/ollama", "/usr/local/lib/ollama", "/app", "/usr/lib"))
+)
 GPU_LIBRARY = re.compile(r"^libggml-(cuda|hip|vulkan)\b.*\.so")
+VERSION = re.compile(r"\d+\.\d+\.\d+\S*|(?<=version: )\d+")
 
 
-def ollama_version() -> str:
-    """Return the version from ``ollama --version``, without a server."""
-    done = subprocess.run(["ollama", "--version"], capture_output=True, text=True, check=True)
-    found = re.search(r"\d+\.\d+\.\d+\S*", done.stdout + done.stderr)
+def engine_version(engine: str) -> str:
+    """Return the version that the engine's program prints, without a server."""
+    path = f"{os.environ['PATH']}:/app"
+    # The engine's Python must not see the worker's packages.
+    environ = {**os.environ, "PATH": path, "PYTHONPATH": "", "HOME": "/tmp"}  # noqa: S108
+    done = subprocess.run(
+        [PROGRAMS[engine], "--version"], capture_output=True, text=True, check=True, env=environ
+    )
+    found = VERSION.search(done.stdout + done.stderr)
     if found is None:
-        raise SystemExit(f"image-facts: ollama printed no version: {done.stdout}{done.stderr}")
+        raise SystemExit(f"image-facts: no version was printed: {done.stdout}{done.stderr}")
     return found[0]
 
 
-def has_gpu_libraries() -> bool:
-    """Return whether Ollama has a GPU back end."""
-    files = (path for library in LIBRARIES for path in library.rglob("*.so*"))
+def has_gpu_support(engine: str, version: str) -> bool:
+    """Return whether the engine has a GPU back end."""
+    if engine == "vllm":
+        return not version.endswith("+cpu")
+    files = (path for library in LIBRARIES for path in library.rglob("libggml-*.so*"))
     return any(GPU_LIBRARY.match(path.name) for path in files)
 
 
@@ -42,15 +54,17 @@ def label(value: object) -> str:
 def main(facts_path: str, image_json: str, labels: str, environment: str) -> None:
     """Write all three files."""
     facts = json.loads(Path(facts_path).read_text(encoding="utf-8"))
-    version = ollama_version()
+    engine = facts["engine"]
+    version = engine_version(engine)
     facts |= {
         "engine_version": version,
-        "ollama": version,  # its label in earlier versions
         "python": platform.python_version(),
         "os": platform.freedesktop_os_release()["PRETTY_NAME"],
         "arch": platform.machine(),
-        "cpu_only": not has_gpu_libraries(),
+        "cpu_only": not has_gpu_support(engine, version),
     }
+    if engine == "ollama":
+        facts["ollama"] = version  # its label in earlier versions
     Path(image_json).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
     with Path(labels).open("a", encoding="utf-8") as file:
         file.writelines(f"aiflux.{key} {label(facts[key])}\n" for key in sorted(facts))

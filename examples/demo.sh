@@ -23,7 +23,7 @@ if [[ -n ${OLLAMA:-} ]]; then
 else
     ollama=$cache/ollama-cpu/bin/ollama
     echo "setting up a CPU build of Ollama in $cache (about 160 MB to download, once)"
-    "$root/container/cpu-ollama.sh" "$cache/ollama-cpu"
+    "$root/container/engines/ollama/cpu-build.sh" "$cache/ollama-cpu"
 fi
 export AIFLUX_OLLAMA=$ollama
 # The default of `aiflux run --local`, so that the downloaded model can be used again.

@@ -106,7 +106,7 @@ def run_local(opened: OpenedRun, config: Config) -> int:
         show_local_choices(config, None)
         return run_here(opened)
     try:
-        runtime, image = find_runtime(), find_image(config, Path.cwd())
+        runtime, image = find_runtime(), find_image(config, Path.cwd(), engine=kind.name)
     except ImageError as error:
         if config.image is not None or find_program(kind, os.environ) is None:
             raise ImageError(

@@ -19,7 +19,7 @@ from aiflux.doctor import host
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
-from aiflux.image.base import OLLAMA_IMAGE
+from aiflux.image.base import ENGINES
 from aiflux.image.container import find_image, find_runtime, is_chosen, probe_command
 from aiflux.image.run_tool import apptainer, ask
 from aiflux.image.sif import how_to_build, machine_arch, read_image
@@ -228,7 +228,9 @@ def registries() -> list[Diagnosis]:
     """Check whether this machine reaches the registries of models and images."""
     with ThreadPoolExecutor(2) as pool:
         model = pool.submit(oci_registry.why_silent, DEFAULT_HOST)
-        image = pool.submit(oci_registry.why_silent, oci_registry.parse(OLLAMA_IMAGE).api_host)
+        image = pool.submit(
+            oci_registry.why_silent, oci_registry.parse(ENGINES["ollama"].image).api_host
+        )
         no_models, no_images = model.result(), image.result()
     return [
         ok("model registry", f"{DEFAULT_HOST} is reachable from here; {_HERE}")
@@ -238,11 +240,14 @@ def registries() -> list[Diagnosis]:
             f"{no_models}: models cannot be pulled on this machine; {_HERE}",
             "set https_proxy, or pull on a machine with internet and copy the models directory",
         ),
-        ok("image registry", f"{oci_registry.parse(OLLAMA_IMAGE).host} is reachable from here")
+        ok(
+            "image registry",
+            f"{oci_registry.parse(ENGINES['ollama'].image).host} is reachable from here",
+        )
         if no_images is None
         else warn(
             "image registry",
             f"{no_images}: the image with GPU support cannot be built here",
-            "use a mirror (make image OLLAMA_IMAGE=...), or build elsewhere and copy the image",
+            "use a mirror (make image BASE_IMAGE=...), or build elsewhere and copy the image",
         ),
     ]

@@ -10,7 +10,59 @@ from pathlib import Path
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
 
-CPU_OLLAMA_VERSION = "0.9.3"
+
+@dataclass(frozen=True)
+class EngineBase:
+    """What images with one engine are built on.
+
+    Attributes:
+        title: the engine's name.
+        image: its official image, for the docker base.
+        official: description of the engine in that image.
+        cpu: description of the engine on the Debian base.
+        suite: Debian suite that the Debian base needs; empty for any.
+        assembler: script below ``container/`` that assembles the CPU build on this machine; empty
+            where Debian has the engine as a package.
+        machines: architectures that the Debian base supports.
+    """
+
+    title: str
+    image: str
+    official: str
+    cpu: str
+    suite: str = ""
+    assembler: str = ""
+    machines: tuple[str, ...] = ("x86_64",)
+
+
+ENGINES = {
+    "ollama": EngineBase(
+        "Ollama",
+        # By digest: Apptainer accepts a tag or a digest, not both.
+        "docker://docker.io/ollama/ollama"
+        "@sha256:32931b46719f673c05fdbaa81ccb26da18ea4a1c57590a754874ab28ba269eb2",
+        "official Ollama 0.33.3 with GPU support",
+        "CPU build of Ollama 0.9.3, without GPU support",
+        assembler="engines/ollama/cpu-build.sh",
+    ),
+    "llamacpp": EngineBase(
+        "llama.cpp",
+        "docker://ghcr.io/ggml-org/llama.cpp:server-cuda",
+        "official llama.cpp with GPU support",
+        "llama.cpp of Debian, without GPU support",
+        suite="sid",
+        machines=("x86_64", "aarch64"),
+    ),
+    "vllm": EngineBase(
+        "vLLM",
+        "docker://docker.io/vllm/vllm-openai:v0.32.0",
+        "official vLLM 0.32.0 with GPU support",
+        "CPU build of vLLM 0.32.0, without GPU support",
+        suite="bookworm",  # the CPU build is for its Python, 3.11
+        assembler="engines/vllm/cpu-build.sh",
+    ),
+}
+"""By engine kind. What the build does inside the image is in ``container/engines/KIND/``."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +75,8 @@ class BaseChoice:
         image: docker reference; for docker.
         digest: its digest, if known; for docker.
         source: mirror and suite; for debian.
-        cpu_build: whether Ollama is the CPU build; for debian.
-        engine: description of Ollama for the image's help.
+        cpu_build: whether the engine is the CPU build; for debian.
+        engine: description of the engine for the image's help.
     """
 
     base: str
@@ -59,7 +111,7 @@ def choose_base(options: BuildOptions) -> BaseChoice:
         return _debian(options, "as requested")
     if options.ollama_tarball:
         return _debian(options, "an Ollama archive was given")
-    image = options.ollama_image or OLLAMA_IMAGE
+    image = options.base_image or options.engine_base.image
     reference = oci_registry.parse(image)
     problem = oci_registry.why_unreachable(reference)
     if problem is None:
@@ -68,7 +120,7 @@ def choose_base(options: BuildOptions) -> BaseChoice:
     if options.base == "docker":
         raise ImageError(
             f"the docker base cannot be downloaded: {problem}",
-            "build where the registry is reachable, name a mirror with --ollama-image, or use "
+            "build where the registry is reachable, name a mirror with --base-image, or use "
             "--base debian",
         )
     return _debian(options, problem)
@@ -77,9 +129,9 @@ def choose_base(options: BuildOptions) -> BaseChoice:
 def _docker(
     options: BuildOptions, image: str, reference: oci_registry.Reference, why: str
 ) -> BaseChoice:
-    engine = f"official Ollama {OLLAMA_VERSION} with GPU support"
-    if options.ollama_image:
-        engine = f"Ollama from {image.removeprefix('docker://')}"
+    engine = options.engine_base.official
+    if options.base_image:
+        engine = f"{options.engine_base.title} from {image.removeprefix('docker://')}"
     return BaseChoice(
         "docker", why, engine, image=image, digest=oci_registry.digest(reference) or ""
     )
@@ -90,19 +142,21 @@ def _debian(options: BuildOptions, why: str) -> BaseChoice:
     if options.ollama_tarball:
         engine = f"Ollama from {options.ollama_tarball.name}"
         return BaseChoice("debian", why, engine, source=source)
-    if platform.machine() != "x86_64":
+    base, machine = options.engine_base, platform.machine()
+    if machine not in base.machines:
+        supported = " and ".join(base.machines)
+        archive = " or --ollama-tarball" if options.engine == "ollama" else ""
         raise ImageError(
-            f"the Debian base has a CPU build of Ollama for x86_64 only, not {platform.machine()}",
-            "provide the official Ollama archive with --ollama-tarball",
+            f"the Debian base has {base.title} for {supported} only, not {machine}",
+            f"use --base docker, or --base-image{archive} with {base.title} for {machine}",
         )
-    engine = f"CPU build of Ollama {CPU_OLLAMA_VERSION}, without GPU support"
-    return BaseChoice("debian", why, engine, source=source, cpu_build=True)
+    return BaseChoice("debian", why, base.cpu, source=source, cpu_build=True)
 
 
 def _source(options: BuildOptions) -> AptSource:
     found = find_source()
     mirror = options.mirror or (found and found.mirror)
-    suite = options.suite or (found and found.suite)
+    suite = options.suite or options.engine_base.suite or (found and found.suite)
     if not mirror or not suite:
         raise ImageError(
             "the Debian base requires a mirror and suite, and apt has none configured here",
@@ -175,13 +229,6 @@ def _fields(stanza: str) -> Iterator[tuple[str, list[str]]]:
             yield name.strip().lower(), value.split()
 
 
-OLLAMA_VERSION = "0.33.3"
-OLLAMA_IMAGE = (
-    "docker://docker.io/ollama/ollama"
-    "@sha256:32931b46719f673c05fdbaa81ccb26da18ea4a1c57590a754874ab28ba269eb2"
-)
-"""The official image of OLLAMA_VERSION, by digest (Apptainer accepts a tag or digest, not both)."""
-
 BASES = ("auto", "docker", "debian")
 
 
@@ -191,9 +238,10 @@ class BuildOptions:
 
     Attributes:
         output: the image file to write.
-        base: ``docker`` (the official Ollama image), ``debian`` (debootstrap), or ``auto``:
+        engine: kind of the engine in it.
+        base: ``docker`` (the engine's official image), ``debian`` (debootstrap), or ``auto``:
             docker if its registry is reachable.
-        ollama_image: docker base as ``docker://HOST/NAME:TAG``; plain http on loopback.
+        base_image: docker base as ``docker://HOST/NAME:TAG``; plain http on loopback.
         ollama_tarball: Ollama's official archive for Linux; for the Debian base.
         mirror: Debian mirror; by default that of this machine's apt.
         suite: Debian suite; by default this machine's.
@@ -204,8 +252,9 @@ class BuildOptions:
     """
 
     output: Path = Path("aiflux.sif")
+    engine: str = "ollama"
     base: str = "auto"
-    ollama_image: str | None = None
+    base_image: str | None = None
     ollama_tarball: Path | None = None
     mirror: str | None = None
     suite: str | None = None
@@ -218,14 +267,24 @@ class BuildOptions:
         """Raise ImageError for options that cannot be combined."""
         if self.base not in BASES:
             raise ImageError(f"unknown base {self.base!r}", f"use one of {', '.join(BASES)}")
+        if self.engine not in ENGINES:
+            raise ImageError(
+                f"there are no images with the engine {self.engine!r}",
+                f"use one of {', '.join(ENGINES)}",
+            )
+        if self.ollama_tarball and self.engine != "ollama":
+            raise ImageError(
+                f"--ollama-tarball cannot be combined with --engine {self.engine}",
+                "remove one of the two",
+            )
         if self.base == "docker" and self.ollama_tarball:
             raise ImageError(
                 "--ollama-tarball cannot be combined with the docker base, which contains Ollama",
                 "use --base debian, or remove --ollama-tarball",
             )
-        if self.ollama_image and not self.ollama_image.startswith("docker://"):
+        if self.base_image and not self.base_image.startswith("docker://"):
             raise ImageError(
-                f"--ollama-image {self.ollama_image!r} is not a docker reference",
+                f"--base-image {self.base_image!r} is not a docker reference",
                 "write it as docker://HOST/NAME:TAG, e.g. docker://docker.io/ollama/ollama:latest",
             )
         if self.key is not None and not self.sign:
@@ -235,3 +294,8 @@ class BuildOptions:
                 f"Ollama archive not found: {self.ollama_tarball}",
                 "download ollama-linux-amd64.tgz (or arm64, or .tar.zst) from an Ollama release",
             )
+
+    @property
+    def engine_base(self) -> EngineBase:
+        """What images with this engine are built on."""
+        return ENGINES[self.engine]

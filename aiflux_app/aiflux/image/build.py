@@ -8,7 +8,7 @@ import shlex
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,13 +97,25 @@ def stage(target: Path, sources: Checkout, options: BuildOptions, choice: BaseCh
     shutil.copytree(sources.entrypoint, target / "entrypoint")
     shutil.copy2(sources.container / "image-facts.py", build)
     (build / "facts.json").write_text(
-        json.dumps(known_facts(sources, choice), indent=2) + "\n", encoding="utf-8"
+        json.dumps(known_facts(sources, options, choice), indent=2) + "\n", encoding="utf-8"
     )
-    _stage_wheels(target / "site", sources)
-    _stage_ollama(target / "ollama.tar", sources, options, choice)
+    (build / "apt.conf").write_text(_apt_configuration(), encoding="utf-8")
+    own = sources.container / "engines" / options.engine
+    shutil.copytree(own, build / "engine")
+    _stage_wheels(target / "site", sources, [sources.container, own])
+    _stage_engine(target / "engine.tar", sources, options, choice)
 
 
-def known_facts(sources: Checkout, choice: BaseChoice) -> dict[str, str]:
+def _apt_configuration() -> str:
+    """Return what apt needs inside as on this machine: a mirror may keep expired releases."""
+    name = "Acquire::Check-Valid-Until"
+    value = (
+        ask(["apt-config", "dump", "--format", "%v", name]) if shutil.which("apt-config") else ""
+    )
+    return f'{name} "{value}";\n' if value else ""
+
+
+def known_facts(sources: Checkout, options: BuildOptions, choice: BaseChoice) -> dict[str, str]:
     """Return the labels known on the host; the build adds the others."""
     image, digest = choice.image.removeprefix("docker://"), choice.digest or "unknown"
     if choice.source:
@@ -114,34 +126,37 @@ def known_facts(sources: Checkout, choice: BaseChoice) -> dict[str, str]:
         "base": choice.base,
         "base_image": image,
         "base_digest": digest,
-        "engine": "ollama",
+        "engine": options.engine,
         "engine_description": choice.engine,
     }
 
 
-def _stage_wheels(site: Path, sources: Checkout) -> None:
+def _stage_wheels(site: Path, sources: Checkout, folders: Sequence[Path]) -> None:
+    """Unpack the worker's dependencies; each folder may have a lock file of its own."""
     fetch = sources.container / "fetch-wheels.sh"
-    lock = sources.container / "requirements.txt"
-    wheels = capture(
-        [fetch, lock], "the worker's dependencies could not be downloaded", _NETWORK_REMEDY
-    )
-    for wheel in wheels.splitlines():
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
+    for lock in filter(Path.is_file, (folder / "requirements.txt" for folder in folders)):
+        wheels = capture(
+            [fetch, lock], "the worker's dependencies could not be downloaded", _NETWORK_REMEDY
+        )
+        for wheel in wheels.splitlines():
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
 
 
-def _stage_ollama(
+def _stage_engine(
     archive: Path, sources: Checkout, options: BuildOptions, choice: BaseChoice
 ) -> None:
+    """Put the engine into an archive; the docker base has it already."""
+    title, assembler = options.engine_base.title, options.engine_base.assembler
     if options.ollama_tarball:
         shutil.copyfile(options.ollama_tarball, archive)
-    elif choice.cpu_build:
-        assembled = cache_dir() / "cpu-ollama"
-        script = sources.container / "cpu-ollama.sh"
-        run([script, assembled], "the CPU Ollama could not be assembled", _NETWORK_REMEDY)
+    elif choice.cpu_build and assembler:
+        assembled = cache_dir() / f"{options.engine}-cpu"
+        script, what = sources.container / assembler, f"the CPU build of {title}"
+        run([script, assembled], f"{what} could not be assembled", _NETWORK_REMEDY)
         run(
             ["tar", "-C", assembled, "-cf", archive, "bin", "lib"],
-            "the CPU Ollama could not be packed",
+            f"{what} could not be packed",
             "free some space in the temporary directory (TMPDIR)",
         )
 
@@ -149,7 +164,7 @@ def _stage_ollama(
 Say = Callable[[str], None]
 
 ROOM_NEEDED = {"docker": 20, "debian": 3}
-"""Free space in APPTAINER_TMPDIR that a build needs, in GiB."""
+"""Free space in APPTAINER_TMPDIR that a build needs, in GiB; more where the engine is larger."""
 
 _REMEDY = (
     "see the last lines above; frequent causes: TMPDIR or APPTAINER_TMPDIR is full or on a network "
@@ -223,8 +238,15 @@ def render_command(
     if choice.image and oci_registry.parse(choice.image).insecure:
         command.append("--no-https")
     for name, value in build_arguments(choice).items():
-        command += ["--build-arg", f"{name}={value}"]
+        command += ["--build-arg", _csv(f"{name}={value}")]
     return [*command, str(output), str(definition)]
+
+
+def _csv(text: str) -> str:
+    """Quote one value of an option that Apptainer splits at commas, as CSV (pflag, StringSlice)."""
+    if "," not in text and '"' not in text:
+        return text
+    return '"' + text.replace('"', '""') + '"'
 
 
 def build_arguments(choice: BaseChoice) -> dict[str, str]:

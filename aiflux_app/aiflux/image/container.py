@@ -14,11 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.config.config import Config
+from aiflux.core.config.engine_kinds import EXTERNAL
 from aiflux.core.config.sources import refuse_foreign
 from aiflux.errors import ConfigError, ImageError
 from aiflux.image.sif import CHECKOUT, how_to_build, image_id, own_image
 
 IMAGE_NAME = "aiflux.sif"
+
+
+def image_names(engine: str) -> tuple[str, ...]:
+    """Return the names under which an image with an engine is looked for, the best first."""
+    if engine in ("ollama", EXTERNAL):
+        return (IMAGE_NAME,)
+    return (f"aiflux-{engine}.sif", IMAGE_NAME)
+
+
 _LONGEST = 100  # maximum characters of a value in a message
 
 _PASSED = (
@@ -190,11 +200,17 @@ def find_runtime(path: str | None = None) -> Path:
     )
 
 
-def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
+def find_image(
+    config: Config, cwd: Path, checkout: Path = CHECKOUT, *, engine: str | None = None
+) -> Path:
     """Return the absolute path of the image, without resolving links.
 
-    Candidates: the configured image; ``aiflux.sif`` in ``cwd``, in ``checkout`` if that is a
-    checkout (has a Makefile), and in the containers directory. Only labels are read.
+    Args:
+        engine: kind of the run's engine; by default the configured one.
+
+    Candidates: the configured image; ``aiflux.sif``, or ``aiflux-KIND.sif`` for other engines, in
+    ``cwd``, in ``checkout`` if that is a checkout (has a Makefile), and in the containers
+    directory. Only labels are read.
 
     Raises:
         ConfigError: the image is only in ``cwd``, and others can write to it.
@@ -208,17 +224,16 @@ def find_image(config: Config, cwd: Path, checkout: Path = CHECKOUT) -> Path:
             )
         return own_image(config.image).path
     folders = [*dict.fromkeys([cwd, *_development(checkout), config.containers_dir])]
-    for folder in folders:
-        image = (folder / IMAGE_NAME).absolute()
+    engine = engine or config.engine
+    names = image_names(engine)
+    for image in ((folder / name).absolute() for name in names for folder in folders):
         if image.is_file():
             if not is_chosen(config, image, checkout):
                 refuse_foreign(image, f"--image {shlex.quote(str(image))}")
             return own_image(image).path
     places = ", ".join(str(folder) for folder in folders)
-    raise ImageError(
-        f"no image {IMAGE_NAME} in {places}",
-        f"{how_to_build()}; or use --image FILE",
-    )
+    make = how_to_build("" if names[0] == IMAGE_NAME else f"ENGINE={engine}")
+    raise ImageError(f"no image {names[0]} in {places}", f"{make}; or use --image FILE")
 
 
 def is_chosen(config: Config, image: Path, checkout: Path = CHECKOUT) -> bool:

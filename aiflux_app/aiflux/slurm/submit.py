@@ -19,7 +19,7 @@ from aiflux.core.runs.status_file import finished_counts
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.estimates.estimate import SLURM, carry_estimate, known_estimate
-from aiflux.image.container import IMAGE_NAME, find_image
+from aiflux.image.container import find_image, image_names
 from aiflux.slurm.commands import submit
 from aiflux.slurm.job_id import JobId, TaskState, array_ranges, parse_ranges, split_arrays
 from aiflux.slurm.preflight.cluster import preflight
@@ -91,11 +91,11 @@ def plan_job(
     output = checked_output(output)
     run = RunDirectory.of_output(output)
     place = Path.cwd() if cwd is None else cwd
-    image = _image(config, place, missing_ok=check)
+    image = _image(config, place, options.engine, missing_ok=check)
     job = JobScript(
         name=job_name(output),
         slurm=slurm,
-        image=image or place / IMAGE_NAME,
+        image=image or place / image_names(options.engine)[0],
         input=expanded(input_path).absolute(),
         output_dir=output.parent,
         models_dir=config.models_dir if kind.managed else None,
@@ -134,10 +134,10 @@ def plan_job(
     return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings, known=known)
 
 
-def _image(config: Config, cwd: Path, *, missing_ok: bool) -> Path | None:
+def _image(config: Config, cwd: Path, engine: str, *, missing_ok: bool) -> Path | None:
     """Return the image; where it is missing and that may be told later, None."""
     try:
-        return find_image(config, cwd)
+        return find_image(config, cwd, engine=engine)
     except ImageError:
         if missing_ok:
             return None

@@ -15,7 +15,7 @@ from aiflux.cli.main import main
 from aiflux.errors import ImageError
 from aiflux.image import oci_registry
 from aiflux.image.base import (
-    OLLAMA_IMAGE,
+    ENGINES,
     AptSource,
     BaseChoice,
     BuildOptions,
@@ -90,7 +90,7 @@ def test_only_loopback_uses_plain_http() -> None:
 
 
 def test_a_tag_is_resolved_to_a_digest(address: str) -> None:
-    choice = choose_base(BuildOptions(ollama_image=f"docker://{address}/ollama/ollama:9.9"))
+    choice = choose_base(BuildOptions(base_image=f"docker://{address}/ollama/ollama:9.9"))
     assert choice.base == "docker"
     assert choice.digest == DIGEST
     assert choice.pinned_image == f"{address}/ollama/ollama@{DIGEST}"
@@ -98,20 +98,24 @@ def test_a_tag_is_resolved_to_a_digest(address: str) -> None:
 
 
 def test_an_unknown_tag_is_passed_to_apptainer(address: str) -> None:
-    choice = choose_base(BuildOptions(ollama_image=f"docker://{address}/ollama/ollama:0.0"))
+    choice = choose_base(BuildOptions(base_image=f"docker://{address}/ollama/ollama:0.0"))
     assert choice.pinned_image == f"{address}/ollama/ollama:0.0"
 
 
 def test_the_default_is_pinned() -> None:
     choice = BaseChoice(
-        "docker", "", "", image=OLLAMA_IMAGE, digest=oci_registry.parse(OLLAMA_IMAGE).version
+        "docker",
+        "",
+        "",
+        image=ENGINES["ollama"].image,
+        digest=oci_registry.parse(ENGINES["ollama"].image).version,
     )
-    assert choice.pinned_image == OLLAMA_IMAGE.removeprefix("docker://")
+    assert choice.pinned_image == ENGINES["ollama"].image.removeprefix("docker://")
 
 
 def test_auto_uses_debian_if_the_registry_does_not_respond() -> None:
     options = BuildOptions(
-        ollama_image="docker://127.0.0.1:9/ollama/ollama", mirror="http://m", suite="trixie"
+        base_image="docker://127.0.0.1:9/ollama/ollama", mirror="http://m", suite="trixie"
     )
     choice = choose_base(options)
     assert choice.base == "debian"
@@ -132,7 +136,7 @@ def test_an_archive_implies_the_debian_base(tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         ({"base": "alpine"}, "unknown base"),
-        ({"ollama_image": "ollama/ollama"}, "not a docker reference"),
+        ({"base_image": "ollama/ollama"}, "not a docker reference"),
         ({"ollama_tarball": Path("/nowhere.tgz")}, "archive not found"),
         ({"base": "docker", "ollama_tarball": Path("/x")}, "which contains Ollama"),
     ],
@@ -192,6 +196,13 @@ def test_the_command_line_for_debian() -> None:
     assert "--no-https" not in command
 
 
+def test_a_comma_does_not_split_a_build_argument() -> None:
+    choice = replace(DEBIAN, engine='Ollama from a "b", c.tgz')
+    command = render_command("apptainer", Path("/o"), Path("/d"), BuildOptions(), choice)
+    assert command[command.index("--build-arg") :].count("--build-arg") == 5
+    assert '"engine=Ollama from a ""b"", c.tgz"' in command
+
+
 def test_the_command_line_for_a_registry_on_loopback() -> None:
     choice = BaseChoice("docker", "", "", image="docker://127.0.0.1:5000/o/o:1")
     options = BuildOptions(run_tests=False)
@@ -210,7 +221,7 @@ def test_the_build_time_is_that_of_the_commit(tmp_path: Path) -> None:
 
 
 def test_there_is_no_commit_without_a_checkout(tmp_path: Path) -> None:
-    facts = known_facts(Checkout(tmp_path), DEBIAN)
+    facts = known_facts(Checkout(tmp_path), BuildOptions(), DEBIAN)
     assert facts["commit"] == "unknown"
     assert facts["base_image"] == "debootstrap trixie"
     assert "SOURCE_DATE_EPOCH" not in build_environment({}, tmp_path, Checkout(tmp_path))

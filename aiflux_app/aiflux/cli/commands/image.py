@@ -13,9 +13,9 @@ from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import FILE, Choice, Function, WholeNumber, argument, group, option
 from aiflux.core.config.config import Config
 from aiflux.errors import ImageError
-from aiflux.image.base import BuildOptions
+from aiflux.image.base import ENGINES, BuildOptions
 from aiflux.image.build import build as build_image
-from aiflux.image.container import find_image
+from aiflux.image.container import find_image, image_names
 from aiflux.image.sif import own_image
 from aiflux.image.signing import find_signer, signature
 from aiflux.image.signing import sign as sign_image
@@ -45,33 +45,45 @@ def _image_argument(function: Function) -> Function:
     )(function)
 
 
-@image.command("build", examples=["aiflux image build --base docker --output aiflux.sif"])
+@image.command("build", examples=["aiflux image build --base docker", "aiflux image build --engine vllm"])
+@option(
+    "--engine",
+    type=Choice(tuple(ENGINES)),
+    metavar="KIND",
+    default="ollama",
+    help=f"Engine in the image: {', '.join(ENGINES)} (default: ollama)",
+)
 @option(
     "--base",
     type=Choice(("auto", "docker", "debian")),
     metavar="NAME",
     default="auto",
-    help="Official Ollama image (docker) or Debian (debian); default: auto, what is available",
+    help="The engine's image (docker) or Debian (debian); default: auto, what is available",
 )
 @option(
     "-o",
     "--output",
     metavar="FILE",
     type=FILE,
-    default="aiflux.sif",
-    help="Image to write (default: aiflux.sif)",
+    help="Image to write (default: aiflux.sif, or aiflux-KIND.sif for other engines)",
 )
 @option("--force", is_flag=True, help="Overwrite an existing image")
 @option("--sign", is_flag=True, help="Sign it with a PGP key of Apptainer's keyring")
 @_key_option
-@option("--ollama-image", metavar="REF", help="Docker base, docker://HOST/NAME:TAG")
+@option(
+    "--base-image",
+    "--ollama-image",
+    metavar="REF",
+    help="Image for the docker base, docker://HOST/NAME:TAG",
+)
 @option("--ollama-tarball", metavar="FILE", type=FILE, help="Official Ollama archive")
 @option("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")
 @option("--suite", metavar="NAME", help="Debian suite (default: this machine's)")
-def build(output: str, ollama_tarball: str | None, **more: Any) -> int:
+def build(engine: str, output: str | None, ollama_tarball: str | None, **more: Any) -> int:
     """Build the image. Root is not needed."""
     tarball = Path(ollama_tarball) if ollama_tarball else None
-    options = BuildOptions(output=Path(output), ollama_tarball=tarball, **more)
+    path = Path(output or image_names(engine)[0])
+    options = BuildOptions(output=path, engine=engine, ollama_tarball=tarball, **more)
     built = build_image(options, _say, _ask)
     print(built)
     if options.sign:

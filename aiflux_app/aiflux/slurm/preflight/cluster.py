@@ -69,7 +69,7 @@ def preflight(
 
     def of_image() -> Iterable[Finding]:
         try:
-            path = image or find_image(config, cwd or Path.cwd())
+            path = image or find_image(config, cwd or Path.cwd(), engine=options.engine)
         except ImageError as error:
             return [finding_of(error)]
         return check_job_image(path, facts, slurm, options)

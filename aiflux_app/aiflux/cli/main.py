@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with unwinding(), open_streams() as stdout:
             return _main(sys.argv[1:] if argv is None else argv, stdout)
     except KeyboardInterrupt as signal:
+        if os.environ.get("_AIFLUX_COMPLETE"):  # a person goes on typing
+            return int(ExitCode.STOPPED)
         print(f"stopped by {str(signal) or 'Ctrl-C'} before the end", file=sys.stderr)
         return int(ExitCode.STOPPED)
 

@@ -378,7 +378,7 @@ def test_ctrl_c_leaves_the_run_alone(
     shown.process.send_signal(signal.SIGINT)
     code, errors = shown.end()
     assert code == 5
-    assert errors.startswith("the run goes on; aiflux watch r/results.json")
+    assert errors.startswith("the run continues; show it again: aiflux watch r/results.json")
     assert slurm.calls("scancel") == []
 
 
@@ -397,11 +397,8 @@ def test_watch_wants_a_sensible_interval(made: MadeRun, capsys: pytest.CaptureFi
         assert "--interval" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("colours", [True, False])
-def test_watch_on_a_terminal(made: MadeRun, colours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    if not colours:
-        monkeypatch.setenv("NO_COLOR", "1")
+def watched(then: Callable[[subprocess.Popen[str]], None], code: int) -> str:
+    """Return what `watch` writes to a terminal; ``then`` is called when it shows the run."""
     terminal, inside = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = aiflux("watch", "r/results.json", "--interval", "0.1", stdout=inside)
@@ -416,17 +413,33 @@ def test_watch_on_a_terminal(made: MadeRun, colours: bool, monkeypatch: pytest.M
     thread = threading.Thread(target=read)
     thread.start()
     until(lambda: b"150/300" in shown.getvalue())
-    finish(made)
-    assert process.wait(30) == 0
+    then(process)
+    assert process.wait(30) == code
     thread.join(10)
     assert process.stderr is not None
     process.stderr.close()
     os.close(terminal)
     text = shown.getvalue().decode()
+    assert "\x1b[?25h" in text, "the cursor is there again"
+    return text
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_watch_on_a_terminal(made: MadeRun, colours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    text = watched(lambda _: finish(made), 0)
     assert "r/results.json" in text
     assert "finished" in text
-    assert "\x1b[?25h" in text, "the cursor is there again"
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", text)) == colours
+
+
+def test_ctrl_c_keeps_the_last_frame(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    text = watched(lambda process: process.send_signal(signal.SIGINT), 5)
+    erased = text.rfind("\x1b[2K")
+    assert text.rindex("150/300") > erased, "nothing is erased after the last frame"
 
 
 def test_a_line_says_all(made: MadeRun) -> None:

@@ -20,7 +20,7 @@ from aiflux.errors import OutputExistsError, UsageError
 from aiflux.util.files import expanded
 from aiflux.worker.console import TerminalConsole
 
-_PIPED = 4096  # columns; what a program reads is not folded
+_PIPED = 4096  # columns: lines for other programs are not wrapped
 
 
 @group("config", examples=["aiflux config show", "aiflux config init"])
@@ -31,7 +31,7 @@ def config() -> None:
 @config.command("show", examples=["aiflux config show", "aiflux config show --json"])
 @json_option("Print all settings as JSON")
 def show(as_json: bool) -> int:
-    """Show the value and origin of every setting."""
+    """Show every setting: first those that differ from the defaults, with their origins."""
     values = Config()
     if as_json:
         print_json(_as_json(values))
@@ -87,16 +87,24 @@ def _table(config: Config) -> Table:
     table.columns[0].no_wrap = True
     for index in (1, 2):
         table.columns[index].overflow = "fold"
+    changed = [item for item in SETTINGS if config.values[item.name].origin != "default"]
+    _add_rows(table, "changed:" if changed else "changed: nothing", config, changed)
     for section in SECTIONS:
-        table.add_row(f"{section}:")
-        for setting in SETTINGS:
-            if setting.section == section:
-                value = config.values[setting.name]
-                table.add_row(f"  {setting.name}", _shown(value.value), _short(value.origin))
-    table.add_row("so:")
+        rest = [each for each in SETTINGS if each.section == section and each not in changed]
+        _add_rows(table, f"{section}, defaults:", config, rest)
+    table.add_row("resulting directories:")
     for name, path in _derived(config).items():
-        table.add_row(f"  {name}", _short(str(path)), "from the above")
+        table.add_row(f"  {name}", _short(str(path)))
     return table
+
+
+def _add_rows(table: Table, title: str, config: Config, settings: list[Setting]) -> None:
+    table.add_row(title)
+    for setting in settings:
+        value = config.values[setting.name]
+        if setting.offered or value.origin != "default":
+            origin = "" if value.origin == "default" else _short(value.origin)
+            table.add_row(f"  {setting.name}", _shown(value.value), origin)
 
 
 def _shown(value: Any) -> str:
@@ -110,13 +118,13 @@ def _shown(value: Any) -> str:
 
 
 def _item(text: str) -> str:
-    """Return one of several texts, in quotes where it could be taken for two or not be seen."""
+    """Return one text of a list, in quotes if it is ambiguous or invisible."""
     plain = text.isprintable() and text == text.strip() and "," not in text
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _short(text: str) -> str:
-    """Return a path or an origin with the current folder and the home directory shortened."""
+    """Return a path or an origin with the current and the home directory shortened."""
     for folder, mark in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
         if folder != "/" and text.startswith(folder + "/"):
             return mark + text[len(folder) :]
@@ -124,7 +132,7 @@ def _short(text: str) -> str:
 
 
 def _derived(config: Config) -> dict[str, Path]:
-    return {"models in": config.models_dir, "images in": config.containers_dir}
+    return {"models": config.models_dir, "images": config.containers_dir}
 
 
 def _as_json(config: Config) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def watch(run: str, interval: float, as_json: bool) -> int:
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 view = _write(observer, view, interval)
     except KeyboardInterrupt:
-        _tell_left(view)
+        _print_left(view)
         return int(ExitCode.STOPPED)
     if as_json:
         print_json(view.to_json())
@@ -60,35 +60,39 @@ def watch(run: str, interval: float, as_json: bool) -> int:
 
 
 def _draw(observer: Observer, view: RunView, console: TerminalConsole, interval: float) -> RunView:
-    """Draw the run on a terminal until it has ended."""
+    """Draw the run on a terminal until it ends."""
     if view.ended:
         return view
-    blocks = frame_of(console).blocks  # not to be told any more once the display is live
+    blocks = frame_of(console).blocks  # unknown once the display is live
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        while not view.ended:
-            frame = replace(frame_of(console, fit=True), blocks=blocks)
-            live.update(Group(*overview(view, frame)), refresh=True)
-            time.sleep(interval)
-            view = observer.look()
+        try:
+            while not view.ended:
+                frame = replace(frame_of(console, fit=True), blocks=blocks)
+                live.update(Group(*overview(view, frame)), refresh=True)
+                time.sleep(interval)
+                view = observer.look()
+        except KeyboardInterrupt:
+            live.transient = False  # the last frame stays on the screen
+            raise
     return view
 
 
 def _write(observer: Observer, view: RunView, interval: float) -> RunView:
-    """Write a line every half minute, and when something changes."""
-    told, said = float("-inf"), None
+    """Print a line every 30 seconds, and whenever a state changes."""
+    printed, last = float("-inf"), None
     while not view.ended:
         states = (view.state, Counter(shard.state for shard in view.shards))
-        if states != said or time.monotonic() - told >= LINE_INTERVAL:
+        if states != last or time.monotonic() - printed >= LINE_INTERVAL:
             print(time.strftime("%H:%M:%S"), progress_line(view), flush=True)
-            told, said = time.monotonic(), states
+            printed, last = time.monotonic(), states
         time.sleep(interval)
         view = observer.look()
     return view
 
 
-def _tell_left(view: RunView) -> None:
+def _print_left(view: RunView) -> None:
     name = typed(short(view.output))
     print(
-        f"the run goes on; aiflux watch {name} shows it again, aiflux cancel {name} stops it",
+        f"the run continues; show it again: aiflux watch {name}; stop it: aiflux cancel {name}",
         file=sys.stderr,
     )

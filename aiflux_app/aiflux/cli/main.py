@@ -182,7 +182,7 @@ def _run(words: Sequence[str], session: Session, stdout: Outlet) -> int:
         refuse_lost_folder()
         # The exit code of what works on a run says how the run went, whoever reads the words.
         name = ctx.command_path.split()[1]
-        stdout.heeded = name not in GROUPS["Run"] or bool(ctx.params.get("dry_run"))
+        stdout.strict = name not in GROUPS["Run"] or bool(ctx.params.get("dry_run"))
 
     session.begin = begin
     try:

@@ -92,7 +92,7 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
         return
     path = expanded(name).absolute()
     if name.endswith("/"):
-        raise UsageError(f"the output {name} is a folder", "name a file in it")
+        raise UsageError(f"the output {name} is a directory", "choose a file in it")
     refuse_special(path)
     if not os.path.isdir(path.parent):
         raise UsageError(

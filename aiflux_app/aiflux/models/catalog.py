@@ -1,9 +1,8 @@
-"""The catalog of models: what is known of a model before it is there.
+"""The catalog of models: what is known about a model before it is downloaded.
 
-The package's own ``models.yaml`` first, then the site's (beside the file that AIFLUX_SITE_CONFIG
-names), the user's (``~/.config/aiflux/models.yaml``) and the one that ``models_file`` names: each
-adds models, and overrides single keys of those that are there. Registries of *runs* are another
-thing (``core/registry.py``).
+Files are read in this order: the package's own ``catalog.yaml``, the site's ``models.yaml`` (next
+to the file in AIFLUX_SITE_CONFIG), the user's (``~/.config/aiflux/models.yaml``), ``models_file``.
+Each adds models, and overrides single keys of known models.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from aiflux.util.text import suggestion
 from aiflux.util.value_parsers import Parser
 from aiflux.util.yaml_file import read_yaml
 
-_MISSPELT = 0.8  # how like a known family a name has to be
+_MISSPELT = 0.8  # minimum similarity to a known family
 OWN = Path(__file__).with_name("catalog.yaml")
 FILE_NAME = "models.yaml"
 ENDPOINTS = {
@@ -44,10 +43,10 @@ DEFAULTS: Mapping[str, Parser] = {
     "frequency_penalty": value_parsers.number(-2, 2),
     "presence_penalty": value_parsers.number(-2, 2),
 }
-"""Parameters that a model may have defaults of: what Ollama's OpenAI endpoints obey."""
+"""Parameters that can have defaults: those supported by Ollama's OpenAI endpoints."""
 
-# Bytes of a value in the table of tokens, and in what makes tokens of numbers, for each kind of
-# file. Source: llama.cpp, src/llama-quant.cpp; Q4_K_M and Q4_0 have the latter in Q6_K.
+# Bytes per value in the token embeddings, and in the output layer, for each file type.
+# Source: llama.cpp, src/llama-quant.cpp; in Q4_K_M and Q4_0, the output layer has Q6_K.
 _TOKEN_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.0}
 _OUTPUT_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.0}
 _Q4, _Q6 = 0.5625, 0.8203125
@@ -58,15 +57,15 @@ class CatalogModel:
     """One model of the catalog.
 
     Attributes:
-        name: as Ollama names it.
-        parameters: their number; 0 where it is not told.
-        size: bytes of the model's file; ``projector_size``: of a second one, which reads images.
-        context: tokens that it was trained for.
+        name: Ollama's name.
+        parameters: number of parameters; 0 if unknown.
+        size: bytes of the model's file; ``projector_size``: bytes of a second file for images.
+        context: tokens of the training context.
         endpoints: keys of ``ENDPOINTS``.
-        tied: the table of tokens also makes tokens of numbers.
-        latest: what the name without a tag (or with ``latest``) stands for.
-        defaults: parameters that fill what a request leaves open.
-        place: the file that told of it, the last one where several did.
+        tied: the token embeddings also serve as output layer.
+        latest: whether the name without a tag (or with ``latest``) means this model.
+        defaults: parameters that apply if a request sets none.
+        place: the file that defines it; the last one if there are several.
     """
 
     name: str
@@ -88,7 +87,7 @@ class CatalogModel:
 
     @property
     def figures(self) -> Figures:
-        """What its memory depends on; the layers' weights are taken to be alike."""
+        """The figures for its memory; all layers are assumed to have equal weights."""
         shape = self.architecture
         table = shape.vocabulary * shape.embedding
         output = int(table * _OUTPUT_BYTES.get(self.quantisation, _Q6))
@@ -105,26 +104,26 @@ class CatalogModel:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Models by the name under which Ollama serves them."""
+    """Models by Ollama's name."""
 
     models: Mapping[str, CatalogModel]
 
     @cached_property
     def latest(self) -> Mapping[str, CatalogModel]:
-        """Models by the name ``...:latest`` that stands for them, too."""
+        """Models by their ``...:latest`` name."""
         found = {_latest(name): model for name, model in self.models.items() if model.latest}
         return {name: model for name, model in found.items() if name not in self.models}
 
     def find(self, name: str) -> CatalogModel | None:
-        """Return a model; None where the catalog does not know it."""
+        """Return a model, or None if it is unknown."""
         served = _served(name)
         return self.models.get(served) or self.latest.get(served)
 
     def nearest(self, name: str) -> str | None:
-        """Return the known model that a name is probably a misspelling of; None where it is none.
+        """Return the known model that a name is probably a misspelling of, or None.
 
-        Only the family counts, the part before the colon: the catalog does not know every tag.
-        Names with a registry or a namespace are taken as they are.
+        Only the family (before the colon) is compared, as the catalog does not have every tag.
+        Names with a registry or namespace are accepted.
         """
         family, _, tag = _served(name).partition(":")
         families = {known.partition(":")[0] for known in self.models}
@@ -139,21 +138,21 @@ class Catalog:
 
     @property
     def all_defaults(self) -> dict[str, dict[str, Any]]:
-        """The default parameters of every model that has some."""
+        """The default parameters of all models that have any."""
         every = {**self.models, **self.latest}
         return {name: dict(model.defaults) for name, model in every.items() if model.defaults}
 
     def defaults(self, name: str) -> dict[str, Any]:
-        """Return the parameters that fill what a request to a model leaves open."""
+        """Return the parameters that apply if a request sets none."""
         model = self.find(name)
         return dict(model.defaults) if model else {}
 
 
 def read_catalog(files: Iterable[Path] = ()) -> Catalog:
-    """Read the package's own catalog and then ``files``, the weakest first.
+    """Read the package's own catalog and then ``files``, lowest precedence first.
 
     Raises:
-        ConfigError: a file is wrong; names the file, the model and the key.
+        ConfigError: a file is invalid; names the file, the model and the key.
     """
     files = tuple(files)
     if not files:
@@ -170,13 +169,13 @@ def read_catalog(files: Iterable[Path] = ()) -> Catalog:
 def catalog_files(
     models_file: Path | None, environ: Mapping[str, str] = os.environ
 ) -> tuple[Path, ...]:
-    """Return the catalogs beside the package's own that are there, the weakest first.
+    """Return the additional catalogs that exist, lowest precedence first.
 
     Args:
-        models_file: the one that was named; it has to be there.
+        models_file: an explicitly named catalog, which must exist.
 
     Raises:
-        ConfigError: the one that was named is not there.
+        ConfigError: ``models_file`` does not exist.
     """
     home = Path(environ.get("HOME") or "/")
     base = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
@@ -185,7 +184,7 @@ def catalog_files(
     candidates.append(base / "aiflux" / FILE_NAME)
     if models_file is not None and not models_file.is_file():
         raise ConfigError(
-            f"models_file names {models_file}, which is not a file", "correct it, or leave it out"
+            f"models_file {models_file} is not a file", "correct or remove the setting"
         )
     found = [path for path in candidates if path.is_file()]
     return (*found, *([models_file] if models_file else []))
@@ -205,7 +204,7 @@ def _latest(name: str) -> str:
 
 
 def _overridden(entries: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return what is known of a model so far, also where its name says ``latest``."""
+    """Return a model's entry so far, also under its ``latest`` name."""
     if name in entries:
         return entries[name]
     for other, entry in entries.items():
@@ -216,7 +215,7 @@ def _overridden(entries: Mapping[str, dict[str, Any]], name: str) -> dict[str, A
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     if path != OWN:
-        read_yaml(path)  # tells what is no YAML, or is given twice, with its line
+        read_yaml(path)  # reports invalid YAML and duplicate keys with their line
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=loader)  # noqa: S506 - safe
@@ -229,9 +228,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         served = _named(name, path)
         if served in found:
             raise ConfigError(
-                f"{path}: {name} stands twice: names are the same in capitals or not, and without "
-                "a tag as with :latest",
-                "leave one of them out",
+                f"{path}: {name} is given twice: names ignore case, and a name without a tag "
+                "equals :latest",
+                "remove one of them",
             )
         found[served] = _mapping(entry, f"{path}: {name}", set(_KEYS))
     return found
@@ -246,7 +245,7 @@ def _named(name: str, path: Path) -> str:
 
 def _mapping(value: Any, place: str, known: set[str] | None) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{place}: {value!r} stands where KEY: VALUE lines should", "correct it")
+        raise ConfigError(f"{place}: expected KEY: VALUE lines, not {value!r}", "correct it")
     unknown = sorted({str(key) for key in value} - (known or {str(key) for key in value}))
     if unknown:
         raise ConfigError(
@@ -301,7 +300,7 @@ def _defaults(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
             DEFAULTS[key](value)
         except ValueError as error:
             raise ConfigError(
-                f"{place}: {key} = {value!r} is wrong", f"{key} must be {error}"
+                f"{place}: {key} = {value!r} is invalid", f"{key} must be {error}"
             ) from None
     return given
 
@@ -334,7 +333,7 @@ def _vision(entry: Mapping[str, Any], place: str) -> Vision | None:
         return None
     values = _Values(_mapping(given, place, _VISION_KEYS), place)
     return Vision(
-        weights=0,  # they are part of the model's size
+        weights=0,  # included in the model's size
         image=values.whole("image"),
         patch=values.whole("patch"),
         heads=values.whole("heads"),
@@ -346,7 +345,7 @@ def _vision(entry: Mapping[str, Any], place: str) -> Vision | None:
 
 @dataclass(frozen=True)
 class _Values:
-    """Typed values of a mapping; what is wrong is told with its place."""
+    """Typed values of a mapping; errors name the position."""
 
     entry: Mapping[str, Any]
     place: str
@@ -368,7 +367,7 @@ class _Values:
         value = self.entry.get(key, default)
         value = self.need(key) if value is None else value
         if not isinstance(value, str) or not value.strip():
-            raise self._wrong(key, value, "a text")
+            raise self._wrong(key, value, "a string")
         return value
 
     def flag(self, key: str) -> bool:
@@ -389,5 +388,7 @@ class _Values:
             raise self._wrong(key, value, "a list of whole numbers")
         return tuple(value)
 
-    def _wrong(self, key: str, value: Any, wanted: str) -> ConfigError:
-        return ConfigError(f"{self.place}: {key} = {value!r} is wrong", f"{key} must be {wanted}")
+    def _wrong(self, key: str, value: Any, expected: str) -> ConfigError:
+        return ConfigError(
+            f"{self.place}: {key} = {value!r} is invalid", f"{key} must be {expected}"
+        )

@@ -1,4 +1,4 @@
-"""What the memory of a model depends on, and how a GGUF header shows it."""
+"""Figures that determine a model's memory, read from a GGUF header."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aiflux.errors import ModelError
 from aiflux.models.gguf import GgufHeader, Length
 
-# Source: llama.cpp, include/llama.h (llama_ftype); 4 is Ollama's own (fs/ggml/type.go).
+# Source: llama.cpp, include/llama.h (llama_ftype); 4 is defined by Ollama (fs/ggml/type.go).
 FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "MXFP4", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1",
     10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M",
@@ -19,16 +19,16 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's shape, as its config and GGUF header tell it.
+    """A model's shape, from its config or GGUF header.
 
     Attributes:
         name: the GGUF's ``general.architecture``.
         embedding: width of the model.
-        key_size, value_size: numbers in one head's key and value.
-        context: tokens that it was trained for; 0 where that is not known.
-        sliding_window: tokens that a sliding layer looks back; 0 where there are none.
-        cross_layers: layers that look at the image alone (llama3.2-vision).
-        embeds: it makes embeddings, and no text.
+        key_size, value_size: size of one head's key and value.
+        context: tokens of the training context; 0 if unknown.
+        sliding_window: tokens in the window of a sliding layer; 0 if there are none.
+        cross_layers: layers that only process the image (llama3.2-vision).
+        embeds: the model only creates embeddings.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Vision:
-    """The part that reads images, where it lies in the model's own file.
+    """The vision part in the model's own file.
 
     Attributes:
         weights: bytes of its tensors.
-        image, patch: width in pixels of an image, and of the pieces it is cut into.
-        max_pixels: of an image, where its size is free; 0 where it is not.
+        image, patch: width of an image and of a patch in pixels.
+        max_pixels: maximum size of an image, if it is variable; else 0.
     """
 
     weights: int
@@ -69,13 +69,13 @@ class Vision:
 
 @dataclass(frozen=True)
 class Figures:
-    """All that the memory of a model depends on.
+    """All figures that determine a model's memory.
 
     Attributes:
-        layers: bytes of the weights of each layer, the first first.
-        output: bytes of the last norm and of what makes words of numbers.
-        projector: bytes of a second file, which reads images.
-        measured: they were read from the model's own file.
+        layers: bytes of each layer's weights, in order.
+        output: bytes of the last norm and the output layer.
+        projector: bytes of a second file that processes images.
+        measured: whether the figures come from the model's own file.
     """
 
     architecture: Architecture
@@ -93,10 +93,10 @@ class Figures:
 
 
 def figures_of(header: GgufHeader, projector: int = 0) -> Figures:
-    """Return the figures that a GGUF header tells.
+    """Return the figures from a GGUF header.
 
     Raises:
-        ModelError: the header lacks what they depend on.
+        ModelError: the header lacks a required value.
     """
     shape = shape_of(header)
     output = header.size_of("output.", "output_norm.")
@@ -107,17 +107,17 @@ def figures_of(header: GgufHeader, projector: int = 0) -> Figures:
 
 
 def shape_of(header: GgufHeader) -> Architecture:
-    """Return the architecture that a GGUF header tells.
+    """Return the architecture from a GGUF header.
 
     Raises:
-        ModelError: the header lacks it.
+        ModelError: the header lacks a required value.
     """
     heads = header.number("attention.head_count", 1)
     embedding, layers = header.number("embedding_length"), header.number("block_count")
     if not layers or not embedding:
         raise ModelError(
-            f"a GGUF file of the architecture {header.architecture!r} tells no layers",
-            "it is not a language model, or is made by another convention",
+            f"a GGUF file of the architecture {header.architecture!r} has no layer count",
+            "it is not a language model, or uses another convention",
         )
     head = embedding // max(heads, 1)
     cross = header.metadata.get(f"{header.architecture}.attention.cross_attention_layers")
@@ -136,7 +136,7 @@ def shape_of(header: GgufHeader) -> Architecture:
         experts=header.number("expert_count"),
         experts_used=header.number("expert_used_count"),
         cross_layers=tuple(cross) if isinstance(cross, list) else (),
-        # What Ollama goes by (server/images.go, ggufCapabilities).
+        # Ollama's own criterion (server/images.go, ggufCapabilities).
         embeds=f"{header.architecture}.pooling_type" in header.metadata,
     )
 

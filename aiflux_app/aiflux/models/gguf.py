@@ -1,7 +1,7 @@
-"""The header of a GGUF file: what a model is and how large its tensors are. Bounded, read only.
+"""Read the header of a GGUF file: metadata and tensor sizes. Bounded and read-only.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The bytes of each tensor type
-are those of ollama's ``fs/ggml/ggml.go`` (0.9.3) and ``type.go``.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensor sizes follow ollama's
+``fs/ggml/ggml.go`` (0.9.3) and ``type.go``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aiflux.errors import ModelError
 
 MAGIC = b"GGUF"
 HEADER_LIMIT = 512 * 1024 * 1024
-"""Bytes of header that are read at most; the largest vocabularies take about 20 MB."""
+"""Maximum bytes of a header; the largest vocabularies take about 20 MB."""
 _MAX_ENTRIES = 1_000_000
 _MAX_ARRAY = 4096
 _MAX_DIMENSIONS = 8
@@ -28,7 +28,7 @@ _SCALARS = {
     12: "<d",
 }  # fmt: skip
 
-# Tensor type: (values in a block, bytes of a block).
+# Tensor type: (values per block, bytes per block).
 TENSOR_TYPES: Mapping[int, tuple[int, int]] = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 4: (32, 17), 6: (32, 22), 7: (32, 24),
     8: (32, 34), 9: (32, 36), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176),
@@ -40,20 +40,20 @@ TENSOR_TYPES: Mapping[int, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Length:
-    """Stands for a long array, of which only the number of items is kept."""
+    """Placeholder for a long array, with its number of items."""
 
     items: int
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What stands before the numbers.
+    """The header of a GGUF file.
 
     Attributes:
-        metadata: by key; a long array is a ``Length``.
-        tensors: bytes of each tensor, by name.
+        metadata: values by key; a long array is a ``Length``.
+        tensors: bytes of each tensor by name.
         parameters: number of all values.
-        data_start: byte at which the numbers begin.
+        data_start: offset of the tensor data.
     """
 
     metadata: dict[str, Any]
@@ -67,14 +67,14 @@ class GgufHeader:
         return str(self.metadata.get("general.architecture", "unknown"))
 
     def number(self, key: str, default: int = 0) -> int:
-        """Return a whole number of the architecture; of an array (one item a layer), the most."""
+        """Return an integer of the architecture; for an array (one item per layer), the maximum."""
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if isinstance(value, list):
             value = max(value, default=default)
         return int(value) if isinstance(value, int | float) else default
 
     def size_of(self, *prefixes: str) -> int:
-        """Return the bytes of the tensors whose names begin so."""
+        """Return the bytes of all tensors with these name prefixes."""
         return sum(size for name, size in self.tensors.items() if name.startswith(prefixes))
 
     @property
@@ -87,10 +87,10 @@ def read_gguf(path: Path) -> GgufHeader:
     """Read a file's header.
 
     Raises:
-        ModelError: it is no GGUF file, or is cut short.
+        ModelError: the file is not a GGUF file, or is truncated.
     """
     if path.exists() and not path.is_file():
-        raise ModelError(f"{path} is no regular file", "name a GGUF file")
+        raise ModelError(f"{path} is not a regular file", "use a GGUF file")
     try:
         with (
             open(path, "rb") as file,
@@ -101,8 +101,8 @@ def read_gguf(path: Path) -> GgufHeader:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except (ValueError, struct.error, IndexError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"{path} is not a (whole) GGUF file: {error}",
-            "fetch it again; a model in another form has to be converted to GGUF first",
+            f"{path} is not a (complete) GGUF file: {error}",
+            "download it again; convert models in other formats to GGUF first",
         ) from error
 
 
@@ -113,11 +113,11 @@ class _HeaderReader:
 
     def header(self) -> GgufHeader:
         if self._content[:4] != MAGIC:
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not start with GGUF")
         self._at = 4
         version, tensors, entries = self._take("<I"), self._take("<Q"), self._take("<Q")
         if version not in (2, 3):
-            raise ValueError(f"version {version} is not known (big-endian?)")
+            raise ValueError(f"unknown version {version} (big-endian?)")
         if max(tensors, entries) > _MAX_ENTRIES:
             raise ValueError(f"it claims {tensors} tensors and {entries} entries")
         metadata = {self._string(): self._value(self._take("<I")) for _ in range(entries)}

@@ -1,7 +1,7 @@
-"""The memory of GPUs, as far as the names tell that clusters give them.
+"""GPU memory, derived from the names that clusters give to GPUs.
 
-A name that stands for several sizes is taken for the largest: what is refused for want of memory
-must be sure not to fit. Sources: the makers' data sheets.
+A name used for several sizes counts as the largest: a model is only refused if it certainly does
+not fit. Sources: the manufacturers' data sheets.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 GIGABYTE = 2**30
-"""What the makers call a GB of GPU memory."""
+"""A GB of GPU memory, as manufacturers count it."""
 
-# GB of the largest GPU that goes by a name; longer names come first where one is part of another.
+# GB of the largest GPU with a name; a longer name comes before a name that is part of it.
 _KNOWN = {
     "gb300": 288, "gb200": 192, "gh200": 144, "b300": 288, "b200": 192, "b100": 192, "h200": 141,
     "h100": 96, "h800": 80, "h20": 141, "a100": 80, "a800": 80, "a40": 48, "a30": 24, "a16": 16,
@@ -32,14 +32,14 @@ _SLICE = re.compile(r"\dg[._](\d+)gb")
 
 @dataclass(frozen=True)
 class Room:
-    """The largest GPUs that a job may get.
+    """The largest GPUs that a job can get.
 
     Attributes:
-        kind: what they are called.
-        size: bytes of one.
-        count: how many of them the job asks for.
-        most: how many one node has.
-        option: asks for another number of them, which stands for its ``{}``.
+        kind: name of the GPUs.
+        size: bytes per GPU.
+        count: number of GPUs that the job requests.
+        most: number of GPUs in one node.
+        option: the option that requests another number, which replaces its ``{}``.
     """
 
     kind: str
@@ -50,14 +50,14 @@ class Room:
 
 
 def is_slice(name: str) -> bool:
-    """Tell whether a GPU is part of one: a process can use one such slice only (CUDA's MIG)."""
+    """Return whether a GPU is a slice (MIG); a process can only use one slice."""
     return _SLICE.search(name.lower()) is not None
 
 
 def gpu_bytes(name: str) -> int | None:
-    """Return the memory of a GPU that goes by a name; None where the name tells nothing.
+    """Return the memory of a GPU by its name, or None if it is unknown.
 
-    Names are Slurm's types of GPUs and nodes' features, such as ``a100``, ``nvidia_a100_80gb``,
+    Names are Slurm's GPU types and node features, such as ``a100``, ``nvidia_a100_80gb``,
     ``h100.1g.10gb`` or ``rtx_2080_ti``.
     """
     text = name.lower().strip()
@@ -72,14 +72,14 @@ def gpu_bytes(name: str) -> int | None:
 
 
 def gpu_bytes_of_features(features: Iterable[str]) -> int | None:
-    """Return the memory of the GPUs of a node with these features; the most that one tells."""
+    """Return the GPU memory of a node with these features; the largest if several match."""
     told = [size for size in map(gpu_bytes, features) if size is not None]
     return max(told, default=None)
 
 
 def _by_model(text: str) -> int | None:
     words = re.sub(r"[^a-z0-9]+", " ", text).split()
-    # rtx_2080_ti, titan_rtx and gtx1080ti are written in every way: neighbours are tried together.
+    # Spellings such as rtx_2080_ti, titan_rtx and gtx1080ti vary, so adjacent parts are joined.
     tries = [*words, *(a + b for a, b in itertools.pairwise(words))]
     tries += [re.sub(r"^(rtx|gtx|geforce|tesla|nvidia|amd|gpu)(?=[a-z]?\d)", "", w) for w in tries]
     sizes = [_KNOWN[word] for word in tries if word in _KNOWN]

@@ -1,8 +1,8 @@
-"""Model names as Ollama reads them: ``[http://][host/][namespace/]model[:tag]``.
+"""Model names in Ollama's syntax: ``[http://][host/][namespace/]model[:tag]``.
 
 Source: ollama, ``types/model/name.go`` (defaults: host registry.ollama.ai, namespace library, tag
-latest; parts of 80 characters at most). An ``http://`` in front asks for a registry without TLS,
-``@sha256:...`` at the end insists on the model's digest (both are AI-Flux's own).
+latest; parts of at most 80 characters). AI-Flux adds an ``http://`` prefix for a registry without
+TLS, and ``@sha256:...`` at the end, which requires this digest.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from aiflux.errors import ConfigError, InputError
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
-MIN_DIGEST = 12  # hexadecimal digits, as many as `ollama list` shows
+MIN_DIGEST = 12  # hexadecimal digits, as in `ollama list`
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,79}\Z")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]+)?\Z")
-_LONGEST = 240  # characters of a name that becomes the name of one folder
+_LONGEST = 240  # maximum length, because a name becomes a directory name
 _DIGEST = re.compile(rf"sha256:[0-9a-f]{{{MIN_DIGEST},64}}\Z")
 
 
@@ -29,8 +29,8 @@ class ModelName:
     """A model's full name.
 
     Attributes:
-        insecure: the registry is spoken to over plain http.
-        digest: hexadecimal digits that the model's digest has to begin with; "" insists on none.
+        insecure: use plain http for the registry.
+        digest: required start of the model's digest in hexadecimal; "" requires none.
     """
 
     host: str
@@ -50,18 +50,18 @@ class ModelName:
 
     @property
     def written(self) -> str:
-        """The name as a user writes it to have the model pulled."""
+        """The name as a user types it to pull the model."""
         return ("http://" if self.insecure else "") + self.served
 
     @property
     def pulled(self) -> str:
-        """The name to give to ``/api/pull``."""
+        """The name for ``/api/pull``."""
         scheme = "http://" if self.insecure else ""
         return scheme + f"{self.host}/{self.namespace}/{self.model}:{self.tag}"
 
     @property
     def manifest_path(self) -> str:
-        """Where the manifest lies below the models directory."""
+        """Path of the manifest below the models directory."""
         return f"manifests/{self.host}/{self.namespace}/{self.model}/{self.tag}"
 
 
@@ -70,15 +70,15 @@ def parse_model_name(text: str) -> ModelName:
     """Parse a model name.
 
     Raises:
-        ConfigError: the text is no model name.
+        ConfigError: the text is not a model name.
     """
     scheme, _, rest = text.rpartition("://")
     rest, insists, digest = rest.partition("@")
     if insists and not _DIGEST.match(digest.lower()):
         raise ConfigError(
-            f"model {text!r} insists on {digest!r}, which is no digest",
-            f"write NAME:TAG@sha256: and at least {MIN_DIGEST} hexadecimal digits (aiflux models "
-            "show NAME:TAG tells them)",
+            f"model {text!r} has the invalid digest {digest!r}",
+            f"write NAME:TAG@sha256: and at least {MIN_DIGEST} hexadecimal digits (see aiflux "
+            "models show NAME:TAG)",
         )
     parts = rest.split("/")
     model, _, tag = parts[-1].partition(":")
@@ -108,12 +108,12 @@ def parse_model_name(text: str) -> ModelName:
 
 
 def same_digest(one: ModelName, other: ModelName) -> bool:
-    """Tell whether two names can insist on the same digest; one that insists on none can."""
+    """Return whether two names can have the same digest; a name without one matches all."""
     return one.digest.startswith(other.digest) or other.digest.startswith(one.digest)
 
 
 def same_model(one: str, other: str) -> bool:
-    """Tell whether two names mean the same model (``m`` and ``m:latest`` do)."""
+    """Return whether two names are the same model (``m`` and ``m:latest`` are)."""
     if one == other:
         return True
     try:
@@ -123,9 +123,9 @@ def same_model(one: str, other: str) -> bool:
 
 
 def accepts_model(model: str, named: str) -> bool:
-    """Tell whether a request that names ``named`` may go to the run's model.
+    """Return whether a request that names ``named`` can go to the run's model.
 
-    A digest that the request insists on must be one that the run's model insists on, too.
+    A digest required by the request must match the one required by the run's model.
     """
     if not same_model(named, model):
         return False
@@ -136,11 +136,11 @@ def accepts_model(model: str, named: str) -> bool:
 
 
 def one_of_each(names: Iterable[str]) -> list[str]:
-    """Return one name for each model: of several, the one that insists on the most of a digest.
+    """Return one name per model; if there are several, the one with the longest digest.
 
     Raises:
-        ConfigError: a name is wrong.
-        InputError: two names of a model insist on different digests.
+        ConfigError: a name is invalid.
+        InputError: two names of a model require different digests.
     """
     chosen: dict[str, str] = {}
     for name in names:
@@ -149,8 +149,8 @@ def one_of_each(names: Iterable[str]) -> list[str]:
         other = chosen.setdefault(key, name)
         if not same_digest(model, parse_model_name(other)):
             raise InputError(
-                f"requests insist on two digests of {model.served}: {other} and {name}",
-                "leave one of them out, or run each by itself",
+                f"requests require two digests of {model.served}: {other} and {name}",
+                "remove one of them, or run each separately",
             )
         if len(model.digest) > len(parse_model_name(other).digest):
             chosen[key] = name

@@ -1,4 +1,4 @@
-"""The result of one check: ok, a warning or a failure, with the remedy."""
+"""The result of a check: ok, a warning or a failure, with a remedy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Diagnosis:
     """One line of ``aiflux doctor``.
 
     Attributes:
-        name: what was looked at, in a word or two.
-        level: ``fail`` means that runs cannot work as things are.
-        what: what was seen, and what follows from it.
-        fix: what to do; empty where all is well.
+        name: what was checked, in a word or two.
+        level: ``fail`` means that runs cannot work.
+        what: what was found, and what follows from it.
+        fix: the remedy; empty if there is no problem.
     """
 
     name: str
@@ -25,20 +25,20 @@ class Diagnosis:
     fix: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """Return what ``--json`` prints."""
+        """Return the diagnosis for ``--json``."""
         return asdict(self)
 
 
 def ok(name: str, what: str) -> Diagnosis:
-    """Return that something is well."""
+    """Return a diagnosis without a problem."""
     return Diagnosis(name, "ok", what)
 
 
 def warn(name: str, what: str, fix: str) -> Diagnosis:
-    """Return that something works less well than it could, or only in part."""
+    """Return a diagnosis for something that works less well, or only in part."""
     return Diagnosis(name, "warn", what, fix)
 
 
 def fail(name: str, what: str, fix: str) -> Diagnosis:
-    """Return that something keeps runs from working."""
+    """Return a diagnosis for a problem that prevents runs."""
     return Diagnosis(name, "fail", what, fix)

@@ -1,4 +1,4 @@
-"""Libraries that only some uses need: imported then, or an error that says how to get them."""
+"""Import optional libraries on use; if one is missing, raise an error with the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTRAS: Mapping[str, str] = {
     "report": "the plots of a report",
     "schema": "--validate",
 }
-"""The package's extras that users choose from, and what each is for."""
+"""The package's extras and their purpose."""
 
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "documents": ("pypdf>=5.0", "cryptography>=41"),
@@ -28,18 +28,18 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "report": ("matplotlib>=3.8",),
     "schema": ("jsonschema>=4.17",),
 }
-"""What each extra brings, as in ``pyproject.toml``."""
+"""Requirements of each extra, as in ``pyproject.toml``."""
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """Return a module that one of the package's extras brings.
+    """Return a module from one of the package's extras.
 
     Args:
-        purpose: what needs it, as the beginning of a sentence.
+        purpose: what needs the module, as the subject of a sentence.
 
     Raises:
-        ConfigError: it is not installed; the remedy is what installs it.
-        StoppedError: it could not be loaded for lack of memory or files.
+        ConfigError: the module is not installed; the remedy installs it.
+        StoppedError: the module cannot be loaded for lack of memory or files.
     """
     try:
         return import_module(module)
@@ -52,11 +52,11 @@ def need(module: str, extra: str, purpose: str) -> Any:
 
 
 def remedy(extra: str, *, has_pip: bool) -> str:
-    """Return what brings an extra; an installation from a bundle has no pip.
+    """Return the remedy that installs an extra; an installation from a bundle has no pip.
 
-    The libraries are named themselves: that is right wherever AI-Flux came from.
+    Libraries are named directly, which works wherever AI-Flux came from.
     """
     if has_pip:
         command = [sys.executable, "-m", "pip", "install", *LIBRARIES[extra]]
         return " ".join(map(shlex.quote, command))
-    return f"install a bundle that was made with it: aiflux bundle create --extra {extra}"
+    return f"install a bundle that includes it: aiflux bundle create --extra {extra}"

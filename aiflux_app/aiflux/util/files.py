@@ -1,4 +1,4 @@
-"""Durable file operations: atomic replacement, and errors that say where."""
+"""Durable file operations: atomic replacement, and errors with location and remedy."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ T = TypeVar("T")
 
 
 def expanded(path: Path | str) -> Path:
-    """Return a path with ``~`` replaced; one of a user that does not exist stays as it is."""
+    """Return a path with ``~`` expanded; unchanged if the user does not exist."""
     return Path(os.path.expanduser(path))
 
 
 def fsync_directory(path: Path) -> None:
-    """Make a rename in ``path`` durable. File systems that cannot sync a directory are let off."""
+    """Make a rename in ``path`` durable, if the file system can sync directories."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
@@ -50,18 +50,18 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """Write ``target`` whole or not at all: temporary name beside it, fsync, rename.
+    """Write ``target`` completely or not at all: temporary file next to it, fsync, rename.
 
-    ``mode`` is subject to the umask, as for any new file. A link stays, and what it leads to is
+    ``mode`` is subject to the umask, as for any new file. If ``target`` is a link, its target is
     replaced.
 
     Raises:
         StorageError: the file system refused (full, quota, permission).
-        UsageError: ``target`` is a device or a pipe, which a rename would displace.
+        UsageError: ``target`` is a device or a pipe, which the rename would replace.
     """
     _refuse_device(target)
     target = Path(os.path.realpath(target))
-    # Named before it is created, so that an interrupt just after that still removes it.
+    # The name is chosen before creation, so that the file is removed even after an interrupt.
     temporary = target.with_name(f"{_prefix(target)}{token_hex(8)}{_PART}")
     try:
         with open(temporary, "xb", _BUFFER, opener=_open_private) as file:
@@ -83,16 +83,16 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def read_file(path: Path) -> bytes | None:
-    """Return the content of a small file; None only where it is certain that there is none.
+    """Return the content of a small file; None only if it certainly does not exist.
 
     Raises:
-        StorageError: the file exists and cannot be read, or it is a folder, a pipe or a device.
+        StorageError: the file cannot be read, or is a directory, a pipe or a device.
     """
     return _looked_at(path, lambda: _read_regular(path))
 
 
 def _read_regular(path: Path) -> bytes:
-    # Without O_NONBLOCK, opening a pipe would wait for a writer for ever.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_irregular(path, os.fstat(descriptor))
@@ -105,10 +105,10 @@ def _read_regular(path: Path) -> bytes:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a path exists; ``Path.exists`` takes an I/O error for an absence.
+    """Return whether a path exists; ``Path.exists`` returns False on I/O errors.
 
     Raises:
-        StorageError: that cannot be told.
+        StorageError: the path cannot be checked.
     """
     return _looked_at(path, lambda: os.stat(path)) is not None
 
@@ -117,7 +117,7 @@ def checksum(path: Path) -> int:
     """Return the CRC-32 of a file's content.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
     crc = 0
     try:
@@ -130,7 +130,7 @@ def checksum(path: Path) -> int:
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raise StorageError where ``path`` exists and is no regular file."""
+    """Raise StorageError if ``path`` exists and is not a regular file."""
     found = _looked_at(path, lambda: os.stat(path))
     if found is not None:
         _refuse_irregular(path, found)
@@ -138,18 +138,18 @@ def refuse_irregular(path: Path) -> None:
 
 def _refuse_irregular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
         raise StorageError(
-            f"{path} is {kind}, where a file belongs",
-            f"move it away (mv {quote(str(path))} ELSEWHERE) and run the same command again",
+            f"{path} is {kind} instead of a file",
+            f"move it (mv {quote(str(path))} ELSEWHERE) and run the same command again",
         )
 
 
 def _looked_at(path: Path, look: Callable[[], T]) -> T | None:
-    """Return what ``look`` returns; None where nothing exists at ``path``.
+    """Return the result of ``look``, or None if nothing exists at ``path``.
 
-    A file that another NFS client replaced can be stale for a moment, and is found again by name.
-    Every other error is told: to take it for an absence would let a run end in silence.
+    A file that another NFS client replaced can be stale for a moment; it is looked up again. All
+    other errors are raised: treating them as a missing file would silently end a run.
     """
     tries = 0
     while True:
@@ -165,8 +165,8 @@ def _looked_at(path: Path, look: Callable[[], T]) -> T | None:
 
 
 def read_error(error: OSError, path: Path) -> StorageError:
-    """Turn an OSError met in reading ``path`` into an error that says what to do."""
-    default = "check the file system, then run the same command again: it goes on"
+    """Convert an OSError raised while reading ``path`` to an error with a remedy."""
+    default = "check the file system, then run the same command again to resume"
     return StorageError(
         f"cannot read {path}: {error.strerror or error}",
         _READ_REMEDIES.get(error.errno or 0, default),
@@ -174,25 +174,25 @@ def read_error(error: OSError, path: Path) -> StorageError:
 
 
 def _prefix(target: Path) -> str:
-    """Return how the names of a target's temporary files begin; no other target's begin so."""
+    """Return the unique prefix of a target's temporary files."""
     encoded = os.fsencode(target.name)
     kept = target.name if len(encoded) <= _LONG_NAME else f"{target.name[:16]}~{crc32(encoded):08x}"
     return f".{kept}."
 
 
 def remove_leftovers(*targets: Path) -> None:
-    """Remove what killed processes left of ``targets`` under temporary names.
+    """Remove temporary files of ``targets`` left by killed processes.
 
-    Only for whoever knows that no process writes one of them now.
+    Call this only if no process is writing a target.
 
     Raises:
-        StorageError: the file system refused.
+        StorageError: a file cannot be removed.
     """
     for target in {Path(os.path.realpath(target)) for target in targets}:
         prefix = _prefix(target)
         try:
             for name in os.listdir(target.parent):
-                # Between the two stands a random part, which has no dot.
+                # The random part in the middle has no dot.
                 middle = name.removeprefix(prefix).removesuffix(_PART)
                 if name == f"{prefix}{middle}{_PART}" and "." not in middle:
                     (target.parent / name).unlink(missing_ok=True)
@@ -203,16 +203,16 @@ def remove_leftovers(*targets: Path) -> None:
 
 
 def refuse_special(target: Path) -> None:
-    """Raise UsageError where no file can be ``target``: a folder, a device, a name too long."""
+    """Raise UsageError if ``target`` cannot be a file: a directory, a device, a too long name."""
     try:
         os.stat(target)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UsageError(
-                f"the name of the output {target} is too long", "choose a shorter one"
+                f"the output name {target} is too long", "choose a shorter name"
             ) from error
     if os.path.isdir(target):
-        raise UsageError(f"the output {target} is a folder", "name a file in it")
+        raise UsageError(f"the output {target} is a directory", "choose a file in it")
     _refuse_device(target)
 
 
@@ -222,40 +222,40 @@ def _refuse_device(target: Path) -> None:
     except OSError:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UsageError(f"the output {target} is a device or a pipe", "name a file")
+        raise UsageError(f"the output {target} is a device or a pipe", "choose a regular file")
 
 
 def refuse_existing(*targets: Path) -> None:
-    """Raise OutputExistsError where one of the outputs is there already."""
+    """Raise OutputExistsError if one of the outputs already exists."""
     for target in targets:
         if os.path.exists(target):
             raise OutputExistsError(
-                f"the output {target} is there already and would be overwritten",
-                "give --force to replace it, or choose another output",
+                f"output file already exists: {target}",
+                "use --force to overwrite it, or choose another output",
             )
 
 
 def may_write(folder: Path) -> bool:
-    """Tell whether a folder may be written into, or be made where there is none."""
+    """Return whether a directory is writable, or can be created."""
     nearest = nearest_there(folder)
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def others_may_write(path: Path) -> str | None:
-    """Return who else than this user and root can change a file; None where nobody can."""
+    """Return who besides this user and root can change a file, or None."""
     status = path.stat()
     for owner in (path.lstat().st_uid, status.st_uid):
         if owner not in (os.getuid(), 0):
             return f"it belongs to {user_name(owner)}"
     if status.st_mode & stat.S_IWOTH:
-        return "everybody can write to it"
+        return "everyone can write to it"
     if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
         return f"the group {_group_name(status.st_gid)} can write to it"
     return None
 
 
 def _is_private(gid: int) -> bool:
-    """Return whether a group is the user's own, which many systems give to everyone."""
+    """Return whether a group is the user's private group."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
     except KeyError:
@@ -265,7 +265,7 @@ def _is_private(gid: int) -> bool:
 
 
 def user_name(uid: int) -> str:
-    """Return a user's name; one that is unknown here by number."""
+    """Return a user's name, or the number if it is unknown."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -280,30 +280,30 @@ def _group_name(gid: int) -> str:
 
 
 def nearest_there(path: Path) -> Path:
-    """Return a path, or the nearest one above it that is there and can be seen."""
+    """Return a path, or its nearest parent that exists and is accessible."""
     # Unlike Path.exists(), os.path.exists() never raises.
     return next(each for each in (path, *path.parents) if os.path.exists(each))
 
 
 def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
-    """Replace ``target`` atomically by ``value`` as JSON."""
+    """Replace ``target`` atomically with ``value`` as JSON."""
     with atomic_write(target, mode) as file:
         file.write(json_text(value, indent=2).encode() + b"\n")
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """Turn an OSError met in writing ``path`` into an error that says what to do."""
+    """Convert an OSError raised while writing ``path`` to an error with a remedy."""
     limit = exhausted(error)
     return StorageError(
         f"cannot write {path}: {error.strerror or error}",
         limit.remedy
         if limit
-        else "make room (or mend the permission) and run the same command again: it goes on",
+        else "free some space (or fix the permissions) and run the same command again to resume",
     )
 
 
 def _umask() -> int:
-    """Return the process's umask without changing it (os.umask can only be read by setting)."""
+    """Return the process's umask without changing it; os.umask() can only set it."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("Umask:"):

@@ -1,9 +1,9 @@
-"""A lease: at most one process of the cluster holds it, on any shared file system, without flock.
+"""A lease, held by at most one process of the cluster, on any shared file system, without flock.
 
-The lease is a file made with ``O_EXCL``; its holder rewrites a beat in it every few seconds.
-Whoever finds it held judges the holder dead when the beat stands still by the *finder's own* clock,
-or at once when the holder was a process of the same PID namespace that is gone, or an earlier start
-of the same Slurm job (Slurm never runs two starts of one job at a time).
+The lease is a file created with ``O_EXCL``, in which its holder rewrites a beat every few seconds.
+A process that finds it held considers the holder dead if the beat does not change according to the
+*finder's own* clock. It does so at once if the holder was a process of the same PID namespace that
+has ended, or an earlier start of the same Slurm job (Slurm never runs two starts at a time).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def _namespace() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Return the process's start time in ticks (field 22 of /proc/PID/stat), "" if it is gone."""
+    """Return a process's start time in ticks (field 22 of /proc/PID/stat), "" if it has ended."""
     stat = _read(f"/proc/{pid}/stat")
     return stat.rpartition(")")[2].split()[19] if stat else ""
 
 
 def identity() -> dict[str, Any]:
-    """Return who this process is, for others to read in a lease."""
+    """Return this process's identity for a lease."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -64,7 +64,7 @@ def identity() -> dict[str, Any]:
 
 
 def _alive(holder: dict[str, Any]) -> bool | None:
-    """Tell whether a holder lives; None where that cannot be told from here."""
+    """Return whether a holder is alive; None if unknown from here."""
     if holder.get("namespace") and holder["namespace"] == _namespace():
         return bool(_start_time(int(holder["pid"])) == holder["started"])
     job = os.environ.get("SLURM_JOB_ID", "")
@@ -72,7 +72,7 @@ def _alive(holder: dict[str, Any]) -> bool | None:
 
 
 def holder_lives(path: Path) -> bool | None:
-    """Tell whether a lease is held by a living process; None where that cannot be told from here.
+    """Return whether a lease's holder is alive; None if unknown from here.
 
     Raises:
         StorageError: the lease cannot be read.
@@ -82,10 +82,10 @@ def holder_lives(path: Path) -> bool | None:
 
 
 class Lease:
-    """A held lease; a context manager that gives it back.
+    """A held lease; a context manager that releases it.
 
     Attributes:
-        lost: set when somebody else took the lease away.
+        lost: set when another process took over the lease.
     """
 
     def __init__(self, path: Path, descriptor: int, on_lost: Callable[[], None] | None) -> None:
@@ -110,7 +110,7 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Give the lease back; harmless when it was lost or released before."""
+        """Release the lease; does nothing if it was lost or released before."""
         if self._released.is_set():
             return
         self._released.set()
@@ -134,7 +134,7 @@ class Lease:
                     self._on_lost()
                 return
             self._beat += 1
-            # A full disk must not cost the lease: overwriting in place needs no new block.
+            # Overwriting in place needs no new block, so a full disk does not lose the lease.
             with suppress(OSError):
                 os.pwrite(self._descriptor, b"%0*d" % (_BEAT_WIDTH, self._beat), 0)
 
@@ -149,18 +149,18 @@ def acquire(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Lease:
-    """Take a lease.
+    """Acquire a lease.
 
     Args:
-        path: the lease's file; its folder must be there.
-        what: what is held, for messages, e.g. "the run results.json".
-        wait: wait until a living holder gives it back, rather than refuse.
-        on_wait: called once with a text when waiting begins.
-        on_lost: called from a thread when the lease is taken away.
+        path: the lease file; its directory must exist.
+        what: what is held, for messages, such as "the run results.json".
+        wait: wait until a living holder releases it, instead of raising an error.
+        on_wait: called once with a message when waiting starts.
+        on_lost: called from a thread when another process takes over the lease.
 
     Raises:
         RunConflictError: a living process holds it (only without ``wait``).
-        StorageError: the file cannot be made.
+        StorageError: the file cannot be created.
     """
     watch, break_watch = _Watch(clock), _Watch(clock)
     told, pause = False, _FIRST_PAUSE
@@ -173,7 +173,7 @@ def acquire(
             continue
         holder = _holder(content)
         alive = _alive(holder)
-        if alive is False or watch.stands_still(content):
+        if alive is False or watch.is_unchanged(content):
             if not _break(path, content, break_watch):
                 sleep(_BREAK_SECONDS)
             continue
@@ -182,7 +182,7 @@ def acquire(
         if on_wait is not None and not told:
             on_wait(f"{what} is in use on {holder.get('host')}; waiting")
             told = True
-        # Many wait at once where the shards of a run end together: each looks at its own times.
+        # Many processes wait when the shards of a run end together; random delays spread them.
         sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, BEAT_SECONDS / 2)
 
@@ -196,8 +196,8 @@ def refuse_living(
 ) -> None:
     """Raise RunConflictError if a living process holds one of the leases.
 
-    Those of dead holders are left as they are. Where it cannot be told from here whether a holder
-    lives, this takes as long as a beat, or ``STALE_SECONDS`` when all are dead.
+    Leases of dead holders are not changed. If it is unknown from here whether a holder is alive,
+    this takes as long as a beat, or ``STALE_SECONDS`` if all holders are dead.
     """
     began = clock()
     seen: dict[Path, bytes] = {}
@@ -223,7 +223,7 @@ def _conflict(what: str, holder: Mapping[str, Any]) -> RunConflictError:
 
 
 class _Watch:
-    """Watches a foreign lease's beat by this process's own clock."""
+    """Watches the beat of another process's lease with this process's clock."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -231,7 +231,7 @@ class _Watch:
         self._since = 0.0
         self.moved = False
 
-    def stands_still(self, content: bytes) -> bool:
+    def is_unchanged(self, content: bytes) -> bool:
         now = self._clock()
         if content != self._content:
             self.moved = self._content is not None
@@ -262,7 +262,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _holder(content: bytes) -> dict[str, Any]:
-    """Return who holds a lease; {} when its maker died between making and writing it."""
+    """Return a lease's holder; {} if its creator died before writing it."""
     try:
         holder = json.loads(content[_BEAT_WIDTH:])
     except (ValueError, RecursionError):
@@ -273,18 +273,18 @@ def _holder(content: bytes) -> dict[str, Any]:
 
 
 def _break(path: Path, judged: bytes, watch: _Watch) -> bool:
-    """Take a dead holder's lease away; False where somebody else is at it.
+    """Remove a dead holder's lease; return False if another process is doing so.
 
-    One process at a time may do so, and only while the lease is still the one that was judged:
-    else the lease of whoever came next could be taken for the dead one's. ``watch`` finds the mark
-    of a process that died in the middle of it.
+    Only one process may do this at a time, and only while the lease is still the one that was
+    judged; otherwise the lease of the next holder could be removed instead. ``watch`` detects the
+    mark of a process that died while doing this.
     """
     mark = path.with_name(path.name + ".break")
     try:
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         with suppress(FileNotFoundError):
-            if watch.stands_still(b"%d" % mark.stat().st_ino):
+            if watch.is_unchanged(b"%d" % mark.stat().st_ino):
                 mark.unlink()
         return False
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The input's lines: read one by one, and cut into parts that can be read apart."""
+"""Read an input's lines one by one, and split it into parts that can be read separately."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LOOK = 1 << 16
 def read_lines(
     path: Path, start: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, int, bytes]]:
-    """Yield ``(number, offset, line)`` of every line that is not blank; no line ending, no BOM.
+    """Yield ``(number, offset, line)`` of all nonblank lines, without line ending and BOM.
 
     Args:
         path: the input.
         start: byte offset of the first line, which gets the number 1.
-        end: byte offset of the line to stop at; None reads to the end.
+        end: byte offset of the line to stop at; None for the end of the file.
 
     Raises:
         InputError: the file cannot be read.
@@ -50,11 +50,11 @@ def read_lines(
 def cut_at_lines(
     path: Path, part_bytes: int, start: int = 0, end: int | None = None
 ) -> list[tuple[int, int]]:
-    """Return ``(start, end)`` of contiguous parts of about ``part_bytes``, each of whole lines.
+    """Return ``(start, end)`` of contiguous parts of about ``part_bytes`` with complete lines.
 
     Args:
-        start: where a line begins.
-        end: the end of one; None is that of the file.
+        start: offset of the start of a line.
+        end: offset of the end of a line; None for the end of the file.
 
     Raises:
         OSError: the file cannot be read.
@@ -70,7 +70,7 @@ def cut_at_lines(
 
 
 def _next_line(descriptor: int, position: int, end: int) -> int:
-    """Return the offset of the first line that starts at ``position`` or behind it, or ``end``."""
+    """Return the offset of the first line that starts at or after ``position``, or ``end``."""
     position -= 1  # the line break before a line that starts at the position itself
     while position < end:
         block = os.pread(descriptor, _LOOK, position)
@@ -84,7 +84,7 @@ def _next_line(descriptor: int, position: int, end: int) -> int:
 
 
 def ends_line(path: Path, end: int) -> bool:
-    """Tell whether the byte before ``end`` is a line feed, as it may not be at the file's end.
+    """Return whether the byte before ``end`` is a line feed; the last line may have none.
 
     Raises:
         OSError: the file cannot be read.
@@ -95,7 +95,7 @@ def ends_line(path: Path, end: int) -> bool:
 
 
 def line_numbers(path: Path, offsets: Sequence[int]) -> list[int]:
-    """Return the number (from 1) of the lines that start at ``offsets``, which rise.
+    """Return the number (from 1) of the lines that start at the ascending ``offsets``.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,7 +1,7 @@
-"""Work shared out among forked processes, where that is safe and worth it.
+"""Distribute work to forked processes if that is safe and useful.
 
-A fork copies one thread only: locks that other threads held then stay locked for ever. So work is
-shared out only by a process of one thread, and done in that process elsewhere.
+A fork copies only one thread, so locks held by other threads would stay locked forever. Therefore
+only a process with a single thread distributes work; others do the work themselves.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import IO, Any, Generic, NoReturn, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# This process and its children; login nodes are shared with others.
+# This process and its children; login nodes are shared with other users.
 MOST_PROCESSES = 4
-# The parent decides what these mean; a child only looks whether it is still there.
+# The parent handles these signals; a child only checks that the parent still exists.
 _LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LOOK_SECONDS = 0.2
 
 
 def helpers() -> int:
-    """Return how many children can share this process's work; 0 where forking is not safe."""
+    """Return the number of children that can share the work; 0 if forking is not safe."""
     try:
         cores = len(os.sched_getaffinity(0))
         threads = len(os.listdir("/proc/self/task"))
@@ -39,14 +39,13 @@ def helpers() -> int:
 def share_out(
     work: Callable[[Item], Result], items: Sequence[Item], children: int
 ) -> Generator[Result, None, None]:
-    """Yield ``work(item)`` for each item, in order; close it where it is not read to its end.
+    """Yield ``work(item)`` for each item, in order. Close the iterator if it is not exhausted.
 
-    ``work`` runs in children that are forked, one for each item. An item whose child died is worked
-    on here, so that its error is raised here; so is one that is alone, or where there are no
-    children to share it with.
+    ``work`` runs in forked children, one per item. If a child dies, its item is processed here, so
+    that errors are raised here. So is a single item, or all items if there are no children.
 
     Args:
-        children: how many run at once.
+        children: number of children that run at once.
     """
     children = children if len(items) > 1 else 0
     waiting = deque(items)
@@ -73,8 +72,8 @@ class _Job(Generic[Item, Result]):
     """An item and the child that works on it.
 
     Attributes:
-        pipe: where the child's result will come from; None once the child has ended.
-        results: the one result; none where the child died.
+        pipe: source of the child's result; None once the child has ended.
+        results: the result; empty if the child died.
     """
 
     item: Item
@@ -83,7 +82,7 @@ class _Job(Generic[Item, Result]):
     results: tuple[Result, ...] = ()
 
     def receive(self, pipe: IO[bytes]) -> None:
-        """Take the result; the child has begun to send it, or died."""
+        """Receive the result; the child has started to send it, or died."""
         content = pipe.read()
         if self._reap(pipe):
             self.results = (pickle.loads(content),)  # noqa: S301 - from our own child
@@ -96,7 +95,7 @@ class _Job(Generic[Item, Result]):
             self._reap(self.pipe)
 
     def _reap(self, pipe: IO[bytes]) -> bool:
-        """Wait for the child's end; return whether it sent all it had to."""
+        """Wait for the child's end; return whether it sent its complete result."""
         pipe.close()
         self.pipe = None
         with suppress(ChildProcessError):
@@ -105,7 +104,7 @@ class _Job(Generic[Item, Result]):
 
 
 def _receive(jobs: Iterable[_Job[Item, Result]]) -> None:
-    """Wait until there are results, and take them."""
+    """Wait for results and receive them."""
     running = {job.pipe: job for job in jobs if job.pipe is not None}
     ready = select.select(running, (), ())[0]
     for pipe in ready:
@@ -118,7 +117,7 @@ def _start(work: Callable[[Item], Result], item: Item) -> _Job[Item, Result]:
     with _signals_held() as mask:
         try:
             pid = os.fork()
-        except OSError:  # no more processes are allowed
+        except OSError:  # process limit reached
             os.close(receiver)
             os.close(sender)
             return _Job(item)
@@ -130,7 +129,7 @@ def _start(work: Callable[[Item], Result], item: Item) -> _Job[Item, Result]:
 
 @contextmanager
 def _signals_held() -> Iterator[set[Any]]:
-    """Let no signal raise between a fork and the note of it; yield the mask from before."""
+    """Block signals until a fork is recorded; yield the previous mask."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield mask
@@ -139,7 +138,7 @@ def _signals_held() -> Iterator[set[Any]]:
 
 
 def _serve(work: Callable[[], object], sender: int, parent: int, mask: set[Any]) -> NoReturn:
-    """Work in a child, and send what comes of it; exit 0 where all of it was sent."""
+    """Work in a child and send the result; exit 0 if it was sent completely."""
     status = 1
     try:
         with suppress(BaseException), open(sender, "wb") as pipe:

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 from aiflux.errors import StoppedError
 
-# Open files besides connections to engines: logs, the journal, probes, pipes of children.
+# Open files in addition to connections: logs, the journal, probes, pipes of children.
 _OTHER_FILES = 32
 SPARE_BYTES = 32 << 20
-"""What all threads need once the last one was started."""
+"""Bytes that all threads need after the last one was started."""
 THREAD_BYTES = 8 << 20
 _LAST_WORDS_BYTES = 4 << 20
 _NO_FILES = {errno.EMFILE, errno.ENFILE}
-# What the dynamic loader says in an ImportError, which has no errno.
+# Messages of the dynamic loader in an ImportError, which has no errno.
 _LOADER_NO_MEMORY = ("failed to map", "cannot allocate memory", "out of memory")
 _LOADER_NO_FILES = ("too many open files",)
 _NO_THREAD = ("can't start new thread", "can't allocate")
@@ -32,11 +32,11 @@ def start_thread(
     """Start a daemon thread and return it.
 
     Args:
-        spare: bytes of memory that have to be free beside the thread's stack. Python waits for ever
-            for a thread that has none to begin with.
+        spare: bytes of memory that must be free in addition to the thread's stack. Python waits
+            forever for a thread without memory to start.
 
     Raises:
-        StoppedError: the system allows no further thread.
+        StoppedError: no more threads are allowed.
     """
     thread = threading.Thread(target=target, name=name, daemon=True)
     _reserve(_stack_bytes() + spare).close()
@@ -48,15 +48,15 @@ def start_thread(
 
 
 def _stack_bytes() -> int:
-    """Return the size of a new thread's stack, which glibc takes from the limit on stacks."""
+    """Return the size of a new thread's stack, which glibc derives from the stack limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     return threading.stack_size() or (THREAD_BYTES if soft == resource.RLIM_INFINITY else soft)
 
 
 @contextmanager
 def exhaustion_stops() -> Iterator[None]:
-    """Turn what Python raises at the limits of the process into a StoppedError with the remedy."""
-    # Given back when an error comes: showing one takes memory too.
+    """Convert errors raised at process limits to a StoppedError with the remedy."""
+    # Released on an error, because showing one needs memory too.
     with _reserve(_LAST_WORDS_BYTES) as reserve:
         try:
             yield
@@ -71,9 +71,9 @@ def exhaustion_stops() -> Iterator[None]:
 
 
 def exhausted(error: BaseException) -> StoppedError | None:
-    """Return what an error at a limit of the process means; None for any other error.
+    """Return the meaning of an error raised at a process limit; None for other errors.
 
-    Looked at is also what the error was raised from, such as a library that could not be loaded.
+    Also examines the causes of the error, such as a library that could not be loaded.
     """
     seen: set[int] = set()
     cause: BaseException | None = error
@@ -95,7 +95,7 @@ def _meaning(error: BaseException) -> StoppedError | None:
         isinstance(error, MemoryError)
         or number == errno.ENOMEM
         or any(text in words for text in _LOADER_NO_MEMORY)
-        # Python's own word for a MemoryError that got lost.
+        # Raised by Python in place of a lost MemoryError.
         or (isinstance(error, SystemError) and _memory_is_short())
     ):
         return StoppedError(
@@ -104,7 +104,7 @@ def _meaning(error: BaseException) -> StoppedError | None:
     no_thread = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_THREAD)
     if no_thread or number == errno.EAGAIN:
         return StoppedError(
-            f"the system allows this process no further thread or process: {error}",
+            f"the system allows this process no more threads or processes: {error}",
             "allow more processes (ulimit -u) or more memory (ulimit -v, the job's --mem), "
             f"{_AGAIN}",
         )
@@ -120,10 +120,10 @@ def _memory_is_short() -> bool:
 
 
 def _reserve(size: int) -> mmap.mmap:
-    """Take memory that nothing uses.
+    """Reserve memory that nothing uses.
 
     Raises:
-        StoppedError: there is too little left.
+        StoppedError: too little memory is left.
     """
     try:
         return mmap.mmap(-1, size)
@@ -132,13 +132,13 @@ def _reserve(size: int) -> mmap.mmap:
 
 
 def raise_file_limit() -> None:
-    """Let this process, and those that it starts, open as many files as the system allows."""
+    """Raise the limit on open files to the hard limit, also for child processes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def spare_files() -> int:
-    """Return how many connections can still be opened, at least 1."""
+    """Return the number of connections that can still be opened, at least 1."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, soft - len(os.listdir("/proc/self/fd")) - _OTHER_FILES)

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON: the fields of a class are the form in which its file is read and written."""
+"""Convert dataclasses to and from JSON; the fields of a class define its file format."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 T = TypeVar("T")
 KEY = "key"
 OMITTED = {"omitted": True}
-"""Metadata of a field that is left out of the JSON while it has its default value; ``KEY``: name of
-the metadata that hold a field's name in JSON where it is another one."""
-_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+"""Metadata of a field that is omitted from JSON while it has its default. ``KEY`` is the metadata
+key for a field's name in JSON, if it differs."""
+_WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """Return a dataclass as a JSON object, with all that it contains."""
+    """Return a dataclass as a JSON object, recursively."""
     content = {}
     for item in fields(record):
         value = getattr(record, item.name)
@@ -28,13 +28,13 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], content: Any, where: str = "") -> T:
-    """Return a dataclass from a JSON object; keys that the class does not have are ignored.
+    """Return a dataclass from a JSON object; unknown keys are ignored.
 
     Args:
-        where: the place of the object in its file, for errors.
+        where: position of the object in its file, for errors.
 
     Raises:
-        ValueError: a field is missing or of another type; names its place.
+        ValueError: a field is missing or has another type; names its position.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{where or 'the content'} is not an object")

@@ -1,7 +1,7 @@
-"""The streams and the words that a shell hands over: closed, full, gone, or in no encoding.
+"""Standard streams and arguments from the shell: closed, full, gone, or badly encoded.
 
-``aiflux`` and the image's worker write to stdout and stderr through ``Outlet``: a reader that went
-away, a full disk or a closed terminal costs the words that were meant for it, and nothing else.
+``aiflux`` and the worker write to stdout and stderr through ``Outlet``. If a reader has ended, a
+disk is full or a terminal is closed, only the affected output is lost.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any, TextIO, cast
 from aiflux.errors import StorageError, UsageError
 from aiflux.util.unicode import terminal_text
 
-STDIN = STDOUT = "-"  # in place of a file's name
+STDIN = STDOUT = "-"  # instead of a file name
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _PATIENCE = 1.0
 
 
 class Outlet(io.RawIOBase):
-    """The raw end of stdout or stderr; the descriptor stays open when this is closed.
+    """Raw stream for stdout or stderr; closing it keeps the descriptor open.
 
     Attributes:
-        heeded: raise OSError where a write fails; False drops what cannot be written.
-        failure: the last error that was not raised; None where nothing was dropped.
+        strict: raise OSError if a write fails; otherwise drop what cannot be written.
+        failure: the last error that was not raised; None if nothing was dropped.
     """
 
-    def __init__(self, descriptor: int, *, heeded: bool) -> None:
+    def __init__(self, descriptor: int, *, strict: bool) -> None:
         super().__init__()
-        self.heeded = heeded
+        self.strict = strict
         self.failure: OSError | None = None
         self._descriptor = descriptor
 
@@ -42,7 +42,7 @@ class Outlet(io.RawIOBase):
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Tell whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         return os.isatty(self._descriptor)
 
     def writable(self) -> bool:
@@ -50,13 +50,13 @@ class Outlet(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Write some of the bytes, or drop all of them; return how many."""
+        """Write some of the bytes, or drop all of them; return their number."""
         try:
             return self._write(data)
         except OSError as error:
-            if self.heeded:
+            if self.strict:
                 raise
-            # The next write is tried all the same: a disk may have room again.
+            # The next write is tried again: a disk may have space again.
             self.failure = error
             return len(data)
 
@@ -66,16 +66,16 @@ class Outlet(io.RawIOBase):
                 return os.write(self._descriptor, data)
             except BlockingIOError:
                 # Another program with the same pipe or terminal has set O_NONBLOCK.
-                patience = None if self.heeded else 0.0 if self.failure else _PATIENCE
+                patience = None if self.strict else 0.0 if self.failure else _PATIENCE
                 if not select.select([], [self._descriptor], [], patience)[1]:
                     raise
 
 
 class _TerminalStream:
-    """A text stream on which everything written is made safe to show.
+    """A text stream that makes everything safe for a terminal.
 
-    ``rich_proxied_file`` leads rich to the stream itself: ``TerminalConsole`` makes the text safe,
-    and adds sequences of its own.
+    ``rich_proxied_file`` gives rich the underlying stream: ``TerminalConsole`` makes the text safe,
+    and adds its own escape sequences.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -95,26 +95,26 @@ class _TerminalStream:
 
 @contextmanager
 def open_streams() -> Iterator[Outlet]:
-    """Write to stdout and stderr through outlets; yield that of stdout, which is heeded.
+    """Use outlets for stdout and stderr; yield the strict outlet of stdout.
 
-    A stream that was closed by the shell (``>&-``) swallows what is written to it: in its place the
-    next file that is opened would stand, for children to write to. A character that the encoding of
-    a stream lacks costs nothing but itself. What is printed is made safe to show
-    (``terminal_text``); bytes that are written to ``sys.stdout.buffer`` are data, and stay.
+    A stream that the shell closed (``>&-``) drops its output; otherwise the next opened file would
+    get its descriptor, and children would write to it. A character that the stream's encoding lacks
+    is replaced. Printed text is made safe (``terminal_text``); bytes written to
+    ``sys.stdout.buffer`` are data and stay unchanged.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:
         mode = "r" if name == "stdin" else "w"
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - closed below
     before = sys.stdout, sys.stderr
-    out, err = Outlet(1, heeded=True), Outlet(2, heeded=False)
+    out, err = Outlet(1, strict=True), Outlet(2, strict=False)
     out_text = _behind(sys.stdout, sys.__stdout__, out, line_buffering=out.isatty())
     err_text = _behind(sys.stderr, sys.__stderr__, err, line_buffering=True)
     sys.stdout, sys.stderr = (cast(TextIO, _TerminalStream(each)) for each in (out_text, err_text))
     try:
         yield out
     finally:
-        out.heeded = False
+        out.strict = False
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
@@ -124,7 +124,7 @@ def open_streams() -> Iterator[Outlet]:
 
 
 def _behind(stream: Any, own: Any, outlet: Outlet, *, line_buffering: bool) -> Any:
-    """Return a stream that writes to the outlet; one that is not the process's own stays."""
+    """Return a stream that writes to the outlet; keep a stream that was replaced before."""
     if stream is not own:
         return stream
     return io.TextIOWrapper(
@@ -136,39 +136,39 @@ def _behind(stream: Any, own: Any, outlet: Outlet, *, line_buffering: bool) -> A
 
 
 def refused(error: OSError) -> StorageError:
-    """Return the error of a stream that takes no more."""
+    """Return the error for a stream that cannot be written."""
     return StorageError(
-        f"what was to be printed could not be written: {error.strerror}",
-        "make room where stdout goes, or send it elsewhere",
+        f"cannot write to stdout: {error.strerror}",
+        "free some space, or redirect stdout elsewhere",
     )
 
 
 def refuse_broken_names(words: Sequence[str]) -> None:
-    """Refuse words that are no text: names of files go into plans and results, which are UTF-8.
+    """Reject arguments that are not text: file names become part of plans and results in UTF-8.
 
     Raises:
-        UsageError: a word has bytes that this locale cannot read.
+        UsageError: an argument has bytes that are invalid in this locale.
     """
     for word in words:
         if not _is_text(word):
             raise UsageError(
-                f"{os.fsencode(word)!r} is no text in this locale's encoding "
+                f"{os.fsencode(word)!r} is not valid in this locale's encoding "
                 f"({sys.getfilesystemencoding()})",
                 "rename the file, or set LC_ALL=C.UTF-8",
             )
 
 
 def refuse_lost_folder() -> None:
-    """Refuse to work in a folder that is gone.
+    """Reject a working directory that does not exist any more.
 
     Raises:
-        UsageError: the current folder was removed, or may not be read.
+        UsageError: the current directory was removed, or is not readable.
     """
     try:
         os.getcwd()
     except OSError as error:
         raise UsageError(
-            f"the current folder cannot be used any more: {error.strerror}", "cd to another one"
+            f"the current directory cannot be used any more: {error.strerror}", "cd to another one"
         ) from error
 
 

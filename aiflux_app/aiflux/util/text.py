@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-# By pattern: it must also work on what is no valid address.
+# Patterns, because they must also work for invalid URLs.
 _USER = re.compile(r"(//)[^/\s]*@")
 _WRONG_USER = re.compile(r"^(\w+:/*)?.*@", re.DOTALL)
 _QUERY = re.compile(r"[?#].*", re.DOTALL)
@@ -25,19 +25,19 @@ def joined(parts: Sequence[str]) -> str:
 
 
 def public_url(url: str) -> str:
-    """Return an address without user, password, query and fragment, which may hold keys."""
+    """Return a URL without user, password, query and fragment, which may contain keys."""
     return _USER.sub(r"\1", _QUERY.sub("", url))
 
 
 def hidden_url(value: object) -> object:
-    """Return what was given for an address and is wrong, without what may be a password or key."""
+    """Return an invalid URL without parts that may be a password or key."""
     if not isinstance(value, str):
         return value
     return _WRONG_USER.sub(r"\1...@", _QUERY.sub(lambda match: f"{match[0][0]}...", value))
 
 
 def size_text(count: float) -> str:
-    """Return a number of bytes as people read it."""
+    """Return a number of bytes in readable form."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.{0 if unit == 'bytes' or count >= 10 else 1}f} {unit}"
@@ -46,8 +46,8 @@ def size_text(count: float) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the remedy for a name that is none of ``known``."""
+    """Return a "did you mean" hint for an unknown name."""
     names = sorted({*known})
     near = difflib.get_close_matches(name, names, n=1)
     meant = f"did you mean {near[0]!r}? " if near else ""
-    return f"{meant}known are: {', '.join(names)}"
+    return f"{meant}use one of: {', '.join(names)}"

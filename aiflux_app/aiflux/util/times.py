@@ -9,7 +9,7 @@ _DAY = 86400
 
 
 def walltime_seconds(text: str | None) -> float:
-    """Return the seconds that a ``--time`` stands for; infinity for none and for UNLIMITED.
+    """Convert a ``--time`` to seconds; infinity for None and UNLIMITED.
 
     The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes
     and days-hours:minutes:seconds (source: man sbatch, ``--time``).
@@ -36,7 +36,7 @@ def walltime_text(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as H:MM:SS, from a day on with days in front."""
+    """Return a duration as H:MM:SS, with days in front if needed."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -50,12 +50,12 @@ def utc_text(seconds: float) -> str:
 
 
 def utc_now() -> str:
-    """Return the present time as UTC ISO-8601 with ``Z``."""
+    """Return the current time as UTC ISO-8601 with ``Z``."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def unix_seconds(text: str) -> float:
-    """Return Unix time of what ``utc_text`` wrote; 0 where the text is none."""
+    """Convert the output of ``utc_text`` to Unix time; 0 if it is invalid."""
     try:
         return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
     except ValueError:

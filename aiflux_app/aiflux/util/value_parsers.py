@@ -1,4 +1,4 @@
-"""From the text or YAML value of a setting to its own type; ValueError tells what it must be."""
+"""Parse settings from text or YAML values. A ValueError states what the value must be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WALLTIME = re.compile(
 _GPUS = re.compile(r"([\w.:-]+:)?\d+", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|\$)", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-"""Characters that no text of one line holds."""
+"""Characters that are not allowed in a single line of text."""
 _ENDPOINT = re.compile(
     r"/((v1/)?(chat/completions|completions|embeddings|models|responses)"
     r"|api/(chat|generate|tags|embed|embeddings|show)|health|metrics)\Z"
@@ -27,7 +27,7 @@ _TRUTH = {"true": True, "yes": True, "1": True, "on": True,
 
 
 def text(value: Any) -> str:
-    """Accept a text of one line that is not empty."""
+    """Accept a single line of text that is not empty."""
     if value is None or isinstance(value, bool | dict | list | tuple) or str(value).strip() == "":
         raise ValueError("a text")
     if CONTROL.search(str(value)):
@@ -36,38 +36,38 @@ def text(value: Any) -> str:
 
 
 def integer(low: int, high: int | None = None) -> Callable[[Any], int]:
-    """Return a parser of whole numbers between bounds, which belong to them."""
-    wanted = f"a whole number of at least {low}" + (f" and at most {high}" if high else "")
+    """Return a parser for whole numbers in an inclusive range."""
+    expected = f"a whole number of at least {low}" + (f" and at most {high}" if high else "")
 
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not re.fullmatch(r"[+-]?[0-9]+", str(value).strip()):
-            raise ValueError(wanted)
+            raise ValueError(expected)
         number = int(value)
         if number < low or (high is not None and number > high):
-            raise ValueError(wanted)
+            raise ValueError(expected)
         return number
 
     return parse
 
 
 def number(low: float, high: float | None = None) -> Callable[[Any], float]:
-    """Return a parser of numbers between bounds, which belong to them."""
-    wanted = f"a number of at least {low:g}" + (f" and at most {high:g}" if high else "")
+    """Return a parser for numbers in an inclusive range."""
+    expected = f"a number of at least {low:g}" + (f" and at most {high:g}" if high else "")
 
     def parse(value: Any) -> float:
         try:
             found = float("x" if isinstance(value, bool) else value)
         except (TypeError, ValueError):
-            raise ValueError(wanted) from None
+            raise ValueError(expected) from None
         if not math.isfinite(found) or found < low or (high is not None and found > high):
-            raise ValueError(wanted)
+            raise ValueError(expected)
         return found
 
     return parse
 
 
 def boolean(value: Any) -> bool:
-    """Accept true and false, and what people write for them."""
+    """Accept true and false, and common words for them."""
     word = str(value).strip().lower()
     if word not in _TRUTH:
         raise ValueError("true or false")
@@ -79,14 +79,14 @@ def path(value: Any) -> Path:
     try:
         return Path(text(value)).expanduser().absolute()
     except RuntimeError:
-        raise ValueError("a path; nobody's home directory is known for its ~") from None
+        raise ValueError("a path; the home directory for its ~ is unknown") from None
 
 
 def written_path(value: Any, folder: Path, environ: Mapping[str, str]) -> Any:
-    """Return a path of a file of settings as one that stands for itself.
+    """Return a path from a settings file in absolute form.
 
-    ``$NAME`` and ``${NAME}`` stand for variables, ``$$`` for a ``$``; what is relative counts from
-    ``folder``. Anything but a text is returned as it is.
+    ``$NAME`` and ``${NAME}`` are replaced by variables, ``$$`` by ``$``. Relative paths start from
+    ``folder``. Values that are not strings are returned unchanged.
 
     Raises:
         ValueError: a variable is not set.
@@ -97,7 +97,7 @@ def written_path(value: Any, folder: Path, environ: Mapping[str, str]) -> Any:
         if name is None:
             return "$"
         if not environ.get(name):
-            raise ValueError(f"a path whose variables are set here, and ${name} is not")
+            raise ValueError(f"a path whose variables are set, but ${name} is not")
         return environ[name]
 
     if not isinstance(value, str) or not value.strip():
@@ -107,7 +107,7 @@ def written_path(value: Any, folder: Path, environ: Mapping[str, str]) -> Any:
 
 
 def url(value: Any) -> str:
-    """Accept an http address; a ``/v1`` at its end is dropped."""
+    """Accept an http URL; a ``/v1`` at its end is removed."""
     address = text(value).strip().rstrip("/")
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
         raise ValueError("an address such as http://127.0.0.1:8000")
@@ -118,7 +118,7 @@ def url(value: Any) -> str:
             "| base64 -w0"
         )
     if re.search(r"[?#]", address):
-        raise ValueError("an address without ? and #; a key belongs into AIFLUX_API_KEY")
+        raise ValueError("an address without ? and #; set a key with AIFLUX_API_KEY")
     try:
         parts = urlsplit(address)
         if not parts.hostname or parts.port == 0:
@@ -141,7 +141,7 @@ def walltime(value: Any) -> str:
 
 
 def memory(value: Any) -> str:
-    """Accept the forms of ``sbatch --mem``, and a B at their end."""
+    """Accept the forms of ``sbatch --mem``, also with a B at the end."""
     size = text(value)
     if not re.fullmatch(r"[0-9]+[KMGTkmgt]?[Bb]?", size):
         raise ValueError("a memory size such as 32G")
@@ -150,10 +150,10 @@ def memory(value: Any) -> str:
 
 def gpus(value: Any) -> str:
     """Accept the forms of ``sbatch --gpus-per-node``."""
-    wanted = text(value).strip()
-    if not all(_GPUS.fullmatch(part) for part in wanted.split(",")):
+    expected = text(value).strip()
+    if not all(_GPUS.fullmatch(part) for part in expected.split(",")):
         raise ValueError("a number of GPUs such as 2, or TYPE:NUMBER such as a100:2; 0 for none")
-    return wanted
+    return expected
 
 
 def failures(value: Any) -> str:
@@ -192,13 +192,13 @@ def _pair_value(value: Any) -> str:
 
 
 def lines(value: Any) -> tuple[str, ...]:
-    """Accept a text of one line, or a list of them."""
+    """Accept a single line of text, or a list of them."""
     items = value if isinstance(value, list | tuple) else [value]
     return tuple(text(item) for item in items)
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """Accept a text, or a list of them, of any characters."""
+    """Accept a text, or a list of them, with any characters."""
     items = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, str) and item for item in items):
         raise ValueError("a text or a list of texts")
@@ -217,7 +217,7 @@ def choice(*names: str) -> Callable[[Any], str]:
 
 
 def level(value: Any) -> str:
-    """Accept the name of a level of messages."""
+    """Accept the name of a log level."""
     name = str(value).upper()
     if name not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError("DEBUG, INFO, WARNING or ERROR")

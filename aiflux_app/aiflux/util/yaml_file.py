@@ -1,7 +1,7 @@
-"""YAML files of settings, read so that an error can name the line.
+"""Read YAML settings files so that errors can name the line.
 
-Plain scalars stay the texts that they are, null aside: a setting knows its own type, and YAML 1.1's
-guesses (12:30:00 is 45000, ``no`` is false, 010 is 8) are traps in a file of Slurm's options.
+Plain scalars stay strings, except null. A setting knows its own type, and YAML 1.1's guesses
+(12:30:00 is 45000, ``no`` is false, 010 is 8) are traps in a file with Slurm options.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from aiflux.errors import ConfigError
 from aiflux.util.text import suggestion
 from aiflux.util.unicode import is_whole
 
-_LARGEST = 1 << 20  # bytes; what is larger was not written by hand, and takes long to read
+_LARGEST = 1 << 20  # bytes; larger files are not written by hand, and take long to read
 _KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
-_DEPTH = 4  # mappings within mappings whose keys are looked at
+_DEPTH = 4  # depth of nested mappings whose keys are checked
 
 
 def _resolvers() -> dict[str, list[tuple[str, Any]]]:
@@ -30,27 +30,27 @@ def _resolvers() -> dict[str, list[tuple[str, Any]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes no plain text for a number, a truth value or a date."""
+    """Reads plain scalars as strings instead of numbers, booleans or dates."""
 
     yaml_implicit_resolvers = _resolvers()
 
     def construct_scalar(self, node: Any) -> Any:
-        """Return a text; half a surrogate pair has no place in a setting."""
+        """Return a string; lone surrogates are not allowed in settings."""
         value = super().construct_scalar(node)
         if isinstance(value, str) and not is_whole(value):
             raise yaml.constructor.ConstructorError(
-                None, None, "a text holds half a character", node.start_mark
+                None, None, "a text contains half a character", node.start_mark
             )
         return value
 
 
 @dataclass(frozen=True)
 class YamlFile:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        content: mappings, lists, texts and None.
-        lines: the line of each key, by the keys that lead to it.
+        content: mappings, lists, strings and None.
+        lines: the line of each key, by the path of keys.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class YamlFile:
     lines: Mapping[tuple[str, ...], int]
 
     def line(self, *keys: str) -> str:
-        """Return ``FILE, line N``; of the nearest key above where a key has no line."""
+        """Return ``FILE, line N``; if a key has no line, that of the nearest parent."""
         for end in range(len(keys), 0, -1):
             if keys[:end] in self.lines:
                 return f"{self.path}, line {self.lines[keys[:end]]}"
@@ -75,15 +75,15 @@ class YamlFile:
         noun: str = "key",
         remedy: Callable[[str, str], str] = lambda _, usual: usual,
     ) -> dict[str, Any]:
-        """Return the mapping that stands at ``keys``; an empty one where there is nothing.
+        """Return the mapping at ``keys``; empty if there is nothing.
 
         Args:
-            known: the keys that it may hold; none given, it may hold any.
+            known: the allowed keys; if none are given, all are allowed.
             noun: what the keys are, for the message.
-            remedy: from an unknown key and the usual remedy to a better one.
+            remedy: returns a better remedy for an unknown key and the default remedy.
 
         Raises:
-            ConfigError: it is no mapping, or holds a key that is not known.
+            ConfigError: the value is not a mapping, or has an unknown key.
         """
         value = self.content
         for key in keys:
@@ -92,9 +92,9 @@ class YamlFile:
             return {}
         names = tuple(known)
         if not isinstance(value, dict):
-            told = f"known are: {', '.join(sorted(names))}" if names else "correct it"
+            hint = f"use one of: {', '.join(sorted(names))}" if names else "correct it"
             raise ConfigError(
-                f"{self.place(*keys)} must hold KEY: VALUE lines, not {value!r}", told
+                f"{self.place(*keys)} must contain KEY: VALUE lines, not {value!r}", hint
             )
         for key in map(str, value):
             if names and key not in names:
@@ -107,43 +107,43 @@ class YamlFile:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a file of settings is there to be read.
+    """Return whether a settings file exists and can be read.
 
     Raises:
-        ConfigError: something else has its name, or it cannot be told.
+        ConfigError: the path is something else, or cannot be checked.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise ConfigError(
-                f"{path} is a link to {str(path.readlink())!r}, where nothing is",
+                f"{path} is a link to {str(path.readlink())!r}, which does not exist",
                 "correct the link, or remove it",
             ) from None
         return False
     except OSError as error:
         raise _unreadable(path, error) from None
     if not S_ISREG(mode):
-        kind = "a folder" if S_ISDIR(mode) else "no plain file"
-        raise ConfigError(f"{path} is {kind}, and should be a file", "rename or remove it")
+        kind = "a directory" if S_ISDIR(mode) else "not a regular file"
+        raise ConfigError(f"{path} is {kind}, but should be a file", "rename or remove it")
     return True
 
 
 def read_text(path: Path, largest: float = inf) -> str:
-    """Return what a file of settings holds.
+    """Return the content of a settings file.
 
     Args:
-        largest: bytes that it may have.
+        largest: maximum size in bytes.
 
     Raises:
-        ConfigError: it cannot be read, is too large, or is not UTF-8.
+        ConfigError: the file cannot be read, is too large, or is not UTF-8.
     """
     try:
         size = path.stat().st_size
         if size > largest:
             raise ConfigError(
-                f"{path} has {size / 1e6:.0f} MB, which is no file of settings",
-                "see what is in it, and name the right file",
+                f"{path} has {size / 1e6:.0f} MB, too much for a settings file",
+                "check its content, and use the right file",
             )
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -157,19 +157,19 @@ def _unreadable(path: Path, error: OSError) -> ConfigError:
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Read a file.
+    """Read a settings file.
 
     Raises:
-        ConfigError: it cannot be read, is too large, is not YAML, or gives a key twice.
+        ConfigError: the file cannot be read, is too large, is not YAML, or has a duplicate key.
     """
     return parse_yaml(read_text(path, _LARGEST), path)
 
 
 def parse_yaml(text: str, path: Path) -> YamlFile:
-    """Read what a file holds.
+    """Parse the content of a settings file.
 
     Raises:
-        ConfigError: it is not YAML, or gives a key twice.
+        ConfigError: the text is not YAML, or has a duplicate key.
     """
     try:
         loader = _Loader(text)
@@ -179,9 +179,9 @@ def parse_yaml(text: str, path: Path) -> YamlFile:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        told = error.problem or error.context or "it cannot be read"
-        remedy = "indent with blanks, not tabs" if r"'\t'" in told else "correct it"
-        raise ConfigError(f"{path}{line} is not YAML: {told}", remedy) from None
+        problem = error.problem or error.context or "it cannot be read"
+        remedy = "indent with spaces, not tabs" if r"'\t'" in problem else "correct it"
+        raise ConfigError(f"{path}{line} is not YAML: {problem}", remedy) from None
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply", "correct it") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -192,7 +192,7 @@ def parse_yaml(text: str, path: Path) -> YamlFile:
 def _lines(
     node: yaml.Node | None, above: tuple[str, ...], path: Path
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the line of each key of a mapping and of those within it."""
+    """Yield the line of each key of a mapping and its nested mappings."""
     if not isinstance(node, yaml.MappingNode) or len(above) >= _DEPTH:
         return
     seen: dict[str, int] = {}
@@ -200,8 +200,8 @@ def _lines(
         name, line = str(key.value), key.start_mark.line + 1
         if name in seen:
             raise ConfigError(
-                f"{path}, line {line}: {name} is given twice (first in line {seen[name]})",
-                "leave one of them out",
+                f"{path}, line {line}: {name} is given twice (first on line {seen[name]})",
+                "remove one of them",
             )
         seen[name] = line
         yield (*above, name), line

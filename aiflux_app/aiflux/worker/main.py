@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None, stopper: Stopper | None = None) -> i
         stopper: one that listens to signals already.
     """
     with open_streams() as stdout:
-        stdout.heeded = False
+        stdout.strict = False
         return _main(argv, stopper or Stopper())
 
 

@@ -162,7 +162,7 @@ def test_what_is_no_file_is_not_replaced(place: Path, capsys: pytest.CaptureFixt
     (place / "to-pipe").symlink_to("pipe")
     for name, words in (
         ("pipe", "a device or a pipe"),
-        ("folder", "a folder"),
+        ("folder", "a directory"),
         ("to-pipe", "pipe"),
     ):
         for force in ((), ("--force",)):
@@ -190,7 +190,7 @@ def test_the_list_of_what_is_skipped_replaces_nothing_unasked(
     mine = write(place / "q.skipped.jsonl", "text\na\n")
     write(place / "t.csv", "text\na\n")
     assert convert("csv", "--input", "t.csv", "--template", "{text}") == 2
-    assert "q.skipped.jsonl is there already" in capsys.readouterr().err
+    assert "q.skipped.jsonl" in capsys.readouterr().err
     assert convert("csv", "--input", mine.name, "--template", "{text}", "--force") == 2
     assert "is the input, but the skipped rows would be listed there" in capsys.readouterr().err
     assert mine.read_text() == "text\na\n"

@@ -123,7 +123,7 @@ def test_what_stdout_does_not_take_is_reported(engine: FaultyEngine, tmp_path: P
             timeout=60,
         )  # fmt: skip
     assert done.returncode == 0
-    assert "warning: what was to be printed could not be written: No space left" in done.stderr
+    assert "warning: cannot write to stdout: No space left" in done.stderr
 
 
 def test_what_follows_a_run_ends_with_its_reader(engine: FaultyEngine, tmp_path: Path) -> None:

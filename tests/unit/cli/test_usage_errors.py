@@ -89,7 +89,7 @@ def test_every_command_shows_traces(words: str, capsys: pytest.CaptureFixture[st
 
 def test_a_name_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     seen, remedy = wrong(capsys, "check", os.fsdecode(b"b\xe4d.jsonl"))
-    assert r"b'b\xe4d.jsonl' is no text" in seen
+    assert r"b'b\xe4d.jsonl' is not valid" in seen
     assert "rename" in remedy
 
 
@@ -152,7 +152,7 @@ def test_the_bar_of_a_run_shows_its_figures_whole(
 def test_a_full_disk_behind_stdout_is_no_bug(command: str, finished: str) -> None:
     done = shell('"$@" >/dev/full', *words_of(command, finished))
     assert done.returncode == 5
-    assert done.stderr.startswith("error: what was to be printed could not be written: No space")
+    assert done.stderr.startswith("error: cannot write to stdout: No space")
 
 
 @COMMANDS

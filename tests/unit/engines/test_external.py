@@ -383,7 +383,7 @@ def test_a_server_that_answers_for_any_model_is_noticed(tmp_path: Path) -> None:
         assert recorded(working) == 0
     assert working.error is not None
     assert "answers as 'tiny.gguf', and 'm:1' was asked for" in working.error.message
-    assert "known are: tiny.gguf" in str(working.error.remedy)
+    assert "use one of: tiny.gguf" in str(working.error.remedy)
 
 
 @pytest.mark.parametrize(

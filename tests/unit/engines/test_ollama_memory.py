@@ -169,8 +169,8 @@ def test_what_lies_there_is_believed_more_than_the_catalog(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is not a \\(whole\\) GGUF"),
-        (b"PK\x03\x04zip", "does not begin with GGUF"),
+        (b"", "is not a \\(complete\\) GGUF"),
+        (b"PK\x03\x04zip", "does not start with GGUF"),
         (b"GGUF" + struct.pack("<IQQ", 3, 10**12, 1), "claims"),
         (b"GGUF" + struct.pack(">IQQ", 3, 1, 1), "version"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 2**62), "does not end"),

@@ -126,7 +126,7 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
     environ = {"HOME": str(tmp_path / "home"), "AIFLUX_SITE_CONFIG": str(site.parent / "a.yaml")}
     assert catalog_files(named, environ) == (site, user, named)
     assert catalog_files(None, {"HOME": str(tmp_path)}) == ()
-    with pytest.raises(ConfigError, match=r"models_file names .*nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"models_file .*nowhere.yaml"):
         catalog_files(tmp_path / "nowhere.yaml", environ)
 
 
@@ -135,12 +135,12 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
     [
         ("modles: {}", "unknown key 'modles'", "models"),
         ("models: {m: {sise: 3}}", "m: unknown key 'sise'", "architecture, context"),
-        ("models: [m]", "stands where KEY: VALUE", "correct"),
+        ("models: [m]", "expected KEY: VALUE", "correct"),
         ("models: {m: {size: 3, context: 2}}", "architecture is missing", "add architecture"),
         ("models: {m: {architecture: {layer: 3}}}", "architecture: unknown key 'layer'", "layers"),
-        ("models: {'phi4:14b': {size: big}}", "size = 'big' is wrong", "whole number of at least"),
-        ("models: {'phi4:14b': {size: 0}}", "size = 0 is wrong", "at least 1"),
-        ("models: {'phi4:14b': {vision: 3}}", "vision = 3 is wrong", "true or false"),
+        ("models: {'phi4:14b': {size: big}}", "size = 'big' is invalid", "a whole number"),
+        ("models: {'phi4:14b': {size: 0}}", "size = 0 is invalid", "at least 1"),
+        ("models: {'phi4:14b': {vision: 3}}", "vision = 3 is invalid", "true or false"),
         ("models: {'phi4:14b': {endpoints: [talk]}}", "endpoints = ['talk']", "chat, completions"),
         ("models: {'phi4:14b': {defaults: {top_k: 3}}}", "unknown key 'top_k'", "temperature"),
         ("models: {'phi4:14b': {defaults: {temperature: hot}}}", "temperature = 'hot'", "a number"),
@@ -148,9 +148,9 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
         ("models: {'phi4:14b': {defaults: {top_p: 3}}}", "defaults: top_p = 3", "at most 1"),
         ("models: {'phi4:14b': {defaults: {stop: 3}}}", "defaults: stop = 3", "a text"),
         ("models: {'phi4:14b': {license: ours}}", "key 'license'", "did you mean 'licence'?"),
-        ("models: {'phi4:14b': {}, 'phi4:14b': {}}", "phi4:14b is given twice", "leave one"),
-        ("models: {'phi4:14b': {}, 'PHI4:14b': {}}", "PHI4:14b stands twice", "leave one"),
-        ("models: {m: {}, 'm:latest': {}}", "m:latest stands twice", "leave one"),
+        ("models: {'phi4:14b': {}, 'phi4:14b': {}}", "phi4:14b is given twice", "remove one"),
+        ("models: {'phi4:14b': {}, 'PHI4:14b': {}}", "PHI4:14b is given twice", "remove one"),
+        ("models: {m: {}, 'm:latest': {}}", "m:latest is given twice", "remove one"),
         ("models: {'a b': {}}", "'a b' is not a model name", "NAME:TAG"),
         ("models: {", "is not YAML", "correct it"),
     ],

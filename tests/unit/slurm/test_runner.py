@@ -240,7 +240,7 @@ def test_an_output_that_is_another_s_is_not_overwritten(
     slurm: FakeCommands, workspace: Path
 ) -> None:
     (workspace / "out.json").write_text("[]")
-    with pytest.raises(OutputExistsError, match="would be overwritten"):
+    with pytest.raises(OutputExistsError, match="output file already exists"):
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
     assert slurm.calls("sbatch") == []
 

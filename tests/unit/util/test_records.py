@@ -89,9 +89,9 @@ def test_defaults_and_names_of_json() -> None:
         ({}, "leaves is missing"),
         ({"leaves": {}}, "leaves is not a list"),
         ({"leaves": [{"NAME": "a"}, 3]}, r"leaves\[1\] is not an object"),
-        ({"leaves": [{"NAME": 3}]}, r"leaves\[0\].NAME is not a text"),
+        ({"leaves": [{"NAME": 3}]}, r"leaves\[0\].NAME is not a string"),
         ({"leaves": [{"NAME": "a", "size": "2"}]}, r"leaves\[0\].size is not a number"),
-        ({"leaves": [], "count": True}, "count is not a text"),
+        ({"leaves": [], "count": True}, "count is not a string"),
     ],
 )
 def test_an_error_names_its_place(content: Any, words: str) -> None:

@@ -114,7 +114,7 @@ def refuse_two_names(
         if first != name:
             raise ConfigError(
                 f"{place(name)}: {first} and {name} are names of one setting, and both are given",
-                "leave one of them out",
+                "remove one of them",
             )
 
 

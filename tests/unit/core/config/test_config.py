@@ -59,11 +59,11 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
         ("run: {max_failures: many}", "max_failures must be"),
         ("slurm: {mem: lots}", "mem must be a memory size"),
         ("slurm: {time: soon}", "time must be a Slurm time"),
-        ("slurm: [1]", "must hold KEY: VALUE"),
-        ("[1]", "must hold KEY: VALUE"),
+        ("slurm: [1]", "must contain KEY: VALUE"),
+        ("[1]", "must contain KEY: VALUE"),
         ("a: b: c", "is not YAML"),
         ("[" * 5000, "is nested too deeply"),
-        ('run:\n  stop: ["half \\ud83d"]', "line 2 is not YAML: a text holds half a character"),
+        ('run:\n  stop: ["half \\ud83d"]', "line 2 is not YAML: a text contains half a character"),
         ("slurm: {gpus_per_node: two}", "a number of GPUs such as 2, or TYPE:NUMBER"),
         ("slurm: {mem: \u0663G}", "mem must be a memory size"),
         ("slurm: {sbatch_arg: {a: [1, 2]}}", "each VALUE a text or a number"),
@@ -86,22 +86,22 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: s
         (
             "slurm:\n  partition: gpu\n  acount: x\n",
             "line 3: unknown setting 'acount' in slurm",
-            "did you mean 'account'? known are: account, ",
+            "did you mean 'account'? use one of: account, ",
         ),
-        ("run:\nslrm:\n", "line 2: unknown section 'slrm'", "did you mean 'slurm'? known are: "),
+        ("run:\nslrm:\n", "line 2: unknown section 'slrm'", "did you mean 'slurm'? use one of: "),
         (
             "slurm:\n  mem: lots\n",
             "line 2 (slurm.mem): mem = 'lots' is wrong",
             "mem must be a memory size such as 32G",
         ),
         ("run:\n\n\n  log_level: loud\n", "line 4 (run.log_level)", "DEBUG, INFO, WARNING or"),
-        ("slurm:\n  mem: 1G\n  mem: 2G\n", "line 3: mem is given twice", "leave one of them"),
+        ("slurm:\n  mem: 1G\n  mem: 2G\n", "line 3: mem is given twice", "remove one of them"),
         ("slurm:\n  mem: [\n", "line 3 is not YAML", "correct it"),
-        ("slurm:\n\tmem: 1G\n", "line 2 is not YAML", "indent with blanks, not tabs"),
+        ("slurm:\n\tmem: 1G\n", "line 2 is not YAML", "indent with spaces, not tabs"),
         (
             "slurm:\n  memory: 1G\n  mem: 2G\n",
             "line 3 (slurm.mem): memory and mem are names of one setting, and both are given",
-            "leave one of them out",
+            "remove one of them",
         ),
         ("time: 1:00\n", "line 1: unknown section 'time'", "belongs to the section slurm: write"),
         (
@@ -145,11 +145,11 @@ def test_the_worker_takes_the_same_options(setting: Setting) -> None:
 def test_what_is_no_file_of_settings_is_told(tmp_path: Path) -> None:
     file = tmp_path / "aiflux.yaml"
     file.mkdir()
-    with pytest.raises(ConfigError, match="is a folder, and should be a file"):
+    with pytest.raises(ConfigError, match="is a directory, but should be a file"):
         config(tmp_path)
     file.rmdir()
     file.symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="is a link to 'nowhere', where nothing is"):
+    with pytest.raises(ConfigError, match="is a link to 'nowhere', which does not exist"):
         config(tmp_path)
     file.unlink()
     file.symlink_to(file)
@@ -157,7 +157,7 @@ def test_what_is_no_file_of_settings_is_told(tmp_path: Path) -> None:
         config(tmp_path)
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(ConfigError, match="is no plain file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         config(tmp_path)
     file.unlink()
     file.write_text("#" * (2 << 20))
@@ -195,7 +195,7 @@ def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
         cwd=lost, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "the current folder cannot be used any more" in done.stderr
+    assert "the current directory cannot be used any more" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,7 @@ def test_paths_of_files_count_from_there_and_may_name_variables(tmp_path: Path) 
     environ["AIFLUX_MODELS_DIR"] = "/$USER"
     assert models_dir() == Path("/$USER"), "a shell has put in what it should"
     del environ["AIFLUX_MODELS_DIR"], environ["SCRATCH"]
-    with pytest.raises(
-        ConfigError, match=r"(?s)line 1 .*whose variables are set here, and \$SCRATCH"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)line 1 .*whose variables are set, but \$SCRATCH"):
         models_dir()
     (here / ".env").unlink()
     for wrong in ("''", "~nobody-of-that-name/m"):
@@ -347,7 +345,7 @@ def test_what_python_shows_of_an_error_names_the_allowed_values() -> None:
     with pytest.raises(ConfigError) as caught:
         SlurmConfig(acount="x")
     assert "unknown setting 'acount'" in str(caught.value)
-    assert "did you mean 'account'? known are: account, " in str(caught.value)
+    assert "did you mean 'account'? use one of: account, " in str(caught.value)
     found = PreflightError("2 things stand in the way", "mend them", ("1. this", "2. that"))
     shown = "".join(traceback.format_exception_only(found))
     assert shown.endswith("stand in the way\n  1. this\n  2. that\n  -> mend them\n")

@@ -189,7 +189,7 @@ def test_without_a_file_the_catalog_tells(tmp_path: Path) -> None:
         ),
         ("name: NA", "line 1 (name): the model has no name in Ollama", "--engine-url"),
         ("name: ' a b'", "line 1 (name): model ' a b' is not a model name", "NAME:TAG"),
-        ("resources: 3", "(resources) must hold KEY: VALUE lines", "gpu_layers"),
+        ("resources: 3", "(resources) must contain KEY: VALUE lines", "gpu_layers"),
     ],
 )
 def test_a_wrong_file_is_told_with_its_place(

@@ -42,7 +42,7 @@ def test_an_absent_status_is_told_from_one_that_cannot_be_read(tmp_path: Path) -
         read_run_status(run)
     run.run_status.unlink()
     run.run_status.mkdir()
-    with pytest.raises(StorageError, match="is a folder, where a file belongs"):
+    with pytest.raises(StorageError, match="is a directory instead of a file"):
         read_run_status(run)
     run.run_status.rmdir()
     os.mkfifo(run.run_status)
@@ -262,7 +262,7 @@ def test_after_any_damage_the_commands_that_are_named_bring_the_output(
             if "mv " in told:
                 moved = next(p for p in (*run.path.rglob("*"), run.path) if f"{p} ELSE" in told)
                 shutil.move(moved, place / "elsewhere" / str(len(told)) / moved.name)
-            force = force or "--force to replace" in told
+            force = force or "--force to overwrite" in told
             assert "mv " in told or force or "same" in told or "check the path" in told
             code = all_shards(working, force=force)
         assert code is ExitCode.OK, told

@@ -46,8 +46,8 @@ LONG = "n" * 250 + ".json"
         ("out.json/", "is a directory"),
         ("out.json/.", "is a directory"),
         ("", "is a directory"),
-        ("folder.json", "is a folder"),
-        ("errors.jsonl", "errors.errors.jsonl is a folder"),
+        ("folder.json", "is a directory"),
+        ("errors.jsonl", "errors.errors.jsonl is a directory"),
         ("pipe.json", "is a device or a pipe"),
         ("taken.json", "taken.json.aiflux is a file"),
         ("~nobody-of-this-name/out.json", "is not there"),
@@ -79,7 +79,7 @@ def test_other_outputs_are_refused_alike(
     (tmp_path / "in.csv").write_text("text,n\na,1\nb\n", encoding="utf-8")
     convert = ["convert", "csv", "--input", "in.csv", "--template", "{text}", "--skip-bad"]
     for name, reason in (
-        ("out/", "is a folder"),
+        ("out/", "is a directory"),
         ("n" * 256, "too long"),
         ("n" * 249 + ".jsonl", "too long"),  # the list of what is skipped
         ("~nobody-of-this-name/out.jsonl", "does not exist"),

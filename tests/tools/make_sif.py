@@ -29,7 +29,7 @@ def make_raw_sif(path: Path, metadata: bytes, arch: str = "amd64") -> Path:
             b"SIF_MAGIC\0",
             b"01\0",
             ARCHITECTURES[arch] + b"\0",
-            bytes(16),
+            bytes(range(16)),  # the image's id
             struct.pack(
                 "<8q", 0, 0, _TOTAL - 1, _TOTAL, _TABLE, data - _TABLE, data, len(metadata)
             ),

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from aiflux.core.config.config import Config
+from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import OpenedRun
 from aiflux.core.runs.output import merge
@@ -22,21 +22,11 @@ from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.registry import register_plan
 from aiflux.core.runs.status_file import Counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind
-from aiflux.errors import ExitCode, ImageError, ModelError
-from aiflux.image.container import (
-    ContainerSpec,
-    find_image,
-    find_runtime,
-    local_choices,
-    prepare_command,
-    prepare_environment,
-    probe_command,
-    work_command,
-    work_environment,
-)
+from aiflux.errors import ImageError, ModelError
+from aiflux.image.container import find_image, find_runtime, local_choices
 from aiflux.image.sif import own_image, refuse_other_engine
 from aiflux.slurm.preflight.memory import check_names
-from aiflux.util.files import storage_error
+from aiflux.slurm.script import JobScript, render_local, render_models
 
 if TYPE_CHECKING:
     from aiflux.slurm.job_id import JobId
@@ -106,7 +96,8 @@ def run_local(opened: OpenedRun, config: Config) -> int:
         show_local_choices(config, None)
         return run_here(opened)
     try:
-        runtime, image = find_runtime(), find_image(config, Path.cwd(), engine=kind.name)
+        find_runtime()
+        image = find_image(config, Path.cwd(), engine=kind.name)
     except ImageError as error:
         if config.image is not None or find_program(kind, os.environ) is None:
             raise ImageError(
@@ -117,9 +108,7 @@ def run_local(opened: OpenedRun, config: Config) -> int:
     if kind.program:
         refuse_other_engine(own_image(image), kind.name, kind.title)
     show_local_choices(config, image)
-    from aiflux.cli.start import run_in_container
-
-    return run_in_container(opened, runtime, image, seal=config.get("seal"))
+    return run_in_container(opened, image, seal=config.get("seal"))
 
 
 def run_here(opened: OpenedRun) -> int:
@@ -150,85 +139,41 @@ def _tell_finished(plan: Plan, counts: Counts) -> int:
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-def run_in_container(opened: OpenedRun, runtime: Path, image: Path, *, seal: bool) -> int:
-    """Prepare with the network, then work, sealed where that works; return the worker's exit code.
+def run_in_container(opened: OpenedRun, image: Path, *, seal: bool) -> int:
+    """Run the script of a job on this machine; return its exit code.
 
     Args:
-        seal: False lets the work keep the network.
+        seal: False keeps the network for the work.
     """
     plan = opened.plan
-    with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
-        spec = ContainerSpec(
-            runtime=runtime,
-            image=image,
-            input=plan.input_path,
-            output_dir=plan.output.parent,
-            models_dir=plan.models_dir,
-            workdir=Path(workdir),
-            nv=shutil.which("nvidia-smi") is not None,
-        )
-        _make(plan.models_dir)
-        run_dir = ["--run-dir", str(opened.run.path)]
-        code = _run(
-            prepare_command(spec, [*run_dir, "--prepare"]), prepare_environment(spec, os.environ)
-        )
-        if code:
-            return code
-        spec = replace(spec, unsealed=_unsealed(spec) if seal else "--no-seal")
-        return _run(work_command(spec, run_dir), work_environment(spec, os.environ))
-
-
-def pull_in_container(
-    model: str, models_dir: Path, runtime: Path, image: Path, *, again: bool = False
-) -> int:
-    """Pull a model with the image's Ollama; return the exit code."""
-    more = ["--again"] if again else []
-    return _on_models(["--pull", model, *more], models_dir, runtime, image)
-
-
-def create_in_container(model: str, models_dir: Path, runtime: Path, image: Path) -> int:
-    """Make a model of the GGUF file that is staged, with the image's Ollama."""
-    return _on_models(["--create", model], models_dir, runtime, image)
-
-
-def _on_models(args: Sequence[str], models_dir: Path, runtime: Path, image: Path) -> int:
-    _make(models_dir)
-    with tempfile.TemporaryDirectory(prefix="aiflux-") as workdir:
-        # There is neither input nor output: the models directory stands in for both.
-        spec = ContainerSpec(runtime, image, image, models_dir, models_dir, Path(workdir), nv=False)
-        return _run(prepare_command(spec, args), prepare_environment(spec, os.environ))
-
-
-def _make(folder: Path | None) -> None:
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
-
-
-def _unsealed(spec: ContainerSpec) -> str:
-    """Return why a container cannot be sealed here; "" where it can."""
-    if spec.models_dir is None:
-        return "the engine is elsewhere"
-    probe = subprocess.run(
-        probe_command(spec.runtime, spec.image),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
+    gpus = "1" if shutil.which("nvidia-smi") else "0"
+    slurm = SlurmConfig(seal=seal, gpus_per_node=gpus)
+    job = JobScript.of_run(
+        plan.input_path,
+        plan.output,
+        plan.options,
+        plan.models_dir,
+        slurm,
+        image,
+        opened.run.logs,
     )
-    if probe.returncode == 0:
-        return ""
-    words = (probe.stderr.strip().splitlines() or ["no reason given"])[-1]
-    why = f"this node cannot take the network from a container ({words})"
-    print(f"not sealed: {why}", file=sys.stderr)
-    return why
+    return _run(render_local(replace(job, max_requeues=0)))
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run in the foreground, passing signals on; the child ends in good order."""
+def pull_in_container(model: str, models_dir: Path, image: Path, *, again: bool = False) -> int:
+    """Pull a model with the image's Ollama; return the exit code."""
+    return _run(
+        render_models(image, models_dir, ["--pull", model, *(["--again"] if again else [])])
+    )
+
+
+def create_in_container(model: str, models_dir: Path, image: Path) -> int:
+    """Create a model from the staged GGUF file with the image's Ollama; return the exit code."""
+    return _run(render_models(image, models_dir, ["--create", model]))
+
+
+def _run(script: str) -> int:
+    """Run a script in the foreground and pass signals on; it ends the container in good order."""
     process: subprocess.Popen[bytes] | None = None
     early: list[int] = []
 
@@ -242,26 +187,13 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     numbers = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
-        for number in early:
-            process.send_signal(number)
-        return _explained(process.wait())
+        with tempfile.NamedTemporaryFile(prefix="aiflux-", suffix=".sh") as file:
+            file.write(script.encode("utf-8", "surrogateescape"))
+            file.flush()
+            process = subprocess.Popen(["bash", file.name], start_new_session=True)
+            for number in early:
+                process.send_signal(number)
+            return process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _explained(code: int) -> int:
-    """Return the exit code for how a container ended that could not say it itself."""
-    if code == 255:
-        print(
-            "the container could not be started (the runtime's words stand above)", file=sys.stderr
-        )
-        return int(ExitCode.ENGINE)
-    killed = -code if code < 0 else code - 128
-    if killed > 0:
-        print(
-            f"the container was killed by signal {killed}; what was done is kept", file=sys.stderr
-        )
-        return int(ExitCode.STOPPED)
-    return code

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-from uuid import UUID
 
 from aiflux.errors import ImageError
 
@@ -191,17 +190,6 @@ def _read(path: Path, file: IO[bytes]) -> ImageFacts:
             labels |= _labels(path, file.read(data.length))
     code = arch.rstrip(b"\0").decode("ascii", "replace")
     return ImageFacts(path, ARCHITECTURES.get(code), labels)
-
-
-def image_id(path: Path) -> str:
-    """Return the id assigned when the image was built, or "" if it is not a SIF file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError:
-        return ""
-    whole = len(head) == 64 and head[32:41] == _MAGIC[:9]
-    return str(UUID(bytes=head[48:])) if whole else ""
 
 
 @dataclass(frozen=True)

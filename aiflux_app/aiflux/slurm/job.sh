@@ -1,8 +1,9 @@
 # shellcheck shell=bash disable=SC2154
-# What every job does: the models are made sure of with the network, then the work is done
-# without it. Needs bash 4.2, and from the lines above:
-#   image, input, output_dir, run_dir   absolute paths
-#   models_dir                          absolute path; empty when the engine is elsewhere
+# The steps of every job, and of `aiflux run --local`: prepare the models with the network, then
+# work without it. Needs bash 4.2, and from the lines above:
+#   image, input, output_dir            absolute paths
+#   run_dir                             absolute path; empty: prepare only
+#   models_dir                          absolute path; empty if the engine is elsewhere
 #   engine_ca                           absolute path of certificates to trust there; may be empty
 #   shard                               index of the shard to work on
 #   max_requeues                        0: the job does not go back to the queue by itself
@@ -13,7 +14,7 @@
 runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
 child='' pending='' signals=0   # the container's pid, a signal it has not had yet, their number
 forwarded=0                     # whether it has had one
-stopped=0                       # 1 after TERM or INT: somebody wants the job to end
+stopped=0                       # 1 after TERM, INT or HUP: somebody wants the job to end
 seal=() unsealed='' mounts=() deadline=() # why it is not sealed
 
 # How Slurm's commands name this job: the bare id of an array's last task means the whole array.
@@ -155,8 +156,12 @@ stop_if_asked() {
 # command in the foreground.
 run_container() {
     stop_if_asked
-    "$runtime" --quiet run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} ${seal[@]+"${seal[@]}"} \
-        --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" "$image" "$@" &
+    (
+        trap - INT # ignored in the background otherwise
+        exec "$runtime" --quiet run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} \
+            ${seal[@]+"${seal[@]}"} --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" \
+            "$image" "$@"
+    ) &
     child=$!
     deliver
     wait_for_child || explain "$?"
@@ -302,6 +307,7 @@ main() {
     local code
     trap 'on_signal TERM' TERM
     trap 'on_signal INT' INT
+    trap 'on_signal HUP' HUP
     trap 'on_signal USR1' USR1
     load_modules
     site_setup
@@ -312,6 +318,7 @@ main() {
     [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")
     pass_environment
     prepare || exit
+    [[ -n $run_dir ]] || return 0
     work
     code=$?
     ((code != 5)) || requeue

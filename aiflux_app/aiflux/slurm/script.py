@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from aiflux.core.config.config import SlurmConfig
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import ConfigError
 
 _NAME_LENGTH = 64
@@ -18,16 +20,16 @@ _NAME_LENGTH = 64
 
 @dataclass(frozen=True)
 class JobScript:
-    """What one job's script says. Paths are absolute and not resolved.
+    """The content of a job's script. Paths are absolute and not resolved.
 
     Attributes:
         name: the job's name.
         log: folder of the job's logs.
-        models_dir: None when the engine is elsewhere; the job is then not sealed.
-        shard: what a job that is no array works on.
-        tasks: the value of ``--array``, such as ``0-99%8``; None for a job that is no array.
+        models_dir: None if the engine is elsewhere; the job is then not sealed.
+        shard: the shard of a job that is not an array.
+        tasks: the value of ``--array``, such as ``0-99%8``; None for a job that is not an array.
         first: the shard of an array's task 0.
-        drain_seconds: what requests in flight get when the time is up.
+        drain_seconds: time for the requests in flight when the time limit is near.
         max_requeues: 0 keeps the job from going back to the queue by itself; the worker counts.
         engine_ca: certificates to trust at an engine elsewhere; the container must see them.
     """
@@ -47,6 +49,33 @@ class JobScript:
     max_requeues: int = 20
     engine_ca: str | None = None
 
+    @classmethod
+    def of_run(
+        cls,
+        input_path: Path,
+        output: Path,
+        options: RunOptions,
+        models_dir: Path | None,
+        slurm: SlurmConfig,
+        image: Path,
+        log: Path,
+    ) -> JobScript:
+        """Return the script of a run."""
+        elsewhere = options.engine_url is not None
+        return cls(
+            name=job_name(output),
+            slurm=slurm,
+            image=image,
+            input=input_path,
+            output_dir=output.parent,
+            models_dir=models_dir,
+            run_dir=RunDirectory.of_output(output).path,
+            log=log,
+            drain_seconds=options.drain_seconds,
+            max_requeues=options.max_requeues,
+            engine_ca=options.engine_ca if elsewhere else None,
+        )
+
 
 def job_name(output: Path) -> str:
     """Return ``aiflux-<output stem>``, of letters, digits and ``._-`` only."""
@@ -58,27 +87,67 @@ def render(job: JobScript) -> str:
     """Return the script that works on one shard of a plan, or on several as an array.
 
     Raises:
-        ConfigError: a value is wrong, or cannot stand in a batch script.
+        ConfigError: a value is wrong, or cannot be in a batch script.
     """
     slurm = job.slurm.checked()
     lines = [
         "#!/bin/bash",
         *job_directives(job.name, slurm, job.log, tasks=job.tasks, drain_seconds=job.drain_seconds),
         "",
-        "# Written by `aiflux run`. Submitted again as it is, the run goes on where it stopped.",
+        "# Written by `aiflux run`. Submitted again as it is, it resumes the run.",
         "",
-        _assign("image", job.image),
-        _assign("input", job.input),
-        _assign("output_dir", job.output_dir),
-        _assign("models_dir", job.models_dir or ""),
-        _assign("engine_ca", job.engine_ca or ""),
-        _assign("run_dir", job.run_dir),
-        *_shard(job),
-        _assign("max_requeues", job.max_requeues),
-        _assign("want_seal", int(slurm.seal)),
-        'prepare_args=(--run-dir "$run_dir" --prepare)',
-        *_site(slurm),
+        *_of_run(job, slurm),
     ]
+    return _script(lines)
+
+
+def render_local(job: JobScript) -> str:
+    """Return the script that works on a plan on this machine, without the directives of a job."""
+    return _script(["#!/bin/bash", *_of_run(job, job.slurm)])
+
+
+def render_models(image: Path, models_dir: Path, arguments: Sequence[str]) -> str:
+    """Return the script that changes the models directory with the worker of an image.
+
+    Args:
+        arguments: of the worker, such as ``--pull NAME``.
+    """
+    # There is no input and no output: image and models directory take their place in the mounts.
+    paths = _paths(image, image, models_dir, models_dir, None, None)
+    no_gpus = SlurmConfig(gpus_per_node="0")
+    worker = [_assign("shard", 0), _assign("max_requeues", 0), _assign("want_seal", 0)]
+    lines = ["#!/bin/bash", *paths, *worker, _array("prepare_args", arguments), *_site(no_gpus)]
+    return _script(lines)
+
+
+def _of_run(job: JobScript, slurm: SlurmConfig) -> Iterator[str]:
+    yield from _paths(
+        job.image, job.input, job.output_dir, job.models_dir, job.engine_ca, job.run_dir
+    )
+    yield from _shard(job)
+    yield _assign("max_requeues", job.max_requeues)
+    yield _assign("want_seal", int(slurm.seal))
+    yield 'prepare_args=(--run-dir "$run_dir" --prepare)'
+    yield from _site(slurm)
+
+
+def _paths(
+    image: Path,
+    input_path: Path,
+    output_dir: Path,
+    models_dir: Path | None,
+    engine_ca: str | None,
+    run_dir: Path | None,
+) -> Iterator[str]:
+    yield _assign("image", image)
+    yield _assign("input", input_path)
+    yield _assign("output_dir", output_dir)
+    yield _assign("models_dir", models_dir or "")
+    yield _assign("engine_ca", engine_ca or "")
+    yield _assign("run_dir", run_dir or "")
+
+
+def _script(lines: Sequence[str]) -> str:
     for line in lines:
         _refuse_ends(line)
     return "\n".join([*lines, "", _part("job.sh")])

@@ -25,7 +25,7 @@ from aiflux.slurm.job_id import JobId, TaskState, array_ranges, parse_ranges, sp
 from aiflux.slurm.preflight.cluster import preflight
 from aiflux.slurm.preflight.local import Finding, problem_with, refuse
 from aiflux.slurm.query import max_array_size, task_states
-from aiflux.slurm.script import JobScript, job_name, render
+from aiflux.slurm.script import JobScript, render
 from aiflux.slurm.submissions import Job, Submission, Submissions, read_submissions, remember
 from aiflux.util.files import atomic_write, expanded, storage_error
 from aiflux.util.lease import acquire
@@ -92,18 +92,14 @@ def plan_job(
     run = RunDirectory.of_output(output)
     place = Path.cwd() if cwd is None else cwd
     image = _image(config, place, options.engine, missing_ok=check)
-    job = JobScript(
-        name=job_name(output),
-        slurm=slurm,
-        image=image or place / image_names(options.engine)[0],
-        input=expanded(input_path).absolute(),
-        output_dir=output.parent,
-        models_dir=config.models_dir if kind.managed else None,
-        run_dir=run.path,
-        log=logs_folder(config, run),
-        drain_seconds=options.drain_seconds,
-        max_requeues=options.max_requeues,
-        engine_ca=options.engine_ca if options.engine_url else None,
+    job = JobScript.of_run(
+        expanded(input_path).absolute(),
+        output,
+        options,
+        config.models_dir if kind.managed else None,
+        slurm,
+        image or place / image_names(options.engine)[0],
+        logs_folder(config, run),
     )
     # What cannot be rendered is refused before the input is read and anything is written.
     render(job)
@@ -228,18 +224,8 @@ def plan_resume(
     active = active_shards(run, environ)
     missing = tuple(shard for shard in left if shard not in active)
     logs = records.submissions[-1].log
-    job = JobScript(
-        name=job_name(plan.output),
-        slurm=slurm,
-        image=image,
-        input=plan.input_path,
-        output_dir=plan.output.parent,
-        models_dir=plan.models_dir,
-        run_dir=run.path,
-        log=logs,
-        drain_seconds=plan.options.drain_seconds,
-        max_requeues=plan.options.max_requeues,
-        engine_ca=plan.options.engine_ca if plan.options.engine_url else None,
+    job = JobScript.of_run(
+        plan.input_path, plan.output, plan.options, plan.models_dir, slurm, image, logs
     )
     opened = OpenedRun(plan, run, True, counts, missing)
     scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()

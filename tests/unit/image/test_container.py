@@ -2,94 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config
 from aiflux.errors import ConfigError, ImageError
-from aiflux.image.container import (
-    ContainerSpec,
-    find_image,
-    find_runtime,
-    is_chosen,
-    mount_option,
-    prepare_command,
-    work_command,
-    work_environment,
-)
+from aiflux.image.container import find_image, find_runtime, is_chosen
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import waiting_slurm
 from tests.unit.helpers import request_line
-
-SPEC = ContainerSpec(
-    runtime=Path("/usr/bin/apptainer"),
-    image=Path("/i.sif"),
-    input=Path("/d/in.jsonl"),
-    output_dir=Path("/out"),
-    models_dir=Path("/m"),
-    workdir=Path("/w"),
-)
-
-
-def test_preparation_has_network_and_writable_models() -> None:
-    assert prepare_command(SPEC, ["--run-dir", "/r", "--prepare"]) == [
-        *("/usr/bin/apptainer", "--quiet", "run", "--containall", "--nv", "--workdir", "/w"),
-        *("--pwd", "/out", "--mount", 'type=bind,"source=/out","destination=/out"'),
-        *("--mount", 'type=bind,"source=/m","destination=/m"'),
-        *("--mount", 'type=bind,"source=/d/in.jsonl","destination=/d/in.jsonl",ro'),
-        *("/i.sif", "--run-dir", "/r", "--prepare"),
-    ]
-
-
-def test_work_is_sealed_with_read_only_models() -> None:
-    command = work_command(SPEC, ["--run-dir", "/r", "--shard", "0"])
-    assert command[3:8] == ["--containall", "--nv", "--net", "--network", "none"]
-    assert 'type=bind,"source=/m","destination=/m",ro' in command
-
-
-@pytest.mark.parametrize("command", [prepare_command, work_command])
-def test_a_directory_with_models_and_output_is_mounted_once(
-    command: Callable[[ContainerSpec, list[str]], list[str]],
-) -> None:
-    mounts = [word for word in command(replace(SPEC, output_dir=Path("/m")), []) if "/m" in word]
-    assert mounts == ["/m", 'type=bind,"source=/m","destination=/m"']
-
-
-@given(st.text(st.characters(exclude_characters="\0\n", exclude_categories=["Cs"])))
-def test_any_path_can_be_mounted(name: str) -> None:
-    path = Path("/d") / f"x{name}"
-    row = next(csv.reader([mount_option(path, True)], strict=True))
-    assert row == ["type=bind", f"source={path}", f"destination={path}", "ro"]
-
-
-@pytest.mark.parametrize("path", ["relative", "/a\nb"])
-def test_a_path_that_cannot_be_mounted_is_rejected(path: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be mounted"):
-        mount_option(Path(path), False)
-
-
-def test_only_named_variables_are_passed() -> None:
-    environ = {"AIFLUX_API_KEY": "k", "SECRET": "s", "AIFLUX_SITE_CONFIG": "/s", "PATH": "/bin"}
-    given_in = {
-        name.removeprefix("APPTAINERENV_"): value
-        for name, value in work_environment(SPEC, environ).items()
-        if name.startswith("APPTAINERENV_")
-    }
-    assert given_in == {
-        "AIFLUX_API_KEY": "k",
-        "AIFLUX_MODELS_DIR": "/m",
-        "AIFLUX_SEALED": "1",
-        "LANG": "C.UTF-8",
-    }
 
 
 @pytest.mark.parametrize("name", ["apptainer", "singularity"])

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aiflux.core.config.config import SlurmConfig
-from aiflux.image.container import (
-    ContainerSpec,
-    mount_option,
-    prepare_command,
-    prepare_environment,
-    probe_command,
-    work_command,
-    work_environment,
-)
-from aiflux.image.sif import image_id
-from aiflux.slurm.script import JobScript, generic_script, render
+from aiflux.image.container import probe_command
+from aiflux.slurm.script import JobScript, generic_script, render, render_local, render_models
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import Call, FakeCommands
 
@@ -33,10 +25,80 @@ names = st.text(
     st.characters(exclude_characters="\0\n/", exclude_categories=["Cs"]), min_size=1, max_size=40
 ).filter(lambda name: name not in (".", "..") and len(name.encode()) < 200)
 
+ID = "00010203-0405-0607-0809-0a0b0c0d0e0f"
+PASSED = (
+    "CUDA_VISIBLE_DEVICES",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_RESTART_COUNT",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_JOB_END_TIME",
+    "AIFLUX_ALLOW_CPU",
+)
+
+
+@dataclass(frozen=True)
+class Container:
+    """What the runtime is to be given; ``unsealed``: why the container has a network."""
+
+    image: Path
+    input: Path
+    output_dir: Path
+    models_dir: Path | None
+    workdir: str
+    nv: bool = True
+    unsealed: str = ""
+    runtime: str = "APPTAINER"
+
+    def prepare(self, *arguments: str) -> list[str]:
+        return self._command([], self._mounts(read_only=False), arguments)
+
+    def work(self, *arguments: str) -> list[str]:
+        seal = [] if self.unsealed else ["--net", "--network", "none"]
+        return self._command(seal, self._mounts(read_only=True), arguments)
+
+    def _command(self, seal: list[str], mounts: list[str], arguments: Sequence[str]) -> list[str]:
+        return [
+            *("--quiet", "run", "--containall", *(["--nv"] if self.nv else []), *seal),
+            *("--workdir", self.workdir, "--pwd", str(self.output_dir), *mounts),
+            *(str(self.image), *arguments),
+        ]
+
+    def _mounts(self, *, read_only: bool) -> list[str]:
+        folders = [mount(self.output_dir)]
+        if self.models_dir not in (None, self.output_dir):
+            inner = self.output_dir.is_relative_to(self.models_dir or "/nowhere")
+            folders.insert(0 if inner else 1, mount(self.models_dir, read_only))
+        options = [*folders, mount(self.input, True)]
+        return [word for option in options for word in ("--mount", option)]
+
+    def prepared(self, environ: Mapping[str, str], **more: str) -> dict[str, str]:
+        """Return the variables that let values into the container while it prepares."""
+        passed = {name: environ[name] for name in PASSED if name in environ}
+        models = {} if self.models_dir is None else {"AIFLUX_MODELS_DIR": str(self.models_dir)}
+        inside = {**passed, **models, "AIFLUX_IMAGE_ID": ID, "LANG": "C.UTF-8", **more}
+        names = {f"{self.runtime}ENV_{name}": value for name, value in inside.items()}
+        return {**names, f"{self.runtime}_NO_EVAL": "1"}
+
+    def worked(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Return the same while it works."""
+        if not self.unsealed:
+            return self.prepared(environ, AIFLUX_SEALED="1")
+        return self.prepared(environ, AIFLUX_SEALED="0", AIFLUX_UNSEALED=self.unsealed)
+
+
+def mount(path: Path | None, read_only: bool = False) -> str:
+    text = str(path).replace('"', '""')
+    return f'type=bind,"source={text}","destination={text}"' + ",ro" * read_only
+
+
 TRAPPING = """\
 [[ $2 == run && $* == *--shard* ]] || exit 0
 trap 'echo TERM >>"$call/signals"; exit 5' TERM
 trap 'echo USR1 >>"$call/signals"; exit 5' USR1
+trap 'echo HUP >>"$call/signals"; exit 5' HUP
+trap 'echo INT >>"$call/signals"; exit 5' INT
 touch "$here/ready"
 while :; do sleep 0.02 & wait $!; done
 """
@@ -70,16 +132,15 @@ class Place:
         }
         return JobScript(**(values | changes))  # type: ignore[arg-type]
 
-    def spec(self, call: Call, **changes: object) -> ContainerSpec:
+    def container(self, call: Call, **changes: object) -> Container:
         values: dict[str, object] = {
-            "runtime": self.fakes.folder / "apptainer",
             "image": self.image,
             "input": self.input,
             "output_dir": self.folder,
             "models_dir": self.models,
-            "workdir": Path(call.argv[call.argv.index("--workdir") + 1]),
+            "workdir": call.argv[call.argv.index("--workdir") + 1],
         }
-        return ContainerSpec(**(values | changes))  # type: ignore[arg-type]
+        return Container(**(values | changes))  # type: ignore[arg-type]
 
     def environ(self, **more: str) -> dict[str, str]:
         return {"PATH": self.fakes.path, "HOME": "/nowhere", "TMPDIR": str(self.temporary), **more}
@@ -113,7 +174,7 @@ def inside(call: Call) -> dict[str, str]:
 # --- the two steps ---------------------------------------------------------------------------
 
 
-def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
+def test_preparation_has_the_network_and_work_has_not(place: Place) -> None:
     environ = place.environ(
         SLURM_JOB_ID="7",
         SLURM_ARRAY_JOB_ID="5",
@@ -129,6 +190,7 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
         AIFLUX_SEAL="yes",
         AIFLUX_SEALED="0",
         AIFLUX_UNSEALED="of the host",
+        SECRET="/of/the/host",
         http_proxy="http://p:1",
         HTTPS_PROXY="http://p:2",
         all_proxy="http://p:3",
@@ -137,28 +199,40 @@ def test_the_shell_and_python_build_the_same_containers(place: Place) -> None:
     done = place.bash(render(place.job()), environ=environ)
     assert (done.returncode, done.stderr) == (0, "")
     prepare, probe, work = place.fakes.calls("apptainer")
-    spec = place.spec(prepare)
+    container = place.container(prepare)
     run_dir = str(place.folder / "out.json.aiflux")
-    arguments = ["--run-dir", run_dir, "--shard", "0", "--deadline", "1790000000"]
-    assert (
-        prepare.argv
-        == prepare_command(spec, ["--run-dir", run_dir, "--prepare", *arguments[-2:]])[1:]
-    )
-    assert probe.argv == probe_command(spec.runtime, spec.image)[1:]
-    assert work.argv == work_command(spec, arguments)[1:]
-    assert inside(prepare) == inside(Call([], prepare_environment(spec, environ)))
-    assert inside(work) == inside(Call([], work_environment(spec, environ)))
-    assert inside(work)["APPTAINERENV_AIFLUX_SEALED"] == "1"
-    assert "/of/the/host" not in inside(work).values()
+    deadline = ["--deadline", "1790000000"]
+    assert prepare.argv == container.prepare("--run-dir", run_dir, "--prepare", *deadline)
+    assert probe.argv == probe_command(Path("apptainer"), place.image)[1:]
+    assert work.argv == container.work("--run-dir", run_dir, "--shard", "0", *deadline)
+    proxies = {"http_proxy": "http://p:1", "HTTPS_PROXY": "http://p:2"}
+    assert inside(prepare) == container.prepared(environ, **proxies)
+    assert inside(work) == container.worked(environ)
     assert not any(name.lower().endswith("_proxy") for name in work.environ)
 
 
-def test_the_shell_reads_an_images_id_as_python_does(place: Place) -> None:
-    make_sif(place.image, version="1")
-    assert place.bash(render(place.job())).returncode == 0
-    work = place.fakes.calls("apptainer")[-1]
-    assert len(inside(work)["APPTAINERENV_AIFLUX_IMAGE_ID"]) == 36
-    assert inside(work)["APPTAINERENV_AIFLUX_IMAGE_ID"] == image_id(place.image)
+def test_a_local_run_executes_the_containers_of_a_job(place: Place) -> None:
+    """Only what Slurm gives is missing: the modules, the setup and the job's own time limit."""
+    for script in (render(place.job()), render_local(place.job())):
+        done = place.bash(script)
+        assert (done.returncode, done.stderr) == (0, "")
+    calls = place.fakes.calls("apptainer")
+    of_job, local = calls[:3], calls[3:]
+    for one, other in zip(of_job, local, strict=True):
+        words = [word for word in other.argv if "aiflux." not in word or "json" in word]
+        assert words == [word for word in one.argv if "aiflux." not in word or "json" in word]
+        assert inside(one) == inside(other)
+    assert "#SBATCH" not in render_local(place.job())
+
+
+def test_models_are_pulled_with_the_network_and_nothing_else_is_mounted(place: Place) -> None:
+    done = place.bash(render_models(place.image, place.models, ["--pull", "a b:1"]))
+    assert (done.returncode, done.stderr) == (0, "")
+    (call,) = place.fakes.calls("apptainer")
+    container = place.container(call, input=place.image, output_dir=place.models, nv=False)
+    assert call.argv == container.prepare("--pull", "a b:1")
+    assert inside(call) == container.prepared({})
+    assert place.models.is_dir()
 
 
 def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
@@ -169,26 +243,26 @@ def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
     why = "this node cannot take the network from a container (no netns)"
     assert why in done.stderr
     work = place.fakes.calls("apptainer")[2]
-    spec = place.spec(work, unsealed=why)
-    assert work.argv == work_command(spec, work.argv[-4:])[1:]
-    assert inside(work) == inside(Call([], work_environment(spec, place.environ())))
+    container = place.container(work, unsealed=why)
+    assert work.argv == container.work(*work.argv[-4:])
+    assert inside(work) == container.worked({})
 
 
 def test_a_site_that_forbids_it_is_not_even_asked(place: Place) -> None:
     done = place.bash(render(place.job(slurm=SlurmConfig(seal=False))))
     assert (done.returncode, done.stderr) == (0, "")
     _, work = place.fakes.calls("apptainer")
-    spec = place.spec(work, unsealed="--no-seal")
-    assert work.argv == work_command(spec, work.argv[-4:])[1:]
-    assert inside(work) == inside(Call([], work_environment(spec, place.environ())))
+    container = place.container(work, unsealed="--no-seal")
+    assert work.argv == container.work(*work.argv[-4:])
+    assert inside(work) == container.worked({})
 
 
 def test_models_beside_the_output_are_mounted_once(place: Place) -> None:
     done = place.bash(render(place.job(models_dir=place.folder)))
     assert (done.returncode, done.stderr) == (0, "")
     prepare, _, work = place.fakes.calls("apptainer")
-    spec = place.spec(work, models_dir=place.folder)
-    assert work.argv == work_command(spec, work.argv[-4:])[1:]
+    container = place.container(work, models_dir=place.folder)
+    assert work.argv == container.work(*work.argv[-4:])
     assert [call.argv.count("--mount") for call in (prepare, work)] == [2, 2]
 
 
@@ -196,9 +270,9 @@ def test_an_engine_elsewhere_needs_the_network_and_no_models(place: Place) -> No
     done = place.bash(render(place.job(models_dir=None)))
     assert (done.returncode, done.stderr) == (0, "")
     prepare, work = place.fakes.calls("apptainer")
-    spec = place.spec(work, models_dir=None, unsealed="the engine is elsewhere")
-    assert prepare.argv == prepare_command(spec, prepare.argv[-3:])[1:]
-    assert work.argv == work_command(spec, work.argv[-4:])[1:]
+    container = place.container(work, models_dir=None, unsealed="the engine is elsewhere")
+    assert prepare.argv == container.prepare(*prepare.argv[-3:])
+    assert work.argv == container.work(*work.argv[-4:])
     assert not place.models.exists()
 
 
@@ -207,13 +281,9 @@ def test_an_output_among_the_models_stays_writable(place: Place) -> None:
     output_dir.mkdir(parents=True)
     place.bash(render(place.job(output_dir=output_dir)))
     work = place.fakes.calls("apptainer")[2]
-    assert work.argv == work_command(place.spec(work, output_dir=output_dir), work.argv[-4:])[1:]
+    assert work.argv == place.container(work, output_dir=output_dir).work(*work.argv[-4:])
     mounts = [value for value in work.argv if value.startswith("type=bind")]
-    assert mounts == [
-        mount_option(place.models, True),
-        mount_option(output_dir, False),
-        mount_option(place.input, True),
-    ]
+    assert mounts == [mount(place.models, True), mount(output_dir), mount(place.input, True)]
 
 
 def test_no_gpu_no_nv(place: Place) -> None:
@@ -313,10 +383,8 @@ def test_singularity_gets_its_own_variables(place: Place) -> None:
     call = place.folder.parent / "bin" / "calls" / "singularity-2"
     recorded = dict(item.split("=", 1) for item in (call / "env").read_text().split("\0") if item)
     argv = (call / "argv").read_text().split("\0")
-    spec = place.spec(Call(argv, {}), runtime=Path("/bin/singularity"))
-    expected = work_environment(spec, environ)
     kept = {key: value for key, value in recorded.items() if key.startswith("SINGULARITY")}
-    assert kept == {key: v for key, v in expected.items() if key.startswith("SINGULARITY")}
+    assert kept == place.container(Call(argv, {}), runtime="SINGULARITY").worked({})
 
 
 def test_the_end_of_the_job_is_asked_of_an_older_slurm(place: Place) -> None:
@@ -515,7 +583,7 @@ def signals_seen(place: Place, call: int) -> list[str]:
     return (place.fakes.folder / "calls" / f"apptainer-{call}" / "signals").read_text().split()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_reaches_the_worker_whose_exit_code_comes_out(place: Place, number: int) -> None:
     process = start(place, TRAPPING)
     process.send_signal(number)
@@ -568,11 +636,11 @@ def test_the_generic_script_prepares_a_plan_and_works_on_it(place: Place) -> Non
     done = generic(place, "in.jsonl", "out.json", "--model", "a b", MODEL_NAME="m,1")
     assert (done.returncode, done.stderr) == (0, "")
     prepare, _, work = place.fakes.calls("apptainer")
-    spec = place.spec(prepare)
+    container = place.container(prepare)
     output = str(place.folder / "out.json")
     arguments = [str(place.input), output, "--prepare", "--model", "a b"]
-    assert prepare.argv == prepare_command(spec, arguments)[1:]
-    assert work.argv == work_command(spec, ["--run-dir", f"{output}.aiflux", "--shard", "0"])[1:]
+    assert prepare.argv == container.prepare(*arguments)
+    assert work.argv == container.work("--run-dir", f"{output}.aiflux", "--shard", "0")
     assert inside(prepare)["APPTAINERENV_MODEL_NAME"] == "m,1"
 
 
@@ -656,9 +724,8 @@ def test_certificates_for_an_engine_elsewhere_are_seen_in_the_container(
     done = generic(place, "in.jsonl", "--engine-url", "https://h", *given.get(how, []), **variables)
     assert done.returncode == 0, done.stderr
     prepare, work = place.fakes.calls("apptainer")
-    mount = mount_option(ca, read_only=True)
-    assert mount in prepare.argv
-    assert mount in work.argv
+    assert mount(ca, True) in prepare.argv
+    assert mount(ca, True) in work.argv
     assert prepare.argv[-2:] == ["--engine-ca", str(ca)], "the last one counts"
 
 
@@ -677,7 +744,7 @@ def test_a_job_binds_the_certificates_of_its_run(place: Place) -> None:
     script = render(place.job(models_dir=None, engine_ca=str(ca)))
     assert place.bash(script).returncode == 0
     for call in place.fakes.calls("apptainer"):
-        assert mount_option(ca, read_only=True) in call.argv
+        assert mount(ca, True) in call.argv
 
 
 @pytest.mark.parametrize(

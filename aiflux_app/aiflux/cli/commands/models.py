@@ -138,7 +138,7 @@ def pull(name: str, again: bool, **settings: Any) -> int:
     found = _find_image(config)
     if isinstance(found, ImageError):
         return _pull_here(name, config, found, again=again)
-    return pull_in_container(name, config.models_dir, *found, again=again)
+    return pull_in_container(name, config.models_dir, found, again=again)
 
 
 @models.command("verify", examples=["aiflux models verify llama3.2:3b"])
@@ -251,19 +251,20 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _find_image(config: Config) -> tuple[Path, Path] | ImageError:
-    """Return the runtime and the image; the error if an Ollama of this machine is used."""
+def _find_image(config: Config) -> Path | ImageError:
+    """Return the image; the error if an Ollama of this machine is used."""
     from aiflux.engines.process import named_program
 
     program = named_program(kind_named("ollama"), os.environ)
     if program:
         return ImageError(f"the environment names an Ollama that cannot be run: {program}")
     try:
-        found = find_runtime(), find_image(config, Path.cwd())
+        find_runtime()
+        image = find_image(config, Path.cwd())
     except ImageError as error:
         return error
-    show_local_choices(config, found[1])
-    return found
+    show_local_choices(config, image)
+    return image
 
 
 def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) -> int:
@@ -324,7 +325,7 @@ def _template(path: str | None) -> str | None:
 def _create(name: ModelName, config: Config) -> int:
     found = _find_image(config)
     if not isinstance(found, ImageError):
-        return create_in_container(name.served, config.models_dir, *found)
+        return create_in_container(name.served, config.models_dir, found)
     from aiflux.engines.process import find_program
     from aiflux.worker.main import create
     from aiflux.worker.progress import make_reporter

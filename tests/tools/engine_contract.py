@@ -27,8 +27,6 @@ from aiflux.engines.http import Client, ExchangeError
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import EngineError, RejectedError
 
-ABSENT = "nobody:1b"
-
 
 class EngineSite(ABC):
     """A place where engines of a kind run.
@@ -38,8 +36,10 @@ class EngineSite(ABC):
         digest: of that model; None where engines of the kind have none.
         slots: with which its servers are started; None where they report none.
         options: further options of the plan.
+        absent: a model that the servers do not have.
     """
 
+    absent = "nobody:1b"
     kind: EngineKind
     model: str
     digest: str | None = None
@@ -280,17 +280,17 @@ class EngineContract:
         assert_none_left(site)
 
     def test_a_model_that_the_server_lacks_is_named(self, site: EngineSite) -> None:
-        engine = site.make(ABSENT)
         error: EngineError | None
         try:
+            engine = site.make(site.absent)
             engine.start()
-            error = engine.refusal(ABSENT)
-            assert engine.offers(ABSENT) is False
+            error = engine.refusal(site.absent)
+            assert engine.offers(site.absent) is False
             assert isinstance(error, RejectedError)
         except EngineError as failure:
             error = failure
         assert error is not None
-        assert ABSENT in error.message
+        assert site.absent in error.message
 
     def test_the_digest_is_that_of_the_model(self, site: EngineSite) -> None:
         engine = site.make()

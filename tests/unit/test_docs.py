@@ -45,6 +45,7 @@ FOREIGN_OPTIONS = {
     "--export-secret-keys",
     "--backend-sampling",  # of llama-server
     "--kv-unified",
+    "--max-num-seqs",  # of vLLM
 }
 # Every option of LLMFlux 2.0.0 (its cli.py): docs/moving.md describes each.
 LLMFLUX_OPTIONS = OPTION.findall("""

@@ -11,18 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
-from aiflux.errors import ModelError, RejectedError
+from aiflux.errors import InputError, ModelError, RejectedError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
+from aiflux.util.text import joined
 
 if TYPE_CHECKING:
     from aiflux.engines.http import Client  # imports requests
 
 HttpFactory = Callable[..., "Client"]
 """Makes the client of a server: called with its address and the certificates to trust, if any."""
+
+
+def refuse_mixed_uses(title: str, endpoints: Mapping[str, int]) -> None:
+    """Refuse text, embeddings and reranking in one input, for servers that do one of the three.
+
+    Raises:
+        InputError: there are several.
+    """
+    uses = {url if url in WITHOUT_TEXT else "text" for url in endpoints}
+    if len(uses) > 1:
+        raise InputError(
+            f"requests ask for {joined(sorted(uses))}, and a {title} server does only one of "
+            "text, embeddings and reranking",
+            "put them into inputs of their own",
+        )
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,23 @@ class FetchContext:
     say: Callable[[str], None]
     progress: Callable[[dict[str, Any]], None]
     again: bool = False
+
+
+@dataclass(frozen=True)
+class SlotLimits:
+    """Slots of a kind's servers, where a run does not name a number.
+
+    Attributes:
+        gpu: on GPUs whose memory is unknown.
+        ladder: what is tried where it is known, the most first.
+        cpu: on a CPU, at most.
+        per_core: on a CPU, for each core.
+    """
+
+    gpu: int = 16
+    ladder: tuple[int, ...] = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # beyond 32 little is gained
+    cpu: int = 4
+    per_core: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,6 +112,7 @@ class EngineKind(PlanningKind, Protocol):
         program: name of the executable to start; "" where none is.
         program_variables: older names of AIFLUX_ENGINE_PROGRAM for this kind.
         cached_program: where a demo leaves the program, below the cache folder; "" for nowhere.
+        slot_limits: slots that suit its servers.
     """
 
     name: str
@@ -85,6 +120,7 @@ class EngineKind(PlanningKind, Protocol):
     program: str
     program_variables: tuple[str, ...]
     cached_program: str
+    slot_limits: SlotLimits
 
     def same_model(self, one: str, other: str) -> bool:
         """Tell whether two names mean the same model."""
@@ -129,6 +165,9 @@ class EngineKind(PlanningKind, Protocol):
         Args:
             context: tokens of context of each slot.
         """
+
+    def divides(self, figures: Figures, gpus: int) -> bool:
+        """Tell whether one server can divide a model among GPUs."""
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Return the fields of a request's body to change for this engine.

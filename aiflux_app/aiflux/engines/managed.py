@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.http import Client
 from aiflux.engines.process import ServerProcess
+from aiflux.engines.server_load import get
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import EngineError, RejectedError
 
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
+_READY_POLL = 0.2
 
 
 class ManagedEngine:
@@ -95,22 +98,57 @@ class ManagedEngine:
             f"{self.slots} slot{'s' * (self.slots > 1)} of {facts.context_length} tokens"
         )
 
-    def _serve(self, command: Sequence[str], environment: Mapping[str, str]) -> str:
-        """Start the server in the place of an earlier one; return its address.
+    def _serve(
+        self, command: Sequence[str], environment: Mapping[str, str], port: int | None = None
+    ) -> ServerProcess:
+        """Start the server in the place of an earlier one, and return it.
+
+        Args:
+            port: as the command has it; None where the kernel picks it.
 
         Raises:
             EngineError: it did not start, or the engine was closed.
         """
         self.stop()
-        server = ServerProcess(command, environment, self.spec.log)
+        server = ServerProcess(command, environment, self.spec.log, port)
         self._server = server
         # In this order: ``close`` stops the server that it finds, or this finds it closing.
         if self._closing.is_set():
             raise EngineError("the engine was stopped during its start")
         server.start()
-        return server.url
+        return server
 
-    def _use(self, url: str) -> None:
-        """Send requests to a server that is ready."""
+    def _await_ready(self, server: ServerProcess, path: str, timeout: float) -> Client:
+        """Return a client of the server, once it answers a path with status 200.
+
+        Raises:
+            EngineError: it ended, was closed, did not get ready in time, or another program
+                listens on its port.
+        """
+        client = self._make_client(server.url)
+        deadline = time.monotonic() + timeout
+        try:
+            while get(client, path) is None:
+                server.check()
+                if self._closing.wait(_READY_POLL):
+                    raise EngineError("the engine was stopped during its start")
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        f"{self.kind.title} was not ready within {timeout:g} s",
+                        f"see its log: {self.spec.log}; or allow more time: --load-timeout SECONDS",
+                    )
+            if not server.owns_port():
+                raise EngineError(
+                    f"another program took the port of {self.kind.title}: {server.url}",
+                    "run the same command again",
+                )
+        except BaseException:
+            client.close()
+            self.stop()
+            raise
+        return client
+
+    def _use(self, ready: str | Client) -> None:
+        """Send requests to a server that is ready: at an address, or through a client of it."""
         self.client.close()
-        self.client = self._make_client(url)
+        self.client = self._make_client(ready) if isinstance(ready, str) else ready

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -46,6 +47,7 @@ _KEPT = (
 )
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LOG_TAIL = 2000
+_STOPPED = "the engine was stopped during its start"
 
 
 def engine_environment(
@@ -114,9 +116,17 @@ class ServerProcess:
         command: its command line.
         environment: its whole environment (see ``engine_environment``).
         log: file that its output is appended to.
+        port: where the command tells it to listen; None where the kernel picks a port.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        port: int | None = None,
+    ) -> None:
+        self._port = port
         self._command = [*_die_with_parent(), *command]
         self._name = " ".join([Path(command[0]).name, *command[1:2]])
         self._program = command[0]
@@ -139,7 +149,7 @@ class ServerProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start and wait until it listens.
+        """Start, and wait until it listens where the kernel picks the port.
 
         Must be called from a thread that lives as long as the server is to live: the kernel ends
         the server with the thread that started it.
@@ -149,7 +159,7 @@ class ServerProcess:
         """
         with self._open_log() as log, self._lock:
             if self._stopped:
-                raise EngineError("the engine was stopped during its start")
+                raise EngineError(_STOPPED)
             try:
                 self._process = process = subprocess.Popen(
                     self._command,
@@ -163,7 +173,28 @@ class ServerProcess:
                 raise EngineError(
                     f"cannot start {self._program}: {error.strerror}", "check the installation"
                 ) from error
-        self.url = f"http://127.0.0.1:{self._await_port(process)}"
+        port = self._await_port(process) if self._port is None else self._port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def check(self) -> None:
+        """Check that a server which is starting still runs.
+
+        Raises:
+            EngineError: it was stopped, or has ended; then with the end of its log.
+        """
+        process = self._process
+        status = None if process is None else process.poll()
+        if self._stopped:
+            raise EngineError(_STOPPED)
+        if status is not None:
+            raise self._ended(status)
+
+    def owns_port(self) -> bool:
+        """Tell whether the server that listens at ``url`` is this one, and not somebody else's."""
+        process = self._process
+        return process is not None and any(
+            port == self._port for each in _family(process.pid) for port in _ports_of(each)
+        )
 
     def stop(self) -> None:
         """End the server and every process of its session; harmless when it is gone.
@@ -204,15 +235,17 @@ class ServerProcess:
                 "make its folder writable",
             ) from error
 
+    def _ended(self, status: int) -> EngineError:
+        return EngineError(
+            f"{self._name} ended with status {status} as it started:\n{self.log_tail()}",
+            f"see its log: {self.log}",
+        )
+
     def _await_port(self, process: subprocess.Popen[bytes]) -> int:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise EngineError(
-                    f"{self._name} ended with status {process.returncode} as it started:\n"
-                    f"{self.log_tail()}",
-                    f"see its log: {self.log}",
-                )
+                raise self._ended(process.returncode)
             port = listening_port(process.pid)
             if port is not None:
                 return port
@@ -243,11 +276,23 @@ def listening_port(pid: int) -> int | None:
 
     Source: proc(5): /proc/PID/net/tcp has local address, state and inode in fields 2, 4 and 10.
     """
-    for each in (pid, *_session(pid)):
-        port = _port_of(each)
-        if port is not None:
-            return port
-    return None
+    return next((port for each in _family(pid) for port in _ports_of(each)), None)
+
+
+def free_port() -> int:
+    """Return a loopback port that is free now, for servers that must be given one.
+
+    Somebody else may bind it first: see ``ServerProcess.owns_port``.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _family(leader: int) -> Iterator[int]:
+    yield leader
+    yield from _session(leader)
 
 
 def _session(leader: int) -> Iterator[int]:
@@ -261,20 +306,19 @@ def _session(leader: int) -> Iterator[int]:
                 yield int(name)
 
 
-def _port_of(pid: int) -> int | None:
+def _ports_of(pid: int) -> Iterator[int]:
     inodes = _socket_inodes(pid)
     if not inodes:
-        return None
+        return
     try:
         lines = Path(f"/proc/{pid}/net/tcp").read_text(encoding="ascii").splitlines()[1:]
     except OSError:
-        return None
+        return
     for line in lines:
         fields = line.split()
         address, _, port = fields[1].partition(":")
         if fields[3] == _LISTEN and address == _LOOPBACK and fields[9] in inodes:
-            return int(port, 16)
-    return None
+            yield int(port, 16)
 
 
 def _socket_inodes(pid: int) -> set[str]:

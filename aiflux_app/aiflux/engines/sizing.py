@@ -10,10 +10,6 @@ from aiflux.engines.base import EngineKind, EngineSpec
 from aiflux.engines.gpus import free_memory
 from aiflux.models.figures import Figures
 
-GPU_SLOTS = 16
-CPU_SLOTS = 4
-# What is tried where the GPUs' memory is known, the most first: beyond 32 little is gained.
-LADDER = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 _SPARE = 2**30
 """Bytes of each GPU that are left free; llama.cpp's own fitting leaves as much."""
 _SHARE = 0.97
@@ -56,32 +52,38 @@ def slots(
         return plan.options.slots
     if figures is not None and kind.one_slot(figures):
         return 1
+    limits = kind.slot_limits
     if not devices:
-        return max(1, min(CPU_SLOTS, cores))
-    if figures is None or not free:
-        return GPU_SLOTS
-    return min(_most_that_fit(kind, plan, figures, free), max(1, plan.requests))
+        most = min(limits.cpu, limits.per_core * cores)
+    elif figures is None or not free:
+        return limits.gpu
+    else:
+        most = _most_that_fit(kind, plan, figures, free)
+    return max(1, min(most, plan.requests))
 
 
 def _most_that_fit(kind: EngineKind, plan: Plan, figures: Figures, free: tuple[int, ...]) -> int:
     context = context_length(plan, figures.architecture.context)
     room = len(free) * (_SHARE * min(free) - _SPARE)
-    for count in LADDER:
+    for count in kind.slot_limits.ladder:
         if kind.memory_needed(figures, context, count, len(free), plan.options) <= room:
             return count
     return 1
 
 
 def gpus_needed(
-    needed: Callable[[int], int], figures: Figures, capacity: int, most: int = 16
+    needed: Callable[[int], int | None], figures: Figures, capacity: int, most: int = 16
 ) -> int | None:
     """Return the least GPUs of ``capacity`` bytes that a model needs; None above ``most``.
 
     Args:
-        needed: bytes that it needs on a number of GPUs together.
+        needed: bytes that it needs on a number of GPUs together; None where these cannot share it.
     """
-    counts = range(1, min(most, figures.architecture.layers + 1) + 1)
-    return next((gpus for gpus in counts if needed(gpus) <= gpus * capacity), None)
+    for gpus in range(1, min(most, figures.architecture.layers + 1) + 1):
+        size = needed(gpus)
+        if size is not None and size <= gpus * capacity:
+            return gpus
+    return None
 
 
 def in_flight(engine_slots: int) -> int:

@@ -28,6 +28,7 @@ class Architecture:
         context: tokens of the training context; 0 if unknown.
         sliding_window: tokens in the window of a sliding layer; 0 if there are none.
         cross_layers: layers that only process the image (llama3.2-vision).
+        layer_types: of each layer, as in Hugging Face's ``config.json``; empty if all are alike.
         embeds: the model only creates embeddings.
     """
 
@@ -45,6 +46,7 @@ class Architecture:
     experts: int = 0
     experts_used: int = 0
     cross_layers: tuple[int, ...] = ()
+    layer_types: tuple[str, ...] = ()
     embeds: bool = False
 
 

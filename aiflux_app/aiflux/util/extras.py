@@ -14,6 +14,7 @@ from aiflux.util.process_limits import exhausted
 
 EXTRAS: Mapping[str, str] = {
     "documents": "PDF and DOCX in aiflux convert dir",
+    "hub": "pulling models of Hugging Face, for the engine vllm",
     "images": "aiflux convert images",
     "parquet": "Parquet tables, read and written",
     "report": "the plots of a report",
@@ -23,6 +24,7 @@ EXTRAS: Mapping[str, str] = {
 
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "documents": ("pypdf>=5.0", "cryptography>=41"),
+    "hub": ("huggingface_hub>=1.0",),
     "images": ("Pillow>=10.0",),
     "parquet": ("pyarrow>=14.0",),
     "report": ("matplotlib>=3.8",),

@@ -11,10 +11,12 @@ import pytest
 
 from aiflux.core.config.engine_kinds import KINDS
 from aiflux.engines.kinds import kind_named
+from aiflux.engines.vllm.hub import snapshot_digest
 from tests.tools import make_tiny_gguf
 from tests.tools.engine_contract import EngineContract, EngineSite, ProgramSite
 from tests.tools.faulty_engine import FaultyEngine, Reply
 from tests.unit.made_models import put_model
+from tests.unit.made_snapshots import COMMIT, put_folder, put_snapshot
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -82,6 +84,40 @@ class LlamaServerOfFile(FakeLlamaServer):
         self.model, self.digest = str(path), None
 
 
+class FakeVllm(Loading):
+    """The small stand-in for vLLM, with a snapshot of the hub; held back while it loads."""
+
+    kind = kind_named("vllm")
+    model = "hf:org/tiny@main"
+    digest = COMMIT
+    absent = "hf:nobody/1b"
+    slots = 3
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        put_snapshot(self.models_dir / "hub", "org/tiny")
+        self.wrap([sys.executable, str(TOOLS / "fake_vllm.py")])
+
+    @property
+    def models_dir(self) -> Path:
+        return self.folder / "models"
+
+
+class FakeVllmOfFolder(FakeVllm):
+    """The same, with the directory of a model; held back before it starts."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        model = put_folder(folder / "a model, of mine")
+        self.model, self.digest = str(model), snapshot_digest(model)
+
+    def hold(self) -> None:
+        ProgramSite.hold(self)
+
+    def release(self) -> None:
+        ProgramSite.release(self)
+
+
 class External(EngineSite):
     """A server that somebody else started, which may not be ready yet."""
 
@@ -124,6 +160,8 @@ SITES: tuple[type[EngineSite], ...] = (
     LoadingOllama,
     FakeLlamaServer,
     LlamaServerOfFile,
+    FakeVllm,
+    FakeVllmOfFolder,
     External,
 )
 

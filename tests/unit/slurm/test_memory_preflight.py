@@ -17,7 +17,7 @@ from aiflux.engines.gpus import free_memory
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.store import model_digest
-from aiflux.engines.sizing import GPU_SLOTS, context_length, slots
+from aiflux.engines.sizing import context_length, slots
 from aiflux.errors import ConfigError, InputError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
@@ -73,8 +73,8 @@ def test_slots_are_what_the_gpus_have_room_for(
 def test_what_is_asked_for_or_not_known_decides(tmp_path: Path) -> None:
     figures = known("llama3.1:8b")
     plan = plan_of(tmp_path, "m")
-    assert slots(KIND, plan, ("0",), 8) == GPU_SLOTS
-    assert slots(KIND, plan, ("0",), 8, figures) == GPU_SLOTS
+    assert slots(KIND, plan, ("0",), 8) == 16
+    assert slots(KIND, plan, ("0",), 8, figures) == 16
     assert slots(KIND, plan, (), 2, figures, ()) == 2
     assert slots(KIND, plan, (), 8, known("qwen3-vl:8b"), ()) == 1
     assert slots(KIND, plan, ("0",), 8, known("embeddinggemma:300m"), (80 * GB,)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 KINDS = {
     "ollama": "aiflux.engines.ollama.kind",
     "llamacpp": "aiflux.engines.llamacpp.kind",
+    "vllm": "aiflux.engines.vllm.kind",
     "external": "aiflux.engines.external.kind",
 }
 """For each kind its module, which has it as ``KIND``; `aiflux.engines.kinds` imports it on use."""

@@ -8,7 +8,14 @@ from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.config.run_options import RunOptions
-from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
+from aiflux.engines.base import (
+    Engine,
+    EngineKind,
+    EngineSpec,
+    FetchContext,
+    HttpFactory,
+    SlotLimits,
+)
 from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
@@ -26,6 +33,7 @@ class ExternalKind:
     cached_program = ""
     # The server may be an Ollama, whose names have two forms; equal names always match.
     input_rules = InputRules(accepts_model)
+    slot_limits = SlotLimits()
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """The server gets every parameter."""
@@ -87,6 +95,10 @@ class ExternalKind:
     ) -> int:
         """None here: it runs elsewhere."""
         return 0
+
+    def divides(self, figures: Figures, gpus: int) -> bool:
+        """Unknown: it runs elsewhere."""
+        return True
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """The server gets bodies as they are."""

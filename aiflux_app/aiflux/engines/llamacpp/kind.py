@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
-from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
-from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
+from aiflux.engines.base import (
+    Engine,
+    EngineKind,
+    EngineSpec,
+    FetchContext,
+    HttpFactory,
+    SlotLimits,
+    refuse_mixed_uses,
+)
 from aiflux.engines.llamacpp import model_file
 from aiflux.engines.ollama.memory import estimate
-from aiflux.errors import InputError, ModelError
+from aiflux.errors import ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
-from aiflux.util.text import joined
 
 
 def _accepts_model(model: str, named: str) -> bool:
@@ -34,6 +40,7 @@ class LlamaCppKind:
     program = "llama-server"
     program_variables: tuple[str, ...] = ()
     cached_program = ""
+    slot_limits = SlotLimits()
     input_rules = InputRules(_accepts_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
@@ -42,13 +49,7 @@ class LlamaCppKind:
         Raises:
             InputError: there are several.
         """
-        uses = {url if url in WITHOUT_TEXT else "text" for url in endpoints}
-        if len(uses) > 1:
-            raise InputError(
-                f"requests ask for {joined(sorted(uses))}, and a llama.cpp server does only one of "
-                "text, embeddings and reranking",
-                "put them into inputs of their own",
-            )
+        refuse_mixed_uses(self.title, endpoints)
 
     def served_name(self, model: str) -> str:
         """Return the name that the server gets: Ollama's, or the path of the file.
@@ -129,6 +130,10 @@ class LlamaCppKind:
         return estimate(
             figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type, one_slot=False
         ).total
+
+    def divides(self, figures: Figures, gpus: int) -> bool:
+        """Yes: it puts layers on each."""
+        return True
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Change nothing: the server answers for any model's name, and obeys both limits."""

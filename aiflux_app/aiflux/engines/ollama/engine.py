@@ -105,7 +105,7 @@ class OllamaEngine(ManagedEngine):
             self.spec.home,
             self._settings(),
         )
-        return Ollama(self._serve([self._program, "serve"], environment))
+        return Ollama(self._serve([self._program, "serve"], environment).url)
 
     def _settings(self) -> dict[str, str]:
         """Return what differs from engine to engine; the run's own variables win."""

@@ -10,7 +10,14 @@ from typing import Any
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import RERANK, WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
-from aiflux.engines.base import Engine, EngineKind, EngineSpec, FetchContext, HttpFactory
+from aiflux.engines.base import (
+    Engine,
+    EngineKind,
+    EngineSpec,
+    FetchContext,
+    HttpFactory,
+    SlotLimits,
+)
 from aiflux.engines.ollama.ignored_fields import IGNORED_FIELDS
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
@@ -44,6 +51,7 @@ class OllamaKind:
     program = "ollama"
     program_variables: tuple[str, ...] = ("AIFLUX_OLLAMA",)
     cached_program = "ollama-cpu/bin/ollama"
+    slot_limits = SlotLimits()
     input_rules = InputRules(accepts_model, IGNORED_FIELDS)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
@@ -145,6 +153,10 @@ class OllamaKind:
         """Return the least that the newer Ollamas need, with flash attention."""
         cache_type = options.engine_env.get("OLLAMA_KV_CACHE_TYPE") or "f16"
         return estimate(figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type).total
+
+    def divides(self, figures: Figures, gpus: int) -> bool:
+        """Yes: it puts layers on each."""
+        return True
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Use a name that Ollama knows, and the limit that it obeys.

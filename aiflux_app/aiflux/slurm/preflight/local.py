@@ -177,13 +177,17 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         return
     kind = engine_kind(plan.options)
     absent = []
-    yield from _check_stored(folder, plan)
     for model in plan.models:
-        error = kind.absent_model(folder, model)
-        if kind.is_stored(folder, model):
-            continue
-        if error is not None:
+        try:
+            kind.refuse_model(folder, model)
+            if kind.is_stored(folder, model):
+                continue
+        except ModelError as error:
             yield finding_of(error)
+            continue
+        missing = kind.absent_model(folder, model)
+        if missing is not None:
+            yield finding_of(missing)
             continue
         name = plan.served(model)
         absent.append(name)
@@ -191,7 +195,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
             "warning",
             f"{name} is not (whole) in {folder}: the job pulls it at its start, which needs "
             "the network on the compute node",
-            f"pull it where there is internet: aiflux models pull {name}",
+            f"pull it where there is internet: aiflux models pull {model}",
         )
     if absent and not may_write(folder):
         yield Finding(
@@ -199,14 +203,6 @@ def check_models(plan: Plan) -> Iterator[Finding]:
             f"the job could not pull {absent[0]} into {folder}: you may not write there",
             "ask its owner to pull it, or name a directory of your own: --models-dir PATH",
         )
-
-
-def _check_stored(folder: Path, plan: Plan) -> Iterator[Finding]:
-    for name in plan.models:
-        try:
-            engine_kind(plan.options).refuse_model(folder, name)
-        except ModelError as error:
-            yield finding_of(error)
 
 
 def check_fields(plan: Plan) -> Iterator[Finding]:

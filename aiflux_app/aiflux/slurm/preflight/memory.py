@@ -74,19 +74,31 @@ def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
 
 def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator[Finding]:
     options = plan.options
-    needed = engine_kind(options).memory_needed
+    kind = engine_kind(options)
     context = context_length(plan, figures.architecture.context)
     slots, each = options.slots or 1, options.gpus_per_engine
 
-    def least(count: int) -> int:
-        return needed(figures, context, count, each, options)
+    def least(count: int, gpus: int = each) -> int:
+        return kind.memory_needed(figures, context, count, gpus, options)
 
+    if not kind.divides(figures, each):
+        possible = [str(gpus) for gpus in range(1, each) if kind.divides(figures, gpus)]
+        yield Finding(
+            "error",
+            f"{kind.title} cannot divide {model} among {each} GPUs: it has "
+            f"{figures.architecture.heads} attention heads and {figures.architecture.kv_heads} "
+            "key-value heads",
+            f"--gpus-per-engine {' or '.join(possible)}",
+        )
+        return
     has = each * room.size
     if least(slots) <= has:
         return
     fits = [count for count in range(1, slots) if least(count) <= has]
     enough = gpus_needed(
-        lambda gpus: needed(figures, context, slots, gpus, options), figures, room.size
+        lambda gpus: least(slots, gpus) if kind.divides(figures, gpus) else None,
+        figures,
+        room.size,
     )
     remedies = [f"--slots {fits[-1]} at most"] if fits else []
     remedies += [] if enough is None else _more_gpus(enough, room)

@@ -1,0 +1,1 @@
+"""The engine kind `vllm`: models of Hugging Face, served by vLLM."""

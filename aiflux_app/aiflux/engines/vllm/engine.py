@@ -1,0 +1,115 @@
+"""The engine `vllm`: ``vllm serve`` as a child of the worker, with one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from aiflux.core.batch.request import EMBEDDINGS, WITHOUT_TEXT
+from aiflux.core.runs.status_file import EngineFacts
+from aiflux.engines import server_load
+from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.managed import ManagedEngine
+from aiflux.engines.process import engine_environment, engine_program, free_port
+from aiflux.engines.sizing import engine_context, engine_slots
+from aiflux.engines.vllm.hub import parse_hub_model, snapshot_digest, stored_snapshot
+from aiflux.engines.vllm.memory import divides
+from aiflux.errors import ConfigError
+
+
+class VllmEngine(ManagedEngine):
+    """A vLLM that the worker starts.
+
+    Raises:
+        EngineError: there is no ``vllm``.
+        ModelError: the model is not stored completely.
+        ConfigError: the model cannot be divided among the engine's GPUs.
+    """
+
+    def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
+        super().__init__(kind, spec, make_client, engine_slots(kind, spec))
+        self._options = spec.plan.options
+        self._program = engine_program(kind, spec.environ)
+        self._snapshot = stored_snapshot(spec.plan.models_dir, parse_hub_model(spec.model))
+        self._figures = kind.figures(spec.plan.models_dir, spec.model, None)
+        self._served = spec.plan.served(spec.model)
+        self._context = engine_context(kind, spec)
+        self._refuse_division()
+
+    def start(self) -> None:
+        """Start the server and wait until its model is loaded.
+
+        Raises:
+            EngineError: it did not start, or the model did not load within ``load_timeout``.
+        """
+        port = free_port()
+        server = self._serve(self._command(port), self._environment(), port)
+        client = self._await_ready(server, "/health", self._options.load_timeout)
+        self._digest = snapshot_digest(self._snapshot)
+        version = server_load.get(client, "/version")
+        weights = self._figures.weights if self._figures else 0
+        self.facts = EngineFacts(
+            self.index,
+            self.spec.devices,
+            version=str(json.loads(version)["version"]) if version else None,
+            slots=self.slots,
+            context_length=self._context,
+            size_bytes=weights,
+            gpu_bytes=weights if self.spec.devices else 0,
+            log=str(self.spec.log),
+        )
+        self._use(client)
+
+    def _refuse_division(self) -> None:
+        gpus = len(self.spec.devices)
+        if self._figures is None or gpus < 2 or divides(self._figures.architecture, gpus):
+            return
+        shape = self._figures.architecture
+        fits = [str(count) for count in range(1, gpus) if divides(shape, count)]
+        raise ConfigError(
+            f"{self._served} has {shape.heads} attention heads and {shape.kv_heads} key-value "
+            f"heads: {gpus} GPUs cannot divide them evenly",
+            f"--gpus-per-engine {' or '.join(fits)}",
+        )
+
+    def _command(self, port: int) -> list[str]:
+        words = [
+            self._program, "serve", str(self._snapshot),
+            f"--served-model-name={self._served}",  # a name may begin with a dash
+            "--host", "127.0.0.1", "--port", str(port),
+            "--max-model-len", str(self._context),
+            "--max-num-seqs", str(self.slots),
+            # Else the model's own generation_config.json would change the requests' parameters.
+            "--generation-config", "vllm",
+            "--disable-uvicorn-access-log",
+        ]  # fmt: skip
+        if len(self.spec.devices) > 1:
+            words += ["--tensor-parallel-size", str(len(self.spec.devices))]
+        if not self.spec.devices:
+            words.append("--enforce-eager")  # on a CPU, compiling takes longer than it saves
+        endpoints = {*self.spec.plan.input.endpoints}
+        if endpoints <= WITHOUT_TEXT:
+            words += ["--runner", "pooling"]
+        if endpoints == {EMBEDDINGS}:
+            words += ["--convert", "embed"]
+        return words
+
+    def _environment(self) -> dict[str, str]:
+        """Return its environment. HOME is the engine's own, and vLLM's caches are below it."""
+        settings = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_ENGINE_READY_TIMEOUT_S": str(int(self._options.load_timeout)),
+            # Its processes talk over loopback, the only interface of a sealed container.
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+        }
+        if self.spec.devices:
+            settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.devices)
+        if self._options.log_level == "DEBUG":
+            settings["VLLM_LOGGING_LEVEL"] = "DEBUG"
+        self.spec.home.mkdir(parents=True, exist_ok=True)
+        own = {**settings, **self._options.engine_env}
+        return engine_environment(self.spec.environ, Path(self.spec.home), own)

@@ -1,0 +1,239 @@
+"""Models of Hugging Face: their names, and where a snapshot of one is stored.
+
+A snapshot is stored in the layout of huggingface_hub's cache, so that a site's shared cache can be
+the models directory:
+``models--ORG--NAME/{blobs/HASH, refs/BRANCH, snapshots/COMMIT/FILE -> ../../blobs/HASH}``.
+Source: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from aiflux.engines.vllm.safetensors import problem_with
+from aiflux.errors import ConfigError, ModelError
+
+PREFIX = "hf:"
+HUB = "hub"
+"""Subdirectory of the models directory that the snapshots are pulled to."""
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_REPO = re.compile(f"{_PART}/{_PART}")
+_REVISION = re.compile(r"[A-Za-z0-9_./-]{1,128}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ABBREVIATED = re.compile(r"[0-9a-f]{7,40}")
+_STORE = "models--"
+_SMALL = 16 << 20
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model as a user names it.
+
+    Attributes:
+        repo: ``ORG/NAME``; empty for a directory.
+        revision: branch, tag or commit; None for the default branch.
+        folder: directory with the model's files; None for one of the hub.
+    """
+
+    repo: str = ""
+    revision: str | None = None
+    folder: Path | None = None
+
+    @property
+    def served(self) -> str:
+        """The name in requests and results: ``ORG/NAME``, or the directory's own name.
+
+        A snapshot's directory in a hub cache has the name of its model.
+        """
+        if self.folder is None:
+            return self.repo
+        store = self.folder.parents[1].name if len(self.folder.parts) > 2 else ""
+        if self.folder.parent.name == "snapshots" and store.startswith(_STORE):
+            return store.removeprefix(_STORE).replace("--", "/")
+        return self.folder.name
+
+    @property
+    def text(self) -> str:
+        """The name as a command takes it."""
+        if self.folder is not None:
+            return str(self.folder)
+        return PREFIX + self.repo + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_hub_model(text: str) -> HubModel:
+    """Read ``hf:ORG/NAME[@REVISION]``, ``ORG/NAME[@REVISION]`` or the path of a directory.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if text in (".", "..") or text.startswith(("/", "./", "../", "~")):
+        return HubModel(folder=_folder(text))
+    repo, at, revision = text.removeprefix(PREFIX).partition("@")
+    wrong = not _REPO.fullmatch(repo) or "--" in repo or ".." in repo
+    if wrong or (at and not _is_revision(revision)):
+        raise ConfigError(
+            f"{text!r} is not a model of Hugging Face",
+            "write hf:ORG/NAME, hf:ORG/NAME@REVISION, or the path of a model's directory",
+        )
+    return HubModel(repo, revision or None)
+
+
+def _folder(text: str) -> Path:
+    try:
+        folder = Path(os.path.abspath(Path(text).expanduser()))
+    except RuntimeError as error:
+        raise ConfigError(f"the model {text!r}: {error}", "write the whole path") from error
+    if not folder.name:
+        raise ConfigError(f"the model {text!r} has no name", "name the directory of a model")
+    return folder
+
+
+def same_revision(one: str, other: str) -> bool:
+    """Tell whether two revisions are the same; a commit may be abbreviated to seven digits."""
+    abbreviated = _ABBREVIATED.fullmatch(one) and _ABBREVIATED.fullmatch(other)
+    return one == other or bool(abbreviated and (one.startswith(other) or other.startswith(one)))
+
+
+def _is_revision(text: str) -> bool:
+    return bool(_REVISION.fullmatch(text)) and ".." not in text and not text.startswith("/")
+
+
+def find_snapshot(models_dir: Path | None, model: HubModel) -> Path | None:
+    """Return the directory with a model's files; None where it is not stored.
+
+    The models directory may be a hub cache itself, or have one in ``hub/``. Without a revision, the
+    default branch counts, or the only snapshot that is stored.
+    """
+    if model.folder is not None:
+        return model.folder if os.path.isdir(model.folder) else None
+    if models_dir is None:
+        return None
+    for root in (models_dir / HUB, models_dir):
+        store = root / f"{_STORE}{model.repo.replace('/', '--')}"
+        commit = _commit(store, model.revision)
+        if commit is not None and os.path.isdir(store / "snapshots" / commit):
+            return store / "snapshots" / commit
+    return None
+
+
+def _commit(store: Path, revision: str | None) -> str | None:
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        noted = (store / "refs" / (revision or "main")).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        noted = ""
+    if _COMMIT.fullmatch(noted):
+        return noted
+    stored = [name for name in _names(store / "snapshots") if _COMMIT.fullmatch(name)]
+    if revision is None:
+        return stored[0] if len(stored) == 1 else None
+    matches = [name for name in stored if same_revision(name, revision)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _names(folder: Path) -> list[str]:
+    """Raises ModelError for a folder that exists and cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ModelError(
+            f"{folder} cannot be read: {error.strerror}", "ask its owner for access"
+        ) from error
+
+
+def absent(models_dir: Path | None, model: HubModel) -> ModelError:
+    """Return the error of a model that is not stored."""
+    if model.folder is not None:
+        return ModelError(f"model directory not found: {model.folder}", "check the path (--model)")
+    return ModelError(
+        f"{model.text} is not stored in {models_dir}",
+        f"pull it: aiflux models pull {model.text}",
+    )
+
+
+def stored_snapshot(models_dir: Path | None, model: HubModel) -> Path:
+    """Return the directory of a model that is stored completely.
+
+    Raises:
+        ModelError: it is not.
+    """
+    snapshot = find_snapshot(models_dir, model)
+    if snapshot is None:
+        raise absent(models_dir, model)
+    problem = next(problems(snapshot), None)
+    if problem is not None:
+        raise ModelError(
+            f"the model {model.text} is incomplete: {problem}",
+            "copy its files again"
+            if model.folder is not None
+            else f"pull it again: aiflux models pull --again {model.text}",
+        )
+    return snapshot
+
+
+def problems(snapshot: Path) -> Iterator[str]:
+    """Yield what keeps a snapshot from being loaded: missing files, and weights that are cut."""
+    if not (snapshot / "config.json").is_file():
+        yield f"{snapshot / 'config.json'} is missing"
+        return
+    try:
+        files = weight_files(snapshot)
+    except ModelError as error:
+        yield error.message
+        return
+    if not files:
+        yield f"no .safetensors file is in {snapshot}"
+    for file in files:
+        problem = problem_with(snapshot / file)
+        if problem is not None:
+            yield problem
+
+
+def weight_files(snapshot: Path) -> list[str]:
+    """Return the names of the files with weights: those of the index, else all .safetensors.
+
+    Raises:
+        ModelError: the index cannot be read.
+    """
+    index = snapshot / "model.safetensors.index.json"
+    if not index.is_file():
+        return [name for name in _names(snapshot) if name.endswith(".safetensors")]
+    try:
+        names = {*json.loads(index.read_bytes())["weight_map"].values()}
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("weight_map has a name that is not a string")
+        return sorted(names)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"{index} is damaged: {error!r}", "pull or copy the model again"
+        ) from error
+
+
+def snapshot_digest(snapshot: Path) -> str:
+    """Return what identifies a snapshot: the commit of the hub, else a digest of the directory.
+
+    That digest covers the names and sizes of all files and the content of those up to 16 MiB, such
+    as the configuration and the tokenizer: to read all weights would take minutes at each start.
+    """
+    if _COMMIT.fullmatch(snapshot.name):
+        return snapshot.name
+    digest = sha256()
+    for path in sorted(snapshot.rglob("*")):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(
+                f"{path.relative_to(snapshot)}\0{size}\0".encode(errors="surrogateescape")
+            )
+            if size <= _SMALL:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,205 @@
+"""What is known of vLLM without starting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.batch.input_file import InputRules
+from aiflux.core.config.run_options import RunOptions
+from aiflux.engines.base import (
+    Engine,
+    EngineKind,
+    EngineSpec,
+    FetchContext,
+    HttpFactory,
+    SlotLimits,
+    refuse_mixed_uses,
+)
+from aiflux.engines.vllm.hub import (
+    absent,
+    find_snapshot,
+    parse_hub_model,
+    problems,
+    same_revision,
+    stored_snapshot,
+    weight_files,
+)
+from aiflux.engines.vllm.memory import divides, memory_needed
+from aiflux.engines.vllm.safetensors import figures_of_files
+from aiflux.errors import ConfigError, InputError, ModelError
+from aiflux.models.catalog import Catalog
+from aiflux.models.figures import Figures
+
+# What vLLM answers to requests when its engine process died (vllm/v1/engine/exceptions.py).
+_ENGINE_DIED = ("EngineCore encountered an issue", "EngineDeadError", "Engine process died")
+
+
+def same_hub_model(one: str, other: str) -> bool:
+    """Tell whether two names can mean the same model: ``hf:`` and @REVISION may be left out."""
+    try:
+        mine, its = parse_hub_model(one), parse_hub_model(other)
+    except ConfigError:
+        return one == other
+    if mine.folder or its.folder:
+        return mine.folder == its.folder
+    if mine.revision and its.revision and not same_revision(mine.revision, its.revision):
+        return False
+    return mine.repo.lower() == its.repo.lower()
+
+
+def accepts_hub_model(wanted: str, named: str) -> bool:
+    """Tell whether a request that names a model may be sent to the run's model.
+
+    The name of a directory may stand for its path. A revision that the request has must be that of
+    the run's model.
+
+    Raises:
+        ConfigError: the run's model has no valid name.
+    """
+    model = parse_hub_model(wanted)
+    if named == model.served:
+        return True
+    if not same_hub_model(wanted, named):
+        return False
+    return model.revision is not None or parse_hub_model(named).revision is None
+
+
+def _revision(name: str) -> str:
+    return parse_hub_model(name).revision or ""
+
+
+class VllmKind:
+    """vLLM."""
+
+    name = "vllm"
+    title = "vLLM"
+    managed = True
+    program = "vllm"
+    program_variables: tuple[str, ...] = ()
+    cached_program = "cpu-vllm/bin/vllm"
+    # vLLM's default on GPUs of up to 70 GiB, and half of that on CPUs (vllm/engine/arg_utils.py).
+    slot_limits = SlotLimits(256, (256, 192, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1), 64, 64)
+    input_rules = InputRules(accepts_hub_model)
+
+    def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
+        """Refuse text, embeddings and reranking in one input: a server does one of the three.
+
+        Raises:
+            InputError: there are several.
+        """
+        refuse_mixed_uses(self.title, endpoints)
+
+    def served_name(self, model: str) -> str:
+        """Return ORG/NAME, or the name of the directory.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        return parse_hub_model(model).served
+
+    def same_model(self, one: str, other: str) -> bool:
+        """Tell whether two names mean the same model."""
+        return same_hub_model(one, other)
+
+    def distinct_models(self, models: Sequence[str]) -> list[str]:
+        """Return one name for each model: ``hf:ORG/NAME[@REVISION]``, or an absolute path.
+
+        Of several names of one model, the one with the longest revision is returned.
+
+        Raises:
+            ConfigError: a name is wrong.
+            InputError: names of one model have two revisions, or two directories have one name.
+        """
+        chosen: dict[str, str] = {}
+        for name in models:
+            key = parse_hub_model(name).served.lower()
+            earlier = chosen.setdefault(key, name)
+            if not same_hub_model(earlier, name):
+                raise InputError(
+                    f"two models are named {key}: {earlier} and {name}",
+                    "run each of them on its own, with --model",
+                )
+            if len(_revision(name)) > len(_revision(earlier)):
+                chosen[key] = name
+        return [parse_hub_model(name).text for name in chosen.values()]
+
+    def is_stored(self, models_dir: Path, model: str) -> bool:
+        """Tell whether a model's configuration and all its weights are stored."""
+        snapshot = find_snapshot(models_dir, parse_hub_model(model))
+        return snapshot is not None and not any(problems(snapshot))
+
+    def catalog_name(self, model: str) -> str | None:
+        """None: the catalog has Ollama's names."""
+        return None
+
+    def refuse_model(self, models_dir: Path, model: str) -> None:
+        """Refuse a directory that vLLM cannot load; pass what is pulled before the start.
+
+        Raises:
+            ModelError: a file is missing or damaged, or there are no safetensors.
+        """
+        named = parse_hub_model(model)
+        if named.folder is not None and find_snapshot(models_dir, named) is not None:
+            stored_snapshot(models_dir, named)
+
+    def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
+        """Return the error of a directory that does not exist; None for a model of the hub."""
+        named = parse_hub_model(model)
+        return None if named.folder is None else absent(models_dir, named)
+
+    def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
+        """Pull a snapshot from the hub unless it is stored; return whether it was pulled.
+
+        Raises:
+            ModelError: it is unknown or not available.
+            StorageError: the models directory cannot be written.
+        """
+        from aiflux.engines.vllm.pull import ensure_snapshot
+
+        return ensure_snapshot(models_dir, parse_hub_model(model), context)
+
+    def figures(
+        self, models_dir: Path | None, model: str, catalog: Catalog | None
+    ) -> Figures | None:
+        """Return a model's figures from its files; None where they are not stored."""
+        snapshot = find_snapshot(models_dir, parse_hub_model(model))
+        if snapshot is None:
+            return None
+        try:
+            return figures_of_files(snapshot, weight_files(snapshot))
+        except ModelError:
+            return None  # `stored_snapshot` reports damage; vLLM knows more shapes than we do
+
+    def one_slot(self, figures: Figures) -> bool:
+        """VLLM batches every model."""
+        return False
+
+    def memory_needed(
+        self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
+    ) -> int:
+        """Return what the weights, the cache of ``slots`` usual requests and vLLM itself need."""
+        return memory_needed(figures, context, slots, gpus)
+
+    def divides(self, figures: Figures, gpus: int) -> bool:
+        """Tell whether the model's heads can be divided evenly."""
+        return divides(figures.architecture, gpus)
+
+    def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
+        """Use the name under which vLLM serves the model."""
+        return {} if body.get("model") in (None, served) else {"model": served}
+
+    def crash_code(self, status: int, message: str) -> str | None:
+        """Return the code of an answer by which vLLM shows that its engine process died."""
+        died = status >= 500 and any(words in message for words in _ENGINE_DIED)
+        return "engine_crashed" if died else None
+
+    def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
+        """Return a vLLM on the spec's GPUs."""
+        from aiflux.engines.vllm.engine import VllmEngine
+
+        return VllmEngine(self, spec, make_client)
+
+
+KIND: EngineKind = VllmKind()

@@ -1,0 +1,188 @@
+"""Headers of safetensors files, and what the memory of a model depends on.
+
+Source of the format: https://github.com/huggingface/safetensors#format: eight bytes with the
+header's length, little-endian, then the header as JSON, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aiflux.errors import ModelError
+from aiflux.models.figures import Architecture, Figures
+
+_MAX_HEADER = 100 << 20  # the format's own limit
+_MAX_LAYERS = 10_000
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_PATTERNS = {"mistral": 0, "mixtral": 0, "phi3": 0, "gemma2": 2, "gemma3_text": 6, "cohere2": 4}
+"""Every how many layers one has no sliding window, as transformers' configurations fill it in;
+0 where all have one."""
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_SHRUNK = {"F64": 4, "F32": 2}
+DAMAGED = "pull or copy the model again"
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return a file's tensors by name: ``dtype``, ``shape`` and ``data_offsets``.
+
+    Raises:
+        ModelError: it is not a whole safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ModelError(f"{path} is not a safetensors file", DAMAGED)
+            header: dict[str, Any] = json.loads(file.read(length))
+            size = file.seek(0, 2)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((_end(each) for each in header.values()), default=0)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"the header of {path} is damaged: {error!r}", DAMAGED) from error
+    if size != end:
+        raise ModelError(f"{path} has {size} bytes of {end}", DAMAGED)
+    return header
+
+
+def _end(tensor: Mapping[str, Any]) -> int:
+    """Return where a tensor's data ends; ValueError where it has no type or place."""
+    start, end = tensor["data_offsets"]
+    if not (type(start) is type(end) is int and 0 <= start <= end) or tensor["dtype"] == "":
+        raise ValueError(f"it has a tensor at {start!r} to {end!r}")
+    return int(end)
+
+
+def problem_with(path: Path) -> str | None:
+    """Return what is wrong with a file; None where it is whole. The weights are not read."""
+    try:
+        read_header(path)
+    except ModelError as error:
+        return error.message
+    return None
+
+
+def read_config(snapshot: Path) -> dict[str, Any]:
+    """Return a model's ``config.json``.
+
+    Raises:
+        ModelError: it cannot be read, or is not an object.
+    """
+    path = snapshot / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}", DAMAGED) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object", DAMAGED)
+    return config
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Return a model's shape from its ``config.json``; of several parts, that of the text.
+
+    Multi-head latent attention (DeepSeek) caches one compressed row per token and layer instead of
+    keys and values (``kv_lora_rank`` and ``qk_rope_head_dim``).
+
+    Raises:
+        ModelError: the shape is not in it.
+    """
+    part = _text_part(config)
+
+    def number(*names: str, default: int = 0) -> int:
+        found = (part.get(name) for name in names)
+        return next((value for value in found if type(value) is int and value > 0), default)
+
+    layers, width = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
+    heads = number("num_attention_heads", "n_head")
+    if not width or not heads or not 0 < layers <= _MAX_LAYERS:
+        raise ModelError(
+            "config.json does not have num_hidden_layers, hidden_size and num_attention_heads",
+            "it is not a language model of Hugging Face's transformers",
+        )
+    kv_heads = number("num_key_value_heads", "num_kv_heads", default=heads)
+    key = width // heads
+    key = value = number("head_dim", default=key)
+    if number("kv_lora_rank"):
+        kv_heads, key, value = 1, number("kv_lora_rank") + number("qk_rope_head_dim"), 0
+    names = config.get("architectures")
+    return Architecture(
+        name=str(names[0]) if isinstance(names, list) and names else str(config.get("model_type")),
+        layers=layers,
+        embedding=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        key_size=key,
+        value_size=value,
+        vocabulary=number("vocab_size"),
+        context=number("max_position_embeddings", "n_positions"),
+        feed_forward=number("intermediate_size"),
+        sliding_window=number("sliding_window", "attention_chunk_size"),
+        experts=number("num_local_experts", "num_experts", "n_routed_experts"),
+        experts_used=number("num_experts_per_tok"),
+        layer_types=_layer_types(part, layers),
+    )
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of the part that makes text; models of several parts nest them."""
+    for name in ("thinker_config", "text_config", "llm_config", "language_config"):
+        part = config.get(name)
+        if isinstance(part, dict):
+            return {**config, **_text_part(part)}
+    return config
+
+
+def _layer_types(part: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """Return the type of each layer; empty where all look back without limit.
+
+    Configurations without ``layer_types`` are older than it. Where the rule is not known, layers
+    count as unlimited, which need more memory.
+    """
+    for name in ("layer_types", "layers_block_type"):
+        types = part.get(name)
+        if isinstance(types, list) and len(types) >= layers:
+            return tuple(str(each) for each in types[:layers])
+    if not part.get("sliding_window") or not part.get("use_sliding_window", True):
+        return ()
+    pattern = part.get("sliding_window_pattern", _PATTERNS.get(str(part.get("model_type"))))
+    if type(pattern) is not int or pattern < 0:
+        return ()
+    return tuple(
+        _FULL if pattern and (layer + 1) % pattern == 0 else _SLIDING for layer in range(layers)
+    )
+
+
+def figures_of_files(snapshot: Path, files: list[str]) -> Figures:
+    """Return the figures of a model from its configuration and the headers of its weights.
+
+    Raises:
+        ModelError: a file is damaged, or the configuration has no shape.
+    """
+    config = read_config(snapshot)
+    shape = architecture_of(config)
+    layers, rest = [0] * shape.layers, 0
+    for file in files:
+        for name, tensor in read_header(snapshot / file).items():
+            size = _loaded_size(tensor, "quantization_config" in config)
+            found = _LAYER.search(name)
+            if found and int(found[1]) < shape.layers:
+                layers[int(found[1])] += size
+            else:
+                rest += size
+    return Figures(shape, tuple(layers), rest, measured=True)
+
+
+def _loaded_size(tensor: Mapping[str, Any], quantized: bool) -> int:
+    """Return a tensor's bytes on the GPU: vLLM loads F32 weights in half precision."""
+    start, end = tensor["data_offsets"]
+    size: int = end - start
+    return size // _SHRUNK.get(str(tensor["dtype"]), 1) if not quantized else size

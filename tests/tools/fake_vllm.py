@@ -1,0 +1,124 @@
+"""A small stand-in for `vllm serve`: its options, its processes and the API that the worker uses.
+
+It loads a directory with a configuration and weights, in a child as vLLM's EngineCore is, and binds
+its port only then. While the file ``loading`` is in its home, it loads. Chats are answered with an
+echo; a word counts as a token. It ends when its child is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+VERSION = "0.99.0"
+CORE_LOST = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="vllm", allow_abbrev=False)
+    parser.add_argument("command", choices=["serve"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--served-model-name", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--max-num-seqs", type=int, required=True)
+    parser.add_argument("--generation-config", required=True)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--runner", choices=["auto", "pooling"], default="auto")
+    parser.add_argument("--convert", choices=["auto", "embed"], default="auto")
+    parser.add_argument("--disable-uvicorn-access-log", action="store_true")
+    parser.add_argument("--enforce-eager", action="store_true")
+    return parser.parse_args(words)
+
+
+def load(model: Path) -> subprocess.Popen[bytes]:
+    """Load a model, in a child."""
+    json.loads((model / "config.json").read_bytes())
+    if not list(model.glob("*.safetensors")):
+        raise SystemExit(f"RuntimeError: Cannot find any model weights with `{model}`")
+    while (Path(os.environ["HOME"]) / "loading").exists():
+        time.sleep(0.02)
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    options: argparse.Namespace
+    core: subprocess.Popen[bytes]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        print(format % args, flush=True)
+
+    def do_GET(self) -> None:
+        name, limit = self.options.served_model_name, self.options.max_model_len
+        known: dict[str, object] = {
+            "/health": None,
+            "/version": {"version": VERSION},
+            "/v1/models": {"object": "list", "data": [{"id": name, "max_model_len": limit}]},
+        }
+        if self.path not in known:
+            self._fail(404, "Not Found")
+        elif self.core.poll() is not None:
+            self._fail(503, CORE_LOST)
+        else:
+            self._send(200, known[self.path])
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        pooling = self.options.runner == "pooling"
+        if self.core.poll() is not None:
+            self._fail(500, CORE_LOST)
+        elif self.path != ("/v1/embeddings" if pooling else "/v1/chat/completions"):
+            self._fail(404, "Not Found")
+        elif body["model"] != self.options.served_model_name:
+            self._fail(404, f"The model `{body['model']}` does not exist.")
+        elif pooling:
+            vector = {"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}
+            self._send(200, {"object": "list", "model": body["model"], "data": [vector]})
+        else:
+            self._chat(body)
+
+    def _chat(self, body: dict[str, Any]) -> None:
+        prompt = " ".join(each["content"] for each in body["messages"]).split()
+        if len(prompt) + body.get("max_tokens", 0) > self.options.max_model_len:
+            limit = self.options.max_model_len
+            self._fail(400, f"This model's maximum context length is {limit} tokens.")
+            return
+        message = {"role": "assistant", "content": body["messages"][-1]["content"]}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": 1}
+        self._send(200, {"model": body["model"], "choices": [choice], "usage": usage})
+
+    def _fail(self, status: int, message: str) -> None:
+        self._send(status, {"error": {"message": message, "type": "Error", "code": status}})
+
+    def _send(self, status: int, content: object) -> None:
+        text = b"" if content is None else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+def main() -> None:
+    print("command:", json.dumps(sys.argv[1:]), flush=True)
+    Handler.options = parse(sys.argv[1:])
+    Handler.core = load(Handler.options.model)
+    server = ThreadingHTTPServer((Handler.options.host, Handler.options.port), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Handler.core.wait()
+    time.sleep(1)  # requests in flight get their answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Create small models of Hugging Face: directories, and hub caches with snapshots of them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
+LLAMA: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32,
+    "max_position_embeddings": 4096,
+}
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4}
+
+
+def safetensors(tensors: Mapping[str, tuple[str, list[int]]]) -> bytes:
+    """Return a file with tensors of zeros, by name: their dtype and shape."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, (dtype, shape) in tensors.items():
+        size = _BYTES[dtype]
+        for each in shape:
+            size *= each
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(place)
+
+
+WEIGHTS = safetensors(
+    {
+        "model.embed_tokens.weight": ("BF16", [32, 64]),
+        "model.layers.0.mlp.weight": ("BF16", [64, 64]),
+        "model.layers.1.mlp.weight": ("BF16", [64, 64]),
+    }
+)
+
+
+def put_folder(folder: Path, config: Mapping[str, Any] = LLAMA, weights: bytes = WEIGHTS) -> Path:
+    """Write a model's directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def put_snapshot(
+    cache: Path, repo: str, commit: str = COMMIT, ref: str | None = "main", weights: bytes = WEIGHTS
+) -> Path:
+    """Write a snapshot into a hub cache; a branch or tag may name it."""
+    store = cache / f"models--{repo.replace('/', '--')}"
+    if ref is not None:
+        path = store / "refs" / ref
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(commit, encoding="ascii")
+    return put_folder(store / "snapshots" / commit, weights=weights)

@@ -70,6 +70,7 @@ def main(facts_path: str, image_json: str, labels: str, environment: str) -> Non
         file.writelines(f"aiflux.{key} {label(facts[key])}\n" for key in sorted(facts))
     with Path(environment).open("a", encoding="utf-8") as file:
         file.write(f"export AIFLUX_IMAGE_CPU_ONLY={int(facts['cpu_only'])}\n")
+        file.write(f'export AIFLUX_ENGINE="${{AIFLUX_ENGINE:-{engine}}}"\n')
 
 
 if __name__ == "__main__":

@@ -75,8 +75,12 @@ def engine_environment(
 
 
 def named_program(kind: EngineKind, environ: Mapping[str, str]) -> str | None:
-    """Return the program that the environment names for a kind; None where it names none."""
-    names = (PROGRAM_VARIABLE, *kind.program_variables)
+    """Return the program that the environment names for a kind; None where it names none.
+
+    AIFLUX_ENGINE_PROGRAM is that of the kind in AIFLUX_ENGINE, if that is set.
+    """
+    meant = environ.get("AIFLUX_ENGINE") or kind.name
+    names = (*([PROGRAM_VARIABLE] if meant == kind.name else []), *kind.program_variables)
     return next((environ[name] for name in names if environ.get(name)), None)
 
 

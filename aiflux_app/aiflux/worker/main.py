@@ -128,7 +128,7 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
 
 def pull(model: str, config: Config, context: Context, *, again: bool = False) -> None:
     """Make sure that a model is in the models directory, and say so."""
-    kind = kind_named(config.engine)
+    kind = kind_named("ollama")  # whichever engine then serves it
     with context.stopper.raising(), tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
         fetch = FetchContext(
             context.environ,

@@ -159,6 +159,10 @@ def test_the_demo_s_ollama_is_found(tmp_path: Path) -> None:
     assert find_program(kind, environ) == "/other"
     environ["AIFLUX_ENGINE_PROGRAM"] = "/first"
     assert find_program(kind, environ) == "/first"
+    environ["AIFLUX_ENGINE"] = "llamacpp"
+    assert find_program(kind, environ) == "/other", "the program is that of another engine"
+    assert find_program(kind_named("llamacpp"), environ) == "/first"
+    del environ["AIFLUX_ENGINE"]
     demo = (CHECKOUT / "examples" / "demo.sh").read_text(encoding="utf-8")
     assert "AIFLUX_MODELS_DIR:-$data/models" in demo
     assert Config(environ=environ, directory=tmp_path).models_dir == (

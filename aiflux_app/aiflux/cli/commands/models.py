@@ -260,7 +260,7 @@ def _find_image(config: Config) -> Path | ImageError:
         return ImageError(f"the environment names an Ollama that cannot be run: {program}")
     try:
         find_runtime()
-        image = find_image(config, Path.cwd())
+        image = find_image(config, Path.cwd(), engine="ollama")
     except ImageError as error:
         return error
     show_local_choices(config, image)

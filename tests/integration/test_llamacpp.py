@@ -1,0 +1,113 @@
+"""llama.cpp's server in an image of its own, and without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import (
+    FRANCE,
+    MODEL,
+    PLANETS,
+    User,
+    answers,
+    lines,
+    request,
+    shard_status,
+)
+
+
+@pytest.fixture(scope="session")
+def llama_image(user: User, checkout: Path) -> Path:
+    """The image with llama.cpp, built by the user from the Debian base."""
+    user.run("make", "image", "ENGINE=llamacpp", "BASE=debian", cwd=checkout, timeout=900)
+    return checkout / "aiflux-llamacpp.sif"
+
+
+@pytest.fixture
+def local(checkout: Path, llama_server: Path, models: Path) -> list[str | Path]:
+    """``aiflux run --local`` with the llama-server of the test stack."""
+    settings = [f"AIFLUX_ENGINE_PROGRAM={llama_server}", f"AIFLUX_MODELS_DIR={models}"]
+    return ["env", *settings, checkout / ".venv/bin/aiflux", "run", "--local", "--engine",
+            "llamacpp", "--input", "in.jsonl", "--output", "out.json"]  # fmt: skip
+
+
+def test_a_model_that_ollama_pulled_answers(
+    user: User, place: Path, local: list[str | Path]
+) -> None:
+    user.write(place / "in.jsonl", lines(FRANCE, PLANETS))
+    user.run(*local, "--model", MODEL, cwd=place)
+    assert "Paris" in answers(place / "out.json")["france"]
+    engine = shard_status(place)["aiflux"]["engines"][0]
+    assert engine["version"].startswith("b")
+    first, _ = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert first["metadata"]["model"] == MODEL
+    assert len(first["metadata"]["model_digest"]) == 64
+    assert user.none_left(), user.processes()
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "where"),
+    [
+        ("/v1/embeddings", {"input": "one"}, "data"),
+        ("/v1/rerank", {"query": "a panda", "documents": ["a bear", "a car"]}, "results"),
+    ],
+)
+def test_embeddings_and_reranking(
+    user: User, place: Path, local: list[str | Path], url: str, body: dict[str, object], where: str
+) -> None:
+    entry = {"custom_id": "e", "method": "POST", "url": url, "body": body}
+    user.write(place / "in.jsonl", json.dumps(entry) + "\n")
+    user.run(*local, "--model", MODEL, cwd=place)
+    (result,) = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert result["output"][where]
+
+
+def test_a_prompt_that_is_too_long_fails_and_is_not_cut(
+    user: User, place: Path, local: list[str | Path]
+) -> None:
+    user.write(place / "in.jsonl", lines(request("long", "word " * 3000), request("short", "Hi")))
+    user.run(*local, "--model", MODEL, "--context-length", "512", cwd=place, code=3)
+    first, second = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert first["error"]["status"] == 400
+    assert "exceeds the available context size" in first["error"]["message"]
+    assert "error" not in second
+
+
+def test_the_image_has_labels_and_runs(user: User, llama_image: Path, models: Path) -> None:
+    user.run("apptainer", "test", llama_image)
+    labels = json.loads(user.run("apptainer", "inspect", "--json", "--labels", llama_image))
+    labels = labels["data"]["attributes"]["labels"]
+    assert labels["aiflux.engine"] == "llamacpp"
+    assert labels["aiflux.engine_version"]
+    assert labels["aiflux.cpu_only"] == "yes"
+    place = user.folder("llamacpp by hand")
+    user.write(place / "input.jsonl", lines(FRANCE))
+    user.run(
+        "apptainer", "run", "--net", "--network", "none", llama_image, "input.jsonl",
+        "output.json", "--model", MODEL,
+        cwd=place, env={"AIFLUX_MODELS_DIR": str(models)},
+    )  # fmt: skip
+    assert "Paris" in answers(place / "output.json")["france"]
+    assert user.none_left(), user.processes()
+
+
+def test_a_job_uses_the_image_of_its_engine(
+    user: User, checkout: Path, llama_image: Path, job_env: dict[str, str]
+) -> None:
+    place = user.folder("llamacpp job")
+    user.write(place / "in.jsonl", lines(FRANCE, PLANETS))
+    words = ["--engine", "llamacpp", "--model", MODEL, "--gpus-per-node", "0", "--time", "0:10:00"]
+    aiflux = checkout / ".venv/bin/aiflux"
+    printed = user.run(aiflux, "run", "--input", "in.jsonl", "--output", "out.json", *words,
+                       cwd=place, env=job_env)  # fmt: skip
+    assert "submitted" in printed
+    user.run(aiflux, "watch", "out.json", cwd=place, env=job_env, timeout=300)
+    assert "Paris" in answers(place / "out.json")["france"]
+    assert shard_status(place)["aiflux"]["sealed"] is True
+    refused = user.run(aiflux, "run", "--input", "in.jsonl", "--output", "b.json", *words,
+                       "--image", checkout / "aiflux-llamacpp.sif", "--engine", "ollama",
+                       cwd=place, env=job_env, code=2)  # fmt: skip
+    assert "has the engine llamacpp, and the run needs Ollama" in refused

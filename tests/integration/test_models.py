@@ -163,8 +163,8 @@ def test_two_pulls_at_once(site: Site) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "words"),
-    [(signal.SIGKILL, -signal.SIGKILL, ""), (signal.SIGTERM, 5, "what was done is kept"),
-     (signal.SIGINT, 5, "what was done is kept")],
+    [(signal.SIGKILL, -signal.SIGKILL, ""), (signal.SIGTERM, 5, "finished results are kept"),
+     (signal.SIGINT, 5, "finished results are kept")],
     ids=["killed", "ended", "interrupted"],
 )  # fmt: skip
 def test_an_interrupted_pull_is_resumed(
@@ -195,7 +195,7 @@ def test_a_pull_in_the_image_ends_with_the_signal(site: Site) -> None:
     wait_until(lambda: site.partial() > 0, process)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)
-    assert (process.returncode, "what was done is kept" in printed) == (5, True), printed
+    assert (process.returncode, "finished results are kept" in printed) == (5, True), printed
     assert missing_parts(site.models, parse_model_name(site.name)) == ["manifest"]
 
 
@@ -448,7 +448,7 @@ def test_models_are_pulled_and_created_through_the_image(
     wait_until(lambda: any((place / "models").glob(".staging/*/blobs/*-partial")), process)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
-    assert (process.returncode, "what was done is kept" in printed) == (5, True), printed
+    assert (process.returncode, "finished results are kept" in printed) == (5, True), printed
     user.run(aiflux, "models", "pull", pushed, cwd=place, env=env)
     user.run(aiflux, "models", "pull", "--again", pushed, cwd=place, env=env)
     for name in ("lab/tiny:1", pushed):

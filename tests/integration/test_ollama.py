@@ -225,7 +225,7 @@ def test_no_request_is_lost_when_the_engine_is_killed(
     os.kill(running.child("ollama", *victim), signal.SIGKILL)
     code, printed = running.end()
     assert code == 0, printed
-    assert printed.count("starting it again") == 1, printed
+    assert printed.count("restarting it") == 1, printed
     whole(place, 120)
     entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
     assert {entry["metadata"]["attempts"] for entry in entries} == {1}
@@ -284,6 +284,6 @@ def test_a_hanging_runner_is_restarted(
     os.kill(running.child("ollama", "runner"), signal.SIGSTOP)
     code, printed = running.end()
     assert code == 0, printed
-    assert "is down; starting it again" in printed
+    assert "is down; restarting it" in printed
     whole(place, 120)
     assert user.none_left(), user.processes()

@@ -1,1 +1,1 @@
-"""What runs beside the engine: engines, client, pool of requests in flight, main."""
+"""The worker: it runs next to the engines, sends the requests and records the results."""

@@ -8,7 +8,7 @@ from aiflux.worker.stop import Stopper
 
 
 def main() -> int:
-    """Listen to signals first: the imports of the worker take a while."""
+    """Install signal handlers first: importing the worker takes a while."""
     stopper = Stopper()
     stopper.install()
     try:

@@ -1,19 +1,19 @@
-"""How many requests an engine is given at once.
+"""Limits on the number of requests in flight per engine.
 
-What is judged is completed work (output tokens) per second, not latency. Latency limits, such as
+The measure is completed work (output tokens) per second, not latency. Latency limits, such as
 Vegas and Gradient2 of Netflix's concurrency-limits (https://github.com/Netflix/concurrency-limits,
-``limit/VegasLimit.java``, ``Gradient2Limit.java``), assume that latency is flat until a queue
-forms, and much the same for all requests. An engine that batches has no such range, as each further
-sequence makes all others slower, and one answer takes fifty times as long as another. Ports of
-both, in the simulation of tests/unit/worker/test_concurrency.py with 256 slots and mixed lengths,
-used from 20 to 300 s: Gradient2 50 % of the slots (8 % without the windows of a second of
+``limit/VegasLimit.java``, ``Gradient2Limit.java``), assume that latency is constant until a queue
+forms, and similar for all requests. An engine with batching has no such range: each additional
+sequence slows down all others, and one answer can take fifty times as long as another. In the
+simulation of tests/unit/worker/test_concurrency.py (256 slots, mixed lengths, from 20 to 300 s),
+ports of both used: Gradient2 50 % of the slots (8 % without the windows of one second of
 ``limit/WindowedLimit.java``), still rising slowly, and Vegas 6 % (3 %).
 
-``AdaptiveLimit`` therefore climbs a hill by controlled experiments, as PCC does for congestion
+``AdaptiveLimit`` therefore climbs a hill with controlled experiments, as PCC does for congestion
 control (Dong et al., "PCC: Re-architecting Congestion Control for Consistent High Performance",
 NSDI 2015; the variant with gradients is "PCC Vivace", NSDI 2018): start by multiplying, then
-compare trials above and below with the limit in use, before and after each trial. A comparison
-never reaches back further than that, so nothing old is remembered. Refusals lower the limit by a
+compare trials above and below with the current limit, before and after each trial. A comparison
+never uses older data than that, so nothing has to be forgotten. Refusals lower the limit by a
 factor, as in ``limit/AIMDLimit.java`` of concurrency-limits.
 """
 
@@ -28,9 +28,9 @@ from math import exp, log, sqrt
 
 START = 16
 CEILING = 1280
-"""A quarter above 1,024, which vLLM starts with on large GPUs (``--max-num-seqs``)."""
+"""A quarter more than 1,024, vLLM's default on large GPUs (``--max-num-seqs``)."""
 FEW = 4
-"""In flight for an engine that works on one request at a time: the others hide our own delays."""
+"""Limit for an engine that processes one request at a time; the extra ones hide our own delays."""
 
 _FEWEST = 16
 _CLIMB_GAIN = 1.04
@@ -55,24 +55,24 @@ _AS_MUCH = 0.9
 
 
 class FixedLimit:
-    """The same limit throughout."""
+    """A constant limit."""
 
     def __init__(self, value: int) -> None:
         self.value = value
 
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
-        """Take note of an ended exchange; changes nothing."""
+        """Record an ended exchange; has no effect."""
 
     def note_timeout(self) -> None:
-        """Take note of an exchange that ran out of time; changes nothing."""
+        """Record a timeout; has no effect."""
 
 
 @dataclass
 class Window:
-    """Sums over the answers of a stretch of time under one limit.
+    """Sums over the answers of a period with one limit.
 
-    Latency is fitted as ``wait + slope * work``, so that a stretch with longer answers than
-    another does not look slower.
+    Latency is fitted as ``wait + slope * work``, so that a period with longer answers does not
+    look slower than another.
     """
 
     limit: int
@@ -97,7 +97,7 @@ class Window:
 
     @property
     def spread(self) -> float:
-        """Squared coefficient of variation of the work; 0 where all answers count the same."""
+        """Squared coefficient of variation of the work; 0 if all answers have the same."""
         spread = self.work_squares * self.answers / (self.work * self.work) - 1
         return spread if spread > 1e-4 else 0.0
 
@@ -108,7 +108,7 @@ class Window:
         return covariance / (self.spread * mean * mean) if self.spread else 0.0
 
     def latency(self, work: float) -> float:
-        """Return the seconds that an answer of this much work takes."""
+        """Return the latency of an answer with this work, in seconds."""
         mean = self.work / self.answers
         return max(1e-6, self.seconds / self.answers + self._slope * (work - mean))
 
@@ -127,14 +127,14 @@ class Window:
     def throughput(self, work: float) -> float:
         """Return work per second by Little's law: requests in flight over their latency.
 
-        Exact after a few answers where nothing waits; uncertain in a long queue, whose content
+        Precise after a few answers if nothing waits; imprecise with a long queue, whose content
         varies.
         """
         return self.limit * work / self.latency(work)
 
     @property
     def rate(self) -> float:
-        """Completed work per second; the surer, the more answers wait for the same slots."""
+        """Completed work per second; more precise if more answers wait for the same slots."""
         return self.work / max(self.ended - self.began, 1e-6)
 
 
@@ -144,7 +144,7 @@ def gain(before: Window, after: Window, work: float) -> tuple[float, float]:
     The two measures of throughput are weighted by the inverse of their variances.
 
     Args:
-        work: of a usual answer.
+        work: work of a typical answer.
     """
     if not (before.spread and after.spread):
         return after.rate / before.rate, sqrt(1 / before.answers + 1 / after.answers)
@@ -161,7 +161,7 @@ def gain(before: Window, after: Window, work: float) -> tuple[float, float]:
 
 
 class _Meter:
-    """Collects windows; what a limit is changed for is left to the classes below."""
+    """Collects windows; subclasses decide when to change the limit."""
 
     def __init__(self, value: int, clock: Callable[[], float]) -> None:
         self.value = value
@@ -172,10 +172,10 @@ class _Meter:
         self._start_window(skip=0)
 
     def _start_window(self, skip: int) -> None:
-        """Begin to measure the limit that is set now.
+        """Start measuring the limit that is set now.
 
-        Only answers to requests that were sent since count, and of these the first ``skip`` do not:
-        after a turnover, short and long answers come in their usual proportion again.
+        Only answers to requests sent from now on count, except the first ``skip``: after one
+        turnover, short and long answers arrive in their usual proportion again.
         """
         self._since = self._clock()
         self._skip = skip
@@ -199,20 +199,19 @@ class _Meter:
 
 
 class AdaptiveLimit(_Meter):
-    """Finds the concurrency of a foreign engine by itself. Thread-safe.
+    """Finds the concurrency of an external engine. Thread-safe.
 
-    - **Climb**: double the limit, or multiply it by four where throughput rose in proportion, until
-      it does not rise any more. Then keep the best, and a quarter more to wait at the engine's
-      door.
-    - **Rest**, and try now and then a limit half as large again, or a fifth less. A trial counts if
-      it compares the same with what was measured before and after it. One that brings more
-      work is the start of another climb; one that brings no less is kept, with a margin. Trials
+    - **Climb**: double the limit, or multiply it by four while throughput rises in proportion,
+      until it stops rising. Then keep the best limit, plus a quarter to keep a queue at the engine.
+    - **Rest**, and occasionally try a limit that is half as large again, or a fifth smaller. A
+      trial counts if it compares the same with the measurements before and after it. If it yields
+      more work, another climb starts; if it yields no less, it is kept with a margin. Trials
       without a result become rarer.
-    - **Refusals** (429, 503) and many timeouts lower it at once. It climbs again after 15 s, and if
-      that is refused soon, after twice the time.
+    - **Refusals** (429, 503) and many timeouts lower the limit at once. It climbs again after 15 s.
+      If that is refused soon, it waits twice as long.
 
     Args:
-        ceiling: never more than this.
+        ceiling: maximum limit.
         clock: monotonic seconds.
     """
 
@@ -235,12 +234,12 @@ class AdaptiveLimit(_Meter):
         self._forget_rests()
 
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
-        """Take note of an ended exchange.
+        """Record an ended exchange.
 
         Args:
-            work: tokens it brought, or 1 where the engine does not count them.
-            seconds: how long it took.
-            overloaded: the engine answered 429 or 503.
+            work: number of tokens, or 1 if the engine does not count them.
+            seconds: duration of the exchange.
+            overloaded: whether the engine answered 429 or 503.
         """
         with self._lock:
             if overloaded:
@@ -255,18 +254,18 @@ class AdaptiveLimit(_Meter):
                 self._step(window)
 
     def note_timeout(self) -> None:
-        """Take note of an exchange that ran out of time; many of them mean that too many wait."""
+        """Record a timeout; many of them mean that too many requests wait."""
         with self._lock:
             self._timeouts += 1
             if self._timeouts >= max(3, self.value // 8):
                 self._back_off()
 
     def note_load(self, running: int, waiting: int) -> None:
-        """Take note of what the engine reports of its queue.
+        """Record the engine's report of its queue.
 
-        It only makes the search faster: where nothing waits, more can be sent at once; where much
-        waits, the climb is over. Other users' requests are in these figures, so that a long queue
-        is no reason to send less than before.
+        It only accelerates the search: if nothing waits, more requests are sent at once; if many
+        wait, the climb ends. These figures include other users' requests, so a long queue is no
+        reason to send less than before.
         """
         with self._lock:
             full = running >= _FULL * self.value
@@ -278,7 +277,7 @@ class AdaptiveLimit(_Meter):
                 self._settle(int(self.value * running / (running + waiting) * _HEADROOM) + 2)
 
     def _set(self, value: float, skip: bool = True) -> bool:
-        """Set the limit within its bounds; tell whether it changed."""
+        """Set the limit within its bounds; return whether it changed."""
         before = self.value
         top = self._cap if self._capped else self._ceiling
         self.value = max(1, min(int(value), top))
@@ -308,7 +307,7 @@ class AdaptiveLimit(_Meter):
         no_wait = window.spread > 0 and window.waiting(self._mean) < _NO_WAIT
         rise = self._rise(window)
         if best is not None and rise > _CLIMB_GAIN and not no_wait and not self._sure:
-            # A queue that is only forming looks like a gain: measure again when it has formed.
+            # A forming queue looks like a gain, so measure again once it has formed.
             self._sure = True
             self._skip = max(0, self.value - window.answers)
             return
@@ -352,7 +351,7 @@ class AdaptiveLimit(_Meter):
             self._left[up] = self._pauses[up]
 
     def _try(self, window: Window) -> None:
-        """The trial was measured: return to the limit before it, and compare."""
+        """Return to the limit before the trial to measure it again."""
         self._trial = window
         self._step = self._check
         if not self._better(self._before):
@@ -360,7 +359,7 @@ class AdaptiveLimit(_Meter):
         self._set(self._before.limit)
 
     def _check(self, window: Window) -> None:
-        """The limit before the trial was measured once more: it must compare the same."""
+        """Accept the trial if it compares the same with the measurements before and after it."""
         base, self._before = self._before.limit, window
         if not self._better(window):
             self._fail()
@@ -387,7 +386,7 @@ class AdaptiveLimit(_Meter):
     def _back_off(self) -> None:
         now = self._clock()
         if now < self._quiet_until:
-            return  # one burst of refusals counts once
+            return  # a burst of refusals counts once
         self._quiet_until = now + _QUIET_SECONDS
         self._cap = max(1, int(self.value * _CAP))
         if not self._capped and now > self._cap_until:
@@ -405,18 +404,18 @@ class AdaptiveLimit(_Meter):
 
 
 class SlotLimit(_Meter):
-    """The limit of an engine whose slots are known, unless they are not real. Thread-safe.
+    """The limit of an engine with known slots, lowered if they are not real. Thread-safe.
 
-    An engine that works on one request at a time, whatever it was started with, answers in the
-    order of arrival, and the time between two answers is that of the second. Parallel slots look
-    like this only by chance, or if all answers are equally long. So this is no proof but a reason
-    for an experiment: if few requests in flight bring as much work per second as many, more would
-    only wait, and run out of time. The experiment is repeated after ever longer stretches.
+    An engine that processes one request at a time, whatever its settings, answers in order of
+    arrival, and the time between two answers is that of the second. Parallel slots only look like
+    this by chance, or if all answers have equal length. This is no proof, but a reason for an
+    experiment: if few requests in flight yield as much work per second as many, more requests would
+    only wait and time out. The experiment is repeated at increasing intervals.
 
     Args:
-        value: the limit while the slots are real.
-        found: called with True when the engine is found to work on one request at a time, with
-            False when it no longer does.
+        value: the limit as long as the slots are real.
+        found: called with True if the engine processes one request at a time, and with False if it
+            no longer does.
         clock: monotonic seconds.
     """
 
@@ -439,7 +438,7 @@ class SlotLimit(_Meter):
         self._paces: deque[float] = deque(maxlen=_FEWEST)
 
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
-        """Take note of an ended exchange; see ``AdaptiveLimit.note``."""
+        """Record an ended exchange; see ``AdaptiveLimit.note``."""
         with self._lock:
             if overloaded or self._full <= FEW:
                 return
@@ -459,7 +458,7 @@ class SlotLimit(_Meter):
                 self._change(FEW)
 
     def note_timeout(self) -> None:
-        """Take note of an exchange that ran out of time; changes nothing."""
+        """Record a timeout; has no effect."""
 
     def _conclude(self, before: Window, window: Window) -> None:
         self._trying = None
@@ -479,7 +478,7 @@ class SlotLimit(_Meter):
         self._paces.clear()
 
     def _watch(self, work: int, seconds: float) -> None:
-        """Keep what shows whether answers come one by one, in the order of their requests."""
+        """Record whether answers arrive one by one, in the order of their requests."""
         now = self._clock()
         sent = now - seconds
         self._answers_left -= 1
@@ -491,7 +490,7 @@ class SlotLimit(_Meter):
 
     def _looks_single(self) -> bool:
         if min(self._gaps) <= _AT_ONCE * sum(self._gaps) / len(self._gaps):
-            return False  # two answers at once: they were worked on together
+            return False  # two answers at once were processed in parallel
         mean = sum(self._paces) / len(self._paces)
         variance = sum((pace - mean) ** 2 for pace in self._paces) / len(self._paces)
         even = variance < (_EVEN * mean) ** 2

@@ -1,4 +1,4 @@
-"""The console that everything coloured goes through."""
+"""The console for all coloured output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from aiflux.util.unicode import terminal_text
 
 
 class TerminalConsole(Console):
-    """A console whose texts cannot steer the terminal; only its own styles and moves do."""
+    """A console that escapes control characters in texts, but keeps its own styles."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render as ``Console`` does, every text made safe."""
+        """Render like ``Console``, with all texts made safe."""
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control else Segment(terminal_text(text), style)

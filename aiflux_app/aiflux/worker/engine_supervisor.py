@@ -1,7 +1,7 @@
-"""Supervision of engines: each has a thread that starts it, and starts it again when it fails.
+"""Supervise engines: each has a thread that starts it, and restarts it if it fails.
 
-It opens the engine's lane to requests when the model answers. An engine that fails three times
-without a result in between is given up.
+The thread opens the engine's lane for requests once the model answers. It gives up an engine that
+fails three times without a result in between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RESTARTS_WITHOUT_PROGRESS = 3
 
 
 class EngineSupervisor:
-    """Starts an engine and brings it back; one thread for each engine."""
+    """Starts and restarts an engine, with one thread per engine."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class EngineSupervisor:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to start the engine; returns at once."""
+        """Start the engine in the background."""
         self._thread = start_thread(self._keep, f"engine-{self.engine.index}")
 
     def close(self) -> None:
-        """Stop the engine for good and wait for that."""
+        """Stop the engine permanently and wait for its end."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -55,10 +55,10 @@ class EngineSupervisor:
             self._thread.join()
 
     def report_down(self, generation: int) -> None:
-        """Have the engine restarted, unless it has been since ``generation``.
+        """Restart the engine, unless it has been restarted since ``generation``.
 
-        Every request in flight reports the same death, some of them while the engine starts again
-        or after that: it is the generation that tells that they mean the one before.
+        All requests in flight report the same crash, some of them during or after the restart. The
+        generation shows that they mean the earlier start.
         """
         with self._changed:
             self._down_in = max(self._down_in, generation)
@@ -76,7 +76,7 @@ class EngineSupervisor:
                 self.failure = error
                 self._say(f"engine {self.engine.index} is gone: {error.message}")
             self._scheduler.close_lane(self.lane, gone=True)
-        except BaseException as error:  # noqa: BLE001 - the pool would wait for this engine for ever
+        except BaseException as error:  # noqa: BLE001 - the pool would otherwise wait forever
             self.failure = error
             self._scheduler.close_lane(self.lane, gone=True)
         finally:
@@ -103,11 +103,11 @@ class EngineSupervisor:
             completed = self.lane.completed
             if fruitless > RESTARTS_WITHOUT_PROGRESS:
                 raise EngineError(
-                    f"engine {self.engine.index} died {fruitless} times without a result between",
+                    f"engine {self.engine.index} crashed {fruitless} times without a new result",
                     f"see its log: {self.engine.facts.log or self.engine.facts.url}",
                 )
             self.restarts += 1
-            self._say(f"engine {self.engine.index} is down; starting it again ({fruitless})")
+            self._say(f"engine {self.engine.index} is down; restarting it ({fruitless})")
 
     def _open(self) -> None:
         self._on_ready(self.engine, self.lane)

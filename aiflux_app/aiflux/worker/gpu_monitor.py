@@ -1,4 +1,4 @@
-"""How busy the job's GPUs are: a sample of nvidia-smi now and then, kept as mean and maximum."""
+"""Sample the load of the job's GPUs with nvidia-smi, and keep mean and maximum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QUERY = "--query-gpu=utilization.gpu,memory.used,memory.total"
 
 
 def with_sample(use: GpuUse, utilization: float, used: float, total: float) -> GpuUse:
-    """Return the use with one more sample."""
+    """Return the usage with one more sample."""
     count = use.samples + 1
     return GpuUse(
         count,
@@ -28,30 +28,30 @@ def with_sample(use: GpuUse, utilization: float, used: float, total: float) -> G
 
 
 def rounded(use: GpuUse) -> GpuUse:
-    """Return the use as the status shows it."""
+    """Return the usage, rounded for the status."""
     return GpuUse(use.samples, *(round(figure, 2) for figure in astuple(use)[1:]))
 
 
 def samples(devices: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Return percent busy, MiB used and MiB in all of each GPU; none where that cannot be told."""
+    """Return load in percent, used MiB and total MiB of each GPU; empty if unknown."""
     if not devices:
         return []
-    told = nvidia_smi(f"--id={','.join(devices)}", _QUERY, "--format=csv,noheader,nounits")
+    output = nvidia_smi(f"--id={','.join(devices)}", _QUERY, "--format=csv,noheader,nounits")
     found = []
-    for line in told:
+    for line in output:
         try:
             utilization, used, total = (float(cell) for cell in line.split(","))
         except ValueError:
-            continue  # "[N/A]": parts of a GPU (MIG) do not tell
+            continue  # "[N/A]" for parts of a GPU (MIG)
         found.append((utilization, used, total))
     return found
 
 
 class GpuWatch:
-    """Takes samples in a thread of its own while the ``with`` block runs.
+    """Takes samples in a separate thread during the ``with`` block.
 
     Args:
-        note: told the sum after each round of samples; not called where there are none.
+        note: called with the sums after each round of samples.
     """
 
     def __init__(

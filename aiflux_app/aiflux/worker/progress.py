@@ -1,4 +1,4 @@
-"""What a person sees meanwhile: a bar on a terminal, else a line now and then."""
+"""Report progress: a bar on a terminal, otherwise an occasional line."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ _MANY = 10
 
 
 class Reporter(Protocol):
-    """Where the worker says what it does.
+    """The worker's output.
 
     Attributes:
-        quiet: leave out everything but errors.
+        quiet: only print errors.
     """
 
     quiet: bool
 
     def say(self, text: str) -> None:
-        """Tell one line."""
+        """Print one line."""
 
     def show(self, stats: Stats, *, final: bool = False) -> None:
-        """Show how far the requests are."""
+        """Show the progress of the requests."""
 
     def pull(self, step: dict[str, Any]) -> None:
-        """Show how far a model's pull is."""
+        """Show the progress of a model's pull."""
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """Restore the terminal."""
 
 
 def make_reporter(stream: TextIO | None = None) -> Reporter:
-    """Return a reporter that suits the stream (default: what standard error is now)."""
+    """Return a reporter for a stream (default: the current stderr)."""
     stream = sys.stderr if stream is None else stream
     return TerminalReporter(stream) if stream.isatty() else LineReporter(stream)
 
 
 def summary_line(stats: Stats) -> str:
-    """Return progress as one line. Pure but for the clock."""
+    """Return the progress as one line."""
     requests, tokens = stats.rates()
     remaining = stats.remaining_seconds()
     share = 100 * stats.done // max(stats.total, 1)
@@ -77,10 +77,10 @@ def clock(seconds: float) -> str:
 
 
 def bytes_line(done: float, total: float, speed: float | None, remaining: float | None) -> str:
-    """Return how far a transfer is, in at most 41 columns. Pure.
+    """Return the progress of a transfer in at most 41 columns.
 
     Args:
-        speed: bytes a second; ``remaining``: seconds; None is not known.
+        speed: bytes per second; ``remaining``: seconds; None if unknown.
     """
     unit, size = next(
         ((unit, size) for unit, size in (("GB", 10**9), ("MB", 10**6)) if total >= size),
@@ -95,7 +95,7 @@ def bytes_line(done: float, total: float, speed: float | None, remaining: float 
 
 
 class LineReporter:
-    """Writes plain lines with the time of day in front, for log files."""
+    """Writes plain lines with a timestamp, for log files."""
 
     def __init__(self, stream: TextIO, interval: float = LINE_INTERVAL) -> None:
         self.quiet = False
@@ -105,20 +105,20 @@ class LineReporter:
         self._pulled = (0.0, "")
 
     def say(self, text: str) -> None:
-        """Tell one line."""
+        """Print one line."""
         if self.quiet:
             return
         print(time.strftime("%H:%M:%S"), text, file=self._stream, flush=True)
 
     def show(self, stats: Stats, *, final: bool = False) -> None:
-        """Show progress, at most every half minute."""
+        """Print the progress, at most every half minute."""
         now = time.monotonic()
         if final or now - self._shown >= self._interval:
             self._shown = now
             self.say(summary_line(stats))
 
     def pull(self, step: dict[str, Any]) -> None:
-        """Show a pull's stage when it changes, and its share every half minute."""
+        """Print a pull's stage when it changes, and its share every half minute."""
         status = str(step.get("status", ""))
         now = time.monotonic()
         at, last = self._pulled
@@ -130,11 +130,11 @@ class LineReporter:
         self.say(f"{status}{share}")
 
     def close(self) -> None:
-        """Nothing to leave in order."""
+        """Do nothing: plain lines need no cleanup."""
 
 
 class TerminalReporter:
-    """A live bar."""
+    """Shows a live progress bar."""
 
     def __init__(self, stream: TextIO) -> None:
         self.quiet = False
@@ -145,7 +145,7 @@ class TerminalReporter:
         self._drawn = 0.0
 
     def say(self, text: str) -> None:
-        """Tell one line, above the bar."""
+        """Print one line above the bar."""
         if self.quiet:
             return
         self._console.print(text, highlight=False, markup=False, style="dim")
@@ -170,7 +170,7 @@ class TerminalReporter:
         progress = self._progress or self._start(
             SpinnerColumn(), TextColumn("{task.description}"), _PullColumn()
         )
-        if self._task is None or label != self._label:  # each layer has a speed of its own
+        if self._task is None or label != self._label:  # each layer has its own speed
             if self._task is not None:
                 progress.remove_task(self._task)
             self._task, self._label = progress.add_task(label, total=total), label
@@ -184,13 +184,13 @@ class TerminalReporter:
         return self._console.width >= _WIDE
 
     def close(self) -> None:
-        """Stop drawing."""
+        """Stop the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress, self._task, self._label = None, None, ""
 
     def _start(self, *columns: ProgressColumn, transient: bool = True) -> Progress:
-        # Without a thread of its own: the system may allow none, and the worker calls often enough.
+        # No refresh thread: the system may not allow one, and the worker updates often enough.
         self._progress = Progress(
             *columns, console=self._console, auto_refresh=False, transient=transient
         )
@@ -208,7 +208,7 @@ class TerminalReporter:
             return
         progress, task = self._progress, self._task
         if progress is None or task is None:
-            # The bar alone gives way where the line is too long.
+            # If the line is too long, only the bar shrinks.
             whole = Column(no_wrap=True)
             elapsed = [TimeElapsedColumn(table_column=whole)] if self._wide else []
             progress = self._start(
@@ -226,7 +226,7 @@ class TerminalReporter:
 
 
 class _PullColumn(ProgressColumn):
-    """A bar and the bytes; nothing for a step that has no bytes."""
+    """A bar with bytes; empty for a step without bytes."""
 
     _bar = BarColumn(bar_width=14)
 

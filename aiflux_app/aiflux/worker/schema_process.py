@@ -1,8 +1,8 @@
-"""A child process that checks answers against JSON Schemas, and the worker's end of it.
+"""A child process that checks answers against JSON Schemas, and its client in the worker.
 
-A pattern such as ``^(a+)+$`` can keep Python's ``re`` busy for ever, and with it every thread of
-the process. So a check that may take long is made in a child: one JSON line in, ``[schema,
-answer]``, and one out, ``[finding, words]``. A child that takes too long is killed and replaced.
+A pattern such as ``^(a+)+$`` can block Python's ``re`` forever, and with it all threads of the
+process. So a check that may take long runs in a child: it reads one JSON line ``[schema, answer]``
+and writes one line ``[finding, words]``. A child that takes too long is killed and replaced.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from aiflux.errors import StoppedError
 
 SECONDS = 10.0
 FITS, UNFIT, WRONG, FAILED = "fits", "unfit", "wrong", "failed"
-"""Findings: the last two are of the schema, and of the check itself."""
+"""Findings: the last two concern the schema, and the check itself."""
 _START_SECONDS = 120.0
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _BLOCK = 65536
 
 
 class CheckAbortedError(Exception):
-    """The worker ended the check: it says nothing of the answer."""
+    """The worker aborted the check; the answer may be valid or not."""
 
 
 class SchemaProcess:
-    """Checks one answer at a time; the child is started when it is needed.
+    """Checks one answer at a time; the child is started on demand.
 
     Args:
-        seconds: how long one check may take.
+        seconds: time limit of one check.
     """
 
     def __init__(self, seconds: float = SECONDS) -> None:
@@ -47,17 +47,17 @@ class SchemaProcess:
         self._aborted = False
 
     def check(self, schema: str, text: str) -> tuple[str, str]:
-        """Return the finding on an answer, and what there is to say of it.
+        """Return the finding on an answer, and its explanation.
 
         Args:
-            schema: as JSON.
+            schema: the schema as JSON.
 
         Raises:
             CheckAbortedError: ``abort`` was called.
             StoppedError: the child cannot be started.
         """
         line = json.dumps([schema, text]).encode() + b"\n"
-        # What killed the first child may have been no fault of the answer's.
+        # The first child may have been killed for a reason other than the answer.
         for _ in range(2):
             try:
                 return self._ask(line)
@@ -68,10 +68,10 @@ class SchemaProcess:
             except OSError:
                 ended = self._kill()
                 self._refuse_aborted()
-        return FAILED, f"ended the process that did it ({ended})"
+        return FAILED, f"ended its process ({ended})"
 
     def abort(self) -> None:
-        """End the check under way, and refuse further ones. From any thread."""
+        """Abort the running check and refuse further ones. Can be called from any thread."""
         self._aborted = True
         child = self._child
         if child is not None:
@@ -101,10 +101,10 @@ class SchemaProcess:
                     [sys.executable, "-m", __name__, str(self._seconds)],
                     stdin=theirs.fileno(),
                     stdout=theirs.fileno(),
-                    # Where -m looks first: never a folder of the user's.
+                    # -m searches the working directory first, which must not be the user's.
                     cwd="/",
                     env={**os.environ, "PYTHONPATH": _python_path()},
-                    # Out of reach of Ctrl-C, which means the worker.
+                    # Ctrl-C must only reach the worker.
                     start_new_session=True,
                 )
             except BaseException:
@@ -119,8 +119,8 @@ class SchemaProcess:
             ended = self._kill()
             self._refuse_aborted()
             raise StoppedError(
-                f"the process that checks answers against schemas does not start ({ended})",
-                "it may lack memory (ulimit -v, the job's --mem): allow more, then run the same "
+                f"the process that checks answers against schemas did not start ({ended})",
+                "it may lack memory (ulimit -v, the job's --mem): raise the limit and run the same "
                 "command again",
             ) from error
         return ours
@@ -133,7 +133,7 @@ class SchemaProcess:
             connection.close()
         if child is None:
             return "not started"
-        # One that died shows its own end, for which it may need a moment.
+        # A child that died reports its own end, which may take a moment.
         with suppress(subprocess.TimeoutExpired):
             child.wait(0.1)
         child.kill()
@@ -142,12 +142,12 @@ class SchemaProcess:
 
 
 def _python_path() -> str:
-    """Return where the child finds what this process has imported."""
+    """Return the import path of this process for the child."""
     return os.pathsep.join(os.path.abspath(path) for path in sys.path)
 
 
 def _limit(connection: socket.socket, seconds: float) -> None:
-    """Let no call on a socket block longer; the kernel's own limit costs no further call."""
+    """Set the time limit of a socket in the kernel, which needs no extra system calls."""
     value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     for name in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, name, value)
@@ -179,7 +179,7 @@ def _compiled(schema: str) -> Callable[[str], str | None] | SchemaError:
 
 
 def find(schema: str, text: str) -> tuple[str, str]:
-    """Return the finding on an answer; any exception is one too. It is not thread-safe."""
+    """Return the finding on an answer; exceptions become findings. Not thread-safe."""
     try:
         check = _compiled(schema)
         problem = None if isinstance(check, SchemaError) else check(text)
@@ -193,7 +193,7 @@ def find(schema: str, text: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Be the child, until stdin ends; the one argument is how long a check may take."""
+    """Run the child until stdin ends; the argument is the time limit of a check."""
     seconds = float(sys.argv[1])
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -201,7 +201,7 @@ def main() -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
     for line in sys.stdin.buffer:
-        # Nobody may be left to kill this process: the alarm does.
+        # If no parent is left to kill this process, the alarm does.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         sys.stdout.write(json.dumps(find(*json.loads(line))) + "\n")
         sys.stdout.flush()

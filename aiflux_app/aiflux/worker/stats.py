@@ -1,4 +1,4 @@
-"""Counts and rates of a shard in progress, and totals over all of its starts. Thread-safe."""
+"""Counts and rates of a running shard, and totals over all its starts. Thread-safe."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _WINDOW = 30.0
 
 
 class Stats:
-    """What has come of a shard's requests so far.
+    """Results of a shard's requests so far.
 
     Args:
-        total: requests of the shard.
-        completed, failed: results of earlier starts.
+        total: number of requests in the shard.
+        completed, failed: number of results from earlier starts.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Stats:
         self._lock = threading.Lock()
 
     def attempt_ended(self, seconds: float, verdict: Outcome) -> None:
-        """Take note of an ended exchange."""
+        """Record an ended exchange."""
         with self._lock:
             if verdict.generated:
                 self._durations.append(seconds)
@@ -60,19 +60,19 @@ class Stats:
                 self.crashes += 1
 
     def retried(self) -> None:
-        """Take note of a retry."""
+        """Record a retry."""
         with self._lock:
             self.retries += 1
 
     def asked_again(self, verdict: Outcome) -> None:
-        """Take note of an answer that does not fit its schema and is asked for again."""
+        """Record an answer that does not fit its schema and is requested again."""
         with self._lock:
             self.unfit += 1
             self.prompt_tokens += verdict.prompt_tokens
             self.completion_tokens += verdict.completion_tokens
 
     def recorded(self, verdict: Outcome, custom_id: str) -> None:
-        """Take note of a result."""
+        """Record a result."""
         with self._lock:
             self._new += 1
             self.prompt_tokens += verdict.prompt_tokens
@@ -88,16 +88,16 @@ class Stats:
 
     @property
     def done(self) -> int:
-        """Requests with a result."""
+        """Number of requests with a result."""
         return self.completed + self.failed
 
     @property
     def new(self) -> int:
-        """Results of this start."""
+        """Number of results of this start."""
         return self._new
 
     def expected_duration(self) -> float:
-        """Return the seconds that nine of ten requests stay under; 0 before the first answer."""
+        """Return the 90 % quantile of request durations in seconds; 0 before the first answer."""
         with self._lock:
             durations = sorted(self._durations)
         return durations[int(len(durations) * 0.9)] if durations else 0.0
@@ -115,7 +115,7 @@ class Stats:
             return (self._new - requests) / elapsed, (self.completion_tokens - tokens) / elapsed
 
     def remaining_seconds(self) -> float | None:
-        """Return the estimated seconds to the end; None while nothing can be said."""
+        """Return the estimated remaining seconds, or None if unknown."""
         rate = self.rates()[0]
         return (self.total - self.done) / rate if rate > 0 and self._new else None
 
@@ -140,12 +140,12 @@ class Stats:
 
 @dataclass
 class Ledger:
-    """The starts before this one.
+    """Sums over earlier starts.
 
     Attributes:
-        gpus: GPUs of this start.
+        gpus: number of GPUs of this start.
         before: sums over the earlier starts.
-        requeues: times that this job went back to the queue by itself.
+        requeues: number of times that this job requeued itself.
     """
 
     gpus: int = 0
@@ -164,7 +164,7 @@ class Ledger:
         return cls(gpus, details.totals, details.requeues if same_job else 0)
 
     def totals(self, progress: Progress) -> Totals:
-        """Return the sums with this start's own figures."""
+        """Return the sums including this start."""
         before, elapsed = self.before, progress.elapsed_seconds
         empty = Counter(before.empty_answers) + Counter(progress.empty_answers)
         return Totals(

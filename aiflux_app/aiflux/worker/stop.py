@@ -1,4 +1,4 @@
-"""Signals: the first asks to stop in good order, the second to stop at once."""
+"""Signal handling: the first signal stops the worker gracefully, the second at once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from types import FrameType
 
 from aiflux.errors import StoppedError
 
-# At a job's end the same signal can come more than once: from Slurm to the whole job, and forwarded
-# by the batch script and by the container runtime.
+# At a job's end, the same signal can arrive more than once: from Slurm for the whole job, and
+# forwarded by the batch script and the container runtime.
 _SAME_SIGNAL_SECONDS = 2.0
 
 
 class Stopper:
-    """Whether, why and how urgently the worker is to stop.
+    """Records whether, why and how urgently the worker should stop.
 
     Attributes:
-        reason: a few words for the user; empty until it is to stop.
+        reason: a few words for the user; empty until a stop is requested.
         at_once: do not wait for requests in flight.
-        time_is_up: it is the job's time that ends, so that another start may go on.
+        time_is_up: the job's time has ended, so another start can continue.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -37,11 +37,11 @@ class Stopper:
 
     @property
     def stopping(self) -> bool:
-        """Whether the worker is to stop."""
+        """Whether the worker should stop."""
         return self._event.is_set()
 
     def stop(self, reason: str, *, time_is_up: bool = False) -> None:
-        """Ask to stop in good order."""
+        """Request a graceful stop."""
         if not self._event.is_set():
             self.reason = reason
             self.time_is_up = time_is_up
@@ -49,14 +49,14 @@ class Stopper:
             self._event.set()
 
     def ignore_usr1_until(self, moment: float) -> None:
-        """Let SIGUSR1, which Slurm may send a minute early, mean nothing before a Unix time."""
+        """Ignore SIGUSR1, which Slurm may send a minute early, until a Unix time."""
         self._heed_usr1_from = moment
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Have SIGTERM, SIGINT and SIGHUP raise StoppedError: while there is nothing to wait for.
+        """Make SIGTERM, SIGINT and SIGHUP raise StoppedError, while nothing waits for a stop.
 
-        Main thread only. It is raised once; what cleans up after it is left alone.
+        Main thread only. The error is raised once; cleanup after it is not interrupted.
         """
         self._raises = True
         try:
@@ -67,9 +67,9 @@ class Stopper:
             self._raises = False
 
     def install(self) -> None:
-        """Listen to SIGTERM, SIGINT, SIGUSR1 and SIGHUP. Main thread only.
+        """Handle SIGTERM, SIGINT, SIGUSR1 and SIGHUP. Main thread only.
 
-        SIGHUP stays ignored where it is, as under nohup.
+        SIGHUP stays ignored if it is, as under nohup.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
@@ -90,5 +90,6 @@ class Stopper:
 
     def _stopped(self) -> StoppedError:
         return StoppedError(
-            f"stopped ({self.reason}); what was done is kept", "the same command goes on"
+            f"stopped ({self.reason}); finished results are kept",
+            "run the same command to resume",
         )

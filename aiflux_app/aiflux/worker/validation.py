@@ -1,4 +1,4 @@
-"""Checking answers against the JSON Schema that their request asks for (``response_format``)."""
+"""Check answers against the JSON Schema of their request (``response_format``)."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _MOST_PROCESSES = 4
 
 
 class CheckFailedError(Exception):
-    """Nobody knows whether an answer fits, for the check did not end."""
+    """The check did not finish, so it is unknown whether the answer fits."""
 
 
 class Checking:
-    """Judges answers to requests with a ``response_format``; others pass. Thread-safe.
+    """Checks answers to requests with a ``response_format``; accepts others. Thread-safe.
 
-    Every choice of an answer has to be JSON; with ``json_schema`` it has to fit the schema.
+    Every choice of an answer must be JSON; with ``json_schema`` it must fit the schema.
 
     Attributes:
-        attempts: times that an answer which does not fit is asked for again.
+        attempts: number of times that an answer that does not fit is requested again.
 
     Args:
-        seconds: how long the check of one text may take.
+        seconds: time limit for checking one text.
 
     Raises:
         ConfigError: jsonschema is not installed.
@@ -60,7 +60,7 @@ class Checking:
         self.attempts = attempts
         most = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
         self._processes = [SchemaProcess(seconds) for _ in range(most)]
-        # The last one that was used comes first, so that as few are started as are needed.
+        # The last used process comes first, so that only as many as needed are started.
         self._idle: LifoQueue[SchemaProcess] = LifoQueue()
         for process in reversed(self._processes):
             self._idle.put(process)
@@ -69,18 +69,18 @@ class Checking:
 
     @classmethod
     def of(cls, options: RunOptions) -> Checking | None:
-        """Return what a run asks for; None where answers are taken as they are."""
+        """Return the check that a run requests, or None."""
         return cls(options.revalidate_attempts) if options.validate else None
 
     def judge(self, request: Request, verdict: Outcome) -> Outcome:
-        """Return the verdict on an answer that came, or UNFIT; FAILED for a schema that is none."""
-        wanted = request.body.get("response_format")
-        if verdict.kind is not Kind.ANSWERED or not isinstance(wanted, dict):
+        """Return the outcome after the check: unchanged, UNFIT, or FAILED for an invalid schema."""
+        expected = request.body.get("response_format")
+        if verdict.kind is not Kind.ANSWERED or not isinstance(expected, dict):
             return verdict
         try:
-            problem = self._problem(wanted, verdict)
+            problem = self._problem(expected, verdict)
         except SchemaError as error:
-            message = f"the schema in the request's response_format is wrong: {error}"
+            message = f"the schema in the request's response_format is invalid: {error}"
             return replace(verdict, kind=Kind.FAILED, code=CODE, message=message)
         except CheckFailedError as error:
             message = f"the check of the answer against its schema {error}"
@@ -92,20 +92,20 @@ class Checking:
         return replace(verdict, kind=Kind.UNFIT, code=CODE, message=problem)
 
     def abort(self) -> None:
-        """End every check under way; their requests count as not attempted."""
+        """Abort all running checks; their requests count as not attempted."""
         for process in self._processes:
             process.abort()
 
     def close(self) -> None:
-        """End the processes; no check may be under way."""
+        """End the processes; no check may be running."""
         for process in self._processes:
             process.close()
 
-    def _problem(self, wanted: dict[str, Any], verdict: Outcome) -> str | None:
-        kind = wanted.get("type")
+    def _problem(self, expected: dict[str, Any], verdict: Outcome) -> str | None:
+        kind = expected.get("type")
         if kind not in ("json_schema", "json_object"):
             return None
-        schema = schema_text(requested_schema(wanted)) if kind == "json_schema" else None
+        schema = schema_text(requested_schema(expected)) if kind == "json_schema" else None
         for text in answer_texts(parse_json(verdict.body.decode("utf-8"))):
             problem = answer_problem(text, None) if schema is None else self._misfit(schema, text)
             if problem is not None:

@@ -59,7 +59,7 @@ def test_a_seal_that_is_none_is_told(
         if text is not None:
             table.write_text(text)
     why = unsealed_reason({"AIFLUX_SEALED": "1"}, engine_here=True, tables=tables)
-    assert why == (f"the container has a network all the same ({out})" if out else "")
+    assert why == (f"the container still has a network ({out})" if out else "")
 
 
 @pytest.mark.parametrize(("text", "value"), [("yes", True), ("No", False), ("0", False)])

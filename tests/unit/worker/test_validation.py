@@ -102,7 +102,7 @@ def test_json_object_asks_for_any_object() -> None:
 def test_a_schema_that_is_none_is_the_requests_fault(schema: Any) -> None:
     verdict = verdict_on("{}", asking(schema))
     assert verdict.kind is Kind.FAILED
-    assert "response_format is wrong" in verdict.message
+    assert "response_format is invalid" in verdict.message
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_a_check_that_kills_its_process_fails_its_request_only() -> None:
             for pid in children(os.getpid()) - before - killed:
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
-        assert finding.result() == ("failed", "ended the process that did it (signal 9)")
+        assert finding.result() == ("failed", "ended its process (signal 9)")
         assert process.check("{}", "1") == ("fits", "")
 
 

@@ -38,6 +38,29 @@ class Usage:
     rss: int
 
 
+def tool_output(
+    command: Sequence[str], environ: Mapping[str, str] | None = None, limit: float = 600
+) -> tuple[str, str]:
+    """Run a tool; return its output and its messages.
+
+    Raises:
+        RuntimeError: it failed; shows the end of its messages.
+    """
+    done = subprocess.run(
+        command,
+        env={**os.environ, **(environ or {})},
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"{Path(command[0]).name}: exit {done.returncode}: {done.stderr[-_ERROR_SHOWN:]}"
+        )
+    return done.stdout, done.stderr
+
+
 def run(
     command: Sequence[str],
     *,

@@ -16,7 +16,7 @@ from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
-from aiflux.core.runs.open import open_run
+from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.output import finalise
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.engines.kinds import kind_named
@@ -40,7 +40,9 @@ def check(source: str, children: str) -> None:
 
 def plan(source: str, output: str, shards: str) -> None:
     """Check an input and plan a run of it."""
-    open_run(Path(source), Path(output), _OPTIONS, None, kind_named("external"), shards=int(shards))
+    draft_run(
+        Path(source), Path(output), _OPTIONS, None, kind_named("external"), shards=int(shards)
+    ).open()
 
 
 def fill(source: str, output: str) -> None:

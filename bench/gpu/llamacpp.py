@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.children import tool_output
+
 SDIST = "llama-cpp-python==0.3.36"
 _TARGETS = ("llama-server", "llama-batched-bench")
 _UNUSED = (
@@ -80,29 +82,13 @@ class LlamaCpp:
             *("-npp", str(prompt), "-ntg", str(answer)),
             *("-npl", ",".join(map(str, levels)), "--output-format", "jsonl"),
         ]
-        done = subprocess.run(
-            command,
-            env={**os.environ, **self.environ},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{command[0]}: exit {done.returncode}: {done.stderr[-800:]}")
-        return command, batched_bench_rates(done.stdout.splitlines())
+        output, _ = tool_output(command, self.environ)
+        return command, batched_bench_rates(output.splitlines())
 
     def version(self) -> str:
         """Return the version that the server reports."""
-        done = subprocess.run(
-            [str(self.programs / "llama-server"), "--version"],
-            env={**os.environ, **self.environ},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        lines = (done.stdout + done.stderr).splitlines()
+        command = [str(self.programs / "llama-server"), "--version"]
+        lines = "".join(tool_output(command, self.environ, 60)).splitlines()
         return next((line for line in lines if "version" in line), "unknown version")
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.children import ROOT
+from bench.children import ROOT, tool_output
 
 
 @dataclass(frozen=True)
@@ -48,28 +46,13 @@ class TransformersServe:
         script = ROOT / "bench" / "gpu" / "offline.py"
         command = [self.python, str(script), str(self.model), ",".join(map(str, levels))]
         command += [str(prompt), str(answer), str(seconds)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, **self.environ},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"offline.py: exit {done.returncode}: {done.stderr[-800:]}")
-        return command, offline_rates(done.stdout.splitlines())
+        output, _ = tool_output(command, self.environ)
+        return command, offline_rates(output.splitlines())
 
     def version(self) -> str:
         """Return the versions of transformers and torch."""
-        done = subprocess.run(
-            [self.python, "-m", "pip", "show", "transformers", "torch"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        parts = done.stdout.split("---")
+        command = [self.python, "-m", "pip", "show", "transformers", "torch"]
+        parts = tool_output(command, limit=60)[0].split("---")
         return ", ".join(f"{_field(part, 'Name')} {_field(part, 'Version')}" for part in parts)
 
 

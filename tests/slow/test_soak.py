@@ -14,7 +14,7 @@ import pytest
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.open import open_run
+from aiflux.core.runs.open import draft_run
 from aiflux.engines.kinds import kind_named
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
@@ -93,10 +93,10 @@ def test_kill_9_of_shards_that_are_resharded(tmp_path: Path, seed: int) -> None:
         options = RunOptions(engine_url=engine.url, concurrency=2)
         while rounds < 30:
             rounds += 1
-            opened = open_run(
+            opened = draft_run(
                 tmp_path / "in.jsonl", tmp_path / "out.json", options, None, kind_named("external"),
                 shards=dice.choice([3, 3, 4, 7]),
-            )  # fmt: skip
+            ).open()  # fmt: skip
             if opened.finished:
                 break
             running = [shard_worker(opened.run, k) for k in opened.open_shards or (0,)]

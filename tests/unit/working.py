@@ -10,7 +10,7 @@ from typing import Any
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.open import OpenedRun, open_run
+from aiflux.core.runs.open import OpenedRun, draft_run
 from aiflux.core.runs.plan import read_plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import AifluxError, ExitCode
@@ -72,7 +72,9 @@ class Working:
 
     def open(self, **more: Any) -> OpenedRun:
         options = RunOptions(**self.options)
-        return open_run(self.input, self.output, options, None, engine_kind(options), **more)
+        return draft_run(
+            self.input, self.output, options, None, engine_kind(options), **more
+        ).open()
 
     def run(self, **more: Any) -> ExitCode:
         """Open the run and process it; return the exit code of the CLI."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from aiflux.core.batch.request import parse_json
 from aiflux.core.batch.schema import SchemaError, can_check_schemas, compile_schema
 from aiflux.errors import InputError, UsageError
+from aiflux.models.endpoints import ENDPOINTS
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -37,11 +38,7 @@ if TYPE_CHECKING:
         endpoint: str
 
 
-ENDPOINTS = {
-    "chat": "/v1/chat/completions",
-    "completions": "/v1/completions",
-    "embeddings": "/v1/embeddings",
-}
+CONVERTED_TO = ("chat", "completions", "embeddings")
 _OWN_OPTIONS = {
     "model": "--model",
     "messages": "--template and --system",
@@ -87,7 +84,7 @@ class RequestForm:
         entry: dict[str, Any] = {
             "custom_id": draft.custom_id,
             "method": "POST",
-            "url": ENDPOINTS[self.endpoint],
+            "url": ENDPOINTS[self.endpoint].url,
             "body": {**self.fields, **self._content(draft)},
         }
         if draft.metadata:
@@ -124,8 +121,8 @@ def make_form(
         UsageError: options conflict, or a value is invalid.
         InputError: the schema is invalid.
     """
-    if endpoint not in ENDPOINTS:
-        raise UsageError(f"unknown endpoint {endpoint!r}", f"use {', '.join(ENDPOINTS)}")
+    if endpoint not in CONVERTED_TO:
+        raise UsageError(f"unknown endpoint {endpoint!r}", f"use {', '.join(CONVERTED_TO)}")
     _check_values(model, temperature, max_tokens, endpoint)
     given = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

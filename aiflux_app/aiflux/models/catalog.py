@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from aiflux.errors import ConfigError
+from aiflux.models.endpoints import ENDPOINTS
 from aiflux.models.figures import Architecture, Figures, Vision
 from aiflux.models.name import parse_model_name
 from aiflux.util import value_parsers
@@ -28,12 +29,6 @@ from aiflux.util.yaml_file import read_yaml
 _MISSPELT = 0.8  # minimum similarity to a known family
 OWN = Path(__file__).with_name("catalog.yaml")
 FILE_NAME = "models.yaml"
-ENDPOINTS = {
-    "chat": "/v1/chat/completions",
-    "completions": "/v1/completions",
-    "embeddings": "/v1/embeddings",
-    "rerank": "/v1/rerank",
-}
 DEFAULTS: Mapping[str, Parser] = {
     "temperature": value_parsers.number(0, 100),
     "top_p": value_parsers.number(0, 1),

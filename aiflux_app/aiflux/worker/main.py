@@ -24,7 +24,7 @@ from aiflux import __version__
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, named_output
-from aiflux.core.runs.open import open_run
+from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import Counts, finished_counts, finished_line, refuse_failures
 from aiflux.engines.base import FetchContext
@@ -185,7 +185,7 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
     input_path = Path(arguments.input)
     output = named_output(arguments.output, input_path)
     with context.stopper.raising():
-        opened = open_run(
+        opened = draft_run(
             input_path,
             output,
             options,
@@ -193,7 +193,7 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
             engine_kind(options),
             force=arguments.force,
             force_resume=arguments.force_resume,
-        )
+        ).open()
     if opened.counts is not None:
         finished(opened.plan, opened.counts, context)
         return

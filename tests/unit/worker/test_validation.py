@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
-from aiflux.core.batch.request import ENDPOINTS, Request, parse_request
+from aiflux.core.batch.request import Request, parse_request
 from aiflux.core.batch.schema import SchemaError, compile_schema
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.engines.external.engine import ExternalEngine
@@ -27,6 +27,7 @@ from aiflux.engines.external.kind import KIND
 from aiflux.engines.http import Answer, Client
 from aiflux.engines.outcome import Kind, Outcome, judge_answer
 from aiflux.errors import ExitCode, InputError
+from aiflux.models.endpoints import ENDPOINTS
 from aiflux.util.extras import remedy
 from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
@@ -174,7 +175,7 @@ bodies = any_json | st.fixed_dictionaries(
 
 
 @settings(max_examples=150)
-@given(wanted=formats, body=bodies, url=st.sampled_from(ENDPOINTS))
+@given(wanted=formats, body=bodies, url=st.sampled_from([each.url for each in ENDPOINTS.values()]))
 def test_any_answer_to_any_request_is_judged(wanted: Any, body: Any, url: str) -> None:
     content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "response_format": wanted}
     request = parse_request(request_line(url=url, body=content).encode())

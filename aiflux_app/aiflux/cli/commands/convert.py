@@ -27,7 +27,7 @@ from aiflux.cli.pipes import destination, piped_file, refuse_both
 from aiflux.cli.render.progress import count_bar
 from aiflux.converters.directory import MAX_FILE_SIZE, directory_to_jsonl, parse_size
 from aiflux.converters.images import MAX_PIXELS, TEMPLATE, images_to_jsonl
-from aiflux.converters.request_form import ENDPOINTS
+from aiflux.converters.request_form import CONVERTED_TO
 from aiflux.converters.writer import SHOWN, Summary, listed, plural, skipped_path
 from aiflux.core.batch.request import parse_json
 from aiflux.errors import InputError, StoppedError, UsageError
@@ -212,8 +212,8 @@ _REQUEST: Sequence[Decorator] = (
         help="Any other field of the body (repeatable)",
     ),
     option(
-        "--endpoint", type=Choice(tuple(ENDPOINTS)), default="chat", metavar="NAME", panel=_PANEL,
-        help=f"API: {', '.join(ENDPOINTS)} (default: chat)",
+        "--endpoint", type=Choice(CONVERTED_TO), default="chat", metavar="NAME", panel=_PANEL,
+        help=f"API: {', '.join(CONVERTED_TO)} (default: chat)",
     ),
 )  # fmt: skip
 

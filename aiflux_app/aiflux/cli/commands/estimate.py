@@ -29,7 +29,7 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
-from aiflux.core.runs.open import open_run
+from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, make_plan, read_plan
 from aiflux.core.runs.status_file import read_status
 from aiflux.engines.kinds import engine_kind
@@ -201,9 +201,9 @@ def _do(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
     """Do the pilot's requests. Return an exit code where that has not come to its end."""
     if asked.where == SLURM:
         return _do_in_slurm(asked, pilot, options)
-    opened = open_run(
+    opened = draft_run(
         pilot.input, pilot.output, options, asked.config.models_dir, engine_kind(options)
-    )
+    ).open()
     if asked.where == LOCAL:
         code = run_local(opened, asked.config)
     else:

@@ -14,7 +14,7 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.open import open_run
+from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import read_plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import SlurmError
@@ -76,9 +76,9 @@ def _continue_here(run: RunDirectory, image: str | None) -> int:
         refuse_second(run)
     plan = read_plan(run)
     kind = engine_kind(plan.options)
-    opened = open_run(
+    opened = draft_run(
         plan.input_path, plan.output, plan.options, plan.models_dir, kind, shards=len(plan.shards)
-    )
+    ).open()
     if not opened.finished:
         register(opened.plan)
     if not kind.managed:

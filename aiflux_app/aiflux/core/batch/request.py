@@ -14,6 +14,7 @@ from math import isinf
 from operator import eq
 from typing import Any, NamedTuple, NoReturn
 
+from aiflux.models.endpoints import ENDPOINTS
 from aiflux.util.unicode import is_whole
 
 try:
@@ -21,17 +22,12 @@ try:
 except ImportError:  # the image holds pure Python only
     orjson = None  # type: ignore[assignment]
 
-EMBEDDINGS = "/v1/embeddings"
-RERANK = "/v1/rerank"
-WITHOUT_TEXT = frozenset({EMBEDDINGS, RERANK})
+EMBEDDINGS = ENDPOINTS["embeddings"].url
+RERANK = ENDPOINTS["rerank"].url
+WITHOUT_TEXT = frozenset(each.url for each in ENDPOINTS.values() if not each.generates)
 """Endpoints that generate no text, and so have no parameters of sampling."""
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, RERANK)
-_PAYLOAD_FIELD = {
-    "/v1/chat/completions": "messages",
-    "/v1/completions": "prompt",
-    EMBEDDINGS: "input",
-    RERANK: "documents",
-}
+_PAYLOAD_FIELD = {each.url: each.payload for each in ENDPOINTS.values()}
+_URLS = tuple(_PAYLOAD_FIELD)
 AcceptsModel = Callable[[str, str], bool]
 """Of the run's model and the one that a body names: whether both are the same."""
 KEY_BYTES = 16
@@ -54,7 +50,7 @@ class Request(NamedTuple):
     Attributes:
         raw: the input line as it stands in the file, without its line ending.
         custom_id: the user's name for the request, unique in the input.
-        url: one of ``ENDPOINTS``.
+        url: of an endpoint in ``ENDPOINTS``.
         body: what goes to the engine.
         metadata: the user's own fields, merged into the result's metadata.
     """
@@ -257,7 +253,7 @@ def request_entry(
         type(custom_id) is str
         and custom_id
         and entry.get("method") == "POST"
-        and url in ENDPOINTS
+        and url in _URLS
         and type(body) is dict
         and _PAYLOAD_FIELD[url] in body
         and (metadata is None or type(metadata) is dict)
@@ -317,10 +313,10 @@ def _method_problems(entry: dict[str, Any]) -> list[str]:
 
 def _url_problems(entry: dict[str, Any]) -> list[str]:
     url = entry.get("url")
-    if url in ENDPOINTS:
+    if url in _URLS:
         return []
     seen = "is missing" if url is None else f"{_show(url)} is unknown"
-    return [f"url {seen}; it must be one of {', '.join(ENDPOINTS)}"]
+    return [f"url {seen}; it must be one of {', '.join(_URLS)}"]
 
 
 def _body_problems(entry: dict[str, Any], model: str | None, accepts: AcceptsModel) -> list[str]:

@@ -105,33 +105,6 @@ class RunDraft:
         return OpenedRun(self.plan, self.run, resumed, open_shards=tuple(left))
 
 
-def open_run(
-    input_path: Path,
-    output: Path,
-    options: RunOptions,
-    models_dir: Path | None,
-    kind: PlanningKind,
-    *,
-    shards: int | ShardCount = 1,
-    force: bool = False,
-    force_resume: bool = False,
-) -> OpenedRun:
-    """Check everything, then write the plan into the run directory.
-
-    Args and errors are those of ``draft_run`` and ``Draft.open``.
-    """
-    return draft_run(
-        input_path,
-        output,
-        options,
-        models_dir,
-        kind,
-        shards=shards,
-        force=force,
-        force_resume=force_resume,
-    ).open()
-
-
 def draft_run(
     input_path: Path,
     output: Path,

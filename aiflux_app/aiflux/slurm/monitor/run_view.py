@@ -82,34 +82,22 @@ class RunFacts:
         return self.whole is not None and self.whole.completed
 
 
-@dataclass(frozen=True)
-class ShardView:
-    """One shard, as it is shown.
+@dataclass(frozen=True, kw_only=True)
+class ProgressFigures:
+    """The figures that a shard and a whole run have in common.
 
     Attributes:
-        reason: why it waits, or what ended it; may be "".
-        job: ``123_4`` or ``123``; None where none was submitted.
-        pid: of the worker, on ``host``.
-        requests_per_second, tokens_per_second: 0 unless it runs.
-        remaining_seconds: None while nothing can be said.
+        completed, failed: requests so far.
+        requests_per_second, tokens_per_second: 0 if nothing runs.
+        remaining_seconds: None while it is unknown.
         restarts: starts after the first.
-        in_slurm: whether its job waits or runs.
-        sealed: whether its last start had no network; None where it never started.
-        unsealed: why it had one; "" where it had none.
-        updated: Unix time of its last status; None without one.
+        empty_answers: answers without a text, by their reason.
+        updated: Unix time of the last status; None without one.
     """
 
-    index: int
-    state: ShardState
-    reason: str
-    exit_code: int | None
     total: int
     completed: int
     failed: int
-    job: str | None
-    host: str | None
-    pid: int | None
-    gpus: tuple[str, ...]
     requests_per_second: float
     tokens_per_second: float
     remaining_seconds: float | None
@@ -118,15 +106,38 @@ class ShardView:
     completion_tokens: int
     empty_answers: Mapping[str, int]
     gpu_seconds: float
-    in_slurm: bool
-    sealed: bool | None
-    unsealed: str
     updated: float | None
 
     @property
     def done(self) -> int:
         """Requests with a result."""
         return self.completed + self.failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardView(ProgressFigures):
+    """The state of one shard.
+
+    Attributes:
+        reason: why it waits, or why it ended; may be "".
+        job: ``123_4`` or ``123``; None if none was submitted.
+        pid: of the worker, on ``host``.
+        in_slurm: whether its job waits or runs.
+        sealed: whether its last start had no network; None if it never started.
+        unsealed: why it had a network; "" if it had none.
+    """
+
+    index: int
+    state: ShardState
+    reason: str
+    exit_code: int | None
+    job: str | None
+    host: str | None
+    pid: int | None
+    gpus: tuple[str, ...]
+    in_slurm: bool
+    sealed: bool | None
+    unsealed: str
 
 
 @dataclass(frozen=True)
@@ -139,20 +150,17 @@ class RequestError:
     message: str
 
 
-@dataclass(frozen=True)
-class RunView:
-    """A run, as it is shown.
+@dataclass(frozen=True, kw_only=True)
+class RunView(ProgressFigures):
+    """The state of a run.
 
     Attributes:
         created: when it was planned; ``submitted``: when jobs were submitted last (UTC).
-        completed, failed: requests so far.
-        allowed_failures: how many may fail before the run counts as failed.
-        empty_answers: answers without a text, by their reason.
+        allowed_failures: number of requests that may fail before the run counts as failed.
         errors: of the last requests that failed, newest first.
-        next_command: what the user can do to bring the run to its end; None where nothing is to do.
-        output_change: what was changed in the finished output since it was written, or None.
-        slurm: why Slurm could not be asked; None where it could, or was not needed.
-        updated: Unix time of the last thing that is known of it; None where nothing is.
+        next_command: command that completes the run; None if there is nothing to do.
+        slurm: why Slurm could not be asked; None if it could, or was not needed.
+        output_change: how the output of the finished run was changed since; None if it was not.
     """
 
     run_dir: Path
@@ -164,29 +172,12 @@ class RunView:
     submitted: str | None
     jobs: tuple[str, ...]
     state: RunState
-    total: int
-    completed: int
-    failed: int
     allowed_failures: int
-    requests_per_second: float
-    tokens_per_second: float
-    remaining_seconds: float | None
-    restarts: int
-    prompt_tokens: int
-    completion_tokens: int
-    empty_answers: Mapping[str, int]
-    gpu_seconds: float
     errors: tuple[RequestError, ...]
     next_command: str | None
-    output_change: str | None
     slurm: str | None
-    updated: float | None
+    output_change: str | None
     shards: tuple[ShardView, ...]
-
-    @property
-    def done(self) -> int:
-        """Requests with a result."""
-        return self.completed + self.failed
 
     @property
     def ended(self) -> bool:

@@ -8,7 +8,8 @@ from aiflux.core.config.config import SlurmConfig
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length, gpus_needed
-from aiflux.models.catalog import ENDPOINTS, Catalog
+from aiflux.models.catalog import Catalog
+from aiflux.models.endpoints import ENDPOINTS
 from aiflux.models.figures import Figures
 from aiflux.models.gpu_memory import Room, gpu_bytes, gpu_bytes_of_features, is_slice
 from aiflux.slurm.cluster import Facts, Node
@@ -60,7 +61,7 @@ def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
     model = None if name is None or len(plan.models) > 1 else catalog.find(name)
     if model is None:
         return
-    able = {ENDPOINTS[name] for name in model.endpoints}
+    able = {ENDPOINTS[name].url for name in model.endpoints}
     for url, count in plan.input.endpoints.items():
         if url not in able:
             yield Finding(

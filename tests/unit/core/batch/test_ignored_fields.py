@@ -11,7 +11,7 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.run_options import RunOptions
-from aiflux.core.runs.open import open_run
+from aiflux.core.runs.open import draft_run
 from aiflux.engines.kinds import kind_named
 from aiflux.slurm.preflight.local import check_fields
 from tests.tools.faulty_engine import FaultyEngine
@@ -70,11 +70,11 @@ def test_they_are_the_same_in_parts(mixed: Path) -> None:
 
 def test_the_preflight_warns_for_ollama_only(mixed: Path, tmp_path: Path) -> None:
     ours = kind_named("ollama")
-    opened = open_run(mixed, tmp_path / "a.json", RunOptions(), tmp_path, ours)
+    opened = draft_run(mixed, tmp_path / "a.json", RunOptions(), tmp_path, ours).open()
     findings = [*check_fields(opened.plan)]
     assert [finding.level for finding in findings] == ["warning"] * 3
     other = RunOptions(engine_url="http://127.0.0.1:1")
-    opened = open_run(mixed, tmp_path / "b.json", other, None, kind_named("external"))
+    opened = draft_run(mixed, tmp_path / "b.json", other, None, kind_named("external")).open()
     assert not [*check_fields(opened.plan)]
 
 

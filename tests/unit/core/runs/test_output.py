@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aiflux.core.batch.request import request_key
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.journal import JournalReader, Result, journal_lines, scan_journal, split_line
-from aiflux.core.runs.open import OpenedRun, open_run
+from aiflux.core.runs.open import OpenedRun, draft_run
 from aiflux.core.runs.output import array_entry, batch_line, finalise
 from aiflux.core.runs.result_index import MISSING, find_places
 from aiflux.engines.kinds import kind_named
@@ -30,9 +30,9 @@ def opened(place: Path, requests: int, shards: int, name: str = "out.json") -> O
         more = {"metadata": {"mine": number}} if number % 3 == 0 else {}
         lines.append(request_line(f"r{number}", **more))
     (place / "in.jsonl").write_text("\r\n\n".join(lines) + "\n", encoding="utf-8")
-    return open_run(
+    return draft_run(
         place / "in.jsonl", place / name, OPTIONS, None, kind_named("external"), shards=shards
-    )
+    ).open()
 
 
 def line_of(raw: bytes, attempt: int) -> bytes:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
-from aiflux.core.runs.open import open_run
+from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.output import merge, merge_partial, merge_when_last
 from aiflux.core.runs.plan import auto_shards, read_plan
 from aiflux.core.runs.reshard import mend_journals, recut_journals
@@ -309,7 +309,7 @@ def test_a_plan_from_before_engines_had_names_is_the_same_run(tmp_path: Path, ki
     """Without them an address meant a server, and everything else an Ollama."""
     source = write_input(tmp_path / "in.jsonl", 3, body={"model": "m", "messages": []})
     options = RunOptions(engine_url="http://127.0.0.1:1" if kind == "external" else None)
-    opened = open_run(source, tmp_path / "o.json", options, tmp_path, kind_named(kind))
+    opened = draft_run(source, tmp_path / "o.json", options, tmp_path, kind_named(kind)).open()
     content = json.loads(opened.run.plan.read_text(encoding="utf-8"))
     assert content["options"].pop("engine") == kind
     assert content.pop("served") == (["m"] if kind == "external" else ["m:latest"])
@@ -325,5 +325,5 @@ def test_another_engine_is_another_run(tmp_path: Path) -> None:
         assert working.run() is ExitCode.STOPPED
     arguments = working.input, working.output, RunOptions(), tmp_path, kind_named("ollama")
     with pytest.raises(RunConflictError, match=r"engine external.*asks for engine ollama"):
-        open_run(*arguments)
-    assert open_run(*arguments, force_resume=True).resumed
+        draft_run(*arguments).open()
+    assert draft_run(*arguments, force_resume=True).open().resumed

@@ -157,7 +157,7 @@ def run_in_container(opened: OpenedRun, image: Path, *, seal: bool) -> int:
         image,
         opened.run.logs,
     )
-    return _run(render_local(replace(job, max_requeues=0)))
+    return _run(render_local(replace(job.with_models(plan), max_requeues=0)))
 
 
 def pull_in_container(model: str, models_dir: Path, image: Path, *, again: bool = False) -> int:

@@ -125,6 +125,9 @@ class EngineKind(PlanningKind, Protocol):
     def same_model(self, one: str, other: str) -> bool:
         """Tell whether two names mean the same model."""
 
+    def model_path(self, model: str) -> Path | None:
+        """Return what a container has to see of a model besides the models directory."""
+
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Tell whether a model is stored completely."""
 

@@ -8,6 +8,7 @@
 #   shard                               index of the shard to work on
 #   max_requeues                        0: the job does not go back to the queue by itself
 #   want_seal                           0: the container keeps the network while it works
+#   model_paths                         array: models that are not in models_dir, absolute paths
 #   gpu_flags, modules, prepare_args    arrays
 #   site_setup                          a function with the site's own lines
 
@@ -131,6 +132,7 @@ bind() {
 
 # bind_all [ro]: with the models read-only or not. A folder comes before what lies in it.
 bind_all() {
+    local path
     mounts=()
     # One folder for both is mounted once, and writable.
     if [[ -z $models_dir || $models_dir == "$output_dir" ]]; then
@@ -144,6 +146,9 @@ bind_all() {
     fi
     bind "$input" ro
     [[ -z $engine_ca ]] || bind "$engine_ca" ro
+    for path in ${model_paths[@]+"${model_paths[@]}"}; do
+        [[ ! -e $path ]] || bind "$path" ro
+    done
 }
 
 stop_if_asked() {

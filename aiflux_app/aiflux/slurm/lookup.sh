@@ -82,13 +82,16 @@ case ${AIFLUX_SEAL:-yes} in
     *) usage "AIFLUX_SEAL is '$AIFLUX_SEAL'" "it must be true or false" ;;
 esac
 engine_url=${AIFLUX_ENGINE_URL:-} engine_ca=${AIFLUX_ENGINE_CA:-}
-worker_options=()
+worker_options=() model_paths=()
 before=''
 for argument in "$@"; do
     [[ $before != --engine-ca ]] || engine_ca=$argument
+    # The absolute path of a model, for engines that have such.
+    [[ $before != --model || $argument != /* ]] || model_paths=("$argument")
     before=$argument
     case $argument in
         --engine-ca=*) engine_ca=${argument#*=} ;;
+        --model=/*) model_paths=("${argument#*=}") ;;
         --no-seal) want_seal=0 && continue ;;
         --seal) want_seal=1 && continue ;;
         --engine-url*) engine_url=$argument ;;

@@ -6,13 +6,15 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import Plan
+from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError
 
 _NAME_LENGTH = 64
@@ -31,6 +33,7 @@ class JobScript:
         first: the shard of an array's task 0.
         drain_seconds: time for the requests in flight when the time limit is near.
         max_requeues: 0 keeps the job from going back to the queue by itself; the worker counts.
+        model_paths: models that are not in the models directory.
         engine_ca: certificates to trust at an engine elsewhere; the container must see them.
     """
 
@@ -48,6 +51,13 @@ class JobScript:
     drain_seconds: float = 30.0
     max_requeues: int = 20
     engine_ca: str | None = None
+    model_paths: tuple[Path, ...] = ()
+
+    def with_models(self, plan: Plan) -> JobScript:
+        """Return the same for the models of a plan."""
+        kind = engine_kind(plan.options)
+        paths = [kind.model_path(model) for model in plan.models]
+        return replace(self, model_paths=tuple(path for path in paths if path is not None))
 
     @classmethod
     def of_run(
@@ -61,7 +71,7 @@ class JobScript:
         log: Path,
     ) -> JobScript:
         """Return the script of a run."""
-        elsewhere = options.engine_url is not None
+        elsewhere = not engine_kind(options).managed
         return cls(
             name=job_name(output),
             slurm=slurm,
@@ -113,7 +123,7 @@ def render_models(image: Path, models_dir: Path, arguments: Sequence[str]) -> st
         arguments: of the worker, such as ``--pull NAME``.
     """
     # There is no input and no output: image and models directory take their place in the mounts.
-    paths = _paths(image, image, models_dir, models_dir, None, None)
+    paths = _paths(image, image, models_dir, models_dir, None, None, ())
     no_gpus = SlurmConfig(gpus_per_node="0")
     worker = [_assign("shard", 0), _assign("max_requeues", 0), _assign("want_seal", 0)]
     lines = ["#!/bin/bash", *paths, *worker, _array("prepare_args", arguments), *_site(no_gpus)]
@@ -122,7 +132,13 @@ def render_models(image: Path, models_dir: Path, arguments: Sequence[str]) -> st
 
 def _of_run(job: JobScript, slurm: SlurmConfig) -> Iterator[str]:
     yield from _paths(
-        job.image, job.input, job.output_dir, job.models_dir, job.engine_ca, job.run_dir
+        job.image,
+        job.input,
+        job.output_dir,
+        job.models_dir,
+        job.engine_ca,
+        job.run_dir,
+        job.model_paths,
     )
     yield from _shard(job)
     yield _assign("max_requeues", job.max_requeues)
@@ -138,6 +154,7 @@ def _paths(
     models_dir: Path | None,
     engine_ca: str | None,
     run_dir: Path | None,
+    model_paths: Sequence[Path],
 ) -> Iterator[str]:
     yield _assign("image", image)
     yield _assign("input", input_path)
@@ -145,6 +162,7 @@ def _paths(
     yield _assign("models_dir", models_dir or "")
     yield _assign("engine_ca", engine_ca or "")
     yield _assign("run_dir", run_dir or "")
+    yield _array("model_paths", map(str, model_paths))
 
 
 def _script(lines: Sequence[str]) -> str:

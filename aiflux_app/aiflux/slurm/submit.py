@@ -172,6 +172,7 @@ def _scripts(
     environ: Mapping[str, str] | None,
 ) -> tuple[tuple[JobScript, str], ...]:
     """Render a script for each array that is needed to reach the shards."""
+    job = job.with_models(plan)
     if len(plan.shards) == 1:
         return ((job, render(job)),)
     at_once = "" if slurm.max_running is None else f"%{slurm.max_running}"

@@ -9,6 +9,7 @@ import pytest
 
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.slurm_config import SlurmConfig
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.base import EngineSpec
 from aiflux.engines.http import Client
@@ -17,6 +18,7 @@ from aiflux.errors import AifluxError, ConfigError, EngineError, InputError
 from aiflux.models.catalog import read_catalog
 from aiflux.slurm.preflight.local import check_models
 from aiflux.slurm.preflight.memory import check_endpoints, check_names
+from aiflux.slurm.script import JobScript
 from tests.tools import make_tiny_gguf
 from tests.unit.helpers import request_line
 from tests.unit.made_models import put_model
@@ -56,6 +58,15 @@ def test_a_path_is_made_absolute_and_requests_may_call_the_file_by_its_name(
         plan_of(tmp_path, "a,b.gguf")
 
 
+def test_a_job_mounts_the_file(tmp_path: Path) -> None:
+    path = tiny_file(tmp_path)
+    plan = plan_of(tmp_path, str(path))
+    script = JobScript.of_run(plan.input_path, plan.output, plan.options, plan.models_dir,
+                              SlurmConfig(), tmp_path / "i.sif", tmp_path)  # fmt: skip
+    assert script.with_models(plan).model_paths == (path,)
+    assert script.with_models(plan_of(tmp_path, "m:1")).model_paths == ()
+
+
 def test_the_catalog_is_asked_for_names_only(tmp_path: Path) -> None:
     catalog = read_catalog()
     for finding in (check_names, check_endpoints):
@@ -84,7 +95,7 @@ def test_a_file_in_another_form_is_refused_before_submission(tmp_path: Path) -> 
     path = tmp_path / "m.gguf"
     path.write_bytes(b"PK\3\4 a torch file")
     (finding,) = check_models(plan_of(tmp_path, str(path)))
-    assert "not a (whole) GGUF file" in finding.what
+    assert "GGUF file" in finding.what
 
 
 def test_an_image_reader_in_the_models_own_file_is_refused(tmp_path: Path) -> None:

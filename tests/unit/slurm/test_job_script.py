@@ -747,6 +747,26 @@ def test_a_job_binds_the_certificates_of_its_run(place: Place) -> None:
         assert mount(ca, True) in call.argv
 
 
+def test_models_that_are_not_in_the_models_directory_are_mounted(place: Place) -> None:
+    """One that is not there is left to the worker, which says so."""
+    file = place.folder / "my, model.gguf"
+    file.touch()
+    script = render(place.job(model_paths=(file, place.folder / "absent.gguf")))
+    assert place.bash(script).returncode == 0
+    prepare, _, work = place.fakes.calls("apptainer")
+    for call in (prepare, work):
+        assert mount(file, True) in call.argv
+        assert not any("absent" in word for word in call.argv)
+
+
+def test_the_generic_script_mounts_a_model_that_a_path_names(place: Place) -> None:
+    file = place.folder / "m.gguf"
+    file.touch()
+    for words in (("--model", str(file)), (f"--model={file}",)):
+        assert generic(place, str(place.input), *words).returncode == 0
+        assert mount(file, True) in place.fakes.calls("apptainer")[-1].argv
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

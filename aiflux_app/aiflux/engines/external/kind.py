@@ -61,6 +61,10 @@ class ExternalKind:
                 )
         return [*models]
 
+    def model_path(self, model: str) -> Path | None:
+        """Nothing: the server has its models."""
+        return None
+
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """The server's models are not ours to look for."""
         return True

@@ -78,6 +78,10 @@ class LlamaCppKind:
         """Return Ollama's name of a model; None for a file."""
         return None if model_file.is_path(model) else self.served_name(model)
 
+    def model_path(self, model: str) -> Path | None:
+        """Return the file that a path names."""
+        return Path(model) if model_file.is_path(model) else None
+
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Tell whether the file is there, or all that Ollama pulled of a model."""
         return model_file.is_stored(models_dir, model)

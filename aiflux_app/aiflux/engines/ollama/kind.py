@@ -94,6 +94,10 @@ class OllamaKind:
         """
         return one_of_each(models)
 
+    def model_path(self, model: str) -> Path | None:
+        """Nothing: Ollama's models are in the models directory."""
+        return None
+
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Tell whether a model's manifest and all its blobs are in a models directory."""
         return not missing_parts(models_dir, parse_model_name(model))

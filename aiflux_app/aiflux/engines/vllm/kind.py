@@ -125,6 +125,16 @@ class VllmKind:
                 chosen[key] = name
         return [parse_hub_model(name).text for name in chosen.values()]
 
+    def model_path(self, model: str) -> Path | None:
+        """Return the directory that a path names; of a hub cache all that it has of the model.
+
+        The files of a snapshot there are links to blobs next to it.
+        """
+        folder = parse_hub_model(model).folder
+        if folder is not None and folder.parent.name == "snapshots":
+            return folder.parents[1]
+        return folder
+
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Tell whether a model's configuration and all its weights are stored."""
         snapshot = find_snapshot(models_dir, parse_hub_model(model))

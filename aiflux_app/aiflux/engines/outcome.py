@@ -84,6 +84,11 @@ class Outcome:
         return self.kind in (Kind.ANSWERED, Kind.UNFIT)
 
     @property
+    def reason(self) -> str:
+        """What was wrong, for a line of the log."""
+        return f"{self.code}: {self.message}"
+
+    @property
     def work(self) -> int:
         """Tokens that the engine made, or read where it makes none; 1 where it counts none."""
         return self.completion_tokens or self.prompt_tokens or 1

@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -27,6 +28,7 @@ from aiflux.engines.outcome import (
 from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
 from aiflux.util.process_limits import SPARE_BYTES, THREAD_BYTES, exhausted, start_thread
 from aiflux.util.times import utc_now
+from aiflux.worker.outage import POLL_SECONDS, OutageProbe, OutageWatch, is_common, may_pass
 from aiflux.worker.rejections import ENOUGH, Held, Rejections, certain
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
@@ -41,6 +43,8 @@ class Pool:
         on_down: told that the engine of a lane was found down, in which generation.
         checking: checks answers against the schemas that requests ask for.
         rejections: holds back rejections that may concern every request.
+        outages: notices that no request is answered any more.
+        patience: seconds that an engine is given to answer requests again.
         most: requests in flight that the process has files for.
     """
 
@@ -56,6 +60,8 @@ class Pool:
         timeouts_before_restart: int = 3,
         checking: Checking | None = None,
         rejections: Rejections | None = None,
+        outages: OutageWatch | None = None,
+        patience: float = 0.0,
         most: int = 1 << 20,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -69,6 +75,17 @@ class Pool:
         self._timeouts_before_restart = timeouts_before_restart
         self._checking = checking
         self._rejections = rejections or Rejections()
+        self._outages = outages or OutageWatch()
+        self._probe = OutageProbe(
+            scheduler, self._outages, self._rejections,
+            exchange=lambda task, lane: self._exchange(task, self._links[lane.index]),
+            engine=lambda lane: self._links[lane.index],
+            served=served,
+            record=self._record_held,
+            on_down=on_down,
+            patience=patience,
+            say=say,
+        )  # fmt: skip
         self._timeouts = dict.fromkeys(self._links, 0)
         self._most = most
         self._say = say
@@ -112,15 +129,27 @@ class Pool:
         Raises:
             AifluxError: what ended the pool before its time.
         """
+        self._wait(tick, interval)
+        while self._rejections.urls and not self._is_over():
+            decide = partial(self._guard, self._decide_all)
+            self._threads = [start_thread(decide, "rejections")]
+            self._wait(tick, interval)
+            # Requests that failed in an outage are sent again.
+            self._threads = []
+            if not self._is_over():
+                self.start()
+            self._wait(tick, interval)
+
+    def _wait(self, tick: Callable[[], None], interval: float) -> None:
         while any(thread.is_alive() for thread in self._threads):
             alive = next(thread for thread in self._threads if thread.is_alive())
             alive.join(interval)
             tick()
         if self.failure is not None:
             raise self.failure
-        if not self._scheduler.stopped and not all(lane.gone for lane in self._scheduler.lanes):
-            for url in self._rejections.urls:
-                self._decide(url)
+
+    def _is_over(self) -> bool:
+        return self._scheduler.stopped or all(lane.gone for lane in self._scheduler.lanes)
 
     def fail(self, failure: BaseException) -> None:
         """End the pool with an error."""
@@ -130,12 +159,16 @@ class Pool:
         self._scheduler.stop()
 
     def _work(self) -> None:
+        self._guard(self._attempt_all)
+
+    def _attempt_all(self) -> None:
+        while (job := self._scheduler.next()) is not None:
+            self._attempt(*job)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Do a thread's work; what it raises ends the pool."""
         try:
-            while True:
-                job = self._scheduler.next()
-                if job is None:
-                    return
-                self._attempt(*job)
+            work()
         except (AifluxError, MemoryError) as failure:
             self.fail(failure)
         except BaseException as failure:
@@ -148,6 +181,7 @@ class Pool:
         link = self._links[lane.index]
         generation = lane.generation
         began = time.monotonic()
+        task.sent = began
         if not task.began:
             task.began = began
         try:
@@ -212,7 +246,13 @@ class Pool:
         seconds: float,
     ) -> None:
         kind = verdict.kind
-        if kind is Kind.ANSWERED or kind is Kind.FAILED:
+        common = is_common(verdict)
+        if verdict.generated:
+            self._outages.note_answer(lane.index, task)
+        if common and self._probe.ended(lane, generation):
+            # It failed in an outage that another request has noticed.
+            self._scheduler.put_back(task, lane)
+        elif kind is Kind.ANSWERED or kind is Kind.FAILED:
             self._timeouts[lane.index] = 0
             task.attempts += 1
             self._conclude(task, lane, link, verdict, seconds)
@@ -227,6 +267,10 @@ class Pool:
         else:
             self._watch_timeouts(lane, generation, verdict)
             self._retry(task, lane, link, verdict, seconds)
+        if common and lane.generation == generation:
+            due = self._outages.note_failure(lane.index, task)
+            if due and (may_pass(verdict) or self._outages.answered(task.request.url)):
+                self._probe.run(lane, generation, task.request.url)
 
     def _conclude(
         self, task: Task, lane: Lane, link: Engine, verdict: Outcome, seconds: float
@@ -237,30 +281,54 @@ class Pool:
         if error is not None:
             self._scheduler.put_back(task, lane)
             raise error
-        if self._rejections.may_concern_all(url, verdict, offered=link.offers(model)):
+        if is_common(verdict) or self._rejections.is_of_the_model(
+            url, verdict, offered=link.offers(model)
+        ):
             waiting = self._rejections.hold(Held(task, lane, verdict, seconds))
             self._scheduler.set_aside(task, lane)
-            if waiting == 1:
-                self._raise_refusal(link, model)
-            elif waiting >= ENOUGH:
-                self._decide(url)
+            if waiting == 1 or waiting >= ENOUGH:
+                self._raise_conclusion(url, enough=waiting >= ENOUGH)
+            if waiting >= ENOUGH and not may_pass(verdict) and not self._outages.answered(url):
+                self._record_held(url)
             return
         self._record(task, lane, verdict, seconds)
         if verdict.kind is Kind.ANSWERED:
-            for held in self._rejections.answered(url, time.monotonic() - seconds):
+            for held in self._rejections.answered(url, task.sent):
                 self._store(held.task, held.lane, held.verdict, held.seconds)
 
-    def _decide(self, url: str) -> None:
-        """Record the rejections at an endpoint, or raise what they mean for every request."""
+    def _raise_conclusion(self, url: str, *, enough: bool) -> None:
+        """Raise what rejections at an endpoint mean for every request, if they do.
+
+        Args:
+            enough: so many were rejected that it is no coincidence.
+        """
         last = self._rejections.last(url)
-        if last is None:
+        if last is None or self._rejections.is_answered(url):
             return
         # The engine's own list is certain, so it is asked before the count decides: the look that
         # the first rejection began may still be under way in another thread.
-        self._raise_refusal(self._links[last.lane.index], last.task.request.model or self._served)
-        error = self._rejections.conclusion(url)
+        if last.verdict.foreign or last.verdict.kind is Kind.FAILED:
+            link = self._links[last.lane.index]
+            self._raise_refusal(link, last.task.request.model or self._served)
+        error = self._rejections.conclusion(url) if enough else None
         if error is not None:
             raise error
+
+    def _decide_all(self) -> None:
+        """At the end: record the failures that wait, unless they are due to an outage."""
+        for url in self._rejections.urls:
+            self._raise_conclusion(url, enough=True)
+            last = self._rejections.last(url)
+            if last is None:
+                continue
+            if self._outages.answered(url) is None:
+                self._record_held(url)
+            elif last.lane.open:
+                self._probe.run(last.lane, last.lane.generation, url)
+            else:  # its engine is being started again
+                time.sleep(POLL_SECONDS)
+
+    def _record_held(self, url: str) -> None:
         for held in self._rejections.take(url):
             self._store(held.task, held.lane, held.verdict, held.seconds)
 
@@ -271,7 +339,8 @@ class Pool:
 
     def _is_down(self, lane: Lane, alive: Callable[[], bool], generation: int) -> bool:
         def is_another() -> bool:
-            return not lane.open or lane.generation != generation
+            stopped = not lane.open or lane.generation != generation
+            return stopped and not self._probe.ended(lane, generation)
 
         # While this looks whether the engine lives, it may already have been started anew.
         return is_another() or not alive() or is_another()

@@ -3,7 +3,8 @@
 A wrong key, address or model makes a server reject all that it is sent. Recorded as failures, such
 rejections would leave nothing for the corrected command to do. So a rejection that may be of this
 kind waits, without a result, until another request to the same endpoint is answered (then it was
-its own request's fault), or until so many came in a row that it is no coincidence.
+its own request's fault), or until so many came in a row that it is no coincidence. So does any
+other failure that may be due to an outage.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ENOUGH = 10
 _CREDENTIALS = frozenset({401, 402, 407})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # 403 may also be the verdict of a content filter, 404 that of a file that a request names.
-_DOUBTFUL = frozenset({403, 404, 405, 410})
+DOUBTFUL = frozenset({403, 404, 405, 410})
 _OF_THE_MODEL = frozenset({400, 422})
 
 
@@ -46,23 +47,20 @@ class Rejections:
     """
 
     def __init__(self, *, answered_before: bool = False, tolerant: bool = False) -> None:
+        self._tolerant = tolerant
         self._lenient = answered_before or tolerant
         self._answered: set[str] = set()
         self._waiting: dict[str, list[Held]] = {}
         self._lock = threading.Lock()
 
-    def may_concern_all(self, url: str, verdict: Outcome, *, offered: bool | None) -> bool:
-        """Tell whether a failure may be one of every request to its endpoint.
+    def is_of_the_model(self, url: str, verdict: Outcome, *, offered: bool | None) -> bool:
+        """Tell whether a failure may be due to a model that the engine does not have.
 
         Args:
             offered: whether the engine lists the model; None where it does not say.
         """
-        if verdict.foreign:
-            return url not in self._answered
-        if verdict.kind is not Kind.FAILED:
-            return False
-        of_the_model = verdict.status in _OF_THE_MODEL and offered is False
-        return verdict.status in _DOUBTFUL or (of_the_model and url not in self._answered)
+        of_the_model = verdict.kind is Kind.FAILED and verdict.status in _OF_THE_MODEL
+        return of_the_model and offered is False and url not in self._answered
 
     def hold(self, held: Held) -> int:
         """Let a request wait; return how many now do at its endpoint."""
@@ -99,6 +97,15 @@ class Rejections:
             return next(reversed(self._waiting.get(url, ())), None)
 
     @property
+    def tolerant(self) -> bool:
+        """Whether every failure is allowed."""
+        return self._tolerant
+
+    def is_answered(self, url: str) -> bool:
+        """Tell whether a request to an endpoint was answered in this start."""
+        return url in self._answered
+
+    @property
     def urls(self) -> list[str]:
         """Endpoints at which requests wait."""
         with self._lock:
@@ -111,6 +118,8 @@ class Rejections:
         if not waiting or self._lenient or url in self._answered:
             return None
         last = waiting[-1].verdict
+        if last.kind is Kind.RETRY and not last.foreign:
+            return None
         first = "the only request" if len(waiting) == 1 else f"the first {len(waiting)} requests"
         if last.foreign:
             return RejectedError(

@@ -29,6 +29,7 @@ class Task:
         crashes: engine crashes it was in flight at.
         unfit: answers that did not fit the schema it asks for.
         began: monotonic time at which it was first sent.
+        sent: the same of the latest time.
     """
 
     request: Request
@@ -38,6 +39,7 @@ class Task:
     crashes: int = 0
     unfit: int = 0
     began: float = 0.0
+    sent: float = 0.0
 
 
 class Limit(Protocol):
@@ -140,6 +142,12 @@ class Scheduler:
         """The request is neither done nor to be sent again, for now."""
         with self._condition:
             self._leave(task, lane)
+
+    def restore(self, task: Task) -> None:
+        """Send a request that was set aside."""
+        with self._condition:
+            self._ready.append(task)
+            self._condition.notify()
 
     def retry(self, task: Task, lane: Lane, delay: float) -> None:
         """Try the request again after ``delay`` seconds."""

@@ -43,6 +43,7 @@ from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.gpu_monitor import GpuWatch
 from aiflux.worker.network_check import unsealed_reason
+from aiflux.worker.outage import OutageWatch
 from aiflux.worker.progress import Reporter
 from aiflux.worker.rejections import Rejections
 from aiflux.worker.scheduler import Lane, Limit, Scheduler
@@ -343,6 +344,8 @@ class _ModelWork:
                 tolerant=self.plan.options.allowed_failures(self.plan.requests)
                 >= self.plan.requests,
             ),
+            outages=OutageWatch(partial(shard.source.answered, model)),
+            patience=self.plan.options.engine_wait,
             most=spare_files(),
             say=self.context.reporter.say,
         )

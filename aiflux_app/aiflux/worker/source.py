@@ -49,18 +49,31 @@ class Source:
 
     def tasks(self, model: str) -> Iterator[Task]:
         """Yield the requests of one model that have no result yet, in input order."""
-        plan = self._plan
-        served = plan.served(model)
-        parameters = plan.options.parameters_of(served)
-        only = len(plan.models) == 1
         for number, _, raw in self._lines():
             key = request_key(raw)
-            if self._earlier(key) is not None:
-                continue
-            request = self._parse(number, raw)
-            if only or self._kind.same_model(request.model or model, model):
-                payload = build_payload(request, served, parameters, self._kind)
-                yield Task(request, key, payload)
+            if self._earlier(key) is None:
+                yield from self._task(number, raw, key, model)
+
+    def answered(self, model: str, url: str) -> Task | None:
+        """Return a request to an endpoint that succeeded in an earlier start; None if none did."""
+        if not self._index.done:
+            return None
+        for number, _, raw in self._lines():
+            key = request_key(raw)
+            if self._earlier(key) is True:
+                for task in self._task(number, raw, key, model):
+                    if task.request.url == url:
+                        return task
+        return None
+
+    def _task(self, number: int, raw: bytes, key: bytes, model: str) -> Iterator[Task]:
+        """Yield a request if it is for the model."""
+        plan = self._plan
+        served = plan.served(model)
+        request = self._parse(number, raw)
+        if len(plan.models) == 1 or self._kind.same_model(request.model or model, model):
+            parameters = plan.options.parameters_of(served)
+            yield Task(request, key, build_payload(request, served, parameters, self._kind))
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         return read_lines(self._plan.input_path, self._shard.start, self._shard.end)

@@ -191,7 +191,10 @@ def test_a_rejected_request_among_answers_is_its_own_failure(tmp_path: Path) -> 
         assert working.run() is ExitCode.FAILURES
     failed = [entry for entry in working.results if "error" in entry]
     assert len(failed) == 40
-    assert set(engine.seen.values()) == {1}
+    # The last rejections may have had no answer behind them, and are held against one from before.
+    probes = sum(engine.seen.values()) - 60
+    assert probes <= 1
+    assert {count for text, count in engine.seen.items() if text.startswith("404")} == {1}
 
 
 def test_more_rejections_in_a_row_than_enough_are_recorded_after_an_answer(tmp_path: Path) -> None:

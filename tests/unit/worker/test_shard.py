@@ -239,7 +239,7 @@ def test_failed_requests_can_be_tried_again(tmp_path: Path) -> None:
         assert working.run() is ExitCode.FAILURES
         again = Working(tmp_path, engine.url, max_retries=0, retry_failed=True)
         assert again.run() is ExitCode.OK
-    assert dict(engine.seen) == {"500*1": 2, "fine": 1}
+    assert engine.seen["500*1"] == 2
 
 
 def test_other_parameters_are_refused_unless_mixing_is_meant(tmp_path: Path) -> None:

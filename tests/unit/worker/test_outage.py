@@ -88,8 +88,8 @@ def test_an_outage_that_passes_costs_nothing(
     assert len(working.results) == REQUESTS
     assert failed(working) == 0
     assert router.refused < 60
-    assert any("is given 30 s" in line for line in working.reporter.said)
-    assert any("answers again" in line for line in working.reporter.said)
+    assert any("is given 30 s" in line for line in working.reporter.messages)
+    assert any("answers again" in line for line in working.reporter.messages)
 
 
 @pytest.mark.parametrize("reply", REPLIES)

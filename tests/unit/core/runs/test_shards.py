@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
-from aiflux.core.runs.open import draft_run
+from aiflux.core.runs.open import draft_run, mend_journals, recut_journals
 from aiflux.core.runs.output import merge, merge_partial, merge_when_last
 from aiflux.core.runs.plan import auto_shards, read_plan
-from aiflux.core.runs.reshard import mend_journals, recut_journals
 from aiflux.core.runs.status_file import Counts, Status, open_shards, read_run_status
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import (

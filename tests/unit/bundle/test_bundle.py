@@ -38,8 +38,7 @@ from aiflux.bundle.installer import (
     places,
     verify,
 )
-from aiflux.bundle.wheels import download_command
-from aiflux.bundle.writer import Ingredients, write_bundle
+from aiflux.bundle.writer import Ingredients, download_command, write_bundle
 from aiflux.cli.main import main
 from aiflux.engines.ollama.store import missing_parts
 from aiflux.errors import BundleError, ModelError

@@ -25,7 +25,7 @@ from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ImageError, ModelError
 from aiflux.image.container import find_image, find_runtime, local_choices
 from aiflux.image.sif import own_image, refuse_other_engine
-from aiflux.slurm.preflight.memory import check_names
+from aiflux.slurm.preflight.nodes import check_names
 from aiflux.slurm.script import JobScript, render_local, render_models
 
 if TYPE_CHECKING:

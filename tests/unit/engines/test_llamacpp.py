@@ -17,7 +17,7 @@ from aiflux.engines.llamacpp.kind import KIND
 from aiflux.errors import AifluxError, ConfigError, EngineError, InputError
 from aiflux.models.catalog import read_catalog
 from aiflux.slurm.preflight.local import check_models
-from aiflux.slurm.preflight.memory import check_endpoints, check_names
+from aiflux.slurm.preflight.nodes import check_endpoints, check_names
 from aiflux.slurm.script import JobScript
 from tests.tools import make_tiny_gguf
 from tests.unit.helpers import request_line

@@ -26,7 +26,7 @@ from aiflux.models.name import parse_model_name
 from aiflux.slurm.cluster import ask_cluster
 from aiflux.slurm.preflight.cluster import check_room
 from aiflux.slurm.preflight.local import check_models
-from aiflux.slurm.preflight.memory import gpu_room
+from aiflux.slurm.preflight.nodes import gpu_room
 from tests.tools.make_sparse_gguf import install
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import FakeSite, node, partition

@@ -31,8 +31,14 @@ from aiflux.slurm.preflight.local import (
     collect,
     finding_of,
 )
-from aiflux.slurm.preflight.memory import check_endpoints, check_memory, check_names, gpu_room
-from aiflux.slurm.preflight.nodes import check_nodes, with_features
+from aiflux.slurm.preflight.nodes import (
+    check_endpoints,
+    check_memory,
+    check_names,
+    check_nodes,
+    gpu_room,
+    with_features,
+)
 from aiflux.slurm.script import wants_gpus
 from aiflux.util.diagnosis import Diagnosis, ok, warn
 from aiflux.util.times import walltime_seconds, walltime_text

@@ -1,4 +1,4 @@
-"""Whether any node of a partition could ever run a job: GPUs, CPUs, memory, features."""
+"""Whether a node of a partition can run a job, and whether its GPUs hold the models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from aiflux.core.config.config import SlurmConfig
+from aiflux.core.runs.plan import Plan
+from aiflux.engines.kinds import engine_kind
+from aiflux.engines.sizing import context_length, gpus_needed
+from aiflux.models.catalog import Catalog
+from aiflux.models.endpoints import ENDPOINTS
+from aiflux.models.figures import Figures
+from aiflux.models.gpu_memory import Room, gpu_bytes, gpu_bytes_of_features, is_slice
 from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, megabytes, parse_gpus
 from aiflux.slurm.preflight.local import Finding
 
@@ -127,3 +134,173 @@ def with_features(nodes: Iterable[Node], slurm: SlurmConfig) -> list[Node]:
 def _feature_remedy(facts: Facts, partition: Partition) -> str:
     names = sorted({name for node in facts.nodes_of(partition.name) for name in node.features})
     return f"--constraint NAME (there are: {', '.join(names)})" if names else "leave it out"
+
+
+def check_memory(plan: Plan, catalog: Catalog, room: Room) -> Iterator[Finding]:
+    """Check that the plan's models can fit the GPUs of one engine.
+
+    What is refused needs more than the GPUs have even with one slot (or as many as were asked for)
+    and the smallest buffers; of a model whose figures nobody knows there is no finding.
+
+    Args:
+        room: the GPUs that the job gets.
+    """
+    options = plan.options
+    if options.gpus_per_engine > room.count:
+        yield Finding(
+            "error",
+            f"--gpus-per-engine {options.gpus_per_engine} is more than the job's GPUs "
+            f"({room.count})",
+            room.option.format(options.gpus_per_engine),
+        )
+    for name in plan.models:
+        figures = engine_kind(options).figures(plan.models_dir, name, catalog)
+        if figures is not None:
+            yield from _check_fit(plan, plan.served(name), figures, room)
+
+
+def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
+    """Find models that are absent and whose names look like misspellings of known ones."""
+    kind = engine_kind(plan.options)
+    for name in plan.models:
+        served = plan.served(name)
+        known = kind.catalog_name(name)
+        near = None if known is None else catalog.nearest(known)
+        if near and plan.models_dir and not kind.is_stored(plan.models_dir, name):
+            yield Finding(
+                "error",
+                f"the model {served} is neither in {plan.models_dir} nor in the catalog",
+                f"did you mean {near}? If not, pull it first: aiflux models pull {served}",
+            )
+
+
+def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
+    """Check that the one model of a plan can do what its requests ask for."""
+    name = engine_kind(plan.options).catalog_name(plan.models[0])
+    model = None if name is None or len(plan.models) > 1 else catalog.find(name)
+    if model is None:
+        return
+    able = {ENDPOINTS[name].url for name in model.endpoints}
+    for url, count in plan.input.endpoints.items():
+        if url not in able:
+            yield Finding(
+                "error",
+                f"{model.name} is for {', '.join(model.endpoints)}, and {count} "
+                f"request{'s' * (count > 1)} ask{'s' * (count == 1)} for {url}",
+                "name another model, or make requests for what it does; where it is known to do "
+                "that, say so in a models.yaml of your own (endpoints)",
+            )
+
+
+def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator[Finding]:
+    options = plan.options
+    kind = engine_kind(options)
+    context = context_length(plan, figures.architecture.context)
+    slots, each = options.slots or 1, options.gpus_per_engine
+
+    def least(count: int, gpus: int = each) -> int:
+        return kind.memory_needed(figures, context, count, gpus, options)
+
+    if not kind.divides(figures, each):
+        possible = [str(gpus) for gpus in range(1, each) if kind.divides(figures, gpus)]
+        yield Finding(
+            "error",
+            f"{kind.title} cannot divide {model} among {each} GPUs: it has "
+            f"{figures.architecture.heads} attention heads and {figures.architecture.kv_heads} "
+            "key-value heads",
+            f"--gpus-per-engine {' or '.join(possible)}",
+        )
+        return
+    has = each * room.size
+    if least(slots) <= has:
+        return
+    fits = [count for count in range(1, slots) if least(count) <= has]
+    enough = gpus_needed(
+        lambda gpus: least(slots, gpus) if kind.divides(figures, gpus) else None,
+        figures,
+        room.size,
+    )
+    remedies = [f"--slots {fits[-1]} at most"] if fits else []
+    remedies += [] if enough is None else _more_gpus(enough, room)
+    remedies.append("GPUs with more memory, a smaller model, or a smaller --context-length")
+    kept = f"{each} such GPUs have" if each > 1 else "it has"
+    yield Finding(
+        "error",
+        f"{model} does not fit a GPU {room.kind!r}: with {slots} slot{'s' * (slots > 1)} of "
+        f"{context} tokens it takes at least {_gigabytes(least(slots))}, and {kept} "
+        f"{_gigabytes(has)}",
+        "; or ".join(remedies),
+    )
+
+
+def _more_gpus(enough: int, room: Room) -> list[str]:
+    """Say how many GPUs would do."""
+    if is_slice(room.kind):
+        return ["a whole GPU or a larger slice of one (an engine can use one slice only)"]
+    if room.most < enough:
+        return [
+            f"{enough} such GPUs for each engine would do, but no node here has more than "
+            f"{room.most}"
+        ]
+    more = "" if enough <= room.count else f" {room.option.format(enough)}"
+    return [f"{enough} such GPUs for each engine would do: --gpus-per-engine {enough}{more}"]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def gpu_room(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> Room | None:
+    """Return the largest GPUs that a job may get; None where any of them may be of unknown size.
+
+    Args:
+        partitions: that the job may go to.
+    """
+    asked = requested_gpus(slurm)
+    if not asked:
+        return None
+    nodes = [node for name in partitions for node in facts.nodes_of(name)]
+    nodes = [node for node in with_features(nodes, slurm) if _has(node, asked)]
+    kinds = [pair for kind in asked for pair in _sizes(kind, nodes)]
+    known = [(size, kind) for kind, size in kinds if size is not None]
+    if not known or len(known) < len(kinds):
+        return None
+    size, kind = max(known)
+    wanted = next(iter(asked)) if len(asked) == 1 else ""
+    most = max((node.gpus_of(wanted) for node in nodes), default=0)
+    return Room(kind, size, sum(asked.values()), most, _option(slurm, wanted))
+
+
+def _option(slurm: SlurmConfig, kind: str) -> str:
+    typed = f"{kind}:{{}}" if kind else "{}"
+    return f"--gres gpu:{typed}" if slurm.gres is not None else f"--gpus-per-node {typed}"
+
+
+def _has(node: Node, asked: dict[str, int]) -> bool:
+    return all(node.gpus_of(kind) >= count for kind, count in asked.items())
+
+
+def _sizes(kind: str, nodes: Iterable[Node]) -> Iterator[tuple[str, int | None]]:
+    """Yield the names and sizes of the GPUs that a request for a kind may bring; "" is any."""
+    if kind and gpu_bytes(kind) is not None:
+        yield kind, _told_by_nodes(kind, nodes) or gpu_bytes(kind)
+        return
+    for node in nodes:
+        for own in node.gpus:
+            if not kind or own.lower() == kind.lower():
+                featured = gpu_bytes_of_features(node.features)
+                name = own or next(filter(gpu_bytes, node.features), "gpu")
+                exact = _told_by_nodes(own, [node]) if gpu_bytes(own) else None
+                yield name, exact or gpu_bytes(own) or featured
+
+
+def _told_by_nodes(kind: str, nodes: Iterable[Node]) -> int | None:
+    """Return a size that features tell more exactly than a type does: a100 and a100-40gb."""
+    sizes = []
+    for node in nodes:
+        exact = [
+            f for f in node.features if kind.lower() in f.lower() and f.lower() != kind.lower()
+        ]
+        sizes.append(gpu_bytes_of_features(exact))
+    told = [size for size in sizes if size is not None]
+    return max(told) if told and len(told) == len(sizes) else None

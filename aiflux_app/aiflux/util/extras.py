@@ -24,7 +24,7 @@ EXTRAS: Mapping[str, str] = {
 
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "documents": ("pypdf>=5.0", "cryptography>=41"),
-    "hub": ("huggingface_hub>=1.0",),
+    "hub": ("huggingface_hub>=2.0",),
     "images": ("Pillow>=10.0",),
     "parquet": ("pyarrow>=14.0",),
     "report": ("matplotlib>=3.8",),

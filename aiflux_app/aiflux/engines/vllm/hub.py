@@ -105,6 +105,11 @@ def _is_revision(text: str) -> bool:
     return bool(_REVISION.fullmatch(text)) and ".." not in text and not text.startswith("/")
 
 
+def store_name(repo: str) -> str:
+    """Return the name of a model's directory in a hub cache."""
+    return _STORE + repo.replace("/", "--")
+
+
 def find_snapshot(models_dir: Path | None, model: HubModel) -> Path | None:
     """Return the directory with a model's files; None where it is not stored.
 
@@ -116,7 +121,7 @@ def find_snapshot(models_dir: Path | None, model: HubModel) -> Path | None:
     if models_dir is None:
         return None
     for root in (models_dir / HUB, models_dir):
-        store = root / f"{_STORE}{model.repo.replace('/', '--')}"
+        store = root / store_name(model.repo)
         commit = _commit(store, model.revision)
         if commit is not None and os.path.isdir(store / "snapshots" / commit):
             return store / "snapshots" / commit

@@ -1,35 +1,45 @@
 """Pull a snapshot from the hub with huggingface_hub, and check every file.
 
-huggingface_hub resumes downloads, and takes HF_TOKEN, HF_ENDPOINT and the proxies from the
-environment. It checks sizes; the SHA-256 that the hub has of each large file is compared here.
+A snapshot is put together in ``hub/.staging`` and moved into place when every file has the hash
+that the hub has of it, so that a run sees a complete snapshot or none. huggingface_hub resumes a
+download whose connection breaks. A pull that is run again keeps the files that are complete.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from hashlib import sha1, sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from aiflux.engines.base import FetchContext
-from aiflux.engines.vllm.hub import HUB, HubModel, find_snapshot, problems, stored_snapshot
-from aiflux.errors import ModelError, StorageError
-from aiflux.util.extras import need
-
-_UNUSED = (
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-    "*.onnx",
-    "*.h5",
-    "*.msgpack",
-    "original/*",
-    "onnx/*",
+from aiflux.engines.ollama.staging import changing, refuse_read_only
+from aiflux.engines.vllm.hub import (
+    HUB,
+    HubModel,
+    find_snapshot,
+    problems,
+    store_name,
+    stored_snapshot,
 )
-"""The same weights in other formats, where the repository has safetensors."""
+from aiflux.errors import AifluxError, ModelError, StorageError
+from aiflux.util.extras import need
+from aiflux.util.files import atomic_write, fsync_directory, storage_error
+from aiflux.util.text import size_text
+
+STAGING = ".staging"
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*",
+                  "onnx/*", "consolidated*.safetensors")  # fmt: skip
+"""The same weights in other formats, where the repository has ``model*.safetensors``."""
 _BLOCK = 1 << 20
+_SHA256_DIGITS = 64
+_INTERVAL = 1.0
 
 
 def ensure_snapshot(models_dir: Path, model: HubModel, context: FetchContext) -> bool:
@@ -39,49 +49,204 @@ def ensure_snapshot(models_dir: Path, model: HubModel, context: FetchContext) ->
         ModelError: it is unknown, gated or not available, or a file differs from the hub's.
         StorageError: the models directory cannot be written.
         ConfigError: huggingface_hub is not installed.
+        UsageError: the user may not write into the models directory.
     """
     if model.folder is not None:
         stored_snapshot(models_dir, model)
         return False
-    if not context.again:
-        found = find_snapshot(models_dir, model)
-        if found is not None and not any(problems(found)):
-            return False
+    if not context.again and _is_stored(models_dir, model):
+        return False
     hub = need("huggingface_hub", "hub", f"pulling {model.text}")
-    context.say(f"pulling {model.text}")
-    snapshot = _download(hub, models_dir / HUB, model, context)
+    refuse_read_only(models_dir)
+    with changing(models_dir, f"pulling {model.text}", context.say):
+        if not context.again and _is_stored(models_dir, model):
+            return False
+        context.say(f"pulling {model.text} into {models_dir}")
+        with _explained(hub, models_dir / HUB, model):
+            commit = Pull(hub, models_dir / HUB, model, context).run()
     stored_snapshot(models_dir, model)
-    context.say(f"{model.text} is commit {snapshot.name}")
+    context.say(f"{model.text} is commit {commit}")
     return True
 
 
-def _download(hub: Any, cache: Path, model: HubModel, context: FetchContext) -> Path:
-    """Args: hub: the module huggingface_hub."""
+def _is_stored(models_dir: Path, model: HubModel) -> bool:
+    found = find_snapshot(models_dir, model)
+    return found is not None and not any(problems(found))
+
+
+class Pull:
+    """One pull.
+
+    Args:
+        hub: the module ``huggingface_hub``.
+        cache: hub cache that the snapshot is moved to.
+    """
+
+    def __init__(self, hub: Any, cache: Path, model: HubModel, context: FetchContext) -> None:
+        # Else a file may be a link to a store outside of the snapshot's own.
+        constants: Any = import_module("huggingface_hub.constants")
+        constants.HF_HUB_DISABLE_SHARED_BLOBS = True
+        import_module("huggingface_hub.utils").disable_progress_bars()
+        self._hub = hub
+        self._model = model
+        self._progress = context.progress
+        self._options = {
+            "endpoint": context.environ.get("HF_ENDPOINT") or None,
+            "token": context.environ.get("HF_TOKEN") or None,
+        }
+        self._store = cache / store_name(model.repo)
+        self._staging = cache / STAGING / self._store.name
+        self._staged = self._staging / self._store.name
+
+    def run(self) -> str:
+        """Pull; return the commit."""
+        info = self._hub.HfApi(**self._options).model_info(
+            self._model.repo, revision=self._model.revision, files_metadata=True
+        )
+        if info.sha is None:
+            raise ModelError(f"the hub names no commit of {self._model.text}", "try again later")
+        files = _wanted(info.siblings or [], self._model)
+        (self._staged / "blobs").mkdir(parents=True, exist_ok=True)
+        for left in self._staged.glob("blobs/*.incomplete*"):
+            left.unlink()  # of a pull that was killed; the lease is held
+        for file in files:
+            self._reuse(file)
+        self._refuse_full(files)
+        for count, file in enumerate(files, 1):
+            self._fetch(file, f"{count}/{len(files)} {file.rfilename}", info.sha)
+        self._move(info.sha)
+        return str(info.sha)
+
+    def _reuse(self, file: Any) -> None:
+        """Take over a file that another snapshot has, unless it is damaged."""
+        name = _hash(file)
+        stored, staged = self._store / "blobs" / name, self._staged / "blobs" / name
+        if name and stored.is_file() and not staged.exists() and blob_digest(stored) == name:
+            os.link(stored, staged)
+
+    def _refuse_full(self, files: list[Any]) -> None:
+        missing = sum(
+            file.size or 0
+            for file in files
+            if not _hash(file) or not (self._staged / "blobs" / _hash(file)).exists()
+        )
+        free = shutil.disk_usage(self._staged).free
+        if free < missing:
+            raise StorageError(
+                f"{self._store.parent} has {size_text(free)} free, and {self._model.text} needs "
+                f"{size_text(missing)} more",
+                "free space, or choose another directory: --models-dir PATH",
+            )
+
+    def _fetch(self, file: Any, label: str, commit: str) -> None:
+        with self._watched(label, file.size or 0):
+            path = Path(
+                self._hub.hf_hub_download(
+                    self._model.repo,
+                    file.rfilename,
+                    revision=commit,
+                    cache_dir=self._staging,
+                    **self._options,
+                )
+            )
+        wanted = _hash(file)
+        found = file_digest(path) if file.lfs else git_digest(path)
+        if wanted and found != wanted:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise ModelError(
+                f"{file.rfilename} of {self._model.text} arrived damaged: its hash is {found}, "
+                f"and the hub's is {wanted}",
+                "pull again: the file was removed, and complete files are kept",
+            )
+
+    @contextmanager
+    def _watched(self, label: str, size: int) -> Iterator[None]:
+        """Report how many bytes of a file have arrived, every second."""
+        ended = threading.Event()
+        before = self._arrived()
+
+        def watch() -> None:
+            while not ended.wait(_INTERVAL):
+                done = min(size, self._arrived() - before)
+                self._progress({"status": label, "total": size, "completed": done})
+
+        self._progress({"status": label, "total": size, "completed": 0})
+        watcher = threading.Thread(target=watch, name="pull-watch", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+    def _arrived(self) -> int:
+        """Return the bytes in staging: a partial file may have its whole length from the start."""
+        total = 0
+        for entry in os.scandir(self._staged / "blobs"):
+            try:
+                total += entry.stat().st_blocks * 512
+            except FileNotFoundError:
+                continue  # renamed when it was complete
+        return total
+
+    def _move(self, commit: str) -> None:
+        """Move what is staged into place: blobs first, then the snapshot, then its name."""
+        for folder in ("blobs", "snapshots", "refs"):
+            (self._store / folder).mkdir(parents=True, exist_ok=True)
+        for blob in (self._staged / "blobs").iterdir():
+            blob.replace(self._store / "blobs" / blob.name)
+        fsync_directory(self._store / "blobs")
+        target = self._store / "snapshots" / commit
+        if target.is_dir():
+            target.rename(self._staged / "replaced")
+        (self._staged / "snapshots" / commit).rename(target)
+        fsync_directory(target.parent)
+        ref = self._store / "refs" / (self._model.revision or "main")
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(ref) as file:
+            file.write(commit.encode())
+        shutil.rmtree(self._staging)
+
+
+def _wanted(siblings: list[Any], model: HubModel) -> list[Any]:
+    """Return the files to pull: weights in one format are enough.
+
+    Raises:
+        ModelError: none of them is in the format that is needed.
+    """
+    names = [each.rfilename for each in siblings]
+    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        raise ModelError(
+            f"{model.repo} has no weights in safetensors format",
+            "choose a model that has them; for a GGUF file use --engine llamacpp",
+        )
+    if not any(fnmatchcase(name, "model*.safetensors") for name in names):
+        return siblings
+    return [
+        each
+        for each in siblings
+        if not any(fnmatchcase(each.rfilename, pattern) for pattern in _OTHER_FORMATS)
+    ]
+
+
+def _hash(file: Any) -> str:
+    """Return the hash that the hub has of a file, which is also the name of its blob."""
+    return str(file.lfs.sha256 if file.lfs else file.blob_id or "")
+
+
+@contextmanager
+def _explained(hub: Any, cache: Path, model: HubModel) -> Iterator[None]:
+    """Turn the exceptions of huggingface_hub into errors with a remedy."""
     errors = import_module("huggingface_hub.errors")
     try:
-        info = hub.HfApi().model_info(model.repo, revision=model.revision, files_metadata=True)
-        if info.sha is None:
-            raise ModelError(f"the hub names no commit of {model.text}", "try again later")
-        names = [each.rfilename for each in info.siblings or []]
-        skipped = [*_UNUSED] if any(name.endswith(".safetensors") for name in names) else None
-        _refuse_full(cache, sum(each.size or 0 for each in info.siblings or []))
-        # The branch's name is kept beside the commit, so that it is found without the hub.
-        snapshot = Path(
-            hub.snapshot_download(
-                model.repo,
-                revision=info.sha,
-                cache_dir=cache,
-                ignore_patterns=skipped,
-                force_download=context.again,
-            )
-        )
-        _check(snapshot, info.siblings or [], model)
-        _write_ref(snapshot, model)
-        return snapshot
+        yield
+    except AifluxError:
+        raise
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"{model.repo} is gated: the hub asks who you are",
-            "accept its terms on the model's page, and set HF_TOKEN to a token of your account",
+            f"{model.repo} is gated: its owner must give your account access",
+            "request access on the model's page, and set HF_TOKEN to a token of your account",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
@@ -93,65 +258,30 @@ def _download(hub: Any, cache: Path, model: HubModel, context: FetchContext) -> 
             f"{model.repo} has no revision {model.revision!r}",
             "name a branch, a tag or a commit of the model",
         ) from error
-    except OSError as error:  # HTTP errors of huggingface_hub are OSErrors, too
-        if error.errno is not None:
-            raise StorageError(
-                f"cannot write {cache}: {error.strerror}", "free space or choose --models-dir"
-            ) from error
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, errors.HTTPError):
+            raise storage_error(error, cache) from error
         raise _unavailable(model, error) from error
-    except errors.HfHubHTTPError as error:
-        raise _unavailable(model, error) from error
-    except ModelError:
-        raise
-    except Exception as error:
-        # The HTTP library's own exceptions have no common base class with those above.
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
-            raise
+    # Xet is the hub's own transfer protocol; its library raises RuntimeError.
+    except (errors.HTTPError, errors.XetDownloadError, RuntimeError) as error:
         raise _unavailable(model, error) from error
 
 
-def _unavailable(model: HubModel, error: Exception) -> ModelError:
-    first = str(error).strip().partition("\n")[0]
+def _unavailable(model: HubModel, error: BaseException) -> ModelError:
+    """Return the error of a hub that does not answer as it should, by the first cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return ModelError(
-        f"{model.text} could not be pulled: {first or type(error).__name__}",
-        "pull where the hub can be reached (HF_ENDPOINT names a mirror), or copy the model's "
-        "directory to this cluster and give its path as the model; run again: it resumes",
+        f"{model.text} could not be pulled: {first.strip()}",
+        "pull on a machine that reaches the hub (HF_ENDPOINT names a mirror), or copy the model's "
+        "directory here and give its path as the model; a pull keeps the files that are complete",
     )
 
 
-def _refuse_full(cache: Path, size: int) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if free < size:
-        raise StorageError(
-            f"{cache} has {free >> 30} GiB free, and the model needs up to {size >> 30}",
-            "free space or choose --models-dir",
-        )
-
-
-def _check(snapshot: Path, siblings: list[Any], model: HubModel) -> None:
-    """Compare files with the hashes that the hub has: SHA-256 of large ones, git's of the rest."""
-    for each in siblings:
-        path = snapshot / each.rfilename
-        if not path.is_file():
-            continue  # one of the skipped formats
-        lfs = each.lfs
-        wanted = lfs.sha256 if lfs else each.blob_id
-        found = file_digest(path) if lfs else git_digest(path)
-        if wanted and found != wanted:
-            path.resolve().unlink(missing_ok=True)
-            raise ModelError(
-                f"{each.rfilename} of {model.text} differs from the hub's: {found} is not {wanted}",
-                "pull again: the file was removed and is downloaded again",
-            )
-
-
-def _write_ref(snapshot: Path, model: HubModel) -> None:
-    """Note which commit the revision is, where huggingface_hub was asked for the commit."""
-    refs = snapshot.parents[1] / "refs"
-    ref = refs / (model.revision or "main")
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(snapshot.name, encoding="ascii")
+def blob_digest(path: Path) -> str:
+    """Return a blob's hash, of the kind that its name has."""
+    return file_digest(path) if len(path.name) == _SHA256_DIGITS else git_digest(path)
 
 
 def file_digest(path: Path) -> str:
@@ -165,5 +295,8 @@ def file_digest(path: Path) -> str:
 
 def git_digest(path: Path) -> str:
     """Return a file's blob id as git computes it, hex."""
-    content = path.read_bytes()
-    return sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    digest = sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -99,7 +99,8 @@ def test_a_job_uses_the_image_of_its_engine(
 ) -> None:
     place = user.folder("llamacpp job")
     user.write(place / "in.jsonl", lines(FRANCE, PLANETS))
-    words = ["--engine", "llamacpp", "--model", MODEL, "--gpus-per-node", "0", "--time", "0:10:00"]
+    words = ["--engine", "llamacpp", "--model", MODEL, "--gpus-per-node", "0", "--time", "0:10:00",
+             "--mem", "2G", "--cpus-per-task", "2"]  # fmt: skip
     aiflux = checkout / ".venv/bin/aiflux"
     printed = user.run(aiflux, "run", "--input", "in.jsonl", "--output", "out.json", *words,
                        cwd=place, env=job_env)  # fmt: skip

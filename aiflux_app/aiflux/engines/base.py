@@ -23,8 +23,16 @@ from aiflux.util.text import joined
 if TYPE_CHECKING:
     from aiflux.engines.http import Client  # imports requests
 
-HttpFactory = Callable[..., "Client"]
-"""Makes the client of a server: called with its address and the certificates to trust, if any."""
+
+class HttpFactory(Protocol):
+    """Makes the client of a server."""
+
+    def __call__(self, url: str, ca: str | None = None) -> Client:
+        """Return it.
+
+        Args:
+            ca: certificates to trust: a file or a directory.
+        """
 
 
 def refuse_mixed_uses(title: str, endpoints: Mapping[str, int]) -> None:

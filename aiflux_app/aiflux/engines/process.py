@@ -197,7 +197,9 @@ class ServerProcess:
         """Tell whether the server that listens at ``url`` is this one, and not somebody else's."""
         process = self._process
         return process is not None and any(
-            port == self._port for each in _family(process.pid) for port in _ports_of(each)
+            self.url == f"http://127.0.0.1:{port}"
+            for each in _family(process.pid)
+            for port in _ports_of(each)
         )
 
     def stop(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from typing import Any
 
 from aiflux.core.batch.request import EMBEDDINGS, RERANK
@@ -20,7 +19,6 @@ from aiflux.engines.process import engine_environment, engine_program
 from aiflux.engines.sizing import engine_context, engine_slots
 from aiflux.errors import EngineError, ModelError
 
-_POLL = 0.1
 _PROBE_TIMEOUT = 5.0
 _ALL_LAYERS = "999"
 # What llama.cpp logs when the layers are in place, and why a model cannot be loaded.
@@ -66,9 +64,8 @@ class LlamaCppEngine(ManagedEngine):
                     raise
         self._digest = files.digest
         self._note_facts(files, self._props(client))
-        client.close()
         self._check_placement()
-        self._use(client.base_url)
+        self._use(client)
 
     def _files(self) -> ModelFiles:
         model = self.spec.model
@@ -86,22 +83,17 @@ class LlamaCppEngine(ManagedEngine):
         log = self.spec.log
         self._log_start = log.stat().st_size if log.exists() else 0
         environment = engine_environment(self.spec.environ, self.spec.home, self._settings())
-        client: Client = self._make_client(self._serve(self._command(files), environment))
-        deadline = time.monotonic() + self._options.load_timeout
-        while not self._answers(client):
-            if not self.is_ready():
-                raise EngineError(
-                    f"{self._model} could not be loaded: {self._reason()}",
-                    f"see the engine's log: {log}",
-                )
-            if time.monotonic() > deadline:
-                self.stop()
-                raise EngineError(
-                    f"{self._model} was not loaded within {self._options.load_timeout:g} s",
-                    f"see the engine's log: {log}; allow more time with --load-timeout",
-                )
-            self._closing.wait(_POLL)
-        return client
+        server = self._serve(self._command(files), environment)
+        try:
+            # Until the model is in memory, every path answers 503.
+            return self._await_ready(server, "/health", self._options.load_timeout)
+        except EngineError as error:
+            reason = self._reason()
+            if reason is None:
+                raise
+            raise EngineError(
+                f"{self._model} could not be loaded: {reason}", f"see the engine's log: {log}"
+            ) from error
 
     def _command(self, files: ModelFiles) -> list[str]:
         # Every slot gets an equal share of the context.
@@ -141,13 +133,6 @@ class LlamaCppEngine(ManagedEngine):
         if self._options.log_level == "DEBUG":
             settings["LLAMA_LOG_VERBOSITY"] = "4"
         return {**settings, **self._options.engine_env}
-
-    def _answers(self, client: Client) -> bool:
-        """Tell whether the model is in memory: until then every path answers 503."""
-        try:
-            return client.get("/health", _PROBE_TIMEOUT).status == 200
-        except ExchangeError:
-            return False
 
     def _props(self, client: Client) -> dict[str, Any]:
         try:
@@ -194,13 +179,10 @@ class LlamaCppEngine(ManagedEngine):
         found = _OFFLOADED.findall(self._log_text())
         return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
-    def _reason(self) -> str:
-        """Return why the server ended, in its own words."""
-        lines = self._log_text().strip().splitlines()
-        told = [found[1].strip() for found in map(_REASON.search, lines) if found]
-        if told:
-            return told[-1]
-        return lines[-1].strip() if lines else "it ended without a word"
+    def _reason(self) -> str | None:
+        """Return why the model could not be loaded, in the server's words; None without any."""
+        found = [match for match in map(_REASON.search, self._log_text().splitlines()) if match]
+        return found[-1][1].strip() if found else None
 
     def _log_text(self) -> str:
         """Return what the current server logged; "" where the disk had no room for a log."""

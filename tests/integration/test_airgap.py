@@ -435,7 +435,7 @@ def test_a_sealed_run_is_isolated_in_both_directions(
         assert subprocess.run(look, capture_output=True, check=False).returncode != 0
         assert shard_status(place)["aiflux"]["sealed"] is True
     status_text = user.run(aiflux, "status", "out.json", cwd=place)
-    assert "sealed: no network but its own" in status_text
+    assert "sealed: no network access" in status_text
     assert user.none_left(), user.processes()
 
 

@@ -179,8 +179,8 @@ def test_an_interrupted_pull_is_resumed(
     assert missing_parts(site.models, parse_model_name(site.name)) == ["manifest"]
     assert not (site.models / "blobs").exists(), "runs do not see the unfinished model"
     listed = site.run("models", "list", "--here")
-    assert f"a pull broke off: {site.name}" in listed
-    assert f"aiflux models pull {site.name} goes on with it" in listed
+    assert f"pull interrupted: {site.name}" in listed
+    assert f"continue it: aiflux models pull {site.name}" in listed
     site.run("models", "pull", site.name)
     site.works()
     assert not [*(site.models / ".staging").iterdir()]

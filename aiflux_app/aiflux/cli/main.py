@@ -111,12 +111,12 @@ def make_program() -> LazyGroup:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    # Outermost, for a signal may come as soon as its handler is there.
+    # Outermost, because a signal can arrive as soon as its handler is installed.
     try:
         with unwinding(), open_streams() as stdout:
             return _main(sys.argv[1:] if argv is None else argv, stdout)
     except KeyboardInterrupt as signal:
-        if os.environ.get("_AIFLUX_COMPLETE"):  # a person goes on typing
+        if os.environ.get("_AIFLUX_COMPLETE"):  # Ctrl-C while the shell completes
             return int(ExitCode.STOPPED)
         print(f"stopped by {str(signal) or 'Ctrl-C'} before the end", file=sys.stderr)
         return int(ExitCode.STOPPED)
@@ -134,7 +134,7 @@ def _main(words: Sequence[str], stdout: Outlet) -> int:
     except BrokenPipeError:
         return int(ExitCode.OK)
     except SystemExit as end:
-        # So rich's Console ends the process where nobody reads stdout any more.
+        # rich's Console exits like this when nobody reads stdout any more.
         if not isinstance(end.__context__, BrokenPipeError):
             raise
         return int(ExitCode.OK)
@@ -180,7 +180,8 @@ def _run(words: Sequence[str], session: Session, stdout: Outlet) -> int:
 
     def begin(ctx: click.Context) -> None:
         refuse_lost_folder()
-        # The exit code of what works on a run says how the run went, whoever reads the words.
+        # The exit code of a command that works on a run is that of the run, even if nobody reads
+        # stdout.
         name = ctx.command_path.split()[1]
         stdout.strict = name not in GROUPS["Run"] or bool(ctx.params.get("dry_run"))
 

@@ -21,19 +21,19 @@ from aiflux.util.streams import STDIN, STDOUT
 
 
 def piped_file(kind: str) -> Path:
-    """Return the name of stdin, which holds all of what is piped, for it is read more than once.
+    """Return the name of stdin, after copying a pipe to a file: it is read more than once.
 
     Args:
         kind: of input that is converted.
 
     Raises:
-        UsageError: nothing is piped, or the kind is no file.
-        StorageError: what is piped has no place.
+        UsageError: stdin is a terminal, or the kind is not a file.
+        StorageError: there is no disk space for the copy.
     """
     if kind == "dir" or sys.stdin.isatty():
-        seen = "reads a folder" if kind == "dir" else "reads a pipe, and there is none"
+        seen = "needs a directory" if kind == "dir" else "reads stdin, which is a terminal"
         raise UsageError(
-            f"--input {STDIN} {seen}", "name it; or: zcat in.csv.gz | aiflux convert csv --input -"
+            f"--input {STDIN} {seen}", "name it, or: zcat in.csv.gz | aiflux convert csv --input -"
         )
     if not stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
         with tempfile.TemporaryFile(prefix="aiflux-") as file:
@@ -52,8 +52,8 @@ def _copy(source: BinaryIO, target: BinaryIO) -> None:
 
 def _no_room(reason: str) -> StorageError:
     return StorageError(
-        f"what is piped has no place in {tempfile.gettempdir()}: {reason}",
-        "make room there, or set TMPDIR to a folder with more",
+        f"cannot store the piped data in {tempfile.gettempdir()}: {reason}",
+        "free disk space there, or set TMPDIR to another directory",
     )
 
 
@@ -61,25 +61,25 @@ def refuse_both(output: str, *, as_json: bool) -> None:
     """Refuse to write both data and a summary to stdout.
 
     Raises:
-        UsageError: that was asked for.
+        UsageError: both go to stdout.
     """
     if as_json and output == STDOUT:
         raise UsageError(
-            "--output - and --json exclude each other: stdout takes one thing",
-            "name a file with --output, or leave --json out",
+            "--output - and --json cannot be combined: both write to stdout",
+            "name a file with --output, or omit --json",
         )
 
 
 @contextmanager
 def destination(name: str, *, force: bool) -> Iterator[Path]:
-    """Yield the file to write; what is meant for stdout goes there once it is whole.
+    """Yield the file to write; output for stdout is copied there when it is complete.
 
-    So a reader behind a pipe sees all of it, or nothing.
+    A reader of the pipe sees all of it, or nothing.
 
     Raises:
-        OutputExistsError: the file is there already, and ``force`` is not given.
-        StorageError: stdout, or the folder for temporary files, is full.
-        UsageError: it is no file.
+        OutputExistsError: the file exists and ``force`` is not given.
+        StorageError: stdout or the temporary directory is full.
+        UsageError: it is not a file.
     """
     if name == STDOUT:
         with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
@@ -114,8 +114,8 @@ def _to_stdout(path: Path) -> None:
         raise
     except OSError as error:
         raise StorageError(
-            f"stdout cannot be written, and holds a part only: {error.strerror or error}",
-            "make room, and run the same command again",
+            f"stdout has only part of the output: {error.strerror or error}",
+            "free disk space, and run the same command again",
         ) from error
 
 
@@ -123,11 +123,11 @@ _BLOCK = 1 << 20
 
 
 class _SameError(Exception):
-    """The file holds the very same requests already."""
+    """The file already has the same requests."""
 
 
 def kept_input(stream: BinaryIO, output: str | None) -> Path:
-    """Return ``OUTPUT.input.jsonl`` with what the stream holds; the same again leaves it alone.
+    """Copy the stream to ``OUTPUT.input.jsonl`` and return it; equal content is not rewritten.
 
     Raises:
         UsageError: no output is named, or nothing is piped.
@@ -135,10 +135,10 @@ def kept_input(stream: BinaryIO, output: str | None) -> Path:
         StorageError: the file cannot be written.
     """
     if output is None:
-        raise UsageError(f"--input {STDIN} needs a name for the output", "--output results.json")
+        raise UsageError(f"--input {STDIN} needs --output", "--output results.json")
     if stream.isatty():
         raise UsageError(
-            f"--input {STDIN} reads requests from a pipe, and there is none",
+            f"--input {STDIN} reads stdin, which is a terminal",
             "aiflux convert ... --output - | aiflux run --input - ...",
         )
     target = checked_output(named_output(output, Path(STDIN)))
@@ -147,7 +147,9 @@ def kept_input(stream: BinaryIO, output: str | None) -> Path:
         shutil.copyfileobj(stream, file, _BLOCK)
         file.flush()
         if not file.tell():
-            raise InputError("no request came through the pipe", "see what the command before says")
+            raise InputError(
+                "no request came through the pipe", "see the messages of the command before it"
+            )
         if target.exists() and filecmp.cmp(f"/dev/fd/{file.fileno()}", target, shallow=False):
             raise _SameError
     return target

@@ -1,4 +1,4 @@
-"""The RUN argument: find the run a user names, and print its paths."""
+"""The RUN argument: find the run that the user names, and print lines about it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def run_argument(function: Function) -> Function:
 
 
 def make_console() -> TerminalConsole:
-    """Return a console on stdout that prints as it is told: no markup, nothing highlighted."""
+    """Return a console on stdout without markup and highlighting."""
     return TerminalConsole(highlight=False, markup=False, emoji=False)
 
 
 def frame_of(console: TerminalConsole, *, fit: bool = False) -> Frame:
-    """Return the frame that a run is shown in; ``fit`` keeps it to the terminal's height."""
+    """Return the frame of a console; ``fit`` limits it to the terminal's height."""
     blocks = console.encoding.lower().replace("-", "") == "utf8"
     if not console.is_terminal:
         return Frame(None, None, blocks, short)
-    # One line stays free: the cursor stands there.
+    # One line is left for the cursor.
     return Frame(console.width, console.height - 1 if fit else None, blocks, short)
 
 
 def show(console: TerminalConsole, lines: list[Text]) -> None:
-    """Print lines as they are: coloured on a terminal, plain elsewhere."""
+    """Print lines, with colors on a terminal."""
     for line in lines:
         if console.is_terminal:
             console.print(line, soft_wrap=True)
@@ -49,6 +49,6 @@ def located(text: str) -> RunDirectory:
     """Return the run that a job id, a run directory or an output path names.
 
     Raises:
-        UsageError: it names none.
+        UsageError: it names no run.
     """
     return find_run(text, os.environ, lambda job: run_directory_of(job, os.environ))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files and leases are removed."""
+"""Handle SIGTERM and SIGHUP like Ctrl-C, so that temporary files and leases are removed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise KeyboardInterrupt with their name.
+    """Raise KeyboardInterrupt with the signal's name on SIGTERM and SIGHUP.
 
-    SIGHUP stays ignored where it is, as under nohup. In a thread, signals are the caller's affair.
+    Under nohup SIGHUP stays ignored. In a thread, signals are left to the caller.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Start a run that is open: as Slurm jobs, in the image on this machine, or in this process."""
+"""Start a planned run: as Slurm jobs, in the image on this machine, or in this process."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 
 
 def show_local_choices(config: Config, image: Path | None) -> None:
-    """Say on stderr, before anything starts, what the current directory decides."""
+    """Print on stderr which decisive settings come from the current directory."""
     line = local_choices(config, image)
     if line is not None:
         print(f"note: {line}", file=sys.stderr)
 
 
 def submit_planned(planned: PlannedRun) -> int:
-    """Submit a planned run and say so; write the output where only that is missing."""
+    """Submit a planned run, or write its output if only that is missing."""
     from aiflux.slurm.job_id import join_jobs
     from aiflux.slurm.submit import submit_job
 
     opened = planned.opened
     if opened.counts is not None:
-        return _tell_finished(opened.plan, opened.counts)
+        return _print_finished(opened.plan, opened.counts)
     if not opened.open_shards:
         return write_output(opened.plan, opened.run)
     jobs = submit_job(planned)
@@ -58,12 +58,13 @@ def submit_planned(planned: PlannedRun) -> int:
     print(f"submitted {noun} {join_jobs(jobs)}: {plan.requests} requests{parts} -> {plan.output}")
     print(f"  run directory: {opened.run.path}")
     name = jobs[0].number
-    print(f"  see it: aiflux watch {name}    stop it: aiflux cancel {name}")
+    print(f"  follow: aiflux watch {name}    cancel: aiflux cancel {name}")
+    print(f"  afterwards: aiflux results show {name}    aiflux report {name}")
     return 0
 
 
 def register(plan: Plan, jobs: Sequence[JobId] = ()) -> None:
-    """Let `aiflux jobs` know a run."""
+    """Add a run to the list of `aiflux jobs`."""
     warning = register_plan(plan, jobs)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
@@ -81,15 +82,15 @@ def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
 
 
 def run_local(opened: OpenedRun, config: Config) -> int:
-    """Run in the image where Apptainer and the image are, else on an engine of this machine.
+    """Run in the image if Apptainer and the image are available, else on a local engine.
 
-    AIFLUX_ENGINE_PROGRAM names one to use in either case (see ``find_program``).
+    AIFLUX_ENGINE_PROGRAM names an engine to use in either case (see ``find_program``).
     """
     from aiflux.engines.process import find_program, named_program
 
     kind = engine_kind(opened.plan.options)
     if opened.counts is not None:
-        return _tell_finished(opened.plan, opened.counts)
+        return _print_finished(opened.plan, opened.counts)
     for finding in check_names(opened.plan, config.catalog()):
         raise ModelError(finding.what, finding.fix)
     if named_program(kind, os.environ):
@@ -112,13 +113,13 @@ def run_local(opened: OpenedRun, config: Config) -> int:
 
 
 def run_here(opened: OpenedRun) -> int:
-    """Work in this process, in the foreground."""
+    """Process the run in this process, in the foreground."""
     from aiflux.worker.progress import make_reporter
     from aiflux.worker.shard import Context, ensure_models, work
     from aiflux.worker.stop import Stopper
 
     if opened.counts is not None:
-        return _tell_finished(opened.plan, opened.counts)
+        return _print_finished(opened.plan, opened.counts)
     stopper = Stopper()
     stopper.install()
     context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
@@ -130,7 +131,7 @@ def run_here(opened: OpenedRun) -> int:
     return 0
 
 
-def _tell_finished(plan: Plan, counts: Counts) -> int:
+def _print_finished(plan: Plan, counts: Counts) -> int:
     print(finished_line(plan, counts))
     refuse_failures(plan, counts.failed)
     return 0
@@ -183,7 +184,7 @@ def _run(script: str) -> int:
         else:
             process.send_signal(number)
 
-    # SIGHUP stays ignored where it is, as under nohup.
+    # Under nohup SIGHUP is ignored, and stays so.
     numbers = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in numbers}
     try:

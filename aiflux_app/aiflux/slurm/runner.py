@@ -20,7 +20,7 @@ from aiflux.errors import OutputExistsError, SlurmError
 from aiflux.image.container import local_choices
 from aiflux.slurm import commands
 from aiflux.slurm.job_id import JobState, join_jobs, parse_jobs
-from aiflux.slurm.preflight.local import told
+from aiflux.slurm.preflight.local import finding_text
 from aiflux.slurm.query import job_state
 from aiflux.slurm.submit import plan_job, submit_job
 from aiflux.util.files import expanded
@@ -121,7 +121,7 @@ class SlurmRunner:
         if choices is not None:
             _log.warning(choices)
         for finding in planned.findings:
-            _log.warning(told(finding))
+            _log.warning(finding_text(finding))
         if dry_run:
             return "\n".join(text for _, text in planned.scripts)
         opened = planned.opened

@@ -207,7 +207,7 @@ def test_an_input_through_a_pipe(place: Path) -> None:
     empty = run("convert", *words, "--input", "-", input=b"")
     assert empty.returncode == 2
     assert b"'/dev/stdin' is empty" in empty.stderr
-    assert b"reads a folder" in run("convert", "dir", "--input", "-", "--output", "x").stderr
+    assert b"needs a directory" in run("convert", "dir", "--input", "-", "--output", "x").stderr
 
 
 def test_a_full_disk_behind_stdout_is_told(place: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_full_disk_behind_stdout_is_told(place: Path) -> None:
             [*AIFLUX, "convert", *words], stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert done.returncode == 5
-    assert b"stdout cannot be written, and holds a part only: No space left" in done.stderr
+    assert b"stdout has only part of the output: No space left" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -243,7 +243,7 @@ def test_run_from_a_terminal_waits_for_no_pipe() -> None:
         os.close(ours)
         os.close(theirs)
     assert done.returncode == 2
-    assert b"from a pipe, and there is none" in done.stderr
+    assert b"reads stdin, which is a terminal" in done.stderr
 
 
 def test_results_of_a_job_number_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def test_a_pilot_against_an_engine() -> None:
         assert len(engine.bodies) == 80
     lines = told.splitlines()
     assert again.splitlines()[-1] == lines[-1]
-    assert lines[0] == "pilot: 40 of 300 requests done"
+    assert lines[0] == "pilot: 40 of 300 requests finished"
     assert lines[1].startswith("       4 in flight, ")
     assert any(line.startswith("time  ") for line in lines)
     assert lines[-1].startswith("  aiflux run --input in.jsonl --output out.json ")
@@ -109,7 +109,7 @@ def test_run_with_pilot_does_the_same_and_nothing_else() -> None:
         told = aiflux("run", *here(engine)[1:7], "--pilot", "20")
         assert len(engine.bodies) == 20
     assert not RunDirectory.of_output(OUTPUT).path.exists()
-    assert "pilot: 20 of 300 requests done" in told
+    assert "pilot: 20 of 300 requests finished" in told
 
 
 def test_the_estimate_meets_the_run_and_stands_beside_it() -> None:
@@ -168,7 +168,7 @@ def test_a_pilot_that_was_stopped_goes_on() -> None:
         engine.delay = 0.0
         told = aiflux(*asked)
         assert len(engine.bodies) <= 40 + 2
-    assert told.splitlines()[0] == "pilot: 40 of 300 requests done"
+    assert told.splitlines()[0] == "pilot: 40 of 300 requests finished"
 
 
 # --- with Slurm ------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_a_job_first_and_then_its_estimate(
     assert "--time=01:00:00" in script
     told = capsys.readouterr().out
     assert "submitted job 100: 40 requests -> " in told
-    assert "the pilot is waiting (job 100): 0 of 40 requests done" in told
+    assert "the pilot is waiting (job 100): 0 of 40 requests finished" in told
     assert main([*SLURM, "--time", "02:00:00", "--json"]) == 0
     going = json.loads(capsys.readouterr().out)
     assert (going["estimate"], going["pilot"]["state"]) == (None, "waiting")
@@ -191,7 +191,7 @@ def test_a_job_first_and_then_its_estimate(
     do_the_pilot()
     assert main([*SLURM, "--time", "02:00:00"]) == 0
     told = capsys.readouterr().out
-    assert "pilot: 40 of 300 requests done" in told
+    assert "pilot: 40 of 300 requests finished" in told
     assert "recommended: one job of 00:10:00" in told
     assert "  aiflux run --input in.jsonl --output out.json --model m:1 " in told
     assert " --time 00:10:00 " in told
@@ -219,7 +219,7 @@ def test_a_pilot_that_failed_says_why(
     capsys.readouterr()
     assert main(SLURM) == 4
     told = capsys.readouterr().err
-    assert "the pilot has failed with 0 of 40 requests done: there is no such model" in told
+    assert "the pilot has failed with 0 of 40 requests finished: there is no such model" in told
     assert "aiflux logs out.json.pilot/results.json" in told
     slurm.say("squeue", "100|N/A|PENDING|N/A|0:00||Priority\n")
 

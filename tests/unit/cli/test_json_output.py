@@ -161,7 +161,7 @@ def test_a_conversion(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = told(capsys, 0, *words, "--output", "out.jsonl")
     assert (done["rows"], done["requests"], done["skipped"]) == (2, 2, 0)
     assert main([*words, "--output", "-", "--json"]) == 2
-    assert "exclude each other" in capsys.readouterr().err
+    assert "cannot be combined" in capsys.readouterr().err
 
 
 def test_forgotten_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

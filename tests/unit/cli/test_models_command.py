@@ -77,11 +77,11 @@ def test_a_damaged_model_and_a_broken_pull_are_listed_as_such(aiflux: Aiflux, mo
         begin_staging(models, parse_model_name("taken"), "import")
         _, out, _ = aiflux("list", "--here")
     assert "damaged" in out
-    assert f"a pull goes on: {name.written} (" in out
-    assert "an import goes on: taken:latest (" in out
+    assert f"pull in progress: {name.written} (" in out
+    assert "import in progress: taken:latest (" in out
     _, out, _ = aiflux("list", "--here")
-    assert f"a pull broke off: {name.written} (" in out
-    assert f"; aiflux models pull {name.written} goes on with it" in out
+    assert f"pull interrupted: {name.written} (" in out
+    assert f"; continue it: aiflux models pull {name.written}" in out
     assert "; import it again, or: aiflux models remove taken:latest" in out
     assert aiflux("remove", "taken")[0] == 0
     assert "taken" not in aiflux("list", "--here")[1]
@@ -99,7 +99,7 @@ def test_what_fits_a_gpu(aiflux: Aiflux) -> None:
     assert aiflux("list", "--fits", "600MB")[1].splitlines()[1].startswith("all-minilm")
     for size in ("large", "0", "-1", "1e3", "40PB", ""):
         code, _, err = aiflux("list", "--fits", size)
-        assert (code, "is no size" in err) == (2, True)
+        assert (code, "is not a size" in err) == (2, True)
 
 
 def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
     assert "128 experts (8 used)" in out
     assert "GPU memory on one GPU, at least (from the catalog)" in out
     assert "Apache-2.0" in out
-    assert "stands for    phi4:14b" in aiflux("show", "phi4")[1]
+    assert "alias of      phi4:14b" in aiflux("show", "phi4")[1]
     assert " 1.0 B " in aiflux("list")[1].split("gemma3:1b")[1].splitlines()[0]
     _, out, _ = aiflux("show", "lab/one:1")
     digest = model_digest(models, parse_model_name("lab/one:1"))

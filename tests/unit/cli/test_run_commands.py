@@ -120,7 +120,7 @@ def test_status_says_how_to_go_on(
     assert main(["status", str(made.output)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     name = typed(os.path.relpath(made.output))
-    assert last == f"go on: aiflux {command} {name}"
+    assert last == f"continue: aiflux {command} {name}"
 
 
 def frames(runs: MadeRun, width: int, height: int) -> list[str]:
@@ -250,7 +250,7 @@ def test_a_run_in_the_foreground_is_cancelled_where_it_runs(
 
 def test_logs(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", "r/results.json"]) == 2
-    assert "the job has not begun" in capsys.readouterr().err
+    assert "the job has not started" in capsys.readouterr().err
     made.log("slurm-100_0.out", "".join(f"line {n}\n" for n in range(100)) + "torn")
     made.log("slurm-100_2.out", "two\n")
     made.log("engine-0002-0.log", "loading\n")
@@ -454,7 +454,7 @@ def test_a_line_says_all(made: MadeRun) -> None:
     ("first", "second", "told"),
     [
         ({}, {}, None),
-        ({"sealed": True}, {}, "sealed: no network but its own"),
+        ({"sealed": True}, {}, "sealed: no network access"),
         ({"sealed": False, "unsealed": "--no-seal"}, {"sealed": True},
          "not sealed in 1 of 2 shards: --no-seal"),
         ({"sealed": False, "unsealed": "no\x1bnetns"}, {"sealed": False, "unsealed": "no\x1bnetns"},

@@ -36,7 +36,7 @@ def doctor(as_json: bool) -> int:
     console = TerminalConsole(highlight=False)
     found: list[Diagnosis] = []
     for title, look in _sections(config, settings):
-        lines = _looked(title, look)
+        lines = _checked(title, look)
         found += lines
         if as_json:
             continue
@@ -53,8 +53,8 @@ def doctor(as_json: bool) -> int:
     return int(ExitCode.USAGE if failed else ExitCode.OK)
 
 
-def _looked(title: str, look: Callable[[], Iterable[Diagnosis]]) -> list[Diagnosis]:
-    """Look; what keeps one section from being looked at is told in its place."""
+def _checked(title: str, look: Callable[[], Iterable[Diagnosis]]) -> list[Diagnosis]:
+    """Run the checks of a section; an error becomes a line of that section."""
     lines: list[Diagnosis] = []
     try:
         lines += look()
@@ -107,5 +107,5 @@ def _verdict(found: list[Diagnosis]) -> str:
     fails = sum(line.level == "fail" for line in found)
     warnings = sum(line.level == "warn" for line in found)
     if fails:
-        return f"{fails} FAIL, {warnings} warn: runs will not work before the first are mended"
-    return f"nothing fails; {warnings} warn"
+        return f"{fails} FAIL, {warnings} warn: fix the failures before you start a run"
+    return f"no failures; {warnings} warn"

@@ -39,14 +39,14 @@ from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, keep_estimate
 from aiflux.estimates.estimate import estimate as make_estimate
 from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot
 from aiflux.estimates.throughput import observe
-from aiflux.slurm.preflight.local import told
+from aiflux.slurm.preflight.local import finding_text
 from aiflux.util.files import short
 from aiflux.util.records import to_json
 from aiflux.util.times import walltime_seconds
 
 LONGEST = "01:00:00"
 _INTERVAL = 5.0
-# What decides how fast a job is; other settings may differ between two calls.
+# The settings that determine the speed of a job; others may differ between two calls.
 _HARDWARE = ("partition", "nodes", "gpus_per_node", "gres", "constraint", "cpus_per_task", "mem")
 
 
@@ -158,7 +158,7 @@ def estimate_run(asked: Asked) -> int:
 
 
 def _drawn(asked: Asked, pilot: Pilot, whole: Plan, summary: InputSummary) -> Drawn:
-    """Return what was drawn; draw where there is no pilot that tells of what is asked."""
+    """Return the sample; draw a new one if no pilot has the same settings."""
     slurm = asdict(asked.config.get_slurm_config())
     settings = {
         "plan": whole.id,
@@ -188,9 +188,7 @@ def _refuse_active(pilot: Pilot) -> None:
 
 
 def _pilot_options(whole: Plan) -> RunOptions:
-    """Return the options under which the pilot goes as the whole will: with the same context, and
-    to its end, however many requests fail.
-    """
+    """Return the pilot's options: the context of the full run, and any number of failures."""
     options = replace(whole.options, max_failures="100%", retry_failed=False)
     if not engine_kind(options).managed:
         return options
@@ -198,7 +196,7 @@ def _pilot_options(whole: Plan) -> RunOptions:
 
 
 def _do(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
-    """Do the pilot's requests. Return an exit code where that has not come to its end."""
+    """Process the pilot's requests. Return an exit code if it has not ended."""
     if asked.where == SLURM:
         return _do_in_slurm(asked, pilot, options)
     opened = draft_run(
@@ -231,16 +229,16 @@ def _submit(asked: Asked, pilot: Pilot, options: RunOptions) -> None:
     )
     show_local_choices(asked.config, planned.image)
     for finding in planned.findings:
-        print(f"warning: {told(finding)}", file=sys.stderr)
+        print(f"warning: {finding_text(finding)}", file=sys.stderr)
     with redirect_stdout(sys.stderr) if asked.as_json else nullcontext():
         submit_planned(planned)
 
 
 def _follow(asked: Asked, pilot: Pilot) -> int | None:
-    """Look at the pilot's job, and with --wait until it has ended.
+    """Show the state of the pilot's job; with --wait, wait until it ends.
 
     Raises:
-        EngineError, StoppedError: it ended without doing its requests.
+        EngineError, StoppedError: it ended before its requests were finished.
     """
     from aiflux.slurm.monitor.collect import Observer, outcome
 
@@ -258,31 +256,31 @@ def _follow(asked: Asked, pilot: Pilot) -> int | None:
     kind = EngineError if outcome(view) is ExitCode.ENGINE else StoppedError
     name = quote(short(pilot.output))
     raise kind(
-        f"the pilot has {view.state.value} with {view.done} of {view.total} requests done"
+        f"the pilot has {view.state.value} with {view.done} of {view.total} requests finished"
         + (f": {reason}" if reason else ""),
-        f"its log: aiflux logs {name}; to go on: aiflux resume {name}; to begin again: --force",
+        f"its log: aiflux logs {name}; continue: aiflux resume {name}; start over: --force",
     )
 
 
 def _show_progress(asked: Asked, state: str, jobs: tuple[str, ...], done: int, total: int) -> None:
     if asked.as_json:
-        going = {"state": state, "jobs": list(jobs), "done": done, "total": total}
-        print_json({"estimate": None, "pilot": going})
+        progress = {"state": state, "jobs": list(jobs), "done": done, "total": total}
+        print_json({"estimate": None, "pilot": progress})
         return
-    print(f"the pilot is {state} (job {', '.join(jobs)}): {done} of {total} requests done")
+    print(f"the pilot is {state} (job {', '.join(jobs)}): {done} of {total} requests finished")
     print("  run the same command again for the estimate; --wait waits for the job")
 
 
 def _show(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> int:
-    foretold = _estimate(asked, pilot, whole, drawn)
-    keep_estimate(foretold, whole)
+    estimated = _estimate(asked, pilot, whole, drawn)
+    keep_estimate(estimated, whole)
     command = full_command(
-        {**asked.given, "local": asked.local or None}, asked.where == SLURM, foretold
+        {**asked.given, "local": asked.local or None}, asked.where == SLURM, estimated
     )
     if asked.as_json:
-        print_json({"estimate": foretold.to_json(), "command": command})
+        print_json({"estimate": estimated.to_json(), "command": command})
         return 0
-    show(make_console(), forecast(foretold, command))
+    show(make_console(), forecast(estimated, command))
     return 0
 
 
@@ -290,11 +288,11 @@ def _estimate(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> Estimate
     """Make the estimate.
 
     Raises:
-        StoppedError: what the pilot left cannot be read.
+        StoppedError: the pilot's results cannot be read.
     """
     observations = observe(read_plan(pilot.run), pilot.run)
     status = read_status(pilot.run, 0)
     if not observations or status is None:
-        raise StoppedError(f"the pilot in {pilot.folder} left no results", "do it again: --force")
+        raise StoppedError(f"the pilot in {pilot.folder} left no results", "run it again: --force")
     limit = asked.config.get_slurm_config().time if asked.where == SLURM else None
     return make_estimate(whole, drawn, observations, status, limit, asked.where)

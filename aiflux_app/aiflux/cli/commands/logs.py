@@ -76,37 +76,37 @@ def _no_log(run: RunDirectory, engine: bool, expected: list[tuple[int, Path]]) -
     if engine:
         return UsageError(
             f"no engine of {short(run.path)} has written a log",
-            "an engine at --engine-url keeps its own; else the job has not come so far: "
-            "see the job's log, without --engine",
+            "a server at --engine-url keeps its own log; otherwise the job has not started its "
+            "engine yet: see the job's log, without --engine",
         )
     if expected:
         return UsageError(
-            f"no log is there yet: {expected[-1][1]}",
-            "the job has not begun; -f waits for it, `aiflux status` says why it waits",
+            f"there is no log yet: {expected[-1][1]}",
+            "the job has not started; -f waits for it, `aiflux status` shows why it is pending",
         )
     return UsageError(
-        f"no job of {short(run.path)} is known, so no job's log",
-        "a run in the foreground writes to its terminal; --engine shows its engine's log",
+        f"{short(run.path)} has no job, and so no job log",
+        "a run in the foreground writes to the terminal; --engine shows its engine's log",
     )
 
 
 def _follow(tails: _Tails, run: RunDirectory) -> None:
     observer = Observer(run, os.environ)
-    # Asked before the files are read: what was written before the end is shown.
+    # Asked before the files are read, so that the last lines before the end are shown.
     while not observer.look().ended:
         for _ in range(4):
-            tails.go_on()
+            tails.show_new()
             time.sleep(_POLL_SECONDS)
-    tails.go_on(last=True)
+    tails.show_new(last=True)
 
 
 @dataclass
 class _Tails:
-    """Logs that are read to their ends, again and again.
+    """Logs that are read repeatedly to their ends.
 
     Attributes:
-        lines: shown of each log at the beginning.
-        several: a line says which shard it is from.
+        lines: number of lines shown of each log at first.
+        several: whether lines are prefixed with their shard.
     """
 
     find: Find
@@ -115,15 +115,15 @@ class _Tails:
     _places: dict[Path, int] = field(default_factory=dict)
 
     def begin(self, *, last: bool) -> bool:
-        """Show the end of each log, a torn last line only with ``last``; tell if one is there."""
+        """Show the end of each log, an incomplete last line only with ``last``; return if any."""
         for shard, path in self.find():
             with suppress(OSError):
                 text, self._places[path] = _end_of(path, self.lines, last)
                 self._print(shard, text)
         return bool(self._places)
 
-    def go_on(self, *, last: bool = False) -> None:
-        """Show what was written since. A log that is new, or was begun anew, is shown whole."""
+    def show_new(self, *, last: bool = False) -> None:
+        """Show new lines. A log that is new or was truncated is shown in full."""
         for shard, path in self.find():
             with suppress(OSError):
                 text, self._places[path] = _since(path, self._places.get(path, 0), last)
@@ -137,7 +137,7 @@ class _Tails:
 
 
 def _end_of(path: Path, lines: int, last: bool) -> tuple[str, int]:
-    """Return the last lines of a log, and the place after them."""
+    """Return the last lines of a log, and the offset after them."""
     with open(path, "rb") as file:
         start = file.seek(0, os.SEEK_END)
         content = b""
@@ -152,7 +152,7 @@ def _end_of(path: Path, lines: int, last: bool) -> tuple[str, int]:
 
 
 def _since(path: Path, place: int, last: bool) -> tuple[str, int]:
-    """Return what a log holds after a place, and the place after that."""
+    """Return the text of a log after an offset, and the offset after that."""
     with open(path, "rb") as file:
         if file.seek(0, os.SEEK_END) < place:
             place = 0

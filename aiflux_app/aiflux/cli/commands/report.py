@@ -75,7 +75,7 @@ def _page(report: Report) -> tuple[str, str | None]:
 
 
 def read_report(run: RunDirectory) -> Report:
-    """Read all files of a run and add them up.
+    """Read all files of a run and summarize them.
 
     Raises:
         RunConflictError: the run has no plan that can be read.
@@ -115,12 +115,12 @@ def _condition(run: RunDirectory) -> Condition:
 
 
 def _reason(shard: ShardView) -> str:
-    """Return why a shard is not done, as the table of ``aiflux status`` tells it."""
+    """Return why a shard is not finished, as in the table of ``aiflux status``."""
     code = shard.exit_code
-    told = [shard.reason] if shard.reason else []
+    reasons = [shard.reason] if shard.reason else []
     if code and "exit code" not in shard.reason:
-        told.append(f"exit code {code}")
-    return ", ".join(told)
+        reasons.append(f"exit code {code}")
+    return ", ".join(reasons)
 
 
 def _target(given: str | None, run: RunDirectory) -> Path:
@@ -134,10 +134,11 @@ def _target(given: str | None, run: RunDirectory) -> Path:
         return run.report
     target = expanded(given).absolute()
     if target.is_dir():
-        raise ConfigError(f"--output {given!r} is a folder", "name a file, e.g. report.html")
+        raise ConfigError(f"--output {given!r} is a directory", "name a file, such as report.html")
     if not target.parent.is_dir():
         raise ConfigError(
-            f"the folder of --output {given!r} is not there", f"mkdir -p {str(target.parent)!r}"
+            f"the directory of --output {given!r} does not exist",
+            f"mkdir -p {str(target.parent)!r}",
         )
     return target
 

@@ -45,7 +45,7 @@ def resume(run: str, as_json: bool, local: bool, image: str | None, **settings: 
 
 
 def _started_here(run: RunDirectory) -> bool:
-    # A job may use an engine elsewhere, too (SlurmRunner): what was submitted goes to Slurm again.
+    # Jobs can use a server elsewhere, too (SlurmRunner): submitted runs are submitted again.
     return not engine_kind(read_plan(run).options).managed and not run.submissions.exists()
 
 
@@ -69,7 +69,7 @@ def _submit(name: str, run: RunDirectory, image: str | None, settings: Mapping[s
 
 
 def _continue_here(run: RunDirectory, image: str | None) -> int:
-    """Continue a run in the foreground, as `aiflux run` with the same options would."""
+    """Continue a run in the foreground, like `aiflux run` with the same options."""
     from aiflux.slurm.submit import refuse_second
 
     if run.submissions.exists():

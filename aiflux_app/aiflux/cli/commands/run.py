@@ -36,7 +36,7 @@ from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.errors import UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
-from aiflux.slurm.preflight.local import check_fields, told
+from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.util.streams import STDIN
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _start_here(asked: _Asked) -> int:
         register(opened.plan)
         carry_estimate(opened.plan, opened.run)
         for finding in check_fields(opened.plan):
-            print(f"warning: {told(finding)}", file=sys.stderr)
+            print(f"warning: {finding_text(finding)}", file=sys.stderr)
     return run_local(opened, asked.config) if asked.managed else run_here(opened)
 
 
@@ -191,7 +191,7 @@ def _plan_job(asked: _Asked, *, write: bool) -> PlannedRun:
     )
     show_local_choices(asked.config, planned.image)
     for finding in planned.findings:
-        print(f"warning: {told(finding)}", file=sys.stderr)
+        print(f"warning: {finding_text(finding)}", file=sys.stderr)
     return planned
 
 
@@ -220,5 +220,5 @@ def _as_json(plan: Plan, planned: PlannedRun | None) -> dict[str, Any]:
         "plan": plan.to_json(),
         "image": planned.image if planned else None,
         "scripts": [text for _, text in planned.scripts] if planned else [],
-        "warnings": [told(finding) for finding in planned.findings] if planned else [],
+        "warnings": [finding_text(finding) for finding in planned.findings] if planned else [],
     }

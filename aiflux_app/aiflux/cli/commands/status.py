@@ -40,10 +40,10 @@ def status(run: str, as_json: bool) -> int:
 def _compared(run: RunDirectory) -> tuple[ComparedFigure, ...]:
     """Compare the estimate of a finished run with what it took; empty if either is missing."""
     plan = read_plan(run)
-    told = read_estimate(run.estimate, plan)
+    estimated = read_estimate(run.estimate, plan)
     statuses = [read_status(run, shard.index) for shard in plan.shards]
     known = [status for status in statuses if status is not None]
     whole = read_run_status(run)
-    if told is None or whole is None or len(known) < len(statuses):
+    if estimated is None or whole is None or len(known) < len(statuses):
         return ()
-    return compare(told, known, whole)
+    return compare(estimated, known, whole)

@@ -1,4 +1,4 @@
-"""How an estimate looks, alone and beside what a run took. Pure; at most 80 columns."""
+"""An estimate as text of at most 80 columns, alone and next to what a run took."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NAME = 24
 _FIGURE = 14
 
 
-def forecast(told: Estimate, command: str) -> list[Text]:
+def forecast(found: Estimate, command: str) -> list[Text]:
     """Return an estimate as lines."""
     return [
-        *_pilot(told),
+        *_pilot(found),
         Text(""),
         _heading("", "estimate", "95 % between"),
-        *(_figure(*row) for row in _figures(told)),
-        *_warnings(told),
+        *(_figure(*row) for row in _figures(found)),
+        *_warnings(found),
         Text(""),
-        Text(_advice(told), style="bold"),
+        Text(_advice(found), style="bold"),
         Text(f"  {command}"),
     ]
 
@@ -47,16 +47,16 @@ def comparison(rows: Sequence[ComparedFigure]) -> list[Text]:
     return lines
 
 
-def full_command(given: Mapping[str, Any], slurm: bool, told: Estimate) -> str:
-    """Return the command that runs the whole as the estimate recommends, ready to be typed.
+def full_command(given: Mapping[str, Any], slurm: bool, found: Estimate) -> str:
+    """Return the command of the full run with the recommended options, quoted for a shell.
 
     Args:
         given: the user's options by name; None for those that were not given.
-        slurm: whether it is to be submitted.
+        slurm: whether it is a Slurm run.
     """
     wanted = {name: value for name, value in given.items() if value is not None}
     if slurm:
-        wanted |= {"shards": told.shards, "time": told.time}
+        wanted |= {"shards": found.shards, "time": found.time}
     words = ["aiflux", "run"]
     for name, value in wanted.items():
         option = BY_NAME[name].option if name in BY_NAME else f"--{name}"
@@ -69,7 +69,7 @@ def full_command(given: Mapping[str, Any], slurm: bool, told: Estimate) -> str:
 
 
 def count(number: float) -> str:
-    """Return a count that can be read at a glance."""
+    """Return a count in a short form."""
     if number < 10_000:
         return f"{number:.0f}"
     for scale, unit in ((1e3, "k"), (1e6, "M"), (1e9, "G")):
@@ -93,29 +93,33 @@ _SHOWN: Mapping[str, Callable[[float], str]] = {
 }
 
 
-def _pilot(told: Estimate) -> list[Text]:
-    failed = f", {told.pilot_failures} failed" if told.pilot_failures else ""
+def _pilot(found: Estimate) -> list[Text]:
+    failed = f", {found.pilot_failures} failed" if found.pilot_failures else ""
     return [
-        Text(f"pilot: {told.pilot} of {count(told.requests)} requests done{failed}"),
+        Text(f"pilot: {found.pilot} of {count(found.requests)} requests finished{failed}"),
         Text(
-            f"       {told.in_flight} in flight, {_rate(told.requests_per_second)} requests/s, "
-            f"{_rate(told.tokens_per_second)} answer tokens/s"
+            f"       {found.in_flight} in flight, {_rate(found.requests_per_second)} requests/s, "
+            f"{_rate(found.tokens_per_second)} answer tokens/s"
         ),
     ]
 
 
-def _figures(told: Estimate) -> list[tuple[str, Range, str]]:
+def _figures(found: Estimate) -> list[tuple[str, Range, str]]:
     rows = [
-        ("prompt tokens", told.prompt_tokens, "count"),
-        ("answer tokens", told.completion_tokens, "count"),
-        ("failed requests", told.failures, "count"),
-        ("time in one job" if told.where == SLURM else "time", told.seconds_of_shard(1), "seconds"),
+        ("prompt tokens", found.prompt_tokens, "count"),
+        ("answer tokens", found.completion_tokens, "count"),
+        ("failed requests", found.failures, "count"),
+        (
+            "time in one job" if found.where == SLURM else "time",
+            found.seconds_of_shard(1),
+            "seconds",
+        ),
     ]
-    if told.shards > 1 and told.where == SLURM:
-        rows.append((f"in {count(told.shards)} shards, each", told.shard_seconds, "seconds"))
-    if told.gpus:
-        shards = told.shards if told.where == SLURM else 1
-        rows.append(("GPU-hours", told.gpu_hours(shards), "hours"))
+    if found.shards > 1 and found.where == SLURM:
+        rows.append((f"in {count(found.shards)} shards, each", found.shard_seconds, "seconds"))
+    if found.gpus:
+        shards = found.shards if found.where == SLURM else 1
+        rows.append(("GPU-hours", found.gpu_hours(shards), "hours"))
     return rows
 
 
@@ -138,9 +142,9 @@ def _line(name: str, *cells: str) -> Text:
     return Text(text.rstrip())
 
 
-def _warnings(told: Estimate) -> list[Text]:
+def _warnings(found: Estimate) -> list[Text]:
     lines = []
-    for warning in told.warnings:
+    for warning in found.warnings:
         wrapped = textwrap.wrap(
             warning, _WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False
         )
@@ -148,9 +152,9 @@ def _warnings(told: Estimate) -> list[Text]:
     return [Text(""), *lines] if lines else []
 
 
-def _advice(told: Estimate) -> str:
-    if told.where != SLURM:
-        return "to do them all:"
-    if told.shards == 1:
-        return f"recommended: one job of {told.time}"
-    return f"recommended: {told.shards} shards of {told.time}"
+def _advice(found: Estimate) -> str:
+    if found.where != SLURM:
+        return "full run:"
+    if found.shards == 1:
+        return f"recommended: one job of {found.time}"
+    return f"recommended: {found.shards} shards of {found.time}"

@@ -1,4 +1,4 @@
-"""What ``aiflux models list`` and ``show`` print: facts of models as tables and as JSON."""
+"""What is known about models, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _UNITS = {"m": 2**20, "": 2**30, "g": 2**30, "t": 2**40}
 
 @dataclass(frozen=True)
 class Known:
-    """All that is known of one model.
+    """What is known about one model.
 
     Attributes:
-        stored: what its own file tells; None where that is not there, or tells nothing.
-        digest: None where it is not in the models directory.
-        missing: parts that it lacks, where it is there in part.
+        stored: facts of its own file; None if it is missing or unreadable.
+        digest: None if it is not in the models directory.
+        missing: missing parts of an incomplete model.
     """
 
     name: ModelName
@@ -49,20 +49,20 @@ class Known:
 
     @property
     def figures(self) -> Figures | None:
-        """What its memory depends on: from its own file, else from the catalog."""
+        """The figures that determine its memory: of its own file, else of the catalog."""
         return best_figures(self.stored, self.catalog_model)
 
     @property
     def parameters(self) -> int:
-        """Their number; 0 where it is not known."""
-        told = self.catalog_model.parameters if self.catalog_model else 0
-        return self.stored.parameters if self.stored else told
+        """Their number; 0 if unknown."""
+        listed = self.catalog_model.parameters if self.catalog_model else 0
+        return self.stored.parameters if self.stored else listed
 
     @property
     def quantisation(self) -> str:
-        """Such as Q4_K_M; "" where it is not known."""
-        told = self.catalog_model.quantisation if self.catalog_model else ""
-        return (self.stored.quantisation if self.stored else "") or told
+        """Such as Q4_K_M; "" if unknown."""
+        listed = self.catalog_model.quantisation if self.catalog_model else ""
+        return (self.stored.quantisation if self.stored else "") or listed
 
     @property
     def state(self) -> str:
@@ -116,20 +116,24 @@ def models_table(models: Sequence[Known], folder: Path, context: int, slots: int
     heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
     yield from _table([heads, *rows])
     yield f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}"
-    yield from map(_on_its_way, staged_models(folder))
+    yield from map(_unfinished, staged_models(folder))
 
 
-def _on_its_way(staged: Staged) -> str:
-    what = "a pull" if staged.what == "pull" else "an import"
-    states = {True: "goes on", False: "broke off", None: "goes on elsewhere, or broke off"}
-    told = f"{what} {states[staged.going_on]}: {staged.name or staged.folder}"
-    told += f" ({size_text(staged.size)})"
+def _unfinished(staged: Staged) -> str:
+    what = "pull" if staged.what == "pull" else "import"
+    states = {
+        True: "in progress",
+        False: "interrupted",
+        None: "in progress elsewhere, or interrupted",
+    }
+    line = f"{what} {states[staged.going_on]}: {staged.name or staged.folder}"
+    line += f" ({size_text(staged.size)})"
     if staged.going_on:
-        return told
+        return line
     if staged.what == "pull":
         command = f"aiflux models pull {staged.name}".rstrip()
-        return f"{told}; {command} goes on with it"
-    return f"{told}; import it again, or: aiflux models remove {staged.name}"
+        return f"{line}; continue it: {command}"
+    return f"{line}; import it again, or: aiflux models remove {staged.name}"
 
 
 def find_model(config: Config, text: str) -> Known:
@@ -160,7 +164,7 @@ def model_lines(model: Known, folder: Path) -> Iterator[str]:
 
 
 def known(folder: Path, catalog: Catalog, name: ModelName) -> Known:
-    """Return what is known of a model."""
+    """Return what is known about a model."""
     catalog_model = catalog.find(name.served)
     digest = model_digest(folder, name)
     missing = tuple(missing_parts(folder, name)) if digest else ()
@@ -172,17 +176,17 @@ def known(folder: Path, catalog: Catalog, name: ModelName) -> Known:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``40GB`` (as GPUs have them: 2^30 bytes a GB).
+    """Return the bytes of a size such as ``40GB``.
 
-    GB where no unit is given; ``40GiB`` is the same, as makers of GPUs mean it.
+    A GB is 2^30 bytes, as in the names of GPUs, so ``40GiB`` is the same; the default unit is GB.
 
     Raises:
-        UsageError: it is no such size.
+        UsageError: it is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([mgt]?)(?:i?b)?", text.strip().lower())
     size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
     if size < 1:
-        raise UsageError(f"--fits {text!r} is no size", "write it as in --fits 40GB")
+        raise UsageError(f"--fits {text!r} is not a size", "such as --fits 40GB")
     return size
 
 
@@ -242,11 +246,11 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
-    told, figures = model.catalog_model, model.figures
-    if told is not None:
-        if told.name != model.name.served.lower():
-            yield "stands for", told.name
-        yield "family", told.family
+    listed, figures = model.catalog_model, model.figures
+    if listed is not None:
+        if listed.name != model.name.served.lower():
+            yield "alias of", listed.name
+        yield "family", listed.family
     yield "parameters", _count(model.parameters) if model.parameters else "unknown"
     yield "quantisation", model.quantisation or "unknown"
     yield "size", size_text(model.size)
@@ -261,13 +265,14 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
             f"and values) of {shape.key_size}, {shape.vocabulary} tokens{experts}{sliding}",
         )
         if has_one_slot(shape):
-            yield "slots", "1 (Ollama runs it with one slot, whatever it is told)"
-    if told is not None:
-        yield "endpoints", ", ".join(told.endpoints) + (" (images too)" if told.vision else "")
-        yield "licence", told.licence
-        if told.defaults:
-            yield "defaults", ", ".join(f"{key} {value}" for key, value in told.defaults.items())
-        yield "known from", str(told.place)
+            yield "slots", "1 (Ollama always runs this model with one slot)"
+    if listed is not None:
+        images = " (also images)" if listed.vision else ""
+        yield "endpoints", ", ".join(listed.endpoints) + images
+        yield "licence", listed.licence
+        if listed.defaults:
+            yield "defaults", ", ".join(f"{key} {value}" for key, value in listed.defaults.items())
+        yield "source", str(listed.place)
     yield "here", _here(model, folder)
 
 
@@ -275,7 +280,7 @@ def _here(model: Known, folder: Path) -> str:
     if model.digest is None:
         return f"no (aiflux models pull {model.name.served})"
     if model.missing:
-        return f"in part: {', '.join(model.missing)} is missing"
+        return f"incomplete, missing: {', '.join(model.missing)}"
     return f"{folder}, sha256:{model.digest}"
 
 

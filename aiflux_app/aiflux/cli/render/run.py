@@ -1,7 +1,6 @@
-"""How a run looks: from a view to lines of text. Pure; a line is never wrapped, but cut.
+"""The status of a run as lines of text; long lines are cut, never wrapped.
 
-The same lines serve a terminal, which shows their colours and is given a width and a height, and a
-file or a pipe, which gets their plain text in full.
+A terminal shows the lines in color, fitted to its size; a file or a pipe gets the full plain text.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ STYLES = {
     "output changed": "bold red",
     "not submitted": "dim",
 }
-# What a person wants to see first.
+# The order of shards in the table.
 _ORDER = (
     ShardState.RUNNING,
     ShardState.STOPPING,
@@ -56,12 +55,12 @@ _QUIET = {ShardState.WAITING, ShardState.DONE, ShardState.NOT_SUBMITTED}
 
 @dataclass(frozen=True)
 class Frame:
-    """Where lines go.
+    """The space that lines are fitted to.
 
     Attributes:
-        width, height: in cells and lines; None where nothing has to be cut.
-        blocks: whether block characters can be shown.
-        short: the form in which paths are shown.
+        width, height: in cells and lines; None means unlimited.
+        blocks: whether the terminal can show block characters.
+        short: shortens paths.
     """
 
     width: int | None = None
@@ -71,12 +70,12 @@ class Frame:
 
 
 def one_line(text: str) -> str:
-    """Return foreign text as one line without control characters, which could steer a terminal."""
+    """Return untrusted text as one line without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def typed(path: str) -> str:
-    """Return a path as it has to be typed in a shell; a ``~`` in front keeps its meaning."""
+    """Return a path quoted for a shell; a leading ``~`` keeps its meaning."""
     return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
 
 
@@ -88,7 +87,7 @@ def progress_line(view: RunView) -> str:
 
 
 def overview(view: RunView, frame: Frame) -> list[Text]:
-    """Return everything there is to see of a run, fitted into the frame."""
+    """Return the whole status of a run, fitted into the frame."""
     head = [*_head(view, frame), *_facts(view, frame)]
     tail = [*_errors(view), *_next(view, frame)]
     shards = _shards(view, frame, _room(frame, len(head) + len(tail)))
@@ -177,15 +176,15 @@ def _used(view: RunView) -> str:
 
 
 def _seal(view: RunView) -> str:
-    """Return whether the work had no network, and why not everywhere; "" where nothing started."""
+    """Return whether the shards were sealed, or why not; "" before the first one started."""
     known = [shard for shard in view.shards if shard.sealed is not None]
     reasons = Counter(shard.unsealed for shard in known if not shard.sealed)
     if not known or not reasons:
-        return "sealed: no network but its own" if known else ""
-    told = "; ".join(one_line(why) or "no reason is known" for why, _ in reasons.most_common())
+        return "sealed: no network access" if known else ""
+    why = "; ".join(one_line(reason) or "reason unknown" for reason, _ in reasons.most_common())
     count = sum(reasons.values())
     some = f" in {count} of {len(view.shards)} shards" if count < len(view.shards) else ""
-    return f"not sealed{some}: {told}"
+    return f"not sealed{some}: {why}"
 
 
 def _times(count: int, what: str) -> str:
@@ -212,7 +211,7 @@ def _bar(view: RunView, frame: Frame) -> Text:
 
 
 def _shards(view: RunView, frame: Frame, room: int | None) -> list[Text]:
-    """Return the table of shards, the interesting ones first, in at most ``room`` lines."""
+    """Return the table of shards, the most important ones first, in at most ``room`` lines."""
     if len(view.shards) == 1 or view.finished:
         return []
     ranked = sorted(view.shards, key=lambda shard: (_ORDER.index(shard.state), shard.index))
@@ -230,7 +229,7 @@ def _shards(view: RunView, frame: Frame, room: int | None) -> list[Text]:
 
 
 def _choose(ranked: list[ShardView], most: int) -> list[ShardView]:
-    """Return the shards that are worth a line; however many run, broken ones have their share."""
+    """Return the shards to show; failed ones get a third of the lines, however many run."""
     interesting = [shard for shard in ranked if shard.state not in _QUIET]
     going = [shard for shard in interesting if shard.state in _GOING]
     broken = interesting[len(going) :]
@@ -283,7 +282,7 @@ def _row(shard: ShardView) -> list[str]:
 
 
 def _note(shard: ShardView) -> str:
-    """Return where a shard runs, or why it does not."""
+    """Return where a shard runs, or why it does not run."""
     parts = []
     if shard.host and shard.state in _GOING:
         parts.append(f"on {shard.host}")
@@ -320,15 +319,15 @@ def _next(view: RunView, frame: Frame) -> list[Text]:
     if view.next_command is not None:
         *command, _ = shlex.split(view.next_command)
         words = f"{shlex.join(command)} {typed(frame.short(view.output))}"
-        return [Text(""), Text.assemble(("go on: ", "dim"), words)]
+        return [Text(""), Text.assemble(("continue: ", "dim"), words)]
     if view.state is RunState.WITH_FAILURES:
-        words = "the output says why for each; the same command with --retry-failed tries again"
+        words = "the output has the reasons; run the same command with --retry-failed to retry"
         return [Text(""), Text(words, style="dim")]
     return []
 
 
 def _cut_left(text: Text, width: int) -> None:
-    """Cut a path at its beginning: its end tells more."""
+    """Cut a path at its beginning: its end is more informative."""
     if text.cell_len > width > 1:
         text.plain = "…" + text.plain[-(width - 1) :]
 

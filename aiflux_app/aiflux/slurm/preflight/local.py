@@ -84,7 +84,9 @@ def _all_of(errors: Sequence[Finding]) -> PreflightError:
     return PreflightError(
         f"{len(errors)} things stand in the way; nothing was queued",
         "mend them; or, where this cluster knows better: --no-preflight",
-        tuple(f"{number}. {told(finding)}" for number, finding in enumerate(errors, start=1)),
+        tuple(
+            f"{number}. {finding_text(finding)}" for number, finding in enumerate(errors, start=1)
+        ),
     )
 
 
@@ -98,7 +100,7 @@ def problem_with(error: InputError, findings: Iterable[Finding]) -> UsageError:
     return _all_of(every)
 
 
-def told(finding: Finding) -> str:
+def finding_text(finding: Finding) -> str:
     """Return a finding as it is shown: what, and the fix on a line of its own."""
     return f"{finding.what}\n     -> {finding.fix}"
 

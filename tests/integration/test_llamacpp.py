@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,30 @@ def test_a_job_uses_the_image_of_its_engine(
                        "--image", checkout / "aiflux-llamacpp.sif", "--engine", "ollama",
                        cwd=place, env=job_env, code=2)  # fmt: skip
     assert "has the engine llamacpp, and the run needs Ollama" in refused
+
+
+def red_square(width: int = 32) -> str:
+    """Return a PNG image as a data URL."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    rows = (b"\0" + b"\xff\0\0" * width) * width
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, width, 8, 2, 0, 0, 0))
+    image = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def test_a_model_that_reads_images_gets_its_projector(
+    user: User, checkout: Path, ollama: Path, place: Path, local: list[str | Path]
+) -> None:
+    folder = user.folder("eye")
+    user.run(checkout / "container" / "demo-model.sh", "--eye", ollama, folder, "eye:135m")
+    content = [{"type": "text", "text": "What is it?"},
+               {"type": "image_url", "image_url": {"url": red_square()}}]  # fmt: skip
+    entry = request("image", "", max_tokens=4)
+    entry["body"] = {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
+    user.write(place / "in.jsonl", lines(entry))
+    user.run(*local, "--models-dir", folder, "--model", "eye:135m", cwd=place)
+    assert answers(place / "out.json")["image"]

@@ -149,7 +149,7 @@ def _gpus(facts: Facts, partition: Partition) -> Iterator[str]:
     kinds = sorted({kind for node in nodes for kind in node.gpus if kind})
     most = max((node.gpus_of("") for node in nodes), default=0)
     if most:
-        yield f"a node of {partition.name} has up to {most}; each GPU gets its own Ollama"
+        yield f"a node of {partition.name} has up to {most}; each GPU gets its own engine"
     if kinds:
         yield f"with a type: {', '.join(f'{kind}:1' for kind in kinds)}"
 

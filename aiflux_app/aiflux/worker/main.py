@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the worker's argument parser."""
     parser = argparse.ArgumentParser(
         prog="aiflux.sif",
-        description="Process a file of requests (OpenAI Batch form) with the Ollama of this image.",
+        description="Process a file of requests (OpenAI Batch form) with the engine of this image.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from aiflux.core.config.declaration import known_setting, parse_setting, refuse_two_names
-from aiflux.core.config.engine_kinds import kind_name
+from aiflux.core.config.engine_kinds import WITHOUT_TOP_K, kind_name
 from aiflux.core.config.legacy_model_file import (
     ModelConfig,
     ModelParameters,
@@ -266,7 +266,7 @@ def _of_model(
             f"model {model.name}, or another model_config, or none",
         )
     given = {"model": model.name, **model.parameters.settings()}
-    if values["engine_url"].value is None:
+    if kind_name(values["engine"].value, values["engine_url"].value) in WITHOUT_TOP_K:
         given.pop("top_k", None)
     for name, value in given.items():
         if values[name].origin == "default":

@@ -13,6 +13,9 @@ KINDS = {
 EXTERNAL = "external"
 """The kind of a server at ``--engine-url``; no other option names it."""
 
+WITHOUT_TOP_K = frozenset({"ollama"})
+"""Kinds for which the top_k of an earlier version's model file is left out: they do not obey it."""
+
 CHOICES = tuple(name for name in KINDS if name != EXTERNAL)
 
 

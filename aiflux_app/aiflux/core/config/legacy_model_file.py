@@ -127,7 +127,7 @@ _REASONS = {
     "system": "a system message stands in each request (aiflux convert adds it: --system)",
     "requirements": "what a model needs follows from its architecture (aiflux models show)",
     "hf_name": "models are named as Ollama names them",
-    "engine": "the engine is Ollama, or the one at --engine-url",
+    "engine": "--engine names the engine",
     "path": "models lie in models_dir",
 }
 
@@ -243,4 +243,4 @@ def _unused(top: Mapping[str, Any]) -> Iterator[str]:
             names = [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]
             yield f"{', '.join(names)}: {reason}"
     if "top_k" in (top.get("parameters") or {}):
-        yield "parameters.top_k: Ollama's OpenAI API does not know it; used with --engine-url only"
+        yield "parameters.top_k: Ollama's OpenAI API does not know it; used with other engines only"

@@ -247,6 +247,14 @@ def test_a_file_may_be_given_to_a_run_too(workspace: Path, tmp_path: Path) -> No
     assert values["max_tokens"].origin == f"{workspace / '.env'}, line 1 (MAX_TOKENS)"
 
 
+@pytest.mark.parametrize(("engine", "top_k"), [("ollama", None), ("llamacpp", 40)])
+def test_the_engine_decides_whether_top_k_is_used(
+    workspace: Path, tmp_path: Path, engine: str, top_k: int | None
+) -> None:
+    given = {"model_config": put(tmp_path), "engine": engine}
+    assert Config(arguments=given, directory=workspace, environ={}).get("top_k") == top_k
+
+
 def test_another_model_s_parameters_are_refused(workspace: Path) -> None:
     put(workspace)
     with pytest.raises(ConfigError, match=r"is of the model llama3\.2:3b, and the run's model is"):

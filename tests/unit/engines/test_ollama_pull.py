@@ -1,10 +1,21 @@
-"""What is said of a pull that failed."""
+"""Pulls that fail: which are tried again, and how they are reported."""
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
-from aiflux.engines.ollama.pull import with_reason
+import pytest
+
+from aiflux.engines.ollama.api import Ollama
+from aiflux.engines.ollama.pull import pull_with, with_reason
+from aiflux.errors import ModelError
+from aiflux.models.name import parse_model_name
 
 LOG = r"""time=2026-11-25T20:48:52.5Z level=INFO source=download.go:177 msg="downloading ef96"
 time=2026-11-25T20:48:52.6Z level=WARN source=download.go:256 msg="backing off" err="reset"
@@ -20,3 +31,57 @@ def test_a_time_limit_is_told_with_what_took_so_long(tmp_path: Path) -> None:
     assert with_reason("no such host", log) == "no such host"
     log.write_text("", encoding="utf-8")
     assert with_reason(words, log) == words
+
+
+@contextmanager
+def pulling(*answers: dict[str, str]) -> Iterator[tuple[Ollama, list[str]]]:
+    """Serve Ollama's API for pulls: each request gets the next answer, and the last one again."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            answer = answers[min(len(asked), len(answers) - 1)]
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield Ollama(f"http://127.0.0.1:{server.server_port}"), asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+NAME = parse_model_name("m:1")
+
+
+def test_a_pull_that_breaks_off_is_resumed(tmp_path: Path) -> None:
+    steps: list[dict[str, Any]] = []
+    with pulling({"error": "unexpected EOF"}, {"status": "success"}) as (ollama, asked):
+        pull_with(ollama, NAME, tmp_path, steps.append, tmp_path / "pull.log")
+    assert len(asked) == 2
+    assert steps == [{"status": "success"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "attempts"), [("unexpected EOF", 3), ("pull model manifest: not found", 1)]
+)
+def test_a_pull_is_tried_again_only_if_that_can_help(
+    words: str, attempts: int, tmp_path: Path
+) -> None:
+    with (
+        pulling({"error": words}) as (ollama, asked),
+        pytest.raises(ModelError, match=words) as raised,
+    ):
+        pull_with(ollama, NAME, tmp_path, lambda _: None, tmp_path / "pull.log")
+    assert len(asked) == attempts
+    assert raised.value.remedy

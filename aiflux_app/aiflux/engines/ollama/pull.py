@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
+
 from aiflux.engines.ollama.api import Ollama
 from aiflux.engines.ollama.environment import ollama_environment
 from aiflux.engines.ollama.staging import (
@@ -84,7 +86,7 @@ def ensure_model(
         folder = begin_staging(models_dir, name, "pull")
         try:
             with _serving(folder, program, log) as ollama:
-                _pull_with(ollama, name, folder, progress, log)
+                pull_with(ollama, name, folder, progress, log)
         except AifluxError:
             # A name that no registry knows is no pull that broke off.
             remove_if_empty(folder)
@@ -171,22 +173,27 @@ def _serving(folder: Path, program: str, log: Path) -> Iterator[Ollama]:
             server.stop()
 
 
-def _pull_with(
-    ollama: Ollama, name: ModelName, folder: Path, progress: Progress, log: Path
-) -> None:
-    """Pull, and go on when it breaks off, while each attempt brings it further."""
-    for attempt in range(1, _ATTEMPTS + 1):
-        # Ollama checks the digests of what it has just fetched, and of nothing that is there.
+def pull_with(ollama: Ollama, name: ModelName, folder: Path, progress: Progress, log: Path) -> None:
+    """Pull a model; resume the pull if it breaks off, at most ``_ATTEMPTS`` times in all."""
+
+    def attempt() -> None:
+        # Ollama verifies the digests of what it just fetched, but not of existing blobs.
         remove_damaged(folder)
-        try:
-            pulling = ollama.pull(name.pulled, insecure=name.insecure, stall_timeout=_STALL_TIMEOUT)
-            for step in pulling:
-                progress(step)
-        except EngineError as error:
-            if attempt == _ATTEMPTS or any(text in error.message for text in _HOPELESS):
-                raise _explain(name, folder, with_reason(error.message, log)) from error
-        else:
-            return
+        for step in ollama.pull(name.pulled, insecure=name.insecure, stall_timeout=_STALL_TIMEOUT):
+            progress(step)
+
+    retrying = Retrying(
+        stop=stop_after_attempt(_ATTEMPTS), retry=retry_if_exception(_may_succeed), reraise=True
+    )
+    try:
+        retrying(attempt)
+    except EngineError as error:
+        raise _explain(name, folder, with_reason(error.message, log)) from error
+
+
+def _may_succeed(error: BaseException) -> bool:
+    """Return whether another attempt can help."""
+    return isinstance(error, EngineError) and not any(text in error.message for text in _HOPELESS)
 
 
 def with_reason(words: str, log: Path) -> str:

@@ -39,20 +39,21 @@ checkout() {
 }
 
 find_image() {
-    local here
+    local here name=aiflux.sif
+    [[ $engine == ollama ]] || name=aiflux-$engine.sif
     if [[ -n ${AIFLUX_IMAGE:-} ]]; then
         absolute image "$AIFLUX_IMAGE"
         [[ -e $image ]] || usage "AIFLUX_IMAGE names $image, which is not there" "correct AIFLUX_IMAGE, or unset it"
         return
     fi
     here=$(checkout)
-    for image in "$submit_dir/aiflux.sif" ${here:+"$here/aiflux.sif"} \
-        "${AIFLUX_CONTAINERS_DIR:-$data_dir/containers}/aiflux.sif"; do
+    for image in "$submit_dir/$name" ${here:+"$here/$name"} \
+        "${AIFLUX_CONTAINERS_DIR:-$data_dir/containers}/$name"; do
         absolute image "$image"
         [[ ! -e $image ]] || return 0
     done
-    usage "there is no image aiflux.sif in $submit_dir${here:+, $here} or ${image%/*}" \
-        "make image; or set AIFLUX_IMAGE=/path/to/aiflux.sif"
+    usage "there is no image $name in $submit_dir${here:+, $here} or ${image%/*}" \
+        "make image ENGINE=$engine; or set AIFLUX_IMAGE=/path/to/$name"
 }
 
 [[ $# -gt 0 ]] || usage 'no input was named'
@@ -82,15 +83,18 @@ case ${AIFLUX_SEAL:-yes} in
     *) usage "AIFLUX_SEAL is '$AIFLUX_SEAL'" "it must be true or false" ;;
 esac
 engine_url=${AIFLUX_ENGINE_URL:-} engine_ca=${AIFLUX_ENGINE_CA:-}
+engine=${AIFLUX_ENGINE:-ollama}
 worker_options=() model_paths=()
 before=''
 for argument in "$@"; do
     [[ $before != --engine-ca ]] || engine_ca=$argument
+    [[ $before != --engine ]] || engine=$argument
     # The absolute path of a model, for engines that have such.
     [[ $before != --model || $argument != /* ]] || model_paths=("$argument")
     before=$argument
     case $argument in
         --engine-ca=*) engine_ca=${argument#*=} ;;
+        --engine=*) engine=${argument#*=} ;;
         --model=/*) model_paths=("${argument#*=}") ;;
         --no-seal) want_seal=0 && continue ;;
         --seal) want_seal=1 && continue ;;
@@ -99,6 +103,7 @@ for argument in "$@"; do
     worker_options+=("$argument")
 done
 if [[ -n $engine_url ]]; then models_dir=''; else engine_ca=''; fi
+[[ -z $engine_url && $engine =~ ^[a-z]+$ ]] || engine=ollama # the worker says what is wrong
 find_image
 prepare_args=("$input" "$output" --prepare ${worker_options[@]+"${worker_options[@]}"})
 if [[ -n $engine_ca ]]; then

@@ -804,6 +804,29 @@ def test_the_image_is_looked_for_in_four_places(place: Place) -> None:
         assert str(image) in place.fakes.calls("apptainer")[-1].argv
 
 
+@pytest.mark.parametrize(
+    ("words", "environ"),
+    [
+        (("--engine", "llamacpp"), {}),
+        (("--engine=llamacpp",), {}),
+        ((), {"AIFLUX_ENGINE": "llamacpp"}),
+    ],
+)
+def test_the_image_of_the_engine_is_looked_for(
+    place: Place, words: tuple[str, ...], environ: dict[str, str]
+) -> None:
+    image = place.folder / "aiflux-llamacpp.sif"
+    make_sif(place.folder / "aiflux.sif", version="1")
+    done = generic(place, "in.jsonl", *words, AIFLUX_IMAGE="", **environ)
+    assert "make image ENGINE=llamacpp" in done.stderr
+    make_sif(image, version="1")
+    assert generic(place, "in.jsonl", *words, AIFLUX_IMAGE="", **environ).returncode == 0
+    assert str(image) in place.fakes.calls("apptainer")[-1].argv
+    elsewhere = ("--engine-url", "http://h:1")
+    assert generic(place, "in.jsonl", *words, *elsewhere, AIFLUX_IMAGE="").returncode == 0
+    assert str(place.folder / "aiflux.sif") in place.fakes.calls("apptainer")[-1].argv
+
+
 def test_a_job_does_not_run_an_image_of_others(place: Place) -> None:
     make_sif(place.image, engine="theirs")
     for done in (place.bash(render(place.job())), generic(place, "in.jsonl")):

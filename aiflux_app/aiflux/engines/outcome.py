@@ -29,6 +29,8 @@ CrashCode = Callable[[int, str], str | None]
 """Of status and message: the code of an answer which means that the engine broke down."""
 _CONTENT = {EMBEDDINGS: "data", RERANK: "results"}
 """What holds the answer, where there are no choices."""
+# Codes of OpenAI's API in a 429 that is no matter of speed.
+_NO_QUOTA = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
 UNTOUCHED = ("refused", "model_gone", "loading")
 """Codes of an engine that is down, or as good as that, and did nothing with the request."""
 
@@ -116,6 +118,8 @@ def judge_answer(url: str, answer: Answer, crash_code: CrashCode) -> Outcome:
     if crash is not None:
         return Outcome(Kind.CRASHED, crash, message, answer.status, kept)
     retried = answer.status in RETRIED_STATUSES or answer.status >= 500
+    if answer.status == 429 and any(f'"{code}"' in text for code in _NO_QUOTA):
+        retried = False  # waiting does not help
     return Outcome(
         Kind.RETRY if retried and answer.status != 501 else Kind.FAILED,
         f"http_{answer.status}",
@@ -123,7 +127,7 @@ def judge_answer(url: str, answer: Answer, crash_code: CrashCode) -> Outcome:
         answer.status,
         kept,
         retry_after=answer.retry_after,
-        overloaded=answer.status in OVERLOADED_STATUSES,
+        overloaded=retried and answer.status in OVERLOADED_STATUSES,
         location=answer.location,
     )
 

@@ -6,12 +6,18 @@ import base64
 import binascii
 import html
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "(not shown)"
-# A shorter "key" is a dummy such as "none" or "x": hiding it would spoil ordinary words.
+# What people set where a server wants no key; hiding these would spoil ordinary words.
+_PLACEHOLDERS = frozenset(
+    {"-", "abc", "dummy", "empty", "fake", "key", "na", "no", "no-key", "none", "null", "ollama",
+     "placeholder", "test", "token", "unused", "vllm", "x", "xx", "xxx"}
+)  # fmt: skip
+# A shorter secret is hidden where it stands by itself, not in the middle of a word.
 _SHORTEST = 6
 
 
@@ -28,13 +34,17 @@ class Secrets:
             return cls()
         bare = key.removeprefix("Bearer ").removeprefix("Basic ").strip()
         plain = {bare, *(_decoded(bare) if key.startswith("Basic ") else ())}
-        forms = {form for each in plain if len(each) >= _SHORTEST for form in _written(each)}
+        plain -= {each for each in plain if each.lower() in _PLACEHOLDERS}
+        forms = {form for each in plain if each for form in _written(each)}
         return cls(tuple(sorted(forms, key=len, reverse=True)))
 
     def hide(self, text: str) -> str:
         """Return a text without them."""
         for form in self.forms:
-            text = text.replace(form, HIDDEN)
+            if len(form) >= _SHORTEST:
+                text = text.replace(form, HIDDEN)
+            elif form in text:
+                text = re.sub(rf"(?<![^\W_]){re.escape(form)}(?![^\W_])", HIDDEN, text)
         return text
 
     def hide_bytes(self, content: bytes) -> bytes:

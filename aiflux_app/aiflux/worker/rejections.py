@@ -20,10 +20,20 @@ from aiflux.util.text import public_url
 from aiflux.worker.scheduler import Lane, Task
 
 ENOUGH = 10
-_CREDENTIALS = frozenset({401, 402, 407})
+_AGAIN = "and run the same command again"
+# What was seen, and the remedy, where a status concerns every request.
+_CERTAIN = {
+    401: ("refuses the key", f"set AIFLUX_API_KEY to a key that is valid {_AGAIN}"),
+    402: ("asks for payment", f"check the account's credit and quota {_AGAIN}"),
+    407: (
+        "is behind a proxy that asks for a login",
+        f"check --engine-url: AI-Flux uses no proxy for it; use an address without one {_AGAIN}",
+    ),
+    429: ("reports a used-up quota", f"check the account's credit and quota {_AGAIN}"),
+}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# 403 may also be the verdict of a content filter, 404 that of a file that a request names.
-DOUBTFUL = frozenset({403, 404, 405, 410})
+# 403 and 451 may also be the verdict of a content filter, 404 that of a file that a request names.
+DOUBTFUL = frozenset({403, 404, 405, 410, 451})
 _OF_THE_MODEL = frozenset({400, 422})
 
 
@@ -141,11 +151,12 @@ def certain(engine: str, url: str, verdict: Outcome) -> RejectedError | None:
     Args:
         engine: address of the engine.
     """
-    if verdict.status in _CREDENTIALS:
+    if verdict.status in _CERTAIN and verdict.kind is Kind.FAILED:
+        seen, remedy = _CERTAIN[verdict.status]
         return RejectedError(
-            f"the engine refuses the key ({verdict.status}): {verdict.message}; this is not "
-            "recorded as a failure of requests",
-            "set AIFLUX_API_KEY to a key that is valid and run the same command again",
+            f"the engine {seen} ({verdict.status}): {verdict.message}; this is not recorded as a "
+            "failure of requests",
+            remedy,
         )
     if verdict.status in _REDIRECTS:
         return redirect_error(

@@ -149,7 +149,7 @@ def test_a_server_without_a_list_of_models_is_ready(tmp_path: Path, status: int)
 # --- rejects everything --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 410, 301, 307, 308])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 407, 410, 451, 301, 307, 308])
 @pytest.mark.parametrize("count", [1, 300])
 def test_rejections_of_every_request_are_exit_4_and_not_recorded(
     tmp_path: Path, status: int, count: int
@@ -171,6 +171,32 @@ def test_rejections_of_every_request_are_exit_4_and_not_recorded(
         corrected = Working(tmp_path, engine.url)
         assert corrected.run() is ExitCode.OK
     assert len(corrected.results) == count
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "seen", "remedy"),
+    [
+        (401, "invalid_api_key", "refuses the key (401)", "AIFLUX_API_KEY"),
+        (402, "payment_required", "asks for payment (402)", "credit and quota"),
+        (403, "forbidden", "rejected the only request to /v1/chat/completions (403)", "address"),
+        (407, "proxy", "behind a proxy that asks for a login (407)", "--engine-url"),
+        (429, "insufficient_quota", "reports a used-up quota (429)", "credit and quota"),
+        (451, "legal", "rejected the only request to /v1/chat/completions (451)", "address"),
+    ],
+)
+def test_each_rejection_has_its_own_words(
+    tmp_path: Path, status: int, code: str, seen: str, remedy: str
+) -> None:
+    body = json.dumps({"error": {"message": "its words", "code": code}}).encode()
+    with FaultyEngine(instead=lambda method, *_: (status, body, {}) if method == "POST" else None) \
+            as engine:  # fmt: skip
+        working = Working(tmp_path, engine.url).prompts("a")
+        assert working.run() is ExitCode.ENGINE
+    assert working.error is not None
+    assert f"{seen}: its words" in working.error.message
+    assert remedy in str(working.error.remedy)
+    assert ("refuses the key" in working.error.message) is (status == 401)
+    assert recorded(working) == 0
 
 
 def test_a_redirect_shows_the_address_to_use(tmp_path: Path) -> None:

@@ -109,5 +109,22 @@ def test_json_stays_json(key: str, around: str) -> None:
     assert [HIDDEN] in left.values()
 
 
-def test_a_dummy_key_spoils_no_words() -> None:
-    assert Secrets.of("none").hide("none of it") == "none of it"
+@pytest.mark.parametrize("key", ["none", "EMPTY", "ollama", "x", "Bearer x"])
+def test_a_placeholder_spoils_no_words(key: str) -> None:
+    text = "none of it is EMPTY: ollama x"
+    assert Secrets.of(key).hide(text) == text
+
+
+keys = st.text(st.sampled_from('aZ09-_./+=&"\\'), min_size=1, max_size=5)
+
+
+@given(keys.filter(lambda key: key != "-"))
+def test_a_short_key_is_hidden_where_it_stands_by_itself(key: str) -> None:
+    hidden = Secrets.of(f"Bearer {key}").hide(f"the server says: {key} !")
+    assert hidden == f"the server says: {HIDDEN} !"
+
+
+def test_a_short_key_spoils_no_longer_words() -> None:
+    assert Secrets.of("pw").hide("pwd and pw, not pw2") == f"pwd and {HIDDEN}, not pw2"
+    basic = "Basic " + base64.b64encode(b"user:h4x").decode()
+    assert Secrets.of(basic).hide("wrong password h4x") == f"wrong password {HIDDEN}"

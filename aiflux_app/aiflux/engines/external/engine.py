@@ -25,7 +25,7 @@ _MODELS = "/v1/models"
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 5.0
 _PROBE_TIMEOUT = 5.0
-_DENIED = (401, 403)
+_DENIED = {401: "refuses the key", 403: "denies access"}
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -134,8 +134,9 @@ class ExternalEngine:
             return None if self.offers(model) is not False else self._no_such_model(model)
         if answer.status in _DENIED and not self._denied:
             return RejectedError(
-                f"the engine at {self.url} refuses the key ({answer.status}): {_words(answer)}",
-                "set AIFLUX_API_KEY",
+                f"the engine at {self.url} {_DENIED[answer.status]} ({answer.status}): "
+                f"{_words(answer)}",
+                "set AIFLUX_API_KEY to a key that is valid for this model and address",
             )
         self._names = _names(answer)
         return None if self.offers(model) is not False else self._no_such_model(model)

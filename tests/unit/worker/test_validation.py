@@ -177,7 +177,8 @@ bodies = any_json | st.fixed_dictionaries(
 @settings(max_examples=150)
 @given(wanted=formats, body=bodies, url=st.sampled_from([each.url for each in ENDPOINTS.values()]))
 def test_any_answer_to_any_request_is_judged(wanted: Any, body: Any, url: str) -> None:
-    content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "response_format": wanted}
+    content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "documents": [],
+               "response_format": wanted}  # fmt: skip
     request = parse_request(request_line(url=url, body=content).encode())
     answer = Answer(200, json.dumps(body).encode())
     verdict = CHECKING.judge(request, judge_answer(url, answer, KIND.crash_code))

@@ -1,4 +1,4 @@
-"""Shell completion: the names of runs and models, and what the shells lack."""
+"""Shell completion: names of runs and models, and model names with colons in bash."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 class _BashComplete(BashComplete):
-    """Bash takes ``llama3.2:3b`` for three words; they are put together again."""
+    """Bash splits ``llama3.2:3b`` into three words; this joins them."""
 
     _ahead = ""
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Return the words before the incomplete one, and that."""
+        """Return the complete words, and the incomplete one."""
         args, incomplete = super().get_completion_args()
         line = os.environ["COMP_WORDS"].split("\n")[: int(os.environ["COMP_CWORD"]) + 1]
         if ":" not in line:
@@ -43,7 +43,7 @@ class _BashComplete(BashComplete):
         return words[1:-1], whole
 
     def format_completion(self, item: CompletionItem[str]) -> str:
-        """Return a line for the script, without what stands before the last colon."""
+        """Return a line for the script, without the text before the last colon."""
         return f"{item.type},{item.value.removeprefix(self._ahead)}"
 
 
@@ -78,14 +78,14 @@ def model_names() -> list[str]:
 
 
 def run_names() -> dict[str, str]:
-    """Return what names the user's runs: outputs and job ids, each with a description."""
+    """Return the names of the user's runs: outputs and job ids, each with a description."""
     from aiflux.core.runs.registry import entries
 
     names = {}
     with suppress(AifluxError, OSError, RuntimeError):
         for entry in entries(os.environ):
             output = _short(entry.output)
-            # The shells insert a name as it is; others are completed as files, in quotes.
+            # Shells insert a name unquoted; names that need quotes are completed as files.
             if shlex.quote(output) == output or output.startswith("~/"):
                 names[output] = f"run of {entry.submitted[:10]}"
             names.update(dict.fromkeys(entry.jobs, output))

@@ -30,7 +30,7 @@ _TRAILING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
 
 
 def print_help(text: str) -> None:
-    """Print a help text to stdout, whose stream lets nothing but a console write colours."""
+    """Print a help text to stdout, where only a console can write colors."""
     TerminalConsole(highlight=False).print(Text.from_ansi(text), soft_wrap=True)
 
 

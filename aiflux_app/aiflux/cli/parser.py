@@ -1,4 +1,4 @@
-"""The parts that commands are made of: commands, groups, options, and the types of their values."""
+"""The building blocks of commands: commands, groups, options and types of values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Decorator(Protocol):
-    """What adds a parameter to a function."""
+    """A decorator that adds a parameter."""
 
     def __call__(self, function: Function, /) -> Function:
         """Return the function."""
@@ -32,10 +32,10 @@ class Decorator(Protocol):
 
 @dataclass
 class Session:
-    """What holds for one command line, whichever command it names.
+    """The state of one command line.
 
     Attributes:
-        begin: called with the command's context when the command line is right.
+        begin: called with the command's context before the command runs.
         debug: print the traceback of every error.
     """
 
@@ -59,7 +59,7 @@ class Option(click.Option):
         self.rare = rare
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Return the value; refuse one that is the name of an option: a value was forgotten."""
+        """Return the value; refuse the name of an option, which follows a forgotten value."""
         given = value if isinstance(value, tuple | list) else (value,)
         known = {
             name for param in ctx.command.params for name in (*param.opts, *param.secondary_opts)
@@ -92,7 +92,7 @@ class Command(click.Command):
 
     Attributes:
         examples: command lines that work.
-        exclusive: parameters that exclude each other.
+        exclusive: groups of parameters of which only one may be given.
         note: a paragraph at the end of the help.
     """
 
@@ -108,7 +108,7 @@ class Command(click.Command):
         self.examples = examples
         self.exclusive = exclusive
         self.note = note
-        # What is left over is refused in our own words.
+        # `parse_args` reports unexpected arguments itself.
         self.context_settings["allow_extra_args"] = True
 
     @property
@@ -117,12 +117,12 @@ class Command(click.Command):
         return [param for param in self.params if isinstance(param, Option) and param.rare]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return all parameters, with those that every command has."""
+        """Return all parameters, including those that every command has."""
         whole = [_help_all()] if self.rare_params else []
         return [*super().get_params(ctx), *whole, debug_option(hidden=True)]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; refuse what no parameter takes, and parameters that exclude each other."""
+        """Parse; refuse unexpected arguments, and exclusive parameters given together."""
         try:
             rest = super().parse_args(ctx, args)
         except click.BadOptionUsage as error:
@@ -150,17 +150,17 @@ class Command(click.Command):
         return super().invoke(ctx)
 
     def get_help(self, ctx: click.Context) -> str:
-        """Return the help, coloured for a terminal."""
+        """Return the help, colored for a terminal."""
         from aiflux.cli.help import command_help
 
         return command_help(ctx, self.examples, self.note)
 
 
 def refuse_several(ctx: click.Context, names: Sequence[str]) -> None:
-    """Refuse a command line that gives several parameters of which it may give one.
+    """Refuse a command line that gives more than one of several parameters.
 
     Raises:
-        UsageError: it does.
+        UsageError: more than one is given.
     """
     given = [
         param.make_metavar(ctx).strip("[].")
@@ -206,11 +206,11 @@ class CommandGroup(click.Group):
         return super().invoke(ctx)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return all parameters, with those that every command has."""
+        """Return all parameters, including those that every command has."""
         return [*super().get_params(ctx), debug_option(hidden=True)]
 
     def get_help(self, ctx: click.Context) -> str:
-        """Return the help, coloured for a terminal."""
+        """Return the help, colored for a terminal."""
         from aiflux.cli.help import group_help
 
         return group_help(ctx, {"Commands": self.listed()}, self.examples)
@@ -224,7 +224,7 @@ class CommandGroup(click.Group):
         return [*self.commands]
 
     def listed(self) -> dict[str, str]:
-        """Return the subcommands with what the help says about them."""
+        """Return the subcommands with their short help texts."""
         return {
             name: each.get_short_help_str(80).removesuffix(".")
             for name, each in self.commands.items()
@@ -232,11 +232,11 @@ class CommandGroup(click.Group):
 
 
 class LazyGroup(CommandGroup):
-    """The program: its commands are imported when they are named.
+    """The program, which imports a command only when it is used.
 
     Attributes:
-        panels: the commands in groups: title, then name and help text.
-        package: has a module for each command, which holds it under its name.
+        panels: the groups of commands: title, then names and help texts.
+        package: has a module for each command, with an object of the same name.
     """
 
     def __init__(self, panels: Mapping[str, Mapping[str, str]], package: str, **more: Any) -> None:
@@ -249,7 +249,7 @@ class LazyGroup(CommandGroup):
         return [name for group in self.panels.values() for name in group]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command; None where there is none of that name."""
+        """Import and return a command; None if the name is unknown."""
         if cmd_name not in self.list_commands(ctx):
             return None
         found: click.Command = getattr(import_module(f"{self.package}.{cmd_name}"), cmd_name)
@@ -266,7 +266,7 @@ class LazyGroup(CommandGroup):
         return group_help(ctx, self.panels, self.examples, self.epilog or "")
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
-        """Return the commands and options that a word may become; no command is imported."""
+        """Return matching commands and options; no command is imported."""
         texts = {name: text for group in self.panels.values() for name, text in group.items()}
         items = [
             CompletionItem(name, help=text)
@@ -287,7 +287,7 @@ def group(name: str, **attributes: Any) -> Callable[[Callable[..., None]], Comma
 
 
 def _help_option(option: click.Option | None) -> click.Option | None:
-    """Have click's option print the help as ours does."""
+    """Have click's option print the help with colors."""
     if option is not None:
         option.help = "Show this help"
         option.callback = _show_help
@@ -308,7 +308,7 @@ def _show_help(ctx: click.Context, option: click.Parameter, given: bool) -> None
 
 
 def see_help(ctx: click.Context) -> str:
-    """Return the sentence that leads to a command's help."""
+    """Return a hint to a command's help."""
     whole = isinstance(ctx.command, Command) and ctx.command.rare_params
     return f"see {ctx.command_path} {'--help-all' if whole else '--help'}"
 
@@ -320,7 +320,7 @@ def example_of(ctx: click.Context) -> str:
 
 
 def debug_option(*, hidden: bool) -> Option:
-    """Return the option that shows tracebacks; it may stand anywhere in a command line."""
+    """Return the option that shows tracebacks; every command accepts it."""
 
     def set_debug(ctx: click.Context, _: click.Parameter, given: bool) -> None:
         session = ctx.find_object(Session)
@@ -393,7 +393,21 @@ class Choice(click.Choice[str]):
 
 FILE = click.Path()
 """A file, which the shell completes."""
-FOLDER = click.Path(file_okay=True, dir_okay=True)
+
+
+class FolderType(click.ParamType[str]):
+    """A directory, which the shell completes."""
+
+    name = "directory"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        """Let the shell complete directories."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+FOLDER = FolderType()
 
 
 class ModelType(click.ParamType[str]):
@@ -404,7 +418,7 @@ class ModelType(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem[str]]:
-        """Return the models that a word may become."""
+        """Return matching models."""
         from aiflux.cli.completion import model_names
 
         return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
@@ -421,7 +435,7 @@ class RunType(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem[str]]:
-        """Return the runs that a word may become; files where there is none."""
+        """Return matching runs; files if there are none."""
         from aiflux.cli.completion import run_names
 
         found = [
@@ -484,7 +498,7 @@ def setting_help(setting: Setting) -> str:
 
 
 def input_parameters(help: str, *, metavar: str = "INPUT") -> Decorator:
-    """Add an input that is given as an argument or with ``--input``; see `the_input`."""
+    """Add an input, as an argument and as ``--input``; see `the_input`."""
 
     def decorate(function: Function) -> Function:
         function = option(

@@ -15,7 +15,7 @@ _SHOWN_COMMANDS = 3
 
 
 def usage_error(error: click.UsageError, root: LazyGroup, words: Sequence[str]) -> UsageError:
-    """Return one of click's errors in our form: what was seen, and the remedy."""
+    """Return one of click's errors in AI-Flux's form: the problem and the remedy."""
     ctx = error.ctx
     if ctx is None:
         return UsageError(error.format_message(), see_help(root.make_context("aiflux", [])))
@@ -65,7 +65,7 @@ def _names(param: click.Parameter) -> tuple[str, ...]:
 
 
 def _behind_the_command(name: str, root: LazyGroup, words: Sequence[str]) -> str | None:
-    """Return the command that a word names and that has an option."""
+    """Return the command in the words that has an option."""
     with root.make_context("aiflux", [], resilient_parsing=True) as ctx:
         for word in words:
             command = root.get_command(ctx, word)
@@ -82,7 +82,7 @@ def _having(commands: Sequence[str]) -> str:
 
 
 def options_of_all(root: click.Group, path: str = "aiflux") -> Iterator[tuple[str, set[str]]]:
-    """Yield every command below a group with the names of its options."""
+    """Yield every command of a group with the names of its options."""
     with click.Context(root, info_name=path, resilient_parsing=True) as ctx:
         for name in root.list_commands(ctx):
             command = root.get_command(ctx, name)

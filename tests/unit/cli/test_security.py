@@ -204,7 +204,7 @@ FILES = {"aiflux.yaml": "run: {model: m:1}\n", ".env": "MODEL_NAME=m:1\n"}
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize(("mode", "words"), [(0o646, "everybody"), (0o602, "everybody")])
+@pytest.mark.parametrize(("mode", "words"), [(0o646, "everyone"), (0o602, "everyone")])
 def test_a_file_that_others_can_write_is_refused(
     place: Path, name: str, mode: int, words: str
 ) -> None:

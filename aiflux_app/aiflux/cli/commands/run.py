@@ -20,6 +20,7 @@ from aiflux.cli.parser import (
 )
 from aiflux.cli.pipes import kept_input
 from aiflux.cli.render.plan import dry_run_summary
+from aiflux.cli.render.run import typed
 from aiflux.cli.start import (
     register,
     run_here,
@@ -37,6 +38,7 @@ from aiflux.errors import UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.preflight.local import check_fields, finding_text
+from aiflux.util.files import short
 from aiflux.util.streams import STDIN
 
 if TYPE_CHECKING:
@@ -171,7 +173,11 @@ def _start_here(asked: _Asked) -> int:
         carry_estimate(opened.plan, opened.run)
         for finding in check_fields(opened.plan):
             print(f"warning: {finding_text(finding)}", file=sys.stderr)
-    return run_local(opened, asked.config) if asked.managed else run_here(opened)
+    code = run_local(opened, asked.config) if asked.managed else run_here(opened)
+    if not code and not opened.finished:
+        name = typed(short(opened.plan.output))
+        print(f"answers: aiflux results show {name}    report: aiflux report {name}")
+    return code
 
 
 def _plan_job(asked: _Asked, *, write: bool) -> PlannedRun:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 import struct
 import zlib
 from pathlib import Path
@@ -20,6 +22,15 @@ from tests.integration.conftest import (
     request,
     shard_status,
 )
+from tests.integration.test_ollama import RunningWorker, create, tiny_requests, whole
+
+TINY = "tiny:latest"
+
+
+@pytest.fixture(scope="session")
+def tiny(user: User, models: Path, ollama: Path, checkout: Path) -> str:
+    """A random model of half a megabyte, for tests in which the words do not matter."""
+    return create(user, models, ollama, TINY)
 
 
 @pytest.fixture(scope="session")
@@ -142,3 +153,24 @@ def test_a_model_that_reads_images_gets_its_projector(
     user.write(place / "in.jsonl", lines(entry))
     user.run(*local, "--models-dir", folder, "--model", "eye:135m", cwd=place)
     assert answers(place / "out.json")["image"]
+
+
+def test_no_request_is_lost_when_server_and_worker_are_killed(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    command = [*local, "--slots", "2", "--context-length", "512"]
+    user.write(place / "in.jsonl", tiny_requests(120))
+    running = RunningWorker(user, place, command)
+    running.wait_for(10)
+    os.kill(running.child("llama-server", "--alias"), signal.SIGKILL)
+    running.wait_for(60)
+    assert running.process.poll() is None, running.end()
+    running.process.kill()
+    _, printed = running.end()
+    assert printed.count("restarting it") == 1, printed
+    assert user.none_left(), user.processes()
+    user.run(*command, cwd=place)
+    whole(place, 120)
+    entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert {entry["metadata"]["attempts"] for entry in entries} == {1}
+    assert user.none_left(), user.processes()

@@ -140,12 +140,12 @@ def test_a_group_shares_models_that_only_the_owner_can_change(
         user.run(aiflux, "models", *words, cwd=place, env=env)
     for words in (["remove", MODEL], ["import", "m.tar"], ["pull", "lab/other:1"]):
         printed = user.run(aiflux, "models", *words, cwd=place, env=env, code=2)
-        assert "you may not write into the models directory" in printed
+        assert "is read-only for you" in printed
     user.write(place / "other.jsonl", lines(request("a", "one", model=None)))
     other = ["--input", "other.jsonl", "--model", "lab/other:1", "--mem", "2G"]
     printed = user.run(aiflux, "run", *other, cwd=place, env=env, code=2)
     assert "could not pull lab/other:1" in printed
-    assert "you may not write there" in printed
+    assert "read-only for you" in printed
     assert states(shared) == before
 
 

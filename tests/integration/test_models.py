@@ -320,7 +320,7 @@ def test_an_unusable_file_leaves_nothing_behind(site: Site, gguf: Path) -> None:
     printed = site.run(
         "models", "import", "--gguf", gguf, "--name", "bad", "--template", bad, code=4
     )
-    assert "Ollama could make no model of the file" in printed
+    assert "Ollama could not create a model from the file" in printed
     assert not [*(site.models / ".staging").iterdir()]
     assert not (site.models / "manifests").exists()
 
@@ -345,7 +345,7 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize(
     ("status", "words"), [(500, "could not be pulled"), (503, "could not be pulled"),
-                          (404, "has no model"), (401, "asks for a login")],
+                          (404, "has no model"), (401, "requires a login")],
 )  # fmt: skip
 def test_registry_errors_are_reported(site: Site, status: int, words: str) -> None:
     site.run("models", "pull", site.name)
@@ -430,8 +430,8 @@ def test_a_missing_model_in_a_read_only_directory_is_reported(
     env = {"AIFLUX_OLLAMA": str(ollama), "AIFLUX_MODELS_DIR": str(place / "models")}
     run = ["run", "--local", "--input", "in.jsonl", "--model", "lab/none:1"]
     printed = user.run(checkout / ".venv/bin/aiflux", *run, cwd=place, env=env, code=4)
-    assert "lab/none:1 is not (whole) in the models directory" in printed
-    assert "you may not write there" in printed
+    assert "lab/none:1 is not (completely) in the models directory" in printed
+    assert "read-only for you" in printed
 
 
 def test_models_are_pulled_and_created_through_the_image(

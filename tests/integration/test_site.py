@@ -107,4 +107,4 @@ def test_the_doctor_reports_missing_parts(user: User, checkout: Path) -> None:
     env = {"SLURM_CONF": str(place / "none.conf"), "AIFLUX_IMAGE": str(place / "none.sif")}
     printed = user.run(checkout / ".venv/bin/aiflux", "doctor", cwd=place, env=env, code=2)
     assert "FAIL image: " in printed
-    assert "FAIL slurm: Slurm does not answer" in printed
+    assert "FAIL slurm: Slurm does not respond" in printed

@@ -1,1 +1,1 @@
-"""Engines: what starts and describes them, and the HTTP exchange with one."""
+"""Inference engines: the interface, the kinds, and the HTTP exchange with a server."""

@@ -1,4 +1,4 @@
-"""Which GPUs this process was given."""
+"""The GPUs that this process can use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIB = 2**20
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Return the GPUs as the job names them: from the environment, else from ``nvidia-smi -L``."""
+    """Return the GPUs as the job names them, from the environment or ``nvidia-smi -L``."""
     for name in _VARIABLES:
         value = environ.get(name)
         if value is not None:
@@ -23,20 +23,20 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
 
 
 def gpu_names() -> tuple[str, ...]:
-    """Return the models of the visible GPUs; empty where there is no NVIDIA driver."""
+    """Return the models of the visible GPUs; empty without NVIDIA driver."""
     return tuple(nvidia_smi("--query-gpu=name", "--format=csv,noheader"))
 
 
 def free_memory(devices: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the bytes that are free on each of these GPUs; empty where that cannot be told."""
+    """Return the free bytes of each of these GPUs; empty if unknown."""
     query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    told = nvidia_smi(f"--id={','.join(devices)}", *query) if devices else []
-    numbers = [int(line) * _MIB for line in told if line.strip().isdigit()]
+    lines = nvidia_smi(f"--id={','.join(devices)}", *query) if devices else []
+    numbers = [int(line) * _MIB for line in lines if line.strip().isdigit()]
     return tuple(numbers) if len(numbers) == len(devices) else ()
 
 
 def nvidia_smi(*arguments: str) -> list[str]:
-    """Return the lines that nvidia-smi prints; none where it is missing, hangs or fails."""
+    """Return the output lines of nvidia-smi; empty if it is missing, hangs or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -52,7 +52,7 @@ def nvidia_smi(*arguments: str) -> list[str]:
 def group(devices: tuple[str, ...], per_engine: int) -> tuple[tuple[str, ...], ...]:
     """Divide GPUs among engines; without GPUs there is one engine, on the CPU.
 
-    GPUs that are left over by the division are not used.
+    Remaining GPUs are not used.
     """
     if not devices:
         return ((),)

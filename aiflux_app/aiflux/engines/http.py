@@ -1,9 +1,9 @@
-"""One HTTP exchange with an engine, with a deadline for the whole of it.
+"""One HTTP exchange with an engine, with a deadline for the whole exchange.
 
-``requests`` is used at the level of its transport adapter, with a request that is prepared once for
-each endpoint: what is left out (cookies, redirects, hooks, environment) takes two thirds of the CPU
-time of ``Session.send`` and has no use here. A watchdog shuts down the socket of an exchange that
-is overdue, so that neither a hanging server nor one that drips byte by byte outlives its deadline.
+``requests`` is used at the level of its transport adapter, with a request that is prepared once per
+endpoint. The parts left out (cookies, redirects, hooks, environment) take two thirds of the CPU
+time of ``Session.send`` and are not needed. A watchdog shuts down the socket of an overdue
+exchange, so that neither a hanging server nor one that sends byte by byte exceeds the deadline.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _MARGIN = 5.0
 
 
 class ExchangeError(Exception):
-    """No whole answer came.
+    """No complete answer arrived.
 
     Attributes:
         code: ``timeout``, ``aborted``, ``refused`` or ``connection``.
-        remedy: what to change, where waiting or trying again cannot help; else empty.
+        remedy: what to change if waiting or retrying cannot help; else empty.
     """
 
     def __init__(self, code: str, message: str, remedy: str = "") -> None:
@@ -51,12 +51,12 @@ class ExchangeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole HTTP answer.
+    """A complete HTTP answer.
 
     Attributes:
-        retry_after: seconds that the server asks to wait; None where it does not.
-        location: address that it redirects to, without user, password and query; else empty.
-        content_type: as the server names it; empty where it names none.
+        retry_after: seconds that the server asks to wait, or None.
+        location: target of a redirect, without user, password and query; else empty.
+        content_type: as the server names it, or empty.
     """
 
     status: int
@@ -67,7 +67,7 @@ class Answer:
 
 
 class _Exchange:
-    """What the watchdog knows of an exchange under way."""
+    """The watchdog's state of a running exchange."""
 
     __slots__ = ("connection", "deadline", "verdict")
 
@@ -83,7 +83,7 @@ class _Exchange:
             try:
                 sock.shutdown(SHUT_RDWR)
             except OSError:
-                return  # it ended by itself in the meantime
+                return  # it has ended by itself
 
 
 _current = threading.local()
@@ -114,10 +114,10 @@ class Client:
 
     Args:
         base_url: e.g. ``http://127.0.0.1:11434``, without ``/v1``.
-        timeout: seconds that one exchange may take, from connecting to the last byte.
-        connections: how many are kept.
-        api_key: sent as a bearer token, or as it is where it begins with ``Basic `` or ``Bearer ``.
-        ca: certificates to trust instead of the usual ones: a file, or a directory.
+        timeout: time limit of an exchange in seconds, from connecting to the last byte.
+        connections: number of connections to keep.
+        api_key: sent as a bearer token, or unchanged if it starts with ``Basic `` or ``Bearer ``.
+        ca: file or directory of certificates to trust instead of the usual ones.
 
     Attributes:
         secrets: hides the key in what the server sends.
@@ -148,15 +148,15 @@ class Client:
         self._watchdog = start_thread(self._watch, "watchdog")
 
     def post(self, url: str, payload: bytes) -> Answer:
-        """Send one request and return the whole answer, whatever its status.
+        """Send one request and return the complete answer, whatever its status.
 
         Raises:
-            ExchangeError: no whole answer came.
+            ExchangeError: no complete answer arrived.
         """
         return self._exchange(self._request("POST", url, payload), self._timeout)
 
     def get(self, url: str, timeout: float) -> Answer:
-        """Ask for something, such as the list of models; as ``post``."""
+        """Send a GET request, for example for the list of models; see ``post``."""
         return self._exchange(self._request("GET", url, None), timeout)
 
     def _exchange(self, request: requests.PreparedRequest, timeout: float) -> Answer:
@@ -175,12 +175,12 @@ class Client:
             with self._lock:
                 self._exchanges.discard(exchange)
         if exchange.verdict is not None:
-            # A socket that was shut down among the headers looks like a whole, empty answer.
+            # A socket that was shut down within the headers looks like a complete, empty answer.
             raise self._explain(exchange, OSError("shut down"), timeout)
         return answer
 
     def abort(self) -> None:
-        """End every exchange under way; their requests count as not attempted."""
+        """Abort all running exchanges; their requests count as not attempted."""
         with self._lock:
             exchanges = list(self._exchanges)
         for exchange in exchanges:
@@ -205,7 +205,7 @@ class Client:
         return copy
 
     def _send(self, request: requests.PreparedRequest, timeout: float) -> Answer:
-        # The socket's own timeout lies behind the deadline: the watchdog comes first.
+        # The socket's own timeout is later than the deadline, so the watchdog acts first.
         timeouts = (min(CONNECT_TIMEOUT, timeout), timeout + _MARGIN)
         response = self._adapter.send(request, stream=True, timeout=timeouts, verify=self._verify)
         raw = response.raw
@@ -218,14 +218,14 @@ class Client:
         return Answer(raw.status, body, _retry_after(raw.headers), location, content_type)
 
     def hidden(self, answer: Answer) -> Answer:
-        """Return an answer without the key, in case that the server echoes it."""
+        """Return an answer without the key, in case the server echoes it."""
         secrets = self.secrets
         location = secrets.hide(answer.location)
         return replace(answer, body=secrets.hide_bytes(answer.body), location=location)
 
     def _explain(self, exchange: _Exchange, error: Exception, timeout: float) -> ExchangeError:
         if exchange.verdict == "timeout" or isinstance(error, requests.ReadTimeout):
-            return ExchangeError("timeout", f"no whole answer within {timeout:g} s")
+            return ExchangeError("timeout", f"no complete answer within {timeout:g} s")
         if exchange.verdict == "aborted":
             return ExchangeError("aborted", "ended by the worker")
         where = public_url(self.base_url)
@@ -238,7 +238,7 @@ class Client:
                 "refused", f"{where} does not accept connections ({_reason(error)})"
             )
         if isinstance(error, requests.ConnectTimeout):
-            return ExchangeError("refused", f"{where} does not answer")
+            return ExchangeError("refused", f"{where} does not respond")
         text = self.secrets.hide(_reason(error))
         return ExchangeError("connection", f"the connection to {where} broke: {text}")
 
@@ -252,7 +252,7 @@ class Client:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from; urllib3 also keeps causes in ``reason``."""
+    """Yield an error and its causes; urllib3 also keeps causes in ``reason``."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -266,13 +266,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _known_cause(error: BaseException) -> tuple[str, str, str] | None:
-    """Return code, message and remedy of a failure that waiting cannot mend."""
+    """Return code, message and remedy of a failure that waiting cannot fix."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return (
                 "connection",
                 f"its certificate is not trusted: {cause.verify_message}",
-                "give the certificate of the authority that signed it: --engine-ca FILE "
+                "pass the certificate of the authority that signed it: --engine-ca FILE "
                 "(or REQUESTS_CA_BUNDLE); check that the address has the name in the certificate",
             )
         if isinstance(cause, ssl.SSLError) and cause.reason in _NOT_TLS:
@@ -286,7 +286,7 @@ def _known_cause(error: BaseException) -> tuple[str, str, str] | None:
     return None
 
 
-# OpenSSL's names for an answer that is no TLS record; they differ by version.
+# OpenSSL's errors for an answer that is not a TLS record; they differ by version.
 _NOT_TLS = (
     "WRONG_VERSION_NUMBER",
     "RECORD_LAYER_FAILURE",
@@ -296,11 +296,11 @@ _NOT_TLS = (
 
 
 def speaks_tls(url: str, timeout: float) -> bool:
-    """Tell whether the server at a plain ``http://`` address completes a TLS handshake."""
+    """Return whether the server at a plain ``http://`` address completes a TLS handshake."""
     parts = urlsplit(url)
     context = ssl.create_default_context()
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # nothing is sent: this only asks which protocol it is
+    context.verify_mode = ssl.CERT_NONE  # only detects the protocol; nothing is sent
     try:
         with (
             socket.create_connection((parts.hostname, parts.port or 80), timeout) as plain,
@@ -312,7 +312,7 @@ def speaks_tls(url: str, timeout: float) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the innermost cause's own words."""
+    """Return the message of the innermost cause."""
     while error.__context__ is not None:
         error = error.__context__
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -320,7 +320,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Read Retry-After in its seconds form (RFC 9110, 10.2.3); a date is left to the backoff."""
+    """Read Retry-After in its seconds form (RFC 9110, 10.2.3); dates are ignored."""
     text = headers.get("Retry-After")
     if text is None:
         return None

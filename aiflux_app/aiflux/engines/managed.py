@@ -1,4 +1,4 @@
-"""A server that the worker starts: what engines of all such kinds have in common."""
+"""Base class of engines that the worker starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _READY_POLL = 0.2
 
 
 class ManagedEngine:
-    """Base class of such engines; they add ``start``.
+    """A server that the worker starts; subclasses implement ``start``.
 
     Attributes:
         slots: sequences that the server decodes in parallel.
@@ -53,7 +53,7 @@ class ManagedEngine:
         self.client.close()
 
     def is_alive(self) -> bool:
-        """Tell whether the server is up; wait a moment for a death to show."""
+        """Return whether the server is running; wait a moment, as a crash may show late."""
         deadline = time.monotonic() + _DEATH_NOTICE
         while time.monotonic() < deadline:
             if not self.is_ready():
@@ -62,7 +62,7 @@ class ManagedEngine:
         return True
 
     def is_ready(self) -> bool:
-        """Tell whether the server runs: its model was loaded before the first request."""
+        """Return whether the server is running: its model was loaded before the first request."""
         return self._server is not None and self._server.running
 
     def max_in_flight(self) -> int | None:
@@ -74,15 +74,15 @@ class ManagedEngine:
         return self._digest
 
     def was_truncated(self, prompt_tokens: int) -> bool:
-        """Tell that no prompt is cut, unless a kind knows better."""
+        """Return False, unless a subclass detects truncated prompts."""
         return False
 
     def refusal(self, model: str) -> RejectedError | None:
-        """Nothing: the model was loaded, so the server accepts requests for it."""
+        """Return None: the model was loaded, so the server accepts requests for it."""
         return None
 
     def offers(self, model: str) -> bool | None:
-        """The model was loaded."""
+        """Return True: the model was loaded."""
         return True
 
     def ran(self, asked: str, answered: str | None) -> str:
@@ -101,28 +101,29 @@ class ManagedEngine:
     def _serve(
         self, command: Sequence[str], environment: Mapping[str, str], port: int | None = None
     ) -> ServerProcess:
-        """Start the server in the place of an earlier one, and return it.
+        """Start the server, replacing an earlier one, and return it.
 
         Args:
-            port: as the command has it; None where the kernel picks it.
+            port: the port in the command; None if the kernel chooses one.
 
         Raises:
-            EngineError: it did not start, or the engine was closed.
+            EngineError: the server did not start, or the engine was closed.
         """
         self.stop()
         server = ServerProcess(command, environment, self.spec.log, port)
         self._server = server
-        # In this order: ``close`` stops the server that it finds, or this finds it closing.
+        # This order matters: either ``close`` finds the server and stops it, or this finds it
+        # closed.
         if self._closing.is_set():
             raise EngineError("the engine was stopped during its start")
         server.start()
         return server
 
     def _await_ready(self, server: ServerProcess, path: str, timeout: float) -> Client:
-        """Return a client of the server, once it answers a path with status 200.
+        """Return a client of the server once it answers a path with status 200.
 
         Raises:
-            EngineError: it ended, was closed, did not get ready in time, or another program
+            EngineError: the server ended, was closed, was not ready in time, or another program
                 listens on its port.
         """
         client = self._make_client(server.url)
@@ -149,6 +150,6 @@ class ManagedEngine:
         return client
 
     def _use(self, ready: str | Client) -> None:
-        """Send requests to a server that is ready: at an address, or through a client of it."""
+        """Use a ready server, given by its address or a client."""
         self.client.close()
         self.client = self._make_client(ready) if isinstance(ready, str) else ready

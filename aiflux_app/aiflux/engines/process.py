@@ -1,8 +1,8 @@
-"""An inference server as a child process: on a loopback port of its own, and surely ours.
+"""An inference server as a child process, on its own loopback port, verified to be ours.
 
-The kernel picks the port (a server is told to listen on port 0), and which one it is, is read from
-the sockets that the child's session holds (/proc/PID/fd against /proc/net/tcp). No port can be lost
-to somebody else between choosing and binding it, and the server that answers on it is our child.
+The server is told to listen on port 0, so the kernel chooses the port. The port is then read from
+the sockets of the child's session (/proc/PID/fd and /proc/net/tcp). So no other process can take
+the port between choosing and binding it, and the server that answers on it is our child.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def engine_environment(
     *,
     network: bool = False,
 ) -> dict[str, str]:
-    """Return a server's whole environment; nothing of the caller's gets in unnamed.
+    """Return a server's complete environment; only named variables of the caller are included.
 
-    The worker's PYTHONPATH stays out: an engine may be written in Python and bring its own.
+    The worker's PYTHONPATH is excluded, as an engine may be written in Python and have its own.
 
     Args:
         home: writable folder for HOME and TMPDIR.
-        settings: further variables, which win.
+        settings: additional variables, which take precedence.
         network: pass the site's proxies on.
     """
     kept = (*_KEPT, *PROXIES) if network else _KEPT
@@ -75,9 +75,9 @@ def engine_environment(
 
 
 def named_program(kind: EngineKind, environ: Mapping[str, str]) -> str | None:
-    """Return the program that the environment names for a kind; None where it names none.
+    """Return the program that the environment names for a kind, or None.
 
-    AIFLUX_ENGINE_PROGRAM is that of the kind in AIFLUX_ENGINE, if that is set.
+    AIFLUX_ENGINE_PROGRAM belongs to the kind in AIFLUX_ENGINE, if that is set.
     """
     meant = environ.get("AIFLUX_ENGINE") or kind.name
     names = (*([PROGRAM_VARIABLE] if meant == kind.name else []), *kind.program_variables)
@@ -85,10 +85,10 @@ def named_program(kind: EngineKind, environ: Mapping[str, str]) -> str | None:
 
 
 def find_program(kind: EngineKind, environ: Mapping[str, str]) -> str | None:
-    """Return the executable of a kind to start; None where there is none.
+    """Return a kind's executable, or None.
 
-    AIFLUX_ENGINE_PROGRAM names it; otherwise it is the one on PATH, or the CPU build that
-    ``make demo`` put into the user's cache.
+    It is named by AIFLUX_ENGINE_PROGRAM, found on PATH, or is the CPU build that ``make demo`` put
+    into the user's cache.
     """
     named = named_program(kind, environ) or shutil.which(kind.program, path=environ.get("PATH"))
     if named or not kind.cached_program:
@@ -99,28 +99,28 @@ def find_program(kind: EngineKind, environ: Mapping[str, str]) -> str | None:
 
 
 def engine_program(kind: EngineKind, environ: Mapping[str, str]) -> str:
-    """Return the same.
+    """Return a kind's executable; see ``find_program``.
 
     Raises:
-        EngineError: there is none.
+        EngineError: there is no executable.
     """
     program = find_program(kind, environ)
     if program is None:
         raise EngineError(
-            f"there is no {kind.program} on PATH",
-            f"run in the image, install {kind.title}, or use a server that is up: --engine-url URL",
+            f"no {kind.program} on PATH",
+            f"run in the image, install {kind.title}, or use a running server: --engine-url URL",
         )
     return program
 
 
 class ServerProcess:
-    """One server. Started once; stopped from any thread.
+    """A server. It can be started once, and stopped from any thread.
 
     Args:
         command: its command line.
-        environment: its whole environment (see ``engine_environment``).
-        log: file that its output is appended to.
-        port: where the command tells it to listen; None where the kernel picks a port.
+        environment: its complete environment (see ``engine_environment``).
+        log: file to which its output is appended.
+        port: the port in the command; None if the kernel chooses one.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ServerProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the process lives."""
+        """Whether the process is running."""
         process = self._process
         return process is not None and process.poll() is None
 
@@ -153,13 +153,13 @@ class ServerProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start, and wait until it listens where the kernel picks the port.
+        """Start the server; if the kernel chooses the port, wait until the server listens.
 
-        Must be called from a thread that lives as long as the server is to live: the kernel ends
-        the server with the thread that started it.
+        Must be called from a thread that lives as long as the server should: the kernel ends the
+            server together with the thread that started it.
 
         Raises:
-            EngineError: it did not start, or ended; or its log cannot be opened.
+            EngineError: the server did not start or has ended, or its log cannot be opened.
         """
         with self._open_log() as log, self._lock:
             if self._stopped:
@@ -181,10 +181,10 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
 
     def check(self) -> None:
-        """Check that a server which is starting still runs.
+        """Check that a starting server is still running.
 
         Raises:
-            EngineError: it was stopped, or has ended; then with the end of its log.
+            EngineError: the server was stopped, or has ended (with the end of its log).
         """
         process = self._process
         status = None if process is None else process.poll()
@@ -194,7 +194,7 @@ class ServerProcess:
             raise self._ended(status)
 
     def owns_port(self) -> bool:
-        """Tell whether the server that listens at ``url`` is this one, and not somebody else's."""
+        """Return whether the server that listens at ``url`` is this one."""
         process = self._process
         return process is not None and any(
             self.url == f"http://127.0.0.1:{port}"
@@ -203,9 +203,9 @@ class ServerProcess:
         )
 
     def stop(self) -> None:
-        """End the server and every process of its session; harmless when it is gone.
+        """Stop the server and all processes of its session; does nothing if it has ended.
 
-        A server that is not started yet stays so.
+        A server that was not started cannot be started afterwards.
         """
         with self._lock:
             self._stopped = True
@@ -229,7 +229,7 @@ class ServerProcess:
             return ""
 
     def _open_log(self) -> BinaryIO:
-        """Open the log. A full disk costs the log, not the engine; the journal reports the disk."""
+        """Open the log. On a full disk, only the log is lost; the journal reports the disk."""
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             return open(self.log, "ab")
@@ -243,7 +243,7 @@ class ServerProcess:
 
     def _ended(self, status: int) -> EngineError:
         return EngineError(
-            f"{self._name} ended with status {status} as it started:\n{self.log_tail()}",
+            f"{self._name} exited with status {status} during its start:\n{self.log_tail()}",
             f"see its log: {self.log}",
         )
 
@@ -263,22 +263,22 @@ class ServerProcess:
 
 
 def _signal(group: int, number: int) -> None:
-    """Signal a whole process group: a runner whose server was killed is in it, too."""
+    """Signal a process group, which includes runners of a killed server."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
 
 
 def _die_with_parent() -> list[str]:
-    """Return the prefix that has the kernel end the server when this process is killed."""
+    """Return a command prefix that makes the kernel end the server when this process is killed."""
     program = shutil.which("setpriv")
     return [program, "--pdeathsig", "TERM", "--"] if program else []
 
 
 def listening_port(pid: int) -> int | None:
-    """Return the loopback TCP port that a session listens on; None where it does not (yet).
+    """Return the loopback TCP port on which a session listens, or None (yet).
 
-    Some servers listen in a child of the process that was started. The session's leader, ``pid``,
-    comes first, then its other processes, the oldest first.
+    Some servers listen in a child of the started process. The session's leader, ``pid``, is checked
+    first, then its other processes, oldest first.
 
     Source: proc(5): /proc/PID/net/tcp has local address, state and inode in fields 2, 4 and 10.
     """
@@ -286,9 +286,9 @@ def listening_port(pid: int) -> int | None:
 
 
 def free_port() -> int:
-    """Return a loopback port that is free now, for servers that must be given one.
+    """Return a free loopback port, for servers that need a port number.
 
-    Somebody else may bind it first: see ``ServerProcess.owns_port``.
+    Another process may bind it first; see ``ServerProcess.owns_port``.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -302,7 +302,7 @@ def _family(leader: int) -> Iterator[int]:
 
 
 def _session(leader: int) -> Iterator[int]:
-    """Yield the other processes of a session, by proc(5): the fourth field after the name."""
+    """Yield the other processes of a session (proc(5): the fourth field after the name)."""
     for name in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
         if int(name) == leader:
             continue

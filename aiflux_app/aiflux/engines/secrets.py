@@ -1,4 +1,4 @@
-"""The key for an engine, and how it is kept out of what is stored and shown."""
+"""Keep an engine's API key out of stored and printed text."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "(not shown)"
-# What people set where a server wants no key; hiding these would spoil ordinary words.
+# Placeholders for servers without a key; hiding them would damage ordinary words.
 _PLACEHOLDERS = frozenset(
     {"-", "abc", "dummy", "empty", "fake", "key", "na", "no", "no-key", "none", "null", "ollama",
      "placeholder", "test", "token", "unused", "vllm", "x", "xx", "xxx"}
 )  # fmt: skip
-# A shorter secret is hidden where it stands by itself, not in the middle of a word.
+# A shorter secret is only hidden as a separate word.
 _SHORTEST = 6
 
 
 @dataclass(frozen=True)
 class Secrets:
-    """What must not be shown, in every form in which a server may echo it; longest first."""
+    """Secrets in all forms in which a server may echo them; longest first."""
 
     forms: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, key: str | None) -> Secrets:
-        """Return the forms of a key: with ``Basic ``, also user and password and each by itself."""
+        """Return the forms of a key; with ``Basic ``, also user and password."""
         if not key:
             return cls()
         bare = key.removeprefix("Bearer ").removeprefix("Basic ").strip()
@@ -39,7 +39,7 @@ class Secrets:
         return cls(tuple(sorted(forms, key=len, reverse=True)))
 
     def hide(self, text: str) -> str:
-        """Return a text without them."""
+        """Return a text without the secrets."""
         for form in self.forms:
             if len(form) >= _SHORTEST:
                 text = text.replace(form, HIDDEN)
@@ -48,7 +48,7 @@ class Secrets:
         return text
 
     def hide_bytes(self, content: bytes) -> bytes:
-        """Return the same of bytes; JSON stays JSON, and what is clean stays as it is."""
+        """Return bytes without the secrets; JSON stays JSON, and clean content stays unchanged."""
         text = content.decode("utf-8", "replace")
         try:
             value = json.loads(text)
@@ -69,7 +69,7 @@ class Secrets:
 
 
 def _decoded(token: str) -> tuple[str, ...]:
-    """Return ``user:password`` and the password of a token of HTTP's Basic scheme."""
+    """Return ``user:password`` and the password of a Basic token."""
     try:
         pair = base64.b64decode(token, validate=True).decode("utf-8")
     except (binascii.Error, ValueError):
@@ -78,7 +78,7 @@ def _decoded(token: str) -> tuple[str, ...]:
 
 
 def _written(secret: str) -> set[str]:
-    """Return how a secret is written: as it is, in base64, JSON, HTML and addresses."""
+    """Return a secret's encodings: plain, base64, JSON, HTML and URL."""
     in_json = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
     return {
         secret,

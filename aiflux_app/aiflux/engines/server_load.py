@@ -1,4 +1,4 @@
-"""What a server reports of its own load: its slots, and how many requests run and wait."""
+"""Read a server's load: its slots, and the number of running and waiting requests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from aiflux.engines.http import Client, ExchangeError
 
 Get = Callable[[str], bytes | None]
-"""Returns what a path answers, as ``get`` does."""
+"""Returns the answer of a path; see ``get``."""
 
 _TIMEOUT = 5.0
 _OFTEN, _SELDOM = 0.5, 5.0
 _REPORTS_OFTEN = 60
-# Names of the metrics of requests that run and wait, in Prometheus' text format: vLLM
+# Metrics of running and waiting requests in Prometheus' text format: vLLM
 # (docs/usage/metrics.md), llama-server (tools/server/README.md, with --metrics), SGLang
 # (docs/references/production_metrics.md).
 _METRICS = (
@@ -28,9 +28,9 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^\n]*\})? ([-+.\deE]+)(?: \d+)?$
 
 
 def get(client: Client, path: str) -> bytes | None:
-    """Return what a server answers under status 200; None for any other outcome.
+    """Return a server's answer with status 200; None for any other outcome.
 
-    A server need not report anything, so that no outcome is an error here.
+    Servers need not report anything, so no outcome is an error.
     """
     try:
         answer = client.get(path, _TIMEOUT)
@@ -41,14 +41,14 @@ def get(client: Client, path: str) -> bytes | None:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that a server works on, and that wait in it, of all users together."""
+    """Running and waiting requests of a server, of all users."""
 
     running: int
     waiting: int
 
 
 def total_slots(fetch: Get) -> int | None:
-    """Return the slots of a llama-server; None where the server does not report any."""
+    """Return the slots of a llama-server, or None if the server reports none."""
     try:
         props = json.loads(fetch("/props") or b"null")
     except ValueError:
@@ -58,13 +58,13 @@ def total_slots(fetch: Get) -> int | None:
 
 
 def parse_load(text: str) -> Load | None:
-    """Return the load in a server's metrics; None where they do not show any."""
+    """Return the load in a server's metrics, or None."""
     sums: dict[str, float] = {}
     for name, value in _SAMPLE.findall(text):
         try:
             sums[name] = sums.get(name, 0.0) + float(value)
         except ValueError:
-            continue  # another kind of value: not one of those that are looked for
+            continue  # another kind of value, which is not needed
     for running, waiting in _METRICS:
         if running in sums and waiting in sums:
             return Load(int(sums[running]), int(sums[waiting]))
@@ -72,9 +72,9 @@ def parse_load(text: str) -> Load | None:
 
 
 class LoadWatch:
-    """Asks a server for its load, every half second at first, in a thread of its own.
+    """Queries a server's load in a separate thread, initially every half second.
 
-    Ends by itself where the server shows no load at the first time.
+    Ends by itself if the first answer shows no load.
     """
 
     def __init__(self, fetch: Get, note: Callable[[int, int], None]) -> None:
@@ -84,11 +84,11 @@ class LoadWatch:
         self._thread = threading.Thread(target=self._watch, name="load-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Start querying."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop asking."""
+        """Stop querying."""
         self._closing.set()
 
     def _watch(self) -> None:

@@ -1,4 +1,4 @@
-"""Slots, context length and requests in flight, where the user leaves them open."""
+"""Choose slots, context length and requests in flight if the user sets none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from aiflux.engines.gpus import free_memory
 from aiflux.models.figures import Figures
 
 _SPARE = 2**30
-"""Bytes of each GPU that are left free; llama.cpp's own fitting leaves as much."""
+"""Bytes to leave free on each GPU, as llama.cpp's own fitting does."""
 _SHARE = 0.97
 
 
 def engine_slots(kind: EngineKind, spec: EngineSpec) -> int:
-    """Return the sequences that an engine decodes in parallel, by the memory that is free now."""
+    """Return the number of parallel sequences of an engine, by the memory that is free now."""
     cores = len(os.sched_getaffinity(0))
     return slots(
         kind, spec.plan, spec.devices, cores, _figures(kind, spec), free_memory(spec.devices)
@@ -41,12 +41,12 @@ def slots(
     figures: Figures | None = None,
     free: tuple[int, ...] = (),
 ) -> int:
-    """Return the sequences that an engine decodes in parallel.
+    """Return the number of parallel sequences of an engine.
 
     Args:
         devices: the engine's GPUs.
-        figures: of the model; None where they are not known.
-        free: bytes of memory that are free on each of the GPUs; empty where they are not known.
+        figures: figures of the model; None if unknown.
+        free: free bytes of each GPU; empty if unknown.
     """
     if plan.options.slots is not None:
         return plan.options.slots
@@ -74,10 +74,10 @@ def _most_that_fit(kind: EngineKind, plan: Plan, figures: Figures, free: tuple[i
 def gpus_needed(
     needed: Callable[[int], int | None], figures: Figures, capacity: int, most: int = 16
 ) -> int | None:
-    """Return the least GPUs of ``capacity`` bytes that a model needs; None above ``most``.
+    """Return the smallest number of GPUs of ``capacity`` bytes for a model; None if above ``most``.
 
     Args:
-        needed: bytes that it needs on a number of GPUs together; None where these cannot share it.
+        needed: returns the bytes needed on a number of GPUs; None if these cannot share the model.
     """
     for gpus in range(1, min(most, figures.architecture.layers + 1) + 1):
         size = needed(gpus)
@@ -87,7 +87,7 @@ def gpus_needed(
 
 
 def in_flight(engine_slots: int) -> int:
-    """Return the requests that keep slots busy: as many, and a few that wait at the door."""
+    """Return the requests that keep slots busy: one per slot, and a few in the queue."""
     return engine_slots + max(2, engine_slots // 4)
 
 
@@ -99,11 +99,11 @@ _GENEROUS = 8192
 def context_length(plan: Plan, trained: int = 0) -> int:
     """Return the tokens of context for each slot.
 
-    From the options, else what the longest request needs; where that is much, what 99 % of the
-    requests stay under (a prompt that is cut is marked in its result).
+    The value comes from the options, or else from the longest request. If that needs much, 99 % of
+    the requests fit (truncated prompts are marked in their results).
 
     Args:
-        trained: tokens that the model was trained for, which is the most; 0 where unknown.
+        trained: tokens of the training context, which is the maximum; 0 if unknown.
     """
     if plan.options.context_length is not None:
         return plan.options.context_length

@@ -75,8 +75,8 @@ def test_a_run_that_finds_no_engine_tells_how_it_is(capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     run = json.loads(out)
     assert (run["state"], run["exit_code"]) == ("failed", 4)
-    waiting = "does not answer yet: http://127.0.0.1:1 does not accept connections"
-    assert err.count(f"{waiting} (Connection refused): it is given 1 s (--engine-wait)") == 1
+    waiting = "does not respond yet: http://127.0.0.1:1 does not accept connections"
+    assert err.count(f"{waiting} (Connection refused); waiting up to 1 s (--engine-wait)") == 1
 
 
 def test_where_nothing_was_begun_there_is_nothing_on_stdout(

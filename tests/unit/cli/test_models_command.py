@@ -331,7 +331,7 @@ def test_any_json_is_a_manifest_or_a_value_error(content: object) -> None:
 @pytest.mark.parametrize("size", [float("inf"), -1, "5", 5.0, True, None, 1 << 70])
 def test_a_size_in_a_manifest_is_a_count_of_bytes(size: object) -> None:
     layer = {"digest": "sha256:" + "a" * 64, "size": size}
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_manifest(json.dumps({"config": layer, "layers": []}).encode())
 
 
@@ -423,7 +423,7 @@ def test_a_shared_directory_that_is_read_only_is_only_read(aiflux: Aiflux, model
             assert aiflux(*action)[0] == 0
         for action in (("remove", "two"), ("import", "t.tar"), ("pull", "three")):
             code, _, err = aiflux(*action)
-            assert (code, "you may not write into the models directory" in err) == (2, True)
+            assert (code, "is read-only for you" in err) == (2, True)
         assert tree(models) == before
     finally:
         for folder in folders:
@@ -446,9 +446,9 @@ def with_entry(key: str, kind: int, value: object) -> bytes:
         (("a.tar", "--name", "n"), "need --gguf"),
         (("--gguf", "b.gguf", "--name", "n"), "cannot be read"),
         (("--gguf", "zip.gguf", "--name", "n"), "is not a (complete) GGUF"),
-        (("--gguf", "cut.gguf", "--name", "n"), "is cut short"),
+        (("--gguf", "cut.gguf", "--name", "n"), "is truncated"),
         (("--gguf", "part.gguf", "--name", "n"), "is one of 3 parts of a model"),
-        (("--gguf", "adapter.gguf", "--name", "n"), "is of the type 'adapter'"),
+        (("--gguf", "adapter.gguf", "--name", "n"), "has the type 'adapter'"),
         (("--gguf", "odd.gguf", "--name", "n"), "has no layer count"),
         (("--gguf", ".", "--name", "n"), "is not a regular file"),
         (("--gguf", "b.gguf", "--name", "n" * 90), "is not a model name"),

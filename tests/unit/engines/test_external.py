@@ -411,7 +411,7 @@ def test_a_server_that_answers_for_any_model_is_noticed(tmp_path: Path) -> None:
         assert working.run() is ExitCode.ENGINE
         assert recorded(working) == 0
     assert working.error is not None
-    assert "answers as 'tiny.gguf', and 'm:1' was asked for" in working.error.message
+    assert "answers as 'tiny.gguf', but 'm:1' was requested" in working.error.message
     assert "use one of: tiny.gguf" in str(working.error.remedy)
 
 
@@ -459,4 +459,4 @@ def test_the_second_of_two_models_may_be_missing(tmp_path: Path) -> None:
         assert working.run() is ExitCode.ENGINE
         assert recorded(working) == 10, "the first model's answers are kept"
     assert working.error is not None
-    assert "'m:2' was asked for" in working.error.message
+    assert "'m:2' was requested" in working.error.message

@@ -106,7 +106,7 @@ def test_an_image_reader_in_the_models_own_file_is_refused(tmp_path: Path) -> No
     put_model(tmp_path / "models", "plain:1b", plain)
     assert not [*check_models(plan_of(tmp_path, "plain:1b"))]
     (finding,) = check_models(plan_of(tmp_path, "seeing:1b"))
-    assert "reads images in the model's own file" in finding.what
+    assert "processes images in the model's own file" in finding.what
     assert "--engine ollama" in finding.fix
 
 

@@ -27,7 +27,7 @@ def test_a_time_limit_is_told_with_what_took_so_long(tmp_path: Path) -> None:
     log = tmp_path / "pull.log"
     log.write_text(LOG, encoding="utf-8")
     words = "context deadline exceeded"
-    assert with_reason(words, log) == f'{words} (what was tried last gave: 500: {{"m"}})'
+    assert with_reason(words, log) == f'{words} (the last attempt failed with: 500: {{"m"}})'
     assert with_reason("no such host", log) == "no such host"
     log.write_text("", encoding="utf-8")
     assert with_reason(words, log) == words

@@ -29,7 +29,7 @@ def test_a_server_that_listens_in_a_child_is_found(tmp_path: Path) -> None:
 
 def test_a_program_that_ends_is_an_error_with_its_last_words(tmp_path: Path) -> None:
     server = ServerProcess(["sh", "-c", "echo no such model; exit 3"], {}, tmp_path / "log")
-    with pytest.raises(EngineError, match=r"ended with status 3 as it started:\nno such model"):
+    with pytest.raises(EngineError, match=r"exited with status 3 during its start:\nno such model"):
         server.start()
 
 

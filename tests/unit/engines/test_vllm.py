@@ -153,7 +153,9 @@ def test_a_model_of_an_unknown_shape_is_left_to_vllm(site: Site) -> None:
 
 def test_a_server_that_ends_during_its_start_shows_its_last_words(site: Site) -> None:
     site.wrap(["sh", "-c", "echo ValueError: no such architecture; exit 7"])
-    with pytest.raises(EngineError, match=r"ended with status 7 as it started:\n.*no such arch"):
+    with pytest.raises(
+        EngineError, match=r"exited with status 7 during its start:\n.*no such arch"
+    ):
         site.engine(slots=1).start()
 
 

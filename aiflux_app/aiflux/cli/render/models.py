@@ -126,9 +126,9 @@ def _unfinished(staged: Staged) -> str:
         False: "interrupted",
         None: "in progress elsewhere, or interrupted",
     }
-    line = f"{what} {states[staged.going_on]}: {staged.name or staged.folder}"
+    line = f"{what} {states[staged.active]}: {staged.name or staged.folder}"
     line += f" ({size_text(staged.size)})"
-    if staged.going_on:
+    if staged.active:
         return line
     if staged.what == "pull":
         command = f"aiflux models pull {staged.name}".rstrip()

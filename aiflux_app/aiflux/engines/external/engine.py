@@ -1,4 +1,4 @@
-"""A server that is already running, at ``--engine-url``: is it ready, and what does it offer."""
+"""A server that is already running, at ``--engine-url``: its readiness and models."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 def ca_bundle(engine_ca: str | None, environ: Mapping[str, str]) -> str | None:
-    """Return the certificates to trust: a file or directory; None for those of certifi.
+    """Return the file or directory of certificates to trust; None for those of certifi.
 
     Raises:
-        ConfigError: it cannot be read, or holds no certificate.
+        ConfigError: it cannot be read, or contains no certificate.
     """
     given = {"--engine-ca": engine_ca, **{name: environ.get(name) for name in _CA_VARIABLES}}
     for name, value in given.items():
@@ -41,23 +41,23 @@ def ca_bundle(engine_ca: str | None, environ: Mapping[str, str]) -> str | None:
             continue
         try:
             _load(Path(value))
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:  # includes ssl.SSLError
             raise ConfigError(
                 f"{name}: no certificates can be read from {value}: {error.strerror or error}",
-                "name a PEM file of certificates, such as /etc/ssl/certs/ca-certificates.crt",
+                "use a PEM file with certificates, such as /etc/ssl/certs/ca-certificates.crt",
             ) from error
         return str(value)
     return None
 
 
 def _load(path: Path) -> None:
-    """Read the certificates once; of a directory, OpenSSL reads those that it needs."""
+    """Read the certificates as a test; in a directory, OpenSSL reads them on demand."""
     if not path.is_dir():
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
 
 
 class ExternalEngine:
-    """An engine that somebody else started."""
+    """An engine that AI-Flux did not start."""
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ class ExternalEngine:
         self._denied = False
 
     def start(self) -> None:
-        """Wait until it is ready.
+        """Wait until the server is ready.
 
         Raises:
-            EngineError: it is not within the patience; a RejectedError where waiting cannot help.
+            EngineError: it is not ready in time; a RejectedError if waiting cannot help.
         """
         deadline = time.monotonic() + self._patience
         delay = _FIRST_DELAY
@@ -96,38 +96,38 @@ class ExternalEngine:
             if problem != last:
                 last = problem
                 self._say(
-                    f"{problem}: it is given {max(0, deadline - time.monotonic()):.0f} s "
+                    f"{problem}; waiting up to {max(0, deadline - time.monotonic()):.0f} s "
                     "(--engine-wait)"
                 )
             if time.monotonic() + delay > deadline or self._closing.is_set():
-                raise EngineError(problem, "check the address, and that the server is up")
+                raise EngineError(problem, "check the address, and that the server is running")
             self._closing.wait(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
         self._denied = self._status in _DENIED
 
     def stop(self) -> None:
-        """Leave it alone: it is not ours."""
+        """Do nothing: the server is not ours."""
 
     def close(self) -> None:
-        """Close the connections and give up waiting for it. From any thread."""
+        """Close the connections and stop waiting. Can be called from any thread."""
         self._closing.set()
         self.client.close()
 
     def is_alive(self) -> bool:
-        """Tell whether it answers, and not that it is not ready."""
+        """Return whether the server answers and does not report that it is not ready."""
         try:
             return self._probe() is None
         except RejectedError:
-            return False  # ``start`` says why
+            return False  # ``start`` reports the reason
 
     def is_ready(self) -> bool:
-        """Tell the same; many ask at once, and a look that began after they asked will do."""
+        """Return the same; concurrent callers share a probe that started after their call."""
         asked = time.monotonic()
         with self._probing:
             return self._ready_at >= asked or self.is_alive()
 
     def refusal(self, model: str) -> RejectedError | None:
-        """Return why requests for a model cannot succeed, as far as the engine says so now."""
+        """Return why requests for a model cannot succeed, according to the server."""
         try:
             answer = self.client.hidden(self.client.get(_MODELS, _PROBE_TIMEOUT))
         except ExchangeError:
@@ -142,7 +142,7 @@ class ExternalEngine:
         return None if self.offers(model) is not False else self._no_such_model(model)
 
     def offers(self, model: str) -> bool | None:
-        """Tell whether the engine lists a model; None where it lists none."""
+        """Return whether the engine lists a model; None if it lists no models."""
         if not self._names:
             return None
         return any(fnmatchcase(_plain(model), _plain(name)) for name in self._names)
@@ -151,29 +151,29 @@ class ExternalEngine:
         """Return the name of the model that gave an answer.
 
         Raises:
-            RejectedError: the engine lists its models, the one asked for is not among them, and
-                another one answered.
+            RejectedError: the engine lists its models without the requested one, and another one
+                answered.
         """
         if answered is None or _plain(answered) == _plain(asked):
             return asked
         if self.offers(asked) is False and not _is_version(asked, answered):
             error = self._no_such_model(asked)
             raise RejectedError(
-                f"the engine at {self.url} answers as {answered!r}, and {asked!r} was asked for",
+                f"the engine at {self.url} answers as {answered!r}, but {asked!r} was requested",
                 error.remedy,
             )
         if (asked, answered) not in self._said:
             self._said.add((asked, answered))
-            self._say(f"the engine answers as {answered!r} where {asked!r} is asked for; the "
+            self._say(f"the engine answers as {answered!r} although {asked!r} was requested; the "
                       "results name both")  # fmt: skip
         return answered
 
     def was_truncated(self, prompt_tokens: int) -> bool:
-        """Nothing is known of such an engine's context."""
+        """Return False: the engine's context is unknown."""
         return False
 
     def max_in_flight(self) -> int | None:
-        """Ask for its slots; return the requests that keep them busy, None where it has none."""
+        """Query the slots; return the requests that keep them busy, or None if unknown."""
         self._slots = total_slots(partial(get, self.client))
         if self._slots is None:
             return None
@@ -181,19 +181,19 @@ class ExternalEngine:
         return in_flight(self._slots)
 
     def model_digest(self) -> str | None:
-        """Nothing is known of such an engine's model file."""
+        """Return None: the engine's model file is unknown."""
         return None
 
     def describe(self) -> str:
-        """Return its address, and its slots where it reports them."""
+        """Return its address, and its slots if it reports them."""
         known = "" if self._slots is None else f" with {self._slots} slots"
-        return f"engine at {self.url} is up{known}"
+        return f"engine at {self.url} is ready{known}"
 
     def _probe(self) -> str | None:
-        """Ask for the models. Return why it is not ready; None where it is.
+        """Query the models. Return why the server is not ready, or None.
 
-        A server without ``/v1/models``, or one that wants another key for it, is ready: its
-        answers to requests tell the rest.
+        A server without ``/v1/models``, or one that requires another key for it, counts as ready:
+        its answers to requests show the rest.
 
         Raises:
             RejectedError: waiting cannot help.
@@ -206,7 +206,7 @@ class ExternalEngine:
                 raise RejectedError(f"the engine: {error.message}", error.remedy) from error
             if error.code == "connection":
                 self._refuse_plain_http()
-            return f"the engine does not answer yet: {error.message}"
+            return f"the engine does not respond yet: {error.message}"
         if answer.location and 300 <= answer.status < 400:
             self._refuse_redirect(answer.location)
         elif answer.status in RETRIED_STATUSES - {429}:
@@ -227,7 +227,7 @@ class ExternalEngine:
     def _refuse_redirect(self, target: str) -> None:
         here, there = urlsplit(self.url + _MODELS), urlsplit(target)
         if here[:2] == there[:2] and here.path == there.path.rstrip("/"):
-            return  # only the slash at the end, which says nothing of other paths
+            return  # only a trailing slash, which is irrelevant for other paths
         raise redirect_error(self.url, _MODELS, target)
 
     def _no_such_model(self, model: str) -> RejectedError:
@@ -238,13 +238,13 @@ class ExternalEngine:
 
 
 def redirect_error(url: str, path: str, target: str) -> RejectedError:
-    """Return the error of a server that redirects, with the address to use instead."""
+    """Return the error for a server that redirects, with the address to use instead."""
     base = target.rstrip("/").removesuffix(path).removesuffix("/v1")
     moved = target.rstrip("/").endswith(path)
     return RejectedError(
         f"the engine at {url} redirects {path} to {target}",
         f"use that address: --engine-url {base}" if moved else
-        "check --engine-url, and whether the server asks for a login",
+        "check --engine-url, and whether the server requires a login",
     )  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def _words(answer: Answer) -> str:
 
 
 def _names(answer: Answer) -> tuple[str, ...]:
-    """Return ids, aliases and paths of the models listed; empty where there is no such list."""
+    """Return ids, aliases and paths of the listed models; empty without a list."""
     if answer.status != 200:
         return ()
     try:
@@ -271,12 +271,12 @@ def _names(answer: Answer) -> tuple[str, ...]:
 
 
 def _plain(name: str) -> str:
-    """Return a model's name as it is compared: some servers ignore case and add ``:latest``."""
+    """Return a model's name for comparison: some servers ignore case and add ``:latest``."""
     return name.casefold().removesuffix(":latest")
 
 
 def _is_version(asked: str, answered: str) -> bool:
-    """Tell whether one name is the other with a date or version behind, or a folder in front."""
+    """Return whether the names only differ by a date or version at the end, or a directory."""
     one, other = _plain(asked), _plain(answered)
     rest = other.removeprefix(one)
     dated = rest != other and rest[:1] in ("-", "@", ":") and rest[1:2].isdigit()

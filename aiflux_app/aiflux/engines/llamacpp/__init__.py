@@ -1,1 +1,1 @@
-"""The engine kind `llamacpp`: llama.cpp's server on the GGUF files that Ollama pulled, or any."""
+"""The engine kind `llamacpp`: llama.cpp's server with GGUF files, pulled by Ollama or your own."""

@@ -21,7 +21,7 @@ from aiflux.errors import EngineError, ModelError
 
 _PROBE_TIMEOUT = 5.0
 _ALL_LAYERS = "999"
-# What llama.cpp logs when the layers are in place, and why a model cannot be loaded.
+# llama.cpp's log messages about placed layers, and about models that cannot be loaded.
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _REASON = re.compile(r"(?:error loading model: |(?=failed to (?:allocate|initialize)))(.*)")
 
@@ -29,12 +29,12 @@ _REASON = re.compile(r"(?:error loading model: |(?=failed to (?:allocate|initial
 class LlamaCppEngine(ManagedEngine):
     """A ``llama-server`` that the worker starts.
 
-    Where its model does not fit the GPUs, it is tried with half the slots, down to one, unless the
-    run asks for a number of slots.
+    If its model does not fit the GPUs, the number of slots is halved, down to one, unless the run
+    sets a number of slots.
 
     Raises:
         EngineError: there is no ``llama-server``.
-        ModelError: the model is not there, or llama.cpp cannot read it.
+        ModelError: the model is not stored, or llama.cpp cannot read it.
     """
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
@@ -52,7 +52,7 @@ class LlamaCppEngine(ManagedEngine):
         """Start the server and wait until its model is in memory.
 
         Raises:
-            EngineError: it did not start, the model did not load, or it landed on the CPU.
+            EngineError: the server did not start, the model did not load, or it landed on the CPU.
         """
         files = self._files()
         while True:
@@ -78,7 +78,7 @@ class LlamaCppEngine(ManagedEngine):
         return find_files(self._models_dir, model)
 
     def _load(self, files: ModelFiles) -> Client:
-        """Start the server; return a client of it, ready."""
+        """Start the server; return a client once it is ready."""
         self.spec.home.mkdir(parents=True, exist_ok=True)
         log = self.spec.log
         self._log_start = log.stat().st_size if log.exists() else 0
@@ -113,7 +113,7 @@ class LlamaCppEngine(ManagedEngine):
         return command + self._pooling_options()
 
     def _pooling_options(self) -> list[str]:
-        """Return what embeddings and reranking need: each input has to fit one batch."""
+        """Return the options for embeddings and reranking: each input must fit one batch."""
         endpoints = self.spec.plan.input.endpoints
         batch = ["-b", str(self._context), "-ub", str(self._context)]
         if RERANK in endpoints:
@@ -121,12 +121,12 @@ class LlamaCppEngine(ManagedEngine):
         if EMBEDDINGS not in endpoints:
             return []
         figures = self.kind.figures(self._models_dir, self.spec.model, None)
-        # A model for embeddings has a pooling of its own.
+        # An embedding model has its own pooling.
         own = figures is not None and figures.architecture.embeds
         return ["--embeddings", *batch, *([] if own else ["--pooling", "mean"])]
 
     def _settings(self) -> dict[str, str]:
-        """Return the environment of this engine; the run's own variables win."""
+        """Return the environment of this engine; the run's own variables take precedence."""
         settings = {}
         if self.spec.devices:
             settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.devices)
@@ -167,7 +167,7 @@ class LlamaCppEngine(ManagedEngine):
         )
 
     def _shrink(self) -> bool:
-        """Take half the slots; return False where that is not allowed, or would not help."""
+        """Halve the slots; return False if that is not allowed, or would not help."""
         fixed = self._options.slots is not None or not self.spec.devices
         if fixed or self.slots == 1 or self._closing.is_set() or "memory" not in self._log_text():
             return False
@@ -175,7 +175,7 @@ class LlamaCppEngine(ManagedEngine):
         return True
 
     def _offloaded(self) -> tuple[int, int]:
-        """Return the layers on GPUs and all layers; zeros where the log names none."""
+        """Return the number of layers on GPUs and of all layers; zeros if the log has none."""
         found = _OFFLOADED.findall(self._log_text())
         return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
@@ -185,7 +185,7 @@ class LlamaCppEngine(ManagedEngine):
         return found[-1][1].strip() if found else None
 
     def _log_text(self) -> str:
-        """Return what the current server logged; "" where the disk had no room for a log."""
+        """Return the current server's log; "" if the disk was too full for a log."""
         try:
             with open(self.spec.log, "rb") as log:
                 log.seek(self._log_start)

@@ -1,4 +1,4 @@
-"""The GGUF files of a model: those that Ollama pulled under its name, or one that a path names."""
+"""The GGUF files of a model: pulled by Ollama under its name, or named by a path."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SUFFIX = ".gguf"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What the server loads.
+    """The files that the server loads.
 
     Attributes:
         model: the GGUF file.
-        projector: a second one that reads images; None where there is none.
-        digest: of the model, as Ollama lists it; None for a file that a path names.
+        projector: a second file that processes images, or None.
+        digest: the model's digest as listed by Ollama; None for a file named by a path.
     """
 
     model: Path
@@ -32,15 +32,15 @@ class ModelFiles:
 
 
 def is_path(model: str) -> bool:
-    """Tell whether a model is named by the path of its file."""
+    """Return whether a model is named by the path of its file."""
     return model.lower().endswith(_SUFFIX)
 
 
 def absolute_name(model: str) -> str:
-    """Return a model's name, with a path made absolute: a job runs in another directory.
+    """Return a model's name, with an absolute path, because a job runs in another directory.
 
     Raises:
-        ConfigError: the server could not serve it under that name.
+        ConfigError: the server cannot serve the model under this name.
     """
     if not is_path(model):
         return model
@@ -54,13 +54,13 @@ def absolute_name(model: str) -> str:
 
 
 def model_names(path: str) -> set[str]:
-    """Return the names by which requests may call a model that is named by a path."""
+    """Return the names that requests can use for a model named by a path."""
     file = Path(path)
     return {path, file.name, file.stem}
 
 
 def is_stored(models_dir: Path, model: str) -> bool:
-    """Tell whether all files of a model are there."""
+    """Return whether all files of a model exist."""
     if is_path(model):
         return Path(model).is_file()
     return not missing_parts(models_dir, parse_model_name(model))
@@ -70,7 +70,7 @@ def find_files(models_dir: Path, model: str) -> ModelFiles:
     """Return the files of a model.
 
     Raises:
-        ModelError: they are not there, or llama.cpp cannot read them.
+        ModelError: they do not exist, or llama.cpp cannot read them.
     """
     if is_path(model):
         return ModelFiles(Path(model), None, None)
@@ -81,10 +81,10 @@ def find_files(models_dir: Path, model: str) -> ModelFiles:
 
 
 def refuse_model(models_dir: Path, model: str) -> None:
-    """Refuse a model that is stored, and cannot be used.
+    """Reject a stored model that cannot be used.
 
     Raises:
-        ModelError: it has another digest than its name insists on, or llama.cpp cannot read it.
+        ModelError: its digest differs from the required one, or llama.cpp cannot read it.
     """
     if not is_path(model):
         name = parse_model_name(model)
@@ -97,7 +97,7 @@ def refuse_model(models_dir: Path, model: str) -> None:
     if header.number("vision.block_count") and header.size_of("v."):
         raise ModelError(
             f"llama.cpp cannot read {model}: Ollama stores the part of a {header.architecture} "
-            "that reads images in the model's own file",
+            "that processes images in the model's own file",
             "use --engine ollama, or a GGUF file of it with a separate mmproj file",
         )
 
@@ -105,7 +105,7 @@ def refuse_model(models_dir: Path, model: str) -> None:
 def figures_of_model(
     models_dir: Path | None, model: str, catalog: Catalog | None
 ) -> Figures | None:
-    """Return what the memory of a model depends on; None where it is unknown."""
+    """Return the figures that determine a model's memory, or None if unknown."""
     if not is_path(model):
         return known_figures(models_dir, parse_model_name(model), catalog)
     try:

@@ -1,4 +1,4 @@
-"""Ollama's own HTTP API: what the worker needs of it beside the OpenAI endpoints.
+"""Client of Ollama's own HTTP API, in addition to the OpenAI endpoints.
 
 Source: https://github.com/ollama/ollama/blob/main/docs/api.md
 """
@@ -19,12 +19,12 @@ _TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory, as ``/api/ps`` tells.
+    """A model in memory, from ``/api/ps``.
 
     Attributes:
         size: bytes in use, on GPU and CPU together.
-        size_vram: bytes of these on GPUs.
-        context_length: tokens of context of each slot; None where the server does not tell.
+        size_vram: bytes in use on GPUs.
+        context_length: tokens of context of each slot; None if unknown.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Ollama:
         return str(self._get("/api/version").get("version", "unknown"))
 
     def tags(self) -> dict[str, str]:
-        """Return the digest of every model that is there, by name."""
+        """Return the digests of all stored models by name."""
         models = self._get("/api/tags").get("models") or []
         return {model["name"]: model.get("digest", "") for model in models}
 
@@ -71,7 +71,7 @@ class Ollama:
         """Load a model into memory and keep it there.
 
         Raises:
-            EngineError: it could not be loaded in time.
+            EngineError: the model could not be loaded in time.
         """
         if "embedding" in self.capabilities(model):
             body = {"model": model, "input": "warm up", "keep_alive": -1}
@@ -84,11 +84,11 @@ class Ollama:
     def pull(self, model: str, *, insecure: bool, stall_timeout: float) -> Iterator[dict[str, Any]]:
         """Pull a model; yield each progress object of the stream.
 
-        The stream comes under status 200 whatever happens: an object with ``error`` is a failure,
-        and only a last ``{"status": "success"}`` is success.
+        The stream has status 200 in any case: an object with ``error`` means failure, and only a
+        final ``{"status": "success"}`` means success.
 
         Raises:
-            EngineError: with the server's own words.
+            EngineError: with the server's own message.
         """
         body = {"model": model, "insecure": insecure, "stream": True}
         yield from self._stream("/api/pull", "pull", body, stall_timeout)
@@ -96,10 +96,10 @@ class Ollama:
     def create(
         self, model: str, digest: str, template: str | None, stall_timeout: float
     ) -> Iterator[dict[str, Any]]:
-        """Make a model of a GGUF file that is a blob already; yield each progress object.
+        """Create a model from a GGUF file that is already a blob; yield each progress object.
 
         Raises:
-            EngineError: with the server's own words.
+            EngineError: with the server's own message.
         """
         body = {"model": model, "files": {"model.gguf": digest}, "stream": True}
         if template is not None:
@@ -120,7 +120,7 @@ class Ollama:
                         raise EngineError(str(last["error"]))
                     yield last
         except (requests.RequestException, ValueError) as error:
-            raise EngineError(f"the {what} broke off: {error}") from error
+            raise EngineError(f"the {what} was interrupted: {error}") from error
         if last.get("status") != "success":
             raise EngineError(f"the {what} ended without success (last: {last.get('status')!r})")
 
@@ -139,10 +139,10 @@ class Ollama:
             )
             content = answer.json()
         except requests.RequestException as error:
-            raise EngineError(f"Ollama did not answer {path}: {error}") from error
+            raise EngineError(f"Ollama did not respond to {path}: {error}") from error
         if answer.status_code != 200:
             words = content.get("error") if isinstance(content, dict) else answer.text[:500]
-            raise EngineError(f"Ollama refused {path} ({answer.status_code}): {words}")
+            raise EngineError(f"Ollama rejected {path} ({answer.status_code}): {words}")
         if not isinstance(content, dict):
-            raise EngineError(f"Ollama answered {path} with something that is no object")
+            raise EngineError(f"Ollama's answer to {path} is not an object")
         return content

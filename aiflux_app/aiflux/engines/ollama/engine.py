@@ -1,4 +1,4 @@
-"""The engine `ollama`: a server of the worker's own, which loads one model before it is asked."""
+"""The engine `ollama`: a server of the worker that loads one model before the first request."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from aiflux.engines.sizing import engine_context, engine_slots
 from aiflux.errors import EngineError, ModelError
 from aiflux.models.name import parse_model_name
 
-# Ollama cuts a prompt to the context (0.9) or to about half of it (0.33).
+# Ollama truncates a prompt to the context (0.9) or to about half of it (0.33).
 _SLACK_TOKENS = 16
 _TRUNCATION = re.compile(rb"truncating input prompt.*\bnew=(\d+)")
 
 
 class TruncationLog:
-    """Prompts that Ollama cut, as its log tells: ``truncating input prompt ... new=TOKENS``."""
+    """Prompts truncated according to Ollama's log: ``truncating input prompt ... new=TOKENS``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -33,8 +33,8 @@ class TruncationLog:
         self._lock = threading.Lock()
 
     def left(self, tokens: int) -> bool:
-        """Tell whether a prompt was cut to this many tokens since this object was made."""
-        # There is no log where the disk had no room for one.
+        """Return whether a prompt was truncated to this many tokens since the last call."""
+        # There is no log if the disk was too full.
         with self._lock, suppress(FileNotFoundError), open(self._path, "rb") as log:
             log.seek(self._offset)
             for line in log:
@@ -50,8 +50,8 @@ class TruncationLog:
 class OllamaEngine(ManagedEngine):
     """An Ollama that the worker starts.
 
-    Where its model does not fit the GPUs, it is tried with half the slots, down to one, unless the
-    run asks for a number of slots.
+    If its model does not fit the GPUs, the number of slots is halved, down to one, unless the run
+    sets a number of slots.
 
     Raises:
         EngineError: there is no ``ollama``.
@@ -70,10 +70,10 @@ class OllamaEngine(ManagedEngine):
         self._truncations = TruncationLog(spec.log)
 
     def start(self) -> None:
-        """Start the server, load the model and see where it landed.
+        """Start the server, load the model and check its placement.
 
         Raises:
-            EngineError: it did not start, the model did not load, or it landed on the CPU.
+            EngineError: the server did not start, the model did not load, or it landed on the CPU.
         """
         while True:
             ollama = self._serve_ollama()
@@ -93,7 +93,7 @@ class OllamaEngine(ManagedEngine):
         self._use(ollama.url)
 
     def was_truncated(self, prompt_tokens: int) -> bool:
-        """Tell whether a prompt was cut: Ollama says so in its log only."""
+        """Return whether a prompt was truncated, which Ollama only reports in its log."""
         if prompt_tokens < self._context // 2 - _SLACK_TOKENS:
             return False
         return self._truncations.left(prompt_tokens)
@@ -108,7 +108,7 @@ class OllamaEngine(ManagedEngine):
         return Ollama(self._serve([self._program, "serve"], environment).url)
 
     def _settings(self) -> dict[str, str]:
-        """Return what differs from engine to engine; the run's own variables win."""
+        """Return the variables of this engine; the run's own variables take precedence."""
         settings = {
             "OLLAMA_NUM_PARALLEL": str(self.slots),
             "OLLAMA_CONTEXT_LENGTH": str(self._context),
@@ -149,7 +149,7 @@ class OllamaEngine(ManagedEngine):
         return not self.spec.devices or loaded.size_vram >= loaded.size
 
     def _shrink(self, loaded: Loaded) -> bool:
-        """Take half the slots; False where that is not allowed, or would not help."""
+        """Halve the slots; return False if that is not allowed, or would not help."""
         if self._options.slots is not None or self.slots == 1 or not loaded.size_vram:
             return False
         self.slots //= 2
@@ -162,16 +162,16 @@ class OllamaEngine(ManagedEngine):
         raise EngineError(
             f"{share} % of {self._model} landed on the CPU in a job with the GPUs "
             f"{', '.join(self.spec.devices)}",
-            "ask for more or larger GPUs, fewer --slots or a smaller --context-length; check that "
-            "the image has GPU support (aiflux image info); or say --allow-cpu",
+            "request more or larger GPUs, fewer --slots or a smaller --context-length; check that "
+            "the image has GPU support (aiflux image info); or use --allow-cpu",
         )
 
 
 def _models_link(home: Path, models_dir: Path) -> Path:
     """Return a plain path to the models directory.
 
-    Ollama finds models with a glob pattern made from this path, so that a backslash or a bracket
-    in it would hide them all (``Manifests`` in ollama's server/manifest.go).
+    Ollama finds models with a glob pattern made from this path, so a backslash or a bracket in it
+    would hide all models (``Manifests`` in ollama's server/manifest.go).
     """
     home.mkdir(parents=True, exist_ok=True)
     link = home / "models"
@@ -181,5 +181,5 @@ def _models_link(home: Path, models_dir: Path) -> Path:
 
 
 def _digest(tags: dict[str, str], model: str) -> str | None:
-    """Return a model's digest; Ollama's names do not depend on case."""
+    """Return a model's digest; Ollama's names are not case-sensitive."""
     return next((digest for name, digest in tags.items() if name.lower() == model.lower()), None)

@@ -16,10 +16,10 @@ def ollama_environment(
     *,
     network: bool = False,
 ) -> dict[str, str]:
-    """Return the whole environment of an Ollama server on a loopback port that the kernel picks.
+    """Return the environment of an Ollama server on a loopback port chosen by the kernel.
 
     Args:
-        settings: further variables, which win.
+        settings: additional variables, which take precedence.
         network: pass the site's proxies on.
     """
     own = {

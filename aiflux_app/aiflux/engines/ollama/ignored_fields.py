@@ -1,10 +1,10 @@
-"""Fields of a body that Ollama's OpenAI API accepts silently and does not obey."""
+"""Fields of a body that Ollama's OpenAI API accepts but ignores."""
 
 from __future__ import annotations
 
 from aiflux.core.batch.ignored_fields import FieldRule
 
-# What the OpenAI API of Ollama 0.33 does not read, and what happens instead.
+# Fields ignored by the OpenAI API of Ollama 0.33, and the effect.
 IGNORED_FIELDS = {
     "n": FieldRule("each gets one answer", (1,)),
     "tool_choice": FieldRule("the model decides whether it calls a tool", ("auto",)),

@@ -1,11 +1,11 @@
-"""How much GPU memory a model takes: a formula over its architecture, checked against Ollama.
+"""Estimate a model's GPU memory from its architecture; the formula was checked against Ollama.
 
-The account is Ollama's own, 0.9.3 (``llm/memory.go`` EstimateGPULayers, ``fs/ggml/ggml.go``
-GraphSize): weights that go to the GPU + cache of keys and values + the graph's buffers + what each
-GPU takes for itself (CUDA's context, and one layer more as a buffer). Later Ollamas (0.12 on)
-measure instead, and compute attention without writing the matrix of scores down ("flash
-attention"): for them the graph is only what the vocabulary takes. ``flash`` picks between the two;
-the figures with it are the least that a model can do with.
+The formula is that of Ollama 0.9.3 (``llm/memory.go`` EstimateGPULayers, ``fs/ggml/ggml.go``
+GraphSize): weights on the GPU + cache of keys and values + buffers of the graph + overhead of each
+GPU (CUDA's context, and one more layer as a buffer). Later versions of Ollama (from 0.12) measure
+instead, and compute attention without storing the matrix of scores ("flash attention"): for them
+the graph only depends on the vocabulary. ``flash`` selects between the two; with it, the figures
+are the minimum for a model.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from dataclasses import dataclass
 from aiflux.models.figures import Architecture, Figures, Vision
 
 BATCH = 512
-"""Tokens of prompt that Ollama takes in at once (``num_batch``)."""
+"""Tokens of a prompt that Ollama processes at once (``num_batch``)."""
 GPU_OVERHEAD = 457 * 2**20
-"""Bytes that CUDA takes of each GPU (``cudaMinimumMemory``, and as much for ROCm)."""
+"""Bytes that CUDA uses on each GPU (``cudaMinimumMemory``; the same for ROCm)."""
 CACHE_BYTES = {"f16": 2.0, "q8_0": 1.0, "q4_0": 0.5}
-"""Bytes of a number in the cache, by ``OLLAMA_KV_CACHE_TYPE`` (as Ollama reckons)."""
+"""Bytes per value in the cache, by ``OLLAMA_KV_CACHE_TYPE`` (Ollama's figures)."""
 _SCORE_BYTES = 4
 
-# Architectures whose sliding layers keep a short cache in Ollama: every Nth layer keeps all.
+# Architectures whose sliding layers have a short cache in Ollama; every Nth layer has all.
 _WHOLE_EVERY = {"gemma3": 6, "gptoss": 2, "gpt-oss": 2}
-# Newer ones keep it short here, too (llama.cpp, src/llama-model.cpp, set_swa_pattern).
+# Newer architectures, which also have a short cache (llama.cpp, src/llama-model.cpp,
+# set_swa_pattern).
 _WHOLE_EVERY_LATER = {**_WHOLE_EVERY, "gemma2": 2}
-# What such a layer keeps for each slot is at least this much, in Ollama's account of 0.11.
+# Minimum tokens of such a layer per slot, according to Ollama 0.11.
 _LEAST_WINDOW = {"gptoss": 4096, "gpt-oss": 4096}
-# Ollama runs these with one slot, whatever it is told (server/sched.go, Scheduler.load, the same
-# in v0.33.0-rc2 and on its main branch of 2026-08-21), and every model that cannot generate.
+# Ollama runs these with one slot, whatever its settings (server/sched.go, Scheduler.load, the same
+# in v0.33.0-rc2 and on its main branch of 2026-08-21), and all models that cannot generate text.
 ONE_SLOT = (
     "mllama",
     "qwen3vl",
@@ -48,17 +49,17 @@ _MLLAMA_PATCHES, _MLLAMA_TILES = 1601, 4
 
 
 def has_one_slot(shape: Architecture) -> bool:
-    """Tell whether Ollama runs a model with one slot only."""
+    """Return whether Ollama runs a model with one slot only."""
     return shape.embeds or shape.name in ONE_SLOT
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on all GPUs together.
+    """Memory of a model in bytes, on all GPUs together.
 
     Attributes:
-        graph: buffers of the computation, of all GPUs together.
-        overhead: what the GPUs take whatever they do, and Ollama's buffer of one layer each.
+        graph: buffers of the computation.
+        overhead: fixed use of each GPU, and Ollama's buffer of one layer each.
     """
 
     weights: int
@@ -69,7 +70,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.cache + self.graph + self.overhead
 
 
@@ -84,21 +85,21 @@ def estimate(
     gpu_overhead: int = GPU_OVERHEAD,
     one_slot: bool | None = None,
 ) -> Memory:
-    """Return the memory that a model takes on GPUs. Pure.
+    """Return the memory that a model needs on GPUs.
 
     Args:
-        context: tokens of context of each slot; more than the model was trained for is cut.
+        context: tokens of context per slot, limited to the model's training context.
         slots: sequences decoded in parallel.
-        gpus: GPUs that one engine spreads the model over.
-        flash: the least, as newer Ollamas reach it; else the account of Ollama 0.9.3.
-        one_slot: whether the engine gives this model one slot only; None asks Ollama's rule.
-        cache_type: ``f16``, ``q8_0`` or ``q4_0``; what is not known is taken for f16.
+        gpus: GPUs that share the model.
+        flash: the minimum reached by newer versions; otherwise the estimate of Ollama 0.9.3.
+        one_slot: whether the engine uses only one slot for this model; None for Ollama's rule.
+        cache_type: ``f16``, ``q8_0`` or ``q4_0``; unknown types count as f16.
     """
     shape = figures.architecture
     single = has_one_slot(shape) if one_slot is None else one_slot
     slots = 1 if single else slots
     context = min(context, shape.context or context)
-    # Ollama gives a model that may see images this much at least.
+    # Minimum context in Ollama for models that accept images.
     total = max(context * slots, 2048)
     batch = min(total, BATCH)
     bytes_each = CACHE_BYTES.get(cache_type.lower(), 2.0)
@@ -125,7 +126,7 @@ def estimate(
 def layer_caches(
     shape: Architecture, total: int, slots: int, batch: int, flash: bool = False
 ) -> tuple[int, ...]:
-    """Return the numbers in each layer's cache for ``total`` tokens in all slots together."""
+    """Return the number of values in each layer's cache for ``total`` tokens in all slots."""
     token = (shape.key_size + shape.value_size) * shape.kv_heads
     every = (_WHOLE_EVERY_LATER if flash else _WHOLE_EVERY).get(shape.name)
     least = 0 if flash else _LEAST_WINDOW.get(shape.name, 0)
@@ -136,7 +137,7 @@ def layer_caches(
     caches = []
     for layer in range(shape.layers):
         if layer in shape.cross_layers:
-            # These are f32, and as many whatever the context.
+            # These are f32, and their number does not depend on the context.
             caches.append(2 * token * _MLLAMA_PATCHES * _MLLAMA_TILES)
         elif every and window and (layer + 1) % every:
             caches.append(short * token)
@@ -146,7 +147,7 @@ def layer_caches(
 
 
 def graph_sizes(figures: Figures, total: int, batch: int, cache: int) -> tuple[int, int]:
-    """Return the bytes of the graph where all is on one GPU, and where it is divided."""
+    """Return the bytes of the graph on a single GPU, and if it is divided."""
     shape = figures.architecture
     formula = _GRAPHS.get(shape.name)
     if formula is None:
@@ -196,7 +197,7 @@ def _llama(figures: Figures, total: int, batch: int) -> tuple[int, int]:
         _divided_vocabulary(a, batch),
     )
     if a.experts:
-        gates = figures.layers[0]  # three times one of the three parts of an expert
+        gates = figures.layers[0]  # three times one of an expert's three parts
         partial = max(
             gates + 4 * batch * (2 * a.feed_forward + a.kv_heads + wide + total)
             + 4 * batch * head * a.kv_heads,

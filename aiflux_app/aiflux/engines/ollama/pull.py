@@ -1,8 +1,8 @@
-"""Models on disk: look first, pull only what is missing, one pull at a time, staged and renamed.
+"""Pull models: only missing ones, one pull at a time, staged and then moved into place.
 
-A model is pulled into ``<models>/.staging/<name>`` by a server of its own and moved into place when
-it is whole (see ``core/staging.py``). A broken pull leaves its staging folder, from which the next
-one goes on. Models are made of GGUF files in the same way.
+A temporary server pulls a model into ``<models>/.staging/<name>``. The complete model is then moved
+into place (see ``staging.py``). An interrupted pull leaves its staging directory, and the next pull
+resumes from it. Models are created from GGUF files in the same way.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ def ensure_model(
     progress: Progress,
     again: bool = False,
 ) -> bool:
-    """Make sure that a model is in the models directory; return whether it was pulled.
+    """Pull a model unless it is in the models directory; return whether it was pulled.
 
     Args:
-        text: the model's name; ``http://`` in front asks for a registry without TLS.
+        text: the model's name; a leading ``http://`` means a registry without TLS.
         program: the ``ollama`` executable.
         log: log of the server that pulls.
-        say: told one line when there is something to wait for.
-        progress: given each progress object of the pull.
-        again: pull it although it is there, for its tag may have moved, or a blob be damaged.
+        say: called with a message before waiting.
+        progress: called with each progress object of the pull.
+        again: pull the model even if it exists: its tag may have moved, or a blob may be damaged.
 
     Raises:
-        ModelError: the model is unknown, could not be had, or is not the one insisted on.
+        ModelError: the model is unknown, not available, or has another digest than required.
         StorageError: the models directory cannot be written.
     """
     name = parse_model_name(text)
@@ -88,7 +88,7 @@ def ensure_model(
             with _serving(folder, program, log) as ollama:
                 pull_with(ollama, name, folder, progress, log)
         except AifluxError:
-            # A name that no registry knows is no pull that broke off.
+            # An unknown name is not an interrupted pull.
             remove_if_empty(folder)
             raise
         _refuse_partial(folder, name)
@@ -107,13 +107,13 @@ def create_model(
     *,
     progress: Progress,
 ) -> None:
-    """Have Ollama make a model of a GGUF file, and move it into place.
+    """Create a model from a GGUF file with Ollama, and move it into place.
 
-    The file lies in the model's staging folder already, as the blob ``digest``; whoever calls holds
-    the models directory's lease (``changing``).
+    The file is already in the model's staging directory, as the blob ``digest``. The caller holds
+    the lease of the models directory (``changing``).
 
     Raises:
-        ModelError: Ollama could not make a model of it.
+        ModelError: Ollama could not create a model from the file.
         StorageError: the models directory cannot be written.
     """
     folder = staged_folder(models_dir, name)
@@ -123,8 +123,8 @@ def create_model(
                 progress(step)
         except EngineError as error:
             raise ModelError(
-                f"Ollama could make no model of the file: {error.message}",
-                "check that it is a GGUF of a kind that this Ollama knows",
+                f"Ollama could not create a model from the file: {error.message}",
+                "check that this version of Ollama supports the GGUF file",
             ) from error
     _refuse_partial(folder, name)
     move_into_place(folder, models_dir, name)
@@ -133,10 +133,10 @@ def create_model(
 def _refuse_read_only(models_dir: Path, name: ModelName) -> None:
     if not may_write(models_dir):
         raise ModelError(
-            f"{name.served} is not (whole) in the models directory {models_dir}, and you may not "
-            "write there to pull it",
-            f"ask its owner for it (aiflux models pull {name.written}), or name one of your own: "
-            "--models-dir PATH",
+            f"{name.served} is not (completely) in the models directory {models_dir}, which is "
+            "read-only for you",
+            f"ask its owner to pull it (aiflux models pull {name.written}), or use a directory of "
+            "your own: --models-dir PATH",
         )
 
 
@@ -155,14 +155,14 @@ def _refuse_partial(folder: Path, name: ModelName) -> None:
     missing = missing_parts(folder, name)
     if missing:
         raise ModelError(
-            f"{name.served} was pulled but is not whole: {', '.join(missing)}",
+            f"{name.served} was pulled but is incomplete: {', '.join(missing)}",
             "pull it again; the registry may be broken",
         )
 
 
 @contextmanager
 def _serving(folder: Path, program: str, log: Path) -> Iterator[Ollama]:
-    """A server of its own on a staging folder, with the network."""
+    """Run a temporary server on a staging directory, with network."""
     with tempfile.TemporaryDirectory(prefix="aiflux-pull-") as home:
         environment = ollama_environment(os.environ, folder, Path(home), {}, network=True)
         server = ServerProcess([program, "serve"], environment, log)
@@ -197,10 +197,10 @@ def _may_succeed(error: BaseException) -> bool:
 
 
 def with_reason(words: str, log: Path) -> str:
-    """Return an error's words; where they tell of a time limit only, with why Ollama was waiting.
+    """Return an error message; if it only names a time limit, add why Ollama was waiting.
 
-    Source: ollama, server/download.go: a blob that cannot be had is tried again for 30 s, and each
-    failure is a line of the log.
+    Source: ollama, server/download.go: a blob that is not available is retried for 30 s, and each
+    failure is written to the log.
     """
     if _TIMED_OUT not in words:
         return words
@@ -208,7 +208,7 @@ def with_reason(words: str, log: Path) -> str:
     if not reasons:
         return words
     last = reasons[-1].replace('\\"', '"')
-    return f"{words} (what was tried last gave: {last})"
+    return f"{words} (the last attempt failed with: {last})"
 
 
 def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
@@ -217,16 +217,16 @@ def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
         return StorageError(
             f"{name.served} could not be pulled: the disk of {folder.parent.parent} is full "
             f"({free // 10**6} MB are free): {words}",
-            "make room, or name another folder (--models-dir PATH), and pull again: it goes on "
-            "where it broke off",
+            "free some space, or choose another directory (--models-dir PATH), and pull again to "
+            "resume",
         )
     if "unsupported protocol scheme" in words:
         return ModelError(
-            f"the registry {name.host} asks for a login and does not say where: {words}",
-            "pull from one that is open, or carry the model: aiflux models export and import",
+            f"the registry {name.host} requires a login but does not name a login server: {words}",
+            "use a public registry, or copy the model with aiflux models export and import",
         )
     unknown = ("does not exist", "not found", "unauthorized")
-    if any(text in words for text in unknown) and _TIMED_OUT not in words:  # then it is a blob
+    if any(text in words for text in unknown) and _TIMED_OUT not in words:  # a blob
         return ModelError(
             f"the registry {name.host} has no model {name.served}: {words}",
             "check the name (https://ollama.com/library lists them)",
@@ -235,11 +235,11 @@ def _explain(name: ModelName, folder: Path, words: str) -> AifluxError:
         return ModelError(
             f"{name.served} is not in the models directory, and the registry {name.host} cannot be "
             f"reached from here: {words}",
-            f"pull it where there is internet, e.g. on a login node: aiflux models pull "
-            f"{name.written}; where there is, the registry may be down: a pull goes on where it "
-            "broke",
+            f"pull it on a machine with internet, e.g. a login node: aiflux models pull "
+            f"{name.written}; if this machine has internet, the registry may be down: pull again "
+            "later to resume",
         )
     return ModelError(
         f"{name.served} could not be pulled from {name.host}: {words}",
-        "run it again: a pull goes on where it broke",
+        "pull again to resume",
     )

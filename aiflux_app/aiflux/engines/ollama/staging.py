@@ -1,7 +1,7 @@
-"""Change a models directory safely: staging folders, GGUF imports, moves into place, removal.
+"""Change a models directory safely: staging, GGUF imports, moves into place, removal.
 
-What is to come in is put together in ``<models>/.staging/<name>``, in the same layout. A run that
-reads the directory meanwhile sees a model whole or not at all.
+A new model is assembled in ``<models>/.staging/<name>``, in the same layout. A run that reads the
+directory meanwhile sees a complete model or none.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from aiflux.util.files import fsync_directory, may_write, storage_error, write_j
 from aiflux.util.lease import Lease, acquire, holder_lives
 
 STAGING = ".staging"
-_NOTE = "note"  # says in words what is done, and the model's name
+_NOTE = "note"  # contains the action and the model's name
 
 
 def changing(models_dir: Path, what: str, say: Callable[[str], None]) -> Lease:
-    """Return the lease of a models directory; waits for whoever holds it.
+    """Return the lease of a models directory; waits for the current holder.
 
     Args:
-        what: what is going to be done, for those who wait.
-        say: told one line when there is something to wait for.
+        what: the planned action, shown to waiting processes.
+        say: called with a message before waiting.
 
     Raises:
         StorageError: the directory cannot be written.
@@ -53,18 +53,18 @@ def changing(models_dir: Path, what: str, say: Callable[[str], None]) -> Lease:
 
 
 def staged_folder(models_dir: Path, name: ModelName) -> Path:
-    """Return where a model is put together."""
+    """Return the directory where a model is assembled."""
     return models_dir / STAGING / name.served.replace("/", "_").replace(":", "_")
 
 
 def begin_staging(models_dir: Path, name: ModelName, what: str) -> Path:
-    """Make the folder that a model is put together in, with a note for those who list models.
+    """Create the directory where a model is assembled, with a note for ``models list``.
 
     Args:
-        what: ``pull``, which goes on with what is there, or ``import``, which begins anew.
+        what: ``pull``, which resumes with existing files, or ``import``, which starts over.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the directory cannot be written.
     """
     folder = staged_folder(models_dir, name)
     if what != "pull":
@@ -80,13 +80,13 @@ def begin_staging(models_dir: Path, name: ModelName, what: str) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a staging folder into which no byte of a model came."""
+    """Remove a staging directory without any data of a model."""
     if not any(folder.glob("blobs/*")):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def move_into_place(folder: Path, models_dir: Path, name: ModelName) -> None:
-    """Move a whole model out of its staging folder: blobs first, the manifest last.
+    """Move a complete model out of its staging directory: blobs first, the manifest last.
 
     Raises:
         StorageError: the directory cannot be written.
@@ -109,9 +109,9 @@ def move_into_place(folder: Path, models_dir: Path, name: ModelName) -> None:
 def making_room(
     models_dir: Path, what: str, say: Callable[[str], None]
 ) -> AbstractContextManager[object]:
-    """Return the lease for what frees space; nothing where the disk is too full for a lease.
+    """Return the lease for freeing space; a no-op if the disk is too full for a lease.
 
-    Then nobody else holds one (it would be waited for), or could take one.
+    In that case, no other process holds one (it would be waited for) or could acquire one.
 
     Raises:
         StorageError: the directory cannot be written, for another reason.
@@ -126,11 +126,11 @@ def making_room(
 
 
 def remove_model(models_dir: Path, name: ModelName, say: Callable[[str], None]) -> int:
-    """Remove a model; blobs that other models use stay. Return the bytes that are free now.
+    """Remove a model; shared blobs stay. Return the number of freed bytes.
 
     Raises:
-        ModelError: it is not there, is not the one insisted on, or it cannot be told which blobs
-            other models use.
+        ModelError: the model is missing, has another digest than required, or it is unknown which
+            blobs other models use.
         StorageError: the directory cannot be written.
     """
     with making_room(models_dir, f"removing {name.served}", say):
@@ -152,7 +152,7 @@ def remove_model(models_dir: Path, name: ModelName, say: Callable[[str], None]) 
 
 
 def remove_staged(models_dir: Path, name: ModelName) -> bool:
-    """Remove what is left of a pull that broke off; return whether there was something."""
+    """Remove the files of an interrupted pull; return whether there were any."""
     folder = staged_folder(models_dir, name)
     if not folder.is_dir():
         return False
@@ -162,46 +162,46 @@ def remove_staged(models_dir: Path, name: ModelName) -> bool:
 
 @dataclass(frozen=True)
 class Staged:
-    """A model that is being put together, or was when it broke off.
+    """A model that is being assembled, or whose assembly was interrupted.
 
     Attributes:
-        name: as it is written to have it pulled; "" where only its folder is known.
+        name: the name to pull it; "" if only its directory is known.
         what: ``pull`` or ``import``.
-        size: bytes that are on the disk.
-        going_on: somebody is at it; None where that cannot be told from here.
+        size: bytes on disk.
+        active: whether a process is working on it; None if unknown from here.
     """
 
     folder: str
     name: str
     what: str
     size: int
-    going_on: bool | None
+    active: bool | None
 
 
 def staged_models(models_dir: Path) -> list[Staged]:
-    """Return the models that are on their way into a models directory."""
+    """Return the staged models of a models directory."""
     staging = models_dir / STAGING
     folders = sorted(folder for folder in staging.glob("*/") if folder.is_dir())
-    going_on = _going_on(staging / "lease") if folders else False
-    return [_staged(folder, going_on) for folder in folders]
+    active = _is_active(staging / "lease") if folders else False
+    return [_staged(folder, active) for folder in folders]
 
 
-def _going_on(lease: Path) -> bool | None:
+def _is_active(lease: Path) -> bool | None:
     try:
         return holder_lives(lease)
-    except StorageError:  # only its owner may read it
+    except StorageError:  # only readable for its owner
         return None
 
 
-def _staged(folder: Path, going_on: bool | None) -> Staged:
+def _staged(folder: Path, active: bool | None) -> Staged:
     files = [file for file in folder.glob("blobs/*") if file.is_file()]
     try:
         what, _, name = (folder / _NOTE).read_text(encoding="utf-8").strip().partition(" ")
     except OSError:
         what, name = "pull", ""
-    # A partial blob is made at its whole length; what is on the disk of it is what came.
+    # A partial blob has its full length; its disk usage is the downloaded part.
     size = sum(file.stat().st_blocks * 512 for file in files)
-    return Staged(folder.name, name, what, size, going_on)
+    return Staged(folder.name, name, what, size, active)
 
 
 def _blobs_of(models_dir: Path, name: ModelName) -> dict[str, int]:
@@ -209,8 +209,8 @@ def _blobs_of(models_dir: Path, name: ModelName) -> dict[str, int]:
         return read_manifest(models_dir, name).blobs
     except ModelError as error:
         raise ModelError(
-            f"{error.message}; so it cannot be told which blobs it shares, and nothing was removed",
-            f"mend that first: aiflux models pull {name.served}, or remove its manifest",
+            f"{error.message}; its shared blobs are unknown, so nothing was removed",
+            f"fix this first: aiflux models pull {name.served}, or remove its manifest",
         ) from error
 
 
@@ -221,15 +221,15 @@ def _remove_empty(folder: Path, root: Path) -> None:
 
 
 def refuse_read_only(models_dir: Path) -> None:
-    """Let a change pass where the models directory may be written.
+    """Raise an error unless the models directory is writable.
 
     Raises:
-        UsageError: it may not.
+        UsageError: it is read-only.
     """
     if not may_write(models_dir):
         raise UsageError(
-            f"you may not write into the models directory {models_dir}",
-            "ask its owner, or name one of your own: --models-dir PATH",
+            f"the models directory {models_dir} is read-only for you",
+            "ask its owner, or use your own directory: --models-dir PATH",
         )
 
 
@@ -238,10 +238,10 @@ _GGUF_NOTE = "gguf.json"
 
 @dataclass(frozen=True)
 class StagedGguf:
-    """What a model is to be made of.
+    """Source of a model to create.
 
     Attributes:
-        template: of prompts, in Ollama's language; None leaves the file's own.
+        template: prompt template in Ollama's syntax; None uses that of the file.
     """
 
     digest: str
@@ -254,7 +254,7 @@ def stage_gguf(
     """Copy a GGUF file into a model's staging folder.
 
     Raises:
-        ModelError: it is no GGUF file of a whole model.
+        ModelError: the file is not a GGUF file with a complete model.
         StorageError: the models directory cannot be written.
     """
     header = read_gguf(source)
@@ -262,9 +262,9 @@ def stage_gguf(
     size = source.stat().st_size
     if header.data_start + header.data_size > size:
         raise ModelError(
-            f"{source} is cut short: its header tells of {header.data_start + header.data_size} "
-            f"bytes, it has {size}",
-            "fetch it again",
+            f"{source} is truncated: its header describes {header.data_start + header.data_size} "
+            f"bytes, but it has {size}",
+            "download it again",
         )
     folder = begin_staging(models_dir, name, "import")
     try:
@@ -283,7 +283,7 @@ def stage_gguf(
 
 
 def _refuse_part(source: Path, header: GgufHeader) -> None:
-    """Let a file pass that holds a whole language model.
+    """Raise an error unless a file contains a complete language model.
 
     Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (``general.type``) and
     llama.cpp's ``tools/gguf-split``.
@@ -291,24 +291,23 @@ def _refuse_part(source: Path, header: GgufHeader) -> None:
     parts = header.metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
         raise ModelError(
-            f"{source} is one of {parts} parts of a model, and Ollama takes whole ones only",
+            f"{source} is one of {parts} parts of a model, but Ollama only accepts complete ones",
             "join them first: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf",
         )
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
         raise ModelError(
-            f"{source} is of the type {kind!r}, not a model that can run by itself",
-            "name the model's own file; an adapter has to be merged with its model first "
-            "(llama-export-lora)",
+            f"{source} has the type {kind!r}, which cannot run by itself",
+            "use the model's own file; merge an adapter with its model first (llama-export-lora)",
         )
     shape_of(header)
 
 
 def read_staged_gguf(models_dir: Path, name: ModelName) -> StagedGguf:
-    """Return what ``stage_gguf`` put there.
+    """Return the source staged by ``stage_gguf``.
 
     Raises:
-        ModelError: nothing was.
+        ModelError: nothing is staged.
     """
     try:
         content = json.loads(

@@ -1,6 +1,6 @@
-"""Read a models directory: which models it holds, what is missing, and whether blobs are intact.
+"""Read a models directory: its models, missing parts, and the state of blobs.
 
-The layout is Ollama's: ``manifests/HOST/NAMESPACE/MODEL/TAG`` names blobs, ``blobs/sha256-...``.
+The layout is Ollama's: ``manifests/HOST/NAMESPACE/MODEL/TAG`` names blobs in ``blobs/sha256-...``.
 A model's digest, as Ollama lists it, is the SHA-256 of its manifest file.
 """
 
@@ -37,11 +37,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says.
+    """A parsed manifest.
 
     Attributes:
-        digest: of the manifest file itself: 64 hexadecimal digits, the model's digest.
-        layers: its configuration first.
+        digest: the model's digest: 64 hexadecimal digits, computed from the manifest file.
+        layers: the configuration comes first.
     """
 
     digest: str
@@ -49,20 +49,20 @@ class Manifest:
 
     @property
     def blobs(self) -> dict[str, int]:
-        """Sizes by digest; a blob that stands twice is one."""
+        """Sizes by digest; duplicates count once."""
         return {layer.digest: layer.size for layer in self.layers}
 
     @property
     def size(self) -> int:
-        """Bytes of all blobs."""
+        """Total bytes of all blobs."""
         return sum(self.blobs.values())
 
 
 def parse_manifest(raw: bytes) -> Manifest:
-    """Read a manifest's bytes.
+    """Parse a manifest.
 
     Raises:
-        ValueError: they are no manifest.
+        ValueError: the bytes are not a manifest.
     """
     try:
         content = json.loads(raw)
@@ -74,9 +74,9 @@ def parse_manifest(raw: bytes) -> Manifest:
         raise ValueError(f"it lacks {error}") from None
     for layer in layers:
         if not _DIGEST.match(layer.digest):
-            raise ValueError(f"{layer.digest!r} is no digest")
+            raise ValueError(f"{layer.digest!r} is not a digest")
         if type(layer.size) is not int or not 0 <= layer.size < 1 << 60:
-            raise ValueError(f"{layer.size!r} is no size")
+            raise ValueError(f"{layer.size!r} is not a size")
     return Manifest(hashlib.sha256(raw).hexdigest(), layers)
 
 
@@ -84,7 +84,7 @@ def read_manifest(models_dir: Path, name: ModelName) -> Manifest:
     """Return a model's manifest.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: the model does not exist, or the manifest cannot be read.
     """
     path = models_dir / name.manifest_path
     try:
@@ -92,7 +92,7 @@ def read_manifest(models_dir: Path, name: ModelName) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{name.served} is not in {models_dir}",
-            f"aiflux models list shows what is; pull it: aiflux models pull {name.served}",
+            f"see aiflux models list; to pull it: aiflux models pull {name.served}",
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -102,7 +102,7 @@ def read_manifest(models_dir: Path, name: ModelName) -> Manifest:
 
 
 def model_digest(models_dir: Path, name: ModelName) -> str | None:
-    """Return the digest of a model that is there; None where it is not."""
+    """Return the digest of a stored model, or None."""
     try:
         return read_manifest(models_dir, name).digest
     except ModelError:
@@ -110,33 +110,33 @@ def model_digest(models_dir: Path, name: ModelName) -> str | None:
 
 
 def refuse_other_digest(name: ModelName, found: str, place: str) -> None:
-    """Let a model pass that is the one that was insisted on, or where none was.
+    """Raise an error if a model has another digest than its name requires.
 
     Args:
-        found: the digest of the model that is there.
-        place: where it is, for the message.
+        found: the digest of the stored model.
+        place: its location, for the message.
 
     Raises:
-        ModelError: its digest is another; names both.
+        ModelError: the digests differ; names both.
     """
     if not found.startswith(name.digest):
         raise ModelError(
-            f"{name.served} in {place} has the digest sha256:{found}, and the name that was given "
-            f"insists on sha256:{name.digest}",
-            "pull the model again where its tag was moved, use a models directory that holds that "
-            "model, or insist on no digest",
+            f"{name.served} in {place} has the digest sha256:{found}, but sha256:{name.digest} "
+            "is required",
+            "pull the model again if its tag was moved, use a models directory with the required "
+            "model, or remove the digest from the name",
         )
 
 
 def blob_path(models_dir: Path, digest: str) -> Path:
-    """Return where a blob lies."""
+    """Return the path of a blob."""
     return models_dir / "blobs" / digest.replace(":", "-")
 
 
 def missing_parts(models_dir: Path, name: ModelName) -> list[str]:
-    """Return what is missing of a model in a models directory; empty when it is whole.
+    """Return the missing parts of a stored model; empty if it is complete.
 
-    Every blob that the manifest names is there with its size (digests are not computed).
+    All blobs named in the manifest must exist with their sizes; digests are not computed.
     """
     try:
         manifest = parse_manifest((models_dir / name.manifest_path).read_bytes())
@@ -148,7 +148,7 @@ def missing_parts(models_dir: Path, name: ModelName) -> list[str]:
 
 
 def listed_models(models_dir: Path) -> list[ModelName]:
-    """Return the models that a models directory has manifests of, sorted by name."""
+    """Return the models with a manifest in a models directory, sorted by name."""
     manifests = models_dir / "manifests"
     found = [file.relative_to(manifests).parts for file in manifests.glob("*/*/*/*")]
     names = (
@@ -174,42 +174,42 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True)
 class BlobCheck:
-    """What was found of one blob."""
+    """State of one blob."""
 
     layer: Layer
     state: State
 
 
 def check_blobs(models_dir: Path, manifest: Manifest, on_bytes: OnBytes) -> Iterator[BlobCheck]:
-    """Read every blob of a model and yield what was found.
+    """Read all blobs of a model and yield their states.
 
     Args:
-        on_bytes: told how many bytes were read since it was last told.
+        on_bytes: called with the number of bytes read since the last call.
     """
     for layer in {layer.digest: layer for layer in manifest.layers}.values():
         yield BlobCheck(layer, _state(blob_path(models_dir, layer.digest), layer, on_bytes))
 
 
 def refuse_damaged(name: ModelName, models_dir: Path, verdicts: list[BlobCheck]) -> None:
-    """Let a model pass that is whole.
+    """Raise an error if a model is damaged.
 
     Raises:
-        ModelError: naming what is wrong with which blobs.
+        ModelError: names the damaged blobs and their state.
     """
     bad = [verdict for verdict in verdicts if verdict.state != "ok"]
     if bad:
         named = ", ".join(f"{each.layer.digest[:19]}... is {each.state}" for each in bad)
         raise ModelError(
             f"{name.served} in {models_dir} is damaged: {named}",
-            f"pull it anew: aiflux models pull --again {name.served}",
+            f"pull it again: aiflux models pull --again {name.served}",
         )
 
 
 def remove_damaged(models_dir: Path) -> int:
-    """Remove the blobs whose bytes are not what their names say; return how many these were.
+    """Remove blobs that do not match their digest; return their number.
 
     Raises:
-        StorageError: one cannot be read or removed.
+        StorageError: a blob cannot be read or removed.
     """
     removed = 0
     for path in sorted((models_dir / "blobs").glob("sha256-*")):
@@ -227,7 +227,7 @@ def remove_damaged(models_dir: Path) -> int:
 
 
 def digest_of(file: IO[bytes], on_bytes: OnBytes, into: IO[bytes] | None = None) -> str:
-    """Return a file's digest (``sha256:...``); ``into`` gets a copy of what is read."""
+    """Return a file's digest (``sha256:...``); ``into`` receives a copy."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK):
         digest.update(chunk)
@@ -238,13 +238,13 @@ def digest_of(file: IO[bytes], on_bytes: OnBytes, into: IO[bytes] | None = None)
 
 
 class HashedReader:
-    """A file that is hashed as somebody else (tarfile, say) reads it."""
+    """A file that is hashed while it is read, for example by tarfile."""
 
     def __init__(self, file: IO[bytes], on_bytes: OnBytes) -> None:
         self._file, self._on_bytes, self._digest = file, on_bytes, hashlib.sha256()
 
     def read(self, count: int = -1) -> bytes:
-        """Read as files do."""
+        """Read like a file."""
         chunk = self._file.read(count)
         self._digest.update(chunk)
         self._on_bytes(len(chunk))
@@ -252,7 +252,7 @@ class HashedReader:
 
     @property
     def digest(self) -> str:
-        """The digest (``sha256:...``) of what was read so far."""
+        """The digest (``sha256:...``) of the data read so far."""
         return "sha256:" + self._digest.hexdigest()
 
 

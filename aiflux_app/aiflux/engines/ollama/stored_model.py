@@ -1,4 +1,4 @@
-"""What is known of a model: from its own file where it is stored, else from the catalog."""
+"""Figures of a model: from its own file if it is stored, else from the catalog."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROJECTOR = "application/vnd.ollama.image.projector"
 def known_figures(
     models_dir: Path | None, name: ModelName, catalog: Catalog | None
 ) -> Figures | None:
-    """Return a model's figures; None where neither its file nor the catalog tells them."""
+    """Return a model's figures from its file or the catalog, or None."""
     stored = None if models_dir is None else readable_model(models_dir, name)
     return best_figures(stored, catalog.find(name.served) if catalog else None)
 
@@ -35,11 +35,11 @@ def best_figures(stored: StoredModel | None, catalog_model: CatalogModel | None)
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What the own file of a model tells.
+    """Figures from a model's own file.
 
     Attributes:
-        parameters: their number.
-        quantisation: such as ``Q4_K_M``; "" where the file does not tell.
+        parameters: number of parameters.
+        quantisation: for example ``Q4_K_M``; "" if unknown.
     """
 
     figures: Figures
@@ -48,19 +48,19 @@ class StoredModel:
 
 
 def stored_figures(models_dir: Path, name: ModelName) -> Figures:
-    """Return the figures of a model that is in a models directory.
+    """Return the figures of a stored model.
 
     Raises:
-        ModelError: it is not there, or its file is no whole GGUF.
+        ModelError: the model is not stored, or its file is not a complete GGUF file.
     """
     return stored_model(models_dir, name).figures
 
 
 def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
-    """Return what the file of a model tells that is in a models directory.
+    """Read the file of a stored model.
 
     Raises:
-        ModelError: it is not there, or its file is no whole GGUF.
+        ModelError: the model is not stored, or its file is not a complete GGUF file.
     """
     models, projectors = model_files(models_dir, name)
     header = read_gguf(models[0])
@@ -71,10 +71,10 @@ def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
 
 
 def model_files(models_dir: Path, name: ModelName) -> tuple[list[Path], list[Path]]:
-    """Return the GGUF files of a model, at least one, and those of what reads images.
+    """Return the GGUF files of a model (at least one), and those of its projector.
 
     Raises:
-        ModelError: it is not stored, or has no GGUF file.
+        ModelError: the model is not stored, or has no GGUF file.
     """
     files: dict[str, list[Path]] = {_MODEL: [], _PROJECTOR: []}
     for layer in read_manifest(models_dir, name).layers:
@@ -86,7 +86,7 @@ def model_files(models_dir: Path, name: ModelName) -> tuple[list[Path], list[Pat
 
 
 def readable_model(models_dir: Path, name: ModelName) -> StoredModel | None:
-    """Return the same; None where the model is not there, or its file tells nothing."""
+    """Return the same, or None if the model is not stored or its file is unreadable."""
     try:
         return stored_model(models_dir, name)
     except ModelError:

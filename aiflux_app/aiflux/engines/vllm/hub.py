@@ -1,4 +1,4 @@
-"""Models of Hugging Face: their names, and where a snapshot of one is stored.
+"""Names of Hugging Face models, and the location of their snapshots.
 
 A snapshot is stored in the layout of huggingface_hub's cache, so that a site's shared cache can be
 the models directory:
@@ -34,7 +34,7 @@ _SMALL = 16 << 20
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model as a user names it.
+    """A model named by a user.
 
     Attributes:
         repo: ``ORG/NAME``; empty for a directory.
@@ -71,7 +71,7 @@ def parse_hub_model(text: str) -> HubModel:
     """Read ``hf:ORG/NAME[@REVISION]``, ``ORG/NAME[@REVISION]`` or the path of a directory.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the text is none of these.
     """
     if text in (".", "..") or text.startswith(("/", "./", "../", "~")):
         return HubModel(folder=_folder(text))
@@ -96,7 +96,7 @@ def _folder(text: str) -> Path:
 
 
 def same_revision(one: str, other: str) -> bool:
-    """Tell whether two revisions are the same; a commit may be abbreviated to seven digits."""
+    """Return whether two revisions are the same; a commit may be abbreviated to seven digits."""
     abbreviated = _ABBREVIATED.fullmatch(one) and _ABBREVIATED.fullmatch(other)
     return one == other or bool(abbreviated and (one.startswith(other) or other.startswith(one)))
 
@@ -111,10 +111,10 @@ def store_name(repo: str) -> str:
 
 
 def find_snapshot(models_dir: Path | None, model: HubModel) -> Path | None:
-    """Return the directory with a model's files; None where it is not stored.
+    """Return the directory with a model's files, or None if it is not stored.
 
     The models directory may be a hub cache itself, or have one in ``hub/``. Without a revision, the
-    default branch counts, or the only snapshot that is stored.
+    default branch counts, or the only stored snapshot.
     """
     if model.folder is not None:
         return model.folder if os.path.isdir(model.folder) else None
@@ -170,7 +170,7 @@ def stored_snapshot(models_dir: Path | None, model: HubModel) -> Path:
     """Return the directory of a model that is stored completely.
 
     Raises:
-        ModelError: it is not.
+        ModelError: the model is not stored completely.
     """
     snapshot = find_snapshot(models_dir, model)
     if snapshot is None:
@@ -187,7 +187,7 @@ def stored_snapshot(models_dir: Path | None, model: HubModel) -> Path:
 
 
 def problems(snapshot: Path) -> Iterator[str]:
-    """Yield what keeps a snapshot from being loaded: missing files, and weights that are cut."""
+    """Yield the problems of a snapshot: missing files and truncated weights."""
     if not (snapshot / "config.json").is_file():
         yield f"{snapshot / 'config.json'} is missing"
         return
@@ -225,7 +225,7 @@ def weight_files(snapshot: Path) -> list[str]:
 
 
 def snapshot_digest(snapshot: Path) -> str:
-    """Return what identifies a snapshot: the commit of the hub, else a digest of the directory.
+    """Return a snapshot's identity: the commit of the hub, else a digest of the directory.
 
     That digest covers the names and sizes of all files and the content of those up to 16 MiB, such
     as the configuration and the tokenizer: to read all weights would take minutes at each start.

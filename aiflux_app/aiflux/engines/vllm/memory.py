@@ -42,7 +42,7 @@ def cache_size(shape: Architecture, tokens: int) -> int:
 
 
 def divides(shape: Architecture, gpus: int) -> bool:
-    """Tell whether tensor parallelism can divide a model among GPUs.
+    """Return whether tensor parallelism can divide a model among GPUs.
 
     Its heads are divided evenly; keys and values are divided, or repeated, evenly.
     Source: vllm/config/model.py and vllm/model_executor/models/llama.py of 0.32.0.

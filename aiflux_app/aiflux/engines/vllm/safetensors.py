@@ -1,4 +1,4 @@
-"""Headers of safetensors files, and what the memory of a model depends on.
+"""Read headers of safetensors files, and the figures for a model's memory.
 
 Source of the format: https://github.com/huggingface/safetensors#format: eight bytes with the
 header's length, little-endian, then the header as JSON, then the data.
@@ -31,7 +31,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """Return a file's tensors by name: ``dtype``, ``shape`` and ``data_offsets``.
 
     Raises:
-        ModelError: it is not a whole safetensors file.
+        ModelError: the file is not a complete safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -52,7 +52,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _end(tensor: Mapping[str, Any]) -> int:
-    """Return where a tensor's data ends; ValueError where it has no type or place."""
+    """Return the end of a tensor's data; ValueError if it has no type or position."""
     start, end = tensor["data_offsets"]
     if not (type(start) is type(end) is int and 0 <= start <= end) or tensor["dtype"] == "":
         raise ValueError(f"it has a tensor at {start!r} to {end!r}")
@@ -60,7 +60,7 @@ def _end(tensor: Mapping[str, Any]) -> int:
 
 
 def problem_with(path: Path) -> str | None:
-    """Return what is wrong with a file; None where it is whole. The weights are not read."""
+    """Return the problem of a file, or None. The weights are not read."""
     try:
         read_header(path)
     except ModelError as error:

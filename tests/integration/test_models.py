@@ -172,7 +172,7 @@ def test_an_interrupted_pull_is_resumed(
 ) -> None:
     process = site.start("models", "pull", site.name)
     wait_until(lambda: site.partial() > 0, process)
-    assert f"a pull goes on: {site.name}" in site.run("models", "list", "--here")
+    assert f"pull in progress: {site.name}" in site.run("models", "list", "--here")
     process.send_signal(number)
     printed, _ = process.communicate(timeout=30)
     assert (process.returncode, words in printed) == (code, True), printed

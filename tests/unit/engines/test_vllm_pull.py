@@ -243,7 +243,7 @@ def test_a_model_that_is_stored_needs_no_network(puller: Puller) -> None:
 def test_a_directory_that_is_read_only_is_refused(puller: Puller) -> None:
     puller.models.mkdir()
     puller.models.chmod(0o555)
-    with pytest.raises(UsageError, match="may not write into the models directory"):
+    with pytest.raises(UsageError, match="is read-only for you"):
         puller.pull()
 
 

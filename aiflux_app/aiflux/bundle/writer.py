@@ -15,7 +15,6 @@ import platform
 import shutil
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from aiflux.image.run_tool import run
 from aiflux.image.sif import ImageFacts, read_image
 from aiflux.models.name import ModelName
 from aiflux.util.files import atomic_write
+from aiflux.util.temporary import temporary_folder
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ARCHITECTURES = ("x86_64", "aarch64")
@@ -77,8 +77,7 @@ def packages(
             "bundles can only be created from a checkout of AI-Flux",
             error.remedy,
         ) from error
-    with tempfile.TemporaryDirectory(prefix="aiflux-wheels.") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         own = _own_wheel(root, folder / "own")
         try:
             fetched = {}

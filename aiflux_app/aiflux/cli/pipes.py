@@ -18,6 +18,7 @@ from aiflux.core.runs.directory import checked_output, named_output
 from aiflux.errors import InputError, StorageError, UsageError
 from aiflux.util.files import atomic_write, expanded, refuse_existing, refuse_special
 from aiflux.util.streams import STDIN, STDOUT
+from aiflux.util.temporary import temporary_folder
 
 
 def piped_file(kind: str) -> Path:
@@ -82,8 +83,8 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
         UsageError: it is not a file.
     """
     if name == STDOUT:
-        with tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
-            path = Path(folder) / "stdout"
+        with temporary_folder() as folder:
+            path = folder / "stdout"
             try:
                 yield path
             except StorageError as error:

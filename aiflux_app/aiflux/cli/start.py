@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from aiflux.image.container import find_image, find_runtime, local_choices
 from aiflux.image.sif import own_image, refuse_other_engine
 from aiflux.slurm.preflight.nodes import check_names
 from aiflux.slurm.script import JobScript, render_local, render_models
+from aiflux.util.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from aiflux.slurm.job_id import JobId
@@ -188,10 +188,10 @@ def _run(script: str) -> int:
     numbers = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        with tempfile.NamedTemporaryFile(prefix="aiflux-", suffix=".sh") as file:
-            file.write(script.encode("utf-8", "surrogateescape"))
-            file.flush()
-            process = subprocess.Popen(["bash", file.name], start_new_session=True)
+        with temporary_folder() as folder:
+            file = folder / "run.sh"
+            file.write_bytes(script.encode("utf-8", "surrogateescape"))
+            process = subprocess.Popen(["bash", str(file)], start_new_session=True)
             for number in early:
                 process.send_signal(number)
             return process.wait()

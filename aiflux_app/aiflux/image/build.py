@@ -19,6 +19,7 @@ from aiflux.image.base import BaseChoice, BuildOptions, choose_base
 from aiflux.image.container import find_runtime
 from aiflux.image.run_tool import ask, capture, run
 from aiflux.image.signing import Ask, Signer, find_signer, no_answer, sign
+from aiflux.util.temporary import temporary_folder
 
 _NETWORK_REMEDY = "see the message above; pip downloads the wheels from PyPI"
 
@@ -198,8 +199,7 @@ def build(options: BuildOptions, say: Say = _silent, ask: Ask = no_answer) -> Pa
     scratch = scratch_dir(os.environ)
     _warn_of_little_room(scratch, choice, say)
     unsigned: ImageError | None = None
-    with tempfile.TemporaryDirectory(prefix="aiflux-image.", dir=scratch) as name:
-        work = Path(name)
+    with temporary_folder(scratch) as work:
         stage(work / "payload", sources, options, choice)
         new = output.with_name(f".{output.name}.{os.getpid()}.new")
         command = render_command(apptainer, new, sources.definition, options, choice)

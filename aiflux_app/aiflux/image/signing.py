@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from aiflux.errors import ImageError
 from aiflux.image.run_tool import apptainer
 from aiflux.image.sif import how_to_build
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
+from aiflux.util.temporary import temporary_folder
 
 State = Literal["verified", "unsigned", "unknown key", "broken"]
 
@@ -179,8 +179,8 @@ def find_signer(key: int | None = None, ask: Ask = no_answer) -> Signer:
     """
     owners = secret_keys()
     chosen = _choose(key, owners)
-    with tempfile.TemporaryDirectory(prefix="aiflux-key.") as folder:
-        image = _small_image(Path(folder))
+    with temporary_folder() as folder:
+        image = _small_image(folder)
         done = sign_with(Signer(chosen), image)
         if done.returncode == 0:
             return Signer(chosen)

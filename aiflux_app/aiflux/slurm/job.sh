@@ -117,6 +117,21 @@ make_scratch() {
     scratch=$(mktemp -d -- "${TMPDIR:-/tmp}/aiflux.XXXXXXXX") ||
         give_up "no private directory could be made under ${TMPDIR:-/tmp} on $HOSTNAME" \
             "set TMPDIR to a directory of the node that you may write to"
+    remove_abandoned || return 0 # without flock nobody can tell whose folder is in use
+    # It is named when it is held: a folder without it is left alone.
+    exec {lock}>"$scratch/.in-use.new"
+    flock -n "$lock"
+    mv -- "$scratch/.in-use.new" "$scratch/.in-use"
+}
+
+# Jobs that were killed with SIGKILL on this node left theirs; the lock ended with them.
+remove_abandoned() {
+    local folder
+    type -P flock >/dev/null || return 1
+    for folder in "${TMPDIR:-/tmp}"/aiflux.*; do
+        [[ -O $folder && ! -L $folder && -f $folder/.in-use ]] || continue
+        flock -n "$folder/.in-use" rm -rf -- "$folder" 2>/dev/null || true
+    done
 }
 
 remove_scratch() {

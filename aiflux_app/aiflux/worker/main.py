@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from aiflux.image.container import local_choices
 from aiflux.models.name import parse_model_name
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
+from aiflux.util.temporary import temporary_folder
 from aiflux.worker.arguments import add_settings
 from aiflux.worker.progress import make_reporter
 from aiflux.worker.shard import Context, ensure_models, work
@@ -129,10 +129,10 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
 def pull(model: str, config: Config, context: Context, *, again: bool = False) -> None:
     """Make sure that a model is in the models directory, and say so."""
     kind = kind_named("ollama")  # whichever engine then serves it
-    with context.stopper.raising(), tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
+    with context.stopper.raising(), temporary_folder() as folder:
         fetch = FetchContext(
             context.environ,
-            Path(folder) / "pull.log",
+            folder / "pull.log",
             context.reporter.say,
             context.reporter.pull,
             again,
@@ -146,14 +146,14 @@ def create(model: str, config: Config, context: Context) -> None:
     """Make a model of the GGUF file that ``aiflux models import`` staged for it."""
     name = parse_model_name(model)
     staged = read_staged_gguf(config.models_dir, name)
-    with context.stopper.raising(), tempfile.TemporaryDirectory(prefix="aiflux-") as folder:
+    with context.stopper.raising(), temporary_folder() as folder:
         create_model(
             config.models_dir,
             name,
             staged.digest,
             staged.template,
             engine_program(kind_named("ollama"), context.environ),
-            Path(folder) / "create.log",
+            folder / "create.log",
             progress=context.reporter.pull,
         )
     context.reporter.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -37,6 +36,7 @@ from aiflux.errors import (
 )
 from aiflux.util.lease import acquire
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
+from aiflux.util.temporary import temporary_folder
 from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
@@ -212,7 +212,7 @@ class _ShardWork:
             if self.checking is not None:
                 stack.callback(self.checking.close)
             stack.enter_context(self._gpu_watch())
-            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiflux-")))
+            home = stack.enter_context(temporary_folder())
             for model in self.plan.models:
                 if not self.may_admit():
                     break

@@ -328,6 +328,30 @@ def test_the_private_directory_is_private_and_goes(place: Place) -> None:
     assert list(place.temporary.iterdir()) == []
 
 
+def test_the_private_directory_of_a_killed_job_goes_at_the_next_start(place: Place) -> None:
+    """The lock of a job that lives is held: its directory stays."""
+    killed, living = start(place, TRAPPING), None
+    try:
+        (left,) = place.temporary.iterdir()
+        children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+        killed.kill()
+        killed.wait()
+        for pid in children:
+            os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.2)  # the container's own child ends
+        (place.fakes.folder / "ready").unlink()
+        living = start(place, TRAPPING)
+        (used,) = place.temporary.iterdir()
+        assert used != left
+        place.fakes.add("apptainer")
+        assert place.bash(render(place.job())).returncode == 0
+        assert list(place.temporary.iterdir()) == [used]
+    finally:
+        if living is not None:
+            living.terminate()
+            living.wait(10)
+
+
 def test_modules_and_setup_come_before_apptainer_is_looked_for(place: Place) -> None:
     (place.fakes.folder / "apptainer").rename(place.folder / "apptainer")
     setup = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +36,7 @@ from aiflux.engines.process import ServerProcess
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.files import may_write
+from aiflux.util.temporary import temporary_folder
 
 _STALL_TIMEOUT = 600.0
 _CREATE_TIMEOUT = 3600.0
@@ -163,8 +163,8 @@ def _refuse_partial(folder: Path, name: ModelName) -> None:
 @contextmanager
 def _serving(folder: Path, program: str, log: Path) -> Iterator[Ollama]:
     """Run a temporary server on a staging directory, with network."""
-    with tempfile.TemporaryDirectory(prefix="aiflux-pull-") as home:
-        environment = ollama_environment(os.environ, folder, Path(home), {}, network=True)
+    with temporary_folder() as home:
+        environment = ollama_environment(os.environ, folder, home, {}, network=True)
         server = ServerProcess([program, "serve"], environment, log)
         try:
             server.start()

@@ -1,0 +1,70 @@
+"""Temporary folders: gone at the end, and after a SIGKILL at the next start."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiflux.util.temporary import temporary_folder
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from aiflux.util.temporary import temporary_folder
+with temporary_folder(Path(sys.argv[1])) as folder:
+    (folder / "models").mkdir()
+    (folder / "models" / "content").write_text("x")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(parent: Path) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(parent)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_a_folder_is_private_and_goes(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path) as folder:
+        assert folder.parent == tmp_path
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:
+    killed, left = holder(tmp_path)
+    living, used = holder(tmp_path)
+    with killed, living:
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+        assert left.is_dir()
+        with temporary_folder(tmp_path) as folder:
+            assert set(tmp_path.iterdir()) == {used, folder}
+        assert (used / "models" / "content").read_text() == "x"
+        living.kill()
+
+
+@pytest.mark.parametrize("kind", ["no lock", "symlink", "file", "lock is a symlink"])
+def test_what_may_not_be_ours_stays(kind: str, tmp_path: Path) -> None:
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "aiflux-abc"
+    elsewhere.mkdir()
+    (elsewhere / ".in-use").touch()
+    if kind == "symlink":
+        place.symlink_to(elsewhere)
+    elif kind == "file":
+        place.touch()
+    else:
+        place.mkdir()
+    if kind == "lock is a symlink":
+        (place / ".in-use").symlink_to(elsewhere / ".in-use")
+    with temporary_folder(tmp_path):
+        pass
+    assert place.exists()
+    assert (elsewhere / ".in-use").exists()

@@ -74,7 +74,7 @@ def test_aiflux_run_submits_and_prints_the_id(
     assert run_dir.stat().st_mode & 0o077 == 0
     assert "#SBATCH" in (run_dir / "run.sbatch").read_text(encoding="utf-8")
     again = user.run(aiflux, *arguments, cwd=place, env=job_env)
-    assert "is finished already: 1 succeeded, 0 failed; nothing was sent" in again
+    assert "is already finished: 1 succeeded, 0 failed; nothing was sent" in again
 
 
 def test_the_python_quick_start(

@@ -185,8 +185,8 @@ def test_a_cancelled_array_resumes_the_rest(
     assert code.returncode == 0, printed
     is_whole(place, "arr", 60)
     assert {engine.seen[f"say arr {i}"] for i in range(60)} <= {1, 2}
-    assert "finished already" in user.run(aiflux, "merge", "arr.json", cwd=place)
-    assert "finished already" in user.run(aiflux, "resume", "arr.json", cwd=place)
+    assert "already finished" in user.run(aiflux, "merge", "arr.json", cwd=place)
+    assert "already finished" in user.run(aiflux, "resume", "arr.json", cwd=place)
 
 
 def test_a_killed_shard_is_detected_and_resumed(

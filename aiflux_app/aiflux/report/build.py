@@ -1,4 +1,4 @@
-"""Making the report of a run: what ran, what came of it, what it took. Pure."""
+"""Build the report of a run: its setup, its results and its cost."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from aiflux.report.throughput import throughput
 from aiflux.util.times import utc_text
 
 _RETRY = "aiflux run ... --retry-failed tries them again"
-_LOG = "see the engine's log (aiflux logs --engine, of one at --engine-url its own)"
+_LOG = "see the engine's log (aiflux logs --engine; with --engine-url, the log of that server)"
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What a code means, and what to do."""
+    """The meaning of an error code, and its remedy."""
 
     meaning: str
     remedy: str
@@ -38,74 +38,76 @@ _KNOWN = {
         "read the message, correct these requests in the input and run the same command again: "
         "only the lines that changed are sent",
     ),
-    "http_401": Advice("the engine asks for a key", f"set AIFLUX_API_KEY; {_RETRY}"),
-    "http_403": Advice("the engine forbids the request", f"look at the key's rights; {_RETRY}"),
+    "http_401": Advice("the engine requires a key", f"set AIFLUX_API_KEY; {_RETRY}"),
+    "http_403": Advice(
+        "the engine forbids the request", f"check the permissions of the key; {_RETRY}"
+    ),
     "http_404": Advice(
         "the engine does not know the model or the address",
-        "look at the model's name in the requests and at the endpoint",
+        "check the model name and the endpoint in the requests",
     ),
     "http_408": Advice(
-        "the engine, or what stands before it, gave up waiting, again and again",
+        "the engine or a proxy timed out repeatedly",
         f"lower --concurrency; {_RETRY}",
     ),
-    "http_413": Advice("the request is too large", "shorten the prompt, or cut it into chunks"),
+    "http_413": Advice("the request is too large", "shorten the prompt, or split it into chunks"),
     "http_422": Advice(
         "the engine understood the request and refused it",
         "read the message and correct these requests in the input",
     ),
-    "http_425": Advice("the engine asked to try later, again and again", _RETRY),
+    "http_425": Advice("the engine repeatedly asked to try later", _RETRY),
     "http_501": Advice(
-        "the engine cannot do what the request asks for",
-        "look at the endpoint and at the fields of these requests",
+        "the engine does not support the request",
+        "check the endpoint and the fields of these requests",
     ),
     "http_429": Advice(
-        "the engine was asked for too much at once, again and again",
+        "the engine repeatedly received too many requests at once",
         f"lower --concurrency or raise --max-retries; {_RETRY}",
     ),
     "timeout": Advice(
-        "no whole answer came in time",
+        "no complete answer arrived in time",
         "set max_tokens, raise --request-timeout, or lower --concurrency",
     ),
     "connection": Advice(
-        "the connection to the engine broke, again and again",
+        "the connection to the engine broke repeatedly",
         f"{_LOG}; {_RETRY}",
     ),
     "engine_crashed": Advice(
-        "the engine died each time it had this request",
-        f"{_LOG}; often memory: a smaller --context-length or fewer --slots, or the "
-        "request itself (an image, a very long prompt)",
+        "the engine crashed each time it had this request",
+        f"{_LOG}; a frequent cause is memory: use a smaller --context-length or fewer "
+        "--slots, or check the request (an image, a very long prompt)",
     ),
     "empty_answer": Advice(
-        "the engine answered with nothing, again and again",
-        f"look at the prompt and at stop words; {_RETRY}",
+        "the engine repeatedly gave an empty answer",
+        f"check the prompt and the stop words; {_RETRY}",
     ),
     "not_json": Advice(
-        "what came back was no answer of an OpenAI API",
-        "look at --engine-url, and at what stands between here and the engine",
+        "the answer is not in the form of the OpenAI API",
+        "check --engine-url, and any proxy in between",
     ),
     "internal_error": Advice(
         "a bug in AI-Flux stopped the request",
         f"report the trace in the log (aiflux logs); after an update, {_RETRY}",
     ),
     "memory": Advice(
-        "there was not enough memory for the answer, again and again",
+        "memory was repeatedly too small for the answer",
         f"lower --concurrency, or allow more memory; {_RETRY}",
     ),
     "error_in_answer": Advice(
-        "the engine said that it failed", f"read the message and the engine's log; {_RETRY}"
+        "the engine reported a failure", f"read the message and the engine's log; {_RETRY}"
     ),
 }
-_SERVER = Advice("the engine failed, again and again", f"{_LOG}; {_RETRY}")
+_SERVER = Advice("the engine failed repeatedly", f"{_LOG}; {_RETRY}")
 _REFUSED = Advice("the engine refused the request", "read the message and correct the requests")
 _SCHEMA = Advice(
-    "the answer did not fit the schema that the request asks for",
+    "the answer did not fit the schema of the request",
     "raise max_tokens, --revalidate-attempts or the model's size, or simplify the schema",
 )
 _OTHER = Advice("the request failed", f"read the message; {_RETRY}")
 
 
 def advice(code: str) -> Advice:
-    """Return what a failure's code means and what to do; something general of unknown codes."""
+    """Return the meaning and the remedy of an error code; unknown codes have a general one."""
     if code in _KNOWN:
         return _KNOWN[code]
     if code.startswith("http_5"):
@@ -120,7 +122,7 @@ _BARS = 40
 
 
 def make_report(sources: ReportSources) -> Report:
-    """Add up a run."""
+    """Return the report of a run."""
     whole = Tally()
     for each in sources.tallies:
         whole.merge(each)
@@ -188,14 +190,14 @@ def _times(sources: ReportSources, whole: Tally) -> Times:
 
 
 def _latency(whole: Tally) -> Latency:
-    told = whole.latency
+    latency = whole.latency
     return Latency(
-        count=told.count,
-        mean=round(told.mean, 4),
-        lowest=told.lowest if told.count else 0.0,
-        highest=told.highest,
-        quantiles={f"{share:.0%}"[:-1]: round(told.quantile(share), 4) for share in _QUANTILES},
-        histogram=tuple(told.bars(_BARS)),
+        count=latency.count,
+        mean=round(latency.mean, 4),
+        lowest=latency.lowest if latency.count else 0.0,
+        highest=latency.highest,
+        quantiles={f"{share:.0%}"[:-1]: round(latency.quantile(share), 4) for share in _QUANTILES},
+        histogram=tuple(latency.bars(_BARS)),
     )
 
 
@@ -203,8 +205,8 @@ def _failures(whole: Tally) -> Iterable[Failure]:
     ranked = sorted(whole.failures.items(), key=lambda item: (-item[1].count, item[0]))
     for code, kind in ranked:
         if kind.count:
-            told = advice(code)
-            yield Failure(code, kind.count, told.meaning, told.remedy, tuple(kind.examples))
+            known = advice(code)
+            yield Failure(code, kind.count, known.meaning, known.remedy, tuple(kind.examples))
 
 
 def _compared(sources: ReportSources) -> tuple[ComparedFigure, ...]:

@@ -1,4 +1,4 @@
-"""The form of a run's report: everything that the page shows, and ``--json`` prints."""
+"""The data of a report: what the page shows and ``--json`` prints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FORM = 1
 
 @dataclass(frozen=True)
 class Condition:
-    """How the run is, in the words of ``aiflux status``.
+    """The state of the run, in the words of ``aiflux status``.
 
     Attributes:
         state: e.g. ``running``, ``stopped``, ``finished``.
-        ended: nothing works on it, and nothing will without a user.
+        ended: nothing works on it, and nothing will without the user.
         finished: the output is written.
-        next_command: what brings it to its end; None where nothing is to do.
+        next_command: command that completes the run; None if there is nothing to do.
         shards: the state of each shard.
-        reasons: why each shard is not done, as far as that is known; "" where it is.
+        reasons: why each shard is not done; "" if it is, or if the reason is unknown.
     """
 
     state: str
@@ -41,7 +41,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the run, and the digests that its engines gave it (more than one: it changed)."""
+    """A model of the run, and its digests according to the engines (several if it changed)."""
 
     name: str
     results: int
@@ -50,15 +50,15 @@ class Model:
 
 @dataclass(frozen=True)
 class What:
-    """What ran.
+    """The setup of the run.
 
     Attributes:
-        image: what is inside (``aiflux image info``); None outside an image.
-        engines: kind and version of the engines, and how many there are of each.
-        gpus, hosts: how many of each (GPUs as the last start of each shard saw them).
+        image: content of the image (``aiflux image info``); None outside an image.
+        engines: kind and version of the engines, with the number of each.
+        gpus: names, with the number of each at the last start of each shard.
         options: those that differ from their defaults.
-        slurm: what was asked of Slurm.
-        sealed: None where no worker has said so yet.
+        slurm: the Slurm options.
+        sealed: None while no worker has reported it.
     """
 
     run_dir: str
@@ -81,13 +81,13 @@ class What:
 
     @property
     def advised(self) -> dict[str, dict[str, Any]]:
-        """What was filled in for each model where neither a request nor the run set it."""
+        """The default parameters of each model that the run leaves open."""
         return left_open(self.options.get("model_defaults") or {}, self.parameters)
 
 
 @dataclass(frozen=True)
 class RequestCounts:
-    """Requests. ``recorded`` counts every result, ``superseded`` those that were tried again."""
+    """Numbers of requests; ``recorded``: all results, ``superseded``: those that were retried."""
 
     total: int
     completed: int
@@ -104,12 +104,12 @@ class RequestCounts:
 
 @dataclass(frozen=True)
 class Times:
-    """Moments (UTC), and seconds.
+    """Times (UTC), and durations in seconds.
 
     Attributes:
         span_seconds: from the first to the last result.
         job_seconds: of all jobs together, loading included.
-        starts: of workers, all shards together.
+        starts: of the workers of all shards.
     """
 
     planned: str
@@ -124,7 +124,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of the recorded results, as the engines counted them."""
+    """Tokens of the recorded results, as counted by the engines."""
 
     prompt: int
     completion: int
@@ -133,7 +133,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of the attempts that answers came of; ``quantiles`` by percent, right to 1 %."""
+    """Seconds of the attempts that gave the answers; ``quantiles`` are accurate to 1 %."""
 
     count: int
     mean: float
@@ -177,7 +177,7 @@ class ShardRow:
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine of one shard; ``in_flight`` is the average over the jobs' whole time."""
+    """One engine of a shard; ``in_flight`` is the average over the time of the jobs."""
 
     shard: int
     engine: int
@@ -192,15 +192,15 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Use:
-    """How the machines were used.
+    """The utilisation of the machines.
 
     Attributes:
-        in_flight: requests in flight in an engine, averaged over the jobs' whole time.
+        in_flight: requests in flight in an engine, averaged over the time of the jobs.
         slots: per engine, on average; None where they are unknown.
         slot_use: time of the results over slots times the jobs' time, at most 1 for each engine.
-        gpu_utilization: mean and highest percent that nvidia-smi told; None without samples.
-        gpu_memory: mean, highest and whole MiB of a GPU.
-        gpu_samples: how many samples these come from.
+        gpu_utilization: mean and highest percent by nvidia-smi; None without samples.
+        gpu_memory: mean, highest and total MiB of a GPU.
+        gpu_samples: number of samples.
     """
 
     gpu_hours: float

@@ -1,4 +1,4 @@
-"""What a journal tells of its shard, added up in one pass: 1,000,000 results in some seconds."""
+"""Summarise a journal in one pass: 1,000,000 results take some seconds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Failures:
 
 @dataclass
 class EngineTally:
-    """What one engine did."""
+    """The results of one engine."""
 
     results: int = 0
     failed: int = 0
@@ -51,19 +51,19 @@ class EngineTally:
 
 @dataclass
 class Tally:
-    """What the results of a shard, or of a run, come to.
+    """The sums over the results of a shard or a run.
 
     Attributes:
-        results: results that were recorded; of several for one request each counts.
-        superseded: results that a later one took the place of.
-        seconds: of the attempts that the results came of, together; ``latency``: of each answer.
-        attempts: results by the number of their attempts, from ``MANY_ATTEMPTS`` on together.
+        results: recorded results, also several for one request.
+        superseded: results that a later one replaced.
+        seconds: total time of the attempts that gave the results; ``latency``: of each answer.
+        attempts: results by number of attempts; ``MANY_ATTEMPTS`` stands for more, too.
         failures: requests that failed, by code; the last result of a request counts.
-        cut: answers that ended at their limit of tokens.
-        truncated: answers to prompts that the engine cut.
+        cut: answers that ended at their token limit.
+        truncated: answers to prompts that the engine truncated.
         unfit: answers that did not fit their schema.
         empty: answers without a text, by their reason (``EMPTY_REASONS``).
-        models: results by model, as it was asked for; ``digests``: what the engines said it is.
+        models: results by requested model; ``digests``: its digests according to the engines.
         engines: by the number of the engine.
     """
 
@@ -95,7 +95,7 @@ class Tally:
         return self.results - self.superseded - self.failed
 
     def merge(self, other: Tally) -> None:
-        """Take in another shard's results; engines, which belong to a shard, stay out."""
+        """Add another shard's results, except for its engines."""
         for name in (
             "results",
             "superseded",
@@ -121,9 +121,9 @@ class Tally:
 
 
 def tally(lines: Iterable[tuple[bytes, bytes]]) -> Tally:
-    """Add up the results of one journal.
+    """Summarise the results of one journal.
 
-    Memory grows with nothing but the requests that failed, by 150 bytes each.
+    Memory grows only with the requests that failed, by 150 bytes each.
 
     Args:
         lines: key and line of each result, in the order in which they were written.
@@ -146,40 +146,40 @@ class _JournalReader:
         failed = result.failed
         prompt, completion = _usage(result.body)
         seconds = float(metadata["processing_time"])
-        told = self.tally
-        told.results += 1
-        told.prompt_tokens += prompt
-        told.completion_tokens += completion
-        told.seconds += seconds
+        sums = self.tally
+        sums.results += 1
+        sums.prompt_tokens += prompt
+        sums.completion_tokens += completion
+        sums.seconds += seconds
         if not failed:
-            told.latency.add(seconds)
-        told.timeline.add(self._moment(metadata["timestamp"]), failed, prompt, completion)
+            sums.latency.add(seconds)
+        sums.timeline.add(self._moment(metadata["timestamp"]), failed, prompt, completion)
         self._note(metadata, failed, seconds, prompt, completion)
         earlier = self._failed.pop(key, None) if self._failed else None
         if earlier is not None:
-            told.superseded += 1
-            told.failures[earlier].count -= 1
+            sums.superseded += 1
+            sums.failures[earlier].count -= 1
         if failed:
             self._fail(key, result.custom_id, result.error)
 
     def _note(
         self, metadata: dict[str, Any], failed: bool, seconds: float, prompt: int, completion: int
     ) -> None:
-        told = self.tally
-        told.attempts[min(int(metadata.get("attempts", 1)), MANY_ATTEMPTS)] += 1
+        sums = self.tally
+        sums.attempts[min(int(metadata.get("attempts", 1)), MANY_ATTEMPTS)] += 1
         model = str(metadata.get("model", ""))
-        told.models[model] += 1
+        sums.models[model] += 1
         if "model_digest" in metadata:
-            told.digests.setdefault(model, set()).add(str(metadata["model_digest"]))
-        told.cut += "finish_reason_length" in metadata
-        told.truncated += "truncated_prompt" in metadata
-        told.unfit += int(metadata.get("unfit_answers", 0))
+            sums.digests.setdefault(model, set()).add(str(metadata["model_digest"]))
+        sums.cut += "finish_reason_length" in metadata
+        sums.truncated += "truncated_prompt" in metadata
+        sums.unfit += int(metadata.get("unfit_answers", 0))
         if EMPTY in metadata and not failed:
-            told.empty[str(metadata[EMPTY])] += 1
+            sums.empty[str(metadata[EMPTY])] += 1
         number = int(metadata.get("engine", 0))
-        engine = told.engines.get(number)
+        engine = sums.engines.get(number)
         if engine is None:
-            engine = told.engines.setdefault(number, EngineTally())
+            engine = sums.engines.setdefault(number, EngineTally())
         engine.results += 1
         engine.failed += failed
         engine.seconds += seconds
@@ -198,7 +198,7 @@ class _JournalReader:
         self._failed[key] = code
 
     def _moment(self, text: str) -> float:
-        """Return Unix time; the minute before is remembered, for the next result is of it too."""
+        """Return Unix time; the last minute is cached, as the next result is probably from it."""
         minute, known = self._minute
         if text[:17] != minute:
             known = unix_seconds(text[:17] + "00Z")
@@ -207,10 +207,10 @@ class _JournalReader:
 
 
 def _usage(body: bytes) -> tuple[int, int]:
-    """Return the prompt's and the answer's tokens that an answer counts; 0 where it does not.
+    """Return the numbers of prompt and answer tokens in an answer; 0 if it has none.
 
-    An unescaped quote cannot stand inside a string, and ``usage`` is near the end of what engines
-    send: only where the last ``"usage"`` is no object, the body is decoded.
+    A string contains no unescaped quote, and ``usage`` is near the end of an answer: the body is
+    decoded only if the last ``"usage"`` is not an object.
     """
     at = body.rfind(b'"usage"')
     if at < 0:

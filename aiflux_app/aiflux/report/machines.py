@@ -21,10 +21,10 @@ from aiflux.util.text import public_url
 
 @dataclass(frozen=True)
 class ReportSources:
-    """What a report is made of.
+    """The input of a report.
 
     Attributes:
-        statuses: of each shard; None where none was written for this plan.
+        statuses: of each shard; None if it has none for this plan.
         whole: the status of the whole run.
         tallies: of each shard's journal.
         now: Unix time.
@@ -50,7 +50,7 @@ def _details(status: StatusFile | None) -> StatusDetails:
 
 
 def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
-    """Yield what each shard did."""
+    """Yield one row for each shard."""
     reasons = sources.condition.reasons or ("",) * len(sources.plan.shards)
     rows = zip(
         sources.plan.shards,
@@ -84,7 +84,7 @@ def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
 
 
 def engine_rows(sources: ReportSources) -> Iterable[EngineRow]:
-    """Yield what each engine of each shard did."""
+    """Yield one row for each engine of each shard."""
     for shard, status, tally in zip(
         sources.plan.shards, sources.statuses, sources.tallies, strict=True
     ):
@@ -116,7 +116,7 @@ def _place(engine: EngineFacts | None) -> str:
 
 
 def machine_use(sources: ReportSources, whole: Tally) -> Use:
-    """Return how the machines were used."""
+    """Return the utilisation of the machines."""
     engine_seconds = slot_seconds = counted = busy = gpu_seconds = 0.0
     for status, tally in zip(sources.statuses, sources.tallies, strict=True):
         details = _details(status)
@@ -173,7 +173,7 @@ _OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
 
 
 def what_ran(sources: ReportSources, whole: Tally) -> What:
-    """Return what ran, as far as plan, statuses and journals tell."""
+    """Return the setup of the run, from plan, statuses and journals."""
     plan, known = sources.plan, all_details(sources)
     title = engine_kind(plan.options).title
     images = [details.image for details in known if details.image]
@@ -211,7 +211,7 @@ def _kind(engine: EngineFacts, title: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """Return a setting without the values that names of keys, tokens and passwords are given."""
+    """Return a setting without the values of keys, tokens and passwords."""
     if isinstance(value, str):
         return _SECRET_VALUE.sub(rf"\1{_HIDDEN}", value)
     if isinstance(value, Mapping):

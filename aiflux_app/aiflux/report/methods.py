@@ -1,4 +1,4 @@
-"""The paragraph for a paper's methods: what was done, with what, and what came of it. Pure."""
+"""Write the methods paragraph for a paper."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = {"top_p": "top-p", "top_k": "top-k"}
 
 
 def methods(report: Report) -> str:
-    """Return the paragraph; it says only what is known of the run."""
+    """Return the paragraph; it contains only known facts about the run."""
     return " ".join(_sentences(report))
 
 
@@ -87,13 +87,13 @@ def _sampling(report: Report) -> Iterator[str]:
         rest = "" if advised else ", else the engine's defaults"
         yield f"Sampling parameters were those of each request{rest}."
     if advised:
-        told = "; ".join(
+        defaults = "; ".join(
             _set_to(values) if len(report.what.models) == 1 else f"{model}: {_set_to(values)}"
             for model, values in advised.items()
         )
         yield (
-            f"What was left open was set to the values advised for the model ({told}), all else to "
-            "the engine's defaults."
+            f"Other parameters had the default values for the model ({defaults}), or else the "
+            "engine's defaults."
         )
 
 
@@ -121,11 +121,12 @@ def _outcome(report: Report) -> Iterator[str]:
         yield f"{counted(retried, 'result')} took more than one attempt."
     yield from _tokens(report)
     if counts.cut_at_limit:
-        yield f"{counted(counts.cut_at_limit, 'answer')} ended at the limit of tokens."
+        yield f"{counted(counts.cut_at_limit, 'answer')} ended at the token limit."
     if counts.truncated_prompts:
         was = "was" if counts.truncated_prompts == 1 else "were"
         yield (
-            f"{counted(counts.truncated_prompts, 'prompt')} {was} cut to the context by the engine."
+            f"{counted(counts.truncated_prompts, 'prompt')} {was} truncated to the "
+            "context by the engine."
         )
 
 

@@ -22,7 +22,7 @@ _SHORTEST_PAUSE = 60.0
 
 @dataclass(frozen=True)
 class Bar:
-    """What came in a stretch of ``seconds`` from a Unix time on."""
+    """The results in an interval of ``seconds`` from a Unix time."""
 
     start: float
     seconds: float
@@ -34,12 +34,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What came over time.
+    """The results over time.
 
     Attributes:
-        width: seconds of a bar; the last one before a pause is shorter, or longer by less than
-            half: so short a stretch tells no rate.
-        pauses: stretches without results that have no bars: Unix times of begin and end.
+        width: seconds of a bar; the last one before a pause is shorter, or up to half longer, as
+            the rate of a very short interval means nothing.
+        pauses: Unix times of begin and end of the intervals without results, which have no bars.
         requests_per_second, completion_tokens_per_second: averaged over the bars.
     """
 
@@ -76,7 +76,7 @@ def throughput(timeline: Timeline) -> Throughput:
 
 
 def _step(timeline: Timeline, occupied: int) -> int:
-    """Return the stretches of the timeline in one bar."""
+    """Return the number of the timeline's intervals in one bar."""
     results = sum(span.results for span in timeline.spans.values())
     bars = min(_MOST_BARS, max(_FEWEST_BARS, results // _RESULTS_PER_BAR))
     least = max(1, -(-occupied // bars))
@@ -90,7 +90,7 @@ def _per_second(count: int, seconds: float) -> float:
 
 
 def _segments(timeline: Timeline) -> list[tuple[int, int]]:
-    """Return the first and the last stretch of each time between two pauses."""
+    """Return the first and the last interval of each segment between two pauses."""
     numbers = sorted(timeline.spans)
     if not numbers:
         return []
@@ -135,9 +135,10 @@ _MOST_BINS = 2048
 
 @dataclass
 class Histogram:
-    """Positive figures in bins that grow by 2 %: at most 1300 of them, whatever comes.
+    """Positive figures in at most 1300 bins, each 2 % wider than the one before.
 
-    A quantile is right to 1 % between 0.0001 and 10,000,000; the ends, count and sum are exact.
+    Quantiles between 0.0001 and 10,000,000 are accurate to 1 %; minimum, maximum, count and sum
+    are exact.
     """
 
     count: int = 0
@@ -147,7 +148,7 @@ class Histogram:
     _bins: Counter[int] = field(default_factory=Counter)
 
     def add(self, value: float) -> None:
-        """Take in one figure."""
+        """Add one figure."""
         self.count += 1
         self.total += value
         self.lowest = min(self.lowest, value)
@@ -155,7 +156,7 @@ class Histogram:
         self._bins[_bin(value)] += 1
 
     def merge(self, other: Histogram) -> None:
-        """Take in all figures of another histogram."""
+        """Add all figures of another histogram."""
         self.count += other.count
         self.total += other.total
         self.lowest = min(self.lowest, other.lowest)
@@ -164,11 +165,11 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """The average; 0 without figures."""
+        """The mean; 0 without figures."""
         return self.total / self.count if self.count else 0.0
 
     def quantile(self, share: float) -> float:
-        """Return the figure that ``share`` of all (0 to 1) do not exceed; 0 without figures."""
+        """Return the quantile for ``share`` (0 to 1); 0 without figures."""
         rank = max(1, math.ceil(share * self.count))
         if rank >= self.count:
             return self.highest
@@ -198,7 +199,7 @@ def _bin(value: float) -> int:
 
 @dataclass(slots=True)
 class Span:
-    """What came in one stretch of time."""
+    """The results in one interval."""
 
     results: int = 0
     failed: int = 0
@@ -206,7 +207,7 @@ class Span:
     completion_tokens: int = 0
 
     def add(self, other: Span) -> None:
-        """Take in what came in another."""
+        """Add the results of another interval."""
         self.results += other.results
         self.failed += other.failed
         self.prompt_tokens += other.prompt_tokens
@@ -215,14 +216,14 @@ class Span:
 
 @dataclass
 class Timeline:
-    """What came when, in equal stretches of time: one second each, and twice as long whenever there
-    are too many. Stretches in which nothing came take no room.
+    """Results in equal intervals of one second, or longer: the width doubles whenever there are too
+    many intervals. Intervals without results take no memory.
 
     Attributes:
-        width: seconds of a stretch.
-        spans: by the number of the stretch since 1970.
+        width: seconds of an interval.
+        spans: by number of the interval since 1970.
         first, last: Unix times.
-        most: stretches in which something came.
+        most: maximum number of intervals with results.
     """
 
     width: int = 1
@@ -232,7 +233,7 @@ class Timeline:
     most: int = _MOST_BINS
 
     def add(self, moment: float, failed: bool, prompt_tokens: int, completion_tokens: int) -> None:
-        """Take in one result that came at a Unix time."""
+        """Add one result that arrived at a Unix time."""
         self.first = min(self.first, moment)
         self.last = max(self.last, moment)
         span = self._at(int(moment // self.width))
@@ -242,7 +243,7 @@ class Timeline:
         span.completion_tokens += completion_tokens
 
     def merge(self, other: Timeline) -> None:
-        """Take in all results of another timeline."""
+        """Add all results of another timeline."""
         self.first = min(self.first, other.first)
         self.last = max(self.last, other.last)
         while self.width < other.width:
@@ -257,7 +258,7 @@ class Timeline:
         if len(self.spans) < self.most:
             return self.spans.setdefault(number, Span())
         moment = number * self.width
-        # The stretch that is looked for counts among those that are too many.
+        # The new interval counts, too.
         while len({at // 2 for at in (*self.spans, number)}) > self.most:
             self._widen()
             number = moment // self.width

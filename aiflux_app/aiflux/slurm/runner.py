@@ -90,7 +90,7 @@ class SlurmRunner:
             ConfigError: an option is unknown or wrong.
             PreflightError: the checks found what will go wrong; names all of it.
             InputError: the input is wrong; lists its lines.
-            OutputExistsError: the run is finished already, or the output is another's.
+            OutputExistsError: the run is already finished, or the output is another's.
             RunConflictError: the run directory is another's, or a job of this run is active.
             ImageError: the image is missing.
             SlurmError: Slurm is missing or refused the job.

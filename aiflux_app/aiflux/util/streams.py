@@ -159,7 +159,7 @@ def refuse_broken_names(words: Sequence[str]) -> None:
 
 
 def refuse_lost_folder() -> None:
-    """Reject a working directory that does not exist any more.
+    """Reject a working directory that no longer exists.
 
     Raises:
         UsageError: the current directory was removed, or is not readable.

@@ -138,7 +138,7 @@ def test_convert_in_front_of_run(place: Path) -> None:
         assert kept.read_bytes() == converted.stdout
         before = kept.stat()
         again = run(*words, "--output", "out.json", input=converted.stdout)
-        assert b"finished already" in again.stdout
+        assert b"already finished" in again.stdout
         assert kept.stat() == before
         assert engine.seen.total() == 2
     empty = run(*words, "--output", "out.json", input=b"")
@@ -248,7 +248,7 @@ def test_run_from_a_terminal_waits_for_no_pipe() -> None:
 
 def test_results_of_a_job_number_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["results", "show", "no-such-output.json"]) == 2
-    assert "no run is found" in capsys.readouterr().err
+    assert "no run found" in capsys.readouterr().err
 
 
 def test_a_trial_is_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_a_run_of_another_user_that_may_be_read(
     public(run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main(["merge", str(working.output)]) == 0
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     changing = {*CHANGING, "merge --again", "run", "estimate"} - {"merge"}
     for words in sorted(changing):
         for command in commands(working, run, words):

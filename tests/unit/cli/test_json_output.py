@@ -146,11 +146,11 @@ def test_a_run_with_other_defaults_is_told_from_what_it_was(
     make_sif(place / "i.sif", version="1")
     capsys.readouterr()
     assert main([*words, "--image", "i.sif", "--no-preflight"]) == 2
-    begun, _, asked = capsys.readouterr().err.splitlines()[0].partition("; this run asks for ")
+    begun, _, asked = capsys.readouterr().err.splitlines()[0].partition("; this run has ")
     assert begun.endswith(
-        "begun with engine external, model llama3.2:3b, else the engine's defaults"
+        "started with engine external, model llama3.2:3b, else the engine's defaults"
     )
-    assert asked.startswith("engine ollama, model llama3.2:3b, as advised for it: ")
+    assert asked.startswith("engine ollama, model llama3.2:3b, model defaults ")
 
 
 def test_a_conversion(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def test_words_that_only_look_like_options_are_none(
     words = ["convert", "csv", "--input", str(table), "--template", "--- {text}", "--dry-run"]
     assert main(words) == 0
     assert "--- a" in capsys.readouterr().out
-    assert wrong(capsys, "status", "--", "--nope")[0].startswith("no run is found at '--nope'")
+    assert wrong(capsys, "status", "--", "--nope")[0].startswith("no run found at '--nope'")
 
 
 @pytest.mark.parametrize("words", ["--debug status nowhere", "status nowhere --debug"])

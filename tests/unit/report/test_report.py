@@ -555,7 +555,7 @@ def test_methods_name_what_filled_in_open_parameters(
     )
     methods = told_methods(made, capsys)
     assert 'temperature = 0.0 and stop = "<end of \\"it\\">" or "x".' in methods
-    assert "the values advised for the model (top-p = 0.9)" in methods
+    assert "the default values for the model (top-p = 0.9)" in methods
     assert "temperature = 0.6" not in methods
     words = page_words(made)
     assert "Model defaults" in words
@@ -615,7 +615,7 @@ def test_a_run_of_failures_is_drawn_and_tells_no_times(tmp_path: Path) -> None:
     assert "0 ms" not in page.text
     assert "<pattern" in text, "failures are told by more than their colour"
     assert "... (5,001 characters)" in page.text
-    assert "gave up waiting" in page.text
+    assert "timed out repeatedly" in page.text
 
 
 def test_tables_have_names_and_heads(tmp_path: Path) -> None:

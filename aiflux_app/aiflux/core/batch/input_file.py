@@ -468,7 +468,7 @@ def change_of(planned: InputFacts) -> str | None:
     try:
         size = planned.path.stat().st_size
     except FileNotFoundError:
-        return "does not exist any more"
+        return "no longer exists"
     except OSError as error:
         raise unreadable(planned.path, error) from error
     seen = LineDigest()

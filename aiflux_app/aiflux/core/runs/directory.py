@@ -35,7 +35,7 @@ class RunDirectory:
 
     @property
     def plan(self) -> Path:
-        """What was decided before the first request was sent."""
+        """The plan: everything decided before the first request was sent."""
         return self.path / "plan.json"
 
     @property
@@ -44,7 +44,7 @@ class RunDirectory:
         return self.path / "run.sbatch"
 
     def script_part(self, number: int) -> Path:
-        """The script of the ``number``-th array, from 1, of a run that needs several."""
+        """The script of the ``number``-th array (from 1) of a run with several arrays."""
         return self.script if number == 1 else self.path / f"run-{number}.sbatch"
 
     @property
@@ -54,7 +54,7 @@ class RunDirectory:
 
     @property
     def estimate(self) -> Path:
-        """What a pilot said the run would take."""
+        """The estimate of the run by a pilot."""
         return self.path / "estimate.json"
 
     @property
@@ -95,11 +95,11 @@ class RunDirectory:
         return self.path / "status" / f"shard-{shard:04d}.json"
 
     def done_mark(self, shard: int, plan: str) -> Path:
-        """Made by a worker whose shard is done, for the plan with that id (see ``merge``)."""
+        """Created by a worker whose shard is done, for the plan with this id (see ``merge``)."""
         return self.path / "status" / f"shard-{shard:04d}.{plan}.done"
 
     def requeue_mark(self, shard: int) -> Path:
-        """Made by a worker that wants its job to go back to the queue."""
+        """Created by a worker that asks for its job to go back to the queue."""
         return self.path / "status" / f"shard-{shard:04d}.requeue"
 
     def engine_log(self, shard: int, engine: int) -> Path:
@@ -107,7 +107,7 @@ class RunDirectory:
         return self.logs / f"engine-{shard:04d}-{engine}.log"
 
     def unused(self) -> bool:
-        """Tell whether nothing is there but what a start leaves that was killed before its plan."""
+        """Return whether it contains at most files of a start that was killed before its plan."""
         if not self.path.exists():
             return True
         unfinished = (f".{self.plan.name}.", self.plan_lease.name)
@@ -115,13 +115,13 @@ class RunDirectory:
         return all(path.parent == self.path and path.name.startswith(unfinished) for path in files)
 
     def refuse_foreign(self) -> None:
-        """Refuse a run directory in which somebody else can have put or changed files.
+        """Refuse a run directory in which other users can create or change files.
 
-        What is read there decides where prompts go and which files are written.
+        Its files decide where prompts go and which files are written.
 
         Raises:
             RunConflictError: it belongs to another user, or others can write it.
-            StorageError: that cannot be told.
+            StorageError: the directory cannot be examined.
         """
         try:
             found = os.stat(self.path)
@@ -133,7 +133,7 @@ class RunDirectory:
             raise read_error(error, self.path) from error
         if not stat.S_ISDIR(found.st_mode):
             raise RunConflictError(
-                f"{self.path} is a file, where the run directory belongs",
+                f"{self.path} is a file, but must be the run directory",
                 "move it away, or choose another output",
             )
         if found.st_uid != os.geteuid():
@@ -174,7 +174,7 @@ class RunDirectory:
         )
 
     def make(self) -> None:
-        """Make the directory (mode 0700) alone, where it is not there yet."""
+        """Create the directory (mode 0700) if it does not exist."""
         self.refuse_foreign()
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
@@ -183,7 +183,7 @@ class RunDirectory:
         self.refuse_foreign()
 
     def create(self) -> None:
-        """Make the directory and its folders, where they are not there yet."""
+        """Create the directory and its subdirectories if they do not exist."""
         self.make()
         try:
             for name in ("journal", "status", "logs"):
@@ -193,15 +193,15 @@ class RunDirectory:
 
 
 def default_output(input_path: Path, directory: Path) -> Path:
-    """Return the output used when none is named: ``<input stem>.results.json`` in ``directory``."""
+    """Return the default output: ``<input stem>.results.json`` in ``directory``."""
     return directory / f"{input_path.stem}.results.json"
 
 
 def named_output(text: str | None, input_path: Path) -> Path:
-    """Return the output that a user names, or else the default here.
+    """Return the output that the user names, or the default output in the current directory.
 
     Raises:
-        ConfigError: the name is that of a folder.
+        ConfigError: the name is that of a directory.
     """
     if text is None:
         return default_output(input_path, Path.cwd())
@@ -212,8 +212,8 @@ def named_output(text: str | None, input_path: Path) -> Path:
     return Path(text)
 
 
-# What AI-Flux names its files by: the longest addition to an output's name, and the longest path
-# inside its folders, of a pilot's status that is being written.
+# The longest addition to an output's name, and the longest path inside its directories: that of a
+# pilot's status while it is written.
 _LONGEST_ADDITION = len(".partial.errors.jsonl") - len(".jsonl")
 _LONGEST_INSIDE = 160
 _PATH_MAX = 4096
@@ -234,8 +234,8 @@ def _refuse_long_name(output: Path) -> None:
     length = len(os.fsencode(output.name))
     if length > most:
         raise ConfigError(
-            f"the output's name is {length} bytes long; at most {most} leave room for what "
-            "AI-Flux adds to it, such as .errors.jsonl",
+            f"the output's name is {length} bytes long; at most {most} leave room for the "
+            "additions of AI-Flux, such as .errors.jsonl",
             f"choose a name of at most {most} bytes",
         )
 
@@ -244,9 +244,9 @@ def checked_output(output: Path) -> Path:
     """Return the absolute output path.
 
     Raises:
-        ConfigError: the form of the output cannot be told, its folder is not there, or its name is
-            too long.
-        UsageError: something else than a file is there.
+        ConfigError: the suffix of the output is unknown, its directory does not exist, or its name
+            is too long.
+        UsageError: it exists and is not a file.
     """
     output = expanded(output).absolute()
     if output.suffix not in OUTPUT_SUFFIXES:
@@ -255,11 +255,11 @@ def checked_output(output: Path) -> Path:
             "name it *.json (one array) or *.jsonl (OpenAI Batch output)",
         )
     if {"\n", "\0"} & set(str(output)):
-        raise ConfigError("the output's path holds a line break or NUL", "choose another name")
+        raise ConfigError("the output's path contains a line break or NUL", "choose another name")
     _refuse_long_path(output)
     if not os.path.isdir(output.parent):
         raise ConfigError(
-            f"the output's folder {str(output.parent)!r} is not there",
+            f"the output's directory {str(output.parent)!r} does not exist",
             f"mkdir -p {str(output.parent)!r}",
         )
     _refuse_long_name(output)

@@ -1,14 +1,14 @@
-"""The journal: the append-only file of one shard's results, and the only truth about what is done.
+"""The journal: the append-only file of a shard's results, and the only truth about what is done.
 
-One line a result::
+Each line is a result::
 
     {"crc":"<8 hex>","key":"<32 hex>","custom_id":"...","status":200,"metadata":{...},
      "error":null,"body":{...}}
 
-``crc`` is the CRC-32 of what follows it up to the line's end; ``key`` binds the result to the
-request line it answers (``request_key``). The fields stand in this order, so that a line can be cut
-at them without being decoded: an unescaped quote cannot stand inside a JSON string, hence the bytes
-``,"body":`` first occur where that field begins. ``body`` is what the engine sent, byte for byte.
+``crc`` is the CRC-32 of the rest of the line; ``key`` binds the result to the request line that it
+answers (``request_key``). The order of the fields is fixed, so that a line can be split at them
+without decoding: a JSON string contains no unescaped quote, so the bytes ``,"body":`` first occur
+where that field begins. ``body`` is the engine's answer, byte for byte.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _CUSTOM_ID = _KEY_END + len(b'","custom_id":')
 _BUFFER = 1 << 20
 _BUCKETS = 256
 PART_BYTES = 32 << 20
-# Results stand nearly in the order of the requests: as far apart as requests are in flight.
+# Results are nearly in the order of the requests: at most as far apart as requests in flight.
 _WINDOW = 2 << 20
 _BEHIND = _WINDOW // 4
 _LEAST_USED = 8
@@ -64,14 +64,14 @@ _LEAST_USED = 8
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one request.
+    """The result of one request.
 
     Attributes:
         key: the request's key, 16 bytes.
-        status: HTTP status of the last attempt; None when there was no answer.
-        metadata: what the output's ``metadata`` holds, beside the user's own.
+        status: HTTP status of the last attempt; None if there was no answer.
+        metadata: the output's ``metadata``, without the request's own.
         error: None, or an object with ``code``, ``message`` and ``status``.
-        body: the engine's answer, JSON in UTF-8; ``b"null"`` when there is none.
+        body: the engine's answer, JSON in UTF-8; ``b"null"`` if there is none.
     """
 
     key: bytes
@@ -99,14 +99,14 @@ def _compact(value: Any) -> bytes:
 
 
 def _one_line(body: bytes) -> bytes:
-    """Return JSON without raw line breaks; those stand only between tokens, never in strings."""
+    """Return JSON without raw line breaks, which occur only between tokens, never in strings."""
     if b"\n" in body or b"\r" in body:
         return body.replace(b"\r", b" ").replace(b"\n", b" ")
     return body
 
 
 class RawResult(NamedTuple):
-    """A journal line cut at its fields; every part is JSON as it stands in the line."""
+    """A journal line split at its fields; every part is JSON, as in the line."""
 
     key: bytes
     custom_id: bytes
@@ -122,13 +122,13 @@ class RawResult(NamedTuple):
 
     @property
     def empty(self) -> str | None:
-        """Why the answer is empty, where it is and was recorded so."""
+        """Why the answer is empty; None if it is not."""
         found = _EMPTY.search(self.metadata)
         return None if self.failed or found is None else found[1].decode()
 
 
 def split_line(line: bytes) -> RawResult:
-    """Cut a valid journal line at its fields."""
+    """Split a valid journal line at its fields."""
     status = line.index(_STATUS, _CUSTOM_ID)
     metadata = line.index(_METADATA, status)
     error = line.index(_ERROR, metadata)
@@ -144,18 +144,18 @@ def split_line(line: bytes) -> RawResult:
 
 
 def valid_line(line: bytes) -> bool:
-    """Tell whether a line is whole: its form, its end and its checksum."""
+    """Return whether a line is complete: its form, its end and its checksum."""
     head = b'{"crc":"%08x","key":"' % crc32(memoryview(line)[_REST:-1])
     return line.startswith(head) and line.endswith(_END)
 
 
 @dataclass
 class ResultIndex:
-    """Where in a journal each request's result stands: 24 bytes a result, in memory.
+    """The offset of each request's result in a journal: 24 bytes of memory per result.
 
     Attributes:
         done: number of requests with a result.
-        damaged: lines that were not whole; their requests count as not done.
+        damaged: number of damaged lines; their requests count as not done.
     """
 
     done: int = 0
@@ -167,7 +167,7 @@ class ResultIndex:
     _sizes: list[array[int]] = field(default_factory=lambda: [array("Q") for _ in range(_BUCKETS)])
 
     def add(self, key: bytes, offset: int, size: int, failed: bool) -> None:
-        """Note a result; call ``seal`` before the first ``find``."""
+        """Add a result; call ``seal`` before the first ``find``."""
         bucket = key[0]
         self._keys[bucket].append(int.from_bytes(key[1:9], "big"))
         self._offsets[bucket].append(offset)
@@ -185,7 +185,7 @@ class ResultIndex:
                 bucket.extend(addition)
 
     def seal(self) -> None:
-        """Sort, so that results can be found; of several for one request the last counts."""
+        """Sort the results for ``find``; of several results for one request, the last counts."""
         for bucket, keys in enumerate(self._keys):
             order = sorted(range(len(keys)), key=keys.__getitem__)
             last = [
@@ -213,11 +213,11 @@ class ResultIndex:
 def scan_journal(
     path: Path, *, part_bytes: int = PART_BYTES, children: int | None = None
 ) -> ResultIndex:
-    """Read a journal once and index its results; a journal that is not there is empty.
+    """Read a journal once and index its results; a missing journal is empty.
 
     Args:
         part_bytes: the journal is read in parts of about this size.
-        children: processes that share the parts; None takes as many as is safe.
+        children: processes that share the parts; None for as many as is safe.
 
     Raises:
         StorageError: the journal cannot be read.
@@ -250,7 +250,7 @@ def _scan_part(path: Path, part: tuple[int, int]) -> ResultIndex:
 
 
 def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Yield ``(key, line)`` of every whole line, in the order in which they were written.
+    """Yield ``(key, line)`` of every complete line, in the order in which they were written.
 
     Raises:
         StorageError: the journal cannot be read.
@@ -278,9 +278,9 @@ def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 def cut_torn_tail(path: Path) -> int:
-    """Cut what a crash left of a last line; return the number of bytes cut.
+    """Cut off an incomplete last line after a crash; return the number of bytes removed.
 
-    A journal that is not there has nothing to cut.
+    A missing journal counts as complete.
     """
     try:
         with open(path, "r+b") as file:
@@ -297,7 +297,7 @@ def cut_torn_tail(path: Path) -> int:
 
 
 def _last_line_end(descriptor: int, end: int) -> int:
-    """Return the offset behind the last line break before ``end``; 0 where there is none."""
+    """Return the offset after the last line break before ``end``; 0 if there is none."""
     position = end
     while position > 0:
         start = max(0, position - _BUFFER)
@@ -310,7 +310,7 @@ def _last_line_end(descriptor: int, end: int) -> int:
 
 
 class JournalReader:
-    """Access to the results of one journal; quick where they stand near each other."""
+    """Reads the results of a journal; fast for results that are near each other."""
 
     def __init__(self, path: Path, index: ResultIndex | None = None) -> None:
         self._index = index or ResultIndex()
@@ -320,7 +320,7 @@ class JournalReader:
         self._unread = 0
 
     def get(self, key: bytes) -> RawResult | None:
-        """Return the result of a request, or None where it has none."""
+        """Return the result of a request, or None if it has none."""
         place = self._index.find(key)
         if place is None:
             return None
@@ -328,7 +328,7 @@ class JournalReader:
         return result if result.key == key else None
 
     def read(self, offset: int, size: int) -> RawResult:
-        """Return the result whose line stands at ``offset``."""
+        """Return the result whose line starts at ``offset``."""
         start = offset - self._start
         if start < 0 or start + size > len(self._window):
             return split_line(self._read(offset, size))
@@ -342,7 +342,7 @@ class JournalReader:
             self._descriptor = -1
 
     def _read(self, offset: int, size: int) -> bytes:
-        """Read a line; with it, what stands around it where enough was used of the last such."""
+        """Read a line, and the bytes around it if most of the last such block was used."""
         self._unread -= size
         if self._unread > 0 or size > _BEHIND:
             return os.pread(self._descriptor, size, offset)
@@ -355,11 +355,11 @@ class JournalReader:
 class JournalWriter:
     """Appends results. Thread-safe.
 
-    Every line is given to the kernel before ``append`` returns, so that killing the process loses
-    none; a thread of its own syncs to disk once a second or every ``save_frequency`` results.
+    Every line is handed to the kernel before ``append`` returns, so that killing the process loses
+    none; a thread syncs to disk once a second, or after ``save_frequency`` results.
 
     Args:
-        on_failure: called once, from any thread, when the disk refuses.
+        on_failure: called once, from any thread, if writing fails.
     """
 
     def __init__(
@@ -389,7 +389,7 @@ class JournalWriter:
         """Write one result.
 
         Raises:
-            StorageError: the disk refused, now or before; nothing more is accepted.
+            StorageError: writing failed, now or before; no more results are accepted.
         """
         line = result.to_line()
         with self._condition:
@@ -409,7 +409,7 @@ class JournalWriter:
         """Sync and close.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: writing failed.
         """
         with self._condition:
             self._closed = True

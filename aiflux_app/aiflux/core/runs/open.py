@@ -1,4 +1,4 @@
-"""Opening a run: check the input, make the plan, and settle what is there from before."""
+"""Open a run: check the input, make the plan, and take over the results of earlier starts."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class OpenedRun:
     """A run that is ready to be submitted or worked on.
 
     Attributes:
-        resumed: results of earlier starts are there.
+        resumed: earlier starts left results.
         counts: of a finished run; None otherwise.
-        open_shards: the shards that a start has to look at; none when only the output is missing.
+        open_shards: the shards to work on; none if only the output is missing.
     """
 
     plan: Plan
@@ -68,14 +68,14 @@ class OpenedRun:
 
 @dataclass(frozen=True)
 class RunDraft:
-    """A run that is checked and planned, while nothing is written.
+    """A run that is checked and planned, but not written.
 
     Attributes:
         earlier: the plan of earlier starts that left results.
         counts: of a finished run; None otherwise.
-        replace: an output that is there may be replaced.
-        anew: results of earlier starts are to be dropped.
-        seen: the plan and the run's status in the run directory, as they were written.
+        replace: an existing output may be replaced.
+        restart: discard the results of earlier starts.
+        seen: content of the plan and of the run's status in the run directory.
     """
 
     plan: Plan
@@ -83,12 +83,12 @@ class RunDraft:
     earlier: Plan | None
     counts: Counts | None
     replace: bool = False
-    anew: bool = False
+    restart: bool = False
     seen: tuple[bytes | None, bytes | None] = (None, None)
 
     @property
     def finished(self) -> bool:
-        """Whether the run was done before and is to stay so."""
+        """Whether the run was done before, so that there is nothing to do."""
         return self.counts is not None and not self.replace
 
     def open(self, *, write: bool = True) -> OpenedRun:
@@ -105,9 +105,9 @@ class RunDraft:
             return OpenedRun(self.plan, self.run, True, self.counts, ())
         if write:
             _write(self)
-        everything = self.anew or not write
+        everything = self.restart or not write
         left = range(len(self.plan.shards)) if everything else shards_left(self.plan, self.run)
-        resumed = self.earlier is not None and not self.anew
+        resumed = self.earlier is not None and not self.restart
         return OpenedRun(self.plan, self.run, resumed, open_shards=tuple(left))
 
 
@@ -122,20 +122,19 @@ def draft_run(
     force: bool = False,
     force_resume: bool = False,
 ) -> RunDraft:
-    """Check the input and what is there from before, and plan the run; write nothing.
+    """Check the input and the results of earlier starts, and plan the run; write nothing.
 
     Args:
-        models_dir: where models are stored; unused with an engine that is up already.
+        models_dir: where models are stored; unused with a server that is already running.
         kind: of the engine that the options name.
-        shards: their number, or what tells it from the input.
-        force: an output that is there may be replaced; a finished run starts anew.
-        force_resume: go on although model or parameters changed; results then mix.
+        shards: their number, or a function that returns it for the input.
+        force: replace an existing output; restart a finished run.
+        force_resume: resume although model or parameters changed; results then mix.
 
     Raises:
         InputError: the input is wrong; lists its lines.
         ConfigError: the output's path or the model's name is wrong.
-        OutputExistsError: the output is there, and is not what this run wrote; ``force`` is not
-            given.
+        OutputExistsError: the output exists and this run did not write it; ``force`` is not given.
         RunConflictError: the run directory belongs to another input, model or parameters.
     """
     output = checked_output(output)
@@ -144,7 +143,7 @@ def draft_run(
         raise ConfigError("input and output are the same file", "name another output")
     run = RunDirectory.of_output(output)
     run.refuse_foreign()
-    # Where jsonschema is missing here, the worker checks with its own, or says what to install.
+    # If jsonschema is missing here, the worker checks with its own, or reports what to install.
     schemas = options.validate and can_check_schemas()
     summary = scan_input(input_path, options.model, rules=kind.input_rules, schemas=schemas)
     number = shards(summary) if callable(shards) else shards
@@ -157,15 +156,15 @@ def draft_run(
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
     if not replace:
         refuse_existing(*output_paths(output))
-    anew = counts is not None and not options.retry_failed
-    return RunDraft(plan, run, earlier, counts, replace, anew, seen)
+    restart = counts is not None and not options.retry_failed
+    return RunDraft(plan, run, earlier, counts, replace, restart, seen)
 
 
 def _write(draft: RunDraft) -> None:
     """Bring the run directory in line with the plan, while no process works on it.
 
-    What was drafted holds only for what was there then: another command may have planned, and even
-    ended, since.
+    The draft holds only for the files that it saw: another command may have planned the run since,
+    or even finished it.
     """
     plan, run, earlier = draft.plan, draft.run, draft.earlier
     run.make()
@@ -177,8 +176,8 @@ def _write(draft: RunDraft) -> None:
         mend_journals(run)
         _remove_leftovers(draft)
         run.create()
-        if draft.anew:
-            _start_anew(run)
+        if draft.restart:
+            _restart(run)
         elif earlier is not None:
             _settle(plan, run, earlier)
         else:
@@ -190,14 +189,14 @@ def _write(draft: RunDraft) -> None:
 
 
 def _seen(run: RunDirectory) -> tuple[bytes | None, bytes | None]:
-    """Return what changes whenever a run is planned or ends."""
+    """Return the content that changes whenever a run is planned or ends."""
     return read_file(run.plan), read_file(run.run_status)
 
 
 def _begun_meanwhile(plan: Plan, run: RunDirectory) -> RunConflictError:
     return RunConflictError(
-        f"another command began the run {plan.output} at the same time",
-        f"look at it (aiflux status {quote(str(run.path))}), or run the same command again",
+        f"another command started the run {plan.output} at the same time",
+        f"check it with aiflux status {quote(str(run.path))}, or run the same command again",
     )
 
 
@@ -221,7 +220,7 @@ def _forget_statuses(run: RunDirectory) -> None:
 
 def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
     several = max(len(earlier.shards), len(plan.shards)) > 1
-    # Lines that changed places can be in another shard although the cuts are where they were.
+    # A moved line can be in another shard, although the shards' boundaries are the same.
     same = (earlier.shards, earlier.input.digest) == (plan.shards, plan.input.digest)
     if several and not same:
         recut_journals(plan, run)
@@ -234,15 +233,15 @@ def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
 
 
 def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
-    """Return the plan of earlier starts that left results; refuse a run that is another's."""
+    """Return the plan of earlier starts that left results; refuse another run's directory."""
     if not is_there(run.plan):
         if not run.unused():
-            # Another start may be just about to write its plan, or has written it by now.
+            # Another start may be writing its plan, or have written it by now.
             refuse_living([run.plan_lease], f"the run {plan.output}")
             if is_there(run.plan):
                 raise _begun_meanwhile(plan, run)
             raise RunConflictError(
-                f"{run.path} is there but holds no plan",
+                f"{run.path} exists but contains no plan",
                 f"move it away (mv {quote(str(run.path))} ELSEWHERE), or choose another output",
             )
         return None
@@ -256,8 +255,8 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
         return None
     if earlier.identity != plan.identity and not force_resume:
         raise RunConflictError(
-            f"{run.path} was begun with {_show(earlier)}; this run asks for {_show(plan)}",
-            "choose another output; or give --force-resume to keep the results so far and mix",
+            f"{run.path} was started with {_show(earlier)}; this run has {_show(plan)}",
+            "choose another output, or mix with the results so far: --force-resume",
         )
     return earlier
 
@@ -269,12 +268,12 @@ def _show(plan: Plan) -> str:
         for values in plan.options.advised.values()
         for name, value in values.items()
     ]
-    else_ = f"as advised for it: {', '.join(advised)}" if advised else "else the engine's defaults"
+    else_ = f"model defaults {', '.join(advised)}" if advised else "else the engine's defaults"
     models = ", ".join([*plan.served_names, *given, else_])
     return f"engine {plan.options.engine}, model {models}"
 
 
-def _start_anew(run: RunDirectory) -> None:
+def _restart(run: RunDirectory) -> None:
     try:
         for name in ("journal", "status"):
             shutil.rmtree(run.path / name)
@@ -283,18 +282,18 @@ def _start_anew(run: RunDirectory) -> None:
         raise storage_error(error, run.path) from error
 
 
-# File descriptors are few on login nodes (1024): journals are written in groups.
+# Login nodes allow few file descriptors (1024): journals are written in groups.
 _OPEN_AT_ONCE = 256
 
 
 def recut_journals(plan: Plan, run: RunDirectory) -> None:
-    """Bring every result into the journal of the shard that holds its request now.
+    """Move every result to the journal of the shard that now contains its request.
 
-    Results of lines that the input no longer holds go to the first shard: should the line come
-    back, they count again. A crash at any moment leaves the old journals or the new ones, whole.
+    Results of lines that the input no longer contains go to the first shard: if such a line comes
+    back, they count again. A crash at any time leaves either the old or the new journals complete.
 
     Raises:
-        StorageError: the disk refused; the old journals are as they were.
+        StorageError: writing failed; the old journals are unchanged.
     """
     journals = run.path / "journal"
     fresh, old = run.path / "journal.new", run.path / "journal.old"
@@ -316,7 +315,7 @@ def recut_journals(plan: Plan, run: RunDirectory) -> None:
 
 
 def mend_journals(run: RunDirectory) -> None:
-    """Finish or undo what a crash in ``recut_journals`` left."""
+    """Finish or undo a ``recut_journals`` that a crash interrupted."""
     journals = run.path / "journal"
     fresh, old = run.path / "journal.new", run.path / "journal.old"
     try:
@@ -330,7 +329,7 @@ def mend_journals(run: RunDirectory) -> None:
 
 
 def _places(plan: Plan) -> ResultIndex:
-    """Return an index that finds a request's shard in the place of an offset."""
+    """Return an index with a request's shard in place of the offset."""
     places = ResultIndex()
     for shard in plan.shards:
         for _, _, raw in read_lines(plan.input_path, shard.start, shard.end):

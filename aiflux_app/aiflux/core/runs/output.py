@@ -57,7 +57,7 @@ from aiflux.util.lease import acquire
 from aiflux.util.lines import read_lines
 
 Results = Generator[tuple[bytes, RawResult], None, None]
-# Results between two calls for the disk to begin with what it was given.
+# Results between two requests to the kernel to start writing.
 _FLUSH_EVERY = 4096
 
 
@@ -67,7 +67,7 @@ class ResultCounts:
 
     Attributes:
         empty: answers without a text, by their reason.
-        files: what the files that were written can be known by (see ``written_file``), by name.
+        files: the written files by name.
     """
 
     total: int = 0
@@ -92,14 +92,14 @@ class ResultCounts:
 def iterate_results(plan: Plan, run: RunDirectory, *, partial: bool = False) -> Results:
     """Yield ``(request line, result)`` in input order.
 
-    Whoever writes a file of them keeps it only when this ends without an error: that the lines were
-    the planned ones, all of them and in their order, is known at the end.
+    A caller must discard what it wrote if this ends with an error: only the end confirms that the
+    lines were the planned ones, complete and in order.
 
     Args:
         partial: leave out requests that have no result yet.
 
     Raises:
-        StoppedError: a request has no result yet, or the input is not the planned one any more.
+        StoppedError: a request has no result yet, or the input is no longer the planned one.
         StorageError: a journal cannot be read.
     """
     seen = LineDigest()
@@ -116,8 +116,8 @@ def iterate_results(plan: Plan, run: RunDirectory, *, partial: bool = False) -> 
     except (InputError, OSError) as error:
         seen_at = error.__cause__ if isinstance(error, InputError) else error
         if isinstance(seen_at, FileNotFoundError):
-            raise changed_input(plan, "does not exist any more") from None
-        raise changed_input(plan, f"cannot be read any more: {seen_at}") from error
+            raise changed_input(plan, "no longer exists") from None
+        raise changed_input(plan, f"can no longer be read: {seen_at}") from error
     planned = (plan.requests, plan.input.digest, plan.input.size)
     if (seen.lines, seen.hexdigest(), size) != planned:
         refuse_changed_input(plan, run, partial=partial)
@@ -151,14 +151,14 @@ def _read(
 
 
 def _result_of(raw: bytes, result: RawResult) -> RawResult:
-    """Return the result, once it is certain that it answers this very line."""
+    """Return the result after checking that it answers this line."""
     if result.key != request_key(raw):
         raise ValueError("the result of another request")
     return result
 
 
 def refuse_changed_input(plan: Plan, run: RunDirectory, *, partial: bool = False) -> None:
-    """Raise StoppedError, with what changed, where the input is not the planned one any more."""
+    """Raise StoppedError with the change if the input is no longer the planned one."""
     change = change_of(plan.input)
     if change is None:
         return
@@ -170,7 +170,7 @@ def refuse_changed_input(plan: Plan, run: RunDirectory, *, partial: bool = False
 
 
 def _first_without_result(plan: Plan, run: RunDirectory) -> tuple[int, bytes] | None:
-    """Return the first line of the input, as it is now, that no journal has a result of."""
+    """Return the first line of the current input for which no journal has a result."""
     index = ResultIndex()
     for shard in plan.shards:
         index.merge(scan_journal(run.journal(shard.index), children=0))
@@ -196,11 +196,11 @@ def finalise(plan: Plan, run: RunDirectory, partial: Path | None = None) -> Resu
     """Write the output (and the errors file of a ``.jsonl`` output) from the journals.
 
     Args:
-        partial: write there what is done so far, instead of the output.
+        partial: file for the results so far, instead of the output.
 
     Raises:
         StoppedError: a request has no result yet; nothing is written.
-        StorageError: the disk refused; an output that was there stays as it was.
+        StorageError: writing failed; an existing output is unchanged.
     """
     target = partial or plan.output
     write = _write_batch_form if target.suffix == ".jsonl" else _write_array
@@ -226,7 +226,7 @@ def _write_array(results: Results, target: Path) -> ResultCounts:
 
 
 class _SummedFile:
-    """A file that is written, with the checksum of what it was given."""
+    """A file being written, with the checksum of its content."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -238,9 +238,9 @@ class _SummedFile:
 
 
 def begin_writeback(file: IO[bytes]) -> None:
-    """Let the disk begin with what was written, so that the sync at the end has little to wait for.
+    """Start writing to disk now, so that the sync at the end takes less time.
 
-    Linux begins to write pages that are said not to be needed; nothing waits for it here.
+    Linux starts to write pages that are advised as not needed; this call does not wait.
     """
     file.flush()
     if hasattr(os, "posix_fadvise"):
@@ -248,7 +248,7 @@ def begin_writeback(file: IO[bytes]) -> None:
 
 
 def array_entry(raw: bytes, result: RawResult) -> bytes:
-    """Return one entry of the ``.json`` output; request and answer stand in it byte for byte."""
+    """Return one entry of the ``.json`` output, with request and answer byte for byte."""
     metadata = _merged_metadata(raw, result.metadata)
     if result.failed:
         outcome = (b',"output":null,"error":', result.error)
@@ -324,7 +324,7 @@ def merge_when_last(
 
     Raises:
         StoppedError: a request has no result after all; nothing is written.
-        StorageError: the disk refused.
+        StorageError: writing failed.
     """
     with acquire(run.merge_lease, f"writing {plan.output}", wait=True, on_wait=say):
         _make_mark(run.done_mark(shard, plan.id))
@@ -369,7 +369,7 @@ def merge(
         RunConflictError: another process is writing it.
         OutputExistsError: it was written and then changed, and is not to be written ``again``.
         StoppedError: a request has no result yet; nothing is written.
-        StorageError: the disk refused.
+        StorageError: writing failed.
     """
     run.refuse_foreign()
     with acquire(run.merge_lease, f"writing {plan.output}"):
@@ -431,7 +431,7 @@ def shards_left(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
     Before that is believed, the journals are read: a status can outlive what it tells of.
 
     Raises:
-        StoppedError: the input is not the planned one any more.
+        StoppedError: the input is no longer the planned one.
         StorageError: a status or a journal cannot be read.
     """
     left = open_shards(plan, run)
@@ -445,10 +445,10 @@ def shards_left(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
 
 
 def reopen(plan: Plan, run: RunDirectory, shards: Iterable[int]) -> None:
-    """Take back that shards are done, so that the next start works on them."""
+    """Mark shards as not done, so that the next start works on them."""
     already_open = open_shards(plan, run)
     for shard in shards:
-        # Also of a shard whose status is lost: its mark would have another shard write the output.
+        # Also for a shard without a status: with its mark, another shard would write the output.
         forget_done(plan, run, shard)
         if shard not in already_open:
             try:
@@ -458,7 +458,7 @@ def reopen(plan: Plan, run: RunDirectory, shards: Iterable[int]) -> None:
 
 
 def forget_done(plan: Plan, run: RunDirectory, shard: int) -> None:
-    """Take away the mark of a shard that is worked on again."""
+    """Remove the done mark of a shard."""
     mark = run.done_mark(shard, plan.id)
     try:
         mark.unlink(missing_ok=True)
@@ -467,12 +467,12 @@ def forget_done(plan: Plan, run: RunDirectory, shard: int) -> None:
 
 
 def merge_partial(plan: Plan, run: RunDirectory) -> tuple[Path, ResultCounts]:
-    """Write what is done so far beside the output; return where, and how much it is.
+    """Write the results so far next to the output; return the file and the counts.
 
     Raises:
         RunConflictError: another process writes the output.
-        StoppedError: the input is not the planned one any more.
-        StorageError: the disk refused.
+        StoppedError: the input is no longer the planned one.
+        StorageError: writing failed.
     """
     run.refuse_foreign()
     target = plan.output.with_name(f"{plan.output.stem}.partial{plan.output.suffix}")

@@ -21,8 +21,8 @@ from aiflux.util.files import read_file, write_json
 from aiflux.util.records import KEY, from_json, to_json
 from aiflux.util.times import utc_now
 
-# What one modern GPU does with a model of a few billion parameters and 16 slots; a pilot
-# (`aiflux estimate`) knows better.
+# Of one modern GPU with a model of a few billion parameters and 16 slots; a pilot
+# (`aiflux estimate`) measures it.
 TOKENS_PER_SECOND = 1000
 _SHARE_OF_WALLTIME = 0.5
 
@@ -76,7 +76,7 @@ def auto_shards(summary: InputSummary, walltime: float) -> int:
 
 
 PLAN_VERSION = 1
-# Runs of these kinds keep the ids that they had before a plan named its engine.
+# Runs of these kinds keep the ids from before plans named their engine.
 _UNNAMED = ("ollama", "external")
 
 
@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the answers depend on beside the requests; must not change within a run."""
+        """What the answers depend on in addition to the requests; fixed within a run."""
         defaults = self.options.model_defaults
         more = {"defaults": defaults} if defaults else {}
         return {
@@ -143,7 +143,7 @@ class Plan:
 
 
 class PlanningKind(Protocol):
-    """What planning asks of an engine kind.
+    """The part of an engine kind that planning needs.
 
     Attributes:
         managed: AI-Flux starts its servers, and stores their models.
@@ -193,7 +193,7 @@ def make_plan(
         kind: of the engine that the options name.
 
     Raises:
-        InputError: no model is named at all.
+        InputError: no model is named.
         ConfigError: a model's name is wrong, or an option does not suit the engine.
     """
     kind.refuse_run(options, summary.endpoints)
@@ -221,27 +221,27 @@ def _with_defaults_of(served: Iterable[str], options: RunOptions) -> RunOptions:
 
 
 def same_work(plan: Plan, other: Plan) -> bool:
-    """Tell whether two plans differ in nothing but the moment at which they were made."""
+    """Return whether two plans are equal except for the time at which they were made."""
     one, two = ({**each.to_json(), "created": ""} for each in (plan, other))
     return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(two)))
 
 
 def changed_input(plan: Plan, change: str) -> StoppedError:
-    """Return the error for an input that is not the planned one any more, once requests were sent.
+    """Return the error for an input that changed after requests were sent.
 
     Args:
         change: see ``change_of``.
     """
     return StoppedError(
         f"the input {plan.input_path} {change}; no output was written",
-        "every answer is kept in the journal: put the input back as it was and run "
+        "every answer is kept in the journal: restore the input and run "
         f"`aiflux merge {quote(str(plan.output))}`, or run the same `aiflux run` command again: it "
-        "plans again and sends only what changed",
+        "sends only the changed requests",
     )
 
 
 def write_plan(plan: Plan, run: RunDirectory) -> None:
-    """Write ``plan.json`` into the run directory, which is made where it is not there."""
+    """Write ``plan.json`` into the run directory, which is created if it does not exist."""
     run.create()
     write_json(run.plan, plan.to_json())
 
@@ -278,8 +278,8 @@ def read_plan(run: RunDirectory) -> Plan:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunConflictError(
-            f"{run.plan} is damaged, or no plan: {error!r}",
-            "the results so far are in the journal beside it: move the run directory away "
+            f"{run.plan} is damaged, or not a plan: {error!r}",
+            "the results so far are in the journal next to it: move the run directory away "
             f"(mv {quote(str(run.path))} ELSEWHERE), or choose another output",
         ) from error
 
@@ -292,7 +292,7 @@ def _from_json(content: dict[str, Any]) -> Plan:
         raise ValueError(f"{plan.output} is not the path of an output")
     plan.options.allowed_failures(1)  # a ValueError where it is not a number
     _refuse_gaps(plan.shards, plan.requests)
-    if not plan.served_names:  # a plan from before these names were kept
+    if not plan.served_names:  # a plan from before these names were stored
         served = tuple(_served_before(name, plan.options) for name in plan.models)
         plan = replace(plan, served_names=served)
     if len(plan.served_names) != len(plan.models):

@@ -1,8 +1,8 @@
 """The user's list of runs, and how to find a run by output, directory or job id.
 
-The registry is a convenience. A file that is not one of ours is skipped, and a home that cannot be
-written costs a warning, never a submission. Each run has its own file, replaced atomically: any
-number of processes may write at once.
+The registry is a convenience. Foreign files are skipped, and a home that cannot be written causes a
+warning, never a failed submission. Each run has its own file, replaced atomically: any number of
+processes can write at the same time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class RegistryEntry:
 
     Attributes:
         run_dir, output: absolute paths.
-        input: absolute path; None where it was not told.
-        requests: number of requests; None where it was not told.
+        input: absolute path; None if unknown.
+        requests: number of requests; None if unknown.
         submitted: when the run was last registered (UTC ISO-8601).
         jobs: every job that was submitted for it, ``id`` or ``id;cluster``; none for a run in the
             foreground.
@@ -52,11 +52,11 @@ class RegistryEntry:
 
     @property
     def gone(self) -> bool:
-        """Whether the run directory is not there (any more, or on this machine)."""
+        """Whether the run directory does not exist (any longer, or on this machine)."""
         return not os.path.isdir(self.run_dir)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the entry's file holds."""
+        """Return the content of the entry's file."""
         content = asdict(self)
         for name in ("run_dir", "output", "input"):
             content[name] = None if content[name] is None else str(content[name])
@@ -64,10 +64,10 @@ class RegistryEntry:
 
 
 def folder(environ: Mapping[str, str]) -> Path:
-    """Return where the entries lie: ``$XDG_STATE_HOME/aiflux/runs``.
+    """Return the directory of the entries: ``$XDG_STATE_HOME/aiflux/runs``.
 
     Raises:
-        RuntimeError: no home directory can be told.
+        RuntimeError: there is no home directory.
     """
     named = environ.get("XDG_STATE_HOME", "")
     home = Path(environ["HOME"]) if environ.get("HOME") else None
@@ -85,13 +85,13 @@ def register(
     models: Sequence[str] = (),
     requests: int | None = None,
 ) -> str | None:
-    """Remember a run. Jobs of earlier submissions stay in its entry.
+    """Add a run. Jobs of earlier submissions stay in its entry.
 
     Args:
         jobs: those just submitted, ``id`` or ``id;cluster``.
 
     Returns:
-        None, or a warning: the run could not be remembered, which stops nothing.
+        None, or a warning if the run could not be added.
     """
     try:
         place = folder(os.environ if environ is None else environ)
@@ -119,7 +119,7 @@ def register(
 
 
 def register_plan(plan: Plan, jobs: Iterable[object]) -> str | None:
-    """Remember the run of a plan (see ``register``)."""
+    """Add the run of a plan (see ``register``)."""
     return register(
         RunDirectory.of_output(plan.output).path,
         plan.output,
@@ -131,12 +131,12 @@ def register_plan(plan: Plan, jobs: Iterable[object]) -> str | None:
 
 
 def entries(environ: Mapping[str, str]) -> list[RegistryEntry]:
-    """Return the user's runs, the newest first. What cannot be read is left out."""
+    """Return the user's runs, newest first, without unreadable entries."""
     return sorted(_entries(environ), key=lambda entry: entry.submitted, reverse=True)
 
 
 def forget_gone(environ: Mapping[str, str]) -> list[RegistryEntry]:
-    """Forget runs whose directory is gone; return them."""
+    """Remove the entries of runs whose directory is gone; return them."""
     gone = [entry for entry in _entries(environ) if entry.gone]
     for entry in gone:
         with suppress(OSError):
@@ -179,7 +179,7 @@ def _entries(environ: Mapping[str, str]) -> Iterator[RegistryEntry]:
 def _read(file: Path) -> RegistryEntry | None:
     try:
         entry = _from_json(json.loads(file.read_text(encoding="utf-8")))
-        # A file that was copied under another name would show its run twice.
+        # A copy of a file under another name would show its run twice.
         return entry if file.name == _name(entry.run_dir) else None
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return None
@@ -203,17 +203,17 @@ Ask = Callable[[str], Path | None]
 
 
 def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> RunDirectory:
-    """Return the run that ``text`` names. A path that is there wins over a job's number.
+    """Return the run that ``text`` names. An existing path takes precedence over a job id.
 
     Args:
-        text: a run directory, any file in one, an output (there already or not), or a job id:
+        text: a run directory, any file in one, an output (existing or not), or a job id:
             ``123``, ``123_4``, ``123;cluster``, or several of one run as
             ``SlurmRunner.run`` returns them (``123,124``).
-        environ: where the registry of runs is looked for.
+        environ: environment that locates the registry of runs.
         ask: returns the run directory of a job that the registry does not know, or None.
 
     Raises:
-        UsageError: no run is found.
+        UsageError: no run found.
         RunConflictError: it may not be read.
     """
     text = text.strip()
@@ -228,8 +228,8 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
         if os.path.isdir(candidate) and not os.access(candidate, os.X_OK):
             RunDirectory(candidate).refuse_unreadable()
     raise UsageError(
-        f"no run is found at {text!r}: it is no run directory, no output of a run, and no job id",
-        "`aiflux jobs --all` lists your runs",
+        f"no run found at {text!r}: it is not a run directory, an output of a run, or a job id",
+        "list your runs with `aiflux jobs --all`",
     )
 
 
@@ -242,19 +242,19 @@ def _by_job(text: str, environ: Mapping[str, str], ask: Ask | None) -> RunDirect
         return RunDirectory(asked)
     if entry is not None:
         raise UsageError(
-            f"job {text} worked for {entry.run_dir}, which is gone",
-            f"look for the output: {entry.output}",
+            f"the run directory of job {text} is gone: {entry.run_dir}",
+            f"its output was {entry.output}",
         )
     raise UsageError(
-        f"no run of yours has the job {text}, as far as this machine and Slurm know",
-        "`aiflux jobs --all` lists your runs; or name the run directory or the output",
+        f"no run found for Slurm job {text}",
+        "list your runs with `aiflux jobs --all`, or name the run directory or the output",
     )
 
 
 def _by_path(text: str) -> RunDirectory | None:
     path = expanded(text).absolute()
     runs = (RunDirectory(candidate) for candidate in _candidates(path))
-    # Path.is_file raises where a folder may not be entered.
+    # Path.is_file raises if a directory cannot be entered.
     return next((run for run in runs if os.path.isfile(run.plan)), None)
 
 
@@ -262,5 +262,5 @@ def _candidates(path: Path) -> Iterator[Path]:
     yield path
     if path.name:
         yield RunDirectory.of_output(path).path
-    # A file of a run lies in its directory, or in a folder of it.
+    # A file of a run is in its directory, or in a subdirectory of it.
     yield from list(path.parents)[:2]

@@ -1,4 +1,4 @@
-"""Where the results of an input's requests stand, found ahead of the reading."""
+"""Locate the results of an input's requests, ahead of reading them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from aiflux.util.files import is_there, refuse_irregular
 from aiflux.util.lines import cut_at_lines, read_lines, unreadable
 from aiflux.util.parallel import helpers, share_out
 
-# In the place of an offset: the request has no result.
+# Instead of an offset: the request has no result.
 MISSING = -1
 
 
 @dataclass(frozen=True)
 class ResultOffsets:
-    """Where the results of some lines stand.
+    """The locations of the results of some lines.
 
     Attributes:
-        journal: the file that holds them.
+        journal: the file that contains them.
         start, end: of the lines, in the input.
         offsets, sizes: of each request's result in the journal, in the order of the input.
     """
@@ -42,11 +42,11 @@ class ResultOffsets:
 def find_places(
     plan: Plan, run: RunDirectory, *, part_bytes: int = PART_BYTES, children: int | None = None
 ) -> Generator[ResultOffsets, None, None]:
-    """Yield the places of the results, for one part of the input after the other.
+    """Yield the locations of the results, one part of the input after the other.
 
     Args:
-        part_bytes: what is looked at in one go: several shards, or a part of one.
-        children: processes that share the work; None takes as many as is safe.
+        part_bytes: size of a part: several shards, or a part of one.
+        children: processes that share the work; None for as many as is safe.
 
     Raises:
         InputError: the input cannot be read.
@@ -65,7 +65,7 @@ def find_places(
 
 
 def missing_results(plan: Plan, run: RunDirectory) -> dict[int, int]:
-    """Return, for each shard that lacks results, of how many requests.
+    """Return the number of requests without a result, for each shard that has any.
 
     Raises:
         InputError: the input cannot be read.
@@ -80,7 +80,7 @@ def missing_results(plan: Plan, run: RunDirectory) -> dict[int, int]:
 
 
 def _groups(plan: Plan, run: RunDirectory, part_bytes: int) -> list[list[Shard]]:
-    """Return neighbouring shards that are at most of ``part_bytes`` together, or alone."""
+    """Return groups of neighbouring shards of at most ``part_bytes``, or single shards."""
     groups: list[list[Shard]] = []
     room = 0
     for shard in plan.shards:

@@ -1,7 +1,7 @@
 """The status of a shard, and of a whole run: an object in the form of OpenAI's Batch.
 
-Source of the form: https://platform.openai.com/docs/api-reference/batch/object. What OpenAI's
-object has no field for stands under ``aiflux``. A status is replaced atomically.
+Source of the form: https://platform.openai.com/docs/api-reference/batch/object. Fields
+that OpenAI's object does not have are under ``aiflux``. A status is replaced atomically.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ class Status:
         """Write the status, unless that was done less than a second ago.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: writing failed.
         """
         with self._lock:
             now = time.monotonic()
@@ -371,7 +371,7 @@ def _read(path: Path, plan: Plan | None) -> StatusFile | None:
 
 
 def open_shards(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
-    """Return the shards that are not known to be done: those that a start has to look at."""
+    """Return the shards that are not known to be done: those to work on."""
     return tuple(shard.index for shard in plan.shards if not _done(plan, run, shard.index))
 
 
@@ -414,8 +414,8 @@ def finished_counts(plan: Plan, run: RunDirectory, *, changed_ok: bool = False) 
     return status.counts if output_there(plan.output, status) else None
 
 
-# A file whose time changed is read, to know whether its content did; to show how a run is, only up
-# to this size.
+# A file whose time changed is read to find out whether its content changed; to display a run, only
+# up to this size.
 READ_TO_SHOW = 256 << 20
 
 
@@ -441,7 +441,7 @@ def output_there(output: Path, status: StatusFile | None) -> bool:
 def output_change(output: Path, status: StatusFile, most: int | None = None) -> str | None:
     """Return what was changed in the output of a finished run since it was written, or None.
 
-    A file that is missing is no change: it is written again.
+    A missing file is not a change: it is written again.
 
     Args:
         most: read no file that is larger than this.
@@ -472,20 +472,20 @@ def _change(path: Path, known: WrittenFile | None, most: int | None) -> str | No
 
 
 def refuse_changed_output(output: Path, status: StatusFile) -> None:
-    """Raise OutputExistsError where the output of a finished run was changed since."""
+    """Raise OutputExistsError if the output of a finished run was changed."""
     change = output_change(output, status)
     if change is not None:
         raise OutputExistsError(
             f"the run is finished, but its output was changed: {change}",
-            f"aiflux merge --again {quote(str(output))} writes it again from the journal; to keep "
-            "the changed file, copy it first",
+            f"restore it from the journal: aiflux merge --again {quote(str(output))}; to keep the "
+            "changed file, copy it first",
         )
 
 
 def finished_line(plan: Plan, counts: Counts) -> str:
     """Return the line that is shown for a run that was finished before."""
     return (
-        f"{plan.output} is finished already: {counts.completed} succeeded, "
+        f"{plan.output} is already finished: {counts.completed} succeeded, "
         f"{counts.failed} failed; nothing was sent"
     )
 
@@ -494,5 +494,5 @@ def refuse_failures(plan: Plan, failed: int) -> None:
     """Raise TooManyFailuresError where more requests of a finished run failed than are allowed."""
     if failed > plan.options.allowed_failures(plan.requests):
         raise TooManyFailuresError(
-            f"{failed} of {plan.requests} requests failed", "--retry-failed tries them again"
+            f"{failed} of {plan.requests} requests failed", "try them again with --retry-failed"
         )

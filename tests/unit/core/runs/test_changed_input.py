@@ -96,9 +96,9 @@ def test_an_input_that_is_gone_is_called_missing(tmp_path: Path) -> None:
         lambda: merge(run.plan, run.run, print),
         lambda: merge_partial(run.plan, run.run),
     ):
-        with pytest.raises(StoppedError, match=r"in\.jsonl does not exist any more") as caught:
+        with pytest.raises(StoppedError, match=r"in\.jsonl no longer exists") as caught:
             write()
-        assert "put the input back" in str(caught.value.remedy)
+        assert "restore the input" in str(caught.value.remedy)
         assert "make room" not in str(caught.value)
     kept.rename(run.plan.input_path)
     assert merge(run.plan, run.run, print).total == 5

@@ -112,7 +112,7 @@ def test_the_commands_that_call_it_finished_name_the_change_and_what_restores_it
     assert main(["merge", "--again", str(run.output)]) == 3  # one request failed
     assert {path: path.read_bytes() for path in whole} == whole
     assert main(command(run, "merge")) == 3
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_a_file_that_is_missing_is_written_again(

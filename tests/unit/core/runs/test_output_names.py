@@ -41,7 +41,7 @@ LONG = "n" * 250 + ".json"
         ("n" * 251 + ".json", "name is 256 bytes long"),
         ("ü" * 118 + ".jsonl", "name is 242 bytes long"),
         ("/".join(["d" * 200] * 20) + "/out.json", "path is "),
-        ("d" * 256 + "/out.json", "is not there"),
+        ("d" * 256 + "/out.json", "does not exist"),
         ("line\nbreak.json", "line break"),
         ("out.json/", "is a directory"),
         ("out.json/.", "is a directory"),
@@ -50,7 +50,7 @@ LONG = "n" * 250 + ".json"
         ("errors.jsonl", "errors.errors.jsonl is a directory"),
         ("pipe.json", "is a device or a pipe"),
         ("taken.json", "taken.json.aiflux is a file"),
-        ("~nobody-of-this-name/out.json", "is not there"),
+        ("~nobody-of-this-name/out.json", "does not exist"),
         ("out.txt", "ends in '.txt'"),
     ],
 )

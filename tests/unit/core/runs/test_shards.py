@@ -224,7 +224,7 @@ def test_an_input_that_changed_is_refused(tmp_path: Path) -> None:
         assert isinstance(working.error, InputError)
         working.input.unlink()
         assert working.shard(0) is ExitCode.USAGE
-    assert "does not exist any more" in str(working.error)
+    assert "no longer exists" in str(working.error)
     assert not engine.seen
 
 
@@ -323,6 +323,6 @@ def test_another_engine_is_another_run(tmp_path: Path) -> None:
         working.stop_soon(results=1)
         assert working.run() is ExitCode.STOPPED
     arguments = working.input, working.output, RunOptions(), tmp_path, kind_named("ollama")
-    with pytest.raises(RunConflictError, match=r"engine external.*asks for engine ollama"):
+    with pytest.raises(RunConflictError, match=r"engine external.*this run has engine ollama"):
         draft_run(*arguments).open()
     assert draft_run(*arguments, force_resume=True).open().resumed

@@ -375,3 +375,17 @@ def test_null_leaves_a_directive_out(tmp_path: Path) -> None:
     assert (asked.mem, asked.time, asked.account) == (None, None, None)
     directives = list(job_directives("a", asked.checked(), None))
     assert not [line for line in directives if "--mem" in line or "--time" in line]
+
+
+def test_a_setting_is_declared_where_its_field_is() -> None:
+    """Type, default, help and names of a setting come from the field, and from nowhere else."""
+    run = {item.name: item for item in dataclasses.fields(RunOptions)}
+    slurm = {item.name: item for item in dataclasses.fields(SlurmConfig)}
+    assert {name for name, item in run.items() if "setting" not in item.metadata} == {
+        "model_defaults"  # computed from the catalog
+    }
+    assert all("setting" in item.metadata for item in slurm.values())
+    for setting in SETTINGS:
+        field = (run | slurm).get(setting.name)
+        if field is not None and field.default is not dataclasses.MISSING:
+            assert field.default == setting.default

@@ -322,11 +322,13 @@ class TestShown:
             "model": "m:1",
             "engine_env": ["A=1", "B=2"],
             "allow_cpu": True,
+            "seal": False,
+            "stop": ("a b", "c"),
             "time": "8:00:00",
         }
         assert full_command(given_, True, estimated(shards=3)) == (
             "aiflux run --input 'my file.jsonl' --model m:1 --engine-env A=1 --engine-env B=2 "
-            "--allow-cpu --time 00:25:00 --shards 3"
+            "--allow-cpu --no-seal --stop 'a b' --stop c --time 00:25:00 --shards 3"
         )
 
     @pytest.mark.parametrize(

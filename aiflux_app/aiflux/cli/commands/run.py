@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiflux.cli.commands.estimate import Asked, estimate_run
 from aiflux.cli.json_output import json_option, print_json, then_status
 from aiflux.cli.parser import (
     FILE,
@@ -110,6 +109,8 @@ def run(
         as_json=more["as_json"],
     )
     if more["pilot"] is not None:
+        from aiflux.cli.commands.estimate import Asked, estimate_run
+
         return estimate_run(
             Asked(
                 config,

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.core.config.settings import BY_NAME
 from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate
 from aiflux.estimates.intervals import Range
 from aiflux.util.times import duration
@@ -59,12 +58,12 @@ def full_command(given: Mapping[str, Any], slurm: bool, found: Estimate) -> str:
         wanted |= {"shards": found.shards, "time": found.time}
     words = ["aiflux", "run"]
     for name, value in wanted.items():
-        option = BY_NAME[name].option if name in BY_NAME else f"--{name}"
-        if value is True:
-            words.append(option)
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            values = value if isinstance(value, list) else [value]
-            words += [word for each in values for word in (option, str(each))]
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [word for each in values for word in (f"--{option}", str(each))]
     return shlex.join(words)
 
 

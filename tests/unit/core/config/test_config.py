@@ -389,3 +389,13 @@ def test_a_setting_is_declared_where_its_field_is() -> None:
         field = (run | slurm).get(setting.name)
         if field is not None and field.default is not dataclasses.MISSING:
             assert field.default == setting.default
+
+
+@pytest.mark.parametrize("setting", [item for item in SETTINGS if item.repeatable])
+def test_a_repeated_option_gives_all_its_values(tmp_path: Path, setting: Setting) -> None:
+    words = ["run", "in.jsonl", setting.option, "A=1", setting.option, "B=2 3"]
+    value = config(tmp_path, arguments=given_settings(parse(words).params)).get(setting.name)
+    assert value in ({"A": "1", "B": "2 3"}, ("A=1", "B=2 3"))
+    assert config(tmp_path, arguments=given_settings(parse(["run", "x"]).params)).get(
+        setting.name
+    ) == (setting.default)

@@ -661,7 +661,7 @@ def test_verify_and_install_as_commands(
     ("more", "words"),
     [
         (["--model", "absent:1b"], "absent:1b is not in"),
-        (["--model", f"tiny:1b@sha256:{'0' * 12}"], "insists on"),
+        (["--model", f"tiny:1b@sha256:{'0' * 12}"], "has the digest"),
         (["--arch", "aarch64"], "is for amd64, and the bundle for aarch64"),
         (["-o", "here/some.sif"], "already exists"),
         (["-o", "nowhere/b.tar"], "no such directory"),

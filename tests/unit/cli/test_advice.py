@@ -198,5 +198,5 @@ def test_results_of_an_input_are_refused_in_words(tmp_path: Path) -> None:
     write_input(tmp_path / "in.jsonl", 1)
     done = aiflux("results", "show", "in.jsonl", cwd=tmp_path)
     assert done.returncode == 2
-    assert "is not an output of aiflux" in done.stderr
+    assert "is not an output of AI-Flux" in done.stderr
     assert "KeyError" not in done.stderr

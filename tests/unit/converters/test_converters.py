@@ -422,7 +422,7 @@ def test_a_schema_becomes_the_response_format(tmp_path: Path) -> None:
         ("[]", "is not a JSON object"),
         ('{"type": "strin"}', "is invalid: at $.type"),
         ('{"$ref": "http://x/y"}', "refers to 'http://x/y'"),
-        ('{"$ref": "#/$defs/y"}', "which is not there"),
+        ('{"$ref": "#/$defs/y"}', "which does not exist"),
         ('{"label": "string"}', "allows any answer"),
         ('{"name": "x", "schema": {"type": "object"}}', "a complete response_format"),
         ('{"type": "json_schema", "json_schema": {}}', "a complete response_format"),

@@ -454,7 +454,7 @@ def test_a_damaged_output_is_reported(
     output.write_text(f"[\n{json.dumps(entry)}\n]\n", encoding="utf-8")
     for words in (["show"], ["to-csv", "--output", "-"]):
         assert main(["results", words[0], str(output), *words[1:]]) == 2
-        assert "is not an output of aiflux" in capsys.readouterr().err
+        assert "is not an output of AI-Flux" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("body", [{"choices": 3}, {"object": "list", "data": [None]}, [], "x"])

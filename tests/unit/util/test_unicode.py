@@ -190,7 +190,7 @@ def test_results_that_are_nested_too_deeply_are_told(tmp_path: Path) -> None:
     path.write_text(f'[\n{{"input": {"[" * 5000}\n]\n')
     done = cli("results", "show", "out.json", folder=tmp_path)
     assert done.returncode == ExitCode.USAGE
-    assert b"is not an output of aiflux" in done.stderr
+    assert b"is not an output of AI-Flux" in done.stderr
 
 
 def test_the_last_error_of_a_process_is_safe_to_show(tmp_path: Path, engine: FaultyEngine) -> None:

@@ -1,4 +1,4 @@
-"""Counts fields of a body that an engine accepts silently and does not obey."""
+"""Count the fields of bodies that an engine accepts but ignores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FieldRule:
 
     Attributes:
         instead: what happens instead.
-        harmless: values that ask for just that.
+        harmless: values that request exactly that.
     """
 
     instead: str
@@ -30,7 +30,7 @@ FieldRules = Mapping[str, FieldRule]
 
 @dataclass(frozen=True)
 class IgnoredField:
-    """The number of requests that set a field which is ignored, and the lines of the first ones."""
+    """The number of requests that set an ignored field, and the lines of the first ones."""
 
     requests: int
     lines: tuple[int, ...]
@@ -38,13 +38,13 @@ class IgnoredField:
 
 @dataclass
 class IgnoredFields:
-    """How many requests set such a field, and where the first ones start in the input."""
+    """The number of requests with ignored fields, and the offsets of the first ones."""
 
     counts: Counter[str] = field(default_factory=Counter)
     offsets: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, body: Mapping[str, Any], offset: int, rules: FieldRules) -> None:
-        """Note those of one request, whose line starts at ``offset``."""
+        """Add the ignored fields of one request, whose line starts at ``offset``."""
         for name in rules.keys() & body.keys():
             if body[name] not in (None, {}, *rules[name].harmless):
                 self.counts[name] += 1
@@ -53,7 +53,7 @@ class IgnoredFields:
                     first.append(offset)
 
     def merge(self, other: IgnoredFields) -> None:
-        """Add those of the part of the input that follows."""
+        """Add the fields of the following part of the input."""
         self.counts.update(other.counts)
         for name, offsets in other.offsets.items():
             self.offsets[name] = [*self.offsets.get(name, ()), *offsets][:SHOWN_LINES]
@@ -66,7 +66,7 @@ def ignored_texts(
 
     Args:
         engine: the engine's name in messages.
-        rules: of the engine; other fields are left out.
+        rules: of the engine; other fields are skipped.
     """
     for name in sorted(ignored.keys() & rules.keys()):
         lines, requests = ignored[name].lines, ignored[name].requests
@@ -80,6 +80,6 @@ def ignored_texts(
 
 
 FIX = (
-    "leave it out (for several answers, write several requests), or use a server that obeys it: "
+    "leave it out (for several answers, write several requests), or use a server that supports it: "
     "--engine-url URL"
 )

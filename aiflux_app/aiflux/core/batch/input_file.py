@@ -35,16 +35,16 @@ from aiflux.util.text import joined
 
 SHOWN_PROBLEMS = 20
 _SHOWN_LINES = 20
-# Files that hold data rather than requests, and the converter that reads them.
+# Files with data instead of requests, and the converter that reads them.
 _CONVERTED = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
 
 
 @dataclass
 class Group:
-    """The lines that have one problem.
+    """The lines with the same problem.
 
     Attributes:
-        count: how many lines.
+        count: number of lines.
         offsets: byte offsets of the first ``_SHOWN_LINES`` of them.
     """
 
@@ -61,7 +61,7 @@ class Group:
 class Problems:
     """Bad lines: the first ``SHOWN_PROBLEMS`` different problems in full, the rest as a count.
 
-    Memory stays bounded however many lines are bad: problems that come late are only counted.
+    Memory stays bounded even if all lines are bad: late problems are only counted.
     """
 
     lines: int = 0
@@ -78,7 +78,7 @@ class Problems:
         self.lines += other.lines - sum(group.count for group in other._groups.values())
 
     def error(self, path: Path) -> InputError:
-        """Return the error that names the lines.
+        """Return the error that lists the lines.
 
         Raises:
             OSError: the input cannot be read.
@@ -128,7 +128,7 @@ _SIZE = 16
 
 
 class InputDigest:
-    """Computes the digest of a file, part by part in their order."""
+    """Computes the digest of a file, part by part, in order."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -138,11 +138,11 @@ class InputDigest:
         """Add the lines from byte ``start`` to byte ``end``.
 
         Args:
-            plain: nothing stands there but lines as they are digested; they are not taken apart.
+            plain: the part has only lines in the form that is digested, so it is not parsed.
 
         Raises:
             OSError: the file cannot be read.
-            InputError: likewise.
+            InputError: a line cannot be read.
         """
         if not plain:
             for _, _, raw in read_lines(self._path, start, end):
@@ -155,7 +155,7 @@ class InputDigest:
                 start += len(block)
 
     def hexdigest(self) -> str:
-        """Return the digest of what was added so far."""
+        """Return the digest of the lines so far."""
         return self._hash.hexdigest()
 
 
@@ -181,9 +181,9 @@ Add = Callable[[int, int, bool], None]
 
 @contextmanager
 def beside(add: Add) -> Iterator[Add]:
-    """Yield ``add`` in a thread: each call waits for the one before; at the end all are done.
+    """Yield a function that calls ``add`` in a thread; each call waits for the one before.
 
-    Hashing lets other threads run meanwhile.
+    Hashing releases the interpreter lock, so other threads run at the same time.
     """
     with ThreadPoolExecutor(1, "digest") as executor:
         pending: list[Future[None]] = []
@@ -249,7 +249,7 @@ PART_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class InputRules:
-    """What the check of an input has to know of the engine.
+    """The properties of the engine that the check of an input needs.
 
     Attributes:
         accepts_model: compares names of models.
@@ -262,7 +262,7 @@ class InputRules:
 
 @dataclass(frozen=True, kw_only=True)
 class InputFacts:
-    """What a plan keeps of its input.
+    """The facts about its input that a plan stores.
 
     Attributes:
         path: absolute path.
@@ -296,7 +296,7 @@ class InputSummary(InputFacts):
     Attributes:
         models: models that bodies name, in order of first appearance.
         unnamed: number of requests whose body names no model.
-        marks: places to cut at, thinned out in large inputs.
+        marks: possible boundaries of shards, fewer in large inputs.
     """
 
     models: tuple[str, ...]
@@ -318,15 +318,15 @@ def scan_input(
     part_bytes: int = PART_BYTES,
     children: int | None = None,
 ) -> InputSummary:
-    """Check the whole input in bounded memory, on several cores where it is large.
+    """Check the whole input in bounded memory; use several cores if it is large.
 
     Args:
         path: the input file.
         model: the run's model, if it is named outside the input.
-        rules: of the engine's kind; without them names must be equal, and no field is ignored.
-        schemas: check the JSON Schemas that requests ask for, too.
+        rules: of the engine's kind; without them, names must be equal and no field is ignored.
+        schemas: also check the JSON Schemas of the requests.
         part_bytes: the input is checked in parts of about this size.
-        children: processes that share an input of several parts; None takes as many as is safe.
+        children: processes that share an input of several parts; None for as many as is safe.
 
     Raises:
         InputError: the file cannot be read, is empty, or has bad lines; ``problems`` lists them.
@@ -344,12 +344,12 @@ def scan_input(
             raise whole.found.problems.error(path)
         if _moment(path.stat()) != _moment(before):
             raise InputError(
-                f"the input {str(path)!r} was written to while it was checked",
+                f"the input {str(path)!r} changed while it was checked",
                 "run the same command again when the file is complete",
             )
         if not whole.requests:
             raise InputError(
-                f"the input {str(path)!r} holds no request", "give it one JSON object per line"
+                f"the input {str(path)!r} contains no request", "write one JSON object per line"
             )
         return _summary(path, whole, digest, before)
     except OSError as error:
@@ -369,7 +369,7 @@ def _scan(
     """Scan all parts; return what they contain together, and the digest."""
     whole, digest = Whole(), InputDigest(path)
     with ExitStack() as stack:
-        # A process that forks has no threads; with children at work it needs none.
+        # A process must not fork while it has threads; with children it needs no thread.
         add = digest.add if children else stack.enter_context(beside(digest.add))
         for part in stack.enter_context(closing(share_out(work, parts, children))):
             whole.add(part)
@@ -409,7 +409,7 @@ def _summary(path: Path, whole: Whole, digest: str, stat: os.stat_result) -> Inp
 
 
 def _check_names(path: Path, whole: Whole) -> None:
-    """Find the lines of repeated custom_ids in a second pass, only where there are any."""
+    """Find the lines of repeated custom_ids in a second pass, if there are any."""
     repeated = whole.found.names.repeated()
     if not repeated:
         return
@@ -421,8 +421,8 @@ def _check_names(path: Path, whole: Whole) -> None:
         if custom_id in first:
             whole.found.problems.add(
                 offset,
-                f"custom_id {custom_id!r} was used on line {first[custom_id]} already; "
-                "give every request a unique name",
+                f"custom_id {custom_id!r} is already used on line {first[custom_id]}; "
+                "use a unique custom_id for every request",
             )
         else:
             first[custom_id] = number
@@ -431,7 +431,7 @@ def _check_names(path: Path, whole: Whole) -> None:
 def check_readable(path: Path) -> None:
     """Raise InputError unless ``path`` is a file that can be read more than once."""
     if not path.exists():
-        raise InputError(f"the input {str(path)!r} is not there", "check the path")
+        raise InputError(f"the input {str(path)!r} does not exist", "check the path")
     if path.is_dir():
         raise InputError(
             f"the input {str(path)!r} is a directory",
@@ -449,10 +449,10 @@ def check_readable(path: Path) -> None:
 
 
 def looks_unchanged(planned: InputFacts) -> bool:
-    """Tell whether an input still has the planned size and time of its last change.
+    """Return whether an input still has the planned size and modification time.
 
     Raises:
-        OSError: the file cannot be looked at.
+        OSError: the file cannot be examined.
     """
     return _moment(os.stat(planned.path)) == (planned.size, planned.modified)
 
@@ -481,13 +481,13 @@ def change_of(planned: InputFacts) -> str | None:
             f"{seen.lines} requests instead of {planned.requests}"
         )
     if seen.hexdigest() != planned.digest:
-        return "was edited or put in another order after the run was planned"
+        return "was edited or reordered after the run was planned"
     if size != planned.size:
         return "has other line endings or blank lines than when the run was planned"
     return None
 
 
-# Lengths are counted in steps of so many tokens.
+# Lengths are rounded up to a multiple of this number of tokens.
 LENGTH_STEP = 64
 _BUCKETS = 256
 _MAX_MARKS = 65536
@@ -495,7 +495,7 @@ _MAX_MARKS = 65536
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place where the input can be cut: ``index`` requests lie before byte ``offset``."""
+    """A possible boundary of shards: ``index`` requests are before byte ``offset``."""
 
     index: int
     offset: int
@@ -504,14 +504,14 @@ class Mark:
 class Names:
     """The custom_ids seen, as 64-bit hashes in 8 bytes each.
 
-    The hashes are those of this process and of what it forks.
+    The hashes are valid in this process and its forked children.
     """
 
     def __init__(self) -> None:
         self._buckets: list[array[int]] = [array("q") for _ in range(_BUCKETS)]
 
     def add(self, hashes: Iterable[int]) -> None:
-        """Note names by their hashes."""
+        """Add names by their hashes."""
         buckets = self._buckets
         for name in hashes:
             buckets[name % _BUCKETS].append(name)
@@ -599,11 +599,11 @@ def scan_part(
     *,
     schemas: bool = False,
 ) -> Part:
-    """Check the lines from byte ``start``, where one begins, to byte ``end``.
+    """Check the lines from byte ``start``, the start of a line, to byte ``end``.
 
     Args:
         model: the run's model, if it is named outside the input.
-        schemas: check the JSON Schemas that requests ask for, too.
+        schemas: also check the JSON Schemas of the requests.
 
     Raises:
         InputError: the file cannot be read.
@@ -648,7 +648,7 @@ class Whole:
         self.found.merge(part.found)
 
     def percentile(self, share: float) -> int:
-        """Return the fewest tokens that at least ``share`` of the requests stay at or under."""
+        """Return the quantile of the tokens per request for ``share``."""
         rest = share * self.requests
         for length in sorted(self.found.lengths):
             rest -= self.found.lengths[length]
@@ -664,7 +664,7 @@ class Whole:
 
     @property
     def marks(self) -> tuple[Mark, ...]:
-        """Places to cut at: where requests begin, only every n-th where there are many."""
+        """Possible boundaries of shards: the starts of requests, or of every n-th request."""
         return tuple(Mark(at * self._stride, offset) for at, offset in enumerate(self._cuts))
 
     def _add_cuts(self, offsets: array[int]) -> None:

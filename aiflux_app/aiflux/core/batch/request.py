@@ -19,17 +19,17 @@ from aiflux.util.unicode import is_whole
 
 try:
     import orjson
-except ImportError:  # the image holds pure Python only
+except ImportError:  # the image has pure Python packages only
     orjson = None  # type: ignore[assignment]
 
 EMBEDDINGS = ENDPOINTS["embeddings"].url
 RERANK = ENDPOINTS["rerank"].url
 WITHOUT_TEXT = frozenset(each.url for each in ENDPOINTS.values() if not each.generates)
-"""Endpoints that generate no text, and so have no parameters of sampling."""
+"""Endpoints that generate no text, and so have no sampling parameters."""
 _PAYLOAD_FIELD = {each.url: each.payload for each in ENDPOINTS.values()}
 _URLS = tuple(_PAYLOAD_FIELD)
 AcceptsModel = Callable[[str, str], bool]
-"""Of the run's model and the one that a body names: whether both are the same."""
+"""Returns whether the run's model and the model of a body are the same."""
 KEY_BYTES = 16
 MAX_DEPTH = 200
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
@@ -37,7 +37,7 @@ _SHOWN_DIGITS = 40
 
 
 class LineError(ValueError):
-    """A line is not a valid request; ``problems`` holds one text for each thing wrong with it."""
+    """A line is not a valid request; ``problems`` has one text for each problem."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
@@ -48,10 +48,10 @@ class Request(NamedTuple):
     """One valid request.
 
     Attributes:
-        raw: the input line as it stands in the file, without its line ending.
+        raw: the input line, without its line ending.
         custom_id: the user's name for the request, unique in the input.
         url: of an endpoint in ``ENDPOINTS``.
-        body: what goes to the engine.
+        body: the body for the engine.
         metadata: the user's own fields, merged into the result's metadata.
     """
 
@@ -74,11 +74,11 @@ def request_key(raw: bytes) -> bytes:
 
 
 class _RefusedValueError(json.JSONDecodeError):
-    """JSON, or nearly, whose value cannot be passed on as it is."""
+    """JSON, or almost JSON, whose value cannot be passed on unchanged."""
 
 
 class _NumberError(ValueError):
-    """A constant or a number that no double can hold."""
+    """A constant, or a number that exceeds the range of a double."""
 
 
 def _reject_constant(name: str) -> NoReturn:
@@ -102,11 +102,11 @@ _BRACKET = re.compile(_STRING + r"|[][{}]", re.DOTALL)
 def parse_json(text: str) -> Any:
     """Decode strict JSON.
 
-    Integers keep all their digits; of a key that stands twice in an object the last counts.
+    Integers keep all their digits; of duplicate keys in an object, the last counts.
 
     Raises:
-        ValueError: it is not JSON, holds NaN, Infinity or a number that no double can hold, or is
-            nested more than ``MAX_DEPTH`` levels deep.
+        ValueError: it is not JSON, contains NaN, Infinity or a number out of a double's
+            range, or is nested more than ``MAX_DEPTH`` levels deep.
     """
     try:
         value = _decode(text)
@@ -114,7 +114,7 @@ def parse_json(text: str) -> Any:
         raise _too_deep(text) from None
     except json.JSONDecodeError:
         raise
-    except ValueError:  # a number or a constant; the decoder does not say where
+    except ValueError:  # a number or a constant; the decoder gives no position
         raise _bad_number(text) from None
     if text.count("[") + text.count("{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
         raise _too_deep(text)
@@ -122,7 +122,7 @@ def parse_json(text: str) -> Any:
 
 
 def load_json(raw: bytes) -> Any:
-    """Decode JSON that was checked before, quickly."""
+    """Decode JSON that was already checked."""
     if orjson is not None:
         try:
             return orjson.loads(raw)
@@ -132,7 +132,7 @@ def load_json(raw: bytes) -> Any:
 
 
 def depth(value: Any) -> int:
-    """Return how many levels of objects and arrays a value has."""
+    """Return the depth of nested objects and arrays in a value."""
     levels, level = 0, [value]
     while level := [item for item in level if type(item) in (dict, list)]:
         levels += 1
@@ -152,7 +152,7 @@ def _bad_number(text: str) -> _RefusedValueError:
 
 
 def _is_too_large(word: str) -> bool:
-    """Tell whether no double can hold a number, or an integer has more digits than Python reads."""
+    """Return whether a number exceeds a double's range, or Python's limit of digits."""
     try:
         number = float(word) if set(word) & set(".eE") else int(word)
     except ValueError:
@@ -170,7 +170,7 @@ def _too_deep(text: str) -> _RefusedValueError:
 
 
 def not_json(error: ValueError) -> str:
-    """Return in words, and with its place in the line, why ``parse_json`` raised."""
+    """Return the reason why ``parse_json`` raised, with its position in the line."""
     if isinstance(error, _RefusedValueError):
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, json.JSONDecodeError):
@@ -184,7 +184,7 @@ def _decode(text: str) -> Any:
         if end == len(text):
             return value
     except json.JSONDecodeError:
-        pass  # decode() skips white space around the value, and says what is wrong
+        pass  # decode() skips white space around the value, and reports errors
     return _decoder.decode(text)
 
 
@@ -201,16 +201,16 @@ def _load(raw: bytes) -> Any:
     except _RefusedValueError as error:
         raise LineError(not_json(error)) from None
     except ValueError as error:
-        raise LineError(f"{not_json(error)}; each line must hold one JSON object") from None
+        raise LineError(f"{not_json(error)}; each line must be one JSON object") from None
 
 
 def _load_quickly(raw: bytes) -> Any:
-    """Decode for a check alone: integers of more than 64 bits come out as floats."""
+    """Decode for a check only: integers of more than 64 bits become floats."""
     if orjson is not None:
         try:
             value = orjson.loads(raw)
         except orjson.JSONDecodeError:
-            return _load(raw)  # it also refuses some valid JSON: the standard library judges
+            return _load(raw)  # orjson also refuses some valid JSON: the standard library decides
         if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH or depth(value) <= MAX_DEPTH:
             return value
     return _load(raw)
@@ -234,17 +234,17 @@ def parse_request(raw: bytes, model: str | None = None, accepts: AcceptsModel = 
 def request_entry(
     raw: bytes, model: str | None = None, accepts: AcceptsModel = eq, *, exact: bool = True
 ) -> dict[str, Any]:
-    """Check one input line as ``parse_request`` does; return the object that stands in it.
+    """Check one input line like ``parse_request``; return its object.
 
     Args:
-        exact: False is quicker, and good for a check: numbers may lose digits.
+        exact: False is faster, for checks only: numbers can lose digits.
 
     Raises:
         LineError: with every problem of the line.
     """
     entry = _load(raw) if exact else _load_quickly(raw)
     if type(entry) is not dict:
-        raise LineError(f"{_kind(entry)} where a request object was expected")
+        raise LineError(f"{_kind(entry)} instead of a request object")
     custom_id: Any = entry.get("custom_id")
     url: Any = entry.get("url")
     body: Any = entry.get("body")
@@ -260,14 +260,14 @@ def request_entry(
         and _model_fits(body, model, accepts)
     )
     if not valid and not exact:
-        return request_entry(raw, model, accepts)  # what is shown of the line keeps every digit
+        return request_entry(raw, model, accepts)  # the error shows every digit of the line
     if not valid:
         raise LineError(*_problems(entry, model, accepts))
     return entry
 
 
 def custom_id_of(raw: bytes) -> str | None:
-    """Return the name in a line, whatever else is wrong with it; None where there is none."""
+    """Return the custom_id in a line, even if the line is invalid; None if there is none."""
     try:
         entry = _load_quickly(raw)
     except LineError:
@@ -297,10 +297,10 @@ def _problems(entry: dict[str, Any], model: str | None, accepts: AcceptsModel) -
 def _custom_id_problems(entry: dict[str, Any]) -> list[str]:
     custom_id = entry.get("custom_id")
     if custom_id is None:
-        return ["custom_id is missing; give every request a unique name"]
+        return ["custom_id is missing; use a unique custom_id for every request"]
     if type(custom_id) is not str:
         return [f"custom_id must be a string, not {_kind(custom_id)}"]
-    return [] if custom_id else ["custom_id is empty; give every request a unique name"]
+    return [] if custom_id else ["custom_id is empty; use a unique custom_id for every request"]
 
 
 def _method_problems(entry: dict[str, Any]) -> list[str]:
@@ -323,7 +323,7 @@ def _body_problems(entry: dict[str, Any], model: str | None, accepts: AcceptsMod
     body = entry.get("body")
     if type(body) is not dict:
         seen = "is missing" if body is None else f"is {_kind(body)}"
-        return [f"body {seen}; it must be the object that the engine is sent"]
+        return [f"body {seen}; it must be the object for the engine"]
     problems = []
     url = entry.get("url")
     field = _PAYLOAD_FIELD.get(url) if isinstance(url, str) else None
@@ -341,10 +341,12 @@ def _model_problems(body: dict[str, Any], model: str | None, accepts: AcceptsMod
     if type(named) is not str or not named:
         return [f"body.model must be a non-empty string, not {_show(named)}"]
     if not is_whole(named):
-        return [f"body.model is {json.dumps(named)}, which holds half a character; correct it"]
+        return [
+            f"body.model is {json.dumps(named)}, which contains half a surrogate pair; correct it"
+        ]
     return [
         f"body.model is {_show(named)} but the run's model is {_show(model)}; "
-        "drop one of the two, or run each model by itself"
+        "remove one of the two, or run each model separately"
     ]
 
 

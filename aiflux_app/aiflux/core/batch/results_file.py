@@ -1,4 +1,4 @@
-"""Reading outputs: the entries of a ``.json`` array, or of a ``.jsonl`` and its errors file."""
+"""Read outputs: the entries of a ``.json`` array, or of a ``.jsonl`` and its errors file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BUFFER = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ResultEntry:
-    """What an output says of one request.
+    """One entry of an output.
 
     Attributes:
-        request: the request, where the output holds it.
+        request: the request, if the output contains it.
         body: the engine's answer; None for a failed request.
         error: None, or an object with ``code`` and ``message``.
     """
@@ -36,13 +36,13 @@ class ResultEntry:
 
     @property
     def choice(self) -> ChoiceText:
-        """What the first choice says; nothing for a failed request, and for embeddings."""
+        """The first choice; None for a failed request and for embeddings."""
         told = choice_texts(self.body) if self.error is None else []
         return told[0] if told else ChoiceText("")
 
     @property
     def failure(self) -> str:
-        """What went wrong, as ``code: message``; "" where nothing did."""
+        """The error as ``code: message``; "" without an error."""
         return "" if self.error is None else f"{self.error['code']}: {self.error['message']}"
 
 
@@ -59,12 +59,11 @@ EMPTY_REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class ChoiceText:
-    """What one choice of an answer says.
+    """The text of one choice of an answer.
 
     Attributes:
-        reasoning: what a reasoning model thought before it answered, where the engine keeps that
-            apart.
-        empty: why there is no text, one of ``EMPTY_REASONS``; None where there is.
+        reasoning: the reasoning before the answer, if the engine separates it.
+        empty: why there is no text, one of ``EMPTY_REASONS``; None if there is text.
     """
 
     text: str
@@ -73,7 +72,7 @@ class ChoiceText:
 
 
 def choice_texts(body: Any) -> list[ChoiceText]:
-    """Return what each choice of an answer says; nothing for embeddings."""
+    """Return the text of each choice of an answer; nothing for embeddings."""
     found = body.get("choices") if isinstance(body, dict) else None
     listed = found if isinstance(found, list) else []
     return [_choice_text(choice) for choice in listed if isinstance(choice, dict)]
@@ -85,7 +84,7 @@ def _choice_text(choice: dict[str, Any]) -> ChoiceText:
         message = {"content": choice.get("text")}
     content = message.get("content")
     text = _parts_text(content, "text")
-    # vLLM and llama.cpp say reasoning_content, Ollama and OpenRouter reasoning; Mistral has parts.
+    # vLLM and llama.cpp have reasoning_content, Ollama and OpenRouter reasoning; Mistral has parts.
     named = (message.get(name) for name in ("reasoning_content", "reasoning"))
     thoughts = (*(_parts_text(each, "text") for each in named), _parts_text(content, "thinking"))
     reasoning = next((thought for thought in thoughts if thought.strip()), "")
@@ -94,7 +93,7 @@ def _choice_text(choice: dict[str, Any]) -> ChoiceText:
 
 
 def _parts_text(content: Any, key: str) -> str:
-    """Return a content's text; of a list of parts that of those with ``key``, put together."""
+    """Return the text of a content; of a list of parts, the joined text of those with ``key``."""
     if isinstance(content, str):
         return content if key == "text" else ""
     parts = content if isinstance(content, list) else ()
@@ -119,7 +118,7 @@ def _empty_reason(message: dict[str, Any], finish: Any, reasoning: str) -> str:
 
 
 def answered_words(answered: int, empty: Mapping[str, int]) -> str:
-    """Return how many requests were answered, how many of the answers are empty, and why."""
+    """Return the number of answers, of empty ones, and their reasons, as text."""
     words = f"{answered:,} answered"
     count = sum(empty.values())
     if not count:
@@ -136,14 +135,14 @@ def answer_texts(body: Any) -> list[str]:
 
 
 def vectors(body: Any) -> list[Any]:
-    """Return the vectors of an answer of embeddings, in order; nothing for others."""
+    """Return the vectors of an embeddings answer, in order; nothing for other answers."""
     data = body.get("data") if isinstance(body, dict) and body.get("object") == "list" else None
     items = data if isinstance(data, list) else []
     return [item.get("embedding") for item in items if isinstance(item, dict)]
 
 
 def answer_text(body: Any) -> str:
-    """Return the first choice's text, or the vector (vectors) of an embedding as JSON."""
+    """Return the text of the first choice, or the vectors of an embedding as JSON."""
     found = vectors(body)
     if found:
         return json.dumps(found[0] if len(found) == 1 else found)
@@ -152,13 +151,13 @@ def answer_text(body: Any) -> str:
 
 
 def output_files(path: Path) -> list[Path]:
-    """Return the files that hold an output's entries."""
+    """Return the files of an output."""
     errors = errors_path(path)
     return [path, errors] if path.suffix == ".jsonl" and errors.exists() else [path]
 
 
 def entry_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield ``(offset, size, line)`` of every entry of one file; both forms hold one a line.
+    """Yield ``(offset, size, line)`` of every entry of one file; both forms have one per line.
 
     Raises:
         InputError: the file cannot be read.
@@ -179,13 +178,13 @@ def parse_entry(text: bytes, path: Path) -> ResultEntry:
     """Parse one entry of an output.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not an entry.
     """
     try:
         return _entry(json.loads(text.strip().removesuffix(b",")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{path} is not an output of aiflux: {_reason(error)}, at {text[:60]!r}",
+            f"{path} is not an output of AI-Flux: {_reason(error)}, at {text[:60]!r}",
             "name an output of `aiflux run`, its run directory or its job",
         ) from error
 
@@ -195,10 +194,10 @@ def _reason(error: Exception) -> str:
 
 
 def read_entries(path: Path) -> Iterator[ResultEntry]:
-    """Yield every entry of an output: those of a ``.jsonl`` output's errors file come last.
+    """Yield every entry of an output; those of a ``.jsonl`` output's errors file come last.
 
     Raises:
-        InputError: a file cannot be read, or is no output.
+        InputError: a file cannot be read, or is not an output.
     """
     for file in output_files(path):
         for _, _, text in entry_lines(file):
@@ -227,7 +226,7 @@ def _entry(content: dict[str, Any]) -> ResultEntry:
 
 
 def _refusal(status: Any, body: Any) -> dict[str, Any] | None:
-    """Return the error of a response that is one by its HTTP status, as OpenAI's batches have."""
+    """Return the error of a response with an HTTP error status, as in OpenAI's batches."""
     if not isinstance(status, int) or status < 400:
         return None
     error = body.get("error") if isinstance(body, dict) else None
@@ -236,20 +235,20 @@ def _refusal(status: Any, body: Any) -> dict[str, Any] | None:
 
 
 def _check(entry: ResultEntry) -> None:
-    """Raise TypeError where a part has another type than any output gives it."""
+    """Raise TypeError if a part has a type that no output has."""
     if not isinstance(entry.custom_id, str) or not isinstance(entry.metadata, dict):
-        raise TypeError("custom_id is no text, or metadata no object")
+        raise TypeError("custom_id is not a string, or metadata is not an object")
     if entry.request is not None and not isinstance(entry.request.get("body", {}), dict):
-        raise TypeError("the request's body is no object")
+        raise TypeError("the request's body is not an object")
     if entry.error is not None and not {"code", "message"} <= entry.error.keys():
         raise TypeError("the error has no code or no message")
 
 
 def output_paths(output: Path) -> tuple[Path, ...]:
-    """Return every file that writing an output may make."""
+    """Return every file that writing an output can create."""
     return (output, errors_path(output)) if output.suffix == ".jsonl" else (output,)
 
 
 def errors_path(output: Path) -> Path:
-    """Return where the failed requests of a ``.jsonl`` output go."""
+    """Return the file for the failed requests of a ``.jsonl`` output."""
     return output.with_name(output.stem + ".errors.jsonl")

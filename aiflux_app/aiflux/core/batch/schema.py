@@ -1,4 +1,4 @@
-"""JSON Schemas that answers must fit. Validation is jsonschema's; nothing is fetched for it."""
+"""Check answers against JSON Schemas, with jsonschema; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from aiflux.util.extras import need
 
 Check = Callable[[Any], "str | None"]
 _SHOWN = 300
-# Without these, each part of a schema is applied to each part of a value once at most.
+# Without these, each part of a schema is applied at most once to each part of a value.
 _SLOW = ('"pattern', '"uniqueItems"', '"unevaluated', '"$ref"', '"$dynamicRef"', '"$recursiveRef"')
 _QUICK_PRODUCT = 2_000_000
-# Time to read a schema, of which jsonschema takes about 3 microseconds a byte.
+# Time limit for reading a schema; jsonschema takes about 3 microseconds per byte.
 _COMPILE_SECONDS = 1.5
 _SECONDS_PER_BYTE = 30e-6
 _CALLS_PER_LOOK = 4096
 
 
 class SchemaError(ValueError):
-    """A schema is not one, refers to what is not there, or cannot be applied."""
+    """A schema is invalid, has a dangling reference, or cannot be applied."""
 
 
 def can_check_schemas() -> bool:
-    """Tell whether jsonschema is installed."""
+    """Return whether jsonschema is installed."""
     return find_spec("jsonschema") is not None
 
 
@@ -41,7 +41,7 @@ def requested_schema(wanted: dict[str, Any]) -> Any:
     """Return the schema in a ``response_format`` of the type ``json_schema``.
 
     Raises:
-        SchemaError: it holds none.
+        SchemaError: it has none.
     """
     holder = wanted.get("json_schema")
     if not isinstance(holder, dict):
@@ -64,7 +64,7 @@ def schema_text(schema: Any) -> str:
 
 
 def schema_problem(body: dict[str, Any]) -> str | None:
-    """Return what is wrong with the schema that a request's body asks for; None if nothing is.
+    """Return the problem with the schema of a request's body, or None.
 
     Raises:
         ConfigError: jsonschema is not installed.
@@ -89,7 +89,7 @@ def _problem(schema: str) -> str | None:
 
 
 def is_quick(schema: str, text: str) -> bool:
-    """Tell whether an answer is surely checked in no more than about a second.
+    """Return whether the check of an answer certainly takes at most about a second.
 
     Args:
         schema: as ``schema_text`` writes it.
@@ -98,10 +98,10 @@ def is_quick(schema: str, text: str) -> bool:
 
 
 def answer_problem(text: str, check: Check | None) -> str | None:
-    """Return what is wrong with an answer that has to be JSON; None if nothing is.
+    """Return the problem with an answer that must be JSON, or None.
 
     Args:
-        check: of its schema; None where any object will do.
+        check: of its schema; None if any object is valid.
     """
     try:
         value = parse_json(text)
@@ -114,11 +114,11 @@ def answer_problem(text: str, check: Check | None) -> str | None:
 
 
 def compile_schema(schema: Any) -> Check:
-    """Return a function that tells what is wrong with a value, or None. It is not thread-safe.
+    """Return a function that returns the problem with a value, or None. It is not thread-safe.
 
-    Without ``$schema`` the schema is of draft 2020-12. The function raises SchemaError where a
-    value leads to a reference that cannot be followed, or that leads back to itself. How long it
-    takes depends on the value; only a process of its own can be ended in the middle of a pattern.
+    Without ``$schema`` the schema is of draft 2020-12. The function raises SchemaError if a value
+    leads to a reference that cannot be resolved or that is circular. Its duration depends on the
+    value; in the middle of a pattern, only a separate process can be stopped.
 
     Raises:
         SchemaError: the schema is not valid, or takes too long to apply even to null.
@@ -148,7 +148,7 @@ def compile_schema(schema: Any) -> Check:
         try:
             error = library.exceptions.best_match(validator.iter_errors(value))
         except RecursionError:
-            raise SchemaError("a reference in it leads back to itself, or too deep") from None
+            raise SchemaError("a reference in it is circular, or too deep") from None
         except SchemaError:
             raise
         except Exception as error:  # noqa: BLE001 - the class of a bad reference varies by version
@@ -162,7 +162,7 @@ def compile_schema(schema: Any) -> Check:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise SchemaError in the middle of what takes too much of this thread's time.
+    """Raise SchemaError in a block that takes too much of this thread's time.
 
     Python calls a profile function at every call, of which jsonschema makes many; in a long regular
     expression it makes none, but none is run on a schema itself.
@@ -191,11 +191,11 @@ def _check(schema: dict[str, Any], kind: Any) -> None:
     kind.check_schema(schema)
     dangling = next(_dangling(schema, schema), None)
     if dangling is not None:
-        raise SchemaError(f"it refers to {dangling!r}, which is not there")
+        raise SchemaError(f"it refers to {dangling!r}, which does not exist")
 
 
 def _outside(schema: Any) -> Iterator[str]:
-    """Yield what would have to be fetched: references that do not begin with #."""
+    """Yield external references: those that do not begin with #."""
     if isinstance(schema, dict):
         for key in ("$ref", "$dynamicRef", "$recursiveRef"):
             target = schema.get(key)
@@ -212,7 +212,7 @@ def _outside(schema: Any) -> Iterator[str]:
 def _dangling(schema: Any, root: dict[str, Any]) -> Iterator[str]:
     """Yield references by path (``#/$defs/x``) that lead nowhere.
 
-    A part with an ``$id`` of its own is left out: paths inside it do not begin at the root.
+    A part with its own ``$id`` is skipped: paths inside it do not start at the root.
     """
     if isinstance(schema, dict):
         if schema is not root and "$id" in schema:
@@ -229,7 +229,7 @@ def _dangling(schema: Any, root: dict[str, Any]) -> Iterator[str]:
 
 
 def _leads(target: str, root: Any) -> bool:
-    """Tell whether a JSON Pointer (RFC 6901) behind ``#`` leads to something."""
+    """Return whether a JSON Pointer (RFC 6901) after ``#`` exists."""
     found = root
     for step in unquote(target[2:]).split("/"):
         name = step.replace("~1", "/").replace("~0", "~")

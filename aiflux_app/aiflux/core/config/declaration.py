@@ -86,10 +86,10 @@ def known_setting(name: str, place: str, known: Mapping[str, Setting]) -> Settin
     """Return a setting by one of its names.
 
     Args:
-        place: what the message begins with.
+        place: start of the message.
 
     Raises:
-        ConfigError: no setting has that name; suggests the nearest and lists all of them.
+        ConfigError: no setting has that name; suggests the nearest and lists all.
     """
     if name not in known:
         raise ConfigError(f"{place}unknown setting {name!r}", suggestion(name, known))
@@ -99,7 +99,7 @@ def known_setting(name: str, place: str, known: Mapping[str, Setting]) -> Settin
 def refuse_two_names(
     given: Mapping[str, Any], place: Callable[[str], str], known: Mapping[str, Setting]
 ) -> None:
-    """Refuse a setting that is given under two of its names.
+    """Refuse a setting that is given by two of its names.
 
     Args:
         given: values by names; None means not given.

@@ -1,7 +1,7 @@
 """A model's file in the form of earlier versions: ``FAMILY/SIZE.yaml``.
 
-Its parameters still fill what requests leave open. What the rest was for, AI-Flux finds out by
-itself, or it stands in the requests; such keys are checked and kept, and told as not used.
+Its parameters still fill in what requests leave open. AI-Flux determines the rest by itself, or the
+requests have it; such keys are checked and kept, and reported as unused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aiflux.util.yaml_file import YamlFile, read_yaml
 
 @dataclass(frozen=True)
 class ModelParameters:
-    """Parameters that fill what a request leaves open; None and () leave it open."""
+    """Parameters that fill in what a request leaves open; None and () leave it open."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -30,7 +30,7 @@ class ModelParameters:
     stop_sequences: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
-        """Return those that are there, by the names of the settings."""
+        """Return the given parameters by the names of their settings."""
         values = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -43,14 +43,14 @@ class ModelParameters:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is configured for a model.
+    """The configuration of a model.
 
     Attributes:
-        name: as Ollama names it.
-        parameters: what flows into a run (``SlurmRunner.run(model_config=...)``).
-        resources, system, validation, requirements: what the file says there; nothing uses it
-            but a check of the parameters against ``validation``.
-        place: the file; None where the catalog told, or nobody.
+        name: its name in Ollama.
+        parameters: those that a run uses (``SlurmRunner.run(model_config=...)``).
+        resources, system, validation, requirements: content of the file; used only to check the
+            parameters against ``validation``.
+        place: the file; None if the catalog has the model, or nothing does.
         unused: keys of the file that have no effect, each with the reason.
     """
 
@@ -124,11 +124,11 @@ _FREE = (
 _REASONS = {
     "resources": "the slots follow from the GPU's memory; --slots, --context-length and "
     "--concurrency set them",
-    "system": "a system message stands in each request (aiflux convert adds it: --system)",
-    "requirements": "what a model needs follows from its architecture (aiflux models show)",
+    "system": "a system message is part of each request (aiflux convert adds it: --system)",
+    "requirements": "the memory of a model follows from its architecture (aiflux models show)",
     "hf_name": "models are named as Ollama names them",
     "engine": "--engine names the engine",
-    "path": "models lie in models_dir",
+    "path": "models are stored in models_dir",
 }
 
 
@@ -136,12 +136,12 @@ def read_model_file(path: Path, name: str | None = None, among: str | None = Non
     """Read a model's file.
 
     Args:
-        name: the model where the file names none; None takes ``FAMILY:SIZE`` from the path. In a
-            file of many models (``models:``), the key of the one that is wanted.
-        among: which of many models is wanted where ``name`` is None, by its key or its name.
+        name: the model if the file names none; None for ``FAMILY:SIZE`` of the path. In a file of
+            several models (``models:``), the key of the model.
+        among: the key or the name of one of several models if ``name`` is None.
 
     Raises:
-        ConfigError: the file is wrong; names line, key and what may stand there.
+        ConfigError: the file is wrong; shows line, key and the accepted values.
     """
     file = read_yaml(path)
     at = _entry(file, name or among)
@@ -159,7 +159,7 @@ def read_model_file(path: Path, name: str | None = None, among: str | None = Non
 
 
 def model_file(folders: Iterator[Path], name: str) -> Path | None:
-    """Return the ``FAMILY/SIZE.yaml`` of a model in the first folder that has one."""
+    """Return the ``FAMILY/SIZE.yaml`` of a model in the first directory that has one."""
     model = parse_model_name(name)
     sizes = [model.tag] if model.tag != "latest" else ["latest", "default"]
     for folder in folders:
@@ -171,7 +171,7 @@ def model_file(folders: Iterator[Path], name: str) -> Path | None:
 
 
 def _entry(file: YamlFile, name: str | None) -> tuple[str, ...]:
-    """Return the keys that lead to a model's entry; none where the whole file is one."""
+    """Return the keys that lead to a model's entry; none if the whole file is the entry."""
     if "models" not in file.mapping():
         return ()
     models = file.mapping("models")
@@ -190,7 +190,7 @@ def _name(file: YamlFile, at: tuple[str, ...], name: Any) -> str:
     if name == "NA":
         raise ConfigError(
             f"{file.place(*at, 'name')}: the model has no name in Ollama",
-            "serve it with another engine and name that: --engine-url",
+            "use another engine for it: --engine-url",
         )
     try:
         parse_model_name(str(name))
@@ -230,7 +230,7 @@ def _check_ranges(
         value = sections[section].get(key)
         if value is not None and bounds is not None and not bounds[0] <= value <= bounds[1]:
             raise ConfigError(
-                f"{file.place(*at, section, key)}: {key} = {value} is outside of the range that "
+                f"{file.place(*at, section, key)}: {key} = {value} is outside the range that "
                 f"the file itself allows, {bounds[0]} to {bounds[1]}",
                 "correct one of them",
             )
@@ -243,4 +243,4 @@ def _unused(top: Mapping[str, Any]) -> Iterator[str]:
             names = [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]
             yield f"{', '.join(names)}: {reason}"
     if "top_k" in (top.get("parameters") or {}):
-        yield "parameters.top_k: Ollama's OpenAI API does not know it; used with other engines only"
+        yield "parameters.top_k: not supported by Ollama's OpenAI API; used with other engines only"

@@ -1,4 +1,4 @@
-"""The options of a run that the worker obeys; part of the plan."""
+"""The options of a run for the worker; part of the plan."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class RunOptions:
     """How a run is processed. Times are seconds; None leaves the choice to the worker.
 
     Attributes:
-        model_defaults: parameters that the catalog has of models, by the name they are served
-            under; in a plan, those of its models. They fill only what is left open.
+        model_defaults: default parameters of the catalog by served model name; in a plan, those of
+            its models. They fill in only what is left open.
     """
 
     model: str | None = setting(
@@ -197,18 +197,18 @@ class RunOptions:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Body fields that are filled in where a body lacks them."""
+        """Fields that are filled into bodies without them."""
         names = ("max_tokens", "temperature", "top_p", "top_k")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**given, "stop": [*self.stop]} if self.stop else given
 
     def parameters_of(self, served: str) -> dict[str, Any]:
-        """Return the same for one model, whose own defaults are the weakest."""
+        """Return the same for one model, including the model's defaults."""
         return {**self.model_defaults.get(served.lower(), {}), **self.parameters}
 
     @property
     def advised(self) -> dict[str, dict[str, Any]]:
-        """What fills in a body's field that the run leaves open, too, for each model."""
+        """The default parameters of each model that the run leaves open."""
         return left_open(self.model_defaults, self.parameters)
 
     def allowed_failures(self, requests: int) -> int:
@@ -218,14 +218,14 @@ class RunOptions:
         return int(self.max_failures)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options as they stand in the plan."""
+        """Return the options for the plan."""
         return asdict(self)
 
 
 def left_open(
     defaults: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return the defaults of each model that nothing given takes the place of."""
+    """Return the defaults of each model that the given parameters do not replace."""
     left = {
         model: {name: value for name, value in values.items() if name not in given}
         for model, values in defaults.items()

@@ -1,4 +1,4 @@
-"""Where settings come from: the environment, ``.env`` and YAML files. Nothing is exported."""
+"""Read settings from the environment, ``.env`` and YAML files. Nothing is exported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SourcedValue:
     """A setting's value and where it came from, such as ``aiflux.yaml, line 3``.
 
     Attributes:
-        local: whether a file of the current directory gave it.
+        local: whether it is from a file of the current directory.
     """
 
     value: Any
@@ -46,10 +46,10 @@ class SourcedValue:
 
 
 def site_file(environ: Mapping[str, str]) -> Path | None:
-    """Return the site's file, which AIFLUX_SITE_CONFIG names; None where it names none.
+    """Return the site's file, which AIFLUX_SITE_CONFIG names; None if it is not set.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the file does not exist.
     """
     site = environ.get("AIFLUX_SITE_CONFIG")
     if site and not is_there(Path(site)):
@@ -61,21 +61,21 @@ def site_file(environ: Mapping[str, str]) -> Path | None:
 
 
 def user_file(environ: Mapping[str, str]) -> Path:
-    """Return where the user's own file lies, if there is one."""
+    """Return the path of the user's file, which may not exist."""
     home = Path(environ.get("HOME") or "/")
     return Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "aiflux" / "config.yaml"
 
 
 def project_file(directory: Path) -> Path:
-    """Return where the file of a folder lies, if there is one."""
+    """Return the path of a directory's file, which may not exist."""
     return directory / "aiflux.yaml"
 
 
 def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, SourcedValue]:
-    """Return what the YAML files say; the folder's wins over the user's, that over the site's.
+    """Return the settings of the YAML files: the directory's, then the user's, then the site's.
 
     Raises:
-        ConfigError: naming the line and what may stand there; or others can write the folder's.
+        ConfigError: shows the line and the accepted values; or others can write the directory's.
     """
     values = {}
     site, project = site_file(environ), project_file(directory)
@@ -92,13 +92,13 @@ def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Sourced
 
 
 def refuse_foreign(path: Path, trust: str) -> None:
-    """Refuse a file of the current directory that somebody else owns or can write to.
+    """Refuse a file of the current directory that another user owns or can write.
 
     Args:
-        trust: what names the file, and so takes it all the same.
+        trust: option that accepts the file anyway.
 
     Raises:
-        ConfigError: it is such a file.
+        ConfigError: another user owns or can write it.
     """
     why = others_may_write(path)
     if why is not None:
@@ -111,13 +111,13 @@ def refuse_foreign(path: Path, trust: str) -> None:
 
 
 def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValue]:
-    """Return what one YAML file says.
+    """Return the settings of one YAML file.
 
     Args:
-        environ: the variables that its paths may name.
+        environ: variables that its paths can use.
 
     Raises:
-        ConfigError: naming the line and what may stand there.
+        ConfigError: shows the line and the accepted values.
     """
     file = read_yaml(path)
     values: dict[str, SourcedValue] = {}
@@ -136,13 +136,13 @@ def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValue]
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, SourcedValue]:
-    """Return what the environment says; an empty variable counts as not set."""
+    """Return the settings of the environment; an empty variable counts as not set."""
     return _named({name: (text, "environment") for name, text in environ.items()})
 
 
 def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValue]:
-    """Return what a ``.env`` file says, if there is one; its paths may name variables."""
-    # A folder of this name is a virtual environment.
+    """Return the settings of a ``.env`` file, if it exists; its paths can use variables."""
+    # A directory of this name is a virtual environment.
     if path.is_dir() or not is_there(path):
         return {}
     lines = {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)}
@@ -150,14 +150,14 @@ def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValu
         lines, lambda item, text, place: _parsed(item, text, place, path.parent, environ)
     )
     _warn_of_misspelt(lines)
-    # Other programs have files of this name.
+    # Other programs use files of this name, too.
     if found:
         refuse_foreign(path, "set the same variables in the environment")
     return {name: replace(each, local=True) for name, each in found.items()}
 
 
 def _warn_of_misspelt(lines: Mapping[str, tuple[str, str]]) -> None:
-    """Warn of names that are nearly those of settings; other programs' names pass in silence."""
+    """Warn of names that are similar to settings; other names can belong to other programs."""
     known = {item.env for item in SETTINGS if item.env}
     for name, (_, place) in lines.items():
         near = difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT)
@@ -166,7 +166,7 @@ def _warn_of_misspelt(lines: Mapping[str, tuple[str, str]]) -> None:
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
-    """Read ``KEY=VALUE`` lines; ``#`` comments, ``export`` and quotes are understood.
+    """Read ``KEY=VALUE`` lines with ``#`` comments, ``export`` and quotes.
 
     Raises:
         ConfigError: a line is not of that form.
@@ -177,7 +177,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
 def _parsed(
     setting: Setting, value: Any, place: str, folder: Path, environ: Mapping[str, str]
 ) -> Any:
-    """Parse a value of a file; paths are those of the file."""
+    """Parse a value of a file; paths are relative to the file."""
 
     def parse(value: Any) -> Any:
         return setting.parse(written_path(value, folder.absolute(), environ))
@@ -219,6 +219,6 @@ def _unquote(text: str) -> str:
         if not closed:
             raise ValueError(f"the quote {quote} is not closed")
         if not re.fullmatch(r"(\s*|\s+#.*)", after):
-            raise ValueError(f"{after.strip()!r} stands behind the quotes")
+            raise ValueError(f"{after.strip()!r} follows the quotes")
         return inside
     return re.split(r"(?:^|\s+)#", text, maxsplit=1)[0]

@@ -45,10 +45,10 @@ def test_bom_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (lambda path: None, "is not there"),
+        (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "is a directory"),
-        (lambda path: path.write_bytes(b""), "holds no request"),
-        (lambda path: path.write_bytes(b"\n \n"), "holds no request"),
+        (lambda path: path.write_bytes(b""), "contains no request"),
+        (lambda path: path.write_bytes(b"\n \n"), "contains no request"),
     ],
 )
 def test_no_input_at_all(tmp_path: Path, prepare: object, words: str) -> None:
@@ -71,7 +71,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     error = refused(path)
     assert error.message.startswith("3 lines are wrong")
     assert [text.split(":")[0] for text in error.problems] == ["line 2", "line 4", "line 5"]
-    assert "'a' was used on line 1 already" in error.problems[1]
+    assert "'a' is already used on line 1" in error.problems[1]
 
 
 def test_equal_problems_are_one_entry_with_twenty_numbers_and_a_count(tmp_path: Path) -> None:

@@ -202,8 +202,8 @@ def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("MODEL_NAME='a", "the quote ' is not closed"),
-        ('MODEL_NAME="a" b', "'b' stands behind the quotes"),
-        ("MODEL_NAME='a'b", "'b' stands behind the quotes"),
+        ('MODEL_NAME="a" b', "'b' follows the quotes"),
+        ("MODEL_NAME='a'b", "'b' follows the quotes"),
     ],
 )
 def test_quotes_of_dotenv_that_do_not_fit(tmp_path: Path, line: str, words: str) -> None:

@@ -92,9 +92,9 @@ def test_what_is_not_used_any_more_is_told_once_with_its_reason(
     assert "models/llama3.2/3b.yaml: these keys are not used any more:" in told
     for words in (
         "resources.gpu_layers, resources.gpu_memory, resources.batch_size",
-        "system.prompt: a system message stands in each request",
+        "system.prompt: a system message is part of each request",
         "requirements.min_gpu_memory",
-        "parameters.top_k: Ollama's OpenAI API does not know it",
+        "parameters.top_k: not supported by Ollama's OpenAI API",
     ):
         assert words in told
     assert "temperature" not in told

@@ -27,7 +27,7 @@ CHANGES: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
         lambda lines: [*lines, request_line("new").encode()],
         "is longer .* 7 requests instead of 6; line 7 .new. is the first that differs",
     ),
-    "reordered": (lambda lines: [lines[1], lines[0], *lines[2:]], "put in another order"),
+    "reordered": (lambda lines: [lines[1], lines[0], *lines[2:]], "reordered"),
     "edited": (
         lambda lines: [*lines[:2], lines[2].replace(b"say", b"cry"), *lines[3:]],
         "was edited .*; line 3 .r2. is the first that differs",

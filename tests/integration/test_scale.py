@@ -129,7 +129,7 @@ def test_time_limits_shorter_than_the_work(
     end = cluster.end(no_way)
     log = cluster.log(no_way, place / "no.json.aiflux")
     assert (end.state, end.code) == ("FAILED", 5), log
-    assert "ask for more time" in log
+    assert "request more time" in log
     assert end.fields["Restarts"] == "0"
     end = cluster.end(goes_on, timeout=300)
     log = cluster.log(goes_on, place / "on.json.aiflux")

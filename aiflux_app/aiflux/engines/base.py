@@ -1,4 +1,4 @@
-"""The seam between AI-Flux and inference engines: the rest of the code knows them by these classes.
+"""The seam between AI-Flux and inference engines: the rest of the code uses only these classes.
 
 A kind is stateless and cheap to import: the login node uses it for names, limits and memory. An
 engine is one running server. CONTRIBUTING.md shows how to add a kind.
@@ -28,7 +28,7 @@ class HttpFactory(Protocol):
     """Makes the client of a server."""
 
     def __call__(self, url: str, ca: str | None = None) -> Client:
-        """Return it.
+        """Return the client.
 
         Args:
             ca: certificates to trust: a file or a directory.
@@ -36,17 +36,17 @@ class HttpFactory(Protocol):
 
 
 def refuse_mixed_uses(title: str, endpoints: Mapping[str, int]) -> None:
-    """Refuse text, embeddings and reranking in one input, for servers that do one of the three.
+    """Refuse a mix of text, embeddings and reranking, for servers that support only one of them.
 
     Raises:
-        InputError: there are several.
+        InputError: the input mixes them.
     """
     uses = {url if url in WITHOUT_TEXT else "text" for url in endpoints}
     if len(uses) > 1:
         raise InputError(
-            f"requests ask for {joined(sorted(uses))}, and a {title} server does only one of "
+            f"requests ask for {joined(sorted(uses))}, but a {title} server supports only one of "
             "text, embeddings and reranking",
-            "put them into inputs of their own",
+            "split them into separate inputs",
         )
 
 
@@ -56,10 +56,10 @@ class FetchContext:
 
     Attributes:
         environ: the environment, which names the engine's program.
-        log: log of what fetches.
-        say: told one line where there is something to wait for.
-        progress: given each progress object.
-        again: fetch the model although it is stored already.
+        log: log of the program that fetches.
+        say: called with a line of text when there is something to wait for.
+        progress: called with each progress object.
+        again: fetch the model even if it is already stored.
     """
 
     environ: Mapping[str, str]
@@ -71,17 +71,17 @@ class FetchContext:
 
 @dataclass(frozen=True)
 class SlotLimits:
-    """Slots of a kind's servers, where a run does not name a number.
+    """Slots of a kind's servers, if the run does not set a number.
 
     Attributes:
         gpu: on GPUs whose memory is unknown.
-        ladder: what is tried where it is known, the most first.
+        ladder: numbers to try if it is known, largest first.
         cpu: on a CPU, at most.
-        per_core: on a CPU, for each core.
+        per_core: on a CPU, per core.
     """
 
     gpu: int = 16
-    ladder: tuple[int, ...] = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # beyond 32 little is gained
+    ladder: tuple[int, ...] = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # more than 32 gains little
     cpu: int = 4
     per_core: int = 1
 
@@ -91,12 +91,12 @@ class EngineSpec:
     """One engine of a run: what it serves, on which GPUs, and where it keeps its files.
 
     Attributes:
-        model: as the plan names it.
+        model: name in the plan.
         devices: GPUs as CUDA_VISIBLE_DEVICES names them; empty means the CPU.
-        home: writable folder of its own, removed after the run.
-        log: file that its output is appended to.
+        home: its own writable folder, removed after the run.
+        log: file to append its output to.
         environ: the worker's environment.
-        say: told one line where there is something to wait for.
+        say: called with a line of text when there is something to wait for.
     """
 
     index: int
@@ -112,15 +112,15 @@ class EngineSpec:
 class EngineKind(PlanningKind, Protocol):
     """One supported type of engine, such as Ollama. Stateless.
 
-    A managed kind has its servers started and stopped by the worker, on the node where it runs.
+    The worker starts and stops the servers of a managed kind, on its own node.
 
     Attributes:
         name: in ``--engine``, ``plan.json`` and the image's label.
         title: in messages and in the report.
-        program: name of the executable to start; "" where none is.
+        program: name of the executable to start; "" for none.
         program_variables: older names of AIFLUX_ENGINE_PROGRAM for this kind.
-        cached_program: where a demo leaves the program, below the cache folder; "" for nowhere.
-        slot_limits: slots that suit its servers.
+        cached_program: path of the program below the cache folder after a demo; "" for none.
+        slot_limits: suitable numbers of slots.
     """
 
     name: str
@@ -131,29 +131,29 @@ class EngineKind(PlanningKind, Protocol):
     slot_limits: SlotLimits
 
     def same_model(self, one: str, other: str) -> bool:
-        """Tell whether two names mean the same model."""
+        """Return whether two names mean the same model."""
 
     def model_path(self, model: str) -> Path | None:
-        """Return what a container has to see of a model besides the models directory."""
+        """Return the path of a model that a container needs besides the models directory."""
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
-        """Tell whether a model is stored completely."""
+        """Return whether a model is stored completely."""
 
     def catalog_name(self, model: str) -> str | None:
-        """Return the name of a model in the catalog; None where the catalog cannot know it."""
+        """Return the name of a model in the catalog; None if the catalog cannot contain it."""
 
     def refuse_model(self, models_dir: Path, model: str) -> None:
-        """Refuse a stored model that the engine cannot use; pass one that is not stored.
+        """Refuse a stored model that the engine cannot use; accept one that is not stored.
 
         Raises:
-            ModelError: it has another digest than its name insists on, or another form.
+            ModelError: its digest is not the one in its name, or its format is wrong.
         """
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
-        """Return the error of a model that is not stored; None where the job can fetch it."""
+        """Return the error for a model that is not stored; None if the job can fetch it."""
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
-        """Make sure that a model is stored; return whether it had to be fetched.
+        """Make sure that a model is stored; return whether it was fetched.
 
         Raises:
             ModelError: it is unknown or not available.
@@ -163,22 +163,22 @@ class EngineKind(PlanningKind, Protocol):
     def figures(
         self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
-        """Return what the memory of a model depends on; None where it is unknown."""
+        """Return what the memory of a model depends on; None if unknown."""
 
     def one_slot(self, figures: Figures) -> bool:
-        """Tell whether the engine runs a model with one slot, whatever it is given."""
+        """Return whether the engine runs a model with one slot, whatever was requested."""
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
     ) -> int:
-        """Return the least bytes of GPU memory that a model needs, on all ``gpus`` together.
+        """Return the minimum GPU memory of a model in bytes, on all ``gpus`` together.
 
         Args:
-            context: tokens of context of each slot.
+            context: context of each slot, in tokens.
         """
 
     def divides(self, figures: Figures, gpus: int) -> bool:
-        """Tell whether one server can divide a model among GPUs."""
+        """Return whether one server can split a model across GPUs."""
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Return the fields of a request's body to change for this engine.
@@ -189,9 +189,9 @@ class EngineKind(PlanningKind, Protocol):
         """
 
     def crash_code(self, status: int, message: str) -> str | None:
-        """Return the code of an error answer which means that the engine broke down.
+        """Return the code of an error answer that means an engine crash.
 
-        None leaves the answer to the generic rule. The codes are those of ``engines.outcome``.
+        None applies the generic rule. The codes are those of ``engines.outcome``.
         """
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
@@ -199,7 +199,7 @@ class EngineKind(PlanningKind, Protocol):
 
         Raises:
             EngineError: its program is missing.
-            ConfigError: an option does not suit it.
+            ConfigError: an option is not supported.
         """
 
 
@@ -207,8 +207,8 @@ class Engine(Protocol):
     """One running server. Thread-safe.
 
     Attributes:
-        client: for its OpenAI API; another one after each start.
-        facts: what the status file shows of it.
+        client: client of its OpenAI API; a new one after each start.
+        facts: what the status file shows about it.
     """
 
     kind: EngineKind
@@ -217,41 +217,41 @@ class Engine(Protocol):
     facts: EngineFacts
 
     def start(self) -> None:
-        """Return when the model answers. Called again after a crash.
+        """Start the server; return when the model answers. Called again after a crash.
 
         Raises:
-            EngineError: it did not start; a RejectedError where another try cannot help.
+            EngineError: it did not start; a RejectedError if another try cannot help.
         """
 
     def stop(self) -> None:
-        """Stop the server; harmless where none runs."""
+        """Stop the server; does nothing if none runs."""
 
     def close(self) -> None:
-        """Stop for good, also during a start. From any thread."""
+        """Stop for good, even during a start. May be called from any thread."""
 
     def is_alive(self) -> bool:
-        """Tell whether the server is up; may take a moment to be sure."""
+        """Return whether the server is running; may take a moment."""
 
     def is_ready(self) -> bool:
-        """Tell whether it accepts requests; asked after a 502, 503 or 504."""
+        """Return whether it accepts requests; called after a 502, 503 or 504."""
 
     def max_in_flight(self) -> int | None:
-        """Return the requests that keep all its slots busy; None where they are unknown."""
+        """Return the number of requests that keeps all its slots busy; None if unknown."""
 
     def model_digest(self) -> str | None:
         """Return the digest of the model that the current start loaded; None if unknown."""
 
     def was_truncated(self, prompt_tokens: int) -> bool:
-        """Tell whether it cut a prompt that it counted as ``prompt_tokens``."""
+        """Return whether it truncated a prompt that it counted as ``prompt_tokens``."""
 
     def refusal(self, model: str) -> RejectedError | None:
-        """Return why requests for a model cannot succeed, according to the server."""
+        """Return why the server cannot answer requests for a model; None if it can."""
 
     def offers(self, model: str) -> bool | None:
-        """Tell whether it has a model; None where it does not say."""
+        """Return whether it has a model; None if unknown."""
 
     def ran(self, asked: str, answered: str | None) -> str:
-        """Return the name of the model that gave an answer; RejectedError where it is wrong."""
+        """Return the name of the model that answered; RejectedError if it is the wrong one."""
 
     def describe(self) -> str:
-        """Return where it runs and what it is, for a line of the log."""
+        """Return what it is and where it runs, for a line of the log."""

@@ -1,4 +1,4 @@
-"""What an attempt's outcome means: an answer, another attempt, or a failure for good."""
+"""What an attempt's outcome means: an answer, another attempt, or a final failure."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from aiflux.engines.http import Answer, ExchangeError
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 OVERLOADED_STATUSES = frozenset({429, 503})
 UNREADY_STATUSES = frozenset({502, 503, 504})
-"""What a server, or a gateway before it, answers where the model is not there (yet)."""
+"""Messages of servers and gateways while the model is not (yet) loaded."""
 _SHOWN = 500
 _KEPT_BODY = 65536
-_MOST_TOKENS = 2**40  # what an answer counts beyond this is no count
+_MOST_TOKENS = 2**40  # a larger count in an answer is nonsense
 _BEFORE = 60
 _EXCERPT = 200
-# llama-server and others, in a 503, until the model is in memory.
+# Sent by llama-server and others with a 503 while the model is loaded.
 _LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
 _TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 CrashCode = Callable[[int, str], str | None]
-"""Of status and message: the code of an answer which means that the engine broke down."""
+"""From status and message: the code of an answer that means an engine crash."""
 _CONTENT = {EMBEDDINGS: "data", RERANK: "results"}
-"""What holds the answer, where there are no choices."""
-# Codes of OpenAI's API in a 429 that is no matter of speed.
+"""Field that holds the answer, for endpoints without choices."""
+# Codes of OpenAI's API in a 429 that waiting does not help.
 _NO_QUOTA = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
 UNTOUCHED = ("refused", "model_gone", "loading")
-"""Codes of an engine that is down, or as good as that, and did nothing with the request."""
+"""Codes of an engine that is down, so that it did not process the request."""
 
 
 class Kind(Enum):
-    """What follows from an outcome."""
+    """How an outcome is handled."""
 
     ANSWERED = "answered"
     UNFIT = "unfit"
@@ -51,17 +51,17 @@ class Outcome:
     """What an attempt's outcome means.
 
     Attributes:
-        kind: UNFIT is an answer that does not fit the schema which its request asks for.
-        code, message: say what was wrong, unless ``kind`` is ANSWERED.
+        kind: UNFIT is an answer that does not match the schema of its request.
+        code, message: the error, unless ``kind`` is ANSWERED.
         body: JSON for the journal.
         usage: the answer's token counts.
         finish_reason: of the first choice.
-        model: as the answer names it; None where it names none.
-        location: where the engine redirects to.
-        empty: why the first choice has no text (``EMPTY_REASONS``); None where it has, and for
+        model: as named in the answer; None if it names none.
+        location: target of a redirect.
+        empty: why the first choice has no text (``EMPTY_REASONS``); None if it has text, and for
             embeddings.
-        overloaded: the engine asked for less.
-        foreign: a status 200 with something else than an answer of an OpenAI API, such as a web
+        overloaded: the engine asked for fewer requests.
+        foreign: a status 200 with something other than an OpenAI API response, such as a web
             page.
     """
 
@@ -82,17 +82,17 @@ class Outcome:
 
     @property
     def generated(self) -> bool:
-        """Whether the engine did its work, whatever the answer is worth."""
+        """Whether the engine generated an answer, valid or not."""
         return self.kind in (Kind.ANSWERED, Kind.UNFIT)
 
     @property
     def reason(self) -> str:
-        """What was wrong, for a line of the log."""
+        """The error, for a line of the log."""
         return f"{self.code}: {self.message}"
 
     @property
     def work(self) -> int:
-        """Tokens that the engine made, or read where it makes none; 1 where it counts none."""
+        """Tokens that were generated, or read if none are generated; 1 if unknown."""
         return self.completion_tokens or self.prompt_tokens or 1
 
     @property
@@ -102,10 +102,10 @@ class Outcome:
 
 
 def judge_answer(url: str, answer: Answer, crash_code: CrashCode) -> Outcome:
-    """Judge a whole HTTP answer.
+    """Judge a complete HTTP answer.
 
     Args:
-        crash_code: of the engine's kind.
+        crash_code: function of the engine's kind.
     """
     if answer.status == 200:
         return _judge_body(url, answer)
@@ -133,22 +133,22 @@ def judge_answer(url: str, answer: Answer, crash_code: CrashCode) -> Outcome:
 
 
 def judge_bug(error: Exception) -> Outcome:
-    """Judge an attempt that our own code could not deal with: it costs its request, not the run."""
+    """Judge an attempt that hit a bug in AI-Flux: it fails the request, not the run."""
     if isinstance(error, MemoryError):
-        return Outcome(Kind.RETRY, "memory", "there was not enough memory for the answer")
-    seen = f"{type(error).__name__}: {error}"[:_SHOWN]
-    message = f"a bug in AI-Flux, whose trace is in the log; please report it: {seen}"
+        return Outcome(Kind.RETRY, "memory", "not enough memory for the answer")
+    excerpt = f"{type(error).__name__}: {error}"[:_SHOWN]
+    message = f"a bug in AI-Flux, whose trace is in the log; please report it: {excerpt}"
     return Outcome(Kind.FAILED, "internal_error", message)
 
 
 def as_down(verdict: Outcome) -> Outcome:
-    """Return the verdict on an answer of an engine that turned out not to be ready."""
+    """Return the outcome of an answer from an engine that turned out not to be ready."""
     code = "loading" if _LOADING.search(verdict.message) else "not_ready"
     return replace(verdict, kind=Kind.CRASHED, code=code, overloaded=False)
 
 
 def judge_exchange_error(error: ExchangeError) -> Outcome:
-    """Judge an exchange without a whole answer; whether the engine lives is not looked at here."""
+    """Judge an exchange without a complete answer; does not check whether the engine runs."""
     if error.code == "aborted":
         return Outcome(Kind.UNATTEMPTED, error.code, error.message)
     if error.code == "refused":
@@ -160,7 +160,7 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
     try:
         body = parse_json(answer.body.decode("utf-8"))
     except ValueError as error:
-        # What begins as an object is an API's answer that broke.
+        # A body that begins as an object is a broken answer of an API.
         foreign = not answer.body.lstrip().startswith(b"{")
         message = _not_json(answer, error)
         return Outcome(Kind.RETRY, "not_json", message, 200, foreign=foreign)
@@ -192,7 +192,7 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
 
 
 def _not_json(answer: Answer, error: ValueError) -> str:
-    """Return why an answer cannot be read, where, and its type, title and text there."""
+    """Return why and where an answer cannot be parsed, with its type, title and the text there."""
     body = answer.body
     at, what = 0, str(error)
     if isinstance(error, UnicodeDecodeError):
@@ -200,12 +200,12 @@ def _not_json(answer: Answer, error: ValueError) -> str:
     elif isinstance(error, json.JSONDecodeError):
         at, what = len(error.doc[: error.pos].encode()), error.msg.removesuffix(" at")
     start = max(0, at - _BEFORE)
-    seen = body[start : start + _EXCERPT].decode("utf-8", "replace")
-    return f"the answer is not valid JSON: {what} at offset {at}: {seen!r}{_page(answer)}"
+    excerpt = body[start : start + _EXCERPT].decode("utf-8", "replace")
+    return f"the answer is not valid JSON: {what} at offset {at}: {excerpt!r}{_page(answer)}"
 
 
 def _page(answer: Answer) -> str:
-    """Return the content type and the title of a page; empty for what calls itself JSON."""
+    """Return the content type and the title of a page; empty for declared JSON."""
     if answer.content_type in ("", "application/json"):
         return ""
     title = _TITLE.search(answer.body[:_KEPT_BODY])
@@ -214,7 +214,7 @@ def _page(answer: Answer) -> str:
 
 
 def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
-    """Return the first choice's finish reason and whether there is anything in the answer."""
+    """Return the first choice's finish reason and whether the answer has any content."""
     if url in _CONTENT:
         return None, bool(body.get(_CONTENT[url]))
     choices = body.get("choices")
@@ -235,7 +235,7 @@ def _count(usage: dict[str, Any], name: str) -> int:
 
 
 def error_message(text: str) -> str:
-    """Return the server's own words: ``error.message``, ``error``, or the text."""
+    """Return the server's message: ``error.message``, ``error``, or the text."""
     try:
         error = parse_json(text).get("error")
         message = error.get("message") if isinstance(error, dict) else error
@@ -246,7 +246,7 @@ def error_message(text: str) -> str:
 
 
 def _kept_body(body: bytes, text: str) -> bytes:
-    """Return an error answer as JSON: as it came where it is JSON in UTF-8, else as a string."""
+    """Return an error answer as JSON: unchanged if it is JSON in UTF-8, else as a string."""
     try:
         parse_json(body.decode("utf-8"))
     except ValueError:

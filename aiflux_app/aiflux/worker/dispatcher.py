@@ -1,4 +1,4 @@
-"""The dispatcher: threads that keep every engine's slots full, with retries and backoff."""
+"""The dispatcher: threads that keep the slots of all engines busy, with retries and backoff."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from aiflux.worker.validation import Checking
 
 
 class Pool:
-    """Sends what the scheduler hands out, and journals what comes of it.
+    """Sends the requests that the scheduler hands out and journals the results.
 
     Args:
         served: the model's name as the engines serve it.
-        on_down: told that the engine of a lane was found down, in which generation.
-        checking: checks answers against the schemas that requests ask for.
+        on_down: called with a lane and its generation when its engine is found to be down.
+        checking: checks answers against the schemas in the requests.
         rejections: holds back rejections that may concern every request.
-        outages: notices that no request is answered any more.
-        patience: seconds that an engine is given to answer requests again.
-        most: requests in flight that the process has files for.
+        outages: detects that no request is answered any more.
+        patience: seconds to wait for an engine to answer requests again.
+        most: limit on the requests in flight, from the limit on open files.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Pool:
         self.failure: BaseException | None = None
 
     def start(self) -> None:
-        """Start as many threads as the engines' limits ask for now."""
+        """Start as many threads as the engines' current limits require."""
         wanted = max(1, sum(lane.limit.value for lane in self._scheduler.lanes if not lane.gone))
         with self._lock:
             if wanted > self._most:
@@ -124,10 +124,10 @@ class Pool:
             self._say(f"requests in flight: at most {self._most}, by the limit on {self._why}")
 
     def join(self, tick: Callable[[], None], interval: float = 0.1) -> None:
-        """Wait until all threads have ended, calling ``tick`` meanwhile.
+        """Wait until all threads have ended; call ``tick`` meanwhile.
 
         Raises:
-            AifluxError: what ended the pool before its time.
+            AifluxError: the error that ended the pool early.
         """
         self._wait(tick, interval)
         while self._rejections.urls and not self._is_over():
@@ -166,14 +166,14 @@ class Pool:
             self._attempt(*job)
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Do a thread's work; what it raises ends the pool."""
+        """Run a thread's work; an exception in it ends the pool."""
         try:
             work()
         except (AifluxError, MemoryError) as failure:
             self.fail(failure)
         except BaseException as failure:
             self.fail(failure)
-            # Whoever joins raises it with its remedy; a thread's own trace is for bugs.
+            # `join` raises it with its remedy; traces of threads are only for bugs.
             if not isinstance(failure, Exception) or exhausted(failure) is None:
                 raise
 
@@ -186,7 +186,7 @@ class Pool:
             task.began = began
         try:
             verdict = self._exchange(task, link)
-            ended = time.monotonic()  # the engine's time, without that of a check
+            ended = time.monotonic()  # excludes the time of the schema check
             if self._checking is not None:
                 verdict = self._checking.judge(task.request, verdict)
         except AifluxError:
@@ -205,7 +205,7 @@ class Pool:
         self._settle(task, lane, link, generation, verdict, seconds)
 
     def _judge_bug(self, error: Exception) -> Outcome:
-        """Show a bug's trace, once for each place in the code."""
+        """Print a bug's traceback, once for each place in the code."""
         place = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
         with self._lock:
             known = place[-1] in self._bugs
@@ -222,7 +222,7 @@ class Pool:
             return judge_exchange_error(error)
         verdict = judge_answer(url, answer, link.kind.crash_code)
         if not verdict.generated:
-            # An answer is kept to the byte; of an error nothing is kept that echoes the key.
+            # Answers are stored byte for byte; in errors the key is masked.
             verdict = judge_answer(url, client.hidden(answer), link.kind.crash_code)
         return verdict
 
@@ -275,7 +275,7 @@ class Pool:
     def _conclude(
         self, task: Task, lane: Lane, link: Engine, verdict: Outcome, seconds: float
     ) -> None:
-        """Record a result, unless it is a rejection that concerns every request, or may do so."""
+        """Record a result, unless it is a rejection that concerns or may concern every request."""
         url, model = task.request.url, task.request.model or self._served
         error = certain(link.client.base_url, url, verdict)
         if error is not None:
@@ -297,16 +297,16 @@ class Pool:
                 self._store(held.task, held.lane, held.verdict, held.seconds)
 
     def _raise_conclusion(self, url: str, *, enough: bool) -> None:
-        """Raise what rejections at an endpoint mean for every request, if they do.
+        """Raise an error if the rejections at an endpoint concern every request.
 
         Args:
-            enough: so many were rejected that it is no coincidence.
+            enough: enough were rejected in a row to rule out a coincidence.
         """
         last = self._rejections.last(url)
         if last is None or self._rejections.is_answered(url):
             return
-        # The engine's own list is certain, so it is asked before the count decides: the look that
-        # the first rejection began may still be under way in another thread.
+        # The engine's own list is certain, so it is asked before the count decides: the query that
+        # the first rejection started may still be running in another thread.
         if last.verdict.foreign or last.verdict.kind is Kind.FAILED:
             link = self._links[last.lane.index]
             self._raise_refusal(link, last.task.request.model or self._served)
@@ -315,7 +315,7 @@ class Pool:
             raise error
 
     def _decide_all(self) -> None:
-        """At the end: record the failures that wait, unless they are due to an outage."""
+        """At the end, record the failures that are held back, unless an outage caused them."""
         for url in self._rejections.urls:
             self._raise_conclusion(url, enough=True)
             last = self._rejections.last(url)
@@ -342,7 +342,7 @@ class Pool:
             stopped = not lane.open or lane.generation != generation
             return stopped and not self._probe.ended(lane, generation)
 
-        # While this looks whether the engine lives, it may already have been started anew.
+        # The engine may have been restarted while this check was running.
         return is_another() or not alive() or is_another()
 
     def _ending(self, verdict: Outcome) -> bool:
@@ -361,7 +361,7 @@ class Pool:
             self._scheduler.retry(task, lane, delay)
 
     def _ask_again(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> None:
-        """The answer does not fit its schema: ask again, a few times."""
+        """Send a request again whose answer does not match its schema, up to a few times."""
         self._timeouts[lane.index] = 0
         task.attempts += 1
         task.unfit += 1
@@ -379,7 +379,7 @@ class Pool:
         verdict: Outcome,
         seconds: float,
     ) -> None:
-        """The engine died: that is not the request's fault, unless it dies again and again."""
+        """The engine crashed: that counts against the request only if it happens repeatedly."""
         self._scheduler.close_lane(lane, generation=generation)
         if verdict.code in UNTOUCHED:
             self._scheduler.put_back(task, lane)
@@ -387,7 +387,7 @@ class Pool:
             task.crashes += 1
             if task.crashes > CRASHES_BEFORE_ALONE:
                 task.attempts += 1
-                message = f"the engine died {task.crashes} times under this request"
+                message = f"the engine crashed {task.crashes} times while it processed this request"
                 failed = Outcome(
                     Kind.FAILED, "engine_crashed", f"{message}: {verdict.message}", verdict.status
                 )
@@ -459,13 +459,13 @@ MAX_RETRY_AFTER = 600.0
 
 
 class RetryPolicy:
-    """Decides whether and when there is another attempt.
+    """Decides whether and when a request is sent again.
 
-    The pool does the waiting itself (a waiting request holds no slot), so tenacity's stop and wait
-    strategies are asked directly, without its loop.
+    The pool does the waiting itself, because a waiting request must not hold a slot; so tenacity's
+    stop and wait strategies are called directly, without its loop.
 
     Args:
-        max_retries: further attempts after the first.
+        max_retries: attempts after the first.
         delay: upper bound of the first wait, in seconds; doubles with every attempt, up to 60.
     """
 
@@ -475,11 +475,11 @@ class RetryPolicy:
         self._retrying = Retrying(stop=self._stop, wait=self._wait)
 
     def next_delay(self, attempts: int, retry_after: float | None) -> float | None:
-        """Return the seconds to wait before the next attempt; None when there is none.
+        """Return the seconds to wait before the next attempt; None for no further attempt.
 
         Args:
             attempts: attempts made so far.
-            retry_after: what the server asked for; the wait is never shorter.
+            retry_after: the server's Retry-After in seconds, a lower bound of the wait.
         """
         state = RetryCallState(self._retrying, None, (), {})
         state.attempt_number = attempts

@@ -1,11 +1,11 @@
-"""The worker's command line: what the image's runscript executes.
+"""The worker's command line: what the runscript of the image executes.
 
 INPUT [OUTPUT] [options]            check, plan, pull what is missing, process
 INPUT [OUTPUT] [options] --prepare  only check, plan and pull
---run-dir DIR [--shard K]           process a plan that is there
+--run-dir DIR [--shard K]           process an existing plan
 --run-dir DIR --prepare             only pull what that plan needs
 --pull MODEL                        only pull a model
---create MODEL                      only make a model of the GGUF file that is staged for it
+--create MODEL                      only create a model from the GGUF file staged for it
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from aiflux.worker.stop import Stopper
 
 _EPILOG = """\
 exit status: 0 all succeeded; 2 usage or input wrong, nothing was sent; 3 too many requests failed;
-4 no engine or model; 5 stopped before the end, the same command goes on; 1 a bug
+4 no engine or model; 5 stopped early, run the same command to resume; 1 a bug
 """
 
 
@@ -53,27 +53,27 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the worker's argument parser."""
     parser = argparse.ArgumentParser(
         prog="aiflux.sif",
-        description="Process a file of requests (OpenAI Batch form) with the engine of this image.",
+        description="Process a file of requests (OpenAI Batch format) with this image's engine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", nargs="?", help="requests, one JSON object per line")
     parser.add_argument("output", nargs="?", help="results, *.json or *.jsonl")
     parser.add_argument("--prepare", action="store_true", help="only check, plan and pull models")
-    parser.add_argument("--run-dir", metavar="DIR", help="work on the plan in this run directory")
+    parser.add_argument("--run-dir", metavar="DIR", help="process the plan in this run directory")
     parser.add_argument("--shard", type=int, default=0, metavar="K", help="shard to work on")
     parser.add_argument(
         "--deadline", type=float, metavar="UNIXTIME", help="when the job ends (seconds)"
     )
     parser.add_argument("--pull", metavar="MODEL", help="only pull this model")
     parser.add_argument(
-        "--again", action="store_true", help="with --pull: pull it although it is there"
+        "--again", action="store_true", help="with --pull: pull it even if it is stored"
     )
-    # What `aiflux models import --gguf` has the image do; of no use by hand.
+    # Used by `aiflux models import --gguf`; not meant to be used by hand.
     parser.add_argument("--create", metavar="MODEL", help=argparse.SUPPRESS)
-    parser.add_argument("--force", action="store_true", help="replace an output that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument(
-        "--force-resume", action="store_true", help="go on although model or parameters changed"
+        "--force-resume", action="store_true", help="resume even if model or parameters changed"
     )
     parser.add_argument("--version", action="version", version=f"aiflux {__version__}")
     add_settings(parser, "run", "paths")
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None, stopper: Stopper | None = None) -> i
     """Run the worker; return the exit code.
 
     Args:
-        stopper: one that listens to signals already.
+        stopper: a stopper that already handles signals.
     """
     with open_streams() as stdout:
         stdout.strict = False
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None, stopper: Stopper | None = None) -> i
 def _main(argv: Sequence[str] | None, stopper: Stopper) -> int:
     arguments = make_parser().parse_args(argv)
     if arguments.deadline is not None:
-        # Until the plan is read, that tells it better: Slurm may send SIGUSR1 a minute early.
+        # Applies until the plan with its deadline is read: Slurm may send SIGUSR1 a minute early.
         now = time.time()
         stopper.ignore_usr1_until(max(arguments.deadline - 60, (now + arguments.deadline) / 2))
     stopper.install()
@@ -106,7 +106,7 @@ def _main(argv: Sequence[str] | None, stopper: Stopper) -> int:
     except AifluxError as error:
         sys.stderr.write(describe(error) + "\n")
         return int(error.exit_code)
-    except Exception:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
+    except Exception:  # noqa: BLE001 - the last resort: a bug exits with 1 and a traceback
         traceback.print_exc()
         return int(ExitCode.BUG)
     return int(ExitCode.OK)
@@ -123,12 +123,12 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
     elif arguments.input:
         _work_on_input(arguments, Config(arguments=given_settings(vars(arguments))), context)
     else:
-        raise UsageError("no input was given", "give a file of requests; --help tells more")
+        raise UsageError("no input was given", "give a file of requests; see --help")
 
 
 def pull(model: str, config: Config, context: Context, *, again: bool = False) -> None:
     """Make sure that a model is in the models directory, and say so."""
-    kind = kind_named("ollama")  # whichever engine then serves it
+    kind = kind_named("ollama")  # any engine may serve the model afterwards
     with context.stopper.raising(), temporary_folder() as folder:
         fetch = FetchContext(
             context.environ,
@@ -139,11 +139,12 @@ def pull(model: str, config: Config, context: Context, *, again: bool = False) -
         )
         pulled = kind.fetch_model(config.models_dir, model, fetch)
     context.reporter.close()
-    context.reporter.say(f"{model} is {'pulled' if pulled else 'there'}: {config.models_dir}")
+    done = "has been pulled to" if pulled else "is already stored in"
+    context.reporter.say(f"{model} {done} {config.models_dir}")
 
 
 def create(model: str, config: Config, context: Context) -> None:
-    """Make a model of the GGUF file that ``aiflux models import`` staged for it."""
+    """Create a model from the GGUF file that ``aiflux models import`` staged for it."""
     name = parse_model_name(model)
     staged = read_staged_gguf(config.models_dir, name)
     with context.stopper.raising(), temporary_folder() as folder:
@@ -204,10 +205,10 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
 
 
 def finished(plan: Plan, counts: Counts, context: Context) -> None:
-    """Say that a run was finished before.
+    """Report that a run was already finished.
 
     Raises:
-        TooManyFailuresError: it had too many failures then.
+        TooManyFailuresError: it had too many failures.
     """
     context.reporter.say(finished_line(plan, counts))
     refuse_failures(plan, counts.failed)

@@ -1,7 +1,7 @@
-"""Outages behind an address that still answers: a router whose servers are away, a used-up quota.
+"""Outages behind an address that still answers: a router without servers, an exhausted quota.
 
-Every request then fails, for a reason that is not its own. The sign is that different requests fail
-in a row. The proof is a probe: a request that was answered before, and is not any more.
+Every request then fails, whatever it contains. The sign is that different requests fail in a row.
+The proof is a probe: a request that was answered before no longer is.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ POLL_SECONDS = 0.05
 _FIRST_DELAY = 0.5
 _LONGEST_DELAY = 5.0
 _MOST_IN_A_ROW = 64 * ENOUGH
-# These have rules of their own: several timeouts restart the engine.
+# Handled elsewhere: several timeouts restart the engine.
 _OTHERS = ("timeout", "memory")
 
 
 def is_common(verdict: Outcome) -> bool:
-    """Tell whether an attempt failed for a reason that other requests may share."""
+    """Return whether an attempt failed for a reason that other requests may share."""
     if verdict.kind is Kind.RETRY:
         return verdict.code not in _OTHERS
     return verdict.kind is Kind.FAILED and (verdict.foreign or verdict.status in DOUBTFUL)
 
 
 def may_pass(verdict: Outcome) -> bool:
-    """Tell whether such a failure may pass by itself, where nothing was ever answered."""
+    """Return whether a failure may be temporary if no request was ever answered."""
     return verdict.kind is Kind.RETRY and not verdict.foreign
 
 
@@ -54,7 +54,7 @@ class OutageWatch:
     Thread-safe.
 
     Args:
-        answered_before: returns a request to an endpoint that an earlier start has an answer to.
+        answered_before: returns a request to an endpoint that an earlier start answered.
     """
 
     def __init__(self, answered_before: Callable[[str], Task | None] = lambda url: None) -> None:
@@ -65,7 +65,7 @@ class OutageWatch:
         self._lock = threading.Lock()
 
     def note_answer(self, engine: int, task: Task) -> None:
-        """Take note of an answer, which ends the row."""
+        """Note an answer, which ends a row of failures."""
         url = task.request.url
         known = self._answered.get(url)
         if known is None or len(task.payload) < len(known.payload):
@@ -76,21 +76,21 @@ class OutageWatch:
                 self._rows.pop((engine, url), None)
 
     def note_failure(self, engine: int, task: Task) -> bool:
-        """Take note of a failed attempt; return whether a probe is due."""
+        """Note a failed attempt; return whether a probe is due."""
         with self._lock:
             row = self._rows.setdefault((engine, task.request.url), _Streak())
             row.tasks[task.key] = task
             return len(row.tasks) >= row.enough
 
     def note_alive(self, engine: int, url: str) -> None:
-        """Take note that the engine answers others: the row was no outage."""
+        """Note that the engine answers other requests: the failures were no outage."""
         with self._lock:
             row = self._rows.setdefault((engine, url), _Streak())
             row.tasks.clear()
             row.enough = min(2 * row.enough, _MOST_IN_A_ROW)
 
     def note_recovery(self, engine: int, url: str) -> bool:
-        """Forget what the outage did to requests; return False where such recoveries lead nowhere.
+        """Forget the failures of an outage; return False if recoveries lead nowhere.
 
         An attempt in an outage does not count.
         """
@@ -102,7 +102,7 @@ class OutageWatch:
             return self._recoveries <= RECOVERIES_WITHOUT_PROGRESS
 
     def answered(self, url: str) -> Task | None:
-        """Return the smallest request that was answered; None where none was."""
+        """Return the smallest request that was answered; None if there is none."""
         if url not in self._answered:
             found = self._answered_before(url)
             with self._lock:
@@ -110,7 +110,7 @@ class OutageWatch:
         return self._answered[url]
 
     def probes(self, engine: int, url: str) -> list[Task]:
-        """Return what to probe with in turn: an answered request, or else those of the row."""
+        """Return the requests to probe with: an answered one, or else those that failed."""
         answered = self.answered(url)
         with self._lock:
             row = self._rows.get((engine, url), _Streak())
@@ -118,15 +118,15 @@ class OutageWatch:
 
 
 class OutageProbe:
-    """Asks an engine whether it answers anything, and holds its requests back while it does not.
+    """Probes an engine and holds its requests back until it answers one.
 
     Args:
-        exchange: sends a request to the engine of a lane, and judges what comes.
+        exchange: sends a request to the engine of a lane, and judges the answer.
         engine: returns the engine of a lane.
         served: the model's name as the engine serves it.
-        record: records the failures that wait at an endpoint.
-        on_down: told that an engine is to be started again, in which generation it was.
-        patience: seconds that it is given to answer again.
+        record: records the failures held back at an endpoint.
+        on_down: called with a lane and its generation when its engine is to be restarted.
+        patience: seconds to wait for an answer.
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class OutageProbe:
         self._lock = threading.Lock()
 
     def ended(self, lane: Lane, generation: int) -> bool:
-        """Tell whether a probe was due in this generation: its other failures do not count."""
+        """Return whether a probe was due in this generation: other failures of it do not count."""
         return self._ended.get(lane.index) == generation
 
     def run(self, lane: Lane, generation: int, url: str) -> None:
-        """Probe at one endpoint; where no answer comes, wait until one does.
+        """Probe one endpoint and wait until it answers.
 
         Raises:
-            EngineError: none does in time.
+            EngineError: it does not answer in time.
         """
         with self._lock:
             if lane.generation != generation or not lane.open or self.ended(lane, generation):
@@ -175,7 +175,7 @@ class OutageProbe:
             self._scheduler.open_lane(lane)
 
     def _until_answer(self, lane: Lane, generation: int, url: str) -> bool:
-        """Return whether the lane may be opened: not where its engine is to be started again."""
+        """Return whether the lane may be opened: not if its engine is to be restarted."""
         managed = self._engine(lane).kind.managed
         began, delay = time.monotonic(), 0.0
         for task in cycle(self._probes(lane, url, managed=managed)):
@@ -208,23 +208,23 @@ class OutageProbe:
         return True
 
     def _probes(self, lane: Lane, url: str, *, managed: bool) -> list[Task]:
-        """Return what to probe with; nothing where what never answered is not to be waited for."""
+        """Return the requests to probe with; empty if it is not worth waiting."""
         if self._watch.answered(url) is None and (managed or self._rejections.tolerant):
             return []
         return self._watch.probes(lane.index, url)
 
     def _note_outage(self, lane: Lane, verdict: Outcome, left: float) -> None:
-        # What its list of models says is certain: it is not waited for.
+        # A model missing from the engine's list is certain: waiting would not help.
         error = self._engine(lane).refusal(self._served)
         if error is not None:
             raise error
         self._say(
-            f"the engine answers no request ({verdict.reason}): it is given {left:.0f} s "
+            f"the engine answers no request ({verdict.reason}): waiting up to {left:.0f} s "
             "(--engine-wait)"
         )
 
     def _forgive(self, lane: Lane, url: str, verdict: Outcome) -> None:
-        """Have what failed in an outage sent again, as if it had not been."""
+        """Send the requests that failed in an outage again, without counting the attempt."""
         if not self._watch.note_recovery(lane.index, url):
             raise self._no_answer(lane, verdict)
         for held in self._rejections.take(url):
@@ -235,7 +235,7 @@ class OutageProbe:
         return EngineError(
             f"the engine at {public_url(self._engine(lane).client.base_url)} answers no request "
             f"any more ({verdict.reason}); none of these failures was recorded",
-            "run the same command again when it does; --engine-wait gives it more time",
+            "run the same command again when it answers; --engine-wait sets how long to wait",
         )
 
     def _pause(self, seconds: float) -> None:

@@ -1,8 +1,8 @@
-"""Who sends what next: one queue of requests in front of all engines.
+"""The scheduler: one queue of requests for all engines.
 
-A thread asks ``next`` for a request and an engine that has room for it, and afterwards says with
-one of ``done``, ``retry``, ``put_back`` or ``crashed`` what came of it. Waiting requests hold
-neither a thread nor a slot.
+A thread calls ``next`` for a request and an engine that has room for it, and afterwards reports the
+outcome with one of ``done``, ``retry``, ``put_back`` or ``crashed``. Waiting requests hold neither
+a thread nor a slot.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CRASHES_BEFORE_ALONE = 2
 
 @dataclass(slots=True)
 class Task:
-    """A request on its way.
+    """A request that is being processed.
 
     Attributes:
-        attempts: HTTP exchanges that counted.
-        crashes: engine crashes it was in flight at.
-        unfit: answers that did not fit the schema it asks for.
-        began: monotonic time at which it was first sent.
-        sent: the same of the latest time.
+        attempts: HTTP exchanges that count as attempts.
+        crashes: engine crashes while it was in flight.
+        unfit: answers that did not match its schema.
+        began: monotonic time of the first attempt.
+        sent: monotonic time of the latest attempt.
     """
 
     request: Request
@@ -43,15 +43,15 @@ class Task:
 
 
 class Limit(Protocol):
-    """How many requests an engine takes at once."""
+    """The number of requests an engine processes at once."""
 
     value: int
 
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
-        """Take note of an ended exchange."""
+        """Note a finished exchange."""
 
     def note_timeout(self) -> None:
-        """Take note of an exchange that ran out of time."""
+        """Note an exchange that timed out."""
 
 
 @dataclass(eq=False)
@@ -60,9 +60,9 @@ class Lane:
 
     Attributes:
         index: number of the engine.
-        open: requests are given to it.
+        open: it receives requests.
         gone: it will not come back.
-        generation: number of starts; a crash is noted once for each.
+        generation: number of starts; each counts one crash at most.
     """
 
     index: int
@@ -78,9 +78,9 @@ class Scheduler:
     """Hands out requests, the least loaded engine first. Thread-safe.
 
     Args:
-        source: the requests still to be done, in input order; read as needed.
+        source: the requests still to do, in input order; read as needed.
         lanes: the engines.
-        may_admit: asked before a new request is handed out; False ends admission for good.
+        may_admit: called before a new request is handed out; False ends admission for good.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Scheduler:
 
     @property
     def in_flight(self) -> int:
-        """Requests that are being sent."""
+        """Number of requests in flight."""
         return self._in_flight
 
     @property
@@ -139,7 +139,7 @@ class Scheduler:
             self._leave(task, lane)
 
     def set_aside(self, task: Task, lane: Lane) -> None:
-        """The request is neither done nor to be sent again, for now."""
+        """The request is not done, but is not to be sent again for now."""
         with self._condition:
             self._leave(task, lane)
 
@@ -163,7 +163,7 @@ class Scheduler:
             self._leave(task, lane)
 
     def crashed(self, task: Task, lane: Lane) -> None:
-        """The engine died under the request; after two crashes it is sent alone."""
+        """The engine crashed during the request; after two crashes it is sent alone."""
         with self._condition:
             if task.crashes >= CRASHES_BEFORE_ALONE:
                 self._suspects.append(task)
@@ -172,10 +172,10 @@ class Scheduler:
             self._leave(task, lane)
 
     def close_lane(self, lane: Lane, *, generation: int | None = None, gone: bool = False) -> None:
-        """Give the engine no more requests, for now or for good.
+        """Send the engine no more requests, for now or for good.
 
         Args:
-            generation: the start of the engine that this is about; a later one is left alone.
+            generation: the start of the engine that this applies to; a later start is not affected.
         """
         with self._condition:
             if generation is not None and generation != lane.generation:
@@ -192,13 +192,13 @@ class Scheduler:
             self._condition.notify_all()
 
     def stop(self) -> None:
-        """Hand out nothing more."""
+        """Hand out no more requests."""
         with self._condition:
             self._stopped = True
             self._condition.notify_all()
 
     def wake(self) -> None:
-        """Let waiting threads look again (a limit rose)."""
+        """Wake waiting threads, such as when a limit has risen."""
         with self._condition:
             self._condition.notify_all()
 

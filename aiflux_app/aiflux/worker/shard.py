@@ -1,4 +1,4 @@
-"""Working on a shard: engines up, requests out, results journalled, and at the end the output."""
+"""Processing of a shard: start engines, send requests, journal results, write the output."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ _DEADLINE_MARGIN = 15.0
 
 @dataclass
 class Context:
-    """What a start of the worker has at hand.
+    """What one start of the worker works with.
 
     Attributes:
-        deadline: Unix time at which the job ends; None where there is no such time.
-        api_key: for a foreign engine.
+        deadline: Unix time at which the job ends; None for no limit.
+        api_key: key for an engine at ``--engine-url``.
     """
 
     reporter: Reporter
@@ -73,10 +73,10 @@ class Context:
 
 
 def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
-    """Make sure of the plan's models; harmless where they are there.
+    """Make sure that the plan's models are stored; does nothing if they are.
 
     Raises:
-        ModelError: a model could not be had.
+        ModelError: a model is not available.
         StoppedError: a signal came meanwhile.
     """
     if plan.models_dir is None:
@@ -91,11 +91,11 @@ def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
 
 
 def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> None:
-    """Process one shard to its end and, when the run is complete, write the output.
+    """Process one shard completely and write the output when the run is complete.
 
     Raises:
-        TooManyFailuresError: finished; more requests failed than are allowed.
-        EngineError: no engine could be had, or all kept dying.
+        TooManyFailuresError: the shard is finished, but more requests failed than allowed.
+        EngineError: no engine started, or all of them kept crashing.
         StoppedError: stopped before the end.
         RunConflictError: another process works on the shard.
     """
@@ -114,33 +114,33 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
 
 
 def _settled_plan(plan: Plan, run: RunDirectory) -> Plan:
-    """Return the plan as it stands now; refuse to work on one that was replaced by another.
+    """Return the current plan; refuse one that was replaced by another.
 
-    Whoever plans holds the plan's lease and then looks for workers; a worker holds its shard's
-    lease and then looks for planners: one of the two sees the other. Where the same command was
-    given several times at once, another may have planned the same work between this one's plan and
-    its lease. It will find the lease held and end; so this one goes on, or nobody would.
+    A planner holds the plan's lease and then looks for workers; a worker holds its shard's lease
+    and then looks for planners: one of the two sees the other. If the same command ran several
+    times at once, another process may have planned the same work after this one planned it and
+    before it got its lease. That process finds the lease held and ends, so this one continues.
     """
     if run.plan_lease.exists():
         acquire(run.plan_lease, f"planning {plan.output}", wait=True).release()
     now = read_plan(run)
     if now.created != plan.created and not same_work(now, plan):
         raise RunConflictError(
-            f"{plan.output} was planned anew meanwhile", "submit it again: aiflux resume"
+            f"{plan.output} has been planned again meanwhile", "submit it again: aiflux resume"
         )
     return now
 
 
 def _refuse_changed_input(plan: Plan) -> None:
-    """Refuse an input that is not the planned one; it is read only where it may have changed."""
-    with suppress(OSError):  # reading it says what is wrong
+    """Refuse an input that is not the planned one; read it only if it may have changed."""
+    with suppress(OSError):  # reading it reports what is wrong
         if looks_unchanged(plan.input):
             return
     change = change_of(plan.input)
     if change is not None:
         raise InputError(
             f"the input {plan.input_path} {change}",
-            "put it back as it was, or run the same `aiflux run` command again: it plans again "
+            "restore it, or run the same `aiflux run` command again: it plans again "
             "and sends only what changed",
         )
 
@@ -177,7 +177,7 @@ class _ShardWork:
         self.status.enter("validating")
         if completed + failed:
             context.reporter.say(
-                f"going on: {completed + failed} of {shard.requests} requests are done already"
+                f"resuming: {completed + failed} of {shard.requests} requests are done already"
             )
 
     def run(self) -> None:
@@ -226,7 +226,7 @@ class _ShardWork:
                 raise changed_input(self.plan, change)
             raise StoppedError(
                 f"stopped ({reason}) with {self.stats.done} of {self.shard.requests} requests done",
-                "run the same command again: it goes on from there",
+                "run the same command again to resume",
             )
 
     def _finish(self) -> None:
@@ -248,30 +248,29 @@ class _ShardWork:
             raise TooManyFailuresError(
                 f"{failed} of {self.plan.requests} requests failed "
                 f"({run_wide} allowed by --max-failures){shown}",
-                "the output says why for each; --retry-failed tries them again",
+                "the output has the error of each; --retry-failed sends them again",
             )
 
     def _ask_for_requeue(self) -> None:
-        """Leave word for the batch script, where another start of the job would get on."""
+        """Tell the batch script to requeue the job, if another start would make progress."""
         options = self.plan.options
         if not (self.context.stopper.time_is_up or self.past_deadline()):
             return
         if not self.stats.new:
             self.context.reporter.say(
-                "no request was done in this start, so another of the same length would get no "
-                "further: ask for more time (aiflux resume --time ...)"
+                "no request finished in this start, so another of the same length would not get "
+                "any further: request more time (aiflux resume --time ...)"
             )
         elif self.ledger.requeues >= options.max_requeues:
             self.context.reporter.say(
-                f"the job was sent back to the queue {self.ledger.requeues} times already "
-                "(--max-requeues)"
+                f"the job has already been requeued {self.ledger.requeues} times (--max-requeues)"
             )
         else:
             self.ledger.requeues += 1
             self.run_directory.requeue_mark(self.shard.index).touch()
 
     def tick(self) -> None:
-        """Bring what people see up to date, and stop when the job's time is nearly over."""
+        """Update what users see, and stop when the job's time is nearly over."""
         if time.time() > self.last_call:
             self.context.stopper.stop("the job's time is nearly over", time_is_up=True)
         self._sync_status()
@@ -279,14 +278,14 @@ class _ShardWork:
         self.context.reporter.show(self.stats)
 
     def past_deadline(self) -> bool:
-        """Tell whether a request that is sent now could not end before the job does."""
+        """Return whether a request that is sent now could not end before the job does."""
         if self.context.deadline is None:
             return False
         expected = self.stats.expected_duration() + _DEADLINE_MARGIN
         return time.time() + expected > self.context.deadline
 
     def may_admit(self) -> bool:
-        """Tell whether a request may still be sent."""
+        """Return whether a request may still be sent."""
         return not self.context.stopper.stopping and not self.past_deadline()
 
     def _gpu_watch(self) -> GpuWatch:
@@ -396,7 +395,7 @@ class _ModelWork:
     def _ready(self, engine: Engine, lane: Lane) -> None:
         if self.plan.options.concurrency is not None:
             lane.limit = FixedLimit(self.plan.options.concurrency)
-        elif not isinstance(lane.limit, AdaptiveLimit):  # what it found stays true
+        elif not isinstance(lane.limit, AdaptiveLimit):  # keep the limit it found
             lane.limit = self._limit_of(engine)
         digest = engine.model_digest()
         facts = self.shard.status.details
@@ -445,7 +444,7 @@ class _ModelWork:
         if devices and options.gpus_per_engine > len(devices):
             raise EngineError(
                 f"--gpus-per-engine {options.gpus_per_engine}, but the job has {len(devices)} GPUs",
-                f"ask for more with --gpus-per-node {options.gpus_per_engine}",
+                f"request more with --gpus-per-node {options.gpus_per_engine}",
             )
         groups = group(devices, options.gpus_per_engine)
         return [
@@ -458,7 +457,7 @@ class _ModelWork:
         if cpu_only and devices and not self.plan.options.allow_cpu:
             raise EngineError(
                 f"this image runs on the CPU only, but the job has the GPUs {', '.join(devices)}",
-                "use an image with GPU support (built with BASE=docker), or say --allow-cpu",
+                "use an image with GPU support (built with BASE=docker), or pass --allow-cpu",
             )
 
     def _spec(self, index: int, devices: tuple[str, ...], home: Path) -> EngineSpec:
@@ -479,7 +478,7 @@ class _ModelWork:
 
 
 def _facts(plan: Plan, context: Context) -> StatusDetails:
-    """Return what the status shows once per start about where and how it runs."""
+    """Return what the status file shows about where and how this start runs."""
     environ = context.environ
     unsealed = unsealed_reason(environ, engine_here=engine_kind(plan.options).managed)
     return StatusDetails(

@@ -1,4 +1,4 @@
-"""Requests of a shard that are still to do, with the body that the engine is sent."""
+"""Requests of a shard that are still to do, with the body for the engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from aiflux.worker.scheduler import Task
 
 
 class Source:
-    """What is to be done of a shard.
+    """The requests of a shard that are still to do.
 
     Args:
         index: the results of earlier starts.
@@ -55,7 +55,7 @@ class Source:
                 yield from self._task(number, raw, key, model)
 
     def answered(self, model: str, url: str) -> Task | None:
-        """Return a request to an endpoint that succeeded in an earlier start; None if none did."""
+        """Return a request to an endpoint that succeeded in an earlier start, if any."""
         if not self._index.done:
             return None
         for number, _, raw in self._lines():
@@ -86,7 +86,7 @@ class Source:
             raise changed_input(self._plan, f"{change}: {error}") from None
 
     def _earlier(self, key: bytes) -> bool | None:
-        """Return whether the request succeeded before; None where it is still to be done."""
+        """Return whether the request succeeded before; None if it is still to do."""
         place = self._index.find(key)
         if place is None:
             return None
@@ -107,9 +107,9 @@ def build_payload(
     """Return the JSON to send.
 
     Args:
-        model: as the engine serves it; filled in where the body names none.
-        parameters: filled in where the body lacks them; not for embeddings, which have none.
-        kind: of the engine; it may adapt the body.
+        model: as the engine serves it; used if the body names none.
+        parameters: used where the body lacks them; not for embeddings, which have none.
+        kind: kind of the engine, which may adapt the body.
     """
     body = request.body
     edits: dict[str, Any] = {}

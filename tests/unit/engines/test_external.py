@@ -179,7 +179,7 @@ def test_rejections_of_every_request_are_exit_4_and_not_recorded(
         (401, "invalid_api_key", "refuses the key (401)", "AIFLUX_API_KEY"),
         (402, "payment_required", "asks for payment (402)", "credit and quota"),
         (403, "forbidden", "rejected the only request to /v1/chat/completions (403)", "address"),
-        (407, "proxy", "behind a proxy that asks for a login (407)", "--engine-url"),
+        (407, "proxy", "behind a proxy that requires a login (407)", "--engine-url"),
         (429, "insufficient_quota", "reports a used-up quota (429)", "credit and quota"),
         (451, "legal", "rejected the only request to /v1/chat/completions (451)", "address"),
     ],
@@ -338,7 +338,7 @@ def test_a_server_that_is_no_openai_api_is_exit_4_and_nothing_is_recorded(
         working = Working(tmp_path, engine.url, max_retries=1).prompts(*(["p"] * count))
         assert working.run() is ExitCode.ENGINE
         assert working.error is not None
-        assert "something else than an OpenAI API" in working.error.message
+        assert "something other than an OpenAI API" in working.error.message
         assert shown in working.error.message
         assert "--engine-url" in str(working.error.remedy)
         assert recorded(working) == 0

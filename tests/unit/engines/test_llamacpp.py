@@ -121,7 +121,7 @@ def test_text_and_embeddings_in_one_input_are_refused(tmp_path: Path) -> None:
     embedding = {"url": "/v1/embeddings", "body": {"input": "x"}}
     rerank = {"url": "/v1/rerank", "body": {"query": "x", "documents": ["y"]}}
     for pair in ((chat, embedding), (embedding, rerank), (rerank, chat)):
-        with pytest.raises(InputError, match="does only one of text, embeddings and reranking"):
+        with pytest.raises(InputError, match="supports only one of text, embeddings and reranking"):
             plan_of(tmp_path, "m:1", *pair)
     assert plan_of(tmp_path, "m:1", embedding, embedding).requests == 2
 

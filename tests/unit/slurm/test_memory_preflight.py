@@ -309,5 +309,5 @@ def test_a_models_own_defaults_fill_what_is_left_open(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_up_tells_no_digests(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not tell the digests"):
+    with pytest.raises(ConfigError, match="does not report the digests"):
         plan_of(tmp_path, "m:1@sha256:" + "0" * 64, engine_url="http://127.0.0.1:1")

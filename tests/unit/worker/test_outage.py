@@ -88,7 +88,7 @@ def test_an_outage_that_passes_costs_nothing(
     assert len(working.results) == REQUESTS
     assert failed(working) == 0
     assert router.refused < 60
-    assert any("is given 30 s" in line for line in working.reporter.messages)
+    assert any("waiting up to 30 s" in line for line in working.reporter.messages)
     assert any("answers again" in line for line in working.reporter.messages)
 
 

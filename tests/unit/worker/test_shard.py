@@ -385,7 +385,7 @@ def test_a_request_that_kills_the_engine_is_run_alone_and_given_up(tmp_path: Pat
     failed = [entry for entry in working.results if "error" in entry]
     assert [entry["input"]["custom_id"] for entry in failed] == ["12:die"]
     assert failed[0]["error"]["code"] == "engine_crashed"
-    assert "died 3 times under this request" in failed[0]["error"]["message"]
+    assert "crashed 3 times while it processed this request" in failed[0]["error"]["message"]
     assert engine.seen["die"] == 3
     assert len(working.results) == 25
 

@@ -1,4 +1,4 @@
-"""What is known of a server at ``--engine-url`` before it is asked: nothing but its address."""
+"""The kind of a server at ``--engine-url``, of which only the address is known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aiflux.models.name import accepts_model, same_model
 
 
 class ExternalKind:
-    """A server that somebody else started. Its models are its own."""
+    """A server that AI-Flux did not start and whose models it does not manage."""
 
     name = "external"
     title = "external server"
@@ -36,58 +36,58 @@ class ExternalKind:
     slot_limits = SlotLimits()
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """The server gets every parameter."""
+        """Refuse nothing: the server gets every parameter."""
 
     def served_name(self, model: str) -> str:
-        """Return the name as it is given."""
+        """Return the name unchanged."""
         return model
 
     def same_model(self, one: str, other: str) -> bool:
-        """Tell whether two names mean the same model."""
+        """Return whether two names mean the same model."""
         return same_model(one, other)
 
     def distinct_models(self, models: Sequence[str]) -> list[str]:
-        """Return the names.
+        """Return the names, each once.
 
         Raises:
-            ConfigError: one insists on a digest.
+            ConfigError: a name contains a digest.
         """
         for name in models:
             if "@sha256:" in name:
                 raise ConfigError(
-                    f"the model {name!r} insists on a digest, and an engine at --engine-url does "
-                    "not tell the digests of its models",
-                    "leave @sha256:... out",
+                    f"the model {name!r} contains a digest, but an engine at --engine-url does not "
+                    "report the digests of its models",
+                    "omit @sha256:...",
                 )
         return [*models]
 
     def model_path(self, model: str) -> Path | None:
-        """Nothing: the server has its models."""
+        """Return None: the server has its models."""
         return None
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
-        """The server's models are not ours to look for."""
+        """Return True: the server has its models."""
         return True
 
     def catalog_name(self, model: str) -> str | None:
-        """The catalog does not describe what a server has."""
+        """Return None: the catalog does not describe a server's models."""
         return None
 
     def refuse_model(self, models_dir: Path, model: str) -> None:
-        """The server's models are not known here."""
+        """Refuse nothing: the server's models are unknown."""
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
-        """None: no model has to be stored."""
+        """Return None: no model has to be stored."""
         return None
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
-        """Nothing is fetched."""
+        """Fetch nothing."""
         return False
 
     def figures(
         self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
-        """Unknown: the server may have the model in any form."""
+        """Return None: the server may have the model in any format."""
         return None
 
     def one_slot(self, figures: Figures) -> bool:
@@ -97,19 +97,19 @@ class ExternalKind:
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
     ) -> int:
-        """None here: it runs elsewhere."""
+        """Return 0: it runs elsewhere."""
         return 0
 
     def divides(self, figures: Figures, gpus: int) -> bool:
-        """Unknown: it runs elsewhere."""
+        """Return True: it runs elsewhere."""
         return True
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
-        """The server gets bodies as they are."""
+        """Change nothing."""
         return {}
 
     def crash_code(self, status: int, message: str) -> str | None:
-        """The generic rule holds."""
+        """Apply the generic rule."""
         return None
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:

@@ -1,4 +1,4 @@
-"""What is known of llama.cpp's server without starting it."""
+"""The kind of llama.cpp's server: what is known without starting it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _accepts_model(model: str, named: str) -> bool:
 
 
 class LlamaCppKind:
-    """llama.cpp's server, ``llama-server``. It obeys the whole body of a request."""
+    """llama.cpp's server, ``llama-server``. It supports the whole body of a request."""
 
     name = "llamacpp"
     title = "llama.cpp"
@@ -44,38 +44,38 @@ class LlamaCppKind:
     input_rules = InputRules(_accepts_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse text, embeddings and reranking in one input: a server does one of the three.
+        """Refuse a mix of text, embeddings and reranking: a server supports only one of them.
 
         Raises:
-            InputError: there are several.
+            InputError: the input mixes them.
         """
         refuse_mixed_uses(self.title, endpoints)
 
     def served_name(self, model: str) -> str:
-        """Return the name that the server gets: Ollama's, or the path of the file.
+        """Return the name for the server: Ollama's, or the path of the file.
 
         Raises:
-            ConfigError: it is not a name of a model.
+            ConfigError: it is not a valid model name.
         """
         return model if model_file.is_path(model) else parse_model_name(model).served
 
     def same_model(self, one: str, other: str) -> bool:
-        """Tell whether two names mean the same model."""
+        """Return whether two names mean the same model."""
         return _accepts_model(other, one) or same_model(one, other)
 
     def distinct_models(self, models: Sequence[str]) -> list[str]:
         """Return one name for each model, paths made absolute.
 
         Raises:
-            ConfigError: a name is wrong.
-            InputError: names of one model insist on two digests.
+            ConfigError: a name is not valid.
+            InputError: names of one model contain different digests.
         """
         paths = [model_file.absolute_name(name) for name in models if model_file.is_path(name)]
         names = [name for name in models if not model_file.is_path(name)]
         return [*dict.fromkeys(paths), *one_of_each(names)]
 
     def catalog_name(self, model: str) -> str | None:
-        """Return Ollama's name of a model; None for a file."""
+        """Return Ollama's name for a model; None for a file."""
         return None if model_file.is_path(model) else self.served_name(model)
 
     def model_path(self, model: str) -> Path | None:
@@ -83,19 +83,19 @@ class LlamaCppKind:
         return Path(model) if model_file.is_path(model) else None
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
-        """Tell whether the file is there, or all that Ollama pulled of a model."""
+        """Return whether the file exists, or a model pulled by Ollama is complete."""
         return model_file.is_stored(models_dir, model)
 
     def refuse_model(self, models_dir: Path, model: str) -> None:
         """Refuse a stored model that llama.cpp cannot read, or with another digest.
 
         Raises:
-            ModelError: it is one.
+            ModelError: the model is one of these.
         """
         model_file.refuse_model(models_dir, model)
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError:
-        """Return the error of a model that is not stored."""
+        """Return the error for a model that is not stored."""
         if model_file.is_path(model):
             return ModelError(f"model file not found: {model}", "check the path (--model)")
         return ModelError(
@@ -106,7 +106,7 @@ class LlamaCppKind:
         )
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
-        """Fetch nothing: models come from Ollama's registry, by Ollama.
+        """Fetch nothing: Ollama pulls the models from its registry.
 
         Raises:
             ModelError: the model is not stored, or cannot be used.
@@ -119,32 +119,32 @@ class LlamaCppKind:
     def figures(
         self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
-        """Return a model's figures: from its own file, or else from the catalog."""
+        """Return a model's figures: from its file, or else from the catalog."""
         return model_file.figures_of_model(models_dir, model, catalog)
 
     def one_slot(self, figures: Figures) -> bool:
-        """No: the server has as many slots as it is told, with every model."""
+        """Return False: every model can use several slots."""
         return False
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
     ) -> int:
-        """Return the least that it needs, by the account of Ollama, which runs the same code."""
+        """Return the memory that Ollama needs at least, which runs the same code."""
         cache_type = options.engine_env.get("LLAMA_ARG_CACHE_TYPE_K") or "f16"
         return estimate(
             figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type, one_slot=False
         ).total
 
     def divides(self, figures: Figures, gpus: int) -> bool:
-        """Yes: it puts layers on each."""
+        """Return True: it puts layers on each GPU."""
         return True
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
-        """Change nothing: the server answers for any model's name, and obeys both limits."""
+        """Change nothing: the server accepts any model name and both token limits."""
         return {}
 
     def crash_code(self, status: int, message: str) -> str | None:
-        """The generic rule holds: a server that died answers nothing."""
+        """Apply the generic rule: a crashed server does not answer."""
         return None
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:

@@ -1,4 +1,4 @@
-"""What is known of Ollama without starting it."""
+"""The kind of Ollama: what is known without starting it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
 
-# What Ollama says in a 500 when its runner process died under the request (llm/server.go).
+# Ollama's messages in a 500 when its runner process died during the request (llm/server.go).
 _RUNNER_DIED = (
     "llama runner process has terminated",
     "llama runner process no longer running",
@@ -38,7 +38,7 @@ _RUNNER_DIED = (
     "connection reset by peer",
     "connection refused",
 )
-# What Ollama says in a 404 when the model's manifest is gone (server/routes.go).
+# Ollama's message in a 404 when the model's manifest is gone (server/routes.go).
 _MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
 
 
@@ -55,20 +55,20 @@ class OllamaKind:
     input_rules = InputRules(accepts_model, IGNORED_FIELDS)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse top_k, which Ollama's OpenAI API does not read, and reranking, which it lacks.
+        """Refuse top_k and reranking, which Ollama's OpenAI API does not support.
 
         Raises:
             ConfigError: top_k is set.
-            InputError: requests ask for reranking.
+            InputError: the input contains reranking.
         """
         if RERANK in endpoints:
             raise InputError(
-                f"Ollama does not offer {RERANK}",
-                "use --engine llamacpp, or a server that offers it: --engine-url URL",
+                f"Ollama does not support {RERANK}",
+                "use --engine llamacpp, or a server that supports it: --engine-url URL",
             )
         if options.top_k is not None:
             raise ConfigError(
-                "top_k is set, but Ollama's OpenAI API does not know it",
+                "top_k is set, but Ollama's OpenAI API does not support it",
                 "remove --top-k, TOP_K or top_k in aiflux.yaml (aiflux config show prints "
                 "which one it is), or set it in the model (ollama create, PARAMETER top_k)",
             )
@@ -77,40 +77,40 @@ class OllamaKind:
         """Return the name under which Ollama lists a model.
 
         Raises:
-            ConfigError: it is not a name of a model.
+            ConfigError: it is not a valid model name.
         """
         return parse_model_name(model).served
 
     def same_model(self, one: str, other: str) -> bool:
-        """Tell whether two names mean the same model (``m`` and ``m:latest`` do)."""
+        """Return whether two names mean the same model (``m`` and ``m:latest`` do)."""
         return same_model(one, other)
 
     def distinct_models(self, models: Sequence[str]) -> list[str]:
-        """Return one name for each model: of several, the one that insists on most of a digest.
+        """Return one name for each model: of several, the one with the longest digest.
 
         Raises:
-            ConfigError: a name is wrong.
-            InputError: names of one model insist on two digests.
+            ConfigError: a name is not valid.
+            InputError: names of one model contain different digests.
         """
         return one_of_each(models)
 
     def model_path(self, model: str) -> Path | None:
-        """Nothing: Ollama's models are in the models directory."""
+        """Return None: Ollama's models are in the models directory."""
         return None
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
-        """Tell whether a model's manifest and all its blobs are in a models directory."""
+        """Return whether a model's manifest and all its blobs are in a models directory."""
         return not missing_parts(models_dir, parse_model_name(model))
 
     def catalog_name(self, model: str) -> str | None:
-        """Return the name under which Ollama lists a model: the catalog has the same."""
+        """Return the name under which Ollama lists a model; the catalog uses the same names."""
         return self.served_name(model)
 
     def refuse_model(self, models_dir: Path, model: str) -> None:
-        """Refuse a stored model with another digest than its name insists on.
+        """Refuse a stored model whose digest is not the one in its name.
 
         Raises:
-            ModelError: it has.
+            ModelError: the digests differ.
         """
         name = parse_model_name(model)
         found = model_digest(models_dir, name)
@@ -118,7 +118,7 @@ class OllamaKind:
             refuse_other_digest(name, found, str(models_dir))
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
-        """None: the job pulls it."""
+        """Return None: the job pulls it."""
         return None
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
@@ -127,7 +127,7 @@ class OllamaKind:
         Raises:
             ModelError: it is unknown or not available.
             StorageError: the models directory cannot be written.
-            EngineError: there is no ``ollama``.
+            EngineError: the program ``ollama`` is missing.
         """
         from aiflux.engines.ollama.pull import ensure_model
 
@@ -144,26 +144,26 @@ class OllamaKind:
     def figures(
         self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
-        """Return a model's figures: from its own file, or else from the catalog."""
+        """Return a model's figures: from its file, or else from the catalog."""
         return known_figures(models_dir, parse_model_name(model), catalog)
 
     def one_slot(self, figures: Figures) -> bool:
-        """Tell whether Ollama runs a model with one slot, whatever it is given."""
+        """Return whether Ollama runs a model with one slot, whatever was requested."""
         return has_one_slot(figures.architecture)
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
     ) -> int:
-        """Return the least that the newer Ollamas need, with flash attention."""
+        """Return the minimum that recent versions of Ollama need, with flash attention."""
         cache_type = options.engine_env.get("OLLAMA_KV_CACHE_TYPE") or "f16"
         return estimate(figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type).total
 
     def divides(self, figures: Figures, gpus: int) -> bool:
-        """Yes: it puts layers on each."""
+        """Return True: it puts layers on each GPU."""
         return True
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
-        """Use a name that Ollama knows, and the limit that it obeys.
+        """Use a model name and a token limit that Ollama supports.
 
         Names with AI-Flux's own ``http://`` or ``@sha256:...`` are replaced. Ollama ignores
         ``max_completion_tokens``: the value is also sent as ``max_tokens``.
@@ -178,13 +178,13 @@ class OllamaKind:
         return edits
 
     def crash_code(self, status: int, message: str) -> str | None:
-        """Return the code of an answer by which Ollama shows that it lost its model."""
+        """Return the code of an answer that shows that Ollama lost its model."""
         if status == 500 and any(words in message for words in _RUNNER_DIED):
             return "engine_crashed"
         return "model_gone" if status == 404 and _MODEL_GONE.match(message) else None
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
-        """Return an Ollama on the spec's GPUs."""
+        """Return an Ollama server on the spec's GPUs."""
         from aiflux.engines.ollama.engine import OllamaEngine
 
         return OllamaEngine(self, spec, make_client)

@@ -1,4 +1,4 @@
-"""What is known of vLLM without starting it."""
+"""The kind of vLLM: what is known without starting it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from aiflux.errors import ConfigError, InputError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 
-# What vLLM answers to requests when its engine process died (vllm/v1/engine/exceptions.py).
+# vLLM's answers to requests when its engine process died (vllm/v1/engine/exceptions.py).
 _ENGINE_DIED = ("EngineCore encountered an issue", "EngineDeadError", "Engine process died")
 
 
 def same_hub_model(one: str, other: str) -> bool:
-    """Tell whether two names can mean the same model: ``hf:`` and @REVISION may be left out."""
+    """Return whether two names can mean the same model: ``hf:`` and @REVISION are optional."""
     try:
         mine, its = parse_hub_model(one), parse_hub_model(other)
     except ConfigError:
@@ -49,19 +49,19 @@ def same_hub_model(one: str, other: str) -> bool:
     return mine.repo.lower() == its.repo.lower()
 
 
-def accepts_hub_model(wanted: str, named: str) -> bool:
-    """Tell whether a request that names a model may be sent to the run's model.
+def accepts_hub_model(run_model: str, named: str) -> bool:
+    """Return whether a request that names a model may be sent to the run's model.
 
-    The name of a directory may stand for its path. A revision that the request has must be that of
-    the run's model.
+    The name of a directory may stand for its path. A revision in the request must be that of the
+    run's model.
 
     Raises:
-        ConfigError: the run's model has no valid name.
+        ConfigError: the name of the run's model is not valid.
     """
-    model = parse_hub_model(wanted)
+    model = parse_hub_model(run_model)
     if named == model.served:
         return True
-    if not same_hub_model(wanted, named):
+    if not same_hub_model(run_model, named):
         return False
     return model.revision is not None or parse_hub_model(named).revision is None
 
@@ -84,10 +84,10 @@ class VllmKind:
     input_rules = InputRules(accepts_hub_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse text, embeddings and reranking in one input: a server does one of the three.
+        """Refuse a mix of text, embeddings and reranking: a server supports only one of them.
 
         Raises:
-            InputError: there are several.
+            InputError: the input mixes them.
         """
         refuse_mixed_uses(self.title, endpoints)
 
@@ -100,7 +100,7 @@ class VllmKind:
         return parse_hub_model(model).served
 
     def same_model(self, one: str, other: str) -> bool:
-        """Tell whether two names mean the same model."""
+        """Return whether two names mean the same model."""
         return same_hub_model(one, other)
 
     def distinct_models(self, models: Sequence[str]) -> list[str]:
@@ -109,7 +109,7 @@ class VllmKind:
         Of several names of one model, the one with the longest revision is returned.
 
         Raises:
-            ConfigError: a name is wrong.
+            ConfigError: a name is not valid.
             InputError: names of one model have two revisions, or two directories have one name.
         """
         chosen: dict[str, str] = {}
@@ -126,9 +126,9 @@ class VllmKind:
         return [parse_hub_model(name).text for name in chosen.values()]
 
     def model_path(self, model: str) -> Path | None:
-        """Return the directory that a path names; of a hub cache all that it has of the model.
+        """Return the directory that a path names; in a hub cache, everything it has of the model.
 
-        The files of a snapshot there are links to blobs next to it.
+        A snapshot's files there are links to blobs outside it.
         """
         folder = parse_hub_model(model).folder
         if folder is not None and folder.parent.name == "snapshots":
@@ -136,16 +136,16 @@ class VllmKind:
         return folder
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
-        """Tell whether a model's configuration and all its weights are stored."""
+        """Return whether a model's configuration and all its weights are stored."""
         snapshot = find_snapshot(models_dir, parse_hub_model(model))
         return snapshot is not None and not any(problems(snapshot))
 
     def catalog_name(self, model: str) -> str | None:
-        """None: the catalog has Ollama's names."""
+        """Return None: the catalog has Ollama's names."""
         return None
 
     def refuse_model(self, models_dir: Path, model: str) -> None:
-        """Refuse a directory that vLLM cannot load; pass what is pulled before the start.
+        """Refuse a directory that vLLM cannot load; accept a model that is pulled before the start.
 
         Raises:
             ModelError: a file is missing or damaged, or there are no safetensors.
@@ -155,7 +155,7 @@ class VllmKind:
             stored_snapshot(models_dir, named)
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
-        """Return the error of a directory that does not exist; None for a model of the hub."""
+        """Return the error for a directory that does not exist; None for a model of the hub."""
         named = parse_hub_model(model)
         return None if named.folder is None else absent(models_dir, named)
 
@@ -173,27 +173,27 @@ class VllmKind:
     def figures(
         self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
-        """Return a model's figures from its files; None where they are not stored."""
+        """Return a model's figures from its files; None if they are not stored."""
         snapshot = find_snapshot(models_dir, parse_hub_model(model))
         if snapshot is None:
             return None
         try:
             return figures_of_files(snapshot, weight_files(snapshot))
         except ModelError:
-            return None  # `stored_snapshot` reports damage; vLLM knows more shapes than we do
+            return None  # damage is reported by `stored_snapshot`; vLLM knows more architectures
 
     def one_slot(self, figures: Figures) -> bool:
-        """VLLM batches every model."""
+        """Return False: vLLM batches every model."""
         return False
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
     ) -> int:
-        """Return what the weights, the cache of ``slots`` usual requests and vLLM itself need."""
+        """Return the memory of the weights, the cache of ``slots`` requests and vLLM itself."""
         return memory_needed(figures, context, slots, gpus)
 
     def divides(self, figures: Figures, gpus: int) -> bool:
-        """Tell whether the model's heads can be divided evenly."""
+        """Return whether the model's heads can be divided evenly."""
         return divides(figures.architecture, gpus)
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
@@ -201,12 +201,12 @@ class VllmKind:
         return {} if body.get("model") in (None, served) else {"model": served}
 
     def crash_code(self, status: int, message: str) -> str | None:
-        """Return the code of an answer by which vLLM shows that its engine process died."""
+        """Return the code of an answer that shows that vLLM's engine process died."""
         died = status >= 500 and any(words in message for words in _ENGINE_DIED)
         return "engine_crashed" if died else None
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
-        """Return a vLLM on the spec's GPUs."""
+        """Return a vLLM server on the spec's GPUs."""
         from aiflux.engines.vllm.engine import VllmEngine
 
         return VllmEngine(self, spec, make_client)

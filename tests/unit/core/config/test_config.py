@@ -362,7 +362,7 @@ def test_two_names_of_one_setting_are_not_both_taken(tmp_path: Path) -> None:
 def test_top_k_is_refused_where_it_would_have_no_effect() -> None:
     with pytest.raises(ConfigError, match="top_k is set, but"):
         kind_named("ollama").refuse_run(RunOptions(top_k=5), {})
-    with pytest.raises(InputError, match="Ollama does not offer /v1/rerank"):
+    with pytest.raises(InputError, match="Ollama does not support /v1/rerank"):
         kind_named("ollama").refuse_run(RunOptions(), {"/v1/rerank": 1})
     kind_named("external").refuse_run(RunOptions(top_k=5, engine_url="http://h"), {})
     assert RunOptions(top_k=5, engine_url="http://h").parameters == {"top_k": 5}

@@ -211,7 +211,7 @@ def test_no_worker_starts_on_a_plan_that_changes(tmp_path: Path) -> None:
         lease.release()
         thread.join()
     assert ended == [ExitCode.USAGE]
-    assert "planned anew" in str(working.error)
+    assert "planned again" in str(working.error)
     assert not engine.seen
 
 
@@ -251,7 +251,7 @@ def test_a_start_without_progress_asks_for_no_other(tmp_path: Path) -> None:
         threading.Timer(0.5, lambda: working.stopper.stop("time", time_is_up=True)).start()
         assert working.shard(0) is ExitCode.STOPPED
     assert not run_of(working).requeue_mark(0).exists()
-    assert any("ask for more time" in text for text in working.reporter.messages)
+    assert any("request more time" in text for text in working.reporter.messages)
 
 
 def test_a_plain_signal_asks_for_no_other_start(tmp_path: Path) -> None:

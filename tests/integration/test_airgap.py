@@ -105,7 +105,7 @@ def test_from_a_bundle_to_results_without_a_network(
     command = soft / "bin" / "aiflux"
     assert str(command) in printed
     assert not (models / ".staging").exists()
-    assert "is whole" in island.run(command, "bundle", "verify", bundle, cwd=place)
+    assert "is complete" in island.run(command, "bundle", "verify", bundle, cwd=place)
     printed = island.run(command, "doctor", cwd=place, code=2)
     assert "FAIL slurm" in printed, "this namespace has no Slurm"
     assert printed.count("FAIL ") == 1, printed

@@ -416,7 +416,7 @@ def test_a_full_disk_is_reported(site: Site, small_disk: Path, gguf: Path) -> No
                        models=small_disk, code=5)  # fmt: skip
     assert "No space left on device" in printed
     printed = site.run("models", "remove", "lab/tiny:1", models=small_disk)
-    assert "are free again" in printed, "removing models needs no free space"
+    assert "which freed" in printed, "removing models needs no free space"
     subprocess.run(["mount", "-o", "remount,size=300m", small_disk], check=True)
     site.run("models", "pull", site.name, models=small_disk)
     site.works(small_disk)
@@ -452,5 +452,5 @@ def test_models_are_pulled_and_created_through_the_image(
     user.run(aiflux, "models", "pull", pushed, cwd=place, env=env)
     user.run(aiflux, "models", "pull", "--again", pushed, cwd=place, env=env)
     for name in ("lab/tiny:1", pushed):
-        assert "is whole" in user.run(aiflux, "models", "verify", name, cwd=place, env=env)
+        assert "is complete" in user.run(aiflux, "models", "verify", name, cwd=place, env=env)
     assert not [*(place / "models" / ".staging").iterdir()]

@@ -23,6 +23,7 @@ parser.add_argument("--port", type=int, required=True)
 parser.add_argument("-np", type=int, required=True)
 parser.add_argument("-c", type=int, required=True)
 parser.add_argument("-t", type=int)
+parser.add_argument("-lv", type=int)
 for flag in ("--metrics", "--offline", "--no-webui", "--embeddings"):
     parser.add_argument(flag, action="store_true")
 options = parser.parse_args()

@@ -137,8 +137,12 @@ def test_all_models_get_slots_and_top_k_is_obeyed(tmp_path: Path) -> None:
 
 RECORDER = """\
 #!/bin/sh
+if [ "$1" = --list-devices ]; then
+    echo "Available devices:"
+    [ "$CUDA_VISIBLE_DEVICES" = 7 ] || echo "  CUDA0: H100 (81559 MiB, 81008 MiB free)"
+    exit 0
+fi
 printf '%s\\n' "$@" >"$0.arguments"
-echo "load_tensors: offloaded 0/3 layers to GPU"
 echo "main: failed to allocate buffer of 12 GiB: out of memory"
 exit 1
 """
@@ -148,7 +152,8 @@ exit 1
     ("body", "devices", "options", "wanted", "unwanted"),
     [
         ({}, (), {}, "-t", "-ngl"),
-        ({}, ("0", "1"), {}, "-ngl 999", "-t"),
+        ({}, ("0", "1"), {}, "-ngl 999 -lv 2", "-t"),
+        ({}, (), {"log_level": "DEBUG"}, "-lv 5", "-ngl"),
         ({}, ("0",), {"allow_cpu": True}, "--metrics --offline --no-webui", "-ngl"),
         ({"url": "/v1/embeddings", "body": {"input": "x"}}, (), {},
          "--embeddings -b 1024 -ub 1024 --pooling mean", "--mmproj"),
@@ -180,6 +185,20 @@ def test_the_command_line(
     assert f"-m {path} --alias {path} --host 127.0.0.1 --port 0 -np 3 -c 3072" in line
     assert wanted in line
     assert f" {unwanted} " not in line
+
+
+def test_a_server_that_sees_no_gpu_in_a_gpu_job_is_refused(tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text(RECORDER, encoding="utf-8")
+    program.chmod(0o755)
+    plan = plan_of(tmp_path, str(tiny_file(tmp_path)))
+    spec = EngineSpec(0, plan, plan.models[0], ("7",), tmp_path / "home", tmp_path / "log",
+                      {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"},
+                      lambda _: None)  # fmt: skip
+    engine = KIND.make_engine(spec, lambda url: Client(url, 5.0, 2))
+    with pytest.raises(EngineError, match="sees no GPU in a job with the GPUs 7"):
+        engine.start()
+    assert not program.with_name("llama-server.arguments").exists()
 
 
 def test_without_the_program_the_error_names_it(tmp_path: Path) -> None:

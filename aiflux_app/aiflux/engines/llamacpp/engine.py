@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from typing import Any
 
 from aiflux.core.batch.request import EMBEDDINGS, RERANK
@@ -20,9 +21,13 @@ from aiflux.engines.sizing import engine_context, engine_slots
 from aiflux.errors import EngineError, ModelError
 
 _PROBE_TIMEOUT = 5.0
+_LIST_TIMEOUT = 60.0
 _ALL_LAYERS = "999"
-# llama.cpp's log messages about placed layers, and about models that cannot be loaded.
-_OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+# Verbosity of the log; the default of 3 writes ten lines for each request.
+_WARNINGS, _DEBUG = "2", "5"
+# What ``llama-server --list-devices`` prints of each GPU, such as "  CUDA0: NVIDIA H100 (...)".
+_DEVICE = re.compile(r"^\s+\S+: ", re.MULTILINE)
+# Why a model cannot be loaded.
 _REASON = re.compile(r"(?:error loading model: |(?=failed to (?:allocate|initialize)))(.*)")
 
 
@@ -55,6 +60,8 @@ class LlamaCppEngine(ManagedEngine):
             EngineError: the server did not start, the model did not load, or it landed on the CPU.
         """
         files = self._files()
+        self.spec.home.mkdir(parents=True, exist_ok=True)
+        self._refuse_cpu()
         while True:
             try:
                 client = self._load(files)
@@ -64,7 +71,6 @@ class LlamaCppEngine(ManagedEngine):
                     raise
         self._digest = files.digest
         self._note_facts(files, self._props(client))
-        self._check_placement()
         self._use(client)
 
     def _files(self) -> ModelFiles:
@@ -79,11 +85,9 @@ class LlamaCppEngine(ManagedEngine):
 
     def _load(self, files: ModelFiles) -> Client:
         """Start the server; return a client once it is ready."""
-        self.spec.home.mkdir(parents=True, exist_ok=True)
         log = self.spec.log
         self._log_start = log.stat().st_size if log.exists() else 0
-        environment = engine_environment(self.spec.environ, self.spec.home, self._settings())
-        server = self._serve(self._command(files), environment)
+        server = self._serve(self._command(files), self._environment())
         try:
             # Until the model is in memory, every path answers 503.
             return self._await_ready(server, "/health", self._options.load_timeout)
@@ -110,6 +114,7 @@ class LlamaCppEngine(ManagedEngine):
             command += ["-t", str(len(os.sched_getaffinity(0)))]
         elif not self._options.allow_cpu:
             command += ["-ngl", _ALL_LAYERS]
+        command += ["-lv", _DEBUG if self._options.log_level == "DEBUG" else _WARNINGS]
         return command + self._pooling_options()
 
     def _pooling_options(self) -> list[str]:
@@ -125,14 +130,12 @@ class LlamaCppEngine(ManagedEngine):
         own = figures is not None and figures.architecture.embeds
         return ["--embeddings", *batch, *([] if own else ["--pooling", "mean"])]
 
-    def _settings(self) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         """Return the environment of this engine; the run's own variables take precedence."""
-        settings = {}
-        if self.spec.devices:
-            settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.devices)
-        if self._options.log_level == "DEBUG":
-            settings["LLAMA_LOG_VERBOSITY"] = "4"
-        return {**settings, **self._options.engine_env}
+        devices = ",".join(self.spec.devices)
+        settings = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
+        settings |= self._options.engine_env
+        return engine_environment(self.spec.environ, self.spec.home, settings)
 
     def _props(self, client: Client) -> dict[str, Any]:
         try:
@@ -147,24 +150,42 @@ class LlamaCppEngine(ManagedEngine):
     def _note_facts(self, files: ModelFiles, props: dict[str, Any]) -> None:
         facts = self.facts
         size = files.model.stat().st_size
-        on_gpu, layers = self._offloaded()
         settings = props.get("default_generation_settings") or {}
         facts.version = str(props.get("build_info") or "unknown")
         facts.slots = self.slots = int(props.get("total_slots") or self.slots)
         facts.context_length = int(settings.get("n_ctx") or self._context)
-        facts.size_bytes, facts.gpu_bytes = size, size * on_gpu // max(layers, 1)
+        on_gpu = bool(self.spec.devices) and not self._options.allow_cpu
+        facts.size_bytes, facts.gpu_bytes = size, size if on_gpu else 0
         facts.log = str(self.spec.log)
 
-    def _check_placement(self) -> None:
-        on_gpu, layers = self._offloaded()
-        if not self.spec.devices or self._options.allow_cpu or (layers and on_gpu == layers):
-            return
-        share = 100 - 100 * on_gpu // max(layers, 1)
-        raise EngineError(
-            f"{share} % of {self._model} landed on the CPU in a job with the GPUs "
-            f"{', '.join(self.spec.devices)}",
-            "check that llama-server has GPU support (aiflux image info); or use --allow-cpu",
-        )
+    def _sees_gpus(self) -> bool:
+        """Tell whether the program has a back end for the job's GPUs, and finds them."""
+        try:
+            done = subprocess.run(
+                [self._program, "--list-devices"],
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_LIST_TIMEOUT,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise EngineError(
+                f"cannot run {self._program} --list-devices: {error}", "check the installation"
+            ) from error
+        return bool(_DEVICE.search(done.stdout.partition("Available devices:")[2]))
+
+    def _refuse_cpu(self) -> None:
+        """Refuse to run on the CPU in a job with GPUs.
+
+        With GPUs, all layers have to go there (``-ngl``), or the model is not loaded at all.
+        """
+        if self.spec.devices and not self._options.allow_cpu and not self._sees_gpus():
+            raise EngineError(
+                f"llama-server sees no GPU in a job with the GPUs {', '.join(self.spec.devices)}",
+                "use a llama-server with GPU support (aiflux image info); or --allow-cpu",
+            )
 
     def _shrink(self) -> bool:
         """Halve the slots; return False if that is not allowed, or would not help."""
@@ -173,11 +194,6 @@ class LlamaCppEngine(ManagedEngine):
             return False
         self.slots //= 2
         return True
-
-    def _offloaded(self) -> tuple[int, int]:
-        """Return the number of layers on GPUs and of all layers; zeros if the log has none."""
-        found = _OFFLOADED.findall(self._log_text())
-        return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
     def _reason(self) -> str | None:
         """Return why the model could not be loaded, in the server's words; None without any."""

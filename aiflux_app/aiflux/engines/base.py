@@ -70,6 +70,44 @@ class FetchContext:
 
 
 @dataclass(frozen=True)
+class ListedModel:
+    """A model in a models directory.
+
+    Attributes:
+        digest: what identifies its files.
+        size: bytes of them.
+        problem: what is missing or damaged; "" if nothing is.
+    """
+
+    name: str
+    digest: str
+    size: int
+    problem: str
+
+
+class ModelStore(Protocol):
+    """The models of a kind that have a format of their own, for ``aiflux models``.
+
+    Attributes:
+        prefix: with which their names begin.
+    """
+
+    prefix: str
+
+    def listed(self, models_dir: Path) -> list[ListedModel]:
+        """Return the stored models."""
+
+    def find(self, models_dir: Path, name: str) -> ListedModel:
+        """Return a stored model; ModelError if it is not stored."""
+
+    def damaged(self, models_dir: Path, name: str, on_bytes: Callable[[int], None]) -> list[str]:
+        """Read every file of a model, and return what is wrong with which."""
+
+    def remove(self, models_dir: Path, name: str, say: Callable[[str], None]) -> int:
+        """Remove a model; return the bytes that are free now."""
+
+
+@dataclass(frozen=True)
 class SlotLimits:
     """Slots of a kind's servers, if the run does not set a number.
 
@@ -121,6 +159,7 @@ class EngineKind(PlanningKind, Protocol):
         program_variables: older names of AIFLUX_ENGINE_PROGRAM for this kind.
         cached_program: path of the program below the cache folder after a demo; "" for none.
         slot_limits: suitable numbers of slots.
+        store: its models; None if they are Ollama's, or not ours.
     """
 
     name: str
@@ -129,6 +168,7 @@ class EngineKind(PlanningKind, Protocol):
     program_variables: tuple[str, ...]
     cached_program: str
     slot_limits: SlotLimits
+    store: ModelStore | None
 
     def same_model(self, one: str, other: str) -> bool:
         """Return whether two names mean the same model."""

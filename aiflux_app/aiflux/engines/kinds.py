@@ -14,6 +14,15 @@ def engine_kind(options: RunOptions) -> EngineKind:
     return kind_named(options.engine)
 
 
+def storing_kind(model: str) -> EngineKind:
+    """Return the kind that pulls and stores a model, by its name; most are Ollama's."""
+    for name in KINDS:
+        kind = kind_named(name)
+        if kind.store is not None and model.startswith(kind.store.prefix):
+            return kind
+    return kind_named("ollama")
+
+
 def kind_named(name: str) -> EngineKind:
     """Return a kind of the table by its name."""
     kind: EngineKind = import_module(KINDS[name]).KIND

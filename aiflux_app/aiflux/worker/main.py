@@ -27,7 +27,7 @@ from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import Counts, finished_counts, finished_line, refuse_failures
 from aiflux.engines.base import FetchContext
-from aiflux.engines.kinds import engine_kind, kind_named
+from aiflux.engines.kinds import engine_kind, kind_named, storing_kind
 from aiflux.engines.ollama.pull import create_model
 from aiflux.engines.ollama.staging import read_staged_gguf
 from aiflux.engines.process import engine_program
@@ -128,7 +128,7 @@ def _dispatch(arguments: argparse.Namespace, context: Context) -> None:
 
 def pull(model: str, config: Config, context: Context, *, again: bool = False) -> None:
     """Make sure that a model is in the models directory, and say so."""
-    kind = kind_named("ollama")  # any engine may serve the model afterwards
+    kind = storing_kind(model)
     with context.stopper.raising(), temporary_folder() as folder:
         fetch = FetchContext(
             context.environ,

@@ -204,8 +204,10 @@ def test_the_files_of_the_index_count(tmp_path: Path) -> None:
     assert not [*problems(folder)]
 
 
-def test_a_model_that_is_absent_is_pulled_but_a_directory_must_exist(tmp_path: Path) -> None:
-    assert KIND.absent_model(tmp_path, "org/name") is None
+def test_a_model_that_is_absent_is_named_with_the_remedy(tmp_path: Path) -> None:
+    error = KIND.absent_model(tmp_path, "org/name")
+    assert error is not None
+    assert error.remedy == "pull it: aiflux models pull hf:org/name"
     error = KIND.absent_model(tmp_path, str(tmp_path / "m"))
     assert error is not None
     assert error.message == f"model directory not found: {tmp_path / 'm'}"

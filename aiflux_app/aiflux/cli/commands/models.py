@@ -26,12 +26,17 @@ from aiflux.cli.render.models import (
     model_lines,
     models_table,
     parse_size,
+    stored_elsewhere,
+    stored_json,
+    stored_lines,
+    stored_table,
 )
 from aiflux.cli.render.progress import byte_bar
 from aiflux.cli.start import create_in_container, pull_in_container, show_local_choices
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
-from aiflux.engines.kinds import kind_named
+from aiflux.engines.base import ModelStore
+from aiflux.engines.kinds import kind_named, storing_kind
 from aiflux.engines.ollama.staging import (
     changing,
     making_room,
@@ -45,7 +50,7 @@ from aiflux.engines.ollama.store import (
     read_manifest,
     refuse_other_digest,
 )
-from aiflux.errors import EngineError, ImageError, UsageError
+from aiflux.errors import EngineError, ImageError, ModelError, UsageError
 from aiflux.image.container import find_image, find_runtime
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.text import size_text
@@ -101,10 +106,14 @@ def list_(
     config = _config(settings)
     room = None if fits is None else parse_size(fits)
     found = find_models(config, context_length, slots, here=here, room=room)
+    others = [] if room is not None else stored_elsewhere(config.models_dir)
     if as_json:
-        print_json([model.to_json(context_length, slots) for model in found])
+        known = [model.to_json(context_length, slots) for model in found]
+        print_json([*known, *(stored_json(each) for each in others)])
         return 0
     for line in models_table(found, config.models_dir, context_length, slots):
+        print(line)
+    for line in stored_table(others):
         print(line)
     return 0
 
@@ -117,6 +126,16 @@ def list_(
 def show(name: str, context_length: int, slots: int, as_json: bool, **settings: Any) -> int:
     """Show what is known about a model, and the GPU memory it needs."""
     config = _config(settings)
+    kind = storing_kind(name)
+    if kind.store is not None:
+        stored = kind.store.find(config.models_dir, name)
+        figures = kind.figures(config.models_dir, name, None)
+        if as_json:
+            print_json(stored_json(stored))
+            return 0
+        for line in stored_lines(stored, figures, config.models_dir):
+            print(line)
+        return 0
     model = find_model(config, name)
     if as_json:
         print_json(model.to_json(context_length, slots))
@@ -133,6 +152,8 @@ def show(name: str, context_length: int, slots: int, as_json: bool, **settings: 
 def pull(name: str, again: bool, **settings: Any) -> int:
     """Pull a model, on a machine with internet. An interrupted pull continues."""
     config = _config(settings)
+    if storing_kind(name).store is not None:
+        return _pull_here(name, config, None, again=again)
     if again or missing_parts(config.models_dir, parse_model_name(name)):
         refuse_read_only(config.models_dir)
     found = _find_image(config)
@@ -149,7 +170,11 @@ def verify(name: str, as_json: bool, **settings: Any) -> int:
     """Read every blob of a model and compare it with its digest."""
     from aiflux.engines.ollama.store import check_blobs, refuse_damaged
 
-    folder, model = _config(settings).models_dir, parse_model_name(name)
+    folder = _config(settings).models_dir
+    store = storing_kind(name).store
+    if store is not None:
+        return _verify_stored(store, folder, name, as_json=as_json)
+    model = parse_model_name(name)
     manifest = read_manifest(folder, model)
     refuse_other_digest(model, manifest.digest, str(folder))
     with byte_bar(f"verifying {model.served}", manifest.size) as on_bytes:
@@ -233,8 +258,14 @@ def import_(
 @settings_options("paths")
 def remove(name: str, **settings: Any) -> int:
     """Remove a model from the models directory; files of other models stay."""
-    folder, model = _config(settings).models_dir, parse_model_name(name)
+    folder = _config(settings).models_dir
     refuse_read_only(folder)
+    store = storing_kind(name).store
+    if store is not None:
+        freed = store.remove(folder, name, _say)
+        print(f"removed {name} from {folder}, which freed {size_text(freed)}")
+        return 0
+    model = parse_model_name(name)
     if not (folder / model.manifest_path).exists() and folder.is_dir():
         with making_room(folder, f"removing {model.served}", _say):
             removed = remove_staged(folder, model)
@@ -244,6 +275,22 @@ def remove(name: str, **settings: Any) -> int:
     read_manifest(folder, model)
     freed = remove_model(folder, model, _say)
     print(f"removed {model.served} from {folder}, which freed {size_text(freed)}")
+    return 0
+
+
+def _verify_stored(store: ModelStore, folder: Path, name: str, *, as_json: bool) -> int:
+    stored = store.find(folder, name)
+    with byte_bar(f"verifying {name}", stored.size) as on_bytes:
+        wrong = store.damaged(folder, name, on_bytes)
+    if as_json:
+        print_json({**stored_json(stored), "problems": wrong})
+    if wrong:
+        raise ModelError(
+            f"{name} in {folder} is damaged: {'; '.join(wrong)}",
+            f"pull it again: aiflux models pull --again {name}",
+        )
+    if not as_json:
+        print(f"{name} is complete: {size_text(stored.size)}, commit {stored.digest}")
     return 0
 
 
@@ -267,7 +314,12 @@ def _find_image(config: Config) -> Path | ImageError:
     return image
 
 
-def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) -> int:
+def _pull_here(name: str, config: Config, no_image: ImageError | None, *, again: bool) -> int:
+    """Pull a model with programs of this machine.
+
+    Args:
+        no_image: the error if Ollama is needed and missing here, too; None if it is not needed.
+    """
     from aiflux.engines.process import engine_program
     from aiflux.worker.main import pull as pull_model
     from aiflux.worker.progress import make_reporter
@@ -276,10 +328,11 @@ def _pull_here(name: str, config: Config, no_image: ImageError, *, again: bool) 
 
     context = Context(make_reporter(), Stopper())
     context.stopper.install()
-    try:
-        engine_program(kind_named("ollama"), context.environ)
-    except EngineError:
-        raise no_image from None
+    if no_image is not None:
+        try:
+            engine_program(kind_named("ollama"), context.environ)
+        except EngineError:
+            raise no_image from None
     try:
         pull_model(name, config, context, again=again)
     finally:

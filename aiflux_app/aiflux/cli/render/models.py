@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.config.config import Config
+from aiflux.core.config.engine_kinds import KINDS
+from aiflux.engines.base import ListedModel
+from aiflux.engines.kinds import kind_named
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.staging import Staged, staged_models
 from aiflux.engines.ollama.store import (
@@ -21,7 +24,7 @@ from aiflux.engines.ollama.store import (
 from aiflux.engines.ollama.stored_model import StoredModel, best_figures, readable_model
 from aiflux.errors import ModelError, UsageError
 from aiflux.models.catalog import Catalog, CatalogModel
-from aiflux.models.figures import Figures
+from aiflux.models.figures import Architecture, Figures
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.text import size_text
 
@@ -175,6 +178,47 @@ def known(folder: Path, catalog: Catalog, name: ModelName) -> Known:
     return Known(name, catalog_model, readable_model(folder, name), digest, missing, size)
 
 
+def stored_elsewhere(folder: Path) -> list[ListedModel]:
+    """Return the stored models that are not Ollama's."""
+    stores = (kind_named(name).store for name in KINDS)
+    return [model for store in stores if store is not None for model in store.listed(folder)]
+
+
+def stored_json(model: ListedModel) -> dict[str, Any]:
+    """Return a stored model for programs; sizes are bytes."""
+    return {
+        "name": model.name,
+        "here": not model.problem,
+        "digest": model.digest,
+        "missing": [model.problem] if model.problem else [],
+        "size": model.size,
+    }
+
+
+def stored_table(models: Sequence[ListedModel]) -> Iterator[str]:
+    """Yield the stored models that are not Ollama's as a table."""
+    if not models:
+        return
+    rows = [
+        (each.name, each.digest[:12], size_text(each.size), "damaged" if each.problem else "yes")
+        for each in models
+    ]
+    yield ""
+    yield from _table([("HUGGING FACE", "COMMIT", "SIZE", "HERE"), *rows])
+
+
+def stored_lines(model: ListedModel, figures: Figures | None, folder: Path) -> Iterator[str]:
+    """Yield what is known about a stored model that is not Ollama's."""
+    facts = {"commit": model.digest, "size": size_text(model.size)}
+    if figures is not None:
+        facts["context"] = f"{figures.architecture.context} tokens"
+        facts["architecture"] = _shape_text(figures.architecture)
+        facts["weights"] = f"{size_text(figures.weights)} of GPU memory"
+    facts["here"] = model.problem or str(folder)
+    yield model.name
+    yield from (f"  {key:<14}{value}" for key, value in facts.items())
+
+
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as ``40GB``.
 
@@ -257,13 +301,7 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
     if figures is not None:
         shape = figures.architecture
         yield "context", f"{shape.context} tokens"
-        experts = f", {shape.experts} experts ({shape.experts_used} used)" if shape.experts else ""
-        sliding = f", sliding window {shape.sliding_window}" if shape.sliding_window else ""
-        yield (
-            "architecture",
-            f"{shape.name}: {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys "
-            f"and values) of {shape.key_size}, {shape.vocabulary} tokens{experts}{sliding}",
-        )
+        yield "architecture", _shape_text(shape)
         if has_one_slot(shape):
             yield "slots", "1 (Ollama always runs this model with one slot)"
     if listed is not None:
@@ -274,6 +312,15 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
             yield "defaults", ", ".join(f"{key} {value}" for key, value in listed.defaults.items())
         yield "source", str(listed.place)
     yield "here", _here(model, folder)
+
+
+def _shape_text(shape: Architecture) -> str:
+    experts = f", {shape.experts} experts ({shape.experts_used} used)" if shape.experts else ""
+    sliding = f", sliding window {shape.sliding_window}" if shape.sliding_window else ""
+    return (
+        f"{shape.name}: {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys "
+        f"and values) of {shape.key_size}, {shape.vocabulary} tokens{experts}{sliding}"
+    )
 
 
 def _here(model: Known, folder: Path) -> str:

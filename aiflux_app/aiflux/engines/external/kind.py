@@ -14,6 +14,7 @@ from aiflux.engines.base import (
     EngineSpec,
     FetchContext,
     HttpFactory,
+    ModelStore,
     SlotLimits,
 )
 from aiflux.errors import ConfigError, ModelError
@@ -34,6 +35,7 @@ class ExternalKind:
     # The server may be an Ollama, whose names have two forms; equal names always match.
     input_rules = InputRules(accepts_model)
     slot_limits = SlotLimits()
+    store: ModelStore | None = None
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse nothing: the server gets every parameter."""

@@ -14,6 +14,7 @@ from aiflux.engines.base import (
     EngineSpec,
     FetchContext,
     HttpFactory,
+    ModelStore,
     SlotLimits,
     refuse_mixed_uses,
 )
@@ -41,6 +42,7 @@ class LlamaCppKind:
     program_variables: tuple[str, ...] = ()
     cached_program = ""
     slot_limits = SlotLimits()
+    store: ModelStore | None = None
     input_rules = InputRules(_accepts_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:

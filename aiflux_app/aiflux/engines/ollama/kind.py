@@ -16,6 +16,7 @@ from aiflux.engines.base import (
     EngineSpec,
     FetchContext,
     HttpFactory,
+    ModelStore,
     SlotLimits,
 )
 from aiflux.engines.ollama.ignored_fields import IGNORED_FIELDS
@@ -52,6 +53,7 @@ class OllamaKind:
     program_variables: tuple[str, ...] = ("AIFLUX_OLLAMA",)
     cached_program = "ollama-cpu/bin/ollama"
     slot_limits = SlotLimits()
+    store: ModelStore | None = None
     input_rules = InputRules(accepts_model, IGNORED_FIELDS)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:

@@ -156,6 +156,18 @@ def _names(folder: Path) -> list[str]:
         ) from error
 
 
+def model_names(snapshot: Path) -> list[str]:
+    """Return the names of a stored snapshot: with each branch and tag, else with its commit."""
+    store = snapshot.parents[1]
+    repo = PREFIX + store.name.removeprefix(_STORE).replace("--", "/", 1)
+    names = []
+    for ref in sorted(store.glob("refs/**/*")):
+        if ref.is_file() and ref.read_text("ascii", "replace").strip() == snapshot.name:
+            branch = str(ref.relative_to(store / "refs"))
+            names.append(repo if branch == "main" else f"{repo}@{branch}")
+    return names or [f"{repo}@{snapshot.name}"]
+
+
 def absent(models_dir: Path | None, model: HubModel) -> ModelError:
     """Return the error of a model that is not stored."""
     if model.folder is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from aiflux.engines.base import (
     EngineSpec,
     FetchContext,
     HttpFactory,
+    ListedModel,
+    ModelStore,
     SlotLimits,
     refuse_mixed_uses,
 )
 from aiflux.engines.vllm.hub import (
+    PREFIX,
     absent,
     find_snapshot,
     parse_hub_model,
@@ -70,6 +73,36 @@ def _revision(name: str) -> str:
     return parse_hub_model(name).revision or ""
 
 
+class HubStore:
+    """Snapshots of Hugging Face in a models directory."""
+
+    prefix = PREFIX
+
+    def listed(self, models_dir: Path) -> list[ListedModel]:
+        """Return the stored snapshots, each under all names that it has."""
+        from aiflux.engines.vllm.store import stored_models
+
+        return stored_models(models_dir)
+
+    def find(self, models_dir: Path, name: str) -> ListedModel:
+        """Return a stored snapshot; ModelError if it is not stored."""
+        from aiflux.engines.vllm.store import stored_model
+
+        return stored_model(models_dir, name)
+
+    def damaged(self, models_dir: Path, name: str, on_bytes: Callable[[int], None]) -> list[str]:
+        """Compare every file with its hash, and return what is wrong with which."""
+        from aiflux.engines.vllm.store import damaged_files
+
+        return damaged_files(models_dir, name, on_bytes)
+
+    def remove(self, models_dir: Path, name: str, say: Callable[[str], None]) -> int:
+        """Remove a snapshot; return the bytes that are free now."""
+        from aiflux.engines.vllm.store import remove_model
+
+        return remove_model(models_dir, name, say)
+
+
 class VllmKind:
     """vLLM."""
 
@@ -79,6 +112,7 @@ class VllmKind:
     program = "vllm"
     program_variables: tuple[str, ...] = ()
     cached_program = "cpu-vllm/bin/vllm"
+    store: ModelStore | None = HubStore()
     # vLLM's default on GPUs of up to 70 GiB, and half of that on CPUs (vllm/engine/arg_utils.py).
     slot_limits = SlotLimits(256, (256, 192, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1), 64, 64)
     input_rules = InputRules(accepts_hub_model)
@@ -155,9 +189,8 @@ class VllmKind:
             stored_snapshot(models_dir, named)
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
-        """Return the error for a directory that does not exist; None for a model of the hub."""
-        named = parse_hub_model(model)
-        return None if named.folder is None else absent(models_dir, named)
+        """Return the error of a model that is not stored: jobs have no huggingface_hub."""
+        return absent(models_dir, parse_hub_model(model))
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
         """Pull a snapshot from the hub unless it is stored; return whether it was pulled.

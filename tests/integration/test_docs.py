@@ -68,7 +68,6 @@ BEFORE: dict[str, list[str]] = {
     "aiflux results to-csv out.json --source reviews.csv --json-fields": [
         "aiflux convert csv --input reviews.csv --template '{text}' --schema rating.json"
         " --output rated.jsonl",
-        "rm -r out.json*",
         "aiflux run --model llama3.2:3b --input rated.jsonl --output out.json",
     ],
     # Alternatives with the same output, of which a reader chooses one.

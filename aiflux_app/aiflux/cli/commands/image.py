@@ -45,9 +45,7 @@ def _image_argument(function: Function) -> Function:
     )(function)
 
 
-@image.command(
-    "build", examples=["aiflux image build --base docker", "aiflux image build --engine vllm"]
-)
+@image.command("build", examples=["aiflux image build --base docker --output aiflux.sif"])
 @option(
     "--engine",
     type=Choice(tuple(ENGINES)),

@@ -216,7 +216,7 @@ def export(name: str, file: str, force: bool, **settings: Any) -> int:
 
 @models.command(
     "import",
-    examples=["aiflux models import llama.tar", "aiflux models import --gguf m.gguf --name my:1b"],
+    examples=["aiflux models import llama.tar"],
     exclusive=[("file", "gguf")],
 )
 @argument("file", required=False, metavar="[FILE]", type=FILE, help="Archive from export, *.tar")

@@ -56,4 +56,4 @@ def test_without_slurm_the_file_says_so(user: User, checkout: Path, folder: Path
     env = {"SLURM_CONF": str(folder / "none.conf")}
     init = (checkout / ".venv/bin/aiflux", "config", "init", "--output", "none.yaml", "--force")
     assert "every setting has its default" in user.run(*init, cwd=folder, env=env)
-    assert "Slurm was not there, or did not answer" in (folder / "none.yaml").read_text("utf-8")
+    assert "Slurm was missing, or did not answer" in (folder / "none.yaml").read_text("utf-8")

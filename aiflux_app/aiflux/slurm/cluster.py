@@ -1,7 +1,8 @@
-"""What Slurm tells about itself: its settings, partitions, nodes, and the user's accounts.
+"""Read a cluster's settings, partitions and nodes, and the user's accounts, from Slurm.
 
-Read from ``scontrol`` (``-o``: one record a line, ``NAME=VALUE`` words) and ``sacctmgr -P``, whose
-forms every Slurm since 20.11 shares. Sources: scontrol(1), sacctmgr(1), slurm.conf(5).
+The sources are ``scontrol`` (``-o``: one record per line, ``NAME=VALUE`` words) and
+``sacctmgr -P``, whose formats are the same in every Slurm since 20.11. Sources: scontrol(1),
+sacctmgr(1), slurm.conf(5).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Partition:
     """One partition; an empty tuple of names means that no list was given.
 
     Attributes:
-        max_seconds: its time limit; infinite where it has none.
-        max_memory: MB of one job on one node; infinite where there is no limit.
+        max_seconds: its time limit; infinite if it has none.
+        max_memory: MB of one job on one node; infinite if there is no limit.
         max_cpus: CPUs of one job on one node.
     """
 
@@ -51,10 +52,10 @@ class Node:
     """One node.
 
     Attributes:
-        arch: as ``uname -m`` says; None until it registers.
+        arch: as in ``uname -m``; None until it registers.
         memory: MB.
         gpus: number of each type; the type of GPUs without one is "".
-        alive: it is not down, drained or failing now.
+        alive: it is not down, drained or failing.
     """
 
     name: str
@@ -74,11 +75,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Accounts:
-    """What the accounting database says of the user.
+    """The user's data in the accounting database.
 
     Attributes:
-        default: the default account; None where there is none, or it is not known.
-        names: the accounts that the user may charge.
+        default: the default account; None if there is none, or it is unknown.
+        names: the accounts that the user can charge.
         qos: limits on the wall time, in seconds, of every QOS that exists.
     """
 
@@ -89,11 +90,11 @@ class Accounts:
 
 @dataclass(frozen=True)
 class Facts:
-    """A cluster, as far as Slurm tells; what it does not tell is empty.
+    """A cluster according to Slurm; unknown facts are empty.
 
     Attributes:
         settings: ``scontrol show config``.
-        accounts: None where there is no accounting, or it does not answer.
+        accounts: None if there is no accounting, or it does not answer.
         groups: the user's groups on this machine.
     """
 
@@ -105,7 +106,7 @@ class Facts:
 
     @property
     def rewrites_jobs(self) -> bool:
-        """Whether the site has plugins that may change what a job asks for."""
+        """Whether the site has plugins that can change the options of a job."""
         names = ("JobSubmitPlugins", "CliFilterPlugins")
         return any(self.settings.get(name, "(null)") not in ("(null)", "") for name in names)
 
@@ -125,7 +126,7 @@ class Facts:
 
 
 def ask_cluster(environ: Mapping[str, str] | None = None) -> Facts:
-    """Ask Slurm; nothing is raised where it is missing or does not answer."""
+    """Query Slurm; raise nothing if it is missing or does not answer."""
     environment = clean_environment(os.environ if environ is None else environ)
     settings = parse_settings(attempt(["scontrol", "show", "config"], environment) or "")
     if not settings:
@@ -183,7 +184,7 @@ def parse_node(line: str) -> Node:
 
 
 def parse_gpus(gres: str) -> dict[str, int]:
-    """Return the GPUs of a list of generic resources, of a node or as they are asked for.
+    """Return the GPUs in a list of generic resources, of a node or of a request.
 
     Items are ``gpu``, ``gpu:2``, ``gpu:a100`` and ``gpu:a100:4(S:0-1)``.
     """
@@ -198,7 +199,7 @@ def parse_gpus(gres: str) -> dict[str, int]:
 
 
 def limit_seconds(text: str) -> float:
-    """Return a time limit in seconds; infinite for none, and for what is no time."""
+    """Return a time limit in seconds; infinite if it is none, or not a time."""
     try:
         return walltime_seconds(text.strip())
     except ValueError:
@@ -206,13 +207,13 @@ def limit_seconds(text: str) -> float:
 
 
 def megabytes(text: str) -> float:
-    """Return a memory size as ``--mem`` takes it, in MB; 0 asks for all that a node has."""
+    """Return a memory size of ``--mem`` in MB; 0 requests all memory of a node."""
     match = re.fullmatch(r"(\d+)([KMGT]?)B?", text.strip().upper())
     return int(match[1]) * _MEMORY[match[2] or "M"] if match else 0
 
 
 def _words(line: str) -> dict[str, str]:
-    # Reasons and comments hold spaces and come last: the first of a name is the field.
+    # Reasons and comments contain spaces and come last: the first match of a name is the field.
     words: dict[str, str] = {}
     for name, value in re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", line):
         words.setdefault(name, value)

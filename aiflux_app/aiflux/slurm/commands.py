@@ -19,13 +19,13 @@ def submit(
     """Submit a batch script and return the job's id.
 
     Args:
-        extra: further options of sbatch, such as ``--dependency=afterany:101``; they win over the
-            script's directives.
-        environ: the environment that the job inherits (default: the process's), scrubbed by
+        extra: more options of sbatch, such as ``--dependency=afterany:101``; they take precedence
+            over the script's directives.
+        environ: the environment for the job (default: the process's), cleaned by
             ``clean_environment``.
 
     Raises:
-        SlurmError: there is no sbatch, it refused, or its answer is no job id.
+        SlurmError: sbatch is missing, refused the job, or its answer is not a job id.
     """
     environment = clean_environment(os.environ if environ is None else environ)
     done = call(["sbatch", "--parsable", *extra, "--", str(script)], environment)
@@ -33,14 +33,14 @@ def submit(
         raise SlurmError(
             f"sbatch refused {script}: {words(done)}", _remedy(words(done), script, environment)
         )
-    # A site's wrapper may say something first; the id is on the last line.
+    # A site's wrapper can print something first; the id is on the last line.
     lines = done.stdout.strip().splitlines()
     try:
         return JobId.parse(lines[-1] if lines else "")
     except SlurmError:
         raise SlurmError(
-            f"sbatch answered {done.stdout!r} to {script}, which is no job id",
-            "look with squeue whether the job is there",
+            f"sbatch answered {done.stdout!r} to {script}, which is not a job id",
+            "check with squeue whether the job exists",
         ) from None
 
 
@@ -50,7 +50,7 @@ def cancel(
     *,
     tasks: Sequence[int] | None = None,
 ) -> None:
-    """Cancel a job, or some tasks of an array. What has ended already is left as it is.
+    """Cancel a job, or some tasks of an array; those that have ended are unchanged.
 
     Raises:
         SlurmError: scancel is missing or refused.
@@ -59,15 +59,15 @@ def cancel(
     target = job.number if tasks is None else f"{job.number}_[{array_ranges(tasks)}]"
     done = call(["scancel", *job.options, target], environment)
     if done.returncode != 0:
-        raise SlurmError(f"scancel did not cancel {job}: {words(done)}", "check the job's id")
+        raise SlurmError(f"scancel did not cancel {job}: {words(done)}", "check the job id")
 
 
 def _remedy(said: str, script: Path, environment: Mapping[str, str]) -> str:
     if "account" in said.lower():
         return _account_remedy(environment)
     if "partition" in said.lower():
-        return "name a partition of this cluster (sinfo lists them): --partition NAME"
-    return f"change the option that Slurm names; the script is at {script}"
+        return "use a partition of this cluster (sinfo lists them): --partition NAME"
+    return f"change the option that Slurm reports; the script is {script}"
 
 
 def _account_remedy(environment: Mapping[str, str]) -> str:
@@ -76,14 +76,14 @@ def _account_remedy(environment: Mapping[str, str]) -> str:
     )
     accounts = sorted({line.strip() for line in (listed or "").splitlines() if line.strip()})
     yours = f" (yours: {', '.join(accounts)})" if accounts else ""
-    return f"name the account to charge: --account NAME{yours}"
+    return f"set the account to charge: --account NAME{yours}"
 
 
 def _user() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
 
 
-_TIMEOUT = 120.0  # seconds; a busy controller answers late
+_TIMEOUT = 120.0  # seconds; a busy controller answers slowly
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 _DEVICES = (
     "CUDA_VISIBLE_DEVICES",
@@ -94,10 +94,10 @@ _DEVICES = (
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return ``environ`` without what would change a submission.
+    """Return ``environ`` without variables that would change a submission.
 
-    ``SBATCH_*`` are options in disguise. Inside a job, its ``SLURM_*`` and its devices would go
-    into the new one.
+    ``SBATCH_*`` act as options. Inside a job, its ``SLURM_*`` and its devices would leak into the
+    new job.
     """
     inside = "SLURM_JOB_ID" in environ
     return {
@@ -109,7 +109,7 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def call(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command and return what it said, whatever its exit code.
+    """Run a command and return its output, whatever its exit code.
 
     Raises:
         SlurmError: it is missing, or did not answer in time.
@@ -130,20 +130,20 @@ def call(command: list[str], environment: Mapping[str, str]) -> subprocess.Compl
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"{command[0]} did not answer within {_TIMEOUT:.0f} s",
-            "the controller may be busy: look with squeue before you try again",
+            "the controller may be busy: check with squeue before you try again",
         ) from None
 
 
 def missing(command: str) -> SlurmError:
     """Return the error for a command of Slurm that is not on PATH."""
     return SlurmError(
-        f"{command} is not on PATH: this is no machine that submits to Slurm",
-        "log in to a login node, or module load slurm; or run it here: aiflux run --local",
+        f"{command} is not on PATH: this machine cannot submit to Slurm",
+        "log in to a login node, or module load slurm; or run it here with aiflux run --local",
     )
 
 
 def attempt(command: list[str], environment: Mapping[str, str]) -> str | None:
-    """Return what a command prints; None when it is missing or fails."""
+    """Return the output of a command; None if it is missing or fails."""
     try:
         done = call(command, environment)
     except SlurmError:
@@ -152,7 +152,7 @@ def attempt(command: list[str], environment: Mapping[str, str]) -> str | None:
 
 
 def words(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what a command said, in one line and without its name before each part."""
+    """Return a command's messages in one line, without its name before each part."""
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     cleaned = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in lines]
     return "; ".join(line for line in cleaned if line) or f"exit status {done.returncode}"

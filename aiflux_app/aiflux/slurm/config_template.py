@@ -21,9 +21,9 @@ _WIDTH = 100
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*\Z")
 _SECTIONS = ("slurm", "paths", "run")
 _INTRODUCTION = (
-    "A setting behind a # has its default: take the # away to change it. What is given on the "
-    "command line or in the environment wins over this file. `aiflux config show` tells what "
-    "holds and where it comes from, `aiflux doctor` whether it will work."
+    "A setting behind a # has its default: remove the # to change it. The command line and the "
+    "environment take precedence over this file. `aiflux config show` lists all values and their "
+    "origins, `aiflux doctor` checks whether they will work."
 )
 
 
@@ -43,21 +43,21 @@ def _header(facts: Facts, proposal: Proposal) -> Iterator[str]:
     yield from _comment("Settings of AI-Flux, made by `aiflux config init`.", "")
     if facts.settings:
         cluster = facts.settings.get("ClusterName", "?")
-        told = f"Slurm {facts.settings.get('SLURM_VERSION', '?')} of the cluster {cluster} told"
-        yield from _comment(f"{told} what it offers; what was chosen from it has no #.", "")
+        told = f"Slurm {facts.settings.get('SLURM_VERSION', '?')} of the cluster {cluster} listed"
+        yield from _comment(f"{told} its resources; the settings chosen from them have no #.", "")
     else:
         yield from _comment(
-            "Slurm was not there, or did not answer, when this was made: nothing was chosen. "
+            "Slurm was missing, or did not answer, when this was written: nothing was chosen. "
             "On a login node, `aiflux config init --force` asks it again.",
             "",
         )
     yield "#"
     yield from _comment(_INTRODUCTION, "")
     if facts.rewrites_jobs:
-        yield from _comment("This site's own plugins may change what a job asks for.", "")
+        yield from _comment("This site's plugins can change the options of a job.", "")
     for finding in proposal.findings:
         yield "#"
-        yield from _comment(f"STILL IN THE WAY: {finding.what} ({finding.fix})", "")
+        yield from _comment(f"PROBLEM: {finding.what} ({finding.fix})", "")
 
 
 def _entry(setting: Setting, values: Mapping[str, Any], notes: list[str]) -> Iterator[str]:
@@ -88,7 +88,7 @@ def _comment(text: str, indent: str, hang: str = "") -> list[str]:
 
 
 def _notes(facts: Facts, proposal: Proposal) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yield what Slurm offers for a setting."""
+    """Yield the values that Slurm offers for a setting."""
     if not facts.settings:
         return
     partition = proposal.partition
@@ -163,7 +163,7 @@ def _features(facts: Facts, partition: Partition) -> Iterator[str]:
 def _time(partition: Partition) -> Iterator[str]:
     if partition.max_seconds != UNLIMITED:
         yield f"partition {partition.name} allows up to {walltime_text(partition.max_seconds)}"
-    yield "a run goes on by itself where its time ended"
+    yield "a run resumes by itself where its time ended"
 
 
 def _memory(facts: Facts, partition: Partition) -> Iterator[str]:
@@ -179,17 +179,17 @@ def _cpus(facts: Facts, partition: Partition) -> Iterator[str]:
     yield f"a GPU's share of a node of {partition.name} is {cpus:.0f}"
 
 
-_COUNTED = 512  # MB; nodes whose memory Slurm does not know are said to have 1 MB
+_COUNTED = 512  # MB; Slurm shows 1 MB for nodes of unknown memory
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings of Slurm that a cluster takes.
+    """Slurm settings that suit a cluster.
 
     Attributes:
-        values: by the names of the settings; None leaves a directive out.
-        partition: None where Slurm tells of none.
-        findings: what stands in the way of even the best of them.
+        values: by setting name; None omits a directive.
+        partition: None if Slurm shows none.
+        findings: problems that even the best values have.
     """
 
     values: dict[str, Any]
@@ -198,7 +198,7 @@ class Proposal:
 
 
 def propose(facts: Facts) -> Proposal:
-    """Choose the default partition with GPUs, or the first that takes the user's jobs."""
+    """Choose the default partition with GPUs, or the first that accepts the user's jobs."""
     proposals = [
         _judged(partition, account, facts)
         for partition in _candidates(facts)
@@ -208,7 +208,7 @@ def propose(facts: Facts) -> Proposal:
 
 
 def share(partition: Partition, facts: Facts) -> tuple[float, float]:
-    """Return the MB and the CPUs of a node that fall to each of its GPUs, where they are fewest."""
+    """Return the smallest MB and CPUs per GPU of any node."""
     nodes = _useful(partition, facts)
     shares = [(_per_gpu(node.memory, node), _per_gpu(node.cpus, node)) for node in nodes]
     memory = min((memory for memory, _ in shares), default=0)
@@ -217,7 +217,7 @@ def share(partition: Partition, facts: Facts) -> tuple[float, float]:
 
 
 def _candidates(facts: Facts) -> list[Partition]:
-    """Return the partitions with GPUs, or all where none has; the likeliest first."""
+    """Return the partitions with GPUs, or all if none has any; the most suitable first."""
     with_gpus = [one for one in facts.partitions if _has_gpus(one, facts)]
     return sorted(with_gpus or facts.partitions, key=lambda one: not one.default)
 
@@ -252,7 +252,7 @@ def _values(partition: Partition, account: str | None, facts: Facts) -> Iterator
 
 
 def knows_gpus(facts: Facts) -> bool:
-    """Return whether Slurm's scheduler has --gpus-per-node; the older ones have --gres alone."""
+    """Return whether Slurm's scheduler has --gpus-per-node; older ones have only --gres."""
     return facts.settings.get("SelectType", "select/cons_tres") == "select/cons_tres"
 
 
@@ -270,7 +270,7 @@ def _has_gpus(partition: Partition, facts: Facts) -> bool:
 
 
 def _useful(partition: Partition, facts: Facts) -> list[Node]:
-    """Return the nodes that count: those with GPUs and those that are up, where there are any."""
+    """Return the relevant nodes: those with GPUs, and of these the ones that are up."""
     nodes = [*facts.nodes_of(partition.name)]
     nodes = [node for node in nodes if node.gpus] or nodes
     return [node for node in nodes if node.alive] or nodes

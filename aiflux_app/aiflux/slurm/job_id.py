@@ -17,7 +17,7 @@ _NUMBER = r"[1-9]\d*"
 
 @dataclass(frozen=True)
 class JobId:
-    """A job's number, and its cluster where sbatch names one."""
+    """A job's number, and its cluster if sbatch names one."""
 
     number: str
     cluster: str | None = None
@@ -30,11 +30,13 @@ class JobId:
         """Read ``id`` or ``id;cluster``, as ``sbatch --parsable`` prints it.
 
         Raises:
-            SlurmError: it is neither.
+            SlurmError: it is not a job id.
         """
         match = re.fullmatch(rf"({_NUMBER})(?:;([^\s;,]+))?", text.strip())
         if match is None:
-            raise SlurmError(f"{text.strip()!r} is no Slurm job id", "an id is a number: 12345")
+            raise SlurmError(
+                f"{text.strip()!r} is not a Slurm job id", "an id is a number, such as 12345"
+            )
         return cls(match[1], match[2])
 
     @property
@@ -47,26 +49,26 @@ def parse_jobs(text: str) -> tuple[JobId, ...]:
     """Read what ``join_jobs`` writes: ``101``, ``101;cluster``, ``101,102;cluster``.
 
     Raises:
-        SlurmError: a part of it is no job id.
+        SlurmError: a part of it is not a job id.
     """
     numbers, semicolon, cluster = text.strip().partition(";")
     return tuple(JobId.parse(number + semicolon + cluster) for number in numbers.split(","))
 
 
 def join_jobs(jobs: Sequence[JobId]) -> str:
-    """Return the jobs of one run, which are all on one cluster, in one word."""
+    """Return the jobs of a run, which are all on one cluster, as one word."""
     numbers = ",".join(job.number for job in jobs)
     return str(JobId(numbers, jobs[0].cluster)) if jobs else ""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of a job.
+    """Slurm's state of a job.
 
     Attributes:
-        name: Slurm's word, such as PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED.
-        exit_code: of the batch script; None while it is not known.
-        reason: why it waits or ended so, where Slurm tells.
+        name: such as PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED.
+        exit_code: of the batch script; None while it is unknown.
+        reason: why it waits or how it ended, if Slurm shows it.
     """
 
     name: str
@@ -81,13 +83,13 @@ class JobState:
 
 @dataclass(frozen=True)
 class TaskState(JobState):
-    """What Slurm says of one task of an array, or of a job that is no array.
+    """Slurm's state of one task of an array, or of a job that is not an array.
 
     Attributes:
         nodes: where it runs or ran.
-        start: when it started or is expected to, in Slurm's own words (the cluster's time).
-        elapsed: how long it has run, in Slurm's own words (``[days-]hh:mm:ss``).
-        restarts: how often it went back to the queue.
+        start: when it started or is expected to, in Slurm's format (the cluster's time).
+        elapsed: its run time, in Slurm's format (``[days-]hh:mm:ss``).
+        restarts: number of requeues.
     """
 
     nodes: str | None = None
@@ -99,7 +101,7 @@ class TaskState(JobState):
 def overall_state(states: Iterable[JobState]) -> JobState | None:
     """Return one state for many tasks.
 
-    It is the liveliest where one is active, else the worst end; the exit code is then the highest.
+    It is the most active state, or if all have ended, the worst one; the exit code is the highest.
     """
     tasks = list(states)
     active = [task for task in tasks if task.active]
@@ -117,7 +119,7 @@ _PART = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?\Z")
 
 
 def array_ranges(tasks: Sequence[int]) -> str:
-    """Return task numbers as ``--array`` takes them: ``3,7,9-12``."""
+    """Return task numbers in the format of ``--array``: ``3,7,9-12``."""
     ranges: list[list[int]] = []
     for task in sorted(set(tasks)):
         if ranges and task == ranges[-1][1] + 1:
@@ -128,20 +130,20 @@ def array_ranges(tasks: Sequence[int]) -> str:
 
 
 def split_arrays(shards: Sequence[int], max_array_size: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Cut shards into as few arrays as the cluster needs.
+    """Divide shards into the fewest arrays that the cluster accepts.
 
     Args:
-        max_array_size: one more than the highest task number that the cluster takes.
+        max_array_size: one more than the highest task number of the cluster.
 
     Returns:
         for each array the shard of its task 0, and its task numbers: shard = first + task.
 
     Raises:
-        ConfigError: the cluster takes no arrays at all.
+        ConfigError: the cluster accepts no arrays.
     """
     if max_array_size < 1:
         raise ConfigError(
-            "this cluster takes no job arrays (MaxArraySize is 0)", "leave --shards at 1"
+            "this cluster accepts no job arrays (MaxArraySize is 0)", "use --shards 1"
         )
     arrays: list[tuple[int, list[int]]] = []
     for shard in sorted(set(shards)):
@@ -152,9 +154,9 @@ def split_arrays(shards: Sequence[int], max_array_size: int) -> list[tuple[int, 
 
 
 def parse_ranges(text: str) -> Iterator[int]:
-    """Yield the task numbers of what Slurm prints: ``4-9%2``, ``1,3``, ``0-8:2``.
+    """Yield the task numbers in Slurm's output: ``4-9%2``, ``1,3``, ``0-8:2``.
 
-    What Slurm has cut short (``1,3,...``) and what is no number is passed over.
+    Truncated parts (``1,3,...``) and parts that are not numbers are skipped.
     """
     for part in text.strip("[]").partition("%")[0].split(","):
         match = _PART.match(part)

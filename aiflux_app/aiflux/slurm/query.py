@@ -1,6 +1,6 @@
 """Query Slurm for the states of jobs and array tasks, and for the run that a job belongs to.
 
-Formats are those that every Slurm since 20.11 prints alike (``squeue -o``, ``sacct -P``,
+The formats are the same in every Slurm since 20.11 (``squeue -o``, ``sacct -P``,
 ``scontrol -o``); ``--json`` differs by version. Source: the man pages of these commands.
 """
 
@@ -37,12 +37,12 @@ def task_states(
 ) -> dict[str, dict[int | None, TaskState]]:
     """Return the states of jobs by their number, and for each by task.
 
-    The task of a job that is no array is None. squeue tells what waits and runs, sacct (or
-    scontrol, where there is no accounting) what has ended. A job, or a task, that Slurm has
-    forgotten is absent.
+    The task of a job that is not an array is None. squeue shows waiting and running jobs, sacct (or
+    scontrol without accounting) those that have ended. Jobs and tasks that Slurm no longer knows
+    are absent.
 
     Raises:
-        SlurmError: Slurm is missing or does not answer, and a job is therefore not known.
+        SlurmError: Slurm is missing or does not answer, so that a job is unknown.
     """
     found: dict[str, Tasks] = {}
     for cluster in dict.fromkeys(job.cluster for job in jobs):
@@ -60,22 +60,22 @@ def job_state(jobs: JobId | Sequence[JobId], environ: Mapping[str, str] | None =
     """Return a job's state; that of an array, or of several jobs, is its tasks' overall state.
 
     Raises:
-        SlurmError: Slurm is missing or does not answer, or knows no such job (any more).
+        SlurmError: Slurm is missing or does not answer, or does not know the job (any longer).
     """
     wanted = [jobs] if isinstance(jobs, JobId) else jobs
     states = task_states(wanted, environ)
     state = overall_state(task for tasks in states.values() for task in tasks.values())
     if state is None:
         raise SlurmError(
-            f"Slurm knows no job {join_jobs(wanted)}",
-            "check the id; what is known of a job that ended long ago: aiflux status RUN",
+            f"Slurm does not know the job {join_jobs(wanted)}",
+            "check the id; for a job that ended long ago, use aiflux status RUN",
         )
     return state
 
 
 def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
     cleaned = clean_environment(os.environ if environ is None else environ)
-    # Without it, Slurm cuts long lists of tasks short.
+    # Without it, Slurm truncates long lists of tasks.
     return cleaned | {"SLURM_BITSTR_LEN": "0"}
 
 
@@ -87,7 +87,7 @@ def _states_on(jobs: Sequence[JobId], environment: Mapping[str, str]) -> dict[st
         _add(found, _from_squeue(jobs, environment))
     except SlurmError as error:
         failure = error
-    # What has ended is not known to squeue for long, and its exit code never.
+    # squeue soon forgets ended jobs, and never shows their exit codes.
     rest = [job for job in jobs if not _settled(found.get(job.number, {}))]
     ended: dict[str, Tasks] = {}
     if rest:
@@ -102,7 +102,7 @@ def _states_on(jobs: Sequence[JobId], environment: Mapping[str, str]) -> dict[st
 
 
 def _settled(tasks: Tasks) -> bool:
-    """Whether nothing more is to be known: a job that is no array, and active."""
+    """Return whether the state is complete: an active job that is not an array."""
     return None in tasks and tasks[None].active
 
 
@@ -111,7 +111,7 @@ def _known(tasks: Tasks) -> bool:
 
 
 def _complete(found: dict[str, Tasks], more: dict[str, Tasks]) -> None:
-    """Add what squeue does not tell; of what is active or has just ended it knows first."""
+    """Add states that squeue does not show; it takes precedence for active and just ended jobs."""
     for number, tasks in more.items():
         known = found.setdefault(number, {})
         for task, state in tasks.items():
@@ -154,7 +154,7 @@ def _from_sacct(
         match = _JOB_ID.match(fields[0])
         if match and len(fields) == 6 and fields[1].strip():
             _, name, code, start, elapsed, nodes = fields
-            # CANCELLED comes as "CANCELLED by 1000".
+            # CANCELLED is shown as "CANCELLED by 1000".
             name = name.split()[0]
             state = TaskState(
                 name, _exit_code(code), None, _told(nodes), _told(start), _told(elapsed)
@@ -167,7 +167,7 @@ def _from_scontrol(
 ) -> Iterator[tuple[str, int | None, TaskState]]:
     asked = ["scontrol", *job.options, "-o", "show", "job", job.number]
     for line in (attempt(asked, environment) or "").splitlines():
-        # A job's name and comment are free text: the state stands right before its reason.
+        # A job's name and comment are free text: the state is directly before its reason.
         states = re.findall(r" JobState=([A-Z_]+) Reason=(\S*)", line)
         if not states or not line.startswith("JobId="):
             continue
@@ -209,7 +209,7 @@ def _told(text: str) -> str | None:
 
 
 def run_directory_of(text: str, environ: Mapping[str, str]) -> Path | None:
-    """Return the run directory that a job's script lies in; None where Slurm cannot tell.
+    """Return the run directory of a job's script; None if Slurm does not know it.
 
     Args:
         text: ``123``, ``123_4`` or ``123;cluster``.
@@ -224,8 +224,8 @@ def run_directory_of(text: str, environ: Mapping[str, str]) -> Path | None:
 
 
 def _scripts(job: JobId, environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield what may be the path of the job's script."""
-    # Without -o each field has its own line, and a path may hold blanks.
+    """Yield possible paths of the job's script."""
+    # Without -o, each field has its own line, and a path can contain spaces.
     shown = attempt(["scontrol", *job.options, "show", "job", job.number], environment) or ""
     yield from re.findall(r"^\s*Command=(/.*\.sbatch)\s*$", shown, re.MULTILINE)
     asked = ["sacct", *job.options, "-X", "-n", "-P", "-j", job.number, "-o", "SubmitLine"]

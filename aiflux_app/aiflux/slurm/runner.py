@@ -32,10 +32,10 @@ class SlurmRunner:
     """Submits runs to Slurm.
 
     Args:
-        config: what to ask of Slurm (``Config.get_slurm_config``), or a whole ``Config``, whose
-            other settings then hold too (default: as configured in the workspace).
-        workspace: where relative paths, ``aiflux.yaml``, ``.env`` and ``aiflux.sif`` are looked
-            for (default: the current directory).
+        config: the Slurm resources (``Config.get_slurm_config``), or a whole ``Config``, whose
+            other settings then apply too (default: the configuration of the workspace).
+        workspace: directory of relative paths, ``aiflux.yaml``, ``.env`` and ``aiflux.sif``
+            (default: the current directory).
 
     Raises:
         ConfigError: a setting is wrong.
@@ -68,27 +68,26 @@ class SlurmRunner:
             input_path: requests, OpenAI Batch JSONL.
             output_path: ``*.json`` or ``*.jsonl`` (default: ``<input stem>.results.json`` in the
                 workspace).
-            force: replace an output that is there; a finished run starts anew.
-            force_resume: go on although model or parameters changed.
-            preflight: ask Slurm, the image and the disks first whether they will have it; what
-                they warn of is logged.
-            dry_run: submit and write nothing, and return the batch script (several, one after the
-                other, where the run needs several arrays).
+            force: replace an existing output; restart a finished run.
+            force_resume: resume although model or parameters changed.
+            preflight: check Slurm, image and disk space first; warnings are logged.
+            dry_run: submit and write nothing, and return the batch script (all of them, if the run
+                needs several arrays).
             model_config: of ``Config.load_model_config``, or such a file: its model and parameters
-                hold where nothing else sets them.
+                apply if nothing else sets them.
             options: settings of the run (``model``, ``batch_size``, ``max_retries``,
                 ``temperature``, ...), of Slurm (``account``, ``time``, ...) and paths (``image``,
-                ``models_dir``, ...); None means not given. Without one that is given here, the
-                environment, ``.env`` and ``aiflux.yaml`` hold, and for Slurm this runner's
-                ``config``.
+                ``models_dir``, ...); None means not given. Settings that are not given here
+                come from the environment, ``.env`` and ``aiflux.yaml``, and for Slurm from this
+                runner's ``config``.
 
         Returns:
-            the job's id; ``id;cluster`` where sbatch names a cluster, and ``id,id`` where the run
-            needed several arrays. ``status``, ``wait`` and ``cancel`` take it as it is.
+            the job's id; ``id;cluster`` if sbatch names a cluster, and ``id,id`` if the run needed
+            several arrays. ``status``, ``wait`` and ``cancel`` accept all forms.
 
         Raises:
             ConfigError: an option is unknown or wrong.
-            PreflightError: the checks found what will go wrong; names all of it.
+            PreflightError: the checks found problems; lists all of them.
             InputError: the input is wrong; lists its lines.
             OutputExistsError: the run is already finished, or the output is another's.
             RunConflictError: the run directory is another's, or a job of this run is active.
@@ -128,12 +127,12 @@ class SlurmRunner:
         if opened.finished:
             raise OutputExistsError(
                 f"the run is finished: its results are in {opened.plan.output}",
-                "use them; force=True runs it anew",
+                "use them, or run it again with force=True",
             )
         if not opened.open_shards:
             raise OutputExistsError(
                 "every request is done, and only the output is missing",
-                f"write it: aiflux merge {quote(str(opened.run.path))}",
+                f"write it with aiflux merge {quote(str(opened.run.path))}",
             )
         jobs = submit_job(planned)
         warning = register_plan(opened.plan, jobs)
@@ -142,15 +141,15 @@ class SlurmRunner:
         return join_jobs(jobs)
 
     def status(self, job_id: str) -> JobState:
-        """Return the state of a job; for an array that of its tasks together.
+        """Return the state of a job; for an array, the overall state of its tasks.
 
         Raises:
-            SlurmError: Slurm is missing, or knows no such job.
+            SlurmError: Slurm is missing, or does not know the job.
         """
         return job_state(parse_jobs(job_id))
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job; what was done is kept.
+        """Cancel a job; results so far are kept.
 
         Raises:
             SlurmError: Slurm is missing or refused.
@@ -169,11 +168,11 @@ class SlurmRunner:
         """Wait until a job has ended and return its last state.
 
         Args:
-            interval: seconds between two questions to Slurm.
+            interval: seconds between two queries to Slurm.
             timeout: seconds after which to give up; None waits for ever.
 
         Raises:
-            SlurmError: Slurm knows no such job, or the time is up.
+            SlurmError: Slurm does not know the job, or the time is up.
         """
         began = time.monotonic()
         while (state := self.status(job_id)).active:
@@ -185,7 +184,7 @@ class SlurmRunner:
         return state
 
     def _setting(self, value: Any) -> Any:
-        """Return a path below the workspace; what is none, the configuration refuses."""
+        """Return a path below the workspace; the configuration refuses other values."""
         return self._path(value) if isinstance(value, str | Path) else value
 
     def _path(self, path: str | Path) -> Path:
@@ -193,7 +192,7 @@ class SlurmRunner:
 
 
 def _by_section(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sort keywords into the sections of the settings; None is dropped.
+    """Sort keywords into the sections of the settings, without None.
 
     Raises:
         ConfigError: a keyword is unknown; lists the known ones.

@@ -172,7 +172,7 @@ def _script(lines: Sequence[str]) -> str:
 
 
 def generic_script() -> str:
-    """Return ``slurm/run.sbatch``: any input, named on sbatch's command line."""
+    """Return ``slurm/run.sbatch``, for any input on sbatch's command line."""
     slurm = SlurmConfig().checked()
     lines = [
         "#!/bin/bash",
@@ -219,19 +219,19 @@ def _part(name: str) -> str:
 
 
 def _refuse_ends(line: str) -> None:
-    """Refuse what would end a line early: of the directives, of an assignment or of ``setup``.
+    """Refuse characters that would end a line of the script early.
 
     sbatch refuses a script with DOS line ends, and bash drops a NUL.
     """
     if re.search(r"[\n\0]|\r\Z", line):
         raise ConfigError(
-            f"a line of the batch script cannot hold a line break or a NUL: {line!r}",
+            f"a line of the batch script cannot contain a line break or a NUL: {line!r}",
             "remove it from the setting, or choose another name for the file",
         )
 
 
-SIGNAL_MARGIN = 60  # seconds that the job gets besides the drain: Slurm signals up to 60 s early
-_LONGEST_SIGNAL = 65535  # seconds; sbatch takes no more
+SIGNAL_MARGIN = 60  # seconds in addition to the drain: Slurm signals up to 60 s early
+_LONGEST_SIGNAL = 65535  # seconds; the maximum of sbatch
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./%-]+\Z")
 _OWN = {
@@ -250,8 +250,8 @@ _OWN_ALIASES = {"gpus": "gpus_per_node", "gpus-per-task": "gpus_per_node"}
 def directive(name: str, value: str | int | None) -> str:
     """Return one ``#SBATCH`` line; a value of ``""`` makes a flag.
 
-    Quoting follows sbatch's own parser (``get_argument`` in Slurm's src/sbatch/opt.c), which is
-    no shell: a backslash escapes inside both kinds of quotes, and ``#`` begins a comment.
+    Quoting follows sbatch's parser (``get_argument`` in Slurm's src/sbatch/opt.c), which is not a
+    shell: a backslash escapes inside both kinds of quotes, and ``#`` starts a comment.
     """
     text = str(value)
     if text == "":
@@ -264,7 +264,7 @@ def directive(name: str, value: str | int | None) -> str:
 def log_pattern(folder: Path, *, array: bool = False) -> str:
     r"""Return the value of ``--output`` for logs in ``folder``.
 
-    Slurm replaces ``%`` symbols unless the path holds a backslash anywhere
+    Slurm replaces ``%`` symbols unless the path contains a backslash
     (``fname_create`` in Slurm's src/slurmd/common/fname.c): such a folder gets one log,
     ``slurm.out``, that every start appends to.
     """
@@ -274,14 +274,14 @@ def log_pattern(folder: Path, *, array: bool = False) -> str:
 
 
 def log_file(folder: Path, job_id: str, task: int | None = None) -> Path:
-    """Return the log that ``log_pattern(folder)`` means for a job, or for a task of an array."""
+    """Return the log that ``log_pattern(folder)`` gives for a job, or for a task of an array."""
     if "\\" in str(folder):
         return folder / "slurm.out"
     return folder / f"slurm-{job_id}{'' if task is None else f'_{task}'}.out"
 
 
 def signal_seconds(drain_seconds: float) -> int:
-    """Return how long before the time limit Slurm is asked to signal the batch script."""
+    """Return the seconds before the time limit at which Slurm signals the batch script."""
     return min(math.ceil(drain_seconds) + SIGNAL_MARGIN, _LONGEST_SIGNAL)
 
 
@@ -298,8 +298,8 @@ def job_directives(
     Args:
         slurm: checked (see ``SlurmConfig.checked``).
         log: folder of the logs; None leaves Slurm's default.
-        tasks: the value of ``--array``; None for a job that is no array.
-        drain_seconds: what requests in flight get when the time is up.
+        tasks: the value of ``--array``; None for a job that is not an array.
+        drain_seconds: time for the requests in flight when the time limit is near.
 
     Raises:
         ConfigError: an extra option is one that AI-Flux sets itself.
@@ -333,21 +333,21 @@ def job_directives(
 
 
 def wants_gpus(slurm: SlurmConfig) -> bool:
-    """Return whether a job asks for GPUs (generic resources are taken to be GPUs)."""
+    """Return whether a job requests GPUs (generic resources count as GPUs)."""
     return slurm.gres is not None or str(slurm.gpus_per_node) != "0"
 
 
 def checked_extras(extras: Mapping[str, str]) -> dict[str, str]:
-    """Return the user's further sbatch options.
+    """Return the user's additional sbatch options.
 
     Raises:
-        ConfigError: one of them is no long option, or AI-Flux sets it itself.
+        ConfigError: one of them is not a long option, or AI-Flux sets it itself.
     """
     for key in extras:
         if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
             raise ConfigError(
                 f"sbatch_arg {key!r} is not the long name of an sbatch option",
-                "write it as in --comment=TEXT, without the dashes: comment=TEXT",
+                "write it without dashes, such as comment=TEXT",
             )
         _refuse_own(key)
         _refuse_managed(key)
@@ -359,16 +359,16 @@ def _refuse_own(key: str) -> None:
     if own:
         field = own.replace("-", "_")
         raise ConfigError(
-            f"sbatch_arg {key!r} has a setting of its own",
+            f"sbatch_arg {key!r} has its own setting",
             f"use --{field.replace('_', '-')} ({field} in aiflux.yaml)",
         )
 
 
 def _refuse_managed(key: str) -> None:
-    # sbatch takes any unambiguous beginning of an option's name.
+    # sbatch accepts any unambiguous prefix of an option's name.
     managed = sorted(name for name in _MANAGED | _OWN if name.startswith(key))
     if managed:
         raise ConfigError(
             f"sbatch_arg {key!r} is refused: AI-Flux sets --{managed[0]} itself",
-            "leave it out; a job of your own making: sbatch [options] slurm/run.sbatch INPUT",
+            "remove it, or submit your own job: sbatch [options] slurm/run.sbatch INPUT",
         )

@@ -20,7 +20,7 @@ class Job:
     """One Slurm job of a run.
 
     Attributes:
-        array: the value of ``--array``; None for a job that is no array.
+        array: the value of ``--array``; None for a job that is not an array.
         first: the shard of task 0.
         shards: the shards that the job works on, at least one.
     """
@@ -64,7 +64,7 @@ class Submissions:
 
 
 def read_submissions(run: RunDirectory) -> Submissions | None:
-    """Return the submissions of a run; None where there were none.
+    """Return the submissions of a run; None if there were none.
 
     Raises:
         RunConflictError: the file is damaged.
@@ -79,12 +79,12 @@ def read_submissions(run: RunDirectory) -> Submissions | None:
         raise RunConflictError(
             f"{run.submissions} is damaged: {error!r}",
             f"move it away (mv {quote(str(run.submissions))} ELSEWHERE); the run's jobs are then "
-            "unknown here: look for those that still wait or run with squeue --me",
+            "unknown here: find those that still wait or run with squeue --me",
         ) from error
 
 
 def known_submissions(run: RunDirectory) -> Submissions | None:
-    """Return the submissions of a run for a view of it, which a damaged file does not prevent."""
+    """Return the submissions of a run for display; None if the file is damaged."""
     try:
         return read_submissions(run)
     except RunConflictError:
@@ -92,10 +92,10 @@ def known_submissions(run: RunDirectory) -> Submissions | None:
 
 
 def remember(run: RunDirectory, image: Path, slurm: SlurmConfig, submission: Submission) -> None:
-    """Write a submission down; one that has the same jobs and more takes the place of its former.
+    """Store a submission; it replaces an earlier state of the same submission.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: writing failed.
     """
     earlier = read_submissions(run)
     before = earlier.submissions if earlier is not None else ()

@@ -1,4 +1,4 @@
-"""From settings to a submitted job: plan, render, submit, remember."""
+"""Submit a run: plan it, render its scripts, submit them and record the jobs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class PlannedRun:
     """A run that is checked, planned and rendered, but not submitted.
 
     Attributes:
-        scripts: each array (or the one job) and its batch script.
-        active: shards that wait or run already and are left alone.
-        findings: what the checks before a submission warn of.
+        scripts: each array (or the single job) and its batch script.
+        active: shards that already wait or run, and are left alone.
+        findings: warnings of the checks before submission.
         known: the submissions of the run when it was planned.
     """
 
@@ -76,14 +76,14 @@ def plan_job(
     """Check everything, plan the run and render its batch scripts.
 
     Args:
-        cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
-        check: ask Slurm, the image and the disks whether they will have it (preflight).
+        cwd: first directory to search for ``aiflux.sif`` (default: the current one).
+        check: check Slurm, image and disk space before (preflight).
         write: False plans without touching the disk (a dry run).
 
     Raises:
-        PreflightError: the checks found what will go wrong; names all of it.
+        PreflightError: the checks found problems; lists all of them.
         UsageError: settings, input, output or image are wrong (see ``draft_run``, ``find_image``).
-        RunConflictError: a job of this run waits or runs already.
+        RunConflictError: a job of this run already waits or runs.
         StorageError: the run directory cannot be written.
     """
     kind = engine_kind(options)
@@ -101,7 +101,7 @@ def plan_job(
         image or place / image_names(options.engine)[0],
         logs_folder(config, run),
     )
-    # What cannot be rendered is refused before the input is read and anything is written.
+    # Values that cannot be rendered are refused before the input is read or anything is written.
     render(job)
     draft = _draft(
         input_path,
@@ -131,7 +131,7 @@ def plan_job(
 
 
 def _image(config: Config, cwd: Path, engine: str, *, missing_ok: bool) -> Path | None:
-    """Return the image; where it is missing and that may be told later, None."""
+    """Return the image; None if it is missing, and that can be reported later."""
     try:
         return find_image(config, cwd, engine=engine)
     except ImageError:
@@ -141,7 +141,7 @@ def _image(config: Config, cwd: Path, engine: str, *, missing_ok: bool) -> Path 
 
 
 def _draft(*arguments: Any, **keywords: Any) -> RunDraft | InputError:
-    """Draft a run; an input that is wrong is returned, to be told with what else is."""
+    """Draft a run; return the error of a wrong input, to report it with other problems."""
     try:
         return draft_run(*arguments, **keywords)
     except InputError as error:
@@ -151,7 +151,7 @@ def _draft(*arguments: Any, **keywords: Any) -> RunDraft | InputError:
 def _shard_count(
     slurm: SlurmConfig, output: Path, options: RunOptions
 ) -> int | Callable[[InputSummary], int]:
-    """Return the shards asked for; for ``auto`` what a pilot told, else a rule of thumb."""
+    """Return the requested shards; for ``auto``, those of a pilot, or else a rule of thumb."""
     if isinstance(slurm.shards, int):
         return slurm.shards
 
@@ -171,7 +171,7 @@ def _scripts(
     slurm: SlurmConfig,
     environ: Mapping[str, str] | None,
 ) -> tuple[tuple[JobScript, str], ...]:
-    """Render a script for each array that is needed to reach the shards."""
+    """Render a script for each necessary array of the shards."""
     job = job.with_models(plan)
     if len(plan.shards) == 1:
         return ((job, render(job)),)
@@ -189,16 +189,16 @@ def plan_resume(
     image: Path | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> PlannedRun:
-    """Render batch scripts for what is left of a run that was submitted before.
+    """Render batch scripts for the rest of a run that was submitted before.
 
-    Shards that are done, wait or run are left out. The plan stays as it is.
+    Shards that are done, wait or run are skipped. The plan is unchanged.
 
     Args:
-        changes: settings of Slurm that differ from those of the last submission.
+        changes: Slurm settings that differ from the last submission.
         image: another image than the last submission's.
 
     Raises:
-        ImageError: the image is not there.
+        ImageError: the image does not exist.
         RunConflictError: there is no plan, or it was never submitted.
         ConfigError: a setting is wrong.
     """
@@ -214,12 +214,12 @@ def plan_resume(
     slurm = _recorded(records.slurm, changes)
     if slurm.shards != records.slurm.shards:
         raise ConfigError(
-            "a run is resumed with the shards that it has",
-            "give the whole `aiflux run` command with another --shards: it cuts the input anew",
+            "a run cannot be resumed with another number of shards",
+            "use the whole `aiflux run` command with another --shards: it splits the input again",
         )
     image = image or records.image
     if not image.exists():
-        raise ImageError(f"the image {image} is not there", "name another with --image")
+        raise ImageError(f"image not found: {image}", "use another with --image")
     counts = finished_counts(plan, run)
     left = () if counts is not None else shards_left(plan, run)
     active = active_shards(run, environ)
@@ -238,10 +238,10 @@ def _recorded(recorded: SlurmConfig, changes: Mapping[str, Any]) -> SlurmConfig:
 
 
 def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
-    """Write the scripts into the run directory, submit them and remember the jobs there.
+    """Write the scripts into the run directory, submit them and record the jobs there.
 
-    With ``max_running``, several arrays wait for one another, so that no more run in all. Of the
-    same command given several times at once, one submits the run, and the others are refused.
+    With ``max_running``, several arrays wait for each other, so that no more run in total. If the
+    same command is started several times at once, one submits the run; the others are refused.
 
     Raises:
         RunConflictError: another command planned or submitted the run since it was planned here.
@@ -260,7 +260,7 @@ def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) ->
             raise RunConflictError(
                 f"another command planned or submitted {planned.opened.plan.output} at the same "
                 "time",
-                f"look at it: aiflux status {quote(str(run.path))}",
+                f"check it with aiflux status {quote(str(run.path))}",
             )
         return _submit(planned, environ)
 
@@ -294,7 +294,7 @@ def _shards_of(job: JobScript) -> tuple[int, ...]:
 
 
 def logs_folder(config: Config, run: RunDirectory) -> Path:
-    """Return where the job's log goes: the configured folder, else the run directory's."""
+    """Return the directory of the job's log: the configured one, or else the run directory's."""
     return config.logs_dir or run.logs
 
 
@@ -309,7 +309,7 @@ def refuse_second(run: RunDirectory, environ: Mapping[str, str] | None = None) -
     if active:
         job, state = next(iter(active.values()))
         raise RunConflictError(
-            f"job {job} of this run is {state.name} already",
+            f"job {job} of this run is already {state.name}",
             f"wait for it, or cancel it first: aiflux cancel {quote(str(run.path))}",
         )
 
@@ -319,7 +319,7 @@ def active_shards(
 ) -> dict[int, tuple[JobId, TaskState]]:
     """Return the shards of a run that wait or run in Slurm, each with its job.
 
-    Jobs that Slurm has forgotten are in nobody's way.
+    Jobs that Slurm no longer knows are ignored.
 
     Raises:
         SlurmError: Slurm is missing or does not answer.

@@ -138,7 +138,7 @@ def test_what_stays_in_the_way_is_said_in_the_file(commands: FakeCommands, folde
     site = FakeSite(partitions=[partition("gpu", State="DRAIN")])
     values, text = chosen(commands, site, folder)
     assert values["partition"] == "gpu"
-    assert "# STILL IN THE WAY: partition gpu is DRAIN: it takes no jobs" in text
+    assert "# PROBLEM: partition gpu is DRAIN: it accepts no jobs" in text
 
 
 @pytest.mark.parametrize("with_slurm", [True, False])
@@ -159,7 +159,7 @@ def test_every_setting_is_there_and_may_be_taken_out_of_its_comment(
 
 def test_without_slurm_nothing_is_chosen_and_the_file_says_so(folder: Path) -> None:
     text = initial_file(Facts(), Proposal({}))
-    assert "Slurm was not there, or did not answer" in text
+    assert "Slurm was missing, or did not answer" in text
     origins = {value.origin for value in loaded(text, folder).values.values()}
     assert origins == {"default"}
 

@@ -36,7 +36,7 @@ def test_job_ids_are_read_strictly(text: str, job: JobId) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "Submitted batch job 7", "7_1", "-7", "7;", "7;a b"])
 def test_what_is_no_job_id_is_refused(text: str) -> None:
-    with pytest.raises(SlurmError, match="no Slurm job id"):
+    with pytest.raises(SlurmError, match="not a Slurm job id"):
         JobId.parse(text)
 
 
@@ -55,7 +55,7 @@ def test_the_jobs_of_a_run_are_one_word(text: str, jobs: tuple[JobId, ...]) -> N
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "1,b", "1;c,2", "1;", "1,2;"])
 def test_what_is_no_list_of_jobs_is_refused(text: str) -> None:
-    with pytest.raises(SlurmError, match="no Slurm job id"):
+    with pytest.raises(SlurmError, match="not a Slurm job id"):
         parse_jobs(text)
 
 
@@ -107,7 +107,7 @@ def test_a_wrong_account_is_answered_with_the_user_s_accounts(slurm: FakeCommand
     with pytest.raises(SlurmError) as caught:
         submit(SCRIPT, (), environ(slurm))
     assert caught.value.remedy == (
-        "name the account to charge: --account NAME (yours: proj-a, proj-b)"
+        "set the account to charge: --account NAME (yours: proj-a, proj-b)"
     )
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_account_without_accounting(slurm: FakeCommands) -> None:
     slurm.say("sacctmgr", stderr="disabled", status=1)
     with pytest.raises(SlurmError) as caught:
         submit(SCRIPT, (), environ(slurm))
-    assert caught.value.remedy == "name the account to charge: --account NAME"
+    assert caught.value.remedy == "set the account to charge: --account NAME"
 
 
 def test_an_answer_that_is_no_id_is_an_error(slurm: FakeCommands) -> None:
@@ -205,7 +205,7 @@ def test_a_job_that_nobody_knows_is_an_error(slurm: FakeCommands) -> None:
     forgotten(slurm)
     for name in ("sacct", "scontrol"):
         slurm.say(name, status=1)
-    with pytest.raises(SlurmError, match="knows no job 7"):
+    with pytest.raises(SlurmError, match="does not know the job 7"):
         job_state(JobId("7"), environ(slurm))
     assert task_states([JobId("7")], environ(slurm)) == {}
 

@@ -184,12 +184,13 @@ def refused(folder: Path, plan: Plan, **slurm: Any) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("model", "options", "slurm", "fix"),
     [
-        ("llama3.3:70b", {}, {"gres": "gpu:a100:1"}, "2 such GPUs for each engine would do: "
+        ("llama3.3:70b", {}, {"gres": "gpu:a100:1"}, "2 such GPUs for each engine are enough: "
          "--gpus-per-engine 2 --gres gpu:a100:2;"),
         ("llama3.3:70b", {}, {"gpus_per_node": "a100:1"}, "2 --gpus-per-node a100:2;"),
-        ("llama3.3:70b", {}, {"gpus_per_node": "2"}, "would do: --gpus-per-engine 2; or"),
+        ("llama3.3:70b", {}, {"gpus_per_node": "2"}, "are enough: --gpus-per-engine 2; or"),
         ("llama3.3:70b", {}, {"partition": "old"}, "--gpus-per-engine 2 --gpus-per-node 2;"),
-        ("llama3.1:405b", {}, {"partition": "old"}, "8 such GPUs for each engine would do, but no "
+        ("llama3.1:405b", {}, {"partition": "old"}, "8 such GPUs for each engine are enough, but "
+         "no "
          "node here has more than 2"),
         ("qwen2.5:32b", {}, {"partition": "mig"}, "a whole GPU or a larger slice"),
         ("llama3.1:8b", {"slots": 64, "context_length": 16384}, {"partition": "old"},
@@ -232,7 +233,7 @@ def test_what_is_all_but_enough_is_told_to_the_tenth(tmp_path: Path) -> None:
 def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path: Path) -> None:
     ((what, fix),) = refused(tmp_path, plan_of(tmp_path, "bge-m3"), partition="mystery")
     assert "bge-m3:567m is for embeddings, and 200 requests ask for /v1/chat/completions" in what
-    assert "name another model" in fix
+    assert "use another model" in fix
 
 
 def test_ones_own_catalog_says_what_a_model_can_do(tmp_path: Path) -> None:

@@ -70,17 +70,21 @@ def test_a_job_that_fits_has_no_findings(commands: FakeCommands) -> None:
         ({}, "--gpus-per-node 1 is more than any node of partition cpu has (0 GPUs)", "gpu, big"),
         ({"partition": "gpux"}, "no partition 'gpux'", "cpu, gpu, big"),
         ({"partition": "gpu,gpux"}, "no partition 'gpux'", "cpu, gpu, big"),
-        ({"partition": "gpu", "gpus_per_node": "5"}, "(4 GPUs)", "have such nodes: big"),
+        ({"partition": "gpu", "gpus_per_node": "5"}, "(4 GPUs)", "suitable: big"),
         ({"partition": "gpu", "gpus_per_node": "h100:1"}, "(0 h100 GPUs)", "aiflux doctor"),
         ({"partition": "gpu", "gres": "gpu:v100:4"}, "--gres gpu:v100:4 is more", "aiflux doctor"),
         ({"partition": "gpu", "mem": "300G"}, "(256000 MB)", "--mem 256000M at most"),
         ({"partition": "gpu", "cpus_per_task": 65}, "(64 CPUs)", "--cpus-per-task 64 at most"),
         (
             {"partition": "gpu", "cpus_per_task": 64, "gpus_per_node": "v100:1"},
-            "no one node of partition gpu has enough",
-            "ask for less of one",
+            "no single node of partition gpu has enough",
+            "reduce one of them",
         ),
-        ({"partition": "gpu", "time": "1-01"}, "--time 1-01 is more", "--time 1-00:00:00 at most"),
+        (
+            {"partition": "gpu", "time": "1-01"},
+            "--time 1-01 is more",
+            "use --time 1-00:00:00 or less",
+        ),
         ({"partition": "gpu", "time": "UNLIMITED"}, "--time UNLIMITED is more", "1-00:00:00"),
         ({"partition": "gpu", "constraint": "h100"}, "has the feature 'h100'", "a100, amd"),
     ],
@@ -108,13 +112,13 @@ def test_nodes_that_are_down_make_a_job_wait(commands: FakeCommands) -> None:
 @pytest.mark.parametrize(
     ("changes", "level", "what"),
     [
-        ({"State": "DRAIN"}, "error", "takes no jobs"),
+        ({"State": "DRAIN"}, "error", "accepts no jobs"),
         ({"State": "DOWN"}, "warning", "wait until it is up"),
         ({"RootOnly": "YES"}, "error", "for administrators"),
         ({"ReqResv": "YES"}, "error", "for reservations only"),
         ({"AllowGroups": "no-such-group"}, "error", "you are in none of them"),
-        ({"AllowAccounts": "astro,geo"}, "error", "does not take the account 'physics'"),
-        ({"DenyAccounts": "physics"}, "error", "does not take the account 'physics'"),
+        ({"AllowAccounts": "astro,geo"}, "error", "does not accept the account 'physics'"),
+        ({"DenyAccounts": "physics"}, "error", "does not accept the account 'physics'"),
         ({"MaxMemPerNode": "16000"}, "error", "(16000 MB)"),
         ({"MaxCPUsPerNode": "2"}, "error", "(2 CPUs)"),
     ],
@@ -131,7 +135,7 @@ def test_partitions_that_are_closed(
     ("site", "slurm", "what"),
     [
         (FakeSite(default_account=""), {}, "you have no default account"),
-        (FakeSite(), {"account": "astro"}, "may not charge the account 'astro'"),
+        (FakeSite(), {"account": "astro"}, "cannot use the account 'astro'"),
         (FakeSite(), {"qos": "long"}, "no QOS 'long'"),
         (FakeSite(), {"qos": "short", "time": "05:00:00"}, "than the QOS 'short' allows"),
         (FakeSite(), {"qos": "short", "account": "CHEM"}, None),
@@ -288,7 +292,7 @@ def test_everything_is_told_at_once(tmp_path: Path, plan: Plan, commands: FakeCo
         refuse(found)
     text = describe(raised.value)
     assert raised.value.exit_code == ExitCode.USAGE
-    assert text.startswith("error: 4 things stand in the way; nothing was queued\n  1. ")
+    assert text.startswith("error: 4 problems found; no job was submitted\n  1. ")
     assert text.count("\n     -> ") == 4
     assert "--no-preflight" in text
 
@@ -307,6 +311,6 @@ def test_an_image_that_is_not_there_is_told_with_the_rest(
 
 def test_one_error_is_told_plainly_and_warnings_pass() -> None:
     with pytest.raises(PreflightError) as raised:
-        refuse([Finding("warning", "w", "x"), Finding("error", "it is wrong", "mend it")])
-    assert describe(raised.value) == "error: it is wrong\n  -> mend it"
+        refuse([Finding("warning", "w", "x"), Finding("error", "it is wrong", "fix it")])
+    assert describe(raised.value) == "error: it is wrong\n  -> fix it"
     refuse([Finding("warning", "w", "x")])

@@ -157,7 +157,7 @@ def test_all_that_stands_in_the_way_is_told_at_once(slurm: FakeCommands, workspa
     with pytest.raises(PreflightError) as caught:
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
     told = describe(caught.value)
-    assert "2 things stand in the way" in told
+    assert "2 problems found" in told
     assert "1 line is wrong" in told
     assert "custom_id is missing" in told
     assert "aiflux.sif" in told
@@ -181,7 +181,7 @@ def test_a_run_whose_job_is_active_is_not_submitted_twice(
     runner = SlurmRunner(workspace=workspace)
     runner.run("in.jsonl", "out.json")
     slurm.say("squeue", "42|N/A|PENDING|N/A|0:00||Priority\n")
-    with pytest.raises(RunConflictError, match="job 42 of this run is PENDING"):
+    with pytest.raises(RunConflictError, match="job 42 of this run is already PENDING"):
         runner.run("in.jsonl", "out.json")
     slurm.say("squeue", "42|N/A|TIMEOUT|N/A|0:00||TimeLimit\n")
     slurm.say("sacct", "42|TIMEOUT|0:0|Unknown|00:00:01|n1\n")

@@ -1,4 +1,4 @@
-"""Collect what is known of a run: its files, its logs and Slurm's states."""
+"""Collect the facts about a run: its files, its logs and Slurm's states."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class _Answer:
 def gather(
     run: RunDirectory, environ: Mapping[str, str] | None = None, now: float | None = None
 ) -> RunView:
-    """Return how a run is, now.
+    """Return the state of a run.
 
-    Slurm is asked only of what is not done yet. Where it is missing or does not answer, the files
-    alone tell, and the view says so.
+    Slurm is asked only about unfinished shards. If it is missing or does not answer, the view comes
+    from the files alone, and says so.
 
     Raises:
         RunConflictError: the run has no plan that can be read.
@@ -79,9 +79,9 @@ def gather(
 def gather_all(
     runs: Iterable[RunDirectory], environ: Mapping[str, str] | None = None
 ) -> dict[Path, RunView | AifluxError]:
-    """Return how several runs are, by run directory, with one question to Slurm for all.
+    """Return the states of several runs by run directory, with one query to Slurm.
 
-    A run that cannot be read has its error there.
+    A run that cannot be read has its error instead.
     """
     now = time.time()
     known: dict[Path, RunFacts | AifluxError] = {}
@@ -101,7 +101,7 @@ def gather_all(
 
 
 class Observer:
-    """Looks at one run again and again, and asks Slurm no more often than every ten seconds.
+    """Observes one run, and asks Slurm at most every ten seconds.
 
     Raises:
         RunConflictError: the run has no plan that can be read.
@@ -115,7 +115,7 @@ class Observer:
         self._answer = _Answer()
 
     def look(self) -> RunView:
-        """Return how the run is. An end is believed only with Slurm's fresh word."""
+        """Return the state of the run. An end is confirmed with Slurm first."""
         view = self._look(SLURM_SECONDS)
         if view.ended and self._asked_before:
             view = self._look(0.0)
@@ -137,7 +137,7 @@ class Observer:
 
 
 def active_jobs(run: RunDirectory, environ: Mapping[str, str] | None = None) -> list[JobId]:
-    """Return the jobs of a run that wait or run, those of earlier submissions too.
+    """Return the waiting and running jobs of a run, including earlier submissions.
 
     Raises:
         RunConflictError: the run has no plan that can be read.
@@ -152,7 +152,7 @@ def active_jobs(run: RunDirectory, environ: Mapping[str, str] | None = None) -> 
 
 
 def read_facts(run: RunDirectory, now: float) -> RunFacts:
-    """Read what the files of a run tell.
+    """Read the files of a run.
 
     Raises:
         RunConflictError: the run has no plan that can be read.
@@ -235,7 +235,7 @@ def _quiet(path: Path, now: float) -> float | None:
 
 
 def _open_jobs(facts: RunFacts) -> list[JobId]:
-    """Return the jobs that Slurm has to be asked of."""
+    """Return the jobs to ask Slurm about."""
     if facts.finished:
         return []
     unfinished = [shard for shard in facts.shards if shard.word != "completed"] or facts.shards
@@ -254,7 +254,7 @@ def _ask(jobs: Sequence[JobId], environ: Mapping[str, str] | None) -> _Answer:
 def job_logs(run: RunDirectory) -> dict[int, list[Path]]:
     """Return the logs of the jobs that worked on each shard, in the order of submission.
 
-    A log is named here before its job has begun and made the file.
+    A log is included even before its job has created it.
     """
     logs: dict[int, list[Path]] = {}
     submissions = read_submissions(run)
@@ -270,6 +270,6 @@ def job_logs(run: RunDirectory) -> dict[int, list[Path]]:
 
 
 def engine_logs(run: RunDirectory, shard: int) -> list[Path]:
-    """Return the engines' logs of a shard that are there now."""
+    """Return the existing engine logs of a shard."""
     prefix = run.engine_log(shard, 0).name.removesuffix("-0.log")
     return sorted(run.logs.glob(f"{prefix}-*.log"))

@@ -1,4 +1,4 @@
-"""A run as a whole: from the facts of its files and Slurm's word to one view. Pure."""
+"""Combine the facts about a run, from its files and from Slurm, into one view."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tasks = Mapping[str, Mapping[int | None, TaskState]]
 
 
 class RunState(str, Enum):
-    """What a run is at."""
+    """The state of a run."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -50,12 +50,12 @@ _COMPLETE = {RunState.FINISHED, RunState.WITH_FAILURES}
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the files tell of a run.
+    """The facts about a run from its files.
 
     Attributes:
-        whole: status of the whole run, for this very plan.
+        whole: status of the whole run, for this plan.
         output_there: whether the output exists.
-        output_change: what was changed in the finished output since it was written, or None.
+        output_change: how the finished output was changed since it was written, or None.
         merging: whether a living process holds the lease for writing the output.
         jobs: every job that was submitted, oldest first.
         submitted: when that was done last (UTC); None for a run in the foreground.
@@ -78,7 +78,7 @@ class RunFacts:
 
     @property
     def written(self) -> bool:
-        """Whether the output was written, whatever happened to it since."""
+        """Whether the output was written, even if it was changed since."""
         return self.whole is not None and self.whole.completed
 
 
@@ -142,7 +142,7 @@ class ShardView(ProgressFigures):
 
 @dataclass(frozen=True)
 class RequestError:
-    """What became of a request that failed."""
+    """The error of a failed request."""
 
     shard: int
     custom_id: str
@@ -190,11 +190,11 @@ class RunView(ProgressFigures):
         return self.state in _COMPLETE
 
     def count(self, *states: ShardState) -> int:
-        """Return how many shards are in one of the states."""
+        """Return the number of shards in any of the states."""
         return sum(shard.state in states for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the view as JSON; ``exit_code`` stands there once the run has ended."""
+        """Return the view as JSON; ``exit_code`` is null until the run has ended."""
         content = asdict(self)
         for name in ("run_dir", "output", "input"):
             content[name] = str(content[name])
@@ -202,7 +202,7 @@ class RunView(ProgressFigures):
 
 
 def outcome(view: RunView) -> ExitCode:
-    """Return the exit code of a run; STOPPED stands for one that has not come to its end."""
+    """Return the exit code of a run; STOPPED if it is not complete."""
     if view.finished:
         return ExitCode.OK if view.failed <= view.allowed_failures else ExitCode.FAILURES
     if view.state is not RunState.FAILED:
@@ -216,9 +216,9 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
     """Return the view of a run.
 
     Args:
-        tasks: Slurm's word on each task, by job number and index; None where it was not asked.
+        tasks: Slurm's state of each task, by job number and index; None if Slurm was not asked.
         now: Unix time.
-        slurm: why Slurm could not be asked, where it should have been.
+        slurm: why Slurm could not be asked, if that was necessary.
     """
     shards = tuple(_shard(each, tasks) for each in facts.shards)
     state = _state(facts, shards, now)
@@ -345,7 +345,7 @@ def _state(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunSta
 
 
 def _state_of_merge(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunState:
-    """Every shard is done, and the output is not written."""
+    """Return the state of a run whose shards are all done, but whose output is not written."""
     ended = max((shard.updated or 0.0 for shard in shards), default=0.0)
     soon = now - ended < QUIET_SECONDS and not facts.output_there and not facts.written
     if facts.merging or soon or any(shard.in_slurm for shard in shards):
@@ -354,7 +354,7 @@ def _state_of_merge(facts: RunFacts, shards: tuple[ShardView, ...], now: float) 
 
 
 def _remaining(shards: tuple[ShardView, ...]) -> float | None:
-    """What is left of the shards that go on, at the rate of all; at least the slowest one's."""
+    """Return the seconds left at the total rate, at least those of the slowest shard."""
     rate = sum(shard.requests_per_second for shard in shards)
     left = sum(shard.total - shard.done for shard in shards if shard.state in ACTIVE)
     if rate <= 0 or not left:
@@ -364,9 +364,9 @@ def _remaining(shards: tuple[ShardView, ...]) -> float | None:
 
 
 def _errors(shards: Iterable[ShardFacts]) -> Iterator[RequestError]:
-    """Yield the last errors: the newest of each shard first, shards that moved last before others.
+    """Yield the last errors: the newest of each shard first, recently updated shards first.
 
-    A status holds its errors without times, the oldest first.
+    A status has its errors without times, oldest first.
     """
     ranked = []
     for facts in shards:
@@ -391,8 +391,8 @@ def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...
         return None
     if facts.submitted is not None or not engine_kind(facts.plan.options).managed:
         return f"aiflux resume {name}"
-    # A run that was never submitted by us: in the foreground, or by `sbatch slurm/run.sbatch`,
-    # whose job this machine must not repeat.
+    # AI-Flux did not submit this run: it ran in the foreground, or by `sbatch slurm/run.sbatch`,
+    # whose job must not be repeated here.
     by_hand = any(each.details.slurm != SlurmJob() for each in facts.shards)
     return None if by_hand else f"aiflux resume --local {name}"
 

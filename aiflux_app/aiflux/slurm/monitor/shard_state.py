@@ -1,4 +1,4 @@
-"""What became of each shard: its status, its lease and Slurm's word on its task, judged. Pure."""
+"""Determine the state of each shard from its status, its lease and Slurm's state of its task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aiflux.core.runs.status_file import StatusDetails, StatusFile
 from aiflux.errors import ExitCode
 from aiflux.slurm.job_id import JobId, TaskState
 
-QUIET_SECONDS = 45.0  # a lease beats every 3 s; the rest is for clocks that differ
+QUIET_SECONDS = 45.0  # a lease is renewed every 3 s; the rest allows for clock differences
 LONG_QUIET_SECONDS = 180.0
 _WORKING = {"validating", "in_progress", "finalizing", "cancelling"}
 _ENDING = {"COMPLETING", "SIGNALING", "STAGE_OUT"}
@@ -19,7 +19,7 @@ _INTERRUPTED = {"CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "DEADLINE", "R
 
 
 class ShardState(str, Enum):
-    """What a shard is at; ``stopped`` ones can go on where they are."""
+    """The state of a shard; a ``stopped`` one can be resumed."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -36,7 +36,7 @@ ACTIVE = {ShardState.WAITING, ShardState.RUNNING, ShardState.STOPPING}
 
 @dataclass(frozen=True)
 class TaskId:
-    """The Slurm task that works on a shard; ``index`` is None for a job that is no array."""
+    """The Slurm task that works on a shard; ``index`` is None for a job that is not an array."""
 
     job: JobId
     index: int | None
@@ -47,13 +47,13 @@ class TaskId:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What the files tell of a shard.
+    """The facts about a shard from its files.
 
     Attributes:
-        status: as its worker wrote it last, for this very plan.
-        task: the one that was submitted for it last.
-        lives: whether a living process holds its lease; None where that cannot be told from here.
-        quiet: seconds since its lease (without one, its status) moved; None where neither is there.
+        status: as its worker last wrote it, for this plan.
+        task: the one that was last submitted for it.
+        lives: whether a living process holds its lease; None if that is unknown here.
+        quiet: seconds since its lease (or else its status) changed; None if it has neither.
     """
 
     shard: Shard
@@ -64,7 +64,7 @@ class ShardFacts:
 
     @property
     def word(self) -> str:
-        """The status's own state; "" where there is none."""
+        """The state in its status; "" without a status."""
         return "" if self.status is None else self.status.state
 
     @property
@@ -74,7 +74,7 @@ class ShardFacts:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody works on the shard, as far as its files tell."""
+        """Whether a process works on the shard, according to its files."""
         if self.lives is not None:
             return self.lives
         return self.quiet is not None and self.quiet < QUIET_SECONDS
@@ -87,7 +87,7 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class ShardVerdict:
-    """A shard's state, why it is so (a few words, may be ""), and the exit code of what ended."""
+    """A shard's state, the reason (may be ""), and the exit code if it ended."""
 
     state: ShardState
     reason: str = ""
@@ -95,11 +95,11 @@ class ShardVerdict:
 
 
 def judge(facts: ShardFacts, task: TaskState | None, answered: bool) -> ShardVerdict:
-    """Say what a shard is at.
+    """Return the state of a shard.
 
     Args:
-        task: Slurm's word on the shard's task; None where it has none.
-        answered: whether Slurm was there to ask; False judges by the files alone.
+        task: Slurm's state of the shard's task; None if Slurm does not know it.
+        answered: whether Slurm answered; if not, the files decide.
     """
     if facts.word == "completed":
         return ShardVerdict(ShardState.DONE)
@@ -134,19 +134,19 @@ def _why_waiting(task: TaskState) -> str:
 
 
 def _just_ended(facts: ShardFacts) -> bool:
-    """Whether the job is still there only because its worker ended a moment ago."""
+    """Return whether the job still exists only because its worker ended a moment ago."""
     recent = facts.quiet is not None and facts.quiet < QUIET_SECONDS
     return facts.word in ("cancelled", "failed") and recent and _of_task(facts)
 
 
 def _of_task(facts: ShardFacts) -> bool:
-    """Whether the status was written by the task that was submitted last."""
+    """Return whether the last submitted task wrote the status."""
     slurm = facts.details.slurm
     return facts.task is not None and facts.task.job.number == (slurm.array_job or slurm.job)
 
 
 def _said_to_work(facts: ShardFacts, task: TaskState | None) -> ShardVerdict:
-    """The status says that a worker works, and Slurm does not."""
+    """Return the state if the status names an active worker, but Slurm does not."""
     if facts.alive:
         stopping = facts.word == "cancelling" or task is not None
         return ShardVerdict(ShardState.STOPPING if stopping else ShardState.RUNNING)

@@ -1,7 +1,7 @@
-"""What Slurm is sure to refuse, or to leave waiting for ever, told before anything is queued.
+"""Find what Slurm would refuse, or leave waiting for ever, before a job is submitted.
 
-What Slurm does not tell is no finding, and where a site's own plugins rewrite jobs, what a job
-leaves open is not judged. A site whose rules are not visible here has ``--no-preflight``.
+What Slurm does not show is not a finding. If a site's plugins rewrite jobs, unset options are not
+checked. For sites whose rules are not visible here, there is ``--no-preflight``.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def preflight(
     *,
     submits: bool = True,
 ) -> tuple[Finding, ...]:
-    """Return everything that stands in the way of a run as a Slurm job; errors first.
+    """Return all problems of a run as a Slurm job, errors first.
 
     Args:
-        slurm: what is asked for.
-        image: None has it looked for, and a missing one told with the rest.
-        plan: of the input; None where that is wrong, so that there is none.
-        environ: the environment that Slurm's commands are called in.
-        cwd: where ``aiflux.sif`` is looked for first (default: the current directory).
-        submits: whether a job follows; False for a dry run, which needs no Slurm.
+        slurm: the requested resources.
+        image: None to find it, and report a missing one with the other problems.
+        plan: None if the input is wrong, so that there is no plan.
+        environ: environment of Slurm's commands.
+        cwd: first directory to search for ``aiflux.sif`` (default: the current one).
+        submits: whether a job is submitted afterwards; a dry run needs no Slurm.
     """
     slurm = slurm.checked()
     facts = ask_cluster(environ)
@@ -96,7 +96,7 @@ def preflight(
 def check_job_image(
     image: Path, facts: Facts, slurm: SlurmConfig, options: RunOptions
 ) -> Iterator[Finding]:
-    """Check the image against the engine, and the nodes that the job may get."""
+    """Check the image against the engine and the possible nodes."""
     kind = engine_kind(options)
     nodes = [node for name in _partitions(facts, slurm) for node in facts.nodes_of(name)]
     machines = {node.arch for node in with_features(nodes, slurm) if node.arch}
@@ -111,7 +111,7 @@ def check_job_image(
 
 
 def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
-    """Check that the models do what is asked, and fit the GPUs where their memory is known."""
+    """Check that the models support the requests, and fit the GPUs if their memory is known."""
     if not engine_kind(plan.options).managed:
         return
     try:
@@ -127,7 +127,7 @@ def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> 
 
 
 def cluster_checks(facts: Facts, slurm: SlurmConfig) -> list[Check]:
-    """Return the checks of what is asked of Slurm; none where Slurm does not answer."""
+    """Return the checks of the requested resources; none if Slurm does not answer."""
     if not facts.settings:
         return []
     return [
@@ -139,7 +139,7 @@ def cluster_checks(facts: Facts, slurm: SlurmConfig) -> list[Check]:
 
 
 def _partitions(facts: Facts, slurm: SlurmConfig) -> list[str]:
-    """Return the partitions that a job may go to: those that it names, else the default one."""
+    """Return the possible partitions of a job: those that it names, or else the default one."""
     if slurm.partition is not None:
         return slurm.partition.split(",")
     if facts.rewrites_jobs:
@@ -154,7 +154,7 @@ def _check_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
     if slurm.partition is None and not facts.rewrites_jobs and not _partitions(facts, slurm):
         yield Finding(
             "error",
-            "this cluster has no default partition, and none is named",
+            "this cluster has no default partition, and no partition is set",
             f"--partition NAME (there are: {known})",
         )
     for name in _partitions(facts, slurm):
@@ -183,7 +183,7 @@ def _check_account(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
     elif accounts.names and not _contains(accounts.names, slurm.account):
         yield Finding(
             "error" if enforced else "warning",
-            f"you may not charge the account {slurm.account!r}",
+            f"you cannot use the account {slurm.account!r}",
             remedy,
         )
 
@@ -203,12 +203,12 @@ def _check_qos(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"--time {slurm.time} is more than the QOS {slurm.qos!r} allows",
-            f"--time {walltime_text(limit)} at most: a run goes on where its time ended",
+            f"use --time {walltime_text(limit)} or less; a run resumes where its time ended",
         )
 
 
 def _check_any_partition(facts: Facts, slurm: SlurmConfig) -> list[Finding]:
-    """Return what is wrong with every partition that the job may go to; nothing if one will do."""
+    """Return the problems of all possible partitions; nothing if one partition has none."""
     known = [facts.partition(name) for name in _partitions(facts, slurm)]
     verdicts = [
         [
@@ -227,11 +227,11 @@ def _check_any_partition(facts: Facts, slurm: SlurmConfig) -> list[Finding]:
 
 
 def refused_access(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
-    """Yield why a partition does not take the user's jobs."""
+    """Yield the reasons why a partition does not accept the user's jobs."""
     name = partition.name
-    other = "name another: --partition NAME (sinfo lists them)"
+    other = "use another: --partition NAME (sinfo lists them)"
     if partition.state in ("DRAIN", "INACTIVE"):
-        yield Finding("error", f"partition {name} is {partition.state}: it takes no jobs", other)
+        yield Finding("error", f"partition {name} is {partition.state}: it accepts no jobs", other)
     elif partition.state == "DOWN":
         yield Finding("warning", f"partition {name} is DOWN: jobs wait until it is up", other)
     if partition.root_only:
@@ -246,10 +246,10 @@ def refused_access(partition: Partition, facts: Facts, slurm: SlurmConfig) -> It
         ("QOS", slurm.qos, partition.allow_qos, partition.deny_qos),
     ):
         if value is not None and _refused(value, allowed, denied):
-            names = f" (it takes: {', '.join(allowed)})" if allowed else ""
+            names = f" (it accepts: {', '.join(allowed)})" if allowed else ""
             yield Finding(
                 "error",
-                f"partition {name} does not take the {kind} {value!r}",
+                f"partition {name} does not accept the {kind} {value!r}",
                 f"--{kind.lower()} NAME{names}, or {other}",
             )
     if partition.allow_groups and facts.groups and not facts.groups & {*partition.allow_groups}:
@@ -264,12 +264,12 @@ def refused_access(partition: Partition, facts: Facts, slurm: SlurmConfig) -> It
 def _check_limits(partition: Partition, slurm: SlurmConfig) -> Iterator[Finding]:
     if _seconds(slurm) > partition.max_seconds and slurm.time is not None:
         limit = walltime_text(partition.max_seconds)
-        # A QOS may be allowed to go beyond its partition's limits.
+        # A QOS can have higher limits than its partition.
         yield Finding(
             "error" if slurm.qos is None else "warning",
             f"--time {slurm.time} is more than partition {partition.name} allows: the job would "
             "be refused, or wait for ever",
-            f"--time {limit} at most: a run goes on where its time ended",
+            f"use --time {limit} or less; a run resumes where its time ended",
         )
 
 
@@ -280,17 +280,17 @@ def _refused(value: str, allowed: tuple[str, ...], denied: tuple[str, ...]) -> b
 
 
 def _contains(names: Iterable[str], value: str) -> bool:
-    """Tell whether a name is among others; Slurm keeps these names in lower case."""
+    """Return whether a name is among others; Slurm stores these names in lower case."""
     return value.lower() in (name.lower() for name in names)
 
 
 def _seconds(slurm: SlurmConfig) -> float:
-    """Return the time asked for; none takes the partition's own, which always fits."""
+    """Return the requested time; without one, the partition's default always fits."""
     return 0 if slurm.time is None else walltime_seconds(slurm.time)
 
 
 def gpu_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
-    """Tell of each partition with GPUs: what they are, how long they may be had, and by whom."""
+    """Return a diagnosis of each partition with GPUs: types, time limit and access."""
     lines = [
         _partition_line(partition, facts, slurm)
         for partition in facts.partitions
@@ -301,7 +301,7 @@ def gpu_partitions(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
         yield warn(
             "GPUs",
             "no partition that you can see has GPUs",
-            "ask the site; jobs on CPUs: --gpus-per-node 0",
+            "ask the site, or run on CPUs: --gpus-per-node 0",
         )
 
 
@@ -316,10 +316,10 @@ def _partition_line(partition: Partition, facts: Facts, slurm: SlurmConfig) -> D
     told = f"{gpus}; {time}{default}"
     closed = [finding.what for finding in refused_access(partition, facts, slurm)]
     if closed:
-        # One partition that is closed to a user is no defect while others are open.
+        # A partition that is closed to the user is not a problem while others are open.
         return ok(name, f"{told}; not for you: {closed[0]}")
     if not alive:
-        return warn(name, f"{told}; every one is down or drained now", "sinfo -R tells why")
+        return warn(name, f"{told}; all nodes are down or drained", "see sinfo -R for the reasons")
     return ok(name, told)
 
 

@@ -1,7 +1,7 @@
-"""What can be known to go wrong before anything is queued, on this machine's own evidence.
+"""Find problems that this machine can detect before a job is submitted.
 
-Every check returns findings and raises nothing, so that all of them are told at once. What cannot
-be known is no finding: a disk quota, for one, and whether a compute node has the network.
+Every check returns findings and raises nothing, so that all of them are reported together. Unknown
+facts are not findings, such as disk quotas, and whether a compute node has network access.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from aiflux.util.text import size_text
 Level = Literal["error", "warning"]
 
 _COPIES = 3
-"""An answer quotes its request (1), the journal and the output both hold it, and answers add."""
+"""Journal and output both contain the answers; the output also contains the requests."""
 _BYTES_PER_REQUEST = 4096
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that will go wrong (an error), or may (a warning), and what to do about it.
+    """A problem (an error) or a possible problem (a warning), and its fix.
 
     Attributes:
-        error: the error it was, if it was one: raised as it is where it stands alone.
+        error: the original error, if any; raised unchanged if it is the only problem.
     """
 
     level: Level
@@ -60,16 +60,16 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def collect(checks: Iterable[Check]) -> tuple[Finding, ...]:
-    """Make every check; return the errors, then the warnings."""
+    """Run all checks; return the errors, then the warnings."""
     found = [finding for check in checks for finding in check()]
     return tuple(sorted(found, key=lambda finding: finding.level != "error"))
 
 
 def refuse(findings: Iterable[Finding]) -> None:
-    """Let a run pass that has warnings only.
+    """Raise an error unless all findings are warnings.
 
     Raises:
-        PreflightError: naming every error, each with its fix.
+        PreflightError: lists every error with its fix.
     """
     errors = [finding for finding in findings if finding.level == "error"]
     if len(errors) == 1 and errors[0].error is not None:
@@ -82,8 +82,8 @@ def refuse(findings: Iterable[Finding]) -> None:
 
 def _all_of(errors: Sequence[Finding]) -> PreflightError:
     return PreflightError(
-        f"{len(errors)} things stand in the way; nothing was queued",
-        "mend them; or, where this cluster knows better: --no-preflight",
+        f"{len(errors)} problems found; no job was submitted",
+        "fix them, or skip the checks with --no-preflight",
         tuple(
             f"{number}. {finding_text(finding)}" for number, finding in enumerate(errors, start=1)
         ),
@@ -91,7 +91,7 @@ def _all_of(errors: Sequence[Finding]) -> PreflightError:
 
 
 def problem_with(error: InputError, findings: Iterable[Finding]) -> UsageError:
-    """Return what stands in the way beside an input that is wrong: one error that names it all."""
+    """Return one error with a wrong input and all findings."""
     others = [finding for finding in findings if finding.level == "error"]
     if not others:
         return error
@@ -101,7 +101,7 @@ def problem_with(error: InputError, findings: Iterable[Finding]) -> UsageError:
 
 
 def finding_text(finding: Finding) -> str:
-    """Return a finding as it is shown: what, and the fix on a line of its own."""
+    """Return the text of a finding, with the fix on its own line."""
     return f"{finding.what}\n     -> {finding.fix}"
 
 
@@ -119,13 +119,13 @@ def check_image(
     wants_gpus: bool,
     allow_cpu: bool,
 ) -> Iterator[Finding]:
-    """Check that the image can be read, fits the machines, and can use GPUs where it gets some.
+    """Check that the image is readable, fits the machines, and can use GPUs if it gets any.
 
     Args:
-        kind: of the run's engine, which the image has to have.
-        machines: what the nodes are (``uname -m``) that the job may run on.
-        certain: Slurm said so. Otherwise they are taken to be as this machine is, which a
-            ``--constraint`` can make untrue: a mismatch is then a warning.
+        kind: of the run's engine, which the image must contain.
+        machines: architectures (``uname -m``) of the possible nodes.
+        certain: whether they are from Slurm. Otherwise they are assumed to be like this machine,
+            which ``--constraint`` can change: a mismatch is then a warning.
     """
     try:
         image = own_image(path)
@@ -138,7 +138,7 @@ def check_image(
     if image.cpu_only and wants_gpus and not allow_cpu:
         yield Finding(
             "error",
-            f"the image {path} holds a CPU build of {kind.title}, and the job asks for GPUs",
+            f"the image {path} has a CPU build of {kind.title}, but the job requests GPUs",
             f"{how_to_build('BASE=docker')}, which can use them; or run on the CPU: "
             "--gpus-per-node 0, or --allow-cpu",
         )
@@ -155,18 +155,18 @@ def _check_architecture(
         yield Finding(
             "warning",
             f"the image {image.path} is for {image.arch}; the nodes are {names}",
-            "name a partition or a feature that has that kind only: --constraint NAME",
+            "select a partition, or a feature of such nodes: --constraint NAME",
         )
         return
     yield Finding(
         "error" if certain else "warning",
         f"the image {image.path} is for {image.arch}, and the nodes are {names}",
-        "build it on such a machine, and name it: --image FILE",
+        "build an image on such a machine, and use it with --image FILE",
     )
 
 
 def check_models(plan: Plan) -> Iterator[Finding]:
-    """Check that the models are there, or that the job may put them there."""
+    """Check that the models are stored, or that the job can pull them."""
     folder = plan.models_dir
     if folder is None:
         return
@@ -174,7 +174,7 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"the models directory {folder} cannot be read",
-            "mend its permissions, or name another: --models-dir PATH",
+            "fix its permissions, or use another: --models-dir PATH",
         )
         return
     kind = engine_kind(plan.options)
@@ -195,35 +195,35 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         absent.append(name)
         yield Finding(
             "warning",
-            f"{name} is not (whole) in {folder}: the job pulls it at its start, which needs "
+            f"{name} is not (completely) in {folder}: the job pulls it first, which needs "
             "the network on the compute node",
-            f"pull it where there is internet: aiflux models pull {model}",
+            f"pull it on a machine with internet access: aiflux models pull {model}",
         )
     if absent and not may_write(folder):
         yield Finding(
             "error",
-            f"the job could not pull {absent[0]} into {folder}: you may not write there",
-            "ask its owner to pull it, or name a directory of your own: --models-dir PATH",
+            f"the job cannot pull {absent[0]} into {folder}: you cannot write there",
+            "ask its owner to pull it, or use your own directory: --models-dir PATH",
         )
 
 
 def check_fields(plan: Plan) -> Iterator[Finding]:
-    """Check that the engine obeys what requests ask for, where its kind knows that."""
+    """Warn of request fields that the engine ignores."""
     kind = engine_kind(plan.options)
     for text in ignored_texts(plan.input.ignored, kind.title, kind.input_rules.ignored_fields):
         yield Finding("warning", text, FIX)
 
 
 def check_space(plan: Plan) -> Iterator[Finding]:
-    """Check that the output and the journal, which lies beside it, have room.
+    """Check the disk space for the output and the journal.
 
-    Their size is not known before the answers are: less than the input is sure to be too little;
-    three times the input and 4 KB for each request are taken to be enough.
+    Their size is unknown before the answers: less than the input is certainly too small; three
+    times the input and 4 KB for each request are assumed to be enough.
     """
     folder = plan.output.parent
     if not may_write(folder):
         yield Finding(
-            "error", f"you may not write into {folder}", "choose another folder: --output FILE"
+            "error", f"you cannot write to {folder}", "choose another directory: --output FILE"
         )
         return
     free = shutil.disk_usage(folder).free
@@ -232,7 +232,7 @@ def check_space(plan: Plan) -> Iterator[Finding]:
     if free < wanted:
         yield Finding(
             "error" if free < size else "warning",
-            f"{folder} has {size_text(free)} free; output and journal of this run may need about "
+            f"{folder} has {size_text(free)} free; output and journal of this run can need about "
             f"{size_text(wanted)}",
-            "make room, or choose another file system: --output FILE",
+            "free space, or choose another file system: --output FILE",
         )

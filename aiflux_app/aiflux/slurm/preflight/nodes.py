@@ -20,12 +20,12 @@ from aiflux.slurm.preflight.local import Finding
 
 @dataclass(frozen=True)
 class Demand:
-    """One thing that a node must have enough of.
+    """One resource that a node must have.
 
     Attributes:
-        option: as it was given, such as ``--mem 32G``.
+        option: as given, such as ``--mem 32G``.
         unit: of ``wanted`` and ``most``.
-        enough: the option with the most that can be had.
+        enough: the option with the highest possible value.
     """
 
     option: str
@@ -41,7 +41,7 @@ class Demand:
 
 
 def check_nodes(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
-    """Check that some node of a partition could ever run the job."""
+    """Check that at least one node of a partition can run the job."""
     nodes = with_features(facts.nodes_of(partition.name), slurm)
     where = f"any node of partition {partition.name}"
     if not facts.nodes_of(partition.name):
@@ -64,15 +64,15 @@ def check_nodes(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Itera
     if not short and not able:
         yield Finding(
             "error",
-            f"no one node of partition {partition.name} has enough GPUs, CPUs and memory together",
-            "ask for less of one of them: --gpus-per-node, --cpus-per-task, --mem",
+            f"no single node of partition {partition.name} has enough GPUs, CPUs and memory",
+            "reduce one of them: --gpus-per-node, --cpus-per-task, --mem",
         )
     if able and not any(node.alive for node in able):
         yield Finding(
             "warning",
-            f"every node of partition {partition.name} that could run this job is down or drained "
+            f"every node of partition {partition.name} that can run this job is down or drained "
             "now: the job will wait",
-            "sinfo -R tells why; or name another partition: --partition NAME",
+            "see sinfo -R for the reasons, or use another: --partition NAME",
         )
 
 
@@ -96,7 +96,7 @@ def _demands(
 
 
 def requested_gpus(slurm: SlurmConfig) -> dict[str, int]:
-    """Return how many GPUs of each type a job asks for on its node; "" is any type."""
+    """Return the number of requested GPUs of each type; "" is any type."""
     if slurm.gres is not None:
         return parse_gpus(slurm.gres)
     found: dict[str, int] = {}
@@ -108,7 +108,7 @@ def requested_gpus(slurm: SlurmConfig) -> dict[str, int]:
 
 
 def _gpu_remedy(facts: Facts, slurm: SlurmConfig) -> str:
-    """Name the partitions whose nodes have what is asked for."""
+    """Return a remedy that lists the partitions with suitable nodes."""
     wanted = requested_gpus(slurm)
     names = [
         partition.name
@@ -119,12 +119,12 @@ def _gpu_remedy(facts: Facts, slurm: SlurmConfig) -> str:
         )
     ]
     if names:
-        return f"--partition NAME (these have such nodes: {', '.join(names)}), or ask for less"
-    return "ask for what a node has (aiflux doctor lists GPUs), or for none: --gpus-per-node 0"
+        return f"--partition NAME (suitable: {', '.join(names)}), or request less"
+    return "request what a node has (aiflux doctor lists GPUs), or none: --gpus-per-node 0"
 
 
 def with_features(nodes: Iterable[Node], slurm: SlurmConfig) -> list[Node]:
-    """Return the nodes that meet a constraint; all of them where it is more than one name."""
+    """Return the nodes with a feature; all nodes if the constraint is more than one name."""
     wanted = slurm.constraint
     if wanted is None or not re.fullmatch(r"[\w.-]+", wanted):
         return [*nodes]
@@ -139,11 +139,11 @@ def _feature_remedy(facts: Facts, partition: Partition) -> str:
 def check_memory(plan: Plan, catalog: Catalog, room: Room) -> Iterator[Finding]:
     """Check that the plan's models can fit the GPUs of one engine.
 
-    What is refused needs more than the GPUs have even with one slot (or as many as were asked for)
-    and the smallest buffers; of a model whose figures nobody knows there is no finding.
+    A model is refused if it needs more memory than the GPUs have even with one slot (or the
+    requested slots) and the smallest buffers. A model with unknown figures has no finding.
 
     Args:
-        room: the GPUs that the job gets.
+        room: GPUs of the job.
     """
     options = plan.options
     if options.gpus_per_engine > room.count:
@@ -175,7 +175,7 @@ def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
 
 
 def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
-    """Check that the one model of a plan can do what its requests ask for."""
+    """Check that the model of a plan supports the endpoints of its requests."""
     name = engine_kind(plan.options).catalog_name(plan.models[0])
     model = None if name is None or len(plan.models) > 1 else catalog.find(name)
     if model is None:
@@ -187,8 +187,8 @@ def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
                 "error",
                 f"{model.name} is for {', '.join(model.endpoints)}, and {count} "
                 f"request{'s' * (count > 1)} ask{'s' * (count == 1)} for {url}",
-                "name another model, or make requests for what it does; where it is known to do "
-                "that, say so in a models.yaml of your own (endpoints)",
+                "use another model or endpoint; if the model supports it, add it to your own "
+                "models.yaml (endpoints)",
             )
 
 
@@ -234,16 +234,16 @@ def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator
 
 
 def _more_gpus(enough: int, room: Room) -> list[str]:
-    """Say how many GPUs would do."""
+    """Return remedies with the necessary number of GPUs."""
     if is_slice(room.kind):
         return ["a whole GPU or a larger slice of one (an engine can use one slice only)"]
     if room.most < enough:
         return [
-            f"{enough} such GPUs for each engine would do, but no node here has more than "
+            f"{enough} such GPUs for each engine are enough, but no node here has more than "
             f"{room.most}"
         ]
     more = "" if enough <= room.count else f" {room.option.format(enough)}"
-    return [f"{enough} such GPUs for each engine would do: --gpus-per-engine {enough}{more}"]
+    return [f"{enough} such GPUs for each engine are enough: --gpus-per-engine {enough}{more}"]
 
 
 def _gigabytes(count: int) -> str:
@@ -251,10 +251,10 @@ def _gigabytes(count: int) -> str:
 
 
 def gpu_room(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> Room | None:
-    """Return the largest GPUs that a job may get; None where any of them may be of unknown size.
+    """Return the largest possible GPUs of a job; None if any of them can have an unknown size.
 
     Args:
-        partitions: that the job may go to.
+        partitions: possible partitions of the job.
     """
     asked = requested_gpus(slurm)
     if not asked:
@@ -281,7 +281,7 @@ def _has(node: Node, asked: dict[str, int]) -> bool:
 
 
 def _sizes(kind: str, nodes: Iterable[Node]) -> Iterator[tuple[str, int | None]]:
-    """Yield the names and sizes of the GPUs that a request for a kind may bring; "" is any."""
+    """Yield the names and sizes of the possible GPUs for a requested kind; "" is any."""
     if kind and gpu_bytes(kind) is not None:
         yield kind, _told_by_nodes(kind, nodes) or gpu_bytes(kind)
         return
@@ -295,7 +295,7 @@ def _sizes(kind: str, nodes: Iterable[Node]) -> Iterator[tuple[str, int | None]]
 
 
 def _told_by_nodes(kind: str, nodes: Iterable[Node]) -> int | None:
-    """Return a size that features tell more exactly than a type does: a100 and a100-40gb."""
+    """Return the size from a node's features, which can be more exact: a100 and a100-40gb."""
     sizes = []
     for node in nodes:
         exact = [

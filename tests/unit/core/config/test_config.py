@@ -346,9 +346,9 @@ def test_what_python_shows_of_an_error_names_the_allowed_values() -> None:
         SlurmConfig(acount="x")
     assert "unknown setting 'acount'" in str(caught.value)
     assert "did you mean 'account'? use one of: account, " in str(caught.value)
-    found = PreflightError("2 things stand in the way", "mend them", ("1. this", "2. that"))
+    found = PreflightError("2 problems found", "fix them", ("1. this", "2. that"))
     shown = "".join(traceback.format_exception_only(found))
-    assert shown.endswith("stand in the way\n  1. this\n  2. that\n  -> mend them\n")
+    assert shown.endswith("problems found\n  1. this\n  2. that\n  -> fix them\n")
     assert describe(found) == f"error: {found}"
 
 

@@ -35,6 +35,8 @@ PAGES = {
 # Commands run by another test or fixture, because they take long or run the tests.
 _BENCH = "tests/slow/test_bench.py::test_a_case_gives_figures"
 _SIGNED = "test_a_build_asks_for_the_passphrase_first_and_signs_the_image"
+_HUB = "tests/unit/cli/test_hub_models_command.py"
+_VLLM = "tests/unit/engines/test_vllm.py"
 ELSEWHERE = {
     "make image": "tests/integration/conftest.py::image",
     "make demo": "tests/integration/test_image.py::test_the_demo_shows_prompts_and_answers",
@@ -44,6 +46,19 @@ ELSEWHERE = {
     "make bench": _BENCH,
     "make bench BENCH=--quick": _BENCH,
     'make bench BENCH="occupancy adaptive"': _BENCH,
+    "make image ENGINE=llamacpp": "tests/integration/test_llamacpp.py::llama_image",
+    **{
+        f"aiflux models {action} hf:Qwen/Qwen3-8B{revision}":
+            f"{_HUB}::test_a_model_is_pulled_without_an_image_and_verified"
+        for action, revision in (("pull", ""), ("pull", "@COMMIT"), ("verify", ""))
+    },
+    "aiflux models remove hf:Qwen/Qwen3-8B":
+        f"{_HUB}::test_removing_a_snapshot_leaves_what_others_use",
+    **{
+        f"aiflux run --engine vllm --model {model} --input prompts.jsonl --output results.json":
+            f"{_VLLM}::test_the_server_gets_the_model_its_slots_and_its_context"
+        for model in ("hf:Qwen/Qwen3-8B", "/shared/models/Qwen3-8B")
+    },
     "aiflux image build --base docker --output aiflux.sif":
         "tests/integration/test_image_docker.py::test_the_docker_base_builds_an_equivalent_image",
     "aiflux image build --sign --force": f"tests/integration/test_airgap.py::{_SIGNED}",

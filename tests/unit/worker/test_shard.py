@@ -194,7 +194,16 @@ def test_a_stop_drains_and_the_same_command_goes_on(tmp_path: Path) -> None:
 def test_what_outlives_the_grace_time_was_not_attempted(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, drain_seconds=0.2).prompts("hang*1", "fine")
-        threading.Timer(0.3, working.stopper.stop, ["a test"]).start()
+
+        def stop_after_one() -> None:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                if working.journal.exists() and scan_journal(working.journal).done:
+                    break
+                time.sleep(0.02)
+            working.stopper.stop("a test")
+
+        threading.Thread(target=stop_after_one).start()
         assert working.run() is ExitCode.STOPPED
         assert scan_journal(working.journal).done == 1
         again = Working(tmp_path, engine.url)

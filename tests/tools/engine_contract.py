@@ -244,7 +244,7 @@ class EngineContract:
         if isinstance(site, ProgramSite):
             until(lambda: bool(site.started()))
         engine.stop()
-        if not site.kind.managed:  # a server that is not ours goes on
+        if not site.kind.managed:  # a server that AI-Flux did not start keeps running
             site.release()
             assert start.ended() is None
             return

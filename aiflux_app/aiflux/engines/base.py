@@ -174,7 +174,7 @@ class EngineKind(PlanningKind, Protocol):
         """Return whether two names mean the same model."""
 
     def model_path(self, model: str) -> Path | None:
-        """Return the path of a model that a container needs besides the models directory."""
+        """Return the path of a model that a container needs in addition to the models directory."""
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Return whether a model is stored completely."""

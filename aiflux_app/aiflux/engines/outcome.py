@@ -173,7 +173,7 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     finish, content = _finish(url, body)
-    told = choice_texts(body)
+    texts = choice_texts(body)
     if finish is None and not content:
         return Outcome(
             Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
@@ -187,7 +187,7 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
         completion_tokens=_count(usage, "completion_tokens"),
         finish_reason=finish,
         model=body["model"] if isinstance(body.get("model"), str) else None,
-        empty=told[0].empty if told else None,
+        empty=texts[0].empty if texts else None,
     )
 
 

@@ -1,6 +1,6 @@
 """An inference server as a child process, on its own loopback port, verified to be ours.
 
-The server is told to listen on port 0, so the kernel chooses the port. The port is then read from
+The server is started on port 0, so the kernel chooses the port. The port is then read from
 the sockets of the child's session (/proc/PID/fd and /proc/net/tcp). So no other process can take
 the port between choosing and binding it, and the server that answers on it is our child.
 """

@@ -73,8 +73,8 @@ def gpu_bytes(name: str) -> int | None:
 
 def gpu_bytes_of_features(features: Iterable[str]) -> int | None:
     """Return the GPU memory of a node with these features; the largest if several match."""
-    told = [size for size in map(gpu_bytes, features) if size is not None]
-    return max(told, default=None)
+    sizes = [size for size in map(gpu_bytes, features) if size is not None]
+    return max(sizes, default=None)
 
 
 def _by_model(text: str) -> int | None:

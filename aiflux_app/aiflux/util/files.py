@@ -242,7 +242,7 @@ def may_write(folder: Path) -> bool:
 
 
 def others_may_write(path: Path) -> str | None:
-    """Return who besides this user and root can change a file, or None."""
+    """Return who else than this user and root can change a file, or None."""
     status = path.stat()
     for owner in (path.lstat().st_uid, status.st_uid):
         if owner not in (os.getuid(), 0):

@@ -163,7 +163,7 @@ def acquire(
         StorageError: the file cannot be created.
     """
     watch, break_watch = _Watch(clock), _Watch(clock)
-    told, pause = False, _FIRST_PAUSE
+    reported, pause = False, _FIRST_PAUSE
     while True:
         descriptor = _create(path)
         if descriptor is not None:
@@ -179,9 +179,9 @@ def acquire(
             continue
         if (alive or watch.moved) and not wait:
             raise _conflict(what, holder)
-        if on_wait is not None and not told:
+        if on_wait is not None and not reported:
             on_wait(f"{what} is in use on {holder.get('host')}; waiting")
-            told = True
+            reported = True
         # Many processes wait when the shards of a run end together; random delays spread them.
         sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, BEAT_SECONDS / 2)

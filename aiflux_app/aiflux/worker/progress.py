@@ -235,6 +235,6 @@ class _PullColumn(ProgressColumn):
         if not task.total:
             return Text("")
         both = Table.grid(padding=(0, 1))
-        told = bytes_line(task.completed, task.total, task.speed, task.time_remaining)
-        both.add_row(self._bar(task), Text(told))
+        text = bytes_line(task.completed, task.total, task.speed, task.time_remaining)
+        both.add_row(self._bar(task), Text(text))
         return both

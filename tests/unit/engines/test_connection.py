@@ -21,7 +21,7 @@ VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 @dataclass(frozen=True)
 class Certificates:
-    """A site's own authority, and what it signed for 127.0.0.1 and for another host."""
+    """A site's own CA and its certificates for 127.0.0.1 and for another host."""
 
     authority: Path
     server: tuple[str, str]
@@ -64,7 +64,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused_at_once(tmp_path: Path, url: str, **options: object) -> str:
-    """Return the whole error of a run that must not wait."""
+    """Return the error of a run that must not wait."""
     working = Working(tmp_path, url, engine_wait=60, **options).prompts("a", "b")
     began = time.monotonic()
     assert working.run() is ExitCode.ENGINE
@@ -76,7 +76,7 @@ def refused_at_once(tmp_path: Path, url: str, **options: object) -> str:
 # --- HTTPS ---------------------------------------------------------------------------------------
 
 
-def test_a_certificate_of_a_sites_own_is_refused_with_the_reason(
+def test_a_certificate_of_an_unknown_ca_is_refused_with_the_reason(
     tmp_path: Path, certificates: Certificates
 ) -> None:
     with FaultyEngine(tls=certificates.server) as engine:
@@ -86,7 +86,7 @@ def test_a_certificate_of_a_sites_own_is_refused_with_the_reason(
     assert "--engine-ca FILE" in text
 
 
-def test_an_authority_that_is_named_is_trusted(tmp_path: Path, certificates: Certificates) -> None:
+def test_a_given_ca_is_trusted(tmp_path: Path, certificates: Certificates) -> None:
     with FaultyEngine(tls=certificates.server) as engine:
         working = Working(tmp_path, engine.url, engine_ca=certificates.authority).prompts("a")
         assert working.run() is ExitCode.OK
@@ -94,7 +94,7 @@ def test_an_authority_that_is_named_is_trusted(tmp_path: Path, certificates: Cer
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_the_usual_variables_count(
+def test_the_usual_variables_are_used(
     tmp_path: Path, certificates: Certificates, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, str(certificates.authority))
@@ -113,7 +113,7 @@ def test_a_certificate_for_another_host_is_refused(
     assert "IP address mismatch" in text
 
 
-def test_certificates_that_are_not_there_are_exit_2(
+def test_missing_certificates_are_exit_2(
     tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultyEngine(tls=certificates.server) as engine:
@@ -125,7 +125,9 @@ def test_certificates_that_are_not_there_are_exit_2(
         assert Working(tmp_path, engine.url).prompts("a").run() is ExitCode.OK, "no HTTPS"
 
 
-def test_a_file_without_certificates_is_named(tmp_path: Path, certificates: Certificates) -> None:
+def test_a_file_without_certificates_is_reported(
+    tmp_path: Path, certificates: Certificates
+) -> None:
     wrong = tmp_path / "wrong.pem"
     wrong.write_text("no certificate", encoding="utf-8")
     with FaultyEngine(tls=certificates.server) as engine:
@@ -152,13 +154,13 @@ def test_https_on_a_port_of_http(tmp_path: Path) -> None:
 # --- addresses -----------------------------------------------------------------------------------
 
 
-def test_an_unknown_host_is_not_waited_for(tmp_path: Path) -> None:
+def test_an_unknown_host_fails_without_waiting(tmp_path: Path) -> None:
     name = "no-such-host.invalid"
     try:
         socket.getaddrinfo(name, 80)
     except socket.gaierror as error:
         temporary = error.errno == socket.EAI_AGAIN
-    if temporary:  # a machine without any name server: that may pass, so that it is waited for
+    if temporary:  # a machine without a name server: possibly temporary, so the worker waits
         working = Working(tmp_path, f"http://{name}:1", engine_wait=0.2).prompts("a")
         assert working.run() is ExitCode.ENGINE
         text = str(working.error)
@@ -168,7 +170,7 @@ def test_an_unknown_host_is_not_waited_for(tmp_path: Path) -> None:
     assert name in text
 
 
-def test_the_reason_of_a_refused_connection_is_shown_while_it_is_waited_for(tmp_path: Path) -> None:
+def test_the_reason_of_a_refused_connection_is_shown_while_waiting(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         url = engine.url
     working = Working(tmp_path, url, engine_wait=0.3).prompts("x")
@@ -188,7 +190,7 @@ def test_the_reason_of_a_refused_connection_is_shown_while_it_is_waited_for(tmp_
         ("http://[::1]:8000", "http://[::1]:8000"),
     ],
 )
-def test_addresses_that_are_taken(given: str, meant: str) -> None:
+def test_accepted_addresses(given: str, meant: str) -> None:
     assert value_parsers.url(given) == meant
 
 
@@ -197,7 +199,7 @@ def test_addresses_that_are_taken(given: str, meant: str) -> None:
     ["chat/completions", "completions", "embeddings", "models", "responses"],
 )
 @pytest.mark.parametrize("prefix", ["/v1/", "/llm/v1/", "/"])
-def test_an_address_of_an_endpoint_is_refused_with_the_right_form(
+def test_the_address_of_an_endpoint_is_refused_with_the_correct_one(
     prefix: str, endpoint: str
 ) -> None:
     base = "http://h:8000" + prefix.removesuffix("/").removesuffix("/v1")
@@ -206,7 +208,7 @@ def test_an_address_of_an_endpoint_is_refused_with_the_right_form(
 
 
 @pytest.mark.parametrize("wrong", ["http://h:99999", "http://h:0", "http://h:x", "http://:80"])
-def test_an_address_without_a_port_that_exists_is_refused(wrong: str) -> None:
+def test_an_address_with_an_invalid_port_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="a port from 1 to 65535"):
         value_parsers.url(wrong)
 

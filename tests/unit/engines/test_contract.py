@@ -1,4 +1,4 @@
-"""Every kind of the table keeps the promises of the seam: the cases of ``EngineContract``."""
+"""Every kind of the table fulfils the interface: the cases of ``EngineContract``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 class FakeOllama(ProgramSite):
-    """The small stand-in for Ollama; held back before it listens."""
+    """The small stand-in for Ollama; paused before it listens."""
 
     kind = kind_named("ollama")
     model = "tiny:latest"
@@ -41,7 +41,7 @@ class FakeOllama(ProgramSite):
 
 
 class Loading(ProgramSite):
-    """Held back while it loads its model."""
+    """Paused while it loads its model."""
 
     def hold(self) -> None:
         (self.folder / "home-0").mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ class Loading(ProgramSite):
 
 
 class LoadingOllama(Loading, FakeOllama):
-    """The stand-in for Ollama, held back later."""
+    """The stand-in for Ollama, paused later."""
 
 
 class FakeLlamaServer(Loading):
@@ -75,7 +75,7 @@ class FakeLlamaServer(Loading):
 
 
 class LlamaServerOfFile(FakeLlamaServer):
-    """The same, with a file that a path names."""
+    """The same, with the path of a file."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -85,7 +85,7 @@ class LlamaServerOfFile(FakeLlamaServer):
 
 
 class FakeVllm(Loading):
-    """The small stand-in for vLLM, with a snapshot of the hub; held back while it loads."""
+    """The small stand-in for vLLM, with a snapshot of the hub; paused while it loads."""
 
     kind = kind_named("vllm")
     model = "hf:org/tiny@main"
@@ -104,7 +104,7 @@ class FakeVllm(Loading):
 
 
 class FakeVllmOfFolder(FakeVllm):
-    """The same, with the directory of a model; held back before it starts."""
+    """The same, with the directory of a model; paused before it starts."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -119,7 +119,7 @@ class FakeVllmOfFolder(FakeVllm):
 
 
 class External(EngineSite):
-    """A server that somebody else started, which may not be ready yet."""
+    """A server that AI-Flux did not start, which may not be ready yet."""
 
     kind = kind_named("external")
     model = "m:1"
@@ -176,5 +176,5 @@ class TestContract(EngineContract):
         made.close()
 
 
-def test_every_kind_of_the_table_takes_the_contract() -> None:
+def test_every_kind_of_the_table_is_tested() -> None:
     assert {site.kind.name for site in SITES} == KINDS.keys()

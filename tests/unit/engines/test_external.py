@@ -36,7 +36,7 @@ def rejecting(status: int, message: str = "no", path: str = "/v1/", **headers: s
 
 
 class Loading:
-    """As llama-server: every path answers 503 until the model is in memory."""
+    """Like llama-server: every path answers 503 until the model is loaded."""
 
     def __init__(self) -> None:
         self.loading = False
@@ -56,7 +56,7 @@ def recorded(working: Working) -> int:
 # --- not ready -----------------------------------------------------------------------------------
 
 
-def test_an_engine_that_loads_is_waited_for(tmp_path: Path) -> None:
+def test_the_worker_waits_for_an_engine_that_loads(tmp_path: Path) -> None:
     loading = Loading()
     loading.loading = True
     with FaultyEngine(instead=loading) as engine:
@@ -68,7 +68,7 @@ def test_an_engine_that_loads_is_waited_for(tmp_path: Path) -> None:
     assert any("is not ready (503): Loading model" in line for line in working.reporter.messages)
 
 
-def test_an_engine_that_loads_for_too_long_is_exit_4_with_its_words(tmp_path: Path) -> None:
+def test_an_engine_that_loads_for_too_long_is_exit_4_with_its_message(tmp_path: Path) -> None:
     loading = Loading()
     loading.loading = True
     with FaultyEngine(instead=loading) as engine:
@@ -80,7 +80,9 @@ def test_an_engine_that_loads_for_too_long_is_exit_4_with_its_words(tmp_path: Pa
 
 
 @pytest.mark.parametrize("concurrency", [16, None])
-def test_loading_in_mid_run_costs_no_attempt(tmp_path: Path, concurrency: int | None) -> None:
+def test_loading_during_a_run_does_not_count_as_an_attempt(
+    tmp_path: Path, concurrency: int | None
+) -> None:
     loading = Loading()
     with FaultyEngine(delay=0.01, instead=loading) as engine:
         working = Working(tmp_path, engine.url, max_retries=0, concurrency=concurrency)
@@ -103,8 +105,8 @@ def test_loading_in_mid_run_costs_no_attempt(tmp_path: Path, concurrency: int | 
     assert {entry["metadata"]["attempts"] for entry in working.results} == {1}
 
 
-def test_an_overloaded_engine_is_not_taken_for_one_that_loads(tmp_path: Path) -> None:
-    """Its list of models answers: the request is charged, and the lane stays open."""
+def test_an_overloaded_engine_is_not_mistaken_for_one_that_loads(tmp_path: Path) -> None:
+    """Its list of models answers: the attempt counts, and the lane stays open."""
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, max_retries=1).prompts("503", "fine", "503*1")
         assert working.run() is ExitCode.FAILURES
@@ -112,7 +114,7 @@ def test_an_overloaded_engine_is_not_taken_for_one_that_loads(tmp_path: Path) ->
     assert not any("is down" in line for line in working.reporter.messages)
 
 
-def test_a_gateway_without_its_model_server_is_waited_for(tmp_path: Path) -> None:
+def test_the_worker_waits_for_a_gateway_without_its_model_server(tmp_path: Path) -> None:
     gone = threading.Event()
 
     def instead(method: str, path: str, _: Mapping[str, str]) -> Reply | None:
@@ -174,7 +176,7 @@ def test_rejections_of_every_request_are_exit_4_and_not_recorded(
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "seen", "remedy"),
+    ("status", "code", "reported", "remedy"),
     [
         (401, "invalid_api_key", "refuses the key (401)", "AIFLUX_API_KEY"),
         (402, "payment_required", "asks for payment (402)", "credit and quota"),
@@ -184,8 +186,8 @@ def test_rejections_of_every_request_are_exit_4_and_not_recorded(
         (451, "legal", "rejected the only request to /v1/chat/completions (451)", "address"),
     ],
 )
-def test_each_rejection_has_its_own_words(
-    tmp_path: Path, status: int, code: str, seen: str, remedy: str
+def test_each_rejection_has_its_own_message(
+    tmp_path: Path, status: int, code: str, reported: str, remedy: str
 ) -> None:
     body = json.dumps({"error": {"message": "its words", "code": code}}).encode()
     with FaultyEngine(instead=lambda method, *_: (status, body, {}) if method == "POST" else None) \
@@ -193,7 +195,7 @@ def test_each_rejection_has_its_own_words(
         working = Working(tmp_path, engine.url).prompts("a")
         assert working.run() is ExitCode.ENGINE
     assert working.error is not None
-    assert f"{seen}: its words" in working.error.message
+    assert f"{reported}: its words" in working.error.message
     assert remedy in str(working.error.remedy)
     assert ("refuses the key" in working.error.message) is (status == 401)
     assert recorded(working) == 0
@@ -210,14 +212,14 @@ def test_a_redirect_shows_the_address_to_use(tmp_path: Path) -> None:
     assert working.error.remedy == "use that address: --engine-url https://new.example:8443/llm"
 
 
-def test_a_rejected_request_among_answers_is_its_own_failure(tmp_path: Path) -> None:
+def test_a_rejected_request_among_answers_fails(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         prompts = [f"404 {i}" if i % 3 else f"fine {i}" for i in range(60)]
         working = Working(tmp_path, engine.url, concurrency=4).prompts(*prompts)
         assert working.run() is ExitCode.FAILURES
     failed = [entry for entry in working.results if "error" in entry]
     assert len(failed) == 40
-    # The last rejections may have had no answer behind them, and are held against one from before.
+    # After the last rejections there may be no answer; then an earlier request is sent again.
     probes = sum(engine.seen.values()) - 60
     assert probes <= 1
     assert {count for text, count in engine.seen.items() if text.startswith("404")} == {1}
@@ -231,8 +233,8 @@ def test_more_rejections_in_a_row_than_enough_are_recorded_after_an_answer(tmp_p
     assert sum("error" in entry for entry in working.results) == 30
 
 
-def test_what_is_left_of_an_earlier_start_may_all_be_rejected(tmp_path: Path) -> None:
-    """The others were answered then; the run must come to an end."""
+def test_all_requests_left_by_an_earlier_start_may_be_rejected(tmp_path: Path) -> None:
+    """The others were answered in that start; the run must end."""
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, concurrency=1).prompts("a", "b", "403 x", "403 y")
         working.stop_soon(results=2)
@@ -249,7 +251,7 @@ def test_all_failures_allowed_records_rejections(tmp_path: Path) -> None:
     assert [entry["error"]["status"] for entry in working.results] == [404, 404]
 
 
-def test_a_key_that_expires_stops_the_run_and_keeps_what_is_done(tmp_path: Path) -> None:
+def test_a_key_that_expires_stops_the_run_and_keeps_results(tmp_path: Path) -> None:
     expired = threading.Event()
 
     def instead(method: str, path: str, _: Mapping[str, str]) -> Reply | None:
@@ -278,7 +280,7 @@ def test_a_key_that_expires_stops_the_run_and_keeps_what_is_done(tmp_path: Path)
     assert set(engine.seen.values()) == {1}
 
 
-def test_a_model_that_goes_away_in_mid_run_is_not_the_requests_fault(tmp_path: Path) -> None:
+def test_a_model_that_disappears_during_a_run_fails_no_request(tmp_path: Path) -> None:
     gone = threading.Event()
 
     def instead(method: str, path: str, _: Mapping[str, str]) -> Reply | None:
@@ -303,7 +305,7 @@ def test_a_model_that_goes_away_in_mid_run_is_not_the_requests_fault(tmp_path: P
     assert "does not offer the model 'm:1'" in working.error.message
 
 
-def test_an_endpoint_that_is_missing_is_told_by_name(tmp_path: Path) -> None:
+def test_a_missing_endpoint_is_reported_by_name(tmp_path: Path) -> None:
     instead = rejecting(404, "File Not Found", path="/v1/embeddings")
     with FaultyEngine(instead=instead) as engine:
         working = Working(tmp_path, engine.url, concurrency=2)
@@ -330,7 +332,7 @@ def test_an_endpoint_that_is_missing_is_told_by_name(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("count", [1, 100])
-def test_a_server_that_is_no_openai_api_is_exit_4_and_nothing_is_recorded(
+def test_a_server_without_an_openai_api_is_exit_4_and_records_nothing(
     tmp_path: Path, kind: str, body: bytes, shown: str, count: int
 ) -> None:
     page = (200, body, {"Content-Type": kind} if kind else {})
@@ -348,7 +350,7 @@ def test_a_server_that_is_no_openai_api_is_exit_4_and_nothing_is_recorded(
     assert len(corrected.results) == count
 
 
-def test_a_page_among_answers_is_its_own_requests_failure(tmp_path: Path) -> None:
+def test_a_web_page_among_answers_fails_its_request(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, max_retries=0, concurrency=4)
         working.prompts(*(f"{'html' if i % 3 else 'fine'} {i}" for i in range(60)))
@@ -360,7 +362,7 @@ def test_a_page_among_answers_is_its_own_requests_failure(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("status", [400, 404, 422])
-def test_an_unknown_model_is_told_with_the_names_there_are(tmp_path: Path, status: int) -> None:
+def test_an_unknown_model_is_reported_with_the_available_names(tmp_path: Path, status: int) -> None:
     models = ("llama3.2:3b", "qwen3:8b")
     with FaultyEngine(models=models, instead=rejecting(status, "unknown model")) as engine:
         working = Working(tmp_path, engine.url)
@@ -378,7 +380,7 @@ def test_an_unknown_model_is_told_with_the_names_there_are(tmp_path: Path, statu
 def test_a_slow_list_of_models_still_explains_the_rejections(
     tmp_path: Path, status: int, answers: bool
 ) -> None:
-    """Ten rejections come before the look at the list, which the first one began, has ended."""
+    """Ten rejections come before the query of the list, which the first one started, ends."""
     looks = Counter[str]()
     reject = rejecting(status, "unknown model")
 
@@ -398,14 +400,14 @@ def test_a_slow_list_of_models_still_explains_the_rejections(
     assert recorded(working) == 0
 
 
-def test_a_bad_request_for_a_model_that_is_listed_is_its_own_failure(tmp_path: Path) -> None:
+def test_a_bad_request_for_a_listed_model_fails(tmp_path: Path) -> None:
     with FaultyEngine(models=("m:1",)) as engine:
         working = Working(tmp_path, engine.url).prompts("400", "400")
         assert working.run() is ExitCode.FAILURES
     assert [entry["error"]["status"] for entry in working.results] == [400, 400]
 
 
-def test_a_server_that_answers_for_any_model_is_noticed(tmp_path: Path) -> None:
+def test_a_server_that_answers_for_any_model_is_detected(tmp_path: Path) -> None:
     with FaultyEngine(models=("tiny.gguf",), answers_as="tiny.gguf") as engine:
         working = Working(tmp_path, engine.url).prompts("a", "b", "c")
         assert working.run() is ExitCode.ENGINE
@@ -418,7 +420,7 @@ def test_a_server_that_answers_for_any_model_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "listed", "answered"),
     [
-        ("b", ("a", "b"), "a"),  # vLLM names the first of several served names
+        ("b", ("a", "b"), "a"),  # vLLM reports the first of several served names
         ("gpt-4o", ("gpt-4o-2024-08-06",), "gpt-4o-2024-08-06"),
         ("org/model", ("model",), "model"),
         ("openai/gpt-4o", ("openai/*",), "gpt-4o"),
@@ -438,7 +440,7 @@ def test_metadata_names_the_model_that_ran(
 
 
 @pytest.mark.parametrize("answered", ["Llama3.2", "llama3.2:latest"])
-def test_names_that_differ_in_form_only_are_one(tmp_path: Path, answered: str) -> None:
+def test_names_that_differ_only_in_form_are_the_same(tmp_path: Path, answered: str) -> None:
     with FaultyEngine(models=("llama3.2:latest",), answers_as=answered) as engine:
         working = Working(tmp_path, engine.url).prompts("x", model="llama3.2")
         assert working.run() is ExitCode.OK

@@ -1,4 +1,4 @@
-"""Models of Hugging Face: their names, and where their snapshots are found."""
+"""Models of Hugging Face: their names and the location of their snapshots."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_names_of_the_hub(text: str, repo: str, revision: str | None) -> None:
     ["", "hf:", "llama3.2:3b", "hf:llama", "a/b/c", "hf:a/b@", "a/b@x y", "a/b@../x", "a/b@/x",
      "a/../b", "ä/b", "a--b/c", "a/b..c", "-a/b", "a/b.", "hf:hf:a/b", "a/b\n", "/", "~nobody7/m"],
 )  # fmt: skip
-def test_what_is_not_a_model_is_refused(text: str) -> None:
+def test_invalid_names_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_hub_model(text)
 
@@ -98,7 +98,7 @@ def test_the_models_directory_may_have_a_hub_cache_or_be_one(tmp_path: Path, bel
         (f"@{'a' * 40}", None),
     ],
 )
-def test_revisions_are_branches_tags_and_commits(
+def test_revisions_are_branches_tags_or_commits(
     tmp_path: Path, revision: str, found: str | None
 ) -> None:
     put_snapshot(tmp_path, "org/name", COMMIT, "v1")
@@ -108,7 +108,7 @@ def test_revisions_are_branches_tags_and_commits(
     assert (snapshot.name if snapshot else None) == found
 
 
-def test_without_a_default_branch_the_only_snapshot_counts(tmp_path: Path) -> None:
+def test_without_a_default_branch_the_only_snapshot_is_used(tmp_path: Path) -> None:
     model = parse_hub_model("org/name")
     snapshot = put_snapshot(tmp_path, "org/name", COMMIT, ref=None)
     assert find_snapshot(tmp_path, model) == snapshot
@@ -123,7 +123,7 @@ def test_two_commits_with_the_same_beginning_are_ambiguous(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("noted", ["", "../../../etc", "main", "\xff", COMMIT + "0"])
-def test_a_damaged_ref_leads_nowhere(tmp_path: Path, noted: str) -> None:
+def test_a_damaged_ref_is_ignored(tmp_path: Path, noted: str) -> None:
     snapshot = put_snapshot(tmp_path, "org/name")
     (tmp_path / "models--org--name" / "refs" / "main").write_bytes(noted.encode("latin-1"))
     assert find_snapshot(tmp_path, parse_hub_model("org/name")) == snapshot  # the only one
@@ -179,7 +179,7 @@ def index_of(content: object) -> Callable[[Path], None]:
         (index_of({"weight_map": {}}), "no .safetensors file is in"),
     ],
 )  # fmt: skip
-def test_what_is_missing_or_damaged_is_named(
+def test_missing_and_damaged_files_are_reported(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     pulled, folder = put_snapshot(tmp_path, "org/name"), put_folder(tmp_path / "m")
@@ -195,8 +195,8 @@ def test_what_is_missing_or_damaged_is_named(
     KIND.refuse_model(tmp_path, "org/name")  # it is pulled again before the start
 
 
-def test_the_files_of_the_index_count(tmp_path: Path) -> None:
-    """Some repositories have the same weights twice, as Mistral's consolidated.safetensors."""
+def test_the_files_of_the_index_are_used(tmp_path: Path) -> None:
+    """Some repositories contain the weights twice, such as Mistral's consolidated.safetensors."""
     folder = put_folder(tmp_path / "m")
     (folder / "consolidated.safetensors").write_bytes(WEIGHTS)
     index_of({"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}})(folder)
@@ -263,7 +263,7 @@ def test_names_of_one_model(one: str, other: str, same: bool) -> None:
     ],
 )
 def test_requests_name_the_runs_model(model: str, named: str, accepted: bool) -> None:
-    """A revision that a request insists on must be the run's."""
+    """A revision in a request must be the run's."""
     assert KIND.input_rules.accepts_model(model, named) is accepted
     served = KIND.served_name(model)
     if accepted:
@@ -271,7 +271,7 @@ def test_requests_name_the_runs_model(model: str, named: str, accepted: bool) ->
         assert {"model": named, **edits} == {"model": served}
 
 
-def test_one_name_is_left_of_each_model() -> None:
+def test_each_model_keeps_one_name() -> None:
     names = ["org/a", f"org/a@{COMMIT[:8]}", f"hf:Org/A@{COMMIT}", "org/b@v1", "org/b"]
     assert KIND.distinct_models(names) == [f"hf:Org/A@{COMMIT}", "hf:org/b@v1"]
 

@@ -1,4 +1,4 @@
-"""llama.cpp: which models it takes, under which names, and what it refuses at once."""
+"""llama.cpp: supported models, their names, and what is refused at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny_file(folder: Path) -> Path:
     return path
 
 
-def test_a_path_is_made_absolute_and_requests_may_call_the_file_by_its_name(
+def test_a_path_is_made_absolute_and_requests_may_use_the_file_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job does not run in this directory."""
@@ -67,7 +67,7 @@ def test_a_job_mounts_the_file(tmp_path: Path) -> None:
     assert script.with_models(plan_of(tmp_path, "m:1")).model_paths == ()
 
 
-def test_the_catalog_is_asked_for_names_only(tmp_path: Path) -> None:
+def test_the_catalog_is_used_for_names_only(tmp_path: Path) -> None:
     catalog = read_catalog()
     for finding in (check_names, check_endpoints):
         assert not [*finding(plan_of(tmp_path, str(tiny_file(tmp_path))), catalog)]
@@ -82,7 +82,7 @@ def test_the_catalog_is_asked_for_names_only(tmp_path: Path) -> None:
         ("absent:1b", "llama.cpp does not pull models", "aiflux models pull absent:1b"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused_before_submission(
+def test_a_missing_model_is_refused_before_submission(
     tmp_path: Path, model: str, what: str, fix: str
 ) -> None:
     (finding,) = check_models(plan_of(tmp_path, model))
@@ -91,7 +91,7 @@ def test_a_model_that_is_not_there_is_refused_before_submission(
     assert fix in finding.fix
 
 
-def test_a_file_in_another_form_is_refused_before_submission(tmp_path: Path) -> None:
+def test_a_file_in_another_format_is_refused_before_submission(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"PK\3\4 a torch file")
     (finding,) = check_models(plan_of(tmp_path, str(path)))
@@ -110,7 +110,7 @@ def test_an_image_reader_in_the_models_own_file_is_refused(tmp_path: Path) -> No
     assert "--engine ollama" in finding.fix
 
 
-def test_another_digest_than_the_name_insists_on_is_refused(tmp_path: Path) -> None:
+def test_another_digest_than_the_one_in_the_name_is_refused(tmp_path: Path) -> None:
     put_model(tmp_path / "models", "tiny:1b", make_tiny_gguf.tiny())
     (finding,) = check_models(plan_of(tmp_path, "tiny:1b@sha256:" + "0" * 12))
     assert "digest" in finding.what or "insists" in finding.what
@@ -126,7 +126,7 @@ def test_text_and_embeddings_in_one_input_are_refused(tmp_path: Path) -> None:
     assert plan_of(tmp_path, "m:1", embedding, embedding).requests == 2
 
 
-def test_all_models_get_slots_and_top_k_is_obeyed(tmp_path: Path) -> None:
+def test_all_models_get_slots_and_top_k_is_sent(tmp_path: Path) -> None:
     figures = KIND.figures(None, "embeddinggemma:300m", read_catalog())
     assert figures is not None
     options = RunOptions(engine="llamacpp")
@@ -201,7 +201,7 @@ def test_a_server_that_sees_no_gpu_in_a_gpu_job_is_refused(tmp_path: Path) -> No
     assert not program.with_name("llama-server.arguments").exists()
 
 
-def test_without_the_program_the_error_names_it(tmp_path: Path) -> None:
+def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, str(tiny_file(tmp_path)))
     spec = EngineSpec(0, plan, plan.models[0], (), tmp_path, tmp_path / "log",
                       {"PATH": str(tmp_path)}, lambda _: None)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The memory formula, and the reader of the headers that it is fed from.
+"""The memory formula, and the reader of the headers it uses.
 
 The figures of SmolLM2 are those that Ollama 0.9.3 logged of it; tests/integration/test_memory.py
 holds the formula to Ollama itself.
@@ -52,12 +52,12 @@ def test_smollm2_as_ollama_logged_it(
     assert memory.graph / MIB == pytest.approx(graph, abs=0.06)
 
 
-def test_more_context_than_a_model_was_trained_for_costs_nothing() -> None:
+def test_more_context_than_a_model_was_trained_for_needs_no_memory() -> None:
     assert estimate(SMOLLM2, 99999, 2) == estimate(SMOLLM2, 8192, 2)
 
 
 @pytest.mark.parametrize("name", ["bge-m3:567m", "embeddinggemma:300m", "qwen3-vl:8b"])
-def test_what_ollama_runs_with_one_slot_takes_the_memory_of_one(name: str) -> None:
+def test_models_that_ollama_runs_with_one_slot_need_the_memory_of_one(name: str) -> None:
     figures = known(name)
     assert has_one_slot(figures.architecture)
     assert estimate(figures, 8192, 16) == estimate(figures, 8192, 1)
@@ -86,7 +86,7 @@ def test_a_models_own_file_shows_whether_it_gets_one_slot(
     assert has_one_slot(figures_of(read_gguf(path)).architecture) is single
 
 
-def test_sliding_layers_keep_less() -> None:
+def test_sliding_layers_need_less_cache() -> None:
     gemma = known("gemma3:27b")
     long, short = (estimate(gemma, context, 1).cache for context in (131072, 4096))
     token = 2 * 128 * 16 * 2
@@ -94,12 +94,12 @@ def test_sliding_layers_keep_less() -> None:
     assert short == (10 * 4096 + 52 * (1024 + 512)) * token
 
 
-def test_a_smaller_cache_type_is_reckoned_with() -> None:
+def test_a_smaller_cache_type_is_used() -> None:
     half = estimate(SMOLLM2, 2048, 4, cache_type="q8_0").cache
     assert half * 2 == estimate(SMOLLM2, 2048, 4).cache
 
 
-def test_the_least_is_less() -> None:
+def test_the_minimum_is_less() -> None:
     for name in ("llama3.1:8b", "gemma2:9b", "gpt-oss:20b", "qwen2.5:32b"):
         figures = known(name)
         least = estimate(figures, 16384, 4, flash=True)
@@ -119,7 +119,7 @@ def test_the_least_is_less() -> None:
         ("llama3.1:405b", 8, None),
     ],
 )
-def test_how_many_gpus_would_do(name: str, capacity: int, gpus: int | None) -> None:
+def test_the_number_of_gpus_for_a_model(name: str, capacity: int, gpus: int | None) -> None:
     figures = known(name)
 
     def needed(count: int) -> int:
@@ -151,7 +151,7 @@ def test_a_header_of_real_size_is_read_back(name: str, tmp_path: Path) -> None:
         assert figures.weights == pytest.approx(model.figures.weights, rel=0.01)
 
 
-def test_what_lies_there_is_believed_more_than_the_catalog(tmp_path: Path) -> None:
+def test_a_stored_file_has_precedence_over_the_catalog(tmp_path: Path) -> None:
     catalog = read_catalog()
     other = catalog.find("llama3.2:1b")
     assert other is not None
@@ -177,13 +177,13 @@ def test_what_lies_there_is_believed_more_than_the_catalog(tmp_path: Path) -> No
         (make_tiny_gguf.tiny()[:3000], "does not end|unpack_from"),
     ],
 )
-def test_what_is_no_gguf_is_said(content: bytes, words: str, tmp_path: Path) -> None:
+def test_a_file_in_another_format_is_reported(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=words):
         read_gguf(path)
 
 
-def test_a_model_that_is_not_there_has_no_figures(tmp_path: Path) -> None:
+def test_a_missing_model_has_no_figures(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not in"):
         stored_figures(tmp_path, parse_model_name("nobody:1b"))

@@ -1,4 +1,4 @@
-"""Pulls that fail: which are tried again, and how they are reported."""
+"""Failed pulls: which are retried, and how they are reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ time=2026-11-25T20:48:52.6Z level=WARN source=download.go:256 msg="backing off" 
 """
 
 
-def test_a_time_limit_is_told_with_what_took_so_long(tmp_path: Path) -> None:
+def test_a_time_limit_is_reported_with_the_slow_step(tmp_path: Path) -> None:
     log = tmp_path / "pull.log"
     log.write_text(LOG, encoding="utf-8")
     words = "context deadline exceeded"
@@ -35,7 +35,7 @@ def test_a_time_limit_is_told_with_what_took_so_long(tmp_path: Path) -> None:
 
 @contextmanager
 def pulling(*answers: dict[str, str]) -> Iterator[tuple[Ollama, list[str]]]:
-    """Serve Ollama's API for pulls: each request gets the next answer, and the last one again."""
+    """Serve Ollama's API for pulls: each request gets the next answer; the last one is repeated."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,7 +64,7 @@ def pulling(*answers: dict[str, str]) -> Iterator[tuple[Ollama, list[str]]]:
 NAME = parse_model_name("m:1")
 
 
-def test_a_pull_that_breaks_off_is_resumed(tmp_path: Path) -> None:
+def test_an_interrupted_pull_is_resumed(tmp_path: Path) -> None:
     steps: list[dict[str, Any]] = []
     with pulling({"error": "unexpected EOF"}, {"status": "success"}) as (ollama, asked):
         pull_with(ollama, NAME, tmp_path, steps.append, tmp_path / "pull.log")
@@ -75,9 +75,7 @@ def test_a_pull_that_breaks_off_is_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "attempts"), [("unexpected EOF", 3), ("pull model manifest: not found", 1)]
 )
-def test_a_pull_is_tried_again_only_if_that_can_help(
-    words: str, attempts: int, tmp_path: Path
-) -> None:
+def test_a_pull_is_retried_only_if_that_can_help(words: str, attempts: int, tmp_path: Path) -> None:
     with (
         pulling({"error": words}) as (ollama, asked),
         pytest.raises(ModelError, match=words) as raised,

@@ -25,7 +25,7 @@ BASIC = "Basic " + base64.b64encode(f"user:{PASSWORD}".encode()).decode()
 
 
 def written(secret: str) -> list[str]:
-    """Return a secret as servers of several kinds write it."""
+    """Return a secret in the notations of several servers."""
     return [
         secret,
         json.dumps(secret)[1:-1],
@@ -43,18 +43,18 @@ def forms(key: str) -> list[str]:
 
 
 def everything(tmp_path: Path, working: Working) -> str:
-    """Return all that a run leaves, and all that it says."""
+    """Return all files and messages of a run."""
     files = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
     return "\n".join([*files, *working.reporter.messages, str(working.error)])
 
 
 @pytest.mark.parametrize("key", [KEY, BASIC], ids=["bearer", "basic"])
 @pytest.mark.parametrize("status", [400, 500, 503, 401, 403, 404, 302])
-def test_a_key_that_an_error_echoes_is_left_nowhere(
+def test_a_key_in_an_error_is_stored_nowhere(
     tmp_path: Path, key: str, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     echoed = " ".join(forms(key))
-    padding = "x" * 490  # so that the cut of a long message goes through the key
+    padding = "x" * 490  # a long message is cut in the middle of the key
 
     def instead(method: str, path: str, headers: Mapping[str, str]) -> Reply | None:
         if method == "GET":
@@ -78,7 +78,7 @@ def test_a_key_that_an_error_echoes_is_left_nowhere(
 
 
 @pytest.mark.parametrize("fault", ["error", "notjson"])
-def test_a_key_in_a_200_that_is_no_answer_is_left_nowhere(tmp_path: Path, fault: str) -> None:
+def test_a_key_in_an_invalid_200_is_stored_nowhere(tmp_path: Path, fault: str) -> None:
     def instead(method: str, path: str, headers: Mapping[str, str]) -> Reply | None:
         echo = {"error": {"message": f"bad {headers.get('Authorization')}"}}
         whole = json.dumps(echo).encode()
@@ -92,8 +92,8 @@ def test_a_key_in_a_200_that_is_no_answer_is_left_nowhere(tmp_path: Path, fault:
     assert HIDDEN in left
 
 
-def test_an_answer_is_kept_to_the_byte(tmp_path: Path) -> None:
-    """A model's own words are data: it never saw the key, and a dummy key may be a plain word."""
+def test_an_answer_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    """Answers are data: a model never sees the key, and a dummy key may be a common word."""
     with FaultyEngine(answer="ask ollama or sk-secret-1") as engine:
         working = Working(tmp_path, engine.url, api_key="ollama").prompts("a")
         assert working.run() is ExitCode.OK
@@ -110,7 +110,7 @@ def test_json_stays_json(key: str, around: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["none", "EMPTY", "ollama", "x", "Bearer x"])
-def test_a_placeholder_spoils_no_words(key: str) -> None:
+def test_a_placeholder_key_changes_no_words(key: str) -> None:
     text = "none of it is EMPTY: ollama x"
     assert Secrets.of(key).hide(text) == text
 
@@ -119,12 +119,12 @@ keys = st.text(st.sampled_from('aZ09-_./+=&"\\'), min_size=1, max_size=5)
 
 
 @given(keys.filter(lambda key: key != "-"))
-def test_a_short_key_is_hidden_where_it_stands_by_itself(key: str) -> None:
+def test_a_short_key_is_hidden_as_a_separate_word(key: str) -> None:
     hidden = Secrets.of(f"Bearer {key}").hide(f"the server says: {key} !")
     assert hidden == f"the server says: {HIDDEN} !"
 
 
-def test_a_short_key_spoils_no_longer_words() -> None:
+def test_a_short_key_changes_no_longer_words() -> None:
     assert Secrets.of("pw").hide("pwd and pw, not pw2") == f"pwd and {HIDDEN}, not pw2"
     basic = "Basic " + base64.b64encode(b"user:h4x").decode()
     assert Secrets.of(basic).hide("wrong password h4x") == f"wrong password {HIDDEN}"

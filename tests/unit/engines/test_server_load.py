@@ -1,4 +1,4 @@
-"""What a server's own report of its load is read from."""
+"""The load that a server reports."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ llamacpp:requests_deferred 12
 """
 
 
-def test_the_load_of_all_engines_of_a_vllm_is_added_up():
+def test_the_loads_of_all_engines_of_a_vllm_are_added():
     assert parse_load(VLLM) == Load(124, 3)
 
 
@@ -47,7 +47,7 @@ def test_the_load_of_a_llama_server():
 
 
 @pytest.mark.parametrize("text", ["", "<html>not found</html>", "up 1\n", VLLM[:80]])
-def test_where_no_load_is_shown(text):
+def test_metrics_without_a_load(text):
     assert parse_load(text) is None
 
 
@@ -66,7 +66,7 @@ def test_the_slots_of_a_llama_server(body, slots):
 
 
 class Server(BaseHTTPRequestHandler):
-    """Shows its metrics and its slots to those who have the key."""
+    """Shows its metrics and its slots to clients with the key."""
 
     def do_GET(self) -> None:
         body = {"/metrics": VLLM.encode(), "/props": b'{"total_slots": 8}'}.get(self.path, b"")
@@ -81,7 +81,7 @@ class Server(BaseHTTPRequestHandler):
 
 
 class Patient(BaseHTTPRequestHandler):
-    """Reports its load as vLLM does, and answers nothing before 64 requests are in flight."""
+    """Reports its load like vLLM, and answers only when 64 requests are in flight."""
 
     protocol_version = "HTTP/1.1"
     all_there = threading.Barrier(64)
@@ -133,24 +133,24 @@ def client(url: str, key: str | None = "key") -> Iterator[Client]:
         made.close()
 
 
-def test_a_server_is_asked_with_the_key(url):
+def test_the_key_is_sent_with_the_query(url):
     with client(url) as known, client(url, None) as unknown:
         assert total_slots(partial(server_load.get, known)) == 8
         assert total_slots(partial(server_load.get, unknown)) is None
         assert server_load.get(known, "/nothing") is None
 
 
-def test_a_server_that_is_not_there_reports_nothing():
+def test_a_missing_server_reports_nothing():
     with client("http://127.0.0.1:1") as nobody:
         assert server_load.get(nobody, "/props") is None
 
 
 def test_the_load_is_noted_until_the_watch_is_closed(url):
     noted = threading.Event()
-    seen = []
+    loads = []
 
     def note(running: int, waiting: int) -> None:
-        seen.append((running, waiting))
+        loads.append((running, waiting))
         noted.set()
 
     with client(url) as known:
@@ -158,12 +158,12 @@ def test_the_load_is_noted_until_the_watch_is_closed(url):
         watch.start()
         assert noted.wait(10)
         watch.close()
-    assert seen[0] == (124, 3)
+    assert loads[0] == (124, 3)
 
 
 @pytest.mark.parametrize("url", [Patient], indirect=True)
 def test_requests_in_flight_rise_by_the_report_alone(url, tmp_path):
-    """No answer comes before 64 requests are in flight, and the limit begins far below."""
+    """Answers come only when 64 requests are in flight, and the limit starts far below."""
     source = write_input(
         tmp_path / "in.jsonl",
         64,

@@ -1,4 +1,4 @@
-"""The engine vLLM: its command line, what it refuses at once, and what its answers mean."""
+"""The engine vLLM: its command line, what is refused at once, and the meaning of its answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GB = 10**9
 
 
 class Site(ProgramSite):
-    """Engines with options and requests of their own."""
+    """Makes engines with the given options and requests."""
 
     kind = KIND
     model = "hf:org/tiny"
@@ -134,7 +134,7 @@ def test_several_gpus_divide_the_model(site: Site) -> None:
     assert caught.value.remedy == "--gpus-per-engine 1 or 2"
 
 
-def test_embeddings_have_a_server_of_their_own(site: Site, tmp_path: Path) -> None:
+def test_embeddings_need_a_separate_server(site: Site, tmp_path: Path) -> None:
     engine = site.engine(request=EMBEDDING, slots=1)
     engine.start()
     assert site.command()[-4:] == ["--runner", "pooling", "--convert", "embed"]
@@ -144,14 +144,14 @@ def test_embeddings_have_a_server_of_their_own(site: Site, tmp_path: Path) -> No
         plan_of(tmp_path, CHAT, EMBEDDING)
 
 
-def test_a_model_of_an_unknown_shape_is_left_to_vllm(site: Site) -> None:
+def test_a_model_of_an_unknown_architecture_is_left_to_vllm(site: Site) -> None:
     folder = put_folder(site.folder / "odd", {"model_type": "odd"})
     engine = site.engine(("0", "1", "2"), model=str(folder), slots=1)
     engine.start()
     assert engine.facts.size_bytes == 0
 
 
-def test_a_server_that_ends_during_its_start_shows_its_last_words(site: Site) -> None:
+def test_a_server_that_ends_during_its_start_shows_its_last_output(site: Site) -> None:
     site.wrap(["sh", "-c", "echo ValueError: no such architecture; exit 7"])
     with pytest.raises(
         EngineError, match=r"exited with status 7 during its start:\n.*no such arch"
@@ -159,7 +159,7 @@ def test_a_server_that_ends_during_its_start_shows_its_last_words(site: Site) ->
         site.engine(slots=1).start()
 
 
-def test_a_server_that_does_not_get_ready_is_ended(site: Site) -> None:
+def test_a_server_that_does_not_become_ready_is_stopped(site: Site) -> None:
     site.hold()
     with pytest.raises(EngineError, match="vLLM was not ready within 1 s") as caught:
         site.engine(slots=1, load_timeout=1.0).start()
@@ -168,7 +168,7 @@ def test_a_server_that_does_not_get_ready_is_ended(site: Site) -> None:
 
 
 def test_another_programs_server_on_the_port_is_not_used(site: Site) -> None:
-    """Somebody may take a port between its choice and its use: vLLM then ends, or never listens."""
+    """A port may be taken between its choice and its use: vLLM then ends, or never listens."""
     pid = site.folder / "other"
     site.wrap(["sh", "-c", 'setsid "$@" & echo $! >"$0"; sleep 60', str(pid), sys.executable,
                str(FAKE)])  # fmt: skip

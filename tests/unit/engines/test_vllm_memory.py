@@ -1,4 +1,4 @@
-"""What the memory of a model in vLLM depends on, by its configuration and its weights' headers."""
+"""The memory of a model in vLLM, from its configuration and its weights' headers."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_bytes_of_cache_for_each_token(config: dict[str, Any], per_token: int) -
         ({**MISTRAL_7B, "model_type": "unheard of"}, 131_072, 0, 4096),
     ],
 )
-def test_sliding_layers_keep_their_window(
+def test_sliding_layers_need_cache_for_their_window(
     config: dict[str, Any], unlimited: int, sliding: int, window: int
 ) -> None:
     shape = architecture_of(config)
@@ -114,7 +114,7 @@ def test_sliding_layers_keep_their_window(
         {"hidden_size": 1, "text_config": QWEN3_8B},
     ],
 )
-def test_the_text_part_of_a_model_counts(config: dict[str, Any]) -> None:
+def test_the_text_part_of_a_model_is_used(config: dict[str, Any]) -> None:
     shape = architecture_of(config)
     assert (shape.layers, shape.heads, shape.kv_heads, shape.key_size) == (36, 32, 8, 128)
 
@@ -133,7 +133,7 @@ def test_experts() -> None:
         {"hidden_size": 4096.0},
     ],
 )  # fmt: skip
-def test_a_configuration_without_a_shape_is_an_error(change: dict[str, Any]) -> None:
+def test_a_configuration_without_an_architecture_is_an_error(change: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="num_hidden_layers"):
         architecture_of({**LLAMA_8B, **change})
 
@@ -152,7 +152,7 @@ JSON = st.recursive(
     )
 )  # fmt: skip
 def test_no_configuration_is_a_bug(config: dict[str, Any]) -> None:
-    """It is a shape, or a ModelError."""
+    """The result is an architecture or a ModelError."""
     try:
         shape = architecture_of({**LLAMA_8B, **config})
     except ModelError:
@@ -178,7 +178,7 @@ def weights_of(tmp_path: Path, dtype: str, config: dict[str, Any] | None = None)
     [("BF16", 2), ("F16", 2), ("F32", 2), ("F64", 2), ("F8_E4M3", 1), ("U8", 1)],
 )
 def test_weights_by_layer_as_vllm_loads_them(tmp_path: Path, dtype: str, bytes_each: int) -> None:
-    """Half precision is the most, unless a quantised model keeps scales in single precision."""
+    """At most half precision, unless a quantised model has scales in single precision."""
     figures = weights_of(tmp_path, dtype)
     assert figures.layers == (4096 * bytes_each, 4096 * bytes_each)
     assert figures.output == (2048 + 64) * bytes_each
@@ -252,7 +252,7 @@ def header(content: object) -> bytes:
     ],
     ids=range(19),
 )
-def test_files_that_are_not_whole(tmp_path: Path, content: bytes, message: str) -> None:
+def test_incomplete_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=message):
@@ -260,7 +260,7 @@ def test_files_that_are_not_whole(tmp_path: Path, content: bytes, message: str) 
     assert problem_with(path)
 
 
-def test_a_whole_file(tmp_path: Path) -> None:
+def test_a_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(WEIGHTS)
     assert problem_with(path) is None
@@ -273,7 +273,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
 def test_no_damage_is_a_bug(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int
 ) -> None:
-    """A file with other bytes at some place is whole or a ModelError."""
+    """A file with changed bytes is accepted or a ModelError."""
     path = tmp_path_factory.mktemp("noise") / "model.safetensors"
     path.write_bytes(WEIGHTS[:at] + noise + WEIGHTS[at + len(noise) :])
     problem_with(path)

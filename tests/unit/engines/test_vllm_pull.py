@@ -52,11 +52,13 @@ class Puller:
         self.models = folder / "models"
         self.log = folder / "log"
         self.environ = {"HF_ENDPOINT": hub.url}
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.steps: list[dict[str, Any]] = []
 
     def pull(self, model: str = "hf:org/name", *, again: bool = False) -> bool:
-        context = FetchContext(self.environ, self.log, self.said.append, self.steps.append, again)
+        context = FetchContext(
+            self.environ, self.log, self.messages.append, self.steps.append, again
+        )
         return KIND.fetch_model(self.models, model, context)
 
     def files(self, model: str = "hf:org/name") -> dict[str, bytes]:
@@ -90,7 +92,7 @@ def test_a_model_is_pulled_once_with_its_weights_in_one_format(
 ) -> None:
     assert puller.pull()
     assert puller.files() == WANTED
-    assert f"hf:org/name is commit {COMMIT}" in puller.said
+    assert f"hf:org/name is commit {COMMIT}" in puller.messages
     assert puller.steps[-1]["total"] == len(FILES["tokenizer/vocab.txt"])
     assert not (puller.models / "hub" / ".staging" / "models--org--name").exists()
     before = len(hub.requests)
@@ -100,7 +102,7 @@ def test_a_model_is_pulled_once_with_its_weights_in_one_format(
     assert hub.sent("model.safetensors") == 1
 
 
-def test_a_cache_that_was_pulled_is_one_of_huggingface_hub(puller: Puller) -> None:
+def test_a_pulled_cache_has_the_layout_of_huggingface_hub(puller: Puller) -> None:
     """Other programs of the site can use it."""
     puller.pull()
     path = huggingface_hub.snapshot_download(
@@ -120,7 +122,7 @@ def test_a_revision_is_pinned_and_shares_files(puller: Puller, hub: FakeHub, rev
     assert not puller.pull(model)
 
 
-def test_a_branch_that_moved_is_followed_when_asked(puller: Puller, hub: FakeHub) -> None:
+def test_a_moved_branch_is_followed_on_request(puller: Puller, hub: FakeHub) -> None:
     puller.pull()
     hub.repos["org/name"].refs["main"] = OTHER_COMMIT
     assert not puller.pull()
@@ -128,8 +130,8 @@ def test_a_branch_that_moved_is_followed_when_asked(puller: Puller, hub: FakeHub
     assert puller.files()["config.json"] == CHANGED["config.json"]
 
 
-def test_a_connection_that_breaks_is_resumed(puller: Puller, hub: FakeHub) -> None:
-    """huggingface_hub writes blocks of 10 MiB; what it has not written is sent again."""
+def test_a_broken_download_is_resumed(puller: Puller, hub: FakeHub) -> None:
+    """huggingface_hub writes blocks of 10 MiB; anything not written is sent again."""
     block = 10 << 20
     weights = safetensors({"a": ("U8", [block + 5000])})
     hub.repos["org/name"].files[COMMIT]["model.safetensors"] = weights
@@ -153,7 +155,7 @@ def test_a_damaged_file_is_refused_and_pulled_again(puller: Puller, hub: FakeHub
     assert puller.files() == WANTED
 
 
-def test_a_pull_that_broke_off_keeps_complete_files(puller: Puller, hub: FakeHub) -> None:
+def test_an_interrupted_pull_keeps_complete_files(puller: Puller, hub: FakeHub) -> None:
     hub.damaged.add("tokenizer/vocab.txt")
     puller.failure()
     assert hub.sent("model.safetensors") == 1
@@ -194,7 +196,7 @@ def test_a_stored_file_that_was_damaged_is_replaced(puller: Puller, hub: FakeHub
         ("hf:org/gguf", "", "org/gguf has no weights in safetensors format"),
     ],
 )
-def test_what_the_hub_does_not_give_is_explained(
+def test_refusals_of_the_hub_are_explained(
     puller: Puller, model: str, token: str, message: str
 ) -> None:
     puller.environ["HF_TOKEN"] = token
@@ -212,7 +214,7 @@ def test_a_token_goes_to_the_hub_alone_and_is_stored_nowhere(
     assert puller.pull(model)
     tokens = {(each.host, each.token) for each in hub.requests}
     assert tokens == {("127.0.0.1", TOKEN), ("localhost", "")}
-    assert TOKEN not in "".join(puller.said)
+    assert TOKEN not in "".join(puller.messages)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
 
@@ -226,8 +228,8 @@ def test_a_hub_that_fails_is_a_model_error(puller: Puller, hub: FakeHub, status:
     assert str(status) in error.message
 
 
-def test_without_network_the_remedy_is_to_carry_the_model(puller: Puller, hub: FakeHub) -> None:
-    puller.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # the port of discard: nobody listens
+def test_without_network_the_remedy_is_to_copy_the_model(puller: Puller, hub: FakeHub) -> None:
+    puller.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # the port of discard: no server listens
     error = puller.failure()
     assert error.message == "hf:org/name could not be pulled: [Errno 111] Connection refused"
     assert "copy the model's directory here" in str(error.remedy)
@@ -240,7 +242,7 @@ def test_a_model_that_is_stored_needs_no_network(puller: Puller) -> None:
 
 
 @pytest.mark.ordinary_user
-def test_a_directory_that_is_read_only_is_refused(puller: Puller) -> None:
+def test_a_read_only_directory_is_refused(puller: Puller) -> None:
     puller.models.mkdir()
     puller.models.chmod(0o555)
     with pytest.raises(UsageError, match="is read-only for you"):
@@ -264,7 +266,7 @@ def test_a_model_that_does_not_fit_the_disk_is_refused_before_the_download(
 
 
 def test_a_full_disk_stops_the_pull_and_it_resumes(puller: Puller, hub: FakeHub) -> None:
-    """The limit of a file's size stands for the disk's."""
+    """A limit on file sizes simulates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

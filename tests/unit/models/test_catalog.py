@@ -29,7 +29,7 @@ def write(path: Path, models: dict[str, Any]) -> Path:
 
 
 def counted(model: CatalogModel) -> int:
-    """Return the parameters that an architecture has, small ones (norms, biases) left out."""
+    """Return the number of parameters of an architecture, without norms and biases."""
     a = model.architecture
     tables = a.vocabulary * a.embedding * (1 if model.tied else 2)
     attention = a.embedding * (a.heads * (a.key_size + a.value_size) + 2 * a.kv_heads * a.key_size)
@@ -38,7 +38,7 @@ def counted(model: CatalogModel) -> int:
     return tables + a.layers * (attention + feed)
 
 
-def test_the_package_knows_the_models_that_people_run() -> None:
+def test_the_package_has_the_common_models() -> None:
     assert len(OWN_MODELS) >= 60
     assert len({model.family for model in OWN_MODELS.values()}) >= 30
     assert any(model.endpoints == ("embeddings",) for model in OWN_MODELS.values())
@@ -48,7 +48,7 @@ def test_the_package_knows_the_models_that_people_run() -> None:
 @pytest.mark.parametrize("name", sorted(OWN_MODELS))
 def test_shape_parameters_and_size_of_a_model_agree(name: str) -> None:
     model = OWN_MODELS[name]
-    # Position tables, biases and norms make up the rest; encoders of images are counted too.
+    # Position tables, biases and norms make up the rest, and encoders of images.
     seeing = 0.35 if model.vision and not model.projector_size else 0.03
     assert counted(model) == pytest.approx(model.parameters, rel=seeing)
     assert counted(model) <= model.parameters * 1.001
@@ -68,7 +68,7 @@ def test_memory_is_never_less_than_the_weights(name: str) -> None:
     assert estimate(model.figures, 2048, 8).total >= estimate(model.figures, 2048, 1).total
 
 
-def test_a_file_of_ones_own_adds_and_overrides(tmp_path: Path) -> None:
+def test_a_users_file_adds_and_overrides(tmp_path: Path) -> None:
     path = write(
         tmp_path / "models.yaml",
         {
@@ -109,7 +109,7 @@ def test_a_name_without_a_tag_stands_for_one_model(tmp_path: Path) -> None:
     assert own.defaults("qwen3:8b") == catalog.defaults("qwen3:8b")
 
 
-def test_the_stronger_file_wins(tmp_path: Path) -> None:
+def test_the_precedence_of_files(tmp_path: Path) -> None:
     files = [
         write(tmp_path / name / "models.yaml", {"phi4:14b": {"context": number}})
         for number, name in enumerate(("site", "user", "named"), start=1)
@@ -119,7 +119,7 @@ def test_the_stronger_file_wins(tmp_path: Path) -> None:
     assert (model.context, model.place) == (3, files[2])
 
 
-def test_where_files_are_looked_for(tmp_path: Path) -> None:
+def test_where_files_are_searched(tmp_path: Path) -> None:
     site = write(tmp_path / "site" / "models.yaml", {})
     user = write(tmp_path / "home" / ".config" / "aiflux" / "models.yaml", {})
     named = write(tmp_path / "group.yaml", {})
@@ -155,7 +155,7 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
         ("models: {", "is not YAML", "correct it"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(
+def test_errors_are_reported_with_their_place(
     tmp_path: Path, text: str, what: str, remedy: str
 ) -> None:
     path = tmp_path / "models.yaml"
@@ -167,5 +167,5 @@ def test_what_is_wrong_is_told_with_its_place(
     assert str(path) in caught.value.message
 
 
-def test_the_packages_file_is_where_the_package_is() -> None:
+def test_the_packages_file_is_in_the_package() -> None:
     assert OWN.is_file()

@@ -37,7 +37,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def test_a_lease_is_given_back(tmp_path: Path) -> None:
+def test_a_lease_is_released(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with acquire(path, "it"):
         assert path.exists()
@@ -45,27 +45,27 @@ def test_a_lease_is_given_back(tmp_path: Path) -> None:
     acquire(path, "it").release()
 
 
-def test_a_living_holder_is_named(tmp_path: Path) -> None:
+def test_a_living_holder_is_reported(tmp_path: Path) -> None:
     process = hold(tmp_path / "lease")
     with pytest.raises(RunConflictError, match=f"it is in use by process {process.pid}"):
         acquire(tmp_path / "lease", "it")
     kill(process)
 
 
-def test_a_dead_holder_is_no_hindrance(tmp_path: Path) -> None:
+def test_the_lease_of_a_dead_holder_is_taken_over(tmp_path: Path) -> None:
     kill(hold(tmp_path / "lease"))
     acquire(tmp_path / "lease", "it").release()
     assert list(tmp_path.iterdir()) == []
 
 
 def foreign(path: Path, **changes: str) -> None:
-    """Write a lease as another node would have."""
+    """Write a lease as if from another node."""
     holder = {"host": "elsewhere", "pid": 1, "started": "1", "namespace": "other", "job": "7",
               "token": "t", **changes}  # fmt: skip
     path.write_bytes(b"0" * 12 + b" " + json.dumps(holder).encode() + b"\n")
 
 
-def test_a_silent_lease_of_another_node_goes_stale_by_our_own_clock(
+def test_a_silent_lease_of_another_node_expires_by_our_own_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign(tmp_path / "lease")
@@ -103,18 +103,18 @@ def test_an_earlier_start_of_the_same_job_is_dead(
     acquire(tmp_path / "lease", "it").release()
 
 
-def test_whoever_waits_is_told_once_and_comes_next(tmp_path: Path) -> None:
+def test_a_waiting_process_is_notified_once_and_is_next(tmp_path: Path) -> None:
     process = hold(tmp_path / "lease")
-    told: list[str] = []
+    messages: list[str] = []
 
     def sleep(_: float) -> None:
         if process.poll() is None:
             kill(process)
 
-    lease = acquire(tmp_path / "lease", "it", wait=True, on_wait=told.append, sleep=sleep)
+    lease = acquire(tmp_path / "lease", "it", wait=True, on_wait=messages.append, sleep=sleep)
     lease.release()
-    assert len(told) == 1
-    assert "waiting" in told[0]
+    assert len(messages) == 1
+    assert "waiting" in messages[0]
 
 
 def test_a_mark_left_by_a_process_that_died_breaking_a_lease(tmp_path: Path) -> None:

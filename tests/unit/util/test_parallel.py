@@ -1,4 +1,4 @@
-"""Work shared out among processes: the same result, whatever becomes of them."""
+"""Work distributed to processes: the same result, whatever happens to them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Check = Callable[[Path, int], Any]
 
 @pytest.fixture(scope="module")
 def check() -> Iterator[Check]:
-    """Ask a process for the two summaries of an input."""
+    """Get the two summaries of an input from a process."""
     with start("summaries") as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -95,7 +95,7 @@ _inputs = st.builds(
 
 @settings(max_examples=150)
 @given(content=_inputs, part_bytes=st.integers(1, 2000))
-def test_processes_find_what_one_finds(
+def test_several_processes_find_the_same_as_one(
     tmp_path_factory: pytest.TempPathFactory, check: Check, content: bytes, part_bytes: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "shared.jsonl"
@@ -104,7 +104,7 @@ def test_processes_find_what_one_finds(
     assert shared == alone
 
 
-def test_a_large_input_is_thinned_out_alike(tmp_path: Path, check: Check) -> None:
+def test_a_large_input_is_sampled_in_the_same_way(tmp_path: Path, check: Check) -> None:
     path = tmp_path / "in.jsonl"
     lines = (f'{{"custom_id":"{n}"}}\n' for n in range(100))
     body = '"method":"POST","url":"/v1/embeddings","body":{"model":"m","input":""}'
@@ -120,13 +120,13 @@ def test_a_large_input_is_thinned_out_alike(tmp_path: Path, check: Check) -> Non
     assert alone[2][0].startswith("lines 70,001, 70,002,")
 
 
-def test_the_work_of_a_killed_child_is_done_all_the_same() -> None:
+def test_the_work_of_a_killed_child_is_still_done() -> None:
     found = outcome("kill")
     assert [square for square, _ in found] == [number * number for number in range(10)]
     assert [number for number, (_, here) in enumerate(found) if here] == [0, 4, 9]
 
 
-def test_an_error_is_raised_here_and_no_child_is_left() -> None:
+def test_an_error_is_raised_in_the_parent_and_no_child_is_left() -> None:
     found, error, left = outcome("fail")
     assert found == [0, 1]
     assert error == "two"
@@ -164,5 +164,5 @@ def test_a_process_of_several_threads_does_not_fork() -> None:
     thread.join()
 
 
-def test_without_children_the_work_is_done_here() -> None:
+def test_without_children_the_parent_does_the_work() -> None:
     assert list(share_out(lambda _: os.getpid(), range(3), 0)) == [os.getpid()] * 3

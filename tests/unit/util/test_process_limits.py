@@ -1,4 +1,4 @@
-"""Real limits of a process: it goes on with less, or stops with the remedy, and never hangs."""
+"""Real limits of a process: AI-Flux continues with less or stops with a remedy; it never hangs."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def run(
     )  # fmt: skip
 
 
-def allowed(told: str) -> int:
-    found = re.search(r"requests in flight: at most (\d+), by the limit on", told)
-    assert found, told
+def allowed(printed: str) -> int:
+    found = re.search(r"requests in flight: at most (\d+), by the limit on", printed)
+    assert found, printed
     return int(found[1])
 
 
 @pytest.fixture(scope="module")
 def started() -> int:
-    """Bytes of address space that AI-Flux takes before it does anything, on this machine."""
+    """Address space of AI-Flux at its start on this machine, in bytes."""
     code = "import aiflux.cli; print(open('/proc/self/status').read())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = re.search(r"VmPeak:\s+(\d+) kB", told.stdout)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    found = re.search(r"VmPeak:\s+(\d+) kB", printed.stdout)
     assert found
     return int(found[1]) << 10
 
@@ -56,11 +58,11 @@ def limited_to(size: int) -> Callable[[], None]:
 
 
 MORE = [1, 3, 6, 10, 14, 18, 25, 33, 40, 65, 130]
-"""MiB beyond the start; how much it takes for one thread, or ten, differs between machines."""
+"""MiB beyond the start; the need of one thread, or ten, differs between machines."""
 
 
 @pytest.mark.parametrize("mib", MORE)
-def test_little_memory_is_enough_or_a_stop_that_names_the_limit(
+def test_little_memory_is_enough_or_the_stop_names_the_limit(
     mib: int, started: int, engine: FaultyEngine, tmp_path: Path
 ) -> None:
     working = Working(tmp_path, engine.url).prompts(*["hello"] * REQUESTS)
@@ -84,7 +86,7 @@ def test_the_worker_stops_likewise(mib: int, started: int, tmp_path: Path) -> No
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
-    if done.returncode != ExitCode.USAGE:  # there is no such run
+    if done.returncode != ExitCode.USAGE:  # the run does not exist
         assert done.returncode == ExitCode.STOPPED, done.stderr
         assert "ulimit -v" in done.stderr
 
@@ -106,7 +108,7 @@ except Exception as error:
     ("limit", "remedy"),
     [(["RLIMIT_AS"], "ulimit -v"), (["RLIMIT_NOFILE", "3"], "ulimit -n")],
 )
-def test_a_library_that_there_is_no_room_for_is_not_called_missing(
+def test_a_library_that_does_not_fit_is_not_reported_as_missing(
     limit: list[str], remedy: str
 ) -> None:
     done = subprocess.run(

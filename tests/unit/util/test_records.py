@@ -109,12 +109,12 @@ def leaves(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 class Strange:
-    """A value that no field of any record has."""
+    """A value of a type that no record has."""
 
 
 @pytest.mark.parametrize("record", [PLAN, JOBS], ids=["plan.json", "jobs.json"])
 def test_a_part_of_another_type_is_refused_wherever_it_is(record: Any) -> None:
-    free = {"model_defaults", "image"}  # what is in them is not ours
+    free = {"model_defaults", "image"}  # their content is not defined by us
     for path in leaves(json.loads(json.dumps(to_json(record)))):
         if free & set(path[:-1]):
             continue

@@ -1,4 +1,4 @@
-"""Temporary folders: gone at the end, and after a SIGKILL at the next start."""
+"""Temporary folders: removed at the end, or at the next start after a SIGKILL."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def holder(parent: Path) -> tuple[subprocess.Popen[str], Path]:
     return process, Path(process.stdout.readline().strip())
 
 
-def test_a_folder_is_private_and_goes(tmp_path: Path) -> None:
+def test_a_folder_is_private_and_removed(tmp_path: Path) -> None:
     with temporary_folder(tmp_path) as folder:
         assert folder.parent == tmp_path
         assert folder.stat().st_mode & 0o777 == 0o700
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:
+def test_only_the_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     killed, left = holder(tmp_path)
     living, used = holder(tmp_path)
     with killed, living:
@@ -52,7 +52,7 @@ def test_the_folder_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_
 
 
 @pytest.mark.parametrize("kind", ["no lock", "symlink", "file", "lock is a symlink"])
-def test_what_may_not_be_ours_stays(kind: str, tmp_path: Path) -> None:
+def test_folders_that_may_not_be_ours_are_kept(kind: str, tmp_path: Path) -> None:
     elsewhere, place = tmp_path / "elsewhere", tmp_path / "aiflux-abc"
     elsewhere.mkdir()
     (elsewhere / ".in-use").touch()

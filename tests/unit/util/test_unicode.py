@@ -1,4 +1,4 @@
-"""Any text at all, half characters and control characters included, in every place it may stand."""
+"""Any text, including half characters and control characters, in every place."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def safe(text: str) -> bool:
         max_size=6,
     )
 )
-def test_a_run_takes_any_text(
+def test_a_run_accepts_any_text(
     engine: FaultyEngine,
     tmp_path_factory: pytest.TempPathFactory,
     made: list[tuple[str, str, str, dict[str, str]]],
@@ -142,7 +142,7 @@ def test_half_characters_stay_in_results_and_are_replaced_in_tables(
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_nothing_that_is_printed_steers_the_terminal(
+def test_no_printed_text_controls_the_terminal(
     tmp_path: Path, engine: FaultyEngine, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -185,7 +185,7 @@ def test_a_report_in_a_file_is_safe_too(tmp_path: Path, engine: FaultyEngine) ->
         assert "title" in written
 
 
-def test_results_that_are_nested_too_deeply_are_told(tmp_path: Path) -> None:
+def test_results_that_are_nested_too_deeply_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     path.write_text(f'[\n{{"input": {"[" * 5000}\n]\n')
     done = cli("results", "show", "out.json", folder=tmp_path)
@@ -217,15 +217,15 @@ def test_a_console_on_a_terminal_keeps_only_its_own_styles() -> None:
     with open(follower, "w", encoding="utf-8") as terminal:
         console = TerminalConsole(file=terminal, force_terminal=True, color_system="standard")
         console.print(Text(HOSTILE, style="red"), "[bold]markup[/bold]")
-    seen = os.read(leader, 4096).decode("utf-8")
+    shown = os.read(leader, 4096).decode("utf-8")
     os.close(leader)
-    assert "\x1b[31m" in seen
-    assert "\x1b[2J" not in seen
-    assert "\x1b]0;" not in seen
+    assert "\x1b[31m" in shown
+    assert "\x1b[2J" not in shown
+    assert "\x1b]0;" not in shown
 
 
 @given(ANY)
-def test_text_for_a_terminal_is_safe_and_on_as_many_lines(text: str) -> None:
+def test_text_for_a_terminal_is_safe_and_keeps_its_lines(text: str) -> None:
     shown = terminal_text(text)
     assert safe(shown)
     shown.encode("utf-8")

@@ -13,7 +13,7 @@ from aiflux.worker.concurrency import CEILING, FEW, START, AdaptiveLimit, SlotLi
 
 COST = Cost()
 VLLM = Cost(base=0.047, each=0.0033)
-"""As of a vLLM on two cores: each further sequence makes a step much longer."""
+"""Like vLLM on two cores: each further sequence makes a step much longer."""
 
 
 class Clock:
@@ -38,14 +38,14 @@ def always(time: float) -> float:
 
 @dataclass
 class Load:
-    """An engine, what is asked of it, and for how long.
+    """An engine, its load, and the duration.
 
     Attributes:
-        stretch: factor on the lengths of answers, by the time at which they are asked for.
+        stretch: factor on the lengths of answers, by the time of the request.
         slowness: factor on the cost of a step, by time.
         others: requests that another user keeps in flight, by time.
-        room: requests that may wait, by time; more are refused.
-        reports: the engine reports its queue, which is looked at every half second.
+        room: requests that may be queued, by time; more are refused.
+        reports: the engine reports its queue, which is polled every half second.
     """
 
     slots: int
@@ -63,7 +63,7 @@ class Load:
 
 @dataclass
 class Outcome:
-    """What came of a load: for each step its beginning, its length and the slots in use."""
+    """The result of a load: start, length and slots in use of each step."""
 
     slots: int
     value: int
@@ -71,14 +71,14 @@ class Outcome:
     steps: list[tuple[float, float, int]] = field(default_factory=list)
 
     def used(self, start: float, end: float = float("inf")) -> float:
-        """Return the share of the slots' time that was used, by whomever."""
+        """Return the share of the slots' time that was used, by any user."""
         steps = [step for step in self.steps if start <= step[0] < end]
         return sum(seconds * active for _, seconds, active in steps) / (
             self.slots * sum(seconds for _, seconds, _ in steps)
         )
 
     def speed(self, cost: Cost, start: float) -> float:
-        """Return the tokens per second, as a share of those that all slots would make."""
+        """Return the tokens per second, as a share of the maximum with all slots in use."""
         steps = [step for step in self.steps if step[0] >= start]
         made = sum(active for _, _, active in steps) / sum(seconds for _, seconds, _ in steps)
         return made * cost.step(self.slots) / self.slots
@@ -90,7 +90,7 @@ def lengths(source: random.Random, equal: bool) -> Iterator[int]:
 
 
 def process(load: Load, make: Callable[[Clock], AdaptiveLimit | SlotLimit]) -> Outcome:
-    """Keep as many requests in flight as the limit says, for the load's time."""
+    """Keep as many requests in flight as the limit allows, for the load's duration."""
     clock = Clock()
     limit, decoder = make(clock), Decoder(load.slots, load.cost)
     outcome = Outcome(load.slots, limit.value)
@@ -145,20 +145,20 @@ def between(start: float, end: float, inside: float, outside: float) -> Callable
 
 
 @pytest.mark.parametrize("slots", [1, 4, 16, 32, 64, 256, 1024])
-def test_it_fills_the_slots_of_an_engine_it_knows_nothing_of(slots):
+def test_the_slots_of_an_unknown_engine_are_filled(slots):
     outcome = adapt(Load(slots, 40.0))
-    assert outcome.used(0, 20) > 0.92  # the climb is in it
+    assert outcome.used(0, 20) > 0.92  # includes the climb
     assert outcome.used(15) > 0.97
 
 
 @pytest.mark.parametrize("slots", [1, 32, 256])
-def test_answers_whose_tokens_are_not_counted_will_do(slots):
+def test_answers_without_token_counts(slots):
     assert adapt(Load(slots, 60.0, tokens_counted=False)).used(20) > 0.97
 
 
 @pytest.mark.parametrize("slots", [32, 64, 256, 1024])
 @pytest.mark.parametrize(("first", "then"), [(1.0, 10.0), (10.0, 1.0)])
-def test_lengths_that_change_tenfold(slots, first, then):
+def test_answer_lengths_that_change_tenfold(slots, first, then):
     change = 40.0 if slots < 1024 else 120.0
     outcome = adapt(Load(slots, change + 40, stretch=between(0, change, first, then)))
     assert outcome.used(20 if first == 1 else change - 10) > 0.97
@@ -170,8 +170,8 @@ def test_an_engine_that_becomes_slow_and_fast_again(slots):
     assert outcome.used(20) > 0.97
 
 
-def test_an_engine_that_stays_ten_times_slower_for_ever():
-    """The case that the limit before this one did not survive: it stayed at 1."""
+def test_an_engine_that_stays_ten_times_slower():
+    """The previous algorithm stayed at 1 here."""
     load = Load(256, 240.0, Cost(0.25 / 43, 0), equal=True, slowness=between(45, 1e9, 10.0, 1.0))
     outcome = adapt(load)
     assert outcome.used(20) > 0.97
@@ -187,13 +187,13 @@ def test_another_user_who_comes_and_goes(slots, share):
 
 
 @pytest.mark.parametrize("slots", [64, 256])
-def test_another_user_who_is_there_first(slots):
+def test_another_user_who_started_earlier(slots):
     theirs = between(0, 30, slots, 0)
     outcome = adapt(Load(slots, 60.0, others=lambda time: int(theirs(time))))
     assert outcome.used(30) > 0.97
 
 
-def test_an_engine_that_gains_less_and_less():
+def test_an_engine_with_diminishing_returns():
     outcome = adapt(Load(64, 300.0, VLLM))
     assert outcome.speed(VLLM, 60) > 0.99
 
@@ -214,7 +214,7 @@ def test_refusals(room):
     seed=st.integers(0, 99),
 )
 def test_any_engine_and_any_change(slots, step, slower, stretch, seed):
-    # In steps of the engine, so that each example takes the same time to compute.
+    # Times are in engine steps, so that each example takes the same time to compute.
     change, seconds = 1000 * step, 2000 * step
     load = Load(
         slots,
@@ -227,7 +227,7 @@ def test_any_engine_and_any_change(slots, step, slower, stretch, seed):
     assert adapt(load).used(change * 0.8) > 0.9
 
 
-def test_a_burst_of_refusals_lowers_it_once():
+def test_a_burst_of_refusals_lowers_the_limit_once():
     clock = Clock()
     limit = AdaptiveLimit(clock=clock)
     for _ in range(5):
@@ -240,14 +240,14 @@ def test_a_burst_of_refusals_lowers_it_once():
 
 
 def test_refusals_are_forgotten():
-    """A server that refuses everything for a while, as one behind a gateway that restarts."""
+    """A server that refuses everything for a while, such as behind a restarting gateway."""
     room = between(30, 60, -1e9, 1e9)
     outcome = adapt(Load(64, 200.0, room=room))
     assert outcome.refused > 30
     assert outcome.used(150) > 0.97
 
 
-def test_many_timeouts_lower_it_and_a_single_one_does_not():
+def test_many_timeouts_lower_the_limit_and_one_does_not():
     limit = AdaptiveLimit(clock=Clock())
     limit.note_timeout()
     assert limit.value == START
@@ -256,7 +256,7 @@ def test_many_timeouts_lower_it_and_a_single_one_does_not():
     assert limit.value < START
 
 
-def test_it_never_leaves_its_bounds():
+def test_the_limit_stays_within_its_bounds():
     clock, source = Clock(), random.Random(3)
     limit = AdaptiveLimit(clock=clock)
     for _ in range(20_000):
@@ -269,7 +269,7 @@ def report(limit: AdaptiveLimit, slots: int) -> None:
     limit.note_load(min(slots, limit.value), max(0, limit.value - slots))
 
 
-def test_a_report_of_its_queue_makes_the_climb_short():
+def test_a_reported_queue_shortens_the_climb():
     limit = AdaptiveLimit(clock=Clock())
     for _ in range(7):
         report(limit, 256)
@@ -284,7 +284,7 @@ def test_an_engine_that_reports_its_queue_is_full_within_seconds(slots, cost):
     assert outcome.value < 2 * slots + START
 
 
-def test_a_long_queue_of_others_does_not_lower_it():
+def test_a_long_queue_of_other_users_does_not_lower_the_limit():
     limit = AdaptiveLimit(clock=Clock())
     for _ in range(7):
         report(limit, 64)
@@ -298,7 +298,7 @@ SLOW = Cost(0.05, 0.0)
 
 
 def slots_of(load: Load) -> tuple[Outcome, list[bool]]:
-    """Process a load with in-flight requests for 32 slots; return also what was reported."""
+    """Process a load with in-flight requests for 32 slots; return the reports too."""
     found: list[bool] = []
     outcome = process(load, lambda clock: SlotLimit(40, found.append, clock))
     return outcome, found
@@ -306,7 +306,7 @@ def slots_of(load: Load) -> tuple[Outcome, list[bool]]:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("equal", [False, True])
-def test_an_engine_that_works_on_one_request_at_a_time_gets_few(equal, seed):
+def test_an_engine_that_processes_one_request_at_a_time_gets_few(equal, seed):
     outcome, found = slots_of(Load(1, 1200.0, SLOW, equal=equal, seed=seed))
     assert found == [True]
     assert outcome.value == FEW
@@ -316,7 +316,7 @@ def test_an_engine_that_works_on_one_request_at_a_time_gets_few(equal, seed):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("slots", [2, 4, 32])
 @pytest.mark.parametrize("kind", ["mixed", "equal", "not counted", "no gain"])
-def test_slots_that_are_real_are_kept_busy(slots, kind, seed):
+def test_real_slots_are_kept_busy(slots, kind, seed):
     load = Load(slots, 600.0, SLOW, equal=kind == "equal", seed=seed)
     load = replace(load, tokens_counted=kind != "not counted")
     if kind == "no gain":
@@ -327,6 +327,6 @@ def test_slots_that_are_real_are_kept_busy(slots, kind, seed):
     assert outcome.used(0) > 0.99
 
 
-def test_an_engine_that_is_fast_is_not_experimented_with():
+def test_no_experiments_with_a_fast_engine():
     outcome, found = slots_of(Load(1, 20.0, Cost(0.0005, 0.0)))
     assert (outcome.value, found) == (40, [])

@@ -1,4 +1,4 @@
-"""The supervisor of an engine: one death is one start, whoever reports it and when."""
+"""The supervisor of an engine: each crash causes one start, whoever reports it and when."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SlowEngine:
 
 
 @pytest.fixture
-def kept() -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
+def supervised() -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
     with FaultyEngine() as server:
         engine = SlowEngine(server.url)
         lane = Lane(0, FixedLimit(1), open=False)
@@ -64,10 +64,10 @@ def wait_for_generation(supervisor: EngineSupervisor, generation: int) -> None:
     assert supervisor.lane.generation == generation
 
 
-def test_late_reports_of_one_death_cause_one_start(
-    kept: tuple[EngineSupervisor, SlowEngine],
+def test_late_reports_of_one_crash_cause_one_start(
+    supervised: tuple[EngineSupervisor, SlowEngine],
 ) -> None:
-    supervisor, engine = kept
+    supervisor, engine = supervised
     wait_for_generation(supervisor, 1)
     engine.starting.clear()
     supervisor.report_down(1)
@@ -82,8 +82,8 @@ def test_late_reports_of_one_death_cause_one_start(
     assert supervisor.lane.open
 
 
-def test_each_death_is_a_start(kept: tuple[EngineSupervisor, SlowEngine]) -> None:
-    supervisor, engine = kept
+def test_each_crash_causes_a_start(supervised: tuple[EngineSupervisor, SlowEngine]) -> None:
+    supervisor, engine = supervised
     for generation in range(1, 4):
         wait_for_generation(supervisor, generation)
         supervisor.report_down(generation)

@@ -1,4 +1,4 @@
-"""What a run's status says about the seal."""
+"""The seal in a run's status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.working import Working
 
 
 @pytest.mark.parametrize(
-    ("environ", "told"),
+    ("environ", "expected"),
     [
         ({}, {"sealed": False, "unsealed": "the engine is elsewhere"}),
         ({"AIFLUX_SEALED": "0", "AIFLUX_UNSEALED": "--no-seal"},
@@ -25,7 +25,10 @@ from tests.unit.working import Working
     ],
 )  # fmt: skip
 def test_the_status_says_why_a_run_is_not_sealed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], told: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    expected: dict[str, Any],
 ) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -33,7 +36,7 @@ def test_the_status_says_why_a_run_is_not_sealed(
         working = Working(tmp_path, engine.url).prompts("fine")
         assert working.run() is ExitCode.OK
     facts = working.status["aiflux"]
-    assert {name: facts[name] for name in ("sealed", "unsealed") if name in facts} == told
+    assert {name: facts[name] for name in ("sealed", "unsealed") if name in facts} == expected
 
 
 FOURTH = "Iface\tDestination\tGateway\tFlags\n"
@@ -51,7 +54,7 @@ SIXTH = f"{'0' * 32} 00 {'0' * 32} 00 {'0' * 32} ffffffff 00000001 00000000 0020
         (FOURTH, SIXTH + SIXTH.replace("  lo", "  ib0"), "ib0"),
     ],
 )
-def test_a_seal_that_is_none_is_told(
+def test_an_ineffective_seal_is_reported(
     tmp_path: Path, fourth: str | None, sixth: str | None, out: str | None
 ) -> None:
     tables = (tmp_path / "route", tmp_path / "ipv6_route")
@@ -63,7 +66,7 @@ def test_a_seal_that_is_none_is_told(
 
 
 @pytest.mark.parametrize(("text", "value"), [("yes", True), ("No", False), ("0", False)])
-def test_it_is_a_setting(tmp_path: Path, text: str, value: bool) -> None:
+def test_the_seal_is_a_setting(tmp_path: Path, text: str, value: bool) -> None:
     config = Config(environ={"AIFLUX_SEAL": text}, directory=tmp_path)
     assert config.get_slurm_config().checked().seal is value
     (tmp_path / "aiflux.yaml").write_text(f"slurm: {{seal: {text}}}\n")

@@ -41,7 +41,7 @@ REPLIES: dict[str, Callable[[], Reply]] = {
 
 
 class Router:
-    """Goes away after some answers, for some seconds, and counts what it is asked meanwhile."""
+    """Fails for some seconds after some answers, and counts the requests meanwhile."""
 
     def __init__(self, reply: Callable[[], Reply], answers: int, seconds: float) -> None:
         self.reply = reply
@@ -77,7 +77,7 @@ def failed(working: Working) -> int:
     ("reply", "concurrency", "max_retries"),
     [*((reply, 8, 3) for reply in REPLIES), ("500", 1, 0), ("html", 1, 0), ("403", 1, 0)],
 )
-def test_an_outage_that_passes_costs_nothing(
+def test_a_temporary_outage_fails_no_request(
     reply: str, concurrency: int, max_retries: int, engine: FaultyEngine, tmp_path: Path
 ) -> None:
     engine.instead = router = Router(REPLIES[reply], 20, 0.8)
@@ -93,7 +93,7 @@ def test_an_outage_that_passes_costs_nothing(
 
 
 @pytest.mark.parametrize("reply", REPLIES)
-def test_an_outage_that_stays_is_exit_4_and_nothing_of_it_is_recorded(
+def test_a_permanent_outage_is_exit_4_and_records_nothing(
     reply: str, engine: FaultyEngine, tmp_path: Path
 ) -> None:
     engine.instead = Router(REPLIES[reply], 20, 1e9)
@@ -112,14 +112,16 @@ def test_an_outage_that_stays_is_exit_4_and_nothing_of_it_is_recorded(
     assert len(working.results) == REQUESTS
 
 
-def test_the_last_few_requests_are_waited_for_too(engine: FaultyEngine, tmp_path: Path) -> None:
+def test_the_last_few_requests_in_an_outage_are_sent_again(
+    engine: FaultyEngine, tmp_path: Path
+) -> None:
     engine.instead = Router(REPLIES["502"], 17, 0.8)
     working = Working(tmp_path, engine.url, concurrency=8, max_retries=1, engine_wait=30.0)
     assert working.prompts(*(f"p{i}" for i in range(20))).run() is ExitCode.OK, working.error
     assert len(working.results) == 20
 
 
-def test_nothing_is_recorded_where_nothing_was_ever_answered(
+def test_nothing_is_recorded_if_no_request_was_ever_answered(
     engine: FaultyEngine, tmp_path: Path
 ) -> None:
     engine.instead = Router(REPLIES["500"], 0, 0.8)
@@ -131,21 +133,21 @@ def test_nothing_is_recorded_where_nothing_was_ever_answered(
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "html", "error", "403", "404", "400", "422"])
-def test_many_bad_requests_in_a_row_are_failures_of_their_own(
+def test_many_bad_requests_in_a_row_are_failures(
     fault: str, engine: FaultyEngine, tmp_path: Path
 ) -> None:
     working = Working(tmp_path, engine.url, concurrency=4, max_retries=1, engine_wait=60.0)
     good, bad = [f"p{i}" for i in range(10)], [f"{fault} {i}" for i in range(40)]
     assert working.prompts(*good, *bad).run() is ExitCode.FAILURES
     assert sum("error" in entry for entry in working.results) == 40
-    # The answers from before tell the same where an earlier start has them.
+    # Answers of an earlier start have the same effect.
     more = Working(tmp_path, engine.url, "out.json", concurrency=4, max_retries=0, engine_wait=60.0)
     more.prompts(*good, *bad, *(f"{fault} more {i}" for i in range(20)))
     assert more.run(force=True) is ExitCode.FAILURES
     assert sum("error" in entry for entry in more.results) == 60
 
 
-def test_one_bad_request_is_a_failure_of_its_own(engine: FaultyEngine, tmp_path: Path) -> None:
+def test_one_bad_request_is_a_failure(engine: FaultyEngine, tmp_path: Path) -> None:
     working = Working(tmp_path, engine.url, concurrency=4, engine_wait=60.0)
     assert working.prompts("fine", "500", "also fine", "503").run() is ExitCode.FAILURES
     assert ["error" in entry for entry in working.results] == [False, True, False, True]

@@ -19,14 +19,14 @@ from aiflux.worker.progress import TerminalReporter, bytes_line
         ((242.5e9, 243.1e9, 999e6, 35999), "242.5 of 243.1 GB, 999 MB/s, 9:59:59 left"),
     ],
 )
-def test_the_bytes_of_a_pull_fit_beside_its_bar(
+def test_the_bytes_of_a_pull_fit_next_to_its_bar(
     arguments: tuple[float, float, float | None, float | None], line: str
 ) -> None:
     assert bytes_line(*arguments) == line
     assert len(line) <= 41
 
 
-def test_a_pulls_steps_are_shown_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_steps_of_a_pull_are_shown_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
@@ -39,9 +39,9 @@ def test_a_pulls_steps_are_shown_and_taken_away(monkeypatch: pytest.MonkeyPatch)
         {"status": "pulling ef9602536957", "total": 42_500_000_000, "completed": 12_300_000_000}
     )
     reporter.close()
-    told = stream.getvalue()
-    assert "12.3 of 42.5 GB" in told
-    assert "pulling ef9602536957" in told
+    printed = stream.getvalue()
+    assert "12.3 of 42.5 GB" in printed
+    assert "pulling ef9602536957" in printed
     reporter.pull({"status": "success"})
     reporter.say("pulled")
     assert stream.getvalue().count("pulled") == 1

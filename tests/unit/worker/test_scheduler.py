@@ -1,4 +1,4 @@
-"""Who sends what next."""
+"""The order in which requests are sent, and to which engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_least_loaded_engine_comes_first() -> None:
     assert [take(queue)[1].index for _ in range(6)] == [0, 1, 1, 0, 1, 1]
 
 
-def test_a_closed_engine_gets_nothing_and_the_other_goes_on() -> None:
+def test_a_closed_engine_gets_nothing_and_the_other_continues() -> None:
     queue = scheduler(8, 2, 4)
     queue.close_lane(queue.lanes[0])
     assert {take(queue)[1].index for _ in range(4)} == {1}
@@ -52,7 +52,7 @@ def test_a_closed_engine_gets_nothing_and_the_other_goes_on() -> None:
     assert {take(queue)[1].index for _ in range(2)} == {0}
 
 
-def test_a_retry_waits_without_holding_a_place() -> None:
+def test_a_waiting_retry_holds_no_slot() -> None:
     clock = Clock()
     queue = scheduler(3, 1, clock=clock)
     first = take(queue)
@@ -66,7 +66,7 @@ def test_a_retry_waits_without_holding_a_place() -> None:
     queue.done(*third)
 
 
-def test_it_ends_when_all_is_done_and_not_before() -> None:
+def test_it_ends_only_when_all_requests_are_done() -> None:
     queue = scheduler(1, 2)
     job = take(queue)
     ends: list[object] = []
@@ -79,14 +79,14 @@ def test_it_ends_when_all_is_done_and_not_before() -> None:
     assert ends == [None]
 
 
-def test_what_was_not_attempted_goes_first_again() -> None:
+def test_requests_that_were_not_attempted_go_first() -> None:
     queue = scheduler(3, 1)
     job = take(queue)
     queue.put_back(*job)
     assert names(take(queue)) == ["r0"]
 
 
-def test_a_suspect_runs_at_the_end_and_alone() -> None:
+def test_a_suspect_runs_alone_at_the_end() -> None:
     queue = scheduler(3, 4)
     first = take(queue)
     first[0].crashes = 2
@@ -101,7 +101,7 @@ def test_a_suspect_runs_at_the_end_and_alone() -> None:
     assert queue.next() is None
 
 
-def test_a_stop_hands_out_nothing_more() -> None:
+def test_a_stop_hands_out_no_more_requests() -> None:
     queue = scheduler(3, 4)
     take(queue)
     queue.stop()
@@ -109,7 +109,7 @@ def test_a_stop_hands_out_nothing_more() -> None:
     assert queue.in_flight == 1
 
 
-def test_without_any_engine_left_it_is_over() -> None:
+def test_it_ends_without_any_engine_left() -> None:
     queue = scheduler(3, 4)
     queue.close_lane(queue.lanes[0], gone=True)
     assert queue.next() is None

@@ -48,7 +48,7 @@ def test_every_request_is_answered_in_input_order(awkward: Path) -> None:
     ["408*2", "425*2", "429*2", "500*2", "502*2", "503*2", "504*2", "reset*2", "cut*2", "html*2",
      "notjson*2", "array*2", "empty*2", "error*2"],
 )  # fmt: skip
-def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: str) -> None:
+def test_a_temporary_fault_is_retried(tmp_path: Path, fault: str) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts(fault, "fine")
         assert working.run() is ExitCode.OK
@@ -69,7 +69,7 @@ def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: str) -> None:
         ('{"choices": [' + " " * 1000 + "oops]}", "Expecting value at offset 1013: '    "),
     ],
 )
-def test_an_answer_that_cannot_be_read_says_what_is_wrong_in_it(
+def test_an_invalid_answer_is_reported_with_its_error(
     tmp_path: Path, body: str, words: str
 ) -> None:
     with FaultyEngine() as engine:
@@ -84,7 +84,7 @@ def test_an_answer_that_cannot_be_read_says_what_is_wrong_in_it(
 @pytest.mark.parametrize(
     "body", ["[" * 5000, '{"error": "\udcff"}', '{"error": {"message": 1e400}}']
 )
-def test_an_error_whose_body_cannot_be_read_is_kept_as_text(tmp_path: Path, body: str) -> None:
+def test_an_error_with_an_invalid_body_is_kept_as_text(tmp_path: Path, body: str) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, output="out.jsonl").prompts(f"body400:{body}")
         assert working.run() is ExitCode.FAILURES
@@ -111,7 +111,7 @@ def test_a_permanent_error_is_sent_once(tmp_path: Path, status: str) -> None:
     assert "1 of 2 requests failed" in working.error.message
 
 
-def test_retries_come_to_an_end(tmp_path: Path) -> None:
+def test_the_number_of_retries_is_limited(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, max_retries=2).prompts("500")
         assert working.run() is ExitCode.FAILURES
@@ -147,7 +147,7 @@ def test_nothing_outlives_its_deadline(tmp_path: Path, fault: str) -> None:
     assert outcome == {f"0:{fault}*1": None, f"1:{fault}": "timeout", "2:fine": None}
 
 
-def test_an_engine_that_dies_and_comes_back_costs_no_attempt(tmp_path: Path) -> None:
+def test_a_crash_of_the_engine_does_not_count_as_an_attempt(tmp_path: Path) -> None:
     with FaultyEngine(delay=0.02) as engine:
         working = Working(tmp_path, engine.url, concurrency=4)
         working.prompts(*(f"a{i}" for i in range(10)), "die*1", *(f"b{i}" for i in range(10)))
@@ -165,7 +165,7 @@ def test_an_engine_that_dies_and_comes_back_costs_no_attempt(tmp_path: Path) -> 
     assert {entry["metadata"]["attempts"] for entry in working.results} == {1}
 
 
-def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
+def test_an_engine_that_does_not_exist(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         url = engine.url
     working = Working(tmp_path, url, engine_wait=0.5).prompts("x")
@@ -174,7 +174,7 @@ def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
     assert working.status["status"] == "failed"
 
 
-def test_a_stop_drains_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_stop_drains_and_the_same_command_resumes(tmp_path: Path) -> None:
     prompts = [f"p{index}" for index in range(40)]
     with FaultyEngine(delay=0.1) as engine:
         working = Working(tmp_path, engine.url, concurrency=4).prompts(*prompts)
@@ -184,14 +184,14 @@ def test_a_stop_drains_and_the_same_command_goes_on(tmp_path: Path) -> None:
         assert working.status["status"] == "cancelled"
         done = scan_journal(working.journal).done
         assert 0 < done < 40
-        assert sum(engine.seen.values()) == done, "what was in flight was let finish"
+        assert sum(engine.seen.values()) == done, "the requests in flight were finished"
         again = Working(tmp_path, engine.url, concurrency=4)
         assert again.run() is ExitCode.OK
     assert contents(again) == [f"echo {prompt}" for prompt in prompts]
     assert set(engine.seen.values()) == {1}
 
 
-def test_what_outlives_the_grace_time_was_not_attempted(tmp_path: Path) -> None:
+def test_requests_that_exceed_the_grace_time_were_not_attempted(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, drain_seconds=0.2).prompts("hang*1", "fine")
 
@@ -211,7 +211,7 @@ def test_what_outlives_the_grace_time_was_not_attempted(tmp_path: Path) -> None:
     assert [entry["metadata"]["attempts"] for entry in again.results] == [1, 1]
 
 
-def test_nothing_is_admitted_that_cannot_end_before_the_deadline(tmp_path: Path) -> None:
+def test_no_request_is_sent_that_cannot_end_before_the_deadline(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("a", "b")
         working.deadline = time.time() + 5
@@ -226,13 +226,13 @@ def test_an_edited_input_runs_only_what_changed(tmp_path: Path) -> None:
         working = Working(tmp_path, engine.url).prompts("a", "b", "c")
         assert working.run() is ExitCode.OK
         working.prompts("a", "B", "c", "d")
-        assert working.run() is ExitCode.USAGE, "the output is there"
+        assert working.run() is ExitCode.USAGE, "the output exists"
         assert working.run(force=True) is ExitCode.OK
     assert dict(engine.seen) == {"a": 1, "b": 1, "c": 1, "B": 1, "d": 1}
     assert contents(working) == ["echo a", "echo B", "echo c", "echo d"]
 
 
-def test_a_finished_run_sends_nothing_more(tmp_path: Path) -> None:
+def test_a_finished_run_sends_no_requests(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("a")
         assert working.run() is ExitCode.OK
@@ -242,7 +242,7 @@ def test_a_finished_run_sends_nothing_more(tmp_path: Path) -> None:
     assert engine.seen["a"] == 2
 
 
-def test_failed_requests_can_be_tried_again(tmp_path: Path) -> None:
+def test_failed_requests_can_be_retried(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, max_retries=0).prompts("500*1", "fine")
         assert working.run() is ExitCode.FAILURES
@@ -251,7 +251,7 @@ def test_failed_requests_can_be_tried_again(tmp_path: Path) -> None:
     assert engine.seen["500*1"] == 2
 
 
-def test_other_parameters_are_refused_unless_mixing_is_meant(tmp_path: Path) -> None:
+def test_other_parameters_are_refused_unless_forced(tmp_path: Path) -> None:
     with FaultyEngine(delay=0.05) as engine:
         working = Working(tmp_path, engine.url, concurrency=1, temperature=0.1)
         working.prompts("a", "b", "c", "d", "e", "f")
@@ -266,7 +266,7 @@ def test_other_parameters_are_refused_unless_mixing_is_meant(tmp_path: Path) -> 
     assert len(other.results) == 6
 
 
-def test_the_body_goes_out_as_it_came(tmp_path: Path) -> None:
+def test_the_body_is_sent_unchanged(tmp_path: Path) -> None:
     body = {
         "model": "m:1",
         "messages": [{"role": "user", "content": [{"type": "text", "text": "ü"}], "name": "n"}],
@@ -306,7 +306,7 @@ def test_only_absent_fields_are_filled_in(tmp_path: Path) -> None:
     assert len(working.results[4]["output"]["results"]) == 2
 
 
-def test_the_key_is_sent_and_stands_nowhere(tmp_path: Path) -> None:
+def test_the_key_is_sent_and_stored_nowhere(tmp_path: Path) -> None:
     from aiflux.worker.shard import Context, work
 
     with FaultyEngine() as engine:
@@ -319,7 +319,7 @@ def test_the_key_is_sent_and_stands_nowhere(tmp_path: Path) -> None:
         assert not path.is_file() or b"secret-key" not in path.read_bytes()
 
 
-def test_own_metadata_is_merged_and_does_not_hide_ours(tmp_path: Path) -> None:
+def test_metadata_of_a_request_is_merged_and_does_not_hide_ours(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url)
         body = {"model": "m:1", "messages": [{"role": "user", "content": "x"}]}
@@ -357,7 +357,7 @@ def test_a_second_worker_on_the_same_run_is_refused(tmp_path: Path) -> None:
     assert len(first.results) == 3
 
 
-def test_the_answer_stands_in_the_output_byte_for_byte(tmp_path: Path) -> None:
+def test_the_output_has_the_answer_byte_for_byte(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, output="out.jsonl", max_failures="100%")
         working.prompts("a", "400", "b")
@@ -373,7 +373,7 @@ def test_the_answer_stands_in_the_output_byte_for_byte(tmp_path: Path) -> None:
     assert failed[0]["error"]["code"] == "http_400"
 
 
-def test_a_request_that_kills_the_engine_is_run_alone_and_given_up(tmp_path: Path) -> None:
+def test_a_request_that_crashes_the_engine_is_run_alone_and_fails(tmp_path: Path) -> None:
     with FaultyEngine(delay=0.01) as engine:
         working = Working(tmp_path, engine.url, concurrency=4)
         working.prompts(*(f"a{i}" for i in range(12)), "die", *(f"b{i}" for i in range(12)))
@@ -399,7 +399,7 @@ def test_a_request_that_kills_the_engine_is_run_alone_and_given_up(tmp_path: Pat
     assert len(working.results) == 25
 
 
-def test_an_engine_that_keeps_dying_ends_the_run_with_what_was_done(tmp_path: Path) -> None:
+def test_an_engine_that_keeps_crashing_ends_the_run_and_keeps_results(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, concurrency=1, engine_wait=0.5)
         working.prompts("a", "b", "die", "c")
@@ -408,7 +408,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_what_was_done(tmp_path: Pa
     assert not working.output.exists()
 
 
-def test_concurrency_is_found_by_itself(tmp_path: Path) -> None:
+def test_concurrency_is_determined_automatically(tmp_path: Path) -> None:
     prompts = [f"p{index}" for index in range(300)]
     with FaultyEngine(delay=0.05) as engine:
         working = Working(tmp_path, engine.url).prompts(*prompts)
@@ -417,7 +417,7 @@ def test_concurrency_is_found_by_itself(tmp_path: Path) -> None:
     assert len(working.results) == 300
 
 
-def test_a_kill_between_the_output_and_its_status_is_no_hindrance(tmp_path: Path) -> None:
+def test_a_kill_between_the_output_and_its_status_does_no_harm(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, output="out.jsonl", max_failures="100%")
         working.prompts("a", "400", "b")

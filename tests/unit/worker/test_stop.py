@@ -1,4 +1,4 @@
-"""What a signal does to the worker: it asks to stop, or stops what has nothing to finish."""
+"""Signals to the worker: an orderly stop, or an immediate one if nothing is in flight."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def stopper() -> Iterator[Stopper]:
         signal.signal(number, handler)
 
 
-def test_a_signal_asks_to_stop(stopper: Stopper) -> None:
+def test_a_signal_requests_a_stop(stopper: Stopper) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stopper.stopping
     assert stopper.reason == "signal SIGTERM"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_has_nothing_in_flight_is_stopped_at_once(
+def test_work_without_requests_in_flight_stops_at_once(
     stopper: Stopper, number: signal.Signals
 ) -> None:
     cleaned = []
@@ -62,14 +62,14 @@ def test_what_has_nothing_in_flight_is_stopped_at_once(
 
     with pytest.raises(StoppedError, match=number.name) as caught:
         work()
-    assert cleaned, "a second signal does not break off what cleans up"
+    assert cleaned, "a second signal does not interrupt the cleanup"
     assert caught.value.exit_code == ExitCode.STOPPED
     os.kill(os.getpid(), number)
     with pytest.raises(StoppedError), stopper.raising():
-        pytest.fail("nothing is begun once somebody wants it to end")
+        pytest.fail("nothing is started after a stop was requested")
 
 
-def test_the_time_limits_early_warning_stops_nothing_at_once(stopper: Stopper) -> None:
+def test_the_early_warning_of_the_time_limit_stops_nothing_at_once(stopper: Stopper) -> None:
     with stopper.raising():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert stopper.time_is_up
@@ -99,7 +99,7 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None
 
 
 def listens(process: subprocess.Popen[str], number: int) -> bool:
-    """Tell whether a process has a handler for a signal (proc(5), SigCgt)."""
+    """Return whether a process has a handler for a signal (proc(5), SigCgt)."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
         if line.startswith("SigCgt:"):
             return bool(int(line.split()[1], 16) >> (number - 1) & 1)
@@ -108,41 +108,41 @@ def listens(process: subprocess.Popen[str], number: int) -> bool:
 
 @ENDING
 @PROGRAMS
-def test_a_signal_at_the_very_start_is_a_stop(
+def test_a_signal_during_the_start_is_a_stop(
     program: list[str], number: signal.Signals, engine: FaultyEngine, tmp_path: Path
 ) -> None:
-    """The handlers are there before the imports, which take many times as long as they."""
+    """The handlers are installed before the imports, which take much longer."""
     Working(tmp_path, engine.url).prompts("hang")
     process = started(program, tmp_path, engine)
     wait_until(lambda: listens(process, number), process)
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == ExitCode.STOPPED, told
-    assert number.name in told
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.STOPPED, errors
+    assert number.name in errors
     assert not engine.bodies
 
 
-def test_ctrl_c_before_anything_runs_is_named(engine: FaultyEngine, tmp_path: Path) -> None:
+def test_ctrl_c_before_anything_runs_is_reported(engine: FaultyEngine, tmp_path: Path) -> None:
     Working(tmp_path, engine.url).prompts("hang")
     process = started(AIFLUX, tmp_path, engine)
     wait_until(lambda: listens(process, signal.SIGTERM), process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == ExitCode.STOPPED, told
-    assert told == "stopped by Ctrl-C before the end\n"
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.STOPPED, errors
+    assert errors == "stopped by Ctrl-C before the end\n"
 
 
 @ENDING
 @PROGRAMS
-def test_a_signal_stops_a_run_in_good_order(
+def test_a_signal_stops_a_run_in_an_orderly_way(
     program: list[str], number: signal.Signals, engine: FaultyEngine, tmp_path: Path
 ) -> None:
     working = Working(tmp_path, engine.url).prompts("hello", "hang")
     process = started(program, tmp_path, engine)
     wait_until(lambda: bool(engine.seen["hang"]), process)
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == ExitCode.STOPPED, told
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.STOPPED, errors
     assert working.status["status"] == "cancelled"
 
 
@@ -155,6 +155,6 @@ def test_nohup_keeps_a_run_from_hanging_up(
     process = started(program, tmp_path, engine, "nohup")
     wait_until(lambda: bool(engine.seen["hello"]), process)
     process.send_signal(signal.SIGHUP)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 0, told
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
     assert working.status["status"] == "completed"

@@ -1,4 +1,4 @@
-"""A disk that fills up: the run stops cleanly, says where, and goes on when there is room."""
+"""A full disk: the run stops cleanly, reports where, and resumes when there is space."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOUNT = 'mount -t tmpfs -o size="$1" none "$2" && cd "$2" && shift 2 && exec "$
 
 
 def on_small_disk(place: Path, size: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a tmpfs of its own, in namespaces of its own; copy it out at the end."""
+    """Run a command in its own tmpfs and namespaces; copy the files out at the end."""
     disk = place / "disk"
     disk.mkdir(exist_ok=True)
     keep = place / "kept"
@@ -30,7 +30,7 @@ def on_small_disk(place: Path, size: str, *command: str) -> subprocess.Completed
     )  # fmt: skip
 
 
-def test_a_disk_that_fills_up_is_exit_5_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_is_exit_5_and_the_run_resumes(tmp_path: Path) -> None:
     if shutil.which("unshare") is None:
         pytest.fail("unshare (util-linux) is needed to make a small disk")
     source = write_input(tmp_path / "in.jsonl", 400)
@@ -49,4 +49,4 @@ def test_a_disk_that_fills_up_is_exit_5_and_the_run_goes_on(tmp_path: Path) -> N
         assert again.returncode == 0, again.stderr
     entries = json.loads((kept / "out.json").read_text(encoding="utf-8"))
     assert len(entries) == 400
-    assert sum(engine.seen.values()) <= 400 + 16, "only what was in flight is sent again"
+    assert sum(engine.seen.values()) <= 400 + 16, "only the requests in flight are sent again"

@@ -1,4 +1,4 @@
-"""--validate: answers are held to the schema that their request asks for."""
+"""--validate: answers are checked against the schema of their request."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def asking(schema: Any) -> dict[str, Any]:
 
 
 def hold(working: Working, number: int, schema: Any) -> None:
-    """Let one of the requests (counted from 0) ask for a schema."""
+    """Set the schema of one of the requests (counted from 0)."""
     lines = working.input.read_text(encoding="utf-8").splitlines()
     request = json.loads(lines[number])
     request["body"]["response_format"] = asking(schema)
@@ -60,13 +60,13 @@ CHECKING = Checking(2)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def closed() -> Iterator[None]:
+def closed_checks() -> Iterator[None]:
     yield
     CHECKING.close()
 
 
-def verdict_on(text: str, wanted: Any, checking: Checking = CHECKING) -> Outcome:
-    body = {"model": "m:1", "messages": [], "response_format": wanted}
+def verdict_on(text: str, asked: Any, checking: Checking = CHECKING) -> Outcome:
+    body = {"model": "m:1", "messages": [], "response_format": asked}
     request = parse_request(request_line(body=body).encode())
     answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
     verdict = Outcome(Kind.ANSWERED, status=200, body=json.dumps(answer).encode())
@@ -83,14 +83,14 @@ def verdict_on(text: str, wanted: Any, checking: Checking = CHECKING) -> Outcome
         ('{"label": NaN}', Kind.UNFIT, "is not JSON"),
     ],
 )
-def test_an_answer_is_held_to_its_schema(text: str, kind: Kind, words: str) -> None:
+def test_an_answer_is_checked_against_its_schema(text: str, kind: Kind, words: str) -> None:
     verdict = verdict_on(text, asking(LABEL))
     assert verdict.kind is kind
     assert words in verdict.message
     assert verdict.code == ("schema" if words else "")
 
 
-def test_json_object_asks_for_any_object() -> None:
+def test_json_object_allows_any_object() -> None:
     assert verdict_on("{}", {"type": "json_object"}).kind is Kind.ANSWERED
     assert verdict_on("[]", {"type": "json_object"}).kind is Kind.UNFIT
     assert verdict_on("words", {"type": "text"}).kind is Kind.ANSWERED
@@ -100,14 +100,14 @@ def test_json_object_asks_for_any_object() -> None:
 @pytest.mark.parametrize(
     "schema", [{"type": "nonsense"}, 7, None, {"$ref": "https://example.org/x.json"}]
 )
-def test_a_schema_that_is_none_is_the_requests_fault(schema: Any) -> None:
+def test_an_invalid_schema_fails_its_request(schema: Any) -> None:
     verdict = verdict_on("{}", asking(schema))
     assert verdict.kind is Kind.FAILED
     assert "response_format is invalid" in verdict.message
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("asked", "words"),
     [
         (5, "json_schema is not an object"),
         ("x", "json_schema is not an object"),
@@ -118,10 +118,10 @@ def test_a_schema_that_is_none_is_the_requests_fault(schema: Any) -> None:
         ({"schema": {"type": "nonsense"}}, "'nonsense' is not valid"),
     ],
 )
-def test_a_wrong_schema_is_found_in_the_worker_and_in_the_check(
-    wanted: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_worker_and_the_check_find_an_invalid_schema(
+    asked: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = {"type": "json_schema", "json_schema": wanted}
+    asked = {"type": "json_schema", "json_schema": asked}
     verdict = verdict_on("{}", asked)
     assert verdict.kind is Kind.FAILED
     assert words in verdict.message
@@ -129,13 +129,13 @@ def test_a_wrong_schema_is_found_in_the_worker_and_in_the_check(
     path = tmp_path / "in.jsonl"
     path.write_text(f"{request_line('a')}\n{request_line('b', body=body)}\n", encoding="utf-8")
     assert main(["check", str(path)]) == ExitCode.USAGE
-    told = capsys.readouterr().err
-    assert "1 line is wrong" in told
-    assert "line 2: the schema in body.response_format is wrong: " in told
-    assert words in told
+    errors = capsys.readouterr().err
+    assert "1 line is wrong" in errors
+    assert "line 2: the schema in body.response_format is wrong: " in errors
+    assert words in errors
 
 
-def test_wrong_schemas_are_refused_before_a_run_that_checks_answers(tmp_path: Path) -> None:
+def test_invalid_schemas_are_refused_before_a_run_that_checks_answers(tmp_path: Path) -> None:
     asked = {"type": "json_schema", "json_schema": 5}
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, validate=True)
@@ -175,10 +175,14 @@ bodies = any_json | st.fixed_dictionaries(
 
 
 @settings(max_examples=150)
-@given(wanted=formats, body=bodies, url=st.sampled_from([each.url for each in ENDPOINTS.values()]))
-def test_any_answer_to_any_request_is_judged(wanted: Any, body: Any, url: str) -> None:
+@given(
+    asked=formats,
+    body=bodies,
+    url=st.sampled_from([each.url for each in ENDPOINTS.values()]),
+)
+def test_any_answer_to_any_request_is_judged(asked: Any, body: Any, url: str) -> None:
     content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "documents": [],
-               "response_format": wanted}  # fmt: skip
+               "response_format": asked}  # fmt: skip
     request = parse_request(request_line(url=url, body=content).encode())
     answer = Answer(200, json.dumps(body).encode())
     verdict = CHECKING.judge(request, judge_answer(url, answer, KIND.crash_code))
@@ -197,11 +201,11 @@ def test_no_request_and_no_answer_ends_a_run(
             folder, engine.url, validate=True, max_retries=1, revalidate_attempts=1
         )  # fmt: skip
         lines = []
-        for number, (wanted, body) in enumerate(pairs):
+        for number, (asked, body) in enumerate(pairs):
             messages = [{"role": "user", "content": f"body:{json.dumps(body)}"}]
-            content = {"model": "m:1", "messages": messages, "response_format": wanted}
+            content = {"model": "m:1", "messages": messages, "response_format": asked}
             lines.append(request_line(str(number), body=content))
-        lines.append(request_line("fine"))  # else none of the answers may be an OpenAI API's
+        lines.append(request_line("fine"))  # otherwise none of the answers may be an OpenAI API's
         working.input.write_text("\n".join(lines), encoding="utf-8")
         code = working.run()
     if code is ExitCode.USAGE:
@@ -213,7 +217,7 @@ def test_no_request_and_no_answer_ends_a_run(
 
 
 class BuggyChecking(Checking):
-    """Fails as only a bug can, at one kind of request."""
+    """Raises an unexpected exception for one kind of request."""
 
     def judge(self, request: Request, verdict: Outcome) -> Outcome:
         if "bug" in request.custom_id:
@@ -221,7 +225,7 @@ class BuggyChecking(Checking):
         return verdict
 
 
-def test_a_bug_costs_its_request_and_shows_its_trace(
+def test_a_bug_fails_its_request_and_prints_its_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FaultyEngine() as engine:
@@ -268,13 +272,13 @@ def test_nothing_outside_a_schema_is_fetched() -> None:
         ({"anyOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"$ref": "#"}}}, "is circular"),
     ],
 )
-def test_a_reference_that_leads_nowhere_is_told(schema: Any, words: str) -> None:
+def test_an_invalid_reference_is_reported(schema: Any, words: str) -> None:
     with pytest.raises(SchemaError) as error:
         compile_schema(schema)
     assert words in str(error.value)
 
 
-def test_references_that_lead_somewhere() -> None:
+def test_valid_references() -> None:
     tree = {"type": "object", "properties": {"a/b": {"items": {"$ref": "#"}, "anyOf": [{}]}}}
     assert compile_schema(tree)({"a/b": [{"a/b": []}]}) is None
     assert compile_schema({"$ref": "#/properties/a~1b/anyOf/0", **tree})({}) is None
@@ -282,7 +286,7 @@ def test_references_that_lead_somewhere() -> None:
     assert compile_schema({"$defs": {"z": {**own, "$ref": "#/$defs/y"}}})(1) is None
 
 
-def test_a_reference_in_circles_fails_its_request_and_not_the_run(tmp_path: Path) -> None:
+def test_a_circular_reference_fails_its_request_and_not_the_run(tmp_path: Path) -> None:
     circle = {"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}}
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, validate=True)
@@ -294,14 +298,14 @@ def test_a_reference_in_circles_fails_its_request_and_not_the_run(tmp_path: Path
     assert free["output"] is not None
 
 
-def test_schemas_are_kept_and_forgotten() -> None:
+def test_the_cache_of_schemas_is_limited() -> None:
     for number in range(300):
-        wanted = asking({"const": number})
-        assert verdict_on(str(number), wanted).kind is Kind.ANSWERED
-        assert verdict_on("x", wanted).kind is Kind.UNFIT
+        asked = asking({"const": number})
+        assert verdict_on(str(number), asked).kind is Kind.ANSWERED
+        assert verdict_on("x", asked).kind is Kind.UNFIT
 
 
-def test_unfit_answers_are_asked_for_again_and_then_fail(tmp_path: Path) -> None:
+def test_requests_with_unfit_answers_are_sent_again_and_then_fail(tmp_path: Path) -> None:
     """The engine echoes ``echo PROMPT``: never JSON."""
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, validate=True, revalidate_attempts=2)
@@ -321,8 +325,8 @@ def test_unfit_answers_are_asked_for_again_and_then_fail(tmp_path: Path) -> None
     assert working.status["errors"]["data"][0]["code"] == "schema"
 
 
-def test_an_answer_that_fits_at_last_counts(tmp_path: Path) -> None:
-    """The attempts for a schema are a budget of their own."""
+def test_an_answer_that_fits_after_retries_counts(tmp_path: Path) -> None:
+    """Attempts for a schema are counted separately."""
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, validate=True, max_retries=0)
         working.prompts('unfit*2 answer:{"label": "b"}', response_format=asking(LABEL))
@@ -333,14 +337,14 @@ def test_an_answer_that_fits_at_last_counts(tmp_path: Path) -> None:
     assert result["metadata"]["attempts"] == 3
 
 
-def test_nobody_checks_without_being_asked(tmp_path: Path) -> None:
+def test_answers_are_checked_only_with_the_option(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url)
         assert working.prompts("x", response_format=asking(LABEL)).run() is ExitCode.OK
         assert engine.seen["x"] == 1
 
 
-def test_without_jsonschema_the_run_says_what_to_install(
+def test_without_jsonschema_the_run_reports_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "jsonschema", None)
@@ -355,7 +359,7 @@ EVIL = {"type": "string", "pattern": "^(a+)+$"}
 NEVER = json.dumps("a" * 60 + "!")
 
 
-def tangle(levels: int) -> dict[str, Any]:
+def nested_choices(levels: int) -> dict[str, Any]:
     """Return a schema that takes 2**levels steps to apply to anything."""
     parts = {
         f"d{level}": {"anyOf": [{"$ref": f"#/$defs/d{level + 1}"}] * 2} for level in range(levels)
@@ -364,7 +368,7 @@ def tangle(levels: int) -> dict[str, Any]:
 
 
 def children(parent: int) -> set[int]:
-    """Return the processes of a parent that check answers."""
+    """Return the child processes that check answers."""
     found = set()
     tasks = Path(f"/proc/{parent}/task").glob("*/children")
     for pid in " ".join(each.read_text() for each in tasks).split():
@@ -431,11 +435,13 @@ def test_a_check_that_kills_its_process_fails_its_request_only() -> None:
 def test_schemas_of_too_many_combinations_are_refused_by_the_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = request_line(body={"model": "m", "messages": [], "response_format": asking(tangle(40))})
+    line = request_line(
+        body={"model": "m", "messages": [], "response_format": asking(nested_choices(40))}
+    )
     (tmp_path / "in.jsonl").write_text(line)
     assert main(["check", str(tmp_path / "in.jsonl")]) == ExitCode.USAGE
     assert "too many combinations" in capsys.readouterr().err
-    assert compile_schema(tangle(5))(1)
+    assert compile_schema(nested_choices(5))(1)
 
 
 def test_a_stop_does_not_wait_for_checks(tmp_path: Path) -> None:
@@ -452,9 +458,9 @@ def test_a_stop_does_not_wait_for_checks(tmp_path: Path) -> None:
             time.sleep(1)
             checkers = children(run.pid)
             run.send_signal(signal.SIGTERM)
-            told = run.communicate(timeout=10)[1]
-    assert run.returncode == ExitCode.STOPPED, told
-    assert "stopped (signal SIGTERM) with 0 of 20" in told
+            errors = run.communicate(timeout=10)[1]
+    assert run.returncode == ExitCode.STOPPED, errors
+    assert "stopped (signal SIGTERM) with 0 of 20" in errors
     assert checkers
     assert not any(Path(f"/proc/{pid}").exists() for pid in checkers)
 

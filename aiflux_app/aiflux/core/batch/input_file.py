@@ -180,7 +180,7 @@ Add = Callable[[int, int, bool], None]
 
 
 @contextmanager
-def beside(add: Add) -> Iterator[Add]:
+def in_thread(add: Add) -> Iterator[Add]:
     """Yield a function that calls ``add`` in a thread; each call waits for the one before.
 
     Hashing releases the interpreter lock, so other threads run at the same time.
@@ -370,7 +370,7 @@ def _scan(
     whole, digest = Whole(), InputDigest(path)
     with ExitStack() as stack:
         # A process must not fork while it has threads; with children it needs no thread.
-        add = digest.add if children else stack.enter_context(beside(digest.add))
+        add = digest.add if children else stack.enter_context(in_thread(digest.add))
         for part in stack.enter_context(closing(share_out(work, parts, children))):
             whole.add(part)
             add(part.start, part.end, part.plain)

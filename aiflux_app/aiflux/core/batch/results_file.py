@@ -37,8 +37,8 @@ class ResultEntry:
     @property
     def choice(self) -> ChoiceText:
         """The first choice; None for a failed request and for embeddings."""
-        told = choice_texts(self.body) if self.error is None else []
-        return told[0] if told else ChoiceText("")
+        texts = choice_texts(self.body) if self.error is None else []
+        return texts[0] if texts else ChoiceText("")
 
     @property
     def failure(self) -> str:
@@ -230,8 +230,8 @@ def _refusal(status: Any, body: Any) -> dict[str, Any] | None:
     if not isinstance(status, int) or status < 400:
         return None
     error = body.get("error") if isinstance(body, dict) else None
-    told = error.get("message") if isinstance(error, dict) else None
-    return {"code": f"http_{status}", "message": str(told or json.dumps(body)), "status": status}
+    message = error.get("message") if isinstance(error, dict) else None
+    return {"code": f"http_{status}", "message": str(message or json.dumps(body)), "status": status}
 
 
 def _check(entry: ResultEntry) -> None:

@@ -119,7 +119,7 @@ class Config:
 
     @property
     def data_dir(self) -> Path:
-        """Where AI-Flux keeps models and images unless told otherwise."""
+        """Where AI-Flux stores models and images by default."""
         home = Path(self._environ.get("HOME") or "/")
         base = Path(self._environ.get("XDG_DATA_HOME") or home / ".local" / "share")
         return Path(self.get("data_dir") or base / "aiflux")
@@ -236,8 +236,8 @@ class Config:
     ) -> ModelConfig:
         found = read_model_file(path, name, among)
         if found.unused:
-            told = "".join(f"\n  {each}" for each in found.unused)
-            _log.warning("%s: these keys are not used any more:%s", path, told)
+            keys = "".join(f"\n  {each}" for each in found.unused)
+            _log.warning("%s: these keys are not used any more:%s", path, keys)
         return found
 
 

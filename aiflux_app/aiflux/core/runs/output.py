@@ -428,7 +428,7 @@ def _refuse_strangers(plan: Plan, run: RunDirectory) -> None:
 def shards_left(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
     """Return the shards that a start has to look at; none where only the output is missing.
 
-    Before that is believed, the journals are read: a status can outlive what it tells of.
+    The journals are read to verify that: a status can be older than they are.
 
     Raises:
         StoppedError: the input is no longer the planned one.

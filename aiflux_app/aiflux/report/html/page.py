@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page, from the templates beside this module."""
+"""The report as one self-contained HTML page, from the templates next to this module."""
 
 from __future__ import annotations
 

@@ -194,16 +194,7 @@ def test_a_stop_drains_and_the_same_command_resumes(tmp_path: Path) -> None:
 def test_requests_that_exceed_the_grace_time_were_not_attempted(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, drain_seconds=0.2).prompts("hang*1", "fine")
-
-        def stop_after_one() -> None:
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline:
-                if working.journal.exists() and scan_journal(working.journal).done:
-                    break
-                time.sleep(0.02)
-            working.stopper.stop("a test")
-
-        threading.Thread(target=stop_after_one).start()
+        working.stop_soon(results=1)
         assert working.run() is ExitCode.STOPPED
         assert scan_journal(working.journal).done == 1
         again = Working(tmp_path, engine.url)

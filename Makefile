@@ -33,7 +33,7 @@ plain := $(shell git ls-files -- aiflux_app/aiflux/converters aiflux_app/aiflux/
 	'examples/*.sh' 'examples/*.py' tests/tools tests/stack tests/integration tests/slow tests/conftest.py \
 	tests/unit/converters tests/unit/estimates tests/unit/bundle tests/unit/image tests/unit/doctor \
 	aiflux_app/aiflux/worker aiflux_app/aiflux/engines aiflux_app/aiflux/util aiflux_app/aiflux/models \
-	aiflux_app/aiflux/cli aiflux_app/aiflux/core aiflux_app/aiflux/report \
+	aiflux_app/aiflux/cli aiflux_app/aiflux/core aiflux_app/aiflux/report aiflux_app/aiflux/slurm \
 	tests/unit/worker tests/unit/engines tests/unit/util tests/unit/models \
 	README.md CONTRIBUTING.md CHANGELOG.md ':(glob)docs/*.md' 'examples/*.md' \
 	':(glob)tests/unit/*.py' 2>/dev/null | grep -vE '\.lock$$|made_elsewhere|structure[.]md')

@@ -62,10 +62,10 @@ def cancel(
         raise SlurmError(f"scancel did not cancel {job}: {words(done)}", "check the job id")
 
 
-def _remedy(said: str, script: Path, environment: Mapping[str, str]) -> str:
-    if "account" in said.lower():
+def _remedy(message: str, script: Path, environment: Mapping[str, str]) -> str:
+    if "account" in message.lower():
         return _account_remedy(environment)
-    if "partition" in said.lower():
+    if "partition" in message.lower():
         return "use a partition of this cluster (sinfo lists them): --partition NAME"
     return f"change the option that Slurm reports; the script is {script}"
 

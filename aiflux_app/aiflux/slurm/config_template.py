@@ -30,7 +30,7 @@ _INTRODUCTION = (
 def initial_file(facts: Facts, proposal: Proposal) -> str:
     """Return the file; without an answer from Slurm every setting is a comment."""
     lines = [*_header(facts, proposal)]
-    notes = {name: [*told] for name, told in _notes(facts, proposal)}
+    notes = {name: [*listed] for name, listed in _notes(facts, proposal)}
     for section in _SECTIONS:
         lines += ["", f"{section}:  # {TITLES[section]}"]
         for setting in SETTINGS:
@@ -43,8 +43,8 @@ def _header(facts: Facts, proposal: Proposal) -> Iterator[str]:
     yield from _comment("Settings of AI-Flux, made by `aiflux config init`.", "")
     if facts.settings:
         cluster = facts.settings.get("ClusterName", "?")
-        told = f"Slurm {facts.settings.get('SLURM_VERSION', '?')} of the cluster {cluster} listed"
-        yield from _comment(f"{told} its resources; the settings chosen from them have no #.", "")
+        listed = f"Slurm {facts.settings.get('SLURM_VERSION', '?')} of the cluster {cluster} listed"
+        yield from _comment(f"{listed} its resources; the settings chosen from them have no #.", "")
     else:
         yield from _comment(
             "Slurm was missing, or did not answer, when this was written: nothing was chosen. "

@@ -71,7 +71,7 @@ wait_for_child() {
     ((code >= 0)) || code=5
     # The runtime itself can die of a signal that comes before it forwards any.
     if ((forwarded && code > 128)); then
-        say "stopped by a signal while the container began or ended; the same job goes on when it is run again"
+        say "stopped by a signal while the container began or ended; run the same job again to resume"
         code=5
     fi
     return "$code"
@@ -111,7 +111,7 @@ refuse_other_image() {
             "build one: make image; or name another: AIFLUX_IMAGE, --image"
 }
 
-# /tmp, /var/tmp and HOME of the container lie here.
+# /tmp, /var/tmp and HOME of the container are here.
 make_scratch() {
     trap remove_scratch EXIT
     scratch=$(mktemp -d -- "${TMPDIR:-/tmp}/aiflux.XXXXXXXX") ||
@@ -145,7 +145,7 @@ bind() {
     mounts+=(--mount "type=bind,\"source=$path\",\"destination=$path\"${2:+,$2}")
 }
 
-# bind_all [ro]: with the models read-only or not. A folder comes before what lies in it.
+# bind_all [ro]: with the models read-only or not. A directory comes before its content.
 bind_all() {
     local path
     mounts=()
@@ -168,7 +168,7 @@ bind_all() {
 
 stop_if_asked() {
     ((stopped)) || return 0
-    say "stopped by a signal before the work began; the same job goes on when it is run again"
+    say "stopped by a signal before the work began; run the same job again to resume"
     exit 5
 }
 
@@ -191,10 +191,10 @@ run_container() {
 explain() {
     local code=$1
     if ((code == 255)); then
-        say "$runtime could not start the container (its own words stand above)"
+        say "$runtime could not start the container (see its messages above)"
         code=4
     elif ((code > 128)); then
-        say "the container was killed by signal $((code - 128)); if it was 9, memory may have run out: ask for more with --mem. What was done is kept"
+        say "the container was killed by signal $((code - 128)); if it was 9, memory may have run out: request more with --mem. Results so far are kept"
         code=5
     fi
     return "$code"
@@ -241,7 +241,7 @@ pass_environment() {
     put LANG C.UTF-8
 }
 
-# The image's own id, as `apptainer sif header` tells it: 16 bytes behind the magic, version and
+# The image's own id, as in `apptainer sif header`: 16 bytes after the magic, version and
 # architecture of the SIF header.
 image_id() {
     local header
@@ -282,7 +282,7 @@ choose_seal() {
     elif words=$("$runtime" exec --containall --pwd / --net --network none "$image" true 2>&1); then
         seal=(--net --network none)
     else
-        unsealed="this node cannot take the network from a container (${words##*$'\n'})"
+        unsealed="this node cannot isolate a container from the network (${words##*$'\n'})"
         say "not sealed: $unsealed"
     fi
 }
@@ -315,12 +315,12 @@ requeue() {
     # Slurm ends what still runs with SIGTERM as soon as it has taken the job back: rm, and even
     # the scontrol that asked for it.
     remove_scratch
-    say "the time is up; job $job_id goes back to the queue and will go on where it stopped"
+    say "the time is up; job $job_id goes back to the queue and will resume"
     words=$(scontrol requeue "$job_id" 2>&1)
     code=$?
     ((code != 0 && code <= 128 && !stopped)) || return 0
-    printf 'error: Slurm did not take job %s back: %s\n  -> %s %q\n' "$job_id" "${words##*$'\n'}" \
-        "what was done is kept, the rest is still to do; go on with: aiflux resume" "$run_dir" >&2
+    printf 'error: Slurm did not requeue job %s: %s\n  -> %s %q\n' "$job_id" "${words##*$'\n'}" \
+        "results so far are kept; resume the run with: aiflux resume" "$run_dir" >&2
 }
 
 main() {

@@ -26,7 +26,7 @@ absolute() {
     esac
 }
 
-# The checkout that this script lies in: Slurm runs a copy and tells where it came from.
+# The checkout of this script: Slurm runs a copy and shows its origin.
 checkout() {
     local line
     [[ -n ${SLURM_JOB_ID:-} ]] || return 0
@@ -43,7 +43,7 @@ find_image() {
     [[ $engine == ollama ]] || name=aiflux-$engine.sif
     if [[ -n ${AIFLUX_IMAGE:-} ]]; then
         absolute image "$AIFLUX_IMAGE"
-        [[ -e $image ]] || usage "AIFLUX_IMAGE names $image, which is not there" "correct AIFLUX_IMAGE, or unset it"
+        [[ -e $image ]] || usage "AIFLUX_IMAGE names $image, which does not exist" "correct AIFLUX_IMAGE, or unset it"
         return
     fi
     here=$(checkout)
@@ -56,7 +56,7 @@ find_image() {
         "make image ENGINE=$engine; or set AIFLUX_IMAGE=/path/to/$name"
 }
 
-[[ $# -gt 0 ]] || usage 'no input was named'
+[[ $# -gt 0 ]] || usage 'no input given'
 absolute input "$1"
 [[ -f $input && -r $input ]] || usage "the input $input is not a file that can be read"
 shift

@@ -156,9 +156,9 @@ def _shard_count(
         return slurm.shards
 
     def automatic(summary: InputSummary) -> int:
-        told = known_estimate(make_plan(summary, output, options, None, engine_kind(options)))
-        if told is not None and told.where == (options.engine_url or SLURM):
-            return told.shards_for(slurm.time)
+        estimate = known_estimate(make_plan(summary, output, options, None, engine_kind(options)))
+        if estimate is not None and estimate.where == (options.engine_url or SLURM):
+            return estimate.shards_for(slurm.time)
         return auto_shards(summary, walltime_seconds(slurm.time))
 
     return automatic

@@ -240,7 +240,7 @@ def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
     done = place.bash(render(place.job()))
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 1
-    why = "this node cannot take the network from a container (no netns)"
+    why = "this node cannot isolate a container from the network (no netns)"
     assert why in done.stderr
     work = place.fakes.calls("apptainer")[2]
     container = place.container(work, unsealed=why)
@@ -541,9 +541,9 @@ def test_slurm_s_refusal_is_told_with_what_to_do(place: Place) -> None:
     place.fakes.say("scontrol", stderr="7: Access/permission denied\n", status=1)
     done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
     assert done.returncode == 5
-    assert "did not take job 7 back: 7: Access/permission denied" in done.stderr
+    assert "did not requeue job 7: 7: Access/permission denied" in done.stderr
     remedy = done.stderr.splitlines()[-1]
-    assert "what was done is kept" in remedy
+    assert "results so far are kept" in remedy
     quoted = remedy.partition("aiflux resume ")[2]
     said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True)
     assert said.stdout.decode() == str(place.folder / "out.json.aiflux")

@@ -1,7 +1,8 @@
-"""Configuration: what was set where, and what holds.
+"""The configuration: all settings, and where they come from.
 
-Order: argument > environment > ``.env`` > ``./aiflux.yaml`` > ``~/.config/aiflux/config.yaml`` >
-site file (``AIFLUX_SITE_CONFIG``) > default. ``.env`` is read, never exported.
+In order of precedence: argument > environment > ``.env`` > ``./aiflux.yaml`` >
+``~/.config/aiflux/config.yaml`` > site file (``AIFLUX_SITE_CONFIG``) > default. ``.env`` is read,
+never exported.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ class Config:
     """All settings of this process, resolved once.
 
     Args:
-        data_dir, models_dir, logs_dir, containers_dir: folders; win over every other source.
+        data_dir, models_dir, logs_dir, containers_dir: directories; they take precedence.
         arguments: settings given on the command line; None means not given.
-        model_config: a model, whose parameters hold where nothing else sets them.
+        model_config: a model, whose parameters apply if nothing else sets them.
         environ: the environment (default: the process's).
-        directory: where ``.env`` and ``aiflux.yaml`` are looked for (default: the current one).
+        directory: of ``.env`` and ``aiflux.yaml`` (default: the current one).
 
     Attributes:
         values: every setting's value and where it came from.
 
     Raises:
-        ConfigError: a value is wrong or a key unknown; names its place.
+        ConfigError: a value is wrong or a key unknown; shows its place.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Config:
     def changed(
         self, arguments: Mapping[str, Any], model_config: ModelConfig | None = None
     ) -> Config:
-        """Return this configuration with further arguments; None means not given."""
+        """Return this configuration with more arguments; None means not given."""
         given = {name: value for name, value in arguments.items() if value is not None}
         return Config(
             arguments={**self._arguments, **given},
@@ -114,7 +115,7 @@ class Config:
 
     @property
     def engine(self) -> str:
-        """Name of the kind of engine that a run uses."""
+        """Name of the engine kind of a run."""
         return kind_name(self.get("engine"), self.get("engine_url"))
 
     @property
@@ -126,39 +127,39 @@ class Config:
 
     @property
     def models_dir(self) -> Path:
-        """Where models lie."""
+        """Directory of the models."""
         return Path(self.get("models_dir") or self.data_dir / "models")
 
     @property
     def containers_dir(self) -> Path:
-        """Where images lie."""
+        """Directory of the images."""
         return Path(self.get("containers_dir") or self.data_dir / "containers")
 
     @property
     def logs_dir(self) -> Path | None:
-        """Where job logs go; None means the run directory."""
+        """Directory of the job logs; None for the run directory."""
         value: Path | None = self.get("logs_dir")
         return value
 
     @property
     def image(self) -> Path | None:
-        """The image that was named, if one was."""
+        """The configured image, if any."""
         value: Path | None = self.get("image")
         return value
 
     def catalog(self) -> Catalog:
-        """Return what is known of models: AI-Flux's own figures, the site's and the user's.
+        """Return the model catalog: AI-Flux's, with additions of the site and the user.
 
         Raises:
-            ConfigError: a ``models.yaml`` is wrong; names its place.
+            ConfigError: a ``models.yaml`` is wrong; shows its place.
         """
         return read_catalog(catalog_files(self.get("models_file"), self._environ))
 
     def get_slurm_config(self, overrides: Mapping[str, Any] | None = None) -> SlurmConfig:
-        """Return what to ask of Slurm.
+        """Return the Slurm resources.
 
         Args:
-            overrides: win over every other source; None means not given.
+            overrides: take precedence over every other source; None means not given.
         """
         values = {item.name: self.get(item.name) for item in fields(SlurmConfig)}
         return SlurmConfig(**{**values, **_parsed("slurm", overrides or {}, "the overrides")})
@@ -173,7 +174,7 @@ class Config:
         }
 
     def _refuse_key(self) -> None:
-        """Keep the API key from an address that only a file of the current directory names."""
+        """Refuse to send the API key to an address that only a file of this directory names."""
         url = self.values["engine_url"]
         if url.local and url.value and self._environ.get("AIFLUX_API_KEY"):
             raise ConfigError(
@@ -184,7 +185,7 @@ class Config:
             )
 
     def run_options(self, **overrides: Any) -> RunOptions:
-        """Return the options of a run; ``overrides`` that are not None win.
+        """Return the options of a run; ``overrides`` that are not None take precedence.
 
         Raises:
             ConfigError: a value is wrong, or the API key would go to an address of a file of the
@@ -203,17 +204,17 @@ class Config:
         model_size: str | None = None,
         custom_config_path: str | Path | None = None,
     ) -> ModelConfig:
-        """Return what is configured for a model, to be given to ``SlurmRunner.run(model_config=)``.
+        """Return the configuration of a model for ``SlurmRunner.run(model_config=)``.
 
-        That is ``custom_config_path``, else a file ``FAMILY/SIZE.yaml`` in ``models`` or
-        ``config/models`` of this folder or in the models directory, else what the catalog knows.
-        A model that none of them knows has no parameters of its own.
+        The source is ``custom_config_path``, or else ``FAMILY/SIZE.yaml`` in ``models`` or
+        ``config/models`` of this directory or in the models directory, or else the catalog. An
+        unknown model has no parameters.
 
         Args:
             model_type: ``"llama3.2:3b"``, or ``"llama3.2"`` with ``model_size="3b"``.
 
         Raises:
-            ConfigError: the name is none, or the file is wrong; names its place.
+            ConfigError: the name or the file is wrong; shows its place.
         """
         name = model_type if model_size is None else f"{model_type}:{model_size}"
         parse_model_name(name)
@@ -237,7 +238,7 @@ class Config:
         found = read_model_file(path, name, among)
         if found.unused:
             keys = "".join(f"\n  {each}" for each in found.unused)
-            _log.warning("%s: these keys are not used any more:%s", path, keys)
+            _log.warning("%s: these keys are no longer used:%s", path, keys)
         return found
 
 
@@ -261,7 +262,7 @@ def _of_model(
     named = values["model"]
     if named.value is not None and not same_model(named.value, model.name):
         raise ConfigError(
-            f"{origin} is of the model {model.name}, and the run's model is {named.value} "
+            f"{origin} is for the model {model.name}, but the run's model is {named.value} "
             f"({named.origin})",
             f"model {model.name}, or another model_config, or none",
         )

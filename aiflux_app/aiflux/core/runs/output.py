@@ -310,20 +310,20 @@ _DONE = b"done\n"
 def merge_when_last(
     plan: Plan, run: RunDirectory, shard: int, status: Status, say: Callable[[str], None]
 ) -> ResultCounts | None:
-    """Note that a shard is done, and write the output where every shard is; None where one is not.
+    """Mark a shard as done, and write the output if all shards are; return None if one is not.
 
-    Shards end together, on nodes that each see the other's status late: an NFS client may take a
-    file for absent, or for what it was, for a minute. If each waited for the other's word, nobody
-    would write the output. So the order is made by what only the server decides. ``O_EXCL`` is such
-    a thing, and all of this is done under the lease of the merge, which rests on it: one shard
-    after the other makes its mark and then looks for the marks of the rest. Whoever comes last
-    finds them all, whatever its client remembers, because it looks by trying to make them.
+    Shards can end at the same time, on nodes that see each other's status late: for a minute, an
+    NFS client can show a file as missing or with old content. If each shard waited for the status
+    of the other, none would write the output. So only the server decides the order, with
+    ``O_EXCL``, on which the lease of the merge is based: one shard after the other creates its mark
+    under that lease, and then looks for the marks of the others by trying to create them. The last
+    one finds them all, whatever its client has cached.
 
     Args:
         status: the shard's; it becomes "completed".
 
     Raises:
-        StoppedError: a request has no result after all; nothing is written.
+        StoppedError: a request has no result; nothing is written.
         StorageError: writing failed.
     """
     with acquire(run.merge_lease, f"writing {plan.output}", wait=True, on_wait=say):
@@ -342,9 +342,9 @@ def _make_mark(mark: Path) -> None:
 
 
 def _marked(mark: Path) -> bool:
-    """Tell whether a shard made its mark. Only for the holder of the merge's lease.
+    """Return whether a shard has its mark. Only for the holder of the merge's lease.
 
-    An empty one was made here by a process that was killed before it took it away.
+    An empty mark is from a process that was killed here before it removed the mark.
     """
     try:
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -363,7 +363,7 @@ def merge(
     """Write the output from the journals, unless that was done before.
 
     Args:
-        again: write it although it is there.
+        again: write it although it exists.
 
     Raises:
         RunConflictError: another process is writing it.
@@ -411,7 +411,7 @@ def _merge(
 
 
 def _refuse_strangers(plan: Plan, run: RunDirectory) -> None:
-    """Keep an output that somebody else made since the run was planned.
+    """Keep an output that was created by others since the run was planned.
 
     Raises:
         StoppedError: there is one.
@@ -419,9 +419,9 @@ def _refuse_strangers(plan: Plan, run: RunDirectory) -> None:
     there = next((path for path in output_paths(plan.output) if os.path.lexists(path)), None)
     if there is not None and not may_replace(plan, run):
         raise StoppedError(
-            f"the output {there} was made by somebody else during the run; nothing was written",
-            "every answer is kept: move that file away and run the same command again, or give "
-            "--force to replace it",
+            f"the output {there} was created by others during the run; nothing was written",
+            "every answer is kept: move that file away and run the same command again, or "
+            "replace it with --force",
         )
 
 

@@ -313,14 +313,14 @@ def _partition_line(partition: Partition, facts: Facts, slurm: SlurmConfig) -> D
     alive = sum(node.alive for node in nodes if node.gpus)
     name = f"partition {partition.name}"
     default = " (default)" if partition.default else ""
-    told = f"{gpus}; {time}{default}"
+    text = f"{gpus}; {time}{default}"
     closed = [finding.what for finding in refused_access(partition, facts, slurm)]
     if closed:
         # A partition that is closed to the user is not a problem while others are open.
-        return ok(name, f"{told}; not for you: {closed[0]}")
+        return ok(name, f"{text}; not for you: {closed[0]}")
     if not alive:
-        return warn(name, f"{told}; all nodes are down or drained", "see sinfo -R for the reasons")
-    return ok(name, told)
+        return warn(name, f"{text}; all nodes are down or drained", "see sinfo -R for the reasons")
+    return ok(name, text)
 
 
 def _gpu_text(nodes: Iterable[Node]) -> str:

@@ -302,5 +302,5 @@ def _told_by_nodes(kind: str, nodes: Iterable[Node]) -> int | None:
             f for f in node.features if kind.lower() in f.lower() and f.lower() != kind.lower()
         ]
         sizes.append(gpu_bytes_of_features(exact))
-    told = [size for size in sizes if size is not None]
-    return max(told) if told and len(told) == len(sizes) else None
+    known = [size for size in sizes if size is not None]
+    return max(known) if known and len(known) == len(sizes) else None

@@ -89,7 +89,7 @@ def test_what_is_not_used_any_more_is_told_once_with_its_reason(
         config(tmp_path).load_model_config("llama3.2:3b")
     (record,) = caplog.records
     told = record.getMessage()
-    assert "models/llama3.2/3b.yaml: these keys are not used any more:" in told
+    assert "models/llama3.2/3b.yaml: these keys are no longer used:" in told
     for words in (
         "resources.gpu_layers, resources.gpu_memory, resources.batch_size",
         "system.prompt: a system message is part of each request",
@@ -257,7 +257,7 @@ def test_the_engine_decides_whether_top_k_is_used(
 
 def test_another_model_s_parameters_are_refused(workspace: Path) -> None:
     put(workspace)
-    with pytest.raises(ConfigError, match=r"is of the model llama3\.2:3b, and the run's model is"):
+    with pytest.raises(ConfigError, match=r"is for the model llama3\.2:3b, but the run's model is"):
         SlurmRunner(workspace=workspace).run(
             "in.jsonl", model="other:1b", model_config="models/llama3.2/3b.yaml"
         )

@@ -28,15 +28,9 @@ spelled := $(shell git ls-files -- '*.md' aiflux_app container entrypoint exampl
 	grep -vE '\.(svg|png|lock|css)$$')
 
 # Files whose wording follows .ci/words and .ci/phrases.
-plain := $(shell git ls-files -- aiflux_app/aiflux/converters aiflux_app/aiflux/estimates aiflux_app/aiflux/bundle \
-	aiflux_app/aiflux/image aiflux_app/aiflux/doctor aiflux_app/aiflux/errors.py container entrypoint bench \
-	'examples/*.sh' 'examples/*.py' tests/tools tests/stack tests/integration tests/slow tests/conftest.py \
-	tests/unit/converters tests/unit/estimates tests/unit/bundle tests/unit/image tests/unit/doctor \
-	aiflux_app/aiflux/worker aiflux_app/aiflux/engines aiflux_app/aiflux/util aiflux_app/aiflux/models \
-	aiflux_app/aiflux/cli aiflux_app/aiflux/core aiflux_app/aiflux/report aiflux_app/aiflux/slurm \
-	tests/unit/worker tests/unit/engines tests/unit/util tests/unit/models \
-	README.md CONTRIBUTING.md CHANGELOG.md ':(glob)docs/*.md' 'examples/*.md' \
-	':(glob)tests/unit/*.py' 2>/dev/null | grep -vE '\.lock$$|made_elsewhere|structure[.]md')
+plain := $(shell git ls-files -- aiflux_app docs tests container entrypoint bench slurm '*.md' \
+	'examples/*.sh' 'examples/*.py' Makefile 2>/dev/null | \
+	grep -vE '\.(lock|svg|png|gz|bin)$$|made_elsewhere|docs/assets')
 
 .PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down clean
 

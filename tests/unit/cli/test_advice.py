@@ -74,7 +74,7 @@ def test_building_an_image_is_advised_where_there_is_a_makefile(
 
 
 def test_an_installed_package_advises_a_clone(tmp_path: Path) -> None:
-    """The package alone, as a wheel installs it, has no Makefile beside it."""
+    """The package alone, as a wheel installs it, has no Makefile next to it."""
     site = tmp_path / "lib" / "site" / "packages"
     site.mkdir(parents=True)
     (site / "aiflux").symlink_to(CHECKOUT / "aiflux_app" / "aiflux")

@@ -172,8 +172,8 @@ def test_init_writes_once(
 ) -> None:
     monkeypatch.setenv("PATH", FakeSite().install(commands)["PATH"])
     assert main(["config", "init"]) == 0
-    told = capsys.readouterr().out
-    assert f"wrote {folder / 'aiflux.yaml'}\n  partition: gpu, gpus_per_node: 1, " in told
+    printed = capsys.readouterr().out
+    assert f"wrote {folder / 'aiflux.yaml'}\n  partition: gpu, gpus_per_node: 1, " in printed
     written = (folder / "aiflux.yaml").read_text(encoding="utf-8")
     (folder / "aiflux.yaml").write_text("# mine\n", encoding="utf-8")
     assert main(["config", "init"]) == 2
@@ -201,9 +201,9 @@ def test_init_for_all_folders_and_elsewhere(
     assert (folder / "site.yaml").is_file()
     assert main(["config", "init", "--output", "none/site.yaml"]) == 2
     assert main(["config", "init", "--output", "."]) == 2
-    told = capsys.readouterr().err
-    assert f"no such directory: {folder / 'none'}" in told
-    assert "is a directory" in told
+    printed = capsys.readouterr().err
+    assert f"no such directory: {folder / 'none'}" in printed
+    assert "is a directory" in printed
 
 
 def test_show_tells_each_value_and_its_origin(

@@ -95,9 +95,9 @@ def test_usage(
 def test_a_dry_run_shows_the_first_three(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(place / "t.csv", "text\n" + "a\n" * 5)
     assert main(["convert", "csv", "--input", "t.csv", "--template", "{text}", "--dry-run"]) == 0
-    told = capsys.readouterr()
-    assert told.out.count('"custom_id"') == 3
-    assert "nothing was written" in told.err
+    printed = capsys.readouterr()
+    assert printed.out.count('"custom_id"') == 3
+    assert "nothing was written" in printed.err
     Image.effect_noise((64, 64), 50).save(place / "x.png")
     assert main(["convert", "images", "--input", ".", "--dry-run"]) == 0
     shown = capsys.readouterr().out
@@ -111,13 +111,13 @@ def test_the_summary_lists_what_was_skipped(
 ) -> None:
     write(place / "t.csv", "text,b\n1,2\n" + "x\n" * 30)
     assert convert("csv", "--input", "t.csv", "--template", "{text}", "--skip-bad") == 0
-    told = capsys.readouterr().out
-    assert "1 request from 31 rows of t.csv -> q.jsonl" in told
-    assert "skipped 30:" in told
-    assert "line 3: 1 cell, but the header has 2: 'x'" in told
-    assert "... and 10 more" in told
-    assert "all of them: " in told
-    assert "q.skipped.jsonl" in told
+    printed = capsys.readouterr().out
+    assert "1 request from 31 rows of t.csv -> q.jsonl" in printed
+    assert "skipped 30:" in printed
+    assert "line 3: 1 cell, but the header has 2: 'x'" in printed
+    assert "... and 10 more" in printed
+    assert "all of them: " in printed
+    assert "q.skipped.jsonl" in printed
 
 
 def run(*words: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
@@ -210,7 +210,7 @@ def test_an_input_through_a_pipe(place: Path) -> None:
     assert b"needs a directory" in run("convert", "dir", "--input", "-", "--output", "x").stderr
 
 
-def test_a_full_disk_behind_stdout_is_told(place: Path) -> None:
+def test_a_full_disk_for_stdout_is_reported(place: Path) -> None:
     write(place / "t.csv", "text\na\n")
     with open("/dev/full", "wb") as full:
         words = ("csv", "--input", "t.csv", "--template", "{text}", "--output", "-")
@@ -229,9 +229,9 @@ def test_an_interrupt_leaves_nothing(place: Path, number: signal.Signals) -> Non
     while process.poll() is None and not list(place.glob(".q.jsonl.*")):
         time.sleep(0.02)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=60)
     assert process.returncode == 5
-    assert b"stopped; nothing was written" in told
+    assert b"stopped; nothing was written" in printed
     assert [path.name for path in place.iterdir()] == ["t.csv"]
 
 

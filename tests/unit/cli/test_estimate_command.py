@@ -87,47 +87,47 @@ def aiflux(*argv: str, code: int = 0) -> str:
 
 def test_a_pilot_against_an_engine() -> None:
     with FaultyEngine(delay=0.05) as engine:
-        told = aiflux(*here(engine))
+        printed = aiflux(*here(engine))
         assert len(engine.bodies) == 40
         again = aiflux(*here(engine))  # what is done is not done again
         assert len(engine.bodies) == 40
         aiflux(*here(engine, "--force"))
         assert len(engine.bodies) == 80
-    lines = told.splitlines()
+    lines = printed.splitlines()
     assert again.splitlines()[-1] == lines[-1]
     assert lines[0] == "pilot: 40 of 300 requests finished"
     assert lines[1].startswith("       4 in flight, ")
     assert any(line.startswith("time  ") for line in lines)
     assert lines[-1].startswith("  aiflux run --input in.jsonl --output out.json ")
     assert " --concurrency 4" in lines[-1]
-    assert "--shards" not in told
-    assert "GPU" not in told
+    assert "--shards" not in printed
+    assert "GPU" not in printed
 
 
 def test_run_with_pilot_does_the_same_and_nothing_else() -> None:
     with FaultyEngine() as engine:
-        told = aiflux("run", *here(engine)[1:7], "--pilot", "20")
+        printed = aiflux("run", *here(engine)[1:7], "--pilot", "20")
         assert len(engine.bodies) == 20
     assert not RunDirectory.of_output(OUTPUT).path.exists()
-    assert "pilot: 20 of 300 requests finished" in told
+    assert "pilot: 20 of 300 requests finished" in printed
 
 
 def test_the_estimate_meets_the_run_and_stands_beside_it() -> None:
     with FaultyEngine(delay=0.02) as engine:
-        told = json.loads(aiflux(*here(engine, "--json")))["estimate"]
+        printed = json.loads(aiflux(*here(engine, "--json")))["estimate"]
         aiflux("run", *here(engine)[1:7], "--concurrency", "4")
     rows = {
         row["name"]: row for row in json.loads(aiflux("status", "out.json", "--json"))["estimate"]
     }
     tokens = rows["answer tokens"]
-    assert tokens["estimated"] == told["completion_tokens"]
+    assert tokens["estimated"] == printed["completion_tokens"]
     assert tokens["estimated"]["low"] <= tokens["actual"] <= tokens["estimated"]["high"]
     assert rows["failed requests"]["actual"] == 0
     assert rows["time of all jobs"]["actual"] > 0
     assert "actual        estimated     95 % between" in aiflux("status", "out.json")
 
 
-def test_failures_are_foretold(place: Path) -> None:
+def test_failures_are_estimated(place: Path) -> None:
     lines = []
     for number in range(100):
         text = "400" if number % 4 == 0 else f"say {number}"
@@ -135,9 +135,9 @@ def test_failures_are_foretold(place: Path) -> None:
         lines.append(request_line(f"r{number}", body=body))
     (place / "in.jsonl").write_text("\n".join(lines) + "\n")
     with FaultyEngine() as engine:
-        told = json.loads(aiflux(*here(engine, "--json")))["estimate"]
-    assert told["failures"]["low"] <= 25 <= told["failures"]["high"]
-    assert any("most often with http_400" in text for text in told["warnings"])
+        printed = json.loads(aiflux(*here(engine, "--json")))["estimate"]
+    assert printed["failures"]["low"] <= 25 <= printed["failures"]["high"]
+    assert any("most often with http_400" in text for text in printed["warnings"])
 
 
 def test_another_pilot_takes_the_place_of_the_first() -> None:
@@ -166,9 +166,9 @@ def test_a_pilot_that_was_stopped_goes_on() -> None:
         assert 0 < done < 40
         engine.start()
         engine.delay = 0.0
-        told = aiflux(*asked)
+        printed = aiflux(*asked)
         assert len(engine.bodies) <= 40 + 2
-    assert told.splitlines()[0] == "pilot: 40 of 300 requests finished"
+    assert printed.splitlines()[0] == "pilot: 40 of 300 requests finished"
 
 
 # --- with Slurm ------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ def test_a_job_first_and_then_its_estimate(
     assert main([*SLURM, "--time", "02:00:00"]) == 0
     script = (PILOT.run.path / "run.sbatch").read_text()
     assert "--time=01:00:00" in script
-    told = capsys.readouterr().out
-    assert "submitted job 100: 40 requests -> " in told
-    assert "the pilot is waiting (job 100): 0 of 40 requests finished" in told
+    printed = capsys.readouterr().out
+    assert "submitted job 100: 40 requests -> " in printed
+    assert "the pilot is waiting (job 100): 0 of 40 requests finished" in printed
     assert main([*SLURM, "--time", "02:00:00", "--json"]) == 0
     going = json.loads(capsys.readouterr().out)
     assert (going["estimate"], going["pilot"]["state"]) == (None, "waiting")
@@ -190,13 +190,13 @@ def test_a_job_first_and_then_its_estimate(
 
     do_the_pilot()
     assert main([*SLURM, "--time", "02:00:00"]) == 0
-    told = capsys.readouterr().out
-    assert "pilot: 40 of 300 requests finished" in told
-    assert "recommended: one job of 00:10:00" in told
-    assert "  aiflux run --input in.jsonl --output out.json --model m:1 " in told
-    assert " --time 00:10:00 " in told
-    assert told.splitlines()[-1].endswith(" --shards 1")
-    assert any(line.startswith("GPU-hours ") for line in told.splitlines())
+    printed = capsys.readouterr().out
+    assert "pilot: 40 of 300 requests finished" in printed
+    assert "recommended: one job of 00:10:00" in printed
+    assert "  aiflux run --input in.jsonl --output out.json --model m:1 " in printed
+    assert " --time 00:10:00 " in printed
+    assert printed.splitlines()[-1].endswith(" --shards 1")
+    assert any(line.startswith("GPU-hours ") for line in printed.splitlines())
 
 
 def test_a_pilot_with_other_settings_waits_for_the_first_to_end(
@@ -218,9 +218,9 @@ def test_a_pilot_that_failed_says_why(
     status.enter("failed")
     capsys.readouterr()
     assert main(SLURM) == 4
-    told = capsys.readouterr().err
-    assert "the pilot has failed with 0 of 40 requests finished: there is no such model" in told
-    assert "aiflux logs out.json.pilot/results.json" in told
+    printed = capsys.readouterr().err
+    assert "the pilot has failed with 0 of 40 requests finished: there is no such model" in printed
+    assert "aiflux logs out.json.pilot/results.json" in printed
     slurm.say("squeue", "100|N/A|PENDING|N/A|0:00||Priority\n")
 
 
@@ -240,8 +240,8 @@ def test_auto_shards_come_from_the_estimate(
 
 
 def _plan(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    told = capsys.readouterr().out
-    plan: dict[str, Any] = json.loads(told)["plan"]
+    printed = capsys.readouterr().out
+    plan: dict[str, Any] = json.loads(printed)["plan"]
     return plan
 
 

@@ -137,7 +137,7 @@ def test_fish_completes_commands_options_runs_and_files(known: Path) -> None:
         assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [wanted], typed
 
 
-def test_zsh_is_told_what_bash_is(known: Path) -> None:
+def test_zsh_gets_the_same_completions_as_bash(known: Path) -> None:
     def answered(words: str) -> list[str]:
         asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
         done = subprocess.run(
@@ -198,10 +198,10 @@ def test_the_starter_script_makes_requests_and_reads_answers(tmp_path: Path) -> 
         {"input": {"custom_id": "b"}, "output": None, "error": {"message": "no"}},
     ]
     (tmp_path / "results.json").write_text(json.dumps(results))
-    told = subprocess.run(
+    printed = subprocess.run(
         [*command, str(tmp_path / "results.json")], capture_output=True, text=True, check=True
     ).stdout
-    assert told == "a\tA B\nb\tFAILED: no\n"
+    assert printed == "a\tA B\nb\tFAILED: no\n"
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

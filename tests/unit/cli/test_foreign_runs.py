@@ -71,12 +71,12 @@ def test_a_run_that_may_not_be_read(
     for words in (*READING, *CHANGING, "run", "estimate"):
         for command in commands(working, run, words):
             assert main(command) == 2, command
-            told = capsys.readouterr()
-            assert told.out == "", command
+            printed = capsys.readouterr()
+            assert printed.out == "", command
             if state is closed:
-                assert f"chmod u+rwX {run}" in told.err, command
+                assert f"chmod u+rwX {run}" in printed.err, command
             else:
-                assert f"user {OTHER}" in told.err, command
+                assert f"user {OTHER}" in printed.err, command
     assert main(["results", "show", str(working.output)]) == 0
     assert "echo one" in capsys.readouterr().out
     assert main(["results", "to-jsonl", str(working.output), "--output", "-"]) == 0
@@ -102,7 +102,7 @@ def test_a_run_of_another_user_that_may_be_read(
             assert main(command) == 0, command
             capsys.readouterr()
     assert main(["report", str(working.output)]) == 2
-    told = capsys.readouterr().err
-    assert f"user {OTHER}" in told
-    assert "--output" in told
+    printed = capsys.readouterr().err
+    assert f"user {OTHER}" in printed
+    assert "--output" in printed
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

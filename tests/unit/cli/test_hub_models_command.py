@@ -41,8 +41,8 @@ def aiflux(
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         code = main(["models", *map(str, arguments)])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     yield run
     hub.stop()

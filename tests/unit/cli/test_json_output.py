@@ -35,7 +35,7 @@ def place(awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return awkward
 
 
-def told(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> Any:
+def printed_json(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> Any:
     """Return what a command prints with ``--json``."""
     assert main([*words, "--json"]) == code
     return json.loads(capsys.readouterr().out)
@@ -55,18 +55,18 @@ def test_a_run_here(allowed: str, code: int, capsys: pytest.CaptureFixture[str])
     with FaultyEngine() as engine:
         words = ["run", "--model", "m:1", "--input", "in.jsonl", "--output", "o.json",
                  "--engine-url", engine.url, "--max-failures", allowed]  # fmt: skip
-        run = told(capsys, code, *words)
-        again = told(capsys, code, *words)
+        run = printed_json(capsys, code, *words)
+        again = printed_json(capsys, code, *words)
     assert (run["state"], run["completed"], run["failed"]) == ("finished with failures", 2, 1)
     assert (run["exit_code"], again["exit_code"]) == (code, code)
     assert run.keys() == again.keys()
-    assert told(capsys, 0, "merge", "o.json", "--partial")["written"] == 3
-    assert told(capsys, code, "merge", "o.json", "--again")["output"] == run["output"]
-    assert told(capsys, code, "watch", "o.json")["failed"] == 1
-    shown = told(capsys, 0, "results", "show", "o.json", "--failed")
+    assert printed_json(capsys, 0, "merge", "o.json", "--partial")["written"] == 3
+    assert printed_json(capsys, code, "merge", "o.json", "--again")["output"] == run["output"]
+    assert printed_json(capsys, code, "watch", "o.json")["failed"] == 1
+    shown = printed_json(capsys, 0, "results", "show", "o.json", "--failed")
     assert [(entry["custom_id"], entry["prompt"]) for entry in shown] == [("r1", "b 400")]
     assert shown[0]["error"]["code"] == "http_400"
-    assert told(capsys, 0, "results", "to-csv", "o.json")["rows"] == 3
+    assert printed_json(capsys, 0, "results", "to-csv", "o.json")["rows"] == 3
 
 
 def test_a_run_that_finds_no_engine_tells_how_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,14 +99,14 @@ def slurm(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeC
 def test_a_submitted_run(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["run", "--model", "m:1", "--input", "in.jsonl", "--output", "o.json",
              "--no-preflight", "--image", "i.sif"]  # fmt: skip
-    dry = told(capsys, 0, *words, "--dry-run")
+    dry = printed_json(capsys, 0, *words, "--dry-run")
     assert dry["plan"]["models"] == ["m:1"]
     assert dry["scripts"][0].startswith("#!")
     assert not Path("o.json.aiflux").exists()
-    run = told(capsys, 0, *words)
+    run = printed_json(capsys, 0, *words)
     assert (run["jobs"], run["state"], run["exit_code"]) == (["100"], "waiting", None)
     assert Path(run["run_dir"]).is_dir()
-    gone = told(capsys, 0, "cancel", "100")
+    gone = printed_json(capsys, 0, "cancel", "100")
     assert (gone["cancelled"], gone["output"]) == (["100"], run["output"])
     assert main(["resume", "100", "--json"]) == 2, "all of it waits"
     assert capsys.readouterr().out == ""
@@ -115,16 +115,16 @@ def test_a_submitted_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_resumed_run(slurm: FakeCommands, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["run", "--model", "m:1", "--input", "in.jsonl", "--output", "o.json",
              "--no-preflight", "--image", "i.sif"]  # fmt: skip
-    told(capsys, 0, *words)
+    printed_json(capsys, 0, *words)
     slurm.say("sbatch", "101\n")
     slurm.say("squeue", "101|N/A|PENDING|N/A|0:00||Priority\n")
-    assert told(capsys, 0, "resume", "o.json")["jobs"][-1] == "101"
+    assert printed_json(capsys, 0, "resume", "o.json")["jobs"][-1] == "101"
 
 
 def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:
-    good = told(capsys, 0, "check", "in.jsonl", "--model", "m:1")
+    good = printed_json(capsys, 0, "check", "in.jsonl", "--model", "m:1")
     assert (good["requests"], good["problems"]) == (3, [])
-    bad = told(capsys, 2, "check", "in.jsonl")
+    bad = printed_json(capsys, 2, "check", "in.jsonl")
     assert len(bad["problems"]) == 2
     assert bad["problems"][1].startswith("lines 1, 2 and 3: ")
 
@@ -137,7 +137,7 @@ def test_a_check_has_the_model_that_the_run_would_have(
     assert "models:    m:1 (the run's" in capsys.readouterr().out
 
 
-def test_a_run_with_other_defaults_is_told_from_what_it_was(
+def test_a_run_with_other_defaults_is_detected(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["run", "--model", "llama3.2:3b", "--input", "in.jsonl", "--output", "o.json"]
@@ -156,9 +156,9 @@ def test_a_run_with_other_defaults_is_told_from_what_it_was(
 def test_a_conversion(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "in.csv").write_text("text\na\nb\n")
     words = ["convert", "csv", "--input", "in.csv", "--template", "{text}"]
-    trial = told(capsys, 0, *words, "--dry-run")
+    trial = printed_json(capsys, 0, *words, "--dry-run")
     assert [request["custom_id"] for request in trial["first"]] == ["row-1", "row-2"]
-    done = told(capsys, 0, *words, "--output", "out.jsonl")
+    done = printed_json(capsys, 0, *words, "--output", "out.jsonl")
     assert (done["rows"], done["requests"], done["skipped"]) == (2, 2, 0)
     assert main([*words, "--output", "-", "--json"]) == 2
     assert "cannot be combined" in capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_a_conversion(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_forgotten_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     MadeRun(tmp_path / "run")
-    assert told(capsys, 0, "jobs", "--prune") == []
+    assert printed_json(capsys, 0, "jobs", "--prune") == []
 
 
 def test_no_object_depends_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,8 @@ def aiflux(
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         code = main(["models", *map(str, arguments)])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run
 
@@ -378,9 +378,7 @@ def test_removing_leaves_what_others_share(aiflux: Aiflux, models: Path) -> None
     assert aiflux("remove", "lab/one:1")[0] == 4
 
 
-def test_nothing_is_removed_where_it_cannot_be_told_what_is_shared(
-    aiflux: Aiflux, models: Path
-) -> None:
+def test_nothing_is_removed_if_it_is_unknown_what_is_shared(aiflux: Aiflux, models: Path) -> None:
     (models / parse_model_name("two").manifest_path).write_text("{")
     code, _, err = aiflux("remove", "lab/one:1")
     assert (code, "nothing was removed" in err) == (4, True)
@@ -399,8 +397,8 @@ def test_what_is_left_of_a_pull_can_be_removed(aiflux: Aiflux, models: Path) -> 
 
 def test_what_is_being_pulled_is_not_taken_away(aiflux: Aiflux, models: Path) -> None:
     name = parse_model_name("big:70b")
-    told: list[tuple[int, str, str]] = []
-    remover = threading.Thread(target=lambda: told.append(aiflux("remove", "big:70b")))
+    outcomes: list[tuple[int, str, str]] = []
+    remover = threading.Thread(target=lambda: outcomes.append(aiflux("remove", "big:70b")))
     with changing(models, "pulling big:70b", print):
         folder = begin_staging(models, name, "pull")
         remover.start()
@@ -408,7 +406,7 @@ def test_what_is_being_pulled_is_not_taken_away(aiflux: Aiflux, models: Path) ->
         assert folder.is_dir()
     remover.join()
     assert not folder.exists()
-    ((code, out, err),) = told
+    ((code, out, err),) = outcomes
     assert (code, "removed " in out, "is in use" in err) == (0, True, True)
 
 

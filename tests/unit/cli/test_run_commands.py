@@ -243,20 +243,20 @@ def test_a_run_in_the_foreground_is_cancelled_where_it_runs(
     made = MadeRun(tmp_path / "r")
     made.status(0, "in_progress", 50)
     assert main(["cancel", "r/results.json"]) == 2
-    told = capsys.readouterr().err
-    assert "process 4711 on gpu07" in told
-    assert "kill -TERM 4711" in told
+    printed = capsys.readouterr().err
+    assert "process 4711 on gpu07" in printed
+    assert "kill -TERM 4711" in printed
 
 
 def test_logs(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", "r/results.json"]) == 2
     assert "the job has not started" in capsys.readouterr().err
-    made.log("slurm-100_0.out", "".join(f"line {n}\n" for n in range(100)) + "torn")
+    made.log("slurm-100_0.out", "".join(f"line {n}\n" for n in range(100)) + "cut")
     made.log("slurm-100_2.out", "two\n")
     made.log("engine-0002-0.log", "loading\n")
     made.log("engine-0002-1.log", "loading too\n")
     assert main(["logs", "r/results.json", "--lines", "2"]) == 0
-    assert capsys.readouterr().out == "[0] line 99\n[0] torn\n[2] two\n"
+    assert capsys.readouterr().out == "[0] line 99\n[0] cut\n[2] two\n"
     assert main(["logs", "r/results.json", "--shard", "0"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 50
     assert main(["logs", "r/results.json", "--shard", "2", "--engine"]) == 0
@@ -343,19 +343,19 @@ def finish(made: MadeRun, failed: int = 0) -> None:
 def test_logs_are_followed_through_new_files_to_the_end(
     made: MadeRun, reader: Callable[..., Reader]
 ) -> None:
-    log = made.log("slurm-100_1.out", "old\nbegun\nto")
+    log = made.log("slurm-100_1.out", "old\nbegun\ncu")
     shown = reader("logs", "r/results.json", "-f", "--lines", "1")
     until(lambda: shown.lines == ["[1] begun\n"])
     with open(log, "a") as file:
-        file.write("rn\nmore\n")
-    until(lambda: shown.lines[1:] == ["[1] torn\n", "[1] more\n"])
+        file.write("t\nmore\n")
+    until(lambda: shown.lines[1:] == ["[1] cut\n", "[1] more\n"])
     made.log("slurm-100_2.out", "new\n")
     until(lambda: shown.lines[3:] == ["[2] new\n"])
     with open(log, "a") as file:
-        file.write("the last, torn")
+        file.write("the last, cut")
     finish(made)
     assert shown.end() == (0, "")
-    assert shown.lines[4:] == ["[1] the last, torn\n"]
+    assert shown.lines[4:] == ["[1] the last, cut\n"]
 
 
 def test_watch_without_a_terminal(made: MadeRun, reader: Callable[..., Reader]) -> None:
@@ -451,7 +451,7 @@ def test_a_line_says_all(made: MadeRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "told"),
+    ("first", "second", "expected"),
     [
         ({}, {}, None),
         ({"sealed": True}, {}, "sealed: no network access"),
@@ -462,10 +462,10 @@ def test_a_line_says_all(made: MadeRun) -> None:
     ],
 )  # fmt: skip
 def test_status_says_whether_the_work_was_sealed(
-    tmp_path: Path, first: dict[str, object], second: dict[str, object], told: str | None
+    tmp_path: Path, first: dict[str, object], second: dict[str, object], expected: str | None
 ) -> None:
     made = MadeRun(tmp_path / "r", 2)
     made.status(0, "in_progress", 1, **first)
     made.status(1, "in_progress", 1, **second)
     lines = [str(line) for line in overview(gather(made.run), Frame())]
-    assert [line for line in lines if "sealed" in line] == ([told] if told else [])
+    assert [line for line in lines if "sealed" in line] == ([expected] if expected else [])

@@ -114,14 +114,14 @@ def test_the_line_comes_before_the_job_and_from_every_way_to_start_one(
 ) -> None:  # fmt: skip
     make_sif(place / "aiflux.sif", version="1")
     (place / "aiflux.yaml").write_text("slurm: {setup: [true]}\n", encoding="utf-8")
-    # sbatch fails: what was said by then came before.
+    # sbatch fails; the messages came before that.
     slurm.say("sbatch", status=1)
     words = ["--model", "m:1", "--input", "in.jsonl", "--no-preflight"]
     for command in (["run"], ["run", "--dry-run"], ["estimate"]):
         main([*command, *words])
-        said = capsys.readouterr().err
-        assert "note: the current directory decides: setup = ('true',)" in said
-        assert f"image = {place / 'aiflux.sif'}" in said
+        printed = capsys.readouterr().err
+        assert "note: the current directory decides: setup = ('true',)" in printed
+        assert f"image = {place / 'aiflux.sif'}" in printed
     SlurmRunner().run("in.jsonl", "out.json", model="m:1", preflight=False, dry_run=True)
     assert "the current directory decides: setup" in caplog.text
 
@@ -157,9 +157,9 @@ def test_the_key_does_not_go_where_only_the_folder_says(
     with FaultyEngine() as engine:
         write(place, engine.url)
         assert start() == 2
-        said = capsys.readouterr().err
-        assert f"AIFLUX_API_KEY would go to {engine.url}" in said
-        assert "--engine-url" in said
+        printed = capsys.readouterr().err
+        assert f"AIFLUX_API_KEY would go to {engine.url}" in printed
+        assert "--engine-url" in printed
         assert engine.headers == []
     assert not (place / "o.json.aiflux").exists()
 
@@ -192,8 +192,10 @@ def test_an_address_that_was_confirmed_gets_the_key(
         elif how == "site's file":
             monkeypatch.setenv("AIFLUX_SITE_CONFIG", str(place / "aiflux.yaml"))
         assert main(["run", "--input", "in.jsonl", "--output", "o.json", *more]) == 0
-        told = capsys.readouterr().err
-        assert ("note: the current directory decides: engine_url = " in told) is (how == "no key")
+        printed = capsys.readouterr().err
+        assert ("note: the current directory decides: engine_url = " in printed) is (
+            how == "no key"
+        )
         keys = {headers.get("Authorization") for headers in engine.headers}
     assert keys == ({None} if how == "no key" else {"Bearer sk-secret"})
 

@@ -63,8 +63,8 @@ def test_a_path_that_cannot_be_reached(place: Path, capsys: pytest.CaptureFixtur
             continue  # a broken link is replaced
         words = [word.replace("PATH", path) for word in command]
         assert main(words) == 2, words
-        told = capsys.readouterr().err
-        assert "Traceback" not in told, words
-        assert told.startswith("error: "), words
-        assert "  -> " in told, words
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed, words
+        assert printed.startswith("error: "), words
+        assert "  -> " in printed, words
     assert sorted(place.iterdir()) == before

@@ -1,4 +1,4 @@
-"""Wrong command lines are told in the one form, and streams that take nothing cost nothing else."""
+"""Usage errors have one format, and closed streams cause no other errors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.unit.made_runs import MadeRun
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
-    """Return what is said to be wrong, and what to do."""
+    """Return the error and its remedy."""
     assert main(words) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    seen, remedy = told.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    seen, remedy = printed.err.splitlines()
     assert seen.startswith("error: ")
     assert remedy.startswith("  -> ")
     return seen.removeprefix("error: "), remedy.removeprefix("  -> ")
@@ -65,9 +65,9 @@ def wrong(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
 def test_a_wrong_command_line_says_what_to_type(
     words: str, seen: str, remedy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = wrong(capsys, *words.split())
-    assert told[0].endswith(seen) or seen in told[0]
-    assert told[1].startswith(remedy)
+    printed = wrong(capsys, *words.split())
+    assert printed[0].endswith(seen) or seen in printed[0]
+    assert printed[1].startswith(remedy)
 
 
 def test_words_that_only_look_like_options_are_none(
@@ -139,8 +139,8 @@ def test_the_bar_of_a_run_shows_its_figures_whole(
     reporter = TerminalReporter(screen)
     reporter.show(stats)
     reporter.close()
-    told = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
-    line = next(line for line in told.splitlines() if "req/s" in line)
+    printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "\n")
+    line = next(line for line in printed.splitlines() if "req/s" in line)
     assert len(line) <= width
     assert f"{stats.done}/1000000" in line
     assert "12345 failed, " in line

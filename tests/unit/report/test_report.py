@@ -58,7 +58,7 @@ def result(
     body: bytes | None = None,
     **metadata: Any,
 ) -> Result:
-    told = {
+    data = {
         "model": "llama3.2:3b",
         "timestamp": utc_text(moment),
         "processing_time": seconds,
@@ -70,7 +70,7 @@ def result(
     content = b"null" if code else answer()
     key = number.to_bytes(16, "big")
     name = custom_id or f"r{number}"
-    return Result(key, name, 200, told, error, content if body is None else body)
+    return Result(key, name, 200, data, error, content if body is None else body)
 
 
 def lines(*results: Result) -> list[tuple[bytes, bytes]]:
@@ -242,7 +242,7 @@ def test_a_histogram_of_few_figures_has_few_bars() -> None:
 
 
 def test_a_tally_counts_the_last_result_of_a_request() -> None:
-    told = tally(
+    data = tally(
         lines(
             result(1, code="http_400"),
             result(2, code="timeout"),
@@ -251,8 +251,8 @@ def test_a_tally_counts_the_last_result_of_a_request() -> None:
             result(1),
         )
     )
-    assert (told.results, told.superseded, told.failed, told.completed) == (5, 2, 1, 2)
-    assert {code: kind.count for code, kind in told.failures.items()} == {
+    assert (data.results, data.superseded, data.failed, data.completed) == (5, 2, 1, 2)
+    assert {code: kind.count for code, kind in data.failures.items()} == {
         "http_400": 0,
         "timeout": 0,
         "http_500": 1,
@@ -263,7 +263,7 @@ def test_a_tally_counts_the_last_result_of_a_request() -> None:
     ("body", "tokens"),
     [
         (answer(prompt=7, completion=3), (7, 3)),
-        (answer(text='he said "usage": {"prompt_tokens": 99}'), (10, 5)),
+        (answer(text='he wrote "usage": {"prompt_tokens": 99}'), (10, 5)),
         (b'{"usage": null}', (0, 0)),
         (b'{"usage":{"prompt_tokens":4}}', (4, 0)),
         (b'{"usage":{"prompt_tokens":4,"completion_tokens":2},"role":"usage"}', (4, 2)),
@@ -273,8 +273,8 @@ def test_a_tally_counts_the_last_result_of_a_request() -> None:
     ],
 )
 def test_tokens_are_those_of_the_usage(body: bytes, tokens: tuple[int, int]) -> None:
-    told = tally(lines(result(1, body=body)))
-    assert (told.prompt_tokens, told.completion_tokens) == tokens
+    data = tally(lines(result(1, body=body)))
+    assert (data.prompt_tokens, data.completion_tokens) == tokens
 
 
 def test_tallies_of_shards_add_up() -> None:
@@ -329,36 +329,36 @@ def a_run(folder: Path, **options: Any) -> MadeRun:
 
 
 def test_the_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = report(a_run(tmp_path), capsys)
-    assert told["form"] == 1
-    assert told["condition"]["state"] == "finished with failures"
-    assert told["what"]["models"] == [
+    data = report(a_run(tmp_path), capsys)
+    assert data["form"] == 1
+    assert data["condition"]["state"] == "finished with failures"
+    assert data["what"]["models"] == [
         {"name": "llama3.2:3b", "results": 200, "digests": ["c0ffee"]}
     ]
-    assert told["what"]["engines"] == {"Ollama 0.9.3": 2}
-    assert told["what"]["gpus"] == {"NVIDIA A100-SXM4-40GB": 2}
-    counts = told["counts"]
+    assert data["what"]["engines"] == {"Ollama 0.9.3": 2}
+    assert data["what"]["gpus"] == {"NVIDIA A100-SXM4-40GB": 2}
+    counts = data["counts"]
     assert (counts["total"], counts["completed"], counts["failed"], counts["left"]) == (
         200, 198, 2, 0,
     )  # fmt: skip
-    assert told["tokens"] == {"prompt": 1980, "completion": 990, "per_answer": 5.0}
-    assert told["throughput"]["requests_per_second"] == 1.0
-    assert told["latency"]["quantiles"]["50"] == 2.0
-    assert told["attempts"] == {"1": 200}
-    (failure,) = told["failures"]
+    assert data["tokens"] == {"prompt": 1980, "completion": 990, "per_answer": 5.0}
+    assert data["throughput"]["requests_per_second"] == 1.0
+    assert data["latency"]["quantiles"]["50"] == 2.0
+    assert data["attempts"] == {"1": 200}
+    (failure,) = data["failures"]
     assert (failure["code"], failure["count"], len(failure["examples"])) == ("http_400", 2, 2)
     assert "--" not in failure["code"]
     assert failure["remedy"]
-    assert [shard["failed"] for shard in told["shards"]] == [0, 2]
-    assert [engine["results"] for engine in told["engines"]] == [100, 100]
-    use = told["use"]
+    assert [shard["failed"] for shard in data["shards"]] == [0, 2]
+    assert [engine["results"] for engine in data["engines"]] == [100, 100]
+    use = data["use"]
     assert (use["slots"], use["slot_use"], use["in_flight"]) == (4, 0.5, 2.0)
     assert use["gpu_utilization"] == {"mean": 85.0, "highest": 90}
     assert use["gpu_memory"] == {"mean": 1536.0, "highest": 2048, "whole": 2048}
     assert use["gpu_hours"] == pytest.approx(200 / 3600, abs=1e-4)
-    assert told["estimate"] == []
+    assert data["estimate"] == []
     for words in ("200 requests", "sha256:c0ffee", "198 requests were answered", "http_400: 2"):
-        assert words in told["methods"]
+        assert words in data["methods"]
 
 
 def test_slots_are_never_used_more_than_they_exist(
@@ -380,12 +380,12 @@ def test_estimate_and_actual_stand_side_by_side(
 ) -> None:
     made = a_run(tmp_path)
     one = Range(1, 1, 1)
-    told = Estimate(
+    data = Estimate(
         plan=made.plan.id, where="slurm", created="", requests=200, pilot=10, pilot_failures=0,
         prompt_tokens=one, completion_tokens=one, in_flight=4, work_seconds=Range(180, 170, 190),
         fixed_seconds=one, uneven=1.0, gpus=1, failures=Range(2, 0, 4),
     )  # fmt: skip
-    made.run.estimate.write_text(json.dumps(told.to_json()))
+    made.run.estimate.write_text(json.dumps(data.to_json()))
     rows = {row["name"]: row for row in report(made, capsys)["estimate"]}
     assert rows["failed requests"]["actual"] == 2
     assert rows["time of all jobs"]["actual"] == 200
@@ -402,15 +402,15 @@ def test_runs_that_are_not_finished_have_a_report(
     made = MadeRun(tmp_path, shards=2)
     made.status(0, state, 2, 1, ended="the job's time is nearly over")
     write(made, 0, result(1), result(2, START + 86400.0), result(3, START + 86401, code="timeout"))
-    told = report(made, capsys)
+    data = report(made, capsys)
     running = state == "in_progress"
-    assert told["condition"]["finished"] is False
-    assert told["condition"]["ended"] is (not running)
-    assert told["counts"]["left"] == 197
+    assert data["condition"]["finished"] is False
+    assert data["condition"]["ended"] is (not running)
+    assert data["counts"]["left"] == 197
     words = page_words(made)
     assert ("The run is active" in words) is running
     assert ("aiflux resume" in words) is (not running)
-    assert told["condition"]["state"] in capsys.readouterr().out
+    assert data["condition"]["state"] in capsys.readouterr().out
 
 
 def test_a_run_that_failed_before_it_began_says_why(
@@ -418,11 +418,11 @@ def test_a_run_that_failed_before_it_began_says_why(
 ) -> None:
     made = MadeRun(tmp_path)
     made.status(0, "failed", exit_code=4, ended="")
-    told = report(made, capsys)
-    assert told["shards"][0]["ended"]
-    assert "were to be processed with" in told["methods"]
+    data = report(made, capsys)
+    assert data["shards"][0]["ended"]
+    assert "were to be processed with" in data["methods"]
     words = page_words(made)
-    assert f"shard 0: {told['shards'][0]['ended']}" in words
+    assert f"shard 0: {data['shards'][0]['ended']}" in words
     assert "none has started yet" in words
 
 
@@ -471,10 +471,10 @@ def test_an_address_is_shown_without_its_password(
     made = MadeRun(tmp_path, options=RunOptions(engine_url="http://me:hunter2@gpu:8000/x"))
     made.status(0, "completed", 100, engines=[{"index": 0, "url": "http://me:hunter2@gpu:8000/x"}])
     made.whole("completed", 100)
-    told = report(made, capsys)
-    assert "hunter2" not in json.dumps(told)
-    assert told["what"]["engines"] == {"server at http://gpu:8000/x": 1}
-    assert told["engines"][0]["where"] == "http://gpu:8000/x"
+    data = report(made, capsys)
+    assert "hunter2" not in json.dumps(data)
+    assert data["what"]["engines"] == {"server at http://gpu:8000/x": 1}
+    assert data["engines"][0]["where"] == "http://gpu:8000/x"
 
 
 def test_without_matplotlib_tables_stand_in_place_of_plots(tmp_path: Path) -> None:
@@ -492,10 +492,10 @@ def test_without_matplotlib_tables_stand_in_place_of_plots(tmp_path: Path) -> No
         check=True,
     )
     assert "matplotlib>=3.8" in done.stdout
-    told = Page(page.read_text())
-    assert told.seen["svg"] == 0
-    assert "matplotlib>=3.8" in told.text
-    assert "from (UTC)" in told.text
+    data = Page(page.read_text())
+    assert data.seen["svg"] == 0
+    assert "matplotlib>=3.8" in data.text
+    assert "from (UTC)" in data.text
 
 
 @pytest.mark.parametrize("name", ["folder", "nowhere/page.html"])
@@ -513,8 +513,8 @@ def test_json_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     target = tmp_path / "report.json"
     assert main(["report", str(made.output), "--json", "--output", str(target)]) == 0
     assert "report.json" in capsys.readouterr().out
-    told = json.loads(target.read_text())
-    assert told["methods"]
+    data = json.loads(target.read_text())
+    assert data["methods"]
     assert not made.run.report.exists()
 
 
@@ -594,10 +594,10 @@ def test_secrets_in_what_slurm_was_asked_for_are_not_shown(
     lines = ["export HF_TOKEN=hunter2", "module load x; MY_PASSWORD='hunter2 or 3' y"]
     jobs["slurm"] = {"setup": lines, "sbatch_arg": {"export": "A=1,API_KEY=hunter2,B=2"}}
     made.run.submissions.write_text(json.dumps(jobs))
-    told = report(made, capsys)["what"]["slurm"]
-    assert "hunter2" not in json.dumps(told)
-    assert told["setup"][1] == "module load x; MY_PASSWORD=(not shown) y"
-    assert told["sbatch_arg"]["export"] == "A=1,API_KEY=(not shown),B=2"
+    data = report(made, capsys)["what"]["slurm"]
+    assert "hunter2" not in json.dumps(data)
+    assert data["setup"][1] == "module load x; MY_PASSWORD=(not shown) y"
+    assert data["sbatch_arg"]["export"] == "A=1,API_KEY=(not shown),B=2"
 
 
 def test_a_run_of_failures_is_drawn_and_tells_no_times(tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_a_run_of_failures_is_drawn_and_tells_no_times(tmp_path: Path) -> None:
     assert page.seen["svg"] == 2, "the throughput, in two widths"
     assert "no answer" in page.text
     assert "0 ms" not in page.text
-    assert "<pattern" in text, "failures are told by more than their colour"
+    assert "<pattern" in text, "failures differ by more than their colour"
     assert "... (5,001 characters)" in page.text
     assert "timed out repeatedly" in page.text
 
@@ -667,13 +667,13 @@ def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", fakes.path)
     assert samples(("0", "1")) == [(40, 100, 1000), (60, 300, 1000)]
     assert "--id=0,1" in fakes.calls("nvidia-smi")[0].argv
-    told: list[GpuUse] = []
+    data: list[GpuUse] = []
     before = with_sample(GpuUse(), 100, 500, 1000)
-    with GpuWatch(("0", "1"), before, told.append, interval=0.01):
+    with GpuWatch(("0", "1"), before, data.append, interval=0.01):
         deadline = time.monotonic() + 20
-        while len(told) < 2 and time.monotonic() < deadline:
+        while len(data) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert told[0] == GpuUse(
+    assert data[0] == GpuUse(
         samples=3,
         utilization_mean=66.67,
         utilization_max=100,
@@ -681,7 +681,7 @@ def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         memory_mib_max=500,
         memory_mib_total=1000,
     )
-    assert told[1].samples == 5
+    assert data[1].samples == 5
 
 
 @pytest.mark.parametrize("printed", ["[N/A], 100, 1000\n", "", "No devices were found\n"])

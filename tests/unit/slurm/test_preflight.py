@@ -1,4 +1,4 @@
-"""What is told before anything is queued, and what is not."""
+"""What the checks before submission report, and what they do not."""
 
 from __future__ import annotations
 
@@ -277,7 +277,9 @@ def test_sizes() -> None:
     assert sizes == ["0 bytes", "999 bytes", "1.5 KB", "25 MB", "80 GB", "3.0 TB"]
 
 
-def test_everything_is_told_at_once(tmp_path: Path, plan: Plan, commands: FakeCommands) -> None:
+def test_all_errors_are_reported_at_once(
+    tmp_path: Path, plan: Plan, commands: FakeCommands
+) -> None:
     site = FakeSite(nodes=[node("g1", Gres="gpu:2", Arch=HERE)])
     found = preflight(
         Config(environ={"HOME": str(tmp_path)}, directory=tmp_path),
@@ -297,7 +299,7 @@ def test_everything_is_told_at_once(tmp_path: Path, plan: Plan, commands: FakeCo
     assert "--no-preflight" in text
 
 
-def test_an_image_that_is_not_there_is_told_with_the_rest(
+def test_a_missing_image_is_reported_with_the_rest(
     tmp_path: Path, plan: Plan, commands: FakeCommands
 ) -> None:
     config = Config(environ={"HOME": str(tmp_path), "AIFLUX_IMAGE": str(tmp_path / "no.sif")})
@@ -309,7 +311,7 @@ def test_an_image_that_is_not_there_is_told_with_the_rest(
     assert "no.sif" in errors[0]
 
 
-def test_one_error_is_told_plainly_and_warnings_pass() -> None:
+def test_one_error_is_reported_without_a_list_and_warnings_pass() -> None:
     with pytest.raises(PreflightError) as raised:
         refuse([Finding("warning", "w", "x"), Finding("error", "it is wrong", "fix it")])
     assert describe(raised.value) == "error: it is wrong\n  -> fix it"

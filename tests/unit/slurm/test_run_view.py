@@ -452,11 +452,11 @@ def test_a_thousand_shards_are_gathered_at_once(tmp_path: Path) -> None:
 def test_slurm_tells_whose_job_it_is(awkward: Path, slurm: FakeCommands, source: str) -> None:
     made = MadeRun(awkward)
     script = made.run.script
-    said = {
+    answers = {
         "scontrol": f"JobId=7 JobName=x\n   Command={script}\n   WorkDir=/\n",
         "sacct": f"sbatch --parsable -- {script}\n",
     }
-    slurm.say(source, said[source])
+    slurm.say(source, answers[source])
     environ = {"PATH": slurm.path}
     assert run_directory_of("7_3", environ) == made.run.path
     assert slurm.calls("scontrol")[0].argv == ["show", "job", "7"]

@@ -151,16 +151,16 @@ def test_a_bad_input_is_refused_before_it_is_queued(slurm: FakeCommands, workspa
     assert slurm.calls("sbatch") == []
 
 
-def test_all_that_stands_in_the_way_is_told_at_once(slurm: FakeCommands, workspace: Path) -> None:
+def test_all_problems_are_reported_at_once(slurm: FakeCommands, workspace: Path) -> None:
     (workspace / "in.jsonl").write_text("{}\n")
     (workspace / "aiflux.sif").unlink()
     with pytest.raises(PreflightError) as caught:
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
-    told = describe(caught.value)
-    assert "2 problems found" in told
-    assert "1 line is wrong" in told
-    assert "custom_id is missing" in told
-    assert "aiflux.sif" in told
+    text = describe(caught.value)
+    assert "2 problems found" in text
+    assert "1 line is wrong" in text
+    assert "custom_id is missing" in text
+    assert "aiflux.sif" in text
     assert slurm.calls("sbatch") == []
     with pytest.raises(ImageError):
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json", preflight=False)

@@ -309,7 +309,7 @@ def test_the_committed_generic_script_is_what_the_renderer_makes() -> None:
 @pytest.mark.parametrize("text", [generic_script(), render(full_job())], ids=["generic", "full"])
 def test_scripts_pass_shellcheck(text: str, tmp_path: Path) -> None:
     if not SHELLCHECK.exists():
-        pytest.skip("shellcheck is not installed beside this Python")
+        pytest.skip("shellcheck is not installed next to this Python")
     script = tmp_path / "run.sbatch"
     script.write_text(text, encoding="utf-8")
     # A path may look as if it were meant to be expanded.

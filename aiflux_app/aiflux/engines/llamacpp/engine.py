@@ -159,7 +159,7 @@ class LlamaCppEngine(ManagedEngine):
         facts.log = str(self.spec.log)
 
     def _sees_gpus(self) -> bool:
-        """Tell whether the program has a back end for the job's GPUs, and finds them."""
+        """Return whether the program has a back end for the job's GPUs, and finds them."""
         try:
             done = subprocess.run(
                 [self._program, "--list-devices"],

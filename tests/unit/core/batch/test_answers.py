@@ -39,7 +39,7 @@ ANSWERS: list[tuple[dict[str, Any], str | None, ChoiceText]] = [
     ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
                   {"type": "text", "text": "yes"}]}, "stop", ChoiceText("yes", "hm")),
 ]  # fmt: skip
-REASONS = [told.empty for _, _, told in ANSWERS if told.empty is not None]
+REASONS = [expected.empty for _, _, expected in ANSWERS if expected.empty is not None]
 
 
 def body(message: dict[str, Any], finish: str | None) -> dict[str, Any]:
@@ -47,9 +47,11 @@ def body(message: dict[str, Any], finish: str | None) -> dict[str, Any]:
     return {"id": "x", "object": "chat.completion", "choices": [choice]}
 
 
-@pytest.mark.parametrize(("message", "finish", "told"), ANSWERS)
-def test_what_a_choice_says(message: dict[str, Any], finish: str | None, told: ChoiceText) -> None:
-    assert choice_texts(body(message, finish)) == [told]
+@pytest.mark.parametrize(("message", "finish", "expected"), ANSWERS)
+def test_what_a_choice_says(
+    message: dict[str, Any], finish: str | None, expected: ChoiceText
+) -> None:
+    assert choice_texts(body(message, finish)) == [expected]
 
 
 def test_completions_and_embeddings() -> None:
@@ -72,9 +74,9 @@ JSON = st.recursive(
     ["content", "reasoning", "reasoning_content", "tool_calls", "refusal", "function_call"]
 ), JSON), JSON)  # fmt: skip
 def test_no_form_of_a_message_is_too_odd(message: dict[str, Any], finish: Any) -> None:
-    (told,) = choice_texts(body(message, finish))
-    assert (told.empty is None) == bool(told.text.strip())
-    assert told.empty is None or told.empty in EMPTY_REASONS
+    (expected,) = choice_texts(body(message, finish))
+    assert (expected.empty is None) == bool(expected.text.strip())
+    assert expected.empty is None or expected.empty in EMPTY_REASONS
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl"])
@@ -96,7 +98,7 @@ def test_a_run_says_how_many_answers_are_empty_and_why(
     assert working.status["aiflux"]["totals"]["empty_answers"] == counts
     if form == "json":
         found = [entry["metadata"].get("empty_answer") for entry in working.results]
-        assert found == [told.empty for _, _, told in ANSWERS] + [None]
+        assert found == [expected.empty for _, _, expected in ANSWERS] + [None]
 
     name = working.output.name
     assert main(["status", name]) == 0
@@ -117,8 +119,8 @@ def test_a_run_says_how_many_answers_are_empty_and_why(
     with open("a.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["custom_id", "answer", "reasoning", "error"]
-    told = [(row["answer"], row["reasoning"]) for row in rows[:-1]]
-    assert told == [(choice.text, choice.reasoning) for _, _, choice in ANSWERS]
+    expected = [(row["answer"], row["reasoning"]) for row in rows[:-1]]
+    assert expected == [(choice.text, choice.reasoning) for _, _, choice in ANSWERS]
     assert main(["results", "to-jsonl", name, "--json", "--output", "a.jsonl"]) == 0
     assert json.loads(capsys.readouterr().out)["empty"] == counts
 

@@ -1,4 +1,4 @@
-"""One input line: what is a request, and what is said of a line that is none."""
+"""One input line: valid requests, and the errors of invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: where they come from, and what is said of wrong ones."""
+"""Settings: their sources, and the errors of invalid ones."""
 
 from __future__ import annotations
 

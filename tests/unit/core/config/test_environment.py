@@ -47,7 +47,7 @@ PROMISED: Mapping[str, tuple[str, str, Any]] = {
     "LOG_LEVEL": ("debug", "log_level", "DEBUG"),
 }
 # Only a server at an address has a top_k.
-BESIDE = {"TOP_K": {"AIFLUX_ENGINE_URL": "http://127.0.0.1:1"}}
+IN_ADDITION = {"TOP_K": {"AIFLUX_ENGINE_URL": "http://127.0.0.1:1"}}
 # What a run needs that is no setting, and how Python names it; the rest does not submit a run.
 KEYWORDS = {
     "input_argument": "input_path",
@@ -91,7 +91,7 @@ def test_a_promised_variable_changes_the_run(name: str, tmp_path: Path) -> None:
     make_sif(folder / "aiflux.sif", version="0.1.0", cpu_only="no")
     value, where, expected = PROMISED[name]
     value = value.replace("FOLDER", str(folder))
-    fixed = dict(BESIDE.get(name, {}))
+    fixed = dict(IN_ADDITION.get(name, {}))
     if name not in ("AIFLUX_IMAGE", "AIFLUX_CONTAINERS_DIR"):
         fixed["AIFLUX_IMAGE"] = str(folder / "aiflux.sif")
     plan, script = planned(tmp_path, {name: value, **fixed})

@@ -1,4 +1,4 @@
-"""Model files of earlier versions: what they give to a run, and what is said of the rest."""
+"""Model files of earlier versions: what a run uses of them, and warnings about the rest."""
 
 from __future__ import annotations
 
@@ -81,23 +81,23 @@ def test_the_user_s_own_file_is_read(tmp_path: Path, asked: tuple[str, ...]) -> 
         found.name = "other"  # type: ignore[misc]
 
 
-def test_what_is_not_used_any_more_is_told_once_with_its_reason(
+def test_obsolete_keys_are_reported_once_with_the_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path)
     with caplog.at_level(logging.WARNING):
         config(tmp_path).load_model_config("llama3.2:3b")
     (record,) = caplog.records
-    told = record.getMessage()
-    assert "models/llama3.2/3b.yaml: these keys are no longer used:" in told
+    warning = record.getMessage()
+    assert "models/llama3.2/3b.yaml: these keys are no longer used:" in warning
     for words in (
         "resources.gpu_layers, resources.gpu_memory, resources.batch_size",
         "system.prompt: a system message is part of each request",
         "requirements.min_gpu_memory",
         "parameters.top_k: not supported by Ollama's OpenAI API",
     ):
-        assert words in told
-    assert "temperature" not in told
+        assert words in warning
+    assert "temperature" not in warning
 
 
 def test_the_example_in_the_documentation(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_without_a_file_the_catalog_tells(tmp_path: Path) -> None:
         ("resources: 3", "(resources) must contain KEY: VALUE lines", "gpu_layers"),
     ],
 )
-def test_a_wrong_file_is_told_with_its_place(
+def test_an_invalid_file_is_reported_with_its_place(
     tmp_path: Path, text: str, place: str, remedy: str
 ) -> None:
     path = put(tmp_path, text)

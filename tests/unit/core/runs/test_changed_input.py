@@ -32,7 +32,7 @@ CHANGES: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
         lambda lines: [*lines[:2], lines[2].replace(b"say", b"cry"), *lines[3:]],
         "was edited .*; line 3 .r2. is the first that differs",
     ),
-    "repeated": (lambda lines: [lines[0], lines[0], *lines[2:]], "was edited or put in another"),
+    "repeated": (lambda lines: [lines[0], lines[0], *lines[2:]], "was edited or reordered"),
     "endings": (lambda lines: [line + b"\r" for line in lines], "has other line endings"),
 }
 
@@ -48,7 +48,7 @@ def test_the_change_is_named_and_the_answers_are_kept(
     source.write_bytes(b"\n".join(lines) + b"\n")
     run = Working(tmp_path, "http://127.0.0.1:1", name).open(shards=shards)
     write_journals(run, [2] * 6, 0)
-    edit, told = CHANGES[change]
+    edit, reported = CHANGES[change]
     source.write_bytes(b"\n".join(edit(lines)) + b"\n")
     for write in (
         lambda: merge(run.plan, run.run, print),
@@ -58,7 +58,7 @@ def test_the_change_is_named_and_the_answers_are_kept(
             write()
         assert caught.value.exit_code == ExitCode.STOPPED
         assert "aiflux merge" in str(caught.value.remedy)
-    with pytest.raises(StoppedError, match=told):
+    with pytest.raises(StoppedError, match=reported):
         merge(run.plan, run.run, print)
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", f"{name}.aiflux"}
     source.write_bytes(b"\n".join(lines) + b"\n")

@@ -95,10 +95,10 @@ def test_the_commands_that_call_it_finished_name_the_change_and_what_restores_it
     damaged = changed.read_bytes()
     for words in (["run"], ["merge"], ["resume"], ["results", "to-jsonl"], ["results", "show"]):
         assert main(command(run, *words)) == 2, words
-        told = capsys.readouterr()
-        assert told.out == "", words
-        assert f"its output was changed: {changed} " in told.err, words
-        assert f"aiflux merge --again {run.output}" in told.err, words
+        printed = capsys.readouterr()
+        assert printed.out == "", words
+        assert f"its output was changed: {changed} " in printed.err, words
+        assert f"aiflux merge --again {run.output}" in printed.err, words
     assert main(command(run, "status", "--json")) == 0
     view = json.loads(capsys.readouterr().out)
     assert view["state"] == "output changed"

@@ -22,7 +22,7 @@ from tests.unit.working import Working
 
 
 def one_runs(place: Path, starts: int) -> None:
-    """Start the command so many times; one does all the work, the others exit 2 with the reason."""
+    """Start the command several times; one does all the work, the others exit 2 with the reason."""
     write_input(place / "in.jsonl", 12)
     with FaultyEngine(delay=0.05) as engine:
         done = subprocess.run(

@@ -40,7 +40,7 @@ def to_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("foreign", "told"),
+    ("foreign", "words"),
     [
         (to_another, "belongs to another user"),
         (lambda path: path.chmod(0o770), "others can write .* \\(mode 0770\\)"),
@@ -48,7 +48,7 @@ def to_another(path: Path) -> None:
     ],
 )
 def test_a_run_directory_that_others_can_have_written_is_refused(
-    tmp_path: Path, foreign: Callable[[Path], None], told: str
+    tmp_path: Path, foreign: Callable[[Path], None], words: str
 ) -> None:
     working = Working(tmp_path, "http://127.0.0.1:1").prompts("one")
     opened_run = working.open()
@@ -60,7 +60,7 @@ def test_a_run_directory_that_others_can_have_written_is_refused(
         lambda: plan_resume(run, {}),
     ]
     for act in acts:
-        with pytest.raises(RunConflictError, match=told):
+        with pytest.raises(RunConflictError, match=words):
             act()
     if not run.path.is_symlink():
         assert working.shard(0) is ExitCode.USAGE
@@ -118,11 +118,11 @@ def test_a_part_of_another_type_is_an_error_and_no_bug(
     new = data.draw(st.sampled_from(STRANGE), label="new")
     target.write_text(json.dumps(changed(content, place, new)))
     for command in COMMANDS:
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
             code = command_line([*command[:1], str(run.path), *command[1:]])
-        assert code != ExitCode.BUG, said.getvalue()
-        assert "Traceback" not in said.getvalue()
+        assert code != ExitCode.BUG, stderr.getvalue()
+        assert "Traceback" not in stderr.getvalue()
 
 
 @settings(max_examples=60)
@@ -219,7 +219,7 @@ def test_a_merge_removes_what_a_killed_merge_left(tmp_path: Path) -> None:
     .filter(lambda name: name not in (".", ".."))
     .map(lambda name: name.encode()[:250].decode(errors="ignore") or "n")
 )
-def test_leftovers_are_told_from_other_files_whatever_the_name(
+def test_leftovers_are_distinguished_from_other_files(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
     place = tmp_path_factory.mktemp("names")

@@ -28,7 +28,7 @@ PROMPTS = [f"prompt {index}" for index in range(8)]
 EIO = Path("/proc/self/mem")
 
 
-def test_an_absent_status_is_told_from_one_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_absent_status_differs_from_an_unreadable_one(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     assert read_run_status(run) is None, "the run directory does not exist"
     run.create()
@@ -70,10 +70,10 @@ except AifluxError as error:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "words"),
     [("files", "Too many open files"), ("permission", "Permission denied")],
 )
-def test_too_many_open_files_and_no_permission(tmp_path: Path, kind: str, told: str) -> None:
+def test_too_many_open_files_and_no_permission(tmp_path: Path, kind: str, words: str) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
     run.run_status.write_text("{}")
@@ -86,7 +86,7 @@ def test_too_many_open_files_and_no_permission(tmp_path: Path, kind: str, told: 
         check=False,
     )
     assert done.returncode == ExitCode.STOPPED, done.stderr
-    assert told in done.stdout
+    assert words in done.stdout
     assert "->" in done.stdout
 
 
@@ -257,13 +257,13 @@ def test_after_any_damage_the_commands_that_are_named_bring_the_output(
         for _ in range(8):
             if code is ExitCode.OK:
                 break
-            told = str(working.error)
-            assert code in (ExitCode.USAGE, ExitCode.STOPPED), told
-            if "mv " in told:
-                moved = next(p for p in (*run.path.rglob("*"), run.path) if f"{p} ELSE" in told)
-                shutil.move(moved, place / "elsewhere" / str(len(told)) / moved.name)
-            force = force or "--force to overwrite" in told
-            assert "mv " in told or force or "same" in told or "check the path" in told
+            words = str(working.error)
+            assert code in (ExitCode.USAGE, ExitCode.STOPPED), words
+            if "mv " in words:
+                moved = next(p for p in (*run.path.rglob("*"), run.path) if f"{p} ELSE" in words)
+                shutil.move(moved, place / "elsewhere" / str(len(words)) / moved.name)
+            force = force or "--force to overwrite" in words
+            assert "mv " in words or force or "same" in words or "check the path" in words
             code = all_shards(working, force=force)
-        assert code is ExitCode.OK, told
+        assert code is ExitCode.OK, words
         assert whole(working)

@@ -39,7 +39,7 @@ def test_cut_anywhere_and_edited_anyhow(
     journal.write_bytes(content[:cut])
     kept = scan_journal(journal).done
     (place / "out.json").unlink()
-    # The plan names the input by its path, so the copy's own plan has to be made anew.
+    # The plan names the input by its path, so the copy's own plan has to be made again.
     shutil.rmtree(place / "out.json.aiflux" / "status")
     (place / "out.json.aiflux" / "status").mkdir()
     plan = place / "out.json.aiflux" / "plan.json"

@@ -1,4 +1,4 @@
-"""A run in shards: cut, cut anew, and written once by whoever ends last."""
+"""A run in shards: split, split again, and merged once by the last one."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_a_plan_of_another_version_is_left_alone(tmp_path: Path) -> None:
     run.plan.write_text("{", encoding="utf-8")
     with pytest.raises(RunConflictError, match="damaged") as caught:
         read_plan(run)
-    assert "rm " not in str(caught.value.remedy), "the journal beside it holds results"
+    assert "rm " not in str(caught.value.remedy), "the journal next to it has results"
 
 
 @pytest.mark.parametrize("kind", ["ollama", "external"])

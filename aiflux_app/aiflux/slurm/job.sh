@@ -1,35 +1,35 @@
 # shellcheck shell=bash disable=SC2154
 # The steps of every job, and of `aiflux run --local`: prepare the models with the network, then
-# work without it. Needs bash 4.2, and from the lines above:
+# work without it. Requires bash 4.2, and from the lines above:
 #   image, input, output_dir            absolute paths
 #   run_dir                             absolute path; empty: prepare only
 #   models_dir                          absolute path; empty if the engine is elsewhere
 #   engine_ca                           absolute path of certificates to trust there; may be empty
 #   shard                               index of the shard to work on
-#   max_requeues                        0: the job does not go back to the queue by itself
+#   max_requeues                        0: the job is not requeued automatically
 #   want_seal                           0: the container keeps the network while it works
 #   model_paths                         array: models that are not in models_dir, absolute paths
 #   gpu_flags, modules, prepare_args    arrays
-#   site_setup                          a function with the site's own lines
+#   site_setup                          a function with the site's setup commands
 
 runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
-child='' pending='' signals=0   # the container's pid, a signal it has not had yet, their number
-forwarded=0                     # whether it has had one
-stopped=0                       # 1 after TERM, INT or HUP: somebody wants the job to end
+child='' pending='' signals=0   # the container's pid, a signal not yet forwarded, number of signals
+forwarded=0                     # whether a signal was forwarded
+stopped=0                       # 1 after TERM, INT or HUP: the job is to end
 seal=() unsealed='' mounts=() deadline=() # why it is not sealed
 
 # How Slurm's commands name this job: the bare id of an array's last task means the whole array.
 job_id=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
-# Made by the worker when its time was up and another start is worth while.
+# Made by the worker when its time is up and another start would make progress.
 printf -v mark '%s/status/shard-%04d.requeue' "$run_dir" "$shard"
 
 say() {
     printf 'aiflux: %s\n' "$1" >&2
 }
 
-# give_up WHAT REMEDY: nothing was sent.
+# give_up ERROR REMEDY: end before any request is sent.
 give_up() {
     printf 'error: %s\n  -> %s\n' "$1" "$2" >&2
     exit 2
@@ -44,9 +44,9 @@ on_signal() {
     deliver
 }
 
-# The container may not be there yet when the signal comes; then it gets it as soon as it is. But
-# not USR1 where the job's end is known: the worker minds the clock then, while the signal may come
-# a minute early, and the runtime would die of it while it starts.
+# A signal that arrives before the container runs is forwarded when it does. USR1 is not, if the
+# job's end is known: the worker then watches the clock, and the signal may come a minute early and
+# would kill the runtime during its start.
 deliver() {
     local signal=$pending
     [[ -n $child && -n $signal ]] || return 0
@@ -57,9 +57,9 @@ deliver() {
 }
 
 # Returns the child's own exit code. A trap makes `wait` return early with 128 + signal, so a
-# code counts only when no trap ran meanwhile; bash remembers the code of a child that is gone.
-# Where a second signal comes just as the child ends, bash 5.2 can lose the code and `wait` gives
-# -1: the job then counts as stopped, and the next start says what is left to do.
+# code is valid only if no trap ran meanwhile; bash remembers the code of a child that has ended.
+# If a second signal comes just as the child ends, bash 5.2 can lose the code, and `wait` returns
+# -1: the job then counts as stopped, and the next start finds what is left to do.
 wait_for_child() {
     local seen=-1 code=0
     while ((seen != signals)); do
@@ -69,7 +69,7 @@ wait_for_child() {
     done
     child=''
     ((code >= 0)) || code=5
-    # The runtime itself can die of a signal that comes before it forwards any.
+    # A signal can kill the runtime itself before it forwards any.
     if ((forwarded && code > 128)); then
         say "stopped by a signal while the container began or ended; run the same job again to resume"
         code=5
@@ -102,29 +102,29 @@ find_runtime() {
     fi
 }
 
-# No other image is run by accident. SIF files keep their labels before the file system; a label
-# proves no origin.
+# Prevents running another image by accident. SIF files have their labels before the file system; a
+# label does not prove the origin.
 refuse_other_image() {
-    [[ -r $image ]] || return 0 # the runtime says why
+    [[ -r $image ]] || return 0 # the runtime reports the reason
     { head -c 1048576 -- "$image" | grep -aqF '"aiflux.version"'; } 2>/dev/null ||
         give_up "$image is not an AI-Flux image: it has no label aiflux.version" \
-            "build one: make image; or name another: AIFLUX_IMAGE, --image"
+            "build one: make image; or set another: AIFLUX_IMAGE, --image"
 }
 
 # /tmp, /var/tmp and HOME of the container are here.
 make_scratch() {
     trap remove_scratch EXIT
     scratch=$(mktemp -d -- "${TMPDIR:-/tmp}/aiflux.XXXXXXXX") ||
-        give_up "no private directory could be made under ${TMPDIR:-/tmp} on $HOSTNAME" \
-            "set TMPDIR to a directory of the node that you may write to"
-    remove_abandoned || return 0 # without flock nobody can tell whose folder is in use
-    # It is named when it is held: a folder without it is left alone.
+        give_up "cannot create a private directory under ${TMPDIR:-/tmp} on $HOSTNAME" \
+            "set TMPDIR to a writable directory of the node"
+    remove_abandoned || return 0 # without flock it is unknown which folders are in use
+    # The file is renamed after it is locked: folders without it are never removed.
     exec {lock}>"$scratch/.in-use.new"
     flock -n "$lock"
     mv -- "$scratch/.in-use.new" "$scratch/.in-use"
 }
 
-# Jobs that were killed with SIGKILL on this node left theirs; the lock ended with them.
+# Removes the directories of jobs killed with SIGKILL on this node; their locks ended with them.
 remove_abandoned() {
     local folder
     type -P flock >/dev/null || return 1
@@ -139,7 +139,7 @@ remove_scratch() {
     scratch=''
 }
 
-# bind PATH [ro]: at the same path inside. --mount reads CSV; --bind would split at , and :
+# bind PATH [ro]: mount at the same path. --mount reads CSV; --bind would split at , and :
 bind() {
     local path=${1//\"/\"\"}
     mounts+=(--mount "type=bind,\"source=$path\",\"destination=$path\"${2:+,$2}")
@@ -149,7 +149,7 @@ bind() {
 bind_all() {
     local path
     mounts=()
-    # One folder for both is mounted once, and writable.
+    # A folder used for both is mounted once, writable.
     if [[ -z $models_dir || $models_dir == "$output_dir" ]]; then
         bind "$output_dir"
     elif [[ $output_dir/ == "$models_dir"/* ]]; then
@@ -172,8 +172,8 @@ stop_if_asked() {
     exit 5
 }
 
-# run_container ARGUMENT...: in the background, because bash runs no trap while it waits for a
-# command in the foreground.
+# run_container ARGUMENT...: runs it in the background, because bash runs no trap while it waits
+# for a command in the foreground.
 run_container() {
     stop_if_asked
     (
@@ -187,7 +187,7 @@ run_container() {
     wait_for_child || explain "$?"
 }
 
-# explain CODE: what no worker says itself; returns the exit code that stands for it.
+# explain CODE: report failures that the worker cannot report; return the exit code for them.
 explain() {
     local code=$1
     if ((code == 255)); then
@@ -224,7 +224,7 @@ proxies=(http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY)
 
 pass_environment() {
     local name id
-    # Values go in as they are: nothing in them is evaluated.
+    # Values are passed unchanged: nothing in them is evaluated.
     export "${prefix}_NO_EVAL=1"
     for name in "${!AIFLUX_@}"; do
         case $name in
@@ -251,7 +251,7 @@ image_id() {
     printf '%s-%s-%s-%s-%s' "${header::8}" "${header:8:4}" "${header:12:4}" "${header:16:4}" "${header:20}"
 }
 
-# Older Slurms do not export the time at which the job will be ended (Unix time).
+# Older versions of Slurm do not export the time at which the job ends (Unix time).
 find_end_time() {
     local end
     [[ -z ${SLURM_JOB_END_TIME:-} && -n $job_id ]] || return 0
@@ -267,12 +267,12 @@ prepare() {
     unpass AIFLUX_SEALED AIFLUX_UNSEALED
     pass "${proxies[@]}"
     [[ -z $models_dir ]] || mkdir -p -- "$models_dir" ||
-        give_up "the models directory $models_dir cannot be made" "set AIFLUX_MODELS_DIR"
+        give_up "cannot create the models directory $models_dir" "set AIFLUX_MODELS_DIR"
     bind_all
     run_container "${prepare_args[@]}" ${deadline[@]+"${deadline[@]}"}
 }
 
-# Loopback only, where the node can do that and the engine is in the container.
+# Loopback only, if the node supports that and the engine is in the container.
 choose_seal() {
     local words
     if [[ -z $models_dir ]]; then
@@ -291,7 +291,7 @@ work() {
     stop_if_asked
     rm -f -- "$mark"
     unpass "${proxies[@]}"
-    # The runtime passes the host's proxies even into a clean environment.
+    # The runtime passes the host's proxies even to a clean environment.
     unset "${proxies[@]}" all_proxy ALL_PROXY ftp_proxy FTP_PROXY
     choose_seal
     if [[ -z $unsealed ]]; then
@@ -304,16 +304,16 @@ work() {
     run_container --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
 }
 
-# --- back to the queue ------------------------------------------------------------------------
+# --- requeueing -------------------------------------------------------------------------------
 
-# Only where the worker asks for it, and nobody has asked the job to end: Slurm itself queues a
-# preempted job again, and a cancelled one shall stay cancelled.
+# Only if the worker requests it and the job is not to end: Slurm itself requeues a preempted
+# job, and a cancelled one must stay cancelled.
 requeue() {
     local words code
     ((max_requeues > 0 && !stopped)) && [[ -n $job_id && -e $mark ]] || return 0
     rm -f -- "$mark"
-    # Slurm ends what still runs with SIGTERM as soon as it has taken the job back: rm, and even
-    # the scontrol that asked for it.
+    # As soon as the job is requeued, Slurm sends SIGTERM to everything that still runs: rm, and
+    # even scontrol itself.
     remove_scratch
     say "the time is up; job $job_id goes back to the queue and will resume"
     words=$(scontrol requeue "$job_id" 2>&1)

@@ -1,19 +1,19 @@
 # shellcheck shell=bash disable=SC2034
 # Usage: sbatch [SBATCH OPTIONS] slurm/run.sbatch INPUT [OUTPUT] [WORKER OPTIONS]
 #   INPUT    requests, OpenAI Batch JSONL
-#   OUTPUT   *.json or *.jsonl; INPUT's stem and .results.json in the current directory if left out
+#   OUTPUT   *.json or *.jsonl; INPUT's stem and .results.json in the current directory by default
 #   options  of the worker, such as --model llama3.2:3b; and --no-seal or --seal
 # Environment: AIFLUX_IMAGE, AIFLUX_MODELS_DIR, AIFLUX_DATA_DIR, AIFLUX_CONTAINERS_DIR, AIFLUX_SEAL
 # and what `aiflux run` reads for a run (MODEL_NAME, TEMPERATURE, ...).
 
-# usage WHAT [REMEDY]
+# usage ERROR [REMEDY]
 usage() {
     printf 'error: %s\n  -> %s\n' "$1" \
         "${2:-usage: sbatch slurm/run.sbatch INPUT.jsonl [OUTPUT.json|OUTPUT.jsonl] [--model NAME:TAG ...]}" >&2
     exit 2
 }
 
-# Where sbatch was called: relative paths mean what they meant there.
+# Directory in which sbatch was called: relative paths refer to it.
 submit_dir=${SLURM_SUBMIT_DIR:-$PWD}
 input='' output='' image='' models_dir=''
 
@@ -89,7 +89,7 @@ before=''
 for argument in "$@"; do
     [[ $before != --engine-ca ]] || engine_ca=$argument
     [[ $before != --engine ]] || engine=$argument
-    # The absolute path of a model, for engines that have such.
+    # The absolute path of a model, for engines that use paths.
     [[ $before != --model || $argument != /* ]] || model_paths=("$argument")
     before=$argument
     case $argument in

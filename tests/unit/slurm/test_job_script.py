@@ -545,8 +545,8 @@ def test_slurm_s_refusal_is_told_with_what_to_do(place: Place) -> None:
     remedy = done.stderr.splitlines()[-1]
     assert "results so far are kept" in remedy
     quoted = remedy.partition("aiflux resume ")[2]
-    said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True)
-    assert said.stdout.decode() == str(place.folder / "out.json.aiflux")
+    printed = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True)
+    assert printed.stdout.decode() == str(place.folder / "out.json.aiflux")
 
 
 def test_a_node_without_scontrol_says_what_to_do(place: Place) -> None:

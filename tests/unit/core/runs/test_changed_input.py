@@ -185,7 +185,7 @@ def test_an_output_that_somebody_else_makes_meanwhile_is_kept(tmp_path: Path, na
     made = opened(tmp_path, 3, 1, output)
     write_journals(made, [2, 2, 2], 0)
     (tmp_path / name).write_text("theirs", encoding="utf-8")
-    with pytest.raises(StoppedError, match="somebody else"):
+    with pytest.raises(StoppedError, match="created by others"):
         merge(made.plan, made.run, lambda _: None)
     assert (tmp_path / name).read_text(encoding="utf-8") == "theirs"
     (tmp_path / name).unlink()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aiflux.core.batch.ignored_fields import FieldRule
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import RERANK, WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
@@ -19,7 +20,6 @@ from aiflux.engines.base import (
     ModelStore,
     SlotLimits,
 )
-from aiflux.engines.ollama.ignored_fields import IGNORED_FIELDS
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.engines.ollama.stored_model import known_figures
@@ -28,6 +28,16 @@ from aiflux.errors import ConfigError, InputError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
+
+# Fields ignored by the OpenAI API of Ollama 0.33, and the effect.
+IGNORED_FIELDS = {
+    "n": FieldRule("each gets one answer", (1,)),
+    "tool_choice": FieldRule("the model decides whether it calls a tool", ("auto",)),
+    "logit_bias": FieldRule("tokens keep their probabilities"),
+    "top_k": FieldRule("the model's own value is used"),
+    "user": FieldRule("it has no effect"),
+}
+
 
 # Ollama's messages in a 500 when its runner process died during the request (llm/server.go).
 _RUNNER_DIED = (

@@ -126,7 +126,7 @@ def _json(text: str) -> Mapping[str, Any] | None:
 
 
 Ask = Callable[[str], str | None]
-"""Prompts the user; returns None if nobody answers."""
+"""Prompts the user; returns None if there is no answer."""
 
 _KEY = re.compile(r"^\s*(\d+)\)\s+User:\s+(.*?)\s*$", re.MULTILINE)
 _TRIES = 3
@@ -148,7 +148,7 @@ class Signer:
 
 
 def no_answer(_: str) -> str | None:
-    """Return None: nobody can be asked."""
+    """Return None: there is no terminal."""
     return None
 
 
@@ -226,7 +226,7 @@ def _choose(key: int | None, owners: Sequence[str]) -> int:
 
 
 def _with_passphrase(chosen: int, whose: str, image: Path, ask: Ask) -> Signer:
-    problem = f"{whose} needs a passphrase, and nobody can be asked for it"
+    problem = f"{whose} needs a passphrase, and none was entered"
     for _ in range(_TRIES):
         passphrase = ask(f"passphrase of {whose}: ")
         if not passphrase:

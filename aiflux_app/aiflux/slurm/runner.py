@@ -169,7 +169,7 @@ class SlurmRunner:
 
         Args:
             interval: seconds between two queries to Slurm.
-            timeout: seconds after which to give up; None waits for ever.
+            timeout: seconds after which to give up; None waits forever.
 
         Raises:
             SlurmError: Slurm does not know the job, or the time is up.

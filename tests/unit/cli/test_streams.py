@@ -127,7 +127,7 @@ def test_what_stdout_does_not_take_is_reported(engine: FaultyEngine, tmp_path: P
 
 
 def test_what_follows_a_run_ends_with_its_reader(engine: FaultyEngine, tmp_path: Path) -> None:
-    """``| head -1`` ends a command that would print for ever."""
+    """``| head -1`` ends a command that would print forever."""
     output = tmp_path / "results.json"
     entry = {
         "input": json.loads((write_input(tmp_path / "in.jsonl", 1)).read_text()),

@@ -131,7 +131,7 @@ def test_binary_output_of_apptainer_is_an_error(apptainer: FakeCommands, script:
         (2, 2, "no key 2; secret keys in your keyring"),
         (1, -1, "no key -1"),
         (3, 2, r"key 2 \(Key 2 .*\) does not sign: openpgp: key expired"),
-        (2, 1, "key 1 .* needs a passphrase, and nobody can be asked for it"),
+        (2, 1, "key 1 .* needs a passphrase, and none was entered"),
     ],
 )
 def test_a_key_that_cannot_sign_is_reported_before_the_build(
@@ -158,7 +158,7 @@ def test_an_unreadable_keyring_is_reported(apptainer: FakeCommands) -> None:
         (["x", "y", "a b $c"], None),
         (["x", "y", "z", "a b $c"], "does not sign with this passphrase: private key checksum"),
         (["x", ""], "does not sign with this passphrase"),
-        ([""], "nobody can be asked"),
+        ([""], "none was entered"),
     ],
 )
 def test_a_passphrase_is_requested_and_tested(

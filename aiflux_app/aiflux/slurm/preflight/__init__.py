@@ -1,1 +1,1 @@
-"""Checks before submission for jobs that would fail, or wait for ever."""
+"""Checks before submission for jobs that would fail, or wait forever."""

@@ -1,4 +1,4 @@
-"""Find what Slurm would refuse, or leave waiting for ever, before a job is submitted.
+"""Find what Slurm would refuse, or leave waiting forever, before a job is submitted.
 
 What Slurm does not show is not a finding. If a site's plugins rewrite jobs, unset options are not
 checked. For sites whose rules are not visible here, there is ``--no-preflight``.
@@ -268,7 +268,7 @@ def _check_limits(partition: Partition, slurm: SlurmConfig) -> Iterator[Finding]
         yield Finding(
             "error" if slurm.qos is None else "warning",
             f"--time {slurm.time} is more than partition {partition.name} allows: the job would "
-            "be refused, or wait for ever",
+            "be refused, or wait forever",
             f"use --time {limit} or less; a run resumes where its time ended",
         )
 

@@ -63,7 +63,7 @@ def test_invalid_input_sends_nothing(user: User, image: Path, models: Path) -> N
         cwd=place, env={"AIFLUX_MODELS_DIR": str(models)}, code=2,
     )  # fmt: skip
     assert "line 2: not JSON" in printed
-    assert "line 3: custom_id 'france' was used on line 1 already" in printed
+    assert "line 3: custom_id 'france' is already used on line 1" in printed
     assert sorted(path.name for path in place.iterdir()) == ["input.jsonl"]
 
 

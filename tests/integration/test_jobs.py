@@ -144,8 +144,8 @@ def test_a_group_shares_models_that_only_the_owner_can_change(
     user.write(place / "other.jsonl", lines(request("a", "one", model=None)))
     other = ["--input", "other.jsonl", "--model", "lab/other:1", "--mem", "2G"]
     printed = user.run(aiflux, "run", *other, cwd=place, env=env, code=2)
-    assert "could not pull lab/other:1" in printed
-    assert "read-only for you" in printed
+    assert "cannot pull lab/other:1" in printed
+    assert "you cannot write there" in printed
     assert states(shared) == before
 
 
@@ -315,7 +315,7 @@ def test_a_missing_input_is_exit_2(
     job_env: dict[str, str],
 ) -> None:  # fmt: skip
     printed = user.run(aiflux, "run", "--input", "none.jsonl", cwd=place, env=job_env, code=2)
-    assert "is not there" in printed
+    assert "does not exist" in printed
     job = sbatch(user, checkout / "slurm" / "run.sbatch", "none.jsonl", cwd=place, env=job_env)
     end = cluster.end(job)
     assert (end.state, end.code) == ("FAILED", 2)

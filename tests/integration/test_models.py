@@ -148,7 +148,7 @@ def test_a_model_is_pulled_once(site: Site) -> None:
     assert "pulling" in site.run("models", "pull", site.name)
     site.works()
     before = tree(site.models)
-    assert "is there" in site.run("models", "pull", site.name)
+    assert "is already stored in" in site.run("models", "pull", site.name)
     assert tree(site.models) == before
     assert not [*(site.models / ".staging").iterdir()]
 
@@ -222,7 +222,7 @@ def test_a_corrupted_blob_is_found_and_pulled_again(site: Site) -> None:
     printed = site.run("models", "verify", site.name, code=4)
     assert f"{blob.name[:18].replace('-', ':')}" in printed
     assert "is corrupted" in printed
-    assert "is there" in site.run("models", "pull", site.name), "only sizes are checked here"
+    assert "is already stored in" in site.run("models", "pull", site.name), "by size"
     site.run("models", "pull", "--again", site.name)
     site.works()
 
@@ -443,7 +443,7 @@ def test_models_are_pulled_and_created_through_the_image(
     env = {"AIFLUX_IMAGE": str(image), "AIFLUX_MODELS_DIR": str(place / "models")}
     named = ["--gguf", "tiny.gguf", "--name", "lab/tiny:1", "--template", "template.txt"]
     printed = user.run(aiflux, "models", "import", *named, cwd=place, env=env)
-    assert "lab/tiny:1 is in" in printed
+    assert "imported lab/tiny:1 to" in printed
     process = user.popen(aiflux, "models", "pull", pushed, cwd=place, env=env)
     wait_until(lambda: any((place / "models").glob(".staging/*/blobs/*-partial")), process)
     process.send_signal(signal.SIGINT)

@@ -17,11 +17,12 @@ settings.register_profile("aiflux", deadline=None, suppress_health_check=[Health
 settings.load_profile("aiflux")
 
 _KEPT = {"PATH", "HOME", "LANG", "USER", "LOGNAME", "SHELL", "CI", "AIFLUX_REQUIRE_STACK",
-         "AIFLUX_STACK_DIR"}  # fmt: skip
+         "AIFLUX_STACK_DIR", "AIFLUX_STACK_WITHOUT_VLLM"}  # fmt: skip
 _KEPT_PREFIXES = ("PIP_", "SSL_", "REQUESTS_", "CURL_")
 
 OUTSIDE = "outside this machine: "
-"""Prefix of skip reasons that are accepted even with AIFLUX_REQUIRE_STACK=1."""
+LEFT_OUT = "left out: "
+"""Prefixes of skip reasons that are accepted even with AIFLUX_REQUIRE_STACK=1."""
 _REQUIRED = os.environ.get("AIFLUX_REQUIRE_STACK") == "1"
 _CAP_DAC_OVERRIDE = 1 << 1  # capabilities(7): root can write regardless of permissions
 _AS_OTHERS = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--"]
@@ -33,7 +34,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     if _REQUIRED and report.skipped and isinstance(report.longrepr, tuple):
         path, line, reason = report.longrepr
-        if OUTSIDE not in reason:
+        if OUTSIDE not in reason and LEFT_OUT not in reason:
             report.outcome = "failed"
             report.longrepr = f"{path}:{line}: skipped although the stack is required: {reason}"
     return report

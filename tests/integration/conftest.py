@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import LEFT_OUT
+
 REPOSITORY = Path(__file__).parents[2]
 STACK_DIR = Path(os.environ.get("AIFLUX_STACK_DIR", "/var/tmp/aiflux-stack"))  # noqa: S108
 MODEL = "smollm2:135m"
@@ -201,6 +203,20 @@ def ollama(stack: dict[str, str], user: User) -> Path:
 def llama_server(stack: dict[str, str]) -> Path:
     """The llama-server of the test stack."""
     return STACK_DIR / "llamacpp" / "bin" / "llama-server"
+
+
+@pytest.fixture(scope="session")
+def vllm(stack: dict[str, str]) -> Path:
+    """The CPU build of vLLM."""
+    if os.environ.get("AIFLUX_STACK_WITHOUT_VLLM") == "1":
+        pytest.skip(f"{LEFT_OUT}AIFLUX_STACK_WITHOUT_VLLM=1")
+    return STACK_DIR / "user" / "vllm" / "bin" / "vllm"
+
+
+@pytest.fixture(scope="session")
+def hub_model(vllm: Path) -> Path:
+    """The directory of a small model of Hugging Face."""
+    return STACK_DIR / "user" / "smollm2"
 
 
 @pytest.fixture(scope="session")

@@ -37,9 +37,11 @@ class EngineSite(ABC):
         slots: with which its servers are started; None where they report none.
         options: further options of the plan.
         absent: a model that the servers do not have.
+        patience: seconds that a start may take.
     """
 
     absent = "nobody:1b"
+    patience = 15.0
     kind: EngineKind
     model: str
     digest: str | None = None
@@ -134,7 +136,8 @@ class ProgramSite(EngineSite):
         return [int(line) for line in self.pids.read_text(encoding="utf-8").split()]
 
     def crash(self, index: int = 0) -> None:
-        os.kill(self.started()[-1], signal.SIGKILL)
+        living = sessions()
+        os.kill([pid for pid in self.started() if pid in living][-1], signal.SIGKILL)
 
     def recover(self) -> None:
         """Nothing: the worker starts another one."""
@@ -193,7 +196,7 @@ class Start(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - the test looks at it
             self.error = error
 
-    def ended(self, seconds: float = 15.0) -> BaseException | None:
+    def ended(self, seconds: float) -> BaseException | None:
         self.join(seconds)
         assert not self.is_alive(), "the start did not end"
         return self.error
@@ -219,7 +222,7 @@ class EngineContract:
         assert start.is_alive(), "it did not wait"
         site.release()
         # The kernel ends a server with the thread that started it, so only this is certain.
-        assert start.ended() is None
+        assert start.ended(site.patience) is None
 
     def test_a_crash_is_noticed_and_a_start_brings_it_back(self, site: EngineSite) -> None:
         engine = site.make()
@@ -246,9 +249,9 @@ class EngineContract:
         engine.stop()
         if not site.kind.managed:  # a server that AI-Flux did not start keeps running
             site.release()
-            assert start.ended() is None
+            assert start.ended(site.patience) is None
             return
-        assert isinstance(start.ended(), EngineError)
+        assert isinstance(start.ended(site.patience), EngineError)
         assert not engine.is_ready()
 
     @pytest.mark.parametrize("held", [True, False])
@@ -262,12 +265,12 @@ class EngineContract:
             start.start()
             start.join(0.2)
             engine.close()
-            assert isinstance(start.ended(), EngineError)
+            assert isinstance(start.ended(site.patience), EngineError)
         else:
             engine.start()
             closing = threading.Thread(target=engine.close)
             closing.start()
-            closing.join(15)
+            closing.join(site.patience)
             assert not closing.is_alive()
         assert_none_left(site)
 

@@ -1,0 +1,119 @@
+"""The real vLLM on the CPU, with a small model of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import User, lines, request, shard_status
+
+REQUESTS = 60
+
+
+@pytest.fixture
+def local(vllm: Path, hub_model: Path, user: User, checkout: Path) -> list[str | Path]:
+    """``aiflux run --local`` with the vLLM of the test stack."""
+    settings = [f"AIFLUX_ENGINE_PROGRAM={vllm}", f"AIFLUX_MODELS_DIR={user.home / 'models'}"]
+    return ["env", *settings, checkout / ".venv/bin/aiflux", "run", "--local", "--engine", "vllm",
+            "--input", "in.jsonl", "--output", "out.json"]  # fmt: skip
+
+
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.2)
+
+
+def done(place: Path) -> int:
+    journal = place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
+    return len(journal.read_bytes().splitlines()) if journal.exists() else 0
+
+
+def engine_cores(user: User) -> list[int]:
+    """Return vLLM's engine processes, which hold the model; they have that name."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (proc / "cmdline").read_bytes()
+            mine = proc.owner() == user.name
+        except (OSError, KeyError):
+            continue
+        if mine and b"EngineCore" in command:
+            found.append(int(proc.name))
+    return found
+
+
+def test_a_run_survives_a_stop_and_the_death_of_vllms_engine_process(
+    user: User, place: Path, local: list[str | Path], hub_model: Path
+) -> None:
+    counting = [request(f"r{at}", f"Count from {at} on.", model=None, max_tokens=48)
+                for at in range(REQUESTS)]  # fmt: skip
+    long = request("long", "word " * 3000, model=None)
+    france = request("france", "What is the capital of France?", model="smollm2")
+    user.write(place / "in.jsonl", lines(*counting, long, france))
+    command = [*local, "--model", hub_model, "--slots", "8", "--context-length", "1024"]
+
+    run = user.popen(*command, cwd=place)
+    until(lambda: done(place) > 5)
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 5, output
+    assert user.none_left(), user.processes()
+    before = done(place)
+    assert before < REQUESTS
+
+    run = user.popen(*command, cwd=place)
+    until(lambda: done(place) > before + 5)
+    (core,) = engine_cores(user)
+    os.kill(core, signal.SIGKILL)
+    output, _ = run.communicate(timeout=400)
+    assert run.returncode == 3, output  # the one that is too long
+
+    entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    failed = {entry["input"]["custom_id"]: entry["error"] for entry in entries if "error" in entry}
+    assert failed.keys() == {"long"}, failed
+    assert failed["long"]["status"] == 400
+    assert "maximum context length is 1024 tokens" in failed["long"]["message"]
+    texts = {entry["input"]["custom_id"]: entry["output"]["choices"][0]["message"]["content"]
+             for entry in entries if "error" not in entry}  # fmt: skip
+    assert "Paris" in texts["france"]
+    assert len(texts) == REQUESTS + 1
+    assert {entry["metadata"]["model"] for entry in entries} == {"smollm2"}
+    engine = shard_status(place)["aiflux"]["engines"][0]
+    assert (engine["version"], engine["slots"]) == ("0.32.0", 8)
+    assert "engine 0 is down; restarting it (1)" in output
+    assert user.none_left(), user.processes()
+
+
+def test_embeddings(user: User, place: Path, local: list[str | Path], hub_model: Path) -> None:
+    entry = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"input": "one"}}
+    user.write(place / "in.jsonl", json.dumps(entry) + "\n")
+    user.run(*local, "--model", hub_model, cwd=place)
+    (result,) = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert len(result["output"]["data"][0]["embedding"]) == 576
+
+
+def test_a_directory_that_is_none_or_is_damaged_is_refused(
+    user: User, place: Path, local: list[str | Path], hub_model: Path
+) -> None:
+    user.write(place / "in.jsonl", lines(request("r", "Hi", model=None)))
+    assert "model directory not found" in user.run(
+        *local, "--model", place / "none", cwd=place, code=4
+    )
+    cut = place / "cut"
+    user.run("mkdir", cut)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(hub_model / name, cut)
+    weights = (hub_model / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    printed = user.run(*local, "--model", cut, cwd=place, code=4)
+    assert f"has {len(weights) // 2} bytes of {len(weights)}" in printed
+    assert not (place / "out.json").exists()

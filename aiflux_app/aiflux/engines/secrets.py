@@ -17,6 +17,8 @@ _PLACEHOLDERS = frozenset(
     {"-", "abc", "dummy", "empty", "fake", "key", "na", "no", "no-key", "none", "null", "ollama",
      "placeholder", "test", "token", "unused", "vllm", "x", "xx", "xxx"}
 )  # fmt: skip
+# User and password in an address, as servers repeat it in their errors (RFC 3986, section 3.2.1).
+_CREDENTIALS = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]{0,20}://)[^\s/?#@:]{0,256}:[^\s/?#@]{1,256}@")
 # A shorter secret is only hidden as a separate word.
 _SHORTEST = 6
 
@@ -39,7 +41,9 @@ class Secrets:
         return cls(tuple(sorted(forms, key=len, reverse=True)))
 
     def hide(self, text: str) -> str:
-        """Return a text without the secrets."""
+        """Return a text without the secrets, and without the passwords of addresses."""
+        if "@" in text:
+            text = _CREDENTIALS.sub(rf"\1{HIDDEN}@", text)
         for form in self.forms:
             if len(form) >= _SHORTEST:
                 text = text.replace(form, HIDDEN)
@@ -52,11 +56,11 @@ class Secrets:
         text = content.decode("utf-8", "replace")
         try:
             value = json.loads(text)
-        except (ValueError, RecursionError):
+            cleaned = self._hide_in(value)
+            return content if cleaned == value else json.dumps(cleaned).encode()
+        except (ValueError, RecursionError):  # not JSON, or nested too deeply to be walked
             hidden = self.hide(text)
             return content if hidden == text else hidden.encode()
-        cleaned = self._hide_in(value)
-        return content if cleaned == value else json.dumps(cleaned).encode()
 
     def _hide_in(self, value: Any) -> Any:
         if isinstance(value, str):

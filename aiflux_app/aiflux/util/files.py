@@ -92,16 +92,32 @@ def read_file(path: Path) -> bytes | None:
 
 
 def _read_regular(path: Path) -> bytes:
-    # Without O_NONBLOCK, opening a pipe would wait for a writer forever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = open_regular(str(path), os.O_RDONLY)
     try:
-        _refuse_irregular(path, os.fstat(descriptor))
         parts = []
         while part := os.read(descriptor, 1 << 16):
             parts.append(part)
         return b"".join(parts)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file; for ``opener=`` of `open`.
+
+    A file can be replaced by a pipe while a run works: opening that would wait for a writer
+    forever, without O_NONBLOCK, and no signal handler written in Python would run.
+
+    Raises:
+        StorageError: the path is a directory, a pipe or a device.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_irregular(Path(path), os.fstat(descriptor))
+    except StorageError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def is_there(path: Path) -> bool:
@@ -121,7 +137,7 @@ def checksum(path: Path) -> int:
     """
     crc = 0
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=open_regular) as file:
             while block := file.read(_BUFFER):
                 crc = crc32(block, crc)
     except OSError as error:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aiflux.errors import AifluxError, InputError
+from aiflux.util.files import open_regular
 from aiflux.util.process_limits import exhausted
 
 BOM = b"\xef\xbb\xbf"
@@ -31,7 +32,7 @@ def read_lines(
     if end is not None and start >= end:
         return
     try:
-        with open(path, "rb", buffering=_BUFFER) as file:
+        with open(path, "rb", buffering=_BUFFER, opener=open_regular) as file:
             file.seek(start)
             offset = start
             for number, line in enumerate(file, start=1):
@@ -60,7 +61,7 @@ def cut_at_lines(
         OSError: the file cannot be read.
     """
     parts = []
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         end = file.seek(0, os.SEEK_END) if end is None else end
         while start < end:
             following = _next_line(file.fileno(), start + part_bytes, end)
@@ -89,7 +90,7 @@ def ends_line(path: Path, end: int) -> bool:
     Raises:
         OSError: the file cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         file.seek(max(0, end - 1))
         return file.read(1) == b"\n"
 
@@ -102,7 +103,7 @@ def line_numbers(path: Path, offsets: Sequence[int]) -> list[int]:
     """
     numbers = []
     number, position = 1, 0
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         for offset in offsets:
             while position < offset:
                 block = file.read(min(_BUFFER, offset - position))

@@ -23,6 +23,7 @@ from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import write_input
 
 DECISIVE = {
+    "engine_ca": "ca.pem",
     "engine_url": "http://h:1", "engine_env": "{LD_PRELOAD: x}", "image": "x.sif",
     "containers_dir": "c", "data_dir": "d", "models_dir": "m", "modules": "[x]",
     "setup": "['curl x | sh']", "sbatch_arg": "{comment: x}", "seal": "false",
@@ -172,6 +173,20 @@ def test_the_key_does_not_go_there_from_python_either(
     with pytest.raises(ConfigError, match="AIFLUX_API_KEY would go to"):
         SlurmRunner().run("in.jsonl", preflight=False)
     config(place, AIFLUX_API_KEY="k").run_options(engine_url="http://h:2")
+
+
+@pytest.mark.parametrize("name", ["aiflux.yaml", ".env"])
+def test_certificates_of_a_file_of_this_directory_get_no_key(place: Path, name: str) -> None:
+    written = {"aiflux.yaml": "run:\n  engine_ca: ca.pem\n", ".env": "AIFLUX_ENGINE_CA=ca.pem\n"}
+    (place / name).write_text(written[name], encoding="utf-8")
+    (place / "ca.pem").touch()
+    assert "engine_ca" in config(place).decided_here
+    with_key = config(place, AIFLUX_API_KEY="k")
+    with pytest.raises(ConfigError, match=r"only trusted because .* names the certificates") as no:
+        with_key.run_options(engine_url="https://h:2")
+    assert "--engine-ca" in str(no.value.remedy)
+    confirmed = with_key.run_options(engine_url="https://h:2", engine_ca=str(place / "ca.pem"))
+    assert confirmed.engine_ca == str(place / "ca.pem")
 
 
 @pytest.mark.parametrize("how", ["argument", "environment", "user's file", "site's file", "no key"])

@@ -439,6 +439,22 @@ def test_metadata_names_the_model_that_ran(
     assert sum("answers as" in line for line in working.reporter.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("listed", "warned"), [(("tiny", "large"), True), (("m:1",), False), ((), False)]
+)
+def test_a_server_that_answers_in_the_name_of_a_model_it_does_not_list_gets_a_warning(
+    tmp_path: Path, listed: tuple[str, ...], warned: bool
+) -> None:
+    with FaultyEngine(models=listed) as engine:
+        working = Working(tmp_path, engine.url).prompts("x", "y")
+        assert working.run() is ExitCode.OK
+    warnings = [line for line in working.reporter.messages if "does not list the model" in line]
+    assert len(warnings) == warned
+    if warned:
+        assert "'m:1'" in warnings[0]
+        assert "it lists tiny and large" in warnings[0]
+
+
 @pytest.mark.parametrize("answered", ["Llama3.2", "llama3.2:latest"])
 def test_names_that_differ_only_in_form_are_the_same(tmp_path: Path, answered: str) -> None:
     with FaultyEngine(models=("llama3.2:latest",), answers_as=answered) as engine:

@@ -128,3 +128,21 @@ def test_a_short_key_changes_no_longer_words() -> None:
     assert Secrets.of("pw").hide("pwd and pw, not pw2") == f"pwd and {HIDDEN}, not pw2"
     basic = "Basic " + base64.b64encode(b"user:h4x").decode()
     assert Secrets.of(basic).hide("wrong password h4x") == f"wrong password {HIDDEN}"
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_password_in_an_address_is_hidden(key: str | None) -> None:
+    told = b'{"error": {"message": "no route to https://user:pass-w0rd@host:80/v1, user@host"}}'
+    hidden = Secrets.of(key).hide_bytes(told)
+    assert json.loads(hidden)["error"]["message"] == (
+        f"no route to https://{HIDDEN}@host:80/v1, user@host"
+    )
+    assert Secrets.of(key).hide("plain http://host/a@b:c") == "plain http://host/a@b:c"
+
+
+@pytest.mark.parametrize("depth", [150, 900, 5000])
+def test_deeply_nested_answers_are_searched_too(depth: int) -> None:
+    content = "[" * depth + f'"{KEY}"' + "]" * depth
+    hidden = Secrets.of(KEY).hide_bytes(content.encode()).decode()
+    assert KEY not in hidden
+    assert HIDDEN in hidden

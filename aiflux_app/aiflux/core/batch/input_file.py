@@ -20,7 +20,7 @@ from aiflux.core.batch.ignored_fields import FieldRules, IgnoredField, IgnoredFi
 from aiflux.core.batch.request import AcceptsModel, LineError, custom_id_of, request_entry
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
-from aiflux.util.files import expanded
+from aiflux.util.files import expanded, open_regular
 from aiflux.util.lines import (
     MAX_LINE_BYTES,
     cut_at_lines,
@@ -148,7 +148,7 @@ class InputDigest:
             for _, _, raw in read_lines(self._path, start, end):
                 self._hash.update(raw + b"\n")
             return
-        with open(self._path, "rb", buffering=0) as file:
+        with open(self._path, "rb", buffering=0, opener=open_regular) as file:
             file.seek(start)
             while start < end and (block := file.read(min(_BLOCK, end - start))):
                 self._hash.update(block)

@@ -173,14 +173,28 @@ class Config:
             if value.local and BY_NAME[name].decisive and value.value != BY_NAME[name].default
         }
 
-    def _refuse_key(self) -> None:
-        """Refuse to send the API key to an address that only a file of this directory names."""
-        url = self.values["engine_url"]
-        if url.local and url.value and self._environ.get("AIFLUX_API_KEY"):
+    def _refuse_key(self, confirmed: Mapping[str, Any]) -> None:
+        """Refuse to send the API key where only a file of this directory decides.
+
+        Args:
+            confirmed: settings that the caller gives itself.
+        """
+        if not self._environ.get("AIFLUX_API_KEY"):
+            return
+        for name, option in (("engine_url", "--engine-url"), ("engine_ca", "--engine-ca")):
+            found = self.values[name]
+            if confirmed.get(name) is not None or not (found.local and found.value):
+                continue
+            if name == "engine_url":
+                where = f"to {public_url(found.value)}, an address that only {found.origin} names"
+            else:
+                where = (
+                    f"to a server that is only trusted because {found.origin} names the "
+                    f"certificates {found.value}"
+                )
             raise ConfigError(
-                f"AIFLUX_API_KEY would go to {public_url(url.value)}, an address that only "
-                f"{url.origin} names",
-                "confirm the address with --engine-url or AIFLUX_ENGINE_URL, or write it into "
+                f"AIFLUX_API_KEY would go {where}",
+                f"confirm it with {option} or {BY_NAME[name].env}, or write it into "
                 "~/.config/aiflux/config.yaml; or unset AIFLUX_API_KEY",
             )
 
@@ -191,8 +205,7 @@ class Config:
             ConfigError: a value is wrong, or the API key would go to an address of a file of the
                 current directory.
         """
-        if overrides.get("engine_url") is None:
-            self._refuse_key()
+        self._refuse_key(overrides)
         names = [item.name for item in fields(RunOptions) if item.name in BY_NAME]
         values = {name: self.get(name) for name in names}
         values["model_defaults"] = self.catalog().all_defaults

@@ -169,6 +169,7 @@ class RunOptions:
         "CA certificates for an https:// --engine-url: a PEM file or a directory",
         metavar="PATH",
         env="AIFLUX_ENGINE_CA",
+        decisive=True,
     )
     load_timeout: float = setting(
         parse.number(1), 1800.0, "Time limit of loading the model", metavar="SECONDS"

@@ -31,7 +31,7 @@ from zlib import crc32
 
 from aiflux.core.batch.request import KEY_BYTES
 from aiflux.errors import StorageError
-from aiflux.util.files import read_error, refuse_irregular, storage_error
+from aiflux.util.files import open_regular, read_error, refuse_irregular, storage_error
 from aiflux.util.lines import cut_at_lines
 from aiflux.util.parallel import helpers, share_out
 from aiflux.util.process_limits import start_thread
@@ -267,7 +267,7 @@ def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb", buffering=_BUFFER) as file:
+    with open(path, "rb", buffering=_BUFFER, opener=open_regular) as file:
         file.seek(start)
         offset = start
         for line in file:

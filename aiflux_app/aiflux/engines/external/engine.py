@@ -19,11 +19,12 @@ from aiflux.engines.outcome import RETRIED_STATUSES, error_message
 from aiflux.engines.server_load import get, total_slots
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import ConfigError, EngineError, RejectedError
-from aiflux.util.text import public_url, suggestion
+from aiflux.util.text import joined, public_url, suggestion
 
 _MODELS = "/v1/models"
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 5.0
+_NAMED = 5  # models in a message
 _PROBE_TIMEOUT = 5.0
 _DENIED = {401: "refuses the key", 403: "denies access"}
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
@@ -155,6 +156,7 @@ class ExternalEngine:
                 answered.
         """
         if answered is None or _plain(answered) == _plain(asked):
+            self._warn_of_unlisted(asked)
             return asked
         if self.offers(asked) is False and not _is_version(asked, answered):
             error = self._no_such_model(asked)
@@ -167,6 +169,15 @@ class ExternalEngine:
             self._say(f"the engine answers as {answered!r} although {asked!r} was requested; the "
                       "results name both")  # fmt: skip
         return answered
+
+    def _warn_of_unlisted(self, model: str) -> None:
+        """Say once that a model is not listed: the server may answer with any, as proxies do."""
+        if self.offers(model) is False and (model, model) not in self._said:
+            self._said.add((model, model))
+            more = ["..."] if len(self._names) > _NAMED else []
+            listed = joined([*self._names[:_NAMED], *more])
+            self._say(f"warning: the engine at {self.url} does not list the model {model!r}, but "
+                      f"answers in its name; it lists {listed}")  # fmt: skip
 
     def was_truncated(self, prompt_tokens: int) -> bool:
         """Return False: the engine's context is unknown."""

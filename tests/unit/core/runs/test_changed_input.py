@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.output import merge, merge_partial
-from aiflux.errors import ExitCode, StoppedError
+from aiflux.errors import AifluxError, ExitCode, StoppedError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.core.runs.test_output import opened, write_journals
 from tests.unit.helpers import request_line
@@ -102,6 +102,21 @@ def test_an_input_that_is_gone_is_called_missing(tmp_path: Path) -> None:
         assert "make room" not in str(caught.value)
     kept.rename(run.plan.input_path)
     assert merge(run.plan, run.run, print).total == 5
+
+
+def test_an_input_replaced_by_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    run = opened(tmp_path, 6, 1)
+    write_journals(run, [2] * 6, 0)
+    content = run.plan.input_path.read_bytes()
+    run.plan.input_path.unlink()
+    os.mkfifo(run.plan.input_path)
+    with pytest.raises(AifluxError, match="a pipe or a device instead of a file") as caught:
+        merge(run.plan, run.run, print)
+    assert caught.value.exit_code == ExitCode.STOPPED
+    assert not run.plan.output.exists()
+    run.plan.input_path.unlink()
+    run.plan.input_path.write_bytes(content)
+    assert merge(run.plan, run.run, print).total == 6
 
 
 @pytest.mark.parametrize("left", [7, 0])

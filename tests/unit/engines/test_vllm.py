@@ -233,9 +233,9 @@ def test_the_gpus_for_a_large_model_are_those_that_divide_it(tmp_path: Path) -> 
         file.truncate(8 + len(text) + 80 * SEVENTY.layers[0])
     (finding,) = check_memory(plan, read_catalog(), Room("l40s", 48 * GB, 4, 8, "--gpus {}"))
     assert "org/tiny does not fit a GPU 'l40s'" in finding.what
-    assert "4 such GPUs for each engine would do: --gpus-per-engine 4;" in finding.fix
+    assert "4 such GPUs for each engine are enough: --gpus-per-engine 4;" in finding.fix
     (finding,) = check_memory(plan, read_catalog(), Room("rtx_3090", 36 * GB, 4, 8, "--gpus {}"))
-    assert "8 such GPUs for each engine would do" in finding.fix
+    assert "8 such GPUs for each engine are enough" in finding.fix
     assert memory_needed(SEVENTY, 4096, 1, 5) < 5 * 36 * GB
     three = plan_of(tmp_path, context_length=4096, gpus_per_engine=3)
     (finding,) = check_memory(three, read_catalog(), Room("h200", 141 * GB, 4, 8, "--gpus {}"))

@@ -132,8 +132,8 @@ def test_a_short_key_changes_no_longer_words() -> None:
 
 @pytest.mark.parametrize("key", [None, KEY])
 def test_a_password_in_an_address_is_hidden(key: str | None) -> None:
-    told = b'{"error": {"message": "no route to https://user:pass-w0rd@host:80/v1, user@host"}}'
-    hidden = Secrets.of(key).hide_bytes(told)
+    content = b'{"error": {"message": "no route to https://user:pass-w0rd@host:80/v1, user@host"}}'
+    hidden = Secrets.of(key).hide_bytes(content)
     assert json.loads(hidden)["error"]["message"] == (
         f"no route to https://{HIDDEN}@host:80/v1, user@host"
     )

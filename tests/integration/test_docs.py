@@ -47,6 +47,8 @@ ELSEWHERE = {
     "make bench BENCH=--quick": _BENCH,
     'make bench BENCH="occupancy adaptive"': _BENCH,
     "make image ENGINE=llamacpp": "tests/integration/test_llamacpp.py::llama_image",
+    "aiflux run --engine llamacpp --model llama3.2:3b --input prompts.jsonl --output results.json":
+        "tests/integration/test_llamacpp.py::test_a_job_uses_the_image_of_its_engine",
     **{
         f"aiflux models {action} hf:Qwen/Qwen3-8B{revision}":
             f"{_HUB}::test_a_model_is_pulled_without_an_image_and_verified"

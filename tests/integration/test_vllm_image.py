@@ -40,6 +40,7 @@ def labels(user: User, image: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow  # its build takes minutes
 def test_vllm_runs_as_a_sealed_job(
     user: User, aiflux: Path, vllm_image: Path, cluster: Cluster, place: Path
 ) -> None:

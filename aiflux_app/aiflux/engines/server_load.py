@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiflux.engines.http import Client, ExchangeError
+from aiflux.errors import StoppedError
 
 Get = Callable[[str], bytes | None]
 """Returns the answer of a path; see ``get``."""
@@ -34,7 +35,7 @@ def get(client: Client, path: str) -> bytes | None:
     """
     try:
         answer = client.get(path, _TIMEOUT)
-    except ExchangeError:
+    except (ExchangeError, StoppedError):  # a lack of files or memory: requests report it
         return None
     return answer.body if answer.status == 200 else None
 

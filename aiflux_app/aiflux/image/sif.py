@@ -135,6 +135,8 @@ def read_image(path: Path) -> ImageFacts:
     try:
         if path.is_dir():
             return ImageFacts(path)
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            raise ImageError(f"{path} is a pipe or a device, not an image", "name another image")
         with path.open("rb") as file:
             return _read(path, file)
     except FileNotFoundError:

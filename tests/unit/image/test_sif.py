@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,9 @@ def test_a_truncated_image_is_damaged(tmp_path: Path, kept: int) -> None:
 def test_invalid_labels_are_reported(tmp_path: Path, metadata: bytes) -> None:
     with pytest.raises(ImageError, match="its labels cannot be read"):
         read_image(make_raw_sif(tmp_path / "a.sif", metadata))
+
+
+def test_a_pipe_is_not_an_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.sif")
+    with pytest.raises(ImageError, match="is a pipe or a device"):
+        read_image(tmp_path / "pipe.sif")

@@ -157,7 +157,7 @@ def test_two_pulls_at_once(site: Site) -> None:
     first, second = (site.start("models", "pull", site.name) for _ in range(2))
     printed = [process.communicate(timeout=120)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), printed
-    assert sorted(text.count("is pulled") for text in printed) == [0, 1], printed
+    assert sorted(text.count("has been pulled to") for text in printed) == [0, 1], printed
     site.works()
 
 
@@ -398,7 +398,7 @@ def test_a_full_disk_is_reported(site: Site, small_disk: Path, gguf: Path) -> No
     site.run("models", "import", "--gguf", gguf, "--name", "lab/tiny:1", models=small_disk)
     printed = site.run("models", "pull", site.name, models=small_disk, code=5)
     assert "is full" in printed
-    assert "make room" in printed
+    assert "free some space" in printed
     site.run("models", "verify", "lab/tiny:1", models=small_disk)
     site.run("models", "remove", site.name, models=small_disk)
     site.run("models", "pull", site.name)

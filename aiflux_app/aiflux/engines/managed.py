@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.http import Client
-from aiflux.engines.process import ServerProcess
+from aiflux.engines.process import ServerProcess, engine_program
 from aiflux.engines.server_load import get
-from aiflux.engines.sizing import in_flight
-from aiflux.errors import EngineError, RejectedError
+from aiflux.engines.sizing import context_length, engine_slots, in_flight
+from aiflux.errors import EngineError, ModelError, RejectedError
 
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
@@ -24,15 +24,27 @@ class ManagedEngine:
 
     Attributes:
         slots: sequences that the server decodes in parallel.
+
+    Raises:
+        EngineError: its program is missing.
+        ModelError: the plan names no models directory.
     """
 
-    def __init__(
-        self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory, slots: int
-    ) -> None:
+    def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
+        plan = spec.plan
+        if plan.models_dir is None:
+            raise ModelError("the plan names no models directory", "plan the run again")
         self.kind = kind
         self.spec = spec
         self.index = spec.index
-        self.slots = slots
+        self._options = plan.options
+        self._models_dir = plan.models_dir
+        self._served = plan.served(spec.model)
+        # Once: they are read from the headers of the model's files.
+        self._figures = figures = kind.figures(plan.models_dir, spec.model, None)
+        self.slots = engine_slots(kind, spec, figures)
+        self._context = context_length(plan, figures.architecture.context if figures else 0)
+        self._program = engine_program(kind, spec.environ)
         self.facts = EngineFacts(spec.index, spec.devices)
         self.client = make_client("")
         self._make_client = make_client
@@ -149,7 +161,7 @@ class ManagedEngine:
             raise
         return client
 
-    def _use(self, ready: str | Client) -> None:
-        """Use a ready server, given by its address or a client."""
+    def _use(self, client: Client) -> None:
+        """Use the client of a server that is ready."""
         self.client.close()
-        self.client = self._make_client(ready) if isinstance(ready, str) else ready
+        self.client = client

@@ -15,22 +15,10 @@ _SPARE = 2**30
 _SHARE = 0.97
 
 
-def engine_slots(kind: EngineKind, spec: EngineSpec) -> int:
+def engine_slots(kind: EngineKind, spec: EngineSpec, figures: Figures | None) -> int:
     """Return the number of parallel sequences of an engine, by the memory that is free now."""
     cores = len(os.sched_getaffinity(0))
-    return slots(
-        kind, spec.plan, spec.devices, cores, _figures(kind, spec), free_memory(spec.devices)
-    )
-
-
-def engine_context(kind: EngineKind, spec: EngineSpec) -> int:
-    """Return the tokens of context for each slot of an engine."""
-    figures = _figures(kind, spec)
-    return context_length(spec.plan, figures.architecture.context if figures else 0)
-
-
-def _figures(kind: EngineKind, spec: EngineSpec) -> Figures | None:
-    return kind.figures(spec.plan.models_dir, spec.model, None)
+    return slots(kind, spec.plan, spec.devices, cores, figures, free_memory(spec.devices))
 
 
 def slots(

@@ -16,9 +16,8 @@ from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
 from aiflux.engines.managed import ManagedEngine
-from aiflux.engines.process import engine_environment, engine_program
-from aiflux.engines.sizing import engine_context, engine_slots
-from aiflux.errors import EngineError, ModelError
+from aiflux.engines.process import engine_environment
+from aiflux.errors import EngineError
 
 _PROBE_TIMEOUT = 5.0
 _LIST_TIMEOUT = 60.0
@@ -43,14 +42,7 @@ class LlamaCppEngine(ManagedEngine):
     """
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
-        super().__init__(kind, spec, make_client, engine_slots(kind, spec))
-        if spec.plan.models_dir is None:
-            raise ModelError("the plan names no models directory", "plan the run again")
-        self._options = spec.plan.options
-        self._models_dir = spec.plan.models_dir
-        self._model = spec.plan.served(spec.model)
-        self._context = engine_context(kind, spec)
-        self._program = engine_program(kind, spec.environ)
+        super().__init__(kind, spec, make_client)
         self._log_start = 0
 
     def start(self) -> None:
@@ -77,8 +69,8 @@ class LlamaCppEngine(ManagedEngine):
         model = self.spec.model
         if not self.kind.is_stored(self._models_dir, model):
             raise EngineError(
-                f"{self._model} is not stored in {self._models_dir}",
-                f"pull it: aiflux models pull {self._model}; or check the path",
+                f"{self._served} is not stored in {self._models_dir}",
+                f"pull it: aiflux models pull {self._served}; or check the path",
             )
         self.kind.refuse_model(self._models_dir, model)
         return find_files(self._models_dir, model)
@@ -96,14 +88,14 @@ class LlamaCppEngine(ManagedEngine):
             if reason is None:
                 raise
             raise EngineError(
-                f"{self._model} could not be loaded: {reason}", f"see the engine's log: {log}"
+                f"{self._served} could not be loaded: {reason}", f"see the engine's log: {log}"
             ) from error
 
     def _command(self, files: ModelFiles) -> list[str]:
         # Every slot gets an equal share of the context.
         command = [
             self._program,
-            *("-m", str(files.model), "--alias", self._model),
+            *("-m", str(files.model), "--alias", self._served),
             *("--host", "127.0.0.1", "--port", "0"),
             *("-np", str(self.slots), "-c", str(self._context * self.slots)),
             *("--metrics", "--offline", "--no-webui"),
@@ -125,9 +117,8 @@ class LlamaCppEngine(ManagedEngine):
             return ["--reranking", *batch]
         if EMBEDDINGS not in endpoints:
             return []
-        figures = self.kind.figures(self._models_dir, self.spec.model, None)
         # An embedding model has its own pooling.
-        own = figures is not None and figures.architecture.embeds
+        own = self._figures is not None and self._figures.architecture.embeds
         return ["--embeddings", *batch, *([] if own else ["--pooling", "mean"])]
 
     def _environment(self) -> dict[str, str]:

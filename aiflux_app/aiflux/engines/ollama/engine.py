@@ -13,9 +13,7 @@ from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.ollama.api import Loaded, Ollama
 from aiflux.engines.ollama.environment import ollama_environment
 from aiflux.engines.ollama.store import refuse_other_digest
-from aiflux.engines.process import engine_program
-from aiflux.engines.sizing import engine_context, engine_slots
-from aiflux.errors import EngineError, ModelError
+from aiflux.errors import EngineError
 from aiflux.models.name import parse_model_name
 
 # Ollama truncates a prompt to the context (0.9) or to about half of it (0.33).
@@ -59,14 +57,7 @@ class OllamaEngine(ManagedEngine):
     """
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
-        super().__init__(kind, spec, make_client, engine_slots(kind, spec))
-        if spec.plan.models_dir is None:
-            raise ModelError("the plan names no models directory", "plan the run again")
-        self._options = spec.plan.options
-        self._models_dir = spec.plan.models_dir
-        self._model = spec.plan.served(spec.model)
-        self._context = engine_context(kind, spec)
-        self._program = engine_program(kind, spec.environ)
+        super().__init__(kind, spec, make_client)
         self._truncations = TruncationLog(spec.log)
 
     def start(self) -> None:
@@ -90,7 +81,7 @@ class OllamaEngine(ManagedEngine):
             gpu_bytes=loaded.size_vram,
             log=str(self.spec.log),
         )
-        self._use(ollama.url)
+        self._use(self._make_client(ollama.url))
 
     def was_truncated(self, prompt_tokens: int) -> bool:
         """Return whether a prompt was truncated, which Ollama only reports in its log."""
@@ -122,7 +113,7 @@ class OllamaEngine(ManagedEngine):
         return {**settings, **self._options.engine_env}
 
     def _load(self, ollama: Ollama) -> Loaded:
-        model = self._model
+        model = self._served
         digest = _digest(ollama.tags(), model)
         if digest is None:
             raise EngineError(
@@ -160,7 +151,7 @@ class OllamaEngine(ManagedEngine):
             return
         share = 100 - 100 * loaded.size_vram // max(loaded.size, 1)
         raise EngineError(
-            f"{share} % of {self._model} landed on the CPU in a job with the GPUs "
+            f"{share} % of {self._served} landed on the CPU in a job with the GPUs "
             f"{', '.join(self.spec.devices)}",
             "request more or larger GPUs, fewer --slots or a smaller --context-length; check that "
             "the image has GPU support (aiflux image info); or use --allow-cpu",

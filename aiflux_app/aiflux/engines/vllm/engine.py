@@ -10,8 +10,7 @@ from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines import server_load
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.managed import ManagedEngine
-from aiflux.engines.process import engine_environment, engine_program, free_port
-from aiflux.engines.sizing import engine_context, engine_slots
+from aiflux.engines.process import engine_environment, free_port
 from aiflux.engines.vllm.hub import parse_hub_model, snapshot_digest, stored_snapshot
 from aiflux.engines.vllm.memory import divides
 from aiflux.errors import ConfigError
@@ -27,13 +26,8 @@ class VllmEngine(ManagedEngine):
     """
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
-        super().__init__(kind, spec, make_client, engine_slots(kind, spec))
-        self._options = spec.plan.options
-        self._program = engine_program(kind, spec.environ)
-        self._snapshot = stored_snapshot(spec.plan.models_dir, parse_hub_model(spec.model))
-        self._figures = kind.figures(spec.plan.models_dir, spec.model, None)
-        self._served = spec.plan.served(spec.model)
-        self._context = engine_context(kind, spec)
+        super().__init__(kind, spec, make_client)
+        self._snapshot = stored_snapshot(self._models_dir, parse_hub_model(spec.model))
         self._refuse_division()
 
     def start(self) -> None:

@@ -12,11 +12,10 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 container=$(dirname -- "$(dirname -- "$here")")
 cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}
 python=${PYTHON:-python3}
-
-die() {
-    printf 'cpu-build: %s\n' "$1" >&2
-    exit "${2:-1}"
-}
+what="CPU Ollama"
+mark=lib/ollama/aiflux-cpu-build
+# shellcheck source=container/assemble.sh
+. "$container/assemble.sh"
 
 # Identifies the sources of DIR.
 stamp() {
@@ -61,29 +60,10 @@ assemble() {
     shared "$here/cpu-build/sdp_shim.c" "$1/lib/ollama/libaiflux-sdp.so"
     ln -s libggml-sycl.so "$1/lib/ollama/libsycl.so.8"
     install -m 755 "$here/cpu-build/ollama.sh" "$1/bin/ollama"
-    stamp >"$1/lib/ollama/aiflux-cpu-build"
-}
-
-# Usage: put NEW DIR
-put() {
-    if [ -e "$2" ]; then
-        mv -T "$2" "$1.old"
-    fi
-    mv -T "$1" "$2"
-    rm -rf "$1.old"
 }
 
 [ $# -eq 1 ] || die "usage: cpu-build.sh DIR" 2
 [ "$(uname -m)" = x86_64 ] ||
     die "the CPU build requires x86-64, not $(uname -m): use the official Ollama for Linux" 2
-dir=${1%/}
-[ "$(cat "$dir/lib/ollama/aiflux-cpu-build" 2>/dev/null)" = "$(stamp)" ] && exit 0
-[ ! -e "$dir" ] || [ -f "$dir/lib/ollama/aiflux-cpu-build" ] || rmdir "$dir" 2>/dev/null ||
-    die "$dir exists and is not a CPU Ollama: use another directory, or remove it" 2
-
-mkdir -p "$cache" "$(dirname -- "$dir")"
-new=$(mktemp -d "$dir.new.XXXXXX")
-trap 'rm -rf "$new"' EXIT
-assemble "$new"
-chmod 755 "$new"
-put "$new" "$dir"
+mkdir -p "$cache"
+assemble_once "$1"

@@ -8,12 +8,12 @@
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+container=$(dirname -- "$(dirname -- "$here")")
 python=${PYTHON:-python3}
-
-die() {
-    printf 'cpu-build: %s\n' "$1" >&2
-    exit "${2:-1}"
-}
+what="CPU build of vLLM"
+mark=lib/aiflux-cpu-build
+# shellcheck source=container/assemble.sh
+. "$container/assemble.sh"
 
 # Identifies what DIR was made from.
 stamp() {
@@ -42,7 +42,7 @@ name_distribution() {
 assemble() {
     options=$(target_options)
     # shellcheck disable=SC2086 # one option a line, without blanks
-    wheels=$("$here/../../fetch-wheels.sh" "$here/cpu-build.lock" $options)
+    wheels=$("$container/fetch-wheels.sh" "$here/cpu-build.lock" $options)
     oldifs=$IFS
     IFS='
 '
@@ -57,29 +57,9 @@ assemble() {
     install -m 755 "$here/cpu-launcher.sh" "$1/bin/vllm"
     # Without it, every start compiles some 10,000 modules. Status 1: a few files are templates.
     python3.11 -m compileall -q -j 0 --invalidation-mode unchecked-hash "$1/lib" >/dev/null 2>&1 || :
-    stamp >"$1/lib/aiflux-cpu-build"
-}
-
-# Usage: put NEW DIR
-put() {
-    if [ -e "$2" ]; then
-        mv -T "$2" "$1.old"
-    fi
-    mv -T "$1" "$2"
-    rm -rf "$1.old"
 }
 
 [ $# -eq 1 ] || die "usage: cpu-build.sh DIR" 2
 [ "$(uname -m)" = x86_64 ] ||
     die "the CPU build of vLLM exists for x86-64 only, and this is $(uname -m)" 2
-dir=${1%/}
-[ "$(cat "$dir/lib/aiflux-cpu-build" 2>/dev/null)" = "$(stamp)" ] && exit 0
-[ ! -e "$dir" ] || [ -f "$dir/lib/aiflux-cpu-build" ] || rmdir "$dir" 2>/dev/null ||
-    die "$dir exists and is not a CPU build of vLLM: name another directory, or remove it" 2
-
-mkdir -p "$(dirname -- "$dir")"
-new=$(mktemp -d "$dir.new.XXXXXX")
-trap 'rm -rf "$new"' EXIT
-assemble "$new"
-chmod 755 "$new"
-put "$new" "$dir"
+assemble_once "$1"

@@ -1,0 +1,32 @@
+# shellcheck shell=sh
+# Sourced by engines/*/cpu-build.sh, which set `what` and `mark` and define `stamp` and `assemble`.
+
+die() {
+    printf 'cpu-build: %s\n' "$1" >&2
+    exit "${2:-1}"
+}
+
+# Usage: put NEW DIR
+put() {
+    if [ -e "$2" ]; then
+        mv -T "$2" "$1.old"
+    fi
+    mv -T "$1" "$2"
+    rm -rf "$1.old"
+}
+
+# Usage: assemble_once DIR
+# Assembles DIR, unless it was made from the same sources: its file `mark` has what `stamp` prints.
+assemble_once() {
+    dir=${1%/}
+    [ "$(cat "$dir/$mark" 2>/dev/null)" = "$(stamp)" ] && return
+    [ ! -e "$dir" ] || [ -f "$dir/$mark" ] || rmdir "$dir" 2>/dev/null ||
+        die "$dir exists and is not a $what: use another directory, or remove it" 2
+    mkdir -p "$(dirname -- "$dir")"
+    new=$(mktemp -d "$dir.new.XXXXXX")
+    trap 'rm -rf "$new"' EXIT
+    assemble "$new"
+    stamp >"$new/$mark"
+    chmod 755 "$new"
+    put "$new" "$dir"
+}

@@ -100,13 +100,18 @@ class Reader:
         deadline = time.monotonic() + timeout
         while active := {job for job, state in self.jobs().items() if state not in _ENDED}:
             if time.monotonic() > deadline:
-                pytest.fail(f"jobs {active} have not ended after {timeout} s")
+                shown = [self.user.run("scontrol", "show", "job", job, code=None) for job in active]
+                pytest.fail("\n".join([f"not ended after {timeout} s:", *shown, self.logs()]))
             time.sleep(0.5)
         bad = {job: state for job, state in self.jobs().items() if state not in _GOOD_ENDS}
         if new := bad.keys() - self.reported:
             self.reported |= new
-            logs = [path.read_text("utf-8") for path in self.place.glob("**/slurm*.out")]
-            pytest.fail(f"jobs failed: {bad}\n" + "\n".join(logs)[-6000:])
+            pytest.fail(f"jobs failed: {bad}\n{self.logs()}")
+
+    def logs(self) -> str:
+        """Return the end of the reader's job logs."""
+        found = sorted(self.place.glob("**/slurm*.out"), key=lambda path: path.stat().st_mtime)
+        return "\n".join(path.read_text("utf-8") for path in found)[-6000:]
 
 
 def made_by(command: str) -> Iterator[str]:

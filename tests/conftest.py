@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,12 @@ from hypothesis import HealthCheck, settings
 # On a busy machine examples may be slow, so hypothesis must not check their duration.
 settings.register_profile("aiflux", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aiflux")
+
+# A start in the background (`make test &`, nohup) ignores signals, and every program that the tests
+# start inherits this. Some tests need Ctrl-C and a closed terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_number, signal.SIG_DFL)
 
 _KEPT = {"PATH", "HOME", "LANG", "USER", "LOGNAME", "SHELL", "CI", "AIFLUX_REQUIRE_STACK",
          "AIFLUX_STACK_DIR", "AIFLUX_STACK_WITHOUT_VLLM"}  # fmt: skip

@@ -38,8 +38,7 @@ from aiflux.image.build import find_sources
 from aiflux.image.run_tool import run
 from aiflux.image.sif import ImageFacts, read_image
 from aiflux.models.name import ModelName
-from aiflux.util.files import atomic_write
-from aiflux.util.temporary import temporary_folder
+from aiflux.util.files import atomic_write, temporary_folder
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ARCHITECTURES = ("x86_64", "aarch64")

@@ -10,7 +10,7 @@ from typing import Any
 from aiflux.cli.parser import Decorator, option
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import AifluxError, UsageError
-from aiflux.util.unicode import json_text
+from aiflux.util.text import json_text
 
 _RUN_HELP = "Print the run's status as JSON"
 

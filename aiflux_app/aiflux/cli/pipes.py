@@ -16,9 +16,14 @@ from typing import BinaryIO
 
 from aiflux.core.runs.directory import checked_output, named_output
 from aiflux.errors import InputError, StorageError, UsageError
-from aiflux.util.files import atomic_write, expanded, refuse_existing, refuse_special
+from aiflux.util.files import (
+    atomic_write,
+    expanded,
+    refuse_existing,
+    refuse_special,
+    temporary_folder,
+)
 from aiflux.util.streams import STDIN, STDOUT
-from aiflux.util.temporary import temporary_folder
 
 
 def piped_file(kind: str) -> Path:

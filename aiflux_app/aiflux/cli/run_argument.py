@@ -10,7 +10,7 @@ from aiflux.cli.parser import RUN, Function, argument
 from aiflux.cli.render.run import Frame
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.registry import find_run
-from aiflux.slurm.query import run_directory_of
+from aiflux.slurm.commands import run_directory_of
 from aiflux.util.files import short
 from aiflux.worker.console import TerminalConsole
 

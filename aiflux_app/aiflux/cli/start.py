@@ -26,10 +26,10 @@ from aiflux.image.container import find_image, find_runtime, local_choices
 from aiflux.image.sif import own_image, refuse_other_engine
 from aiflux.slurm.preflight.nodes import check_names
 from aiflux.slurm.script import JobScript, render_local, render_models
-from aiflux.util.temporary import temporary_folder
+from aiflux.util.files import temporary_folder
 
 if TYPE_CHECKING:
-    from aiflux.slurm.job_id import JobId
+    from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submit import PlannedRun
 
 
@@ -42,7 +42,7 @@ def show_local_choices(config: Config, image: Path | None) -> None:
 
 def submit_planned(planned: PlannedRun) -> int:
     """Submit a planned run, or write its output if only that is missing."""
-    from aiflux.slurm.job_id import join_jobs
+    from aiflux.slurm.jobs import join_jobs
     from aiflux.slurm.submit import submit_job
 
     opened = planned.opened

@@ -16,7 +16,7 @@ from aiflux.converters.request_form import RequestDraft, RequestForm
 from aiflux.errors import InputError, UsageError
 from aiflux.util.files import atomic_write, refuse_special
 from aiflux.util.lines import MAX_LINE_BYTES
-from aiflux.util.unicode import terminal_line
+from aiflux.util.text import terminal_line
 
 SHOWN = 20
 _KEPT = 1000

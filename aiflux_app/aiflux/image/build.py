@@ -19,7 +19,7 @@ from aiflux.image.base import BaseChoice, BuildOptions, choose_base
 from aiflux.image.container import find_runtime
 from aiflux.image.run_tool import ask, capture, run
 from aiflux.image.signing import Ask, Signer, find_signer, no_answer, sign
-from aiflux.util.temporary import temporary_folder
+from aiflux.util.files import temporary_folder
 
 _NETWORK_REMEDY = "see the message above; pip downloads the wheels from PyPI"
 

@@ -17,7 +17,7 @@ from aiflux.errors import ImageError
 from aiflux.image.run_tool import apptainer
 from aiflux.image.sif import how_to_build
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
-from aiflux.util.temporary import temporary_folder
+from aiflux.util.files import temporary_folder
 
 State = Literal["verified", "unsigned", "unknown key", "broken"]
 

@@ -1,4 +1,8 @@
-"""Call Slurm's commands with a clean environment: submit and cancel jobs."""
+"""Call Slurm's commands with a clean environment: submit, cancel and query jobs.
+
+The formats are the same in every Slurm since 20.11 (``squeue -o``, ``sacct -P``,
+``scontrol -o``); ``--json`` differs by version. Source: the man pages of these commands.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,28 @@ import os
 import pwd
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.registry import JOB
 from aiflux.errors import SlurmError
-from aiflux.slurm.job_id import JobId, array_ranges
+from aiflux.slurm.jobs import (
+    JobId,
+    JobState,
+    TaskState,
+    array_ranges,
+    join_jobs,
+    overall_state,
+    parse_ranges,
+)
+
+Tasks = dict[int | None, TaskState]
+
+_SQUEUE = "%F|%K|%T|%S|%M|%N|%r"  # the reason comes last: it is free text
+_SACCT = "JobID,State,ExitCode,Start,Elapsed,NodeList"
+_JOB_ID = re.compile(r"(\d+)(?:_(\d+|\[.*))?\Z")
+_DEFAULT_MAX_ARRAY_SIZE = 1001
 
 
 def submit(
@@ -156,3 +177,211 @@ def words(done: subprocess.CompletedProcess[str]) -> str:
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     cleaned = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in lines]
     return "; ".join(line for line in cleaned if line) or f"exit status {done.returncode}"
+
+
+def max_array_size(environ: Mapping[str, str] | None = None) -> int:
+    """Return the cluster's ``MaxArraySize``: one more than the highest task number it takes."""
+    config = attempt(["scontrol", "show", "config"], _environment(environ)) or ""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
+    return int(match[1]) if match else _DEFAULT_MAX_ARRAY_SIZE
+
+
+def task_states(
+    jobs: Sequence[JobId], environ: Mapping[str, str] | None = None
+) -> dict[str, dict[int | None, TaskState]]:
+    """Return the states of jobs by their number, and for each by task.
+
+    The task of a job that is not an array is None. squeue shows waiting and running jobs, sacct (or
+    scontrol without accounting) those that have ended. Jobs and tasks that Slurm no longer knows
+    are absent.
+
+    Raises:
+        SlurmError: Slurm is missing or does not answer, so that a job is unknown.
+    """
+    found: dict[str, Tasks] = {}
+    for cluster in dict.fromkeys(job.cluster for job in jobs):
+        group = [job for job in jobs if job.cluster == cluster]
+        for number, tasks in _states_on(group, _environment(environ)).items():
+            found.setdefault(number, {}).update(tasks)
+    return {
+        job.number: dict(sorted(found[job.number].items(), key=lambda item: item[0] or 0))
+        for job in jobs
+        if job.number in found
+    }
+
+
+def job_state(jobs: JobId | Sequence[JobId], environ: Mapping[str, str] | None = None) -> JobState:
+    """Return a job's state; that of an array, or of several jobs, is its tasks' overall state.
+
+    Raises:
+        SlurmError: Slurm is missing or does not answer, or does not know the job (any longer).
+    """
+    wanted = [jobs] if isinstance(jobs, JobId) else jobs
+    states = task_states(wanted, environ)
+    state = overall_state(task for tasks in states.values() for task in tasks.values())
+    if state is None:
+        raise SlurmError(
+            f"Slurm does not know the job {join_jobs(wanted)}",
+            "check the id; for a job that ended long ago, use aiflux status RUN",
+        )
+    return state
+
+
+def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
+    cleaned = clean_environment(os.environ if environ is None else environ)
+    # Without it, Slurm truncates long lists of tasks.
+    return cleaned | {"SLURM_BITSTR_LEN": "0"}
+
+
+def _states_on(jobs: Sequence[JobId], environment: Mapping[str, str]) -> dict[str, Tasks]:
+    """Return the states of jobs on one cluster."""
+    failure = None
+    found: dict[str, Tasks] = {}
+    try:
+        _add(found, _from_squeue(jobs, environment))
+    except SlurmError as error:
+        failure = error
+    # squeue soon forgets ended jobs, and never shows their exit codes.
+    rest = [job for job in jobs if not _settled(found.get(job.number, {}))]
+    ended: dict[str, Tasks] = {}
+    if rest:
+        _add(ended, _from_sacct(rest, environment))
+        _complete(found, ended)
+    for job in rest:
+        if not _known(found.get(job.number, {})):
+            _complete(found, _collected(_from_scontrol(job, environment)))
+    if failure is not None and any(job.number not in found for job in jobs):
+        raise failure
+    return found
+
+
+def _settled(tasks: Tasks) -> bool:
+    """Return whether the state is complete: an active job that is not an array."""
+    return None in tasks and tasks[None].active
+
+
+def _known(tasks: Tasks) -> bool:
+    return bool(tasks) and all(task.active or task.exit_code is not None for task in tasks.values())
+
+
+def _complete(found: dict[str, Tasks], more: dict[str, Tasks]) -> None:
+    """Add states that squeue does not show; it takes precedence for active and just ended jobs."""
+    for number, tasks in more.items():
+        known = found.setdefault(number, {})
+        for task, state in tasks.items():
+            if task not in known or not (known[task].active or state.active):
+                known[task] = state
+
+
+def _collected(rows: Iterable[tuple[str, int | None, TaskState]]) -> dict[str, Tasks]:
+    found: dict[str, Tasks] = {}
+    _add(found, rows)
+    return found
+
+
+def _add(found: dict[str, Tasks], rows: Iterable[tuple[str, int | None, TaskState]]) -> None:
+    for number, task, state in rows:
+        found.setdefault(number, {})[task] = state
+
+
+def _from_squeue(
+    jobs: Sequence[JobId], environment: Mapping[str, str]
+) -> Iterator[tuple[str, int | None, TaskState]]:
+    asked = ["squeue", *jobs[0].options, "-h", "-r", "-t", "all", "-j", _numbers(jobs)]
+    done = call([*asked, "-o", _SQUEUE], environment)
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise SlurmError(f"squeue did not answer: {words(done)}", "try again in a minute")
+    for line in done.stdout.splitlines():
+        fields = line.split("|", 6)
+        if len(fields) == 7:
+            number, task, name, start, elapsed, nodes, reason = fields
+            state = TaskState(name, None, _told(reason), _told(nodes), _told(start), _told(elapsed))
+            yield from ((number, index, state) for index in _indexes(task))
+
+
+def _from_sacct(
+    jobs: Sequence[JobId], environment: Mapping[str, str]
+) -> Iterator[tuple[str, int | None, TaskState]]:
+    asked = ["sacct", *jobs[0].options, "-X", "-n", "-P", "-j", _numbers(jobs), "-o", _SACCT]
+    for line in (attempt(asked, environment) or "").splitlines():
+        fields = line.split("|")
+        match = _JOB_ID.match(fields[0])
+        if match and len(fields) == 6 and fields[1].strip():
+            _, name, code, start, elapsed, nodes = fields
+            # CANCELLED is shown as "CANCELLED by 1000".
+            name = name.split()[0]
+            state = TaskState(
+                name, _exit_code(code), None, _told(nodes), _told(start), _told(elapsed)
+            )
+            yield from ((match[1], index, state) for index in _indexes(match[2] or ""))
+
+
+def _from_scontrol(
+    job: JobId, environment: Mapping[str, str]
+) -> Iterator[tuple[str, int | None, TaskState]]:
+    asked = ["scontrol", *job.options, "-o", "show", "job", job.number]
+    for line in (attempt(asked, environment) or "").splitlines():
+        # A job's name and comment are free text: the state is directly before its reason.
+        states = re.findall(r" JobState=([A-Z_]+) Reason=(\S*)", line)
+        if not states or not line.startswith("JobId="):
+            continue
+        name, reason = states[0]
+        restarts = _field(line, "Restarts")
+        state = TaskState(
+            name,
+            _exit_code(_field(line, "ExitCode")),
+            _told(reason),
+            _told(_field(line, "NodeList")),
+            _told(_field(line, "StartTime")),
+            _told(_field(line, "RunTime")),
+            int(restarts) if restarts.isdigit() else None,
+        )
+        yield from ((job.number, index, state) for index in _indexes(_field(line, "ArrayTaskId")))
+
+
+def _numbers(jobs: Sequence[JobId]) -> str:
+    return ",".join(job.number for job in jobs)
+
+
+def _indexes(text: str) -> list[int | None]:
+    return [*parse_ranges(text)] if text not in ("", "N/A") else [None]
+
+
+def _field(line: str, name: str) -> str:
+    match = re.search(rf" {name}=(\S*)", line)
+    return match[1] if match else ""
+
+
+def _exit_code(text: str) -> int | None:
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    return int(match[1]) if match else None
+
+
+def _told(text: str) -> str | None:
+    empty = ("", "None", "N/A", "Unknown", "(null)", "None assigned")
+    return None if text.strip() in empty else text.strip()
+
+
+def run_directory_of(text: str, environ: Mapping[str, str]) -> Path | None:
+    """Return the run directory of a job's script; None if Slurm does not know it.
+
+    Args:
+        text: ``123``, ``123_4`` or ``123;cluster``.
+    """
+    match = JOB.fullmatch(text)
+    if match is None:
+        return None
+    job = JobId(match["number"], match["cluster"])
+    scripts = (Path(path) for path in _scripts(job, clean_environment(environ)))
+    folders = (path.parent for path in scripts if path.suffix == ".sbatch" and path.is_absolute())
+    return next((folder for folder in folders if RunDirectory(folder).plan.is_file()), None)
+
+
+def _scripts(job: JobId, environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield possible paths of the job's script."""
+    # Without -o, each field has its own line, and a path can contain spaces.
+    shown = attempt(["scontrol", *job.options, "show", "job", job.number], environment) or ""
+    yield from re.findall(r"^\s*Command=(/.*\.sbatch)\s*$", shown, re.MULTILINE)
+    asked = ["sacct", *job.options, "-X", "-n", "-P", "-j", job.number, "-o", "SubmitLine"]
+    for line in (attempt(asked, environment) or "").splitlines():
+        yield from re.findall(r" -- (/.*\.sbatch)\s*$", line)

@@ -19,9 +19,9 @@ from aiflux.core.runs.registry import register_plan
 from aiflux.errors import OutputExistsError, SlurmError
 from aiflux.image.container import local_choices
 from aiflux.slurm import commands
-from aiflux.slurm.job_id import JobState, join_jobs, parse_jobs
+from aiflux.slurm.commands import job_state
+from aiflux.slurm.jobs import JobState, join_jobs, parse_jobs
 from aiflux.slurm.preflight.local import finding_text
-from aiflux.slurm.query import job_state
 from aiflux.slurm.submit import plan_job, submit_job
 from aiflux.util.files import expanded
 

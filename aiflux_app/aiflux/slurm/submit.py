@@ -20,13 +20,22 @@ from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.estimates.estimate import SLURM, carry_estimate, known_estimate
 from aiflux.image.container import find_image, image_names
-from aiflux.slurm.commands import submit
-from aiflux.slurm.job_id import JobId, TaskState, array_ranges, parse_ranges, split_arrays
+from aiflux.slurm.commands import max_array_size, submit, task_states
+from aiflux.slurm.jobs import (
+    Job,
+    JobId,
+    Submission,
+    Submissions,
+    TaskState,
+    array_ranges,
+    parse_ranges,
+    read_submissions,
+    remember,
+    split_arrays,
+)
 from aiflux.slurm.preflight.cluster import preflight
 from aiflux.slurm.preflight.local import Finding, problem_with, refuse
-from aiflux.slurm.query import max_array_size, task_states
 from aiflux.slurm.script import JobScript, render
-from aiflux.slurm.submissions import Job, Submission, Submissions, read_submissions, remember
 from aiflux.util.files import atomic_write, expanded, storage_error
 from aiflux.util.lease import acquire
 from aiflux.util.records import to_json

@@ -1,12 +1,15 @@
-"""Durable file operations: atomic replacement, and errors with location and remedy."""
+"""Files: atomic replacement, errors with location and remedy, and temporary folders."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import grp
 import os
 import pwd
+import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +21,7 @@ from zlib import crc32
 
 from aiflux.errors import OutputExistsError, StorageError, UsageError
 from aiflux.util.process_limits import exhausted
-from aiflux.util.unicode import json_text
+from aiflux.util.text import json_text
 
 _BUFFER = 1 << 20
 _PART = ".aiflux-part"
@@ -31,6 +34,8 @@ _READ_REMEDIES = {
     errno.ENFILE: "close other programs' files, then run the same command again",
 }
 T = TypeVar("T")
+_PREFIX = "aiflux-"
+_LOCK = ".in-use"
 
 
 def expanded(path: Path | str) -> Path:
@@ -333,3 +338,43 @@ def short(path: Path) -> str:
         if path.is_relative_to(base) and path != base:
             return prefix + str(path.relative_to(base))
     return str(path)
+
+
+@contextmanager
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Make a folder and remove it at the end; remove those of processes that were killed, too.
+
+    Args:
+        parent: where to make it (default: TMPDIR).
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    _remove_abandoned(parent)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
+        folder = Path(name)
+        # The lock ends with this process, however that ends. It gets its name when it is held:
+        # a folder that is just being made has none, and is left alone.
+        with open(folder / f"{_LOCK}.new", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / f"{_LOCK}.new").rename(folder / _LOCK)
+            yield folder
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove such folders of this user that no process holds."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            _remove_if_abandoned(folder)
+        except OSError:
+            continue  # another process removed it, or holds it: it is none of this one's business
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+        return
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from aiflux.errors import StorageError, UsageError
-from aiflux.util.unicode import terminal_text
+from aiflux.util.text import terminal_text
 
 STDIN = STDOUT = "-"  # instead of a file name
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}

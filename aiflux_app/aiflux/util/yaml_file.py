@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from aiflux.errors import ConfigError
-from aiflux.util.text import suggestion
-from aiflux.util.unicode import is_whole
+from aiflux.util.text import is_whole, suggestion
 
 _LARGEST = 1 << 20  # bytes; larger files are not written by hand, and take long to read
 _KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from aiflux.util.unicode import terminal_text
+from aiflux.util.text import terminal_text
 
 
 class TerminalConsole(Console):

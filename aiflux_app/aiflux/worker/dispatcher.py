@@ -28,8 +28,17 @@ from aiflux.engines.outcome import (
 from aiflux.errors import AifluxError, RejectedError, StoppedError, StorageError
 from aiflux.util.process_limits import SPARE_BYTES, THREAD_BYTES, exhausted, start_thread
 from aiflux.util.times import utc_now
-from aiflux.worker.outage import POLL_SECONDS, OutageProbe, OutageWatch, is_common, may_pass
-from aiflux.worker.rejections import ENOUGH, Held, Rejections, certain
+from aiflux.worker.outage import (
+    ENOUGH,
+    POLL_SECONDS,
+    Held,
+    OutageProbe,
+    OutageWatch,
+    Rejections,
+    certain,
+    is_common,
+    may_pass,
+)
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking

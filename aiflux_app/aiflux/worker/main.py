@@ -17,11 +17,14 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from aiflux import __version__
 from aiflux.core.config.config import Config
-from aiflux.core.config.settings import given_settings
+from aiflux.core.config.declaration import Setting
+from aiflux.core.config.settings import SETTINGS, TITLES, given_settings
 from aiflux.core.runs.directory import RunDirectory, named_output
 from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, read_plan
@@ -35,10 +38,9 @@ from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
 from aiflux.models.name import parse_model_name
+from aiflux.util.files import temporary_folder
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
-from aiflux.util.temporary import temporary_folder
-from aiflux.worker.arguments import add_settings
 from aiflux.worker.progress import make_reporter
 from aiflux.worker.shard import Context, ensure_models, work
 from aiflux.worker.stop import Stopper
@@ -212,3 +214,45 @@ def finished(plan: Plan, counts: Counts, context: Context) -> None:
     """
     context.reporter.say(finished_line(plan, counts))
     refuse_failures(plan, counts.failed)
+
+
+def add_settings(parser: argparse.ArgumentParser, *sections: str) -> None:
+    """Add an option for each setting of the sections; values stay texts, None means not given."""
+    for section in sections:
+        group = parser.add_argument_group(TITLES[section])
+        for setting in SETTINGS:
+            if setting.section == section:
+                _add(group, setting)
+
+
+class _Switch(argparse.Action):
+    """Sets what the option's name says: ``--seal`` true, ``--no-seal`` false."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
+
+
+def _add(group: Any, setting: Setting) -> None:
+    text = setting.help.replace("%", "%%") if setting.offered else argparse.SUPPRESS
+    if isinstance(setting.default, bool):
+        option, opposite = setting.options
+        add = partial(group.add_argument, dest=setting.name, action=_Switch, nargs=0, default=None)
+        add(option, help=text)
+        add(opposite, help=f"The opposite of {option}")
+        return
+    if setting.offered and setting.default not in (None, {}, ()):
+        text += f" (default: {str(setting.default).replace('%', '%%')})"
+    group.add_argument(
+        *setting.options,
+        dest=setting.name,
+        metavar=setting.metavar,
+        action="append" if setting.repeatable else "store",
+        default=None,
+        help=text,
+    )

@@ -34,20 +34,18 @@ from aiflux.errors import (
     StoppedError,
     TooManyFailuresError,
 )
+from aiflux.util.files import temporary_folder
 from aiflux.util.lease import acquire
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
-from aiflux.util.temporary import temporary_folder
 from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.gpu_monitor import GpuWatch
 from aiflux.worker.network_check import unsealed_reason
-from aiflux.worker.outage import OutageWatch
+from aiflux.worker.outage import OutageWatch, Rejections
 from aiflux.worker.progress import Reporter
-from aiflux.worker.rejections import Rejections
-from aiflux.worker.scheduler import Lane, Limit, Scheduler
-from aiflux.worker.source import Source
+from aiflux.worker.scheduler import Lane, Limit, Scheduler, Source
 from aiflux.worker.stats import Ledger, Stats
 from aiflux.worker.stop import Stopper
 from aiflux.worker.validation import Checking

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiflux.errors import ConfigError
-from aiflux.slurm.job_id import array_ranges, parse_ranges, split_arrays
+from aiflux.slurm.jobs import array_ranges, parse_ranges, split_arrays
 
 indexes = st.lists(st.integers(0, 5000), min_size=1, unique=True).map(sorted)
 

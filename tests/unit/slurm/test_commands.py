@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 
 from aiflux.errors import SlurmError
-from aiflux.slurm.commands import cancel, clean_environment, submit
-from aiflux.slurm.job_id import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
-from aiflux.slurm.query import job_state, max_array_size, task_states
+from aiflux.slurm.commands import (
+    cancel,
+    clean_environment,
+    job_state,
+    max_array_size,
+    submit,
+    task_states,
+)
+from aiflux.slurm.jobs import JobId, JobState, TaskState, join_jobs, overall_state, parse_jobs
 from tests.unit.fake_commands import FakeCommands
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from aiflux.core.config.run_options import RunOptions
 from aiflux.errors import AifluxError, ExitCode, RunConflictError
-from aiflux.slurm.job_id import JobId, TaskState
+from aiflux.slurm.commands import run_directory_of
+from aiflux.slurm.jobs import JobId, TaskState
 from aiflux.slurm.monitor.collect import (
     Observer,
     active_jobs,
@@ -21,7 +22,6 @@ from aiflux.slurm.monitor.collect import (
     read_facts,
 )
 from aiflux.slurm.monitor.run_view import RunState, RunView, assemble, outcome
-from aiflux.slurm.query import run_directory_of
 from aiflux.util.lease import identity
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun

@@ -24,8 +24,7 @@ from aiflux.errors import (
     describe,
 )
 from aiflux.slurm import SlurmRunner
-from aiflux.slurm.job_id import JobState
-from aiflux.slurm.submissions import read_submissions
+from aiflux.slurm.jobs import JobState, read_submissions
 from aiflux.slurm.submit import plan_job, plan_resume, submit_job
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands

@@ -19,7 +19,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, Shard
 from aiflux.core.runs.status_file import StatusDetails, StatusFile
 from aiflux.errors import ConfigError
-from aiflux.slurm.submissions import Job, Submission, Submissions
+from aiflux.slurm.jobs import Job, Submission, Submissions
 from aiflux.util.records import KEY, OMITTED, from_json, to_json
 
 PLAN = Plan(

@@ -31,9 +31,8 @@ from aiflux.models.endpoints import ENDPOINTS
 from aiflux.util.extras import remedy
 from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
-from aiflux.worker.scheduler import Lane, Scheduler
+from aiflux.worker.scheduler import Lane, Scheduler, Source
 from aiflux.worker.schema_process import SchemaProcess
-from aiflux.worker.source import Source
 from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking
 from tests.tools.faulty_engine import FaultyEngine

@@ -33,7 +33,7 @@ from aiflux.core.batch.request import parse_json
 from aiflux.errors import InputError, StoppedError, UsageError
 from aiflux.util.files import expanded, refuse_existing
 from aiflux.util.streams import STDIN, STDOUT
-from aiflux.util.unicode import json_text
+from aiflux.util.text import json_text
 
 _TRIAL = 3
 _CSV = 'aiflux convert csv in.csv --template "Sum up: {text}" --output q.jsonl'

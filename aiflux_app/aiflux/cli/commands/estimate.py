@@ -176,7 +176,7 @@ def _drawn(asked: Asked, pilot: Pilot, whole: Plan, summary: InputSummary) -> Dr
 
 
 def _refuse_active(pilot: Pilot) -> None:
-    from aiflux.slurm.submissions import read_submissions
+    from aiflux.slurm.jobs import read_submissions
     from aiflux.slurm.submit import active_shards
 
     active = active_shards(pilot.run) if read_submissions(pilot.run) is not None else {}
@@ -211,7 +211,7 @@ def _do(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
 
 
 def _do_in_slurm(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
-    from aiflux.slurm.submissions import read_submissions
+    from aiflux.slurm.jobs import read_submissions
 
     if read_submissions(pilot.run) is None:
         _submit(asked, pilot, options)

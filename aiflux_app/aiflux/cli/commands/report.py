@@ -24,12 +24,12 @@ from aiflux.report.html.plots import latency_plot, throughput_plot
 from aiflux.report.journal_summary import tally
 from aiflux.report.machines import ReportSources
 from aiflux.report.methods import methods
+from aiflux.slurm.jobs import known_submissions
 from aiflux.slurm.monitor.collect import ShardView, gather
-from aiflux.slurm.submissions import known_submissions
 from aiflux.util.files import atomic_write, expanded, may_write, short, user_name
 from aiflux.util.records import to_json
 from aiflux.util.streams import STDOUT
-from aiflux.util.unicode import json_text, terminal_text, whole
+from aiflux.util.text import json_text, terminal_text, whole
 
 
 @command("report", examples=["aiflux report results.json --output report.html"])

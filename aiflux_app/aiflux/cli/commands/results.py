@@ -32,7 +32,7 @@ from aiflux.core.runs.directory import OUTPUT_SUFFIXES
 from aiflux.core.runs.plan import read_plan
 from aiflux.util.files import expanded
 from aiflux.util.streams import STDOUT
-from aiflux.util.unicode import json_text, terminal_line
+from aiflux.util.text import json_text, terminal_line
 from aiflux.worker.console import TerminalConsole
 
 _SHOWN = 400

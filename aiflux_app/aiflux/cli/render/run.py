@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.text import Text
 
 from aiflux.core.batch.results_file import answered_words
-from aiflux.slurm.monitor.run_view import RequestError, RunState, RunView, ShardView
-from aiflux.slurm.monitor.shard_state import ShardState
+from aiflux.slurm.monitor.run_view import RequestError, RunState, RunView, ShardState, ShardView
 from aiflux.util.times import duration
 
 SHOWN_SHARDS = 20

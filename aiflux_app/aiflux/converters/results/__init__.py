@@ -18,7 +18,7 @@ from aiflux.converters.writer import same_file
 from aiflux.errors import InputError
 from aiflux.util.extras import need
 from aiflux.util.files import atomic_write
-from aiflux.util.unicode import REPLACEMENT, json_text, whole, whole_text
+from aiflux.util.text import REPLACEMENT, json_text, whole, whole_text
 
 __all__ = [
     "BackOptions", "BackSummary", "results_to_csv", "results_to_jsonl", "results_to_parquet",

@@ -24,7 +24,7 @@ from aiflux.converters.template import check_columns
 from aiflux.converters.writer import SeenIds, Skipped
 from aiflux.core.batch.results_file import ResultEntry
 from aiflux.errors import InputError
-from aiflux.util.unicode import whole_text
+from aiflux.util.text import whole_text
 
 _NAMED = 5
 _INT64 = range(-(1 << 63), 1 << 63)

@@ -15,7 +15,7 @@ from operator import eq
 from typing import Any, NamedTuple, NoReturn
 
 from aiflux.models.endpoints import ENDPOINTS
-from aiflux.util.unicode import is_whole
+from aiflux.util.text import is_whole
 
 try:
     import orjson

@@ -21,7 +21,7 @@ from aiflux.core.runs.plan import Plan
 from aiflux.errors import OutputExistsError, TooManyFailuresError
 from aiflux.util.files import checksum, is_there, read_file, write_json
 from aiflux.util.records import KEY, OMITTED, from_json, to_json
-from aiflux.util.unicode import whole
+from aiflux.util.text import whole
 
 WRITE_INTERVAL = 1.0
 _MOMENTS = {

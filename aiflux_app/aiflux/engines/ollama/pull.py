@@ -35,8 +35,7 @@ from aiflux.engines.ollama.store import (
 from aiflux.engines.process import ServerProcess
 from aiflux.errors import AifluxError, EngineError, ModelError, StorageError
 from aiflux.models.name import ModelName, parse_model_name
-from aiflux.util.files import may_write
-from aiflux.util.temporary import temporary_folder
+from aiflux.util.files import may_write, temporary_folder
 
 _STALL_TIMEOUT = 600.0
 _CREATE_TIMEOUT = 3600.0

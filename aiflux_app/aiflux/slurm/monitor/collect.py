@@ -20,20 +20,22 @@ from aiflux.core.runs.status_file import (
     read_status,
 )
 from aiflux.errors import AifluxError, SlurmError
-from aiflux.slurm.job_id import JobId
+from aiflux.slurm.commands import task_states
+from aiflux.slurm.jobs import JobId, Submissions, known_submissions, read_submissions
 from aiflux.slurm.monitor.run_view import (
+    QUIET_SECONDS,
     RunFacts,
     RunState,
     RunView,
+    ShardFacts,
+    ShardState,
     ShardView,
+    TaskId,
     Tasks,
     assemble,
     outcome,
 )
-from aiflux.slurm.monitor.shard_state import QUIET_SECONDS, ShardFacts, ShardState, TaskId
-from aiflux.slurm.query import task_states
 from aiflux.slurm.script import log_file
-from aiflux.slurm.submissions import Submissions, known_submissions, read_submissions
 from aiflux.util.lease import holder_lives
 
 __all__ = [

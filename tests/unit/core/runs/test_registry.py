@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.registry import entries, find_run, folder, forget_gone, register, with_job
 from aiflux.errors import RunConflictError, UsageError
-from aiflux.slurm.submissions import known_submissions, read_submissions
+from aiflux.slurm.jobs import known_submissions, read_submissions
 from tests.unit.made_runs import MadeRun
 
 

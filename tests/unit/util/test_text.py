@@ -26,7 +26,7 @@ from aiflux.converters.results import (
     results_to_parquet,
 )
 from aiflux.errors import ExitCode
-from aiflux.util.unicode import json_text, terminal_line, terminal_text, whole, whole_text
+from aiflux.util.text import json_text, terminal_line, terminal_text, whole, whole_text
 from aiflux.worker.console import TerminalConsole
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.util.temporary import temporary_folder
+from aiflux.util.files import temporary_folder
 
 HOLDING = """
 import sys, time
 from pathlib import Path
-from aiflux.util.temporary import temporary_folder
+from aiflux.util.files import temporary_folder
 with temporary_folder(Path(sys.argv[1])) as folder:
     (folder / "models").mkdir()
     (folder / "models" / "content").write_text("x")

@@ -99,7 +99,7 @@ bench: $(bin)/.installed-dev ## measure the worker against a simulated engine (B
 	$(bin)/python -m bench $(BENCH)
 
 slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch script
-	$(bin)/python -m aiflux.slurm > $@.new
+	$(bin)/python -m aiflux.slurm.script > $@.new
 	mv $@.new $@
 
 clean: ## remove build results

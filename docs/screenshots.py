@@ -21,7 +21,7 @@ from rich.text import Text
 
 from aiflux.cli.render.run import Frame, overview
 from aiflux.core.runs.registry import find_run
-from aiflux.slurm.monitor.collect import RunView, gather
+from aiflux.slurm.monitor import RunView, gather
 from aiflux.util.files import short
 
 FOLDER = Path(__file__).parent

@@ -53,6 +53,6 @@ def then_status(
 
 
 def _print_status(run: RunDirectory, more: Mapping[str, Any] | None) -> None:
-    from aiflux.slurm.monitor.collect import gather
+    from aiflux.slurm.monitor import gather
 
     print_json({**gather(run).to_json(), **(more or {})})

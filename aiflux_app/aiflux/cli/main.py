@@ -1,15 +1,18 @@
-"""``aiflux``: the commands, and how errors become messages and exit codes."""
+"""``aiflux``: the commands, signals, and how errors become messages and exit codes."""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from aiflux import __version__
-from aiflux.cli.sigterm import unwinding
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import (
@@ -196,3 +199,27 @@ def _run(words: Sequence[str], session: Session, stdout: Outlet) -> int:
 
         raise usage_error(error, program, words) from None
     return code
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Raise KeyboardInterrupt with the signal's name on SIGTERM and SIGHUP.
+
+    Under nohup SIGHUP stays ignored. In a thread, signals are left to the caller.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, _unwind) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from aiflux.converters.documents import NoTextError, read_document
 from aiflux.converters.encoding import Encoding, checked_encoding
-from aiflux.converters.request_form import RequestDraft, make_form
+from aiflux.converters.request_form import RequestDraft, Template, make_form
 from aiflux.converters.table import names
-from aiflux.converters.template import Template
 from aiflux.converters.writer import (
     BadRowError,
     Conversion,

@@ -1,24 +1,307 @@
-"""Read the text of a file: plain text in any encoding, PDF or DOCX."""
+"""Read the text of a file: plain text in any encoding, PDF or DOCX.
+
+A DOCX file is read as Word shows it with all tracked changes accepted. Its XML is parsed element by
+element. Whatever wraps a paragraph or a run (content controls, insertions, smart tags, links) is
+passed through, so that no wrapper hides its text.
+"""
 
 from __future__ import annotations
 
 import logging
+import posixpath
 import re
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from xml.parsers import expat
 
-from aiflux.converters.docx import DocxError, docx_text
-from aiflux.converters.encoding import Encoding, decoded, marked_encoding
-from aiflux.converters.encoding_guess import UnclearEncodingError
+from aiflux.converters.encoding import Encoding, UnclearEncodingError, decoded, marked_encoding
 from aiflux.converters.writer import BadRowError
 from aiflux.util.extras import need
 
+# A DOCX of a few kilobytes can decompress to gigabytes.
+_MAX_UNPACKED = 256 << 20
+_OLE = b"\xd0\xcf\x11\xe0"
+_WORD = (
+    "http://schemas.openxmlformats.org/wordprocessingml/2006/main",
+    "http://purl.oclc.org/ooxml/wordprocessingml/main",  # Strict documents
+)
+_MATH = (
+    "http://schemas.openxmlformats.org/officeDocument/2006/math",
+    "http://purl.oclc.org/ooxml/officeDocument/math",
+)
+_COMPATIBILITY = "http://schemas.openxmlformats.org/markup-compatibility/2006"
+# Deleted text, field codes, and phonetic guides above words.
+_LEFT_OUT = ("del", "moveFrom", "instrText", "delInstrText", "delText", "rt")
+_SIGNS = {"tab": "\t", "ptab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "\u2011"}
+_NOTES = {"footnoteReference": "footnotes", "endnoteReference": "endnotes"}
+_OFF = ("0", "false", "off")
+
+Attributes = dict[str, str]
 # pypdf's output for glyphs that the font does not map to letters.
 _UNREADABLE = re.compile(
     r"[\ufffd\ue000-\uf8ff\x00-\x08\x0e-\x1f]|\(cid:\d+\)|/(?:[gGcCa]|cid|glyph|index)\d+"
 )
 _MAX_UNREADABLE = 0.2  # share of unreadable characters above which the text is useless
+
+
+class DocxError(ValueError):
+    """A file is not a readable DOCX; the message says why and how to fix it."""
+
+
+def docx_text(file: BinaryIO) -> str:
+    """Return a document's text: one line per paragraph, table cells separated by tabs.
+
+    Text boxes follow their paragraph. Footnotes and endnotes come last, with their numbers in the
+    text. Headers, footers and comments are skipped.
+
+    Raises:
+        DocxError: the file is encrypted, or decompresses to too much.
+        Exception: the file is damaged; zipfile, zlib and expat raise their own errors.
+    """
+    start = file.read(len(_OLE))
+    if start == _OLE:
+        raise DocxError("encrypted DOCX or old Word file; save it as DOCX without a password")
+    with zipfile.ZipFile(file) as package:
+        size = sum(part.file_size for part in package.infolist())
+        if size > _MAX_UNPACKED:
+            raise DocxError(f"the DOCX decompresses to {size >> 20} MiB, too much for a document")
+        return _text_of(package)
+
+
+def _text_of(package: zipfile.ZipFile) -> str:
+    main = _related(package, "").get("officeDocument", "word/document.xml")
+    body = _Body()
+    _parse(package, main, body.start, body.end, body.data)
+    lines = body.lines
+    parts = _related(package, main)
+    for kind, first in (("footnotes", body.footnotes), ("endnotes", body.endnotes)):
+        if first and kind in parts:
+            notes = _Body()
+            _parse(package, parts[kind], notes.start, notes.end, notes.data)
+            for number, name in enumerate(first, start=1):
+                lines.append(f"[{_numeral(kind, number)}] {' '.join(notes.notes.get(name, []))}")
+    return "\n".join(lines)
+
+
+def _numeral(kind: str, number: int) -> str:
+    return str(number) if kind == "footnotes" else f"e{number}"
+
+
+def _parse(
+    package: zipfile.ZipFile,
+    part: str,
+    start: Callable[[str, Attributes], None],
+    end: Callable[[str], None] | None = None,
+    data: Callable[[str], None] | None = None,
+) -> None:
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.buffer_text = True
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = data
+    parser.StartDoctypeDeclHandler = _refuse_doctype
+    with package.open(part) as file:
+        parser.ParseFile(file)
+
+
+def _refuse_doctype(*_: object) -> None:
+    """Reject a document type: Office never writes one, and entities can expand to gigabytes."""
+    raise DocxError("the DOCX has a document type declaration, which word processors never write")
+
+
+def _related(package: zipfile.ZipFile, part: str) -> dict[str, str]:
+    """Return the parts related to a part ("" is the package), by relationship type."""
+    folder, name = posixpath.split(part)
+    listing = posixpath.join(folder, "_rels", f"{name}.rels")
+    found: dict[str, str] = {}
+
+    def start(tag: str, attributes: Attributes) -> None:
+        if tag.endswith(" Relationship") and attributes.get("TargetMode") != "External":
+            target = posixpath.join("/", folder, attributes.get("Target", ""))
+            kind = attributes.get("Type", "").rpartition("/")[2]
+            found.setdefault(kind, posixpath.normpath(target).lstrip("/"))
+
+    if listing in package.namelist():
+        _parse(package, listing, start)
+    return found
+
+
+@dataclass
+class _Paragraph:
+    text: list[str] = field(default_factory=list)
+    boxes: list[str] = field(default_factory=list)
+    joined: bool = False  # its end was deleted, so the next paragraph continues it
+
+
+@dataclass
+class _Row:
+    cells: list[str] = field(default_factory=list)
+    deleted: bool = False
+
+
+class _Body:
+    """Collects the text of one part while expat reads it.
+
+    Attributes:
+        lines: the finished text.
+        footnotes, endnotes: names of the notes that the text refers to, in order.
+        notes: lines of the notes by name, if the part consists of notes.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.footnotes: list[str] = []
+        self.endnotes: list[str] = []
+        self.notes: dict[str, list[str]] = {}
+        self._places = [self.lines]  # stack of targets for lines; the last is the innermost
+        self._paragraphs: list[_Paragraph] = []
+        self._rows: list[_Row] = []
+        self._fields: list[bool] = []  # for each open field, whether its code is being read
+        self._choices: list[bool] = []  # for each mc:AlternateContent, whether a branch was used
+        self._path: list[str] = []
+        self._hidden = 0  # depth inside skipped elements
+        self._vanished = self._in_text = False
+        self._carried = ""
+
+    def start(self, tag: str, attributes: Attributes) -> None:
+        space, _, name = tag.rpartition(" ")
+        self._path.append(name)
+        if self._hidden or self._left_out(space, name):
+            self._hidden += 1
+            return
+        if space in _MATH and name == "t":
+            self._in_text = True
+        elif space in _WORD:
+            values = {key.rpartition(" ")[2]: value for key, value in attributes.items()}
+            self._start(name, values)
+
+    def _left_out(self, space: str, name: str) -> bool:
+        if space == _COMPATIBILITY:
+            if name == "AlternateContent":
+                self._choices.append(False)
+            elif name in ("Choice", "Fallback") and self._choices:
+                taken, self._choices[-1] = self._choices[-1], True
+                return taken
+            return False
+        return space in _WORD and name in _LEFT_OUT and not self._is_property()
+
+    def _is_property(self) -> bool:
+        """Return whether the current element is part of another element's properties."""
+        return any(name.endswith("Pr") for name in self._path[-4:-1])
+
+    def _start(self, name: str, values: Attributes) -> None:
+        if self._is_property():
+            self._property(name, values)
+        elif name == "t":
+            self._in_text = True
+        elif name == "p":
+            self._paragraphs.append(_Paragraph([self._carried]))
+            self._carried = ""
+        elif name == "r":
+            self._vanished = False
+        elif name == "tr":
+            self._rows.append(_Row())
+        elif name in ("tc", "txbxContent"):
+            self._places.append([])
+        elif name in ("footnote", "endnote"):
+            self._places.append(self.notes.setdefault(values.get("id", ""), []))
+        elif name == "fldChar":
+            self._field(values.get("fldCharType", ""))
+        elif name == "sym":
+            self._symbol(values.get("char", ""))
+        elif name in _NOTES:
+            self._note(name, values.get("id", ""))
+        elif name in _SIGNS:
+            self._add(_SIGNS[name])
+
+    def _property(self, name: str, values: Attributes) -> None:
+        on = values.get("val", "1") not in _OFF
+        if name == "vanish" and self._path[-2:-1] == ["rPr"] and self._path[-3] == "r":
+            self._vanished = on
+        elif name in ("del", "moveFrom") and self._path[-3:-1] == ["pPr", "rPr"]:
+            if self._paragraphs:
+                self._paragraphs[-1].joined = True
+        elif name == "del" and self._path[-2] == "trPr" and self._rows:
+            self._rows[-1].deleted = True
+
+    def _field(self, kind: str) -> None:
+        if kind == "begin":
+            self._fields.append(True)
+        elif self._fields and kind == "separate":
+            self._fields[-1] = False
+        elif self._fields and kind == "end":
+            self._fields.pop()
+
+    def _symbol(self, code: str) -> None:
+        """Add a symbol font's character if Unicode has the same character at this code."""
+        try:
+            char = chr(int(code, 16))
+        except (ValueError, OverflowError):
+            return
+        self._add("" if "\ud800" <= char <= "\uf8ff" else char)
+
+    def _note(self, name: str, note: str) -> None:
+        kind = _NOTES[name]
+        known = self.footnotes if kind == "footnotes" else self.endnotes
+        known.append(note)
+        self._add(f"[{_numeral(kind, len(known))}]")
+
+    def data(self, text: str) -> None:
+        if self._in_text:
+            self._add(text)
+
+    def _add(self, text: str) -> None:
+        if self._paragraphs and not self._vanished and not any(self._fields):
+            self._paragraphs[-1].text.append(text)
+
+    def end(self, tag: str) -> None:
+        space, _, name = tag.rpartition(" ")
+        if self._hidden:
+            self._hidden -= 1
+        elif space == _COMPATIBILITY and name == "AlternateContent":
+            self._choices.pop()
+        elif name == "t":
+            self._in_text = False
+        elif space in _WORD and not self._is_property():
+            self._end(name)
+        self._path.pop()
+
+    def _end(self, name: str) -> None:
+        if name == "p" and self._paragraphs:
+            self._end_paragraph(self._paragraphs.pop())
+        elif name == "r":
+            self._vanished = False
+        elif name == "txbxContent":
+            box = self._close()
+            (self._paragraphs[-1].boxes if self._paragraphs else self._places[-1]).extend(box)
+        elif name == "tc":
+            cell = "\n".join(self._close())
+            if self._rows:
+                self._rows[-1].cells.append(cell)
+        elif name == "tr" and self._rows:
+            row = self._rows.pop()
+            if not row.deleted:
+                self._places[-1].append("\t".join(row.cells))
+        elif name in ("footnote", "endnote", "body"):
+            self._close()
+
+    def _close(self) -> list[str]:
+        """Close the innermost target and return its lines."""
+        if self._carried:
+            self._places[-1].append(self._carried)
+            self._carried = ""
+        return self._places.pop() if len(self._places) > 1 else self._places[-1]
+
+    def _end_paragraph(self, paragraph: _Paragraph) -> None:
+        text = "".join(paragraph.text)
+        if paragraph.joined:
+            self._carried = text
+            self._places[-1].extend(paragraph.boxes)
+        else:
+            self._places[-1].extend([text, *paragraph.boxes])
 
 
 class NoTextError(ValueError):

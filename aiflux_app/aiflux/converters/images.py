@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.converters.directory import Found, Walk
-from aiflux.converters.request_form import RequestDraft, make_form
+from aiflux.converters.request_form import RequestDraft, Template, make_form
 from aiflux.converters.table import names
-from aiflux.converters.template import Template
 from aiflux.converters.writer import BadRowError, Conversion, Progress, Skipped, Summary, reading
 from aiflux.errors import InputError, UsageError
 from aiflux.util.extras import need

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.converters.encoding import checked_start
-from aiflux.converters.request_form import RequestDraft, make_form
+from aiflux.converters.request_form import RequestDraft, Template, make_form
 from aiflux.converters.table import as_json, as_messages, as_text, names
-from aiflux.converters.template import Template
 from aiflux.converters.writer import (
     EMPTY,
     BadRowError,

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.converters.delimited import unique_columns
-from aiflux.converters.request_form import make_form
+from aiflux.converters.request_form import Template, make_form
 from aiflux.converters.table import Row, TableOptions, convert_table, names
-from aiflux.converters.template import Template
 from aiflux.converters.writer import Progress, Summary, reading
 from aiflux.errors import InputError
 from aiflux.util.extras import need

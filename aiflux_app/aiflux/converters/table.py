@@ -12,8 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from aiflux.converters.request_form import RequestDraft, RequestForm
-from aiflux.converters.template import Template, check_columns
+from aiflux.converters.request_form import RequestDraft, RequestForm, Template, check_columns
 from aiflux.converters.writer import EMPTY, BadRowError, Conversion, Skipped, Summary
 
 

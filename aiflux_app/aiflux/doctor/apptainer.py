@@ -18,7 +18,7 @@ from aiflux.core.config.engine_kinds import KINDS
 from aiflux.doctor import host
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ImageError
-from aiflux.image import oci_registry
+from aiflux.image import base
 from aiflux.image.base import ENGINES
 from aiflux.image.container import find_image, find_runtime, is_chosen, probe_command
 from aiflux.image.run_tool import apptainer, ask
@@ -227,10 +227,8 @@ def _unsealed(why: str) -> Diagnosis:
 def registries() -> list[Diagnosis]:
     """Check whether this machine reaches the registries of models and images."""
     with ThreadPoolExecutor(2) as pool:
-        model = pool.submit(oci_registry.why_silent, DEFAULT_HOST)
-        image = pool.submit(
-            oci_registry.why_silent, oci_registry.parse(ENGINES["ollama"].image).api_host
-        )
+        model = pool.submit(base.why_silent, DEFAULT_HOST)
+        image = pool.submit(base.why_silent, base.parse(ENGINES["ollama"].image).api_host)
         no_models, no_images = model.result(), image.result()
     return [
         ok("model registry", f"{DEFAULT_HOST} is reachable from here; {_HERE}")
@@ -242,7 +240,7 @@ def registries() -> list[Diagnosis]:
         ),
         ok(
             "image registry",
-            f"{oci_registry.parse(ENGINES['ollama'].image).host} is reachable from here",
+            f"{base.parse(ENGINES['ollama'].image).host} is reachable from here",
         )
         if no_images is None
         else warn(

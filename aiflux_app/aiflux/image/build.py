@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiflux
 from aiflux.errors import ImageError
-from aiflux.image import oci_registry
+from aiflux.image import base
 from aiflux.image.base import BaseChoice, BuildOptions, choose_base
 from aiflux.image.container import find_runtime
 from aiflux.image.run_tool import ask, capture, run
@@ -235,7 +235,7 @@ def render_command(
     command = [apptainer, "build"]
     if not options.run_tests:
         command.append("--notest")
-    if choice.image and oci_registry.parse(choice.image).insecure:
+    if choice.image and base.parse(choice.image).insecure:
         command.append("--no-https")
     for name, value in build_arguments(choice).items():
         command += ["--build-arg", _csv(f"{name}={value}")]

@@ -1,27 +1,272 @@
-"""Build the report of a run: its setup, its results and its cost."""
+"""Build the report of a run: its environment, its results and its cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from aiflux import __version__
-from aiflux.estimates.estimate import ComparedFigure, compare
-from aiflux.report.data import FORM, Failure, Latency, Report, RequestCounts, Times, Tokens
-from aiflux.report.journal_summary import Tally
-from aiflux.report.machines import (
-    ReportSources,
-    all_details,
-    engine_rows,
-    machine_use,
-    shard_rows,
-    what_ran,
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile
+from aiflux.engines.kinds import engine_kind
+from aiflux.estimates.estimate import ComparedFigure, Estimate, compare
+from aiflux.report.data import (
+    FORM,
+    Condition,
+    EngineRow,
+    Failure,
+    Latency,
+    Model,
+    Report,
+    RequestCounts,
+    ShardRow,
+    Times,
+    Tokens,
+    Use,
+    What,
 )
+from aiflux.report.journal_summary import EngineTally, Tally
 from aiflux.report.throughput import throughput
+from aiflux.util.records import to_json
+from aiflux.util.text import public_url
 from aiflux.util.times import utc_text
 
 _RETRY = "aiflux run ... --retry-failed tries them again"
 _LOG = "see the engine's log (aiflux logs --engine; with --engine-url, the log of that server)"
+
+
+@dataclass(frozen=True)
+class ReportSources:
+    """The input of a report.
+
+    Attributes:
+        statuses: of each shard; None if it has none for this plan.
+        whole: the status of the whole run.
+        tallies: of each shard's journal.
+        now: Unix time.
+    """
+
+    plan: Plan
+    run_dir: str
+    condition: Condition
+    statuses: tuple[StatusFile | None, ...]
+    whole: StatusFile | None
+    tallies: tuple[Tally, ...]
+    estimate: Estimate | None
+    now: float
+
+
+def all_details(sources: ReportSources) -> list[StatusDetails]:
+    """Return the details of all shards that have a status."""
+    return [status.details for status in sources.statuses if status is not None]
+
+
+def _details(status: StatusFile | None) -> StatusDetails:
+    return StatusDetails() if status is None else status.details
+
+
+def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
+    """Yield one row for each shard."""
+    reasons = sources.condition.reasons or ("",) * len(sources.plan.shards)
+    rows = zip(
+        sources.plan.shards,
+        sources.condition.shards,
+        reasons,
+        sources.statuses,
+        sources.tallies,
+        strict=True,
+    )
+    for shard, state, reason, status, tally in rows:
+        details = _details(status)
+        counts = Counts(shard.requests, 0, 0) if status is None else status.counts
+        totals, seconds = details.totals, details.totals.seconds
+        yield ShardRow(
+            index=shard.index,
+            state=state,
+            host=details.host,
+            job=details.slurm.job or None,
+            total=shard.requests,
+            completed=counts.completed,
+            failed=counts.failed,
+            prompt_tokens=tally.prompt_tokens,
+            completion_tokens=tally.completion_tokens,
+            seconds=round(seconds, 1),
+            gpu_hours=round(totals.gpu_seconds / 3600, 4),
+            starts=totals.starts,
+            tokens_per_second=round(tally.completion_tokens / seconds, 2) if seconds else 0.0,
+            median_seconds=round(tally.latency.quantile(0.5), 3),
+            ended=details.ended or reason or None,
+        )
+
+
+def engine_rows(sources: ReportSources) -> Iterable[EngineRow]:
+    """Yield one row for each engine of each shard."""
+    for shard, status, tally in zip(
+        sources.plan.shards, sources.statuses, sources.tallies, strict=True
+    ):
+        details = _details(status)
+        known = {engine.index: engine for engine in details.engines}
+        seconds = details.totals.seconds
+        for number in sorted({*tally.engines, *known}):
+            engine, did = known.get(number), tally.engines.get(number, EngineTally())
+            yield EngineRow(
+                shard=shard.index,
+                engine=number,
+                where=_place(engine),
+                slots=None if engine is None else engine.slots,
+                results=did.results,
+                failed=did.failed,
+                completion_tokens=did.completion_tokens,
+                mean_seconds=round(did.seconds / max(did.results, 1), 3),
+                in_flight=round(did.seconds / seconds, 2) if seconds else 0.0,
+            )
+
+
+def _place(engine: EngineFacts | None) -> str:
+    if engine is None:
+        return ""
+    if engine.url is not None:
+        return public_url(engine.url)
+    on_gpu = engine.devices and engine.gpu_bytes != 0
+    return f"GPU {','.join(engine.devices or ())}" if on_gpu else "CPU"
+
+
+def machine_use(sources: ReportSources, whole: Tally) -> Use:
+    """Return the utilisation of the machines."""
+    engine_seconds = slot_seconds = counted = busy = gpu_seconds = 0.0
+    for status, tally in zip(sources.statuses, sources.tallies, strict=True):
+        details = _details(status)
+        engines, seconds = details.engines, details.totals.seconds
+        gpu_seconds += details.totals.gpu_seconds
+        engine_seconds += seconds * max(1, len(engines))
+        for engine in engines:
+            if engine.slots:
+                room = seconds * engine.slots
+                slot_seconds, counted = slot_seconds + room, counted + seconds
+                # A result's time includes its wait in the engine, where it used no slot.
+                busy += min(tally.engines.get(engine.index, EngineTally()).seconds, room)
+    hours = gpu_seconds / 3600
+    utilization, memory, samples = _gpu_use(sources)
+    return Use(
+        gpu_hours=round(hours, 4),
+        in_flight=round(whole.seconds / engine_seconds, 2) if engine_seconds else 0.0,
+        slots=round(slot_seconds / counted, 2) if counted else None,
+        slot_use=round(busy / slot_seconds, 4) if slot_seconds else None,
+        gpu_utilization=utilization,
+        gpu_memory=memory,
+        gpu_samples=samples,
+        requests_per_gpu_hour=round(whole.results / hours) if hours else None,
+        completion_tokens_per_gpu_hour=round(whole.completion_tokens / hours) if hours else None,
+    )
+
+
+def _gpu_use(
+    sources: ReportSources,
+) -> tuple[Mapping[str, float] | None, Mapping[str, float] | None, int]:
+    """Return the samples of all shards, each weighted by its number."""
+    uses = [details.gpu_use for details in all_details(sources) if details.gpu_use.samples]
+    samples = sum(use.samples for use in uses)
+    if not samples:
+        return None, None, 0
+
+    def figures(name: str) -> dict[str, float]:
+        mean = sum(getattr(use, f"{name}_mean") * use.samples for use in uses) / samples
+        highest = max(getattr(use, f"{name}_max") for use in uses)
+        return {"mean": round(mean, 1), "highest": highest}
+
+    memory = figures("memory_mib")
+    memory["whole"] = max(use.memory_mib_total for use in uses)
+    return figures("utilization"), memory, samples
+
+
+_SECRET = re.compile(r"key|token|secret|passw", re.IGNORECASE)
+_HIDDEN = "(not shown)"
+# NAME=VALUE in a line of shell, or in the value of an option.
+_SECRET_VALUE = re.compile(
+    r"""(\w*(?:key|token|secret|passw)\w*\s*=\s*)("[^"]*"|'[^']*'|[^\s,;]+)""", re.IGNORECASE
+)
+_OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
+
+
+def what_ran(sources: ReportSources, whole: Tally) -> What:
+    """Return the setup of the run, from plan, statuses and journals."""
+    plan, known = sources.plan, all_details(sources)
+    title = engine_kind(plan.options).title
+    images = [details.image for details in known if details.image]
+    sealed = [details.sealed for details in known if details.sealed is not None]
+    versions = Counter(_kind(engine, title) for details in known for engine in details.engines)
+    return What(
+        run_dir=sources.run_dir,
+        output=str(plan.output),
+        input={name: to_json(plan.input)[name] for name in _OF_THE_INPUT},
+        plan=plan.id,
+        models=tuple(_models(plan, whole, known)),
+        image_path=sources.condition.image,
+        image=images[-1] if images else None,
+        engines=dict(versions),
+        aiflux=tuple(sorted({details.version or plan.aiflux for details in known})),
+        gpus=dict(Counter(name for details in known for name in details.gpus)),
+        hosts=tuple(sorted({details.host for details in known if details.host})),
+        sealed=all(sealed) if sealed else None,
+        parameters=plan.options.parameters,
+        options=_options(plan.options),
+        slurm={
+            name: without_secrets(value)
+            for name, value in (sources.condition.slurm or {}).items()
+            if value not in (None, {}, [])
+        },
+        jobs=sources.condition.jobs,
+        shards=len(plan.shards),
+    )
+
+
+def _kind(engine: EngineFacts, title: str) -> str:
+    if engine.url is not None:
+        return f"server at {public_url(engine.url)}"
+    return f"{title} {engine.version}" if engine.version else title
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a setting without the values of keys, tokens and passwords."""
+    if isinstance(value, str):
+        return _SECRET_VALUE.sub(rf"\1{_HIDDEN}", value)
+    if isinstance(value, Mapping):
+        return {
+            name: _HIDDEN if _SECRET.search(str(name)) else without_secrets(each)
+            for name, each in value.items()
+        }
+    return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _models(plan: Plan, whole: Tally, known: Sequence[StatusDetails]) -> Iterable[Model]:
+    for name in plan.models:
+        names = {name, plan.served(name)}
+        digests = {digest for each in names for digest in whole.digests.get(each, ())}
+        for details in known:
+            digests |= {
+                details.model_digests[each] for each in names & details.model_digests.keys()
+            }
+        results = sum(whole.models[each] for each in names)
+        only = whole.results if len(plan.models) == 1 else results
+        yield Model(name, only, tuple(sorted(digests)))
+
+
+def _options(options: RunOptions) -> dict[str, Any]:
+    usual = RunOptions()
+    given = {
+        item.name: getattr(options, item.name)
+        for item in fields(options)
+        if getattr(options, item.name) != getattr(usual, item.name)
+    }
+    if options.engine_url is not None:
+        given["engine_url"] = public_url(options.engine_url)
+    if "engine_env" in given:
+        given["engine_env"] = without_secrets(given["engine_env"])
+    return given
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -372,3 +373,7 @@ def _refuse_managed(key: str) -> None:
             f"sbatch_arg {key!r} is refused: AI-Flux sets --{managed[0]} itself",
             "remove it, or submit your own job: sbatch [options] slurm/run.sbatch INPUT",
         )
+
+
+if __name__ == "__main__":  # `make slurm/run.sbatch`
+    sys.stdout.write(generic_script())

@@ -26,7 +26,7 @@ from aiflux.cli.commands import jobs
 from aiflux.cli.main import main
 from aiflux.cli.render.run import Frame, one_line, overview, progress_line, typed
 from aiflux.core.runs.registry import register
-from aiflux.slurm.monitor.collect import gather
+from aiflux.slurm.monitor import gather
 from aiflux.util.times import duration
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from aiflux.converters import csv_to_jsonl, directory_to_jsonl, json_to_jsonl
 from aiflux.converters.directory import parse_size, split_text
-from aiflux.converters.template import Template, escape
+from aiflux.converters.request_form import Template, escape
 from aiflux.converters.writer import SeenIds
 from aiflux.core.batch.request import parse_request
 from aiflux.errors import ConfigError, InputError, UsageError

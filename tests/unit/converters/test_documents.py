@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiflux.converters import directory_to_jsonl
-from aiflux.converters.documents import NoTextError, read_document
-from aiflux.converters.docx import docx_text
+from aiflux.converters.documents import NoTextError, docx_text, read_document
 from aiflux.converters.writer import BadRowError
 from tests.unit.converters.test_converters import small_pdf, write
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.converters import csv_to_jsonl, directory_to_jsonl
-from aiflux.converters.encoding import decoded, detect_encoding
-from aiflux.converters.encoding_guess import UnclearEncodingError
+from aiflux.converters.encoding import UnclearEncodingError, decoded, detect_encoding
 from aiflux.errors import InputError
 from tests.unit.converters.test_converters import prompts, refused, write
 

@@ -20,8 +20,15 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile, Totals
 from aiflux.engines.kinds import kind_named
-from aiflux.estimates.estimate import Estimate, compare, estimate
-from aiflux.estimates.intervals import Range, share_of, total, unevenness
+from aiflux.estimates.estimate import (
+    Estimate,
+    Range,
+    compare,
+    estimate,
+    share_of,
+    total,
+    unevenness,
+)
 from aiflux.estimates.pilot import Drawn, Pilot, chosen
 from aiflux.estimates.throughput import Observation, pace, start_up
 from aiflux.util.records import from_json

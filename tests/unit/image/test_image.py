@@ -13,7 +13,7 @@ import pytest
 
 from aiflux.cli.main import main
 from aiflux.errors import ImageError
-from aiflux.image import oci_registry
+from aiflux.image import base
 from aiflux.image.base import (
     ENGINES,
     AptSource,
@@ -81,12 +81,12 @@ def address() -> Iterator[str]:
 def test_references_are_parsed_as_docker_does(
     reference: str, expected: tuple[str, str, str]
 ) -> None:
-    assert oci_registry.parse(reference) == oci_registry.Reference(*expected)
+    assert base.parse(reference) == base.Reference(*expected)
 
 
 def test_only_loopback_uses_plain_http() -> None:
-    assert oci_registry.parse("docker://127.0.0.1:5000/a").url == "http://127.0.0.1:5000/v2/"
-    assert oci_registry.parse("docker://reg.example.org/a").url == "https://reg.example.org/v2/"
+    assert base.parse("docker://127.0.0.1:5000/a").url == "http://127.0.0.1:5000/v2/"
+    assert base.parse("docker://reg.example.org/a").url == "https://reg.example.org/v2/"
 
 
 def test_a_tag_is_resolved_to_a_digest(address: str) -> None:
@@ -108,7 +108,7 @@ def test_the_default_is_pinned() -> None:
         "",
         "",
         image=ENGINES["ollama"].image,
-        digest=oci_registry.parse(ENGINES["ollama"].image).version,
+        digest=base.parse(ENGINES["ollama"].image).version,
     )
     assert choice.pinned_image == ENGINES["ollama"].image.removeprefix("docker://")
 

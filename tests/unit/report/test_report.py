@@ -24,8 +24,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.journal import JournalWriter, Result
 from aiflux.core.runs.plan import write_plan
 from aiflux.core.runs.status_file import GpuUse, read_status
-from aiflux.estimates.estimate import Estimate
-from aiflux.estimates.intervals import Range
+from aiflux.estimates.estimate import Estimate, Range
 from aiflux.report.journal_summary import Tally, tally
 from aiflux.report.throughput import Histogram, Timeline, throughput
 from aiflux.util.records import to_json
@@ -629,7 +628,7 @@ def test_tables_have_names_and_heads(tmp_path: Path) -> None:
 
 @given(some.floats(1e-3, 1e5), some.floats(1.02, 1e4), some.integers(4, 8))
 def test_a_logarithmic_axis_always_has_marks(lowest: float, times: float, most: int) -> None:
-    plots = pytest.importorskip("aiflux.report.html.plots")
+    plots = pytest.importorskip("aiflux.report.plots")
     highest = lowest * times
     places = plots.round_places(lowest, highest, most)
     assert 2 <= len(places) <= most
@@ -640,7 +639,7 @@ def test_a_logarithmic_axis_always_has_marks(lowest: float, times: float, most: 
 @given(MOMENTS)
 @settings(deadline=None)
 def test_times_are_marked_where_they_are_round(moments: list[float]) -> None:
-    plots = pytest.importorskip("aiflux.report.html.plots")
+    plots = pytest.importorskip("aiflux.report.plots")
     timeline = Timeline()
     for moment in moments:
         timeline.add(moment, False, 0, 0)

@@ -14,14 +14,14 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.errors import AifluxError, ExitCode, RunConflictError
 from aiflux.slurm.commands import run_directory_of
 from aiflux.slurm.jobs import JobId, TaskState
-from aiflux.slurm.monitor.collect import (
+from aiflux.slurm.monitor import (
     Observer,
     active_jobs,
     gather,
     gather_all,
     read_facts,
 )
-from aiflux.slurm.monitor.run_view import RunState, RunView, assemble, outcome
+from aiflux.slurm.run_view import RunState, RunView, assemble, outcome
 from aiflux.util.lease import identity
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiflux.core.batch.ignored_fields import IgnoredField
 from aiflux.core.batch.input_file import InputFacts
+from aiflux.core.batch.request import IgnoredField
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, Shard

@@ -13,7 +13,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import UsageError
 from aiflux.slurm.commands import cancel as cancel_job
 from aiflux.slurm.jobs import JobId
-from aiflux.slurm.monitor.collect import RunView, ShardState, active_jobs, gather
+from aiflux.slurm.monitor import RunView, ShardState, active_jobs, gather
 from aiflux.util.files import short
 
 

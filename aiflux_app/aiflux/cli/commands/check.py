@@ -9,8 +9,8 @@ from pathlib import Path
 
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import FILE, MODEL, argument, command, option
-from aiflux.core.batch.ignored_fields import FIX, ignored_texts
 from aiflux.core.batch.input_file import InputRules, scan_input
+from aiflux.core.batch.request import FIX, ignored_texts
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
 from aiflux.engines.kinds import kind_named

@@ -240,7 +240,7 @@ def _follow(asked: Asked, pilot: Pilot) -> int | None:
     Raises:
         EngineError, StoppedError: it ended before its requests were finished.
     """
-    from aiflux.slurm.monitor.collect import Observer, outcome
+    from aiflux.slurm.monitor import Observer, outcome
 
     observer = Observer(pilot.run)
     view = observer.look()

@@ -17,7 +17,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
-from aiflux.slurm.monitor.collect import RunView, gather_all
+from aiflux.slurm.monitor import RunView, gather_all
 from aiflux.util.files import short
 from aiflux.util.times import unix_seconds
 

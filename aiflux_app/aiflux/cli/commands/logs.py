@@ -14,7 +14,7 @@ from aiflux.cli.run_argument import located, run_argument
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.errors import UsageError
-from aiflux.slurm.monitor.collect import Observer, engine_logs, job_logs
+from aiflux.slurm.monitor import Observer, engine_logs, job_logs
 from aiflux.util.files import short
 
 _POLL_SECONDS = 0.5

@@ -17,15 +17,14 @@ from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
 from aiflux.errors import ConfigError
 from aiflux.estimates.estimate import read_estimate
-from aiflux.report.build import make_report
+from aiflux.report.build import ReportSources, make_report
 from aiflux.report.data import Condition, Report
-from aiflux.report.html.page import page
-from aiflux.report.html.plots import latency_plot, throughput_plot
 from aiflux.report.journal_summary import tally
-from aiflux.report.machines import ReportSources
 from aiflux.report.methods import methods
+from aiflux.report.page import page
+from aiflux.report.plots import latency_plot, throughput_plot
 from aiflux.slurm.jobs import known_submissions
-from aiflux.slurm.monitor.collect import ShardView, gather
+from aiflux.slurm.monitor import ShardView, gather
 from aiflux.util.files import atomic_write, expanded, may_write, short, user_name
 from aiflux.util.records import to_json
 from aiflux.util.streams import STDOUT

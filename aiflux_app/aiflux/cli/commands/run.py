@@ -18,8 +18,7 @@ from aiflux.cli.parser import (
     the_input,
 )
 from aiflux.cli.pipes import kept_input
-from aiflux.cli.render.plan import dry_run_summary
-from aiflux.cli.render.run import typed
+from aiflux.cli.render.run import dry_run_summary, typed
 from aiflux.cli.start import (
     register,
     run_here,

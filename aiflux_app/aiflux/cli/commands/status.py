@@ -13,7 +13,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
 from aiflux.estimates.estimate import ComparedFigure, compare, read_estimate
-from aiflux.slurm.monitor.collect import gather
+from aiflux.slurm.monitor import gather
 
 
 @command("status", examples=["aiflux status results.json"])

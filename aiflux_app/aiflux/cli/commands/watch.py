@@ -22,7 +22,7 @@ from aiflux.cli.run_argument import (
     show,
 )
 from aiflux.errors import ConfigError, ExitCode
-from aiflux.slurm.monitor.collect import Observer, RunView, outcome
+from aiflux.slurm.monitor import Observer, RunView, outcome
 from aiflux.util.files import short
 from aiflux.worker.console import TerminalConsole
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate
-from aiflux.estimates.intervals import Range
+from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate, Range
 from aiflux.util.times import duration
 
 _WIDTH = 80

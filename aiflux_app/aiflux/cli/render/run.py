@@ -1,4 +1,4 @@
-"""The status of a run as lines of text; long lines are cut, never wrapped.
+"""The plan and the status of a run as lines of text; long lines are cut, never wrapped.
 
 A terminal shows the lines in color, fitted to its size; a file or a pipe gets the full plain text.
 """
@@ -8,15 +8,22 @@ from __future__ import annotations
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from aiflux.core.batch.results_file import answered_words
-from aiflux.slurm.monitor.run_view import RequestError, RunState, RunView, ShardState, ShardView
+from aiflux.core.runs.plan import Plan
+from aiflux.slurm.run_view import RequestError, RunState, RunView, ShardState, ShardView
+from aiflux.util.text import counted, public_url, size_text
 from aiflux.util.times import duration
+
+if TYPE_CHECKING:
+    from aiflux.core.config.config import SlurmConfig
+    from aiflux.slurm.submit import PlannedRun
 
 SHOWN_SHARDS = 20
 _WIDE = 100
@@ -334,3 +341,63 @@ def _cut_left(text: Text, width: int) -> None:
 def moment(seconds: float | None) -> str:
     """Return Unix time as local date and time; "" for None."""
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def dry_run_summary(plan: Plan, planned: PlannedRun | None) -> Iterator[str]:
+    """Yield what a dry run shows.
+
+    Args:
+        planned: how it would be submitted; None for a run in the foreground.
+    """
+    yield f"dry run: {counted(plan.requests, 'request')}, nothing was started"
+    for key, value in _plan_facts(plan, planned):
+        yield f"  {key:<11}{value}"
+    if planned is not None:
+        yield "  --show-script prints the batch script, --json the whole plan"
+
+
+def _plan_facts(plan: Plan, planned: PlannedRun | None) -> Iterator[tuple[str, str]]:
+    options = plan.options
+    yield "input", f"{plan.input_path} ({size_text(plan.input.size)})"
+    yield "output", str(plan.output)
+    yield "model", ", ".join(plan.models)
+    if options.parameters:
+        yield "parameters", ", ".join(f"{key} {value}" for key, value in options.parameters.items())
+    if options.engine_url is not None:
+        yield "engine", public_url(options.engine_url)
+    if planned is None:
+        yield "where", "on this machine, in the foreground"
+        return
+    yield "image", str(planned.image)
+    yield "jobs", _jobs(planned)
+    yield "each job", ", ".join(_resources(planned.slurm))
+    yield "logs", str(planned.logs)
+
+
+def _jobs(planned: PlannedRun) -> str:
+    shards, left = len(planned.opened.plan.shards), len(planned.opened.open_shards)
+    if planned.opened.finished:
+        return "none: the run is finished"
+    if shards == 1:
+        return "1"
+    rest = "" if left == shards else f", {left} of them unfinished"
+    running = planned.slurm.max_running
+    limit = "" if running is None else f", {running} at the same time"
+    return f"{shards} shards{rest}{limit}"
+
+
+def _resources(slurm: SlurmConfig) -> Iterator[str]:
+    if slurm.partition:
+        yield f"partition {slurm.partition}"
+    if slurm.account:
+        yield f"account {slurm.account}"
+    if slurm.gres:
+        yield f"gres {slurm.gres}"
+    elif slurm.gpus_per_node != "0":
+        yield f"GPUs {slurm.gpus_per_node}"
+    if slurm.cpus_per_task:
+        yield f"{slurm.cpus_per_task} CPU cores"
+    if slurm.mem:
+        yield f"memory {slurm.mem}"
+    if slurm.time:
+        yield f"time limit {slurm.time}"

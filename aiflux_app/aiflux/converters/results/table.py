@@ -10,6 +10,7 @@ from typing import Any
 
 from aiflux.converters.delimited import DelimitedTable
 from aiflux.converters.parquet import ParquetTable
+from aiflux.converters.request_form import check_columns
 from aiflux.converters.results.answers import (
     AnswersById,
     choices,
@@ -20,7 +21,6 @@ from aiflux.converters.results.answers import (
     requests_metadata,
 )
 from aiflux.converters.table import CELL_DIGESTS, Row, as_text, changed_cell
-from aiflux.converters.template import check_columns
 from aiflux.converters.writer import SeenIds, Skipped
 from aiflux.core.batch.results_file import ResultEntry
 from aiflux.errors import InputError

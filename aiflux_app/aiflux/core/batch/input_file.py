@@ -16,8 +16,15 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.batch.ignored_fields import FieldRules, IgnoredField, IgnoredFields
-from aiflux.core.batch.request import AcceptsModel, LineError, custom_id_of, request_entry
+from aiflux.core.batch.request import (
+    AcceptsModel,
+    FieldRules,
+    IgnoredField,
+    IgnoredFields,
+    LineError,
+    custom_id_of,
+    request_entry,
+)
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
 from aiflux.util.files import expanded, open_regular

@@ -20,13 +20,16 @@ from aiflux.core.batch.request import custom_id_of, parse_json, request_key
 from aiflux.core.batch.results_file import answered_words, errors_path, output_paths
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import (
+    MISSING,
     JournalReader,
     RawResult,
     ResultIndex,
+    ResultOffsets,
+    find_places,
+    missing_results,
     scan_journal,
 )
 from aiflux.core.runs.plan import Plan, changed_input
-from aiflux.core.runs.result_index import MISSING, ResultOffsets, find_places, missing_results
 from aiflux.core.runs.status_file import (
     MergeFacts,
     Status,

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.batch.ignored_fields import FieldRule
 from aiflux.core.batch.input_file import InputRules
-from aiflux.core.batch.request import RERANK, WITHOUT_TEXT
+from aiflux.core.batch.request import RERANK, WITHOUT_TEXT, FieldRule
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import (
     Engine,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from aiflux.core.batch.ignored_fields import FIX, ignored_texts
+from aiflux.core.batch.request import FIX, ignored_texts
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind

@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 
 from aiflux.core.batch.request import request_key
 from aiflux.core.config.run_options import RunOptions
-from aiflux.core.runs.journal import JournalReader, Result, journal_lines, scan_journal, split_line
+from aiflux.core.runs.journal import (
+    MISSING,
+    JournalReader,
+    Result,
+    find_places,
+    journal_lines,
+    scan_journal,
+    split_line,
+)
 from aiflux.core.runs.open import OpenedRun, draft_run
 from aiflux.core.runs.output import array_entry, batch_line, finalise
-from aiflux.core.runs.result_index import MISSING, find_places
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import StoppedError
 from tests.unit.helpers import request_line

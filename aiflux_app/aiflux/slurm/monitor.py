@@ -22,7 +22,7 @@ from aiflux.core.runs.status_file import (
 from aiflux.errors import AifluxError, SlurmError
 from aiflux.slurm.commands import task_states
 from aiflux.slurm.jobs import JobId, Submissions, known_submissions, read_submissions
-from aiflux.slurm.monitor.run_view import (
+from aiflux.slurm.run_view import (
     QUIET_SECONDS,
     RunFacts,
     RunState,

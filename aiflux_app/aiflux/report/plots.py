@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from aiflux.report.data import Latency
-from aiflux.report.html.format import rate, seconds_text
+from aiflux.report.format import rate, seconds_text
 from aiflux.report.throughput import Bar, Throughput
 from aiflux.util.extras import need
 from aiflux.util.times import utc_text

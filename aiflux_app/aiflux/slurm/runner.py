@@ -12,8 +12,8 @@ from typing import Any
 
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.declaration import known_setting, parse_setting
-from aiflux.core.config.legacy_model_file import ModelConfig
 from aiflux.core.config.settings import BY_NAME, section_settings
+from aiflux.core.config.sources import ModelConfig
 from aiflux.core.runs.directory import default_output
 from aiflux.core.runs.registry import register_plan
 from aiflux.errors import OutputExistsError, SlurmError

@@ -17,16 +17,19 @@ from typing import Any
 
 from aiflux.core.config.declaration import known_setting, parse_setting, refuse_two_names
 from aiflux.core.config.engine_kinds import WITHOUT_TOP_K, kind_name
-from aiflux.core.config.legacy_model_file import (
-    ModelConfig,
-    ModelParameters,
-    model_file,
-    read_model_file,
-)
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import BY_NAME, SETTINGS, section_settings
 from aiflux.core.config.slurm_config import SlurmConfig
-from aiflux.core.config.sources import SourcedValue, from_dotenv, from_environment, from_files
+from aiflux.core.config.sources import (
+    ModelConfig,
+    ModelParameters,
+    SourcedValue,
+    find_model_file,
+    from_dotenv,
+    from_environment,
+    from_files,
+    read_model_file,
+)
 from aiflux.errors import ConfigError
 from aiflux.models.catalog import Catalog, catalog_files, read_catalog
 from aiflux.models.name import parse_model_name, same_model
@@ -231,8 +234,13 @@ class Config:
         """
         name = model_type if model_size is None else f"{model_type}:{model_size}"
         parse_model_name(name)
+        folders = (
+            self._directory / "models",
+            self._directory / "config" / "models",
+            self.models_dir,
+        )
         path = (
-            model_file(self._model_folders(), name)
+            find_model_file(folders, name)
             if custom_config_path is None
             else self._directory / expanded(custom_config_path)
         )
@@ -240,18 +248,12 @@ class Config:
             return self._read_model_file(path, name)
         return ModelConfig(name, _known_parameters(self.catalog(), name))
 
-    def _model_folders(self) -> Iterator[Path]:
-        yield self._directory / "models"
-        yield self._directory / "config" / "models"
-        yield self.models_dir
-
     def _read_model_file(
         self, path: Path, name: str | None = None, among: str | None = None
     ) -> ModelConfig:
         found = read_model_file(path, name, among)
         if found.unused:
-            keys = "".join(f"\n  {each}" for each in found.unused)
-            _log.warning("%s: these keys are no longer used:%s", path, keys)
+            _log.warning("%s: these keys have no effect: %s", path, ", ".join(found.unused))
         return found
 
 

@@ -1,4 +1,7 @@
-"""Read settings from the environment, ``.env`` and YAML files. Nothing is exported."""
+"""Read settings from the environment, ``.env``, YAML files and model files of earlier versions.
+
+Nothing is exported.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import difflib
 import logging
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 from aiflux.core.config.declaration import Setting, parse_setting, refuse_two_names
 from aiflux.core.config.settings import (
+    BY_NAME,
     SECTIONS,
     SETTINGS,
     VARIABLES,
@@ -22,14 +26,24 @@ from aiflux.core.config.settings import (
 )
 from aiflux.core.config.slurm_config import LEFT_OUT
 from aiflux.errors import ConfigError
+from aiflux.models.name import parse_model_name
 from aiflux.util import value_parsers
 from aiflux.util.files import others_may_write
 from aiflux.util.value_parsers import written_path
-from aiflux.util.yaml_file import is_there, read_text, read_yaml
+from aiflux.util.yaml_file import YamlFile, is_there, read_text, read_yaml
 
 _log = logging.getLogger(__name__)
 _MISSPELT = 0.85  # similarity of a misspelt name: SLURM_ACOUNT is 0.96, SLURM_JOB_NAME 0.83 at most
 _DOTENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
+
+# Keys of ``parameters`` in a model file of earlier versions, and the settings they give.
+_MODEL_PARAMETERS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "max_tokens": "max_tokens",
+    "top_k": "top_k",
+    "stop_sequences": "stop",
+}
 
 
 @dataclass(frozen=True)
@@ -222,3 +236,109 @@ def _unquote(text: str) -> str:
             raise ValueError(f"{after.strip()!r} follows the quotes")
         return inside
     return re.split(r"(?:^|\s+)#", text, maxsplit=1)[0]
+
+
+# --- model files of earlier versions ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelParameters:
+    """Parameters that fill in what a request leaves open; None and () leave it open."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    top_k: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the given parameters by the names of their settings."""
+        values = {name: getattr(self, key) for key, name in _MODEL_PARAMETERS.items()}
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model and its parameters, for ``SlurmRunner.run(model_config=...)``.
+
+    Attributes:
+        name: its name in Ollama.
+        place: the file; None if the catalog has the model, or nothing does.
+        unused: keys of the file that have no effect.
+    """
+
+    name: str
+    parameters: ModelParameters = ModelParameters()
+    place: Path | None = None
+    unused: tuple[str, ...] = ()
+
+
+def read_model_file(path: Path, name: str | None = None, among: str | None = None) -> ModelConfig:
+    """Read the name and the parameters of a model from a ``FAMILY/SIZE.yaml``.
+
+    Args:
+        name: the model if the file names none; None for ``FAMILY:SIZE`` of the path. In a file of
+            several models (``models:``), the key of the model.
+        among: the key or the name of one of several models if ``name`` is None.
+
+    Raises:
+        ConfigError: the file is wrong; shows line, key and the accepted values.
+    """
+    file = read_yaml(path)
+    at = _model_entry(file, name or among)
+    entry = file.mapping(*at)
+    given: dict[str, Any] = {}
+    if "parameters" in entry:
+        given = file.mapping(*at, "parameters", known=_MODEL_PARAMETERS)
+    parameters = {}
+    for key, value in given.items():
+        if value is not None:
+            setting = BY_NAME[_MODEL_PARAMETERS[key]]
+            parameters[key] = parse_setting(setting, value, file.place(*at, "parameters", key))
+    unused = [key for key in entry if key not in ("name", "parameters")]
+    if "top_k" in parameters:
+        unused.append("parameters.top_k (with Ollama, whose OpenAI API does not support it)")
+    named = name or (at[-1] if at else f"{path.parent.name}:{path.stem}")
+    return ModelConfig(
+        _model_name(file, at, entry.get("name") or named),
+        ModelParameters(**parameters),
+        path,
+        tuple(unused),
+    )
+
+
+def find_model_file(folders: Iterable[Path], name: str) -> Path | None:
+    """Return the ``FAMILY/SIZE.yaml`` of a model in the first directory that has one."""
+    model = parse_model_name(name)
+    sizes = [model.tag] if model.tag != "latest" else ["latest", "default"]
+    paths = (folder / model.model / f"{size}.yaml" for folder in folders for size in sizes)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _model_entry(file: YamlFile, name: str | None) -> tuple[str, ...]:
+    """Return the keys that lead to a model's entry; none if the whole file is the entry."""
+    if "models" not in file.mapping():
+        return ()
+    models = file.mapping("models")
+    if name is None and len(models) == 1:
+        (name,) = models
+    named = [key for key in models if name in (key, file.mapping("models", key).get("name"))]
+    if name is None or not named:
+        raise ConfigError(
+            f"{file.path} has {'no model ' + repr(name) if name else 'several models'}",
+            f"name one of them (--model): {', '.join(sorted(models))}",
+        )
+    return ("models", name if name in named else named[0])
+
+
+def _model_name(file: YamlFile, at: tuple[str, ...], name: Any) -> str:
+    if name == "NA":
+        raise ConfigError(
+            f"{file.place(*at, 'name')}: the model has no name in Ollama",
+            "use another engine for it: --engine-url",
+        )
+    try:
+        parse_model_name(str(name))
+    except ConfigError as error:
+        raise ConfigError(f"{file.place(*at, 'name')}: {error.message}", error.remedy) from None
+    return str(name)

@@ -1,4 +1,4 @@
-"""Model files of earlier versions: what a run uses of them, and warnings about the rest."""
+"""Model files of earlier versions: their name and parameters, and a warning about the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.core.config.config import Config
-from aiflux.core.config.legacy_model_file import read_model_file
+from aiflux.core.config.sources import read_model_file
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.errors import ConfigError
@@ -66,51 +66,41 @@ def put(folder: Path, text: str = EARLIER, name: str = "models/llama3.2/3b.yaml"
 
 
 @pytest.mark.parametrize("asked", [("llama3.2", "3b"), ("llama3.2:3b",)])
-def test_the_user_s_own_file_is_read(tmp_path: Path, asked: tuple[str, ...]) -> None:
+def test_name_and_parameters_are_read(tmp_path: Path, asked: tuple[str, ...]) -> None:
     path = put(tmp_path)
     found = config(tmp_path).load_model_config(*asked)
     assert (found.name, found.place) == ("llama3.2:3b", path)
     parameters = found.parameters
     assert (parameters.temperature, parameters.top_p, parameters.max_tokens) == (0.7, 0.9, 2048)
     assert (parameters.top_k, parameters.stop_sequences) == (40, ("###", "\n\n"))
-    assert found.system["prompt"] == "You are a helpful assistant."
-    assert found.resources["gpu_memory"] == "16G"
-    assert found.validation["temperature_range"] == (0.0, 1.0)
-    assert found.requirements["ram"] == "32G"
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.name = "other"  # type: ignore[misc]
 
 
-def test_obsolete_keys_are_reported_once_with_the_reason(
+def test_keys_without_effect_are_named_in_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path)
     with caplog.at_level(logging.WARNING):
         config(tmp_path).load_model_config("llama3.2:3b")
     (record,) = caplog.records
-    warning = record.getMessage()
-    assert "models/llama3.2/3b.yaml: these keys are no longer used:" in warning
-    for words in (
-        "resources.gpu_layers, resources.gpu_memory, resources.batch_size",
-        "system.prompt: a system message is part of each request",
-        "requirements.min_gpu_memory",
-        "parameters.top_k: not supported by Ollama's OpenAI API",
-    ):
-        assert words in warning
-    assert "temperature" not in warning
+    place, _, keys = record.getMessage().partition(": these keys have no effect: ")
+    assert place.endswith("models/llama3.2/3b.yaml")
+    named = [key.partition(" ")[0] for key in keys.split(", ") if not key.startswith("whose")]
+    assert named == ["resources", "system", "validation", "requirements", "parameters.top_k"]
 
 
-def test_the_example_in_the_documentation(tmp_path: Path) -> None:
+def test_the_example_in_the_documentation_is_read(tmp_path: Path) -> None:
     page = Path(__file__).parents[4] / "docs" / "configuration.md"
     (block,) = re.findall(r"^```\n(name: .*?)^```", page.read_text("utf-8"), re.M | re.S)
     found = read_model_file(put(tmp_path, block))
     assert found.parameters.settings() == {
         "temperature": 0.7, "top_p": 0.9, "max_tokens": 2048, "stop": ("###",),
     }  # fmt: skip
-    assert len(found.unused) == 3
+    assert found.unused == ("resources", "system", "validation", "requirements")
 
 
-def test_where_files_are_looked_for(tmp_path: Path) -> None:
+def test_files_are_found_in_the_current_and_the_models_directory(tmp_path: Path) -> None:
     only = "parameters: {max_tokens: 5}"
     models = tmp_path / ".local/share/aiflux/models"
     put(models, only, "phi3/mini.yaml")
@@ -125,7 +115,7 @@ def test_where_files_are_looked_for(tmp_path: Path) -> None:
     assert (custom.place, custom.parameters.max_tokens) == (own, 8)
 
 
-def test_a_file_of_many_models(tmp_path: Path) -> None:
+def test_one_of_several_models_in_a_file_is_chosen_by_key_or_name(tmp_path: Path) -> None:
     path = put(
         tmp_path,
         "models:\n  Llama-3.2-3B-Instruct:\n    name: llama3.2:3b\n    hf_name: meta/Llama\n"
@@ -134,7 +124,7 @@ def test_a_file_of_many_models(tmp_path: Path) -> None:
     )
     found = read_model_file(path, "Llama-3.2-3B-Instruct")
     assert (found.name, found.parameters.temperature) == ("llama3.2:3b", 0.7)
-    assert found.unused == ("hf_name: models are named as Ollama names them",)
+    assert found.unused == ("hf_name",)
     for name, words in (("Nope", "no model 'Nope'"), (None, "several models")):
         with pytest.raises(ConfigError, match=words) as caught:
             read_model_file(path, name)
@@ -147,7 +137,7 @@ def test_a_file_of_many_models(tmp_path: Path) -> None:
     assert read_model_file(path).name == "phi3:mini"
 
 
-def test_without_a_file_the_catalog_tells(tmp_path: Path) -> None:
+def test_without_a_file_the_parameters_are_those_of_the_catalog(tmp_path: Path) -> None:
     place = tmp_path / ".config/aiflux/models.yaml"
     place.parent.mkdir(parents=True)
     place.write_text("models: {'phi4:14b': {defaults: {temperature: 0.125, stop: '###'}}}\n")
@@ -161,35 +151,19 @@ def test_without_a_file_the_catalog_tells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "remedy"),
     [
-        ("paramters: {}", "line 1: unknown key 'paramters'", "did you mean 'parameters'?"),
         (
             "parameters:\n  temperature: hot",
             "line 2 (parameters.temperature): temperature = 'hot' is wrong",
-            "temperature must be a number of at least 0",
+            "temperature must be a number of at least 0 and at most 100",
         ),
         (
             "parameters:\n  top_pp: 1",
             "line 2: unknown key 'top_pp' in parameters",
             "did you mean 'top_p'?",
         ),
-        (
-            "parameters: {temperature: 1.5}\nvalidation: {temperature_range: [0, 1]}",
-            "line 1 (parameters.temperature): temperature = 1.5 is outside",
-            "correct one of them",
-        ),
-        (
-            "resources: {batch_size: 32}\nvalidation: {batch_size_range: [1, 16]}",
-            "batch_size = 32 is outside",
-            "correct",
-        ),
-        (
-            "validation: {concurrent_range: [4, 1]}",
-            "concurrent_range = ['4', '1'] is wrong",
-            "the lower one first",
-        ),
         ("name: NA", "line 1 (name): the model has no name in Ollama", "--engine-url"),
         ("name: ' a b'", "line 1 (name): model ' a b' is not a model name", "NAME:TAG"),
-        ("resources: 3", "(resources) must contain KEY: VALUE lines", "gpu_layers"),
+        ("parameters: 3", "(parameters) must contain KEY: VALUE lines", "top_p"),
     ],
 )
 def test_an_invalid_file_is_reported_with_its_place(
@@ -216,7 +190,7 @@ def workspace(awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return awkward
 
 
-def test_a_model_s_parameters_flow_into_a_run(workspace: Path) -> None:
+def test_a_run_uses_the_parameters_of_its_model_configuration(workspace: Path) -> None:
     put(workspace)
     runner = SlurmRunner(workspace=workspace)
     model = runner.settings.load_model_config("llama3.2", "3b")
@@ -231,7 +205,7 @@ def test_a_model_s_parameters_flow_into_a_run(workspace: Path) -> None:
     assert json.loads(run.plan.read_text())["options"]["stop"] == ["###", "\n\n"]
 
 
-def test_a_file_may_be_given_to_a_run_too(workspace: Path, tmp_path: Path) -> None:
+def test_a_run_accepts_the_path_of_a_model_file(workspace: Path, tmp_path: Path) -> None:
     put(workspace)
     (workspace / ".env").write_text("MAX_TOKENS=7\n")
     where = "models/llama3.2/3b.yaml"

@@ -70,7 +70,11 @@ class FakeHub:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever,
+            args=(0.02,),
+            daemon=True,  # seconds until it stops
+        ).start()
 
     def stop(self) -> None:
         self._server.shutdown()

@@ -1,9 +1,12 @@
-"""Create small models in a models directory, with correct digests."""
+"""Create small models in a models directory, with correct digests, and change their archives."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 from aiflux.models.name import ModelName, parse_model_name
@@ -47,3 +50,16 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder, by its path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def changed_tar(source: Path, change: Callable[[list[tuple[str, bytes]]], object]) -> None:
+    """Rewrite an archive after a change of its members: their names and contents."""
+    with tarfile.open(source) as tar:
+        members = [(each.name, tar.extractfile(each)) for each in tar]
+        parts = [(name, file.read()) for name, file in members if file]
+    change(parts)
+    with tarfile.open(source, "w") as tar:
+        for name, content in parts:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))

@@ -1,8 +1,9 @@
 """Pack one model into a tar file, to copy it to clusters without internet. Needs no Ollama.
 
-Members, in this order: ``aiflux-model.json`` (version, name, digest), ``manifest``, and the blobs
-as ``blobs/sha256-...``. Nothing is compressed, as weights do not shrink. Every digest is verified
-on export and import.
+Members, in this order: ``aiflux-model.json`` (version, name, digest of the manifest),
+``manifest``, and the blobs as ``blobs/sha256-...``. Nothing is compressed, as weights do not
+shrink. Every digest is verified on export and import. Models with a store of their own, such as
+those of Hugging Face, describe their files in a manifest of the same form.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.bundle.installer import open_archive, plain
+from aiflux.engines.base import PackedModel
+from aiflux.engines.kinds import storing_kind
 from aiflux.engines.ollama.staging import begin_staging, changing, move_into_place
 from aiflux.engines.ollama.store import (
     HashedReader,
@@ -31,7 +34,7 @@ from aiflux.engines.ollama.store import (
     refuse_other_digest,
 )
 from aiflux.errors import ConfigError, ModelError
-from aiflux.models.name import ModelName, parse_model_name
+from aiflux.models.name import parse_model_name
 from aiflux.util.files import atomic_write, storage_error
 from aiflux.util.text import size_text
 
@@ -47,30 +50,53 @@ class Archive:
     """Contents of an archive.
 
     Attributes:
+        name: as commands take it.
+        digest: what identifies the model, such as ``sha256:...`` or a commit.
         raw: the manifest's bytes, from which its digest is computed.
     """
 
-    name: ModelName
+    name: str
+    digest: str
     manifest: Manifest
     raw: bytes
 
 
-def export_model(models_dir: Path, name: ModelName, target: Path, on_bytes: OnBytes) -> Manifest:
-    """Write a model to a tar file, completely or not at all.
+def pack_model(models_dir: Path, name: str) -> PackedModel:
+    """Return a stored model for an archive or a bundle.
 
     Raises:
         ModelError: the model is missing, damaged, or has another digest than requested.
+    """
+    store = storing_kind(name).store
+    if store is not None:
+        return store.pack(models_dir, name)
+    model = parse_model_name(name)
+    manifest = read_manifest(models_dir, model)
+    refuse_other_digest(model, manifest.digest, str(models_dir))
+    blobs = {digest: blob_path(models_dir, digest) for digest in manifest.blobs}
+    raw = (models_dir / model.manifest_path).read_bytes()
+    return PackedModel(model.served, f"sha256:{manifest.digest}", raw, blobs)
+
+
+def packed_size(packed: PackedModel) -> int:
+    """Return the total bytes of a packed model's blobs."""
+    return parse_manifest(packed.manifest).size
+
+
+def export_model(packed: PackedModel, target: Path, on_bytes: OnBytes) -> None:
+    """Write a model to a tar file, completely or not at all.
+
+    Raises:
+        ModelError: a file is missing or damaged.
         StorageError: the file cannot be written.
     """
-    manifest = read_manifest(models_dir, name)
-    refuse_other_digest(name, manifest.digest, str(models_dir))
-    label = {"version": VERSION, "name": name.served, "digest": f"sha256:{manifest.digest}"}
+    manifest = parse_manifest(packed.manifest)
+    label = {"version": VERSION, "name": packed.name, "digest": f"sha256:{manifest.digest}"}
     with atomic_write(target) as file, tarfile.open(fileobj=file, mode="w") as tar:
         _add(tar, LABEL, json.dumps(label, indent=2).encode() + b"\n")
-        _add(tar, MANIFEST, (models_dir / name.manifest_path).read_bytes())
+        _add(tar, MANIFEST, packed.manifest)
         for digest, size in manifest.blobs.items():
-            _add_blob(tar, models_dir, name, digest, size, on_bytes)
-    return manifest
+            _add_blob(tar, packed, digest, size, on_bytes)
 
 
 def import_model(
@@ -84,12 +110,12 @@ def import_model(
     """
     with _opened(source) as tar:
         archive = _head(tar, source)
-        with changing(models_dir, f"importing {archive.name.served}", say):
-            folder = begin_staging(models_dir, archive.name, "import")
+        with changing(models_dir, f"importing {archive.name}", say):
+            folder = _begin(models_dir, archive)
             try:
                 _refuse_full(models_dir, archive)
                 _unpack(tar, source, archive, folder, on_bytes)
-                move_into_place(folder, models_dir, archive.name)
+                _place(models_dir, source, archive, folder)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     return archive
@@ -116,18 +142,12 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 
 def _add_blob(
-    tar: tarfile.TarFile,
-    models_dir: Path,
-    name: ModelName,
-    digest: str,
-    size: int,
-    on_bytes: OnBytes,
+    tar: tarfile.TarFile, packed: PackedModel, digest: str, size: int, on_bytes: OnBytes
 ) -> None:
-    path = blob_path(models_dir, digest)
     try:
-        with open(path, "rb") as file:
+        with open(packed.blobs[digest], "rb") as file:
             hashing: Any = HashedReader(file, on_bytes)
-            tar.addfile(_member(f"blobs/{path.name}", size), hashing)
+            tar.addfile(_member(_blob_member(digest), size), hashing)
             whole = hashing.digest == digest and not file.read(1)
     except FileNotFoundError:
         whole = False
@@ -137,11 +157,15 @@ def _add_blob(
         whole = False  # raised by tarfile: "unexpected end of data"
     if not whole:
         raise ModelError(
-            f"the blob {digest[:19]}... of {name.served} is missing or damaged; nothing was "
+            f"the blob {digest[:19]}... of {packed.name} is missing or damaged; nothing was "
             "exported",
-            f"for details: aiflux models verify {name.served}; to pull it again: aiflux models "
-            f"pull --again {name.served}",
+            f"for details: aiflux models verify {packed.name}; to pull it again: aiflux models "
+            f"pull --again {packed.name}",
         )
+
+
+def _blob_member(digest: str) -> str:
+    return f"blobs/{digest.replace(':', '-')}"
 
 
 @contextmanager
@@ -164,7 +188,7 @@ def _opened(source: Path) -> Iterator[tarfile.TarFile]:
 def _broken(source: Path, what: str) -> ModelError:
     return ModelError(
         f"{source} is not a complete model archive: {what}",
-        "create it again where the model is (aiflux models export NAME:TAG FILE), and compare the "
+        "create it again where the model is (aiflux models export MODEL FILE), and compare the "
         "file sizes",
     )
 
@@ -176,14 +200,59 @@ def _head(tar: tarfile.TarFile, source: Path) -> Archive:
             raise ValueError(f"its version is {label['version']}, but AI-Flux reads {VERSION}")
         if not isinstance(label["name"], str):
             raise ValueError(f"{LABEL} names no model")
-        name = parse_model_name(label["name"])
         raw = _small(tar, MANIFEST)
         manifest = parse_manifest(raw)
+        name, digest = _identity(label["name"], manifest, raw)
     except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise _broken(source, str(error)) from error
     if f"sha256:{manifest.digest}" != label.get("digest"):
         raise _broken(source, "its manifest was modified")
-    return Archive(name, manifest, raw)
+    return Archive(name, digest, manifest, raw)
+
+
+def _identity(named: str, manifest: Manifest, raw: bytes) -> tuple[str, str]:
+    """Return the name and the digest of the model in an archive.
+
+    Raises:
+        ConfigError: it is not the name of a model.
+        ValueError: the manifest is not valid, or is that of another model.
+    """
+    store = storing_kind(named).store
+    if store is not None:
+        return named, store.packed_digest(named, raw)
+    return parse_model_name(named).served, f"sha256:{manifest.digest}"
+
+
+def _begin(models_dir: Path, archive: Archive) -> Path:
+    """Create the directory where the model is assembled."""
+    store = storing_kind(archive.name).store
+    if store is None:
+        return begin_staging(models_dir, parse_model_name(archive.name), "import")
+    folder = store.arrival_folder(models_dir, archive.raw)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "blobs").mkdir(parents=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    return folder
+
+
+def _place(models_dir: Path, source: Path, archive: Archive, folder: Path) -> None:
+    """Move a model that is unpacked and verified into place."""
+    store = storing_kind(archive.name).store
+    try:
+        if store is None:
+            name = parse_model_name(archive.name)
+            manifest = folder / name.manifest_path
+            manifest.parent.mkdir(parents=True)
+            manifest.write_bytes(archive.raw)
+            move_into_place(folder, models_dir, name)
+        else:
+            store.place(models_dir, archive.raw, folder)
+    except ModelError as error:
+        raise _broken(source, error.message) from error
+    except OSError as error:
+        raise storage_error(error, models_dir) from error
 
 
 def _small(tar: tarfile.TarFile, wanted: str) -> bytes:
@@ -199,7 +268,7 @@ def _refuse_full(models_dir: Path, archive: Archive) -> None:
     if free < archive.manifest.size:
         error = OSError(
             28,
-            f"{size_text(free)} are free, but {archive.name.served} needs "
+            f"{size_text(free)} are free, but {archive.name} needs "
             f"{size_text(archive.manifest.size)}",
         )
         raise storage_error(error, models_dir)
@@ -208,7 +277,7 @@ def _refuse_full(models_dir: Path, archive: Archive) -> None:
 def _unpack(
     tar: tarfile.TarFile, source: Path, archive: Archive, folder: Path, on_bytes: OnBytes
 ) -> None:
-    wanted = {f"blobs/{digest.replace(':', '-')}": digest for digest in archive.manifest.blobs}
+    wanted = {_blob_member(digest): digest for digest in archive.manifest.blobs}
     try:
         while (member := tar.next()) is not None:
             digest = wanted.pop(member.name, None)
@@ -224,9 +293,6 @@ def _unpack(
                 os.fsync(file.fileno())
         if wanted:
             raise _broken(source, f"{', '.join(wanted)} is missing")
-        manifest = folder / archive.name.manifest_path
-        manifest.parent.mkdir(parents=True)
-        manifest.write_bytes(archive.raw)
     except OSError as error:
         if error.errno is None:  # raised by tarfile: "unexpected end of data"
             raise _broken(source, str(error)) from error

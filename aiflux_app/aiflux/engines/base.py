@@ -85,6 +85,23 @@ class ListedModel:
     problem: str
 
 
+@dataclass(frozen=True)
+class PackedModel:
+    """A stored model, as archives and bundles contain it.
+
+    Attributes:
+        name: under which its store finds it.
+        digest: what identifies its files.
+        manifest: JSON in the form of Ollama's manifests, with the SHA-256 and size of each blob.
+        blobs: its files by digest, ``sha256:...``.
+    """
+
+    name: str
+    digest: str
+    manifest: bytes
+    blobs: Mapping[str, Path]
+
+
 class ModelStore(Protocol):
     """The models of a kind that have a format of their own, for ``aiflux models``.
 
@@ -105,6 +122,27 @@ class ModelStore(Protocol):
 
     def remove(self, models_dir: Path, name: str, say: Callable[[str], None]) -> int:
         """Remove a model; return the bytes that are free now."""
+
+    def pack(self, models_dir: Path, name: str) -> PackedModel:
+        """Return a stored model for an archive; ModelError if it is incomplete or damaged."""
+
+    def packed_digest(self, name: str, manifest: bytes) -> str:
+        """Return the digest of the model in an archive.
+
+        Raises:
+            ValueError: the manifest is not valid, or is that of another model.
+        """
+
+    def arrival_folder(self, models_dir: Path, manifest: bytes) -> Path:
+        """Return where the blobs of an archive are put, in ``blobs``, before ``place``."""
+
+    def place(self, models_dir: Path, manifest: bytes, folder: Path) -> None:
+        """Move a model that arrived into place.
+
+        Raises:
+            ModelError: a file is not the one that the model had where it was published.
+            OSError: the models directory cannot be written.
+        """
 
 
 @dataclass(frozen=True)

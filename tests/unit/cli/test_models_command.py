@@ -22,7 +22,7 @@ from aiflux.engines.ollama.staging import begin_staging, changing
 from aiflux.engines.ollama.store import model_digest, parse_manifest
 from aiflux.models.name import parse_model_name
 from tests.tools import make_tiny_gguf
-from tests.unit.made_models import CONFIG, blob_files, put_model, tree
+from tests.unit.made_models import CONFIG, blob_files, changed_tar, put_model, tree
 
 WEIGHTS = make_tiny_gguf.tiny()
 MIT = b"do as you like"
@@ -190,18 +190,6 @@ def test_a_damaged_model_is_not_exported(aiflux: Aiflux, models: Path, tmp_path:
     blob.unlink()
     assert aiflux("export", "lab/one:1", "one.tar")[0] == 4
     assert not (tmp_path / "one.tar").exists()
-
-
-def changed_tar(source: Path, change: Callable[[list[tuple[str, bytes]]], None]) -> None:
-    with tarfile.open(source) as tar:
-        members = [(each.name, tar.extractfile(each)) for each in tar]
-        parts = [(name, file.read()) for name, file in members if file]
-    change(parts)
-    with tarfile.open(source, "w") as tar:
-        for name, content in parts:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
 
 
 def swap(index: int, name: str | None = None, content: bytes | None = None) -> Callable[..., None]:

@@ -193,23 +193,28 @@ def verify(name: str, as_json: bool, **settings: Any) -> int:
     return 0
 
 
-@models.command("export", examples=["aiflux models export llama3.2:3b llama.tar"])
+@models.command(
+    "export",
+    examples=[
+        "aiflux models export llama3.2:3b llama.tar",
+        "aiflux models export hf:Qwen/Qwen3-8B qwen.tar",
+    ],
+)
 @_model_argument
 @argument("file", metavar="FILE", type=FILE, help="Archive to write, *.tar")
 @option("--force", is_flag=True, help="Overwrite an existing file")
 @settings_options("paths")
 def export(name: str, file: str, force: bool, **settings: Any) -> int:
     """Write a model to one file, for another machine."""
-    from aiflux.bundle.model_archive import export_model
+    from aiflux.bundle.model_archive import export_model, pack_model, packed_size
 
-    folder, model, target = _config(settings).models_dir, parse_model_name(name), Path(file)
-    manifest = read_manifest(folder, model)
-    refuse_other_digest(model, manifest.digest, str(folder))
+    target = Path(file)
+    packed = pack_model(_config(settings).models_dir, name)
     _refuse_target(target, force=force)
-    with byte_bar(f"exporting {model.served}", manifest.size) as on_bytes:
-        export_model(folder, model, target, on_bytes)
+    with byte_bar(f"exporting {packed.name}", packed_size(packed)) as on_bytes:
+        export_model(packed, target, on_bytes)
     size = size_text(target.stat().st_size)
-    print(f"wrote {model.served} to {target} ({size}), sha256:{manifest.digest}")
+    print(f"wrote {packed.name} to {target} ({size}), {_shown_digest(packed.digest)}")
     print(f"  on the other machine: aiflux models import {target.name}")
     return 0
 
@@ -245,11 +250,9 @@ def import_(
     from aiflux.bundle.model_archive import import_model, read_archive
 
     archive = read_archive(Path(file))
-    with byte_bar(f"importing {archive.name.served}", archive.manifest.size) as on_bytes:
+    with byte_bar(f"importing {archive.name}", archive.manifest.size) as on_bytes:
         import_model(config.models_dir, Path(file), say=_say, on_bytes=on_bytes)
-    print(
-        f"imported {archive.name.served} to {config.models_dir}, sha256:{archive.manifest.digest}"
-    )
+    print(f"imported {archive.name} to {config.models_dir}, {_shown_digest(archive.digest)}")
     return 0
 
 
@@ -276,6 +279,10 @@ def remove(name: str, **settings: Any) -> int:
     freed = remove_model(folder, model, _say)
     print(f"removed {model.served} from {folder}, which freed {size_text(freed)}")
     return 0
+
+
+def _shown_digest(digest: str) -> str:
+    return digest if ":" in digest else f"commit {digest}"
 
 
 def _verify_stored(store: ModelStore, folder: Path, name: str, *, as_json: bool) -> int:

@@ -95,6 +95,11 @@ def _folder(text: str) -> Path:
     return folder
 
 
+def is_commit(text: str) -> bool:
+    """Return whether a text is a whole commit."""
+    return bool(_COMMIT.fullmatch(text))
+
+
 def same_revision(one: str, other: str) -> bool:
     """Return whether two revisions are the same; a commit may be abbreviated to seven digits."""
     abbreviated = _ABBREVIATED.fullmatch(one) and _ABBREVIATED.fullmatch(other)

@@ -16,6 +16,7 @@ from aiflux.engines.base import (
     HttpFactory,
     ListedModel,
     ModelStore,
+    PackedModel,
     SlotLimits,
     refuse_mixed_uses,
 )
@@ -101,6 +102,33 @@ class HubStore:
         from aiflux.engines.vllm.store import remove_model
 
         return remove_model(models_dir, name, say)
+
+    def pack(self, models_dir: Path, name: str) -> PackedModel:
+        """Return a stored snapshot for an archive."""
+        from aiflux.engines.vllm.snapshot import pack_snapshot
+
+        return pack_snapshot(models_dir, name)
+
+    def packed_digest(self, name: str, manifest: bytes) -> str:
+        """Return the commit of the snapshot in an archive."""
+        from aiflux.engines.vllm.snapshot import read_snapshot
+
+        snapshot = read_snapshot(manifest)
+        if snapshot.repo != parse_hub_model(name).repo:
+            raise ValueError(f"its manifest is that of {snapshot.repo}, not of {name}")
+        return snapshot.commit
+
+    def arrival_folder(self, models_dir: Path, manifest: bytes) -> Path:
+        """Return where the snapshot in an archive is put together."""
+        from aiflux.engines.vllm.snapshot import arrival_folder, read_snapshot
+
+        return arrival_folder(models_dir, read_snapshot(manifest))
+
+    def place(self, models_dir: Path, manifest: bytes, folder: Path) -> None:
+        """Move a snapshot that arrived into the hub cache of a models directory."""
+        from aiflux.engines.vllm.snapshot import place_snapshot, read_snapshot
+
+        place_snapshot(models_dir, read_snapshot(manifest), folder)
 
 
 class VllmKind:

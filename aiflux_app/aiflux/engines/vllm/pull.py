@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from hashlib import sha1, sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,21 @@ from aiflux.engines.vllm.hub import (
     store_name,
     stored_snapshot,
 )
+from aiflux.engines.vllm.snapshot import (
+    STAGING,
+    blob_digest,
+    file_digest,
+    git_digest,
+    move_snapshot,
+)
 from aiflux.errors import AifluxError, ModelError, StorageError
 from aiflux.util.extras import need
-from aiflux.util.files import atomic_write, fsync_directory, storage_error
+from aiflux.util.files import storage_error
 from aiflux.util.text import size_text
 
-STAGING = ".staging"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*",
                   "onnx/*", "consolidated*.safetensors")  # fmt: skip
 """The same weights in other formats, where the repository has ``model*.safetensors``."""
-_BLOCK = 1 << 20
-_SHA256_DIGITS = 64
 _INTERVAL = 1.0
 
 
@@ -191,21 +194,7 @@ class Pull:
         return total
 
     def _move(self, commit: str) -> None:
-        """Move what is staged into place: blobs first, then the snapshot, then its name."""
-        for folder in ("blobs", "snapshots", "refs"):
-            (self._store / folder).mkdir(parents=True, exist_ok=True)
-        for blob in (self._staged / "blobs").iterdir():
-            blob.replace(self._store / "blobs" / blob.name)
-        fsync_directory(self._store / "blobs")
-        target = self._store / "snapshots" / commit
-        if target.is_dir():
-            target.rename(self._staged / "replaced")
-        (self._staged / "snapshots" / commit).rename(target)
-        fsync_directory(target.parent)
-        ref = self._store / "refs" / (self._model.revision or "main")
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(ref) as file:
-            file.write(commit.encode())
+        move_snapshot(self._staged, self._store, commit, self._model.revision or "main")
         shutil.rmtree(self._staging)
 
 
@@ -277,26 +266,3 @@ def _unavailable(model: HubModel, error: BaseException) -> ModelError:
         "pull on a machine that reaches the hub (HF_ENDPOINT names a mirror), or copy the model's "
         "directory here and give its path as the model; a pull keeps the files that are complete",
     )
-
-
-def blob_digest(path: Path) -> str:
-    """Return a blob's hash, of the kind that its name has."""
-    return file_digest(path) if len(path.name) == _SHA256_DIGITS else git_digest(path)
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256, hex."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def git_digest(path: Path) -> str:
-    """Return a file's blob id as git computes it, hex."""
-    digest = sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from aiflux.engines.vllm.hub import (
     parse_hub_model,
     problems,
 )
-from aiflux.engines.vllm.pull import STAGING, blob_digest
+from aiflux.engines.vllm.snapshot import STAGING, blob_digest
 from aiflux.errors import ModelError
 from aiflux.util.files import storage_error
 

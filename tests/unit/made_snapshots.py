@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tests.tools.fake_hub import LARGE, git_hash
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
@@ -64,3 +67,26 @@ def put_snapshot(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(commit, encoding="ascii")
     return put_folder(store / "snapshots" / commit, weights=weights)
+
+
+def put_pulled(
+    cache: Path,
+    repo: str,
+    files: Mapping[str, bytes],
+    commit: str = COMMIT,
+    ref: str | None = "main",
+) -> Path:
+    """Write a snapshot as a pull leaves it: its files are links to blobs named by their hashes."""
+    store = cache / f"models--{repo.replace('/', '--')}"
+    folder = store / "snapshots" / commit
+    (store / "blobs").mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        large = len(content) >= LARGE
+        blob = hashlib.sha256(content).hexdigest() if large else git_hash(content)
+        (store / "blobs" / blob).write_bytes(content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to("../" * (name.count("/") + 2) + f"blobs/{blob}")
+    if ref is not None:
+        (store / "refs").mkdir(exist_ok=True)
+        (store / "refs" / ref).write_text(commit, encoding="ascii")
+    return folder

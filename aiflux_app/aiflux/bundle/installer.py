@@ -53,12 +53,19 @@ CONTENTS = "bundle.json"
 _CHUNK = 4 << 20
 _SMALL = 16 << 20  # maximum size of the checksum list in bytes
 _SUM = re.compile(r"([0-9a-f]{64})  (\S.*)\Z")
-_BLOB = re.compile(r"models/blobs/sha256-([0-9a-f]{64})\Z")
+_IMAGE = r"image/aiflux(-[a-z]+)?\.sif"
+_HUB = r"hub/models--[\w.-]+"  # a model of Hugging Face, in the layout of huggingface_hub's cache
+_HUB_BLOB = r"[0-9a-f]{64}|[0-9a-f]{40}"
+_BLOB = re.compile(rf"models/(?:blobs/sha256-|{_HUB}/blobs/)([0-9a-f]{{64}})", re.ASCII)
 _MEMBER = re.compile(
-    r"bundle\.json|README\.txt|install\.py|wheels/[\w.+!-]+\.whl|image/aiflux\.sif"
-    r"|models/blobs/sha256-[0-9a-f]{64}|models/manifests(/[\w.:-]+){2,}",
+    rf"bundle\.json|README\.txt|install\.py|wheels/[\w.+!-]+\.whl|{_IMAGE}"
+    rf"|models/blobs/sha256-[0-9a-f]{{64}}|models/manifests(/[\w.:-]+){{2,}}"
+    rf"|models/{_HUB}/blobs/({_HUB_BLOB})",
     re.ASCII,
 )
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REF = re.compile(r"[\w./-]{1,128}", re.ASCII)
+_PATH = re.compile(r"[^\x00-\x1f\x7f\\]{1,500}")
 _RELEASE = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}")  # becomes a directory name
 _PYTHON = re.compile(r"3\.[0-9]{1,2}")
 _LINE = re.compile(r"[^\x00-\x1f\x7f]{1,1000}")
@@ -99,14 +106,24 @@ class Bundle:
     sums: dict[str, str]
 
     @property
-    def image(self) -> str | None:
-        """The member with the image; None in a bundle without image."""
-        return self.contents["image"]["path"] if self.contents["image"] else None
+    def images(self) -> list[str]:
+        """The members with the images."""
+        return [image["path"] for image in self.contents["images"]]
 
     @property
-    def models(self) -> dict[str, str]:
-        """The members with the manifests, by model name."""
-        return {model["name"]: model["manifest"] for model in self.contents["models"]}
+    def models(self) -> list[str]:
+        """The names of the models."""
+        return [model["name"] for model in self.contents["models"]]
+
+    @property
+    def manifests(self) -> list[str]:
+        """The members with manifests, which Ollama's models have."""
+        return [model["manifest"] for model in self.contents["models"] if "manifest" in model]
+
+    @property
+    def snapshots(self) -> list[dict[str, Any]]:
+        """The snapshots of Hugging Face: ``folder``, ``commit``, ``ref`` and ``files``."""
+        return [model["snapshot"] for model in self.contents["models"] if "snapshot" in model]
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -123,17 +140,17 @@ class InstallPaths:
     """Where a bundle is installed. Paths are absolute.
 
     Attributes:
-        prefix: receives ``bin/aiflux``, ``python`` (virtual environment), ``containers/aiflux.sif``
-            and ``site.yaml``.
+        prefix: receives ``bin/aiflux``, ``python`` (virtual environment), ``containers`` with the
+            images, and ``site.yaml``.
     """
 
     prefix: Path
     models: Path
 
     @property
-    def image(self) -> Path:
-        """The installed image."""
-        return self.prefix / "containers" / "aiflux.sif"
+    def containers(self) -> Path:
+        """The directory of the images."""
+        return self.prefix / "containers"
 
     @property
     def command(self) -> Path:
@@ -149,7 +166,7 @@ class InstallPaths:
         """Return the destination of a member with image or model; None for others."""
         if member.startswith("models/"):
             return self.models / member[len("models/") :]
-        return self.image if member.startswith("image/") else None
+        return self.containers / member[len("image/") :] if member.startswith("image/") else None
 
     def staged(self, member: str) -> Path:
         """Return where a member is staged until all members are verified."""
@@ -296,9 +313,11 @@ def _head(tar: tarfile.TarFile, path: Path) -> Bundle:
         if hashlib.sha256(raw).hexdigest() != sums[CONTENTS]:
             raise ValueError(f"{CONTENTS} does not match {SUMS}")
         bundle = Bundle(path, _contents(json.loads(raw)), sums)
-        named = {*bundle.models.values(), *([bundle.image] if bundle.image else [])}
+        named = {*bundle.manifests, *bundle.images}
         named.update(*bundle.contents["pythons"].values())
-        if not all(path.startswith("models/manifests/") for path in bundle.models.values()):
+        for snapshot in bundle.snapshots:
+            named.update(_blob_member(snapshot, blob) for blob in snapshot["files"].values())
+        if not all(path.startswith("models/manifests/") for path in bundle.manifests):
             raise ValueError(f"{CONTENTS} names an invalid manifest")
         if not named <= set(sums):
             raise ValueError(f"{SUMS} does not list {', '.join(sorted(named - set(sums)))}")
@@ -325,20 +344,47 @@ def _contents(found: Any) -> dict[str, Any]:
             raise ValueError(f"{CONTENTS} has an invalid pythons: {python!r}")
     found.setdefault("extras", [])
     _need(found, "extras", _list_of(_text(_RELEASE)))
-    found.setdefault("image", None)
-    _need(found, "image", lambda value: value is None or isinstance(value, dict))
-    if found["image"] is not None:
-        _need(found["image"], "path", lambda value: value == "image/aiflux.sif")
+    found.setdefault("images", [])
+    _need(found, "images", _list_of(lambda value: isinstance(value, dict)))
+    for image in found["images"]:
+        _need(image, "path", _text(re.compile(_IMAGE)))
         for name in ("engine", "arch"):
-            found["image"].setdefault(name, None)
-            _need(found["image"], name, lambda value: value is None or _text(_LINE)(value))
+            image.setdefault(name, None)
+            _need(image, name, lambda value: value is None or _text(_LINE)(value))
     _need(found, "models", _list_of(lambda value: isinstance(value, dict)))
     for model in found["models"]:
         _need(model, "name", _text(_LINE))
         _need(model, "digest", _text(_LINE))
-        _need(model, "manifest", _text(_MEMBER))
         _need(model, "size", lambda value: type(value) is int and 0 <= value < 1 << 60)
+        if "snapshot" in model:
+            _check_snapshot(model["snapshot"])
+        else:
+            _need(model, "manifest", _text(_MEMBER))
     return found
+
+
+def _check_snapshot(found: Any) -> None:
+    """Raise ValueError unless a snapshot stays in its directory."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{CONTENTS} has an invalid snapshot")
+    _need(found, "folder", _text(re.compile(_HUB, re.ASCII)))
+    _need(found, "commit", _text(_COMMIT))
+    _need(found, "ref", lambda value: value == "" or (_text(_REF)(value) and _inside(value)))
+    _need(found, "files", lambda value: isinstance(value, dict))
+    paths = {*map(Path, found["files"])}
+    for path, blob in found["files"].items():
+        if not (_PATH.fullmatch(path) and _inside(path)) or {*Path(path).parents} & paths:
+            raise ValueError(f"{CONTENTS} names the invalid path {path[:80]!r}")
+        if not _text(re.compile(_HUB_BLOB))(blob):
+            raise ValueError(f"{CONTENTS} has an invalid blob of {path[:80]!r}")
+
+
+def _inside(path: str) -> bool:
+    return not {"", ".", ".."} & {*path.split("/")}
+
+
+def _blob_member(snapshot: dict[str, Any], blob: str) -> str:
+    return f"models/{snapshot['folder']}/blobs/{blob}"
 
 
 def _need(found: dict[str, Any], name: str, is_valid: Callable[[Any], bool]) -> None:
@@ -361,8 +407,8 @@ def _sum(line: str) -> tuple[str, str]:
     digest, member = match.groups()
     if not _MEMBER.fullmatch(member) or {".", ".."} & {*member.split("/")}:
         raise ValueError(f"{SUMS} lists the invalid path {member[:80]!r}")
-    blob = _BLOB.match(member)
-    if member.startswith("models/blobs/") and (blob is None or blob[1] != digest):
+    blob = _BLOB.fullmatch(member)
+    if blob is not None and blob[1] != digest:
         raise ValueError(f"{member} is not named after its digest")
     return member, digest
 
@@ -564,8 +610,11 @@ def _put_in_place(bundle: Bundle, to: InstallPaths, say: Say) -> None:
         final, staged = to.final(member), to.staged(member)
         if final is not None and staged.exists():
             final.parent.mkdir(parents=True, exist_ok=True)
-            staged.chmod(staged.stat().st_mode | (0o111 if final == to.image else 0))
+            image = member.startswith("image/")
+            staged.chmod(staged.stat().st_mode | (0o111 if image else 0))
             staged.replace(final)
+    for snapshot in bundle.snapshots:
+        _link_snapshot(snapshot, to)
     _write_site(bundle, to, say)
     _switch(to.prefix / "python", environment)
     _replace(to.command, _command(to), 0o777)
@@ -577,10 +626,39 @@ def _put_in_place(bundle: Bundle, to: InstallPaths, say: Say) -> None:
             f"warning: the previous installation also had {', '.join(gone)}; to keep it, create "
             f"the bundle with --extra {' --extra '.join(gone)}"
         )
-    if bundle.image:
-        say(f"image: {to.image}")
+    for member in bundle.images:
+        say(f"image: {to.final(member)}")
     for name in bundle.models:
         say(f"model: {name} in {to.models}")
+
+
+def _link_snapshot(snapshot: dict[str, Any], to: InstallPaths) -> None:
+    """Give a snapshot's blobs their names, and then the commit its branch or tag."""
+    store, commit = to.models / snapshot["folder"], snapshot["commit"]
+    final = store / "snapshots" / commit
+    folder = final
+    if not final.exists():  # it is complete as soon as it exists
+        folder = to.staged(f"models/{snapshot['folder']}/snapshots/{commit}")
+        shutil.rmtree(folder, ignore_errors=True)
+    for path, blob in snapshot["files"].items():
+        up = "../" * (path.count("/") + 2)
+        _link(folder / path, f"{up}blobs/{blob}")
+    if folder != final:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(final)
+    ref = store / "refs" / snapshot["ref"]
+    if snapshot["ref"] and not _holds(ref, hashlib.sha256(commit.encode()).hexdigest()):
+        _replace(ref, commit, 0o666)
+
+
+def _link(link: Path, target: str) -> None:
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(link)
 
 
 def _make_environment(bundle: Bundle, to: InstallPaths) -> Path:
@@ -635,8 +713,8 @@ def _unpack(wheel: Path, site: Path) -> None:
 def _write_site(bundle: Bundle, to: InstallPaths, say: Say) -> None:
     """Write the locations as settings with the lowest precedence; an edited file is kept."""
     paths = {"models_dir": str(to.models)}
-    if bundle.image:
-        paths["containers_dir"] = str(to.image.parent)
+    if bundle.images:
+        paths["containers_dir"] = str(to.containers)
     lines = [f"  {name}: {_quoted(path)}" for name, path in paths.items()]
     text = "\n".join(["# Settings of this installation. Users' own settings take precedence.",
                       "paths:", *lines, ""])  # fmt: skip
@@ -667,10 +745,7 @@ def _command(to: InstallPaths) -> str:
 
 
 def _switch(link: Path, target: Path) -> None:
-    new = link.with_name(f".{link.name}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(os.path.relpath(target, link.parent))
-    new.replace(link)
+    _link(link, os.path.relpath(target, link.parent))
 
 
 def _replace(path: Path, text: str, mode: int) -> None:

@@ -2,8 +2,9 @@
 
 Below ``aiflux-bundle/``, in this order: ``SHA256SUMS`` (for ``sha256sum -c``), ``bundle.json``,
 ``README.txt``, ``install.py``, ``wheels/``, ``image/``, and ``models/`` in the layout of a models
-directory. Nothing is compressed, as images and weights do not shrink. ``bundle/installer.py`` reads
-it.
+directory; ``bundle.json`` names the files of a snapshot of Hugging Face, which the installer links
+to its blobs. Nothing is compressed, as images and weights do not shrink. ``bundle/installer.py``
+reads it.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from typing import IO, Any
 from aiflux import __version__
 from aiflux.bundle import installer
 from aiflux.bundle.installer import CONTENTS, SUMS, TOP, VERSION
+from aiflux.bundle.model_archive import packed_size
+from aiflux.engines.base import PackedModel
 from aiflux.engines.ollama.store import (
     HashedReader,
     OnBytes,
     blob_path,
     digest_of,
-    missing_parts,
-    read_manifest,
+    parse_manifest,
 )
 from aiflux.errors import BundleError, ImageError
 from aiflux.image.build import find_sources
+from aiflux.image.container import image_names
 from aiflux.image.run_tool import run
-from aiflux.image.sif import ImageFacts, read_image
-from aiflux.models.name import ModelName
+from aiflux.image.sif import read_image
+from aiflux.models.name import parse_model_name
 from aiflux.util.files import atomic_write, temporary_folder
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -139,7 +142,7 @@ _README = """\
 AI-Flux {aiflux} for a machine without internet, created {created}
   Python packages for {arch}, Python {pythons}
   extras: {extras}
-  image: {image}
+  images: {images}
   models: {models}
 
 Check it:     sha256sum bundle.tar        (compare with aiflux bundle create)
@@ -176,16 +179,14 @@ class Ingredients:
     """The inputs of a bundle.
 
     Attributes:
-        image: None for a bundle without image.
-        models_dir: the models directory.
+        images: none for a bundle without image; of several, each has another engine.
         wheels: wheel files by Python version, such as 3.11.
         arch: the architecture of the wheels, as in ``uname -m``.
         extras: extras of AI-Flux whose wheels are included.
     """
 
-    image: Path | None
-    models_dir: Path
-    models: tuple[ModelName, ...]
+    images: tuple[Path, ...]
+    models: tuple[PackedModel, ...]
     wheels: Mapping[str, Sequence[Path]]
     arch: str
     extras: tuple[str, ...] = ()
@@ -217,7 +218,7 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
         BundleError: a file changed while it was read, or a blob does not match its digest.
         StorageError: the file cannot be written.
     """
-    files = [*_wheels(parts), *_image(parts, on_bytes), *_models(parts)]
+    files = [*_wheels(parts), *_images(parts, on_bytes), *_models(parts)]
     contents = _contents(parts, files)
     texts = [
         _text(CONTENTS, json.dumps(contents, indent=2, ensure_ascii=False) + "\n"),
@@ -234,10 +235,9 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
     return Written(target, target.stat().st_size, hashing.digest, contents)
 
 
-def payload_size(image: Path | None, models_dir: Path, models: Sequence[ModelName]) -> int:
-    """Return the approximate size of image and models in bytes."""
-    of_image = image.stat().st_size if image else 0
-    return of_image + sum(read_manifest(models_dir, name).size for name in models)
+def payload_size(images: Sequence[Path], models: Sequence[PackedModel]) -> int:
+    """Return the approximate size of images and models in bytes."""
+    return sum(image.stat().st_size for image in images) + sum(map(packed_size, models))
 
 
 class _Hashing:
@@ -300,38 +300,74 @@ def _wheels(parts: Ingredients) -> list[Member]:
     ]
 
 
-def _image(parts: Ingredients, on_bytes: OnBytes) -> list[Member]:
-    if parts.image is None:
-        return []
-    return [Member("image/aiflux.sif", parts.image, _digest(parts.image, on_bytes))]
+def _images(parts: Ingredients, on_bytes: OnBytes) -> list[Member]:
+    return [Member(_image_member(path), path, _digest(path, on_bytes)) for path in parts.images]
+
+
+def _image_member(path: Path) -> str:
+    """Return the name of an image in the bundle: the one that runs with its engine look for."""
+    return f"image/{image_names(read_image(path).engine or 'ollama')[0]}"
 
 
 def _models(parts: Ingredients) -> list[Member]:
     """Return manifests first, then blobs; a shared blob is included once."""
     manifests, blobs = [], {}
-    for name in parts.models:
-        manifest = read_manifest(parts.models_dir, name)
-        refuse_incomplete(parts.models_dir, name)
-        path = parts.models_dir / name.manifest_path
-        manifests.append(Member(f"models/{name.manifest_path}", path, manifest.digest))
-        for digest in manifest.blobs:
-            path = blob_path(parts.models_dir, digest)
-            blobs[digest] = Member(f"models/blobs/{path.name}", path, digest.partition(":")[2])
+    for model in parts.models:
+        refuse_incomplete(model)
+        if not model.folder:
+            raw = model.manifest
+            name = _manifest_member(model)
+            manifests.append(Member(name, raw, hashlib.sha256(raw).hexdigest()))
+        for name, digest in _blob_members(model):
+            blobs[name] = Member(name, model.blobs[digest], _bare(digest))
     return [*manifests, *blobs.values()]
 
 
-def refuse_incomplete(models_dir: Path, name: ModelName) -> None:
+def refuse_incomplete(model: PackedModel) -> None:
     """Reject an incomplete model, judged by file sizes.
 
     Raises:
         BundleError: a blob is missing or truncated.
     """
-    missing = missing_parts(models_dir, name)
-    if missing:
-        raise BundleError(
-            f"{name.served} is incomplete in {models_dir}: {missing[0]} is missing or truncated",
-            f"pull it again: aiflux models pull {name.served}",
-        )
+    for digest, size in parse_manifest(model.manifest).blobs.items():
+        blob = model.blobs[digest]
+        if not blob.is_file() or blob.stat().st_size != size:
+            raise BundleError(
+                f"{model.name} is incomplete: {blob} is missing or truncated",
+                f"pull it again: aiflux models pull {model.name}",
+            )
+
+
+def _manifest_member(model: PackedModel) -> str:
+    return f"models/{parse_model_name(model.name).manifest_path}"
+
+
+def _blob_members(model: PackedModel) -> Iterator[tuple[str, str]]:
+    """Yield the members with a model's files, and their digests."""
+    if model.folder:
+        for file in _files(model):
+            yield f"models/{model.folder}/blobs/{file['blob']}", file["digest"]
+        return
+    for digest in model.blobs:
+        yield f"models/{blob_path(Path(), digest)}", digest
+
+
+def _files(model: PackedModel) -> list[dict[str, Any]]:
+    manifest = json.loads(model.manifest)
+    return [manifest["config"], *manifest["layers"]]
+
+
+def _model_facts(model: PackedModel) -> dict[str, Any]:
+    facts = {"name": model.name, "digest": model.digest, "size": packed_size(model)}
+    if not model.folder:
+        return {**facts, "manifest": _manifest_member(model)}
+    snapshot = {
+        "folder": model.folder,
+        "commit": model.digest,
+        "ref": json.loads(model.manifest)["ref"],
+        "files": {file["path"]: file["blob"] for file in _files(model)},
+    }
+    return {**facts, "snapshot": snapshot}
 
 
 def _digest(path: Path, on_bytes: OnBytes) -> str:
@@ -355,24 +391,17 @@ def _contents(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:
             python: [f"wheels/{wheel.name}" for wheel in wheels]
             for python, wheels in parts.wheels.items()
         },
-        "image": None if parts.image is None else _image_facts(read_image(parts.image)),
-        "models": [
-            {
-                "name": name.served,
-                "digest": f"sha256:{read_manifest(parts.models_dir, name).digest}",
-                "size": read_manifest(parts.models_dir, name).size,
-                "manifest": f"models/{name.manifest_path}",
-            }
-            for name in parts.models
-        ],
+        "images": [_image_facts(path) for path in parts.images],
+        "models": [_model_facts(model) for model in parts.models],
         "bytes": sum(member.size for member in files),
     }
 
 
-def _image_facts(image: ImageFacts) -> dict[str, Any]:
+def _image_facts(path: Path) -> dict[str, Any]:
+    image = read_image(path)
     facts = {name: image.fact(name) for name in ("version", "ollama", "base", "cpu_only")}
     return {
-        "path": "image/aiflux.sif",
+        "path": _image_member(path),
         "arch": image.arch,
         "engine": image.engine_description,
         "engine_version": image.engine_version,
@@ -381,13 +410,13 @@ def _image_facts(image: ImageFacts) -> dict[str, Any]:
 
 
 def _readme(contents: Mapping[str, Any]) -> str:
-    image = contents["image"]
+    images = [f"{image['engine'] or 'yes'}, {image['arch']}" for image in contents["images"]]
     return _README.format(
         aiflux=contents["aiflux"],
         created=contents["created"],
         arch=contents["arch"],
         pythons=", ".join(contents["pythons"]),
         extras=", ".join(contents["extras"]) or "none",
-        image=f"{image['engine'] or 'yes'}, {image['arch']}" if image else "none",
+        images="; ".join(images) or "none",
         models=", ".join(model["name"] for model in contents["models"]) or "none",
     )

@@ -94,12 +94,15 @@ class PackedModel:
         digest: what identifies its files.
         manifest: JSON in the form of Ollama's manifests, with the SHA-256 and size of each blob.
         blobs: its files by digest, ``sha256:...``.
+        folder: of its own below the models directory, where the layers' ``path`` and ``blob`` are
+            names of files; "" for a model in Ollama's layout.
     """
 
     name: str
     digest: str
     manifest: bytes
     blobs: Mapping[str, Path]
+    folder: str = ""
 
 
 class ModelStore(Protocol):

@@ -38,13 +38,16 @@ from aiflux.bundle.installer import (
     places,
     verify,
 )
+from aiflux.bundle.model_archive import pack_model
 from aiflux.bundle.writer import Ingredients, download_command, write_bundle
 from aiflux.cli.main import main
 from aiflux.engines.ollama.store import missing_parts
+from aiflux.engines.vllm.hub import parse_hub_model, stored_snapshot
 from aiflux.errors import BundleError, ModelError
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.extras import EXTRAS, LIBRARIES, remedy
 from tests.tools.make_sif import make_sif
+from tests.unit.made_snapshots import COMMIT, LLAMA, WEIGHTS, put_pulled
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,6 +57,12 @@ else:
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 MACHINE = os.uname().machine
 NAME = parse_model_name("tiny:1b")
+HUB_NAME = "hf:org/name"
+HUB_FILES = {
+    "config.json": json.dumps(LLAMA).encode(),
+    "model.safetensors": WEIGHTS,
+    "more/notes.txt": b"notes",
+}
 
 
 def make_model(models: Path, name: ModelName, weights: bytes) -> None:
@@ -96,9 +105,14 @@ def make_wheel(folder: Path, version: str) -> Path:
 def parts(tmp_path: Path) -> Ingredients:
     models = tmp_path / "here" / "models"
     make_model(models, NAME, b"weights " * 1000)
-    image = make_sif(tmp_path / "here" / "some.sif", version="1", engine="Ollama 9")
+    put_pulled(models / "hub", "org/name", HUB_FILES)
+    image = make_sif(
+        tmp_path / "here" / "some.sif", version="1", engine="ollama", engine_version="9"
+    )
+    other = make_sif(tmp_path / "here" / "v.sif", version="1", engine="vllm", engine_version="0.32")
     wheel = make_wheel(tmp_path / "here", "1.0")
-    return Ingredients(image, models, (NAME,), {PYTHON: [wheel], "3.99": []}, MACHINE)
+    packed = tuple(pack_model(models, name) for name in (NAME.served, HUB_NAME))
+    return Ingredients((image, other), packed, {PYTHON: [wheel], "3.99": []}, MACHINE)
 
 
 @pytest.fixture
@@ -191,7 +205,7 @@ def test_an_installation_with_plain_python(bundle: Path, to: InstallPaths, tmp_p
     assert (done.returncode, done.stderr) == (0, "")
     assert str(to.command) in done.stdout
     assert missing_parts(to.models, NAME) == []
-    assert os.access(to.image, os.X_OK)
+    assert os.access((to.containers / "aiflux.sif"), os.X_OK)
     called = subprocess.run(
         [to.command, "run", "a b", "$(c)"], capture_output=True, text=True, check=True,
         env={"PATH": "/bin:/usr/bin"},
@@ -206,7 +220,27 @@ def test_installed_files_are_found(bundle: Path, to: InstallPaths) -> None:
     install(bundle, to, ignore)
     config = Config(environ={"AIFLUX_SITE_CONFIG": str(to.site)}, directory=Path("/nonexistent"))
     assert config.models_dir == to.models
-    assert config.containers_dir / "aiflux.sif" == to.image
+    assert config.containers_dir / "aiflux.sif" == (to.containers / "aiflux.sif")
+
+
+def test_an_installed_snapshot_is_found_with_its_hashes(
+    bundle: Path, to: InstallPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+    install(bundle, to, printed.append)
+    assert f"image: {to.containers / 'aiflux-vllm.sif'}" in printed
+    assert f"model: {HUB_NAME} in {to.models}" in printed
+    snapshot = stored_snapshot(to.models, parse_hub_model(HUB_NAME))
+    assert snapshot.name == COMMIT
+    assert {name: (snapshot / name).read_bytes() for name in HUB_FILES} == HUB_FILES
+    assert main(["models", "verify", HUB_NAME, "--models-dir", str(to.models)]) == 0
+    assert f"commit {COMMIT}" in capsys.readouterr().out
+    link = snapshot / "more" / "notes.txt"
+    inode = link.lstat().st_ino
+    (snapshot / "config.json").unlink()
+    install(bundle, to, ignore)
+    assert link.lstat().st_ino == inode
+    assert main(["models", "verify", HUB_NAME, "--models-dir", str(to.models)]) == 0
 
 
 def test_reinstalling_writes_nothing_and_a_newer_bundle_replaces(
@@ -219,7 +253,7 @@ def test_reinstalling_writes_nothing_and_a_newer_bundle_replaces(
     assert {path: path.stat().st_ino for path in before} == before
     assert (to.prefix / "python").resolve() == environment
     wheels = {PYTHON: [make_wheel(tmp_path, "2.0")]}
-    newer = Ingredients(None, parts.models_dir, (), wheels, MACHINE)
+    newer = Ingredients((), (), wheels, MACHINE)
     install(write_bundle(tmp_path / "n.tar", newer).path, to, ignore)
     site = (to.prefix / "python" / "lib" / f"python{PYTHON}" / "site-packages").resolve()
     assert "2.0" in (site / "aiflux" / "__init__.py").read_text()
@@ -253,9 +287,7 @@ def test_running_commands_keep_their_packages(
     )
     assert running.stdout is not None
     running.stdout.readline()
-    newer = Ingredients(
-        None, parts.models_dir, (), {PYTHON: [make_wheel(tmp_path, "2.0")]}, MACHINE
-    )
+    newer = Ingredients((), (), {PYTHON: [make_wheel(tmp_path, "2.0")]}, MACHINE)
     install(write_bundle(tmp_path / "n.tar", newer).path, to, ignore)
     assert running.communicate("\n")[0] == "1.0\n"
     called = subprocess.run([to.command], capture_output=True, text=True, check=True)
@@ -274,7 +306,7 @@ def test_staged_files_of_a_stopped_installation_are_reused(bundle: Path, to: Ins
     inode = staged.stat().st_ino
     assert not to.command.exists()
     install(bundle, to, ignore)
-    assert to.image.stat().st_ino == inode
+    assert (to.containers / "aiflux.sif").stat().st_ino == inode
     assert not staged.parent.exists()
 
 
@@ -362,7 +394,7 @@ def sparse(info: tarfile.TarInfo) -> bool:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda info: not info.name.endswith(".sif"), "image/aiflux.sif is missing"),
+        (lambda info: not info.name.endswith(".sif"), "image/aiflux-vllm.sif is missing"),
         (lambda info: "SUMS" not in info.name, "SHA256SUMS is not at the expected position"),
         (escape, "is unexpected"),
         (link, "is unexpected"),
@@ -393,6 +425,36 @@ def of_contents(bundle: Path, raw: bytes) -> Path:
             info.size = len(content)
             new.addfile(info, io.BytesIO(content))
     return copy
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("folder", "hub/../../evil", "has an invalid folder"),
+        ("folder", "hub/models--org--name/..", "has an invalid folder"),
+        (
+            "folder",
+            "hub/models--other--name",
+            "does not list models/hub/models--other--name/blobs/",
+        ),
+        ("commit", "../evil", "has an invalid commit"),
+        ("ref", "../evil", "has an invalid ref"),
+        ("ref", "/evil", "has an invalid ref"),
+        ("files", {"../../../../evil": "a" * 40}, "names the invalid path '../../../../evil'"),
+        ("files", {"/evil": "a" * 40}, "names the invalid path '/evil'"),
+        ("files", {"a": "a" * 40, "a/b": "a" * 40}, "names the invalid path 'a/b'"),
+        ("files", {"a": "../evil"}, "has an invalid blob of 'a'"),
+        ("files", {"a": "a" * 40}, f"/blobs/{'a' * 40}"),
+    ],
+)
+def test_a_snapshot_that_leaves_its_directory_is_rejected(
+    bundle: Path, to: InstallPaths, key: str, value: object, words: str
+) -> None:
+    contents = verify(bundle).contents
+    contents["models"][1]["snapshot"][key] = value
+    with pytest.raises(InstallError, match=re.escape(words)):
+        install(of_contents(bundle, json.dumps(contents).encode()), to, ignore)
+    assert files(to.prefix, to.models) == []
 
 
 ANY_JSON = st.recursive(
@@ -513,11 +575,11 @@ def test_a_header_that_needs_much_memory_is_rejected(bundle: Path) -> None:
 def test_the_supported_python_versions_are_reported(
     bundle: Path, parts: Ingredients, to: InstallPaths
 ) -> None:
-    other = Ingredients(None, parts.models_dir, (), {"3.9": [*parts.wheels[PYTHON]]}, MACHINE)
+    other = Ingredients((), (), {"3.9": [*parts.wheels[PYTHON]]}, MACHINE)
     path = write_bundle(bundle.with_name("o.tar"), other).path
     with pytest.raises(InstallError, match=rf"this is Python {PYTHON}, .* packages for 3\.9"):
         install(path, to, ignore)
-    foreign = Ingredients(None, parts.models_dir, (), parts.wheels, "riscv64")
+    foreign = Ingredients((), (), parts.wheels, "riscv64")
     with pytest.raises(InstallError, match="is for riscv64"):
         install(write_bundle(bundle.with_name("f.tar"), foreign).path, to, ignore)
     assert files(to.prefix, to.models) == []
@@ -555,19 +617,21 @@ def test_edited_settings_are_kept(bundle: Path, to: InstallPaths) -> None:
 
 
 def test_missing_or_damaged_models_are_rejected(tmp_path: Path, parts: Ingredients) -> None:
-    other = (parse_model_name("other"),)
+    models = tmp_path / "here" / "models"
     with pytest.raises(ModelError, match="is not in"):
-        write_bundle(
-            tmp_path / "b.tar", Ingredients(None, parts.models_dir, other, parts.wheels, MACHINE)
-        )
-    blobs = sorted((parts.models_dir / "blobs").iterdir(), key=lambda path: path.stat().st_size)
-    content = blobs[-1].read_bytes()
-    blobs[-1].write_bytes(content[:-1] + b"!")
-    with pytest.raises(BundleError, match="does not match its digest"):
-        write_bundle(tmp_path / "b.tar", parts)
-    blobs[-1].unlink()
-    with pytest.raises(BundleError, match="is incomplete"):
-        write_bundle(tmp_path / "b.tar", parts)
+        pack_model(models, "other")
+    with pytest.raises(ModelError, match="is not stored in"):
+        pack_model(models, "hf:org/other")
+    for folder in (models / "blobs", models / "hub" / "models--org--name" / "blobs"):
+        blob = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+        content = blob.read_bytes()
+        blob.write_bytes(content[:-1] + b"!")
+        with pytest.raises(BundleError, match="does not match its digest"):
+            write_bundle(tmp_path / "b.tar", parts)
+        blob.unlink()
+        with pytest.raises(BundleError, match="is incomplete"):
+            write_bundle(tmp_path / "b.tar", parts)
+        blob.write_bytes(content)
     assert not (tmp_path / "b.tar").exists()
 
 
@@ -644,8 +708,9 @@ def test_verify_and_install_as_commands(
     assert main(["bundle", "verify", str(bundle)]) == 0
     printed = capsys.readouterr().out
     assert "model: tiny:1b" in printed
+    assert f"model: {HUB_NAME}, 21 KB, commit {COMMIT}" in printed
     assert "extras: none" in printed
-    assert "is complete: all 8 files" in printed
+    assert "is complete: all 12 files" in printed
     where = ["--prefix", str(to.prefix), "--models-dir", str(to.models)]
     assert main(["bundle", "install", str(bundle), *where]) == 0
     assert str(to.command) in capsys.readouterr().out
@@ -666,7 +731,7 @@ def test_verify_and_install_as_commands(
         (["-o", "here/some.sif"], "already exists"),
         (["-o", "nowhere/b.tar"], "no such directory"),
         (["-o", "here/models", "--force"], "is a directory"),
-        (["--model", "incomplete:1b"], "incomplete:1b is incomplete in"),
+        (["--model", "incomplete:1b"], "incomplete:1b is incomplete: "),
         (["--model", "huge:1b"], "the bundle needs more than"),
     ],
 )
@@ -679,21 +744,46 @@ def test_invalid_input_is_reported_before_any_download(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_model(parts.models_dir, parse_model_name("incomplete:1b"), b"incomplete")
+    models = tmp_path / "here" / "models"
+    make_model(models, parse_model_name("incomplete:1b"), b"incomplete")
     incomplete = hashlib.sha256(b"incomplete").hexdigest()
-    (parts.models_dir / "blobs" / f"sha256-{incomplete}").write_bytes(b"to")
+    (models / "blobs" / f"sha256-{incomplete}").write_bytes(b"to")
     huge = parse_model_name("huge:1b")
-    make_model(parts.models_dir, huge, b"huge")
-    manifest = json.loads((parts.models_dir / huge.manifest_path).read_text())
+    make_model(models, huge, b"huge")
+    manifest = json.loads((models / huge.manifest_path).read_text())
     manifest["layers"][0]["size"] = shutil.disk_usage(tmp_path).total + 1
-    (parts.models_dir / huge.manifest_path).write_text(json.dumps(manifest))
-    blob = parts.models_dir / "blobs" / manifest["layers"][0]["digest"].replace(":", "-")
+    (models / huge.manifest_path).write_text(json.dumps(manifest))
+    blob = models / "blobs" / manifest["layers"][0]["digest"].replace(":", "-")
     os.truncate(blob, manifest["layers"][0]["size"])
-    where = ["--image", str(parts.image), "--models-dir", str(parts.models_dir)]
+    where = ["--image", str(parts.images[0]), "--models-dir", str(models)]
     assert main(["bundle", "create", *where, *more]) != 0
     printed = capsys.readouterr().err
     assert words in printed
     assert "downloading" not in printed
+
+
+def test_each_model_brings_the_image_of_its_engine(
+    tmp_path: Path,
+    parts: Ingredients,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = ["--models-dir", str(tmp_path / "here" / "models"), "--containers-dir", str(tmp_path)]
+    (tmp_path / "here" / "some.sif").rename(tmp_path / "aiflux.sif")
+    command = ["bundle", "create", *models, "--arch", "aarch64", "--model"]
+    assert main([*command, "tiny:1b"]) == 2
+    assert "aiflux.sif is for amd64" in capsys.readouterr().err
+    assert main([*command, "tiny:1b", "--model", HUB_NAME]) == 2
+    printed = capsys.readouterr().err
+    assert "the models need an image with vLLM, and " in printed
+    assert "aiflux.sif has the engine ollama" in printed
+    assert "image ENGINE=vllm" in printed
+    (tmp_path / "here" / "v.sif").rename(tmp_path / "aiflux-vllm.sif")
+    assert main([*command, HUB_NAME]) == 2
+    assert "aiflux-vllm.sif is for amd64" in capsys.readouterr().err
+    assert main([*command, HUB_NAME, "--image", "aiflux.sif"]) == 2
+    assert "aiflux.sif is for amd64" in capsys.readouterr().err
 
 
 def test_an_unknown_extra_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

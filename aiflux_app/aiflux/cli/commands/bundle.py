@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from aiflux.bundle.installer import (
 )
 from aiflux.bundle.installer import install as install_bundle
 from aiflux.bundle.installer import verify as verify_bundle
+from aiflux.bundle.model_archive import pack_model
 from aiflux.bundle.writer import (
     ARCHITECTURES,
     PYTHONS,
@@ -44,13 +45,14 @@ from aiflux.cli.parser import (
     option,
     settings_options,
 )
+from aiflux.cli.render.models import shown_digest
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
-from aiflux.engines.ollama.store import read_manifest, refuse_other_digest
+from aiflux.engines.base import PackedModel
+from aiflux.engines.kinds import kind_named, storing_kind
 from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
 from aiflux.image.container import find_image
-from aiflux.image.sif import machine_arch, read_image
-from aiflux.models.name import ModelName, parse_model_name
+from aiflux.image.sif import how_to_build, machine_arch, read_image
 from aiflux.util.extras import EXTRAS
 from aiflux.util.text import size_text
 
@@ -142,16 +144,16 @@ def create(
     config = Config(arguments=given_settings(settings))
     target = Path(output).absolute()
     _check_output(target, force)
-    image = None if no_image else find_image(config, Path.cwd())
-    arch = _architecture(arch, image)
+    images = () if no_image else _images(config, names)
+    arch = _architecture(arch, images)
     models = tuple(_model(config.models_dir, name) for name in dict.fromkeys(names))
     versions = tuple(dict.fromkeys(pythons or PYTHONS))
     chosen = () if no_extras else tuple(name for name in EXTRAS if name in (extras or EXTRAS))
-    payload = payload_size(image, config.models_dir, models)
+    payload = payload_size(images, models)
     _check_room(target, payload)
-    read = payload + (image.stat().st_size if image else 0)  # it is hashed first
+    read = payload + payload_size(images, ())  # images are hashed first
     with packages(versions, arch, chosen, _say) as wheels:
-        parts = Ingredients(image, config.models_dir, models, wheels, arch, chosen)
+        parts = Ingredients(images, models, wheels, arch, chosen)
         try:
             written = write_bundle(target, parts, meter(read))
         except StorageError as error:
@@ -230,25 +232,52 @@ def _check_room(output: Path, payload: int) -> None:
         )
 
 
-def _architecture(asked: str | None, image: Path | None) -> str:
-    """Return the architecture of the wheels; an image of another one is refused."""
-    known = None if image is None else read_image(image).arch
-    of_image = next((each for each in ARCHITECTURES if machine_arch(each) == known), None)
-    arch = asked or of_image or this_architecture()
-    if known is not None and of_image != arch:
+def _images(config: Config, names: Sequence[str]) -> tuple[Path, ...]:
+    """Return the configured image, or else one for each engine that the models need.
+
+    Raises:
+        ImageError: an image is missing.
+        BundleError: the image that was found has another engine.
+    """
+    if config.image is not None:
+        return (find_image(config, Path.cwd()),)
+    usual = config.engine if kind_named(config.engine).store is None else "ollama"
+    kinds = [storing_kind(name) for name in names]
+    engines = [usual if kind.store is None else kind.name for kind in kinds] or [config.engine]
+    return tuple(dict.fromkeys(_image(config, engine) for engine in dict.fromkeys(engines)))
+
+
+def _image(config: Config, engine: str) -> Path:
+    image = find_image(config, Path.cwd(), engine=engine)
+    kind, found = kind_named(engine), read_image(image).engine
+    if kind.managed and found not in (None, engine):
         raise BundleError(
-            f"the image {image} is for {known}, and the bundle for {arch}",
-            "name an image of that architecture (--image FILE), or use --no-image",
+            f"the models need an image with {kind.title}, and {image} has the engine {found}",
+            f"{how_to_build(f'ENGINE={engine}')}, name another image (--image FILE), or use "
+            "--no-image",
         )
-    return arch
+    return image
 
 
-def _model(models_dir: Path, text: str) -> ModelName:
-    name = parse_model_name(text)
-    manifest = read_manifest(models_dir, name)
-    refuse_other_digest(name, manifest.digest, str(models_dir))
-    refuse_incomplete(models_dir, name)
-    return name
+def _architecture(asked: str | None, images: Sequence[Path]) -> str:
+    """Return the architecture of the wheels; an image of another one is refused."""
+    arch = asked
+    for image in images:
+        known = read_image(image).arch
+        of_image = next((each for each in ARCHITECTURES if machine_arch(each) == known), None)
+        arch = arch or of_image
+        if known is not None and of_image != (arch or this_architecture()):
+            raise BundleError(
+                f"the image {image} is for {known}, and the bundle for {arch}",
+                "name an image of that architecture (--image FILE), or use --no-image",
+            )
+    return arch or this_architecture()
+
+
+def _model(models_dir: Path, name: str) -> PackedModel:
+    packed = pack_model(models_dir, name)
+    refuse_incomplete(packed)
+    return packed
 
 
 @contextmanager
@@ -265,11 +294,9 @@ def _summary(contents: dict[str, Any]) -> Iterator[str]:
     pythons = ", ".join(contents["pythons"])
     yield f"aiflux {contents['aiflux']} for {contents['arch']}, Python {pythons}"
     yield f"extras: {', '.join(contents['extras']) or 'none'}"
-    image = contents["image"]
-    yield (
-        f"image: {image['engine'] or 'of unknown content'}, {image['arch']}"
-        if image
-        else "no image"
-    )
+    for image in contents["images"]:
+        yield f"image: {image['engine'] or 'of unknown content'}, {image['arch']}"
+    if not contents["images"]:
+        yield "no image"
     for model in contents["models"]:
-        yield f"model: {model['name']}, {size_text(model['size'])}, {model['digest']}"
+        yield f"model: {model['name']}, {size_text(model['size'])}, {shown_digest(model['digest'])}"

@@ -26,6 +26,7 @@ from aiflux.cli.render.models import (
     model_lines,
     models_table,
     parse_size,
+    shown_digest,
     stored_elsewhere,
     stored_json,
     stored_lines,
@@ -214,7 +215,7 @@ def export(name: str, file: str, force: bool, **settings: Any) -> int:
     with byte_bar(f"exporting {packed.name}", packed_size(packed)) as on_bytes:
         export_model(packed, target, on_bytes)
     size = size_text(target.stat().st_size)
-    print(f"wrote {packed.name} to {target} ({size}), {_shown_digest(packed.digest)}")
+    print(f"wrote {packed.name} to {target} ({size}), {shown_digest(packed.digest)}")
     print(f"  on the other machine: aiflux models import {target.name}")
     return 0
 
@@ -252,7 +253,7 @@ def import_(
     archive = read_archive(Path(file))
     with byte_bar(f"importing {archive.name}", archive.manifest.size) as on_bytes:
         import_model(config.models_dir, Path(file), say=_say, on_bytes=on_bytes)
-    print(f"imported {archive.name} to {config.models_dir}, {_shown_digest(archive.digest)}")
+    print(f"imported {archive.name} to {config.models_dir}, {shown_digest(archive.digest)}")
     return 0
 
 
@@ -279,10 +280,6 @@ def remove(name: str, **settings: Any) -> int:
     freed = remove_model(folder, model, _say)
     print(f"removed {model.served} from {folder}, which freed {size_text(freed)}")
     return 0
-
-
-def _shown_digest(digest: str) -> str:
-    return digest if ":" in digest else f"commit {digest}"
 
 
 def _verify_stored(store: ModelStore, folder: Path, name: str, *, as_json: bool) -> int:

@@ -157,6 +157,11 @@ def find_model(config: Config, text: str) -> Known:
     return model
 
 
+def shown_digest(digest: str) -> str:
+    """Return a model's digest in words, as far as it does not name its kind."""
+    return digest if ":" in digest else f"commit {digest}"
+
+
 def model_lines(model: Known, folder: Path) -> Iterator[str]:
     """Yield what is known about one model."""
     yield model.name.served

@@ -142,7 +142,8 @@ def pack_snapshot(models_dir: Path, name: str) -> PackedModel:
         files.append(file)
         blobs[file.digest] = Path(os.path.realpath(path))
     snapshot = Snapshot(model.repo, folder.name, _ref(models_dir, model, folder), tuple(files))
-    return PackedModel(model.text, snapshot.commit, snapshot.manifest(), blobs)
+    place = f"{HUB}/{store_name(model.repo)}"
+    return PackedModel(model.text, snapshot.commit, snapshot.manifest(), blobs, place)
 
 
 def _packed_file(folder: Path, path: Path, model: HubModel) -> SnapshotFile:

@@ -68,14 +68,12 @@ def group_help(
     ctx: click.Context,
     panels: Mapping[str, Mapping[str, str]],
     examples: Sequence[str],
-    note: str = "",
 ) -> str:
     """Return the help of a command with subcommands.
 
     Args:
         panels: the subcommands: title, then name and text.
         examples: command lines.
-        note: a paragraph at the end.
     """
     group = ctx.command
     params = [param for param in group.get_params(ctx) if not getattr(param, "hidden", False)]
@@ -91,7 +89,7 @@ def group_help(
         RichCommandPanel(title, [*texts]) for title, texts in panels.items()
     ]
     tables.append(RichOptionPanel("Options", [param.opts[0] for param in params]))
-    return _help(shown, ctx, tables, examples, note)
+    return _help(shown, ctx, tables, examples)
 
 
 def _shown_param(param: click.Parameter, ctx: click.Context, *, whole: bool) -> click.Parameter:
@@ -109,7 +107,7 @@ def _help(
     ctx: click.Context,
     panels: Sequence[RichPanel[Any, Any]],
     examples: Sequence[str],
-    note: str,
+    note: str = "",
 ) -> str:
     view = click.Context(shown, info_name=ctx.info_name, parent=ctx.parent)
     formatter = RichHelpFormatter(config=_configuration())

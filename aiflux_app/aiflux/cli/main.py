@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 
 # Slow imports are in the functions that need them: `main` first handles signals.
 
-_NOTE = (
-    "Exit status: 0 success; 2 wrong usage, configuration or input; 3 more requests failed than "
-    "--max-failures allows; 4 no engine or model; 5 stopped early, the same command resumes; "
-    "1 a bug."
-)
 _EXAMPLES = (
     "aiflux run prompts.jsonl --model llama3.2:3b --output results.json",
     "aiflux run prompts.jsonl --engine-url http://127.0.0.1:8000",
@@ -107,7 +102,6 @@ def make_program() -> LazyGroup:
         params=[version, debug_option(hidden=False)],
         help="Run an open language model over a file of prompts on a Slurm cluster.",
         examples=_EXAMPLES,
-        epilog=_NOTE,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 

@@ -93,7 +93,7 @@ class Command(click.Command):
     Attributes:
         examples: command lines that work.
         exclusive: groups of parameters of which only one may be given.
-        note: a paragraph at the end of the help.
+        note: a paragraph at the end of the help; of the long one, if there are two.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Command(click.Command):
         """Return the help, colored for a terminal."""
         from aiflux.cli.help import command_help
 
-        return command_help(ctx, self.examples, self.note)
+        return command_help(ctx, self.examples, "" if self.rare_params else self.note)
 
 
 def refuse_several(ctx: click.Context, names: Sequence[str]) -> None:
@@ -263,7 +263,7 @@ class LazyGroup(CommandGroup):
         """Return the help; no command is imported for it."""
         from aiflux.cli.help import group_help
 
-        return group_help(ctx, self.panels, self.examples, self.epilog or "")
+        return group_help(ctx, self.panels, self.examples)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         """Return matching commands and options; no command is imported."""
@@ -497,8 +497,12 @@ def setting_help(setting: Setting) -> str:
     return f"{setting.help} (default: {setting.default})"
 
 
-def input_parameters(help: str, *, metavar: str = "INPUT") -> Decorator:
-    """Add an input, as an argument and as ``--input``; see `the_input`."""
+def input_parameters(help: str, *, metavar: str = "INPUT", rare: bool = False) -> Decorator:
+    """Add an input, as an argument and as ``--input``; see `the_input`.
+
+    Args:
+        rare: list ``--input`` with ``--help-all`` only.
+    """
 
     def decorate(function: Function) -> Function:
         function = option(
@@ -507,6 +511,7 @@ def input_parameters(help: str, *, metavar: str = "INPUT") -> Decorator:
             "input_option",
             metavar="FILE",
             type=FILE,
+            rare=rare,
             help=f"Another way to give {metavar}",
         )(function)
         return argument("input_argument", required=False, metavar=metavar, type=FILE, help=help)(

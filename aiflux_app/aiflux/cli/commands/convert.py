@@ -176,7 +176,7 @@ def _kind(
 
     def decorate(function: Callable[..., int]) -> click.Command:
         function = _all(
-            input_parameters(f"{source}; - for stdin", metavar="PATH"),
+            input_parameters(f"{source}; - for stdin", metavar="PATH", rare=True),
             option(
                 "-o", "--output", metavar="FILE", type=FILE, help="Requests, *.jsonl; - for stdout"
             ),
@@ -208,11 +208,12 @@ _REQUEST: Sequence[Decorator] = (
         help="JSON Schema for the answers (response_format)",
     ),
     option(
-        "--param", "params", multiple=True, metavar="KEY=JSON", panel=_PANEL,
+        "--param", "params", multiple=True, metavar="KEY=JSON", panel=_PANEL, rare=True,
         help="Any other field of the body (repeatable)",
     ),
     option(
         "--endpoint", type=Choice(CONVERTED_TO), default="chat", metavar="NAME", panel=_PANEL,
+        rare=True,
         help=f"API: {', '.join(CONVERTED_TO)} (default: chat)",
     ),
 )  # fmt: skip
@@ -236,11 +237,11 @@ def _rows(unit: str = "column") -> Decorator:
     return _all(
         option(
             f"--id-{unit}", "id_column", metavar="NAME", panel="Rows",
-            help=f"The {unit} with the custom_ids (default: row-1, row-2, ...)",
+            help=f"The {unit} with the custom_ids (default: row-1, ...)",
         ),
         option(
             "--keep", multiple=True, metavar="NAME", panel="Rows",
-            help=f"A {unit} to keep in the metadata (repeatable; '*' for all)",
+            help=f"A {unit} for the metadata (repeatable; '*' for all)",
         ),
     )  # fmt: skip
 
@@ -253,7 +254,7 @@ _FILES = (
     ),
     option(
         "--exclude", multiple=True, metavar="GLOB", panel="Files",
-        help="Not these files or directories, such as '*.tmp' (repeatable)",
+        help="Skip these, such as '*.tmp' (repeatable)",
     ),
 )  # fmt: skip
 _DELIMITER = option("--delimiter", metavar="CHAR", help="Between cells (default: detected)")
@@ -313,6 +314,7 @@ def csv(**given: Any) -> int:
     *_FILES,
     option(
         "--max-file-size", default=f"{MAX_FILE_SIZE >> 20}M", metavar="SIZE", panel="Files",
+        rare=True,
         help=f"Skip larger files (default: {MAX_FILE_SIZE >> 20}M)",
     ),
     option("--chunk-tokens", type=WholeNumber(), metavar="N", help="Split texts into such chunks"),

@@ -54,13 +54,13 @@ _HARDWARE = ("partition", "nodes", "gpus_per_node", "gres", "constraint", "cpus_
     "estimate",
     examples=["aiflux estimate prompts.jsonl --model llama3.2:3b --wait"],
 )
-@input_parameters("Requests, *.jsonl")
+@input_parameters("Requests, *.jsonl", rare=True)
 @option(
     "-o",
     "--output",
     metavar="FILE",
     type=FILE,
-    help="Output of the full run (default: as for aiflux run); the sample's files go to FILE.pilot",
+    help="Output of the full run; the sample's is FILE.pilot",
 )
 @option(
     "--requests",
@@ -85,7 +85,7 @@ def estimate(
 ) -> int:
     """Run a sample of the requests in a small job, or here, and estimate the full run.
 
-    The same command again shows the job's progress, and the estimate when the job has ended.
+    Repeat the command to see the job's progress, and its result at the end.
     """
     source = the_input(input_argument, input_option)
     config = Config(arguments=given_settings(more))

@@ -50,14 +50,17 @@ if TYPE_CHECKING:
         "aiflux run prompts.jsonl --model llama3.2:3b --shards 4 --dry-run",
     ],
     exclusive=[("local", "dry_run")],
+    note="Exit status: 0 success; 2 wrong usage, configuration or input; 3 more requests failed "
+    "than --max-failures allows; 4 no engine or model; 5 stopped early, the same command resumes; "
+    "1 a bug.",
 )
-@input_parameters("Requests, *.jsonl; - for stdin")
+@input_parameters("Requests, *.jsonl; - for stdin", rare=True)
 @option(
     "-o",
     "--output",
     metavar="FILE",
     type=FILE,
-    help="Results, *.json or *.jsonl (default: from INPUT's name)",
+    help="Results, .json or .jsonl (default: from INPUT's name)",
 )
 @option("--local", is_flag=True, help="Run on this machine, in the foreground")
 @option("--dry-run", is_flag=True, help="Check and plan the run, but do not start it")
@@ -86,10 +89,7 @@ if TYPE_CHECKING:
 def run(
     input_argument: str | None, input_option: str | None, output: str | None, **more: Any
 ) -> int:
-    """Plan a run and submit it to Slurm, or process it on this machine.
-
-    The same command resumes a run that stopped.
-    """
+    """Process a file of requests in Slurm or on this machine, or resume such a run."""
     source = the_input(input_argument, input_option)
     config = Config(arguments=given_settings(more))
     if more["local"] and config.get("engine_url"):

@@ -119,7 +119,6 @@ class RunOptions:
         "Temperature, for requests without one",
         metavar="T",
         env="TEMPERATURE",
-        common=True,
     )
     top_p: float | None = setting(
         parse.number(0, 1),
@@ -146,7 +145,6 @@ class RunOptions:
         False,
         "Let the engine run on the CPU in a GPU job",
         env="AIFLUX_ALLOW_CPU",
-        common=True,
     )
     engine_url: str | None = setting(
         parse.url,

@@ -85,7 +85,7 @@ class SlurmConfig:
         common=True,
     )
     max_running: int | None = setting(
-        parse.integer(1), None, "Shards that may run at the same time", common=True
+        parse.integer(1), None, "Shards that may run at the same time"
     )
     sbatch_arg: dict[str, str] = setting(
         parse.pairs,

@@ -357,7 +357,7 @@ def _read_pdf(path: Path) -> str:
             text = "\n\n".join(
                 page.extract_text(visitor_text=readable.note) for page in reader.pages
             )
-    except (OSError, BadRowError):
+    except (OSError, MemoryError, BadRowError):
         raise
     except library.errors.DependencyError:
         need("cryptography", "documents", f"reading {path.name!r}, which is encrypted,")
@@ -411,7 +411,7 @@ def _read_docx(path: Path) -> str:
             return docx_text(file)
     except DocxError as error:
         raise BadRowError(str(error)) from None
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - zipfile, zlib and expat raise their own errors
         raise BadRowError(

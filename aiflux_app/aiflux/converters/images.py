@@ -206,6 +206,8 @@ class _Reducer:
             raise BadRowError("not an image, or a format that Pillow cannot read") from None
         except self._pillow.DecompressionBombError as error:
             raise BadRowError(f"the image is too large: {error}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - Pillow raises many types for damaged images
             words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise BadRowError(f"the image cannot be read: {words}") from None

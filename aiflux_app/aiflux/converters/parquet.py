@@ -12,6 +12,7 @@ from aiflux.converters.table import Row, TableOptions, convert_table, names
 from aiflux.converters.writer import Progress, Summary, reading
 from aiflux.errors import InputError
 from aiflux.util.extras import need
+from aiflux.util.process_limits import exhausted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,7 +86,7 @@ class ParquetTable:
         try:
             self._file = library.ParquetFile(path)
         except (self._arrow.ArrowException, OSError) as error:
-            raise self._broken(error) from error
+            raise exhausted(error) or self._broken(error) from error
         self.columns = unique_columns(self._file.schema_arrow.names, path)
         self.size: int = self._file.metadata.num_rows
         self.groups: int = self._file.metadata.num_row_groups
@@ -143,7 +144,7 @@ class ParquetTable:
                 if progress is not None:
                     progress(number, self.size)
         except (self._arrow.ArrowException, OSError) as error:
-            raise self._broken(error, number) from error
+            raise exhausted(error) or self._broken(error, number) from error
 
     def _values(self, column: Any) -> list[Any]:
         if self._arrow.types.is_float32(column.type):  # avoids 0.10000000149011612 for 0.1

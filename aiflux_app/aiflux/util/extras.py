@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from aiflux.errors import ConfigError
-from aiflux.util.process_limits import exhausted
+from aiflux.util.process_limits import exhausted, require_memory
 
 EXTRAS: Mapping[str, str] = {
     "documents": "PDF and DOCX in aiflux convert dir",
@@ -32,6 +34,10 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
 }
 """Requirements of each extra, as in ``pyproject.toml``."""
 
+# Address space of libraries that load numpy. With less, its OpenBLAS ends the process or hangs.
+_LOADED_BYTES = {"matplotlib": 192 << 20, "pyarrow": 384 << 20}
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+
 
 def need(module: str, extra: str, purpose: str) -> Any:
     """Return a module from one of the package's extras.
@@ -43,14 +49,31 @@ def need(module: str, extra: str, purpose: str) -> Any:
         ConfigError: the module is not installed; the remedy installs it.
         StoppedError: the module cannot be loaded for lack of memory or files.
     """
+    package = module.partition(".")[0]
+    if package in _LOADED_BYTES and package not in sys.modules:
+        require_memory(_LOADED_BYTES[package])
     try:
-        return import_module(module)
+        with _one_blas_thread():
+            return import_module(module)
     except ImportError as error:
         raise exhausted(error) or ConfigError(
-            f"{purpose} needs the Python package {module.partition('.')[0]}, which cannot be "
-            f"imported: {error}",
+            f"{purpose} needs the Python package {package}, which cannot be imported: {error}",
             remedy(extra, has_pip=find_spec("pip") is not None),
         ) from error
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Load numpy without threads for linear algebra, which nothing here uses."""
+    before = os.environ.get(_BLAS_THREADS)
+    os.environ[_BLAS_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_BLAS_THREADS]
+        else:
+            os.environ[_BLAS_THREADS] = before
 
 
 def remedy(extra: str, *, has_pip: bool) -> str:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from aiflux.errors import StoppedError
+from aiflux.errors import AifluxError, StoppedError
 
 # Open files in addition to connections: logs, the journal, probes, pipes of children.
 _OTHER_FILES = 32
@@ -22,7 +22,7 @@ _NO_FILES = {errno.EMFILE, errno.ENFILE}
 # Messages of the dynamic loader in an ImportError, which has no errno.
 _LOADER_NO_MEMORY = ("failed to map", "cannot allocate memory", "out of memory")
 _LOADER_NO_FILES = ("too many open files",)
-_NO_THREAD = ("can't start new thread", "can't allocate")
+_NO_THREAD = ("can't start new thread", "can't allocate", "failed to launch worker thread")
 _AGAIN = "then run the same command again"
 
 
@@ -101,7 +101,10 @@ def _meaning(error: BaseException) -> StoppedError | None:
         return StoppedError(
             "there is not enough memory", f"allow more (ulimit -v, the job's --mem), {_AGAIN}"
         )
-    no_thread = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_THREAD)
+    # pyarrow raises a subclass of Exception of its own.
+    no_thread = not isinstance(error, AifluxError) and any(
+        text in str(error).lower() for text in _NO_THREAD
+    )
     if no_thread or number == errno.EAGAIN:
         return StoppedError(
             f"the system allows this process no more threads or processes: {error}",
@@ -129,6 +132,15 @@ def _reserve(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size)
     except OSError as error:
         raise exhausted(error) or error from error
+
+
+def require_memory(size: int) -> None:
+    """Check that this much memory can still be allocated.
+
+    Raises:
+        StoppedError: it cannot.
+    """
+    _reserve(size).close()
 
 
 def raise_file_limit() -> None:

@@ -278,8 +278,12 @@ class Pool:
             self._retry(task, lane, link, verdict, seconds)
         if common and lane.generation == generation:
             due = self._outages.note_failure(lane.index, task)
-            if due and (may_pass(verdict) or self._outages.answered(task.request.url)):
+            if due and self._is_outage(task.request.url, verdict):
                 self._probe.run(lane, generation, task.request.url)
+
+    def _is_outage(self, url: str, verdict: Outcome) -> bool:
+        """Return whether failures in a row may be due to an outage, which a probe decides."""
+        return may_pass(verdict) or self._outages.answered(url) is not None
 
     def _conclude(
         self, task: Task, lane: Lane, link: Engine, verdict: Outcome, seconds: float
@@ -330,7 +334,7 @@ class Pool:
             last = self._rejections.last(url)
             if last is None:
                 continue
-            if self._outages.answered(url) is None:
+            if not self._is_outage(url, last.verdict):
                 self._record_held(url)
             elif last.lane.open:
                 self._probe.run(last.lane, last.lane.generation, url)

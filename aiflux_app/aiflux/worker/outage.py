@@ -346,7 +346,7 @@ class OutageProbe:
             delay = min(2 * delay or _FIRST_DELAY, _LONGEST_DELAY)
             wait = max(delay, verdict.retry_after or 0.0)
             if wait > left:
-                raise self._no_answer(lane, verdict)
+                raise self._no_answer(lane, url, verdict)
             self._pause(wait)
         if delay:
             self._say(f"the engine answers again after {time.monotonic() - began:.0f} s")
@@ -375,16 +375,20 @@ class OutageProbe:
     def _forgive(self, lane: Lane, url: str, verdict: Outcome) -> None:
         """Send the requests that failed in an outage again, without counting the attempt."""
         if not self._watch.note_recovery(lane.index, url):
-            raise self._no_answer(lane, verdict)
+            raise self._no_answer(lane, url, verdict)
         for held in self._rejections.take(url):
             held.task.attempts = 0
             self._scheduler.restore(held.task)
 
-    def _no_answer(self, lane: Lane, verdict: Outcome) -> EngineError:
+    def _no_answer(self, lane: Lane, url: str, verdict: Outcome) -> EngineError:
+        any_more, record = " any more", ""
+        if self._watch.answered(url) is None:
+            any_more, record = "", "; --max-failures 100% records the failures instead"
         return EngineError(
-            f"the engine at {public_url(self._engine(lane).client.base_url)} answers no request "
-            f"any more ({verdict.reason}); none of these failures was recorded",
-            "run the same command again when it answers; --engine-wait sets how long to wait",
+            f"the engine at {public_url(self._engine(lane).client.base_url)} answers no request"
+            f"{any_more} ({verdict.reason}); none of these failures was recorded",
+            "run the same command again when it answers; --engine-wait sets how long to wait"
+            f"{record}",
         )
 
     def _pause(self, seconds: float) -> None:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine
@@ -89,6 +91,34 @@ def test_the_worker_stops_likewise(mib: int, started: int, tmp_path: Path) -> No
     if done.returncode != ExitCode.USAGE:  # the run does not exist
         assert done.returncode == ExitCode.STOPPED, done.stderr
         assert "ulimit -v" in done.stderr
+
+
+# A command that loads numpy, whose OpenBLAS ends the process or hangs if its memory is short.
+LIBRARIES = {
+    "pyarrow": ["convert", "parquet", "in.parquet", "--template", "{text}", "-o", "q.jsonl"],
+    "matplotlib": ["report", "out.json", "-o", "-"],
+}
+
+
+@pytest.mark.parametrize("mib", [50, 100, 150, 190, 230, 250, 300, 370, 420, 480])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_gets_the_memory_that_it_needs_or_is_not_loaded(
+    library: str, mib: int, started: int, engine: FaultyEngine, tmp_path: Path
+) -> None:
+    Working(tmp_path, engine.url).prompts(*["hello"] * 3).run()
+    rows = pyarrow.table({"text": ["hello"] * 100})
+    parquet.write_table(rows, tmp_path / "in.parquet")
+    done = subprocess.run(
+        [sys.executable, "-m", "aiflux.cli", *LIBRARIES[library]],
+        cwd=tmp_path, preexec_fn=limited_to(started + mib * MIB),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    if done.returncode:
+        assert done.returncode == ExitCode.STOPPED, done.stderr
+        assert done.stderr.startswith("error: ")
+        assert "ulimit -v" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "OpenBLAS" not in done.stderr
 
 
 LOADING = """

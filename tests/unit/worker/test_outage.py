@@ -132,6 +132,35 @@ def test_nothing_is_recorded_if_no_request_was_ever_answered(
     assert patient.run() is ExitCode.OK
 
 
+@pytest.mark.parametrize("requests", [1, 9])
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_run_of_any_size_that_gets_no_answer_at_all_is_exit_4(
+    reply: str, requests: int, engine: FaultyEngine, tmp_path: Path
+) -> None:
+    engine.instead = Router(REPLIES[reply], 0, 1e9)
+    working = Working(tmp_path, engine.url, concurrency=4, max_retries=1, engine_wait=0.3)
+    assert working.prompts(*(f"p{i}" for i in range(requests))).run() is ExitCode.ENGINE
+    assert working.error is not None
+    assert "any more" not in working.error.message
+    assert "--max-failures 100%" in working.error.remedy or reply in ("html", "403", "404")
+    assert scan_journal(working.journal).done == 0
+    engine.instead = None
+    assert working.run() is ExitCode.OK
+    assert len(working.results) == requests
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_failures_of_a_small_run_are_recorded_if_all_may_fail(
+    reply: str, engine: FaultyEngine, tmp_path: Path
+) -> None:
+    engine.instead = Router(REPLIES[reply], 0, 1e9)
+    working = Working(
+        tmp_path, engine.url, max_retries=0, engine_wait=60.0, max_failures="100%"
+    ).prompts("a", "b")
+    assert working.run() is ExitCode.OK
+    assert failed(working) == 2
+
+
 @pytest.mark.parametrize("fault", ["500", "503", "html", "error", "403", "404", "400", "422"])
 def test_many_bad_requests_in_a_row_are_failures(
     fault: str, engine: FaultyEngine, tmp_path: Path

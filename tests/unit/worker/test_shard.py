@@ -113,11 +113,11 @@ def test_a_permanent_error_is_sent_once(tmp_path: Path, status: str) -> None:
 
 def test_the_number_of_retries_is_limited(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
-        working = Working(tmp_path, engine.url, max_retries=2).prompts("500")
+        working = Working(tmp_path, engine.url, max_retries=2).prompts("fine", "500")
         assert working.run() is ExitCode.FAILURES
     assert engine.seen["500"] == 3
-    assert working.results[0]["metadata"]["attempts"] == 3
-    assert working.results[0]["error"]["code"] == "http_500"
+    assert working.results[1]["metadata"]["attempts"] == 3
+    assert working.results[1]["error"]["code"] == "http_500"
 
 
 @pytest.mark.parametrize("limit", ["1", "50%"])

@@ -18,6 +18,7 @@ from aiflux.converters.writer import same_file
 from aiflux.errors import InputError
 from aiflux.util.extras import need
 from aiflux.util.files import atomic_write
+from aiflux.util.process_limits import exhausted
 from aiflux.util.text import REPLACEMENT, json_text, whole, whole_text
 
 __all__ = [
@@ -141,7 +142,7 @@ def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) 
                 ]
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
     except (arrow.ArrowException, OverflowError) as error:
-        raise InputError(
+        raise exhausted(error) or InputError(
             f"a value cannot be stored in Parquet: {error}", "use `aiflux results to-jsonl`"
         ) from error
 

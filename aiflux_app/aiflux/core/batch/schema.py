@@ -139,7 +139,7 @@ def compile_schema(schema: Any) -> Check:
         raise SchemaError(f"at {error.json_path}: {_short(error.message)}") from None
     except RecursionError:
         raise SchemaError("it is nested too deeply") from None
-    except SchemaError:
+    except (SchemaError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - of JSON that is no schema the library may raise any
         raise SchemaError(f"it cannot be read: {_short(repr(error))}") from None
@@ -149,7 +149,7 @@ def compile_schema(schema: Any) -> Check:
             error = library.exceptions.best_match(validator.iter_errors(value))
         except RecursionError:
             raise SchemaError("a reference in it is circular, or too deep") from None
-        except SchemaError:
+        except (SchemaError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - the class of a bad reference varies by version
             raise SchemaError(f"it cannot be applied: {_short(str(error))}") from None

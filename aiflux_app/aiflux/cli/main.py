@@ -64,7 +64,16 @@ GROUPS = {
         "help": "Show the help of a command",
     },
 }
-"""The commands: each is an object of its name in the module of its name in `cli.commands`."""
+"""The commands: each is an object of its name in a module of `cli.commands`."""
+MODULES = {
+    "cancel": "jobs",
+    "completion": "help",
+    "examples": "help",
+    "merge": "run",
+    "resume": "run",
+    "watch": "status",
+}
+"""The modules of the commands; the others are in the module of their name."""
 
 
 _UNREACHABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP}
@@ -98,7 +107,11 @@ def make_program() -> LazyGroup:
         name="aiflux",
         callback=without_command,
         panels=GROUPS,
-        package="aiflux.cli.commands",
+        modules={
+            name: f"aiflux.cli.commands.{MODULES.get(name, name)}"
+            for names in GROUPS.values()
+            for name in names
+        },
         params=[version, debug_option(hidden=False)],
         help="Run an open language model over a file of prompts on a Slurm cluster.",
         examples=_EXAMPLES,

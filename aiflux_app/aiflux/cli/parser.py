@@ -236,13 +236,15 @@ class LazyGroup(CommandGroup):
 
     Attributes:
         panels: the groups of commands: title, then names and help texts.
-        package: has a module for each command, with an object of the same name.
+        modules: the module of each command, which has an object of the command's name.
     """
 
-    def __init__(self, panels: Mapping[str, Mapping[str, str]], package: str, **more: Any) -> None:
+    def __init__(
+        self, panels: Mapping[str, Mapping[str, str]], modules: Mapping[str, str], **more: Any
+    ) -> None:
         super().__init__(invoke_without_command=True, **more)
         self.panels = panels
-        self.package = package
+        self.modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands."""
@@ -250,9 +252,9 @@ class LazyGroup(CommandGroup):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command; None if the name is unknown."""
-        if cmd_name not in self.list_commands(ctx):
+        if cmd_name not in self.modules:
             return None
-        found: click.Command = getattr(import_module(f"{self.package}.{cmd_name}"), cmd_name)
+        found: click.Command = getattr(import_module(self.modules[cmd_name]), cmd_name)
         return found
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

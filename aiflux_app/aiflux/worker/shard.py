@@ -41,8 +41,7 @@ from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.engine_supervisor import EngineSupervisor
-from aiflux.worker.gpu_monitor import GpuWatch
-from aiflux.worker.network_check import unsealed_reason
+from aiflux.worker.node import GpuWatch, unsealed_reason
 from aiflux.worker.outage import OutageWatch, Rejections
 from aiflux.worker.progress import Reporter
 from aiflux.worker.scheduler import Lane, Limit, Scheduler, Source

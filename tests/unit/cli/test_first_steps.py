@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from aiflux.cli.commands.examples import NAMES
+from aiflux.cli.commands.help import NAMES
 from aiflux.cli.completion import SHELLS
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config

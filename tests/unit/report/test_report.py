@@ -29,7 +29,7 @@ from aiflux.report.journal_summary import Tally, tally
 from aiflux.report.throughput import Histogram, Timeline, throughput
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_text
-from aiflux.worker.gpu_monitor import GpuWatch, samples, with_sample
+from aiflux.worker.node import GpuWatch, samples, with_sample
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 

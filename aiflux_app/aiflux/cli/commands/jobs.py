@@ -1,4 +1,4 @@
-"""``aiflux jobs``: the user's runs."""
+"""``aiflux jobs`` and ``aiflux cancel``: the user's runs, and the jobs of one of them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.json_output import json_option, print_json, then_status
 from aiflux.cli.parser import command, option
-from aiflux.cli.render.run import STYLES, moment
-from aiflux.cli.run_argument import make_console, show
+from aiflux.cli.render.run import STYLES, moment, typed
+from aiflux.cli.run_argument import located, make_console, run_argument, show
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
-from aiflux.errors import AifluxError
-from aiflux.slurm.monitor import RunView, gather_all
+from aiflux.errors import AifluxError, UsageError
+from aiflux.slurm.commands import cancel as cancel_job
+from aiflux.slurm.jobs import JobId
+from aiflux.slurm.monitor import RunView, ShardState, active_jobs, gather, gather_all
 from aiflux.util.files import short
 from aiflux.util.times import unix_seconds
 
@@ -142,3 +144,48 @@ def _line(row: Sequence[str], widths: Sequence[int], most: int | None) -> Text:
     if most is not None:
         line.truncate(most, overflow="ellipsis")
     return line
+
+
+@command(
+    "cancel",
+    examples=["aiflux cancel results.json"],
+)
+@run_argument
+@json_option()
+def cancel(run: str, as_json: bool) -> int:
+    """Cancel every job of a run. Finished results are kept."""
+    directory = located(run)
+    directory.refuse_foreign()
+    jobs = active_jobs(directory, os.environ)
+    if as_json:
+        cancelled = {"cancelled": [str(job) for job in jobs]}
+        return then_status(lambda: _cancel(directory, jobs), directory, cancelled)
+    return _cancel(directory, jobs)
+
+
+def _cancel(run: RunDirectory, jobs: Sequence[JobId]) -> int:
+    view = gather(run)
+    if not jobs:
+        return _nothing_to_cancel(run, view)
+    for job in jobs:
+        cancel_job(job, os.environ)
+    name = typed(short(view.output))
+    print(f"cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(map(str, jobs))}")
+    print(f"  kept: {view.done} of {view.total} results, in {short(run.path / 'journal')}")
+    print(f"  continue it: aiflux resume {name}")
+    return 0
+
+
+def _nothing_to_cancel(run: RunDirectory, view: RunView) -> int:
+    here = [shard for shard in view.shards if shard.state is ShardState.RUNNING and shard.pid]
+    if here:
+        shard = here[0]
+        raise UsageError(
+            f"{short(view.output)} is not a Slurm job: process {shard.pid} on {shard.host} "
+            "processes it in the foreground",
+            f"press Ctrl-C where it runs, or on {shard.host}: kill -TERM {shard.pid}",
+        )
+    print(f"{short(view.output)} has no pending or running job: it is {view.state.value}")
+    if view.next_command is not None:
+        print(f"  continue it: {view.next_command}")
+    return 0

@@ -1,8 +1,13 @@
-"""``aiflux run``: in a Slurm job, in the image on this machine, or on a running server."""
+"""``aiflux run``, ``resume`` and ``merge``: start a run, continue it, and write its output.
+
+A run is processed in Slurm jobs, in the image on this machine, or by a running server.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,25 +24,31 @@ from aiflux.cli.parser import (
 )
 from aiflux.cli.pipes import kept_input
 from aiflux.cli.render.run import dry_run_summary, typed
+from aiflux.cli.run_argument import located, run_argument
 from aiflux.cli.start import (
     register,
     run_here,
     run_local,
     show_local_choices,
     submit_planned,
+    write_output,
 )
 from aiflux.core.config.config import Config
-from aiflux.core.config.settings import given_settings
+from aiflux.core.config.declaration import parse_setting
+from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import RunDraft, draft_run
-from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.output import merge_partial
+from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
-from aiflux.errors import UsageError
+from aiflux.errors import SlurmError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.util.files import short
 from aiflux.util.streams import STDIN
+from aiflux.util.text import counted
 
 if TYPE_CHECKING:
     from aiflux.slurm.submit import PlannedRun
@@ -228,3 +239,116 @@ def _as_json(plan: Plan, planned: PlannedRun | None) -> dict[str, Any]:
         "scripts": [text for _, text in planned.scripts] if planned else [],
         "warnings": [finding_text(finding) for finding in planned.findings] if planned else [],
     }
+
+
+@command("resume", examples=["aiflux resume results.json --time 08:00:00"])
+@run_argument
+@option("--local", is_flag=True, help="Continue on this machine, in the foreground")
+@option("--image", metavar="PATH", type=FILE, help="Use another image than before")
+@json_option()
+@settings_options("slurm")
+def resume(run: str, as_json: bool, local: bool, image: str | None, **settings: Any) -> int:
+    """Submit the shards of a run that are neither finished nor in the queue.
+
+    Options change the resources requested from Slurm; the others stay as before. A run with
+    --engine-url that was started here continues here, in the foreground; --local does so with any
+    other run.
+    """
+    directory = located(run)
+
+    def work() -> int:
+        if local or _started_here(directory):
+            return _resume_here(directory, image)
+        return _submit_rest(run, directory, image, settings)
+
+    return then_status(work, directory) if as_json else work()
+
+
+def _started_here(run: RunDirectory) -> bool:
+    # Jobs can use a server elsewhere, too (SlurmRunner): submitted runs are submitted again.
+    return not engine_kind(read_plan(run).options).managed and not run.submissions.exists()
+
+
+def _submit_rest(
+    name: str, run: RunDirectory, image: str | None, settings: Mapping[str, Any]
+) -> int:
+    from aiflux.slurm.submit import plan_resume
+
+    changes = {
+        name: parse_setting(BY_NAME[name], value, f"the argument {BY_NAME[name].option}")
+        for name, value in given_settings(settings).items()
+        if value is not None
+    }
+    path = Config(arguments={"image": image}).image if image else None
+    planned = plan_resume(run, changes, path, os.environ)
+    if planned.opened.open_shards or planned.opened.finished or not planned.active:
+        return submit_planned(planned)
+    raise SlurmError(
+        f"the rest of {planned.opened.plan.output} is already pending or running "
+        f"({counted(planned.active, 'shard')})",
+        f"aiflux watch {name}",
+    )
+
+
+def _resume_here(run: RunDirectory, image: str | None) -> int:
+    """Continue a run in the foreground, like `aiflux run` with the same options."""
+    from aiflux.slurm.submit import refuse_second
+
+    if run.submissions.exists():
+        refuse_second(run)
+    plan = read_plan(run)
+    kind = engine_kind(plan.options)
+    opened = draft_run(
+        plan.input_path, plan.output, plan.options, plan.models_dir, kind, shards=len(plan.shards)
+    ).open()
+    if not opened.finished:
+        register(opened.plan)
+    if not kind.managed:
+        return run_here(opened)
+    return run_local(opened, Config(arguments={"image": image}))
+
+
+@command(
+    "merge", examples=["aiflux merge results.json --partial"], exclusive=[("again", "partial")]
+)
+@run_argument
+@option("--again", is_flag=True, help="Write the output although it already exists")
+@option(
+    "--partial",
+    is_flag=True,
+    help="Write the results so far to OUTPUT.partial.json (or .jsonl); the run continues",
+)
+@json_option()
+def merge(run: str, again: bool, partial: bool, as_json: bool) -> int:
+    """Write the output of a run whose requests are all finished.
+
+    The last job of a run does this itself. It is needed by hand only if that job was killed
+    while it merged.
+    """
+    directory = located(run)
+    if partial:
+        return _merge_partial(directory, as_json=as_json)
+    if as_json:
+        return then_status(lambda: _merge(directory, again=again), directory)
+    return _merge(directory, again=again)
+
+
+def _merge_partial(run: RunDirectory, *, as_json: bool) -> int:
+    plan = read_plan(run)
+    path, counts = merge_partial(plan, run)
+    if as_json:
+        done = {"written": counts.total, "failed": counts.failed, "total": plan.requests}
+        print_json({"output": path, **done})
+    else:
+        print(f"wrote {counts.total} of {plan.requests} results ({counts.failed} failed) to {path}")
+    return 0
+
+
+def _merge(run: RunDirectory, *, again: bool) -> int:
+    plan = read_plan(run)
+    done = finished_counts(plan, run, changed_ok=again)
+    if done is not None and not again:
+        print(finished_line(plan, done))
+        refuse_failures(plan, done.failed)
+        return 0
+    return write_output(plan, run, again=again)

@@ -1,19 +1,31 @@
-"""``aiflux status``: show a run's status once."""
+"""``aiflux status`` and ``aiflux watch``: show the status of a run, once or until it ends."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, replace
+
+from rich.console import Group
+from rich.live import Live
 
 from aiflux.cli.json_output import json_option, print_json
-from aiflux.cli.parser import command
+from aiflux.cli.parser import Number, command, option
 from aiflux.cli.render.estimate import comparison
-from aiflux.cli.render.run import overview
+from aiflux.cli.render.run import overview, progress_line, typed
 from aiflux.cli.run_argument import frame_of, located, make_console, run_argument, show
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
+from aiflux.errors import ConfigError, ExitCode
 from aiflux.estimates.estimate import ComparedFigure, compare, read_estimate
-from aiflux.slurm.monitor import gather
+from aiflux.slurm.monitor import Observer, RunView, gather, outcome
+from aiflux.util.files import short
+from aiflux.worker.console import TerminalConsole
+
+LINE_INTERVAL = 30.0
 
 
 @command("status", examples=["aiflux status results.json"])
@@ -47,3 +59,72 @@ def _compared(run: RunDirectory) -> tuple[ComparedFigure, ...]:
     if estimated is None or whole is None or len(known) < len(statuses):
         return ()
     return compare(estimated, known, whole)
+
+
+@command("watch", examples=["aiflux watch results.json"])
+@run_argument
+@option(
+    "--interval", type=Number(), default=2.0, metavar="SECONDS", help="Time between updates (2)"
+)
+@json_option("Print the final status as JSON; progress goes to stderr")
+def watch(run: str, interval: float, as_json: bool) -> int:
+    """Follow a run until it ends, and exit with its exit code. Ctrl-C does not stop the run."""
+    if not interval >= 0.1:
+        raise ConfigError(f"--interval {interval:g} is too short", "give 0.1 or more")
+    observer = Observer(located(run))
+    console = make_console()
+    live = console.is_terminal and not console.is_dumb_terminal and not as_json
+    view = observer.look()
+    try:
+        if live:
+            view = _draw(observer, view, console, interval)
+        else:
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                view = _write(observer, view, interval)
+    except KeyboardInterrupt:
+        _print_left(view)
+        return int(ExitCode.STOPPED)
+    if as_json:
+        print_json(view.to_json())
+    else:
+        show(console, overview(view, frame_of(console)))
+    return int(outcome(view))
+
+
+def _draw(observer: Observer, view: RunView, console: TerminalConsole, interval: float) -> RunView:
+    """Draw the run on a terminal until it ends."""
+    if view.ended:
+        return view
+    blocks = frame_of(console).blocks  # unknown once the display is live
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        try:
+            while not view.ended:
+                frame = replace(frame_of(console, fit=True), blocks=blocks)
+                live.update(Group(*overview(view, frame)), refresh=True)
+                time.sleep(interval)
+                view = observer.look()
+        except KeyboardInterrupt:
+            live.transient = False  # the last frame stays on the screen
+            raise
+    return view
+
+
+def _write(observer: Observer, view: RunView, interval: float) -> RunView:
+    """Print a line every 30 seconds, and whenever a state changes."""
+    printed, last = float("-inf"), None
+    while not view.ended:
+        states = (view.state, Counter(shard.state for shard in view.shards))
+        if states != last or time.monotonic() - printed >= LINE_INTERVAL:
+            print(time.strftime("%H:%M:%S"), progress_line(view), flush=True)
+            printed, last = time.monotonic(), states
+        time.sleep(interval)
+        view = observer.look()
+    return view
+
+
+def _print_left(view: RunView) -> None:
+    name = typed(short(view.output))
+    print(
+        f"the run continues; show it again: aiflux watch {name}; stop it: aiflux cancel {name}",
+        file=sys.stderr,
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from aiflux.core.config.config import Config
 from aiflux.errors import ConfigError, ExitCode
-from aiflux.worker.network_check import unsealed_reason
+from aiflux.worker.node import unsealed_reason
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 

@@ -1,4 +1,4 @@
-"""``aiflux report``: figures that add up, and a page that stands alone and shows text as text."""
+"""``aiflux report``: figures that add up, and a self-contained page that escapes all text."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def page_words(made: MadeRun) -> str:
 
 
 @given(some.lists(FIGURES, min_size=1), some.floats(min_value=0.01, max_value=1.0))
-def test_quantiles_are_right_to_one_percent(figures: list[float], share: float) -> None:
+def test_quantiles_are_accurate_to_one_percent(figures: list[float], share: float) -> None:
     histogram = Histogram()
     for figure in figures:
         histogram.add(figure)
@@ -175,7 +175,7 @@ def reference(moments: list[float], most: int) -> tuple[int, Counter[int]]:
 
 @given(MOMENTS, MOMENTS, some.integers(1, 12))
 @settings(deadline=None)
-def test_timelines_are_as_fine_as_there_is_room(
+def test_timelines_use_the_finest_step_that_fits(
     left: list[float], right: list[float], most: int
 ) -> None:
     one, other = Timeline(most=most), Timeline(most=most)
@@ -203,7 +203,7 @@ def test_pauses_have_no_bars() -> None:
     assert flow.requests_per_second == 1
 
 
-def test_a_short_rest_has_no_bar_of_its_own() -> None:
+def test_a_short_remainder_has_no_bar_of_its_own() -> None:
     timeline = Timeline()
     for moment in range(361):
         timeline.add(START + moment, False, 0, 1)
@@ -271,7 +271,7 @@ def test_a_tally_counts_the_last_result_of_a_request() -> None:
         (b'"usage"', (0, 0)),
     ],
 )
-def test_tokens_are_those_of_the_usage(body: bytes, tokens: tuple[int, int]) -> None:
+def test_tokens_are_read_from_the_usage(body: bytes, tokens: tuple[int, int]) -> None:
     data = tally(lines(result(1, body=body)))
     assert (data.prompt_tokens, data.completion_tokens) == tokens
 
@@ -360,10 +360,10 @@ def test_the_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixt
         assert words in data["methods"]
 
 
-def test_slots_are_never_used_more_than_they_exist(
+def test_slot_use_is_at_most_100_percent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The time of a result includes its wait in the engine: four were in flight for one slot."""
+    """The time of a result includes its wait in the engine, here of four requests for one slot."""
     made = MadeRun(tmp_path)
     engines = [{"index": 0, "slots": 1, "devices": []}, {"index": 1, "slots": 1, "devices": []}]
     made.status(0, engines=engines, totals={"seconds": 10.0, "starts": 1})
@@ -374,7 +374,7 @@ def test_slots_are_never_used_more_than_they_exist(
     assert use["slot_use"] == 0.75, "one engine full, one half full"
 
 
-def test_estimate_and_actual_stand_side_by_side(
+def test_estimated_and_actual_figures_are_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = a_run(tmp_path)
@@ -395,7 +395,7 @@ def test_estimate_and_actual_stand_side_by_side(
 
 
 @pytest.mark.parametrize("state", ["in_progress", "cancelled", "failed"])
-def test_runs_that_are_not_finished_have_a_report(
+def test_unfinished_runs_have_a_report(
     state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = MadeRun(tmp_path, shards=2)
@@ -412,7 +412,7 @@ def test_runs_that_are_not_finished_have_a_report(
     assert data["condition"]["state"] in capsys.readouterr().out
 
 
-def test_a_run_that_failed_before_it_began_says_why(
+def test_a_run_that_failed_to_start_shows_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = MadeRun(tmp_path)
@@ -433,7 +433,7 @@ def test_a_run_without_any_result_has_a_report(
     assert "No result was recorded yet" in page_words(made)
 
 
-def test_the_page_stands_alone(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     made = a_run(tmp_path)
     assert main(["report", str(made.output)]) == 0
@@ -453,7 +453,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert made.run.report.stat().st_mode & 0o777 == 0o600
 
 
-def test_foreign_text_is_shown_as_text(tmp_path: Path) -> None:
+def test_markup_in_requests_and_answers_is_escaped(tmp_path: Path) -> None:
     made = a_run(tmp_path, engine_env={"OLLAMA_NOTE": NASTY, "MY_API_KEY": "hunter2"})
     assert main(["report", str(made.output)]) == 0
     text = made.run.report.read_text(encoding="utf-8")
@@ -476,7 +476,7 @@ def test_an_address_is_shown_without_its_password(
     assert data["engines"][0]["where"] == "http://gpu:8000/x"
 
 
-def test_without_matplotlib_tables_stand_in_place_of_plots(tmp_path: Path) -> None:
+def test_without_matplotlib_tables_replace_the_plots(tmp_path: Path) -> None:
     made = a_run(tmp_path)
     page = tmp_path / "page.html"
     blocked = tmp_path / "blocked"
@@ -528,7 +528,9 @@ def told_methods(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> str:
     return str(report(made, capsys)["methods"])
 
 
-def test_one_request_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_request_is_written_in_the_singular(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = MadeRun(tmp_path, each=1)
     made.status(0, "completed", 1)
     made.whole("completed", 1)
@@ -544,7 +546,7 @@ def test_one_request_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 results" not in words
 
 
-def test_methods_name_what_filled_in_open_parameters(
+def test_the_methods_name_the_source_of_default_parameters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     defaults = {"llama3.2:3b": {"temperature": 0.6, "top_p": 0.9}}
@@ -562,7 +564,9 @@ def test_methods_name_what_filled_in_open_parameters(
     assert "temperature=0.6" not in words
 
 
-def test_embeddings_have_no_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_methods_of_embeddings_name_no_sampling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = MadeRun(tmp_path, each=2)
     made.plan.input.endpoints.clear()
     made.plan.input.endpoints["/v1/embeddings"] = 2
@@ -574,7 +578,7 @@ def test_embeddings_have_no_sampling(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "/v1/embeddings" in page_words(made)
 
 
-def test_tokens_that_no_engine_counts_are_not_none(tmp_path: Path) -> None:
+def test_uncounted_tokens_are_unknown_not_zero(tmp_path: Path) -> None:
     made = MadeRun(tmp_path, each=1)
     made.status(0, "completed", 1)
     made.whole("completed", 1)
@@ -584,7 +588,7 @@ def test_tokens_that_no_engine_counts_are_not_none(tmp_path: Path) -> None:
     assert "0prompt tokens" not in words
 
 
-def test_secrets_in_what_slurm_was_asked_for_are_not_shown(
+def test_secrets_in_slurm_options_are_hidden(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = MadeRun(tmp_path)
@@ -599,7 +603,7 @@ def test_secrets_in_what_slurm_was_asked_for_are_not_shown(
     assert data["sbatch_arg"]["export"] == "A=1,API_KEY=(not shown),B=2"
 
 
-def test_a_run_of_failures_is_drawn_and_tells_no_times(tmp_path: Path) -> None:
+def test_a_run_of_failures_has_a_plot_but_no_latency(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     made = MadeRun(tmp_path, each=2)
     made.status(0, "completed", 0, 2)
@@ -617,7 +621,7 @@ def test_a_run_of_failures_is_drawn_and_tells_no_times(tmp_path: Path) -> None:
     assert "timed out repeatedly" in page.text
 
 
-def test_tables_have_names_and_heads(tmp_path: Path) -> None:
+def test_tables_have_captions_and_headings(tmp_path: Path) -> None:
     made = a_run(tmp_path)
     assert main(["report", str(made.output)]) == 0
     text = made.run.report.read_text()
@@ -638,7 +642,7 @@ def test_a_logarithmic_axis_always_has_marks(lowest: float, times: float, most: 
 
 @given(MOMENTS)
 @settings(deadline=None)
-def test_times_are_marked_where_they_are_round(moments: list[float]) -> None:
+def test_time_axes_have_marks_at_round_times(moments: list[float]) -> None:
     plots = pytest.importorskip("aiflux.report.plots")
     timeline = Timeline()
     for moment in moments:
@@ -684,7 +688,7 @@ def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("printed", ["[N/A], 100, 1000\n", "", "No devices were found\n"])
-def test_what_cannot_be_sampled_is_not_made_up(
+def test_gpus_that_cannot_be_sampled_have_no_figures(
     printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fakes = FakeCommands(tmp_path)

@@ -34,12 +34,14 @@ def test_ranges_read_back_as_they_were_written(tasks: list[int]) -> None:
     ("text", "tasks"),
     [("0-8:4%1", [0, 4, 8]), ("[1,3,...]", [1, 3]), ("7", [7]), ("N/A", []), ("", [])],
 )
-def test_what_slurm_prints_is_read(text: str, tasks: list[int]) -> None:
+def test_the_ranges_that_slurm_prints_are_parsed(text: str, tasks: list[int]) -> None:
     assert [*parse_ranges(text)] == tasks
 
 
 @given(indexes, st.integers(1, 1200))
-def test_shards_are_cut_into_arrays_that_the_cluster_takes(shards: list[int], size: int) -> None:
+def test_shards_are_split_into_arrays_that_the_cluster_accepts(
+    shards: list[int], size: int
+) -> None:
     arrays = split_arrays(shards, size)
     assert [first + task for first, tasks in arrays for task in tasks] == shards
     assert all(0 <= task < size for _, tasks in arrays for task in tasks)
@@ -52,7 +54,7 @@ def test_a_run_that_fits_is_one_array() -> None:
     assert split_arrays([5, 900, 1005, 1006], 1001) == [(5, (0, 895, 1000)), (1006, (0,))]
 
 
-def test_a_cluster_without_arrays_is_told() -> None:
+def test_a_cluster_without_arrays_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no job arrays") as caught:
         split_arrays([0, 1], 0)
     assert "--shards" in str(caught.value.remedy)

@@ -1,4 +1,4 @@
-"""Slurm's commands: what is asked, and what their words become."""
+"""Slurm's commands: submitting, cancelling, and parsing the output of queries."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_job_ids_are_read_strictly(text: str, job: JobId) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "Submitted batch job 7", "7_1", "-7", "7;", "7;a b"])
-def test_what_is_no_job_id_is_refused(text: str) -> None:
+def test_an_invalid_job_id_is_refused(text: str) -> None:
     with pytest.raises(SlurmError, match="not a Slurm job id"):
         JobId.parse(text)
 
@@ -54,24 +54,24 @@ def test_what_is_no_job_id_is_refused(text: str) -> None:
         ("101,102;c", (JobId("101", "c"), JobId("102", "c"))),
     ],
 )
-def test_the_jobs_of_a_run_are_one_word(text: str, jobs: tuple[JobId, ...]) -> None:
+def test_several_jobs_are_joined_to_one_word(text: str, jobs: tuple[JobId, ...]) -> None:
     assert parse_jobs(text) == jobs
     assert join_jobs(jobs) == text
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "1,b", "1;c,2", "1;", "1,2;"])
-def test_what_is_no_list_of_jobs_is_refused(text: str) -> None:
+def test_an_invalid_list_of_jobs_is_refused(text: str) -> None:
     with pytest.raises(SlurmError, match="not a Slurm job id"):
         parse_jobs(text)
 
 
-def test_submission(slurm: FakeCommands) -> None:
+def test_submitting_returns_the_job_id(slurm: FakeCommands) -> None:
     slurm.say("sbatch", "42\n")
     assert submit(SCRIPT, ["--hold"], environ(slurm)) == JobId("42")
     assert slurm.calls("sbatch")[0].argv == ["--parsable", "--hold", "--", str(SCRIPT)]
 
 
-def test_what_a_site_s_wrapper_says_first_is_passed_over(slurm: FakeCommands) -> None:
+def test_output_of_a_site_s_wrapper_before_the_id_is_skipped(slurm: FakeCommands) -> None:
     slurm.say("sbatch", "Welcome!\n42;c\n")
     assert submit(SCRIPT, (), environ(slurm)) == JobId("42", "c")
 
@@ -89,11 +89,11 @@ def test_the_caller_s_environment_cannot_change_a_submission(slurm: FakeCommands
     assert seen["HOME"] == "/h"
 
 
-def test_outside_a_job_the_devices_are_the_user_s_own_choice() -> None:
+def test_outside_a_job_the_user_s_choice_of_gpus_is_kept() -> None:
     assert clean_environment({"CUDA_VISIBLE_DEVICES": "1"}) == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
-def test_a_refusal_has_sbatch_s_own_words_and_the_script(slurm: FakeCommands) -> None:
+def test_a_refusal_shows_sbatch_s_message_and_the_script(slurm: FakeCommands) -> None:
     slurm.say(
         "sbatch",
         stderr="sbatch: error: Batch job submission failed: Requested node configuration is not "
@@ -107,7 +107,7 @@ def test_a_refusal_has_sbatch_s_own_words_and_the_script(slurm: FakeCommands) ->
     assert caught.value.remedy
 
 
-def test_a_wrong_account_is_answered_with_the_user_s_accounts(slurm: FakeCommands) -> None:
+def test_a_wrong_account_lists_the_user_s_accounts(slurm: FakeCommands) -> None:
     slurm.say("sbatch", stderr="sbatch: error: Invalid account or account/partition\n", status=1)
     slurm.say("sacctmgr", "proj-b\nproj-a\nproj-b\n")
     with pytest.raises(SlurmError) as caught:
@@ -117,7 +117,7 @@ def test_a_wrong_account_is_answered_with_the_user_s_accounts(slurm: FakeCommand
     )
 
 
-def test_a_wrong_account_without_accounting(slurm: FakeCommands) -> None:
+def test_a_wrong_account_without_accounting_is_reported(slurm: FakeCommands) -> None:
     slurm.say("sbatch", stderr="sbatch: error: Invalid account\n", status=1)
     slurm.say("sacctmgr", stderr="disabled", status=1)
     with pytest.raises(SlurmError) as caught:
@@ -125,13 +125,13 @@ def test_a_wrong_account_without_accounting(slurm: FakeCommands) -> None:
     assert caught.value.remedy == "set the account to charge: --account NAME"
 
 
-def test_an_answer_that_is_no_id_is_an_error(slurm: FakeCommands) -> None:
+def test_output_without_a_job_id_is_an_error(slurm: FakeCommands) -> None:
     slurm.say("sbatch", "all good\n")
     with pytest.raises(SlurmError, match="all good"):
         submit(SCRIPT, (), environ(slurm))
 
 
-def test_no_sbatch_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_sbatch_shows_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(SlurmError, match="sbatch is not on PATH") as caught:
         submit(SCRIPT, (), {"PATH": str(tmp_path)})
     assert "--local" in str(caught.value.remedy)
@@ -162,7 +162,7 @@ def record(job: str, state: str, code: str = "0:0", task: str = "") -> str:
     )
 
 
-def test_an_active_job_is_known_to_squeue(slurm: FakeCommands) -> None:
+def test_the_state_of_an_active_job_is_read_from_squeue(slurm: FakeCommands) -> None:
     slurm.say("squeue", "7|N/A|PENDING|N/A|0:00||Resources\n")
     state = job_state(JobId("7", "c"), environ(slurm))
     assert state == JobState("PENDING", None, "Resources")
@@ -182,7 +182,9 @@ def test_an_active_job_is_known_to_squeue(slurm: FakeCommands) -> None:
         ("7|CANCELLED by 1000|0:15|Unknown|00:00:00|None assigned\n", JobState("CANCELLED", 0)),
     ],
 )
-def test_an_ended_job_is_known_to_sacct(slurm: FakeCommands, line: str, state: JobState) -> None:
+def test_the_state_of_an_ended_job_is_read_from_sacct(
+    slurm: FakeCommands, line: str, state: JobState
+) -> None:
     forgotten(slurm)
     slurm.say("sacct", line)
     assert job_state(JobId("7"), environ(slurm)) == state
@@ -190,7 +192,7 @@ def test_an_ended_job_is_known_to_sacct(slurm: FakeCommands, line: str, state: J
     assert slurm.calls("sacct")[0].argv == ["-X", "-n", "-P", "-j", "7", "-o", SACCT]
 
 
-def test_without_accounting_scontrol_is_asked(slurm: FakeCommands) -> None:
+def test_without_accounting_the_state_is_read_from_scontrol(slurm: FakeCommands) -> None:
     slurm.say("squeue", "7|N/A|FAILED|2026-11-23T22:21:29|1:40|n1|NonZeroExitCode\n")
     no_accounting(slurm)
     slurm.say("scontrol", record("7", "FAILED", "5:0"))
@@ -200,14 +202,14 @@ def test_without_accounting_scontrol_is_asked(slurm: FakeCommands) -> None:
     }
 
 
-def test_squeue_s_word_holds_where_nothing_else_answers(slurm: FakeCommands) -> None:
+def test_squeue_s_state_is_used_if_nothing_else_answers(slurm: FakeCommands) -> None:
     slurm.say("squeue", "7|N/A|TIMEOUT|2026-11-23T22:21:29|1:40|n1|TimeLimit\n")
     for name in ("sacct", "scontrol"):
         slurm.say(name, status=1)
     assert job_state(JobId("7"), environ(slurm)) == JobState("TIMEOUT", None, "TimeLimit")
 
 
-def test_a_job_that_nobody_knows_is_an_error(slurm: FakeCommands) -> None:
+def test_an_unknown_job_is_an_error(slurm: FakeCommands) -> None:
     forgotten(slurm)
     for name in ("sacct", "scontrol"):
         slurm.say(name, status=1)
@@ -222,18 +224,18 @@ def test_a_controller_that_is_down_is_not_an_unknown_job(slurm: FakeCommands) ->
         job_state(JobId("7"), environ(slurm))
 
 
-def test_accounting_answers_for_a_controller_that_is_down(slurm: FakeCommands) -> None:
+def test_accounting_is_used_if_the_controller_is_down(slurm: FakeCommands) -> None:
     slurm.say("squeue", stderr="squeue: error: Unable to contact slurm controller\n", status=1)
     slurm.say("sacct", "7|COMPLETED|0:0|2026-01-02T03:04:05|01:00:00|n1\n")
     assert job_state(JobId("7"), environ(slurm)) == JobState("COMPLETED", 0)
 
 
-def test_no_slurm_at_all_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_slurm_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SlurmError, match="squeue is not on PATH"):
         task_states([JobId("7")], {"PATH": str(tmp_path)})
 
 
-def test_the_tasks_of_arrays_are_asked_for_together(slurm: FakeCommands) -> None:
+def test_the_tasks_of_all_arrays_are_queried_together(slurm: FakeCommands) -> None:
     slurm.say(
         "squeue",
         "7|2|RUNNING|2026-01-02T03:04:05|1:00|n1|None\n"
@@ -261,7 +263,7 @@ def test_the_tasks_of_arrays_are_asked_for_together(slurm: FakeCommands) -> None
     assert [call.argv[4] for call in slurm.calls("sacct")] == ["7,11"]
 
 
-def test_without_accounting_the_tasks_of_an_array_are_known_to_scontrol(
+def test_without_accounting_the_tasks_of_an_array_are_read_from_scontrol(
     slurm: FakeCommands,
 ) -> None:
     forgotten(slurm)
@@ -290,7 +292,7 @@ def test_accounting_that_lags_behind_does_not_revive_a_job(slurm: FakeCommands) 
     assert job_state(JobId("7"), environ(slurm)) == JobState("FAILED", 4)
 
 
-def test_jobs_on_several_clusters_are_asked_for_there(slurm: FakeCommands) -> None:
+def test_jobs_on_several_clusters_are_queried_there(slurm: FakeCommands) -> None:
     slurm.add("squeue", 'case $1 in *=a) echo "1|N/A|RUNNING|x|x|x|None" ;; *=b) exit 0 ;; esac')
     states = task_states([JobId("1", "a"), JobId("2", "b")], environ(slurm))
     assert [*states] == ["1"]
@@ -309,7 +311,7 @@ def test_jobs_on_several_clusters_are_asked_for_there(slurm: FakeCommands) -> No
         ([], None),
     ],
 )
-def test_an_array_s_state_is_its_tasks_liveliest_or_worst(
+def test_an_array_has_the_most_active_or_the_worst_state_of_its_tasks(
     tasks: list[tuple[str, int | None]], state: JobState | None
 ) -> None:
     assert overall_state(TaskState(name, code) for name, code in tasks) == state
@@ -324,7 +326,9 @@ def test_an_array_s_state_is_its_tasks_liveliest_or_worst(
         ("", 1, 1001),
     ],
 )
-def test_the_largest_array(slurm: FakeCommands, config: str, status: int, size: int) -> None:
+def test_the_largest_array_size_is_read_from_the_configuration(
+    slurm: FakeCommands, config: str, status: int, size: int
+) -> None:
     slurm.say("scontrol", config, status=status)
     assert max_array_size(environ(slurm)) == size
 
@@ -332,7 +336,7 @@ def test_the_largest_array(slurm: FakeCommands, config: str, status: int, size: 
 # --- cancelling --------------------------------------------------------------------------------
 
 
-def test_cancel(slurm: FakeCommands) -> None:
+def test_cancelling_calls_scancel(slurm: FakeCommands) -> None:
     slurm.say("scancel")
     cancel(JobId("7"), environ(slurm))
     cancel(JobId("7", "c"), environ(slurm), tasks=[3, 5, 4, 9])

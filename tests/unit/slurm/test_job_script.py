@@ -1,4 +1,4 @@
-"""What a batch script does, run by bash with a recording Apptainer."""
+"""The batch script, run by bash with a recording Apptainer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PASSED = (
 
 @dataclass(frozen=True)
 class Container:
-    """What the runtime is to be given; ``unsealed``: why the container has a network."""
+    """The expected call of the runtime; ``unsealed``: why the container has a network."""
 
     image: Path
     input: Path
@@ -105,7 +105,7 @@ while :; do sleep 0.02 & wait $!; done
 
 
 class Place:
-    """A folder with an input, models and an image, and a fake Apptainer."""
+    """A directory with an input, models and an image, and a fake Apptainer."""
 
     def __init__(self, folder: Path, name: str = "in.jsonl") -> None:
         self.folder = folder
@@ -167,14 +167,14 @@ def place(awkward: Path) -> Place:
 
 
 def inside(call: Call) -> dict[str, str]:
-    """Return what a call lets into the container."""
+    """Return the mounts of a call."""
     return {name: v for name, v in call.environ.items() if name.startswith("APPTAINER")}
 
 
 # --- the two steps ---------------------------------------------------------------------------
 
 
-def test_preparation_has_the_network_and_work_has_not(place: Place) -> None:
+def test_only_the_preparation_has_the_network(place: Place) -> None:
     environ = place.environ(
         SLURM_JOB_ID="7",
         SLURM_ARRAY_JOB_ID="5",
@@ -212,7 +212,7 @@ def test_preparation_has_the_network_and_work_has_not(place: Place) -> None:
 
 
 def test_a_local_run_executes_the_containers_of_a_job(place: Place) -> None:
-    """Only what Slurm gives is missing: the modules, the setup and the job's own time limit."""
+    """Only Slurm's part is missing: modules, setup and the job's time limit."""
     for script in (render(place.job()), render_local(place.job())):
         done = place.bash(script)
         assert (done.returncode, done.stderr) == (0, "")
@@ -235,7 +235,7 @@ def test_models_are_pulled_with_the_network_and_nothing_else_is_mounted(place: P
     assert place.models.is_dir()
 
 
-def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
+def test_a_node_that_cannot_seal_warns_and_continues(place: Place) -> None:
     place.fakes.add("apptainer", "[[ $2 == run ]] || { echo no netns >&2; exit 255; }")
     done = place.bash(render(place.job()))
     assert done.returncode == 0
@@ -248,7 +248,7 @@ def test_a_node_that_cannot_seal_says_so_and_goes_on(place: Place) -> None:
     assert inside(work) == container.worked({})
 
 
-def test_a_site_that_forbids_it_is_not_even_asked(place: Place) -> None:
+def test_sealing_is_not_tried_where_the_site_forbids_it(place: Place) -> None:
     done = place.bash(render(place.job(slurm=SlurmConfig(seal=False))))
     assert (done.returncode, done.stderr) == (0, "")
     _, work = place.fakes.calls("apptainer")
@@ -257,7 +257,7 @@ def test_a_site_that_forbids_it_is_not_even_asked(place: Place) -> None:
     assert inside(work) == container.worked({})
 
 
-def test_models_beside_the_output_are_mounted_once(place: Place) -> None:
+def test_models_next_to_the_output_are_mounted_once(place: Place) -> None:
     done = place.bash(render(place.job(models_dir=place.folder)))
     assert (done.returncode, done.stderr) == (0, "")
     prepare, _, work = place.fakes.calls("apptainer")
@@ -286,7 +286,7 @@ def test_an_output_among_the_models_stays_writable(place: Place) -> None:
     assert mounts == [mount(place.models, True), mount(output_dir), mount(place.input, True)]
 
 
-def test_no_gpu_no_nv(place: Place) -> None:
+def test_without_a_gpu_apptainer_gets_no_nv(place: Place) -> None:
     place.bash(render(place.job(slurm=SlurmConfig(gpus_per_node="0"))))
     assert "--nv" not in [word for call in place.fakes.calls("apptainer") for word in call.argv]
 
@@ -299,7 +299,7 @@ def test_a_failed_preparation_ends_the_job(place: Place, code: int) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 4, 5])
-def test_the_exit_code_is_the_workers(place: Place, code: int) -> None:
+def test_the_exit_code_is_that_of_the_worker(place: Place, code: int) -> None:
     place.fakes.add("apptainer", f"[[ $* != *--shard* ]] || exit {code}")
     assert place.bash(render(place.job())).returncode == code
 
@@ -309,7 +309,7 @@ def test_the_exit_code_is_the_workers(place: Place, code: int) -> None:
     [(255, 4, "could not start the container"), (137, 5, "killed by signal 9")],
 )
 @pytest.mark.parametrize("step", ["--prepare", "--shard"])
-def test_an_end_that_no_worker_tells_is_explained(
+def test_an_end_without_a_worker_s_message_is_explained(
     place: Place, code: int, stands_for: int, words: str, step: str
 ) -> None:
     place.fakes.add("apptainer", f"[[ $2 != run || $* != *{step}* ]] || exit {code}")
@@ -318,7 +318,7 @@ def test_an_end_that_no_worker_tells_is_explained(
     assert words in done.stderr
 
 
-def test_the_private_directory_is_private_and_goes(place: Place) -> None:
+def test_the_private_directory_is_removed_at_the_end(place: Place) -> None:
     place.fakes.add(
         "apptainer",
         'for d in "$TMPDIR"/*; do >"$d/x"; [[ $2 != run ]] || stat -c "%a %n" "$d"; done',
@@ -328,8 +328,8 @@ def test_the_private_directory_is_private_and_goes(place: Place) -> None:
     assert list(place.temporary.iterdir()) == []
 
 
-def test_the_private_directory_of_a_killed_job_goes_at_the_next_start(place: Place) -> None:
-    """The lock of a job that lives is held: its directory stays."""
+def test_the_next_start_removes_the_private_directory_of_a_killed_job(place: Place) -> None:
+    """The directory of a running job stays, because its lock is held."""
     killed, living = start(place, TRAPPING), None
     try:
         (left,) = place.temporary.iterdir()
@@ -352,7 +352,7 @@ def test_the_private_directory_of_a_killed_job_goes_at_the_next_start(place: Pla
             living.wait(10)
 
 
-def test_modules_and_setup_come_before_apptainer_is_looked_for(place: Place) -> None:
+def test_modules_and_setup_run_before_apptainer_is_searched(place: Place) -> None:
     (place.fakes.folder / "apptainer").rename(place.folder / "apptainer")
     setup = (
         'module() { echo "module $*"; PATH=$PWD:$PATH; }',
@@ -367,7 +367,7 @@ def test_modules_and_setup_come_before_apptainer_is_looked_for(place: Place) -> 
 
 
 def commands_only(folder: Path, *commands: str) -> str:
-    """Return a PATH that has these commands and no others."""
+    """Return a PATH with these commands only."""
     folder.mkdir()
     for command in commands:
         source = next(p for d in ("/usr/bin", "/bin") if (p := Path(d) / command).exists())
@@ -375,7 +375,7 @@ def commands_only(folder: Path, *commands: str) -> str:
     return str(folder)
 
 
-def test_no_apptainer_is_a_usage_error_with_a_remedy(place: Place) -> None:
+def test_a_missing_apptainer_is_a_usage_error_with_a_remedy(place: Place) -> None:
     path = commands_only(place.folder.parent / "bin", "bash", "mktemp", "rm", "mkdir")
     done = place.bash(render(place.job()), environ={"PATH": path, "HOME": "/nowhere"})
     assert done.returncode == 2
@@ -411,7 +411,7 @@ def test_singularity_gets_its_own_variables(place: Place) -> None:
     assert kept == place.container(Call(argv, {}), runtime="SINGULARITY").worked({})
 
 
-def test_the_end_of_the_job_is_asked_of_an_older_slurm(place: Place) -> None:
+def test_an_older_slurm_is_queried_for_the_job_s_end(place: Place) -> None:
     place.fakes.say("squeue", "2026-11-23T12:00:00\n")
     place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7", TZ="UTC"))
     assert place.fakes.calls("apptainer")[2].argv[-2:] == ["--deadline", "1795435200"]
@@ -455,7 +455,7 @@ def mark(place: Place, shard: int) -> Path:
     return place.folder / "out.json.aiflux" / "status" / f"shard-{shard:04d}.requeue"
 
 
-def test_a_job_goes_back_to_the_queue_when_the_worker_asks_for_it(place: Place) -> None:
+def test_a_job_is_requeued_at_the_worker_s_request(place: Place) -> None:
     place.fakes.add("apptainer", marking(0))
     place.fakes.add("scontrol", 'ls -A -- "$TMPDIR"')
     done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
@@ -467,7 +467,7 @@ def test_a_job_goes_back_to_the_queue_when_the_worker_asks_for_it(place: Place) 
     assert done.stdout == "", "the private directory is gone before Slurm ends the job"
 
 
-def test_a_task_goes_back_to_the_queue_without_the_rest_of_its_array(place: Place) -> None:
+def test_a_task_is_requeued_without_the_rest_of_its_array(place: Place) -> None:
     place.fakes.add("apptainer", marking(42))
     place.fakes.add("scontrol")
     text = render(place.job(tasks="0-2", first=40))
@@ -478,7 +478,7 @@ def test_a_task_goes_back_to_the_queue_without_the_rest_of_its_array(place: Plac
     assert place.fakes.calls("apptainer")[2].argv[-2:] == ["--shard", "42"]
 
 
-def test_the_generic_script_goes_back_to_the_queue_too(place: Place) -> None:
+def test_the_generic_script_is_requeued_too(place: Place) -> None:
     place.fakes.add("apptainer", marking(0))
     place.fakes.add("scontrol")
     environ = {"SLURM_JOB_ID": "7", "AIFLUX_IMAGE": str(place.image)}
@@ -487,7 +487,7 @@ def test_the_generic_script_goes_back_to_the_queue_too(place: Place) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 4])
-def test_only_an_unfinished_run_goes_back(place: Place, code: int) -> None:
+def test_only_an_unfinished_run_is_requeued(place: Place, code: int) -> None:
     place.fakes.add("apptainer", marking(0, code))
     place.fakes.add("scontrol")
     environ = place.environ(SLURM_JOB_ID="7")
@@ -495,7 +495,7 @@ def test_only_an_unfinished_run_goes_back(place: Place, code: int) -> None:
     assert requeues(place) == []
 
 
-def test_without_the_worker_s_mark_of_this_start_nothing_goes_back(place: Place) -> None:
+def test_without_the_worker_s_mark_of_this_start_nothing_is_requeued(place: Place) -> None:
     mark(place, 0).parent.mkdir(parents=True)
     mark(place, 0).touch()
     place.fakes.add("apptainer", "[[ $* != *--shard* ]] || exit 5")
@@ -506,7 +506,7 @@ def test_without_the_worker_s_mark_of_this_start_nothing_goes_back(place: Place)
     assert not mark(place, 0).exists()
 
 
-def test_nothing_goes_back_where_it_is_not_wanted(place: Place) -> None:
+def test_nothing_is_requeued_where_requeues_are_disabled(place: Place) -> None:
     place.fakes.add("apptainer", marking(0))
     place.fakes.add("scontrol")
     environ = place.environ(SLURM_JOB_ID="7")
@@ -515,7 +515,7 @@ def test_nothing_goes_back_where_it_is_not_wanted(place: Place) -> None:
     assert requeues(place) == []
 
 
-def test_a_job_that_was_asked_to_end_does_not_go_back(place: Place) -> None:
+def test_a_cancelled_job_is_not_requeued(place: Place) -> None:
     place.fakes.add("scontrol")
     marked = TRAPPING.replace("exit 5", 'touch "$here/mark"; exit 5')
     link(place, 0)
@@ -526,7 +526,7 @@ def test_a_job_that_was_asked_to_end_does_not_go_back(place: Place) -> None:
     assert requeues(place) == []
 
 
-def test_a_job_whose_time_is_nearly_up_goes_back(place: Place) -> None:
+def test_a_job_whose_time_is_nearly_up_is_requeued(place: Place) -> None:
     place.fakes.add("scontrol")
     link(place, 0)
     process = start(place, TRAPPING.replace("exit 5", 'touch "$here/mark"; exit 5'),
@@ -536,7 +536,7 @@ def test_a_job_whose_time_is_nearly_up_goes_back(place: Place) -> None:
     assert requeues(place) == [["requeue", "7"]]
 
 
-def test_slurm_s_refusal_is_told_with_what_to_do(place: Place) -> None:
+def test_slurm_s_refusal_is_shown_with_a_remedy(place: Place) -> None:
     place.fakes.add("apptainer", marking(0))
     place.fakes.say("scontrol", stderr="7: Access/permission denied\n", status=1)
     done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
@@ -549,7 +549,7 @@ def test_slurm_s_refusal_is_told_with_what_to_do(place: Place) -> None:
     assert printed.stdout.decode() == str(place.folder / "out.json.aiflux")
 
 
-def test_a_node_without_scontrol_says_what_to_do(place: Place) -> None:
+def test_a_node_without_scontrol_shows_a_remedy(place: Place) -> None:
     place.fakes.add("apptainer", marking(0))
     path = commands_only(
         *(
@@ -573,7 +573,7 @@ def test_a_node_without_scontrol_says_what_to_do(place: Place) -> None:
 
 
 @pytest.mark.parametrize("end", ['kill "$(<"$here/script.pid")"; exit 1', "kill $$; sleep 1"])
-def test_the_signal_of_an_accepted_requeue_is_no_refusal(place: Place, end: str) -> None:
+def test_the_signal_of_an_accepted_requeue_is_not_a_refusal(place: Place, end: str) -> None:
     place.fakes.add("apptainer", 'echo "$PPID" >"$here/script.pid"\n' + marking(0))
     place.fakes.add("scontrol", end)
     done = place.bash(render(place.job()), environ=place.environ(SLURM_JOB_ID="7"))
@@ -608,7 +608,9 @@ def signals_seen(place: Place, call: int) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_reaches_the_worker_whose_exit_code_comes_out(place: Place, number: int) -> None:
+def test_a_signal_reaches_the_worker_and_its_exit_code_is_the_job_s(
+    place: Place, number: int
+) -> None:
     process = start(place, TRAPPING)
     process.send_signal(number)
     assert process.wait(10) == 5
@@ -616,7 +618,7 @@ def test_a_signal_reaches_the_worker_whose_exit_code_comes_out(place: Place, num
     assert list(place.temporary.iterdir()) == []
 
 
-def test_the_worker_may_take_its_time_and_be_signalled_again(place: Place) -> None:
+def test_the_job_waits_for_the_worker_and_forwards_a_second_signal(place: Place) -> None:
     slow = TRAPPING.replace("; exit 5' TERM", "; sleep 0.2; exit 5' TERM")
     process = start(place, slow)
     for _ in range(5):
@@ -625,7 +627,7 @@ def test_the_worker_may_take_its_time_and_be_signalled_again(place: Place) -> No
     assert process.wait(10) == 5
 
 
-def test_no_race_turns_the_workers_exit_code_into_that_of_the_signal(place: Place) -> None:
+def test_a_signal_never_replaces_the_worker_s_exit_code(place: Place) -> None:
     for delay in range(8):
         (place.fakes.folder / "ready").unlink(missing_ok=True)
         process = start(place, TRAPPING)
@@ -677,7 +679,9 @@ def test_the_generic_script_prepares_a_plan_and_works_on_it(place: Place) -> Non
         ("plain", "plain.results.json"),
     ],
 )
-def test_the_default_output_is_the_cli_s(tmp_path: Path, name: str, results: str) -> None:
+def test_the_default_output_is_that_of_the_command_line(
+    tmp_path: Path, name: str, results: str
+) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     place = Place(folder, name)
@@ -706,7 +710,7 @@ def test_paths_are_relative_to_where_sbatch_was_called(place: Place) -> None:
         (["--seal", "--force"], "no", None),
     ],
 )
-def test_the_generic_script_can_leave_the_network(
+def test_the_generic_script_can_keep_the_network(
     place: Place, arguments: list[str], value: str, why: str | None
 ) -> None:
     done = generic(place, "in.jsonl", *arguments, AIFLUX_SEAL=value)
@@ -719,7 +723,7 @@ def test_the_generic_script_can_leave_the_network(
     assert inside(calls[-1]).get("APPTAINERENV_AIFLUX_UNSEALED") == why
 
 
-def test_the_generic_script_refuses_a_seal_that_is_neither(place: Place) -> None:
+def test_the_generic_script_refuses_an_invalid_seal_setting(place: Place) -> None:
     done = generic(place, "in.jsonl", AIFLUX_SEAL="perhaps")
     assert done.returncode == 2
     assert "AIFLUX_SEAL is 'perhaps'" in done.stderr
@@ -738,9 +742,7 @@ def test_the_generic_script_is_not_sealed_from_an_engine_elsewhere(place: Place,
 
 
 @pytest.mark.parametrize("how", ["word", "words", "environment"])
-def test_certificates_for_an_engine_elsewhere_are_seen_in_the_container(
-    place: Place, how: str
-) -> None:
+def test_certificates_for_an_engine_elsewhere_are_mounted(place: Place, how: str) -> None:
     ca = place.folder / "our ca.pem"
     ca.touch()
     given = {"word": ["--engine-ca=our ca.pem"], "words": ["--engine-ca", "our ca.pem"]}
@@ -753,7 +755,7 @@ def test_certificates_for_an_engine_elsewhere_are_seen_in_the_container(
     assert prepare.argv[-2:] == ["--engine-ca", str(ca)], "the last one counts"
 
 
-def test_certificates_that_are_missing_are_told_before_the_container(place: Place) -> None:
+def test_missing_certificates_are_reported_before_the_container_starts(place: Place) -> None:
     done = generic(place, "in.jsonl", "--engine-url=https://h", "--engine-ca=no.pem")
     assert done.returncode == 2
     assert "no.pem, which cannot be read" in done.stderr
@@ -772,7 +774,7 @@ def test_a_job_binds_the_certificates_of_its_run(place: Place) -> None:
 
 
 def test_models_that_are_not_in_the_models_directory_are_mounted(place: Place) -> None:
-    """One that is not there is left to the worker, which says so."""
+    """A missing model is reported by the worker."""
     file = place.folder / "my, model.gguf"
     file.touch()
     script = render(place.job(model_paths=(file, place.folder / "absent.gguf")))
@@ -809,7 +811,7 @@ def test_wrong_arguments_are_a_usage_error(place: Place, arguments: list[str], w
     assert place.fakes.calls("apptainer") == []
 
 
-def test_the_image_is_looked_for_in_four_places(place: Place) -> None:
+def test_the_image_is_searched_in_four_places(place: Place) -> None:
     checkout = place.folder / "check out"
     containers = place.folder / "data" / "containers"
     places = [place.folder / "named.sif", place.folder / "aiflux.sif",
@@ -836,7 +838,7 @@ def test_the_image_is_looked_for_in_four_places(place: Place) -> None:
         ((), {"AIFLUX_ENGINE": "llamacpp"}),
     ],
 )
-def test_the_image_of_the_engine_is_looked_for(
+def test_the_image_of_the_run_s_engine_is_searched(
     place: Place, words: tuple[str, ...], environ: dict[str, str]
 ) -> None:
     image = place.folder / "aiflux-llamacpp.sif"
@@ -851,7 +853,7 @@ def test_the_image_of_the_engine_is_looked_for(
     assert str(place.folder / "aiflux.sif") in place.fakes.calls("apptainer")[-1].argv
 
 
-def test_a_job_does_not_run_an_image_of_others(place: Place) -> None:
+def test_a_job_refuses_an_image_of_another_user(place: Place) -> None:
     make_sif(place.image, engine="theirs")
     for done in (place.bash(render(place.job())), generic(place, "in.jsonl")):
         assert done.returncode == 2
@@ -859,14 +861,14 @@ def test_a_job_does_not_run_an_image_of_others(place: Place) -> None:
     assert place.fakes.calls("apptainer") == []
 
 
-def test_no_image_says_what_to_do(place: Place) -> None:
+def test_a_missing_image_shows_a_remedy(place: Place) -> None:
     done = generic(place, "in.jsonl", AIFLUX_IMAGE="")
     assert done.returncode == 2
     assert "make image" in done.stderr
     assert "AIFLUX_IMAGE=" in done.stderr
 
 
-def test_a_named_image_that_is_missing_is_not_replaced_by_another(place: Place) -> None:
+def test_a_missing_named_image_is_not_replaced(place: Place) -> None:
     make_sif(place.folder / "aiflux.sif", version="1")
     done = generic(place, "in.jsonl", AIFLUX_IMAGE="/no/such.sif")
     assert done.returncode == 2
@@ -925,8 +927,8 @@ def test_any_name_reaches_the_worker_through_the_generic_script(
         assert os.listdir(place.temporary) == []
 
 
-def test_usr1_that_comes_a_minute_early_ends_nothing_before_the_work(place: Place) -> None:
-    """Slurm may send it before the worker is there; the worker knows the job's end by itself."""
+def test_an_early_usr1_does_not_end_the_preparation(place: Place) -> None:
+    """Slurm can send it before the worker starts; the worker determines the job's end by itself."""
     end = str(int(time.time()) + 600)
     # The runtime has no handler of its own yet, as Apptainer while it starts.
     slow = '[[ $* != *--prepare* ]] || { touch "$here/ready"; sleep 0.5; }'

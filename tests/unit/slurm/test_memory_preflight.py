@@ -1,4 +1,4 @@
-"""Slots from the memory of GPUs, and what is refused because it cannot fit them."""
+"""Slots from the memory of GPUs, and models that cannot fit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plan_of(folder: Path, model: str, **options: Any) -> Plan:
         ("bge-m3:567m", (80,), 1),
     ],
 )
-def test_slots_are_what_the_gpus_have_room_for(
+def test_slots_follow_from_the_memory_of_the_gpus(
     tmp_path: Path, name: str, gigabytes: tuple[int, ...], expected: int
 ) -> None:
     free = tuple(number * GB for number in gigabytes)
@@ -70,7 +70,7 @@ def test_slots_are_what_the_gpus_have_room_for(
     assert slots(KIND, plan, ("0",) * len(free), 8, known(name), free) == expected
 
 
-def test_what_is_asked_for_or_not_known_decides(tmp_path: Path) -> None:
+def test_a_given_number_of_slots_applies_and_unknown_memory_has_a_default(tmp_path: Path) -> None:
     figures = known("llama3.1:8b")
     plan = plan_of(tmp_path, "m")
     assert slots(KIND, plan, ("0",), 8) == 16
@@ -83,7 +83,7 @@ def test_what_is_asked_for_or_not_known_decides(tmp_path: Path) -> None:
     assert slots(KIND, plan_of(tmp_path, "m", slots=5), ("0",), 8, figures, (80 * GB,)) == 5
 
 
-def test_a_smaller_cache_type_makes_room_for_more(tmp_path: Path) -> None:
+def test_a_smaller_cache_type_allows_more_slots(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "m", context_length=4096)
     small = plan_of(tmp_path, "m", context_length=4096, engine_env={"OLLAMA_KV_CACHE_TYPE": "q8_0"})
     figures, free = known("llama3.1:8b"), (12 * GB,)
@@ -92,14 +92,14 @@ def test_a_smaller_cache_type_makes_room_for_more(tmp_path: Path) -> None:
     )
 
 
-def test_no_context_is_longer_than_a_model_was_trained_for(tmp_path: Path) -> None:
+def test_the_context_is_at_most_that_of_the_model_s_training(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "m")
     assert context_length(plan) == 2048
     assert context_length(plan, 512) == 512
     assert context_length(plan_of(tmp_path, "m", context_length=4096), 512) == 4096
 
 
-def test_the_memory_of_gpus_is_asked_of_the_driver(
+def test_the_driver_reports_the_memory_of_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = FakeCommands(tmp_path / "fakes")
@@ -123,11 +123,11 @@ def test_the_memory_of_gpus_is_asked_of_the_driver(
         ("gpu", None), ("tesla", None), ("amd", None), ("avx512", None), ("mem512gb", None),
     ],
 )  # fmt: skip
-def test_what_a_name_tells_of_a_gpu(name: str, gigabytes: int | None) -> None:
+def test_the_memory_of_a_gpu_is_derived_from_its_name(name: str, gigabytes: int | None) -> None:
     assert gpu_bytes(name) == (None if gigabytes is None else gigabytes * GB)
 
 
-def test_features_tell_of_gpus() -> None:
+def test_the_memory_of_gpus_is_derived_from_node_features() -> None:
     assert gpu_bytes_of_features(["amd", "a100", "a100_80gb"]) == 80 * GB
     assert gpu_bytes_of_features(["amd", "rome"]) is None
 
@@ -198,7 +198,7 @@ def refused(folder: Path, plan: Plan, **slurm: Any) -> list[tuple[str, str]]:
         ("llama3.1:8b", {"gpus_per_engine": 2}, {"partition": "old"}, "--gpus-per-node 2"),
     ],
 )  # fmt: skip
-def test_what_cannot_fit_is_refused(
+def test_a_model_that_cannot_fit_is_refused(
     tmp_path: Path, model: str, options: dict[str, Any], slurm: dict[str, Any], fix: str
 ) -> None:
     plan = plan_of(tmp_path, model, **options)
@@ -217,33 +217,33 @@ def test_what_cannot_fit_is_refused(
         ("unheard-of:900b", {}, {"partition": "old"}),
     ],
 )
-def test_what_may_fit_is_let_pass(
+def test_a_model_that_may_fit_is_accepted(
     tmp_path: Path, model: str, options: dict[str, Any], slurm: dict[str, Any]
 ) -> None:
     plan = plan_of(tmp_path, model, **options)
     assert refused(tmp_path, plan, **{"partition": "gpu", **slurm}) == []
 
 
-def test_what_is_all_but_enough_is_told_to_the_tenth(tmp_path: Path) -> None:
+def test_nearly_sufficient_memory_is_shown_with_a_decimal(tmp_path: Path) -> None:
     ((what, _),) = refused(tmp_path, plan_of(tmp_path, "llama3.3"), partition="gpu")
     assert "llama3.3:latest does not fit a GPU 'a100'" in what
     assert "it takes at least 43.4 GB, and it has 42.9 GB" in what
 
 
-def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_the_requested_capability_is_refused(tmp_path: Path) -> None:
     ((what, fix),) = refused(tmp_path, plan_of(tmp_path, "bge-m3"), partition="mystery")
     assert "bge-m3:567m is for embeddings, and 200 requests ask for /v1/chat/completions" in what
     assert "use another model" in fix
 
 
-def test_ones_own_catalog_says_what_a_model_can_do(tmp_path: Path) -> None:
+def test_the_user_s_catalog_lists_the_capabilities_of_a_model(tmp_path: Path) -> None:
     own = tmp_path / ".config" / "aiflux" / "models.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("models: {bge-m3: {endpoints: [chat]}}", encoding="utf-8")
     assert refused(tmp_path, plan_of(tmp_path, "bge-m3"), partition="mystery") == []
 
 
-def test_a_model_in_no_catalog_is_judged_by_its_own_file(tmp_path: Path) -> None:
+def test_a_model_in_no_catalog_is_checked_by_its_own_file(tmp_path: Path) -> None:
     large = read_catalog().find("llama3.3:70b")
     assert large is not None
     plan = plan_of(tmp_path, "lab/large:1")
@@ -252,7 +252,7 @@ def test_a_model_in_no_catalog_is_judged_by_its_own_file(tmp_path: Path) -> None
     assert "lab/large:1 does not fit a GPU 'v100': with 1 slot of 2048 tokens" in what
 
 
-def test_a_digest_that_is_insisted_on_is_compared_with_what_is_there(tmp_path: Path) -> None:
+def test_a_required_digest_is_compared_with_the_stored_model(tmp_path: Path) -> None:
     small = read_catalog().find("smollm2:135m")
     assert small is not None
     install(tmp_path / "models", small, "lab/mine:1")
@@ -268,7 +268,7 @@ def test_a_digest_that_is_insisted_on_is_compared_with_what_is_there(tmp_path: P
     assert "0" * 64 in finding.what
 
 
-def test_requests_may_insist_on_a_digest_but_not_on_two(tmp_path: Path) -> None:
+def test_requests_can_require_one_digest_but_not_two(tmp_path: Path) -> None:
     def plan(*names: str) -> Plan:
         path = tmp_path / "in.jsonl"
         lines = [
@@ -285,12 +285,12 @@ def test_requests_may_insist_on_a_digest_but_not_on_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["m@sha256:12", "m@md5:123456789012", "m@", "m@sha256:xyz"])
-def test_what_is_no_digest_is_refused(text: str) -> None:
+def test_an_invalid_digest_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="has the invalid digest"):
         parse_model_name(text)
 
 
-def test_a_models_own_defaults_fill_what_is_left_open(tmp_path: Path) -> None:
+def test_the_defaults_of_a_model_fill_open_parameters(tmp_path: Path) -> None:
     config = Config(
         arguments={"model": "qwen3:8b", "top_p": "0.5"},
         environ={"HOME": str(tmp_path)},
@@ -309,6 +309,6 @@ def test_a_models_own_defaults_fill_what_is_left_open(tmp_path: Path) -> None:
     assert "defaults" not in elsewhere.identity
 
 
-def test_an_engine_that_is_up_tells_no_digests(tmp_path: Path) -> None:
+def test_a_digest_cannot_be_required_of_a_running_server(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not report the digests"):
         plan_of(tmp_path, "m:1@sha256:" + "0" * 64, engine_url="http://127.0.0.1:1")

@@ -1,4 +1,4 @@
-"""What the checks before submission report, and what they do not."""
+"""The findings of the checks before submission."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_job_that_fits_has_no_findings(commands: FakeCommands) -> None:
         ({"partition": "gpu", "constraint": "h100"}, "has the feature 'h100'", "a100, amd"),
     ],
 )
-def test_what_slurm_would_refuse(
+def test_what_slurm_would_refuse_is_found(
     commands: FakeCommands, slurm: dict[str, Any], what: str, fix: str
 ) -> None:
     ((level, seen, remedy),) = asked(commands, FakeSite(), **slurm)
@@ -123,7 +123,7 @@ def test_nodes_that_are_down_make_a_job_wait(commands: FakeCommands) -> None:
         ({"MaxCPUsPerNode": "2"}, "error", "(2 CPUs)"),
     ],
 )
-def test_partitions_that_are_closed(
+def test_closed_partitions_are_found(
     commands: FakeCommands, changes: dict[str, str], level: str, what: str
 ) -> None:
     site = FakeSite(settings=ACCOUNTING, partitions=[partition("gpu", **changes)])
@@ -142,7 +142,7 @@ def test_partitions_that_are_closed(
         (FakeSite(), {"qos": "normal"}, None),
     ],
 )
-def test_accounts_and_qos(
+def test_unknown_accounts_and_qos_are_found(
     commands: FakeCommands, site: FakeSite, slurm: dict[str, Any], what: str | None
 ) -> None:
     site.settings = ACCOUNTING
@@ -153,13 +153,13 @@ def test_accounts_and_qos(
     assert what or found == []
 
 
-def test_what_is_not_enforced_is_a_warning(commands: FakeCommands) -> None:
+def test_limits_that_are_not_enforced_are_warnings(commands: FakeCommands) -> None:
     site = FakeSite(settings={**ACCOUNTING, "AccountingStorageEnforce": "none"})
     found = asked(commands, site, partition="gpu", account="astro", qos="long")
     assert [level for level, _, _ in found] == ["warning", "warning"]
 
 
-def test_a_qos_may_go_beyond_its_partition(commands: FakeCommands) -> None:
+def test_a_qos_can_exceed_the_limits_of_its_partition(commands: FakeCommands) -> None:
     ((level, _, _),) = asked(commands, FakeSite(), partition="gpu", time="2-0", qos="long")
     assert level == "warning"
 
@@ -170,16 +170,16 @@ def test_a_site_that_rewrites_jobs_is_not_judged_by_its_defaults(commands: FakeC
     assert len(asked(commands, site, partition="gpux")) == 1
 
 
-def test_no_default_partition(commands: FakeCommands) -> None:
+def test_a_missing_default_partition_is_found(commands: FakeCommands) -> None:
     ((_, what, _),) = asked(commands, FakeSite(partitions=[partition("gpu")]))
     assert "no default partition" in what
 
 
-def test_nothing_is_known_of_nodes_that_slurm_does_not_show(commands: FakeCommands) -> None:
+def test_hidden_nodes_cause_no_finding(commands: FakeCommands) -> None:
     assert asked(commands, FakeSite(nodes=[]), partition="gpu", gpus_per_node="64") == []
 
 
-def test_without_slurm_nothing_is_found(tmp_path: Path) -> None:
+def test_without_slurm_there_are_no_findings(tmp_path: Path) -> None:
     facts = ask_cluster({"PATH": str(tmp_path)})
     assert collect(cluster_checks(facts, SlurmConfig())) == ()
 
@@ -196,11 +196,11 @@ def test_without_slurm_nothing_is_found(tmp_path: Path) -> None:
         ("gres/gpu:2", {"": 2}),
     ],
 )
-def test_generic_resources(gres: str, gpus: dict[str, int]) -> None:
+def test_generic_resources_are_compared_with_the_nodes(gres: str, gpus: dict[str, int]) -> None:
     assert parse_gpus(gres) == gpus
 
 
-def test_an_image_for_another_machine(tmp_path: Path) -> None:
+def test_an_image_for_another_architecture_is_found(tmp_path: Path) -> None:
     image = make_sif(tmp_path / "a.sif", OTHER, version="1")
     wants = {"wants_gpus": True, "allow_cpu": False}
     (certain,) = check_image(image, {HERE}, OLLAMA, certain=True, **wants)
@@ -213,7 +213,7 @@ def test_an_image_for_another_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wants_gpus", "allow_cpu", "count"), [(True, False, 1), (True, True, 0), (False, False, 0)]
 )
-def test_an_image_without_gpu_support(
+def test_an_image_without_gpu_support_is_found(
     tmp_path: Path, wants_gpus: bool, allow_cpu: bool, count: int
 ) -> None:
     image = make_sif(tmp_path / "a.sif", version="1", cpu_only="yes")
@@ -236,7 +236,7 @@ def test_an_image_without_gpu_support(
     ],
 )
 def test_an_image_with_another_engine_is_refused(tmp_path: Path, labels: dict[str, str]) -> None:
-    """Images of earlier versions have an Ollama; of one without such labels nothing is known."""
+    """Images of earlier versions contain Ollama; without these labels the engine is unknown."""
     image = make_sif(tmp_path / "a.sif", version="1", **labels)
     wants = {"certain": True, "wants_gpus": False, "allow_cpu": False}
     found = [*check_image(image, {"x86_64"}, OLLAMA, **wants)]
@@ -247,7 +247,7 @@ def test_an_image_with_another_engine_is_refused(tmp_path: Path, labels: dict[st
     assert not [*check_image(image, {"x86_64"}, kind_named("external"), **wants)]
 
 
-def test_a_model_that_is_not_there_is_pulled_by_the_job(plan: Plan) -> None:
+def test_a_missing_model_is_pulled_by_the_job(plan: Plan) -> None:
     (finding,) = check_models(plan)
     assert finding.level == "warning"
     assert finding.fix.endswith("aiflux models pull m:1")
@@ -255,13 +255,13 @@ def test_a_model_that_is_not_there_is_pulled_by_the_job(plan: Plan) -> None:
 
 
 @pytest.mark.ordinary_user
-def test_a_model_that_cannot_be_pulled_either(plan: Plan, tmp_path: Path) -> None:
+def test_a_missing_model_that_cannot_be_pulled_is_found(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir(mode=0o555)
     assert [finding.level for finding in check_models(plan)] == ["warning", "error"]
 
 
 @pytest.mark.parametrize(("factor", "level"), [(0.5, "warning"), (2.0, "error")])
-def test_too_little_room(plan: Plan, factor: float, level: str) -> None:
+def test_too_little_disk_space_is_found(plan: Plan, factor: float, level: str) -> None:
     assert [*check_space(plan)] == []
     disk = os.statvfs(plan.output.parent)
     size = int(disk.f_bavail * disk.f_frsize * factor)
@@ -272,7 +272,7 @@ def test_too_little_room(plan: Plan, factor: float, level: str) -> None:
     assert " free; " in finding.what
 
 
-def test_sizes() -> None:
+def test_sizes_are_parsed() -> None:
     sizes = [size_text(count) for count in (0, 999, 1500, 2.5e7, 8e10, 3e12)]
     assert sizes == ["0 bytes", "999 bytes", "1.5 KB", "25 MB", "80 GB", "3.0 TB"]
 

@@ -1,4 +1,4 @@
-"""How a run is: every state that files and Slurm can tell together, and what to do about it."""
+"""The state of a run, from its files and Slurm, and the next command."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def made(awkward: Path) -> MadeRun:
 
 
 def look(made: MadeRun, task: TaskState | None = None, *, asked: bool = True) -> RunView:
-    """Return the view of a run of one job, with Slurm's word on it."""
+    """Return the view of a run of one job in a given state of Slurm."""
     now = time.time()
     tasks = {"100": {} if task is None else {None: task}} if asked else None
     return assemble(read_facts(made.run, now), tasks, now)
@@ -186,7 +186,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_shard_is_judged_by_its_files_and_slurm(made: MadeRun, case: Case) -> None:
+def test_the_state_of_a_shard_follows_from_its_files_and_slurm(made: MadeRun, case: Case) -> None:
     status, task, state, reason, of_run = case
     made.submit()
     if status is not None:
@@ -212,7 +212,7 @@ def test_a_shard_is_judged_by_its_files_and_slurm(made: MadeRun, case: Case) -> 
         ({"state": "failed"}, "failed", "failed"),
     ],
 )
-def test_without_slurm_the_files_tell(
+def test_without_slurm_the_state_follows_from_the_files(
     made: MadeRun, status: dict[str, Any] | None, state: str, of_run: str
 ) -> None:
     made.submit()
@@ -222,7 +222,7 @@ def test_without_slurm_the_files_tell(
     assert (view.shards[0].state.value, view.state.value) == (state, of_run)
 
 
-def test_a_run_in_the_foreground_lives_while_its_process_does(made: MadeRun) -> None:
+def test_a_run_in_the_foreground_is_running_while_its_process_is(made: MadeRun) -> None:
     made.status(0, "in_progress", age=600)
     lease = made.run.lease(0)
     lease.write_bytes(b"0" * 12 + b" " + json.dumps(identity()).encode() + b"\n")
@@ -234,14 +234,14 @@ def test_a_run_in_the_foreground_lives_while_its_process_does(made: MadeRun) -> 
     assert shard_of(view) == ("lost", "its process is gone")
 
 
-def test_a_run_that_was_planned_only_can_be_submitted(made: MadeRun) -> None:
+def test_a_planned_run_can_be_submitted(made: MadeRun) -> None:
     view = gather(made.run, {"PATH": ""})
     assert shard_of(view) == ("not submitted", "")
     assert (view.state, outcome(view)) == (RunState.STOPPED, ExitCode.STOPPED)
     assert view.slurm is None
 
 
-def test_a_status_of_another_plan_says_nothing(made: MadeRun) -> None:
+def test_a_status_of_another_plan_is_ignored(made: MadeRun) -> None:
     made.status(0, "completed", completed=100, plan="another")
     view = look(made)
     assert (view.done, view.shards[0].state.value) == (0, "not submitted")
@@ -267,7 +267,7 @@ def test_a_finished_run_needs_no_slurm(
     assert (view.completed, view.failed, view.next_command) == (100 - failed, failed, None)
 
 
-def test_an_output_that_is_gone_can_be_written_again(made: MadeRun) -> None:
+def test_a_deleted_output_can_be_written_again(made: MadeRun) -> None:
     made.status(0, "completed", 100, age=600)
     made.whole("completed", 100)
     made.output.unlink()
@@ -276,7 +276,7 @@ def test_an_output_that_is_gone_can_be_written_again(made: MadeRun) -> None:
     assert str(view.next_command).startswith("aiflux merge ")
 
 
-def test_merging_is_going_on_while_somebody_is_there(made: MadeRun) -> None:
+def test_a_run_is_merging_while_a_process_merges_it(made: MadeRun) -> None:
     made.submit()
     made.status(0, "completed", 100)
     assert look(made).state is RunState.MERGING  # it was done a moment ago
@@ -297,7 +297,7 @@ def array(tmp_path: Path) -> MadeRun:
     return made
 
 
-def test_the_whole_is_the_sum_of_its_shards(tmp_path: Path) -> None:
+def test_the_counts_of_a_run_are_the_sums_of_its_shards(tmp_path: Path) -> None:
     made = array(tmp_path)
     made.status(0, "completed", 95, 5, totals={"starts": 3, "gpu_seconds": 50})
     made.status(1, "in_progress", 50, 10)
@@ -316,7 +316,7 @@ def test_the_whole_is_the_sum_of_its_shards(tmp_path: Path) -> None:
     assert view.remaining_seconds == 160
 
 
-def test_what_nobody_works_on_is_in_no_estimate(tmp_path: Path) -> None:
+def test_the_remaining_time_excludes_stopped_shards(tmp_path: Path) -> None:
     made = array(tmp_path)
     made.status(1, "in_progress", 50)
     for shard in (0, 2, 3):
@@ -351,7 +351,7 @@ def test_the_last_errors_are_the_newest_of_all_shards(tmp_path: Path) -> None:
     assert named == [(1, "c8"), (0, "b"), (1, "c7"), (0, "a"), (1, "c6")]
 
 
-def test_damaged_statuses_are_no_reason_to_fail(tmp_path: Path) -> None:
+def test_damaged_status_files_are_ignored(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "r", 4)
     odd = [
         {"aiflux": {"plan": made.plan.id}},
@@ -387,7 +387,7 @@ def slurm(tmp_path: Path) -> FakeCommands:
 ROW = "100|N/A|RUNNING|2026-01-01T10:00:00|1:00|n1|None\n"
 
 
-def test_slurm_is_asked_once_for_all_runs(tmp_path: Path, slurm: FakeCommands) -> None:
+def test_slurm_is_queried_once_for_all_runs(tmp_path: Path, slurm: FakeCommands) -> None:
     runs = [MadeRun(tmp_path / str(number)) for number in range(3)]
     for number, made in enumerate(runs):
         made.submit(f"10{number}")
@@ -400,7 +400,7 @@ def test_slurm_is_asked_once_for_all_runs(tmp_path: Path, slurm: FakeCommands) -
     assert call.argv[call.argv.index("-j") + 1] == "100,101"
 
 
-def test_a_slurm_that_does_not_answer_is_said(made: MadeRun, slurm: FakeCommands) -> None:
+def test_an_unresponsive_slurm_is_reported(made: MadeRun, slurm: FakeCommands) -> None:
     made.submit()
     made.status(0)
     slurm.say("squeue", stderr="squeue: error: Unable to contact slurm controller", status=1)
@@ -409,7 +409,9 @@ def test_a_slurm_that_does_not_answer_is_said(made: MadeRun, slurm: FakeCommands
     assert "Unable to contact slurm controller" in str(view.slurm)
 
 
-def test_jobs_made_by_hand_are_known_by_their_own_word(made: MadeRun, slurm: FakeCommands) -> None:
+def test_jobs_submitted_by_hand_are_known_from_their_status(
+    made: MadeRun, slurm: FakeCommands
+) -> None:
     made.status(0, **OWN)
     slurm.say("squeue", ROW)
     view = gather(made.run, {"PATH": slurm.path})
@@ -425,7 +427,7 @@ def test_jobs_of_earlier_submissions_are_active_too(tmp_path: Path, slurm: FakeC
     assert active_jobs(made.run, {"PATH": slurm.path}) == [JobId("99")]
 
 
-def test_an_observer_does_not_bother_slurm(made: MadeRun, slurm: FakeCommands) -> None:
+def test_an_observer_limits_its_queries_of_slurm(made: MadeRun, slurm: FakeCommands) -> None:
     made.submit()
     slurm.say("squeue", ROW)
     observer = Observer(made.run, {"PATH": slurm.path})
@@ -437,7 +439,7 @@ def test_an_observer_does_not_bother_slurm(made: MadeRun, slurm: FakeCommands) -
     assert len(slurm.calls("squeue")) == 1
 
 
-def test_a_thousand_shards_are_gathered_at_once(tmp_path: Path) -> None:
+def test_a_thousand_shards_are_gathered_quickly(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "r", 1000)
     made.submit()
     for shard in range(1000):
@@ -449,7 +451,7 @@ def test_a_thousand_shards_are_gathered_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["scontrol", "sacct"])
-def test_slurm_tells_whose_job_it_is(awkward: Path, slurm: FakeCommands, source: str) -> None:
+def test_slurm_names_the_run_of_a_job(awkward: Path, slurm: FakeCommands, source: str) -> None:
     made = MadeRun(awkward)
     script = made.run.script
     answers = {
@@ -467,5 +469,5 @@ def test_slurm_tells_whose_job_it_is(awkward: Path, slurm: FakeCommands, source:
     assert run_directory_of("x", environ) is None
 
 
-def test_without_slurm_nobody_tells_whose_job_it_is(tmp_path: Path) -> None:
+def test_without_slurm_the_run_of_a_job_is_unknown(tmp_path: Path) -> None:
     assert run_directory_of("7", {"PATH": str(tmp_path)}) is None

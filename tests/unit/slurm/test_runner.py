@@ -1,4 +1,4 @@
-"""Planning and submitting, from Python."""
+"""``SlurmRunner``: planning and submitting from Python."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def workspace(awkward: Path) -> Path:
 
 
 def finish(run: RunDirectory) -> None:
-    """Leave what a worker that is done leaves."""
+    """Write the files of a finished worker."""
     plan = read_plan(run)
     plan.output.write_text("[]", encoding="utf-8")
     run.journal(0).write_text("{}\n", encoding="utf-8")
@@ -61,7 +61,7 @@ def finish(run: RunDirectory) -> None:
 
 
 def finish_shard(run: RunDirectory, shard: int) -> None:
-    """Leave what a worker that is done with a shard leaves."""
+    """Write the files of a worker that finished a shard."""
     plan = read_plan(run)
     Status(run.status(shard), plan, shard, completed=plan.shards[shard].requests).enter("completed")
 
@@ -91,12 +91,12 @@ def test_a_run_is_planned_written_and_submitted(slurm: FakeCommands, workspace: 
     assert Path(json.loads(run.submissions.read_text())["submissions"][-1]["log"]) == run.logs
 
 
-def test_the_default_output_lies_in_the_workspace(slurm: FakeCommands, workspace: Path) -> None:
+def test_the_default_output_is_in_the_workspace(slurm: FakeCommands, workspace: Path) -> None:
     assert SlurmRunner(workspace=workspace).run("in.jsonl") == "42"
     assert RunDirectory.of_output(workspace / "in.results.json").plan.is_file()
 
 
-def test_the_workspace_s_settings_hold(slurm: FakeCommands, workspace: Path) -> None:
+def test_the_settings_of_the_workspace_apply(slurm: FakeCommands, workspace: Path) -> None:
     (workspace / "aiflux.yaml").write_text("slurm: {account: from-yaml}\n")
     logs = workspace.parent / "logs"
     (workspace / ".env").write_text(f"TEMPERATURE=0.25\nAIFLUX_LOGS_DIR={logs}\n")
@@ -107,7 +107,9 @@ def test_the_workspace_s_settings_hold(slurm: FakeCommands, workspace: Path) -> 
     assert logs.is_dir()
 
 
-def test_a_given_config_holds_and_options_win_over_it(slurm: FakeCommands, workspace: Path) -> None:
+def test_a_given_config_applies_and_options_override_it(
+    slurm: FakeCommands, workspace: Path
+) -> None:
     config = SlurmConfig(account="a", mem="8G", gpus_per_node="0")
     SlurmRunner(config, workspace).run("in.jsonl", "out.json", memory="16GB")
     script = RunDirectory.of_output(workspace / "out.json").script.read_text(encoding="utf-8")
@@ -133,7 +135,7 @@ def test_an_unknown_option_lists_the_known_ones(workspace: Path) -> None:
         ({"image": "no.sif"}, ImageError),
     ],
 )
-def test_what_is_wrong_leaves_nothing_behind(
+def test_an_invalid_call_leaves_no_files(
     slurm: FakeCommands, workspace: Path, options: dict[str, object], error: type[Exception]
 ) -> None:
     before = sorted(workspace.iterdir())
@@ -165,7 +167,7 @@ def test_all_problems_are_reported_at_once(slurm: FakeCommands, workspace: Path)
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json", preflight=False)
 
 
-def test_a_refusal_leaves_the_script_to_look_at(slurm: FakeCommands, workspace: Path) -> None:
+def test_the_script_of_a_refused_job_is_kept(slurm: FakeCommands, workspace: Path) -> None:
     slurm.say("sbatch", stderr="sbatch: error: no\n", status=1)
     with pytest.raises(SlurmError, match=r"run\.sbatch: no"):
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
@@ -206,7 +208,7 @@ def test_a_dry_run_touches_nothing(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["https://h:1", None])
-def test_certificates_for_an_engine_elsewhere_stand_in_the_script(
+def test_certificates_for_an_engine_elsewhere_are_in_the_script(
     workspace: Path, url: str | None
 ) -> None:
     ca = workspace / "ca.pem"
@@ -235,9 +237,7 @@ def test_a_finished_run_is_not_submitted_again(slurm: FakeCommands, workspace: P
     assert runner.run("in.jsonl", "out.json", force=True) == "42"
 
 
-def test_an_output_that_is_another_s_is_not_overwritten(
-    slurm: FakeCommands, workspace: Path
-) -> None:
+def test_an_output_of_another_run_is_not_overwritten(slurm: FakeCommands, workspace: Path) -> None:
     (workspace / "out.json").write_text("[]")
     with pytest.raises(OutputExistsError, match="output file already exists"):
         SlurmRunner(workspace=workspace).run("in.jsonl", "out.json")
@@ -259,13 +259,13 @@ def test_waiting_polls_until_the_job_has_ended(slurm: FakeCommands, workspace: P
     assert slept == [3.0, 3.0]
 
 
-def test_waiting_can_give_up(slurm: FakeCommands, workspace: Path) -> None:
+def test_waiting_has_a_time_limit(slurm: FakeCommands, workspace: Path) -> None:
     slurm.say("squeue", "42|N/A|RUNNING|N/A|0:00||None\n")
     with pytest.raises(SlurmError, match="still RUNNING"):
         SlurmRunner(workspace=workspace).wait("42", timeout=0.0, sleep=lambda _: None)
 
 
-def test_status_and_cancel(slurm: FakeCommands, workspace: Path) -> None:
+def test_a_runner_shows_the_status_and_cancels(slurm: FakeCommands, workspace: Path) -> None:
     slurm.say("squeue", "42|N/A|RUNNING|N/A|0:00||None\n")
     slurm.say("scancel")
     runner = SlurmRunner(workspace=workspace)
@@ -276,7 +276,7 @@ def test_status_and_cancel(slurm: FakeCommands, workspace: Path) -> None:
 
 @pytest.fixture
 def many(slurm: FakeCommands, workspace: Path) -> Path:
-    """A workspace with an input of 40 requests, on a cluster whose arrays hold 8 tasks."""
+    """A workspace with an input of 40 requests, on a cluster with arrays of at most 8 tasks."""
     write_input(workspace / "in.jsonl", 40)
     slurm.say("scontrol", "MaxArraySize            = 8\n")
     return workspace
@@ -295,7 +295,9 @@ def test_shards_become_one_array(slurm: FakeCommands, many: Path) -> None:
     assert len(read_plan(run_of(many)).shards) == 8
 
 
-def test_what_one_array_cannot_hold_becomes_several(slurm: FakeCommands, many: Path) -> None:
+def test_shards_beyond_the_largest_array_go_to_further_arrays(
+    slurm: FakeCommands, many: Path
+) -> None:
     SlurmRunner(workspace=many).run(
         "in.jsonl", "out.json", shards=20, max_running=4, preflight=False
     )
@@ -310,7 +312,9 @@ def test_what_one_array_cannot_hold_becomes_several(slurm: FakeCommands, many: P
     assert "first=16" in run_of(many).script_part(3).read_text(encoding="utf-8")
 
 
-def test_a_run_starts_again_with_what_is_left(slurm: FakeCommands, many: Path) -> None:
+def test_a_run_is_submitted_again_with_the_remaining_shards(
+    slurm: FakeCommands, many: Path
+) -> None:
     runner = SlurmRunner(workspace=many)
     runner.run("in.jsonl", "out.json", shards=6, preflight=False)
     run = run_of(many)
@@ -321,7 +325,7 @@ def test_a_run_starts_again_with_what_is_left(slurm: FakeCommands, many: Path) -
     assert submitted(run) == [("42", "0-1,3", (2, 3, 5))]
 
 
-def test_resume_leaves_out_what_is_done_or_in_the_queue(slurm: FakeCommands, many: Path) -> None:
+def test_resume_submits_no_finished_or_queued_shard(slurm: FakeCommands, many: Path) -> None:
     SlurmRunner(workspace=many).run(
         "in.jsonl", "out.json", shards=6, time="01:00:00", preflight=False
     )

@@ -47,7 +47,7 @@ def job(**changes: object) -> JobScript:
 
 
 def full_job() -> JobScript:
-    """Return a job that uses everything a script can say."""
+    """Return a job that uses every part of a script."""
     folder = Path('/home/u/it\'s, a "test": $(x) 50% ü')
     slurm = SlurmConfig(
         account="proj-1",
@@ -111,34 +111,34 @@ def arguments_of(line: str) -> list[str]:
 
 
 @given(texts)
-def test_a_directive_reads_back_as_it_was_meant(value: str) -> None:
+def test_a_directive_reads_back_as_it_was_written(value: str) -> None:
     assert arguments_of(directive("comment", value)) == [f"--comment={value}"]
 
 
-def test_a_log_folder_without_backslash_takes_the_job_id() -> None:
+def test_the_job_id_is_part_of_the_log_s_name() -> None:
     assert log_pattern(Path("/a 50% b")) == "/a 50%% b/slurm-%j.out"
     assert log_file(Path("/a 50% b"), "7") == Path("/a 50% b/slurm-7.out")
 
 
-def test_a_log_folder_with_a_backslash_has_one_log() -> None:
+def test_a_log_directory_with_a_backslash_has_one_log() -> None:
     assert log_pattern(Path("/a\\b %j")) == "/a\\\\b %j/slurm.out"
     assert log_file(Path("/a\\b %j"), "7") == Path("/a\\b %j/slurm.out")
 
 
-def test_the_tasks_of_an_array_have_a_log_each() -> None:
+def test_each_task_of_an_array_has_its_own_log() -> None:
     assert log_pattern(Path("/a 50%"), array=True) == "/a 50%%/slurm-%A_%a.out"
     assert log_file(Path("/a 50%"), "7", 3) == Path("/a 50%/slurm-7_3.out")
     assert log_file(Path("/a\\b"), "7", 3) == Path("/a\\b/slurm.out")
 
 
-def test_an_array_s_task_tells_the_shard() -> None:
+def test_the_task_of_an_array_determines_its_shard() -> None:
     text = render(job(tasks="3,7-9%2", first=40))
     assert "\n#SBATCH --array=3,7-9%2\n" in text
     assert "/logs/slurm-%A_%a.out\n" in text
     assert "\nfirst=40\nshard=$((first + SLURM_ARRAY_TASK_ID))\n" in text
 
 
-def test_a_job_that_is_no_array_names_its_shard() -> None:
+def test_a_job_without_an_array_names_its_shard() -> None:
     text = render(job(shard=4))
     assert "#SBATCH --array" not in text
     assert "/logs/slurm-%j.out\n" in text
@@ -164,20 +164,20 @@ def test_none_leaves_a_directive_out() -> None:
     assert "\ngpu_flags=()\n" in text
 
 
-def test_gres_stands_instead_of_gpus_per_node() -> None:
+def test_gres_replaces_gpus_per_node() -> None:
     text = render(job(slurm=SlurmConfig(gres="gpu:a100:2", gpus_per_node="4")))
     assert "#SBATCH --gres=gpu:a100:2" in text
     assert "gpus-per-node" not in text
     assert "\ngpu_flags=(--nv)\n" in text
 
 
-def test_memory_per_core_stands_instead_of_memory() -> None:
+def test_memory_per_core_replaces_memory() -> None:
     text = render(job(slurm=SlurmConfig(sbatch_arg={"mem-per-cpu": "4G"})))
     assert "#SBATCH --mem-per-cpu=4G" in text
     assert "#SBATCH --mem=" not in text
 
 
-def test_the_job_name_may_be_chosen() -> None:
+def test_the_job_name_can_be_set() -> None:
     text = render(job(slurm=SlurmConfig(sbatch_arg={"job-name": "mine"})))
     assert text.count("--job-name=") == 1
     assert "#SBATCH --job-name=mine\n" in text
@@ -197,7 +197,7 @@ def test_options_that_aiflux_sets_are_refused_by_name(name: str) -> None:
 
 
 def directives_of(script: str) -> list[str]:
-    """Return the options that sbatch takes from a script, which it reads as far as a command."""
+    """Return the options that sbatch reads from a script, up to the first command."""
     found = []
     for line in script.split("\n"):
         if line.strip() and not line.startswith("#"):
@@ -276,7 +276,7 @@ def test_a_line_break_in_a_file_of_settings_is_refused_with_its_line(tmp_path: P
     assert "line breaks" in str(caught.value.remedy)
 
 
-def test_directives_stand_before_the_first_command() -> None:
+def test_directives_come_before_the_first_command() -> None:
     lines = render(full_job()).splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
@@ -295,13 +295,13 @@ def test_job_names_are_plain(output: str, name: str) -> None:
     assert job_name(Path("/d") / output) == name
 
 
-def test_the_golden_script() -> None:
+def test_the_script_equals_the_golden_file() -> None:
     assert render(full_job()) == GOLDEN.read_text(encoding="utf-8"), (
         "the script changed; if that was meant: python -m tests.unit.slurm.test_script"
     )
 
 
-def test_the_committed_generic_script_is_what_the_renderer_makes() -> None:
+def test_the_committed_generic_script_is_up_to_date() -> None:
     committed = REPOSITORY / "slurm" / "run.sbatch"
     assert committed.read_text(encoding="utf-8") == generic_script(), "make slurm/run.sbatch"
 

@@ -1,4 +1,4 @@
-"""The examples for sites say what they claim to."""
+"""The example settings for sites have the effects that they describe."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("site", EXPECTED)
-def test_an_example_as_the_site_s_file(site: str, tmp_path: Path) -> None:
+def test_an_example_works_as_the_site_s_file(site: str, tmp_path: Path) -> None:
     environ = {"AIFLUX_SITE_CONFIG": str(SITES / f"{site}.yaml"), "HOME": str(tmp_path)}
     text = script(Config(environ=environ, directory=tmp_path))
     assert directives(text) == EXPECTED[site]
@@ -59,20 +59,20 @@ def test_an_example_as_the_site_s_file(site: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("site", EXPECTED)
-def test_an_example_as_the_user_s_own_file(site: str, tmp_path: Path) -> None:
+def test_an_example_works_as_the_user_s_file(site: str, tmp_path: Path) -> None:
     (tmp_path / "aiflux.yaml").write_text((SITES / f"{site}.yaml").read_text(encoding="utf-8"))
     text = script(Config(environ={"HOME": str(tmp_path)}, directory=tmp_path))
     assert directives(text) == EXPECTED[site]
 
 
-def test_modules_and_setup_lines_come_into_the_job(tmp_path: Path) -> None:
+def test_modules_and_setup_lines_are_in_the_job(tmp_path: Path) -> None:
     environ = {"AIFLUX_SITE_CONFIG": str(SITES / "gres.yaml")}
     text = script(Config(environ=environ, directory=tmp_path))
     assert "\nmodules=(apptainer/1.4)\n" in text
     assert '\n    export TMPDIR=/local/$SLURM_JOB_ID\n    mkdir -p "$TMPDIR"\n}\n' in text
 
 
-def test_users_win_over_the_site(tmp_path: Path) -> None:
+def test_users_override_the_site(tmp_path: Path) -> None:
     environ = {"AIFLUX_SITE_CONFIG": str(SITES / "gpus.yaml"), "SLURM_ACCOUNT": "mine"}
     config = Config(environ=environ, directory=tmp_path, arguments={"partition": "debug"})
     assert {"--account=mine", "--partition=debug"} <= set(directives(script(config)))

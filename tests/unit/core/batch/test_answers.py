@@ -1,4 +1,4 @@
-"""What an answer says: its text in every form that engines give it, and why there may be none."""
+"""The text of an answer in every form that engines use, and the reasons for empty answers."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def body(message: dict[str, Any], finish: str | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("message", "finish", "expected"), ANSWERS)
-def test_what_a_choice_says(
+def test_the_text_of_a_choice_is_found_in_every_form(
     message: dict[str, Any], finish: str | None, expected: ChoiceText
 ) -> None:
     assert choice_texts(body(message, finish)) == [expected]
 
 
-def test_completions_and_embeddings() -> None:
+def test_completions_have_text_and_embeddings_vectors() -> None:
     cut = {"choices": [{"text": "", "finish_reason": "length"}]}
     assert choice_texts(cut) == [ChoiceText("", "", "length")]
     assert choice_texts({"object": "list", "data": [{"embedding": [1.0]}]}) == []
@@ -73,7 +73,7 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(
     ["content", "reasoning", "reasoning_content", "tool_calls", "refusal", "function_call"]
 ), JSON), JSON)  # fmt: skip
-def test_no_form_of_a_message_is_too_odd(message: dict[str, Any], finish: Any) -> None:
+def test_any_form_of_a_message_is_read(message: dict[str, Any], finish: Any) -> None:
     (expected,) = choice_texts(body(message, finish))
     assert (expected.empty is None) == bool(expected.text.strip())
     assert expected.empty is None or expected.empty in EMPTY_REASONS

@@ -1,4 +1,4 @@
-"""Fields that Ollama ignores in silence are warned of before anything is sent."""
+"""Fields that Ollama ignores silently cause a warning before submission."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
 
 
-def test_check_groups_them_with_count_and_lines(
+def test_check_reports_ignored_fields_with_count_and_lines(
     mixed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", str(mixed)]) == 0
@@ -53,13 +53,15 @@ def test_check_groups_them_with_count_and_lines(
     assert "--engine-url" in printed
 
 
-def test_check_has_them_as_json(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_ignored_fields_as_json(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", str(mixed), "--json"]) == 0
     ignored = json.loads(capsys.readouterr().out)["ignored"]
     assert ignored["n"] == {"requests": 2, "lines": [1, 3]}
 
 
-def test_they_are_the_same_in_parts(mixed: Path) -> None:
+def test_ignored_fields_are_counted_across_parts_of_an_input(mixed: Path) -> None:
     rules = kind_named("ollama").input_rules
     whole = scan_input(mixed, rules=rules, children=0)
     assert whole.ignored.keys() == {"n", "tool_choice", "user"}
@@ -78,7 +80,7 @@ def test_the_preflight_warns_for_ollama_only(mixed: Path, tmp_path: Path) -> Non
     assert not [*check_fields(opened.plan)]
 
 
-def test_a_server_of_ones_own_gets_no_warning(
+def test_a_server_at_an_address_gets_no_warning(
     mixed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FaultyEngine() as engine:

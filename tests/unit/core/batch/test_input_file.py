@@ -1,4 +1,4 @@
-"""The input as a whole: what the check finds, and in what memory."""
+"""A whole input: the problems that the check reports, and its memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refused(path: Path, model: str | None = None) -> InputError:
     return caught.value
 
 
-def test_a_good_input_is_summed_up(awkward: Path) -> None:
+def test_a_valid_input_is_summarized(awkward: Path) -> None:
     summary = scan_input(write_input(awkward / "in.jsonl", 10))
     assert summary.requests == 10
     assert summary.models == ("m:1",)
@@ -51,7 +51,7 @@ def test_bom_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(b"\n \n"), "contains no request"),
     ],
 )
-def test_no_input_at_all(tmp_path: Path, prepare: object, words: str) -> None:
+def test_a_missing_or_empty_input_is_an_error(tmp_path: Path, prepare: object, words: str) -> None:
     path = tmp_path / "in.jsonl"
     prepare(path)  # type: ignore[operator]
     assert words in refused(path).message
@@ -64,7 +64,7 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
     assert "not a regular file" in refused(tmp_path / "pipe").message
 
 
-def test_every_bad_line_is_named(tmp_path: Path) -> None:
+def test_every_invalid_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     lines = [request_line("a"), "{broken", request_line("b"), request_line("a"), request_line("")]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -74,7 +74,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     assert "'a' is already used on line 1" in error.problems[1]
 
 
-def test_equal_problems_are_one_entry_with_twenty_numbers_and_a_count(tmp_path: Path) -> None:
+def test_equal_problems_are_grouped_with_twenty_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("{\n" * 1000 + request_line(""), encoding="utf-8")
     error = refused(path)
@@ -85,7 +85,7 @@ def test_equal_problems_are_one_entry_with_twenty_numbers_and_a_count(tmp_path: 
     assert error.problems[1].startswith("line 1,001: ")
 
 
-def test_twenty_different_problems_then_a_count(tmp_path: Path) -> None:
+def test_after_twenty_different_problems_only_a_count_is_shown(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     lines = [request_line(f"n{index}", url=f"/v{index}") for index in range(300)]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -101,7 +101,7 @@ def test_twenty_different_problems_then_a_count(tmp_path: Path) -> None:
     kinds=st.lists(st.integers(0, 40), min_size=1, max_size=400),
     part_bytes=st.integers(1, 4000),
 )
-def test_every_bad_line_is_counted_once(
+def test_every_invalid_line_is_counted_once(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[int], part_bytes: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "kinds.jsonl"
@@ -154,7 +154,7 @@ _pieces = st.sampled_from([b"a", b"{}", b"\n", b"\r\n", b"\r", b" ", b"\x0b", b"
     bom=st.sampled_from([b"", b"\xef\xbb\xbf"]),
     part_bytes=st.integers(1, 12),
 )
-def test_the_digest_is_that_of_the_lines(
+def test_the_digest_depends_on_the_lines_only(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, bom: bytes, part_bytes: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "digested.jsonl"

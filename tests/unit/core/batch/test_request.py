@@ -30,7 +30,7 @@ def problem(line: str | bytes, model: str | None = None, accepts: AcceptsModel =
     return str(caught.value)
 
 
-def test_the_seed_request_is_understood() -> None:
+def test_the_example_request_is_parsed() -> None:
     line = (
         b'{"custom_id":"request1","method":"POST","url":"/v1/chat/completions","body":{"model":'
         b'"llama3.2:3b","messages":[{"role":"system","content":"You are a helpful assistant"},'
@@ -76,7 +76,7 @@ def test_the_seed_request_is_understood() -> None:
         (request_line(metadata=[1]), "metadata must be an object, not an array"),
     ],
 )
-def test_a_bad_line_says_what_is_wrong(line: str | bytes, words: str) -> None:
+def test_an_invalid_line_names_the_problem(line: str | bytes, words: str) -> None:
     assert words in problem(line)
 
 
@@ -90,10 +90,10 @@ BAD_VALUES = ["NaN", "Infinity", "-Infinity", "1e400", "-1.5E+309", "[" * 201 + 
     st.sampled_from(["body", "metadata"]),
     st.text(max_size=20),
 )
-def test_a_value_that_cannot_be_passed_on_is_refused_wherever_it_stands(
+def test_a_value_that_cannot_be_forwarded_is_refused_at_any_depth(
     value: str, inside: list[str], field: str, name: str
 ) -> None:
-    """The quick check and the exact one agree; a text that looks like such a value is a text."""
+    """The quick check and the exact one agree; strings that look like such values are accepted."""
     text = value
     for kind in inside:
         text = f"[0, {text}]" if kind == "list" else f"{{{json.dumps(name)}: {text}}}"
@@ -115,7 +115,7 @@ def test_numbers_keep_their_digits_and_the_last_of_two_keys_counts() -> None:
     assert body["t"] == 1
 
 
-def test_all_problems_of_a_line_are_told() -> None:
+def test_all_problems_of_a_line_are_reported() -> None:
     text = problem('{"url": "/x", "body": 3}')
     for words in ("custom_id is missing", "method is missing", '"/x" is unknown', "is a number"):
         assert words in text
@@ -127,7 +127,7 @@ def test_a_body_must_name_the_model_of_the_run() -> None:
     assert parse_request(line.encode(), "m:1").model == "m:1"
 
 
-def test_latest_is_the_tag_that_goes_without_saying() -> None:
+def test_a_missing_tag_means_latest() -> None:
     line = request_line(body={"model": "m", "messages": []}).encode()
     assert parse_request(line, "m:latest", ACCEPTS).model == "m"
 
@@ -138,7 +138,7 @@ def test_names_are_compared_as_the_engine_does() -> None:
     assert parse_request(line.encode(), "m:latest", ACCEPTS)
 
 
-def test_a_body_may_insist_on_the_digest_that_the_run_insists_on() -> None:
+def test_a_body_can_name_the_digest_of_the_run_s_model() -> None:
     digest = "@sha256:" + "0" * 64
     line = request_line(body={"model": f"m{digest}", "messages": []})
     for model in (f"m{digest}", f"m:latest{digest[:20]}", None):
@@ -147,7 +147,7 @@ def test_a_body_may_insist_on_the_digest_that_the_run_insists_on() -> None:
         assert f'but the run\'s model is "{model}"' in problem(line, model)
 
 
-def test_a_model_may_be_left_to_the_run() -> None:
+def test_a_body_without_a_model_uses_the_run_s() -> None:
     line = request_line(body={"messages": []}).encode()
     assert parse_request(line, "m:1").model is None
 
@@ -184,7 +184,7 @@ def test_any_json_is_a_request_or_a_problem(value: object) -> None:
     extra=st.dictionaries(st.text(), json_values),
     ascii_only=st.booleans(),
 )
-def test_a_body_is_taken_as_it_is(custom_id: str, extra: object, ascii_only: bool) -> None:
+def test_a_body_is_not_changed(custom_id: str, extra: object, ascii_only: bool) -> None:
     body = {**extra, "model": "m:1", "messages": extra}  # type: ignore[dict-item]
     entry = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
     raw = json.dumps(entry, ensure_ascii=ascii_only).encode("utf-8")
@@ -206,7 +206,7 @@ _VALUES = st.recursive(
     tail=st.sampled_from(["", " ", "x", "}", "\x00"]),
     ascii_only=st.booleans(),
 )
-def test_the_quick_check_judges_as_the_exact_one(
+def test_the_quick_check_agrees_with_the_exact_one(
     custom_id: object, body: object, tail: str, ascii_only: bool
 ) -> None:
     entry = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}

@@ -72,7 +72,7 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
         ("run: {request_timeout: 1e999}", "request_timeout must be a number of at least 0.1"),
     ],
 )
-def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_file_is_reported_with_its_place(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "aiflux.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         config(tmp_path)
@@ -112,7 +112,7 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, words: s
         ("slurm:\n  modules: {a: b}\n", "line 2 (slurm.modules)", "must be a text"),
     ],
 )
-def test_an_error_names_the_line_and_what_may_stand_there(
+def test_an_error_names_the_line_and_the_allowed_values(
     tmp_path: Path, text: str, place: str, remedy: str
 ) -> None:
     (tmp_path / "aiflux.yaml").write_text(text)
@@ -123,7 +123,7 @@ def test_an_error_names_the_line_and_what_may_stand_there(
 
 
 @pytest.mark.parametrize("setting", [item for item in SETTINGS if isinstance(item.default, bool)])
-def test_an_argument_can_say_yes_and_no_over_a_file(tmp_path: Path, setting: Setting) -> None:
+def test_an_argument_turns_a_setting_of_a_file_on_or_off(tmp_path: Path, setting: Setting) -> None:
     name = setting.name.replace("_", "-")
     for option, meant in ((f"--{name}", True), (f"--no-{name}", False)):
         word = str(not meant).lower()
@@ -134,7 +134,7 @@ def test_an_argument_can_say_yes_and_no_over_a_file(tmp_path: Path, setting: Set
 
 
 @pytest.mark.parametrize("setting", [item for item in SETTINGS if item.section != "slurm"])
-def test_the_worker_takes_the_same_options(setting: Setting) -> None:
+def test_the_worker_has_the_same_options(setting: Setting) -> None:
     words = [] if isinstance(setting.default, bool) else ["1"]
     text = ["1"] if setting.repeatable else "1"
     for option in setting.options:
@@ -142,7 +142,7 @@ def test_the_worker_takes_the_same_options(setting: Setting) -> None:
         assert given == (text if words else not option.startswith("--no-"))
 
 
-def test_what_is_no_file_of_settings_is_told(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_settings_file_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "aiflux.yaml"
     file.mkdir()
     with pytest.raises(ConfigError, match="is a directory, but should be a file"):
@@ -168,7 +168,7 @@ def test_what_is_no_file_of_settings_is_told(tmp_path: Path) -> None:
     assert config(tmp_path).get("model") is None, "such folders are virtual environments"
 
 
-def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
+def test_a_directory_without_permission_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / ".config" / "aiflux"
     folder.mkdir(parents=True)
     (folder / "config.yaml").touch()
@@ -186,7 +186,7 @@ def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
     assert f"{folder / 'config.yaml'} cannot be read: Permission denied" in done.stderr
 
 
-def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
+def test_a_deleted_current_directory_is_an_error(tmp_path: Path) -> None:
     lost = tmp_path / "lost"
     lost.mkdir()
     command = 'rmdir "$PWD" && exec "$@"'
@@ -206,13 +206,13 @@ def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
         ("MODEL_NAME='a'b", "'b' follows the quotes"),
     ],
 )
-def test_quotes_of_dotenv_that_do_not_fit(tmp_path: Path, line: str, words: str) -> None:
+def test_unbalanced_quotes_in_dotenv_are_an_error(tmp_path: Path, line: str, words: str) -> None:
     (tmp_path / ".env").write_text(f"\n{line}\n")
     with pytest.raises(ConfigError, match=f"line 2 .MODEL_NAME.: {words}"):
         config(tmp_path)
 
 
-def test_paths_of_files_count_from_there_and_may_name_variables(tmp_path: Path) -> None:
+def test_paths_in_files_are_relative_to_the_file_and_can_contain_variables(tmp_path: Path) -> None:
     site, here = tmp_path / "site" / "s.yaml", tmp_path / "here"
     site.parent.mkdir()
     here.mkdir()
@@ -243,7 +243,7 @@ def test_paths_of_files_count_from_there_and_may_name_variables(tmp_path: Path) 
             written(wrong)
 
 
-def test_a_wrong_line_of_dotenv_is_named(tmp_path: Path) -> None:
+def test_an_invalid_line_of_dotenv_is_named(tmp_path: Path) -> None:
     dotenv = tmp_path / ".env"
     dotenv.write_text("# mine\nSLURM_MEM=lots\n")
     with pytest.raises(ConfigError) as caught:
@@ -257,8 +257,8 @@ def test_a_wrong_line_of_dotenv_is_named(tmp_path: Path) -> None:
     assert [values[name].value for name in ("mem", "top_p", "model")] == ["32G", 0.5, "a #b"]
 
 
-def test_yaml_takes_nothing_for_another_thing(tmp_path: Path) -> None:
-    """What YAML 1.1 makes of such values: 45000, False, 83, a date, a float."""
+def test_yaml_does_not_convert_values(tmp_path: Path) -> None:
+    """YAML 1.1 would convert these values to 45000, False, 83, a date and a float."""
     (tmp_path / "aiflux.yaml").write_text(
         "slurm: {time: 12:30:00, partition: no, account: 0123, qos: 2026-01-01}\n"
         "run: {model: 1e3, max_tokens: 5, temperature: .5}\n"
@@ -281,7 +281,7 @@ def test_every_environment_name_is_read(tmp_path: Path) -> None:
         assert found.values[setting.name].origin == f"environment ({setting.env})"
 
 
-def test_old_habits_keep_working(tmp_path: Path) -> None:
+def test_names_of_earlier_versions_work(tmp_path: Path) -> None:
     found = config(tmp_path, data_dir=tmp_path / "d", models_dir=str(tmp_path / "m"))
     assert found.models_dir == tmp_path / "m"
     assert found.containers_dir == tmp_path / "d" / "containers"
@@ -294,7 +294,7 @@ def test_old_habits_keep_working(tmp_path: Path) -> None:
         found.get_slurm_config({"partitions": "x"})
 
 
-def test_what_is_asked_of_slurm_by_keyword() -> None:
+def test_slurm_settings_are_keywords() -> None:
     slurm = SlurmConfig(
         account="a", partition="p", nodes=1, gpus_per_node=2, time="1:00:00", memory="8gb",
         cpus_per_task="6",
@@ -310,7 +310,7 @@ def test_what_is_asked_of_slurm_by_keyword() -> None:
     assert other.sbatch_arg == {}
 
 
-def test_what_is_resolved_stays_as_it_is(tmp_path: Path) -> None:
+def test_resolved_values_do_not_change(tmp_path: Path) -> None:
     found = config(tmp_path)
     with pytest.raises(TypeError):
         found.values["account"] = found.values["qos"]  # type: ignore[index]
@@ -322,7 +322,7 @@ def test_what_is_resolved_stays_as_it_is(tmp_path: Path) -> None:
     assert (changed.get("account"), found.get("account")) == ("mine", None)
 
 
-def test_a_whole_config_may_be_given_to_a_runner(tmp_path: Path) -> None:
+def test_a_runner_accepts_a_config(tmp_path: Path) -> None:
     given = config(tmp_path, models_dir=tmp_path / "m", arguments={"account": "a"})
     runner = SlurmRunner(given, tmp_path)
     assert (runner.settings.models_dir, runner.config.account) == (tmp_path / "m", "a")
@@ -341,7 +341,7 @@ def test_a_value_is_checked_when_it_is_given() -> None:
         SlurmConfig(nodes=2).checked()
 
 
-def test_what_python_shows_of_an_error_names_the_allowed_values() -> None:
+def test_a_python_error_shows_the_allowed_values() -> None:
     with pytest.raises(ConfigError) as caught:
         SlurmConfig(acount="x")
     assert "unknown setting 'acount'" in str(caught.value)
@@ -352,7 +352,7 @@ def test_what_python_shows_of_an_error_names_the_allowed_values() -> None:
     assert describe(found) == f"error: {found}"
 
 
-def test_two_names_of_one_setting_are_not_both_taken(tmp_path: Path) -> None:
+def test_two_names_of_one_setting_cannot_be_combined(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mem and memory are names of one setting"):
         SlurmConfig(mem="1G", memory="2G")
     with pytest.raises(ConfigError, match="memory and mem are names of one setting"):
@@ -378,7 +378,7 @@ def test_null_leaves_a_directive_out(tmp_path: Path) -> None:
 
 
 def test_a_setting_is_declared_where_its_field_is() -> None:
-    """Type, default, help and names of a setting come from the field, and from nowhere else."""
+    """Type, default, help and names of a setting are declared in its field only."""
     run = {item.name: item for item in dataclasses.fields(RunOptions)}
     slurm = {item.name: item for item in dataclasses.fields(SlurmConfig)}
     assert {name for name, item in run.items() if "setting" not in item.metadata} == {

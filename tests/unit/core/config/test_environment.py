@@ -1,4 +1,4 @@
-"""Names that users were promised: a variable changes the run, an option has its keyword."""
+"""Promised names: each variable changes a run, and each option is a keyword."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ OF_THE_COMMAND_LINE = {"input_option", "as_json", "local", "pilot", "show_script
 
 @pytest.fixture
 def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm's commands, of which a dry run needs no answer."""
+    """Fakes of Slurm's commands; a dry run needs no output of them."""
     fakes = FakeCommands(tmp_path / "bin")
     for name in ("scontrol", "squeue", "sacct"):
         fakes.say(name)
@@ -129,7 +129,7 @@ def options_of_run() -> set[str]:
     return {param.name for param in run.params if param.name}
 
 
-def test_python_takes_every_option_of_the_command_line() -> None:
+def test_python_accepts_every_option_of_the_command_line() -> None:
     settings = {item.name for item in SETTINGS}
     assert options_of_run() == settings | set(KEYWORDS) | OF_THE_COMMAND_LINE
     named = set(inspect.signature(SlurmRunner.run).parameters) - {"self", "options"}
@@ -138,6 +138,6 @@ def test_python_takes_every_option_of_the_command_line() -> None:
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_setting_is_a_keyword_and_checked(name: str, tmp_path: Path) -> None:
-    """Under each of its names."""
+    """Each of its names is a keyword."""
     with pytest.raises(ConfigError, match=rf"\b{BY_NAME[name].name} = \[\{{\}}\] is wrong"):
         SlurmRunner(workspace=tmp_path).run("in.jsonl", **{name: [{}]})

@@ -1,4 +1,4 @@
-"""An input that changes after the run was planned: no output of it, and no answer lost."""
+"""An input that changes after the run was planned: no output is written and no answer lost."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_change_is_named_and_the_answers_are_kept(
 
 @settings(max_examples=25)
 @given(data=st.data(), shards=st.integers(1, 4))
-def test_whatever_changed_there_is_no_output_of_it(
+def test_any_change_prevents_the_output(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, shards: int
 ) -> None:
     run = opened(tmp_path_factory.mktemp("changed"), 8, shards)
@@ -87,7 +87,7 @@ def test_whatever_changed_there_is_no_output_of_it(
     assert merge(run.plan, run.run, print).total == 8
 
 
-def test_an_input_that_is_gone_is_called_missing(tmp_path: Path) -> None:
+def test_a_deleted_input_is_reported_as_missing(tmp_path: Path) -> None:
     run = opened(tmp_path, 5, 1)
     write_journals(run, [2] * 5, 0)
     kept = tmp_path / "kept.jsonl"
@@ -120,7 +120,9 @@ def test_an_input_replaced_by_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [7, 0])
-def test_cut_short_while_the_requests_are_at_the_engine(tmp_path: Path, left: int) -> None:
+def test_an_input_truncated_while_requests_are_in_flight_stops_the_run(
+    tmp_path: Path, left: int
+) -> None:
     with FaultyEngine(delay=0.5) as engine:
         working = Working(tmp_path, engine.url, concurrency=20).prompts(*map(str, range(20)))
         lines = working.input.read_bytes().splitlines(keepends=True)
@@ -144,8 +146,8 @@ def test_cut_short_while_the_requests_are_at_the_engine(tmp_path: Path, left: in
     assert set(engine.seen.values()) == {1}
 
 
-def test_edited_while_requests_wait_to_be_read(tmp_path: Path) -> None:
-    """The worker reads on in another file than was planned; what it finds there is no request."""
+def test_an_input_edited_before_all_lines_are_read_stops_the_run(tmp_path: Path) -> None:
+    """The worker reads a file that differs from the planned one; its lines are not requests."""
     prompts = [f"{number} " + "x" * 100_000 for number in range(30)]
     with FaultyEngine(delay=0.01) as engine:
         working = Working(tmp_path, engine.url, concurrency=1).prompts(*prompts)
@@ -167,7 +169,7 @@ def test_edited_while_requests_wait_to_be_read(tmp_path: Path) -> None:
     assert len(working.results) == 30
 
 
-def test_edited_in_place_before_the_worker_starts(tmp_path: Path) -> None:
+def test_an_input_edited_in_place_before_the_start_is_refused(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("one", "two")
         working.open()
@@ -180,7 +182,7 @@ def test_edited_in_place_before_the_worker_starts(tmp_path: Path) -> None:
         assert working.shard(0) is ExitCode.OK, "its time stamp alone is no change"
 
 
-def test_lines_that_changed_shards_keep_their_answers(tmp_path: Path) -> None:
+def test_lines_that_moved_to_another_shard_keep_their_answers(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("one", "two", "six", "ten")
         working.open(shards=2)
@@ -195,7 +197,7 @@ def test_lines_that_changed_shards_keep_their_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl", "out.errors.jsonl"])
-def test_an_output_that_somebody_else_makes_meanwhile_is_kept(tmp_path: Path, name: str) -> None:
+def test_an_output_created_by_others_meanwhile_is_kept(tmp_path: Path, name: str) -> None:
     output = "out.json" if name == "out.json" else "out.jsonl"
     made = opened(tmp_path, 3, 1, output)
     write_journals(made, [2, 2, 2], 0)

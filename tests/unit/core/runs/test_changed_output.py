@@ -33,7 +33,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def whole(run: Working) -> Iterator[dict[Path, bytes]]:
-    """The output's files as they were written; they are put back at the end."""
+    """The output's files as the run wrote them; restored at the end."""
     files = [path for path in output_paths(run.output) if path.exists()]
     moments = {path: path.stat() for path in files}
     content = {path: path.read_bytes() for path in files}
@@ -49,7 +49,7 @@ def counts_of(run: Working) -> Counts | None:
 
 
 @given(st.data())
-def test_any_change_is_noticed(run: Working, data: st.DataObject) -> None:
+def test_any_change_is_detected(run: Working, data: st.DataObject) -> None:
     written = {path: path.read_bytes() for path in output_paths(run.output) if path.exists()}
     path = data.draw(st.sampled_from(list(written)))
     before = written[path]
@@ -115,7 +115,7 @@ def test_the_commands_that_call_it_finished_name_the_change_and_what_restores_it
     assert "already finished" in capsys.readouterr().out
 
 
-def test_a_file_that_is_missing_is_written_again(
+def test_a_missing_output_is_written_again(
     run: Working, whole: dict[Path, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in whole:
@@ -127,7 +127,7 @@ def test_a_file_that_is_missing_is_written_again(
         assert {each: each.read_bytes() for each in whole} == whole
 
 
-def test_a_file_of_failures_that_the_run_did_not_write(tmp_path: Path) -> None:
+def test_a_file_of_failures_that_the_run_did_not_write_is_reported(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, "out.jsonl").prompts("one")
         assert working.run() == 0

@@ -1,4 +1,4 @@
-"""The same command given several times at once: one of them runs, the others say so."""
+"""The same command several times at once: one start runs, the others are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.working import Working
 
 
 def one_runs(place: Path, starts: int) -> None:
-    """Start the command several times; one does all the work, the others exit 2 with the reason."""
+    """Start the command several times; one start does the work, the others exit with code 2."""
     write_input(place / "in.jsonl", 12)
     with FaultyEngine(delay=0.05) as engine:
         done = subprocess.run(
@@ -44,12 +44,12 @@ def one_runs(place: Path, starts: int) -> None:
 
 
 @pytest.mark.parametrize("turn", range(2))
-def test_one_of_eight_runs(tmp_path: Path, turn: int) -> None:
+def test_one_of_eight_concurrent_starts_runs(tmp_path: Path, turn: int) -> None:
     one_runs(tmp_path, 8)
 
 
-def test_of_two_that_planned_the_same_work_the_first_at_it_runs(tmp_path: Path) -> None:
-    """The plan that another wrote between this one's plan and its lease is no reason to end."""
+def test_of_two_starts_with_the_same_plan_the_first_at_a_shard_runs(tmp_path: Path) -> None:
+    """A plan that another start wrote before this one's lease does not end this one."""
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("one", "two")
         first, second = working.open(), working.open()
@@ -63,7 +63,7 @@ def test_of_two_that_planned_the_same_work_the_first_at_it_runs(tmp_path: Path) 
     assert len(working.results) == 2
 
 
-def test_a_draft_from_before_the_end_of_the_run_is_refused(tmp_path: Path) -> None:
+def test_a_draft_made_before_the_run_ended_is_refused(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("one", "two")
         begun = working.open()
@@ -81,7 +81,7 @@ def test_a_draft_from_before_the_end_of_the_run_is_refused(tmp_path: Path) -> No
         assert working.output.stat().st_ino == written
 
 
-def test_what_was_drafted_holds_only_for_what_was_there(tmp_path: Path) -> None:
+def test_a_draft_made_before_another_start_began_the_run_is_refused(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts("one", "two")
         late = draft_run(

@@ -1,4 +1,4 @@
-"""The run directory: whose it is, what its files are, and what killed starts left there."""
+"""The run directory: its owner, its files, and leftovers of killed starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.unit.working import Working
 
 
 def to_another(path: Path) -> None:
-    """Let the run directory be another user's; only root can give one away."""
+    """Give the run directory to another user; only root can do this."""
     if os.geteuid() == 0:
         os.chown(path, 4242, -1)
     else:
@@ -47,7 +47,7 @@ def to_another(path: Path) -> None:
         (lambda path: path.chmod(0o702), "others can write"),
     ],
 )
-def test_a_run_directory_that_others_can_have_written_is_refused(
+def test_a_run_directory_that_others_can_write_is_refused(
     tmp_path: Path, foreign: Callable[[Path], None], words: str
 ) -> None:
     working = Working(tmp_path, "http://127.0.0.1:1").prompts("one")
@@ -67,7 +67,7 @@ def test_a_run_directory_that_others_can_have_written_is_refused(
         assert working.run() is ExitCode.USAGE
 
 
-def test_a_run_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
+def test_a_run_directory_is_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         run = Working(tmp_path, "http://127.0.0.1:1").prompts("one").open().run
@@ -78,7 +78,7 @@ def test_a_run_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
 
 
 def leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the place of everything in a value of JSON."""
+    """Yield the path of every value within a JSON value."""
     yield place
     if isinstance(value, list):
         value = dict(enumerate(value))
@@ -101,7 +101,7 @@ STRANGE = [None, True, 3, -1, 1e300, "", "x", [], [[]], {}, {"a": 1}, [{"a": []}
 
 @settings(max_examples=40)
 @given(data=st.data())
-def test_a_part_of_another_type_is_an_error_and_no_bug(
+def test_a_json_value_of_the_wrong_type_is_an_error_and_not_a_bug(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     made = MadeRun(tmp_path_factory.mktemp("types"), shards=2, each=2)
@@ -127,7 +127,7 @@ def test_a_part_of_another_type_is_an_error_and_no_bug(
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_lease_of_another_type_is_a_dead_one(
+def test_a_lease_with_a_value_of_the_wrong_type_is_not_held(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("lease") / "lease"
@@ -146,7 +146,7 @@ def test_a_lease_of_another_type_is_a_dead_one(
 @pytest.mark.parametrize("name", [".plan.lease", ".merge.lease", ".shard-0000.lease",
                                   "jobs.json", "plan.json", "journal/shard-0000.jsonl",
                                   "status/run.json", "status/shard-0000.json"])  # fmt: skip
-def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_named(
+def test_a_directory_or_a_pipe_instead_of_a_file_is_named(
     tmp_path: Path, make: Callable[[Path], None], name: str
 ) -> None:
     with FaultyEngine() as engine:
@@ -188,7 +188,7 @@ def killed_while_it_writes(*targets: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
-def test_what_a_killed_start_left_is_gone_after_the_next(tmp_path: Path, name: str) -> None:
+def test_the_next_start_removes_leftovers_of_a_killed_one(tmp_path: Path, name: str) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, name).prompts("one", "two")
         run = working.open().run
@@ -203,7 +203,7 @@ def test_what_a_killed_start_left_is_gone_after_the_next(tmp_path: Path, name: s
         assert all(path.exists() for path in mine[::2])
 
 
-def test_a_merge_removes_what_a_killed_merge_left(tmp_path: Path) -> None:
+def test_a_merge_removes_leftovers_of_a_killed_merge(tmp_path: Path) -> None:
     run = opened(tmp_path, 4, 2)
     write_journals(run, [2] * 4, 0)
     partial = tmp_path / "out.partial.json"
@@ -234,7 +234,7 @@ def test_leftovers_are_distinguished_from_other_files(
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # between open() and its with
 def test_an_interrupt_at_any_instruction_leaves_nothing(tmp_path: Path) -> None:
-    """As Ctrl-C does between two instructions; a later one leaves the whole target."""
+    """Ctrl-C can come between any two instructions; after the last one the target is complete."""
     target = tmp_path / "out.json"
     writing = atomic_write.__wrapped__.__code__  # type: ignore[attr-defined]
     places = {writing, *(each.__code__ for each in (contextlib._GeneratorContextManager.__enter__,

@@ -1,4 +1,4 @@
-"""The journal: whatever happens to it, what it holds is whole, and found again."""
+"""The journal: results survive any damage and are found again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def result(name: str, body: object = None, error: dict[str, object] | None = Non
 
 
 @given(name=st.text(min_size=1), body=bodies, message=st.none() | st.text())
-def test_a_line_comes_apart_as_it_was_put_together(
+def test_a_line_is_read_back_as_written(
     name: str, body: dict[str, object], message: str | None
 ) -> None:
     error = None if message is None else {"code": "x", "message": message, "status": 400}
@@ -97,14 +97,14 @@ def test_the_last_result_of_a_request_counts(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_a_journal_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     assert scan_journal(tmp_path / "none").done == 0
     assert cut_torn_tail(tmp_path / "none") == 0
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_wherever_it_is_cut_off_it_goes_on(
+def test_writing_continues_wherever_a_journal_was_cut_off(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal"
@@ -124,7 +124,7 @@ def test_wherever_it_is_cut_off_it_goes_on(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_damaged_line_is_not_taken_for_a_result(
+def test_a_damaged_line_is_not_a_result(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal"
@@ -139,7 +139,7 @@ def test_a_damaged_line_is_not_taken_for_a_result(
     assert 1 <= index.done <= 2
 
 
-def test_a_full_disk_stops_the_run_and_says_where() -> None:
+def test_a_full_disk_stops_the_run_and_names_the_file() -> None:
     failures: list[StorageError] = []
     writer = JournalWriter(Path("/dev/full"), on_failure=failures.append)
     with pytest.raises(StorageError) as caught:
@@ -153,7 +153,7 @@ def test_a_full_disk_stops_the_run_and_says_where() -> None:
         writer.close()
 
 
-def test_a_result_is_with_the_kernel_when_append_returns(tmp_path: Path) -> None:
+def test_a_result_is_written_when_append_returns(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     writer = JournalWriter(path, save_frequency=1000, interval=1000)
     writer.append(result("a"))
@@ -161,6 +161,6 @@ def test_a_result_is_with_the_kernel_when_append_returns(tmp_path: Path) -> None
     writer.close()
 
 
-def test_the_journal_is_private(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_journal(tmp_path: Path) -> None:
     write(tmp_path / "journal", result("a"))
     assert os.stat(tmp_path / "journal").st_mode & 0o077 == 0

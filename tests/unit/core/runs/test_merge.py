@@ -1,4 +1,4 @@
-"""The end of a run: the journals decide, not a status; exit 0 means that the output is whole."""
+"""The end of a run: the journals decide, and exit code 0 means a complete output."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ except AifluxError as error:
     ("kind", "words"),
     [("files", "Too many open files"), ("permission", "Permission denied")],
 )
-def test_too_many_open_files_and_no_permission(tmp_path: Path, kind: str, words: str) -> None:
+def test_a_status_unreadable_for_lack_of_files_or_permission_is_an_error(
+    tmp_path: Path, kind: str, words: str
+) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
     run.run_status.write_text("{}")
@@ -90,7 +92,7 @@ def test_too_many_open_files_and_no_permission(tmp_path: Path, kind: str, words:
     assert "->" in done.stdout
 
 
-def test_a_status_that_cannot_be_read_at_the_end_is_no_success(tmp_path: Path) -> None:
+def test_an_unreadable_status_at_the_end_is_not_a_success(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts(*PROMPTS)
         run = working.open(shards=2).run
@@ -109,8 +111,8 @@ def test_a_status_that_cannot_be_read_at_the_end_is_no_success(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stale", ["absent", "as it was"])
-def test_a_shard_that_ended_a_moment_ago_is_known_by_its_mark(tmp_path: Path, stale: str) -> None:
-    """What another node's cache shows of a status for a minute: nothing, or what it was before."""
+def test_a_shard_that_just_ended_is_recognized_by_its_mark(tmp_path: Path, stale: str) -> None:
+    """Another node's cache can show no status, or an old one, for a minute."""
     run = opened(tmp_path, 6, 3)
     write_journals(run, [2] * 6, 0)
     ended = []
@@ -125,7 +127,7 @@ def test_a_shard_that_ended_a_moment_ago_is_known_by_its_mark(tmp_path: Path, st
     assert len(json.loads(run.plan.output.read_bytes())) == 6
 
 
-def test_a_mark_that_a_killed_process_left_while_it_looked_counts_for_nothing(
+def test_a_mark_left_by_a_killed_process_is_ignored(
     tmp_path: Path,
 ) -> None:
     run = opened(tmp_path, 6, 2)
@@ -139,7 +141,7 @@ def test_a_mark_that_a_killed_process_left_while_it_looked_counts_for_nothing(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two shards that came to its end."""
+    """A finished run of two shards."""
     place = tmp_path_factory.mktemp("finished")
     with FaultyEngine() as engine:
         working = Working(place, engine.url).prompts(*PROMPTS)
@@ -149,7 +151,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(finished: Path, place: Path, url: str) -> Working:
-    """Return a copy of the finished run, as if it had been made there with that engine."""
+    """Return a copy of the finished run, with its paths and engine adapted."""
     shutil.copytree(finished, place)
     plan = place / "out.json.aiflux" / "plan.json"
     content = json.loads(plan.read_text(encoding="utf-8").replace(str(finished), str(place)))
@@ -159,7 +161,7 @@ def copy_of(finished: Path, place: Path, url: str) -> Working:
 
 
 def all_shards(working: Working, *, force: bool) -> ExitCode:
-    """Give `aiflux run` again: plan, work on what is open, or write the output."""
+    """Repeat `aiflux run`: process open requests, or write the output."""
     working.error = None
     try:
         run = working.open(shards=2, force=force)
@@ -173,7 +175,7 @@ def all_shards(working: Working, *, force: bool) -> ExitCode:
 
 
 def by_hand(working: Working) -> ExitCode:
-    """Give `aiflux merge`."""
+    """Run `aiflux merge`."""
     run = RunDirectory.of_output(working.output)
     try:
         merge(read_plan(run), run, lambda _: None)
@@ -238,7 +240,7 @@ Damage = list[tuple[str, str, int]]
     output=st.booleans(),
     first=st.sampled_from([by_hand, lambda working: all_shards(working, force=False)]),
 )
-def test_after_any_damage_the_commands_that_are_named_bring_the_output(
+def test_after_any_damage_the_named_commands_write_the_output(
     finished: Path,
     tmp_path_factory: pytest.TempPathFactory,
     damaged: Damage,

@@ -1,4 +1,4 @@
-"""The output: what the journals hold, in input order, however they are read."""
+"""The output: the journals' results in input order."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_output_holds_the_last_result_of_each_request(
     shards=st.integers(1, 4),
     part_bytes=st.integers(1, 5000),
 )
-def test_however_it_is_parted_each_result_has_its_place(
+def test_results_are_located_however_the_journal_is_split(
     tmp_path_factory: pytest.TempPathFactory, attempts: list[int], shards: int, part_bytes: int
 ) -> None:
     run = opened(tmp_path_factory.mktemp("places"), len(attempts), shards)

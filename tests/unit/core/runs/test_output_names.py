@@ -1,4 +1,4 @@
-"""Names of outputs: what cannot be one is refused before anything starts, with the reason."""
+"""Names of outputs: impossible ones are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LONG = "n" * 250 + ".json"
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--force"]])
-def test_what_cannot_be_an_output_is_refused(
+def test_an_impossible_output_name_is_refused(
     engine: FaultyEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], output: str, reason: str, more: list[str],
 ) -> None:  # fmt: skip
@@ -72,7 +72,7 @@ def test_what_cannot_be_an_output_is_refused(
     assert len(engine.bodies) == sent
 
 
-def test_other_outputs_are_refused_alike(
+def test_convert_refuses_the_same_output_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ parts = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size
 
 @settings(max_examples=5)
 @given(parts, st.integers(1, 4), st.sampled_from([".json", ".jsonl"]))
-def test_any_other_name_serves_for_all_that_is_made_of_it(
+def test_any_other_name_works_for_all_files_named_after_it(
     engine: FaultyEngine, tmp_path_factory: pytest.TempPathFactory, part: str, times: int,
     suffix: str,
 ) -> None:  # fmt: skip
@@ -114,7 +114,7 @@ def test_any_other_name_serves_for_all_that_is_made_of_it(
     assert answers.count(None) == 1
 
 
-def test_the_longest_names_serve(engine: FaultyEngine, tmp_path: Path) -> None:
+def test_the_longest_possible_names_work(engine: FaultyEngine, tmp_path: Path) -> None:
     deep = tmp_path
     while (room := 3936 - len(str(deep)) - len("//out.json")) > 0:
         deep /= "d" * min(room, 200)

@@ -1,4 +1,4 @@
-"""The user's runs, and the ways to one: concurrent writers, foreign files, homes without room."""
+"""The registry of runs: concurrent writers, foreign files, and homes that cannot be written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run_is_remembered_with_all_its_jobs(awkward: Path, environ: dict[str,
     assert not entry.gone
 
 
-def test_without_xdg_the_registry_lies_in_the_home(tmp_path: Path) -> None:
+def test_without_xdg_the_registry_is_in_the_home_directory(tmp_path: Path) -> None:
     assert folder({"HOME": "/h"}) == Path("/h/.local/state/aiflux/runs")
     assert folder({"HOME": "/h", "XDG_STATE_HOME": "relative"}) == folder({"HOME": "/h"})
 
@@ -61,7 +61,7 @@ def _register_many(number: int, environ: dict[str, str]) -> None:
         assert all(entry.jobs for entry in entries(environ))
 
 
-def test_twenty_processes_write_at_once(environ: dict[str, str]) -> None:
+def test_entries_of_twenty_concurrent_processes_are_kept(environ: dict[str, str]) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_register_many, args=(n, environ)) for n in range(20)]
     for process in processes:
@@ -78,9 +78,7 @@ def test_twenty_processes_write_at_once(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[]", b"{}", b'{"run_dir": 3}', b"[" * 100000, b"null"]
 )
-def test_files_that_are_not_ours_are_skipped(
-    tmp_path: Path, environ: dict[str, str], content: bytes
-) -> None:
+def test_foreign_files_are_skipped(tmp_path: Path, environ: dict[str, str], content: bytes) -> None:
     made = MadeRun(tmp_path / "r")
     remember(made, environ, "7")
     (own,) = folder(environ).iterdir()
@@ -94,7 +92,7 @@ def test_files_that_are_not_ours_are_skipped(
     assert with_job("8", environ) is not None
 
 
-def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written_causes_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     environ = {"XDG_STATE_HOME": str(tmp_path / "file")}
     warning = remember(MadeRun(tmp_path / "r"), environ, "7")
@@ -104,9 +102,7 @@ def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
     assert with_job("7", environ) is None
 
 
-def test_runs_that_are_gone_are_forgotten_on_demand(
-    tmp_path: Path, environ: dict[str, str]
-) -> None:
+def test_deleted_runs_are_forgotten_on_demand(tmp_path: Path, environ: dict[str, str]) -> None:
     made = MadeRun(tmp_path / "r")
     remember(made, environ, "7")
     register(tmp_path / "gone.aiflux", tmp_path / "gone", ["8"], environ)
@@ -115,7 +111,7 @@ def test_runs_that_are_gone_are_forgotten_on_demand(
     assert [entry.jobs for entry in entries(environ)] == [("7",)]
 
 
-def test_the_newest_run_has_the_job(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_a_job_id_belongs_to_the_newest_run(tmp_path: Path, environ: dict[str, str]) -> None:
     first, second = MadeRun(tmp_path / "1"), MadeRun(tmp_path / "2")
     remember(first, environ, "7;a", "8")
     remember(second, environ, "7;b")
@@ -162,7 +158,7 @@ def test_a_path_wins_over_a_job(
     assert find_run("7", environ).path == tmp_path / "7"
 
 
-def test_slurm_is_asked_for_jobs_that_nobody_remembers(
+def test_slurm_finds_the_run_of_a_job_that_is_not_registered(
     tmp_path: Path, environ: dict[str, str]
 ) -> None:
     made = MadeRun(tmp_path / "r")
@@ -182,7 +178,7 @@ def test_slurm_is_asked_for_jobs_that_nobody_remembers(
 @pytest.mark.parametrize(
     "text", ["", "nowhere.json", "0", "-1", "99", "12x", "/", "~", "~nobody-at-all"]
 )
-def test_what_names_no_run_is_refused(
+def test_a_name_of_no_run_is_refused(
     tmp_path: Path, environ: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -191,7 +187,9 @@ def test_what_names_no_run_is_refused(
     assert "aiflux jobs" in str(caught.value.remedy)
 
 
-def test_a_job_whose_run_is_gone_says_where_it_was(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_a_job_of_a_deleted_run_names_its_directory(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
     register(tmp_path / "gone.aiflux", tmp_path / "gone", ["8"], environ)
     with pytest.raises(UsageError, match=r"gone\.aiflux"):
         find_run("8", environ)
@@ -233,7 +231,7 @@ RECORDS = some(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ANY_JSON | some(ENTRY, run_dir=st.text()))
-def test_any_json_in_the_registry_is_left_out_or_an_entry(tmp_path: Path, content: object) -> None:
+def test_any_json_in_the_registry_is_an_entry_or_skipped(tmp_path: Path, content: object) -> None:
     environ = {"XDG_STATE_HOME": str(tmp_path)}
     place = folder(environ)
     place.mkdir(parents=True, exist_ok=True)
@@ -247,7 +245,7 @@ def test_any_json_in_the_registry_is_left_out_or_an_entry(tmp_path: Path, conten
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ANY_JSON | RECORDS)
-def test_any_json_in_jobs_json_is_unreadable_or_of_its_form(tmp_path: Path, content: Any) -> None:
+def test_any_json_in_jobs_json_is_read_or_refused(tmp_path: Path, content: Any) -> None:
     run = RunDirectory(tmp_path)
     run.submissions.write_text(json.dumps(content), encoding="utf-8")
     found = known_submissions(run)
@@ -257,7 +255,7 @@ def test_any_json_in_jobs_json_is_unreadable_or_of_its_form(tmp_path: Path, cont
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\0", "1e999"])
-def test_files_of_nonsense_are_left_out(tmp_path: Path, content: str) -> None:
+def test_files_with_random_bytes_are_skipped(tmp_path: Path, content: str) -> None:
     run = RunDirectory(tmp_path)
     run.submissions.write_text(content, encoding="utf-8")
     assert known_submissions(run) is None

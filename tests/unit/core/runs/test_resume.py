@@ -1,4 +1,4 @@
-"""Wherever a run was cut off, the same command ends it with each request once."""
+"""Resuming a run that was cut off anywhere: every request has one result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = [f"prompt {index}" for index in range(12)]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end, to be cut off at any byte."""
+    """A finished run, whose journal is then cut off at any byte."""
     place = tmp_path_factory.mktemp("finished")
     with FaultyEngine() as engine:
         assert Working(place, engine.url).prompts(*PROMPTS).run() is ExitCode.OK
@@ -28,7 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_cut_anywhere_and_edited_anyhow(
+def test_a_run_cut_anywhere_resumes_with_each_request_once(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     place = tmp_path_factory.mktemp("resumed") / "run"

@@ -99,7 +99,7 @@ def test_failures_are_allowed_for_the_run_not_for_the_shard(tmp_path: Path) -> N
     done=st.sets(st.integers(0, 23)),
     edited=st.sets(st.integers(0, 23)),
 )
-def test_cut_anew_nothing_is_lost(
+def test_resharding_loses_no_result(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], done: set[int], edited: set[int]
 ) -> None:
     place = tmp_path_factory.mktemp("cut")
@@ -119,7 +119,7 @@ def test_cut_anew_nothing_is_lost(
 
 
 def write_results(plan, run, lines) -> None:  # type: ignore[no-untyped-def]
-    """Journal a result for each of the request lines, in the shard that holds it."""
+    """Write a result for each request line to the journal of its shard."""
     from aiflux.core.batch.request import request_key
     from aiflux.core.runs.journal import JournalWriter, Result
     from aiflux.util.lines import read_lines
@@ -134,7 +134,9 @@ def write_results(plan, run, lines) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("crash", ["before", "between", "after"])
-def test_a_crash_while_cutting_anew_leaves_one_whole_set(tmp_path: Path, crash: str) -> None:
+def test_a_crash_during_resharding_leaves_one_complete_set_of_journals(
+    tmp_path: Path, crash: str
+) -> None:
     working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
     opened = working.open(shards=2)
     write_results(opened.plan, opened.run, working.input.read_bytes().splitlines())
@@ -156,7 +158,7 @@ def test_a_crash_while_cutting_anew_leaves_one_whole_set(tmp_path: Path, crash: 
     assert working.open(shards=3).resumed
 
 
-def test_however_many_end_at_once_one_writes(tmp_path: Path) -> None:
+def test_one_of_several_shards_that_end_together_writes_the_output(tmp_path: Path) -> None:
     working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
     opened = working.open(shards=8)
     plan, run = opened.plan, opened.run
@@ -183,7 +185,7 @@ def test_however_many_end_at_once_one_writes(tmp_path: Path) -> None:
     assert working.output.stat().st_ino != written
 
 
-def test_no_plan_changes_under_a_worker(tmp_path: Path) -> None:
+def test_a_plan_is_not_changed_while_a_worker_runs(tmp_path: Path) -> None:
     working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
     opened = working.open(shards=2)
     with (
@@ -194,7 +196,7 @@ def test_no_plan_changes_under_a_worker(tmp_path: Path) -> None:
     assert working.open(shards=3).plan.shards != opened.plan.shards
 
 
-def test_no_worker_starts_on_a_plan_that_changes(tmp_path: Path) -> None:
+def test_a_worker_does_not_start_while_its_plan_changes(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url).prompts(*PROMPTS)
         working.open(shards=2)
@@ -228,7 +230,7 @@ def test_an_input_that_changed_is_refused(tmp_path: Path) -> None:
     assert not engine.seen
 
 
-def test_time_that_is_up_asks_for_another_start(tmp_path: Path) -> None:
+def test_an_end_of_time_requests_a_requeue(tmp_path: Path) -> None:
     with FaultyEngine(delay=0.1) as engine:
         working = Working(tmp_path, engine.url, max_requeues=1, concurrency=1).prompts(*PROMPTS)
         working.open()
@@ -244,7 +246,7 @@ def test_time_that_is_up_asks_for_another_start(tmp_path: Path) -> None:
     assert working.status["aiflux"]["totals"]["starts"] == 2
 
 
-def test_a_start_without_progress_asks_for_no_other(tmp_path: Path) -> None:
+def test_a_start_without_progress_requests_no_requeue(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, drain_seconds=0.1).prompts("hang")
         working.open()
@@ -254,7 +256,7 @@ def test_a_start_without_progress_asks_for_no_other(tmp_path: Path) -> None:
     assert any("request more time" in text for text in working.reporter.messages)
 
 
-def test_a_plain_signal_asks_for_no_other_start(tmp_path: Path) -> None:
+def test_a_plain_signal_requests_no_requeue(tmp_path: Path) -> None:
     with FaultyEngine(delay=0.1) as engine:
         working = Working(tmp_path, engine.url, concurrency=1).prompts(*PROMPTS)
         working.open()
@@ -283,7 +285,7 @@ def test_a_plan_of_many_shards_covers_the_input_once(tmp_path: Path) -> None:
     assert max(s.requests for s in shards) - min(s.requests for s in shards) <= 1
 
 
-def test_a_plan_of_another_version_is_left_alone(tmp_path: Path) -> None:
+def test_a_plan_of_another_version_is_not_changed(tmp_path: Path) -> None:
     working = Working(tmp_path, "http://127.0.0.1:1").prompts(*PROMPTS)
     run = working.open(shards=2).run
     content = json.loads(run.plan.read_text("utf-8"))
@@ -305,7 +307,7 @@ def test_a_plan_of_another_version_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ollama", "external"])
 def test_a_plan_from_before_engines_had_names_is_the_same_run(tmp_path: Path, kind: str) -> None:
-    """Without them an address meant a server, and everything else an Ollama."""
+    """In such a plan an address means a server, and anything else Ollama."""
     source = write_input(tmp_path / "in.jsonl", 3, body={"model": "m", "messages": []})
     options = RunOptions(engine_url="http://127.0.0.1:1" if kind == "external" else None)
     opened = draft_run(source, tmp_path / "o.json", options, tmp_path, kind_named(kind)).open()

@@ -158,7 +158,7 @@ def find_model(config: Config, text: str) -> Known:
 
 
 def shown_digest(digest: str) -> str:
-    """Return a model's digest in words, as far as it does not name its kind."""
+    """Return a digest as shown: with its algorithm, or as a commit of Hugging Face."""
     return digest if ":" in digest else f"commit {digest}"
 
 

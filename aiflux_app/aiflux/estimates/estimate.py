@@ -405,6 +405,9 @@ def _warn_of_results(observations: Sequence[Observation], whole: Plan) -> Iterat
     cut = sum(item.cut for item in observations)
     if cut:
         yield f"{cut} of {seen} answers reached the token limit (max_tokens or the context)"
+    filtered = sum(item.filtered for item in observations)
+    if filtered:
+        yield f"{filtered} of {seen} answers were stopped by a content filter"
     truncated = sum(item.truncated for item in observations)
     if truncated:
         yield f"{truncated} of {seen} prompts were truncated; increase --context-length"

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.journal import RawResult
+from aiflux.core.runs.journal import CUT, RawResult
 from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan
 from aiflux.util.times import unix_seconds
@@ -30,6 +30,7 @@ class Observation:
         size: bytes of the request's line.
         error: code and message; None for success.
         cut: the answer reached the token limit.
+        filtered: a content filter stopped the answer.
         truncated: the engine cut the prompt.
     """
 
@@ -41,6 +42,7 @@ class Observation:
     size: int
     error: str | None = None
     cut: bool = False
+    filtered: bool = False
     truncated: bool = False
 
     @property
@@ -86,7 +88,8 @@ def _observation(size: int, result: RawResult) -> Observation:
         completion_tokens=_count(usage.get("completion_tokens")),
         size=size,
         error=None if error is None else f"{error['code']}: {error['message']}",
-        cut=bool(metadata.get("finish_reason_length")),
+        cut=bool(metadata.get(CUT["length"])),
+        filtered=bool(metadata.get(CUT["content_filter"])),
         truncated=bool(metadata.get("truncated_prompt")),
     )
 

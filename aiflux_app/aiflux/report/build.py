@@ -412,6 +412,7 @@ def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
         recorded=whole.results,
         superseded=whole.superseded,
         cut_at_limit=whole.cut,
+        cut_by_filter=whole.filtered,
         truncated_prompts=whole.truncated,
         unfit_answers=whole.unfit,
         empty_answers=dict(whole.empty),

@@ -97,6 +97,7 @@ class RequestCounts:
     recorded: int
     superseded: int
     cut_at_limit: int
+    cut_by_filter: int
     truncated_prompts: int
     unfit_answers: int
     empty_answers: Mapping[str, int]

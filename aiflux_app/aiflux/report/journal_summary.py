@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiflux.core.batch.request import load_json
-from aiflux.core.runs.journal import EMPTY, split_line
+from aiflux.core.runs.journal import CUT, EMPTY, split_line
 from aiflux.report.throughput import Histogram, Timeline
 from aiflux.util.times import unix_seconds
 
@@ -59,7 +59,7 @@ class Tally:
         seconds: total time of the attempts that gave the results; ``latency``: of each answer.
         attempts: results by number of attempts; ``MANY_ATTEMPTS`` stands for more, too.
         failures: requests that failed, by code; the last result of a request counts.
-        cut: answers that ended at their token limit.
+        cut: answers that ended at their token limit; ``filtered``: that a content filter stopped.
         truncated: answers to prompts that the engine truncated.
         unfit: answers that did not fit their schema.
         empty: answers without a text, by their reason (``EMPTY_REASONS``).
@@ -72,6 +72,7 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cut: int = 0
+    filtered: int = 0
     truncated: int = 0
     unfit: int = 0
     empty: Counter[str] = field(default_factory=Counter)
@@ -102,6 +103,7 @@ class Tally:
             "prompt_tokens",
             "completion_tokens",
             "cut",
+            "filtered",
             "truncated",
             "unfit",
             "seconds",
@@ -171,7 +173,8 @@ class _JournalReader:
         sums.models[model] += 1
         if "model_digest" in metadata:
             sums.digests.setdefault(model, set()).add(str(metadata["model_digest"]))
-        sums.cut += "finish_reason_length" in metadata
+        sums.cut += CUT["length"] in metadata
+        sums.filtered += CUT["content_filter"] in metadata
         sums.truncated += "truncated_prompt" in metadata
         sums.unfit += int(metadata.get("unfit_answers", 0))
         if EMPTY in metadata and not failed:

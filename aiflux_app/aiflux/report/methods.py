@@ -122,6 +122,9 @@ def _outcome(report: Report) -> Iterator[str]:
     yield from _tokens(report)
     if counts.cut_at_limit:
         yield f"{counted(counts.cut_at_limit, 'answer')} ended at the token limit."
+    if counts.cut_by_filter:
+        were = "was" if counts.cut_by_filter == 1 else "were"
+        yield f"{counted(counts.cut_by_filter, 'answer')} {were} stopped by a content filter."
     if counts.truncated_prompts:
         was = "was" if counts.truncated_prompts == 1 else "were"
         yield (

@@ -152,6 +152,7 @@ def attempt_notes(report: Report) -> Iterator[tuple[int, str, str]]:
             "answer",
             "ended at the token limit: raise max_tokens if answers must be complete",
         ),
+        (counts.cut_by_filter, "answer", "stopped by a content filter"),
         (
             counts.truncated_prompts,
             "prompt",

@@ -12,7 +12,7 @@ from typing import Any
 
 from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_random_exponential
 
-from aiflux.core.runs.journal import EMPTY, JournalWriter, Result
+from aiflux.core.runs.journal import CUT, EMPTY, JournalWriter, Result
 from aiflux.engines.base import Engine
 from aiflux.engines.http import ExchangeError
 from aiflux.engines.outcome import (
@@ -460,8 +460,8 @@ class Pool:
             metadata["unfit_answers"] = task.unfit
         if verdict.empty is not None:
             metadata[EMPTY] = verdict.empty
-        if verdict.finish_reason == "length":
-            metadata["finish_reason_length"] = True
+        if verdict.finish_reason in CUT:
+            metadata[CUT[verdict.finish_reason]] = True
         if verdict.prompt_tokens and self._links[lane.index].was_truncated(verdict.prompt_tokens):
             metadata["truncated_prompt"] = True
         return metadata

@@ -388,8 +388,9 @@ def test_a_row_without_a_request_gets_no_answer_of_another(
 def test_warnings_about_answers_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = output_of(tmp_path, "words", "more")
+    output = output_of(tmp_path, "words", "more", "cut")
     content = json.loads(output.read_text())
+    content[2]["output"]["choices"][0]["finish_reason"] = "content_filter"
     content[0]["output"]["choices"][0]["finish_reason"] = "length"
     content[1]["output"]["choices"] *= 2
     output.write_text("[\n" + ",\n".join(map(json.dumps, content)) + "\n]\n", encoding="utf-8")
@@ -397,8 +398,9 @@ def test_warnings_about_answers_are_printed(
     assert main(words) == 0
     captured = capsys.readouterr().err
     assert "1 of the answers cut at the token limit" in captured
+    assert "1 of the answers stopped by a content filter" in captured
     assert "1 of the answers with several choices" in captured
-    assert "2 of the answers without a JSON object: their fields are empty (n0, n1)" in captured
+    assert "3 of the answers without a JSON object: their fields are empty (n0, n1, n2)" in captured
     assert "no answer has the field 'label'" in captured
 
 

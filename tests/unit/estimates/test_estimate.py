@@ -243,11 +243,12 @@ class TestEstimate:
         whole = plan_of(tmp_path, 400, model="m:1", concurrency=4)
         made = in_lanes([80] * 60, 4)
         bad = [replace(item, error="http_400: no", completion_tokens=0) for item in made[:30:3]]
-        cut = [replace(item, cut=True, truncated=True) for item in made[:5]]
+        cut = [replace(item, cut=True, filtered=True, truncated=True) for item in made[:5]]
         result = estimate(whole, Drawn(60, 9), [*bad, *cut, *made[15:]], status(), None)
         assert result.pilot_failures == 10
         assert "10 of 60 requests failed, most often with http_400: no" in result.warnings
         assert any("5 of 60 answers reached the token limit" in text for text in result.warnings)
+        assert any("5 of 60 answers were stopped by a content" in text for text in result.warnings)
         assert any("5 of 60 prompts were truncated" in text for text in result.warnings)
 
     @given(

@@ -280,10 +280,13 @@ def test_tallies_of_shards_add_up() -> None:
     one = tally(lines(result(1, finish_reason_length=True), result(2, code="timeout")))
     whole = Tally()
     whole.merge(one)
-    whole.merge(tally(lines(result(3, START + 60, attempts=2, truncated_prompt=True))))
-    assert (whole.results, whole.failed, whole.cut, whole.truncated) == (3, 1, 1, 1)
-    assert whole.attempts == {1: 2, 2: 1}
-    assert whole.latency.count == 2
+    more = result(3, START + 60, attempts=2, truncated_prompt=True)
+    filtered = result(4, START + 60, finish_reason_content_filter=True)
+    whole.merge(tally(lines(more, filtered)))
+    assert (whole.results, whole.failed, whole.cut, whole.truncated) == (4, 1, 1, 1)
+    assert whole.filtered == 1
+    assert whole.attempts == {1: 3, 2: 1}
+    assert whole.latency.count == 3
     assert (whole.timeline.first, whole.timeline.last) == (START, START + 60)
 
 

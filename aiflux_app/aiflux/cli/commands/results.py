@@ -230,6 +230,7 @@ def _summary(summary: BackSummary, name: str) -> Iterator[str]:
             f"since? ({_named(summary, 'changed')})",
         ),
         (summary.cut, "of the answers cut at the token limit (--max-tokens)"),
+        (summary.filtered, "of the answers stopped by a content filter"),
         (summary.several, "of the answers with several choices: the first is in the table"),
         (
             summary.unfit,

@@ -48,6 +48,7 @@ class BackSummary:
         unfit: answers without a JSON object, if JSON fields were requested.
         several: answers with further choices; the table has the first.
         cut: answers that ended at the token limit.
+        filtered: answers that a content filter stopped.
         empty: answers without text, by reason.
         absent: named fields that no answer has.
         examples: the first custom_ids counted by ``changed`` and ``unfit``.
@@ -65,6 +66,7 @@ class BackSummary:
     unfit: int = 0
     several: int = 0
     cut: int = 0
+    filtered: int = 0
     empty: dict[str, int] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -207,7 +209,9 @@ class BackTable:
                 summary.empty[choice.empty] = summary.empty.get(choice.empty, 0) + 1
             all_choices = choices(entry)
             summary.several += len(all_choices) > 1
-            summary.cut += bool(all_choices) and all_choices[0].get("finish_reason") == "length"
+            finish = all_choices[0].get("finish_reason") if all_choices else None
+            summary.cut += finish == "length"
+            summary.filtered += finish == "content_filter"
         if self.options.json_fields is not None:
             record |= self._unpacked(entry)
         return record

@@ -51,6 +51,11 @@ _ERROR = b',"error":'
 _BODY = b',"body":'
 _END = b"}\n"
 _STATUS = b',"status":'
+CUT = {
+    "length": "finish_reason_length",
+    "content_filter": "finish_reason_content_filter",
+}
+"""Keys of a result's metadata, by the finish reason of an answer that is not whole."""
 EMPTY = "empty_answer"
 """Key of a result's metadata; its value is one of ``EMPTY_REASONS``."""
 _EMPTY = re.compile(rb'"empty_answer":"([a-z_]+)"')

@@ -125,6 +125,33 @@ def test_a_run_says_how_many_answers_are_empty_and_why(
     assert json.loads(capsys.readouterr().out)["empty"] == counts
 
 
+@pytest.mark.parametrize(
+    ("finish", "count", "words"),
+    [
+        ("length", "cut_at_limit", "1 of the answers cut at the token limit"),
+        ("content_filter", "cut_by_filter", "1 of the answers stopped by a content filter"),
+    ],
+)
+def test_answers_that_are_not_whole_are_counted(
+    finish: str, count: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with FaultyEngine() as engine:
+        half = f"body:{json.dumps(body({'content': 'Half of'}, finish))}"
+        working = Working(tmp_path, engine.url).prompts(half, "whole")
+        assert working.run() is ExitCode.OK
+    half_one, whole = (entry["metadata"] for entry in working.results)
+    assert half_one[f"finish_reason_{finish}"] is True
+    assert not any(name.startswith("finish_reason") for name in whole)
+    assert main(["report", "out.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"][count] == 1
+    assert main(["report", "out.json", "--output", "-"]) == 0
+    assert "1 answer</strong>" in capsys.readouterr().out
+    assert main(["results", "to-csv", "out.json", "--output", "a.csv"]) == 0
+    assert words in capsys.readouterr().out
+
+
 def test_empty_answers_of_earlier_starts_are_counted(tmp_path: Path) -> None:
     empty = f"body:{json.dumps(body({'content': ''}, 'stop'))}"
     with FaultyEngine(delay=0.02) as engine:

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+# Words of Python's own messages, which mean nothing to a user.
+_OF_PYTHON = re.compile(
+    r"None|\b\w+Error\b|Traceback|codec|literal|subscript|unhashable|indices|recursion|max_str_digits"
+    r"|\[Errno|object is not|has no attribute|unpack requires|not iterable|b'"
+)
+
+
+def words_of_python(text: str) -> list[str]:
+    """Return the words of Python in a message."""
+    return _OF_PYTHON.findall(text)
 
 
 def request_line(custom_id: str = "r1", **changes: Any) -> str:

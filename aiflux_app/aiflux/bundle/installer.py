@@ -41,6 +41,7 @@ import signal
 import tarfile
 import venv
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +270,7 @@ class PlainMember(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except (ValueError, OverflowError, RecursionError) as error:
-            raise tarfile.ReadError(f"a header is invalid: {error}") from error
+            raise tarfile.ReadError("a header is invalid") from error
 
     def _refuse_sparse(self, *_: Any) -> Any:
         raise tarfile.ReadError("it has a sparse member")
@@ -307,12 +308,16 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, Bundle]]:
 
 def _head(tar: tarfile.TarFile, path: Path) -> Bundle:
     try:
-        lines = _small(tar, SUMS).decode().split("\n")  # splitlines() splits at more characters
-        sums = dict(map(_sum, filter(None, lines)))
+        # splitlines() splits at more characters.
+        lines = _small(tar, SUMS).decode("utf-8", "replace").split("\n")
         raw = _small(tar, CONTENTS)
-        if hashlib.sha256(raw).hexdigest() != sums[CONTENTS]:
+        if f"{hashlib.sha256(raw).hexdigest()}  {CONTENTS}" not in lines:
             raise ValueError(f"{CONTENTS} does not match {SUMS}")
-        bundle = Bundle(path, _contents(json.loads(raw)), sums)
+        contents = json_object(raw, CONTENTS)
+        if is_newer(contents, VERSION):  # the rest may have another form
+            raise _newer(path, contents["version"])
+        sums = dict(map(_sum, filter(None, lines)))
+        bundle = Bundle(path, _contents(contents), sums)
         named = {*bundle.manifests, *bundle.images}
         named.update(*bundle.contents["pythons"].values())
         for snapshot in bundle.snapshots:
@@ -321,21 +326,55 @@ def _head(tar: tarfile.TarFile, path: Path) -> Bundle:
             raise ValueError(f"{CONTENTS} names an invalid manifest")
         if not named <= set(sums):
             raise ValueError(f"{SUMS} does not list {', '.join(sorted(named - set(sums)))}")
-    except (ValueError, KeyError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(path, str(error)) from error
     return bundle
 
 
-def _contents(found: Any) -> dict[str, Any]:
+def json_object(raw: bytes, name: str) -> dict[str, Any]:
+    """Parse an untrusted JSON object.
+
+    Raises:
+        ValueError: it is none; says why without Python's terms.
+    """
+    try:
+        found = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 at offset {error.start}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{name} is not JSON: {error.msg} at {where}") from None
+    except ValueError:
+        raise ValueError(f"{name} has a number with too many digits") from None
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return found
+
+
+def is_newer(found: dict[str, Any], known: int) -> bool:
+    """Return whether the version in a table of contents is newer than the known one."""
+    version = found.get("version")
+    return type(version) is int and version > known
+
+
+def _newer(path: Path, version: int) -> InstallError:
+    return InstallError(
+        f"{path} has version {version} of the bundle format ({CONTENTS}), and this installer reads "
+        f"version {VERSION}; nothing was installed",
+        f"use the installer in the bundle: tar -xf {shlex.quote(str(path))} {TOP}install.py; "
+        f"python3 {TOP}install.py {shlex.quote(str(path))}",
+    )
+
+
+def _contents(found: dict[str, Any]) -> dict[str, Any]:
     """Return the content of ``bundle.json`` after checking the type and form of each field.
 
     Raises:
         ValueError: a field is invalid; names it.
     """
-    if not isinstance(found, dict):
-        raise ValueError(f"{CONTENTS} is not a JSON object")
-    if found.get("version") != VERSION:
-        raise ValueError(f"its version is {found.get('version')!r} instead of {VERSION}")
+    _need(found, "version", lambda value: type(value) is int and value == VERSION)
     _need(found, "aiflux", _text(_RELEASE))
     _need(found, "arch", _text(_LINE))
     _need(found, "pythons", lambda value: isinstance(value, dict))
@@ -389,7 +428,8 @@ def _blob_member(snapshot: dict[str, Any], blob: str) -> str:
 
 def _need(found: dict[str, Any], name: str, is_valid: Callable[[Any], bool]) -> None:
     if not is_valid(found.get(name)):
-        raise ValueError(f"{CONTENTS} has an invalid {name}: {str(found.get(name))[:80]!r}")
+        shown = f": {json.dumps(found[name])[:80]}" if name in found else " (it is missing)"
+        raise ValueError(f"{CONTENTS} has an invalid {name}{shown}")
 
 
 def _text(form: re.Pattern[str]) -> Callable[[Any], bool]:
@@ -447,7 +487,8 @@ def _copy(
         try:
             chunk = content.read(_CHUNK)
         except OSError as error:
-            raise _damaged(bundle.path, f"{member} cannot be read: {error}") from error
+            why = error.strerror or str(error)
+            raise _damaged(bundle.path, f"{member} cannot be read: {why}") from error
         if not chunk:
             break
         digest.update(chunk)
@@ -681,7 +722,10 @@ def _make_environment(bundle: Bundle, to: InstallPaths) -> Path:
         venv.EnvBuilder(clear=True, symlinks=True, with_pip=False).create(folder)
         site = folder / "lib" / f"python{_python()}" / "site-packages"
         for wheel in wheels:
-            _unpack(to.staged(wheel), site)
+            try:
+                _unpack(to.staged(wheel), site)
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+                raise _damaged(bundle.path, f"{wheel} cannot be unpacked") from error
         compileall.compile_dir(site, quiet=2)
         _note_extras(done, bundle)
     except BaseException:

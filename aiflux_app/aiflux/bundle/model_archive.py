@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiflux.bundle.installer import open_archive, plain
+from aiflux.bundle.installer import is_newer, json_object, open_archive, plain
 from aiflux.engines.base import PackedModel
 from aiflux.engines.kinds import storing_kind
 from aiflux.engines.ollama.staging import begin_staging, changing, move_into_place
@@ -193,18 +193,30 @@ def _broken(source: Path, what: str) -> ModelError:
     )
 
 
+def _newer(source: Path, version: int) -> ModelError:
+    return ModelError(
+        f"{source} has version {version} of the format of model archives ({LABEL}), and this "
+        f"AI-Flux reads version {VERSION}; nothing was imported",
+        "update AI-Flux, or export the model again with this version of it",
+    )
+
+
 def _head(tar: tarfile.TarFile, source: Path) -> Archive:
     try:
-        label = json.loads(_small(tar, LABEL))
-        if label["version"] != VERSION:
-            raise ValueError(f"its version is {label['version']}, but AI-Flux reads {VERSION}")
-        if not isinstance(label["name"], str):
+        label = json_object(_small(tar, LABEL), LABEL)
+        if is_newer(label, VERSION):
+            raise _newer(source, label["version"])
+        if type(label.get("version")) is not int or label["version"] != VERSION:
+            raise ValueError(f"{LABEL} has no valid version")
+        if not isinstance(label.get("name"), str):
             raise ValueError(f"{LABEL} names no model")
         raw = _small(tar, MANIFEST)
         manifest = parse_manifest(raw)
         name, digest = _identity(label["name"], manifest, raw)
-    except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+    except ValueError as error:
         raise _broken(source, str(error)) from error
+    except ConfigError as error:
+        raise _broken(source, error.message) from error
     if f"sha256:{manifest.digest}" != label.get("digest"):
         raise _broken(source, "its manifest was modified")
     return Archive(name, digest, manifest, raw)

@@ -22,6 +22,7 @@ from aiflux.converters.request_form import make_form
 from aiflux.converters.table import Row, TableOptions, convert_table, names
 from aiflux.converters.writer import Progress, Skipped, Summary, reading
 from aiflux.errors import InputError
+from aiflux.util.text import error_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -222,7 +223,7 @@ class DelimitedTable:
 def _not_in(path: Path, encoding: Encoding, place: str, error: UnicodeError) -> InputError:
     """Return the error for UTF-16 and UTF-32, where nothing after an invalid byte can be read."""
     return InputError(
-        f"{str(path)!r} is not valid {encoding.name} {place}: {error}",
+        f"{str(path)!r} is not valid {encoding.name} {place}: {error_text(error)}",
         "set --encoding; without a byte order mark, use utf-16-le or utf-16-be",
     )
 

@@ -12,6 +12,7 @@ from spython.utils import run_command
 
 from aiflux.errors import ImageError
 from aiflux.image.container import find_runtime
+from aiflux.util.text import error_text
 
 
 def run(
@@ -62,7 +63,7 @@ def _start(
             check=False,
         )
     except OSError as error:
-        raise ImageError(f"{what}: {error}", remedy) from error
+        raise ImageError(f"{what}: {error_text(error)}", remedy) from error
     if done.returncode:
         raise ImageError(f"{what}: {Path(words[0]).name} ended with {done.returncode}", remedy)
     return done
@@ -104,5 +105,6 @@ def apptainer(words: Sequence[str], typed: str | None = None) -> subprocess.Comp
         )
     except (OSError, UnicodeDecodeError) as error:
         raise ImageError(
-            f"apptainer {words[0]} failed: {error}", f"try it by hand: apptainer {words[0]}"
+            f"apptainer {words[0]} failed: {error_text(error)}",
+            f"try it by hand: apptainer {words[0]}",
         ) from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.errors import ModelError
+from aiflux.util.text import error_text
 
 MAGIC = b"GGUF"
 HEADER_LIMIT = 512 * 1024 * 1024
@@ -101,7 +102,7 @@ def read_gguf(path: Path) -> GgufHeader:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except (ValueError, struct.error, IndexError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"{path} is not a (complete) GGUF file: {error}",
+            f"{path} is not a (complete) GGUF file: {error_text(error)}",
             "download it again; convert models in other formats to GGUF first",
         ) from error
 

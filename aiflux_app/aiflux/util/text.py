@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -65,6 +66,28 @@ def size_text(count: float) -> str:
             return f"{count:.{0 if unit == 'bytes' or count >= 10 else 1}f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+_PLAIN: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((RecursionError,), "it is nested too deeply"),
+    ((IndexError, struct.error), "it ends too early"),
+    ((TypeError, AttributeError), "a value has the wrong type"),
+)
+
+
+def error_text(error: BaseException) -> str:
+    """Return the message of an error of Python or a library, without Python's own terms."""
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"byte 0x{byte:02x} at offset {error.start} is not valid {error.encoding.upper()}"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    for kinds, text in _PLAIN:
+        if isinstance(error, kinds):
+            return text
+    if "sys.set_int_max_str_digits" in str(error):
+        return "a number has too many digits"
+    return (isinstance(error, OSError) and error.strerror) or str(error) or "an unknown error"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from aiflux.errors import ConfigError
-from aiflux.util.text import is_whole, suggestion
+from aiflux.util.text import error_text, is_whole, suggestion
 
 _LARGEST = 1 << 20  # bytes; larger files are not written by hand, and take long to read
 _KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
@@ -148,7 +148,7 @@ def read_text(path: Path, largest: float = inf) -> str:
     except OSError as error:
         raise _unreadable(path, error) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from None
+        raise ConfigError(f"{path} is not UTF-8: {error_text(error)}", "save it as UTF-8") from None
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:
@@ -184,7 +184,7 @@ def parse_yaml(text: str, path: Path) -> YamlFile:
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply", "correct it") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
+        raise ConfigError(f"{path} is not YAML: {error_text(error)}", "correct it") from None
     return YamlFile(path, content, lines)
 
 

@@ -18,7 +18,6 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from aiflux.errors import BundleError, ModelError
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.extras import EXTRAS, LIBRARIES, remedy
 from tests.tools.make_sif import make_sif
+from tests.unit.helpers import words_of_python
 from tests.unit.made_snapshots import COMMIT, LLAMA, WEIGHTS, put_pulled
 
 if sys.version_info >= (3, 11):
@@ -496,8 +496,12 @@ def test_any_value_in_bundle_json_is_an_error_or_harmless(
     forged = of_contents(bundle, raw)
     around = to.prefix.parent.parent
     before = set(around.rglob("*"))
-    with suppress(InstallError):
+    refused = ""
+    try:
         install(forged, to, ignore)
+    except InstallError as error:
+        refused = str(error)
+    assert not words_of_python(refused)
     assert main(["bundle", "verify", str(forged)]) in (0, 2)
     strangers = {*around.rglob("*")} - before
     inside = (to.prefix, to.models, *to.prefix.parents)
@@ -530,8 +534,9 @@ def test_any_first_member_is_an_error(
     info.type, info.size, info.pax_headers = kind, len(data), headers
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(info, io.BytesIO(data))
-    with pytest.raises(InstallError, match="is not a complete bundle"):
+    with pytest.raises(InstallError, match="is not a complete bundle") as error:
         verify(tmp_path / "x.tar")
+    assert not words_of_python(str(error.value))
 
 
 @settings(
@@ -539,8 +544,52 @@ def test_any_first_member_is_an_error(
 )
 @given(st.binary(max_size=200) | ANY_JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_as_bundle_json_are_an_error(bundle: Path, raw: bytes) -> None:
-    with pytest.raises(InstallError, match="is not a complete bundle"):
+    with pytest.raises(InstallError, match="is not a complete bundle") as error:
         verify(of_contents(bundle, raw))
+    assert not words_of_python(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "bundle.json is not JSON: Expecting value at line 1, column 1"),
+        (b"\xff", "bundle.json is not UTF-8 at offset 0"),
+        (b"[]", "bundle.json is not a JSON object"),
+        (b"{}", "bundle.json has an invalid version (it is missing)"),
+        (b'{"version": null}', "bundle.json has an invalid version: null"),
+        (b'{"version": true}', "bundle.json has an invalid version: true"),
+        (b'{"version": "1"}', 'bundle.json has an invalid version: "1"'),
+        (b'{"version": %s}' % (b"1" * 5000), "bundle.json has a number with too many digits"),
+    ],
+)
+def test_an_error_in_bundle_json_is_named(bundle: Path, raw: bytes, words: str) -> None:
+    with pytest.raises(InstallError, match=re.escape(words)):
+        verify(of_contents(bundle, raw))
+
+
+def test_a_newer_bundle_names_its_own_installer(
+    bundle: Path, to: InstallPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = of_contents(bundle, b'{"version": 2, "new": []}')
+    for words in (["verify", newer], ["install", newer, "--prefix", to.prefix]):
+        assert main(["bundle", *map(str, words)]) == 2
+        printed = capsys.readouterr().err
+        assert f"{newer} has version 2 of the bundle format (bundle.json)" in printed
+        assert "this installer reads version 1" in printed
+        assert "aiflux-bundle/install.py" in printed.partition("->")[2]
+    assert files(to.prefix, to.models) == []
+
+
+def test_a_wheel_that_is_no_zip_file_is_an_error(
+    tmp_path: Path, parts: Ingredients, to: InstallPaths
+) -> None:
+    wheel = parts.wheels[PYTHON][0]
+    whole = wheel.read_bytes()
+    for content in (b"", whole[:50], whole[:40] + b"\xff" * 20 + whole[60:]):
+        wheel.write_bytes(content)
+        with pytest.raises(InstallError, match=f"wheels/{wheel.name} cannot be unpacked"):
+            install(write_bundle(tmp_path / "w.tar", parts).path, to, ignore)
+    assert not to.command.exists()
 
 
 @pytest.mark.parametrize(
@@ -559,7 +608,7 @@ def test_a_field_with_a_path_outside_is_rejected(
 
 @pytest.mark.parametrize("depth", [100_000])
 def test_deeply_nested_bundle_json_is_an_error(bundle: Path, depth: int) -> None:
-    with pytest.raises(InstallError, match="is not a complete bundle"):
+    with pytest.raises(InstallError, match=r"bundle\.json is nested too deeply"):
         verify(of_contents(bundle, b"[" * depth + b"]" * depth))
 
 

@@ -22,6 +22,7 @@ from aiflux.engines.ollama.staging import begin_staging, changing
 from aiflux.engines.ollama.store import model_digest, parse_manifest
 from aiflux.models.name import parse_model_name
 from tests.tools import make_tiny_gguf
+from tests.unit.helpers import words_of_python
 from tests.unit.made_models import CONFIG, blob_files, changed_tar, put_model, tree
 
 WEIGHTS = make_tiny_gguf.tiny()
@@ -208,12 +209,22 @@ def swap(index: int, name: str | None = None, content: bytes | None = None) -> C
         (swap(3, name="/etc/evil"), "is unexpected"),
         (lambda parts: parts.pop(), "is missing"),
         (lambda parts: parts.append(("more", b"x")), "is unexpected"),
-        (swap(0, content=b"{}"), "is not a complete model archive"),
-        (swap(0, content=b'{"version": 9}'), "version is 9"),
+        (swap(0, content=b""), "aiflux-model.json is not JSON"),
+        (swap(0, content=b"\xff"), "aiflux-model.json is not UTF-8"),
+        (swap(0, content=b"null"), "aiflux-model.json is not a JSON object"),
+        (swap(0, content=b"{}"), "aiflux-model.json has no valid version"),
+        (swap(0, content=b'{"version": true}'), "aiflux-model.json has no valid version"),
+        (swap(0, content=b'{"version": 9}'), "has version 9 of the format of model archives"),
+        (swap(0, content=b'{"version": 9}'), "-> update AI-Flux, or export the model again"),
+        (swap(0, content=b'{"version": 1}'), "aiflux-model.json names no model"),
+        (swap(0, content=b'{"version": 1, "name": "a b:c:d"}'), "is not a complete model archive"),
         (swap(0, content=b'{"version": 1, "name": null}'), "names no model"),
-        (swap(0, content=b"[" * 100_000), "is not a complete model archive"),
-        (swap(1, content=b"[" * 100_000), "is not a complete model archive"),
-        (swap(1, content=b"[]"), "is not a complete model archive"),
+        (swap(0, content=b"[" * 100_000), "aiflux-model.json is nested too deeply"),
+        (swap(1, content=b"[" * 100_000), "it is not a manifest: it is nested too deeply"),
+        (swap(1, content=b"\xff"), "it is not a manifest: byte 0xff at offset 0"),
+        (swap(1, content=b"[]"), "it is not a manifest: a value has the wrong type"),
+        (swap(1, content=b"null"), "it is not a manifest: a value has the wrong type"),
+        (swap(1, content=b"{}"), "it is not a manifest: 'config' is missing"),
         (swap(0, name="readme"), "aiflux-model.json is not at"),
     ],
 )
@@ -226,6 +237,7 @@ def test_an_archive_that_was_changed_is_refused(
     code, _, err = aiflux("import", "one.tar", "--models-dir", other)
     assert code == 4
     assert words in err
+    assert not words_of_python(err), err
     assert [path for path in tree(other) if path.startswith(("blobs", "manifests"))] == []
     assert not [*tmp_path.parent.glob("evil")]
 

@@ -7,9 +7,10 @@ import io
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from aiflux.converters.results import (
     results_to_parquet,
 )
 from aiflux.errors import ExitCode
-from aiflux.util.text import json_text, terminal_line, terminal_text, whole, whole_text
+from aiflux.util.text import error_text, json_text, terminal_line, terminal_text, whole, whole_text
 from aiflux.worker.console import TerminalConsole
 from tests.tools.faulty_engine import FaultyEngine
-from tests.unit.helpers import request_line
+from tests.unit.helpers import request_line, words_of_python
 from tests.unit.working import Working
 
 ANY = st.text(st.characters(codec=None), max_size=12)
@@ -242,3 +243,30 @@ def test_json_for_files_and_streams_loses_nothing(value: Any) -> None:
         assert json.loads(text.encode("utf-8")) == value
         assert not UNSAFE & set(text)
     json_text(whole(value)).encode("utf-8")
+
+
+def _raised(call: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - any error of Python
+        call()
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (b"ab\xff".decode, "byte 0xff at offset 2 is not valid UTF-8"),
+        (lambda: json.loads("{}")["config"], "'config' is missing"),
+        (lambda: json.loads("null")["config"], "a value has the wrong type"),
+        (lambda: json.loads("null").get, "a value has the wrong type"),
+        (lambda: json.loads("[]")[0], "it ends too early"),
+        (lambda: struct.unpack("<I", b"x"), "it ends too early"),
+        (lambda: json.loads("[" * 100_000), "it is nested too deeply"),
+        (lambda: json.loads("1" * 5000), "a number has too many digits"),
+        (lambda: json.loads("x"), "Expecting value: line 1 column 1 (char 0)"),
+        (Path("/nowhere/file").read_bytes, "No such file or directory"),
+        (lambda: next(iter(())), "an unknown error"),
+    ],
+)  # fmt: skip
+def test_errors_of_python_are_in_plain_words(call: Callable[[], object], words: str) -> None:
+    assert error_text(_raised(call)) == words
+    assert not words_of_python(words)

@@ -33,7 +33,7 @@ from aiflux.core.batch.request import parse_json
 from aiflux.errors import InputError, StoppedError, UsageError
 from aiflux.util.files import expanded, refuse_existing
 from aiflux.util.streams import STDIN, STDOUT
-from aiflux.util.text import json_text
+from aiflux.util.text import error_text, json_text
 
 _TRIAL = 3
 _CSV = 'aiflux convert csv in.csv --template "Sum up: {text}" --output q.jsonl'
@@ -99,7 +99,7 @@ def _template(template: str | None, file: str | None) -> str | None:
         text = expanded(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"the template {file!r} cannot be read: {error}", "give a UTF-8 text file"
+            f"the template {file!r} cannot be read: {error_text(error)}", "give a UTF-8 text file"
         ) from error
     return text.removesuffix("\n")
 

@@ -54,7 +54,7 @@ from aiflux.engines.ollama.store import (
 from aiflux.errors import EngineError, ImageError, ModelError, UsageError
 from aiflux.image.container import find_image, find_runtime
 from aiflux.models.name import ModelName, parse_model_name
-from aiflux.util.text import size_text
+from aiflux.util.text import error_text, size_text
 
 
 @group("models", examples=["aiflux models pull llama3.2:3b", "aiflux models list --fits 40GB"])
@@ -376,7 +376,9 @@ def _template(path: str | None) -> str | None:
     try:
         return None if path is None else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the template {path} cannot be read: {error}", "check it") from error
+        raise UsageError(
+            f"the template {path} cannot be read: {error_text(error)}", "check it"
+        ) from error
 
 
 def _create(name: ModelName, config: Config) -> int:

@@ -18,7 +18,7 @@ from operator import eq
 from typing import Any, NamedTuple, NoReturn
 
 from aiflux.models.endpoints import ENDPOINTS
-from aiflux.util.text import counted, is_whole, joined
+from aiflux.util.text import counted, error_text, is_whole, joined
 
 SHOWN_LINES = 5
 
@@ -181,7 +181,7 @@ def not_json(error: ValueError) -> str:
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-    return f"not JSON: {error}"
+    return f"not JSON: {error_text(error)}"
 
 
 def _decode(text: str) -> Any:

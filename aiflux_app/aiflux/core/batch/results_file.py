@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.errors import InputError
+from aiflux.util.text import error_text
 
 _BUFFER = 1 << 20
 
@@ -184,13 +185,9 @@ def parse_entry(text: bytes, path: Path) -> ResultEntry:
         return _entry(json.loads(text.strip().removesuffix(b",")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{path} is not an output of AI-Flux: {_reason(error)}, at {text[:60]!r}",
+            f"{path} is not an output of AI-Flux: {error_text(error)}, at {text[:60]!r}",
             "name an output of `aiflux run`, its run directory or its job",
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def read_entries(path: Path) -> Iterator[ResultEntry]:

@@ -22,6 +22,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import StorageError, UsageError
 from aiflux.util.files import expanded, write_json
+from aiflux.util.text import error_text
 from aiflux.util.times import utc_now
 
 JOB = re.compile(r"(?P<number>[1-9]\d*)(?:_(?P<task>\d+))?(?:;(?P<cluster>[^\s;]+))?")
@@ -112,7 +113,7 @@ def register(
         write_json(file, entry.to_json())
     except (OSError, RuntimeError, UnicodeError, StorageError) as error:
         return (
-            f"the run is not in the list of `aiflux jobs`: {error}; "
+            f"the run is not in the list of `aiflux jobs`: {error_text(error)}; "
             f"use its directory instead: {run_dir}"
         )
     return None

@@ -18,6 +18,7 @@ from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment
 from aiflux.errors import EngineError
+from aiflux.util.text import error_text
 
 _PROBE_TIMEOUT = 5.0
 _LIST_TIMEOUT = 60.0
@@ -133,7 +134,7 @@ class LlamaCppEngine(ManagedEngine):
             props = json.loads(client.get("/props", _PROBE_TIMEOUT).body)
         except (ExchangeError, ValueError) as error:
             raise EngineError(
-                f"llama-server does not report its slots (/props): {error}",
+                f"llama-server does not report its slots (/props): {error_text(error)}",
                 "use a llama-server of 2025 or later",
             ) from error
         return props if isinstance(props, dict) else {}
@@ -163,7 +164,8 @@ class LlamaCppEngine(ManagedEngine):
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EngineError(
-                f"cannot run {self._program} --list-devices: {error}", "check the installation"
+                f"cannot run {self._program} --list-devices: {error_text(error)}",
+                "check the installation",
             ) from error
         return bool(_DEVICE.search(done.stdout.partition("Available devices:")[2]))
 

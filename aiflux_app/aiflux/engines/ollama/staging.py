@@ -29,6 +29,7 @@ from aiflux.models.gguf import GgufHeader, read_gguf
 from aiflux.models.name import ModelName
 from aiflux.util.files import fsync_directory, may_write, storage_error, write_json
 from aiflux.util.lease import Lease, acquire, holder_lives
+from aiflux.util.text import error_text
 
 STAGING = ".staging"
 _NOTE = "note"  # contains the action and the model's name
@@ -316,6 +317,6 @@ def read_staged_gguf(models_dir: Path, name: ModelName) -> StagedGguf:
         return StagedGguf(str(content["digest"]), content["template"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
-            f"no GGUF file is staged for {name.served}: {error}",
+            f"no GGUF file is staged for {name.served}: {error_text(error)}",
             "aiflux models import --gguf FILE --name NAME",
         ) from error

@@ -17,6 +17,7 @@ from typing import IO, Literal
 from aiflux.errors import ModelError
 from aiflux.models.name import ModelName
 from aiflux.util.files import storage_error
+from aiflux.util.text import error_text
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
@@ -70,8 +71,8 @@ def parse_manifest(raw: bytes) -> Manifest:
             Layer(str(item.get("mediaType", "")), str(item["digest"]), item["size"])
             for item in [content["config"], *(content["layers"] or [])]
         )
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it lacks {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is not a manifest: {error_text(error)}") from None
     for layer in layers:
         if not _DIGEST.match(layer.digest):
             raise ValueError(f"{layer.digest!r} is not a digest")
@@ -96,7 +97,7 @@ def read_manifest(models_dir: Path, name: ModelName) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the manifest {path} cannot be read: {error}",
+            f"the manifest {path} cannot be read: {error_text(error)}",
             f"pull the model again: aiflux models pull {name.served}",
         ) from None
 
@@ -143,7 +144,7 @@ def missing_parts(models_dir: Path, name: ModelName) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return ["manifest"]
     except (OSError, ValueError) as error:
-        return [f"manifest (unreadable: {error})"]
+        return [f"manifest (unreadable: {error_text(error)})"]
     return [digest for digest, size in manifest.blobs.items() if _size(models_dir, digest) != size]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from aiflux.errors import ModelError
 from aiflux.models.figures import Architecture, Figures
+from aiflux.util.text import error_text
 
 _MAX_HEADER = 100 << 20  # the format's own limit
 _MAX_LAYERS = 10_000
@@ -80,7 +81,7 @@ def read_config(snapshot: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}", DAMAGED) from error
+        raise ModelError(f"{path} is not JSON: {error_text(error)}", DAMAGED) from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", DAMAGED)
     return config

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import FRANCE, MODEL, User, answers, lines, request, shard_status
+from tests.unit.made_snapshots import COMMIT, put_pulled
 
 SLURM = {"sbatch", "squeue", "scancel", "sinfo", "sacct", "scontrol", "srun"}
 OUTSIDER = 4242  # an unused user id
@@ -126,6 +127,39 @@ def test_from_a_bundle_to_results_without_a_network(
     printed = island.run(command, "bundle", "install", bundle, *install[3:], cwd=place)
     assert str(command) in printed
     assert (models / "blobs").stat().st_mtime_ns == before, "nothing was written again"
+
+
+def test_a_bundle_brings_a_model_of_hugging_face(
+    user: User, aiflux: Path, vllm: Path, hub_model: Path, island: Island
+) -> None:
+    connected = user.folder("connected to the hub")
+    name, models = "hf:HuggingFaceTB/SmolLM2-135M-Instruct", connected / "models"
+    files = {path.name: path.read_bytes() for path in hub_model.iterdir()}
+    put_pulled(models / "hub", name.removeprefix("hf:"), files)
+    user.give(connected)
+    python = ["--python", "3.11", "--no-extras"]
+    user.run(
+        aiflux, "bundle", "create", "--model", name, "--no-image", "--models-dir", models, *python,
+        "-o", "b.tar", cwd=connected,
+    )  # fmt: skip
+    place = user.folder("island without a hub")
+    island.run("tar", "-xf", connected / "b.tar", "aiflux-bundle/install.py", cwd=place)
+    install = ["/usr/bin/python3", "aiflux-bundle/install.py", connected / "b.tar"]
+    printed = island.run(*install, "--prefix", place / "soft", cwd=place)
+    assert f"model: {name} in {place / 'soft' / 'models'}" in printed
+    command = place / "soft" / "bin" / "aiflux"
+    assert f"commit {COMMIT}" in island.run(command, "models", "verify", name, cwd=place)
+    user.write(
+        place / "in.jsonl", lines(request("france", "What is the capital of France?", model=None))
+    )
+    run = [command, "run", "--local", "--engine", "vllm", "--model", name, "--input", "in.jsonl"]
+    island.run(
+        "env", f"AIFLUX_ENGINE_PROGRAM={vllm}", *run, "--context-length", "512", "--output",
+        "o.json", cwd=place,
+    )  # fmt: skip
+    (entry,) = json.loads((place / "o.json").read_text(encoding="utf-8"))
+    assert "Paris" in entry["output"]["choices"][0]["message"]["content"]
+    assert entry["metadata"]["model_digest"] == COMMIT
 
 
 def test_a_damaged_bundle_installs_nothing(user: User, bundle: Path, aiflux: Path) -> None:

@@ -54,6 +54,11 @@ ELSEWHERE = {
             f"{_HUB}::test_a_model_is_pulled_without_an_image_and_verified"
         for action, revision in (("pull", ""), ("pull", "@COMMIT"), ("verify", ""))
     },
+    "aiflux models export hf:Qwen/Qwen3-8B qwen.tar":
+        f"{_HUB}::test_a_snapshot_travels_in_one_file",
+    "make image ENGINE=vllm": "tests/integration/test_vllm_image.py::vllm_image",
+    "aiflux bundle create --model hf:Qwen/Qwen3-8B -o bundle.tar":
+        "tests/integration/test_airgap.py::test_a_bundle_brings_a_model_of_hugging_face",
     "aiflux models remove hf:Qwen/Qwen3-8B":
         f"{_HUB}::test_removing_a_snapshot_leaves_what_others_use",
     **{

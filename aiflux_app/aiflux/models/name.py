@@ -21,6 +21,7 @@ MIN_DIGEST = 12  # hexadecimal digits, as in `ollama list`
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,79}\Z")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]+)?\Z")
 _LONGEST = 240  # maximum length, because a name becomes a directory name
+_COMMIT_DIGITS = 40
 _DIGEST = re.compile(rf"sha256:[0-9a-f]{{{MIN_DIGEST},64}}\Z")
 
 
@@ -105,6 +106,13 @@ def parse_model_name(text: str) -> ModelName:
         insecure=scheme == "http",
         digest=digest.lower().removeprefix("sha256:"),
     )
+
+
+def shown_digest(digest: str) -> str:
+    """Return a model's digest with its kind: SHA-256, or a commit of Hugging Face."""
+    if ":" in digest:
+        return digest
+    return f"commit {digest}" if len(digest) == _COMMIT_DIGITS else f"sha256:{digest}"
 
 
 def same_digest(one: ModelName, other: ModelName) -> bool:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from aiflux.core.batch.request import WITHOUT_TEXT
+from aiflux.models.name import shown_digest
 from aiflux.report.data import Report
 from aiflux.util.text import counted, joined
 
@@ -56,8 +57,7 @@ def _verb(report: Report) -> str:
 def _model(name: str, digests: Sequence[str]) -> str:
     if not digests:
         return name
-    shown = joined([f"sha256:{digest}" if ":" not in digest else digest for digest in digests])
-    return f"{name} ({'digest' if len(digests) == 1 else 'digests'} {shown})"
+    return f"{name} ({joined([shown_digest(digest) for digest in digests])})"
 
 
 def _served(engines: Mapping[str, int]) -> str:

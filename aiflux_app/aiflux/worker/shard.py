@@ -395,6 +395,7 @@ class _ModelWork:
         elif not isinstance(lane.limit, AdaptiveLimit):  # keep the limit it found
             lane.limit = self._limit_of(engine)
         digest = engine.model_digest()
+        self.plan.refuse_changed_model(self.model, digest)
         facts = self.shard.status.details
         facts.engines = tuple(each.engine.facts for each in self.supervisors)
         if digest is not None:

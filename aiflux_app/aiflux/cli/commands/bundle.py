@@ -45,7 +45,6 @@ from aiflux.cli.parser import (
     option,
     settings_options,
 )
-from aiflux.cli.render.models import shown_digest
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.engines.base import PackedModel
@@ -53,6 +52,7 @@ from aiflux.engines.kinds import kind_named, storing_kind
 from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
 from aiflux.image.container import find_image
 from aiflux.image.sif import how_to_build, machine_arch, read_image
+from aiflux.models.name import shown_digest
 from aiflux.util.extras import EXTRAS
 from aiflux.util.text import size_text
 

@@ -26,7 +26,6 @@ from aiflux.cli.render.models import (
     model_lines,
     models_table,
     parse_size,
-    shown_digest,
     stored_elsewhere,
     stored_json,
     stored_lines,
@@ -53,7 +52,7 @@ from aiflux.engines.ollama.store import (
 )
 from aiflux.errors import EngineError, ImageError, ModelError, UsageError
 from aiflux.image.container import find_image, find_runtime
-from aiflux.models.name import ModelName, parse_model_name
+from aiflux.models.name import ModelName, parse_model_name, shown_digest
 from aiflux.util.text import error_text, size_text
 
 

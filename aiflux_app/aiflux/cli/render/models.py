@@ -157,11 +157,6 @@ def find_model(config: Config, text: str) -> Known:
     return model
 
 
-def shown_digest(digest: str) -> str:
-    """Return a digest as shown: with its algorithm, or as a commit of Hugging Face."""
-    return digest if ":" in digest else f"commit {digest}"
-
-
 def model_lines(model: Known, folder: Path) -> Iterator[str]:
     """Yield what is known about one model."""
     yield model.name.served

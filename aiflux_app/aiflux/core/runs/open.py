@@ -27,7 +27,7 @@ from aiflux.core.runs.status_file import (
     read_status,
     run_status,
 )
-from aiflux.errors import ConfigError, RunConflictError
+from aiflux.errors import ConfigError, ModelError, RunConflictError
 from aiflux.util.files import (
     expanded,
     fsync_directory,
@@ -135,7 +135,8 @@ def draft_run(
         InputError: the input is wrong; lists its lines.
         ConfigError: the output's path or the model's name is wrong.
         OutputExistsError: the output exists and this run did not write it; ``force`` is not given.
-        RunConflictError: the run directory belongs to another input, model or parameters.
+        RunConflictError: the run directory belongs to another input, model or parameters, or the
+            model's files changed.
     """
     output = checked_output(output)
     input_path = expanded(input_path).absolute()
@@ -157,6 +158,8 @@ def draft_run(
     if not replace:
         refuse_existing(*output_paths(output))
     restart = counts is not None and not options.retry_failed
+    if earlier is not None and not (restart or force_resume):
+        _refuse_changed_models(earlier, plan)
     return RunDraft(plan, run, earlier, counts, replace, restart, seen)
 
 
@@ -259,6 +262,17 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
             "choose another output, or mix with the results so far: --force-resume",
         )
     return earlier
+
+
+def _refuse_changed_models(earlier: Plan, plan: Plan) -> None:
+    """Refuse to mix the results of two versions of a model."""
+    for name, served in zip(plan.models, plan.served_names, strict=True):
+        if served in earlier.served_names:
+            before = earlier.models[earlier.served_names.index(served)]
+            try:
+                earlier.refuse_changed_model(before, plan.digest(name))
+            except ModelError as error:
+                raise RunConflictError(error.message, error.remedy) from error
 
 
 def _show(plan: Plan) -> str:

@@ -15,8 +15,8 @@ from aiflux.core.batch.input_file import InputFacts, InputRules, InputSummary
 from aiflux.core.config.engine_kinds import EXTERNAL
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
-from aiflux.errors import ConfigError, InputError, RunConflictError, StoppedError
-from aiflux.models.name import parse_model_name
+from aiflux.errors import ConfigError, InputError, ModelError, RunConflictError, StoppedError
+from aiflux.models.name import parse_model_name, shown_digest
 from aiflux.util.files import read_file, write_json
 from aiflux.util.records import KEY, from_json, to_json
 from aiflux.util.times import utc_now
@@ -89,6 +89,7 @@ class Plan:
         models: names as they were given, in the order in which they are processed.
         models_dir: directory of the models; None with a server that is already running.
         served_names: names under which the engine serves the models.
+        digests: of the models when the run was planned; "" for one that was not stored.
     """
 
     input: InputFacts
@@ -99,6 +100,7 @@ class Plan:
     models_dir: Path | None
     created: str
     served_names: tuple[str, ...] = field(default=(), metadata={KEY: "served"})
+    digests: tuple[str, ...] = ()
     aiflux: str = __version__
     version: int = PLAN_VERSION
 
@@ -115,6 +117,25 @@ class Plan:
     def served(self, model: str) -> str:
         """Return the name under which the engine serves one of the plan's models."""
         return self.served_names[self.models.index(model)]
+
+    def digest(self, model: str) -> str:
+        """Return the digest of one of the plan's models; "" if it is unknown."""
+        return self.digests[self.models.index(model)] if self.digests else ""
+
+    def refuse_changed_model(self, model: str, digest: str | None) -> None:
+        """Refuse a model that is not the one that the run was planned with.
+
+        Raises:
+            ModelError: the digests differ; names both.
+        """
+        planned = self.digest(model)
+        if planned and digest and planned != digest:
+            raise ModelError(
+                f"the model {model} changed since the run was planned: it was "
+                f"{shown_digest(planned)}, and is now {shown_digest(digest)}",
+                "restore the earlier model, start a run with another output, or mix with the "
+                "results so far: the same command with --force-resume",
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -178,6 +199,13 @@ class PlanningKind(Protocol):
             InputError: the names of one model contradict each other.
         """
 
+    def model_digest(self, models_dir: Path, model: str) -> str | None:
+        """Return what identifies the files of a stored model; None if unknown.
+
+        Raises:
+            ModelError: its files cannot be read.
+        """
+
 
 def make_plan(
     summary: InputSummary,
@@ -202,6 +230,8 @@ def make_plan(
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
     names = kind.distinct_models(names)
     served = tuple(kind.served_name(name) for name in names)
+    folder = models_dir if kind.managed else None
+    digests = [kind.model_digest(folder, name) if folder else None for name in names]
     return Plan(
         input=summary.facts,
         output=output,
@@ -209,7 +239,8 @@ def make_plan(
         served_names=served,
         options=_with_defaults_of(served if kind.managed else (), options),
         shards=cut(summary, shards),
-        models_dir=models_dir if kind.managed else None,
+        digests=tuple(digest or "" for digest in digests),
+        models_dir=folder,
         created=utc_now(),
     )
 
@@ -297,6 +328,8 @@ def _from_json(content: dict[str, Any]) -> Plan:
         plan = replace(plan, served_names=served)
     if len(plan.served_names) != len(plan.models):
         raise ValueError("models and served differ in length")
+    if plan.digests and len(plan.digests) != len(plan.models):
+        raise ValueError("models and digests differ in length")
     return plan
 
 

@@ -78,6 +78,10 @@ class ExternalKind:
     def refuse_model(self, models_dir: Path, model: str) -> None:
         """Refuse nothing: the server's models are unknown."""
 
+    def model_digest(self, models_dir: Path, model: str) -> str | None:
+        """Return None: the model is not stored here."""
+        return None
+
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
         """Return None: no model has to be stored."""
         return None

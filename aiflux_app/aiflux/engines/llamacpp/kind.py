@@ -20,6 +20,7 @@ from aiflux.engines.base import (
 )
 from aiflux.engines.llamacpp import model_file
 from aiflux.engines.ollama.memory import estimate
+from aiflux.engines.ollama.store import model_digest
 from aiflux.errors import ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
@@ -95,6 +96,12 @@ class LlamaCppKind:
             ModelError: the model is one of these.
         """
         model_file.refuse_model(models_dir, model)
+
+    def model_digest(self, models_dir: Path, model: str) -> str | None:
+        """Return the digest of a model that Ollama pulled; a GGUF file has none."""
+        if model_file.is_path(model):
+            return None
+        return model_digest(models_dir, parse_model_name(model))
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError:
         """Return the error for a model that is not stored."""

@@ -128,6 +128,10 @@ class OllamaKind:
         if found is not None:
             refuse_other_digest(name, found, str(models_dir))
 
+    def model_digest(self, models_dir: Path, model: str) -> str | None:
+        """Return the digest of a stored model."""
+        return model_digest(models_dir, parse_model_name(model))
+
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
         """Return None: the job pulls it."""
         return None

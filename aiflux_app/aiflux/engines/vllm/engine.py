@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from aiflux.core.batch.request import EMBEDDINGS, WITHOUT_TEXT
@@ -11,7 +12,12 @@ from aiflux.engines import server_load
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment, free_port
-from aiflux.engines.vllm.hub import parse_hub_model, snapshot_digest, stored_snapshot
+from aiflux.engines.vllm.hub import (
+    find_snapshot,
+    parse_hub_model,
+    snapshot_digest,
+    stored_snapshot,
+)
 from aiflux.engines.vllm.memory import divides
 from aiflux.errors import ConfigError
 
@@ -27,7 +33,11 @@ class VllmEngine(ManagedEngine):
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
         super().__init__(kind, spec, make_client)
-        self._snapshot = stored_snapshot(self._models_dir, parse_hub_model(spec.model))
+        model = parse_hub_model(spec.model)
+        # A branch may have moved since, and the snapshot is still stored.
+        planned = replace(model, revision=spec.plan.digest(spec.model) or None)
+        known = model.folder is None and find_snapshot(self._models_dir, planned) is not None
+        self._snapshot = stored_snapshot(self._models_dir, planned if known else model)
         self._refuse_division()
 
     def start(self) -> None:

@@ -246,16 +246,25 @@ def snapshot_digest(snapshot: Path) -> str:
 
     That digest covers the names and sizes of all files and the content of those up to 16 MiB, such
     as the configuration and the tokenizer: to read all weights would take minutes at each start.
+    Hidden files do not count: a download leaves some.
+
+    Raises:
+        ModelError: a file cannot be read.
     """
     if _COMMIT.fullmatch(snapshot.name):
         return snapshot.name
     digest = sha256()
     for path in sorted(snapshot.rglob("*")):
-        if path.is_file():
+        name = path.relative_to(snapshot)
+        if any(part.startswith(".") for part in name.parts) or not path.is_file():
+            continue
+        try:
             size = path.stat().st_size
-            digest.update(
-                f"{path.relative_to(snapshot)}\0{size}\0".encode(errors="surrogateescape")
-            )
+            digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
             if size <= _SMALL:
                 digest.update(path.read_bytes())
+        except OSError as error:
+            raise ModelError(
+                f"{path} cannot be read: {error.strerror}", "ask its owner for access"
+            ) from error
     return digest.hexdigest()

@@ -27,6 +27,7 @@ from aiflux.engines.vllm.hub import (
     parse_hub_model,
     problems,
     same_revision,
+    snapshot_digest,
     stored_snapshot,
     weight_files,
 )
@@ -215,6 +216,15 @@ class VllmKind:
         named = parse_hub_model(model)
         if named.folder is not None and find_snapshot(models_dir, named) is not None:
             stored_snapshot(models_dir, named)
+
+    def model_digest(self, models_dir: Path, model: str) -> str | None:
+        """Return the commit of a stored snapshot, or a digest of a directory.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        snapshot = find_snapshot(models_dir, parse_hub_model(model))
+        return snapshot_digest(snapshot) if snapshot else None
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
         """Return the error of a model that is not stored: jobs have no huggingface_hub."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 
 import click
 
 from aiflux.cli.parser import LazyGroup, Option, example_of, see_help
 from aiflux.errors import UsageError
-from aiflux.util.text import joined
+from aiflux.util.text import joined, nearest
 
 _SHOWN_COMMANDS = 3
 
@@ -49,7 +48,7 @@ def _no_option(name: str, ctx: click.Context, root: LazyGroup, words: Sequence[s
         return UsageError(f"{name} belongs after the command", f"such as: {late} {name}")
     known = [each for param in ctx.command.get_params(ctx) for each in _names(param)]
     near = [each for each in known if name.startswith("--") and each.startswith(name)]
-    near = near or difflib.get_close_matches(name, known, n=1)
+    near = near or [each for each in [nearest(name, known)] if each is not None]
     remedy = see_help(ctx)
     elsewhere = [other for other, names in options_of_all(root) if name in names]
     if near:

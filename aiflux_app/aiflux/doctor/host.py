@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import getpass
 import os
 import platform
@@ -20,7 +19,7 @@ from aiflux.engines.ollama.store import listed_models, missing_parts
 from aiflux.errors import ConfigError
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
 from aiflux.util.files import may_write, nearest_there
-from aiflux.util.text import hidden_url, size_text
+from aiflux.util.text import hidden_url, nearest, size_text
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _ROOM = 20e9  # bytes: a few medium-sized models
@@ -54,8 +53,8 @@ def unknown_settings(environ: Mapping[str, str], where: str, undo: str) -> Itera
     known = VARIABLES | {item.env for item in SETTINGS if item.env}
     for name in sorted(set(environ) - known):
         if name.startswith("AIFLUX_"):
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {near[0]}? " if near else ""
+            near = nearest(name, known)
+            meant = "" if near is None else f"did you mean {near}? "
             yield warn("settings", f"{name} {where} unknown", f"{meant}{undo} {name}")
 
 

@@ -7,7 +7,6 @@ Each adds models, and overrides single keys of known models.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from aiflux.models.endpoints import ENDPOINTS
 from aiflux.models.figures import Architecture, Figures, Vision
 from aiflux.models.name import parse_model_name
 from aiflux.util import value_parsers
-from aiflux.util.text import suggestion
+from aiflux.util.text import nearest, suggestion
 from aiflux.util.value_parsers import Parser
 from aiflux.util.yaml_file import read_yaml
 
@@ -124,11 +123,11 @@ class Catalog:
         families = {known.partition(":")[0] for known in self.models}
         if "/" in family or family in families:
             return None
-        near = difflib.get_close_matches(family, families, n=1, cutoff=_MISSPELT)
-        if not near:
+        near = nearest(family, families, _MISSPELT)
+        if near is None:
             return None
-        known = [each for each in self.models if each.partition(":")[0] == near[0]]
-        same_tag = f"{near[0]}:{tag}"
+        known = [each for each in self.models if each.partition(":")[0] == near]
+        same_tag = f"{near}:{tag}"
         return same_tag if same_tag in known else known[0]
 
     @property

@@ -32,6 +32,7 @@ _STYLE = re.compile("\x1b\\[[0-9;:]*m")
 _BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _CONTROL = re.compile(f"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_BIDI}]")
 _BREAK = re.compile("[\t\r\n\u2028\u2029]")
+_NEAR = 8  # similar names of which the one with the fewest typos is suggested
 _UNSAFE_IN_JSON = re.compile(f"[\x7f-\x9f{_BIDI}\ud800-\udfff]")
 
 
@@ -90,11 +91,35 @@ def error_text(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or "an unknown error"
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that an unknown one is probably a misspelling of, or None.
+
+    Args:
+        cutoff: least similarity of two names, from 0 to 1.
+    """
+    # By similarity alone, ``--modle`` would be ``--modules``.
+    near = difflib.get_close_matches(name, sorted({*known}), n=_NEAR, cutoff=cutoff)
+    return min(near, key=lambda each: _typos(name, each), default=None)
+
+
+def _typos(name: str, meant: str) -> int:
+    """Return how many letters were added, left out, replaced or swapped with their neighbour."""
+    rows: list[list[int]] = [[*range(len(meant) + 1)]]
+    for i, letter in enumerate(name, start=1):
+        row = [i]
+        for j, wanted in enumerate(meant, start=1):
+            row.append(min(row[-1] + 1, rows[-1][j] + 1, rows[-1][j - 1] + (letter != wanted)))
+            if i > 1 and j > 1 and letter == meant[j - 2] and name[i - 2] == wanted:
+                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
+        rows.append(row)
+    return rows[-1][-1]
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a "did you mean" hint for an unknown name."""
     names = sorted({*known})
-    near = difflib.get_close_matches(name, names, n=1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, names)
+    meant = "" if near is None else f"did you mean {near!r}? "
     return f"{meant}use one of: {', '.join(names)}"
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.cli.main import main
+from aiflux.cli.main import main, make_program
+from aiflux.cli.usage_errors import options_of_all
 from aiflux.engines.outcome import Kind, Outcome
+from aiflux.util.text import nearest
 from aiflux.worker.progress import TerminalReporter
 from aiflux.worker.stats import Stats
 from tests.unit.made_runs import MadeRun
@@ -68,6 +70,48 @@ def test_a_wrong_command_line_says_what_to_type(
     printed = wrong(capsys, *words.split())
     assert printed[0].endswith(seen) or seen in printed[0]
     assert printed[1].startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--modle", "--model"),
+        ("--moddel", "--model"),
+        ("--modell", "--model"),
+        ("--modl", "--model"),
+        ("--nodel", "--model"),
+        ("--imput", "--input"),
+        ("--ouput", "--output"),
+        ("--outptu", "--output"),
+        ("--tiem", "--time"),
+        ("--grse", "--gres"),
+        ("--acount", "--account"),
+        ("--patition", "--partition"),
+        ("--concurency", "--concurrency"),
+        ("--max-retrys", "--max-retries"),
+        ("--max_failures", "--max-failures"),
+        ("--engine-ulr", "--engine-url"),
+        ("--models-dri", "--models-dir"),
+        ("--context-lenght", "--context-length"),
+        ("--dryrun", "--dry-run"),
+        ("--drain-second", "--drain-seconds"),
+    ],
+)
+def test_a_typing_error_gets_the_option_that_was_meant(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, remedy = wrong(capsys, "run", "in.jsonl", typed, "x")
+    assert remedy.startswith(f"did you mean {meant}?")
+
+
+def test_two_letters_in_the_wrong_order_are_recognised_in_every_option() -> None:
+    program = make_program()
+    for _, names in options_of_all(program):
+        known = {name for name in names if name.startswith("--")}
+        for name in known:
+            for at in range(2, len(name) - 1):
+                typed = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
+                assert nearest(typed, known) == name
 
 
 def test_words_that_only_look_like_options_are_none(

@@ -5,7 +5,6 @@ Nothing is exported.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 import shlex
@@ -29,6 +28,7 @@ from aiflux.errors import ConfigError
 from aiflux.models.name import parse_model_name
 from aiflux.util import value_parsers
 from aiflux.util.files import others_may_write
+from aiflux.util.text import nearest
 from aiflux.util.value_parsers import written_path
 from aiflux.util.yaml_file import YamlFile, is_there, read_text, read_yaml
 
@@ -174,9 +174,9 @@ def _warn_of_misspelt(lines: Mapping[str, tuple[str, str]]) -> None:
     """Warn of names that are similar to settings; other names can belong to other programs."""
     known = {item.env for item in SETTINGS if item.env}
     for name, (_, place) in lines.items():
-        near = difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT)
-        if near and name not in known | VARIABLES and near[0] not in lines:
-            _log.warning("%s: %s is not a setting; did you mean %s?", place, name, near[0])
+        near = nearest(name, known, _MISSPELT)
+        if near is not None and name not in known | VARIABLES and near not in lines:
+            _log.warning("%s: %s is not a setting; did you mean %s?", place, name, near)
 
 
 def read_dotenv(path: Path) -> dict[str, str]:

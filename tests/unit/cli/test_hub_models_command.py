@@ -250,7 +250,7 @@ def damaged_weights(parts: list[tuple[str, bytes]]) -> None:
         (forged(lambda manifest: manifest.update(repo=None)), "is not a model"),
         (forged(lambda _: None, "hf:org/other"), "its manifest is that of org/name"),
         (forged(lambda _: None, "hf:../evil"), "is not a model of Hugging Face"),
-        (forged(lambda manifest: manifest.pop("layers")), "it lacks 'layers'"),
+        (forged(lambda manifest: manifest.pop("layers")), "'layers' is missing"),
     ],
 )
 def test_an_archive_of_a_snapshot_that_was_changed_is_refused(

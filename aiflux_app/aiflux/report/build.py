@@ -29,8 +29,7 @@ from aiflux.report.data import (
     Use,
     What,
 )
-from aiflux.report.journal_summary import EngineTally, Tally
-from aiflux.report.throughput import throughput
+from aiflux.report.journal_summary import EngineTally, Tally, throughput
 from aiflux.util.records import to_json
 from aiflux.util.text import public_url
 from aiflux.util.times import utc_text

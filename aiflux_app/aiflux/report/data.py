@@ -8,8 +8,7 @@ from typing import Any
 
 from aiflux.core.config.run_options import left_open
 from aiflux.estimates.estimate import ComparedFigure
-from aiflux.report.journal_summary import Example
-from aiflux.report.throughput import Throughput
+from aiflux.report.journal_summary import Example, Throughput
 
 FORM = 1
 

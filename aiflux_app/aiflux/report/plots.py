@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from aiflux.report.data import Latency
 from aiflux.report.format import rate, seconds_text
-from aiflux.report.throughput import Bar, Throughput
+from aiflux.report.journal_summary import Bar, Throughput
 from aiflux.util.extras import need
 from aiflux.util.times import utc_text
 

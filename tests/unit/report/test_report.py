@@ -25,8 +25,7 @@ from aiflux.core.runs.journal import JournalWriter, Result
 from aiflux.core.runs.plan import write_plan
 from aiflux.core.runs.status_file import GpuUse, read_status
 from aiflux.estimates.estimate import Estimate, Range
-from aiflux.report.journal_summary import Tally, tally
-from aiflux.report.throughput import Histogram, Timeline, throughput
+from aiflux.report.journal_summary import Histogram, Tally, Timeline, tally, throughput
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_text
 from aiflux.worker.node import GpuWatch, samples, with_sample

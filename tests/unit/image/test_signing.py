@@ -119,7 +119,9 @@ def test_output_and_errors_of_apptainer_are_captured(
 @pytest.mark.parametrize("script", ["printf '\\377'", "printf '\\377' >&2; exit 2"])
 def test_binary_output_of_apptainer_is_an_error(apptainer: FakeCommands, script: str) -> None:
     apptainer.add("apptainer", script + "\n")
-    with pytest.raises(ImageError, match="apptainer key failed: 'utf-8' codec"):
+    with pytest.raises(
+        ImageError, match="apptainer key failed: byte 0xff at offset 0 is not valid UTF-8"
+    ):
         find_signer()
 
 

@@ -9,10 +9,15 @@ answered with that body (``body400:BODY`` with status 400), ``fail:TEXT`` with a
 message.
 
 ``/v1/models`` lists ``models``. ``instead`` can answer any call first.
+
+As a program it takes the command line of `llama-server`, after a fault, a number and a file: its
+first start answers that number of requests and then has the fault, ``500`` or ``hang``, in every
+request. The process stays alive. Each start adds a line to the file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import socket
 import ssl
@@ -22,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Reply = tuple[int, bytes, dict[str, str]]
@@ -323,3 +329,39 @@ def _answer(path: str, body: dict[str, Any], text: str) -> bytes:
         choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
         answer |= {"object": "chat.completion", "choices": [choice]}
     return json.dumps(answer).encode()
+
+
+def main() -> None:
+    """Run in the place of `llama-server`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("fault", choices=["500", "hang"])
+    parser.add_argument("answers", type=int)
+    parser.add_argument("starts", type=Path)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("-np", type=int, required=True)
+    options, _ = parser.parse_known_args()
+    first = not options.starts.exists()
+    with open(options.starts, "a", encoding="utf-8") as file:
+        file.write("started\n")
+    engine = FaultyEngine()
+    engine.port = options.port
+    left = options.answers
+
+    def instead(method: str, path: str, _: Mapping[str, str]) -> Reply | None:
+        nonlocal left
+        left -= method == "POST"
+        if first and left < 0 and options.fault == "hang":
+            engine.released.wait()
+        if first and left < 0 and method == "POST":
+            return 500, b'{"error": {"message": "CUDA error"}}', {}
+        if path == "/props":
+            return 200, json.dumps({"total_slots": options.np}).encode(), {}
+        return None
+
+    engine.instead = instead
+    with engine:
+        engine.died.wait()
+
+
+if __name__ == "__main__":
+    main()

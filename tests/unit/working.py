@@ -46,12 +46,14 @@ class Working:
     def __init__(
         self,
         directory: Path,
-        url: str,
+        url: str | None,
         output: str = "out.json",
         api_key: str | None = None,
+        models_dir: Path | None = None,
         **options: Any,
     ) -> None:
         self.api_key = api_key
+        self.models_dir = models_dir
         self.input = directory / "in.jsonl"
         self.output = directory / output
         self.reporter = Quiet()
@@ -73,7 +75,7 @@ class Working:
     def open(self, **more: Any) -> OpenedRun:
         options = RunOptions(**self.options)
         return draft_run(
-            self.input, self.output, options, None, engine_kind(options), **more
+            self.input, self.output, options, self.models_dir, engine_kind(options), **more
         ).open()
 
     def run(self, **more: Any) -> ExitCode:

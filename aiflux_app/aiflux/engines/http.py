@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from socket import SHUT_RDWR
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -26,12 +27,54 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
 from aiflux.engines.secrets import Secrets
+from aiflux.errors import ConfigError
 from aiflux.util.process_limits import exhausted, start_thread
 from aiflux.util.text import public_url
 
 CONNECT_TIMEOUT = 10.0
+_CERT_FILE = "SSL_CERT_FILE"
+_CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", _CERT_FILE)
 _WATCH_INTERVAL = 0.25
 _MARGIN = 5.0
+
+
+def ca_bundle(engine_ca: str | None, environ: Mapping[str, str]) -> str | None:
+    """Return the file or directory of certificates to trust; None for those of certifi.
+
+    Raises:
+        ConfigError: it cannot be read, or contains no certificate.
+    """
+    given = {"--engine-ca": engine_ca, **{name: environ.get(name) for name in _CA_VARIABLES}}
+    for name, value in given.items():
+        if value:
+            _check_certificates(name, Path(value))
+            return str(value)
+    return None
+
+
+def check_cert_file(environ: Mapping[str, str]) -> None:
+    """Check SSL_CERT_FILE for a program or library that reads it itself.
+
+    If the file is missing, OpenSSL and Go trust no certificate, without naming the variable.
+
+    Raises:
+        ConfigError: it cannot be read, or contains no certificate.
+    """
+    value = environ.get(_CERT_FILE)
+    if value:
+        _check_certificates(_CERT_FILE, Path(value))
+
+
+def _check_certificates(name: str, path: Path) -> None:
+    """Read certificates as a test; in a directory, OpenSSL reads them on demand."""
+    try:
+        if not path.is_dir():
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError as error:  # includes ssl.SSLError
+        raise ConfigError(
+            f"{name}: no certificates can be read from {path}: {error.strerror or error}",
+            "use a PEM file with certificates, such as /etc/ssl/certs/ca-certificates.crt",
+        ) from error
 
 
 class ExchangeError(Exception):
@@ -269,12 +312,8 @@ def _known_cause(error: BaseException) -> tuple[str, str, str] | None:
     """Return code, message and remedy of a failure that waiting cannot fix."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return (
-                "connection",
-                f"its certificate is not trusted: {cause.verify_message}",
-                "pass the certificate of the authority that signed it: --engine-ca FILE "
-                "(or REQUESTS_CA_BUNDLE); check that the address has the name in the certificate",
-            )
+            seen, remedy = _VERIFICATION.get(cause.verify_code, _UNTRUSTED)
+            return "connection", f"{seen}: {cause.verify_message}", remedy
         if isinstance(cause, ssl.SSLError) and cause.reason in _NOT_TLS:
             return "connection", "the server speaks plain HTTP", "use http:// in --engine-url"
         if isinstance(cause, ssl.SSLError) and not isinstance(
@@ -285,6 +324,22 @@ def _known_cause(error: BaseException) -> tuple[str, str, str] | None:
             return "refused", f"unknown host ({cause.strerror})", "check --engine-url"
     return None
 
+
+_UNTRUSTED = (
+    "its certificate is not trusted",
+    "pass the certificate of the authority that signed it: --engine-ca FILE (or "
+    "REQUESTS_CA_BUNDLE)",
+)
+_OTHER_NAME = (
+    "its certificate is for another address",
+    "use a name or address in --engine-url that the certificate contains",
+)
+_WRONG_TIME = (
+    "its certificate, or that of its authority, is not valid now",
+    "ask the server's operators to renew it; also check this machine's date (date)",
+)
+# By X509_V_ERR_*: not yet valid, expired, and the mismatch of a host name or an IP address.
+_VERIFICATION = {9: _WRONG_TIME, 10: _WRONG_TIME, 62: _OTHER_NAME, 64: _OTHER_NAME}
 
 # OpenSSL's errors for an answer that is not a TLS record; they differ by version.
 _NOT_TLS = (

@@ -74,7 +74,7 @@ class EngineSupervisor:
         except AifluxError as error:
             if not self._closing:
                 self.failure = error
-                self._say(f"engine {self.engine.index} is gone: {error.message}")
+                self._say(self._about(error.message))
             self._scheduler.close_lane(self.lane, gone=True)
         except BaseException as error:  # noqa: BLE001 - the pool would otherwise wait forever
             self.failure = error
@@ -102,12 +102,30 @@ class EngineSupervisor:
             fruitless = 1 if self.lane.completed > completed >= 0 else fruitless + 1
             completed = self.lane.completed
             if fruitless > RESTARTS_WITHOUT_PROGRESS:
-                raise EngineError(
-                    f"engine {self.engine.index} crashed {fruitless} times without a new result",
-                    f"see its log: {self.engine.facts.log or self.engine.facts.url}",
-                )
+                raise self._no_progress(fruitless)
             self.restarts += 1
-            self._say(f"engine {self.engine.index} is down; restarting it ({fruitless})")
+            if self.engine.kind.managed:
+                self._say(f"engine {self.engine.index} is down; restarting it ({fruitless})")
+            else:
+                self._say(f"the engine at {self.engine.facts.url} is down; waiting for it")
+
+    def _about(self, message: str) -> str:
+        """Return why the engine is used no more; an external one is the only one."""
+        name = f"engine {self.engine.index}"
+        named = message.startswith(name) or not self.engine.kind.managed
+        return message if named else f"{name} failed: {message}"
+
+    def _no_progress(self, times: int) -> EngineError:
+        facts = self.engine.facts
+        if self.engine.kind.managed:
+            return EngineError(
+                f"engine {self.engine.index} crashed {times} times without a new result",
+                f"see its log: {facts.log}",
+            )
+        return EngineError(
+            f"the engine at {facts.url} was down {times} times without a new result",
+            "check the server, then run the same command again",
+        )
 
     def _open(self) -> None:
         self._on_ready(self.engine, self.lane)

@@ -21,11 +21,12 @@ VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 @dataclass(frozen=True)
 class Certificates:
-    """A site's own CA and its certificates for 127.0.0.1 and for another host."""
+    """A site's own CA and its certificates: for 127.0.0.1, for another host, and expired."""
 
     authority: Path
     server: tuple[str, str]
     other: tuple[str, str]
+    expired: tuple[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     def openssl(*words: str) -> None:
         subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
 
-    def sign(name: str, alternative: str) -> tuple[str, str]:
+    def sign(name: str, alternative: str, days: int = 2) -> tuple[str, str]:
         openssl(
             "req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}"
         )
@@ -47,14 +48,15 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
             encoding="utf-8",
         )
         openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-                "-CAcreateserial", "-out", f"{name}.pem", "-days", "2", "-extfile",
+                "-CAcreateserial", "-out", f"{name}.pem", "-days", str(days), "-extfile",
                 extensions.name)  # fmt: skip
         return str(folder / f"{name}.pem"), str(folder / f"{name}.key")
 
     openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=site",
             "-days", "2", "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
     here = sign("server", "IP:127.0.0.1")
-    return Certificates(folder / "ca.pem", here, sign("elsewhere", "DNS:elsewhere.example"))
+    elsewhere = sign("elsewhere", "DNS:elsewhere.example")
+    return Certificates(folder / "ca.pem", here, elsewhere, sign("old", "IP:127.0.0.1", days=-1))
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +113,18 @@ def test_a_certificate_for_another_host_is_refused(
         text = refused_at_once(tmp_path, engine.url, engine_ca=certificates.authority)
     assert "127.0.0.1" in text
     assert "IP address mismatch" in text
+    assert "use a name or address in --engine-url that the certificate contains" in text
+    assert "--engine-ca" not in text
+
+
+def test_an_expired_certificate_is_refused_with_advice(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    with FaultyEngine(tls=certificates.expired) as engine:
+        text = refused_at_once(tmp_path, engine.url, engine_ca=certificates.authority)
+    assert "certificate has expired" in text
+    assert "ask the server's operators to renew it; also check this machine's date" in text
+    assert "--engine-ca" not in text
 
 
 def test_missing_certificates_are_exit_2(
@@ -121,6 +135,10 @@ def test_missing_certificates_are_exit_2(
         assert working.run() is ExitCode.USAGE
         assert "from /nowhere/ca.pem: No such file or directory" in str(working.error)
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with FaultyEngine(tls=certificates.server) as engine:
+        working = Working(tmp_path, engine.url).prompts("a")
+        assert working.run() is ExitCode.USAGE
+        assert "SSL_CERT_FILE: no certificates can be read from /now" in str(working.error)
     with FaultyEngine() as engine:
         assert Working(tmp_path, engine.url).prompts("a").run() is ExitCode.OK, "no HTTPS"
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from aiflux.engines.ollama.api import Ollama
-from aiflux.engines.ollama.pull import pull_with, with_reason
-from aiflux.errors import ModelError
+from aiflux.engines.ollama.pull import ensure_model, pull_with, with_reason
+from aiflux.errors import ConfigError, ModelError
 from aiflux.models.name import parse_model_name
 
 LOG = r"""time=2026-11-25T20:48:52.5Z level=INFO source=download.go:177 msg="downloading ef96"
@@ -83,3 +83,15 @@ def test_a_pull_is_retried_only_if_that_can_help(words: str, attempts: int, tmp_
         pull_with(ollama, NAME, tmp_path, lambda _: None, tmp_path / "pull.log")
     assert len(asked) == attempts
     assert raised.value.remedy
+
+
+def test_missing_certificates_are_reported_before_a_pull(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with pytest.raises(ConfigError, match="SSL_CERT_FILE: no certificates can be read from"):
+        ensure_model(
+            tmp_path / "models", "m:1", "ollama", tmp_path / "pull.log",
+            say=lambda _: None, progress=lambda _: None,
+        )  # fmt: skip
+    assert not (tmp_path / "models").exists()

@@ -16,7 +16,7 @@ import pytest
 from aiflux.engines.base import FetchContext
 from aiflux.engines.vllm.hub import find_snapshot, parse_hub_model
 from aiflux.engines.vllm.kind import KIND
-from aiflux.errors import AifluxError, ModelError, StorageError, UsageError
+from aiflux.errors import AifluxError, ConfigError, ModelError, StorageError, UsageError
 from tests.tools.fake_hub import FakeHub, Repo, git_hash
 from tests.unit.made_snapshots import COMMIT, LLAMA, OTHER_COMMIT, WEIGHTS, safetensors
 
@@ -279,3 +279,14 @@ def test_a_full_disk_stops_the_pull_and_it_resumes(puller: Puller, hub: FakeHub)
     assert "File too large" in error.message
     assert puller.pull()
     assert puller.files() == WANTED
+
+
+def test_missing_certificates_are_reported_before_a_pull(
+    puller: Puller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would raise an error that looks like one of the models directory."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    puller.environ["SSL_CERT_FILE"] = "/nowhere/ca.pem"
+    error = puller.failure()
+    assert type(error) is ConfigError
+    assert "SSL_CERT_FILE: no certificates can be read from /nowhere/ca.pem" in str(error)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from aiflux.core.runs.status_file import EngineFacts
+from aiflux.engines.base import EngineKind
 from aiflux.engines.http import Client
+from aiflux.engines.kinds import kind_named
+from aiflux.errors import EngineError, ExitCode
 from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.scheduler import Lane, Scheduler
+from tests.tools import faulty_engine, make_tiny_gguf
 from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.made_models import put_model
+from tests.unit.working import Working
 
 
 class SlowEngine:
@@ -21,8 +31,9 @@ class SlowEngine:
 
     index = 0
 
-    def __init__(self, url: str) -> None:
-        self.facts = EngineFacts(log="engine.log")
+    def __init__(self, url: str, kind: EngineKind) -> None:
+        self.kind = kind
+        self.facts = EngineFacts(url=url, log="engine.log")
         self.client = Client(url, 5.0, connections=4)
         self.starts = 0
         self.starting = threading.Event()
@@ -39,22 +50,30 @@ class SlowEngine:
         self.client.close()
 
 
-@pytest.fixture
-def supervised() -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
+@contextmanager
+def supervising(
+    kind: str, say: Callable[[str], None]
+) -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
     with FaultyEngine() as server:
-        engine = SlowEngine(server.url)
+        engine = SlowEngine(server.url, kind_named(kind))
         lane = Lane(0, FixedLimit(1), open=False)
         scheduler = Scheduler(iter(()), [lane])
         supervisor = EngineSupervisor(
             engine,  # type: ignore[arg-type]
             lane,
             scheduler,
-            say=lambda _: None,
+            say=say,
             on_ready=lambda *_: None,
         )
         supervisor.start()
         yield supervisor, engine
         supervisor.close()
+
+
+@pytest.fixture
+def supervised() -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
+    with supervising("ollama", lambda _: None) as made:
+        yield made
 
 
 def wait_for_generation(supervisor: EngineSupervisor, generation: int) -> None:
@@ -89,6 +108,61 @@ def test_each_crash_causes_a_start(supervised: tuple[EngineSupervisor, SlowEngin
         supervisor.report_down(generation)
     wait_for_generation(supervisor, 4)
     assert engine.starts == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "again", "end"),
+    [
+        (
+            "llamacpp",
+            "engine 0 is down; restarting it (1)",
+            "engine 0 crashed 4 times without a new result",
+        ),
+        (
+            "external",
+            "the engine at URL is down; waiting for it",
+            "the engine at URL was down 4 times without a new result",
+        ),
+    ],
+)
+def test_only_an_engine_of_ours_is_said_to_be_restarted(kind: str, again: str, end: str) -> None:
+    said: list[str] = []
+    with supervising(kind, said.append) as (supervisor, engine):
+        for generation in range(1, 5):
+            wait_for_generation(supervisor, generation)
+            supervisor.report_down(generation)
+        deadline = time.monotonic() + 5
+        while supervisor.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert said[0] == again.replace("URL", engine.facts.url)
+        assert said[-1] == end.replace("URL", engine.facts.url)
+        assert isinstance(supervisor.failure, EngineError)
+        assert supervisor.failure.message == said[-1]
+
+
+@pytest.mark.parametrize("fault", ["500", "hang"])
+def test_a_server_that_runs_but_answers_nothing_is_restarted(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process lives, so only requests show that it does not work."""
+    program, starts = tmp_path / "llama-server", tmp_path / "starts"
+    tool = [sys.executable, faulty_engine.__file__, fault, "20", str(starts)]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(tool)} "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(program))
+    models = tmp_path / "models"
+    put_model(models, "tiny:latest", make_tiny_gguf.tiny())
+    working = Working(
+        tmp_path, None, models_dir=models, engine="llamacpp", model="tiny:latest", concurrency=4,
+        request_timeout=0.5, allow_cpu=True,
+    ).prompts(*(f"p{i}" for i in range(60)), model="tiny:latest")  # fmt: skip
+    assert working.run() is ExitCode.OK, working.error
+    assert starts.read_text().count("started") == 2
+    assert len(working.results) == 60
+    assert not any("error" in entry for entry in working.results)
+    assert "engine 0 is down; restarting it (1)" in working.reporter.messages
+    if fault == "500":  # an attempt in an outage does not count
+        assert {entry["metadata"]["attempts"] for entry in working.results} == {1}
 
 
 def test_a_report_of_an_earlier_start_does_not_close_the_lane() -> None:

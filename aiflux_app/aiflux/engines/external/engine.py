@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiflux.core.runs.status_file import EngineFacts
@@ -18,7 +16,7 @@ from aiflux.engines.http import Answer, Client, ExchangeError, speaks_tls
 from aiflux.engines.outcome import RETRIED_STATUSES, error_message
 from aiflux.engines.server_load import get, total_slots
 from aiflux.engines.sizing import in_flight
-from aiflux.errors import ConfigError, EngineError, RejectedError
+from aiflux.errors import EngineError, RejectedError
 from aiflux.util.text import joined, public_url, suggestion
 
 _MODELS = "/v1/models"
@@ -27,34 +25,6 @@ _LONGEST_DELAY = 5.0
 _NAMED = 5  # models in a message
 _PROBE_TIMEOUT = 5.0
 _DENIED = {401: "refuses the key", 403: "denies access"}
-_CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
-
-
-def ca_bundle(engine_ca: str | None, environ: Mapping[str, str]) -> str | None:
-    """Return the file or directory of certificates to trust; None for those of certifi.
-
-    Raises:
-        ConfigError: it cannot be read, or contains no certificate.
-    """
-    given = {"--engine-ca": engine_ca, **{name: environ.get(name) for name in _CA_VARIABLES}}
-    for name, value in given.items():
-        if not value:
-            continue
-        try:
-            _load(Path(value))
-        except OSError as error:  # includes ssl.SSLError
-            raise ConfigError(
-                f"{name}: no certificates can be read from {value}: {error.strerror or error}",
-                "use a PEM file with certificates, such as /etc/ssl/certs/ca-certificates.crt",
-            ) from error
-        return str(value)
-    return None
-
-
-def _load(path: Path) -> None:
-    """Read the certificates as a test; in a directory, OpenSSL reads them on demand."""
-    if not path.is_dir():
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
 
 
 class ExternalEngine:

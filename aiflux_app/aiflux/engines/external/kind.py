@@ -120,7 +120,8 @@ class ExternalKind:
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
         """Return the server at ``--engine-url``."""
-        from aiflux.engines.external.engine import ExternalEngine, ca_bundle
+        from aiflux.engines.external.engine import ExternalEngine
+        from aiflux.engines.http import ca_bundle
 
         options = spec.plan.options
         if options.engine_url is None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
+from aiflux.engines.http import check_cert_file
 from aiflux.engines.ollama.api import Ollama
 from aiflux.engines.ollama.environment import ollama_environment
 from aiflux.engines.ollama.staging import (
@@ -77,6 +78,7 @@ def ensure_model(
     name = parse_model_name(text)
     if not again and _is_there(models_dir, name):
         return False
+    check_cert_file(os.environ)
     _refuse_read_only(models_dir, name)
     with changing(models_dir, f"pulling {name.served}", say):
         if not again and _is_there(models_dir, name):

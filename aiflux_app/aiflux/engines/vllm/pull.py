@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.engines.base import FetchContext
+from aiflux.engines.http import check_cert_file
 from aiflux.engines.ollama.staging import changing, refuse_read_only
 from aiflux.engines.vllm.hub import (
     HUB,
@@ -60,6 +61,7 @@ def ensure_snapshot(models_dir: Path, model: HubModel, context: FetchContext) ->
     if not context.again and _is_stored(models_dir, model):
         return False
     hub = need("huggingface_hub", "hub", f"pulling {model.text}")
+    check_cert_file(context.environ)
     refuse_read_only(models_dir)
     with changing(models_dir, f"pulling {model.text}", context.say):
         if not context.again and _is_stored(models_dir, model):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aiflux.engines.kinds import kind_named
+from aiflux.engines.llamacpp.model_file import find_files
 from aiflux.engines.ollama.store import model_digest
 from aiflux.models.name import parse_model_name
 from tests.integration.conftest import MODEL
@@ -62,5 +64,33 @@ class TestLlamaServer(EngineContract):
     @pytest.fixture
     def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
         made = RealLlamaServer(tmp_path, models, llama_server)
+        yield made
+        made.close()
+
+
+class LlamaServerByCommand(ProgramSite):
+    """The same llama-server, started by ``--engine-command`` on a socket."""
+
+    kind = kind_named("command")
+    slots = 2
+
+    def __init__(self, folder: Path, models: Path, program: Path) -> None:
+        super().__init__(folder)
+        self._models = models
+        self.model = str(find_files(models, MODEL).model)
+        self.absent = str(folder / "absent.gguf")
+        self.wrap([str(program)])
+        options = "-m {model} --alias {model} --host {socket} -np {slots} --no-webui --offline"
+        self.options["engine_command"] = f"{shlex.quote(str(self.program))} {options}"
+
+    @property
+    def models_dir(self) -> Path:
+        return self._models
+
+
+class TestCommand(EngineContract):
+    @pytest.fixture
+    def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
+        made = LlamaServerByCommand(tmp_path, models, llama_server)
         yield made
         made.close()

@@ -46,6 +46,8 @@ class FaultyEngine:
         models: the models that ``/v1/models`` lists.
         answers_as: the model name in answers; None for the requested one.
         tls: certificate and key for HTTPS.
+        host: address to listen on.
+        path: Unix socket to listen on instead.
 
     Attributes:
         seen: number of requests per prompt.
@@ -62,7 +64,11 @@ class FaultyEngine:
         answers_as: str | None = None,
         instead: Instead | None = None,
         tls: tuple[str, str] | None = None,
+        host: str = "127.0.0.1",
+        path: str | None = None,
     ) -> None:
+        self.host = host
+        self.path = path
         self.delay = delay
         self.answer = answer
         self.models = models
@@ -78,6 +84,8 @@ class FaultyEngine:
         self.most = 0
         self.lock = threading.Lock()
         self.released = threading.Event()
+        self.deaf = False
+        self.once: Path | None = None
         self.died = threading.Event()
         self.port = 0
         self._sockets: set[socket.socket] = set()
@@ -98,7 +106,10 @@ class FaultyEngine:
     def start(self) -> None:
         """Listen, on the same port as before if there was one."""
         self.died.clear()
-        self._server = _Server(("127.0.0.1", self.port), _Handler)
+        if self.path is None:
+            self._server = _Server((self.host, self.port), _Handler)
+        else:
+            self._server = _SocketServer(self.path, _SocketHandler)  # type: ignore[arg-type]
         self._server.engine = self
         if self.tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -107,7 +118,8 @@ class FaultyEngine:
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
-        self.port = self._server.server_address[1]
+        if self.path is None:
+            self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -135,6 +147,14 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore broken connections, which are intended."""
+
+
+class _SocketServer(_Server):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = "localhost", 0
 
 
 def _reset(connection: socket.socket) -> None:
@@ -189,10 +209,21 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if engine.delay:
                 time.sleep(engine.delay)
-            self._act(_fault(text, count), body, text)
+            self._act(self._new(_fault(text, count)), body, text)
         finally:
             with engine.lock:
                 engine.active -= 1
+
+    def _new(self, fault: str) -> str:
+        """Return a fault, unless an earlier process of the same folder had it."""
+        once = self.server.engine.once
+        if once is None or fault not in ("die", "deaf"):
+            return fault
+        try:
+            (once / fault).touch(exist_ok=False)
+        except FileExistsError:
+            return ""
+        return fault
 
     def _instead(self, method: str) -> bool:
         """Answer with ``instead``, if it handles this call."""
@@ -275,6 +306,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"X-Slow: 1\r\n")
             self.wfile.flush()
 
+    def _deaf(self, body: dict[str, Any], text: str) -> None:
+        self.server.engine.deaf = True
+        self._die(body, text)
+
     def _die(self, body: dict[str, Any], text: str) -> None:
         threading.Thread(target=self.server.engine.stop, daemon=True).start()
         self.server.engine.died.wait()
@@ -291,6 +326,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, content: bytes, kind: str = "application/json") -> None:
         self._head(status, len(content), kind)
         self.wfile.write(content)
+
+
+class _SocketHandler(_Handler):
+    disable_nagle_algorithm = False
 
 
 def _text(body: dict[str, Any]) -> str:

@@ -87,13 +87,16 @@ def run_local(opened: OpenedRun, config: Config) -> int:
     AIFLUX_ENGINE_PROGRAM names an engine to use in either case (see ``find_program``).
     """
     from aiflux.engines.process import find_program, named_program
+    from aiflux.slurm.submit import refuse_container
 
     kind = engine_kind(opened.plan.options)
     if opened.counts is not None:
         return _print_finished(opened.plan, opened.counts)
     for finding in check_names(opened.plan, config.catalog()):
         raise ModelError(finding.what, finding.fix)
-    if named_program(kind, os.environ):
+    if not kind.worker_in_image:
+        refuse_container(config)
+    if not kind.worker_in_image or named_program(kind, os.environ):
         show_local_choices(config, None)
         return run_here(opened)
     try:

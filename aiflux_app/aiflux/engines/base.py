@@ -6,22 +6,32 @@ engine is one running server. CONTRIBUTING.md shows how to add a kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
-from aiflux.errors import InputError, ModelError, RejectedError
+from aiflux.errors import ConfigError, InputError, ModelError, RejectedError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
+from aiflux.models.name import accepts_model, same_model
 from aiflux.util.text import joined
 
 if TYPE_CHECKING:
     from aiflux.engines.http import Client  # imports requests
+
+
+LIBRARY_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LD_PRELOAD")
+"""Variables that decide which code a program loads.
+
+A job without a container gives the worker those of `aiflux run`, and its engines those of the job's
+modules, as ``AIFLUX_JOB_NAME``.
+"""
 
 
 class HttpFactory(Protocol):
@@ -201,6 +211,7 @@ class EngineKind(PlanningKind, Protocol):
         cached_program: path of the program below the cache folder after a demo; "" for none.
         slot_limits: suitable numbers of slots.
         store: its models; None if they are Ollama's, or not ours.
+        worker_in_image: a job runs its worker, and a managed kind's servers, in an image.
     """
 
     name: str
@@ -210,6 +221,7 @@ class EngineKind(PlanningKind, Protocol):
     cached_program: str
     slot_limits: SlotLimits
     store: ModelStore | None
+    worker_in_image: bool
 
     def same_model(self, one: str, other: str) -> bool:
         """Return whether two names mean the same model."""
@@ -282,6 +294,113 @@ class EngineKind(PlanningKind, Protocol):
             EngineError: its program is missing.
             ConfigError: an option is not supported.
         """
+
+
+class CommonKind:
+    """What most kinds have in common. A kind derives from it and replaces what differs."""
+
+    managed = True
+    stores_models = True
+    program_variables: tuple[str, ...] = ()
+    cached_program = ""
+    slot_limits = SlotLimits()
+    store: ModelStore | None = None
+    worker_in_image = True
+
+    def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
+        """Refuse nothing: the server gets every parameter and every request."""
+
+    def model_path(self, model: str) -> Path | None:
+        """Return None: its models are in the models directory, or with the server."""
+        return None
+
+    def catalog_name(self, model: str) -> str | None:
+        """Return None: the catalog has Ollama's names."""
+        return None
+
+    def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
+        """Return None: the job fetches it, or the server has it."""
+        return None
+
+    def one_slot(self, figures: Figures) -> bool:
+        """Return False: every model can use several slots."""
+        return False
+
+    def divides(self, figures: Figures, gpus: int) -> bool:
+        """Return True: it puts layers on each GPU, or decides itself."""
+        return True
+
+    def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
+        """Change nothing."""
+        return {}
+
+    def crash_code(self, status: int, message: str) -> str | None:
+        """Apply the generic rule: a crashed server does not answer."""
+        return None
+
+
+class ForeignModelsKind(CommonKind):
+    """A kind whose servers bring their models: AI-Flux neither stores nor knows them.
+
+    Attributes:
+        title: of one server, in messages.
+    """
+
+    title: str
+    stores_models = False
+    program = ""
+    # The server may be an Ollama, whose names have two forms; equal names always match.
+    input_rules = InputRules(accepts_model)
+
+    def served_name(self, model: str) -> str:
+        """Return the name unchanged."""
+        return model
+
+    def same_model(self, one: str, other: str) -> bool:
+        """Return whether two names mean the same model."""
+        return same_model(one, other)
+
+    def distinct_models(self, models: Sequence[str]) -> list[str]:
+        """Return the names, each once.
+
+        Raises:
+            ConfigError: a name contains a digest.
+        """
+        for name in models:
+            if "@sha256:" in name:
+                raise ConfigError(
+                    f"the model {name!r} contains a digest, but the {self.title} does not report "
+                    "the digests of its models",
+                    "omit @sha256:...",
+                )
+        return [*models]
+
+    def is_stored(self, models_dir: Path, model: str) -> bool:
+        """Return True: the server has its models."""
+        return True
+
+    def refuse_model(self, models_dir: Path, model: str) -> None:
+        """Refuse nothing: the server's models are unknown."""
+
+    def model_digest(self, models_dir: Path, model: str) -> str | None:
+        """Return None: the model is not stored here."""
+        return None
+
+    def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
+        """Fetch nothing."""
+        return False
+
+    def figures(
+        self, models_dir: Path | None, model: str, catalog: Catalog | None
+    ) -> Figures | None:
+        """Return None: the server may have the model in any format."""
+        return None
+
+    def memory_needed(
+        self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
+    ) -> int:
+        """Return 0: it is unknown."""
+        return 0
 
 
 class Engine(Protocol):

@@ -22,6 +22,19 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     return tuple(str(index) for index in range(len(nvidia_smi("-L"))))
 
 
+def own_devices(environ: Mapping[str, str], devices: tuple[str, ...]) -> dict[str, str]:
+    """Return an environment in which a program sees some of the job's GPUs.
+
+    The variable that names the job's GPUs is set, and the others are left out: they number the GPUs
+    that the first one leaves.
+    """
+    if not devices:
+        return dict(environ)
+    name = next((each for each in _VARIABLES if each in environ), _VARIABLES[0])
+    others = {key: value for key, value in environ.items() if key not in _VARIABLES}
+    return {**others, name: ",".join(devices)}
+
+
 def gpu_names() -> tuple[str, ...]:
     """Return the models of the visible GPUs; empty without NVIDIA driver."""
     return tuple(nvidia_smi("--query-gpu=name", "--format=csv,noheader"))

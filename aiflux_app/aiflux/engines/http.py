@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from socket import SHUT_RDWR
 from typing import Any
@@ -24,7 +26,7 @@ from requests.adapters import HTTPAdapter
 from requests.exceptions import ConnectionError as RequestsConnectionError
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, NewConnectionError
 
 from aiflux.engines.secrets import Secrets
 from aiflux.errors import ConfigError
@@ -152,11 +154,45 @@ class _TLSPool(HTTPSConnectionPool):
     ConnectionCls = _TrackedTLSConnection
 
 
+class _SocketConnection(_TrackedConnection):
+    """A connection to a Unix socket; host and port have no meaning."""
+
+    def __init__(self, path: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._path = path
+
+    def _new_conn(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        # Python's own timeout makes connect(2) fail at once when the server's queue is full.
+        patience = struct.pack("ll", int(CONNECT_TIMEOUT), 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        try:
+            connection.connect(self._path)
+        except OSError as error:
+            connection.close()
+            raise NewConnectionError(self, _reason(error)) from error
+        return connection
+
+
+class _SocketPool(_Pool):
+    def __init__(self, path: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ConnectionCls = partial(_SocketConnection, path)  # type: ignore[assignment]
+
+
+_SOCKET = "unix:"
+
+
+def socket_url(path: Path) -> str:
+    """Return the ``base_url`` of a server that listens on a Unix socket."""
+    return f"{_SOCKET}{path}"
+
+
 class Client:
     """Sends requests to one engine. Thread-safe; keeps connections alive.
 
     Args:
-        base_url: e.g. ``http://127.0.0.1:11434``, without ``/v1``.
+        base_url: e.g. ``http://127.0.0.1:11434``, without ``/v1``; or see ``socket_url``.
         timeout: time limit of an exchange in seconds, from connecting to the last byte.
         connections: number of connections to keep.
         api_key: sent as a bearer token, or unchanged if it starts with ``Basic `` or ``Bearer ``.
@@ -179,7 +215,12 @@ class Client:
         self._timeout = timeout
         self._verify: bool | str = ca or True
         self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections)
-        self._adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        self._address = base_url
+        pools: dict[str, Any] = {"http": _Pool, "https": _TLSPool}
+        if base_url.startswith(_SOCKET):
+            self._address = "http://localhost"
+            pools["http"] = partial(_SocketPool, base_url.removeprefix(_SOCKET))
+        self._adapter.poolmanager.pool_classes_by_scheme = pools
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key:
             whole = api_key.startswith(("Basic ", "Bearer "))
@@ -238,7 +279,7 @@ class Client:
     def _request(self, method: str, url: str, payload: bytes | None) -> requests.PreparedRequest:
         prepared = self._prepared.get((method, url))
         if prepared is None:
-            prepared = requests.Request(method, self.base_url + url, self._headers).prepare()
+            prepared = requests.Request(method, self._address + url, self._headers).prepare()
             self._prepared[method, url] = prepared
         copy = requests.PreparedRequest()
         copy.method, copy.url, copy.body = method, prepared.url, payload

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
@@ -24,33 +25,46 @@ class ManagedEngine:
 
     Attributes:
         slots: sequences that the server decodes in parallel.
+        _folder: where its program starts; None for the worker's current directory.
 
     Raises:
         EngineError: its program is missing.
-        ModelError: the plan names no models directory.
     """
+
+    _folder: str | None = None
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
         plan = spec.plan
-        if plan.models_dir is None:
-            raise ModelError("the plan names no models directory", "plan the run again")
         self.kind = kind
         self.spec = spec
         self.index = spec.index
         self._options = plan.options
-        self._models_dir = plan.models_dir
         self._served = plan.served(spec.model)
         # Once: they are read from the headers of the model's files.
         self._figures = figures = kind.figures(plan.models_dir, spec.model, None)
         self.slots = engine_slots(kind, spec, figures)
         self._context = context_length(plan, figures.architecture.context if figures else 0)
-        self._program = engine_program(kind, spec.environ)
+        self._program = self._find_program()
         self.facts = EngineFacts(spec.index, spec.devices)
         self.client = make_client("")
         self._make_client = make_client
         self._server: ServerProcess | None = None
         self._closing = threading.Event()
         self._digest: str | None = None
+
+    @property
+    def _models_dir(self) -> Path:
+        """The models directory of the plan.
+
+        Raises:
+            ModelError: the plan names none.
+        """
+        if self.spec.plan.models_dir is None:
+            raise ModelError("the plan names no models directory", "plan the run again")
+        return self.spec.plan.models_dir
+
+    def _find_program(self) -> str:
+        return engine_program(self.kind, self.spec.environ)
 
     def stop(self) -> None:
         """Stop the server and every process that it started."""
@@ -68,14 +82,18 @@ class ManagedEngine:
         """Return whether the server is running; wait a moment, as a crash may show late."""
         deadline = time.monotonic() + _DEATH_NOTICE
         while time.monotonic() < deadline:
-            if not self.is_ready():
+            if not self._running:
                 return False
             time.sleep(_POLL)
         return True
 
+    @property
+    def _running(self) -> bool:
+        return self._server is not None and self._server.running
+
     def is_ready(self) -> bool:
         """Return whether the server is running: its model was loaded before the first request."""
-        return self._server is not None and self._server.running
+        return self._running
 
     def max_in_flight(self) -> int | None:
         """Return the requests that keep all its slots busy."""
@@ -111,18 +129,18 @@ class ManagedEngine:
         )
 
     def _serve(
-        self, command: Sequence[str], environment: Mapping[str, str], port: int | None = None
+        self, command: Sequence[str], environment: Mapping[str, str], url: str | None = None
     ) -> ServerProcess:
         """Start the server, replacing an earlier one, and return it.
 
         Args:
-            port: the port in the command; None if the kernel chooses one.
+            url: address in the command; None if the kernel chooses the port.
 
         Raises:
             EngineError: the server did not start, or the engine was closed.
         """
         self.stop()
-        server = ServerProcess(command, environment, self.spec.log, port)
+        server = ServerProcess(command, environment, self.spec.log, url, self._folder)
         self._server = server
         # This order matters: either ``close`` finds the server and stops it, or this finds it
         # closed.
@@ -141,7 +159,7 @@ class ManagedEngine:
         client = self._make_client(server.url)
         deadline = time.monotonic() + timeout
         try:
-            while get(client, path) is None:
+            while not self._answers(client, path):
                 server.check()
                 if self._closing.wait(_READY_POLL):
                     raise EngineError("the engine was stopped during its start")
@@ -150,16 +168,23 @@ class ManagedEngine:
                         f"{self.kind.title} was not ready within {timeout:g} s",
                         f"see its log: {self.spec.log}; or allow more time: --load-timeout SECONDS",
                     )
-            if not server.owns_port():
-                raise EngineError(
-                    f"another program took the port of {self.kind.title}: {server.url}",
-                    "run the same command again",
-                )
+            self._refuse_other_server(server)
         except BaseException:
             client.close()
             self.stop()
             raise
         return client
+
+    def _answers(self, client: Client, path: str) -> bool:
+        return get(client, path) is not None
+
+    def _refuse_other_server(self, server: ServerProcess) -> None:
+        """Refuse a server at the address that is not the one that was started."""
+        if not server.owns_port():
+            raise EngineError(
+                f"another program took the port of {self.kind.title}: {server.url}",
+                "run the same command again",
+            )
 
     def _use(self, client: Client) -> None:
         """Use the client of a server that is ready."""

@@ -1,12 +1,13 @@
 """An inference server as a child process, on its own loopback port, verified to be ours.
 
-The server is started on port 0, so the kernel chooses the port. The port is then read from
-the sockets of the child's session (/proc/PID/fd and /proc/net/tcp). So no other process can take
-the port between choosing and binding it, and the server that answers on it is our child.
+If the server supports it, it is started on port 0, so the kernel chooses the port. The port is then
+read from the sockets of the child's session (/proc/PID/fd and /proc/net/tcp). So no other process
+can take the port between choosing and binding it, and the server that answers on it is our child.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -14,8 +15,10 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,7 +31,10 @@ START_TIMEOUT = 60.0
 STOP_TIMEOUT = 10.0
 _POLL = 0.02
 _LISTEN = "0A"
-_LOOPBACK = "0100007F"
+LOOPBACK = "0100007F"
+"""127.0.0.1, as the kernel writes it."""
+# A variable of each server's environment. Its value is unique, so its processes can be found.
+_MARK = "AIFLUX_SERVER"
 _KEPT = (
     "PATH",
     "LD_LIBRARY_PATH",
@@ -120,7 +126,8 @@ class ServerProcess:
         command: its command line.
         environment: its complete environment (see ``engine_environment``).
         log: file to which its output is appended.
-        port: the port in the command; None if the kernel chooses one.
+        url: address in the command; None if the kernel chooses the port.
+        folder: where it starts (default: the current directory).
     """
 
     def __init__(
@@ -128,18 +135,20 @@ class ServerProcess:
         command: Sequence[str],
         environment: Mapping[str, str],
         log: Path,
-        port: int | None = None,
+        url: str | None = None,
+        folder: str | None = None,
     ) -> None:
-        self._port = port
+        self._folder = folder
         self._command = [*_die_with_parent(), *command]
         self._name = " ".join([Path(command[0]).name, *command[1:2]])
         self._program = command[0]
-        self._environment = dict(environment)
+        self._mark = f"{_MARK}={uuid.uuid4().hex}"
+        self._environment = {**environment, **dict([self._mark.split("=")])}
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._lock = threading.Lock()
-        self.url = ""
+        self.url = url or ""
 
     @property
     def running(self) -> bool:
@@ -168,6 +177,7 @@ class ServerProcess:
                 self._process = process = subprocess.Popen(
                     self._command,
                     env=self._environment,
+                    cwd=self._folder,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -177,8 +187,8 @@ class ServerProcess:
                 raise EngineError(
                     f"cannot start {self._program}: {error.strerror}", "check the installation"
                 ) from error
-        port = self._await_port(process) if self._port is None else self._port
-        self.url = f"http://127.0.0.1:{port}"
+        if not self.url:
+            self.url = loopback_url(self._await_port(process))
 
     def check(self) -> None:
         """Check that a starting server is still running.
@@ -193,17 +203,18 @@ class ServerProcess:
         if status is not None:
             raise self._ended(status)
 
+    def listens_on(self, port: int) -> set[str]:
+        """Return the addresses, in the kernel's form, on which this server listens at a port."""
+        return {
+            at for each in self._members() for at, number in _sockets_of(each.pid) if number == port
+        }
+
     def owns_port(self) -> bool:
         """Return whether the server that listens at ``url`` is this one."""
-        process = self._process
-        return process is not None and any(
-            self.url == f"http://127.0.0.1:{port}"
-            for each in _family(process.pid)
-            for port in _ports_of(each)
-        )
+        return LOOPBACK in self.listens_on(int(self.url.rpartition(":")[2]))
 
     def stop(self) -> None:
-        """Stop the server and all processes of its session; does nothing if it has ended.
+        """Stop the server and all processes that it started; does nothing if it has ended.
 
         A server that was not started cannot be started afterwards.
         """
@@ -212,12 +223,40 @@ class ServerProcess:
             process = self._process
         if process is None:
             return
+        # A child of a child that has ended cannot be found later if it has another session and
+        # another environment.
+        members = {*self._members()}
         _signal(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT)
         _signal(process.pid, signal.SIGKILL)
         process.wait()
+        _kill(members | {*self._members()})
         self._process = None
+
+    def _members(self) -> list[_Member]:
+        """Return the server's processes, its leader first.
+
+        These are its session, its descendants, and processes that inherited its environment, which
+        remain when a server goes into the background.
+        """
+        process = self._process
+        if process is None:
+            return []
+        everybody = [*_processes()]
+        children: dict[int, list[_Member]] = {}
+        for each in everybody:
+            children.setdefault(each.parent, []).append(each)
+        leader = process.pid
+        waiting = [each for each in everybody if each.pid == leader]
+        waiting += [each for each in everybody if each.belongs(leader, self._mark)]
+        found: dict[_Member, None] = {}
+        while waiting:
+            each = waiting.pop(0)
+            if each not in found:
+                found[each] = None
+                waiting += children.get(each.pid, [])
+        return [*found]
 
     def log_tail(self) -> str:
         """Return the end of the log."""
@@ -274,15 +313,23 @@ def _die_with_parent() -> list[str]:
     return [program, "--pdeathsig", "TERM", "--"] if program else []
 
 
+def loopback_url(port: int) -> str:
+    """Return the address of a server on this machine."""
+    return f"http://127.0.0.1:{port}"
+
+
 def listening_port(pid: int) -> int | None:
     """Return the loopback TCP port on which a session listens, or None (yet).
 
     Some servers listen in a child of the started process. The session's leader, ``pid``, is checked
     first, then its other processes, oldest first.
-
-    Source: proc(5): /proc/PID/net/tcp has local address, state and inode in fields 2, 4 and 10.
     """
-    return next((port for each in _family(pid) for port in _ports_of(each)), None)
+    others = (each.pid for each in _processes() if each.session == pid and each.pid != pid)
+    for each in itertools.chain([pid], others):
+        for at, port in _sockets_of(each):
+            if at == LOOPBACK:
+                return port
+    return None
 
 
 def free_port() -> int:
@@ -296,35 +343,78 @@ def free_port() -> int:
         return port
 
 
-def _family(leader: int) -> Iterator[int]:
-    yield leader
-    yield from _session(leader)
+@dataclass(frozen=True)
+class _Member:
+    """A process; ``started`` distinguishes it from a later one with the same id."""
+
+    pid: int
+    parent: int
+    session: int
+    started: str
+    zombie: bool
+
+    def belongs(self, session: int, variable: str) -> bool:
+        """Return whether it is in a session, or was started with a variable."""
+        if self.session == session:
+            return True
+        try:
+            environment = Path(f"/proc/{self.pid}/environ").read_bytes()
+        except OSError:
+            return False  # it is another user's, or has ended
+        return variable.encode() in environment.split(b"\0")
+
+    @property
+    def running(self) -> bool:
+        """Whether it still runs."""
+        found = _process(self.pid)
+        return found is not None and (found.started, found.zombie) == (self.started, False)
 
 
-def _session(leader: int) -> Iterator[int]:
-    """Yield the other processes of a session (proc(5): the fourth field after the name)."""
-    for name in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
-        if int(name) == leader:
-            continue
-        with suppress(OSError):
-            stat = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
-            if int(stat.rpartition(")")[2].split()[3]) == leader:
-                yield int(name)
+def _kill(processes: Iterable[_Member]) -> None:
+    """Kill processes that still run, and wait until they have freed their memory and GPUs."""
+    living = [each for each in processes if each.running]
+    for each in living:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(each.pid, signal.SIGKILL)
+    deadline = time.monotonic() + STOP_TIMEOUT
+    while any(each.running for each in living) and time.monotonic() < deadline:
+        time.sleep(_POLL)
 
 
-def _ports_of(pid: int) -> Iterator[int]:
-    inodes = _socket_inodes(pid)
-    if not inodes:
-        return
+def _processes() -> Iterator[_Member]:
+    """Yield all processes by their ids."""
+    for pid in sorted(map(int, filter(str.isdigit, os.listdir("/proc")))):
+        found = _process(pid)
+        if found is not None:
+            yield found
+
+
+def _process(pid: int) -> _Member | None:
+    """Return a process (proc(5): state, parent, session and start are fields 3, 4, 6 and 22)."""
     try:
-        lines = Path(f"/proc/{pid}/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return
-    for line in lines:
-        fields = line.split()
-        address, _, port = fields[1].partition(":")
-        if fields[3] == _LISTEN and address == _LOOPBACK and fields[9] in inodes:
-            yield int(port, 16)
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return _Member(pid, int(fields[1]), int(fields[3]), fields[19], fields[0] == "Z")
+
+
+def _sockets_of(pid: int) -> Iterator[tuple[str, int]]:
+    """Yield address, as the kernel writes it, and port of each TCP socket that listens.
+
+    Source: proc(5): /proc/PID/net/tcp has local address, state and inode in fields 2, 4 and 10.
+    """
+    inodes = _socket_inodes(pid)
+    for table in ("tcp", "tcp6") if inodes else ():
+        try:
+            lines = Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue  # the process has ended, or the kernel has no IPv6
+        for line in lines:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == _LISTEN and fields[9] in inodes:
+                yield address, int(port, 16)
 
 
 def _socket_inodes(pid: int) -> set[str]:

@@ -188,6 +188,10 @@ _HIDDEN = "(not shown)"
 _SECRET_VALUE = re.compile(
     r"""(\w*(?:key|token|secret|passw)\w*\s*=\s*)("[^"]*"|'[^']*'|[^\s,;]+)""", re.IGNORECASE
 )
+# An option of a command with its value, such as --api-key VALUE.
+_SECRET_OPTION = re.compile(
+    r"""(--?[\w-]*(?:key|token|secret|passw\w*)\s+)("[^"]*"|'[^']*'|\S+)""", re.IGNORECASE
+)
 _OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
 
 
@@ -226,13 +230,16 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
 def _kind(engine: EngineFacts, title: str) -> str:
     if engine.url is not None:
         return f"server at {public_url(engine.url)}"
+    if engine.command is not None:
+        version = f" (version {engine.version})" if engine.version else ""
+        return f"{without_secrets(engine.command)}{version}"
     return f"{title} {engine.version}" if engine.version else title
 
 
 def without_secrets(value: Any) -> Any:
     """Return a setting without the values of keys, tokens and passwords."""
     if isinstance(value, str):
-        return _SECRET_VALUE.sub(rf"\1{_HIDDEN}", value)
+        return _SECRET_OPTION.sub(rf"\1{_HIDDEN}", _SECRET_VALUE.sub(rf"\1{_HIDDEN}", value))
     if isinstance(value, Mapping):
         return {
             name: _HIDDEN if _SECRET.search(str(name)) else without_secrets(each)
@@ -263,8 +270,8 @@ def _options(options: RunOptions) -> dict[str, Any]:
     }
     if options.engine_url is not None:
         given["engine_url"] = public_url(options.engine_url)
-    if "engine_env" in given:
-        given["engine_env"] = without_secrets(given["engine_env"])
+    for name in {"engine_env", "engine_command"} & given.keys():
+        given[name] = without_secrets(given[name])
     return given
 
 

@@ -1,7 +1,9 @@
 # shellcheck shell=bash disable=SC2154
 # The steps of every job, and of `aiflux run --local`: prepare the models with the network, then
 # work without it. Requires bash 4.2, and from the lines above:
-#   image, input, output_dir            absolute paths
+#   image, input, output_dir            absolute paths; image is empty if there is a worker
+#   worker                              array: command of the worker; empty if it is in the image
+#   libraries                           array: variables that are not for that worker, but its engines
 #   run_dir                             absolute path; empty: prepare only
 #   models_dir                          absolute path; empty if the engine is elsewhere
 #   engine_ca                           absolute path of certificates to trust there; may be empty
@@ -69,9 +71,9 @@ wait_for_child() {
     done
     child=''
     ((code >= 0)) || code=5
-    # A signal can kill the runtime itself before it forwards any.
+    # A signal can kill the runtime, or a worker without a container, before it handles any.
     if ((forwarded && code > 128)); then
-        say "stopped by a signal while the container began or ended; run the same job again to resume"
+        say "stopped by a signal while the work began or ended; run the same job again to resume"
         code=5
     fi
     return "$code"
@@ -190,11 +192,11 @@ run_container() {
 # explain CODE: report failures that the worker cannot report; return the exit code for them.
 explain() {
     local code=$1
-    if ((code == 255)); then
+    if ((code == 255)) && [[ -n $runtime ]]; then
         say "$runtime could not start the container (see its messages above)"
         code=4
     elif ((code > 128)); then
-        say "the container was killed by signal $((code - 128)); if it was 9, memory may have run out: request more with --mem. Results so far are kept"
+        say "the worker was killed by signal $((code - 128)); if it was 9, memory may have run out: request more with --mem. Results so far are kept"
         code=5
     fi
     return "$code"
@@ -304,6 +306,42 @@ work() {
     run_container --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
 }
 
+# --- without an image: the worker of the installed package, next to the site's programs ----------
+
+refuse_missing_worker() {
+    local words
+    words=$(cd / && "${worker[@]}" --version 2>&1) || give_up \
+        "the worker cannot run on $HOSTNAME (${words##*$'\n'})" \
+        "install AI-Flux where every node sees it, and submit again from there"
+}
+
+# The modules of the site can be for another Python than the worker's: the worker gets what
+# `aiflux run` had, and its engines get these back.
+hide_libraries() {
+    local name
+    for name in "${libraries[@]}"; do
+        export "AIFLUX_JOB_$name=${!name-}"
+        unset "$name"
+    done
+    export AIFLUX_JOB_DIR=$PWD AIFLUX_SEALED=0
+    export AIFLUX_UNSEALED='--engine-command: there is no container'
+}
+
+# The private directory keeps Python from importing files of the current one.
+work_outside() {
+    stop_if_asked
+    rm -f -- "$mark"
+    (
+        trap - INT # ignored in the background otherwise
+        cd -- "$scratch" || exit
+        export TMPDIR=$scratch
+        exec "${worker[@]}" --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
+    ) &
+    child=$!
+    deliver
+    wait_for_child || explain "$?"
+}
+
 # --- requeueing -------------------------------------------------------------------------------
 
 # Only if the worker requests it and the job is not to end: Slurm itself requeues a preempted
@@ -331,15 +369,24 @@ main() {
     trap 'on_signal USR1' USR1
     load_modules
     site_setup
-    find_runtime
-    refuse_other_image
+    if ((${#worker[@]})); then
+        hide_libraries
+        refuse_missing_worker
+    else
+        find_runtime
+        refuse_other_image
+    fi
     make_scratch
     find_end_time
     [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")
-    pass_environment
-    prepare || exit
-    [[ -n $run_dir ]] || return 0
-    work
+    if ((${#worker[@]})); then
+        work_outside
+    else
+        pass_environment
+        prepare || exit
+        [[ -n $run_dir ]] || return 0
+        work
+    fi
     code=$?
     ((code != 5)) || requeue
     return "$code"

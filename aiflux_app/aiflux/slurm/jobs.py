@@ -213,9 +213,13 @@ class Submission:
 
 @dataclass(frozen=True)
 class Submissions:
-    """Every submission of a run, and the image and the settings of Slurm for the next one."""
+    """Every submission of a run, and the image and the settings of Slurm for the next one.
 
-    image: Path
+    Attributes:
+        image: None if the worker runs outside a container.
+    """
+
+    image: Path | None
     slurm: SlurmConfig
     submissions: tuple[Submission, ...] = ()
 
@@ -248,7 +252,9 @@ def known_submissions(run: RunDirectory) -> Submissions | None:
         return None
 
 
-def remember(run: RunDirectory, image: Path, slurm: SlurmConfig, submission: Submission) -> None:
+def remember(
+    run: RunDirectory, image: Path | None, slurm: SlurmConfig, submission: Submission
+) -> None:
     """Store a submission; it replaces an earlier state of the same submission.
 
     Raises:

@@ -83,8 +83,8 @@ case ${AIFLUX_SEAL:-yes} in
     *) usage "AIFLUX_SEAL is '$AIFLUX_SEAL'" "it must be true or false" ;;
 esac
 engine_url=${AIFLUX_ENGINE_URL:-} engine_ca=${AIFLUX_ENGINE_CA:-}
-engine=${AIFLUX_ENGINE:-ollama}
-worker_options=() model_paths=()
+engine=${AIFLUX_ENGINE:-ollama} engine_command=${AIFLUX_ENGINE_COMMAND:-}
+worker=() libraries=() worker_options=() model_paths=()
 before=''
 for argument in "$@"; do
     [[ $before != --engine-ca ]] || engine_ca=$argument
@@ -99,9 +99,12 @@ for argument in "$@"; do
         --no-seal) want_seal=0 && continue ;;
         --seal) want_seal=1 && continue ;;
         --engine-url*) engine_url=$argument ;;
+        --engine-command*) engine_command=$argument ;;
     esac
     worker_options+=("$argument")
 done
+[[ -z $engine_command ]] || usage '--engine-command runs without an image, and this script needs one' \
+    "use: aiflux run --engine-command ...; or leave it and AIFLUX_ENGINE_COMMAND out"
 if [[ -n $engine_url ]]; then models_dir=''; else engine_ca=''; fi
 [[ -z $engine_url && $engine =~ ^[a-z]+$ ]] || engine=ollama # the worker says what is wrong
 find_image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from aiflux.core.config.config import SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
+from aiflux.engines.base import LIBRARY_VARIABLES
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError
 
@@ -28,7 +30,8 @@ class JobScript:
     Attributes:
         name: the job's name.
         log: folder of the job's logs.
-        models_dir: None if the engine is elsewhere; the job is then not sealed.
+        image: None if the worker runs outside a container.
+        models_dir: None if the models are the server's.
         shard: the shard of a job that is not an array.
         tasks: the value of ``--array``, such as ``0-99%8``; None for a job that is not an array.
         first: the shard of an array's task 0.
@@ -36,11 +39,12 @@ class JobScript:
         max_requeues: 0 keeps the job from going back to the queue by itself; the worker counts.
         model_paths: models that are not in the models directory.
         engine_ca: certificates to trust at an engine elsewhere; the container must see them.
+        worker: command of the worker outside a container (see ``worker_command``).
     """
 
     name: str
     slurm: SlurmConfig
-    image: Path
+    image: Path | None
     input: Path
     output_dir: Path
     models_dir: Path | None
@@ -53,6 +57,7 @@ class JobScript:
     max_requeues: int = 20
     engine_ca: str | None = None
     model_paths: tuple[Path, ...] = ()
+    worker: tuple[str, ...] = ()
 
     def with_models(self, plan: Plan) -> JobScript:
         """Return the same for the models of a plan."""
@@ -68,11 +73,11 @@ class JobScript:
         options: RunOptions,
         models_dir: Path | None,
         slurm: SlurmConfig,
-        image: Path,
+        image: Path | None,
         log: Path,
     ) -> JobScript:
         """Return the script of a run."""
-        elsewhere = not engine_kind(options).managed
+        kind = engine_kind(options)
         return cls(
             name=job_name(output),
             slurm=slurm,
@@ -84,8 +89,20 @@ class JobScript:
             log=log,
             drain_seconds=options.drain_seconds,
             max_requeues=options.max_requeues,
-            engine_ca=options.engine_ca if elsewhere else None,
+            engine_ca=None if kind.managed else options.engine_ca,
+            worker=() if kind.worker_in_image else worker_command(os.environ),
         )
+
+
+def worker_command(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the command of this package's worker, for a job without a container.
+
+    Args:
+        environ: the environment of this process, whose Python the worker uses.
+    """
+    set_ = [f"{name}={environ[name]}" for name in LIBRARY_VARIABLES if environ.get(name)]
+    env = ("env", *set_) if set_ else ()
+    return (*env, sys.executable, "-m", "aiflux.worker")
 
 
 def job_name(output: Path) -> str:
@@ -124,7 +141,7 @@ def render_models(image: Path, models_dir: Path, arguments: Sequence[str]) -> st
         arguments: of the worker, such as ``--pull NAME``.
     """
     # There is no input and no output: image and models directory take their place in the mounts.
-    paths = _paths(image, image, models_dir, models_dir, None, None, ())
+    paths = _paths(image, image, models_dir, models_dir, None, None, (), ())
     no_gpus = SlurmConfig(gpus_per_node="0")
     worker = [_assign("shard", 0), _assign("max_requeues", 0), _assign("want_seal", 0)]
     lines = ["#!/bin/bash", *paths, *worker, _array("prepare_args", arguments), *_site(no_gpus)]
@@ -140,24 +157,28 @@ def _of_run(job: JobScript, slurm: SlurmConfig) -> Iterator[str]:
         job.engine_ca,
         job.run_dir,
         job.model_paths,
+        job.worker,
     )
     yield from _shard(job)
     yield _assign("max_requeues", job.max_requeues)
-    yield _assign("want_seal", int(slurm.seal))
+    yield _assign("want_seal", int(slurm.seal and not job.worker))
     yield 'prepare_args=(--run-dir "$run_dir" --prepare)'
     yield from _site(slurm)
 
 
 def _paths(
-    image: Path,
+    image: Path | None,
     input_path: Path,
     output_dir: Path,
     models_dir: Path | None,
     engine_ca: str | None,
     run_dir: Path | None,
     model_paths: Sequence[Path],
+    worker: Sequence[str],
 ) -> Iterator[str]:
-    yield _assign("image", image)
+    yield _assign("image", image or "")
+    yield _array("worker", worker)
+    yield _array("libraries", LIBRARY_VARIABLES if worker else ())
     yield _assign("input", input_path)
     yield _assign("output_dir", output_dir)
     yield _assign("models_dir", models_dir or "")

@@ -16,6 +16,7 @@ from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
 from aiflux.core.runs.output import shards_left
 from aiflux.core.runs.plan import Plan, auto_shards, make_plan, read_plan, same_work
 from aiflux.core.runs.status_file import finished_counts
+from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.estimates.estimate import SLURM, carry_estimate, known_estimate
@@ -48,13 +49,14 @@ class PlannedRun:
 
     Attributes:
         scripts: each array (or the single job) and its batch script.
+        image: None if the worker runs outside a container.
         active: shards that already wait or run, and are left alone.
         findings: warnings of the checks before submission.
         known: the submissions of the run when it was planned.
     """
 
     opened: OpenedRun
-    image: Path
+    image: Path | None
     slurm: SlurmConfig
     logs: Path
     scripts: tuple[tuple[JobScript, str], ...]
@@ -100,14 +102,17 @@ def plan_job(
     output = checked_output(output)
     run = RunDirectory.of_output(output)
     place = Path.cwd() if cwd is None else cwd
-    image = _image(config, place, options.engine, missing_ok=check)
+    if not kind.worker_in_image:
+        refuse_container(config)
+    found = _image(config, place, kind, missing_ok=check)
+    assumed = place / image_names(options.engine)[0] if kind.worker_in_image else None
     job = JobScript.of_run(
         expanded(input_path).absolute(),
         output,
         options,
-        config.models_dir if kind.managed else None,
+        config.models_dir if kind.stores_models else None,
         slurm,
-        image or place / image_names(options.engine)[0],
+        found or assumed,
         logs_folder(config, run),
     )
     # Values that cannot be rendered are refused before the input is read or anything is written.
@@ -125,7 +130,7 @@ def plan_job(
     findings: tuple[Finding, ...] = ()
     if check and (isinstance(draft, InputError) or not draft.finished):
         plan = None if isinstance(draft, InputError) else draft.plan
-        findings = preflight(config, slurm, options, image, plan, environ, place, submits=write)
+        findings = preflight(config, slurm, options, found, plan, environ, place, submits=write)
     if isinstance(draft, InputError):
         raise problem_with(draft, findings)
     refuse(findings)
@@ -139,10 +144,36 @@ def plan_job(
     return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings, known=known)
 
 
-def _image(config: Config, cwd: Path, engine: str, *, missing_ok: bool) -> Path | None:
-    """Return the image; None if it is missing, and that can be reported later."""
+def refuse_container(config: Config) -> None:
+    """Refuse a seal and an image that somebody asked for, for a run without a container.
+
+    Raises:
+        ConfigError: the image is given as an argument, or the seal is set and not by default.
+    """
+    seal, image = config.values["seal"], config.values["image"]
+    if seal.value and seal.origin != "default":
+        raise ConfigError(
+            f"seal = true ({seal.origin}), but a run with --engine-command cannot be sealed: there "
+            "is no container, and the command's programs have the node's network",
+            "accept that with --no-seal, or use an engine with an image (--engine)",
+        )
+    if image.origin == "argument":
+        raise _no_image_used(image.value)
+
+
+def _no_image_used(image: Path) -> ConfigError:
+    return ConfigError(
+        f"the image {image} would not be used: a run with --engine-command has no container",
+        "omit --image; the command can start a container itself",
+    )
+
+
+def _image(config: Config, cwd: Path, kind: EngineKind, *, missing_ok: bool) -> Path | None:
+    """Return the image; None if none is needed, or it is missing and that can be reported later."""
+    if not kind.worker_in_image:
+        return None
     try:
-        return find_image(config, cwd, engine=engine)
+        return find_image(config, cwd, engine=kind.name)
     except ImageError:
         if missing_ok:
             return None
@@ -226,8 +257,10 @@ def plan_resume(
             "a run cannot be resumed with another number of shards",
             "use the whole `aiflux run` command with another --shards: it splits the input again",
         )
+    if image is not None and not engine_kind(plan.options).worker_in_image:
+        raise _no_image_used(image)
     image = image or records.image
-    if not image.exists():
+    if image is not None and not image.exists():
         raise ImageError(f"image not found: {image}", "use another with --image")
     counts = finished_counts(plan, run)
     left = () if counts is not None else shards_left(plan, run)

@@ -325,7 +325,7 @@ class _ModelWork:
         self.scheduler = Scheduler(
             shard.source.tasks(model), self.lanes, may_admit=self.shard.may_admit
         )
-        self.load_watch: server_load.LoadWatch | None = None
+        self.load_watches: list[server_load.LoadWatch] = []
         self.pool = Pool(
             self.scheduler,
             engines,
@@ -363,8 +363,8 @@ class _ModelWork:
                 each.start()
             self.pool.join(self._tick)
         finally:
-            if self.load_watch is not None:
-                self.load_watch.close()
+            for watch in self.load_watches:
+                watch.close()
             for each in self.supervisors:
                 each.close()
         failures = [each.failure for each in self.supervisors if each.failure is not None]
@@ -419,9 +419,12 @@ class _ModelWork:
             self.pool.start()
             self.scheduler.wake()
 
-        fetch = partial(server_load.get, engine.client)
-        self.load_watch = server_load.LoadWatch(fetch, note)
-        self.load_watch.start()
+        def fetch(path: str) -> bytes | None:
+            return server_load.get(engine.client, path)  # each start has another client
+
+        watch = server_load.LoadWatch(fetch, note)
+        self.load_watches.append(watch)
+        watch.start()
         return limit
 
     def _slots_found(self, engine: Engine, single: bool) -> None:

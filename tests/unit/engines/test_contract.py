@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,6 +156,37 @@ class External(EngineSite):
         self.server.stop()
 
 
+class CommandOnPort(ProgramSite):
+    """A server of ``--engine-command`` on a port, with an unknown number of slots."""
+
+    kind = kind_named("command")
+    model = "a model: 'of mine' {1}"
+    words = "--port {port} --host {host}"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        engine, loading = str(TOOLS / "command_server.py"), str(folder / "loading")
+        self.wrap([sys.executable, engine, "--model", self.model, "--loading", loading])
+        self.options["engine_command"] = f"{shlex.quote(str(self.program))} {self.words}"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.folder / "models"
+
+
+class CommandOnSocket(CommandOnPort):
+    """One on a Unix socket, with a number of slots, paused while it loads its model."""
+
+    words = "--socket {socket} --slots={slots}"
+    slots = 3
+
+    def hold(self) -> None:
+        (self.folder / "loading").touch()
+
+    def release(self) -> None:
+        (self.folder / "loading").unlink(missing_ok=True)
+
+
 SITES: tuple[type[EngineSite], ...] = (
     FakeOllama,
     LoadingOllama,
@@ -162,6 +194,8 @@ SITES: tuple[type[EngineSite], ...] = (
     LlamaServerOfFile,
     FakeVllm,
     FakeVllmOfFolder,
+    CommandOnPort,
+    CommandOnSocket,
     External,
 )
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from aiflux.engines.process import ServerProcess, engine_environment, listening_port
+from aiflux.engines.process import (
+    LOOPBACK,
+    ServerProcess,
+    engine_environment,
+    free_port,
+    listening_port,
+    loopback_url,
+)
 from aiflux.errors import EngineError
 
 SERVER = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "0"]
@@ -46,3 +56,88 @@ def test_an_engine_gets_no_settings_of_the_workers_python(tmp_path: Path) -> Non
     assert environment == {
         "PATH": "/bin", "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "A": "1",
     }  # fmt: skip
+
+
+# Ways in which a program leaves the server's process group, and sleeps on.
+LEAVING = {
+    "another group": "set -m; sleep 300 & wait",
+    "another session": "setsid sleep 300 & wait",
+    "into the background": "(setsid sh -c 'sleep 300 & exit' &); sleep 300",
+    "without the environment": "env -i setsid sleep 300 & wait",
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "killed"),
+    # Nothing connects a process without the environment with a server that is gone.
+    [(how, killed) for how in LEAVING for killed in {False, "without" not in how}],
+)
+def test_a_stop_ends_every_process_that_a_server_started(
+    tmp_path: Path, how: str, killed: bool
+) -> None:
+    environment = engine_environment({"PATH": "/usr/bin:/bin"}, tmp_path, {})
+    command = ["bash", "-c", LEAVING[how]]
+    server = ServerProcess(
+        command, environment, tmp_path / "log", url="http://127.0.0.1:1", folder=str(tmp_path)
+    )
+    server.start()
+    assert server.pid is not None
+    sleepers = until_there(tmp_path)
+    if killed:
+        os.kill(server.pid, signal.SIGKILL)
+        while server.running:
+            time.sleep(0.01)
+    server.stop()
+    assert sleepers
+    assert not [pid for pid in sleepers if is_running(pid)]
+
+
+def until_there(home: Path) -> list[int]:
+    """Return the processes ``sleep`` of a home, as soon as there are any."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = [
+            int(path.name)
+            for path in Path("/proc").glob("[0-9]*")
+            if is_running(int(path.name)) and started_in(int(path.name), home)
+        ]
+        if found:
+            return found
+        time.sleep(0.02)
+    return []
+
+
+def started_in(pid: int, home: Path) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        where = Path(f"/proc/{pid}/cwd").readlink()
+    except OSError:
+        return False
+    return command == b"sleep\x00300\x00" and where == home
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def test_a_server_is_known_by_the_addresses_on_which_it_listens(tmp_path: Path) -> None:
+    for bind, expected in (
+        ("127.0.0.1", {LOOPBACK}),
+        ("0.0.0.0", {"00000000"}),  # noqa: S104 - on purpose
+        ("::", {"0" * 32}),
+    ):
+        port = free_port()
+        command = [sys.executable, "-m", "http.server", "--bind", bind, str(port)]
+        environment = engine_environment({"PATH": "/usr/bin:/bin"}, tmp_path, {})
+        server = ServerProcess(command, environment, tmp_path / "log", url=loopback_url(port))
+        server.start()
+        deadline = time.monotonic() + 10
+        while not server.listens_on(port) and time.monotonic() < deadline:
+            server.check()
+            time.sleep(0.02)
+        assert server.listens_on(port) == expected
+        assert server.owns_port() is (bind == "127.0.0.1")
+        server.stop()

@@ -170,8 +170,9 @@ def test_a_server_that_does_not_become_ready_is_stopped(site: Site) -> None:
 def test_another_programs_server_on_the_port_is_not_used(site: Site) -> None:
     """A port may be taken between its choice and its use: vLLM then ends, or never listens."""
     pid = site.folder / "other"
-    site.wrap(["sh", "-c", 'setsid "$@" & echo $! >"$0"; sleep 60', str(pid), sys.executable,
-               str(FAKE)])  # fmt: skip
+    # A stranger has neither the server's parent nor its environment.
+    stranger = '(setsid env -u AIFLUX_SERVER "$@" & echo $! >"$0"); sleep 60'
+    site.wrap(["sh", "-c", stranger, str(pid), sys.executable, str(FAKE)])
     try:
         with pytest.raises(EngineError, match="another program took the port of vLLM"):
             site.engine(slots=1).start()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aiflux.core.config.config import SlurmConfig
+from aiflux.engines.base import LIBRARY_VARIABLES
+from aiflux.engines.command.engine import job_environment
 from aiflux.image.container import probe_command
-from aiflux.slurm.script import JobScript, generic_script, render, render_local, render_models
+from aiflux.slurm.script import (
+    JobScript,
+    generic_script,
+    render,
+    render_local,
+    render_models,
+    worker_command,
+)
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import Call, FakeCommands
 
@@ -592,8 +602,13 @@ def link(place: Place, shard: int) -> None:
 
 def start(place: Place, behaviour: str, **environ: str) -> subprocess.Popen[bytes]:
     place.fakes.add("apptainer", behaviour)
+    return begin(place, render(place.job()), **environ)
+
+
+def begin(place: Place, text: str, **environ: str) -> subprocess.Popen[bytes]:
+    """Start a script; return when its worker is ready."""
     script = place.fakes.folder / "script"
-    script.write_text(render(place.job()), encoding="utf-8")
+    script.write_text(text, encoding="utf-8")
     process = subprocess.Popen(["bash", str(script)], env=place.environ(**environ))
     deadline = time.monotonic() + 10
     while not (place.fakes.folder / "ready").exists():
@@ -648,6 +663,121 @@ def test_a_signal_during_the_preparation_ends_the_job_before_the_work(place: Pla
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 5
     assert len(place.fakes.calls("apptainer")) == 1, "no work was begun"
+
+
+# --- without an image --------------------------------------------------------------------------
+
+
+def without_image(place: Place, behaviour: str = "", **changes: object) -> JobScript:
+    """Return a job whose worker is a recording fake."""
+    worker = place.fakes.add("worker python", behaviour)
+    words = (str(worker), "-m", "aiflux.worker")
+    return place.job(image=None, models_dir=None, worker=words, **changes)
+
+
+def test_a_worker_without_an_image_runs_where_the_job_is(place: Place) -> None:
+    job = without_image(place)
+    environ = place.environ(SLURM_JOB_END_TIME="1790000000", AIFLUX_API_KEY="k", MINE="1")
+    done = place.bash(render(job), environ=environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert place.fakes.calls("apptainer") == []
+    check, work = place.fakes.calls("worker python")
+    assert check.argv == ["-m", "aiflux.worker", "--version"]
+    words = ["--run-dir", str(job.run_dir), "--shard", "0", "--deadline", "1790000000"]
+    assert work.argv == ["-m", "aiflux.worker", *words]
+    assert work.environ["AIFLUX_SEALED"] == "0"
+    assert work.environ["AIFLUX_UNSEALED"] == "--engine-command: there is no container"
+    assert (work.environ["AIFLUX_API_KEY"], work.environ["MINE"]) == ("k", "1")
+    # Python would import files of its current directory.
+    assert work.environ["PWD"] == work.environ["TMPDIR"] != str(place.folder)
+    assert work.environ["AIFLUX_JOB_DIR"] == str(place.folder)
+    assert os.listdir(place.temporary) == []
+
+
+def test_the_modules_libraries_are_for_the_engines_and_not_for_the_worker(place: Place) -> None:
+    setup = ("export PYTHONPATH=/module LD_LIBRARY_PATH=/module/lib", "unset LD_PRELOAD")
+    job = without_image(place, slurm=SlurmConfig(setup=setup))
+    words = ("env", "PYTHONPATH=/ours", *job.worker)
+    script = render(replace(job, worker=words))
+    environ = place.environ(PYTHONPATH="/login", PYTHONHOME="/home", LD_PRELOAD="/x")
+    done = place.bash(script, environ=environ)
+    assert done.returncode == 0, done.stderr
+    for call in place.fakes.calls("worker python"):
+        worker = {name: call.environ.get(name) for name in LIBRARY_VARIABLES}
+        assert worker == {**dict.fromkeys(LIBRARY_VARIABLES), "PYTHONPATH": "/ours"}
+    engine = job_environment(call.environ)
+    assert {name: engine.get(name) for name in LIBRARY_VARIABLES} == {
+        "PYTHONPATH": "/module",
+        "PYTHONHOME": "/home",
+        "LD_LIBRARY_PATH": "/module/lib",
+        "LD_PRELOAD": None,
+    }
+    assert not any(name.startswith("AIFLUX_") for name in engine)
+
+
+def test_the_worker_is_the_python_of_this_process() -> None:
+    assert worker_command({}) == (sys.executable, "-m", "aiflux.worker")
+    with_libraries = worker_command({"LD_LIBRARY_PATH": "/a b", "HOME": "/x", "PYTHONPATH": ""})
+    assert with_libraries[:2] == ("env", "LD_LIBRARY_PATH=/a b")
+    assert with_libraries[2:] == worker_command({})
+
+
+def test_a_node_without_the_package_says_so(place: Place) -> None:
+    script = render(
+        replace(without_image(place), worker=("/nowhere/python", "-m", "aiflux.worker"))
+    )
+    done = place.bash(script)
+    assert done.returncode == 2
+    assert "the worker cannot run on" in done.stderr
+    assert "/nowhere/python" in done.stderr
+    assert "-> install AI-Flux where every node sees it" in done.stderr
+
+
+@pytest.mark.parametrize(("code", "ended"), [(0, 0), (3, 3), (4, 4), (255, 255)])
+def test_the_exit_code_of_a_worker_without_an_image_comes_out(
+    place: Place, code: int, ended: int
+) -> None:
+    fails = f"[[ $* != *--shard* ]] || exit {code}"
+    assert place.bash(render(without_image(place, fails))).returncode == ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_reaches_a_worker_without_an_image(place: Place, number: int) -> None:
+    job = without_image(place, TRAPPING.replace("$2 == run && ", ""))
+    process = begin(place, render(job))
+    process.send_signal(number)
+    assert process.wait(10) == 5
+    seen = place.fakes.folder / "calls" / "worker python-1" / "signals"
+    assert seen.read_text().split() == [signal.Signals(number).name.removeprefix("SIG")]
+    assert list(place.temporary.iterdir()) == []
+
+
+def test_a_worker_without_an_image_that_was_killed_is_explained(place: Place) -> None:
+    job = without_image(place, "[[ $* != *--shard* ]] || kill -KILL $$")
+    done = place.bash(render(job))
+    assert done.returncode == 5
+    assert "the worker was killed by signal 9" in done.stderr
+
+
+def test_a_worker_without_an_image_may_ask_for_a_requeue(place: Place) -> None:
+    place.fakes.say("scontrol")
+    job = without_image(place, '[[ $* != *--shard* ]] || { touch "$here/mark"; exit 5; }')
+    link(place, 0)
+    done = place.bash(render(job), environ=place.environ(SLURM_JOB_ID="7"))
+    assert done.returncode == 5
+    assert ["requeue", "7"] in [call.argv for call in place.fakes.calls("scontrol")]
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_the_generic_script_refuses_a_command(place: Place, how: str) -> None:
+    if how == "option":
+        done = generic(place, "in.jsonl", "--engine-command=x {port}")
+    else:
+        done = generic(place, "in.jsonl", AIFLUX_ENGINE_COMMAND="x {port}")
+    assert done.returncode == 2
+    assert "--engine-command runs without an image" in done.stderr
+    assert "aiflux run --engine-command" in done.stderr
+    assert place.fakes.calls("apptainer") == []
 
 
 # --- the generic script ------------------------------------------------------------------------

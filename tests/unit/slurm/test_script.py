@@ -306,7 +306,14 @@ def test_the_committed_generic_script_is_up_to_date() -> None:
     assert committed.read_text(encoding="utf-8") == generic_script(), "make slurm/run.sbatch"
 
 
-@pytest.mark.parametrize("text", [generic_script(), render(full_job())], ids=["generic", "full"])
+SCRIPTS = {
+    "generic": generic_script(),
+    "full": render(full_job()),
+    "without an image": render(job(image=None, models_dir=None, worker=("/a b/python", "-m", "x"))),
+}
+
+
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
 def test_scripts_pass_shellcheck(text: str, tmp_path: Path) -> None:
     if not SHELLCHECK.exists():
         pytest.skip("shellcheck is not installed next to this Python")

@@ -99,6 +99,7 @@ def read_report(run: RunDirectory) -> Report:
 def _condition(run: RunDirectory) -> Condition:
     view = gather(run)
     submissions = known_submissions(run)
+    image = None if submissions is None else submissions.image
     return Condition(
         state=view.state.value,
         ended=view.ended,
@@ -108,7 +109,7 @@ def _condition(run: RunDirectory) -> Condition:
         reasons=tuple(_reason(shard) for shard in view.shards),
         submitted=view.submitted,
         jobs=view.jobs,
-        image=None if submissions is None else str(submissions.image),
+        image=None if image is None else str(image),
         slurm=None if submissions is None else to_json(submissions.slurm),
     )
 

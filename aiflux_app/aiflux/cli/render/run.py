@@ -365,10 +365,13 @@ def _plan_facts(plan: Plan, planned: PlannedRun | None) -> Iterator[tuple[str, s
         yield "parameters", ", ".join(f"{key} {value}" for key, value in options.parameters.items())
     if options.engine_url is not None:
         yield "engine", public_url(options.engine_url)
+    if options.engine_command is not None:
+        yield "engine", options.engine_command
     if planned is None:
         yield "where", "on this machine, in the foreground"
         return
-    yield "image", str(planned.image)
+    if planned.image is not None:
+        yield "image", str(planned.image)
     yield "jobs", _jobs(planned)
     yield "each job", ", ".join(_resources(planned.slurm))
     yield "logs", str(planned.logs)

@@ -21,6 +21,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import BY_NAME, SETTINGS, section_settings
 from aiflux.core.config.slurm_config import SlurmConfig
 from aiflux.core.config.sources import (
+    ENGINE_SETTINGS,
     ModelConfig,
     ModelParameters,
     SourcedValue,
@@ -28,6 +29,7 @@ from aiflux.core.config.sources import (
     from_dotenv,
     from_environment,
     from_files,
+    in_layers,
     read_model_file,
 )
 from aiflux.errors import ConfigError
@@ -105,21 +107,24 @@ class Config:
         )
 
     def _resolve(self, arguments: Mapping[str, Any]) -> dict[str, SourcedValue]:
-        values = {item.name: SourcedValue(item.default, "default") for item in SETTINGS}
-        values.update(from_files(self._environ, self._directory))
-        values.update(from_dotenv(self._directory / ".env", self._environ))
-        values.update(from_environment(self._environ))
+        given = {}
         for name, value in arguments.items():
             if value is not None:
                 setting = known_setting(name, "the arguments: ", BY_NAME)
                 parsed = parse_setting(setting, value, f"the argument {setting.option}")
-                values[setting.name] = SourcedValue(parsed, "argument")
-        return values
+                given[setting.name] = SourcedValue(parsed, "argument")
+        found = in_layers(
+            from_files(self._environ, self._directory),
+            from_dotenv(self._directory / ".env", self._environ),
+            from_environment(self._environ),
+            given,
+        )
+        return {item.name: SourcedValue(item.default, "default") for item in SETTINGS} | found
 
     @property
     def engine(self) -> str:
         """Name of the engine kind of a run."""
-        return kind_name(self.get("engine"), self.get("engine_url"))
+        return kind_name(*(self.get(name) for name in ENGINE_SETTINGS))
 
     @property
     def data_dir(self) -> Path:
@@ -184,12 +189,15 @@ class Config:
         """
         if not self._environ.get("AIFLUX_API_KEY"):
             return
-        for name, option in (("engine_url", "--engine-url"), ("engine_ca", "--engine-ca")):
+        for name in ("engine_url", "engine_command", "engine_ca"):
+            option = BY_NAME[name].option
             found = self.values[name]
             if confirmed.get(name) is not None or not (found.local and found.value):
                 continue
             if name == "engine_url":
                 where = f"to {public_url(found.value)}, an address that only {found.origin} names"
+            elif name == "engine_command":
+                where = f"to a server that only {found.origin} starts: {found.value}"
             else:
                 where = (
                     f"to a server that is only trusted because {found.origin} names the "
@@ -282,7 +290,7 @@ def _of_model(
             f"model {model.name}, or another model_config, or none",
         )
     given = {"model": model.name, **model.parameters.settings()}
-    if kind_name(values["engine"].value, values["engine_url"].value) in WITHOUT_TOP_K:
+    if kind_name(*(values[name].value for name in ENGINE_SETTINGS)) in WITHOUT_TOP_K:
         given.pop("top_k", None)
     for name, value in given.items():
         if values[name].origin == "default":

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aiflux.core.config.declaration import setting
+from aiflux.core.config.engine_command import engine_command
 from aiflux.core.config.engine_kinds import CHOICES, kind_name
 from aiflux.errors import ConfigError
 from aiflux.util import value_parsers as parse
@@ -50,6 +51,14 @@ class RunOptions:
         f"Engine to start: {', '.join(CHOICES)}",
         metavar="KIND",
         env="AIFLUX_ENGINE",
+    )
+    engine_command: str | None = setting(
+        engine_command,
+        None,
+        "Start this server instead, such as 'vllm serve {model} --uds {socket}'",
+        metavar="COMMAND",
+        env="AIFLUX_ENGINE_COMMAND",
+        decisive=True,
     )
     gpus_per_engine: int = setting(
         parse.integer(1, 64), 1, "GPUs for each engine, for models that need several"
@@ -188,8 +197,14 @@ class RunOptions:
         object.__setattr__(self, "stop", tuple(self.stop))  # JSON has lists only
         if self.engine_ca is not None:
             object.__setattr__(self, "engine_ca", str(self.engine_ca))  # and no paths
-        object.__setattr__(self, "engine", kind_name(self.engine, self.engine_url))
-        if self.engine_url is None and self.engine not in CHOICES:
+        if self.engine_url is not None and self.engine_command is not None:
+            raise ConfigError(
+                "engine_url and engine_command are both set, but a run has one kind of engine",
+                "omit one of them",
+            )
+        kind = kind_name(self.engine, self.engine_url, self.engine_command)
+        object.__setattr__(self, "engine", kind)
+        if self.engine_url is None and self.engine_command is None and kind not in CHOICES:
             raise ConfigError(
                 f"engine = {self.engine!r} is wrong", suggestion(self.engine, CHOICES)
             )

@@ -59,6 +59,41 @@ class SourcedValue:
     local: bool = False
 
 
+ENGINE_SETTINGS = ("engine", "engine_url", "engine_command")
+"""The settings that each name a run's engine."""
+
+
+def in_layers(*layers: Mapping[str, SourcedValue]) -> dict[str, SourcedValue]:
+    """Return the settings of several sources; later ones take precedence.
+
+    A source that names the engine by a command replaces every other way in which an earlier one
+    names it, and the other way round.
+
+    Raises:
+        ConfigError: a source names the engine in two ways.
+    """
+    values: dict[str, SourcedValue] = {}
+    for layer in layers:
+        others = [name for name in ENGINE_SETTINGS[:-1] if name in layer]
+        if "engine_command" in layer:
+            for name in others:
+                raise _two_engines(name, layer)
+            for name in ENGINE_SETTINGS:
+                values.pop(name, None)
+        elif others:
+            values.pop("engine_command", None)
+        values.update(layer)
+    return values
+
+
+def _two_engines(name: str, layer: Mapping[str, SourcedValue]) -> ConfigError:
+    places = " and ".join(dict.fromkeys(layer[each].origin for each in (name, "engine_command")))
+    return ConfigError(
+        f"{places}: {name} and engine_command are both given, but a run has one kind of engine",
+        f"remove one of them: --{name.replace('_', '-')} or --engine-command",
+    )
+
+
 def site_file(environ: Mapping[str, str]) -> Path | None:
     """Return the site's file, which AIFLUX_SITE_CONFIG names; None if it is not set.
 
@@ -91,18 +126,16 @@ def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Sourced
     Raises:
         ConfigError: shows the line and the accepted values; or others can write the directory's.
     """
-    values = {}
     site, project = site_file(environ), project_file(directory)
-    for path in (*([site] if site else []), user_file(environ)):
-        if is_there(path):
-            values.update(from_yaml(path, environ))
+    files = (*([site] if site else []), user_file(environ))
+    layers = [from_yaml(path, environ) for path in files if is_there(path)]
     if is_there(project):
         trusted = site is not None and site.samefile(project)
         if not trusted:
             refuse_foreign(project, f"AIFLUX_SITE_CONFIG={shlex.quote(str(project.absolute()))}")
         found = from_yaml(project, environ)
-        values.update({name: replace(each, local=not trusted) for name, each in found.items()})
-    return values
+        layers.append({name: replace(each, local=not trusted) for name, each in found.items()})
+    return in_layers(*layers)
 
 
 def refuse_foreign(path: Path, trust: str) -> None:

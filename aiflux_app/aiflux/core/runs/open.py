@@ -284,7 +284,9 @@ def _show(plan: Plan) -> str:
     ]
     else_ = f"model defaults {', '.join(advised)}" if advised else "else the engine's defaults"
     models = ", ".join([*plan.served_names, *given, else_])
-    return f"engine {plan.options.engine}, model {models}"
+    command = plan.options.engine_command
+    engine = plan.options.engine if command is None else f"{plan.options.engine} ({command})"
+    return f"engine {engine}, model {models}"
 
 
 def _restart(run: RunDirectory) -> None:

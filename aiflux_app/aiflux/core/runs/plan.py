@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from aiflux import __version__
 from aiflux.core.batch.input_file import InputFacts, InputRules, InputSummary
+from aiflux.core.config.engine_command import command_words
 from aiflux.core.config.engine_kinds import EXTERNAL
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
@@ -87,7 +88,7 @@ class Plan:
     Attributes:
         output: absolute path of the output.
         models: names as they were given, in the order in which they are processed.
-        models_dir: directory of the models; None with a server that is already running.
+        models_dir: directory of the models; None if they are the server's.
         served_names: names under which the engine serves the models.
         digests: of the models when the run was planned; "" for one that was not stored.
     """
@@ -142,11 +143,15 @@ class Plan:
         """What the answers depend on in addition to the requests; fixed within a run."""
         defaults = self.options.model_defaults
         more = {"defaults": defaults} if defaults else {}
+        # Another command can start another server, or the same with options that change answers.
+        command = self.options.engine_command
+        words = {} if command is None else {"command": command_words(command)}
         return {
             "models": [*self.served_names],
             "parameters": self.options.parameters,
             **more,
             "engine": self.options.engine,
+            **words,
         }
 
     @property
@@ -167,11 +172,13 @@ class PlanningKind(Protocol):
     """The part of an engine kind that planning needs.
 
     Attributes:
-        managed: AI-Flux starts its servers, and stores their models.
+        managed: AI-Flux starts its servers.
+        stores_models: AI-Flux stores its models in the models directory.
         input_rules: for the check of the input.
     """
 
     managed: bool
+    stores_models: bool
     input_rules: InputRules
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
@@ -230,14 +237,14 @@ def make_plan(
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
     names = kind.distinct_models(names)
     served = tuple(kind.served_name(name) for name in names)
-    folder = models_dir if kind.managed else None
+    folder = models_dir if kind.stores_models else None
     digests = [kind.model_digest(folder, name) if folder else None for name in names]
     return Plan(
         input=summary.facts,
         output=output,
         models=tuple(names),
         served_names=served,
-        options=_with_defaults_of(served if kind.managed else (), options),
+        options=_with_defaults_of(served if kind.stores_models else (), options),
         shards=cut(summary, shards),
         digests=tuple(digest or "" for digest in digests),
         models_dir=folder,

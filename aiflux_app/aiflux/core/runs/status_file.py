@@ -84,6 +84,7 @@ class EngineFacts:
         slots: None where they are unknown.
         gpu_bytes: bytes of the model in GPU memory; None where that is unknown.
         url: address of a server that is not started by AI-Flux.
+        command: what ``--engine-command`` starts, with its placeholders.
         one_at_a_time: it handles one request at a time, although it has several slots.
     """
 
@@ -96,6 +97,7 @@ class EngineFacts:
     gpu_bytes: int | None = field(default=None, metadata=OMITTED)
     log: str | None = field(default=None, metadata=OMITTED)
     url: str | None = field(default=None, metadata=OMITTED)
+    command: str | None = field(default=None, metadata=OMITTED)
     one_at_a_time: bool | None = field(default=None, metadata=OMITTED)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from functools import partial
 from urllib.parse import urlsplit
 
@@ -14,15 +12,14 @@ from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind
 from aiflux.engines.http import Answer, Client, ExchangeError, speaks_tls
 from aiflux.engines.outcome import RETRIED_STATUSES, error_message
+from aiflux.engines.served_models import MODELS_PATH, ServedModels
 from aiflux.engines.server_load import get, total_slots
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import EngineError, RejectedError
-from aiflux.util.text import joined, public_url, suggestion
+from aiflux.util.text import public_url
 
-_MODELS = "/v1/models"
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 5.0
-_NAMED = 5  # models in a message
 _PROBE_TIMEOUT = 5.0
 _DENIED = {401: "refuses the key", 403: "denies access"}
 
@@ -47,8 +44,7 @@ class ExternalEngine:
         self._patience = patience
         self._say = say
         self._closing = threading.Event()
-        self._names: tuple[str, ...] = ()
-        self._said: set[tuple[str, str]] = set()
+        self._models = ServedModels(f"the engine at {self.url}", say)
         self._probing = threading.Lock()
         self._ready_at = float("-inf")
         self._status = 0
@@ -100,54 +96,25 @@ class ExternalEngine:
     def refusal(self, model: str) -> RejectedError | None:
         """Return why requests for a model cannot succeed, according to the server."""
         try:
-            answer = self.client.hidden(self.client.get(_MODELS, _PROBE_TIMEOUT))
+            answer = self.client.hidden(self.client.get(MODELS_PATH, _PROBE_TIMEOUT))
         except ExchangeError:
-            return None if self.offers(model) is not False else self._no_such_model(model)
+            return self._models.refusal(model)
         if answer.status in _DENIED and not self._denied:
             return RejectedError(
                 f"the engine at {self.url} {_DENIED[answer.status]} ({answer.status}): "
                 f"{_words(answer)}",
                 "set AIFLUX_API_KEY to a key that is valid for this model and address",
             )
-        self._names = _names(answer)
-        return None if self.offers(model) is not False else self._no_such_model(model)
+        self._models.note(answer)
+        return self._models.refusal(model)
 
     def offers(self, model: str) -> bool | None:
         """Return whether the engine lists a model; None if it lists no models."""
-        if not self._names:
-            return None
-        return any(fnmatchcase(_plain(model), _plain(name)) for name in self._names)
+        return self._models.offers(model)
 
     def ran(self, asked: str, answered: str | None) -> str:
-        """Return the name of the model that gave an answer.
-
-        Raises:
-            RejectedError: the engine lists its models without the requested one, and another one
-                answered.
-        """
-        if answered is None or _plain(answered) == _plain(asked):
-            self._warn_of_unlisted(asked)
-            return asked
-        if self.offers(asked) is False and not _is_version(asked, answered):
-            error = self._no_such_model(asked)
-            raise RejectedError(
-                f"the engine at {self.url} answers as {answered!r}, but {asked!r} was requested",
-                error.remedy,
-            )
-        if (asked, answered) not in self._said:
-            self._said.add((asked, answered))
-            self._say(f"the engine answers as {answered!r} although {asked!r} was requested; the "
-                      "results name both")  # fmt: skip
-        return answered
-
-    def _warn_of_unlisted(self, model: str) -> None:
-        """Say once that a model is not listed: the server may answer with any, as proxies do."""
-        if self.offers(model) is False and (model, model) not in self._said:
-            self._said.add((model, model))
-            more = ["..."] if len(self._names) > _NAMED else []
-            listed = joined([*self._names[:_NAMED], *more])
-            self._say(f"warning: the engine at {self.url} does not list the model {model!r}, but "
-                      f"answers in its name; it lists {listed}")  # fmt: skip
+        """Return the name of the model that gave an answer; see ``ServedModels.ran``."""
+        return self._models.ran(asked, answered)
 
     def was_truncated(self, prompt_tokens: int) -> bool:
         """Return False: the engine's context is unknown."""
@@ -181,7 +148,7 @@ class ExternalEngine:
         """
         began = time.monotonic()
         try:
-            answer = self.client.hidden(self.client.get(_MODELS, _PROBE_TIMEOUT))
+            answer = self.client.hidden(self.client.get(MODELS_PATH, _PROBE_TIMEOUT))
         except ExchangeError as error:
             if error.remedy:
                 raise RejectedError(f"the engine: {error.message}", error.remedy) from error
@@ -194,7 +161,8 @@ class ExternalEngine:
             return f"the engine at {self.url} is not ready ({answer.status}): {_words(answer)}"
         elif answer.status == 400:
             self._refuse_plain_http()
-        self._names, self._status = _names(answer), answer.status
+        self._models.note(answer)
+        self._status = answer.status
         self._ready_at = began
         return None
 
@@ -206,16 +174,10 @@ class ExternalEngine:
             )
 
     def _refuse_redirect(self, target: str) -> None:
-        here, there = urlsplit(self.url + _MODELS), urlsplit(target)
+        here, there = urlsplit(self.url + MODELS_PATH), urlsplit(target)
         if here[:2] == there[:2] and here.path == there.path.rstrip("/"):
             return  # only a trailing slash, which is irrelevant for other paths
-        raise redirect_error(self.url, _MODELS, target)
-
-    def _no_such_model(self, model: str) -> RejectedError:
-        return RejectedError(
-            f"the engine at {self.url} does not offer the model {model!r}",
-            f"{suggestion(model, self._names)} (--model NAME, or the requests' body.model)",
-        )
+        raise redirect_error(self.url, MODELS_PATH, target)
 
 
 def redirect_error(url: str, path: str, target: str) -> RejectedError:
@@ -231,34 +193,3 @@ def redirect_error(url: str, path: str, target: str) -> RejectedError:
 
 def _words(answer: Answer) -> str:
     return error_message(answer.body.decode("utf-8", "replace")) or "no reason given"
-
-
-def _names(answer: Answer) -> tuple[str, ...]:
-    """Return ids, aliases and paths of the listed models; empty without a list."""
-    if answer.status != 200:
-        return ()
-    try:
-        listed = json.loads(answer.body)["data"]
-        entries = [entry for entry in listed if isinstance(entry, dict)]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ()
-    names: dict[str, None] = {}
-    for entry in entries:
-        aliases = entry.get("aliases")
-        for name in (entry.get("id"), *(aliases if isinstance(aliases, list) else ())):
-            if isinstance(name, str) and name:
-                names[name] = None
-    return tuple(names)
-
-
-def _plain(name: str) -> str:
-    """Return a model's name for comparison: some servers ignore case and add ``:latest``."""
-    return name.casefold().removesuffix(":latest")
-
-
-def _is_version(asked: str, answered: str) -> bool:
-    """Return whether the names only differ by a date or version at the end, or a directory."""
-    one, other = _plain(asked), _plain(answered)
-    rest = other.removeprefix(one)
-    dated = rest != other and rest[:1] in ("-", "@", ":") and rest[1:2].isdigit()
-    return dated or one.endswith("/" + other) or other.endswith("/" + one)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import (
+    CommonKind,
     Engine,
     EngineKind,
     EngineSpec,
     FetchContext,
     HttpFactory,
-    ModelStore,
-    SlotLimits,
     refuse_mixed_uses,
 )
 from aiflux.engines.llamacpp import model_file
@@ -33,17 +31,12 @@ def _accepts_model(model: str, named: str) -> bool:
     return accepts_model(model, named)
 
 
-class LlamaCppKind:
+class LlamaCppKind(CommonKind):
     """llama.cpp's server, ``llama-server``. It supports the whole body of a request."""
 
     name = "llamacpp"
     title = "llama.cpp"
-    managed = True
     program = "llama-server"
-    program_variables: tuple[str, ...] = ()
-    cached_program = ""
-    slot_limits = SlotLimits()
-    store: ModelStore | None = None
     input_rules = InputRules(_accepts_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
@@ -131,10 +124,6 @@ class LlamaCppKind:
         """Return a model's figures: from its file, or else from the catalog."""
         return model_file.figures_of_model(models_dir, model, catalog)
 
-    def one_slot(self, figures: Figures) -> bool:
-        """Return False: every model can use several slots."""
-        return False
-
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions
     ) -> int:
@@ -143,18 +132,6 @@ class LlamaCppKind:
         return estimate(
             figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type, one_slot=False
         ).total
-
-    def divides(self, figures: Figures, gpus: int) -> bool:
-        """Return True: it puts layers on each GPU."""
-        return True
-
-    def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
-        """Change nothing: the server accepts any model name and both token limits."""
-        return {}
-
-    def crash_code(self, status: int, message: str) -> str | None:
-        """Apply the generic rule: a crashed server does not answer."""
-        return None
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
         """Return a server on the spec's GPUs."""

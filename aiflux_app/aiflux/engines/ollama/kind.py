@@ -11,19 +11,18 @@ from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import RERANK, WITHOUT_TEXT, FieldRule
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import (
+    CommonKind,
     Engine,
     EngineKind,
     EngineSpec,
     FetchContext,
     HttpFactory,
-    ModelStore,
-    SlotLimits,
 )
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
 from aiflux.engines.ollama.stored_model import known_figures
 from aiflux.engines.process import engine_program
-from aiflux.errors import ConfigError, InputError, ModelError
+from aiflux.errors import ConfigError, InputError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
@@ -52,17 +51,14 @@ _RUNNER_DIED = (
 _MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
 
 
-class OllamaKind:
+class OllamaKind(CommonKind):
     """Ollama."""
 
     name = "ollama"
     title = "Ollama"
-    managed = True
     program = "ollama"
     program_variables: tuple[str, ...] = ("AIFLUX_OLLAMA",)
     cached_program = "ollama-cpu/bin/ollama"
-    slot_limits = SlotLimits()
-    store: ModelStore | None = None
     input_rules = InputRules(accepts_model, IGNORED_FIELDS)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
@@ -105,10 +101,6 @@ class OllamaKind:
         """
         return one_of_each(models)
 
-    def model_path(self, model: str) -> Path | None:
-        """Return None: Ollama's models are in the models directory."""
-        return None
-
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Return whether a model's manifest and all its blobs are in a models directory."""
         return not missing_parts(models_dir, parse_model_name(model))
@@ -131,10 +123,6 @@ class OllamaKind:
     def model_digest(self, models_dir: Path, model: str) -> str | None:
         """Return the digest of a stored model."""
         return model_digest(models_dir, parse_model_name(model))
-
-    def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
-        """Return None: the job pulls it."""
-        return None
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
         """Pull a model unless it is stored; return whether it was pulled.
@@ -172,10 +160,6 @@ class OllamaKind:
         """Return the minimum that recent versions of Ollama need, with flash attention."""
         cache_type = options.engine_env.get("OLLAMA_KV_CACHE_TYPE") or "f16"
         return estimate(figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type).total
-
-    def divides(self, figures: Figures, gpus: int) -> bool:
-        """Return True: it puts layers on each GPU."""
-        return True
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Use a model name and a token limit that Ollama supports.

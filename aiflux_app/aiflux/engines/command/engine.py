@@ -213,8 +213,8 @@ class CommandEngine(ManagedEngine):
 
     def _note_facts(self, client: Client) -> None:
         facts = self.facts
-        told = self._options.slots is not None or "slots" in self._named
-        facts.slots = total_slots(partial(get, client)) or (self.slots if told else None)
+        given = self._options.slots is not None or "slots" in self._named
+        facts.slots = total_slots(partial(get, client)) or (self.slots if given else None)
         facts.context_length = self._context if "context" in self._named else None
         facts.version = _version(client)
         facts.command = self._line

@@ -1,8 +1,8 @@
 """A server to start with ``--engine-command``: ``command_server.py --port PORT``.
 
-``--socket PATH`` stands for a port. It answers as ``faulty_engine.py``. ``/health`` answers 503 while the file of ``--loading`` exists.
-The prompt ``die`` ends the process, and ``deaf`` closes its sockets while it lives on; each happens
-once for a folder of ``--once``.
+``--socket PATH`` stands for a port. It answers as ``faulty_engine.py``, and ``/health`` with 503
+while the file of ``--loading`` exists. The prompt ``die`` ends the process, and ``deaf`` closes its
+sockets while it lives on; each happens once for a folder of ``--once``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from xml.parsers import expat
 
+from aiflux.converters.docx_numbering import OFF, Numbering, symbol, whole
 from aiflux.converters.encoding import Encoding, UnclearEncodingError, decoded, marked_encoding
 from aiflux.converters.writer import BadRowError
 from aiflux.util.extras import need
@@ -37,7 +38,6 @@ _COMPATIBILITY = "http://schemas.openxmlformats.org/markup-compatibility/2006"
 _LEFT_OUT = ("del", "moveFrom", "instrText", "delInstrText", "delText", "rt")
 _SIGNS = {"tab": "\t", "ptab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "\u2011"}
 _NOTES = {"footnoteReference": "footnotes", "endnoteReference": "endnotes"}
-_OFF = ("0", "false", "off")
 
 Attributes = dict[str, str]
 # pypdf's output for glyphs that the font does not map to letters.
@@ -73,17 +73,41 @@ def docx_text(file: BinaryIO) -> str:
 
 def _text_of(package: zipfile.ZipFile) -> str:
     main = _related(package, "").get("officeDocument", "word/document.xml")
-    body = _Body()
+    parts = _related(package, main)
+    numbering = _read_numbering(package, parts)
+    body = _Body(numbering)
     _parse(package, main, body.start, body.end, body.data)
     lines = body.lines
-    parts = _related(package, main)
     for kind, first in (("footnotes", body.footnotes), ("endnotes", body.endnotes)):
         if first and kind in parts:
-            notes = _Body()
+            notes = _Body(numbering)
             _parse(package, parts[kind], notes.start, notes.end, notes.data)
             for number, name in enumerate(first, start=1):
                 lines.append(f"[{_numeral(kind, number)}] {' '.join(notes.notes.get(name, []))}")
     return "\n".join(lines)
+
+
+def _read_numbering(package: zipfile.ZipFile, parts: dict[str, str]) -> Numbering:
+    numbering = Numbering()
+    for kind, define in (("numbering", numbering.define), ("styles", numbering.define_style)):
+
+        def start(
+            tag: str,
+            attributes: Attributes,
+            define: Callable[[str, Attributes], None] = define,
+        ) -> None:
+            space, _, name = tag.rpartition(" ")
+            if space in _WORD:
+                define(name, _local(attributes))
+
+        if parts.get(kind) in package.namelist():
+            _parse(package, parts[kind], start)
+    return numbering
+
+
+def _local(attributes: Attributes) -> Attributes:
+    """Return attributes by their names without namespace."""
+    return {key.rpartition(" ")[2]: value for key, value in attributes.items()}
 
 
 def _numeral(kind: str, number: int) -> str:
@@ -134,6 +158,9 @@ class _Paragraph:
     text: list[str] = field(default_factory=list)
     boxes: list[str] = field(default_factory=list)
     joined: bool = False  # its end was deleted, so the next paragraph continues it
+    style: str = ""
+    number: str | None = None  # of its list; None for that of its style
+    level: int | None = None
 
 
 @dataclass
@@ -151,7 +178,8 @@ class _Body:
         notes: lines of the notes by name, if the part consists of notes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbering: Numbering) -> None:
+        self._numbering = numbering
         self.lines: list[str] = []
         self.footnotes: list[str] = []
         self.endnotes: list[str] = []
@@ -175,8 +203,7 @@ class _Body:
         if space in _MATH and name == "t":
             self._in_text = True
         elif space in _WORD:
-            values = {key.rpartition(" ")[2]: value for key, value in attributes.items()}
-            self._start(name, values)
+            self._start(name, _local(attributes))
 
     def _left_out(self, space: str, name: str) -> bool:
         if space == _COMPATIBILITY:
@@ -211,14 +238,14 @@ class _Body:
         elif name == "fldChar":
             self._field(values.get("fldCharType", ""))
         elif name == "sym":
-            self._symbol(values.get("char", ""))
+            self._symbol(values.get("char", ""), values.get("font", ""))
         elif name in _NOTES:
             self._note(name, values.get("id", ""))
         elif name in _SIGNS:
             self._add(_SIGNS[name])
 
     def _property(self, name: str, values: Attributes) -> None:
-        on = values.get("val", "1") not in _OFF
+        on = values.get("val", "1") not in OFF
         if name == "vanish" and self._path[-2:-1] == ["rPr"] and self._path[-3] == "r":
             self._vanished = on
         elif name in ("del", "moveFrom") and self._path[-3:-1] == ["pPr", "rPr"]:
@@ -226,6 +253,16 @@ class _Body:
                 self._paragraphs[-1].joined = True
         elif name == "del" and self._path[-2] == "trPr" and self._rows:
             self._rows[-1].deleted = True
+        elif self._paragraphs and "pPrChange" not in self._path[-5:]:
+            self._list_item(self._paragraphs[-1], name, values.get("val", ""))
+
+    def _list_item(self, paragraph: _Paragraph, name: str, value: str) -> None:
+        if name == "pStyle":
+            paragraph.style = value
+        elif name == "numId":
+            paragraph.number = value
+        elif name == "ilvl":
+            paragraph.level = whole(value)
 
     def _field(self, kind: str) -> None:
         if kind == "begin":
@@ -235,13 +272,12 @@ class _Body:
         elif self._fields and kind == "end":
             self._fields.pop()
 
-    def _symbol(self, code: str) -> None:
-        """Add a symbol font's character if Unicode has the same character at this code."""
+    def _symbol(self, code: str, font: str) -> None:
         try:
-            char = chr(int(code, 16))
-        except (ValueError, OverflowError):
-            return
-        self._add("" if "\ud800" <= char <= "\uf8ff" else char)
+            number = int(code, 16)
+        except ValueError:
+            number = 0
+        self._add(symbol(number, font))
 
     def _note(self, name: str, note: str) -> None:
         kind = _NOTES[name]
@@ -301,7 +337,8 @@ class _Body:
             self._carried = text
             self._places[-1].extend(paragraph.boxes)
         else:
-            self._places[-1].extend([text, *paragraph.boxes])
+            label = self._numbering.label(paragraph.style, paragraph.number, paragraph.level)
+            self._places[-1].extend([label + text if text else label.rstrip(), *paragraph.boxes])
 
 
 class NoTextError(ValueError):

@@ -194,6 +194,163 @@ def test_nested_wrappers_do_not_hide_text(trees: list[object]) -> None:
     assert docx_text(io.BytesIO(docx(body))) == "".join(shown for _, shown in parts)
 
 
+def level(at: int, form: str, text: str, more: str = "") -> str:
+    return (
+        f'<w:lvl w:ilvl="{at}"><w:numFmt w:val="{form}"/><w:lvlText w:val="{text}"/>{more}</w:lvl>'
+    )
+
+
+def item(text: str, number: str = "1", at: int = 0) -> str:
+    properties = f'<w:numPr><w:ilvl w:val="{at}"/><w:numId w:val="{number}"/></w:numPr>'
+    return p(run(text), properties=properties)
+
+
+def lists(body: str, *levels: str, more: str = "", styles: str = "") -> list[str]:
+    """Return the lines of a document with the lists 1 and 2 of one definition."""
+    numbering = (
+        f'<w:abstractNum w:abstractNumId="0">{"".join(levels)}</w:abstractNum>'
+        '<w:num w:numId="1"><w:abstractNumId w:val="0"/></w:num>'
+        f'<w:num w:numId="2"><w:abstractNumId w:val="0"/>{more}</w:num>'
+    )
+    return docx_text(io.BytesIO(docx(body, numbering=numbering, styles=styles))).split("\n")
+
+
+OUTLINE = (level(0, "decimal", "%1."), level(1, "lowerLetter", "%1.%2)"), level(2, "none", ""))
+FROM_7 = '<w:lvlOverride w:ilvl="0"><w:startOverride w:val="7"/></w:lvlOverride>'
+
+
+def test_levels_count_and_deeper_ones_begin_again() -> None:
+    body = "".join(item(text, at=at) for text, at in
+                   [("x", 0), ("x", 1), ("x", 1), ("x", 2), ("x", 0), ("x", 1), ("", 0)])  # fmt: skip
+    shown = ["1. x", "1.a) x", "1.b) x", "x", "2. x", "2.a) x", "3."]
+    assert lists(body, *OUTLINE) == shown
+    assert lists(item("deep", at=1) + item("x"), *OUTLINE) == ["1.a) deep", "2. x"]
+
+
+def test_lists_of_one_definition_continue_unless_one_starts_again() -> None:
+    body = item("a") + item("b", "2") + item("c", "2") + item("d", "0") + item("e", "99")
+    assert lists(body, *OUTLINE) == ["1. a", "2. b", "3. c", "d", "e"]
+    assert lists(body, *OUTLINE, more=FROM_7)[:3] == ["1. a", "7. b", "8. c"]
+
+
+def test_styles_number_headings() -> None:
+    styles = (
+        '<w:style w:styleId="H1"><w:pPr><w:numPr><w:numId w:val="1"/></w:numPr></w:pPr></w:style>'
+        '<w:style w:styleId="H2"><w:basedOn w:val="H1"/><w:pPr><w:numPr><w:ilvl w:val="1"/>'
+        '<w:numId w:val="1"/></w:numPr></w:pPr></w:style>'
+        '<w:style w:styleId="Sub"><w:basedOn w:val="H2"/></w:style>'
+        '<w:style w:styleId="Loop"><w:basedOn w:val="Loop"/></w:style>'
+    )
+    levels = (level(0, "upperRoman", "Part %1:"), level(1, "decimal", "%1.%2", "<w:isLgl/>"))
+    names = ["H1", "H2", "Sub", "H1", "Sub", "Loop", "unknown"]
+    body = "".join(p(run(name), properties=f'<w:pStyle w:val="{name}"/>') for name in names)
+    assert lists(body, *levels, styles=styles) == [
+        "Part I: H1", "1.1 H2", "1.2 Sub", "Part II: H1", "2.1 Sub", "Loop", "unknown"
+    ]  # fmt: skip
+    off = p(run("off"), properties='<w:pStyle w:val="H1"/><w:numPr><w:numId w:val="0"/></w:numPr>')
+    assert lists(off, *levels, styles=styles) == ["off"]
+
+
+def test_changed_and_deleted_items_do_not_count() -> None:
+    old = '<w:pPrChange><w:pPr><w:numPr><w:numId w:val="1"/></w:numPr></w:pPr></w:pPrChange>'
+    gone = p(
+        f"<w:del>{run('x')}</w:del>",
+        properties='<w:numPr><w:numId w:val="1"/></w:numPr><w:rPr><w:del/></w:rPr>',
+    )
+    body = item("a") + p(run("no item now"), properties=old) + gone + item("b")
+    assert lists(body, *OUTLINE) == ["1. a", "no item now", "2. b"]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "font", "shown"),
+    [
+        ("bullet", "\uf0b7", "Symbol", "\u2022 x"),
+        ("bullet", "\uf0a7", "Wingdings", "\u25aa x"),
+        ("bullet", "o", "Courier New", "\u2022 x"),
+        ("bullet", "\uf001", "Webdings", "\u2022 x"),
+        ("bullet", "\u2013", "Arial", "\u2013 x"),
+        ("bullet", "", "", "\u2022 x"),
+        ("decimalZero", "%1", "", "01 x"),
+        ("upperLetter", "(%1)", "", "(A) x"),
+        ("none", "Note", "", "Note x"),
+        ("chineseCounting", "%1.", "", "1. x"),
+    ],
+)
+def test_bullets_and_forms_of_numbers(form: str, text: str, font: str, shown: str) -> None:
+    more = f'<w:rPr><w:rFonts w:ascii="{font}"/></w:rPr>'
+    assert lists(item("x"), level(0, form, text, more)) == [shown]
+    glued = f'<w:suff w:val="nothing"/>{more}'
+    assert lists(item("x"), level(0, form, text, glued)) == [shown.replace(" x", "x")]
+
+
+def test_letters_after_z_are_doubled() -> None:
+    lines = lists(item("x") * 60, level(0, "lowerLetter", "%1."))
+    assert [lines[at] for at in (25, 26, 27, 52)] == ["z. x", "aa. x", "bb. x", "aaa. x"]
+
+
+VALUES = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100, "d": 500, "m": 1000}
+
+
+@given(st.integers(1, 3999))
+@settings(deadline=None, max_examples=50)
+def test_roman_numbers(number: int) -> None:
+    start = f'<w:start w:val="{number}"/>'
+    (line,) = lists(item("x"), level(0, "lowerRoman", "%1.", start))
+    roman = line.removesuffix(". x")
+    signed = [
+        -VALUES[letter] if VALUES.get(after, 0) > VALUES[letter] else VALUES[letter]
+        for letter, after in zip(roman, roman[1:] + " ", strict=True)
+    ]
+    assert sum(signed) == number
+    assert not any(letter * 4 in roman for letter in VALUES)
+
+
+@given(st.text(), st.text(), st.text())
+@settings(deadline=None, max_examples=50)
+def test_any_value_in_the_numbering_is_read(value: str, form: str, text: str) -> None:
+    value, form, text = (escaped(each) for each in (value, form, text))
+    start = f'<w:start w:val="{value}"/><w:suff w:val="{value}"/>'
+    lines = lists(item("x", at=0), level(0, form, text, start), more=FROM_7.replace("7", value))
+    assert lines[-1].endswith("x")
+
+
+def test_a_hostile_numbering_costs_little() -> None:
+    deep = level(999_999_999, "decimal", "%1.")
+    assert lists(item("x", at=999_999_999), deep) == ["x"]
+    (line,) = lists(item("x"), level(0, "none", "a" * 1_000_000))
+    assert len(line) < 200
+
+
+def escaped(text: str) -> str:
+    """Return a text as it may stand in an attribute."""
+    kept = "".join(char for char in text if char.isprintable() and char not in '<&"\ufffe\uffff')
+    return "".join(f"&#{ord(char)};" for char in kept)
+
+
+@pytest.mark.parametrize(
+    ("font", "code", "shown"),
+    [
+        ("Symbol", "F061", "\u03b1"),
+        ("Symbol", "0061", "\u03b1"),
+        ("symbol", "F0B3", "\u2265"),
+        ("Symbol", "F057", "\u03a9"),
+        ("Symbol", "F0E6", "\u239b"),
+        ("Wingdings", "F0FC", "\u2713"),
+        ("Wingdings", "F0FE", "\u2611"),
+        ("Wingdings", "F021", "\ufffd"),
+        ("Webdings", "F061", "\ufffd"),
+        ("Arial", "2022", "\u2022"),
+        ("", "D800", "\ufffd"),
+        ("", "110000", "\ufffd"),
+        ("", "x", "\ufffd"),
+        ("", "", "\ufffd"),
+    ],
+)
+def test_characters_of_symbol_fonts(font: str, code: str, shown: str) -> None:
+    sign = f'<w:r><w:sym w:font="{font}" w:char="{code}"/></w:r>'
+    assert docx_text(io.BytesIO(docx(p(run("a"), sign, run("b"))))) == f"a{shown}b"
+
+
 def test_notes_come_last_with_their_numbers() -> None:
     note = '<w:footnote w:id="-1">{0}</w:footnote><w:footnote w:id="7">{1}</w:footnote>'
     body = p(run("Word"), '<w:r><w:footnoteReference w:id="7"/></w:r>', run(".")) + p(run("End"))

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Make the LibreOffice files from text.fodt and table.fods. Run: sh make_libreoffice.sh DIRECTORY
+# Make the LibreOffice files from text.fodt, lists.html and table.fods.
+# Run: sh make_libreoffice.sh DIRECTORY
 set -eu
 here=$(dirname "$0")
 mkdir -p "$1"
@@ -17,6 +18,10 @@ csv "$1" 44,34,76,1,,0,false,true default.csv
 csv "$1" 59,34,76,1,,0,true,false semicolon.csv
 csv "$1" 9,34,76,1,,0,true,true tab.tsv
 csv "$1" 44,34,1,1,,0,false,true windows.csv
-# What LibreOffice itself reads in the DOCX.
-office "txt:Text (encoded):UTF8" "$1" "$1/text.docx"
-mv "$1/text.txt" "$1/text_read_back.txt"
+soffice -env:UserInstallation="file://$(mktemp -d)" --headless --infilter="HTML (StarWriter)" \
+    --convert-to "docx:MS Word 2007 XML" --outdir "$1" "$here/lists.html" >&2
+# What LibreOffice itself reads in the DOCX files.
+for name in text lists; do
+    office "txt:Text (encoded):UTF8" "$1" "$1/$name.docx"
+    mv "$1/$name.txt" "$1/${name}_read_back.txt"
+done

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.conftest import LEFT_OUT
 
@@ -24,11 +25,33 @@ MODEL = "smollm2:135m"
 _PASSED = ("PIP_", "SSL_", "REQUESTS_CA", "CURL_CA", "CI", "LANG")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
+_WITHOUT_SLURM = {
+    "test_airgap", "test_engine_contract", "test_examples", "test_image", "test_image_docker",
+    "test_memory", "test_models", "test_ollama", "test_vllm",
+}  # fmt: skip
+_SLURM_FIXTURES = {"cluster", "reader"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.stack)
+            fixtures = getattr(item, "fixturenames", ())
+            if item.path.stem in _WITHOUT_SLURM and not _SLURM_FIXTURES.isdisjoint(fixtures):
+                raise pytest.UsageError(f"{item.path.name} uses Slurm: remove it from the list")
+
+
+class _Halves(LoadScopeScheduling):
+    """Gives all tests that use the cluster to one process: they look at all jobs of the user."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.split("::", maxsplit=1)[0]).stem
+        return "without Slurm" if name in _WITHOUT_SLURM else "with Slurm"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Halves:
+    return _Halves(config, log)
 
 
 def _missing() -> str:

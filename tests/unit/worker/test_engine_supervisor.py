@@ -125,19 +125,19 @@ def test_each_crash_causes_a_start(supervised: tuple[EngineSupervisor, SlowEngin
         ),
     ],
 )
-def test_only_an_engine_of_ours_is_said_to_be_restarted(kind: str, again: str, end: str) -> None:
-    said: list[str] = []
-    with supervising(kind, said.append) as (supervisor, engine):
+def test_only_an_engine_of_ours_is_reported_as_restarted(kind: str, again: str, end: str) -> None:
+    printed: list[str] = []
+    with supervising(kind, printed.append) as (supervisor, engine):
         for generation in range(1, 5):
             wait_for_generation(supervisor, generation)
             supervisor.report_down(generation)
         deadline = time.monotonic() + 5
         while supervisor.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert said[0] == again.replace("URL", engine.facts.url)
-        assert said[-1] == end.replace("URL", engine.facts.url)
+        assert printed[0] == again.replace("URL", engine.facts.url)
+        assert printed[-1] == end.replace("URL", engine.facts.url)
         assert isinstance(supervisor.failure, EngineError)
-        assert supervisor.failure.message == said[-1]
+        assert supervisor.failure.message == printed[-1]
 
 
 @pytest.mark.parametrize("fault", ["500", "hang"])

@@ -31,7 +31,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 from aiflux.engines.secrets import Secrets
 from aiflux.errors import ConfigError
 from aiflux.util.process_limits import exhausted, start_thread
-from aiflux.util.text import public_url
+from aiflux.util.text import error_text, public_url
 
 CONNECT_TIMEOUT = 10.0
 _CERT_FILE = "SSL_CERT_FILE"
@@ -170,7 +170,7 @@ class _SocketConnection(_TrackedConnection):
             connection.connect(self._path)
         except OSError as error:
             connection.close()
-            raise NewConnectionError(self, _reason(error)) from error
+            raise NewConnectionError(self, innermost(error)) from error
         return connection
 
 
@@ -319,11 +319,11 @@ class Client:
             return ExchangeError(code, self.secrets.hide(f"{where}: {what}"), remedy)
         if isinstance(error, RequestsConnectionError) and "NewConnectionError" in repr(error):
             return ExchangeError(
-                "refused", f"{where} does not accept connections ({_reason(error)})"
+                "refused", f"{where} does not accept connections ({innermost(error)})"
             )
         if isinstance(error, requests.ConnectTimeout):
             return ExchangeError("refused", f"{where} does not respond")
-        text = self.secrets.hide(_reason(error))
+        text = self.secrets.hide(innermost(error))
         return ExchangeError("connection", f"the connection to {where} broke: {text}")
 
     def _watch(self) -> None:
@@ -407,12 +407,11 @@ def speaks_tls(url: str, timeout: float) -> bool:
         return False
 
 
-def _reason(error: BaseException) -> str:
-    """Return the message of the innermost cause."""
+def innermost(error: BaseException) -> str:
+    """Return the message of the innermost cause, without the names of libraries."""
     while error.__context__ is not None:
         error = error.__context__
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return words or type(error).__name__
+    return error_text(error)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -76,6 +76,7 @@ class Pool:
     ) -> None:
         self._scheduler = scheduler
         self._links = {engine.index: engine for engine in engines}
+        self._managed = any(engine.kind.managed for engine in engines)
         self._journal = journal
         self._policy = policy
         self._stats = stats
@@ -282,8 +283,12 @@ class Pool:
                 self._probe.run(lane, generation, task.request.url)
 
     def _is_outage(self, url: str, verdict: Outcome) -> bool:
-        """Return whether failures in a row may be due to an outage, which a probe decides."""
-        return may_pass(verdict) or self._outages.answered(url) is not None
+        """Return whether failures in a row may be due to an outage, which a probe decides.
+
+        An engine of ours that never answered a request has no outage: waiting would not help.
+        """
+        temporary = may_pass(verdict) and not self._managed
+        return temporary or self._outages.answered(url) is not None
 
     def _conclude(
         self, task: Task, lane: Lane, link: Engine, verdict: Outcome, seconds: float
@@ -301,7 +306,7 @@ class Pool:
             self._scheduler.set_aside(task, lane)
             if waiting == 1 or waiting >= ENOUGH:
                 self._raise_conclusion(url, enough=waiting >= ENOUGH)
-            if waiting >= ENOUGH and not may_pass(verdict) and not self._outages.answered(url):
+            if waiting >= ENOUGH and not self._is_outage(url, verdict):
                 self._record_held(url)
             return
         self._record(task, lane, verdict, seconds)
@@ -323,7 +328,7 @@ class Pool:
         if last.verdict.foreign or last.verdict.kind is Kind.FAILED:
             link = self._links[last.lane.index]
             self._raise_refusal(link, last.task.request.model or self._served)
-        error = self._rejections.conclusion(url) if enough else None
+        error = self._rejections.conclusion(url, managed=self._managed) if enough else None
         if error is not None:
             raise error
 

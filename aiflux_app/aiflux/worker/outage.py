@@ -135,14 +135,18 @@ class Rejections:
         with self._lock:
             return list(self._waiting)
 
-    def conclusion(self, url: str) -> RejectedError | None:
-        """Return the error for so many rejections; None if other requests were answered."""
+    def conclusion(self, url: str, *, managed: bool) -> RejectedError | None:
+        """Return the error for so many rejections; None if other requests were answered.
+
+        Args:
+            managed: the engine is ours, so an error that may be temporary will not pass by waiting.
+        """
         with self._lock:
             waiting = list(self._waiting.get(url, ()))
         if not waiting or self._lenient or url in self._answered:
             return None
         last = waiting[-1].verdict
-        if last.kind is Kind.RETRY and not last.foreign:
+        if may_pass(last) and not managed:
             return None
         first = "the only request" if len(waiting) == 1 else f"the first {len(waiting)} requests"
         if last.foreign:
@@ -150,6 +154,13 @@ class Rejections:
                 f"the server answered {first} to {url} with something other than an OpenAI API "
                 f"response ({last.status}): {last.message}; nothing was recorded",
                 "check --engine-url: a website or the login page of a proxy answers like this",
+            )
+        if may_pass(last):
+            return RejectedError(
+                f"the engine answered {first} to {url} with an error ({last.reason}); nothing was "
+                "recorded",
+                "see its log (aiflux logs --engine), and run the same command again; "
+                "--max-failures 100% records such requests as failed",
             )
         return RejectedError(
             f"the engine rejected {first} to {url} ({last.status}): {last.message}; nothing was "
@@ -327,7 +338,7 @@ class OutageProbe:
         """Return whether the lane may be opened: not if its engine is to be restarted."""
         managed = self._engine(lane).kind.managed
         began, delay = time.monotonic(), 0.0
-        for task in cycle(self._probes(lane, url, managed=managed)):
+        for task in cycle(self._probes(lane, url)):
             verdict = self._exchange(task, lane)
             error = certain(self._engine(lane).client.base_url, url, verdict)
             if error is not None:
@@ -356,9 +367,9 @@ class OutageProbe:
             self._record(url)
         return True
 
-    def _probes(self, lane: Lane, url: str, *, managed: bool) -> list[Task]:
+    def _probes(self, lane: Lane, url: str) -> list[Task]:
         """Return the requests to probe with; empty if it is not worth waiting."""
-        if self._watch.answered(url) is None and (managed or self._rejections.tolerant):
+        if self._watch.answered(url) is None and self._rejections.tolerant:
             return []
         return self._watch.probes(lane.index, url)
 

@@ -14,8 +14,9 @@ import pytest
 
 from aiflux.engines.ollama.api import Ollama
 from aiflux.engines.ollama.pull import ensure_model, pull_with, with_reason
-from aiflux.errors import ConfigError, ModelError
+from aiflux.errors import ConfigError, EngineError, ModelError
 from aiflux.models.name import parse_model_name
+from tests.unit.helpers import words_of_python
 
 LOG = r"""time=2026-11-25T20:48:52.5Z level=INFO source=download.go:177 msg="downloading ef96"
 time=2026-11-25T20:48:52.6Z level=WARN source=download.go:256 msg="backing off" err="reset"
@@ -83,6 +84,16 @@ def test_a_pull_is_retried_only_if_that_can_help(words: str, attempts: int, tmp_
         pull_with(ollama, NAME, tmp_path, lambda _: None, tmp_path / "pull.log")
     assert len(asked) == attempts
     assert raised.value.remedy
+
+
+def test_a_server_that_went_away_is_reported_in_plain_words(tmp_path: Path) -> None:
+    with pulling({"status": "success"}) as (ollama, _):
+        pass
+    pull = lambda: [*ollama.pull("m:1", insecure=False, stall_timeout=1.0)]  # noqa: E731
+    for call in (pull, ollama.version):
+        with pytest.raises(EngineError, match="Connection refused") as error:
+            call()
+        assert not words_of_python(str(error.value)), error.value
 
 
 def test_missing_certificates_are_reported_before_a_pull(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind
 from aiflux.engines.http import Client
@@ -140,29 +141,64 @@ def test_only_an_engine_of_ours_is_reported_as_restarted(kind: str, again: str, 
         assert supervisor.failure.message == printed[-1]
 
 
+@pytest.fixture
+def failing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Working]:
+    """Return a run with an engine of ours that has a fault after some answers; see the tool."""
+
+    def make(fault: str, answers: int, requests: int, **options: object) -> Working:
+        program = tmp_path / "llama-server"
+        starts = str(tmp_path / "starts")
+        tool = [sys.executable, faulty_engine.__file__, fault, str(answers), starts]
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(tool)} "$@"\n', encoding="utf-8")
+        program.chmod(0o755)
+        monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(program))
+        models = tmp_path / "models"
+        put_model(models, "tiny:latest", make_tiny_gguf.tiny())
+        prompts = (f"p{i}" for i in range(requests))
+        return Working(
+            tmp_path, None, models_dir=models, engine="llamacpp", model="tiny:latest",
+            concurrency=4, request_timeout=0.5, allow_cpu=True, **options,
+        ).prompts(*prompts, model="tiny:latest")  # fmt: skip
+
+    return make
+
+
 @pytest.mark.parametrize("fault", ["500", "hang"])
 def test_a_server_that_runs_but_answers_nothing_is_restarted(
-    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, failing_run: Callable[..., Working], tmp_path: Path
 ) -> None:
     """Its process lives, so only requests show that it does not work."""
-    program, starts = tmp_path / "llama-server", tmp_path / "starts"
-    tool = [sys.executable, faulty_engine.__file__, fault, "20", str(starts)]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(tool)} "$@"\n', encoding="utf-8")
-    program.chmod(0o755)
-    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(program))
-    models = tmp_path / "models"
-    put_model(models, "tiny:latest", make_tiny_gguf.tiny())
-    working = Working(
-        tmp_path, None, models_dir=models, engine="llamacpp", model="tiny:latest", concurrency=4,
-        request_timeout=0.5, allow_cpu=True,
-    ).prompts(*(f"p{i}" for i in range(60)), model="tiny:latest")  # fmt: skip
+    working = failing_run(fault, 20, 60)
     assert working.run() is ExitCode.OK, working.error
-    assert starts.read_text().count("started") == 2
+    assert (tmp_path / "starts").read_text().count("started") == 2
     assert len(working.results) == 60
     assert not any("error" in entry for entry in working.results)
     assert "engine 0 is down; restarting it (1)" in working.reporter.messages
     if fault == "500":  # an attempt in an outage does not count
         assert {entry["metadata"]["attempts"] for entry in working.results} == {1}
+
+
+@pytest.mark.parametrize("requests", [1, 30])
+def test_an_engine_of_ours_that_fails_every_request_is_exit_4(
+    requests: int, failing_run: Callable[..., Working]
+) -> None:
+    working = failing_run("500", 0, requests, max_retries=1)
+    assert working.run() is ExitCode.ENGINE
+    assert working.error is not None
+    assert "http_500: CUDA error" in working.error.message
+    assert "nothing was recorded" in working.error.message
+    assert "aiflux logs --engine" in str(working.error.remedy)
+    assert scan_journal(working.journal).done == 0
+    assert working.run() is ExitCode.OK
+    assert len(working.results) == requests
+
+
+def test_failures_of_an_engine_of_ours_are_recorded_if_all_may_fail(
+    failing_run: Callable[..., Working],
+) -> None:
+    working = failing_run("500", 0, 12, max_retries=0, max_failures="100%")
+    assert working.run() is ExitCode.OK
+    assert working.status["request_counts"]["failed"] == 12
 
 
 def test_a_report_of_an_earlier_start_does_not_close_the_lane() -> None:

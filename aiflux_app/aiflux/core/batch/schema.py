@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from aiflux.core.batch.request import parse_json
 from aiflux.util.extras import need
+from aiflux.util.text import error_text
 
 Check = Callable[[Any], "str | None"]
 _SHOWN = 300
@@ -142,7 +143,7 @@ def compile_schema(schema: Any) -> Check:
     except (SchemaError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - of JSON that is no schema the library may raise any
-        raise SchemaError(f"it cannot be read: {_short(repr(error))}") from None
+        raise SchemaError(f"it cannot be read: {_short(error_text(error))}") from None
 
     def check(value: Any) -> str | None:
         try:
@@ -152,7 +153,7 @@ def compile_schema(schema: Any) -> Check:
         except (SchemaError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - the class of a bad reference varies by version
-            raise SchemaError(f"it cannot be applied: {_short(str(error))}") from None
+            raise SchemaError(f"it cannot be applied: {_short(error_text(error))}") from None
         return None if error is None else f"at {error.json_path}: {_short(error.message)}"
 
     with _time_limit(seconds):

@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 
+from aiflux.engines.http import innermost
 from aiflux.errors import EngineError
 
 _TIMEOUT = 30.0
@@ -120,7 +121,7 @@ class Ollama:
                         raise EngineError(str(last["error"]))
                     yield last
         except (requests.RequestException, ValueError) as error:
-            raise EngineError(f"the {what} was interrupted: {error}") from error
+            raise EngineError(f"the {what} was interrupted: {innermost(error)}") from error
         if last.get("status") != "success":
             raise EngineError(f"the {what} ended without success (last: {last.get('status')!r})")
 
@@ -139,7 +140,7 @@ class Ollama:
             )
             content = answer.json()
         except requests.RequestException as error:
-            raise EngineError(f"Ollama did not respond to {path}: {error}") from error
+            raise EngineError(f"Ollama did not respond to {path}: {innermost(error)}") from error
         if answer.status_code != 200:
             words = content.get("error") if isinstance(content, dict) else answer.text[:500]
             raise EngineError(f"Ollama rejected {path} ({answer.status_code}): {words}")

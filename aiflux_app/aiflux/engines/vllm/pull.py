@@ -38,7 +38,7 @@ from aiflux.engines.vllm.snapshot import (
 from aiflux.errors import AifluxError, ModelError, StorageError
 from aiflux.util.extras import need
 from aiflux.util.files import storage_error
-from aiflux.util.text import size_text
+from aiflux.util.text import error_text, size_text
 
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*",
                   "onnx/*", "consolidated*.safetensors")  # fmt: skip
@@ -262,7 +262,7 @@ def _unavailable(model: HubModel, error: BaseException) -> ModelError:
     """Return the error of a hub that does not answer as it should, by the first cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = next(filter(str.strip, error_text(error).splitlines()), "no reason given")
     return ModelError(
         f"{model.text} could not be pulled: {first.strip()}",
         "pull on a machine that reaches the hub (HF_ENDPOINT names a mirror), or copy the model's "

@@ -1,8 +1,8 @@
 """Write what the documentation says about settings and commands from the code itself.
 
-``python docs/generate.py`` brings ``docs/configuration.md`` and ``docs/structure.md`` (between
-their markers), ``docs/reference.md`` and ``.env.example`` up to date; ``tests/unit/test_docs.py``
-checks that they are.
+``python docs/generate.py`` brings ``docs/configuration.md``, ``docs/engines.md`` and
+``docs/structure.md`` (between their markers), ``docs/reference.md`` and ``.env.example`` up to
+date; ``tests/unit/test_docs.py`` checks that they are.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import click
 from aiflux.cli.main import GROUPS, make_program
 from aiflux.cli.parser import Command, Option
 from aiflux.core.config.declaration import Setting
+from aiflux.core.config.engine_command import PLACEHOLDERS
 from aiflux.core.config.settings import BY_NAME, SECTIONS, SETTINGS, TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+ENGINES = ROOT / "docs" / "engines.md"
 STRUCTURE = ROOT / "docs" / "structure.md"
 PACKAGE = ROOT / "aiflux_app" / "aiflux"
 REFERENCE = ROOT / "docs" / "reference.md"
@@ -70,6 +72,12 @@ def env_example() -> str:
 def with_tables(text: str) -> str:
     """Return the text of ``docs/configuration.md`` with the tables between its markers renewed."""
     return _between_markers(text, settings_tables())
+
+
+def with_placeholders(text: str) -> str:
+    """Return the text of ``docs/engines.md`` with the table between its markers renewed."""
+    rows = [f"| `{{{name}}}` | {meaning} |" for name, meaning in PLACEHOLDERS.items()]
+    return _between_markers(text, "\n".join(["| placeholder | stands for |", "|---|---|", *rows]))
 
 
 def with_modules(text: str) -> str:
@@ -212,6 +220,7 @@ def main() -> None:
     CONFIGURATION.write_text(
         with_tables(CONFIGURATION.read_text(encoding="utf-8")), encoding="utf-8"
     )
+    ENGINES.write_text(with_placeholders(ENGINES.read_text(encoding="utf-8")), encoding="utf-8")
     ENV_EXAMPLE.write_text(env_example(), encoding="utf-8")
 
 

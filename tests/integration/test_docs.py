@@ -37,6 +37,7 @@ _BENCH = "tests/slow/test_bench.py::test_a_case_gives_figures"
 _SIGNED = "test_a_build_asks_for_the_passphrase_first_and_signs_the_image"
 _HUB = "tests/unit/cli/test_hub_models_command.py"
 _VLLM = "tests/unit/engines/test_vllm.py"
+_COMMAND = "tests/integration/test_command.py"
 ELSEWHERE = {
     "make image": "tests/integration/conftest.py::image",
     "make demo": "tests/integration/test_image.py::test_the_demo_shows_prompts_and_answers",
@@ -65,6 +66,23 @@ ELSEWHERE = {
         f"aiflux run --engine vllm --model {model} --input prompts.jsonl --output results.json":
             f"{_VLLM}::test_the_server_gets_the_model_its_slots_and_its_context"
         for model in ("hf:Qwen/Qwen3-8B", "/shared/models/Qwen3-8B")
+    },
+    **{
+        f"aiflux run prompts.jsonl --model {words}":
+            f"{_COMMAND}::test_a_job_without_an_image_survives_the_kill_of_its_server"
+        for words in (
+            "Qwen/Qwen3-8B --modules vllm --engine-command"
+            " 'vllm serve {model} --uds {socket} --max-num-seqs {slots}'",
+            "Qwen/Qwen3-8B --engine-command 'apptainer exec --nv /shared/vllm.sif"
+            " vllm serve {model} --host {host} --port {port}'",
+            "Qwen/Qwen3-8B --engine-command 'python3 -m sglang.launch_server --model-path {model}"
+            " --host {host} --port {port} --tp {gpus} --max-running-requests {slots}"
+            " --enable-metrics'",
+            "Qwen/Qwen3-8B --engine-command 'trtllm-serve {model} --host {host} --port {port}"
+            " --tp_size {gpus} --max_batch_size {slots}'",
+            "/shared/models/m.gguf --engine-command"
+            " 'llama-server -m {model} --host {socket} -np {slots} --no-webui'",
+        )
     },
     "aiflux image build --base docker --output aiflux.sif":
         "tests/integration/test_image_docker.py::test_the_docker_base_builds_an_equivalent_image",

@@ -46,6 +46,8 @@ FOREIGN_OPTIONS = {
     "--backend-sampling",  # of llama-server
     "--kv-unified",
     "--max-num-seqs",  # of vLLM
+    "--uds",
+    "--host",
 }
 # Every option of LLMFlux 2.0.0 (its cli.py): docs/moving.md describes each.
 LLMFLUX_OPTIONS = OPTION.findall("""
@@ -225,6 +227,12 @@ def test_the_reference_is_up_to_date() -> None:
     text = read(made.REFERENCE)
     assert text == made.reference(), "run: python docs/generate.py"
     assert all(f"`{option}" in text for option in aiflux_options())
+
+
+def test_the_placeholders_are_up_to_date() -> None:
+    made = generator()
+    text = read(made.ENGINES)
+    assert text == made.with_placeholders(text), "run: python docs/generate.py"
 
 
 def test_the_modules_are_up_to_date() -> None:

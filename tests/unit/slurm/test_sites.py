@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from aiflux.core.config.config import Config
+from aiflux.core.config.engine_command import filled_words
 from aiflux.slurm.script import JobScript, render
+from aiflux.slurm.submit import plan_job
+from tests.unit.helpers import write_input
 
 SITES = Path(__file__).parents[3] / "slurm" / "sites"
 COMMON = [
@@ -31,7 +36,23 @@ EXPECTED = {
         *("--job-name=aiflux", "--nodes=1", "--ntasks=1", "--cpus-per-task=4", "--mem=16G"),
         *("--gpus-per-node=1", "--time=1-00:00:00", *COMMON),
     ],
+    "lumi": [
+        *("--job-name=aiflux", "--account=project_465000000", "--partition=small-g", "--nodes=1"),
+        *("--ntasks=1", "--cpus-per-task=7", "--mem=60G", "--gpus-per-node=1", "--time=08:00:00"),
+        *COMMON,
+    ],
+    "csc": [
+        *("--job-name=aiflux", "--account=project_2000000", "--partition=gpu", "--nodes=1"),
+        *("--ntasks=1", "--cpus-per-task=10", "--mem=80G", "--gres=gpu:v100:1"),
+        *("--time=08:00:00", *COMMON),
+    ],
+    "osc": [
+        *("--job-name=aiflux", "--account=PAS0000", "--nodes=1", "--ntasks=1"),
+        *("--cpus-per-task=8", "--mem=64G", "--gpus-per-node=1", "--time=08:00:00", *COMMON),
+    ],
 }
+WITH_COMMAND = ("lumi", "csc", "osc")
+"""Examples of sites with servers of their own."""
 
 
 def script(config: Config) -> str:
@@ -76,3 +97,29 @@ def test_users_override_the_site(tmp_path: Path) -> None:
     environ = {"AIFLUX_SITE_CONFIG": str(SITES / "gpus.yaml"), "SLURM_ACCOUNT": "mine"}
     config = Config(environ=environ, directory=tmp_path, arguments={"partition": "debug"})
     assert {"--account=mine", "--partition=debug"} <= set(directives(script(config)))
+
+
+@pytest.mark.parametrize("site", WITH_COMMAND)
+def test_a_site_s_own_server_needs_no_image(site: str, tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 2, body={"messages": [{"role": "user", "content": "hi"}]})
+    environ = {"AIFLUX_SITE_CONFIG": str(SITES / f"{site}.yaml"), "HOME": str(tmp_path)}
+    config = Config(environ=environ, directory=tmp_path, arguments={"model": "Qwen/Qwen3-8B"})
+    planned = plan_job(
+        config,
+        config.get_slurm_config(),
+        tmp_path / "in.jsonl",
+        tmp_path / "out.json",
+        config.run_options(),
+        check=False,
+        write=False,
+        environ={"PATH": str(tmp_path)},
+    )
+    assert planned.image is None
+    assert "\nimage=''\n" in planned.script
+    assert f"{shlex.quote(sys.executable)} -m aiflux.worker)\n" in planned.script
+    assert ("pytorch/2.5" in planned.script) is (site != "osc")
+    values = {"model": "Qwen/Qwen3-8B", "host": "127.0.0.1", "port": 8000, "socket": "/s",
+              "slots": 64, "context": 4096, "gpus": 1}  # fmt: skip
+    words = filled_words(str(config.get("engine_command")), values)
+    assert "Qwen/Qwen3-8B" in words
+    assert words[words.index("--max-num-seqs") + 1] == "64"

@@ -31,7 +31,7 @@ from aiflux.util.files import temporary_folder
 
 _READY = ("/health", MODELS_PATH)
 _UNREADY = RETRIED_STATUSES - {429}
-_PROBE_TIMEOUT = 5.0
+_PROBE_TIMEOUT = 2.0
 _LONGEST_SOCKET = 107  # bytes of a path: unix(7), sun_path
 _SHORT_FOLDER = Path("/tmp")  # noqa: S108 - a private folder in it is used
 # 127.0.0.1 in an IPv6 socket, as the kernel writes it.

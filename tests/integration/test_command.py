@@ -1,0 +1,126 @@
+"""``--engine-command`` in Slurm jobs: the site's server next to the installed package, no image."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.engines.llamacpp.model_file import find_files
+from tests.integration.conftest import MODEL, Cluster, User, answers, lines, request
+
+SMALL = ["--gpus-per-node", "0", "--time", "0:10:00", "--mem", "2G", "--cpus-per-task", "1"]
+SERVER = "llama-server -m {model} --host {host} --port {port} -np {slots} --no-webui --offline"
+
+
+def questions(count: int, tokens: int) -> str:
+    """Return requests for the model of the run."""
+    return lines(
+        *(request(f"q{index}", f"Count from {index}.", model=None, max_tokens=tokens)
+          for index in range(count))
+    )  # fmt: skip
+
+
+@pytest.fixture
+def command(llama_server: Path, models: Path, place: Path, user: User) -> list[str | Path]:
+    """The options of a run; the program comes by setup lines, as from a site's module.
+
+    They also set a PYTHONPATH that would break the worker's Python.
+    """
+    broken = user.folder("a module for another Python")
+    user.write(broken / "requests.py", "raise SystemExit('the module reached the worker')\n")
+    user.write(place / "json.py", "raise SystemExit('the current folder reached the worker')\n")
+    setup = [
+        f"export PATH={shlex.quote(str(llama_server.parent))}:$PATH",
+        f"export PYTHONPATH={shlex.quote(str(broken))}",
+    ]
+    return [
+        *("--model", find_files(models, MODEL).model, "--engine-command", SERVER, "--slots", "2"),
+        *SMALL,
+        *(word for line in setup for word in ("--setup", line)),
+    ]
+
+
+def servers(user: User) -> list[int]:
+    """Return the user's llama-servers."""
+    return [int(line.split()[0]) for line in user.processes() if "llama-server" in line]
+
+
+def finished(journal: Path) -> int:
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def status_of(place: Path, shard: int) -> dict[str, Any]:
+    path = place / "out.json.aiflux" / "status" / f"shard-{shard:04d}.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["aiflux"]
+    return content
+
+
+def test_a_job_without_an_image_survives_the_kill_of_its_server(
+    user: User, checkout: Path, place: Path, command: list[str | Path], cluster: Cluster
+) -> None:
+    user.write(place / "in.jsonl", questions(24, 48))
+    aiflux = checkout / ".venv/bin/aiflux"
+    printed = user.run(aiflux, "run", "in.jsonl", "-o", "out.json", *command, cwd=place)
+    job = printed.split("submitted job ")[1].split(":")[0]
+    journal = place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
+    deadline = time.monotonic() + 120
+    while finished(journal) < 3:
+        assert time.monotonic() < deadline, cluster.log(job, place)
+        time.sleep(0.05)
+    (server,) = servers(user)
+    os.kill(server, signal.SIGKILL)
+    end = cluster.end(job)
+    log = cluster.log(job, place)
+    assert (end.state, end.code) == ("COMPLETED", 0), log
+    assert len(answers(place / "out.json")) == 24
+    assert "engine 0 is down; restarting it" in log
+    assert "engine 0: llama-server b" in log
+    status = status_of(place, 0)
+    assert (status["sealed"], status["unsealed"]) == (
+        False, "--engine-command: there is no container",
+    )  # fmt: skip
+    assert status["engines"][0]["command"] == SERVER
+    assert json.loads((place / "out.json.aiflux/jobs.json").read_text())["image"] is None
+    shown = user.run(aiflux, "status", "out.json", cwd=place)
+    assert "done" in shown
+    user.run(aiflux, "report", "out.json", cwd=place)
+    assert user.none_left()
+
+
+def test_an_array_without_an_image_is_resumed_after_a_cancel(
+    user: User, checkout: Path, place: Path, command: list[str | Path], cluster: Cluster
+) -> None:
+    user.write(place / "in.jsonl", questions(16, 64))
+    aiflux = checkout / ".venv/bin/aiflux"
+    printed = user.run(
+        aiflux, "run", "in.jsonl", "-o", "out.json", "--shards", "2", *command, cwd=place
+    )
+    job = printed.split("submitted job ")[1].split(":")[0]
+    journals = [place / f"out.json.aiflux/journal/shard-000{index}.jsonl" for index in range(2)]
+    deadline = time.monotonic() + 180
+    while not all(finished(journal) for journal in journals):
+        assert time.monotonic() < deadline, printed
+        time.sleep(0.05)
+    assert len(servers(user)) == 2, "each has its own port"
+    user.run(aiflux, "cancel", "out.json", cwd=place)
+    cluster.wait_for(job, "CANCELLED", "COMPLETED")
+    assert user.none_left(40)
+    before = sum(map(finished, journals))
+    changed = [SERVER.replace("-np", "-c 4096 -np") if word == SERVER else word for word in command]
+    refused = user.run(
+        aiflux, "run", "in.jsonl", "-o", "out.json", "--shards", "2", *changed, cwd=place, code=2
+    )
+    assert "was started with engine command (llama-server" in refused
+    user.run(aiflux, "resume", "out.json", cwd=place)
+    user.run(aiflux, "watch", "out.json", cwd=place, timeout=300)
+    assert len(answers(place / "out.json")) == 16
+    assert sum(map(finished, journals)) == 16
+    assert before >= 2
+    assert user.none_left()

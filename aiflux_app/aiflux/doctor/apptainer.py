@@ -41,6 +41,9 @@ def containers(config: Config, cwd: Path) -> Iterator[Diagnosis]:
         yield warn("apptainer", f"{error.message} (on this machine)", error.remedy or "")
     if runtime is not None:
         yield from _runtime(runtime)
+    if not kind_named(config.engine).worker_in_image:
+        yield ok("image", "not needed: runs use the server of engine_command")
+        return
     try:
         image = find_image(config, cwd)
         yield from _image(image)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.config.config import Config
-from aiflux.core.config.engine_kinds import EXTERNAL
+from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
 from aiflux.core.config.sources import refuse_foreign
 from aiflux.errors import ImageError
 from aiflux.image.sif import CHECKOUT, how_to_build, own_image
@@ -21,7 +21,7 @@ IMAGE_NAME = "aiflux.sif"
 
 def image_names(engine: str) -> tuple[str, ...]:
     """Return the names under which an image with an engine is looked for, the best first."""
-    if engine in ("ollama", EXTERNAL):
+    if engine in ("ollama", COMMAND, EXTERNAL):
         return (IMAGE_NAME,)
     return (f"aiflux-{engine}.sif", IMAGE_NAME)
 

@@ -100,7 +100,9 @@ class SlurmRunner:
         if model_config is not None and loaded is None:
             sections["run"]["model_config"] = self._setting(model_config)
         paths = {name: self._setting(value) for name, value in sections["paths"].items()}
-        config = self.settings.changed({**sections["run"], **paths}, loaded)
+        # A seal that somebody asks for may be impossible.
+        seal = {"seal": sections["slurm"].get("seal")}
+        config = self.settings.changed({**sections["run"], **seal, **paths}, loaded)
         slurm = _with(self.config, sections["slurm"])
         source = self._path(input_path)
         output = default_output(source, self.workspace)

@@ -143,6 +143,25 @@ def test_a_dry_run_needs_no_slurm_and_with_an_engine_no_image(tmp_path: Path) ->
     assert not (tmp_path / "out.json.aiflux").exists()
 
 
+def test_a_dry_run_with_a_server_of_its_own_shows_the_command(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 1)
+    command = "vllm serve {model} --uds {socket}"
+    words = ("run", "--dry-run", "--input", "in.jsonl", "--output", "out.json")
+    done = aiflux(*words, "--show-script", "--engine-command", command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"  engine     {command}\n" in done.stdout
+    assert "  image " not in done.stdout
+    assert " -m aiflux.worker)\n" in done.stdout
+    assert "the job loads no modules" in done.stderr
+    as_json = aiflux(*words, "--json", "--engine-command", command, cwd=tmp_path)
+    assert json.loads(as_json.stdout)["image"] is None
+    wrong = aiflux(*words, "--engine-command", "vllm serve {model}", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "the argument --engine-command: engine_command = 'vllm serve {model}' is wrong" in (
+        wrong.stderr
+    )
+
+
 def test_the_demo_s_ollama_is_found(tmp_path: Path) -> None:
     from aiflux.engines.kinds import kind_named
     from aiflux.engines.process import find_program

@@ -158,6 +158,12 @@ def test_missing_apptainer_is_a_warning_and_a_missing_image_a_failure(
     assert [(line.name, line.level) for line in lines] == [("apptainer", "warn"), ("image", "fail")]
 
 
+def test_a_server_of_engine_command_needs_no_image(tmp_path: Path) -> None:
+    settings = config(tmp_path, PATH=str(tmp_path), AIFLUX_ENGINE_COMMAND="x {port}")
+    (image,) = by_name([*containers(settings, tmp_path)])["image"]
+    assert (image.level, image.what.startswith("not needed")) == ("ok", True)
+
+
 def test_a_foreign_image_is_a_failure(
     commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +224,59 @@ def test_certificates_for_an_engine_elsewhere_are_in_the_script(
         write=False,
     )
     assert f"\nengine_ca={shlex.quote(str(ca) if url else '')}\n" in planned.script
+
+
+COMMAND = "vllm serve {model} --uds {socket}"
+
+
+def test_a_run_with_a_server_of_its_own_needs_no_image(
+    slurm: FakeCommands, workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (workspace / "aiflux.sif").unlink()
+    runner = SlurmRunner(workspace=workspace)
+    options = {"engine_command": COMMAND, "shards": 2}
+    assert runner.run("in.jsonl", "out.json", **options) == "42"
+    assert "vllm, which --engine-command starts, is not on this machine" in caplog.text
+    run = RunDirectory.of_output(workspace / "out.json")
+    records = read_submissions(run)
+    assert records is not None
+    assert records.image is None
+    plan = read_plan(run)
+    assert (plan.options.engine, plan.models_dir) == ("command", None)
+    script = run.script.read_text(encoding="utf-8")
+    assert "\nimage=''\n" in script
+    assert " -m aiflux.worker)\n" in script
+    assert "\nwant_seal=0\n" in script
+    planned = plan_resume(run, {"time": "1:00:00"})
+    assert (planned.image, "--time=1:00:00" in planned.script) == (None, True)
+    with pytest.raises(ConfigError, match=r"aiflux\.sif would not be used"):
+        plan_resume(run, {}, workspace / "aiflux.sif")
+
+
+def test_modules_may_bring_the_server(slurm: FakeCommands, workspace: Path) -> None:
+    config = Config(directory=workspace, arguments={"engine_command": COMMAND})
+    where = (workspace / "in.jsonl", workspace / "out.json", config.run_options())
+    for given, warnings in (({}, 1), ({"modules": ("vllm",)}, 0), ({"setup": ("true",)}, 0)):
+        planned = plan_job(config, SlurmConfig(**given), *where, write=False)
+        found = [each for each in planned.findings if "--engine-command" in each.what]
+        assert [each.level for each in found] == ["warning"] * warnings
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seal": True}, r"seal = true \(argument\), but a run with --engine-command cannot be"),
+        ({"image": "aiflux.sif"}, "aiflux.sif would not be used"),
+        ({"engine": "vllm"}, "engine and engine_command are both given"),
+    ],
+)
+def test_what_cannot_be_had_without_an_image_is_refused(
+    slurm: FakeCommands, workspace: Path, options: dict[str, Any], words: str
+) -> None:
+    runner = SlurmRunner(workspace=workspace)
+    with pytest.raises(ConfigError, match=words):
+        runner.run("in.jsonl", "out.json", engine_command=COMMAND, **options)
+    assert slurm.calls("sbatch") == []
 
 
 def test_a_finished_run_is_not_submitted_again(slurm: FakeCommands, workspace: Path) -> None:

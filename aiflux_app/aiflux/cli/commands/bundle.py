@@ -241,9 +241,11 @@ def _images(config: Config, names: Sequence[str]) -> tuple[Path, ...]:
     """
     if config.image is not None:
         return (find_image(config, Path.cwd()),)
-    usual = config.engine if kind_named(config.engine).store is None else "ollama"
+    chosen = kind_named(config.engine)
+    wanted = chosen.name if chosen.worker_in_image else "ollama"
+    usual = wanted if chosen.store is None else "ollama"
     kinds = [storing_kind(name) for name in names]
-    engines = [usual if kind.store is None else kind.name for kind in kinds] or [config.engine]
+    engines = [usual if kind.store is None else kind.name for kind in kinds] or [wanted]
     return tuple(dict.fromkeys(_image(config, engine) for engine in dict.fromkeys(engines)))
 
 

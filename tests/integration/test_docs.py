@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from aiflux.engines.ollama.environment import ollama_environment
+from aiflux.engines.ollama.api import ollama_environment
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.process import ServerProcess
 from aiflux.models.name import parse_model_name

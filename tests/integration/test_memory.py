@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.engines.ollama.api import Ollama
-from aiflux.engines.ollama.environment import ollama_environment
+from aiflux.engines.ollama.api import Ollama, ollama_environment
 from aiflux.engines.ollama.memory import BATCH, estimate, graph_sizes, layer_caches
-from aiflux.engines.ollama.stored_model import stored_figures
+from aiflux.engines.ollama.store import stored_figures
 from aiflux.engines.process import ServerProcess
 from aiflux.errors import EngineError
 from aiflux.models.catalog import CatalogModel, read_catalog

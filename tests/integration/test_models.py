@@ -22,8 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.engines.ollama.api import Ollama
-from aiflux.engines.ollama.environment import ollama_environment
+from aiflux.engines.ollama.api import Ollama, ollama_environment
 from aiflux.engines.ollama.staging import staged_folder
 from aiflux.engines.ollama.store import missing_parts, model_digest, read_manifest
 from aiflux.engines.process import ServerProcess

@@ -14,7 +14,7 @@ import pytest
 from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.memory import estimate, has_one_slot
-from aiflux.engines.ollama.stored_model import known_figures, stored_figures
+from aiflux.engines.ollama.store import known_figures, stored_figures
 from aiflux.engines.sizing import gpus_needed
 from aiflux.errors import ModelError
 from aiflux.models.catalog import read_catalog

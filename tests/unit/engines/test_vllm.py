@@ -26,9 +26,8 @@ from aiflux.engines.vllm.safetensors import architecture_of
 from aiflux.errors import ConfigError, EngineError, InputError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
-from aiflux.models.gpu_memory import Room
 from aiflux.slurm.preflight.local import check_models
-from aiflux.slurm.preflight.nodes import check_memory
+from aiflux.slurm.preflight.nodes import Room, check_memory
 from tests.tools.engine_contract import ProgramSite, until
 from tests.unit.helpers import request_line
 from tests.unit.made_snapshots import LLAMA, put_folder, put_snapshot

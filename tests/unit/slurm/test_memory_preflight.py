@@ -21,12 +21,11 @@ from aiflux.engines.sizing import context_length, slots
 from aiflux.errors import ConfigError, InputError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
-from aiflux.models.gpu_memory import gpu_bytes, gpu_bytes_of_features
 from aiflux.models.name import parse_model_name
 from aiflux.slurm.cluster import ask_cluster
 from aiflux.slurm.preflight.cluster import check_room
 from aiflux.slurm.preflight.local import check_models
-from aiflux.slurm.preflight.nodes import gpu_room
+from aiflux.slurm.preflight.nodes import gpu_bytes, gpu_bytes_of_features, gpu_room
 from tests.tools.make_sparse_gguf import install
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import FakeSite, node, partition

@@ -15,13 +15,15 @@ from aiflux.engines.kinds import kind_named
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.staging import Staged, staged_models
 from aiflux.engines.ollama.store import (
+    StoredModel,
+    best_figures,
     listed_models,
     missing_parts,
     model_digest,
     read_manifest,
+    readable_model,
     refuse_other_digest,
 )
-from aiflux.engines.ollama.stored_model import StoredModel, best_figures, readable_model
 from aiflux.errors import ModelError, UsageError
 from aiflux.models.catalog import Catalog, CatalogModel
 from aiflux.models.figures import Architecture, Figures

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
-from aiflux.engines.ollama.stored_model import known_figures, model_files
+from aiflux.engines.ollama.store import (
+    known_figures,
+    missing_parts,
+    model_digest,
+    model_files,
+    refuse_other_digest,
+)
 from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures, figures_of

@@ -1,4 +1,4 @@
-"""Client of Ollama's own HTTP API, in addition to the OpenAI endpoints.
+"""Ollama's server: its environment, and its own HTTP API in addition to the OpenAI endpoints.
 
 Source: https://github.com/ollama/ollama/blob/main/docs/api.md
 """
@@ -6,13 +6,15 @@ Source: https://github.com/ollama/ollama/blob/main/docs/api.md
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import requests
 
 from aiflux.engines.http import innermost
+from aiflux.engines.process import engine_environment
 from aiflux.errors import EngineError
 
 _TIMEOUT = 30.0
@@ -147,3 +149,28 @@ class Ollama:
         if not isinstance(content, dict):
             raise EngineError(f"Ollama's answer to {path} is not an object")
         return content
+
+
+def ollama_environment(
+    environ: Mapping[str, str],
+    models_dir: Path,
+    home: Path,
+    settings: Mapping[str, str],
+    *,
+    network: bool = False,
+) -> dict[str, str]:
+    """Return the environment of an Ollama server on a loopback port chosen by the kernel.
+
+    Args:
+        settings: additional variables, which take precedence.
+        network: pass the site's proxies on.
+    """
+    own = {
+        "OLLAMA_HOST": "127.0.0.1:0",
+        "OLLAMA_MODELS": str(models_dir),
+        "OLLAMA_KEEP_ALIVE": "-1",
+        "OLLAMA_MAX_LOADED_MODELS": "1",
+        "OLLAMA_NOPRUNE": "1",
+        "OLLAMA_NO_CLOUD": "1",
+    }
+    return engine_environment(environ, home, {**own, **settings}, network=network)

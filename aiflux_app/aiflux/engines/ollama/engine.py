@@ -10,8 +10,7 @@ from pathlib import Path
 
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.managed import ManagedEngine
-from aiflux.engines.ollama.api import Loaded, Ollama
-from aiflux.engines.ollama.environment import ollama_environment
+from aiflux.engines.ollama.api import Loaded, Ollama, ollama_environment
 from aiflux.engines.ollama.store import refuse_other_digest
 from aiflux.errors import EngineError
 from aiflux.models.name import parse_model_name

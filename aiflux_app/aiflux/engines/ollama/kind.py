@@ -19,8 +19,12 @@ from aiflux.engines.base import (
     HttpFactory,
 )
 from aiflux.engines.ollama.memory import estimate, has_one_slot
-from aiflux.engines.ollama.store import missing_parts, model_digest, refuse_other_digest
-from aiflux.engines.ollama.stored_model import known_figures
+from aiflux.engines.ollama.store import (
+    known_figures,
+    missing_parts,
+    model_digest,
+    refuse_other_digest,
+)
 from aiflux.engines.process import engine_program
 from aiflux.errors import ConfigError, InputError
 from aiflux.models.catalog import Catalog

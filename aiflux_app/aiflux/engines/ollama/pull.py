@@ -18,8 +18,7 @@ from typing import Any
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from aiflux.engines.http import check_cert_file
-from aiflux.engines.ollama.api import Ollama
-from aiflux.engines.ollama.environment import ollama_environment
+from aiflux.engines.ollama.api import Ollama, ollama_environment
 from aiflux.engines.ollama.staging import (
     begin_staging,
     changing,

@@ -107,13 +107,13 @@ class HubStore:
 
     def pack(self, models_dir: Path, name: str) -> PackedModel:
         """Return a stored snapshot for an archive."""
-        from aiflux.engines.vllm.snapshot import pack_snapshot
+        from aiflux.engines.vllm.store import pack_snapshot
 
         return pack_snapshot(models_dir, name)
 
     def packed_digest(self, name: str, manifest: bytes) -> str:
         """Return the commit of the snapshot in an archive."""
-        from aiflux.engines.vllm.snapshot import read_snapshot
+        from aiflux.engines.vllm.store import read_snapshot
 
         snapshot = read_snapshot(manifest)
         if snapshot.repo != parse_hub_model(name).repo:
@@ -122,13 +122,13 @@ class HubStore:
 
     def arrival_folder(self, models_dir: Path, manifest: bytes) -> Path:
         """Return where the snapshot in an archive is put together."""
-        from aiflux.engines.vllm.snapshot import arrival_folder, read_snapshot
+        from aiflux.engines.vllm.store import arrival_folder, read_snapshot
 
         return arrival_folder(models_dir, read_snapshot(manifest))
 
     def place(self, models_dir: Path, manifest: bytes, folder: Path) -> None:
         """Move a snapshot that arrived into the hub cache of a models directory."""
-        from aiflux.engines.vllm.snapshot import place_snapshot, read_snapshot
+        from aiflux.engines.vllm.store import place_snapshot, read_snapshot
 
         place_snapshot(models_dir, read_snapshot(manifest), folder)
 

@@ -28,7 +28,7 @@ from aiflux.engines.vllm.hub import (
     store_name,
     stored_snapshot,
 )
-from aiflux.engines.vllm.snapshot import (
+from aiflux.engines.vllm.store import (
     STAGING,
     blob_digest,
     file_digest,

@@ -19,8 +19,7 @@ from typing import Any
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.status_file import StatusFile, Totals
-from aiflux.estimates.pilot import Drawn, Pilot
-from aiflux.estimates.throughput import Observation, pace, start_up
+from aiflux.estimates.pilot import Drawn, Observation, Pilot, pace, start_up
 from aiflux.util.files import write_json
 from aiflux.util.records import from_json, to_json
 from aiflux.util.times import unix_seconds, utc_now, walltime_seconds, walltime_text

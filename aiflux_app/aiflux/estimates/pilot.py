@@ -1,9 +1,13 @@
-"""A pilot run: a sample of a run's requests, spread over the input and processed first."""
+"""A pilot run: a sample of a run's requests, spread over the input, and its throughput.
+
+The throughput is measured from the end times and durations in the journal.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,16 +16,24 @@ from typing import Any
 
 from aiflux.core.batch.input_file import InputSummary
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.journal import CUT, RawResult
+from aiflux.core.runs.output import iterate_results
+from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import all_done
 from aiflux.util.files import atomic_write, storage_error, write_json
 from aiflux.util.lease import refuse_living
 from aiflux.util.lines import read_lines
+from aiflux.util.times import unix_seconds
 
 REQUESTS = 100
 FEWEST = 2  # a single request shows no variation
 _SEED = 4
 _FEW_STRATA = 10
+# Prompts are processed many tokens at a time. The figure only weighs requests relatively.
+_PROMPT_TOKENS_PER_ANSWER_TOKEN = 20
+_SHORTEST = 1e-3
+_FULL_SHARE = 0.1
+_NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -134,3 +146,160 @@ def _draw(summary: InputSummary, count: int, target: Path) -> Drawn:
                 drawn += 1
                 following = next(wanted, None)
     return Drawn(drawn, size)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A pilot request and its result.
+
+    Attributes:
+        began, ended: Unix time of its last attempt.
+        size: bytes of the request's line.
+        error: code and message; None for success.
+        cut: the answer reached the token limit.
+        filtered: a content filter stopped the answer.
+        truncated: the engine cut the prompt.
+    """
+
+    model: str
+    began: float
+    ended: float
+    prompt_tokens: int
+    completion_tokens: int
+    size: int
+    error: str | None = None
+    cut: bool = False
+    filtered: bool = False
+    truncated: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the last attempt."""
+        return self.ended - self.began
+
+    @property
+    def work(self) -> float:
+        """Its share of the engine's work, in generated tokens."""
+        return self.completion_tokens + self.prompt_tokens / _PROMPT_TOKENS_PER_ANSWER_TOKEN
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Throughput of one model while the engines were as busy as they became.
+
+    Attributes:
+        in_flight: number of requests in flight in that time.
+        costs: seconds of the job that each request accounts for, in request order.
+    """
+
+    in_flight: int
+    costs: tuple[float, ...]
+
+
+def observe(plan: Plan, run: RunDirectory) -> tuple[Observation, ...]:
+    """Read the results of a run so far, in input order."""
+    found = iterate_results(plan, run, partial=True)
+    return tuple(_observation(len(raw), result) for raw, result in found)
+
+
+def _observation(size: int, result: RawResult) -> Observation:
+    metadata = json.loads(result.metadata)
+    usage = _usage(result.body)
+    ended = unix_seconds(metadata["timestamp"])
+    error = json.loads(result.error)
+    return Observation(
+        model=metadata["model"],
+        began=ended - max(float(metadata["processing_time"]), _SHORTEST),
+        ended=ended,
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        size=size,
+        error=None if error is None else f"{error['code']}: {error['message']}",
+        cut=bool(metadata.get(CUT["length"])),
+        filtered=bool(metadata.get(CUT["content_filter"])),
+        truncated=bool(metadata.get("truncated_prompt")),
+    )
+
+
+def _usage(body: bytes) -> Mapping[str, Any]:
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return {}
+    usage = content.get("usage") if isinstance(content, dict) else None
+    return usage if isinstance(usage, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def start_up(observations: Sequence[Observation], started: float) -> float:
+    """Return the startup seconds in which nothing was in flight.
+
+    These are the times before the first request, and between the models of a run.
+
+    Args:
+        started: Unix time of the start.
+    """
+    own = [item for item in observations if item.began >= started]
+    if not own:
+        return 0.0
+    first = min(item.began for item in own)
+    several = len({item.model for item in own}) > 1
+    idle = sum(end - begin for begin, end, count in _levels(own) if count == 0)
+    return first - started + (idle if several else 0.0)
+
+
+def pace(observations: Sequence[Observation]) -> Pace:
+    """Return the throughput of the requests of one model.
+
+    A request's work is spread evenly over its time in flight. The speed is the work done between
+    the first and the last moment at which the engines were full. So neither draining at the end nor
+    the mix of long and short requests in the pilot distorts it. Pauses with nothing in flight
+    (requeued job, restarted engine) are excluded.
+    """
+    works = [item.work for item in observations]
+    if not any(works):
+        works = [1.0] * len(works)
+    levels = [level for level in _levels(observations) if level[2]]
+    full = _full(levels)
+    low = min(begin for begin, _, count in levels if count >= _NEARLY * full)
+    high = max(end for _, end, count in levels if count >= _NEARLY * full)
+    seconds = sum(_overlap(begin, end, low, high) for begin, end, _ in levels)
+    done = sum(
+        work * _overlap(item.began, item.ended, low, high) / item.seconds
+        for work, item in zip(works, observations, strict=True)
+    )
+    return Pace(full, tuple(work * seconds / done for work in works))
+
+
+def _overlap(begin: float, end: float, low: float, high: float) -> float:
+    return max(0.0, min(end, high) - max(begin, low))
+
+
+def _levels(observations: Iterable[Observation]) -> Iterator[tuple[float, float, int]]:
+    """Yield time spans with the number of requests in flight in them."""
+    events = [(item.began, 1) for item in observations]
+    events += [(item.ended, -1) for item in observations]
+    events.sort()
+    count = 0
+    for (moment, change), (following, _) in pairwise(events):
+        count += change
+        if following > moment:
+            yield moment, following, count
+
+
+def _full(levels: Sequence[tuple[float, float, int]]) -> int:
+    """Return the number of requests in flight for at least a tenth of the time.
+
+    The maximum is no measure: times are rounded, so a request may seem to start before its
+    predecessor ended.
+    """
+    left = _FULL_SHARE * sum(end - begin for begin, end, _ in levels)
+    ranked = sorted(levels, key=lambda level: -level[2])
+    for begin, end, count in ranked:
+        left -= end - begin
+        if left <= 0:
+            return count
+    return ranked[-1][2]

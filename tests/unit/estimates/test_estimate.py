@@ -29,8 +29,7 @@ from aiflux.estimates.estimate import (
     total,
     unevenness,
 )
-from aiflux.estimates.pilot import Drawn, Pilot, chosen
-from aiflux.estimates.throughput import Observation, pace, start_up
+from aiflux.estimates.pilot import Drawn, Observation, Pilot, chosen, pace, start_up
 from aiflux.util.records import from_json
 from aiflux.util.times import utc_text, walltime_seconds
 from tests.unit.helpers import write_input

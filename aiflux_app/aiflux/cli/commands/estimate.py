@@ -37,8 +37,7 @@ from aiflux.engines.sizing import context_length
 from aiflux.errors import EngineError, ExitCode, RunConflictError, StoppedError, UsageError
 from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, keep_estimate
 from aiflux.estimates.estimate import estimate as make_estimate
-from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot
-from aiflux.estimates.throughput import observe
+from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot, observe
 from aiflux.slurm.preflight.local import finding_text
 from aiflux.util.files import short
 from aiflux.util.records import to_json

@@ -9,13 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-parser = argparse.ArgumentParser()
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a command line in the server's words."""
+
+    def error(self, message: str) -> NoReturn:
+        name = message.rpartition(": ")[2].split()[0]
+        print(f"error: invalid argument: {name}", flush=True)
+        sys.exit(1)
+
+
+parser = Parser(allow_abbrev=False)
 parser.add_argument("-m", required=True)
 parser.add_argument("--alias", required=True)
 parser.add_argument("--host", required=True)
@@ -24,9 +35,12 @@ parser.add_argument("-np", type=int, required=True)
 parser.add_argument("-c", type=int, required=True)
 parser.add_argument("-t", type=int)
 parser.add_argument("-lv", type=int)
+parser.add_argument("-ctk", "--cache-type-k")
+parser.add_argument("--swa-full", action="store_true")
 for flag in ("--metrics", "--offline", "--no-webui", "--embeddings"):
     parser.add_argument(flag, action="store_true")
 options = parser.parse_args()
+print("command:", json.dumps(sys.argv[1:]), flush=True)
 ready = threading.Event()
 LOADING = Path(os.environ["HOME"]) / "loading"
 

@@ -37,6 +37,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--convert", choices=["auto", "embed"], default="auto")
     parser.add_argument("--disable-uvicorn-access-log", action="store_true")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--dtype", choices=["auto", "half"], default="auto")
+    parser.add_argument("--enable-expert-parallel", action="store_true")
     return parser.parse_args(words)
 
 

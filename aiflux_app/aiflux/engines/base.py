@@ -16,6 +16,7 @@ from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
+from aiflux.engines.server_options import SERVER_SETTINGS, refuse_unsupported
 from aiflux.errors import ConfigError, InputError, ModelError, RejectedError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
@@ -344,13 +345,25 @@ class ForeignModelsKind(CommonKind):
 
     Attributes:
         title: of one server, in messages.
+        options_place: where its options are set.
     """
 
     title: str
+    options_place: str
     stores_models = False
     program = ""
     # The server may be an Ollama, whose names have two forms; equal names always match.
     input_rules = InputRules(accepts_model)
+
+    def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
+        """Refuse settings of the server, which has options of its own.
+
+        Raises:
+            ConfigError: one is set.
+        """
+        refuse_unsupported(
+            f"the {self.title}", options, dict.fromkeys(SERVER_SETTINGS, self.options_place)
+        )
 
     def served_name(self, model: str) -> str:
         """Return the name unchanged."""

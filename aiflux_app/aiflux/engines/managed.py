@@ -10,8 +10,9 @@ from pathlib import Path
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.http import Client
-from aiflux.engines.process import ServerProcess, engine_program
+from aiflux.engines.process import ServerEndedError, ServerProcess, engine_program
 from aiflux.engines.server_load import get
+from aiflux.engines.server_options import given_options, refused_option
 from aiflux.engines.sizing import context_length, engine_slots, in_flight
 from aiflux.errors import EngineError, ModelError, RejectedError
 
@@ -146,8 +147,23 @@ class ManagedEngine:
         # closed.
         if self._closing.is_set():
             raise EngineError("the engine was stopped during its start")
-        server.start()
+        try:
+            server.start()
+        except ServerEndedError as error:
+            raise self._explained(error) from error
         return server
+
+    def _explained(self, error: ServerEndedError) -> EngineError:
+        """Return the error of a server that ended, which names the run's options for it."""
+        given = given_options(self._options)
+        line = refused_option(error.log) if given else None
+        if line is not None:
+            return RejectedError(
+                f"{self.kind.title} does not accept {given}: {line}",
+                f"correct it, or leave it out; the engine's log is {self.spec.log}",
+            )
+        remedy = f"check {given}, or leave it out; {error.remedy}" if given else error.remedy
+        return EngineError(error.message, remedy)
 
     def _await_ready(self, server: ServerProcess, path: str, timeout: float) -> Client:
         """Return a client of the server once it answers a path with status 200.
@@ -169,9 +185,11 @@ class ManagedEngine:
                         f"see its log: {self.spec.log}; or allow more time: --load-timeout SECONDS",
                     )
             self._refuse_other_server(server)
-        except BaseException:
+        except BaseException as error:
             client.close()
             self.stop()
+            if isinstance(error, ServerEndedError):
+                raise self._explained(error) from error
             raise
         return client
 

@@ -119,6 +119,14 @@ def engine_program(kind: EngineKind, environ: Mapping[str, str]) -> str:
     return program
 
 
+class ServerEndedError(EngineError):
+    """A server ended during its start; ``log`` is the end of what it wrote since then."""
+
+    def __init__(self, message: str, remedy: str, log: str) -> None:
+        super().__init__(message, remedy)
+        self.log = log
+
+
 class ServerProcess:
     """A server. It can be started once, and stopped from any thread.
 
@@ -146,6 +154,7 @@ class ServerProcess:
         self._environment = {**environment, **dict([self._mark.split("=")])}
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
         self._stopped = False
         self._lock = threading.Lock()
         self.url = url or ""
@@ -171,6 +180,7 @@ class ServerProcess:
             EngineError: the server did not start or has ended, or its log cannot be opened.
         """
         with self._open_log() as log, self._lock:
+            self._log_start = log.tell()
             if self._stopped:
                 raise EngineError(_STOPPED)
             try:
@@ -259,10 +269,10 @@ class ServerProcess:
         return [*found]
 
     def log_tail(self) -> str:
-        """Return the end of the log."""
+        """Return the end of the log since the start."""
         try:
             with open(self.log, "rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL))
+                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _LOG_TAIL))
                 return log.read().decode("utf-8", "replace").strip()
         except OSError:
             return ""
@@ -280,10 +290,12 @@ class ServerProcess:
                 "make its folder writable",
             ) from error
 
-    def _ended(self, status: int) -> EngineError:
-        return EngineError(
-            f"{self._name} exited with status {status} during its start:\n{self.log_tail()}",
+    def _ended(self, status: int) -> ServerEndedError:
+        tail = self.log_tail()
+        return ServerEndedError(
+            f"{self._name} exited with status {status} during its start:\n{tail}",
             f"see its log: {self.log}",
+            tail,
         )
 
     def _await_port(self, process: subprocess.Popen[bytes]) -> int:

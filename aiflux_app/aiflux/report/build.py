@@ -270,7 +270,7 @@ def _options(options: RunOptions) -> dict[str, Any]:
     }
     if options.engine_url is not None:
         given["engine_url"] = public_url(options.engine_url)
-    for name in {"engine_env", "engine_command"} & given.keys():
+    for name in {"engine_env", "engine_arg", "engine_command"} & given.keys():
         given[name] = without_secrets(given[name])
     return given
 

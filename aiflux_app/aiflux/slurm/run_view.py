@@ -316,6 +316,7 @@ class RunView(ProgressFigures):
     """The state of a run.
 
     Attributes:
+        engine_settings: settings of the engine's server.
         created: when it was planned; ``submitted``: when jobs were submitted last (UTC).
         allowed_failures: number of requests that may fail before the run counts as failed.
         errors: of the last requests that failed, newest first.
@@ -328,6 +329,7 @@ class RunView(ProgressFigures):
     output: Path
     input: Path
     models: tuple[str, ...]
+    engine_settings: dict[str, Any]
     plan: str
     created: str
     submitted: str | None
@@ -389,6 +391,7 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         output=facts.plan.output,
         input=facts.plan.input_path,
         models=facts.plan.models,
+        engine_settings=facts.plan.options.engine_settings,
         plan=facts.plan.id,
         created=facts.plan.created,
         submitted=facts.submitted,

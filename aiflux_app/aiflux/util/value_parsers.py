@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ Parser = Callable[[Any], Any]
 _WALLTIME = re.compile(
     r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z", re.IGNORECASE | re.ASCII
 )
+_OPTION = re.compile(r"-?[A-Za-z0-9][A-Za-z0-9_.+-]*", re.ASCII)
 _GPUS = re.compile(r"([\w.:-]+:)?\d+", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|\$)", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -181,6 +183,29 @@ def pairs(value: Any) -> dict[str, str]:
     items = value if isinstance(value, list | tuple) else [value]
     split = (text(item).partition("=") for item in items)
     return {key.strip().removeprefix("--"): item for key, _, item in split}
+
+
+def options(value: Any) -> dict[str, str]:
+    """Accept options of a program, as ``pairs`` does; ``_`` in a name is ``-``.
+
+    A text is split like a command line: ``KEY=VALUE KEY``.
+    """
+    named = pairs(_words(value) if isinstance(value, str) else value)
+    if not all(map(_OPTION.fullmatch, named)):
+        raise ValueError("KEY=VALUE, or KEY alone, with the name of an option as KEY")
+    return {_dashed(key): item for key, item in named.items()}
+
+
+def _dashed(key: str) -> str:
+    name, dot, rest = key.partition(".")
+    return name.replace("_", "-") + dot + rest
+
+
+def _words(value: str) -> list[str]:
+    try:
+        return shlex.split(value)
+    except ValueError:
+        raise ValueError("words whose quotes are closed") from None
 
 
 def _pair_value(value: Any) -> str:

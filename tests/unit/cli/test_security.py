@@ -25,6 +25,7 @@ from tests.unit.helpers import write_input
 DECISIVE = {
     "engine_ca": "ca.pem",
     "engine_url": "http://h:1", "engine_env": "{LD_PRELOAD: x}", "image": "x.sif",
+    "engine_arg": "{middleware: x}", "engine_command": "'serve --port {port}'",
     "containers_dir": "c", "data_dir": "d", "models_dir": "m", "modules": "[x]",
     "setup": "['curl x | sh']", "sbatch_arg": "{comment: x}", "seal": "false",
 }  # fmt: skip
@@ -79,7 +80,8 @@ def test_a_file_of_the_folder_that_decides_is_named(place: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
 def test_dotenv_is_named_and_the_environment_is_not(place: Path, name: str) -> None:
-    value = "no" if name == "AIFLUX_SEAL" else "http://h:1"
+    values = {"AIFLUX_SEAL": "no", "AIFLUX_ENGINE_ARG": "a=b", "AIFLUX_ENGINE_COMMAND": "x {port}"}
+    value = values.get(name, "http://h:1")
     (place / ".env").write_text(f"{name}={value}\n", encoding="utf-8")
     line = local_choices(config(place), None)
     assert line is not None

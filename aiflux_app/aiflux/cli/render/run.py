@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from aiflux.core.batch.results_file import answered_words
+from aiflux.core.config.run_options import settings_texts
 from aiflux.core.runs.plan import Plan
 from aiflux.slurm.run_view import RequestError, RunState, RunView, ShardState, ShardView
 from aiflux.util.text import counted, public_url, size_text
@@ -122,6 +123,8 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
     if view.jobs:
         about.append(("job" if len(view.jobs) == 1 else "jobs", ", ".join(view.jobs)))
     lines = [Text("   ").join(_pair(name, value) for name, value in about)]
+    if view.engine_settings:
+        lines.append(_pair("server", " ".join(settings_texts(view.engine_settings))))
     speed = _speed(view) if not view.ended else ""
     lines += [Text(words) for words in (speed, _used(view), _seal(view)) if words]
     if view.empty_answers:
@@ -367,6 +370,8 @@ def _plan_facts(plan: Plan, planned: PlannedRun | None) -> Iterator[tuple[str, s
         yield "engine", public_url(options.engine_url)
     if options.engine_command is not None:
         yield "engine", options.engine_command
+    if options.engine_settings:
+        yield "server", " ".join(settings_texts(options.engine_settings))
     if planned is None:
         yield "where", "on this machine, in the foreground"
         return

@@ -71,6 +71,15 @@ class RunOptions:
         repeatable=True,
         decisive=True,
     )
+    engine_arg: dict[str, str] = setting(
+        parse.options,
+        {},
+        "Option of the engine's server; KEY alone is a flag (repeatable)",
+        metavar="KEY[=VALUE]",
+        env="AIFLUX_ENGINE_ARG",
+        repeatable=True,
+        decisive=True,
+    )
     save_frequency: int = setting(
         parse.integer(1),
         64,
@@ -210,6 +219,12 @@ class RunOptions:
             )
 
     @property
+    def engine_settings(self) -> dict[str, Any]:
+        """Settings of the engine's server that answers depend on, if they are set."""
+        names = ("engine_arg",)
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """Fields that are filled into bodies without them."""
         names = ("max_tokens", "temperature", "top_p", "top_k")
@@ -234,6 +249,19 @@ class RunOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options for the plan."""
         return asdict(self)
+
+
+def settings_texts(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings for a line of text, as options of the command line."""
+    return [
+        f"--{name.replace('_', '-')} {each}"
+        for name, value in settings.items()
+        for each in (_pair_texts(value) if isinstance(value, Mapping) else [value])
+    ]
+
+
+def _pair_texts(pairs: Mapping[str, str]) -> list[str]:
+    return [f"{key}={value}" if value else key for key, value in pairs.items()]
 
 
 def left_open(

@@ -150,6 +150,7 @@ class Plan:
             "models": [*self.served_names],
             "parameters": self.options.parameters,
             **more,
+            **self.options.engine_settings,
             "engine": self.options.engine,
             **words,
         }

@@ -21,6 +21,7 @@ class CommandKind(ForeignModelsKind):
     # their context among the slots.
     slot_limits = SlotLimits(gpu=64)
     worker_in_image = False
+    options_place = "write them into --engine-command"
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
         """Return a server on the spec's GPUs."""

@@ -12,6 +12,7 @@ class ExternalKind(ForeignModelsKind):
     name = "external"
     title = "external server"
     managed = False
+    options_place = "set them where the server is started"
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
         """Return the server at ``--engine-url``."""

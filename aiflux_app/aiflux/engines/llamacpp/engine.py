@@ -15,9 +15,10 @@ from aiflux.core.batch.request import EMBEDDINGS, RERANK
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
+from aiflux.engines.llamacpp.options import option_words
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment
-from aiflux.errors import EngineError
+from aiflux.errors import EngineError, RejectedError
 from aiflux.util.text import error_text
 
 _PROBE_TIMEOUT = 5.0
@@ -59,6 +60,8 @@ class LlamaCppEngine(ManagedEngine):
             try:
                 client = self._load(files)
                 break
+            except RejectedError:
+                raise
             except EngineError:
                 if not self._shrink():
                     raise
@@ -84,6 +87,8 @@ class LlamaCppEngine(ManagedEngine):
         try:
             # Until the model is in memory, every path answers 503.
             return self._await_ready(server, "/health", self._options.load_timeout)
+        except RejectedError:
+            raise
         except EngineError as error:
             reason = self._reason()
             if reason is None:
@@ -108,7 +113,8 @@ class LlamaCppEngine(ManagedEngine):
         elif not self._options.allow_cpu:
             command += ["-ngl", _ALL_LAYERS]
         command += ["-lv", _DEBUG if self._options.log_level == "DEBUG" else _WARNINGS]
-        return command + self._pooling_options()
+        # Of an option that is given twice, the last value counts.
+        return command + self._pooling_options() + option_words(self._options.engine_arg)
 
     def _pooling_options(self) -> list[str]:
         """Return the options for embeddings and reranking: each input must fit one batch."""

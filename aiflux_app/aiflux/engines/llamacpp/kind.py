@@ -17,8 +17,10 @@ from aiflux.engines.base import (
     refuse_mixed_uses,
 )
 from aiflux.engines.llamacpp import model_file
+from aiflux.engines.llamacpp.options import MANAGED
 from aiflux.engines.ollama.memory import estimate
 from aiflux.engines.ollama.store import model_digest
+from aiflux.engines.server_options import refuse_managed
 from aiflux.errors import ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
@@ -40,11 +42,13 @@ class LlamaCppKind(CommonKind):
     input_rules = InputRules(_accepts_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse a mix of text, embeddings and reranking: a server supports only one of them.
+        """Refuse options that AI-Flux sets, and a mix of text, embeddings and reranking.
 
         Raises:
-            InputError: the input mixes them.
+            ConfigError: an option is one of these.
+            InputError: the input mixes them, and a server supports only one.
         """
+        refuse_managed(self.title, options.engine_arg, MANAGED)
         refuse_mixed_uses(self.title, endpoints)
 
     def served_name(self, model: str) -> str:

@@ -26,6 +26,7 @@ from aiflux.engines.ollama.store import (
     refuse_other_digest,
 )
 from aiflux.engines.process import engine_program
+from aiflux.engines.server_options import refuse_unsupported
 from aiflux.errors import ConfigError, InputError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
@@ -41,6 +42,10 @@ IGNORED_FIELDS = {
 }
 
 
+# Settings that Ollama's server does not have.
+_INSTEAD = {
+    "engine_arg": "set a variable of Ollama, such as --engine-env OLLAMA_FLASH_ATTENTION=1",
+}
 # Ollama's messages in a 500 when its runner process died during the request (llm/server.go).
 _RUNNER_DIED = (
     "llama runner process has terminated",
@@ -66,12 +71,13 @@ class OllamaKind(CommonKind):
     input_rules = InputRules(accepts_model, IGNORED_FIELDS)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse top_k and reranking, which Ollama's OpenAI API does not support.
+        """Refuse what Ollama's server and its OpenAI API do not have.
 
         Raises:
-            ConfigError: top_k is set.
+            ConfigError: top_k, or an option of the server, is set.
             InputError: the input contains reranking.
         """
+        refuse_unsupported(self.title, options, _INSTEAD)
         if RERANK in endpoints:
             raise InputError(
                 f"Ollama does not support {RERANK}",

@@ -19,6 +19,7 @@ from aiflux.engines.vllm.hub import (
     stored_snapshot,
 )
 from aiflux.engines.vllm.memory import divides
+from aiflux.engines.vllm.options import option_words
 from aiflux.errors import ConfigError
 
 
@@ -96,7 +97,7 @@ class VllmEngine(ManagedEngine):
             words += ["--runner", "pooling"]
         if endpoints == {EMBEDDINGS}:
             words += ["--convert", "embed"]
-        return words
+        return words + option_words(self._options.engine_arg)
 
     def _environment(self) -> dict[str, str]:
         """Return its environment. HOME is the engine's own, and vLLM's caches are below it."""

@@ -21,6 +21,7 @@ from aiflux.engines.base import (
     SlotLimits,
     refuse_mixed_uses,
 )
+from aiflux.engines.server_options import refuse_managed
 from aiflux.engines.vllm.hub import (
     PREFIX,
     absent,
@@ -33,6 +34,7 @@ from aiflux.engines.vllm.hub import (
     weight_files,
 )
 from aiflux.engines.vllm.memory import divides, memory_needed
+from aiflux.engines.vllm.options import MANAGED
 from aiflux.engines.vllm.safetensors import figures_of_files
 from aiflux.errors import ConfigError, InputError, ModelError
 from aiflux.models.catalog import Catalog
@@ -146,11 +148,13 @@ class VllmKind(CommonKind):
     input_rules = InputRules(accepts_hub_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse a mix of text, embeddings and reranking: a server supports only one of them.
+        """Refuse options that AI-Flux sets, and a mix of text, embeddings and reranking.
 
         Raises:
-            InputError: the input mixes them.
+            ConfigError: an option is one of these.
+            InputError: the input mixes them, and a server supports only one.
         """
+        refuse_managed(self.title, options.engine_arg, MANAGED, abbreviated=True)
         refuse_mixed_uses(self.title, endpoints)
 
     def served_name(self, model: str) -> str:

@@ -1,0 +1,86 @@
+"""Options that a run passes to its engine's server, and the server's words about a wrong one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from aiflux.core.config.run_options import RunOptions
+from aiflux.errors import ConfigError
+
+_LOOPBACK = "leave it out: the server listens on loopback, for AI-Flux only"
+SERVER_SETTINGS = ("engine_arg",)
+"""Settings of a run that reach the command line of the server."""
+# Lines with which servers refuse their command line: those of argparse, of vLLM
+# (vllm/entrypoints/launchers/launcher.py) and of llama.cpp (common/arg.cpp).
+_REFUSAL = re.compile(
+    r"(?:unrecognized arguments: |error: argument |error: ambiguous option: "
+    r"|invalid (?:tool call|reasoning) parser: |error: invalid argument: "
+    r"|error while handling argument ).*"
+)
+NETWORK = _LOOPBACK
+"""Remedy for options about the server's address and access to it."""
+
+
+def managed_options(*groups: tuple[str, str]) -> Mapping[str, str]:
+    """Return the remedy for each option that AI-Flux sets itself.
+
+    Args:
+        groups: a remedy, and the names that it is for, without their dashes.
+    """
+    return {name: remedy for remedy, names in groups for name in names.split()}
+
+
+def refuse_managed(
+    title: str, given: Mapping[str, str], managed: Mapping[str, str], *, abbreviated: bool = False
+) -> None:
+    """Refuse options of ``--engine-arg`` that AI-Flux sets itself.
+
+    Args:
+        title: of the engine.
+        abbreviated: the server accepts the beginning of an option's name.
+
+    Raises:
+        ConfigError: an option is one of these.
+    """
+    for key, value in given.items():
+        name = key.lstrip("-").partition(".")[0].removesuffix("+")
+        found = [each for each in managed if each == name]
+        if abbreviated and not found:
+            found = [each for each in managed if each.startswith(name)]
+        if found:
+            raise ConfigError(
+                f"--engine-arg {key} is refused: AI-Flux sets --{found[0]} of {title} itself",
+                managed[found[0]],
+            )
+        if re.match(r"--?[A-Za-z]", value):
+            raise ConfigError(
+                f"--engine-arg {key}={value} is refused: the value looks like another option",
+                f"give each option by itself: --engine-arg {key} --engine-arg={value}",
+            )
+
+
+def refuse_unsupported(title: str, options: RunOptions, remedies: Mapping[str, str]) -> None:
+    """Refuse settings that an engine does not have.
+
+    Args:
+        remedies: for each of these settings, what to use instead.
+
+    Raises:
+        ConfigError: one of them is set.
+    """
+    for name, remedy in remedies.items():
+        if getattr(options, name):
+            raise ConfigError(f"{title} does not support --{name.replace('_', '-')}", remedy)
+
+
+def refused_option(log: str) -> str | None:
+    """Return the line of a server's log that refuses its command line; None without one."""
+    found = [match[0] for match in map(_REFUSAL.search, log.splitlines()) if match]
+    return found[-1].removeprefix("error: ") if found else None
+
+
+def given_options(options: RunOptions) -> str:
+    """Return the options of the command line that reach the server's; "" for none."""
+    names = [name for name in SERVER_SETTINGS if getattr(options, name)]
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)

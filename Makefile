@@ -64,9 +64,9 @@ extras_of_caption := images
 extras_of_extract := schema
 demo_extras = $(extras_of_$(EXAMPLE))
 
-demo: $(bin)/.installed ## process examples/prompts.jsonl here, without root, Slurm or GPU (OLLAMA=, MODEL=, EXAMPLE=)
+demo: $(bin)/.installed ## process examples/prompts.jsonl here, without root, Slurm or GPU (ENGINE=, MODEL=, EXAMPLE=)
 	$(if $(demo_extras),$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(demo_extras)]')
-	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
+	ENGINE='$(ENGINE)' PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
 
 cluster: ## as root: start the test cluster (Slurm, Apptainer, Ollama, a registry)
 	tests/stack/up

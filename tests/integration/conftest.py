@@ -225,7 +225,7 @@ def ollama(stack: dict[str, str], user: User) -> Path:
 @pytest.fixture(scope="session")
 def llama_server(stack: dict[str, str]) -> Path:
     """The llama-server of the test stack."""
-    return STACK_DIR / "llamacpp" / "bin" / "llama-server"
+    return STACK_DIR / "user" / "llamacpp" / "bin" / "llama-server"
 
 
 @pytest.fixture(scope="session")

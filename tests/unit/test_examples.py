@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,55 @@ def test_the_demo_uses_unused_file_names(tmp_path: Path) -> None:
     subprocess.run([EXAMPLES / "demo.sh"], cwd=tmp_path, env=env, check=True, capture_output=True)
     assert f"--output {tmp_path / 'demo-results-3.json'}" in log.read_text(encoding="utf-8")
     assert {(tmp_path / name).read_text(encoding="utf-8") for name in theirs} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "more", "words"),
+    [
+        ("sglang", {}, ["no engine sglang", "ENGINE=vllm"]),
+        ("vllm", {"EXAMPLE": "caption"}, ["for Ollama only", "make demo EXAMPLE=caption"]),
+        ("vllm", {}, ["needs python3.11", "AIFLUX_ENGINE_PROGRAM"]),
+    ],
+)
+def test_the_demo_refuses_what_it_cannot_show(
+    tmp_path: Path, engine: str, more: dict[str, str], words: list[str]
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "sed", "mkdir"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    env = {"PATH": str(tools), "HOME": str(tmp_path), "ENGINE": engine, **more}
+    done = subprocess.run(
+        [tools / "bash", EXAMPLES / "demo.sh"], cwd=tmp_path, env=env, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize("engine", ["llamacpp", "vllm"])
+def test_the_demo_uses_another_engine_and_model(tmp_path: Path, engine: str) -> None:
+    (tmp_path / "bin").mkdir()
+    aiflux = tmp_path / "bin" / "aiflux"
+    aiflux.write_text(f"#!/bin/sh\necho \"$AIFLUX_ENGINE $*\" >> '{tmp_path}/log'\n")
+    aiflux.chmod(0o755)
+    env = {
+        "PATH": f"{aiflux.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "ENGINE": engine,
+        "AIFLUX_ENGINE_PROGRAM": "/bin/true", "MODEL": "/my models/a|b&c",
+    }  # fmt: skip
+    done = subprocess.run(
+        [EXAMPLES / "demo.sh"], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
+    )
+    assert (
+        f"{engine} run --local --model /my models/a|b&c --input" in (tmp_path / "log").read_text()
+    )
+    (input_file,) = (tmp_path / ".cache" / "aiflux").glob("*.jsonl")
+    bodies = [json.loads(line)["body"] for line in input_file.read_text().splitlines()]
+    assert bodies
+    assert not any("model" in body for body in bodies)
+    shown = f"aiflux run --local --engine {engine} --model {shlex.quote('/my models/a|b&c')}"
+    command = done.stdout.splitlines()[-1].partition(": ")[2]
+    assert shlex.split(command)[:7] == shlex.split(shown)
 
 
 def test_summarise(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ name_distribution() {
 assemble() {
     options=$(target_options)
     # shellcheck disable=SC2086 # one option a line, without blanks
-    wheels=$("$container/fetch-wheels.sh" "$here/cpu-build.lock" $options)
+    wheels=$("$container/fetch-wheels.sh" "$here/cpu-build.lock" $options) ||
+        die "if pip found no torch: PyPI has PyTorch for GPUs only; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds"
     oldifs=$IFS
     IFS='
 '

@@ -39,6 +39,7 @@ class LlamaCppKind(CommonKind):
     name = "llamacpp"
     title = "llama.cpp"
     program = "llama-server"
+    cached_program = "llamacpp-cpu/bin/llama-server"
     input_rules = InputRules(_accepts_model)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:

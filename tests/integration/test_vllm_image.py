@@ -19,6 +19,8 @@ from tests.integration.conftest import (
     shard_status,
 )
 from tests.integration.test_jobs import submitted
+from tests.tools.fake_hub import FakeHub, Repo
+from tests.unit.made_snapshots import COMMIT, LLAMA, WEIGHTS
 
 
 @pytest.fixture
@@ -60,3 +62,23 @@ def test_vllm_runs_as_a_sealed_job(
     status = shard_status(place)["aiflux"]
     assert status["sealed"] is True
     assert status["image"]["engine"] == "vllm"
+
+
+@pytest.mark.slow  # its build takes minutes
+def test_the_image_pulls_a_model_without_aiflux_here(
+    user: User, vllm_image: Path, place: Path
+) -> None:
+    files = {"config.json": json.dumps(LLAMA).encode(), "model.safetensors": WEIGHTS}
+    hub = FakeHub({"org/name": Repo({"main": COMMIT}, {COMMIT: files}, token="hf_secret")})
+    hub.start()
+    try:
+        env = {"HF_ENDPOINT": hub.url, "AIFLUX_MODELS_DIR": str(place / "models")}
+        pull = ["apptainer", "run", vllm_image, "--pull", "hf:org/name"]
+        printed = user.run(*pull, cwd=place, env=env, code=4)
+        assert "set HF_TOKEN" in printed
+        printed = user.run(*pull, cwd=place, env={**env, "HF_TOKEN": "hf_secret"})
+    finally:
+        hub.stop()
+    assert f"hf:org/name is commit {COMMIT}" in printed
+    assert "hf_secret" not in printed
+    assert (place / "models/hub/models--org--name/snapshots" / COMMIT / "config.json").is_file()

@@ -116,8 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(*path.split("/", 5)[2:])
         elif path.startswith("/api/models/"):
             self._model(*path.removeprefix("/api/models/").split("/", 3), token=token)
-        else:
+        elif "/resolve/" in path:
             self._resolve(*path.split("/", 5)[1:], token=token)
+        else:
+            self._send(404, b"{}")
 
     def _repo(self, org: str, name: str, token: str) -> Repo | None:
         repo = self.server_hub.repos.get(f"{org}/{name}")

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PACKAGE = Path(__file__).parents[2] / "aiflux_app" / "aiflux"
 # A package can import the packages below it; packages on one line never import each other.
@@ -160,6 +162,26 @@ def test_importing_does_nothing(module: str, tmp_path: Path) -> None:
 )
 def test_promised_import_paths_work(statement: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", statement], cwd=tmp_path, check=True)
+
+
+def test_the_image_of_vllm_carries_what_pulls_a_model() -> None:
+    """Except hf-xet, which is not pure Python: the hub sends files over HTTP as well."""
+    container = PACKAGE.parents[1] / "container"
+    locks = (container / "requirements.txt", container / "engines" / "vllm" / "requirements.txt")
+    text = "\n".join(lock.read_text(encoding="utf-8") for lock in locks)
+    carried = {name.replace("-", "_") for name in re.findall(r"(?m)^([\w.-]+)==", text)}
+    carried |= {"pyyaml", "hf_xet"}  # Debian's python3-yaml
+    todo, seen = ["huggingface_hub"], set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        for line in requires(name) or ():
+            need = Requirement(line)
+            marker = need.marker
+            if marker is None or marker.evaluate({"extra": "", "python_version": "3.11"}):
+                todo += {need.name.lower().replace("-", "_")} - seen
+    assert seen <= carried
+    assert f"huggingface-hub=={version('huggingface_hub')} " in text, "the version that is tested"
 
 
 def test_the_worker_needs_only_what_the_image_carries(tmp_path: Path) -> None:

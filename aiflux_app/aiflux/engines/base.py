@@ -182,7 +182,7 @@ class EngineSpec:
 
     Attributes:
         model: name in the plan.
-        devices: GPUs as CUDA_VISIBLE_DEVICES names them; empty means the CPU.
+        devices: GPUs as the job names them (see ``engines.gpus``); empty means the CPU.
         home: its own writable folder, removed after the run.
         log: file to append its output to.
         environ: the worker's environment.

@@ -1,73 +1,162 @@
-"""The GPUs that this process can use."""
+"""The GPUs that this process can use, and how they are divided among engines.
+
+Which variables name them:
+
+- NVIDIA: Slurm sets CUDA_VISIBLE_DEVICES, to indexes or, for slices (MIG), to UUIDs.
+- AMD: Slurm sets ROCR_VISIBLE_DEVICES. Where its configuration names no vendor, it sets
+  CUDA_VISIBLE_DEVICES and GPU_DEVICE_ORDINAL to the same list (gres.conf(5): ``amd_gpu_env``).
+  The HIP runtime is above ROCr and numbers only what ROCr left: with 2,3 in both variables there
+  is no GPU. It reads CUDA_VISIBLE_DEVICES as another name of HIP_VISIBLE_DEVICES. So an engine gets
+  one of these variables only, ROCR_VISIBLE_DEVICES if possible, which AMD recommends on Linux and
+  which Ollama, llama.cpp and vLLM obey, as they use the ROCr runtime. vLLM ends if
+  HIP_VISIBLE_DEVICES and CUDA_VISIBLE_DEVICES differ.
+
+Sources: https://rocm.docs.amd.com/projects/HIP/en/latest/reference/env_variables.html,
+https://github.com/ROCm/ROCR-Runtime/issues/155, https://github.com/Parsl/parsl/issues/3858,
+https://docs.ollama.com/gpu, vLLM 0.32.0 (``vllm/platforms/rocm.py``).
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+from aiflux.core.config.slurm_config import AMD, NVIDIA
+from aiflux.engines.gpu_readings import (
+    GpuReading,
+    amd_readings,
+    nvidia_devices,
+    nvidia_readings,
+)
+from aiflux.errors import EngineError
+
+CUDA, ROCR, HIP = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+DEVICE_VARIABLES = (CUDA, ROCR, HIP)
+VENDOR_VARIABLE = "AIFLUX_GPU_VENDOR"
+TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
 _NONE = ("", "-1", "NoDevFiles", "none", "void")
-_TIMEOUT = 60
-_MIB = 2**20
+
+
+def gpu_vendor(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> str:
+    """Return whose GPUs this process can use: as set, or else by the device files.
+
+    A machine with an NVIDIA GPU can have ``/dev/kfd`` too, of the graphics of an AMD processor.
+    """
+    chosen = environ.get(VENDOR_VARIABLE, "").lower()
+    if chosen in (AMD, NVIDIA):
+        return chosen
+    return AMD if (dev / "kfd").exists() and not (dev / "nvidiactl").exists() else NVIDIA
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Return the GPUs as the job names them, from the environment or ``nvidia-smi -L``."""
-    for name in _VARIABLES:
-        value = environ.get(name)
-        if value is not None:
-            return () if value in _NONE else tuple(part.strip() for part in value.split(","))
-    return tuple(str(index) for index in range(len(nvidia_smi("-L"))))
+    """Return the GPUs as the job names them; all of them if it names none."""
+    if gpu_vendor(environ) == AMD:
+        return _amd_devices(environ)
+    listed = _listed(environ, CUDA)
+    return nvidia_devices() if listed is None else listed
+
+
+def device_settings(environ: Mapping[str, str], devices: tuple[str, ...]) -> dict[str, str]:
+    """Return the variable that limits an engine to some of ``visible_devices``; {} for none."""
+    if not devices:
+        return {}
+    name = CUDA
+    if gpu_vendor(environ) == AMD:
+        only_hip = ROCR not in environ and (HIP in environ or CUDA in environ)
+        name = HIP if only_hip else ROCR
+    return {name: ",".join(devices)}
 
 
 def own_devices(environ: Mapping[str, str], devices: tuple[str, ...]) -> dict[str, str]:
-    """Return an environment in which a program sees some of the job's GPUs.
-
-    The variable that names the job's GPUs is set, and the others are left out: they number the GPUs
-    that the first one leaves.
-    """
+    """Return an environment in which a program sees some of the job's GPUs."""
     if not devices:
         return dict(environ)
-    name = next((each for each in _VARIABLES if each in environ), _VARIABLES[0])
-    others = {key: value for key, value in environ.items() if key not in _VARIABLES}
-    return {**others, name: ",".join(devices)}
+    others = (*DEVICE_VARIABLES, "GPU_DEVICE_ORDINAL")
+    kept = {name: value for name, value in environ.items() if name not in others}
+    return {**kept, **device_settings(environ, devices)}
 
 
-def gpu_names() -> tuple[str, ...]:
-    """Return the models of the visible GPUs; empty without NVIDIA driver."""
-    return tuple(nvidia_smi("--query-gpu=name", "--format=csv,noheader"))
+def _amd_devices(environ: Mapping[str, str]) -> tuple[str, ...]:
+    below, above = _listed(environ, ROCR), _listed(environ, HIP)
+    if below is None:
+        named = _listed(environ, CUDA) if above is None else above
+        return kfd_devices() if named is None else named
+    if above is None or above == below:
+        return below
+    numbered = [int(item) for item in above if item.isdigit() and int(item) < len(below)]
+    return tuple(below[number] for number in numbered)
 
 
-def free_memory(devices: tuple[str, ...]) -> tuple[int, ...]:
+def kfd_devices(nodes: Path = TOPOLOGY) -> tuple[str, ...]:
+    """Return the indexes of the GPUs that ROCr can use on this machine.
+
+    The driver lists a processor as a node with gpu_id 0. The files of a GPU that the job may not
+    use cannot be read (``kfd_topology.c`` in Linux).
+    """
+    count = 0
+    for file in sorted(nodes.glob("*/gpu_id")):
+        try:
+            count += file.read_text(encoding="ascii").strip() not in ("", "0")
+        except OSError:
+            continue
+    return tuple(map(str, range(count)))
+
+
+def _listed(environ: Mapping[str, str], name: str) -> tuple[str, ...] | None:
+    """Return the devices in a variable; None if it is not set."""
+    value = environ.get(name)
+    if value is None:
+        return None
+    return () if value in _NONE else tuple(part.strip() for part in value.split(","))
+
+
+def readings(
+    devices: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> tuple[GpuReading, ...]:
+    """Return what the driver's program reports about each of these GPUs."""
+    if not devices:
+        return ()
+    read = amd_readings if gpu_vendor(environ) == AMD else nvidia_readings
+    return read(devices)
+
+
+def gpu_names(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the models of the visible GPUs; empty if they are unknown."""
+    found = readings(visible_devices(environ), environ)
+    return tuple(reading.name for reading in found if reading.name)
+
+
+def free_memory(
+    devices: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> tuple[int, ...]:
     """Return the free bytes of each of these GPUs; empty if unknown."""
-    query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    lines = nvidia_smi(f"--id={','.join(devices)}", *query) if devices else []
-    numbers = [int(line) * _MIB for line in lines if line.strip().isdigit()]
-    return tuple(numbers) if len(numbers) == len(devices) else ()
-
-
-def nvidia_smi(*arguments: str) -> list[str]:
-    """Return the output lines of nvidia-smi; empty if it is missing, hangs or fails."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    try:
-        done = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    sizes = [reading.free for reading in readings(devices, environ)]
+    known = tuple(size for size in sizes if size is not None)
+    return known if len(known) == len(devices) else ()
 
 
 def group(devices: tuple[str, ...], per_engine: int) -> tuple[tuple[str, ...], ...]:
     """Divide GPUs among engines; without GPUs there is one engine, on the CPU.
 
     Remaining GPUs are not used.
+
+    Raises:
+        EngineError: there are too few, or an engine cannot use several of them.
     """
     if not devices:
         return ((),)
-    count = max(1, len(devices) // per_engine)
+    if per_engine > len(devices):
+        raise EngineError(
+            f"--gpus-per-engine {per_engine}, but the job has {len(devices)} GPUs",
+            f"request more with --gpus-per-node {per_engine}",
+        )
+    # CUDA shows a process one slice only.
+    if per_engine > 1 and any(device.startswith("MIG-") for device in devices):
+        raise EngineError(
+            f"--gpus-per-engine {per_engine}, but the job has slices of GPUs (MIG), of which an "
+            "engine can use one only",
+            "leave it out; for a larger model, request a larger slice or whole GPUs",
+        )
+    count = len(devices) // per_engine
     return tuple(devices[i * per_engine : (i + 1) * per_engine] for i in range(count))

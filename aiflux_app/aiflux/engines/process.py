@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from aiflux.engines.base import EngineKind
+from aiflux.engines.gpus import CUDA, DEVICE_VARIABLES, ROCR
 from aiflux.errors import EngineError
 from aiflux.util.streams import FULL
 
@@ -43,12 +44,10 @@ _KEPT = (
     "TZ",
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
-    "CUDA_VISIBLE_DEVICES",
+    *DEVICE_VARIABLES,
     "CUDA_DEVICE_ORDER",
     "NVIDIA_VISIBLE_DEVICES",
     "NVIDIA_DRIVER_CAPABILITIES",
-    "ROCR_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
     "HSA_OVERRIDE_GFX_VERSION",
 )
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -75,8 +74,12 @@ def engine_environment(
     kept = (*_KEPT, *PROXIES) if network else _KEPT
     # An empty ROCR_VISIBLE_DEVICES hides every GPU, NVIDIA's included.
     environment = {name: environ[name] for name in kept if environ.get(name)}
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        environment.pop("ROCR_VISIBLE_DEVICES", None)
+    if settings.keys() & set(DEVICE_VARIABLES):
+        # Two of them together can leave fewer GPUs, or none (see ``engines.gpus``).
+        for name in DEVICE_VARIABLES:
+            environment.pop(name, None)
+    elif CUDA in environment:
+        environment.pop(ROCR, None)
     return {**environment, "HOME": str(home), "TMPDIR": str(home), **settings}
 
 

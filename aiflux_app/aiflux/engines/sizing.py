@@ -18,7 +18,8 @@ _SHARE = 0.97
 def engine_slots(kind: EngineKind, spec: EngineSpec, figures: Figures | None) -> int:
     """Return the number of parallel sequences of an engine, by the memory that is free now."""
     cores = len(os.sched_getaffinity(0))
-    return slots(kind, spec.plan, spec.devices, cores, figures, free_memory(spec.devices))
+    free = free_memory(spec.devices, spec.environ)
+    return slots(kind, spec.plan, spec.devices, cores, figures, free)
 
 
 def slots(

@@ -172,12 +172,14 @@ def _gpu_use(
     if not samples:
         return None, None, 0
 
-    def figures(name: str) -> dict[str, float]:
+    def figures(name: str) -> dict[str, float] | None:
+        if any(getattr(use, f"{name}_mean") is None for use in uses):
+            return None
         mean = sum(getattr(use, f"{name}_mean") * use.samples for use in uses) / samples
         highest = max(getattr(use, f"{name}_max") for use in uses)
         return {"mean": round(mean, 1), "highest": highest}
 
-    memory = figures("memory_mib")
+    memory = figures("memory_mib") or {}
     memory["whole"] = max(use.memory_mib_total for use in uses)
     return figures("utilization"), memory, samples
 

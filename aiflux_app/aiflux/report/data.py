@@ -198,7 +198,7 @@ class Use:
         in_flight: requests in flight in an engine, averaged over the time of the jobs.
         slots: per engine, on average; None where they are unknown.
         slot_use: time of the results over slots times the jobs' time, at most 1 for each engine.
-        gpu_utilization: mean and highest percent by nvidia-smi; None without samples.
+        gpu_utilization: mean and highest percent; None if unknown.
         gpu_memory: mean, highest and total MiB of a GPU.
         gpu_samples: number of samples.
     """

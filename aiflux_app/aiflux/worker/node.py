@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 
 from aiflux.core.runs.status_file import GpuUse
-from aiflux.engines.gpus import nvidia_smi
+from aiflux.engines.gpu_readings import GpuReading
+from aiflux.engines.gpus import readings
 from aiflux.util.process_limits import start_thread
 
 ROUTES = (Path("/proc/net/route"), Path("/proc/net/ipv6_route"))
 """IPv4's table has a heading and the interface first, IPv6's has it last (Linux, proc(5))."""
 INTERVAL = 30.0
-_QUERY = "--query-gpu=utilization.gpu,memory.used,memory.total"
+_MIB = 2**20
 
 
 def unsealed_reason(
@@ -51,13 +53,17 @@ def _rows(table: Path) -> list[list[str]]:
     return [line.split() for line in lines if line.strip()]
 
 
-def with_sample(use: GpuUse, utilization: float, used: float, total: float) -> GpuUse:
-    """Return the usage with one more sample."""
+def with_sample(use: GpuUse, utilization: float | None, used: float, total: float) -> GpuUse:
+    """Return the usage with one more sample; a mean is known if every sample is."""
     count = use.samples + 1
+    mean = highest = None
+    if utilization is not None and use.utilization_mean is not None:
+        mean = use.utilization_mean + (utilization - use.utilization_mean) / count
+        highest = max(use.utilization_max or 0.0, utilization)
     return GpuUse(
         count,
-        use.utilization_mean + (utilization - use.utilization_mean) / count,
-        max(use.utilization_max, utilization),
+        mean,
+        highest,
         use.memory_mib_mean + (used - use.memory_mib_mean) / count,
         max(use.memory_mib_max, used),
         max(use.memory_mib_total, total),
@@ -66,22 +72,15 @@ def with_sample(use: GpuUse, utilization: float, used: float, total: float) -> G
 
 def rounded(use: GpuUse) -> GpuUse:
     """Return the usage, rounded for the status."""
-    return GpuUse(use.samples, *(round(figure, 2) for figure in astuple(use)[1:]))
+    figures: list[float] = [figure and round(figure, 2) for figure in astuple(use)[1:]]
+    return GpuUse(use.samples, *figures)
 
 
-def samples(devices: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Return load in percent, used MiB and total MiB of each GPU; empty if unknown."""
-    if not devices:
-        return []
-    output = nvidia_smi(f"--id={','.join(devices)}", _QUERY, "--format=csv,noheader,nounits")
-    found = []
-    for line in output:
-        try:
-            utilization, used, total = (float(cell) for cell in line.split(","))
-        except ValueError:
-            continue  # "[N/A]" for parts of a GPU (MIG)
-        found.append((utilization, used, total))
-    return found
+def _add(use: GpuUse, reading: GpuReading) -> GpuUse:
+    """Return the usage with a reading, if that has figures of memory."""
+    if reading.used is None or reading.total is None:
+        return use
+    return with_sample(use, reading.utilization, reading.used / _MIB, reading.total / _MIB)
 
 
 class GpuWatch:
@@ -93,12 +92,14 @@ class GpuWatch:
 
     def __init__(
         self,
-        devices: Sequence[str],
+        devices: tuple[str, ...],
         before: GpuUse,
         note: Callable[[GpuUse], None],
         interval: float = INTERVAL,
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._devices = devices
+        self._environ = environ
         self._use = before
         self._note = note
         self._interval = interval
@@ -114,10 +115,10 @@ class GpuWatch:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
-            found = samples(self._devices)
-            for sample in found:
-                self._use = with_sample(self._use, *sample)
-            if not found:
+            before = self._use
+            for reading in readings(self._devices, self._environ):
+                self._use = _add(self._use, reading)
+            if self._use == before:
                 return
             if not self._ended.is_set():
                 self._note(rounded(self._use))

@@ -289,7 +289,8 @@ class _ShardWork:
         own = engine_kind(self.plan.options).managed
         devices = visible_devices(self.context.environ) if own else ()
         details = self.status.details
-        return GpuWatch(devices, details.gpu_use, partial(setattr, details, "gpu_use"))
+        note = partial(setattr, details, "gpu_use")
+        return GpuWatch(devices, details.gpu_use, note, environ=self.context.environ)
 
     def _sync_status(self) -> None:
         self.status.completed = self.stats.completed
@@ -442,11 +443,6 @@ class _ModelWork:
         kind = engine_kind(options)
         devices = visible_devices(self.context.environ) if kind.managed else ()
         self._refuse_cpu_image(devices)
-        if devices and options.gpus_per_engine > len(devices):
-            raise EngineError(
-                f"--gpus-per-engine {options.gpus_per_engine}, but the job has {len(devices)} GPUs",
-                f"request more with --gpus-per-node {options.gpus_per_engine}",
-            )
         groups = group(devices, options.gpus_per_engine)
         return [
             kind.make_engine(self._spec(index, gpus, home), self._make_client)
@@ -491,7 +487,7 @@ def _facts(plan: Plan, context: Context) -> StatusDetails:
         image=_image_facts(environ),
         sealed=not unsealed,
         unsealed=unsealed,
-        gpus=tuple(gpu_names()),
+        gpus=gpu_names(environ),
         models=plan.models,
     )
 

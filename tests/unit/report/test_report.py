@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -28,7 +29,7 @@ from aiflux.estimates.estimate import Estimate, Range
 from aiflux.report.journal_summary import Histogram, Tally, Timeline, tally, throughput
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_text
-from aiflux.worker.node import GpuWatch, samples, with_sample
+from aiflux.worker.node import GpuWatch, rounded, with_sample
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 
@@ -661,7 +662,8 @@ def test_time_axes_have_marks_at_round_times(moments: list[float]) -> None:
 
 SMI = """\
 case "$*" in
-*--query-gpu=utilization*) printf "%s\\n" "40, 100, 1000" "60, 300, 1000" ;;
+-L) printf "GPU %s: H (UUID: GPU-%s)\\n" 0 a 1 b ;;
+*--query-gpu=index,*) printf "%s\\n" "0, 40, 1000, 100, 900" "1, 60, 1000, 300, 700" ;;
 esac
 """
 
@@ -670,8 +672,6 @@ def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     fakes = FakeCommands(tmp_path)
     fakes.add("nvidia-smi", SMI)
     monkeypatch.setenv("PATH", fakes.path)
-    assert samples(("0", "1")) == [(40, 100, 1000), (60, 300, 1000)]
-    assert "--id=0,1" in fakes.calls("nvidia-smi")[0].argv
     data: list[GpuUse] = []
     before = with_sample(GpuUse(), 100, 500, 1000)
     with GpuWatch(("0", "1"), before, data.append, interval=0.01):
@@ -687,17 +687,32 @@ def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         memory_mib_total=1000,
     )
     assert data[1].samples == 5
+    assert "--id=0,1" in fakes.calls("nvidia-smi")[1].argv
 
 
-@pytest.mark.parametrize("printed", ["[N/A], 100, 1000\n", "", "No devices were found\n"])
+@pytest.mark.parametrize("printed", ["0, 1, [N/A], 100, 1000", "", "No devices were found"])
 def test_gpus_that_cannot_be_sampled_have_no_figures(
     printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fakes = FakeCommands(tmp_path)
-    fakes.say("nvidia-smi", printed)
+    fakes.add("nvidia-smi", f'[[ $1 != -L ]] || echo "GPU 0: H (UUID: GPU-a)"; echo "{printed}"')
     monkeypatch.setenv("PATH", fakes.path)
-    assert samples(("0",)) == []
-    assert samples(()) == []
+    data: list[GpuUse] = []
+    with GpuWatch(("0",), GpuUse(), data.append, interval=0.01):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and any(
+            thread.name == "gpu-use" for thread in threading.enumerate()
+        ):
+            time.sleep(0.01)
+    assert time.monotonic() < deadline
+    assert data == []
+
+
+def test_a_slice_of_a_gpu_has_figures_of_memory_but_none_of_utilisation() -> None:
+    use = with_sample(with_sample(GpuUse(), None, 100, 1000), None, 300, 1000)
+    assert use == GpuUse(2, None, None, 200, 300, 1000)
+    assert with_sample(use, 50, 100, 1000).utilization_mean is None
+    assert rounded(use) == use
 
 
 def test_samples_of_earlier_starts_are_read_back(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
-from aiflux.engines.gpus import free_memory
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.store import model_digest
@@ -98,27 +97,13 @@ def test_the_context_is_at_most_that_of_the_model_s_training(tmp_path: Path) -> 
     assert context_length(plan_of(tmp_path, "m", context_length=4096), 512) == 4096
 
 
-def test_the_driver_reports_the_memory_of_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands = FakeCommands(tmp_path / "fakes")
-    commands.say("nvidia-smi", "81000\n40000\n")
-    monkeypatch.setenv("PATH", commands.path)
-    assert free_memory(("0", "3")) == (81000 * 2**20, 40000 * 2**20)
-    assert commands.calls("nvidia-smi")[0].argv[0] == "--id=0,3"
-    assert free_memory(("0",)) == ()
-    assert free_memory(()) == ()
-    commands.say("nvidia-smi", "[Insufficient Permissions]\n")
-    assert free_memory(("MIG-1",)) == ()
-
-
 @pytest.mark.parametrize(
     ("name", "gigabytes"),
     [
         ("a100", 80), ("A100-SXM4-80GB", 80), ("nvidia_a100_40gb", 40), ("a100_3g.20gb", 20),
         ("h100.1g.10gb", 10), ("nvidia_h100_nvl", 96), ("rtx_2080_ti", 11), ("gtx1080ti", 11),
         ("geforce_rtx_3090", 24), ("tesla_v100", 32), ("v100", 32), ("rtx6000", 96),
-        ("rtx_a6000", 48), ("l40s", 48), ("t4", 16), ("gh200", 144), ("mi250", 128),
+        ("rtx_a6000", 48), ("l40s", 48), ("t4", 16), ("gh200", 144), ("mi250", 64),
         ("gpu", None), ("tesla", None), ("amd", None), ("avx512", None), ("mem512gb", None),
     ],
 )  # fmt: skip
@@ -151,6 +136,8 @@ NAMES = ("gpu", "old", "plain", "mystery", "both", "mig")
         ({"partition": "old", "gres": "gpu:v100:2"}, "v100", 32, 2),
         ({"partition": "gpu,old"}, "a100", 40, 1),
         ({"partition": "plain", "gpus_per_node": "2"}, "l40s", 48, 2),
+        ({"partition": "mig", "gres": "gpu:h100_1g.10gb:2"}, "h100_1g.10gb", 10, 2),
+        ({"partition": "mig", "gres": "gpu:1g.10gb:2"}, "1g.10gb", 10, 2),
         ({"partition": "mystery"}, None, 0, 0),
         ({"partition": "both"}, None, 0, 0),
         ({"partition": "both", "gpus_per_node": "a100:1"}, "a100", 80, 1),
@@ -195,6 +182,8 @@ def refused(folder: Path, plan: Plan, **slurm: Any) -> list[tuple[str, str]]:
         ("llama3.1:8b", {"slots": 64, "context_length": 16384}, {"partition": "old"},
          "--slots 13 at most"),
         ("llama3.1:8b", {"gpus_per_engine": 2}, {"partition": "old"}, "--gpus-per-node 2"),
+        ("llama3.1:8b", {"gpus_per_engine": 2}, {"gres": "gpu:h100_1g.10gb:2", "partition": "mig"},
+         "leave it out, and request a larger slice"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_fit_is_refused(

@@ -19,6 +19,10 @@ from aiflux.core.config.declaration import (
 from aiflux.errors import ConfigError
 from aiflux.util import value_parsers as parse
 
+NVIDIA, AMD = "nvidia", "amd"
+VENDOR_TITLES = {NVIDIA: "NVIDIA", AMD: "AMD"}
+"""The vendors of GPUs, with their names in messages."""
+
 LEFT_OUT = ("time", "mem", "cpus_per_task")
 """Settings whose null omits their directive; for the others it means "not set here"."""
 

@@ -107,14 +107,15 @@ class GpuUse:
 
     Attributes:
         samples: one for each GPU each time.
-        utilization_mean, utilization_max: percent of the time in which a kernel ran.
+        utilization_mean, utilization_max: percent of the time in which a kernel ran; None if
+            unknown, as for slices of GPUs (MIG).
         memory_mib_mean, memory_mib_max: in use.
         memory_mib_total: memory of one GPU.
     """
 
     samples: int = 0
-    utilization_mean: float = 0.0
-    utilization_max: float = 0.0
+    utilization_mean: float | None = 0.0
+    utilization_max: float | None = 0.0
     memory_mib_mean: float = 0.0
     memory_mib_max: float = 0.0
     memory_mib_total: float = 0.0

@@ -13,6 +13,7 @@ from typing import Any
 
 from aiflux.core.batch.request import EMBEDDINGS, RERANK
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.gpus import device_settings
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
 from aiflux.engines.llamacpp.options import option_words
@@ -130,8 +131,7 @@ class LlamaCppEngine(ManagedEngine):
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of this engine; the run's own variables take precedence."""
-        devices = ",".join(self.spec.devices)
-        settings = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
+        settings = device_settings(self.spec.environ, self.spec.devices)
         settings |= self._options.engine_env
         return engine_environment(self.spec.environ, self.spec.home, settings)
 

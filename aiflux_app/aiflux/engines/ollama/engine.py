@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.ollama.api import Loaded, Ollama, ollama_environment
 from aiflux.engines.ollama.store import refuse_other_digest
@@ -105,8 +106,7 @@ class OllamaEngine(ManagedEngine):
             "OLLAMA_MAX_QUEUE": str(max(512, 4 * self.slots)),
             "OLLAMA_LOAD_TIMEOUT": f"{int(self._options.load_timeout)}s",
         }
-        if self.spec.devices:
-            settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.devices)
+        settings |= device_settings(self.spec.environ, self.spec.devices)
         if self._options.log_level == "DEBUG":
             settings["OLLAMA_DEBUG"] = "1"
         return {**settings, **self._options.engine_env}

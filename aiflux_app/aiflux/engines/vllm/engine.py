@@ -10,6 +10,7 @@ from aiflux.core.batch.request import EMBEDDINGS, WITHOUT_TEXT
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines import server_load
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment, free_port, loopback_url
 from aiflux.engines.vllm.hub import (
@@ -111,8 +112,7 @@ class VllmEngine(ManagedEngine):
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
         }
-        if self.spec.devices:
-            settings["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.devices)
+        settings |= device_settings(self.spec.environ, self.spec.devices)
         if self._options.log_level == "DEBUG":
             settings["VLLM_LOGGING_LEVEL"] = "DEBUG"
         self.spec.home.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from aiflux.core.config.config import SlurmConfig
+from aiflux.core.config.slurm_config import AMD, NVIDIA, SlurmConfig
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length, gpus_needed
@@ -25,7 +25,8 @@ from aiflux.slurm.preflight.local import Finding
 GIGABYTE = 2**30
 """A GB of GPU memory, as manufacturers count it."""
 
-# GB of the largest GPU with a name; a longer name comes before a name that is part of it.
+# GB of the largest GPU with a name; a longer name comes before a name that is part of it. Each of
+# the two halves of an MI250 is a GPU, for ROCm and for Slurm.
 _KNOWN = {
     "gb300": 288, "gb200": 192, "gh200": 144, "b300": 288, "b200": 192, "b100": 192, "h200": 141,
     "h100": 96, "h800": 80, "h20": 141, "a100": 80, "a800": 80, "a40": 48, "a30": 24, "a16": 16,
@@ -34,7 +35,7 @@ _KNOWN = {
     "p4": 8, "t4": 16, "k80": 12, "m40": 24, "rtx8000": 48, "rtx6000": 96, "rtx5000": 32,
     "rtx4000": 20, "rtxpro6000": 96, "5090": 32, "5080": 16, "4090": 24, "4080": 16, "3090": 24,
     "3080": 12, "2080ti": 11, "1080ti": 11, "2080": 11, "1080": 11, "titanv": 12, "titanrtx": 24,
-    "mi100": 32, "mi210": 64, "mi250x": 128, "mi250": 128, "mi300a": 128, "mi300x": 192,
+    "mi100": 32, "mi210": 64, "mi250x": 64, "mi250": 64, "mi300a": 128, "mi300x": 192,
     "mi300": 192, "mi325x": 256, "mi350x": 288, "mi355x": 288,
 }  # fmt: skip
 _NAMED_SIZE = re.compile(r"(?<![0-9.])(\d{1,3})\s*gi?b?(?![a-z0-9.])")
@@ -86,6 +87,15 @@ def gpu_bytes_of_features(features: Iterable[str]) -> int | None:
     """Return the GPU memory of a node with these features; the largest if several match."""
     sizes = [size for size in map(gpu_bytes, features) if size is not None]
     return max(sizes, default=None)
+
+
+def vendor_of(name: str) -> str | None:
+    """Return the vendor of a GPU by its name, or None if it is unknown."""
+    text = name.lower()
+    if re.search(r"(?<![a-z])(amd|radeon|instinct|mi\d{2,3}[ax]?|gfx\d+)(?![a-z])", text):
+        return AMD
+    known = "nvidia" in text or _SLICE.search(text) or _by_model(text) is not None
+    return NVIDIA if known else None
 
 
 def _by_model(text: str) -> int | None:
@@ -232,6 +242,14 @@ def check_memory(plan: Plan, catalog: Catalog, room: Room) -> Iterator[Finding]:
             f"({room.count})",
             room.option.format(options.gpus_per_engine),
         )
+    elif options.gpus_per_engine > 1 and is_slice(room.kind):
+        yield Finding(
+            "error",
+            f"--gpus-per-engine {options.gpus_per_engine}: an engine can use one slice of a GPU "
+            f"only, and the job gets slices ({room.kind})",
+            "leave it out, and request a larger slice or a whole GPU for a larger model",
+        )
+        return
     for name in plan.models:
         figures = engine_kind(options).figures(plan.models_dir, name, catalog)
         if figures is not None:

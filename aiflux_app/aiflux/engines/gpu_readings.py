@@ -1,0 +1,228 @@
+"""What nvidia-smi and rocm-smi report about GPUs: names, memory and load."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+_TIMEOUT = 60
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """A GPU, or a slice of one (MIG), at one moment. None is unknown.
+
+    Attributes:
+        name: its model; of a slice also the profile, such as ``1g.10gb``.
+        total, used, free: bytes of memory.
+        utilization: percent of the time in which a kernel ran; never known of a slice.
+    """
+
+    name: str = ""
+    total: int | None = None
+    used: int | None = None
+    free: int | None = None
+    utilization: float | None = None
+
+
+UNKNOWN = GpuReading()
+
+
+# --- NVIDIA -----------------------------------------------------------------------------------
+
+# "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-9c73eb7b-...)", then its slices, if it has any:
+# "  MIG 1g.10gb     Device  0: (UUID: MIG-a686709d-...)".
+_CARD = re.compile(r"GPU (\d+): (.*) \(UUID: (GPU-[^)]+)\)")
+_SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[^)]+)\)")
+_QUERY = "--query-gpu=index,utilization.gpu,memory.total,memory.used,memory.free"
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A slice of a card, which ``card`` names by its UUID; ``number`` counts those of the card."""
+
+    card: str
+    number: str
+    name: str
+    uuid: str
+
+
+@dataclass(frozen=True)
+class _Card:
+    index: str
+    name: str
+    uuid: str
+    slices: tuple[_Slice, ...] = ()
+
+
+def nvidia_devices() -> tuple[str, ...]:
+    """Return every GPU as CUDA_VISIBLE_DEVICES can name it: slices by their UUIDs.
+
+    CUDA numbers the cards only, and uses one slice of a card that it gets by number
+    (https://docs.nvidia.com/datacenter/tesla/mig-user-guide/, CUDA_VISIBLE_DEVICES).
+    """
+    return tuple(
+        name for card in _cards() for name in ([part.uuid for part in card.slices] or [card.index])
+    )
+
+
+def nvidia_readings(devices: Sequence[str]) -> tuple[GpuReading, ...]:
+    """Return a reading of each device, which is an index or a UUID."""
+    cards = _cards()
+    found = [_find(device, cards) for device in devices]
+    whole = _card_readings([place for place in found if isinstance(place, _Card)])
+    memory = _slice_memory() if any(isinstance(place, _Slice) for place in found) else {}
+
+    def reading(place: _Card | _Slice | None) -> GpuReading:
+        if place is None:
+            return UNKNOWN
+        if isinstance(place, _Card):
+            return whole.get(place.index, GpuReading(place.name))
+        return GpuReading(place.name, *memory.get((place.card, place.number), ()))
+
+    return tuple(map(reading, found))
+
+
+def _cards() -> list[_Card]:
+    cards: list[_Card] = []
+    for line in (output_of("nvidia-smi", "-L") or "").splitlines():
+        card, part = _CARD.match(line), _SLICE.match(line)
+        if card:
+            cards.append(_Card(card[1], card[2], card[3]))
+        elif part and cards:
+            last = cards.pop()
+            new = _Slice(last.uuid, part[2], f"{last.name} MIG {part[1]}", part[3])
+            cards.append(_Card(last.index, last.name, last.uuid, (*last.slices, new)))
+    return cards
+
+
+def _find(device: str, cards: Sequence[_Card]) -> _Card | _Slice | None:
+    """Return a device; of a card with slices, its first. UUIDs may be abbreviated."""
+    if device.startswith("MIG-"):
+        slices = (part for card in cards for part in card.slices)
+        return next((part for part in slices if part.uuid.startswith(device)), None)
+    by_uuid = device.startswith("GPU-")
+    for card in cards:
+        if device == card.index or (by_uuid and card.uuid.startswith(device)):
+            return card.slices[0] if card.slices else card
+    return None
+
+
+def _card_readings(cards: Sequence[_Card]) -> dict[str, GpuReading]:
+    """Return the readings of whole cards by index."""
+    if not cards:
+        return {}
+    names = {card.index: card.name for card in cards}
+    options = [f"--id={','.join(names)}", _QUERY, "--format=csv,noheader,nounits"]
+    found = {}
+    for line in (output_of("nvidia-smi", *options) or "").splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == 5 and cells[0] in names:
+            total, used, free = (int(c) * _MIB if c.isdigit() else None for c in cells[2:])
+            utilization = _number(cells[1])
+            found[cells[0]] = GpuReading(names[cells[0]], total, used, free, utilization)
+    return found
+
+
+def _slice_memory() -> dict[tuple[str, str], tuple[int | None, ...]]:
+    """Return the total, used and free bytes of slices by the card's UUID and the slice's number.
+
+    Only the XML has them; it lacks the slices' own UUIDs.
+    """
+    try:
+        log = ElementTree.fromstring(output_of("nvidia-smi", "-q", "-x") or "")  # noqa: S314
+    except ElementTree.ParseError:
+        return {}
+    return {
+        (card.findtext("uuid", ""), part.findtext("index", "")): tuple(
+            _mebibytes(part, name) for name in ("total", "used", "free")
+        )
+        for card in log.iter("gpu")
+        for part in card.iter("mig_device")
+    }
+
+
+def _mebibytes(part: ElementTree.Element, name: str) -> int | None:
+    number, _, unit = part.findtext(f"fb_memory_usage/{name}", "").partition(" ")
+    return int(number) * _MIB if number.isdigit() and unit == "MiB" else None
+
+
+# --- AMD --------------------------------------------------------------------------------------
+
+
+def amd_readings(devices: Sequence[str]) -> tuple[GpuReading, ...]:
+    """Return a reading of each device, which is an index or a UUID (``GPU-`` and its unique id)."""
+    cards = dict(_amd_cards())
+    return tuple(cards.get(_amd_key(device), UNKNOWN) for device in devices)
+
+
+def _amd_key(device: str) -> str:
+    return _unique_id(device.removeprefix("GPU-")) if device.startswith("GPU-") else device
+
+
+def _unique_id(text: str) -> str:
+    """Return the form in which ids are compared: rocm-smi writes 0x before them."""
+    return "id-" + text.lower().removeprefix("0x").lstrip("0")
+
+
+def _amd_cards() -> Iterator[tuple[str, GpuReading]]:
+    """Yield the cards by number and by unique id.
+
+    The keys of rocm-smi's JSON differ between versions in case ("Card series", "Card Series").
+    """
+    options = ["--showproductname", "--showuniqueid", "--showuse", "--showmeminfo", "vram"]
+    printed = output_of("rocm-smi", *options, "--json") or ""
+    try:
+        # Warnings, such as that of a GPU in a low-power state, can precede it.
+        log = json.loads(printed[max(0, printed.find("{")) :])
+    except (ValueError, RecursionError):
+        return
+    for key, card in log.items() if isinstance(log, dict) else ():
+        if re.fullmatch(r"card\d+", key) and isinstance(card, dict):
+            reading = _amd_reading({str(name).lower(): value for name, value in card.items()})
+            yield key.removeprefix("card"), reading
+            if card.get("Unique ID"):
+                yield _unique_id(str(card["Unique ID"])), reading
+
+
+def _amd_reading(card: dict[str, Any]) -> GpuReading:
+    name = str(card.get("card series") or card.get("device name") or "AMD GPU")
+    total = _number(card.get("vram total memory (b)"))
+    used = _number(card.get("vram total used memory (b)"))
+    utilization = _number(card.get("gpu use (%)"))
+    if total is None or used is None:
+        return GpuReading(name, utilization=utilization)
+    return GpuReading(name, int(total), int(used), int(total - used), utilization)
+
+
+def _number(text: object) -> float | None:
+    try:
+        return float(str(text))
+    except ValueError:
+        return None  # "N/A", "[N/A]", or absent
+
+
+def output_of(name: str, *arguments: str) -> str | None:
+    """Return a program's output; None if it is missing, hangs or fails."""
+    program = shutil.which(name)
+    if program is None:
+        return None
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

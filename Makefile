@@ -6,11 +6,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ENGINE ?= ollama
+GPU ?= nvidia
 BASE ?= auto
 BASE_IMAGE ?=
 OLLAMA_TARBALL ?=
 OLLAMA_IMAGE ?=
-IMAGE ?= aiflux$(if $(filter-out ollama,$(ENGINE)),-$(ENGINE)).sif
+IMAGE ?= aiflux$(if $(filter-out ollama,$(ENGINE)),-$(ENGINE))$(if $(filter amd,$(GPU)),-amd).sif
 SIGN ?=
 KEY ?=
 OLLAMA ?=
@@ -53,8 +54,8 @@ $(bin)/.installed-dev: pyproject.toml $(bin)/.installed
 install: $(bin)/.installed ## create a virtual environment in .venv with aiflux
 	@echo "installed: $(bin)/aiflux"
 
-image: $(bin)/.installed ## build aiflux.sif (ENGINE=ollama|llamacpp|vllm, BASE=auto|docker|debian, BASE_IMAGE=, OLLAMA_TARBALL=, SIGN=1, KEY=)
-	$(bin)/aiflux image build --engine '$(ENGINE)' --base '$(BASE)' --output '$(IMAGE)' --force \
+image: $(bin)/.installed ## build aiflux.sif (ENGINE=ollama|llamacpp|vllm, GPU=nvidia|amd, BASE=auto|docker|debian, BASE_IMAGE=, OLLAMA_TARBALL=, SIGN=1, KEY=)
+	$(bin)/aiflux image build --engine '$(ENGINE)' --gpu '$(GPU)' --base '$(BASE)' --output '$(IMAGE)' --force \
 		$(if $(OLLAMA_TARBALL),--ollama-tarball '$(OLLAMA_TARBALL)') \
 		$(if $(BASE_IMAGE)$(OLLAMA_IMAGE),--base-image '$(or $(BASE_IMAGE),$(OLLAMA_IMAGE))') \
 		$(if $(SIGN)$(KEY),--sign) $(if $(KEY),--key '$(KEY)')

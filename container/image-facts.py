@@ -19,6 +19,8 @@ LIBRARIES = tuple(
     map(Path, ("/usr/lib/ollama", "/lib/ollama", "/usr/local/lib/ollama", "/app", "/usr/lib"))
 )
 GPU_LIBRARY = re.compile(r"^libggml-(cuda|hip|vulkan)\b.*\.so")
+VENDORS = {"cuda": "nvidia", "hip": "amd"}
+ROCM = Path("/opt/rocm")
 VERSION = re.compile(r"\d+\.\d+\.\d+\S*|(?<=version: )\d+")
 
 
@@ -36,12 +38,14 @@ def engine_version(engine: str) -> str:
     return found[0]
 
 
-def has_gpu_support(engine: str, version: str) -> bool:
-    """Return whether the engine has a GPU back end."""
+def gpu_back_ends(engine: str, version: str) -> set[str]:
+    """Return the engine's GPU back ends: cuda, hip or vulkan."""
     if engine == "vllm":
-        return not version.endswith("+cpu")
+        # Its version ends with +rocm and a number in a build for AMD's GPUs.
+        built_for_amd = "+rocm" in version or ROCM.exists()
+        return set() if version.endswith("+cpu") else {"hip" if built_for_amd else "cuda"}
     files = (path for library in LIBRARIES for path in library.rglob("libggml-*.so*"))
-    return any(GPU_LIBRARY.match(path.name) for path in files)
+    return {found[1] for found in (GPU_LIBRARY.match(path.name) for path in files) if found}
 
 
 def label(value: object) -> str:
@@ -56,12 +60,15 @@ def main(facts_path: str, image_json: str, labels: str, environment: str) -> Non
     facts = json.loads(Path(facts_path).read_text(encoding="utf-8"))
     engine = facts["engine"]
     version = engine_version(engine)
+    back_ends = gpu_back_ends(engine, version)
+    vendors = sorted(VENDORS[name] for name in back_ends & VENDORS.keys())
     facts |= {
         "engine_version": version,
         "python": platform.python_version(),
         "os": platform.freedesktop_os_release()["PRETTY_NAME"],
         "arch": platform.machine(),
-        "cpu_only": not has_gpu_support(engine, version),
+        "cpu_only": not back_ends,
+        "gpu_vendors": " ".join(vendors) or "none",
     }
     if engine == "ollama":
         facts["ollama"] = version  # its label in earlier versions
@@ -70,6 +77,7 @@ def main(facts_path: str, image_json: str, labels: str, environment: str) -> Non
         file.writelines(f"aiflux.{key} {label(facts[key])}\n" for key in sorted(facts))
     with Path(environment).open("a", encoding="utf-8") as file:
         file.write(f"export AIFLUX_IMAGE_CPU_ONLY={int(facts['cpu_only'])}\n")
+        file.write(f"export AIFLUX_IMAGE_GPU_VENDORS='{' '.join(vendors)}'\n")
         file.write(f'export AIFLUX_ENGINE="${{AIFLUX_ENGINE:-{engine}}}"\n')
 
 

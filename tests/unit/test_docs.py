@@ -38,6 +38,7 @@ FOREIGN_OPTIONS = {
     "--network",
     "--containall",
     "--nv",
+    "--rocm",
     "--bind",
     "--requeue",
     "--strict",

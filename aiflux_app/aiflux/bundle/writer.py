@@ -27,6 +27,7 @@ from aiflux import __version__
 from aiflux.bundle import installer
 from aiflux.bundle.installer import CONTENTS, SUMS, TOP, VERSION
 from aiflux.bundle.model_archive import packed_size
+from aiflux.core.config.slurm_config import AMD, NVIDIA
 from aiflux.engines.base import PackedModel
 from aiflux.engines.ollama.store import (
     HashedReader,
@@ -306,7 +307,9 @@ def _images(parts: Ingredients, on_bytes: OnBytes) -> list[Member]:
 
 def _image_member(path: Path) -> str:
     """Return the name of an image in the bundle: the one that runs with its engine look for."""
-    return f"image/{image_names(read_image(path).engine or 'ollama')[0]}"
+    image = read_image(path)
+    vendor = AMD if image.gpu_vendors == (AMD,) else NVIDIA
+    return f"image/{image_names(image.engine or 'ollama', vendor)[0]}"
 
 
 def _models(parts: Ingredients) -> list[Member]:

@@ -14,16 +14,18 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.slurm_config import AMD
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import OpenedRun
 from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.registry import register_plan
 from aiflux.core.runs.status_file import Counts, finished_line, refuse_failures
+from aiflux.engines.gpus import VENDOR_VARIABLE, gpu_vendor, visible_devices
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ImageError, ModelError
 from aiflux.image.container import find_image, find_runtime, local_choices
-from aiflux.image.sif import own_image, refuse_other_engine
+from aiflux.image.sif import own_image, refuse_other_engine, refuse_other_vendor
 from aiflux.slurm.preflight.nodes import check_names
 from aiflux.slurm.script import JobScript, render_local, render_models
 from aiflux.util.files import temporary_folder
@@ -98,7 +100,7 @@ def run_local(opened: OpenedRun, config: Config) -> int:
         refuse_container(config)
     if not kind.worker_in_image or named_program(kind, os.environ):
         show_local_choices(config, None)
-        return run_here(opened)
+        return run_here(opened, config.get("gpu_vendor"))
     try:
         find_runtime()
         image = find_image(config, Path.cwd(), engine=kind.name)
@@ -108,15 +110,27 @@ def run_local(opened: OpenedRun, config: Config) -> int:
                 f"{error.message}; and there is no {kind.program} on PATH either", error.remedy
             ) from error
         show_local_choices(config, None)
-        return run_here(opened)
+        return run_here(opened, config.get("gpu_vendor"))
+    vendor = config.get("gpu_vendor")
     if kind.program:
         refuse_other_engine(own_image(image), kind.name, kind.title)
+        if visible_devices(_with_vendor(vendor)) and not opened.plan.options.allow_cpu:
+            refuse_other_vendor(own_image(image), gpu_vendor(_with_vendor(vendor)))
     show_local_choices(config, image)
-    return run_in_container(opened, image, seal=config.get("seal"))
+    return run_in_container(opened, image, seal=config.get("seal"), vendor=vendor)
 
 
-def run_here(opened: OpenedRun) -> int:
-    """Process the run in this process, in the foreground."""
+def _with_vendor(vendor: str) -> dict[str, str]:
+    """Return the environment with the vendor of the GPUs, if that is chosen."""
+    return {**os.environ, **({} if vendor == "auto" else {VENDOR_VARIABLE: vendor})}
+
+
+def run_here(opened: OpenedRun, vendor: str = "auto") -> int:
+    """Process the run in this process, in the foreground.
+
+    Args:
+        vendor: that of the GPUs, or ``auto``.
+    """
     from aiflux.worker.progress import make_reporter
     from aiflux.worker.shard import Context, ensure_models, work
     from aiflux.worker.stop import Stopper
@@ -126,6 +140,7 @@ def run_here(opened: OpenedRun) -> int:
     stopper = Stopper()
     stopper.install()
     context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
+    context = replace(context, environ=_with_vendor(vendor))
     try:
         ensure_models(opened.plan, opened.run, context)
         work(opened.plan, opened.run, 0, context)
@@ -143,15 +158,17 @@ def _print_finished(plan: Plan, counts: Counts) -> int:
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-def run_in_container(opened: OpenedRun, image: Path, *, seal: bool) -> int:
+def run_in_container(opened: OpenedRun, image: Path, *, seal: bool, vendor: str = "auto") -> int:
     """Run the script of a job on this machine; return its exit code.
 
     Args:
         seal: False keeps the network for the work.
+        vendor: that of the GPUs, or ``auto``.
     """
     plan = opened.plan
-    gpus = "1" if shutil.which("nvidia-smi") else "0"
-    slurm = SlurmConfig(seal=seal, gpus_per_node=gpus)
+    has_gpus = gpu_vendor(_with_vendor(vendor)) == AMD or shutil.which("nvidia-smi")
+    gpus = "1" if has_gpus else "0"
+    slurm = SlurmConfig(seal=seal, gpus_per_node=gpus, gpu_vendor=vendor)
     job = JobScript.of_run(
         plan.input_path,
         plan.output,

@@ -9,13 +9,17 @@ import shlex
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import KINDS
+from aiflux.core.config.slurm_config import AMD, VENDOR_TITLES
 from aiflux.doctor import host
+from aiflux.engines.gpu_readings import amd_readings, nvidia_devices, nvidia_readings
+from aiflux.engines.gpus import TOPOLOGY, gpu_vendor, kfd_devices
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ImageError
 from aiflux.image import base
@@ -66,6 +70,7 @@ def _runtime(runtime: Path) -> Iterator[Diagnosis]:
     yield _mode(setuid)
     yield _mounting(setuid, settings)
     yield _building(setuid)
+    yield from gpus(os.environ, settings)
 
 
 def _answer(word: str) -> str | None:
@@ -166,6 +171,44 @@ def _building(setuid: bool) -> Diagnosis:
         f"images cannot be built here: {what}",
         f"ask for subordinate ids (usermod --add-subuids, --add-subgids), or {elsewhere}",
     )
+
+
+def gpus(
+    environ: Mapping[str, str],
+    settings: Mapping[str, str],
+    dev: Path = Path("/dev"),
+    topology: Path = TOPOLOGY,
+) -> Iterator[Diagnosis]:
+    """Report this machine's GPUs, and whether containers can use them.
+
+    Args:
+        settings: of Apptainer (``apptainer buildcfg``).
+        dev, topology: where the kernel lists them.
+    """
+    vendor = gpu_vendor(environ, dev)
+    devices = kfd_devices(topology) if vendor == AMD else nvidia_devices()
+    if not devices:
+        return
+    read = amd_readings if vendor == AMD else nvidia_readings
+    names = Counter(reading.name or "unknown model" for reading in read(devices))
+    listed = ", ".join(f"{count} x {name}" for name, count in names.items())
+    yield ok("gpus", f"GPUs of {VENDOR_TITLES[vendor]} on this machine: {listed}")
+    kfd = dev / "kfd"
+    if vendor == AMD and not os.access(kfd, os.R_OK | os.W_OK):
+        yield warn(
+            "gpus",
+            f"you cannot use {kfd}, through which programs reach the GPUs",
+            "ask the site to add you to the group of that file, usually render",
+        )
+    folder = settings.get("APPTAINER_CONFDIR") or settings.get("SINGULARITY_CONFDIR")
+    libraries = "rocmliblist.conf" if vendor == AMD else "nvliblist.conf"
+    if folder and not (Path(folder) / libraries).is_file():
+        flag = "--rocm" if vendor == AMD else "--nv"
+        yield warn(
+            "gpus",
+            f"{flag} does not work: {folder} has no {libraries}",
+            "ask the site to restore this file of Apptainer's configuration",
+        )
 
 
 def _image(path: Path) -> Iterator[Diagnosis]:

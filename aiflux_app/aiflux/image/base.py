@@ -17,6 +17,7 @@ from email.message import Message
 from http import HTTPStatus
 from pathlib import Path
 
+from aiflux.core.config.slurm_config import AMD, NVIDIA, VENDOR_TITLES
 from aiflux.errors import ImageError
 
 _TIMEOUT = 8.0
@@ -40,6 +41,8 @@ class EngineBase:
         title: the engine's name.
         image: its official image, for the docker base.
         official: description of the engine in that image.
+        amd_image: the same for AMD GPUs.
+        amd: description of the engine in that image.
         cpu: description of the engine on the Debian base.
         suite: Debian suite that the Debian base needs; empty for any.
         assembler: script below ``container/`` that assembles the CPU build on this machine; empty
@@ -50,6 +53,8 @@ class EngineBase:
     title: str
     image: str
     official: str
+    amd_image: str
+    amd: str
     cpu: str
     suite: str = ""
     assembler: str = ""
@@ -63,6 +68,9 @@ ENGINES = {
         "docker://docker.io/ollama/ollama"
         "@sha256:32931b46719f673c05fdbaa81ccb26da18ea4a1c57590a754874ab28ba269eb2",
         "official Ollama 0.33.3 with GPU support",
+        # https://hub.docker.com/r/ollama/ollama: the tags with -rocm.
+        "docker://docker.io/ollama/ollama:0.33.3-rocm",
+        "official Ollama 0.33.3 for AMD GPUs",
         "CPU build of Ollama 0.9.3, without GPU support",
         assembler="engines/ollama/cpu-build.sh",
     ),
@@ -70,6 +78,9 @@ ENGINES = {
         "llama.cpp",
         "docker://ghcr.io/ggml-org/llama.cpp:server-cuda",
         "official llama.cpp with GPU support",
+        # docs/docker.md in ggml-org/llama.cpp.
+        "docker://ghcr.io/ggml-org/llama.cpp:server-rocm",
+        "official llama.cpp for AMD GPUs",
         "llama.cpp of Debian, without GPU support",
         suite="sid",
         machines=("x86_64", "aarch64"),
@@ -78,6 +89,9 @@ ENGINES = {
         "vLLM",
         "docker://docker.io/vllm/vllm-openai:v0.32.0",
         "official vLLM 0.32.0 with GPU support",
+        # docs/getting_started/installation/gpu.rocm.inc.md in vllm-project/vllm.
+        "docker://docker.io/vllm/vllm-openai-rocm:v0.32.0",
+        "official vLLM 0.32.0 for AMD GPUs",
         "CPU build of vLLM 0.32.0, without GPU support",
         suite="bookworm",  # the CPU build is for its Python, 3.11
         assembler="engines/vllm/cpu-build.sh",
@@ -132,23 +146,23 @@ def choose_base(options: BuildOptions) -> BaseChoice:
         return _debian(options, "as requested")
     if options.ollama_tarball:
         return _debian(options, "an Ollama archive was given")
-    image = options.base_image or options.engine_base.image
+    image = options.base_image or options.official_image
     reference = parse(image)
     problem = why_unreachable(reference)
     if problem is None:
         why = "as requested" if options.base == "docker" else f"{reference.host} is reachable"
         return _docker(options, image, reference, why)
-    if options.base == "docker":
+    if options.base == "docker" or options.gpu == AMD:
+        debian = "" if options.gpu == AMD else ", or use --base debian"
         raise ImageError(
             f"the docker base cannot be downloaded: {problem}",
-            "build where the registry is reachable, name a mirror with --base-image, or use "
-            "--base debian",
+            f"build where the registry is reachable, or name a mirror with --base-image{debian}",
         )
     return _debian(options, problem)
 
 
 def _docker(options: BuildOptions, image: str, reference: Reference, why: str) -> BaseChoice:
-    engine = options.engine_base.official
+    engine = options.engine_base.amd if options.gpu == AMD else options.engine_base.official
     if options.base_image:
         engine = f"{options.engine_base.title} from {image.removeprefix('docker://')}"
     return BaseChoice("docker", why, engine, image=image, digest=digest(reference) or "")
@@ -256,6 +270,7 @@ class BuildOptions:
     Attributes:
         output: the image file to write.
         engine: kind of the engine in it.
+        gpu: vendor of the GPUs that the engine in the docker base is for.
         base: ``docker`` (the engine's official image), ``debian`` (debootstrap), or ``auto``:
             docker if its registry is reachable.
         base_image: docker base as ``docker://HOST/NAME:TAG``; plain http on loopback.
@@ -270,6 +285,7 @@ class BuildOptions:
 
     output: Path = Path("aiflux.sif")
     engine: str = "ollama"
+    gpu: str = NVIDIA
     base: str = "auto"
     base_image: str | None = None
     ollama_tarball: Path | None = None
@@ -288,6 +304,15 @@ class BuildOptions:
             raise ImageError(
                 f"there are no images with the engine {self.engine!r}",
                 f"use one of {', '.join(ENGINES)}",
+            )
+        if self.gpu not in VENDOR_TITLES:
+            raise ImageError(
+                f"unknown vendor of GPUs {self.gpu!r}", f"use one of {', '.join(VENDOR_TITLES)}"
+            )
+        if self.gpu == AMD and (self.base == "debian" or self.ollama_tarball):
+            raise ImageError(
+                "the Debian base has no engine for AMD GPUs",
+                f"use --base docker, or leave out --gpu {AMD}",
             )
         if self.ollama_tarball and self.engine != "ollama":
             raise ImageError(
@@ -316,6 +341,11 @@ class BuildOptions:
     def engine_base(self) -> EngineBase:
         """What images with this engine are built on."""
         return ENGINES[self.engine]
+
+    @property
+    def official_image(self) -> str:
+        """The engine's own image for the GPUs."""
+        return self.engine_base.amd_image if self.gpu == AMD else self.engine_base.image
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,23 @@ from typing import Any
 
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
+from aiflux.core.config.slurm_config import AMD
 from aiflux.core.config.sources import refuse_foreign
 from aiflux.errors import ImageError
-from aiflux.image.sif import CHECKOUT, how_to_build, own_image
+from aiflux.image.sif import CHECKOUT, how_to_build, make_options, own_image
 
 IMAGE_NAME = "aiflux.sif"
 
 
-def image_names(engine: str) -> tuple[str, ...]:
-    """Return the names under which an image with an engine is looked for, the best first."""
-    if engine in ("ollama", COMMAND, EXTERNAL):
-        return (IMAGE_NAME,)
-    return (f"aiflux-{engine}.sif", IMAGE_NAME)
+def image_names(engine: str, vendor: str = "auto") -> tuple[str, ...]:
+    """Return the names under which an image with an engine is looked for, the best first.
+
+    Args:
+        vendor: that of the GPUs, ``auto`` if it is not chosen.
+    """
+    stem = "aiflux" if engine in ("ollama", COMMAND, EXTERNAL) else f"aiflux-{engine}"
+    own = [f"{stem}-{AMD}.sif"] if vendor == AMD else []
+    return tuple(dict.fromkeys([*own, f"{stem}.sif", IMAGE_NAME]))
 
 
 _LONGEST = 100  # maximum characters of a value in a message
@@ -62,7 +67,7 @@ def find_image(
     Args:
         engine: kind of the run's engine; by default the configured one.
 
-    Candidates: the configured image; ``aiflux.sif``, or ``aiflux-KIND.sif`` for other engines, in
+    Candidates: the configured image; one of ``image_names``, such as ``aiflux.sif``, in
     ``cwd``, in ``checkout`` if that is a checkout (has a Makefile), and in the containers
     directory. Only labels are read.
 
@@ -79,14 +84,15 @@ def find_image(
         return own_image(config.image).path
     folders = [*dict.fromkeys([cwd, *_development(checkout), config.containers_dir])]
     engine = engine or config.engine
-    names = image_names(engine)
+    vendor = config.get("gpu_vendor")
+    names = image_names(engine, vendor)
     for image in ((folder / name).absolute() for name in names for folder in folders):
         if image.is_file():
             if not is_chosen(config, image, checkout):
                 refuse_foreign(image, f"--image {shlex.quote(str(image))}")
             return own_image(image).path
     places = ", ".join(str(folder) for folder in folders)
-    make = how_to_build("" if names[0] == IMAGE_NAME else f"ENGINE={engine}")
+    make = how_to_build(make_options(engine, vendor))
     raise ImageError(f"no image {names[0]} in {places}", f"{make}; or use --image FILE")
 
 

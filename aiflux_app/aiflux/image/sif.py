@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
+from aiflux.core.config.slurm_config import AMD, VENDOR_TITLES
 from aiflux.errors import ImageError
 
 # launch script, magic, version, architecture, UUID; times; free, total, offset and length of the
@@ -53,6 +55,12 @@ def how_to_build(options: str = "") -> str:
     if not (CHECKOUT / "Makefile").is_file():
         return f"build it with `{f'make image {options}'.strip()}` in a clone of AI-Flux"
     return f"build it: {f'{make} image {options}'.strip()}"
+
+
+def make_options(engine: str, vendor: str) -> str:
+    """Return the options of ``make image`` for an engine and the vendor of the GPUs."""
+    words = [] if engine in ("ollama", COMMAND, EXTERNAL) else [f"ENGINE={engine}"]
+    return " ".join([*words, f"GPU={AMD}"] if vendor == AMD else words)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,12 @@ class ImageFacts:
         """Whether its engine is known not to support GPUs."""
         return self.fact("cpu_only") == "yes"
 
+    @property
+    def gpu_vendors(self) -> tuple[str, ...]:
+        """The vendors whose GPUs its engine supports; () if there are none, or if unknown."""
+        words = (self.fact("gpu_vendors") or "").split()
+        return tuple(word for word in words if word in VENDOR_TITLES)
+
 
 def machine_arch(machine: str) -> str:
     """Return the architecture name used by images for a machine (``uname -m``)."""
@@ -123,6 +137,23 @@ def refuse_other_engine(image: ImageFacts, kind: str, title: str) -> None:
             f"the image {image.path} has the engine {image.engine}, and the run needs {title}",
             f"{how_to_build(f'ENGINE={kind}')}, and name it: --image FILE; or --engine "
             f"{image.engine}",
+        )
+
+
+def refuse_other_vendor(image: ImageFacts, vendor: str) -> None:
+    """Refuse an image whose engine is for the GPUs of another vendor.
+
+    Raises:
+        ImageError: it is; names the image to build.
+    """
+    if image.gpu_vendors and vendor not in image.gpu_vendors:
+        engine = image.engine or "ollama"
+        build = how_to_build(make_options(engine, vendor) or "BASE=docker")
+        raise ImageError(
+            f"the image {image.path} is for GPUs of {VENDOR_TITLES[image.gpu_vendors[0]]}, and "
+            f"the run gets GPUs of {VENDOR_TITLES[vendor]}",
+            f"{build}, and name it: --image FILE; or correct --gpu-vendor; or run on the CPU: "
+            "--allow-cpu",
         )
 
 

@@ -11,7 +11,9 @@
 #   max_requeues                        0: the job is not requeued automatically
 #   want_seal                           0: the container keeps the network while it works
 #   model_paths                         array: models that are not in models_dir, absolute paths
-#   gpu_flags, modules, prepare_args    arrays
+#   want_gpus                           1: the container gets the node's GPUs
+#   gpu_vendor                          nvidia, amd, or auto: as the node has it
+#   modules, prepare_args               arrays
 #   site_setup                          a function with the site's setup commands
 
 runtime='' prefix='' scratch='' # the container runtime, its variables' prefix, private directory
@@ -19,6 +21,7 @@ child='' pending='' signals=0   # the container's pid, a signal not yet forwarde
 forwarded=0                     # whether a signal was forwarded
 stopped=0                       # 1 after TERM, INT or HUP: the job is to end
 seal=() unsealed='' mounts=() deadline=() # why it is not sealed
+gpu_flags=()
 
 # How Slurm's commands name this job: the bare id of an array's last task means the whole array.
 job_id=${SLURM_JOB_ID:-}
@@ -102,6 +105,19 @@ find_runtime() {
         give_up "neither apptainer nor singularity is on PATH on $HOSTNAME" \
             "name the site's module in aiflux.yaml (slurm: modules: [apptainer]), or load it before sbatch"
     fi
+}
+
+# A node with an NVIDIA GPU can have /dev/kfd too, of the graphics of an AMD processor.
+choose_gpus() {
+    unset AIFLUX_GPU_VENDOR
+    ((want_gpus)) || return 0 # there may be no gpu_vendor either
+    if [[ $gpu_vendor == auto ]]; then
+        gpu_vendor=nvidia
+        [[ ! -e /dev/kfd || -e /dev/nvidiactl ]] || gpu_vendor=amd
+    fi
+    gpu_flags=(--nv)
+    [[ $gpu_vendor != amd ]] || gpu_flags=(--rocm)
+    export AIFLUX_GPU_VENDOR=$gpu_vendor # for the worker
 }
 
 # Prevents running another image by accident. SIF files have their labels before the file system; a
@@ -234,7 +250,7 @@ pass_environment() {
             *) pass "$name" ;;
         esac
     done
-    pass CUDA_VISIBLE_DEVICES SLURM_JOB_ID SLURM_JOB_NAME SLURM_RESTART_COUNT \
+    pass CUDA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES SLURM_JOB_ID SLURM_JOB_NAME SLURM_RESTART_COUNT \
         SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURMD_NODENAME SLURM_CPUS_PER_TASK \
         SLURM_JOB_GPUS SLURM_JOB_END_TIME
     [[ -z $models_dir ]] || put AIFLUX_MODELS_DIR "$models_dir"
@@ -369,6 +385,7 @@ main() {
     trap 'on_signal USR1' USR1
     load_modules
     site_setup
+    choose_gpus
     if ((${#worker[@]})); then
         hide_libraries
         refuse_missing_worker

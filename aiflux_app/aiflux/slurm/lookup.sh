@@ -3,8 +3,8 @@
 #   INPUT    requests, OpenAI Batch JSONL
 #   OUTPUT   *.json or *.jsonl; INPUT's stem and .results.json in the current directory by default
 #   options  of the worker, such as --model llama3.2:3b; and --no-seal or --seal
-# Environment: AIFLUX_IMAGE, AIFLUX_MODELS_DIR, AIFLUX_DATA_DIR, AIFLUX_CONTAINERS_DIR, AIFLUX_SEAL
-# and what `aiflux run` reads for a run (MODEL_NAME, TEMPERATURE, ...).
+# Environment: AIFLUX_IMAGE, AIFLUX_MODELS_DIR, AIFLUX_DATA_DIR, AIFLUX_CONTAINERS_DIR, AIFLUX_SEAL,
+# AIFLUX_GPU_VENDOR and what `aiflux run` reads for a run (MODEL_NAME, TEMPERATURE, ...).
 
 # usage ERROR [REMEDY]
 usage() {
@@ -39,8 +39,10 @@ checkout() {
 }
 
 find_image() {
-    local here name=aiflux.sif
-    [[ $engine == ollama ]] || name=aiflux-$engine.sif
+    local here name=aiflux make="make image ENGINE=$engine"
+    [[ $engine == ollama ]] || name+=-$engine
+    [[ $gpu_vendor != amd ]] || name+=-amd make+=' GPU=amd'
+    name+=.sif
     if [[ -n ${AIFLUX_IMAGE:-} ]]; then
         absolute image "$AIFLUX_IMAGE"
         [[ -e $image ]] || usage "AIFLUX_IMAGE names $image, which does not exist" "correct AIFLUX_IMAGE, or unset it"
@@ -53,7 +55,7 @@ find_image() {
         [[ ! -e $image ]] || return 0
     done
     usage "there is no image $name in $submit_dir${here:+, $here} or ${image%/*}" \
-        "make image ENGINE=$engine; or set AIFLUX_IMAGE=/path/to/$name"
+        "$make; or set AIFLUX_IMAGE=/path/to/$name"
 }
 
 [[ $# -gt 0 ]] || usage 'no input given'
@@ -81,6 +83,11 @@ case ${AIFLUX_SEAL:-yes} in
     [Tt][Rr][Uu][Ee] | [Yy][Ee][Ss] | [Oo][Nn] | 1) want_seal=1 ;;
     [Ff][Aa][Ll][Ss][Ee] | [Nn][Oo] | [Oo][Ff][Ff] | 0) want_seal=0 ;;
     *) usage "AIFLUX_SEAL is '$AIFLUX_SEAL'" "it must be true or false" ;;
+esac
+gpu_vendor=${AIFLUX_GPU_VENDOR:-auto}
+case $gpu_vendor in
+    auto | nvidia | amd) ;;
+    *) usage "AIFLUX_GPU_VENDOR is '$gpu_vendor'" "it must be auto, nvidia or amd" ;;
 esac
 engine_url=${AIFLUX_ENGINE_URL:-} engine_ca=${AIFLUX_ENGINE_CA:-}
 engine=${AIFLUX_ENGINE:-ollama} engine_command=${AIFLUX_ENGINE_COMMAND:-}

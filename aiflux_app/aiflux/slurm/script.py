@@ -162,6 +162,7 @@ def _of_run(job: JobScript, slurm: SlurmConfig) -> Iterator[str]:
     yield from _shard(job)
     yield _assign("max_requeues", job.max_requeues)
     yield _assign("want_seal", int(slurm.seal and not job.worker))
+    yield _assign("gpu_vendor", slurm.gpu_vendor)
     yield 'prepare_args=(--run-dir "$run_dir" --prepare)'
     yield from _site(slurm)
 
@@ -219,7 +220,7 @@ def _shard(job: JobScript) -> Iterator[str]:
 
 
 def _site(slurm: SlurmConfig) -> Iterator[str]:
-    yield _array("gpu_flags", ["--nv"] if wants_gpus(slurm) else [])
+    yield _assign("want_gpus", int(wants_gpus(slurm)))
     yield _array("modules", slurm.modules)
     yield "site_setup() {"
     yield "    :"

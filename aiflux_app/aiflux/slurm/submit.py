@@ -105,7 +105,9 @@ def plan_job(
     if not kind.worker_in_image:
         refuse_container(config)
     found = _image(config, place, kind, missing_ok=check)
-    assumed = place / image_names(options.engine)[0] if kind.worker_in_image else None
+    assumed = (
+        place / image_names(options.engine, slurm.gpu_vendor)[0] if kind.worker_in_image else None
+    )
     job = JobScript.of_run(
         expanded(input_path).absolute(),
         output,

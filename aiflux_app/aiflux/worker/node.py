@@ -1,4 +1,4 @@
-"""The node of a job: whether this process is sealed from its network, and the load of its GPUs."""
+"""The node of a job: whether it is sealed from the network, and its GPUs and their load."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 
+from aiflux.core.config.slurm_config import VENDOR_TITLES
 from aiflux.core.runs.status_file import GpuUse
 from aiflux.engines.gpu_readings import GpuReading
-from aiflux.engines.gpus import readings
+from aiflux.engines.gpus import gpu_vendor, readings
+from aiflux.errors import EngineError
 from aiflux.util.process_limits import start_thread
 
 ROUTES = (Path("/proc/net/route"), Path("/proc/net/ipv6_route"))
@@ -51,6 +53,28 @@ def _rows(table: Path) -> list[list[str]]:
     except OSError:
         return []  # a kernel without this protocol has no table
     return [line.split() for line in lines if line.strip()]
+
+
+def refuse_wrong_image(environ: Mapping[str, str], devices: tuple[str, ...]) -> None:
+    """Refuse to run in an image whose engine cannot use the job's GPUs.
+
+    Images of earlier versions do not name the vendor.
+
+    Raises:
+        EngineError: it is for CPUs, or for the GPUs of another vendor.
+    """
+    if environ.get("AIFLUX_IMAGE_CPU_ONLY") == "1":
+        raise EngineError(
+            f"this image runs on the CPU only, but the job has the GPUs {', '.join(devices)}",
+            "use an image with GPU support (built with BASE=docker), or pass --allow-cpu",
+        )
+    vendors, own = environ.get("AIFLUX_IMAGE_GPU_VENDORS", "").split(), gpu_vendor(environ)
+    if vendors and own not in vendors:
+        raise EngineError(
+            f"this image is for GPUs of {VENDOR_TITLES.get(vendors[0], vendors[0])}, but the job "
+            f"has GPUs of {VENDOR_TITLES[own]}",
+            f"use an image built with GPU={own}, request other GPUs, or pass --allow-cpu",
+        )
 
 
 def with_sample(use: GpuUse, utilization: float | None, used: float, total: float) -> GpuUse:

@@ -27,7 +27,6 @@ from aiflux.engines.http import Client
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import (
     AifluxError,
-    EngineError,
     ExitCode,
     InputError,
     RunConflictError,
@@ -41,7 +40,7 @@ from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.engine_supervisor import EngineSupervisor
-from aiflux.worker.node import GpuWatch, unsealed_reason
+from aiflux.worker.node import GpuWatch, refuse_wrong_image, unsealed_reason
 from aiflux.worker.outage import OutageWatch, Rejections
 from aiflux.worker.progress import Reporter
 from aiflux.worker.scheduler import Lane, Limit, Scheduler, Source
@@ -442,20 +441,13 @@ class _ModelWork:
         options = self.plan.options
         kind = engine_kind(options)
         devices = visible_devices(self.context.environ) if kind.managed else ()
-        self._refuse_cpu_image(devices)
+        if devices and not options.allow_cpu:
+            refuse_wrong_image(self.context.environ, devices)
         groups = group(devices, options.gpus_per_engine)
         return [
             kind.make_engine(self._spec(index, gpus, home), self._make_client)
             for index, gpus in enumerate(groups)
         ]
-
-    def _refuse_cpu_image(self, devices: tuple[str, ...]) -> None:
-        cpu_only = self.context.environ.get("AIFLUX_IMAGE_CPU_ONLY") == "1"
-        if cpu_only and devices and not self.plan.options.allow_cpu:
-            raise EngineError(
-                f"this image runs on the CPU only, but the job has the GPUs {', '.join(devices)}",
-                "use an image with GPU support (built with BASE=docker), or pass --allow-cpu",
-            )
 
     def _spec(self, index: int, devices: tuple[str, ...], home: Path) -> EngineSpec:
         return EngineSpec(

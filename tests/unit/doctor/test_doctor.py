@@ -11,7 +11,7 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.doctor import host
-from aiflux.doctor.apptainer import containers, is_setuid
+from aiflux.doctor.apptainer import containers, gpus, is_setuid
 from aiflux.doctor.host import quotas
 from aiflux.doctor.slurm import scheduler
 from aiflux.util.diagnosis import Diagnosis
@@ -313,3 +313,30 @@ def test_the_command_prints_all_sections(
     (tmp_path / "aiflux.sif").write_bytes(b"")
     assert main(["doctor"]) == 2
     assert "FAIL image: " in capsys.readouterr().out
+
+
+def test_amd_gpus_are_reported_with_what_containers_need(
+    tmp_path: Path, commands: FakeCommands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values from marimo-team/marimo#9237; not tested on an AMD GPU."""
+    card = '{"card0": {"GPU use (%)": "0", "Card Series": "Radeon RX 7900 XT"}}'
+    commands.say("rocm-smi", card)
+    monkeypatch.setenv("PATH", commands.path)
+    dev, nodes, etc = tmp_path / "dev", tmp_path / "nodes", tmp_path / "etc"
+    for folder in (dev, nodes / "0", nodes / "1", etc):
+        folder.mkdir(parents=True)
+    (nodes / "0" / "gpu_id").write_text("0\n")
+    (nodes / "1" / "gpu_id").write_text("26967\n")
+    settings = {"APPTAINER_CONFDIR": str(etc)}
+    assert [*gpus({}, settings, dev, nodes)] == []
+    (dev / "kfd").touch()
+    (etc / "rocmliblist.conf").touch()
+    (line,) = gpus({}, settings, dev, nodes)
+    assert (line.level, line.what) == ("ok", "GPUs of AMD on this machine: 1 x Radeon RX 7900 XT")
+    (etc / "rocmliblist.conf").unlink()
+    (dev / "kfd").unlink()
+    (dev / "kfd").symlink_to("/dev/absent")
+    first, *rest = gpus({"AIFLUX_GPU_VENDOR": "amd"}, settings, dev, nodes)
+    assert (first.level, [line.level for line in rest]) == ("ok", ["warn", "warn"])
+    assert "/dev/kfd" in rest[0].what
+    assert "--rocm does not work" in rest[1].what

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,6 +32,8 @@ from aiflux.image.build import (
     known_facts,
     render_command,
 )
+from aiflux.image.container import image_names
+from aiflux.image.sif import read_image
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 
@@ -124,6 +128,51 @@ def test_auto_uses_debian_if_the_registry_does_not_respond() -> None:
         choose_base(replace(options, base="docker"))
 
 
+def test_an_image_for_amd_gpus_has_another_base_and_never_the_cpu_build(address: str) -> None:
+    for engine, base_ in ENGINES.items():
+        options = BuildOptions(engine=engine, gpu="amd")
+        assert options.official_image == base_.amd_image != base_.image
+        assert "rocm" in base.parse(base_.amd_image).name + base.parse(base_.amd_image).version
+        assert "AMD" in base_.amd
+    mirror = f"docker://{address}/ollama/ollama:9.9"
+    assert choose_base(BuildOptions(gpu="amd", base_image=mirror)).digest == DIGEST
+    with pytest.raises(ImageError, match="does not respond") as caught:
+        choose_base(BuildOptions(gpu="amd", base_image="docker://127.0.0.1:9/ollama/ollama"))
+    assert "debian" not in str(caught.value.remedy)
+
+
+def test_an_image_is_named_by_engine_and_gpus() -> None:
+    assert image_names("ollama") == image_names("ollama", "nvidia") == ("aiflux.sif",)
+    assert image_names("ollama", "amd") == ("aiflux-amd.sif", "aiflux.sif")
+    assert image_names("vllm", "amd") == ("aiflux-vllm-amd.sif", "aiflux-vllm.sif", "aiflux.sif")
+    makefile = (find_sources().root / "Makefile").read_text(encoding="utf-8")
+    assert "$(if $(filter amd,$(GPU)),-amd).sif" in makefile
+
+
+@pytest.mark.parametrize(
+    ("version", "vendors", "cpu_only"),
+    [("0.32.0", "nvidia", "no"), ("0.32.0+rocm721", "amd", "no"), ("0.32.0+cpu", "none", "yes")],
+)
+def test_the_labels_name_the_vendor_of_the_gpus(
+    tmp_path: Path, version: str, vendors: str, cpu_only: str
+) -> None:
+    """The script of the build, with a stand-in of vLLM."""
+    fakes = FakeCommands(tmp_path / "fakes")
+    fakes.say("vllm", f"{version}\n")
+    facts, labels = tmp_path / "facts.json", tmp_path / "labels"
+    facts.write_text('{"engine": "vllm"}', encoding="utf-8")
+    script = find_sources().container / "image-facts.py"
+    words = [facts, tmp_path / "image.json", labels, tmp_path / "environment"]
+    subprocess.run([sys.executable, script, *words], check=True, env={"PATH": fakes.path})
+    found = dict(line.split(" ", 1) for line in labels.read_text().splitlines())
+    assert (found["aiflux.gpu_vendors"], found["aiflux.cpu_only"]) == (vendors, cpu_only)
+    image = read_image(make_sif(tmp_path / "a.sif", gpu_vendors=vendors))
+    assert image.gpu_vendors == (() if vendors == "none" else (vendors,))
+    exported = "" if vendors == "none" else vendors
+    environment = (tmp_path / "environment").read_text()
+    assert f"export AIFLUX_IMAGE_GPU_VENDORS='{exported}'\n" in environment
+
+
 def test_an_archive_implies_the_debian_base(tmp_path: Path) -> None:
     archive = tmp_path / "ollama-linux-amd64.tgz"
     archive.touch()
@@ -139,6 +188,9 @@ def test_an_archive_implies_the_debian_base(tmp_path: Path) -> None:
         ({"base_image": "ollama/ollama"}, "not a docker reference"),
         ({"ollama_tarball": Path("/nowhere.tgz")}, "archive not found"),
         ({"base": "docker", "ollama_tarball": Path("/x")}, "which contains Ollama"),
+        ({"gpu": "intel"}, "unknown vendor of GPUs"),
+        ({"gpu": "amd", "base": "debian"}, "no engine for AMD GPUs"),
+        ({"gpu": "amd", "ollama_tarball": Path("/x")}, "no engine for AMD GPUs"),
     ],
 )
 def test_conflicting_options_are_rejected(wrong: dict[str, object], message: str) -> None:

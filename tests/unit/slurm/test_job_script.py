@@ -38,6 +38,8 @@ names = st.text(
 ID = "00010203-0405-0607-0809-0a0b0c0d0e0f"
 PASSED = (
     "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
     "SLURM_JOB_ID",
     "SLURM_JOB_NAME",
     "SLURM_RESTART_COUNT",
@@ -48,16 +50,24 @@ PASSED = (
 )
 
 
+FLAGS = {"nvidia": ["--nv"], "amd": ["--rocm"], "": []}
+
+
 @dataclass(frozen=True)
 class Container:
-    """The expected call of the runtime; ``unsealed``: why the container has a network."""
+    """The expected call of the runtime.
+
+    Attributes:
+        vendor: of the node's GPUs; "" if the container gets none.
+        unsealed: why the container has a network.
+    """
 
     image: Path
     input: Path
     output_dir: Path
     models_dir: Path | None
     workdir: str
-    nv: bool = True
+    vendor: str = "nvidia"
     unsealed: str = ""
     runtime: str = "APPTAINER"
 
@@ -70,7 +80,7 @@ class Container:
 
     def _command(self, seal: list[str], mounts: list[str], arguments: Sequence[str]) -> list[str]:
         return [
-            *("--quiet", "run", "--containall", *(["--nv"] if self.nv else []), *seal),
+            *("--quiet", "run", "--containall", *FLAGS[self.vendor], *seal),
             *("--workdir", self.workdir, "--pwd", str(self.output_dir), *mounts),
             *(str(self.image), *arguments),
         ]
@@ -87,7 +97,8 @@ class Container:
         """Return the variables that let values into the container while it prepares."""
         passed = {name: environ[name] for name in PASSED if name in environ}
         models = {} if self.models_dir is None else {"AIFLUX_MODELS_DIR": str(self.models_dir)}
-        inside = {**passed, **models, "AIFLUX_IMAGE_ID": ID, "LANG": "C.UTF-8", **more}
+        vendor = {"AIFLUX_GPU_VENDOR": self.vendor} if self.vendor else {}
+        inside = {**passed, **models, **vendor, "AIFLUX_IMAGE_ID": ID, "LANG": "C.UTF-8", **more}
         names = {f"{self.runtime}ENV_{name}": value for name, value in inside.items()}
         return {**names, f"{self.runtime}_NO_EVAL": "1"}
 
@@ -239,7 +250,7 @@ def test_models_are_pulled_with_the_network_and_nothing_else_is_mounted(place: P
     done = place.bash(render_models(place.image, place.models, ["--pull", "a b:1"]))
     assert (done.returncode, done.stderr) == (0, "")
     (call,) = place.fakes.calls("apptainer")
-    container = place.container(call, input=place.image, output_dir=place.models, nv=False)
+    container = place.container(call, input=place.image, output_dir=place.models, vendor="")
     assert call.argv == container.prepare("--pull", "a b:1")
     assert inside(call) == container.prepared({})
     assert place.models.is_dir()
@@ -298,7 +309,54 @@ def test_an_output_among_the_models_stays_writable(place: Place) -> None:
 
 def test_without_a_gpu_apptainer_gets_no_nv(place: Place) -> None:
     place.bash(render(place.job(slurm=SlurmConfig(gpus_per_node="0"))))
-    assert "--nv" not in [word for call in place.fakes.calls("apptainer") for word in call.argv]
+    words = [word for call in place.fakes.calls("apptainer") for word in call.argv]
+    assert not {"--nv", "--rocm"} & {*words}
+
+
+# A private /dev, where device files are ordinary ones.
+OTHER_DEV = """\
+set -e
+mount -t tmpfs dev "$1"
+for name in null zero urandom tty; do : >"$1/$name"; mount --bind "/dev/$name" "$1/$name"; done
+ln -s /proc/self/fd "$1/fd"
+for name in $2; do : >"$1/$name"; done
+mount --rbind "$1" /dev
+exec bash "$3"
+"""
+
+
+@pytest.mark.parametrize(
+    ("devices", "chosen", "vendor"),
+    [
+        ("kfd", "auto", "amd"),
+        ("", "auto", "nvidia"),
+        ("nvidiactl kfd", "auto", "nvidia"),  # an AMD processor with graphics, and an NVIDIA GPU
+        ("kfd", "nvidia", "nvidia"),
+        ("", "amd", "amd"),
+    ],
+)
+def test_the_container_gets_the_gpus_that_the_node_has(
+    place: Place, devices: str, chosen: str, vendor: str
+) -> None:
+    script = place.fakes.folder / "script"
+    script.write_bytes(os.fsencode(render(place.job(slurm=SlurmConfig(gpu_vendor=chosen)))))
+    dev = place.temporary / "dev"
+    dev.mkdir()
+    environ = place.environ(
+        ROCR_VISIBLE_DEVICES="2,3", HIP_VISIBLE_DEVICES="0", AIFLUX_GPU_VENDOR="of the host"
+    )
+    command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", OTHER_DEV, "bash"]
+    done = subprocess.run(
+        [*command, str(dev), devices, str(script)],
+        env=environ, cwd=place.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    prepare, _, work = place.fakes.calls("apptainer")
+    container = place.container(prepare, vendor=vendor)
+    del environ["AIFLUX_GPU_VENDOR"]
+    assert prepare.argv[:5] == container.prepare()[:5]
+    assert inside(prepare) == container.prepared(environ)
+    assert inside(work) == container.worked(environ)
 
 
 @pytest.mark.parametrize("code", [2, 4, 5])
@@ -851,6 +909,20 @@ def test_the_generic_script_can_keep_the_network(
     assert ("--force" in calls[0].argv) is bool(arguments)
     assert ("--net" in calls[-1].argv) is (why is None)
     assert inside(calls[-1]).get("APPTAINERENV_AIFLUX_UNSEALED") == why
+
+
+def test_the_generic_script_uses_the_image_for_amd_gpus(place: Place) -> None:
+    amd = {"AIFLUX_GPU_VENDOR": "amd", "AIFLUX_IMAGE": ""}
+    done = generic(place, "in.jsonl", **amd)
+    assert "no image aiflux-amd.sif" in done.stderr
+    assert "make image ENGINE=ollama GPU=amd" in done.stderr
+    image = make_sif(place.folder / "aiflux-amd.sif", version="1")
+    assert generic(place, "in.jsonl", **amd).returncode == 0
+    call = place.fakes.calls("apptainer")[-1]
+    assert {str(image), "--rocm"} <= {*call.argv}
+    assert inside(call)["APPTAINERENV_AIFLUX_GPU_VENDOR"] == "amd"
+    done = generic(place, "in.jsonl", AIFLUX_GPU_VENDOR="intel")
+    assert (done.returncode, "auto, nvidia or amd" in done.stderr) == (2, True)
 
 
 def test_the_generic_script_refuses_an_invalid_seal_setting(place: Place) -> None:

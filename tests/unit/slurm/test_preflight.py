@@ -17,7 +17,7 @@ from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ExitCode, PreflightError, describe
 from aiflux.slurm.cluster import ask_cluster, parse_gpus
-from aiflux.slurm.preflight.cluster import cluster_checks, preflight
+from aiflux.slurm.preflight.cluster import check_job_image, cluster_checks, preflight
 from aiflux.slurm.preflight.local import (
     Finding,
     check_image,
@@ -245,6 +245,41 @@ def test_an_image_with_another_engine_is_refused(tmp_path: Path, labels: dict[st
         assert "has the engine llamacpp, and the run needs Ollama" in finding.what
         assert "ENGINE=ollama" in finding.fix
     assert not [*check_image(image, {"x86_64"}, kind_named("external"), **wants)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "slurm", "vendors", "message"),
+    [
+        (["gpu:mi250x:8"], {}, "nvidia", "is for GPUs of NVIDIA, and the run gets GPUs of AMD"),
+        (["gpu:mi250x:8"], {}, "amd", ""),
+        (["gpu:a100:4"], {}, "amd", "is for GPUs of AMD, and the run gets GPUs of NVIDIA"),
+        (["gpu:a100_1g.10gb:7"], {"gres": "gpu:a100_1g.10gb:2"}, "amd", "gets GPUs of NVIDIA"),
+        (["gpu:4"], {}, "amd", ""),  # unknown: the job refuses them
+        (["gpu:4"], {"gpu_vendor": "nvidia"}, "amd", "gets GPUs of NVIDIA"),
+        (["gpu:4"], {"gpus_per_node": "mi300a:1"}, "nvidia", "gets GPUs of AMD"),
+        (["gpu:a100:4", "gpu:mi300a:4"], {}, "amd", ""),
+        (["gpu:a100:4", "gpu:mi300a:4"], {"gpus_per_node": "mi300a:2"}, "nvidia", "GPUs of AMD"),
+        (["gpu:mi250x:8"], {}, "none", ""),
+        (["gpu:mi250x:8"], {}, "amd nvidia", ""),
+        (["gpu:mi250x:8"], {"gpus_per_node": "0"}, "nvidia", ""),
+    ],
+)
+def test_an_image_for_the_gpus_of_another_vendor_is_refused(
+    tmp_path: Path, commands: FakeCommands, nodes: list[str], slurm: dict[str, Any], vendors: str,
+    message: str,
+) -> None:  # fmt: skip
+    image = make_sif(tmp_path / "a.sif", version="1", engine="ollama", engine_version="0.33.3",
+                     gpu_vendors=vendors)  # fmt: skip
+    site = FakeSite(nodes=[node(f"n{at}", Gres=gres, Arch="x86_64", AvailableFeatures="amd")
+                           for at, gres in enumerate(nodes)])  # fmt: skip
+    facts = ask_cluster(site.install(commands))
+    config = SlurmConfig(partition="gpu", **slurm).checked()
+    found = [*check_job_image(image, facts, config, RunOptions())]
+    assert bool(found) is bool(message)
+    for finding in found:
+        assert message in finding.what
+        assert ("GPU=amd" if "gets GPUs of AMD" in finding.what else "BASE=docker") in finding.fix
+    assert not [*check_job_image(image, facts, config, RunOptions(allow_cpu=True))]
 
 
 def test_a_missing_model_is_pulled_by_the_job(plan: Plan) -> None:

@@ -161,14 +161,14 @@ def test_none_leaves_a_directive_out() -> None:
         *("mail-user", "mail-type", "exclude", "reservation", "constraint", "partition"),
     ):
         assert f"#SBATCH --{name}" not in text
-    assert "\ngpu_flags=()\n" in text
+    assert "\nwant_gpus=0\n" in text
 
 
 def test_gres_replaces_gpus_per_node() -> None:
     text = render(job(slurm=SlurmConfig(gres="gpu:a100:2", gpus_per_node="4")))
     assert "#SBATCH --gres=gpu:a100:2" in text
     assert "gpus-per-node" not in text
-    assert "\ngpu_flags=(--nv)\n" in text
+    assert "\nwant_gpus=1\n" in text
 
 
 def test_memory_per_core_replaces_memory() -> None:

@@ -76,7 +76,7 @@ def test_an_example_works_as_the_site_s_file(site: str, tmp_path: Path) -> None:
     environ = {"AIFLUX_SITE_CONFIG": str(SITES / f"{site}.yaml"), "HOME": str(tmp_path)}
     text = script(Config(environ=environ, directory=tmp_path))
     assert directives(text) == EXPECTED[site]
-    assert "\ngpu_flags=(--nv)\n" in text
+    assert "\nwant_gpus=1\n" in text
 
 
 @pytest.mark.parametrize("site", EXPECTED)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from aiflux.core.config.config import Config
-from aiflux.errors import ConfigError, ExitCode
-from aiflux.worker.node import unsealed_reason
+from aiflux.errors import ConfigError, EngineError, ExitCode
+from aiflux.worker.node import refuse_wrong_image, unsealed_reason
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 
@@ -73,3 +73,27 @@ def test_the_seal_is_a_setting(tmp_path: Path, text: str, value: bool) -> None:
     assert Config(environ={}, directory=tmp_path).get("seal") is value
     with pytest.raises(ConfigError, match="AIFLUX_SEAL"):
         Config(environ={"AIFLUX_SEAL": "perhaps"}, directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vendors", "vendor", "message"),
+    [
+        ("nvidia", "amd", "for GPUs of NVIDIA, but the job has GPUs of AMD"),
+        ("amd", "nvidia", "for GPUs of AMD, but the job has GPUs of NVIDIA"),
+        ("amd", "amd", None),
+        ("amd nvidia", "nvidia", None),
+        ("", "amd", None),  # an image of an earlier version, or a back end for any GPU
+    ],
+)
+def test_an_image_for_other_gpus_is_refused_in_the_job(
+    vendors: str, vendor: str, message: str | None
+) -> None:
+    environ = {"AIFLUX_IMAGE_GPU_VENDORS": vendors, "AIFLUX_GPU_VENDOR": vendor}
+    if message is None:
+        refuse_wrong_image(environ, ("0",))
+        return
+    with pytest.raises(EngineError, match=message) as caught:
+        refuse_wrong_image(environ, ("0",))
+    assert f"GPU={vendor}" in str(caught.value.remedy)
+    with pytest.raises(EngineError, match="on the CPU only, but the job has the GPUs 0, 1"):
+        refuse_wrong_image({**environ, "AIFLUX_IMAGE_CPU_ONLY": "1"}, ("0", "1"))

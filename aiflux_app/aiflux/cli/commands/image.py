@@ -12,6 +12,7 @@ from rich.table import Table
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import FILE, Choice, Function, WholeNumber, argument, group, option
 from aiflux.core.config.config import Config
+from aiflux.core.config.slurm_config import NVIDIA, VENDOR_TITLES
 from aiflux.errors import ImageError
 from aiflux.image.base import ENGINES, BuildOptions
 from aiflux.image.build import build as build_image
@@ -54,6 +55,13 @@ def _image_argument(function: Function) -> Function:
     help=f"Engine in the image: {', '.join(ENGINES)} (default: ollama)",
 )
 @option(
+    "--gpu",
+    type=Choice(tuple(VENDOR_TITLES)),
+    metavar="VENDOR",
+    default=NVIDIA,
+    help=f"Vendor of the GPUs: {', '.join(VENDOR_TITLES)} (default: {NVIDIA})",
+)
+@option(
     "--base",
     type=Choice(("auto", "docker", "debian")),
     metavar="NAME",
@@ -65,7 +73,7 @@ def _image_argument(function: Function) -> Function:
     "--output",
     metavar="FILE",
     type=FILE,
-    help="Image to write (default: aiflux.sif, or aiflux-KIND.sif for other engines)",
+    help="Image to write (default: aiflux.sif, or aiflux-KIND.sif; aiflux-[KIND-]amd.sif for AMD)",
 )
 @option("--force", is_flag=True, help="Overwrite an existing image")
 @option("--sign", is_flag=True, help="Sign it with a PGP key of Apptainer's keyring")
@@ -79,11 +87,11 @@ def _image_argument(function: Function) -> Function:
 @option("--ollama-tarball", metavar="FILE", type=FILE, help="Official Ollama archive")
 @option("--mirror", metavar="URL", help="Debian mirror (default: this machine's)")
 @option("--suite", metavar="NAME", help="Debian suite (default: this machine's)")
-def build(engine: str, output: str | None, ollama_tarball: str | None, **more: Any) -> int:
+def build(output: str | None, ollama_tarball: str | None, **more: Any) -> int:
     """Build the image. Root is not needed."""
     tarball = Path(ollama_tarball) if ollama_tarball else None
-    path = Path(output or image_names(engine)[0])
-    options = BuildOptions(output=path, engine=engine, ollama_tarball=tarball, **more)
+    path = Path(output or image_names(more["engine"], more["gpu"])[0])
+    options = BuildOptions(output=path, ollama_tarball=tarball, **more)
     built = build_image(options, _say, _ask)
     print(built)
     if options.sign:

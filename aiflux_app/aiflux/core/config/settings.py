@@ -62,6 +62,7 @@ VARIABLES = frozenset(
         "AIFLUX_SEALED",
         "AIFLUX_UNSEALED",
         "AIFLUX_IMAGE_CPU_ONLY",
+        "AIFLUX_IMAGE_GPU_VENDORS",
     }
 )
 BY_NAME: Mapping[str, Setting] = by_every_name(SETTINGS)

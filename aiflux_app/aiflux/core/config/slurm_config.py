@@ -59,6 +59,13 @@ class SlurmConfig:
     gres: str | None = setting(
         parse.text, None, "Generic resources, instead of --gpus-per-node", metavar="LIST"
     )
+    gpu_vendor: str = setting(
+        parse.choice("auto", NVIDIA, AMD),
+        "auto",
+        "Vendor of the GPUs: nvidia, amd, or auto for that of the node",
+        metavar="NAME",
+        env="AIFLUX_GPU_VENDOR",
+    )
     constraint: str | None = setting(parse.text, None, "Required node features", metavar="LIST")
     time: str | None = setting(
         parse.walltime, "04:00:00", "Time limit", metavar="TIME", env="SLURM_TIME", common=True

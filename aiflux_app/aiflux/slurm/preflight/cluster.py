@@ -38,6 +38,7 @@ from aiflux.slurm.preflight.nodes import (
     check_names,
     check_nodes,
     gpu_room,
+    job_vendor,
     with_features,
 )
 from aiflux.slurm.script import wants_gpus
@@ -110,6 +111,7 @@ def check_job_image(
         certain=bool(machines) or slurm.constraint is None,
         wants_gpus=wants_gpus(slurm) and kind.managed,
         allow_cpu=options.allow_cpu,
+        vendor=job_vendor(facts, slurm, _partitions(facts, slurm)),
     )
 
 

@@ -31,6 +31,7 @@ from aiflux.image.sif import (
     machine_arch,
     own_image,
     refuse_other_engine,
+    refuse_other_vendor,
 )
 from aiflux.util.files import may_write
 from aiflux.util.text import size_text
@@ -118,6 +119,7 @@ def check_image(
     certain: bool,
     wants_gpus: bool,
     allow_cpu: bool,
+    vendor: str | None = None,
 ) -> Iterator[Finding]:
     """Check that the image is readable, fits the machines, and can use GPUs if it gets any.
 
@@ -126,11 +128,14 @@ def check_image(
         machines: architectures (``uname -m``) of the possible nodes.
         certain: whether they are from Slurm. Otherwise they are assumed to be like this machine,
             which ``--constraint`` can change: a mismatch is then a warning.
+        vendor: that of the job's GPUs; None if unknown.
     """
     try:
         image = own_image(path)
         if kind.program:
             refuse_other_engine(image, kind.name, kind.title)
+        if wants_gpus and vendor is not None and not allow_cpu:
+            refuse_other_vendor(image, vendor)
     except ImageError as error:
         yield finding_of(error)
         return

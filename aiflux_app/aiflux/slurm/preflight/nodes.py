@@ -368,6 +368,23 @@ def gpu_room(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> Roo
     return Room(kind, size, sum(asked.values()), most, _option(slurm, wanted))
 
 
+def job_vendor(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> str | None:
+    """Return the vendor of a job's GPUs: as set, or that of all GPUs that it may get.
+
+    Args:
+        partitions: possible partitions of the job.
+    """
+    if slurm.gpu_vendor != "auto":
+        return slurm.gpu_vendor
+    asked = requested_gpus(slurm)
+    nodes = [node for name in partitions for node in facts.nodes_of(name)]
+    nodes = [node for node in with_features(nodes, slurm) if _has(node, asked)]
+    # A feature can be the vendor of the processor, so only names of GPUs count there.
+    names = {name for kind in asked for name, _ in _sizes(kind, nodes)} | (asked.keys() - {""})
+    vendors = {vendor_of(name) for name in names}
+    return vendors.pop() if len(vendors) == 1 else None
+
+
 def _option(slurm: SlurmConfig, kind: str) -> str:
     typed = f"{kind}:{{}}" if kind else "{}"
     return f"--gres gpu:{typed}" if slurm.gres is not None else f"--gpus-per-node {typed}"

@@ -56,6 +56,13 @@ def finished(journal: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
+def until_finished(journal: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while finished(journal) < count:
+        assert time.monotonic() < deadline, "the job does not get on"
+        time.sleep(0.05)
+
+
 def status_of(place: Path, shard: int) -> dict[str, Any]:
     path = place / "out.json.aiflux" / "status" / f"shard-{shard:04d}.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["aiflux"]
@@ -65,21 +72,23 @@ def status_of(place: Path, shard: int) -> dict[str, Any]:
 def test_a_job_without_an_image_survives_the_kill_of_its_server(
     user: User, checkout: Path, place: Path, command: list[str | Path], cluster: Cluster
 ) -> None:
-    user.write(place / "in.jsonl", questions(24, 48))
+    """And then it is put back into the queue."""
+    user.write(place / "in.jsonl", questions(40, 48))
     aiflux = checkout / ".venv/bin/aiflux"
     printed = user.run(aiflux, "run", "in.jsonl", "-o", "out.json", *command, cwd=place)
     job = printed.split("submitted job ")[1].split(":")[0]
     journal = place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
-    deadline = time.monotonic() + 120
-    while finished(journal) < 3:
-        assert time.monotonic() < deadline, cluster.log(job, place)
-        time.sleep(0.05)
+    until_finished(journal, 3)
     (server,) = servers(user)
     os.kill(server, signal.SIGKILL)
+    until_finished(journal, finished(journal) + 4)
+    user.run("scontrol", "requeue", job)
     end = cluster.end(job)
     log = cluster.log(job, place)
-    assert (end.state, end.code) == ("COMPLETED", 0), log
-    assert len(answers(place / "out.json")) == 24
+    assert (end.state, end.code, end.fields["Restarts"]) == ("COMPLETED", 0, "1"), log
+    assert len(answers(place / "out.json")) == 40
+    assert finished(journal) == 40, "no result was recorded twice"
+    assert "of 40 requests are done already" in log
     assert "engine 0 is down; restarting it" in log
     assert "engine 0: llama-server b" in log
     status = status_of(place, 0)
@@ -104,10 +113,8 @@ def test_an_array_without_an_image_is_resumed_after_a_cancel(
     )
     job = printed.split("submitted job ")[1].split(":")[0]
     journals = [place / f"out.json.aiflux/journal/shard-000{index}.jsonl" for index in range(2)]
-    deadline = time.monotonic() + 180
-    while not all(finished(journal) for journal in journals):
-        assert time.monotonic() < deadline, printed
-        time.sleep(0.05)
+    for journal in journals:
+        until_finished(journal, 1)
     assert len(servers(user)) == 2, "each has its own port"
     user.run(aiflux, "cancel", "out.json", cwd=place)
     cluster.wait_for(job, "CANCELLED", "COMPLETED")

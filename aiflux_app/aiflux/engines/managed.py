@@ -181,7 +181,8 @@ class ManagedEngine:
                     raise EngineError("the engine was stopped during its start")
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{self.kind.title} was not ready within {timeout:g} s",
+                        f"{self.kind.title} was not ready within {timeout:g} s:\n"
+                        f"{server.log_tail() or 'its log is empty'}",
                         f"see its log: {self.spec.log}; or allow more time: --load-timeout SECONDS",
                     )
             self._refuse_other_server(server)

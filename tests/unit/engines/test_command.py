@@ -183,7 +183,7 @@ def test_a_server_that_never_gets_ready_is_ended(site: Site) -> None:
     (site.folder / "loading").touch()
     loading = shlex.quote(str(site.folder / "loading"))
     engine = site.engine(f"{PORT} --loading {loading}", load_timeout=1.5)
-    with pytest.raises(EngineError, match=r"was not ready within 1\.5 s") as caught:
+    with pytest.raises(EngineError, match=r"was not ready within 1\.5 s:\nlistening") as caught:
         engine.start()
     assert "--load-timeout" in str(caught.value.remedy)
     assert not engine.is_ready()

@@ -124,7 +124,7 @@ class SlurmConfig:
     setup: tuple[str, ...] = setting(
         parse.lines,
         (),
-        "Shell line to run in the job before the container (repeatable)",
+        "Shell line to run in the job before the work (repeatable)",
         metavar="LINE",
         repeatable=True,
         decisive=True,

@@ -1,16 +1,20 @@
-"""How an engine at ``--engine-url`` is reached: certificates, addresses, and their errors."""
+"""How an engine is reached: addresses, certificates, sockets, and their errors."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from aiflux.core.config.config import Config
+from aiflux.engines.http import Client, ExchangeError, socket_url
 from aiflux.errors import ConfigError, ExitCode
 from aiflux.util import value_parsers
 from tests.tools.faulty_engine import FaultyEngine
@@ -254,3 +258,34 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(
     with pytest.raises(ConfigError) as refused:
         Config().run_options()
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_full_queue_of_a_unix_socket_is_waited_for(tmp_path: Path) -> None:
+    """The kernel refuses further connections at once where it would let them wait on TCP."""
+    path = tmp_path / "a b ?#%.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(1)
+
+    def serve() -> None:
+        time.sleep(0.3)  # meanwhile, its queue is full
+        for _ in range(8):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    threading.Thread(target=serve, daemon=True).start()
+    client = Client(socket_url(path), 10.0, 8)
+    with closing(client), ThreadPoolExecutor(8) as pool:
+        answers = [*pool.map(lambda _: client.get("/health", 10.0), range(8))]
+    listener.close()
+    assert [answer.body for answer in answers] == [b"{}"] * 8
+
+
+def test_a_unix_socket_without_a_server_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "none.sock"
+    client = Client(socket_url(path), 10.0, 8)
+    with closing(client), pytest.raises(ExchangeError, match="No such file") as caught:
+        client.post("/v1/chat/completions", b"{}")
+    assert caught.value.code == "refused"

@@ -16,9 +16,10 @@ def test_the_image_has_help_and_labels(user: User, checkout: Path, image: Path) 
     assert "CPU" in printed
     labels = json.loads(user.run("apptainer", "inspect", "--json", "--labels", image))
     labels = labels["data"]["attributes"]["labels"]
-    for name in ("version", "ollama", "python", "base", "cpu_only"):
+    for name in ("version", "ollama", "python", "base", "cpu_only", "gpu_vendors"):
         assert labels[f"aiflux.{name}"]
     assert labels["aiflux.cpu_only"] == "yes"
+    assert labels["aiflux.gpu_vendors"] == "none"
     info = user.run(checkout / ".venv/bin/aiflux", "image", "info", image)
     assert "cpu_only" in info
 
@@ -27,7 +28,7 @@ def test_the_image_passes_its_own_test(user: User, image: Path) -> None:
     user.run("apptainer", "test", image)
 
 
-@pytest.mark.parametrize("flags", [(), ("--nv",)], ids=["plain", "nv"])
+@pytest.mark.parametrize("flags", [(), ("--nv",), ("--rocm",)], ids=["plain", "nv", "rocm"])
 def test_the_image_runs_directly(
     user: User, image: Path, models: Path, flags: tuple[str, ...]
 ) -> None:

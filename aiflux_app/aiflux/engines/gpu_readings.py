@@ -1,4 +1,4 @@
-"""What nvidia-smi and rocm-smi report about GPUs: names, memory and load."""
+"""What nvidia-smi, rocm-smi and amd-smi report about GPUs: names, memory and load."""
 
 from __future__ import annotations
 
@@ -176,13 +176,12 @@ def _amd_cards() -> Iterator[tuple[str, GpuReading]]:
     """Yield the cards by number and by unique id.
 
     The keys of rocm-smi's JSON differ between versions in case ("Card series", "Card Series").
+    ROCm replaces rocm-smi by amd-smi, which is only run where the former is missing.
     """
     options = ["--showproductname", "--showuniqueid", "--showuse", "--showmeminfo", "vram"]
-    printed = output_of("rocm-smi", *options, "--json") or ""
-    try:
-        # Warnings, such as that of a GPU in a low-power state, can precede it.
-        log = json.loads(printed[max(0, printed.find("{")) :])
-    except (ValueError, RecursionError):
+    log = _json_of("rocm-smi", *options, "--json")
+    if log is None:
+        yield from _amd_smi_cards()
         return
     for key, card in log.items() if isinstance(log, dict) else ():
         if re.fullmatch(r"card\d+", key) and isinstance(card, dict):
@@ -190,6 +189,47 @@ def _amd_cards() -> Iterator[tuple[str, GpuReading]]:
             yield key.removeprefix("card"), reading
             if card.get("Unique ID"):
                 yield _unique_id(str(card["Unique ID"])), reading
+
+
+def _amd_smi_cards() -> Iterator[tuple[str, GpuReading]]:
+    """Yield the cards by number, as amd-smi reports them; figures are ``{"value", "unit"}``."""
+    static = _rows(_json_of("amd-smi", "static", "--asic", "--json"))
+    names = {str(row.get("gpu")): _figure(row, "asic", "market_name") for row in static}
+    for row in _rows(_json_of("amd-smi", "metric", "--usage", "--mem-usage", "--json")):
+        total, used = (
+            _figure(row, "mem_usage", f"{name}_vram", "value") for name in ("total", "used")
+        )
+        in_mib = _figure(row, "mem_usage", "total_vram", "unit") == "MB"
+        card = {
+            "card series": names.get(str(row.get("gpu"))),
+            "vram total memory (b)": total * _MIB if in_mib and isinstance(total, int) else None,
+            "vram total used memory (b)": used * _MIB if in_mib and isinstance(used, int) else None,
+            "gpu use (%)": _figure(row, "usage", "gfx_activity", "value"),
+        }
+        yield str(row.get("gpu")), _amd_reading(card)
+
+
+def _rows(log: Any) -> list[dict[str, Any]]:
+    """Return the GPUs in amd-smi's JSON: a list, or below ``gpu_data`` in newer versions."""
+    found = log.get("gpu_data") if isinstance(log, dict) else log
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+
+def _figure(row: Any, *path: str) -> Any:
+    """Return a value in nested objects; None if one of them is absent, or "N/A"."""
+    for name in path:
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
+def _json_of(name: str, *arguments: str) -> Any:
+    """Return the JSON that a program prints; None if there is none."""
+    printed = output_of(name, *arguments) or ""
+    start = re.search(r"[\[{]", printed)  # warnings can precede it
+    try:
+        return json.loads(printed[start.start() :]) if start else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _amd_reading(card: dict[str, Any]) -> GpuReading:

@@ -208,6 +208,36 @@ def test_rocm_smi_gives_the_same_figures_as_nvidia_smi(commands: FakeCommands) -
     assert "--json" in call.argv
 
 
+# Recorded on MI300X with ROCm 7.2.1, as the project Hyperloom's tests have it, shortened; amd-smi
+# counts in units of 2^20 bytes and writes MB.
+METRIC = {
+    "gpu_data": [
+        {
+            "gpu": 0,
+            "usage": {"gfx_activity": {"value": 94, "unit": "%"}, "mm_activity": "N/A"},
+            "mem_usage": {
+                "total_vram": {"value": 196592, "unit": "MB"},
+                "used_vram": {"value": 17153, "unit": "MB"},
+            },
+        },
+        {"gpu": 1, "usage": {"gfx_activity": "N/A"}, "mem_usage": {"total_vram": "N/A"}},
+    ]
+}
+ASIC = [{"gpu": 0, "asic": {"market_name": "AMD Instinct MI300X"}}, {"gpu": 1, "asic": "N/A"}]
+
+
+def test_amd_smi_is_read_where_rocm_smi_is_missing(commands: FakeCommands) -> None:
+    outputs = f"[[ $1 == static ]] && echo '{json.dumps(ASIC)}' || echo '{json.dumps(METRIC)}'"
+    commands.add("amd-smi", outputs)
+    first, second = readings(("0", "1"), AMD)
+    total, used = 196592 * MIB, 17153 * MIB
+    assert first == GpuReading("AMD Instinct MI300X", total, used, total - used, 94.0)
+    assert second == GpuReading("AMD GPU")
+    assert commands.calls("amd-smi")[1].argv == ["metric", "--usage", "--mem-usage", "--json"]
+    commands.say("rocm-smi", recorded(RX_7900_XT))
+    assert gpu_names({**AMD, "ROCR_VISIBLE_DEVICES": "0"}) == ("Radeon RX 7900 XT",)
+
+
 @pytest.mark.parametrize("printed", ["", "no JSON", "{", "[1]", '{"card0": 1}', "{}"])
 def test_other_output_of_rocm_smi_is_no_reading(commands: FakeCommands, printed: str) -> None:
     commands.say("rocm-smi", printed)

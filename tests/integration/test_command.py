@@ -90,7 +90,7 @@ def test_a_job_without_an_image_survives_the_kill_of_its_server(
     assert finished(journal) == 40, "no result was recorded twice"
     assert "of 40 requests are done already" in log
     assert "engine 0 is down; restarting it" in log
-    assert "engine 0: llama-server b" in log
+    assert "engine 0 is up: llama-server b" in log
     status = status_of(place, 0)
     assert (status["sealed"], status["unsealed"]) == (
         False, "--engine-command: there is no container",

@@ -8,7 +8,7 @@ import shlex
 import signal
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.base import Engine, EngineSpec
-from aiflux.engines.gpus import own_devices
 from aiflux.engines.http import Client
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, EngineError, ExitCode, RejectedError, RunConflictError
@@ -123,20 +122,12 @@ def test_a_server_gets_the_job_s_environment_and_its_own_gpus(site: Site) -> Non
     assert folder == str(site.folder)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ({}, {"CUDA_VISIBLE_DEVICES": "1"}),
-        ({"ROCR_VISIBLE_DEVICES": "0,1"}, {"ROCR_VISIBLE_DEVICES": "1"}),
-        ({"HIP_VISIBLE_DEVICES": "0,1"}, {"HIP_VISIBLE_DEVICES": "1"}),
-        ({"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "1"}),
-    ],
-)
-def test_the_variable_of_the_job_names_an_engine_s_gpus(
-    before: Mapping[str, str], after: Mapping[str, str]
-) -> None:
-    assert own_devices({"A": "b", **before}, ("1",)) == {"A": "b", **after}
-    assert own_devices(before, ()) == before
+def test_a_server_on_amd_s_gpus_gets_their_variable(site: Site) -> None:
+    site.environ |= {"AIFLUX_GPU_VENDOR": "amd", "ROCR_VISIBLE_DEVICES": "0,1,2,3"}
+    site.environ |= {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    _, environment, _ = site.recorded("{port}", ("2", "3"))
+    assert environment["ROCR_VISIBLE_DEVICES"] == "2,3"
+    assert "CUDA_VISIBLE_DEVICES" not in environment
 
 
 def test_a_socket_is_in_a_private_folder_whose_path_is_short(site: Site) -> None:
@@ -201,6 +192,17 @@ def test_a_server_on_another_port_is_not_found(site: Site) -> None:
     engine = site.engine(PORT.replace("{port}", "0 --ignored {port}"), load_timeout=1.0)
     with pytest.raises(EngineError, match="was not ready within 1 s"):
         engine.start()
+
+
+def test_a_started_server_is_described(site: Site) -> None:
+    (site.folder / "serve").symlink_to(sys.executable)
+    command = PORT.replace(shlex.quote(sys.executable), shlex.quote(str(site.folder / "serve")))
+    engine = site.engine(command, ("0", "1"), slots=8)
+    engine.start()
+    assert engine.describe() == "engine 0 is up: serve, GPU 0,1, 8 slots"
+    site.engine(command).start()
+    assert site.made[-1].describe() == "engine 0 is up: serve, no GPU"
+    assert site.made[-1].max_in_flight() is None
 
 
 def test_a_server_that_is_too_busy_for_a_probe_is_ready(site: Site) -> None:

@@ -28,6 +28,7 @@ from aiflux.engines.server_load import get, total_slots
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import ConfigError, EngineError, RejectedError
 from aiflux.util.files import temporary_folder
+from aiflux.util.text import counted
 
 _READY = ("/health", MODELS_PATH)
 _UNREADY = RETRIED_STATUSES - {429}
@@ -128,12 +129,14 @@ class CommandEngine(ManagedEngine):
         return self._models.ran(asked, answered)
 
     def describe(self) -> str:
-        """Return its program, where it runs, and its slots if they are known."""
+        """Return its program, its GPUs, and its slots if they are known."""
         facts = self.facts
-        name = " ".join(filter(None, [Path(self._program).name, facts.version]))
-        where = f"GPU {','.join(facts.devices)}" if facts.devices else "the CPU"
-        known = "" if facts.slots is None else f" with {facts.slots} slots"
-        return f"engine {self.index}: {name} on {where}{known}"
+        parts = [
+            " ".join(filter(None, [Path(self._program).name, facts.version])),
+            f"GPU {','.join(facts.devices)}" if facts.devices else "no GPU",
+            *([] if facts.slots is None else [counted(facts.slots, "slot")]),
+        ]
+        return f"engine {self.index} is up: {', '.join(parts)}"
 
     def _values(self, port: int) -> dict[str, Any]:
         return {
@@ -169,8 +172,8 @@ class CommandEngine(ManagedEngine):
 
     def _environment(self) -> dict[str, str]:
         """Return the job's environment, with this engine's GPUs and the run's variables."""
-        environment = job_environment(self.spec.environ)
-        return {**own_devices(environment, self.spec.devices), **self._options.engine_env}
+        environment = job_environment(own_devices(self.spec.environ, self.spec.devices))
+        return {**environment, **self._options.engine_env}
 
     def _answers(self, client: Client, path: str) -> bool:
         return self._readiness(client) is True

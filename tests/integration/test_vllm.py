@@ -117,3 +117,21 @@ def test_a_directory_that_is_none_or_is_damaged_is_refused(
     printed = user.run(*local, "--model", cut, cwd=place, code=4)
     assert f"has {len(weights) // 2} bytes of {len(weights)}" in printed
     assert not (place / "out.json").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused_unless_one_is_named(
+    user: User, place: Path, local: list[str | Path], hub_model: Path
+) -> None:
+    user.write(
+        place / "in.jsonl", lines(request("r", "What is the capital of France?", model=None))
+    )
+    bare = place / "bare"
+    user.run("mkdir", bare)
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(hub_model / name)
+    run = [*local, "--model", bare, "--context-length", "512"]
+    printed = user.run(*run, cwd=place, code=4)
+    assert f"no tokenizer is in {bare}" in printed
+    user.run(*run, "--engine-arg", f"tokenizer={hub_model}", cwd=place)
+    (entry,) = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert "Paris" in entry["output"]["choices"][0]["message"]["content"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,13 @@ def cut_weights(snapshot: Path) -> None:
     os.truncate(snapshot / "model.safetensors", len(WEIGHTS) - 1)
 
 
+def config_of(content: bytes) -> Callable[[Path], None]:
+    def write(snapshot: Path) -> None:
+        (snapshot / "config.json").write_bytes(content)
+
+    return write
+
+
 def index_of(content: object) -> Callable[[Path], None]:
     def write(snapshot: Path) -> None:
         path = snapshot / "model.safetensors.index.json"
@@ -169,6 +177,11 @@ def index_of(content: object) -> Callable[[Path], None]:
     [
         (remove_config, "config.json is missing"),
         (remove_weights, "no .safetensors file is in"),
+        (config_of(b'{"dtype'), "config.json is not JSON"),
+        (config_of(b"[]"), "config.json is not a JSON object"),
+        (config_of(b'{"dtype": "float17"}'), "config.json names the unknown dtype 'float17'"),
+        (config_of(b'{"torch_dtype": "fp16"}'), "names the unknown torch_dtype 'fp16'"),
+        (config_of(b'{"text_config": {"dtype": "bf16"}}'), "names the unknown dtype 'bf16'"),
         (cut_weights, f"model.safetensors has {len(WEIGHTS) - 1} bytes of {len(WEIGHTS)}"),
         (index_of({"weight_map": {"a": "model-00002-of-00002.safetensors"}}),
          "model-00002-of-00002.safetensors cannot be read: No such file"),
@@ -192,7 +205,16 @@ def test_missing_and_damaged_files_are_reported(
     with pytest.raises(ModelError, match=message) as caught:
         stored_snapshot(tmp_path, parse_hub_model("org/name"))
     assert caught.value.remedy == "pull it again: aiflux models pull --again hf:org/name"
-    KIND.refuse_model(tmp_path, "org/name")  # it is pulled again before the start
+    error = KIND.absent_model(tmp_path, "org/name")  # before submission
+    assert error is not None
+    assert re.search(message, error.message)
+    assert error.remedy == "pull it again: aiflux models pull --again hf:org/name"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.float16", "auto", "float8_e4m3fn", None, 5])
+def test_a_dtype_of_pytorch_is_accepted(tmp_path: Path, dtype: object) -> None:
+    put_folder(tmp_path / "m", {**LLAMA, "torch_dtype": dtype})
+    KIND.refuse_model(tmp_path, str(tmp_path / "m"))
 
 
 def test_the_files_of_the_index_are_used(tmp_path: Path) -> None:

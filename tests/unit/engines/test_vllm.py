@@ -23,7 +23,7 @@ from aiflux.engines.sizing import slots
 from aiflux.engines.vllm.kind import KIND
 from aiflux.engines.vllm.memory import memory_needed
 from aiflux.engines.vllm.safetensors import architecture_of
-from aiflux.errors import ConfigError, EngineError, InputError
+from aiflux.errors import ConfigError, EngineError, InputError, ModelError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
 from aiflux.slurm.preflight.local import check_models
@@ -109,6 +109,18 @@ def test_the_server_gets_the_model_its_slots_and_its_context(site: Site) -> None
         "0.99.0", 5, 3000)  # fmt: skip
     assert engine.facts.size_bytes == (32 * 64 + 2 * 64 * 64) * 2
     assert engine.describe() == "engine 0 is up on the CPU: vLLM 0.99.0, 5 slots of 3000 tokens"
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_the_start(site: Site) -> None:
+    snapshot = put_snapshot(site.models_dir / "hub", "org/tiny")
+    (snapshot / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer is in .*/snapshots/") as caught:
+        site.engine()
+    assert "--engine-arg tokenizer=DIR" in str(caught.value.remedy)
+    assert not site.log.exists()
+    site.engine(engine_arg={"tokenizer": "/some/where"})
+    (snapshot / "tokenizer.model").write_bytes(b"")
+    site.engine()
 
 
 def test_a_directory_may_have_any_name(site: Site) -> None:

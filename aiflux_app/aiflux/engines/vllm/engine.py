@@ -16,6 +16,7 @@ from aiflux.engines.process import engine_environment, free_port, loopback_url
 from aiflux.engines.vllm.hub import (
     find_snapshot,
     parse_hub_model,
+    refuse_missing_tokenizer,
     snapshot_digest,
     stored_snapshot,
 )
@@ -40,6 +41,8 @@ class VllmEngine(ManagedEngine):
         planned = replace(model, revision=spec.plan.digest(spec.model) or None)
         known = model.folder is None and find_snapshot(self._models_dir, planned) is not None
         self._snapshot = stored_snapshot(self._models_dir, planned if known else model)
+        if not any("tokenizer" in name for name in self._options.engine_arg):
+            refuse_missing_tokenizer(self._snapshot)
         self._refuse_division()
 
     def start(self) -> None:

@@ -13,10 +13,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 
-from aiflux.engines.vllm.safetensors import problem_with
+from aiflux.engines.vllm.safetensors import problem_with, refuse_unknown_dtype
 from aiflux.errors import ConfigError, ModelError
 
 PREFIX = "hf:"
@@ -30,6 +31,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ABBREVIATED = re.compile(r"[0-9a-f]{7,40}")
 _STORE = "models--"
 _SMALL = 16 << 20
+# Names that the tokenizers of transformers and Mistral have.
+_TOKENIZERS = (
+    "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "tekken*.json",
+    "vocab.*", "spiece.model", "sentencepiece*.model", "*.spm", "tokenization_*.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,10 +190,10 @@ def absent(models_dir: Path | None, model: HubModel) -> ModelError:
 
 
 def stored_snapshot(models_dir: Path | None, model: HubModel) -> Path:
-    """Return the directory of a model that is stored completely.
+    """Return the directory of a model that is stored completely, with a valid configuration.
 
     Raises:
-        ModelError: the model is not stored completely.
+        ModelError: the model is not; names the file.
     """
     snapshot = find_snapshot(models_dir, model)
     if snapshot is None:
@@ -195,7 +201,7 @@ def stored_snapshot(models_dir: Path | None, model: HubModel) -> Path:
     problem = next(problems(snapshot), None)
     if problem is not None:
         raise ModelError(
-            f"the model {model.text} is incomplete: {problem}",
+            f"the model {model.text} cannot be used: {problem}",
             "copy its files again"
             if model.folder is not None
             else f"pull it again: aiflux models pull --again {model.text}",
@@ -204,11 +210,12 @@ def stored_snapshot(models_dir: Path | None, model: HubModel) -> Path:
 
 
 def problems(snapshot: Path) -> Iterator[str]:
-    """Yield the problems of a snapshot: missing files and truncated weights."""
+    """Yield the problems of a snapshot: missing files, truncated weights, a wrong configuration."""
     if not (snapshot / "config.json").is_file():
         yield f"{snapshot / 'config.json'} is missing"
         return
     try:
+        refuse_unknown_dtype(snapshot)
         files = weight_files(snapshot)
     except ModelError as error:
         yield error.message
@@ -219,6 +226,21 @@ def problems(snapshot: Path) -> Iterator[str]:
         problem = problem_with(snapshot / file)
         if problem is not None:
             yield problem
+
+
+def refuse_missing_tokenizer(snapshot: Path) -> None:
+    """Refuse a model without any file of a tokenizer, with which vLLM does not start.
+
+    Raises:
+        ModelError: there is none.
+    """
+    names = _names(snapshot)
+    if not any(fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZERS):
+        raise ModelError(
+            f"no tokenizer is in {snapshot}: it has none of {', '.join(_TOKENIZERS)}",
+            "copy the tokenizer's files there, or name a directory with one: --engine-arg "
+            "tokenizer=DIR",
+        )
 
 
 def weight_files(snapshot: Path) -> list[str]:

@@ -226,8 +226,14 @@ class VllmKind(CommonKind):
         return snapshot_digest(snapshot) if snapshot else None
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
-        """Return the error of a model that is not stored: jobs have no huggingface_hub."""
-        return absent(models_dir, parse_hub_model(model))
+        """Return the error of a model that is not stored, or is damaged: jobs do not pull."""
+        named = parse_hub_model(model)
+        if find_snapshot(models_dir, named) is not None:
+            try:
+                stored_snapshot(models_dir, named)
+            except ModelError as error:
+                return error
+        return absent(models_dir, named)
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
         """Pull a snapshot from the hub unless it is stored; return whether it was pulled.

@@ -24,6 +24,12 @@ _PATTERNS = {"mistral": 0, "mixtral": 0, "phi3": 0, "gemma2": 2, "gemma3_text": 
 """Every how many layers one has no sliding window, as transformers' configurations fill it in;
 0 where all have one."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+# Of PyTorch, under the names that transformers looks up.
+_DTYPES = {
+    "auto", "half", "float", "double", "float16", "bfloat16", "float32", "float64", "float8_e4m3fn",
+    "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+    "int8", "uint8", "int16", "int32", "int64", "bool",
+}  # fmt: skip
 _SHRUNK = {"F64": 4, "F32": 2}
 DAMAGED = "pull or copy the model again"
 
@@ -85,6 +91,24 @@ def read_config(snapshot: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", DAMAGED)
     return config
+
+
+def refuse_unknown_dtype(snapshot: Path) -> None:
+    """Refuse a configuration whose type of numbers PyTorch does not have; vLLM fails with it.
+
+    Raises:
+        ModelError: it has such a type, or cannot be read.
+    """
+    config = read_config(snapshot)
+    for part in (config, _text_part(config)):
+        for name in ("dtype", "torch_dtype"):
+            dtype = part.get(name)
+            if isinstance(dtype, str) and dtype.removeprefix("torch.") not in _DTYPES:
+                raise ModelError(
+                    f"{snapshot / 'config.json'} names the unknown {name} {dtype!r}; PyTorch's "
+                    "names are float16, bfloat16 and float32",
+                    DAMAGED,
+                )
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -97,7 +97,7 @@ def test_a_directory_that_changed_is_noticed_on_resume(tmp_path: Path) -> None:
     run = Managed(tmp_path, model=str(folder)).begin()
     (folder / ".gitattributes").write_text("downloads leave such files")
     run.open()
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("[]")
     with pytest.raises(RunConflictError, match=r"was sha256:.*, and is now sha256:"):
         run.open()
 

@@ -100,8 +100,12 @@ def worker_command(environ: Mapping[str, str]) -> tuple[str, ...]:
     Args:
         environ: the environment of this process, whose Python the worker uses.
     """
-    set_ = [f"{name}={environ[name]}" for name in LIBRARY_VARIABLES if environ.get(name)]
-    env = ("env", *set_) if set_ else ()
+    needed = {name: environ[name] for name in LIBRARY_VARIABLES if environ.get(name)}
+    for name in needed.keys() & {"PYTHONPATH", "LD_LIBRARY_PATH"}:
+        # The worker starts in a directory of its own.
+        folders = (os.path.abspath(folder) for folder in needed[name].split(os.pathsep))
+        needed[name] = os.pathsep.join(folders)
+    env = ("env", *(f"{name}={value}" for name, value in needed.items())) if needed else ()
     return (*env, sys.executable, "-m", "aiflux.worker")
 
 

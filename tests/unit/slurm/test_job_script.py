@@ -778,6 +778,8 @@ def test_the_worker_is_the_python_of_this_process() -> None:
     with_libraries = worker_command({"LD_LIBRARY_PATH": "/a b", "HOME": "/x", "PYTHONPATH": ""})
     assert with_libraries[:2] == ("env", "LD_LIBRARY_PATH=/a b")
     assert with_libraries[2:] == worker_command({})
+    relative = worker_command({"PYTHONPATH": f"src{os.pathsep}/b", "LD_PRELOAD": "libx.so"})
+    assert relative[1:3] == (f"PYTHONPATH={Path.cwd()}/src{os.pathsep}/b", "LD_PRELOAD=libx.so")
 
 
 def test_a_node_without_the_package_says_so(place: Place) -> None:

@@ -272,7 +272,8 @@ def test_yaml_does_not_convert_values(tmp_path: Path) -> None:
 
 def test_every_environment_name_is_read(tmp_path: Path) -> None:
     texts = {"time": "1:00:00", "mem": "8G", "engine_url": "http://h:1", "log_level": "DEBUG",
-             "top_p": "0.5", "engine": "ollama", "engine_command": "x {port}"}  # fmt: skip
+             "top_p": "0.5", "engine": "ollama", "engine_command": "x {port}",
+             "gpu_vendor": "amd"}  # fmt: skip
     for setting in SETTINGS:
         if setting.env is None:
             continue

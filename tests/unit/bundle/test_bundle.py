@@ -26,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiflux.bundle import installer
+from aiflux.bundle import installer, writer
 from aiflux.bundle.installer import (
     CONTENTS,
     SUMS,
@@ -845,3 +845,13 @@ def test_an_unknown_extra_lists_the_known_ones(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("version", ["3.9", "3", "4.0", "3.11.2", "x"])
 def test_an_invalid_python_version_is_rejected(version: str) -> None:
     assert main(["bundle", "create", "--python", version]) == 2
+
+
+def test_an_image_for_amd_gpus_keeps_its_name_in_a_bundle(tmp_path: Path) -> None:
+    engine = {"version": "1", "engine": "vllm", "engine_version": "0.32.0"}
+    amd = make_sif(tmp_path / "a.sif", gpu_vendors="amd", **engine)
+    nvidia = make_sif(tmp_path / "n.sif", gpu_vendors="nvidia", **engine)
+    assert writer._image_member(amd) == "image/aiflux-vllm-amd.sif"
+    assert writer._image_member(nvidia) == "image/aiflux-vllm.sif"
+    for name in ("aiflux-amd.sif", "aiflux-vllm-amd.sif", "aiflux.sif"):
+        assert re.fullmatch(installer._IMAGE, f"image/{name}")

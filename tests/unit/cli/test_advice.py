@@ -17,6 +17,8 @@ from aiflux.core.config.config import Config
 from aiflux.image.sif import CHECKOUT, how_to_build
 from aiflux.models.catalog import read_catalog
 from tests.tools.faulty_engine import FaultyEngine
+from tests.tools.make_sif import make_sif
+from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import request_line, write_input
 
 
@@ -130,6 +132,28 @@ def test_a_misspelt_model_is_not_submitted_and_all_problems_are_told(tmp_path: P
     local = aiflux(*words, "--local", cwd=tmp_path)
     assert "did you mean smollm2:135m?" in local.stderr
     assert local.returncode == 4
+
+
+def test_a_local_run_gets_the_gpus_of_this_machine_or_is_refused(tmp_path: Path) -> None:
+    fakes = FakeCommands(tmp_path / "fakes")
+    fakes.add("apptainer")
+    own = {"version": "1", "engine": "ollama", "engine_version": "0.33.3"}
+    write_input(tmp_path / "in.jsonl", 1, body={"messages": [{"role": "user", "content": "x"}]})
+    make_sif(tmp_path / "aiflux.sif", gpu_vendors="nvidia", **own)
+    words = ("run", "--local", "--model", "llama3.2:3b", "--input", "in.jsonl", "--output",
+             "out.json", "--gpu-vendor", "amd")  # fmt: skip
+    there = {"PATH": fakes.path, "ROCR_VISIBLE_DEVICES": "0", "HOME": str(tmp_path)}
+    refused = aiflux(*words, cwd=tmp_path, **there)
+    assert refused.returncode == 2
+    assert "aiflux.sif is for GPUs of NVIDIA, and the run gets GPUs of AMD" in refused.stderr
+    assert "make -C" in refused.stderr
+    assert "image GPU=amd" in refused.stderr
+    assert fakes.calls("apptainer") == []
+    make_sif(tmp_path / "aiflux-amd.sif", gpu_vendors="amd", **own)
+    aiflux(*words, cwd=tmp_path, **there)
+    prepare = fakes.calls("apptainer")[0]
+    assert {"--rocm", str(tmp_path / "aiflux-amd.sif")} <= {*prepare.argv}
+    assert prepare.environ["APPTAINERENV_ROCR_VISIBLE_DEVICES"] == "0"
 
 
 def test_a_dry_run_needs_no_slurm_and_with_an_engine_no_image(tmp_path: Path) -> None:

@@ -74,7 +74,10 @@ class EngineSupervisor:
         except AifluxError as error:
             if not self._closing:
                 self.failure = error
-                self._say(self._about(error.message))
+                if (
+                    self.engine.kind.managed
+                ):  # an external one is the only one: its error is the run's
+                    self._say(self._about(error.message))
             self._scheduler.close_lane(self.lane, gone=True)
         except BaseException as error:  # noqa: BLE001 - the pool would otherwise wait forever
             self.failure = error
@@ -91,7 +94,9 @@ class EngineSupervisor:
             except RejectedError:
                 raise
             except EngineError:
-                if completed < 0 or fruitless >= RESTARTS_WITHOUT_PROGRESS:
+                # The start of an external engine has waited as long as the user asked for.
+                may_help = self.engine.kind.managed and fruitless < RESTARTS_WITHOUT_PROGRESS
+                if completed < 0 or not may_help:
                     raise
             else:
                 self._open()
@@ -110,10 +115,9 @@ class EngineSupervisor:
                 self._say(f"the engine at {self.engine.facts.url} is down; waiting for it")
 
     def _about(self, message: str) -> str:
-        """Return why the engine is used no more; an external one is the only one."""
+        """Return why the engine is used no more."""
         name = f"engine {self.engine.index}"
-        named = message.startswith(name) or not self.engine.kind.managed
-        return message if named else f"{name} failed: {message}"
+        return message if message.startswith(name) else f"{name} failed: {message}"
 
     def _no_progress(self, times: int) -> EngineError:
         facts = self.engine.facts

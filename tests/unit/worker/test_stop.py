@@ -132,6 +132,31 @@ def test_ctrl_c_before_anything_runs_is_reported(engine: FaultyEngine, tmp_path:
     assert errors == "stopped by Ctrl-C before the end\n"
 
 
+INTERRUPT = """
+import sys
+
+def interrupt(frame, *_):
+    if frame.f_code.co_name == "make_program":
+        sys.setprofile(None)
+        exec("raise KeyboardInterrupt")
+
+sys.setprofile(interrupt)
+"""
+
+
+def test_ctrl_c_in_generated_code_has_the_same_exit_code(tmp_path: Path) -> None:
+    """Imports run such code, for dataclasses and the like."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "aiflux.cli", "jobs"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        ExitCode.STOPPED, "stopped by Ctrl-C before the end\n"
+    )  # fmt: skip
+
+
 @ENDING
 @PROGRAMS
 def test_a_signal_stops_a_run_in_an_orderly_way(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import struct
 import zlib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.engines.llamacpp.options import MANAGED
 from tests.integration.conftest import (
     FRANCE,
     MODEL,
@@ -23,6 +25,8 @@ from tests.integration.conftest import (
     shard_status,
 )
 from tests.integration.test_ollama import RunningWorker, create, tiny_requests, whole
+from tests.tools import make_tiny_gguf
+from tests.tools.make_adapters import gguf_adapter
 
 TINY = "tiny:latest"
 
@@ -174,3 +178,53 @@ def test_no_request_is_lost_when_server_and_worker_are_killed(
     entries = json.loads((place / "out.json").read_text(encoding="utf-8"))
     assert {entry["metadata"]["attempts"] for entry in entries} == {1}
     assert user.none_left(), user.processes()
+
+
+def test_adapters_change_only_the_answers_of_their_requests(
+    user: User, local: list[str | Path]
+) -> None:
+    """With prompts that share their beginning, so that the server could reuse a wrong cache."""
+    folder = user.folder("adapters")  # llama-server loads no adapter from a path with a comma
+    (folder / "tiny.gguf").write_bytes(make_tiny_gguf.tiny())
+    for seed, name in enumerate(("one", "two")):
+        (folder / f"{name}.gguf").write_bytes(gguf_adapter(seed=seed))
+    asked = ["tiny", "one", "two", "tiny", "one", "two", "two", "tiny"]
+    requests = [request(f"r{at}", "Hello there", model=name) for at, name in enumerate(asked)]
+    user.write(folder / "in.jsonl", lines(*requests))
+    adapters = [word for name in ("one", "two") for word in ("--lora", f"{name}={name}.gguf")]
+    command = [*local, "--model", "tiny.gguf", "--slots", "2", "--context-length", "512"]
+    user.run(*command, *adapters, "--engine-arg", "-ctk=f32", cwd=folder)
+    entries = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    texts = [entry["output"]["choices"][0]["message"]["content"] for entry in entries]
+    found = {name: {texts[at] for at, each in enumerate(asked) if each == name} for name in asked}
+    assert [len(each) for each in found.values()] == [1, 1, 1], found
+    assert len(set().union(*found.values())) == 3, found
+    user.write(folder / "base.jsonl", lines(request("r", "Hello there", model="tiny")))
+    user.run(*command, "--input", "base.jsonl", "--output", "base.json", cwd=folder)
+    assert {answers(folder / "base.json")["r"]} == found["tiny"]
+
+
+def test_a_wrong_option_ends_the_start_with_the_servers_own_line(
+    user: User, place: Path, local: list[str | Path]
+) -> None:
+    user.write(place / "in.jsonl", lines(request("r", "Hi")))
+    for number, (option, line) in enumerate((
+        ("no-such-option=1", "invalid argument: --no-such-option"),
+        ("cache_type_k=q99", 'argument "--cache-type-k": Unsupported cache type: q99'),
+    )):  # fmt: skip
+        printed = user.run(*local, "--model", MODEL, "--engine-arg", option, "--output",
+                           f"{number}.json", cwd=place, code=4)  # fmt: skip
+        assert "llama.cpp does not accept --engine-arg" in printed
+        assert line in printed
+
+
+def test_every_spelling_of_a_managed_option_is_refused(user: User, llama_server: Path) -> None:
+    """The names are those of this build, with their short and negated forms."""
+    printed = user.run(llama_server, "--help")
+    forms = [set(re.findall(r"(?:^|, +)--?([a-z][\w-]*)", line)) for line in printed.splitlines()
+             if line.startswith("-") and not line.startswith("-----")]  # fmt: skip
+    known = set().union(*forms)
+    assert {"ctx-size", "c", "no-webui", "lora"} <= known
+    assert not {*MANAGED} - known
+    for names in forms:
+        assert not names & MANAGED.keys() or names <= MANAGED.keys(), names - MANAGED.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.engines.server_options import refuse_managed
+from aiflux.engines.vllm.options import MANAGED
 from tests.integration.conftest import User, lines, request, shard_status
+from tests.tools.make_adapters import put_peft
 
 REQUESTS = 60
 
@@ -135,3 +139,78 @@ def test_a_model_without_a_tokenizer_is_refused_unless_one_is_named(
     user.run(*run, "--engine-arg", f"tokenizer={hub_model}", cwd=place)
     (entry,) = json.loads((place / "out.json").read_text(encoding="utf-8"))
     assert "Paris" in entry["output"]["choices"][0]["message"]["content"]
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
+                       "required": ["city"]},
+    },
+}  # fmt: skip
+
+
+def test_adapters_parsers_and_options_in_one_engine(
+    user: User, place: Path, local: list[str | Path], hub_model: Path
+) -> None:
+    """Requests choose the model or an adapter; a forced tool call is an answer without text."""
+    config = json.loads((hub_model / "config.json").read_bytes())
+    for seed, name in enumerate(("one", "two")):
+        # Of rank 12, as --max-lora-rank has few values; large enough to change every answer.
+        put_peft(place / name, config, 12, seed=seed, base_model_name_or_path="smollm2")
+    asked = {"plain": None, "one": "one", "two": "two", "again": "one"}
+    tools = request("tool", "How is the weather in Paris?", model=None, tools=[TOOL],
+                    tool_choice="required", max_tokens=64)  # fmt: skip
+    user.write(place / "in.jsonl", lines(tools, *(
+        request(each, "What is the capital of France?", model=model)
+        for each, model in asked.items())))  # fmt: skip
+    adapters = [word for name in ("one", "two") for word in ("--lora", f"{name}={place / name}")]
+    user.run(*local, "--model", hub_model, "--slots", "4", "--context-length", "1024", *adapters,
+             "--tool-parser", "hermes", "--engine-arg", "max_num_batched_tokens=2048",
+             "--engine-arg", "enable-prompt-tokens-details", cwd=place)  # fmt: skip
+    written = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    entries = {entry["input"]["custom_id"]: entry for entry in written}
+    texts = {each: entries[each]["output"]["choices"][0]["message"]["content"] for each in asked}
+    assert "Paris" in texts["plain"]
+    assert texts["one"] == texts["again"]
+    assert len({*texts.values()}) == 3
+    assert {each: entries[each]["metadata"]["model"] for each in asked} == {
+        "plain": "smollm2", "one": "one", "two": "two", "again": "one"}  # fmt: skip
+    digests = {each: entries[each]["metadata"].get("adapter_digest") for each in asked}
+    assert digests["plain"] is None
+    assert digests["one"] == digests["again"] != digests["two"]
+    called = entries["tool"]["output"]["choices"][0]["message"]["tool_calls"]
+    assert called[0]["function"]["name"] == "weather"
+    assert entries["tool"]["output"]["usage"]["prompt_tokens_details"] is not None
+    assert len(engine_logs(place)) == 1
+    assert user.none_left(), user.processes()
+
+
+def engine_logs(place: Path) -> list[Path]:
+    return [*(place / "out.json.aiflux" / "logs").glob("engine-*")]
+
+
+def test_a_wrong_option_ends_the_start_with_vllms_own_line(
+    user: User, place: Path, local: list[str | Path], hub_model: Path
+) -> None:
+    user.write(place / "in.jsonl", lines(request("r", "Hi", model=None)))
+    command = [*local, "--model", hub_model, "--context-length", "512"]
+    printed = user.run(*command, "--engine-arg", "no-such-option=1", cwd=place, code=4)
+    assert "vLLM does not accept --engine-arg: unrecognized arguments: --no-such-option" in printed
+    printed = user.run(*command, "--tool-parser", "hermez", "--output", "b.json", cwd=place, code=4)
+    assert "vLLM does not accept --tool-parser: invalid tool call parser: hermez" in printed
+
+
+def test_every_spelling_of_a_managed_option_is_refused(user: User, vllm: Path) -> None:
+    """The names are those of this vLLM, with their short forms."""
+    printed = user.run(vllm, "serve", "--help=all", timeout=300)
+    option = re.compile(r"(?:^  |, )--?(?:no-)?([A-Za-z][\w-]*)")
+    forms = [{*option.findall(line)} for line in printed.splitlines()]
+    known = set().union(*forms)
+    assert MANAGED.keys() <= known
+    for names in forms:
+        assert not names & MANAGED.keys() or names <= MANAGED.keys(), names - MANAGED.keys()
+    # No other option is refused because a managed one begins with its name.
+    for name in known - {*MANAGED}:
+        refuse_managed("vLLM", {name: "x"}, MANAGED, abbreviated=True)

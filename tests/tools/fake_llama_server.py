@@ -37,6 +37,9 @@ parser.add_argument("-t", type=int)
 parser.add_argument("-lv", type=int)
 parser.add_argument("-ctk", "--cache-type-k")
 parser.add_argument("--swa-full", action="store_true")
+parser.add_argument("--jinja", action="store_true")
+parser.add_argument("--reasoning-format", choices=["none", "deepseek", "auto"])
+parser.add_argument("--lora", default="")
 for flag in ("--metrics", "--offline", "--no-webui", "--embeddings"):
     parser.add_argument(flag, action="store_true")
 options = parser.parse_args()
@@ -46,7 +49,8 @@ LOADING = Path(os.environ["HOME"]) / "loading"
 
 
 def load() -> None:
-    if Path(options.m).read_bytes()[:4] != b"GGUF":
+    files = [options.m, *(options.lora.split(",") if options.lora else [])]
+    if any(Path(file).read_bytes()[:4] != b"GGUF" for file in files):
         print("llama_model_load: error loading model: invalid magic characters", flush=True)
         os._exit(1)
     while LOADING.exists():
@@ -70,7 +74,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        message = {"role": "assistant", "content": body["messages"][-1]["content"]}
+        content = body["messages"][-1]["content"]
+        adapters = options.lora.split(",") if options.lora else []
+        # As llama-server does: without a list, all adapters are applied.
+        scales = {each["id"]: each["scale"] for each in body.get("lora", [])}
+        applied = [at for at in range(len(adapters)) if scales.get(at, 0 if scales else 1)]
+        for at in applied:
+            content = f"{Path(adapters[at]).stem}: {content}"
+        message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         self._send({"model": options.alias, "choices": [choice]})
 

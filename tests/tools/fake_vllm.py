@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 VERSION = "0.99.0"
+PARSERS, REASONING_PARSERS = ("hermes", "mistral"), ("deepseek_r1", "qwen3")
 CORE_LOST = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 
 
@@ -39,7 +40,27 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--dtype", choices=["auto", "half"], default="auto")
     parser.add_argument("--enable-expert-parallel", action="store_true")
-    return parser.parse_args(words)
+    parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--max-lora-rank", type=int, choices=[1, 8, 16, 32, 64], default=16)
+    parser.add_argument("--max-loras", type=int, default=1)
+    parser.add_argument("--max-cpu-loras", type=int)
+    parser.add_argument("--lora-modules", type=json.loads, nargs="+", default=[])
+    parser.add_argument("--enable-auto-tool-choice", action="store_true")
+    parser.add_argument("--tool-call-parser")
+    parser.add_argument("--reasoning-parser")
+    options = parser.parse_args(words)
+    for name, known in (("tool call", PARSERS), ("reasoning", REASONING_PARSERS)):
+        given = getattr(options, name.replace(" ", "_") + "_parser")
+        if given is not None and given not in known:
+            raise KeyError(f"invalid {name} parser: {given} (chose from {{ {','.join(known)} }})")
+    return options
+
+
+def load_adapters(options: argparse.Namespace) -> None:
+    for module in options.lora_modules if options.enable_lora else []:
+        config = json.loads((Path(module["path"]) / "adapter_config.json").read_bytes())
+        if config["r"] > options.max_lora_rank:
+            raise ValueError(f"LoRA rank {config['r']} is greater than max_lora_rank")
 
 
 def load(model: Path) -> subprocess.Popen[bytes]:
@@ -61,11 +82,14 @@ class Handler(BaseHTTPRequestHandler):
         print(format % args, flush=True)
 
     def do_GET(self) -> None:
-        name, limit = self.options.served_model_name, self.options.max_model_len
+        limit = self.options.max_model_len
         known: dict[str, object] = {
             "/health": None,
             "/version": {"version": VERSION},
-            "/v1/models": {"object": "list", "data": [{"id": name, "max_model_len": limit}]},
+            "/v1/models": {
+                "object": "list",
+                "data": [{"id": name, "max_model_len": limit} for name in self._names()],
+            },
         }
         if self.path not in known:
             self._fail(404, "Not Found")
@@ -81,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             self._fail(500, CORE_LOST)
         elif self.path != ("/v1/embeddings" if pooling else "/v1/chat/completions"):
             self._fail(404, "Not Found")
-        elif body["model"] != self.options.served_model_name:
+        elif body["model"] not in self._names():
             self._fail(404, f"The model `{body['model']}` does not exist.")
         elif pooling:
             vector = {"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}
@@ -89,14 +113,33 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._chat(body)
 
+    def _names(self) -> list[str]:
+        adapters = self.options.lora_modules if self.options.enable_lora else []
+        return [self.options.served_model_name, *(module["name"] for module in adapters)]
+
     def _chat(self, body: dict[str, Any]) -> None:
         prompt = " ".join(each["content"] for each in body["messages"]).split()
         if len(prompt) + body.get("max_tokens", 0) > self.options.max_model_len:
             limit = self.options.max_model_len
             self._fail(400, f"This model's maximum context length is {limit} tokens.")
             return
-        message = {"role": "assistant", "content": body["messages"][-1]["content"]}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        tools = body.get("tools") if body.get("tool_choice", "auto") != "none" else None
+        if tools and not self.options.enable_auto_tool_choice:
+            self._fail(400, '"auto" tool choice requires --enable-auto-tool-choice and '
+                       "--tool-call-parser to be set")  # fmt: skip
+            return
+        content = body["messages"][-1]["content"]
+        adapted = body["model"] != self.options.served_model_name
+        content = f"{body['model']}: {content}" if adapted else content
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if tools:
+            function = {"name": tools[0]["function"]["name"], "arguments": "{}"}
+            call = {"id": "call-1", "type": "function", "function": function}
+            message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        if self.options.reasoning_parser:
+            message["reasoning"] = "I repeat it."
+        finish = "tool_calls" if tools else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": finish}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": 1}
         self._send(200, {"model": body["model"], "choices": [choice], "usage": usage})
 
@@ -116,6 +159,7 @@ def main() -> None:
     print("command:", json.dumps(sys.argv[1:]), flush=True)
     Handler.options = parse(sys.argv[1:])
     Handler.core = load(Handler.options.model)
+    load_adapters(Handler.options)
     server = ThreadingHTTPServer((Handler.options.host, Handler.options.port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Handler.core.wait()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
-from aiflux.core.runs.plan import Plan, PlanningKind
+from aiflux.core.runs.plan import Adapter, Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.server_options import SERVER_SETTINGS, refuse_unsupported
 from aiflux.errors import ConfigError, InputError, ModelError, RejectedError
@@ -282,6 +282,14 @@ class EngineKind(PlanningKind, Protocol):
             served: the model's name as the engine serves it.
         """
 
+    def select_adapter(self, index: int | None, count: int) -> Mapping[str, Any]:
+        """Return the fields of a body that select an adapter, or the model without any.
+
+        Args:
+            index: its position among those of the run; None for the model.
+            count: number of those of the run.
+        """
+
     def crash_code(self, status: int, message: str) -> str | None:
         """Return the code of an error answer that means an engine crash.
 
@@ -333,6 +341,20 @@ class CommonKind:
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Change nothing."""
+        return {}
+
+    def read_adapter(self, models_dir: Path | None, model: str, name: str, path: str) -> Adapter:
+        """Refuse an adapter: most engines load none for single requests.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"the engine does not load the adapter {name}", "use --engine vllm or --engine llamacpp"
+        )
+
+    def select_adapter(self, index: int | None, count: int) -> Mapping[str, Any]:
+        """Return no field: the body names the adapter as its model."""
         return {}
 
     def crash_code(self, status: int, message: str) -> str | None:

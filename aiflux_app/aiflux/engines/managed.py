@@ -64,6 +64,17 @@ class ManagedEngine:
             raise ModelError("the plan names no models directory", "plan the run again")
         return self.spec.plan.models_dir
 
+    def _refuse_changed_adapters(self) -> None:
+        """Refuse adapters that are not those of the plan.
+
+        Raises:
+            ModelError: one changed, or cannot be read.
+        """
+        plan = self.spec.plan
+        for each in plan.adapters:
+            found = self.kind.read_adapter(plan.models_dir, self.spec.model, each.name, each.path)
+            plan.refuse_changed_adapter(each, found)
+
     def _find_program(self) -> str:
         return engine_program(self.kind, self.spec.environ)
 

@@ -9,7 +9,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.errors import ConfigError
 
 _LOOPBACK = "leave it out: the server listens on loopback, for AI-Flux only"
-SERVER_SETTINGS = ("engine_arg",)
+SERVER_SETTINGS = ("engine_arg", "lora", "tool_parser", "reasoning_parser")
 """Settings of a run that reach the command line of the server."""
 # Lines with which servers refuse their command line: those of argparse, of vLLM
 # (vllm/entrypoints/launchers/launcher.py) and of llama.cpp (common/arg.cpp).
@@ -45,9 +45,10 @@ def refuse_managed(
     """
     for key, value in given.items():
         name = key.lstrip("-").partition(".")[0].removesuffix("+")
-        found = [each for each in managed if each == name]
+        forms = {form: each for each in managed for form in (each, f"no-{each}")}
+        found = [forms[name]] if name in forms else []
         if abbreviated and not found:
-            found = [each for each in managed if each.startswith(name)]
+            found = [forms[form] for form in forms if form.startswith(name)]
         if found:
             raise ConfigError(
                 f"--engine-arg {key} is refused: AI-Flux sets --{found[0]} of {title} itself",

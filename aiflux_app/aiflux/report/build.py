@@ -260,7 +260,11 @@ def _models(plan: Plan, whole: Tally, known: Sequence[StatusDetails]) -> Iterabl
             }
         results = sum(whole.models[each] for each in names)
         only = whole.results if len(plan.models) == 1 else results
-        yield Model(name, only, tuple(sorted(digests)))
+        named = sum(whole.models[adapter.name] for adapter in plan.adapters)
+        yield Model(name, only - named, tuple(sorted(digests)))
+    for adapter in plan.adapters:
+        title = f"{adapter.name} (LoRA adapter of {plan.served_names[0]})"
+        yield Model(title, whole.models[adapter.name], (adapter.digest,))
 
 
 def _options(options: RunOptions) -> dict[str, Any]:

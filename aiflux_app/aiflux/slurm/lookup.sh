@@ -97,12 +97,14 @@ for argument in "$@"; do
     [[ $before != --engine-ca ]] || engine_ca=$argument
     [[ $before != --engine ]] || engine=$argument
     # The absolute path of a model, for engines that use paths.
-    [[ $before != --model || $argument != /* ]] || model_paths=("$argument")
+    [[ $before != --model || $argument != /* ]] || model_paths+=("$argument")
+    [[ $before != --lora || $argument != *=/* ]] || model_paths+=("${argument#*=}")
     before=$argument
     case $argument in
         --engine-ca=*) engine_ca=${argument#*=} ;;
         --engine=*) engine=${argument#*=} ;;
-        --model=/*) model_paths=("${argument#*=}") ;;
+        --model=/*) model_paths+=("${argument#*=}") ;;
+        --lora=*=/*) argument_path=${argument#*=} model_paths+=("${argument_path#*=}") ;;
         --no-seal) want_seal=0 && continue ;;
         --seal) want_seal=1 && continue ;;
         --engine-url*) engine_url=$argument ;;
@@ -112,6 +114,10 @@ for argument in "$@"; do
 done
 [[ -z $engine_command ]] || usage '--engine-command runs without an image, and this script needs one' \
     "use: aiflux run --engine-command ...; or leave it and AIFLUX_ENGINE_COMMAND out"
+read -ra adapters <<<"${AIFLUX_LORA:-}"
+for argument in ${adapters[@]+"${adapters[@]}"}; do
+    [[ $argument != *=/* ]] || model_paths+=("${argument#*=}")
+done
 if [[ -n $engine_url ]]; then models_dir=''; else engine_ca=''; fi
 [[ -z $engine_url && $engine =~ ^[a-z]+$ ]] || engine=ollama # the worker says what is wrong
 find_image

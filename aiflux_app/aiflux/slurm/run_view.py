@@ -391,7 +391,7 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         output=facts.plan.output,
         input=facts.plan.input_path,
         models=facts.plan.models,
-        engine_settings=facts.plan.options.engine_settings,
+        engine_settings=facts.plan.engine_settings,
         plan=facts.plan.id,
         created=facts.plan.created,
         submitted=facts.submitted,

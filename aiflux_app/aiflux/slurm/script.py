@@ -62,7 +62,8 @@ class JobScript:
     def with_models(self, plan: Plan) -> JobScript:
         """Return the same for the models of a plan."""
         kind = engine_kind(plan.options)
-        paths = [kind.model_path(model) for model in plan.models]
+        names = (*plan.models, *(adapter.path for adapter in plan.adapters))
+        paths = [kind.model_path(name) for name in names]
         return replace(self, model_paths=tuple(path for path in paths if path is not None))
 
     @classmethod

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import CodeType
+from types import CodeType, MappingProxyType
 from typing import Any
 
 from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_random_exponential
@@ -55,6 +55,7 @@ class Pool:
         outages: detects that no request is answered any more.
         patience: seconds to wait for an engine to answer requests again.
         most: limit on the requests in flight, from the limit on open files.
+        adapter_digests: of the adapters by their names.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Pool:
         outages: OutageWatch | None = None,
         patience: float = 0.0,
         most: int = 1 << 20,
+        adapter_digests: Mapping[str, str] = MappingProxyType({}),
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._scheduler = scheduler
@@ -98,6 +100,7 @@ class Pool:
         )  # fmt: skip
         self._timeouts = dict.fromkeys(self._links, 0)
         self._most = most
+        self._adapter_digests = adapter_digests
         self._say = say
         self._why = "open files (ulimit -n)"
         self._limited = False
@@ -459,6 +462,8 @@ class Pool:
         digest = self._links[lane.index].model_digest()
         if digest is not None:
             metadata["model_digest"] = digest
+        if asked in self._adapter_digests:
+            metadata["adapter_digest"] = self._adapter_digests[asked]
         if model != asked:
             metadata["requested_model"] = asked
         if task.unfit:

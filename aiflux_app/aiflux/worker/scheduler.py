@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from aiflux.core.batch.request import (
     request_key,
 )
 from aiflux.core.runs.journal import JournalReader, ResultIndex
-from aiflux.core.runs.plan import Plan, Shard, changed_input
+from aiflux.core.runs.plan import Plan, Shard, changed_input, input_rules
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.util.lines import read_lines
@@ -287,7 +287,8 @@ class Source:
         self._index = index
         self._reader = reader
         self._kind = engine_kind(plan.options)
-        self._accepts = self._kind.input_rules.accepts_model
+        self._accepts = input_rules(self._kind, plan.options).accepts
+        self._adapters = {each.name: at for at, each in enumerate(plan.adapters)}
 
     def count_done(self) -> tuple[int, int]:
         """Return how many requests succeeded and failed in earlier starts."""
@@ -326,7 +327,8 @@ class Source:
         request = self._parse(number, raw)
         if len(plan.models) == 1 or self._kind.same_model(request.model or model, model):
             parameters = plan.options.parameters_of(served)
-            yield Task(request, key, build_payload(request, served, parameters, self._kind))
+            payload = build_payload(request, served, parameters, self._kind, self._adapters)
+            yield Task(request, key, payload)
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         return read_lines(self._plan.input_path, self._shard.start, self._shard.end)
@@ -355,7 +357,11 @@ class Source:
 
 
 def build_payload(
-    request: Request, model: str, parameters: dict[str, Any], kind: EngineKind
+    request: Request,
+    model: str,
+    parameters: dict[str, Any],
+    kind: EngineKind,
+    adapters: Mapping[str, int],
 ) -> bytes:
     """Return the JSON to send.
 
@@ -363,6 +369,7 @@ def build_payload(
         model: as the engine serves it; used if the body names none.
         parameters: used where the body lacks them; not for embeddings, which have none.
         kind: kind of the engine, which may adapt the body.
+        adapters: the position of each adapter, by its name.
     """
     body = request.body
     edits: dict[str, Any] = {}
@@ -374,7 +381,13 @@ def build_payload(
         edits.update({name: value for name, value in parameters.items() if name not in body})
         if body.get("max_completion_tokens") is not None:
             edits.pop("max_tokens", None)
-    edits.update(kind.adapt_body(request.url, body, model))
+    adapter = adapters.get(request.model or "")
+    if adapter is None:
+        edits.update(kind.adapt_body(request.url, body, model))
+    if adapters:
+        selected = kind.select_adapter(adapter, len(adapters))
+        own = body if adapter is None else {}  # a body may have scales of its own
+        edits.update({name: value for name, value in selected.items() if name not in own})
     if edits:
         body = {**body, **edits}
         if "stream" in edits:

@@ -343,6 +343,7 @@ class _ModelWork:
             outages=OutageWatch(partial(shard.source.answered, model)),
             patience=self.plan.options.engine_wait,
             most=spare_files(),
+            adapter_digests=self.plan.adapter_digests,
             say=self.context.reporter.say,
         )
         self.supervisors = [

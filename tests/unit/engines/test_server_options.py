@@ -21,10 +21,12 @@ from aiflux.engines.kinds import kind_named
 from aiflux.engines.llamacpp.options import MANAGED as LLAMACPP
 from aiflux.engines.server_options import refuse_managed
 from aiflux.engines.vllm.options import MANAGED as VLLM
-from aiflux.errors import ConfigError, EngineError, RejectedError, RunConflictError
+from aiflux.errors import ConfigError, EngineError, ExitCode, RejectedError, RunConflictError
+from aiflux.slurm.preflight.local import check_fields
 from tests.unit.engines.test_contract import FakeLlamaServer, FakeVllm
 from tests.unit.helpers import request_line
 from tests.unit.made_snapshots import put_snapshot
+from tests.unit.working import Working
 
 ENDPOINTS = {"/v1/chat/completions": 1}
 INPUT = request_line("a", body={"messages": [{"role": "user", "content": "x"}]}) + "\n"
@@ -105,6 +107,8 @@ def test_a_text_without_a_name_is_refused(tmp_path: Path, text: str) -> None:
         ("vllm", "max-model-len=9", "use --context-length"),
         ("vllm", "por=80", "leave it out: the server listens on loopback"),
         ("vllm", "api_key=x", "leave it out: the server listens on loopback"),
+        ("vllm", "no-enable-lora", "use --lora"),
+        ("vllm", "no-enable-auto", "use --tool-parser"),
         ("vllm", "config.model=x", "give its options by themselves"),
         ("llamacpp", "-c=9", "use --context-length"),
         ("llamacpp", "ctx_size=9", "use --context-length"),
@@ -140,7 +144,7 @@ def test_what_aiflux_passes_is_managed_or_may_be_given_again(site: FakeVllm) -> 
     site.make().start()
     managed = VLLM if site.kind.name == "vllm" else LLAMACPP
     passed = {word.lstrip("-").partition("=")[0] for word in words(site) if word[:1] == "-"}
-    free = {"enforce-eager"} if site.kind.name == "vllm" else {"t"}
+    free = {"enforce-eager"} if site.kind.name == "vllm" else {"t", "jinja"}
     assert passed - managed.keys() == free
 
 
@@ -204,3 +208,93 @@ def test_a_run_keeps_its_options(
     assert "--engine-arg dtype=half --engine-arg enforce-eager" in shown
     assert main(["report", "o.json"]) == 0
     assert "dtype" in (tmp_path / "o.json.aiflux" / "report.html").read_text(encoding="utf-8")
+
+
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+ASKS = [{"role": "user", "content": "What time is it?"}]
+
+
+def with_tools(folder: Path, *bodies: dict[str, Any]) -> Path:
+    path = folder / "in.jsonl"
+    lines = [request_line(f"r{at}", body={"messages": ASKS, "tools": [TOOL], **body})
+             for at, body in enumerate(bodies)]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_the_parsers_reach_vllm_and_answers_with_tool_calls_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tool call is an answer without text, and the reasoning is kept."""
+    site = FakeVllm(tmp_path)
+    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(site.program))
+    monkeypatch.setenv("AIFLUX_ENGINE", "vllm")
+    run = Working(tmp_path, None, models_dir=site.models_dir, engine="vllm", model=site.model,
+                  slots=2, tool_parser="hermes", reasoning_parser="qwen3")  # fmt: skip
+    run.input = with_tools(tmp_path, {}, {"tool_choice": "none"})
+    assert run.run() is ExitCode.OK, run.error
+    called, said = (each["output"]["choices"][0]["message"] for each in run.results)
+    assert called["tool_calls"][0]["function"]["name"] == "now"
+    assert said["content"] == "What time is it?"
+    assert called["reasoning"] == said["reasoning"] == "I repeat it."
+    assert run.results[0]["metadata"]["attempts"] == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["status", "out.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "2/2 done" in shown
+    assert "--tool-parser hermes --reasoning-parser qwen3" in shown
+
+
+def test_a_parser_that_vllm_does_not_have_ends_its_start_at_once(tmp_path: Path) -> None:
+    for name, value in (("tool_parser", "hermez"), ("reasoning_parser", "r2")):
+        site = FakeVllm(tmp_path / name)
+        site.options |= {"engine": "vllm", name: value}
+        with pytest.raises(RejectedError, match=f"invalid .* parser: {value}") as caught:
+            site.make().start()
+        assert f"--{name.replace('_', '-')}" in caught.value.message
+        site.close()
+
+
+def test_requests_with_tools_and_no_parser_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with_tools(tmp_path, {}, {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "required"})
+    monkeypatch.setenv("AIFLUX_ENGINE", "vllm")
+    assert main(["check", "in.jsonl", "--model", "hf:org/tiny"]) == 0
+    warning = capsys.readouterr().err
+    assert "vLLM rejects 'tools' in 2 requests (lines 1 and 4)" in warning
+    assert "-> name the model's parser, such as --tool-parser hermes" in warning
+    options = {"engine": "vllm", "model": "hf:org/tiny"}
+    plain, parsed = (
+        Working(tmp_path, None, models_dir=tmp_path, **options, **more).open().plan
+        for more in ({}, {"tool_parser": "hermes"})
+    )
+    (finding,) = check_fields(plain)
+    assert (finding.level, "--tool-parser" in finding.fix) == ("warning", True)
+    assert not [*check_fields(parsed)]
+    monkeypatch.setenv("AIFLUX_TOOL_PARSER", "hermes")
+    assert main(["check", "in.jsonl", "--model", "hf:org/tiny"]) == 0
+    assert capsys.readouterr().err == ""
+    assert plain.id != parsed.id
+
+
+def test_llama_server_parses_tool_calls_itself(tmp_path: Path) -> None:
+    kind = kind_named("llamacpp")
+    with pytest.raises(ConfigError, match="--tool-parser") as caught:
+        kind.refuse_run(RunOptions(engine="llamacpp", tool_parser="hermes"), ENDPOINTS)
+    assert "llama.cpp parses tool calls itself" in str(caught.value.remedy)
+    site = FakeLlamaServer(tmp_path)
+    site.options |= {"engine": "llamacpp", "reasoning_parser": "deepseek"}
+    site.make().start()
+    assert "--jinja" in words(site)
+    assert words(site)[-2:] == ["--reasoning-format", "deepseek"]
+    site.close()
+
+
+@pytest.mark.parametrize("name", ["tool_parser", "reasoning_parser"])
+def test_ollama_needs_no_parsers(name: str) -> None:
+    given: dict[str, Any] = {name: "hermes"}
+    with pytest.raises(ConfigError, match="Ollama does not support --") as caught:
+        kind_named("ollama").refuse_run(RunOptions(**given), ENDPOINTS)
+    assert "Ollama parses tool calls and reasoning itself" in str(caught.value.remedy)

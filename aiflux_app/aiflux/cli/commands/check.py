@@ -10,9 +10,11 @@ from pathlib import Path
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import FILE, MODEL, argument, command, option
 from aiflux.core.batch.input_file import InputRules, scan_input
-from aiflux.core.batch.request import FIX, ignored_texts
+from aiflux.core.batch.request import ignored_texts
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
+from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import input_rules
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import InputError
 from aiflux.util.extras import remedy
@@ -31,9 +33,11 @@ def check(file: str, model: str | None, as_json: bool) -> int:
     config = Config(arguments={"model": model})
     model = config.get("model")
     kind = kind_named(config.engine)
+    options = RunOptions(lora=config.get("lora"), tool_parser=config.get("tool_parser"))
+    rules = input_rules(kind, options)
     if as_json:
-        return _as_json(path, model, kind.input_rules)
-    summary = scan_input(path, model, rules=kind.input_rules, schemas=can_check_schemas())
+        return _as_json(path, model, rules)
+    summary = scan_input(path, model, rules=rules, schemas=can_check_schemas())
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
     models = ", ".join(summary.models) or f"{model} (the run's; no request names one)"
     print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
@@ -43,8 +47,8 @@ def check(file: str, model: str | None, as_json: bool) -> int:
         f"  context:   about {summary.context_tokens} tokens for 99 % of the requests, "
         f"{summary.longest_tokens} for the longest"
     )
-    for text in ignored_texts(summary.ignored, kind.title, kind.input_rules.ignored_fields):
-        print(f"warning: {text}\n     -> {FIX}", file=sys.stderr)
+    for text, fix in ignored_texts(summary.ignored, kind.title, rules.ignored_fields):
+        print(f"warning: {text}\n     -> {fix}", file=sys.stderr)
     if not can_check_schemas():
         how = remedy("schema", has_pip=find_spec("pip") is not None)
         print(f"  schemas:   not checked (jsonschema is not installed); {how}")

@@ -30,7 +30,7 @@ from aiflux.core.config.run_options import RunOptions
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import draft_run
-from aiflux.core.runs.plan import Plan, make_plan, read_plan
+from aiflux.core.runs.plan import Plan, input_rules, make_plan, read_plan
 from aiflux.core.runs.status_file import read_status
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length
@@ -142,7 +142,7 @@ def estimate_run(asked: Asked) -> int:
     """Process the rest of the pilot; print the estimate, or the job's progress."""
     options = asked.config.run_options()
     kind = engine_kind(options)
-    summary = scan_input(asked.input, options.model, rules=kind.input_rules)
+    summary = scan_input(asked.input, options.model, rules=input_rules(kind, options))
     output = checked_output(asked.output)
     RunDirectory.of_output(output).refuse_foreign()
     whole = make_plan(summary, output, options, asked.config.models_dir, kind)

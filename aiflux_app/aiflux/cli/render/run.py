@@ -370,8 +370,8 @@ def _plan_facts(plan: Plan, planned: PlannedRun | None) -> Iterator[tuple[str, s
         yield "engine", public_url(options.engine_url)
     if options.engine_command is not None:
         yield "engine", options.engine_command
-    if options.engine_settings:
-        yield "server", " ".join(settings_texts(options.engine_settings))
+    if plan.engine_settings:
+        yield "server", " ".join(settings_texts(plan.engine_settings))
     if planned is None:
         yield "where", "on this machine, in the foreground"
         return

@@ -260,11 +260,17 @@ class InputRules:
 
     Attributes:
         accepts_model: compares names of models.
-        ignored_fields: fields that the engine ignores.
+        ignored_fields: fields that the engine ignores or rejects.
+        adapters: names of adapters, which requests may name instead of the model.
     """
 
     accepts_model: AcceptsModel = eq
     ignored_fields: FieldRules = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
+
+    def accepts(self, model: str, named: str) -> bool:
+        """Return whether a request that names a model may be sent to the run's model."""
+        return named in self.adapters or self.accepts_model(model, named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -626,7 +632,7 @@ def scan_part(
         try:
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
-            entry = request_entry(raw, model, rules.accepts_model, exact=False)
+            entry = request_entry(raw, model, rules.accepts, exact=False)
             if schemas and (problem := schema_problem(entry["body"])):
                 raise LineError(problem)
         except LineError as error:

@@ -376,17 +376,37 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+_FIX = (
+    "leave it out (for several answers, write several requests), or use a server that supports it: "
+    "--engine-url URL"
+)
+
+
 @dataclass(frozen=True)
 class FieldRule:
-    """A field that an engine ignores.
+    """A field that an engine ignores or rejects.
 
     Attributes:
         instead: what happens instead.
         harmless: values that request exactly that.
+        verb: what the engine does with it.
+        fix: what the user can do.
+        unless: setting of the run with which the engine supports the field; "" for none.
+        off: another field, and its value with which this one is harmless.
     """
 
     instead: str
     harmless: tuple[Any, ...] = ()
+    verb: str = "ignores"
+    fix: str = _FIX
+    unless: str = ""
+    off: tuple[str, Any] | None = None
+
+    def concerns(self, body: Mapping[str, Any], name: str) -> bool:
+        """Return whether a request sets the field to a value that is not harmless."""
+        if self.off is not None and body.get(self.off[0]) == self.off[1]:
+            return False
+        return body[name] not in (None, {}, *self.harmless)
 
 
 FieldRules = Mapping[str, FieldRule]
@@ -410,7 +430,7 @@ class IgnoredFields:
     def add(self, body: Mapping[str, Any], offset: int, rules: FieldRules) -> None:
         """Add the ignored fields of one request, whose line starts at ``offset``."""
         for name in rules.keys() & body.keys():
-            if body[name] not in (None, {}, *rules[name].harmless):
+            if rules[name].concerns(body, name):
                 self.counts[name] += 1
                 first = self.offsets.setdefault(name, [])
                 if len(first) < SHOWN_LINES:
@@ -425,8 +445,8 @@ class IgnoredFields:
 
 def ignored_texts(
     ignored: Mapping[str, IgnoredField], engine: str, rules: FieldRules
-) -> Iterator[str]:
-    """Yield one warning for each field.
+) -> Iterator[tuple[str, str]]:
+    """Yield one warning for each field, and its fix.
 
     Args:
         engine: the engine's name in messages.
@@ -437,13 +457,9 @@ def ignored_texts(
         more = ["..."] if requests > len(lines) else []
         where = ", ".join([*map(str, lines), *more]) if more else joined([*map(str, lines)])
         noun = "line" if requests == 1 else "lines"
+        rule = rules[name]
         yield (
-            f"{engine} ignores {name!r} in {counted(requests, 'request')} ({noun} {where}): "
-            f"{rules[name].instead}"
+            f"{engine} {rule.verb} {name!r} in {counted(requests, 'request')} ({noun} {where}): "
+            f"{rule.instead}",
+            rule.fix,
         )
-
-
-FIX = (
-    "leave it out (for several answers, write several requests), or use a server that supports it: "
-    "--engine-url URL"
-)

@@ -80,6 +80,28 @@ class RunOptions:
         repeatable=True,
         decisive=True,
     )
+    lora: dict[str, str] = setting(
+        parse.named_paths,
+        {},
+        "LoRA adapter that requests name as their model (repeatable)",
+        metavar="NAME=PATH",
+        env="AIFLUX_LORA",
+        repeatable=True,
+    )
+    tool_parser: str | None = setting(
+        parse.text,
+        None,
+        "Parser of the model's tool calls in vLLM, such as hermes",
+        metavar="NAME",
+        env="AIFLUX_TOOL_PARSER",
+    )
+    reasoning_parser: str | None = setting(
+        parse.text,
+        None,
+        "Parser of the model's reasoning in vLLM, or its format in llama.cpp",
+        metavar="NAME",
+        env="AIFLUX_REASONING_PARSER",
+    )
     save_frequency: int = setting(
         parse.integer(1),
         64,
@@ -221,7 +243,7 @@ class RunOptions:
     @property
     def engine_settings(self) -> dict[str, Any]:
         """Settings of the engine's server that answers depend on, if they are set."""
-        names = ("engine_arg",)
+        names = ("engine_arg", "tool_parser", "reasoning_parser")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property

@@ -229,7 +229,13 @@ def _parsed(
     def parse(value: Any) -> Any:
         return setting.parse(written_path(value, folder.absolute(), environ))
 
-    item = replace(setting, parse=parse) if setting.parse is value_parsers.path else setting
+    def parse_named(value: Any) -> Any:
+        return value_parsers.named_paths(
+            value, lambda item: str(written_path(item, folder.absolute(), environ))
+        )
+
+    of_paths = {value_parsers.path: parse, value_parsers.named_paths: parse_named}
+    item = replace(setting, parse=of_paths.get(setting.parse, setting.parse))
     return parse_setting(item, value, place)
 
 

@@ -19,7 +19,7 @@ from aiflux.core.config.run_options import RunOptions, settings_texts
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.journal import ResultIndex, journal_lines
 from aiflux.core.runs.output import forget_done, shards_left
-from aiflux.core.runs.plan import Plan, PlanningKind, make_plan, read_plan, write_plan
+from aiflux.core.runs.plan import Plan, PlanningKind, input_rules, make_plan, read_plan, write_plan
 from aiflux.core.runs.status_file import (
     Counts,
     finished_counts,
@@ -28,6 +28,7 @@ from aiflux.core.runs.status_file import (
     run_status,
 )
 from aiflux.errors import ConfigError, ModelError, RunConflictError
+from aiflux.models.name import shown_digest
 from aiflux.util.files import (
     expanded,
     fsync_directory,
@@ -146,7 +147,8 @@ def draft_run(
     run.refuse_foreign()
     # If jsonschema is missing here, the worker checks with its own, or reports what to install.
     schemas = options.validate and can_check_schemas()
-    summary = scan_input(input_path, options.model, rules=kind.input_rules, schemas=schemas)
+    rules = input_rules(kind, options)
+    summary = scan_input(input_path, options.model, rules=rules, schemas=schemas)
     number = shards(summary) if callable(shards) else shards
     plan = make_plan(summary, output, options, models_dir, kind, number)
     seen = _seen(run)
@@ -284,6 +286,9 @@ def _show(plan: Plan) -> str:
     ]
     else_ = f"model defaults {', '.join(advised)}" if advised else "else the engine's defaults"
     given += settings_texts(plan.options.engine_settings)
+    given += [
+        f"--lora {each.name}={each.path} ({shown_digest(each.digest)})" for each in plan.adapters
+    ]
     models = ", ".join([*plan.served_names, *given, else_])
     command = plan.options.engine_command
     engine = plan.options.engine if command is None else f"{plan.options.engine} ({command})"

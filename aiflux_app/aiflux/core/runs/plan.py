@@ -19,7 +19,7 @@ from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
 from aiflux.errors import ConfigError, InputError, ModelError, RunConflictError, StoppedError
 from aiflux.models.name import parse_model_name, shown_digest
 from aiflux.util.files import read_file, write_json
-from aiflux.util.records import KEY, from_json, to_json
+from aiflux.util.records import KEY, OMITTED, from_json, to_json
 from aiflux.util.times import utc_now
 
 # Of one modern GPU with a model of a few billion parameters and 16 slots; a pilot
@@ -76,6 +76,24 @@ def auto_shards(summary: InputSummary, walltime: float) -> int:
     return max(1, min(int(wanted), summary.requests))
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, which requests name as their model.
+
+    Attributes:
+        path: absolute path.
+        digest: of its files when the run was planned.
+        rank: of its largest matrices; 0 if unknown.
+        base: the model that it was made for, as it names it; "" if it names none.
+    """
+
+    name: str
+    path: str
+    digest: str
+    rank: int = 0
+    base: str = ""
+
+
 PLAN_VERSION = 1
 # Runs of these kinds keep the ids from before plans named their engine.
 _UNNAMED = ("ollama", "external")
@@ -91,6 +109,7 @@ class Plan:
         models_dir: directory of the models; None if they are the server's.
         served_names: names under which the engine serves the models.
         digests: of the models when the run was planned; "" for one that was not stored.
+        adapters: of the run's only model.
     """
 
     input: InputFacts
@@ -102,6 +121,7 @@ class Plan:
     created: str
     served_names: tuple[str, ...] = field(default=(), metadata={KEY: "served"})
     digests: tuple[str, ...] = ()
+    adapters: tuple[Adapter, ...] = field(default=(), metadata=OMITTED)
     aiflux: str = __version__
     version: int = PLAN_VERSION
 
@@ -139,13 +159,41 @@ class Plan:
             )
 
     @property
+    def adapter_digests(self) -> dict[str, str]:
+        """The digest of each adapter by its name."""
+        return {adapter.name: adapter.digest for adapter in self.adapters}
+
+    @property
+    def engine_settings(self) -> dict[str, Any]:
+        """Settings of the engine's server that answers depend on, if they are set."""
+        adapters = {adapter.name: adapter.path for adapter in self.adapters}
+        return {**self.options.engine_settings, **({"lora": adapters} if adapters else {})}
+
+    def refuse_changed_adapter(self, planned: Adapter, found: Adapter) -> None:
+        """Refuse an adapter that is not the one that the run was planned with.
+
+        Raises:
+            ModelError: the digests differ; names both.
+        """
+        if planned.digest != found.digest:
+            raise ModelError(
+                f"the adapter {planned.name} changed since the run was planned: it was "
+                f"{shown_digest(planned.digest)}, and {planned.path} is now "
+                f"{shown_digest(found.digest)}",
+                "restore the earlier one, start a run with another output, or mix with the "
+                "results so far: the same command with --force-resume",
+            )
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the answers depend on in addition to the requests; fixed within a run."""
         defaults = self.options.model_defaults
-        more = {"defaults": defaults} if defaults else {}
+        more: dict[str, Any] = {"defaults": defaults} if defaults else {}
         # Another command can start another server, or the same with options that change answers.
         command = self.options.engine_command
         words = {} if command is None else {"command": command_words(command)}
+        if self.adapters:
+            more["adapters"] = self.adapter_digests
         return {
             "models": [*self.served_names],
             "parameters": self.options.parameters,
@@ -214,6 +262,25 @@ class PlanningKind(Protocol):
             ModelError: its files cannot be read.
         """
 
+    def read_adapter(self, models_dir: Path | None, model: str, name: str, path: str) -> Adapter:
+        """Return an adapter for a model, read from its files.
+
+        Raises:
+            ModelError: it cannot be read, or cannot be used with the model.
+            ConfigError: the engine has no adapters.
+        """
+
+
+def input_rules(kind: PlanningKind, options: RunOptions) -> InputRules:
+    """Return the rules for the input of a run with these options."""
+    rules = kind.input_rules
+    fields_ = {
+        name: rule
+        for name, rule in rules.ignored_fields.items()
+        if not (rule.unless and getattr(options, rule.unless))
+    }
+    return replace(rules, ignored_fields=fields_, adapters=frozenset(options.lora))
+
 
 def make_plan(
     summary: InputSummary,
@@ -233,7 +300,8 @@ def make_plan(
         ConfigError: a model's name is wrong, or an option does not suit the engine.
     """
     kind.refuse_run(options, summary.endpoints)
-    names = [options.model] if options.model else list(summary.models)
+    named = [name for name in summary.models if name not in options.lora]
+    names = [options.model] if options.model else named
     if not names:
         raise InputError("no request names a model, and --model was not given", "--model NAME:TAG")
     names = kind.distinct_models(names)
@@ -248,8 +316,31 @@ def make_plan(
         options=_with_defaults_of(served if kind.stores_models else (), options),
         shards=cut(summary, shards),
         digests=tuple(digest or "" for digest in digests),
+        adapters=_adapters(options, names, folder, kind),
         models_dir=folder,
         created=utc_now(),
+    )
+
+
+def _adapters(
+    options: RunOptions, models: Sequence[str], models_dir: Path | None, kind: PlanningKind
+) -> tuple[Adapter, ...]:
+    """Read the adapters of a run, which must have one model."""
+    if not options.lora:
+        return ()
+    if len(models) > 1:
+        raise InputError(
+            f"--lora needs a run with one model; the requests name {', '.join(models)}",
+            "name the model of the adapters with --model, and run the others separately",
+        )
+    for name in options.lora:
+        if kind.input_rules.accepts_model(models[0], name):
+            raise ConfigError(
+                f"the adapter {name!r} has a name of the model {models[0]}",
+                "choose another name: --lora NAME=PATH",
+            )
+    return tuple(
+        kind.read_adapter(models_dir, models[0], name, path) for name, path in options.lora.items()
     )
 
 

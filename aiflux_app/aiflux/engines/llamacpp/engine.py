@@ -57,6 +57,7 @@ class LlamaCppEngine(ManagedEngine):
         files = self._files()
         self.spec.home.mkdir(parents=True, exist_ok=True)
         self._refuse_cpu()
+        self._refuse_changed_adapters()
         while True:
             try:
                 client = self._load(files)
@@ -114,6 +115,11 @@ class LlamaCppEngine(ManagedEngine):
         elif not self._options.allow_cpu:
             command += ["-ngl", _ALL_LAYERS]
         command += ["-lv", _DEBUG if self._options.log_level == "DEBUG" else _WARNINGS]
+        command += ["--jinja"]  # without it, older builds do not parse tool calls
+        if self._options.reasoning_parser is not None:
+            command += ["--reasoning-format", self._options.reasoning_parser]
+        if self.spec.plan.adapters:
+            command += ["--lora", ",".join(each.path for each in self.spec.plan.adapters)]
         # Of an option that is given twice, the last value counts.
         return command + self._pooling_options() + option_words(self._options.engine_arg)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
+from aiflux.core.batch.request import WITHOUT_TEXT
 from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Adapter
 from aiflux.engines.base import (
     CommonKind,
     Engine,
@@ -17,11 +20,12 @@ from aiflux.engines.base import (
     refuse_mixed_uses,
 )
 from aiflux.engines.llamacpp import model_file
+from aiflux.engines.llamacpp.adapter import read_adapter
 from aiflux.engines.llamacpp.options import MANAGED
 from aiflux.engines.ollama.memory import estimate
 from aiflux.engines.ollama.store import model_digest
-from aiflux.engines.server_options import refuse_managed
-from aiflux.errors import ModelError
+from aiflux.engines.server_options import refuse_managed, refuse_unsupported
+from aiflux.errors import InputError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
@@ -31,6 +35,11 @@ def _accepts_model(model: str, named: str) -> bool:
     if model_file.is_path(model):
         return named in model_file.model_names(model_file.absolute_name(model))
     return accepts_model(model, named)
+
+
+_INSTEAD = {
+    "tool_parser": "leave it out: llama.cpp parses tool calls itself, by the model's template",
+}
 
 
 class LlamaCppKind(CommonKind):
@@ -50,7 +59,13 @@ class LlamaCppKind(CommonKind):
             InputError: the input mixes them, and a server supports only one.
         """
         refuse_managed(self.title, options.engine_arg, MANAGED)
+        refuse_unsupported(self.title, options, _INSTEAD)
         refuse_mixed_uses(self.title, endpoints)
+        if options.lora and {*endpoints} & WITHOUT_TEXT:
+            raise InputError(
+                "llama.cpp applies adapters (--lora) to text only, not to embeddings and reranking",
+                "merge the adapter into the model, or use --engine vllm",
+            )
 
     def served_name(self, model: str) -> str:
         """Return the name for the server: Ollama's, or the path of the file.
@@ -137,6 +152,19 @@ class LlamaCppKind(CommonKind):
         return estimate(
             figures, context, slots, gpus=gpus, flash=True, cache_type=cache_type, one_slot=False
         ).total
+
+    def read_adapter(self, models_dir: Path | None, model: str, name: str, path: str) -> Adapter:
+        """Return an adapter in a GGUF file.
+
+        Raises:
+            ModelError: it cannot be read, or is for another architecture than the model's.
+        """
+        figures = self.figures(models_dir, model, None)
+        return read_adapter(name, path, figures.architecture.name if figures else None)
+
+    def select_adapter(self, index: int | None, count: int) -> Mapping[str, Any]:
+        """Return the scale of each adapter: without them, llama-server applies all of them."""
+        return {"lora": [{"id": at, "scale": float(at == index)} for at in range(count)]}
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
         """Return a server on the spec's GPUs."""

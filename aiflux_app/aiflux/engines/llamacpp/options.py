@@ -32,6 +32,8 @@ MANAGED = managed_options(
         "host port reuse-port path api-prefix api-key api-key-file ssl-key-file ssl-cert-file "
         "metrics offline ui webui no-ui no-webui",
     ),
+    ("use --lora", "lora lora-scaled lora-init-without-apply"),
+    ("use --reasoning-parser", "reasoning-format"),
     (
         "leave it out: the engine's log is in the run directory; --log-level DEBUG logs more",
         "log-disable log-file log-jsonl no-log-jsonl log-verbose verbose v log-verbosity "

@@ -43,8 +43,13 @@ IGNORED_FIELDS = {
 
 
 # Settings that Ollama's server does not have.
+_ITSELF = "leave it out: Ollama parses tool calls and reasoning itself, by the model's template"
 _INSTEAD = {
     "engine_arg": "set a variable of Ollama, such as --engine-env OLLAMA_FLASH_ATTENTION=1",
+    "lora": "create a model with it (ollama create, with ADAPTER in the Modelfile), or use "
+    "--engine vllm or llamacpp",
+    "tool_parser": _ITSELF,
+    "reasoning_parser": _ITSELF,
 }
 # Ollama's messages in a 500 when its runner process died during the request (llm/server.go).
 _RUNNER_DIED = (

@@ -13,6 +13,7 @@ from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment, free_port, loopback_url
+from aiflux.engines.vllm.adapter import adapter_words
 from aiflux.engines.vllm.hub import (
     find_snapshot,
     parse_hub_model,
@@ -21,7 +22,7 @@ from aiflux.engines.vllm.hub import (
     stored_snapshot,
 )
 from aiflux.engines.vllm.memory import divides
-from aiflux.engines.vllm.options import option_words
+from aiflux.engines.vllm.options import option_words, parser_words
 from aiflux.errors import ConfigError
 
 
@@ -44,6 +45,7 @@ class VllmEngine(ManagedEngine):
         if not any("tokenizer" in name for name in self._options.engine_arg):
             refuse_missing_tokenizer(self._snapshot)
         self._refuse_division()
+        self._refuse_changed_adapters()
 
     def start(self) -> None:
         """Start the server and wait until its model is loaded.
@@ -101,6 +103,10 @@ class VllmEngine(ManagedEngine):
             words += ["--runner", "pooling"]
         if endpoints == {EMBEDDINGS}:
             words += ["--convert", "embed"]
+        if not endpoints <= WITHOUT_TEXT:
+            words += parser_words(self._options)
+        words += adapter_words(self.spec.plan.adapters, self._served)
+        # Of an option that is given twice, the last value counts.
         return words + option_words(self._options.engine_arg)
 
     def _environment(self) -> dict[str, str]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
+from aiflux.core.batch.request import FieldRule
 from aiflux.core.config.run_options import RunOptions
+from aiflux.core.runs.plan import Adapter
 from aiflux.engines.base import (
     CommonKind,
     Engine,
@@ -22,6 +24,7 @@ from aiflux.engines.base import (
     refuse_mixed_uses,
 )
 from aiflux.engines.server_options import refuse_managed
+from aiflux.engines.vllm.adapter import read_adapter
 from aiflux.engines.vllm.hub import (
     PREFIX,
     absent,
@@ -135,6 +138,21 @@ class HubStore:
         place_snapshot(models_dir, read_snapshot(manifest), folder)
 
 
+# vLLM answers such requests with status 400 (vllm/renderers/online_renderer.py), except for models
+# whose tool calls it always parses, such as gpt-oss.
+_REJECTED = {
+    "tools": FieldRule(
+        "most models need a parser of their tool calls",
+        ([],),
+        verb="rejects",
+        fix="name the model's parser, such as --tool-parser hermes (vLLM's documentation lists "
+        "them); or set tool_choice to none in the requests",
+        unless="tool_parser",
+        off=("tool_choice", "none"),
+    ),
+}
+
+
 class VllmKind(CommonKind):
     """vLLM."""
 
@@ -145,7 +163,7 @@ class VllmKind(CommonKind):
     store: ModelStore | None = HubStore()
     # vLLM's default on GPUs of up to 70 GiB, and half of that on CPUs (vllm/engine/arg_utils.py).
     slot_limits = SlotLimits(256, (256, 192, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1), 64, 64)
-    input_rules = InputRules(accepts_hub_model)
+    input_rules = InputRules(accepts_hub_model, _REJECTED)
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse options that AI-Flux sets, and a mix of text, embeddings and reranking.
@@ -271,6 +289,15 @@ class VllmKind(CommonKind):
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Use the name under which vLLM serves the model."""
         return {} if body.get("model") in (None, served) else {"model": served}
+
+    def read_adapter(self, models_dir: Path | None, model: str, name: str, path: str) -> Adapter:
+        """Return an adapter in PEFT's format.
+
+        Raises:
+            ModelError: it cannot be read, or vLLM cannot use it with the model.
+        """
+        figures = self.figures(models_dir, model, None)
+        return read_adapter(name, Path(path), figures.architecture if figures else None)
 
     def crash_code(self, status: int, message: str) -> str | None:
         """Return the code of an answer that shows that vLLM's engine process died."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from aiflux.core.config.run_options import RunOptions
 from aiflux.engines.server_options import NETWORK, managed_options
 
 _PARALLEL = "use --gpus-per-engine: AI-Flux starts one server for each group of GPUs"
@@ -15,7 +16,7 @@ MANAGED = managed_options(
     ("use --model", "model served-model-name hf-token revision"),
     ("use --slots", "max-num-seqs"),
     ("use --context-length", "max-model-len"),
-    ("leave it out: it follows from the endpoints of the requests", "runner convert task"),
+    ("leave it out: it follows from the endpoints of the requests", "runner convert"),
     (
         "leave it out: requests and AI-Flux's options set the sampling parameters",
         "generation-config override-generation-config",
@@ -34,11 +35,23 @@ MANAGED = managed_options(
         "host port uds grpc grpc-port api-key root-path ssl-keyfile ssl-certfile ssl-ca-certs "
         "enable-ssl-refresh ssl-cert-reqs ssl-ciphers",
     ),
+    ("use --lora", "enable-lora lora-modules max-lora-rank"),
+    ("use --tool-parser", "enable-auto-tool-choice tool-call-parser"),
+    ("use --reasoning-parser", "reasoning-parser"),
     ("leave it out: the engine's log is in the run directory", "disable-uvicorn-access-log"),
     ("give its options by themselves: --engine-arg KEY=VALUE for each", "config"),
-    ("run vllm serve --help=all", "help h version v"),
+    ("run vllm serve --help=all", "help h"),
 )
 """The remedy for each option that is refused, by its name."""
+
+
+def parser_words(options: RunOptions) -> list[str]:
+    """Return the words of the command line for the parsers of tool calls and reasoning."""
+    tools = ["--enable-auto-tool-choice", f"--tool-call-parser={options.tool_parser}"]
+    return [
+        *(tools if options.tool_parser else []),
+        *([f"--reasoning-parser={options.reasoning_parser}"] if options.reasoning_parser else []),
+    ]
 
 
 def option_words(options: Mapping[str, str]) -> list[str]:

@@ -31,13 +31,12 @@ from aiflux.engines.vllm.hub import (
 from aiflux.engines.vllm.store import (
     STAGING,
     blob_digest,
-    file_digest,
     git_digest,
     move_snapshot,
 )
 from aiflux.errors import AifluxError, ModelError, StorageError
 from aiflux.util.extras import need
-from aiflux.util.files import storage_error
+from aiflux.util.files import file_digest, storage_error
 from aiflux.util.text import error_text, size_text
 
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*",

@@ -76,20 +76,27 @@ def problem_with(path: Path) -> str | None:
 
 
 def read_config(snapshot: Path) -> dict[str, Any]:
-    """Return a model's ``config.json``.
+    """Return a model's ``config.json``; ModelError if it cannot be read, or is not an object."""
+    return read_json(snapshot / "config.json", DAMAGED)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Args:
+        remedy: for a file that is missing or damaged.
 
     Raises:
-        ModelError: it cannot be read, or is not an object.
+        ModelError: the file cannot be read, or is not an object.
     """
-    path = snapshot / "config.json"
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
+        raise ModelError(f"{path} cannot be read: {error_text(error)}", remedy) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error_text(error)}", DAMAGED) from error
+        raise ModelError(f"{path} is not JSON: {error}", remedy) from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object", DAMAGED)
+        raise ModelError(f"{path} is not a JSON object", remedy)
     return config
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import sha1, sha256
+from hashlib import sha1
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +36,7 @@ from aiflux.engines.vllm.hub import (
     stored_snapshot,
 )
 from aiflux.errors import ConfigError, ModelError
-from aiflux.util.files import atomic_write, fsync_directory, storage_error
+from aiflux.util.files import atomic_write, file_digest, fsync_directory, storage_error
 
 STAGING = ".staging"
 _MEDIA_TYPE = "application/vnd.aiflux.hub.file"
@@ -244,15 +244,6 @@ def move_snapshot(staged: Path, store: Path, commit: str, ref: str) -> None:
 def blob_digest(path: Path) -> str:
     """Return a blob's hash, of the kind that its name has."""
     return file_digest(path) if len(path.name) == _SHA256_DIGITS else git_digest(path)
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256, hex."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def git_digest(path: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from aiflux.core.batch.request import FIX, ignored_texts
+from aiflux.core.batch.request import ignored_texts
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
@@ -213,10 +213,21 @@ def check_models(plan: Plan) -> Iterator[Finding]:
 
 
 def check_fields(plan: Plan) -> Iterator[Finding]:
-    """Warn of request fields that the engine ignores."""
+    """Warn of request fields that the engine ignores or rejects, and of doubtful adapters."""
     kind = engine_kind(plan.options)
-    for text in ignored_texts(plan.input.ignored, kind.title, kind.input_rules.ignored_fields):
-        yield Finding("warning", text, FIX)
+    rules = kind.input_rules.ignored_fields
+    for text, fix in ignored_texts(plan.input.ignored, kind.title, rules):
+        yield Finding("warning", text, fix)
+    for adapter in plan.adapters:
+        base, model = (name.rstrip("/").rpartition("/")[2] for name in (
+            adapter.base, plan.served_names[0]))  # fmt: skip
+        if base and base.lower() != model.lower():
+            yield Finding(
+                "warning",
+                f"the adapter {adapter.name} was made for {adapter.base}, and the run's model is "
+                f"{plan.served_names[0]}",
+                "check that they are the same model",
+            )
 
 
 def check_space(plan: Plan) -> Iterator[Finding]:

@@ -273,7 +273,7 @@ def test_yaml_does_not_convert_values(tmp_path: Path) -> None:
 def test_every_environment_name_is_read(tmp_path: Path) -> None:
     texts = {"time": "1:00:00", "mem": "8G", "engine_url": "http://h:1", "log_level": "DEBUG",
              "top_p": "0.5", "engine": "ollama", "engine_command": "x {port}",
-             "gpu_vendor": "amd"}  # fmt: skip
+             "gpu_vendor": "amd", "lora": "a=/b"}  # fmt: skip
     for setting in SETTINGS:
         if setting.env is None:
             continue
@@ -394,9 +394,9 @@ def test_a_setting_is_declared_where_its_field_is() -> None:
 
 @pytest.mark.parametrize("setting", [item for item in SETTINGS if item.repeatable])
 def test_a_repeated_option_gives_all_its_values(tmp_path: Path, setting: Setting) -> None:
-    words = ["run", "in.jsonl", setting.option, "A=1", setting.option, "B=2 3"]
+    words = ["run", "in.jsonl", setting.option, "A=/1", setting.option, "B=/2 3"]
     value = config(tmp_path, arguments=given_settings(parse(words).params)).get(setting.name)
-    assert value in ({"A": "1", "B": "2 3"}, ("A=1", "B=2 3"))
+    assert value in ({"A": "/1", "B": "/2 3"}, ("A=/1", "B=/2 3"))
     assert config(tmp_path, arguments=given_settings(parse(["run", "x"]).params)).get(
         setting.name
     ) == (setting.default)

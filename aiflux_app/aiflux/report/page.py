@@ -9,7 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from aiflux.core.batch.results_file import EMPTY_REASONS
+from aiflux.core.batch.results_file import EMPTY_REASONS, TOOL_CALL
 from aiflux.estimates.estimate import ComparedFigure
 from aiflux.report.data import EngineRow, Report, ShardRow
 from aiflux.report.format import (
@@ -159,7 +159,11 @@ def attempt_notes(report: Report) -> Iterator[tuple[int, str, str]]:
             "truncated by the engine: raise --context-length, or shorten them",
         ),
         *(
-            (counts.empty_answers.get(reason, 0), "empty answer", words)
+            (
+                counts.empty_answers.get(reason, 0),
+                "answer" if reason == TOOL_CALL else "empty answer",
+                words,
+            )
             for reason, words in EMPTY_REASONS.items()
         ),
     )

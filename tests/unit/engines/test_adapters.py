@@ -12,8 +12,9 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config
 from aiflux.core.config.slurm_config import SlurmConfig
-from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.plan import Adapter, Plan
 from aiflux.engines.kinds import kind_named
+from aiflux.engines.vllm.adapter import adapter_words
 from aiflux.errors import (
     AifluxError,
     ConfigError,
@@ -109,10 +110,18 @@ def test_vllm_gets_rank_names_and_paths(tmp_path: Path, monkeypatch: pytest.Monk
     line = next(line for line in next(log).read_text().splitlines() if "command: " in line)
     words = json.loads(line.partition("command: ")[2])
     at = words.index("--enable-lora")
-    assert words[at : at + 5] == ["--enable-lora", "--max-lora-rank=16", "--max-loras=3",
-                                  "--max-cpu-loras=3", "--lora-modules"]  # fmt: skip
+    assert words[at : at + 5] == ["--enable-lora", "--max-lora-rank=16", "--max-loras=4",
+                                  "--max-cpu-loras=4", "--lora-modules"]  # fmt: skip
     assert [json.loads(each)["name"] for each in words[at + 5 :]] == ["x, y", "formal", "funny"]
     assert json.loads(words[at + 5])["path"] == str(odd)
+
+
+def test_gpus_have_room_for_eight_adapters_at_once_and_a_cpu_for_one_more_than_all() -> None:
+    """On a CPU, vLLM takes the last place for that of requests without an adapter."""
+    ten = [Adapter(f"a{at}", f"/a{at}", "d", 8) for at in range(10)]
+    gpus, cpu = (adapter_words(ten, "m", on_gpus=on_gpus) for on_gpus in (True, False))
+    assert gpus[2:4] == ["--max-loras=8", "--max-cpu-loras=10"]
+    assert cpu[2:4] == ["--max-loras=11", "--max-cpu-loras=11"]
 
 
 def test_a_name_that_is_neither_model_nor_adapter_is_an_input_error(run: Adapted) -> None:

@@ -241,7 +241,7 @@ def test_the_parsers_reach_vllm_and_answers_with_tool_calls_count(
     monkeypatch.chdir(tmp_path)
     assert main(["status", "out.json"]) == 0
     shown = capsys.readouterr().out
-    assert "2/2 done" in shown
+    assert "2 answered, 1 with a tool call" in shown
     assert "--tool-parser hermes --reasoning-parser qwen3" in shown
 
 

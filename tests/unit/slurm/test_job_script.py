@@ -994,9 +994,20 @@ def test_models_that_are_not_in_the_models_directory_are_mounted(place: Place) -
 def test_the_generic_script_mounts_a_model_that_a_path_names(place: Place) -> None:
     file = place.folder / "m.gguf"
     file.touch()
-    for words in (("--model", str(file)), (f"--model={file}",)):
+    for words in (("--model", str(file)), (f"--model={file}",), ("--lora", f"a={file}"),
+                  (f"--lora=a={file}",)):  # fmt: skip
         assert generic(place, str(place.input), *words).returncode == 0
         assert mount(file, True) in place.fakes.calls("apptainer")[-1].argv
+
+
+def test_the_generic_script_mounts_the_adapters_of_the_environment(
+    place: Place, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    done = generic(place, str(place.input), AIFLUX_LORA=f"a={adapter} b=x")
+    assert done.returncode == 0
+    assert mount(adapter, True) in place.fakes.calls("apptainer")[-1].argv
 
 
 @pytest.mark.parametrize(

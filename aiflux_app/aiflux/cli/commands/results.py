@@ -27,7 +27,13 @@ from aiflux.cli.pipes import destination, refuse_both
 from aiflux.cli.run_argument import located
 from aiflux.converters.results import BackOptions, BackSummary
 from aiflux.converters.results.answers import entries, prompt_text, refuse_unfit
-from aiflux.core.batch.results_file import EMPTY_REASONS, ResultEntry, answered_words, vectors
+from aiflux.core.batch.results_file import (
+    EMPTY_REASONS,
+    TOOL_CALL,
+    ResultEntry,
+    answered_words,
+    vectors,
+)
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES
 from aiflux.core.runs.plan import read_plan
 from aiflux.util.files import expanded
@@ -274,7 +280,9 @@ def _answer(entry: ResultEntry) -> str:
     if sizes:
         return f"{len(sizes)} embedding(s) of {sizes[0]} numbers"
     empty = entry.choice.empty
-    return entry.answer if empty is None else f"(empty: {EMPTY_REASONS[empty]})"
+    if empty is None:
+        return entry.answer
+    return f"({'' if empty == TOOL_CALL else 'empty: '}{EMPTY_REASONS[empty]})"
 
 
 def _short(text: str) -> str:

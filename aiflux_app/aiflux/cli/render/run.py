@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aiflux.core.batch.results_file import answered_words
+from aiflux.core.batch.results_file import TOOL_CALL, answered_words
 from aiflux.core.config.run_options import settings_texts
 from aiflux.core.runs.plan import Plan
 from aiflux.slurm.run_view import RequestError, RunState, RunView, ShardState, ShardView
@@ -128,7 +128,8 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
     speed = _speed(view) if not view.ended else ""
     lines += [Text(words) for words in (speed, _used(view), _seal(view)) if words]
     if view.empty_answers:
-        lines.append(Text(answered_words(view.completed, view.empty_answers), style="yellow"))
+        style = "yellow" if view.empty_answers.keys() - {TOOL_CALL} else ""
+        lines.append(Text(answered_words(view.completed, view.empty_answers), style=style))
     if len(view.shards) == 1:
         lines += _only_shard(view)
     else:

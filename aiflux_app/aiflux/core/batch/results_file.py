@@ -47,11 +47,13 @@ class ResultEntry:
         return "" if self.error is None else f"{self.error['code']}: {self.error['message']}"
 
 
+TOOL_CALL = "tool_call"
+"""Reason of an answer that has no text because it calls a tool: it does not count as empty."""
 EMPTY_REASONS = {
     "reasoning": "ended in reasoning: raise max_tokens",
     "length": "cut before the first word: raise max_tokens",
     "only_reasoning": "with reasoning only",
-    "tool_call": "with a tool call",
+    TOOL_CALL: "with a tool call",
     "refusal": "refused",
     "content_filter": "stopped by a content filter",
     "no_text": "without any text",
@@ -108,7 +110,7 @@ def _parts_text(content: Any, key: str) -> str:
 
 def _empty_reason(message: dict[str, Any], finish: Any, reasoning: str) -> str:
     if message.get("tool_calls") or message.get("function_call"):
-        return "tool_call"
+        return TOOL_CALL
     if message.get("refusal") or _parts_text(message.get("content"), "refusal"):
         return "refusal"
     if finish == "content_filter":
@@ -120,14 +122,14 @@ def _empty_reason(message: dict[str, Any], finish: Any, reasoning: str) -> str:
 
 def answered_words(answered: int, empty: Mapping[str, int]) -> str:
     """Return the number of answers, of empty ones, and their reasons, as text."""
-    words = f"{answered:,} answered"
-    count = sum(empty.values())
-    if not count:
-        return words
-    reasons = (
-        f"{empty[name]:,} {EMPTY_REASONS[name]}" for name in EMPTY_REASONS if empty.get(name)
-    )
-    return f"{words}, {count:,} of them empty ({'; '.join(reasons)})"
+    reasons = [name for name in EMPTY_REASONS if empty.get(name) and name != TOOL_CALL]
+    words = [f"{answered:,} answered"]
+    if reasons:
+        listed = "; ".join(f"{empty[name]:,} {EMPTY_REASONS[name]}" for name in reasons)
+        words.append(f"{sum(empty[name] for name in reasons):,} of them empty ({listed})")
+    if empty.get(TOOL_CALL):
+        words.append(f"{empty[TOOL_CALL]:,} {EMPTY_REASONS[TOOL_CALL]}")
+    return ", ".join(words)
 
 
 def answer_texts(body: Any) -> list[str]:

@@ -136,14 +136,18 @@ def _refuse_other_shape(
             )
 
 
-def adapter_words(adapters: Sequence[Adapter], served: str) -> list[str]:
+def adapter_words(adapters: Sequence[Adapter], served: str, *, on_gpus: bool) -> list[str]:
     """Return the words of the command line that load adapters.
 
     Args:
         served: name of the model in requests.
+        on_gpus: whether the model runs on GPUs.
     """
     if not adapters:
         return []
+    # On a CPU, vLLM 0.32 applies the adapter in the last place to a request without one that is in
+    # a batch with others (lora/ops/torch_ops: its index is -1). So the last place stays empty.
+    places = min(len(adapters), _AT_ONCE) if on_gpus else len(adapters) + 1
     largest = max(adapter.rank for adapter in adapters)
     modules = [
         # In this form, names and paths may contain any character.
@@ -153,8 +157,8 @@ def adapter_words(adapters: Sequence[Adapter], served: str) -> list[str]:
     return [
         "--enable-lora",
         f"--max-lora-rank={next(rank for rank in _RANKS if rank >= largest)}",
-        f"--max-loras={min(len(adapters), _AT_ONCE)}",
-        f"--max-cpu-loras={len(adapters)}",
+        f"--max-loras={places}",
+        f"--max-cpu-loras={max(places, len(adapters))}",
         "--lora-modules",
         *modules,
     ]

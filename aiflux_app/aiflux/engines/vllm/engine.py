@@ -105,7 +105,8 @@ class VllmEngine(ManagedEngine):
             words += ["--convert", "embed"]
         if not endpoints <= WITHOUT_TEXT:
             words += parser_words(self._options)
-        words += adapter_words(self.spec.plan.adapters, self._served)
+        adapters = self.spec.plan.adapters
+        words += adapter_words(adapters, self._served, on_gpus=bool(self.spec.devices))
         # Of an option that is given twice, the last value counts.
         return words + option_words(self._options.engine_arg)
 

@@ -35,7 +35,7 @@ MANAGED = managed_options(
         "host port uds grpc grpc-port api-key root-path ssl-keyfile ssl-certfile ssl-ca-certs "
         "enable-ssl-refresh ssl-cert-reqs ssl-ciphers",
     ),
-    ("use --lora", "enable-lora lora-modules max-lora-rank"),
+    ("use --lora", "enable-lora lora-modules max-lora-rank max-loras max-cpu-loras"),
     ("use --tool-parser", "enable-auto-tool-choice tool-call-parser"),
     ("use --reasoning-parser", "reasoning-parser"),
     ("leave it out: the engine's log is in the run directory", "disable-uvicorn-access-log"),

@@ -91,9 +91,7 @@ def test_a_run_says_how_many_answers_are_empty_and_why(
         assert working.run() is ExitCode.OK
     counts = {reason: REASONS.count(reason) for reason in REASONS}
     words = answered_words(len(ANSWERS), counts)
-    assert words.startswith(
-        "15 answered, 10 of them empty (2 ended in reasoning: raise max_tokens;"
-    )
+    assert words.startswith("15 answered, 8 of them empty (2 ended in reasoning: raise max_tokens;")
     assert words in working.reporter.messages
     assert working.status["aiflux"]["totals"]["empty_answers"] == counts
     if form == "json":
@@ -112,7 +110,7 @@ def test_a_run_says_how_many_answers_are_empty_and_why(
         "2 empty answers</strong> ended in reasoning: raise max_tokens." in capsys.readouterr().out
     )
     assert main(["results", "show", name]) == 0
-    assert "(empty: with a" in capsys.readouterr().out
+    assert "(with a tool" in capsys.readouterr().out
 
     assert main(["results", "to-csv", name, "--reasoning", "--output", "a.csv"]) == 0
     assert f"16 rows -> a.csv: {words}, 1 failed" in capsys.readouterr().out

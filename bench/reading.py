@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aiflux.core.batch.input_file import scan_input
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.open import draft_run

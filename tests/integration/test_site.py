@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.core.config.config import SlurmConfig
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.image.sif import machine_arch, read_image
 from aiflux.slurm.cluster import ask_cluster
 from aiflux.slurm.preflight.cluster import check_job_image, cluster_checks

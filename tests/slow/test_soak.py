@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import draft_run
 from aiflux.engines.kinds import kind_named

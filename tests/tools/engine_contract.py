@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from aiflux.core.batch.input_file import scan_input
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import make_plan
 from aiflux.engines.base import Engine, EngineKind, EngineSpec
 from aiflux.engines.http import Client, ExchangeError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputFacts
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan, Shard, write_plan
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import OpenedRun, draft_run
 from aiflux.core.runs.plan import read_plan

@@ -27,7 +27,7 @@ from aiflux import __version__
 from aiflux.bundle import installer
 from aiflux.bundle.installer import CONTENTS, SUMS, TOP, VERSION
 from aiflux.bundle.model_archive import packed_size
-from aiflux.core.config.slurm_config import AMD, NVIDIA
+from aiflux.core.config.settings import AMD, NVIDIA
 from aiflux.engines.base import PackedModel
 from aiflux.engines.ollama.store import (
     HashedReader,

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.slurm_config import AMD
+from aiflux.core.config.settings import AMD
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.open import OpenedRun
 from aiflux.core.runs.output import merge

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import KINDS
-from aiflux.core.config.slurm_config import AMD, VENDOR_TITLES
+from aiflux.core.config.settings import AMD, VENDOR_TITLES
 from aiflux.doctor import host
 from aiflux.engines.gpu_readings import amd_readings, nvidia_devices, nvidia_readings
 from aiflux.engines.gpus import TOPOLOGY, gpu_vendor, kfd_devices

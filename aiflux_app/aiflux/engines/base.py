@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import WITHOUT_TEXT
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Adapter, Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.server_options import SERVER_SETTINGS, refuse_unsupported

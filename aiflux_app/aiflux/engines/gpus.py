@@ -22,7 +22,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from aiflux.core.config.slurm_config import AMD, NVIDIA
+from aiflux.core.config.settings import AMD, NVIDIA
 from aiflux.engines.gpu_readings import (
     GpuReading,
     amd_readings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from aiflux.core.config.engine_kinds import KINDS
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.engines.base import EngineKind
 
 

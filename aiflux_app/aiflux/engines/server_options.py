@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.errors import ConfigError
 
 _LOOPBACK = "leave it out: the server listens on loopback, for AI-Flux only"

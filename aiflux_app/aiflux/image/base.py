@@ -17,7 +17,7 @@ from email.message import Message
 from http import HTTPStatus
 from pathlib import Path
 
-from aiflux.core.config.slurm_config import AMD, NVIDIA, VENDOR_TITLES
+from aiflux.core.config.settings import AMD, NVIDIA, VENDOR_TITLES
 from aiflux.errors import ImageError
 
 _TIMEOUT = 8.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
-from aiflux.core.config.slurm_config import AMD
+from aiflux.core.config.settings import AMD
 from aiflux.core.config.sources import refuse_foreign
 from aiflux.errors import ImageError
 from aiflux.image.sif import CHECKOUT, how_to_build, make_options, own_image

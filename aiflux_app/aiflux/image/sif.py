@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
-from aiflux.core.config.slurm_config import AMD, VENDOR_TITLES
+from aiflux.core.config.settings import AMD, VENDOR_TITLES
 from aiflux.errors import ImageError
 
 # launch script, magic, version, architecture, UUID; times; free, total, offset and length of the

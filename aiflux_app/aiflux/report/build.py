@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from aiflux import __version__
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile
 from aiflux.engines.kinds import engine_kind

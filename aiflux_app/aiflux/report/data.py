@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from aiflux.core.config.run_options import left_open
+from aiflux.core.config.settings import left_open
 from aiflux.estimates.estimate import ComparedFigure
 from aiflux.report.journal_summary import Example, Throughput
 

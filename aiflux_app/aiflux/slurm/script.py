@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from aiflux.core.config.config import SlurmConfig
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import LIBRARY_VARIABLES

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiflux.core.batch.input_file import InputSummary
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
 from aiflux.core.runs.output import shards_left

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 
-from aiflux.core.config.slurm_config import VENDOR_TITLES
+from aiflux.core.config.settings import VENDOR_TITLES
 from aiflux.core.runs.status_file import GpuUse
 from aiflux.engines.gpu_readings import GpuReading
 from aiflux.engines.gpus import gpu_vendor, readings

@@ -20,7 +20,7 @@ from aiflux.core.batch.schema import (
     requested_schema,
     schema_text,
 )
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.engines.outcome import Kind, Outcome
 from aiflux.worker.schema_process import (
     FITS,

@@ -11,7 +11,7 @@ import pytest
 
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config
-from aiflux.core.config.slurm_config import SlurmConfig
+from aiflux.core.config.settings import SlurmConfig
 from aiflux.core.runs.plan import Adapter, Plan
 from aiflux.engines.kinds import kind_named
 from aiflux.engines.vllm.adapter import adapter_words

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from aiflux.core.batch.input_file import scan_input
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.base import Engine, EngineSpec

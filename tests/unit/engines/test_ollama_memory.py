@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.store import known_figures, stored_figures

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import KINDS
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.open import draft_run
 from aiflux.engines.base import Engine
 from aiflux.engines.kinds import kind_named

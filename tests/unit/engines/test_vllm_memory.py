@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.engines.vllm.kind import KIND
 from aiflux.engines.vllm.memory import cache_size, divides, memory_needed
 from aiflux.engines.vllm.safetensors import (

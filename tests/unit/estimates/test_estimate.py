@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from aiflux.cli.render.estimate import comparison, count, forecast, full_command
 from aiflux.core.batch.input_file import scan_input
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile, Totals
 from aiflux.engines.kinds import kind_named

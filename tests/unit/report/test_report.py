@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from aiflux.cli.main import main
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.journal import JournalWriter, Result
 from aiflux.core.runs.plan import write_plan
 from aiflux.core.runs.status_file import GpuUse, read_status

@@ -11,7 +11,7 @@ import pytest
 
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.engines.ollama.kind import KIND

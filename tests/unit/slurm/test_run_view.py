@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.errors import AifluxError, ExitCode, RunConflictError
 from aiflux.slurm.commands import run_directory_of
 from aiflux.slurm.jobs import JobId, TaskState

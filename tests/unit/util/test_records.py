@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from aiflux.core.batch.input_file import InputFacts
 from aiflux.core.batch.request import IgnoredField
 from aiflux.core.config.config import SlurmConfig
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan, Shard
 from aiflux.core.runs.status_file import StatusDetails, StatusFile
 from aiflux.errors import ConfigError

@@ -13,7 +13,7 @@ from aiflux.core.batch.input_file import InputRules, scan_input
 from aiflux.core.batch.request import ignored_texts
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import input_rules
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import InputError

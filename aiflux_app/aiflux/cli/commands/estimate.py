@@ -26,8 +26,7 @@ from aiflux.cli.run_argument import make_console, show
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.run_options import RunOptions
-from aiflux.core.config.settings import given_settings
+from aiflux.core.config.settings import RunOptions, given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, input_rules, make_plan, read_plan

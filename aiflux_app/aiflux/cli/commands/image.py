@@ -12,7 +12,7 @@ from rich.table import Table
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import FILE, Choice, Function, WholeNumber, argument, group, option
 from aiflux.core.config.config import Config
-from aiflux.core.config.slurm_config import NVIDIA, VENDOR_TITLES
+from aiflux.core.config.settings import NVIDIA, VENDOR_TITLES
 from aiflux.errors import ImageError
 from aiflux.image.base import ENGINES, BuildOptions
 from aiflux.image.build import build as build_image

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from aiflux.core.batch.results_file import TOOL_CALL, answered_words
-from aiflux.core.config.run_options import settings_texts
+from aiflux.core.config.settings import settings_texts
 from aiflux.core.runs.plan import Plan
 from aiflux.slurm.run_view import RequestError, RunState, RunView, ShardState, ShardView
 from aiflux.util.text import counted, public_url, size_text

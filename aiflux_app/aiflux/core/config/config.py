@@ -17,9 +17,7 @@ from typing import Any
 
 from aiflux.core.config.declaration import known_setting, parse_setting, refuse_two_names
 from aiflux.core.config.engine_kinds import WITHOUT_TOP_K, kind_name
-from aiflux.core.config.run_options import RunOptions
-from aiflux.core.config.settings import BY_NAME, SETTINGS, section_settings
-from aiflux.core.config.slurm_config import SlurmConfig
+from aiflux.core.config.settings import BY_NAME, SETTINGS, RunOptions, SlurmConfig, section_settings
 from aiflux.core.config.sources import (
     ENGINE_SETTINGS,
     ModelConfig,

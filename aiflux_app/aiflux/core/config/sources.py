@@ -17,13 +17,13 @@ from typing import Any
 from aiflux.core.config.declaration import Setting, parse_setting, refuse_two_names
 from aiflux.core.config.settings import (
     BY_NAME,
+    LEFT_OUT,
     SECTIONS,
     SETTINGS,
     VARIABLES,
     elsewhere,
     section_settings,
 )
-from aiflux.core.config.slurm_config import LEFT_OUT
 from aiflux.errors import ConfigError
 from aiflux.models.name import parse_model_name
 from aiflux.util import value_parsers

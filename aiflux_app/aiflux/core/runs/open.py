@@ -15,7 +15,7 @@ from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.batch.request import request_key
 from aiflux.core.batch.results_file import output_paths
 from aiflux.core.batch.schema import can_check_schemas
-from aiflux.core.config.run_options import RunOptions, settings_texts
+from aiflux.core.config.settings import RunOptions, settings_texts
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.journal import ResultIndex, journal_lines
 from aiflux.core.runs.output import forget_done, shards_left

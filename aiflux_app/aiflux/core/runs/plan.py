@@ -14,7 +14,7 @@ from aiflux import __version__
 from aiflux.core.batch.input_file import InputFacts, InputRules, InputSummary
 from aiflux.core.config.engine_command import command_words
 from aiflux.core.config.engine_kinds import EXTERNAL
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
 from aiflux.errors import ConfigError, InputError, ModelError, RunConflictError, StoppedError
 from aiflux.models.name import parse_model_name, shown_digest

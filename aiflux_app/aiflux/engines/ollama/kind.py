@@ -9,7 +9,7 @@ from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
 from aiflux.core.batch.request import RERANK, WITHOUT_TEXT, FieldRule
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.engines.base import (
     CommonKind,
     Engine,

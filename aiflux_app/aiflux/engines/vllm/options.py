@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.engines.server_options import NETWORK, managed_options
 
 _PARALLEL = "use --gpus-per-engine: AI-Flux starts one server for each group of GPUs"

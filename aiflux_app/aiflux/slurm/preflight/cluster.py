@@ -15,7 +15,7 @@ from pathlib import Path
 
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.engine_command import command_words
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError

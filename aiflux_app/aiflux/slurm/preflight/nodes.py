@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from aiflux.core.config.slurm_config import AMD, NVIDIA, SlurmConfig
+from aiflux.core.config.settings import AMD, NVIDIA, SlurmConfig
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length, gpus_needed

@@ -10,7 +10,7 @@ import pytest
 
 from aiflux.cli.main import main
 from aiflux.core.batch.input_file import scan_input
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.open import draft_run
 from aiflux.engines.kinds import kind_named
 from aiflux.slurm.preflight.local import check_fields

@@ -13,8 +13,7 @@ import pytest
 
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.declaration import Setting
-from aiflux.core.config.run_options import RunOptions
-from aiflux.core.config.settings import SETTINGS, given_settings
+from aiflux.core.config.settings import SETTINGS, RunOptions, given_settings
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, InputError, PreflightError, describe
 from aiflux.slurm import SlurmRunner

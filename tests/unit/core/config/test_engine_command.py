@@ -17,7 +17,7 @@ from aiflux.core.config.engine_command import (
     engine_command,
     filled_words,
 )
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.errors import ConfigError
 
 COMMAND = "vllm serve {model} --uds {socket}"

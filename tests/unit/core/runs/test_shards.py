@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiflux.core.config.run_options import RunOptions
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.open import draft_run, mend_journals, recut_journals

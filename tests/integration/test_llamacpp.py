@@ -94,6 +94,32 @@ def test_a_prompt_that_is_too_long_fails_and_is_not_cut(
     assert "error" not in second
 
 
+def test_the_estimate_compares_it_with_ollama_on_the_same_sample(
+    user: User, place: Path, checkout: Path, llama_server: Path, ollama: Path, models: Path
+) -> None:
+    requests = (request(f"r{number}", f"Say {number}.") for number in range(60))
+    user.write(place / "in.jsonl", lines(*requests))
+    settings = [f"AIFLUX_OLLAMA={ollama}", f"AIFLUX_MODELS_DIR={models}", "AIFLUX_ENGINE=llamacpp",
+                f"AIFLUX_ENGINE_PROGRAM={llama_server}"]  # fmt: skip
+    estimate = ["env", *settings, checkout / ".venv/bin/aiflux", "estimate", "in.jsonl", "--output",
+                "out.json", "--engine", "ollama,llamacpp", "--model", MODEL, "--requests", "16",
+                "--slots", "2", "--local"]  # fmt: skip
+    shown = user.run(*estimate, cwd=place, timeout=300).splitlines()
+    assert "pilot: the same 16 of 60 requests" in shown
+    assert "                    ollama              llamacpp" in shown
+    assert shown[-1].startswith("  aiflux run --input in.jsonl --output out.json ")
+    found = json.loads(user.run(*estimate, "--json", cwd=place))  # nothing is run again
+    for each in found["estimates"]:
+        assert each["error"] is None
+        assert each["estimate"]["pilot_failures"] == 0
+        assert each["tokens_per_second"]["value"] > 0
+        folder = place / f"out.json.pilot-{each['engine']}"
+        engine = json.loads((folder / "results.json.aiflux/plan.json").read_text(encoding="utf-8"))
+        assert engine["options"]["engine"] == each["engine"]
+    assert found["recommendation"]["best"] in ("ollama", "llamacpp")
+    assert user.none_left(), user.processes()
+
+
 def test_the_image_has_labels_and_runs(user: User, llama_image: Path, models: Path) -> None:
     user.run("apptainer", "test", llama_image)
     labels = json.loads(user.run("apptainer", "inspect", "--json", "--labels", llama_image))

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import StatusFile, Totals
 from aiflux.estimates.pilot import Drawn, Observation, Pilot, pace, start_up
 from aiflux.util.files import write_json
@@ -30,7 +30,8 @@ _QUARTERS = 4
 _FEWEST_FOR_QUARTERS = 40
 SLURM = "slurm"
 LOCAL = "local"
-_DOUBT = 0.1
+SETTLED_DOUBT = 0.1
+"""The uncertainty of the pace that no pilot is without: a share of the time."""
 _DOUBT_UNFILLED = 0.25
 _DOUBT_CLIMBING = 0.5
 _SETTLED = 8
@@ -57,6 +58,12 @@ class Range:
     def plus(self, other: Range) -> Range:
         """Return the sum; its bounds are the sums of the bounds."""
         return Range(self.value + other.value, self.low + other.low, self.high + other.high)
+
+
+def rate(amount: float, seconds: Range) -> Range:
+    """Return an amount per second; its upper bound is infinite if the time may be 0."""
+    high = amount / seconds.low if seconds.low else math.inf
+    return Range(amount / seconds.value, amount / seconds.high, high)
 
 
 def total(values: Sequence[float], sizes: Sequence[int], requests: int, size: int) -> Range:
@@ -196,6 +203,16 @@ class Estimate:
         highest = self.work_seconds.high * min(1.0, share * self.uneven)
         return self.fixed_seconds.plus(Range(own.value, own.low, highest))
 
+    @property
+    def requests_rate(self) -> Range:
+        """``requests_per_second`` with its interval."""
+        return rate(self.requests, self.work_seconds)
+
+    @property
+    def tokens_rate(self) -> Range:
+        """``tokens_per_second`` with its interval."""
+        return rate(self.completion_tokens.value, self.work_seconds)
+
     def seconds_of_jobs(self, shards: int) -> Range:
         """Return the time of all jobs together."""
         return self.work_seconds.plus(self.fixed_seconds.times(shards))
@@ -332,7 +349,7 @@ def _doubt(seen: int, full: int, lanes: int | None) -> _Doubt:
         return _Doubt(_DOUBT_CLIMBING, _DOUBT_UNFILLED, True)
     if lanes is not None and seen < 2 * max(full, lanes):
         return _Doubt(max(_DOUBT_UNFILLED, 1 - full / lanes), _DOUBT_UNFILLED, True)
-    return _Doubt(_DOUBT, _DOUBT, False)
+    return _Doubt(SETTLED_DOUBT, SETTLED_DOUBT, False)
 
 
 def _lanes(plan: Plan, status: StatusFile) -> int | None:
@@ -498,20 +515,30 @@ def read_estimate(path: Path, plan: Plan) -> Estimate | None:
     return estimate if estimate.plan == plan.id else None
 
 
-def known_estimate(plan: Plan) -> Estimate | None:
-    """Return the estimate that a pilot made for a run to be planned."""
-    return read_estimate(Pilot.of_output(plan.output).estimate, plan)
+def known_estimate(plan: Plan, where: str | None = None) -> Estimate | None:
+    """Return the newest estimate that a pilot made for a run to be planned.
+
+    It may be from a pilot of the run's engine alone, or of several engines.
+
+    Args:
+        where: return only an estimate that was made there.
+    """
+    pilots = [Pilot.of_output(plan.output, engine) for engine in (None, plan.options.engine)]
+    found = [read_estimate(pilot.estimate, plan) for pilot in pilots]
+    fitting = [each for each in found if each and where in (None, each.where)]
+    return max(fitting, key=lambda each: each.created, default=None)
 
 
-def keep_estimate(estimate: Estimate, plan: Plan) -> None:
-    """Store an estimate next to its pilot, and in the run directory if it already exists.
+def keep_estimate(estimate: Estimate, plan: Plan, pilot: Pilot) -> None:
+    """Store an estimate next to its pilot, and in the run directory if it is of this run.
 
     Raises:
         StorageError: the file cannot be written.
+        RunConflictError: the run directory has a plan that cannot be read.
     """
-    write_json(Pilot.of_output(plan.output).estimate, estimate.to_json())
+    write_json(pilot.estimate, estimate.to_json())
     run = RunDirectory.of_output(plan.output)
-    if run.plan.exists():
+    if run.plan.exists() and read_plan(run).id == plan.id:
         write_json(run.estimate, estimate.to_json())
 
 

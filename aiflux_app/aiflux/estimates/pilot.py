@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from aiflux.core.batch.input_file import InputSummary
+from aiflux.core.batch.input_file import InputSummary, LineDigest
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import CUT, RawResult
 from aiflux.core.runs.output import iterate_results
@@ -38,14 +38,21 @@ _NEARLY = 0.9
 
 @dataclass(frozen=True)
 class Pilot:
-    """Files of a pilot; ``folder`` is ``<output>.pilot``. Inside, the pilot is an ordinary run."""
+    """Files of a pilot. Inside ``folder``, the pilot is an ordinary run.
+
+    The folder is ``<output>.pilot``, or ``<output>.pilot-KIND`` for one of several engines.
+    """
 
     folder: Path
 
     @classmethod
-    def of_output(cls, output: Path) -> Pilot:
-        """Return the pilot for the output of a full run."""
-        return cls(output.with_name(output.name + ".pilot"))
+    def of_output(cls, output: Path, engine: str | None = None) -> Pilot:
+        """Return the pilot for the output of a full run.
+
+        Args:
+            engine: its kind, if several engines are compared.
+        """
+        return cls(output.with_name(output.name + (f".pilot-{engine}" if engine else ".pilot")))
 
     @property
     def input(self) -> Path:
@@ -80,6 +87,17 @@ class Pilot:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return drawn if content["settings"] == json.loads(json.dumps(settings)) else None
+
+    def digest(self) -> str:
+        """Return the digest of the sampled requests.
+
+        Raises:
+            InputError: the sample cannot be read.
+        """
+        digest = LineDigest()
+        for _, _, line in read_lines(self.input):
+            digest.add(line)
+        return digest.hexdigest()
 
     def done(self) -> bool:
         """Return whether every request of the pilot has a result."""

@@ -198,8 +198,9 @@ def _shard_count(
         return slurm.shards
 
     def automatic(summary: InputSummary) -> int:
-        estimate = known_estimate(make_plan(summary, output, options, None, engine_kind(options)))
-        if estimate is not None and estimate.where == (options.engine_url or SLURM):
+        plan = make_plan(summary, output, options, None, engine_kind(options))
+        estimate = known_estimate(plan, options.engine_url or SLURM)
+        if estimate is not None:
             return estimate.shards_for(slurm.time)
         return auto_shards(summary, walltime_seconds(slurm.time))
 

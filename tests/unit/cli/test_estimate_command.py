@@ -20,10 +20,12 @@ from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import EngineFacts, Status, Totals
 from aiflux.estimates.pilot import Pilot
 from aiflux.util.times import utc_text
+from tests.tools import make_tiny_gguf
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line, write_input
+from tests.unit.made_models import put_model
 
 OUTPUT = Path("out.json")
 PILOT = Pilot.of_output(OUTPUT)
@@ -50,12 +52,14 @@ def here(engine: FaultyEngine, *more: str) -> list[str]:
     return ["estimate", *common, "--requests", "40", "--concurrency", "4", *more]
 
 
-def do_the_pilot(seconds: float = 3.0, lanes: int = 4) -> None:
+def do_the_pilot(
+    seconds: float = 3.0, lanes: int = 4, pilot: Pilot = PILOT, failed: int = 0
+) -> None:
     """Leave what the pilot's job leaves: a request takes ``seconds``, ``lanes`` are in flight."""
-    run = PILOT.run
+    run = pilot.run
     plan = read_plan(run)
     start = time.time() - 10_000
-    lines = PILOT.input.read_bytes().splitlines()
+    lines = pilot.input.read_bytes().splitlines()
     with open(run.journal(0), "wb") as journal:
         for number, line in enumerate(lines):
             ended = start + 20 + seconds * (number // lanes + 1)
@@ -65,7 +69,8 @@ def do_the_pilot(seconds: float = 3.0, lanes: int = 4) -> None:
                 "attempts": 1, "engine": 0,
             }  # fmt: skip
             body = json.dumps(usage).encode()
-            result = Result(request_key(line), f"r{number}", 200, metadata, None, body)
+            error = {"code": "http_400", "message": "no"} if number < failed else None
+            result = Result(request_key(line), f"r{number}", 200, metadata, error, body)
             journal.write(result.to_line())
     status = Status(run.status(0), plan, 0, completed=len(lines))
     status.details.started = utc_text(start)
@@ -261,3 +266,286 @@ def test_the_run_carries_the_estimate(
 def test_a_pilot_needs_two_requests(count: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SLURM[:-5], "--requests", count]) == 2
     assert "whole number of at least 2" in capsys.readouterr().err
+
+
+# --- several engines -------------------------------------------------------------------------
+
+KINDS = ("ollama", "llamacpp")
+BY_ENGINE = {kind: Pilot.of_output(OUTPUT, kind) for kind in (*KINDS, "vllm")}
+SEVERAL = ["estimate", "--model", "m:1", "--input", "in.jsonl", "--output", "out.json",
+           "--requests", "40", "--no-preflight", "--engine", "ollama,llamacpp"]  # fmt: skip
+
+
+@pytest.fixture
+def slurm_of_engines(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
+    """A Slurm that numbers its jobs, and an image for each engine."""
+    make_sif(place / "aiflux.sif", version="1", engine="ollama", engine_version="1")
+    for kind in ("llamacpp", "vllm"):
+        make_sif(place / f"aiflux-{kind}.sif", version="1", engine=kind, engine_version="1")
+    fakes = waiting_slurm(tmp_path / "bin", monkeypatch)
+    fakes.add("sbatch", "echo $((100 + number))\n")
+    rows = [f"{job}|N/A|PENDING|N/A|0:00||Priority\n" for job in (100, 101, 102)]
+    fakes.say("squeue", "".join(rows))
+    return fakes
+
+
+def say_that(kind: str, reason: str, code: int = 4) -> None:
+    """Leave what the pilot's job of an engine leaves that fails."""
+    run = BY_ENGINE[kind].run
+    status = Status(run.status(0), read_plan(run), 0)
+    status.details.ended, status.details.exit_code = reason, code
+    status.enter("failed")
+
+
+def test_several_engines_are_submitted_together_and_compared_on_one_sample(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SEVERAL) == 0
+    printed = capsys.readouterr().out
+    assert "ollama: the pilot is waiting (job 100): 0 of 40 requests finished" in printed
+    assert "llamacpp: the pilot is waiting (job 101): 0 of 40 requests finished" in printed
+    scripts = {k: (pilot.run.path / "run.sbatch").read_text() for k, pilot in BY_ENGINE.items()
+               if k in KINDS}  # fmt: skip
+    assert "/aiflux.sif" in scripts["ollama"]
+    assert "/aiflux-llamacpp.sif" in scripts["llamacpp"]
+    inputs = {BY_ENGINE[kind].input.read_bytes() for kind in KINDS}
+    assert len(inputs) == 1, "every engine has the same requests"
+
+    do_the_pilot(3.0, pilot=BY_ENGINE["ollama"])
+    assert main(SEVERAL) == 0
+    printed = capsys.readouterr().out
+    assert "ollama: the pilot has ended" in printed
+    assert "llamacpp: the pilot is waiting (job 101)" in printed
+    assert "tokens/s" not in printed
+
+    do_the_pilot(1.0, pilot=BY_ENGINE["llamacpp"])
+    assert main(SEVERAL) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(slurm_of_engines.calls("sbatch")) == 2
+    assert lines[0] == "pilot: the same 40 of 300 requests"
+    assert "                    ollama              llamacpp" in lines
+    assert any(line.startswith("answer tokens/s     66.7 ") for line in lines)
+    assert "Clearly the lowest GPU-hours: llamacpp." in lines
+    assert "recommended: llamacpp, one job of 00:05:00" in lines
+    assert lines[-1].startswith("  aiflux run --input in.jsonl --output out.json --model m:1 ")
+    assert " --engine llamacpp " in lines[-1]
+    assert max(map(len, lines[:-1])) <= 80
+
+    assert not PILOT.folder.exists(), "the pilot of a single engine is another one"
+    assert main([*SEVERAL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["engine"] for each in found["estimates"]] == [*KINDS]
+    for each in found["estimates"]:
+        assert each["estimate"] == json.loads(BY_ENGINE[each["engine"]].estimate.read_text())
+        rate = each["tokens_per_second"]
+        assert rate["low"] < rate["value"] < rate["high"]
+    assert found["recommendation"]["engine"] == "llamacpp"
+    assert found["recommendation"]["command"] == lines[-1].strip()
+
+
+def test_engines_that_are_about_equally_fast_are_not_decided(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SEVERAL) == 0
+    do_the_pilot(3.0, pilot=BY_ENGINE["ollama"])
+    do_the_pilot(2.9, pilot=BY_ENGINE["llamacpp"])
+    capsys.readouterr()
+    assert main(SEVERAL) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "does not decide: the intervals of llamacpp and ollama overlap (GPU-hours)" in printed
+    assert "recommended" not in printed
+    assert "full run with llamacpp" in printed
+
+
+def test_an_engine_that_fails_its_requests_quickly_is_not_recommended(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SEVERAL) == 0
+    do_the_pilot(3.0, pilot=BY_ENGINE["ollama"])
+    do_the_pilot(0.1, pilot=BY_ENGINE["llamacpp"], failed=40)
+    capsys.readouterr()
+    assert main(SEVERAL) == 0
+    printed = capsys.readouterr().out
+    assert "llamacpp clearly fails more requests." in printed
+    assert "recommended: ollama" in printed
+
+
+def test_one_pilot_that_failed_leaves_the_others_and_its_reason(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_input(Path("in.jsonl"), 300, body={"messages": [{"role": "user", "content": "x"}]})
+    several = [*SEVERAL[:-1], "ollama,llamacpp,vllm=hf:org/name"]
+    assert main(several) == 0
+    do_the_pilot(3.0, pilot=BY_ENGINE["ollama"])
+    do_the_pilot(1.0, pilot=BY_ENGINE["llamacpp"])
+    say_that("vllm", "no space for the KV cache")
+    slurm_of_engines.say("squeue")
+    slurm_of_engines.say("sacct", "102|FAILED|4:0\n")
+    capsys.readouterr()
+    assert main(several) == 4
+    printed = capsys.readouterr().out
+    assert "recommended: llamacpp" in printed
+    assert "vllm: the pilot has failed with 0 of 40 requests finished: no space for" in printed
+    assert "aiflux logs out.json.pilot-vllm/results.json" in printed
+    assert main([*several, "--wait", "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)["estimates"]
+    assert [each["estimate"] is None for each in found] == [False, False, True]
+    assert "no space for the KV cache" in found[2]["error"]
+
+
+def test_with_one_estimate_left_nothing_is_recommended(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SEVERAL) == 0
+    do_the_pilot(pilot=BY_ENGINE["ollama"])
+    say_that("llamacpp", "the model does not fit")
+    slurm_of_engines.say("squeue")
+    slurm_of_engines.say("sacct", "101|FAILED|4:0\n")
+    capsys.readouterr()
+    assert main(SEVERAL) == 4
+    printed = capsys.readouterr().out
+    assert "full run with ollama, one job of " in printed
+    assert "recommended" not in printed
+
+
+def test_the_shards_and_the_run_use_the_estimate_of_its_engine(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SEVERAL) == 0
+    do_the_pilot(60.0, pilot=BY_ENGINE["ollama"])
+    do_the_pilot(20.0, pilot=BY_ENGINE["llamacpp"])
+    assert main(SEVERAL) == 0
+    slurm_of_engines.say("squeue")
+    whole = ["run", *SEVERAL[1:7], "--no-preflight", "--shards", "auto", "--time", "00:20:00"]
+    for kind, shards in (("ollama", 6), ("llamacpp", 2)):
+        capsys.readouterr()
+        assert main([*whole, "--engine", kind, "--dry-run", "--json"]) == 0
+        assert len(_plan(capsys)["shards"]) == shards
+    assert main([*whole, "--engine", "llamacpp"]) == 0
+    carried = RunDirectory.of_output(OUTPUT).estimate
+    assert carried.read_bytes() == BY_ENGINE["llamacpp"].estimate.read_bytes()
+    slurm_of_engines.say("squeue")
+    assert main(SEVERAL) == 0
+    kept = json.loads(carried.read_text())
+    assert kept["plan"] == json.loads(BY_ENGINE["llamacpp"].estimate.read_text())["plan"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--engine", "ollama,llamacp"], "unknown engine 'llamacp'"),
+        (["--engine", "ollama,"], "unknown engine ''"),
+        (["--engine", "ollama,ollama=m:2"], "ollama is given twice"),
+        (["--engine", "ollama,vllm="], "no model after 'vllm='"),
+        (["--engine", "ollama,external"], "unknown engine 'external'"),
+        (["--engine", "ollama,vllm"], "vllm: 'm:1' is not a model of Hugging Face"),
+        (["--engine", "ollama,vllm=hf:a/b"], "vllm: 300 lines are wrong"),
+        (["--engine", "llamacpp,ollama=m 1"], "ollama: "),
+        (["--engine-url", "http://127.0.0.1:9"], "engines and --engine-url cannot be combined"),
+        (["--engine-command", "serve {port}"], "engine and engine_command are both given"),
+        (["--image", "aiflux-nothing.sif"], "ollama: image not found"),
+        (["--engine", "llamacpp,ollama", "--engine-arg", "swa-full"], "ollama: "),
+    ],
+)
+def test_what_an_engine_cannot_take_is_refused_before_anything_is_submitted(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str], more: list[str], words: str
+) -> None:
+    assert main([*SEVERAL, *more]) == 2
+    assert words in capsys.readouterr().err
+    assert not slurm_of_engines.calls("sbatch")
+
+
+def test_a_missing_image_of_one_engine_is_refused_before_the_other_is_submitted(
+    slurm_of_engines: FakeCommands, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "aiflux-llamacpp.sif").unlink()
+    (place / "aiflux.sif").rename(place / "of-ollama.sif")
+    (place / "aiflux.sif").mkdir()  # found for neither
+    assert main(SEVERAL) == 2
+    assert "ollama: no image aiflux.sif" in capsys.readouterr().err
+    assert not slurm_of_engines.calls("sbatch")
+
+
+def test_an_engine_with_its_model_alone_is_estimated_as_ever(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SEVERAL[:1], *SEVERAL[3:-1], "llamacpp=m:1"]) == 0
+    plan = read_plan(PILOT.run)
+    assert (plan.options.engine, plan.models) == ("llamacpp", ("m:1",))
+
+
+def test_pilots_whose_requests_differ_are_not_compared(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SEVERAL) == 0
+    with open(BY_ENGINE["llamacpp"].input, "a", encoding="utf-8") as sample:
+        sample.write(request_line("one more") + "\n")
+    assert main(SEVERAL) == 2
+    assert "the pilots have different requests" in capsys.readouterr().err
+
+
+# --- several engines on this machine ---------------------------------------------------------
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def programs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for Ollama and llama-server on PATH, which note when they start and end."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, fake in (("ollama", "fake_ollama"), ("llama-server", "fake_llama_server")):
+        script = folder / name
+        script.write_text(
+            f"#!/bin/bash\necho start {name} >>{folder}/notes\n"
+            f'{sys.executable} {TOOLS}/{fake}.py "$@" & child=$!\n'
+            f"trap 'kill $child; wait $child; echo end {name} >>{folder}/notes; exit' TERM INT\n"
+            "wait $child\n"
+        )
+        script.chmod(0o755)
+    put_model(place / "models", "m:1", make_tiny_gguf.tiny())
+    monkeypatch.setenv("AIFLUX_MODELS_DIR", str(place / "models"))
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+LOCALLY = [*SEVERAL[:-3], *SEVERAL[-2:], "--local", "--slots", "2", "--context-length", "512"]
+
+
+def test_locally_one_engine_follows_the_other(programs: Path) -> None:
+    found = json.loads(aiflux(*LOCALLY, "--json"))
+    assert [each["estimate"]["pilot"] for each in found["estimates"]] == [40, 40]
+    notes = (programs / "notes").read_text().splitlines()
+    assert notes == ["start ollama", "end ollama", "start llama-server", "end llama-server"]
+    printed = aiflux(*LOCALLY)
+    assert len((programs / "notes").read_text().splitlines()) == 4, "nothing was run again"
+    assert " --engine " in printed.splitlines()[-1]
+    assert printed.splitlines()[-1].endswith(" --local")
+
+
+def test_locally_an_engine_that_does_not_start_leaves_the_other(programs: Path) -> None:
+    (programs / "ollama").unlink()
+    found = json.loads(aiflux(*LOCALLY, "--json", code=2))
+    assert "no ollama on PATH" in found["estimates"][0]["error"]
+    assert found["estimates"][1]["estimate"]["pilot"] == 40
+    assert found["recommendation"] is None
+
+
+def test_one_program_for_several_engines_is_refused(
+    programs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(programs / "ollama"))
+    assert main(LOCALLY) == 2
+    assert "names one program, but several engines are compared" in capsys.readouterr().err
+
+
+def test_a_signal_ends_all_pilots_and_not_only_the_one_that_runs(programs: Path) -> None:
+    (programs / "ollama").write_text(f"#!/bin/bash\necho start >>{programs}/notes\nexec sleep 60\n")
+    program = Path(sys.executable).with_name("aiflux")
+    process = subprocess.Popen([program, *LOCALLY], stderr=subprocess.PIPE, text=True)
+    while not (programs / "notes").exists():
+        time.sleep(0.02)
+    process.terminate()
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 5, printed
+    assert (programs / "notes").read_text() == "start\n", "llama-server was not started"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-import time
-from collections.abc import Mapping
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import (
@@ -21,36 +22,53 @@ from aiflux.cli.parser import (
     settings_options,
     the_input,
 )
-from aiflux.cli.render.estimate import forecast, full_command
+from aiflux.cli.pilots import (
+    Asked,
+    PlannedPilot,
+    draw,
+    failure_of,
+    job_views,
+    named_engine,
+    plan_pilot,
+    progress_json,
+    run_pilot,
+    submit_missing,
+)
+from aiflux.cli.render.estimate import engines_forecast, forecast, full_command
 from aiflux.cli.run_argument import make_console, show
-from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
-from aiflux.core.batch.input_file import InputSummary, scan_input
-from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.settings import RunOptions, given_settings
-from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
-from aiflux.core.runs.open import draft_run
-from aiflux.core.runs.plan import Plan, input_rules, make_plan, read_plan
+from aiflux.core.config.config import Config
+from aiflux.core.config.engine_kinds import CHOICES
+from aiflux.core.config.settings import given_settings
+from aiflux.core.runs.directory import named_output
+from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_status
-from aiflux.engines.kinds import engine_kind
-from aiflux.engines.sizing import context_length
-from aiflux.errors import EngineError, ExitCode, RunConflictError, StoppedError, UsageError
-from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, keep_estimate
+from aiflux.engines.process import PROGRAM_VARIABLE
+from aiflux.errors import (
+    AifluxError,
+    EngineError,
+    ExitCode,
+    InputError,
+    StoppedError,
+    UsageError,
+)
+from aiflux.estimates.estimate import SLURM, Estimate, Range, keep_estimate
 from aiflux.estimates.estimate import estimate as make_estimate
-from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, Pilot, observe
-from aiflux.slurm.preflight.local import finding_text
+from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, observe
+from aiflux.estimates.recommendation import Recommendation, recommend
 from aiflux.util.files import short
 from aiflux.util.records import to_json
-from aiflux.util.times import walltime_seconds
+from aiflux.util.text import suggestion
 
-LONGEST = "01:00:00"
-_INTERVAL = 5.0
-# The settings that determine the speed of a job; others may differ between two calls.
-_HARDWARE = ("partition", "nodes", "gpus_per_node", "gres", "constraint", "cpus_per_task", "mem")
+if TYPE_CHECKING:
+    from aiflux.slurm.run_view import RunView
 
 
 @command(
     "estimate",
-    examples=["aiflux estimate prompts.jsonl --model llama3.2:3b --wait"],
+    examples=[
+        "aiflux estimate prompts.jsonl --model llama3.2:3b --wait",
+        "aiflux estimate prompts.jsonl --model llama3.2:3b --engine ollama,llamacpp --wait",
+    ],
 )
 @input_parameters("Requests, *.jsonl", rare=True)
 @option(
@@ -84,213 +102,312 @@ def estimate(
     """Run a sample of the requests in a small job, or here, and estimate the full run.
 
     Repeat the command to see the job's progress, and its result at the end.
+
+    --engine KIND[=MODEL],KIND[=MODEL] compares several engines on the same sample. Engines without
+    =MODEL use --model.
     """
     source = the_input(input_argument, input_option)
-    config = Config(arguments=given_settings(more))
     path = Path(source)
-    if more["local"] and config.get("engine_url"):
-        raise UsageError(
-            "--local and --engine-url cannot be combined",
-            "--local starts an engine; --engine-url uses a server that is already running",
-        )
-    return estimate_run(
+    given = _given_engines(given_settings(more))
+    asked = [
         Asked(
-            config,
+            Config(arguments=settings),
             path,
             named_output(output, path),
             more["requests"],
-            given={"input": source, "output": output, **given_settings(more)},
+            given={"input": source, "output": output, **settings},
+            engine=settings["engine"] if len(given) > 1 else None,
             local=more["local"],
             wait=more["wait"],
             again=more["force"],
             preflight=not more["no_preflight"],
             as_json=more["as_json"],
         )
-    )
+        for settings in given
+    ]
+    if more["local"] and asked[0].config.get("engine_url"):
+        raise UsageError(
+            "--local and --engine-url cannot be combined",
+            "--local starts an engine; --engine-url uses a server that is already running",
+        )
+    return estimate_run(asked[0]) if len(asked) == 1 else _estimate_engines(asked)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a user wants to know.
+def _given_engines(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings for each engine in ``--engine KIND[=MODEL],...``.
 
-    Attributes:
-        requests: size of the pilot.
-        given: the options of the full run as they were given, for the recommended command.
-        again: process the pilot's requests again although they are finished.
+    Raises:
+        UsageError: a kind is unknown or given twice, or a model is missing.
     """
-
-    config: Config
-    input: Path
-    output: Path
-    requests: int
-    given: Mapping[str, Any]
-    local: bool = False
-    wait: bool = False
-    again: bool = False
-    preflight: bool = True
-    as_json: bool = False
-
-    @property
-    def where(self) -> str:
-        """Where the pilot's engine is."""
-        url: str | None = self.config.get("engine_url")
-        return url or (LOCAL if self.local else SLURM)
+    text = given.get("engine") or ""
+    if not {",", "="} & {*text}:
+        return [given]
+    engines: dict[str, dict[str, Any]] = {}
+    for item in text.split(","):
+        kind, equals, model = (part.strip() for part in item.partition("="))
+        place = f"aiflux estimate: --engine {text}:"
+        if kind not in CHOICES:
+            raise UsageError(f"{place} unknown engine {kind!r}", suggestion(kind, CHOICES))
+        if kind in engines:
+            raise UsageError(f"{place} {kind} is given twice", "name each engine once")
+        if equals and not model:
+            raise UsageError(f"{place} no model after '{kind}='", f"{kind}=MODEL, or {kind}")
+        engines[kind] = {**given, "engine": kind, **({"model": model} if model else {})}
+    return [*engines.values()]
 
 
 def estimate_run(asked: Asked) -> int:
     """Process the rest of the pilot; print the estimate, or the job's progress."""
-    options = asked.config.run_options()
-    kind = engine_kind(options)
-    summary = scan_input(asked.input, options.model, rules=input_rules(kind, options))
-    output = checked_output(asked.output)
-    RunDirectory.of_output(output).refuse_foreign()
-    whole = make_plan(summary, output, options, asked.config.models_dir, kind)
-    pilot = Pilot.of_output(output)
-    pilot.run.refuse_foreign()
-    drawn = _drawn(asked, pilot, whole, summary)
-    if not pilot.done():
-        ended = _do(asked, pilot, _pilot_options(whole))
-        if ended is not None:
-            return ended
-    return _show(asked, pilot, whole, drawn)
-
-
-def _drawn(asked: Asked, pilot: Pilot, whole: Plan, summary: InputSummary) -> Drawn:
-    """Return the sample; draw a new one if no pilot has the same settings."""
-    slurm = asdict(asked.config.get_slurm_config())
-    settings = {
-        "plan": whole.id,
-        "input": to_json(whole.input),
-        "requests": asked.requests,
-        "where": asked.where,
-        "options": _pilot_options(whole).to_json(),
-        "slurm": {name: slurm[name] for name in _HARDWARE} if asked.where == SLURM else None,
-    }
-    drawn = None if asked.again else pilot.drawn(settings)
-    if drawn is None:
-        _refuse_active(pilot)
-        drawn = pilot.begin(summary, asked.requests, settings)
-    return drawn
-
-
-def _refuse_active(pilot: Pilot) -> None:
-    from aiflux.slurm.jobs import read_submissions
-    from aiflux.slurm.submit import active_shards
-
-    active = active_shards(pilot.run) if read_submissions(pilot.run) is not None else {}
-    for job, state in active.values():
-        raise RunConflictError(
-            f"job {job} of a pilot with other settings is {state.name}",
-            f"wait for it, or cancel it: aiflux cancel {quote(str(pilot.output))}",
-        )
-
-
-def _pilot_options(whole: Plan) -> RunOptions:
-    """Return the pilot's options: the context of the full run, and any number of failures."""
-    options = replace(whole.options, max_failures="100%", retry_failed=False)
-    if not engine_kind(options).managed:
-        return options
-    return replace(options, context_length=context_length(whole))
-
-
-def _do(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
-    """Process the pilot's requests. Return an exit code if it has not ended."""
-    if asked.where == SLURM:
-        return _do_in_slurm(asked, pilot, options)
-    opened = draft_run(
-        pilot.input, pilot.output, options, asked.config.models_dir, engine_kind(options)
-    ).open()
-    if asked.where == LOCAL:
-        code = run_local(opened, asked.config)
+    one = plan_pilot(asked)
+    (drawn,) = draw([one])
+    if not one.pilot.done():
+        if asked.where != SLURM:
+            code = run_pilot(one)
+            if not one.pilot.done():
+                return code or int(ExitCode.STOPPED)
+        elif not _follow(one):
+            return 0
+    found = _estimate(one, drawn)
+    command = _full_command(one, found)
+    if asked.as_json:
+        print_json({"estimate": found.to_json(), "command": command})
     else:
-        show_local_choices(asked.config, None)
-        code = run_here(opened)
-    return None if pilot.done() else code or int(ExitCode.STOPPED)
+        show(make_console(), forecast(found, command))
+    return 0
 
 
-def _do_in_slurm(asked: Asked, pilot: Pilot, options: RunOptions) -> int | None:
-    from aiflux.slurm.jobs import read_submissions
-
-    if read_submissions(pilot.run) is None:
-        _submit(asked, pilot, options)
-    return _follow(asked, pilot)
-
-
-def _submit(asked: Asked, pilot: Pilot, options: RunOptions) -> None:
-    from aiflux.slurm.submit import plan_job
-
-    slurm = asked.config.get_slurm_config()
-    limit = LONGEST if walltime_seconds(slurm.time) > walltime_seconds(LONGEST) else slurm.time
-    small: SlurmConfig = replace(slurm, shards=1, max_running=None, time=limit)
-    planned = plan_job(
-        asked.config, small, pilot.input, pilot.output, options, check=asked.preflight
-    )
-    show_local_choices(asked.config, planned.image)
-    for finding in planned.findings:
-        print(f"warning: {finding_text(finding)}", file=sys.stderr)
-    with redirect_stdout(sys.stderr) if asked.as_json else nullcontext():
-        submit_planned(planned)
-
-
-def _follow(asked: Asked, pilot: Pilot) -> int | None:
-    """Show the state of the pilot's job; with --wait, wait until it ends.
+def _follow(one: PlannedPilot) -> bool:
+    """Submit the pilot if necessary, and show its state unless it ended; return whether it did.
 
     Raises:
         EngineError, StoppedError: it ended before its requests were finished.
     """
-    from aiflux.slurm.monitor import Observer, outcome
+    asked = one.asked
+    submit_missing([one])
+    (view,) = job_views([one])
+    if one.pilot.done():
+        return True
+    if view.ended:
+        raise failure_of(one, view)
+    if asked.as_json:
+        print_json({"estimate": None, "pilot": progress_json(view)})
+    else:
+        _print_progress("", view)
+        print(_REPEAT)
+    return False
 
-    observer = Observer(pilot.run)
-    view = observer.look()
-    while asked.wait and not view.ended:
-        time.sleep(_INTERVAL)
-        view = observer.look()
-    if pilot.done():
-        return None
-    if not view.ended:
-        _show_progress(asked, view.state.value, view.jobs, view.done, view.total)
-        return 0
-    reason = "; ".join(dict.fromkeys(shard.reason for shard in view.shards if shard.reason))
-    kind = EngineError if outcome(view) is ExitCode.ENGINE else StoppedError
-    name = quote(short(pilot.output))
-    raise kind(
-        f"the pilot has {view.state.value} with {view.done} of {view.total} requests finished"
-        + (f": {reason}" if reason else ""),
-        f"its log: aiflux logs {name}; continue: aiflux resume {name}; start over: --force",
+
+_REPEAT = "  run the same command again for the estimate; --wait waits for the job"
+
+
+def _print_progress(engine: str, view: RunView) -> None:
+    place = f"{engine}: " if engine else ""
+    jobs, done = ", ".join(view.jobs), f"{view.done} of {view.total}"
+    print(f"{place}the pilot is {view.state.value} (job {jobs}): {done} requests finished")
+
+
+# --- several engines -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The pilot of one of several engines.
+
+    Attributes:
+        view: of a job that has not ended.
+        failure: why there is no estimate.
+    """
+
+    one: PlannedPilot
+    estimate: Estimate | None = None
+    view: RunView | None = None
+    failure: AifluxError | None = None
+
+    @property
+    def engine(self) -> str:
+        """The kind of the engine."""
+        return self.one.whole.options.engine
+
+    @property
+    def command(self) -> str | None:
+        """The command of the full run with this engine."""
+        return None if self.estimate is None else _full_command(self.one, self.estimate)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+        found, failure = self.estimate, self.failure
+        return {
+            "engine": self.engine,
+            "models": list(self.one.whole.models),
+            "estimate": None if found is None else found.to_json(),
+            "tokens_per_second": None if found is None else _rate_json(found.tokens_rate),
+            "requests_per_second": None if found is None else _rate_json(found.requests_rate),
+            "pilot": None if self.view is None else progress_json(self.view),
+            "error": None if failure is None else str(failure),
+            "command": self.command,
+        }
+
+
+def _rate_json(rate: Range) -> dict[str, Any]:
+    return {**to_json(rate), "high": None if math.isinf(rate.high) else rate.high}
+
+
+def _estimate_engines(asked: Sequence[Asked]) -> int:
+    """Run a pilot with each engine; print the estimates side by side, or the jobs' progress."""
+    _refuse_one_server(asked[0])
+    all_ = []
+    for each in asked:
+        with named_engine(each):
+            all_.append(plan_pilot(each))
+    drawn = draw(all_)
+    _refuse_other_sample(all_)
+    do = _do_in_slurm if asked[0].where == SLURM else _do_in_turn
+    ended = do([one for one in all_ if not one.pilot.done()])
+    results = [ended.get(one.asked.engine) or _result(one, sample)
+               for one, sample in zip(all_, drawn, strict=True)]  # fmt: skip
+    _print_results(results, as_json=asked[0].as_json)
+    failures = [result.failure for result in results if result.failure is not None]
+    return int(failures[0].exit_code) if failures else 0
+
+
+def _refuse_one_server(asked: Asked) -> None:
+    """Refuse settings that name the server, or the program, of only one engine.
+
+    Raises:
+        UsageError: such a setting is in effect.
+    """
+    url = asked.config.values["engine_url"]
+    if url.value is not None:
+        raise UsageError(
+            f"several engines and --engine-url cannot be combined: engine_url is set "
+            f"({url.origin}), and is the address of one server",
+            "estimate that server on its own, without --engine; or unset engine_url",
+        )
+    program = os.environ.get(PROGRAM_VARIABLE)
+    if asked.local and program and not os.environ.get("AIFLUX_ENGINE"):
+        raise UsageError(
+            f"{PROGRAM_VARIABLE}={program} names one program, but several engines are compared",
+            "set AIFLUX_ENGINE to the engine that it belongs to, or unset it",
+        )
+
+
+def _refuse_other_sample(all_: Sequence[PlannedPilot]) -> None:
+    """Refuse to compare engines whose pilots do not have the same requests.
+
+    Raises:
+        InputError: the input changed while the samples were drawn.
+    """
+    if len({one.pilot.digest() for one in all_}) > 1:
+        raise InputError(
+            "the pilots have different requests: the input or a sample was changed",
+            "run the same command again with --force when the file is complete",
+        )
+
+
+def _do_in_slurm(all_: Sequence[PlannedPilot]) -> dict[str | None, _Result]:
+    """Submit the pilots together, once all are checked; return those without an estimate."""
+    submit_missing(all_)
+    found = {}
+    for one, view in zip(all_, job_views(all_) if all_ else [], strict=True):
+        if one.pilot.done():
+            continue
+        failure = failure_of(one, view) if view.ended else None
+        found[one.asked.engine] = _Result(one, view=view, failure=failure)
+    return found
+
+
+def _do_in_turn(all_: Sequence[PlannedPilot]) -> dict[str | None, _Result]:
+    """Run the pilots one after the other, as they share the GPU; return those that failed.
+
+    Raises:
+        StoppedError: a pilot was stopped, or its files cannot be written.
+    """
+    failed: dict[str | None, _Result] = {}
+    for number, one in enumerate(all_, start=1):
+        engine = one.asked.engine
+        print(f"pilot {number} of {len(all_)}: {engine}", file=sys.stderr)
+        try:
+            with redirect_stdout(sys.stderr):
+                code = run_pilot(one)
+                if not one.pilot.done():
+                    raise _ended(one, code)
+        except StoppedError:
+            raise
+        except AifluxError as error:
+            failed[engine] = _Result(one, failure=error)
+    return failed
+
+
+def _ended(one: PlannedPilot, code: int) -> AifluxError:
+    """Return the error for a pilot in a container that ended before its requests were finished."""
+    status = read_status(one.pilot.run, 0)
+    reason = (status and status.details.ended) or f"the pilot ended with exit code {code}"
+    stopped = code in (0, ExitCode.STOPPED) or code > 128  # by a signal
+    return (StoppedError if stopped else EngineError)(
+        reason, f"its log: aiflux logs {quote(short(one.pilot.output))}"
     )
 
 
-def _show_progress(asked: Asked, state: str, jobs: tuple[str, ...], done: int, total: int) -> None:
-    if asked.as_json:
-        progress = {"state": state, "jobs": list(jobs), "done": done, "total": total}
-        print_json({"estimate": None, "pilot": progress})
+def _result(one: PlannedPilot, drawn: Drawn) -> _Result:
+    try:
+        return _Result(one, _estimate(one, drawn))
+    except StoppedError as error:
+        return _Result(one, failure=error)
+
+
+def _print_results(results: Sequence[_Result], *, as_json: bool) -> None:
+    found = {result.engine: result.estimate for result in results if result.estimate is not None}
+    going = [result for result in results if result.view is not None and not result.failure]
+    choice = recommend(found) if len(found) > 1 and not going else None
+    if as_json:
+        recommended = None if choice is None else _recommended_json(choice, results)
+        print_json(
+            {"estimates": [each.to_json() for each in results], "recommendation": recommended}
+        )
         return
-    print(f"the pilot is {state} (job {', '.join(jobs)}): {done} of {total} requests finished")
-    print("  run the same command again for the estimate; --wait waits for the job")
+    if found and not going:
+        models = {result.engine: ", ".join(result.one.whole.models) for result in results}
+        commands = {result.engine: result.command or "" for result in results}
+        show(make_console(), engines_forecast(found, models, commands, choice))
+        if len(found) < len(results):
+            print()
+    for result in results:
+        if going and result.estimate is not None:
+            print(f"{result.engine}: the pilot has ended")
+        elif result.failure is not None:
+            print(f"{result.engine}: {result.failure}")
+        elif result.view is not None:
+            _print_progress(result.engine, result.view)
+    if going:
+        print(_REPEAT.replace("the estimate", "the estimates").replace("the job", "the jobs"))
 
 
-def _show(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> int:
-    estimated = _estimate(asked, pilot, whole, drawn)
-    keep_estimate(estimated, whole)
-    command = full_command(
-        {**asked.given, "local": asked.local or None}, asked.where == SLURM, estimated
-    )
-    if asked.as_json:
-        print_json({"estimate": estimated.to_json(), "command": command})
-        return 0
-    show(make_console(), forecast(estimated, command))
-    return 0
+def _recommended_json(choice: Recommendation, results: Sequence[_Result]) -> dict[str, Any]:
+    command = {result.engine: result.command for result in results}[choice.best]
+    return {"engine": choice.engine, **to_json(choice), "command": command}
 
 
-def _estimate(asked: Asked, pilot: Pilot, whole: Plan, drawn: Drawn) -> Estimate:
-    """Make the estimate.
+# --- the estimate ----------------------------------------------------------------------------
+
+
+def _full_command(one: PlannedPilot, found: Estimate) -> str:
+    asked = one.asked
+    given = {**asked.given, "local": asked.local or None}
+    return full_command(given, asked.where == SLURM, found)
+
+
+def _estimate(one: PlannedPilot, drawn: Drawn) -> Estimate:
+    """Make the estimate and store it.
 
     Raises:
         StoppedError: the pilot's results cannot be read.
     """
+    asked, pilot = one.asked, one.pilot
     observations = observe(read_plan(pilot.run), pilot.run)
     status = read_status(pilot.run, 0)
     if not observations or status is None:
         raise StoppedError(f"the pilot in {pilot.folder} left no results", "run it again: --force")
     limit = asked.config.get_slurm_config().time if asked.where == SLURM else None
-    return make_estimate(whole, drawn, observations, status, limit, asked.where)
+    found = make_estimate(one.whole, drawn, observations, status, limit, asked.where)
+    keep_estimate(found, one.whole, pilot)
+    return found

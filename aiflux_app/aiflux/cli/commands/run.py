@@ -119,7 +119,8 @@ def run(
         as_json=more["as_json"],
     )
     if more["pilot"] is not None:
-        from aiflux.cli.commands.estimate import Asked, estimate_run
+        from aiflux.cli.commands.estimate import estimate_run
+        from aiflux.cli.pilots import Asked
 
         return estimate_run(
             Asked(

@@ -1,20 +1,26 @@
-"""An estimate as text of at most 80 columns, alone and next to what a run took."""
+"""Estimates as text of at most 80 columns: alone, of several engines, next to what a run took."""
 
 from __future__ import annotations
 
+import math
 import shlex
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
 
 from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate, Range
+from aiflux.estimates.recommendation import Recommendation
+from aiflux.util.text import joined
 from aiflux.util.times import duration
 
 _WIDTH = 80
 _NAME = 24
 _FIGURE = 14
+_LABEL = 20
+_CELL = 20
+_DAY = 86_400
 
 
 def forecast(found: Estimate, command: str) -> list[Text]:
@@ -24,11 +30,84 @@ def forecast(found: Estimate, command: str) -> list[Text]:
         Text(""),
         _heading("", "estimate", "95 % between"),
         *(_figure(*row) for row in _figures(found)),
-        *_warnings(found),
+        *_warning_lines(found.warnings),
         Text(""),
         Text(_advice(found), style="bold"),
         Text(f"  {command}"),
     ]
+
+
+def engines_forecast(
+    found: Mapping[str, Estimate],
+    models: Mapping[str, str],
+    commands: Mapping[str, str],
+    choice: Recommendation | None,
+) -> list[Text]:
+    """Return the estimates of several engines side by side.
+
+    Args:
+        found: the estimates by engine.
+        models, commands: each engine's models, and its command of the full run.
+        choice: None if there is only one estimate.
+    """
+    first = next(iter(found.values()))
+    best = next(iter(found)) if choice is None else choice.best
+    lines = [Text(f"pilot: the same {first.pilot} of {count(first.requests)} requests"), Text("")]
+    lines += [Text(f"{name.ljust(_LABEL)}{models[name]}".rstrip()) for name in found]
+    lines += [Text(""), Text(_row("", [*found]).plain, style="dim")]
+    for name, figures, shown in _engine_figures([*found.values()]):
+        lines.append(_row(name, [shown(figure.value) for figure in figures]))
+        bounds = _row("  95 % between", [_bounds(figure, shown) for figure in figures])
+        lines.append(Text(bounds.plain, style="dim"))
+    lines.append(_row("requests in flight", [str(each.in_flight) for each in found.values()]))
+    lines.append(_row("failed in the pilot", [str(each.pilot_failures) for each in found.values()]))
+    named = [f"{name}: {text}" for name, each in found.items() for text in each.warnings]
+    lines += [*_warning_lines(named), Text("")]
+    if choice is not None:
+        lines += [Text(line) for line in _wrapped(_verdict(choice, found))]
+    lead = "recommended" if choice is not None and choice.decided else "full run"
+    advice = f"{lead} with {best}" if lead == "full run" else f"{lead}: {best}"
+    jobs = "" if first.where != SLURM else f", {_jobs(found[best])}"
+    return [*lines, Text(advice + jobs, style="bold"), Text(f"  {commands[best]}")]
+
+
+def _engine_figures(
+    found: Sequence[Estimate],
+) -> Iterator[tuple[str, list[Range], Callable[[float], str]]]:
+    """Yield the figures of engines: name, value and interval for each, and how they are shown."""
+    slurm = found[0].where == SLURM
+    yield "answer tokens/s", [each.tokens_rate for each in found], _rate
+    yield "requests/s", [each.requests_rate for each in found], _rate
+    times = [each.seconds_of_shard(1) for each in found]
+    yield "time in one job" if slurm else "time", times, _time
+    if any(each.gpus for each in found):
+        hours = [each.gpu_hours(each.shards if slurm else 1) for each in found]
+        yield "GPU-hours", hours, _hours
+    yield "failed requests", [each.failures for each in found], count
+
+
+def _time(seconds: float) -> str:
+    return duration(round(seconds)) if seconds < _DAY - 1 else f"{_rate(seconds / _DAY)} d"
+
+
+def _row(name: str, cells: Sequence[str]) -> Text:
+    return Text((name.ljust(_LABEL) + "".join(cell.ljust(_CELL) for cell in cells)).rstrip())
+
+
+def _verdict(choice: Recommendation, found: Mapping[str, Estimate]) -> str:
+    """Return what the pilots show, in words."""
+    cost = "GPU-hours" if all(each.gpus for each in found.values()) else "time"
+    parts = [f"{name} clearly fails more requests." for name in choice.failing]
+    if choice.overlapping:
+        overlapping = joined([choice.best, *choice.overlapping])
+        parts.append(f"The pilot does not decide: the intervals of {overlapping} overlap ({cost}).")
+        if choice.requests is None:
+            parts.append("No larger sample would: a pilot is not that exact.")
+        else:
+            parts.append(f"A sample of about {choice.requests} would: --requests {choice.requests}")
+    elif len(found) - len(choice.failing) > 1:
+        parts.append(f"Clearly the lowest {cost}: {choice.best}.")
+    return " ".join(parts)
 
 
 def comparison(rows: Sequence[ComparedFigure]) -> list[Text]:
@@ -127,6 +206,8 @@ def _figure(name: str, figure: Range, unit: str) -> Text:
 
 
 def _bounds(figure: Range, shown: Callable[[float], str]) -> str:
+    if math.isinf(figure.high):
+        return f"{shown(figure.low)} or more"
     return f"{shown(figure.low)} - {shown(figure.high)}"
 
 
@@ -140,19 +221,27 @@ def _line(name: str, *cells: str) -> Text:
     return Text(text.rstrip())
 
 
-def _warnings(found: Estimate) -> list[Text]:
+def _warning_lines(warnings: Sequence[str]) -> list[Text]:
     lines = []
-    for warning in found.warnings:
-        wrapped = textwrap.wrap(
-            warning, _WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False
-        )
-        lines += [Text(line, style="yellow") for line in wrapped]
+    for warning in warnings:
+        lines += [Text(line, style="yellow") for line in _wrapped(warning, "! ")]
     return [Text(""), *lines] if lines else []
+
+
+def _wrapped(text: str, lead: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead),
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _advice(found: Estimate) -> str:
     if found.where != SLURM:
         return "full run:"
+    return f"recommended: {_jobs(found)}"
+
+
+def _jobs(found: Estimate) -> str:
     if found.shards == 1:
-        return f"recommended: one job of {found.time}"
-    return f"recommended: {found.shards} shards of {found.time}"
+        return f"one job of {found.time}"
+    return f"{found.shards} shards of {found.time}"

@@ -1,0 +1,237 @@
+"""Plan the pilots of an estimate, and run them in Slurm or on this machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
+from aiflux.core.batch.input_file import InputSummary, scan_input
+from aiflux.core.config.config import Config, SlurmConfig
+from aiflux.core.config.settings import RunOptions
+from aiflux.core.runs.directory import RunDirectory, checked_output
+from aiflux.core.runs.open import draft_run
+from aiflux.core.runs.plan import Plan, input_rules, make_plan
+from aiflux.engines.kinds import engine_kind
+from aiflux.engines.sizing import context_length
+from aiflux.errors import AifluxError, EngineError, ExitCode, RunConflictError, StoppedError
+from aiflux.estimates.estimate import LOCAL, SLURM
+from aiflux.estimates.pilot import Drawn, Pilot
+from aiflux.slurm.preflight.local import finding_text
+from aiflux.util.files import short
+from aiflux.util.records import to_json
+from aiflux.util.times import walltime_seconds
+
+if TYPE_CHECKING:
+    from aiflux.slurm.run_view import RunView
+    from aiflux.slurm.submit import PlannedRun
+
+LONGEST = "01:00:00"
+_INTERVAL = 5.0
+# The settings that determine the speed of a job; others may differ between two calls.
+_HARDWARE = ("partition", "nodes", "gpus_per_node", "gres", "constraint", "cpus_per_task", "mem")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user wants to know about one engine.
+
+    Attributes:
+        requests: size of the pilot.
+        given: the options of the full run as they were given, for the recommended command.
+        engine: the kind, if several engines are compared.
+        again: process the pilot's requests again although they are finished.
+    """
+
+    config: Config
+    input: Path
+    output: Path
+    requests: int
+    given: Mapping[str, Any]
+    engine: str | None = None
+    local: bool = False
+    wait: bool = False
+    again: bool = False
+    preflight: bool = True
+    as_json: bool = False
+
+    @property
+    def where(self) -> str:
+        """Where the pilot's engine is."""
+        url: str | None = self.config.get("engine_url")
+        return url or (LOCAL if self.local else SLURM)
+
+
+@dataclass(frozen=True)
+class PlannedPilot:
+    """A run to estimate, and its pilot."""
+
+    asked: Asked
+    whole: Plan
+    summary: InputSummary
+    pilot: Pilot
+
+    @property
+    def options(self) -> RunOptions:
+        """The pilot's options: the context of the full run, and any number of failures."""
+        options = replace(self.whole.options, max_failures="100%", retry_failed=False)
+        if not engine_kind(options).managed:
+            return options
+        return replace(options, context_length=context_length(self.whole))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the pilot depends on; stored with it."""
+        asked = self.asked
+        slurm = asdict(asked.config.get_slurm_config())
+        return {
+            "plan": self.whole.id,
+            "input": to_json(self.whole.input),
+            "requests": asked.requests,
+            "where": asked.where,
+            "options": self.options.to_json(),
+            "slurm": {name: slurm[name] for name in _HARDWARE} if asked.where == SLURM else None,
+        }
+
+
+@contextmanager
+def named_engine(asked: Asked) -> Iterator[None]:
+    """Name the engine in an error, if several are compared."""
+    try:
+        yield
+    except AifluxError as error:
+        if asked.engine is not None:
+            error.message = f"{asked.engine}: {error.message}"
+        raise
+
+
+def plan_pilot(asked: Asked) -> PlannedPilot:
+    """Check the input and plan the full run; nothing is written."""
+    options = asked.config.run_options()
+    kind = engine_kind(options)
+    summary = scan_input(asked.input, options.model, rules=input_rules(kind, options))
+    output = checked_output(asked.output)
+    RunDirectory.of_output(output).refuse_foreign()
+    whole = make_plan(summary, output, options, asked.config.models_dir, kind)
+    pilot = Pilot.of_output(output, asked.engine)
+    pilot.run.refuse_foreign()
+    return PlannedPilot(asked, whole, summary, pilot)
+
+
+def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
+    """Return the samples; draw a new one for each pilot that has other settings now.
+
+    Raises:
+        RunConflictError: a job of such a pilot waits or runs. No sample was drawn.
+    """
+    known = [None if one.asked.again else one.pilot.drawn(one.settings) for one in all_]
+    for one, drawn in zip(all_, known, strict=True):
+        if drawn is None:
+            with named_engine(one.asked):
+                _refuse_active(one.pilot)
+    return [
+        drawn or one.pilot.begin(one.summary, one.asked.requests, one.settings)
+        for one, drawn in zip(all_, known, strict=True)
+    ]
+
+
+def _refuse_active(pilot: Pilot) -> None:
+    from aiflux.slurm.jobs import read_submissions
+    from aiflux.slurm.submit import active_shards
+
+    active = active_shards(pilot.run) if read_submissions(pilot.run) is not None else {}
+    for job, state in active.values():
+        raise RunConflictError(
+            f"job {job} of a pilot with other settings is {state.name}",
+            f"wait for it, or cancel it: aiflux cancel {quote(str(pilot.output))}",
+        )
+
+
+def run_pilot(one: PlannedPilot) -> int:
+    """Process the pilot's requests in the foreground; return the exit code."""
+    asked, options = one.asked, one.options
+    opened = draft_run(
+        one.pilot.input, one.pilot.output, options, asked.config.models_dir, engine_kind(options)
+    ).open()
+    if asked.where == LOCAL:
+        return run_local(opened, asked.config)
+    show_local_choices(asked.config, None)
+    return run_here(opened)
+
+
+def submit_missing(all_: Sequence[PlannedPilot]) -> None:
+    """Submit the pilots that have no job, once all are checked."""
+    jobs = _not_submitted(all_)
+    for one, planned in jobs:
+        show_local_choices(one.asked.config, planned.image)
+        for finding in planned.findings:
+            print(f"warning: {finding_text(finding)}", file=sys.stderr)
+        quiet = redirect_stdout(sys.stderr) if one.asked.as_json else nullcontext()
+        with quiet, named_engine(one.asked):
+            submit_planned(planned)
+
+
+def _not_submitted(all_: Sequence[PlannedPilot]) -> list[tuple[PlannedPilot, PlannedRun]]:
+    """Check and plan the jobs of the pilots that have none."""
+    from aiflux.slurm.jobs import read_submissions
+
+    planned = []
+    for one in all_:
+        if read_submissions(one.pilot.run) is None:
+            with named_engine(one.asked):
+                planned.append((one, _planned(one)))
+    return planned
+
+
+def _planned(one: PlannedPilot) -> PlannedRun:
+    from aiflux.slurm.submit import plan_job
+
+    asked, pilot = one.asked, one.pilot
+    slurm = asked.config.get_slurm_config()
+    limit = LONGEST if walltime_seconds(slurm.time) > walltime_seconds(LONGEST) else slurm.time
+    small: SlurmConfig = replace(slurm, shards=1, max_running=None, time=limit)
+    return plan_job(
+        asked.config, small, pilot.input, pilot.output, one.options, check=asked.preflight
+    )
+
+
+def job_views(all_: Sequence[PlannedPilot]) -> list[RunView]:
+    """Return the states of the pilots; with --wait, once all have ended."""
+    from aiflux.slurm.monitor import Observer
+
+    observers = [Observer(one.pilot.run) for one in all_]
+    views = [observer.look() for observer in observers]
+    while all_[0].asked.wait and not all(view.ended for view in views):
+        time.sleep(_INTERVAL)
+        views = [observer.look() for observer in observers]
+    return views
+
+
+def failure_of(one: PlannedPilot, view: RunView) -> AifluxError:
+    """Return why a pilot ended before its requests were finished."""
+    from aiflux.slurm.monitor import outcome
+
+    reason = "; ".join(dict.fromkeys(shard.reason for shard in view.shards if shard.reason))
+    kind = EngineError if outcome(view) is ExitCode.ENGINE else StoppedError
+    name = quote(short(one.pilot.output))
+    return kind(
+        f"the pilot has {view.state.value} with {view.done} of {view.total} requests finished"
+        + (f": {reason}" if reason else ""),
+        f"its log: aiflux logs {name}; continue: aiflux resume {name}; start over: --force",
+    )
+
+
+def progress_json(view: RunView) -> dict[str, Any]:
+    """Return the state of a pilot's job as JSON."""
+    return {
+        "state": view.state.value,
+        "jobs": list(view.jobs),
+        "done": view.done,
+        "total": view.total,
+    }

@@ -409,9 +409,12 @@ def speaks_tls(url: str, timeout: float) -> bool:
 
 def innermost(error: BaseException) -> str:
     """Return the message of the innermost cause, without the names of libraries."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error_text(error)
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    # Below the system's error may be one that a caller was handling, which is no cause of it.
+    of_system = [each for each in chain if isinstance(each, OSError) and each.errno is not None]
+    return error_text([*chain[-1:], *of_system][-1])
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -16,7 +16,7 @@ class Recommendation:
 
     Attributes:
         best: the engine with the lowest estimated cost.
-        decided: the interval of its cost lies below those of all others.
+        decided: the interval of its cost is below those of all others.
         overlapping: the engines whose intervals overlap with that of the best.
         requests: size of the sample that would probably decide; None if none would.
         failing: engines that clearly fail more requests than another. They are not compared: a

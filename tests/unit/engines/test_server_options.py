@@ -233,10 +233,10 @@ def test_the_parsers_reach_vllm_and_answers_with_tool_calls_count(
                   slots=2, tool_parser="hermes", reasoning_parser="qwen3")  # fmt: skip
     run.input = with_tools(tmp_path, {}, {"tool_choice": "none"})
     assert run.run() is ExitCode.OK, run.error
-    called, said = (each["output"]["choices"][0]["message"] for each in run.results)
+    called, spoken = (each["output"]["choices"][0]["message"] for each in run.results)
     assert called["tool_calls"][0]["function"]["name"] == "now"
-    assert said["content"] == "What time is it?"
-    assert called["reasoning"] == said["reasoning"] == "I repeat it."
+    assert spoken["content"] == "What time is it?"
+    assert called["reasoning"] == spoken["reasoning"] == "I repeat it."
     assert run.results[0]["metadata"]["attempts"] == 1
     monkeypatch.chdir(tmp_path)
     assert main(["status", "out.json"]) == 0

@@ -36,6 +36,8 @@ PAGES = {
 _BENCH = "tests/slow/test_bench.py::test_a_case_gives_figures"
 _SIGNED = "test_a_build_asks_for_the_passphrase_first_and_signs_the_image"
 _HUB = "tests/unit/cli/test_hub_models_command.py"
+_OPTIONS = "tests/unit/engines/test_server_options.py"
+_REACHED = "test_options_and_flags_reach_the_server"
 _VLLM = "tests/unit/engines/test_vllm.py"
 _COMMAND = "tests/integration/test_command.py"
 ELSEWHERE = {
@@ -84,6 +86,27 @@ ELSEWHERE = {
             " 'llama-server -m {model} --host {socket} -np {slots} --no-webui'",
         )
     },
+    "aiflux run --engine vllm --engine-arg gpu-memory-utilization=0.85"
+    " --engine-arg enable-expert-parallel ...": f"{_OPTIONS}::{_REACHED}",
+    "aiflux run --engine llamacpp --engine-arg cache-type-k=q8_0 ...": f"{_OPTIONS}::{_REACHED}",
+    "aiflux run --engine vllm --model hf:Qwen/Qwen3-8B --lora legal=/shared/adapters/legal"
+    " --input prompts.jsonl ...":
+        "tests/integration/test_vllm.py::test_adapters_parsers_and_options_in_one_engine",
+    "aiflux run --engine llamacpp --model llama3.2:3b --lora legal=legal.gguf"
+    " --input prompts.jsonl ...":
+        "tests/integration/test_llamacpp.py"
+        "::test_adapters_change_only_the_answers_of_their_requests",
+    "aiflux run --engine vllm --model hf:Qwen/Qwen3-8B --tool-parser hermes"
+    " --reasoning-parser qwen3 ...":
+        f"{_OPTIONS}::test_the_parsers_reach_vllm_and_answers_with_tool_calls_count",
+    "aiflux estimate --engine ollama,llamacpp --model llama3.2:3b --input prompts.jsonl"
+    " --output results.json --wait":
+        "tests/integration/test_llamacpp.py"
+        "::test_the_estimate_compares_it_with_ollama_on_the_same_sample",
+    "aiflux estimate --engine ollama=llama3.2:3b,vllm=hf:meta-llama/Llama-3.2-3B-Instruct"
+    " --input prompts.jsonl --requests 600":
+        "tests/unit/cli/test_estimate_command.py"
+        "::test_several_engines_are_submitted_together_and_compared_on_one_sample",
     "aiflux image build --base docker --output aiflux.sif":
         "tests/integration/test_image_docker.py::test_the_docker_base_builds_an_equivalent_image",
     "aiflux image build --sign --force": f"tests/integration/test_airgap.py::{_SIGNED}",

@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     "estimate",
     examples=[
         "aiflux estimate prompts.jsonl --model llama3.2:3b --wait",
-        "aiflux estimate prompts.jsonl --model llama3.2:3b --engine ollama,llamacpp --wait",
     ],
 )
 @input_parameters("Requests, *.jsonl", rare=True)
@@ -101,10 +100,8 @@ def estimate(
 ) -> int:
     """Run a sample of the requests in a small job, or here, and estimate the full run.
 
-    Repeat the command to see the job's progress, and its result at the end.
-
-    --engine KIND[=MODEL],KIND[=MODEL] compares several engines on the same sample. Engines without
-    =MODEL use --model.
+    Repeat the command to see the job's progress, and its result at the end. --engine KIND[=MODEL],
+    KIND[=MODEL] compares several engines on the same sample.
     """
     source = the_input(input_argument, input_option)
     path = Path(source)

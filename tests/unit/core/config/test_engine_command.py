@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_a_value_stays_within_its_word(model: str) -> None:
 def test_braces_of_json_are_left_alone(content: object) -> None:
     text = json.dumps({"a": content})
     command = f"x {{port}} {shlex.quote(text)}"
-    if "{port}" not in text and not any(f"{{{name}}}" in text for name in PLACEHOLDERS):
+    if not re.search(r"\{\w+\}", text, re.ASCII):  # a name in braces is a placeholder, or refused
         assert filled_words(command, {"port": 1})[2] == text
 
 

@@ -368,6 +368,7 @@ def test_a_model_missing_from_the_registry_is_reported(site: Site) -> None:
     printed = site.run("models", "pull", missing, code=4)
     assert "has no model" in printed
     assert "check the name" in printed
+    assert missing not in site.run("models", "list")
 
 
 @pytest.fixture

@@ -120,7 +120,8 @@ def url(value: Any) -> str:
             "| base64 -w0"
         )
     if re.search(r"[?#]", address):
-        raise ValueError("an address without ? and #; set a key with AIFLUX_API_KEY")
+        short = re.split(r"[?#]", address)[0].rstrip("/").removesuffix("/v1")
+        raise ValueError(f"an address without ? and #: {short}; set a key with AIFLUX_API_KEY")
     try:
         parts = urlsplit(address)
         if not parts.hostname or parts.port == 0:

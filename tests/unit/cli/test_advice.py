@@ -221,10 +221,13 @@ def test_a_kind_of_data_that_convert_does_not_know(tmp_path: Path) -> None:
     assert "no option" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
 @pytest.mark.parametrize(("suffix", "kind"), [("csv", "csv"), ("tsv", "csv"), ("json", "json")])
-def test_a_table_given_to_run_leads_to_convert(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_a_table_given_to_run_leads_to_convert(
+    tmp_path: Path, suffix: str, kind: str, command: str
+) -> None:
     (tmp_path / f"t.{suffix}").write_text("a,b\n1,2\n", encoding="utf-8")
-    done = aiflux("check", f"t.{suffix}", cwd=tmp_path)
+    done = aiflux(command, f"t.{suffix}", "--model", "smollm2:135m", cwd=tmp_path)
     assert done.returncode == 2
     assert f"aiflux convert {kind} --input " in done.stderr
 

@@ -230,6 +230,12 @@ def test_the_address_of_an_endpoint_is_refused_with_the_correct_one(
         value_parsers.url(f"http://h:8000{prefix}{endpoint}/")
 
 
+@pytest.mark.parametrize("address", ["https://h/llm/v1?api_key=x", "https://h/llm/v1/#x?y"])
+def test_the_address_of_a_query_is_refused_with_the_correct_one(address: str) -> None:
+    with pytest.raises(ValueError, match=r"without . and #: https://h/llm; set a key"):
+        value_parsers.url(address)
+
+
 @pytest.mark.parametrize("wrong", ["http://h:99999", "http://h:0", "http://h:x", "http://:80"])
 def test_an_address_with_an_invalid_port_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="a port from 1 to 65535"):

@@ -38,6 +38,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"n": 1, "tool_choice": "auto", "logit_bias": {}, "user": None},
         {"n": 2, "tool_choice": "required", "tools": []},
         *({"user": f"u{index}"} for index in range(9)),
+        {"logit_bias": {"50256": -100}},
     )
 
 
@@ -49,7 +50,7 @@ def test_check_reports_ignored_fields_with_count_and_lines(
     assert "Ollama ignores 'n' in 2 requests (lines 1 and 3): each gets one answer" in printed
     assert "Ollama ignores 'tool_choice' in 1 request (line 3)" in printed
     assert "Ollama ignores 'user' in 9 requests (lines 4, 5, 6, 7, 8, ...)" in printed
-    assert "logit_bias" not in printed
+    assert "Ollama ignores 'logit_bias' in 1 request (line 13)" in printed
     assert "--engine-url" in printed
 
 
@@ -64,7 +65,7 @@ def test_check_reports_ignored_fields_as_json(
 def test_ignored_fields_are_counted_across_parts_of_an_input(mixed: Path) -> None:
     rules = kind_named("ollama").input_rules
     whole = scan_input(mixed, rules=rules, children=0)
-    assert whole.ignored.keys() == {"n", "tool_choice", "user"}
+    assert whole.ignored.keys() == {"n", "tool_choice", "user", "logit_bias"}
     for children in (0, 2):
         parts = scan_input(mixed, rules=rules, part_bytes=200, children=children)
         assert parts.ignored == whole.ignored
@@ -74,7 +75,7 @@ def test_the_preflight_warns_for_ollama_only(mixed: Path, tmp_path: Path) -> Non
     ours = kind_named("ollama")
     opened = draft_run(mixed, tmp_path / "a.json", RunOptions(), tmp_path, ours).open()
     findings = [*check_fields(opened.plan)]
-    assert [finding.level for finding in findings] == ["warning"] * 3
+    assert [finding.level for finding in findings] == ["warning"] * 4
     other = RunOptions(engine_url="http://127.0.0.1:1")
     opened = draft_run(mixed, tmp_path / "b.json", other, None, kind_named("external")).open()
     assert not [*check_fields(opened.plan)]

@@ -16,6 +16,7 @@ from aiflux.engines.llamacpp.model_file import find_files
 from tests.integration.conftest import MODEL, Cluster, User, answers, lines, request
 
 SMALL = ["--gpus-per-node", "0", "--time", "0:10:00", "--mem", "2G", "--cpus-per-task", "1"]
+REQUESTS = 80
 SERVER = "llama-server -m {model} --host {host} --port {port} -np {slots} --no-webui --offline"
 
 
@@ -106,7 +107,8 @@ def test_a_job_without_an_image_survives_the_kill_of_its_server(
 def test_an_array_without_an_image_is_resumed_after_a_cancel(
     user: User, checkout: Path, place: Path, command: list[str | Path], cluster: Cluster
 ) -> None:
-    user.write(place / "in.jsonl", questions(16, 64))
+    # Enough that the first shard is still at work when the second one starts.
+    user.write(place / "in.jsonl", questions(REQUESTS, 64))
     aiflux = checkout / ".venv/bin/aiflux"
     printed = user.run(
         aiflux, "run", "in.jsonl", "-o", "out.json", "--shards", "2", *command, cwd=place
@@ -127,7 +129,7 @@ def test_an_array_without_an_image_is_resumed_after_a_cancel(
     assert "was started with engine command (llama-server" in refused
     user.run(aiflux, "resume", "out.json", cwd=place)
     user.run(aiflux, "watch", "out.json", cwd=place, timeout=300)
-    assert len(answers(place / "out.json")) == 16
-    assert sum(map(finished, journals)) == 16
+    assert len(answers(place / "out.json")) == REQUESTS
+    assert sum(map(finished, journals)) == REQUESTS
     assert before >= 2
     assert user.none_left()

@@ -107,6 +107,8 @@ ELSEWHERE = {
     " --input prompts.jsonl --requests 600":
         "tests/unit/cli/test_estimate_command.py"
         "::test_several_engines_are_submitted_together_and_compared_on_one_sample",
+    "apptainer run --rocm aiflux-amd.sif input.jsonl output.json --model llama3.2:3b":
+        "tests/integration/test_image.py::test_the_image_runs_directly",
     "aiflux image build --base docker --output aiflux.sif":
         "tests/integration/test_image_docker.py::test_the_docker_base_builds_an_equivalent_image",
     "aiflux image build --sign --force": f"tests/integration/test_airgap.py::{_SIGNED}",

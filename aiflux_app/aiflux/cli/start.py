@@ -104,6 +104,8 @@ def run_local(opened: OpenedRun, config: Config) -> int:
     try:
         find_runtime()
         image = find_image(config, Path.cwd(), engine=kind.name)
+        if kind.program:
+            refuse_other_engine(own_image(image), kind.name, kind.title)
     except ImageError as error:
         if config.image is not None or find_program(kind, os.environ) is None:
             raise ImageError(
@@ -112,10 +114,9 @@ def run_local(opened: OpenedRun, config: Config) -> int:
         show_local_choices(config, None)
         return run_here(opened, config.get("gpu_vendor"))
     vendor = config.get("gpu_vendor")
-    if kind.program:
-        refuse_other_engine(own_image(image), kind.name, kind.title)
-        if visible_devices(_with_vendor(vendor)) and not opened.plan.options.allow_cpu:
-            refuse_other_vendor(own_image(image), gpu_vendor(_with_vendor(vendor)))
+    gpus = kind.program and visible_devices(_with_vendor(vendor))
+    if gpus and not opened.plan.options.allow_cpu:
+        refuse_other_vendor(own_image(image), gpu_vendor(_with_vendor(vendor)))
     show_local_choices(config, image)
     return run_in_container(opened, image, seal=config.get("seal"), vendor=vendor)
 

@@ -25,12 +25,13 @@ from aiflux.engines.gpus import VENDOR_VARIABLE, gpu_vendor, visible_devices
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ImageError, ModelError
 from aiflux.image.container import find_image, find_runtime, local_choices
-from aiflux.image.sif import own_image, refuse_other_engine, refuse_other_vendor
+from aiflux.image.sif import ImageFacts, own_image, refuse_other_engine, refuse_other_vendor
 from aiflux.slurm.preflight.nodes import check_names
 from aiflux.slurm.script import JobScript, render_local, render_models
 from aiflux.util.files import temporary_folder
 
 if TYPE_CHECKING:
+    from aiflux.engines.base import EngineKind
     from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submit import PlannedRun
 
@@ -84,11 +85,11 @@ def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
 
 
 def run_local(opened: OpenedRun, config: Config) -> int:
-    """Run in the image if Apptainer and the image are available, else on a local engine.
+    """Run in the image if Apptainer and an image with the engine are available, else without.
 
     AIFLUX_ENGINE_PROGRAM names an engine to use in either case (see ``find_program``).
     """
-    from aiflux.engines.process import find_program, named_program
+    from aiflux.engines.process import named_program
     from aiflux.slurm.submit import refuse_container
 
     kind = engine_kind(opened.plan.options)
@@ -98,27 +99,42 @@ def run_local(opened: OpenedRun, config: Config) -> int:
         raise ModelError(finding.what, finding.fix)
     if not kind.worker_in_image:
         refuse_container(config)
-    if not kind.worker_in_image or named_program(kind, os.environ):
+    image = None
+    if kind.worker_in_image and not named_program(kind, os.environ):
+        image = _local_image(kind, config)
+    vendor = config.get("gpu_vendor")
+    if image is None:
         show_local_choices(config, None)
-        return run_here(opened, config.get("gpu_vendor"))
+        return run_here(opened, vendor)
+    if visible_devices(_with_vendor(vendor)) and not opened.plan.options.allow_cpu:
+        refuse_other_vendor(image, gpu_vendor(_with_vendor(vendor)))
+    show_local_choices(config, image.path)
+    return run_in_container(opened, image.path, seal=config.get("seal"), vendor=vendor)
+
+
+def _local_image(kind: EngineKind, config: Config) -> ImageFacts | None:
+    """Return the image of a local run; None to use the engine's program on this machine.
+
+    Raises:
+        ImageError: there is neither a program nor an image of ours with this engine, or an image
+            was named that cannot be used.
+    """
+    from aiflux.engines.process import find_program
+
+    program = find_program(kind, os.environ) if config.image is None else None
     try:
         find_runtime()
-        image = find_image(config, Path.cwd(), engine=kind.name)
-        if kind.program:
-            refuse_other_engine(own_image(image), kind.name, kind.title)
+        path = find_image(config, Path.cwd(), engine=kind.name)
     except ImageError as error:
-        if config.image is not None or find_program(kind, os.environ) is None:
+        if program is None:
             raise ImageError(
                 f"{error.message}; and there is no {kind.program} on PATH either", error.remedy
             ) from error
-        show_local_choices(config, None)
-        return run_here(opened, config.get("gpu_vendor"))
-    vendor = config.get("gpu_vendor")
-    gpus = kind.program and visible_devices(_with_vendor(vendor))
-    if gpus and not opened.plan.options.allow_cpu:
-        refuse_other_vendor(own_image(image), gpu_vendor(_with_vendor(vendor)))
-    show_local_choices(config, image)
-    return run_in_container(opened, image, seal=config.get("seal"), vendor=vendor)
+        return None
+    image = own_image(path)
+    if program is None:
+        refuse_other_engine(image, kind.name, kind.title)
+    return image if image.suits(kind.name) else None
 
 
 def _with_vendor(vendor: str) -> dict[str, str]:

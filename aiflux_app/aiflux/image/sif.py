@@ -117,6 +117,10 @@ class ImageFacts:
         words = (self.fact("gpu_vendors") or "").split()
         return tuple(word for word in words if word in VENDOR_TITLES)
 
+    def suits(self, kind: str) -> bool:
+        """Return whether its engine is of a kind, or unknown."""
+        return self.engine in (None, kind)
+
 
 def machine_arch(machine: str) -> str:
     """Return the architecture name used by images for a machine (``uname -m``)."""
@@ -132,7 +136,7 @@ def refuse_other_engine(image: ImageFacts, kind: str, title: str) -> None:
     Raises:
         ImageError: it has another one; names the image to build.
     """
-    if image.engine not in (None, kind):
+    if not image.suits(kind):
         raise ImageError(
             f"the image {image.path} has the engine {image.engine}, and the run needs {title}",
             f"{how_to_build(f'ENGINE={kind}')}, and name it: --image FILE; or --engine "

@@ -18,6 +18,7 @@ from aiflux.image.sif import CHECKOUT, how_to_build
 from aiflux.models.catalog import read_catalog
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
+from tests.tools.make_tiny_gguf import tiny
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import request_line, write_input
 
@@ -154,6 +155,29 @@ def test_a_local_run_gets_the_gpus_of_this_machine_or_is_refused(tmp_path: Path)
     prepare = fakes.calls("apptainer")[0]
     assert {"--rocm", str(tmp_path / "aiflux-amd.sif")} <= {*prepare.argv}
     assert prepare.environ["APPTAINERENV_ROCR_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_local_run_uses_its_engine_s_program_if_the_image_has_another_engine(
+    tmp_path: Path,
+) -> None:
+    fakes = FakeCommands(tmp_path / "fakes")
+    fakes.add("apptainer")
+    write_input(tmp_path / "in.jsonl", 1, body={"messages": [{"role": "user", "content": "x"}]})
+    (tmp_path / "m.gguf").write_bytes(tiny("llama"))
+    make_sif(tmp_path / "aiflux.sif", version="1", engine="ollama", engine_version="0.33.3")
+    words = ("run", "--local", "--engine", "llamacpp", "--model", "m.gguf", "--allow-cpu",
+             "--input", "in.jsonl", "--output", "out.json")  # fmt: skip
+    there = {"PATH": fakes.path, "HOME": str(tmp_path)}
+    other = "aiflux.sif has the engine ollama, and the run needs llama.cpp"
+    without = aiflux(*words, cwd=tmp_path, **there)
+    assert (without.returncode, other in without.stderr) == (2, True)
+    fakes.add("llama-server", "exit 1")
+    named = aiflux(*words, "--image", "aiflux.sif", cwd=tmp_path, **there)
+    assert (named.returncode, other in named.stderr) == (2, True)
+    assert fakes.calls("llama-server") == []
+    assert aiflux(*words, cwd=tmp_path, **there).returncode == 4
+    assert fakes.calls("llama-server") != []
+    assert fakes.calls("apptainer") == []
 
 
 def test_a_dry_run_needs_no_slurm_and_with_an_engine_no_image(tmp_path: Path) -> None:

@@ -47,10 +47,6 @@ _UNREADABLE = re.compile(
 _MAX_UNREADABLE = 0.2  # share of unreadable characters above which the text is useless
 
 
-class DocxError(ValueError):
-    """A file is not a readable DOCX; the message says why and how to fix it."""
-
-
 def docx_text(file: BinaryIO) -> str:
     """Return a document's text: one line per paragraph, table cells separated by tabs.
 
@@ -58,16 +54,16 @@ def docx_text(file: BinaryIO) -> str:
     text. Headers, footers and comments are skipped.
 
     Raises:
-        DocxError: the file is encrypted, or decompresses to too much.
+        BadRowError: the file is encrypted, or decompresses to too much.
         Exception: the file is damaged; zipfile, zlib and expat raise their own errors.
     """
     start = file.read(len(_OLE))
     if start == _OLE:
-        raise DocxError("encrypted DOCX or old Word file; save it as DOCX without a password")
+        raise BadRowError("encrypted DOCX or old Word file; save it as DOCX without a password")
     with zipfile.ZipFile(file) as package:
         size = sum(part.file_size for part in package.infolist())
         if size > _MAX_UNPACKED:
-            raise DocxError(f"the DOCX decompresses to {size >> 20} MiB, too much for a document")
+            raise BadRowError(f"the DOCX decompresses to {size >> 20} MiB, too much for a document")
         return _text_of(package)
 
 
@@ -133,7 +129,7 @@ def _parse(
 
 def _refuse_doctype(*_: object) -> None:
     """Reject a document type: Office never writes one, and entities can expand to gigabytes."""
-    raise DocxError("the DOCX has a document type declaration, which word processors never write")
+    raise BadRowError("the DOCX has a document type declaration, which word processors never write")
 
 
 def _related(package: zipfile.ZipFile, part: str) -> dict[str, str]:
@@ -446,9 +442,7 @@ def _read_docx(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return docx_text(file)
-    except DocxError as error:
-        raise BadRowError(str(error)) from None
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, BadRowError):
         raise
     except Exception as error:  # noqa: BLE001 - zipfile, zlib and expat raise their own errors
         raise BadRowError(

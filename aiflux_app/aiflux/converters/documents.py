@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from xml.parsers import expat
 
-from aiflux.converters.docx_numbering import OFF, Numbering, symbol, whole
+from aiflux.converters.docx_numbering import Numbering, is_on, symbol, whole
 from aiflux.converters.encoding import Encoding, UnclearEncodingError, decoded, marked_encoding
 from aiflux.converters.writer import BadRowError
 from aiflux.util.extras import need
@@ -241,9 +241,8 @@ class _Body:
             self._add(_SIGNS[name])
 
     def _property(self, name: str, values: Attributes) -> None:
-        on = values.get("val", "1") not in OFF
         if name == "vanish" and self._path[-2:-1] == ["rPr"] and self._path[-3] == "r":
-            self._vanished = on
+            self._vanished = is_on(values)
         elif name in ("del", "moveFrom") and self._path[-3:-1] == ["pPr", "rPr"]:
             if self._paragraphs:
                 self._paragraphs[-1].joined = True

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from aiflux.util.text import REPLACEMENT
 
-OFF = ("0", "false", "off")
-"""Values of an element that switches something off."""
+_OFF = ("0", "false", "off")
 _BULLET = "\u2022"
 _LEVELS = 9
 _LONGEST_LABEL = 100  # a hostile file could repeat a long one in every paragraph
@@ -77,7 +76,7 @@ class _Level:
         elif name == "pStyle":
             self.style = value
         elif name == "isLgl":
-            self.legal = values.get("val", "1") not in OFF
+            self.legal = is_on(values)
         elif name == "rFonts":
             self.font = values.get("ascii", values.get("hAnsi", ""))
 
@@ -200,6 +199,11 @@ class Numbering:
         return text + level.gap if text else ""
 
 
+def is_on(values: Mapping[str, str]) -> bool:
+    """Return whether an element switches something on; without a value it does."""
+    return values.get("val", "1") not in _OFF
+
+
 def whole(text: str) -> int:
     """Return a number of an attribute; 0 for what is none."""
     return int(text) if text.isdecimal() and len(text) < 10 else 0
@@ -214,6 +218,8 @@ def _bullet(level: _Level) -> str:
 
 def _counted(count: int, form: str) -> str:
     """Return a number in one of Word's forms; forms of other scripts are shown as decimal."""
+    if form == "none":
+        return ""
     if form in ("lowerLetter", "upperLetter") and count > 0:
         text = chr(ord("a") + (count - 1) % 26) * min((count + 25) // 26, 99)
     elif form in ("lowerRoman", "upperRoman") and 0 < count < 4000:
@@ -223,6 +229,4 @@ def _counted(count: int, form: str) -> str:
             left %= value
     else:
         text = f"{count:02}" if form == "decimalZero" else str(count)
-    if form == "none":
-        return ""
     return text.upper() if form.startswith("upper") else text

@@ -197,16 +197,16 @@ def options(value: Any) -> dict[str, str]:
     return {_dashed(key): item for key, item in named.items()}
 
 
-def named_paths(value: Any, located: Callable[[str], str] = str) -> dict[str, str]:
+def named_paths(value: Any, one: Parser = path) -> dict[str, str]:
     """Accept a mapping, ``NAME=PATH`` or a list of them; a text is split like a command line.
 
     Args:
-        located: returns the path for one that is relative.
+        one: parser of each path.
     """
     named = pairs(_words(value) if isinstance(value, str) else value)
     if not all(name and item for name, item in named.items()):
         raise ValueError("NAME=PATH")
-    return {name: str(path(located(item))) for name, item in named.items()}
+    return {name: str(one(item)) for name, item in named.items()}
 
 
 def _dashed(key: str) -> str:

@@ -226,15 +226,13 @@ def _parsed(
 ) -> Any:
     """Parse a value of a file; paths are relative to the file."""
 
-    def parse(value: Any) -> Any:
-        return setting.parse(written_path(value, folder.absolute(), environ))
+    def path(value: Any) -> Path:
+        return value_parsers.path(written_path(value, folder.absolute(), environ))
 
-    def parse_named(value: Any) -> Any:
-        return value_parsers.named_paths(
-            value, lambda item: str(written_path(item, folder.absolute(), environ))
-        )
-
-    of_paths = {value_parsers.path: parse, value_parsers.named_paths: parse_named}
+    of_paths: dict[value_parsers.Parser, value_parsers.Parser] = {
+        value_parsers.path: path,
+        value_parsers.named_paths: partial(value_parsers.named_paths, one=path),
+    }
     item = replace(setting, parse=of_paths.get(setting.parse, setting.parse))
     return parse_setting(item, value, place)
 

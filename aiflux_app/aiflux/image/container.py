@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.config.config import Config
-from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
 from aiflux.core.config.settings import AMD
 from aiflux.core.config.sources import refuse_foreign
 from aiflux.errors import ImageError
-from aiflux.image.sif import CHECKOUT, how_to_build, make_options, own_image
+from aiflux.image.sif import CHECKOUT, how_to_build, make_options, own_image, uses_default_image
 
 IMAGE_NAME = "aiflux.sif"
 
@@ -26,7 +25,7 @@ def image_names(engine: str, vendor: str = "auto") -> tuple[str, ...]:
     Args:
         vendor: that of the GPUs, ``auto`` if it is not chosen.
     """
-    stem = "aiflux" if engine in ("ollama", COMMAND, EXTERNAL) else f"aiflux-{engine}"
+    stem = "aiflux" if uses_default_image(engine) else f"aiflux-{engine}"
     own = [f"{stem}-{AMD}.sif"] if vendor == AMD else []
     return tuple(dict.fromkeys([*own, f"{stem}.sif", IMAGE_NAME]))
 

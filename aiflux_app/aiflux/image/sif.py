@@ -57,9 +57,14 @@ def how_to_build(options: str = "") -> str:
     return f"build it: {f'{make} image {options}'.strip()}"
 
 
+def uses_default_image(engine: str) -> bool:
+    """Return whether the worker runs in the image that is built without options: Ollama's."""
+    return engine in ("ollama", COMMAND, EXTERNAL)
+
+
 def make_options(engine: str, vendor: str) -> str:
     """Return the options of ``make image`` for an engine and the vendor of the GPUs."""
-    words = [] if engine in ("ollama", COMMAND, EXTERNAL) else [f"ENGINE={engine}"]
+    words = [] if uses_default_image(engine) else [f"ENGINE={engine}"]
     return " ".join([*words, f"GPU={AMD}"] if vendor == AMD else words)
 
 

@@ -40,7 +40,7 @@ from aiflux.errors import BundleError, ImageError
 from aiflux.image.build import find_sources
 from aiflux.image.container import image_names
 from aiflux.image.run_tool import run
-from aiflux.image.sif import read_image
+from aiflux.image.sif import ImageFacts, read_image
 from aiflux.models.name import parse_model_name
 from aiflux.util.files import atomic_write, temporary_folder
 
@@ -302,12 +302,14 @@ def _wheels(parts: Ingredients) -> list[Member]:
 
 
 def _images(parts: Ingredients, on_bytes: OnBytes) -> list[Member]:
-    return [Member(_image_member(path), path, _digest(path, on_bytes)) for path in parts.images]
+    return [
+        Member(_image_member(image), image.path, _digest(image.path, on_bytes))
+        for image in map(read_image, parts.images)
+    ]
 
 
-def _image_member(path: Path) -> str:
+def _image_member(image: ImageFacts) -> str:
     """Return the name of an image in the bundle: the one that runs with its engine look for."""
-    image = read_image(path)
     vendor = AMD if image.gpu_vendors == (AMD,) else NVIDIA
     return f"image/{image_names(image.engine or 'ollama', vendor)[0]}"
 
@@ -394,17 +396,16 @@ def _contents(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:
             python: [f"wheels/{wheel.name}" for wheel in wheels]
             for python, wheels in parts.wheels.items()
         },
-        "images": [_image_facts(path) for path in parts.images],
+        "images": [_image_facts(image) for image in map(read_image, parts.images)],
         "models": [_model_facts(model) for model in parts.models],
         "bytes": sum(member.size for member in files),
     }
 
 
-def _image_facts(path: Path) -> dict[str, Any]:
-    image = read_image(path)
+def _image_facts(image: ImageFacts) -> dict[str, Any]:
     facts = {name: image.fact(name) for name in ("version", "ollama", "base", "cpu_only")}
     return {
-        "path": _image_member(path),
+        "path": _image_member(image),
         "arch": image.arch,
         "engine": image.engine_description,
         "engine_version": image.engine_version,

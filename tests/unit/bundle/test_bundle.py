@@ -43,6 +43,7 @@ from aiflux.cli.main import main
 from aiflux.engines.ollama.store import missing_parts
 from aiflux.engines.vllm.hub import parse_hub_model, stored_snapshot
 from aiflux.errors import BundleError, ModelError
+from aiflux.image.sif import read_image
 from aiflux.models.name import ModelName, parse_model_name
 from aiflux.util.extras import EXTRAS, LIBRARIES, remedy
 from tests.tools.make_sif import make_sif
@@ -851,7 +852,7 @@ def test_an_image_for_amd_gpus_keeps_its_name_in_a_bundle(tmp_path: Path) -> Non
     engine = {"version": "1", "engine": "vllm", "engine_version": "0.32.0"}
     amd = make_sif(tmp_path / "a.sif", gpu_vendors="amd", **engine)
     nvidia = make_sif(tmp_path / "n.sif", gpu_vendors="nvidia", **engine)
-    assert writer._image_member(amd) == "image/aiflux-vllm-amd.sif"
-    assert writer._image_member(nvidia) == "image/aiflux-vllm.sif"
+    assert writer._image_member(read_image(amd)) == "image/aiflux-vllm-amd.sif"
+    assert writer._image_member(read_image(nvidia)) == "image/aiflux-vllm.sif"
     for name in ("aiflux-amd.sif", "aiflux-vllm-amd.sif", "aiflux.sif"):
         assert re.fullmatch(installer._IMAGE, f"image/{name}")

@@ -263,17 +263,17 @@ def _image(config: Config, engine: str) -> Path:
 
 def _architecture(asked: str | None, images: Sequence[Path]) -> str:
     """Return the architecture of the wheels; an image of another one is refused."""
-    arch = asked
-    for image in images:
-        known = read_image(image).arch
-        of_image = next((each for each in ARCHITECTURES if machine_arch(each) == known), None)
-        arch = arch or of_image
-        if known is not None and of_image != (arch or this_architecture()):
+    wheels = {machine_arch(each): each for each in ARCHITECTURES}
+    known = {image: found for image in images if (found := read_image(image).arch) is not None}
+    of_images = (wheels[found] for found in known.values() if found in wheels)
+    arch = asked or next(of_images, None) or this_architecture()
+    for image, found in known.items():
+        if wheels.get(found) != arch:
             raise BundleError(
-                f"the image {image} is for {known}, and the bundle for {arch}",
+                f"the image {image} is for {found}, and the bundle for {arch}",
                 "name an image of that architecture (--image FILE), or use --no-image",
             )
-    return arch or this_architecture()
+    return arch
 
 
 def _model(models_dir: Path, name: str) -> PackedModel:

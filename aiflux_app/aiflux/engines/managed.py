@@ -73,7 +73,7 @@ class ManagedEngine:
         plan = self.spec.plan
         for each in plan.adapters:
             found = self.kind.read_adapter(plan.models_dir, self.spec.model, each.name, each.path)
-            plan.refuse_changed_adapter(each, found)
+            each.refuse_changed(found)
 
     def _find_program(self) -> str:
         return engine_program(self.kind, self.spec.environ)

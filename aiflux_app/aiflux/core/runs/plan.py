@@ -93,6 +93,24 @@ class Adapter:
     rank: int = 0
     base: str = ""
 
+    def refuse_changed(self, found: Adapter) -> None:
+        """Refuse an adapter that is not this one, which the run was planned with.
+
+        Raises:
+            ModelError: the digests differ; names both.
+        """
+        if self.digest != found.digest:
+            raise _changed("adapter", self.name, self.digest, f"{self.path} is", found.digest)
+
+
+def _changed(kind: str, name: str, planned: str, now: str, found: str) -> ModelError:
+    return ModelError(
+        f"the {kind} {name} changed since the run was planned: it was {shown_digest(planned)}, "
+        f"and {now} now {shown_digest(found)}",
+        f"restore the earlier {kind}, start a run with another output, or mix with the results so "
+        "far: the same command with --force-resume",
+    )
+
 
 PLAN_VERSION = 1
 # Runs of these kinds keep the ids from before plans named their engine.
@@ -151,12 +169,7 @@ class Plan:
         """
         planned = self.digest(model)
         if planned and digest and planned != digest:
-            raise ModelError(
-                f"the model {model} changed since the run was planned: it was "
-                f"{shown_digest(planned)}, and is now {shown_digest(digest)}",
-                "restore the earlier model, start a run with another output, or mix with the "
-                "results so far: the same command with --force-resume",
-            )
+            raise _changed("model", model, planned, "is", digest)
 
     @property
     def adapter_digests(self) -> dict[str, str]:
@@ -169,39 +182,23 @@ class Plan:
         adapters = {adapter.name: adapter.path for adapter in self.adapters}
         return {**self.options.engine_settings, **({"lora": adapters} if adapters else {})}
 
-    def refuse_changed_adapter(self, planned: Adapter, found: Adapter) -> None:
-        """Refuse an adapter that is not the one that the run was planned with.
-
-        Raises:
-            ModelError: the digests differ; names both.
-        """
-        if planned.digest != found.digest:
-            raise ModelError(
-                f"the adapter {planned.name} changed since the run was planned: it was "
-                f"{shown_digest(planned.digest)}, and {planned.path} is now "
-                f"{shown_digest(found.digest)}",
-                "restore the earlier one, start a run with another output, or mix with the "
-                "results so far: the same command with --force-resume",
-            )
-
     @property
     def identity(self) -> dict[str, Any]:
         """What the answers depend on in addition to the requests; fixed within a run."""
-        defaults = self.options.model_defaults
-        more: dict[str, Any] = {"defaults": defaults} if defaults else {}
-        # Another command can start another server, or the same with options that change answers.
-        command = self.options.engine_command
-        words = {} if command is None else {"command": command_words(command)}
-        if self.adapters:
-            more["adapters"] = self.adapter_digests
-        return {
+        identity: dict[str, Any] = {
             "models": [*self.served_names],
             "parameters": self.options.parameters,
-            **more,
             **self.options.engine_settings,
             "engine": self.options.engine,
-            **words,
         }
+        if self.options.model_defaults:
+            identity["defaults"] = self.options.model_defaults
+        if self.adapters:
+            identity["adapters"] = self.adapter_digests
+        # Another command can start another server, or the same with options that change answers.
+        if self.options.engine_command is not None:
+            identity["command"] = command_words(self.options.engine_command)
+        return identity
 
     @property
     def id(self) -> str:

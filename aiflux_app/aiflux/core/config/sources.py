@@ -76,8 +76,8 @@ def in_layers(*layers: Mapping[str, SourcedValue]) -> dict[str, SourcedValue]:
     for layer in layers:
         others = [name for name in ENGINE_SETTINGS[:-1] if name in layer]
         if "engine_command" in layer:
-            for name in others:
-                raise _two_engines(name, layer)
+            if others:
+                raise _two_engines(others[0], layer)
             for name in ENGINE_SETTINGS:
                 values.pop(name, None)
         elif others:
@@ -90,7 +90,7 @@ def _two_engines(name: str, layer: Mapping[str, SourcedValue]) -> ConfigError:
     places = " and ".join(dict.fromkeys(layer[each].origin for each in (name, "engine_command")))
     return ConfigError(
         f"{places}: {name} and engine_command are both given, but a run has one kind of engine",
-        f"remove one of them: --{name.replace('_', '-')} or --engine-command",
+        f"remove one of them: {BY_NAME[name].option} or --engine-command",
     )
 
 

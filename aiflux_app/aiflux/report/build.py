@@ -251,6 +251,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def _models(plan: Plan, whole: Tally, known: Sequence[StatusDetails]) -> Iterable[Model]:
+    named = sum(whole.models[adapter.name] for adapter in plan.adapters)
     for name in plan.models:
         names = {name, plan.served(name)}
         digests = {digest for each in names for digest in whole.digests.get(each, ())}
@@ -260,7 +261,6 @@ def _models(plan: Plan, whole: Tally, known: Sequence[StatusDetails]) -> Iterabl
             }
         results = sum(whole.models[each] for each in names)
         only = whole.results if len(plan.models) == 1 else results
-        named = sum(whole.models[adapter.name] for adapter in plan.adapters)
         yield Model(name, only - named, tuple(sorted(digests)))
     for adapter in plan.adapters:
         title = f"{adapter.name} (LoRA adapter of {plan.served_names[0]})"

@@ -381,13 +381,10 @@ def _remove_if_abandoned(folder: Path) -> None:
         os.close(descriptor)
 
 
-_BLOCK = 1 << 20
-
-
 def file_digest(path: Path) -> str:
     """Return a file's SHA-256, hex."""
     digest = sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(_BUFFER):
             digest.update(block)
     return digest.hexdigest()

@@ -189,15 +189,31 @@ def absent(models_dir: Path | None, model: HubModel) -> ModelError:
     )
 
 
+def present_snapshot(models_dir: Path | None, model: HubModel) -> Path:
+    """Return the directory with a model's files, even if some are missing or damaged.
+
+    Raises:
+        ModelError: there is none.
+    """
+    snapshot = find_snapshot(models_dir, model)
+    if snapshot is None:
+        raise absent(models_dir, model)
+    return snapshot
+
+
+def is_stored(models_dir: Path, model: HubModel) -> bool:
+    """Return whether a model's configuration and all its weights are stored."""
+    snapshot = find_snapshot(models_dir, model)
+    return snapshot is not None and not any(problems(snapshot))
+
+
 def stored_snapshot(models_dir: Path | None, model: HubModel) -> Path:
     """Return the directory of a model that is stored completely, with a valid configuration.
 
     Raises:
         ModelError: the model is not; names the file.
     """
-    snapshot = find_snapshot(models_dir, model)
-    if snapshot is None:
-        raise absent(models_dir, model)
+    snapshot = present_snapshot(models_dir, model)
     problem = next(problems(snapshot), None)
     if problem is not None:
         raise ModelError(

@@ -29,8 +29,8 @@ from aiflux.engines.vllm.hub import (
     PREFIX,
     absent,
     find_snapshot,
+    is_stored,
     parse_hub_model,
-    problems,
     same_revision,
     snapshot_digest,
     stored_snapshot,
@@ -221,8 +221,7 @@ class VllmKind(CommonKind):
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
         """Return whether a model's configuration and all its weights are stored."""
-        snapshot = find_snapshot(models_dir, parse_hub_model(model))
-        return snapshot is not None and not any(problems(snapshot))
+        return is_stored(models_dir, parse_hub_model(model))
 
     def refuse_model(self, models_dir: Path, model: str) -> None:
         """Refuse a directory that vLLM cannot load; accept a model that is pulled before the start.

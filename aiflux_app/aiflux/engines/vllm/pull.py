@@ -23,8 +23,7 @@ from aiflux.engines.ollama.staging import changing, refuse_read_only
 from aiflux.engines.vllm.hub import (
     HUB,
     HubModel,
-    find_snapshot,
-    problems,
+    is_stored,
     store_name,
     stored_snapshot,
 )
@@ -57,13 +56,13 @@ def ensure_snapshot(models_dir: Path, model: HubModel, context: FetchContext) ->
     if model.folder is not None:
         stored_snapshot(models_dir, model)
         return False
-    if not context.again and _is_stored(models_dir, model):
+    if not context.again and is_stored(models_dir, model):
         return False
     hub = need("huggingface_hub", "hub", f"pulling {model.text}")
     check_cert_file(context.environ)
     refuse_read_only(models_dir)
     with changing(models_dir, f"pulling {model.text}", context.say):
-        if not context.again and _is_stored(models_dir, model):
+        if not context.again and is_stored(models_dir, model):
             return False
         context.say(f"pulling {model.text} into {models_dir}")
         with _explained(hub, models_dir / HUB, model):
@@ -71,11 +70,6 @@ def ensure_snapshot(models_dir: Path, model: HubModel, context: FetchContext) ->
     stored_snapshot(models_dir, model)
     context.say(f"{model.text} is commit {commit}")
     return True
-
-
-def _is_stored(models_dir: Path, model: HubModel) -> bool:
-    found = find_snapshot(models_dir, model)
-    return found is not None and not any(problems(found))
 
 
 class Pull:

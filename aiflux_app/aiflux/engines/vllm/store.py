@@ -30,6 +30,7 @@ from aiflux.engines.vllm.hub import (
     is_commit,
     model_names,
     parse_hub_model,
+    present_snapshot,
     problems,
     same_revision,
     store_name,
@@ -143,7 +144,7 @@ def pack_snapshot(models_dir: Path, name: str) -> PackedModel:
     model = parse_hub_model(name)
     folder = stored_snapshot(models_dir, model)
     files, blobs = [], {}
-    for path in sorted(each for each in folder.rglob("*") if each.is_symlink() or each.is_file()):
+    for path in _files(folder):
         file = _packed_file(folder, path, model)
         files.append(file)
         blobs[file.digest] = Path(os.path.realpath(path))
@@ -271,14 +272,7 @@ def stored_model(models_dir: Path, name: str) -> ListedModel:
         ModelError: it is not stored.
     """
     model = parse_hub_model(name)
-    return _describe(model.text, _snapshot(models_dir, model))
-
-
-def _snapshot(models_dir: Path, model: HubModel) -> Path:
-    snapshot = find_snapshot(models_dir, model)
-    if snapshot is None:
-        raise absent(models_dir, model)
-    return snapshot
+    return _describe(model.text, present_snapshot(models_dir, model))
 
 
 def _describe(name: str, snapshot: Path) -> ListedModel:
@@ -298,7 +292,7 @@ def damaged_files(models_dir: Path, name: str, on_bytes: Callable[[int], None]) 
     Raises:
         ModelError: the snapshot is not stored, or its files have no hashes.
     """
-    snapshot = _snapshot(models_dir, parse_hub_model(name))
+    snapshot = present_snapshot(models_dir, parse_hub_model(name))
     wrong = [*problems(snapshot)]
     for path in _files(snapshot):
         blob = Path(os.path.realpath(path))
@@ -327,7 +321,7 @@ def remove_model(models_dir: Path, name: str, say: Callable[[str], None]) -> int
     model = parse_hub_model(name)
     snapshot = find_snapshot(models_dir, model)
     with making_room(models_dir, f"removing {model.text}", say):
-        staged = [*(models_dir / HUB / STAGING).glob(f"models--{model.repo.replace('/', '--')}")]
+        staged = [*(models_dir / HUB / STAGING).glob(store_name(model.repo))]
         if snapshot is None and not staged:
             raise absent(models_dir, model)
         try:

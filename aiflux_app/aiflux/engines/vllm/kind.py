@@ -27,7 +27,6 @@ from aiflux.engines.server_options import refuse_managed
 from aiflux.engines.vllm.adapter import read_adapter
 from aiflux.engines.vllm.hub import (
     PREFIX,
-    absent,
     find_snapshot,
     is_stored,
     parse_hub_model,
@@ -244,13 +243,11 @@ class VllmKind(CommonKind):
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:
         """Return the error of a model that is not stored, or is damaged: jobs do not pull."""
-        named = parse_hub_model(model)
-        if find_snapshot(models_dir, named) is not None:
-            try:
-                stored_snapshot(models_dir, named)
-            except ModelError as error:
-                return error
-        return absent(models_dir, named)
+        try:
+            stored_snapshot(models_dir, parse_hub_model(model))
+        except ModelError as error:
+            return error
+        return None  # it arrived meanwhile
 
     def fetch_model(self, models_dir: Path, model: str, context: FetchContext) -> bool:
         """Pull a snapshot from the hub unless it is stored; return whether it was pulled.

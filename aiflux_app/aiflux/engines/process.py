@@ -216,15 +216,16 @@ class ServerProcess:
         if status is not None:
             raise self._ended(status)
 
-    def listens_on(self, port: int) -> set[str]:
-        """Return the addresses, in the kernel's form, on which this server listens at a port."""
+    def listens_on(self) -> set[str]:
+        """Return the addresses, in the kernel's form, on which this listens at ``url``'s port."""
+        port = int(self.url.rpartition(":")[2])
         return {
             at for each in self._members() for at, number in _sockets_of(each.pid) if number == port
         }
 
     def owns_port(self) -> bool:
         """Return whether the server that listens at ``url`` is this one."""
-        return LOOPBACK in self.listens_on(int(self.url.rpartition(":")[2]))
+        return LOOPBACK in self.listens_on()
 
     def stop(self) -> None:
         """Stop the server and all processes that it started; does nothing if it has ended.

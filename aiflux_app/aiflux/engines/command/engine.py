@@ -197,15 +197,14 @@ class CommandEngine(ManagedEngine):
         """Refuse another program at the port, and a server that other machines can reach."""
         if self._socket is not None:
             return
-        port = int(server.url.rpartition(":")[2])
-        open_to = server.listens_on(port) - _LOOPBACKS
-        if open_to:
+        addresses = server.listens_on()
+        if addresses - _LOOPBACKS:
             raise RejectedError(
                 f"engine {self.index} listens on every address of {socket.gethostname()}, not only "
                 "on 127.0.0.1: others could read and send requests",
                 "add the server's option for the address, such as --host {host}; or use {socket}",
             )
-        if not server.listens_on(port):
+        if not addresses:
             super()._refuse_other_server(server)
 
     def _note_models(self, client: Client) -> None:

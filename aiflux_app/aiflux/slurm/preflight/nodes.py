@@ -202,10 +202,7 @@ def _gpu_remedy(facts: Facts, slurm: SlurmConfig) -> str:
     names = [
         partition.name
         for partition in facts.partitions
-        if any(
-            all(node.gpus_of(kind) >= count for kind, count in wanted.items())
-            for node in facts.nodes_of(partition.name)
-        )
+        if any(_has(node, wanted) for node in facts.nodes_of(partition.name))
     ]
     if names:
         return f"--partition NAME (suitable: {', '.join(names)}), or request less"
@@ -356,8 +353,7 @@ def gpu_room(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> Roo
     asked = requested_gpus(slurm)
     if not asked:
         return None
-    nodes = [node for name in partitions for node in facts.nodes_of(name)]
-    nodes = [node for node in with_features(nodes, slurm) if _has(node, asked)]
+    nodes = _able_nodes(facts, slurm, partitions, asked)
     kinds = [pair for kind in asked for pair in _sizes(kind, nodes)]
     known = [(size, kind) for kind, size in kinds if size is not None]
     if not known or len(known) < len(kinds):
@@ -377,8 +373,7 @@ def job_vendor(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> s
     if slurm.gpu_vendor != "auto":
         return slurm.gpu_vendor
     asked = requested_gpus(slurm)
-    nodes = [node for name in partitions for node in facts.nodes_of(name)]
-    nodes = [node for node in with_features(nodes, slurm) if _has(node, asked)]
+    nodes = _able_nodes(facts, slurm, partitions, asked)
     # A feature can be the vendor of the processor, so only names of GPUs count there.
     names = {name for kind in asked for name, _ in _sizes(kind, nodes)} | (asked.keys() - {""})
     vendors = {vendor_of(name) for name in names}
@@ -388,6 +383,14 @@ def job_vendor(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> s
 def _option(slurm: SlurmConfig, kind: str) -> str:
     typed = f"{kind}:{{}}" if kind else "{}"
     return f"--gres gpu:{typed}" if slurm.gres is not None else f"--gpus-per-node {typed}"
+
+
+def _able_nodes(
+    facts: Facts, slurm: SlurmConfig, partitions: Iterable[str], asked: dict[str, int]
+) -> list[Node]:
+    """Return the nodes with the requested feature and GPUs."""
+    nodes = (node for name in partitions for node in facts.nodes_of(name))
+    return [node for node in with_features(nodes, slurm) if _has(node, asked)]
 
 
 def _has(node: Node, asked: dict[str, int]) -> bool:

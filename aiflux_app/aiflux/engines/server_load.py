@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.errors import StoppedError
@@ -48,13 +49,18 @@ class Load:
     waiting: int
 
 
+def reported(fetch: Get, path: str) -> dict[str, Any]:
+    """Return the JSON object that a server reports at a path; {} for any other outcome."""
+    try:
+        content = json.loads(fetch(path) or b"null")
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def total_slots(fetch: Get) -> int | None:
     """Return the slots of a llama-server, or None if the server reports none."""
-    try:
-        props = json.loads(fetch("/props") or b"null")
-    except ValueError:
-        return None
-    slots = props.get("total_slots") if isinstance(props, dict) else None
+    slots = reported(fetch, "/props").get("total_slots")
     return slots if isinstance(slots, int) and slots > 0 else None
 
 

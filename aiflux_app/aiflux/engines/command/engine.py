@@ -6,7 +6,6 @@ a Unix socket in a private folder, or on a port of 127.0.0.1.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -24,7 +23,7 @@ from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.outcome import RETRIED_STATUSES
 from aiflux.engines.process import LOOPBACK, ServerProcess, free_port, loopback_url
 from aiflux.engines.served_models import MODELS_PATH, ServedModels
-from aiflux.engines.server_load import get, total_slots
+from aiflux.engines.server_load import Get, get, reported, total_slots
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import ConfigError, EngineError, RejectedError
 from aiflux.util.files import temporary_folder
@@ -216,21 +215,15 @@ class CommandEngine(ManagedEngine):
     def _note_facts(self, client: Client) -> None:
         facts = self.facts
         given = self._options.slots is not None or "slots" in self._named
-        facts.slots = total_slots(partial(get, client)) or (self.slots if given else None)
+        fetch = partial(get, client)
+        facts.slots = total_slots(fetch) or (self.slots if given else None)
         facts.context_length = self._context if "context" in self._named else None
-        facts.version = _version(client)
+        facts.version = _version(fetch)
         facts.command = self._line
         facts.log = str(self.spec.log)
 
 
-def _version(client: Client) -> str | None:
+def _version(fetch: Get) -> str | None:
     """Return the version that a server reports, if it does."""
-    for path, key in _VERSIONS:
-        try:
-            found = json.loads(get(client, path) or b"null")
-        except ValueError:
-            continue
-        if isinstance(found, dict) and isinstance(found.get(key), str):
-            version: str = found[key]
-            return version
-    return None
+    found = (reported(fetch, path).get(key) for path, key in _VERSIONS)
+    return next((version for version in found if isinstance(version, str)), None)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from aiflux.core.batch.request import EMBEDDINGS, WITHOUT_TEXT
 from aiflux.core.runs.status_file import EngineFacts
-from aiflux.engines import server_load
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment, free_port, loopback_url
+from aiflux.engines.server_load import get, reported
 from aiflux.engines.vllm.adapter import adapter_words
 from aiflux.engines.vllm.hub import (
     find_snapshot,
@@ -57,12 +57,11 @@ class VllmEngine(ManagedEngine):
         server = self._serve(self._command(port), self._environment(), loopback_url(port))
         client = self._await_ready(server, "/health", self._options.load_timeout)
         self._digest = snapshot_digest(self._snapshot)
-        version = server_load.get(client, "/version")
         weights = self._figures.weights if self._figures else 0
         self.facts = EngineFacts(
             self.index,
             self.spec.devices,
-            version=str(json.loads(version)["version"]) if version else None,
+            version=reported(partial(get, client), "/version").get("version"),
             slots=self.slots,
             context_length=self._context,
             size_bytes=weights,

@@ -190,19 +190,23 @@ stop_if_asked() {
     exit 5
 }
 
-# run_container ARGUMENT...: runs it in the background, because bash runs no trap while it waits
-# for a command in the foreground.
-run_container() {
+# supervise FUNCTION ARGUMENT...: runs it in the background, because bash runs no trap while it
+# waits for a command in the foreground.
+supervise() {
     stop_if_asked
     (
         trap - INT # ignored in the background otherwise
-        exec "$runtime" --quiet run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} \
-            ${seal[@]+"${seal[@]}"} --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" \
-            "$image" "$@"
+        "$@"
     ) &
     child=$!
     deliver
     wait_for_child || explain "$?"
+}
+
+exec_container() {
+    exec "$runtime" --quiet run --containall ${gpu_flags[@]+"${gpu_flags[@]}"} \
+        ${seal[@]+"${seal[@]}"} --workdir "$scratch" --pwd "$output_dir" "${mounts[@]}" \
+        "$image" "$@"
 }
 
 # explain CODE: report failures that the worker cannot report; return the exit code for them.
@@ -287,7 +291,7 @@ prepare() {
     [[ -z $models_dir ]] || mkdir -p -- "$models_dir" ||
         give_up "cannot create the models directory $models_dir" "set AIFLUX_MODELS_DIR"
     bind_all
-    run_container "${prepare_args[@]}" ${deadline[@]+"${deadline[@]}"}
+    supervise exec_container "${prepare_args[@]}" ${deadline[@]+"${deadline[@]}"}
 }
 
 # Loopback only, if the node supports that and the engine is in the container.
@@ -305,9 +309,15 @@ choose_seal() {
     fi
 }
 
-work() {
+# supervise_work FUNCTION: runs the worker with it.
+supervise_work() {
     stop_if_asked
     rm -f -- "$mark"
+    supervise "$1" --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
+}
+
+work() {
+    stop_if_asked
     unpass "${proxies[@]}"
     # The runtime passes the host's proxies even to a clean environment.
     unset "${proxies[@]}" all_proxy ALL_PROXY ftp_proxy FTP_PROXY
@@ -319,7 +329,7 @@ work() {
         put AIFLUX_UNSEALED "$unsealed"
     fi
     bind_all ro
-    run_container --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
+    supervise_work exec_container
 }
 
 # --- without an image: the worker of the installed package, next to the site's programs ----------
@@ -344,18 +354,10 @@ hide_libraries() {
 }
 
 # The private directory keeps Python from importing files of the current one.
-work_outside() {
-    stop_if_asked
-    rm -f -- "$mark"
-    (
-        trap - INT # ignored in the background otherwise
-        cd -- "$scratch" || exit
-        export TMPDIR=$scratch
-        exec "${worker[@]}" --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
-    ) &
-    child=$!
-    deliver
-    wait_for_child || explain "$?"
+exec_worker() {
+    cd -- "$scratch" || exit
+    export TMPDIR=$scratch
+    exec "${worker[@]}" "$@"
 }
 
 # --- requeueing -------------------------------------------------------------------------------
@@ -397,7 +399,7 @@ main() {
     find_end_time
     [[ -z ${SLURM_JOB_END_TIME:-} ]] || deadline=(--deadline "$SLURM_JOB_END_TIME")
     if ((${#worker[@]})); then
-        work_outside
+        supervise_work exec_worker
     else
         pass_environment
         prepare || exit

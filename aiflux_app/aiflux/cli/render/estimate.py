@@ -28,7 +28,7 @@ def forecast(found: Estimate, command: str) -> list[Text]:
     return [
         *_pilot(found),
         Text(""),
-        _heading("", "estimate", "95 % between"),
+        _line("", "estimate", "95 % between", style="dim"),
         *(_figure(*row) for row in _figures(found)),
         *_warning_lines(found.warnings),
         Text(""),
@@ -53,20 +53,20 @@ def engines_forecast(
     first = next(iter(found.values()))
     best = next(iter(found)) if choice is None else choice.best
     lines = [Text(f"pilot: the same {first.pilot} of {count(first.requests)} requests"), Text("")]
-    lines += [Text(f"{name.ljust(_LABEL)}{models[name]}".rstrip()) for name in found]
-    lines += [Text(""), Text(_row("", [*found]).plain, style="dim")]
+    lines += [_row(name, [models[name]]) for name in found]
+    lines += [Text(""), _row("", [*found], style="dim")]
     for name, figures, shown in _engine_figures([*found.values()]):
         lines.append(_row(name, [shown(figure.value) for figure in figures]))
-        bounds = _row("  95 % between", [_bounds(figure, shown) for figure in figures])
-        lines.append(Text(bounds.plain, style="dim"))
+        bounds = [_bounds(figure, shown) for figure in figures]
+        lines.append(_row("  95 % between", bounds, style="dim"))
     lines.append(_row("requests in flight", [str(each.in_flight) for each in found.values()]))
     lines.append(_row("failed in the pilot", [str(each.pilot_failures) for each in found.values()]))
     named = [f"{name}: {text}" for name, each in found.items() for text in each.warnings]
     lines += [*_warning_lines(named), Text("")]
     if choice is not None:
         lines += [Text(line) for line in _wrapped(_verdict(choice, found))]
-    lead = "recommended" if choice is not None and choice.decided else "full run"
-    advice = f"{lead} with {best}" if lead == "full run" else f"{lead}: {best}"
+    decided = choice is not None and choice.decided
+    advice = f"recommended: {best}" if decided else f"full run with {best}"
     jobs = "" if first.where != SLURM else f", {_jobs(found[best])}"
     return [*lines, Text(advice + jobs, style="bold"), Text(f"  {commands[best]}")]
 
@@ -90,8 +90,8 @@ def _time(seconds: float) -> str:
     return duration(round(seconds)) if seconds < _DAY - 1 else f"{_rate(seconds / _DAY)} d"
 
 
-def _row(name: str, cells: Sequence[str]) -> Text:
-    return Text((name.ljust(_LABEL) + "".join(cell.ljust(_CELL) for cell in cells)).rstrip())
+def _row(name: str, cells: Sequence[str], style: str = "") -> Text:
+    return _line(name, *cells, style=style, widths=(_LABEL, _CELL))
 
 
 def _verdict(choice: Recommendation, found: Mapping[str, Estimate]) -> str:
@@ -112,7 +112,7 @@ def _verdict(choice: Recommendation, found: Mapping[str, Estimate]) -> str:
 
 def comparison(rows: Sequence[ComparedFigure]) -> list[Text]:
     """Return estimated and actual figures as lines."""
-    lines = [Text(""), _heading("", "actual", "estimated", "95 % between")]
+    lines = [Text(""), _line("", "actual", "estimated", "95 % between", style="dim")]
     for row in rows:
         shown = _SHOWN[row.unit]
         actual = "unknown" if row.actual is None else shown(row.actual)
@@ -211,14 +211,12 @@ def _bounds(figure: Range, shown: Callable[[float], str]) -> str:
     return f"{shown(figure.low)} - {shown(figure.high)}"
 
 
-def _heading(*cells: str) -> Text:
-    return Text(_line(*cells).plain, style="dim")
-
-
-def _line(name: str, *cells: str) -> Text:
-    *figures, last = cells
-    text = name.ljust(_NAME) + "".join(figure.ljust(_FIGURE) for figure in figures) + last
-    return Text(text.rstrip())
+def _line(
+    name: str, *cells: str, style: str = "", widths: tuple[int, int] = (_NAME, _FIGURE)
+) -> Text:
+    first, other = widths
+    text = name.ljust(first) + "".join(cell.ljust(other) for cell in cells)
+    return Text(text.rstrip(), style=style)
 
 
 def _warning_lines(warnings: Sequence[str]) -> list[Text]:

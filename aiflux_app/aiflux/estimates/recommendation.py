@@ -16,7 +16,6 @@ class Recommendation:
 
     Attributes:
         best: the engine with the lowest estimated cost.
-        decided: the interval of its cost is below those of all others.
         overlapping: the engines whose intervals overlap with that of the best.
         requests: size of the sample that would probably decide; None if none would.
         failing: engines that clearly fail more requests than another. They are not compared: a
@@ -24,10 +23,14 @@ class Recommendation:
     """
 
     best: str
-    decided: bool
     overlapping: tuple[str, ...] = ()
     requests: int | None = None
     failing: tuple[str, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval of the best engine's cost is below those of all others."""
+        return not self.overlapping
 
     @property
     def engine(self) -> str | None:
@@ -54,7 +57,7 @@ def recommend(found: Mapping[str, Estimate]) -> Recommendation:
     needed = None
     if overlapping:
         needed = _deciding_size(left[best], [*others.values()], with_gpus)
-    return Recommendation(best, not overlapping, overlapping, needed, failing)
+    return Recommendation(best, overlapping, needed, failing)
 
 
 def _cost(found: Estimate, with_gpus: bool, shrink: float = 1.0) -> Range:

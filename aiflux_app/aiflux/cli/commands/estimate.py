@@ -190,11 +190,12 @@ def _follow(one: PlannedPilot) -> bool:
         print_json({"estimate": None, "pilot": progress_json(view)})
     else:
         _print_progress("", view)
-        print(_REPEAT)
+        _print_repeat()
     return False
 
 
-_REPEAT = "  run the same command again for the estimate; --wait waits for the job"
+def _print_repeat(s: str = "") -> None:
+    print(f"  run the same command again for the estimate{s}; --wait waits for the job{s}")
 
 
 def _print_progress(engine: str, view: RunView) -> None:
@@ -376,12 +377,13 @@ def _print_results(results: Sequence[_Result], *, as_json: bool) -> None:
         elif result.view is not None:
             _print_progress(result.engine, result.view)
     if going:
-        print(_REPEAT.replace("the estimate", "the estimates").replace("the job", "the jobs"))
+        _print_repeat("s")
 
 
 def _recommended_json(choice: Recommendation, results: Sequence[_Result]) -> dict[str, Any]:
-    command = {result.engine: result.command for result in results}[choice.best]
-    return {"engine": choice.engine, **to_json(choice), "command": command}
+    command = next(result.command for result in results if result.engine == choice.best)
+    facts = {"engine": choice.engine, "decided": choice.decided, **to_json(choice)}
+    return {**facts, "command": command}
 
 
 # --- the estimate ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aiflux.estimates.estimate import SETTLED_DOUBT, Estimate, Range
@@ -47,7 +47,7 @@ def recommend(found: Mapping[str, Estimate]) -> Recommendation:
     fewest = min(each.failures.high for each in found.values())
     failing = tuple(name for name, each in found.items() if each.failures.low > fewest)
     left = {name: each for name, each in found.items() if name not in failing}
-    with_gpus = all(each.gpus for each in left.values())
+    with_gpus = counts_gpus(left.values())
     best = min(left, key=lambda name: _cost(left[name], with_gpus).value)
     others = {name: each for name, each in left.items() if name != best}
     highest = _cost(left[best], with_gpus).high
@@ -58,6 +58,11 @@ def recommend(found: Mapping[str, Estimate]) -> Recommendation:
     if overlapping:
         needed = _deciding_size(left[best], [*others.values()], with_gpus)
     return Recommendation(best, overlapping, needed, failing)
+
+
+def counts_gpus(compared: Iterable[Estimate]) -> bool:
+    """Return whether engines are compared by GPU-hours, and not by time: each had GPUs."""
+    return all(each.gpus for each in compared)
 
 
 def _cost(found: Estimate, with_gpus: bool, shrink: float = 1.0) -> Range:

@@ -114,6 +114,14 @@ class TestShown:
             starts = [heads.index(name) for name in self.names]
             assert all(line[at - 1] == " " for at in starts), line
 
+    def test_the_cost_is_that_of_the_engines_that_are_compared(self) -> None:
+        failing = taking(10.0, gpus=0, failures=Range(500.0, 400.0, 600.0))
+        found = {"ollama": taking(1000.0, gpus=1), "llamacpp": taking(400.0, gpus=4)}
+        found["vllm"] = failing
+        choice, names = recommend(found), dict.fromkeys(found, "m:1")
+        text = "\n".join(line.plain for line in engines_forecast(found, names, names, choice))
+        assert "Clearly the lowest GPU-hours: ollama." in " ".join(text.split())
+
     def test_an_undecided_pilot_says_how_large_a_sample_would_decide(self) -> None:
         found = {"ollama": taking(1000.0, 0.4), "vllm": taking(500.0, 0.4)}
         choice = recommend(found)

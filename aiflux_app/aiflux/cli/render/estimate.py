@@ -11,7 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate, Range
-from aiflux.estimates.recommendation import Recommendation
+from aiflux.estimates.recommendation import Recommendation, counts_gpus
 from aiflux.util.text import joined
 from aiflux.util.times import duration
 
@@ -96,7 +96,8 @@ def _row(name: str, cells: Sequence[str], style: str = "") -> Text:
 
 def _verdict(choice: Recommendation, found: Mapping[str, Estimate]) -> str:
     """Return what the pilots show, in words."""
-    cost = "GPU-hours" if all(each.gpus for each in found.values()) else "time"
+    compared = [each for name, each in found.items() if name not in choice.failing]
+    cost = "GPU-hours" if counts_gpus(compared) else "time"
     parts = [f"{name} clearly fails more requests." for name in choice.failing]
     if choice.overlapping:
         overlapping = joined([choice.best, *choice.overlapping])
@@ -105,7 +106,7 @@ def _verdict(choice: Recommendation, found: Mapping[str, Estimate]) -> str:
             parts.append("No larger sample would: a pilot is not that exact.")
         else:
             parts.append(f"A sample of about {choice.requests} would: --requests {choice.requests}")
-    elif len(found) - len(choice.failing) > 1:
+    elif len(compared) > 1:
         parts.append(f"Clearly the lowest {cost}: {choice.best}.")
     return " ".join(parts)
 

@@ -82,6 +82,15 @@ def do_the_pilot(
 # --- in the foreground -----------------------------------------------------------------------
 
 
+def fail_the_pilot(slurm: FakeCommands, pilot: Pilot, job: int, reason: str) -> None:
+    """Leave what a job leaves that fails, and let Slurm report it."""
+    status = Status(pilot.run.status(0), read_plan(pilot.run), 0)
+    status.details.ended, status.details.exit_code = reason, 4
+    status.enter("failed")
+    slurm.say("squeue")
+    slurm.say("sacct", f"{job}|FAILED|4:0\n")
+
+
 def aiflux(*argv: str, code: int = 0) -> str:
     """Run the command as a process of its own; return what it prints."""
     program = Path(sys.executable).with_name("aiflux")
@@ -216,11 +225,7 @@ def test_a_pilot_that_failed_says_why(
     slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(SLURM) == 0
-    slurm.say("squeue")
-    slurm.say("sacct", "100|FAILED|4:0\n")
-    status = Status(PILOT.run.status(0), read_plan(PILOT.run), 0)
-    status.details.ended, status.details.exit_code = "there is no such model", 4
-    status.enter("failed")
+    fail_the_pilot(slurm, PILOT, 100, "there is no such model")
     capsys.readouterr()
     assert main(SLURM) == 4
     printed = capsys.readouterr().err
@@ -287,14 +292,6 @@ def slurm_of_engines(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = [f"{job}|N/A|PENDING|N/A|0:00||Priority\n" for job in (100, 101, 102)]
     fakes.say("squeue", "".join(rows))
     return fakes
-
-
-def say_that(kind: str, reason: str, code: int = 4) -> None:
-    """Leave what the pilot's job of an engine leaves that fails."""
-    run = BY_ENGINE[kind].run
-    status = Status(run.status(0), read_plan(run), 0)
-    status.details.ended, status.details.exit_code = reason, code
-    status.enter("failed")
 
 
 def test_several_engines_are_submitted_together_and_compared_on_one_sample(
@@ -378,9 +375,7 @@ def test_one_pilot_that_failed_leaves_the_others_and_its_reason(
     assert main(several) == 0
     do_the_pilot(3.0, pilot=BY_ENGINE["ollama"])
     do_the_pilot(1.0, pilot=BY_ENGINE["llamacpp"])
-    say_that("vllm", "no space for the KV cache")
-    slurm_of_engines.say("squeue")
-    slurm_of_engines.say("sacct", "102|FAILED|4:0\n")
+    fail_the_pilot(slurm_of_engines, BY_ENGINE["vllm"], 102, "no space for the KV cache")
     capsys.readouterr()
     assert main(several) == 4
     printed = capsys.readouterr().out
@@ -398,9 +393,7 @@ def test_with_one_estimate_left_nothing_is_recommended(
 ) -> None:
     assert main(SEVERAL) == 0
     do_the_pilot(pilot=BY_ENGINE["ollama"])
-    say_that("llamacpp", "the model does not fit")
-    slurm_of_engines.say("squeue")
-    slurm_of_engines.say("sacct", "101|FAILED|4:0\n")
+    fail_the_pilot(slurm_of_engines, BY_ENGINE["llamacpp"], 101, "the model does not fit")
     capsys.readouterr()
     assert main(SEVERAL) == 4
     printed = capsys.readouterr().out

@@ -56,12 +56,12 @@ _SMALL = 16 << 20  # maximum size of the checksum list in bytes
 _SUM = re.compile(r"([0-9a-f]{64})  (\S.*)\Z")
 _IMAGE = r"image/aiflux(-[a-z]+){0,2}\.sif"
 _HUB = r"hub/models--[\w.-]+"  # a model of Hugging Face, in the layout of huggingface_hub's cache
-_HUB_BLOB = r"[0-9a-f]{64}|[0-9a-f]{40}"
+_HUB_BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 _BLOB = re.compile(rf"models/(?:blobs/sha256-|{_HUB}/blobs/)([0-9a-f]{{64}})", re.ASCII)
 _MEMBER = re.compile(
     rf"bundle\.json|README\.txt|install\.py|wheels/[\w.+!-]+\.whl|{_IMAGE}"
     rf"|models/blobs/sha256-[0-9a-f]{{64}}|models/manifests(/[\w.:-]+){{2,}}"
-    rf"|models/{_HUB}/blobs/({_HUB_BLOB})",
+    rf"|models/{_HUB}/blobs/({_HUB_BLOB.pattern})",
     re.ASCII,
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -414,7 +414,7 @@ def _check_snapshot(found: Any) -> None:
     for path, blob in found["files"].items():
         if not (_PATH.fullmatch(path) and _inside(path)) or {*Path(path).parents} & paths:
             raise ValueError(f"{CONTENTS} names the invalid path {path[:80]!r}")
-        if not _text(re.compile(_HUB_BLOB))(blob):
+        if not _text(_HUB_BLOB)(blob):
             raise ValueError(f"{CONTENTS} has an invalid blob of {path[:80]!r}")
 
 
@@ -445,7 +445,7 @@ def _sum(line: str) -> tuple[str, str]:
     if match is None:
         raise ValueError(f"{SUMS} has the invalid line {line[:80]!r}")
     digest, member = match.groups()
-    if not _MEMBER.fullmatch(member) or {".", ".."} & {*member.split("/")}:
+    if not (_MEMBER.fullmatch(member) and _inside(member)):
         raise ValueError(f"{SUMS} lists the invalid path {member[:80]!r}")
     blob = _BLOB.fullmatch(member)
     if blob is not None and blob[1] != digest:

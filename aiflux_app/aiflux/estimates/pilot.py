@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from aiflux.core.batch.input_file import InputSummary, LineDigest
+from aiflux.core.batch.input_file import InputSummary, digest_of_lines
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import CUT, RawResult
 from aiflux.core.runs.output import iterate_results
@@ -94,10 +94,7 @@ class Pilot:
         Raises:
             InputError: the sample cannot be read.
         """
-        digest = LineDigest()
-        for _, _, line in read_lines(self.input):
-            digest.add(line)
-        return digest.hexdigest()
+        return digest_of_lines(self.input).hexdigest()
 
     def done(self) -> bool:
         """Return whether every request of the pilot has a result."""

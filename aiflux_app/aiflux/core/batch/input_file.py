@@ -183,6 +183,18 @@ class LineDigest:
         return self._hash.hexdigest()
 
 
+def digest_of_lines(path: Path) -> LineDigest:
+    """Read a file, and return the digest of its lines.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    digest = LineDigest()
+    for _, _, raw in read_lines(path):
+        digest.add(raw)
+    return digest
+
+
 Add = Callable[[int, int, bool], None]
 
 
@@ -484,9 +496,7 @@ def change_of(planned: InputFacts) -> str | None:
         return "no longer exists"
     except OSError as error:
         raise unreadable(planned.path, error) from error
-    seen = LineDigest()
-    for _, _, raw in read_lines(planned.path):
-        seen.add(raw)
+    seen = digest_of_lines(planned.path)
     if seen.lines != planned.requests:
         word = "shorter" if seen.lines < planned.requests else "longer"
         return (

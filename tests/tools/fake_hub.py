@@ -70,11 +70,8 @@ class FakeHub:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
-        threading.Thread(
-            target=self._server.serve_forever,
-            args=(0.02,),
-            daemon=True,  # seconds until it stops
-        ).start()
+        poll = 0.02  # seconds until it stops
+        threading.Thread(target=self._server.serve_forever, args=(poll,), daemon=True).start()
 
     def stop(self) -> None:
         self._server.shutdown()

@@ -43,14 +43,14 @@ parser.add_argument("--lora", default="")
 for flag in ("--metrics", "--offline", "--no-webui", "--embeddings"):
     parser.add_argument(flag, action="store_true")
 options = parser.parse_args()
+adapters = options.lora.split(",") if options.lora else []
 print("command:", json.dumps(sys.argv[1:]), flush=True)
 ready = threading.Event()
 LOADING = Path(os.environ["HOME"]) / "loading"
 
 
 def load() -> None:
-    files = [options.m, *(options.lora.split(",") if options.lora else [])]
-    if any(Path(file).read_bytes()[:4] != b"GGUF" for file in files):
+    if any(Path(file).read_bytes()[:4] != b"GGUF" for file in [options.m, *adapters]):
         print("llama_model_load: error loading model: invalid magic characters", flush=True)
         os._exit(1)
     while LOADING.exists():
@@ -75,7 +75,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = body["messages"][-1]["content"]
-        adapters = options.lora.split(",") if options.lora else []
         # As llama-server does: without a list, all adapters are applied.
         scales = {each["id"]: each["scale"] for each in body.get("lora", [])}
         applied = [at for at in range(len(adapters)) if scales.get(at, 0 if scales else 1)]

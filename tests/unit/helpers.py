@@ -1,4 +1,4 @@
-"""Requests and inputs for tests."""
+"""Requests, inputs and programs for tests."""
 
 from __future__ import annotations
 
@@ -36,3 +36,18 @@ def write_input(path: Path, count: int, **changes: Any) -> Path:
     lines = [request_line(f"r{index}", **changes) for index in range(count)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def write_program(path: Path, text: str) -> Path:
+    """Write an executable file."""
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def logged_command(log: Path) -> list[str]:
+    """Return the arguments that a server's stand-in was started with, by its log."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if "command: " in line)
+    words: list[str] = json.loads(line.partition("command: ")[2])
+    return words

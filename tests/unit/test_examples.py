@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.helpers import write_program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTICE = {"person": "Ms Okafor", "place": "room 12", "date": "3 May"}
@@ -58,9 +59,7 @@ def test_the_demo_uses_unused_file_names(tmp_path: Path) -> None:
     """Ollama and the command are replaced, as only the names matter."""
     (tmp_path / "bin").mkdir()
     log = tmp_path / "log"
-    aiflux = tmp_path / "bin" / "aiflux"
-    aiflux.write_text(f"#!/bin/sh\necho \"$@\" >> '{log}'\n", encoding="utf-8")
-    aiflux.chmod(0o755)
+    aiflux = write_program(tmp_path / "bin" / "aiflux", f"#!/bin/sh\necho \"$@\" >> '{log}'\n")
     theirs = ["results.json", "demo-results.json", "demo-results-2.json.aiflux"]
     for name in theirs:
         (tmp_path / name).write_text("mine", encoding="utf-8")
@@ -100,9 +99,8 @@ def test_the_demo_refuses_what_it_cannot_show(
 @pytest.mark.parametrize("engine", ["llamacpp", "vllm"])
 def test_the_demo_uses_another_engine_and_model(tmp_path: Path, engine: str) -> None:
     (tmp_path / "bin").mkdir()
-    aiflux = tmp_path / "bin" / "aiflux"
-    aiflux.write_text(f"#!/bin/sh\necho \"$AIFLUX_ENGINE $*\" >> '{tmp_path}/log'\n")
-    aiflux.chmod(0o755)
+    text = f"#!/bin/sh\necho \"$AIFLUX_ENGINE $*\" >> '{tmp_path}/log'\n"
+    aiflux = write_program(tmp_path / "bin" / "aiflux", text)
     env = {
         "PATH": f"{aiflux.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "ENGINE": engine,
         "AIFLUX_ENGINE_PROGRAM": "/bin/true", "MODEL": "/my models/a|b&c",

@@ -20,7 +20,7 @@ from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.tools.make_tiny_gguf import tiny
 from tests.unit.fake_commands import FakeCommands
-from tests.unit.helpers import request_line, write_input
+from tests.unit.helpers import request_line, write_input, write_program
 
 
 def aiflux(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -219,8 +219,7 @@ def test_the_demo_s_ollama_is_found(tmp_path: Path) -> None:
     assert find_program(kind, environ) is None
     program = tmp_path / ".cache/aiflux/ollama-cpu/bin/ollama"
     program.parent.mkdir(parents=True)
-    program.write_text("#!/bin/sh\n", encoding="utf-8")
-    program.chmod(0o755)
+    write_program(program, "#!/bin/sh\n")
     assert find_program(kind, environ) == str(program)
     environ["AIFLUX_OLLAMA"] = "/other"
     assert find_program(kind, environ) == "/other"

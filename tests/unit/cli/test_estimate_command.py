@@ -24,7 +24,7 @@ from tests.tools import make_tiny_gguf
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
-from tests.unit.helpers import request_line, write_input
+from tests.unit.helpers import request_line, write_input, write_program
 from tests.unit.made_models import put_model
 
 OUTPUT = Path("out.json")
@@ -488,14 +488,13 @@ def programs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, fake in (("ollama", "fake_ollama"), ("llama-server", "fake_llama_server")):
-        script = folder / name
-        script.write_text(
+        write_program(
+            folder / name,
             f"#!/bin/bash\necho start {name} >>{folder}/notes\n"
             f'{sys.executable} {TOOLS}/{fake}.py "$@" & child=$!\n'
             f"trap 'kill $child; wait $child; echo end {name} >>{folder}/notes; exit' TERM INT\n"
-            "wait $child\n"
+            "wait $child\n",
         )
-        script.chmod(0o755)
     put_model(place / "models", "m:1", make_tiny_gguf.tiny())
     monkeypatch.setenv("AIFLUX_MODELS_DIR", str(place / "models"))
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")

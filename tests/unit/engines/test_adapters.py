@@ -29,7 +29,7 @@ from tests.tools import make_tiny_gguf
 from tests.tools.engine_contract import ProgramSite
 from tests.tools.make_adapters import gguf_adapter, put_peft
 from tests.unit.engines.test_contract import FakeLlamaServer, FakeVllm
-from tests.unit.helpers import request_line
+from tests.unit.helpers import logged_command, request_line
 from tests.unit.made_snapshots import LLAMA, put_folder
 from tests.unit.working import Working
 
@@ -106,9 +106,7 @@ def test_vllm_gets_rank_names_and_paths(tmp_path: Path, monkeypatch: pytest.Monk
     run.options["lora"] = {"x, y": str(odd), **run.options["lora"]}
     run.asks("x, y")
     assert run.run() is ExitCode.OK, run.error
-    log = (tmp_path / "out.json.aiflux" / "logs").glob("engine*")
-    line = next(line for line in next(log).read_text().splitlines() if "command: " in line)
-    words = json.loads(line.partition("command: ")[2])
+    words = logged_command(next((tmp_path / "out.json.aiflux" / "logs").glob("engine*")))
     at = words.index("--enable-lora")
     assert words[at : at + 5] == ["--enable-lora", "--max-lora-rank=16", "--max-loras=4",
                                   "--max-cpu-loras=4", "--lora-modules"]  # fmt: skip

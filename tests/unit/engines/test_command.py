@@ -24,7 +24,7 @@ from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, EngineError, ExitCode, RejectedError, RunConflictError
 from aiflux.report.build import without_secrets
 from tests.tools.engine_contract import sessions, until
-from tests.unit.helpers import write_input
+from tests.unit.helpers import request_line, write_input, write_program
 from tests.unit.working import Working
 
 SERVER = Path(__file__).parents[2] / "tools" / "command_server.py"
@@ -65,13 +65,12 @@ class Site:
     def recorded(self, command: str, devices: tuple[str, ...] = (), **options: Any) -> Any:
         """Start a program that writes its arguments and environment, and ends."""
         record = self.folder / "record.json"
-        program = self.folder / "a program"
-        program.write_text(
+        program = write_program(
+            self.folder / "a program",
             f"#!{sys.executable}\nimport json, os, sys\n"
             f"content = [sys.argv[1:], dict(os.environ), os.getcwd()]\n"
-            f"json.dump(content, open({str(record)!r}, 'w'))\n"
+            f"json.dump(content, open({str(record)!r}, 'w'))\n",
         )
-        program.chmod(0o755)
         engine = self.engine(f"{shlex.quote(str(program))} {command}", devices, **options)
         with pytest.raises(EngineError, match="exited with status 0 during its start"):
             engine.start()
@@ -231,9 +230,7 @@ def started_by(pid: int, site: Site) -> bool:
 
 
 def working(folder: Path, command: str, **options: Any) -> Working:
-    made = Working(folder, "", engine_command=command, model="m:1", **options)
-    del made.options["engine_url"]
-    return made
+    return Working(folder, None, engine_command=command, model="m:1", **options)
 
 
 @pytest.mark.parametrize("fault", ["die", "deaf"])
@@ -307,11 +304,9 @@ def test_a_digest_is_refused_as_no_server_reports_it(site: Site) -> None:
 
 
 def test_models_of_the_input_run_one_after_the_other(tmp_path: Path) -> None:
-    lines = [
-        json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions",
-                    "body": {"model": name, "messages": [{"role": "user", "content": "x"}]}})
-        for name in ("one", "two")
-    ]  # fmt: skip
+    messages = [{"role": "user", "content": "x"}]
+    lines = [request_line(name, body={"model": name, "messages": messages})
+             for name in ("one", "two")]  # fmt: skip
     run = working(tmp_path, PORT)
     run.options["model"] = None
     run.input.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from aiflux.slurm.preflight.local import check_models
 from aiflux.slurm.preflight.nodes import check_endpoints, check_names
 from aiflux.slurm.script import JobScript
 from tests.tools import make_tiny_gguf
-from tests.unit.helpers import request_line
+from tests.unit.helpers import request_line, write_program
 from tests.unit.made_models import put_model
 
 
@@ -168,9 +168,7 @@ def test_the_command_line(
     wanted: str,
     unwanted: str,
 ) -> None:
-    program = tmp_path / "llama-server"
-    program.write_text(RECORDER, encoding="utf-8")
-    program.chmod(0o755)
+    program = write_program(tmp_path / "llama-server", RECORDER)
     path = tiny_file(tmp_path)
     plan = plan_of(tmp_path, str(path), body or {"body": {"messages": []}}, slots=3,
                    context_length=1024, **options)  # fmt: skip
@@ -187,9 +185,7 @@ def test_the_command_line(
 
 
 def test_a_server_that_sees_no_gpu_in_a_gpu_job_is_refused(tmp_path: Path) -> None:
-    program = tmp_path / "llama-server"
-    program.write_text(RECORDER, encoding="utf-8")
-    program.chmod(0o755)
+    program = write_program(tmp_path / "llama-server", RECORDER)
     plan = plan_of(tmp_path, str(tiny_file(tmp_path)))
     spec = EngineSpec(0, plan, plan.models[0], ("7",), tmp_path / "home", tmp_path / "log",
                       {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"},

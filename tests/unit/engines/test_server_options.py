@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from aiflux.engines.vllm.options import MANAGED as VLLM
 from aiflux.errors import ConfigError, EngineError, ExitCode, RejectedError, RunConflictError
 from aiflux.slurm.preflight.local import check_fields
 from tests.unit.engines.test_contract import FakeLlamaServer, FakeVllm
-from tests.unit.helpers import request_line
+from tests.unit.helpers import logged_command, request_line
 from tests.unit.made_snapshots import put_snapshot
 from tests.unit.working import Working
 
@@ -51,10 +50,7 @@ def engine_with(site: FakeVllm | FakeLlamaServer, **given: str) -> Engine:
 
 
 def words(site: FakeVllm | FakeLlamaServer) -> list[str]:
-    log = (site.folder / "engine-0.log").read_text(encoding="utf-8")
-    line = next(line for line in log.splitlines() if line.startswith("command: "))
-    found: list[str] = json.loads(line.removeprefix("command: "))
-    return found
+    return logged_command(site.folder / "engine-0.log")
 
 
 def test_options_and_flags_reach_the_server(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from aiflux.models.figures import Figures
 from aiflux.slurm.preflight.local import check_models
 from aiflux.slurm.preflight.nodes import Room, check_memory
 from tests.tools.engine_contract import ProgramSite, until
-from tests.unit.helpers import request_line
+from tests.unit.helpers import logged_command, request_line
 from tests.unit.made_snapshots import LLAMA, put_folder, put_snapshot
 
 FAKE = Path(__file__).parents[2] / "tools" / "fake_vllm.py"
@@ -72,9 +72,7 @@ class Site(ProgramSite):
 
     def command(self) -> list[str]:
         """Return the arguments that the server was started with, by its log."""
-        line = next(line for line in self.log.read_text().splitlines() if "command:" in line)
-        words: list[str] = json.loads(line.partition("command: ")[2])
-        return words
+        return logged_command(self.log)
 
 
 @pytest.fixture

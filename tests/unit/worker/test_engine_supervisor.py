@@ -23,6 +23,7 @@ from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.scheduler import Lane, Scheduler
 from tests.tools import faulty_engine, make_tiny_gguf
 from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.helpers import write_program
 from tests.unit.made_models import put_model
 from tests.unit.working import Working
 
@@ -146,11 +147,10 @@ def failing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """Return a run with an engine of ours that has a fault after some answers; see the tool."""
 
     def make(fault: str, answers: int, requests: int, **options: object) -> Working:
-        program = tmp_path / "llama-server"
         starts = str(tmp_path / "starts")
         tool = [sys.executable, faulty_engine.__file__, fault, str(answers), starts]
-        program.write_text(f'#!/bin/sh\nexec {shlex.join(tool)} "$@"\n', encoding="utf-8")
-        program.chmod(0o755)
+        text = f'#!/bin/sh\nexec {shlex.join(tool)} "$@"\n'
+        program = write_program(tmp_path / "llama-server", text)
         monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(program))
         models = tmp_path / "models"
         put_model(models, "tiny:latest", make_tiny_gguf.tiny())

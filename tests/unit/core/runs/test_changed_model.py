@@ -6,17 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.open import OpenedRun, draft_run
 from aiflux.core.runs.plan import read_plan
-from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ExitCode, ModelError, RunConflictError
 from aiflux.models.name import parse_model_name
+from tests.unit.helpers import write_program
 from tests.unit.made_models import put_model
 from tests.unit.made_snapshots import COMMIT, OTHER_COMMIT, put_folder, put_snapshot
 from tests.unit.working import Working
@@ -29,14 +26,9 @@ class Managed(Working):
     """A run with models of a models directory."""
 
     def __init__(self, folder: Path, engine: str = "vllm", model: str = NAME) -> None:
-        super().__init__(folder, "", model=model)
         self.models = folder / "models"
-        self.options.update(engine=engine, engine_url=None, slots=2, context_length=512)
-
-    def open(self, **more: Any) -> OpenedRun:
-        options = RunOptions(**self.options)
-        kind = engine_kind(options)
-        return draft_run(self.input, self.output, options, self.models, kind, **more).open()
+        super().__init__(folder, None, models_dir=self.models, engine=engine, model=model,
+                         slots=2, context_length=512)  # fmt: skip
 
     def begin(self) -> Managed:
         """Leave the run as a start that was killed after its first result."""
@@ -127,9 +119,8 @@ def test_a_plan_of_an_earlier_version_knows_no_digests(run: Managed) -> None:
 
 @pytest.fixture
 def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "vllm"
-    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{FAKE}' \"$@\"\n", encoding="utf-8")
-    program.chmod(0o755)
+    text = f"#!/bin/sh\nexec '{sys.executable}' '{FAKE}' \"$@\"\n"
+    program = write_program(tmp_path / "vllm", text)
     monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(program))
 
 

@@ -18,14 +18,14 @@ libc_is_new_enough() {
 }
 
 install_package() {
-    download_from_sid apptainer
+    from_sid apptainer
     apt_get install "$work"/debs/apptainer_*.deb
 }
 
 # The libraries go to a private directory, the program to its compiled-in path.
 install_with_private_libc() {
     apt_install patchelf
-    download_from_sid apptainer libc6 libseccomp2 libsqlite3-0
+    from_sid apptainer libc6 libseccomp2 libsqlite3-0
     unpack_libraries libc6 libseccomp2 libsqlite3-0
     unpack apptainer "$work/root"
     link_against_private_libc "$work/root/usr/bin/apptainer" "$work"/root/usr/lib/*/apptainer/bin/starter

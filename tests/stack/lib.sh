@@ -115,33 +115,17 @@ archive_of() {
 }
 
 # --- Debian sid -----------------------------------------------------------------------------
-# Uses a private apt, so that the machine's lists and sources stay unchanged. Downloads and unpacked
-# files go below $work, which the part sets.
+# Downloads and unpacked files go below $work, which the part sets.
 
-private_apt() {
-    apt-get -q -o Dir::Etc::SourceList="$work/apt/sources.list" -o Dir::Etc::SourceParts="$work/apt/none" \
-        -o Dir::Etc::Preferences="$work/apt/none" -o Dir::Etc::PreferencesParts="$work/apt/none" \
-        -o Dir::State="$work/apt/state" -o Dir::State::status="$work/apt/status" \
-        -o Dir::Cache="$work/apt/cache" -o APT::Sandbox::User=root -o Acquire::Languages=none \
-        "$@" </dev/null >&2
-}
+# shellcheck source=container/debian-sid.sh
+source "$repo/container/debian-sid.sh"
 
-write_sid_source() {
-    local source keyring=/usr/share/keyrings/debian-archive-keyring.gpg option=
-    source=$(debian_source)
-    [[ ! -e $keyring ]] || option="[signed-by=$keyring] "
-    mkdir -p "$work/apt/none" "$work/apt/state/lists/partial" "$work/apt/cache/archives/partial"
-    : >"$work/apt/status"
-    printf 'deb %s%s sid main\n' "$option" "${source% *}" >"$work/apt/sources.list"
-}
-
-# apt-get download puts the packages into the working directory.
-download_from_sid() {
-    write_sid_source
-    private_apt update
+# Puts the packages into $work/debs.
+from_sid() {
+    local archive
+    archive=$(debian_source)
     rm -rf "$work/debs"
-    mkdir -p "$work/debs"
-    (cd "$work/debs" && private_apt download "$@")
+    download_from_sid "$work" "${archive% *}" "$@"
 }
 
 unpack() {

@@ -13,10 +13,12 @@ mark=lib/aiflux-cpu-build
 packages="llama.cpp-tools libllama0 libggml0 libc6 libstdc++6 libgcc-s1 libgomp1 libssl3t64"
 # shellcheck source=container/assemble.sh
 . "$container/assemble.sh"
+# shellcheck source=container/debian-sid.sh
+. "$container/debian-sid.sh"
 
 # Identifies what DIR was made from.
 stamp() {
-    cat "$here/cpu-build.sh" "$here/cpu-launcher.sh" | sha256sum
+    cat "$here/cpu-build.sh" "$here/cpu-launcher.sh" "$container/debian-sid.sh" | sha256sum
 }
 
 # Prints the first Debian mirror in this machine's apt sources.
@@ -26,33 +28,14 @@ mirror() {
         awk '$2 == "main" && $1 ~ /^https?:/ && $1 ~ /debian\/$/ && !found { print $1; found = 1 }'
 }
 
-# A private apt: the machine's lists and sources stay as they are.
-private_apt() {
-    apt-get -qq -o Dir::Etc::SourceList="$apt/sources.list" -o Dir::Etc::SourceParts="$apt/none" \
-        -o Dir::Etc::Preferences="$apt/none" -o Dir::Etc::PreferencesParts="$apt/none" \
-        -o Dir::State="$apt/state" -o Dir::State::status="$apt/status" -o Dir::Cache="$apt/cache" \
-        -o APT::Sandbox::User=root -o Acquire::Languages=none "$@" </dev/null >&2
-}
-
-download() {
-    apt=$1
-    mkdir -p "$apt/none" "$apt/state/lists/partial" "$apt/cache/archives/partial" "$apt/debs"
-    : >"$apt/status"
-    keys=/usr/share/keyrings/debian-archive-keyring.gpg
-    [ ! -e "$keys" ] || signed="[signed-by=$keys] "
-    printf 'deb %s%s sid main\n' "${signed:-}" "$2" >"$apt/sources.list"
-    private_apt update || die "the package list of $2 could not be downloaded: see apt's message above"
-    # shellcheck disable=SC2086 # one package a word
-    (cd "$apt/debs" && private_apt download $packages) ||
-        die "the packages could not be downloaded from $2: see apt's message above"
-}
-
 assemble() {
     from=$(mirror || :)
     [ -n "$from" ] ||
         die "it consists of Debian packages, and this machine has no apt with a Debian mirror: install llama.cpp, and name its llama-server in AIFLUX_ENGINE_PROGRAM"
-    download "$1/apt" "$from"
-    for deb in "$1"/apt/debs/*.deb; do
+    # shellcheck disable=SC2086 # one package a word
+    download_from_sid "$1/sid" "$from" $packages ||
+        die "the packages could not be downloaded from $from: see apt's message above"
+    for deb in "$1"/sid/debs/*.deb; do
         dpkg-deb -x "$deb" "$1/unpacked"
     done
     # One flat directory: the program looks for its CPU back ends in the directory of the loader.
@@ -61,7 +44,7 @@ assemble() {
     cp -a -t "$1/lib" "$libraries"/*.so* "$libraries"/llama/*.so "$libraries"/ggml/backends0/*.so
     cp -t "$1/lib" "$1/unpacked/usr/bin/llama-server"
     install -m 755 "$here/cpu-launcher.sh" "$1/bin/llama-server"
-    rm -rf "$1/apt" "$1/unpacked"
+    rm -rf "$1/sid" "$1/unpacked"
     "$1/bin/llama-server" --version >/dev/null 2>&1 ||
         die "the $what does not run: $("$1/bin/llama-server" --version 2>&1 | tail -n 1)"
 }

@@ -316,3 +316,18 @@ def test_info_rejects_other_files(
     make(tmp_path / "x.sif")
     assert main(["image", "info", str(tmp_path / "x.sif")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_packages_for_a_cpu_build_may_go_to_a_relative_directory(tmp_path: Path) -> None:
+    fakes = FakeCommands(tmp_path / "bin")
+    fakes.say("apt-get")
+    script = Path(__file__).parents[3] / "container" / "debian-sid.sh"
+    subprocess.run(
+        ["sh", "-euc", '. "$1"; download_from_sid "$2" http://mirror/ libx', "sh", script, "a b"],
+        cwd=tmp_path, env={"PATH": fakes.path}, check=True,
+    )  # fmt: skip
+    update, download = (call.argv for call in fakes.calls("apt-get"))
+    assert (update[-1], download[-2:]) == ("update", ["download", "libx"])
+    folders = {word.partition("=")[2] for word in [*update, *download] if word.startswith("Dir::")}
+    assert folders
+    assert all(Path(folder).is_relative_to(tmp_path / "a b") for folder in folders)

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -30,6 +29,7 @@ from aiflux.report.journal_summary import Histogram, Tally, Timeline, tally, thr
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_text
 from aiflux.worker.node import GpuWatch, rounded, with_sample
+from tests.tools.engine_contract import until
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 
@@ -675,9 +675,7 @@ def test_gpus_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data: list[GpuUse] = []
     before = with_sample(GpuUse(), 100, 500, 1000)
     with GpuWatch(("0", "1"), before, data.append, interval=0.01):
-        deadline = time.monotonic() + 20
-        while len(data) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: len(data) >= 2, 20)
     assert data[0] == GpuUse(
         samples=3,
         utilization_mean=66.67,
@@ -699,12 +697,7 @@ def test_gpus_that_cannot_be_sampled_have_no_figures(
     monkeypatch.setenv("PATH", fakes.path)
     data: list[GpuUse] = []
     with GpuWatch(("0",), GpuUse(), data.append, interval=0.01):
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and any(
-            thread.name == "gpu-use" for thread in threading.enumerate()
-        ):
-            time.sleep(0.01)
-    assert time.monotonic() < deadline
+        until(lambda: all(thread.name != "gpu-use" for thread in threading.enumerate()), 20)
     assert data == []
 
 

@@ -22,6 +22,7 @@ from aiflux.worker.concurrency import FixedLimit
 from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.scheduler import Lane, Scheduler
 from tests.tools import faulty_engine, make_tiny_gguf
+from tests.tools.engine_contract import until
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import write_program
 from tests.unit.made_models import put_model
@@ -79,9 +80,7 @@ def supervised() -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
 
 
 def wait_for_generation(supervisor: EngineSupervisor, generation: int) -> None:
-    deadline = time.monotonic() + 5
-    while supervisor.lane.generation < generation and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: supervisor.lane.generation >= generation, 5)
     assert supervisor.lane.generation == generation
 
 
@@ -133,9 +132,7 @@ def test_only_an_engine_of_ours_is_reported_as_restarted(kind: str, again: str, 
         for generation in range(1, 5):
             wait_for_generation(supervisor, generation)
             supervisor.report_down(generation)
-        deadline = time.monotonic() + 5
-        while supervisor.failure is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: supervisor.failure, 5)
         assert printed[0] == again.replace("URL", engine.facts.url)
         assert isinstance(supervisor.failure, EngineError)
         assert supervisor.failure.message == end.replace("URL", engine.facts.url)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -35,6 +35,7 @@ from aiflux.worker.scheduler import Lane, Scheduler, Source
 from aiflux.worker.schema_process import SchemaProcess
 from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking
+from tests.tools.engine_contract import until
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 from tests.unit.working import Working
@@ -382,13 +383,6 @@ def cpu_seconds(pid: int) -> float:
     return int(fields[11]) / os.sysconf("SC_CLK_TCK")
 
 
-def until(true: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("schema", "answer"),
     [
@@ -427,10 +421,10 @@ def test_a_check_that_kills_its_process_fails_its_request_only() -> None:
         finding = threads.submit(process.check, json.dumps(EVIL), NEVER)
         killed: set[int] = set()
         while len(killed) < 2:
-            until(lambda: children(os.getpid()) - before - killed)
+            until(lambda: children(os.getpid()) - before - killed, 30)
             (pid,) = children(os.getpid()) - before - killed
             # By then it is in the middle of the pattern, however slow the machine is.
-            until(lambda pid=pid: cpu_seconds(pid) > 1)  # type: ignore[misc]
+            until(lambda pid=pid: cpu_seconds(pid) > 1, 30)  # type: ignore[misc]
             os.kill(pid, signal.SIGKILL)
             killed.add(pid)
         assert finding.result() == ("failed", "ended its process (signal 9)")
@@ -459,7 +453,7 @@ def test_a_stop_does_not_wait_for_checks(tmp_path: Path) -> None:
         with subprocess.Popen(
             [*command, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True
         ) as run:
-            until(lambda: children(run.pid) and len(engine.bodies) > 1)
+            until(lambda: children(run.pid) and len(engine.bodies) > 1, 30)
             time.sleep(1)
             checkers = children(run.pid)
             run.send_signal(signal.SIGTERM)

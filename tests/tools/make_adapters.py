@@ -6,7 +6,7 @@ import json
 import random
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,21 @@ from ggufwriter import FLOAT32, gguf  # isort: skip  # make_tiny_gguf puts it on
 PARTS = ("q", "v")
 
 
-def safetensors(tensors: Mapping[str, tuple[tuple[int, int], array[float]]]) -> bytes:
-    """Return a file with 32-bit tensors, by name: their shape and values."""
+def safetensors(tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
+    """Return a file with tensors, by name: their dtype, shape and values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for name, (shape, numbers) in tensors.items():
-        end = len(data) + 4 * len(numbers)
-        header[name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [len(data), end]}
-        data += numbers.tobytes()
+    place = 0
+    for name, (dtype, shape, data) in tensors.items():
+        end = place + len(data)
+        header[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [place, end]}
+        place = end
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
+    values = b"".join(data for _, _, data in tensors.values())
+    return struct.pack("<Q", len(text)) + text + values
 
 
-def _noise(rng: random.Random, count: int, scale: float) -> array[float]:
-    return array("f", [rng.gauss(0.0, scale) for _ in range(count)])
+def _noise(rng: random.Random, count: int) -> array[float]:
+    return array("f", [rng.gauss(0.0, 0.5) for _ in range(count)])
 
 
 def put_peft(
@@ -39,7 +40,6 @@ def put_peft(
     rank: int = 4,
     *,
     seed: int = 1,
-    scale: float = 0.5,
     width: int | None = None,
     layers: int | None = None,
     **config: Any,
@@ -54,14 +54,14 @@ def put_peft(
     hidden = width or model["hidden_size"]
     head = model["hidden_size"] // model["num_attention_heads"]
     out = {"q": model["hidden_size"], "v": head * model["num_key_value_heads"]}
-    tensors: dict[str, tuple[tuple[int, int], array[float]]] = {}
+    tensors: dict[str, tuple[str, Sequence[int], bytes]] = {}
     for layer in range(layers or model["num_hidden_layers"]):
         for part in PARTS:
             name = f"base_model.model.model.layers.{layer}.self_attn.{part}_proj"
             shapes = {"A": (rank, hidden), "B": (out[part], rank)}
             for letter, shape in shapes.items():
-                noise = _noise(rng, shape[0] * shape[1], scale)
-                tensors[f"{name}.lora_{letter}.weight"] = shape, noise
+                noise = _noise(rng, shape[0] * shape[1]).tobytes()
+                tensors[f"{name}.lora_{letter}.weight"] = "F32", shape, noise
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 4 * rank,
         "target_modules": [f"{part}_proj" for part in PARTS], "lora_dropout": 0.0, "bias": "none",
@@ -73,14 +73,13 @@ def put_peft(
     return folder
 
 
-def gguf_adapter(
-    architecture: str = "llama", *, rank: int = 4, seed: int = 1, kind: str = "adapter"
-) -> bytes:
+def gguf_adapter(architecture: str = "llama", *, seed: int = 1) -> bytes:
     """Return an adapter for the model of ``make_tiny_gguf``."""
+    rank = 4
     rng = random.Random(seed)
     entries = [
         tiny.entry("general.architecture", tiny.STRING, architecture),
-        tiny.entry("general.type", tiny.STRING, kind),
+        tiny.entry("general.type", tiny.STRING, "adapter"),
         tiny.entry("adapter.type", tiny.STRING, "lora"),
         tiny.entry("adapter.lora.alpha", FLOAT32, 4.0 * rank),
     ]
@@ -88,5 +87,5 @@ def gguf_adapter(
     for layer in range(tiny.LAYERS):
         name = f"blk.{layer}.attn_q.weight"
         for letter, shape in (("a", (tiny.WIDTH, rank)), ("b", (rank, tiny.WIDTH))):
-            tensors[f"{name}.lora_{letter}"] = shape, _noise(rng, rank * tiny.WIDTH, 0.5)
+            tensors[f"{name}.lora_{letter}"] = shape, _noise(rng, rank * tiny.WIDTH)
     return gguf(entries, tensors)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from tests.tools.fake_hub import LARGE, git_hash
+from tests.tools.make_adapters import safetensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
@@ -26,21 +27,17 @@ LLAMA: Mapping[str, Any] = {
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4}
 
 
-def safetensors(tensors: Mapping[str, tuple[str, list[int]]]) -> bytes:
+def zeros(tensors: Mapping[str, tuple[str, list[int]]]) -> bytes:
     """Return a file with tensors of zeros, by name: their dtype and shape."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name, (dtype, shape) in tensors.items():
-        size = _BYTES[dtype]
-        for each in shape:
-            size *= each
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(place)
+    return safetensors(
+        {
+            name: (dtype, shape, bytes(_BYTES[dtype] * prod(shape)))
+            for name, (dtype, shape) in tensors.items()
+        }
+    )
 
 
-WEIGHTS = safetensors(
+WEIGHTS = zeros(
     {
         "model.embed_tokens.weight": ("BF16", [32, 64]),
         "model.layers.0.mlp.weight": ("BF16", [64, 64]),

@@ -22,7 +22,7 @@ from aiflux.engines.vllm.safetensors import (
 )
 from aiflux.errors import ModelError
 from aiflux.models.figures import Figures
-from tests.unit.made_snapshots import LLAMA, WEIGHTS, put_folder, safetensors
+from tests.unit.made_snapshots import LLAMA, WEIGHTS, put_folder, zeros
 
 # Shapes of known models, from their public config.json.
 LLAMA_8B = {
@@ -161,7 +161,7 @@ def test_no_configuration_is_a_bug(config: dict[str, Any]) -> None:
 
 
 def weights_of(tmp_path: Path, dtype: str, config: dict[str, Any] | None = None) -> Figures:
-    content = safetensors(
+    content = zeros(
         {
             "model.embed_tokens.weight": (dtype, [32, 64]),
             "model.layers.0.mlp.weight": (dtype, [64, 64]),

@@ -18,7 +18,7 @@ from aiflux.engines.vllm.hub import find_snapshot, parse_hub_model
 from aiflux.engines.vllm.kind import KIND
 from aiflux.errors import AifluxError, ConfigError, ModelError, StorageError, UsageError
 from tests.tools.fake_hub import FakeHub, Repo, git_hash
-from tests.unit.made_snapshots import COMMIT, LLAMA, OTHER_COMMIT, WEIGHTS, safetensors
+from tests.unit.made_snapshots import COMMIT, LLAMA, OTHER_COMMIT, WEIGHTS, zeros
 
 TOKEN = "hf_secretsecretsecret"
 FILES = {
@@ -133,7 +133,7 @@ def test_a_moved_branch_is_followed_on_request(puller: Puller, hub: FakeHub) -> 
 def test_a_broken_download_is_resumed(puller: Puller, hub: FakeHub) -> None:
     """huggingface_hub writes blocks of 10 MiB; anything not written is sent again."""
     block = 10 << 20
-    weights = safetensors({"a": ("U8", [block + 5000])})
+    weights = zeros({"a": ("U8", [block + 5000])})
     hub.repos["org/name"].files[COMMIT]["model.safetensors"] = weights
     hub.cut["model.safetensors"] = [block + 3000]
     assert puller.pull()

@@ -179,16 +179,6 @@ class Estimate:
         return walltime_text(self.time_seconds)
 
     @property
-    def requests_per_second(self) -> float:
-        """Requests per second of one job with fully used engines."""
-        return self.requests / self.work_seconds.value
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second of one job with fully used engines."""
-        return self.completion_tokens.value / self.work_seconds.value
-
-    @property
     def shard_seconds(self) -> Range:
         """Time of one of the recommended shards."""
         return self.seconds_of_shard(self.shards)
@@ -205,12 +195,12 @@ class Estimate:
 
     @property
     def requests_rate(self) -> Range:
-        """``requests_per_second`` with its interval."""
+        """Requests per second of one job with fully used engines."""
         return rate(self.requests, self.work_seconds)
 
     @property
     def tokens_rate(self) -> Range:
-        """``tokens_per_second`` with its interval."""
+        """Generated tokens per second of one job with fully used engines."""
         return rate(self.completion_tokens.value, self.work_seconds)
 
     def seconds_of_jobs(self, shards: int) -> Range:
@@ -261,8 +251,8 @@ class Estimate:
             "time": self.time,
             "shard_seconds": to_json(self.shard_seconds),
             "gpu_hours": to_json(self.gpu_hours(self.shards)) if self.gpus else None,
-            "requests_per_second": round(self.requests_per_second, 3),
-            "tokens_per_second": round(self.tokens_per_second, 3),
+            "requests_per_second": round(self.requests_rate.value, 3),
+            "tokens_per_second": round(self.tokens_rate.value, 3),
         }
 
 

@@ -176,8 +176,8 @@ def _pilot(found: Estimate) -> list[Text]:
     return [
         Text(f"pilot: {found.pilot} of {count(found.requests)} requests finished{failed}"),
         Text(
-            f"       {found.in_flight} in flight, {_rate(found.requests_per_second)} requests/s, "
-            f"{_rate(found.tokens_per_second)} answer tokens/s"
+            f"       {found.in_flight} in flight, {_rate(found.requests_rate.value)} requests/s, "
+            f"{_rate(found.tokens_rate.value)} answer tokens/s"
         ),
     ]
 

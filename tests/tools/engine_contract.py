@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,34 @@ import pytest
 
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.settings import RunOptions
-from aiflux.core.runs.plan import make_plan
+from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.base import Engine, EngineKind, EngineSpec
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import EngineError, RejectedError
+
+
+def engine_of(
+    kind: EngineKind,
+    plan: Plan,
+    folder: Path,
+    environ: Mapping[str, str],
+    devices: tuple[str, ...] = (),
+    index: int = 0,
+    home: Path | None = None,
+) -> Engine:
+    """Return an engine that is not started; its log, and its home by default, are in a folder."""
+    spec = EngineSpec(
+        index=index,
+        plan=plan,
+        model=plan.models[0],
+        devices=devices,
+        home=home or folder / f"home-{index}",
+        log=folder / f"engine-{index}.log",
+        environ=environ,
+        say=lambda _: None,
+    )
+    return kind.make_engine(spec, lambda url, ca=None: Client(url, 30.0, 8, ca=ca))
 
 
 class EngineSite(ABC):
@@ -84,17 +107,7 @@ class EngineSite(ABC):
         )
         summary = scan_input(path, options.model)
         plan = make_plan(summary, self.folder / "o.json", options, self.models_dir, self.kind)
-        spec = EngineSpec(
-            index=index,
-            plan=plan,
-            model=plan.models[0],
-            devices=(),
-            home=self.folder / f"home-{index}",
-            log=self.folder / f"engine-{index}.log",
-            environ=self.environ,
-            say=lambda _: None,
-        )
-        engine = self.kind.make_engine(spec, lambda url, ca=None: Client(url, 30.0, 8, ca=ca))
+        engine = engine_of(self.kind, plan, self.folder, self.environ, index=index)
         self.made.append(engine)
         return engine
 

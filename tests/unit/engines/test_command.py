@@ -18,12 +18,11 @@ from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, make_plan
-from aiflux.engines.base import Engine, EngineSpec
-from aiflux.engines.http import Client
+from aiflux.engines.base import Engine
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, EngineError, ExitCode, RejectedError, RunConflictError
 from aiflux.report.build import without_secrets
-from tests.tools.engine_contract import sessions, until
+from tests.tools.engine_contract import engine_of, sessions, until
 from tests.unit.helpers import request_line, write_input, write_program
 from tests.unit.working import Working
 
@@ -50,17 +49,13 @@ class Site:
 
     def engine(self, command: str, devices: tuple[str, ...] = (), **options: Any) -> Engine:
         plan = self.plan(command, **options)
-        spec = EngineSpec(
-            index=0, plan=plan, model=plan.models[0], devices=devices, home=self.home,
-            log=self.log, environ=self.environ, say=lambda _: None,
-        )  # fmt: skip
-        engine = KIND.make_engine(spec, lambda url, ca=None: Client(url, 30.0, 8, ca=ca))
+        engine = engine_of(KIND, plan, self.folder, self.environ, devices, home=self.home)
         self.made.append(engine)
         return engine
 
     @property
     def log(self) -> Path:
-        return self.folder / "engine.log"
+        return self.folder / "engine-0.log"
 
     def recorded(self, command: str, devices: tuple[str, ...] = (), **options: Any) -> Any:
         """Start a program that writes its arguments and environment, and ends."""

@@ -10,8 +10,6 @@ import pytest
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.settings import RunOptions, SlurmConfig
 from aiflux.core.runs.plan import Plan, make_plan
-from aiflux.engines.base import EngineSpec
-from aiflux.engines.http import Client
 from aiflux.engines.llamacpp.kind import KIND
 from aiflux.errors import AifluxError, ConfigError, EngineError, InputError
 from aiflux.models.catalog import read_catalog
@@ -19,6 +17,7 @@ from aiflux.slurm.preflight.local import check_models
 from aiflux.slurm.preflight.nodes import check_endpoints, check_names
 from aiflux.slurm.script import JobScript
 from tests.tools import make_tiny_gguf
+from tests.tools.engine_contract import engine_of
 from tests.unit.helpers import request_line, write_program
 from tests.unit.made_models import put_model
 
@@ -172,10 +171,8 @@ def test_the_command_line(
     path = tiny_file(tmp_path)
     plan = plan_of(tmp_path, str(path), body or {"body": {"messages": []}}, slots=3,
                    context_length=1024, **options)  # fmt: skip
-    spec = EngineSpec(0, plan, plan.models[0], devices, tmp_path / "home", tmp_path / "log",
-                      {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"},
-                      lambda _: None)  # fmt: skip
-    engine = KIND.make_engine(spec, lambda url: Client(url, 5.0, 2))
+    environ = {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"}
+    engine = engine_of(KIND, plan, tmp_path, environ, devices)
     with pytest.raises(EngineError, match="out of memory"):
         engine.start()
     line = " ".join(program.with_name("llama-server.arguments").read_text().splitlines())
@@ -187,10 +184,8 @@ def test_the_command_line(
 def test_a_server_that_sees_no_gpu_in_a_gpu_job_is_refused(tmp_path: Path) -> None:
     program = write_program(tmp_path / "llama-server", RECORDER)
     plan = plan_of(tmp_path, str(tiny_file(tmp_path)))
-    spec = EngineSpec(0, plan, plan.models[0], ("7",), tmp_path / "home", tmp_path / "log",
-                      {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"},
-                      lambda _: None)  # fmt: skip
-    engine = KIND.make_engine(spec, lambda url: Client(url, 5.0, 2))
+    environ = {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"}
+    engine = engine_of(KIND, plan, tmp_path, environ, ("7",))
     with pytest.raises(EngineError, match="sees no GPU in a job with the GPUs 7"):
         engine.start()
     assert not program.with_name("llama-server.arguments").exists()
@@ -198,7 +193,5 @@ def test_a_server_that_sees_no_gpu_in_a_gpu_job_is_refused(tmp_path: Path) -> No
 
 def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, str(tiny_file(tmp_path)))
-    spec = EngineSpec(0, plan, plan.models[0], (), tmp_path, tmp_path / "log",
-                      {"PATH": str(tmp_path)}, lambda _: None)  # fmt: skip
     with pytest.raises(AifluxError, match="no llama-server on PATH"):
-        KIND.make_engine(spec, lambda url: Client(url, 5.0, 2))
+        engine_of(KIND, plan, tmp_path, {"PATH": str(tmp_path)})

@@ -16,8 +16,7 @@ import pytest
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
-from aiflux.engines.base import Engine, EngineSpec
-from aiflux.engines.http import Client
+from aiflux.engines.base import Engine
 from aiflux.engines.process import free_port
 from aiflux.engines.sizing import slots
 from aiflux.engines.vllm.kind import KIND
@@ -28,7 +27,7 @@ from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
 from aiflux.slurm.preflight.local import check_models
 from aiflux.slurm.preflight.nodes import Room, check_memory
-from tests.tools.engine_contract import ProgramSite, until
+from tests.tools.engine_contract import ProgramSite, engine_of, until
 from tests.unit.helpers import logged_command, request_line
 from tests.unit.made_snapshots import LLAMA, put_folder, put_snapshot
 
@@ -58,17 +57,13 @@ class Site(ProgramSite):
     ) -> Engine:
         chosen = {"engine": "vllm", "model": self.model, **options}
         plan = plan_of(self.folder, request, **chosen)
-        spec = EngineSpec(
-            index=0, plan=plan, model=plan.models[0], devices=devices,
-            home=self.folder / "home", log=self.log, environ=self.environ, say=lambda _: None,
-        )  # fmt: skip
-        engine = KIND.make_engine(spec, lambda url, ca=None: Client(url, 30.0, 8, ca=ca))
+        engine = engine_of(KIND, plan, self.folder, self.environ, devices)
         self.made.append(engine)
         return engine
 
     @property
     def log(self) -> Path:
-        return self.folder / "engine.log"
+        return self.folder / "engine-0.log"
 
     def command(self) -> list[str]:
         """Return the arguments that the server was started with, by its log."""

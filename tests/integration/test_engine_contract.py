@@ -16,10 +16,9 @@ from tests.integration.conftest import MODEL
 from tests.tools.engine_contract import EngineContract, EngineSite, ProgramSite
 
 
-class RealOllama(ProgramSite):
-    """The CPU Ollama with the small model."""
+class RealProgram(ProgramSite):
+    """A program with the small model that Ollama stored."""
 
-    kind = kind_named("ollama")
     model = MODEL
     slots = 2
 
@@ -32,6 +31,12 @@ class RealOllama(ProgramSite):
     @property
     def models_dir(self) -> Path:
         return self._models
+
+
+class RealOllama(RealProgram):
+    """The CPU Ollama."""
+
+    kind = kind_named("ollama")
 
 
 class TestOllama(EngineContract):
@@ -42,22 +47,10 @@ class TestOllama(EngineContract):
         made.close()
 
 
-class RealLlamaServer(ProgramSite):
-    """llama-server with the small model that Ollama stored."""
+class RealLlamaServer(RealProgram):
+    """llama-server."""
 
     kind = kind_named("llamacpp")
-    model = MODEL
-    slots = 2
-
-    def __init__(self, folder: Path, models: Path, program: Path) -> None:
-        super().__init__(folder)
-        self._models = models
-        self.digest = model_digest(models, parse_model_name(MODEL))
-        self.wrap([str(program)])
-
-    @property
-    def models_dir(self) -> Path:
-        return self._models
 
 
 class TestLlamaServer(EngineContract):
@@ -68,24 +61,17 @@ class TestLlamaServer(EngineContract):
         made.close()
 
 
-class LlamaServerByCommand(ProgramSite):
+class LlamaServerByCommand(RealProgram):
     """The same llama-server, started by ``--engine-command`` on a socket."""
 
     kind = kind_named("command")
-    slots = 2
 
     def __init__(self, folder: Path, models: Path, program: Path) -> None:
-        super().__init__(folder)
-        self._models = models
-        self.model = str(find_files(models, MODEL).model)
+        super().__init__(folder, models, program)
+        self.model, self.digest = str(find_files(models, MODEL).model), None
         self.absent = str(folder / "absent.gguf")
-        self.wrap([str(program)])
         options = "-m {model} --alias {model} --host {socket} -np {slots} --no-webui --offline"
         self.options["engine_command"] = f"{shlex.quote(str(self.program))} {options}"
-
-    @property
-    def models_dir(self) -> Path:
-        return self._models
 
 
 class TestCommand(EngineContract):

@@ -121,6 +121,10 @@ class EngineSite(ABC):
 class ProgramSite(EngineSite):
     """A site whose engines start a program; a wrapper holds it back and notes its id."""
 
+    @property
+    def models_dir(self) -> Path:
+        return self.folder / "models"
+
     def wrap(self, command: list[str]) -> None:
         """Have engines start this command, with their own arguments."""
         self.program = self.folder / "engine-program"

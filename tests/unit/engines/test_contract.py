@@ -36,10 +36,6 @@ class FakeOllama(ProgramSite):
         self.digest = hashlib.sha256(manifest).hexdigest()
         self.wrap([sys.executable, str(TOOLS / "fake_ollama.py")])
 
-    @property
-    def models_dir(self) -> Path:
-        return self.folder / "models"
-
 
 class Loading(ProgramSite):
     """Paused while it loads its model."""
@@ -70,10 +66,6 @@ class FakeLlamaServer(Loading):
         self.digest = hashlib.sha256(manifest).hexdigest()
         self.wrap([sys.executable, str(TOOLS / "fake_llama_server.py")])
 
-    @property
-    def models_dir(self) -> Path:
-        return self.folder / "models"
-
 
 class LlamaServerOfFile(FakeLlamaServer):
     """The same, with the path of a file."""
@@ -98,10 +90,6 @@ class FakeVllm(Loading):
         super().__init__(folder)
         put_snapshot(self.models_dir / "hub", "org/tiny")
         self.wrap([sys.executable, str(TOOLS / "fake_vllm.py")])
-
-    @property
-    def models_dir(self) -> Path:
-        return self.folder / "models"
 
 
 class FakeVllmOfFolder(FakeVllm):
@@ -168,10 +156,6 @@ class CommandOnPort(ProgramSite):
         engine, loading = str(TOOLS / "command_server.py"), str(folder / "loading")
         self.wrap([sys.executable, engine, "--model", self.model, "--loading", loading])
         self.options["engine_command"] = f"{shlex.quote(str(self.program))} {self.words}"
-
-    @property
-    def models_dir(self) -> Path:
-        return self.folder / "models"
 
 
 class CommandOnSocket(CommandOnPort):

@@ -48,10 +48,6 @@ class Site(ProgramSite):
         put_snapshot(self.models_dir / "hub", "org/tiny")
         self.wrap([sys.executable, str(FAKE)])
 
-    @property
-    def models_dir(self) -> Path:
-        return self.folder / "models"
-
     def engine(
         self, devices: tuple[str, ...] = (), request: dict[str, Any] = CHAT, **options: Any
     ) -> Engine:

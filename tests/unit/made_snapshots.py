@@ -55,28 +55,15 @@ def put_folder(folder: Path, config: Mapping[str, Any] = LLAMA, weights: bytes =
     return folder
 
 
-def put_snapshot(
-    cache: Path, repo: str, commit: str = COMMIT, ref: str | None = "main", weights: bytes = WEIGHTS
-) -> Path:
+def put_snapshot(cache: Path, repo: str, commit: str = COMMIT, ref: str | None = "main") -> Path:
     """Write a snapshot into a hub cache; a branch or tag may name it."""
-    store = cache / f"models--{repo.replace('/', '--')}"
-    if ref is not None:
-        path = store / "refs" / ref
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(commit, encoding="ascii")
-    return put_folder(store / "snapshots" / commit, weights=weights)
+    return put_folder(_store(cache, repo, commit, ref) / "snapshots" / commit)
 
 
-def put_pulled(
-    cache: Path,
-    repo: str,
-    files: Mapping[str, bytes],
-    commit: str = COMMIT,
-    ref: str | None = "main",
-) -> Path:
+def put_pulled(cache: Path, repo: str, files: Mapping[str, bytes]) -> Path:
     """Write a snapshot as a pull leaves it: its files are links to blobs named by their hashes."""
-    store = cache / f"models--{repo.replace('/', '--')}"
-    folder = store / "snapshots" / commit
+    store = _store(cache, repo, COMMIT, "main")
+    folder = store / "snapshots" / COMMIT
     (store / "blobs").mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         large = len(content) >= LARGE
@@ -84,7 +71,14 @@ def put_pulled(
         (store / "blobs" / blob).write_bytes(content)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to("../" * (name.count("/") + 2) + f"blobs/{blob}")
-    if ref is not None:
-        (store / "refs").mkdir(exist_ok=True)
-        (store / "refs" / ref).write_text(commit, encoding="ascii")
     return folder
+
+
+def _store(cache: Path, repo: str, commit: str, ref: str | None) -> Path:
+    """Return the folder of a repository in a hub cache; a branch or tag may name a commit."""
+    store = cache / f"models--{repo.replace('/', '--')}"
+    if ref is not None:
+        path = store / "refs" / ref
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(commit, encoding="ascii")
+    return store

@@ -221,7 +221,7 @@ def _image(path: Path) -> Iterator[Diagnosis]:
         yield warn(
             "image",
             f"the image is for {image.arch}, but this machine is {os.uname().machine}",
-            "check that the compute nodes are {image.arch}, or build it on a machine like them",
+            f"check that the compute nodes are {image.arch}, or build it on a machine like them",
         )
     if image.cpu_only:
         yield warn(

@@ -136,6 +136,16 @@ def test_container_and_image_are_described(
     assert probe.argv[1:] == [*sealed, str(image), "true"]
 
 
+def test_an_image_for_another_architecture_is_reported_with_its_name(
+    commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
+    other = "arm64" if os_arch() == "amd64" else "amd64"
+    found = of_containers(commands, monkeypatch, make_sif(tmp_path / "a.sif", other, version="1"))
+    (warning,) = [line for line in found["image"] if line.what.startswith("the image is for")]
+    assert warning.fix.startswith(f"check that the compute nodes are {other}, or")
+
+
 def os_arch() -> str:
     return "amd64" if os.uname().machine == "x86_64" else "arm64"
 

@@ -74,9 +74,8 @@ class EngineSupervisor:
         except AifluxError as error:
             if not self._closing:
                 self.failure = error
-                if (
-                    self.engine.kind.managed
-                ):  # an external one is the only one: its error is the run's
+                # An external engine is the only one: its error is the run's.
+                if self.engine.kind.managed:
                     self._say(self._about(error.message))
             self._scheduler.close_lane(self.lane, gone=True)
         except BaseException as error:  # noqa: BLE001 - the pool would otherwise wait forever

@@ -18,7 +18,7 @@ import pytest
 
 from aiflux.engines.ollama.api import Ollama, ollama_environment
 from aiflux.engines.ollama.memory import BATCH, estimate, graph_sizes, layer_caches
-from aiflux.engines.ollama.store import stored_figures
+from aiflux.engines.ollama.store import stored_model
 from aiflux.engines.process import ServerProcess
 from aiflux.errors import EngineError
 from aiflux.models.catalog import CatalogModel, read_catalog
@@ -111,7 +111,7 @@ def test_the_formula_matches_ollama(
     name: str, context: int, sparse: Path, ollama: Path, tmp_path: Path
 ) -> None:
     account = account_of(ollama, sparse, tmp_path, f"sparse-{name}", context)
-    figures = stored_figures(sparse, parse_model_name(f"sparse-{name}"))
+    figures = stored_model(sparse, parse_model_name(f"sparse-{name}")).figures
     estimated = estimate(figures, context, 1, gpu_overhead=0)
     parts = {
         "required.full": estimated.total,
@@ -146,7 +146,7 @@ def test_the_formula_matches_the_memory_of_smollm2(
         kind: float(number) * 2**20
         for kind, number in re.findall(r"CPU +(model|KV|compute) buffer size = +([\d.]+) MiB", text)
     }
-    figures = stored_figures(models, parse_model_name(MODEL))
+    figures = stored_model(models, parse_model_name(MODEL)).figures
     least = estimate(figures, context, slots, flash=True, gpu_overhead=0)
     assert least.cache == buffers["KV"]
     assert least.weights == pytest.approx(buffers["model"], rel=0.001)

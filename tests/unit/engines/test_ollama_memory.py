@@ -14,7 +14,7 @@ import pytest
 from aiflux.core.config.settings import RunOptions
 from aiflux.engines.ollama.kind import KIND
 from aiflux.engines.ollama.memory import estimate, has_one_slot
-from aiflux.engines.ollama.store import known_figures, stored_figures
+from aiflux.engines.ollama.store import known_figures, stored_model
 from aiflux.engines.sizing import gpus_needed
 from aiflux.errors import ModelError
 from aiflux.models.catalog import read_catalog
@@ -186,4 +186,4 @@ def test_a_file_in_another_format_is_reported(content: bytes, words: str, tmp_pa
 
 def test_a_missing_model_has_no_figures(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not in"):
-        stored_figures(tmp_path, parse_model_name("nobody:1b"))
+        stored_model(tmp_path, parse_model_name("nobody:1b"))

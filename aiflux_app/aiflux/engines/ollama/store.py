@@ -305,15 +305,6 @@ class StoredModel:
     quantisation: str
 
 
-def stored_figures(models_dir: Path, name: ModelName) -> Figures:
-    """Return the figures of a stored model.
-
-    Raises:
-        ModelError: the model is not stored, or its file is not a complete GGUF file.
-    """
-    return stored_model(models_dir, name).figures
-
-
 def stored_model(models_dir: Path, name: ModelName) -> StoredModel:
     """Read the file of a stored model.
 

@@ -16,7 +16,6 @@ from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
 from aiflux.core.runs.output import shards_left
 from aiflux.core.runs.plan import Plan, auto_shards, make_plan, read_plan, same_work
 from aiflux.core.runs.status_file import finished_counts
-from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
 from aiflux.estimates.estimate import SLURM, carry_estimate, known_estimate
@@ -102,19 +101,19 @@ def plan_job(
     output = checked_output(output)
     run = RunDirectory.of_output(output)
     place = Path.cwd() if cwd is None else cwd
-    if not kind.worker_in_image:
+    if kind.worker_in_image:
+        found = _image(config, place, kind.name, missing_ok=check)
+        image = found or place / image_names(kind.name, slurm.gpu_vendor)[0]
+    else:
         refuse_container(config)
-    found = _image(config, place, kind, missing_ok=check)
-    assumed = (
-        place / image_names(options.engine, slurm.gpu_vendor)[0] if kind.worker_in_image else None
-    )
+        found = image = None
     job = JobScript.of_run(
         expanded(input_path).absolute(),
         output,
         options,
         config.models_dir if kind.stores_models else None,
         slurm,
-        found or assumed,
+        image,
         logs_folder(config, run),
     )
     # Values that cannot be rendered are refused before the input is read or anything is written.
@@ -170,12 +169,10 @@ def _no_image_used(image: Path) -> ConfigError:
     )
 
 
-def _image(config: Config, cwd: Path, kind: EngineKind, *, missing_ok: bool) -> Path | None:
-    """Return the image; None if none is needed, or it is missing and that can be reported later."""
-    if not kind.worker_in_image:
-        return None
+def _image(config: Config, cwd: Path, engine: str, *, missing_ok: bool) -> Path | None:
+    """Return the image; None if it is missing, and that can be reported later."""
     try:
-        return find_image(config, cwd, engine=kind.name)
+        return find_image(config, cwd, engine=engine)
     except ImageError:
         if missing_ok:
             return None

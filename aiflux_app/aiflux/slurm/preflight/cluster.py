@@ -39,7 +39,7 @@ from aiflux.slurm.preflight.nodes import (
     check_nodes,
     gpu_room,
     job_vendor,
-    with_features,
+    possible_nodes,
 )
 from aiflux.slurm.script import wants_gpus
 from aiflux.util.diagnosis import Diagnosis, ok, warn
@@ -102,8 +102,8 @@ def check_job_image(
 ) -> Iterator[Finding]:
     """Check the image against the engine and the possible nodes."""
     kind = engine_kind(options)
-    nodes = [node for name in _partitions(facts, slurm) for node in facts.nodes_of(name)]
-    machines = {node.arch for node in with_features(nodes, slurm) if node.arch}
+    partitions = _partitions(facts, slurm)
+    machines = {node.arch for node in possible_nodes(facts, slurm, partitions) if node.arch}
     return check_image(
         image,
         machines or {platform.machine()},
@@ -111,7 +111,7 @@ def check_job_image(
         certain=bool(machines) or slurm.constraint is None,
         wants_gpus=wants_gpus(slurm) and kind.managed,
         allow_cpu=options.allow_cpu,
-        vendor=job_vendor(facts, slurm, _partitions(facts, slurm)),
+        vendor=job_vendor(facts, slurm, partitions),
     )
 
 

@@ -217,6 +217,11 @@ def with_features(nodes: Iterable[Node], slurm: SlurmConfig) -> list[Node]:
     return [node for node in nodes if wanted in node.features]
 
 
+def possible_nodes(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> list[Node]:
+    """Return the nodes of partitions, with the requested feature."""
+    return with_features((node for name in partitions for node in facts.nodes_of(name)), slurm)
+
+
 def _feature_remedy(facts: Facts, partition: Partition) -> str:
     names = sorted({name for node in facts.nodes_of(partition.name) for name in node.features})
     return f"--constraint NAME (there are: {', '.join(names)})" if names else "leave it out"
@@ -353,7 +358,7 @@ def gpu_room(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> Roo
     asked = requested_gpus(slurm)
     if not asked:
         return None
-    nodes = _able_nodes(facts, slurm, partitions, asked)
+    nodes = [node for node in possible_nodes(facts, slurm, partitions) if _has(node, asked)]
     kinds = [pair for kind in asked for pair in _sizes(kind, nodes)]
     known = [(size, kind) for kind, size in kinds if size is not None]
     if not known or len(known) < len(kinds):
@@ -373,7 +378,7 @@ def job_vendor(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> s
     if slurm.gpu_vendor != "auto":
         return slurm.gpu_vendor
     asked = requested_gpus(slurm)
-    nodes = _able_nodes(facts, slurm, partitions, asked)
+    nodes = [node for node in possible_nodes(facts, slurm, partitions) if _has(node, asked)]
     # A feature can be the vendor of the processor, so only names of GPUs count there.
     names = {name for kind in asked for name, _ in _sizes(kind, nodes)} | (asked.keys() - {""})
     vendors = {vendor_of(name) for name in names}
@@ -383,14 +388,6 @@ def job_vendor(facts: Facts, slurm: SlurmConfig, partitions: Iterable[str]) -> s
 def _option(slurm: SlurmConfig, kind: str) -> str:
     typed = f"{kind}:{{}}" if kind else "{}"
     return f"--gres gpu:{typed}" if slurm.gres is not None else f"--gpus-per-node {typed}"
-
-
-def _able_nodes(
-    facts: Facts, slurm: SlurmConfig, partitions: Iterable[str], asked: dict[str, int]
-) -> list[Node]:
-    """Return the nodes with the requested feature and GPUs."""
-    nodes = (node for name in partitions for node in facts.nodes_of(name))
-    return [node for node in with_features(nodes, slurm) if _has(node, asked)]
 
 
 def _has(node: Node, asked: dict[str, int]) -> bool:

@@ -9,6 +9,7 @@ has ended, or an earlier start of the same Slurm job (Slurm never runs two start
 from __future__ import annotations
 
 import json
+import operator
 import os
 import random
 import socket
@@ -46,9 +47,17 @@ def _namespace() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Return a process's start time in ticks (field 22 of /proc/PID/stat), "" if it has ended."""
+    """Return a process's start time in ticks, "" if it has ended.
+
+    Fields 3, 20 and 22 of /proc/PID/stat: state, threads, start time (proc(5)). A process that was
+    killed stays as a zombie until its parent notices, which may take long in a job that was
+    cancelled. While it has other threads, these may still be in the kernel, writing.
+    """
     stat = _read(f"/proc/{pid}/stat")
-    return stat.rpartition(")")[2].split()[19] if stat else ""
+    if not stat:
+        return ""
+    state, threads, started = operator.itemgetter(0, 17, 19)(stat.rpartition(")")[2].split())
+    return "" if state in ("Z", "X") and int(threads) <= 1 else started
 
 
 def identity() -> dict[str, Any]:

@@ -65,6 +65,16 @@ def foreign(path: Path, **changes: str) -> None:
     path.write_bytes(b"0" * 12 + b" " + json.dumps(holder).encode() + b"\n")
 
 
+def test_a_killed_holder_whose_parent_has_not_noticed_is_dead(tmp_path: Path) -> None:
+    """A job's processes are like this for seconds after `scancel`."""
+    process = hold(tmp_path / "lease")
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    acquire(tmp_path / "lease", "it").release()
+    assert Path(f"/proc/{process.pid}").exists(), "it is a zombie"
+    kill(process)
+
+
 def test_a_silent_lease_of_another_node_expires_by_our_own_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

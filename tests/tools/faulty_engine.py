@@ -2,11 +2,11 @@
 
 The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
 first N requests with that text get the fault, later ones an answer. Faults: ``500 502 503 504 408
-425 429 400 403 404 reset hang cut html notjson array empty error drip headers unfit die``. Other
-texts are answered with an echo, or with the text after ``answer:``. ``unfit`` answers with a plain
-word; ``die`` stops the server like a crash, and ``start`` starts it again. ``body:BODY`` is
-answered with that body (``body400:BODY`` with status 400), ``fail:TEXT`` with an error with that
-message.
+425 429 400 403 404 reset hang cut html notjson array empty error drip closing endless headers
+unfit die``. Other texts are answered with an echo, or with the text after ``answer:``. ``unfit``
+answers with a plain word; ``die`` stops the server like a crash, and ``start`` starts it again.
+``body:BODY`` is answered with that body (``body400:BODY`` with status 400), ``fail:TEXT`` with an
+error with that message.
 
 ``/v1/models`` lists ``models``. ``instead`` can answer any call first.
 
@@ -296,6 +296,21 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.engine.released.wait(0.2):
                 return
             self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+
+    def _closing(self, body: dict[str, Any], text: str) -> None:
+        """Answer byte by byte, without a length: the end of the connection ends the answer."""
+        self._until_closed(0.2, b" ")
+
+    def _endless(self, body: dict[str, Any], text: str) -> None:
+        self._until_closed(0, bytes(1 << 16))
+
+    def _until_closed(self, pause: float, block: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        while not self.server.engine.released.wait(pause):
+            self.wfile.write(block)
             self.wfile.flush()
 
     def _headers(self, body: dict[str, Any], text: str) -> None:

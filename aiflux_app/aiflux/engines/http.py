@@ -38,6 +38,8 @@ _CERT_FILE = "SSL_CERT_FILE"
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", _CERT_FILE)
 _WATCH_INTERVAL = 0.25
 _MARGIN = 5.0
+LARGEST_ANSWER = 1 << 28
+"""Bytes; the embeddings of 2,048 texts are a tenth of it."""
 
 
 def ca_bundle(engine_ca: str | None, environ: Mapping[str, str]) -> str | None:
@@ -114,16 +116,19 @@ class Answer:
 class _Exchange:
     """The watchdog's state of a running exchange."""
 
-    __slots__ = ("connection", "deadline", "verdict")
+    __slots__ = ("connection", "deadline", "sock", "verdict")
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self.connection: HTTPConnection | None = None
+        self.sock: socket.socket | None = None
         self.verdict: str | None = None
 
     def end(self, verdict: str) -> None:
         self.verdict = verdict
-        sock = None if self.connection is None else self.connection.sock
+        sock = self.sock
+        if sock is None and self.connection is not None:
+            sock = self.connection.sock
         if sock is not None:
             try:
                 sock.shutdown(SHUT_RDWR)
@@ -134,16 +139,27 @@ class _Exchange:
 _current = threading.local()
 
 
-class _TrackedConnection(HTTPConnection):
+class _Tracked:
+    """A connection of urllib3 that the running exchange knows."""
+
+    sock: socket.socket | None
+
     def request(self, *args: Any, **kwargs: Any) -> None:
         _current.exchange.connection = self
-        super().request(*args, **kwargs)
+        super().request(*args, **kwargs)  # type: ignore[misc]
+
+    def getresponse(self) -> Any:
+        # The connection forgets its socket if the server closes it after the answer.
+        _current.exchange.sock = self.sock
+        return super().getresponse()  # type: ignore[misc]
 
 
-class _TrackedTLSConnection(HTTPSConnection):
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        _current.exchange.connection = self
-        super().request(*args, **kwargs)
+class _TrackedConnection(_Tracked, HTTPConnection):
+    pass
+
+
+class _TrackedTLSConnection(_Tracked, HTTPSConnection):
+    pass
 
 
 class _Pool(HTTPConnectionPool):
@@ -197,6 +213,7 @@ class Client:
         connections: number of connections to keep.
         api_key: sent as a bearer token, or unchanged if it starts with ``Basic `` or ``Bearer ``.
         ca: file or directory of certificates to trust instead of the usual ones.
+        largest: bytes of an answer; a larger one is not read to its end.
 
     Attributes:
         secrets: hides the key in what the server sends.
@@ -209,8 +226,10 @@ class Client:
         connections: int,
         api_key: str | None = None,
         ca: str | None = None,
+        largest: int = LARGEST_ANSWER,
     ) -> None:
         self.base_url = base_url
+        self._largest = largest
         self.secrets = Secrets.of(api_key)
         self._timeout = timeout
         self._verify: bool | str = ca or True
@@ -293,7 +312,10 @@ class Client:
         timeouts = (min(CONNECT_TIMEOUT, timeout), timeout + _MARGIN)
         response = self._adapter.send(request, stream=True, timeout=timeouts, verify=self._verify)
         raw = response.raw
-        body = raw.read(decode_content=True)
+        body = raw.read(self._largest + 1, decode_content=True)
+        if len(body) > self._largest:
+            raw.close()
+            raise OSError(f"the answer is larger than {self._largest:,} bytes")
         raw.release_conn()
         location = raw.headers.get("Location", "")
         if location:

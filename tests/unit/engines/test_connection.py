@@ -267,6 +267,25 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(
     assert "hunter2" not in str(refused.value)
 
 
+def test_an_answer_that_is_too_large_is_not_read_to_its_end() -> None:
+    with FaultyEngine() as engine, closing(Client(engine.url, 10.0, 8, largest=4000)) as client:
+        assert len(client.post("/v1/completions", b'{"prompt": "hi"}').body) < 4000
+        with pytest.raises(ExchangeError, match="larger than 4,000 bytes") as caught:
+            client.post("/v1/completions", b'{"prompt": "endless"}')
+    assert caught.value.code == "connection"
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip", "closing", "headers"])
+def test_an_abort_ends_every_exchange(fault: str) -> None:
+    with FaultyEngine() as engine, closing(Client(engine.url, 60.0, 8)) as client:
+        ending = threading.Timer(0.3, client.abort)
+        ending.start()
+        with pytest.raises(ExchangeError) as caught:
+            client.post("/v1/completions", b'{"prompt": "%s"}' % fault.encode())
+        assert caught.value.code == "aborted"
+        ending.join()
+
+
 def test_a_full_queue_of_a_unix_socket_is_waited_for(tmp_path: Path) -> None:
     """The kernel refuses further connections at once where it would let them wait on TCP."""
     path = tmp_path / "a b ?#%.sock"

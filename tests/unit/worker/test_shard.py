@@ -135,7 +135,7 @@ def test_retry_after_is_honoured(tmp_path: Path) -> None:
     assert second - first >= 1.0
 
 
-@pytest.mark.parametrize("fault", ["hang", "drip", "headers"])
+@pytest.mark.parametrize("fault", ["hang", "drip", "closing", "headers"])
 def test_nothing_outlives_its_deadline(tmp_path: Path, fault: str) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, request_timeout=0.5, max_retries=1)

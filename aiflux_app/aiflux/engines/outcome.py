@@ -61,7 +61,7 @@ class Outcome:
         empty: why the first choice has no text (``EMPTY_REASONS``); None if it has text, and for
             embeddings.
         overloaded: the engine asked for fewer requests.
-        foreign: a status 200 with something other than an OpenAI API response, such as a web
+        foreign: a status 2xx with something other than an OpenAI API response, such as a web
             page.
     """
 
@@ -107,7 +107,7 @@ def judge_answer(url: str, answer: Answer, crash_code: CrashCode) -> Outcome:
     Args:
         crash_code: function of the engine's kind.
     """
-    if answer.status == 200:
+    if 200 <= answer.status < 300:
         return _judge_body(url, answer)
     text = answer.body.decode("utf-8", "replace")
     message = error_message(text)
@@ -163,25 +163,25 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
         # A body that begins as an object is a broken answer of an API.
         foreign = not answer.body.lstrip().startswith(b"{")
         message = _not_json(answer, error)
-        return Outcome(Kind.RETRY, "not_json", message, 200, foreign=foreign)
+        return Outcome(Kind.RETRY, "not_json", message, answer.status, foreign=foreign)
     if not isinstance(body, dict):
         message = "the answer is not a JSON object"
-        return Outcome(Kind.RETRY, "not_json", message, 200, foreign=True)
+        return Outcome(Kind.RETRY, "not_json", message, answer.status, foreign=True)
     if body.get("error"):
         message = error_message(answer.body.decode("utf-8"))
-        return Outcome(Kind.RETRY, "error_in_answer", message, 200, answer.body)
+        return Outcome(Kind.RETRY, "error_in_answer", message, answer.status, answer.body)
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     finish, content = _finish(url, body)
     texts = choice_texts(body)
     if finish is None and not content:
         return Outcome(
-            Kind.RETRY, "empty_answer", "an answer without content or finish_reason", 200,
-            answer.body, foreign=not {"choices", *_CONTENT.values()} & body.keys(),
+            Kind.RETRY, "empty_answer", "an answer without content or finish_reason",
+            answer.status, answer.body, foreign=not {"choices", *_CONTENT.values()} & body.keys(),
         )  # fmt: skip
     return Outcome(
         Kind.ANSWERED,
-        status=200,
+        status=answer.status,
         body=answer.body,
         prompt_tokens=_count(usage, "prompt_tokens"),
         completion_tokens=_count(usage, "completion_tokens"),

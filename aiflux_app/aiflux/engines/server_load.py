@@ -12,6 +12,8 @@ from typing import Any
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.errors import StoppedError
 
+MOST_SLOTS = 4096
+"""As many requests in flight as `--concurrency` allows; a server that reports more is wrong."""
 Get = Callable[[str], bytes | None]
 """Returns the answer of a path; see ``get``."""
 
@@ -61,7 +63,7 @@ def reported(fetch: Get, path: str) -> dict[str, Any]:
 def total_slots(fetch: Get) -> int | None:
     """Return the slots of a llama-server, or None if the server reports none."""
     slots = reported(fetch, "/props").get("total_slots")
-    return slots if isinstance(slots, int) and slots > 0 else None
+    return slots if isinstance(slots, int) and 0 < slots <= MOST_SLOTS else None
 
 
 def parse_load(text: str) -> Load | None:

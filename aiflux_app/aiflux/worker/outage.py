@@ -153,7 +153,9 @@ class Rejections:
             return RejectedError(
                 f"the server answered {first} to {url} with something other than an OpenAI API "
                 f"response ({last.status}): {last.message}; nothing was recorded",
-                "check --engine-url: a website or the login page of a proxy answers like this",
+                "check --engine-command: what it started has no OpenAI API at this path"
+                if managed
+                else "check --engine-url: a website or the login page of a proxy answers like this",
             )
         if may_pass(last):
             return RejectedError(

@@ -363,6 +363,15 @@ def test_a_server_without_an_openai_api_is_exit_4_and_records_nothing(
     assert len(corrected.results) == count
 
 
+def test_a_success_without_content_is_no_answer(tmp_path: Path) -> None:
+    with FaultyEngine(instead=lambda *_: (204, b"", {})) as engine:
+        working = Working(tmp_path, engine.url, max_retries=0).prompts("a", "b")
+        assert working.run() is ExitCode.ENGINE
+    assert working.error is not None
+    assert "something other than an OpenAI API response (204)" in working.error.message
+    assert recorded(working) == 0
+
+
 def test_a_web_page_among_answers_fails_its_request(tmp_path: Path) -> None:
     with FaultyEngine() as engine:
         working = Working(tmp_path, engine.url, max_retries=0, concurrency=4)

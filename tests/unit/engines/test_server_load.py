@@ -56,6 +56,7 @@ def test_metrics_without_a_load(text):
     [
         (json.dumps({"total_slots": 64}).encode(), 64),
         (json.dumps({"total_slots": "64"}).encode(), None),
+        (json.dumps({"total_slots": 10**30}).encode(), None),
         (json.dumps([1]).encode(), None),
         (b"<html>", None),
         (None, None),

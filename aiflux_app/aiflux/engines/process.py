@@ -230,17 +230,19 @@ class ServerProcess:
     def stop(self) -> None:
         """Stop the server and all processes that it started; does nothing if it has ended.
 
-        A server that was not started cannot be started afterwards.
+        A server that was not started cannot be started afterwards. Two threads may stop it at once;
+        servers take a second SIGTERM as a request to leave everything and end.
         """
         with self._lock:
-            self._stopped = True
+            again, self._stopped = self._stopped, True
             process = self._process
         if process is None:
             return
         # A child of a child that has ended cannot be found later if it has another session and
         # another environment.
         members = {*self._members()}
-        _signal(process.pid, signal.SIGTERM)
+        if not again:
+            _signal(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT)
         _signal(process.pid, signal.SIGKILL)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -48,6 +50,21 @@ def test_a_server_that_was_stopped_does_not_start(tmp_path: Path) -> None:
     server.stop()
     with pytest.raises(EngineError, match="stopped during its start"):
         server.start()
+
+
+def test_two_threads_that_stop_a_server_send_one_signal(tmp_path: Path) -> None:
+    text = 'trap "echo ended >>signals; sleep 0.5; kill $!; exit" TERM; "$@" & wait'
+    shell = ["sh", "-c", f"cd {shlex.quote(str(tmp_path))}; {text}", "sh", *SERVER]
+    server = ServerProcess(shell, {"PATH": os.environ["PATH"]}, tmp_path / "log")
+    server.start()
+    threads = [threading.Thread(target=server.stop) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "signals").read_text() == "ended\n"
+    assert not server.running
 
 
 def test_an_engine_gets_no_settings_of_the_workers_python(tmp_path: Path) -> None:

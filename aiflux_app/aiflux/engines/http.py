@@ -31,7 +31,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 from aiflux.engines.secrets import Secrets
 from aiflux.errors import ConfigError
 from aiflux.util.process_limits import exhausted, start_thread
-from aiflux.util.text import error_text, public_url
+from aiflux.util.text import context, error_text, public_url
 
 CONNECT_TIMEOUT = 10.0
 _CERT_FILE = "SSL_CERT_FILE"
@@ -367,7 +367,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(each))
         yield each
-        linked = (each.__context__, each.__cause__, getattr(each, "reason", None), *each.args)
+        linked = (context(each), each.__cause__, getattr(each, "reason", None), *each.args)
         waiting += [other for other in linked if isinstance(other, BaseException)]
 
 
@@ -431,12 +431,9 @@ def speaks_tls(url: str, timeout: float) -> bool:
 
 def innermost(error: BaseException) -> str:
     """Return the message of the innermost cause, without the names of libraries."""
-    chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    # Below the system's error may be one that a caller was handling, which is no cause of it.
-    of_system = [each for each in chain if isinstance(each, OSError) and each.errno is not None]
-    return error_text([*chain[-1:], *of_system][-1])
+    while (below := context(error)) is not None:
+        error = below
+    return error_text(error)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

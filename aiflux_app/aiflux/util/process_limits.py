@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from aiflux.errors import AifluxError, StoppedError
+from aiflux.util.text import context
 
 # Open files in addition to connections: logs, the journal, probes, pipes of children.
 _OTHER_FILES = 32
@@ -82,7 +83,7 @@ def exhausted(error: BaseException) -> StoppedError | None:
         stop = _meaning(cause)
         if stop is not None:
             return stop
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else context(cause))
     return None
 
 

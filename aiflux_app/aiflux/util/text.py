@@ -91,6 +91,21 @@ def error_text(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or "an unknown error"
 
 
+def context(error: BaseException) -> BaseException | None:
+    """Return the error that was being handled where this one was raised, if it is a part of it.
+
+    Python also records here what a caller of the failed code was handling, which explains nothing:
+    such an error was caught in a frame that this one has not passed.
+    """
+    other = error.__context__
+    if other is None or other.__traceback__ is None:
+        return other
+    passed, caught_in = error.__traceback__, other.__traceback__.tb_frame
+    while passed is not None and passed.tb_frame is not caught_in:
+        passed = passed.tb_next
+    return None if passed is None else other
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the known name that an unknown one is probably a misspelling of, or None.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import threading
@@ -273,6 +274,15 @@ def test_an_answer_that_is_too_large_is_not_read_to_its_end() -> None:
         with pytest.raises(ExchangeError, match="larger than 4,000 bytes") as caught:
             client.post("/v1/completions", b'{"prompt": "endless"}')
     assert caught.value.code == "connection"
+
+
+def test_what_the_caller_was_handling_is_not_named_as_the_reason() -> None:
+    with FaultyEngine() as engine, closing(Client(engine.url, 10.0, 8, largest=4000)) as client:
+        try:
+            raise OSError(errno.EMFILE, "Too many open files")
+        except OSError:
+            with pytest.raises(ExchangeError, match="larger than 4,000 bytes"):
+                client.post("/v1/completions", b'{"prompt": "endless"}')
 
 
 @pytest.mark.parametrize("fault", ["hang", "drip", "closing", "headers"])

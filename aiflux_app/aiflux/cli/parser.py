@@ -454,19 +454,24 @@ RUN = RunType()
 # --- parameters that several commands have ----------------------------------------------------
 
 
-def settings_options(*sections: str) -> Decorator:
-    """Add an option for each setting of the sections; values stay texts, None means not given."""
+def settings_options(*sections: str, repeatable: Sequence[str] = ()) -> Decorator:
+    """Add an option for each setting of the sections; values stay texts, None means not given.
+
+    Args:
+        repeatable: settings whose option this command accepts several times, as a tuple of values.
+    """
 
     def decorate(function: Function) -> Function:
         for setting in reversed(SETTINGS):
             if setting.section in sections:
-                function = _setting_option(setting)(function)
+                several = setting.repeatable or setting.name in repeatable
+                function = _setting_option(setting, several)(function)
         return function
 
     return decorate
 
 
-def _setting_option(setting: Setting) -> Decorator:
+def _setting_option(setting: Setting, several: bool) -> Decorator:
     more: dict[str, Any] = {
         "panel": TITLES[setting.section],
         "rare": not setting.common,
@@ -482,7 +487,7 @@ def _setting_option(setting: Setting) -> Decorator:
         *setting.options,
         setting.name,
         metavar=setting.metavar,
-        multiple=setting.repeatable,
+        multiple=several,
         type=kind,
         **more,
     )

@@ -111,21 +111,38 @@ def named_engine(asked: Asked) -> Iterator[None]:
         raise
 
 
-def plan_pilot(asked: Asked) -> PlannedPilot:
-    """Check the input and plan the full run; nothing is written."""
-    options = asked.config.run_options()
-    kind = engine_kind(options)
-    summary = scan_input(asked.input, options.model, rules=input_rules(kind, options))
+def plan_pilots(all_: Sequence[Asked]) -> list[PlannedPilot]:
+    """Check the input in one pass and plan the full runs; nothing is written."""
+    rules = []
+    for asked in all_:
+        with named_engine(asked):
+            options = asked.config.run_options()
+            rules.append((options, input_rules(engine_kind(options), options)))
+    scanned = {name: rule for _, each in rules for name, rule in each.ignored_fields.items()}
+    options, first = rules[0]
+    with named_engine(all_[0]):
+        wide = replace(first, ignored_fields=scanned)
+        found = scan_input(all_[0].input, options.model, rules=wide)
+    planned = []
+    for asked, (options, each) in zip(all_, rules, strict=True):
+        with named_engine(asked):
+            summary = found.of_engine(options.model, each, scanned)
+            summary = summary or scan_input(asked.input, options.model, rules=each)
+            planned.append(_plan_pilot(asked, options, summary))
+    return planned
+
+
+def _plan_pilot(asked: Asked, options: RunOptions, summary: InputSummary) -> PlannedPilot:
     output = checked_output(asked.output)
     RunDirectory.of_output(output).refuse_foreign()
-    whole = make_plan(summary, output, options, asked.config.models_dir, kind)
+    whole = make_plan(summary, output, options, asked.config.models_dir, engine_kind(options))
     pilot = Pilot.of_output(output, asked.engine)
     pilot.run.refuse_foreign()
     return PlannedPilot(asked, whole, summary, pilot)
 
 
 def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
-    """Return the samples; draw a new one for each pilot that has other settings now.
+    """Return the samples; draw a new one for the pilots that have other settings now.
 
     Raises:
         RunConflictError: a job of such a pilot waits or runs. No sample was drawn.
@@ -135,10 +152,14 @@ def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
         if drawn is None:
             with named_engine(one.asked):
                 _refuse_active(one.pilot)
-    return [
-        drawn or one.pilot.begin(one.summary, one.asked.requests, one.settings)
-        for one, drawn in zip(all_, known, strict=True)
-    ]
+    first: tuple[Pilot, Drawn] | None = None
+    samples = []
+    for one, drawn in zip(all_, known, strict=True):
+        sample = drawn or one.pilot.begin(one.summary, one.asked.requests, one.settings, first)
+        if drawn is None:
+            first = first or (one.pilot, sample)
+        samples.append(sample)
+    return samples
 
 
 def _refuse_active(pilot: Pilot) -> None:

@@ -89,27 +89,43 @@ def run_local(opened: OpenedRun, config: Config) -> int:
 
     AIFLUX_ENGINE_PROGRAM names an engine to use in either case (see ``find_program``).
     """
-    from aiflux.engines.process import named_program
-    from aiflux.slurm.submit import refuse_container
-
-    kind = engine_kind(opened.plan.options)
     if opened.counts is not None:
         return _print_finished(opened.plan, opened.counts)
-    for finding in check_names(opened.plan, config.catalog()):
-        raise ModelError(finding.what, finding.fix)
-    if not kind.worker_in_image:
-        refuse_container(config)
-    image = None
-    if kind.worker_in_image and not named_program(kind, os.environ):
-        image = _local_image(kind, config)
+    image = local_image(opened.plan, config)
     vendor = config.get("gpu_vendor")
     if image is None:
         show_local_choices(config, None)
         return run_here(opened, vendor)
-    if visible_devices(_with_vendor(vendor)) and not opened.plan.options.allow_cpu:
-        refuse_other_vendor(image, gpu_vendor(_with_vendor(vendor)))
     show_local_choices(config, image.path)
     return run_in_container(opened, image.path, seal=config.get("seal"), vendor=vendor)
+
+
+def local_image(plan: Plan, config: Config) -> ImageFacts | None:
+    """Check that a run can start on this machine; return its image, None to run without one.
+
+    Raises:
+        ModelError: a model is unknown or cannot be used.
+        ImageError, EngineError: there is neither a program nor an image with the engine.
+    """
+    from aiflux.engines.process import engine_program, named_program
+    from aiflux.slurm.submit import refuse_container
+
+    kind = engine_kind(plan.options)
+    for finding in check_names(plan, config.catalog()):
+        raise ModelError(finding.what, finding.fix)
+    if plan.models_dir is not None:
+        for model in plan.models:
+            kind.refuse_model(plan.models_dir, model)
+    if not kind.worker_in_image:
+        refuse_container(config)
+        return None
+    image = None if named_program(kind, os.environ) else _local_image(kind, config)
+    vendor = _with_vendor(config.get("gpu_vendor"))
+    if image is None:
+        engine_program(kind, os.environ)
+    elif visible_devices(vendor) and not plan.options.allow_cpu:
+        refuse_other_vendor(image, gpu_vendor(vendor))
+    return image
 
 
 def _local_image(kind: EngineKind, config: Config) -> ImageFacts | None:

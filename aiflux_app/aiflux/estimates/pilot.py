@@ -100,8 +100,17 @@ class Pilot:
         """Return whether every request of the pilot has a result."""
         return self.run.plan.exists() and all_done(read_plan(self.run), self.run)
 
-    def begin(self, summary: InputSummary, count: int, settings: dict[str, Any]) -> Drawn:
+    def begin(
+        self,
+        summary: InputSummary,
+        count: int,
+        settings: dict[str, Any],
+        same: tuple[Pilot, Drawn] | None = None,
+    ) -> Drawn:
         """Remove an earlier pilot, draw a new sample and store it.
+
+        Args:
+            same: a pilot whose sample was just drawn from the same input, to be copied.
 
         Raises:
             RunConflictError: a process is still working on the earlier pilot.
@@ -116,7 +125,7 @@ class Pilot:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, self.folder) from error
-        drawn = _draw(summary, count, self.input)
+        drawn = _draw(summary, count, self.input) if same is None else _copy(*same, self.input)
         write_json(self.record, {"settings": settings, "drawn": vars(drawn)})
         return drawn
 
@@ -161,6 +170,12 @@ def _draw(summary: InputSummary, count: int, target: Path) -> Drawn:
                 drawn += 1
                 following = next(wanted, None)
     return Drawn(drawn, size)
+
+
+def _copy(pilot: Pilot, drawn: Drawn, target: Path) -> Drawn:
+    with open(pilot.input, "rb") as source, atomic_write(target, 0o600) as file:
+        shutil.copyfileobj(source, file)
+    return drawn
 
 
 @dataclass(frozen=True)

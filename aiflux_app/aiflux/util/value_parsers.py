@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ _WALLTIME = re.compile(
     r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z", re.IGNORECASE | re.ASCII
 )
 _OPTION = re.compile(r"-?[A-Za-z0-9][A-Za-z0-9_.+-]*", re.ASCII)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _GPUS = re.compile(r"([\w.:-]+:)?\d+", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\}|\$)", re.ASCII)
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -183,7 +184,36 @@ def pairs(value: Any) -> dict[str, str]:
         return {text(key): "" if item is None else _pair_value(item) for key, item in value.items()}
     items = value if isinstance(value, list | tuple) else [value]
     split = (text(item).partition("=") for item in items)
-    return {key.strip().removeprefix("--"): item for key, _, item in split}
+    return _once((key.strip().removeprefix("--"), item) for key, _, item in split)
+
+
+def variables(value: Any) -> dict[str, str]:
+    """Accept environment variables as ``pairs`` does, each with a value, which may be empty."""
+    expected = "KEY=VALUE, each with the name of a variable as KEY; KEY= sets an empty value"
+    if isinstance(value, dict):
+        found = {text(key): item for key, item in value.items()}
+        if None in found.values():
+            raise ValueError('KEY: VALUE lines, each with a VALUE; "" is an empty one')
+        found = {key: _pair_value(item) for key, item in found.items()}
+    else:
+        items = [text(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        if not all("=" in item for item in items):
+            raise ValueError(expected)
+        split = (item.partition("=") for item in items)
+        found = _once((key.strip(), item) for key, _, item in split)
+    if not all(map(_NAME.fullmatch, found)):
+        raise ValueError(expected)
+    return found
+
+
+def _once(given: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return pairs as a mapping; refuse a key that is given twice."""
+    found: dict[str, str] = {}
+    for key, item in given:
+        if key in found:
+            raise ValueError(f"given once for each KEY, but {key} is given twice: remove one")
+        found[key] = item
+    return found
 
 
 def options(value: Any) -> dict[str, str]:
@@ -194,7 +224,7 @@ def options(value: Any) -> dict[str, str]:
     named = pairs(_words(value) if isinstance(value, str) else value)
     if not all(map(_OPTION.fullmatch, named)):
         raise ValueError("KEY=VALUE, or KEY alone, with the name of an option as KEY")
-    return {_dashed(key): item for key, item in named.items()}
+    return _once((_dashed(key), item) for key, item in named.items())
 
 
 def named_paths(value: Any, one: Parser = path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -116,6 +117,25 @@ def test_a_pilot_against_an_engine() -> None:
     assert " --concurrency 4" in lines[-1]
     assert "--shards" not in printed
     assert "GPU" not in printed
+
+
+def test_the_printed_command_works_although_the_output_exists(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    OUTPUT.write_text("[]")
+    with FaultyEngine() as engine:
+        command = aiflux(*here(engine)).splitlines()[-1]
+        words = shlex.split(command)[1:]
+        assert main([*words, "--dry-run"]) == 0
+        (place / "other.jsonl").write_bytes((place / "in.jsonl").read_bytes())
+        capfd.readouterr()
+        assert main(words) == 0
+        OUTPUT.unlink()
+        assert main([*here(engine), "--input", "other.jsonl", "--requests", "20"]) == 0
+    printed = capfd.readouterr()
+    assert "--force" not in printed.out
+    assert "the full run is refused until this is solved" in printed.err
+    assert "belongs to the input" in printed.err
 
 
 def test_run_with_pilot_does_the_same_and_nothing_else() -> None:
@@ -429,6 +449,9 @@ def test_the_shards_and_the_run_use_the_estimate_of_its_engine(
         (["--engine", "ollama,llamacp"], "unknown engine 'llamacp'"),
         (["--engine", "ollama,"], "unknown engine ''"),
         (["--engine", "ollama,ollama=m:2"], "ollama is given twice"),
+        (["--engine", "ollama", "--engine", "ollama"], "ollama is given twice"),
+        (["--engine", "ollama=m:1,b"], "if a path has a comma, give --engine for each engine"),
+        (["--engine", "vllm=/a,b", "--engine", "ollama"], 'the run\'s model is "/a,b"'),
         (["--engine", "ollama,vllm="], "no model after 'vllm='"),
         (["--engine", "ollama,external"], "unknown engine 'external'"),
         (["--engine", "ollama,vllm"], "vllm: 'm:1' is not a model of Hugging Face"),
@@ -443,7 +466,8 @@ def test_the_shards_and_the_run_use_the_estimate_of_its_engine(
 def test_what_an_engine_cannot_take_is_refused_before_anything_is_submitted(
     slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str], more: list[str], words: str
 ) -> None:
-    assert main([*SEVERAL, *more]) == 2
+    several = SEVERAL[:-2] if "--engine" in more else SEVERAL
+    assert main([*several, *more]) == 2
     assert words in capsys.readouterr().err
     assert not slurm_of_engines.calls("sbatch")
 
@@ -465,6 +489,19 @@ def test_an_engine_with_its_model_alone_is_estimated_as_ever(
     assert main([*SEVERAL[:1], *SEVERAL[3:-1], "llamacpp=m:1"]) == 0
     plan = read_plan(PILOT.run)
     assert (plan.options.engine, plan.models) == ("llamacpp", ("m:1",))
+
+
+def test_engines_can_be_given_one_by_one(
+    slurm_of_engines: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SEVERAL[:-1], "ollama", "--engine", "llamacpp"]) == 0
+    assert len(slurm_of_engines.calls("sbatch")) == 2
+    inputs = {BY_ENGINE[kind].input.read_bytes() for kind in KINDS}
+    assert len(inputs) == 1
+    capsys.readouterr()
+    assert main(SEVERAL) == 0
+    assert "job 101" in capsys.readouterr().out
+    assert len(slurm_of_engines.calls("sbatch")) == 2, "it is the same comparison"
 
 
 def test_pilots_whose_requests_differ_are_not_compared(
@@ -516,11 +553,23 @@ def test_locally_one_engine_follows_the_other(programs: Path) -> None:
 
 
 def test_locally_an_engine_that_does_not_start_leaves_the_other(programs: Path) -> None:
-    (programs / "ollama").unlink()
-    found = json.loads(aiflux(*LOCALLY, "--json", code=2))
-    assert "no ollama on PATH" in found["estimates"][0]["error"]
+    write_program(programs / "ollama", "#!/bin/bash\nexit 1\n")
+    found = json.loads(aiflux(*LOCALLY, "--json", code=4))
+    assert "ollama" in found["estimates"][0]["error"]
     assert found["estimates"][1]["estimate"]["pilot"] == 40
     assert found["recommendation"] is None
+
+
+def test_locally_an_engine_that_cannot_start_is_refused_before_the_first_pilot(
+    programs: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (programs / "llama-server").unlink()
+    assert main(LOCALLY) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: llamacpp: ")
+    assert "there is no llama-server on PATH either" in printed
+    assert not (programs / "notes").exists()
+    assert not BY_ENGINE["ollama"].folder.exists()
 
 
 def test_one_program_for_several_engines_is_refused(

@@ -29,17 +29,19 @@ from aiflux.cli.pilots import (
     failure_of,
     job_views,
     named_engine,
-    plan_pilot,
+    plan_pilots,
     progress_json,
     run_pilot,
     submit_missing,
 )
 from aiflux.cli.render.estimate import engines_forecast, forecast, full_command
 from aiflux.cli.run_argument import make_console, show
+from aiflux.cli.start import local_image
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import CHOICES
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import named_output
+from aiflux.core.runs.open import draft_of
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_status
 from aiflux.engines.process import PROGRAM_VARIABLE
@@ -48,10 +50,12 @@ from aiflux.errors import (
     EngineError,
     ExitCode,
     InputError,
+    OutputExistsError,
+    RunConflictError,
     StoppedError,
     UsageError,
 )
-from aiflux.estimates.estimate import SLURM, Estimate, Range, keep_estimate
+from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, Range, keep_estimate
 from aiflux.estimates.estimate import estimate as make_estimate
 from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, observe
 from aiflux.estimates.recommendation import Recommendation, recommend
@@ -94,14 +98,14 @@ if TYPE_CHECKING:
     help="Skip the checks of Slurm, image and disk space",
 )
 @json_option("Print everything as JSON")
-@settings_options("run", "slurm", "paths")
+@settings_options("run", "slurm", "paths", repeatable=["engine"])
 def estimate(
     input_argument: str | None, input_option: str | None, output: str | None, **more: Any
 ) -> int:
     """Run a sample of the requests in a small job, or here, and estimate the full run.
 
-    Repeat the command to see the job's progress, and its result at the end. --engine KIND[=MODEL],
-    KIND[=MODEL] compares several engines on the same sample.
+    Repeat the command to see the job's progress, and its result at the end. Several --engine
+    KIND[=MODEL], or one with commas, compare engines on the same sample.
     """
     source = the_input(input_argument, input_option)
     path = Path(source)
@@ -136,15 +140,21 @@ def _given_engines(given: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         UsageError: a kind is unknown or given twice, or a model is missing.
     """
-    text = given.get("engine") or ""
-    if not {",", "="} & {*text}:
-        return [given]
+    named = given.pop("engine", ())
+    items = [each for text in named for each in _engine_items(text, alone=len(named) == 1)]
+    if len(items) < 2 and "=" not in "".join(items):
+        return [{**given, **({"engine": items[0]} if items else {})}]
+    place = f"aiflux estimate: {' '.join(f'--engine {text}' for text in named)}:"
     engines: dict[str, dict[str, Any]] = {}
-    for item in text.split(","):
+    for item in items:
         kind, equals, model = (part.strip() for part in item.partition("="))
-        place = f"aiflux estimate: --engine {text}:"
         if kind not in CHOICES:
-            raise UsageError(f"{place} unknown engine {kind!r}", suggestion(kind, CHOICES))
+            comma = "=" in "".join(items) and len(named) == 1
+            raise UsageError(
+                f"{place} unknown engine {kind!r}",
+                suggestion(kind, CHOICES)
+                + ("; if a path has a comma, give --engine for each engine" if comma else ""),
+            )
         if kind in engines:
             raise UsageError(f"{place} {kind} is given twice", "name each engine once")
         if equals and not model:
@@ -153,9 +163,14 @@ def _given_engines(given: dict[str, Any]) -> list[dict[str, Any]]:
     return [*engines.values()]
 
 
+def _engine_items(text: str, *, alone: bool) -> list[str]:
+    """Return the engines in one option; a model can contain commas if there are several options."""
+    return text.split(",") if alone or "=" not in text else [text]
+
+
 def estimate_run(asked: Asked) -> int:
     """Process the rest of the pilot; print the estimate, or the job's progress."""
-    one = plan_pilot(asked)
+    (one,) = plan_pilots([asked])
     (drawn,) = draw([one])
     if not one.pilot.done():
         if asked.where != SLURM:
@@ -170,6 +185,7 @@ def estimate_run(asked: Asked) -> int:
         print_json({"estimate": found.to_json(), "command": command})
     else:
         show(make_console(), forecast(found, command))
+    _print_refusals([one])
     return 0
 
 
@@ -253,10 +269,11 @@ def _rate_json(rate: Range) -> dict[str, Any]:
 def _estimate_engines(asked: Sequence[Asked]) -> int:
     """Run a pilot with each engine; print the estimates side by side, or the jobs' progress."""
     _refuse_one_server(asked[0])
-    all_ = []
-    for each in asked:
-        with named_engine(each):
-            all_.append(plan_pilot(each))
+    all_ = plan_pilots(asked)
+    if asked[0].where == LOCAL:
+        for one in all_:
+            with named_engine(one.asked):
+                local_image(one.whole, one.asked.config)
     drawn = draw(all_)
     _refuse_other_sample(all_)
     do = _do_in_slurm if asked[0].where == SLURM else _do_in_turn
@@ -264,6 +281,7 @@ def _estimate_engines(asked: Sequence[Asked]) -> int:
     results = [ended.get(one.asked.engine) or _result(one, sample)
                for one, sample in zip(all_, drawn, strict=True)]  # fmt: skip
     _print_results(results, as_json=asked[0].as_json)
+    _print_refusals([result.one for result in results if result.estimate is not None])
     failures = [result.failure for result in results if result.failure is not None]
     return int(failures[0].exit_code) if failures else 0
 
@@ -390,9 +408,32 @@ def _recommended_json(choice: Recommendation, results: Sequence[_Result]) -> dic
 
 
 def _full_command(one: PlannedPilot, found: Estimate) -> str:
-    asked = one.asked
-    given = {**asked.given, "local": asked.local or None}
-    return full_command(given, asked.where == SLURM, found)
+    asked, slurm = one.asked, one.asked.where == SLURM
+    given = {
+        **asked.given,
+        "no_preflight": (slurm and not asked.preflight) or None,
+        "force": isinstance(_refusal(one), OutputExistsError) or None,
+        "local": asked.local or None,
+    }
+    return full_command(given, slurm, found)
+
+
+def _refusal(one: PlannedPilot) -> UsageError | None:
+    """Return why the full run would be refused without ``--force``."""
+    try:
+        draft_of(one.whole)
+    except (OutputExistsError, RunConflictError) as error:
+        return error
+    return None
+
+
+def _print_refusals(all_: Sequence[PlannedPilot]) -> None:
+    """Print why the printed commands need more, or are refused."""
+    for error in {str(error): error for error in map(_refusal, all_) if error}.values():
+        if isinstance(error, OutputExistsError):
+            print(f"note: --force overwrites the output: {error.message}", file=sys.stderr)
+        else:
+            print(f"note: the full run is refused until this is solved: {error}", file=sys.stderr)
 
 
 def _estimate(one: PlannedPilot, drawn: Drawn) -> Estimate:

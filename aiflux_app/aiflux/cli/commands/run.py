@@ -130,6 +130,7 @@ def run(
                 more["pilot"],
                 given={"input": source, "output": output, **given_settings(more)},
                 local=more["local"],
+                again=asked.force,
                 preflight=asked.preflight,
                 as_json=asked.as_json,
             )

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from hashlib import blake2b
 from operator import eq
@@ -332,6 +332,27 @@ class InputSummary(InputFacts):
     def facts(self) -> InputFacts:
         """The part of the summary that the plan keeps."""
         return InputFacts(**{item.name: getattr(self, item.name) for item in fields(InputFacts)})
+
+    def of_engine(
+        self, model: str | None, rules: InputRules, scanned: FieldRules
+    ) -> InputSummary | None:
+        """Return what a scan for another engine would find; None if only a scan can tell.
+
+        Args:
+            model, rules: see `scan_input`.
+            scanned: the fields that this scan looked for.
+        """
+        if model is None and self.unnamed:
+            return None
+        if model is not None:
+            named = (name for name in self.models if name != model)
+            if not all(rules.accepts(model, name) for name in named):
+                return None
+        wanted = rules.ignored_fields
+        if any(scanned.get(name) != rule for name, rule in wanted.items()):
+            return None
+        ignored = {name: found for name, found in self.ignored.items() if name in wanted}
+        return replace(self, ignored=ignored)
 
 
 def scan_input(

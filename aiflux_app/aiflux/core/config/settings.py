@@ -83,7 +83,7 @@ class RunOptions:
         parse.integer(1, 64), 1, "GPUs for each engine, for models that need several"
     )
     engine_env: dict[str, str] = setting(
-        parse.pairs,
+        parse.variables,
         {},
         "Environment variable of the engine (repeatable)",
         metavar="KEY=VALUE",

@@ -151,6 +151,16 @@ def draft_run(
     summary = scan_input(input_path, options.model, rules=rules, schemas=schemas)
     number = shards(summary) if callable(shards) else shards
     plan = make_plan(summary, output, options, models_dir, kind, number)
+    return draft_of(plan, force=force, force_resume=force_resume)
+
+
+def draft_of(plan: Plan, *, force: bool = False, force_resume: bool = False) -> RunDraft:
+    """Check whether a plan fits the results of earlier starts and the output; see `draft_run`.
+
+    Raises:
+        OutputExistsError, RunConflictError: it does not.
+    """
+    run, options = RunDirectory.of_output(plan.output), plan.options
     seen = _seen(run)
     earlier = _earlier(run, plan, force_resume)
     counts = finished_counts(plan, run, changed_ok=force) if earlier else None
@@ -158,7 +168,7 @@ def draft_run(
         return RunDraft(plan, run, earlier, counts)
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
     if not replace:
-        refuse_existing(*output_paths(output))
+        refuse_existing(*output_paths(plan.output))
     restart = counts is not None and not options.retry_failed
     if earlier is not None and not (restart or force_resume):
         _refuse_changed_models(earlier, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.open import draft_run
 from aiflux.engines.kinds import kind_named
+from aiflux.errors import InputError
 from aiflux.slurm.preflight.local import check_fields
 from tests.tools.faulty_engine import FaultyEngine
-from tests.unit.helpers import request_line
+from tests.unit.helpers import request_line, write_input
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -69,6 +71,41 @@ def test_ignored_fields_are_counted_across_parts_of_an_input(mixed: Path) -> Non
     for children in (0, 2):
         parts = scan_input(mixed, rules=rules, part_bytes=200, children=children)
         assert parts.ignored == whole.ignored
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "known"),
+    [
+        ("m:1", "ollama", True),
+        ("m:1", "llamacpp", True),
+        (None, "vllm", True),
+        ("m:2", "ollama", False),
+        ("hf:a/b", "vllm", False),
+    ],
+)
+def test_one_scan_serves_several_engines(
+    mixed: Path, model: str | None, name: str, known: bool
+) -> None:
+    kinds = [kind_named(each).input_rules for each in ("ollama", "llamacpp", "vllm")]
+    scanned = {name: rule for rules in kinds for name, rule in rules.ignored_fields.items()}
+    wide = replace(kinds[1], ignored_fields=scanned)
+    rules = kind_named(name).input_rules
+    found = scan_input(mixed, "m:1", rules=wide).of_engine(model, rules, scanned)
+    if known:
+        assert found == scan_input(mixed, model, rules=rules)
+    else:
+        assert found is None
+        with pytest.raises(InputError, match="lines are wrong"):
+            scan_input(mixed, model, rules=rules)
+
+
+def test_a_scan_does_not_serve_an_engine_without_the_model_of_the_requests(
+    mixed: Path,
+) -> None:
+    write_input(mixed, 3, body={"messages": MESSAGES})
+    rules = kind_named("ollama").input_rules
+    assert scan_input(mixed, "m:1").of_engine(None, rules, rules.ignored_fields) is None
+    assert scan_input(mixed, "m:1").of_engine("m:1", rules, {}) is None, "it saw no fields"
 
 
 def test_the_preflight_warns_for_ollama_only(mixed: Path, tmp_path: Path) -> None:

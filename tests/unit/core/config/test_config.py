@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,8 @@ def test_each_source_wins_over_the_next(tmp_path: Path) -> None:
         ("slurm: {gpus_per_node: two}", "a number of GPUs such as 2, or TYPE:NUMBER"),
         ("slurm: {mem: \u0663G}", "mem must be a memory size"),
         ("slurm: {sbatch_arg: {a: [1, 2]}}", "each VALUE a text or a number"),
+        ("run: {engine_env: {FOO: }}", 'each with a VALUE; "" is an empty one'),
+        ("run: {engine_arg: [a=1, a=2]}", "a is given twice: remove one"),
         ('slurm: {account: "a\\0b"}', "without control characters"),
         ("run: {request_timeout: inf}", "request_timeout must be a number of at least 0.1"),
         ("run: {request_timeout: 1e999}", "request_timeout must be a number of at least 0.1"),
@@ -77,6 +80,40 @@ def test_an_invalid_file_is_reported_with_its_place(tmp_path: Path, text: str, w
         config(tmp_path)
     assert words in f"{caught.value.message} {caught.value.remedy}"
     assert "aiflux.yaml" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("engine_env", ("FOO",), "KEY= sets an empty value"),
+        ("engine_env", "FOO", "KEY= sets an empty value"),
+        ("engine_env", ("=x",), "each with the name of a variable as KEY"),
+        ("engine_env", ("--FOO=x",), "each with the name of a variable as KEY"),
+        ("engine_env", {"FOO": None}, '"" is an empty one'),
+        ("engine_env", {"A B": "x"}, "each with the name of a variable as KEY"),
+        ("engine_env", ("A=1", "B=2", "A=1"), "A is given twice: remove one"),
+        ("engine_arg", ("a-b=1", "a-b=2"), "a-b is given twice: remove one"),
+        ("engine_arg", ("a_b=1", "--a-b"), "a-b is given twice: remove one"),
+        ("engine_arg", "a=1 a=1", "a is given twice: remove one"),
+        ("engine_arg", {"a_b": 1, "a-b": 1}, "a-b is given twice: remove one"),
+        ("sbatch_arg", ("comment=x", "--comment=y"), "comment is given twice: remove one"),
+        ("lora", ("a=/x", "a=/y"), "a is given twice: remove one"),
+    ],
+)
+def test_a_key_needs_a_value_where_one_is_used_and_is_given_once(
+    tmp_path: Path, name: str, given: Any, words: str
+) -> None:
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=f"the argument {option}: {name} = ") as caught:
+        config(tmp_path, arguments={name: given})
+    assert words in str(caught.value.remedy)
+
+
+def test_a_flag_an_empty_value_and_several_keys_are_accepted(tmp_path: Path) -> None:
+    given = {"engine_env": ("A=", "B=x=y"), "sbatch_arg": ("exclusive", "comment=x")}
+    found = config(tmp_path, arguments=given)
+    assert found.get("engine_env") == {"A": "", "B": "x=y"}
+    assert found.get("sbatch_arg") == {"exclusive": "", "comment": "x"}
 
 
 @pytest.mark.parametrize(

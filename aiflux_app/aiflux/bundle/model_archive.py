@@ -35,7 +35,7 @@ from aiflux.engines.ollama.store import (
 )
 from aiflux.errors import ConfigError, ModelError
 from aiflux.models.name import parse_model_name
-from aiflux.util.files import atomic_write, storage_error
+from aiflux.util.files import atomic_write, named_file, storage_error
 from aiflux.util.text import size_text
 
 VERSION = 1
@@ -105,6 +105,7 @@ def import_model(
     """Add the model of an archive to a models directory once it is verified.
 
     Raises:
+        UsageError: there is no such file, or it cannot be read.
         ModelError: the file is not a model archive, is truncated, or was modified.
         StorageError: the models directory cannot be written.
     """
@@ -170,19 +171,12 @@ def _blob_member(digest: str) -> str:
 
 @contextmanager
 def _opened(source: Path) -> Iterator[tarfile.TarFile]:
-    if source.exists() and not source.is_file():
-        raise ModelError(
-            f"{source} is not a regular file", "use a file written by aiflux models export"
-        )
+    named_file(source, "use a file written by aiflux models export")
     try:
         with open(source, "rb", 0) as file, open_archive(file) as tar:
             yield tar
     except tarfile.TarError as error:
         raise _broken(source, str(error)) from error
-    except FileNotFoundError as error:
-        raise ModelError(f"file not found: {source}", "check the path") from error
-    except PermissionError as error:
-        raise ModelError(f"{source} cannot be read: {error.strerror}", "ask its owner") from error
 
 
 def _broken(source: Path, what: str) -> ModelError:

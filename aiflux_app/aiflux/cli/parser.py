@@ -123,6 +123,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse; refuse unexpected arguments, and exclusive parameters given together."""
+        given = [*args]
         try:
             rest = super().parse_args(ctx, args)
         except click.BadOptionUsage as error:
@@ -133,10 +134,18 @@ class Command(click.Command):
         if rest:
             words = ", ".join(map(repr, rest))
             noun = "argument" if len(rest) == 1 else "arguments"
-            raise UsageError(f"{ctx.command_path}: unexpected {noun} {words}", see_help(ctx))
+            remedy = f"{self._one_dash(ctx, given)}{see_help(ctx)}"
+            raise UsageError(f"{ctx.command_path}: unexpected {noun} {words}", remedy)
         for names in self.exclusive:
             refuse_several(ctx, names)
         return rest
+
+    def _one_dash(self, ctx: click.Context, words: Sequence[str]) -> str:
+        """Return a hint for ``-model NAME``, which is ``-m odel`` and an argument."""
+        known = {name for param in self.get_params(ctx) for name in param.opts}
+        meant = [f"-{word}" for word in words if f"-{word}".startswith("--")]
+        near = next((word for word in meant if word in known), None)
+        return "" if near is None else f"did you mean {near}? "
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         """Return the option ``--help``."""

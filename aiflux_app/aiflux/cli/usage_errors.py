@@ -11,6 +11,7 @@ from aiflux.errors import UsageError
 from aiflux.util.text import joined, nearest
 
 _SHOWN_COMMANDS = 3
+_SHOWN_OPTIONS = 5
 
 
 def usage_error(error: click.UsageError, root: LazyGroup, words: Sequence[str]) -> UsageError:
@@ -24,9 +25,8 @@ def usage_error(error: click.UsageError, root: LazyGroup, words: Sequence[str]) 
     if isinstance(error, click.MissingParameter) and error.param is not None:
         return UsageError(f"{path} needs {_name(error.param, ctx)}", example_of(ctx))
     if isinstance(error, click.BadOptionUsage):
-        taken = next(
-            (param for param in ctx.command.params if error.option_name in param.opts), None
-        )
+        params = ctx.command.get_params(ctx)
+        taken = next((param for param in params if error.option_name in _names(param)), None)
         is_flag = isinstance(taken, click.Option) and taken.is_flag
         seen = "takes no value" if is_flag else "needs a value"
         return UsageError(f"{path}: {error.option_name} {seen}", example_of(ctx))
@@ -52,7 +52,9 @@ def _no_option(name: str, ctx: click.Context, root: LazyGroup, words: Sequence[s
     remedy = see_help(ctx)
     elsewhere = [other for other, names in options_of_all(root) if name in names]
     if near:
-        remedy = f"did you mean {' or '.join(near)}? {remedy}"
+        names = " or ".join(near[:_SHOWN_OPTIONS])
+        others = ", ..." if len(near) > _SHOWN_OPTIONS else ""
+        remedy = f"did you mean {names}{others}? {remedy}"
     elif elsewhere:
         remedy = f"{_having(elsewhere)} it; {remedy}"
     return UsageError(f"{path}: unknown option {name}", remedy)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from aiflux.core.config.settings import RunOptions
 from aiflux.errors import ConfigError
+from aiflux.util.text import named_options
 
 _LOOPBACK = "leave it out: the server listens on loopback, for AI-Flux only"
 SERVER_SETTINGS = ("engine_arg", "lora", "tool_parser", "reasoning_parser")
@@ -46,13 +47,17 @@ def refuse_managed(
     for key, value in given.items():
         name = key.lstrip("-").partition(".")[0].removesuffix("+")
         forms = {form: each for each in managed for form in (each, f"no-{each}")}
-        found = [forms[name]] if name in forms else []
-        if abbreviated and not found:
-            found = [forms[form] for form in forms if form.startswith(name)]
-        if found:
+        if name in forms:
             raise ConfigError(
-                f"--engine-arg {key} is refused: AI-Flux sets --{found[0]} of {title} itself",
-                managed[found[0]],
+                f"--engine-arg {key} is not available for {title}", managed[forms[name]]
+            )
+        found = sorted(form for form in forms if abbreviated and form.startswith(name))
+        if found:
+            remedies = {managed[forms[form]] for form in found}
+            raise ConfigError(
+                f"--engine-arg {key} is not available for {title}: it is the beginning of "
+                + named_options(found),
+                remedies.pop() if len(remedies) == 1 else "write the option's whole name",
             )
         if re.match(r"--?[A-Za-z]", value):
             raise ConfigError(

@@ -19,6 +19,7 @@ from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import LIBRARY_VARIABLES
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError
+from aiflux.util.text import named_options
 
 _NAME_LENGTH = 64
 
@@ -393,12 +394,15 @@ def _refuse_own(key: str) -> None:
 
 
 def _refuse_managed(key: str) -> None:
+    remedy = "remove it, or submit your own job: sbatch [options] slurm/run.sbatch INPUT"
+    if key in _MANAGED:
+        raise ConfigError(f"sbatch_arg {key!r} is not available: AI-Flux controls --{key}", remedy)
     # sbatch accepts any unambiguous prefix of an option's name.
-    managed = sorted(name for name in _MANAGED | _OWN if name.startswith(key))
-    if managed:
+    found = sorted(name for name in _MANAGED | _OWN if name.startswith(key))
+    if found:
         raise ConfigError(
-            f"sbatch_arg {key!r} is refused: AI-Flux sets --{managed[0]} itself",
-            "remove it, or submit your own job: sbatch [options] slurm/run.sbatch INPUT",
+            f"sbatch_arg {key!r} is not available: it is the beginning of {named_options(found)}",
+            "write the option's whole name",
         )
 
 

@@ -126,6 +126,26 @@ def open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
+def named_file(path: Path, fix: str) -> Path:
+    """Return a path that the user named; refuse anything but a file that can be read.
+
+    Args:
+        fix: what to name instead of a directory or a device.
+
+    Raises:
+        UsageError: it is missing, cannot be read, or is not a file.
+    """
+    try:
+        with open(path, "rb", opener=open_regular):
+            return path
+    except StorageError:
+        raise UsageError(f"{path} is not a regular file", fix) from None
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", "check the path and its permissions"
+        ) from None
+
+
 def is_there(path: Path) -> bool:
     """Return whether a path exists; ``Path.exists`` returns False on I/O errors.
 

@@ -33,6 +33,7 @@ _BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _CONTROL = re.compile(f"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_BIDI}]")
 _BREAK = re.compile("[\t\r\n\u2028\u2029]")
 _NEAR = 8  # similar names of which the one with the fewest typos is suggested
+_SHOWN_OPTIONS = 3
 _UNSAFE_IN_JSON = re.compile(f"[\x7f-\x9f{_BIDI}\ud800-\udfff]")
 
 
@@ -136,6 +137,14 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     near = nearest(name, names)
     meant = "" if near is None else f"did you mean {near!r}? "
     return f"{meant}use one of: {', '.join(names)}"
+
+
+def named_options(names: Sequence[str]) -> str:
+    """Return options by their names: ``--a``, ``--a and --b``, ``--a, --b, --c and 3 others``."""
+    shown = [f"--{name}" for name in names[:_SHOWN_OPTIONS]]
+    more = len(names) - len(shown)
+    others = [f"{more} other{'s' * (more > 1)}"] if more else []
+    return joined([*shown, *others])
 
 
 def is_whole(text: str) -> bool:

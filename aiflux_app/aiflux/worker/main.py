@@ -58,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Process a file of requests (OpenAI Batch format) with this image's engine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # as in `aiflux run`: a beginning can mean another option later
     )
     parser.add_argument("input", nargs="?", help="requests, one JSON object per line")
     parser.add_argument("output", nargs="?", help="results, *.json or *.jsonl")

@@ -30,7 +30,19 @@ COMMANDS = [
     ["convert", "parquet", "--template", "{t}", "--input", "PATH", "--output", "made"],
     ["examples", "PATH"],
     ["bundle", "verify", "PATH"],
+    ["bundle", "install", "PATH"],
     ["image", "info", "PATH"],
+    ["image", "sign", "PATH"],
+    ["models", "import", "PATH"],
+    ["models", "import", "--gguf", "PATH", "--name", "m:1"],
+    ["models", "import", "--gguf", "q.jsonl", "--name", "m:1", "--template", "PATH"],
+    ["report", "PATH"],
+    ["logs", "PATH"],
+    ["resume", "PATH"],
+    ["merge", "PATH"],
+    ["cancel", "PATH"],
+    ["watch", "PATH"],
+    ["estimate", "PATH", "--engine-url", "http://127.0.0.1:9", "--output", "made.json"],
     ["run", "--input", "q.jsonl", "--output", "made.json", "--image", "PATH", "--dry-run"],
 ]
 
@@ -49,7 +61,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "closed").chmod(0o700)
 
 
-PATHS = ["n" * 300, f"{'n' * 300}/x", "closed/x", "loop", "gone/x"]
+PATHS = ["n" * 300, f"{'n' * 300}/x", "closed/x", "loop", "gone/x", "t.csv/x"]
 
 
 @pytest.mark.ordinary_user

@@ -54,6 +54,12 @@ def wrong(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
         ("run --input x --shards", "aiflux run: --shards needs a value", "such as: aiflux run"),
         ("run x --model --force", "aiflux run: --model needs a value", "such as: aiflux run"),
         ("jobs --json=3", "aiflux jobs: --json takes no value", "such as: aiflux jobs"),
+        ("jobs --help=3", "aiflux jobs: --help takes no value", "such as: aiflux jobs"),
+        ("run x --no-seal=3", "aiflux run: --no-seal takes no value", "such as: aiflux run"),
+        ("run x -model a", "aiflux run: unexpected argument 'a'", "did you mean --model? see"),
+        ("run x --eng", "unknown option --eng", "did you mean --engine or --engine-command or "
+         "--engine-env or --engine-arg or --engine-url, ...? see aiflux run --help-all"),
+        ("run x --engine-ar", "unknown option --engine-ar", "did you mean --engine-arg? see"),
         ("watch --interval a x", "aiflux watch: --interval 'a' is not a number", "such as: "),
         ("logs --shard a x", "aiflux logs: --shard 'a' is not a whole number", "such as: "),
         ("run x --pilot 1", "--pilot '1' is not a whole number of at least 2", "such as: "),

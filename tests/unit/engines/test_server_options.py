@@ -125,6 +125,29 @@ def test_what_aiflux_sets_itself_is_refused_with_its_own_setting(
     assert remedy in str(caught.value.remedy)
 
 
+@pytest.mark.parametrize(
+    ("engine", "text", "seen", "remedy"),
+    [
+        ("llamacpp", "help", "help is not available for llama.cpp", "run llama-server with it"),
+        ("llamacpp", "m=x", "m is not available for llama.cpp", "use --model"),
+        ("vllm", "por=1", "por is not available for vLLM: it is the beginning of --port",
+         "leave it out: the server listens on loopback"),
+        ("vllm", "max-lor=1", "is the beginning of --max-lora-rank and --max-loras", "use --lora"),
+        ("vllm", "m=x", "it is the beginning of --master-addr, --master-port, --max-cpu-loras and "
+         "5 others", "write the option's whole name"),
+    ],
+)  # fmt: skip
+def test_a_refused_option_is_named_as_it_was_given(
+    tmp_path: Path, engine: str, text: str, seen: str, remedy: str
+) -> None:
+    options = options_of(tmp_path, text, engine=engine)
+    with pytest.raises(ConfigError) as caught:
+        kind_named(engine).refuse_run(options, ENDPOINTS)
+    assert caught.value.message.startswith(f"--engine-arg {text.partition('=')[0]} is not ")
+    assert caught.value.message.endswith(seen)
+    assert str(caught.value.remedy).startswith(remedy)
+
+
 @given(st.sampled_from(sorted(VLLM)), st.data())
 def test_no_beginning_of_a_managed_name_of_vllm_gets_through(
     name: str, data: st.DataObject

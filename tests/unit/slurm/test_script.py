@@ -196,6 +196,22 @@ def test_options_that_aiflux_sets_are_refused_by_name(name: str) -> None:
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("help", "'help' is not available: AI-Flux controls --help"),
+        ("outp", "'outp' is not available: it is the beginning of --output"),
+        ("excl", "'excl' is not available: it is the beginning of --exclude"),
+        ("mail", "'mail' is not available: it is the beginning of --mail-type and --mail-user"),
+        ("no", "it is the beginning of --no-requeue and --nodes"),
+    ],
+)
+def test_a_refused_sbatch_option_is_named_as_it_was_given(name: str, seen: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        render(job(slurm=SlurmConfig(sbatch_arg={name: "x"})))
+    assert caught.value.message.endswith(seen)
+
+
 def directives_of(script: str) -> list[str]:
     """Return the options that sbatch reads from a script, up to the first command."""
     found = []

@@ -10,7 +10,7 @@ import click
 from aiflux.cli.completion import SHELLS, script
 from aiflux.cli.help import print_help
 from aiflux.cli.parser import COMPLETE, FOLDER, Choice, argument, command
-from aiflux.errors import ConfigError
+from aiflux.errors import ConfigError, UsageError
 from aiflux.util.files import atomic_write, expanded, short, storage_error
 
 NAMES = ("README.md", "prompts.jsonl", "aiflux.yaml", "answers.py")
@@ -55,6 +55,11 @@ def examples(folder: str) -> int:
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(
+            f"{short(directory)} cannot be a directory: a part of it is a file",
+            "name another directory: aiflux examples DIR",
+        ) from None
     except OSError as error:
         raise storage_error(error, directory) from error
     for name in NAMES:

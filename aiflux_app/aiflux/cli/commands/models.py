@@ -53,6 +53,7 @@ from aiflux.engines.ollama.store import (
 from aiflux.errors import EngineError, ImageError, ModelError, UsageError
 from aiflux.image.container import find_image, find_runtime
 from aiflux.models.name import ModelName, parse_model_name, shown_digest
+from aiflux.util.files import named_file
 from aiflux.util.text import error_text, size_text
 
 
@@ -357,9 +358,9 @@ def _refuse_target(path: Path, *, force: bool) -> None:
 def _import_gguf(name: ModelName, gguf: Path, template: str | None, config: Config) -> int:
     from aiflux.engines.ollama.staging import stage_gguf
 
+    size = named_file(gguf, "use a GGUF file").stat().st_size
     with changing(config.models_dir, f"importing {name.served}", _say):
         try:
-            size = gguf.stat().st_size if gguf.is_file() else 0
             with byte_bar(f"copying {gguf.name}", size) as on_bytes:
                 stage_gguf(config.models_dir, name, gguf, template, on_bytes)
             code = _create(name, config)

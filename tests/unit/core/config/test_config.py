@@ -178,6 +178,12 @@ def test_the_worker_has_the_same_options(setting: Setting) -> None:
         assert given == (text if words else not option.startswith("--no-"))
 
 
+def test_the_worker_does_not_guess_an_option_either(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--sha", "1", "in.jsonl"])
+    assert "--sha" in capsys.readouterr().err
+
+
 def test_a_path_that_is_not_a_settings_file_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "aiflux.yaml"
     file.mkdir()

@@ -68,12 +68,14 @@ def model_names() -> list[str]:
     """Return the models of the models directory and of the catalog."""
     from aiflux.core.config.config import Config
     from aiflux.engines.ollama.store import listed_models
+    from aiflux.models.name import HUB_PREFIX
 
     # A configuration with an error is reported when a command runs.
     with suppress(AifluxError, OSError):
         config = Config()
         stored = [name.served for name in listed_models(config.models_dir)]
-        return sorted({*stored, *config.catalog().models})
+        catalog = config.catalog()
+        return sorted({*stored, *catalog.models, *(HUB_PREFIX + repo for repo in catalog.hub)})
     return []
 
 

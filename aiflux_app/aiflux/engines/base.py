@@ -234,7 +234,7 @@ class EngineKind(PlanningKind, Protocol):
         """Return whether a model is stored completely."""
 
     def catalog_name(self, model: str) -> str | None:
-        """Return the name of a model in the catalog; None if the catalog cannot contain it."""
+        """Return the name of a model for the catalog; None if it cannot contain such a model."""
 
     def refuse_model(self, models_dir: Path, model: str) -> None:
         """Refuse a stored model that the engine cannot use; accept one that is not stored.
@@ -324,7 +324,7 @@ class CommonKind:
         return None
 
     def catalog_name(self, model: str) -> str | None:
-        """Return None: the catalog has Ollama's names."""
+        """Return None: the server brings its models."""
         return None
 
     def absent_model(self, models_dir: Path, model: str) -> ModelError | None:

@@ -18,7 +18,7 @@ def storing_kind(model: str) -> EngineKind:
     """Return the kind that pulls and stores a model, by its name; most are Ollama's."""
     for name in KINDS:
         kind = kind_named(name)
-        if kind.store is not None and model.startswith(kind.store.prefix):
+        if kind.store is not None and model.lower().startswith(kind.store.prefix):
             return kind
     return kind_named("ollama")
 

@@ -3,11 +3,14 @@
 Files are read in this order: the package's own ``catalog.yaml``, the site's ``models.yaml`` (next
 to the file in AIFLUX_SITE_CONFIG), the user's (``~/.config/aiflux/models.yaml``), ``models_file``.
 Each adds models, and overrides single keys of known models.
+
+A model has Ollama's name and the names of the same model on Hugging Face, or only the latter.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -19,13 +22,14 @@ import yaml
 from aiflux.errors import ConfigError
 from aiflux.models.endpoints import ENDPOINTS
 from aiflux.models.figures import Architecture, Figures, Vision
-from aiflux.models.name import parse_model_name
+from aiflux.models.name import HUB_PREFIX, is_hub_name, parse_model_name, split_hub_name
 from aiflux.util import value_parsers
 from aiflux.util.text import nearest, suggestion
 from aiflux.util.value_parsers import Parser
 from aiflux.util.yaml_file import read_yaml
 
 _MISSPELT = 0.8  # minimum similarity to a known family
+_MISSPELT_HUB = 0.9  # the same for a name of Hugging Face, which is longer
 OWN = Path(__file__).with_name("catalog.yaml")
 FILE_NAME = "models.yaml"
 DEFAULTS: Mapping[str, Parser] = {
@@ -45,20 +49,39 @@ _TOKEN_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.
 _OUTPUT_BYTES = {"Q8_0": 1.0625, "F16": 2.0, "BF16": 2.0, "MXFP4": 2.0, "F32": 4.0}
 _Q4, _Q6 = 0.5625, 0.8203125
 
+# Bytes per quantised parameter of weights on Hugging Face, with their scales: one byte for 32
+# values in MXFP4 (Open Compute Project, Microscaling Formats 1.0), for 16 in NVFP4 (NVIDIA,
+# "Introducing NVFP4"). vLLM loads F32 in half precision.
+HUB_FORMATS = {"BF16": 2.0, "F16": 2.0, "F32": 2.0, "FP8": 1.0, "MXFP4": 0.53125, "NVFP4": 0.5625}
+_HALF = 2
+ENGINES = ("ollama", "llamacpp", "vllm")
+# Of each letter of ``layer_pattern``, the type of the layer in Hugging Face's ``config.json``.
+_LAYER_TYPES = {
+    "f": "full_attention",
+    "s": "sliding_attention",
+    "l": "linear_attention",
+    "-": "mlp",
+}
+
 
 @dataclass(frozen=True)
 class CatalogModel:
     """One model of the catalog.
 
     Attributes:
-        name: Ollama's name.
+        name: Ollama's name, or ``hf:ORG/NAME``.
         parameters: number of parameters; 0 if unknown.
-        size: bytes of the model's file; ``projector_size``: bytes of a second file for images.
+        size: bytes of Ollama's file; 0 for ``hf:ORG/NAME``.
+        projector_size: bytes of a second file for images.
         context: tokens of the training context.
         endpoints: keys of ``ENDPOINTS``.
         tied: the token embeddings also serve as output layer.
         latest: whether the name without a tag (or with ``latest``) means this model.
         defaults: parameters that apply if a request sets none.
+        hub: ``ORG/NAME`` of the same model on Hugging Face, with the format of its weights; the
+            first one is the one to advise.
+        engines: the kinds that can run it.
+        sources: where its figures come from.
         place: the file that defines it; the last one if there are several.
     """
 
@@ -78,10 +101,40 @@ class CatalogModel:
     tied: bool = False
     latest: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
+    hub: Mapping[str, str] = field(default_factory=dict)
+    engines: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
-    def figures(self) -> Figures:
-        """The figures for its memory; all layers are assumed to have equal weights."""
+    def hub_name(self) -> str | None:
+        """``hf:ORG/NAME``; None if it is not on Hugging Face, or the catalog does not know it."""
+        return next((HUB_PREFIX + repo for repo in self.hub), None)
+
+    def hub_figures(self, repo: str) -> Figures | None:
+        """Return the figures of its weights on Hugging Face; None if their number is unknown.
+
+        Token embeddings and output layer have half precision. MXFP4 is the format of experts only.
+        """
+        shape, style = self.architecture, self.hub.get(repo, "")
+        if not self.parameters or style not in HUB_FORMATS:
+            return None
+        tables = shape.vocabulary * shape.embedding * (1 if self.tied else 2)
+        tables = min(tables, self.parameters)
+        small = self.parameters - tables
+        if style == "MXFP4":
+            small = min(small, shape.expert_parameters)
+        whole = self.parameters - tables - small
+        layer = int(small * HUB_FORMATS[style] + whole * _HALF) // shape.layers
+        return Figures(shape, (layer,) * shape.layers, tables * _HALF)
+
+    @property
+    def figures(self) -> Figures | None:
+        """The figures of Ollama's file; None if the model is not Ollama's.
+
+        All layers are assumed to have equal weights.
+        """
+        if not self.size:
+            return None
         shape = self.architecture
         table = shape.vocabulary * shape.embedding
         output = int(table * _OUTPUT_BYTES.get(self.quantisation, _Q6))
@@ -98,9 +151,18 @@ class CatalogModel:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Models by Ollama's name."""
+    """Models by Ollama's name, or by ``hf:ORG/NAME`` if they are not Ollama's."""
 
     models: Mapping[str, CatalogModel]
+
+    @cached_property
+    def hub(self) -> Mapping[str, CatalogModel]:
+        """Models by ``ORG/NAME``."""
+        return {repo: model for model in self.models.values() for repo in model.hub}
+
+    @cached_property
+    def _hub_names(self) -> Mapping[str, str]:
+        return {repo.lower(): repo for repo in self.hub}
 
     @cached_property
     def latest(self) -> Mapping[str, CatalogModel]:
@@ -110,15 +172,26 @@ class Catalog:
 
     def find(self, name: str) -> CatalogModel | None:
         """Return a model, or None if it is unknown."""
+        if is_hub_name(name):
+            repo = self.hub_repo(name)
+            return None if repo is None else self.hub[repo]
         served = _served(name)
         return self.models.get(served) or self.latest.get(served)
+
+    def hub_repo(self, name: str) -> str | None:
+        """Return ``ORG/NAME`` as the catalog writes it, or None if it is unknown."""
+        split = split_hub_name(name)
+        return None if split is None else self._hub_names.get(split[0].lower())
 
     def nearest(self, name: str) -> str | None:
         """Return the known model that a name is probably a misspelling of, or None.
 
-        Only the family (before the colon) is compared, as the catalog does not have every tag.
-        Names with a registry or namespace are accepted.
+        Of Ollama's names, only the family (before the colon) is compared, as the catalog does not
+        have every tag; names with a registry or namespace are accepted. On Hugging Face, models
+        with other numbers are other models.
         """
+        if is_hub_name(name):
+            return self._nearest_hub(name)
         family, _, tag = _served(name).partition(":")
         families = {known.partition(":")[0] for known in self.models}
         if "/" in family or family in families:
@@ -129,6 +202,15 @@ class Catalog:
         known = [each for each in self.models if each.partition(":")[0] == near]
         same_tag = f"{near}:{tag}"
         return same_tag if same_tag in known else known[0]
+
+    def _nearest_hub(self, name: str) -> str | None:
+        split = split_hub_name(name)
+        if split is None or split[0] in self.hub:
+            return None
+        asked = split[0].lower()
+        alike = {repo for repo in self._hub_names if _numbers(repo) == _numbers(asked)}
+        near = nearest(asked, alike, _MISSPELT_HUB)
+        return None if near is None else HUB_PREFIX + self._hub_names[near]
 
     @property
     def all_defaults(self) -> dict[str, dict[str, Any]]:
@@ -158,6 +240,28 @@ def read_catalog(files: Iterable[Path] = ()) -> Catalog:
             entries[name] = {**_overridden(entries, name), **entry}
             places[name] = path
     return Catalog({name: _model(name, entry, places[name]) for name, entry in entries.items()})
+
+
+def refuse_hub_name(name: str, engine: str, otherwise: str = "") -> None:
+    """Refuse a model of Hugging Face; the error has Ollama's name of it, if the catalog knows it.
+
+    Args:
+        engine: title of the one that cannot run it.
+        otherwise: another way to use the model with it.
+
+    Raises:
+        ConfigError: it is such a model.
+    """
+    if not is_hub_name(name):
+        return
+    known = read_catalog().find(name)
+    ways = ["use --engine vllm"]
+    if known is not None and not is_hub_name(known.name):
+        ways.append(f"use Ollama's name of this model: --model {known.name}")
+    raise ConfigError(
+        f"{name} is a model of Hugging Face, which {engine} does not run",
+        "; or ".join([*ways, *filter(None, [otherwise])]),
+    )
 
 
 def catalog_files(
@@ -193,6 +297,10 @@ def _served(name: str) -> str:
     return parse_model_name(name).served.lower()
 
 
+def _numbers(repo: str) -> list[str]:
+    return re.findall(r"\d+", repo)
+
+
 def _latest(name: str) -> str:
     return name.rpartition(":")[0] + ":latest"
 
@@ -215,11 +323,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=loader)  # noqa: S506 - safe
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}", "correct it") from None
-    content = _mapping(content or {}, f"{path}", {"models"})
+    content = _mapping(content or {}, f"{path}", {"models", "sources"})
     models = _mapping(content.get("models") or {}, f"{path}: models", None)
     found: dict[str, dict[str, Any]] = {}
     for name, entry in models.items():
-        served = _named(name, path)
+        served = _named(str(name), path)
         if served in found:
             raise ConfigError(
                 f"{path}: {name} is given twice: names ignore case, and a name without a tag "
@@ -231,6 +339,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _named(name: str, path: Path) -> str:
+    if is_hub_name(name) and (split := split_hub_name(name)):
+        return HUB_PREFIX + split[0]
     try:
         return _served(name)
     except ConfigError as error:
@@ -250,11 +360,13 @@ def _mapping(value: Any, place: str, known: set[str] | None) -> dict[str, Any]:
 
 _KEYS = {
     "family", "parameters", "quantisation", "size", "projector_size", "context", "endpoints",
-    "vision", "licence", "architecture", "vision_encoder", "latest", "defaults",
+    "vision", "licence", "architecture", "vision_encoder", "latest", "defaults", "hub", "engines",
+    "sources",
 }  # fmt: skip
 _SHAPE_KEYS = {
     "name", "layers", "embedding", "heads", "kv_heads", "head_size", "value_size", "feed_forward",
     "vocabulary", "tied", "experts", "experts_used", "sliding_window", "cross_layers",
+    "layer_pattern",
 }  # fmt: skip
 _VISION_KEYS = {"image", "patch", "heads", "embedding", "channels", "max_pixels"}
 
@@ -266,25 +378,53 @@ def _model(name: str, entry: Mapping[str, Any], path: Path) -> CatalogModel:
         f"{path}: {name}: architecture",
     )
     context = values.whole("context")
-    endpoints = values.words("endpoints", tuple(ENDPOINTS))
+    endpoints = values.words("endpoints", tuple(ENDPOINTS), tuple(ENDPOINTS))
+    vision, quantisation = values.flag("vision"), values.text("quantisation", "unknown")
+    projector = values.whole("projector_size", 0)
+    hub = _hub(name, entry, f"{path}: {name}: hub", quantisation)
+    # llama.cpp cannot read the part that processes images in the model's own file.
+    own = () if is_hub_name(name) else ENGINES[: 1 if vision and not projector else 2]
     return CatalogModel(
         name=name,
-        family=values.text("family", parse_model_name(name).model),
+        family=values.text("family", name.rpartition("/")[2].partition(":")[0]),
         parameters=values.whole("parameters", 0),
-        quantisation=values.text("quantisation", "unknown"),
-        size=values.whole("size"),
+        quantisation=quantisation,
+        size=0 if is_hub_name(name) else values.whole("size"),
         context=context,
         endpoints=endpoints,
         licence=values.text("licence", "unknown"),
-        architecture=_shape(shape, context, embeds=endpoints == ("embeddings",)),
+        architecture=_shape(shape, context, embeds=not _generates(endpoints)),
         place=path,
-        projector_size=values.whole("projector_size", 0),
-        vision=values.flag("vision"),
+        projector_size=projector,
+        vision=vision,
         vision_encoder=_vision(entry, f"{path}: {name}: vision_encoder"),
         tied=shape.flag("tied"),
         latest=values.flag("latest"),
         defaults=_defaults(entry, f"{path}: {name}: defaults"),
+        hub=hub,
+        engines=values.words("engines", ENGINES, (*own, *ENGINES[2:][: len(hub)])),
+        sources=values.texts("sources"),
     )
+
+
+def _generates(endpoints: Iterable[str]) -> bool:
+    return any(ENDPOINTS[name].generates for name in endpoints)
+
+
+def _hub(name: str, entry: Mapping[str, Any], place: str, quantisation: str) -> dict[str, str]:
+    """Return the names on Hugging Face; an entry with such a name has that one."""
+    if is_hub_name(name):
+        return {name[len(HUB_PREFIX) :]: quantisation}
+    given = _mapping(entry.get("hub") or {}, place, None)
+    for repo, style in given.items():
+        if is_hub_name(repo) or split_hub_name(repo) is None:
+            raise ConfigError(f"{place}: {repo!r} is invalid", "write ORG/NAME: FORMAT")
+        if style not in HUB_FORMATS:
+            raise ConfigError(
+                f"{place}: {repo}: {style!r} is invalid",
+                f"the format must be one of: {', '.join(HUB_FORMATS)}",
+            )
+    return given
 
 
 def _defaults(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -301,10 +441,11 @@ def _defaults(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _shape(values: _Values, context: int, *, embeds: bool) -> Architecture:
     heads, embedding = values.whole("heads"), values.whole("embedding")
+    layers = values.whole("layers")
     head_size = values.whole("head_size", embedding // max(heads, 1))
     return Architecture(
         name=values.text("name"),
-        layers=values.whole("layers"),
+        layers=layers,
         embedding=embedding,
         heads=heads,
         kv_heads=values.whole("kv_heads", heads),
@@ -317,6 +458,7 @@ def _shape(values: _Values, context: int, *, embeds: bool) -> Architecture:
         experts=values.whole("experts", 0),
         experts_used=values.whole("experts_used", 0),
         cross_layers=values.numbers("cross_layers"),
+        layer_types=values.pattern("layer_pattern", layers),
         embeds=embeds,
     )
 
@@ -370,11 +512,26 @@ class _Values:
             raise self._wrong(key, value, "true or false")
         return value
 
-    def words(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    def words(self, key: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
         value = self.entry.get(key, list(default))
-        if not isinstance(value, list) or not value or not {*map(str, value)} <= {*ENDPOINTS}:
-            raise self._wrong(key, value, f"a list of: {', '.join(ENDPOINTS)}")
+        if not isinstance(value, list) or not value or not {*map(str, value)} <= {*known}:
+            raise self._wrong(key, value, f"a list of: {', '.join(known)}")
         return tuple(str(word) for word in value)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.entry.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise self._wrong(key, value, "a list of strings")
+        return tuple(value)
+
+    def pattern(self, key: str, layers: int) -> tuple[str, ...]:
+        """Return the type of each layer: the pattern repeats."""
+        value = self.entry.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, str) or not value or not {*value} <= {*_LAYER_TYPES}:
+            raise self._wrong(key, value, f"letters of {''.join(_LAYER_TYPES)}")
+        return tuple(_LAYER_TYPES[value[layer % len(value)]] for layer in range(layers))
 
     def numbers(self, key: str) -> tuple[int, ...]:
         value = self.entry.get(key, [])

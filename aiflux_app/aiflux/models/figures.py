@@ -49,6 +49,11 @@ class Architecture:
     layer_types: tuple[str, ...] = ()
     embeds: bool = False
 
+    @property
+    def expert_parameters(self) -> int:
+        """Number of parameters of all experts, each with three matrices."""
+        return 3 * self.layers * self.experts * self.embedding * self.feed_forward
+
 
 @dataclass(frozen=True)
 class Vision:

@@ -1,8 +1,11 @@
-"""Model names in Ollama's syntax: ``[http://][host/][namespace/]model[:tag]``.
+"""Model names: Ollama's ``[http://][host/][namespace/]model[:tag]``, and Hugging Face's.
 
-Source: ollama, ``types/model/name.go`` (defaults: host registry.ollama.ai, namespace library, tag
-latest; parts of at most 80 characters). AI-Flux adds an ``http://`` prefix for a registry without
-TLS, and ``@sha256:...`` at the end, which requires this digest.
+Source of the former: ollama, ``types/model/name.go`` (defaults: host registry.ollama.ai, namespace
+library, tag latest; parts of at most 80 characters). AI-Flux adds an ``http://`` prefix for a
+registry without TLS, and ``@sha256:...`` at the end, which requires this digest.
+
+Models of Hugging Face are ``hf:ORG/NAME[@REVISION]``. Source of their grammar: huggingface_hub,
+``utils/_validators.py`` (validate_repo_id).
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,79}\Z")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]+)?\Z")
 _LONGEST = 240  # maximum length, because a name becomes a directory name
 _COMMIT_DIGITS = 40
+HUB_PREFIX = "hf:"
+_HUB_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_HUB_REPO = re.compile(f"{_HUB_PART}/{_HUB_PART}")
+_REVISION = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 _DIGEST = re.compile(rf"sha256:[0-9a-f]{{{MIN_DIGEST},64}}\Z")
 
 
@@ -106,6 +113,23 @@ def parse_model_name(text: str) -> ModelName:
         insecure=scheme == "http",
         digest=digest.lower().removeprefix("sha256:"),
     )
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether a name has the prefix of Hugging Face's models, also in capitals."""
+    return text[: len(HUB_PREFIX)].lower() == HUB_PREFIX
+
+
+def split_hub_name(text: str) -> tuple[str, str | None] | None:
+    """Return ``ORG/NAME`` and the revision of a name, with or without prefix.
+
+    The revision is None if the name has none. Returns None if the text is not such a name.
+    """
+    repo, at, revision = text[len(HUB_PREFIX) * is_hub_name(text) :].partition("@")
+    if not _HUB_REPO.fullmatch(repo) or "--" in repo or ".." in repo:
+        return None
+    valid = _REVISION.fullmatch(revision) and ".." not in revision and revision[0] != "/"
+    return None if at and not valid else (repo, revision or None)
 
 
 def shown_digest(digest: str) -> str:

@@ -78,7 +78,7 @@ def test_snapshots_are_listed_and_shown(aiflux: Aiflux, models: Path) -> None:
     code, out, _ = aiflux("list", "--here")
     assert code == 0
     rows = [line.split() for line in out.splitlines() if line.startswith("hf:")]
-    assert [(row[0], row[1], row[-1]) for row in rows] == [
+    assert [(row[0], row[-2], row[-1]) for row in rows] == [
         (f"hf:org/cut@{COMMIT}", COMMIT[:12], "damaged"),
         ("hf:org/name", COMMIT[:12], "yes"),
         ("hf:site/shared@v1", OTHER_COMMIT[:12], "yes"),
@@ -94,6 +94,45 @@ def test_snapshots_are_listed_and_shown(aiflux: Aiflux, models: Path) -> None:
     code, _, err = aiflux("show", "hf:org/none")
     assert code == 4
     assert "pull it: aiflux models pull hf:org/none" in err
+
+
+def test_models_of_the_catalog_are_listed_and_shown(aiflux: Aiflux) -> None:
+    _, out, _ = aiflux("list")
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("hf:Qwen/Qwen3-8B ")]
+    assert row[1:] == ["8.2", "B", "BF16", "40960", "22", "GB", "vllm", "qwen3:8b"]
+    assert [*aiflux("list")[1].splitlines()[0].split()][-2:] == ["ENGINES", "HERE"]
+    listed = {each["name"]: each for each in json.loads(aiflux("list", "--json")[1])}
+    assert listed["hf:Qwen/Qwen3-8B"]["ollama"] == "qwen3:8b"
+    assert listed["qwen3:8b"]["hub"] == ["hf:Qwen/Qwen3-8B"]
+    assert listed["qwen3:8b"]["engines"] == ["ollama", "llamacpp", "vllm"]
+    code, out, _ = aiflux("show", "HF:qwen/qwen3-8b", "--slots", "1")
+    assert code == 0
+    assert out.startswith("hf:Qwen/Qwen3-8B\n")
+    for line in (
+        "weights       BF16",
+        "GPU memory    16 GB of weights; at least 20 GB in vLLM, with 1 slot of 4096 tokens",
+        "Ollama        qwen3:8b",
+        "here          no (aiflux models pull hf:Qwen/Qwen3-8B)",
+        "github.com/ai-dynamo/aiconfigurator",
+    ):
+        assert line in out
+    assert "Hugging Face  hf:Qwen/Qwen3-8B" in aiflux("show", "qwen3:8b")[1]
+    assert "engines       ollama, llamacpp, vllm" in aiflux("show", "qwen3:8b")[1]
+    code, _, err = aiflux("show", "hf:Qwen/Qwen3_8B")
+    assert (code, "or did you mean hf:Qwen/Qwen3-8B?" in err) == (4, True)
+    _, out, _ = aiflux("list", "--fits", "24GB", "--json")
+    fitting = {each["name"] for each in json.loads(out)}
+    assert "hf:Qwen/Qwen3-8B" in fitting
+    assert "hf:Qwen/Qwen3-32B" not in fitting
+
+
+def test_a_stored_model_of_the_catalog_has_its_own_figures(aiflux: Aiflux, models: Path) -> None:
+    put_snapshot(models / "hub", "Qwen/Qwen3-8B")
+    shown = json.loads(aiflux("show", "hf:Qwen/Qwen3-8B", "--json")[1])
+    assert (shown["digest"], shown["memory"]["measured"], shown["layers"]) == (COMMIT, True, 2)
+    assert shown["licence"] == "Apache-2.0"
+    entries = [each["name"] for each in json.loads(aiflux("list", "--json")[1])]
+    assert entries.count("hf:Qwen/Qwen3-8B") == 1
 
 
 def test_removing_a_snapshot_leaves_what_others_use(aiflux: Aiflux, models: Path) -> None:

@@ -7,6 +7,7 @@ holds the formula to Ollama itself.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_a_header_of_real_size_is_read_back(name: str, tmp_path: Path) -> None:
     path = tmp_path / "sparse.gguf"
     write_sparse(path, model)
     figures = figures_of(read_gguf(path))
-    assert figures.architecture == model.architecture
+    assert figures.architecture == replace(model.architecture, layer_types=()), "from the file"
     if name != "gemma3:1b":  # Ollama's own file has other types
         assert figures.weights == pytest.approx(model.figures.weights, rel=0.01)
 

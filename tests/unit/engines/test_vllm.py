@@ -26,7 +26,7 @@ from aiflux.errors import ConfigError, EngineError, InputError, ModelError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
 from aiflux.slurm.preflight.local import check_models
-from aiflux.slurm.preflight.nodes import Room, check_memory
+from aiflux.slurm.preflight.nodes import Room, check_endpoints, check_memory, check_names
 from tests.tools.engine_contract import ProgramSite, engine_of, until
 from tests.unit.helpers import logged_command, request_line
 from tests.unit.made_snapshots import LLAMA, put_folder, put_snapshot
@@ -242,6 +242,35 @@ def test_the_gpus_for_a_large_model_are_those_that_divide_it(tmp_path: Path) -> 
     (finding,) = check_memory(three, read_catalog(), Room("h200", 141 * GB, 4, 8, "--gpus {}"))
     assert finding.what.startswith("vLLM cannot divide org/tiny among 3 GPUs")
     assert finding.fix == "--gpus-per-engine 1 or 2"
+
+
+def test_a_model_that_is_not_pulled_is_sized_by_the_catalog(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, model="hf:Qwen/Qwen3-32B", context_length=4096)
+    (finding,) = check_memory(plan, read_catalog(), Room("l40s", 48 * GB, 4, 8, "--gpus {}"))
+    assert "Qwen/Qwen3-32B does not fit a GPU 'l40s'" in finding.what
+    assert "2 such GPUs for each engine are enough: --gpus-per-engine 2;" in finding.fix
+    room = Room("h100", 80 * GB, 4, 8, "--gpus {}")
+    assert [*check_memory(plan, read_catalog(), room)] == []
+    other = plan_of(tmp_path, model="hf:lab/mine", context_length=4096)
+    assert [*check_memory(other, read_catalog(), Room("v100", GB, 1, 1, "--gpus {}"))] == []
+    near = plan_of(tmp_path, model="hf:Qwen/Qwen3_32B")
+    assert [*check_names(near, read_catalog())] == [], "the next error has the advice"
+    (finding,) = check_models(near)
+    assert "did you mean hf:Qwen/Qwen3-32B?" in finding.fix
+
+
+def test_a_model_for_embeddings_is_not_asked_for_text(tmp_path: Path) -> None:
+    (finding,) = check_endpoints(plan_of(tmp_path, CHAT, model="hf:BAAI/bge-m3"), read_catalog())
+    assert finding.what.startswith("hf:BAAI/bge-m3 is for embeddings, and 1 request asks for")
+    reranking = {"url": "/v1/rerank", "body": {"query": "a", "documents": ["b"]}}
+    for request, model in (
+        (EMBEDDING, "hf:BAAI/bge-m3"),
+        (reranking, "hf:BAAI/bge-m3"),
+        (EMBEDDING, "hf:Qwen/Qwen3-8B"),
+        (CHAT, "hf:Qwen/Qwen3-8B"),
+        (CHAT, str(put_folder(tmp_path / "bge-m3"))),
+    ):
+        assert [*check_endpoints(plan_of(tmp_path, request, model=model), read_catalog())] == []
 
 
 @pytest.mark.parametrize(

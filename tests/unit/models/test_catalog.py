@@ -8,17 +8,23 @@ from typing import Any
 import pytest
 import yaml
 
+from aiflux.core.config.engine_kinds import KINDS
 from aiflux.engines.ollama.memory import estimate
+from aiflux.engines.vllm.memory import divides, memory_needed
 from aiflux.errors import ConfigError
 from aiflux.models.catalog import (
     DEFAULTS,
+    ENGINES,
     OWN,
     CatalogModel,
     catalog_files,
     read_catalog,
 )
+from aiflux.models.name import is_hub_name, split_hub_name
 
 OWN_MODELS = read_catalog().models
+OLLAMA_MODELS = [name for name in sorted(OWN_MODELS) if not is_hub_name(name)]
+HUB_MODELS = sorted((repo, model.name) for repo, model in read_catalog().hub.items())
 TABLE = {"name": "llama", "layers": 2, "embedding": 64, "heads": 4, "vocabulary": 100}
 
 
@@ -45,7 +51,7 @@ def test_the_package_has_the_common_models() -> None:
     assert any(model.vision for model in OWN_MODELS.values())
 
 
-@pytest.mark.parametrize("name", sorted(OWN_MODELS))
+@pytest.mark.parametrize("name", OLLAMA_MODELS)
 def test_shape_parameters_and_size_of_a_model_agree(name: str) -> None:
     model = OWN_MODELS[name]
     # Position tables, biases and norms make up the rest, and encoders of images.
@@ -60,8 +66,45 @@ def test_shape_parameters_and_size_of_a_model_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OWN_MODELS))
+def test_an_entry_names_its_sources_and_has_a_possible_shape(name: str) -> None:
+    model, shape = OWN_MODELS[name], OWN_MODELS[name].architecture
+    assert model.sources
+    assert all(len(source) > 20 for source in model.sources)
+    assert {*model.engines} <= {*KINDS}
+    assert shape.heads % shape.kv_heads == 0
+    assert model.context <= 2**24
+    assert shape.experts_used <= shape.experts
+    sliding = [each for each in shape.layer_types if "sliding" in each]
+    assert not sliding or 0 < shape.sliding_window < model.context
+    assert len(shape.layer_types) in (0, shape.layers)
+
+
+@pytest.mark.parametrize(("repo", "name"), HUB_MODELS)
+def test_weights_on_the_hub_agree_with_the_number_of_parameters(repo: str, name: str) -> None:
+    model = OWN_MODELS[name]
+    assert split_hub_name(repo) == (repo, None)
+    assert ("vllm" in model.engines) or name == "llama3.2-vision:11b"
+    figures = model.hub_figures(repo)
+    assert figures is not None
+    bits = 8 * figures.weights / model.parameters
+    low, high = {"BF16": (15.9, 16.1), "F16": (15.9, 16.1), "F32": (15.9, 16.1), "FP8": (8, 10),
+                 "MXFP4": (4.25, 6), "NVFP4": (4.5, 8)}[model.hub[repo]]  # fmt: skip
+    assert low <= bits <= high
+    small, large = (memory_needed(figures, 2048, slots, 1) for slots in (1, 64))
+    assert figures.weights < small <= large
+    assert divides(figures.architecture, 1)
+
+
+def test_a_name_on_the_hub_means_one_model() -> None:
+    repos = [repo.lower() for model in OWN_MODELS.values() for repo in model.hub]
+    assert len(repos) == len({*repos})
+    assert len(repos) >= 70
+
+
+@pytest.mark.parametrize("name", OLLAMA_MODELS)
 def test_memory_is_never_less_than_the_weights(name: str) -> None:
     model = OWN_MODELS[name]
+    assert model.figures is not None
     small = estimate(model.figures, 2048, 1, flash=True).total
     assert small > 0.75 * model.size
     assert estimate(model.figures, 2048, 1).total >= 0.95 * small
@@ -109,6 +152,60 @@ def test_a_name_without_a_tag_stands_for_one_model(tmp_path: Path) -> None:
     assert own.defaults("qwen3:8b") == catalog.defaults("qwen3:8b")
 
 
+def test_a_model_is_found_by_its_name_on_the_hub(tmp_path: Path) -> None:
+    catalog = read_catalog()
+    for name in ("hf:Qwen/Qwen3-8B", "HF:qwen/qwen3-8b", "Hf:Qwen/Qwen3-8B@main"):
+        found = catalog.find(name)
+        assert found is not None
+        assert (found.name, found.hub_name) == ("qwen3:8b", "hf:Qwen/Qwen3-8B")
+    assert catalog.find("hf:Qwen/Qwen3-9B") is None
+    assert catalog.find("hf:no name") is None
+    assert catalog.find("qwen/qwen3-8b") is None, "a namespace in Ollama's registry"
+    for asked, near in (
+        ("hf:Qwen/Qwen3_8B", "hf:Qwen/Qwen3-8B"),
+        ("hf:qwen/Qwen3-8B", "hf:Qwen/Qwen3-8B"),
+        ("hf:Qwen/Qwen3-8B", None),
+        ("hf:Qwen/Qwen3-9B", None),
+        ("hf:Qwen/Qwen3-8B-Base", None),
+        ("hf:lab/mine", None),
+        ("hf:Qwen", None),
+    ):
+        assert catalog.nearest(asked) == near, asked
+    own = {"hf:Lab/Mine-7B": {"context": 512, "parameters": 10**6, "quantisation": "FP8",
+                              "architecture": TABLE, "endpoints": ["rerank"]}}  # fmt: skip
+    mine = read_catalog([write(tmp_path / "models.yaml", own)]).find("hf:lab/mine-7b")
+    assert mine is not None
+    assert (mine.family, mine.size, mine.figures, mine.engines) == ("Mine-7B", 0, None, ("vllm",))
+    figures = mine.hub_figures("Lab/Mine-7B")
+    assert figures is not None
+    assert figures.weights == 2 * 12800 + (10**6 - 12800) // 2 * 2
+    assert mine.architecture.embeds
+
+
+def test_engines_follow_from_the_names_and_the_file() -> None:
+    def engines(name: str) -> tuple[str, ...]:
+        return OWN_MODELS[name].engines
+
+    assert engines("qwen3:8b") == ENGINES
+    assert engines("gemma3:4b") == ("ollama", "vllm"), "llama.cpp cannot read its file"
+    assert engines("llava:13b") == ("ollama", "llamacpp"), "no name on the hub"
+    assert engines("llama3.2-vision:11b") == ("ollama",), "vLLM removed it"
+
+
+def test_a_pattern_gives_the_type_of_each_layer(tmp_path: Path) -> None:
+    shape = {**TABLE, "layers": 5, "layer_pattern": "sf-l", "sliding_window": 100}
+    own = write(tmp_path / "models.yaml", {"m": {"size": 1, "context": 1, "architecture": shape}})
+    model = read_catalog([own]).find("m")
+    assert model is not None
+    assert model.architecture.layer_types == (
+        "sliding_attention",
+        "full_attention",
+        "mlp",
+        "linear_attention",
+        "sliding_attention",
+    )
+
+
 def test_the_precedence_of_files(tmp_path: Path) -> None:
     files = [
         write(tmp_path / name / "models.yaml", {"phi4:14b": {"context": number}})
@@ -151,6 +248,19 @@ def test_where_files_are_searched(tmp_path: Path) -> None:
         ("models: {'phi4:14b': {}, 'phi4:14b': {}}", "phi4:14b is given twice", "remove one"),
         ("models: {'phi4:14b': {}, 'PHI4:14b': {}}", "PHI4:14b is given twice", "remove one"),
         ("models: {m: {}, 'm:latest': {}}", "m:latest is given twice", "remove one"),
+        ("models: {'phi4:14b': {hub: {phi-4: BF16}}}", "hub: 'phi-4' is invalid", "ORG/NAME"),
+        ("models: {'phi4:14b': {hub: {hf:a/b: BF16}}}", "'hf:a/b' is invalid", "ORG/NAME"),
+        ("models: {'phi4:14b': {hub: {a/b: Q4}}}", "a/b: 'Q4' is invalid", "BF16, F16"),
+        ("models: {'phi4:14b': {hub: [a/b]}}", "hub: expected KEY: VALUE", "correct"),
+        ("models: {'phi4:14b': {engines: [vlm]}}", "engines = ['vlm']", "ollama, llamacpp, vllm"),
+        ("models: {'phi4:14b': {sources: here}}", "sources = 'here'", "a list of strings"),
+        (
+            "models: {m: {size: 1, context: 1, architecture: {name: m, layers: 1, heads: 1, "
+            "embedding: 1, vocabulary: 1, layer_pattern: x}}}",
+            "layer_pattern = 'x'",
+            "letters of fsl-",
+        ),
+        ("models: {'hf:a b': {}}", "'hf:a b' is not a model name", "NAME:TAG"),
         ("models: {'a b': {}}", "'a b' is not a model name", "NAME:TAG"),
         ("models: {", "is not YAML", "correct it"),
     ],

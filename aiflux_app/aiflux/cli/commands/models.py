@@ -21,15 +21,18 @@ from aiflux.cli.parser import (
     settings_options,
 )
 from aiflux.cli.render.models import (
+    Known,
+    KnownSnapshot,
     find_model,
     find_models,
+    find_snapshot,
+    find_snapshots,
     model_lines,
     models_table,
     parse_size,
-    stored_elsewhere,
+    snapshot_lines,
+    snapshots_table,
     stored_json,
-    stored_lines,
-    stored_table,
 )
 from aiflux.cli.render.progress import byte_bar
 from aiflux.cli.start import create_in_container, pull_in_container, show_local_choices
@@ -107,14 +110,14 @@ def list_(
     config = _config(settings)
     room = None if fits is None else parse_size(fits)
     found = find_models(config, context_length, slots, here=here, room=room)
-    others = [] if room is not None else stored_elsewhere(config.models_dir)
+    snapshots = find_snapshots(config, context_length, slots, here=here, room=room)
     if as_json:
-        known = [model.to_json(context_length, slots) for model in found]
-        print_json([*known, *(stored_json(each) for each in others)])
+        known: list[Known | KnownSnapshot] = [*found, *snapshots]
+        print_json([each.to_json(context_length, slots) for each in known])
         return 0
     for line in models_table(found, config.models_dir, context_length, slots):
         print(line)
-    for line in stored_table(others):
+    for line in snapshots_table(snapshots, config.models_dir, context_length, slots):
         print(line)
     return 0
 
@@ -127,21 +130,16 @@ def list_(
 def show(name: str, context_length: int, slots: int, as_json: bool, **settings: Any) -> int:
     """Show what is known about a model, and the GPU memory it needs."""
     config = _config(settings)
-    kind = storing_kind(name)
-    if kind.store is not None:
-        stored = kind.store.find(config.models_dir, name)
-        figures = kind.figures(config.models_dir, name, None)
-        if as_json:
-            print_json(stored_json(stored))
-            return 0
-        for line in stored_lines(stored, figures, config.models_dir):
-            print(line)
-        return 0
-    model = find_model(config, name)
+    hub = storing_kind(name).store is not None
+    model = find_snapshot(config, name) if hub else find_model(config, name)
     if as_json:
         print_json(model.to_json(context_length, slots))
         return 0
-    for line in model_lines(model, config.models_dir):
+    for line in (
+        snapshot_lines(model, config.models_dir, context_length, slots)
+        if isinstance(model, KnownSnapshot)
+        else model_lines(model, config.models_dir)
+    ):
         print(line)
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import KINDS
 from aiflux.engines.base import ListedModel
-from aiflux.engines.kinds import kind_named
+from aiflux.engines.kinds import kind_named, storing_kind
 from aiflux.engines.ollama.memory import estimate, has_one_slot
 from aiflux.engines.ollama.staging import Staged, staged_models
 from aiflux.engines.ollama.store import (
@@ -24,11 +24,12 @@ from aiflux.engines.ollama.store import (
     readable_model,
     refuse_other_digest,
 )
+from aiflux.engines.vllm.memory import memory_needed
 from aiflux.errors import ModelError, UsageError
 from aiflux.models.catalog import Catalog, CatalogModel
 from aiflux.models.figures import Architecture, Figures
-from aiflux.models.name import ModelName, parse_model_name
-from aiflux.util.text import size_text
+from aiflux.models.name import HUB_PREFIX, ModelName, is_hub_name, parse_model_name
+from aiflux.util.text import counted, size_text
 
 _CONTEXTS = (2048, 8192, 32768)
 _SLOTS = (1, 4, 8, 16, 32)
@@ -91,11 +92,96 @@ class Known:
             "endpoints": list(listed.endpoints) if listed else None,
             "vision": listed.vision if listed else None,
             "defaults": listed.defaults if listed else {},
+            **_catalog_json(listed),
             "context": shape.context if shape else None,
             "architecture": shape.name if shape else None,
             "layers": shape.layers if shape else None,
             "memory": _memory_json(self.figures, context, slots),
         }
+
+
+@dataclass(frozen=True)
+class KnownSnapshot:
+    """What is known about one model of Hugging Face.
+
+    Attributes:
+        name: ``hf:ORG/NAME``, or with the revision that is stored.
+        repo: ``ORG/NAME`` in the catalog.
+        catalog_model: None if the catalog does not know it.
+        stored: None if it is not in the models directory.
+        figures: of its files, else of the catalog.
+    """
+
+    name: str
+    repo: str
+    catalog_model: CatalogModel | None
+    stored: ListedModel | None
+    figures: Figures | None
+
+    @property
+    def ollama_name(self) -> str:
+        """The name of the same model in Ollama's library; "" if there is none."""
+        listed = self.catalog_model
+        return listed.name if listed and not is_hub_name(listed.name) else ""
+
+    @property
+    def quantisation(self) -> str:
+        """Format of its weights; "" if unknown."""
+        return self.catalog_model.hub[self.repo] if self.catalog_model else ""
+
+    @property
+    def parameters(self) -> int:
+        """Their number; 0 if unknown."""
+        return self.catalog_model.parameters if self.catalog_model else 0
+
+    @property
+    def order(self) -> tuple[str, int, str]:
+        """Position in a list: models of a family together, by size."""
+        family = self.catalog_model.family if self.catalog_model else self.repo.rpartition("/")[2]
+        return family.lower(), self.parameters, self.name
+
+    def memory(self, context: int, slots: int) -> int:
+        """Return bytes of memory on one GPU; 0 if unknown."""
+        if self.figures is None:
+            return 0
+        limit = self.figures.architecture.context or context
+        return memory_needed(self.figures, min(context, limit), slots, 1)
+
+    def to_json(self, context: int, slots: int) -> dict[str, Any]:
+        """Return what is known, for programs; sizes are bytes, None is unknown."""
+        listed, figures = self.catalog_model, self.figures
+        shape = figures.architecture if figures else None
+        absent = {"name": self.name, "here": False, "digest": None, "missing": [], "size": None}
+        return {
+            **(stored_json(self.stored) if self.stored else absent),
+            "family": listed.family if listed else None,
+            "parameters": self.parameters or None,
+            "quantisation": self.quantisation or None,
+            "licence": listed.licence if listed else None,
+            "endpoints": list(listed.endpoints) if listed else None,
+            "vision": listed.vision if listed else None,
+            **_catalog_json(listed),
+            "engines": ["vllm"],
+            "ollama": self.ollama_name or None,
+            "context": shape.context if shape else None,
+            "architecture": shape.name if shape else None,
+            "layers": shape.layers if shape else None,
+            "memory": figures and {
+                "context_length": context,
+                "slots": slots,
+                "least": self.memory(context, slots),
+                "weights": figures.weights,
+                "measured": figures.measured,
+            },
+        }  # fmt: skip
+
+
+def _catalog_json(listed: CatalogModel | None) -> dict[str, Any]:
+    return {
+        "hub": [HUB_PREFIX + repo for repo in listed.hub] if listed else [],
+        "engines": list(listed.engines) if listed else None,
+        "sources": list(listed.sources) if listed else [],
+    }
 
 
 def find_models(
@@ -110,7 +196,8 @@ def find_models(
     folder, catalog = config.models_dir, config.catalog()
     names = {name.served: name for name in listed_models(folder)}
     if not here:
-        names |= {name: parse_model_name(name) for name in catalog.models if name not in names}
+        listed = (name for name in catalog.models if not is_hub_name(name))
+        names |= {name: parse_model_name(name) for name in listed if name not in names}
     models = [known(folder, catalog, name) for name in names.values()]
     return [model for model in models if room is None or _memory(model, context, slots, room)]
 
@@ -118,9 +205,8 @@ def find_models(
 def models_table(models: Sequence[Known], folder: Path, context: int, slots: int) -> Iterator[str]:
     """Yield models as a table, and unfinished pulls and imports."""
     rows = [_row(model, context, slots) for model in sorted(models, key=_order)]
-    heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "HERE")
+    heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "ENGINES", "HERE")
     yield from _table([heads, *rows])
-    yield f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}"
     yield from map(_unfinished, staged_models(folder))
 
 
@@ -180,10 +266,27 @@ def known(folder: Path, catalog: Catalog, name: ModelName) -> Known:
     return Known(name, catalog_model, readable_model(folder, name), digest, missing, size)
 
 
-def stored_elsewhere(folder: Path) -> list[ListedModel]:
-    """Return the stored models that are not Ollama's."""
+def find_snapshots(
+    config: Config, context: int, slots: int, *, here: bool, room: int | None
+) -> list[KnownSnapshot]:
+    """Return the models of Hugging Face in the models directory and in the catalog.
+
+    Args:
+        here: only those of the models directory.
+        room: only those that need at most this much GPU memory.
+    """
+    folder, catalog = config.models_dir, config.catalog()
     stores = (kind_named(name).store for name in KINDS)
-    return [model for store in stores if store is not None for model in store.listed(folder)]
+    stored = [model for store in stores if store is not None for model in store.listed(folder)]
+    found = [_known_snapshot(folder, catalog, each.name, each) for each in stored]
+    if not here:
+        names = {each.repo for each in found}
+        found += [
+            _known_snapshot(folder, catalog, HUB_PREFIX + repo, None)
+            for repo in catalog.hub
+            if repo not in names
+        ]
+    return [each for each in found if room is None or 0 < each.memory(context, slots) <= room]
 
 
 def stored_json(model: ListedModel) -> dict[str, Any]:
@@ -197,28 +300,102 @@ def stored_json(model: ListedModel) -> dict[str, Any]:
     }
 
 
-def stored_table(models: Sequence[ListedModel]) -> Iterator[str]:
-    """Yield the stored models that are not Ollama's as a table."""
-    if not models:
-        return
-    rows = [
-        (each.name, each.digest[:12], size_text(each.size), "damaged" if each.problem else "yes")
-        for each in models
-    ]
-    yield ""
-    yield from _table([("HUGGING FACE", "COMMIT", "SIZE", "HERE"), *rows])
+def find_snapshot(config: Config, name: str) -> KnownSnapshot:
+    """Return what is known about one model of Hugging Face.
+
+    Raises:
+        ModelError: it is neither stored nor in the catalog.
+    """
+    folder, catalog = config.models_dir, config.catalog()
+    store = storing_kind(name).store
+    try:
+        stored = None if store is None else store.find(folder, name)
+    except ModelError:
+        if catalog.hub_repo(name) is None:
+            raise
+        stored = None
+    return _known_snapshot(folder, catalog, stored.name if stored else name, stored)
 
 
-def stored_lines(model: ListedModel, figures: Figures | None, folder: Path) -> Iterator[str]:
-    """Yield what is known about a stored model that is not Ollama's."""
-    facts = {"commit": model.digest, "size": size_text(model.size)}
-    if figures is not None:
-        facts["context"] = f"{figures.architecture.context} tokens"
-        facts["architecture"] = _shape_text(figures.architecture)
-        facts["weights"] = f"{size_text(figures.weights)} of GPU memory"
-    facts["here"] = model.problem or str(folder)
+def _known_snapshot(
+    folder: Path, catalog: Catalog, name: str, stored: ListedModel | None
+) -> KnownSnapshot:
+    repo = catalog.hub_repo(name)
+    figures = storing_kind(name).figures(folder if stored else None, name, catalog)
+    if repo is None:
+        return KnownSnapshot(name, name.partition("@")[0][len(HUB_PREFIX) :], None, stored, figures)
+    shown = name if stored else HUB_PREFIX + repo
+    return KnownSnapshot(shown, repo, catalog.hub[repo], stored, figures)
+
+
+def snapshots_table(
+    models: Sequence[KnownSnapshot], folder: Path, context: int, slots: int
+) -> Iterator[str]:
+    """Yield models of Hugging Face as a table, and what the tables' figures mean."""
+    if models:
+        rows = [_snapshot_row(each, context, slots) for each in sorted(models, key=_snapshot_order)]
+        heads = ("HUGGING FACE", "PARAMS", "WEIGHTS", "CONTEXT", "GPU MEMORY", "ENGINES", "OLLAMA",
+                 "COMMIT", "HERE")  # fmt: skip
+        yield ""
+        yield from _table([heads, *rows])
+    yield f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}"
+
+
+def _snapshot_order(model: KnownSnapshot) -> tuple[str, int, str]:
+    return model.order
+
+
+def _snapshot_row(model: KnownSnapshot, context: int, slots: int) -> tuple[str, ...]:
+    memory, stored = model.memory(context, slots), model.stored
+    return (
+        model.name,
+        _count(model.parameters) if model.parameters else "",
+        model.quantisation,
+        str(model.figures.architecture.context or "") if model.figures else "",
+        size_text(memory) if memory else "",
+        "vllm",
+        model.ollama_name,
+        stored.digest[:12] if stored else "",
+        "" if stored is None else "damaged" if stored.problem else "yes",
+    )
+
+
+def snapshot_lines(model: KnownSnapshot, folder: Path, context: int, slots: int) -> Iterator[str]:
+    """Yield what is known about a model of Hugging Face."""
     yield model.name
-    yield from (f"  {key:<14}{value}" for key, value in facts.items())
+    facts = _snapshot_facts(model, folder, context, slots)
+    yield from (f"  {key:<14}{value}" for key, value in facts)
+
+
+def _snapshot_facts(
+    model: KnownSnapshot, folder: Path, context: int, slots: int
+) -> Iterator[tuple[str, str]]:
+    listed, stored, figures = model.catalog_model, model.stored, model.figures
+    if listed is not None:
+        yield "family", listed.family
+        yield "parameters", _count(model.parameters) if model.parameters else "unknown"
+        yield "weights", model.quantisation
+    if stored is not None:
+        yield "commit", stored.digest
+        yield "size", size_text(stored.size)
+    if figures is not None:
+        yield "context", f"{figures.architecture.context} tokens"
+        yield "architecture", _shape_text(figures.architecture)
+        memory = size_text(model.memory(context, slots))
+        yield (
+            "GPU memory",
+            (
+                f"{size_text(figures.weights)} of weights; at least {memory} in vLLM, with "
+                f"{counted(slots, 'slot')} of {context} tokens"
+            ),
+        )
+    if listed is not None:
+        yield from _listed_facts(listed)
+    yield "engines", "vllm"
+    if model.ollama_name:
+        yield "Ollama", model.ollama_name
+    absent = f"no (aiflux models pull {model.name})"
+    yield "here", (stored.problem or str(folder)) if stored else absent
 
 
 def parse_size(text: str) -> int:
@@ -273,6 +450,7 @@ def _row(model: Known, context: int, slots: int) -> tuple[str, ...]:
         size_text(model.size) if model.size else "",
         str(model.figures.architecture.context or "") if model.figures else "",
         size_text(memory) if memory else "",
+        " ".join(model.catalog_model.engines if model.catalog_model else ()),
         model.state,
     )
 
@@ -307,13 +485,23 @@ def _facts(model: Known, folder: Path) -> Iterator[tuple[str, str]]:
         if has_one_slot(shape):
             yield "slots", "1 (Ollama always runs this model with one slot)"
     if listed is not None:
-        images = " (also images)" if listed.vision else ""
-        yield "endpoints", ", ".join(listed.endpoints) + images
-        yield "licence", listed.licence
+        yield from _listed_facts(listed)
         if listed.defaults:
             yield "defaults", ", ".join(f"{key} {value}" for key, value in listed.defaults.items())
-        yield "source", str(listed.place)
+        yield "engines", ", ".join(listed.engines)
+        if listed.hub:
+            yield "Hugging Face", ", ".join(HUB_PREFIX + repo for repo in listed.hub)
     yield "here", _here(model, folder)
+
+
+def _listed_facts(listed: CatalogModel) -> Iterator[tuple[str, str]]:
+    """Yield what the catalog knows whatever the engine."""
+    images = " (also images)" if listed.vision else ""
+    yield "endpoints", ", ".join(listed.endpoints) + images
+    yield "licence", listed.licence
+    yield "catalog", str(listed.place)
+    for source in listed.sources:
+        yield "source", source
 
 
 def _shape_text(shape: Architecture) -> str:

@@ -26,7 +26,7 @@ from aiflux.engines.ollama.memory import estimate
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.server_options import refuse_managed, refuse_unsupported
 from aiflux.errors import InputError, ModelError
-from aiflux.models.catalog import Catalog
+from aiflux.models.catalog import Catalog, refuse_hub_name
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
 
@@ -83,9 +83,11 @@ class LlamaCppKind(CommonKind):
         """Return one name for each model, paths made absolute.
 
         Raises:
-            ConfigError: a name is not valid.
+            ConfigError: a name is not valid, or one of Hugging Face.
             InputError: names of one model contain different digests.
         """
+        for name in models:
+            refuse_hub_name(name, self.title, "name a GGUF file of it: --model FILE.gguf")
         paths = [model_file.absolute_name(name) for name in models if model_file.is_path(name)]
         names = [name for name in models if not model_file.is_path(name)]
         return [*dict.fromkeys(paths), *one_of_each(names)]

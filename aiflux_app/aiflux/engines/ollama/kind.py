@@ -28,7 +28,7 @@ from aiflux.engines.ollama.store import (
 from aiflux.engines.process import engine_program
 from aiflux.engines.server_options import refuse_unsupported
 from aiflux.errors import ConfigError, InputError
-from aiflux.models.catalog import Catalog
+from aiflux.models.catalog import Catalog, refuse_hub_name
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
 
@@ -111,9 +111,11 @@ class OllamaKind(CommonKind):
         """Return one name for each model: of several, the one with the longest digest.
 
         Raises:
-            ConfigError: a name is not valid.
+            ConfigError: a name is not valid, or one of Hugging Face.
             InputError: names of one model contain different digests.
         """
+        for name in models:
+            refuse_hub_name(name, self.title)
         return one_of_each(models)
 
     def is_stored(self, models_dir: Path, model: str) -> bool:

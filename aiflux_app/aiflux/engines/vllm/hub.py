@@ -19,14 +19,12 @@ from pathlib import Path
 
 from aiflux.engines.vllm.safetensors import problem_with, refuse_unknown_dtype
 from aiflux.errors import ConfigError, ModelError
+from aiflux.models.catalog import read_catalog
+from aiflux.models.name import HUB_PREFIX, split_hub_name
 
-PREFIX = "hf:"
 HUB = "hub"
 """Subdirectory of the models directory that the snapshots are pulled to."""
 
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_REPO = re.compile(f"{_PART}/{_PART}")
-_REVISION = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ABBREVIATED = re.compile(r"[0-9a-f]{7,40}")
 _STORE = "models--"
@@ -70,7 +68,7 @@ class HubModel:
         """The name as a command takes it."""
         if self.folder is not None:
             return str(self.folder)
-        return PREFIX + self.repo + (f"@{self.revision}" if self.revision else "")
+        return HUB_PREFIX + self.repo + (f"@{self.revision}" if self.revision else "")
 
 
 def parse_hub_model(text: str) -> HubModel:
@@ -81,14 +79,13 @@ def parse_hub_model(text: str) -> HubModel:
     """
     if text in (".", "..") or text.startswith(("/", "./", "../", "~")):
         return HubModel(folder=_folder(text))
-    repo, at, revision = text.removeprefix(PREFIX).partition("@")
-    wrong = not _REPO.fullmatch(repo) or "--" in repo or ".." in repo
-    if wrong or (at and not _is_revision(revision)):
+    split = split_hub_name(text)
+    if split is None:
         raise ConfigError(
             f"{text!r} is not a model of Hugging Face",
             "write hf:ORG/NAME, hf:ORG/NAME@REVISION, or the path of a model's directory",
         )
-    return HubModel(repo, revision or None)
+    return HubModel(*split)
 
 
 def _folder(text: str) -> Path:
@@ -110,10 +107,6 @@ def same_revision(one: str, other: str) -> bool:
     """Return whether two revisions are the same; a commit may be abbreviated to seven digits."""
     abbreviated = _ABBREVIATED.fullmatch(one) and _ABBREVIATED.fullmatch(other)
     return one == other or bool(abbreviated and (one.startswith(other) or other.startswith(one)))
-
-
-def _is_revision(text: str) -> bool:
-    return bool(_REVISION.fullmatch(text)) and ".." not in text and not text.startswith("/")
 
 
 def store_name(repo: str) -> str:
@@ -170,7 +163,7 @@ def _names(folder: Path) -> list[str]:
 def model_names(snapshot: Path) -> list[str]:
     """Return the names of a stored snapshot: with each branch and tag, else with its commit."""
     store = snapshot.parents[1]
-    repo = PREFIX + store.name.removeprefix(_STORE).replace("--", "/", 1)
+    repo = HUB_PREFIX + store.name.removeprefix(_STORE).replace("--", "/", 1)
     names = []
     for ref in sorted(store.glob("refs/**/*")):
         if ref.is_file() and ref.read_text("ascii", "replace").strip() == snapshot.name:
@@ -183,9 +176,11 @@ def absent(models_dir: Path | None, model: HubModel) -> ModelError:
     """Return the error of a model that is not stored."""
     if model.folder is not None:
         return ModelError(f"model directory not found: {model.folder}", "check the path (--model)")
+    near = read_catalog().nearest(model.text)
+    meant = "" if near is None else f"; or did you mean {near}?"
     return ModelError(
         f"{model.text} is not stored in {models_dir}",
-        f"pull it: aiflux models pull {model.text}",
+        f"pull it: aiflux models pull {model.text}{meant}",
     )
 
 

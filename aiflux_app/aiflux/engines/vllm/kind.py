@@ -26,7 +26,6 @@ from aiflux.engines.base import (
 from aiflux.engines.server_options import refuse_managed
 from aiflux.engines.vllm.adapter import read_adapter
 from aiflux.engines.vllm.hub import (
-    PREFIX,
     find_snapshot,
     is_stored,
     parse_hub_model,
@@ -39,8 +38,9 @@ from aiflux.engines.vllm.memory import divides, memory_needed
 from aiflux.engines.vllm.options import MANAGED
 from aiflux.engines.vllm.safetensors import figures_of_files
 from aiflux.errors import ConfigError, InputError, ModelError
-from aiflux.models.catalog import Catalog
+from aiflux.models.catalog import Catalog, read_catalog
 from aiflux.models.figures import Figures
+from aiflux.models.name import HUB_PREFIX
 
 # vLLM's answers to requests when its engine process died (vllm/v1/engine/exceptions.py).
 _ENGINE_DIED = ("EngineCore encountered an issue", "EngineDeadError", "Engine process died")
@@ -80,10 +80,34 @@ def _revision(name: str) -> str:
     return parse_hub_model(name).revision or ""
 
 
+def _refuse_ollama_name(name: str) -> None:
+    """Refuse a name of Ollama; the error has the name on Hugging Face, if the catalog knows it.
+
+    Raises:
+        ConfigError: it is such a name, or none at all.
+    """
+    try:
+        parse_hub_model(name)
+    except ConfigError as error:
+        catalog = read_catalog()
+        try:
+            near = catalog.nearest(name)
+            known = catalog.find(near or name)
+        except ConfigError:
+            raise error from None
+        if known is None or known.hub_name is None:
+            raise ConfigError(error.message, f"{error.remedy}; or use --engine ollama") from None
+        raise ConfigError(
+            f"{name} is a model of Ollama, which vLLM does not run",
+            f"use --engine ollama{f' --model {near}' if near else ''}; or use the name on Hugging "
+            f"Face: --model {known.hub_name}",
+        ) from None
+
+
 class HubStore:
     """Snapshots of Hugging Face in a models directory."""
 
-    prefix = PREFIX
+    prefix = HUB_PREFIX
 
     def listed(self, models_dir: Path) -> list[ListedModel]:
         """Return the stored snapshots, each under all names that it has."""
@@ -197,6 +221,7 @@ class VllmKind(CommonKind):
         """
         chosen: dict[str, str] = {}
         for name in models:
+            _refuse_ollama_name(name)
             key = parse_hub_model(name).served.lower()
             earlier = chosen.setdefault(key, name)
             if not same_hub_model(earlier, name):
@@ -207,6 +232,11 @@ class VllmKind(CommonKind):
             if len(_revision(name)) > len(_revision(earlier)):
                 chosen[key] = name
         return [parse_hub_model(name).text for name in chosen.values()]
+
+    def catalog_name(self, model: str) -> str | None:
+        """Return the name on Hugging Face; None for a directory."""
+        named = parse_hub_model(model)
+        return None if named.folder else HUB_PREFIX + named.repo
 
     def model_path(self, model: str) -> Path | None:
         """Return the directory that a path names; in a hub cache, everything it has of the model.
@@ -263,14 +293,21 @@ class VllmKind(CommonKind):
     def figures(
         self, models_dir: Path | None, model: str, catalog: Catalog | None
     ) -> Figures | None:
-        """Return a model's figures from its files; None if they are not stored."""
+        """Return a model's figures from its files; if they are not stored, from the catalog."""
         snapshot = find_snapshot(models_dir, parse_hub_model(model))
         if snapshot is None:
-            return None
+            return self._listed_figures(model, catalog)
         try:
             return figures_of_files(snapshot, weight_files(snapshot))
         except ModelError:
             return None  # damage is reported by `stored_snapshot`; vLLM knows more architectures
+
+    def _listed_figures(self, model: str, catalog: Catalog | None) -> Figures | None:
+        name = self.catalog_name(model)
+        if catalog is None or name is None:
+            return None
+        repo = catalog.hub_repo(name)
+        return None if repo is None else catalog.hub[repo].hub_figures(repo)
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions

@@ -23,7 +23,6 @@ from aiflux.engines.ollama.staging import making_room
 from aiflux.engines.ollama.store import blob_path, parse_manifest
 from aiflux.engines.vllm.hub import (
     HUB,
-    PREFIX,
     HubModel,
     absent,
     find_snapshot,
@@ -37,6 +36,7 @@ from aiflux.engines.vllm.hub import (
     stored_snapshot,
 )
 from aiflux.errors import ConfigError, ModelError
+from aiflux.models.name import HUB_PREFIX
 from aiflux.util.files import atomic_write, file_digest, fsync_directory, storage_error
 
 STAGING = ".staging"
@@ -101,7 +101,7 @@ def read_snapshot(raw: bytes) -> Snapshot:
     content = json.loads(raw)
     repo, commit, ref = (content.get(name) for name in ("repo", "commit", "ref"))
     try:
-        named = parse_hub_model(f"{PREFIX}{repo}" + (f"@{ref}" if ref else ""))
+        named = parse_hub_model(f"{HUB_PREFIX}{repo}" + (f"@{ref}" if ref else ""))
     except ConfigError as error:
         raise ValueError(error.message) from None
     if not (isinstance(repo, str) and isinstance(ref, str) and named.folder is None):

@@ -19,6 +19,7 @@ from aiflux.engines.sizing import context_length, gpus_needed
 from aiflux.models.catalog import Catalog
 from aiflux.models.endpoints import ENDPOINTS
 from aiflux.models.figures import Figures
+from aiflux.models.name import is_hub_name
 from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, megabytes, parse_gpus
 from aiflux.slurm.preflight.local import Finding
 
@@ -259,12 +260,15 @@ def check_memory(plan: Plan, catalog: Catalog, room: Room) -> Iterator[Finding]:
 
 
 def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
-    """Find models that are absent and whose names look like misspellings of known ones."""
+    """Find models that are absent and whose names look like misspellings of known ones.
+
+    The error of an absent model of Hugging Face has such advice (``EngineKind.absent_model``).
+    """
     kind = engine_kind(plan.options)
     for name in plan.models:
         served = plan.served(name)
         known = kind.catalog_name(name)
-        near = None if known is None else catalog.nearest(known)
+        near = None if known is None or is_hub_name(known) else catalog.nearest(known)
         if near and plan.models_dir and not kind.is_stored(plan.models_dir, name):
             yield Finding(
                 "error",
@@ -276,15 +280,20 @@ def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
 def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
     """Check that the model of a plan supports the endpoints of its requests."""
     name = engine_kind(plan.options).catalog_name(plan.models[0])
-    model = None if name is None or len(plan.models) > 1 else catalog.find(name)
+    if name is None or len(plan.models) > 1:
+        return
+    model = catalog.find(name)
     if model is None:
         return
-    able = {ENDPOINTS[name].url for name in model.endpoints}
+    shown = name if is_hub_name(name) else model.name
+    able = {ENDPOINTS[each].url for each in model.endpoints}
+    if is_hub_name(name):  # vLLM also makes vectors with models for text, and reranks with those
+        able |= {each.url for each in ENDPOINTS.values() if not each.generates}
     for url, count in plan.input.endpoints.items():
         if url not in able:
             yield Finding(
                 "error",
-                f"{model.name} is for {', '.join(model.endpoints)}, and {count} "
+                f"{shown} is for {', '.join(model.endpoints)}, and {count} "
                 f"request{'s' * (count > 1)} ask{'s' * (count == 1)} for {url}",
                 "use another model or endpoint; if the model supports it, add it to your own "
                 "models.yaml (endpoints)",

@@ -1,0 +1,44 @@
+"""Names that another engine uses: what is advised instead, from the catalog."""
+
+from __future__ import annotations
+
+import pytest
+
+from aiflux.engines.kinds import kind_named, storing_kind
+from aiflux.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "what", "advice"),
+    [
+        ("ollama", "hf:Qwen/Qwen3-8B", "which Ollama does not run", "vllm; or use Ollama's name of "
+         "this model: --model qwen3:8b"),
+        ("ollama", "HF:qwen/QWEN3-8B@main", "a model of Hugging Face", "--model qwen3:8b"),
+        ("ollama", "hf:lab/mine", "hf:lab/mine is a model of Hugging Face", "use --engine vllm"),
+        ("llamacpp", "hf:Qwen/Qwen3-8B", "which llama.cpp does not run",
+         "--model qwen3:8b; or name a GGUF file of it: --model FILE.gguf"),
+        ("llamacpp", "hf:lab/mine.gguf", "a model of Hugging Face", "use --engine vllm; or name"),
+        ("vllm", "qwen3:8b", "qwen3:8b is a model of Ollama, which vLLM does not run",
+         "use --engine ollama; or use the name on Hugging Face: --model hf:Qwen/Qwen3-8B"),
+        ("vllm", "QWEN3:latest", "a model of Ollama", "--model hf:Qwen/Qwen3-8B"),
+        ("vllm", "lama3.2:3b", "a model of Ollama", "use --engine ollama --model llama3.2:3b; or "
+         "use the name on Hugging Face: --model hf:meta-llama/Llama-3.2-3B-Instruct"),
+        ("vllm", "llava:13b", "'llava:13b' is not a model of Hugging Face", "use --engine ollama"),
+        ("vllm", "no such:name", "is not a model of Hugging Face", "write hf:ORG/NAME"),
+    ],
+)  # fmt: skip
+def test_the_name_for_the_engine_is_advised(engine: str, name: str, what: str, advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind_named(engine).distinct_models([name])
+    assert what in caught.value.message
+    assert advice in (caught.value.remedy or "")
+
+
+def test_the_prefix_may_have_capitals() -> None:
+    kind = kind_named("vllm")
+    assert kind.distinct_models(["HF:Qwen/Qwen3-8B@main"]) == ["hf:Qwen/Qwen3-8B@main"]
+    assert kind.served_name("Hf:Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert kind.same_model("HF:Qwen/Qwen3-8B", "qwen/qwen3-8b")
+    assert kind.catalog_name("HF:Qwen/Qwen3-8B@main") == "hf:Qwen/Qwen3-8B"
+    assert storing_kind("HF:Qwen/Qwen3-8B") is kind
+    assert storing_kind("hfqwen3:8b") is kind_named("ollama")

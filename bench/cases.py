@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import real_engines
 from bench.children import Usage, engine, run, worker
 from bench.decoding import Cost, Decoder, floor, mixed_lengths
+from bench.gpu.measuring import CLIENTS
 from bench.peers import Llmflux, plain_loop
 from bench.workload import write_input
 
@@ -20,6 +22,7 @@ COST = Cost()
 _MB = 1_000_000
 _MEAN_LENGTH = 43
 _CLIMB = 15
+_SHARE = 0.97
 
 
 @dataclass(frozen=True)
@@ -347,6 +350,69 @@ def cli(bench: Bench) -> list[Row]:
     return [Row("aiflux --help", f"{seconds * 1000:.0f} ms", "< 200 ms", seconds < 0.2)]
 
 
+def llamacpp(bench: Bench) -> list[Row]:
+    """Measure AI-Flux on a real llama-server."""
+    say("llama-server")
+    folder = bench.scratch()
+    measured = _clients(bench, real_engines.llama_server(folder), folder)
+    return _shares("llama-server", measured)
+
+
+def vllm(bench: Bench) -> list[Row]:
+    """Measure AI-Flux on a real vLLM, and ``vllm run-batch`` over as many requests."""
+    say("vLLM")
+    folder = bench.scratch()
+    server = real_engines.vllm_server(folder)
+    measured = _clients(bench, server, folder)
+    count = measured.runs[CLIENTS[0]][0].requests
+    say("vllm run-batch")
+    batch = statistics.median(
+        real_engines.run_batch(folder, count).wall for _ in range(1 if bench.quick else 3)
+    )
+    ours = measured.start + measured.wall(CLIENTS[1])
+    rows = [
+        *_shares("vLLM", measured),
+        Row(
+            f"vLLM, {count} requests, engine's start included",
+            f"{ours:.0f} s, vllm run-batch {batch:.0f} s",
+            "less",
+            ours < batch,
+        ),
+    ]
+    if bench.quick:
+        return rows
+    say("vLLM: memory")
+    mine, peer = real_engines.memory_of_long_input(server, folder)
+    title = f"peak memory, {real_engines.LONG_INPUT:,} requests, without the engine"
+    figure = f"{mine / _MB:.0f} MB, vllm run-batch with its API server {peer / _MB:.0f} MB"
+    return [*rows, Row(title, figure, "not more", mine <= peer)]
+
+
+def _clients(bench: Bench, server: real_engines.Server, folder: Path) -> real_engines.Measured:
+    rounds, count = (1, 128) if bench.quick else (5, 256)
+    return real_engines.measure(server, bench.peer, folder, rounds, count, say)
+
+
+def _shares(name: str, measured: real_engines.Measured) -> list[Row]:
+    rows = []
+    for client, how in zip(CLIENTS[1:], ("--concurrency", "adaptive"), strict=True):
+        share, rate, bare = (
+            measured.share(client), measured.rate(client), measured.rate(CLIENTS[0])
+        )  # fmt: skip
+        wanted = how != "adaptive"
+        rows.append(
+            Row(
+                f"{name}, {real_engines.SLOTS} in flight, {how}: share of a bare aiohttp client",
+                f"{share:.1%} ({rate:.0f} and {bare:.0f} tokens/s)",
+                ">= 97 %" if wanted else "",
+                share >= _SHARE if wanted else None,
+                "",
+                measured.llmflux,
+            )
+        )
+    return rows
+
+
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "occupancy": occupancy,
     "adaptive": adaptive,
@@ -355,4 +421,6 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "start": start,
     "help": cli,
     "memory": memory,
+    "llamacpp": llamacpp,
+    "vllm": vllm,
 }

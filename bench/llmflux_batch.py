@@ -1,4 +1,4 @@
-"""Run llmflux's BatchProcessor over a file, in a Python with llmflux: INPUT OUTPUT MODEL."""
+"""Run llmflux's BatchProcessor over a file, in a Python with llmflux: INPUT OUTPUT MODEL ENGINE."""
 
 import sys
 
@@ -6,10 +6,10 @@ from llmflux.core.config import ModelConfig
 from llmflux.processors.batch import BatchProcessor
 
 
-def main(source: str, output: str, model: str) -> None:
-    """Process a file with the engine at OLLAMA_HOST."""
-    processor = BatchProcessor(ModelConfig(name=model, engine="ollama"), batch_size=32)
-    processor.run(source, output, "ollama")
+def main(source: str, output: str, model: str, engine: str) -> None:
+    """Process a file with the engine at OLLAMA_HOST or VLLM_HOST."""
+    config = ModelConfig(name=model, hf_name=model, engine=engine)
+    BatchProcessor(config, batch_size=32).run(source, output, engine)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The worker's peers: a plain loop, and llmflux's BatchProcessor."""
+"""The worker's peers: a plain loop, and llmflux's BatchProcessor; and the bare client's Python."""
 
 from __future__ import annotations
 
@@ -21,28 +21,37 @@ def plain_loop(engine_url: str, source: Path, output: Path) -> Usage:
 
 
 class Llmflux:
-    """llmflux in its own virtual environment in the user's cache.
+    """llmflux and aiohttp in their own virtual environment in the user's cache.
 
     Attributes:
+        python: its interpreter.
         problem: why it is not available; empty if it is.
     """
 
     def __init__(self) -> None:
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         folder = Path(cache) / "aiflux-bench" / LLMFLUX.replace("==", "-")
-        self._python = folder / "bin" / "python"
+        self.python = folder / "bin" / "python"
         self.problem = "" if self._works() else self._install(folder)
 
     def run(self, engine_url: str, source: Path, output: Path) -> Usage:
         """Run its BatchProcessor over an input."""
+        return self._run("ollama", engine_url, source, output, MODEL)
+
+    def run_with_vllm(self, engine_url: str, source: Path, output: Path, model: str) -> Usage:
+        """Run it over an input as with its engine vLLM: without Ollama's interface."""
+        return self._run("vllm", engine_url, source, output, model)
+
+    def _run(self, engine: str, url: str, source: Path, output: Path, model: str) -> Usage:
         script = str(ROOT / "bench" / "llmflux_batch.py")
-        command = [str(self._python), script, str(source), str(output), MODEL]
-        environ = {"OLLAMA_HOST": engine_url, "TMPDIR": str(output.parent), "LOG_LEVEL": "WARNING"}
+        command = [str(self.python), script, str(source), str(output), model, engine]
+        environ = {f"{engine.upper()}_HOST": url, "LOG_LEVEL": "WARNING"}
+        environ["TMPDIR"] = str(output.parent)
         return run(command, limit=_LIMIT, environ=environ)
 
     def _works(self) -> bool:
         try:
-            command = [str(self._python), "-c", "import llmflux.processors"]
+            command = [str(self.python), "-c", "import aiohttp, llmflux.processors"]
             return (
                 subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
                 == 0
@@ -51,7 +60,7 @@ class Llmflux:
             return False
 
     def _install(self, folder: Path) -> str:
-        pip = [str(self._python), "-m", "pip", "install", "--quiet", LLMFLUX]
+        pip = [str(self.python), "-m", "pip", "install", "--quiet", LLMFLUX, "aiohttp"]
         for command in ([sys.executable, "-m", "venv", str(folder)], pip):
             try:
                 done = subprocess.run(

@@ -26,7 +26,20 @@ _START_LIMIT, _RUN_LIMIT = 600.0, 1800.0
 CLIENTS = ("bare client", "aiflux fixed", "aiflux adaptive")
 
 
-class Engine(Protocol):
+class Server(Protocol):
+    """A server to start."""
+
+    @property
+    def environ(self) -> Mapping[str, str]:
+        """Additional environment variables."""
+        ...
+
+    def command(self, port: int) -> list[str]:
+        """Return the server's command."""
+        ...
+
+
+class Engine(Server, Protocol):
     """An engine to measure."""
 
     @property
@@ -37,15 +50,6 @@ class Engine(Protocol):
     @property
     def served_name(self) -> str:
         """The model's name in requests."""
-        ...
-
-    @property
-    def environ(self) -> Mapping[str, str]:
-        """Additional environment variables."""
-        ...
-
-    def command(self, port: int) -> list[str]:
-        """Return the server's command."""
         ...
 
     def own_tool(
@@ -119,7 +123,7 @@ class Report:
 
 
 @contextmanager
-def serving(engine: Engine, log: Path) -> Iterator[str]:
+def serving(engine: Server, log: Path) -> Iterator[str]:
     """Run the engine's server, with its output in ``log``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -171,6 +175,9 @@ class Session:
     """Measures clients with a running engine.
 
     Every run has new prompts, so that no prompt cache helps the second client.
+
+    Attributes:
+        python: for the bare client, which needs aiohttp.
     """
 
     url: str
@@ -178,6 +185,7 @@ class Session:
     vocabulary: int
     folder: Path
     sampler: Sampler
+    python: str = sys.executable
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def measure(self, client: str, mix: Mix, in_flight: int, count: int) -> Figure:
@@ -186,25 +194,26 @@ class Session:
         Raises:
             RuntimeError: the client failed, or answers do not have the requested length.
         """
-        lengths = mix.lengths(count, self.rng)
         source, target = self.folder / "in.jsonl", self.folder / "out.jsonl"
-        self._write(source, mix, lengths)
+        wanted = self.write(source, mix, count)
         usage = run(self._command(client, source, target, in_flight), limit=_RUN_LIMIT)
         answered = output_tokens(target)
-        if answered != sum(lengths):
-            raise RuntimeError(f"{client}: {answered} tokens instead of {sum(lengths)}")
+        if answered != wanted:
+            raise RuntimeError(f"{client}: {answered} tokens instead of {wanted}")
         gpu = self.sampler.mean(usage.began, usage.wall)
         return Figure(client, str(mix), in_flight, count, answered, usage.wall, usage.cpu, gpu)
 
     def _command(self, client: str, source: Path, target: Path, in_flight: int) -> list[str]:
         if client == CLIENTS[0]:
             arguments = [self.url, str(source), str(target), str(in_flight)]
-            return [sys.executable, "-m", "bench.gpu.client", *arguments]
+            return [self.python, "-m", "bench.gpu.client", *arguments]
         files = ["--input", str(source), "--output", str(target), "--force"]
         fixed = ["--concurrency", str(in_flight)] if client == CLIENTS[1] else []
         return [sys.executable, "-m", "aiflux.cli", "run", *files, "--engine-url", self.url, *fixed]
 
-    def _write(self, path: Path, mix: Mix, lengths: Sequence[int]) -> None:
+    def write(self, path: Path, mix: Mix, count: int) -> int:
+        """Write requests with new prompts; return the tokens of all answers."""
+        lengths = mix.lengths(count, self.rng)
         with open(path, "w", encoding="utf-8") as file:
             for number, length in enumerate(lengths):
                 chosen = (self.rng.randrange(self.vocabulary) for _ in range(mix.prompt))
@@ -217,6 +226,7 @@ class Session:
                 }
                 line = {"custom_id": f"{number:07d}", "method": "POST"}
                 file.write(json.dumps(line | {"url": "/v1/chat/completions", "body": body}) + "\n")
+        return sum(lengths)
 
 
 def output_tokens(path: Path) -> int:

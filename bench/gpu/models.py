@@ -114,9 +114,11 @@ SHAPES = {
     "8b": Shape(layers=32, width=4096, heads=32, kv_heads=8, feed_forward=14336),
     "7b": Shape(32, width=4096, heads=32, kv_heads=8, feed_forward=14336, vocabulary=32768),
     "1b": Shape(16, width=2048, heads=32, kv_heads=8, feed_forward=8192, vocabulary=32768),
+    "135m": Shape(30, width=576, heads=9, kv_heads=3, feed_forward=1536, vocabulary=16384),
     "tiny": Shape(layers=2, width=256, heads=4, kv_heads=2, feed_forward=512, vocabulary=2048),
 }
-"""Llama 3 8B, Mistral 7B v0.3, Llama 3.2 1B with a smaller vocabulary, and one for tests."""
+"""Llama 3 8B, Mistral 7B v0.3, Llama 3.2 1B and SmolLM2 135M with smaller vocabularies, and one for
+tests."""
 
 
 def word(number: int) -> str:

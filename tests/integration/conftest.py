@@ -326,9 +326,12 @@ class Cluster:
             if fields["JobState"] in states:
                 return fields
             time.sleep(0.5)
-        pytest.fail(f"job {job} is {fields['JobState']}, not {states}, after {timeout} s")
+        shown = self.user.run("scontrol", "show", "job", job)
+        path = shown.partition("StdOut=")[2].partition("\n")[0]  # may contain spaces
+        log = self.user.run("tail", "-n", "60", path, code=None)
+        pytest.fail(f"job {job} after {timeout} s, waiting for {states}:\n{shown}\n{log}")
 
-    def end(self, job: str, timeout: float = 300) -> JobEnd:
+    def end(self, job: str, timeout: float = 600) -> JobEnd:
         fields = self.wait_for(job, *_FINAL, timeout=timeout)
         return JobEnd(fields["JobState"], int(fields["ExitCode"].split(":")[0]), fields)
 

@@ -48,7 +48,7 @@ def engine_of(
         environ=environ,
         say=lambda _: None,
     )
-    return kind.make_engine(spec, lambda url, ca=None: Client(url, 30.0, 8, ca=ca))
+    return kind.make_engine(spec, lambda url, ca=None: Client(url, 120.0, 8, ca=ca))
 
 
 class EngineSite(ABC):

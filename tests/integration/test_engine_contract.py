@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from aiflux.core.config.engine_kinds import KINDS
+from aiflux.engines.base import Engine
 from aiflux.engines.kinds import kind_named
 from aiflux.engines.llamacpp.model_file import find_files
 from aiflux.engines.ollama.store import model_digest
+from aiflux.engines.process import ServerProcess, engine_environment, free_port, loopback_url
+from aiflux.engines.vllm.hub import snapshot_digest
+from aiflux.errors import EngineError
 from aiflux.models.name import parse_model_name
 from tests.integration.conftest import MODEL
-from tests.tools.engine_contract import EngineContract, EngineSite, ProgramSite
+from tests.tools.engine_contract import (
+    EngineContract,
+    EngineSite,
+    ProgramSite,
+    command_of,
+    sessions,
+    until,
+)
+from tests.tools.make_tiny_snapshot import put_tiny
 
 
 class RealProgram(ProgramSite):
@@ -80,3 +95,116 @@ class TestCommand(EngineContract):
         made = LlamaServerByCommand(tmp_path, models, llama_server)
         yield made
         made.close()
+
+
+class RunningLlamaServer(RealProgram):
+    """The same llama-server at ``--engine-url``: somebody else starts it, late if it is held."""
+
+    kind = kind_named("external")
+    absent = "nobody/1b"
+
+    def __init__(self, folder: Path, models: Path, program: Path) -> None:
+        super().__init__(folder, models, program)
+        self.digest = None
+        self.port = free_port()
+        self.options["engine_url"] = loopback_url(self.port)
+        self.recover()
+
+    def recover(self) -> None:
+        """Start it, as somebody else would."""
+        command = [
+            str(self.program), "-m", str(find_files(self._models, MODEL).model), "--alias", MODEL,
+            "--host", "127.0.0.1", "--port", str(self.port), "-np", "2", "--no-webui", "--offline",
+        ]  # fmt: skip
+        environment = engine_environment(os.environ, self.folder, {})
+        self.server = ServerProcess(command, environment, self.folder / "log", loopback_url(0))
+        self.server.start()
+
+    def hold(self) -> None:
+        self.server.stop()
+        super().hold()
+        self.recover()
+
+    def close(self) -> None:
+        super().close()
+        self.server.stop()
+
+
+class TestExternal(EngineContract):
+    @pytest.fixture
+    def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
+        made = RunningLlamaServer(tmp_path, models, llama_server)
+        yield made
+        made.close()
+
+
+class RealVllm(ProgramSite):
+    """vLLM with the smallest model that it loads. A start takes half a minute, so cases share it.
+
+    The cache contains what vLLM finds out about an architecture, in a process of its own.
+    """
+
+    kind = kind_named("vllm")
+    slots = 2
+    patience = 300.0
+
+    def __init__(self, folder: Path, program: Path) -> None:
+        super().__init__(folder)
+        model = put_tiny(folder / "tiny")
+        self.model, self.digest = str(model), snapshot_digest(model)
+        self.absent = str(folder / "absent")
+        self.options["engine_env"] = {"VLLM_CACHE_ROOT": str(folder / "cache")}
+        self.options["context_length"] = 256
+        self.wrap([str(program)])
+
+    def running(self) -> Engine:
+        return next(filter(lambda engine: engine.is_ready(), self.made), None) or super().running()
+
+
+def spawned(server: int) -> list[int]:
+    """Return the processes that Python's multiprocessing started in a server's session."""
+    return [pid for pid in sessions().get(server, []) if b"spawn_main" in command_of(pid)]
+
+
+@pytest.fixture(scope="module")
+def shared_vllm(tmp_path_factory: pytest.TempPathFactory, vllm: Path) -> Iterator[RealVllm]:
+    made = RealVllm(tmp_path_factory.mktemp("vllm"), vllm)
+    yield made
+    made.close()
+
+
+class TestVllm(EngineContract):
+    @pytest.fixture
+    def site(self, shared_vllm: RealVllm) -> RealVllm:
+        return shared_vllm
+
+    def test_a_model_that_the_server_lacks_is_named(self, site: EngineSite) -> None:
+        """Before the start; a request for it is rejected."""
+        super().test_a_model_that_the_server_lacks_is_named(site)
+        body = {"model": site.absent, "messages": [{"role": "user", "content": "hi"}]}
+        answer = site.running().client.post("/v1/chat/completions", json.dumps(body).encode())
+        assert answer.status == 404
+
+    def test_a_stop_in_mid_start_leaves_no_server_behind(self, site: EngineSite) -> None:
+        """While its processes are starting."""
+        others = site.servers()
+        engine = site.make()
+        start = site.start(engine)
+        until(lambda: site.servers() > others)
+        (server,) = site.servers() - others
+        until(
+            lambda: any(b"spawn_main" in command_of(pid) for pid in sessions().get(server, [])), 300
+        )
+        engine.stop()
+        assert isinstance(start.ended(site.patience), EngineError)
+        assert not engine.is_ready()
+        until(lambda: site.servers() == others)
+
+
+SITES: tuple[type[EngineSite], ...] = (
+    RealOllama, RealLlamaServer, LlamaServerByCommand, RunningLlamaServer, RealVllm,
+)  # fmt: skip
+
+
+def test_every_kind_of_the_table_is_tested() -> None:
+    assert {site.kind.name for site in SITES} == KINDS.keys()

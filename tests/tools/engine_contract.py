@@ -75,6 +75,7 @@ class EngineSite(ABC):
         self.options: dict[str, Any] = {}
         self.environ = dict(os.environ)
         self.made: list[Engine] = []
+        self.starts: list[Start] = []
 
     @property
     @abstractmethod
@@ -111,11 +112,30 @@ class EngineSite(ABC):
         self.made.append(engine)
         return engine
 
+    def start(self, engine: Engine) -> Start:
+        """Start an engine in a thread of its own."""
+        start = Start(engine)
+        self.starts.append(start)
+        start.start()
+        return start
+
+    def running(self) -> Engine:
+        """Return an engine that is ready; a site may return the same one to several cases."""
+        engine = self.make()
+        engine.start()
+        return engine
+
+    def servers(self) -> set[int]:
+        """Return the servers with at least one process, by the ids of their sessions."""
+        return set()
+
     def close(self) -> None:
         """Stop every engine that was made."""
         self.release()
         for engine in self.made:
             engine.close()
+        for start in self.starts:
+            start.leave()
 
 
 class ProgramSite(EngineSite):
@@ -152,8 +172,11 @@ class ProgramSite(EngineSite):
             return []
         return [int(line) for line in self.pids.read_text(encoding="utf-8").split()]
 
+    def servers(self) -> set[int]:
+        return {*self.started()} & sessions().keys()
+
     def crash(self, index: int = 0) -> None:
-        living = sessions()
+        living = self.servers()
         os.kill([pid for pid in self.started() if pid in living][-1], signal.SIGKILL)
 
     def recover(self) -> None:
@@ -174,6 +197,14 @@ def sessions() -> dict[int, list[int]]:
     return found
 
 
+def command_of(pid: int) -> bytes:
+    """Return a process's command line, its words separated by zeros; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -188,116 +219,65 @@ def answers(engine: Engine, site: EngineSite) -> bool:
     return answer.status == 200 and "choices" in json.loads(answer.body)
 
 
-def assert_none_left(site: EngineSite) -> None:
-    """Wait until no process of a session that was started is left."""
-    if isinstance(site, ProgramSite):
-        until(lambda: not {*site.started()} & sessions().keys())
-
-
 def engine_name(site: EngineSite) -> str:
     return site.kind.served_name(site.model)
 
 
 class Start(threading.Thread):
-    """A start in a thread of its own, as the supervisor's."""
+    """A start in a thread of its own, as the supervisor's.
+
+    The thread lives on: the kernel ends a server together with the thread that started it.
+    """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(daemon=True)
         self.engine = engine
         self.error: BaseException | None = None
-        self.keep = threading.Event()
+        self._over = threading.Event()
+        self._left = threading.Event()
 
     def run(self) -> None:
         try:
             self.engine.start()
         except BaseException as error:  # noqa: BLE001 - the test looks at it
             self.error = error
+        self._over.set()
+        self._left.wait()
+
+    def lasts(self, seconds: float) -> bool:
+        """Return whether the start takes longer than that."""
+        return not self._over.wait(seconds)
 
     def ended(self, seconds: float) -> BaseException | None:
-        self.join(seconds)
-        assert not self.is_alive(), "the start did not end"
+        """Wait until the start ends, and return its error."""
+        assert self._over.wait(seconds), "the start did not end"
         return self.error
+
+    def leave(self) -> None:
+        """End the thread."""
+        self._left.set()
+        self.join()
 
 
 class EngineContract:
-    """The cases."""
+    """The cases. Those that need a running engine may share one, so the last of them closes it."""
+
+    def test_a_server_that_is_not_ready_is_waited_for(self, site: EngineSite) -> None:
+        site.hold()
+        engine = site.make()
+        start = site.start(engine)
+        assert start.lasts(0.4), "it did not wait"
+        site.release()
+        assert start.ended(site.patience) is None
+        assert engine.is_ready()
 
     def test_a_started_engine_answers(self, site: EngineSite) -> None:
-        engine = site.make()
-        engine.start()
+        engine = site.running()
         assert engine.is_alive()
         assert engine.is_ready()
         assert answers(engine, site)
         assert engine.facts.index == 0
         assert str(engine.index) in engine.describe() or "http" in engine.describe()
-
-    def test_a_server_that_is_not_ready_is_waited_for(self, site: EngineSite) -> None:
-        site.hold()
-        start = Start(site.make())
-        start.start()
-        start.join(0.4)
-        assert start.is_alive(), "it did not wait"
-        site.release()
-        # The kernel ends a server with the thread that started it, so only this is certain.
-        assert start.ended(site.patience) is None
-
-    def test_a_crash_is_noticed_and_a_start_brings_it_back(self, site: EngineSite) -> None:
-        engine = site.make()
-        engine.start()
-        before = engine.model_digest()
-        site.crash()
-        until(lambda: not engine.is_ready())
-        assert not engine.is_alive()
-        with pytest.raises(ExchangeError):
-            answers(engine, site)
-        site.recover()
-        engine.start()
-        assert engine.is_alive()
-        assert answers(engine, site)
-        assert engine.model_digest() == before
-
-    def test_a_stop_in_mid_start_leaves_no_server_behind(self, site: EngineSite) -> None:
-        site.hold()
-        engine = site.make()
-        start = Start(engine)
-        start.start()
-        if isinstance(site, ProgramSite):
-            until(lambda: bool(site.started()))
-        engine.stop()
-        if not site.kind.managed:  # a server that AI-Flux did not start keeps running
-            site.release()
-            assert start.ended(site.patience) is None
-            return
-        assert isinstance(start.ended(site.patience), EngineError)
-        assert not engine.is_ready()
-
-    @pytest.mark.parametrize("held", [True, False])
-    def test_close_from_another_thread_ends_a_start_or_the_server(
-        self, site: EngineSite, held: bool
-    ) -> None:
-        engine = site.make()
-        if held:
-            site.hold()
-            start = Start(engine)
-            start.start()
-            start.join(0.2)
-            engine.close()
-            assert isinstance(start.ended(site.patience), EngineError)
-        else:
-            engine.start()
-            closing = threading.Thread(target=engine.close)
-            closing.start()
-            closing.join(site.patience)
-            assert not closing.is_alive()
-        assert_none_left(site)
-
-    def test_no_engine_starts_after_its_end(self, site: EngineSite) -> None:
-        engine = site.make()
-        engine.close()
-        if site.kind.managed:
-            with pytest.raises(EngineError):
-                engine.start()
-        assert_none_left(site)
 
     def test_a_model_that_the_server_lacks_is_named(self, site: EngineSite) -> None:
         error: EngineError | None
@@ -313,26 +293,81 @@ class EngineContract:
         assert site.absent in error.message
 
     def test_the_digest_is_that_of_the_model(self, site: EngineSite) -> None:
-        engine = site.make()
-        engine.start()
+        engine = site.running()
         assert engine.model_digest() == site.digest
         assert engine.ran(engine_name(site), engine_name(site)) == engine_name(site)
         assert engine.was_truncated(3) is False
 
     def test_its_slots_say_how_many_requests_to_send(self, site: EngineSite) -> None:
-        engine = site.make()
-        engine.start()
+        engine = site.running()
         expected = None if site.slots is None else in_flight(site.slots)
         assert engine.max_in_flight() == expected
         assert engine.facts.slots == site.slots
 
+    def test_a_crash_is_noticed_and_a_start_brings_it_back(self, site: EngineSite) -> None:
+        engine = site.running()
+        before = engine.model_digest()
+        site.crash()
+        until(lambda: not engine.is_ready())
+        assert not engine.is_alive()
+        with pytest.raises(ExchangeError):
+            answers(engine, site)
+        site.recover()
+        engine.start()
+        assert engine.is_alive()
+        assert answers(engine, site)
+        assert engine.model_digest() == before
+
+    def test_a_stop_in_mid_start_leaves_no_server_behind(self, site: EngineSite) -> None:
+        others = site.servers()
+        site.hold()
+        engine = site.make()
+        start = site.start(engine)
+        if site.kind.managed:
+            until(lambda: site.servers() > others)
+        engine.stop()
+        if not site.kind.managed:  # a server that AI-Flux did not start keeps running
+            site.release()
+            assert start.ended(site.patience) is None
+            return
+        assert isinstance(start.ended(site.patience), EngineError)
+        assert not engine.is_ready()
+        until(lambda: site.servers() == others)
+
+    def test_close_from_another_thread_ends_a_start(self, site: EngineSite) -> None:
+        others = site.servers()
+        engine = site.make()
+        site.hold()
+        start = site.start(engine)
+        assert start.lasts(0.2)
+        engine.close()
+        assert isinstance(start.ended(site.patience), EngineError)
+        until(lambda: site.servers() == others)
+        site.release()
+
+    def test_no_engine_starts_after_its_end(self, site: EngineSite) -> None:
+        others = site.servers()
+        engine = site.make()
+        engine.close()
+        if site.kind.managed:
+            with pytest.raises(EngineError):
+                engine.start()
+        until(lambda: site.servers() == others)
+
     def test_two_engines_are_apart(self, site: EngineSite) -> None:
         if not site.kind.managed:
             return  # there is one server
-        one, two = site.make(), site.make(index=1)
-        one.start()
+        one, two = site.running(), site.make(index=1)
         two.start()
         assert one.client.base_url != two.client.base_url
         one.stop()
         assert not one.is_ready()
         assert answers(two, site)
+
+    def test_close_from_another_thread_ends_the_server(self, site: EngineSite) -> None:
+        engine = site.running()
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        closing.join(site.patience)
+        assert not closing.is_alive()
+        until(lambda: not site.servers())

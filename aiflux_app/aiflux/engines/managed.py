@@ -12,7 +12,8 @@ from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.http import Client
 from aiflux.engines.process import ServerEndedError, ServerProcess, engine_program
 from aiflux.engines.server_load import get
-from aiflux.engines.server_options import given_options, refused_option
+from aiflux.engines.server_log import refused_option
+from aiflux.engines.server_options import given_options
 from aiflux.engines.sizing import context_length, engine_slots, in_flight
 from aiflux.errors import EngineError, ModelError, RejectedError
 
@@ -197,6 +198,7 @@ class ManagedEngine:
                         f"see its log: {self.spec.log}; or allow more time: --load-timeout SECONDS",
                     )
             self._refuse_other_server(server)
+            server.note_shared_memory()
         except BaseException as error:
             client.close()
             self.stop()

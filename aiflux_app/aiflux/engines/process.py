@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from typing import BinaryIO
 
 from aiflux.engines.base import EngineKind
 from aiflux.engines.gpus import CUDA, DEVICE_VARIABLES, ROCR
+from aiflux.engines.server_log import KILLED, Cause, find_cause
 from aiflux.errors import EngineError
 from aiflux.util.streams import FULL
 
@@ -52,6 +54,9 @@ _KEPT = (
 )
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LOG_TAIL = 2000
+_LOG_SEARCHED = 256 * 1024  # in vLLM's log, tracebacks of all processes follow the cause
+# Shared memory and semaphores as Python's multiprocessing, PyTorch and NCCL name them.
+_SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|torch_|nccl-)")  # noqa: S108 - read, not made
 _STOPPED = "the engine was stopped during its start"
 
 
@@ -160,6 +165,7 @@ class ServerProcess:
         self._log_start = 0
         self._stopped = False
         self._lock = threading.Lock()
+        self._shared: set[_Segment] = set()
         self.url = url or ""
 
     @property
@@ -241,6 +247,7 @@ class ServerProcess:
         # A child of a child that has ended cannot be found later if it has another session and
         # another environment.
         members = {*self._members()}
+        self.note_shared_memory()
         if not again:
             _signal(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -248,7 +255,18 @@ class ServerProcess:
         _signal(process.pid, signal.SIGKILL)
         process.wait()
         _kill(members | {*self._members()})
+        for segment in self._shared:
+            segment.remove()
         self._process = None
+
+    def note_shared_memory(self) -> None:
+        """Note the files in /dev/shm that its processes use, so that ``stop`` can remove them.
+
+        A process that is killed leaves its own there, which occupy the node's memory. Python's
+        resource tracker would remove them, but it is one of the processes that ``stop`` kills.
+        """
+        for each in self._members():
+            self._shared.update(_segments_of(each.pid))
 
     def _members(self) -> list[_Member]:
         """Return the server's processes, its leader first.
@@ -274,11 +292,11 @@ class ServerProcess:
                 waiting += children.get(each.pid, [])
         return [*found]
 
-    def log_tail(self) -> str:
-        """Return the end of the log since the start."""
+    def log_tail(self, size: int = _LOG_TAIL) -> str:
+        """Return the end of the log since the start, of at most ``size`` bytes."""
         try:
             with open(self.log, "rb") as log:
-                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _LOG_TAIL))
+                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - size))
                 return log.read().decode("utf-8", "replace").strip()
         except OSError:
             return ""
@@ -297,11 +315,14 @@ class ServerProcess:
             ) from error
 
     def _ended(self, status: int) -> ServerEndedError:
-        tail = self.log_tail()
+        log = self.log_tail(_LOG_SEARCHED)
+        end = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        cause = find_cause(log) or Cause(self.log_tail(), "")
+        remedy = cause.remedy or (KILLED if status == -signal.SIGKILL else "")
         return ServerEndedError(
-            f"{self._name} exited with status {status} during its start:\n{tail}",
-            f"see its log: {self.log}",
-            tail,
+            f"{self._name} {end} during its start:\n{cause.line}",
+            f"{remedy}; its log is {self.log}" if remedy else f"see its log: {self.log}",
+            log,
         )
 
     def _await_port(self, process: subprocess.Popen[bytes]) -> int:
@@ -386,6 +407,34 @@ class _Member:
         """Whether it still runs."""
         found = _process(self.pid)
         return found is not None and (found.started, found.zombie) == (self.started, False)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A file of shared memory; ``inode`` distinguishes it from a later one of the same name."""
+
+    path: str
+    inode: int
+
+    def remove(self) -> None:
+        """Remove it, unless that was done, or it is another user's."""
+        with suppress(OSError):
+            if os.lstat(self.path).st_ino == self.inode:
+                os.unlink(self.path)
+
+
+def _segments_of(pid: int) -> Iterator[_Segment]:
+    """Yield the files of shared memory that a process has mapped.
+
+    Source: proc(5): a line of /proc/PID/maps has the inode in field 5 and the path in field 6.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return  # the process has ended
+    for fields in (line.split(maxsplit=5) for line in lines):
+        if len(fields) == 6 and _SHARED_MEMORY.match(fields[5]):
+            yield _Segment(fields[5], int(fields[4]))
 
 
 def _kill(processes: Iterable[_Member]) -> None:

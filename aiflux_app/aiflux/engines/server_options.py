@@ -1,4 +1,4 @@
-"""Options that a run passes to its engine's server, and the server's words about a wrong one."""
+"""Options that a run passes to its engine's server, and those that AI-Flux sets itself."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ from aiflux.util.text import named_options
 _LOOPBACK = "leave it out: the server listens on loopback, for AI-Flux only"
 SERVER_SETTINGS = ("engine_arg", "lora", "tool_parser", "reasoning_parser")
 """Settings of a run that reach the command line of the server."""
-# Lines with which servers refuse their command line: those of argparse, of vLLM
-# (vllm/entrypoints/launchers/launcher.py) and of llama.cpp (common/arg.cpp).
-_REFUSAL = re.compile(
-    r"(?:unrecognized arguments: |error: argument |error: ambiguous option: "
-    r"|invalid (?:tool call|reasoning) parser: |error: invalid argument: "
-    r"|error while handling argument ).*"
-)
 NETWORK = _LOOPBACK
 """Remedy for options about the server's address and access to it."""
 
@@ -78,12 +71,6 @@ def refuse_unsupported(title: str, options: RunOptions, remedies: Mapping[str, s
     for name, remedy in remedies.items():
         if getattr(options, name):
             raise ConfigError(f"{title} does not support --{name.replace('_', '-')}", remedy)
-
-
-def refused_option(log: str) -> str | None:
-    """Return the line of a server's log that refuses its command line; None without one."""
-    found = [match[0] for match in map(_REFUSAL.search, log.splitlines()) if match]
-    return found[-1].removeprefix("error: ") if found else None
 
 
 def given_options(options: RunOptions) -> str:

@@ -109,6 +109,50 @@ def test_a_stop_ends_every_process_that_a_server_started(
     assert not [pid for pid in sleepers if is_running(pid)]
 
 
+SHARING = """
+import subprocess, sys, time
+from multiprocessing.shared_memory import SharedMemory
+if len(sys.argv) == 1:
+    shared = SharedMemory(create=True, size=4096)
+    print(shared.name, flush=True)
+    subprocess.Popen([sys.executable, *sys.orig_argv[1:], shared.name])
+else:
+    shared = SharedMemory(sys.argv[1])
+    print("mapped", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("killed", ["the server", "all", "none"])
+def test_a_stop_removes_the_shared_memory_of_killed_processes(tmp_path: Path, killed: str) -> None:
+    """As vLLM's processes have it."""
+    environment = engine_environment({"PATH": "/usr/bin:/bin"}, tmp_path, {})
+    command = [sys.executable, "-c", SHARING]
+    server = ServerProcess(command, environment, tmp_path / "log", url="http://127.0.0.1:1")
+    server.start()
+    assert server.pid is not None
+    deadline = time.monotonic() + 20
+    while "mapped" not in server.log_tail() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    file = Path("/dev/shm") / server.log_tail().split()[0]  # noqa: S108
+    assert file.exists()
+    if killed == "all":
+        server.note_shared_memory()
+        os.killpg(server.pid, signal.SIGKILL)
+    elif killed == "the server":
+        os.kill(server.pid, signal.SIGKILL)
+    server.stop()
+    assert not file.exists()
+
+
+def test_a_server_that_is_killed_during_its_start_may_lack_memory(tmp_path: Path) -> None:
+    server = ServerProcess(["sh", "-c", "echo loading; kill -9 $$"], {}, tmp_path / "log")
+    ended = r"was killed by signal 9 during its start:\nloading"
+    with pytest.raises(EngineError, match=ended) as caught:
+        server.start()
+    assert "--mem" in str(caught.value.remedy)
+
+
 def until_there(home: Path) -> list[int]:
     """Return the processes ``sleep`` of a home, as soon as there are any."""
     deadline = time.monotonic() + 10

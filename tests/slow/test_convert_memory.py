@@ -108,7 +108,7 @@ def test_an_unclosed_quote_in_a_large_file(tmp_path: Path) -> None:
     with open(source, "w", encoding="utf-8") as file:
         file.write('text\n"')
         file.writelines("x" * 999 + "\n" for _ in range(SIZE // 1000))
-    code = "from aiflux.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    code = "from aiflux.cli.main import main; import sys; sys.exit(main(sys.argv[1:]))"
     words = ["convert", "csv", "--input", source, "--template", "{text}", "--output", "q.jsonl"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words],

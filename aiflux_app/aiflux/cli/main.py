@@ -1,15 +1,11 @@
-"""``aiflux``: the commands, signals, and how errors become messages and exit codes."""
+"""``aiflux``: the commands, and how errors become messages and exit codes."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aiflux import __version__
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
 
     from aiflux.cli.parser import LazyGroup, Session
 
-# Slow imports are in the functions that need them: `main` first handles signals.
+# Slow imports are in the functions that need them: `aiflux --help` is quick.
 
 _EXAMPLES = (
     "aiflux run prompts.jsonl --model llama3.2:3b --output results.json",
@@ -121,15 +117,8 @@ def make_program() -> LazyGroup:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    # Outermost, because a signal can arrive as soon as its handler is installed.
-    try:
-        with unwinding(), open_streams() as stdout:
-            return _main(sys.argv[1:] if argv is None else argv, stdout)
-    except KeyboardInterrupt as signal:
-        if os.environ.get("_AIFLUX_COMPLETE"):  # Ctrl-C while the shell completes
-            return int(ExitCode.STOPPED)
-        print(f"stopped by {str(signal) or 'Ctrl-C'} before the end", file=sys.stderr)
-        return int(ExitCode.STOPPED)
+    with open_streams() as stdout:
+        return _main(sys.argv[1:] if argv is None else argv, stdout)
 
 
 def _main(words: Sequence[str], stdout: Outlet) -> int:
@@ -206,27 +195,3 @@ def _run(words: Sequence[str], session: Session, stdout: Outlet) -> int:
 
         raise usage_error(error, program, words) from None
     return code
-
-
-@contextmanager
-def unwinding() -> Iterator[None]:
-    """Raise KeyboardInterrupt with the signal's name on SIGTERM and SIGHUP.
-
-    Under nohup SIGHUP stays ignored. In a thread, signals are left to the caller.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, _unwind) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _unwind(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from aiflux.errors import StoppedError
+from aiflux.util.signals import raised_again
 
 # At a job's end, the same signal can arrive more than once: from Slurm for the whole job, and
 # forwarded by the batch script and the container runtime.
@@ -62,7 +63,8 @@ class Stopper:
         try:
             if self.stopping and not self.time_is_up:
                 raise self._stopped()
-            yield
+            with raised_again(StoppedError):
+                yield
         finally:
             self._raises = False
 

@@ -260,7 +260,7 @@ def test_show_fits_a_terminal_of_80_columns(folder: Path) -> None:
         "AIFLUX_MODELS_DIR": "/a/very/long" * 10,
     }  # fmt: skip
     shown = in_terminal(
-        [sys.executable, "-c", "from aiflux.cli import main; main()", "config", "show"],
+        [sys.executable, "-m", "aiflux.cli", "config", "show"],
         folder,
         environ,
     )

@@ -23,7 +23,7 @@ from aiflux.util.files import atomic_write
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.converters.test_converters import prompts, requests_in, write
 
-AIFLUX = [sys.executable, "-c", "import sys; from aiflux.cli import main; sys.exit(main())"]
+AIFLUX = [sys.executable, "-m", "aiflux.cli"]
 
 
 @pytest.fixture(autouse=True)

@@ -283,7 +283,7 @@ def test_the_end_of_a_log_is_found_in_any_size(
 
 
 def aiflux(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    program = "import sys; from aiflux.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from aiflux.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -130,6 +131,91 @@ def test_ctrl_c_before_anything_runs_is_reported(engine: FaultyEngine, tmp_path:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == ExitCode.STOPPED, errors
     assert errors == "stopped by Ctrl-C before the end\n"
+
+
+AT_AN_IMPORT = """
+import os, sys, weakref
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            {send}
+
+sys.meta_path.insert(0, Finder())
+"""
+SEND = "os.kill(os.getpid(), {})"
+DROPPED = "weakref.ref(Finder(), lambda _: os.kill(os.getpid(), {}))"
+"""Python drops what a callback of a weak reference raises; each import has such a callback."""
+
+
+def at_an_import(
+    folder: Path, module: str, number: int, send: str, *program: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that gets a signal when it imports a module."""
+    code = AT_AN_IMPORT.format(module=module, send=send.format(int(number)))
+    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", *program], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("send", [SEND, DROPPED], ids=["raised", "dropped"])
+@pytest.mark.parametrize(
+    ("module", "number", "words"),
+    [
+        ("aiflux.errors", signal.SIGINT, "stopped by Ctrl-C before the end\n"),
+        ("click", signal.SIGINT, "stopped by Ctrl-C before the end\n"),
+        ("aiflux.cli.commands.jobs", signal.SIGINT, "stopped by Ctrl-C before the end\n"),
+        ("aiflux.core.runs.registry", signal.SIGTERM, "stopped by SIGTERM before the end\n"),
+    ],
+)
+def test_a_signal_during_any_import_of_a_command_is_a_stop(
+    module: str, number: int, words: str, send: str, tmp_path: Path
+) -> None:
+    done = at_an_import(tmp_path, module, number, send, "aiflux.cli", "jobs")
+    assert (done.returncode, done.stderr) == (ExitCode.STOPPED, words)
+
+
+def test_ctrl_c_before_the_first_import_of_a_command_is_a_stop(tmp_path: Path) -> None:
+    done = at_an_import(tmp_path, "aiflux.util.signals", signal.SIGINT, SEND, "aiflux.cli", "jobs")
+    assert (done.returncode, done.stderr) == (5, "stopped by Ctrl-C before the end\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["aiflux.worker.stop", "aiflux.worker.main", "requests"])
+def test_a_signal_during_any_import_of_the_worker_is_a_stop(
+    module: str, number: int, engine: FaultyEngine, tmp_path: Path
+) -> None:
+    Working(tmp_path, engine.url).prompts("hang")
+    words = ["aiflux.worker", "in.jsonl", "out.json", "--engine-url", engine.url]
+    done = at_an_import(tmp_path, module, number, SEND, *words)
+    if (module, number) == ("aiflux.worker.stop", signal.SIGTERM):
+        assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")  # the default
+    else:
+        assert done.returncode == ExitCode.STOPPED, done.stderr
+        assert done.stderr.count("stopped (signal ") == 1
+        assert "Traceback" not in done.stderr
+    assert not engine.bodies
+
+
+class Dropping:
+    """An object that can be weakly referenced."""
+
+
+def test_a_stop_that_python_dropped_is_raised_again(stopper: Stopper) -> None:
+    before = signal.getsignal(signal.SIGALRM), sys.unraisablehook
+
+    def work() -> None:
+        with stopper.raising():
+            weakref.ref(Dropping(), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            assert stopper.stopping
+            time.sleep(20)
+
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        work()
+    assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == before
 
 
 INTERRUPT = """

@@ -21,7 +21,7 @@ import yaml
 
 from aiflux.errors import ConfigError
 from aiflux.models.endpoints import ENDPOINTS
-from aiflux.models.figures import Architecture, Figures, Vision
+from aiflux.models.figures import FIXED, FULL, NONE, SLIDING, Architecture, Figures, Vision
 from aiflux.models.name import HUB_PREFIX, is_hub_name, parse_model_name, split_hub_name
 from aiflux.util import value_parsers
 from aiflux.util.text import nearest, suggestion
@@ -56,12 +56,7 @@ HUB_FORMATS = {"BF16": 2.0, "F16": 2.0, "F32": 2.0, "FP8": 1.0, "MXFP4": 0.53125
 _HALF = 2
 ENGINES = ("ollama", "llamacpp", "vllm")
 # Of each letter of ``layer_pattern``, the type of the layer in Hugging Face's ``config.json``.
-_LAYER_TYPES = {
-    "f": "full_attention",
-    "s": "sliding_attention",
-    "l": "linear_attention",
-    "-": "mlp",
-}
+_LAYER_TYPES = {"f": FULL, "s": SLIDING, "l": FIXED, "-": NONE}
 
 
 @dataclass(frozen=True)
@@ -366,17 +361,16 @@ _KEYS = {
 _SHAPE_KEYS = {
     "name", "layers", "embedding", "heads", "kv_heads", "head_size", "value_size", "feed_forward",
     "vocabulary", "tied", "experts", "experts_used", "sliding_window", "cross_layers",
-    "layer_pattern",
+    "layer_pattern", "full_kv_heads", "full_head_size",
 }  # fmt: skip
 _VISION_KEYS = {"image", "patch", "heads", "embedding", "channels", "max_pixels"}
 
 
 def _model(name: str, entry: Mapping[str, Any], path: Path) -> CatalogModel:
     values = _Values(entry, f"{path}: {name}")
-    shape = _Values(
-        _mapping(values.need("architecture"), f"{path}: {name}: architecture", _SHAPE_KEYS),
-        f"{path}: {name}: architecture",
-    )
+    given = {} if is_hub_name(name) and "architecture" not in entry else values.need("architecture")
+    place = f"{path}: {name}: architecture"
+    shape = _Values(_mapping(given, place, _SHAPE_KEYS), place)
     context = values.whole("context")
     endpoints = values.words("endpoints", tuple(ENDPOINTS), tuple(ENDPOINTS))
     vision, quantisation = values.flag("vision"), values.text("quantisation", "unknown")
@@ -393,7 +387,9 @@ def _model(name: str, entry: Mapping[str, Any], path: Path) -> CatalogModel:
         context=context,
         endpoints=endpoints,
         licence=values.text("licence", "unknown"),
-        architecture=_shape(shape, context, embeds=not _generates(endpoints)),
+        architecture=_shape(shape, context, embeds=not _generates(endpoints))
+        if given
+        else Architecture("unknown", 1, 0, 0, 0, 0, 0, 0, context),
         place=path,
         projector_size=projector,
         vision=vision,
@@ -459,6 +455,8 @@ def _shape(values: _Values, context: int, *, embeds: bool) -> Architecture:
         experts_used=values.whole("experts_used", 0),
         cross_layers=values.numbers("cross_layers"),
         layer_types=values.pattern("layer_pattern", layers),
+        full_kv_heads=values.whole("full_kv_heads", 0),
+        full_head_size=values.whole("full_head_size", 0),
         embeds=embeds,
     )
 

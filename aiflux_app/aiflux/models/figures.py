@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aiflux.errors import ModelError
@@ -17,6 +18,13 @@ FILE_TYPES = {
 }  # fmt: skip
 
 
+FULL, SLIDING, FIXED, NONE = "full_attention", "sliding_attention", "linear_attention", "mlp"
+"""Types of layers, as in Hugging Face's ``config.json``."""
+_WINDOWED = ("sliding", "chunked")
+# Layers with a state of fixed size, and without one: nothing is cached for each token.
+_UNCACHED = ("linear_attention", "mamba", "recurrent", "conv", "mlp", "moe")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model's shape, from its config or GGUF header.
@@ -28,7 +36,9 @@ class Architecture:
         context: tokens of the training context; 0 if unknown.
         sliding_window: tokens in the window of a sliding layer; 0 if there are none.
         cross_layers: layers that only process the image (llama3.2-vision).
-        layer_types: of each layer, as in Hugging Face's ``config.json``; empty if all are alike.
+        layer_types: of each layer, as in Hugging Face's ``config.json``; empty if all are alike. A
+            layer that uses the cache of another one has the type "mlp".
+        full_kv_heads, full_head_size: of layers without a window, if they differ from the others.
         embeds: the model only creates embeddings.
     """
 
@@ -47,7 +57,21 @@ class Architecture:
     experts_used: int = 0
     cross_layers: tuple[int, ...] = ()
     layer_types: tuple[str, ...] = ()
+    full_kv_heads: int = 0
+    full_head_size: int = 0
     embeds: bool = False
+
+    def has_window(self, layer: int) -> bool:
+        """Return whether the type of a layer says that it only looks back a window."""
+        return bool(self.layer_types) and any(word in self.layer_types[layer] for word in _WINDOWED)
+
+    def cached_values(self, layer: int) -> int:
+        """Return how many values a token adds to the cache of a layer."""
+        if self.layer_types and any(word in self.layer_types[layer] for word in _UNCACHED):
+            return 0
+        if self.full_head_size and not self.has_window(layer):
+            return 2 * self.full_head_size * (self.full_kv_heads or self.kv_heads)
+        return (self.key_size + self.value_size) * self.kv_heads
 
     @property
     def expert_parameters(self) -> int:
@@ -127,6 +151,9 @@ def shape_of(header: GgufHeader) -> Architecture:
             "it is not a language model, or uses another convention",
         )
     head = embedding // max(heads, 1)
+    kinds = _layer_types(header, layers)
+    key = header.number("attention.key_length", head)
+    small = header.number("attention.key_length_swa", key)  # key_length is that of full layers
     cross = header.metadata.get(f"{header.architecture}.attention.cross_attention_layers")
     return Architecture(
         name=header.architecture,
@@ -134,8 +161,10 @@ def shape_of(header: GgufHeader) -> Architecture:
         embedding=embedding,
         heads=heads,
         kv_heads=header.number("attention.head_count_kv", 1),
-        key_size=header.number("attention.key_length", head),
-        value_size=header.number("attention.value_length", head),
+        key_size=small,
+        value_size=header.number(
+            "attention.value_length_swa", header.number("attention.value_length", head)
+        ),
         vocabulary=_vocabulary(header),
         context=header.number("context_length"),
         feed_forward=header.number("feed_forward_length"),
@@ -143,9 +172,48 @@ def shape_of(header: GgufHeader) -> Architecture:
         experts=header.number("expert_count"),
         experts_used=header.number("expert_used_count"),
         cross_layers=tuple(cross) if isinstance(cross, list) else (),
+        layer_types=kinds,
+        full_kv_heads=_full_kv_heads(header, kinds) if small != key else 0,
+        full_head_size=key if small != key else 0,
         # Ollama's own criterion (server/images.go, ggufCapabilities).
         embeds=f"{header.architecture}.pooling_type" in header.metadata,
     )
+
+
+def _layer_types(header: GgufHeader, layers: int) -> tuple[str, ...]:
+    """Return the type of each layer; empty if they are alike, or of an architecture without types.
+
+    Source of the keys: llama.cpp, gguf-py/gguf/constants.py.
+    """
+    heads = _per_layer(header, "attention.head_count_kv")
+    windows = _per_layer(header, "attention.sliding_window_pattern")
+    fixed = _per_layer(header, "attention.recurrent_layers")
+    every, shared = (
+        header.number(key) for key in ("full_attention_interval", "attention.shared_kv_layers")
+    )
+
+    def kind(layer: int) -> str:
+        if layer >= layers - shared:
+            return NONE
+        if fixed.get(layer, every and (layer + 1) % every) or heads.get(layer, 1) == 0:
+            return FIXED
+        return SLIDING if windows.get(layer) else FULL
+
+    kinds = tuple(kind(layer) for layer in range(layers))
+    return () if {*kinds} == {FULL} else kinds
+
+
+def _full_kv_heads(header: GgufHeader, kinds: Sequence[str]) -> int:
+    heads = _per_layer(header, "attention.head_count_kv")
+    return next((int(heads.get(at, 0)) for at, kind in enumerate(kinds) if kind == FULL), 0)
+
+
+def _per_layer(header: GgufHeader, key: str) -> dict[int, float]:
+    """Return the values of an array with one item for each layer, by layer."""
+    values = header.metadata.get(f"{header.architecture}.{key}")
+    if not isinstance(values, list):
+        return {}
+    return {at: each for at, each in enumerate(values) if isinstance(each, int | float)}
 
 
 def _vocabulary(header: GgufHeader) -> int:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aiflux.core.config.settings import RunOptions
 from aiflux.engines.ollama.kind import KIND
-from aiflux.engines.ollama.memory import estimate, has_one_slot
+from aiflux.engines.ollama.memory import estimate, has_one_slot, layer_caches
 from aiflux.engines.ollama.store import known_figures, stored_model
 from aiflux.engines.sizing import gpus_needed
 from aiflux.errors import ModelError
 from aiflux.models.catalog import read_catalog
-from aiflux.models.figures import Architecture, Figures, figures_of
-from aiflux.models.gguf import read_gguf
+from aiflux.models.figures import Architecture, Figures, figures_of, shape_of
+from aiflux.models.gguf import GgufHeader, read_gguf
 from aiflux.models.name import parse_model_name
 from tests.tools import make_tiny_gguf
 from tests.tools.make_sparse_gguf import install, write_sparse
@@ -138,6 +139,44 @@ def test_the_header_of_a_real_file(tmp_path: Path) -> None:
     assert shape.vocabulary == len(make_tiny_gguf.TOKENS)
     assert header.data_start + header.data_size == path.stat().st_size
     assert header.parameters * 4 == header.data_size
+
+
+BASE = {"block_count": 6, "embedding_length": 64, "attention.head_count": 8,
+        "attention.key_length": 32, "attention.value_length": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "values"),
+    [
+        ("qwen3", {"attention.head_count_kv": 2}, [128] * 6),
+        ("qwen35", {"attention.head_count_kv": 2, "full_attention_interval": 3},
+         [0, 0, 128, 0, 0, 128]),
+        ("qwen35", {"attention.head_count_kv": 2,
+                    "attention.recurrent_layers": [True, False] * 3}, [0, 128] * 3),
+        ("granitehybrid", {"attention.head_count_kv": [0, 0, 4, 0, 0, 4]},
+         [0, 0, 256, 0, 0, 256]),
+        ("gemma4", {"attention.head_count_kv": [4, 4, 2] * 2, "attention.key_length": 64,
+                    "attention.value_length": 64, "attention.key_length_swa": 32,
+                    "attention.value_length_swa": 32, "attention.sliding_window": 16,
+                    "attention.sliding_window_pattern": [True, True, False] * 2},
+         [256] * 6),
+        ("gemma4", {"attention.head_count_kv": 2, "attention.shared_kv_layers": 4},
+         [128, 128, 0, 0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_a_token_is_cached_only_in_layers_that_look_back(
+    name: str, metadata: dict[str, Any], values: list[int]
+) -> None:
+    keys = {f"{name}.{key}": value for key, value in {**BASE, **metadata}.items()}
+    shape = shape_of(GgufHeader({"general.architecture": name, **keys}, {}, 0, 0))
+    assert [shape.cached_values(layer) for layer in range(6)] == values
+    total = [each * 4096 for each in values]
+    assert sum(layer_caches(shape, 4096, 1, 512, flash=True)) <= sum(total)
+    if name == "gemma4" and shape.sliding_window:
+        assert [shape.has_window(layer) for layer in range(6)] == [True, True, False] * 2
+        assert layer_caches(shape, 4096, 1, 512, flash=True)[:3] == (528 * 256,) * 2 + (4096 * 256,)
+    else:
+        assert [*layer_caches(shape, 4096, 1, 512, flash=True)] == total
 
 
 @pytest.mark.parametrize("name", ["llama3.2:3b", "qwen3:30b", "gemma3:1b", "qwen2.5:7b"])

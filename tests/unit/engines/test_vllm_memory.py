@@ -68,6 +68,19 @@ QWEN3_NEXT_80B = {
     "num_key_value_heads": 2, "head_dim": 256, "num_experts": 512, "num_experts_per_tok": 10,
     "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12,
 }  # fmt: skip
+GEMMA4_26B = {
+    "text_config": {
+        "hidden_size": 2816, "num_hidden_layers": 30, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "sliding_window": 1024,
+        "num_global_key_value_heads": 2, "global_head_dim": 512, "num_kv_shared_layers": 0,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
+    },
+}  # fmt: skip
+NEMOTRON3_NANO = {
+    "hidden_size": 2688, "num_hidden_layers": 52, "num_attention_heads": 32,
+    "num_key_value_heads": 2, "head_dim": 128,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+}  # fmt: skip
 GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
 
 
@@ -80,6 +93,7 @@ GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
         (GPT2, 36_864),
         (DEEPSEEK_V3, 70_272),  # 61 layers * (512 + 64) * 2 bytes
         (QWEN3_NEXT_80B, 24_576),  # 12 of 48 layers
+        (NEMOTRON3_NANO, 6_144),  # 6 of 52 layers * 2 heads * 128 * (key, value) * 2 bytes
     ],
 )
 def test_bytes_of_cache_for_each_token(config: dict[str, Any], per_token: int) -> None:
@@ -92,6 +106,7 @@ def test_bytes_of_cache_for_each_token(config: dict[str, Any], per_token: int) -
         (MISTRAL_7B, 0, 131_072, 4096),
         (GEMMA3_27B, 10 * 8192, 52 * 8192, 1024),
         (GPT_OSS_20B, 12 * 2048, 12 * 2048, 128),
+        (GEMMA4_26B, 5 * 4096, 25 * 8192, 1024),
         ({**MISTRAL_7B, "model_type": "gemma2"}, 65_536, 65_536, 4096),
         ({**MISTRAL_7B, "model_type": "unheard of"}, 131_072, 0, 4096),
     ],
@@ -117,6 +132,12 @@ def test_sliding_layers_need_cache_for_their_window(
 def test_the_text_part_of_a_model_is_used(config: dict[str, Any]) -> None:
     shape = architecture_of(config)
     assert (shape.layers, shape.heads, shape.kv_heads, shape.key_size) == (36, 32, 8, 128)
+
+
+def test_layers_that_share_a_cache_have_none() -> None:
+    text = {**GEMMA4_26B["text_config"], "num_kv_shared_layers": 12}
+    shape = architecture_of({"text_config": text})
+    assert cache_size(shape, 100) == 100 * (3 * 4096 + 15 * 8192)
 
 
 def test_experts() -> None:

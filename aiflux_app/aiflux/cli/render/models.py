@@ -164,8 +164,8 @@ class KnownSnapshot:
             "engines": ["vllm"],
             "ollama": self.ollama_name or None,
             "context": shape.context if shape else None,
-            "architecture": shape.name if shape else None,
-            "layers": shape.layers if shape else None,
+            "architecture": shape.name if shape and shape.heads else None,
+            "layers": shape.layers if shape and shape.heads else None,
             "memory": figures and {
                 "context_length": context,
                 "slots": slots,
@@ -380,7 +380,8 @@ def _snapshot_facts(
         yield "size", size_text(stored.size)
     if figures is not None:
         yield "context", f"{figures.architecture.context} tokens"
-        yield "architecture", _shape_text(figures.architecture)
+        if figures.architecture.heads:
+            yield "architecture", _shape_text(figures.architecture)
         memory = size_text(model.memory(context, slots))
         yield (
             "GPU memory",

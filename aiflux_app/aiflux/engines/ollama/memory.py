@@ -127,7 +127,6 @@ def layer_caches(
     shape: Architecture, total: int, slots: int, batch: int, flash: bool = False
 ) -> tuple[int, ...]:
     """Return the number of values in each layer's cache for ``total`` tokens in all slots."""
-    token = (shape.key_size + shape.value_size) * shape.kv_heads
     every = (_WHOLE_EVERY_LATER if flash else _WHOLE_EVERY).get(shape.name)
     least = 0 if flash else _LEAST_WINDOW.get(shape.name, 0)
     window = max(shape.sliding_window, least)
@@ -136,10 +135,12 @@ def layer_caches(
         short = min(short, total)
     caches = []
     for layer in range(shape.layers):
+        token = shape.cached_values(layer)
+        short_one = (layer + 1) % every != 0 if every else shape.has_window(layer)
         if layer in shape.cross_layers:
             # These are f32, and their number does not depend on the context.
             caches.append(2 * token * _MLLAMA_PATCHES * _MLLAMA_TILES)
-        elif every and window and (layer + 1) % every:
+        elif window and short_one:
             caches.append(short * token)
         else:
             caches.append(total * token)

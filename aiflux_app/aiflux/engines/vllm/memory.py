@@ -20,7 +20,6 @@ _BATCH = 2048
 """Tokens of the smallest default batch: a sliding layer keeps them in addition to its window."""
 _MEAN_SHARE = 0.5
 """Share of the context that a request uses on average: prompts differ, and answers grow."""
-_STATELESS = ("linear_attention", "mamba", "recurrent", "conv")
 
 
 def cache_per_token(shape: Architecture) -> tuple[int, int]:
@@ -28,10 +27,10 @@ def cache_per_token(shape: Architecture) -> tuple[int, int]:
 
     Layers with a fixed state (Mamba, linear attention) need none for each token.
     """
-    row = (shape.key_size + shape.value_size) * shape.kv_heads * _CACHE_BYTES
-    sliding = sum("sliding" in each or "chunked" in each for each in shape.layer_types)
-    fixed = sum(any(word in each for word in _STATELESS) for each in shape.layer_types)
-    return row * (shape.layers - sliding - fixed), row * sliding
+    values = [0, 0]
+    for layer in range(shape.layers):
+        values[shape.has_window(layer)] += shape.cached_values(layer)
+    return values[0] * _CACHE_BYTES, values[1] * _CACHE_BYTES
 
 
 def cache_size(shape: Architecture, tokens: int) -> int:

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.errors import ModelError
-from aiflux.models.figures import Architecture, Figures
+from aiflux.models.figures import FIXED, FULL, NONE, SLIDING, Architecture, Figures
 from aiflux.util.text import error_text
 
 _MAX_HEADER = 100 << 20  # the format's own limit
 _MAX_LAYERS = 10_000
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _PATTERNS = {"mistral": 0, "mixtral": 0, "phi3": 0, "gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 """Every how many layers one has no sliding window, as transformers' configurations fill it in;
 0 where all have one."""
+_BLOCKS = {"M": FIXED, "*": FULL, "-": NONE, "E": NONE}
+"""Letters of ``hybrid_override_pattern``: transformers, models/nemotron_h."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Of PyTorch, under the names that transformers looks up.
 _DTYPES = {
@@ -160,7 +161,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         sliding_window=number("sliding_window", "attention_chunk_size"),
         experts=number("num_local_experts", "num_experts", "n_routed_experts"),
         experts_used=number("num_experts_per_tok"),
-        layer_types=_layer_types(part, layers),
+        layer_types=_without_shared(_layer_types(part, layers), number("num_kv_shared_layers")),
+        full_kv_heads=number("num_global_key_value_heads"),
+        full_head_size=number("global_head_dim"),
     )
 
 
@@ -183,14 +186,22 @@ def _layer_types(part: Mapping[str, Any], layers: int) -> tuple[str, ...]:
         types = part.get(name)
         if isinstance(types, list) and len(types) >= layers:
             return tuple(str(each) for each in types[:layers])
+    pattern = part.get("hybrid_override_pattern")
+    if isinstance(pattern, str) and len(pattern) >= layers:
+        return tuple(_BLOCKS.get(letter, FULL) for letter in pattern[:layers])
     if not part.get("sliding_window") or not part.get("use_sliding_window", True):
         return ()
     pattern = part.get("sliding_window_pattern", _PATTERNS.get(str(part.get("model_type"))))
     if type(pattern) is not int or pattern < 0:
         return ()
     return tuple(
-        _FULL if pattern and (layer + 1) % pattern == 0 else _SLIDING for layer in range(layers)
+        FULL if pattern and (layer + 1) % pattern == 0 else SLIDING for layer in range(layers)
     )
+
+
+def _without_shared(kinds: tuple[str, ...], shared: int) -> tuple[str, ...]:
+    """Mark the last layers, which use the caches of earlier ones (Gemma 3n and 4)."""
+    return kinds[: len(kinds) - shared] + (NONE,) * min(shared, len(kinds))
 
 
 def figures_of_files(snapshot: Path, files: list[str]) -> Figures:

@@ -241,10 +241,12 @@ def failure_of(one: PlannedPilot, view: RunView) -> AifluxError:
     reason = "; ".join(dict.fromkeys(shard.reason for shard in view.shards if shard.reason))
     kind = EngineError if outcome(view) is ExitCode.ENGINE else StoppedError
     name = quote(short(one.pilot.output))
+    # There is no such command if an option has to be corrected first.
+    resume = f"; continue: aiflux resume {name}" if view.next_command else ""
     return kind(
         f"the pilot has {view.state.value} with {view.done} of {view.total} requests finished"
         + (f": {reason}" if reason else ""),
-        f"its log: aiflux logs {name}; continue: aiflux resume {name}; start over: --force",
+        f"its log: aiflux logs {name}{resume}; start over: --force",
     )
 
 

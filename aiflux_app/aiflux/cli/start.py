@@ -20,7 +20,12 @@ from aiflux.core.runs.open import OpenedRun
 from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.registry import register_plan
-from aiflux.core.runs.status_file import Counts, finished_line, refuse_failures
+from aiflux.core.runs.status_file import (
+    Counts,
+    finished_line,
+    refuse_failures,
+    requests_left,
+)
 from aiflux.engines.gpus import VENDOR_VARIABLE, gpu_vendor, visible_devices
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ImageError, ModelError
@@ -50,15 +55,17 @@ def submit_planned(planned: PlannedRun) -> int:
 
     opened = planned.opened
     if opened.counts is not None:
-        return _print_finished(opened.plan, opened.counts)
+        return print_finished(opened.plan, opened.counts)
     if not opened.open_shards:
         return write_output(opened.plan, opened.run)
+    plan, shards = opened.plan, len(opened.open_shards)
+    left = requests_left(plan, opened.run, opened.open_shards)
     jobs = submit_job(planned)
     register(opened.plan, jobs)
-    plan, shards = opened.plan, len(opened.open_shards)
+    requests = str(left) if left == plan.requests else f"{left} of {plan.requests}"
     parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
     noun = "job" if len(jobs) == 1 else "jobs"
-    print(f"submitted {noun} {join_jobs(jobs)}: {plan.requests} requests{parts} -> {plan.output}")
+    print(f"submitted {noun} {join_jobs(jobs)}: {requests} requests{parts} -> {plan.output}")
     print(f"  run directory: {opened.run.path}")
     name = jobs[0].number
     print(f"  follow: aiflux watch {name}    cancel: aiflux cancel {name}")
@@ -90,7 +97,7 @@ def run_local(opened: OpenedRun, config: Config) -> int:
     AIFLUX_ENGINE_PROGRAM names an engine to use in either case (see ``find_program``).
     """
     if opened.counts is not None:
-        return _print_finished(opened.plan, opened.counts)
+        return print_finished(opened.plan, opened.counts)
     image = local_image(opened.plan, config)
     vendor = config.get("gpu_vendor")
     if image is None:
@@ -169,7 +176,7 @@ def run_here(opened: OpenedRun, vendor: str = "auto") -> int:
     from aiflux.worker.stop import Stopper
 
     if opened.counts is not None:
-        return _print_finished(opened.plan, opened.counts)
+        return print_finished(opened.plan, opened.counts)
     stopper = Stopper()
     stopper.install()
     context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
@@ -182,7 +189,12 @@ def run_here(opened: OpenedRun, vendor: str = "auto") -> int:
     return 0
 
 
-def _print_finished(plan: Plan, counts: Counts) -> int:
+def print_finished(plan: Plan, counts: Counts) -> int:
+    """Report that a run was already finished.
+
+    Raises:
+        TooManyFailuresError: more requests failed than are allowed.
+    """
     print(finished_line(plan, counts))
     refuse_failures(plan, counts.failed)
     return 0

@@ -21,7 +21,9 @@ class Condition:
         state: e.g. ``running``, ``stopped``, ``finished``.
         ended: nothing works on it, and nothing will without the user.
         finished: the output is written.
-        next_command: command that completes the run; None if there is nothing to do.
+        next_command: command that completes the run; None if there is nothing to do, or an option
+            has to be corrected first.
+        remedy: what to do about a failure; "" if there is none, or nothing is known.
         shards: the state of each shard.
         reasons: why each shard is not done; "" if it is, or if the reason is unknown.
     """
@@ -32,6 +34,7 @@ class Condition:
     next_command: str | None
     shards: tuple[str, ...]
     reasons: tuple[str, ...] = ()
+    remedy: str = ""
     submitted: str | None = None
     jobs: tuple[str, ...] = ()
     image: str | None = None

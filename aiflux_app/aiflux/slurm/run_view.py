@@ -14,8 +14,10 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan, Shard
 from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, StatusFile
 from aiflux.engines.kinds import engine_kind
+from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
 from aiflux.slurm.jobs import JobId, TaskState
+from aiflux.util.text import joined
 
 QUIET_SECONDS = 45.0  # a lease is renewed every 3 s; the rest allows for clock differences
 LONG_QUIET_SECONDS = 180.0
@@ -320,7 +322,9 @@ class RunView(ProgressFigures):
         created: when it was planned; ``submitted``: when jobs were submitted last (UTC).
         allowed_failures: number of requests that may fail before the run counts as failed.
         errors: of the last requests that failed, newest first.
-        next_command: command that completes the run; None if there is nothing to do.
+        next_command: command that completes the run; None if there is nothing to do, or an option
+            has to be corrected first.
+        remedy: what to do about the failure; "" if it did not fail, or nothing is known.
         slurm: why Slurm could not be asked; None if it could, or was not needed.
         output_change: how the output of the finished run was changed since; None if it was not.
     """
@@ -338,6 +342,7 @@ class RunView(ProgressFigures):
     allowed_failures: int
     errors: tuple[RequestError, ...]
     next_command: str | None
+    remedy: str
     slurm: str | None
     output_change: str | None
     shards: tuple[ShardView, ...]
@@ -411,6 +416,7 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         gpu_seconds=round(sum(shard.gpu_seconds for shard in shards), 1),
         errors=tuple(_errors(facts.shards)),
         next_command=_next_command(state, facts, shards),
+        remedy=_remedy(state, facts, shards),
         output_change=facts.output_change,
         slurm=slurm,
         updated=_updated(facts),
@@ -553,12 +559,39 @@ def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...
     broken = any(shard.state in (ShardState.FAILED, ShardState.LOST) for shard in shards)
     if not broken and state is not RunState.STOPPED:
         return None
+    if _suspect_options(facts, shards):
+        return None
     if facts.submitted is not None or not engine_kind(facts.plan.options).managed:
         return f"aiflux resume {name}"
     # AI-Flux did not submit this run: it ran in the foreground, or by `sbatch slurm/run.sbatch`,
     # whose job must not be repeated here.
     by_hand = any(each.details.slurm != SlurmJob() for each in facts.shards)
     return None if by_hand else f"aiflux resume --local {name}"
+
+
+def _remedy(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...]) -> str:
+    if state is not RunState.FAILED:
+        return ""
+    failed = [each for each, shard in zip(facts.shards, shards, strict=True)
+              if shard.state is ShardState.FAILED]  # fmt: skip
+    known = next((each.details.remedy for each in failed if each.details.remedy), "")
+    options = _suspect_options(facts, shards)
+    if not options:
+        return known
+    again = f"correct {options}, and run the whole `aiflux run` command again"
+    return f"{known}; {again}" if known else again
+
+
+def _suspect_options(facts: RunFacts, shards: tuple[ShardView, ...]) -> str:
+    """Return options with which no engine started, as they are stored with the run; or ""."""
+    no_engine = any(
+        shard.state is ShardState.FAILED and shard.exit_code == ExitCode.ENGINE for shard in shards
+    )
+    if not no_engine or any(_counts(facts, shards)):
+        return ""
+    options = facts.plan.options
+    command = "--engine-command" if options.engine_command is not None else ""
+    return joined(list(filter(None, [command, given_options(options)])))
 
 
 def _updated(facts: RunFacts) -> float | None:

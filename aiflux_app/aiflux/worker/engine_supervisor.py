@@ -18,7 +18,12 @@ RESTARTS_WITHOUT_PROGRESS = 3
 
 
 class EngineSupervisor:
-    """Starts and restarts an engine, with one thread per engine."""
+    """Starts and restarts an engine, with one thread per engine.
+
+    Args:
+        on_failure: called with the error when the engine is given up; returns whether it is the
+            run's own error, which is reported at the end.
+    """
 
     def __init__(
         self,
@@ -28,14 +33,15 @@ class EngineSupervisor:
         *,
         say: Callable[[str], None],
         on_ready: Callable[[Engine, Lane], None],
+        on_failure: Callable[[BaseException], bool],
     ) -> None:
         self.engine = engine
         self.lane = lane
-        self.failure: BaseException | None = None
         self.restarts = 0
         self._scheduler = scheduler
         self._say = say
         self._on_ready = on_ready
+        self._on_failure = on_failure
         self._changed = threading.Condition()
         self._down_in = -1
         self._closing = False
@@ -72,14 +78,11 @@ class EngineSupervisor:
         try:
             self._run()
         except AifluxError as error:
-            if not self._closing:
-                self.failure = error
-                # An external engine is the only one: its error is the run's.
-                if self.engine.kind.managed:
-                    self._say(self._about(error.message))
+            if not self._closing and not self._on_failure(error):
+                self._say(self._about(error.message))
             self._scheduler.close_lane(self.lane, gone=True)
         except BaseException as error:  # noqa: BLE001 - the pool would otherwise wait forever
-            self.failure = error
+            self._on_failure(error)
             self._scheduler.close_lane(self.lane, gone=True)
         finally:
             self.engine.stop()

@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiflux import __version__
-from aiflux.core.batch.input_file import change_of, looks_unchanged
+from aiflux.core.batch.input_file import change_of
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.runs.output import forget_done, merge_when_last
-from aiflux.core.runs.plan import Plan, Shard, changed_input, read_plan, same_work
+from aiflux.core.runs.plan import (
+    CHANGED_INPUT,
+    Plan,
+    Shard,
+    changed_input,
+    input_change,
+    read_plan,
+    same_work,
+)
 from aiflux.core.runs.status_file import SlurmJob, Status, StatusDetails, read_status
 from aiflux.engines import server_load
 from aiflux.engines.base import Engine, EngineSpec, FetchContext
@@ -128,17 +137,9 @@ def _settled_plan(plan: Plan, run: RunDirectory) -> Plan:
 
 
 def _refuse_changed_input(plan: Plan) -> None:
-    """Refuse an input that is not the planned one; read it only if it may have changed."""
-    with suppress(OSError):  # reading it reports what is wrong
-        if looks_unchanged(plan.input):
-            return
-    change = change_of(plan.input)
+    change = input_change(plan)
     if change is not None:
-        raise InputError(
-            f"the input {plan.input_path} {change}",
-            "restore it, or run the same `aiflux run` command again: it plans again "
-            "and sends only what changed",
-        )
+        raise InputError(f"the input {plan.input_path} {change}", CHANGED_INPUT)
 
 
 class _ShardWork:
@@ -306,6 +307,7 @@ class _ShardWork:
         code = error.exit_code if isinstance(error, AifluxError) else ExitCode.BUG
         details = self.status.details
         details.ended, details.exit_code = message, int(code)
+        details.remedy = error.remedy if isinstance(error, AifluxError) else None
         try:
             self.status.enter(state)
         except AifluxError as failure:
@@ -326,6 +328,8 @@ class _ModelWork:
             shard.source.tasks(model), self.lanes, may_admit=self.shard.may_admit
         )
         self.load_watches: list[server_load.LoadWatch] = []
+        self._failures: list[BaseException] = []
+        self._lock = threading.Lock()
         self.pool = Pool(
             self.scheduler,
             engines,
@@ -353,6 +357,7 @@ class _ModelWork:
                 self.scheduler,
                 say=self.context.reporter.say,
                 on_ready=self._ready,
+                on_failure=self._failed,
             )
             for engine, lane in zip(engines, self.lanes, strict=True)
         ]
@@ -368,9 +373,14 @@ class _ModelWork:
                 watch.close()
             for each in self.supervisors:
                 each.close()
-        failures = [each.failure for each in self.supervisors if each.failure is not None]
-        if len(failures) == len(self.supervisors) and not self.context.stopper.stopping:
-            raise failures[0]
+        if len(self._failures) == len(self.supervisors) and not self.context.stopper.stopping:
+            raise self._failures[-1]
+
+    def _failed(self, error: BaseException) -> bool:
+        """Note why an engine was given up; return whether it was the last, so that the run ends."""
+        with self._lock:
+            self._failures.append(error)
+            return len(self._failures) == len(self.supervisors)
 
     def _tick(self) -> None:
         self.shard.tick()

@@ -22,6 +22,8 @@ from tests.tools.make_tiny_gguf import tiny
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import request_line, write_input, write_program
 
+TOOLS = Path(__file__).parents[2] / "tools"
+
 
 def aiflux(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does who has neither Slurm nor Apptainer nor Ollama."""
@@ -65,6 +67,54 @@ def test_a_foreground_run_resumes_and_keeps_what_is_done(tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         assert len(json.loads((tmp_path / "out.json").read_text())) == 4
         assert len(engine.bodies) == sent, "no request is sent again"
+
+
+def test_a_wrong_engine_command_is_to_be_corrected_and_not_repeated(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 3)
+    words = ("run", "--local", "--input", "in.jsonl", "--output", "out.json", "--engine-command")
+    done = aiflux(*words, "/bin/sh -c 'echo no such option --foo; exit 3' {port}", cwd=tmp_path)
+    assert done.returncode == 4
+    assert done.stderr.count("no such option --foo") == 1
+    shown = aiflux("status", "out.json", cwd=tmp_path).stdout
+    assert "fix: see its log: " in shown
+    assert "; correct --engine-command, and run the whole `aiflux run` command again" in shown
+    assert "aiflux resume" not in shown
+    again = json.loads(aiflux("status", "out.json", "--json", cwd=tmp_path).stdout)
+    assert (again["state"], again["next_command"]) == ("failed", None)
+    server = [sys.executable, str(TOOLS / "command_server.py"), "--port", "{port}"]
+    done = aiflux(*words, shlex.join(server), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (3, "is shorter than when the run was planned: 3 requests instead of 6"),
+        (8, "is longer than when the run was planned: 8 requests instead of 6"),
+        (0, "no longer exists"),
+    ],
+)
+def test_a_changed_input_is_not_resumed_and_finished_runs_are(
+    tmp_path: Path, count: int, words: str
+) -> None:
+    write_input(tmp_path / "in.jsonl", 6)
+    with FaultyEngine() as engine:
+        run = ("--engine-url", engine.url, "--input", "in.jsonl", "--output", "out.json")
+        assert aiflux("run", *run, cwd=tmp_path).returncode == 0
+        before = (tmp_path / "out.json").read_bytes()
+        if count:
+            write_input(tmp_path / "in.jsonl", count)
+        else:
+            (tmp_path / "in.jsonl").unlink()
+        assert aiflux("resume", "out.json", cwd=tmp_path).returncode == 0
+        assert (tmp_path / "out.json").read_bytes() == before
+        (tmp_path / "out.json").unlink()
+        done = aiflux("resume", "out.json", cwd=tmp_path)
+        assert (done.returncode, words in done.stderr) == (5, True), done.stderr
+        assert "run the same `aiflux run` command again" in done.stderr
+        assert not (tmp_path / "out.json").exists()
+        assert len(engine.bodies) == 6
 
 
 def test_building_an_image_is_advised_where_there_is_a_makefile(

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from aiflux.cli.main import main
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import Status
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.command_line import leaves, option_names
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
-from tests.unit.helpers import request_line
+from tests.unit.helpers import request_line, write_input
 from tests.unit.made_runs import MadeRun
 
 # What a script has no use for as JSON: it prints text that is meant to be kept, or only acts.
@@ -119,6 +122,27 @@ def test_a_resumed_run(slurm: FakeCommands, capsys: pytest.CaptureFixture[str]) 
     slurm.say("sbatch", "101\n")
     slurm.say("squeue", "101|N/A|PENDING|N/A|0:00||Priority\n")
     assert printed_json(capsys, 0, "resume", "o.json")["jobs"][-1] == "101"
+
+
+def test_a_resumed_run_names_the_requests_that_are_left(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_input(Path("many.jsonl"), 10)
+    words = ["run", "--model", "m:1", "--input", "many.jsonl", "--output", "o.json",
+             "--no-preflight", "--image", "i.sif", "--shards", "2"]  # fmt: skip
+    assert main(words) == 0
+    assert "submitted job 100: 10 requests in 2 of 2 shards" in capsys.readouterr().out
+    run = RunDirectory.of_output(Path("o.json"))
+    Status(run.status(0), read_plan(run), 0, completed=5).enter("completed")
+    Status(run.status(1), read_plan(run), 1, completed=1, failed=1).enter("cancelled")
+    slurm.say("squeue")
+    slurm.say("sbatch", "101\n")
+    assert main(["resume", "o.json"]) == 0
+    assert "submitted job 101: 3 of 10 requests in 1 of 2 shards" in capsys.readouterr().out
+    write_input(Path("many.jsonl"), 9)
+    assert main(["resume", "o.json"]) == 5
+    assert "many.jsonl is shorter than when the run was planned" in capsys.readouterr().err
+    assert len(slurm.calls("sbatch")) == 2
 
 
 def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,7 @@ def _condition(run: RunDirectory) -> Condition:
         ended=view.ended,
         finished=view.finished,
         next_command=view.next_command,
+        remedy=view.remedy,
         shards=tuple(shard.state.value for shard in view.shards),
         reasons=tuple(_reason(shard) for shard in view.shards),
         submitted=view.submitted,

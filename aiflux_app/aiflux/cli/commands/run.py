@@ -26,6 +26,7 @@ from aiflux.cli.pipes import kept_input
 from aiflux.cli.render.run import dry_run_summary, typed
 from aiflux.cli.run_argument import located, run_argument
 from aiflux.cli.start import (
+    print_finished,
     register,
     run_here,
     run_local,
@@ -39,10 +40,10 @@ from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import RunDraft, draft_run
 from aiflux.core.runs.output import merge_partial
-from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.plan import CHANGED_INPUT, Plan, input_change, read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
-from aiflux.errors import SlurmError, UsageError
+from aiflux.errors import SlurmError, StoppedError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.preflight.local import check_fields, finding_text
@@ -283,6 +284,8 @@ def _submit_rest(
     }
     path = Config(arguments={"image": image}).image if image else None
     planned = plan_resume(run, changes, path, os.environ)
+    if planned.opened.open_shards:
+        _refuse_changed_input(planned.opened.plan)
     if planned.opened.open_shards or planned.opened.finished or not planned.active:
         return submit_planned(planned)
     raise SlurmError(
@@ -299,6 +302,10 @@ def _resume_here(run: RunDirectory, image: str | None) -> int:
     if run.submissions.exists():
         refuse_second(run)
     plan = read_plan(run)
+    counts = finished_counts(plan, run)
+    if counts is not None and not plan.options.retry_failed:
+        return print_finished(plan, counts)
+    _refuse_changed_input(plan)
     kind = engine_kind(plan.options)
     opened = draft_run(
         plan.input_path, plan.output, plan.options, plan.models_dir, kind, shards=len(plan.shards)
@@ -308,6 +315,17 @@ def _resume_here(run: RunDirectory, image: str | None) -> int:
     if not kind.managed:
         return run_here(opened)
     return run_local(opened, Config(arguments={"image": image}))
+
+
+def _refuse_changed_input(plan: Plan) -> None:
+    """Refuse to resume with another input, whose results would replace those so far.
+
+    Raises:
+        StoppedError: the input is not the planned one.
+    """
+    change = input_change(plan)
+    if change is not None:
+        raise StoppedError(f"the input {plan.input_path} {change}; nothing was sent", CHANGED_INPUT)
 
 
 @command(

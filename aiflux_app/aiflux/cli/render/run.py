@@ -6,6 +6,7 @@ A terminal shows the lines in color, fitted to its size; a file or a pipe gets t
 from __future__ import annotations
 
 import shlex
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -326,6 +327,20 @@ def _error(error: RequestError, several: bool) -> Text:
 
 
 def _next(view: RunView, frame: Frame) -> list[Text]:
+    return [*_fix(view, frame), *_continue(view, frame)]
+
+
+def _fix(view: RunView, frame: Frame) -> list[Text]:
+    if not view.remedy:
+        return []
+    text = one_line(view.remedy)
+    parts = [text] if frame.width is None else textwrap.wrap(text, max(20, frame.width - 5))
+    first, *more = parts
+    lines = [Text.assemble(("fix: ", "dim"), first), *(Text(f"     {part}") for part in more)]
+    return [Text(""), *lines]
+
+
+def _continue(view: RunView, frame: Frame) -> list[Text]:
     if view.next_command is not None:
         *command, _ = shlex.split(view.next_command)
         words = f"{shlex.join(command)} {typed(frame.short(view.output))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -11,7 +12,13 @@ from shlex import quote
 from typing import Any, Protocol
 
 from aiflux import __version__
-from aiflux.core.batch.input_file import InputFacts, InputRules, InputSummary
+from aiflux.core.batch.input_file import (
+    InputFacts,
+    InputRules,
+    InputSummary,
+    change_of,
+    looks_unchanged,
+)
 from aiflux.core.config.engine_command import command_words
 from aiflux.core.config.engine_kinds import EXTERNAL
 from aiflux.core.config.settings import RunOptions
@@ -365,6 +372,24 @@ def changed_input(plan: Plan, change: str) -> StoppedError:
         f"`aiflux merge {quote(str(plan.output))}`, or run the same `aiflux run` command again: it "
         "sends only the changed requests",
     )
+
+
+CHANGED_INPUT = (
+    "restore it, or run the same `aiflux run` command again: it plans again and sends only what "
+    "changed"
+)
+"""Remedy for an input that is not the planned one."""
+
+
+def input_change(plan: Plan) -> str | None:
+    """Return how the input differs from the planned one; read it only if it may have changed.
+
+    See ``change_of``.
+    """
+    with suppress(OSError):  # reading it reports what is wrong
+        if looks_unchanged(plan.input):
+            return None
+    return change_of(plan.input)
 
 
 def write_plan(plan: Plan, run: RunDirectory) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -185,7 +185,7 @@ class StatusDetails:
         sealed: whether the worker has no network; ``unsealed``: why it has one.
         gpus: names of the GPUs.
         requeues: times that the job went back to the queue by itself.
-        ended: why the last start ended before it was done.
+        ended: why the last start ended before it was done; ``remedy``: what to do about it.
         replace: the run may replace an output that exists.
         empty_answers: of the whole run, written with its output.
     """
@@ -211,6 +211,7 @@ class StatusDetails:
     engines: tuple[EngineFacts, ...] = field(default=(), metadata=OMITTED)
     model_digests: dict[str, str] = field(default_factory=dict, metadata=OMITTED)
     ended: str | None = field(default=None, metadata=OMITTED)
+    remedy: str | None = field(default=None, metadata=OMITTED)
     exit_code: int | None = field(default=None, metadata=OMITTED)
     replace: bool | None = field(default=None, metadata=OMITTED)
     empty_answers: dict[str, int] | None = field(default=None, metadata=OMITTED)
@@ -415,6 +416,19 @@ def finished_counts(plan: Plan, run: RunDirectory, *, changed_ok: bool = False) 
     if not changed_ok:
         refuse_changed_output(plan.output, status)
     return status.counts if output_there(plan.output, status) else None
+
+
+def requests_left(plan: Plan, run: RunDirectory, shards: Iterable[int]) -> int:
+    """Return how many requests of some shards have no result yet, according to the statuses."""
+    left = 0
+    for index in shards:
+        status = read_status(run, index, plan)
+        done = 0
+        if status is not None:
+            again = plan.options.retry_failed
+            done = status.counts.completed + (0 if again else status.counts.failed)
+        left += plan.shards[index].requests - done
+    return left
 
 
 # A file whose time changed is read to find out whether its content changed; to display a run, only

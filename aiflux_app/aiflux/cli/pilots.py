@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from aiflux.cli.render.run import typed
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.config.config import Config, SlurmConfig
@@ -240,7 +241,7 @@ def failure_of(one: PlannedPilot, view: RunView) -> AifluxError:
 
     reason = "; ".join(dict.fromkeys(shard.reason for shard in view.shards if shard.reason))
     kind = EngineError if outcome(view) is ExitCode.ENGINE else StoppedError
-    name = quote(short(one.pilot.output))
+    name = typed(short(one.pilot.output))
     # There is no such command if an option has to be corrected first.
     resume = f"; continue: aiflux resume {name}" if view.next_command else ""
     return kind(

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any
 
 from aiflux.converters.request_form import RequestDraft, RequestForm
@@ -152,7 +153,7 @@ class Conversion:
         if not os.path.isdir(self.output.parent):
             raise InputError(
                 f"the output directory {str(self.output.parent)!r} does not exist",
-                f"mkdir -p {str(self.output.parent)!r}",
+                f"mkdir -p {quote(str(self.output.parent))}",
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from shlex import quote
 
 from aiflux.core.config.settings import RunOptions
 from aiflux.errors import ConfigError
@@ -55,7 +56,7 @@ def refuse_managed(
         if re.match(r"--?[A-Za-z]", value):
             raise ConfigError(
                 f"--engine-arg {key}={value} is refused: the value looks like another option",
-                f"give each option by itself: --engine-arg {key} --engine-arg={value}",
+                f"give each option by itself: --engine-arg {key} " + quote(f"--engine-arg={value}"),
             )
 
 

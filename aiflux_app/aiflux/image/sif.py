@@ -184,7 +184,7 @@ def read_image(path: Path) -> ImageFacts:
     except OSError as error:
         raise ImageError(
             f"the image {path} cannot be read: {error.strerror}",
-            f"check its permissions: ls -l {str(path)!r}",
+            f"check its permissions: ls -l {shlex.quote(str(path))}",
         ) from error
 
 

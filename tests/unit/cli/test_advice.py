@@ -21,6 +21,8 @@ from tests.tools.make_sif import make_sif
 from tests.tools.make_tiny_gguf import tiny
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import request_line, write_input, write_program
+from tests.unit.made_models import put_model
+from tests.unit.made_runs import MadeRun
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -115,6 +117,39 @@ def test_a_changed_input_is_not_resumed_and_finished_runs_are(
         assert "run the same `aiflux run` command again" in done.stderr
         assert not (tmp_path / "out.json").exists()
         assert len(engine.bodies) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "named"),
+    [
+        (["run", "q.jsonl", "--engine-url", "http://h:1", "-o", "gone/o.json"], "mkdir -p", "gone"),
+        (["convert", "json", "--input", "d.json", "-o", "gone/q.jsonl"], "mkdir -p", "gone"),
+        (["report", "results.json", "--output", "gone/r.html"], "mkdir -p", "gone"),
+        (["results", "to-csv", "results.json"], "(aiflux status", "results.json"),
+        (["check", "d.json", "-m", "m"], "--input", "d.json"),
+        (["run", "q.jsonl", "--engine-url", "http://h:1", "-o", "results.json"], "rm -r",
+         "results.json.aiflux"),
+        (["models", "export", "m:1", "a b $(x) it's.tar"], "models import", "a b $(x) it's.tar"),
+        (["run", "q.jsonl", "--engine", "vllm", "-m", "hf:a/b", "--engine-arg",
+          "dtype=--a $(x) it's", "--local"], "--engine-arg dtype", "--engine-arg=--a $(x) it's"),
+    ],
+)  # fmt: skip
+def test_an_advised_command_can_be_typed_whatever_the_names_are(
+    words: list[str], command: str, named: str, awkward: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(awkward)
+    monkeypatch.setenv("AIFLUX_MODELS_DIR", str(awkward))
+    put_model(awkward, "m:1", tiny())
+    write_input(
+        awkward / "q.jsonl", 1, body={"model": "a/b", "messages": [{"role": "user", "content": ""}]}
+    )
+    (awkward / "d.json").write_text('{"a": 1}')
+    MadeRun(awkward).status(0, "in_progress", 1)
+    main(words)
+    printed = capsys.readouterr()
+    path = named if " " in named else str(awkward / named)
+    assert f"{command} {shlex.quote(path)}" in printed.out + printed.err
 
 
 def test_building_an_image_is_advised_where_there_is_a_makefile(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from aiflux.cli.json_output import json_option, print_json
@@ -35,6 +34,7 @@ from aiflux.cli.pilots import (
     submit_missing,
 )
 from aiflux.cli.render.estimate import engines_forecast, forecast, full_command
+from aiflux.cli.render.run import typed
 from aiflux.cli.run_argument import make_console, show
 from aiflux.cli.start import local_image
 from aiflux.core.config.config import Config
@@ -360,7 +360,7 @@ def _ended(one: PlannedPilot, code: int) -> AifluxError:
     reason = (status and status.details.ended) or f"the pilot ended with exit code {code}"
     stopped = code in (0, ExitCode.STOPPED) or code > 128  # by a signal
     return (StoppedError if stopped else EngineError)(
-        reason, f"its log: aiflux logs {quote(short(one.pilot.output))}"
+        reason, f"its log: aiflux logs {typed(short(one.pilot.output))}"
     )
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from aiflux.cli.json_output import json_option, print_json
@@ -214,7 +215,7 @@ def export(name: str, file: str, force: bool, **settings: Any) -> int:
         export_model(packed, target, on_bytes)
     size = size_text(target.stat().st_size)
     print(f"wrote {packed.name} to {target} ({size}), {shown_digest(packed.digest)}")
-    print(f"  on the other machine: aiflux models import {target.name}")
+    print(f"  on the other machine: aiflux models import {quote(target.name)}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 from markupsafe import Markup
 
@@ -139,7 +140,7 @@ def _target(given: str | None, run: RunDirectory) -> Path:
     if not target.parent.is_dir():
         raise ConfigError(
             f"the directory of --output {given!r} does not exist",
-            f"mkdir -p {str(target.parent)!r}",
+            f"mkdir -p {quote(str(target.parent))}",
         )
     return target
 

@@ -291,7 +291,7 @@ def _submit_rest(
     raise SlurmError(
         f"the rest of {planned.opened.plan.output} is already pending or running "
         f"({counted(planned.active, 'shard')})",
-        f"aiflux watch {name}",
+        f"aiflux watch {typed(name)}",
     )
 
 

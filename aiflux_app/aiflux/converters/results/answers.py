@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from aiflux.core.batch.input_file import change_of, looks_unchanged
@@ -201,8 +202,8 @@ def refuse_unfit(output: Path) -> None:
     if not output.is_file():
         raise InputError(
             f"the output {output} does not exist",
-            f"wait for its run (aiflux status {str(output)!r}), or write the results so far with "
-            "`aiflux merge --partial`",
+            f"wait for its run (aiflux status {quote(str(output))}), or write the results so far "
+            "with `aiflux merge --partial`",
         )
     run = RunDirectory.of_output(output)
     with suppress(RunConflictError, StorageError):  # an unreadable run has no status

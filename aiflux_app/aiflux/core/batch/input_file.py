@@ -490,7 +490,8 @@ def check_readable(path: Path) -> None:
         )
     if not os.access(path, os.R_OK):
         raise InputError(
-            f"the input {str(path)!r} cannot be read: permission denied", f"chmod u+r {str(path)!r}"
+            f"the input {str(path)!r} cannot be read: permission denied",
+            f"chmod u+r {shlex.quote(str(path))}",
         )
 
 

@@ -260,7 +260,7 @@ def checked_output(output: Path) -> Path:
     if not os.path.isdir(output.parent):
         raise ConfigError(
             f"the output's directory {str(output.parent)!r} does not exist",
-            f"mkdir -p {str(output.parent)!r}",
+            f"mkdir -p {quote(str(output.parent))}",
         )
     _refuse_long_name(output)
     for path in output_paths(output):

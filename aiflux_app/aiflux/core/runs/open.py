@@ -264,7 +264,7 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
     if earlier.input_path != plan.input_path:
         raise RunConflictError(
             f"{run.path} belongs to the input {earlier.input_path}, not {plan.input_path}",
-            f"choose another output, or remove that run: rm -r {str(run.path)!r}",
+            f"choose another output, or remove that run: rm -r {quote(str(run.path))}",
         )
     if not any(path.stat().st_size for path in run.path.glob("journal*/*.jsonl")):
         return None

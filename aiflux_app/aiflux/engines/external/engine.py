@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from shlex import quote
 from urllib.parse import urlsplit
 
 from aiflux.core.runs.status_file import EngineFacts
@@ -170,7 +171,7 @@ class ExternalEngine:
         if self.url.startswith("http://") and speaks_tls(self.url, _PROBE_TIMEOUT):
             raise RejectedError(
                 f"the engine at {self.url} speaks HTTPS on this port",
-                f"use --engine-url https{self.url.removeprefix('http')}",
+                f"use --engine-url {quote('https' + self.url.removeprefix('http'))}",
             )
 
     def _refuse_redirect(self, target: str) -> None:
@@ -186,7 +187,7 @@ def redirect_error(url: str, path: str, target: str) -> RejectedError:
     moved = target.rstrip("/").endswith(path)
     return RejectedError(
         f"the engine at {url} redirects {path} to {target}",
-        f"use that address: --engine-url {base}" if moved else
+        f"use that address: --engine-url {quote(base)}" if moved else
         "check --engine-url, and whether the server requires a login",
     )  # fmt: skip
 

@@ -120,6 +120,8 @@ def test_models_of_the_catalog_are_listed_and_shown(aiflux: Aiflux) -> None:
     assert "engines       ollama, llamacpp, vllm" in aiflux("show", "qwen3:8b")[1]
     code, _, err = aiflux("show", "hf:Qwen/Qwen3_8B")
     assert (code, "or did you mean hf:Qwen/Qwen3-8B?" in err) == (4, True)
+    code, _, err = aiflux("pull", "hf:Qwen/Qwen3_8B")
+    assert (code, "did you mean hf:Qwen/Qwen3-8B?" in err) == (4, True), err
     _, out, _ = aiflux("list", "--fits", "24GB", "--json")
     fitting = {each["name"] for each in json.loads(out)}
     assert "hf:Qwen/Qwen3-8B" in fitting

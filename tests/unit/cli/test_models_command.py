@@ -120,6 +120,8 @@ def test_a_model_is_shown_with_its_memory(aiflux: Aiflux, models: Path) -> None:
     code, _, err = aiflux("show", "nobody:1b")
     assert code == 4
     assert "nobody:1b is unknown" in err
+    assert "did you mean llama3.2:3b? it may still work" in aiflux("show", "lama3.2:3b")[2]
+    assert "did you mean hf:Qwen/Qwen3-8B?" in aiflux("show", "Qwen/Qwen3-8B")[2]
 
 
 def test_ones_own_catalog_is_used(

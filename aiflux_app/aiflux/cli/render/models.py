@@ -233,12 +233,16 @@ def find_model(config: Config, text: str) -> Known:
     Raises:
         ModelError: nothing is known, or the stored model has another digest than requested.
     """
-    name = parse_model_name(text)
-    model = known(config.models_dir, config.catalog(), name)
+    name, catalog = parse_model_name(text), config.catalog()
+    model = known(config.models_dir, catalog, name)
     if model.figures is None and model.digest is None:
+        hub = HUB_PREFIX + f"{name.namespace}/{name.model}"
+        near = catalog.nearest(name.served) or (hub if catalog.find(hub) else None)
+        meant = "" if near is None else f"did you mean {near}? "
         raise ModelError(
             f"{name.served} is unknown: it is neither in {config.models_dir} nor in a catalog",
-            f"it may still work; pull it to read its figures: aiflux models pull {name.served}",
+            f"{meant}it may still work; pull it to read its figures: aiflux models pull "
+            f"{name.served}",
         )
     if model.digest is not None:
         refuse_other_digest(name, model.digest, str(config.models_dir))

@@ -176,12 +176,16 @@ def absent(models_dir: Path | None, model: HubModel) -> ModelError:
     """Return the error of a model that is not stored."""
     if model.folder is not None:
         return ModelError(f"model directory not found: {model.folder}", "check the path (--model)")
-    near = read_catalog().nearest(model.text)
-    meant = "" if near is None else f"; or did you mean {near}?"
     return ModelError(
         f"{model.text} is not stored in {models_dir}",
-        f"pull it: aiflux models pull {model.text}{meant}",
+        f"pull it: aiflux models pull {model.text}{known_name(model)}",
     )
+
+
+def known_name(model: HubModel) -> str:
+    """Return a question after a name of the catalog that is similar; "" if there is none."""
+    near = read_catalog().nearest(model.text)
+    return "" if near is None else f"; or did you mean {near}?"
 
 
 def present_snapshot(models_dir: Path | None, model: HubModel) -> Path:

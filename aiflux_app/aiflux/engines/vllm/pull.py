@@ -24,6 +24,7 @@ from aiflux.engines.vllm.hub import (
     HUB,
     HubModel,
     is_stored,
+    known_name,
     store_name,
     stored_snapshot,
 )
@@ -235,7 +236,8 @@ def _explained(hub: Any, cache: Path, model: HubModel) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
             f"the hub has no model {model.repo}, or it is private",
-            "check the name; for a private model set HF_TOKEN to a token of your account",
+            "check the name; for a private model set HF_TOKEN to a token of your account"
+            + known_name(model),
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(

@@ -96,7 +96,7 @@ test-slow: $(bin)/.installed-dev ## soak tests
 	tests/stack/up || echo "the test stack is incomplete; its tests report what is missing"
 	$(bin)/pytest -m slow tests
 
-bench: $(bin)/.installed-dev ## measure the worker against a simulated engine (BENCH="--quick reading")
+bench: $(bin)/.installed-dev ## measure the worker with simulated and real engines (BENCH="--quick reading")
 	$(bin)/python -m bench $(BENCH)
 
 slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch script

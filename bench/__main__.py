@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in arguments.names if name not in CASES]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; use {', '.join(CASES)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # also ends the engines
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="aiflux-bench-") as folder:
         bench = Bench(arguments.quick, Path(folder))

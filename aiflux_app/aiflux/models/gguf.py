@@ -93,11 +93,11 @@ def read_gguf(path: Path) -> GgufHeader:
     if path.exists() and not path.is_file():
         raise ModelError(f"{path} is not a regular file", "use a GGUF file")
     try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            return _HeaderReader(content).header()
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise ValueError("it is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _HeaderReader(content).header()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except (ValueError, struct.error, IndexError, UnicodeDecodeError) as error:
@@ -105,6 +105,20 @@ def read_gguf(path: Path) -> GgufHeader:
             f"{path} is not a (complete) GGUF file: {error_text(error)}",
             "download it again; convert models in other formats to GGUF first",
         ) from error
+
+
+def refuse_truncated(path: Path, header: GgufHeader) -> None:
+    """Refuse a file that is shorter than its header describes.
+
+    Raises:
+        ModelError: it is.
+    """
+    size, whole = path.stat().st_size, header.data_start + header.data_size
+    if whole > size:
+        raise ModelError(
+            f"{path} is truncated: its header describes {whole} bytes, but it has {size}",
+            "download it again",
+        )
 
 
 class _HeaderReader:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import SlurmConfig
 from aiflux.core.runs.plan import Adapter, Plan
 from aiflux.engines.kinds import kind_named
-from aiflux.engines.vllm.adapter import adapter_words
+from aiflux.engines.vllm.adapter import adapter_words, read_adapter
 from aiflux.errors import (
     AifluxError,
     ConfigError,
@@ -194,14 +197,18 @@ def test_a_run_shows_its_adapters(
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "another kind": ({"peft_type": "IA3"}, "peft_type is 'IA3', not LORA"),
-    "dora": ({"use_dora": True}, "use_dora is true"),
-    "bias": ({"bias": "all"}, "bias is 'all'"),
-    "more modules": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
-    "no rank": ({"r": None}, "has no rank: r is None"),
+    "another kind": ({"peft_type": "IA3"}, 'peft_type in .* is "IA3"'),
+    "dora": ({"use_dora": True}, "use_dora in .* is true"),
+    "bias": ({"bias": "all"}, 'bias in .* is "all"'),
+    "more modules": ({"modules_to_save": ["lm_head"]}, r'modules_to_save in .* is \["lm_head"\]'),
+    "modules of another form": ({"modules_to_save": [[1]]}, r"modules_to_save in .* is \[\[1\]\]"),
+    "a number of modules": ({"modules_to_save": 5}, "modules_to_save in .* is 5"),
+    "no rank": ({"r": None}, 'the adapter bad is damaged: .* has no rank: {"r": null}'),
+    "a rank as text": ({"r": "8"}, 'has no rank: {"r": "8"}'),
+    "no rank for a part": ({"rank_pattern": [1]}, r'{"r": 4, "rank_pattern": \[1\]}'),
     "another rank": ({"r": 2}, "gives the rank 2, but .* has matrices of rank 4"),
-    "too large": ({"r": 1024}, "has rank 1024; vLLM loads up to 512"),
-    "wide": ({"width": 128}, "for another model: it has matrices for a width of 128, .* is 64"),
+    "too large": ({"r": 1024}, "cannot load the adapter bad .*: it has rank 1024, .* is 512"),
+    "wide": ({"width": 128}, "adapter bad .* is for another model: it has .* of 128, .* is 64"),
     "deep": ({"layers": 3}, "matrices for layer 2, and the model has 2 layers"),
 }
 
@@ -229,24 +236,59 @@ def test_files_that_are_missing_or_damaged_are_refused(
         assert caught.value.remedy
         return caught.value.message
 
-    assert "the adapter bad is not a" in refused(run.folder / "none")
+    (run.folder / "empty").mkdir()
+    assert refused(run.folder / "none").endswith("none does not exist")
     if run.engine == "llamacpp":
+        assert refused(run.folder / "empty").endswith("empty is a directory")
         (run.folder / "model.gguf").write_bytes(make_tiny_gguf.tiny())
-        assert "is not a LoRA adapter" in refused(run.folder / "model.gguf")
+        assert "has no general.type" in refused(run.folder / "model.gguf")
         (run.folder / "q.gguf").write_bytes(gguf_adapter("qwen2"))
         assert "is for the architecture qwen2" in refused(run.folder / "q.gguf")
         (run.folder / "a,b.gguf").write_bytes(gguf_adapter())
         assert "a,b.gguf" in refused(run.folder / "a,b.gguf")
-        (run.folder / "cut.gguf").write_bytes(gguf_adapter()[:100])
-        assert "GGUF file" in refused(run.folder / "cut.gguf")
+        for size, words in ((0, "it is empty"), (100, "ends too early"), (-10, "is truncated")):
+            (run.folder / "cut.gguf").write_bytes(gguf_adapter()[:size])
+            assert words in (seen := refused(run.folder / "cut.gguf"))
+            assert seen.startswith("the adapter bad is damaged: ")
         return
-    assert "adapter_config.json cannot be read" in refused(put_folder(run.folder / "model"))
-    cut = put("vllm", run.folder, "cut")
-    weights = cut / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert "bytes of" in refused(cut)
-    weights.unlink()
-    assert "adapter_model.safetensors cannot be read" in refused(cut)
+    (run.folder / "file").touch()
+    assert refused(run.folder / "file").endswith("file is a file")
+    assert refused(run.folder / "empty").endswith("empty has no adapter_config.json")
+    assert "has no adapter_config.json" in refused(put_folder(run.folder / "model"))
+    for file, size, words in (
+        ("adapter_config.json", 0, "is not JSON: it ends too early"),
+        ("adapter_config.json", 40, "is not JSON: it ends too early"),
+        ("adapter_config.json", -1, "is not JSON: it ends too early"),
+        ("adapter_model.safetensors", 0, "is incomplete: it has 0 bytes"),
+        ("adapter_model.safetensors", 50, "is incomplete: it ends in its header"),
+        ("adapter_model.safetensors", -1, "is incomplete: it has 8262 bytes of 8263"),
+    ):
+        cut = put("vllm", run.folder, "cut")
+        content = (cut / file).read_bytes()
+        (cut / file).write_bytes(content[:size])
+        assert refused(cut) == f"the adapter bad is damaged: {cut / file} {words}"
+    (cut / "adapter_model.safetensors").unlink()
+    assert refused(cut).endswith("cut has no adapter_model.safetensors")
+
+
+SETTINGS = ["peft_type", "use_dora", "lora_bias", "bias", "modules_to_save", "r", "rank_pattern",
+            "base_model_name_or_path"]  # fmt: skip
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda each: (
+        st.lists(each, max_size=2) | st.dictionaries(st.text(max_size=3), each, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(config=st.dictionaries(st.sampled_from(SETTINGS), json_values))
+def test_no_configuration_of_an_adapter_is_a_bug(
+    config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = put_peft(tmp_path_factory.getbasetemp() / "any", LLAMA, **config)
+    with suppress(ModelError):
+        assert read_adapter("any", path, None).rank >= 4
 
 
 def test_an_adapter_of_another_base_model_is_a_warning(

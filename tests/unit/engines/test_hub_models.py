@@ -182,7 +182,7 @@ def index_of(content: object) -> Callable[[Path], None]:
         (config_of(b'{"dtype": "float17"}'), "config.json names the unknown dtype 'float17'"),
         (config_of(b'{"torch_dtype": "fp16"}'), "names the unknown torch_dtype 'fp16'"),
         (config_of(b'{"text_config": {"dtype": "bf16"}}'), "names the unknown dtype 'bf16'"),
-        (cut_weights, f"model.safetensors has {len(WEIGHTS) - 1} bytes of {len(WEIGHTS)}"),
+        (cut_weights, f"it has {len(WEIGHTS) - 1} bytes of {len(WEIGHTS)}"),
         (index_of({"weight_map": {"a": "model-00002-of-00002.safetensors"}}),
          "model-00002-of-00002.safetensors cannot be read: No such file"),
         (index_of({"weight_map": {"a": 5}}), "index.json is damaged"),

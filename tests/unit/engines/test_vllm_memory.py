@@ -251,11 +251,11 @@ def header(content: object) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "damaged"),
-        (b"\x05\x00", "damaged"),
+        (b"", "incomplete: it has 0 bytes"),
+        (b"\x05\x00", "incomplete: it has 2 bytes"),
         (struct.pack("<Q", 2**63), "not a safetensors file"),
         (struct.pack("<Q", 101 << 20), "not a safetensors file"),
-        (struct.pack("<Q", 50) + b"{}", "10 bytes of 58"),
+        (struct.pack("<Q", 50) + b"{}", "it ends in its header"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "not a safetensors file"),
         (b"GGUF\x03\x00\x00\x00", "not a safetensors file"),
         (header([]), "damaged"),
@@ -267,7 +267,7 @@ def header(content: object) -> bytes:
         (header({"a": {"dtype": "F32", "data_offsets": [0, 1e300]}}), "damaged"),
         (header({"a": {"dtype": "F32", "data_offsets": [0, 2**60]}}), f"bytes of {73 + 2**60}"),
         (WEIGHTS[:-1], "bytes of"),
-        (WEIGHTS + b"\0", "bytes of"),
+        (WEIGHTS + b"\0", "its header describes"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00" + b"[" * 16, "damaged"),
         (struct.pack("<Q", 200_000) + b"[" * 200_000, "damaged"),
     ],

@@ -15,7 +15,7 @@ from aiflux.engines.ollama.store import (
 from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures, figures_of
-from aiflux.models.gguf import read_gguf
+from aiflux.models.gguf import read_gguf, refuse_truncated
 from aiflux.models.name import parse_model_name
 
 _SUFFIX = ".gguf"
@@ -98,7 +98,9 @@ def refuse_model(models_dir: Path, model: str) -> None:
             refuse_other_digest(name, found, str(models_dir))
     if not is_stored(models_dir, model):
         return
-    header = read_gguf(find_files(models_dir, model).model)
+    file = find_files(models_dir, model).model
+    header = read_gguf(file)
+    refuse_truncated(file, header)
     if header.number("vision.block_count") and header.size_of("v."):
         raise ModelError(
             f"llama.cpp cannot read {model}: Ollama stores the part of a {header.architecture} "

@@ -25,7 +25,7 @@ from aiflux.engines.ollama.store import (
 )
 from aiflux.errors import ModelError, StorageError, UsageError
 from aiflux.models.figures import shape_of
-from aiflux.models.gguf import GgufHeader, read_gguf
+from aiflux.models.gguf import GgufHeader, read_gguf, refuse_truncated
 from aiflux.models.name import ModelName
 from aiflux.util.files import fsync_directory, may_write, storage_error, write_json
 from aiflux.util.lease import Lease, acquire, holder_lives
@@ -260,13 +260,7 @@ def stage_gguf(
     """
     header = read_gguf(source)
     _refuse_part(source, header)
-    size = source.stat().st_size
-    if header.data_start + header.data_size > size:
-        raise ModelError(
-            f"{source} is truncated: its header describes {header.data_start + header.data_size} "
-            f"bytes, but it has {size}",
-            "download it again",
-        )
+    refuse_truncated(source, header)
     folder = begin_staging(models_dir, name, "import")
     try:
         part = folder / "blobs" / "incoming"

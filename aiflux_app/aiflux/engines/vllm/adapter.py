@@ -38,19 +38,20 @@ def read_adapter(name: str, path: Path, shape: Architecture | None) -> Adapter:
     Raises:
         ModelError: a file is missing or damaged, vLLM cannot load it, or it is for another model.
     """
-    if not path.is_dir():
-        raise ModelError(
-            f"the adapter {name} is not a directory: {path}",
-            "name the directory with adapter_config.json: --lora NAME=PATH",
-        )
-    config = read_json(path / _CONFIG, _COPY)
-    matrices = _matrices(path / _WEIGHTS)
-    problem = _unsupported(config)
+    _refuse_other_files(name, path)
+    try:
+        config = read_json(path / _CONFIG, _COPY)
+        matrices = _matrices(path / _WEIGHTS)
+        rank = _rank(path, config, matrices)
+    except ModelError as error:
+        raise ModelError(f"the adapter {name} is damaged: {error.message}", _COPY) from error
+    problem = _unsupported(config, rank)
     if problem is not None:
-        raise ModelError(f"vLLM cannot load the adapter {path}: {problem}", "merge it into a model")
-    rank = _rank(path, config, matrices)
+        raise ModelError(
+            f"vLLM cannot load the adapter {name} ({path}): {problem}", "merge it into a model"
+        )
     if shape is not None:
-        _refuse_other_shape(path, matrices, shape)
+        _refuse_other_shape(name, path, matrices, shape)
     digest = sha256()
     for file in (_CONFIG, _WEIGHTS):
         digest.update(bytes.fromhex(file_digest(path / file)))
@@ -58,17 +59,45 @@ def read_adapter(name: str, path: Path, shape: Architecture | None) -> Adapter:
     return Adapter(name, str(path), digest.hexdigest(), rank, base if isinstance(base, str) else "")
 
 
-def _unsupported(config: dict[str, Any]) -> str | None:
-    """Return the setting that vLLM does not support; None without one."""
-    kept = config.get("modules_to_save") or []
-    checks = {
-        f"peft_type is {config.get('peft_type')!r}, not LORA": config.get("peft_type") != "LORA",
-        "use_dora is true": config.get("use_dora"),
-        "lora_bias is true": config.get("lora_bias"),
-        f"bias is {config.get('bias')!r}": config.get("bias", "none") != "none",
-        f"modules_to_save is {kept!r}": not {*kept} <= {"classifier", "score"},
+def _refuse_other_files(name: str, path: Path) -> None:
+    """Refuse a path that is not the directory of an adapter.
+
+    Raises:
+        ModelError: it is missing, a file, or without one of the two files.
+    """
+    both = f"{_CONFIG} and {_WEIGHTS}"
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise ModelError(
+            f"the adapter {name} is not a directory: {path} {found}",
+            f"name the directory with {both}: --lora NAME=PATH",
+        )
+    missing = next((file for file in (_CONFIG, _WEIGHTS) if not (path / file).exists()), None)
+    if missing is not None:
+        raise ModelError(
+            f"the adapter {name} is incomplete: {path} has no {missing}",
+            f"copy the adapter again, or name the directory with {both}: --lora NAME=PATH",
+        )
+
+
+def _unsupported(config: dict[str, Any], rank: int) -> str | None:
+    """Return what vLLM does not support; None without that."""
+    kept = config.get("modules_to_save")
+    wrong = {
+        "peft_type": config.get("peft_type") != "LORA",
+        "use_dora": config.get("use_dora"),
+        "lora_bias": config.get("lora_bias"),
+        "bias": config.get("bias", "none") != "none",
+        "modules_to_save": kept and not _only(kept, ("classifier", "score")),
     }
-    return next((text for text, wrong in checks.items() if wrong), None)
+    found = next((name for name, problem in wrong.items() if problem), None)
+    if found is None:
+        return f"it has rank {rank}, and the largest is {_RANKS[-1]}" if rank > _RANKS[-1] else None
+    return f"{found} in {_CONFIG} is {json.dumps(config.get(found))}"
+
+
+def _only(found: object, names: Sequence[str]) -> bool:
+    return isinstance(found, list) and all(name in names for name in found)
 
 
 def _matrices(path: Path) -> dict[str, tuple[int, int]]:
@@ -84,7 +113,9 @@ def _matrices(path: Path) -> dict[str, tuple[int, int]]:
             if ".lora_A." in name
         }
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ModelError(f"the header of {path} is damaged: {error!r}", _COPY) from error
+        raise ModelError(
+            f"the header of {path} has a tensor without a shape of whole numbers", _COPY
+        ) from error
     if not found:
         raise ModelError(f"{path} has no LoRA matrices", _COPY)
     return found
@@ -94,12 +125,13 @@ def _rank(path: Path, config: dict[str, Any], matrices: Mapping[str, tuple[int, 
     """Return the rank of the largest matrices.
 
     Raises:
-        ModelError: the configuration has none or another, or vLLM does not support it.
+        ModelError: the configuration has none or another.
     """
     patterns = config.get("rank_pattern") or {}
     ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
     if not all(type(rank) is int and rank > 0 for rank in ranks):
-        raise ModelError(f"{path / _CONFIG} has no rank: r is {config.get('r')!r}", _COPY)
+        shown = {key: config.get(key) for key in ("r", "rank_pattern") if key in config}
+        raise ModelError(f"{path / _CONFIG} has no rank: {json.dumps(shown)}", _COPY)
     rank: int = max(ranks)
     largest = max(each for each, _ in matrices.values())
     if largest > rank:
@@ -108,20 +140,15 @@ def _rank(path: Path, config: dict[str, Any], matrices: Mapping[str, tuple[int, 
             f"{largest}",
             _COPY,
         )
-    if rank > _RANKS[-1]:
-        raise ModelError(
-            f"the adapter {path} has rank {rank}; vLLM loads up to {_RANKS[-1]}",
-            "merge it into a model",
-        )
     return rank
 
 
 def _refuse_other_shape(
-    path: Path, matrices: Mapping[str, tuple[int, int]], shape: Architecture
+    name: str, path: Path, matrices: Mapping[str, tuple[int, int]], shape: Architecture
 ) -> None:
-    for name, (_, width) in matrices.items():
-        found = _ATTENTION.search(name)
-        if found is None or _OTHER_PARTS.search(name):
+    for matrix, (_, width) in matrices.items():
+        found = _ATTENTION.search(matrix)
+        if found is None or _OTHER_PARTS.search(matrix):
             continue
         layer = int(found[1])
         what = (
@@ -131,7 +158,7 @@ def _refuse_other_shape(
         )
         if width != shape.embedding or layer >= shape.layers:
             raise ModelError(
-                f"the adapter {path} is for another model: it {what}",
+                f"the adapter {name} ({path}) is for another model: it {what}",
                 "use the adapter's base model: --model",
             )
 

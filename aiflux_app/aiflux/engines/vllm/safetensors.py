@@ -17,6 +17,7 @@ from aiflux.errors import ModelError
 from aiflux.models.figures import FIXED, FULL, NONE, SLIDING, Architecture, Figures
 from aiflux.util.text import error_text
 
+_LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100 << 20  # the format's own limit
 _MAX_LAYERS = 10_000
 _PATTERNS = {"mistral": 0, "mixtral": 0, "phi3": 0, "gemma2": 2, "gemma3_text": 6, "cohere2": 4}
@@ -43,20 +44,38 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            size = file.seek(0, 2)
+            file.seek(0)
+            if size < _LENGTH.size:
+                raise ModelError(f"{path} is incomplete: it has {size} bytes", DAMAGED)
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             if length > _MAX_HEADER:
                 raise ModelError(f"{path} is not a safetensors file", DAMAGED)
-            header: dict[str, Any] = json.loads(file.read(length))
-            size = file.seek(0, 2)
+            text = file.read(length)
+        if len(text) < length:
+            raise ModelError(f"{path} is incomplete: it ends in its header", DAMAGED)
+        header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         end = 8 + length + max((_end(each) for each in header.values()), default=0)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"the header of {path} is damaged: {error!r}", DAMAGED) from error
-    if size != end:
-        raise ModelError(f"{path} has {size} bytes of {end}", DAMAGED)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"the header of {path} is damaged: {_wrong(error)}", DAMAGED) from error
+    if size < end:
+        raise ModelError(f"{path} is incomplete: it has {size} bytes of {end}", DAMAGED)
+    if size > end:
+        raise ModelError(f"{path} has {size} bytes, but its header describes {end}", DAMAGED)
     return header
+
+
+def _wrong(error: Exception) -> str:
+    """Return what is wrong with JSON, or with its content."""
+    if isinstance(error, json.JSONDecodeError):
+        # Python names the beginning of a text or value that does not end.
+        if error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated"):
+            return "it ends too early"
+        return f"{error.msg} at line {error.lineno}, column {error.colno}"
+    return error_text(error)
 
 
 def _end(tensor: Mapping[str, Any]) -> int:
@@ -95,7 +114,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error_text(error)}", remedy) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}", remedy) from error
+        raise ModelError(f"{path} is not JSON: {_wrong(error)}", remedy) from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", remedy)
     return config

@@ -179,6 +179,18 @@ def test_a_token_is_cached_only_in_layers_that_look_back(
         assert [*layer_caches(shape, 4096, 1, 512, flash=True)] == total
 
 
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("name", ["gemma2:2b", "gemma3:1b", "gpt-oss:20b"])
+def test_the_catalog_s_pattern_is_the_one_of_the_architecture_s_name(
+    name: str, flash: bool
+) -> None:
+    model = read_catalog().find(name)
+    assert model is not None
+    shape = model.architecture
+    by_name = layer_caches(replace(shape, layer_types=()), 65536, 4, 512, flash)
+    assert layer_caches(shape, 65536, 4, 512, flash) == by_name
+
+
 @pytest.mark.parametrize("name", ["llama3.2:3b", "qwen3:30b", "gemma3:1b", "qwen2.5:7b"])
 def test_a_header_of_real_size_is_read_back(name: str, tmp_path: Path) -> None:
     model = read_catalog().find(name)

@@ -136,7 +136,8 @@ def layer_caches(
     caches = []
     for layer in range(shape.layers):
         token = shape.cached_values(layer)
-        short_one = (layer + 1) % every != 0 if every else shape.has_window(layer)
+        # Ollama 0.9.3 shortened the caches of no other architectures.
+        short_one = (layer + 1) % every != 0 if every else flash and shape.has_window(layer)
         if layer in shape.cross_layers:
             # These are f32, and their number does not depend on the context.
             caches.append(2 * token * _MLLAMA_PATCHES * _MLLAMA_TILES)

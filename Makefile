@@ -84,7 +84,7 @@ lint: $(bin)/.installed-dev ## ruff, mypy --strict, shellcheck, codespell, wordi
 	@echo '$(bin)/codespell -D .ci/words'; $(bin)/codespell -D .ci/words $(plain)
 	@! grep -nEif .ci/phrases $(plain) || { echo "error: write the phrases above in plain words" >&2; exit 1; }
 
-test-fast: $(bin)/.installed-dev ## unit and property tests, under 30 s
+test-fast: $(bin)/.installed-dev ## unit and property tests, about 5 minutes on two cores
 	$(bin)/pytest -q -n 2 tests/unit
 
 test: lint ## everything except the soak tests, on the real Slurm, Apptainer and Ollama

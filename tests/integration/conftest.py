@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import random
 import shutil
 import subprocess
 import time
@@ -22,6 +23,7 @@ from tests.conftest import LEFT_OUT
 REPOSITORY = Path(__file__).parents[2]
 STACK_DIR = Path(os.environ.get("AIFLUX_STACK_DIR", "/var/tmp/aiflux-stack"))  # noqa: S108
 MODEL = "smollm2:135m"
+TINY = "tiny:latest"
 _PASSED = ("PIP_", "SSL_", "REQUESTS_CA", "CURL_CA", "CI", "LANG")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
@@ -210,6 +212,12 @@ def checkout(user: User) -> Path:
 
 
 @pytest.fixture(scope="session")
+def aiflux(checkout: Path) -> Path:
+    """The command that the user installed."""
+    return checkout / ".venv" / "bin" / "aiflux"
+
+
+@pytest.fixture(scope="session")
 def image(user: User, checkout: Path) -> Path:
     """The image, built by the user from the Debian base."""
     user.run("make", "image", "BASE=debian", cwd=checkout, timeout=900)
@@ -248,6 +256,33 @@ def models(user: User, checkout: Path, ollama: Path) -> Path:
     folder = user.folder("models")
     user.run(checkout / "container" / "demo-model.sh", ollama, folder, MODEL)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(user: User, models: Path, ollama: Path) -> str:
+    """A random model of half a megabyte, for tests in which the words do not matter."""
+    return create_model(user, models, ollama, TINY)
+
+
+def create_model(user: User, models: Path, ollama: Path, name: str, *kind: str) -> str:
+    """Create a model of make_tiny_gguf.py in the models directory; return its name."""
+    gguf = user.home / "tiny.gguf"
+    user.run("python3", REPOSITORY / "tests/tools/make_tiny_gguf.py", gguf, *kind)
+    user.write(user.home / "Modelfile", f"FROM {gguf}\nPARAMETER num_predict 16\n")
+    script = user.write(
+        user.home / "create.sh",
+        "#!/bin/bash\n"
+        "# Creates a model from a Modelfile with a temporary server.\n"
+        "set -euo pipefail\n"
+        "export OLLAMA_MODELS=$2 OLLAMA_NOPRUNE=1 OLLAMA_HOST=127.0.0.1:$3\n"
+        '"$1" serve > "$HOME/create.log" 2>&1 & server=$!\n'
+        "trap 'kill $server; wait $server || true' EXIT\n"
+        'for _ in $(seq 100); do "$1" list >/dev/null 2>&1 && break; sleep 0.1; done\n'
+        '"$1" create "$4" -f "$HOME/Modelfile"\n',
+    )
+    port = 20000 + random.randrange(20000)
+    user.run("bash", script, ollama, models, str(port), name, timeout=120)
+    return name
 
 
 @pytest.fixture

@@ -26,11 +26,6 @@ OUTSIDER = 4242  # an unused user id
 
 
 @pytest.fixture(scope="session")
-def aiflux(checkout: Path) -> Path:
-    return checkout / ".venv" / "bin" / "aiflux"
-
-
-@pytest.fixture(scope="session")
 def bundle(user: User, aiflux: Path, image: Path, models: Path) -> Path:
     """A bundle, created as on a connected machine."""
     place = user.folder("connected")

@@ -6,8 +6,6 @@ import csv
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.integration.conftest import MODEL, User, shard_status
 
 SCHEMA = {
@@ -16,11 +14,6 @@ SCHEMA = {
     "required": ["capital"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture
-def aiflux(checkout: Path) -> Path:
-    return checkout / ".venv/bin/aiflux"
 
 
 def test_a_table_becomes_answers_that_fit_a_schema(

@@ -26,11 +26,6 @@ from tests.integration.conftest import (
 )
 
 
-@pytest.fixture
-def aiflux(checkout: Path) -> Path:
-    return checkout / ".venv" / "bin" / "aiflux"
-
-
 def sbatch(user: User, *arguments: str | Path, cwd: Path, env: dict[str, str]) -> str:
     """Submit a job and return its id."""
     return user.run("sbatch", "--parsable", "--mem=2G", *arguments, cwd=cwd, env=env).strip()

@@ -24,17 +24,9 @@ from tests.integration.conftest import (
     request,
     shard_status,
 )
-from tests.integration.test_ollama import RunningWorker, create, tiny_requests, whole
+from tests.integration.test_ollama import RunningWorker, tiny_requests, whole
 from tests.tools import make_tiny_gguf
 from tests.tools.make_adapters import gguf_adapter
-
-TINY = "tiny:latest"
-
-
-@pytest.fixture(scope="session")
-def tiny(user: User, models: Path, ollama: Path, checkout: Path) -> str:
-    """A random model of half a megabyte, for tests in which the words do not matter."""
-    return create(user, models, ollama, TINY)
 
 
 @pytest.fixture(scope="session")

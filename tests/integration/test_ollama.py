@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import time
@@ -16,47 +15,20 @@ from openai.types.chat import ChatCompletion
 
 from tests.integration.conftest import (
     MODEL,
-    REPOSITORY,
+    TINY,
     User,
     answers,
+    create_model,
     lines,
     request,
     shard_status,
 )
 
-TINY = "tiny:latest"
-
-
-@pytest.fixture(scope="session")
-def tiny(user: User, models: Path, ollama: Path, checkout: Path) -> str:
-    """A random half-megabyte model, for tests that ignore the text."""
-    return create(user, models, ollama, TINY)
-
 
 @pytest.fixture(scope="session")
 def embedder(user: User, models: Path, ollama: Path, checkout: Path) -> str:
     """The same as an embedding model."""
-    return create(user, models, ollama, "embedder:latest", "embeddings")
-
-
-def create(user: User, models: Path, ollama: Path, name: str, *kind: str) -> str:
-    gguf = user.home / "tiny.gguf"
-    user.run("python3", REPOSITORY / "tests/tools/make_tiny_gguf.py", gguf, *kind)
-    user.write(user.home / "Modelfile", f"FROM {gguf}\nPARAMETER num_predict 16\n")
-    script = user.write(
-        user.home / "create.sh",
-        "#!/bin/bash\n"
-        "# Creates a model from a Modelfile with a temporary server.\n"
-        "set -euo pipefail\n"
-        "export OLLAMA_MODELS=$2 OLLAMA_NOPRUNE=1 OLLAMA_HOST=127.0.0.1:$3\n"
-        '"$1" serve > "$HOME/create.log" 2>&1 & server=$!\n'
-        "trap 'kill $server; wait $server || true' EXIT\n"
-        'for _ in $(seq 100); do "$1" list >/dev/null 2>&1 && break; sleep 0.1; done\n'
-        '"$1" create "$4" -f "$HOME/Modelfile"\n',
-    )
-    port = 20000 + random.randrange(20000)
-    user.run("bash", script, ollama, models, str(port), name, timeout=120)
-    return name
+    return create_model(user, models, ollama, "embedder:latest", "embeddings")
 
 
 @pytest.fixture

@@ -19,11 +19,6 @@ from tests.tools.faulty_engine import FaultyEngine
 
 
 @pytest.fixture
-def aiflux(checkout: Path) -> Path:
-    return checkout / ".venv" / "bin" / "aiflux"
-
-
-@pytest.fixture
 def engine() -> Iterator[FaultyEngine]:
     """An engine that takes half a second per request; the test nodes share its loopback."""
     with FaultyEngine(delay=0.5) as engine:

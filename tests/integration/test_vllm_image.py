@@ -23,11 +23,6 @@ from tests.tools.fake_hub import FakeHub, Repo
 from tests.unit.made_snapshots import COMMIT, LLAMA, WEIGHTS
 
 
-@pytest.fixture
-def aiflux(checkout: Path) -> Path:
-    return checkout / ".venv" / "bin" / "aiflux"
-
-
 @pytest.fixture(scope="session")
 def vllm_image(user: User, checkout: Path, stack: dict[str, str]) -> Path:
     if os.environ.get("AIFLUX_STACK_WITHOUT_VLLM") == "1":

@@ -119,6 +119,19 @@ def test_a_pilot_against_an_engine() -> None:
     assert "GPU" not in printed
 
 
+def test_the_printed_command_of_a_pipe_names_the_kept_input(place: Path) -> None:
+    program = Path(sys.executable).with_name("aiflux")
+    with FaultyEngine() as engine:
+        words = ["run", "-", *here(engine)[1:3], "--output", "out.json", "--pilot", "40"]
+        text = (place / "in.jsonl").read_text()
+        done = subprocess.run([program, *words], input=text, capture_output=True, text=True,
+                              check=True)  # fmt: skip
+        command = shlex.split(done.stdout.splitlines()[-1])
+        assert command[2:4] == ["--input", str(place / "out.json.input.jsonl")]
+        assert main(command[1:]) == 0
+    assert len(json.loads(OUTPUT.read_text())) == 300
+
+
 def test_the_printed_command_works_although_the_output_exists(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

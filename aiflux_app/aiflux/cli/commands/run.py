@@ -129,7 +129,11 @@ def run(
                 asked.input,
                 asked.output,
                 more["pilot"],
-                given={"input": source, "output": output, **given_settings(more)},
+                given={
+                    "input": str(path) if source == STDIN else source,
+                    "output": output,
+                    **given_settings(more),
+                },
                 local=more["local"],
                 again=asked.force,
                 preflight=asked.preflight,

@@ -17,7 +17,6 @@ from aiflux.engines.kinds import engine_kind
 from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
 from aiflux.slurm.jobs import JobId, TaskState
-from aiflux.util.text import joined
 
 QUIET_SECONDS = 45.0  # a lease is renewed every 3 s; the rest allows for clock differences
 LONG_QUIET_SECONDS = 180.0
@@ -572,9 +571,7 @@ def _next_command(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...
 def _remedy(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...]) -> str:
     if state is not RunState.FAILED:
         return ""
-    failed = [each for each, shard in zip(facts.shards, shards, strict=True)
-              if shard.state is ShardState.FAILED]  # fmt: skip
-    known = next((each.details.remedy for each in failed if each.details.remedy), "")
+    known = next((each.remedy for each in _failed(facts, shards) if each.remedy), "")
     options = _suspect_options(facts, shards)
     if not options:
         return known
@@ -582,16 +579,26 @@ def _remedy(state: RunState, facts: RunFacts, shards: tuple[ShardView, ...]) -> 
     return f"{known}; {again}" if known else again
 
 
+def _failed(facts: RunFacts, shards: tuple[ShardView, ...]) -> list[StatusDetails]:
+    """Return what the shards wrote that failed."""
+    pairs = zip(facts.shards, shards, strict=True)
+    return [each.details for each, shard in pairs if shard.state is ShardState.FAILED]
+
+
 def _suspect_options(facts: RunFacts, shards: tuple[ShardView, ...]) -> str:
-    """Return options with which no engine started, as they are stored with the run; or ""."""
-    no_engine = any(
-        shard.state is ShardState.FAILED and shard.exit_code == ExitCode.ENGINE for shard in shards
-    )
-    if not no_engine or any(_counts(facts, shards)):
+    """Return the options with which no engine started; "" if there are none.
+
+    They are stored with the run, so it cannot be resumed with others.
+    """
+    failed = [each for each in _failed(facts, shards) if each.exit_code == ExitCode.ENGINE]
+    if not failed or any(_counts(facts, shards)):
         return ""
     options = facts.plan.options
-    command = "--engine-command" if options.engine_command is not None else ""
-    return joined(list(filter(None, [command, given_options(options)])))
+    if options.engine_command is not None:
+        return "--engine-command"
+    given = given_options(options)
+    named = any(given in f"{each.ended} {each.remedy}" for each in failed)
+    return given if named else ""
 
 
 def _updated(facts: RunFacts) -> float | None:

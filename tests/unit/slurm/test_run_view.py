@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from aiflux.cli.render.run import Frame, overview
 from aiflux.core.config.settings import RunOptions
 from aiflux.errors import AifluxError, ExitCode, RunConflictError
 from aiflux.slurm.commands import run_directory_of
@@ -197,6 +198,34 @@ def test_the_state_of_a_shard_follows_from_its_files_and_slurm(made: MadeRun, ca
     ends = {"stopped", "failed", "lost"}
     assert view.ended == (of_run in ends)
     assert (view.next_command is not None) == (of_run in ends)
+
+
+@pytest.mark.parametrize(
+    ("details", "completed", "remedy", "resumes"),
+    [
+        ({"exit_code": 4, "remedy": "check --engine-arg, or leave it out"}, 0,
+         "check --engine-arg, or leave it out; correct --engine-arg, and run the whole `aiflux "
+         "run` command again", False),
+        ({"exit_code": 4, "ended": "vLLM does not accept --engine-arg: x"}, 0,
+         "correct --engine-arg, and run the whole `aiflux run` command again", False),
+        ({"exit_code": 4, "remedy": "pull the model"}, 0, "pull the model", True),
+        ({"exit_code": 4, "remedy": "check --engine-arg, or leave it out"}, 5,
+         "check --engine-arg, or leave it out", True),
+        ({"exit_code": 1}, 0, "", True),
+    ],
+)  # fmt: skip
+def test_a_failed_run_shows_what_to_fix_and_is_resumed_if_its_options_can_be_right(
+    tmp_path: Path, details: dict[str, Any], completed: int, remedy: str, resumes: bool
+) -> None:
+    made = MadeRun(tmp_path, options=RunOptions(engine="vllm", engine_arg={"x": ""}))
+    made.submit()
+    made.status(0, "failed", completed, **details)
+    view = look(made)
+    assert (view.state, view.remedy) == (RunState.FAILED, remedy)
+    assert (view.next_command is not None) == resumes
+    lines = [line.plain for line in overview(view, Frame(width=60))]
+    assert all(len(line) <= 60 for line in lines)
+    assert any(line.startswith("fix: ") for line in lines) == bool(remedy)
 
 
 @pytest.mark.parametrize(

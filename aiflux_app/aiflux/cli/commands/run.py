@@ -305,6 +305,7 @@ def _resume_here(run: RunDirectory, image: str | None) -> int:
 
     if run.submissions.exists():
         refuse_second(run)
+    run.refuse_foreign()
     plan = read_plan(run)
     counts = finished_counts(plan, run)
     if counts is not None and not plan.options.retry_failed:

@@ -46,7 +46,7 @@ def allowed(printed: str) -> int:
 @pytest.fixture(scope="module")
 def started() -> int:
     """Address space of AI-Flux at its start on this machine, in bytes."""
-    code = "import aiflux.cli; print(open('/proc/self/status').read())"
+    code = "import aiflux.cli.main; print(open('/proc/self/status').read())"
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -307,7 +307,6 @@ def _resume_here(run: RunDirectory, image: str | None) -> int:
         refuse_second(run)
     run.refuse_foreign()
     plan = read_plan(run)
-    run.refuse_foreign()
     counts = finished_counts(plan, run)
     if counts is not None and not plan.options.retry_failed:
         return print_finished(plan, counts)

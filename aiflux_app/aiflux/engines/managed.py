@@ -198,7 +198,6 @@ class ManagedEngine:
                         f"see its log: {self.spec.log}; or allow more time: --load-timeout SECONDS",
                     )
             self._refuse_other_server(server)
-            server.note_shared_memory()
         except BaseException as error:
             client.close()
             self.stop()

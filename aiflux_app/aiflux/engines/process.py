@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from aiflux.util.streams import FULL
 PROGRAM_VARIABLE = "AIFLUX_ENGINE_PROGRAM"
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 10.0
+_TRACKER_TIMEOUT = 1.0
 _POLL = 0.02
 _LISTEN = "0A"
 LOOPBACK = "0100007F"
@@ -55,8 +55,6 @@ _KEPT = (
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LOG_TAIL = 2000
 _LOG_SEARCHED = 256 * 1024  # in vLLM's log, tracebacks of all processes follow the cause
-# Shared memory and semaphores as Python's multiprocessing, PyTorch and NCCL name them.
-_SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|torch_|nccl-)")  # noqa: S108 - read, not made
 _STOPPED = "the engine was stopped during its start"
 
 
@@ -165,7 +163,6 @@ class ServerProcess:
         self._log_start = 0
         self._stopped = False
         self._lock = threading.Lock()
-        self._shared: set[_Segment] = set()
         self.url = url or ""
 
     @property
@@ -247,26 +244,18 @@ class ServerProcess:
         # A child of a child that has ended cannot be found later if it has another session and
         # another environment.
         members = {*self._members()}
-        self.note_shared_memory()
         if not again:
             _signal(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT)
+        members |= {*self._members()}
+        trackers = {each for each in members if each.tracks_resources}
+        _kill(members - trackers)
+        _wait(trackers, _TRACKER_TIMEOUT)
         _signal(process.pid, signal.SIGKILL)
         process.wait()
         _kill(members | {*self._members()})
-        for segment in self._shared:
-            segment.remove()
         self._process = None
-
-    def note_shared_memory(self) -> None:
-        """Note the files in /dev/shm that its processes use, so that ``stop`` can remove them.
-
-        A process that is killed leaves its own there, which occupy the node's memory. Python's
-        resource tracker would remove them, but it is one of the processes that ``stop`` kills.
-        """
-        for each in self._members():
-            self._shared.update(_segments_of(each.pid))
 
     def _members(self) -> list[_Member]:
         """Return the server's processes, its leader first.
@@ -403,38 +392,23 @@ class _Member:
         return variable.encode() in environment.split(b"\0")
 
     @property
+    def tracks_resources(self) -> bool:
+        """Whether it is Python's resource tracker.
+
+        When the processes that share memory and semaphores have ended, it removes these from
+        /dev/shm, where they occupy the node's memory, and ends.
+        """
+        try:
+            command = Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+        return b"multiprocessing.resource_tracker" in command
+
+    @property
     def running(self) -> bool:
         """Whether it still runs."""
         found = _process(self.pid)
         return found is not None and (found.started, found.zombie) == (self.started, False)
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """A file of shared memory; ``inode`` distinguishes it from a later one of the same name."""
-
-    path: str
-    inode: int
-
-    def remove(self) -> None:
-        """Remove it, unless that was done, or it is another user's."""
-        with suppress(OSError):
-            if os.lstat(self.path).st_ino == self.inode:
-                os.unlink(self.path)
-
-
-def _segments_of(pid: int) -> Iterator[_Segment]:
-    """Yield the files of shared memory that a process has mapped.
-
-    Source: proc(5): a line of /proc/PID/maps has the inode in field 5 and the path in field 6.
-    """
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return  # the process has ended
-    for fields in (line.split(maxsplit=5) for line in lines):
-        if len(fields) == 6 and _SHARED_MEMORY.match(fields[5]):
-            yield _Segment(fields[5], int(fields[4]))
 
 
 def _kill(processes: Iterable[_Member]) -> None:
@@ -443,8 +417,13 @@ def _kill(processes: Iterable[_Member]) -> None:
     for each in living:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(each.pid, signal.SIGKILL)
-    deadline = time.monotonic() + STOP_TIMEOUT
-    while any(each.running for each in living) and time.monotonic() < deadline:
+    _wait(living, STOP_TIMEOUT)
+
+
+def _wait(processes: Iterable[_Member], seconds: float) -> None:
+    """Wait until processes have ended, at most so long."""
+    deadline = time.monotonic() + seconds
+    while any(each.running for each in processes) and time.monotonic() < deadline:
         time.sleep(_POLL)
 
 

@@ -57,8 +57,8 @@ def finished(journal: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-def until_finished(journal: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
+def until_finished(journal: Path, count: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while finished(journal) < count:
         assert time.monotonic() < deadline, "the job does not get on"
         time.sleep(0.05)

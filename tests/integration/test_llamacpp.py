@@ -236,6 +236,26 @@ def test_a_wrong_option_ends_the_start_with_the_servers_own_line(
         assert line in printed
 
 
+def test_too_little_memory_at_the_start_is_named_with_the_remedy(
+    user: User, place: Path, local: list[str | Path], llama_server: Path
+) -> None:
+    """16 slots of 8192 tokens need 3 GB for the cache."""
+    limited = user.write(
+        place / "limited", f'#!/bin/sh\nulimit -v 1500000\nexec {llama_server} "$@"\n'
+    )
+    limited.chmod(0o755)
+    user.write(place / "in.jsonl", lines(FRANCE))
+    words = ["--model", MODEL, "--slots", "16", "--context-length", "8192"]
+    at = local.index(f"AIFLUX_ENGINE_PROGRAM={llama_server}")
+    command = [*local[:at], f"AIFLUX_ENGINE_PROGRAM={limited}", *local[at + 1 :]]
+    printed = user.run(*command, *words, cwd=place, code=4)
+    error = printed[printed.rindex("error: ") :]
+    assert "insufficient memory (attempted to allocate" in error
+    assert "-> use fewer --slots or a shorter --context-length, or request more memory" in error
+    assert not (place / "out.json").exists()
+    assert user.none_left(), user.processes()
+
+
 def test_every_spelling_of_a_managed_option_is_refused(user: User, llama_server: Path) -> None:
     """The names are those of this build, with their short and negated forms."""
     printed = user.run(llama_server, "--help")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from aiflux.image.sif import machine_arch, read_image
 from aiflux.slurm.cluster import ask_cluster
 from aiflux.slurm.preflight.cluster import check_job_image, cluster_checks
 from aiflux.slurm.preflight.local import Finding, collect
-from tests.integration.conftest import Cluster, User
+from tests.integration.conftest import Cluster, User, request
+from tests.integration.conftest import lines as request_lines
 
 SMALL = {"mem": "1G", "cpus_per_task": 1, "time": "5"}
 
@@ -84,6 +87,31 @@ def test_slurm_confirms_the_findings(
         user.run("scancel", job)
     else:
         assert "error" in printed
+
+
+@pytest.fixture
+def t4_nodes(stack: dict[str, str]) -> Iterator[None]:
+    """For a while, the nodes have a feature that names their GPUs."""
+    change = ["scontrol", "update", "NodeName=n[1-2]"]
+    env = {**os.environ, "SLURM_CONF": stack["SLURM_CONF"]}
+    subprocess.run([*change, "AvailableFeatures=t4", "ActiveFeatures=t4"], env=env, check=True)
+    yield
+    subprocess.run([*change, "AvailableFeatures=", "ActiveFeatures="], env=env, check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change nodes of Slurm")
+@pytest.mark.usefixtures("t4_nodes")
+def test_a_model_that_does_not_fit_is_refused_before_submission(
+    user: User, checkout: Path, place: Path
+) -> None:
+    user.write(place / "in.jsonl", request_lines(request("r", "Hi", model=None)))
+    printed = user.run(
+        checkout / ".venv/bin/aiflux", "run", "in.jsonl", "--output", "out.json", "--engine",
+        "vllm", "--model", "hf:Qwen/Qwen3-32B", "--gpus-per-node", "1", cwd=place, code=2,
+    )  # fmt: skip
+    assert "Qwen/Qwen3-32B does not fit a GPU 't4'" in printed
+    assert "no job was submitted" in printed
+    assert user.run("squeue", "--noheader", "--user", user.name) == ""
 
 
 def test_the_doctor_describes_the_real_site(user: User, checkout: Path, image: Path) -> None:

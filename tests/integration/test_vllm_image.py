@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import OUTSIDE
 from tests.integration.conftest import (
     STACK_DIR,
     Cluster,
@@ -18,15 +16,15 @@ from tests.integration.conftest import (
     request,
     shard_status,
 )
+from tests.integration.test_command import finished, until_finished
 from tests.integration.test_jobs import submitted
 from tests.tools.fake_hub import FakeHub, Repo
+from tests.tools.make_tiny_snapshot import put_tiny
 from tests.unit.made_snapshots import COMMIT, LLAMA, WEIGHTS
 
 
 @pytest.fixture(scope="session")
-def vllm_image(user: User, checkout: Path, stack: dict[str, str]) -> Path:
-    if os.environ.get("AIFLUX_STACK_WITHOUT_VLLM") == "1":
-        pytest.skip(f"{OUTSIDE}AIFLUX_STACK_WITHOUT_VLLM=1 leaves vLLM out")
+def vllm_image(user: User, checkout: Path, vllm: Path) -> Path:
     user.run("make", "image", "ENGINE=vllm", "BASE=debian", cwd=checkout, timeout=1500)
     return checkout / "aiflux-vllm.sif"
 
@@ -37,26 +35,61 @@ def labels(user: User, image: Path) -> dict[str, str]:
     return found
 
 
+def interfaces(pid: int) -> list[str]:
+    """Return the network interfaces that a process can use."""
+    rows = Path(f"/proc/{pid}/net/dev").read_text(encoding="ascii").splitlines()[2:]
+    return [row.partition(":")[0].strip() for row in rows]
+
+
+def engines(user: User) -> list[int]:
+    """Return the processes of vLLM with a model, which have that name."""
+    return [int(line.split()[0]) for line in user.processes() if "VLLM::EngineCore" in line]
+
+
 @pytest.mark.slow  # its build takes minutes
-def test_vllm_runs_as_a_sealed_job(
-    user: User, aiflux: Path, vllm_image: Path, cluster: Cluster, place: Path
-) -> None:
+def test_vllm_runs_by_hand_in_its_image(user: User, vllm_image: Path) -> None:
     shown = labels(user, vllm_image)
     assert (shown["aiflux.engine"], shown["aiflux.cpu_only"]) == ("vllm", "yes")
-    prompts = [request(f"r{number}", "Name a planet.", model=None) for number in range(8)]
+    place = user.folder("vllm by hand")
+    user.write(place / "in.jsonl", lines(request("r", "Name a planet.", model=None)))
+    user.give(put_tiny(place / "tiny"))
+    user.run(
+        "apptainer", "run", "--net", "--network", "none", vllm_image, "in.jsonl", "out.json",
+        "--model", place / "tiny", "--context-length", "512", cwd=place,
+    )  # fmt: skip
+    assert answers(place / "out.json").keys() == {"r"}
+    assert user.none_left(), user.processes()
+
+
+@pytest.mark.slow  # its build takes minutes
+def test_vllm_runs_as_a_sealed_array_that_is_requeued(
+    user: User, aiflux: Path, vllm_image: Path, cluster: Cluster, place: Path
+) -> None:
+    prompts = [request(f"r{at}", "Name planets.", model=None, max_tokens=64) for at in range(40)]
     user.write(place / "in.jsonl", lines(*prompts))
     models = STACK_DIR / "user"
     printed = user.run(
         aiflux, "run", "--engine", "vllm", "--model", models / "smollm2", "--input", "in.jsonl",
-        "--output", "out.json", "--mem", "6G", cwd=place,
+        "--output", "out.json", "--mem", "6G", "--shards", "2", "--slots", "2", cwd=place,
         env={"AIFLUX_MODELS_DIR": str(models), "AIFLUX_ALLOW_CPU": "1"},
     )  # fmt: skip
     job = submitted(printed)
-    assert cluster.end(job, timeout=600).code == 0, cluster.log(job, place)
-    assert len(answers(place / "out.json")) == 8
+    journals = [place / f"out.json.aiflux/journal/shard-000{at}.jsonl" for at in range(2)]
+    until_finished(journals[0], 2, seconds=600)
+    found = engines(user)
+    assert found
+    assert [interfaces(pid) for pid in found] == [["lo"]] * len(found)
+    user.run("scontrol", "requeue", f"{job}_0")
+    for task in range(2):
+        end = cluster.end(f"{job}_{task}", timeout=900)
+        assert end.code == 0, end.fields
+        assert end.fields["Restarts"] == str(1 - task)
+    assert answers(place / "out.json").keys() == {f"r{at}" for at in range(40)}
+    assert sum(map(finished, journals)) == 40, "no result was recorded twice"
     status = shard_status(place)["aiflux"]
     assert status["sealed"] is True
     assert status["image"]["engine"] == "vllm"
+    assert user.none_left(), user.processes()
 
 
 @pytest.mark.slow  # its build takes minutes

@@ -150,7 +150,7 @@ def test_a_bundle_brings_a_model_of_hugging_face(
     run = [command, "run", "--local", "--engine", "vllm", "--model", name, "--input", "in.jsonl"]
     island.run(
         "env", f"AIFLUX_ENGINE_PROGRAM={vllm}", *run, "--context-length", "512", "--output",
-        "o.json", cwd=place,
+        "o.json", "--engine-env", f"VLLM_CACHE_ROOT={user.home / 'vllm-cache'}", cwd=place,
     )  # fmt: skip
     (entry,) = json.loads((place / "o.json").read_text(encoding="utf-8"))
     assert "Paris" in entry["output"]["choices"][0]["message"]["content"]

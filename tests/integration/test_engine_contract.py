@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,14 @@ class RunningLlamaServer(RealProgram):
         environment = engine_environment(os.environ, self.folder, {})
         self.server = ServerProcess(command, environment, self.folder / "log", loopback_url(0))
         self.server.start()
+
+    def servers(self) -> set[int]:
+        """Return none: its engines start no server."""
+        return set()
+
+    def crash(self, index: int = 0) -> None:
+        assert self.server.pid is not None
+        os.kill(self.server.pid, signal.SIGKILL)
 
     def hold(self) -> None:
         self.server.stop()

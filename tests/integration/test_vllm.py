@@ -123,10 +123,16 @@ def test_two_runs_at_once_with_a_home_that_cannot_be_written(
     words = [*plain, "--context-length", "512", "--model"]
     options = {"one": [tiny], "two": [bare, "--engine-arg", f"tokenizer={hub_model}"]}
     runs = [user.popen(*words, *more, cwd=place / each, env=env) for each, more in options.items()]
-    until(lambda: len([*place.glob("scratch/aiflux-*/engine-0/.cache/vllm")]) == 2)
-    for run in runs:
-        printed, _ = run.communicate(timeout=400)
-        assert run.returncode == 0, printed
+    until(
+        lambda: (
+            len([*place.glob("scratch/aiflux-*/engine-0/.cache/vllm")]) == 2
+            or any(run.poll() is not None for run in runs)
+        )
+    )
+    caches = [*place.glob("scratch/aiflux-*/engine-0/.cache/vllm")]
+    printed = [run.communicate(timeout=400)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], printed
+    assert len(caches) == 2
     (result,) = json.loads((place / "one/out.json").read_text(encoding="utf-8"))
     assert len(result["output"]["data"][0]["embedding"]) == 64
     (result,) = json.loads((place / "two/out.json").read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """A small stand-in for `vllm serve`: its options, its processes and the API that the worker uses.
 
-It loads a directory with a configuration and weights, in a child as vLLM's EngineCore is, and binds
-its port only then. While the file ``loading`` is in its home, it loads. Chats are answered with an
-echo; a word counts as a token. It ends when its child is gone.
+It loads a directory with a configuration and weights, in a child as vLLM's EngineCore is, for which
+it binds a Unix socket, and binds its port only then. While the file ``loading`` is in its home, it
+loads. Chats are answered with an echo; a word counts as a token. It ends when its child is gone.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,9 @@ def load(model: Path) -> subprocess.Popen[bytes]:
         raise SystemExit(f"RuntimeError: Cannot find any model weights with `{model}`")
     while (Path(os.environ["HOME"]) / "loading").exists():
         time.sleep(0.02)
+    folder = os.environ.get("VLLM_RPC_BASE_PATH", tempfile.gettempdir())
+    with socket.socket(socket.AF_UNIX) as channel:
+        channel.bind(f"{folder}/{uuid.uuid4()}")
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 
 

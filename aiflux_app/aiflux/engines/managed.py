@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from aiflux.core.runs.status_file import EngineFacts
@@ -16,7 +18,10 @@ from aiflux.engines.server_log import refused_option
 from aiflux.engines.server_options import given_options
 from aiflux.engines.sizing import context_length, engine_slots, in_flight
 from aiflux.errors import EngineError, ModelError, RejectedError
+from aiflux.util.files import temporary_folder
 
+_LONGEST_SOCKET = 107  # bytes of a path: unix(7), sun_path
+_SHORT_FOLDER = Path("/tmp")  # noqa: S108 - a private folder in it is used
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
 _READY_POLL = 0.2
@@ -52,6 +57,8 @@ class ManagedEngine:
         self._make_client = make_client
         self._server: ServerProcess | None = None
         self._closing = threading.Event()
+        self._folders = ExitStack()
+        self._short_folder: Path | None = None
         self._digest: str | None = None
 
     @property
@@ -90,6 +97,7 @@ class ManagedEngine:
         self._closing.set()
         self.stop()
         self.client.close()
+        self._folders.close()
 
     def is_alive(self) -> bool:
         """Return whether the server is running; wait a moment, as a crash may show late."""
@@ -140,6 +148,30 @@ class ManagedEngine:
             f"engine {self.index} is up on {where}: {self.kind.title} {facts.version}, "
             f"{self.slots} slot{'s' * (self.slots > 1)} of {facts.context_length} tokens"
         )
+
+    def _socket_folder(self, longest: int) -> Path:
+        """Return a private folder for Unix sockets: the engine's home if their paths are valid.
+
+        Args:
+            longest: length of the longest name of a socket.
+
+        Raises:
+            EngineError: no other folder can be made.
+        """
+        home = self.spec.home
+        if len(os.fsencode(home)) + 1 + longest <= _LONGEST_SOCKET:
+            return home
+        try:
+            if self._short_folder is None:
+                folder = temporary_folder(_SHORT_FOLDER)
+                self._short_folder = self._folders.enter_context(folder)
+        except OSError as error:
+            raise EngineError(
+                f"the path of a socket in {home} is too long, and no folder can be made in "
+                f"{_SHORT_FOLDER}: {error.strerror}",
+                "use a shorter TMPDIR",
+            ) from error
+        return self._short_folder
 
     def _serve(
         self, command: Sequence[str], environment: Mapping[str, str], url: str | None = None

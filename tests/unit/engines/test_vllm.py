@@ -48,12 +48,14 @@ class Site(ProgramSite):
         put_snapshot(self.models_dir / "hub", "org/tiny")
         self.wrap([sys.executable, str(FAKE)])
 
+    home: Path | None = None
+
     def engine(
         self, devices: tuple[str, ...] = (), request: dict[str, Any] = CHAT, **options: Any
     ) -> Engine:
         chosen = {"engine": "vllm", "model": self.model, **options}
         plan = plan_of(self.folder, request, **chosen)
-        engine = engine_of(KIND, plan, self.folder, self.environ, devices)
+        engine = engine_of(KIND, plan, self.folder, self.environ, devices, home=self.home)
         self.made.append(engine)
         return engine
 
@@ -118,6 +120,13 @@ def test_a_directory_may_have_any_name(site: Site) -> None:
     engine.start()
     body = {"model": folder.name, "messages": [{"role": "user", "content": "hi"}]}
     assert engine.client.post("/v1/chat/completions", json.dumps(body).encode()).status == 200
+
+
+def test_its_sockets_are_in_a_folder_whose_path_is_short(site: Site) -> None:
+    site.home = site.folder / ("long" * 10) / "home"
+    engine = site.engine(slots=1)
+    engine.start()
+    assert engine.is_ready()
 
 
 def test_several_gpus_divide_the_model(site: Site) -> None:

@@ -6,11 +6,9 @@ a Unix socket in a private folder, or on a port of 127.0.0.1.
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,11 @@ from aiflux.engines.served_models import MODELS_PATH, ServedModels
 from aiflux.engines.server_load import Get, get, reported, total_slots
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import ConfigError, EngineError, RejectedError
-from aiflux.util.files import temporary_folder
 from aiflux.util.text import counted
 
 _READY = ("/health", MODELS_PATH)
 _UNREADY = RETRIED_STATUSES - {429}
 _PROBE_TIMEOUT = 2.0
-_LONGEST_SOCKET = 107  # bytes of a path: unix(7), sun_path
-_SHORT_FOLDER = Path("/tmp")  # noqa: S108 - a private folder in it is used
 # 127.0.0.1 in an IPv6 socket, as the kernel writes it.
 _LOOPBACKS = {LOOPBACK, "0000000000000000FFFF00000100007F"}
 # Paths that report a version, and the key: vLLM and TensorRT-LLM, llama-server, SGLang.
@@ -68,7 +63,6 @@ class CommandEngine(ManagedEngine):
         super().__init__(kind, spec, make_client)
         self._folder = spec.environ.get("AIFLUX_JOB_DIR")
         self._models = ServedModels(f"engine {spec.index}", spec.say)
-        self._folders = ExitStack()
         self._socket: Path | None = None
 
     def _find_program(self) -> str:
@@ -100,11 +94,6 @@ class CommandEngine(ManagedEngine):
         self._note_models(client)
         self._note_facts(client)
         self._use(client)
-
-    def close(self) -> None:
-        """Stop for good, also during a start. From any thread."""
-        super().close()
-        self._folders.close()
 
     def is_ready(self) -> bool:
         """Return whether the server accepts requests; one that is too busy to answer does."""
@@ -152,22 +141,10 @@ class CommandEngine(ManagedEngine):
     def _new_socket(self) -> Path:
         """Return the path of the socket, in a folder that only this user can enter."""
         if self._socket is None:
-            path = self.spec.home / "engine.sock"  # llama-server wants the ending
-            if len(os.fsencode(path)) > _LONGEST_SOCKET:
-                path = self._short_folder() / "engine.sock"
-            self._socket = path
+            name = "engine.sock"  # llama-server wants the ending
+            self._socket = self._socket_folder(len(name)) / name
         self._socket.unlink(missing_ok=True)  # a server that was killed leaves it
         return self._socket
-
-    def _short_folder(self) -> Path:
-        try:
-            return self._folders.enter_context(temporary_folder(_SHORT_FOLDER))
-        except OSError as error:
-            raise EngineError(
-                f"the path of a socket in {self.spec.home} is too long, and there is no room for "
-                f"one in {_SHORT_FOLDER}: {error.strerror}",
-                "use {port} instead of {socket}, or a shorter TMPDIR",
-            ) from error
 
     def _environment(self) -> dict[str, str]:
         """Return the job's environment, with this engine's GPUs and the run's variables."""

@@ -114,6 +114,8 @@ class VllmEngine(ManagedEngine):
         settings = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            # Its processes also talk over Unix sockets, whose names are UUIDs.
+            "VLLM_RPC_BASE_PATH": str(self._socket_folder(36)),
             "DO_NOT_TRACK": "1",
             "VLLM_ENGINE_READY_TIMEOUT_S": str(int(self._options.load_timeout)),
             # Its processes talk over loopback, the only interface of a sealed container.

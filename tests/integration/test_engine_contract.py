@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -53,6 +52,7 @@ class RealOllama(RealProgram):
     """The CPU Ollama."""
 
     kind = kind_named("ollama")
+    rejects_others = True
 
 
 class TestOllama(EngineContract):
@@ -109,17 +109,22 @@ class RunningLlamaServer(RealProgram):
         self.digest = None
         self.port = free_port()
         self.options["engine_url"] = loopback_url(self.port)
-        self.recover()
+        self.server = self._start()
 
-    def recover(self) -> None:
-        """Start it, as somebody else would."""
+    def _start(self) -> ServerProcess:
         command = [
             str(self.program), "-m", str(find_files(self._models, MODEL).model), "--alias", MODEL,
             "--host", "127.0.0.1", "--port", str(self.port), "-np", "2", "--no-webui", "--offline",
         ]  # fmt: skip
         environment = engine_environment(os.environ, self.folder, {})
-        self.server = ServerProcess(command, environment, self.folder / "log", loopback_url(0))
-        self.server.start()
+        server = ServerProcess(command, environment, self.folder / "log", loopback_url(0))
+        server.start()
+        return server
+
+    def recover(self) -> None:
+        """Start it again, as somebody else would."""
+        self.server.stop()
+        self.server = self._start()
 
     def servers(self) -> set[int]:
         """Return none: its engines start no server."""
@@ -130,7 +135,6 @@ class RunningLlamaServer(RealProgram):
         os.kill(self.server.pid, signal.SIGKILL)
 
     def hold(self) -> None:
-        self.server.stop()
         super().hold()
         self.recover()
 
@@ -155,6 +159,7 @@ class RealVllm(ProgramSite):
 
     kind = kind_named("vllm")
     slots = 2
+    rejects_others = True
     patience = 300.0
 
     def __init__(self, folder: Path, program: Path) -> None:
@@ -186,13 +191,6 @@ class TestVllm(EngineContract):
     @pytest.fixture
     def site(self, shared_vllm: RealVllm) -> RealVllm:
         return shared_vllm
-
-    def test_a_model_that_the_server_lacks_is_named(self, site: EngineSite) -> None:
-        """Before the start; a request for it is rejected."""
-        super().test_a_model_that_the_server_lacks_is_named(site)
-        body = {"model": site.absent, "messages": [{"role": "user", "content": "hi"}]}
-        answer = site.running().client.post("/v1/chat/completions", json.dumps(body).encode())
-        assert answer.status == 404
 
     def test_a_stop_in_mid_start_leaves_no_server_behind(self, site: EngineSite) -> None:
         """While its processes are starting."""

@@ -250,7 +250,8 @@ def test_too_little_memory_at_the_start_is_named_with_the_remedy(
     command = [*local[:at], f"AIFLUX_ENGINE_PROGRAM={limited}", *local[at + 1 :]]
     printed = user.run(*command, *words, cwd=place, code=4)
     error = printed[printed.rindex("error: ") :]
-    assert "insufficient memory (attempted to allocate" in error
+    assert f"{MODEL} could not be loaded: " in error
+    assert "failed to allocate buffer for kv cache" in error
     assert "-> use fewer --slots or a shorter --context-length, or request more memory" in error
     assert not (place / "out.json").exists()
     assert user.none_left(), user.processes()

@@ -23,7 +23,7 @@ from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.base import Engine, EngineKind, EngineSpec
-from aiflux.engines.http import Client, ExchangeError
+from aiflux.engines.http import Answer, Client, ExchangeError
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import EngineError, RejectedError
 
@@ -60,10 +60,12 @@ class EngineSite(ABC):
         slots: with which its servers are started; None where they report none.
         options: further options of the plan.
         absent: a model that the servers do not have.
+        rejects_others: its servers reject requests for a model that they do not have.
         patience: seconds that a start may take.
     """
 
     absent = "nobody:1b"
+    rejects_others = False
     patience = 15.0
     kind: EngineKind
     model: str
@@ -212,10 +214,13 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def chat(engine: Engine, model: str) -> Answer:
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    return engine.client.post("/v1/chat/completions", json.dumps(body).encode())
+
+
 def answers(engine: Engine, site: EngineSite) -> bool:
-    body = {"model": engine_name(site), "messages": [{"role": "user", "content": "hi"}],
-            "max_tokens": 4}  # fmt: skip
-    answer = engine.client.post("/v1/chat/completions", json.dumps(body).encode())
+    answer = chat(engine, engine_name(site))
     return answer.status == 200 and "choices" in json.loads(answer.body)
 
 
@@ -276,6 +281,7 @@ class EngineContract:
         assert engine.is_alive()
         assert engine.is_ready()
         assert answers(engine, site)
+        assert not site.rejects_others or chat(engine, "another").status == 404
         assert engine.facts.index == 0
         assert str(engine.index) in engine.describe() or "http" in engine.describe()
 

@@ -84,6 +84,7 @@ class FakeVllm(Loading):
     model = "hf:org/tiny@main"
     digest = COMMIT
     absent = "hf:nobody/1b"
+    rejects_others = True
     slots = 3
 
     def __init__(self, folder: Path) -> None:

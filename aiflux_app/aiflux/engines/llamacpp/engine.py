@@ -19,6 +19,7 @@ from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
 from aiflux.engines.llamacpp.options import option_words
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment
+from aiflux.engines.server_log import find_cause
 from aiflux.errors import EngineError, RejectedError
 from aiflux.util.text import error_text
 
@@ -95,8 +96,12 @@ class LlamaCppEngine(ManagedEngine):
             reason = self._reason()
             if reason is None:
                 raise
+            cause = find_cause(self._log_text())
+            remedy = (
+                f"{cause.remedy}; its log is" if cause and cause.remedy else "see the engine's log:"
+            )
             raise EngineError(
-                f"{self._served} could not be loaded: {reason}", f"see the engine's log: {log}"
+                f"{self._served} could not be loaded: {reason}", f"{remedy} {log}"
             ) from error
 
     def _command(self, files: ModelFiles) -> list[str]:

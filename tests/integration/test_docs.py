@@ -69,6 +69,9 @@ ELSEWHERE = {
             f"{_VLLM}::test_the_server_gets_the_model_its_slots_and_its_context"
         for model in ("hf:Qwen/Qwen3-8B", "/shared/models/Qwen3-8B")
     },
+    "aiflux run --engine vllm --nodes-per-engine 2 --gpus-per-node 4 --model "
+    "hf:Qwen/Qwen3-235B-A22B --input prompts.jsonl --output results.json":
+        "tests/unit/slurm/test_job_nodes.py::test_the_ranks_run_for_as_long_as_the_worker",
     **{
         f"aiflux run prompts.jsonl --model {words}":
             f"{_COMMAND}::test_a_job_without_an_image_survives_the_kill_of_its_server"

@@ -24,6 +24,7 @@ from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.base import Engine, EngineKind, EngineSpec
 from aiflux.engines.http import Answer, Client, ExchangeError
+from aiflux.engines.ranks import Ranks
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import EngineError, RejectedError
 
@@ -36,6 +37,7 @@ def engine_of(
     devices: tuple[str, ...] = (),
     index: int = 0,
     home: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """Return an engine that is not started; its log, and its home by default, are in a folder."""
     spec = EngineSpec(
@@ -47,6 +49,7 @@ def engine_of(
         log=folder / f"engine-{index}.log",
         environ=environ,
         say=lambda _: None,
+        ranks=ranks,
     )
     return kind.make_engine(spec, lambda url, ca=None: Client(url, 120.0, 8, ca=ca))
 

@@ -3,6 +3,9 @@
 It loads a directory with a configuration and weights, in a child as vLLM's EngineCore is, for which
 it binds a Unix socket, and binds its port only then. While the file ``loading`` is in its home, it
 loads. Chats are answered with an echo; a word counts as a token. It ends when its child is gone.
+
+Over several nodes, rank 0 waits for the others at the master port. It notices the death of one of
+them only at the next request, and the others stay when rank 0 is gone, as with vLLM 0.32.0.
 """
 
 from __future__ import annotations
@@ -43,6 +46,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--dtype", choices=["auto", "half"], default="auto")
     parser.add_argument("--enable-expert-parallel", action="store_true")
+    parser.add_argument("--distributed-executor-backend", choices=["mp", "ray"], default="mp")
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master-addr")
+    parser.add_argument("--master-port", type=int)
+    parser.add_argument("--headless", action="store_true")
     parser.add_argument("--enable-lora", action="store_true")
     parser.add_argument("--max-lora-rank", type=int, choices=[1, 8, 16, 32, 64], default=16)
     parser.add_argument("--max-loras", type=int, default=1)
@@ -52,6 +61,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--tool-call-parser")
     parser.add_argument("--reasoning-parser")
     options = parser.parse_args(words)
+    if options.tensor_parallel_size % options.nnodes or options.node_rank >= options.nnodes:
+        parser.error("the ranks do not divide the model")
     for name, known in (("tool call", PARSERS), ("reasoning", REASONING_PARSERS)):
         given = getattr(options, name.replace(" ", "_") + "_parser")
         if given is not None and given not in known:
@@ -76,13 +87,36 @@ def load(model: Path) -> subprocess.Popen[bytes]:
     folder = os.environ.get("VLLM_RPC_BASE_PATH", tempfile.gettempdir())
     with socket.socket(socket.AF_UNIX) as channel:
         channel.bind(f"{folder}/{uuid.uuid4()}")
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    # It does not outlive this process.
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    )
+
+
+def join_ranks(options: argparse.Namespace) -> list[socket.socket]:
+    """Connect with the other ranks; return rank 0's connections to them."""
+    if options.node_rank == 0:
+        with socket.create_server(("", options.master_port)) as server:
+            return [server.accept()[0] for _ in range(options.nnodes - 1)]
+    while True:
+        try:
+            return [socket.create_connection((options.master_addr, options.master_port))]
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+
+
+def is_gone(rank: socket.socket) -> bool:
+    try:
+        return not rank.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     options: argparse.Namespace
     core: subprocess.Popen[bytes]
+    ranks: list[socket.socket]
 
     def log_message(self, format: str, *args: Any) -> None:
         print(format % args, flush=True)
@@ -107,6 +141,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         pooling = self.options.runner == "pooling"
+        if any(is_gone(rank) for rank in self.ranks):
+            self.core.kill()
+            self.core.wait()
         if self.core.poll() is not None:
             self._fail(500, CORE_LOST)
         elif self.path != ("/v1/embeddings" if pooling else "/v1/chat/completions"):
@@ -164,7 +201,11 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     print("command:", json.dumps(sys.argv[1:]), flush=True)
     Handler.options = parse(sys.argv[1:])
+    Handler.ranks = join_ranks(Handler.options) if Handler.options.nnodes > 1 else []
     Handler.core = load(Handler.options.model)
+    if Handler.options.headless:
+        Handler.core.wait()
+        return
     load_adapters(Handler.options)
     server = ThreadingHTTPServer((Handler.options.host, Handler.options.port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

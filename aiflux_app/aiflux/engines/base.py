@@ -25,6 +25,7 @@ from aiflux.util.text import joined
 
 if TYPE_CHECKING:
     from aiflux.engines.http import Client  # imports requests
+    from aiflux.engines.ranks import Ranks
 
 
 LIBRARY_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LD_PRELOAD")
@@ -187,6 +188,7 @@ class EngineSpec:
         log: file to append its output to.
         environ: the worker's environment.
         say: called with a line of text when there is something to wait for.
+        ranks: the job's other nodes; None if it has one.
     """
 
     index: int
@@ -197,6 +199,7 @@ class EngineSpec:
     log: Path
     environ: Mapping[str, str]
     say: Callable[[str], None]
+    ranks: Ranks | None = None
 
 
 class EngineKind(PlanningKind, Protocol):
@@ -310,6 +313,7 @@ class CommonKind:
 
     managed = True
     stores_models = True
+    spans_nodes = False
     program_variables: tuple[str, ...] = ()
     cached_program = ""
     slot_limits = SlotLimits()

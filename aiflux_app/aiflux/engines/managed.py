@@ -19,6 +19,7 @@ from aiflux.engines.server_options import given_options
 from aiflux.engines.sizing import context_length, engine_slots, in_flight
 from aiflux.errors import EngineError, ModelError, RejectedError
 from aiflux.util.files import temporary_folder
+from aiflux.util.text import joined
 
 _LONGEST_SOCKET = 107  # bytes of a path: unix(7), sun_path
 _SHORT_FOLDER = Path("/tmp")  # noqa: S108 - a private folder in it is used
@@ -144,6 +145,7 @@ class ManagedEngine:
         """Return where it runs, its version and its slots."""
         facts = self.facts
         where = "GPU " + ",".join(facts.devices or ()) if facts.gpu_bytes else "the CPU"
+        where += f" of {joined(facts.nodes)}" if facts.nodes else ""
         return (
             f"engine {self.index} is up on {where}: {self.kind.title} {facts.version}, "
             f"{self.slots} slot{'s' * (self.slots > 1)} of {facts.context_length} tokens"

@@ -172,6 +172,12 @@ class ServerProcess:
         return process is not None and process.poll() is None
 
     @property
+    def exit_status(self) -> int | None:
+        """How the process ended, negative for a signal; None if it runs, or was not started."""
+        process = self._process
+        return None if process is None else process.poll()
+
+    @property
     def pid(self) -> int | None:
         """The process's id, once started."""
         return None if self._process is None else self._process.pid
@@ -360,13 +366,16 @@ def listening_port(pid: int) -> int | None:
     return None
 
 
-def free_port() -> int:
-    """Return a free loopback port, for servers that need a port number.
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a free port, of loopback by default, for servers that need a port number.
 
     Another process may bind it first; see ``ServerProcess.owns_port``.
+
+    Args:
+        host: address on which it is free; "" for all of them.
     """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import EngineKind, EngineSpec
 from aiflux.engines.gpus import free_memory
@@ -18,7 +19,8 @@ _SHARE = 0.97
 def engine_slots(kind: EngineKind, spec: EngineSpec, figures: Figures | None) -> int:
     """Return the number of parallel sequences of an engine, by the memory that is free now."""
     cores = len(os.sched_getaffinity(0))
-    free = free_memory(spec.devices, spec.environ)
+    # The GPUs of the other nodes are taken to have as much free memory as those of this one.
+    free = free_memory(spec.devices, spec.environ) * spec.plan.options.nodes_per_engine
     return slots(kind, spec.plan, spec.devices, cores, figures, free)
 
 
@@ -73,6 +75,21 @@ def gpus_needed(
         if size is not None and size <= gpus * capacity:
             return gpus
     return None
+
+
+def smaller_division(divides: Callable[[int], bool], options: RunOptions, gpus: int) -> str:
+    """Return a remedy for a model that cannot be divided as the options ask for.
+
+    Args:
+        divides: whether a number of GPUs can share the model.
+        gpus: GPUs of each node; 0 for none.
+    """
+    nodes = options.nodes_per_engine
+    each, counts = (1, range(1, gpus)) if nodes == 1 else (max(1, gpus), range(1, nodes))
+    fits = [str(count) for count in counts if divides(count * each)]
+    if not fits:
+        return "request another number of GPUs on each node: --gpus-per-node"
+    return f"--{'gpus' if nodes == 1 else 'nodes'}-per-engine {' or '.join(fits)}"
 
 
 def in_flight(engine_slots: int) -> int:

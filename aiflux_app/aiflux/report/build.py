@@ -31,7 +31,7 @@ from aiflux.report.data import (
 )
 from aiflux.report.journal_summary import EngineTally, Tally, throughput
 from aiflux.util.records import to_json
-from aiflux.util.text import public_url
+from aiflux.util.text import joined, public_url
 from aiflux.util.times import utc_text
 
 _RETRY = "aiflux run ... --retry-failed tries them again"
@@ -131,7 +131,8 @@ def _place(engine: EngineFacts | None) -> str:
     if engine.url is not None:
         return public_url(engine.url)
     on_gpu = engine.devices and engine.gpu_bytes != 0
-    return f"GPU {','.join(engine.devices or ())}" if on_gpu else "CPU"
+    nodes = f" of {joined(engine.nodes)}" if engine.nodes else ""
+    return (f"GPU {','.join(engine.devices or ())}" if on_gpu else "CPU") + nodes
 
 
 def machine_use(sources: ReportSources, whole: Tally) -> Use:

@@ -30,6 +30,7 @@ class Partition:
         max_seconds: its time limit; infinite if it has none.
         max_memory: MB of one job on one node; infinite if there is no limit.
         max_cpus: CPUs of one job on one node.
+        max_nodes: nodes of one job.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Partition:
     max_seconds: float = UNLIMITED
     max_memory: float = UNLIMITED
     max_cpus: float = UNLIMITED
+    max_nodes: float = UNLIMITED
     allow_accounts: tuple[str, ...] = ()
     deny_accounts: tuple[str, ...] = ()
     allow_groups: tuple[str, ...] = ()
@@ -157,6 +159,7 @@ def parse_partition(line: str) -> Partition:
         max_seconds=limit_seconds(words.get("MaxTime", "UNLIMITED")),
         max_memory=_limit(words.get("MaxMemPerNode", "")),
         max_cpus=_limit(words.get("MaxCPUsPerNode", "")),
+        max_nodes=_limit(words.get("MaxNodes", "")),
         allow_accounts=_names(words.get("AllowAccounts", "ALL")),
         deny_accounts=_names(words.get("DenyAccounts", "ALL")),
         allow_groups=_names(words.get("AllowGroups", "ALL")),

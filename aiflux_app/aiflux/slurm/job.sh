@@ -10,6 +10,8 @@
 #   shard                               index of the shard to work on
 #   max_requeues                        0: the job is not requeued automatically
 #   want_seal                           0: the container keeps the network while it works
+#   nodes                               number of the engine's nodes
+#   script                              absolute path of this script, if there are several
 #   model_paths                         array: models that are not in models_dir, absolute paths
 #   want_gpus                           1: the container gets the node's GPUs
 #   gpu_vendor                          nvidia, amd, or auto: as the node has it
@@ -21,7 +23,7 @@ child='' pending='' signals=0   # the container's pid, a signal not yet forwarde
 forwarded=0                     # whether a signal was forwarded
 stopped=0                       # 1 after TERM, INT or HUP: the job is to end
 seal=() unsealed='' mounts=() deadline=() # why it is not sealed
-gpu_flags=()
+gpu_flags=() ranks=''                    # process that runs the other nodes' ranks
 
 # How Slurm's commands name this job: the bare id of an array's last task means the whole array.
 job_id=${SLURM_JOB_ID:-}
@@ -131,7 +133,7 @@ refuse_other_image() {
 
 # /tmp, /var/tmp and HOME of the container are here.
 make_scratch() {
-    trap remove_scratch EXIT
+    trap 'end_ranks; remove_scratch' EXIT
     scratch=$(mktemp -d -- "${TMPDIR:-/tmp}/aiflux.XXXXXXXX") ||
         give_up "cannot create a private directory under ${TMPDIR:-/tmp} on $HOSTNAME" \
             "set TMPDIR to a writable directory of the node"
@@ -301,6 +303,9 @@ choose_seal() {
         unsealed='the engine is elsewhere'
     elif ((!want_seal)); then
         unsealed='--no-seal'
+    elif ((nodes > 1)); then
+        unsealed='--nodes-per-engine: the ranks of the engine use the network between the nodes'
+        say "not sealed: $unsealed"
     elif words=$("$runtime" exec --containall --pwd / --net --network none "$image" true 2>&1); then
         seal=(--net --network none)
     else
@@ -313,10 +318,12 @@ choose_seal() {
 supervise_work() {
     stop_if_asked
     rm -f -- "$mark"
-    supervise "$1" --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"}
+    supervise "$1" --run-dir "$run_dir" --shard "$shard" ${deadline[@]+"${deadline[@]}"} \
+        ${ranks:+--ranks /tmp}
 }
 
 work() {
+    local code
     stop_if_asked
     unpass "${proxies[@]}"
     # The runtime passes the host's proxies even to a clean environment.
@@ -329,7 +336,73 @@ work() {
         put AIFLUX_UNSEALED "$unsealed"
     fi
     bind_all ro
+    start_ranks
     supervise_work exec_container
+    code=$?
+    end_ranks
+    return "$code"
+}
+
+# --- the other nodes of an engine: see aiflux/engines/ranks.py ----------------------------------
+
+# The worker, which opens the pipes, sees them in /tmp.
+start_ranks() {
+    ((nodes > 1)) || return 0
+    mkdir -p -- "$scratch/tmp"
+    keep_ranks &
+    ranks=$!
+}
+
+# Runs a step on the other nodes whenever the worker opens the pipes, so also after a step that
+# ended early. Each has new pipes: an old one would not end for the worker if it were opened again
+# at once. The worker opens the orders first. The batch script runs on the first node, number 0.
+keep_ranks() {
+    local step others=$((nodes - 1))
+    trap '' HUP INT USR1
+    while :; do
+        trap - TERM
+        rm -f -- "$scratch/tmp/orders" "$scratch/tmp/reports"
+        mkfifo -m 0600 -- "$scratch/tmp/reports" "$scratch/tmp/orders" || return
+        exec {orders}<"$scratch/tmp/orders" {reports}>"$scratch/tmp/reports"
+        : >"$scratch/step"
+        srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --relative=1 --export=ALL \
+            --mpi=none --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+            bash -- "$script" rank <&"$orders" >&"$reports" &
+        step=$!
+        trap 'kill "$step" 2>/dev/null; wait "$step"; exit' TERM
+        exec {orders}<&- {reports}>&-
+        wait "$step"
+        rm -f -- "$scratch/step"
+    done
+}
+
+# After the worker: the step, whose orders it ended, gets a moment to end by itself.
+end_ranks() {
+    local tries
+    [[ -n $ranks ]] || return 0
+    for ((tries = 0; tries < 100; tries++)); do
+        [[ -e $scratch/step ]] || break
+        sleep 0.1
+    done
+    kill "$ranks" 2>/dev/null
+    wait "$ranks"
+    ranks=''
+}
+
+# On another node: standard input and output belong to the worker's orders and reports.
+run_rank() {
+    trap '' TERM HUP INT USR1 # the worker decides when to stop
+    exec {orders}<&0 {reports}>&1 </dev/null >&2
+    load_modules
+    site_setup
+    choose_gpus
+    find_runtime
+    refuse_other_image
+    make_scratch
+    pass_environment
+    bind_all ro
+    (exec_container --rank "$((SLURM_PROCID + 1))" --first "$SLURM_LAUNCH_NODE_IPADDR") \
+        <&"$orders" >&"$reports"
 }
 
 # --- without an image: the worker of the installed package, next to the site's programs ----------
@@ -411,4 +484,8 @@ main() {
     return "$code"
 }
 
-main
+if ((nodes > 1)) && [[ ${1:-} == rank ]]; then
+    run_rank
+else
+    main
+fi

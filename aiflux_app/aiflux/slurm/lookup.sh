@@ -76,6 +76,7 @@ output_dir=${output%/*}
 run_dir=$output.aiflux
 shard=0
 max_requeues=20
+nodes=1 script=''
 
 data_dir=${AIFLUX_DATA_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aiflux}
 absolute models_dir "${AIFLUX_MODELS_DIR:-$data_dir/models}"

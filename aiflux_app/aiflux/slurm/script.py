@@ -41,6 +41,8 @@ class JobScript:
         model_paths: models that are not in the models directory.
         engine_ca: certificates to trust at an engine elsewhere; the container must see them.
         worker: command of the worker outside a container (see ``worker_command``).
+        nodes: those of the job's engine.
+        script: where this script is stored, for the other nodes to read it.
     """
 
     name: str
@@ -59,6 +61,8 @@ class JobScript:
     engine_ca: str | None = None
     model_paths: tuple[Path, ...] = ()
     worker: tuple[str, ...] = ()
+    nodes: int = 1
+    script: Path | None = None
 
     def with_models(self, plan: Plan) -> JobScript:
         """Return the same for the models of a plan."""
@@ -93,6 +97,7 @@ class JobScript:
             max_requeues=options.max_requeues,
             engine_ca=None if kind.managed else options.engine_ca,
             worker=() if kind.worker_in_image else worker_command(os.environ),
+            nodes=options.nodes_per_engine,
         )
 
 
@@ -124,9 +129,17 @@ def render(job: JobScript) -> str:
         ConfigError: a value is wrong, or cannot be in a batch script.
     """
     slurm = job.slurm.checked()
+    directives = job_directives(
+        job.name,
+        slurm,
+        job.log,
+        tasks=job.tasks,
+        nodes=job.nodes,
+        drain_seconds=job.drain_seconds,
+    )
     lines = [
         "#!/bin/bash",
-        *job_directives(job.name, slurm, job.log, tasks=job.tasks, drain_seconds=job.drain_seconds),
+        *directives,
         "",
         "# Written by `aiflux run`. Submitted again as it is, it resumes the run.",
         "",
@@ -150,6 +163,7 @@ def render_models(image: Path, models_dir: Path, arguments: Sequence[str]) -> st
     paths = _paths(image, image, models_dir, models_dir, None, None, (), ())
     no_gpus = SlurmConfig(gpus_per_node="0")
     worker = [_assign("shard", 0), _assign("max_requeues", 0), _assign("want_seal", 0)]
+    worker += [_assign("nodes", 1), _assign("script", "")]
     lines = ["#!/bin/bash", *paths, *worker, _array("prepare_args", arguments), *_site(no_gpus)]
     return _script(lines)
 
@@ -168,6 +182,8 @@ def _of_run(job: JobScript, slurm: SlurmConfig) -> Iterator[str]:
     yield from _shard(job)
     yield _assign("max_requeues", job.max_requeues)
     yield _assign("want_seal", int(slurm.seal and not job.worker))
+    yield _assign("nodes", job.nodes)
+    yield _assign("script", (job.nodes > 1 and job.script) or "")
     yield _assign("gpu_vendor", slurm.gpu_vendor)
     yield 'prepare_args=(--run-dir "$run_dir" --prepare)'
     yield from _site(slurm)
@@ -320,6 +336,7 @@ def job_directives(
     log: Path | None,
     *,
     tasks: str | None = None,
+    nodes: int = 1,
     drain_seconds: float = 30.0,
 ) -> Iterator[str]:
     """Yield the ``#SBATCH`` lines of a job.
@@ -328,6 +345,7 @@ def job_directives(
         slurm: checked (see ``SlurmConfig.checked``).
         log: folder of the logs; None leaves Slurm's default.
         tasks: the value of ``--array``; None for a job that is not an array.
+        nodes: number of nodes, with the resources of ``slurm`` each.
         drain_seconds: time for the requests in flight when the time limit is near.
 
     Raises:
@@ -340,8 +358,9 @@ def job_directives(
         "account": slurm.account,
         "partition": slurm.partition,
         "qos": slurm.qos,
-        "nodes": slurm.nodes,
-        "ntasks": 1,
+        "nodes": nodes,
+        "ntasks": nodes,
+        "ntasks-per-node": None if nodes == 1 else 1,
         "cpus-per-task": slurm.cpus_per_task,
         "mem": None if {"mem-per-cpu", "mem-per-gpu"} & extra.keys() else slurm.mem,
         "gres": slurm.gres,

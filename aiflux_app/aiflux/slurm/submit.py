@@ -98,6 +98,12 @@ def plan_job(
     """
     kind = engine_kind(options)
     slurm = slurm.checked()
+    if options.nodes_per_engine > 1:
+        refuse_seal(
+            config,
+            "a run with --nodes-per-engine cannot be sealed: the ranks of its engine need the "
+            "network between the nodes",
+        )
     output = checked_output(output)
     run = RunDirectory.of_output(output)
     place = Path.cwd() if cwd is None else cwd
@@ -151,15 +157,28 @@ def refuse_container(config: Config) -> None:
     Raises:
         ConfigError: the image is given as an argument, or the seal is set and not by default.
     """
-    seal, image = config.values["seal"], config.values["image"]
-    if seal.value and seal.origin != "default":
-        raise ConfigError(
-            f"seal = true ({seal.origin}), but a run with --engine-command cannot be sealed: there "
-            "is no container, and the command's programs have the node's network",
-            "accept that with --no-seal, or use an engine with an image (--engine)",
-        )
+    refuse_seal(
+        config,
+        "a run with --engine-command cannot be sealed: there is no container, and the command's "
+        "programs have the node's network",
+        ", or use an engine with an image (--engine)",
+    )
+    image = config.values["image"]
     if image.origin == "argument":
         raise _no_image_used(image.value)
+
+
+def refuse_seal(config: Config, why: str, otherwise: str = "") -> None:
+    """Refuse a seal that somebody asked for, for a run that cannot be sealed.
+
+    Raises:
+        ConfigError: the seal is set, and not by default.
+    """
+    seal = config.values["seal"]
+    if seal.value and seal.origin != "default":
+        raise ConfigError(
+            f"seal = true ({seal.origin}), but {why}", f"accept that with --no-seal{otherwise}"
+        )
 
 
 def _no_image_used(image: Path) -> ConfigError:
@@ -213,12 +232,15 @@ def _scripts(
 ) -> tuple[tuple[JobScript, str], ...]:
     """Render a script for each necessary array of the shards."""
     job = job.with_models(plan)
+    run = RunDirectory(job.run_dir)
     if len(plan.shards) == 1:
+        job = replace(job, script=run.script_part(1))
         return ((job, render(job)),)
     at_once = "" if slurm.max_running is None else f"%{slurm.max_running}"
-    scripts = []
+    scripts: list[tuple[JobScript, str]] = []
     for first, tasks in split_arrays(shards, max_array_size(environ)):
-        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first)
+        script = run.script_part(len(scripts) + 1)
+        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first, script=script)
         scripts.append((part, render(part)))
     return tuple(scripts)
 

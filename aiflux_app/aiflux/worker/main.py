@@ -6,6 +6,7 @@ INPUT [OUTPUT] [options] --prepare  only check, plan and pull
 --run-dir DIR --prepare             only pull what that plan needs
 --pull MODEL                        only pull a model
 --create MODEL                      only create a model from the GGUF file staged for it
+--rank R --first ADDRESS            be rank R of an engine on several nodes, for the first one
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,12 @@ from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import Counts, finished_counts, finished_line, refuse_failures
 from aiflux.engines.base import FetchContext
+from aiflux.engines.follower import Follower
 from aiflux.engines.kinds import engine_kind, kind_named, storing_kind
 from aiflux.engines.ollama.pull import create_model
 from aiflux.engines.ollama.staging import read_staged_gguf
 from aiflux.engines.process import engine_program
+from aiflux.engines.ranks import Ranks, missing_nodes
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
@@ -72,6 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again", action="store_true", help="with --pull: pull it even if it is stored"
     )
+    # Used by the batch script of an engine on several nodes.
+    parser.add_argument("--ranks", metavar="DIR", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, metavar="R", help=argparse.SUPPRESS)
+    parser.add_argument("--first", metavar="ADDRESS", help=argparse.SUPPRESS)
     # Used by `aiflux models import --gguf`; not meant to be used by hand.
     parser.add_argument("--create", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--force", action="store_true", help="replace an existing output")
@@ -96,6 +104,10 @@ def main(argv: Sequence[str] | None = None, stopper: Stopper | None = None) -> i
 
 def _main(argv: Sequence[str] | None, stopper: Stopper) -> int:
     arguments = make_parser().parse_args(argv)
+    if arguments.rank is not None:
+        streams = sys.stdin.buffer, sys.stdout.buffer
+        Follower(arguments.rank, arguments.first, *streams).run()
+        return int(ExitCode.OK)
     if arguments.deadline is not None:
         # Applies until the plan with its deadline is read: Slurm may send SIGUSR1 a minute early.
         now = time.time()
@@ -177,12 +189,17 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
         finished(plan, counts, context)
     elif arguments.prepare:
         ensure_models(plan, run, context)
+    elif arguments.ranks:
+        with closing(Ranks(Path(arguments.ranks), plan.options.nodes_per_engine - 1)) as ranks:
+            work(plan, run, arguments.shard, replace(context, ranks=ranks))
     else:
         work(plan, run, arguments.shard, context)
 
 
 def _work_on_input(arguments: argparse.Namespace, config: Config, context: Context) -> None:
     options = config.run_options()
+    if options.nodes_per_engine > 1:
+        raise missing_nodes(options.nodes_per_engine)
     choices = local_choices(config, None)
     if choices is not None:
         context.reporter.say(f"note: {choices}")

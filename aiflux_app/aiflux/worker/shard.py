@@ -34,6 +34,7 @@ from aiflux.engines.base import Engine, EngineSpec, FetchContext
 from aiflux.engines.gpus import gpu_names, group, visible_devices
 from aiflux.engines.http import Client
 from aiflux.engines.kinds import engine_kind
+from aiflux.engines.ranks import Ranks
 from aiflux.errors import (
     AifluxError,
     ExitCode,
@@ -68,6 +69,7 @@ class Context:
     Attributes:
         deadline: Unix time at which the job ends; None for no limit.
         api_key: key for an engine at ``--engine-url``.
+        ranks: the job's other nodes; None if it has one.
     """
 
     reporter: Reporter
@@ -75,6 +77,7 @@ class Context:
     deadline: float | None = None
     api_key: str | None = None
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    ranks: Ranks | None = None
 
 
 def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
@@ -454,7 +457,8 @@ class _ModelWork:
         devices = visible_devices(self.context.environ) if kind.managed else ()
         if devices and not options.allow_cpu:
             refuse_wrong_image(self.context.environ, devices)
-        groups = group(devices, options.gpus_per_engine)
+        several = options.nodes_per_engine > 1
+        groups = (devices,) if several else group(devices, options.gpus_per_engine)
         return [
             kind.make_engine(self._spec(index, gpus, home), self._make_client)
             for index, gpus in enumerate(groups)
@@ -470,6 +474,7 @@ class _ModelWork:
             log=self.shard.run_directory.engine_log(self.shard.shard.index, index),
             environ=self.context.environ,
             say=self.context.reporter.say,
+            ranks=self.context.ranks,
         )
 
     def _make_client(self, url: str, ca: str | None = None) -> Client:

@@ -156,7 +156,8 @@ class Ledger:
     def of(cls, plan: Plan, earlier: StatusFile | None, environ: Mapping[str, str]) -> Ledger:
         """Continue from the status of an earlier start of the same plan."""
         own = engine_kind(plan.options).managed
-        gpus = len(visible_devices(environ)) if own else 0
+        # Each node has as many as this one (see ``engines.ranks``).
+        gpus = plan.options.nodes_per_engine * len(visible_devices(environ)) if own else 0
         if earlier is None:
             return cls(gpus)
         details = earlier.details

@@ -26,7 +26,13 @@ from aiflux.errors import ConfigError, EngineError, InputError, ModelError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
 from aiflux.slurm.preflight.local import check_models
-from aiflux.slurm.preflight.nodes import Room, check_endpoints, check_memory, check_names
+from aiflux.slurm.preflight.nodes import (
+    Room,
+    check_division,
+    check_endpoints,
+    check_memory,
+    check_names,
+)
 from tests.tools.engine_contract import ProgramSite, engine_of, until
 from tests.unit.helpers import logged_command, request_line
 from tests.unit.made_snapshots import LLAMA, put_folder, put_snapshot
@@ -248,7 +254,8 @@ def test_the_gpus_for_a_large_model_are_those_that_divide_it(tmp_path: Path) -> 
     assert "8 such GPUs for each engine are enough" in finding.fix
     assert memory_needed(SEVENTY, 4096, 1, 5) < 5 * 36 * GB
     three = plan_of(tmp_path, context_length=4096, gpus_per_engine=3)
-    (finding,) = check_memory(three, read_catalog(), Room("h200", 141 * GB, 4, 8, "--gpus {}"))
+    assert not [*check_memory(three, read_catalog(), Room("h200", 141 * GB, 4, 8, "--gpus {}"))]
+    (finding,) = check_division(three, read_catalog(), 4)
     assert finding.what.startswith("vLLM cannot divide org/tiny among 3 GPUs")
     assert finding.fix == "--gpus-per-engine 1 or 2"
 

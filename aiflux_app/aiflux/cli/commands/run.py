@@ -43,6 +43,7 @@ from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import CHANGED_INPUT, Plan, input_change, read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
+from aiflux.engines.ranks import missing_nodes
 from aiflux.errors import SlurmError, StoppedError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
@@ -170,6 +171,8 @@ class _Asked:
 def _draft(asked: _Asked) -> RunDraft:
     """Plan a run that is processed here."""
     options = asked.config.run_options()
+    if options.nodes_per_engine > 1:
+        raise missing_nodes(options.nodes_per_engine)
     return draft_run(
         asked.input,
         asked.output,

@@ -394,7 +394,8 @@ def _plan_facts(plan: Plan, planned: PlannedRun | None) -> Iterator[tuple[str, s
     if planned.image is not None:
         yield "image", str(planned.image)
     yield "jobs", _jobs(planned)
-    yield "each job", ", ".join(_resources(planned.slurm))
+    resources, nodes = ", ".join(_resources(planned.slurm)), options.nodes_per_engine
+    yield "each job", resources if nodes == 1 else f"{nodes} nodes, each with {resources}"
     yield "logs", str(planned.logs)
 
 

@@ -82,6 +82,12 @@ class RunOptions:
     gpus_per_engine: int = setting(
         parse.integer(1, 64), 1, "GPUs for each engine, for models that need several"
     )
+    nodes_per_engine: int = setting(
+        parse.integer(1, 64),
+        1,
+        "Nodes for each engine, with all their GPUs, for models that need several (vllm only)",
+        env="AIFLUX_NODES_PER_ENGINE",
+    )
     engine_env: dict[str, str] = setting(
         parse.variables,
         {},
@@ -450,8 +456,9 @@ class SlurmConfig:
         """
         if self.nodes != 1:
             raise ConfigError(
-                f"nodes = {self.nodes}: one job uses one node",
-                "leave --nodes at 1; more GPUs of one node are used with --gpus-per-node",
+                f"nodes = {self.nodes}: one job uses one node, or those of --nodes-per-engine",
+                "leave --nodes at 1; use more GPUs of a node with --gpus-per-node, and several "
+                "nodes for one model with --nodes-per-engine",
             )
         checked = SlurmConfig(**{item.name: getattr(self, item.name) for item in fields(self)})
         if checked.gres is not None and self.gpus_per_node == SlurmConfig.gpus_per_node:

@@ -227,11 +227,13 @@ class PlanningKind(Protocol):
     Attributes:
         managed: AI-Flux starts its servers.
         stores_models: AI-Flux stores its models in the models directory.
+        spans_nodes: one of its servers can use several nodes.
         input_rules: for the check of the input.
     """
 
     managed: bool
     stores_models: bool
+    spans_nodes: bool
     input_rules: InputRules
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
@@ -303,6 +305,7 @@ def make_plan(
         InputError: no model is named.
         ConfigError: a model's name is wrong, or an option does not suit the engine.
     """
+    _refuse_nodes(options, kind)
     kind.refuse_run(options, summary.endpoints)
     named = [name for name in summary.models if name not in options.lora]
     names = [options.model] if options.model else named
@@ -324,6 +327,26 @@ def make_plan(
         models_dir=folder,
         created=utc_now(),
     )
+
+
+def _refuse_nodes(options: RunOptions, kind: PlanningKind) -> None:
+    """Refuse several nodes for an engine that uses one, and a part of their GPUs.
+
+    Raises:
+        ConfigError: the options ask for it.
+    """
+    nodes = options.nodes_per_engine
+    if nodes > 1 and not kind.spans_nodes:
+        raise ConfigError(
+            f"nodes_per_engine = {nodes}, but the engine {options.engine} uses one node only",
+            "use --engine vllm, or leave nodes_per_engine at 1",
+        )
+    if nodes > 1 and options.gpus_per_engine > 1:
+        raise ConfigError(
+            f"nodes_per_engine = {nodes} and gpus_per_engine = {options.gpus_per_engine}, but an "
+            "engine on several nodes uses all GPUs of each",
+            "leave gpus_per_engine out, and request the GPUs of each node with --gpus-per-node",
+        )
 
 
 def _adapters(

@@ -83,6 +83,7 @@ class EngineFacts:
         devices: its GPUs; None where they are unknown.
         slots: None where they are unknown.
         gpu_bytes: bytes of the model in GPU memory; None where that is unknown.
+        nodes: names of its nodes, if there are several.
         url: address of a server that is not started by AI-Flux.
         command: what ``--engine-command`` starts, with its placeholders.
         one_at_a_time: it handles one request at a time, although it has several slots.
@@ -96,6 +97,7 @@ class EngineFacts:
     size_bytes: int | None = field(default=None, metadata=OMITTED)
     gpu_bytes: int | None = field(default=None, metadata=OMITTED)
     log: str | None = field(default=None, metadata=OMITTED)
+    nodes: tuple[str, ...] = field(default=(), metadata=OMITTED)
     url: str | None = field(default=None, metadata=OMITTED)
     command: str | None = field(default=None, metadata=OMITTED)
     one_at_a_time: bool | None = field(default=None, metadata=OMITTED)

@@ -12,7 +12,9 @@ from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment, free_port, loopback_url
+from aiflux.engines.ranks import Address
 from aiflux.engines.server_load import get, reported
+from aiflux.engines.sizing import smaller_division
 from aiflux.engines.vllm.adapter import adapter_words
 from aiflux.engines.vllm.hub import (
     find_snapshot,
@@ -34,6 +36,9 @@ class VllmEngine(ManagedEngine):
         ModelError: the model is not stored completely.
         ConfigError: the model cannot be divided among the engine's GPUs.
     """
+
+    # Loopback is the only interface of a sealed container.
+    _address = Address("127.0.0.1", "lo")
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
         super().__init__(kind, spec, make_client)
@@ -71,16 +76,20 @@ class VllmEngine(ManagedEngine):
         self._use(client)
 
     def _refuse_division(self) -> None:
-        gpus = len(self.spec.devices)
-        if self._figures is None or gpus < 2 or divides(self._figures.architecture, gpus):
+        parts = self._parts
+        if self._figures is None or parts < 2 or divides(self._figures.architecture, parts):
             return
         shape = self._figures.architecture
-        fits = [str(count) for count in range(1, gpus) if divides(shape, count)]
         raise ConfigError(
             f"{self._served} has {shape.heads} attention heads and {shape.kv_heads} key-value "
-            f"heads: {gpus} GPUs cannot divide them evenly",
-            f"--gpus-per-engine {' or '.join(fits)}",
+            f"heads: {parts} {'GPUs' if self.spec.devices else 'nodes'} cannot divide them evenly",
+            smaller_division(partial(divides, shape), self._options, len(self.spec.devices)),
         )
+
+    @property
+    def _parts(self) -> int:
+        """Number of parts into which the model is divided; 0 for none."""
+        return len(self.spec.devices)
 
     def _command(self, port: int) -> list[str]:
         words = [
@@ -93,8 +102,8 @@ class VllmEngine(ManagedEngine):
             "--generation-config", "vllm",
             "--disable-uvicorn-access-log",
         ]  # fmt: skip
-        if len(self.spec.devices) > 1:
-            words += ["--tensor-parallel-size", str(len(self.spec.devices))]
+        if self._parts > 1:
+            words += ["--tensor-parallel-size", str(self._parts)]
         if not self.spec.devices:
             words.append("--enforce-eager")  # on a CPU, compiling takes longer than it saves
         endpoints = {*self.spec.plan.input.endpoints}
@@ -111,21 +120,40 @@ class VllmEngine(ManagedEngine):
 
     def _environment(self) -> dict[str, str]:
         """Return its environment. HOME is the engine's own, and vLLM's caches are below it."""
-        settings = {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
+        self.spec.home.mkdir(parents=True, exist_ok=True)
+        own = {
+            **device_settings(self.spec.environ, self.spec.devices),
             # Its processes also talk over Unix sockets, whose names are UUIDs.
             "VLLM_RPC_BASE_PATH": str(self._socket_folder(36)),
+            **self._settings(self._address),
+        }
+        return engine_environment(self.spec.environ, Path(self.spec.home), own)
+
+    def _settings(self, address: Address) -> dict[str, str]:
+        """Return the variables that do not depend on GPUs and folders of this node."""
+        debug = {"VLLM_LOGGING_LEVEL": "DEBUG"} if self._options.log_level == "DEBUG" else {}
+        # A part of vLLM that divides a model is compiled in spite of --enforce-eager, by a C++
+        # compiler, which the image lacks.
+        eager = {} if self.spec.devices else {"TORCHDYNAMO_DISABLE": "1"}
+        return {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "VLLM_ENGINE_READY_TIMEOUT_S": str(int(self._options.load_timeout)),
-            # Its processes talk over loopback, the only interface of a sealed container.
-            "VLLM_HOST_IP": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo",
+            **debug,
+            **eager,
+            **_network(address),
+            **self._options.engine_env,
         }
-        settings |= device_settings(self.spec.environ, self.spec.devices)
-        if self._options.log_level == "DEBUG":
-            settings["VLLM_LOGGING_LEVEL"] = "DEBUG"
-        self.spec.home.mkdir(parents=True, exist_ok=True)
-        own = {**settings, **self._options.engine_env}
-        return engine_environment(self.spec.environ, Path(self.spec.home), own)
+
+
+def _network(address: Address) -> dict[str, str]:
+    """Return the variables of the network over which vLLM's processes talk.
+
+    NCCL chooses the fastest interface itself, but not loopback.
+    """
+    return {
+        "VLLM_HOST_IP": address.ip,
+        **({"GLOO_SOCKET_IFNAME": address.interface} if address.interface else {}),
+        **({"NCCL_SOCKET_IFNAME": "lo"} if address.interface == "lo" else {}),
+    }

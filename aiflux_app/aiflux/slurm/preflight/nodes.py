@@ -11,11 +11,13 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from aiflux.core.config.settings import AMD, NVIDIA, SlurmConfig
 from aiflux.core.runs.plan import Plan
+from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
-from aiflux.engines.sizing import context_length, gpus_needed
+from aiflux.engines.sizing import context_length, gpus_needed, smaller_division
 from aiflux.models.catalog import Catalog
 from aiflux.models.endpoints import ENDPOINTS
 from aiflux.models.figures import Figures
@@ -130,8 +132,14 @@ class Demand:
         return self.wanted <= self.most
 
 
-def check_nodes(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
-    """Check that at least one node of a partition can run the job."""
+def check_nodes(
+    partition: Partition, facts: Facts, slurm: SlurmConfig, wanted: int = 1
+) -> Iterator[Finding]:
+    """Check that enough nodes of a partition can run the job.
+
+    Args:
+        wanted: nodes of one job.
+    """
     nodes = with_features(facts.nodes_of(partition.name), slurm)
     where = f"any node of partition {partition.name}"
     if not facts.nodes_of(partition.name):
@@ -157,7 +165,22 @@ def check_nodes(partition: Partition, facts: Facts, slurm: SlurmConfig) -> Itera
             f"no single node of partition {partition.name} has enough GPUs, CPUs and memory",
             "reduce one of them: --gpus-per-node, --cpus-per-task, --mem",
         )
-    if able and not any(node.alive for node in able):
+    most = min(len(able), partition.max_nodes)
+    if able and wanted > most:
+        yield Finding(
+            "error",
+            f"--nodes-per-engine {wanted} is more than partition {partition.name} has for a job "
+            f"like this ({most:.0f})",
+            f"--nodes-per-engine {most:.0f} at most, or another: --partition NAME",
+        )
+    elif wanted > 1 and wanted > sum(node.alive for node in able):
+        yield Finding(
+            "warning",
+            f"fewer than {wanted} nodes of partition {partition.name} that can run this job are up "
+            "now: the job will wait",
+            "see sinfo -R for the reasons, or use another: --partition NAME",
+        )
+    elif able and not any(node.alive for node in able):
         yield Finding(
             "warning",
             f"every node of partition {partition.name} that can run this job is down or drained "
@@ -238,6 +261,14 @@ def check_memory(plan: Plan, catalog: Catalog, room: Room) -> Iterator[Finding]:
         room: GPUs of the job.
     """
     options = plan.options
+    if options.nodes_per_engine > 1 and is_slice(room.kind):
+        yield Finding(
+            "error",
+            f"--nodes-per-engine {options.nodes_per_engine}: slices of GPUs ({room.kind}) cannot "
+            "work together",
+            "request whole GPUs",
+        )
+        return
     if options.gpus_per_engine > room.count:
         yield Finding(
             "error",
@@ -300,24 +331,42 @@ def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
             )
 
 
+def check_division(plan: Plan, catalog: Catalog, gpus: int) -> Iterator[Finding]:
+    """Check that each engine's GPUs, or its nodes without GPUs, can share a model.
+
+    Args:
+        gpus: requested GPUs of a node.
+    """
+    options, kind = plan.options, engine_kind(plan.options)
+    several = options.nodes_per_engine > 1
+    if not gpus and not several:
+        return
+    each = max(1, gpus) if several else options.gpus_per_engine
+    parts = options.nodes_per_engine * each
+    for name in plan.models:
+        figures = kind.figures(plan.models_dir, name, catalog)
+        if figures is None or kind.divides(figures, parts):
+            continue
+        yield Finding(
+            "error",
+            f"{kind.title} cannot divide {plan.served(name)} among {parts} "
+            f"{'GPUs' if gpus or not several else 'nodes'}: it has {figures.architecture.heads} "
+            f"attention heads and {figures.architecture.kv_heads} key-value heads",
+            smaller_division(partial(kind.divides, figures), options, each),
+        )
+
+
 def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator[Finding]:
     options = plan.options
     kind = engine_kind(options)
     context = context_length(plan, figures.architecture.context)
-    slots, each = options.slots or 1, options.gpus_per_engine
+    slots, nodes = options.slots or 1, options.nodes_per_engine
+    each = options.gpus_per_engine if nodes == 1 else nodes * room.count
 
     def least(count: int, gpus: int = each) -> int:
         return kind.memory_needed(figures, context, count, gpus, options)
 
     if not kind.divides(figures, each):
-        possible = [str(gpus) for gpus in range(1, each) if kind.divides(figures, gpus)]
-        yield Finding(
-            "error",
-            f"{kind.title} cannot divide {model} among {each} GPUs: it has "
-            f"{figures.architecture.heads} attention heads and {figures.architecture.kv_heads} "
-            "key-value heads",
-            f"--gpus-per-engine {' or '.join(possible)}",
-        )
         return
     has = each * room.size
     if least(slots) <= has:
@@ -329,7 +378,7 @@ def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator
         room.size,
     )
     remedies = [f"--slots {fits[-1]} at most"] if fits else []
-    remedies += [] if enough is None else _more_gpus(enough, room)
+    remedies += [] if enough is None else _more_gpus(enough, room, kind, nodes)
     remedies.append("GPUs with more memory, a smaller model, or a smaller --context-length")
     kept = f"{each} such GPUs have" if each > 1 else "it has"
     yield Finding(
@@ -341,14 +390,18 @@ def _check_fit(plan: Plan, model: str, figures: Figures, room: Room) -> Iterator
     )
 
 
-def _more_gpus(enough: int, room: Room) -> list[str]:
+def _more_gpus(enough: int, room: Room, kind: EngineKind, nodes: int) -> list[str]:
     """Return remedies with the necessary number of GPUs."""
+    if nodes > 1:
+        return [f"{enough} such GPUs are enough: more nodes (--nodes-per-engine), or more of each"]
     if is_slice(room.kind):
         return ["a whole GPU or a larger slice of one (an engine can use one slice only)"]
     if room.most < enough:
+        several = kind.spans_nodes and enough % room.most == 0
+        option = f"; --nodes-per-engine {enough // room.most} {room.option.format(room.most)}"
         return [
             f"{enough} such GPUs for each engine are enough, but no node here has more than "
-            f"{room.most}"
+            f"{room.most}{option if several else ''}"
         ]
     more = "" if enough <= room.count else f" {room.option.format(enough)}"
     return [f"{enough} such GPUs for each engine are enough: --gpus-per-engine {enough}{more}"]

@@ -263,6 +263,13 @@ class ServerProcess:
         _kill(members | {*self._members()})
         self._process = None
 
+    def kill(self) -> None:
+        """Stop the server without a chance to answer the requests in flight."""
+        process = self._process
+        if process is not None:
+            _signal(process.pid, signal.SIGKILL)
+        self.stop()
+
     def _members(self) -> list[_Member]:
         """Return the server's processes, its leader first.
 

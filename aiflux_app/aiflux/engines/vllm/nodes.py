@@ -76,11 +76,14 @@ class VllmOnNodes(VllmEngine):
         return server
 
     def _end(self, server: ServerProcess, why: str) -> None:
-        """End rank 0 because another rank ended: its requests break, and so it is restarted."""
+        """End rank 0 because another rank ended: its requests break, and so it is restarted.
+
+        A vLLM that may end in good order could answer requests with what it has of them.
+        """
         if server is self._server:
             self._lost = f"vLLM: {why}"
             self.spec.say(f"engine {self.index}: {why}")
-        server.stop()
+        server.kill()
 
     @property
     def _running(self) -> bool:

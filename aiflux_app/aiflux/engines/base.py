@@ -216,6 +216,7 @@ class EngineKind(PlanningKind, Protocol):
         slot_limits: suitable numbers of slots.
         store: its models; None if they are Ollama's, or not ours.
         worker_in_image: a job runs its worker, and a managed kind's servers, in an image.
+        shares_prefixes: requests in flight share the key-value cache of a common beginning.
     """
 
     name: str
@@ -226,6 +227,7 @@ class EngineKind(PlanningKind, Protocol):
     slot_limits: SlotLimits
     store: ModelStore | None
     worker_in_image: bool
+    shares_prefixes: bool
 
     def same_model(self, one: str, other: str) -> bool:
         """Return whether two names mean the same model."""
@@ -319,6 +321,7 @@ class CommonKind:
     slot_limits = SlotLimits()
     store: ModelStore | None = None
     worker_in_image = True
+    shares_prefixes = False
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse nothing: the server gets every parameter and every request."""

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from aiflux.core.batch.request import (
@@ -30,6 +31,8 @@ from aiflux.engines.kinds import engine_kind
 from aiflux.util.lines import read_lines
 
 CRASHES_BEFORE_ALONE = 2
+_WINDOW_BYTES = 8 << 20
+_COMPARED_BYTES = 4096
 
 
 @dataclass(slots=True)
@@ -272,6 +275,39 @@ class Scheduler:
         if not self._delayed:
             return None
         return max(0.0, self._delayed[0][0] - self._clock()) + 0.001
+
+
+def by_prefix(tasks: Iterator[Task], most_bytes: int = _WINDOW_BYTES) -> Iterator[Task]:
+    """Yield tasks so that prompts with a common beginning follow each other.
+
+    An engine computes such a beginning once if its key-value cache still has it. The order is that
+    of a sort within a moving window (replacement selection: Knuth, The Art of Computer Programming,
+    volume 3, 5.4.1), so the first task need not wait until a window is read.
+
+    Args:
+        most_bytes: size of the window, in bytes of payloads.
+    """
+    window: list[tuple[int, bytes, int, Task]] = []
+    size = count = rounds = 0
+    last = b""
+    while True:
+        for task in islice(tasks, 2 if size < most_bytes else 1):
+            prompt = _prompt(task.payload)
+            count += 1
+            # What would precede the latest task waits for the next round.
+            heapq.heappush(window, (rounds + (prompt < last), prompt, count, task))
+            size += len(task.payload)
+        if not window:
+            return
+        rounds, last, _, task = heapq.heappop(window)
+        size -= len(task.payload)
+        yield task
+
+
+def _prompt(payload: bytes) -> bytes:
+    """Return the beginning of the prompt in a payload."""
+    start = max(payload.find(b'"messages"'), payload.find(b'"prompt"'), 0)
+    return payload[start : start + _COMPARED_BYTES]
 
 
 class Source:

@@ -53,7 +53,7 @@ from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.node import GpuWatch, refuse_wrong_image, unsealed_reason
 from aiflux.worker.outage import OutageWatch, Rejections
 from aiflux.worker.progress import Reporter
-from aiflux.worker.scheduler import Lane, Limit, Scheduler, Source
+from aiflux.worker.scheduler import Lane, Limit, Scheduler, Source, by_prefix
 from aiflux.worker.stats import Ledger, Stats
 from aiflux.worker.stop import Stopper
 from aiflux.worker.validation import Checking
@@ -327,9 +327,10 @@ class _ModelWork:
         self.model = model
         engines = self._engines(home)
         self.lanes = [Lane(engine.index, FixedLimit(1), open=False) for engine in engines]
-        self.scheduler = Scheduler(
-            shard.source.tasks(model), self.lanes, may_admit=self.shard.may_admit
-        )
+        tasks = shard.source.tasks(model)
+        if engine_kind(self.plan.options).shares_prefixes:
+            tasks = by_prefix(tasks)
+        self.scheduler = Scheduler(tasks, self.lanes, may_admit=self.shard.may_admit)
         self.load_watches: list[server_load.LoadWatch] = []
         self._failures: list[BaseException] = []
         self._lock = threading.Lock()

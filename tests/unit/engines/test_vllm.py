@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from aiflux.engines.sizing import slots
 from aiflux.engines.vllm.kind import KIND
 from aiflux.engines.vllm.memory import memory_needed
 from aiflux.engines.vllm.safetensors import architecture_of
-from aiflux.errors import ConfigError, EngineError, InputError, ModelError
+from aiflux.errors import ConfigError, EngineError, ExitCode, InputError, ModelError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.figures import Figures
 from aiflux.slurm.preflight.local import check_models
@@ -36,6 +37,7 @@ from aiflux.slurm.preflight.nodes import (
 from tests.tools.engine_contract import ProgramSite, engine_of, until
 from tests.unit.helpers import logged_command, request_line
 from tests.unit.made_snapshots import LLAMA, put_folder, put_snapshot
+from tests.unit.working import Working
 
 FAKE = Path(__file__).parents[2] / "tools" / "fake_vllm.py"
 CHAT = {"body": {"messages": [{"role": "user", "content": "hello"}]}}
@@ -312,3 +314,21 @@ def test_slots_of_vllm(
     figures = Figures(architecture_of(shape), (16_060_522_496 // 32,) * 32, 0) if known else None
     plan = plan_of(tmp_path, copies=requests, context_length=4096)
     assert slots(KIND, plan, devices, 2, figures, free) == expected
+
+
+def test_requests_with_the_same_beginning_are_sent_together(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results keep the order of the input."""
+    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(site.program))
+    monkeypatch.setenv("AIFLUX_ENGINE", "vllm")
+    run = Working(tmp_path, None, models_dir=site.models_dir, engine="vllm", model=site.model,
+                  slots=1, concurrency=1)  # fmt: skip
+    prompts = [f"document {at}: {ask}" for ask in "abcd" for at in range(8)]
+    assert run.prompts(*prompts, model=None).run() is ExitCode.OK, run.error
+    assert [each["input"]["custom_id"] for each in run.results] == [
+        f"{at}:{prompt}" for at, prompt in enumerate(prompts)
+    ]
+    sent = [json.loads(line)["custom_id"] for line in run.journal.read_text().splitlines()]
+    documents = [name.split(":")[1] for name in sent]
+    assert sum(one != other for one, other in pairwise(documents)) < 20

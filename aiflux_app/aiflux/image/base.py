@@ -76,11 +76,13 @@ ENGINES = {
     ),
     "llamacpp": EngineBase(
         "llama.cpp",
-        "docker://ghcr.io/ggml-org/llama.cpp:server-cuda",
-        "official llama.cpp with GPU support",
+        # The tag server-cuda-b11382. Other tags without a build's number move daily.
+        "docker://ghcr.io/ggml-org/llama.cpp"
+        "@sha256:ef08b5a98b1170f2b62177be0a4027c88a84043c55afbf190dd18b9e7cdcfebf",
+        "official llama.cpp b11382 with GPU support",
         # docs/docker.md in ggml-org/llama.cpp.
-        "docker://ghcr.io/ggml-org/llama.cpp:server-rocm",
-        "official llama.cpp for AMD GPUs",
+        "docker://ghcr.io/ggml-org/llama.cpp:server-rocm-b11277",
+        "official llama.cpp b11277 for AMD GPUs",
         "llama.cpp of Debian, without GPU support",
         suite="sid",
         machines=("x86_64", "aarch64"),

@@ -2,9 +2,10 @@
 
 The last message (or the prompt, or the input) is a line of words ``fault`` or ``fault*N``: the
 first N requests with that text get the fault, later ones an answer. Faults: ``500 502 503 504 408
-425 429 400 403 404 reset hang cut html notjson array empty error drip closing endless headers
-unfit die``. Other texts are answered with an echo, or with the text after ``answer:``. ``unfit``
-answers with a plain word; ``die`` stops the server like a crash, and ``start`` starts it again.
+425 429 400 403 404 reset hang cut html notjson array empty partial error drip closing endless
+headers unfit die``. Other texts are answered with an echo, or with the text after ``answer:``.
+``unfit`` answers with a plain word; ``die`` stops the server like a crash, and ``start`` starts it
+again.
 ``body:BODY`` is answered with that body (``body400:BODY`` with status 400), ``fail:TEXT`` with an
 error with that message.
 
@@ -282,6 +283,12 @@ class _Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": ""}
         choice = {"index": 0, "message": message, "finish_reason": None}
         self._send(200, json.dumps({"choices": [choice]}).encode())
+
+    def _partial(self, body: dict[str, Any], text: str) -> None:
+        """Answer as vLLM answers requests in flight when it is ended."""
+        answer = json.loads(_answer(self.path, body, text))
+        answer["choices"][-1]["finish_reason"] = "abort"
+        self._send(200, json.dumps(answer).encode())
 
     def _unfit(self, body: dict[str, Any], text: str) -> None:
         self._send(200, _answer(self.path, body, "answer:unfit"))

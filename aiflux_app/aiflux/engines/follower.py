@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from aiflux.engines.gpus import device_settings, visible_devices
-from aiflux.engines.process import ServerProcess, engine_environment
+from aiflux.engines.process import LOG_SEARCHED, ServerProcess, engine_environment
 from aiflux.engines.ranks import (
     ENDED,
     HELLO,
@@ -25,6 +25,7 @@ from aiflux.engines.ranks import (
     node_name,
     own_address,
 )
+from aiflux.engines.server_log import find_cause
 from aiflux.errors import EngineError
 from aiflux.util.files import temporary_folder
 from aiflux.util.process_limits import start_thread
@@ -98,7 +99,7 @@ class Follower:
                 return self._queue.get(timeout=_POLL)
             status = self._server.exit_status if self._server is not None else None
             if self._server is not None and status is not None:
-                self._report_end(status, self._server.log_tail())
+                self._report_end(status, self._server.log_tail(LOG_SEARCHED))
 
     def _obey(self, order: RankOrder, home: Path) -> None:
         self.close()
@@ -123,7 +124,8 @@ class Follower:
 
     def _report_end(self, status: int, tail: str) -> None:
         self.close()  # its children may still run
-        last = "".join(f": {line}" for line in tail.splitlines()[-1:])
+        cause = find_cause(tail)
+        last = f": {cause.line}" if cause else "".join(f": {x}" for x in tail.splitlines()[-1:])
         how = f"exited with status {status}{last}"
         if status < 0:
             how = f"was killed by signal {-status}"

@@ -31,6 +31,7 @@ _CONTENT = {EMBEDDINGS: "data", RERANK: "results"}
 """Field that holds the answer, for endpoints without choices."""
 # Codes of OpenAI's API in a 429 that waiting does not help.
 _NO_QUOTA = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
+ABORTED_ANSWER = "aborted_answer"
 UNTOUCHED = ("refused", "model_gone", "loading")
 """Codes of an engine that is down, so that it did not process the request."""
 
@@ -170,6 +171,9 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
     if body.get("error"):
         message = error_message(answer.body.decode("utf-8"))
         return Outcome(Kind.RETRY, "error_in_answer", message, answer.status, answer.body)
+    if _aborted(body):
+        message = "the engine stopped before the end of the answer"
+        return Outcome(Kind.RETRY, ABORTED_ANSWER, message, answer.status, answer.body)
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     finish, content = _finish(url, body)
@@ -188,6 +192,21 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
         finish_reason=finish,
         model=body["model"] if isinstance(body.get("model"), str) else None,
         empty=texts[0].empty if texts else None,
+    )
+
+
+def _aborted(body: dict[str, Any]) -> bool:
+    """Return whether an answer has only what an engine had when it was ended.
+
+    vLLM and SGLang answer requests in flight with status 200 then (vLLM 0.32.0:
+    v1/engine/core.py, `_send_abort_outputs`).
+    """
+    choices = body.get("choices")
+    found = (
+        [each for each in choices if isinstance(each, dict)] if isinstance(choices, list) else []
+    )
+    return body.get("status") == "cancelled" or any(
+        each.get("finish_reason") == "abort" for each in found
     )
 
 

@@ -54,7 +54,7 @@ _KEPT = (
 )
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LOG_TAIL = 2000
-_LOG_SEARCHED = 256 * 1024  # in vLLM's log, tracebacks of all processes follow the cause
+LOG_SEARCHED = 256 * 1024  # in vLLM's log, tracebacks of all processes follow the cause
 _STOPPED = "the engine was stopped during its start"
 
 
@@ -317,7 +317,7 @@ class ServerProcess:
             ) from error
 
     def _ended(self, status: int) -> ServerEndedError:
-        log = self.log_tail(_LOG_SEARCHED)
+        log = self.log_tail(LOG_SEARCHED)
         end = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         cause = find_cause(log) or Cause(self.log_tail(), "")
         remedy = cause.remedy or (KILLED if status == -signal.SIGKILL else "")

@@ -157,9 +157,9 @@ class Ranks:
             EngineError: there is none on some node.
         """
         deadline = time.monotonic() + timeout
-        ended = self._ended
+        link = self._link
         while (connected := self._connected()) is None:
-            if self._ended > ended:
+            if self._ended > link:  # not the step of an earlier start
                 raise EngineError(
                     "the step of the job on the other nodes ended before it was ready",
                     "see the job's log",
@@ -225,6 +225,8 @@ class Ranks:
 
     def _open(self) -> None:
         """Open the pipes, if srun is about to be started; it is when both are open."""
+        if self._ended < self._link:
+            return  # an earlier step still has its pipes, which have the same names
         try:
             descriptor = os.open(self._folder / "orders", os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
@@ -294,5 +296,5 @@ def missing_nodes(nodes: int) -> ConfigError:
     """Return the error of a run whose engine needs several nodes, where there is one."""
     return ConfigError(
         f"nodes_per_engine = {nodes}, but only a job that `aiflux run` submits has several nodes",
-        "submit the run without --local, or leave nodes_per_engine at 1",
+        "submit the run with `aiflux run`, without --local; or leave nodes_per_engine at 1",
     )

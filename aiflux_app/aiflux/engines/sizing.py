@@ -85,7 +85,10 @@ def smaller_division(divides: Callable[[int], bool], options: RunOptions, gpus: 
         gpus: GPUs of each node; 0 for none.
     """
     nodes = options.nodes_per_engine
-    each, counts = (1, range(1, gpus)) if nodes == 1 else (max(1, gpus), range(1, nodes))
+    # On one node, an engine uses one GPU unless it is told otherwise.
+    each, counts = max(1, gpus), range(1 if gpus < 2 else 2, nodes)
+    if nodes == 1:
+        each, counts = 1, range(1, gpus)
     fits = [str(count) for count in counts if divides(count * each)]
     if not fits:
         return "request another number of GPUs on each node: --gpus-per-node"

@@ -359,6 +359,7 @@ start_ranks() {
 keep_ranks() {
     local step others=$((nodes - 1))
     trap '' HUP INT USR1
+    unset SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE # srun would change what it copies
     while :; do
         trap - TERM
         rm -f -- "$scratch/tmp/orders" "$scratch/tmp/reports"
@@ -369,7 +370,7 @@ keep_ranks() {
             --mpi=none --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
             bash -- "$script" rank <&"$orders" >&"$reports" &
         step=$!
-        trap 'kill "$step" 2>/dev/null; wait "$step"; exit' TERM
+        trap 'kill "$step" 2>/dev/null; wait "$step"; rm -f -- "$scratch/step"; exit' TERM
         exec {orders}<&- {reports}>&-
         wait "$step"
         rm -f -- "$scratch/step"
@@ -382,6 +383,7 @@ end_ranks() {
     [[ -n $ranks ]] || return 0
     for ((tries = 0; tries < 100; tries++)); do
         [[ -e $scratch/step ]] || break
+        kill -0 "$ranks" 2>/dev/null || break
         sleep 0.1
     done
     kill "$ranks" 2>/dev/null

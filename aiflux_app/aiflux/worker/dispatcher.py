@@ -16,6 +16,7 @@ from aiflux.core.runs.journal import CUT, EMPTY, JournalWriter, Result
 from aiflux.engines.base import Engine
 from aiflux.engines.http import ExchangeError
 from aiflux.engines.outcome import (
+    ABORTED_ANSWER,
     UNREADY_STATUSES,
     UNTOUCHED,
     Kind,
@@ -367,8 +368,9 @@ class Pool:
         return is_another() or not alive() or is_another()
 
     def _ending(self, verdict: Outcome) -> bool:
-        """After a signal a broken connection means that the request was not attempted."""
-        return self._scheduler.stopped and verdict.code in ("connection", "refused")
+        """After a signal a broken connection or answer means that the request was not attempted."""
+        broken = ("connection", "refused", ABORTED_ANSWER)
+        return self._scheduler.stopped and verdict.code in broken
 
     def _retry(
         self, task: Task, lane: Lane, link: Engine, verdict: Outcome, seconds: float

@@ -31,7 +31,8 @@ from aiflux.engines.kinds import engine_kind
 from aiflux.util.lines import read_lines
 
 CRASHES_BEFORE_ALONE = 2
-_WINDOW_BYTES = 8 << 20
+# Half of what the reader of a journal has in memory, which reads results in input order.
+_WINDOW_BYTES = 1 << 20
 _COMPARED_BYTES = 4096
 
 

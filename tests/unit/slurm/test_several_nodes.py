@@ -163,8 +163,12 @@ def test_the_memory_of_all_nodes_counts(tmp_path: Path) -> None:
         return [f"{each.what} {each.fix}" for each in check_memory(plan, read_catalog(), room)]
 
     (alone,) = found(1)
-    assert "; --nodes-per-engine 2 --gpus-per-node 2" in alone
+    assert "; --nodes-per-engine 2 --gpus-per-node 2, without --gpus-per-engine" in alone
     assert found(2) == []
+    unknown = Room("l40s", 48 * GB, 1, 0, "--gpus-per-node l40s:{}")  # no node is known
+    plan = plan_of(tmp_path, context_length=4096)
+    (finding,) = check_memory(plan, read_catalog(), unknown)
+    assert "are enough: --gpus-per-engine 4 --gpus-per-node l40s:4" in finding.fix
     mig = Room("h100_1g.10gb", 10 * GB, 2, 7, "--gpus-per-node {}")
     plan = plan_of(tmp_path, nodes_per_engine=2)
     (finding,) = check_memory(plan, read_catalog(), mig)

@@ -46,7 +46,7 @@ def test_every_request_is_answered_in_input_order(awkward: Path) -> None:
 @pytest.mark.parametrize(
     "fault",
     ["408*2", "425*2", "429*2", "500*2", "502*2", "503*2", "504*2", "reset*2", "cut*2", "html*2",
-     "notjson*2", "array*2", "empty*2", "error*2"],
+     "notjson*2", "array*2", "empty*2", "error*2", "partial*2"],
 )  # fmt: skip
 def test_a_temporary_fault_is_retried(tmp_path: Path, fault: str) -> None:
     with FaultyEngine() as engine:

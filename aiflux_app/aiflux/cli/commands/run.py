@@ -44,7 +44,7 @@ from aiflux.core.runs.plan import CHANGED_INPUT, Plan, input_change, read_plan
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.engines.ranks import missing_nodes
-from aiflux.errors import SlurmError, StoppedError, UsageError
+from aiflux.errors import InputError, SlurmError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.preflight.local import check_fields, finding_text
@@ -329,11 +329,11 @@ def _refuse_changed_input(plan: Plan) -> None:
     """Refuse to resume with another input, whose results would replace those so far.
 
     Raises:
-        StoppedError: the input is not the planned one.
+        InputError: the input is not the planned one.
     """
     change = input_change(plan)
     if change is not None:
-        raise StoppedError(f"the input {plan.input_path} {change}; nothing was sent", CHANGED_INPUT)
+        raise InputError(f"the input {plan.input_path} {change}; nothing was sent", CHANGED_INPUT)
 
 
 @command(

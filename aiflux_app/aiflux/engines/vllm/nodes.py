@@ -8,6 +8,7 @@ from functools import partial
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.process import ServerEndedError, ServerProcess, free_port
 from aiflux.engines.ranks import Address, RankCommand, RankReport, missing_nodes, node_name
+from aiflux.engines.server_log import find_cause
 from aiflux.engines.vllm.engine import VllmEngine
 from aiflux.errors import EngineError, RejectedError
 from aiflux.util.text import counted
@@ -39,6 +40,7 @@ class VllmOnNodes(VllmEngine):
             EngineError: a rank did not start, or the model did not load within ``load_timeout``.
         """
         self.stop()
+        self._server = None  # a late report about it is not about the next one
         self._others = self._ranks.connect(self._closing, self._options.load_timeout)
         self._refuse_unequal()
         self._address = Address.of_this_node(self._others[0].first)
@@ -49,9 +51,12 @@ class VllmOnNodes(VllmEngine):
         except EngineError as error:
             lost = self._lost
             self.stop()
-            if lost is None:
+            if lost is None or isinstance(error, RejectedError):
                 raise
-            ended = ServerEndedError(lost, f"see the logs in {self.spec.log.parent}", lost)
+            cause = find_cause(lost)
+            remedy = f"{cause.remedy}; " if cause and cause.remedy else ""
+            logs = f"{remedy}see the logs in {self.spec.log.parent}"
+            ended = ServerEndedError(lost, logs, lost)
             raise self._explained(ended) from error
         own = node_name(self.spec.environ)
         self.facts.nodes = (own, *(other.node for other in self._others))

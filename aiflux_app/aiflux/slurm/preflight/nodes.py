@@ -397,12 +397,15 @@ def _more_gpus(enough: int, room: Room, kind: EngineKind, nodes: int) -> list[st
     if is_slice(room.kind):
         return ["a whole GPU or a larger slice of one (an engine can use one slice only)"]
     if room.most < enough:
+        text = f"{enough} such GPUs for each engine are enough"
+        if not room.most:  # no node is known that has them
+            return [f"{text}: --gpus-per-engine {enough} {room.option.format(enough)}"]
         several = kind.spans_nodes and enough % room.most == 0
-        option = f"; --nodes-per-engine {enough // room.most} {room.option.format(room.most)}"
-        return [
-            f"{enough} such GPUs for each engine are enough, but no node here has more than "
-            f"{room.most}{option if several else ''}"
-        ]
+        option = (
+            f"; --nodes-per-engine {enough // room.most} {room.option.format(room.most)}, without "
+            "--gpus-per-engine"
+        )
+        return [f"{text}, but no node here has more than {room.most}{option if several else ''}"]
     more = "" if enough <= room.count else f" {room.option.format(enough)}"
     return [f"{enough} such GPUs for each engine are enough: --gpus-per-engine {enough}{more}"]
 

@@ -85,7 +85,7 @@ def smaller_division(divides: Callable[[int], bool], options: RunOptions, gpus: 
         gpus: GPUs of each node; 0 for none.
     """
     nodes = options.nodes_per_engine
-    # On one node, an engine uses one GPU unless it is told otherwise.
+    # On one node, an engine uses one GPU by default.
     each, counts = max(1, gpus), range(1 if gpus < 2 else 2, nodes)
     if nodes == 1:
         each, counts = 1, range(1, gpus)

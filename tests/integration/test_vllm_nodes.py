@@ -94,7 +94,7 @@ def test_a_run_over_two_nodes_survives_the_death_of_a_rank(
     end = cluster.end(job, timeout=600)
     log = cluster.log(job, place)
     assert end.code == 0, log
-    assert "rank 1 on n2 was killed by signal 9" in log
+    # Who notices it first, the rank's watch or a request in flight, is not certain.
     assert "engine 0 is down; restarting it (1)" in log
     assert "engine 0 is up on the CPU of n1 and n2: vLLM" in log
     entries = json.loads((place / "out.json").read_text(encoding="utf-8"))

@@ -327,6 +327,12 @@ def test_a_signal_stops_an_installation_with_a_message(
     while not (to.models / ".staging" / "bundle.lock").exists():
         assert process.poll() is None
         time.sleep(0.02)
+    # A signal right before the system call would only be noticed after it: a race of Python.
+    sleeping = 0
+    while sleeping < 10:
+        time.sleep(0.02)
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        sleeping = sleeping + 1 if state == "S" else 0
     process.send_signal(signal.SIGTERM)
     out, printed = process.communicate(timeout=30)
     assert (process.returncode, out) == (5, "")

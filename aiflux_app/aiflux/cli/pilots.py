@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,19 @@ from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
-from aiflux.core.runs.open import draft_run
+from aiflux.core.runs.open import draft_of, draft_run
 from aiflux.core.runs.plan import Plan, input_rules, make_plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length
-from aiflux.errors import AifluxError, EngineError, ExitCode, RunConflictError, StoppedError
+from aiflux.errors import (
+    AifluxError,
+    EngineError,
+    ExitCode,
+    OutputExistsError,
+    RunConflictError,
+    StoppedError,
+    UsageError,
+)
 from aiflux.estimates.estimate import LOCAL, SLURM
 from aiflux.estimates.pilot import Drawn, Pilot
 from aiflux.slurm.preflight.local import finding_text
@@ -77,6 +86,15 @@ class PlannedPilot:
     whole: Plan
     summary: InputSummary
     pilot: Pilot
+
+    @cached_property
+    def refusal(self) -> UsageError | None:
+        """Why the full run would be refused without ``--force``; None if it would not."""
+        try:
+            draft_of(self.whole)
+        except (OutputExistsError, RunConflictError) as error:
+            return error
+        return None
 
     @property
     def options(self) -> RunOptions:

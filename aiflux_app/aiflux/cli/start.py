@@ -28,7 +28,7 @@ from aiflux.core.runs.status_file import (
 )
 from aiflux.engines.gpus import VENDOR_VARIABLE, gpu_vendor, visible_devices
 from aiflux.engines.kinds import engine_kind
-from aiflux.engines.ranks import missing_nodes
+from aiflux.engines.ranks import refuse_several_nodes
 from aiflux.errors import ImageError, ModelError
 from aiflux.image.container import find_image, find_runtime, local_choices
 from aiflux.image.sif import ImageFacts, own_image, refuse_other_engine, refuse_other_vendor
@@ -120,8 +120,7 @@ def local_image(plan: Plan, config: Config) -> ImageFacts | None:
     from aiflux.slurm.submit import refuse_container
 
     kind = engine_kind(plan.options)
-    if plan.options.nodes_per_engine > 1:
-        raise missing_nodes(plan.options.nodes_per_engine)
+    refuse_several_nodes(plan.options)
     for finding in check_names(plan, config.catalog()):
         raise ModelError(finding.what, finding.fix)
     if plan.models_dir is not None:

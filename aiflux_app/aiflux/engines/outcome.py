@@ -202,11 +202,9 @@ def _aborted(body: dict[str, Any]) -> bool:
     v1/engine/core.py, `_send_abort_outputs`).
     """
     choices = body.get("choices")
-    found = (
-        [each for each in choices if isinstance(each, dict)] if isinstance(choices, list) else []
-    )
+    listed = choices if isinstance(choices, list) else []
     return body.get("status") == "cancelled" or any(
-        each.get("finish_reason") == "abort" for each in found
+        isinstance(each, dict) and each.get("finish_reason") == "abort" for each in listed
     )
 
 

@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from aiflux.core.config.settings import RunOptions
 from aiflux.errors import ConfigError, EngineError
 from aiflux.util.process_limits import start_thread
 from aiflux.util.records import from_json, to_json
@@ -140,7 +141,7 @@ class Ranks:
         self._count = count
         self._changed = threading.Condition()
         self._orders: BinaryIO | None = None
-        self._link = self._ended = 0
+        self._opened = self._ended = 0  # pairs of pipes; one at a time
         self._known: dict[int, RankReport] = {}
         self._start = 0
         self._running: set[int] = set()
@@ -157,9 +158,9 @@ class Ranks:
             EngineError: there is none on some node.
         """
         deadline = time.monotonic() + timeout
-        link = self._link
+        earlier = self._opened
         while (connected := self._connected()) is None:
-            if self._ended > link:  # not the step of an earlier start
+            if self._ended > earlier:  # not the step of an earlier start
                 raise EngineError(
                     "the step of the job on the other nodes ended before it was ready",
                     "see the job's log",
@@ -225,7 +226,7 @@ class Ranks:
 
     def _open(self) -> None:
         """Open the pipes, if srun is about to be started; it is when both are open."""
-        if self._ended < self._link:
+        if self._ended < self._opened:
             return  # an earlier step still has its pipes, which have the same names
         try:
             descriptor = os.open(self._folder / "orders", os.O_WRONLY | os.O_NONBLOCK)
@@ -233,28 +234,25 @@ class Ranks:
             return  # nobody reads it yet
         os.set_blocking(descriptor, True)
         self._orders = os.fdopen(descriptor, "wb", buffering=0)
-        self._link += 1
+        self._opened += 1
         self._known = {}
-        start_thread(partial(self._read, self._link), "ranks")
+        start_thread(self._read, "ranks")
 
-    def _read(self, link: int) -> None:
+    def _read(self) -> None:
         with suppress(OSError), open(self._folder / "reports", "rb") as reports:
             for line in reports:
-                self._note(link, line)
+                self._note(line)
         with self._changed:
-            if link == self._link:
-                self._ended += 1
-                self._disconnect()
-                self._report_end("the step of the job on the other nodes ended")
+            self._ended += 1
+            self._disconnect()
+            self._report_end("the step of the job on the other nodes ended")
 
-    def _note(self, link: int, line: bytes) -> None:
+    def _note(self, line: bytes) -> None:
         try:
             report = from_json(RankReport, json.loads(line))
         except ValueError:
             return  # a site's prolog may print, too
         with self._changed:
-            if link != self._link:
-                return
             if report.what == HELLO:
                 self._known[report.rank] = report
             elif report.start == self._start:
@@ -292,9 +290,20 @@ def node_name(environ: Mapping[str, str]) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def missing_nodes(nodes: int) -> ConfigError:
-    """Return the error of a run whose engine needs several nodes, where there is one."""
+def refuse_several_nodes(options: RunOptions) -> None:
+    """Refuse a run whose engine needs several nodes, where there is one.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if options.nodes_per_engine > 1:
+        raise missing_nodes(options)
+
+
+def missing_nodes(options: RunOptions) -> ConfigError:
+    """Return the error of ``refuse_several_nodes``."""
     return ConfigError(
-        f"nodes_per_engine = {nodes}, but only a job that `aiflux run` submits has several nodes",
+        f"nodes_per_engine = {options.nodes_per_engine}, but only a job that `aiflux run` submits "
+        "has several nodes",
         "submit the run with `aiflux run`, without --local; or leave nodes_per_engine at 1",
     )

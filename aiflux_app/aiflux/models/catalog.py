@@ -398,7 +398,7 @@ def _model(name: str, entry: Mapping[str, Any], path: Path) -> CatalogModel:
         latest=values.flag("latest"),
         defaults=_defaults(entry, f"{path}: {name}: defaults"),
         hub=hub,
-        engines=values.words("engines", ENGINES, (*own, *ENGINES[2:][: len(hub)])),
+        engines=values.words("engines", ENGINES, (*own, *(ENGINES[2:] if hub else ()))),
         sources=values.texts("sources"),
     )
 

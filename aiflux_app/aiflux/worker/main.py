@@ -37,7 +37,7 @@ from aiflux.engines.kinds import engine_kind, kind_named, storing_kind
 from aiflux.engines.ollama.pull import create_model
 from aiflux.engines.ollama.staging import read_staged_gguf
 from aiflux.engines.process import engine_program
-from aiflux.engines.ranks import Ranks, missing_nodes
+from aiflux.engines.ranks import Ranks, refuse_several_nodes
 from aiflux.errors import AifluxError, ExitCode, UsageError, describe
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
@@ -198,8 +198,7 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
 
 def _work_on_input(arguments: argparse.Namespace, config: Config, context: Context) -> None:
     options = config.run_options()
-    if options.nodes_per_engine > 1:
-        raise missing_nodes(options.nodes_per_engine)
+    refuse_several_nodes(options)
     choices = local_choices(config, None)
     if choices is not None:
         context.reporter.say(f"note: {choices}")

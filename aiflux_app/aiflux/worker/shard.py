@@ -20,12 +20,11 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.runs.output import forget_done, merge_when_last
 from aiflux.core.runs.plan import (
-    CHANGED_INPUT,
     Plan,
     Shard,
     changed_input,
-    input_change,
     read_plan,
+    refuse_changed_input,
     same_work,
 )
 from aiflux.core.runs.status_file import SlurmJob, Status, StatusDetails, read_status
@@ -38,7 +37,6 @@ from aiflux.engines.ranks import Ranks
 from aiflux.errors import (
     AifluxError,
     ExitCode,
-    InputError,
     RunConflictError,
     StoppedError,
     TooManyFailuresError,
@@ -117,7 +115,7 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
 
     with acquire(run.lease(shard_index), f"the run {plan.output}", on_lost=lost):
         plan = _settled_plan(plan, run)
-        _refuse_changed_input(plan)
+        refuse_changed_input(plan)
         _ShardWork(plan, run, shard, context).run()
 
 
@@ -137,12 +135,6 @@ def _settled_plan(plan: Plan, run: RunDirectory) -> Plan:
             f"{plan.output} has been planned again meanwhile", "submit it again: aiflux resume"
         )
     return now
-
-
-def _refuse_changed_input(plan: Plan) -> None:
-    change = input_change(plan)
-    if change is not None:
-        raise InputError(f"the input {plan.input_path} {change}", CHANGED_INPUT)
 
 
 class _ShardWork:

@@ -41,7 +41,6 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import CHOICES
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import named_output
-from aiflux.core.runs.open import draft_of
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_status
 from aiflux.engines.process import PROGRAM_VARIABLE
@@ -51,7 +50,6 @@ from aiflux.errors import (
     ExitCode,
     InputError,
     OutputExistsError,
-    RunConflictError,
     StoppedError,
     UsageError,
 )
@@ -412,24 +410,15 @@ def _full_command(one: PlannedPilot, found: Estimate) -> str:
     given = {
         **asked.given,
         "no_preflight": (slurm and not asked.preflight) or None,
-        "force": isinstance(_refusal(one), OutputExistsError) or None,
+        "force": isinstance(one.refusal, OutputExistsError) or None,
         "local": asked.local or None,
     }
     return full_command(given, slurm, found)
 
 
-def _refusal(one: PlannedPilot) -> UsageError | None:
-    """Return why the full run would be refused without ``--force``."""
-    try:
-        draft_of(one.whole)
-    except (OutputExistsError, RunConflictError) as error:
-        return error
-    return None
-
-
 def _print_refusals(all_: Sequence[PlannedPilot]) -> None:
     """Print why the printed commands need more, or are refused."""
-    for error in {str(error): error for error in map(_refusal, all_) if error}.values():
+    for error in {str(one.refusal): one.refusal for one in all_ if one.refusal}.values():
         if isinstance(error, OutputExistsError):
             print(f"note: --force overwrites the output: {error.message}", file=sys.stderr)
         else:

@@ -40,11 +40,11 @@ from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.open import RunDraft, draft_run
 from aiflux.core.runs.output import merge_partial
-from aiflux.core.runs.plan import CHANGED_INPUT, Plan, input_change, read_plan
+from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
-from aiflux.engines.ranks import missing_nodes
-from aiflux.errors import InputError, SlurmError, UsageError
+from aiflux.engines.ranks import refuse_several_nodes
+from aiflux.errors import SlurmError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.preflight.local import check_fields, finding_text
@@ -171,8 +171,7 @@ class _Asked:
 def _draft(asked: _Asked) -> RunDraft:
     """Plan a run that is processed here."""
     options = asked.config.run_options()
-    if options.nodes_per_engine > 1:
-        raise missing_nodes(options.nodes_per_engine)
+    refuse_several_nodes(options)
     return draft_run(
         asked.input,
         asked.output,
@@ -292,7 +291,7 @@ def _submit_rest(
     path = Config(arguments={"image": image}).image if image else None
     planned = plan_resume(run, changes, path, os.environ)
     if planned.opened.open_shards:
-        _refuse_changed_input(planned.opened.plan)
+        refuse_changed_input(planned.opened.plan, "; nothing was sent")
     if planned.opened.open_shards or planned.opened.finished or not planned.active:
         return submit_planned(planned)
     raise SlurmError(
@@ -313,7 +312,7 @@ def _resume_here(run: RunDirectory, image: str | None) -> int:
     counts = finished_counts(plan, run)
     if counts is not None and not plan.options.retry_failed:
         return print_finished(plan, counts)
-    _refuse_changed_input(plan)
+    refuse_changed_input(plan, "; nothing was sent")
     kind = engine_kind(plan.options)
     opened = draft_run(
         plan.input_path, plan.output, plan.options, plan.models_dir, kind, shards=len(plan.shards)
@@ -323,17 +322,6 @@ def _resume_here(run: RunDirectory, image: str | None) -> int:
     if not kind.managed:
         return run_here(opened)
     return run_local(opened, Config(arguments={"image": image}))
-
-
-def _refuse_changed_input(plan: Plan) -> None:
-    """Refuse to resume with another input, whose results would replace those so far.
-
-    Raises:
-        InputError: the input is not the planned one.
-    """
-    change = input_change(plan)
-    if change is not None:
-        raise InputError(f"the input {plan.input_path} {change}; nothing was sent", CHANGED_INPUT)
 
 
 @command(

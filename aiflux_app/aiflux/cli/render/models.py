@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -337,16 +338,14 @@ def snapshots_table(
 ) -> Iterator[str]:
     """Yield models of Hugging Face as a table, and what the tables' figures mean."""
     if models:
-        rows = [_snapshot_row(each, context, slots) for each in sorted(models, key=_snapshot_order)]
+        rows = [
+            _snapshot_row(each, context, slots) for each in sorted(models, key=attrgetter("order"))
+        ]
         heads = ("HUGGING FACE", "PARAMS", "WEIGHTS", "CONTEXT", "GPU MEMORY", "ENGINES", "OLLAMA",
                  "COMMIT", "HERE")  # fmt: skip
         yield ""
         yield from _table([heads, *rows])
     yield f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}"
-
-
-def _snapshot_order(model: KnownSnapshot) -> tuple[str, int, str]:
-    return model.order
 
 
 def _snapshot_row(model: KnownSnapshot, context: int, slots: int) -> tuple[str, ...]:

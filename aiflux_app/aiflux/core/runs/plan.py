@@ -397,22 +397,25 @@ def changed_input(plan: Plan, change: str) -> StoppedError:
     )
 
 
-CHANGED_INPUT = (
-    "restore it, or run the same `aiflux run` command again: it plans again and sends only what "
-    "changed"
-)
-"""Remedy for an input that is not the planned one."""
+def refuse_changed_input(plan: Plan, consequence: str = "") -> None:
+    """Refuse an input that is not the planned one; read it only if it may have changed.
 
+    Args:
+        consequence: end of the message's sentence.
 
-def input_change(plan: Plan) -> str | None:
-    """Return how the input differs from the planned one; read it only if it may have changed.
-
-    See ``change_of``.
+    Raises:
+        InputError: it is not, or cannot be read.
     """
     with suppress(OSError):  # reading it reports what is wrong
         if looks_unchanged(plan.input):
-            return None
-    return change_of(plan.input)
+            return
+    change = change_of(plan.input)
+    if change is not None:
+        raise InputError(
+            f"the input {plan.input_path} {change}{consequence}",
+            "restore it, or run the same `aiflux run` command again: it plans again and sends only "
+            "what changed",
+        )
 
 
 def write_plan(plan: Plan, run: RunDirectory) -> None:

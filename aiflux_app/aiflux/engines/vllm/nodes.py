@@ -26,7 +26,7 @@ class VllmOnNodes(VllmEngine):
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
         if spec.ranks is None:
-            raise missing_nodes(spec.plan.options.nodes_per_engine)
+            raise missing_nodes(spec.plan.options)
         self._ranks = spec.ranks
         self._others: tuple[RankReport, ...] = ()
         self._master_port = 0

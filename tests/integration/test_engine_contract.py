@@ -63,18 +63,26 @@ class TestOllama(EngineContract):
         made.close()
 
 
+class OfLlamaServer(EngineContract):
+    """The cases of a llama-server, however it is started."""
+
+    made: type[RealProgram]
+
+    @pytest.fixture
+    def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
+        made = self.made(tmp_path, models, llama_server)
+        yield made
+        made.close()
+
+
 class RealLlamaServer(RealProgram):
     """llama-server."""
 
     kind = kind_named("llamacpp")
 
 
-class TestLlamaServer(EngineContract):
-    @pytest.fixture
-    def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
-        made = RealLlamaServer(tmp_path, models, llama_server)
-        yield made
-        made.close()
+class TestLlamaServer(OfLlamaServer):
+    made = RealLlamaServer
 
 
 class LlamaServerByCommand(RealProgram):
@@ -90,12 +98,8 @@ class LlamaServerByCommand(RealProgram):
         self.options["engine_command"] = f"{shlex.quote(str(self.program))} {options}"
 
 
-class TestCommand(EngineContract):
-    @pytest.fixture
-    def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
-        made = LlamaServerByCommand(tmp_path, models, llama_server)
-        yield made
-        made.close()
+class TestCommand(OfLlamaServer):
+    made = LlamaServerByCommand
 
 
 class RunningLlamaServer(RealProgram):
@@ -143,12 +147,8 @@ class RunningLlamaServer(RealProgram):
         self.server.stop()
 
 
-class TestExternal(EngineContract):
-    @pytest.fixture
-    def site(self, tmp_path: Path, models: Path, llama_server: Path) -> Iterator[EngineSite]:
-        made = RunningLlamaServer(tmp_path, models, llama_server)
-        yield made
-        made.close()
+class TestExternal(OfLlamaServer):
+    made = RunningLlamaServer
 
 
 class RealVllm(ProgramSite):

@@ -33,7 +33,7 @@ plain := $(shell git ls-files -- aiflux_app docs tests container entrypoint benc
 	'examples/*.sh' 'examples/*.py' Makefile 2>/dev/null | \
 	grep -vE '\.(lock|svg|png|gz|bin)$$|made_elsewhere|docs/assets')
 
-.PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down clean
+.PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,7 +48,7 @@ $(bin)/.installed: pyproject.toml
 	touch $@
 
 $(bin)/.installed-dev: pyproject.toml $(bin)/.installed
-	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,docs]'
 	touch $@
 
 install: $(bin)/.installed ## create a virtual environment in .venv with aiflux
@@ -102,6 +102,9 @@ bench: $(bin)/.installed-dev ## measure the worker with simulated and real engin
 slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch script
 	$(bin)/python -m aiflux.slurm.script > $@.new
 	mv $@.new $@
+
+docs: $(bin)/.installed-dev ## build the website and the man pages in build/docs
+	$(bin)/python docs/site.py build/docs
 
 clean: ## remove build results
 	rm -rf $(VENV) aiflux.sif build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

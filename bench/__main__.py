@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.cases import CASES, Bench, Row
+from bench.cases import CASES, Bench
+from bench.row import Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,13 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in arguments.names if name not in CASES]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; use {', '.join(CASES)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # also ends the engines
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("stopped"))  # also ends the engines
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="aiflux-bench-") as folder:
-        bench = Bench(arguments.quick, Path(folder))
-        for name in arguments.names or CASES:
-            rows += _measure(name, bench)
-    show(rows)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aiflux-bench-") as folder:
+            bench = Bench(arguments.quick, Path(folder))
+            for name in arguments.names or CASES:
+                rows += _measure(name, bench)
+    finally:
+        show(rows)  # also what was measured before Ctrl-C
     return int(any(row.good is False for row in rows))
 
 

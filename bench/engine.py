@@ -221,8 +221,11 @@ async def serve(slots: int, cost: Cost, others: Others) -> None:
         loop.add_signal_handler(number, stopped.set)
     service: Service = Simulated(slots, cost, others) if slots else Instant()
     server = await loop.create_server(lambda: Connection(service), "127.0.0.1", 0, backlog=_BACKLOG)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await stopped.wait()
+    try:
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await stopped.wait()
+    except BrokenPipeError:
+        sys.stdout = None  # who started it was interrupted; nothing is left to be flushed
     server.close()
 
 

@@ -45,11 +45,12 @@ def plan(source: str, output: str, shards: str) -> None:
     ).open()
 
 
-def fill(source: str, output: str) -> None:
-    """Write results for every shard of an existing plan."""
+def fill(source: str, output: str, size: str | None = None) -> None:
+    """Write results for every shard of an existing plan, with answers of 1 KB or ``size`` bytes."""
     made, run = _there(output)
+    bytes_each = None if size is None else int(size)
     for shard in made.shards:
-        write_journal(run.journal(shard.index), Path(source), shard.start, shard.end)
+        write_journal(run.journal(shard.index), Path(source), shard.start, shard.end, bytes_each)
 
 
 def scan(journal: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aiflux.core.batch.request import request_key
-from aiflux.core.runs.journal import Result
+from aiflux.core.runs.journal import NewResult
 from aiflux.util.lines import read_lines
 from bench.decoding import SEED
 from bench.engine import MODEL, answer
@@ -45,12 +45,14 @@ def write_input(path: Path, lengths: Sequence[int], size: int = 1024) -> int:
     return written
 
 
-def write_journal(path: Path, input_path: Path, start: int, end: int) -> None:
-    """Write a result of about 1 KB for each request of a part of an input.
+def write_journal(
+    path: Path, input_path: Path, start: int, end: int, size: int | None = None
+) -> None:
+    """Write a result for each request of a part of an input, with an answer of 1 KB or ``size``.
 
     They are about as much out of order as concurrent requests would be.
     """
-    body = answer(200)
+    body = answer(200) if size is None else answer(200, size)
     metadata = {
         "model": MODEL,
         "timestamp": "2026-01-01T00:00:00.000Z",
@@ -61,8 +63,10 @@ def write_journal(path: Path, input_path: Path, start: int, end: int) -> None:
     source = random.Random(SEED)
     flying: list[bytes] = []
     with open(path, "wb") as file:
-        for number, _, line in read_lines(input_path, start, end):
-            result = Result(request_key(line), f"request-{number:08d}", 200, metadata, None, body)
+        for _, _, line in read_lines(input_path, start, end):
+            result = NewResult(
+                request_key(line), json.loads(line)["custom_id"], 200, metadata, None, body
+            )
             flying.append(result.to_line())
             if len(flying) > _IN_FLIGHT:
                 file.write(flying.pop(source.randrange(len(flying))))

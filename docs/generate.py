@@ -1,8 +1,8 @@
 """Write what the documentation says about settings and commands from the code itself.
 
-``python docs/generate.py`` brings ``docs/configuration.md``, ``docs/engines.md`` and
-``docs/structure.md`` (between their markers), ``docs/reference.md`` and ``.env.example`` up to
-date; ``tests/unit/test_docs.py`` checks that they are.
+``python docs/generate.py`` brings ``docs/configuration.md``, ``docs/engines.md``,
+``docs/output.md`` and ``docs/structure.md`` (between their markers), ``docs/reference.md`` and
+``.env.example`` up to date; ``tests/unit/test_docs.py`` checks that they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from aiflux.cli.parser import Command, Option
 from aiflux.core.config.declaration import Setting
 from aiflux.core.config.engine_command import PLACEHOLDERS
 from aiflux.core.config.settings import BY_NAME, SECTIONS, SETTINGS, TITLES
+from aiflux.models.endpoints import ENDPOINTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 ENGINES = ROOT / "docs" / "engines.md"
+OUTPUT = ROOT / "docs" / "output.md"
 STRUCTURE = ROOT / "docs" / "structure.md"
 PACKAGE = ROOT / "aiflux_app" / "aiflux"
 REFERENCE = ROOT / "docs" / "reference.md"
@@ -72,6 +74,27 @@ def env_example() -> str:
 def with_tables(text: str) -> str:
     """Return the text of ``docs/configuration.md`` with the tables between its markers renewed."""
     return _between_markers(text, settings_tables())
+
+
+def with_endpoints(text: str) -> str:
+    """Return the text of ``docs/output.md`` with the table between its markers renewed."""
+    engines = [*dict.fromkeys(name for each in ENDPOINTS.values() for name in each.engines)]
+    shown = " | ".join(f"`{name}`" for name in engines)
+    rows = [
+        f"| `url` | the body has | {shown} | [column `answer`](converters.md#answers-to-tables) |",
+        "|---" * (len(engines) + 3) + "|",
+    ]
+    for each in ENDPOINTS.values():
+        payloads = ", or ".join(
+            " and ".join(f"`{name}`" for name in sorted(fields)) for fields in each.payloads
+        )
+        has = " | ".join(_support(each.engines.get(name)) for name in engines)
+        rows.append(f"| `{each.url}` | {payloads} | {has} | {each.result} |")
+    return _between_markers(text, "\n".join(rows))
+
+
+def _support(version: str | None) -> str:
+    return "no" if version is None else f"from {version}" if version else "yes"
 
 
 def with_placeholders(text: str) -> str:
@@ -220,6 +243,7 @@ def main() -> None:
     CONFIGURATION.write_text(
         with_tables(CONFIGURATION.read_text(encoding="utf-8")), encoding="utf-8"
     )
+    OUTPUT.write_text(with_endpoints(OUTPUT.read_text(encoding="utf-8")), encoding="utf-8")
     ENGINES.write_text(with_placeholders(ENGINES.read_text(encoding="utf-8")), encoding="utf-8")
     ENV_EXAMPLE.write_text(env_example(), encoding="utf-8")
 

@@ -74,13 +74,26 @@ class ConfigError(UsageError):
 
 
 class InputError(UsageError):
-    """The input is missing, unreadable or has invalid lines (``problems``, one text each)."""
+    """The input is missing, unreadable or has invalid lines (``problems``, one text each).
+
+    Attributes:
+        lines: the numbers of the first invalid lines, each with its problem.
+        count: number of invalid lines.
+    """
 
     def __init__(
-        self, message: str, remedy: str | None = None, problems: tuple[str, ...] = ()
+        self,
+        message: str,
+        remedy: str | None = None,
+        problems: tuple[str, ...] = (),
+        *,
+        lines: tuple[tuple[int, str], ...] = (),
+        count: int = 0,
     ) -> None:
         super().__init__(message, remedy)
         self.problems = problems
+        self.lines = lines
+        self.count = count
 
 
 class RunConflictError(UsageError):

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,13 @@ def image(user: User, checkout: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_image(user: User, checkout: Path) -> Path:
+    """The image with llama.cpp, built by the user from the Debian base."""
+    user.run("make", "image", "ENGINE=llamacpp", "BASE=debian", cwd=checkout, timeout=900)
+    return checkout / "aiflux-llamacpp.sif"
+
+
+@pytest.fixture(scope="session")
 def ollama(stack: dict[str, str], user: User) -> Path:
     """The CPU Ollama."""
     return STACK_DIR / "ollama-cpu" / "bin" / "ollama"
@@ -317,6 +324,29 @@ def lines(*requests: dict[str, Any]) -> str:
 
 FRANCE = request("france", "What is the capital of France?")
 PLANETS = request("planets", "Name a planet.")
+
+
+PROMPTS = [
+    "Hi",
+    "  Two  spaces, don't WE'RE\n\n\ttabs\r\n",
+    "3.14159 1234567 \uff11\uff12\uff13 \u2177",
+    "def f(x):\n    return x ** 2  # square\n",
+    "日本語のテキスト ไทย हिन्दी العربية e\u0301",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 <|im_end|> <s>",
+    "word " * 300,
+]
+"""Prompts that are hard to split into words."""
+
+
+def counted(output: Path, count: Callable[[list[Any]], int | None]) -> dict[str, tuple[Any, Any]]:
+    """Return the tokens of each prompt of a run: those that the engine reports, and ours."""
+    return {
+        entry["input"]["custom_id"]: (
+            entry["output"]["usage"]["prompt_tokens"],
+            count(entry["input"]["body"]["messages"]),
+        )
+        for entry in json.loads(output.read_text(encoding="utf-8"))
+    }
 
 
 def answers(output: Path) -> dict[str, str]:

@@ -66,14 +66,19 @@ class Reader:
         """Run a command of a page; return its output."""
         if not _FOLLOWING.match(command):
             self.settle()
-        for text, other in self.changes.items():
-            command = command.replace(text, other)
+        command = self.here(command)
         path = f"{self.place / '.venv/bin'}:{self.user.environment()['PATH']}"
         env = {**self.env, "PATH": path, "HOME": str(self.place / "home")}
         return self.user.run(
             "bash", "-euo", "pipefail", "-c", command,
             cwd=self.place, env=env, code=code, timeout=timeout,
         )  # fmt: skip
+
+    def here(self, text: str) -> str:
+        """Return a text of a page as it applies here."""
+        for there, other in self.changes.items():
+            text = text.replace(there, other)
+        return text
 
     def makes_way(self, given: Iterable[str]) -> None:
         """Remove files of an earlier block that these commands create again."""
@@ -85,7 +90,7 @@ class Reader:
     def runs_python(self, text: str) -> str:
         """Run a Python example of a page."""
         self.makes_way(text.splitlines())
-        script = self.user.write(self.place / "example.py", text)
+        script = self.user.write(self.place / "example.py", self.here(text))
         env = {**self.env, "HOME": str(self.place / "home")}
         return self.user.run(self.place / ".venv/bin/python", script, cwd=self.place, env=env)
 
@@ -128,7 +133,7 @@ def made_by(command: str) -> Iterator[str]:
         yield "aiflux.yaml"
     if "output.json" in words:
         yield "output.json"
-    yield from re.findall(r'output_path="([^"]+)"', command)
+    yield from re.findall(r'output(?:_path)?="([^"]+)"', command)
 
 
 def remove(path: Path) -> None:
@@ -174,6 +179,8 @@ def write_files(place: Path) -> None:
         "reviews.csv": "".join(",".join(f'"{cell}"' for cell in row) + "\n" for row in table),
         "reviews.tsv": "".join("\t".join(row) + "\n" for row in table),
         "prompt.txt": "Summarize in one sentence: {text}\n",
+        "review.j2": page_blocks(REPOSITORY / "docs/converters.md", "jinja")[0],
+        "rated.csv": "text,rating\nI like it.,5\nIt broke.,1\n",
         "questions.json": json.dumps(
             [{"id": "q1", "question": "Who was it?", "meta": {"source": "a letter"}}]
         ),

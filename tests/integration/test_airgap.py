@@ -34,7 +34,7 @@ def bundle(user: User, aiflux: Path, image: Path, models: Path) -> Path:
         "--python", "3.11", "--python", f"3.{sys.version_info[1]}", "-o", "b.tar", cwd=place,
     )  # fmt: skip
     assert MODEL in printed
-    assert "extras: documents, hub, images, parquet, report, schema" in printed
+    assert "extras: documents, duckdb, gateway, hub, images, pandoc, parquet, report," in printed
     assert "sha256:" in printed.splitlines()[-1]
     return place / "b.tar"
 

@@ -74,7 +74,7 @@ def test_a_job_without_an_image_survives_the_kill_of_its_server(
     user: User, checkout: Path, place: Path, command: list[str | Path], cluster: Cluster
 ) -> None:
     """And then it is put back into the queue."""
-    user.write(place / "in.jsonl", questions(40, 48))
+    user.write(place / "in.jsonl", questions(24, 40))
     aiflux = checkout / ".venv/bin/aiflux"
     printed = user.run(aiflux, "run", "in.jsonl", "-o", "out.json", *command, cwd=place)
     job = printed.split("submitted job ")[1].split(":")[0]
@@ -87,9 +87,9 @@ def test_a_job_without_an_image_survives_the_kill_of_its_server(
     end = cluster.end(job)
     log = cluster.log(job, place)
     assert (end.state, end.code, end.fields["Restarts"]) == ("COMPLETED", 0, "1"), log
-    assert len(answers(place / "out.json")) == 40
-    assert finished(journal) == 40, "no result was recorded twice"
-    assert "of 40 requests are done already" in log
+    assert len(answers(place / "out.json")) == 24
+    assert finished(journal) == 24, "no result was recorded twice"
+    assert "of 24 requests are done already" in log
     assert "engine 0 is down; restarting it" in log
     assert "engine 0 is up: llama-server b" in log
     status = status_of(place, 0)

@@ -40,16 +40,50 @@ _OPTIONS = "tests/unit/engines/test_server_options.py"
 _REACHED = "test_options_and_flags_reach_the_server"
 _VLLM = "tests/unit/engines/test_vllm.py"
 _COMMAND = "tests/integration/test_command.py"
+_GATEWAY = "tests/integration/test_gateway.py"
+_SERVE = "tests/integration/test_serve.py"
+_TABLES = "tests/unit/converters/test_tables.py"
+_PROMPTS = "tests/unit/converters/test_prompts.py"
+_WAITING = (
+    "tests/integration/test_dependency.py::"
+    "test_a_run_waits_for_all_arrays_of_another_and_a_command_for_it"
+)
 ELSEWHERE = {
+    "tar -xOf bundle.tar aiflux-bundle/sbom.cdx.json > bundle.cdx.json":
+        "tests/unit/image/test_sbom.py::test_a_bundle_has_its_own",
+    "aiflux run --input second.jsonl --output second.json --model llama3.2:3b --after first.json":
+        _WAITING,
+    "aiflux run --input prompts.jsonl --output results.json --model llama3.2:3b "
+    "--then 'Rscript analyse.R results.json'": _WAITING,
+    "sbatch --dependency=$(aiflux status results.json --json | jq -r .dependency) analyse.sh":
+        _WAITING,
     "make image": "tests/integration/conftest.py::image",
     "make demo": "tests/integration/test_image.py::test_the_demo_shows_prompts_and_answers",
     "make test": "tests/integration/test_docs.py::test_every_command_of_a_page",
     "make test-fast": "tests/unit/test_docs.py::test_commands_parse",
     "make lint": "tests/unit/test_docs.py::test_make_targets_exist",
+    "make docs": "tests/unit/test_site.py::test_every_page_is_on_the_website_and_can_be_searched",
     "make bench": _BENCH,
     "make bench BENCH=--quick": _BENCH,
     'make bench BENCH="occupancy adaptive"': _BENCH,
-    "make image ENGINE=llamacpp": "tests/integration/test_llamacpp.py::llama_image",
+    "aiflux run azure.jsonl --model llama3.2:3b --replace-model --output results.json":
+        "tests/unit/core/batch/test_other_services.py::test_check_and_run_report_it_in_one_line",
+    'aiflux convert table in.xlsx --template "Sum up: {text}" --output q.jsonl':
+        f"{_TABLES}::test_a_sheet_of_excel",
+    'aiflux convert table survey.xlsx --table Answers --template "Summarize: {text}" '
+    "--output prompts.jsonl":
+        f"{_TABLES}::test_a_sheet_of_excel",
+    'aiflux convert table reviews.db --query "SELECT id, text FROM reviews WHERE stars < 3" '
+    '--id-column id --template "{text}" --output prompts.jsonl':
+        f"{_TABLES}::test_a_query_and_a_view",
+    "aiflux convert parquet 'reviews/*.parquet' --template \"Summarize: {text}\" "
+    "--output prompts.jsonl":
+        f"{_TABLES}::test_folders_patterns_and_partitions_of_parquet",
+    **dict.fromkeys(
+        ("aiflux chain steps.yaml", "aiflux status final.csv", "aiflux report final.csv"),
+        "tests/integration/test_chain.py::test_a_chain_of_jobs",
+    ),
+    "make image ENGINE=llamacpp": "tests/integration/conftest.py::llama_image",
     "aiflux run --engine llamacpp --model llama3.2:3b --input prompts.jsonl --output results.json":
         "tests/integration/test_llamacpp.py::test_a_job_uses_the_image_of_its_engine",
     **{
@@ -112,9 +146,46 @@ ELSEWHERE = {
         "::test_several_engines_are_submitted_together_and_compared_on_one_sample",
     "apptainer run --rocm aiflux-amd.sif input.jsonl output.json --model llama3.2:3b":
         "tests/integration/test_image.py::test_the_image_runs_directly",
+    **dict.fromkeys(
+        ("aiflux serve --model llama3.2:3b", "aiflux serve --model llama3.2:3b --time 02:00:00",
+         "aiflux serve list", "aiflux serve stop llama3.2-3b",
+         "aiflux run prompts.jsonl --engine-url serve:llama3.2-3b"),
+        f"{_SERVE}::test_an_engine_is_served_and_protected",
+    ),
+    **dict.fromkeys(
+        ("aiflux gateway --model llama3.2:3b",
+         "aiflux gateway --model llama3.2:3b --time 08:00:00",
+         "aiflux gateway --model llama3.2:3b --partition gpu --time 08:00:00 --shards 4"),
+        f"{_GATEWAY}::test_a_batch_is_a_job_and_survives_the_gateway",
+    ),
+    "aiflux gateway --local --model llama3.2:3b":
+        "tests/unit/gateway/test_places.py::test_an_engine_on_this_machine",
+    "aiflux gateway --engine-url http://127.0.0.1:8000":
+        f"{_GATEWAY}::test_another_user_at_the_port_needs_the_key",
+    "aiflux gateway --socket ~/.aiflux-gateway.sock --model llama3.2:3b":
+        f"{_GATEWAY}::test_another_user_gets_neither_the_key_nor_the_socket",
+    "aiflux connect llama3.2-3b": f"{_SERVE}::test_a_tunnel_survives_preemption",
     "aiflux image build --base docker --output aiflux.sif":
         "tests/integration/test_image_docker.py::test_the_docker_base_builds_an_equivalent_image",
     "aiflux image build --sign --force": f"tests/integration/test_airgap.py::{_SIGNED}",
+    'aiflux convert parquet found.parquet --endpoint rerank --template "{question}" '
+    "--documents passages --output prompts.jsonl":
+        "tests/unit/converters/test_endpoint_forms.py::test_documents_are_in_several_columns_or_fields_or_lists",
+    'aiflux convert csv reviews.csv --template "{text}" --examples rated.csv '
+    "--example-answer rating --output prompts.jsonl":
+        f"{_PROMPTS}::test_examples_come_before_the_prompt",
+    'aiflux convert csv reviews.csv --template "{text}" --system-template '
+    '"The customer finds it {label}." --output prompts.jsonl':
+        f"{_PROMPTS}::test_each_row_has_its_own_system_message",
+    'aiflux convert csv reviews.csv --turn "user={text}" --turn "assistant=I find it {label}." '
+    '--turn "user=Why?" --output prompts.jsonl':
+        f"{_PROMPTS}::test_columns_become_a_conversation",
+    "aiflux chain steps.yaml --local":
+        "tests/integration/test_chain.py::test_a_chain_on_this_machine",
+    "aiflux results to-npy embeddings.json":
+        "tests/unit/converters/test_result_forms.py::test_embeddings_as_an_array",
+    "aiflux results to-npy out.json --output vectors.npy":
+        "tests/unit/converters/test_result_forms.py::test_embeddings_as_an_array",
     "cat passphrase | aiflux image build --sign --force":
         f"tests/integration/test_airgap.py::{_SIGNED}",
 }  # fmt: skip
@@ -123,6 +194,10 @@ ELSEWHERE = {
 _RUN = "aiflux run --model llama3.2:3b --input prompts.jsonl --output results.json"
 _KEY = "apptainer key newpair --push=false"
 BEFORE: dict[str, list[str]] = {
+    "docs/chain.md": [
+        "printf '%s\\n' 'source: reviews.csv' 'output: final.csv' 'model: llama3.2:3b' steps:"
+        " '  summary:' '    template: \"Summarize: {text}\"' >steps.yaml"
+    ],
     "docs/image.md": [_KEY, "cp prompts.jsonl input.jsonl"],
     "docs/running.md": [f"{_RUN} --shards 4"],
     "docs/report.md": [_RUN],
@@ -224,7 +299,7 @@ def registered(stack: dict[str, str], engine: str) -> str:
 @pytest.fixture(scope="session")
 def equipped(user: User, checkout: Path) -> Path:
     """The checkout with the package's extras, installed as described on the pages."""
-    extras = "documents,images,parquet,report,schema"
+    extras = "documents,duckdb,images,parquet,report,schema,spreadsheets"
     pip = (checkout / ".venv/bin/python", "-m", "pip", "install", "--quiet")
     user.run(*pip, "--disable-pip-version-check", "-e", f".[{extras}]", cwd=checkout)
     return checkout

@@ -12,15 +12,22 @@ from tests.integration.conftest import MODEL, PLANETS, User, answers, lines
 LABELS = {"positive", "negative", "mixed"}
 
 
-def test_examples_run_in_the_image(
-    user: User, checkout: Path, image: Path, place: Path, job_env: dict[str, str]
-) -> None:
+def test_the_examples_run(
+    user: User, checkout: Path, image: Path, place: Path, job_env: dict[str, str],
+    llama_server: Path, models: Path,
+) -> None:  # fmt: skip
+    """One of them with the default engine in the image, which is slow on a CPU."""
     path = f"{checkout}/.venv/bin:{user.environment()['PATH']}"
-    for name in ("classify", "summarise", "extract"):
+    program = {"AIFLUX_ENGINE_PROGRAM": str(llama_server), "AIFLUX_MODELS_DIR": str(models)}
+    for name, options, environ in (
+        ("extract", ["--image", image], job_env),
+        ("classify", ["--engine", "llamacpp"], program),
+        ("summarise", ["--engine", "llamacpp"], program),
+    ):
         script = checkout / "examples" / name / "run.sh"
         user.run(
-            script, "--model", MODEL, "--local", "--image", image, "--max-retries", "0",
-            cwd=place, env={**job_env, "PATH": path},
+            script, "--model", MODEL, "--local", "--max-retries", "0", *options,
+            cwd=place, env={**environ, "PATH": path},
         )  # fmt: skip
     found = {path.stem: _answers(path) for path in place.glob("*.csv")}
     assert {name: len(rows) for name, rows in found.items()} == {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -70,6 +72,36 @@ def test_aiflux_run_submits_and_prints_the_id(
     assert "#SBATCH" in (run_dir / "run.sbatch").read_text(encoding="utf-8")
     again = user.run(aiflux, *arguments, cwd=place, env=job_env)
     assert "is already finished: 1 succeeded, 0 failed; nothing was sent" in again
+
+
+def test_a_table_is_asked_in_a_job_and_the_same_command_finishes(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    user.write(place / "in.csv", 'id;country\r\n007;"France"\r\n008;Peru\r\n')
+    arguments = [
+        "ask", "in.csv", "--template", "What is the capital of {country}?", "--model", MODEL,
+        "--output", "out.csv", "--temperature", "0", "--max-tokens", "20", "--mem", "2G",
+    ]  # fmt: skip
+    printed = user.run(aiflux, *arguments, "--no-wait", cwd=place, env=job_env)
+    job = submitted(printed)
+    assert not (place / "out.csv").exists()
+    shown = user.run(aiflux, *arguments, cwd=place, env=job_env)
+    assert cluster.end(job).code == 0, cluster.log(job, place)
+    assert "2 rows -> out.csv: 2 answered, 0 failed" in shown
+    written = (place / "out.csv").read_bytes()
+    rows = [*csv.reader(io.StringIO(written.decode(), newline=""), delimiter=";")]
+    given = answers(place / "out.csv.aiflux" / "results.json")
+    assert rows == [
+        ["id", "country", "answer"],
+        ["007", "France", given["row-1"]],
+        ["008", "Peru", given["row-2"]],
+    ]
+    assert written.splitlines()[1].startswith(b'007;"France";')
+    assert all(given.values())
+    again = user.run(aiflux, *arguments, cwd=place, env=job_env)
+    assert "is already finished: 2 succeeded, 0 failed; nothing was sent" in again
+    assert (place / "out.csv").read_bytes() == written
+    assert "finished" in user.run(aiflux, "status", "out.csv", cwd=place, env=job_env)
 
 
 def test_the_python_quick_start(
@@ -167,7 +199,7 @@ def test_two_jobs_on_one_node_at_once(
 def test_scancel_leaves_no_process_and_the_same_command_resumes(
     user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
 ) -> None:
-    many = [request(f"r{index}", f"Count to {index}.", max_tokens=12) for index in range(24)]
+    many = [request(f"r{index}", f"Count to {index}.", max_tokens=8) for index in range(14)]
     user.write(place / "in.jsonl", lines(*many))
     command = [aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G",
                "--drain-seconds", "2"]  # fmt: skip
@@ -184,14 +216,14 @@ def test_scancel_leaves_no_process_and_the_same_command_resumes(
     assert user.none_left(), user.processes()
     assert not (place / "out.json").exists()
     done = journal.read_bytes().count(b"\n")
-    assert 2 <= done < 24
+    assert 2 <= done < 14
     status = shard_status(place)
     assert status["status"] == "cancelled"
     assert "signal SIGTERM" in cluster.log(job, place)
     again = submitted(user.run(*command, cwd=place, env=job_env))
     assert cluster.end(again).code == 0
-    assert list(answers(place / "out.json")) == [f"r{index}" for index in range(24)]
-    assert journal.read_bytes().count(b"\n") == 24, "no request was processed twice"
+    assert list(answers(place / "out.json")) == [f"r{index}" for index in range(14)]
+    assert journal.read_bytes().count(b"\n") == 14, "no request was processed twice"
 
 
 def test_a_model_is_pulled_from_a_registry_inside_the_job(

@@ -14,26 +14,28 @@ from pathlib import Path
 import pytest
 
 from aiflux.engines.llamacpp.options import MANAGED
+from aiflux.engines.ollama.store import stored_tokenizer
+from aiflux.models.name import parse_model_name
 from tests.integration.conftest import (
     FRANCE,
     MODEL,
     PLANETS,
+    PROMPTS,
     User,
     answers,
+    counted,
     lines,
     request,
     shard_status,
 )
-from tests.integration.test_ollama import RunningWorker, tiny_requests, whole
+from tests.integration.test_ollama import (
+    RunningWorker,
+    get_several_answers,
+    tiny_requests,
+    whole,
+)
 from tests.tools import make_tiny_gguf
 from tests.tools.make_adapters import gguf_adapter
-
-
-@pytest.fixture(scope="session")
-def llama_image(user: User, checkout: Path) -> Path:
-    """The image with llama.cpp, built by the user from the Debian base."""
-    user.run("make", "image", "ENGINE=llamacpp", "BASE=debian", cwd=checkout, timeout=900)
-    return checkout / "aiflux-llamacpp.sif"
 
 
 @pytest.fixture
@@ -58,38 +60,82 @@ def test_a_model_that_ollama_pulled_answers(
     assert user.none_left(), user.processes()
 
 
+def test_several_answers_to_one_request(user: User, place: Path, local: list[str | Path]) -> None:
+    get_several_answers(user, place, local, MODEL)
+
+
+FORM = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
 @pytest.mark.parametrize(
-    ("url", "body", "where"),
+    ("url", "bodies", "answers"),
     [
-        ("/v1/embeddings", {"input": "one"}, "data"),
-        ("/v1/rerank", {"query": "a panda", "documents": ["a bear", "a car"]}, "results"),
+        ("/v1/embeddings", [{"input": "one"}], 1),
+        ("/v1/rerank", [{"query": "a panda", "documents": ["a bear", "a car"]},
+                        {"query": "a panda", "documents": ["a bear", "a car"], "top_n": 1}], 2),
+        ("/v1/responses", [
+            {"input": "What is the capital of France?", "instructions": "Answer in one word."},
+            {"input": [{"type": "message", "role": "user", "content": "Count to 90."}],
+             "max_output_tokens": 2},
+            {"input": "Give me a number.", "max_output_tokens": 60, "response_format": {
+                "type": "json_schema", "json_schema": {"name": "n", "schema": FORM}}},
+        ], 3),
     ],
-)
-def test_embeddings_and_reranking(
-    user: User, place: Path, local: list[str | Path], url: str, body: dict[str, object], where: str
-) -> None:
-    entry = {"custom_id": "e", "method": "POST", "url": url, "body": body}
-    user.write(place / "in.jsonl", json.dumps(entry) + "\n")
+)  # fmt: skip
+def test_every_other_endpoint_answers(
+    user: User, place: Path, local: list[str | Path], checkout: Path, url: str,
+    bodies: list[dict[str, object]], answers: int,
+) -> None:  # fmt: skip
+    entries = [{"custom_id": f"e{at}", "url": url, "body": body} for at, body in enumerate(bodies)]
+    user.write(place / "in.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     user.run(*local, "--model", MODEL, cwd=place)
-    (result,) = json.loads((place / "out.json").read_text(encoding="utf-8"))
-    assert result["output"][where]
+    totals = shard_status(place)["aiflux"]["totals"]
+    assert totals["prompt_tokens"] > 0
+    assert (totals["completion_tokens"] > 0) == (url == "/v1/responses")
+    user.run(checkout / ".venv/bin/aiflux", "results", "to-jsonl", "out.json", cwd=place)
+    table = [json.loads(line) for line in (place / "out.table.jsonl").read_text().splitlines()]
+    assert len(table) == answers
+    assert not any(row["error"] for row in table)
+    if url == "/v1/rerank":
+        assert sorted(table[0]["document"]) == [0, 1]
+        assert table[1]["document"] == table[0]["document"][:1]
+        assert table[0]["answer"] == sorted(table[0]["answer"], reverse=True)
+    if url == "/v1/responses":
+        results = json.loads((place / "out.json").read_text(encoding="utf-8"))
+        cut = [result["metadata"].get("finish_reason_length", False) for result in results]
+        assert cut == [False, True, False]
+        assert "Paris" in table[0]["answer"]
+        assert isinstance(json.loads(table[2]["answer"])["n"], int)
 
 
 def test_a_prompt_that_is_too_long_fails_and_is_not_cut(
     user: User, place: Path, local: list[str | Path]
 ) -> None:
     user.write(place / "in.jsonl", lines(request("long", "word " * 3000), request("short", "Hi")))
-    user.run(*local, "--model", MODEL, "--context-length", "512", cwd=place, code=3)
+    user.run(*local, "--model", MODEL, "--context-length", "512", "--too-long", "send", cwd=place,
+             code=3)  # fmt: skip
     first, second = json.loads((place / "out.json").read_text(encoding="utf-8"))
     assert first["error"]["status"] == 400
     assert "exceeds the available context size" in first["error"]["message"]
     assert "error" not in second
 
 
+def test_prompts_are_counted_as_the_server_counts_them(
+    user: User, place: Path, local: list[str | Path], models: Path
+) -> None:
+    asked = (request(f"r{at}", prompt, max_tokens=1) for at, prompt in enumerate(PROMPTS))
+    user.write(place / "in.jsonl", lines(*asked))
+    user.run(*local, "--model", MODEL, cwd=place)
+    tokenizer = stored_tokenizer(models, parse_model_name(MODEL), templated=True)
+    counts = counted(place / "out.json", tokenizer.count_chat)
+    assert len(counts) == len(PROMPTS)
+    assert all(theirs == ours for theirs, ours in counts.values()), counts
+
+
 def test_the_estimate_compares_it_with_ollama_on_the_same_sample(
     user: User, place: Path, checkout: Path, llama_server: Path, ollama: Path, models: Path
 ) -> None:
-    requests = (request(f"r{number}", f"Say {number}.") for number in range(60))
+    requests = (request(f"r{number}", f"Say {number}.", max_tokens=3) for number in range(60))
     user.write(place / "in.jsonl", lines(*requests))
     settings = [f"AIFLUX_OLLAMA={ollama}", f"AIFLUX_MODELS_DIR={models}", "AIFLUX_ENGINE=llamacpp",
                 f"AIFLUX_ENGINE_PROGRAM={llama_server}"]  # fmt: skip

@@ -8,16 +8,21 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai.types import Batch, Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
+from aiflux.engines.ollama.store import stored_tokenizer
+from aiflux.models.name import parse_model_name
 from tests.integration.conftest import (
     MODEL,
+    PROMPTS,
     TINY,
     User,
     answers,
+    counted,
     create_model,
     lines,
     request,
@@ -69,17 +74,77 @@ def test_the_three_endpoints_and_the_official_types(
     assert entries[0]["metadata"]["model_digest"] == facts["model_digests"][TINY]
 
 
+def get_several_answers(user: User, place: Path, run: list[str | Path], model: str) -> None:
+    """Ask for more answers than there are slots, to chat and completion."""
+    chat = request("chat", "Name an animal.", model=model, n=5, temperature=1.5, seed=3)
+    completion = {**request("completion", ""), "url": "/v1/completions"}
+    completion["body"] = {"model": model, "prompt": "one two", "max_tokens": 8, "temperature": 1.5}
+    user.write(place / "in.jsonl", lines(chat, completion))
+    user.run(*run, "--slots", "2", "--samples", "3", cwd=place)
+    first, second = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    chats = ChatCompletion.model_validate(first["output"])
+    texts = Completion.model_validate(second["output"])
+    assert [choice.index for choice in chats.choices] == [0, 1, 2, 3, 4]
+    assert [choice.index for choice in texts.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in chats.choices}) > 1
+    assert len({choice.text for choice in texts.choices}) > 1
+    assert (first["metadata"]["samples"], second["metadata"]["samples"]) == (5, 3)
+    assert chats.usage is not None
+    assert chats.usage.prompt_tokens % 5 == 0
+    progress = shard_status(place)["aiflux"]["progress"]
+    assert progress["completion_tokens"] == sum(
+        each["output"]["usage"]["completion_tokens"] for each in (first, second)
+    )
+
+
+def test_several_answers_to_one_request(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    get_several_answers(user, place, local, TINY)
+
+
+def test_endpoints_that_this_ollama_lacks_are_refused(
+    user: User, place: Path, local: list[str | Path], tiny: str
+) -> None:
+    """Before submission where no version has it; at the start where newer versions do."""
+    rerank = {"url": "/v1/rerank", "body": {"query": "q", "documents": ["d"]}}
+    user.write(place / "in.jsonl", json.dumps({"custom_id": "r", **rerank}) + "\n")
+    shown = user.run(*local, "--model", TINY, cwd=place, code=2)
+    assert "line 1: Ollama has no /v1/rerank; use --engine llamacpp or vllm" in shown
+    response = {"url": "/v1/responses", "body": {"input": "Hello"}}
+    user.write(place / "in.jsonl", json.dumps({"custom_id": "r", **response}) + "\n")
+    shown = user.run(*local, "--model", TINY, cwd=place, code=4)
+    assert "Ollama 0.9.3 has no /v1/responses; Ollama 0.13.3 and later have it" in shown
+
+
 def test_silent_engine_behaviour_is_reported(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     cut = request("cut", "word " * 3000, model=TINY)
     whole = request("whole", "word", model=TINY)
     user.write(place / "in.jsonl", lines(cut, whole))
-    user.run(*local, "--context-length", "512", "--slots", "1", cwd=place)
+    user.run(*local, "--context-length", "512", "--slots", "1", "--too-long", "send", cwd=place)
     first, second = json.loads((place / "out.json").read_text(encoding="utf-8"))
     assert first["metadata"]["truncated_prompt"] is True
     assert "truncated_prompt" not in second["metadata"]
     assert first["metadata"]["finish_reason_length"] is True
+
+
+def test_a_prompt_has_at_least_the_tokens_of_its_texts(
+    user: User, place: Path, local: list[str | Path], models: Path
+) -> None:
+    """Ollama's own template is not counted: it adds a few tokens to each message."""
+    asked = (request(f"r{at}", prompt, max_tokens=1) for at, prompt in enumerate(PROMPTS))
+    user.write(place / "in.jsonl", lines(*asked))
+    user.run(*local, cwd=place)
+    tokenizer = stored_tokenizer(models, parse_model_name(MODEL), templated=False)
+
+    def count(messages: list[Any]) -> int:
+        return sum(tokenizer.count(message["content"]) for message in messages)
+
+    counts = counted(place / "out.json", count)
+    assert len(counts) == len(PROMPTS)
+    assert all(0 < theirs - ours < 32 for theirs, ours in counts.values()), counts
 
 
 def test_slots_and_context_are_as_requested(

@@ -10,12 +10,14 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aiflux.engines.server_options import refuse_managed
 from aiflux.engines.vllm.options import MANAGED
-from tests.integration.conftest import User, lines, request, shard_status
+from aiflux.models.tokenizer import snapshot_tokenizer
+from tests.integration.conftest import PROMPTS, User, counted, lines, request, shard_status
 from tests.integration.test_ollama import RunningWorker
 from tests.tools.make_adapters import put_peft
 from tests.tools.make_tiny_snapshot import put_tiny, tiny_files
@@ -46,6 +48,14 @@ def tiny(user: User, vllm: Path) -> Path:
     return model
 
 
+@pytest.fixture(scope="session")
+def tiny_ranker(user: User, vllm: Path) -> Path:
+    """The same with a head that gives a pair of texts a score."""
+    model = put_tiny(user.folder("tiny ranker"), labels=1)
+    user.give(model)
+    return model
+
+
 def until(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -66,7 +76,8 @@ def test_a_run_survives_a_stop_and_the_death_of_each_of_vllms_processes(
                 for at in range(REQUESTS)]  # fmt: skip
     long = request("long", "word " * 3000, model=None)
     user.write(place / "in.jsonl", lines(*counting, long))
-    command = [*local, "--model", tiny, "--slots", "2", "--context-length", "1024"]
+    command = [*local, "--model", tiny, "--slots", "2", "--context-length", "1024",
+               "--too-long", "send"]  # fmt: skip
     shared = shared_memory(user)
 
     def kill(*words: str) -> None:
@@ -138,6 +149,18 @@ def test_two_runs_at_once_with_a_home_that_cannot_be_written(
     (result,) = json.loads((place / "two/out.json").read_text(encoding="utf-8"))
     assert "Paris" in result["output"]["choices"][0]["message"]["content"]
     assert [*(place / "home").iterdir()] == [*(place / "scratch").iterdir()] == []
+
+
+def test_prompts_are_counted_as_the_server_counts_them(
+    user: User, place: Path, local: list[str | Path], hub_model: Path
+) -> None:
+    asked = (request(f"r{at}", prompt, model=None, max_tokens=1)
+             for at, prompt in enumerate(PROMPTS))  # fmt: skip
+    user.write(place / "in.jsonl", lines(*asked))
+    user.run(*local, "--model", hub_model, "--slots", "4", "--context-length", "1024", cwd=place)
+    counts = counted(place / "out.json", snapshot_tokenizer(hub_model).count_chat)
+    assert len(counts) == len(PROMPTS)
+    assert all(theirs == ours for theirs, ours in counts.values()), counts
 
 
 def failed_start(
@@ -301,3 +324,64 @@ def test_every_spelling_of_a_managed_option_is_refused(user: User, vllm: Path) -
     # No other option is refused because a managed one begins with its name.
     for name in known - {*MANAGED}:
         refuse_managed("vLLM", {name: "x"}, MANAGED, abbreviated=True)
+
+
+def table_of(user: User, place: Path, checkout: Path) -> list[dict[str, Any]]:
+    """Return the rows of the results table."""
+    user.run(checkout / ".venv/bin/aiflux", "results", "to-jsonl", "out.json", cwd=place)
+    lines = (place / "out.table.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_responses(user: User, place: Path, local: list[str | Path], checkout: Path,
+                   tiny: Path) -> None:  # fmt: skip
+    form = {"type": "json_schema", "name": "n", "schema": {"enum": [{"n": 1}, {"n": 2}]}}
+    bodies: list[dict[str, Any]] = [
+        {"input": "Hello", "max_output_tokens": 4},
+        {"input": [{"type": "message", "role": "user", "content": "Hello"}], "background": True},
+        {"input": "Hello", "max_output_tokens": 60, "text": {"format": form}},
+    ]
+    entries = [
+        {"custom_id": f"r{at}", "url": "/v1/responses", "body": body}
+        for at, body in enumerate(bodies)
+    ]
+    user.write(place / "in.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    options = ("--context-length", "256", "--max-tokens", "9")
+    user.run(*local, "--model", tiny, *options, cwd=place, timeout=400)
+    results = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert results[0]["metadata"]["finish_reason_length"] is True
+    assert results[0]["output"]["incomplete_details"] == {"reason": "max_output_tokens"}
+    usage = [result["output"]["usage"]["output_tokens"] for result in results]
+    assert usage[0] == 4
+    assert usage[1] <= 9
+    totals = shard_status(place)["aiflux"]["totals"]
+    assert totals["completion_tokens"] == sum(usage)
+    rows = table_of(user, place, checkout)
+    assert all(row["error"] is None for row in rows), rows
+    assert json.loads(rows[2]["answer"]) in ({"n": 1}, {"n": 2})
+
+
+def test_scores_of_documents_and_pairs(
+    user: User, place: Path, local: list[str | Path], checkout: Path, tiny_ranker: Path
+) -> None:
+    documents = ["a bear", "a red car"]
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/rerank", {"query": "a panda", "documents": documents}),
+        ("/v1/rerank", {"query": "a panda", "documents": documents, "top_n": 1}),
+        ("/v1/score", {"text_1": "a panda", "text_2": "a bear"}),
+        ("/v1/score", {"queries": "a panda", "documents": documents}),
+    ]
+    entries = [
+        {"custom_id": f"s{at}", "url": url, "body": body} for at, (url, body) in enumerate(bodies)
+    ]
+    user.write(place / "in.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    options = ("--context-length", "256")
+    user.run(*local, "--model", tiny_ranker, *options, cwd=place, timeout=400)
+    assert shard_status(place)["aiflux"]["totals"]["prompt_tokens"] > 0
+    ranked, best, pair, pairs = table_of(user, place, checkout)
+    assert sorted(ranked["document"]) == [0, 1]
+    assert ranked["answer"] == sorted(ranked["answer"], reverse=True)
+    assert (best["document"], best["answer"]) == (ranked["document"][:1], ranked["answer"][:1])
+    by_document = dict(zip(ranked["document"], ranked["answer"], strict=True))
+    assert pairs["answer"] == pytest.approx([by_document[0], by_document[1]], abs=1e-3)
+    assert pair["answer"] == pytest.approx(by_document[0], abs=1e-3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,18 @@ def test_a_case_gives_figures(case: str) -> None:
     table = done.stdout[done.stdout.index("figure") :]
     assert "failed" not in table, table
     assert len(table.splitlines()) > 3, table
+
+
+def test_what_was_measured_before_ctrl_c_is_shown() -> None:
+    command = [sys.executable, "-m", "bench", "--quick", "help", "occupancy"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while "occupancy" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "aiflux --help" in process.stdout.read()
+        assert process.wait() == 1
+        assert process.stderr.read() == "stopped\n"

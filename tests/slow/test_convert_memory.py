@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.converters import csv_to_jsonl
+
 SIZE = 300 << 20
 BOUND = 150 << 20
 CODE = """
@@ -19,13 +21,28 @@ from aiflux.converters import {function} as convert
 summary = convert(*sys.argv[1:3], **{options})
 print(summary.{count}, open("/proc/self/status").read())
 """
+BACK = """
+import sys
+from aiflux.converters import {function} as write
+from aiflux.converters.results import BackOptions
+summary = write(*sys.argv[1:3], BackOptions(**{options}))
+print(summary.answered, open("/proc/self/status").read())
+"""
 
 
 def measured(function: str, count: str, source: Path, target: Path, **options: object) -> list[int]:
     """Run a converter in a separate process; return its count, and its peak memory in bytes."""
-    code = CODE.format(function=function, count=count, options=options)
+    return figures_of(CODE.format(function=function, count=count, options=options), source, target)
+
+
+def measured_back(function: str, output: Path, target: Path, **options: object) -> list[int]:
+    """Write results as a table in a separate process; return the answers, and its peak memory."""
+    return figures_of(BACK.format(function=function, options=options), output, target)
+
+
+def figures_of(code: str, *files: Path) -> list[int]:
     done = subprocess.run(
-        [sys.executable, "-c", code, source, target], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *files], capture_output=True, text=True, check=True
     )
     return figures(done.stdout)
 
@@ -53,6 +70,33 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return path, rows
 
 
+def answered(requests: Path, output: Path) -> Path:
+    """Write an output with an answer to each request."""
+    with open(requests, encoding="utf-8") as lines, open(output, "w", encoding="utf-8") as file:
+        separator = "[\n"
+        for line in lines:
+            answer = {"choices": [{"message": {"content": "a" * 100}}]}
+            entry = {"input": json.loads(line), "output": answer, "metadata": {}}
+            file.write(separator + json.dumps(entry))
+            separator = ",\n"
+        file.write("\n]\n")
+    return output
+
+
+@pytest.mark.slow
+def test_a_table_of_answers_needs_no_index(large: tuple[Path, int], tmp_path: Path) -> None:
+    """As `aiflux ask` writes it: the results are in the order of the rows."""
+    source, rows = large
+    csv_to_jsonl(source, tmp_path / "q.jsonl", template="{text}")
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
+    done, peak = measured_back(
+        "results_to_table", output, tmp_path / "back.csv",
+        source=str(source), custom_ids=False, errors=False, in_order=True,
+    )  # fmt: skip
+    assert done == rows
+    assert peak < BOUND / 3
+
+
 @pytest.mark.slow
 def test_a_large_csv_and_its_results(large: tuple[Path, int], tmp_path: Path) -> None:
     source, rows = large
@@ -62,27 +106,10 @@ def test_a_large_csv_and_its_results(large: tuple[Path, int], tmp_path: Path) ->
     )
     assert done == rows
     assert peak < BOUND
-    output = tmp_path / "out.json"
-    with open(requests, encoding="utf-8") as lines, open(output, "w", encoding="utf-8") as file:
-        separator = "[\n"
-        for line in lines:
-            answer = {"choices": [{"message": {"content": "a" * 100}}]}
-            entry = {"input": json.loads(line), "output": answer, "metadata": {}}
-            file.write(separator + json.dumps(entry))
-            separator = ",\n"
-        file.write("\n]\n")
-    code = f"""
-from pathlib import Path
-from aiflux.converters import results_to_csv
-from aiflux.converters.results import BackOptions
-back = BackOptions(source=Path({str(source)!r}), id_column="id")
-summary = results_to_csv({str(output)!r}, {str(tmp_path / "back.csv")!r}, back)
-print(summary.answered, open("/proc/self/status").read())
-"""
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    done, peak = figures(printed)
+    output = answered(requests, tmp_path / "out.json")
+    done, peak = measured_back(
+        "results_to_csv", output, tmp_path / "back.csv", source=str(source), id_column="id"
+    )
     assert done == rows
     assert peak < BOUND
 

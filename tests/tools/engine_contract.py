@@ -62,6 +62,7 @@ class EngineSite(ABC):
         digest: of that model; None where engines of the kind have none.
         slots: with which its servers are started; None where they report none.
         options: further options of the plan.
+        url: the endpoint of the plan's only request.
         absent: a model that the servers do not have.
         rejects_others: its servers reject requests for a model that they do not have.
         patience: seconds that a start may take.
@@ -78,6 +79,7 @@ class EngineSite(ABC):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.options: dict[str, Any] = {}
+        self.url = "/v1/chat/completions"
         self.environ = dict(os.environ)
         self.made: list[Engine] = []
         self.starts: list[Start] = []
@@ -105,11 +107,12 @@ class EngineSite(ABC):
     def make(self, model: str | None = None, index: int = 0) -> Engine:
         """Return an engine that is not started."""
         path = self.folder / "in.jsonl"
-        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
-        request = {"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        hello = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+        body = hello if self.url.endswith("/chat/completions") else {"input": "hello"}
+        request = {"custom_id": "r", "method": "POST", "url": self.url, "body": body}
         path.write_text(json.dumps(request) + "\n", encoding="utf-8")
         options = RunOptions(
-            model=model or self.model, engine_wait=10.0, slots=self.slots, **self.options
+            model=model or self.model, engine_wait=120.0, slots=self.slots, **self.options
         )
         summary = scan_input(path, options.model)
         plan = make_plan(summary, self.folder / "o.json", options, self.models_dir, self.kind)
@@ -312,6 +315,16 @@ class EngineContract:
         expected = None if site.slots is None else in_flight(site.slots)
         assert engine.max_in_flight() == expected
         assert engine.facts.slots == site.slots
+
+    def test_it_gives_several_answers_as_its_kind_says(self, site: EngineSite) -> None:
+        engine = site.running()
+        wanted = (site.slots or 1) + 1  # llama-server refuses more than its slots
+        body = {"model": engine_name(site), "n": wanted, "max_tokens": 2,
+                "messages": [{"role": "user", "content": "hi"}]}  # fmt: skip
+        answer = engine.client.post("/v1/chat/completions", json.dumps(body).encode())
+        given = json.loads(answer.body).get("choices", ())
+        if site.kind.generates_n is not None:
+            assert site.kind.generates_n == (len(given) == wanted)
 
     def test_a_crash_is_noticed_and_a_start_brings_it_back(self, site: EngineSite) -> None:
         engine = site.running()

@@ -19,7 +19,7 @@ from typing import Any
 
 STORE = Path(os.environ["OLLAMA_MODELS"])
 LOADING = Path(os.environ["HOME"]) / "loading"
-VERSION = "0.99.0"
+VERSION = os.environ.get("FAKE_OLLAMA_VERSION", "0.99.0")
 SIZE = 1000
 loaded: list[str] = []
 

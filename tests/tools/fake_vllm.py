@@ -182,9 +182,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.options.reasoning_parser:
             message["reasoning"] = "I repeat it."
         finish = "tool_calls" if tools else "stop"
-        choice = {"index": 0, "message": message, "finish_reason": finish}
+        choices = [
+            {"index": at, "message": message, "finish_reason": finish}
+            for at in range(body.get("n", 1))
+        ]
         usage = {"prompt_tokens": len(prompt), "completion_tokens": 1}
-        self._send(200, {"model": body["model"], "choices": [choice], "usage": usage})
+        self._send(200, {"model": body["model"], "choices": choices, "usage": usage})
 
     def _fail(self, status: int, message: str) -> None:
         self._send(status, {"error": {"message": message, "type": "Error", "code": status}})

@@ -46,6 +46,8 @@ class FaultyEngine:
         answer: the answer to every request, instead of an echo.
         models: the models that ``/v1/models`` lists.
         answers_as: the model name in answers; None for the requested one.
+        choices: the most answers to one request, each its prompt and seed; None for one echo. With
+            1 the server ignores ``n``, with 0 it refuses ``n`` above 1.
         tls: certificate and key for HTTPS.
         host: address to listen on.
         path: Unix socket to listen on instead.
@@ -64,6 +66,7 @@ class FaultyEngine:
         models: tuple[str, ...] = (),
         answers_as: str | None = None,
         instead: Instead | None = None,
+        choices: int | None = None,
         tls: tuple[str, str] | None = None,
         host: str = "127.0.0.1",
         path: str | None = None,
@@ -75,6 +78,7 @@ class FaultyEngine:
         self.models = models
         self.answers_as = answers_as
         self.instead = instead
+        self.choices = choices
         self.tls = tls
         self.retry_after = retry_after
         self.seen: Counter[str] = Counter()
@@ -241,6 +245,10 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _act(self, fault: str, body: dict[str, Any], text: str) -> None:
+        most = self.server.engine.choices
+        if not fault and most is not None and self.path.endswith("completions"):
+            self._several(body, text, most)
+            return
         start, _, rest = text.partition(":")
         if start in ("body", "body400"):
             # A lone surrogate from U+DC80 on represents a byte that is not UTF-8.
@@ -257,6 +265,26 @@ class _Handler(BaseHTTPRequestHandler):
             fixed = self.server.engine.answer
             reply = text if fixed is None else f"answer:{fixed}"
             self._send(200, _answer(self.path, body, reply))
+
+    def _several(self, body: dict[str, Any], text: str, most: int) -> None:
+        """Answer a request that asks for several answers."""
+        wanted = body.get("n", 1)
+        if wanted > 1 and most == 0:
+            self._send(400, b'{"error": {"message": "only one choice is allowed"}}')
+            return
+        answer = json.loads(_answer(self.path, body, text))
+        (choice,) = answer["choices"]
+        prompts = body["prompt"] if isinstance(body.get("prompt"), list) else [text]
+        texts = [
+            f"{prompt} {body.get('seed', 0) + at}"
+            for prompt in prompts
+            for at in range(min(wanted, max(most, 1)))
+        ]
+        answer["choices"] = [
+            {**choice, "index": at, **_content(choice, each)} for at, each in enumerate(texts)
+        ]
+        answer["usage"]["completion_tokens"] = 5 * len(texts)
+        self._send(200, json.dumps(answer).encode())
 
     def _reset(self, body: dict[str, Any], text: str) -> None:
         _reset(self.connection)
@@ -355,9 +383,11 @@ class _SocketHandler(_Handler):
 
 
 def _text(body: dict[str, Any]) -> str:
-    if "messages" in body:
-        return str(body["messages"][-1]["content"])
-    return str(body.get("prompt", body.get("input")))
+    given = body.get("messages", body.get("input"))
+    if isinstance(given, list) and given and isinstance(given[-1], dict):
+        return str(given[-1]["content"])
+    named = (body.get(name) for name in ("prompt", "query", "text_1"))
+    return str(next((each for each in named if each is not None), given))
 
 
 def _fault(text: str, count: int) -> str:
@@ -372,6 +402,12 @@ def _fault(text: str, count: int) -> str:
     return ""
 
 
+def _content(choice: dict[str, Any], text: str) -> dict[str, Any]:
+    if "message" in choice:
+        return {"message": {**choice["message"], "content": text}}
+    return {"text": text}
+
+
 def _answer(path: str, body: dict[str, Any], text: str) -> bytes:
     content = f"echo {text}" if "answer:" not in text else text.partition("answer:")[2]
     usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
@@ -382,6 +418,16 @@ def _answer(path: str, body: dict[str, Any], text: str) -> bytes:
     elif path == "/v1/rerank":
         scores = [{"index": at, "relevance_score": -at} for at, _ in enumerate(body["documents"])]
         answer |= {"object": "list", "results": scores}
+    elif path == "/v1/score":
+        second = body["text_2"] if isinstance(body["text_2"], list) else [body["text_2"]]
+        data = [{"index": at, "object": "score", "score": 0.5**at} for at, _ in enumerate(second)]
+        answer |= {"object": "list", "data": data}
+    elif path == "/v1/responses":
+        part = {"type": "output_text", "text": content, "annotations": []}
+        message = {"type": "message", "role": "assistant", "status": "completed", "content": [part]}
+        tokens = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+        answer |= {"object": "response", "status": "completed", "error": None, "output": [message],
+                   "incomplete_details": None, "usage": tokens}  # fmt: skip
     elif path == "/v1/completions":
         choice = {"index": 0, "text": content, "finish_reason": "stop", "logprobs": None}
         answer |= {"object": "text_completion", "choices": [choice]}

@@ -27,7 +27,20 @@ from ggufwriter import (
     string,
 )
 
-__all__ = ["ALIGNMENT", "STRING", "TOKENS", "UINT32", "entry", "list_entry", "string", "tiny"]
+__all__ = [
+    "ALIGNMENT",
+    "BOOL",
+    "FLOAT32",
+    "INT32",
+    "STRING",
+    "TOKENS",
+    "UINT32",
+    "entry",
+    "gguf",
+    "list_entry",
+    "string",
+    "tiny",
+]
 
 LAYERS, HEADS, HEAD_SIZE, FEED_FORWARD, CONTEXT = 2, 4, 16, 128, 8192
 WIDTH = HEADS * HEAD_SIZE

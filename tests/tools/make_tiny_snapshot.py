@@ -53,10 +53,14 @@ def tokenizer() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def config(heads: int = 2) -> dict[str, Any]:
-    """Return the content of ``config.json``."""
+def config(heads: int = 2, labels: int = 0) -> dict[str, Any]:
+    """Return the content of ``config.json``; with labels, of a model that classifies a text."""
+    names = {str(at): f"LABEL_{at}" for at in range(labels)}
+    head = {"id2label": names, "label2id": {name: int(at) for at, name in names.items()}}
+    use = "SequenceClassification" if labels else "CausalLM"
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
+        **(head if labels else {}),
+        "architectures": [f"LlamaFor{use}"], "model_type": "llama", "dtype": "bfloat16",
         "hidden_size": WIDTH, "intermediate_size": FEED_FORWARD, "num_hidden_layers": LAYERS,
         "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": HEAD_SIZE,
         "vocab_size": len(SPECIAL) + 0x100, "max_position_embeddings": CONTEXT,
@@ -65,7 +69,7 @@ def config(heads: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shapes(heads: int = 2) -> dict[str, list[int]]:
+def shapes(heads: int = 2, labels: int = 0) -> dict[str, list[int]]:
     """Return the shape of each tensor."""
     attention = heads * HEAD_SIZE
     found = {"model.embed_tokens.weight": [len(SPECIAL) + 0x100, WIDTH]}
@@ -82,17 +86,18 @@ def shapes(heads: int = 2) -> dict[str, list[int]]:
             f"{start}mlp.up_proj.weight": [FEED_FORWARD, WIDTH],
             f"{start}mlp.down_proj.weight": [WIDTH, FEED_FORWARD],
         }
-    return {**found, "model.norm.weight": [WIDTH]}
+    head = {"score.weight": [labels, WIDTH]} if labels else {}
+    return {**found, "model.norm.weight": [WIDTH], **head}
 
 
-def tiny_files(heads: int = 2) -> dict[str, bytes]:
+def tiny_files(heads: int = 2, labels: int = 0) -> dict[str, bytes]:
     """Return the files of the model by their names."""
     rng = random.Random(1)
     tensors = {
         name: ("F32", shape, array("f", (
             1.0 if len(shape) == 1 else rng.gauss(0.0, 0.1) for _ in range(prod(shape))
         )).tobytes())
-        for name, shape in shapes(heads).items()
+        for name, shape in shapes(heads, labels).items()
     }  # fmt: skip
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>",
@@ -100,17 +105,17 @@ def tiny_files(heads: int = 2) -> dict[str, bytes]:
         "model_max_length": CONTEXT,
     }  # fmt: skip
     return {
-        "config.json": json.dumps(config(heads)).encode(),
+        "config.json": json.dumps(config(heads, labels)).encode(),
         "model.safetensors": safetensors(tensors),
         "tokenizer.json": json.dumps(tokenizer()).encode(),
         "tokenizer_config.json": json.dumps(settings).encode(),
     }
 
 
-def put_tiny(folder: Path, heads: int = 2) -> Path:
-    """Write the model's directory."""
+def put_tiny(folder: Path, heads: int = 2, labels: int = 0) -> Path:
+    """Write the model's directory; one label is a score."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in tiny_files(heads).items():
+    for name, content in tiny_files(heads, labels).items():
         (folder / name).write_bytes(content)
     return folder
 

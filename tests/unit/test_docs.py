@@ -14,12 +14,14 @@ import click
 import pytest
 import yaml
 
+from aiflux.converters.chain.steps_file import read_chain
 from aiflux.core.batch.request import parse_request
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import SETTINGS
 from aiflux.core.config.sources import read_dotenv
 from aiflux.errors import ExitCode
 from aiflux.models.catalog import read_catalog
+from aiflux.slurm.limits import site_limits
 from aiflux.worker.main import make_parser as make_worker_parser
 from tests.unit.command_line import PROGRAM, leaves, option_names, parse
 
@@ -34,6 +36,7 @@ SPAN = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"--[a-z][a-z-]+")
 # Options of sbatch, Apptainer, ruff and mypy that the pages mention.
 FOREIGN_OPTIONS = {
+    "--dependency",  # sbatch
     "--net",
     "--network",
     "--containall",
@@ -236,6 +239,12 @@ def test_the_placeholders_are_up_to_date() -> None:
     assert text == made.with_placeholders(text), "run: python docs/generate.py"
 
 
+def test_the_endpoints_are_up_to_date() -> None:
+    made = generator()
+    text = read(made.OUTPUT)
+    assert text == made.with_endpoints(text), "run: python docs/generate.py"
+
+
 def test_the_modules_are_up_to_date() -> None:
     made = generator()
     text = read(made.STRUCTURE)
@@ -268,10 +277,23 @@ def test_examples_of_yaml_load(page: Path, tmp_path: Path) -> None:
             (tmp_path / "models.yaml").write_text(block, encoding="utf-8")
             assert len(read_catalog([tmp_path / "models.yaml"]).models) > 1
             continue
-        (tmp_path / "aiflux.yaml").write_text(block, encoding="utf-8")
-        config = Config(environ={}, directory=tmp_path)
+        if "steps:" in block:
+            (tmp_path / "steps.yaml").write_text(block, encoding="utf-8")
+            (tmp_path / "reviews.csv").write_text("id,text\n1,good\n", encoding="utf-8")
+            (tmp_path / "judge.j2").write_text("{{ text }} {{ summary }}", encoding="utf-8")
+            schema = {"type": "object", "properties": {"score": {"type": "integer"}}}
+            (tmp_path / "score.json").write_text(json.dumps(schema), encoding="utf-8")
+            assert len(read_chain(tmp_path / "steps.yaml").steps) > 1
+            continue
+        file = tmp_path / "aiflux.yaml"
+        file.write_text(block, encoding="utf-8")
+        content = yaml.safe_load(block)
+        # Only the file of a site has limits.
+        environ = {"AIFLUX_SITE_CONFIG": str(file)} if "limits" in content else {}
+        assert site_limits(environ).keys() == content.pop("limits", {}).keys()
+        config = Config(environ=environ, directory=tmp_path)
         config.get_slurm_config().checked()
-        given = {name for section in yaml.safe_load(block).values() for name in section}
+        given = {name for section in content.values() for name in section}
         assert all(config.values[name].origin != "default" for name in given)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from aiflux.errors import AifluxError, ExitCode
 from aiflux.worker.shard import Context, work
 from aiflux.worker.stats import Stats
 from aiflux.worker.stop import Stopper
+from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 
 
@@ -116,6 +119,30 @@ class Working:
             stopper.stop(reason, **more)
 
         threading.Thread(target=watch, daemon=True).start()
+
+    @contextmanager
+    def reviving(self, engine: FaultyEngine) -> Iterator[None]:
+        """Start the engine again after each crash, but not before the worker has seen it down.
+
+        An engine that is back sooner lost a connection only, which is retried like any other.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            seen = 0
+            while not over.wait(0.01):
+                if sum("is down; waiting" in each for each in self.reporter.messages) > seen:
+                    seen += 1
+                    engine.died.wait()
+                    engine.start()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _journalled(self) -> int:
         return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0

@@ -59,7 +59,7 @@ _HUB = r"hub/models--[\w.-]+"  # a model of Hugging Face, in the layout of huggi
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 _BLOB = re.compile(rf"models/(?:blobs/sha256-|{_HUB}/blobs/)([0-9a-f]{{64}})", re.ASCII)
 _MEMBER = re.compile(
-    rf"bundle\.json|README\.txt|install\.py|wheels/[\w.+!-]+\.whl|{_IMAGE}"
+    rf"bundle\.json|sbom\.cdx\.json|README\.txt|install\.py|wheels/[\w.+!-]+\.whl|{_IMAGE}"
     rf"|models/blobs/sha256-[0-9a-f]{{64}}|models/manifests(/[\w.:-]+){{2,}}"
     rf"|models/{_HUB}/blobs/({_HUB_BLOB.pattern})",
     re.ASCII,
@@ -657,6 +657,8 @@ def _put_in_place(bundle: Bundle, to: InstallPaths, say: Say) -> None:
     for snapshot in bundle.snapshots:
         _link_snapshot(snapshot, to)
     _write_site(bundle, to, say)
+    # The limits in this file hold for everyone who uses the packages.
+    _link(environment / to.site.name, os.path.relpath(to.site, environment))
     _switch(to.prefix / "python", environment)
     _replace(to.command, _command(to), 0o777)
     say(f"aiflux {bundle.contents['aiflux']} for Python {_python()}: {to.command}")

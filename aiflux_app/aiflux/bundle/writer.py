@@ -1,10 +1,10 @@
 """Write a bundle: everything that a cluster without internet needs, in one tar file.
 
 Below ``aiflux-bundle/``, in this order: ``SHA256SUMS`` (for ``sha256sum -c``), ``bundle.json``,
-``README.txt``, ``install.py``, ``wheels/``, ``image/``, and ``models/`` in the layout of a models
-directory; ``bundle.json`` names the files of a snapshot of Hugging Face, which the installer links
-to its blobs. Nothing is compressed, as images and weights do not shrink. ``bundle/installer.py``
-reads it.
+``sbom.cdx.json``, ``README.txt``, ``install.py``, ``wheels/``, ``image/``, and ``models/`` in the
+layout of a models directory; ``bundle.json`` names the files of a snapshot of Hugging Face, which
+the installer links to its blobs. Nothing is compressed, as images and weights do not shrink.
+``bundle/installer.py`` reads it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import shutil
 import sys
 import tarfile
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,9 +39,11 @@ from aiflux.engines.ollama.store import (
     parse_manifest,
 )
 from aiflux.errors import BundleError, ImageError
+from aiflux.image import sbom
 from aiflux.image.build import find_sources
 from aiflux.image.container import image_names
 from aiflux.image.run_tool import run
+from aiflux.image.sbom import NAME as SBOM
 from aiflux.image.sif import ImageFacts, read_image
 from aiflux.models.name import parse_model_name
 from aiflux.util.files import atomic_write, temporary_folder
@@ -223,6 +227,7 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
     contents = _contents(parts, files)
     texts = [
         _text(CONTENTS, json.dumps(contents, indent=2, ensure_ascii=False) + "\n"),
+        _text(SBOM, json.dumps(_bill(parts, files), indent=1, ensure_ascii=False) + "\n"),
         _text("README.txt", _readme(contents)),
         _text("install.py", Path(installer.__file__).read_text(encoding="utf-8")),
     ]
@@ -234,6 +239,37 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
             for member in [_text(SUMS, sums), *members]:
                 _add(tar, member, on_bytes)
     return Written(target, target.stat().st_size, hashing.digest, contents)
+
+
+def _bill(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:
+    """Return the bill of materials; the image has one of its own content."""
+    found = [
+        _wheel_component(each.content, each.digest)
+        for each in files
+        if each.name.startswith("wheels/") and isinstance(each.content, Path)
+    ]
+    for image in map(read_image, parts.images):
+        found.append(sbom.engine(image.engine or "ollama", image.engine_version or "unknown"))
+        digest = next(each.digest for each in files if each.name == _image_member(image))
+        found.append(
+            sbom.component(
+                "container", _image_member(image), image.fact("version") or "unknown", sha256=digest
+            )
+        )
+    for model in parts.models:
+        digest = _bare(model.digest)
+        sha256 = digest if len(digest) == 64 else ""
+        found.append(sbom.component("machine-learning-model", model.name, digest, sha256=sha256))
+    return sbom.document(__version__, found)
+
+
+def _wheel_component(path: Path, digest: str) -> sbom.Component:
+    try:
+        return sbom.wheel(path, digest)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, StopIteration) as error:
+        raise BundleError(
+            f"{path.name} cannot be read: {error!r}; no bundle was written", "try again"
+        ) from error
 
 
 def payload_size(images: Sequence[Path], models: Sequence[PackedModel]) -> int:

@@ -81,12 +81,13 @@ def model_names() -> list[str]:
 
 def run_names() -> dict[str, str]:
     """Return the names of the user's runs: outputs and job ids, each with a description."""
+    from aiflux.core.runs.directory import user_output
     from aiflux.core.runs.registry import entries
 
     names = {}
     with suppress(AifluxError, OSError, RuntimeError):
         for entry in entries(os.environ):
-            output = _short(entry.output)
+            output = _short(user_output(entry.output))
             # Shells insert a name unquoted; names that need quotes are completed as files.
             if shlex.quote(output) == output or output.startswith("~/"):
                 names[output] = f"run of {entry.submitted[:10]}"

@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 # Slow imports are in the functions that need them: `aiflux --help` is quick.
 
-_EXAMPLES = (
-    "aiflux run prompts.jsonl --model llama3.2:3b --output results.json",
-    "aiflux run prompts.jsonl --engine-url http://127.0.0.1:8000",
-)
+_EXAMPLES = ('aiflux ask in.csv --template "Sum up: {text}" -m llama3.2:3b -o answers.csv',)
 GROUPS = {
     "Prepare": {
         "doctor": "Check this site and report problems",
@@ -44,11 +41,16 @@ GROUPS = {
         "check": "Check a file of requests",
     },
     "Run": {
+        "ask": "Ask a model about each row of a table, and write the answers",
+        "chain": "Ask in several steps, each about the answers of those before",
         "estimate": "Run a sample of the requests and estimate the full run",
         "run": "Process a file of requests, in Slurm or on this machine",
         "resume": "Continue a run that stopped",
         "cancel": "Cancel a run's jobs; finished results are kept",
         "merge": "Write the output from finished shards",
+        "serve": "Start an engine as a job, to send it requests yourself",
+        "connect": "Open the way to an engine of aiflux serve",
+        "gateway": "Serve OpenAI's Batch API: each batch becomes a run",
     },
     "Inspect": {
         "jobs": "List your runs",
@@ -64,6 +66,7 @@ GROUPS = {
 MODULES = {
     "cancel": "jobs",
     "completion": "help",
+    "connect": "serve",
     "examples": "help",
     "merge": "run",
     "resume": "run",
@@ -88,7 +91,7 @@ def make_program() -> LazyGroup:
 
     version = Option(
         ["-V", "--version"], is_flag=True, is_eager=True, expose_value=False,
-        callback=show_version, help="Show the version",
+        callback=show_version, hidden=True, help="Show the version",
     )  # fmt: skip
 
     def without_command() -> int:
@@ -108,9 +111,11 @@ def make_program() -> LazyGroup:
             for names in GROUPS.values()
             for name in names
         },
-        params=[version, debug_option(hidden=False)],
+        params=[version, debug_option()],
         help="Run an open language model over a file of prompts on a Slurm cluster.",
         examples=_EXAMPLES,
+        options_metavar="[--version] [--verbose] [--help]",  # there is no room for a list
+        subcommand_metavar="COMMAND [ARGS]...",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 

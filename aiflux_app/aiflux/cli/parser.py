@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
@@ -119,7 +119,7 @@ class Command(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return all parameters, including those that every command has."""
         whole = [_help_all()] if self.rare_params else []
-        return [*super().get_params(ctx), *whole, debug_option(hidden=True)]
+        return [*super().get_params(ctx), *whole, debug_option()]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse; refuse unexpected arguments, and exclusive parameters given together."""
@@ -216,7 +216,7 @@ class CommandGroup(click.Group):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return all parameters, including those that every command has."""
-        return [*super().get_params(ctx), debug_option(hidden=True)]
+        return [*super().get_params(ctx), debug_option()]
 
     def get_help(self, ctx: click.Context) -> str:
         """Return the help, colored for a terminal."""
@@ -269,6 +269,13 @@ class LazyGroup(CommandGroup):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return all parameters."""
         return click.Group.get_params(self, ctx)
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return the option ``--help``, without which the list of commands fits a screen."""
+        found = super().get_help_option(ctx)
+        if found is not None:
+            found.hidden = True
+        return found
 
     def get_help(self, ctx: click.Context) -> str:
         """Return the help; no command is imported for it."""
@@ -330,8 +337,8 @@ def example_of(ctx: click.Context) -> str:
     return f"such as: {examples[0]}; {see_help(ctx)}" if examples else see_help(ctx)
 
 
-def debug_option(*, hidden: bool) -> Option:
-    """Return the option that shows tracebacks; every command accepts it."""
+def debug_option() -> Option:
+    """Return the option that shows tracebacks; every command accepts it, and no help lists it."""
 
     def set_debug(ctx: click.Context, _: click.Parameter, given: bool) -> None:
         session = ctx.find_object(Session)
@@ -340,7 +347,7 @@ def debug_option(*, hidden: bool) -> Option:
 
     return Option(
         ["-v", "--verbose", "--debug"], is_flag=True, expose_value=False, callback=set_debug,
-        hidden=hidden, help="Show the traceback of an error",
+        hidden=True, help="Show the traceback of an error",
     )  # fmt: skip
 
 
@@ -355,12 +362,13 @@ def _help_all() -> Option:
 
 
 class WholeNumber(click.ParamType[int]):
-    """A whole number of at least ``least``."""
+    """A whole number of at least ``least``, and at most ``most``."""
 
     name = "whole number"
 
-    def __init__(self, least: int = 0) -> None:
+    def __init__(self, least: int = 0, most: int | None = None) -> None:
         self.least = least
+        self.most = most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number."""
@@ -369,6 +377,8 @@ class WholeNumber(click.ParamType[int]):
         if not value.isascii() or not value.isdigit() or int(value) < self.least:
             least = f" of at least {self.least}" if self.least else ""
             self.fail(f"{value!r} is not a whole number{least}", param, ctx)
+        if self.most is not None and int(value) > self.most:
+            self.fail(f"{value} is more than {self.most}", param, ctx)
         return int(value)
 
 
@@ -463,27 +473,46 @@ RUN = RunType()
 # --- parameters that several commands have ----------------------------------------------------
 
 
-def settings_options(*sections: str, repeatable: Sequence[str] = ()) -> Decorator:
-    """Add an option for each setting of the sections; values stay texts, None means not given.
-
-    Args:
-        repeatable: settings whose option this command accepts several times, as a tuple of values.
-    """
+def parameters(*decorators: Decorator) -> Decorator:
+    """Add parameters in their order."""
 
     def decorate(function: Function) -> Function:
-        for setting in reversed(SETTINGS):
-            if setting.section in sections:
-                several = setting.repeatable or setting.name in repeatable
-                function = _setting_option(setting, several)(function)
+        for add in reversed(decorators):
+            function = add(function)
         return function
 
     return decorate
 
 
-def _setting_option(setting: Setting, several: bool) -> Decorator:
+def settings_options(
+    *sections: str,
+    repeatable: Sequence[str] = (),
+    rare: Sequence[str] = (),
+    without: Collection[str] = (),
+) -> Decorator:
+    """Add an option for each setting of the sections; values stay texts, None means not given.
+
+    Args:
+        repeatable: settings whose option this command accepts several times, as a tuple of values.
+        rare: common settings that this command lists with ``--help-all`` only.
+        without: settings to leave out.
+    """
+
+    def decorate(function: Function) -> Function:
+        for setting in reversed(SETTINGS):
+            if setting.section in sections and setting.name not in without:
+                several = setting.repeatable or setting.name in repeatable
+                common = setting.common and setting.name not in rare
+                function = _setting_option(setting, several, common)(function)
+        return function
+
+    return decorate
+
+
+def _setting_option(setting: Setting, several: bool, common: bool) -> Decorator:
     more: dict[str, Any] = {
         "panel": TITLES[setting.section],
-        "rare": not setting.common,
+        "rare": not common,
         "hidden": not setting.offered,
         "default": None,
         "help": setting_help(setting),

@@ -16,8 +16,9 @@ from aiflux.cli.render.run import typed
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.settings import RunOptions
+from aiflux.core.config.settings import SKIP, RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
+from aiflux.core.runs.input_copy import plain_input
 from aiflux.core.runs.open import draft_of, draft_run
 from aiflux.core.runs.plan import Plan, input_rules, make_plan
 from aiflux.engines.kinds import engine_kind
@@ -99,7 +100,9 @@ class PlannedPilot:
     @property
     def options(self) -> RunOptions:
         """The pilot's options: the context of the full run, and any number of failures."""
-        options = replace(self.whole.options, max_failures="100%", retry_failed=False)
+        options = replace(
+            self.whole.options, max_failures="100%", retry_failed=False, too_long=SKIP
+        )
         if not engine_kind(options).managed:
             return options
         return replace(options, context_length=context_length(self.whole))
@@ -131,7 +134,10 @@ def named_engine(asked: Asked) -> Iterator[None]:
 
 
 def plan_pilots(all_: Sequence[Asked]) -> list[PlannedPilot]:
-    """Check the input in one pass and plan the full runs; nothing is written."""
+    """Check the input in one pass and plan the full runs.
+
+    Nothing is written, except the plain copy of a compressed input.
+    """
     rules = []
     for asked in all_:
         with named_engine(asked):
@@ -141,12 +147,13 @@ def plan_pilots(all_: Sequence[Asked]) -> list[PlannedPilot]:
     options, first = rules[0]
     with named_engine(all_[0]):
         wide = replace(first, ignored_fields=scanned)
-        found = scan_input(all_[0].input, options.model, rules=wide)
+        path, source = plain_input(all_[0].input, checked_output(all_[0].output))
+        found = scan_input(path, options.model, rules=wide, source=source)
     planned = []
     for asked, (options, each) in zip(all_, rules, strict=True):
         with named_engine(asked):
             summary = found.of_engine(options.model, each, scanned)
-            summary = summary or scan_input(asked.input, options.model, rules=each)
+            summary = summary or scan_input(path, options.model, rules=each, source=source)
             planned.append(_plan_pilot(asked, options, summary))
     return planned
 

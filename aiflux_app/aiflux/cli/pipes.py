@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 import shutil
 import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import BinaryIO
 
 from aiflux.core.runs.directory import checked_output, named_output
+from aiflux.core.runs.input_copy import keep_input
 from aiflux.errors import InputError, StorageError, UsageError
+from aiflux.util.compression import plain_stream
 from aiflux.util.files import (
-    atomic_write,
     expanded,
     refuse_existing,
     refuse_special,
@@ -39,7 +40,7 @@ def piped_file(kind: str) -> Path:
     if kind == "dir" or sys.stdin.isatty():
         seen = "needs a directory" if kind == "dir" else "reads stdin, which is a terminal"
         raise UsageError(
-            f"--input {STDIN} {seen}", "name it, or: zcat in.csv.gz | aiflux convert csv --input -"
+            f"--input {STDIN} {seen}", "name it, or: cat in.csv | aiflux convert csv --input -"
         )
     if not stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
         with tempfile.TemporaryFile(prefix="aiflux-") as file:
@@ -128,17 +129,14 @@ def _to_stdout(path: Path) -> None:
 _BLOCK = 1 << 20
 
 
-class _SameError(Exception):
-    """The file already has the same requests."""
-
-
 def kept_input(stream: BinaryIO, output: str | None) -> Path:
-    """Copy the stream to ``OUTPUT.input.jsonl`` and return it; equal content is not rewritten.
+    """Copy the stream to ``OUTPUT.input.jsonl`` and return it; see ``keep_input``.
+
+    A compressed stream is decompressed.
 
     Raises:
         UsageError: no output is named, or nothing is piped.
         InputError: nothing came.
-        StorageError: the file cannot be written.
     """
     if output is None:
         raise UsageError(f"--input {STDIN} needs --output", "--output results.json")
@@ -147,15 +145,12 @@ def kept_input(stream: BinaryIO, output: str | None) -> Path:
             f"--input {STDIN} reads stdin, which is a terminal",
             "aiflux convert ... --output - | aiflux run --input - ...",
         )
+    plain = plain_stream(stream, Path("/dev/stdin"))
+    blocks = iter(lambda: plain.read(_BLOCK), b"")
+    first = next(blocks, None)
+    if first is None:
+        raise InputError(
+            "no request came through the pipe", "see the messages of the command before it"
+        )
     target = checked_output(named_output(output, Path(STDIN)))
-    target = target.with_name(f"{target.name}.input.jsonl")
-    with suppress(_SameError), atomic_write(target) as file:
-        shutil.copyfileobj(stream, file, _BLOCK)
-        file.flush()
-        if not file.tell():
-            raise InputError(
-                "no request came through the pipe", "see the messages of the command before it"
-            )
-        if target.exists() and filecmp.cmp(f"/dev/fd/{file.fileno()}", target, shallow=False):
-            raise _SameError
-    return target
+    return keep_input(chain([first], blocks), target)

@@ -1,16 +1,11 @@
-"""The RUN argument: find the run that the user names, and print lines about it."""
+"""The RUN argument, and lines about a run."""
 
 from __future__ import annotations
-
-import os
 
 from rich.text import Text
 
 from aiflux.cli.parser import RUN, Function, argument
 from aiflux.cli.render.run import Frame
-from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.registry import find_run
-from aiflux.slurm.commands import run_directory_of
 from aiflux.util.files import short
 from aiflux.worker.console import TerminalConsole
 
@@ -43,12 +38,3 @@ def show(console: TerminalConsole, lines: list[Text]) -> None:
             console.print(line, soft_wrap=True)
         else:
             print(line.plain)
-
-
-def located(text: str) -> RunDirectory:
-    """Return the run that a job id, a run directory or an output path names.
-
-    Raises:
-        UsageError: it names no run.
-    """
-    return find_run(text, os.environ, lambda job: run_directory_of(job, os.environ))

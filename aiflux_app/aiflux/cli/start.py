@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.settings import AMD
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.api.local_run import local_image, local_script, with_vendor
+from aiflux.core.config.config import Config
+from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.open import OpenedRun
 from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import Plan
@@ -26,20 +25,15 @@ from aiflux.core.runs.status_file import (
     refuse_failures,
     requests_left,
 )
-from aiflux.engines.gpus import VENDOR_VARIABLE, gpu_vendor, visible_devices
-from aiflux.engines.kinds import engine_kind
-from aiflux.engines.ranks import refuse_several_nodes
-from aiflux.errors import ImageError, ModelError
-from aiflux.image.container import find_image, find_runtime, local_choices
-from aiflux.image.sif import ImageFacts, own_image, refuse_other_engine, refuse_other_vendor
-from aiflux.slurm.preflight.nodes import check_names
-from aiflux.slurm.script import JobScript, render_local, render_models
+from aiflux.errors import AifluxError, EngineError, ExitCode, TooManyFailuresError, UsageError
+from aiflux.image.container import local_choices
+from aiflux.slurm.script import render_models
 from aiflux.util.files import temporary_folder
 
 if TYPE_CHECKING:
-    from aiflux.engines.base import EngineKind
     from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submit import PlannedRun
+    from aiflux.worker.progress import Reporter
 
 
 def show_local_choices(config: Config, image: Path | None) -> None:
@@ -49,10 +43,28 @@ def show_local_choices(config: Config, image: Path | None) -> None:
         print(f"note: {line}", file=sys.stderr)
 
 
-def submit_planned(planned: PlannedRun) -> int:
-    """Submit a planned run, or write its output if only that is missing."""
+def refuse_local_at_url(config: Config, *, local: bool) -> None:
+    """Refuse ``--local`` with the address of a server, which aiflux.yaml may name.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if local and config.get("engine_url"):
+        raise UsageError(
+            "--local and --engine-url cannot be combined",
+            "--local starts an engine; --engine-url uses a server that is already running",
+        )
+
+
+def submit_planned(planned: PlannedRun, after: Sequence[JobId] = (), then: str = "") -> int:
+    """Submit a planned run, or write its output if only that is missing.
+
+    Args:
+        after: jobs that have to succeed first.
+        then: shell command to execute once the run is over.
+    """
     from aiflux.slurm.jobs import join_jobs
-    from aiflux.slurm.submit import submit_job
+    from aiflux.slurm.submit import submit_job, submit_then
 
     opened = planned.opened
     if opened.counts is not None:
@@ -61,16 +73,22 @@ def submit_planned(planned: PlannedRun) -> int:
         return write_output(opened.plan, opened.run)
     plan, shards = opened.plan, len(opened.open_shards)
     left = requests_left(plan, opened.run, opened.open_shards)
-    jobs = submit_job(planned)
+    jobs = submit_job(planned, after=after)
     register(opened.plan, jobs)
     requests = str(left) if left == plan.requests else f"{left} of {plan.requests}"
     parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
     noun = "job" if len(jobs) == 1 else "jobs"
-    print(f"submitted {noun} {join_jobs(jobs)}: {requests} requests{parts} -> {plan.output}")
+    output = user_output(plan.output)
+    print(f"submitted {noun} {join_jobs(jobs)}: {requests} requests{parts} -> {output}")
     print(f"  run directory: {opened.run.path}")
     name = jobs[0].number
     print(f"  follow: aiflux watch {name}    cancel: aiflux cancel {name}")
     print(f"  afterwards: aiflux results show {name}    aiflux report {name}")
+    if after:
+        print(f"  starts once these jobs have succeeded: {join_jobs(after)}")
+    if then:
+        job, log = submit_then(planned, then, jobs)
+        print(f"  job {job.number} then executes the command; its log: {log}")
     return 0
 
 
@@ -92,104 +110,70 @@ def write_output(plan: Plan, run: RunDirectory, *, again: bool = False) -> int:
     return 0
 
 
-def run_local(opened: OpenedRun, config: Config) -> int:
+def run_local(opened: OpenedRun, config: Config, reporter: Reporter | None = None) -> int:
     """Run in the image if Apptainer and an image with the engine are available, else without.
 
-    AIFLUX_ENGINE_PROGRAM names an engine to use in either case (see ``find_program``).
+    Args:
+        reporter: shows the progress outside an image, instead of the usual one.
     """
     if opened.counts is not None:
         return print_finished(opened.plan, opened.counts)
-    image = local_image(opened.plan, config)
-    vendor = config.get("gpu_vendor")
+    image = local_image(opened.plan, config, Path.cwd())
+    show_local_choices(config, None if image is None else image.path)
     if image is None:
-        show_local_choices(config, None)
-        return run_here(opened, vendor)
-    show_local_choices(config, image.path)
-    return run_in_container(opened, image.path, seal=config.get("seal"), vendor=vendor)
+        return run_here(opened, config.get("gpu_vendor"), reporter)
+    return _run(local_script(opened, image.path, config))
 
 
-def local_image(plan: Plan, config: Config) -> ImageFacts | None:
-    """Check that a run can start on this machine; return its image, None to run without one.
-
-    Raises:
-        ConfigError: its engine needs several nodes.
-        ModelError: a model is unknown or cannot be used.
-        ImageError, EngineError: there is neither a program nor an image with the engine.
-    """
-    from aiflux.engines.process import engine_program, named_program
-    from aiflux.slurm.submit import refuse_container
-
-    kind = engine_kind(plan.options)
-    refuse_several_nodes(plan.options)
-    for finding in check_names(plan, config.catalog()):
-        raise ModelError(finding.what, finding.fix)
-    if plan.models_dir is not None:
-        for model in plan.models:
-            kind.refuse_model(plan.models_dir, model)
-    if not kind.worker_in_image:
-        refuse_container(config)
-        return None
-    image = None if named_program(kind, os.environ) else _local_image(kind, config)
-    vendor = _with_vendor(config.get("gpu_vendor"))
-    if image is None:
-        engine_program(kind, os.environ)
-    elif visible_devices(vendor) and not plan.options.allow_cpu:
-        refuse_other_vendor(image, gpu_vendor(vendor))
-    return image
-
-
-def _local_image(kind: EngineKind, config: Config) -> ImageFacts | None:
-    """Return the image of a local run; None to use the engine's program on this machine.
-
-    Raises:
-        ImageError: there is neither a program nor an image of ours with this engine, or an image
-            was named that cannot be used.
-    """
-    from aiflux.engines.process import find_program
-
-    program = find_program(kind, os.environ) if config.image is None else None
-    try:
-        find_runtime()
-        path = find_image(config, Path.cwd(), engine=kind.name)
-    except ImageError as error:
-        if program is None:
-            raise ImageError(
-                f"{error.message}; and there is no {kind.program} on PATH either", error.remedy
-            ) from error
-        return None
-    image = own_image(path)
-    if program is None:
-        refuse_other_engine(image, kind.name, kind.title)
-    return image if image.suits(kind.name) else None
-
-
-def _with_vendor(vendor: str) -> dict[str, str]:
-    """Return the environment with the vendor of the GPUs, if that is chosen."""
-    return {**os.environ, **({} if vendor == "auto" else {VENDOR_VARIABLE: vendor})}
-
-
-def run_here(opened: OpenedRun, vendor: str = "auto") -> int:
+def run_here(opened: OpenedRun, vendor: str = "auto", reporter: Reporter | None = None) -> int:
     """Process the run in this process, in the foreground.
 
     Args:
         vendor: that of the GPUs, or ``auto``.
+        reporter: shows the progress, instead of the usual one.
     """
     from aiflux.worker.progress import make_reporter
-    from aiflux.worker.shard import Context, ensure_models, work
+    from aiflux.worker.shard import Context, work
     from aiflux.worker.stop import Stopper
 
     if opened.counts is not None:
         return print_finished(opened.plan, opened.counts)
     stopper = Stopper()
     stopper.install()
-    context = Context(make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY"))
-    context = replace(context, environ=_with_vendor(vendor))
+    context = Context(
+        reporter or make_reporter(), stopper, api_key=os.environ.get("AIFLUX_API_KEY")
+    )
+    context = replace(context, environ=with_vendor(vendor))
     try:
-        ensure_models(opened.plan, opened.run, context)
-        work(opened.plan, opened.run, 0, context)
+        work(opened.plan, opened.run, 0, context, pull=True)
     finally:
         context.reporter.close()
     return 0
+
+
+def execute_then(command: str, work: Callable[[], int]) -> int:
+    """Do the work, then execute a shell command unless the work was stopped or did not begin.
+
+    Returns:
+        the exit code of the work, or if that is 0, that of the command.
+
+    Raises:
+        AifluxError: what the work raised.
+    """
+    failure: AifluxError | None = None
+    try:
+        code = work()
+    except (TooManyFailuresError, EngineError) as error:
+        code, failure = int(error.exit_code), error
+    ended = code in (ExitCode.OK, ExitCode.FAILURES, ExitCode.ENGINE)
+    if ended and command:
+        environ = {**os.environ, "AIFLUX_EXIT_CODE": str(code)}
+        sys.stdout.flush()
+        done = subprocess.run(["bash", "-c", command], env=environ, stdout=sys.stdout, check=False)
+        code = code or done.returncode
+    if failure is not None:
+        raise failure
+    return code
 
 
 def print_finished(plan: Plan, counts: Counts) -> int:
@@ -204,29 +188,6 @@ def print_finished(plan: Plan, counts: Counts) -> int:
 
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-
-
-def run_in_container(opened: OpenedRun, image: Path, *, seal: bool, vendor: str = "auto") -> int:
-    """Run the script of a job on this machine; return its exit code.
-
-    Args:
-        seal: False keeps the network for the work.
-        vendor: that of the GPUs, or ``auto``.
-    """
-    plan = opened.plan
-    has_gpus = gpu_vendor(_with_vendor(vendor)) == AMD or shutil.which("nvidia-smi")
-    gpus = "1" if has_gpus else "0"
-    slurm = SlurmConfig(seal=seal, gpus_per_node=gpus, gpu_vendor=vendor)
-    job = JobScript.of_run(
-        plan.input_path,
-        plan.output,
-        plan.options,
-        plan.models_dir,
-        slurm,
-        image,
-        opened.run.logs,
-    )
-    return _run(render_local(replace(job.with_models(plan), max_requeues=0)))
 
 
 def pull_in_container(model: str, models_dir: Path, image: Path, *, again: bool = False) -> int:

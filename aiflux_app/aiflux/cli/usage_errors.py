@@ -46,7 +46,10 @@ def _no_option(name: str, ctx: click.Context, root: LazyGroup, words: Sequence[s
     path = ctx.command_path
     if ctx.parent is None and (late := _behind_the_command(name, root, words)):
         return UsageError(f"{name} belongs after the command", f"such as: {late} {name}")
-    known = [each for param in ctx.command.get_params(ctx) for each in _names(param)]
+    params = ctx.command.get_params(ctx)
+    known = [each for param in params for each in _names(param)]
+    if ctx.parent is None:  # those of the program itself, for which its help has no room
+        known = [each for param in params for each in param.opts]
     near = [each for each in known if name.startswith("--") and each.startswith(name)]
     near = near or [each for each in [nearest(name, known)] if each is not None]
     remedy = see_help(ctx)

@@ -11,10 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aiflux.converters.delimited import csv_to_jsonl
     from aiflux.converters.directory import directory_to_jsonl
+    from aiflux.converters.examples import read_examples
     from aiflux.converters.images import images_to_jsonl
     from aiflux.converters.json_records import json_to_jsonl
     from aiflux.converters.parquet import parquet_to_jsonl
-    from aiflux.converters.results import results_to_csv, results_to_jsonl, results_to_parquet
+    from aiflux.converters.results import (
+        results_to_arrow,
+        results_to_csv,
+        results_to_duckdb,
+        results_to_jsonl,
+        results_to_npy,
+        results_to_parquet,
+        results_to_table,
+        results_to_xlsx,
+    )
+    from aiflux.converters.table_file import table_to_jsonl
 
 _HOMES = {
     "csv_to_jsonl": "delimited",
@@ -22,9 +33,16 @@ _HOMES = {
     "images_to_jsonl": "images",
     "json_to_jsonl": "json_records",
     "parquet_to_jsonl": "parquet",
+    "read_examples": "examples",
+    "results_to_arrow": "results",
     "results_to_csv": "results",
+    "results_to_duckdb": "results",
     "results_to_jsonl": "results",
+    "results_to_npy": "results",
     "results_to_parquet": "results",
+    "results_to_table": "results",
+    "results_to_xlsx": "results",
+    "table_to_jsonl": "table_file",
 }
 
 __all__ = [
@@ -33,9 +51,16 @@ __all__ = [
     "images_to_jsonl",
     "json_to_jsonl",
     "parquet_to_jsonl",
+    "read_examples",
+    "results_to_arrow",
     "results_to_csv",
+    "results_to_duckdb",
     "results_to_jsonl",
+    "results_to_npy",
     "results_to_parquet",
+    "results_to_table",
+    "results_to_xlsx",
+    "table_to_jsonl",
 ]
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from aiflux.converters.cells import BadRowError
 from aiflux.converters.documents import NoTextError, read_document
 from aiflux.converters.encoding import Encoding, checked_encoding
-from aiflux.converters.request_form import RequestDraft, Template, make_form
+from aiflux.converters.pdf_pages import IMAGES, TEXT, page_images
+from aiflux.converters.prompt import Prompt, prompt_and_form
+from aiflux.converters.request_form import (
+    RequestDraft,
+    RequestForm,
+    make_form,
+    with_image,
+)
 from aiflux.converters.table import names
+from aiflux.converters.template import PromptTemplate
 from aiflux.converters.writer import (
-    BadRowError,
     Conversion,
     Progress,
     Skipped,
@@ -164,7 +172,7 @@ def directory_to_jsonl(
     input_path: Path | str,
     output_path: Path | str | None,
     *,
-    template: str = "{text}",
+    template: str | Path | PromptTemplate = "{text}",
     recursive: bool = False,
     patterns: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -172,19 +180,21 @@ def directory_to_jsonl(
     chunk_tokens: int | None = None,
     overlap: int = 0,
     encoding: str | None = None,
+    pdf_pages: str = TEXT,
     skip_bad: bool = False,
     limit: int | None = None,
     progress: Progress | None = None,
     **request: Unpack[RequestOptions],
 ) -> Summary:
-    """Convert each text, PDF and DOCX file of a directory, or each chunk of it, to a request.
+    """Convert each text or document of a directory, or each chunk of it, to a request.
 
     ``custom_id`` is the file's path inside the directory, followed by ``#1``, ``#2``, ... for
     chunks. The metadata has ``source_file`` and, for chunks, ``chunk`` (from 1) and ``chunks``.
     Binary, empty and too large files are skipped; damaged documents are errors.
 
     Args:
-        template: ``{text}``, ``{source_file}``, ``{chunk}`` and ``{chunks}`` are replaced.
+        template: ``{text}``, ``{source_file}``, ``{chunk}`` and ``{chunks}`` are replaced; or the
+            ``Path`` of a template.
         recursive: include subdirectories. Hidden files and directories are always skipped.
         patterns, exclude: shell patterns, matched against file name and relative path.
         max_file_size: in bytes; larger files are skipped.
@@ -192,6 +202,8 @@ def directory_to_jsonl(
         overlap: number of tokens that a chunk repeats from the previous one.
         encoding: encoding of plain text that is not UTF-8; by default it is read from the file or
             guessed, and reported in the summary.
+        pdf_pages: ``text``, or ``images`` to send each page of a PDF as an image. Its number is
+            ``{chunk}``.
         progress: called with the number of files done and the total.
 
     The other arguments are the same as for ``csv_to_jsonl``.
@@ -202,13 +214,16 @@ def directory_to_jsonl(
         StorageError: the output cannot be written.
     """
     check_chunks(chunk_tokens, overlap)
-    form, parsed = make_form(**request), Template(template)
-    parsed.check(NAMES, "a file", "name")
+    # A page can be asked the same as all others.
+    required = pdf_pages != IMAGES
+    prompt, form = prompt_and_form(template, make_form(**request), required=required)
+    _check_pages(pdf_pages, template, form)
+    prompt.check(NAMES, "a file", "name")
     folder = Path(input_path)
     walk = Walk(folder, recursive, names(patterns), names(exclude), max_file_size)
     output = None if output_path is None else Path(output_path)
     known = None if encoding is None else checked_encoding(encoding).name
-    maker = _FileRequests(walk, parsed, chunk_tokens, overlap, known, output, progress)
+    maker = _FileRequests(walk, prompt, chunk_tokens, overlap, known, output, progress, pdf_pages)
     job = Conversion(
         folder,
         output,
@@ -228,17 +243,20 @@ class _FileRequests:
     """Creates the requests for each file."""
 
     walk: Walk
-    template: Template
+    prompt: Prompt
     chunk_tokens: int | None
     overlap: int
     encoding: str | None
     output: Path | None
     progress: Progress | None
+    pdf_pages: str = TEXT
     assumed: dict[Encoding, list[str]] = field(default_factory=lambda: defaultdict(list))
+    blank: dict[str, int] = field(default_factory=dict)
 
     def notes(self) -> tuple[str, ...]:
-        """Return which files were not UTF-8, grouped by the assumed encoding."""
-        return tuple(map(_assumption, self.assumed, self.assumed.values()))
+        """Return which files were not UTF-8, by encoding, and which have pages without text."""
+        encodings = map(_assumption, self.assumed, self.assumed.values())
+        return (*encodings, *([_blank_pages(self.blank)] if self.blank else []))
 
     def items(self) -> Iterator[RequestDraft | Skipped]:
         total = self.walk.count() if self.progress is not None else 0
@@ -260,29 +278,72 @@ class _FileRequests:
         if found.reason:
             yield Skipped(number, found.name, found.reason, bad=False)
             return
+        if self.pdf_pages == IMAGES and found.path.suffix.lower() == ".pdf":
+            yield from self._pages(number, found)
+            return
         try:
-            document = read_document(found.path, self.encoding)
+            document = read_document(found.path, self.encoding, self.walk.max_size)
         except (NoTextError, BadRowError) as error:
             yield Skipped(number, found.name, str(error), bad=isinstance(error, BadRowError))
             return
         text, encoding = document.text, document.encoding
+        if document.blank:
+            self.blank[found.name] = document.blank
         if encoding is not None and encoding.origin != "detected":
             self.assumed[encoding].append(found.name)
         chunks = [text]
         if self.chunk_tokens is not None:
             chunks = list(split_text(text, self.chunk_tokens, self.overlap))
-        for part, chunk in enumerate(chunks):
-            yield self._draft(number, found.name, chunk, part, len(chunks))
+        try:
+            drafts = [
+                self._draft(number, found.name, chunk, part, len(chunks))
+                for part, chunk in enumerate(chunks)
+            ]
+        except BadRowError as error:
+            yield Skipped(number, found.name, str(error))
+            return
+        yield from drafts
+
+    def _pages(self, number: int, found: Found) -> Iterator[RequestDraft | Skipped]:
+        try:
+            for part, (pages, url) in enumerate(page_images(found.path)):
+                draft = self._draft(number, found.name, "", part, pages)
+                parts = with_image(draft.content, url)
+                where = {"page": part + 1, "pages": pages}
+                yield replace(draft, content=parts, metadata={**draft.metadata, **where})
+        except BadRowError as error:
+            yield Skipped(number, found.name, str(error))
 
     def _draft(self, number: int, name: str, text: str, part: int, parts: int) -> RequestDraft:
         source = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        values = {"text": text, "source_file": source}
-        values |= {"chunk": str(part + 1), "chunks": str(parts)}
+        values = {"text": text, "source_file": source, "chunk": part + 1, "chunks": parts}
         metadata: dict[str, object] = {"source_file": source}
         if self.chunk_tokens is not None:
             metadata |= {"chunk": part + 1, "chunks": parts}
         name = source if parts == 1 else f"{source}#{part + 1}"
-        return RequestDraft(number, name, self.template.render(values), metadata, part=part)
+        return self.prompt.draft(number, name, values, metadata, part)
+
+
+def _check_pages(pdf_pages: str, template: Any, form: RequestForm) -> None:
+    if pdf_pages not in (TEXT, IMAGES):
+        raise UsageError(f"--pdf-pages {pdf_pages} is unknown", f"use {TEXT} or {IMAGES}")
+    if pdf_pages == IMAGES and template == "{text}":
+        raise UsageError(
+            "--pdf-pages images needs a template that says what to do with a page",
+            '--template "Transcribe this page."',
+        )
+    if pdf_pages == IMAGES and form.endpoint != "chat":
+        raise UsageError("--pdf-pages images requires the chat endpoint", "remove --endpoint")
+    if pdf_pages == IMAGES and form.shots:
+        raise UsageError("--examples have no images for --pdf-pages images", "remove one of them")
+
+
+def _blank_pages(files: Mapping[str, int]) -> str:
+    """Describe the PDF files with pages without text."""
+    shown = [f"{name!r} ({pages})" for name, pages in list(files.items())[:_NAMED]]
+    named = ", ".join(shown) + (", ..." if len(files) > _NAMED else "")
+    pages = sum(files.values())
+    return f"{pages} pages without text, which may be scanned, in {named}: --pdf-pages images"
 
 
 def _assumption(encoding: Encoding, files: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Read the text of a file: plain text in any encoding, PDF or DOCX.
+"""Read the text of a file: plain text in any encoding, PDF, DOCX, and what pandoc reads.
 
 A DOCX file is read as Word shows it with all tracked changes accepted. Its XML is parsed element by
 element. Whatever wraps a paragraph or a run (content controls, insertions, smart tags, links) is
@@ -12,18 +12,21 @@ import posixpath
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from xml.parsers import expat
 
+from aiflux.converters.cells import BadRowError
 from aiflux.converters.docx_numbering import Numbering, is_on, symbol, whole
+from aiflux.converters.email_text import email_text
 from aiflux.converters.encoding import Encoding, UnclearEncodingError, decoded, marked_encoding
-from aiflux.converters.writer import BadRowError
+from aiflux.converters.pandoc import FORMATS, PACKED, pandoc_text, refuse_bomb
+from aiflux.errors import InputError
+from aiflux.util.compression import PlainFile, plain_name
 from aiflux.util.extras import need
+from aiflux.util.text import size_text
 
-# A DOCX of a few kilobytes can decompress to gigabytes.
-_MAX_UNPACKED = 256 << 20
 _OLE = b"\xd0\xcf\x11\xe0"
 _WORD = (
     "http://schemas.openxmlformats.org/wordprocessingml/2006/main",
@@ -61,9 +64,7 @@ def docx_text(file: BinaryIO) -> str:
     if start == _OLE:
         raise BadRowError("encrypted DOCX or old Word file; save it as DOCX without a password")
     with zipfile.ZipFile(file) as package:
-        size = sum(part.file_size for part in package.infolist())
-        if size > _MAX_UNPACKED:
-            raise BadRowError(f"the DOCX decompresses to {size >> 20} MiB, too much for a document")
+        refuse_bomb(package, "the DOCX")
         return _text_of(package)
 
 
@@ -342,17 +343,24 @@ class NoTextError(ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    """The text of a file, with its encoding if it is plain text."""
+    """The text of a file.
+
+    Attributes:
+        encoding: of plain text and HTML.
+        blank: number of pages of a PDF without text, which may be scanned.
+    """
 
     text: str
     encoding: Encoding | None = None
+    blank: int = 0
 
 
-def read_document(path: Path, encoding: str | None = None) -> Document:
+def read_document(path: Path, encoding: str | None = None, max_size: int | None = None) -> Document:
     """Return a file's text.
 
     Args:
         encoding: encoding of plain text that is not UTF-8; by default declared or guessed.
+        max_size: bytes that a compressed text may decompress to.
 
     Raises:
         NoTextError: the file is binary, contains no text, or cannot be read.
@@ -362,20 +370,49 @@ def read_document(path: Path, encoding: str | None = None) -> Document:
     kind = path.suffix.lower()
     try:
         if kind == ".pdf":
-            document = Document(_read_pdf(path))
+            document = _read_pdf(path)
         elif kind == ".docx":
             document = Document(_read_docx(path))
+        elif FORMATS.get(kind) in PACKED:
+            document = Document(pandoc_text(path, FORMATS[kind]))
         else:
-            document = _decode(path.read_bytes(), encoding)
+            document = _read_text(plain_name(path).suffix.lower(), path, encoding, max_size)
+    except InputError as error:
+        raise BadRowError(error.message) from None
     except OSError as error:
         raise NoTextError(f"cannot be read: {error.strerror or error}") from None
-    if not document.text.strip():
-        note = " (scanned pages need OCR)" if kind == ".pdf" else ""
-        raise NoTextError(f"contains no text{note}")
+    if document.text.strip():
+        return document
+    if not document.blank:
+        raise NoTextError("contains no text")
+    raise NoTextError(
+        f"contains no text: its pages seem to be scanned ({document.blank}); use OCR, or "
+        "--pdf-pages images"
+    )
+
+
+def _read_text(kind: str, path: Path, encoding: str | None, max_size: int | None) -> Document:
+    content = _content(path, max_size)
+    if kind == ".eml":
+        return Document(email_text(content))
+    if FORMATS.get(kind) == "rtf":
+        return Document(pandoc_text(content, "rtf"))
+    document = _decode(content, encoding)
+    if kind in FORMATS:
+        text = pandoc_text(document.text.encode("utf-8", "replace"), FORMATS[kind])
+        return replace(document, text=text)
     return document
 
 
-def _read_pdf(path: Path) -> str:
+def _content(path: Path, max_size: int | None) -> bytes:
+    with PlainFile(path) as file:
+        content = file.read(-1 if max_size is None else max_size + 1)
+        if file.compression is not None and max_size is not None and len(content) > max_size:
+            raise NoTextError(f"decompresses to more than {size_text(max_size)}; --max-file-size")
+        return content
+
+
+def _read_pdf(path: Path) -> Document:
     library = need("pypdf", "documents", f"reading {path.name!r}")
     # Without a handler, pypdf's warnings go to stderr without the file's name.
     logging.getLogger("pypdf").addHandler(logging.NullHandler())
@@ -386,9 +423,7 @@ def _read_pdf(path: Path) -> str:
             if reader.is_encrypted and not reader.decrypt(""):
                 raise BadRowError("the PDF is encrypted; save a copy without a password")
             readable = _Readable()
-            text = "\n\n".join(
-                page.extract_text(visitor_text=readable.note) for page in reader.pages
-            )
+            pages = [page.extract_text(visitor_text=readable.note) for page in reader.pages]
     except (OSError, MemoryError, BadRowError):
         raise
     except library.errors.DependencyError:
@@ -399,7 +434,8 @@ def _read_pdf(path: Path) -> str:
             f"the PDF is damaged ({_words(error)}); open it in a PDF reader and save it again"
         ) from None
     readable.check()
-    return text
+    blank = sum(not page.strip() for page in pages)
+    return Document("\n\n".join(pages), blank=blank)
 
 
 @dataclass

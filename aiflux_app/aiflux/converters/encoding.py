@@ -22,6 +22,7 @@ from chardet import detect_all
 
 from aiflux.converters.writer import reading
 from aiflux.errors import InputError
+from aiflux.util.compression import PlainFile
 
 # Control characters except white space, including C1, and the private use area.
 UNPRINTED = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f\ue000-\uf8ff\ufffe\uffff]")
@@ -319,7 +320,7 @@ def detect_encoding(path: Path) -> Encoding:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     escapes, ascii_only = -1, True
-    with reading(path), open(path, "rb") as file:
+    with reading(path), PlainFile(path) as file:
         start = block = file.read(_BLOCK)
         known = _known(start)
         if known is not None:
@@ -400,7 +401,7 @@ def _without_mark(content: bytes) -> str | None:
 
 def _part(path: Path, at: int) -> bytes:
     """Return the complete lines around an offset, or the bytes if there are no line ends."""
-    with reading(path), open(path, "rb") as file:
+    with reading(path), PlainFile(path) as file:
         begin = max(0, at - _SAMPLE // 2)
         file.seek(begin)
         part = file.read(_SAMPLE)
@@ -469,18 +470,21 @@ def bad_byte(text: str) -> int | None:
 
 
 _FIRST_BYTES = 1 << 16
-_ZIP = "save the workbook as CSV or unpack the archive; for DOCX, use `aiflux convert dir`"
+_ZIP = "for a workbook, use `aiflux convert table`; for DOCX, `aiflux convert dir`; else unpack it"
 _PIPE = "decompress it, or use a pipe: {} FILE | aiflux convert ... --input -"
 _KINDS = (
-    (b"\x1f\x8b", "compressed with gzip", _PIPE.format("zcat")),
     (b"BZh", "compressed with bzip2", _PIPE.format("bzcat")),
     (b"\xfd7zXZ", "compressed with xz", _PIPE.format("xzcat")),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _PIPE.format("zstdcat")),
     (b"PK\x03\x04", "a ZIP file: an Excel workbook, a DOCX file or an archive", _ZIP),
-    (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", "save it as CSV"),
+    (
+        b"\xd0\xcf\x11\xe0",
+        "an old Excel or Word file",
+        "for a workbook, use `aiflux convert table`; save an old Word file as DOCX",
+    ),
     (b"PAR1", "a Parquet file", "use `aiflux convert parquet`"),
     (b"%PDF-", "a PDF file", "use `aiflux convert dir` on its folder"),
-    (b"SQLite format 3\0", "an SQLite database", "export the table as CSV"),
+    (b"ARROW1", "an Arrow or Feather file", "use `aiflux convert parquet`"),
+    (b"SQLite format 3\0", "an SQLite database", "use `aiflux convert table`"),
 )
 
 
@@ -496,7 +500,7 @@ def checked_start(path: Path, wanted: str) -> bytes:
     with reading(path):
         if path.is_dir():
             raise InputError(f"the input {str(path)!r} is a directory", "use `aiflux convert dir`")
-        with open(path, "rb") as file:
+        with PlainFile(path) as file:
             start = file.read(_FIRST_BYTES)
     if not start:
         raise InputError(f"the input {str(path)!r} is empty", "check the path")

@@ -8,15 +8,20 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiflux.converters.cells import BadRowError
 from aiflux.converters.directory import Found, Walk
-from aiflux.converters.request_form import RequestDraft, Template, make_form
+from aiflux.converters.pdf_pages import MAX_PIXELS
+from aiflux.converters.prompt import Prompt, prompt_of
+from aiflux.converters.request_form import RequestDraft, make_form, with_image
 from aiflux.converters.table import names
-from aiflux.converters.writer import BadRowError, Conversion, Progress, Skipped, Summary, reading
+from aiflux.converters.template import PromptTemplate
+from aiflux.converters.writer import Conversion, Progress, Skipped, Summary, reading
 from aiflux.errors import InputError, UsageError
+from aiflux.util.compression import PlainFile
 from aiflux.util.extras import need
 
 if TYPE_CHECKING:
@@ -24,7 +29,6 @@ if TYPE_CHECKING:
 
     from aiflux.converters.request_form import RequestOptions
 
-MAX_PIXELS = 1024 * 1024
 TEMPLATE = "Describe this image."
 NAMES = ("source_file", "name")
 # Formats that engines accept as they are; others are sent as PNG or JPEG.
@@ -44,7 +48,7 @@ def images_to_jsonl(
     input_path: Path | str,
     output_path: Path | str | None,
     *,
-    template: str = TEMPLATE,
+    template: str | Path | PromptTemplate = TEMPLATE,
     recursive: bool = False,
     patterns: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -63,7 +67,8 @@ def images_to_jsonl(
     brightest value. Only the first frame or page is sent.
 
     Args:
-        template: the question; ``{source_file}`` and ``{name}`` (without suffix) are replaced.
+        template: the question; ``{source_file}`` and ``{name}`` (without suffix) are replaced. Or
+            the ``Path`` of a template.
         max_pixels: maximum width times height.
         progress: called with the number of images done and the total.
 
@@ -76,15 +81,17 @@ def images_to_jsonl(
     """
     if max_pixels < 1:
         raise UsageError(f"--max-pixels {max_pixels} is not 1 or more", "--max-pixels 1000000")
-    parsed = Template(template, required=False)
-    parsed.check(NAMES, "an image", "name")
     form = make_form(**request)
+    prompt = prompt_of(template, form, required=False)
+    prompt.check(NAMES, "an image", "name")
+    if form.examples:
+        raise UsageError("--examples have no images", "remove them")
     if form.endpoint != "chat":
         raise UsageError("images require the chat endpoint", "remove --endpoint")
     source = Path(input_path)
     listed = os.path.isfile(source)
     walk = Walk(source, recursive, names(patterns), names(exclude))
-    maker = _ImageRequests(source if listed else walk, parsed, _Reducer(max_pixels), progress)
+    maker = _ImageRequests(source if listed else walk, prompt, _Reducer(max_pixels), progress)
     job = Conversion(
         source,
         None if output_path is None else Path(output_path),
@@ -108,7 +115,7 @@ class _ImageRequests:
     """Creates the request for each image."""
 
     source: Path | Walk
-    template: Template
+    prompt: Prompt
     reducer: _Reducer
     progress: Progress | None
 
@@ -149,11 +156,11 @@ class _ImageRequests:
             return Skipped(number, place, str(error))
         name = found.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         values = {"source_file": name, "name": found.path.stem}
-        parts = [
-            {"type": "text", "text": self.template.render(values)},
-            {"type": "image_url", "image_url": {"url": url}},
-        ]
-        return RequestDraft(number, name, parts, {"source_file": name})
+        try:
+            draft = self.prompt.draft(number, name, values, {"source_file": name})
+        except BadRowError as error:
+            return Skipped(number, place, str(error))
+        return replace(draft, content=with_image(draft.content, url))
 
 
 def _listed(path: Path) -> Iterator[tuple[int, Found]]:
@@ -164,7 +171,7 @@ def _listed(path: Path) -> Iterator[tuple[int, Found]]:
                 "give its directory (with --pattern) or a text file with one image path per line",
             )
         try:
-            with open(path, encoding="utf-8-sig") as file:
+            with PlainFile(path) as plain, io.TextIOWrapper(plain, "utf-8-sig") as file:
                 for number, line in enumerate(file, start=1):
                     name = line.strip()
                     if name and not name.startswith("#"):

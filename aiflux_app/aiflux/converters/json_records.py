@@ -5,18 +5,33 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiflux.converters.cells import BadRowError, as_json, as_messages, as_text
 from aiflux.converters.encoding import checked_start
-from aiflux.converters.request_form import RequestDraft, Template, make_form
-from aiflux.converters.table import as_json, as_messages, as_text, names
+from aiflux.converters.prompt import (
+    Filled,
+    Prompt,
+    documents_of,
+    own_system,
+    prompt_of,
+    with_shots,
+)
+from aiflux.converters.request_form import RequestDraft, make_form
+from aiflux.converters.table import (
+    CELL_DIGESTS,
+    Row,
+    digests,
+    names,
+)
+from aiflux.converters.template import PromptTemplate
 from aiflux.converters.writer import (
     EMPTY,
-    BadRowError,
     Conversion,
     Progress,
     Skipped,
@@ -25,6 +40,7 @@ from aiflux.converters.writer import (
 )
 from aiflux.core.batch.request import MAX_DEPTH, TOO_DEEP, depth, not_json, parse_json
 from aiflux.errors import InputError, UsageError
+from aiflux.util.compression import PlainFile, plain_name
 from aiflux.util.lines import read_lines
 
 _BLOCK = 1 << 16
@@ -35,10 +51,11 @@ _LINES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True, slots=True)
 class LocatedValue:
-    """A value and its position: the number of its line or array element."""
+    """A value, its position (the number of its line or array element) and its text in the file."""
 
     number: int
     value: Any
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class JsonFile:
             InputError: the file cannot be read.
         """
         start = checked_start(path, "JSON").removeprefix(codecs.BOM_UTF8).lstrip()
-        lines = path.suffix.lower() in _LINES
+        lines = plain_name(path).suffix.lower() in _LINES
         return cls(path, "line" if lines or not start.startswith((b"[", b"{")) else "entry")
 
     def values(self, progress: Progress | None = None) -> Iterator[LocatedValue | Skipped]:
@@ -75,9 +92,10 @@ class JsonFile:
         size = self.path.stat().st_size
         for number, offset, raw in read_lines(self.path):
             if progress is not None and number % 1000 == 1:
-                progress(offset, size)
+                progress(min(offset, size), size)
             try:
-                yield LocatedValue(number, parse_json(raw.decode("utf-8")))
+                text = raw.decode("utf-8")
+                yield LocatedValue(number, parse_json(text), text)
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
                 yield Skipped(number, f"line {number}", reason)
@@ -88,18 +106,18 @@ class JsonFile:
 
     def _elements(self, progress: Progress | None) -> Iterator[LocatedValue | Skipped]:
         size = self.path.stat().st_size
-        with reading(self.path), open(self.path, "rb") as file:
+        with reading(self.path), PlainFile(self.path) as file:
             window = _Window(self.path, file)
             for number, value in enumerate(window.elements(), start=1):
                 if progress is not None and number % 100 == 1:
-                    progress(min(file.tell(), size), size)
+                    progress(min(file.consumed, size), size)
                 reason = window.refused
                 if not reason and depth(value) > MAX_DEPTH:
                     reason = TOO_DEEP
                 if reason:
                     yield Skipped(number, f"entry {number}", reason)
                 else:
-                    yield LocatedValue(number, value)
+                    yield LocatedValue(number, value, window.text)
         if progress is not None:
             progress(size, size)
 
@@ -110,6 +128,7 @@ class _Window:
     Attributes:
         refused: why the last value is invalid, or "": it contains a constant such as NaN that
             Python accepts but JSON does not, or a number out of range.
+        text: the last value as the file has it.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -120,6 +139,7 @@ class _Window:
             parse_constant=self._note_constant, parse_float=self._note_float
         )
         self.refused = ""
+        self.text = ""
         self._text = ""
         self._at = 0
         self._line = 1
@@ -171,6 +191,7 @@ class _Window:
             # A number may continue in the next block.
             if end == len(self._text) and not isinstance(value, dict | list | str) and self._more():
                 continue
+            self.text = self._text[self._at : end]
             self._at = end
             return value
 
@@ -218,11 +239,75 @@ if TYPE_CHECKING:
 _MISSING = object()
 
 
+class JsonCells(Mapping[str, Any]):
+    """The fields of an entry, by their names or by paths such as ``meta.source``.
+
+    A text is its own field ``text``, and a list of messages is its own field ``messages``.
+    """
+
+    def __init__(self, entry: Any) -> None:
+        self._entry = entry
+        own = "text" if isinstance(entry, str) else "messages"
+        self._fields = entry if isinstance(entry, dict) else {own: entry}
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a field; raise KeyError if the entry does not have it."""
+        found = self._fields[name] if name in self._fields else _find(self._entry, name)
+        if found is _MISSING:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """Return an iterator over the names of the fields."""
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        """Return the number of fields."""
+        return len(self._fields)
+
+
+class JsonTable:
+    """The entries of a JSON file as rows.
+
+    Attributes:
+        unit: ``line`` or ``entry``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = JsonFile.of(path)
+        self.unit = self._file.unit
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of all entries, in the order in which they first appear."""
+        names: dict[str, None] = {}
+        for row in self.rows():
+            if isinstance(row, Row):
+                names.update(dict.fromkeys(row.cells))
+        return tuple(names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was detected: nothing."""
+        return ()
+
+    def rows(
+        self, columns: Sequence[str] | None = None, progress: Progress | None = None
+    ) -> Iterator[Row | Skipped]:
+        """Yield the entries, with all fields, and their text in ``raw``."""
+        for count, item in enumerate(self._file.values(progress), start=1):
+            if isinstance(item, Skipped):
+                yield item
+            else:
+                yield Row(item.number, f"row-{count}", JsonCells(item.value), item.text)
+
+
 def json_to_jsonl(
     input_path: Path | str,
     output_path: Path | str | None,
     *,
-    template: str | None = None,
+    template: str | Path | PromptTemplate | None = None,
     field: str | None = None,
     id_field: str | None = None,
     keep: Sequence[str] = (),
@@ -252,18 +337,23 @@ def json_to_jsonl(
     if template is not None and field is not None:
         raise UsageError("--template and --field cannot be combined", "use one of them")
     form = make_form(**request)
+    if field is not None and form.turns:
+        raise UsageError("--turn and --field cannot be combined", "use one of them")
     source = JsonFile.of(Path(input_path))
+    asked = template is not None or form.turns
     maker = _RecordRequests(
-        Template(template) if template is not None else None,
+        prompt_of(template, form) if asked else None,
+        form.system_template,
         field,
         id_field,
         names(keep),
+        form.documents,
         source.unit,
     )
     job = Conversion(
         source.path,
         None if output_path is None else Path(output_path),
-        form,
+        with_shots(form, maker.filled),
         unit="entry" if source.unit == "entry" else "line",
         place=source.unit,
         skip_bad=skip_bad,
@@ -277,10 +367,12 @@ def json_to_jsonl(
 class _RecordRequests:
     """Creates the request for each entry."""
 
-    template: Template | None
+    prompt: Prompt | None
+    system: PromptTemplate | None
     field: str | None
     id_field: str | None
     keep: tuple[str, ...]
+    documents: tuple[str, ...]
     place: str
 
     def drafts(self, values: Iterator[LocatedValue | Skipped]) -> Iterator[RequestDraft | Skipped]:
@@ -296,17 +388,41 @@ class _RecordRequests:
     def _draft(self, item: LocatedValue, count: int) -> RequestDraft:
         value = item.value
         name = f"row-{count}" if self.id_field is None else _text(value, self.id_field)
-        metadata = self._metadata(value)
+        cells = JsonCells(value)
+        try:
+            made = self.filled(value)
+            documents = documents_of(cells, self.documents)
+            system = None if self.system is None else own_system(self.system, cells)
+        except KeyError as error:
+            raise BadRowError(_without(value, error.args[0])) from None
+        used = (*self._asked(value), *self.documents)
+        metadata = {CELL_DIGESTS: digests(cells, used)} | self._metadata(value)
+        return RequestDraft(
+            item.number,
+            name,
+            made.content,
+            metadata,
+            messages=made.messages,
+            remark=made.remark,
+            system=system,
+            documents=documents,
+        )
+
+    def filled(self, value: Any) -> Filled:
+        """Return the prompt of an entry.
+
+        Raises:
+            KeyError: the template needs a field that is missing.
+            BadRowError: it has none, or it cannot be used.
+        """
+        if self.prompt is not None:
+            return self.prompt.filled(JsonCells(value))
         content = self._content(value)
         if isinstance(content, list):
-            return RequestDraft(item.number, name, content, metadata, messages=True)
-        remark = EMPTY if self._blank(value, content) else ""
-        return RequestDraft(item.number, name, content, metadata, remark=remark)
+            return Filled(content, messages=True)
+        return Filled(content, remark="" if content.strip() else EMPTY)
 
     def _content(self, value: Any) -> Any:
-        if self.template is not None:
-            fields = {"text": value} if isinstance(value, str) else value
-            return self.template.render({name: _text(fields, name) for name in self.template.names})
         if self.field is not None:
             found = _find(value, self.field)
             return as_messages(found) or _text(value, self.field)
@@ -324,17 +440,19 @@ class _RecordRequests:
                     'not a list of messages: expected {"role": ..., "content": ...}, or '
                     'ShareGPT form {"from": "human" or "gpt", "value": ...}'
                 )
-            return found
+            return _with_system(value, found)
         if isinstance(value, dict):
             raise BadRowError(f"no prompt: set --field or --template ({_names(value)})")
         raise BadRowError(f"{_kind(value)} instead of an object, a string or a list of messages")
 
-    def _blank(self, value: Any, content: str) -> bool:
-        """Return whether all values filled into the template were empty."""
-        if self.template is None:
-            return not content.strip()
-        fields = {"text": value} if isinstance(value, str) else value
-        return not any(_text(fields, name).strip() for name in self.template.names)
+    def _asked(self, value: Any) -> Sequence[str]:
+        """Return the fields that the prompt is made of."""
+        if self.prompt is not None:
+            return self.prompt.used(JsonCells(value))
+        if self.field is not None:
+            return (self.field,)
+        cells = JsonCells(value)
+        return [name for name in ("messages", "conversations", "text") if name in cells][:1]
 
     def _metadata(self, value: Any) -> dict[str, Any]:
         if not self.keep:
@@ -343,6 +461,16 @@ class _RecordRequests:
             return {"columns": {"text": as_json(value)}} if "*" in self.keep else {}
         wanted = list(value) if "*" in self.keep else self.keep
         return {"columns": {name: as_json(_found(value, name)) for name in wanted}}
+
+
+def _with_system(value: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the system prompt that ShareGPT files have next to the conversation."""
+    system = value.get("system") if isinstance(value, dict) else None
+    if not (isinstance(system, str) and system) or messages[:1] == []:
+        return messages
+    if messages[0].get("role") == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _find(value: Any, name: str) -> Any:
@@ -362,8 +490,12 @@ def _find(value: Any, name: str) -> Any:
 def _found(value: Any, name: str) -> Any:
     found = _find(value, name)
     if found is _MISSING:
-        raise BadRowError(f"no field {name!r} ({_names(value)}{_inside(value, name)})")
+        raise BadRowError(_without(value, name))
     return found
+
+
+def _without(value: Any, name: str) -> str:
+    return f"no field {name!r} ({_names(value)}{_inside(value, name)})"
 
 
 def _text(value: Any, name: str) -> str:

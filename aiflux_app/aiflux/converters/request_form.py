@@ -1,125 +1,22 @@
-"""What all requests of a conversion share: prompt template, body, response format and custom_id.
-
-In a template, ``{name}`` is replaced by a value; ``{{`` and ``}}`` are literal braces.
-"""
+"""What all requests of a conversion share: body, system message, examples, response format."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiflux.converters.template import PromptTemplate, as_template
 from aiflux.core.batch.request import parse_json
 from aiflux.core.batch.schema import SchemaError, can_check_schemas, compile_schema
 from aiflux.errors import InputError, UsageError
-from aiflux.models.endpoints import ENDPOINTS
-
-_PARTS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
-
-
-class Template:
-    """A parsed template.
-
-    Args:
-        text: the template.
-        required: reject a template without names, as all prompts would be equal.
-
-    Attributes:
-        names: the names to fill in, in order of first appearance.
-
-    Raises:
-        InputError: the template has a single brace, an empty name or no name.
-    """
-
-    def __init__(self, text: str, *, required: bool = True) -> None:
-        self.text = text
-        # Literals and names alternate: texts[0] names[0] texts[1] names[1] ... texts[-1]
-        self._texts: list[str] = [""]
-        self._fields: list[str] = []
-        for match in _PARTS.finditer(text):
-            self._add(match)
-        self.names = tuple(dict.fromkeys(self._fields))
-        if required and not self.names:
-            raise InputError(
-                f"the template {_shown(text)} has nothing to fill in: all requests would be the "
-                "same",
-                'name a column or field in braces, for example "Summarize: {text}"',
-            )
-
-    def _add(self, match: re.Match[str]) -> None:
-        part = match[0]
-        if match[1] is not None:
-            if not match[1].strip():
-                raise self._wrong(match.start(), "{} without a name", "write a name in the braces")
-            self._fields.append(match[1])
-            self._texts.append("")
-        elif part in ("{", "}"):
-            raise self._wrong(
-                match.start(), f"a single {part}", f"write a literal {part} as {part * 2}"
-            )
-        else:
-            self._texts[-1] += part[0] if part in ("{{", "}}") else part
-
-    def _wrong(self, position: int, problem: str, remedy: str) -> InputError:
-        line = self.text.count("\n", 0, position) + 1
-        column = position - self.text.rfind("\n", 0, position)
-        return InputError(
-            f"the template {_shown(self.text)} has {problem} at line {line}, column {column}",
-            remedy,
-        )
-
-    def check(self, columns: Iterable[str], where: str, kind: str = "column") -> None:
-        """Raise InputError unless every name is one of ``columns``."""
-        known = list(columns)
-        missing = [name for name in self.names if name not in known]
-        if missing:
-            raise InputError(
-                f"the template names {_listed(missing)}, but {where} has no such {kind}",
-                f"its {kind}s are {_listed(known)}; write literal braces as {{{{ and }}}}",
-            )
-
-    @property
-    def only(self) -> str | None:
-        """The name, if the template consists only of it."""
-        return self.names[0] if self._fields and self._texts == ["", ""] else None
-
-    def render(self, values: Mapping[str, str]) -> str:
-        """Return the text with all names replaced. Raises KeyError if a value is missing."""
-        parts = [self._texts[0]]
-        for name, text in zip(self._fields, self._texts[1:], strict=True):
-            parts += (values[name], text)
-        return "".join(parts)
-
-
-def escape(text: str) -> str:
-    """Return a template that renders to ``text``."""
-    return text.replace("{", "{{").replace("}", "}}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = [repr(name) for name in names]
-    more = f" and {len(shown) - 50} more" if len(shown) > 50 else ""
-    return ", ".join(shown[:50]) + more
-
-
-def check_columns(wanted: Iterable[str], columns: Iterable[str], option: str, where: str) -> None:
-    """Raise InputError unless every column that an option names exists."""
-    known = list(columns)
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise InputError(
-            f"{option} names {_listed(missing)}, but {where} has no such column",
-            f"its columns are {_listed(known)}",
-        )
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
+from aiflux.models.endpoints import ENDPOINTS, SCORES
+from aiflux.util.text import joined
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -130,21 +27,38 @@ if TYPE_CHECKING:
         Attributes:
             model: the model in each body; if unset, the run must name one.
             system: text of a system message.
+            system_template: a template of the system message, which is another one for each row.
+            turns: a conversation of each row, instead of a template: pairs of a role (``user`` or
+                ``assistant``) and a plain template.
+            examples: rows with the columns that the template uses, and the answers to them; see
+                ``aiflux.converters.read_examples``. Each request begins with them.
+            example_answer: the column with the answers of the examples.
             temperature, max_tokens: as in the API; ``params``: any other fields of the body.
             schema: a JSON Schema, or the path of a schema file, for ``response_format``.
-            endpoint: ``chat``, ``completions`` or ``embeddings``.
+            endpoint: one of ``CONVERTED_TO``.
+            documents: for ``rerank`` and ``score``: the columns with the documents that the prompt
+                is compared with. A cell may have a list of them.
+            drop_last_assistant: remove the assistant's turns at the end of a conversation.
         """
 
         model: str | None
         system: str | None
+        system_template: str | Path | PromptTemplate | None
+        turns: Sequence[tuple[str, str]]
+        examples: Sequence[Mapping[str, Any]]
+        example_answer: str
         temperature: float | None
         max_tokens: int | None
         params: Mapping[str, Any] | None
         schema: Path | str | Mapping[str, Any] | None
         endpoint: str
+        documents: Sequence[str]
+        drop_last_assistant: bool
 
 
-CONVERTED_TO = ("chat", "completions", "embeddings")
+CONVERTED_TO = tuple(ENDPOINTS)
+WITH_MESSAGES = ("chat", "responses")
+"""Endpoints whose requests can have a conversation."""
 _OWN_OPTIONS = {
     "model": "--model",
     "messages": "--template and --system",
@@ -152,7 +66,13 @@ _OWN_OPTIONS = {
     "input": "--template",
     "temperature": "--temperature",
     "max_tokens": "--max-tokens",
+    "max_output_tokens": "--max-tokens",
+    "instructions": "--system",
     "response_format": "--schema",
+    "query": "--template",
+    "text_1": "--template",
+    "documents": "--documents",
+    "text_2": "--documents",
 }
 
 
@@ -166,6 +86,8 @@ class RequestDraft:
             ``messages`` is set.
         part: chunk number within a row or file, from 0.
         remark: reason for a warning, such as ``with nothing filled in``.
+        system: text of its own system message.
+        documents: texts that the prompt is compared with.
     """
 
     number: int
@@ -175,15 +97,50 @@ class RequestDraft:
     messages: bool = False
     part: int = 0
     remark: str = ""
+    system: str | None = None
+    documents: Sequence[Any] = ()
+
+
+def with_image(text: str, url: str) -> list[dict[str, Any]]:
+    """Return the content of a message with an image."""
+    return [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]
+
+
+# json.dumps makes a new encoder for each call with such options.
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+CONVERSATION_ROLES = ("user", "assistant")
+ANSWER = "answer"
+MAX_EXAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class RequestForm:
-    """The parts that all requests share."""
+    """The parts that all requests share; see ``RequestOptions``.
+
+    Attributes:
+        shots: the turns of the examples.
+    """
 
     endpoint: str = "chat"
     fields: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
+    drop_last_assistant: bool = False
+    system_template: PromptTemplate | None = None
+    turns: tuple[tuple[str, PromptTemplate], ...] = ()
+    examples: tuple[Mapping[str, Any], ...] = ()
+    example_answer: str = ANSWER
+    documents: tuple[str, ...] = ()
+    shots: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def example_prompts(self) -> frozenset[str]:
+        """The texts that the examples answer."""
+        texts = (turn["content"] for turn in self.shots if turn["role"] == "user")
+        return frozenset(text for text in texts if isinstance(text, str))
+
+    def system_of(self, draft: RequestDraft) -> str | None:
+        """Return the system message of a request."""
+        return self.system if draft.system is None else draft.system
 
     def line(self, draft: RequestDraft) -> bytes:
         """Return the request as one line, including the line ending."""
@@ -196,7 +153,7 @@ class RequestForm:
         if draft.metadata:
             entry["metadata"] = draft.metadata
         try:
-            return json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            return _encode(entry).encode() + b"\n"
         except UnicodeEncodeError:  # a lone surrogate can only be written as an escape
             return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
@@ -205,46 +162,168 @@ class RequestForm:
             return {"input": draft.content}
         if self.endpoint == "completions":
             return {"prompt": draft.content}
-        messages = draft.content if draft.messages else [{"role": "user", "content": draft.content}]
-        if self.system is not None:
-            messages = [{"role": "system", "content": self.system}, *messages]
-        return {"messages": messages}
+        if self.endpoint == "rerank":
+            return {"query": draft.content, "documents": [*draft.documents]}
+        if self.endpoint == "score":
+            one = len(draft.documents) == 1
+            return {
+                "text_1": draft.content,
+                "text_2": draft.documents[0] if one else [*draft.documents],
+            }
+        turns = draft.content if draft.messages else [{"role": "user", "content": draft.content}]
+        system = self.system_of(draft)
+        first = [] if system is None else [{"role": "system", "content": system}]
+        if self.shots and turns[0].get("role") == "system":
+            first, turns = turns[:1], turns[1:]
+        messages = [*first, *self.shots, *turns]
+        return {"messages": messages} if self.endpoint == "chat" else _response_input(messages)
+
+
+def _response_input(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the fields of ``/v1/responses`` for the messages of a chat."""
+    fields: dict[str, Any] = {}
+    if messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
+        fields["instructions"] = messages[0]["content"]
+        messages = messages[1:]
+    items = [item for message in messages for item in _response_items(message)]
+    texts = [message["content"] for message in messages if message.get("role") == "user"]
+    alone = len(items) == 1 and len(texts) == 1 and isinstance(texts[0], str)
+    return {**fields, "input": texts[0] if alone else items}
+
+
+def _response_items(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the items for a message, the calls of tools in it, or the result of one."""
+    role, content = message.get("role"), message.get("content")
+    calls = message.get("tool_calls") or ()
+    if isinstance(content, list):
+        content = [_response_part(part, role) for part in content]
+    if role == "tool":
+        call = message.get("tool_call_id")
+        yield {"type": "function_call_output", "call_id": call, "output": content}
+    elif content or not calls:
+        yield {"type": "message", "role": role, "content": content}
+    for call in calls:
+        yield {"type": "function_call", "call_id": call.get("id"), **call.get("function", {})}
+
+
+def _response_part(part: Any, role: Any) -> Any:
+    """Return a part of a message with the type that it has in responses."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return {**part, "type": "output_text" if role == "assistant" else "input_text"}
+    if kind == "image_url":
+        image = part["image_url"]
+        details = {"detail": "auto", **image} if isinstance(image, dict) else {"url": image}
+        return {"type": "input_image", "image_url": details.pop("url", None), **details}
+    return part
 
 
 def make_form(
     *,
     model: str | None = None,
     system: str | None = None,
+    system_template: str | Path | PromptTemplate | None = None,
+    turns: Sequence[tuple[str, str]] = (),
+    examples: Sequence[Mapping[str, Any]] = (),
+    example_answer: str = ANSWER,
     temperature: float | None = None,
     max_tokens: int | None = None,
     params: Mapping[str, Any] | None = None,
     schema: Path | str | Mapping[str, Any] | None = None,
     endpoint: str = "chat",
+    documents: Sequence[str] = (),
+    drop_last_assistant: bool = False,
 ) -> RequestForm:
     """Build and validate the shared parts of all requests; see ``RequestOptions``.
 
     Raises:
         UsageError: options conflict, or a value is invalid.
-        InputError: the schema is invalid.
+        InputError: the schema or a template is invalid.
     """
     if endpoint not in CONVERTED_TO:
         raise UsageError(f"unknown endpoint {endpoint!r}", f"use {', '.join(CONVERTED_TO)}")
     _check_values(model, temperature, max_tokens, endpoint)
-    given = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+    documents = (documents,) if isinstance(documents, str) else tuple(documents)
+    _check_documents(documents, endpoint)
+    limit = "max_output_tokens" if endpoint == "responses" else "max_tokens"
+    given = {"model": model, "temperature": temperature, limit: max_tokens}
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, value in (params or {}).items():
         if name in _OWN_OPTIONS:
             raise UsageError(f"--param sets {name}", f"use {_OWN_OPTIONS[name]} instead")
         _check_param(name, value)
         fields[name] = value
-    if schema is not None:
+    if schema is not None and endpoint == "responses":
+        form = response_format(schema)
+        text = {"format": {"type": form["type"], **form["json_schema"]}}
+        fields["text"] = {**fields.get("text", {}), **text}
+    elif schema is not None:
         fields["response_format"] = response_format(schema)
-    if endpoint != "chat" and (system is not None or schema is not None):
+    if system is not None and system_template is not None:
+        raise UsageError("--system and --system-template cannot be combined", "use one of them")
+    if example_answer != ANSWER and not examples:
+        raise UsageError("--example-answer needs --examples", "--examples FILE, or leave it out")
+    chat_only = {
+        "--system": system is not None,
+        "--system-template": system_template is not None,
+        "--schema": schema is not None,
+        "--turn": bool(turns),
+        "--examples": bool(examples),
+    }
+    wrong = [name for name, given in chat_only.items() if given]
+    if endpoint not in WITH_MESSAGES and wrong:
         raise UsageError(
-            f"--system and --schema require the chat endpoint, not {endpoint}",
-            "remove them, or remove --endpoint",
+            f"{joined(wrong)} {'requires' if len(wrong) == 1 else 'require'} the chat endpoint, "
+            f"not {endpoint}",
+            "remove --endpoint, or write everything into the template",
         )
-    return RequestForm(endpoint, fields, system)
+    return RequestForm(
+        endpoint,
+        fields,
+        system,
+        drop_last_assistant,
+        None if system_template is None else as_template(system_template),
+        _turns(turns),
+        _examples(examples),
+        example_answer,
+        documents,
+    )
+
+
+def _check_documents(documents: Sequence[str], endpoint: str) -> None:
+    compares = ENDPOINTS[endpoint].use == SCORES
+    if compares and not documents:
+        raise UsageError(
+            f"--endpoint {endpoint} needs the columns with the documents", "--documents COLUMN"
+        )
+    if documents and not compares:
+        named = joined([name for name, each in ENDPOINTS.items() if each.use == SCORES])
+        raise UsageError(
+            f"--documents applies to {named}, not {endpoint}", "remove it, or set --endpoint"
+        )
+
+
+def _turns(given: Sequence[tuple[str, str]]) -> tuple[tuple[str, PromptTemplate], ...]:
+    for role, _ in given:
+        if role not in CONVERSATION_ROLES:
+            known = " or ".join(CONVERSATION_ROLES)
+            more = "; for a system message: --system-template" if role == "system" else ""
+            raise UsageError(f"--turn has the role {role!r}", f"use {known}{more}")
+    return tuple((role, as_template(text)) for role, text in given)
+
+
+def _examples(given: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(given, str | Path):
+        raise UsageError(
+            f"the examples {str(given)!r} are not rows",
+            "read them from a file with aiflux.converters.read_examples",
+        )
+    if len(given) > MAX_EXAMPLES:
+        raise UsageError(
+            f"{len(given)} examples are more than {MAX_EXAMPLES}: each request has all of them",
+            "choose a few rows that show how to answer",
+        )
+    return tuple(given)
 
 
 def _check_values(
@@ -258,9 +337,9 @@ def _check_values(
         raise UsageError(f"--temperature {temperature} is not 0 or more", "--temperature 0.7")
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens} is not 1 or more", "--max-tokens 500")
-    if endpoint == "embeddings" and (temperature, max_tokens) != (None, None):
+    if not ENDPOINTS[endpoint].generates and (temperature, max_tokens) != (None, None):
         raise UsageError(
-            "--temperature and --max-tokens do not apply to embeddings",
+            f"--temperature and --max-tokens do not apply to {endpoint}",
             "remove them, or remove --endpoint",
         )
 

@@ -1,19 +1,22 @@
-"""Convert table rows to requests; shared by CSV and Parquet."""
+"""Convert table rows to requests; shared by all kinds of tables."""
 
 from __future__ import annotations
 
-import json
-import math
-from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from aiflux.converters.request_form import RequestDraft, RequestForm, Template, check_columns
-from aiflux.converters.writer import EMPTY, BadRowError, Conversion, Skipped, Summary
+from aiflux.converters.cells import BadRowError, as_json, as_text, as_words, cell
+from aiflux.converters.prompt import Prompt
+from aiflux.converters.request_form import RequestDraft, RequestForm
+from aiflux.converters.template import check_columns, value_text
+from aiflux.converters.writer import Conversion, Progress, Skipped, Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +27,54 @@ class Row:
         number: its line number, or its position in the table from 1.
         name: its default custom_id.
         cells: its values by column.
+        raw: the row as its file has it: text with its line ending (see ``DelimitedTable``), JSON
+            text, or the Arrow batch that contains it; None if it is not kept.
     """
 
     number: int
     name: str
     cells: Mapping[str, Any]
+    raw: Any = None
+
+
+class SourceTable(Protocol):
+    """An open table of any kind."""
+
+    @property
+    def path(self) -> Path:
+        """The file or directory."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns, in order."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of a row's number, such as ``line``."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was detected."""
+
+    def rows(
+        self, columns: Sequence[str] | None = None, progress: Progress | None = None
+    ) -> Iterator[Row | Skipped]:
+        """Yield the rows with at least these columns (default: all), in their order.
+
+        Raises:
+            InputError: the rest of the table cannot be read.
+        """
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How rows are converted; ``place`` is the unit of a row's number."""
+    """How rows are converted."""
 
-    template: str
+    prompt: Prompt
     id_column: str | None = None
     keep: tuple[str, ...] = ()
     skip_bad: bool = False
     limit: int | None = None
-    place: str = "row"
 
     def kept(self, columns: Sequence[str]) -> tuple[str, ...]:
         """Return the columns to copy to the metadata."""
@@ -52,91 +86,154 @@ class TableOptions:
         Raises:
             InputError: a named column does not exist.
         """
-        template, where = Template(self.template), "the input"
-        template.check(columns, where)
+        prompt, where = self.prompt, "the input"
+        inside = [name for name in prompt.names if _column(name, columns) != name]
+        prompt.check([*columns, *(name for name in inside if _column(name, columns))], where)
         check_columns(self.kept(columns), columns, "--keep", where)
         named = () if self.id_column is None else (self.id_column,)
         check_columns(named, columns, "--id-column", where)
-        wanted = {*template.names, *self.kept(columns), *named}
+        if prompt.whole:
+            return list(columns)
+        used = (_column(name, columns) for name in prompt.names)
+        wanted = {*used, *self.kept(columns), *named}
         return [name for name in columns if name in wanted]
 
 
-def convert_table(
-    source: Path,
+def _column(name: str, columns: Sequence[str]) -> str:
+    """Return the column of a cell, or of a field inside it (``meta.source``); "" if unknown."""
+    outer = name.partition(".")[0]
+    return name if name in columns else outer if outer in columns else ""
+
+
+def requests_of_table(
+    table: SourceTable,
     output: Path | None,
-    columns: Sequence[str],
-    rows: Iterable[Row | Skipped],
     form: RequestForm,
     options: TableOptions,
-    notes: tuple[str, ...] = (),
+    progress: Progress | None,
 ) -> Summary:
-    """Write a request for each row.
+    """Write a request for each row of an open table.
 
     Raises:
         InputError: named columns do not exist, or rows are invalid.
     """
-    options.needed(columns)
+    rows = table.rows(options.needed(table.columns), progress)
     job = Conversion(
-        source,
+        table.path,
         output,
         form,
-        place=options.place,
+        place=table.unit,
         skip_bad=options.skip_bad,
         limit=options.limit,
-        notes=lambda: notes,
+        notes=lambda: table.notes,
         numbered=options.id_column is None,
     )
-    return job.run(_drafts(rows, columns, options))
+    return job.run(_drafts(rows, table, options))
 
 
 def _drafts(
-    rows: Iterable[Row | Skipped], columns: Sequence[str], options: TableOptions
+    rows: Iterable[Row | Skipped], table: SourceTable, options: TableOptions
 ) -> Iterator[RequestDraft | Skipped]:
-    template, kept = Template(options.template), options.kept(columns)
+    kept = options.kept(table.columns)
     for row in rows:
         if isinstance(row, Skipped):
             yield row
             continue
         try:
-            yield _draft(row, template, kept, options.id_column)
+            yield _draft(row, options.prompt, kept, options.id_column)
         except BadRowError as error:
-            yield Skipped(row.number, f"{options.place} {row.number}", str(error))
+            yield Skipped(row.number, f"{table.unit} {row.number}", str(error))
+        except KeyError as error:  # entries of JSON need not have the same fields
+            reason = f"no field {error.args[0]!r}"
+            yield Skipped(row.number, f"{table.unit} {row.number}", reason)
 
 
-def _draft(
-    row: Row, template: Template, kept: Sequence[str], id_column: str | None
-) -> RequestDraft:
-    whole = template.only
-    messages = None if whole is None else as_messages(row.cells[whole])
-    values = {} if messages else {name: _text(row, name) for name in template.names}
-    name = row.name if id_column is None else _text(row, id_column)
-    metadata: dict[str, Any] = {CELL_DIGESTS: _digests(row.cells, template.names)}
+def _draft(row: Row, prompt: Prompt, kept: Sequence[str], id_column: str | None) -> RequestDraft:
+    cells = prompt.with_fields(row.cells)
+    name = row.name if id_column is None else value_text(cells, id_column)
+    metadata: dict[str, Any] = {}
+    draft = prompt.draft(row.number, name, cells, metadata)
+    metadata[CELL_DIGESTS] = digests(row.cells, prompt.used(row.cells))
     if kept:
         metadata["columns"] = {column: as_json(row.cells[column]) for column in kept}
-    if messages:
-        return RequestDraft(row.number, name, as_json(messages), metadata, messages=True)
-    remark = "" if any(map(str.strip, values.values())) else EMPTY
-    return RequestDraft(row.number, name, template.render(values), metadata, remark=remark)
+        types = _types({column: row.cells[column] for column in kept})
+        metadata |= {COLUMN_TYPES: types} if types else {}
+    return draft
 
 
-def _text(row: Row, column: str) -> str:
-    try:
-        return as_text(row.cells[column])
-    except ValueError as error:
-        raise BadRowError(f"column {column!r} {error}") from None
+COLUMN_TYPES = "column_types"
+"""Metadata key of a request: the types of kept columns that JSON does not have."""
+_READ: Mapping[str, Callable[[str], Any]] = {
+    "date": date.fromisoformat,
+    "datetime": datetime.fromisoformat,
+    "time": time.fromisoformat,
+    "decimal": Decimal,
+    "bytes": str.encode,
+    "base64": b64decode,
+}
+_TYPES = {date: "date", datetime: "datetime", time: "time", Decimal: "decimal"}
+
+
+def _types(cells: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the types that JSON does not have."""
+    named = {
+        name: "" if getattr(value, "tzinfo", None) else _TYPES.get(type(value), "")
+        for name, value in cells.items()
+    }
+    for name, value in cells.items():
+        if isinstance(value, bytes):
+            named[name] = "bytes" if as_words(value).encode() == value else "base64"
+    return {name: kind for name, kind in named.items() if kind}
+
+
+def typed(columns: Mapping[str, Any], types: Any) -> dict[str, Any]:
+    """Return kept columns with the values that they had before they became JSON.
+
+    Args:
+        types: as in a request's metadata; what does not fit is ignored.
+    """
+    found = dict(columns)
+    for name, kind in types.items() if isinstance(types, dict) else ():
+        if kind in _READ and isinstance(found.get(name), str):
+            with suppress(ValueError, ArithmeticError):
+                found[name] = _READ[kind](found[name])
+    return found
 
 
 CELL_DIGESTS = "cell_digests"
 """Metadata key of a request: a digest of each cell used in its prompt."""
 
 
-def _digests(cells: Mapping[str, Any], columns: Iterable[str]) -> dict[str, str]:
-    return {column: _digest(cells[column]) for column in columns}
+def digests(cells: Mapping[str, Any], columns: Iterable[str]) -> dict[str, str]:
+    """Return the digests of some cells, for the metadata of a request.
+
+    Raises:
+        BadRowError: a cell is binary.
+    """
+    found = {}
+    for column in columns:
+        try:
+            found[column] = _digest(cell(cells, column))
+        except KeyError:  # a template may have a default for a column
+            continue
+        except ValueError as error:
+            raise BadRowError(f"column {column!r} {error}") from None
+    return found
 
 
-def _digest(cell: Any) -> str:
-    text = as_text(cell).encode("utf-8", "surrogatepass")
+def _digest(value: Any) -> str:
+    text = as_text(value).encode("utf-8", "surrogatepass")
     return blake2b(text, digest_size=6).hexdigest()
+
+
+def known_digests(cells: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, str]:
+    """Return those digests whose cells, or fields inside cells, exist."""
+    known = {}
+    for name, digest in digests.items():
+        with suppress(KeyError):
+            cell(cells, name)
+            known[name] = digest
+    return known
 
 
 def changed_cell(cells: Mapping[str, Any], digests: Mapping[str, str]) -> str | None:
@@ -146,78 +243,10 @@ def changed_cell(cells: Mapping[str, Any], digests: Mapping[str, str]) -> str | 
         ValueError: a cell is binary, so no request was made from it.
         KeyError: a column does not exist.
     """
-    differing = (name for name, digest in digests.items() if _digest(cells[name]) != digest)
+    differing = (name for name, digest in digests.items() if _digest(cell(cells, name)) != digest)
     return next(differing, None)
 
 
 def names(given: Sequence[str]) -> tuple[str, ...]:
     """Return names as a tuple; a single string counts as one name."""
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-_SPEAKERS = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant",
-    "assistant": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
-    "model": "assistant",
-}  # fmt: skip
-
-
-def as_messages(value: Any) -> list[dict[str, Any]] | None:
-    """Return a list of messages (role and content, or ShareGPT form), else None."""
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return None
-    if all(isinstance(turn.get("role"), str) for turn in value):
-        # In Parquet, every message has the union of all fields.
-        return [
-            {name: item for name, item in turn.items() if item is not None or name == "content"}
-            for turn in value
-        ]
-    if all({"from", "value"} <= turn.keys() and turn["from"] in _SPEAKERS for turn in value):
-        return [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in value]
-    return None
-
-
-def as_text(value: Any) -> str:
-    """Return a value as prompt text: strings unchanged, null as "", the rest as JSON.
-
-    Raises:
-        ValueError: the value is binary.
-    """
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"contains {len(value)} bytes of binary data") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    plain = as_json(value)
-    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
-
-
-def as_json(value: Any) -> Any:
-    """Return a value as JSON types: dates in ISO form, types without a JSON equivalent as text.
-
-    Binary data becomes Base64, as in most JSON writers.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return _as_words(value)
-
-
-def _as_words(value: Any) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return b64encode(value).decode("ascii")
-    return value.isoformat() if isinstance(value, datetime | date | time) else str(value)

@@ -7,13 +7,14 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import IO, Any
 
-from aiflux.converters.request_form import RequestDraft, RequestForm
+from aiflux.converters.cells import BadRowError
+from aiflux.converters.request_form import WITH_MESSAGES, RequestDraft, RequestForm
 from aiflux.errors import InputError, UsageError
 from aiflux.util.files import atomic_write, refuse_special
 from aiflux.util.lines import MAX_LINE_BYTES
@@ -50,13 +51,10 @@ class Skipped:
 
 EMPTY = "with nothing filled in: the template's fields are empty"
 ANSWERED = (
-    "that end with an assistant's turn, which the model continues or answers; remove the last turn "
-    "to generate it again"
+    "that end with an assistant's turn, which the model continues or answers; to generate it "
+    "again: --drop-last-assistant"
 )
-
-
-class BadRowError(ValueError):
-    """A row that cannot become a request; the message says why."""
+SHOWN_BEFORE = "with the prompt of an example, so that the answer is in the request"
 
 
 @dataclass(frozen=True)
@@ -211,11 +209,15 @@ class _Tally:
                 f"custom_id {draft.custom_id!r} was already used at {self.job.place} {earlier}; "
                 "every request needs a unique one"
             )
+        if draft.messages and self.job.form.drop_last_assistant:
+            draft = replace(draft, content=_without_last_answer(draft.content))
         if draft.messages:
-            self._check_messages(draft.content)
-        remark = draft.remark or (ANSWERED if _answered(draft) else "")
+            self._check_messages(draft)
+        remark = draft.remark or self._remark(draft)
         if remark:
             self.remarks.setdefault(remark, []).append(draft.number)
+        if self.job.form.documents and not draft.documents:
+            raise BadRowError(f"it has no documents for --endpoint {self.job.form.endpoint}")
         line = self.job.form.line(draft)
         if len(line) > MAX_LINE_BYTES:
             raise BadRowError(f"the request is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -225,13 +227,22 @@ class _Tally:
         elif not self._failing:
             self._file.write(line)
 
-    def _check_messages(self, messages: list[Any]) -> None:
+    def _remark(self, draft: RequestDraft) -> str:
+        if _answered(draft):
+            return ANSWERED
+        if self.job.form.shots and isinstance(draft.content, str):
+            return SHOWN_BEFORE if draft.content in self.job.form.example_prompts else ""
+        return ""
+
+    def _check_messages(self, draft: RequestDraft) -> None:
+        messages = draft.content
         if not messages:
             raise BadRowError("the list of messages is empty")
-        if self.job.form.endpoint != "chat":
-            raise BadRowError("a list of messages requires --endpoint chat")
-        if self.job.form.system is not None and messages[0].get("role") == "system":
-            raise BadRowError("it already has a system message; remove --system")
+        if self.job.form.endpoint not in WITH_MESSAGES:
+            needed = " or ".join(WITH_MESSAGES)
+            raise BadRowError(f"a list of messages requires --endpoint {needed}")
+        if self.job.form.system_of(draft) is not None and messages[0].get("role") == "system":
+            raise BadRowError("it already has a system message; remove yours")
 
     def _notes(self) -> tuple[str, ...]:
         """Return the job's notes and the number of requests with each remark."""
@@ -298,6 +309,15 @@ class _Tally:
         )
 
 
+def _without_last_answer(messages: list[Any]) -> list[Any]:
+    end = len(messages)
+    while end and messages[end - 1].get("role") == "assistant":
+        end -= 1
+    if messages and not end:
+        raise BadRowError("it has only turns of the assistant, which --drop-last-assistant removes")
+    return messages[:end]
+
+
 def _answered(draft: RequestDraft) -> bool:
     return draft.messages and bool(draft.content) and draft.content[-1].get("role") == "assistant"
 
@@ -338,49 +358,60 @@ def reading(path: Path, what: str = "the input") -> Iterator[None]:
         ) from error
 
 
-_FIRST_SIZE = 1 << 12
+_PARTS = 64
+_FIRST_SIZE = 1 << 6
+_MAX_NUMBER = (1 << 32) - 1
+_Part = tuple["array[int]", "array[int]"]
 
 
 class SeenIds:
     """Compact hash table from a name's 64-bit hash to the number where it was first used.
 
     Names themselves are not stored. Among ten million names, the probability that two different
-    ones collide is about three in a million.
+    ones collide is about three in a million. The table has parts that grow one after another, so
+    that it never needs twice its memory: 12 bytes for each of at most three slots per name.
     """
 
     def __init__(self) -> None:
-        self._used = 0
-        self._hashes, self._numbers = _table(_FIRST_SIZE)
+        self._used = [0] * _PARTS
+        self._parts = [_part(_FIRST_SIZE) for _ in range(_PARTS)]
 
     def first_use(self, name: str, number: int) -> int | None:
-        """Return the number where ``name`` was used before; else store it and return None."""
+        """Return the number where ``name`` was used before; else store it and return None.
+
+        Numbers beyond 32 bits are returned as the largest one.
+        """
         key = hash(name) or 1
-        slot = self._slot(key)
-        if self._hashes[slot]:
-            return self._numbers[slot]
-        self._hashes[slot], self._numbers[slot] = key, number
-        self._used += 1
-        if 2 * self._used > len(self._hashes):
-            self._grow()
+        at = key % _PARTS
+        hashes, numbers = self._parts[at]
+        slot = _slot(hashes, key)
+        if hashes[slot]:
+            return numbers[slot]
+        hashes[slot], numbers[slot] = key, min(number, _MAX_NUMBER)
+        self._used[at] += 1
+        if 3 * self._used[at] > 2 * len(hashes):
+            self._parts[at] = _grown(hashes, numbers)
         return None
 
-    def _slot(self, key: int) -> int:
-        """Return the slot of a hash, or the free slot where it belongs."""
-        mask = len(self._hashes) - 1
-        slot = key & mask
-        while self._hashes[slot] not in (0, key):
-            slot = (slot + 1) & mask
-        return slot
 
-    def _grow(self) -> None:
-        hashes, numbers = self._hashes, self._numbers
-        self._hashes, self._numbers = _table(2 * len(hashes))
-        for key, number in zip(hashes, numbers, strict=True):
-            if key:
-                slot = self._slot(key)
-                self._hashes[slot], self._numbers[slot] = key, number
+def _part(size: int) -> _Part:
+    return array("q", [0]) * size, array("I", [0]) * size
 
 
-def _table(size: int) -> tuple[array[int], array[int]]:
-    empty = bytes(8 * size)
-    return array("q", empty), array("q", empty)
+def _slot(hashes: array[int], key: int) -> int:
+    """Return the slot of a hash, or the free slot where it belongs."""
+    mask = len(hashes) - 1
+    slot = key // _PARTS & mask
+    while hashes[slot] not in (0, key):
+        slot = (slot + 1) & mask
+    return slot
+
+
+def _grown(hashes: array[int], numbers: array[int]) -> _Part:
+    """Return a part of twice the size."""
+    more = _part(2 * len(hashes))
+    for key, number in zip(hashes, numbers, strict=True):
+        if key:
+            slot = _slot(more[0], key)
+            more[0][slot], more[1][slot] = key, number
+    return more

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiflux.core.batch.input_file import InputRules
-from aiflux.core.batch.request import WITHOUT_TEXT
+from aiflux.core.batch.prompt_lengths import PromptLimit
+from aiflux.core.batch.request import RESPONSES, FieldRule, FieldRules
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Adapter, Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.server_options import SERVER_SETTINGS, refuse_unsupported
 from aiflux.errors import ConfigError, InputError, ModelError, RejectedError
 from aiflux.models.catalog import Catalog
+from aiflux.models.endpoints import USES
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, same_model
 from aiflux.util.text import joined
@@ -39,27 +41,48 @@ modules, as ``AIFLUX_JOB_NAME``.
 class HttpFactory(Protocol):
     """Makes the client of a server."""
 
-    def __call__(self, url: str, ca: str | None = None) -> Client:
+    def __call__(self, url: str, ca: str | None = None, key: str | None = None) -> Client:
         """Return the client.
 
         Args:
             ca: certificates to trust: a file or a directory.
+            key: the server's own key, instead of the run's.
         """
 
 
 def refuse_mixed_uses(title: str, endpoints: Mapping[str, int]) -> None:
-    """Refuse a mix of text, embeddings and reranking, for servers that support only one of them.
+    """Refuse a mix of text, embeddings and scores, for servers that support only one of them.
 
     Raises:
         InputError: the input mixes them.
     """
-    uses = {url if url in WITHOUT_TEXT else "text" for url in endpoints}
+    uses = {USES[url] for url in endpoints}
     if len(uses) > 1:
         raise InputError(
             f"requests ask for {joined(sorted(uses))}, but a {title} server supports only one of "
-            "text, embeddings and reranking",
+            "text, embeddings and scores",
             "split them into separate inputs",
         )
+
+
+_EARLIER = FieldRule(
+    "it stores no earlier messages",
+    verb="does not support",
+    fix="write them into input",
+    url=RESPONSES,
+)
+STORED: FieldRules = {"previous_response_id": _EARLIER, "conversation": _EARLIER}
+"""Rules for fields of ``/v1/responses`` that refer to what a server stores. A new one has nothing:
+some answer without it, others with an error."""
+_LIMIT = FieldRule("answers are not limited", fix="name it max_output_tokens", url=RESPONSES)
+OF_CHAT: FieldRules = {
+    "max_tokens": _LIMIT,
+    "max_completion_tokens": _LIMIT,
+    "response_format": FieldRule(
+        "answers are not bound to it", fix="name the form in text.format", url=RESPONSES
+    ),
+}
+"""Rules for fields of chat that have other names in ``/v1/responses``."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +201,23 @@ class SlotLimits:
 
 
 @dataclass(frozen=True)
+class Listener:
+    """Where a server listens for others than the worker, and the files that protect it.
+
+    Attributes:
+        host: IPv4 address of this node.
+        key: the key that every request needs.
+        certificate: for TLS; clients trust it and no other.
+        certificate_key: its private key.
+    """
+
+    host: str
+    key: Path
+    certificate: Path
+    certificate_key: Path
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """One engine of a run: what it serves, on which GPUs, and where it keeps its files.
 
@@ -189,6 +229,7 @@ class EngineSpec:
         environ: the worker's environment.
         say: called with a line of text when there is something to wait for.
         ranks: the job's other nodes; None if it has one.
+        listener: None if only the worker uses the engine.
     """
 
     index: int
@@ -200,6 +241,7 @@ class EngineSpec:
     environ: Mapping[str, str]
     say: Callable[[str], None]
     ranks: Ranks | None = None
+    listener: Listener | None = None
 
 
 class EngineKind(PlanningKind, Protocol):
@@ -217,6 +259,10 @@ class EngineKind(PlanningKind, Protocol):
         store: its models; None if they are Ollama's, or not ours.
         worker_in_image: a job runs its worker, and a managed kind's servers, in an image.
         shares_prefixes: requests in flight share the key-value cache of a common beginning.
+        can_be_served: its servers can require a key and use TLS (see ``Listener``).
+        generates_n: its servers give as many answers as ``n`` asks for. If not, the worker sends a
+            request for each answer; None if unknown: it does so if they refuse ``n`` or ignore it.
+        without_room: what happens to requests whose max_tokens exceeds the rest of the context.
     """
 
     name: str
@@ -228,6 +274,9 @@ class EngineKind(PlanningKind, Protocol):
     store: ModelStore | None
     worker_in_image: bool
     shares_prefixes: bool
+    can_be_served: bool
+    generates_n: bool | None
+    without_room: str
 
     def same_model(self, one: str, other: str) -> bool:
         """Return whether two names mean the same model."""
@@ -322,6 +371,9 @@ class CommonKind:
     store: ModelStore | None = None
     worker_in_image = True
     shares_prefixes = False
+    can_be_served = False
+    generates_n: bool | None = None
+    without_room = "their answers end where the context ends"
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse nothing: the server gets every parameter and every request."""
@@ -345,6 +397,10 @@ class CommonKind:
     def divides(self, figures: Figures, gpus: int) -> bool:
         """Return True: it puts layers on each GPU, or decides itself."""
         return True
+
+    def prompt_limit(self, plan: Plan, model: str) -> PromptLimit | None:
+        """Return None: the context of the server is not known before the run."""
+        return None
 
     def adapt_body(self, url: str, body: Mapping[str, Any], served: str) -> Mapping[str, Any]:
         """Change nothing."""

@@ -4,18 +4,29 @@
 endpoint. The parts left out (cookies, redirects, hooks, environment) take two thirds of the CPU
 time of ``Session.send`` and are not needed. A watchdog shuts down the socket of an overdue
 exchange, so that neither a hanging server nor one that sends byte by byte exceeds the deadline.
+
+An event loop (``worker.dispatcher``) sends on connections that such an exchange has opened
+(``Client.begin``), and receives answers of the usual form itself, because urllib3 and a thread for
+each request take most of the CPU time. Everything else is left to a thread and to urllib3
+(``Client.finish``): other statuses, encodings, connections that end, and errors.
 """
 
 from __future__ import annotations
 
+import io
+import queue
+import re
 import socket
 import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from http.client import BadStatusLine, HTTPException
+from http.client import HTTPResponse as PlainResponse
 from pathlib import Path
 from socket import SHUT_RDWR
 from typing import Any
@@ -24,14 +35,16 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from requests.exceptions import ConnectionError as RequestsConnectionError
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3 import HTTPHeaderDict, HTTPResponse
+from urllib3.connection import HTTPConnection, HTTPSConnection, _get_default_user_agent
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.util.connection import is_connection_dropped
 
 from aiflux.engines.secrets import Secrets
 from aiflux.errors import ConfigError
 from aiflux.util.process_limits import exhausted, start_thread
-from aiflux.util.text import context, error_text, public_url
+from aiflux.util.text import context, error_text, public_url, terminal_line
 
 CONNECT_TIMEOUT = 10.0
 _CERT_FILE = "SSL_CERT_FILE"
@@ -135,6 +148,168 @@ class _Exchange:
             except OSError:
                 return  # it has ended by itself
 
+
+class PendingExchange(_Exchange):
+    """An exchange on a kept connection, received by an event loop; see ``Client.begin``.
+
+    Attributes:
+        url: path of the endpoint.
+        kept: the connection.
+        complete: whether an answer of the usual form has arrived: status 200 with a length and
+            without an encoding.
+    """
+
+    __slots__ = (
+        "_error",
+        "_largest",
+        "_received",
+        "_socket",
+        "_span",
+        "_unsent",
+        "complete",
+        "kept",
+        "url",
+    )
+
+    def __init__(
+        self,
+        connection: HTTPConnection,
+        sock: socket.socket,
+        url: str,
+        deadline: float,
+        largest: int,
+    ) -> None:
+        super().__init__(deadline)
+        self._largest = largest
+        self.url = url
+        self.kept = connection
+        self.complete = False
+        self.sock = self._socket = sock
+        self._error: OSError | None = None
+        self._unsent = b""
+        self._received = bytearray()
+        self._span: tuple[int, int] | None = (0, 0)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for the event loop."""
+        return self._socket.fileno()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a part of the request could not be sent without waiting."""
+        return bool(self._unsent)
+
+    def send(self, request: bytes) -> None:
+        """Send what the socket takes at once."""
+        if self._socket.gettimeout() != 0:
+            self._socket.setblocking(False)
+        try:
+            sent = self._socket.send(request)
+        except OSError:
+            sent = 0  # ``wait`` tries again, or meets the same error
+        self._unsent = request[sent:]
+
+    def receive(self) -> bool:
+        """Receive what has arrived; return whether to call ``Client.finish``.
+
+        That waits for the rest of the answer, unless this exchange is ``complete``.
+        """
+        try:
+            data = self._socket.recv(_BLOCK)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError as error:
+            self._error = error
+            return True
+        received = self._received
+        received += data
+        if self._span == (0, 0):
+            self._span = _body_span(received, self._largest)
+        if self._span is None or not data:
+            return True
+        end = self._span[1]
+        self.complete = 0 < end <= len(received)
+        return self.complete
+
+    def answer(self) -> tuple[Answer, bool]:
+        """Return the complete answer, and whether nothing follows it."""
+        start, end = self._span or (0, 0)
+        body = bytes(memoryview(self._received)[start:end])
+        kind = _content_type(self._received, start)
+        return Answer(200, body, content_type=kind), len(self._received) == end
+
+    def wait(self, timeout: float) -> PlainResponse:
+        """Send the rest of the request, and wait for the head of the answer.
+
+        Args:
+            timeout: limit on each operation of the socket, in seconds.
+        """
+        if self._error is not None:
+            raise self._error
+        self._socket.settimeout(timeout)
+        with suppress(BrokenPipeError):  # as in urllib3: the server may have answered already
+            self._socket.sendall(self._unsent)
+        sock: Any = _Resumed(self._received, self._socket)
+        response = PlainResponse(sock, method="POST")
+        response.begin()
+        return response
+
+
+class _Resumed(io.RawIOBase):
+    """A socket of which some bytes have been received already."""
+
+    def __init__(self, received: bytearray, sock: socket.socket) -> None:
+        self._received = received
+        self._sock = sock
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return a file to read from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._received:
+            return self._sock.recv_into(buffer)
+        first = self._received[: len(buffer)]
+        buffer[: len(first)] = first
+        del self._received[: len(first)]
+        return len(first)
+
+
+def _body_span(received: bytearray, largest: int) -> tuple[int, int] | None:
+    """Return start and end of an answer's body; (0, 0) if unknown yet, None if it is not usual."""
+    found = _HEAD_END.search(received)
+    if found is None:
+        usual = _USUAL.startswith(received[: len(_USUAL)]) and len(received) < _LONGEST_HEAD
+        return (0, 0) if usual else None
+    start = found.end()
+    lengths = _LENGTH.findall(received, 0, start)
+    if not received.startswith(_USUAL) or len(lengths) != 1 or _UNUSUAL.search(received, 0, start):
+        return None
+    size = int(lengths[0])
+    return None if size > largest else (start, start + size)
+
+
+def _content_type(received: bytearray, end: int) -> str:
+    found = _TYPE.search(received, 0, end)
+    return "" if found is None else found[1].decode("latin-1").strip()
+
+
+_BLOCK = 1 << 16
+_LARGEST_AT_ONCE = 1 << 18
+_LONGEST_HEAD = 1 << 16
+_USUAL = b"HTTP/1.1 200 "
+_HEAD_END = re.compile(rb"\n\r?\n")
+_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n", re.IGNORECASE)
+_TYPE = re.compile(rb"\ncontent-type:([^;\r\n]*)", re.IGNORECASE)
+# A header in several lines, a line without a carriage return, an encoded body, or a connection
+# that is not kept.
+_UNUSUAL = re.compile(
+    rb"\n[ \t]|[^\r]\n|\n(?:transfer|content)-encoding:|\nconnection:(?![ \t]*keep-alive[ \t]*\r)",
+    re.IGNORECASE,
+)
 
 _current = threading.local()
 
@@ -245,6 +420,8 @@ class Client:
             whole = api_key.startswith(("Basic ", "Bearer "))
             self._headers["Authorization"] = api_key if whole else f"Bearer {api_key}"
         self._prepared: dict[tuple[str, str], requests.PreparedRequest] = {}
+        self._heads: dict[str, bytes] = {}
+        self._idle: list[HTTPConnection] = []
         self._exchanges: set[_Exchange] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -262,14 +439,55 @@ class Client:
         """Send a GET request, for example for the list of models; see ``post``."""
         return self._exchange(self._request("GET", url, None), timeout)
 
+    def begin(self, url: str, payload: bytes) -> PendingExchange | None:
+        """Send a request like ``post``, but without waiting for anything.
+
+        Returns:
+            None if no connection is open and idle, or if the request is too large.
+        """
+        connection = self._idle_connection()
+        if connection is None or connection.sock is None:
+            return None
+        if len(payload) > _LARGEST_AT_ONCE:
+            self._pool._put_conn(connection)  # for ``post``
+            return None
+        deadline = time.monotonic() + self._timeout
+        exchange = PendingExchange(connection, connection.sock, url, deadline, self._largest)
+        with self._lock:
+            self._exchanges.add(exchange)
+        exchange.send(b"%b%d\r\n\r\n%b" % (self._head(url), len(payload), payload))
+        return exchange
+
+    def finish(self, exchange: PendingExchange) -> Answer:
+        """Return the answer of an exchange; see ``post``. Waits for it if it is not complete."""
+        if not exchange.complete:
+            return self._complete(exchange, partial(self._read, exchange), self._timeout)
+        answer, keep = exchange.answer()
+        self._release(exchange, keep=keep)
+        return answer
+
+    def _release(self, exchange: PendingExchange, *, keep: bool) -> None:
+        with self._lock:
+            self._exchanges.discard(exchange)
+            keep = keep and not self._closed.is_set()
+            if keep:
+                self._idle.append(exchange.kept)
+        if not keep:
+            exchange.kept.close()
+
     def _exchange(self, request: requests.PreparedRequest, timeout: float) -> Answer:
         exchange = _Exchange(time.monotonic() + timeout)
         _current.exchange = exchange
         with self._lock:
             self._exchanges.add(exchange)
+        return self._complete(exchange, partial(self._send, request, timeout), timeout)
+
+    def _complete(
+        self, exchange: _Exchange, receive: Callable[[], Answer], timeout: float
+    ) -> Answer:
         try:
-            answer = self._send(request, timeout)
-        except (requests.RequestException, HTTPError, OSError) as error:
+            answer = receive()
+        except (requests.RequestException, HTTPError, HTTPException, OSError) as error:
             stop = exhausted(error)
             if stop is not None:
                 raise stop from error
@@ -284,16 +502,22 @@ class Client:
 
     def abort(self) -> None:
         """Abort all running exchanges; their requests count as not attempted."""
-        with self._lock:
-            exchanges = list(self._exchanges)
-        for exchange in exchanges:
-            exchange.end("aborted")
+        self._end_all("aborted")
 
     def close(self) -> None:
         """Close the connections and stop the watchdog."""
         self._closed.set()
         self._watchdog.join()
         self._adapter.close()
+        with self._lock:
+            while self._idle:
+                self._idle.pop().close()
+        self._end_all("closed")  # an event loop has no other limit on its exchanges
+
+    def _end_all(self, verdict: str) -> None:
+        with self._lock:
+            for exchange in self._exchanges:
+                exchange.end(verdict)
 
     def _request(self, method: str, url: str, payload: bytes | None) -> requests.PreparedRequest:
         prepared = self._prepared.get((method, url))
@@ -312,16 +536,85 @@ class Client:
         timeouts = (min(CONNECT_TIMEOUT, timeout), timeout + _MARGIN)
         response = self._adapter.send(request, stream=True, timeout=timeouts, verify=self._verify)
         raw = response.raw
+        answer = self._answer(raw, str(request.url))
+        raw.release_conn()
+        return answer
+
+    def _read(self, exchange: PendingExchange) -> Answer:
+        """Send and receive what is left of an exchange; its socket waits from here on."""
+        keep = False
+        try:
+            plain = exchange.wait(self._timeout + _MARGIN)
+            headers = HTTPHeaderDict(plain.msg.items())
+            raw = HTTPResponse(
+                plain, headers, plain.status, preload_content=False, original_response=plain
+            )
+            keep = not plain.will_close
+            return self._answer(raw, self._address + exchange.url)
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            self._release(exchange, keep=keep)
+
+    def _answer(self, raw: HTTPResponse, url: str) -> Answer:
         body = raw.read(self._largest + 1, decode_content=True)
         if len(body) > self._largest:
             raw.close()
             raise OSError(f"the answer is larger than {self._largest:,} bytes")
-        raw.release_conn()
         location = raw.headers.get("Location", "")
         if location:
-            location = public_url(urljoin(str(request.url), location))
+            location = public_url(urljoin(url, location))
         content_type = raw.headers.get("Content-Type", "").partition(";")[0].strip()
         return Answer(raw.status, body, _retry_after(raw.headers), location, content_type)
+
+    @cached_property
+    def _pool(self) -> Any:
+        """The connections that ``requests`` keeps to the engine."""
+        request = self._request("GET", "/", None)
+        return self._adapter.get_connection_with_tls_context(request, self._verify)
+
+    def _idle_connection(self) -> HTTPConnection | None:
+        """Return a connection that is open and idle, if there is one."""
+        while (connection := self._kept_connection()) is not None:
+            if not is_connection_dropped(connection):
+                return connection
+            connection.close()
+        return None
+
+    def _kept_connection(self) -> HTTPConnection | None:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        idle: queue.LifoQueue[HTTPConnection | None] | None = self._pool.pool
+        if idle is None:  # the client is closed
+            return None
+        try:
+            connection = idle.get(block=False)
+        except queue.Empty:
+            return None
+        if connection is None:
+            idle.put(None)  # urllib3's placeholder for a connection that was never opened
+        return connection
+
+    def _head(self, url: str) -> bytes:
+        """Return the head of a request as urllib3 sends it, up to the value of Content-Length."""
+        head = self._heads.get(url)
+        if head is None:
+            request = self._request("POST", url, b"")
+            address = urlsplit(str(request.url))
+            default = ":443" if address.scheme == "https" else ":80"
+            headers = {
+                "Host": address.netloc.rpartition("@")[2].removesuffix(default),
+                "Accept-Encoding": "identity",
+                "User-Agent": _get_default_user_agent(),
+                **request.headers,
+            }
+            del headers["Content-Length"]
+            lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+            text = f"POST {request.path_url} HTTP/1.1\r\n{''.join(lines)}Content-Length: "
+            self._heads[url] = head = text.encode("latin-1")
+        return head
 
     def hidden(self, answer: Answer) -> Answer:
         """Return an answer without the key, in case the server echoes it."""
@@ -345,16 +638,20 @@ class Client:
             )
         if isinstance(error, requests.ConnectTimeout):
             return ExchangeError("refused", f"{where} does not respond")
-        text = self.secrets.hide(innermost(error))
-        return ExchangeError("connection", f"the connection to {where} broke: {text}")
+        text = terminal_line(self.secrets.hide(innermost(error)).strip())
+        what, remedy = "broke the connection:", ""
+        if any(type(each) is BadStatusLine for each in _causes(error)):
+            what = "does not answer in HTTP, but with"
+            remedy = "check the port in --engine-url: another program listens there"
+        return ExchangeError("connection", f"{where} {what} {text}", remedy)
 
     def _watch(self) -> None:
         while not self._closed.wait(_WATCH_INTERVAL):
             now = time.monotonic()
-            with self._lock:
-                overdue = [item for item in self._exchanges if item.deadline < now]
-            for exchange in overdue:
-                exchange.end("timeout")
+            with self._lock:  # until it is ended, no exchange may release its connection
+                for exchange in self._exchanges:
+                    if exchange.deadline < now:
+                        exchange.end("timeout")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

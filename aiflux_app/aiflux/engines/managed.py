@@ -12,7 +12,13 @@ from pathlib import Path
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.http import Client
-from aiflux.engines.process import ServerEndedError, ServerProcess, engine_program
+from aiflux.engines.process import (
+    EMPTY_LOG,
+    ServerEndedError,
+    ServerProcess,
+    engine_program,
+    loopback_url,
+)
 from aiflux.engines.server_load import get
 from aiflux.engines.server_log import refused_option
 from aiflux.engines.server_options import given_options
@@ -83,6 +89,16 @@ class ManagedEngine:
         for each in plan.adapters:
             found = self.kind.read_adapter(plan.models_dir, self.spec.model, each.name, each.path)
             each.refuse_changed(found)
+
+    @property
+    def _host(self) -> str:
+        """The address on which the server listens."""
+        listener = self.spec.listener
+        return "127.0.0.1" if listener is None else listener.host
+
+    def _url(self, port: int) -> str:
+        """Return the address of the server on a port."""
+        return loopback_url(port) if self.spec.listener is None else f"https://{self._host}:{port}"
 
     def _find_program(self) -> str:
         return engine_program(self.kind, self.spec.environ)
@@ -218,7 +234,8 @@ class ManagedEngine:
             EngineError: the server ended, was closed, was not ready in time, or another program
                 listens on its port.
         """
-        client = self._make_client(server.url)
+        listener = self.spec.listener
+        client = self._make_client(server.url, str(listener.certificate) if listener else None)
         deadline = time.monotonic() + timeout
         try:
             while not self._answers(client, path):
@@ -227,8 +244,8 @@ class ManagedEngine:
                     raise EngineError("the engine was stopped during its start")
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{self.kind.title} was not ready within {timeout:g} s:\n"
-                        f"{server.log_tail() or 'its log is empty'}",
+                        f"{self.kind.title} was not ready within {timeout:g} s: "
+                        f"{self._unready(server)}\n{server.log_tail() or EMPTY_LOG}",
                         f"see its log: {self.spec.log}; or allow more time: --load-timeout SECONDS",
                     )
             self._refuse_other_server(server)
@@ -242,6 +259,12 @@ class ManagedEngine:
 
     def _answers(self, client: Client, path: str) -> bool:
         return get(client, path) is not None
+
+    def _unready(self, server: ServerProcess) -> str:
+        """Return what a server lacks that is not ready."""
+        if server.listens_on():
+            return "it listens, but is not ready"
+        return f"it does not listen on {server.url}"
 
     def _refuse_other_server(self, server: ServerProcess) -> None:
         """Refuse a server at the address that is not the one that was started."""

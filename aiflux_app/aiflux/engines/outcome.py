@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from aiflux.core.batch.request import EMBEDDINGS, RERANK, parse_json
-from aiflux.core.batch.results_file import choice_texts
+from aiflux.core.batch.request import (
+    EMBEDDINGS,
+    WITHOUT_TEXT,
+    expected_results,
+    parse_json,
+    parse_quickly,
+)
+from aiflux.core.batch.results_file import choices, empty_reason, scores, token_counts
 from aiflux.engines.http import Answer, ExchangeError
+from aiflux.util.text import counted
 
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 OVERLOADED_STATUSES = frozenset({429, 503})
@@ -19,7 +26,6 @@ UNREADY_STATUSES = frozenset({502, 503, 504})
 """Messages of servers and gateways while the model is not (yet) loaded."""
 _SHOWN = 500
 _KEPT_BODY = 65536
-_MOST_TOKENS = 2**40  # a larger count in an answer is nonsense
 _BEFORE = 60
 _EXCERPT = 200
 # Sent by llama-server and others with a 503 while the model is loaded.
@@ -27,8 +33,8 @@ _LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
 _TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 CrashCode = Callable[[int, str], str | None]
 """From status and message: the code of an answer that means an engine crash."""
-_CONTENT = {EMBEDDINGS: "data", RERANK: "results"}
-"""Field that holds the answer, for endpoints without choices."""
+_CONTENT = frozenset({"choices", "output", "data", "results"})
+"""Fields that hold an answer."""
 # Codes of OpenAI's API in a 429 that waiting does not help.
 _NO_QUOTA = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
 ABORTED_ANSWER = "aborted_answer"
@@ -102,14 +108,17 @@ class Outcome:
         return {"code": self.code, "message": self.message, "status": self.status}
 
 
-def judge_answer(url: str, answer: Answer, crash_code: CrashCode) -> Outcome:
+def judge_answer(
+    url: str, body: Mapping[str, Any], answer: Answer, crash_code: CrashCode
+) -> Outcome:
     """Judge a complete HTTP answer.
 
     Args:
+        url, body: of the request.
         crash_code: function of the engine's kind.
     """
     if 200 <= answer.status < 300:
-        return _judge_body(url, answer)
+        return _judge_body(url, body, answer)
     text = answer.body.decode("utf-8", "replace")
     message = error_message(text)
     if answer.location and 300 <= answer.status < 400:
@@ -157,9 +166,9 @@ def judge_exchange_error(error: ExchangeError) -> Outcome:
     return Outcome(Kind.RETRY, error.code, error.message)
 
 
-def _judge_body(url: str, answer: Answer) -> Outcome:
+def _judge_body(url: str, asked: Mapping[str, Any], answer: Answer) -> Outcome:
     try:
-        body = parse_json(answer.body.decode("utf-8"))
+        body = parse_quickly(answer.body)
     except ValueError as error:
         # A body that begins as an object is a broken answer of an API.
         foreign = not answer.body.lstrip().startswith(b"{")
@@ -174,24 +183,23 @@ def _judge_body(url: str, answer: Answer) -> Outcome:
     if _aborted(body):
         message = "the engine stopped before the end of the answer"
         return Outcome(Kind.RETRY, ABORTED_ANSWER, message, answer.status, answer.body)
-    usage = body.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    finish, content = _finish(url, body)
-    texts = choice_texts(body)
-    if finish is None and not content:
+    empty = _missing_results(url, asked, body) if url in WITHOUT_TEXT else _missing_text(body)
+    if empty is not None:
         return Outcome(
-            Kind.RETRY, "empty_answer", "an answer without content or finish_reason",
-            answer.status, answer.body, foreign=not {"choices", *_CONTENT.values()} & body.keys(),
+            Kind.RETRY, "empty_answer", empty, answer.status, answer.body,
+            foreign=not _CONTENT & body.keys(),
         )  # fmt: skip
+    prompt, completion = token_counts(body.get("usage"))
+    finish = _finish_reason(asked, body, completion)
     return Outcome(
         Kind.ANSWERED,
         status=answer.status,
         body=answer.body,
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
         finish_reason=finish,
         model=body["model"] if isinstance(body.get("model"), str) else None,
-        empty=texts[0].empty if texts else None,
+        empty=empty_reason(body),
     )
 
 
@@ -230,25 +238,42 @@ def _page(answer: Answer) -> str:
     return f" ({answer.content_type}{f', titled {text!r}' if text else ''})"
 
 
-def _finish(url: str, body: dict[str, Any]) -> tuple[str | None, bool]:
-    """Return the first choice's finish reason and whether the answer has any content."""
-    if url in _CONTENT:
-        return None, bool(body.get(_CONTENT[url]))
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return None, False
-    choice = choices[0]
+def _finish_reason(asked: Mapping[str, Any], body: dict[str, Any], tokens: int) -> str | None:
+    """Return the finish reason of the first choice.
+
+    llama.cpp calls every response completed (server-task.cpp, `to_json_oaicompat_resp`): one with
+    as many tokens as it may have was cut.
+    """
+    finish = next(iter(choices(body)), {}).get("finish_reason")
+    limit = asked.get("max_output_tokens")
+    if finish == "stop" and "output" in body and "incomplete_details" not in body:
+        return "length" if type(limit) is int and tokens >= limit else finish
+    return finish if isinstance(finish, str) else None
+
+
+def _missing_text(body: dict[str, Any]) -> str | None:
+    """Return what is wrong with an answer that has no text and no reason for that, or None."""
+    choice = next(iter(choices(body)), {})
     message = choice.get("message")
     content = bool(choice.get("text"))
     if isinstance(message, dict):
         content = any(value for name, value in message.items() if name != "role")
-    finish = choice.get("finish_reason")
-    return finish if isinstance(finish, str) else None, content
+    if content or isinstance(choice.get("finish_reason"), str):
+        return None
+    return "an answer without content or finish_reason"
 
 
-def _count(usage: dict[str, Any], name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
+def _missing_results(url: str, asked: Mapping[str, Any], body: dict[str, Any]) -> str | None:
+    """Return what is wrong with an answer without all embeddings or scores, or None."""
+    wanted, data = expected_results(url, asked), body.get("data")
+    found = len({each.document for each in scores(body)})
+    if url == EMBEDDINGS and isinstance(data, list):
+        found = len(data)
+    if not found and (wanted or not _CONTENT & body.keys()):
+        return "an answer without results"
+    if found < (wanted or 0):
+        return f"an answer with {counted(found, 'result')} instead of {wanted}"
+    return None
 
 
 def error_message(text: str) -> str:

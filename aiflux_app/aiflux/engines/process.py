@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -21,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from aiflux.engines.base import EngineKind
 from aiflux.engines.gpus import CUDA, DEVICE_VARIABLES, ROCR
@@ -55,6 +57,9 @@ _KEPT = (
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LOG_TAIL = 2000
 LOG_SEARCHED = 256 * 1024  # in vLLM's log, tracebacks of all processes follow the cause
+EMPTY_LOG = "its log is empty"
+"""Stands for the end of a log in errors."""
+_FOREGROUND = "the server must stay in the foreground until AI-Flux ends it"
 _STOPPED = "the engine was stopped during its start"
 
 
@@ -233,8 +238,9 @@ class ServerProcess:
         }
 
     def owns_port(self) -> bool:
-        """Return whether the server that listens at ``url`` is this one."""
-        return LOOPBACK in self.listens_on()
+        """Return whether the server that listens at ``url`` is this one, there and only there."""
+        host = socket.inet_aton(urlsplit(self.url).hostname or "")
+        return self.listens_on() == {f"{int.from_bytes(host, sys.byteorder):08X}"}
 
     def stop(self) -> None:
         """Stop the server and all processes that it started; does nothing if it has ended.
@@ -319,8 +325,8 @@ class ServerProcess:
     def _ended(self, status: int) -> ServerEndedError:
         log = self.log_tail(LOG_SEARCHED)
         end = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-        cause = find_cause(log) or Cause(self.log_tail(), "")
-        remedy = cause.remedy or (KILLED if status == -signal.SIGKILL else "")
+        cause = find_cause(log) or Cause(self.log_tail() or EMPTY_LOG, "")
+        remedy = cause.remedy or {-signal.SIGKILL: KILLED, 0: _FOREGROUND}.get(status, "")
         return ServerEndedError(
             f"{self._name} {end} during its start:\n{cause.line}",
             f"{remedy}; its log is {self.log}" if remedy else f"see its log: {self.log}",

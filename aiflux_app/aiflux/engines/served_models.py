@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-from aiflux.engines.http import Answer
-from aiflux.errors import RejectedError
-from aiflux.util.text import joined, suggestion
+from aiflux.engines.http import Answer, Client, ExchangeError
+from aiflux.errors import EngineError, RejectedError
+from aiflux.util.text import joined, public_url, suggestion
 
+_log = logging.getLogger(__name__)
 MODELS_PATH = "/v1/models"
 _NAMED = 5  # models in a message
+_ASK_SECONDS = 10.0
 
 
 class ServedModels:
@@ -26,11 +29,34 @@ class ServedModels:
         self._server = server
         self._say = say
         self.names: tuple[str, ...] = ()
+        self._offered: dict[str, bool] = {}
         self._said: set[tuple[str, str]] = set()
+
+    @classmethod
+    def at(cls, url: str, ca: str | None, api_key: str | None) -> ServedModels:
+        """Return the models of a running server.
+
+        Raises:
+            EngineError: it does not answer.
+        """
+        server = f"the engine at {public_url(url)}"
+        client = Client(url, _ASK_SECONDS, connections=1, api_key=api_key, ca=ca)
+        try:
+            found = cls(server, _log.info)
+            found.note(client.get(MODELS_PATH, _ASK_SECONDS))
+        except ExchangeError as error:
+            raise EngineError(
+                f"{server} does not answer: {error.message}",
+                "check the address, and that the server is running",
+            ) from error
+        finally:
+            client.close()
+        return found
 
     def note(self, answer: Answer) -> None:
         """Take the models from an answer of ``MODELS_PATH``."""
         self.names = _names(answer)
+        self._offered = {}
 
     def refusal(self, model: str) -> RejectedError | None:
         """Return the error for a model that the server does not list; None if it may have it."""
@@ -40,7 +66,10 @@ class ServedModels:
         """Return whether the server lists a model; None if it lists no models."""
         if not self.names:
             return None
-        return any(fnmatchcase(_plain(model), _plain(name)) for name in self.names)
+        offered, names = self._offered, self.names
+        if model not in offered:
+            offered[model] = any(fnmatchcase(_plain(model), _plain(name)) for name in names)
+        return offered[model]
 
     def ran(self, asked: str, answered: str | None) -> str:
         """Return the name of the model that gave an answer.
@@ -49,7 +78,7 @@ class ServedModels:
             RejectedError: the engine lists its models without the requested one, and another one
                 answered.
         """
-        if answered is None or _plain(answered) == _plain(asked):
+        if answered in (None, asked) or _plain(answered) == _plain(asked):
             self._warn_of_unlisted(asked)
             return asked
         if self.offers(asked) is False and not _is_version(asked, answered):

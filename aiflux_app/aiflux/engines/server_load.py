@@ -28,6 +28,13 @@ _METRICS = (
     ("llamacpp:requests_processing", "llamacpp:requests_deferred"),
     ("sglang:num_running_reqs", "sglang:num_queue_reqs"),
 )
+# Tokens of prompts and answers since the server started.
+_TOKENS = (
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "llamacpp:prompt_tokens_total",
+    "llamacpp:tokens_predicted_total",
+)
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^\n]*\})? ([-+.\deE]+)(?: \d+)?$", re.MULTILINE)
 
 
@@ -66,14 +73,26 @@ def total_slots(fetch: Get) -> int | None:
     return slots if isinstance(slots, int) and 0 < slots <= MOST_SLOTS else None
 
 
-def parse_load(text: str) -> Load | None:
-    """Return the load in a server's metrics, or None."""
+def _sums(text: str) -> dict[str, float]:
+    """Return the sum of each metric's samples."""
     sums: dict[str, float] = {}
     for name, value in _SAMPLE.findall(text):
         try:
             sums[name] = sums.get(name, 0.0) + float(value)
         except ValueError:
             continue  # another kind of value, which is not needed
+    return sums
+
+
+def parse_tokens(text: str) -> int:
+    """Return the tokens that a server has processed, according to its metrics."""
+    sums = _sums(text)
+    return int(sum(sums.get(name, 0.0) for name in _TOKENS))
+
+
+def parse_load(text: str) -> Load | None:
+    """Return the load in a server's metrics, or None."""
+    sums = _sums(text)
     for running, waiting in _METRICS:
         if running in sums and waiting in sums:
             return Load(int(sums[running]), int(sums[waiting]))

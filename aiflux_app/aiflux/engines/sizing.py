@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from aiflux.core.batch.prompt_lengths import PromptLimit
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import EngineKind, EngineSpec
 from aiflux.engines.gpus import free_memory
 from aiflux.models.figures import Figures
+from aiflux.models.tokenizer import ModelTokenizer
 
 _SPARE = 2**30
 """Bytes to leave free on each GPU, as llama.cpp's own fitting does."""
@@ -120,3 +122,26 @@ def context_length(plan: Plan, trained: int = 0) -> int:
     needed = longest if longest <= _GENEROUS else plan.input.context_tokens
     rounded = max(MIN_CONTEXT, -(-needed // CONTEXT_STEP) * CONTEXT_STEP)
     return min(rounded, trained or rounded)
+
+
+def prompt_limit(
+    plan: Plan,
+    model: str,
+    figures: Figures | None,
+    open_tokenizer: Callable[[], ModelTokenizer],
+    *,
+    own: int = 0,
+    reduced: bool = True,
+) -> PromptLimit:
+    """Return the context of a model in a run.
+
+    Args:
+        own: context that the model's files or the engine's variables set; 0 for none.
+        reduced: the engine reduces a longer context to the training context.
+    """
+    trained = figures.architecture.context if figures else 0
+    context = own or context_length(plan, trained)
+    if reduced and trained:
+        context = min(context, trained)
+    answer = plan.options.parameters_of(plan.served(model)).get("max_tokens")
+    return PromptLimit(context, trained, answer or 0, open_tokenizer)

@@ -403,9 +403,7 @@ def _warn_of_results(observations: Sequence[Observation], whole: Plan) -> Iterat
     errors = Counter(item.error for item in observations if item.error is not None)
     failed = errors.total()
     expected = failed * whole.requests / seen
-    if failed and (
-        failed >= _MANY_FAILURES * seen or expected > whole.options.allowed_failures(whole.requests)
-    ):
+    if failed and (failed >= _MANY_FAILURES * seen or expected > whole.allowed_failures):
         (most, _), *_ = errors.most_common(1)
         yield f"{failed} of {seen} requests failed, most often with {most}"
     cut = sum(item.cut for item in observations)

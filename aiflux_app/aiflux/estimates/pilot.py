@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from aiflux.core.batch.input_file import InputSummary, digest_of_lines
+from aiflux.core.batch.results_file import token_counts
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import CUT, RawResult
 from aiflux.core.runs.output import iterate_results
@@ -234,15 +235,15 @@ def observe(plan: Plan, run: RunDirectory) -> tuple[Observation, ...]:
 
 def _observation(size: int, result: RawResult) -> Observation:
     metadata = json.loads(result.metadata)
-    usage = _usage(result.body)
+    prompt_tokens, completion_tokens = _tokens(result.body)
     ended = unix_seconds(metadata["timestamp"])
     error = json.loads(result.error)
     return Observation(
         model=metadata["model"],
         began=ended - max(float(metadata["processing_time"]), _SHORTEST),
         ended=ended,
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        completion_tokens=_count(usage.get("completion_tokens")),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
         size=size,
         error=None if error is None else f"{error['code']}: {error['message']}",
         cut=bool(metadata.get(CUT["length"])),
@@ -251,17 +252,12 @@ def _observation(size: int, result: RawResult) -> Observation:
     )
 
 
-def _usage(body: bytes) -> Mapping[str, Any]:
+def _tokens(body: bytes) -> tuple[int, int]:
     try:
         content = json.loads(body)
     except ValueError:
-        return {}
-    usage = content.get("usage") if isinstance(content, dict) else None
-    return usage if isinstance(usage, dict) else {}
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+        return 0, 0
+    return token_counts(content.get("usage")) if isinstance(content, dict) else (0, 0)
 
 
 def start_up(observations: Sequence[Observation], started: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import AMD
 from aiflux.core.config.sources import refuse_foreign
-from aiflux.errors import ImageError
+from aiflux.errors import ConfigError, ImageError
 from aiflux.image.sif import CHECKOUT, how_to_build, make_options, own_image, uses_default_image
 
 IMAGE_NAME = "aiflux.sif"
@@ -107,6 +107,44 @@ def is_chosen(config: Config, image: Path, checkout: Path = CHECKOUT) -> bool:
     if not any(config.values[name].local for name in ("containers_dir", "data_dir")):
         chosen.append(config.containers_dir)
     return image.parent in [folder.absolute() for folder in chosen]
+
+
+def refuse_container(config: Config) -> None:
+    """Refuse a seal and an image that somebody asked for, for a run without a container.
+
+    Raises:
+        ConfigError: the image is given as an argument, or the seal is set and not by default.
+    """
+    refuse_seal(
+        config,
+        "a run with --engine-command cannot be sealed: there is no container, and the command's "
+        "programs have the node's network",
+        ", or use an engine with an image (--engine)",
+    )
+    image = config.values["image"]
+    if image.origin == "argument":
+        raise no_image_used(image.value)
+
+
+def refuse_seal(config: Config, why: str, otherwise: str = "") -> None:
+    """Refuse a seal that somebody asked for, for a run that cannot be sealed.
+
+    Raises:
+        ConfigError: the seal is set, and not by default.
+    """
+    seal = config.values["seal"]
+    if seal.value and seal.origin != "default":
+        raise ConfigError(
+            f"seal = true ({seal.origin}), but {why}", f"accept that with --no-seal{otherwise}"
+        )
+
+
+def no_image_used(image: Path) -> ConfigError:
+    """Return the error for an image that a run with --engine-command would not use."""
+    return ConfigError(
+        f"the image {image} would not be used: a run with --engine-command has no container",
+        "omit --image; the command can start a container itself",
+    )
 
 
 def local_choices(config: Config, image: Path | None, checkout: Path = CHECKOUT) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class GgufHeader:
     """The header of a GGUF file.
 
     Attributes:
-        metadata: values by key; a long array is a ``Length``.
+        metadata: values by key; a long array is a ``Length``, unless ``read_gguf`` was to read it.
         tensors: bytes of each tensor by name.
         parameters: number of all values.
         data_start: offset of the tensor data.
@@ -84,8 +84,11 @@ class GgufHeader:
         return sum(self.tensors.values())
 
 
-def read_gguf(path: Path) -> GgufHeader:
+def read_gguf(path: Path, arrays: Collection[str] = ()) -> GgufHeader:
     """Read a file's header.
+
+    Args:
+        arrays: keys whose arrays are read whole, however long.
 
     Raises:
         ModelError: the file is not a GGUF file, or is truncated.
@@ -97,7 +100,7 @@ def read_gguf(path: Path) -> GgufHeader:
             if not file.read(1):
                 raise ValueError("it is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _HeaderReader(content).header()
+                return _HeaderReader(content, arrays).header()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except (ValueError, struct.error, IndexError, UnicodeDecodeError) as error:
@@ -122,8 +125,9 @@ def refuse_truncated(path: Path, header: GgufHeader) -> None:
 
 
 class _HeaderReader:
-    def __init__(self, content: mmap.mmap) -> None:
+    def __init__(self, content: mmap.mmap, arrays: Collection[str]) -> None:
         self._content = content
+        self._arrays = arrays
         self._at = 0
 
     def header(self) -> GgufHeader:
@@ -135,10 +139,16 @@ class _HeaderReader:
             raise ValueError(f"unknown version {version} (big-endian?)")
         if max(tensors, entries) > _MAX_ENTRIES:
             raise ValueError(f"it claims {tensors} tensors and {entries} entries")
-        metadata = {self._string(): self._value(self._take("<I")) for _ in range(entries)}
+        metadata = dict(self._entry() for _ in range(entries))
         sizes, parameters = self._tensors(tensors)
         alignment = int(metadata.get("general.alignment", 32)) or 32
         return GgufHeader(metadata, sizes, parameters, -(-self._at // alignment) * alignment)
+
+    def _entry(self) -> tuple[str, Any]:
+        key, kind = self._string(), self._take("<I")
+        if kind == _ARRAY:
+            return key, self._array(whole=key in self._arrays)
+        return key, self._value(kind)
 
     def _tensors(self, count: int) -> tuple[dict[str, int], int]:
         sizes: dict[str, int] = {}
@@ -179,17 +189,15 @@ class _HeaderReader:
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
-        if kind == _ARRAY:
-            return self._array()
         if kind not in _SCALARS:
             raise ValueError(f"metadata of the unknown type {kind}")
         return self._take(_SCALARS[kind])
 
-    def _array(self) -> list[Any] | Length:
+    def _array(self, *, whole: bool) -> list[Any] | Length:
         kind, count = self._take("<I"), self._take("<Q")
         if kind == _ARRAY:
             raise ValueError("an array of arrays")
-        if count <= _MAX_ARRAY and kind != _STRING:
+        if whole or (count <= _MAX_ARRAY and kind != _STRING):
             return [self._value(kind) for _ in range(count)]
         if kind == _STRING:
             for _ in range(count):

@@ -26,6 +26,7 @@ _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]+)?\Z")
 _LONGEST = 240  # maximum length, because a name becomes a directory name
 _COMMIT_DIGITS = 40
 HUB_PREFIX = "hf:"
+GGUF_SUFFIX = ".gguf"
 _HUB_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_REPO = re.compile(f"{_HUB_PART}/{_HUB_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_./-]{1,128}")
@@ -113,6 +114,28 @@ def parse_model_name(text: str) -> ModelName:
         insecure=scheme == "http",
         digest=digest.lower().removeprefix("sha256:"),
     )
+
+
+def is_path(text: str) -> bool:
+    """Return whether a name is the path of a model's file or directory: no name begins so."""
+    return text in (".", "..") or text.startswith(("/", "./", "../", "~"))
+
+
+def refuse_gguf_file(name: str, engine: str, otherwise: str = "") -> None:
+    """Refuse the path of a GGUF file; a tag may end like one.
+
+    Args:
+        engine: title of the one that cannot run it.
+        otherwise: another way to use the file with it.
+
+    Raises:
+        ConfigError: it is such a path.
+    """
+    if name.lower().endswith(GGUF_SUFFIX) and ":" not in name:
+        raise ConfigError(
+            f"{name} is a GGUF file, which {engine} does not run",
+            "; or ".join(filter(None, ["use --engine llamacpp", otherwise])),
+        )
 
 
 def is_hub_name(text: str) -> bool:

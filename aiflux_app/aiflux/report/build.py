@@ -208,7 +208,8 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
     return What(
         run_dir=sources.run_dir,
         output=str(plan.output),
-        input={name: to_json(plan.input)[name] for name in _OF_THE_INPUT},
+        input={name: to_json(plan.input)[name] for name in _OF_THE_INPUT}
+        | {"path": str(plan.input.named)},
         plan=plan.id,
         models=tuple(_models(plan, whole, known)),
         image_path=sources.condition.image,
@@ -421,7 +422,7 @@ def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
         completed=completed,
         failed=failed,
         left=max(0, plan.requests - completed - failed),
-        allowed_failures=plan.options.allowed_failures(plan.requests),
+        allowed_failures=plan.allowed_failures,
         recorded=whole.results,
         superseded=whole.superseded,
         cut_at_limit=whole.cut,

@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import Any
 
 from aiflux.core.batch.request import load_json
-from aiflux.core.runs.journal import CUT, EMPTY, split_line
+from aiflux.core.batch.results_file import token_counts
+from aiflux.core.runs.journal import CUT, EMPTY, is_sample, split_line
 from aiflux.util.times import unix_seconds
 
 _MOST_BARS = 120
@@ -31,8 +32,8 @@ EXAMPLES = 3
 MANY_ATTEMPTS = 20
 _LONGEST_MESSAGE = 300
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
-_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)')
+_COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)')
 
 
 @dataclass(frozen=True)
@@ -399,7 +400,8 @@ def tally(lines: Iterable[tuple[bytes, bytes]]) -> Tally:
     """
     reader = _JournalReader()
     for key, line in lines:
-        reader.read(key, line)
+        if not is_sample(line):
+            reader.read(key, line)
     return reader.tally
 
 
@@ -489,6 +491,4 @@ def _usage(body: bytes) -> tuple[int, int]:
         prompt, completion = _PROMPT.search(body, at), _COMPLETION.search(body, at)
         return int(prompt[1]) if prompt else 0, int(completion[1]) if completion else 0
     content = load_json(body)
-    usage = content.get("usage") if isinstance(content, dict) else None
-    usage = usage if isinstance(usage, dict) else {}
-    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    return token_counts(content.get("usage") if isinstance(content, dict) else None)

@@ -272,13 +272,12 @@ def page(report: Report, plots: Mapping[str, Markup], no_plots: str | None = Non
     """
     what = report.what
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             report=report,
             plots={"throughput": None, "latency": None, **plots},
             no_plots=no_plots,
-            style=Markup((files("aiflux.report") / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
             tone=_tone(report),
             cards=list(_cards(report)),
             endpoints=_endpoints(what.input["endpoints"]),
@@ -286,7 +285,7 @@ def page(report: Report, plots: Mapping[str, Markup], no_plots: str | None = Non
             options={
                 name: value
                 for name, value in what.options.items()
-                if name not in {*what.parameters, "model", "model_defaults"}
+                if name not in {*what.parameters, "model", "model_defaults", "samples"}
             },
             throughput=throughput_table(report),
             histogram=histogram_table(report),
@@ -303,8 +302,9 @@ def page(report: Report, plots: Mapping[str, Markup], no_plots: str | None = Non
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the environment of the pages' templates."""
+    made = Environment(
         loader=PackageLoader("aiflux.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -312,9 +312,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(FILTERS)
-    environment.tests["share"] = lambda cell: isinstance(cell, Share)
-    return environment
+    made.filters.update(FILTERS)
+    made.tests["share"] = lambda cell: isinstance(cell, Share)
+    made.globals["style"] = Markup((files("aiflux.report") / "report.css").read_text("utf-8"))  # noqa: S704 - our own file
+    return made
 
 
 def _tone(report: Report) -> str:

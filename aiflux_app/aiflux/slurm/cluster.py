@@ -58,6 +58,7 @@ class Node:
         memory: MB.
         gpus: number of each type; the type of GPUs without one is "".
         alive: it is not down, drained or failing.
+        address: name or address at which Slurm reaches it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Node:
     features: tuple[str, ...] = ()
     partitions: tuple[str, ...] = ()
     alive: bool = True
+    address: str = ""
 
     def gpus_of(self, kind: str) -> int:
         """Return the number of GPUs of a type; "" stands for any."""
@@ -183,6 +185,7 @@ def parse_node(line: str) -> Node:
         features=_names(words.get("AvailableFeatures", "")),
         partitions=_names(words.get("Partitions", "")),
         alive=not states & _DEAD,
+        address=words.get("NodeAddr", ""),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.registry import JOB
+from aiflux.core.runs.registry import JOB, find_run
 from aiflux.errors import SlurmError
 from aiflux.slurm.jobs import (
     JobId,
@@ -32,6 +32,13 @@ _SQUEUE = "%F|%K|%T|%S|%M|%N|%r"  # the reason comes last: it is free text
 _SACCT = "JobID,State,ExitCode,Start,Elapsed,NodeList"
 _JOB_ID = re.compile(r"(\d+)(?:_(\d+|\[.*))?\Z")
 _DEFAULT_MAX_ARRAY_SIZE = 1001
+_BUSY = "the controller may be busy: check with squeue before you try again"
+_ELSEWHERE = (
+    "submit it where Slurm's commands work, such as a login node (aiflux doctor checks a machine); "
+    "or use --local"
+)
+_NO_CONTROLLER = re.compile(r"unable to contact slurm controller|socket timed out", re.I)
+_NO_CONFIGURATION = re.compile(r"establish a configuration source", re.I)  # no slurm.conf
 
 
 def submit(
@@ -51,8 +58,15 @@ def submit(
     environment = clean_environment(os.environ if environ is None else environ)
     done = call(["sbatch", "--parsable", *extra, "--", str(script)], environment)
     if done.returncode != 0:
+        message, unsent = words(done), f"sbatch did not submit {script}"
+        if _NO_CONTROLLER.search(message):
+            raise SlurmError(f"{unsent}: Slurm does not respond: {message}", _BUSY)
+        if _NO_CONFIGURATION.search(message):
+            raise SlurmError(
+                f"{unsent}: this machine is not set up for Slurm: {message}", _ELSEWHERE
+            )
         raise SlurmError(
-            f"sbatch refused {script}: {words(done)}", _remedy(words(done), script, environment)
+            f"sbatch refused {script}: {message}", _remedy(message, script, environment)
         )
     # A site's wrapper can print something first; the id is on the last line.
     lines = done.stdout.strip().splitlines()
@@ -63,6 +77,22 @@ def submit(
             f"sbatch answered {done.stdout!r} to {script}, which is not a job id",
             "check with squeue whether the job exists",
         ) from None
+
+
+def jobs_of_script(script: Path, environ: Mapping[str, str] | None = None) -> list[JobId]:
+    """Return the user's jobs with this batch script that Slurm still knows, oldest first.
+
+    Raises:
+        SlurmError: Slurm is missing or does not answer.
+    """
+    # %o, the script's path, comes last: it can contain spaces.
+    asked = ["squeue", "-u", _user(), "-h", "-t", "all", "-o", "%F|%o"]
+    done = call(asked, _environment(environ))
+    if done.returncode != 0:
+        raise SlurmError(f"squeue did not answer: {words(done)}", "try again in a minute")
+    pairs = (line.split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+    numbers = {int(number) for number, path in pairs if path.strip() == str(script)}
+    return [JobId(str(number)) for number in sorted(numbers)]
 
 
 def cancel(
@@ -151,7 +181,7 @@ def call(command: list[str], environment: Mapping[str, str]) -> subprocess.Compl
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"{command[0]} did not answer within {_TIMEOUT:.0f} s",
-            "the controller may be busy: check with squeue before you try again",
+            _BUSY,
         ) from None
 
 
@@ -375,6 +405,17 @@ def run_directory_of(text: str, environ: Mapping[str, str]) -> Path | None:
     scripts = (Path(path) for path in _scripts(job, clean_environment(environ)))
     folders = (path.parent for path in scripts if path.suffix == ".sbatch" and path.is_absolute())
     return next((folder for folder in folders if RunDirectory(folder).plan.is_file()), None)
+
+
+def located(text: str, environ: Mapping[str, str] | None = None) -> RunDirectory:
+    """Return the run that a job id, a run directory or an output path names (see ``find_run``).
+
+    Raises:
+        UsageError: it names no run.
+        RunConflictError: the run may not be read.
+    """
+    environment = os.environ if environ is None else environ
+    return find_run(text, environment, lambda job: run_directory_of(job, environment))
 
 
 def _scripts(job: JobId, environment: Mapping[str, str]) -> Iterator[str]:

@@ -8,10 +8,10 @@
 #   models_dir                          absolute path; empty if the engine is elsewhere
 #   engine_ca                           absolute path of certificates to trust there; may be empty
 #   shard                               index of the shard to work on
+#   plan_step                           array: command that plans the run, if this is not done yet
 #   max_requeues                        0: the job is not requeued automatically
 #   want_seal                           0: the container keeps the network while it works
 #   nodes                               number of the engine's nodes
-#   script                              absolute path of this script, if there are several
 #   model_paths                         array: models that are not in models_dir, absolute paths
 #   want_gpus                           1: the container gets the node's GPUs
 #   gpu_vendor                          nvidia, amd, or auto: as the node has it
@@ -81,6 +81,25 @@ wait_for_child() {
         say "stopped by a signal while the work began or ended; run the same job again to resume"
         code=5
     fi
+    return "$code"
+}
+
+# --- a step of a chain: see aiflux/api/chain_step.py ------------------------------------------
+
+exec_plan_step() {
+    exec "${plan_step[@]}" "$shard"
+}
+
+# Plans the run from the answers of earlier steps, with the Python that submitted the job and without
+# the site's modules. 10: this task has nothing to do.
+plan_the_step() {
+    local code
+    [[ ${plan_step+set} ]] || return 0
+    supervise exec_plan_step
+    code=$?
+    ((code != 10)) || exit 0
+    ((code != 126 && code != 127)) || give_up "${plan_step[0]} cannot run on $HOSTNAME" \
+        "install AI-Flux where every node sees it, or continue with aiflux chain once earlier steps have ended"
     return "$code"
 }
 
@@ -356,6 +375,7 @@ start_ranks() {
 # Runs a step on the other nodes whenever the worker opens the pipes, so also after a step that
 # ended early. Each has new pipes: an old one would not end for the worker if it were opened again
 # at once. The worker opens the orders first. The batch script runs on the first node, number 0.
+# Its copy is on that node only, and the run directory may have another one by now: its text goes.
 keep_ranks() {
     local step others=$((nodes - 1))
     trap '' HUP INT USR1
@@ -368,7 +388,7 @@ keep_ranks() {
         : >"$scratch/step"
         srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --relative=1 --export=ALL \
             --mpi=none --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
-            bash -- "$script" rank <&"$orders" >&"$reports" &
+            bash -c "$(<"${BASH_SOURCE[0]}")" bash rank <&"$orders" >&"$reports" &
         step=$!
         trap 'kill "$step" 2>/dev/null; wait "$step"; rm -f -- "$scratch/step"; exit' TERM
         exec {orders}<&- {reports}>&-
@@ -460,6 +480,7 @@ main() {
     trap 'on_signal INT' INT
     trap 'on_signal HUP' HUP
     trap 'on_signal USR1' USR1
+    plan_the_step || exit
     load_modules
     site_setup
     choose_gpus

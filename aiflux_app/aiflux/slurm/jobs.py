@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from shlex import quote
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import ConfigError, RunConflictError, SlurmError
-from aiflux.util.files import read_file, write_json
-from aiflux.util.records import from_json, to_json
+from aiflux.util.files import write_json
+from aiflux.util.records import read_record, to_json
 
 _ACTIVE = (
     "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING", "SUSPENDED",
@@ -53,19 +52,27 @@ class JobId:
 
 
 def parse_jobs(text: str) -> tuple[JobId, ...]:
-    """Read what ``join_jobs`` writes: ``101``, ``101;cluster``, ``101,102;cluster``.
+    """Read what ``join_jobs`` writes: ``101``, ``101;cluster``, ``101:102;cluster``.
 
     Raises:
         SlurmError: a part of it is not a job id.
     """
     numbers, semicolon, cluster = text.strip().partition(";")
-    return tuple(JobId.parse(number + semicolon + cluster) for number in numbers.split(","))
+    return tuple(JobId.parse(number + semicolon + cluster) for number in re.split("[:,]", numbers))
 
 
 def join_jobs(jobs: Sequence[JobId]) -> str:
-    """Return the jobs of a run, which are all on one cluster, as one word."""
-    numbers = ",".join(job.number for job in jobs)
+    """Return the jobs of a run, which are all on one cluster, as one word.
+
+    Slurm reads it after ``afterok:``. (It would read a comma as a new condition: ``afterany``.)
+    """
+    numbers = ":".join(job.number for job in jobs)
     return str(JobId(numbers, jobs[0].cluster)) if jobs else ""
+
+
+def dependency(jobs: Sequence[JobId], condition: str = "afterok") -> str:
+    """Return jobs as a value of ``--dependency``, such as ``afterok:101:102``; "" for none."""
+    return ":".join([condition, *(job.number for job in jobs)]) if jobs else ""
 
 
 @dataclass(frozen=True)
@@ -231,12 +238,9 @@ def read_submissions(run: RunDirectory) -> Submissions | None:
         RunConflictError: the file is damaged.
         StorageError: it cannot be read.
     """
-    written = read_file(run.submissions)
-    if written is None:
-        return None
     try:
-        return from_json(Submissions, json.loads(written))
-    except (ValueError, RecursionError, SlurmError, ConfigError) as error:
+        return read_record(Submissions, run.submissions)
+    except (ValueError, SlurmError, ConfigError) as error:
         raise RunConflictError(
             f"{run.submissions} is damaged: {error!r}",
             f"move it away (mv {quote(str(run.submissions))} ELSEWHERE); the run's jobs are then "

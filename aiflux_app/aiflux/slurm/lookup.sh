@@ -68,6 +68,7 @@ if [[ $# -gt 0 && $1 != --* ]]; then
     shift
 else
     output=${input##*/}
+    [[ $output != ?*.@(gz|gzip|zst|zstd) ]] || output=${output%.*}
     [[ $output != ?*.* ]] || output=${output%.*}
     absolute output "$output.results.json"
 fi
@@ -76,7 +77,7 @@ output_dir=${output%/*}
 run_dir=$output.aiflux
 shard=0
 max_requeues=20
-nodes=1 script=''
+nodes=1
 
 data_dir=${AIFLUX_DATA_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aiflux}
 absolute models_dir "${AIFLUX_MODELS_DIR:-$data_dir/models}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.local_process import LocalProcess, read_process
 from aiflux.core.runs.plan import Plan, Shard, read_plan
 from aiflux.core.runs.status_file import (
     READ_TO_SHOW,
@@ -19,10 +21,17 @@ from aiflux.core.runs.status_file import (
     read_run_status,
     read_status,
 )
-from aiflux.errors import AifluxError, SlurmError
-from aiflux.slurm.commands import task_states
-from aiflux.slurm.jobs import JobId, Submissions, known_submissions, read_submissions
+from aiflux.errors import AifluxError, ExitCode, RunConflictError, SlurmError, UsageError
+from aiflux.slurm.commands import located, task_states
+from aiflux.slurm.jobs import (
+    JobId,
+    Submissions,
+    known_submissions,
+    parse_jobs,
+    read_submissions,
+)
 from aiflux.slurm.run_view import (
+    ACTIVE,
     QUIET_SECONDS,
     RunFacts,
     RunState,
@@ -74,7 +83,7 @@ def gather(
     """
     moment = time.time() if now is None else now
     facts = read_facts(run, moment)
-    answer = _ask(_open_jobs(facts), environ)
+    answer = _ask(facts.open_jobs, environ)
     return assemble(facts, answer.tasks, moment, answer.refusal)
 
 
@@ -93,11 +102,11 @@ def gather_all(
         except AifluxError as error:
             known[run.path] = error
     read = [facts for facts in known.values() if isinstance(facts, RunFacts)]
-    answer = _ask([job for facts in read for job in _open_jobs(facts)], environ)
+    answer = _ask([job for facts in read for job in facts.open_jobs], environ)
     return {
         path: facts
         if isinstance(facts, AifluxError)
-        else assemble(facts, answer.tasks, now, answer.refusal if _open_jobs(facts) else None)
+        else assemble(facts, answer.tasks, now, answer.refusal if facts.open_jobs else None)
         for path, facts in known.items()
     }
 
@@ -130,12 +139,24 @@ class Observer:
     def _look(self, most: float) -> RunView:
         now = time.time()
         facts = read_facts(self.run, now)
-        jobs = _open_jobs(facts)
+        jobs = facts.open_jobs
         added = not set(jobs) <= set(self._jobs)
         if added or time.monotonic() - self._asked >= most:
             self._answer = _ask(jobs, self._environ)
             self._asked, self._jobs = time.monotonic(), jobs
         return assemble(facts, self._answer.tasks, now, self._answer.refusal if jobs else None)
+
+
+def is_active(run: RunDirectory) -> bool:
+    """Return whether a process or a job works on a run or waits for that; False without a plan.
+
+    Raises:
+        RunConflictError: the run directory is another user's, or others can write it.
+    """
+    if not run.plan.is_file():
+        return False
+    run.refuse_foreign()
+    return gather(run).count(*ACTIVE) > 0
 
 
 def active_jobs(run: RunDirectory, environ: Mapping[str, str] | None = None) -> list[JobId]:
@@ -146,11 +167,41 @@ def active_jobs(run: RunDirectory, environ: Mapping[str, str] | None = None) -> 
         SlurmError: Slurm is missing or does not answer.
     """
     facts = read_facts(run, time.time())
-    jobs = dict.fromkeys((*facts.jobs, *_open_jobs(facts)))
+    jobs = dict.fromkeys((*facts.jobs, *facts.open_jobs))
     if not jobs:
         return []
     tasks = task_states(list(jobs), environ)
     return [job for job in jobs if any(task.active for task in tasks.get(job.number, {}).values())]
+
+
+def jobs_to_wait_for(text: str, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
+    """Return the jobs that have to succeed before a run is finished; none if it is.
+
+    Args:
+        text: the run, as ``located`` accepts it, or ids of other jobs.
+
+    Raises:
+        UsageError: it names neither a run nor a job.
+        RunConflictError: the run has failed, or no job in the queue will complete it.
+        SlurmError: Slurm is missing or does not answer.
+    """
+    try:
+        run = located(text, environ)
+    except UsageError as unknown:
+        try:
+            return parse_jobs(text)
+        except SlurmError:
+            raise unknown from None
+    view = gather(run, environ)
+    if view.finished and outcome(view) is ExitCode.OK:
+        return ()
+    jobs = read_facts(run, time.time()).open_jobs
+    if not jobs or view.count(*ACTIVE, ShardState.DONE) < len(view.shards):
+        raise RunConflictError(
+            f"{view.output} is {view.state.value}, and no job in the queue will complete it",
+            view.next_command or "see aiflux status " + shlex.quote(str(view.output)),
+        )
+    return jobs
 
 
 def read_facts(run: RunDirectory, now: float) -> RunFacts:
@@ -164,16 +215,18 @@ def read_facts(run: RunDirectory, now: float) -> RunFacts:
     tasks = _submitted_tasks(submissions)
     listed = () if submissions is None else submissions.submissions
     whole = read_run_status(run, plan)
+    process = read_process(run)
+    working = process is not None and process.works(now)
     return RunFacts(
         run=run,
         plan=plan,
         shards=tuple(
-            _shard(run, plan, shard, tasks.get(shard.index), now) for shard in plan.shards
+            _shard(run, plan, shard, tasks.get(shard.index), process, now) for shard in plan.shards
         ),
         whole=whole,
         output_there=output_there(plan.output, whole),
         output_change=_output_change(whole, plan),
-        merging=_held(run.merge_lease, now),
+        merging=working or _held(run.merge_lease, now),
         jobs=tuple(dict.fromkeys(job for each in listed for job in each.ids)),
         submitted=listed[-1].submitted if listed else None,
     )
@@ -191,19 +244,32 @@ def _submitted_tasks(submissions: Submissions | None) -> dict[int, TaskId]:
 
 
 def _shard(
-    run: RunDirectory, plan: Plan, shard: Shard, task: TaskId | None, now: float
+    run: RunDirectory,
+    plan: Plan,
+    shard: Shard,
+    task: TaskId | None,
+    process: LocalProcess | None,
+    now: float,
 ) -> ShardFacts:
     status = read_status(run, shard.index, plan)
-    if status is None or status.completed:
-        return ShardFacts(shard, status, task)
+    facts = ShardFacts(shard, status, task)
+    if status is not None and status.completed:
+        return facts
+    if process is not None:  # only the newest start of a run has this record: no task is newer
+        facts = replace(facts, task=None, process=process, process_lives=process.works(now))
+    elif status is None:
+        return facts
+    else:
+        facts = replace(facts, task=task or _own_task(status))
     lease = run.lease(shard.index)
     if not lease.exists():
-        quiet = _quiet(run.status(shard.index), now)
-        return ShardFacts(shard, status, task or _own_task(status), None, quiet)
+        return replace(facts, quiet=_quiet(run.status(shard.index), now))
     lives = None
     with suppress(AifluxError):
         lives = holder_lives(lease)
-    return ShardFacts(shard, status, task or _own_task(status), lives, _quiet(lease, now))
+    if lives is False and not lease.exists():  # it was released after the status was read
+        return _shard(run, plan, shard, task, process, now)
+    return replace(facts, lives=lives, quiet=_quiet(lease, now))
 
 
 def _own_task(status: StatusFile) -> TaskId | None:
@@ -236,14 +302,6 @@ def _quiet(path: Path, now: float) -> float | None:
         return None
 
 
-def _open_jobs(facts: RunFacts) -> list[JobId]:
-    """Return the jobs to ask Slurm about."""
-    if facts.finished:
-        return []
-    unfinished = [shard for shard in facts.shards if shard.word != "completed"] or facts.shards
-    return list(dict.fromkeys(shard.task.job for shard in unfinished if shard.task is not None))
-
-
 def _ask(jobs: Sequence[JobId], environ: Mapping[str, str] | None) -> _Answer:
     if not jobs:
         return _Answer()
@@ -256,7 +314,7 @@ def _ask(jobs: Sequence[JobId], environ: Mapping[str, str] | None) -> _Answer:
 def job_logs(run: RunDirectory) -> dict[int, list[Path]]:
     """Return the logs of the jobs that worked on each shard, in the order of submission.
 
-    A log is included even before its job has created it.
+    A log is included even before its job has created it. A run in the background has one, too.
     """
     logs: dict[int, list[Path]] = {}
     submissions = read_submissions(run)
@@ -268,6 +326,9 @@ def job_logs(run: RunDirectory) -> dict[int, list[Path]]:
                 known = logs.setdefault(shard, [])
                 if file not in known:
                     known.append(file)
+    process = read_process(run)
+    if process is not None:
+        logs.setdefault(0, []).append(process.log)
     return logs
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.local_process import LocalProcess
 from aiflux.core.runs.plan import Plan, Shard
 from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, StatusFile
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
-from aiflux.slurm.jobs import JobId, TaskState
+from aiflux.slurm.jobs import JobId, TaskState, dependency
+from aiflux.util.times import duration
 
 QUIET_SECONDS = 45.0  # a lease is renewed every 3 s; the rest allows for clock differences
 LONG_QUIET_SECONDS = 180.0
@@ -41,6 +43,7 @@ class ShardState(str, Enum):
     NOT_SUBMITTED = "not submitted"
 
 
+_ENDED = {"cancelled": ShardState.STOPPED, "failed": ShardState.FAILED}
 ACTIVE = {ShardState.WAITING, ShardState.RUNNING, ShardState.STOPPING}
 
 
@@ -64,6 +67,8 @@ class ShardFacts:
         task: the one that was last submitted for it.
         lives: whether a living process holds its lease; None if that is unknown here.
         quiet: seconds since its lease (or else its status) changed; None if it has neither.
+        process: the one that was last started for it in the background, if no task was since.
+        process_lives: whether that one is alive, as far as is known here.
     """
 
     shard: Shard
@@ -71,6 +76,8 @@ class ShardFacts:
     task: TaskId | None
     lives: bool | None = None
     quiet: float | None = None
+    process: LocalProcess | None = None
+    process_lives: bool = False
 
     @property
     def word(self) -> str:
@@ -85,6 +92,8 @@ class ShardFacts:
     @property
     def alive(self) -> bool:
         """Whether a process works on the shard, according to its files."""
+        if self.process_lives:
+            return True
         if self.lives is not None:
             return self.lives
         return self.quiet is not None and self.quiet < QUIET_SECONDS
@@ -93,6 +102,14 @@ class ShardFacts:
     def exit_code(self) -> int | None:
         """The exit code that the worker ended with."""
         return self.details.exit_code
+
+    @property
+    def silent(self) -> bool:
+        """Whether the process in the background has written no status yet."""
+        if self.process is None:
+            return False
+        moment = None if self.status is None else self.status.moment
+        return moment is None or moment < self.process.since
 
 
 @dataclass(frozen=True)
@@ -115,12 +132,13 @@ def judge(facts: ShardFacts, task: TaskState | None, answered: bool) -> ShardVer
         return ShardVerdict(ShardState.DONE)
     if task is not None and task.active:
         return _in_slurm(facts, task)
+    if facts.process is not None and facts.silent:
+        return _without_sign(facts, facts.process)
     if facts.word in _WORKING:
         return _said_to_work(facts, task)
-    if facts.word == "cancelled":
-        return ShardVerdict(ShardState.STOPPED, _ended(facts), facts.exit_code)
-    if facts.word == "failed":
-        return ShardVerdict(ShardState.FAILED, _ended(facts), facts.exit_code)
+    if facts.word in _ENDED:
+        state = ShardState.STOPPING if facts.process_lives else _ENDED[facts.word]
+        return ShardVerdict(state, _ended(facts), facts.exit_code)
     return _without_status(facts, task, answered)
 
 
@@ -153,6 +171,16 @@ def _of_task(facts: ShardFacts) -> bool:
     """Return whether the last submitted task wrote the status."""
     slurm = facts.details.slurm
     return facts.task is not None and facts.task.job.number == (slurm.array_job or slurm.job)
+
+
+def _without_sign(facts: ShardFacts, process: LocalProcess) -> ShardVerdict:
+    """Return the state before the process in the background writes its first status."""
+    if facts.process_lives or facts.lives:
+        return ShardVerdict(ShardState.RUNNING, "starting")
+    if process.cancelled:
+        return ShardVerdict(ShardState.STOPPED, "cancelled before the work began")
+    reason = f"its process ended before the work began; see {process.log}"
+    return ShardVerdict(ShardState.FAILED, reason)
 
 
 def _said_to_work(facts: ShardFacts, task: TaskState | None) -> ShardVerdict:
@@ -218,7 +246,8 @@ class RunFacts:
         whole: status of the whole run, for this plan.
         output_there: whether the output exists.
         output_change: how the finished output was changed since it was written, or None.
-        merging: whether a living process holds the lease for writing the output.
+        merging: whether a living process holds the lease for writing the output, or was started
+            in the background.
         jobs: every job that was submitted, oldest first.
         submitted: when that was done last (UTC); None for a run in the foreground.
     """
@@ -232,6 +261,14 @@ class RunFacts:
     merging: bool
     jobs: tuple[JobId, ...]
     submitted: str | None
+
+    @property
+    def open_jobs(self) -> tuple[JobId, ...]:
+        """The jobs that the output still needs: the newest ones of its unfinished shards."""
+        if self.finished:
+            return ()
+        unfinished = [each for each in self.shards if each.word != "completed"] or self.shards
+        return tuple(dict.fromkeys(each.task.job for each in unfinished if each.task is not None))
 
     @property
     def finished(self) -> bool:
@@ -319,6 +356,8 @@ class RunView(ProgressFigures):
     Attributes:
         engine_settings: settings of the engine's server.
         created: when it was planned; ``submitted``: when jobs were submitted last (UTC).
+        dependency: option ``--dependency`` of sbatch for a job that needs the output; "" if it is
+            written, or no job was submitted.
         allowed_failures: number of requests that may fail before the run counts as failed.
         errors: of the last requests that failed, newest first.
         next_command: command that completes the run; None if there is nothing to do, or an option
@@ -336,6 +375,7 @@ class RunView(ProgressFigures):
     plan: str
     created: str
     submitted: str | None
+    dependency: str
     jobs: tuple[str, ...]
     state: RunState
     allowed_failures: int
@@ -345,6 +385,13 @@ class RunView(ProgressFigures):
     slurm: str | None
     output_change: str | None
     shards: tuple[ShardView, ...]
+
+    def __str__(self) -> str:
+        """Return the progress in one line."""
+        states = states_text(self.shards) if len(self.shards) > 1 else ""
+        failed = f"{self.failed} failed"
+        parts = [f"{self.state.value}: {done_text(self)}", failed, states, speed_text(self)]
+        return ", ".join(part for part in parts if part)
 
     @property
     def ended(self) -> bool:
@@ -393,18 +440,19 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
     return RunView(
         run_dir=facts.run.path,
         output=facts.plan.output,
-        input=facts.plan.input_path,
+        input=facts.plan.input.named,
         models=facts.plan.models,
         engine_settings=facts.plan.engine_settings,
         plan=facts.plan.id,
         created=facts.plan.created,
         submitted=facts.submitted,
+        dependency=dependency(facts.open_jobs),
         jobs=tuple(str(job) for job in facts.jobs),
         state=state,
         total=facts.plan.requests,
         completed=completed,
         failed=failed,
-        allowed_failures=facts.plan.options.allowed_failures(facts.plan.requests),
+        allowed_failures=facts.plan.allowed_failures,
         requests_per_second=round(sum(shard.requests_per_second for shard in shards), 3),
         tokens_per_second=round(sum(shard.tokens_per_second for shard in shards), 3),
         remaining_seconds=_remaining(shards),
@@ -605,3 +653,39 @@ def _updated(facts: RunFacts) -> float | None:
     written = [facts.whole, *(shard.status for shard in facts.shards)]
     moments = [status.moment for status in written if status is not None]
     return max((moment for moment in moments if moment is not None), default=None)
+
+
+SHARD_ORDER = (
+    ShardState.RUNNING,
+    ShardState.STOPPING,
+    ShardState.FAILED,
+    ShardState.LOST,
+    ShardState.STOPPED,
+    ShardState.NOT_SUBMITTED,
+    ShardState.WAITING,
+    ShardState.DONE,
+)
+"""The order in which shards are shown."""
+
+
+def done_text(view: RunView) -> str:
+    """Return how many requests of a run are done."""
+    share = 100 * view.done // max(view.total, 1)
+    return f"{view.done}/{view.total} done ({share} %)"
+
+
+def speed_text(view: RunView) -> str:
+    """Return how fast a run is, and the time left; "" if nothing is known."""
+    parts = []
+    if view.requests_per_second:
+        parts.append(f"{view.requests_per_second:.1f} requests/s")
+        parts.append(f"{view.tokens_per_second:.0f} tokens/s")
+    if view.remaining_seconds is not None:
+        parts.append(f"ETA {duration(view.remaining_seconds)}")
+    return ", ".join(parts)
+
+
+def states_text(shards: Iterable[ShardView]) -> str:
+    """Return how many shards have each state."""
+    counts = Counter(shard.state for shard in shards)
+    return ", ".join(f"{counts[state]} {state.value}" for state in SHARD_ORDER if counts[state])

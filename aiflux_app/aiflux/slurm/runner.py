@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.declaration import known_setting, parse_setting
+from aiflux.core.config.declaration import known_setting, parse_setting, refuse_two_names
 from aiflux.core.config.settings import BY_NAME, section_settings
 from aiflux.core.config.sources import ModelConfig
 from aiflux.core.runs.directory import default_output
@@ -20,12 +20,15 @@ from aiflux.errors import OutputExistsError, SlurmError
 from aiflux.image.container import local_choices
 from aiflux.slurm import commands
 from aiflux.slurm.commands import job_state
-from aiflux.slurm.jobs import JobState, join_jobs, parse_jobs
+from aiflux.slurm.jobs import JobId, JobState, join_jobs, parse_jobs
+from aiflux.slurm.monitor import jobs_to_wait_for
 from aiflux.slurm.preflight.local import finding_text
-from aiflux.slurm.submit import plan_job, submit_job
+from aiflux.slurm.submit import PlannedRun, plan_job, submit_job, submit_then
+from aiflux.util import value_parsers
 from aiflux.util.files import expanded
 
 _log = logging.getLogger(__name__)
+_OF_SLURM = {item.name for item in fields(SlurmConfig)}
 
 
 class SlurmRunner:
@@ -60,6 +63,8 @@ class SlurmRunner:
         preflight: bool = True,
         dry_run: bool = False,
         model_config: ModelConfig | str | Path | None = None,
+        after: Sequence[str] = (),
+        then: str = "",
         **options: Any,
     ) -> str:
         """Check the input, plan the run, submit it and return the job's id.
@@ -75,6 +80,8 @@ class SlurmRunner:
                 needs several arrays).
             model_config: of ``Config.load_model_config``, or such a file: its model and parameters
                 apply if nothing else sets them.
+            after: runs or ids of jobs, as ``run`` returns them, that have to succeed first.
+            then: shell command to execute in a small job once the run is over.
             options: settings of the run (``model``, ``batch_size``, ``max_retries``,
                 ``temperature``, ...), of Slurm (``account``, ``time``, ...) and paths (``image``,
                 ``models_dir``, ...); None means not given. Settings that are not given here
@@ -82,8 +89,8 @@ class SlurmRunner:
                 runner's ``config``.
 
         Returns:
-            the job's id; ``id;cluster`` if sbatch names a cluster, and ``id,id`` if the run needed
-            several arrays. ``status``, ``wait`` and ``cancel`` accept all forms.
+            the job's id; ``id;cluster`` if sbatch names a cluster, and ``id:id`` if the run needed
+            several arrays. ``status``, ``wait``, ``cancel`` and ``after`` accept all forms.
 
         Raises:
             ConfigError: an option is unknown or wrong.
@@ -95,34 +102,17 @@ class SlurmRunner:
             SlurmError: Slurm is missing or refused the job.
             StorageError: the run directory cannot be written.
         """
-        sections = _by_section(options)
-        loaded = model_config if isinstance(model_config, ModelConfig) else None
-        if model_config is not None and loaded is None:
-            sections["run"]["model_config"] = self._setting(model_config)
-        paths = {name: self._setting(value) for name, value in sections["paths"].items()}
-        # A seal that somebody asks for may be impossible.
-        seal = {"seal": sections["slurm"].get("seal")}
-        config = self.settings.changed({**sections["run"], **seal, **paths}, loaded)
-        slurm = _with(self.config, sections["slurm"])
-        source = self._path(input_path)
-        output = default_output(source, self.workspace)
-        planned = plan_job(
-            config,
-            slurm,
-            source,
-            output if output_path is None else self._path(output_path),
-            config.run_options(),
-            cwd=self.workspace,
+        waits = tuple(job for name in after for job in jobs_to_wait_for(name))
+        planned = self.plan(
+            input_path,
+            output_path,
             force=force,
             force_resume=force_resume,
-            check=preflight,
+            preflight=preflight,
             write=not dry_run,
+            model_config=model_config,
+            **options,
         )
-        choices = local_choices(config, planned.image)
-        if choices is not None:
-            _log.warning(choices)
-        for finding in planned.findings:
-            _log.warning(finding_text(finding))
         if dry_run:
             return "\n".join(text for _, text in planned.scripts)
         opened = planned.opened
@@ -136,11 +126,81 @@ class SlurmRunner:
                 "every request is done, and only the output is missing",
                 f"write it with aiflux merge {quote(str(opened.run.path))}",
             )
-        jobs = submit_job(planned)
-        warning = register_plan(opened.plan, jobs)
+        return join_jobs(self.submit(planned, waits, then))
+
+    def plan(
+        self,
+        input_path: str | Path,
+        output_path: str | Path | None = None,
+        *,
+        force: bool = False,
+        force_resume: bool = False,
+        preflight: bool = True,
+        write: bool = True,
+        model_config: ModelConfig | str | Path | None = None,
+        **options: Any,
+    ) -> PlannedRun:
+        """Check the input and plan the run, without submitting it; see ``run``.
+
+        Args:
+            write: write the plan into the run directory; necessary for ``submit``.
+        """
+        config, slurm = self.configured(model_config, **options)
+        planned = plan_job(
+            config,
+            slurm,
+            *self.paths(input_path, output_path),
+            config.run_options(),
+            cwd=self.workspace,
+            force=force,
+            force_resume=force_resume,
+            check=preflight,
+            write=write,
+        )
+        choices = local_choices(config, planned.image)
+        if choices is not None:
+            _log.warning(choices)
+        for finding in planned.findings:
+            _log.warning(finding_text(finding))
+        return planned
+
+    def submit(
+        self, planned: PlannedRun, after: Sequence[JobId] = (), then: str = ""
+    ) -> tuple[JobId, ...]:
+        """Submit a planned run that is not finished, and return its jobs; see ``run``."""
+        jobs = submit_job(planned, after=after)
+        warning = register_plan(planned.opened.plan, jobs)
         if warning:
             _log.warning(warning)
-        return join_jobs(jobs)
+        if then:
+            submit_then(planned, then, jobs)
+        return jobs
+
+    def configured(
+        self, model_config: ModelConfig | str | Path | None = None, **options: Any
+    ) -> tuple[Config, SlurmConfig]:
+        """Return the settings of a run with these options; see ``run``.
+
+        Raises:
+            ConfigError: an option is unknown or wrong.
+        """
+        given = _known(options)
+        loaded = model_config if isinstance(model_config, ModelConfig) else None
+        if model_config is not None and loaded is None:
+            given["model_config"] = model_config
+        for name, value in given.items():
+            if BY_NAME[name].parse is value_parsers.path:
+                given[name] = self._setting(value)
+        of_slurm = {name: value for name, value in given.items() if name in _OF_SLURM}
+        return self.settings.changed(given, loaded), _with(self.config, of_slurm)
+
+    def paths(
+        self, input_path: str | Path, output_path: str | Path | None = None
+    ) -> tuple[Path, Path]:
+        """Return the paths of input and output; see ``run``."""
+        source = self._path(input_path)
+        output = default_output(source, self.workspace)
+        return source, output if output_path is None else self._path(output_path)
 
     def status(self, job_id: str) -> JobState:
         """Return the state of a job; for an array, the overall state of its tasks.
@@ -193,18 +253,15 @@ class SlurmRunner:
         return self.workspace / expanded(path)
 
 
-def _by_section(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sort keywords into the sections of the settings, without None.
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given keywords by the names of their settings.
 
     Raises:
-        ConfigError: a keyword is unknown; lists the known ones.
+        ConfigError: a keyword is unknown (lists the known ones), or two name one setting.
     """
-    sections: dict[str, dict[str, Any]] = {"run": {}, "slurm": {}, "paths": {}}
-    for name, value in options.items():
-        setting = known_setting(name, "run(): ", BY_NAME)
-        if value is not None:
-            sections[setting.section][setting.name] = value
-    return sections
+    refuse_two_names(options, lambda _: "run()", BY_NAME)
+    named = {name: known_setting(name, "run(): ", BY_NAME).name for name in options}
+    return {named[name]: value for name, value in options.items() if value is not None}
 
 
 def _with(slurm: SlurmConfig, changes: Mapping[str, Any]) -> SlurmConfig:

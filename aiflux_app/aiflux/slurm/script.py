@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.config.settings import RunOptions
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import LIBRARY_VARIABLES
 from aiflux.engines.kinds import engine_kind
@@ -40,9 +40,9 @@ class JobScript:
         max_requeues: 0 keeps the job from going back to the queue by itself; the worker counts.
         model_paths: models that are not in the models directory.
         engine_ca: certificates to trust at an engine elsewhere; the container must see them.
-        worker: command of the worker outside a container (see ``worker_command``).
+        worker: command of the worker outside a container (see ``package_command``).
         nodes: those of the job's engine.
-        script: where this script is stored, for the other nodes to read it.
+        plan_step: command that plans the run when the job starts; empty if it is planned.
     """
 
     name: str
@@ -62,14 +62,18 @@ class JobScript:
     model_paths: tuple[Path, ...] = ()
     worker: tuple[str, ...] = ()
     nodes: int = 1
-    script: Path | None = None
+    plan_step: tuple[str, ...] = ()
 
     def with_models(self, plan: Plan) -> JobScript:
-        """Return the same for the models of a plan."""
+        """Return the same for the models and the input of a plan.
+
+        The input is a plain copy if the user named a compressed one.
+        """
         kind = engine_kind(plan.options)
         names = (*plan.models, *(adapter.path for adapter in plan.adapters))
         paths = [kind.model_path(name) for name in names]
-        return replace(self, model_paths=tuple(path for path in paths if path is not None))
+        found = tuple(path for path in paths if path is not None)
+        return replace(self, input=plan.input_path, model_paths=found)
 
     @classmethod
     def of_run(
@@ -96,29 +100,30 @@ class JobScript:
             drain_seconds=options.drain_seconds,
             max_requeues=options.max_requeues,
             engine_ca=None if kind.managed else options.engine_ca,
-            worker=() if kind.worker_in_image else worker_command(os.environ),
+            worker=() if kind.worker_in_image else package_command("aiflux.worker", os.environ),
             nodes=options.nodes_per_engine,
         )
 
 
-def worker_command(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the command of this package's worker, for a job without a container.
+def package_command(module: str, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the command of this package's worker or command line, for a job without a container.
 
     Args:
-        environ: the environment of this process, whose Python the worker uses.
+        module: such as ``aiflux.worker``.
+        environ: the environment of this process, whose Python the command uses.
     """
     needed = {name: environ[name] for name in LIBRARY_VARIABLES if environ.get(name)}
     for name in needed.keys() & {"PYTHONPATH", "LD_LIBRARY_PATH"}:
-        # The worker starts in a directory of its own.
+        # The command starts in another directory.
         folders = (os.path.abspath(folder) for folder in needed[name].split(os.pathsep))
         needed[name] = os.pathsep.join(folders)
     env = ("env", *(f"{name}={value}" for name, value in needed.items())) if needed else ()
-    return (*env, sys.executable, "-m", "aiflux.worker")
+    return (*env, sys.executable, "-m", module)
 
 
 def job_name(output: Path) -> str:
     """Return ``aiflux-<output stem>``, of letters, digits and ``._-`` only."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", output.stem).strip("-")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", user_output(output).stem).strip("-")
     return f"aiflux-{stem}"[:_NAME_LENGTH].rstrip("-")
 
 
@@ -153,6 +158,23 @@ def render_local(job: JobScript) -> str:
     return _script(["#!/bin/bash", *_of_run(job, job.slurm)])
 
 
+def render_then(job: JobScript, command: str) -> str:
+    """Return the script of the small job that executes a shell command after a run.
+
+    Raises:
+        ConfigError: the command has several lines.
+    """
+    lines = [
+        "#!/bin/bash",
+        *then_directives(job),
+        "",
+        _array("cli", package_command("aiflux.cli", os.environ)),
+        _assign("run_dir", job.run_dir),
+        _assign("command", command),
+    ]
+    return _script(lines, "then.sh")
+
+
 def render_models(image: Path, models_dir: Path, arguments: Sequence[str]) -> str:
     """Return the script that changes the models directory with the worker of an image.
 
@@ -163,7 +185,7 @@ def render_models(image: Path, models_dir: Path, arguments: Sequence[str]) -> st
     paths = _paths(image, image, models_dir, models_dir, None, None, (), ())
     no_gpus = SlurmConfig(gpus_per_node="0")
     worker = [_assign("shard", 0), _assign("max_requeues", 0), _assign("want_seal", 0)]
-    worker += [_assign("nodes", 1), _assign("script", "")]
+    worker.append(_assign("nodes", 1))
     lines = ["#!/bin/bash", *paths, *worker, _array("prepare_args", arguments), *_site(no_gpus)]
     return _script(lines)
 
@@ -180,10 +202,11 @@ def _of_run(job: JobScript, slurm: SlurmConfig) -> Iterator[str]:
         job.worker,
     )
     yield from _shard(job)
+    if job.plan_step:
+        yield _array("plan_step", job.plan_step)
     yield _assign("max_requeues", job.max_requeues)
     yield _assign("want_seal", int(slurm.seal and not job.worker))
     yield _assign("nodes", job.nodes)
-    yield _assign("script", (job.nodes > 1 and job.script) or "")
     yield _assign("gpu_vendor", slurm.gpu_vendor)
     yield 'prepare_args=(--run-dir "$run_dir" --prepare)'
     yield from _site(slurm)
@@ -210,10 +233,10 @@ def _paths(
     yield _array("model_paths", map(str, model_paths))
 
 
-def _script(lines: Sequence[str]) -> str:
+def _script(lines: Sequence[str], part: str = "job.sh") -> str:
     for line in lines:
         _refuse_ends(line)
-    return "\n".join([*lines, "", _part("job.sh")])
+    return "\n".join([*lines, "", _part(part)])
 
 
 def generic_script() -> str:
@@ -377,6 +400,29 @@ def job_directives(
         "signal": f"B:USR1@{signal_seconds(drain_seconds)}",
     }
     wanted.update(extra)
+    return (directive(key, value) for key, value in wanted.items() if value is not None)
+
+
+_OF_WORK = re.compile(r"(dependency|exclusive)\Z|gpu|mem-per-|tres-per-")
+
+
+def then_directives(job: JobScript) -> Iterator[str]:
+    """Yield the ``#SBATCH`` lines of the job after a run: one core, no GPU, and no second start."""
+    slurm = job.slurm.checked()
+    extra = {name: text for name, text in slurm.sbatch_arg.items() if not _OF_WORK.match(name)}
+    wanted: dict[str, str | int | None] = {
+        "job-name": f"{job.name}-then",
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "ntasks": 1,
+        "cpus-per-task": 1,
+        "reservation": slurm.reservation,
+        "time": slurm.time,
+        "output": log_pattern(job.log),
+        "no-requeue": "",
+        **extra,
+    }
     return (directive(key, value) for key, value in wanted.items() if value is not None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +14,23 @@ from aiflux.core.batch.input_file import InputSummary
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
+from aiflux.core.runs.input_copy import is_compressed
+from aiflux.core.runs.local_process import forget_process, refuse_process
 from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
 from aiflux.core.runs.output import shards_left
 from aiflux.core.runs.plan import Plan, auto_shards, make_plan, read_plan, same_work
 from aiflux.core.runs.status_file import finished_counts
 from aiflux.engines.kinds import engine_kind
-from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError
+from aiflux.errors import ConfigError, ImageError, InputError, RunConflictError, SlurmError
 from aiflux.estimates.estimate import SLURM, carry_estimate, known_estimate
-from aiflux.image.container import find_image, image_names
-from aiflux.slurm.commands import max_array_size, submit, task_states
+from aiflux.image.container import (
+    find_image,
+    image_names,
+    no_image_used,
+    refuse_container,
+    refuse_seal,
+)
+from aiflux.slurm.commands import jobs_of_script, max_array_size, submit, task_states
 from aiflux.slurm.jobs import (
     Job,
     JobId,
@@ -28,18 +38,22 @@ from aiflux.slurm.jobs import (
     Submissions,
     TaskState,
     array_ranges,
+    dependency,
+    join_jobs,
     parse_ranges,
     read_submissions,
     remember,
     split_arrays,
 )
+from aiflux.slurm.limits import SiteLimit, refuse_excess, site_limits
 from aiflux.slurm.preflight.cluster import preflight
 from aiflux.slurm.preflight.local import Finding, problem_with, refuse
-from aiflux.slurm.script import JobScript, render
-from aiflux.util.files import atomic_write, expanded, storage_error
-from aiflux.util.lease import acquire
+from aiflux.slurm.script import JobScript, log_file, render, render_then
+from aiflux.util.files import atomic_write, expanded, read_file, storage_error
+from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_now, walltime_seconds
+from aiflux.util.value_parsers import SERVE
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,26 @@ class PlannedRun:
     known: Submissions | None = None
 
     @property
+    def run(self) -> RunDirectory:
+        """The run directory."""
+        return self.opened.run
+
+    @property
     def script(self) -> str:
         """The text of the first script."""
         return self.scripts[0][1]
+
+
+@dataclass(frozen=True)
+class LaterRun:
+    """A run whose jobs make its plan when they start; the attributes are those of PlannedRun."""
+
+    run: RunDirectory
+    image: Path | None
+    slurm: SlurmConfig
+    logs: Path
+    scripts: tuple[tuple[JobScript, str], ...]
+    known: Submissions | None = None
 
 
 def plan_job(
@@ -92,45 +123,27 @@ def plan_job(
 
     Raises:
         PreflightError: the checks found problems; lists all of them.
+        ConfigError: the run requests more than the site permits.
         UsageError: settings, input, output or image are wrong (see ``draft_run``, ``find_image``).
         RunConflictError: a job of this run already waits or runs.
         StorageError: the run directory cannot be written.
     """
     kind = engine_kind(options)
     slurm = slurm.checked()
-    if options.nodes_per_engine > 1:
-        refuse_seal(
-            config,
-            "a run with --nodes-per-engine cannot be sealed: the ranks of its engine need the "
-            "network between the nodes",
-        )
+    limits = site_limits(os.environ if environ is None else environ)
     output = checked_output(output)
     run = RunDirectory.of_output(output)
     place = Path.cwd() if cwd is None else cwd
-    if kind.worker_in_image:
-        found = _image(config, place, kind.name, missing_ok=check)
-        image = found or place / image_names(kind.name, slurm.gpu_vendor)[0]
-    else:
-        refuse_container(config)
-        found = image = None
-    job = JobScript.of_run(
-        expanded(input_path).absolute(),
-        output,
-        options,
-        config.models_dir if kind.stores_models else None,
-        slurm,
-        image,
-        logs_folder(config, run),
-    )
-    # Values that cannot be rendered are refused before the input is read or anything is written.
-    render(job)
+    job, found = job_script(config, slurm, input_path, output, options, place, limits, check=check)
+    if is_compressed(expanded(input_path)):
+        refuse_second(run, environ)  # its jobs read the copy, which the draft may replace
     draft = _draft(
         input_path,
         output,
         options,
         config.models_dir,
         kind,
-        shards=_shard_count(slurm, output, options),
+        shards=_shard_count(slurm, output, options, limits),
         force=force,
         force_resume=force_resume,
     )
@@ -151,41 +164,90 @@ def plan_job(
     return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings, known=known)
 
 
-def refuse_container(config: Config) -> None:
-    """Refuse a seal and an image that somebody asked for, for a run without a container.
+def plan_later(
+    config: Config,
+    input_path: Path,
+    output: Path,
+    plan_step: Sequence[str],
+    *,
+    shards: int,
+    environ: Mapping[str, str] | None = None,
+) -> LaterRun:
+    """Render jobs that make the plan of their run when they start.
+
+    Args:
+        input_path: made by ``plan_step``.
+        plan_step: command that makes the input and the plan.
+        shards: the largest number of shards that the plan may have.
 
     Raises:
-        ConfigError: the image is given as an argument, or the seal is set and not by default.
+        UsageError: as ``plan_job`` does.
     """
-    refuse_seal(
-        config,
-        "a run with --engine-command cannot be sealed: there is no container, and the command's "
-        "programs have the node's network",
-        ", or use an engine with an image (--engine)",
-    )
-    image = config.values["image"]
-    if image.origin == "argument":
-        raise _no_image_used(image.value)
+    options, slurm = config.run_options(), config.get_slurm_config().checked()
+    limits = site_limits(os.environ if environ is None else environ)
+    job, _ = job_script(config, slurm, input_path, output, options, Path.cwd(), limits, check=False)
+    names = () if options.model is None else (options.model,)
+    paths = [engine_kind(options).model_path(name) for name in (*names, *options.lora.values())]
+    models = tuple(path for path in paths if path is not None)
+    job = replace(job, plan_step=tuple(plan_step), model_paths=models)
+    scripts = _array_scripts(job, range(shards), shards, slurm, environ)
+    run = RunDirectory.of_output(checked_output(output))
+    return LaterRun(run, job.image, slurm, job.log, scripts, read_submissions(run))
 
 
-def refuse_seal(config: Config, why: str, otherwise: str = "") -> None:
-    """Refuse a seal that somebody asked for, for a run that cannot be sealed.
+def job_script(
+    config: Config,
+    slurm: SlurmConfig,
+    input_path: Path,
+    output: Path,
+    options: RunOptions,
+    place: Path,
+    limits: Mapping[str, SiteLimit],
+    *,
+    check: bool,
+) -> tuple[JobScript, Path | None]:
+    """Return the script of a run without its models, and the image if there is one.
+
+    Values that cannot be rendered are refused before the input is read or anything is written.
+
+    Args:
+        place: first directory to search for an image.
+        check: a missing image is reported later, with other problems.
 
     Raises:
-        ConfigError: the seal is set, and not by default.
+        ConfigError: the run requests more than the site permits, or a setting cannot be used.
+        ImageError: there is no image.
     """
-    seal = config.values["seal"]
-    if seal.value and seal.origin != "default":
+    kind = engine_kind(options)
+    refuse_excess(slurm, options, limits)
+    if (options.engine_url or "").startswith(SERVE):
         raise ConfigError(
-            f"seal = true ({seal.origin}), but {why}", f"accept that with --no-seal{otherwise}"
+            f"a job cannot use {options.engine_url}: its container does not see the engine's files",
+            "run it on this machine: aiflux run",
         )
-
-
-def _no_image_used(image: Path) -> ConfigError:
-    return ConfigError(
-        f"the image {image} would not be used: a run with --engine-command has no container",
-        "omit --image; the command can start a container itself",
+    if options.nodes_per_engine > 1:
+        refuse_seal(
+            config,
+            "a run with --nodes-per-engine cannot be sealed: the ranks of its engine need the "
+            "network between the nodes",
+        )
+    if kind.worker_in_image:
+        found = _image(config, place, kind.name, missing_ok=check)
+        image = found or place / image_names(kind.name, slurm.gpu_vendor)[0]
+    else:
+        refuse_container(config)
+        found = image = None
+    job = JobScript.of_run(
+        expanded(input_path).absolute(),
+        output,
+        options,
+        config.models_dir if kind.stores_models else None,
+        slurm,
+        image,
+        logs_folder(config, RunDirectory.of_output(output)),
     )
+    render(job)
+    return job, found
 
 
 def _image(config: Config, cwd: Path, engine: str, *, missing_ok: bool) -> Path | None:
@@ -207,13 +269,18 @@ def _draft(*arguments: Any, **keywords: Any) -> RunDraft | InputError:
 
 
 def _shard_count(
-    slurm: SlurmConfig, output: Path, options: RunOptions
+    slurm: SlurmConfig, output: Path, options: RunOptions, limits: Mapping[str, SiteLimit]
 ) -> int | Callable[[InputSummary], int]:
     """Return the requested shards; for ``auto``, those of a pilot, or else a rule of thumb."""
     if isinstance(slurm.shards, int):
         return slurm.shards
 
+    most = limits["shards"].amount if "shards" in limits else math.inf
+
     def automatic(summary: InputSummary) -> int:
+        return int(min(chosen(summary), most))
+
+    def chosen(summary: InputSummary) -> int:
         plan = make_plan(summary, output, options, None, engine_kind(options))
         estimate = known_estimate(plan, options.engine_url or SLURM)
         if estimate is not None:
@@ -231,16 +298,22 @@ def _scripts(
     environ: Mapping[str, str] | None,
 ) -> tuple[tuple[JobScript, str], ...]:
     """Render a script for each necessary array of the shards."""
-    job = job.with_models(plan)
-    run = RunDirectory(job.run_dir)
-    if len(plan.shards) == 1:
-        job = replace(job, script=run.script_part(1))
+    return _array_scripts(job.with_models(plan), shards, len(plan.shards), slurm, environ)
+
+
+def _array_scripts(
+    job: JobScript,
+    shards: Sequence[int],
+    total: int,
+    slurm: SlurmConfig,
+    environ: Mapping[str, str] | None,
+) -> tuple[tuple[JobScript, str], ...]:
+    if total == 1:
         return ((job, render(job)),)
     at_once = "" if slurm.max_running is None else f"%{slurm.max_running}"
     scripts: list[tuple[JobScript, str]] = []
     for first, tasks in split_arrays(shards, max_array_size(environ)):
-        script = run.script_part(len(scripts) + 1)
-        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first, script=script)
+        part = replace(job, tasks=array_ranges(tasks) + at_once, first=first)
         scripts.append((part, render(part)))
     return tuple(scripts)
 
@@ -262,7 +335,7 @@ def plan_resume(
     Raises:
         ImageError: the image does not exist.
         RunConflictError: there is no plan, or it was never submitted.
-        ConfigError: a setting is wrong.
+        ConfigError: a setting is wrong, or exceeds a limit of the site.
     """
     run.refuse_foreign()
     plan = read_plan(run)
@@ -279,8 +352,9 @@ def plan_resume(
             "a run cannot be resumed with another number of shards",
             "use the whole `aiflux run` command with another --shards: it splits the input again",
         )
+    refuse_excess(slurm, plan.options, site_limits(os.environ if environ is None else environ))
     if image is not None and not engine_kind(plan.options).worker_in_image:
-        raise _no_image_used(image)
+        raise no_image_used(image)
     image = image or records.image
     if image is not None and not image.exists():
         raise ImageError(f"image not found: {image}", "use another with --image")
@@ -301,11 +375,19 @@ def _recorded(recorded: SlurmConfig, changes: Mapping[str, Any]) -> SlurmConfig:
     return SlurmConfig(**{**to_json(recorded), **changes}).checked()
 
 
-def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
+def submit_job(
+    planned: PlannedRun,
+    environ: Mapping[str, str] | None = None,
+    *,
+    after: Sequence[JobId] = (),
+) -> tuple[JobId, ...]:
     """Write the scripts into the run directory, submit them and record the jobs there.
 
     With ``max_running``, several arrays wait for each other, so that no more run in total. If the
     same command is started several times at once, one submits the run; the others are refused.
+
+    Args:
+        after: jobs that have to succeed first. If one fails, Slurm cancels the run's jobs.
 
     Raises:
         RunConflictError: another command planned or submitted the run since it was planned here.
@@ -326,29 +408,132 @@ def submit_job(planned: PlannedRun, environ: Mapping[str, str] | None = None) ->
                 "time",
                 f"check it with aiflux status {quote(str(run.path))}",
             )
-        return _submit(planned, environ)
+        return _submit(planned, after, environ)
 
 
-def _submit(planned: PlannedRun, environ: Mapping[str, str] | None) -> tuple[JobId, ...]:
-    run = planned.opened.run
+def submit_then(
+    planned: PlannedRun,
+    command: str,
+    jobs: Sequence[JobId],
+    environ: Mapping[str, str] | None = None,
+) -> tuple[JobId, Path]:
+    """Submit a small job that executes a shell command once the run is over.
+
+    Args:
+        jobs: the run's, which were just submitted.
+
+    Returns:
+        the job and its log.
+
+    Raises:
+        ConfigError: the command cannot be in a batch script.
+        SlurmError: Slurm refused the job; the run stays submitted.
+        StorageError: the run directory cannot be written.
+    """
+    script = planned.opened.run.then_script
+    text = render_then(planned.scripts[0][0], command)
+    with atomic_write(script, 0o600) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+    option = f"--dependency={dependency(jobs, 'afterany')}"
+    try:
+        job = submit(script, [option], environ)
+    except SlurmError as error:
+        raise SlurmError(
+            f"the run is submitted ({join_jobs(jobs)}), but not the job of --then: {error.message}",
+            f"correct the script and submit it: sbatch {option} {quote(str(script))}",
+        ) from error
+    return job, log_file(planned.logs, job.number)
+
+
+def submit_later(
+    later: LaterRun, after: Sequence[JobId], environ: Mapping[str, str] | None = None
+) -> tuple[JobId, ...]:
+    """Submit jobs that start when others have ended successfully, and record them.
+
+    If one of the others fails, Slurm cancels the jobs.
+
+    Raises:
+        RunConflictError: another command planned or submitted the run since.
+        SlurmError: Slurm is missing or refused a job; those before it stay submitted.
+        StorageError: the run directory cannot be written.
+    """
+    later.run.make()
+    try:
+        later.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, later.logs) from error
+    with acquire(later.run.plan_lease, f"the run {later.run.path}", wait=True):
+        if later.run.plan.exists() or read_submissions(later.run) != later.known:
+            raise RunConflictError(
+                f"another command planned or submitted {later.run.path} at the same time",
+                "run the same command again",
+            )
+        return _submit(later, after, environ)
+
+
+def _submit(
+    planned: PlannedRun | LaterRun,
+    after: Sequence[JobId],
+    environ: Mapping[str, str] | None,
+) -> tuple[JobId, ...]:
+    run = planned.run
     for mark in run.path.glob("status/*.requeue"):
         mark.unlink(missing_ok=True)
+    forget_process(run)
     submission = Submission(utc_now(), None, (), planned.logs)
     for number, (job, text) in enumerate(planned.scripts, start=1):
         script = run.script_part(number)
-        with atomic_write(script, 0o600) as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-        id_ = submit(script, _after(submission, planned.slurm), environ=environ)
+        content = text.encode("utf-8", "surrogateescape")
+        id_ = _unrecorded_job(script, content, planned.known, environ)
+        if id_ is None:
+            with atomic_write(script, 0o600) as file:
+                file.write(content)
+            id_ = submit(script, _waits(submission, planned.slurm, after), environ=environ)
         jobs = (*submission.jobs, Job(id_.number, job.tasks, job.first, _shards_of(job)))
         submission = replace(submission, cluster=id_.cluster, jobs=jobs)
         remember(run, planned.image, planned.slurm, submission)
     return submission.ids
 
 
-def _after(submission: Submission, slurm: SlurmConfig) -> list[str]:
-    if slurm.max_running is None or not submission.jobs:
+def _unrecorded_job(
+    script: Path, content: bytes, known: Submissions | None, environ: Mapping[str, str] | None
+) -> JobId | None:
+    """Return the job of a start that was killed after sbatch, before it recorded the job.
+
+    Without this, the same command would submit the same work a second time.
+    """
+    if read_file(script) != content:
+        return None
+    recorded = {id_.number for each in (known.submissions if known else ()) for id_ in each.ids}
+    left = [id_ for id_ in jobs_of_script(script, environ) if id_.number not in recorded]
+    states = task_states(left, environ) if left else {}
+    active = (id_ for id_ in left if any(t.active for t in states.get(id_.number, {}).values()))
+    return next(active, None)
+
+
+def may_be_queued(run: RunDirectory, environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether Slurm has a job of a run, or may have one that was not recorded."""
+    script = run.script_part(1)
+    if run.submissions.exists() or not script.exists():
+        return run.submissions.exists()
+    try:
+        return bool(jobs_of_script(script, environ))
+    except SlurmError:
+        return True  # its answer to sbatch may be lost, too
+
+
+def _waits(submission: Submission, slurm: SlurmConfig, after: Sequence[JobId]) -> list[str]:
+    """Return the options with which the next job waits for others.
+
+    They replace the dependency in its script.
+    """
+    before = submission.ids[-1:] if slurm.max_running is not None else ()
+    conditions = [text for text in (dependency(after), dependency(before, "afterany")) if text]
+    if not conditions:
         return []
-    return [f"--dependency=afterany:{submission.jobs[-1].job_id}"]
+    given = slurm.sbatch_arg.get("dependency")
+    options = [f"--dependency={','.join([given, *conditions] if given else conditions)}"]
+    return [*options, "--kill-on-invalid-dep=yes"] if after else options
 
 
 def _shards_of(job: JobScript) -> tuple[int, ...]:
@@ -376,6 +561,19 @@ def refuse_second(run: RunDirectory, environ: Mapping[str, str] | None = None) -
             f"job {job} of this run is already {state.name}",
             f"wait for it, or cancel it first: aiflux cancel {quote(str(run.path))}",
         )
+
+
+def refuse_busy(run: RunDirectory) -> None:
+    """Refuse a run that a job waits for, or that any process works on.
+
+    Raises:
+        RunConflictError: there is one.
+        SlurmError: Slurm is missing or does not answer.
+    """
+    refuse_living(run.path.glob(".shard-*.lease"), f"the run {run.path}")
+    refuse_process(run)
+    if run.submissions.exists():
+        refuse_second(run)
 
 
 def active_shards(

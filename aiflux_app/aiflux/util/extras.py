@@ -15,22 +15,34 @@ from aiflux.errors import ConfigError
 from aiflux.util.process_limits import exhausted, require_memory
 
 EXTRAS: Mapping[str, str] = {
-    "documents": "PDF and DOCX in aiflux convert dir",
+    "documents": "PDF in aiflux convert dir",
+    "duckdb": "DuckDB databases, read and written",
+    "gateway": "aiflux gateway",
     "hub": "pulling models of Hugging Face, for the engine vllm",
     "images": "aiflux convert images",
+    "pandoc": "ODT, PPTX, EPUB, RTF and HTML in aiflux convert dir",
     "parquet": "Parquet tables, read and written",
     "report": "the plots of a report",
+    "spreadsheets": "Excel and OpenDocument workbooks, read and written (.xlsx)",
     "schema": "--validate",
+    "tokens": "the lengths of prompts, by the model's own tokenizer",
+    "zstd": "input compressed with Zstandard (.zst)",
 }
 """The package's extras and their purpose."""
 
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
-    "documents": ("pypdf>=5.0", "cryptography>=41"),
+    "documents": ("pypdf>=5.0", "cryptography>=41", "pypdfium2>=5.0", "Pillow>=10.0"),
+    "duckdb": ("duckdb>=1.0",),
+    "gateway": ("starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.20"),
     "hub": ("huggingface_hub>=2.0",),
     "images": ("Pillow>=10.0",),
+    "pandoc": ("pypandoc_binary>=1.17",),
     "parquet": ("pyarrow>=14.0",),
     "report": ("matplotlib>=3.8",),
     "schema": ("jsonschema>=4.17",),
+    "tokens": ("tokenizers>=0.21",),
+    "spreadsheets": ("python-calamine>=0.5", "XlsxWriter>=3.1"),
+    "zstd": ("backports.zstd>=1.0; python_version < '3.14'",),
 }
 """Requirements of each extra, as in ``pyproject.toml``."""
 

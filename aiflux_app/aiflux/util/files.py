@@ -28,6 +28,7 @@ _BUFFER = 1 << 20
 _PART = ".aiflux-part"
 _LONG_NAME = 64
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _STALE_TRIES, _STALE_PAUSE = 10, 0.1
 _READ_REMEDIES = {
     errno.EACCES: "check its permissions, then run the same command again",
@@ -70,7 +71,7 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     # The name is chosen before creation, so that the file is removed even after an interrupt.
     temporary = target.with_name(f"{_prefix(target)}{token_hex(8)}{_PART}")
     try:
-        with open(temporary, "xb", _BUFFER, opener=_open_private) as file:
+        with open(temporary, "xb", _BUFFER, opener=open_private) as file:
             yield file
             file.flush()
             os.fchmod(file.fileno(), mode & ~_umask())
@@ -84,7 +85,8 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
-def _open_private(path: str, flags: int) -> int:
+def open_private(path: str, flags: int) -> int:
+    """Open a file, which only its user can read if this creates it; for ``opener=`` of `open`."""
     return os.open(path, flags, 0o600)
 
 
@@ -336,11 +338,10 @@ def write_json(target: Path, value: Any, mode: int = 0o600) -> None:
 def storage_error(error: OSError, path: Path) -> StorageError:
     """Convert an OSError raised while writing ``path`` to an error with a remedy."""
     limit = exhausted(error)
+    fix = "make it writable" if error.errno in FORBIDDEN else "free some space"
     return StorageError(
         f"cannot write {path}: {error.strerror or error}",
-        limit.remedy
-        if limit
-        else "free some space (or fix the permissions) and run the same command again to resume",
+        limit.remedy if limit else f"{fix} and run the same command again; it resumes a run",
     )
 
 

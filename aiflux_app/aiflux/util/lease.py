@@ -60,22 +60,38 @@ def _start_time(pid: int) -> str:
     return "" if state in ("Z", "X") and int(threads) <= 1 else started
 
 
+def process_identity(pid: int) -> dict[str, Any]:
+    """Return what identifies a process: ``host``, ``pid``, ``started`` and ``namespace``."""
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "started": _start_time(pid),
+        "namespace": _namespace(),
+    }
+
+
 def identity() -> dict[str, Any]:
     """Return this process's identity for a lease."""
     return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _start_time(os.getpid()),
-        "namespace": _namespace(),
+        **process_identity(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "token": uuid.uuid4().hex,
     }
 
 
+def process_lives(pid: int, started: str, namespace: str) -> bool | None:
+    """Return whether a process is alive; None if it cannot be seen from here."""
+    if namespace and namespace == _namespace():
+        return bool(started) and _start_time(pid) == started
+    return None
+
+
 def _alive(holder: dict[str, Any]) -> bool | None:
     """Return whether a holder is alive; None if unknown from here."""
-    if holder.get("namespace") and holder["namespace"] == _namespace():
-        return bool(_start_time(int(holder["pid"])) == holder["started"])
+    if holder:
+        lives = process_lives(holder["pid"], holder["started"], holder["namespace"])
+        if lives is not None:
+            return lives
     job = os.environ.get("SLURM_JOB_ID", "")
     return False if job and holder.get("job") == job else None
 

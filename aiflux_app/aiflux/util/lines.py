@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aiflux.errors import AifluxError, InputError
+from aiflux.util.compression import PlainFile
 from aiflux.util.files import open_regular
 from aiflux.util.process_limits import exhausted
 
@@ -22,7 +23,7 @@ def read_lines(
     """Yield ``(number, offset, line)`` of all nonblank lines, without line ending and BOM.
 
     Args:
-        path: the input.
+        path: the input; a compressed one is decompressed.
         start: byte offset of the first line, which gets the number 1.
         end: byte offset of the line to stop at; None for the end of the file.
 
@@ -32,7 +33,7 @@ def read_lines(
     if end is not None and start >= end:
         return
     try:
-        with open(path, "rb", buffering=_BUFFER, opener=open_regular) as file:
+        with PlainFile(path, open_regular) as file:
             file.seek(start)
             offset = start
             for number, line in enumerate(file, start=1):

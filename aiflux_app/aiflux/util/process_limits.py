@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib  # noqa: F401 - loaded early: without memory for it, it prints tracebacks
 import mmap
 import os
 import resource

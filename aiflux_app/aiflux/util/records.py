@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from aiflux.util.files import read_file
 
 T = TypeVar("T")
 KEY = "key"
@@ -48,6 +51,20 @@ def from_json(kind: type[T], content: Any, where: str = "") -> T:
         elif not _has_default(item):
             raise ValueError(f"{place} is missing")
     return kind(**values)
+
+
+def read_record(kind: type[T], path: Path) -> T | None:
+    """Return the dataclass in a small JSON file; None if the file does not exist.
+
+    Raises:
+        ValueError: the file is damaged.
+        StorageError: it cannot be read.
+    """
+    content = read_file(path)
+    try:
+        return None if content is None else from_json(kind, json.loads(content))
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply: {error}") from error
 
 
 @cache

@@ -31,8 +31,10 @@ _TRUTH = {"true": True, "yes": True, "1": True, "on": True,
 
 def text(value: Any) -> str:
     """Accept a single line of text that is not empty."""
-    if value is None or isinstance(value, bool | dict | list | tuple) or str(value).strip() == "":
+    if value is None or isinstance(value, bool | dict | list | tuple):
         raise ValueError("a text")
+    if str(value).strip() == "":
+        raise ValueError("a text that is not empty")
     if CONTROL.search(str(value)):
         raise ValueError("a text of one line, without control characters")
     return str(value)
@@ -109,9 +111,19 @@ def written_path(value: Any, folder: Path, environ: Mapping[str, str]) -> Any:
     return found if found.startswith("~") else str(folder / found)
 
 
+SERVE = "serve:"
+"""Begins an address that stands for a server by its name."""
+SERVED_NAME = r"[a-z0-9][a-z0-9._-]{0,39}"
+"""What such a name looks like."""
+
+
 def url(value: Any) -> str:
-    """Accept an http URL; a ``/v1`` at its end is removed."""
+    """Accept an http URL, of which a ``/v1`` at its end is removed, or ``serve:NAME``."""
     address = text(value).strip().rstrip("/")
+    if address.startswith(SERVE):
+        if not re.fullmatch(SERVE + SERVED_NAME, address):
+            raise ValueError("serve:NAME with a name that aiflux serve list shows")
+        return address
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
         raise ValueError("an address such as http://127.0.0.1:8000")
     if "@" in address.split("/")[2] or re.search(r"//[^?#]*:[^?#]*@", address):

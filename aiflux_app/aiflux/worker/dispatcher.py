@@ -1,20 +1,34 @@
-"""The dispatcher: threads that keep the slots of all engines busy, with retries and backoff."""
+"""The dispatcher: keeps the slots of all engines busy, with retries and backoff.
+
+One thread runs an event loop. It sends requests on open connections, and receives and records
+answers, as long as nothing makes it wait. Everything that may wait is left to helper threads: the
+first request on a connection, answers of an unusual form, failures, and checks against a schema.
+A thread for each request in flight would take several times the CPU time, as threads of Python
+take turns.
+"""
 
 from __future__ import annotations
 
+import os
+import select
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from types import CodeType, MappingProxyType
 from typing import Any
 
 from tenacity import RetryCallState, Retrying, stop_after_attempt, wait_random_exponential
 
-from aiflux.core.runs.journal import CUT, EMPTY, JournalWriter, Result
+from aiflux.core.batch.request import RESPONSES, load_json
+from aiflux.core.batch.schema import requested_format
+from aiflux.core.runs.journal import CUT, EMPTY, JournalWriter, NewResult
 from aiflux.engines.base import Engine
-from aiflux.engines.http import ExchangeError
+from aiflux.engines.http import Answer, Client, ExchangeError, PendingExchange
 from aiflux.engines.outcome import (
     ABORTED_ANSWER,
     UNREADY_STATUSES,
@@ -40,9 +54,136 @@ from aiflux.worker.outage import (
     is_common,
     may_pass,
 )
+from aiflux.worker.samples import WHOLE, Samples
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking
+
+# Statuses with which servers refuse ``n``; older builds of llama-server answer with 500.
+_REFUSES_N = frozenset({400, 422, 500, 501})
+
+
+class Helpers:
+    """Threads for work that may wait: one more is started if all others are busy.
+
+    Args:
+        guard: runs the work, and handles its exceptions.
+        on_idle: called when all work is done.
+    """
+
+    def __init__(
+        self, guard: Callable[[Callable[[], None]], None], on_idle: Callable[[], None]
+    ) -> None:
+        self.threads: list[threading.Thread] = []
+        self._guard = guard
+        self._on_idle = on_idle
+        self._work: deque[Callable[[], None]] = deque()
+        self._idle = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do some work in a thread.
+
+        Raises:
+            StoppedError: no thread can be started. The work is done later, unless there is none.
+        """
+        with self._changed:
+            self._work.append(work)
+            if self._idle >= len(self._work):
+                self._changed.notify()
+                return
+            name = f"request-{len(self.threads)}"
+            spare = SPARE_BYTES if self.threads else THREAD_BYTES
+        self.threads.append(start_thread(self._run, name, spare=spare))
+
+    def busy(self) -> bool:
+        """Return whether any work is not done yet."""
+        with self._changed:
+            return bool(self._work) or self._idle < len(self.threads)
+
+    def close(self) -> None:
+        """Let the threads end when all work is done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                if not self._work:
+                    self._on_idle()
+                self._changed.wait_for(lambda: self._work or self._closed)
+                self._idle -= 1
+                if not self._work:
+                    return
+                work = self._work.popleft()
+            self._guard(work)
+
+
+class Wakeup:
+    """Ends the waiting of an event loop from any thread."""
+
+    def __init__(self) -> None:
+        self._descriptor = -1
+        self._loop = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """Yield a descriptor that is readable after a call; for the thread that waits."""
+        with self._lock:
+            self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._loop = threading.get_ident()
+        try:
+            yield self._descriptor
+        finally:
+            with self._lock:
+                os.close(self._descriptor)
+                self._descriptor, self._loop = -1, 0
+
+    def __call__(self) -> None:
+        """Wake the loop; does nothing in the thread of the loop, which is not waiting."""
+        if threading.get_ident() != self._loop:
+            with self._lock:
+                if self._descriptor >= 0:
+                    os.eventfd_write(self._descriptor, 1)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One exchange for one request.
+
+    Attributes:
+        client, generation: of the engine and its lane when the exchange began; a restart of the
+            engine changes them.
+        seconds: how long the exchange took.
+    """
+
+    task: Task
+    lane: Lane
+    link: Engine
+    client: Client
+    generation: int
+    began: float = 0.0
+    seconds: float = 0.0
+
+
+def _outcome(attempt: Attempt, exchange: Callable[[], Answer]) -> Outcome:
+    task, crash_code = attempt.task, attempt.link.kind.crash_code
+    url = task.request.url
+    try:
+        answer = exchange()
+    except ExchangeError as error:
+        return judge_exchange_error(error)
+    # The run can add a limit of tokens to a body.
+    body = load_json(task.payload) if url == RESPONSES else task.request.body
+    verdict = judge_answer(url, body, answer, crash_code)
+    if not verdict.generated:
+        # Answers are stored byte for byte; in errors the key is masked.
+        verdict = judge_answer(url, body, attempt.client.hidden(answer), crash_code)
+    return verdict
 
 
 class Pool:
@@ -91,7 +232,7 @@ class Pool:
         self._outages = outages or OutageWatch()
         self._probe = OutageProbe(
             scheduler, self._outages, self._rejections,
-            exchange=lambda task, lane: self._exchange(task, self._links[lane.index]),
+            exchange=self._probe_with,
             engine=lambda lane: self._links[lane.index],
             served=served,
             record=self._record_held,
@@ -106,31 +247,25 @@ class Pool:
         self._why = "open files (ulimit -n)"
         self._limited = False
         self._threads: list[threading.Thread] = []
+        self._flying: dict[int, tuple[Attempt, PendingExchange]] = {}
+        self._wakeup = Wakeup()
+        self._helpers = Helpers(self._guard, on_idle=self._wakeup)
+        scheduler.on_change = self._wakeup
         self._bugs: set[tuple[CodeType, int]] = set()
+        self._one_each: set[str] = set()  # endpoints of servers that turned out to ignore n
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
 
     def start(self) -> None:
-        """Start as many threads as the engines' current limits require."""
-        wanted = max(1, sum(lane.limit.value for lane in self._scheduler.lanes if not lane.gone))
+        """Send as many requests as the engines' current limits allow."""
+        wanted = sum(lane.limit.value for lane in self._scheduler.lanes if not lane.gone)
+        if wanted > self._most:
+            self._report_limit()
         with self._lock:
-            if wanted > self._most:
-                self._report_limit()
-            while len(self._threads) < min(wanted, self._most):
-                try:
-                    number = len(self._threads)
-                    thread = start_thread(
-                        self._work,
-                        f"request-{number}",
-                        spare=SPARE_BYTES if number else THREAD_BYTES,
-                    )
-                except StoppedError:
-                    if not self._threads:
-                        raise
-                    self._most, self._why = len(self._threads), "threads (ulimit -u, ulimit -v)"
-                    self._report_limit()
-                else:
-                    self._threads.append(thread)
+            if not self._threads:
+                self._helpers = Helpers(self._guard, on_idle=self._wakeup)
+                self._threads = [start_thread(self._work, "requests")]
+        self._wakeup()
 
     def _report_limit(self) -> None:
         if not self._limited:
@@ -155,12 +290,14 @@ class Pool:
             self._wait(tick, interval)
 
     def _wait(self, tick: Callable[[], None], interval: float) -> None:
-        while any(thread.is_alive() for thread in self._threads):
-            alive = next(thread for thread in self._threads if thread.is_alive())
-            alive.join(interval)
+        while alive := [each for each in self._all_threads() if each.is_alive()]:
+            alive[0].join(interval)
             tick()
         if self.failure is not None:
             raise self.failure
+
+    def _all_threads(self) -> list[threading.Thread]:
+        return [*self._threads, *self._helpers.threads]
 
     def _is_over(self) -> bool:
         return self._scheduler.stopped or all(lane.gone for lane in self._scheduler.lanes)
@@ -173,11 +310,107 @@ class Pool:
         self._scheduler.stop()
 
     def _work(self) -> None:
-        self._guard(self._attempt_all)
+        try:
+            self._guard(self._loop)
+        finally:
+            self._helpers.close()
 
-    def _attempt_all(self) -> None:
-        while (job := self._scheduler.next()) is not None:
-            self._attempt(*job)
+    def _loop(self) -> None:
+        """Send requests and receive answers until all are done."""
+        ready = select.poll()  # unlike epoll, it needs no file, of which few may be allowed
+        with self._wakeup.open() as woken:
+            ready.register(woken, select.POLLIN)
+            while True:
+                self._guard(partial(self._send, ready))
+                if self._is_done():
+                    return
+                seconds = self._scheduler.wait_seconds()
+                for descriptor, _ in ready.poll(None if seconds is None else 1000 * seconds):
+                    if descriptor == woken:
+                        os.eventfd_read(woken)
+                    else:
+                        self._guard(partial(self._receive, ready, descriptor))
+                        # The engine need not wait until all other answers are recorded.
+                        self._guard(partial(self._send, ready))
+
+    def _is_done(self) -> bool:
+        # A helper may put requests back, so whether it is busy comes first.
+        return not self._flying and not self._helpers.busy() and self._scheduler.is_over()
+
+    def _send(self, ready: select.poll) -> None:
+        """Send the requests for which there is room."""
+        while self._scheduler.in_flight < self._most:
+            job = self._scheduler.next()
+            if job is None:
+                return
+            task, lane = job
+            found = task if task.samples is None else self._sample(task, task.samples, lane)
+            if found is not None:
+                self._begin(found, lane, ready)
+
+    def _begin(self, task: Task, lane: Lane, ready: select.poll) -> None:
+        attempt = self._attempt(task, lane)
+        exchange = attempt.client.begin(task.request.url, task.payload)
+        if exchange is None:
+            self._help(partial(self._make, task, lane))
+        elif exchange.stuck:
+            self._help(partial(self._finish, attempt, exchange))
+        else:
+            self._flying[exchange.fileno()] = attempt, exchange
+            ready.register(exchange.fileno(), select.POLLIN)
+
+    def _receive(self, ready: select.poll, descriptor: int) -> None:
+        """Receive what has arrived of an answer, and record the answer once it is complete."""
+        attempt, exchange = self._flying[descriptor]
+        if not exchange.receive():
+            return
+        ready.unregister(descriptor)
+        del self._flying[descriptor]
+        if not exchange.complete:
+            self._help(partial(self._finish, attempt, exchange))
+            return
+        verdict = self._judge(attempt, partial(attempt.client.finish, exchange))
+        wanted = None if self._checking is None else requested_format(attempt.task.request.body)
+        if verdict.kind is Kind.ANSWERED and wanted is None:
+            self._end(attempt, verdict)
+        else:
+            self._help(partial(self._end, attempt, verdict))
+
+    def _help(self, work: Callable[[], None]) -> None:
+        """Let a thread do what may wait. Without another thread, it waits for one of the others."""
+        try:
+            self._helpers.submit(work)
+        except StoppedError:
+            if not self._helpers.threads:
+                raise
+            self._most = len(self._helpers.threads) + len(self._flying)
+            self._why = "threads (ulimit -u, ulimit -v)"
+            self._report_limit()
+
+    def _sample(self, task: Task, samples: Samples, lane: Lane) -> Task | None:
+        """Return what to send for a request that asks for several answers; None for nothing.
+
+        The rest of the request is handed out again, so that its answers are in flight side by side.
+        """
+        if samples.failed:
+            self._scheduler.set_aside(task, lane)
+            return None
+        if task.sample is not None:  # it is sent again
+            return task
+        one_each = self._links[lane.index].kind.generates_n is False
+        one_each = one_each or task.request.url in self._one_each
+        if not (one_each or samples.begun or samples.refused):
+            task.sample = WHOLE
+            return task
+        number = samples.take()
+        if number is None:  # an earlier start asked for more answers
+            self._journal.append(samples.together())
+            self._stats.recorded(Outcome(Kind.ANSWERED), task.request.custom_id)
+            self._scheduler.done(task, lane)
+            return None
+        if samples.left:
+            self._scheduler.restore(task, first=True)
+        return Task(task.request, task.key, samples.payload(number), samples=samples, sample=number)
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Run a thread's work; an exception in it ends the pool."""
@@ -191,27 +424,50 @@ class Pool:
             if not isinstance(failure, Exception) or exhausted(failure) is None:
                 raise
 
-    def _attempt(self, task: Task, lane: Lane) -> None:
-        link = self._links[lane.index]
-        generation = lane.generation
+    def _attempt(self, task: Task, lane: Lane) -> Attempt:
         began = time.monotonic()
         task.sent = began
         if not task.began:
             task.began = began
+        link = self._links[lane.index]
+        return Attempt(task, lane, link, link.client, lane.generation, began)
+
+    def _make(self, task: Task, lane: Lane) -> None:
+        """Make an attempt on a connection of its own."""
+        attempt = self._attempt(task, lane)
+        post = partial(attempt.client.post, task.request.url, task.payload)
+        self._end(attempt, self._judge(attempt, post))
+
+    def _finish(self, attempt: Attempt, exchange: PendingExchange) -> None:
+        """Wait for the answer of an attempt."""
+        self._end(attempt, self._judge(attempt, partial(attempt.client.finish, exchange)))
+
+    def _judge(self, attempt: Attempt, exchange: Callable[[], Answer]) -> Outcome:
+        """Return the outcome of an exchange, and note how long it took."""
         try:
-            verdict = self._exchange(task, link)
-            ended = time.monotonic()  # excludes the time of the schema check
-            if self._checking is not None:
-                verdict = self._checking.judge(task.request, verdict)
+            outcome = self._guarded(partial(_outcome, attempt, exchange))
+        finally:
+            attempt.seconds = time.monotonic() - attempt.began
+        return outcome
+
+    def _guarded(self, judge: Callable[[], Outcome]) -> Outcome:
+        """Return an outcome; a bug fails the request, not the run."""
+        try:
+            return judge()
         except AifluxError:
             raise
         except Exception as error:
-            ended = time.monotonic()
             stop = None if isinstance(error, MemoryError) else exhausted(error)
             if stop is not None:
                 raise stop from error
-            verdict = self._judge_bug(error)
-        seconds = ended - began
+            return self._judge_bug(error)
+
+    def _end(self, attempt: Attempt, verdict: Outcome) -> None:
+        """Act on the outcome of an attempt; waits, unless the request has a valid answer."""
+        task, lane, link, generation = attempt.task, attempt.lane, attempt.link, attempt.generation
+        seconds = attempt.seconds  # excludes the time of the schema check
+        if self._checking is not None:
+            verdict = self._guarded(partial(self._checking.judge, task.request, verdict))
         if verdict.status in UNREADY_STATUSES and self._is_down(lane, link.is_ready, generation):
             verdict = as_down(verdict)
         self._stats.attempt_ended(seconds, verdict)
@@ -228,17 +484,10 @@ class Pool:
             traceback.print_exception(error)
         return judge_bug(error)
 
-    def _exchange(self, task: Task, link: Engine) -> Outcome:
-        url, client = task.request.url, link.client
-        try:
-            answer = client.post(url, task.payload)
-        except ExchangeError as error:
-            return judge_exchange_error(error)
-        verdict = judge_answer(url, answer, link.kind.crash_code)
-        if not verdict.generated:
-            # Answers are stored byte for byte; in errors the key is masked.
-            verdict = judge_answer(url, client.hidden(answer), link.kind.crash_code)
-        return verdict
+    def _probe_with(self, task: Task, lane: Lane) -> Outcome:
+        link = self._links[lane.index]
+        attempt = Attempt(task, lane, link, link.client, lane.generation)
+        return _outcome(attempt, partial(attempt.client.post, task.request.url, task.payload))
 
     def _adapt(self, lane: Lane, verdict: Outcome, seconds: float) -> None:
         before = lane.limit.value
@@ -248,7 +497,6 @@ class Pool:
             lane.limit.note_timeout()
         if lane.limit.value > before:
             self.start()
-            self._scheduler.wake()
 
     def _settle(
         self,
@@ -303,6 +551,9 @@ class Pool:
         if error is not None:
             self._scheduler.put_back(task, lane)
             raise error
+        if self._may_refuse_n(task, link, verdict):
+            self._ask_one_by_one(task, lane)
+            return
         if is_common(verdict) or self._rejections.is_of_the_model(
             url, verdict, offered=link.offers(model)
         ):
@@ -317,6 +568,18 @@ class Pool:
         if verdict.kind is Kind.ANSWERED:
             for held in self._rejections.answered(url, task.sent):
                 self._store(held.task, held.lane, held.verdict, held.seconds)
+
+    def _may_refuse_n(self, task: Task, link: Engine, verdict: Outcome) -> bool:
+        """Return whether a server may have failed a request because it asks for several answers."""
+        return (
+            task.sample == WHOLE and link.kind.generates_n is None and verdict.status in _REFUSES_N
+        )
+
+    def _ask_one_by_one(self, task: Task, lane: Lane) -> None:
+        if task.samples is not None:
+            task.samples.refused = True
+        self._ask_for_rest(task)
+        self._scheduler.set_aside(task, lane)
 
     def _raise_conclusion(self, url: str, *, enough: bool) -> None:
         """Raise an error if the rejections at an endpoint concern every request.
@@ -392,6 +655,8 @@ class Pool:
             self._record(task, lane, verdict, seconds)
         else:
             self._stats.asked_again(verdict)
+            if task.samples is not None and task.sample not in (None, WHOLE):
+                task.payload = task.samples.payload(task.sample, task.unfit)
             self._scheduler.retry(task, lane, 0.0)
 
     def _crashed(
@@ -440,7 +705,7 @@ class Pool:
 
     def _store(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> None:
         failed = verdict.kind is not Kind.ANSWERED
-        result = Result(
+        result = NewResult(
             key=task.key,
             custom_id=task.request.custom_id,
             status=verdict.status,
@@ -448,8 +713,36 @@ class Pool:
             error=verdict.error if failed else None,
             body=verdict.body,
         )
+        if task.samples is not None:
+            self._store_sample(task, task.samples, verdict, result)
+            return
         self._journal.append(result)
         self._stats.recorded(verdict, task.request.custom_id)
+
+    def _store_sample(
+        self, task: Task, samples: Samples, verdict: Outcome, result: NewResult
+    ) -> None:
+        """Record one of several answers, or the result of their request if it is decided."""
+        number = WHOLE if task.sample is None else task.sample
+        found = samples.add(number, result)
+        if found is not None:
+            self._journal.append(found)
+        if found is not None and found.key == task.key:
+            whole = replace(verdict, empty=found.metadata.get(EMPTY))
+            self._stats.recorded(whole, task.request.custom_id)
+        else:
+            self._stats.sampled(verdict)
+            if number == WHOLE:
+                self._ask_for_rest(task)
+        # It refused the request for all answers, or gave fewer of them.
+        ignored = number == WHOLE and samples.begun
+        if result.error is None and (samples.refused or ignored):
+            self._one_each.add(task.request.url)
+
+    def _ask_for_rest(self, task: Task) -> None:
+        """Ask for the missing answers one by one."""
+        rest = Task(task.request, task.key, task.payload, samples=task.samples)
+        self._scheduler.restore(rest, first=True)
 
     def _metadata(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> dict[str, Any]:
         asked = task.request.model or self._served

@@ -15,6 +15,11 @@ from aiflux.util.process_limits import start_thread
 from aiflux.worker.scheduler import Lane, Scheduler
 
 RESTARTS_WITHOUT_PROGRESS = 3
+_STOP_SECONDS = 1.0
+
+
+def _never(_: float) -> bool:
+    return False
 
 
 class EngineSupervisor:
@@ -23,6 +28,8 @@ class EngineSupervisor:
     Args:
         on_failure: called with the error when the engine is given up; returns whether it is the
             run's own error, which is reported at the end.
+        stops: waits for so many seconds; returns whether the worker is to stop, so that an engine
+            that is down is not restarted.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class EngineSupervisor:
         say: Callable[[str], None],
         on_ready: Callable[[Engine, Lane], None],
         on_failure: Callable[[BaseException], bool],
+        stops: Callable[[float], bool] = _never,
     ) -> None:
         self.engine = engine
         self.lane = lane
@@ -42,6 +50,7 @@ class EngineSupervisor:
         self._say = say
         self._on_ready = on_ready
         self._on_failure = on_failure
+        self._stops = stops
         self._changed = threading.Condition()
         self._down_in = -1
         self._closing = False
@@ -106,6 +115,10 @@ class EngineSupervisor:
             if self._closing:
                 return
             self._scheduler.close_lane(self.lane)
+            # A signal for the whole job ends the engine, and is handled here a moment later.
+            if self.engine.kind.managed and self._stops(_STOP_SECONDS):
+                self._scheduler.close_lane(self.lane, gone=True)
+                return
             fruitless = 1 if self.lane.completed > completed >= 0 else fruitless + 1
             completed = self.lane.completed
             if fruitless > RESTARTS_WITHOUT_PROGRESS:

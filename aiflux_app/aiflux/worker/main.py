@@ -30,6 +30,7 @@ from aiflux.core.config.settings import SETTINGS, TITLES, given_settings
 from aiflux.core.runs.directory import RunDirectory, named_output
 from aiflux.core.runs.open import draft_run
 from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.serve_directory import ServeDirectory
 from aiflux.core.runs.status_file import Counts, finished_counts, finished_line, refuse_failures
 from aiflux.engines.base import FetchContext
 from aiflux.engines.follower import Follower
@@ -46,6 +47,7 @@ from aiflux.util.files import temporary_folder
 from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
 from aiflux.worker.progress import make_reporter
+from aiflux.worker.serve import serve
 from aiflux.worker.shard import Context, ensure_models, work
 from aiflux.worker.stop import Stopper
 
@@ -76,6 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again", action="store_true", help="with --pull: pull it even if it is stored"
     )
+    # Used by `aiflux.run`: this process is the only one that works on the run.
+    parser.add_argument("--pull-missing", action="store_true", help=argparse.SUPPRESS)
     # Used by the batch script of an engine on several nodes.
     parser.add_argument("--ranks", metavar="DIR", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, metavar="R", help=argparse.SUPPRESS)
@@ -184,6 +188,10 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
         raise UsageError(
             f"the plan has no shard {arguments.shard}", f"shards are 0 to {len(plan.shards) - 1}"
         )
+    served = ServeDirectory.of_run(run)
+    if served is not None and not arguments.prepare:
+        serve(plan, served, context)
+        return
     counts = finished_counts(plan, run)
     if counts is not None and not plan.options.retry_failed:
         finished(plan, counts, context)
@@ -193,7 +201,7 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
         with closing(Ranks(Path(arguments.ranks), plan.options.nodes_per_engine - 1)) as ranks:
             work(plan, run, arguments.shard, replace(context, ranks=ranks))
     else:
-        work(plan, run, arguments.shard, context)
+        work(plan, run, arguments.shard, context, pull=arguments.pull_missing)
 
 
 def _work_on_input(arguments: argparse.Namespace, config: Config, context: Context) -> None:
@@ -218,9 +226,10 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
         finished(opened.plan, opened.counts, context)
         return
     carry_estimate(opened.plan, opened.run)
-    ensure_models(opened.plan, opened.run, context)
-    if not arguments.prepare:
-        work(opened.plan, opened.run, 0, context)
+    if arguments.prepare:
+        ensure_models(opened.plan, opened.run, context)
+    else:
+        work(opened.plan, opened.run, 0, context, pull=True)
 
 
 def finished(plan: Plan, counts: Counts, context: Context) -> None:

@@ -39,8 +39,10 @@ _CERTAIN = {
     429: ("reports a used-up quota", f"check the account's credit and quota {_AGAIN}"),
 }
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# 403 and 451 may also come from a content filter, 404 from a file that a request names.
-DOUBTFUL = frozenset({403, 404, 405, 410, 451})
+# 403 and 451 may also come from a content filter, 404 from a file that a request names. Servers
+# answer 404, 405 or 501 if they, or their model, do not support the endpoint.
+DOUBTFUL = frozenset({403, 404, 405, 410, 451, 501})
+_WITHOUT_ENDPOINT = frozenset({404, 405, 501})
 _OF_THE_MODEL = frozenset({400, 422})
 RECOVERIES_WITHOUT_PROGRESS = 3
 POLL_SECONDS = 0.05
@@ -87,11 +89,14 @@ class Rejections:
         return of_the_model and offered is False and url not in self._answered
 
     def hold(self, held: Held) -> int:
-        """Hold a request back; return how many are held back at its endpoint."""
+        """Hold a request back; return how many are held back at its endpoint.
+
+        The requests for several answers to one (``n``) count as one.
+        """
         with self._lock:
             waiting = self._waiting.setdefault(held.task.request.url, [])
             waiting.append(held)
-            return len(waiting)
+            return len({each.task.key for each in waiting})
 
     def answered(self, url: str, sent: float) -> list[Held]:
         """Note an answer; return the requests held back, which were themselves at fault.
@@ -148,7 +153,8 @@ class Rejections:
         last = waiting[-1].verdict
         if may_pass(last) and not managed:
             return None
-        first = "the only request" if len(waiting) == 1 else f"the first {len(waiting)} requests"
+        count = len({held.task.key for held in waiting})
+        first = "the only request" if count == 1 else f"the first {count} requests"
         if last.foreign:
             return RejectedError(
                 f"the server answered {first} to {url} with something other than an OpenAI API "
@@ -164,11 +170,16 @@ class Rejections:
                 "see its log (aiflux logs --engine), and run the same command again; "
                 "--max-failures 100% records such requests as failed",
             )
+        check = (
+            f"check that this version of the engine and this model support {url}; "
+            if last.status in _WITHOUT_ENDPOINT
+            else ""
+        )
         return RejectedError(
             f"the engine rejected {first} to {url} ({last.status}): {last.message}; nothing was "
             "recorded",
-            "correct the address, the model or these requests and run the same command again; "
-            "--max-failures 100% records them as failed",
+            f"{check}correct the address, the model or these requests and run the same command "
+            "again; --max-failures 100% records them as failed",
         )
 
 
@@ -204,10 +215,14 @@ def may_pass(verdict: Outcome) -> bool:
 
 @dataclass
 class _Streak:
-    """Requests that failed since the last answer, by key; at ``enough`` of them a probe is due."""
+    """Requests that failed since the last answer; at ``enough`` of them a probe is due.
+
+    Attributes:
+        tasks: by the request's key, and the number of the answer if it asks for several.
+    """
 
     enough: int = ENOUGH
-    tasks: dict[bytes, Task] = field(default_factory=dict)
+    tasks: dict[tuple[bytes, int | None], Task] = field(default_factory=dict)
 
 
 class OutageWatch:
@@ -241,8 +256,8 @@ class OutageWatch:
         """Note a failed attempt; return whether a probe is due."""
         with self._lock:
             row = self._rows.setdefault((engine, task.request.url), _Streak())
-            row.tasks[task.key] = task
-            return len(row.tasks) >= row.enough
+            row.tasks[task.key, task.sample] = task
+            return len({key for key, _ in row.tasks}) >= row.enough
 
     def note_alive(self, engine: int, url: str) -> None:
         """Note that the engine answers other requests: the failures were no outage."""

@@ -1,6 +1,6 @@
 """The scheduler: the requests of a shard that are still to do, in one queue for all engines.
 
-A thread calls ``next`` for a request and an engine that has room for it, and afterwards reports the
+The dispatcher calls ``next`` for a request and an engine that has room for it, and reports the
 outcome with one of ``done``, ``retry``, ``put_back`` or ``crashed``. Waiting requests hold neither
 a thread nor a slot.
 """
@@ -18,17 +18,20 @@ from itertools import islice
 from typing import Any, Protocol
 
 from aiflux.core.batch.request import (
+    RESPONSES,
+    WITH_CHOICES,
     WITHOUT_TEXT,
     LineError,
     Request,
     parse_request,
     request_key,
 )
-from aiflux.core.runs.journal import JournalReader, ResultIndex
+from aiflux.core.runs.journal import JournalReader, ResultIndex, sample_key
 from aiflux.core.runs.plan import Plan, Shard, changed_input, input_rules
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.util.lines import read_lines
+from aiflux.worker.samples import Samples
 
 CRASHES_BEFORE_ALONE = 2
 # Half of what the reader of a journal has in memory, which reads results in input order.
@@ -44,6 +47,9 @@ class Task:
         attempts: HTTP exchanges that count as attempts.
         crashes: engine crashes while it was in flight.
         unfit: answers that did not match its schema.
+        samples: the answers, if the request asks for several.
+        sample: the number of the answer that this task asks for, or ``WHOLE``; None before that is
+            decided.
         began: monotonic time of the first attempt.
         sent: monotonic time of the latest attempt.
     """
@@ -56,6 +62,8 @@ class Task:
     unfit: int = 0
     began: float = 0.0
     sent: float = 0.0
+    samples: Samples | None = None
+    sample: int | None = None
 
 
 class Limit(Protocol):
@@ -97,6 +105,9 @@ class Scheduler:
         source: the requests still to do, in input order; read as needed.
         lanes: the engines.
         may_admit: called before a new request is handed out; False ends admission for good.
+
+    Attributes:
+        on_change: called when ``next`` or ``is_over`` may return something else than before.
     """
 
     def __init__(
@@ -107,10 +118,11 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lanes = lanes
+        self.on_change: Callable[[], None] = lambda: None
         self._source = source
         self._may_admit = may_admit
         self._clock = clock
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
         self._ready: deque[Task] = deque()
         self._delayed: list[tuple[float, int, Task]] = []
         self._suspects: deque[Task] = deque()
@@ -131,56 +143,68 @@ class Scheduler:
         return self._stopped
 
     def next(self) -> tuple[Task, Lane] | None:
-        """Wait for a request and an engine with room; None when this thread is done."""
-        with self._condition:
-            while True:
-                if self._over():
-                    self._condition.notify_all()
-                    return None
-                lane = self._lane()
-                if lane is not None:
-                    task = self._take()
-                    if task is not None:
-                        lane.in_flight += 1
-                        self._in_flight += 1
-                        return task, lane
-                    if self._over():
-                        continue
-                self._condition.wait(self._wait_seconds())
+        """Return a request and an engine with room for it; None if there is none now."""
+        with self._lock:
+            lane = None if self._stopped else self._lane()
+            task = None if lane is None else self._take()
+            if lane is None or task is None:
+                return None
+            lane.in_flight += 1
+            self._in_flight += 1
+            return task, lane
+
+    def is_over(self) -> bool:
+        """Return whether ``next`` will never return a request again."""
+        with self._lock:
+            return self._is_over()
+
+    def wait_seconds(self) -> float | None:
+        """Return the seconds until a retry is due; None if none waits."""
+        with self._lock:
+            if not self._delayed:
+                return None
+            return max(0.0, self._delayed[0][0] - self._clock()) + 0.001
 
     def done(self, task: Task, lane: Lane) -> None:
         """The request has its result."""
-        with self._condition:
+        with self._lock:
             lane.completed += 1
             self._leave(task, lane)
 
     def set_aside(self, task: Task, lane: Lane) -> None:
         """The request is not done, but is not to be sent again for now."""
-        with self._condition:
+        with self._lock:
             self._leave(task, lane)
 
-    def restore(self, task: Task) -> None:
-        """Send a request that was set aside."""
-        with self._condition:
-            self._ready.append(task)
-            self._condition.notify()
+    def restore(self, task: Task, *, first: bool = False) -> None:
+        """Send a request that was set aside, or the rest of one.
+
+        Args:
+            first: before all others.
+        """
+        with self._lock:
+            if first:
+                self._ready.appendleft(task)
+            else:
+                self._ready.append(task)
+            self.on_change()
 
     def retry(self, task: Task, lane: Lane, delay: float) -> None:
         """Try the request again after ``delay`` seconds."""
-        with self._condition:
+        with self._lock:
             self._sequence += 1
             heapq.heappush(self._delayed, (self._clock() + delay, self._sequence, task))
             self._leave(task, lane)
 
     def put_back(self, task: Task, lane: Lane) -> None:
         """The request was not attempted; it goes first again."""
-        with self._condition:
+        with self._lock:
             self._ready.appendleft(task)
             self._leave(task, lane)
 
     def crashed(self, task: Task, lane: Lane) -> None:
         """The engine crashed during the request; after two crashes it is sent alone."""
-        with self._condition:
+        with self._lock:
             if task.crashes >= CRASHES_BEFORE_ALONE:
                 self._suspects.append(task)
             else:
@@ -193,42 +217,34 @@ class Scheduler:
         Args:
             generation: the start of the engine that this applies to; a later start is not affected.
         """
-        with self._condition:
+        with self._lock:
             if generation is not None and generation != lane.generation:
                 return
             lane.open = False
             lane.gone = lane.gone or gone
-            self._condition.notify_all()
+            self.on_change()
 
     def open_lane(self, lane: Lane) -> None:
         """The engine is up (again)."""
-        with self._condition:
+        with self._lock:
             lane.generation += 1
             lane.open = True
-            self._condition.notify_all()
+            self.on_change()
 
     def stop(self) -> None:
         """Hand out no more requests."""
-        with self._condition:
+        with self._lock:
             self._stopped = True
-            self._condition.notify_all()
-
-    def wake(self) -> None:
-        """Wake waiting threads, such as when a limit has risen."""
-        with self._condition:
-            self._condition.notify_all()
+            self.on_change()
 
     def _leave(self, task: Task, lane: Lane) -> None:
         lane.in_flight -= 1
         self._in_flight -= 1
         if self._alone is task:
             self._alone = None
-        if self._in_flight == 0 or self._suspects:
-            self._condition.notify_all()
-        else:
-            self._condition.notify()
+        self.on_change()
 
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         if self._stopped or all(lane.gone for lane in self.lanes):
             return True
         waiting = self._ready or self._delayed or self._suspects
@@ -272,11 +288,6 @@ class Scheduler:
             self._alone = self._suspects.popleft()
         return self._alone
 
-    def _wait_seconds(self) -> float | None:
-        if not self._delayed:
-            return None
-        return max(0.0, self._delayed[0][0] - self._clock()) + 0.001
-
 
 def by_prefix(tasks: Iterator[Task], most_bytes: int = _WINDOW_BYTES) -> Iterator[Task]:
     """Yield tasks so that prompts with a common beginning follow each other.
@@ -307,7 +318,8 @@ def by_prefix(tasks: Iterator[Task], most_bytes: int = _WINDOW_BYTES) -> Iterato
 
 def _prompt(payload: bytes) -> bytes:
     """Return the beginning of the prompt in a payload."""
-    start = max(payload.find(b'"messages"'), payload.find(b'"prompt"'), 0)
+    found = map(payload.find, (b'"messages"', b'"prompt"', b'"input"'))
+    start = next((at for at in found if at >= 0), 0)
     return payload[start : start + _COMPARED_BYTES]
 
 
@@ -324,7 +336,7 @@ class Source:
         self._index = index
         self._reader = reader
         self._kind = engine_kind(plan.options)
-        self._accepts = input_rules(self._kind, plan.options).accepts
+        self._rules = input_rules(self._kind, plan.options)
         self._adapters = {each.name: at for at, each in enumerate(plan.adapters)}
 
     def count_done(self) -> tuple[int, int]:
@@ -343,7 +355,9 @@ class Source:
         for number, _, raw in self._lines():
             key = request_key(raw)
             if self._earlier(key) is None:
-                yield from self._task(number, raw, key, model)
+                for task in self._task(number, raw, key, model):
+                    self._restore(task)
+                    yield task
 
     def answered(self, model: str, url: str) -> Task | None:
         """Return a request to an endpoint that succeeded in an earlier start, if any."""
@@ -364,15 +378,30 @@ class Source:
         request = self._parse(number, raw)
         if len(plan.models) == 1 or self._kind.same_model(request.model or model, model):
             parameters = plan.options.parameters_of(served)
-            payload = build_payload(request, served, parameters, self._kind, self._adapters)
-            yield Task(request, key, payload)
+            body = build_body(request, served, parameters, self._kind, self._adapters)
+            samples = Samples.of(key, request.custom_id, request.url, body)
+            yield Task(request, key, json.dumps(body).encode(), samples=samples)
+
+    def _restore(self, task: Task) -> None:
+        """Add the answers of earlier starts to a request that asks for several."""
+        if task.samples is None or not self._index.done:
+            return
+        for number in range(task.samples.wanted):
+            found = self._reader.get(sample_key(task.key, number))
+            if found is not None:
+                task.samples.restore(number, found)
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         return read_lines(self._plan.input_path, self._shard.start, self._shard.end)
 
     def _parse(self, number: int, raw: bytes) -> Request:
+        model = self._plan.options.model
         try:
-            return parse_request(raw, self._plan.options.model, self._accepts)
+            request = parse_request(raw, model, self._rules.accepts)
+            if self._rules.replaces(model, request.model):
+                body = {name: value for name, value in request.body.items() if name != "model"}
+                return request._replace(body=body)
+            return request
         except LineError as error:
             change = f"changed while it was processed: line {number} of shard {self._shard.index}"
             raise changed_input(self._plan, f"{change}: {error}") from None
@@ -393,18 +422,22 @@ class Source:
         return str(json.loads(result.metadata)["timestamp"]) < self._plan.created
 
 
-def build_payload(
+# Names of parameters that differ in /v1/responses.
+_IN_RESPONSES = {"max_tokens": "max_output_tokens"}
+
+
+def build_body(
     request: Request,
     model: str,
     parameters: dict[str, Any],
     kind: EngineKind,
     adapters: Mapping[str, int],
-) -> bytes:
-    """Return the JSON to send.
+) -> dict[str, Any]:
+    """Return the body to send.
 
     Args:
         model: as the engine serves it; used if the body names none.
-        parameters: used where the body lacks them; not for embeddings, which have none.
+        parameters: used where the body lacks them; not for embeddings and scores, which have none.
         kind: kind of the engine, which may adapt the body.
         adapters: the position of each adapter, by its name.
     """
@@ -414,8 +447,14 @@ def build_payload(
         edits["model"] = model
     if body.get("stream"):
         edits["stream"] = False
+    if request.url == RESPONSES:
+        parameters = {_IN_RESPONSES.get(name, name): value for name, value in parameters.items()}
+        if body.get("background"):
+            edits["background"] = False  # its answer would not contain the text
     if request.url not in WITHOUT_TEXT:
         edits.update({name: value for name, value in parameters.items() if name not in body})
+        if request.url not in WITH_CHOICES:
+            edits.pop("n", None)
         if body.get("max_completion_tokens") is not None:
             edits.pop("max_tokens", None)
     adapter = adapters.get(request.model or "")
@@ -429,4 +468,4 @@ def build_payload(
         body = {**body, **edits}
         if "stream" in edits:
             body.pop("stream_options", None)
-    return json.dumps(body).encode()
+    return body

@@ -96,10 +96,16 @@ def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
     context.reporter.close()
 
 
-def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> None:
+def work(
+    plan: Plan, run: RunDirectory, shard_index: int, context: Context, *, pull: bool = False
+) -> None:
     """Process one shard completely and write the output when the run is complete.
 
+    Args:
+        pull: first pull models that are missing.
+
     Raises:
+        ModelError: a model is not available.
         TooManyFailuresError: the shard is finished, but more requests failed than allowed.
         EngineError: no engine started, or all of them kept crashing.
         StoppedError: stopped before the end.
@@ -116,7 +122,7 @@ def work(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> N
     with acquire(run.lease(shard_index), f"the run {plan.output}", on_lost=lost):
         plan = _settled_plan(plan, run)
         refuse_changed_input(plan)
-        _ShardWork(plan, run, shard, context).run()
+        _ShardWork(plan, run, shard, context).run(pull=pull)
 
 
 def _settled_plan(plan: Plan, run: RunDirectory) -> Plan:
@@ -172,10 +178,12 @@ class _ShardWork:
                 f"resuming: {completed + failed} of {shard.requests} requests are done already"
             )
 
-    def run(self) -> None:
+    def run(self, *, pull: bool = False) -> None:
         try:
             with exhaustion_stops():
                 if self.stats.done < self.shard.requests:
+                    if pull:
+                        ensure_models(self.plan, self.run_directory, self.context)
                     self._process()
                 self._finish()
         except StoppedError as error:
@@ -223,7 +231,7 @@ class _ShardWork:
 
     def _finish(self) -> None:
         self._sync_status()
-        run_wide = self.plan.options.allowed_failures(self.plan.requests)
+        run_wide = self.plan.allowed_failures
         own = self.stats.failed > run_wide
         self.status.details.exit_code = int(ExitCode.FAILURES if own else ExitCode.OK)
         merged = merge_when_last(
@@ -248,7 +256,7 @@ class _ShardWork:
         options = self.plan.options
         if not (self.context.stopper.time_is_up or self.past_deadline()):
             return
-        if not self.stats.new:
+        if not self.stats.progressed:
             self.context.reporter.say(
                 "no request finished in this start, so another of the same length would not get "
                 "any further: request more time (aiflux resume --time ...)"
@@ -337,8 +345,7 @@ class _ModelWork:
             checking=shard.checking,
             rejections=Rejections(
                 answered_before=shard.stats.completed > 0,
-                tolerant=self.plan.options.allowed_failures(self.plan.requests)
-                >= self.plan.requests,
+                tolerant=self.plan.allowed_failures >= self.plan.requests,
             ),
             outages=OutageWatch(partial(shard.source.answered, model)),
             patience=self.plan.options.engine_wait,
@@ -354,6 +361,7 @@ class _ModelWork:
                 say=self.context.reporter.say,
                 on_ready=self._ready,
                 on_failure=self._failed,
+                stops=self.context.stopper.wait,
             )
             for engine, lane in zip(engines, self.lanes, strict=True)
         ]
@@ -384,10 +392,9 @@ class _ModelWork:
         if not stopper.stopping:
             return
         if not self.scheduler.stopped:
-            self.context.reporter.say(
-                f"stopping ({stopper.reason}): {self.scheduler.in_flight} requests in flight get "
-                f"{self.plan.options.drain_seconds:g} s"
-            )
+            left = self.scheduler.in_flight
+            drain = f"{left} requests in flight get {self.plan.options.drain_seconds:g} s"
+            self.context.reporter.say(f"stopping ({stopper.reason}){f': {drain}' if left else ''}")
             self.scheduler.stop()
         drained = time.monotonic() - stopper.since > self.plan.options.drain_seconds
         if drained or stopper.at_once:
@@ -424,7 +431,6 @@ class _ModelWork:
         def note(running: int, waiting: int) -> None:
             limit.note_load(running, waiting)
             self.pool.start()
-            self.scheduler.wake()
 
         def fetch(path: str) -> bytes | None:
             return server_load.get(engine.client, path)  # each start has another client
@@ -470,9 +476,9 @@ class _ModelWork:
             ranks=self.context.ranks,
         )
 
-    def _make_client(self, url: str, ca: str | None = None) -> Client:
+    def _make_client(self, url: str, ca: str | None = None, key: str | None = None) -> Client:
         timeout = self.plan.options.request_timeout
-        return Client(url, timeout, connections=4096, api_key=self.context.api_key, ca=ca)
+        return Client(url, timeout, connections=4096, api_key=key or self.context.api_key, ca=ca)
 
 
 def _facts(plan: Plan, context: Context) -> StatusDetails:

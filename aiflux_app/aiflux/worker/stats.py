@@ -40,6 +40,7 @@ class Stats:
         self.retries = 0
         self.crashes = 0
         self.unfit = 0
+        self.samples = 0
         self.empty: Counter[str] = Counter()
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -71,6 +72,13 @@ class Stats:
             self.prompt_tokens += verdict.prompt_tokens
             self.completion_tokens += verdict.completion_tokens
 
+    def sampled(self, verdict: Outcome) -> None:
+        """Record one of several answers to a request."""
+        with self._lock:
+            self.samples += 1
+            self.prompt_tokens += verdict.prompt_tokens
+            self.completion_tokens += verdict.completion_tokens
+
     def recorded(self, verdict: Outcome, custom_id: str) -> None:
         """Record a result."""
         with self._lock:
@@ -92,9 +100,9 @@ class Stats:
         return self.completed + self.failed
 
     @property
-    def new(self) -> int:
-        """Number of results of this start."""
-        return self._new
+    def progressed(self) -> bool:
+        """Whether this start has a result, or one of several answers to a request."""
+        return bool(self._new or self.samples)
 
     def expected_duration(self) -> float:
         """Return the 90 % quantile of request durations in seconds; 0 before the first answer."""

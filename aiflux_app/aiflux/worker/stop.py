@@ -41,6 +41,10 @@ class Stopper:
         """Whether the worker should stop."""
         return self._event.is_set()
 
+    def wait(self, seconds: float) -> bool:
+        """Wait until the worker should stop; return False if it should not in this time."""
+        return self._event.wait(seconds)
+
     def stop(self, reason: str, *, time_is_up: bool = False) -> None:
         """Request a graceful stop."""
         if not self._event.is_set():

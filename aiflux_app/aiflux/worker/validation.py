@@ -1,4 +1,4 @@
-"""Check answers against the JSON Schema of their request (``response_format``)."""
+"""Check answers against the JSON Schema of their request (``response_format``, ``text.format``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from aiflux.core.batch.schema import (
     SchemaError,
     answer_problem,
     compile_schema,
+    format_field,
     is_quick,
+    requested_format,
     requested_schema,
     schema_text,
 )
@@ -42,7 +44,7 @@ class CheckFailedError(Exception):
 
 
 class Checking:
-    """Checks answers to requests with a ``response_format``; accepts others. Thread-safe.
+    """Checks answers to requests that want JSON; accepts others. Thread-safe.
 
     Every choice of an answer must be JSON; with ``json_schema`` it must fit the schema.
 
@@ -74,13 +76,14 @@ class Checking:
 
     def judge(self, request: Request, verdict: Outcome) -> Outcome:
         """Return the outcome after the check: unchanged, UNFIT, or FAILED for an invalid schema."""
-        expected = request.body.get("response_format")
-        if verdict.kind is not Kind.ANSWERED or not isinstance(expected, dict):
+        expected = requested_format(request.body)
+        if verdict.kind is not Kind.ANSWERED or expected is None:
             return verdict
         try:
             problem = self._problem(expected, verdict)
         except SchemaError as error:
-            message = f"the schema in the request's response_format is invalid: {error}"
+            field = format_field(request.body)
+            message = f"the schema in the request's {field} is invalid: {error}"
             return replace(verdict, kind=Kind.FAILED, code=CODE, message=message)
         except CheckFailedError as error:
             message = f"the check of the answer against its schema {error}"

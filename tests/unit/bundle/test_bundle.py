@@ -178,9 +178,9 @@ def test_an_old_python_is_reported() -> None:
 
 
 def test_a_bundle_can_be_read_with_standard_tools(bundle: Path, tmp_path: Path) -> None:
-    assert members(bundle)[:4] == [
+    assert members(bundle)[:5] == [
         f"aiflux-bundle/{name}"
-        for name in ("SHA256SUMS", "bundle.json", "README.txt", "install.py")
+        for name in ("SHA256SUMS", "bundle.json", "sbom.cdx.json", "README.txt", "install.py")
     ]
     subprocess.run(["tar", "-xf", bundle], cwd=tmp_path, check=True)
     folder = tmp_path / "aiflux-bundle"
@@ -217,11 +217,13 @@ def test_an_installation_with_plain_python(bundle: Path, to: InstallPaths, tmp_p
 
 def test_installed_files_are_found(bundle: Path, to: InstallPaths) -> None:
     from aiflux.core.config.config import Config
+    from aiflux.core.config.sources import INSTALLED
 
     install(bundle, to, ignore)
     config = Config(environ={"AIFLUX_SITE_CONFIG": str(to.site)}, directory=Path("/nonexistent"))
     assert config.models_dir == to.models
     assert config.containers_dir / "aiflux.sif" == (to.containers / "aiflux.sif")
+    assert (to.prefix / "python" / INSTALLED).samefile(to.site), "its limits apply without that"
 
 
 def test_an_installed_snapshot_is_found_with_its_hashes(
@@ -416,8 +418,8 @@ def test_missing_or_unexpected_members_are_rejected(
         verify(rewritten(bundle, change))
 
 
-def of_contents(bundle: Path, raw: bytes) -> Path:
-    """Return a bundle with these bytes as bundle.json, with the right checksum."""
+def of_contents(bundle: Path, raw: bytes, name: str = CONTENTS) -> Path:
+    """Return a bundle with these bytes as bundle.json or another member, with its checksum."""
     copy = bundle.with_name("contents.tar")
     with tarfile.open(bundle) as old, tarfile.open(copy, "w") as new:
         for info in old.getmembers():
@@ -426,8 +428,9 @@ def of_contents(bundle: Path, raw: bytes) -> Path:
             content = file.read()
             if info.name == TOP + SUMS:
                 digest = hashlib.sha256(raw).hexdigest()
-                content = re.sub(rb"[0-9a-f]{64}(?=  bundle.json)", digest.encode(), content)
-            if info.name == TOP + CONTENTS:
+                line = re.escape(f"  {name}\n".encode())
+                content = re.sub(rb"[0-9a-f]{64}(?=" + line + b")", digest.encode(), content)
+            if info.name == TOP + name:
                 content = raw
             info.size = len(content)
             new.addfile(info, io.BytesIO(content))
@@ -588,14 +591,17 @@ def test_a_newer_bundle_names_its_own_installer(
 
 
 def test_a_wheel_that_is_no_zip_file_is_an_error(
-    tmp_path: Path, parts: Ingredients, to: InstallPaths
+    bundle: Path, parts: Ingredients, to: InstallPaths
 ) -> None:
     wheel = parts.wheels[PYTHON][0]
     whole = wheel.read_bytes()
     for content in (b"", whole[:50], whole[:40] + b"\xff" * 20 + whole[60:]):
-        wheel.write_bytes(content)
+        bad = of_contents(bundle, content, f"wheels/{wheel.name}")
         with pytest.raises(InstallError, match=f"wheels/{wheel.name} cannot be unpacked"):
-            install(write_bundle(tmp_path / "w.tar", parts).path, to, ignore)
+            install(bad, to, ignore)
+    wheel.write_bytes(whole[:50])
+    with pytest.raises(BundleError, match=f"{wheel.name} cannot be read"):
+        write_bundle(bundle.with_name("w.tar"), parts)
     assert not to.command.exists()
 
 
@@ -714,9 +720,9 @@ def test_an_installation_has_the_extras_of_its_bundle(
 def test_the_extras_are_those_of_the_package() -> None:
     text = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
-    assert {name: tuple(extras[name]) for name in extras if name not in ("test", "lint")} == {
-        **LIBRARIES
-    }
+    assert {
+        name: tuple(extras[name]) for name in extras if name not in ("test", "lint", "docs")
+    } == {**LIBRARIES}
     assert EXTRAS.keys() == LIBRARIES.keys()
 
 
@@ -766,7 +772,7 @@ def test_verify_and_install_as_commands(
     assert "model: tiny:1b" in printed
     assert f"model: {HUB_NAME}, 21 KB, commit {COMMIT}" in printed
     assert "extras: none" in printed
-    assert "is complete: all 12 files" in printed
+    assert "is complete: all 13 files" in printed
     where = ["--prefix", str(to.prefix), "--models-dir", str(to.models)]
     assert main(["bundle", "install", str(bundle), *where]) == 0
     assert str(to.command) in capsys.readouterr().out

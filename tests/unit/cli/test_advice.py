@@ -125,7 +125,7 @@ def test_a_changed_input_is_not_resumed_and_finished_runs_are(
         (["run", "q.jsonl", "--engine-url", "http://h:1", "-o", "gone/o.json"], "mkdir -p", "gone"),
         (["convert", "json", "--input", "d.json", "-o", "gone/q.jsonl"], "mkdir -p", "gone"),
         (["report", "results.json", "--output", "gone/r.html"], "mkdir -p", "gone"),
-        (["results", "to-csv", "results.json"], "(aiflux status", "results.json"),
+        (["results", "to-csv", "results.json"], "aiflux merge --partial", "results.json"),
         (["check", "d.json", "-m", "m"], "--input", "d.json"),
         (["run", "q.jsonl", "--engine-url", "http://h:1", "-o", "results.json"], "rm -r",
          "results.json.aiflux"),
@@ -240,6 +240,10 @@ def test_a_local_run_gets_the_gpus_of_this_machine_or_is_refused(tmp_path: Path)
     prepare = fakes.calls("apptainer")[0]
     assert {"--rocm", str(tmp_path / "aiflux-amd.sif")} <= {*prepare.argv}
     assert prepare.environ["APPTAINERENV_ROCR_VISIBLE_DEVICES"] == "0"
+    aiflux("resume", "out.json", "--local", "--gpu-vendor", "amd", cwd=tmp_path, **there)
+    assert {"--rocm", str(tmp_path / "aiflux-amd.sif")} <= {*fakes.calls("apptainer")[-1].argv}
+    aiflux("resume", "out.json", "--local", cwd=tmp_path, **there)
+    assert str(tmp_path / "aiflux.sif") in fakes.calls("apptainer")[-1].argv
 
 
 def test_a_local_run_uses_its_engine_s_program_if_the_image_has_another_engine(

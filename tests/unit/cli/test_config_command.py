@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +19,10 @@ from aiflux.slurm.config_template import Proposal, initial_file, propose
 from aiflux.slurm.preflight.cluster import cluster_checks
 from aiflux.slurm.preflight.local import collect
 from aiflux.slurm.script import JobScript, render
+from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition
+from tests.unit.terminals import on_terminal
 
 SETTING = re.compile(r"^  (?:# )?([a-z_]+):", re.MULTILINE)
 
@@ -186,6 +183,21 @@ def test_init_writes_once(
     assert capsys.readouterr().out == written
 
 
+def test_init_reports_an_image_that_does_not_fit_the_proposal(
+    commands: FakeCommands,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", FakeSite().install(commands)["PATH"])
+    make_sif(folder / "aiflux.sif", version="1", cpu_only="yes")
+    assert main(["config", "init"]) == 0
+    found = capsys.readouterr()
+    assert "gpus_per_node: 1" in found.out
+    assert "aiflux.sif has a CPU build of Ollama, but the job requests GPUs" in found.err
+    assert "--gpus-per-node 0" in found.err
+
+
 def test_init_for_all_folders_and_elsewhere(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,35 +248,14 @@ def test_show_tells_each_value_and_its_origin(
     assert set(shown["settings"]) == {item.name for item in SETTINGS}
 
 
-def in_terminal(command: list[str], folder: Path, environ: dict[str, str]) -> str:
-    """Return what a command shows in a terminal of 80 columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(command, cwd=folder, env=environ, stdout=theirs, stdin=theirs)
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 65536):
-            shown += part
-    except OSError:
-        pass  # the terminal is closed when the command has ended
-    finally:
-        os.close(ours)
-    assert process.wait() == 0
-    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode().replace("\r\n", "\n"))
-
-
 def test_show_fits_a_terminal_of_80_columns(folder: Path) -> None:
     environ = {
         "HOME": str(folder), "TERM": "xterm", "PATH": os.defpath, "LANG": "C.UTF-8",
         "AIFLUX_MODELS_DIR": "/a/very/long" * 10,
     }  # fmt: skip
-    shown = in_terminal(
-        [sys.executable, "-m", "aiflux.cli", "config", "show"],
-        folder,
-        environ,
-    )
-    lines = shown.splitlines()
+    command = [sys.executable, "-m", "aiflux.cli", "config", "show"]
+    shown = on_terminal(command, "stdin", "stdout", env=environ, cwd=folder)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.replace("\r\n", "\n")).splitlines()
     assert max(map(len, lines)) <= 80
     words = "".join(line[23:52].strip() for line in lines)
     assert environ["AIFLUX_MODELS_DIR"] in words

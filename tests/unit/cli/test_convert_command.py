@@ -55,6 +55,27 @@ def test_every_kind(place: Path) -> None:
     ]  # fmt: skip
 
 
+def test_prompts_of_several_parts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place / "t.csv", "text,by\na,Ann\n")
+    write(place / "e.csv", "text,answer\nx,y\n")
+    write(place / "p.j2", "{{ text | upper }}\n")
+    write(place / "s.j2", "For {{ by }}.\n")
+    more = ("--template-file", "p.j2", "--system-file", "s.j2", "--examples", "e.csv")
+    assert convert("csv", "t.csv", *more) == 0
+    turns = requests_in(place / "q.jsonl")[0]["body"]["messages"]
+    assert [turn["content"] for turn in turns] == ["For Ann.", "X", "y", "A"]
+    wrong = {
+        ("--template", "p.j2"): "for a file: --template-file p.j2",
+        ("--template", "{text.0}"): "line 2: column 'text' has no field '0'",
+        ("--template", "{text}", "--system", "S", "--system-file", "s.j2"): "cannot be combined",
+        ("--turn", "{text}"): "--turn '{text}' is not ROLE=TEMPLATE",
+        ("--template-file", "none.j2"): "the template 'none.j2' cannot be read",
+    }
+    for words, message in wrong.items():
+        assert convert("csv", "t.csv", "--force", *words) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_what_every_request_has(place: Path) -> None:
     write(place / "t.csv", "text\na\n")
     write(place / "t.txt", "Say:\n{text}\n")
@@ -289,4 +310,5 @@ def test_a_bar_on_a_terminal_needs_no_thread(place: Path) -> None:
     assert done.returncode == 0, shown
     assert "reading" in shown
     assert "converting" in shown
+    assert "\\x1b" not in shown, "escape sequences are not shown as text"
     assert list(prompts(place / "q.jsonl").values()) == ["A"]

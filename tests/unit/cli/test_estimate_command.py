@@ -16,7 +16,7 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.core.batch.request import request_key
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.journal import Result
+from aiflux.core.runs.journal import NewResult
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import EngineFacts, Status, Totals
 from aiflux.estimates.pilot import Pilot
@@ -71,7 +71,7 @@ def do_the_pilot(
             }  # fmt: skip
             body = json.dumps(usage).encode()
             error = {"code": "http_400", "message": "no"} if number < failed else None
-            result = Result(request_key(line), f"r{number}", 200, metadata, error, body)
+            result = NewResult(request_key(line), f"r{number}", 200, metadata, error, body)
             journal.write(result.to_line())
     status = Status(run.status(0), plan, 0, completed=len(lines))
     status.details.started = utc_text(start)
@@ -470,7 +470,7 @@ def test_the_shards_and_the_run_use_the_estimate_of_its_engine(
         (["--engine", "ollama,vllm"], "vllm: 'm:1' is not a model of Hugging Face"),
         (["--engine", "ollama,vllm=hf:a/b"], "vllm: 300 lines are wrong"),
         (["--engine", "llamacpp,ollama=m 1"], "ollama: "),
-        (["--engine-url", "http://127.0.0.1:9"], "engines and --engine-url cannot be combined"),
+        (["--engine-url", "http://127.0.0.1:9"], "engine and engine_url are both given"),
         (["--engine-command", "serve {port}"], "engine and engine_command are both given"),
         (["--image", "aiflux-nothing.sif"], "ollama: image not found"),
         (["--engine", "llamacpp,ollama", "--engine-arg", "swa-full"], "ollama: "),
@@ -581,6 +581,7 @@ def test_locally_an_engine_that_cannot_start_is_refused_before_the_first_pilot(
     printed = capsys.readouterr().err
     assert printed.startswith("error: llamacpp: ")
     assert "there is no llama-server on PATH either" in printed
+    assert "or install llama.cpp, and name its program in AIFLUX_ENGINE_PROGRAM" in printed
     assert not (programs / "notes").exists()
     assert not BY_ENGINE["ollama"].folder.exists()
 

@@ -24,6 +24,7 @@ from tests.unit.made_runs import MadeRun
 _TEXT = {
     "logs", "completion", "examples", "config init", "image build", "image sign", "bundle create",
     "bundle install", "help", "models pull", "models export", "models import", "models remove",
+    "connect", "gateway",
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from aiflux.models.name import parse_model_name
 from tests.tools import make_tiny_gguf
 from tests.unit.helpers import words_of_python
 from tests.unit.made_models import CONFIG, blob_files, changed_tar, put_model, tree
+from tests.unit.terminals import on_terminal
 
 WEIGHTS = make_tiny_gguf.tiny()
 MIT = b"do as you like"
@@ -67,6 +70,22 @@ def test_what_is_here_is_listed_with_what_is_known(aiflux: Aiflux) -> None:
     assert rows["two:latest"].split()[-1] == "yes"
     assert "llama3.1:8b" not in out
     assert "llama3.1:8b" in aiflux("list")[1]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_lists_fit_the_terminal(aiflux: Aiflux, columns: int) -> None:
+    program = "import sys; from aiflux.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "models", "list"]
+    written = on_terminal(command, "stdout", "stderr", columns=columns, stdin=subprocess.DEVNULL)
+    shown = written.splitlines()
+    tables = shown[: next(at for at, line in enumerate(shown) if line.startswith("GPU memory"))]
+    assert max(map(len, tables)) <= columns
+    assert len([line for line in tables if line.endswith("HERE") and "GPU MEMORY" in line]) == 2
+    piped = aiflux("list")[1].splitlines()
+    assert [line.split(maxsplit=1)[:1] for line in tables] == [
+        line.split(maxsplit=1)[:1] for line in piped[: len(tables)]
+    ]
+    assert piped[0].split()[-2:] == ["ENGINES", "HERE"]
 
 
 def test_a_damaged_model_and_a_broken_pull_are_listed_as_such(aiflux: Aiflux, models: Path) -> None:

@@ -24,7 +24,7 @@ from rich.cells import cell_len
 
 from aiflux.cli.commands import jobs
 from aiflux.cli.main import main
-from aiflux.cli.render.run import Frame, one_line, overview, progress_line, typed
+from aiflux.cli.render.run import Frame, one_line, overview, typed
 from aiflux.core.runs.registry import register
 from aiflux.slurm.monitor import gather
 from aiflux.util.times import duration
@@ -121,6 +121,13 @@ def test_status_says_how_to_go_on(
     last = capsys.readouterr().out.splitlines()[-1]
     name = typed(os.path.relpath(made.output))
     assert last == f"continue: aiflux {command} {name}"
+
+
+def test_a_state_and_its_reason_are_shown_once(slurm: FakeCommands, awkward: Path) -> None:
+    made = MadeRun(awkward)
+    made.status(0, "cancelled", 100, age=600, ended="stopped (signal SIGTERM)", exit_code=5)
+    (line,) = [line for line in frames(made, 80, 24) if "SIGTERM" in line]
+    assert line.count("stopped") == 1
 
 
 def frames(runs: MadeRun, width: int, height: int) -> list[str]:
@@ -263,6 +270,14 @@ def test_logs(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "loading\nloading too\n"
     assert main(["logs", "r/results.json", "--shard", "3"]) == 2
     assert "its shards are 0 to 2" in capsys.readouterr().err
+
+
+def test_the_only_shard_is_named(
+    slurm: FakeCommands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MadeRun(tmp_path / "r", shards=1)
+    assert main(["logs", "r/results.json", "--shard", "1"]) == 2
+    assert "its only shard is 0" in capsys.readouterr().err
 
 
 def test_logs_of_a_run_in_the_foreground(
@@ -444,7 +459,7 @@ def test_ctrl_c_keeps_the_last_frame(made: MadeRun, monkeypatch: pytest.MonkeyPa
 
 def test_a_line_says_all(made: MadeRun) -> None:
     view = gather(made.run)
-    assert progress_line(view) == (
+    assert str(view) == (
         "running: 150/300 done (50 %), 2 failed, 1 running, 1 waiting, 1 done, "
         "2.0 requests/s, 300 tokens/s, ETA 0:01:15"
     )

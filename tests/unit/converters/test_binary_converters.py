@@ -174,13 +174,25 @@ def test_rows_of_parquet_become_requests(tmp_path: Path) -> None:
     assert summary.notes == ("3 rows in 2 row groups",)
 
 
-def test_nested_columns_are_rejected_in_a_prompt(tmp_path: Path) -> None:
-    source = parquet(tmp_path / "in.parquet", {"tags": [["a", "b"]], "text": ["x"]})
-    for options in ({"template": "{tags}"}, {"template": "{text}", "id_column": "tags"}):
-        with pytest.raises(InputError, match="column 'tags'") as error:
-            parquet_to_jsonl(source, tmp_path / "o.jsonl", **options)
-        assert "nested (list<" in refused(error)
-        assert "flatten the column first" in refused(error)
+def test_nested_columns_are_json_in_a_prompt(tmp_path: Path) -> None:
+    rows = {
+        "tags": [["a", "é"], None],
+        "meta": [{"at": date(2026, 1, 2), "who": [{"name": "Ann"}]}, None],
+        "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+    }
+    source = parquet(tmp_path / "in.parquet", rows)
+    template = "{tags} {meta} {map} {meta.at} {meta.who.0.name} {tags.1}"
+    parquet_to_jsonl(source, tmp_path / "o.jsonl", template=template, keep=["map"])
+    meta = '{"at": "2026-01-02", "who": [{"name": "Ann"}]}'
+    assert [*prompts(tmp_path / "o.jsonl").values()] == [
+        f'["a", "é"] {meta} {{"k": 1}} 2026-01-02 Ann é', "     ",
+    ]  # fmt: skip
+    assert requests_in(tmp_path / "o.jsonl")[0]["metadata"]["columns"] == {"map": {"k": 1}}
+    with pytest.raises(InputError, match="1 of 2 rows") as error:
+        parquet_to_jsonl(source, tmp_path / "p.jsonl", template="{meta.when}")
+    assert "column 'meta' has no field 'when'" in refused(error)
+    with pytest.raises(InputError, match=r"names 'other.at'"):
+        parquet_to_jsonl(source, tmp_path / "p.jsonl", template="{other.at}")
 
 
 def test_binary_cells_are_invalid(tmp_path: Path) -> None:
@@ -214,10 +226,11 @@ def test_float32_values_keep_their_short_form(tmp_path: Path) -> None:
     assert list(prompts(tmp_path / "o.jsonl").values()) == ["0.1", "", "1e+20"]
 
 
-def test_a_directory_of_parquet_files_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a directory") as error:
+def test_a_directory_without_tables_is_rejected(tmp_path: Path) -> None:
+    write(tmp_path / "_tmp.parquet", "left by a program that was killed")
+    with pytest.raises(InputError, match="contains no file of") as error:
         parquet_to_jsonl(tmp_path, tmp_path / "o.jsonl", template="{x}")
-    assert "pd.read_parquet" in str(error.value.remedy)
+    assert "aiflux convert dir" in str(error.value.remedy)
 
 
 def test_files_that_are_not_parquet_are_rejected(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from aiflux.converters import (
     results_to_jsonl,
     results_to_parquet,
 )
+from aiflux.converters.cells import as_messages
 from aiflux.converters.results import BackOptions
-from aiflux.converters.table import as_messages
 from aiflux.errors import InputError
 from tests.unit.converters.test_converters import prompts, refused, requests_in, write
 from tests.unit.converters.test_results import answered, read_csv
@@ -69,7 +69,7 @@ def test_conversations_that_end_with_an_answer_are_counted(tmp_path: Path) -> No
     assert summary.requests == 14
     assert summary.notes == (
         "7 requests that end with an assistant's turn, which the model continues or answers; "
-        "remove the last turn to generate it again (line 1, 3, 5, 7, 9, ...)",
+        "to generate it again: --drop-last-assistant (line 1, 3, 5, 7, 9, ...)",
     )
 
 
@@ -81,9 +81,9 @@ def test_a_parquet_chat_column_is_sent_unchanged(
     pq.write_table(table, tmp_path / "in.parquet")
     parquet_to_jsonl(tmp_path / "in.parquet", tmp_path / "o.jsonl", template="{chat}")
     assert messages_in(tmp_path / "o.jsonl") == [MESSAGES, MESSAGES[:2]]
-    with pytest.raises(InputError, match="is nested") as error:
-        parquet_to_jsonl(tmp_path / "in.parquet", tmp_path / "p.jsonl", template="Sum up: {chat}")
-    assert "a chat column alone as the template" in refused(error)
+    parquet_to_jsonl(tmp_path / "in.parquet", tmp_path / "p.jsonl", template="Sum up: {chat}")
+    prompt = messages_in(tmp_path / "p.jsonl")[0][0]["content"]
+    assert json.loads(prompt.removeprefix("Sum up: ")) == turns
     with pytest.raises(InputError) as error:
         parquet_to_jsonl(
             tmp_path / "in.parquet", tmp_path / "p.jsonl", template="{chat}", system="be kind"
@@ -190,3 +190,32 @@ def test_damaged_parquet_is_refused_or_read(tmp_path: Path) -> None:
         path = write(tmp_path / "in.parquet", bytes(content[: chance.choice([None, 300])]))
         with suppress(InputError):
             parquet_to_jsonl(path, tmp_path / "o.jsonl", template="{chat}")
+
+
+def test_the_last_answer_is_dropped(tmp_path: Path) -> None:
+    chats = [
+        {"conversations": SHARED, "system": "be kind"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "c"}]},
+    ]
+    source = write(tmp_path / "in.jsonl", "\n".join(map(json.dumps, chats)))
+    summary = json_to_jsonl(source, tmp_path / "o.jsonl", drop_last_assistant=True)
+    first, second, third = messages_in(tmp_path / "o.jsonl")
+    assert first[-1]["role"] != "assistant"
+    assert [each["content"] for each in (*second, *third)] == ["a", "c"]
+    assert summary.notes == ()
+    only = [{"messages": [{"role": "assistant", "content": "b"}]}]
+    source = write(tmp_path / "in.jsonl", "\n".join(map(json.dumps, only)))
+    with pytest.raises(InputError, match="1 of 1 lines") as error:
+        json_to_jsonl(source, tmp_path / "p.jsonl", drop_last_assistant=True)
+    assert "only turns of the assistant" in refused(error)
+
+
+def test_the_system_prompt_next_to_a_conversation_is_sent(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "hi"}]
+    chats = [{"conversations": turns, "system": "be kind"}, {"conversations": turns, "system": ""}]
+    source = write(tmp_path / "in.jsonl", "\n".join(map(json.dumps, chats)))
+    json_to_jsonl(source, tmp_path / "o.jsonl")
+    user = {"role": "user", "content": "hi"}
+    system = {"role": "system", "content": "be kind"}
+    assert messages_in(tmp_path / "o.jsonl") == [[system, user], [user]]

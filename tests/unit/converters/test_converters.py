@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from aiflux.converters import csv_to_jsonl, directory_to_jsonl, json_to_jsonl
 from aiflux.converters.directory import parse_size, split_text
-from aiflux.converters.request_form import Template, escape
+from aiflux.converters.template import Template, escape
 from aiflux.converters.writer import SeenIds
 from aiflux.core.batch.request import parse_request
 from aiflux.errors import ConfigError, InputError, UsageError
@@ -56,7 +56,7 @@ def refused(error: pytest.ExceptionInfo[InputError]) -> str:
 
 @given(st.text())
 def test_an_escaped_text_renders_to_itself(text: str) -> None:
-    assert Template(escape(text), required=False).render({}) == text
+    assert Template(escape(text)).render({}) == text
 
 
 names = st.text(st.characters(exclude_characters="{}"), min_size=1).filter(str.strip)
@@ -67,7 +67,7 @@ def test_all_names_are_filled_in(
     parts: list[tuple[str, str]], end: str, values: dict[str, str]
 ) -> None:
     text = "".join(escape(literal) + f"{{{name}}}" for literal, name in parts) + escape(end)
-    template = Template(text, required=False)
+    template = Template(text)
     known = {name: "{" + name for _, name in parts} | values
     assert template.render(known) == "".join(a + known[name] for a, name in parts) + end
     assert set(template.names) == {name for _, name in parts}
@@ -76,8 +76,6 @@ def test_all_names_are_filled_in(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("no name", "has nothing to fill in"),
-        ("{{text}}", "has nothing to fill in"),
         ("a\nb {", "a single { at line 2, column 3"),
         ("{text} }", "a single } at line 1, column 8"),
         ("{}", "{} without a name at line 1, column 1"),
@@ -279,8 +277,9 @@ def test_text_that_reads_the_same_in_cp1252_is_read_as_cp1252(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        (b"\x1f\x8b\x08", "zcat FILE | aiflux convert"),
-        (b"PK\x03\x04", "save the workbook as CSV"),
+        (b"BZh91AY", "bzcat FILE | aiflux convert"),
+        (b"PK\x03\x04", "use `aiflux convert table`"),
+        (b"SQLite format 3\0", "use `aiflux convert table`"),
         (b"PAR1", "use `aiflux convert parquet`"),
         (b"%PDF-1.7", "use `aiflux convert dir`"),
     ],
@@ -329,7 +328,6 @@ def test_binary_input_is_not_csv(tmp_path: Path) -> None:
         ("", "is empty"),
         ("\n\n", "no header line"),
         ("id,text\n", "contains no row"),
-        ("id,id,text\n1,2,3\n", "duplicate column names: 'id'"),
         ('id,text\n1,"a\n2,b\n', 'lines 2 to 3: a quote (") is not closed before the end'),
         ('id,text\n1,"a"b\n', "line 2: not valid CSV"),
     ],
@@ -449,7 +447,7 @@ def test_an_array_of_objects(tmp_path: Path, indent: int | None) -> None:
     )
     assert summary.requests == 500
     assert prompts(output)["n7"] == 'ü7 [1, {"a": 2}]'
-    assert requests_in(output)[7]["metadata"] == {"columns": {"q.text": "ü7"}}
+    assert requests_in(output)[7]["metadata"]["columns"] == {"q.text": "ü7"}
 
 
 def test_json_lines_of_all_forms(tmp_path: Path) -> None:
@@ -690,7 +688,7 @@ def test_input_that_is_not_json_is_rejected(tmp_path: Path) -> None:
         json_to_jsonl(source, tmp_path / "o.jsonl", field="q")
     assert "line 3: not JSON: Expecting value at column 1" in refused(error)
     assert "line 4: not JSON: Unterminated string starting at column 2" in refused(error)
-    for content, words in ((b"", "is empty"), (b"\x1f\x8b\x08\0", "compressed with gzip")):
+    for content, words in ((b"", "is empty"), (b"\x1f\x8b\x08\0", "is incomplete: its gzip data")):
         with pytest.raises(InputError, match=words):
             json_to_jsonl(write(source, content), tmp_path / "o.jsonl", field="q")
     with pytest.raises(InputError, match=r"not valid JSON at line 1: byte 0xe9"):

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiflux.converters import directory_to_jsonl
+from aiflux.converters.cells import BadRowError
 from aiflux.converters.documents import NoTextError, docx_text, read_document
-from aiflux.converters.writer import BadRowError
 from tests.unit.converters.test_converters import small_pdf, write
 
 TRANSITIONAL = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"

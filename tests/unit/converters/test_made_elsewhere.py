@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from aiflux.converters import (
     results_to_jsonl,
     results_to_parquet,
 )
+from aiflux.converters.cells import as_text
 from aiflux.converters.delimited import DelimitedTable
 from aiflux.converters.documents import read_document
 from aiflux.converters.results import BackOptions
-from aiflux.converters.table import Row, as_text
+from aiflux.converters.table import Row
 from aiflux.errors import InputError
 from tests.unit.converters.test_converters import requests_in
 from tests.unit.converters.test_results import answered, read_csv
@@ -117,10 +119,14 @@ def test_kept_columns_have_the_types_that_json_has(kept: Path, tmp_path: Path) -
     table = pq.read_table(tmp_path / "b.parquet")
     kinds = {name: str(table.schema.field(name).type) for name in TYPES}
     numbers = {"score": "double", "count": "int64", "done": "bool", "small": "double"}
-    assert kinds == dict.fromkeys(TYPES, "string") | numbers
+    others = {"day": "date32[day]", "raw": "binary"}
+    assert kinds == dict.fromkeys(TYPES, "string") | numbers | others
     texts = {name: [None if cell is None else json.dumps(cell) for cell in TYPES[name]]
              for name in ("tags", "large")}  # fmt: skip
-    assert {name: table.column(name).to_pylist() for name in TYPES} == {**TYPES, **texts}
+    days = [cell if cell is None else date.fromisoformat(cell) for cell in TYPES["day"]]
+    raw = [b"bytes", b"\xff\x00", None, b"", b"x"]
+    own = {"day": days, "raw": raw}
+    assert {name: table.column(name).to_pylist() for name in TYPES} == {**TYPES, **texts, **own}
     results_to_csv(kept, tmp_path / "b.csv")
     first = dict(zip(*read_csv(tmp_path / "b.csv")[:2], strict=True))
     assert [first[name] for name in ("score", "count", "done", "price", "tags", "large")] == [

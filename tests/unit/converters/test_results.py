@@ -6,18 +6,20 @@ import csv
 import json
 import re
 import shutil
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.converters import (
     csv_to_jsonl,
+    json_to_jsonl,
     parquet_to_jsonl,
     results_to_csv,
     results_to_jsonl,
@@ -106,6 +108,31 @@ def test_answers_are_joined_by_custom_id(tmp_path: Path) -> None:
         ["n0", "t0", "n0", "A", ""],
     ]
     assert (summary.answered, summary.failed, summary.unasked, summary.unused) == (1, 1, 1, 0)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=9).filter(lambda asked: min(asked) < 5))
+@example([0, 1, 2, 3, 4])
+@example([0, 1, 1, 2, 0, 3])
+@example([0, 1, 6, 2, 1])
+def test_rows_in_any_order_and_number_get_their_answers_once(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    output = output_of(folder, *"ABCDE")
+    write_csv(folder / "in.csv", [["id", "text"], *([f"n{row}", f"t{row}"] for row in rows)])
+    back = BackOptions(source=folder / "in.csv", id_column="id")
+    summary = results_to_csv(output, folder / "back.csv", back)
+    wanted = []
+    for at, row in enumerate(rows):
+        if row >= 5:
+            wanted.append(["", "no result: it was not requested"])
+        elif row in rows[:at]:
+            wanted.append(["", "no result: an earlier row of the source has this custom_id"])
+        else:
+            wanted.append(["ABCDE"[row], ""])
+    assert [line[-2:] for line in read_csv(folder / "back.csv")[1:]] == wanted
+    asked = {row for row in rows if row < 5}
+    assert (summary.answered, summary.unused) == (len(asked), 5 - len(asked))
 
 
 def test_a_source_without_matching_custom_ids_is_rejected(tmp_path: Path) -> None:
@@ -521,12 +548,103 @@ def test_an_embedding_counts_as_an_answer(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "back.csv")[1] == ["e", "[0.5, -0.25]", ""]
 
 
-def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_in_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[3] / "docs" / "converters.md"
-    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    page = (Path(__file__).parents[3] / "docs" / "converters.md").read_text("utf-8")
+    prompts, back = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (jinja,) = re.findall(r"^```jinja\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "review.j2").write_text(jinja)
+    write_csv(tmp_path / "reviews.csv", [["text", "label"], ["Good", "good"], ["Broke", "bad"]])
+    write_csv(tmp_path / "rated.csv", [["text", "rating"], ["Fine", 5]])
+    exec(compile(prompts, "converters.md", "exec"), {})  # noqa: S102
+    made = [json.loads(Path(name).read_bytes().splitlines()[1])["body"]["messages"]
+            for name in ("prompts.jsonl", "rated.jsonl", "turns.jsonl")]  # fmt: skip
+    assert [[turn["content"] for turn in turns] for turns in made] == [
+        ["The customer is unhappy.\nAnswer this review in English: Broke"],
+        ["Fine", "5", "Broke"],
+        ["Broke", "I find it bad.", "Why?"],
+    ]
     source = write_csv(tmp_path / "reviews.csv", [["id", "text"], ["a", "good"]])
     csv_to_jsonl(source, tmp_path / "q.jsonl", template="{text}", id_column="id")
     answered(tmp_path / "q.jsonl", tmp_path / "results.json")
-    exec(compile(block, "converters.md", "exec"), {})  # noqa: S102
+    exec(compile(back, "converters.md", "exec"), {})  # noqa: S102
     assert read_csv(tmp_path / "answers.csv")[1] == ["a", "a", "good", "good", ""]
+
+
+JSON = (
+    '{"id": "a", "n": 1, "meta": {"text": "x"}}\n{"id": "b", "meta": {"text": "y"}, "more": [1]}\n'
+)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+@pytest.mark.parametrize("by_id", [False, True])
+def test_json_as_the_source(tmp_path: Path, form: str, by_id: bool) -> None:
+    source = tmp_path / f"in.{form}"
+    source.write_text(JSON if form == "jsonl" else f"[{','.join(JSON.splitlines())}]")
+    named: dict[str, Any] = {"id_field": "id"} if by_id else {}
+    json_to_jsonl(source, tmp_path / "q.jsonl", template="<{meta.text}>", **named)
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
+    back = BackOptions(source=source, id_column="id" if by_id else None)
+    results_to_jsonl(output, tmp_path / "back.jsonl", back)
+    rows = [json.loads(line) for line in (tmp_path / "back.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["n"], row["meta"], row["more"], row["answer"]) for row in rows] == [
+        ("a", 1, {"text": "x"}, None, "<x>"),
+        ("b", None, {"text": "y"}, [1], "<y>"),
+    ]
+    results_to_parquet(output, tmp_path / "back.parquet", back)
+    schema = pq.read_schema(tmp_path / "back.parquet")
+    assert str(schema.field("n").type) == "int64"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"a text"\n', '"another"\n'),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', '{"messages": []}\n'),
+        ('[{"role": "user", "content": "a"}]\n', '[{"role": "user", "content": "b"}]\n'),
+    ],
+)
+def test_a_changed_json_source_is_noticed(tmp_path: Path, before: str, after: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(before)
+    json_to_jsonl(source, tmp_path / "q.jsonl")
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json", "A")
+    back = BackOptions(source=source)
+    assert results_to_jsonl(output, tmp_path / "back.jsonl", back).answered == 1
+    source.write_text(after)
+    with pytest.raises(InputError, match="differs from the row"):
+        results_to_jsonl(output, tmp_path / "back.jsonl", back)
+
+
+def test_named_fields_have_types_in_parquet(tmp_path: Path) -> None:
+    output = output_of(tmp_path, '{"s": 1, "t": "a"}', '{"s": 2, "t": "b"}')
+    back = BackOptions(source=tmp_path / "in.csv", id_column="id", json_fields=("s", "t"))
+    results_to_parquet(output, tmp_path / "b.parquet", back)
+    schema = pq.read_schema(tmp_path / "b.parquet")
+    assert [str(schema.field(name).type) for name in "st"] == ["int64", "string"]
+
+
+def test_kept_columns_have_their_types_again(tmp_path: Path) -> None:
+    day, moment = date(2026, 1, 2), datetime(2026, 1, 2, 3, 4, 5, 6)
+    columns = {
+        "text": ["a", "b"], "day": [day, None], "at": [moment, moment], "hour": [time(1, 2), None],
+        "raw": [b"x", b"\xff\x00"], "n": [1, None],
+        "price": pa.array(["1.10", None]).cast(pa.decimal128(9, 2)),
+        "zoned": pa.array([moment, None], pa.timestamp("us", "UTC")),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    parquet_to_jsonl(tmp_path / "in.parquet", tmp_path / "q.jsonl", template="{text}", keep=["*"])
+    output = answered(tmp_path / "q.jsonl", tmp_path / "out.json")
+    results_to_parquet(output, tmp_path / "b.parquet")
+    table = pq.read_table(tmp_path / "b.parquet")
+    kinds = {field.name: str(field.type) for field in table.schema}
+    assert kinds == {
+        "custom_id": "string", "text": "string", "day": "date32[day]", "at": "timestamp[us]",
+        "hour": "time64[us]", "raw": "binary", "n": "int64", "price": "string", "zoned": "string",
+        "answer": "string", "error": "string",
+    }  # fmt: skip
+    for name in ("day", "at", "hour", "raw", "n"):
+        assert table.column(name).to_pylist() == columns[name]
+    results_to_csv(output, tmp_path / "b.csv")
+    row = dict(zip(*read_csv(tmp_path / "b.csv")[:2], strict=True))
+    assert (row["day"], row["at"], row["price"]) == ("2026-01-02", moment.isoformat(), "1.10")

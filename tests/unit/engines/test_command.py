@@ -168,7 +168,7 @@ def test_a_server_that_never_gets_ready_is_ended(site: Site) -> None:
     (site.folder / "loading").touch()
     loading = shlex.quote(str(site.folder / "loading"))
     engine = site.engine(f"{PORT} --loading {loading}", load_timeout=1.5)
-    with pytest.raises(EngineError, match=r"was not ready within 1\.5 s:\nlistening") as caught:
+    with pytest.raises(EngineError, match=r"within 1\.5 s: it listens.*\nlistening") as caught:
         engine.start()
     assert "--load-timeout" in str(caught.value.remedy)
     assert not engine.is_ready()
@@ -184,8 +184,23 @@ def test_a_server_that_others_can_reach_is_refused(site: Site) -> None:
 
 def test_a_server_on_another_port_is_not_found(site: Site) -> None:
     engine = site.engine(PORT.replace("{port}", "0 --ignored {port}"), load_timeout=1.0)
-    with pytest.raises(EngineError, match="was not ready within 1 s"):
+    with pytest.raises(EngineError, match=r"within 1 s: it does not listen on http://127\.0\.0\.1"):
         engine.start()
+
+
+def test_a_server_without_its_socket_is_not_found(site: Site) -> None:
+    engine = site.engine(PORT.replace("{port}", "0 --ignored {socket}"), load_timeout=1.0)
+    with pytest.raises(EngineError, match=r"within 1 s: it does not listen on .*engine\.sock"):
+        engine.start()
+
+
+def test_a_server_that_goes_into_the_background_is_named_with_the_remedy(site: Site) -> None:
+    engine = site.engine("sh -c 'sleep 30 & exit 0' {port}")
+    with pytest.raises(
+        EngineError, match=r"status 0 during its start:\nits log is empty"
+    ) as caught:
+        engine.start()
+    assert "must stay in the foreground" in str(caught.value.remedy)
 
 
 def test_a_started_server_is_described(site: Site) -> None:

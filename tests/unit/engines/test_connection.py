@@ -175,6 +175,29 @@ def test_https_on_a_port_of_http(tmp_path: Path) -> None:
     assert "http://" in text
 
 
+def test_a_server_of_another_protocol_is_named_on_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                    connection.recv(1000)
+
+        greeter = threading.Thread(target=greet)
+        greeter.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        text = refused_at_once(tmp_path, url)
+        server.shutdown(socket.SHUT_RDWR)
+        greeter.join()
+    assert f"{url} does not answer in HTTP, but with SSH-2.0-OpenSSH_9.2" in text
+    assert "check the port in --engine-url" in text
+
+
 # --- addresses -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import pytest
 from aiflux.core.config.engine_kinds import KINDS
 from aiflux.engines.kinds import kind_named
 from aiflux.engines.vllm.hub import snapshot_digest
+from aiflux.errors import RejectedError
 from tests.tools import make_tiny_gguf
 from tests.tools.engine_contract import EngineContract, EngineSite, ProgramSite
 from tests.tools.faulty_engine import FaultyEngine, Reply
@@ -197,3 +198,20 @@ class TestContract(EngineContract):
 
 def test_every_kind_of_the_table_is_tested() -> None:
     assert {site.kind.name for site in SITES} == KINDS.keys()
+
+
+@pytest.mark.parametrize("version", ["0.13.2", "0.13.3"])
+def test_an_ollama_without_responses_is_refused_at_the_start(tmp_path: Path, version: str) -> None:
+    """Otherwise it would answer every request with 404."""
+    site = FakeOllama(tmp_path)
+    site.url, site.options = "/v1/responses", {"engine_env": {"FAKE_OLLAMA_VERSION": version}}
+    engine = site.make()
+    try:
+        if version == "0.13.3":
+            engine.start()
+            return
+        with pytest.raises(RejectedError, match=r"Ollama 0\.13\.2 has no /v1/resp") as error:
+            engine.start()
+        assert "--engine llamacpp" in str(error.value.remedy)
+    finally:
+        site.close()

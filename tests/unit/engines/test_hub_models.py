@@ -185,10 +185,11 @@ def index_of(content: object) -> Callable[[Path], None]:
         (cut_weights, f"it has {len(WEIGHTS) - 1} bytes of {len(WEIGHTS)}"),
         (index_of({"weight_map": {"a": "model-00002-of-00002.safetensors"}}),
          "model-00002-of-00002.safetensors cannot be read: No such file"),
-        (index_of({"weight_map": {"a": 5}}), "index.json is damaged"),
-        (index_of({"weight_map": ["a"]}), "index.json is damaged"),
-        (index_of({"weight_map": {"a": []}}), "index.json is damaged"),
-        (index_of([]), "index.json is damaged"),
+        (index_of({"weight_map": {"a": 5}}), "(?m)damaged: a value has the wrong type$"),
+        (index_of({"weight_map": ["a"]}), "(?m)damaged: a value has the wrong type$"),
+        (index_of({"weight_map": {"a": []}}), "(?m)damaged: a value has the wrong type$"),
+        (index_of([]), "(?m)index.json is not a JSON object$"),
+        (index_of({}), "(?m)damaged: 'weight_map' is missing$"),
         (index_of({"weight_map": {}}), "no .safetensors file is in"),
     ],
 )  # fmt: skip
@@ -234,6 +235,10 @@ def test_a_model_that_is_absent_is_named_with_the_remedy(tmp_path: Path) -> None
     assert error is not None
     assert error.message == f"model directory not found: {tmp_path / 'm'}"
     KIND.refuse_model(tmp_path, str(tmp_path / "m"))
+    (tmp_path / "m").touch()
+    error = KIND.absent_model(tmp_path, str(tmp_path / "m"))
+    assert error is not None
+    assert error.message == f"the model is not a directory: {tmp_path / 'm'} is a file"
 
 
 def test_the_digest_is_the_commit_or_covers_the_directory(tmp_path: Path) -> None:

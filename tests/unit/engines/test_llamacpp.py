@@ -69,7 +69,7 @@ def test_the_catalog_is_used_for_names_only(tmp_path: Path) -> None:
     catalog = read_catalog()
     for finding in (check_names, check_endpoints):
         assert not [*finding(plan_of(tmp_path, str(tiny_file(tmp_path))), catalog)]
-    (misspelt,) = check_names(plan_of(tmp_path, "lama3.2:3b"), catalog)
+    ((_, misspelt),) = check_names(plan_of(tmp_path, "lama3.2:3b"), catalog)
     assert "did you mean llama3.2:3b?" in misspelt.fix
 
 
@@ -87,6 +87,27 @@ def test_a_missing_model_is_refused_before_submission(
     assert finding.level == "error"
     assert what in finding.what
     assert fix in finding.fix
+
+
+def test_a_path_that_is_no_file_shows_what_it_is(tmp_path: Path) -> None:
+    folder, link, loop = (tmp_path / f"{name}.gguf" for name in ("folder", "link", "loop"))
+    folder.mkdir()
+    link.symlink_to("nowhere.gguf")
+    loop.symlink_to(loop.name)
+    for path, what in (
+        (folder, "is a directory"),
+        (link, "is a link to nowhere.gguf, which does not exist"),
+        (loop, "is a link to loop.gguf, which does not exist"),
+    ):
+        (finding,) = check_models(plan_of(tmp_path, str(path)))
+        assert finding.what == f"the model is not a file: {path} {what}"
+
+
+def test_more_slots_than_the_server_has_are_refused(tmp_path: Path) -> None:
+    """llama.cpp is built for 256 sequences (LLAMA_MAX_SEQ)."""
+    assert plan_of(tmp_path, "m:1", slots=256).options.slots == 256
+    with pytest.raises(ConfigError, match=r"llama\.cpp has at most 256 slots, but slots = 257"):
+        plan_of(tmp_path, "m:1", slots=257)
 
 
 def test_a_file_in_another_format_is_refused_before_submission(tmp_path: Path) -> None:
@@ -119,7 +140,7 @@ def test_text_and_embeddings_in_one_input_are_refused(tmp_path: Path) -> None:
     embedding = {"url": "/v1/embeddings", "body": {"input": "x"}}
     rerank = {"url": "/v1/rerank", "body": {"query": "x", "documents": ["y"]}}
     for pair in ((chat, embedding), (embedding, rerank), (rerank, chat)):
-        with pytest.raises(InputError, match="supports only one of text, embeddings and reranking"):
+        with pytest.raises(InputError, match="supports only one of text, embeddings and scores"):
             plan_of(tmp_path, "m:1", *pair)
     assert plan_of(tmp_path, "m:1", embedding, embedding).requests == 2
 
@@ -155,7 +176,7 @@ exit 1
         ({}, ("0",), {"allow_cpu": True}, "--metrics --offline --no-webui", "-ngl"),
         ({"url": "/v1/embeddings", "body": {"input": "x"}}, (), {},
          "--embeddings -b 1024 -ub 1024 --pooling mean", "--mmproj"),
-        ({"url": "/v1/rerank", "body": {"query": "x", "documents": []}}, (), {},
+        ({"url": "/v1/rerank", "body": {"query": "x", "documents": ["y"]}}, (), {},
          "--reranking -b 1024 -ub 1024", "--embeddings"),
     ],
 )  # fmt: skip

@@ -18,6 +18,18 @@ from aiflux.errors import ConfigError
         ("llamacpp", "hf:Qwen/Qwen3-8B", "which llama.cpp does not run",
          "--model qwen3:8b; or name a GGUF file of it: --model FILE.gguf"),
         ("llamacpp", "hf:lab/mine.gguf", "a model of Hugging Face", "use --engine vllm; or name"),
+        ("ollama", "mine.GGUF", "mine.GGUF is a GGUF file, which Ollama does not run",
+         "use --engine llamacpp; or import it: aiflux models import --gguf mine.GGUF --name"),
+        ("ollama", "/data/my model.gguf", "a GGUF file", "--gguf '/data/my model.gguf' --name"),
+        ("ollama", "../m.gguf", "a GGUF file", "use --engine llamacpp"),
+        ("vllm", "mine.gguf", "a GGUF file, which vLLM does not run", "use --engine llamacpp"),
+        ("vllm", "/data/m.gguf", "a GGUF file, which vLLM does not run", "use --engine llamacpp"),
+        ("ollama", "/data/model", "/data/model is a path, which Ollama does not run",
+         "a directory of Hugging Face: --engine vllm"),
+        ("llamacpp", "./model", "a path that does not end with .gguf", "--engine vllm"),
+        ("llamacpp", "~/model.bin", "does not end with .gguf", "rename or link the GGUF file"),
+        ("llamacpp", "..", "does not end with .gguf", "--engine vllm"),
+        ("llamacpp", "a b", "'a b' is not a model name", "or name a GGUF file: --model FILE.gguf"),
         ("vllm", "qwen3:8b", "qwen3:8b is a model of Ollama, which vLLM does not run",
          "use --engine ollama; or use the name on Hugging Face: --model hf:Qwen/Qwen3-8B"),
         ("vllm", "QWEN3:latest", "a model of Ollama", "--model hf:Qwen/Qwen3-8B"),
@@ -42,3 +54,9 @@ def test_the_prefix_may_have_capitals() -> None:
     assert kind.catalog_name("HF:Qwen/Qwen3-8B@main") == "hf:Qwen/Qwen3-8B"
     assert storing_kind("HF:Qwen/Qwen3-8B") is kind
     assert storing_kind("hfqwen3:8b") is kind_named("ollama")
+
+
+def test_a_tag_may_end_like_a_file() -> None:
+    """Ollama names a file of a repository of Hugging Face so."""
+    name = "hf.co/org/repo:model.gguf"
+    assert kind_named("ollama").distinct_models([name]) == [name]

@@ -157,7 +157,7 @@ def test_embeddings_need_a_separate_server(site: Site, tmp_path: Path) -> None:
     assert site.command()[-4:] == ["--runner", "pooling", "--convert", "embed"]
     body = json.dumps({"model": "org/tiny", "input": "x"}).encode()
     assert engine.client.post("/v1/embeddings", body).status == 200
-    with pytest.raises(InputError, match="only one of text, embeddings and reranking"):
+    with pytest.raises(InputError, match="only one of text, embeddings and scores"):
         plan_of(tmp_path, CHAT, EMBEDDING)
 
 

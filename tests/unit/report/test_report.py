@@ -21,7 +21,7 @@ from hypothesis import strategies as some
 
 from aiflux.cli.main import main
 from aiflux.core.config.settings import RunOptions
-from aiflux.core.runs.journal import JournalWriter, Result
+from aiflux.core.runs.journal import JournalWriter, NewResult
 from aiflux.core.runs.plan import write_plan
 from aiflux.core.runs.status_file import GpuUse, read_status
 from aiflux.estimates.estimate import Estimate, Range
@@ -56,7 +56,7 @@ def result(
     seconds: float = 1.0,
     body: bytes | None = None,
     **metadata: Any,
-) -> Result:
+) -> NewResult:
     data = {
         "model": "llama3.2:3b",
         "timestamp": utc_text(moment),
@@ -69,14 +69,14 @@ def result(
     content = b"null" if code else answer()
     key = number.to_bytes(16, "big")
     name = custom_id or f"r{number}"
-    return Result(key, name, 200, data, error, content if body is None else body)
+    return NewResult(key, name, 200, data, error, content if body is None else body)
 
 
-def lines(*results: Result) -> list[tuple[bytes, bytes]]:
+def lines(*results: NewResult) -> list[tuple[bytes, bytes]]:
     return [(each.key, each.to_line()) for each in results]
 
 
-def write(made: MadeRun, shard: int, *results: Result) -> None:
+def write(made: MadeRun, shard: int, *results: NewResult) -> None:
     journal = JournalWriter(made.run.journal(shard))
     for each in results:
         journal.append(each)

@@ -50,12 +50,13 @@ def test_an_invalid_job_id_is_refused(text: str) -> None:
     ("text", "jobs"),
     [
         ("101", (JobId("101"),)),
-        ("101,102", (JobId("101"), JobId("102"))),
-        ("101,102;c", (JobId("101", "c"), JobId("102", "c"))),
+        ("101:102", (JobId("101"), JobId("102"))),
+        ("101:102;c", (JobId("101", "c"), JobId("102", "c"))),
     ],
 )
 def test_several_jobs_are_joined_to_one_word(text: str, jobs: tuple[JobId, ...]) -> None:
     assert parse_jobs(text) == jobs
+    assert parse_jobs(text.replace(":", ",")) == jobs, "as earlier versions wrote it"
     assert join_jobs(jobs) == text
 
 
@@ -105,6 +106,31 @@ def test_a_refusal_shows_sbatch_s_message_and_the_script(slurm: FakeCommands) ->
     assert "Batch job submission failed: Requested node configuration" in caught.value.message
     assert str(SCRIPT) in caught.value.message
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "Batch job submission failed: Socket timed out on send/recv operation",
+    ],
+)
+def test_a_controller_that_does_not_respond_is_not_an_option_to_change(
+    slurm: FakeCommands, words: str
+) -> None:
+    slurm.say("sbatch", stderr=f"sbatch: error: {words}\n", status=1)
+    with pytest.raises(SlurmError, match="Slurm does not respond") as caught:
+        submit(SCRIPT, (), environ(slurm))
+    assert words in caught.value.message
+    assert "check with squeue before you try again" in str(caught.value.remedy)
+
+
+def test_a_machine_without_a_configuration_of_slurm_is_named(slurm: FakeCommands) -> None:
+    words = "Could not establish a configuration source"
+    slurm.say("sbatch", stderr=f"sbatch: fatal: {words}\n", status=1)
+    with pytest.raises(SlurmError, match="this machine is not set up for Slurm") as caught:
+        submit(SCRIPT, (), environ(slurm))
+    assert "--local" in str(caught.value.remedy)
 
 
 def test_a_wrong_account_lists_the_user_s_accounts(slurm: FakeCommands) -> None:

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,9 +66,10 @@ class Job:
         slurm = SlurmConfig(gpus_per_node="0")
         job = JobScript.of_run(plan.input_path, plan.output, plan.options, plan.models_dir, slurm,
                                image, self.run.logs)  # fmt: skip
-        self.script = self.run.script_part(1)
-        text = render(replace(job, script=self.script))
-        self.script.write_text(text, encoding="utf-8")
+        self.script = folder / "slurm_script"
+        self.script.write_text(render(job), encoding="utf-8")
+        # Slurm runs a copy of the script on one node; a resumed run writes another in its place.
+        self.run.script_part(1).write_text("exit 9\n", encoding="utf-8")
         self.output = plan.output
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
@@ -112,8 +112,8 @@ def test_the_ranks_run_for_as_long_as_the_worker(job: Job) -> None:
     (call,) = job.fakes.calls("srun")
     assert call.argv == [
         "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--relative=1", "--export=ALL",
-        "--mpi=none", "--kill-on-bad-exit=1", "--cpus-per-task=2", "bash", "--", str(job.script),
-        "rank",
+        "--mpi=none", "--kill-on-bad-exit=1", "--cpus-per-task=2", "bash", "-c",
+        job.script.read_text(encoding="utf-8").rstrip("\n"), "bash", "rank",
     ]  # fmt: skip
     status = json.loads(job.run.status(0).read_text(encoding="utf-8"))["aiflux"]
     assert status["sealed"] is False

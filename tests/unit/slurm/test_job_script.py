@@ -23,10 +23,10 @@ from aiflux.image.container import probe_command
 from aiflux.slurm.script import (
     JobScript,
     generic_script,
+    package_command,
     render,
     render_local,
     render_models,
-    worker_command,
 )
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import Call, FakeCommands
@@ -366,6 +366,26 @@ def test_a_failed_preparation_ends_the_job(place: Place, code: int) -> None:
     place.fakes.add("apptainer", f"exit {code}")
     assert place.bash(render(place.job())).returncode == code
     assert len(place.fakes.calls("apptainer")) == 1
+
+
+@pytest.mark.parametrize(("code", "ends"), [(0, None), (10, 0), (2, 2), (5, 5)])
+def test_a_step_of_a_chain_is_planned_before_the_container(
+    place: Place, code: int, ends: int | None
+) -> None:
+    """Code 10 stands for nothing to do."""
+    command = ("bash", "-c", f'echo "$@" >planned; exit {code}', "bash", "a b")
+    done = place.bash(render(place.job(plan_step=command, tasks="0-3", first=4)),
+                      environ=place.environ(SLURM_ARRAY_TASK_ID="2"))  # fmt: skip
+    assert done.returncode == (ends or 0), done.stderr
+    assert (place.folder / "planned").read_text() == "a b 6\n"
+    assert len(place.fakes.calls("apptainer")) == (3 if ends is None else 0)
+
+
+def test_a_step_without_its_python_is_a_usage_error_with_a_remedy(place: Place) -> None:
+    done = place.bash(render(place.job(plan_step=("/nowhere/python",))))
+    assert done.returncode == 2
+    assert "/nowhere/python cannot run on" in done.stderr
+    assert "install AI-Flux where every node sees it" in done.stderr
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 4, 5])
@@ -776,11 +796,15 @@ def test_the_modules_libraries_are_for_the_engines_and_not_for_the_worker(place:
 
 
 def test_the_worker_is_the_python_of_this_process() -> None:
-    assert worker_command({}) == (sys.executable, "-m", "aiflux.worker")
-    with_libraries = worker_command({"LD_LIBRARY_PATH": "/a b", "HOME": "/x", "PYTHONPATH": ""})
+    assert package_command("aiflux.worker", {}) == (sys.executable, "-m", "aiflux.worker")
+    with_libraries = package_command(
+        "aiflux.worker", {"LD_LIBRARY_PATH": "/a b", "HOME": "/x", "PYTHONPATH": ""}
+    )
     assert with_libraries[:2] == ("env", "LD_LIBRARY_PATH=/a b")
-    assert with_libraries[2:] == worker_command({})
-    relative = worker_command({"PYTHONPATH": f"src{os.pathsep}/b", "LD_PRELOAD": "libx.so"})
+    assert with_libraries[2:] == package_command("aiflux.worker", {})
+    relative = package_command(
+        "aiflux.worker", {"PYTHONPATH": f"src{os.pathsep}/b", "LD_PRELOAD": "libx.so"}
+    )
     assert relative[1:3] == (f"PYTHONPATH={Path.cwd()}/src{os.pathsep}/b", "LD_PRELOAD=libx.so")
 
 

@@ -17,7 +17,12 @@ from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ExitCode, PreflightError, describe
 from aiflux.slurm.cluster import ask_cluster, parse_gpus
-from aiflux.slurm.preflight.cluster import check_job_image, cluster_checks, preflight
+from aiflux.slurm.preflight.cluster import (
+    check_job_image,
+    check_shards,
+    cluster_checks,
+    preflight,
+)
 from aiflux.slurm.preflight.local import (
     Finding,
     check_image,
@@ -344,6 +349,45 @@ def test_a_missing_image_is_reported_with_the_rest(
     assert len(errors) == 2
     assert "image not found: " in errors[0]
     assert "no.sif" in errors[0]
+
+
+def test_a_misspelt_model_is_reported_once(
+    tmp_path: Path, plan: Plan, commands: FakeCommands
+) -> None:
+    config = Config(environ={"HOME": str(tmp_path)})
+    options = RunOptions(engine="llamacpp", model="lama3.2:3b")
+    plan = dataclasses.replace(
+        plan, options=options, models=("lama3.2:3b",), served_names=("lama3.2:3b",)
+    )
+    slurm = SlurmConfig(gpus_per_node="0")
+    image = make_sif(tmp_path / "a.sif", version="1", engine="llamacpp")
+    found = preflight(config, slurm, options, image, plan, FakeSite().install(commands))
+    named = [finding.fix for finding in found if "lama3.2:3b" in finding.what]
+    assert len(named) == 1
+    assert named[0].startswith("did you mean llama3.2:3b?")
+
+
+@pytest.mark.parametrize(("shards", "reported"), [("auto", False), (1, False), (100, True)])
+def test_shards_without_requests_are_reported(
+    tmp_path: Path, plan: Plan, shards: int | str, reported: bool
+) -> None:
+    found = [*check_shards(plan, SlurmConfig(shards=shards))]
+    assert [finding.fix for finding in found] == ["use --shards 1 or less"] * reported
+
+
+@pytest.mark.parametrize("submits", [True, False])
+def test_a_slurm_that_does_not_respond_is_reported(
+    tmp_path: Path, plan: Plan, commands: FakeCommands, *, submits: bool
+) -> None:
+    for name in ("sbatch", "scontrol"):
+        commands.say(name, stderr="Unable to contact slurm controller", status=1)
+    config = Config(environ={"HOME": str(tmp_path)}, directory=tmp_path)
+    slurm = SlurmConfig(gpus_per_node="0")
+    image = make_sif(tmp_path / "a.sif", version="1")
+    environ = {"PATH": commands.path}
+    found = preflight(config, slurm, RunOptions(), image, plan, environ, submits=submits)
+    (what,) = [each.what for each in found if "Slurm" in each.what]
+    assert what == "Slurm does not respond: partition, account and nodes are not checked"
 
 
 def test_one_error_is_reported_without_a_list_and_warnings_pass() -> None:

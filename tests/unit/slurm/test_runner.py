@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 from pathlib import Path
@@ -189,6 +190,22 @@ def test_a_run_whose_job_is_active_is_not_submitted_twice(
     slurm.say("sacct", "42|TIMEOUT|0:0|Unknown|00:00:01|n1\n")
     slurm.say("sbatch", "43\n")
     assert runner.run("in.jsonl", "out.json") == "43"
+
+
+def test_the_copy_of_a_compressed_input_stays_while_a_job_waits(
+    slurm: FakeCommands, workspace: Path
+) -> None:
+    source = workspace / "in.jsonl.gz"
+    lines = (workspace / "in.jsonl").read_bytes()
+    source.write_bytes(gzip.compress(lines))
+    runner = SlurmRunner(workspace=workspace)
+    runner.run(source, "out.json")
+    slurm.say("squeue", "42|N/A|PENDING|N/A|0:00||Priority\n")
+    source.write_bytes(gzip.compress(lines[: lines.index(b"\n") + 1]))
+    for dry_run in (False, True):
+        with pytest.raises(RunConflictError, match="job 42 of this run is already PENDING"):
+            runner.run(source, "out.json", dry_run=dry_run)
+    assert (workspace / "out.json.input.jsonl").read_bytes() == lines
 
 
 def test_a_dry_run_touches_nothing(workspace: Path) -> None:

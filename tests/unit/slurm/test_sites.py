@@ -68,7 +68,7 @@ def directives(text: str) -> list[str]:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in SITES.iterdir()} == set(EXPECTED)
+    assert {path.stem for path in SITES.glob("*.yaml")} == set(EXPECTED)
 
 
 @pytest.mark.parametrize("site", EXPECTED)

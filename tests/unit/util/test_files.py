@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aiflux.util.files import temporary_folder
+from aiflux.util.files import storage_error, temporary_folder
 
 HOLDING = """
 import sys, time
@@ -29,6 +31,22 @@ def holder(parent: Path) -> tuple[subprocess.Popen[str], Path]:
     )
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "free some space and run the same command again"),
+        (errno.EDQUOT, "free some space and run the same command again"),
+        (errno.EACCES, "make it writable and run the same command again"),
+        (errno.EROFS, "make it writable and run the same command again"),
+    ],
+)
+def test_the_remedy_of_a_failed_write_is_that_of_its_reason(number: int, fix: str) -> None:
+    error = storage_error(OSError(number, os.strerror(number)), Path("/o"))
+    assert error.message == f"cannot write /o: {os.strerror(number)}"
+    assert error.remedy is not None
+    assert error.remedy.startswith(fix)
 
 
 def test_a_folder_is_private_and_removed(tmp_path: Path) -> None:

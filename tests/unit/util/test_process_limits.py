@@ -149,7 +149,7 @@ def test_a_library_that_does_not_fit_is_not_reported_as_missing(
     assert "pip install" not in done.stdout
 
 
-@pytest.mark.parametrize("files", [10, 64])
+@pytest.mark.parametrize("files", [12, 64])
 def test_concurrency_fits_the_limit_on_open_files(
     files: int, engine: FaultyEngine, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from aiflux.core.runs.plan import Plan, Shard
 from aiflux.core.runs.status_file import StatusDetails, StatusFile
 from aiflux.errors import ConfigError
 from aiflux.slurm.jobs import Job, Submission, Submissions
-from aiflux.util.records import KEY, OMITTED, from_json, to_json
+from aiflux.util.records import KEY, OMITTED, from_json, read_record, to_json
 
 PLAN = Plan(
     input=InputFacts(
@@ -97,6 +97,17 @@ def test_defaults_and_names_of_json() -> None:
 def test_an_error_names_its_place(content: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"^{words}$"):
         from_json(Tree, content)
+
+
+def test_a_file_without_a_record_is_missing_or_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "tree.json"
+    assert read_record(Tree, file) is None
+    for content in (b"", b"{", b"\xff", b"[]", b"{}", b"[" * 100_000):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"\S"):
+            read_record(Tree, file)
+    file.write_bytes(b'{"leaves": [{"NAME": "a"}]}')
+    assert read_record(Tree, file) == Tree((Leaf("a"),))
 
 
 def leaves(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

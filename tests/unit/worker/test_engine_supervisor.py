@@ -58,6 +58,7 @@ def supervising(
     kind: str,
     say: Callable[[str], None],
     on_failure: Callable[[BaseException], bool] = lambda _: False,
+    stops: Callable[[float], bool] = lambda _: False,
 ) -> Iterator[tuple[EngineSupervisor, SlowEngine]]:
     with FaultyEngine() as server:
         engine = SlowEngine(server.url, kind_named(kind))
@@ -70,6 +71,7 @@ def supervising(
             say=say,
             on_ready=lambda *_: None,
             on_failure=on_failure,
+            stops=stops,
         )
         supervisor.start()
         yield supervisor, engine
@@ -103,6 +105,20 @@ def test_late_reports_of_one_crash_cause_one_start(
     assert engine.starts == 2
     assert supervisor.restarts == 1
     assert supervisor.lane.open
+
+
+def test_an_engine_that_a_stop_ends_is_not_started_again() -> None:
+    """A signal for the whole job reaches the engine first, and the worker a moment later."""
+    printed: list[str] = []
+    stopping = threading.Event()
+    with supervising("llamacpp", printed.append, stops=stopping.wait) as (supervisor, engine):
+        wait_for_generation(supervisor, 1)
+        supervisor.report_down(1)
+        time.sleep(0.1)
+        stopping.set()
+        until(lambda: supervisor.lane.gone, 5)
+        assert engine.starts == 1
+    assert printed == []
 
 
 def test_each_crash_causes_a_start(supervised: tuple[EngineSupervisor, SlowEngine]) -> None:

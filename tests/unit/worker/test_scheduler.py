@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 from collections.abc import Iterator, Sequence
 
 from hypothesis import given
@@ -74,14 +73,13 @@ def test_a_waiting_retry_holds_no_slot() -> None:
 def test_it_ends_only_when_all_requests_are_done() -> None:
     queue = scheduler(1, 2)
     job = take(queue)
-    ends: list[object] = []
-    thread = threading.Thread(target=lambda: ends.append(queue.next()))
-    thread.start()
-    thread.join(0.1)
-    assert thread.is_alive(), "the request in flight may come back"
+    changes: list[bool] = []
+    queue.on_change = lambda: changes.append(True)
+    assert queue.next() is None
+    assert not queue.is_over(), "the request in flight may come back"
     queue.done(*job)
-    thread.join(5)
-    assert ends == [None]
+    assert changes
+    assert queue.is_over()
 
 
 def test_requests_that_were_not_attempted_go_first() -> None:
@@ -103,7 +101,7 @@ def test_a_suspect_runs_alone_at_the_end() -> None:
     alone = take(queue)
     assert names(alone) == ["r0"]
     queue.done(*alone)
-    assert queue.next() is None
+    assert queue.is_over()
 
 
 def test_a_stop_hands_out_no_more_requests() -> None:
@@ -111,13 +109,14 @@ def test_a_stop_hands_out_no_more_requests() -> None:
     take(queue)
     queue.stop()
     assert queue.next() is None
+    assert queue.is_over()
     assert queue.in_flight == 1
 
 
 def test_it_ends_without_any_engine_left() -> None:
     queue = scheduler(3, 4)
     queue.close_lane(queue.lanes[0], gone=True)
-    assert queue.next() is None
+    assert queue.is_over()
 
 
 def prompting(prompts: Sequence[str], read: list[int]) -> Iterator[Task]:

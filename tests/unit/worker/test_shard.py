@@ -151,16 +151,8 @@ def test_a_crash_of_the_engine_does_not_count_as_an_attempt(tmp_path: Path) -> N
     with FaultyEngine(delay=0.02) as engine:
         working = Working(tmp_path, engine.url, concurrency=4)
         working.prompts(*(f"a{i}" for i in range(10)), "die*1", *(f"b{i}" for i in range(10)))
-
-        def revive() -> None:
-            engine.died.wait(10)
-            time.sleep(0.3)
-            engine.start()
-
-        thread = threading.Thread(target=revive)
-        thread.start()
-        assert working.run() is ExitCode.OK
-        thread.join()
+        with working.reviving(engine):
+            assert working.run() is ExitCode.OK
     assert len(working.results) == 21
     assert {entry["metadata"]["attempts"] for entry in working.results} == {1}
 
@@ -285,6 +277,9 @@ def test_only_absent_fields_are_filled_in(tmp_path: Path) -> None:
             request_line("c", body={"messages": messages, "stream": True, "stream_options": {}}),
             request_line("d", url="/v1/embeddings", body={"input": "x"}),
             request_line("e", url="/v1/rerank", body={"query": "x", "documents": ["y", "z"]}),
+            request_line("f", url="/v1/responses", body={"input": "x", "background": True}),
+            request_line("g", url="/v1/responses", body={"input": "x", "max_output_tokens": 3}),
+            request_line("h", url="/v1/score", body={"text_1": "x", "text_2": "y"}),
         ]
         working.input.write_text("\n".join(lines), encoding="utf-8")
         assert working.run() is ExitCode.OK
@@ -294,6 +289,10 @@ def test_only_absent_fields_are_filled_in(tmp_path: Path) -> None:
     assert {**filled, "stream": False} in engine.bodies
     assert {"model": "m:1", "input": "x"} in engine.bodies
     assert {"model": "m:1", "query": "x", "documents": ["y", "z"]} in engine.bodies
+    filled = {"model": "m:1", "temperature": 0.5, "max_output_tokens": 9, "input": "x"}
+    assert {**filled, "background": False} in engine.bodies
+    assert {**filled, "max_output_tokens": 3} in engine.bodies
+    assert {"model": "m:1", "text_1": "x", "text_2": "y"} in engine.bodies
     assert len(working.results[4]["output"]["results"]) == 2
 
 
@@ -368,19 +367,8 @@ def test_a_request_that_crashes_the_engine_is_run_alone_and_fails(tmp_path: Path
     with FaultyEngine(delay=0.01) as engine:
         working = Working(tmp_path, engine.url, concurrency=4)
         working.prompts(*(f"a{i}" for i in range(12)), "die", *(f"b{i}" for i in range(12)))
-        over = threading.Event()
-
-        def revive() -> None:
-            while not over.is_set():
-                if engine.died.wait(0.05) and not over.is_set():
-                    time.sleep(0.1)
-                    engine.start()
-
-        thread = threading.Thread(target=revive)
-        thread.start()
-        code = working.run()
-        over.set()
-        thread.join()
+        with working.reviving(engine):
+            code = working.run()
     assert code is ExitCode.FAILURES
     failed = [entry for entry in working.results if "error" in entry]
     assert [entry["input"]["custom_id"] for entry in failed] == ["12:die"]

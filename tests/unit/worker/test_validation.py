@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.core.batch.request import Request, parse_request
-from aiflux.core.batch.schema import SchemaError, compile_schema
+from aiflux.core.batch.schema import SchemaError, compile_schema, time_limit
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.engines.external.engine import ExternalEngine
 from aiflux.engines.external.kind import KIND
@@ -182,10 +182,10 @@ bodies = any_json | st.fixed_dictionaries(
 )
 def test_any_answer_to_any_request_is_judged(asked: Any, body: Any, url: str) -> None:
     content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "documents": [],
-               "response_format": asked}  # fmt: skip
+               "query": "", "text_1": "", "text_2": [""], "response_format": asked}  # fmt: skip
     request = parse_request(request_line(url=url, body=content).encode())
     answer = Answer(200, json.dumps(body).encode())
-    verdict = CHECKING.judge(request, judge_answer(url, answer, KIND.crash_code))
+    verdict = CHECKING.judge(request, judge_answer(url, request.body, answer, KIND.crash_code))
     assert verdict.kind in Kind
     assert verdict.code or verdict.kind is Kind.ANSWERED
 
@@ -441,6 +441,30 @@ def test_schemas_of_too_many_combinations_are_refused_by_the_check(
     assert main(["check", str(tmp_path / "in.jsonl")]) == ExitCode.USAGE
     assert "too many combinations" in capsys.readouterr().err
     assert compile_schema(nested_choices(5))(1)
+
+
+@pytest.mark.timeout(60)
+def test_a_time_limit_holds_while_generators_are_abandoned() -> None:
+    source = """
+def answers():
+    try:
+        yield 1
+    finally:
+        str()
+
+def check():
+    pass
+
+def search():
+    while True:
+        next(answers())
+        check()
+"""
+    library: dict[str, Any] = {"__name__": "library.part"}
+    exec(source, library)  # noqa: S102
+    for _ in range(50):
+        with pytest.raises(SchemaError, match="too many combinations"), time_limit(0.01, "library"):
+            library["search"]()
 
 
 def test_a_stop_does_not_wait_for_checks(tmp_path: Path) -> None:

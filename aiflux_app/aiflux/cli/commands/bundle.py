@@ -116,7 +116,7 @@ class PythonVersion(click.ParamType[str]):
     multiple=True,
     help=f"Only these of {', '.join(EXTRAS)} (repeatable; default: all)",
 )
-@option("--no-extras", is_flag=True, help="None of them: 100 MB less for each Python")
+@option("--no-extras", is_flag=True, help="None of them: 140 MB less for each Python")
 @option(
     "--arch",
     metavar="NAME",

@@ -6,19 +6,26 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from aiflux.cli.json_output import json_option, print_json
-from aiflux.cli.parser import FILE, MODEL, argument, command, option
-from aiflux.core.batch.input_file import InputRules, scan_input
-from aiflux.core.batch.request import ignored_texts
+from aiflux.cli.parser import FILE, MODEL, argument, command, option, settings_options
+from aiflux.core.batch.input_file import InputRules, InputSummary, scan_input
+from aiflux.core.batch.request import adapted_text, ignored_texts
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
-from aiflux.core.config.settings import RunOptions
-from aiflux.core.runs.plan import input_rules
-from aiflux.engines.kinds import kind_named
-from aiflux.errors import InputError
+from aiflux.core.config.settings import SETTINGS, RunOptions, given_settings
+from aiflux.core.runs.input_copy import temporary_copy
+from aiflux.core.runs.open import with_long_prompts
+from aiflux.core.runs.plan import Plan, input_rules, make_plan
+from aiflux.engines.kinds import engine_kind, kind_named
+from aiflux.errors import AifluxError, InputError
+from aiflux.slurm.preflight.local import check_lengths, finding_text
 from aiflux.util.extras import remedy
 from aiflux.util.records import to_json
+
+_OF_LENGTHS = {"engine", "context_length", "max_tokens", "too_long", "models_dir"}
+_WITHOUT = {setting.name for setting in SETTINGS} - _OF_LENGTHS
 
 
 @command("check", examples=["aiflux check prompts.jsonl --model llama3.2:3b"])
@@ -26,42 +33,86 @@ from aiflux.util.records import to_json
 @option(
     "-m", "--model", metavar="NAME:TAG", type=MODEL, help="The run's model (default: as for run)"
 )
+@option("--replace-model", is_flag=True, help="As for run: accept requests for other models")
 @json_option("Print the result as JSON, including problems")
-def check(file: str, model: str | None, as_json: bool) -> int:
-    """Read the whole input once and report every invalid line."""
+@settings_options("run", "paths", without=_WITHOUT)
+def check(file: str, model: str | None, replace_model: bool, as_json: bool, **settings: Any) -> int:
+    """Read the whole input once and report every invalid line, and prompts that are too long."""
     path = Path(file)
-    config = Config(arguments={"model": model})
+    given = {"model": model, "replace_model": replace_model or None, **given_settings(settings)}
+    config = Config(arguments=given)
     model = config.get("model")
     kind = kind_named(config.engine)
-    options = RunOptions(lora=config.get("lora"), tool_parser=config.get("tool_parser"))
+    options = RunOptions(
+        lora=config.get("lora"),
+        tool_parser=config.get("tool_parser"),
+        replace_model=config.get("replace_model"),
+        samples=config.get("samples"),
+        temperature=config.get("temperature"),
+    )
     rules = input_rules(kind, options)
     if as_json:
-        return _as_json(path, model, rules)
-    summary = scan_input(path, model, rules=rules, schemas=can_check_schemas())
+        return _as_json(path, config, model, rules)
+    summary, plan = _checked(path, config, model, rules)
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
     models = ", ".join(summary.models) or f"{model} (the run's; no request names one)"
     print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
     print(f"  endpoints: {endpoints}")
     print(f"  models:    {models}")
+    if summary.adapted:
+        print(f"  note:      {adapted_text(summary.adapted)}")
     print(
         f"  context:   about {summary.context_tokens} tokens for 99 % of the requests, "
         f"{summary.longest_tokens} for the longest"
     )
     for text, fix in ignored_texts(summary.ignored, kind.title, rules.ignored_fields):
         print(f"warning: {text}\n     -> {fix}", file=sys.stderr)
+    if isinstance(plan, str):
+        print(f"  lengths:   not checked: {plan}")
+    else:
+        for finding in check_lengths(plan):
+            print(f"warning: {finding_text(finding)}", file=sys.stderr)
     if not can_check_schemas():
         how = remedy("schema", has_pip=find_spec("pip") is not None)
         print(f"  schemas:   not checked (jsonschema is not installed); {how}")
     return 0
 
 
-def _as_json(path: Path, model: str | None, rules: InputRules) -> int:
+def _checked(
+    path: Path, config: Config, model: str | None, rules: InputRules
+) -> tuple[InputSummary, Plan | str]:
+    """Return what the input contains, and the plan of a run of it, or why there is none."""
+    with temporary_copy(path) as (plain, source):
+        schemas = can_check_schemas()
+        found = scan_input(plain, model, rules=rules, schemas=schemas, source=source)
+        plan = _planned(found, config)
+    return replace(found, path=found.named, source=None), plan
+
+
+def _planned(summary: InputSummary, config: Config) -> Plan | str:
+    """Return the plan of a run, with its long prompts; or why it would be refused.
+
+    Raises:
+        InputError: prompts are too long.
+    """
     try:
-        summary = scan_input(path, model, rules=rules, schemas=can_check_schemas())
+        options = replace(config.run_options(), lora={})
+        kind = engine_kind(options)
+        plan = make_plan(summary, summary.path, options, config.models_dir, kind)
+    except AifluxError as error:
+        return error.message
+    return with_long_prompts(plan, summary, kind)[0]
+
+
+def _as_json(path: Path, config: Config, model: str | None, rules: InputRules) -> int:
+    try:
+        summary, plan = _checked(path, config, model, rules)
     except InputError as error:
         print_json({"path": path.absolute(), "problems": [error.message, *error.problems]})
         raise
+    long = None if isinstance(plan, str) else plan.long_prompts
     content = {"ignored": {}, **to_json(replace(summary, marks=())), "problems": []}
+    content["long_prompts"] = None if long is None else to_json(long)
     del content["marks"]
     print_json(content)
     return 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -14,11 +15,17 @@ from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import FILE, group, option
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import Setting
-from aiflux.core.config.settings import SECTIONS, SETTINGS
+from aiflux.core.config.settings import SECTIONS, SETTINGS, RunOptions, SlurmConfig
 from aiflux.core.config.sources import project_file, user_file
-from aiflux.errors import OutputExistsError, UsageError
+from aiflux.errors import ImageError, OutputExistsError, UsageError
+from aiflux.image.container import find_image
 from aiflux.util.files import expanded
 from aiflux.worker.console import TerminalConsole
+
+if TYPE_CHECKING:
+    from aiflux.slurm.cluster import Facts
+    from aiflux.slurm.config_template import Proposal
+    from aiflux.slurm.preflight.local import Finding
 
 _PIPED = 4096  # columns: lines for other programs are not wrapped
 
@@ -77,9 +84,22 @@ def init(user: bool, output: str | None, force: bool) -> int:
     else:
         print("  Slurm is not available or did not respond: every setting has its default")
     print("  show the settings: aiflux config show    check the site: aiflux doctor")
-    for finding in proposal.findings:
+    for finding in (*proposal.findings, *_about_image(facts, proposal)):
         print(f"warning: {finding.what}\n  -> {finding.fix}", file=sys.stderr)
     return 0
+
+
+def _about_image(facts: Facts, proposal: Proposal) -> Iterable[Finding]:
+    """Return the problems of a job with the image, if there is one already."""
+    from aiflux.slurm.preflight.cluster import check_job_image
+
+    config = Config()
+    try:
+        image = find_image(config, Path.cwd(), engine=config.engine)
+    except ImageError:
+        return ()  # doctor and run report it; there is none before the first `make image`
+    slurm = SlurmConfig(**proposal.values).checked()
+    return check_job_image(image, facts, slurm, RunOptions(engine=config.engine))
 
 
 def _table(config: Config) -> Table:

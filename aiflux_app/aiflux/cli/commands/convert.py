@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,31 +16,34 @@ from aiflux.cli.parser import (
     MODEL,
     Choice,
     Decorator,
-    Function,
     Number,
     WholeNumber,
     group,
     input_parameters,
     option,
+    parameters,
     the_input,
 )
 from aiflux.cli.pipes import destination, piped_file, refuse_both
 from aiflux.cli.render.progress import count_bar
 from aiflux.converters.directory import MAX_FILE_SIZE, directory_to_jsonl, parse_size
-from aiflux.converters.images import MAX_PIXELS, TEMPLATE, images_to_jsonl
-from aiflux.converters.request_form import CONVERTED_TO
+from aiflux.converters.images import TEMPLATE, images_to_jsonl
+from aiflux.converters.pdf_pages import IMAGES, MAX_PIXELS, TEXT
+from aiflux.converters.request_form import ANSWER, CONVERTED_TO
+from aiflux.converters.template import as_template
 from aiflux.converters.writer import SHOWN, Summary, listed, plural, skipped_path
 from aiflux.core.batch.request import parse_json
-from aiflux.errors import InputError, StoppedError, UsageError
+from aiflux.errors import StoppedError, UsageError
 from aiflux.util.files import expanded, refuse_existing
 from aiflux.util.streams import STDIN, STDOUT
-from aiflux.util.text import error_text, json_text
+from aiflux.util.text import json_text
 
 _TRIAL = 3
 _CSV = 'aiflux convert csv in.csv --template "Sum up: {text}" --output q.jsonl'
 _DIR = 'aiflux convert dir papers --template "Sum up: {text}" --output q.jsonl'
 _JSON = "aiflux convert json in.json --field question --output q.jsonl"
 _IMAGES = 'aiflux convert images photos --template "Which bird?" --output q.jsonl'
+_TABLE = 'aiflux convert table in.xlsx --template "Sum up: {text}" --output q.jsonl'
 _PARQUET = 'aiflux convert parquet in.parquet --template "{text}" --output q.jsonl'
 
 
@@ -50,12 +54,13 @@ def convert() -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """What becomes of the requests."""
+    """What becomes of the requests; ``take`` gets the summary instead of printing it."""
 
     output: str | None
     dry_run: bool
     force: bool
     as_json: bool
+    take: Callable[[Summary], None] | None = None
 
 
 def _converted(make: Callable[..., Summary], target: _Target) -> int:
@@ -73,7 +78,7 @@ def _convert(make: Callable[..., Summary], target: _Target) -> int:
         if target.as_json:
             print_json(asdict(summary))
         else:
-            _show_trial(summary)
+            show_trial(summary)
         return 0
     if target.output is None:
         raise UsageError("no output was given", "--output prompts.jsonl, or - for stdout")
@@ -83,6 +88,9 @@ def _convert(make: Callable[..., Summary], target: _Target) -> int:
             refuse_existing(skipped_path(path))
         with count_bar("converting") as progress:
             summary = make(path, progress=progress)
+        if target.take is not None:
+            target.take(summary)
+            return 0
         if target.as_json:
             print_json(asdict(summary))
             return 0
@@ -92,16 +100,35 @@ def _convert(make: Callable[..., Summary], target: _Target) -> int:
     return 0
 
 
-def _template(template: str | None, file: str | None) -> str | None:
-    if file is None:
-        return template
-    try:
-        text = expanded(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the template {file!r} cannot be read: {error_text(error)}", "give a UTF-8 text file"
-        ) from error
-    return text.removesuffix("\n")
+def read_prompt(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the prompt, with the content of files; remove them from ``given``.
+
+    Raises:
+        InputError: a file cannot be read, or a template is invalid.
+        UsageError: a turn is no pair.
+    """
+    read: dict[str, Any] = {}
+    for name, file in (("template", "template_file"), ("system_template", "system_file")):
+        text, path = given.pop(name, None), given.pop(file, None)
+        if (text, path) != (None, None):
+            read[name] = as_template(text if path is None else Path(path))
+    turns, examples = given.pop("turns", ()), given.pop("examples", None)
+    if turns:
+        read["turns"] = [_turn(turn) for turn in turns]
+    if examples is not None:
+        from aiflux.converters import read_examples
+
+        read["examples"] = read_examples(examples) if isinstance(examples, str) else examples
+    return read
+
+
+def _turn(turn: str | tuple[str, str]) -> tuple[str, str]:
+    if not isinstance(turn, str):
+        return turn
+    role, equals, text = turn.partition("=")
+    if not equals:
+        raise UsageError(f"--turn {turn!r} is not ROLE=TEMPLATE", "--turn 'user={question}'")
+    return role.strip(), text
 
 
 def _param(text: str) -> tuple[str, Any]:
@@ -117,7 +144,8 @@ def _param(text: str) -> tuple[str, Any]:
         ) from None
 
 
-def _show_trial(summary: Summary) -> None:
+def show_trial(summary: Summary) -> None:
+    """Print the requests of a preview."""
     for number, request in enumerate(summary.first, start=1):
         print(f"request {number}:")
         print(json_text(_shortened(request), indent=2), flush=True)
@@ -154,16 +182,10 @@ def _summary(summary: Summary, output: str) -> Iterator[str]:
 
 # --- options ----------------------------------------------------------------------------------
 
-
-def _all(*options: Decorator) -> Decorator:
-    """Add options in their order."""
-
-    def decorate(function: Function) -> Function:
-        for add in reversed(options):
-            function = add(function)
-        return function
-
-    return decorate
+EXCLUSIVE = (
+    ("template", "template_file", "turns"),
+    ("system", "system_template", "system_file"),
+)
 
 
 def _kind(
@@ -175,7 +197,7 @@ def _kind(
     """Make a command for a kind of input, with the options that every kind has."""
 
     def decorate(function: Callable[..., int]) -> click.Command:
-        function = _all(
+        function = parameters(
             input_parameters(f"{source}; - for stdin", metavar="PATH", rare=True),
             option(
                 "-o", "--output", metavar="FILE", type=FILE, help="Requests, *.jsonl; - for stdout"
@@ -187,9 +209,7 @@ def _kind(
             *options,
             *_REQUEST,
         )(function)
-        return convert.command(name, examples=[example], exclusive=[("template", "template_file")])(
-            function
-        )
+        return convert.command(name, examples=[example], exclusive=EXCLUSIVE)(function)
 
     return decorate
 
@@ -201,6 +221,14 @@ _REQUEST: Sequence[Decorator] = (
         help="Model (or give it to aiflux run)",
     ),
     option("--system", metavar="TEXT", panel=_PANEL, help="System message"),
+    option(
+        "--system-template", metavar="TEXT", panel=_PANEL, rare=True,
+        help="System message of each row, with {column}",
+    ),
+    option(
+        "--system-file", metavar="FILE", type=FILE, panel=_PANEL, rare=True,
+        help="File with the template of the system message; *.j2: Jinja2",
+    ),
     option("--temperature", type=Number(), metavar="T", panel=_PANEL, help="Temperature"),
     option("--max-tokens", type=WholeNumber(), metavar="N", panel=_PANEL, help="Tokens per answer"),
     option(
@@ -216,25 +244,52 @@ _REQUEST: Sequence[Decorator] = (
         rare=True,
         help=f"API: {', '.join(CONVERTED_TO)} (default: chat)",
     ),
+    option(
+        "--documents", multiple=True, metavar="COLUMN", panel=_PANEL, rare=True,
+        help="Documents for rerank and score; --template is the query (repeatable)",
+    ),
+    option(
+        "--drop-last-assistant", is_flag=True, panel=_PANEL, rare=True,
+        help="Remove the assistant's turns at the end of conversations",
+    ),
 )  # fmt: skip
 
 
 def _prompt(names: str, default: str = "") -> Decorator:
     ends = f" (default: {default})" if default else ""
-    return _all(
+    return parameters(
         option(
             "--template", metavar="TEXT", panel="Prompt",
             help=f"The prompt, with {names}; {{{{ is a brace{ends}",
         ),
         option(
             "--template-file", metavar="FILE", type=FILE, panel="Prompt",
-            help="File with the template",
+            help="File with the template; *.j2: Jinja2",
         ),
     )  # fmt: skip
 
 
+def _examples(*, rare: bool = False) -> Decorator:
+    return parameters(
+        option(
+            "--examples", metavar="FILE", type=FILE, panel="Prompt", rare=rare,
+            help="Table with examples, sent before each prompt (few-shot)",
+        ),
+        option(
+            "--example-answer", default=ANSWER, metavar="NAME", panel="Prompt", rare=True,
+            help=f"Column of the examples with their answers (default: {ANSWER})",
+        ),
+    )  # fmt: skip
+
+
+_TURNS = option(
+    "--turn", "turns", multiple=True, metavar="ROLE=TEXT", panel="Prompt", rare=True,
+    help="Turn of a conversation, such as 'user={question}' (repeatable)",
+)  # fmt: skip
+
+
 def _rows(unit: str = "column") -> Decorator:
-    return _all(
+    return parameters(
         option(
             f"--id-{unit}", "id_column", metavar="NAME", panel="Rows",
             help=f"The {unit} with the custom_ids (default: row-1, ...)",
@@ -257,7 +312,9 @@ _FILES = (
         help="Skip these, such as '*.tmp' (repeatable)",
     ),
 )  # fmt: skip
-_DELIMITER = option("--delimiter", metavar="CHAR", help="Between cells (default: detected)")
+_DELIMITER = option(
+    "--delimiter", metavar="CHAR", help="Between cells, or 'blanks' (default: detected)"
+)
 _ENCODING = option("--encoding", metavar="NAME", help="Of the file (default: detected)")
 
 
@@ -267,11 +324,13 @@ class _Given:
     def __init__(self, kind: str, given: dict[str, Any]) -> None:
         source = the_input(given.pop("input_argument"), given.pop("input_option"))
         self.source = piped_file(kind) if source == STDIN else expanded(source)
-        self.target = _Target(
-            *(given.pop(name) for name in ("output", "dry_run", "force", "as_json"))
+        output, dry_run, force, as_json, take = (
+            given.pop(name, None) for name in ("output", "dry_run", "force", "as_json", "take")
         )
-        self.template = _template(given.pop("template"), given.pop("template_file"))
-        self.options = {**given, "params": dict(_param(text) for text in given.pop("params"))}
+        self.target = _Target(output, dry_run, force, as_json, take)
+        prompt = read_prompt(given)
+        params = dict(_param(text) for text in given.pop("params"))
+        self.options = {**given, **prompt, "params": params}
 
     def made_with(self, function: Callable[..., Summary], **more: Any) -> int:
         """Convert with a function of `aiflux.converters`."""
@@ -280,30 +339,29 @@ class _Given:
             lambda output, **how: function(self.source, output, **options, **how), self.target
         )
 
-    @property
-    def needed_template(self) -> str:
-        """The template.
 
-        Raises:
-            UsageError: none was given.
-        """
-        if self.template is None:
-            raise UsageError("no template was given", '--template "Summarize: {column}"')
-        return self.template
-
-    @property
-    def given_template(self) -> dict[str, str]:
-        """The template, where one was given."""
-        return {} if self.template is None else {"template": self.template}
-
-
-@_kind("csv", _CSV, "CSV or TSV file", _prompt("{column}"), _rows(), _DELIMITER, _ENCODING)
+@_kind(
+    "csv",
+    _CSV,
+    "CSV or TSV file",
+    _prompt("{column}"),
+    _TURNS,
+    _examples(),
+    _rows(),
+    _DELIMITER,
+    _ENCODING,
+    option("--no-header", is_flag=True, help="The first row is data: {column_1} to {column_N}"),
+    option("--skip-lines", type=WholeNumber(), default=0, metavar="N", rare=True,
+           help="Skip N lines before the table"),
+    option("--comment", metavar="TEXT", rare=True, help="Skip lines that start with TEXT"),
+)  # fmt: skip
 def csv(**given: Any) -> int:
     """Turn a CSV or TSV file into requests, one for each row."""
     from aiflux.converters import csv_to_jsonl
 
     asked = _Given("csv", given)
-    return asked.made_with(csv_to_jsonl, template=asked.needed_template)
+    header = not asked.options.pop("no_header")
+    return asked.made_with(csv_to_jsonl, header=header)
 
 
 @_kind(
@@ -311,6 +369,7 @@ def csv(**given: Any) -> int:
     _DIR,
     "Directory",
     _prompt("{text}, {source_file}, {chunk}, {chunks}", "{text}"),
+    _examples(rare=True),
     *_FILES,
     option(
         "--max-file-size", default=f"{MAX_FILE_SIZE >> 20}M", metavar="SIZE", panel="Files",
@@ -323,12 +382,16 @@ def csv(**given: Any) -> int:
         help="Tokens that a chunk repeats of the one before",
     ),
     option("--encoding", metavar="NAME", help="Encoding of texts that are not UTF-8"),
+    option(
+        "--pdf-pages", type=Choice((TEXT, IMAGES)), default=TEXT, metavar="HOW", rare=True,
+        help="Send PDF pages as text or images (default: text)",
+    ),
 )  # fmt: skip
 def dir(**given: Any) -> int:
     """Turn a directory into requests, one for each file or chunk."""
     asked = _Given("dir", given)
     size = parse_size(asked.options["max_file_size"])
-    return asked.made_with(directory_to_jsonl, max_file_size=size, **asked.given_template)
+    return asked.made_with(directory_to_jsonl, max_file_size=size)
 
 
 @_kind(
@@ -337,6 +400,8 @@ def dir(**given: Any) -> int:
     "JSON or JSON Lines file",
     _prompt("{field} or {outer.inner}"),
     option("--field", metavar="NAME", panel="Prompt", help="Field that is the prompt"),
+    _TURNS,
+    _examples(),
     _rows("field"),
 )
 def json(**given: Any) -> int:
@@ -345,7 +410,7 @@ def json(**given: Any) -> int:
 
     asked = _Given("json", given)
     id_field = asked.options.pop("id_column")
-    return asked.made_with(json_to_jsonl, template=asked.template, id_field=id_field)
+    return asked.made_with(json_to_jsonl, id_field=id_field)
 
 
 @_kind(
@@ -362,13 +427,40 @@ def json(**given: Any) -> int:
 def images(**given: Any) -> int:
     """Turn a directory or a list of images into requests, one for each image."""
     asked = _Given("images", given)
-    return asked.made_with(images_to_jsonl, **asked.given_template)
+    return asked.made_with(images_to_jsonl)
 
 
-@_kind("parquet", _PARQUET, "Parquet file", _prompt("{column}"), _rows())
+@_kind(
+    "table",
+    _TABLE,
+    "Workbook, database or other table",
+    _prompt("{column}"),
+    _TURNS,
+    _examples(),
+    _rows(),
+    option("--table", metavar="NAME", help="Sheet of a workbook, or table of a database"),
+    option("--query", metavar="SQL", help="SELECT statement for a database; it cannot write"),
+)
+def table(**given: Any) -> int:
+    """Turn a table into requests: Excel, ODS, SQLite, DuckDB, Parquet, Arrow or CSV."""
+    from aiflux.converters import table_to_jsonl
+
+    asked = _Given("table", given)
+    return asked.made_with(table_to_jsonl)
+
+
+@_kind(
+    "parquet",
+    _PARQUET,
+    "Parquet or Arrow file, directory, or pattern",
+    _prompt("{column}"),
+    _TURNS,
+    _examples(),
+    _rows(),
+)
 def parquet(**given: Any) -> int:
-    """Turn a Parquet file into requests, one for each row."""
+    """Turn Parquet or Arrow files into requests, one for each row."""
     from aiflux.converters import parquet_to_jsonl
 
     asked = _Given("parquet", given)
-    return asked.made_with(parquet_to_jsonl, template=asked.needed_template)
+    return asked.made_with(parquet_to_jsonl)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiflux.api.local_run import local_image
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import (
     FILE,
@@ -36,7 +37,7 @@ from aiflux.cli.pilots import (
 from aiflux.cli.render.estimate import engines_forecast, forecast, full_command
 from aiflux.cli.render.run import typed
 from aiflux.cli.run_argument import make_console, show
-from aiflux.cli.start import local_image
+from aiflux.cli.start import refuse_local_at_url
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_kinds import CHOICES
 from aiflux.core.config.settings import given_settings
@@ -124,11 +125,7 @@ def estimate(
         )
         for settings in given
     ]
-    if more["local"] and asked[0].config.get("engine_url"):
-        raise UsageError(
-            "--local and --engine-url cannot be combined",
-            "--local starts an engine; --engine-url uses a server that is already running",
-        )
+    refuse_local_at_url(asked[0].config, local=more["local"])
     return estimate_run(asked[0]) if len(asked) == 1 else _estimate_engines(asked)
 
 
@@ -266,12 +263,12 @@ def _rate_json(rate: Range) -> dict[str, Any]:
 
 def _estimate_engines(asked: Sequence[Asked]) -> int:
     """Run a pilot with each engine; print the estimates side by side, or the jobs' progress."""
-    _refuse_one_server(asked[0])
+    _refuse_one_program(asked[0])
     all_ = plan_pilots(asked)
     if asked[0].where == LOCAL:
         for one in all_:
             with named_engine(one.asked):
-                local_image(one.whole, one.asked.config)
+                local_image(one.whole, one.asked.config, Path.cwd())
     drawn = draw(all_)
     _refuse_other_sample(all_)
     do = _do_in_slurm if asked[0].where == SLURM else _do_in_turn
@@ -284,19 +281,12 @@ def _estimate_engines(asked: Sequence[Asked]) -> int:
     return int(failures[0].exit_code) if failures else 0
 
 
-def _refuse_one_server(asked: Asked) -> None:
-    """Refuse settings that name the server, or the program, of only one engine.
+def _refuse_one_program(asked: Asked) -> None:
+    """Refuse a setting that names the program of only one engine.
 
     Raises:
         UsageError: such a setting is in effect.
     """
-    url = asked.config.values["engine_url"]
-    if url.value is not None:
-        raise UsageError(
-            f"several engines and --engine-url cannot be combined: engine_url is set "
-            f"({url.origin}), and is the address of one server",
-            "estimate that server on its own, without --engine; or unset engine_url",
-        )
     program = os.environ.get(PROGRAM_VARIABLE)
     if asked.local and program and not os.environ.get("AIFLUX_ENGINE"):
         raise UsageError(

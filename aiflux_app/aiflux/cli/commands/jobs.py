@@ -9,17 +9,21 @@ from typing import Any
 
 from rich.text import Text
 
+from aiflux.api.cancellation import refuse_foreground, stop_process
+from aiflux.cli.chains import cancel_chain, chain_named
 from aiflux.cli.json_output import json_option, print_json, then_status
 from aiflux.cli.parser import command, option
 from aiflux.cli.render.run import STYLES, moment, typed
-from aiflux.cli.run_argument import located, make_console, run_argument, show
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.cli.run_argument import make_console, run_argument, show
+from aiflux.core.runs.directory import RunDirectory, user_output
+from aiflux.core.runs.local_process import LocalProcess
 from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
-from aiflux.errors import AifluxError, UsageError
+from aiflux.errors import AifluxError
 from aiflux.slurm.commands import cancel as cancel_job
+from aiflux.slurm.commands import located
 from aiflux.slurm.jobs import JobId
-from aiflux.slurm.monitor import RunView, ShardState, active_jobs, gather, gather_all
+from aiflux.slurm.monitor import RunView, active_jobs, gather, gather_all
 from aiflux.util.files import short
 from aiflux.util.times import unix_seconds
 
@@ -76,14 +80,17 @@ def _is_recent(entry: RegistryEntry, known: _Known, since: float) -> bool:
     return not known.ended or max(known.updated or 0, unix_seconds(entry.submitted)) >= since
 
 
-def _state(known: _Known) -> str:
+def _state(entry: RegistryEntry, known: _Known) -> str:
     if isinstance(known, RunView):
         return known.state.value
-    return "gone" if known is None else "unreadable"
+    if known is None:
+        return "gone"
+    # A step of a chain is planned when its job starts.
+    return "waiting" if RunDirectory(entry.run_dir).unused() else "unreadable"
 
 
 def _to_json(entry: RegistryEntry, known: _Known) -> dict[str, Any]:
-    content = {**entry.to_json(), "state": _state(known)}
+    content = {**entry.to_json(), "state": _state(entry, known)}
     if isinstance(known, RunView):
         names = ("total", "completed", "failed", "remaining_seconds", "next_command", "updated")
         content.update({name: getattr(known, name) for name in names})
@@ -111,11 +118,11 @@ def _row(entry: RegistryEntry, known: _Known) -> list[str]:
     more = "" if len(entry.jobs) < 2 else f" +{len(entry.jobs) - 1}"
     return [
         f"{entry.jobs[-1]}{more}" if entry.jobs else f"({entry.host})",
-        _state(known),
+        _state(entry, known),
         done,
         failed,
         moment(unix_seconds(entry.submitted)),
-        short(entry.output),
+        short(user_output(entry.output)),
     ]
 
 
@@ -153,38 +160,41 @@ def _line(row: Sequence[str], widths: Sequence[int], most: int | None) -> Text:
 @run_argument
 @json_option()
 def cancel(run: str, as_json: bool) -> int:
-    """Cancel every job of a run. Finished results are kept."""
+    """Cancel every job of a run, or its process in the background. Finished results are kept."""
+    chain = chain_named(run)
+    if chain is not None:
+        return cancel_chain(chain, as_json=as_json)
     directory = located(run)
     directory.refuse_foreign()
+    process = stop_process(directory)
     jobs = active_jobs(directory, os.environ)
     if as_json:
-        cancelled = {"cancelled": [str(job) for job in jobs]}
-        return then_status(lambda: _cancel(directory, jobs), directory, cancelled)
-    return _cancel(directory, jobs)
+        cancelled = {
+            "cancelled": [str(job) for job in jobs],
+            "stopping": None if process is None else process.pid,
+        }
+        return then_status(lambda: _cancel(directory, jobs, process), directory, cancelled)
+    return _cancel(directory, jobs, process)
 
 
-def _cancel(run: RunDirectory, jobs: Sequence[JobId]) -> int:
+def _cancel(run: RunDirectory, jobs: Sequence[JobId], process: LocalProcess | None) -> int:
     view = gather(run)
-    if not jobs:
-        return _nothing_to_cancel(run, view)
+    if not jobs and process is None:
+        return _nothing_to_cancel(view)
     for job in jobs:
         cancel_job(job, os.environ)
-    name = typed(short(view.output))
-    print(f"cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(map(str, jobs))}")
+    name = typed(short(user_output(view.output)))
+    if jobs:
+        print(f"cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(map(str, jobs))}")
+    if process is not None:
+        print(f"process {process.pid} stops: requests in flight get some time to finish")
     print(f"  kept: {view.done} of {view.total} results, in {short(run.path / 'journal')}")
-    print(f"  continue it: aiflux resume {name}")
+    print(f"  continue it: aiflux resume {name if jobs else f'--local {name}'}")
     return 0
 
 
-def _nothing_to_cancel(run: RunDirectory, view: RunView) -> int:
-    here = [shard for shard in view.shards if shard.state is ShardState.RUNNING and shard.pid]
-    if here:
-        shard = here[0]
-        raise UsageError(
-            f"{short(view.output)} is not a Slurm job: process {shard.pid} on {shard.host} "
-            "processes it in the foreground",
-            f"press Ctrl-C where it runs, or on {shard.host}: kill -TERM {shard.pid}",
-        )
+def _nothing_to_cancel(view: RunView) -> int:
+    refuse_foreground(view)
     print(f"{short(view.output)} has no pending or running job: it is {view.state.value}")
     if view.next_command is not None:
         print(f"  continue it: {view.next_command}")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiflux.cli.parser import WholeNumber, command, option
-from aiflux.cli.run_argument import located, run_argument
+from aiflux.cli.run_argument import run_argument
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.errors import UsageError
+from aiflux.slurm.commands import located
 from aiflux.slurm.monitor import Observer, engine_logs, job_logs
 from aiflux.util.files import short
 
@@ -57,7 +58,8 @@ def _shards(run: RunDirectory, wanted: int | None) -> range:
     if wanted is None:
         return range(count)
     if not 0 <= wanted < count:
-        raise UsageError(f"the run has no shard {wanted}", f"its shards are 0 to {count - 1}")
+        known = "its only shard is 0" if count == 1 else f"its shards are 0 to {count - 1}"
+        raise UsageError(f"the run has no shard {wanted}", known)
     return range(wanted, wanted + 1)
 
 

@@ -36,6 +36,7 @@ from aiflux.cli.render.models import (
     stored_json,
 )
 from aiflux.cli.render.progress import byte_bar
+from aiflux.cli.run_argument import make_console
 from aiflux.cli.start import create_in_container, pull_in_container, show_local_choices
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
@@ -116,9 +117,11 @@ def list_(
         known: list[Known | KnownSnapshot] = [*found, *snapshots]
         print_json([each.to_json(context_length, slots) for each in known])
         return 0
-    for line in models_table(found, config.models_dir, context_length, slots):
+    console = make_console()
+    width = console.width if console.is_terminal else None
+    for line in models_table(found, config.models_dir, context_length, slots, width):
         print(line)
-    for line in snapshots_table(snapshots, config.models_dir, context_length, slots):
+    for line in snapshots_table(snapshots, config.models_dir, context_length, slots, width):
         print(line)
     return 0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -16,26 +17,38 @@ from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import (
     FILE,
     RUN,
+    Choice,
     Decorator,
-    Function,
     WholeNumber,
     argument,
     group,
     option,
+    parameters,
 )
 from aiflux.cli.pipes import destination, refuse_both
-from aiflux.cli.run_argument import located
-from aiflux.converters.results import BackOptions, BackSummary
+from aiflux.converters.results import (
+    BackOptions,
+    BackSummary,
+    results_to_csv,
+    results_to_duckdb,
+    results_to_jsonl,
+    results_to_npy,
+    results_to_parquet,
+    results_to_xlsx,
+)
 from aiflux.converters.results.answers import entries, prompt_text, refuse_unfit
+from aiflux.converters.results.table import CHOICES, FIRST
 from aiflux.core.batch.results_file import (
     EMPTY_REASONS,
     TOOL_CALL,
-    ResultEntry,
+    Result,
     answered_words,
+    scores,
     vectors,
 )
-from aiflux.core.runs.directory import OUTPUT_SUFFIXES
+from aiflux.core.runs.directory import OUTPUT_SUFFIXES, TABLE_RESULTS, RunDirectory, user_output
 from aiflux.core.runs.plan import read_plan
+from aiflux.slurm.commands import located
 from aiflux.util.files import expanded
 from aiflux.util.streams import STDOUT
 from aiflux.util.text import json_text, terminal_line
@@ -43,7 +56,8 @@ from aiflux.worker.console import TerminalConsole
 
 _SHOWN = 400
 _ROWS = 50
-_SUFFIXES = {"to-csv": ".csv", "to-parquet": ".parquet", "to-jsonl": ".table.jsonl"}
+_SHOWN_SCORES = 5
+Make = Callable[[Path, Path, BackOptions], BackSummary]
 _EXAMPLE = "aiflux results {} out.json --source reviews.csv --json-fields"
 
 
@@ -92,77 +106,100 @@ def show(run: str, failed: bool, limit: int | None, as_json: bool) -> int:
     return 0
 
 
-def _table_options(form: str) -> Decorator:
-    """Add the options of the commands that write a table."""
-    excel = [
-        option(
-            "--excel",
-            is_flag=True,
-            help="For Excel: UTF-8 with a byte order mark, and ' before apparent formulas",
-        )
-    ]
-    options: list[Decorator] = [
-        _result_argument,
-        option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            type=FILE,
-            help="File to write (default: the output's name with another suffix); - for stdout",
-        ),
-        option("--force", is_flag=True, help="Overwrite an existing file"),
-        option(
-            "--source",
-            metavar="FILE",
-            type=FILE,
-            help="CSV, TSV or Parquet file that was converted (default: columns kept with --keep)",
-        ),
-        option("--id-column", metavar="NAME", help="The source's column of custom_ids"),
-        option("--delimiter", metavar="CHAR", help="Delimiter of a CSV source"),
-        option("--encoding", metavar="NAME", help="Encoding of a CSV source"),
-        *(excel if form == "CSV" else []),
-        option(
-            "--reasoning",
-            is_flag=True,
-            help="Add a column with the reasoning of a reasoning model",
-        ),
-        option(
-            "--json-fields",
-            is_flag=False,
-            flag_value="",
-            metavar="[NAME,NAME]",
-            help="Make columns of the fields of JSON answers: the named ones, or all; after RUN",
-        ),
-        json_option("Print the summary as JSON"),
-    ]
-
-    def decorate(function: Function) -> Function:
-        for add in reversed(options):
-            function = add(function)
-        return function
-
-    return decorate
-
-
-@results.command("to-csv", examples=[_EXAMPLE.format("to-csv")])
-@_table_options("CSV")
-def to_csv(**options: Any) -> int:
-    """Write answers as CSV: custom_id, the source's columns, answer, error."""
-    return _write("to-csv", **options)
+_TABLE_OPTIONS: Sequence[Decorator] = (
+    _result_argument,
+    option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=FILE,
+        help="File to write (default: the output's name with another suffix); - for stdout",
+    ),
+    option("--force", is_flag=True, help="Overwrite an existing file"),
+    option(
+        "--source",
+        metavar="FILE",
+        type=FILE,
+        help="Table that was converted: CSV, Parquet, JSON (default: columns of --keep)",
+    ),
+    option("--id-column", metavar="NAME", help="The source's column of custom_ids"),
+    option("--delimiter", metavar="CHAR", help="Delimiter of a CSV source"),
+    option("--encoding", metavar="NAME", help="Encoding of a CSV source"),
+)
+_COLUMN_OPTIONS: Sequence[Decorator] = (
+    option(
+        "--reasoning",
+        is_flag=True,
+        help="Add a column with the reasoning of a reasoning model",
+    ),
+    option("--tool-calls", is_flag=True, help="Add a column with the calls of tools, as JSON"),
+    option("--logprobs", is_flag=True, help="Add a column with the log probabilities, as JSON"),
+    option(
+        "--choices",
+        type=Choice(CHOICES),
+        default=FIRST,
+        metavar="NAME",
+        help="Of answers with several choices: first (default), or all as rows or columns",
+    ),
+    option(
+        "--json-fields",
+        is_flag=False,
+        flag_value="",
+        metavar="[NAME,NAME]",
+        help="Make columns of the fields of JSON answers: the named ones, or all; after RUN",
+    ),
+    json_option("Print the summary as JSON"),
+)
+_EXCEL = option(
+    "--excel",
+    is_flag=True,
+    help="For Excel: UTF-8 with a byte order mark, and ' before apparent formulas",
+)
 
 
-@results.command("to-parquet", examples=[_EXAMPLE.format("to-parquet")])
-@_table_options("Parquet")
-def to_parquet(**options: Any) -> int:
-    """Write answers as Parquet: custom_id, the source's columns, answer, error."""
-    return _write("to-parquet", **options)
+def _table_command(
+    name: str, suffix: str, make: Make, text: str, *more: Decorator, example: str = _EXAMPLE
+) -> None:
+    """Add a command that writes a table.
+
+    Args:
+        suffix: of the file, if it is not named.
+        make: writes it.
+        text: what the command's help says.
+    """
+
+    def write(**options: Any) -> int:
+        return _write(make, suffix, **options)
+
+    write.__doc__ = text
+    add = parameters(*_TABLE_OPTIONS, *more, *_COLUMN_OPTIONS)
+    results.command(name, examples=[example.format(name)])(add(write))
 
 
-@results.command("to-jsonl", examples=[_EXAMPLE.format("to-jsonl")])
-@_table_options("JSON Lines")
-def to_jsonl(**options: Any) -> int:
-    """Write answers as JSON Lines: custom_id, the source's columns, answer, error."""
-    return _write("to-jsonl", **options)
+_COLUMNS = "custom_id, the source's columns, answer, error"
+_table_command("to-csv", ".csv", results_to_csv, f"Write answers as CSV: {_COLUMNS}.", _EXCEL)
+_table_command(
+    "to-parquet", ".parquet", results_to_parquet, f"Write answers as Parquet: {_COLUMNS}."
+)
+_table_command(
+    "to-jsonl", ".table.jsonl", results_to_jsonl, f"Write answers as JSON Lines: {_COLUMNS}."
+)
+_table_command(
+    "to-xlsx", ".xlsx", results_to_xlsx, f"Write answers as an Excel workbook: {_COLUMNS}."
+)
+_table_command(
+    "to-duckdb",
+    ".duckdb",
+    results_to_duckdb,
+    "Write answers as a DuckDB database with the table answers, like to-parquet.",
+)
+_table_command(
+    "to-npy",
+    ".npy",
+    results_to_npy,
+    "Write embeddings as a NumPy array, one row for each row of the table.",
+    example="aiflux results {} out.json --output vectors.npy",
+)
 
 
 def output_of(text: str) -> Path:
@@ -173,13 +210,17 @@ def output_of(text: str) -> Path:
     """
     path = expanded(text).absolute()
     inside = any(parent.suffix == ".aiflux" for parent in path.parents)
+    table = RunDirectory.of_output(path).path / TABLE_RESULTS  # a table can be JSON, too
+    if os.path.isfile(table):  # Path.is_file raises if a directory cannot be entered
+        return table
     if path.is_file() and path.suffix in OUTPUT_SUFFIXES and not inside:
         return path
     return read_plan(located(text)).output
 
 
 def _write(
-    form: str,
+    make: Make,
+    suffix: str,
     run: str,
     output: str | None,
     force: bool,
@@ -187,26 +228,17 @@ def _write(
     json_fields: str | None,
     **options: Any,
 ) -> int:
-    from aiflux import converters
-
-    writers = {
-        "to-csv": converters.results_to_csv,
-        "to-parquet": converters.results_to_parquet,
-        "to-jsonl": converters.results_to_jsonl,
-    }
     source = output_of(run)
     refuse_unfit(source)
-    name = output or str(source.with_suffix(_SUFFIXES[form]))
+    name = output or str(user_output(source).with_suffix(suffix))
     refuse_both(name, as_json=as_json)
     with destination(name, force=force) as target:
-        summary = writers[form](
-            source, target, BackOptions(json_fields=_fields(json_fields), **options)
-        )
+        summary = make(source, target, BackOptions(json_fields=_fields(json_fields), **options))
         if as_json:
             print_json({**asdict(summary), "output": name})
             return 0
         stream = sys.stderr if name == STDOUT else sys.stdout
-        for line in _summary(summary, name):
+        for line in summary_lines(summary, name):
             print(line, file=stream)
     return 0
 
@@ -217,7 +249,7 @@ def _fields(given: str | None) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
-def _summary(summary: BackSummary, name: str) -> Iterator[str]:
+def summary_lines(summary: BackSummary, name: str) -> Iterator[str]:
     """Yield what was written, and what is worth knowing of it."""
     rows = f"{summary.rows} row" + ("" if summary.rows == 1 else "s")
     answered = answered_words(summary.answered, summary.empty)
@@ -246,6 +278,7 @@ def _summary(summary: BackSummary, name: str) -> Iterator[str]:
     ):
         if count:
             yield f"  {count} {words}"
+    yield from (f"  {note}" for note in summary.notes)
     if summary.absent:
         yield f"  no answer has the field {', '.join(map(repr, summary.absent))}"
 
@@ -256,14 +289,14 @@ def _named(summary: BackSummary, what: str) -> str:
     return terminal_line(", ".join(names)) + more
 
 
-def _print_json(shown: Iterator[ResultEntry]) -> None:
+def _print_json(shown: Iterator[Result]) -> None:
     """Print an array, an entry a line; it may be larger than memory."""
     start = "["
     for entry in shown:
         fields = {
             "custom_id": entry.custom_id,
             "prompt": _prompt(entry),
-            "answer": None if entry.error else entry.answer,
+            "answer": None if entry.error else entry.text,
             "error": entry.error,
         }
         print(start, json_text(fields, only_ascii=True), sep="\n" if start == "[" else "")
@@ -271,17 +304,21 @@ def _print_json(shown: Iterator[ResultEntry]) -> None:
     print("]" if start == "," else "[]")
 
 
-def _prompt(entry: ResultEntry) -> str:
-    return "" if entry.request is None else prompt_text(entry.request.get("body") or {})
+def _prompt(entry: Result) -> str:
+    return "" if entry.input is None else prompt_text(entry.input.get("body") or {})
 
 
-def _answer(entry: ResultEntry) -> str:
-    sizes = [len(vector) for vector in vectors(entry.body) if isinstance(vector, list)]
+def _answer(entry: Result) -> str:
+    sizes = [len(vector) for vector in vectors(entry.output) if isinstance(vector, list)]
     if sizes:
         return f"{len(sizes)} embedding(s) of {sizes[0]} numbers"
+    scored = [] if entry.error is not None else scores(entry.output)
+    if scored:
+        shown = ", ".join(f"{each.document}: {each.score:.4g}" for each in scored[:_SHOWN_SCORES])
+        return f"{len(scored)} score(s), {shown}{', ...' * (len(scored) > _SHOWN_SCORES)}"
     empty = entry.choice.empty
     if empty is None:
-        return entry.answer
+        return entry.text
     return f"({'' if empty == TOOL_CALL else 'empty: '}{EMPTY_REASONS[empty]})"
 
 

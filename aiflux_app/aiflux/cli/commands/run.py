@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiflux.api.local_run import draft_here
+from aiflux.api.refusal import undone_if_refused
 from aiflux.cli.json_output import json_option, print_json, then_status
 from aiflux.cli.parser import (
     FILE,
@@ -24,9 +26,11 @@ from aiflux.cli.parser import (
 )
 from aiflux.cli.pipes import kept_input
 from aiflux.cli.render.run import dry_run_summary, typed
-from aiflux.cli.run_argument import located, run_argument
+from aiflux.cli.run_argument import run_argument
 from aiflux.cli.start import (
+    execute_then,
     print_finished,
+    refuse_local_at_url,
     register,
     run_here,
     run_local,
@@ -38,22 +42,34 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
-from aiflux.core.runs.open import RunDraft, draft_run
+from aiflux.core.runs.input_copy import copy_of_input
+from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
 from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
-from aiflux.engines.ranks import refuse_several_nodes
-from aiflux.errors import SlurmError, UsageError
+from aiflux.errors import MissingResultsError, SlurmError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
+from aiflux.slurm.commands import located
+from aiflux.slurm.monitor import gather
 from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.util.files import short
 from aiflux.util.streams import STDIN
 from aiflux.util.text import counted
 
 if TYPE_CHECKING:
+    from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submit import PlannedRun
+
+
+_then_option = option(
+    "--then",
+    default="",
+    metavar="COMMAND",
+    rare=True,
+    help="Execute a shell command once the run is over; AIFLUX_EXIT_CODE is the run's",
+)
 
 
 @command(
@@ -62,7 +78,7 @@ if TYPE_CHECKING:
         "aiflux run prompts.jsonl --model llama3.2:3b --output results.json",
         "aiflux run prompts.jsonl --model llama3.2:3b --shards 4 --dry-run",
     ],
-    exclusive=[("local", "dry_run")],
+    exclusive=[("local", "dry_run"), ("local", "after"), ("pilot", "after"), ("pilot", "then")],
     note="Exit status: 0 success; 2 wrong usage, configuration or input; 3 more requests failed "
     "than --max-failures allows; 4 no engine or model; 5 stopped early, the same command resumes; "
     "1 a bug.",
@@ -97,6 +113,14 @@ if TYPE_CHECKING:
     metavar="K",
     help="Run only K sample requests and estimate the full run",
 )
+@option(
+    "--after",
+    multiple=True,
+    metavar="RUN|JOB",
+    rare=True,
+    help="Start once this run, or this job of Slurm, has succeeded (repeatable)",
+)
+@_then_option
 @json_option()
 @settings_options("run", "slurm", "paths")
 def run(
@@ -105,13 +129,9 @@ def run(
     """Process a file of requests in Slurm or on this machine, or resume such a run."""
     source = the_input(input_argument, input_option)
     config = Config(arguments=given_settings(more))
-    if more["local"] and config.get("engine_url"):
-        raise UsageError(
-            "--local and --engine-url cannot be combined",
-            "--local starts an engine; --engine-url uses a server that is already running",
-        )
+    refuse_local_at_url(config, local=more["local"])
     path = kept_input(sys.stdin.buffer, output) if source == STDIN else Path(source)
-    asked = _Asked(
+    asked = RunArguments(
         config,
         path,
         named_output(output, path),
@@ -119,6 +139,8 @@ def run(
         force_resume=more["force_resume"],
         preflight=not more["no_preflight"],
         as_json=more["as_json"],
+        after=_jobs_before(config, more["after"]),
+        then=more["then"],
     )
     if more["pilot"] is not None:
         from aiflux.cli.commands.estimate import estimate_run
@@ -143,15 +165,17 @@ def run(
         )
     if more["dry_run"]:
         return _dry_run(asked, script=more["show_script"])
-    start = _start_here if more["local"] or not asked.managed else _submit
-    if asked.as_json:
-        directory = RunDirectory.of_output(checked_output(asked.output))
-        return then_status(lambda: start(asked), directory)
-    return start(asked)
+    start = _start_here if more["local"] or not asked.managed else submit
+    output_path = checked_output(asked.output)
+    directory = RunDirectory.of_output(output_path)
+    # What came from a pipe is kept: it may not come again.
+    copies = () if source == STDIN else (copy_of_input(output_path),)
+    with undone_if_refused(directory, directory.path, *copies):
+        return then_status(lambda: start(asked), directory) if asked.as_json else start(asked)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class RunArguments:
     """What a command line asks for."""
 
     config: Config
@@ -161,6 +185,8 @@ class _Asked:
     force_resume: bool
     preflight: bool
     as_json: bool
+    after: tuple[JobId, ...] = ()
+    then: str = ""
 
     @property
     def managed(self) -> bool:
@@ -168,23 +194,34 @@ class _Asked:
         return kind_named(self.config.engine).managed
 
 
-def _draft(asked: _Asked) -> RunDraft:
+def _jobs_before(config: Config, names: Sequence[str]) -> tuple[JobId, ...]:
+    """Return the jobs that have to succeed before a run starts.
+
+    Raises:
+        UsageError: the run needs no job; or a name is wrong (see ``jobs_to_wait_for``).
+    """
+    if not names:
+        return ()
+    if not kind_named(config.engine).managed:
+        raise UsageError(
+            "--after needs a job, but this run is processed here, by a server that is running",
+            "start it when the other one has ended: aiflux watch RUN && aiflux run ...",
+        )
+    from aiflux.slurm.monitor import jobs_to_wait_for
+
+    return tuple(dict.fromkeys(job for name in names for job in jobs_to_wait_for(name)))
+
+
+def _draft(asked: RunArguments) -> RunDraft:
     """Plan a run that is processed here."""
-    options = asked.config.run_options()
-    refuse_several_nodes(options)
-    return draft_run(
-        asked.input,
-        asked.output,
-        options,
-        asked.config.models_dir,
-        engine_kind(options),
-        force=asked.force,
-        force_resume=asked.force_resume,
+    force, force_resume = asked.force, asked.force_resume
+    return draft_here(
+        asked.config, asked.input, asked.output, force=force, force_resume=force_resume
     )
 
 
-def _start_here(asked: _Asked) -> int:
-    """Process a run in the foreground, and register it for `aiflux jobs`."""
+def open_here(asked: RunArguments) -> OpenedRun:
+    """Plan a run that is processed in the foreground, and register it for `aiflux jobs`."""
     if not asked.managed:
         show_local_choices(asked.config, None)
     opened = _draft(asked).open()
@@ -193,14 +230,23 @@ def _start_here(asked: _Asked) -> int:
         carry_estimate(opened.plan, opened.run)
         for finding in check_fields(opened.plan):
             print(f"warning: {finding_text(finding)}", file=sys.stderr)
-    code = run_local(opened, asked.config) if asked.managed else run_here(opened)
+    return opened
+
+
+def _start_here(asked: RunArguments) -> int:
+    opened = open_here(asked)
+
+    def work() -> int:
+        return run_local(opened, asked.config) if asked.managed else run_here(opened)
+
+    code = work() if opened.finished else execute_then(asked.then, work)
     if not code and not opened.finished:
         name = typed(short(opened.plan.output))
         print(f"answers: aiflux results show {name}    report: aiflux report {name}")
     return code
 
 
-def _plan_job(asked: _Asked, *, write: bool) -> PlannedRun:
+def _plan_job(asked: RunArguments, *, write: bool) -> PlannedRun:
     """Plan a run for Slurm; print what the checks found."""
     from aiflux.slurm.submit import plan_job
 
@@ -221,11 +267,12 @@ def _plan_job(asked: _Asked, *, write: bool) -> PlannedRun:
     return planned
 
 
-def _submit(asked: _Asked) -> int:
-    return submit_planned(_plan_job(asked, write=True))
+def submit(asked: RunArguments) -> int:
+    """Submit a run."""
+    return submit_planned(_plan_job(asked, write=True), asked.after, asked.then)
 
 
-def _dry_run(asked: _Asked, *, script: bool) -> int:
+def _dry_run(asked: RunArguments, *, script: bool) -> int:
     """Show a run's plan; a run whose server is already running needs neither Slurm nor image."""
     planned = _plan_job(asked, write=False) if asked.managed else None
     plan = _draft(asked).plan if planned is None else planned.opened.plan
@@ -254,9 +301,12 @@ def _as_json(plan: Plan, planned: PlannedRun | None) -> dict[str, Any]:
 @run_argument
 @option("--local", is_flag=True, help="Continue on this machine, in the foreground")
 @option("--image", metavar="PATH", type=FILE, help="Use another image than before")
+@_then_option
 @json_option()
 @settings_options("slurm")
-def resume(run: str, as_json: bool, local: bool, image: str | None, **settings: Any) -> int:
+def resume(
+    run: str, as_json: bool, local: bool, image: str | None, then: str, **settings: Any
+) -> int:
     """Submit the shards of a run that are neither finished nor in the queue.
 
     Options change the resources requested from Slurm; the others stay as before. A run with
@@ -267,8 +317,8 @@ def resume(run: str, as_json: bool, local: bool, image: str | None, **settings: 
 
     def work() -> int:
         if local or _started_here(directory):
-            return _resume_here(directory, image)
-        return _submit_rest(run, directory, image, settings)
+            return _resume_here(directory, {"image": image, **given_settings(settings)}, then)
+        return _submit_rest(run, directory, image, settings, then)
 
     return then_status(work, directory) if as_json else work()
 
@@ -279,7 +329,7 @@ def _started_here(run: RunDirectory) -> bool:
 
 
 def _submit_rest(
-    name: str, run: RunDirectory, image: str | None, settings: Mapping[str, Any]
+    name: str, run: RunDirectory, image: str | None, settings: Mapping[str, Any], then: str
 ) -> int:
     from aiflux.slurm.submit import plan_resume
 
@@ -293,7 +343,7 @@ def _submit_rest(
     if planned.opened.open_shards:
         refuse_changed_input(planned.opened.plan, "; nothing was sent")
     if planned.opened.open_shards or planned.opened.finished or not planned.active:
-        return submit_planned(planned)
+        return submit_planned(planned, then=then)
     raise SlurmError(
         f"the rest of {planned.opened.plan.output} is already pending or running "
         f"({counted(planned.active, 'shard')})",
@@ -301,8 +351,13 @@ def _submit_rest(
     )
 
 
-def _resume_here(run: RunDirectory, image: str | None) -> int:
-    """Continue a run in the foreground, like `aiflux run` with the same options."""
+def _resume_here(run: RunDirectory, settings: Mapping[str, Any], then: str) -> int:
+    """Continue a run in the foreground, like `aiflux run` with the same options.
+
+    Args:
+        settings: of the image and its container.
+        then: shell command to execute afterwards.
+    """
     from aiflux.slurm.submit import refuse_second
 
     if run.submissions.exists():
@@ -317,11 +372,14 @@ def _resume_here(run: RunDirectory, image: str | None) -> int:
     opened = draft_run(
         plan.input_path, plan.output, plan.options, plan.models_dir, kind, shards=len(plan.shards)
     ).open()
-    if not opened.finished:
-        register(opened.plan)
-    if not kind.managed:
-        return run_here(opened)
-    return run_local(opened, Config(arguments={"image": image}))
+
+    def work() -> int:
+        return run_local(opened, Config(arguments=settings)) if kind.managed else run_here(opened)
+
+    if opened.finished:
+        return work()
+    register(opened.plan)
+    return execute_then(then, work)
 
 
 @command(
@@ -367,4 +425,14 @@ def _merge(run: RunDirectory, *, again: bool) -> int:
         print(finished_line(plan, done))
         refuse_failures(plan, done.failed)
         return 0
-    return write_output(plan, run, again=again)
+    try:
+        return write_output(plan, run, again=again)
+    except MissingResultsError as error:
+        name, view = typed(short(plan.output)), gather(run)
+        how = view.next_command or "run the same `aiflux run` command again"
+        raise MissingResultsError(
+            error.message,
+            f"{f'continue it: {how}' if view.ended else f'wait for it: aiflux watch {name}'}; or "
+            f"write the results so far: aiflux merge --partial {name}",
+            error.shards,
+        ) from error

@@ -5,22 +5,26 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 
 from rich.console import Group
 from rich.live import Live
+from rich.text import Text
 
+from aiflux.cli.chains import chain_named, chain_status, watch_chain
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import Number, command, option
 from aiflux.cli.render.estimate import comparison
-from aiflux.cli.render.run import overview, progress_line, typed
-from aiflux.cli.run_argument import frame_of, located, make_console, run_argument, show
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.cli.render.run import overview, typed
+from aiflux.cli.run_argument import frame_of, make_console, run_argument, show
+from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
 from aiflux.errors import ConfigError, ExitCode
 from aiflux.estimates.estimate import ComparedFigure, compare, read_estimate
+from aiflux.slurm.commands import located
 from aiflux.slurm.monitor import Observer, RunView, gather, outcome
 from aiflux.util.files import short
 from aiflux.worker.console import TerminalConsole
@@ -36,6 +40,9 @@ def status(run: str, as_json: bool) -> int:
 
     The exit code does not depend on the status.
     """
+    chain = chain_named(run)
+    if chain is not None:
+        return chain_status(chain, as_json=as_json)
     directory = located(run)
     view = gather(directory)
     rows = _compared(directory) if view.finished else ()
@@ -71,18 +78,16 @@ def watch(run: str, interval: float, as_json: bool) -> int:
     """Follow a run until it ends, and exit with its exit code. Ctrl-C does not stop the run."""
     if not interval >= 0.1:
         raise ConfigError(f"--interval {interval:g} is too short", "give 0.1 or more")
-    observer = Observer(located(run))
+    chain = chain_named(run)
+    if chain is not None:
+        return watch_chain(chain, interval, follow, as_json=as_json)
     console = make_console()
-    live = console.is_terminal and not console.is_dumb_terminal and not as_json
-    view = observer.look()
+    directory = located(run)
     try:
-        if live:
-            view = _draw(observer, view, console, interval)
-        else:
-            with redirect_stdout(sys.stderr) if as_json else nullcontext():
-                view = _write(observer, view, interval)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            view = follow(directory, console, interval, live=not as_json)
     except KeyboardInterrupt:
-        _print_left(view)
+        _print_left(directory)
         return int(ExitCode.STOPPED)
     if as_json:
         print_json(view.to_json())
@@ -91,7 +96,38 @@ def watch(run: str, interval: float, as_json: bool) -> int:
     return int(outcome(view))
 
 
-def _draw(observer: Observer, view: RunView, console: TerminalConsole, interval: float) -> RunView:
+Below = Callable[[int], Sequence[Text]]
+"""Returns lines of a width for the space below the status."""
+
+
+def follow(
+    run: RunDirectory,
+    console: TerminalConsole,
+    interval: float = 2.0,
+    *,
+    live: bool = True,
+    below: Below = lambda _: (),
+) -> RunView:
+    """Show a run until it ends: drawn on a terminal, elsewhere as lines. Ctrl-C leaves the run.
+
+    Args:
+        interval: seconds between updates.
+        live: False writes lines, whatever the console is.
+        below: further lines to draw.
+
+    Raises:
+        KeyboardInterrupt: the user stops watching.
+    """
+    observer = Observer(run)
+    view = observer.look()
+    if live and console.is_terminal and not console.is_dumb_terminal:
+        return _draw(observer, view, console, interval, below)
+    return _write(observer, view, interval)
+
+
+def _draw(
+    observer: Observer, view: RunView, console: TerminalConsole, interval: float, below: Below
+) -> RunView:
     """Draw the run on a terminal until it ends."""
     if view.ended:
         return view
@@ -99,8 +135,11 @@ def _draw(observer: Observer, view: RunView, console: TerminalConsole, interval:
     with Live(console=console, auto_refresh=False, transient=True) as live:
         try:
             while not view.ended:
+                more = below(console.width)
                 frame = replace(frame_of(console, fit=True), blocks=blocks)
-                live.update(Group(*overview(view, frame)), refresh=True)
+                if frame.height is not None:
+                    frame = replace(frame, height=max(1, frame.height - len(more)))
+                live.update(Group(*overview(view, frame), *more), refresh=True)
                 time.sleep(interval)
                 view = observer.look()
         except KeyboardInterrupt:
@@ -115,15 +154,15 @@ def _write(observer: Observer, view: RunView, interval: float) -> RunView:
     while not view.ended:
         states = (view.state, Counter(shard.state for shard in view.shards))
         if states != last or time.monotonic() - printed >= LINE_INTERVAL:
-            print(time.strftime("%H:%M:%S"), progress_line(view), flush=True)
+            print(time.strftime("%H:%M:%S"), view, flush=True)
             printed, last = time.monotonic(), states
         time.sleep(interval)
         view = observer.look()
     return view
 
 
-def _print_left(view: RunView) -> None:
-    name = typed(short(view.output))
+def _print_left(run: RunDirectory) -> None:
+    name = typed(short(user_output(read_plan(run).output)))
     print(
         f"the run continues; show it again: aiflux watch {name}; stop it: aiflux cancel {name}",
         file=sys.stderr,

@@ -34,6 +34,7 @@ from aiflux.util.text import counted, size_text
 
 _CONTEXTS = (2048, 8192, 32768)
 _SLOTS = (1, 4, 8, 16, 32)
+_LEAST_IMPORTANT = ("ENGINES", "OLLAMA", "COMMIT", "CONTEXT", "WEIGHTS", "QUANT")
 _UNITS = {"m": 2**20, "": 2**30, "g": 2**30, "t": 2**40}
 
 
@@ -203,11 +204,18 @@ def find_models(
     return [model for model in models if room is None or _memory(model, context, slots, room)]
 
 
-def models_table(models: Sequence[Known], folder: Path, context: int, slots: int) -> Iterator[str]:
-    """Yield models as a table, and unfinished pulls and imports."""
+def models_table(
+    models: Sequence[Known], folder: Path, context: int, slots: int, width: int | None = None
+) -> Iterator[str]:
+    """Yield models as a table, and unfinished pulls and imports.
+
+    Args:
+        width: columns of the terminal, for which the least important figures are left out; None
+            for all of them.
+    """
     rows = [_row(model, context, slots) for model in sorted(models, key=_order)]
     heads = ("NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "GPU MEMORY", "ENGINES", "HERE")
-    yield from _table([heads, *rows])
+    yield from _table([heads, *rows], width)
     yield from map(_unfinished, staged_models(folder))
 
 
@@ -334,9 +342,13 @@ def _known_snapshot(
 
 
 def snapshots_table(
-    models: Sequence[KnownSnapshot], folder: Path, context: int, slots: int
+    models: Sequence[KnownSnapshot],
+    folder: Path,
+    context: int,
+    slots: int,
+    width: int | None = None,
 ) -> Iterator[str]:
-    """Yield models of Hugging Face as a table, and what the tables' figures mean."""
+    """Yield models of Hugging Face as such a table, and what the tables' figures mean."""
     if models:
         rows = [
             _snapshot_row(each, context, slots) for each in sorted(models, key=attrgetter("order"))
@@ -344,7 +356,7 @@ def snapshots_table(
         heads = ("HUGGING FACE", "PARAMS", "WEIGHTS", "CONTEXT", "GPU MEMORY", "ENGINES", "OLLAMA",
                  "COMMIT", "HERE")  # fmt: skip
         yield ""
-        yield from _table([heads, *rows])
+        yield from _table([heads, *rows], width)
     yield f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}"
 
 
@@ -465,9 +477,15 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e6:.{0 if parameters >= 10_000_000 else 1}f} M"
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+def _table(rows: list[tuple[str, ...]], most: int | None = None) -> Iterator[str]:
+    """Yield rows as lines; `models show` has what a narrow terminal has no room for."""
+    columns = [*zip(*rows, strict=True)]
+    for head in _LEAST_IMPORTANT:
+        width = sum(max(map(len, column)) + 2 for column in columns) - 2
+        if most is not None and width > most:
+            columns = [column for column in columns if column[0] != head]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns, strict=True):
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         yield "  ".join(cells).rstrip()

@@ -5,11 +5,12 @@ A terminal shows the lines in color, fitted to its size; a file or a pipe gets t
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +19,19 @@ from rich.text import Text
 
 from aiflux.core.batch.results_file import TOOL_CALL, answered_words
 from aiflux.core.config.settings import settings_texts
+from aiflux.core.runs.directory import user_output
 from aiflux.core.runs.plan import Plan
-from aiflux.slurm.run_view import RequestError, RunState, RunView, ShardState, ShardView
+from aiflux.slurm.run_view import (
+    SHARD_ORDER,
+    RequestError,
+    RunState,
+    RunView,
+    ShardState,
+    ShardView,
+    done_text,
+    speed_text,
+    states_text,
+)
 from aiflux.util.text import counted, public_url, size_text
 from aiflux.util.times import duration
 
@@ -46,17 +58,6 @@ STYLES = {
     "output changed": "bold red",
     "not submitted": "dim",
 }
-# The order of shards in the table.
-_ORDER = (
-    ShardState.RUNNING,
-    ShardState.STOPPING,
-    ShardState.FAILED,
-    ShardState.LOST,
-    ShardState.STOPPED,
-    ShardState.NOT_SUBMITTED,
-    ShardState.WAITING,
-    ShardState.DONE,
-)
 _GOING = {ShardState.RUNNING, ShardState.STOPPING}
 _QUIET = {ShardState.WAITING, ShardState.DONE, ShardState.NOT_SUBMITTED}
 
@@ -87,13 +88,6 @@ def typed(path: str) -> str:
     return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
 
 
-def progress_line(view: RunView) -> str:
-    """Return a run's progress in one line."""
-    states = _shard_counts(view) if len(view.shards) > 1 else ""
-    parts = [f"{view.state.value}: {_done(view)}", f"{view.failed} failed", states, _speed(view)]
-    return ", ".join(part for part in parts if part)
-
-
 def overview(view: RunView, frame: Frame) -> list[Text]:
     """Return the whole status of a run, fitted into the frame."""
     head = [*_head(view, frame), *_facts(view, frame)]
@@ -111,12 +105,12 @@ def _room(frame: Frame, taken: int) -> int | None:
 
 
 def _head(view: RunView, frame: Frame) -> list[Text]:
-    title = Text(one_line(frame.short(view.output)), style="bold")
+    title = Text(one_line(frame.short(user_output(view.output))), style="bold")
     if frame.width is not None:
         _cut_left(title, frame.width - len(view.state.value) - 2)
     title = Text.assemble(title, "  ", (view.state.value, STYLES[view.state.value]))
     failed = (f"{view.failed} failed", "red" if view.failed else "")
-    return [title, Text.assemble(_bar(view, frame), f" {_done(view)}, ", failed)]
+    return [title, Text.assemble(_bar(view, frame), f" {done_text(view)}, ", failed)]
 
 
 def _facts(view: RunView, frame: Frame) -> list[Text]:
@@ -126,7 +120,7 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
     lines = [Text("   ").join(_pair(name, value) for name, value in about)]
     if view.engine_settings:
         lines.append(_pair("server", " ".join(settings_texts(view.engine_settings))))
-    speed = _speed(view) if not view.ended else ""
+    speed = speed_text(view) if not view.ended else ""
     lines += [Text(words) for words in (speed, _used(view), _seal(view)) if words]
     if view.empty_answers:
         style = "yellow" if view.empty_answers.keys() - {TOOL_CALL} else ""
@@ -134,7 +128,7 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
     if len(view.shards) == 1:
         lines += _only_shard(view)
     else:
-        lines.append(_pair(f"{len(view.shards)} shards", _shard_counts(view)))
+        lines.append(_pair(f"{len(view.shards)} shards", states_text(view.shards)))
     if view.output_change is not None:
         lines.append(Text(one_line(view.output_change), style="red"))
     if view.slurm is not None:
@@ -158,21 +152,6 @@ def _only_shard(view: RunView) -> list[Text]:
 
 def _gpus(names: Sequence[str]) -> str:
     return ", ".join(f"{count} x {one_line(name)}" for name, count in Counter(names).items())
-
-
-def _done(view: RunView) -> str:
-    share = 100 * view.done // max(view.total, 1)
-    return f"{view.done}/{view.total} done ({share} %)"
-
-
-def _speed(view: RunView) -> str:
-    parts = []
-    if view.requests_per_second:
-        parts.append(f"{view.requests_per_second:.1f} requests/s")
-        parts.append(f"{view.tokens_per_second:.0f} tokens/s")
-    if view.remaining_seconds is not None:
-        parts.append(f"ETA {duration(view.remaining_seconds)}")
-    return ", ".join(parts)
 
 
 def _used(view: RunView) -> str:
@@ -202,15 +181,6 @@ def _times(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def _shard_counts(view: RunView) -> str:
-    return _counted(view.shards)
-
-
-def _counted(shards: Iterable[ShardView]) -> str:
-    counts = Counter(shard.state for shard in shards)
-    return ", ".join(f"{counts[state]} {state.value}" for state in _ORDER if counts[state])
-
-
 def _bar(view: RunView, frame: Frame) -> Text:
     width = 40 if frame.width is None else max(10, min(40, frame.width - 44))
     full, empty = ("█", "░") if frame.blocks else ("#", "-")
@@ -225,7 +195,7 @@ def _shards(view: RunView, frame: Frame, room: int | None) -> list[Text]:
     """Return the table of shards, the most important ones first, in at most ``room`` lines."""
     if len(view.shards) == 1 or view.finished:
         return []
-    ranked = sorted(view.shards, key=lambda shard: (_ORDER.index(shard.state), shard.index))
+    ranked = sorted(view.shards, key=lambda shard: (SHARD_ORDER.index(shard.state), shard.index))
     most = SHOWN_SHARDS if room is None else room - 3  # the heading, the sum and a blank
     if len(ranked) > most + 1:
         ranked = _choose(ranked, max(most, 0))
@@ -235,7 +205,7 @@ def _shards(view: RunView, frame: Frame, room: int | None) -> list[Text]:
     shown = {shard.index for shard in ranked}
     rest = [shard for shard in view.shards if shard.index not in shown]
     if rest:
-        lines.append(Text(f"       and {len(rest)} more: {_counted(rest)}", style="dim"))
+        lines.append(Text(f"       and {len(rest)} more: {states_text(rest)}", style="dim"))
     return lines
 
 
@@ -300,7 +270,8 @@ def _note(shard: ShardView) -> str:
     if shard.restarts:
         parts.append(_times(shard.restarts, "restart"))
     if shard.reason:
-        parts.append(one_line(shard.reason))
+        # The table shows the state in front of it.
+        parts.append(one_line(shard.reason).removeprefix(f"{shard.state.value} "))
     if shard.exit_code and "exit code" not in shard.reason:
         parts.append(f"exit code {shard.exit_code}")
     return ", ".join(parts)
@@ -343,8 +314,12 @@ def _fix(view: RunView, frame: Frame) -> list[Text]:
 def _continue(view: RunView, frame: Frame) -> list[Text]:
     if view.next_command is not None:
         *command, _ = shlex.split(view.next_command)
-        words = f"{shlex.join(command)} {typed(frame.short(view.output))}"
+        words = f"{shlex.join(command)} {typed(frame.short(user_output(view.output)))}"
         return [Text(""), Text.assemble(("continue: ", "dim"), words)]
+    table = user_output(view.output)
+    if view.finished and not os.path.lexists(table):  # of `aiflux ask`, whose run was resumed
+        words = f"write {frame.short(table)}: run the same `aiflux ask` command again"
+        return [Text(""), Text(words, style="dim")]
     if view.state is RunState.WITH_FAILURES:
         words = "the output has the reasons; run the same command with --retry-failed to retry"
         return [Text(""), Text(words, style="dim")]
@@ -377,7 +352,7 @@ def dry_run_summary(plan: Plan, planned: PlannedRun | None) -> Iterator[str]:
 
 def _plan_facts(plan: Plan, planned: PlannedRun | None) -> Iterator[tuple[str, str]]:
     options = plan.options
-    yield "input", f"{plan.input_path} ({size_text(plan.input.size)})"
+    yield "input", f"{plan.input.named} ({size_text(plan.input.size)})"
     yield "output", str(plan.output)
     yield "model", ", ".join(plan.models)
     if options.parameters:

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from aiflux.converters.cells import as_json, as_text
 from aiflux.converters.delimited import csv_writer
-from aiflux.converters.parquet import ParquetTable
 from aiflux.converters.results.answers import refuse_unfit
+from aiflux.converters.results.arrow import arrow_types, cell
+from aiflux.converters.results.database import write_database
 from aiflux.converters.results.table import BackOptions, BackSummary, BackTable, Record
-from aiflux.converters.table import as_json, as_text
+from aiflux.converters.results.vectors import write_npy
+from aiflux.converters.results.verbatim import (
+    UnfitEncodingError,
+    json_object,
+    verbatim_writer,
+    write_array,
+)
+from aiflux.converters.results.workbook import write_xlsx
 from aiflux.converters.writer import same_file
-from aiflux.errors import InputError
+from aiflux.errors import InputError, UsageError
 from aiflux.util.extras import need
 from aiflux.util.files import atomic_write
 from aiflux.util.process_limits import exhausted
-from aiflux.util.text import REPLACEMENT, json_text, whole, whole_text
+from aiflux.util.text import REPLACEMENT, whole_text
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = [
-    "BackOptions", "BackSummary", "results_to_csv", "results_to_jsonl", "results_to_parquet",
+    "BackOptions",
+    "BackSummary",
+    "results_to_arrow",
+    "results_to_csv",
+    "results_to_duckdb",
+    "results_to_jsonl",
+    "results_to_npy",
+    "results_to_parquet",
+    "results_to_table",
+    "results_to_xlsx",
 ]  # fmt: skip
 
 Writer = Callable[[IO[bytes], BackTable, Iterator[Record]], None]
@@ -63,16 +86,117 @@ def results_to_parquet(
     return _write(output, target, options, write_parquet)
 
 
+def results_to_xlsx(
+    output: Path | str, target: Path | str, options: BackOptions | None = None
+) -> BackSummary:
+    """Write results as an Excel workbook; see ``results_to_csv``.
+
+    Raises:
+        ConfigError: XlsxWriter is not installed.
+    """
+    return _write(output, target, options, write_xlsx)
+
+
+def results_to_duckdb(
+    output: Path | str, target: Path | str, options: BackOptions | None = None
+) -> BackSummary:
+    """Write results as the table ``answers`` of a DuckDB database; see ``results_to_csv``.
+
+    Raises:
+        ConfigError: duckdb or pyarrow is not installed.
+    """
+    return _write(output, target, options, write_duckdb)
+
+
+def results_to_npy(
+    output: Path | str, target: Path | str, options: BackOptions | None = None
+) -> BackSummary:
+    """Write embeddings as a NumPy array of 32-bit floats, a row for each; see ``results_to_csv``.
+
+    A row whose request failed is NaN.
+    """
+    return _write(output, target, options, write_npy)
+
+
+def results_to_table(
+    output: Path | str, target: Path | str, options: BackOptions | None = None
+) -> BackSummary:
+    """Write results in the form that the target's suffix names; see ``results_to_csv``.
+
+    If the source has the same form, its rows are written as they are, with columns added at their
+    end: CSV with the same quotes, delimiter, line ends and encoding, JSON with the same values,
+    Parquet with the same schema. Without ``custom_ids``, no other column is added.
+
+    Raises:
+        UsageError: the suffix is unknown.
+        ConfigError: a library is missing.
+    """
+    target = Path(target)
+    writer = FORMS[table_form(target)]
+    options = options or BackOptions()
+    try:
+        return _write(output, target, options, writer, verbatim=not options.custom_ids)
+    except UnfitEncodingError as error:
+        options = replace(options, unicode=True)
+        summary = _write(output, target, options, writer, verbatim=True)
+        summary.notes += (
+            f"written in UTF-8 with a byte order mark: the source's encoding has no {str(error)!r}",
+        )
+        return summary
+
+
+def results_to_arrow(output: Path | str, options: BackOptions | None = None) -> pyarrow.Table:
+    """Return results as an Arrow table in memory, as ``results_to_parquet`` writes them.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        InputError: see ``results_to_csv``.
+    """
+    arrow = need("pyarrow", "parquet", "an Arrow table")
+    output = Path(output)
+    refuse_unfit(output)
+    with ExitStack() as stack, _storable(arrow):
+        table = BackTable(output, options or BackOptions(), stack)
+        schema = _arrow_schema(arrow, table)
+        parts = [*_arrow_tables(arrow, schema, table.records(None))]
+        return arrow.concat_tables([schema.empty_table(), *parts])
+
+
+def table_form(target: Path) -> str:
+    """Return the suffix of a table, which names its form.
+
+    Raises:
+        UsageError: no such table can be written.
+    """
+    suffix = target.suffix.lower()
+    if suffix not in FORMS:
+        raise UsageError(
+            f"the output {str(target)!r} has no form that AI-Flux can write",
+            f"end its name with one of {', '.join(FORMS)}",
+        )
+    return suffix
+
+
 def _write(
-    output: Path | str, target: Path | str, options: BackOptions | None, writer: Writer
+    output: Path | str,
+    target: Path | str,
+    options: BackOptions | None,
+    writer: Writer,
+    *,
+    verbatim: bool = False,
 ) -> BackSummary:
     output, target = Path(output), Path(target)
     refuse_unfit(output)
     _refuse_same(target, output, options.source if options else None)
     with ExitStack() as stack:
-        table = BackTable(output, options or BackOptions(), stack)
+        table = BackTable(output, options or BackOptions(), stack, verbatim=verbatim)
+        once = table.choice is None and not table.options.only_asked
+        own = verbatim_writer(table.source_table, target, once=once) if verbatim else None
         with atomic_write(target) as file:
-            writer(file, table, table.records(target))
+            if own is None:
+                writer(file, table, table.records(target))
+            else:
+                own(file, table, table.rows(target))
     table.summary.absent = tuple(name for name in table.fields if name not in table.met)
     return table.summary
 
@@ -86,7 +210,9 @@ def _refuse_same(target: Path, *others: Path | str | None) -> None:
 _ROW_GROUP = 8192
 
 
-def write_csv(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
+def write_csv(
+    file: IO[bytes], table: BackTable, records: Iterator[Record], delimiter: str = ","
+) -> None:
     """Write rows as CSV."""
     form = _for_excel if table.options.excel else _plain
 
@@ -95,7 +221,7 @@ def write_csv(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> N
 
     encoding = "utf-8-sig" if table.options.excel else "utf-8"
     text = io.TextIOWrapper(file, encoding=encoding, newline="")
-    writer = csv_writer(text)
+    writer = csv_writer(text, delimiter)
     header = table.header
     writer.writerow(map(shown, header))
     for record in records:
@@ -123,9 +249,12 @@ def _for_excel(value: Any) -> str:
 
 def write_jsonl(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
     """Write rows as JSON Lines."""
-    for record in records:
-        plain = {name: as_json(value) for name, value in record.items()}
-        file.write(json_text(whole(plain)).encode() + b"\n")
+    file.writelines(json_object(record).encode() + b"\n" for record in records)
+
+
+def write_json(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
+    """Write rows as a JSON array, one a line."""
+    write_array(file, map(json_object, records))
 
 
 def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
@@ -133,51 +262,53 @@ def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) 
     arrow = need("pyarrow", "parquet", "writing Parquet")
     library = need("pyarrow.parquet", "parquet", "writing Parquet")
     schema = _arrow_schema(arrow, table)
+    with _storable(arrow), library.ParquetWriter(file, schema) as writer:
+        for part in _arrow_tables(arrow, schema, records):
+            writer.write_table(part)
+
+
+def _arrow_schema(arrow: Any, table: BackTable) -> Any:
+    kinds = arrow_types(arrow, table)
+    return arrow.schema([arrow.field(name, kinds[name]) for name in table.header])
+
+
+def _arrow_tables(arrow: Any, schema: Any, records: Iterator[Record]) -> Iterator[Any]:
+    """Yield the rows as Arrow tables of one row group each."""
     kinds = {item.name: item.type for item in schema}
+    while batch := list(islice(records, _ROW_GROUP)):
+        rows = [{name: cell(arrow, row[name], kinds[name]) for name in row} for row in batch]
+        yield arrow.Table.from_pylist(rows, schema)
+
+
+@contextmanager
+def _storable(arrow: Any) -> Iterator[None]:
+    """Convert the errors of Arrow.
+
+    Raises:
+        InputError: a value cannot be stored.
+        StoppedError: there is too little memory, or no thread.
+    """
     try:
-        with library.ParquetWriter(file, schema) as writer:
-            while batch := list(islice(records, _ROW_GROUP)):
-                rows = [
-                    {name: _cell(arrow, row[name], kinds[name]) for name in row} for row in batch
-                ]
-                writer.write_table(arrow.Table.from_pylist(rows, schema))
+        yield
     except (arrow.ArrowException, OverflowError) as error:
         raise exhausted(error) or InputError(
             f"a value cannot be stored in Parquet: {error}", "use `aiflux results to-jsonl`"
         ) from error
 
 
-def _cell(arrow: Any, value: Any, kind: Any) -> Any:
-    """Return a value of its column's type; ``ParquetTable`` returns some times as text."""
-    if arrow.types.is_string(kind) and value is not None:
-        return whole_text(as_text(value))
-    if arrow.types.is_timestamp(kind) and isinstance(value, str):
-        return arrow.scalar(value).cast(kind)
-    return value
+def write_duckdb(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
+    """Write rows as the table ``answers`` of a DuckDB database."""
+    near = Path(file.name).parent
+    write_database(file, near, lambda parquet: write_parquet(parquet, table, records))
 
 
-def _arrow_schema(arrow: Any, table: BackTable) -> Any:
-    """Return the table's schema: the source's types, else types that fit all values."""
-    source = None if table.source is None else table.source.table
-    own = source.schema if isinstance(source, ParquetTable) else None
-    kinds = {name: arrow.string() for name in table.header}
-    for name, shown in table.columns.items():
-        if own is not None:
-            kinds[shown] = own.field(name).type
-        else:
-            kinds[shown] = _arrow_type(arrow, table.seen.columns.get(name, set()))
-    if table.options.json_fields == ():
-        for name, shown in table.fields.items():
-            kinds[shown] = _arrow_type(arrow, table.seen.fields.get(name, set()))
-    return arrow.schema([arrow.field(name, kind) for name, kind in kinds.items()])
-
-
-def _arrow_type(arrow: Any, seen: set[type]) -> Any:
-    kinds = seen - {type(None)}
-    if kinds == {bool}:
-        return arrow.bool_()
-    if kinds == {int}:
-        return arrow.int64()
-    if kinds and kinds <= {int, float}:
-        return arrow.float64()
-    return arrow.string()
+FORMS: Mapping[str, Writer] = {
+    ".csv": write_csv,
+    ".tsv": partial(write_csv, delimiter="\t"),
+    ".jsonl": write_jsonl,
+    ".json": write_json,
+    ".parquet": write_parquet,
+    ".xlsx": write_xlsx,
+    ".duckdb": write_duckdb,
+}
+"""How a table is written, by the suffix of its name."""

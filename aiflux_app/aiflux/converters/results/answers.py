@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from aiflux.core.batch.input_file import change_of, looks_unchanged
+from aiflux.converters.table import COLUMN_TYPES, typed
+from aiflux.converters.writer import SeenIds
+from aiflux.core.batch.input_file import quick_change_of
 from aiflux.core.batch.request import custom_id_of, parse_json, request_key
 from aiflux.core.batch.results_file import (
-    ResultEntry,
+    Result,
     entry_lines,
     output_files,
     parse_entry,
@@ -33,13 +36,13 @@ _FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
 _THOUGHT = "</think>"
 
 
-def entries(output: Path) -> Iterator[ResultEntry]:
+def entries(output: Path) -> Iterator[Result]:
     """Yield the entries of an output, with their requests if these can be found.
 
     A ``.jsonl`` output contains no requests; they are read from its run directory if that exists.
     """
     plan = _plan_with_requests(output)
-    return read_entries(output) if plan is None else _entries_of_run(plan)
+    return read_entries(output) if plan is None else run_entries(plan)
 
 
 def _plan_with_requests(output: Path) -> Plan | None:
@@ -48,30 +51,103 @@ def _plan_with_requests(output: Path) -> Plan | None:
     if output.suffix == ".jsonl" and os.path.isfile(run.plan):
         try:
             plan = read_plan(run)
-            if looks_unchanged(plan.input) or change_of(plan.input) is None:
+            if quick_change_of(plan.input) is None:
                 return plan
         except (RunConflictError, InputError, StorageError, OSError):
             pass  # another version's plan, or no input: the output alone is enough
     return None
 
 
-def _entries_of_run(plan: Plan) -> Iterator[ResultEntry]:
-    for raw, result in iterate_results(plan, RunDirectory.of_output(plan.output)):
-        request = parse_json(raw.decode("utf-8"))
-        yield ResultEntry(
-            request["custom_id"],
-            request,
-            None if result.failed else json.loads(result.body),
-            json.loads(result.error),
-            {**(request.get("metadata") or {}), **json.loads(result.metadata)},
-        )
+def run_entries(
+    plan: Plan, run: RunDirectory | None = None, *, partial: bool = False
+) -> Iterator[Result]:
+    """Yield the results in a run's journals, in input order.
 
+    Args:
+        run: default: that of the plan's output.
+        partial: leave out requests that have no result yet.
 
-class AnswersById:
-    """Random access to the entries of an output, with 24 bytes of memory per entry.
-
-    A ``.jsonl`` output needs twice as much, as its requests are in the run's input.
+    Raises:
+        StoppedError: a request has no result yet, or the input is no longer the planned one.
+        StorageError: a journal cannot be read.
     """
+    run = run or RunDirectory.of_output(plan.output)
+    with closing(iterate_results(plan, run, partial=partial)) as found:
+        for raw, result in found:
+            request = parse_json(raw.decode("utf-8"))
+            yield Result(
+                request["custom_id"],
+                request,
+                None if result.failed else json.loads(result.body),
+                json.loads(result.error),
+                {**(request.get("metadata") or {}), **json.loads(result.metadata)},
+            )
+
+
+class Answers:
+    """The entries of an output, for a caller that asks for them in any order.
+
+    While it asks in the order of the output, each entry is read when it is asked for. From the
+    first other request on, there is an index, with 42 to 60 bytes of memory per entry, and 24 more
+    for a ``.jsonl`` output, as its requests are in the run's input.
+
+    Args:
+        in_order: there is no entry for what is asked for out of order, so no index is needed.
+    """
+
+    def __init__(self, output: Path, *, in_order: bool) -> None:
+        self._output = output
+        self._in_order = in_order
+        self._entries = entries(output)
+        self._next = next(self._entries, None)
+        self._taken = 0
+        self._index: _AnswersById | None = None
+        self._seen = SeenIds()
+
+    @property
+    def count(self) -> int:
+        """Number of entries; reads the rest."""
+        if self._index is not None:
+            return self._index.count
+        left = 0 if self._next is None else 1 + sum(1 for _ in self._entries)
+        return self._taken + left
+
+    def get(self, custom_id: str) -> Result | None:
+        """Return the entry of a request, or None."""
+        if self._index is None:
+            found = self._next
+            if found is not None and found.custom_id == custom_id:
+                if self._in_order:
+                    self._advance()
+                return found
+            if self._in_order:
+                return None
+            self._index = _AnswersById(self._output)
+            for entry in islice(entries(self._output), self._taken):
+                self._seen.first_use(entry.custom_id, 1)
+        return self._index.get(custom_id)
+
+    def take(self, custom_id: str) -> bool:
+        """Note that the caller uses the entry that it got; return whether it is the first time."""
+        if self._in_order:
+            return True
+        if self._index is not None:
+            return self._seen.first_use(custom_id, 1) is None
+        self._advance()
+        return True
+
+    def _advance(self) -> None:
+        self._next = next(self._entries, None)
+        self._taken += 1
+
+    def close(self) -> None:
+        """Close the files; the entries in order close theirs themselves."""
+        if self._index is not None:
+            self._index.close()
+
+
+class _AnswersById:
+    """Random access to the entries of an output, by an index of 24 bytes per entry."""
 
     def __init__(self, output: Path) -> None:
         self._paths = output_files(output)
@@ -96,7 +172,7 @@ class AnswersById:
         """Number of entries."""
         return self._index.done
 
-    def get(self, custom_id: str) -> ResultEntry | None:
+    def get(self, custom_id: str) -> Result | None:
         """Return the entry of a request, or None."""
         found = self._index.find(_key(custom_id))
         if found is None:
@@ -104,10 +180,10 @@ class AnswersById:
         offset, at = divmod(found[0], len(self._paths))
         entry = parse_entry(self._read(at, offset), self._paths[at])
         request = self._requests.find(_key(custom_id))
-        if entry.request is not None or request is None:
+        if entry.input is not None or request is None:
             return entry
         line = self._read(-1, request[0]).removeprefix(BOM)
-        return replace(entry, request=parse_json(line.decode("utf-8")))
+        return replace(entry, input=parse_json(line.decode("utf-8")))
 
     def _read(self, file: int, offset: int) -> bytes:
         self._files[file].seek(offset)
@@ -123,29 +199,30 @@ def _key(custom_id: str) -> bytes:
     return request_key(custom_id.encode("utf-8", "surrogatepass"))
 
 
-def requests_metadata(entry: ResultEntry) -> dict[str, Any]:
+def requests_metadata(entry: Result) -> dict[str, Any]:
     """Return the metadata of a request itself; {} if the request is unknown."""
-    own = (entry.request or {}).get("metadata")
+    own = (entry.input or {}).get("metadata")
     return own if isinstance(own, dict) else {}
 
 
-def kept_columns(entry: ResultEntry) -> dict[str, Any]:
+def kept_columns(entry: Result) -> dict[str, Any]:
     """Return the source columns that a converter stored in the request's metadata."""
-    columns = entry.metadata.get("columns")
-    if columns is None:
-        columns = requests_metadata(entry).get("columns")
-    own = columns if isinstance(columns, dict) else {}
+    metadata: Mapping[str, Any] = entry.metadata
+    if metadata.get("columns") is None:
+        metadata = requests_metadata(entry)
+    columns = metadata.get("columns")
+    own = typed(columns, metadata.get(COLUMN_TYPES)) if isinstance(columns, dict) else {}
     named = ("source_file", "chunk", "chunks")
     return own or {name: entry.metadata[name] for name in named if name in entry.metadata}
 
 
-def json_fields(entry: ResultEntry) -> dict[str, Any] | None:
+def json_fields(answer: str) -> dict[str, Any] | None:
     """Return the JSON object that an answer is or contains, or None.
 
     Text before ``</think>`` is ignored. A Markdown fence and surrounding words are dropped if
     exactly one object remains.
     """
-    text = entry.answer.rpartition(_THOUGHT)[2]
+    text = answer.rpartition(_THOUGHT)[2]
     try:
         whole = parse_json(text)
     except ValueError:
@@ -168,21 +245,46 @@ def _object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def choices(entry: ResultEntry) -> list[dict[str, Any]]:
-    """Return the choices of an answer; empty for embeddings and failures."""
-    found = entry.body.get("choices") if isinstance(entry.body, dict) else None
-    listed = found if isinstance(found, list) else []
-    return [choice for choice in listed if isinstance(choice, dict)]
+def prompt_text(body: dict[str, Any]) -> str:
+    """Return a request's prompt: of a conversation, the last message of the user.
+
+    Messages before it are often the same for all requests, such as examples.
+    """
+    return "\n".join(_contents(body, ("user",))[-1:])
 
 
-def prompt_text(body: dict[str, Any], roles: tuple[str, ...] = ("user",)) -> str:
-    """Return a request's prompt; for messages with parts, their texts and the types of others."""
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        asked = (message for message in messages if isinstance(message, dict))
-        contents = (message.get("content") for message in asked if message.get("role") in roles)
-        return "\n".join(map(_words, contents))
-    return str(body.get("prompt", body.get("input", "")))
+def request_text(body: dict[str, Any]) -> str:
+    """Return the texts of all messages of a request, or of its query and documents."""
+    return "\n".join(_contents(body, ("system", "user", "assistant")))
+
+
+def _contents(body: dict[str, Any], roles: tuple[str, ...]) -> list[str]:
+    """Return the texts of messages; of messages with parts, also the types of other parts."""
+    messages = [*_messages(body)]
+    if not messages:
+        return [str(body.get("prompt", body.get("input", "")))]
+    return [_words(message.get("content")) for message in messages if message.get("role") in roles]
+
+
+_QUERIES = ("query", "queries", "text_1", "data_1")
+_DOCUMENTS = ("documents", "items", "text_2", "data_2")
+
+
+def _messages(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the messages of a conversation; documents and then their query as if they were some."""
+    if "instructions" in body:
+        yield {"role": "system", "content": body["instructions"]}
+    for name in ("messages", "input"):
+        listed = body.get(name)
+        items = listed if isinstance(listed, list) else ()
+        yield from (item for item in items if isinstance(item, dict))
+    if "instructions" in body and isinstance(body.get("input"), str):
+        yield {"role": "user", "content": body["input"]}
+    for role, names in (("system", _DOCUMENTS), ("user", _QUERIES)):
+        for name in names:
+            texts = body.get(name, ())
+            for each in texts if isinstance(texts, list | tuple) else (texts,):
+                yield {"role": role, "content": each}
 
 
 def _words(content: Any) -> str:
@@ -202,8 +304,8 @@ def refuse_unfit(output: Path) -> None:
     if not output.is_file():
         raise InputError(
             f"the output {output} does not exist",
-            f"wait for its run (aiflux status {quote(str(output))}), or write the results so far "
-            "with `aiflux merge --partial`",
+            f"aiflux status {quote(str(output))} shows whether to wait for its run or to continue "
+            f"it; write the results so far with aiflux merge --partial {quote(str(output))}",
         )
     run = RunDirectory.of_output(output)
     with suppress(RunConflictError, StorageError):  # an unreadable run has no status

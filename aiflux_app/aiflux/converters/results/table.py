@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
+from aiflux.converters.cells import as_text
 from aiflux.converters.delimited import DelimitedTable
-from aiflux.converters.parquet import ParquetTable
-from aiflux.converters.request_form import check_columns
+from aiflux.converters.json_records import JsonTable
 from aiflux.converters.results.answers import (
-    AnswersById,
-    choices,
+    Answers,
     entries,
     json_fields,
     kept_columns,
-    prompt_text,
+    request_text,
     requests_metadata,
 )
-from aiflux.converters.table import CELL_DIGESTS, Row, as_text, changed_cell
-from aiflux.converters.writer import SeenIds, Skipped
-from aiflux.core.batch.results_file import ResultEntry
+from aiflux.converters.source import kind_of, open_source, readable_again
+from aiflux.converters.table import CELL_DIGESTS, Row, SourceTable, changed_cell, known_digests
+from aiflux.converters.template import check_columns
+from aiflux.core.batch.results_file import (
+    ChoiceText,
+    Result,
+    Score,
+    choice_texts,
+    choices,
+    score_value,
+    scores,
+    vectors,
+)
+from aiflux.core.runs.journal import CUT
 from aiflux.errors import InputError
 from aiflux.util.text import whole_text
 
 _NAMED = 5
 _INT64 = range(-(1 << 63), 1 << 63)
+FIRST, ROWS, COLUMNS = CHOICES = ("first", "rows", "columns")
+"""What becomes of the choices of an answer."""
+_NOT_ASKED = "no result: it was not requested"
 _REPEATED = "no result: an earlier row of the source has this custom_id"
 Record = dict[str, Any]
+
+
+def _tool_calls(_: ChoiceText, choice: dict[str, Any]) -> Any:
+    message = choice.get("message")
+    return (message.get("tool_calls") or None) if isinstance(message, dict) else None
+
+
+_DETAILS: Mapping[str, Callable[[ChoiceText, dict[str, Any]], Any]] = {
+    "reasoning": lambda text, _: text.reasoning or None,
+    "tool_calls": _tool_calls,
+    "logprobs": lambda _, choice: choice.get("logprobs"),
+}
+"""Columns of a choice on request, by the name of their option."""
 
 
 @dataclass
@@ -52,6 +79,7 @@ class BackSummary:
         empty: answers without text, by reason.
         absent: named fields that no answer has.
         examples: the first custom_ids counted by ``changed`` and ``unfit``.
+        notes: what else is worth knowing.
     """
 
     output: Path | None
@@ -70,6 +98,7 @@ class BackSummary:
     empty: dict[str, int] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     examples: dict[str, list[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def note(self, what: str, custom_id: str) -> None:
         """Add one to ``changed`` or ``unfit``."""
@@ -84,23 +113,44 @@ class BackOptions:
     """How results are joined with their source.
 
     Attributes:
-        source: the CSV, TSV or Parquet file that the requests were made from; None uses the columns
-            kept in the requests' metadata.
+        source: the table that the requests were made from (CSV, TSV, Parquet, JSON or JSON Lines);
+            None uses the columns kept in the requests' metadata.
+        kind: of the source, as in ``aiflux.converters.source``; None: by its name.
         id_column: the source column with the custom_ids.
         json_fields: fields of JSON answers to use as columns; () for all, None for none.
+        choices: what becomes of further choices of an answer: only the ``first`` is in the table,
+            or all of them as ``rows`` or ``columns``.
         reasoning: add a column with the reasoning, if the engine returns it separately.
+        tool_calls, logprobs: add a column with these, as JSON.
+        answer_column: name of the column with the answers; "" for none, only JSON fields.
+        only_asked: leave out rows of the source without a result.
+        custom_ids, errors: whether to add columns with these.
+        in_order: the results are in the order of the rows, so little memory is needed.
+        reader: further options of the source's reader, by name.
         delimiter, encoding: format of a CSV source.
+        unicode: write a CSV in UTF-8, although its source has another encoding.
         excel: write CSV for Excel: with a byte order mark, and ``'`` before cells that Excel would
             treat as formulas.
     """
 
     source: Path | str | None = None
+    kind: str | None = None
     id_column: str | None = None
     json_fields: tuple[str, ...] | None = None
     delimiter: str | None = None
     encoding: str | None = None
     excel: bool = False
+    unicode: bool = False
+    choices: str = "first"
     reasoning: bool = False
+    tool_calls: bool = False
+    logprobs: bool = False
+    answer_column: str = "answer"
+    only_asked: bool = False
+    custom_ids: bool = True
+    in_order: bool = False
+    errors: bool = True
+    reader: Mapping[str, Any] = field(default_factory=dict)
 
 
 class BackTable:
@@ -112,115 +162,242 @@ class BackTable:
         met: JSON fields that at least one answer has.
     """
 
-    def __init__(self, output: Path, options: BackOptions, stack: ExitStack) -> None:
+    def __init__(
+        self, output: Path, options: BackOptions, stack: ExitStack, *, verbatim: bool = False
+    ) -> None:
         self.output = output
         self.options = options
         self.summary = BackSummary(None)
         self.seen = _Seen()
         self.met: set[str] = set()
-        self.source = None if options.source is None else _Source.of(options, stack)
+        self.source = None if options.source is None else _Source.of(options, stack, verbatim)
         names: Sequence[str] = () if self.source is None else self.source.columns
-        if self.source is None or (options.json_fields == ()):
-            for entry in entries(output):
-                self.seen.note(entry, options)
+        if self.source is None or options.json_fields == ():
+            self._look()
         self._columns = tuple(names or self.seen.columns)
         self._fields = options.json_fields or tuple(self.seen.fields)
         taken: set[str] = set()
         self.columns = {name: _free(whole_text(name), taken) for name in self._columns}
-        self.id, self.answer, self.error = (
-            _free(name, taken) for name in ("custom_id", "answer", "error")
-        )
-        self.reasoning = _free("reasoning", taken) if options.reasoning else None
+        self.id = _free("custom_id", taken) if options.custom_ids else None
+        self.answer = options.answer_column and _free(options.answer_column, taken)
+        self.error = _free("error", taken) if options.errors else None
+        self.further = [_free(f"{self.answer}_{at}", taken) for at in range(2, self._most() + 1)]
+        self.choice = _free("choice", taken) if options.choices == ROWS else None
+        first = self._first_answer()
+        ranks = isinstance(first, dict) and "results" in first and bool(scores(first))
+        self.document = _free("document", taken) if ranks else None
+        wanted = (name for name in _DETAILS if getattr(options, name))
+        self.details = {name: _free(name, taken) for name in wanted}
         self.fields = {name: _free(whole_text(name), taken) for name in self._fields}
+
+    def _look(self) -> None:
+        """Note the columns and fields of all entries, with their types."""
+        if not self.seen.complete:
+            for entry in entries(self.output):
+                self.seen.note(entry, self.options)
+            self.seen.complete = True
+
+    def _most(self) -> int:
+        """Return the largest number of choices for columns of their own, else 1."""
+        if self.options.choices != COLUMNS:
+            return 1
+        return max((len(choices(entry.output)) for entry in entries(self.output)), default=1)
+
+    def _first_answer(self) -> Any:
+        """Return the first answer; None if every request failed."""
+        return next((each.output for each in entries(self.output) if each.error is None), None)
+
+    @property
+    def source_table(self) -> SourceTable | None:
+        """The table that the requests were made from, if it is known."""
+        return None if self.source is None else self.source.table
+
+    def column_types(self) -> dict[str, set[type]]:
+        """Return the types of the values of each source column; reads all rows once more."""
+        if self.source is None:
+            return self.seen.columns
+        found: dict[str, set[type]] = {name: set() for name in self.columns}
+        for row in self.source.rows(BackSummary(None)):
+            for name, value in row.cells.items():
+                found[name].add(_type(value))
+        return found
+
+    @property
+    def dimension(self) -> int | None:
+        """Numbers of the first embedding; None if the answers are no single embeddings."""
+        found = vectors(self._first_answer())
+        single = len(found) == 1 and isinstance(found[0], list)
+        return (len(found[0]) or None) if single else None
+
+    def score_type(self) -> type | None:
+        """Return the type of all answers if they are scores: float, or list; else None.
+
+        Reads all answers once more.
+        """
+        if not scores(self._first_answer()):
+            return None
+        kinds = {
+            self._score_type(each.output) for each in entries(self.output) if each.error is None
+        }
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def _score_type(self, output: Any) -> type | None:
+        found = scores(output)
+        if not found:
+            return None
+        several = self.choice is None and isinstance(score_value(output, found), list)
+        return list if several else float
+
+    def field_types(self) -> dict[str, set[type]]:
+        """Return the types of the values of each JSON field; reads all answers once more."""
+        if self.fields:
+            self._look()
+        return self.seen.fields
+
+    @property
+    def added(self) -> list[str]:
+        """The columns after those of the source, in order."""
+        choice = () if self.choice is None else (self.choice,)
+        error = () if self.error is None else (self.error,)
+        document = () if self.document is None else (self.document,)
+        answer = (self.answer,) if self.answer else ()
+        ours = (*choice, *document, *answer, *self.further, *self.details.values(), *error)
+        return [*ours, *self.fields.values()]
 
     @property
     def header(self) -> list[str]:
         """All columns, in order."""
-        more = [] if self.reasoning is None else [self.reasoning]
-        ours = [self.answer, *more, self.error]
-        return [self.id, *self.columns.values(), *ours, *self.fields.values()]
+        first = [] if self.id is None else [self.id]
+        return [*first, *self.columns.values(), *self.added]
 
-    def records(self, target: Path) -> Iterator[Record]:
-        """Yield all rows and update the summary."""
+    def records(self, target: Path | None) -> Iterator[Record]:
+        """Yield all rows and update the summary.
+
+        Args:
+            target: the file that they are written to, if any.
+        """
+        for row, added in self.rows(target):
+            record: Record = {} if self.id is None else {self.id: row.name}
+            record |= {shown: row.cells.get(name) for name, shown in self.columns.items()}
+            yield record | added
+
+    def rows(self, target: Path | None) -> Iterator[tuple[Row, Record]]:
+        """Yield each row of the source with the values that are added; update the summary."""
         self.summary.output = target
         if self.source is None:
-            for entry in entries(self.output):
-                yield self._record(entry.custom_id, kept_columns(entry), entry)
+            for number, entry in enumerate(entries(self.output), start=1):
+                row = Row(number, entry.custom_id, kept_columns(entry))
+                for added in self._added(entry.custom_id, entry):
+                    yield row, added
             return
-        with closing(AnswersById(self.output)) as answers:
+        in_order = self.options.in_order and self.source.id_column is None
+        with closing(Answers(self.output, in_order=in_order)) as answers:
             found = 0
-            seen = SeenIds()
             for row in self.source.rows(self.summary):
                 answer = self._answer(row, answers)
-                repeated = answer is not None and seen.first_use(row.name, row.number) is not None
+                if answer is None and self.options.only_asked:
+                    self.summary.unasked += 1
+                    continue
+                repeated = answer is not None and not answers.take(row.name)
                 self.summary.repeated += repeated
                 found += answer is not None and not repeated
                 if answer is not None and not repeated:
                     self._check(self.source, row, answer)
-                record = self._record(row.name, dict(row.cells), None if repeated else answer)
-                yield record | {self.error: _REPEATED} if repeated else record
+                for added in self._added(row.name, None if repeated else answer):
+                    if repeated and self.error is not None:
+                        added[self.error] = _REPEATED
+                    yield row, added
             self.summary.unused = answers.count - found
-            if not found:
+            if not found and not self.options.only_asked:
                 raise self.source.foreign(self.output)
 
-    def _answer(self, row: Row, answers: AnswersById) -> ResultEntry | None:
+    def _answer(self, row: Row, answers: Answers) -> Result | None:
         """Return the result of the request made from a row, if any."""
         answer = answers.get(row.name)
-        digests = {} if answer is None else _digests(answer)
+        digests = {} if answer is None else _digests(answer) or {}
         try:
-            changed_cell(row.cells, {name: digests[name] for name in digests if name in row.cells})
+            changed_cell(row.cells, known_digests(row.cells, digests))
         except ValueError:  # not text: the row was skipped
             return None
         return answer
 
-    def _check(self, source: _Source, row: Row, answer: ResultEntry) -> None:
+    def _check(self, source: _Source, row: Row, answer: Result) -> None:
         """Raise InputError unless the request of an answer was made from this row.
 
         By an id column a row can also be joined from another table, which lacks what was asked.
         """
         digests = _digests(answer)
-        known = {name: digests[name] for name in digests if name in row.cells}
+        known = known_digests(row.cells, digests or {})
         changed = changed_cell(row.cells, known)
         if changed is not None:
             raise source.changed(row, changed)
-        if source.id_column is None and (not digests or len(known) < len(digests)):
-            raise source.unknown(row, answer, digests)
-        if not known and _changed(answer, row.cells):
+        if source.id_column is None and (digests is None or len(known) < len(digests)):
+            raise source.unknown(row, answer, digests or {})
+        if digests != {} and not known and _changed(answer, row.cells):
             self.summary.note("changed", row.name)
 
-    def _record(self, custom_id: str, cells: dict[str, Any], entry: ResultEntry | None) -> Record:
-        summary = self.summary
-        summary.rows += 1
-        record: Record = {self.id: custom_id}
-        record |= {shown: cells.get(name) for name, shown in self.columns.items()}
+    def _added(self, custom_id: str, entry: Result | None) -> Iterator[Record]:
+        """Yield the values that are added to a row: once, or for each choice of the answer."""
+        failed = entry is not None and entry.error is not None
+        # Finding the texts takes a large part of the time of a join.
+        texts = [] if entry is None or failed else choice_texts(entry.output)
         if entry is None:
-            summary.unasked += 1
-            record |= {self.answer: None, self.error: "no result: it was not requested"}
+            self.summary.unasked += 1
+            whole = None
         else:
-            failed = entry.error is not None
-            summary.failed += failed
-            summary.answered += not failed
-            record[self.answer] = None if failed else entry.answer
-            record[self.error] = entry.failure if failed else None
-            choice = entry.choice
-            if self.reasoning is not None:
-                record[self.reasoning] = choice.reasoning or None
-            if choice.empty is not None:
-                summary.empty[choice.empty] = summary.empty.get(choice.empty, 0) + 1
-            all_choices = choices(entry)
-            summary.several += len(all_choices) > 1
-            finish = all_choices[0].get("finish_reason") if all_choices else None
-            summary.cut += finish == "length"
-            summary.filtered += finish == "content_filter"
-        if self.options.json_fields is not None:
-            record |= self._unpacked(entry)
-        return record
+            self._count(entry, texts)
+            whole = None if texts or failed else entry.text  # embeddings
+        scored = [] if entry is None or failed or texts else scores(entry.output)
+        error = _NOT_ASKED if entry is None else entry.failure if failed else None
+        details = choices(entry.output) if entry is not None and self.details else []
+        for at in range(max(1, len(texts or scored)) if self.choice is not None else 1):
+            self.summary.rows += 1
+            choice = texts[at] if texts else None
+            text = whole if choice is None else choice.text
+            added: Record = {}  # in the order of the columns
+            if self.choice is not None:
+                added[self.choice] = at if choice is not None or scored else None
+            if self.document is not None:
+                added[self.document] = None
+            if self.answer:
+                added[self.answer] = text
+            if scored and entry is not None:
+                added |= self._scored(entry.output, scored, at)
+            for name, further in zip(self.further, texts[1:], strict=False):
+                added[name] = further.text
+            for what, name in self.details.items():
+                added[name] = _DETAILS[what](choice, details[at]) if details and choice else None
+            if self.error is not None:
+                added[self.error] = error
+            if self.options.json_fields is not None:
+                added |= self._unpacked(custom_id, text)
+            yield added
 
-    def _unpacked(self, entry: ResultEntry | None) -> Record:
-        answered = entry is not None and entry.error is None
-        content = json_fields(entry) if entry is not None and answered else None
-        if entry is not None and answered and content is None:
-            self.summary.note("unfit", entry.custom_id)
+    def _scored(self, output: Any, found: Sequence[Score], at: int) -> Record:
+        """Return the scores of an answer: all, or in a row for each of them the one at ``at``."""
+        rows = self.choice is not None
+        added: Record = {self.answer: found[at].score if rows else score_value(output, found)}
+        if self.document is not None:
+            added[self.document] = found[at].document if rows else [each.document for each in found]
+        return added
+
+    def _count(self, entry: Result, texts: Sequence[ChoiceText]) -> None:
+        summary = self.summary
+        summary.failed += entry.error is not None
+        summary.answered += entry.error is None
+        empty = texts[0].empty if texts else None
+        if empty is not None:
+            summary.empty[empty] = summary.empty.get(empty, 0) + 1
+        summary.several += len(texts) > 1 and self.options.choices == FIRST
+        all_choices = choices(entry.output)
+        finish = all_choices[0].get("finish_reason") if all_choices else None
+        summary.cut += finish == "length" or bool(entry.metadata.get(CUT["length"]))
+        summary.filtered += finish == "content_filter"
+
+    def _unpacked(self, custom_id: str, text: str | None) -> Record:
+        content = None if text is None else json_fields(text)
+        if text is not None and content is None:
+            self.summary.note("unfit", custom_id)
         self.met.update(content or ())
         return {shown: (content or {}).get(name) for name, shown in self.fields.items()}
 
@@ -235,20 +412,20 @@ def _free(name: str, taken: set[str]) -> str:
     return found
 
 
-def _digests(entry: ResultEntry) -> dict[str, str]:
-    """Return the digests of the cells from which a request was made; {} if there are none."""
+def _digests(entry: Result) -> dict[str, str] | None:
+    """Return the digests of the cells from which a request was made; None if it has no list."""
     found = requests_metadata(entry).get(CELL_DIGESTS)
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else None
 
 
-def _changed(entry: ResultEntry, cells: Mapping[str, Any]) -> bool:
+def _changed(entry: Result, cells: Mapping[str, Any]) -> bool:
     """Return whether the request contains none of a row's cells.
 
     A row with an empty cell is not judged: that cell may be the only one in the prompt.
     """
-    if entry.request is None:
+    if entry.input is None:
         return False
-    asked = prompt_text(entry.request.get("body") or {}, ("system", "user", "assistant"))
+    asked = request_text(entry.input.get("body") or {})
     texts = [as_text(cell) for cell in cells.values() if not isinstance(cell, bytes)]
     return bool(texts) and all(texts) and not any(text in asked for text in texts)
 
@@ -259,36 +436,41 @@ class _Seen:
 
     columns: dict[str, set[type]] = field(default_factory=dict)
     fields: dict[str, set[type]] = field(default_factory=dict)
+    complete: bool = False
 
-    def note(self, entry: ResultEntry, options: BackOptions) -> None:
+    def note(self, entry: Result, options: BackOptions) -> None:
         for name, value in kept_columns(entry).items():
             self.columns.setdefault(name, set()).add(_type(value))
         if options.json_fields is not None:
-            for name, value in (json_fields(entry) or {}).items():
+            for name, value in (json_fields(entry.text) or {}).items():
                 self.fields.setdefault(name, set()).add(_type(value))
 
 
 def _type(value: Any) -> type:
-    """Return a value's type; ``str`` for an integer that does not fit into 64 bits."""
-    return str if isinstance(value, int) and value not in _INT64 else type(value)
+    """Return a value's type; ``str`` where Arrow's has no room for it, or no time zone."""
+    beyond = isinstance(value, int) and value not in _INT64
+    zoned = isinstance(value, datetime | time) and value.tzinfo is not None
+    return str if beyond or zoned else type(value)
 
 
 @dataclass(frozen=True)
 class _Source:
     """The table that the requests were made from."""
 
-    table: DelimitedTable | ParquetTable
+    table: SourceTable
     id_column: str | None
 
     @classmethod
-    def of(cls, options: BackOptions, stack: ExitStack) -> _Source:
+    def of(cls, options: BackOptions, stack: ExitStack, verbatim: bool) -> _Source:
         path = Path(options.source or "")
-        table: DelimitedTable | ParquetTable
-        if path.suffix.lower() in (".parquet", ".pq"):
-            table = stack.enter_context(ParquetTable(path))
-        else:
-            table = DelimitedTable.of(path, options.delimiter, options.encoding)
-        if options.id_column is not None:
+        kind = options.kind or kind_of(path)
+        kind = kind if kind is not None and readable_again(kind) else "csv"
+        given = {"delimiter": options.delimiter, "encoding": options.encoding, **options.reader}
+        table = open_source(path, kind, given, stack)
+        if verbatim and isinstance(table, DelimitedTable):
+            table = replace(table, verbatim=True)
+        # A field of JSON can be inside others.
+        if options.id_column is not None and not isinstance(table, JsonTable):
             check_columns([options.id_column], table.columns, "--id-column", repr(str(path)))
         return cls(table, options.id_column)
 
@@ -301,7 +483,7 @@ class _Source:
 
         Rows that cannot be read are counted and skipped.
         """
-        for row in self._rows():
+        for row in self.table.rows():
             if not isinstance(row, Row):
                 summary.unread += 1
                 continue
@@ -311,17 +493,11 @@ class _Source:
         """Return the custom_id in a row's id column; "" (used by no request) if it is not text."""
         try:
             return as_text(row.cells[self.id_column or ""])
-        except ValueError:
+        except (KeyError, ValueError):
             return ""
 
-    def _rows(self) -> Iterable[Row | Skipped]:
-        if isinstance(self.table, ParquetTable):
-            return self.table.rows(self.table.columns)
-        return self.table.rows()
-
     def _place(self, row: Row) -> str:
-        unit = "row" if isinstance(self.table, ParquetTable) else "line"
-        return f"{unit} {row.number} of {str(self.table.path)!r}"
+        return f"{self.table.unit} {row.number} of {str(self.table.path)!r}"
 
     def changed(self, row: Row, column: str) -> InputError:
         return InputError(
@@ -331,12 +507,12 @@ class _Source:
             "--encoding; without --source, the table has the columns of --keep",
         )
 
-    def unknown(self, row: Row, answer: ResultEntry, digests: Mapping[str, str]) -> InputError:
+    def unknown(self, row: Row, answer: Result, digests: Mapping[str, str]) -> InputError:
         """Return the error for a row that could only be matched by its number."""
         missing = [name for name in digests if name not in self.columns]
         if missing:
             reason = f"because column {missing[0]!r} is missing"
-        elif answer.request is None:
+        elif answer.input is None:
             reason = "because a .jsonl output requires its run directory and input for this"
         else:
             reason = "because `aiflux convert` did not create this request from a table"

@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from hashlib import blake2b
@@ -17,16 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.request import (
+    WITH_CHOICES,
     AcceptsModel,
     FieldRules,
     IgnoredField,
     IgnoredFields,
     LineError,
+    adaptation,
+    answers_wanted,
     custom_id_of,
+    endpoint_url,
     request_entry,
 )
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
+from aiflux.util.compression import plain_name
 from aiflux.util.files import expanded, open_regular
 from aiflux.util.lines import (
     MAX_LINE_BYTES,
@@ -41,6 +46,7 @@ from aiflux.util.records import OMITTED
 from aiflux.util.text import joined
 
 SHOWN_PROBLEMS = 20
+_SHOWN_ADAPTATIONS = 5
 _SHOWN_LINES = 20
 # Files with data instead of requests, and the converter that reads them.
 _CONVERTED = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
@@ -84,8 +90,11 @@ class Problems:
             self._add(problem, group.count, group.offsets)
         self.lines += other.lines - sum(group.count for group in other._groups.values())
 
-    def error(self, path: Path) -> InputError:
+    def error(self, path: Path, named: Path) -> InputError:
         """Return the error that lists the lines.
+
+        Args:
+            named: the file that the user named, if ``path`` is a plain copy of it.
 
         Raises:
             OSError: the input cannot be read.
@@ -99,9 +108,17 @@ class Problems:
             texts.append(f"... and {rest} more")
         noun = "line is" if self.lines == 1 else "lines are"
         return InputError(
-            f"{self.lines} {noun} wrong in {str(path)!r}; nothing was sent",
-            _remedy(path),
+            f"{self.lines} {noun} wrong in {str(named)!r}; nothing was sent",
+            _remedy(named),
             tuple(texts),
+            lines=tuple(
+                sorted(
+                    (numbers[offset], text)
+                    for text, group in self._groups.items()
+                    for offset in group.offsets
+                )
+            ),
+            count=self.lines,
         )
 
     def _add(self, problem: str, count: int, offsets: list[int]) -> None:
@@ -116,7 +133,7 @@ class Problems:
 
 
 def _remedy(path: Path) -> str:
-    kind = _CONVERTED.get(path.suffix.lower())
+    kind = _CONVERTED.get(plain_name(path).suffix.lower())
     if kind is None:
         return "correct the input and run the same command again"
     return f"turn it into requests first: aiflux convert {kind} --input {shlex.quote(str(path))}"
@@ -231,16 +248,48 @@ _BYTES_PER_TOKEN = 3
 _TOKENS_PER_MESSAGE = 16
 _TOKENS_PER_IMAGE = 1024
 _UNLIMITED_ANSWER = 1024
+# Fields of requests for scores (see `aiflux.models.endpoints`).
+_PAIRS = (
+    ("query", "documents"),
+    ("text_1", "text_2"),
+    ("queries", "documents"),
+    ("queries", "items"),
+    ("data_1", "data_2"),
+)
 
 
-def estimate_tokens(body: dict[str, Any]) -> int:
+def estimate_tokens(body: Mapping[str, Any]) -> int:
     """Estimate the tokens of a request, prompt and answer together."""
-    if "query" in body and type(body.get("documents")) is list:  # each with the query by itself
-        longest = max(map(_part_tokens, body["documents"]), default=0)
-        return _prompt_tokens(body["query"]) + longest
-    answer = body.get("max_tokens") or body.get("max_completion_tokens")
+    prompt = estimate_prompt(body)
+    return prompt if scored_texts(body) else prompt + (answer_tokens(body) or _UNLIMITED_ANSWER)
+
+
+def estimate_prompt(body: Mapping[str, Any]) -> int:
+    """Estimate the tokens of a request's prompt."""
+    if scored := scored_texts(body):  # each document by itself, with its query
+        return sum(map(_longest_tokens, scored))
     payload = body.get("messages") or body.get("prompt") or body.get("input")
-    return _prompt_tokens(payload) + (answer if isinstance(answer, int) else _UNLIMITED_ANSWER)
+    return _prompt_tokens(body.get("instructions")) + _prompt_tokens(payload)
+
+
+def scored_texts(body: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Return the queries and the documents of a request for scores; None for other requests."""
+    for one, other in () if "messages" in body else _PAIRS:
+        if one in body and other in body:
+            return body[one], body[other]
+    return None
+
+
+def answer_tokens(body: Mapping[str, Any]) -> int:
+    """Return the most tokens that a request wants in its answer; 0 if it sets no limit."""
+    limits = map(body.get, ("max_tokens", "max_completion_tokens", "max_output_tokens"))
+    answer = next(filter(None, limits), None)
+    return answer if isinstance(answer, int) and answer > 0 else 0
+
+
+def _longest_tokens(payload: Any) -> int:
+    parts = payload if type(payload) is list else [payload]
+    return max(map(_part_tokens, parts), default=0)
 
 
 def _prompt_tokens(payload: Any) -> int:
@@ -274,14 +323,29 @@ class InputRules:
         accepts_model: compares names of models.
         ignored_fields: fields that the engine ignores or rejects.
         adapters: names of adapters, which requests may name instead of the model.
+        replaces_model: requests may name any model, and are sent to the run's model.
+        defaults: fields that the run fills into bodies with choices if they lack them.
+        missing: endpoints that the engine does not have, each with the problem and its remedy.
     """
 
     accepts_model: AcceptsModel = eq
     ignored_fields: FieldRules = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()
+    replaces_model: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def accepts(self, model: str, named: str) -> bool:
         """Return whether a request that names a model may be sent to the run's model."""
+        return self.replaces_model or self._fits(model, named)
+
+    def replaces(self, model: str | None, named: str | None) -> bool:
+        """Return whether a request names another model, which the run's model replaces."""
+        if not self.replaces_model or model is None or named in (None, model):
+            return False
+        return not self._fits(model, str(named))
+
+    def _fits(self, model: str, named: str) -> bool:
         return named in self.adapters or self.accepts_model(model, named)
 
 
@@ -291,6 +355,7 @@ class InputFacts:
 
     Attributes:
         path: absolute path.
+        source: the file that the user named, if ``path`` is a plain copy of it.
         size: bytes.
         modified: when it was last written, in nanoseconds; None in plans that do not have it.
         requests: number of requests.
@@ -298,8 +363,9 @@ class InputFacts:
         endpoints: number of requests for each url.
         context_tokens: estimated tokens (prompt + answer) that 99 % of the requests stay under.
         longest_tokens: the same for the longest request.
-        mean_tokens: the same on average.
+        mean_tokens: the same on average, for every answer that the request asks for (``n``).
         ignored: by name, the fields that the engine ignores.
+        adapted: how requests differ from OpenAI's form or the run's model, and their numbers.
     """
 
     path: Path
@@ -312,6 +378,13 @@ class InputFacts:
     longest_tokens: int = 0
     mean_tokens: int = 0
     ignored: dict[str, IgnoredField] = field(default_factory=dict, metadata=OMITTED)
+    adapted: dict[str, int] = field(default_factory=dict, metadata=OMITTED)
+    source: Path | None = field(default=None, metadata=OMITTED)
+
+    @property
+    def named(self) -> Path:
+        """The file that the user named."""
+        return self.source or self.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,11 +395,15 @@ class InputSummary(InputFacts):
         models: models that bodies name, in order of first appearance.
         unnamed: number of requests whose body names no model.
         marks: possible boundaries of shards, fewer in large inputs.
+        longest_line: bytes of the longest request.
+        longest_answer: tokens of the longest answer that a request sets; 0 if none does.
     """
 
     models: tuple[str, ...]
     unnamed: int
     marks: tuple[Mark, ...]
+    longest_line: int = 0
+    longest_answer: int = 0
 
     @property
     def facts(self) -> InputFacts:
@@ -348,6 +425,8 @@ class InputSummary(InputFacts):
             named = (name for name in self.models if name != model)
             if not all(rules.accepts(model, name) for name in named):
                 return None
+        if rules.missing.keys() & self.endpoints.keys():
+            return None
         wanted = rules.ignored_fields
         if any(scanned.get(name) != rule for name, rule in wanted.items()):
             return None
@@ -361,6 +440,7 @@ def scan_input(
     *,
     rules: InputRules | None = None,
     schemas: bool = False,
+    source: Path | None = None,
     part_bytes: int = PART_BYTES,
     children: int | None = None,
 ) -> InputSummary:
@@ -371,6 +451,7 @@ def scan_input(
         model: the run's model, if it is named outside the input.
         rules: of the engine's kind; without them, names must be equal and no field is ignored.
         schemas: also check the JSON Schemas of the requests.
+        source: the file that the user named, if ``path`` is a plain copy of it; errors name it.
         part_bytes: the input is checked in parts of about this size.
         children: processes that share an input of several parts; None for as many as is safe.
 
@@ -379,6 +460,7 @@ def scan_input(
     """
     path = expanded(path).absolute()
     check_readable(path)
+    named = source or path
     try:
         before = path.stat()
         parts = cut_at_lines(path, part_bytes)
@@ -387,17 +469,17 @@ def scan_input(
         whole, digest = _scan(path, parts, work, children)
         _check_names(path, whole)
         if whole.found.problems.lines:
-            raise whole.found.problems.error(path)
+            raise whole.found.problems.error(path, named)
         if _moment(path.stat()) != _moment(before):
             raise InputError(
-                f"the input {str(path)!r} changed while it was checked",
+                f"the input {str(named)!r} changed while it was checked",
                 "run the same command again when the file is complete",
             )
         if not whole.requests:
             raise InputError(
-                f"the input {str(path)!r} contains no request", "write one JSON object per line"
+                f"the input {str(named)!r} contains no request", "write one JSON object per line"
             )
-        return _summary(path, whole, digest, before)
+        return replace(_summary(path, whole, digest, before), source=source)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -450,7 +532,10 @@ def _summary(path: Path, whole: Whole, digest: str, stat: os.stat_result) -> Inp
             )
             for name in sorted(found.ignored.counts)
         },
+        adapted=dict(found.adapted),
         marks=whole.marks,
+        longest_line=found.longest_line,
+        longest_answer=found.longest_answer,
     )
 
 
@@ -532,6 +617,14 @@ def change_of(planned: InputFacts) -> str | None:
     return None
 
 
+def quick_change_of(planned: InputFacts) -> str | None:
+    """Return the same as ``change_of``; read the input only if its size or time differs."""
+    with suppress(OSError):  # reading it reports what is wrong
+        if looks_unchanged(planned):
+            return None
+    return change_of(planned)
+
+
 # Lengths are rounded up to a multiple of this number of tokens.
 LENGTH_STEP = 64
 _BUCKETS = 256
@@ -584,24 +677,49 @@ class Findings:
         unnamed: number of requests whose body names no model.
         endpoints: number of requests for each url.
         lengths: number of requests for each length in steps of ``LENGTH_STEP`` tokens.
+        repeated: the lengths of further answers (``n``), in such steps.
         ignored: fields that the engine ignores.
+        adapted: number of requests that differ from OpenAI's form or the run's model, by how.
+        longest_line: bytes of the longest request.
+        longest_answer: tokens of the longest answer that a request sets.
     """
 
     models: dict[str, None] = field(default_factory=dict)
     unnamed: int = 0
     endpoints: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
+    repeated: int = 0
     names: Names = field(default_factory=Names)
     problems: Problems = field(default_factory=Problems)
     ignored: IgnoredFields = field(default_factory=IgnoredFields)
+    adapted: Counter[str] = field(default_factory=Counter)
+    longest_line: int = 0
+    longest_answer: int = 0
 
-    def add(self, entry: Mapping[str, Any], offset: int, ignored: FieldRules) -> None:
-        """Add the request whose line starts at byte ``offset``."""
-        body = entry["body"]
-        self.ignored.add(body, offset, ignored)
-        self.lengths[-(-estimate_tokens(body) // LENGTH_STEP)] += 1
-        self.endpoints[entry["url"]] += 1
+    def add(
+        self,
+        entry: Mapping[str, Any],
+        offset: int,
+        size: int,
+        rules: InputRules,
+        model: str | None,
+    ) -> None:
+        """Add the request whose line starts at byte ``offset`` and has ``size`` bytes."""
+        body, url = entry["body"], endpoint_url(entry)
+        self.longest_line = max(self.longest_line, size)
+        if (answer := answer_tokens(body)) > self.longest_answer:
+            self.longest_answer = answer
+        asked = {**rules.defaults, **body} if rules.defaults and url in WITH_CHOICES else body
+        self.ignored.add(url, asked, offset, rules.ignored_fields)
+        length = -(-estimate_tokens(body) // LENGTH_STEP)
+        self.lengths[length] += 1
+        self.repeated += length * (answers_wanted(url, asked) - 1)
+        self.endpoints[url] += 1
         named = body.get("model")
+        if how := adaptation(entry):
+            self._add_adapted(how, 1)
+        if rules.replaces(model, named):
+            self._add_adapted(f"model {named!r} (replaced by {model!r})", 1)
         if named is None:
             self.unnamed += 1
         elif named not in self.models:
@@ -613,9 +731,18 @@ class Findings:
         self.unnamed += other.unnamed
         self.endpoints.update(other.endpoints)
         self.lengths.update(other.lengths)
+        self.repeated += other.repeated
         self.names.merge(other.names)
         self.problems.merge(other.problems)
         self.ignored.merge(other.ignored)
+        self.longest_line = max(self.longest_line, other.longest_line)
+        self.longest_answer = max(self.longest_answer, other.longest_answer)
+        for how, count in other.adapted.items():
+            self._add_adapted(how, count)
+
+    def _add_adapted(self, how: str, count: int) -> None:
+        known = how in self.adapted or len(self.adapted) < _SHOWN_ADAPTATIONS
+        self.adapted[how if known else "other urls or models"] += count
 
 
 @dataclass
@@ -665,6 +792,8 @@ def scan_part(
             if len(raw) > MAX_LINE_BYTES:
                 raise LineError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split the request")
             entry = request_entry(raw, model, rules.accepts, exact=False)
+            if rules.missing and (problem := rules.missing.get(endpoint_url(entry))):
+                raise LineError(problem)
             if schemas and (problem := schema_problem(entry["body"])):
                 raise LineError(problem)
         except LineError as error:
@@ -672,7 +801,7 @@ def scan_part(
             continue
         part.offsets.append(offset)
         names.append(hash(entry["custom_id"]))
-        found.add(entry, offset, rules.ignored_fields)
+        found.add(entry, offset, len(raw), rules, model)
     part.plain = part.plain and following == end and ends_line(path, end)
     found.names.add(names)
     return part
@@ -703,8 +832,9 @@ class Whole:
 
     @property
     def mean_tokens(self) -> int:
-        """Mean tokens of a request."""
+        """Mean tokens of a request, with all its answers."""
         total = sum(length * count for length, count in self.found.lengths.items())
+        total += self.found.repeated
         return total // max(1, self.requests) * LENGTH_STEP
 
     @property

@@ -17,7 +17,7 @@ from math import isinf
 from operator import eq
 from typing import Any, NamedTuple, NoReturn
 
-from aiflux.models.endpoints import ENDPOINTS
+from aiflux.models.endpoints import ENDPOINTS, MAX_ANSWERS
 from aiflux.util.text import counted, error_text, is_whole, joined
 
 SHOWN_LINES = 5
@@ -28,12 +28,28 @@ try:
 except ImportError:  # the image has pure Python packages only
     orjson = None  # type: ignore[assignment]
 
+COMPLETIONS = ENDPOINTS["completions"].url
 EMBEDDINGS = ENDPOINTS["embeddings"].url
 RERANK = ENDPOINTS["rerank"].url
+SCORE = ENDPOINTS["score"].url
+RESPONSES = ENDPOINTS["responses"].url
 WITHOUT_TEXT = frozenset(each.url for each in ENDPOINTS.values() if not each.generates)
 """Endpoints that generate no text, and so have no sampling parameters."""
-_PAYLOAD_FIELD = {each.url: each.payload for each in ENDPOINTS.values()}
-_URLS = tuple(_PAYLOAD_FIELD)
+WITH_CHOICES = frozenset({ENDPOINTS["chat"].url, ENDPOINTS["completions"].url})
+"""Endpoints whose answers have choices: as many as ``n`` in the body asks for."""
+_PAYLOADS = {each.url: each.payloads for each in ENDPOINTS.values()}
+_URLS = tuple(_PAYLOADS)
+# Of bodies with `input`, those for embeddings have none of these.
+_OF_RESPONSES = frozenset({
+    "background", "conversation", "instructions", "max_output_tokens", "max_tool_calls",
+    "parallel_tool_calls", "previous_response_id", "reasoning", "store", "stream", "temperature",
+    "text", "tool_choice", "tools", "top_p",
+})  # fmt: skip
+_TAILS = {url.removeprefix("/v1"): url for url in _URLS}
+# A path of another service, such as /openai/deployments/NAME/chat/completions?api-version=V.
+_OTHER_URL = re.compile(
+    rf"(?:https?://[^/?#]+)?(?:/[^/?#]+)*?({'|'.join(map(re.escape, _TAILS))})/?(?:[?#].*)?"
+)
 AcceptsModel = Callable[[str, str], bool]
 """Returns whether the run's model and the model of a body are the same."""
 KEY_BYTES = 16
@@ -127,6 +143,19 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def parse_quickly(raw: bytes) -> Any:
+    """Decode like ``parse_json``, but integers of more than 64 bits may become floats."""
+    if orjson is not None:
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            pass  # orjson also refuses some valid JSON: the standard library decides
+        else:
+            if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH or depth(value) <= MAX_DEPTH:
+                return value
+    return parse_json(raw.decode("utf-8"))
+
+
 def load_json(raw: bytes) -> Any:
     """Decode JSON that was already checked."""
     if orjson is not None:
@@ -211,15 +240,10 @@ def _load(raw: bytes) -> Any:
 
 
 def _load_quickly(raw: bytes) -> Any:
-    """Decode for a check only: integers of more than 64 bits become floats."""
-    if orjson is not None:
-        try:
-            value = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            return _load(raw)  # orjson also refuses some valid JSON: the standard library decides
-        if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH or depth(value) <= MAX_DEPTH:
-            return value
-    return _load(raw)
+    try:
+        return parse_quickly(raw)
+    except ValueError:
+        return _load(raw)  # raises the error of the line
 
 
 def parse_request(raw: bytes, model: str | None = None, accepts: AcceptsModel = eq) -> Request:
@@ -234,7 +258,86 @@ def parse_request(raw: bytes, model: str | None = None, accepts: AcceptsModel = 
         LineError: with every problem of the line.
     """
     entry = request_entry(raw, model, accepts)
-    return Request(raw, entry["custom_id"], entry["url"], entry["body"], entry.get("metadata"))
+    url = endpoint_url(entry)
+    return Request(raw, entry["custom_id"], url, entry["body"], entry.get("metadata"))
+
+
+def endpoint_url(entry: Mapping[str, Any]) -> str:
+    """Return the endpoint of a request, as AI-Flux names it; "" if it is unknown.
+
+    Files for other services have full URLs or other paths (Azure: ``/chat/completions``), or no url
+    at all (Mistral, Together): then the fields of the body decide.
+    """
+    url = entry.get("url")
+    if type(url) is str:
+        if url in _URLS:
+            return url
+        found = _OTHER_URL.fullmatch(url)
+        return "" if found is None else _TAILS[found[1]]
+    body = entry.get("body")
+    if url is not None or type(body) is not dict:
+        return ""
+    inferred = next((each for each in _URLS if _has_payload(each, body)), "")
+    for_text = inferred != RESPONSES or _is_for_responses(body)
+    return inferred if for_text else EMBEDDINGS
+
+
+def _has_payload(url: str, body: dict[str, Any]) -> bool:
+    return any(fields <= body.keys() for fields in _PAYLOADS[url])
+
+
+def _is_for_responses(body: dict[str, Any]) -> bool:
+    """Return whether a body with ``input`` is for text: inputs for embeddings have no objects."""
+    given = body["input"]
+    items = type(given) is list and any(type(item) is dict for item in given)
+    return items or not _OF_RESPONSES.isdisjoint(body)
+
+
+def expected_results(url: str, body: Mapping[str, Any]) -> int | None:
+    """Return the number of embeddings or scores in a complete answer; None if it is unknown."""
+    if url == EMBEDDINGS:
+        return _count(body.get("input"))
+    if url == RERANK:
+        documents, most = _count(body.get("documents")), body.get("top_n")
+        if documents is None or type(most) is not int or most < 1:
+            return documents
+        return min(documents, most)
+    if url != SCORE:
+        return None
+    fields = next((each for each in _PAYLOADS[url] if each <= body.keys()), frozenset())
+    counts = [count for name in fields if (count := _count(body[name])) is not None]
+    return max(counts) if counts and len(counts) == len(fields) else None
+
+
+def _count(payload: Any) -> int | None:
+    """Return the number of texts in a payload: one, or a list of them; a list of tokens is one."""
+    if type(payload) is not list:
+        return 1
+    kinds = {type(item) for item in payload}
+    if kinds == {int}:
+        return 1
+    return len(payload) if kinds <= {str} or kinds <= {list} or kinds == {dict} else None
+
+
+def answers_wanted(url: str, body: Mapping[str, Any]) -> int:
+    """Return how many answers a request asks for; 1 if ``n`` is not a number of them."""
+    wanted = body.get("n")
+    return wanted if type(wanted) is int and wanted > 1 and url in WITH_CHOICES else 1
+
+
+def adaptation(entry: Mapping[str, Any]) -> str:
+    """Return how a request differs from OpenAI's form, for a note; "" if it does not."""
+    url = entry.get("url")
+    if url in _URLS:
+        return ""
+    what = "no url" if url is None else f"url {_show(url)}"
+    return f"{what} (taken as {endpoint_url(entry)})"
+
+
+def adapted_text(adapted: Mapping[str, int]) -> str:
+    """Return the note about requests that are not in OpenAI's form, or for another model."""
+    parts = [f"{counted(count, 'request')} with {text}" for text, count in adapted.items()]
+    return f"the input is for another service: {'; '.join(parts)}"
 
 
 def request_entry(
@@ -252,16 +355,17 @@ def request_entry(
     if type(entry) is not dict:
         raise LineError(f"{_kind(entry)} instead of a request object")
     custom_id: Any = entry.get("custom_id")
-    url: Any = entry.get("url")
+    url: Any = endpoint_url(entry)
     body: Any = entry.get("body")
     metadata = entry.get("metadata")
     valid = (
         type(custom_id) is str
         and custom_id
-        and entry.get("method") == "POST"
-        and url in _URLS
+        and entry.get("method") in ("POST", None)
+        and url
         and type(body) is dict
-        and _PAYLOAD_FIELD[url] in body
+        and _has_payload(url, body)
+        and ("n" not in body or not _n_problems(url, body))
         and (metadata is None or type(metadata) is dict)
         and _model_fits(body, model, accepts)
     )
@@ -311,15 +415,12 @@ def _custom_id_problems(entry: dict[str, Any]) -> list[str]:
 
 def _method_problems(entry: dict[str, Any]) -> list[str]:
     method = entry.get("method")
-    if method == "POST":
-        return []
-    seen = "is missing" if method is None else f"is {_show(method)}"
-    return [f'method {seen}; it must be "POST"']
+    return [] if method in ("POST", None) else [f'method is {_show(method)}; it must be "POST"']
 
 
 def _url_problems(entry: dict[str, Any]) -> list[str]:
     url = entry.get("url")
-    if url in _URLS:
+    if endpoint_url(entry) or (url is None and type(entry.get("body")) is not dict):
         return []
     seen = "is missing" if url is None else f"{_show(url)} is unknown"
     return [f"url {seen}; it must be one of {', '.join(_URLS)}"]
@@ -331,11 +432,27 @@ def _body_problems(entry: dict[str, Any], model: str | None, accepts: AcceptsMod
         seen = "is missing" if body is None else f"is {_kind(body)}"
         return [f"body {seen}; it must be the object for the engine"]
     problems = []
-    url = entry.get("url")
-    field = _PAYLOAD_FIELD.get(url) if isinstance(url, str) else None
-    if field is not None and field not in body:
-        problems.append(f"body.{field} is missing; {url} needs it")
-    return problems + _model_problems(body, model, accepts)
+    url = endpoint_url(entry)
+    if url and not _has_payload(url, body):
+        problems.append(_payload_problem(url, body))
+    return problems + _n_problems(url, body) + _model_problems(body, model, accepts)
+
+
+def _n_problems(url: str, body: dict[str, Any]) -> list[str]:
+    wanted = body.get("n")
+    if type(wanted) is int and wanted > MAX_ANSWERS and url in WITH_CHOICES:
+        return [f"body.n is {_show(wanted)}; it can be at most {MAX_ANSWERS}"]
+    if not url or url in WITH_CHOICES or wanted in (None, 1):
+        return []
+    return [f"body.n is {_show(body['n'])}, but {url} gives one answer; leave it out"]
+
+
+def _payload_problem(url: str, body: dict[str, Any]) -> str:
+    """Return what is missing for the payload of which a body has the most fields."""
+    fields = max(_PAYLOADS[url], key=lambda each: len(each & body.keys()))
+    missing = [f"body.{name}" for name in sorted(fields - body.keys())]
+    verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+    return f"{joined(missing)} {verb} missing; {url} needs {them}"
 
 
 def _model_problems(body: dict[str, Any], model: str | None, accepts: AcceptsModel) -> list[str]:
@@ -352,7 +469,7 @@ def _model_problems(body: dict[str, Any], model: str | None, accepts: AcceptsMod
         ]
     return [
         f"body.model is {_show(named)} but the run's model is {_show(model)}; "
-        "remove one of the two, or run each model separately"
+        "use --replace-model to send all requests to the run's model, or run each model separately"
     ]
 
 
@@ -376,10 +493,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_FIX = (
-    "leave it out (for several answers, write several requests), or use a server that supports it: "
-    "--engine-url URL"
-)
+_FIX = "leave it out, or use a server that supports it: --engine-url URL"
 
 
 @dataclass(frozen=True)
@@ -393,6 +507,8 @@ class FieldRule:
         fix: what the user can do.
         unless: setting of the run with which the engine supports the field; "" for none.
         off: another field, and its value with which this one is harmless.
+        on: another field, and its value without which this one is harmless.
+        url: the only endpoint for which this holds; "" for all.
     """
 
     instead: str
@@ -401,15 +517,31 @@ class FieldRule:
     fix: str = _FIX
     unless: str = ""
     off: tuple[str, Any] | None = None
+    on: tuple[str, Any] | None = None
+    url: str = ""
 
-    def concerns(self, body: Mapping[str, Any], name: str) -> bool:
+    def concerns(self, url: str, body: Mapping[str, Any], name: str) -> bool:
         """Return whether a request sets the field to a value that is not harmless."""
+        if self.url not in ("", url):
+            return False
         if self.off is not None and body.get(self.off[0]) == self.off[1]:
+            return False
+        if self.on is not None and body.get(self.on[0]) != self.on[1]:
             return False
         return body[name] not in (None, {}, *self.harmless)
 
 
 FieldRules = Mapping[str, FieldRule]
+EQUAL_ANSWERS: FieldRules = {
+    "n": FieldRule(
+        "at temperature 0, all answers to a request are equal",
+        (1,),
+        verb="repeats one answer for",
+        fix="set a temperature above 0, or ask for one answer",
+        on=("temperature", 0),
+    )
+}
+"""The rule for several answers, with every engine."""
 
 
 @dataclass(frozen=True)
@@ -427,10 +559,10 @@ class IgnoredFields:
     counts: Counter[str] = field(default_factory=Counter)
     offsets: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, body: Mapping[str, Any], offset: int, rules: FieldRules) -> None:
+    def add(self, url: str, body: Mapping[str, Any], offset: int, rules: FieldRules) -> None:
         """Add the ignored fields of one request, whose line starts at ``offset``."""
         for name in rules.keys() & body.keys():
-            if rules[name].concerns(body, name):
+            if rules[name].concerns(url, body, name):
                 self.counts[name] += 1
                 first = self.offsets.setdefault(name, [])
                 if len(first) < SHOWN_LINES:

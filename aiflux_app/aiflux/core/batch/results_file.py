@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiflux.errors import InputError
 from aiflux.util.text import error_text
 
 _BUFFER = 1 << 20
+_MOST_TOKENS = 2**40  # a larger count in an answer is nonsense
 
 
 @dataclass(frozen=True, slots=True)
-class ResultEntry:
-    """One entry of an output.
+class Result:
+    """The result of one request.
 
     Attributes:
-        request: the request, if the output contains it.
-        body: the engine's answer; None for a failed request.
+        input: the request; None if it is not known.
+        output: the engine's response; None for a failed request.
         error: None, or an object with ``code`` and ``message``.
+        metadata: model, times and the request's own metadata; empty if it is not known.
     """
 
     custom_id: str
-    request: dict[str, Any] | None
-    body: Any
+    input: dict[str, Any] | None
+    output: Any
     error: dict[str, Any] | None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def answer(self) -> str:
+    def text(self) -> str:
         """The answer's text; "" for a failed request."""
-        return "" if self.error is not None else answer_text(self.body)
+        return "" if self.error is not None else answer_text(self.output)
 
     @property
     def choice(self) -> ChoiceText:
-        """The first choice; None for a failed request and for embeddings."""
-        texts = choice_texts(self.body) if self.error is None else []
+        """The first choice of the answer, with its reasoning; empty for embeddings and scores."""
+        texts = choice_texts(self.output) if self.error is None else []
         return texts[0] if texts else ChoiceText("")
 
     @property
@@ -74,11 +77,92 @@ class ChoiceText:
     empty: str | None = None
 
 
-def choice_texts(body: Any) -> list[ChoiceText]:
-    """Return the text of each choice of an answer; nothing for embeddings."""
-    found = body.get("choices") if isinstance(body, dict) else None
+def choices(body: Any) -> list[dict[str, Any]]:
+    """Return the choices of an answer in the form of chat; nothing for embeddings and scores.
+
+    An answer of ``/v1/responses`` is one choice.
+    """
+    if not isinstance(body, dict):
+        return []
+    found = body.get("choices")
+    if found is None and isinstance(body.get("output"), list):
+        return [_response_choice(body, [each for each in body["output"] if isinstance(each, dict)])]
     listed = found if isinstance(found, list) else []
-    return [_choice_text(choice) for choice in listed if isinstance(choice, dict)]
+    return [choice for choice in listed if isinstance(choice, dict)]
+
+
+# States of a response that is not finished.
+_UNFINISHED = ("queued", "in_progress")
+
+
+def _response_choice(body: dict[str, Any], items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the items of a response as a choice of chat.
+
+    Source: https://platform.openai.com/docs/api-reference/responses/object. vLLM and llama.cpp have
+    the reasoning in ``content``, Ollama in ``summary``.
+    """
+    content, reasoning, calls = [], [], []
+    for item in items:
+        kind = item.get("type")
+        if kind == "message":
+            content += _item_parts(item)
+        elif kind == "reasoning":
+            reasoning += _item_parts(item)
+        elif str(kind).endswith("_call"):
+            calls.append(_tool_call(item))
+    logprobs = [part["logprobs"] for part in content if isinstance(part.get("logprobs"), list)]
+    return {
+        "message": {
+            "content": content,
+            "reasoning_content": reasoning,
+            "tool_calls": calls,
+        },
+        "logprobs": {"content": [*chain(*logprobs)]} if any(logprobs) else None,
+        "finish_reason": _finish_reason(body, bool(calls)),
+    }
+
+
+def _item_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
+    parts = item.get("content") or item.get("summary")
+    if isinstance(parts, str):
+        return [{"text": parts}]
+    return [each for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
+
+
+def _tool_call(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a call of a function in the form of chat; calls of other tools as they are."""
+    if item["type"] != "function_call":
+        return item
+    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    return {"id": item.get("call_id"), "type": "function", "function": function}
+
+
+def _finish_reason(body: dict[str, Any], calls: bool) -> str | None:
+    status = body.get("status")
+    if status == "completed":
+        return "tool_calls" if calls else "stop"
+    details = body.get("incomplete_details")
+    reason = details.get("reason") if isinstance(details, dict) else None
+    if reason is not None:
+        return "length" if reason == "max_output_tokens" else str(reason)
+    return status if isinstance(status, str) and status not in _UNFINISHED else None
+
+
+def choice_texts(body: Any) -> list[ChoiceText]:
+    """Return the text of each choice of an answer; nothing for embeddings and scores."""
+    return [_choice_text(choice) for choice in choices(body)]
+
+
+def empty_reason(body: dict[str, Any]) -> str | None:
+    """Return why the first choice of an answer is empty; None if it is not, or without choices."""
+    listed = body.get("choices")
+    first = listed[0] if isinstance(listed, list) and listed else None
+    message = first.get("message") if isinstance(first, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str) and content and not content.isspace():
+        return None  # as most answers
+    texts = choice_texts(body)
+    return texts[0].empty if texts else None
 
 
 def _choice_text(choice: dict[str, Any]) -> ChoiceText:
@@ -133,7 +217,7 @@ def answered_words(answered: int, empty: Mapping[str, int]) -> str:
 
 
 def answer_texts(body: Any) -> list[str]:
-    """Return the text of each choice of an answer; nothing for embeddings."""
+    """Return the text of each choice of an answer; nothing for embeddings and scores."""
     return [choice.text for choice in choice_texts(body)]
 
 
@@ -141,14 +225,65 @@ def vectors(body: Any) -> list[Any]:
     """Return the vectors of an embeddings answer, in order; nothing for other answers."""
     data = body.get("data") if isinstance(body, dict) and body.get("object") == "list" else None
     items = data if isinstance(data, list) else []
-    return [item.get("embedding") for item in items if isinstance(item, dict)]
+    found = (item for item in items if isinstance(item, dict) and "score" not in item)
+    return [item.get("embedding") for item in found]
+
+
+class Score(NamedTuple):
+    """A score, and the position of its document (rerank) or its pair (score), from 0."""
+
+    document: int
+    score: float
+
+
+def scores(body: Any) -> list[Score]:
+    """Return the scores of an answer, in its order; nothing for other answers.
+
+    ``/v1/rerank`` returns the best first.
+    """
+    if not isinstance(body, dict):
+        return []
+    found = body.get("results")
+    listed = found if isinstance(found, list) else body.get("data")
+    name = "relevance_score" if isinstance(found, list) else "score"
+    return [
+        Score(item["index"], item[name])
+        for item in (listed if isinstance(listed, list) else ())
+        if isinstance(item, dict)
+        and type(item.get("index")) is int
+        and type(item.get(name)) in (int, float)
+    ]
+
+
+def score_value(body: dict[str, Any], found: Sequence[Score]) -> float | list[float]:
+    """Return the value for the column of answers: all scores of a rerank, the score of a pair."""
+    if len(found) == 1 and "results" not in body:
+        return found[0].score
+    return [each.score for each in found]
+
+
+def token_counts(usage: Any) -> tuple[int, int]:
+    """Return the numbers of prompt and answer tokens in an answer's ``usage``; 0 if unknown.
+
+    ``/v1/responses`` has other names for them than the other endpoints.
+    """
+    counts = usage if isinstance(usage, dict) else {}
+    found = [
+        next((counts[name] for name in names if type(counts.get(name)) is int), 0)
+        for names in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
+    ]
+    prompt, answer = (count if 0 <= count <= _MOST_TOKENS else 0 for count in found)
+    return prompt, answer
 
 
 def answer_text(body: Any) -> str:
-    """Return the text of the first choice, or the vectors of an embedding as JSON."""
+    """Return the text of the first choice; of embeddings and scores, the numbers as JSON."""
     found = vectors(body)
     if found:
         return json.dumps(found[0] if len(found) == 1 else found)
+    scored = scores(body)
+    if scored:
+        return json.dumps(score_value(body, scored))
     texts = answer_texts(body)
     return texts[0] if texts else ""
 
@@ -177,7 +312,7 @@ def entry_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
 
 
-def parse_entry(text: bytes, path: Path) -> ResultEntry:
+def parse_entry(text: bytes, path: Path) -> Result:
     """Parse one entry of an output.
 
     Raises:
@@ -192,7 +327,7 @@ def parse_entry(text: bytes, path: Path) -> ResultEntry:
         ) from error
 
 
-def read_entries(path: Path) -> Iterator[ResultEntry]:
+def read_entries(path: Path) -> Iterator[Result]:
     """Yield every entry of an output; those of a ``.jsonl`` output's errors file come last.
 
     Raises:
@@ -203,12 +338,12 @@ def read_entries(path: Path) -> Iterator[ResultEntry]:
             yield parse_entry(text, file)
 
 
-def _entry(content: dict[str, Any]) -> ResultEntry:
+def _entry(content: dict[str, Any]) -> Result:
     if "output" not in content and "response" not in content:
         raise TypeError("it has neither an output nor a response")
     if "input" in content:
         request = content["input"]
-        entry = ResultEntry(
+        entry = Result(
             request["custom_id"],
             request,
             content["output"],
@@ -219,7 +354,7 @@ def _entry(content: dict[str, Any]) -> ResultEntry:
         response = content["response"] or {}
         body = response.get("body")
         error = content["error"] or _refusal(response.get("status_code"), body)
-        entry = ResultEntry(content["custom_id"], None, None if error else body, error)
+        entry = Result(content["custom_id"], None, None if error else body, error)
     _check(entry)
     return entry
 
@@ -233,11 +368,11 @@ def _refusal(status: Any, body: Any) -> dict[str, Any] | None:
     return {"code": f"http_{status}", "message": str(message or json.dumps(body)), "status": status}
 
 
-def _check(entry: ResultEntry) -> None:
+def _check(entry: Result) -> None:
     """Raise TypeError if a part has a type that no output has."""
     if not isinstance(entry.custom_id, str) or not isinstance(entry.metadata, dict):
         raise TypeError("custom_id is not a string, or metadata is not an object")
-    if entry.request is not None and not isinstance(entry.request.get("body", {}), dict):
+    if entry.input is not None and not isinstance(entry.input.get("body", {}), dict):
         raise TypeError("the request's body is not an object")
     if entry.error is not None and not {"code", "message"} <= entry.error.keys():
         raise TypeError("the error has no code or no message")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import count
+from types import FrameType
 from typing import Any
 from urllib.parse import unquote
 
@@ -26,7 +28,7 @@ _QUICK_PRODUCT = 2_000_000
 # Time limit for reading a schema; jsonschema takes about 3 microseconds per byte.
 _COMPILE_SECONDS = 1.5
 _SECONDS_PER_BYTE = 30e-6
-_CALLS_PER_LOOK = 4096
+_CALLS_PER_LOOK = 512
 
 
 class SchemaError(ValueError):
@@ -52,6 +54,24 @@ def requested_schema(wanted: dict[str, Any]) -> Any:
     return holder["schema"]
 
 
+def requested_format(body: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a body requests as the form of its answer, as ``response_format`` has it.
+
+    ``/v1/responses`` has it in ``text.format``, with the schema in the same object.
+    """
+    wanted = body.get("response_format")
+    if isinstance(wanted, dict):
+        return wanted
+    text = body.get("text")
+    inside = text.get("format") if isinstance(text, dict) else None
+    return {**inside, "json_schema": inside} if isinstance(inside, dict) else None
+
+
+def format_field(body: dict[str, Any]) -> str:
+    """Return the field of a body with the form of its answer."""
+    return "response_format" if isinstance(body.get("response_format"), dict) else "text.format"
+
+
 def schema_text(schema: Any) -> str:
     """Return a schema as JSON.
 
@@ -70,14 +90,15 @@ def schema_problem(body: dict[str, Any]) -> str | None:
     Raises:
         ConfigError: jsonschema is not installed.
     """
-    wanted = body.get("response_format")
-    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+    wanted = requested_format(body)
+    if wanted is None or wanted.get("type") != "json_schema":
         return None
     try:
         problem = _problem(schema_text(requested_schema(wanted)))
     except SchemaError as error:
         problem = str(error)
-    return None if problem is None else f"the schema in body.response_format is wrong: {problem}"
+    field = format_field(body)
+    return None if problem is None else f"the schema in body.{field} is wrong: {problem}"
 
 
 @lru_cache(maxsize=256)
@@ -133,7 +154,7 @@ def compile_schema(schema: Any) -> Check:
     try:
         kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
         seconds = _COMPILE_SECONDS + _SECONDS_PER_BYTE * len(schema_text(schema))
-        with _time_limit(seconds):
+        with time_limit(seconds, "jsonschema"):
             _check(schema, kind)
         validator = kind(schema)
     except library.SchemaError as error:
@@ -156,24 +177,32 @@ def compile_schema(schema: Any) -> Check:
             raise SchemaError(f"it cannot be applied: {_short(error_text(error))}") from None
         return None if error is None else f"at {error.json_path}: {_short(error.message)}"
 
-    with _time_limit(seconds):
+    with time_limit(seconds, "jsonschema"):
         check(None)
     return check
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float, package: str) -> Iterator[None]:
     """Raise SchemaError in a block that takes too much of this thread's time.
 
     Python calls a profile function at every call, of which jsonschema makes many; in a long regular
-    expression it makes none, but none is run on a schema itself.
+    expression it makes none, but none is run on a schema itself. Python ends profiling when the
+    function raises, and drops what it raises while an abandoned generator is closed or a finalizer
+    runs: the limit would be gone. So this raises in plain functions of ``package`` only.
     """
     deadline = time.thread_time() + seconds
     before = sys.getprofile()
     calls = count(1)
 
-    def look(*_: object) -> None:
-        if next(calls) % _CALLS_PER_LOOK == 0 and time.thread_time() > deadline:
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if (
+            event == "call"
+            and not frame.f_code.co_flags & inspect.CO_GENERATOR
+            and frame.f_globals.get("__name__", "").startswith(f"{package}.")
+            and next(calls) % _CALLS_PER_LOOK == 0
+            and time.thread_time() > deadline
+        ):
             raise SchemaError(f"it takes more than {seconds:g} s to read: too many combinations")
 
     sys.setprofile(look)

@@ -131,6 +131,7 @@ def parse_setting(setting: Setting, value: Any, place: str) -> Any:
         return setting.parse(value)
     except ValueError as error:
         shown = hidden_url(value) if setting.parse is value_parsers.url else value
+        given = ", ".join(map(repr, shown)) if isinstance(shown, tuple) else repr(shown)
         raise ConfigError(
-            f"{place}: {setting.name} = {shown!r} is wrong", f"{setting.name} must be {error}"
+            f"{place}: {setting.name} = {given} is wrong", f"{setting.name} must be {error}"
         ) from None

@@ -24,6 +24,7 @@ PLACEHOLDERS = {
 
 # {{name}} stands for {name}; other braces, such as those of JSON, are left alone.
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
 _SHELL = frozenset({"|", "||", "&", "&&", ";", "<", ">", ">>", "2>&1"})
 
 
@@ -63,6 +64,11 @@ def engine_command(value: Any) -> str:
         raise ValueError(
             "a command whose program is on the job's PATH or has an absolute path; "
             f"{words[0]!r} depends on the current directory"
+        )
+    if _ASSIGNMENT.match(words[0]):
+        raise ValueError(
+            f"a command without the assignment {words[0]!r}, as no shell runs it: use "
+            f"--engine-env {shlex.quote(words[0])}, or begin with env {shlex.quote(words[0])}"
         )
     shell = next((word for word in words if word in _SHELL), None)
     if shell is not None:

@@ -22,6 +22,7 @@ from aiflux.core.config.declaration import (
 from aiflux.core.config.engine_command import engine_command
 from aiflux.core.config.engine_kinds import CHOICES, kind_name
 from aiflux.errors import ConfigError
+from aiflux.models.endpoints import MAX_ANSWERS
 from aiflux.util import value_parsers as parse
 from aiflux.util.text import suggestion
 
@@ -29,6 +30,9 @@ NVIDIA, AMD = "nvidia", "amd"
 VENDOR_TITLES = {NVIDIA: "NVIDIA", AMD: "AMD"}
 """The vendors of GPUs, with their names in messages."""
 
+_MOST_TOKENS = 2**31 - 1  # llama-server fails with more
+FAIL, SKIP, SEND = "fail", "skip", "send"
+"""What to do if prompts are longer than the context: refuse the run, leave them out, or nothing."""
 LEFT_OUT = ("time", "mem", "cpus_per_task")
 """Settings whose null omits their directive; for the others it means "not set here"."""
 
@@ -62,7 +66,7 @@ class RunOptions:
         parse.integer(1, 1024), None, "Sequences that an engine decodes in parallel"
     )
     context_length: int | None = setting(
-        parse.integer(256), None, "Tokens of context for each slot"
+        parse.integer(256, _MOST_TOKENS), None, "Tokens of context for each slot"
     )
     engine: str = setting(
         parse.choice(*CHOICES),
@@ -127,6 +131,9 @@ class RunOptions:
         metavar="NAME",
         env="AIFLUX_REASONING_PARSER",
     )
+    replace_model: bool = setting(
+        parse.boolean, False, "Send requests that name another model to --model, too"
+    )
     save_frequency: int = setting(
         parse.integer(1),
         64,
@@ -162,6 +169,13 @@ class RunOptions:
         metavar="N|N%",
         common=True,
     )
+    too_long: str = setting(
+        parse.choice(FAIL, SKIP, SEND),
+        FAIL,
+        "What to do if prompts are longer than the context: fail, skip or send",
+        metavar="WHAT",
+        env="AIFLUX_TOO_LONG",
+    )
     max_requeues: int = setting(
         parse.integer(0), 20, "Times that a job requeues itself when its time is up"
     )
@@ -177,6 +191,12 @@ class RunOptions:
         "Tokens per answer, for requests without a limit",
         env="MAX_TOKENS",
         common=True,
+    )
+    samples: int | None = setting(
+        parse.integer(1, MAX_ANSWERS),
+        None,
+        "Answers to each request, for requests without n",
+        env="AIFLUX_SAMPLES",
     )
     temperature: float | None = setting(
         parse.number(0, 100),
@@ -214,7 +234,7 @@ class RunOptions:
     engine_url: str | None = setting(
         parse.url,
         None,
-        "Use a server that is already running",
+        "Use a running server, or serve:NAME",
         metavar="URL",
         env="AIFLUX_ENGINE_URL",
         common=True,
@@ -276,6 +296,8 @@ class RunOptions:
         """Fields that are filled into bodies without them."""
         names = ("max_tokens", "temperature", "top_p", "top_k")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.samples is not None:
+            given["n"] = self.samples
         return {**given, "stop": [*self.stop]} if self.stop else given
 
     def parameters_of(self, served: str) -> dict[str, Any]:
@@ -523,6 +545,7 @@ VARIABLES = frozenset(
         "AIFLUX_SITE_CONFIG",
         "AIFLUX_API_KEY",
         "AIFLUX_ENGINE_PROGRAM",
+        "AIFLUX_EXIT_CODE",
         "AIFLUX_OLLAMA",
         "AIFLUX_CACHE_DIR",
         "AIFLUX_SEALED",

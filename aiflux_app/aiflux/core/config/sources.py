@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -59,6 +60,10 @@ class SourcedValue:
     local: bool = False
 
 
+INSTALLED = "site.yaml"
+"""Name of the site's file in the directory of the installation, ``sys.prefix``."""
+LIMITS = "limits"
+"""The section of the site's file with the most that runs can request."""
 ENGINE_SETTINGS = ("engine", "engine_url", "engine_command")
 """The settings that each name a run's engine."""
 
@@ -66,47 +71,49 @@ ENGINE_SETTINGS = ("engine", "engine_url", "engine_command")
 def in_layers(*layers: Mapping[str, SourcedValue]) -> dict[str, SourcedValue]:
     """Return the settings of several sources; later ones take precedence.
 
-    A source that names the engine by a command replaces every other way in which an earlier one
-    names it, and the other way round.
+    A source that names the engine, by a kind, an address or a command, replaces every other way in
+    which an earlier one names it.
 
     Raises:
         ConfigError: a source names the engine in two ways.
     """
     values: dict[str, SourcedValue] = {}
     for layer in layers:
-        others = [name for name in ENGINE_SETTINGS[:-1] if name in layer]
-        if "engine_command" in layer:
-            if others:
-                raise _two_engines(others[0], layer)
+        named = [name for name in ENGINE_SETTINGS if name in layer and layer[name].value]
+        if len(named) > 1:
+            raise _two_engines(layer, *named[:2])
+        if named:
             for name in ENGINE_SETTINGS:
                 values.pop(name, None)
-        elif others:
-            values.pop("engine_command", None)
         values.update(layer)
     return values
 
 
-def _two_engines(name: str, layer: Mapping[str, SourcedValue]) -> ConfigError:
-    places = " and ".join(dict.fromkeys(layer[each].origin for each in (name, "engine_command")))
+def _two_engines(layer: Mapping[str, SourcedValue], one: str, other: str) -> ConfigError:
+    places = " and ".join(dict.fromkeys(layer[each].origin for each in (one, other)))
     return ConfigError(
-        f"{places}: {name} and engine_command are both given, but a run has one kind of engine",
-        f"remove one of them: {BY_NAME[name].option} or --engine-command",
+        f"{places}: {one} and {other} are both given, but a run has one kind of engine",
+        f"remove one of them: {BY_NAME[one].option} or {BY_NAME[other].option}",
     )
 
 
-def site_file(environ: Mapping[str, str]) -> Path | None:
-    """Return the site's file, which AIFLUX_SITE_CONFIG names; None if it is not set.
+def site_files(environ: Mapping[str, str]) -> list[Path]:
+    """Return the site's files: that of the installation, and the one in AIFLUX_SITE_CONFIG.
 
     Raises:
-        ConfigError: the file does not exist.
+        ConfigError: the file that the variable names does not exist.
     """
-    site = environ.get("AIFLUX_SITE_CONFIG")
-    if site and not is_there(Path(site)):
+    installed = Path(sys.prefix) / INSTALLED
+    files = [installed] if is_there(installed) else []
+    named = environ.get("AIFLUX_SITE_CONFIG")
+    if named and not is_there(Path(named)):
         raise ConfigError(
-            f"AIFLUX_SITE_CONFIG names {site!r}, which is not a file",
+            f"AIFLUX_SITE_CONFIG names {named!r}, which is not a file",
             "correct the variable or unset it",
         )
-    return Path(site) if site else None
+    if named and not (files and installed.samefile(named)):
+        files.append(Path(named))
+    return files
 
 
 def user_file(environ: Mapping[str, str]) -> Path:
@@ -126,14 +133,16 @@ def from_files(environ: Mapping[str, str], directory: Path) -> dict[str, Sourced
     Raises:
         ConfigError: shows the line and the accepted values; or others can write the directory's.
     """
-    site, project = site_file(environ), project_file(directory)
-    files = (*([site] if site else []), user_file(environ))
-    layers = [from_yaml(path, environ) for path in files if is_there(path)]
+    sites, project = site_files(environ), project_file(directory)
+    layers = [from_yaml(path, environ, site=True) for path in sites]
+    user = user_file(environ)
+    if is_there(user):
+        layers.append(from_yaml(user, environ))
     if is_there(project):
-        trusted = site is not None and site.samefile(project)
+        trusted = any(site.samefile(project) for site in sites)
         if not trusted:
             refuse_foreign(project, f"AIFLUX_SITE_CONFIG={shlex.quote(str(project.absolute()))}")
-        found = from_yaml(project, environ)
+        found = from_yaml(project, environ, site=trusted)
         layers.append({name: replace(each, local=not trusted) for name, each in found.items()})
     return in_layers(*layers)
 
@@ -157,29 +166,39 @@ def refuse_foreign(path: Path, trust: str) -> None:
         )
 
 
-def from_yaml(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValue]:
+def from_yaml(
+    path: Path, environ: Mapping[str, str], *, site: bool = False
+) -> dict[str, SourcedValue]:
     """Return the settings of one YAML file.
 
     Args:
         environ: variables that its paths can use.
+        site: it may have limits, too, which ``site_limits`` reads.
 
     Raises:
         ConfigError: shows the line and the accepted values.
     """
     file = read_yaml(path)
     values: dict[str, SourcedValue] = {}
-    for section in file.mapping(known=SECTIONS, noun="section", remedy=elsewhere):
+    sections = (*SECTIONS, LIMITS) if site else SECTIONS
+    for section in file.mapping(known=sections, noun="section", remedy=_elsewhere):
+        if section == LIMITS:
+            continue
         known = section_settings(section)
         given = file.mapping(section, known=known, noun="setting", remedy=elsewhere)
         refuse_two_names(given, partial(file.place, section), known)
         for name, value in given.items():
             setting, keys = known[name], (section, name)
             if value is not None:
-                parsed = _parsed(setting, value, file.place(*keys), path.parent, environ)
+                parsed = parse_in_file(setting, value, file.place(*keys), path.parent, environ)
                 values[setting.name] = SourcedValue(parsed, file.line(*keys))
             elif setting.name in LEFT_OUT:
                 values[setting.name] = SourcedValue(None, file.line(*keys))
     return values
+
+
+def _elsewhere(name: str, otherwise: str) -> str:
+    return "only the file of the site has limits" if name == LIMITS else elsewhere(name, otherwise)
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, SourcedValue]:
@@ -194,7 +213,7 @@ def from_dotenv(path: Path, environ: Mapping[str, str]) -> dict[str, SourcedValu
         return {}
     lines = {name: (text, f"{path}, line {line}") for name, text, line in _dotenv_lines(path)}
     found = _named(
-        lines, lambda item, text, place: _parsed(item, text, place, path.parent, environ)
+        lines, lambda item, text, place: parse_in_file(item, text, place, path.parent, environ)
     )
     _warn_of_misspelt(lines)
     # Other programs use files of this name, too.
@@ -221,10 +240,18 @@ def read_dotenv(path: Path) -> dict[str, str]:
     return {name: text for name, text, _ in _dotenv_lines(path)}
 
 
-def _parsed(
+def parse_in_file(
     setting: Setting, value: Any, place: str, folder: Path, environ: Mapping[str, str]
 ) -> Any:
-    """Parse a value of a file; paths are relative to the file."""
+    """Parse a value of a file; paths are relative to the file.
+
+    Args:
+        folder: of the file.
+        environ: variables that paths can use.
+
+    Raises:
+        ConfigError: the value is wrong.
+    """
 
     def path(value: Any) -> Path:
         return value_parsers.path(written_path(value, folder.absolute(), environ))

@@ -10,6 +10,7 @@ from shlex import quote
 
 from aiflux.core.batch.results_file import output_paths
 from aiflux.errors import ConfigError, RunConflictError
+from aiflux.util.compression import plain_name
 from aiflux.util.files import (
     expanded,
     nearest_there,
@@ -20,6 +21,11 @@ from aiflux.util.files import (
 )
 
 OUTPUT_SUFFIXES = (".json", ".jsonl")
+_SUFFIX = ".aiflux"
+TABLE_RESULTS = "results.json"
+"""The output of a run that answers a table (`aiflux ask`), inside ``TABLE.aiflux``."""
+CHAIN_STEPS = "steps"
+"""The folder of the runs of a chain (`aiflux chain`), inside ``TABLE.aiflux``."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class RunDirectory:
     @classmethod
     def of_output(cls, output: Path) -> RunDirectory:
         """Return the run directory that belongs to an output file."""
-        return cls(output.with_name(output.name + ".aiflux"))
+        return cls(output.with_name(output.name + _SUFFIX))
 
     @property
     def plan(self) -> Path:
@@ -48,9 +54,24 @@ class RunDirectory:
         return self.script if number == 1 else self.path / f"run-{number}.sbatch"
 
     @property
+    def then_script(self) -> Path:
+        """The sbatch script of the job that executes a command after the run."""
+        return self.path / "then.sbatch"
+
+    @property
     def submissions(self) -> Path:
         """The Slurm jobs that were submitted for the run."""
         return self.path / "jobs.json"
+
+    @property
+    def process(self) -> Path:
+        """The process on this machine that was last started for the run in the background."""
+        return self.path / "process.json"
+
+    @property
+    def local_script(self) -> Path:
+        """The script of that process, if the run uses an image."""
+        return self.path / "run.sh"
 
     @property
     def estimate(self) -> Path:
@@ -106,13 +127,24 @@ class RunDirectory:
         """Log of one engine."""
         return self.logs / f"engine-{shard:04d}-{engine}.log"
 
+    def worked_on(self) -> bool:
+        """Return whether a worker has begun a shard."""
+        marks = (".shard-*.lease", "status/shard-*.json", "journal/*.jsonl")
+        return any(True for mark in marks for _ in self.path.glob(mark))
+
     def unused(self) -> bool:
-        """Return whether it contains at most files of a start that was killed before its plan."""
+        """Return whether no plan was made: at most, a start was killed, or jobs wait to make it."""
         if not self.path.exists():
             return True
         unfinished = (f".{self.plan.name}.", self.plan_lease.name)
+        submitted = (self.submissions, *self.path.glob("run*.sbatch"))
         files = (path for path in self.path.rglob("*") if not path.is_dir())
-        return all(path.parent == self.path and path.name.startswith(unfinished) for path in files)
+        return all(
+            path in submitted
+            or path.parent == self.logs
+            or (path.parent == self.path and path.name.startswith(unfinished))
+            for path in files
+        )
 
     def refuse_foreign(self) -> None:
         """Refuse a run directory in which other users can create or change files.
@@ -192,9 +224,17 @@ class RunDirectory:
             raise storage_error(error, self.path) from error
 
 
+def user_output(output: Path) -> Path:
+    """Return the file that the user named for a run: its output, or the table made of it."""
+    folder = output.parent
+    if output.name != TABLE_RESULTS or folder.suffix != _SUFFIX:
+        return output
+    return folder.with_name(folder.name.removesuffix(_SUFFIX))
+
+
 def default_output(input_path: Path, directory: Path) -> Path:
     """Return the default output: ``<input stem>.results.json`` in ``directory``."""
-    return directory / f"{input_path.stem}.results.json"
+    return directory / f"{plain_name(input_path).stem}.results.json"
 
 
 def named_output(text: str | None, input_path: Path) -> Path:
@@ -251,7 +291,7 @@ def checked_output(output: Path) -> Path:
     output = expanded(output).absolute()
     if output.suffix not in OUTPUT_SUFFIXES:
         raise ConfigError(
-            f"output {str(output)!r} ends in {output.suffix!r}",
+            f"output {str(output)!r} does not end in {' or '.join(OUTPUT_SUFFIXES)}",
             "name it *.json (one array) or *.jsonl (OpenAI Batch output)",
         )
     if {"\n", "\0"} & set(str(output)):

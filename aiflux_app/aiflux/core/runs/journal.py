@@ -9,6 +9,12 @@ Each line is a result::
 answers (``request_key``). The order of the fields is fixed, so that a line can be split at them
 without decoding: a JSON string contains no unescaped quote, so the bytes ``,"body":`` first occur
 where that field begins. ``body`` is the engine's answer, byte for byte.
+
+If a request asks for several answers, and the worker asks for each of them separately, the journal
+also has a line for each answer that came before the last one (``sample_result``). Its key is no
+request's, so such a line is no result, and ``metadata`` begins with the request's key::
+
+     "metadata":{"sample":"<32 hex>", ...}
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +57,7 @@ _ERROR = b',"error":'
 _BODY = b',"body":'
 _END = b"}\n"
 _STATUS = b',"status":'
+_SAMPLE = b',"metadata":{"sample":"'
 CUT = {
     "length": "finish_reason_length",
     "content_filter": "finish_reason_content_filter",
@@ -73,8 +80,8 @@ MISSING = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """The result of one request.
+class NewResult:
+    """The result of one request, to be appended to a journal.
 
     Attributes:
         key: the request's key, 16 bytes.
@@ -104,8 +111,11 @@ class Result:
         return b"%b%08x%b%b\n" % (_HEAD, crc32(rest), _SEPARATOR, rest)
 
 
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
+
 def _compact(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _encoder.encode(value).encode()
 
 
 def _one_line(body: bytes) -> bytes:
@@ -113,6 +123,22 @@ def _one_line(body: bytes) -> bytes:
     if b"\n" in body or b"\r" in body:
         return body.replace(b"\r", b" ").replace(b"\n", b" ")
     return body
+
+
+def sample_key(key: bytes, number: int) -> bytes:
+    """Return the key of one of the answers to a request that asks for several."""
+    return request_key(b"%b %d" % (key, number))
+
+
+def sample_result(number: int, result: NewResult) -> NewResult:
+    """Return one of the answers to a request, in a form that is not the request's result."""
+    metadata = {"sample": result.key.hex(), **result.metadata}
+    return replace(result, key=sample_key(result.key, number), metadata=metadata)
+
+
+def is_sample(line: bytes) -> bool:
+    """Return whether a valid line is one of several answers, and not a result."""
+    return line.startswith(_SAMPLE, line.index(_METADATA, _CUSTOM_ID))
 
 
 class RawResult(NamedTuple):
@@ -164,7 +190,7 @@ class ResultIndex:
     """The offset of each request's result in a journal: 24 bytes of memory per result.
 
     Attributes:
-        done: number of requests with a result.
+        done: number of requests with a result, and of single answers (``sample_result``).
         damaged: number of damaged lines; their requests count as not done.
     """
 
@@ -262,6 +288,8 @@ def _scan_part(path: Path, part: tuple[int, int]) -> ResultIndex:
 def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Yield ``(key, line)`` of every complete line, in the order in which they were written.
 
+    The key is that of the request, also for a line with one of several answers to it.
+
     Raises:
         StorageError: the journal cannot be read.
     """
@@ -269,7 +297,10 @@ def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
     try:
         for _, line in _lines(path, 0, os.path.getsize(path)):
             if valid_line(line):
-                yield unhexlify(line[_KEY_START:_KEY_END]), line
+                at = _KEY_START
+                if is_sample(line):
+                    at = line.index(_SAMPLE) + len(_SAMPLE)
+                yield unhexlify(line[at : at + 2 * KEY_BYTES]), line
     except FileNotFoundError:
         return
     except OSError as error:
@@ -395,7 +426,7 @@ class JournalWriter:
             raise storage_error(error, path) from error
         self._thread = start_thread(self._sync_loop, "journal-sync")
 
-    def append(self, result: Result) -> None:
+    def append(self, result: NewResult) -> None:
         """Write one result.
 
         Raises:

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import IO
 
 from aiflux.core.batch.input_file import InputSummary, scan_input
-from aiflux.core.batch.request import request_key
+from aiflux.core.batch.prompt_lengths import (
+    TOO_LONG,
+    ChooseModel,
+    FoundPrompts,
+    find_long_prompts,
+)
+from aiflux.core.batch.request import load_json, request_key
 from aiflux.core.batch.results_file import output_paths
 from aiflux.core.batch.schema import can_check_schemas
-from aiflux.core.config.settings import RunOptions, settings_texts
+from aiflux.core.config.settings import FAIL, SEND, RunOptions, settings_texts
 from aiflux.core.runs.directory import RunDirectory, checked_output
-from aiflux.core.runs.journal import ResultIndex, journal_lines
+from aiflux.core.runs.input_copy import plain_input
+from aiflux.core.runs.journal import (
+    JournalWriter,
+    NewResult,
+    ResultIndex,
+    journal_lines,
+    scan_journal,
+)
+from aiflux.core.runs.local_process import forget_process, refuse_process
 from aiflux.core.runs.output import forget_done, shards_left
 from aiflux.core.runs.plan import Plan, PlanningKind, input_rules, make_plan, read_plan, write_plan
 from aiflux.core.runs.status_file import (
@@ -41,6 +56,7 @@ from aiflux.util.files import (
 )
 from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.lines import read_lines
+from aiflux.util.times import utc_now
 
 ShardCount = Callable[[InputSummary], int]
 
@@ -77,6 +93,7 @@ class RunDraft:
         replace: an existing output may be replaced.
         restart: discard the results of earlier starts.
         seen: content of the plan and of the run's status in the run directory.
+        long: the prompts that are too long for the context.
     """
 
     plan: Plan
@@ -86,6 +103,7 @@ class RunDraft:
     replace: bool = False
     restart: bool = False
     seen: tuple[bytes | None, bytes | None] = (None, None)
+    long: FoundPrompts | None = None
 
     @property
     def finished(self) -> bool:
@@ -123,7 +141,9 @@ def draft_run(
     force: bool = False,
     force_resume: bool = False,
 ) -> RunDraft:
-    """Check the input and the results of earlier starts, and plan the run; write nothing.
+    """Check the input and the results of earlier starts, and plan the run.
+
+    Nothing is written, except the plain copy of a compressed input (``plain_input``).
 
     Args:
         models_dir: where models are stored; unused with a server that is already running.
@@ -148,10 +168,47 @@ def draft_run(
     # If jsonschema is missing here, the worker checks with its own, or reports what to install.
     schemas = options.validate and can_check_schemas()
     rules = input_rules(kind, options)
-    summary = scan_input(input_path, options.model, rules=rules, schemas=schemas)
+    path, source = plain_input(input_path, output)
+    summary = scan_input(path, options.model, rules=rules, schemas=schemas, source=source)
     number = shards(summary) if callable(shards) else shards
     plan = make_plan(summary, output, options, models_dir, kind, number)
-    return draft_of(plan, force=force, force_resume=force_resume)
+    plan, long = with_long_prompts(plan, summary, kind)
+    return replace(draft_of(plan, force=force, force_resume=force_resume), long=long)
+
+
+def with_long_prompts(
+    plan: Plan, summary: InputSummary, kind: PlanningKind
+) -> tuple[Plan, FoundPrompts | None]:
+    """Return a plan with the prompts that are too long; None if all fit, or are sent anyway.
+
+    Raises:
+        InputError: the model's tokenizer counted prompts that are too long, and the run is to fail
+            then; or the input cannot be read.
+    """
+    if plan.options.too_long == SEND:
+        return plan, None
+    limits = {model: kind.prompt_limit(plan, model) for model in plan.models}
+    known = {model: limit for model, limit in limits.items() if limit is not None}
+    found = find_long_prompts(summary, known, _model_of(plan, kind)) if known else None
+    if found is None:
+        return plan, None
+    facts = found.facts
+    if plan.options.too_long == FAIL and facts.too_long and facts.counted:
+        raise facts.error(summary.named)
+    return replace(plan, long_prompts=facts), found
+
+
+def _model_of(plan: Plan, kind: PlanningKind) -> ChooseModel:
+    """Return the function that finds the run's model for the model that a request names."""
+
+    def choose(named: str | None) -> str | None:
+        if len(plan.models) == 1:
+            return plan.models[0]
+        accepts = kind.input_rules.accepts_model
+        fits = (model for model in plan.models if named and accepts(model, named))
+        return named if named in plan.models else next(fits, None)
+
+    return choose
 
 
 def draft_of(plan: Plan, *, force: bool = False, force_resume: bool = False) -> RunDraft:
@@ -186,8 +243,10 @@ def _write(draft: RunDraft) -> None:
     with acquire(run.plan_lease, f"the run {plan.output}"):
         leases = [*run.path.glob(".shard-*.lease"), run.merge_lease]
         refuse_living(leases, f"the run {plan.output}")
+        refuse_process(run)
         if _seen(run) != draft.seen:
             raise _begun_meanwhile(plan, run)
+        forget_process(run)
         mend_journals(run)
         _remove_leftovers(draft)
         run.create()
@@ -198,9 +257,45 @@ def _write(draft: RunDraft) -> None:
         else:
             _forget_statuses(run)
         write_plan(plan, run)
+        if plan.left_out and draft.long is not None:
+            _leave_out(plan, run, draft.long)
         status = run_status(plan, run)
         status.details.replace = draft.replace and plan.output.exists()
         status.enter("in_progress")
+
+
+def _leave_out(plan: Plan, run: RunDirectory, long: FoundPrompts) -> None:
+    """Record an error for each request whose prompt is too long, so that no worker sends it."""
+    for shard in plan.shards:
+        first, last = (bisect_left(long.offsets, at) for at in (shard.start, shard.end))
+        if first == last:
+            continue
+        path = run.journal(shard.index)
+        index = scan_journal(path)
+        with closing(JournalWriter(path, save_frequency=1 << 20)) as journal:
+            for at in range(first, last):
+                offset = long.offsets[at]
+                _, _, raw = next(read_lines(plan.input_path, offset, offset + 1))
+                key = request_key(raw)
+                earlier = index.find(key)
+                if earlier is None or (earlier[2] and plan.options.retry_failed):
+                    journal.append(_too_long(plan, raw, key, long.tokens[at]))
+
+
+def _too_long(plan: Plan, raw: bytes, key: bytes, tokens: int) -> NewResult:
+    """Return the result of a request that is not sent."""
+    entry = load_json(raw)
+    context = plan.long_prompts.context if plan.long_prompts else 0
+    message = f"not sent: the prompt has {tokens} tokens, and the context {context}"
+    named = plan.served_names[0] if len(plan.models) == 1 else entry["body"].get("model")
+    return NewResult(
+        key=key,
+        custom_id=entry["custom_id"],
+        status=None,
+        metadata={"model": named, "timestamp": utc_now(), "processing_time": 0.0, "attempts": 0},
+        error={"code": TOO_LONG, "message": message, "status": None},
+        body=b"null",
+    )
 
 
 def _seen(run: RunDirectory) -> tuple[bytes | None, bytes | None]:

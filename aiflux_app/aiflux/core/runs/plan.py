@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -16,12 +15,13 @@ from aiflux.core.batch.input_file import (
     InputFacts,
     InputRules,
     InputSummary,
-    change_of,
-    looks_unchanged,
+    quick_change_of,
 )
+from aiflux.core.batch.prompt_lengths import LongPrompts, PromptLimit
+from aiflux.core.batch.request import EQUAL_ANSWERS, WITH_CHOICES
 from aiflux.core.config.engine_command import command_words
 from aiflux.core.config.engine_kinds import EXTERNAL
-from aiflux.core.config.settings import RunOptions
+from aiflux.core.config.settings import SKIP, RunOptions
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, RunDirectory
 from aiflux.errors import ConfigError, InputError, ModelError, RunConflictError, StoppedError
 from aiflux.models.name import parse_model_name, shown_digest
@@ -135,6 +135,8 @@ class Plan:
         served_names: names under which the engine serves the models.
         digests: of the models when the run was planned; "" for one that was not stored.
         adapters: of the run's only model.
+        long_prompts: those that are too long for the context or leave little of it; None if all
+            fit, or nothing is known about the model.
     """
 
     input: InputFacts
@@ -147,6 +149,7 @@ class Plan:
     served_names: tuple[str, ...] = field(default=(), metadata={KEY: "served"})
     digests: tuple[str, ...] = ()
     adapters: tuple[Adapter, ...] = field(default=(), metadata=OMITTED)
+    long_prompts: LongPrompts | None = field(default=None, metadata=OMITTED)
     aiflux: str = __version__
     version: int = PLAN_VERSION
 
@@ -159,6 +162,17 @@ class Plan:
     def requests(self) -> int:
         """Number of requests of the run."""
         return self.input.requests
+
+    @property
+    def left_out(self) -> int:
+        """Number of requests that are not sent because their prompts are too long."""
+        long = self.long_prompts
+        return long.too_long if long and long.counted and self.options.too_long == SKIP else 0
+
+    @property
+    def allowed_failures(self) -> int:
+        """Requests that may fail before the run counts as failed, with those that are left out."""
+        return self.options.allowed_failures(self.requests) + self.left_out
 
     def served(self, model: str) -> str:
         """Return the name under which the engine serves one of the plan's models."""
@@ -268,6 +282,9 @@ class PlanningKind(Protocol):
             ModelError: its files cannot be read.
         """
 
+    def prompt_limit(self, plan: Plan, model: str) -> PromptLimit | None:
+        """Return the context of a model in a run, and its tokenizer; None if unknown."""
+
     def read_adapter(self, models_dir: Path | None, model: str, name: str, path: str) -> Adapter:
         """Return an adapter for a model, read from its files.
 
@@ -285,7 +302,14 @@ def input_rules(kind: PlanningKind, options: RunOptions) -> InputRules:
         for name, rule in rules.ignored_fields.items()
         if not (rule.unless and getattr(options, rule.unless))
     }
-    return replace(rules, ignored_fields=fields_, adapters=frozenset(options.lora))
+    parameters = options.parameters
+    return replace(
+        rules,
+        ignored_fields={**fields_, **EQUAL_ANSWERS},
+        defaults={name: parameters[name] for name in ("n", "temperature") if name in parameters},
+        adapters=frozenset(options.lora),
+        replaces_model=options.replace_model,
+    )
 
 
 def make_plan(
@@ -305,6 +329,9 @@ def make_plan(
         InputError: no model is named.
         ConfigError: a model's name is wrong, or an option does not suit the engine.
     """
+    if options.replace_model and not options.model:
+        raise ConfigError("--replace-model needs a model", "name it with --model")
+    _refuse_samples(options, summary.endpoints)
     _refuse_nodes(options, kind)
     kind.refuse_run(options, summary.endpoints)
     named = [name for name in summary.models if name not in options.lora]
@@ -327,6 +354,20 @@ def make_plan(
         models_dir=folder,
         created=utc_now(),
     )
+
+
+def _refuse_samples(options: RunOptions, endpoints: Mapping[str, int]) -> None:
+    """Refuse several answers to requests that have only one.
+
+    Raises:
+        InputError: no request of the input can have several.
+    """
+    if (options.samples or 1) > 1 and not WITH_CHOICES & endpoints.keys():
+        raise InputError(
+            f"samples = {options.samples}, but the requests are for {', '.join(endpoints)}, which "
+            "gives one answer",
+            "leave out --samples",
+        )
 
 
 def _refuse_nodes(options: RunOptions, kind: PlanningKind) -> None:
@@ -406,10 +447,7 @@ def refuse_changed_input(plan: Plan, consequence: str = "") -> None:
     Raises:
         InputError: it is not, or cannot be read.
     """
-    with suppress(OSError):  # reading it reports what is wrong
-        if looks_unchanged(plan.input):
-            return
-    change = change_of(plan.input)
+    change = quick_change_of(plan.input)
     if change is not None:
         raise InputError(
             f"the input {plan.input_path} {change}{consequence}",

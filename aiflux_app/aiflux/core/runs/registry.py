@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.directory import CHAIN_STEPS, TABLE_RESULTS, RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import StorageError, UsageError
 from aiflux.util.files import expanded, write_json
@@ -64,8 +64,8 @@ class RegistryEntry:
         return content
 
 
-def folder(environ: Mapping[str, str]) -> Path:
-    """Return the directory of the entries: ``$XDG_STATE_HOME/aiflux/runs``.
+def state_folder(environ: Mapping[str, str]) -> Path:
+    """Return the directory of what AI-Flux remembers of this user: ``$XDG_STATE_HOME/aiflux``.
 
     Raises:
         RuntimeError: there is no home directory.
@@ -73,7 +73,16 @@ def folder(environ: Mapping[str, str]) -> Path:
     named = environ.get("XDG_STATE_HOME", "")
     home = Path(environ["HOME"]) if environ.get("HOME") else None
     state = Path(named) if Path(named).is_absolute() else (home or Path.home()) / ".local/state"
-    return state / "aiflux" / "runs"
+    return state / "aiflux"
+
+
+def folder(environ: Mapping[str, str]) -> Path:
+    """Return the directory of the entries: ``$XDG_STATE_HOME/aiflux/runs``.
+
+    Raises:
+        RuntimeError: there is no home directory.
+    """
+    return state_folder(environ) / "runs"
 
 
 def register(
@@ -125,7 +134,7 @@ def register_plan(plan: Plan, jobs: Iterable[object]) -> str | None:
         RunDirectory.of_output(plan.output).path,
         plan.output,
         [str(job) for job in jobs],
-        input=plan.input_path,
+        input=plan.input.named,
         models=plan.models,
         requests=plan.requests,
     )
@@ -209,7 +218,7 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
     Args:
         text: a run directory, any file in one, an output (existing or not), or a job id:
             ``123``, ``123_4``, ``123;cluster``, or several of one run as
-            ``SlurmRunner.run`` returns them (``123,124``).
+            ``SlurmRunner.run`` returns them (``123:124``).
         environ: environment that locates the registry of runs.
         ask: returns the run directory of a job that the registry does not know, or None.
 
@@ -222,12 +231,18 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
     if found is not None:
         found.refuse_unreadable()
         return found
-    job = re.sub(r",[1-9][0-9,]*", "", text)
+    job = re.sub(r"[:,][1-9][0-9:,]*", "", text)
     if JOB.fullmatch(job):
         return _by_job(job, environ, ask)
     for candidate in _candidates(Path(text).absolute()):
         if os.path.isdir(candidate) and not os.access(candidate, os.X_OK):
             RunDirectory(candidate).refuse_unreadable()
+        steps = sorted((candidate / CHAIN_STEPS).glob("*.json.aiflux"))
+        if steps:
+            raise UsageError(
+                f"{text!r} is a chain of several runs",
+                f"name one of them: {steps[0].with_suffix('')}",
+            )
     raise UsageError(
         f"no run found at {text!r}: it is not a run directory, an output of a run, or a job id",
         "list your runs with `aiflux jobs --all`",
@@ -262,6 +277,10 @@ def _by_path(text: str) -> RunDirectory | None:
 def _candidates(path: Path) -> Iterator[Path]:
     yield path
     if path.name:
-        yield RunDirectory.of_output(path).path
+        own = RunDirectory.of_output(path).path
+        yield own
+        # A table of answers, or its directory.
+        yield RunDirectory.of_output(own / TABLE_RESULTS).path
+        yield RunDirectory.of_output(path / TABLE_RESULTS).path
     # A file of a run is in its directory, or in a subdirectory of it.
     yield from list(path.parents)[:2]

@@ -6,7 +6,6 @@ that OpenAI's object does not have are under ``aiflux``. A status is replaced at
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -16,11 +15,11 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.batch.results_file import errors_path, output_paths
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import OutputExistsError, TooManyFailuresError
-from aiflux.util.files import checksum, is_there, read_file, write_json
-from aiflux.util.records import KEY, OMITTED, from_json, to_json
+from aiflux.util.files import checksum, is_there, write_json
+from aiflux.util.records import KEY, OMITTED, from_json, read_record, to_json
 from aiflux.util.text import whole
 
 WRITE_INTERVAL = 1.0
@@ -368,12 +367,13 @@ def read_run_status(run: RunDirectory, plan: Plan | None = None) -> StatusFile |
 
 
 def _read(path: Path, plan: Plan | None) -> StatusFile | None:
-    content = read_file(path)
     try:
-        status = from_json(StatusFile, json.loads(content or b""))
-    except (ValueError, RecursionError):
+        status = read_record(StatusFile, path)
+    except ValueError:
         return None
-    return status if plan is None or status.details.plan == plan.id else None
+    if status is None or plan is None or status.details.plan == plan.id:
+        return status
+    return None
 
 
 def open_shards(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
@@ -470,13 +470,19 @@ def output_change(output: Path, status: StatusFile, most: int | None = None) -> 
     """
     written = _written(output, status)
     for path in output_paths(output) if written else ():
-        change = _change(path, written.get(path), most)
+        change = file_change(path, written.get(path), most)
         if change is not None:
             return f"{path} {change}"
     return None
 
 
-def _change(path: Path, known: WrittenFile | None, most: int | None) -> str | None:
+def file_change(path: Path, known: WrittenFile | None, most: int | None = None) -> str | None:
+    """Return how a file was changed since it was written; None if it was not, or is missing.
+
+    Args:
+        known: the file as it was written; None if it was not.
+        most: do not read a file that is larger than this.
+    """
     if not is_there(path):
         return None
     if known is None:
@@ -504,14 +510,14 @@ def refuse_changed_output(output: Path, status: StatusFile) -> None:
 def finished_line(plan: Plan, counts: Counts) -> str:
     """Return the line that is shown for a run that was finished before."""
     return (
-        f"{plan.output} is already finished: {counts.completed} succeeded, "
+        f"{user_output(plan.output)} is already finished: {counts.completed} succeeded, "
         f"{counts.failed} failed; nothing was sent"
     )
 
 
 def refuse_failures(plan: Plan, failed: int) -> None:
     """Raise TooManyFailuresError where more requests of a finished run failed than are allowed."""
-    if failed > plan.options.allowed_failures(plan.requests):
+    if failed > plan.allowed_failures:
         raise TooManyFailuresError(
             f"{failed} of {plan.requests} requests failed", "try them again with --retry-failed"
         )

@@ -169,6 +169,13 @@ class CommandEngine(ManagedEngine):
                 return status == 200
         return True
 
+    def _unready(self, server: ServerProcess) -> str:
+        if self._socket is None:
+            return super()._unready(server)
+        if self._socket.exists():
+            return "it listens, but is not ready"
+        return f"it does not listen on {self._socket}"
+
     def _refuse_other_server(self, server: ServerProcess) -> None:
         """Refuse another program at the port, and a server that other machines can reach."""
         if self._socket is not None:

@@ -151,10 +151,10 @@ class ExternalEngine:
         try:
             answer = self.client.hidden(self.client.get(MODELS_PATH, _PROBE_TIMEOUT))
         except ExchangeError as error:
-            if error.remedy:
-                raise RejectedError(f"the engine: {error.message}", error.remedy) from error
             if error.code == "connection":
                 self._refuse_plain_http()
+            if error.remedy:
+                raise self._rejected(error) from error
             return f"the engine does not respond yet: {error.message}"
         if answer.location and 300 <= answer.status < 400:
             self._refuse_redirect(answer.location)
@@ -166,6 +166,10 @@ class ExternalEngine:
         self._status = answer.status
         self._ready_at = began
         return None
+
+    def _rejected(self, error: ExchangeError) -> RejectedError:
+        """Return the error for an exchange that failed, and would fail again."""
+        return RejectedError(f"the engine: {error.message}", error.remedy)
 
     def _refuse_plain_http(self) -> None:
         if self.url.startswith("http://") and speaks_tls(self.url, _PROBE_TIMEOUT):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
+from aiflux.core.config.settings import RunOptions
+from aiflux.core.runs.serve_directory import ServeDirectory
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, ForeignModelsKind, HttpFactory
 from aiflux.errors import ConfigError
 
@@ -14,6 +19,15 @@ class ExternalKind(ForeignModelsKind):
     managed = False
     options_place = "set them where the server is started"
 
+    def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
+        """Refuse settings of the server, and a name under which no engine is served.
+
+        Raises:
+            UsageError: one is set; or there is no such engine.
+        """
+        super().refuse_run(options, endpoints)
+        ServeDirectory.of_url(options.engine_url or "", os.environ)
+
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
         """Return the server at ``--engine-url``."""
         from aiflux.engines.external.engine import ExternalEngine
@@ -22,6 +36,11 @@ class ExternalKind(ForeignModelsKind):
         options = spec.plan.options
         if options.engine_url is None:
             raise ConfigError("the plan names no server", "plan the run again with --engine-url")
+        served = ServeDirectory.of_url(options.engine_url, spec.environ)
+        if served is not None:
+            from aiflux.engines.external.served import ServedEngine
+
+            return ServedEngine(self, served, make_client, options.engine_wait, spec.say)
         secure = options.engine_url.startswith("https:")
         ca = ca_bundle(options.engine_ca, spec.environ) if secure else None
         return ExternalEngine(

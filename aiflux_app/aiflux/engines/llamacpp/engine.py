@@ -18,7 +18,7 @@ from aiflux.engines.http import Client, ExchangeError
 from aiflux.engines.llamacpp.model_file import ModelFiles, find_files
 from aiflux.engines.llamacpp.options import option_words
 from aiflux.engines.managed import ManagedEngine
-from aiflux.engines.process import engine_environment
+from aiflux.engines.process import engine_environment, free_port
 from aiflux.engines.server_log import find_cause
 from aiflux.errors import EngineError, RejectedError
 from aiflux.util.text import error_text
@@ -86,7 +86,10 @@ class LlamaCppEngine(ManagedEngine):
         """Start the server; return a client once it is ready."""
         log = self.spec.log
         self._log_start = log.stat().st_size if log.exists() else 0
-        server = self._serve(self._command(files), self._environment())
+        # The kernel chooses a port that only the worker uses.
+        port = 0 if self.spec.listener is None else free_port(self._host)
+        url = self._url(port) if port else None
+        server = self._serve(self._command(files, port), self._environment(), url)
         try:
             # Until the model is in memory, every path answers 503.
             return self._await_ready(server, "/health", self._options.load_timeout)
@@ -104,15 +107,20 @@ class LlamaCppEngine(ManagedEngine):
                 f"{self._served} could not be loaded: {reason}", f"{remedy} {log}"
             ) from error
 
-    def _command(self, files: ModelFiles) -> list[str]:
+    def _command(self, files: ModelFiles, port: int) -> list[str]:
         # Every slot gets an equal share of the context.
         command = [
             self._program,
             *("-m", str(files.model), "--alias", self._served),
-            *("--host", "127.0.0.1", "--port", "0"),
+            *("--host", self._host, "--port", str(port)),
             *("-np", str(self.slots), "-c", str(self._context * self.slots)),
             *("--metrics", "--offline", "--no-webui"),
         ]
+        listener = self.spec.listener
+        if listener is not None:
+            command += ["--api-key-file", str(listener.key)]
+            command += ["--ssl-cert-file", str(listener.certificate)]
+            command += ["--ssl-key-file", str(listener.certificate_key)]
         if files.projector is not None:
             command += ["--mmproj", str(files.projector)]
         if not self.spec.devices:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
-from aiflux.core.batch.request import WITHOUT_TEXT
+from aiflux.core.batch.prompt_lengths import PromptLimit
+from aiflux.core.batch.request import RESPONSES, WITHOUT_TEXT, FieldRule
 from aiflux.core.config.settings import RunOptions
-from aiflux.core.runs.plan import Adapter
+from aiflux.core.runs.plan import Adapter, Plan
 from aiflux.engines.base import (
+    STORED,
     CommonKind,
     Engine,
     EngineKind,
@@ -25,8 +28,9 @@ from aiflux.engines.llamacpp.options import MANAGED
 from aiflux.engines.ollama.memory import estimate
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.server_options import refuse_managed, refuse_unsupported
-from aiflux.errors import InputError, ModelError
+from aiflux.errors import ConfigError, InputError, ModelError
 from aiflux.models.catalog import Catalog, refuse_hub_name
+from aiflux.models.endpoints import missing_endpoints
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
 
@@ -37,27 +41,49 @@ def _accepts_model(model: str, named: str) -> bool:
     return accepts_model(model, named)
 
 
+_MOST_SLOTS = 256  # LLAMA_MAX_SEQ (llama-cparams.h), which is compiled in
 _INSTEAD = {
     "tool_parser": "leave it out: llama.cpp parses tool calls itself, by the model's template",
 }
 
+# Source: llama.cpp, tools/server/server-chat.cpp, server_chat_convert_responses_to_chatcmpl.
+_OF_RESPONSES = {
+    **STORED,
+    "text": FieldRule(
+        "answers are not bound to its format",
+        ({"format": {"type": "text"}},),
+        fix="name the schema in response_format, or use /v1/chat/completions",
+        url=RESPONSES,
+    ),
+}
+
 
 class LlamaCppKind(CommonKind):
-    """llama.cpp's server, ``llama-server``. It supports the whole body of a request."""
+    """llama.cpp's server, ``llama-server``. It supports the whole body of most requests."""
 
     name = "llamacpp"
     title = "llama.cpp"
     program = "llama-server"
     cached_program = "llamacpp-cpu/bin/llama-server"
-    input_rules = InputRules(_accepts_model)
+    can_be_served = True
+    # It refuses more answers than it has slots, and counts the tokens of one only (build 11669).
+    generates_n: bool | None = False
+    input_rules = InputRules(
+        _accepts_model, _OF_RESPONSES, missing=missing_endpoints("llamacpp", "llama.cpp")
+    )
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse options that AI-Flux sets, and a mix of text, embeddings and reranking.
+        """Refuse options that AI-Flux sets, and a mix of text, embeddings and scores.
 
         Raises:
             ConfigError: an option is one of these.
             InputError: the input mixes them, and a server supports only one.
         """
+        if options.slots is not None and options.slots > _MOST_SLOTS:
+            raise ConfigError(
+                f"{self.title} has at most {_MOST_SLOTS} slots, but slots = {options.slots}",
+                f"set fewer: --slots {_MOST_SLOTS}",
+            )
         refuse_managed(self.title, options.engine_arg, MANAGED)
         refuse_unsupported(self.title, options, _INSTEAD)
         refuse_mixed_uses(self.title, endpoints)
@@ -90,6 +116,8 @@ class LlamaCppKind(CommonKind):
             refuse_hub_name(name, self.title, "name a GGUF file of it: --model FILE.gguf")
         paths = [model_file.absolute_name(name) for name in models if model_file.is_path(name)]
         names = [name for name in models if not model_file.is_path(name)]
+        for name in names:
+            model_file.refuse_other_name(name)
         return [*dict.fromkeys(paths), *one_of_each(names)]
 
     def catalog_name(self, model: str) -> str | None:
@@ -121,7 +149,7 @@ class LlamaCppKind(CommonKind):
     def absent_model(self, models_dir: Path, model: str) -> ModelError:
         """Return the error for a model that is not stored."""
         if model_file.is_path(model):
-            return ModelError(f"model file not found: {model}", "check the path (--model)")
+            return model_file.absent_file(Path(model))
         return ModelError(
             f"{self.served_name(model)} is not (completely) stored in {models_dir}, and llama.cpp "
             "does not pull models",
@@ -145,6 +173,18 @@ class LlamaCppKind(CommonKind):
     ) -> Figures | None:
         """Return a model's figures: from its file, or else from the catalog."""
         return model_file.figures_of_model(models_dir, model, catalog)
+
+    def prompt_limit(self, plan: Plan, model: str) -> PromptLimit | None:
+        """Return the context of a model, and the tokenizer and chat template in its file."""
+        from aiflux.engines.sizing import prompt_limit
+
+        names = {name.lstrip("-").replace("_", "-") for name in plan.options.engine_arg}
+        templated = not names & {"chat-template", "chat-template-file", "no-jinja"}
+        open_tokenizer = partial(
+            model_file.read_tokenizer, plan.models_dir, model, templated=templated
+        )
+        figures = self.figures(plan.models_dir, model, None)
+        return prompt_limit(plan, model, figures, open_tokenizer)
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,17 @@ from aiflux.engines.ollama.store import (
     model_digest,
     model_files,
     refuse_other_digest,
+    stored_tokenizer,
 )
 from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import Catalog
 from aiflux.models.figures import Figures, figures_of
 from aiflux.models.gguf import read_gguf, refuse_truncated
-from aiflux.models.name import parse_model_name
+from aiflux.models.name import GGUF_SUFFIX, parse_model_name
+from aiflux.models.name import is_path as is_named_path
+from aiflux.models.tokenizer import ModelTokenizer, gguf_tokenizer
 
-_SUFFIX = ".gguf"
+_CHECK = "check the path (--model)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class ModelFiles:
 
 def is_path(model: str) -> bool:
     """Return whether a model is named by the path of its file."""
-    return model.lower().endswith(_SUFFIX)
+    return model.lower().endswith(GGUF_SUFFIX)
 
 
 def absolute_name(model: str) -> str:
@@ -56,6 +60,38 @@ def absolute_name(model: str) -> str:
             "rename the file, without a comma and control characters",
         )
     return path
+
+
+def absent_file(path: Path) -> ModelError:
+    """Return the error of a path at which no file is."""
+    if path.is_dir():
+        found = "is a directory"
+    elif path.is_symlink():
+        found = f"is a link to {path.readlink()}, which does not exist"
+    elif os.path.lexists(path):
+        found = "is a device or a pipe"
+    else:
+        return ModelError(f"model file not found: {path}", _CHECK)
+    return ModelError(f"the model is not a file: {path} {found}", _CHECK)
+
+
+def refuse_other_name(name: str) -> None:
+    """Refuse the path of another file than a GGUF file, and names that Ollama does not have.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    if is_named_path(name):
+        raise ConfigError(
+            f"the model {name} is a path that does not end with {GGUF_SUFFIX}",
+            f"rename or link the GGUF file: --model FILE{GGUF_SUFFIX}; a directory of Hugging "
+            "Face: --engine vllm",
+        )
+    try:
+        parse_model_name(name)
+    except ConfigError as error:
+        remedy = f"{error.remedy}; or name a GGUF file: --model FILE{GGUF_SUFFIX}"
+        raise ConfigError(error.message, remedy) from error
 
 
 def model_names(path: str) -> set[str]:
@@ -119,3 +155,15 @@ def figures_of_model(
         return figures_of(read_gguf(Path(model)))
     except ModelError:
         return None
+
+
+def read_tokenizer(models_dir: Path | None, model: str, *, templated: bool) -> ModelTokenizer:
+    """Return the tokenizer of a model; see ``gguf_tokenizer``.
+
+    Raises:
+        ModelError: the model is not stored, or its tokenizer is not known.
+        ConfigError: the library is not installed.
+    """
+    if is_path(model):
+        return gguf_tokenizer(Path(model), templated=templated)
+    return stored_tokenizer(models_dir, parse_model_name(model), templated=templated)

@@ -13,7 +13,8 @@ from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.ollama.api import Loaded, Ollama, ollama_environment
 from aiflux.engines.ollama.store import refuse_other_digest
-from aiflux.errors import EngineError
+from aiflux.errors import EngineError, RejectedError
+from aiflux.models.endpoints import newer_version
 from aiflux.models.name import parse_model_name
 
 # Ollama truncates a prompt to the context (0.9) or to about half of it (0.33).
@@ -65,9 +66,11 @@ class OllamaEngine(ManagedEngine):
 
         Raises:
             EngineError: the server did not start, the model did not load, or it landed on the CPU.
+            RejectedError: its version lacks an endpoint that the run needs.
         """
         while True:
             ollama = self._serve_ollama()
+            self._refuse_older(ollama.version())
             loaded = self._load(ollama)
             if self._fits(loaded) or not self._shrink(loaded):
                 break
@@ -97,6 +100,20 @@ class OllamaEngine(ManagedEngine):
             self._settings(),
         )
         return Ollama(self._serve([self._program, "serve"], environment).url)
+
+    def _refuse_older(self, version: str) -> None:
+        """Refuse a version without an endpoint of the run: it answers each request with 404.
+
+        Raises:
+            RejectedError: it is one.
+        """
+        for url in self.spec.plan.input.endpoints:
+            first = newer_version(self.kind.name, url, version)
+            if first is not None:
+                raise RejectedError(
+                    f"Ollama {version} has no {url}; Ollama {first} and later have it",
+                    "use a newer Ollama or image, or --engine llamacpp, which runs the same models",
+                )
 
     def _settings(self) -> dict[str, str]:
         """Return the variables of this engine; the run's own variables take precedence."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
-from aiflux.core.batch.request import RERANK, WITHOUT_TEXT, FieldRule
+from aiflux.core.batch.prompt_lengths import PromptLimit
+from aiflux.core.batch.request import RESPONSES, WITHOUT_TEXT, FieldRule
 from aiflux.core.config.settings import RunOptions
+from aiflux.core.runs.plan import Plan
 from aiflux.engines.base import (
+    OF_CHAT,
+    STORED,
     CommonKind,
     Engine,
     EngineKind,
@@ -23,22 +28,45 @@ from aiflux.engines.ollama.store import (
     known_figures,
     missing_parts,
     model_digest,
+    own_context,
     refuse_other_digest,
+    stored_tokenizer,
 )
 from aiflux.engines.process import engine_program
 from aiflux.engines.server_options import refuse_unsupported
-from aiflux.errors import ConfigError, InputError
+from aiflux.errors import ConfigError
 from aiflux.models.catalog import Catalog, refuse_hub_name
+from aiflux.models.endpoints import missing_endpoints
 from aiflux.models.figures import Figures
-from aiflux.models.name import accepts_model, one_of_each, parse_model_name, same_model
+from aiflux.models.name import (
+    accepts_model,
+    is_path,
+    one_of_each,
+    parse_model_name,
+    refuse_gguf_file,
+    same_model,
+)
+from aiflux.models.tokenizer import ModelTokenizer
 
+_CHAT = "use /v1/chat/completions, which obeys it"
+_IGNORED_IN_RESPONSES: Mapping[str, tuple[Any, ...]] = {
+    "seed": (), "stop": ([],), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "top_logprobs": (0,),
+}  # fmt: skip
 # Fields ignored by the OpenAI API of Ollama 0.33, and the effect.
 IGNORED_FIELDS = {
-    "n": FieldRule("each gets one answer", (1,)),
+    "best_of": FieldRule("one answer is generated for each that is asked for", (1,)),
     "tool_choice": FieldRule("the model decides whether it calls a tool", ("auto",)),
     "logit_bias": FieldRule("tokens keep their probabilities"),
     "top_k": FieldRule("the model's own value is used"),
     "user": FieldRule("it has no effect"),
+    # Of /v1/responses (openai/responses.go).
+    **STORED,
+    **OF_CHAT,
+    **{
+        name: FieldRule("it has no effect", harmless, fix=_CHAT, url=RESPONSES)
+        for name, harmless in _IGNORED_IN_RESPONSES.items()
+    },
 }
 
 
@@ -65,6 +93,21 @@ _RUNNER_DIED = (
 _MODEL_GONE = re.compile(r"model ['\"].*['\"] not found")
 
 
+def _refuse_path(name: str) -> None:
+    """Refuse the path of a model; Ollama would ask its registry for some of them.
+
+    Raises:
+        ConfigError: it is the path of a GGUF file or of something else.
+    """
+    command = f"aiflux models import --gguf {shlex.quote(name)} --name NAME:TAG"
+    refuse_gguf_file(name, OllamaKind.title, f"import it: {command}")
+    if is_path(name):
+        raise ConfigError(
+            f"{name} is a path, which Ollama does not run",
+            "write a name as Ollama does: NAME:TAG; a directory of Hugging Face: --engine vllm",
+        )
+
+
 class OllamaKind(CommonKind):
     """Ollama."""
 
@@ -73,20 +116,22 @@ class OllamaKind(CommonKind):
     program = "ollama"
     program_variables: tuple[str, ...] = ("AIFLUX_OLLAMA",)
     cached_program = "ollama-cpu/bin/ollama"
-    input_rules = InputRules(accepts_model, IGNORED_FIELDS)
+    input_rules = InputRules(
+        accepts_model, IGNORED_FIELDS, missing=missing_endpoints("ollama", "Ollama")
+    )
+    generates_n: bool | None = False
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse what Ollama's server and its OpenAI API do not have.
 
         Raises:
-            ConfigError: top_k, or an option of the server, is set.
-            InputError: the input contains reranking.
+            ConfigError: top_k, or an option of the server, is set; or stop for /v1/responses.
         """
         refuse_unsupported(self.title, options, _INSTEAD)
-        if RERANK in endpoints:
-            raise InputError(
-                f"Ollama does not support {RERANK}",
-                "use --engine llamacpp, or a server that supports it: --engine-url URL",
+        if RESPONSES in endpoints and options.stop:
+            raise ConfigError(
+                f"stop is set, but Ollama ignores it in requests to {RESPONSES}",
+                f"remove it, or {_CHAT}",
             )
         if options.top_k is not None:
             raise ConfigError(
@@ -116,6 +161,7 @@ class OllamaKind(CommonKind):
         """
         for name in models:
             refuse_hub_name(name, self.title)
+            _refuse_path(name)
         return one_of_each(models)
 
     def is_stored(self, models_dir: Path, model: str) -> bool:
@@ -166,6 +212,24 @@ class OllamaKind(CommonKind):
     ) -> Figures | None:
         """Return a model's figures: from its file, or else from the catalog."""
         return known_figures(models_dir, parse_model_name(model), catalog)
+
+    def prompt_limit(self, plan: Plan, model: str) -> PromptLimit | None:
+        """Return the context of a model and the tokenizer in its file.
+
+        Its chat templates are not Jinja2: of a conversation, only the texts are counted. A context
+        that the model itself sets takes precedence over that of the server.
+        """
+        from aiflux.engines.sizing import prompt_limit
+
+        name, folder = parse_model_name(model), plan.models_dir
+
+        def open_tokenizer() -> ModelTokenizer:
+            return stored_tokenizer(folder, name, templated=False)
+
+        variable = plan.options.engine_env.get("OLLAMA_CONTEXT_LENGTH", "")
+        own = own_context(folder, name) or (int(variable) if variable.isdecimal() else 0)
+        figures = self.figures(folder, model, None)
+        return prompt_limit(plan, model, figures, open_tokenizer, own=own)
 
     def one_slot(self, figures: Figures) -> bool:
         """Return whether Ollama runs a model with one slot, whatever was requested."""

@@ -19,11 +19,13 @@ from aiflux.models.catalog import Catalog, CatalogModel
 from aiflux.models.figures import FILE_TYPES, Figures, figures_of
 from aiflux.models.gguf import read_gguf
 from aiflux.models.name import ModelName
+from aiflux.models.tokenizer import ModelTokenizer, gguf_tokenizer
 from aiflux.util.files import storage_error
 from aiflux.util.text import error_text
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _MODEL = "application/vnd.ollama.image.model"
+_PARAMETERS = "application/vnd.ollama.image.params"
 
 
 _PROJECTOR = "application/vnd.ollama.image.projector"
@@ -332,6 +334,35 @@ def model_files(models_dir: Path, name: ModelName) -> tuple[list[Path], list[Pat
     if not files[_MODEL]:
         raise ModelError(f"{name.served} has no GGUF file", "pull it again")
     return files[_MODEL], files[_PROJECTOR]
+
+
+def own_context(models_dir: Path | None, name: ModelName) -> int:
+    """Return the context that a model itself sets (``PARAMETER num_ctx``); 0 for none."""
+    try:
+        layers = read_manifest(models_dir, name).layers if models_dir else ()
+        blobs = [
+            blob_path(models_dir, layer.digest)
+            for layer in layers
+            if models_dir and layer.kind == _PARAMETERS
+        ]
+        values = [json.loads(path.read_bytes()).get("num_ctx") for path in blobs]
+    except (ModelError, OSError, ValueError, AttributeError, RecursionError):
+        return 0  # the engine reports a damaged model
+    return next((value for value in values if type(value) is int and value > 0), 0)
+
+
+def stored_tokenizer(
+    models_dir: Path | None, name: ModelName, *, templated: bool
+) -> ModelTokenizer:
+    """Return the tokenizer of a stored model; see ``gguf_tokenizer``.
+
+    Raises:
+        ModelError: the model is not stored, or its tokenizer is not known.
+        ConfigError: the library is not installed.
+    """
+    if models_dir is None:
+        raise ModelError("no models directory is named", "name one: --models-dir PATH")
+    return gguf_tokenizer(model_files(models_dir, name)[0][0], templated=templated)
 
 
 def readable_model(models_dir: Path, name: ModelName) -> StoredModel | None:

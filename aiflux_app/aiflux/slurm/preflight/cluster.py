@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from aiflux.core.config.config import Config, SlurmConfig
@@ -45,6 +46,7 @@ from aiflux.slurm.preflight.nodes import (
 )
 from aiflux.slurm.script import wants_gpus
 from aiflux.util.diagnosis import Diagnosis, ok, warn
+from aiflux.util.text import counted
 from aiflux.util.times import walltime_seconds, walltime_text
 
 
@@ -76,6 +78,12 @@ def preflight(
         path = (os.environ if environ is None else environ).get("PATH")
         if submits and shutil.which("sbatch", path=path) is None:
             yield finding_of(missing("sbatch"))
+        elif not facts.settings and shutil.which("scontrol", path=path) is not None:
+            yield Finding(
+                "warning",
+                "Slurm does not respond: partition, account and nodes are not checked",
+                "scontrol show config shows why",
+            )
 
     def of_image() -> Iterable[Finding]:
         if not engine_kind(options).worker_in_image:
@@ -90,7 +98,8 @@ def preflight(
         [
             of_slurm,
             of_image,
-            lambda: () if plan is None else check_models(plan),
+            lambda: () if plan is None else _check_all_models(plan, config),
+            lambda: () if plan is None else check_shards(plan, slurm),
             lambda: () if plan is None else check_fields(plan),
             lambda: () if plan is None else check_space(plan),
             lambda: () if plan is None else check_room(plan, config, facts, slurm),
@@ -134,6 +143,27 @@ def check_program(
         )
 
 
+def _check_all_models(plan: Plan, config: Config) -> Iterator[Finding]:
+    """Check names and files of the models; a misspelt one is reported once."""
+    misspelt: dict[str, Finding] = {}
+    with suppress(ConfigError):  # check_room reports a wrong catalog
+        misspelt = dict(check_names(plan, config.catalog()))
+    yield from misspelt.values()
+    yield from check_models(plan, misspelt)
+
+
+def check_shards(plan: Plan, slurm: SlurmConfig) -> Iterator[Finding]:
+    """Report that there are fewer requests than the shards that were asked for."""
+    if isinstance(slurm.shards, int) and 0 < len(plan.shards) < slurm.shards and plan.requests:
+        most = len(plan.shards)
+        yield Finding(
+            "warning",
+            f"{slurm.shards} shards are requested, but the run has only {most}: its input has "
+            f"{counted(plan.requests, 'request')}",
+            f"use --shards {most} or less",
+        )
+
+
 def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
     """Check that the models support the requests, and fit the GPUs if their memory is known."""
     if not engine_kind(plan.options).managed:
@@ -143,7 +173,6 @@ def check_room(plan: Plan, config: Config, facts: Facts, slurm: SlurmConfig) -> 
     except ConfigError as error:
         yield finding_of(error)
         return
-    yield from check_names(plan, catalog)
     yield from check_endpoints(plan, catalog)
     yield from check_division(plan, catalog, sum(requested_gpus(slurm).values()))
     room = gpu_room(facts, slurm, _partitions(facts, slurm))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from aiflux.core.batch.request import ignored_texts
-from aiflux.core.runs.plan import Plan
+from aiflux.core.batch.request import adapted_text, ignored_texts
+from aiflux.core.runs.plan import Plan, input_rules
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import (
@@ -34,7 +34,7 @@ from aiflux.image.sif import (
     refuse_other_vendor,
 )
 from aiflux.util.files import may_write
-from aiflux.util.text import size_text
+from aiflux.util.text import counted, size_text
 
 Level = Literal["error", "warning"]
 
@@ -170,8 +170,16 @@ def _check_architecture(
     )
 
 
-def check_models(plan: Plan) -> Iterator[Finding]:
-    """Check that the models are stored, or that the job can pull them."""
+def check_models(
+    plan: Plan, misspelt: Collection[str] = (), *, local: bool = False
+) -> Iterator[Finding]:
+    """Check that the models are stored, or that the job can pull them.
+
+    Args:
+        misspelt: names that were reported already.
+        local: this machine processes the run instead of a job.
+    """
+    puller = "the run" if local else "the job"
     folder = plan.models_dir
     if folder is None:
         return
@@ -185,6 +193,8 @@ def check_models(plan: Plan) -> Iterator[Finding]:
     kind = engine_kind(plan.options)
     absent = []
     for model in plan.models:
+        if model in misspelt:
+            continue
         try:
             kind.refuse_model(folder, model)
             if kind.is_stored(folder, model):
@@ -200,24 +210,29 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         absent.append(name)
         yield Finding(
             "warning",
-            f"{name} is not (completely) in {folder}: the job pulls it first, which needs "
-            "the network on the compute node",
+            f"{name} is not (completely) in {folder}: {puller} pulls it first, which needs "
+            f"the network{'' if local else ' on the compute node'}",
             f"pull it on a machine with internet access: aiflux models pull {model}",
         )
     if absent and not may_write(folder):
         yield Finding(
             "error",
-            f"the job cannot pull {absent[0]} into {folder}: you cannot write there",
+            f"{puller} cannot pull {absent[0]} into {folder}: you cannot write there",
             "ask its owner to pull it, or use your own directory: --models-dir PATH",
         )
 
 
 def check_fields(plan: Plan) -> Iterator[Finding]:
-    """Warn of request fields that the engine ignores or rejects, and of doubtful adapters."""
+    """Warn of ignored fields, adapted requests, long prompts and doubtful adapters."""
     kind = engine_kind(plan.options)
-    rules = kind.input_rules.ignored_fields
+    yield from check_lengths(plan)
+    rules = input_rules(kind, plan.options).ignored_fields
     for text, fix in ignored_texts(plan.input.ignored, kind.title, rules):
         yield Finding("warning", text, fix)
+    if plan.input.adapted:
+        yield Finding(
+            "warning", adapted_text(plan.input.adapted), "the results keep the requests unchanged"
+        )
     for adapter in plan.adapters:
         base, model = (name.rstrip("/").rpartition("/")[2] for name in (
             adapter.base, plan.served_names[0]))  # fmt: skip
@@ -230,11 +245,62 @@ def check_fields(plan: Plan) -> Iterator[Finding]:
             )
 
 
+def check_lengths(plan: Plan) -> Iterator[Finding]:
+    """Warn of prompts that do not fit the context, and of a context that the model lacks."""
+    kind = engine_kind(plan.options)
+    for text, fix in (*_long_prompts(plan, kind), *_longer_contexts(plan, kind)):
+        yield Finding("warning", text, fix)
+
+
+def _long_prompts(plan: Plan, kind: EngineKind) -> Iterator[tuple[str, str]]:
+    """Yield warnings of prompts that are too long, or leave little of the context."""
+    long = plan.long_prompts
+    if long is None:
+        return
+    context = f"the context of {long.context:,} tokens"
+    larger = [f"use {long.longer_context}"] if long.longer_context else []
+    if long.too_long and not long.counted:
+        how = f"; to count them: {long.remedy}" if long.remedy else ""
+        yield (
+            f"about {counted(long.too_long, 'prompt')} may be too long for {context} "
+            f"({long.where}): the longest may have {long.longest:,}",
+            f"this is an estimate, because {long.uncounted}{how}",
+        )
+    elif long.too_long:
+        yield (
+            f"{counted(long.too_long, 'request')} will not be sent (--too-long skip): too long for "
+            f"{context} ({long.where})",
+            "; or ".join(["each of their results has the error too_long", *larger]),
+        )
+    if long.tight:
+        about = "" if long.counted else "about "
+        yield (
+            f"{about}{counted(long.tight, 'prompt')} and max_tokens together exceed {context}: "
+            f"{kind.without_room}",
+            "; or ".join([*larger, "set a smaller max_tokens"]),
+        )
+
+
+def _longer_contexts(plan: Plan, kind: EngineKind) -> Iterator[tuple[str, str]]:
+    """Yield a warning of a context that is longer than a model's."""
+    wanted = plan.options.context_length
+    for model in plan.models if wanted is not None else ():
+        limit = kind.prompt_limit(plan, model)
+        if limit is not None and 0 < limit.maximum < (wanted or 0):
+            reduced = limit.context < (wanted or 0)
+            yield (
+                f"{plan.served(model)} has a context of {limit.maximum:,} tokens, but "
+                f"context_length is {wanted:,}: {kind.title} "
+                f"{'reduces it' if reduced else 'may refuse to start'}",
+                f"use --context-length {limit.maximum} at most, or leave it out",
+            )
+
+
 def check_space(plan: Plan) -> Iterator[Finding]:
     """Check the disk space for the output and the journal.
 
     Their size is unknown before the answers: less than the input is certainly too small; three
-    times the input and 4 KB for each request are assumed to be enough.
+    times the input and 4 KB for each answer are assumed to be enough.
     """
     folder = plan.output.parent
     if not may_write(folder):
@@ -244,7 +310,8 @@ def check_space(plan: Plan) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(folder).free
     size = plan.input.size
-    wanted = _COPIES * size + _BYTES_PER_REQUEST * plan.requests
+    answers = plan.requests * (plan.options.samples or 1)
+    wanted = _COPIES * size + _BYTES_PER_REQUEST * answers
     if free < wanted:
         yield Finding(
             "error" if free < size else "warning",

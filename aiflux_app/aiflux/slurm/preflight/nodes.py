@@ -19,7 +19,7 @@ from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length, gpus_needed, smaller_division
 from aiflux.models.catalog import Catalog
-from aiflux.models.endpoints import ENDPOINTS
+from aiflux.models.endpoints import ENDPOINTS, USES
 from aiflux.models.figures import Figures
 from aiflux.models.name import is_hub_name
 from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, megabytes, parse_gpus
@@ -290,8 +290,10 @@ def check_memory(plan: Plan, catalog: Catalog, room: Room) -> Iterator[Finding]:
             yield from _check_fit(plan, plan.served(name), figures, room)
 
 
-def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
+def check_names(plan: Plan, catalog: Catalog) -> Iterator[tuple[str, Finding]]:
     """Find models that are absent and whose names look like misspellings of known ones.
+
+    Each finding comes with the name.
 
     The error of an absent model of Hugging Face has such advice (``EngineKind.absent_model``).
     """
@@ -301,10 +303,13 @@ def check_names(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
         known = kind.catalog_name(name)
         near = None if known is None or is_hub_name(known) else catalog.nearest(known)
         if near and plan.models_dir and not kind.is_stored(plan.models_dir, name):
-            yield Finding(
-                "error",
-                f"the model {served} is neither in {plan.models_dir} nor in the catalog",
-                f"did you mean {near}? If not, pull it first: aiflux models pull {served}",
+            yield (
+                name,
+                Finding(
+                    "error",
+                    f"the model {served} is neither in {plan.models_dir} nor in the catalog",
+                    f"did you mean {near}? If not, pull it first: aiflux models pull {served}",
+                ),
             )
 
 
@@ -317,11 +322,11 @@ def check_endpoints(plan: Plan, catalog: Catalog) -> Iterator[Finding]:
     if model is None:
         return
     shown = name if is_hub_name(name) else model.name
-    able = {ENDPOINTS[each].url for each in model.endpoints}
-    if is_hub_name(name):  # vLLM also makes vectors with models for text, and reranks with those
-        able |= {each.url for each in ENDPOINTS.values() if not each.generates}
+    able = {ENDPOINTS[each].use for each in model.endpoints}
+    if is_hub_name(name):  # vLLM also makes vectors with models for text, and scores with those
+        able |= {each.use for each in ENDPOINTS.values() if not each.generates}
     for url, count in plan.input.endpoints.items():
-        if url not in able:
+        if USES[url] not in able:
             yield Finding(
                 "error",
                 f"{shown} is for {', '.join(model.endpoints)}, and {count} "

@@ -43,3 +43,7 @@ more = frame.assign(
 more.to_parquet(folder / "types.parquet")
 frame.set_index("label").to_parquet(folder / "index.parquet")
 frame[frame["score"] > 0].to_parquet(folder / "filtered.parquet")
+
+sheet = frame[["text", "score", "count", "done", "when"]]
+sheet.to_excel(folder / "sheet.xlsx", index=False, sheet_name="answers")
+sheet.to_excel(folder / "sheet.ods", index=False, sheet_name="answers", engine="odf")

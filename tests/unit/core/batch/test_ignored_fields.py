@@ -36,9 +36,9 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return written(
         tmp_path / "in.jsonl",
-        {"n": 3},
-        {"n": 1, "tool_choice": "auto", "logit_bias": {}, "user": None},
-        {"n": 2, "tool_choice": "required", "tools": []},
+        {"best_of": 3},
+        {"best_of": 1, "tool_choice": "auto", "logit_bias": {}, "user": None},
+        {"best_of": 2, "tool_choice": "required", "tools": []},
         *({"user": f"u{index}"} for index in range(9)),
         {"logit_bias": {"50256": -100}},
     )
@@ -49,7 +49,7 @@ def test_check_reports_ignored_fields_with_count_and_lines(
 ) -> None:
     assert main(["check", str(mixed)]) == 0
     printed = capsys.readouterr().err
-    assert "Ollama ignores 'n' in 2 requests (lines 1 and 3): each gets one answer" in printed
+    assert "Ollama ignores 'best_of' in 2 requests (lines 1 and 3)" in printed
     assert "Ollama ignores 'tool_choice' in 1 request (line 3)" in printed
     assert "Ollama ignores 'user' in 9 requests (lines 4, 5, 6, 7, 8, ...)" in printed
     assert "Ollama ignores 'logit_bias' in 1 request (line 13)" in printed
@@ -61,13 +61,13 @@ def test_check_reports_ignored_fields_as_json(
 ) -> None:
     assert main(["check", str(mixed), "--json"]) == 0
     ignored = json.loads(capsys.readouterr().out)["ignored"]
-    assert ignored["n"] == {"requests": 2, "lines": [1, 3]}
+    assert ignored["best_of"] == {"requests": 2, "lines": [1, 3]}
 
 
 def test_ignored_fields_are_counted_across_parts_of_an_input(mixed: Path) -> None:
     rules = kind_named("ollama").input_rules
     whole = scan_input(mixed, rules=rules, children=0)
-    assert whole.ignored.keys() == {"n", "tool_choice", "user", "logit_bias"}
+    assert whole.ignored.keys() == {"best_of", "tool_choice", "user", "logit_bias"}
     for children in (0, 2):
         parts = scan_input(mixed, rules=rules, part_bytes=200, children=children)
         assert parts.ignored == whole.ignored

@@ -62,9 +62,8 @@ def test_the_example_request_is_parsed() -> None:
         (request_line(custom_id=...), "custom_id is missing"),
         (request_line(custom_id=""), "custom_id is empty"),
         (request_line(custom_id=7), "custom_id must be a string, not a number"),
-        (request_line(method=...), 'method is missing; it must be "POST"'),
         (request_line(method="GET"), 'method is "GET"'),
-        (request_line(url=...), "url is missing"),
+        (request_line(url=..., body={"model": "m:1"}), "url is missing"),
         (request_line(url="/v1/chat"), 'url "/v1/chat" is unknown'),
         (request_line(url=["/v1/chat"]), "is unknown"),
         (request_line(body=...), "body is missing"),
@@ -109,15 +108,15 @@ def test_a_value_that_cannot_be_forwarded_is_refused_at_any_depth(
 def test_numbers_keep_their_digits_and_the_last_of_two_keys_counts() -> None:
     line = request_line(body=...).removesuffix("}")
     digits = "1" * 4000
-    line += f', "body": {{"model": "m:1", "messages": [], "n": {digits}, "t": 0, "t": 1}}}}'
+    line += f', "body": {{"model": "m:1", "messages": [], "seed": {digits}, "t": 0, "t": 1}}}}'
     body = parse_request(line.encode()).body
-    assert body["n"] == int(digits)
+    assert body["seed"] == int(digits)
     assert body["t"] == 1
 
 
 def test_all_problems_of_a_line_are_reported() -> None:
     text = problem('{"url": "/x", "body": 3}')
-    for words in ("custom_id is missing", "method is missing", '"/x" is unknown', "is a number"):
+    for words in ("custom_id is missing", '"/x" is unknown', "is a number"):
         assert words in text
 
 
@@ -134,7 +133,7 @@ def test_a_missing_tag_means_latest() -> None:
 
 def test_names_are_compared_as_the_engine_does() -> None:
     line = request_line(body={"model": "m", "messages": []})
-    assert "remove one of the two" in problem(line, "m:latest", eq)
+    assert "use --replace-model" in problem(line, "m:latest", eq)
     assert parse_request(line.encode(), "m:latest", ACCEPTS)
 
 

@@ -16,7 +16,7 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.declaration import Setting
 from aiflux.core.config.settings import SETTINGS, RunOptions, given_settings
 from aiflux.engines.kinds import kind_named
-from aiflux.errors import ConfigError, InputError, PreflightError, describe
+from aiflux.errors import ConfigError, PreflightError, describe
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.script import job_directives
 from aiflux.worker.main import make_parser
@@ -107,6 +107,20 @@ def test_a_key_needs_a_value_where_one_is_used_and_is_given_once(
     with pytest.raises(ConfigError, match=f"the argument {option}: {name} = ") as caught:
         config(tmp_path, arguments={name: given})
     assert words in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("tokens", ["255", "2147483648"])
+def test_a_context_that_no_server_takes_is_refused(tmp_path: Path, tokens: str) -> None:
+    with pytest.raises(ConfigError, match=f"context_length = '{tokens}' is wrong"):
+        config(tmp_path, arguments={"context_length": tokens})
+
+
+def test_values_of_a_repeated_option_are_shown_as_they_were_given(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora = 'a=/x', 'b' is wrong"):
+        config(tmp_path, arguments={"lora": ("a=/x", "b")})
+    with pytest.raises(ConfigError, match=r"engine_arg = '' is wrong") as caught:
+        config(tmp_path, arguments={"engine_arg": ("",)})
+    assert caught.value.remedy == "engine_arg must be a text that is not empty"
 
 
 def test_a_flag_an_empty_value_and_several_keys_are_accepted(tmp_path: Path) -> None:
@@ -315,7 +329,7 @@ def test_yaml_does_not_convert_values(tmp_path: Path) -> None:
 def test_every_environment_name_is_read(tmp_path: Path) -> None:
     texts = {"time": "1:00:00", "mem": "8G", "engine_url": "http://h:1", "log_level": "DEBUG",
              "top_p": "0.5", "engine": "ollama", "engine_command": "x {port}",
-             "gpu_vendor": "amd", "lora": "a=/b"}  # fmt: skip
+             "gpu_vendor": "amd", "lora": "a=/b", "too_long": "skip"}  # fmt: skip
     for setting in SETTINGS:
         if setting.env is None:
             continue
@@ -405,8 +419,6 @@ def test_two_names_of_one_setting_cannot_be_combined(tmp_path: Path) -> None:
 def test_top_k_is_refused_where_it_would_have_no_effect() -> None:
     with pytest.raises(ConfigError, match="top_k is set, but"):
         kind_named("ollama").refuse_run(RunOptions(top_k=5), {})
-    with pytest.raises(InputError, match="Ollama does not support /v1/rerank"):
-        kind_named("ollama").refuse_run(RunOptions(), {"/v1/rerank": 1})
     kind_named("external").refuse_run(RunOptions(top_k=5, engine_url="http://h"), {})
     assert RunOptions(top_k=5, engine_url="http://h").parameters == {"top_k": 5}
 

@@ -35,8 +35,13 @@ COMMAND = "vllm serve {model} --uds {socket}"
         ("bin/serve {port}", "'bin/serve' depends on the current directory"),
         ("x {port} | tee log", "without '|', as no shell runs it"),
         ("x {port} && y", "without '&&'"),
+        (
+            "A=1 vllm serve --port {port}",
+            "without the assignment 'A=1', as no shell runs it: use "
+            "--engine-env A=1, or begin with env A=1",
+        ),
         ("'' {port}", "a command"),
-        ("", "a text"),
+        ("", "a text that is not empty"),
         ("x {port}\ny", "a text of one line"),
     ],
 )
@@ -114,6 +119,10 @@ def test_a_command_can_come_from_each_source(tmp_path: Path, source: str) -> Non
         ("run: {engine: vllm}", {}, {"engine_command": COMMAND}, "command"),
         ("run: {engine_url: 'http://h'}", {"AIFLUX_ENGINE_COMMAND": COMMAND}, {}, "command"),
         ("", {"AIFLUX_ENGINE_COMMAND": COMMAND}, {"engine": "llamacpp"}, "llamacpp"),
+        ("", {"AIFLUX_ENGINE_URL": "http://h"}, {"engine": "llamacpp"}, "llamacpp"),
+        ("run: {engine_url: 'http://h'}", {"AIFLUX_ENGINE": "ollama"}, {}, "ollama"),
+        ("run: {engine: vllm}", {}, {"engine_url": "http://h"}, "external"),
+        ("run: {engine_url: null, engine: vllm}", {}, {}, "vllm"),
     ],
 )
 def test_the_source_with_precedence_names_the_engine(
@@ -133,6 +142,8 @@ def test_two_engines_of_one_source_are_refused(tmp_path: Path, other: tuple[str,
     text = f"run:\n  {name}: {value}\n  engine_command: '{COMMAND}'\n"
     with pytest.raises(ConfigError, match=r"aiflux.yaml, line 2 and .*aiflux.yaml, line 3: "):
         config(tmp_path, text)
+    with pytest.raises(ConfigError, match="argument: engine and engine_url are both given"):
+        config(tmp_path, engine="ollama", engine_url="http://h")
     with pytest.raises(ConfigError, match="both set"):
         RunOptions(engine_url="http://h", engine_command=COMMAND)
 

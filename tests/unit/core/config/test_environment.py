@@ -56,6 +56,8 @@ KEYWORDS = {
     "force_resume": "force_resume",
     "no_preflight": "preflight",
     "dry_run": "dry_run",
+    "after": "after",
+    "then": "then",
 }
 # What means nothing to Python: where a run works, and what is printed.
 OF_THE_COMMAND_LINE = {"input_option", "as_json", "local", "pilot", "show_script"}

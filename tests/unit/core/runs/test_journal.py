@@ -14,7 +14,7 @@ from aiflux.core.batch.request import request_key
 from aiflux.core.runs.journal import (
     JournalReader,
     JournalWriter,
-    Result,
+    NewResult,
     cut_torn_tail,
     scan_journal,
     split_line,
@@ -26,8 +26,8 @@ texts = st.text(st.characters(codec="utf-8"))
 bodies = st.dictionaries(texts, texts | st.integers() | st.none(), max_size=4)
 
 
-def result(name: str, body: object = None, error: dict[str, object] | None = None) -> Result:
-    return Result(
+def result(name: str, body: object = None, error: dict[str, object] | None = None) -> NewResult:
+    return NewResult(
         key=request_key(name.encode()),
         custom_id=name,
         status=200,
@@ -43,7 +43,7 @@ def test_a_line_is_read_back_as_written(
 ) -> None:
     error = None if message is None else {"code": "x", "message": message, "status": 400}
     key = request_key(name.encode("utf-8", "surrogatepass"))
-    made = Result(key, name, None, {"model": name}, error, json.dumps(body).encode())
+    made = NewResult(key, name, None, {"model": name}, error, json.dumps(body).encode())
     line = made.to_line()
     assert valid_line(line)
     assert line.count(b"\n") == 1
@@ -59,11 +59,11 @@ def test_a_line_is_read_back_as_written(
 
 def test_a_pretty_printed_answer_stays_on_one_line() -> None:
     pretty = json.dumps({"a": "x\ny", "b": [1, 2]}, indent=2).encode() + b"\r\n"
-    made = Result(request_key(b"r"), "r", 200, {}, None, pretty)
+    made = NewResult(request_key(b"r"), "r", 200, {}, None, pretty)
     assert json.loads(split_line(made.to_line()).body) == {"a": "x\ny", "b": [1, 2]}
 
 
-def write(path: Path, *results: Result) -> None:
+def write(path: Path, *results: NewResult) -> None:
     writer = JournalWriter(path)
     for each in results:
         writer.append(each)

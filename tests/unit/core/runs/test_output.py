@@ -16,7 +16,7 @@ from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.journal import (
     MISSING,
     JournalReader,
-    Result,
+    NewResult,
     find_places,
     journal_lines,
     scan_journal,
@@ -47,7 +47,7 @@ def line_of(raw: bytes, attempt: int) -> bytes:
     body = b"null" if error else json.dumps({"n": attempt, "of": raw.decode()[-30:]}).encode()
     name = json.loads(raw)["custom_id"]
     metadata = {"model": "m:1", "attempts": attempt}
-    return Result(request_key(raw), name, 200, metadata, error, body).to_line()
+    return NewResult(request_key(raw), name, 200, metadata, error, body).to_line()
 
 
 def write_journals(run: OpenedRun, attempts: Sequence[int], seed: int) -> dict[bytes, bytes]:
@@ -118,7 +118,7 @@ def test_results_are_read_back_in_any_order(tmp_path: Path, disorder: int) -> No
         for name in names:
             body = json.dumps(name * 500).encode()
             key = request_key(name.encode())
-            file.write(Result(key, name, 200, {}, None, body).to_line())
+            file.write(NewResult(key, name, 200, {}, None, body).to_line())
     for at in range(0, len(names), disorder):
         part = names[at : at + disorder]
         random.Random(at).shuffle(part)

@@ -51,7 +51,8 @@ LONG = "n" * 250 + ".json"
         ("pipe.json", "is a device or a pipe"),
         ("taken.json", "taken.json.aiflux is a file"),
         ("~nobody-of-this-name/out.json", "does not exist"),
-        ("out.txt", "ends in '.txt'"),
+        ("out.txt", "does not end in .json or .jsonl"),
+        ("results", "does not end in .json or .jsonl"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--force"]])

@@ -121,7 +121,7 @@ def test_resharding_loses_no_result(
 def write_results(plan, run, lines) -> None:  # type: ignore[no-untyped-def]
     """Write a result for each request line to the journal of its shard."""
     from aiflux.core.batch.request import request_key
-    from aiflux.core.runs.journal import JournalWriter, Result
+    from aiflux.core.runs.journal import JournalWriter, NewResult
     from aiflux.util.lines import read_lines
 
     for shard in plan.shards:
@@ -129,7 +129,7 @@ def write_results(plan, run, lines) -> None:  # type: ignore[no-untyped-def]
         for _, _, raw in read_lines(plan.input_path, shard.start, shard.end):
             if raw in lines:
                 name = json.loads(raw)["custom_id"]
-                writer.append(Result(request_key(raw), name, 200, {}, None, b"{}"))
+                writer.append(NewResult(request_key(raw), name, 200, {}, None, b"{}"))
         writer.close()
 
 

@@ -1,0 +1,154 @@
+"""Chains in the commands that take a RUN: status, watch, cancel and report of all their steps."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiflux.cli.json_output import print_json
+from aiflux.cli.run_argument import frame_of, make_console, show
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.errors import ExitCode
+from aiflux.util.files import expanded, short
+
+LONG_PAUSE = 30.0  # seconds between lines about a step that waits for its job
+
+if TYPE_CHECKING:
+    from aiflux.api.chain import ChainView
+    from aiflux.converters.chain.folder import ChainFolder
+
+
+def chain_named(text: str) -> ChainFolder | None:
+    """Return the chain that a RUN argument names; None if it names something else."""
+    path = expanded(text.strip() or ".").absolute()
+    folders = (path, RunDirectory.of_output(path).path)
+    if path.suffix not in (".yaml", ".yml") and not any(
+        os.path.isfile(folder / "chain.json")  # False where this user may not look
+        for folder in folders
+    ):
+        return None
+    from aiflux.api.chain import find_chain  # which loads the readers of tables
+
+    return find_chain(text)
+
+
+def chain_status(folder: ChainFolder, *, as_json: bool) -> int:
+    """Show the state of a chain's steps."""
+    from aiflux.api.chain import chain_view
+
+    _show(chain_view(folder), as_json=as_json)
+    return 0
+
+
+def _show(view: ChainView, *, as_json: bool) -> None:
+    from aiflux.cli.render.chain import chain_lines
+
+    if as_json:
+        print_json(view.to_json())
+        return
+    console = make_console()
+    show(console, chain_lines(view, frame_of(console)))
+
+
+Follow = Callable[..., object]
+
+
+def watch_chain(folder: ChainFolder, interval: float, follow: Follow, *, as_json: bool) -> int:
+    """Follow the steps of a chain until nothing works on them; return the exit code.
+
+    Args:
+        follow: shows a run until it ends, as `aiflux watch` does.
+    """
+    from aiflux.api.chain import chain_view
+
+    view = chain_view(folder)
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            while view.next_command is None and not view.written:
+                _follow(view, interval, follow, live=not as_json)
+                time.sleep(interval)
+                view = chain_view(folder)
+    except KeyboardInterrupt:
+        print("the chain continues", file=sys.stderr)
+        return int(ExitCode.STOPPED)
+    _show(view, as_json=as_json)
+    return int(view.exit_code)
+
+
+def _follow(view: ChainView, interval: float, follow: Follow, *, live: bool) -> None:
+    """Follow the run of the first unfinished step, if it is planned."""
+    from aiflux.api.chain import chain_view
+    from aiflux.cli.render.chain import chain_lines
+
+    step, console = view.unfinished, make_console()
+    if step is not None and step.run is None:
+        print(time.strftime("%H:%M:%S"), f"step {step.record.name} is {step.state}: {step.reason}")
+        time.sleep(LONG_PAUSE)
+    elif step is not None and step.run is not None:
+        frame = frame_of(console)
+        follow(
+            step.directory,
+            console,
+            interval,
+            live=live,
+            below=lambda _: chain_lines(chain_view(view.folder), frame),
+        )
+
+
+def cancel_chain(folder: ChainFolder, *, as_json: bool) -> int:
+    """Cancel the jobs of all steps, later ones first, and the process of a step."""
+    from aiflux.api.cancellation import stop_process
+    from aiflux.api.chain import chain_view
+    from aiflux.slurm.commands import cancel
+    from aiflux.slurm.monitor import active_jobs
+
+    view = chain_view(folder)
+    jobs, processes = [], []
+    for step in reversed(view.steps):
+        if not step.active:
+            continue
+        process = None if step.run is None else stop_process(step.directory)
+        if process is not None:
+            processes.append(process.pid)
+        for job in step.jobs if step.run is None else active_jobs(step.directory):
+            cancel(job)
+            jobs.append(str(job))
+    if as_json:
+        print_json({**chain_view(folder).to_json(), "cancelled": jobs, "stopping": processes})
+        return 0
+    if jobs:
+        print(f"cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(jobs)}")
+    for pid in processes:
+        print(f"process {pid} stops: requests in flight get some time to finish")
+    if not jobs and not processes:
+        print(f"{short(folder.output)} has no pending or running job: it is {view.state}")
+    print(f"  continue it: {view.command}")
+    return 0
+
+
+def chain_report(folder: ChainFolder, target: Path | None, *, as_json: bool) -> int:
+    """Write the report of each step, and a page with their main figures and links to them."""
+    from aiflux.api.chain import chain_view
+    from aiflux.api.report import chain_page, read_report, report_page, write_text
+    from aiflux.report.methods import methods
+
+    view = chain_view(folder)
+    made = [(step, read_report(step.directory)) for step in view.steps if step.run is not None]
+    if as_json:
+        reports = {
+            step.record.name: {**report.to_json(), "methods": methods(report)}
+            for step, report in made
+        }
+        print_json({**view.to_json(), "reports": reports})
+        return 0
+    for step, report in made:
+        write_text(step.directory.report, report_page(report)[0])
+    page = target or folder.report
+    write_text(page, chain_page(view, {step.record.name: each for step, each in made}, page))
+    print(f"{view.state}: wrote {short(page)}")
+    return 0

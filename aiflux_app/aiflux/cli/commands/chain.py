@@ -1,0 +1,351 @@
+"""``aiflux chain``: several steps over the rows of a table, each a run of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from aiflux.api.chain import NOT_STARTED, StepView, answering, chain_view, step_view
+from aiflux.cli.commands.convert import show_trial
+from aiflux.cli.commands.run import RunArguments, open_here, submit
+from aiflux.cli.commands.status import follow
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.parser import FILE, command, input_parameters, option, settings_options, the_input
+from aiflux.cli.render.run import overview, typed
+from aiflux.cli.run_argument import frame_of, make_console, show
+from aiflux.cli.start import refuse_local_at_url, run_here, run_local, write_output
+from aiflux.converters.chain.folder import ChainRuns, LaterStep, StepRecord
+from aiflux.converters.chain.rows import first_requests
+from aiflux.converters.chain.steps_file import Step, layered, read_chain
+from aiflux.converters.writer import Summary
+from aiflux.core.config.config import Config
+from aiflux.core.config.settings import given_settings
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.registry import register
+from aiflux.core.runs.status_file import refuse_failures
+from aiflux.engines.kinds import kind_named
+from aiflux.errors import AifluxError, ExitCode, PreflightError, RunConflictError, UsageError
+from aiflux.slurm.jobs import JobId, join_jobs
+from aiflux.slurm.monitor import RunState, active_jobs, outcome
+from aiflux.slurm.preflight.local import finding_text
+from aiflux.slurm.script import package_command
+from aiflux.slurm.submit import LaterRun, plan_job, plan_later, submit_later
+from aiflux.util.files import expanded, short, write_json
+from aiflux.util.records import to_json
+from aiflux.util.text import counted
+
+_RARE_SETTINGS = ("validate", "mem", "retry_failed")
+_SHOWN = 3
+_PAUSE = 2.0  # seconds between looks at a job that waits
+_START, _POLL = 10.0, 0.1  # seconds: for the start of a local process, and between looks at it
+
+
+@command(
+    "chain",
+    examples=["aiflux chain steps.yaml", "aiflux chain steps.yaml --local"],
+    exclusive=[("local", "no_wait"), ("dry_run", "no_wait")],
+    note="Run the same command again to resume, to wait for submitted steps, or to write the "
+    "table when they have ended. Exit status: as for aiflux run.",
+)
+@input_parameters("The steps, *.yaml", metavar="STEPS", rare=True)
+@option("-o", "--output", metavar="FILE", type=FILE, help="Table to write, instead of the file's")
+@option("--local", is_flag=True, help="Run on this machine, in the foreground")
+@option("--no-wait", is_flag=True, help="Submit the jobs and return")
+@option("--dry-run", is_flag=True, help="Check the steps, show the first requests, write nothing")
+@option("--force", is_flag=True, help="Overwrite a table; run steps again that changed")
+@option(
+    "--no-preflight",
+    is_flag=True,
+    rare=True,
+    help="Skip the checks of Slurm, image and disk space",
+)
+@json_option("Print the chain's status as JSON")
+@settings_options("run", "slurm", "paths", rare=_RARE_SETTINGS)
+def chain(
+    input_argument: str | None, input_option: str | None, output: str | None, **given: Any
+) -> int:
+    """Ask about each row of a table in several steps, each with the answers of those before.
+
+    The file names the table, the steps and their templates. Settings of the command line apply to
+    all steps, and replace those of the file.
+    """
+    path = expanded(the_input(input_argument, input_option))
+    target = None if output is None else expanded(output).absolute()
+    work = _ChainWork(ChainRuns.of(read_chain(path, target)), given)
+    if given["dry_run"]:
+        return work.preview()
+    failure: AifluxError | None = None
+    code = 0
+    with redirect_stdout(sys.stderr) if given["as_json"] else nullcontext():
+        try:
+            code = work.run()
+        except UsageError:
+            raise
+        except AifluxError as error:
+            failure = error
+    if given["as_json"]:
+        print_json(chain_view(work.runs.folder).to_json())
+    if failure is not None:
+        raise failure
+    return code
+
+
+class _ChainWork:
+    """One command line: run the steps, and write the table; whatever of it is missing."""
+
+    def __init__(self, runs: ChainRuns, given: Mapping[str, Any]) -> None:
+        self.runs = runs
+        self.folder = runs.folder
+        self.given = given
+        self.name = typed(short(self.folder.output))
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        return self.runs.chain.steps
+
+    @cached_property
+    def configs(self) -> dict[str, Config]:
+        """The settings of each step.
+
+        Raises:
+            ConfigError, UsageError: they are wrong; names the step.
+        """
+        found = {}
+        for step in self.steps:
+            given = layered(step.settings, given_settings(self.given))
+            config = Config(arguments=given)
+            refuse_local_at_url(config, local=self.given["local"])
+            if config.get("model") is None:
+                raise UsageError(
+                    f"{step.place}: the step has no model", "add model: llama3.2:3b, or use --model"
+                )
+            found[step.name] = config
+        return found
+
+    def preview(self) -> int:
+        """Show the steps, and the first requests of the first one."""
+        configs = self.configs
+        for step in self.steps:
+            print(f"step {step.name}: model {configs[step.name].get('model')}")
+        show_trial(first_requests(self.runs.chain, _SHOWN))
+        return 0
+
+    def run(self) -> int:
+        """Do the work; return the exit code."""
+        made_with = [answering(self.configs[step.name].run_options()) for step in self.steps]
+        active = [name for name in self.runs.names if self._view(name).active]
+        self.runs.begin(made_with, force=self.given["force"], active=active)
+        submitted = False
+        for at, step in enumerate(self.steps, start=1):
+            print(f"step {at} of {len(self.steps)}: {step.name}")
+            if not self._view(step.name).active:
+                code = self._start(step)
+                if code:
+                    return code
+                if self.folder.finished(step.name):
+                    continue
+            if self._in_slurm(step) and not submitted:
+                submitted = True
+                self._submit_later(at)
+            code = self._wait(step)
+            if code or not self.folder.finished(step.name):
+                return code
+        self._write()
+        return 0
+
+    def _is_begun(self, step: Step) -> bool:
+        """Return whether another process works on a step, or has finished it.
+
+        The same command, started twice, may have begun it a moment ago. What it does shows only
+        after its start.
+        """
+        deadline = time.monotonic() + _START
+        while not self._view(step.name).active and not self.folder.finished(step.name):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL)
+        return True
+
+    def _view(self, step: str) -> StepView:
+        return step_view(self.folder, StepRecord(step, {}, {}))
+
+    def _in_slurm(self, step: Step) -> bool:
+        return not self.given["local"] and kind_named(self.configs[step.name].engine).managed
+
+    def _start(self, step: Step) -> int:
+        """Start the run of a step, or resume it; one in Slurm is only submitted."""
+        again = self.given["force"] or self.configs[step.name].get("retry_failed")
+        finished = self.folder.finished(step.name)
+        summary, replaced = self.runs.prepare(step, force=again)
+        self._show(step, summary)
+        if self.folder.asks_nothing(step.name):
+            return 0
+        try:
+            return self._launch(step, replaced=replaced)
+        except RunConflictError:
+            if finished or not self._is_begun(step):
+                raise
+            return 0
+
+    def _launch(self, step: Step, *, replaced: bool) -> int:
+        config = self.configs[step.name]
+        asked = RunArguments(
+            config,
+            self.folder.requests(step.name),
+            self.folder.results(step.name),
+            force=replaced,
+            force_resume=False,
+            preflight=not self.given["no_preflight"],
+            as_json=False,
+        )
+        if self._in_slurm(step):
+            self._check_later(step)
+            return submit(asked)
+        opened = open_here(asked)
+        return run_local(opened, config) if asked.managed else run_here(opened)
+
+    def _check_later(self, first: Step) -> None:
+        """Check the jobs of later steps before the first one is submitted.
+
+        Their requests are not known: those of the first step stand for them.
+        """
+        at = self.steps.index(first) + 1
+        for step in self.steps[at:]:
+            if not self._in_slurm(step) or self._view(step.name).state != NOT_STARTED:
+                continue
+            config = self.configs[step.name]
+            try:
+                planned = plan_job(
+                    config,
+                    config.get_slurm_config(),
+                    self.folder.requests(first.name),
+                    self.folder.results(step.name),
+                    config.run_options(),
+                    check=not self.given["no_preflight"],
+                    write=False,
+                )
+            except PreflightError as error:
+                message = f"step {step.name}: {error.message}"
+                raise PreflightError(message, error.remedy, error.problems) from error
+            for finding in planned.findings:
+                print(f"warning: step {step.name}: {finding_text(finding)}", file=sys.stderr)
+
+    def _later(self, step: Step, shards: int) -> LaterRun:
+        directory = str(self.folder.directory.path)
+        command = package_command("aiflux.api.chain_step", os.environ)
+        return plan_later(
+            self.configs[step.name],
+            self.folder.requests(step.name),
+            self.folder.results(step.name),
+            (*command, directory, step.name),
+            shards=shards,
+        )
+
+    def _submit_later(self, at: int) -> None:
+        """Submit the steps from a number on, each to start after the one before.
+
+        The first step that cannot be submitted yet, and those after it, wait for this command.
+        """
+        for before, step in pairwise(self.steps[at - 1 :]):
+            view, waited = self._view(step.name), self._view(before.name)
+            if view.active:
+                continue
+            jobs = waited.jobs if waited.run is None else tuple(active_jobs(waited.directory))
+            if not (self._in_slurm(step) and jobs) or view.run is not None or view.requests == 0:
+                return
+            self._submit_after(step, jobs)
+
+    def _submit_after(self, step: Step, jobs: tuple[JobId, ...]) -> None:
+        config = self.configs[step.name]
+        shards = config.get_slurm_config().shards
+        if not isinstance(shards, int):  # auto: the requests are not known
+            planned = (self.folder.run(each.name) for each in self.steps)
+            shards = max(len(read_plan(run).shards) for run in planned if run.plan.is_file())
+        later = self._later(step, shards)
+        models = config.models_dir
+        write_json(
+            self.folder.later(step.name), to_json(LaterStep(config.run_options(), models, shards))
+        )
+        ids = submit_later(later, jobs)
+        warning = register(
+            later.run.path,
+            self.folder.results(step.name),
+            [str(id_) for id_ in ids],
+            models=[str(config.get("model"))],
+        )
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+        noun = "job" if len(ids) == 1 else "jobs"
+        print(f"  step {step.name}: {noun} {join_jobs(ids)}, after {join_jobs(jobs)}")
+
+    def _show(self, step: Step, summary: Summary | None) -> None:
+        record = self.folder.record()
+        made = next(each for each in record.steps if each.name == step.name) if record else None
+        if made is None or made.requests is None:
+            return
+        stopped = f"; the filter stopped {made.stopped} of {made.samples}" if step.filter else ""
+        print(f"  {counted(made.requests, 'request')}{stopped}")
+        for note in () if summary is None else summary.notes:
+            print(f"  {note}")
+        if summary is not None and summary.skipped:
+            print(f"  skipped {summary.skipped}, such as:")
+            for each in summary.examples[:_SHOWN]:
+                print(f"    {each}")
+
+    def _wait(self, step: Step) -> int:
+        """Follow a run until it ends, unless the user does not want to; return its exit code."""
+        if self.given["no_wait"]:
+            print("  run the same command again to wait for the steps and to write the table")
+            return 0
+        console, run = make_console(), self.folder.run(step.name)
+        try:
+            unplanned = self._await_plan(step)
+            if unplanned is not None:
+                return unplanned
+            view = follow(run, console, live=not self.given["as_json"])
+        except KeyboardInterrupt:
+            print(
+                f"the step continues; wait again: the same command; stop it: "
+                f"aiflux cancel {self.name}",
+                file=sys.stderr,
+            )
+            return int(ExitCode.STOPPED)
+        if view.state is RunState.NOT_MERGED:
+            return write_output(read_plan(run), run)
+        if view.finished:
+            refuse_failures(read_plan(run), view.failed)
+            return 0
+        show(console, overview(view, frame_of(console)))
+        return int(outcome(view))
+
+    def _await_plan(self, step: Step) -> int | None:
+        """Wait until the job of a step has planned it; return the exit code if there is no plan."""
+        reason = None
+        while (view := self._view(step.name)).run is None and view.active:
+            if view.reason != reason:
+                reason = view.reason
+                print(f"  {view.state}: {reason}")
+            time.sleep(_PAUSE)
+        if view.run is not None:
+            return None
+        if view.finished:
+            return 0
+        print(f"  {view.state}: {view.reason}; run the same command again to resume")
+        return int(ExitCode.STOPPED)
+
+    def _write(self) -> None:
+        found = self.runs.write(force=self.given["force"])
+        if found is None:
+            print(f"{self.name} is up to date")
+            return
+        summary, errors = found
+        failed = f", {counted(errors, 'row')} with an error" if errors else ""
+        print(f"{counted(summary.rows, 'row')} -> {self.name}{failed}")
+        for note in summary.notes:
+            print(f"  {note}")

@@ -1,0 +1,1 @@
+"""Chains (`aiflux chain`): steps over the rows of a table, each about the answers before it."""

@@ -1,0 +1,532 @@
+"""A chain on disk: the runs of its steps, what they were made from, and the final table.
+
+Each step is an ordinary run. Everything is in ``TABLE.aiflux`` next to the table::
+
+    final.csv.aiflux/chain.json                  what each step was made from; the table as written
+    final.csv.aiflux/outcomes.json               what became of each row; the table is made of it
+    final.csv.aiflux/steps/judge.requests.jsonl  the input of the run of the step `judge`
+    final.csv.aiflux/steps/judge.json            its output
+    final.csv.aiflux/steps/judge.json.aiflux     its run directory
+    final.csv.aiflux/steps/judge.later.json      how its job plans it
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from glob import glob, has_magic
+from pathlib import Path
+from shlex import quote
+from typing import Any
+from zlib import crc32
+
+from aiflux.converters.answer_table import AnswerTable, first_difference, is_outdated
+from aiflux.converters.chain.rows import make_requests, table_options, write_outcomes
+from aiflux.converters.chain.steps_file import KEPT, Chain, Step, recorded_step
+from aiflux.converters.results import BackSummary, results_to_table
+from aiflux.converters.source import size_and_time, write_ahead_log
+from aiflux.converters.writer import Summary, same_file
+from aiflux.core.config.settings import RunOptions
+from aiflux.core.runs.directory import CHAIN_STEPS, RunDirectory
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import WrittenFile, file_change, read_run_status, written_file
+from aiflux.errors import InputError, OutputExistsError, RunConflictError, StorageError
+from aiflux.util.files import (
+    atomic_write,
+    checksum,
+    refuse_existing,
+    remove_leftovers,
+    storage_error,
+    write_json,
+)
+from aiflux.util.lease import Lease, acquire
+from aiflux.util.records import read_record, to_json
+
+CHAIN_RECORD = "chain.json"
+_DISCARDED = ".discarded"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step was made from.
+
+    Attributes:
+        asked: what its requests depend on, in addition to the rows.
+        answering: what its answers depend on, in addition to the requests.
+        best: the expression of its best sample.
+        made_from: digest, sizes and times of what its requests were made from; () before.
+        samples, stopped: samples that reached the step, and those that its filter stopped.
+        requests: their number; None before they are made.
+    """
+
+    name: str
+    asked: dict[str, Any]
+    answering: dict[str, Any]
+    best: str | None = None
+    made_from: tuple[int, ...] = ()
+    samples: int = 0
+    stopped: int = 0
+    requests: int | None = None
+
+
+@dataclass(frozen=True)
+class ChainRecord:
+    """The content of ``chain.json``.
+
+    Attributes:
+        file: the `steps.yaml`.
+        writing: the table is being written, or the process that wrote it was killed.
+        table: the table as it was written.
+        made_from: what it was made from, as for a step.
+        removed: steps that the file does not have any more, in case it gets them again.
+
+    The others are those of ``Chain``.
+    """
+
+    file: Path
+    source: Path
+    kind: str
+    output: Path
+    steps: tuple[StepRecord, ...]
+    reader: dict[str, Any] = field(default_factory=dict)
+    filtered: str = KEPT
+    skip_bad: bool = False
+    writing: bool = False
+    table: WrittenFile | None = None
+    made_from: tuple[int, ...] = ()
+    removed: tuple[StepRecord, ...] = ()
+
+    def chain(self) -> Chain:
+        """Return the chain as it was begun, without the settings of its steps."""
+        steps = tuple(
+            recorded_step(each.name, f"{self.file} (steps.{each.name})", each.asked, each.best)
+            for each in self.steps
+        )
+        return Chain(
+            self.file,
+            self.source,
+            self.kind,
+            self.output,
+            steps,
+            self.reader,
+            self.filtered,
+            self.skip_bad,
+        )
+
+
+@dataclass(frozen=True)
+class LaterStep:
+    """How the job of a step plans its run, once the earlier steps have ended.
+
+    Attributes:
+        shards: the largest number of shards.
+    """
+
+    options: RunOptions
+    models_dir: Path | None
+    shards: int
+
+
+@dataclass(frozen=True)
+class ChainFolder:
+    """The files of a chain; ``output`` is the absolute path of its table."""
+
+    output: Path
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The directory of everything but the table; as private as that of a run."""
+        return RunDirectory.of_output(self.output)
+
+    @property
+    def record_path(self) -> Path:
+        """What the steps were made from."""
+        return self.directory.path / CHAIN_RECORD
+
+    @property
+    def outcomes(self) -> Path:
+        """What became of each row."""
+        return self.directory.path / "outcomes.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that ``aiflux report`` writes."""
+        return self.directory.path / "report.html"
+
+    def requests(self, step: str) -> Path:
+        """The input of a step's run."""
+        return self.directory.path / CHAIN_STEPS / f"{step}.requests.jsonl"
+
+    def results(self, step: str) -> Path:
+        """The output of a step's run."""
+        return self.directory.path / CHAIN_STEPS / f"{step}.json"
+
+    def later(self, step: str) -> Path:
+        """How the job of a step plans its run."""
+        return self.directory.path / CHAIN_STEPS / f"{step}.later.json"
+
+    def lease(self, step: str) -> Path:
+        """Held while the run of a step is planned in its job."""
+        return self.directory.path / CHAIN_STEPS / f".{step}.lease"
+
+    def run(self, step: str) -> RunDirectory:
+        """The run directory of a step."""
+        return RunDirectory.of_output(self.results(step))
+
+    def record(self) -> ChainRecord | None:
+        """Return what the chain was made from; None before it was begun.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        try:
+            return read_record(ChainRecord, self.record_path)
+        except ValueError as error:
+            raise StorageError(
+                f"{self.record_path} is damaged: {error}",
+                f"move the directory away and start again: {quote(str(self.directory.path))}",
+            ) from error
+
+    def asks_nothing(self, step: str) -> bool:
+        """Return whether the requests of a step were made, and there are none."""
+        path = self.requests(step)
+        return path.is_file() and path.stat().st_size == 0
+
+    def finished(self, step: str) -> bool:
+        """Return whether a step has all its answers, or nothing to ask."""
+        if self.asks_nothing(step):
+            return True
+        run = self.run(step)
+        if not run.plan.is_file():
+            return False
+        status = read_run_status(run, read_plan(run))
+        return status is not None and status.completed and self.results(step).is_file()
+
+    def begun(self, step: str) -> bool:
+        """Return whether requests of a step were submitted, or have results."""
+        run = self.run(step)
+        if not run.plan.is_file():
+            return False
+        journals = run.path.glob("journal*/*.jsonl")
+        return run.submissions.exists() or any(path.stat().st_size for path in journals)
+
+
+@dataclass(frozen=True)
+class ChainRuns:
+    """The steps of a chain, from its file to its table."""
+
+    chain: Chain
+    folder: ChainFolder
+
+    @classmethod
+    def of(cls, chain: Chain) -> ChainRuns:
+        """Return the runs of a chain.
+
+        Raises:
+            UsageError: its output cannot be written.
+        """
+        output = AnswerTable.of(str(chain.output)).path
+        if same_file(output, chain.source):
+            raise InputError("source and output are the same file", "name another output")
+        folder = ChainFolder(output)
+        for name, command in (("plan.json", "aiflux run"), ("ask.json", "aiflux ask")):
+            if (folder.directory.path / name).exists():
+                raise RunConflictError(
+                    f"{folder.directory.path} belongs to `{command}`", "name another output"
+                )
+        return cls(chain, folder)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The steps of the file, and those that it had when the chain was begun."""
+        record = self.folder.record()
+        recorded = () if record is None else tuple(each.name for each in record.steps)
+        return tuple(dict.fromkeys((*(step.name for step in self.chain.steps), *recorded)))
+
+    def _lease(self) -> Lease:
+        what = f"the chain {self.folder.output}"
+        return acquire(self.folder.directory.plan_lease, what, wait=True)
+
+    def begin(
+        self,
+        answering: Sequence[Mapping[str, Any]],
+        *,
+        force: bool = False,
+        active: Collection[str] = (),
+    ) -> None:
+        """Compare the steps with those of earlier starts, and record them.
+
+        Args:
+            answering: what the answers of each step depend on.
+            force: overwrite the table; run changed steps again.
+            active: those of ``names`` that a process or a job works on.
+
+        Raises:
+            RunConflictError: a step changed since it was begun, or was removed during its work.
+            OutputExistsError: the table exists and was not written by the chain, or was changed.
+            StorageError: a file cannot be written.
+        """
+        self.folder.directory.make()
+        try:
+            (self.folder.directory.path / CHAIN_STEPS).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.folder.directory.path) from error
+        with self._lease():
+            earlier = self.folder.record()
+            if not force:
+                self._refuse_foreign_table(earlier)
+            removed = () if earlier is None else (*earlier.removed, *earlier.steps)
+            known = {each.name: each for each in removed}
+            self._refuse_removed(active)
+            self._remove_discarded()
+            steps = []
+            for step, given in zip(self.chain.steps, answering, strict=True):
+                best = None if step.best is None else step.best.text
+                now = StepRecord(step.name, _plain(step.asked), _plain(given), best)
+                before = known.pop(step.name, None)
+                if before is not None:
+                    now = self._compared(before, now, force=force, active=step.name in active)
+                steps.append(now)
+            chain = self.chain
+            record = ChainRecord(
+                chain.path,
+                chain.source,
+                chain.kind,
+                self.folder.output,
+                tuple(steps),
+                dict(chain.reader),
+                chain.filtered,
+                chain.skip_bad,
+                removed=tuple(known.values()),
+            )
+            if earlier is not None:
+                record = replace(
+                    record,
+                    writing=earlier.writing,
+                    table=earlier.table,
+                    made_from=earlier.made_from,
+                )
+            self._write(record)
+
+    def _compared(
+        self, before: StepRecord, now: StepRecord, *, force: bool, active: bool
+    ) -> StepRecord:
+        """Return the record of a step that has one; discard answers that depend on what changed."""
+        change = _change(before, now)
+        if change is None:
+            return replace(before, best=now.best)
+        if active or self.folder.begun(now.name):
+            if active or not force:
+                remedy = "run it and the steps after it again: --force"
+                if active:
+                    remedy = f"stop it first: aiflux cancel {quote(str(self.folder.output))}"
+                raise RunConflictError(
+                    f"step {now.name} changed since it was begun: {change}",
+                    f"undo the change, or {remedy}; or name another output",
+                )
+            if before.answering != now.answering:
+                self._discard(now.name)
+        return now
+
+    def _refuse_removed(self, active: Collection[str]) -> None:
+        here = {step.name for step in self.chain.steps}
+        for name in active:
+            if name not in here:
+                raise RunConflictError(
+                    f"{self.chain.path} has no step {name!r} any more, but its work goes on",
+                    f"stop it first: aiflux cancel {quote(str(self.folder.output))}",
+                )
+
+    def _discard(self, step: str) -> None:
+        """Remove the answers of a step."""
+        run = self.folder.run(step).path
+        try:
+            self.folder.results(step).unlink(missing_ok=True)
+            # Renamed first: what a kill leaves of a directory must not be resumed.
+            run.rename(run.with_name(f"{run.name}{_DISCARDED}"))
+        except OSError as error:
+            raise storage_error(error, run) from error
+        self._remove_discarded()
+
+    def _remove_discarded(self) -> None:
+        steps = self.folder.directory.path / CHAIN_STEPS
+        try:
+            for path in steps.glob(f"*{_DISCARDED}"):
+                shutil.rmtree(path)
+        except OSError as error:
+            raise storage_error(error, steps) from error
+
+    def _write(self, record: ChainRecord) -> None:
+        write_json(self.folder.record_path, to_json(record))
+
+    # --- the requests of a step -------------------------------------------------------------
+
+    def _results(self, count: int) -> list[Path | None]:
+        """Return the results of the first steps; None for one that asked nothing."""
+        names = [step.name for step in self.chain.steps[:count]]
+        return [
+            None if self.folder.asks_nothing(name) else self.folder.results(name) for name in names
+        ]
+
+    def _state(self, count: int) -> tuple[int, ...]:
+        """Return a digest of the source, and sizes and times of the first steps' results."""
+        chain = self.chain
+        read = [str(chain.source), chain.kind, dict(chain.reader), chain.skip_bad]
+        files = [(str(path), *size_and_time(path)) for path in _files(chain.source)]
+        state = [count, crc32(json.dumps([read, files], sort_keys=True).encode())]
+        for path in self._results(count):
+            state += (0, 0) if path is None else size_and_time(path)
+        return tuple(state)
+
+    def prepare(self, step: Step, *, force: bool = False) -> tuple[Summary | None, bool]:
+        """Make the requests of a step whose earlier steps are finished, unless they are made.
+
+        Args:
+            force: replace the requests of a run that has begun.
+
+        Returns:
+            A summary of the conversion, if there was one with requests; and whether the requests
+            are to replace others of the run.
+
+        Raises:
+            InputError: the source is wrong.
+            RunConflictError: the requests of a run that has begun would be others.
+            StorageError: the requests cannot be written.
+        """
+        at = self.chain.steps.index(step)
+        fresh, made = self.folder.requests(f"{step.name}.new"), self.folder.requests(step.name)
+        with self._lease():
+            remove_leftovers(fresh, self.folder.record_path)
+            record = self._known()
+            state = self._state(at)
+            if record.steps[at].made_from == state and made.is_file():
+                return None, is_outdated(self.folder.run(step.name))
+            counts, summary = make_requests(self.chain, step, self._results(at), fresh)
+            if self._state(at) != state:
+                raise InputError(
+                    f"the source {str(self.chain.source)!r} changed while it was read",
+                    "run the same command again when it is complete",
+                )
+            self._settle(step.name, fresh, made, force=force)
+            now = replace(
+                record.steps[at],
+                made_from=state,
+                samples=counts.samples,
+                stopped=counts.stopped,
+                requests=0 if summary is None else summary.requests,
+            )
+            self._write(replace(record, steps=(*record.steps[:at], now, *record.steps[at + 1 :])))
+        return summary, is_outdated(self.folder.run(step.name))
+
+    def _known(self) -> ChainRecord:
+        record = self.folder.record()
+        if record is None or [each.name for each in record.steps] != [
+            step.name for step in self.chain.steps
+        ]:
+            raise RunConflictError(
+                f"another command changed the chain {self.folder.output} at the same time",
+                "run the same command again",
+            )
+        return record
+
+    def _settle(self, step: str, fresh: Path, made: Path, *, force: bool) -> None:
+        """Put new requests in their place."""
+        earlier = made.is_file()
+        if earlier and filecmp.cmp(fresh, made, shallow=False):
+            fresh.unlink()
+            return
+        if self.folder.begun(step) and not force:
+            first = first_difference(made, fresh) if earlier else None
+            fresh.unlink()
+            raise RunConflictError(
+                f"step {step} was begun with other requests: the source or an earlier step "
+                f"changed since; the first request that differs is {first!r}",
+                "undo the change, or answer again what changed: --force; or name another output",
+            )
+        fresh.replace(made)
+
+    # --- the table --------------------------------------------------------------------------
+
+    def _refuse_foreign_table(self, record: ChainRecord | None) -> None:
+        """Refuse to replace a table that was not written by the chain, or was changed since."""
+        if record is None or (record.table is None and not record.writing):
+            refuse_existing(self.folder.output)
+        elif record.table is not None:
+            change = file_change(self.folder.output, record.table)
+            if change is not None:
+                raise OutputExistsError(
+                    f"{self.folder.output} {change}",
+                    "move it away to write it again from the results, or overwrite it with --force",
+                )
+
+    def write(self, *, force: bool = False) -> tuple[BackSummary, int] | None:
+        """Write the table of a chain whose steps are finished; None if that was done before.
+
+        Returns:
+            A summary of the table, and the number of rows or samples with an error.
+
+        Raises:
+            InputError, RunConflictError: the source changed since the requests were made.
+            OutputExistsError: a table exists that the chain did not write.
+            StorageError: the table cannot be written.
+        """
+        output = self.folder.output
+        with self._lease():
+            record = self._known()
+            if not force:
+                self._refuse_foreign_table(record)
+            made_from = (*self._state(len(self.chain.steps)), self._digest())
+            if (record.made_from == made_from and record.table and output.exists()) and (
+                file_change(output, record.table) is None
+            ):
+                return None
+            remove_leftovers(self.folder.outcomes, output)
+            with atomic_write(self.folder.outcomes, 0o600) as file:
+                found = write_outcomes(self.chain, self._results(len(self.chain.steps)), file)
+            # A kill right after the table appears must not make it somebody else's.
+            self._write(replace(record, writing=True, table=None))
+            options = table_options(self.chain, found)
+            summary = results_to_table(self.folder.outcomes, output, options)
+            table = written_file(output, checksum(output))
+            self._write(replace(record, writing=False, table=table, made_from=made_from))
+        return summary, found.errors
+
+    def _digest(self) -> int:
+        """Return a number that changes with everything that the table depends on in the file."""
+        best = [None if step.best is None else step.best.text for step in self.chain.steps]
+        asked = [step.asked for step in self.chain.steps]
+        content = [self.chain.filtered, best, asked]
+        return crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _files(source: Path) -> list[Path]:
+    """Return the files of a source: those in a directory, or a database and what is new in it."""
+    if has_magic(str(source)) and not source.exists():
+        return sorted(map(Path, glob(str(source), recursive=True)))
+    if source.is_dir():
+        return sorted(path for path in source.rglob("*") if path.is_file())
+    log = write_ahead_log(source)
+    return [source] if log is None else [source, log]
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def _change(before: StepRecord, now: StepRecord) -> str | None:
+    """Return what changed in a step, in words."""
+    for old, new in ((before.asked, now.asked), (before.answering, now.answering)):
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name):
+                key = "samples" if name == "n" else name
+                return f"{key} was {_shown(old.get(name))}, and is now {_shown(new.get(name))}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,372 @@
+"""The rows of a chain: which of them a step asks about, and what became of each at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from math import isnan
+from pathlib import Path
+from typing import IO, Any
+
+from aiflux.converters.cells import as_json
+from aiflux.converters.chain.steps_file import DROPPED, Chain, Step
+from aiflux.converters.results import BackOptions
+from aiflux.converters.results.answers import Answers, json_fields, requests_metadata
+from aiflux.converters.source import open_source
+from aiflux.converters.table import (
+    CELL_DIGESTS,
+    Row,
+    SourceTable,
+    TableOptions,
+    changed_cell,
+    digests,
+    requests_of_table,
+)
+from aiflux.converters.writer import Progress, Skipped, Summary
+from aiflux.core.batch.results_file import Result, choice_texts
+from aiflux.errors import InputError, RunConflictError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row on its way through the steps; a row has several once a step asked for samples.
+
+    Attributes:
+        name: the custom_id of its requests.
+        cells: the columns of the source, and the answers of the steps so far by their names.
+        stopped: the step whose filter stopped it; "" if none did.
+        error: why a step has no answer for it, such as ``judge: timeout: ...``; "" if all have.
+    """
+
+    name: str
+    cells: Mapping[str, Any]
+    stopped: str = ""
+    error: str = ""
+
+    @property
+    def lives(self) -> bool:
+        """Whether the next step asks about it."""
+        return not (self.stopped or self.error)
+
+
+class ChainRows:
+    """The rows of the source, with the answers of the first steps.
+
+    Args:
+        results: the results of these steps; None for a step that had nothing to ask.
+        stack: closes the files.
+    """
+
+    def __init__(self, chain: Chain, results: Sequence[Path | None], stack: ExitStack) -> None:
+        self.chain = chain
+        self.table = open_source(chain.source, chain.kind, chain.reader, stack)
+        self._steps = chain.steps[: len(results)]
+        self._answers = [
+            None if path is None else stack.enter_context(closing(Answers(path, in_order=True)))
+            for path in results
+        ]
+
+    def __iter__(self) -> Iterator[Skipped | tuple[Row, list[Sample]]]:
+        """Yield each row of the source with its samples."""
+        for row in self.table.rows():
+            if isinstance(row, Skipped):
+                yield row
+                continue
+            samples = [Sample(row.name, row.cells)]
+            for step, answers in zip(self._steps, self._answers, strict=True):
+                samples = _after(step, samples, answers)
+            yield row, samples
+
+
+def _after(step: Step, samples: list[Sample], answers: Answers | None) -> list[Sample]:
+    """Return the samples of a row after a step."""
+    found: list[Sample] = []
+    for sample in (filtered(step, each) for each in samples):
+        answer = answers.get(sample.name) if sample.lives and answers is not None else None
+        found += _answered(step, sample, answer) if sample.lives else [sample]
+    return found if step.best is None else [_best(step, found)]
+
+
+def filtered(step: Step, sample: Sample) -> Sample:
+    """Return a sample after the filter of a step."""
+    if step.filter is None or not sample.lives:
+        return sample
+    try:
+        passed = step.filter.value(sample.cells)
+    except ValueError as error:
+        return replace(sample, error=f"{step.name}: the filter has no value: {error}")
+    return sample if passed else replace(sample, stopped=step.name)
+
+
+def _answered(step: Step, sample: Sample, answer: Result | None) -> Iterator[Sample]:
+    """Yield a sample for each answer to its request."""
+    if answer is None:
+        yield replace(sample, error=f"{step.name}: no request could be made from the row")
+        return
+    _refuse_other_row(step, sample, answer)
+    if answer.error is not None:
+        yield replace(sample, error=f"{step.name}: {answer.failure}")
+        return
+    texts = [choice.text for choice in choice_texts(answer.output)]
+    if not texts:
+        yield replace(sample, error=f"{step.name}: the answer has no choices")
+    for number, text in enumerate(texts, start=1):
+        name = sample.name if len(texts) == 1 else f"{sample.name}.{number}"
+        value: Any = text
+        if step.fields:
+            value = json_fields(text)
+        if value is None:
+            yield replace(sample, name=name, error=f"{step.name}: the answer is no JSON object")
+        else:
+            yield replace(sample, name=name, cells={**sample.cells, step.name: value})
+
+
+def _refuse_other_row(step: Step, sample: Sample, answer: Result) -> None:
+    """Refuse an answer to a request that was made from other cells.
+
+    Raises:
+        RunConflictError: the source changed, or an earlier step has other answers by now.
+    """
+    known = requests_metadata(answer).get(CELL_DIGESTS) or {}
+    try:
+        changed = changed_cell(sample.cells, known)
+    except (KeyError, ValueError) as error:
+        changed = str(error).strip("'")
+    if changed is not None:
+        raise RunConflictError(
+            f"step {step.name}: {changed!r} of {sample.name!r} changed since its request was made",
+            "restore the source, or run the steps again whose rows changed: --force",
+        )
+
+
+def _best(step: Step, samples: Sequence[Sample]) -> Sample:
+    """Return the best sample of a row; one that was stopped or failed if there is no other."""
+    scored = [_scored(step, sample) for sample in samples]
+    alive = [pair for pair in scored if pair[1].lives]
+    if alive:
+        return max(alive, key=lambda pair: pair[0])[1]
+    return next((sample for _, sample in scored if sample.error), scored[0][1])
+
+
+def _scored(step: Step, sample: Sample) -> tuple[float, Sample]:
+    if not sample.lives or step.best is None:
+        return 0.0, sample
+    try:
+        value = step.best.value(sample.cells)
+        # A float cannot hold every whole number, which an answer can contain.
+        score = value if isinstance(value, int) else float(value)
+        if isinstance(score, float) and isnan(score):
+            raise ValueError(f"{step.best.text!r} is not a number")
+    except (ValueError, TypeError) as error:
+        return 0.0, replace(sample, error=f"{step.name}: best has no value: {error}")
+    return score, sample
+
+
+# --- the requests of a step -------------------------------------------------------------------
+
+
+@dataclass
+class StepCounts:
+    """What a step asks about.
+
+    Attributes:
+        samples: those that reached it.
+        stopped: those that its filter stopped.
+        asked: those that passed.
+    """
+
+    samples: int = 0
+    stopped: int = 0
+    asked: int = 0
+
+
+class StepTable:
+    """The samples that a step asks about, as the rows of a table."""
+
+    def __init__(self, step: Step, rows: ChainRows, counts: StepCounts) -> None:
+        self._step = step
+        self._rows = rows
+        self._counts = counts
+        self.path = rows.chain.source
+        self.unit = rows.table.unit
+        at = rows.chain.steps.index(step)
+        self.columns = (*rows.table.columns, *(each.name for each in rows.chain.steps[:at]))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was detected in the source; shown with the first step."""
+        return self._rows.table.notes if self._step is self._rows.chain.steps[0] else ()
+
+    def rows(
+        self, columns: Sequence[str] | None = None, progress: Progress | None = None
+    ) -> Iterator[Row | Skipped]:
+        """Yield the samples that pass the filter; skipped rows of the source only once."""
+        counts = self._counts
+        for item in self._rows:
+            if isinstance(item, Skipped):
+                if self._step is self._rows.chain.steps[0]:
+                    yield item
+                continue
+            row, samples = item
+            for before in (sample for sample in samples if sample.lives):
+                sample = filtered(self._step, before)
+                counts.samples += 1
+                counts.stopped += bool(sample.stopped)
+                counts.asked += sample.lives
+                if sample.lives:
+                    yield Row(row.number, sample.name, sample.cells)
+
+
+def first_requests(chain: Chain, limit: int) -> Summary:
+    """Return the first requests of the first step; nothing is written.
+
+    Raises:
+        InputError: the source cannot be read, or rows cannot become requests.
+    """
+    step = chain.steps[0]
+    prompt, form = step.prompt_and_form
+    with ExitStack() as stack:
+        table: SourceTable = StepTable(step, ChainRows(chain, [], stack), StepCounts())
+        options = TableOptions(prompt, skip_bad=chain.skip_bad, limit=limit)
+        with _remedied():
+            return requests_of_table(table, None, form, options, None)
+
+
+def make_requests(
+    chain: Chain, step: Step, results: Sequence[Path | None], target: Path
+) -> tuple[StepCounts, Summary | None]:
+    """Write the requests of a step; an empty file if there is nothing to ask.
+
+    Args:
+        results: of all earlier steps.
+
+    Raises:
+        InputError: the source cannot be read, or rows cannot become requests.
+        RunConflictError: the source does not fit the answers of earlier steps.
+    """
+    counts = StepCounts()
+    first = step is chain.steps[0]
+    prompt, form = step.prompt_and_form
+    with ExitStack() as stack:
+        table: SourceTable = StepTable(step, ChainRows(chain, results, stack), counts)
+        options = TableOptions(prompt, skip_bad=chain.skip_bad or not first)
+        try:
+            with _remedied():
+                summary = requests_of_table(table, target, form, options, None)
+        except InputError:
+            if counts.asked or (first and not counts.samples):
+                raise
+            target.write_bytes(b"")
+            return counts, None
+    return counts, summary
+
+
+@contextmanager
+def _remedied() -> Iterator[None]:
+    """Name the key of the file in errors, instead of the option of `aiflux convert`."""
+    try:
+        yield
+    except InputError as error:
+        remedy = (error.remedy or "").replace("--skip-bad", "skip_bad: true")
+        raise InputError(error.message, remedy, error.problems) from error
+
+
+# --- the final table --------------------------------------------------------------------------
+
+
+@dataclass
+class Outcomes:
+    """What became of the rows.
+
+    Attributes:
+        errors: samples with an error.
+        several: a row has several samples.
+    """
+
+    errors: int = 0
+    several: bool = False
+
+
+def write_outcomes(chain: Chain, results: Sequence[Path | None], file: IO[bytes]) -> Outcomes:
+    """Write what became of each row, in the form of a results file.
+
+    The answers of all steps are one JSON object, so that a table of results has a column for each.
+    """
+    used = dict.fromkeys(name for step in chain.steps for name in step.prompt_and_form[0].names)
+    found, separator = Outcomes(), b"[\n"
+    with ExitStack() as stack:
+        rows = ChainRows(chain, results, stack)
+        named = [name for name in used if name.partition(".")[0] in rows.table.columns]
+        for item in rows:
+            if isinstance(item, Skipped):
+                continue
+            row, samples = item
+            if chain.filtered == DROPPED:
+                samples = [sample for sample in samples if not sample.stopped]
+            known = _digests(row, named)
+            if samples and known:
+                found.errors += sum(bool(sample.error) for sample in samples)
+                found.several |= len(samples) > 1
+                file.write(separator + _outcome(chain, row, samples, known))
+                separator = b",\n"
+    file.write(b"\n]\n" if separator == b",\n" else b"[]\n")
+    return found
+
+
+def _digests(row: Row, names: Sequence[str]) -> dict[str, str]:
+    """Return the digests of cells by which the row is recognized; none of binary or missing cells.
+
+    A row has others only if no request could be made from it.
+    """
+    found: dict[str, str] = {}
+    for name in (*names, *row.cells):
+        if name not in names and found:
+            break
+        with suppress(KeyError, ValueError):
+            found |= digests(row.cells, [name])
+    return found
+
+
+def _outcome(chain: Chain, row: Row, samples: Sequence[Sample], known: Mapping[str, str]) -> bytes:
+    # A reader of JSON answers skips what comes before </think>, which a text can contain.
+    contents = (json.dumps(_columns(chain, each)).replace("<", "\\u003c") for each in samples)
+    choices = [
+        {"index": at, "message": {"content": content}} for at, content in enumerate(contents)
+    ]
+    entry = {
+        "input": {"custom_id": row.name, "metadata": {CELL_DIGESTS: known}},
+        "output": {"choices": choices},
+        "error": None,
+        "metadata": {},
+    }
+    return json.dumps(entry).encode()
+
+
+def _columns(chain: Chain, sample: Sample) -> dict[str, Any]:
+    """Return the values of a sample by the columns that the steps add."""
+    values: dict[str, Any] = {"error": sample.error} if sample.error else {}
+    for step in chain.steps:
+        if step.name in sample.cells:
+            answer = as_json(sample.cells[step.name])
+            found = {f"{step.name}.{each}": answer.get(each) for each in step.fields}
+            values |= found or {step.name: answer}
+    return values
+
+
+def table_options(chain: Chain, found: Outcomes) -> BackOptions:
+    """Return how the outcomes are joined with the source."""
+    columns = tuple(name for step in chain.steps for name in step.columns)
+    return BackOptions(
+        source=chain.source,
+        kind=chain.kind,
+        reader=chain.reader,
+        answer_column="",
+        json_fields=(*columns, *(("error",) if found.errors else ())),
+        choices="rows" if found.several else "first",
+        custom_ids=False,
+        errors=False,
+        in_order=True,
+        only_asked=chain.filtered == DROPPED,
+    )

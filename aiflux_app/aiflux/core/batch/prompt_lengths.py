@@ -1,0 +1,392 @@
+"""Find prompts that are longer than the context, before the run.
+
+A text of N bytes has at most N tokens: only requests that could be too long are counted, with the
+model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aiflux.core.batch.input_file import (
+    InputSummary,
+    answer_tokens,
+    estimate_prompt,
+    scored_texts,
+)
+from aiflux.core.batch.request import COMPLETIONS, RESPONSES, WITHOUT_TEXT, endpoint_url, load_json
+from aiflux.errors import AifluxError, ConfigError, InputError, ModelError
+from aiflux.models.tokenizer import LARGEST_EXPANSION, ModelTokenizer, one_thread
+from aiflux.util.lines import cut_at_lines, line_numbers, read_lines, unreadable
+from aiflux.util.parallel import helpers, share_out
+from aiflux.util.records import OMITTED
+from aiflux.util.text import joined
+
+TOO_LONG = "too_long"
+"""Code of the error of a request that was not sent."""
+_PART_BYTES = 4 << 20
+_SHOWN_LINES = 20
+# Templates can indent the JSON of tools.
+_INDENTED = 4
+_STEP = 512
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """The context of a model in a run, and how to count its prompts.
+
+    Attributes:
+        context: tokens of prompt and answer together, for each request.
+        maximum: tokens of context that the model has at most; 0 if unknown.
+        answer: tokens of an answer, for requests that do not set it; 0 if it has no limit.
+        open_tokenizer: returns the model's tokenizer; raises ModelError or ConfigError.
+    """
+
+    context: int
+    maximum: int
+    answer: int
+    open_tokenizer: Callable[[], ModelTokenizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongPrompts:
+    """The prompts of a run that are too long for its context, or leave little of it.
+
+    Attributes:
+        context: tokens, of the model with the smallest.
+        maximum: tokens of context that the model has at most; 0 if unknown.
+        too_long: number of prompts that leave no token for an answer.
+        tight: number of prompts that leave fewer tokens than the answer may have.
+        longest: tokens of the longest prompt that was counted.
+        needed: tokens of context with which every prompt fits, and its answer.
+        lines: numbers of the first lines with prompts that are too long.
+        tokens: of the prompts on these lines.
+        uncounted: why the figures are estimates; "" if the model's tokenizer counted them.
+        remedy: how to count them.
+    """
+
+    context: int
+    maximum: int = 0
+    too_long: int = 0
+    tight: int = 0
+    longest: int = 0
+    needed: int = 0
+    lines: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    uncounted: str = field(default="", metadata=OMITTED)
+    remedy: str = field(default="", metadata=OMITTED)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the model's tokenizer counted the prompts."""
+        return not self.uncounted
+
+    @property
+    def where(self) -> str:
+        """The lines, for a message."""
+        shown = [f"{line:,}" for line in self.lines]
+        more = self.too_long - len(shown)
+        listed = joined([*shown, f"{more:,} more"] if more else shown)
+        return f"{'line' if self.too_long == 1 else 'lines'} {listed}"
+
+    @property
+    def longer_context(self) -> str:
+        """The option with which every prompt fits; "" if the model has no such context."""
+        wanted = -(-self.needed // _STEP) * _STEP
+        if self.maximum:
+            wanted = min(wanted, self.maximum)
+        return f"--context-length {wanted}" if wanted >= self.needed else ""
+
+    def error(self, named: Path) -> InputError:
+        """Return the error for a run that must not start."""
+        noun = "prompt is" if self.too_long == 1 else "prompts are"
+        options = [
+            "shorten them",
+            *filter(None, [self.longer_context]),
+            "--too-long skip (leave them out; each result has an error)",
+        ]
+        if not self.longer_context and self.maximum:
+            options.append(f"a model with more than {self.maximum:,} tokens of context")
+        shown = [
+            f"line {line:,}: {tokens:,} tokens"
+            for line, tokens in zip(self.lines, self.tokens, strict=True)
+        ]
+        rest = self.too_long - len(shown)
+        return InputError(
+            f"{self.too_long:,} {noun} too long for the context of {self.context:,} tokens in "
+            f"{str(named)!r}; nothing was sent",
+            f"{', or '.join(options)}",
+            (*shown, *([f"... and {rest:,} more"] if rest else [])),
+            lines=tuple(
+                (line, f"the prompt has {tokens:,} tokens, and the context {self.context:,}")
+                for line, tokens in zip(self.lines, self.tokens, strict=True)
+            ),
+            count=self.too_long,
+        )
+
+
+class _Counter:
+    """Counts the prompts for one model, or estimates them.
+
+    Attributes:
+        expansion: upper bound of a prompt's tokens, without the template, per byte of its line.
+        base: tokens of an empty conversation.
+    """
+
+    def __init__(self, limit: PromptLimit, tokenizer: ModelTokenizer | None) -> None:
+        self.limit = limit
+        self._tokenizer = tokenizer
+        self.expansion = max(_INDENTED, tokenizer.expansion if tokenizer else 1)
+        empty = tokenizer.count_chat([{"role": "user", "content": ""}]) if tokenizer else None
+        self.base = empty or 0
+
+    def most(self, raw: bytes) -> int:
+        """Return an upper bound of the tokens of a request's prompt."""
+        plain = self._tokenizer is None or (raw.isascii() and b"\\u" not in raw)
+        if plain and b'"tools"' not in raw:
+            return len(raw) + self.base
+        return len(raw) * self.expansion + self.base
+
+    def count(self, url: str, body: Mapping[str, Any]) -> int:
+        """Return the tokens of a prompt."""
+        if self._tokenizer is None:
+            return estimate_prompt(body)
+        return count_prompt(self._tokenizer, url, body)
+
+    def answer(self, url: str, body: Mapping[str, Any]) -> int:
+        """Return the tokens that an answer may have; 1 if it has no limit."""
+        if url in WITHOUT_TEXT:
+            return 0
+        return answer_tokens(body) or self.limit.answer or 1
+
+
+ChooseModel = Callable[[str | None], str | None]
+"""Returns the run's model for the model that a request names."""
+
+
+@dataclass(frozen=True)
+class FoundPrompts:
+    """What is known about prompts that are too long.
+
+    Attributes:
+        offsets: of their lines in the input.
+        tokens: of each.
+    """
+
+    facts: LongPrompts
+    offsets: Sequence[int]
+    tokens: Sequence[int]
+
+
+def find_long_prompts(
+    summary: InputSummary,
+    limits: Mapping[str, PromptLimit],
+    choose: ChooseModel,
+    *,
+    part_bytes: int = _PART_BYTES,
+    children: int | None = None,
+) -> FoundPrompts | None:
+    """Return the prompts that are too long or leave little of the context; None if there are none.
+
+    Args:
+        limits: of each model of the run; of a model that is not in it, nothing is known.
+        part_bytes: the input is counted in parts of about this size.
+        children: processes that share the work; None for as many as is safe.
+
+    Raises:
+        InputError: the input cannot be read.
+    """
+    answers = max([1, summary.longest_answer, *(limit.answer for limit in limits.values())])
+    near = {
+        model: limit
+        for model, limit in limits.items()
+        if LARGEST_EXPANSION * summary.longest_line + answers > limit.context // 2
+    }
+    with one_thread():
+        counters, problem = _counters(near)
+        if all(
+            each.expansion * summary.longest_line + each.base + answers <= each.limit.context
+            for each in counters.values()
+        ):
+            return None
+        found = _find(summary, counters, choose, answers, part_bytes, children)
+    if not found.offsets and not found.tight:
+        return None
+    limit = min((each.limit for each in counters.values()), key=lambda limit: limit.context)
+    first = found.offsets[:_SHOWN_LINES]
+    facts = LongPrompts(
+        context=limit.context,
+        maximum=limit.maximum,
+        too_long=len(found.offsets),
+        tight=found.tight,
+        longest=found.longest,
+        needed=found.needed,
+        lines=tuple(line_numbers(summary.path, first)),
+        tokens=tuple(found.tokens[:_SHOWN_LINES]),
+        uncounted="" if problem is None else problem.message,
+        remedy="" if problem is None else problem.remedy or "",
+    )
+    return FoundPrompts(facts, found.offsets, found.tokens)
+
+
+def _counters(limits: Mapping[str, PromptLimit]) -> tuple[dict[str, _Counter], AifluxError | None]:
+    """Return the counter for each model, and why one of them can only estimate."""
+    counters, problem = {}, None
+    for model, limit in limits.items():
+        tokenizer = None
+        try:
+            tokenizer = limit.open_tokenizer()
+        except (ModelError, ConfigError) as error:
+            problem = error
+        counters[model] = _Counter(limit, tokenizer)
+    return counters, problem
+
+
+@dataclass
+class _Found:
+    """What a part of the input contains.
+
+    Attributes:
+        offsets, tokens: of the prompts that are too long.
+        tight, longest, needed: see ``LongPrompts``.
+    """
+
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    tight: int = 0
+    longest: int = 0
+    needed: int = 0
+
+    def merge(self, other: _Found) -> None:
+        """Add those of the part that follows."""
+        self.offsets += other.offsets
+        self.tokens += other.tokens
+        self.tight += other.tight
+        self.longest = max(self.longest, other.longest)
+        self.needed = max(self.needed, other.needed)
+
+    def add(self, offset: int, tokens: int, answer: int, context: int) -> None:
+        """Add a prompt."""
+        self.longest = max(self.longest, tokens)
+        if tokens + answer <= context:
+            return
+        self.needed = max(self.needed, tokens + answer)
+        if tokens + min(answer, 1) > context:
+            self.offsets.append(offset)
+            self.tokens.append(tokens)
+        else:
+            self.tight += 1
+
+
+def _find(
+    summary: InputSummary,
+    counters: Mapping[str, _Counter],
+    choose: ChooseModel,
+    answers: int,
+    part_bytes: int,
+    children: int | None,
+) -> _Found:
+    found = _Found()
+    work = partial(_find_in_part, summary.path, counters, choose, answers)
+    try:
+        parts = cut_at_lines(summary.path, part_bytes)
+        children = children if children is not None else helpers() if len(parts) > 1 else 0
+        with closing(share_out(work, parts, children)) as results:
+            for part in results:
+                found.merge(part)
+    except OSError as error:
+        raise unreadable(summary.path, error) from error
+    return found
+
+
+def _find_in_part(
+    path: Path,
+    counters: Mapping[str, _Counter],
+    choose: ChooseModel,
+    answers: int,
+    part: tuple[int, int],
+) -> _Found:
+    """Count the prompts of a part.
+
+    Args:
+        answers: tokens of the longest answer.
+    """
+    found = _Found()
+    for _, offset, raw in read_lines(path, *part):
+        if all(each.most(raw) + answers <= each.limit.context for each in counters.values()):
+            continue
+        entry = load_json(raw)
+        body, url = entry["body"], endpoint_url(entry)
+        counter = counters.get(choose(body.get("model")) or "")
+        if counter is None:
+            continue
+        answer = counter.answer(url, body)
+        if counter.most(raw) + answer > counter.limit.context:
+            found.add(offset, counter.count(url, body), answer, counter.limit.context)
+    return found
+
+
+def count_prompt(tokenizer: ModelTokenizer, url: str, body: Mapping[str, Any]) -> int:
+    """Return the tokens of a request's prompt; of several independent ones, of the longest.
+
+    Images, audio and what an engine's own template adds are not counted, so the prompt has at
+    least this number.
+    """
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        tools = {"tools": body["tools"]} if body.get("tools") else {}
+        given = body.get("chat_template_kwargs")
+        more = {**(given if isinstance(given, dict) else {}), **tools}
+        tokens = tokenizer.count_chat(list(map(_flat, messages)), more)
+        return sum(map(tokenizer.count, _texts(messages))) if tokens is None else tokens
+    if scored := scored_texts(body):
+        ones, others = (each if isinstance(each, list) else [each] for each in scored)
+        pairs = zip(ones * len(others) if len(ones) == 1 else ones, others, strict=False)
+        return max((sum(map(tokenizer.count, _texts([*pair]))) for pair in pairs), default=0)
+    if url == RESPONSES:
+        texts = _texts([body.get("instructions"), body.get("input")])
+        return sum(map(tokenizer.count, texts))
+    payload: Any = body.get("prompt") if url == COMPLETIONS else body.get("input")
+    alone = not isinstance(payload, list) or _is_tokens(payload)
+    several = [payload] if alone else payload
+    return max((_count_payload(tokenizer, each) for each in several), default=0)
+
+
+def _count_payload(tokenizer: ModelTokenizer, payload: Any) -> int:
+    """Return the tokens of a text, or of a list of tokens."""
+    if isinstance(payload, str):
+        return tokenizer.count(payload, special=True)
+    if _is_tokens(payload):
+        return len(payload)
+    return sum(map(tokenizer.count, _texts(payload)))
+
+
+def _is_tokens(payload: Any) -> bool:
+    return isinstance(payload, list) and bool(payload) and all(type(x) is int for x in payload)
+
+
+def _flat(message: Any) -> Any:
+    """Return a message with a plain text instead of a list of text parts, as engines make it."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(_texts(content))}
+
+
+def _texts(payload: Any) -> Iterator[str]:
+    """Yield the texts in messages, parts of messages and documents."""
+    if isinstance(payload, str):
+        yield payload
+    elif isinstance(payload, list):
+        for part in payload:
+            yield from _texts(part)
+    elif isinstance(payload, dict):
+        for name in ("content", "text", "query", "input"):
+            if name in payload:
+                yield from _texts(payload[name])

@@ -1,0 +1,104 @@
+"""The engine of `aiflux serve`, at ``--engine-url serve:NAME``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+from aiflux.core.runs.serve_directory import ENDED, READY, SIGNAL, ServeDirectory, ServeState
+from aiflux.engines.base import EngineKind, HttpFactory
+from aiflux.engines.external.engine import ExternalEngine
+from aiflux.engines.http import Client, ExchangeError, ca_bundle
+from aiflux.engines.served_models import ServedModels
+from aiflux.errors import RejectedError
+
+_log = logging.getLogger(__name__)
+
+
+class ServedEngine(ExternalEngine):
+    """An engine that is found by the files of its directory, again after each requeue.
+
+    Its own key is used, and only its certificate is trusted.
+    """
+
+    def __init__(
+        self,
+        kind: EngineKind,
+        directory: ServeDirectory,
+        make_client: HttpFactory,
+        patience: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._directory = directory
+        self._certificate = str(directory.certificate)
+        self._key = directory.read_key()
+        self._make_client = make_client
+        super().__init__(kind, f"serve:{directory.name}", self._client_of, patience, say)
+
+    def _client_of(self, url: str) -> Client:
+        return self._make_client(url, self._certificate, self._key)
+
+    def _probe(self) -> str | None:
+        """Find the engine; return why it is not ready, or None.
+
+        Raises:
+            RejectedError: it has ended, or another program answers at its address.
+        """
+        state = self._directory.read_state()
+        if state is None or state.phase != READY:
+            return self._absence(state)
+        if self.client.base_url != state.url:
+            self.client.close()
+            self.client = self._client_of(state.url)
+        return super()._probe()
+
+    def _absence(self, state: ServeState | None) -> str:
+        """Return what the engine waits for."""
+        name = self._directory.name
+        if state is None or state.phase != ENDED:
+            return f"the engine {name} is not ready yet"
+        _refuse_ended(self._directory, state)
+        return f"the engine {name} was stopped, and is back if its job was requeued"
+
+    def _rejected(self, error: ExchangeError) -> RejectedError:
+        name = self._directory.name
+        return RejectedError(
+            f"the engine {name}: {error.message}",
+            f"only its own certificate is trusted, {self._certificate}: another program answers at "
+            "its address, or intercepts the connection; see aiflux serve list",
+        )
+
+
+def models_at(url: str, ca: str | None) -> ServedModels:
+    """Return the models of a running server; none while an engine of `aiflux serve` starts.
+
+    Args:
+        ca: trusted certificates.
+
+    Raises:
+        UsageError: no engine is served under the name.
+        EngineError: the engine has ended, or the server does not answer.
+    """
+    served = ServeDirectory.of_url(url, os.environ)
+    if served is None:
+        key = os.environ.get("AIFLUX_API_KEY")
+        return ServedModels.at(url, ca_bundle(ca, os.environ), key)
+    state = served.read_state()
+    if state is None or state.phase != READY:
+        _refuse_ended(served, state)
+        return ServedModels(url, _log.info)  # it has no address
+    return ServedModels.at(state.url, str(served.certificate), served.read_key())
+
+
+def _refuse_ended(directory: ServeDirectory, state: ServeState | None) -> None:
+    """Refuse an engine that does not come back by itself.
+
+    Raises:
+        RejectedError: it has ended, and not by a signal.
+    """
+    if state is not None and state.phase == ENDED and state.reason != SIGNAL:
+        raise RejectedError(
+            f"the engine {directory.name} has ended ({state.end})",
+            f"start it again: aiflux serve --name {directory.name} ...",
+        )

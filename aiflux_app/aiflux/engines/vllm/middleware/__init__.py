@@ -1,0 +1,1 @@
+"""What vLLM's own Python imports; its modules import nothing of AI-Flux."""

@@ -1,0 +1,1 @@
+"""OpenAI's Files and Batches API over runs: a small server for one user, whose state is files."""

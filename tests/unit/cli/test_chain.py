@@ -1,0 +1,937 @@
+"""``aiflux chain``: several steps over the rows of a table, each a run of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aiflux.cli.main import main
+from aiflux.converters.chain.folder import ChainRuns
+from aiflux.converters.chain.steps_file import read_chain
+from aiflux.core.runs.directory import RunDirectory
+from tests.tools.faulty_engine import FaultyEngine
+from tests.unit.fake_commands import FakeCommands
+
+AIFLUX = [sys.executable, "-m", "aiflux.cli"]
+SCORE = {"type": "object", "properties": {"score": {"type": "number"}}, "required": ["score"]}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    (tmp_path / "score.json").write_text(json.dumps(SCORE))
+    return tmp_path
+
+
+@pytest.fixture
+def engine() -> Iterator[FaultyEngine]:
+    """A server that echoes each prompt."""
+    with FaultyEngine() as engine:
+        yield engine
+
+
+def words(engine: FaultyEngine, *more: str) -> list[str]:
+    fast = ("--retry-delay", "0.01", "--max-retries", "0")
+    return ["chain", "steps.yaml", "--engine-url", engine.url, *fast, *more]
+
+
+def chain(engine: FaultyEngine, *more: str) -> int:
+    return main(words(engine, *more))
+
+
+def steps(text: str, source: str = "in.csv", output: str = "out.csv", more: str = "") -> Path:
+    """Write a file of steps for the model m:1."""
+    path = Path("steps.yaml")
+    indented = "".join(f"  {line}\n" for line in text.strip("\n").splitlines())
+    path.write_text(f"source: {source}\noutput: {output}\nmodel: m:1\n{more}steps:\n{indented}")
+    return path
+
+
+WHOLE = "source: in.csv\noutput: out.csv\n"
+TWO = """
+first:
+  template: "answer:{text}"
+second:
+  filter: first|length > 3
+  template: "answer:{first}-{id}"
+"""
+
+
+def rows_of(path: str) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def drafts(*texts: str) -> str:
+    """Return a response with several choices, for a prompt that begins with ``body:``."""
+    choices = [
+        {"index": at, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        for at, text in enumerate(texts)
+    ]
+    return json.dumps({"choices": choices})
+
+
+def write_drafts(*rows: tuple[str, ...]) -> None:
+    """Write the source of ``BEST``: each row has the texts of its samples."""
+    lines = ({"id": at, "body": drafts(*texts)} for at, texts in enumerate(rows, start=1))
+    Path("in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+SAMPLES = """
+draft:
+  template: "body:{body}"
+  samples: 3
+judge:
+  template: 'answer:{{"score": {draft}}}'
+  schema: score.json
+"""
+BEST = f"{SAMPLES}  best: judge.score\n"
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+def test_each_step_sees_the_answers_of_those_before(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = 'id,text\n007,good\n008,bad\n009,"a, b"\n'
+    (place / "in.csv").write_text(source)
+    steps(TWO)
+    assert chain(engine) == 0
+    expected = (
+        'id,text,first,second\n007,good,good,good-007\n008,bad,bad,\n009,"a, b","a, b","a, b-009"\n'
+    )
+    assert (place / "out.csv").read_text() == expected
+    printed = capsys.readouterr().out
+    assert "step 2 of 2: second\n  2 requests; the filter stopped 1 of 3" in printed
+    assert "3 rows -> out.csv\n" in printed
+    assert engine.seen.total() == 5
+
+
+def test_a_judge_chooses_the_best_of_several_samples(place: Path, engine: FaultyEngine) -> None:
+    write_drafts(("1", "3", "2"), ("5", "4", "5"))
+    steps(BEST, "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    lines = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["draft"], line["judge.score"]) for line in lines] == [
+        (1, "3", 3),
+        (2, "5", 5),
+    ]
+    assert [*lines[0]] == ["id", "body", "draft", "judge.score"]
+
+
+def test_the_first_step_can_filter_and_choose_without_a_judge(
+    place: Path, engine: FaultyEngine
+) -> None:
+    write_drafts(("aa", "a", "aaa"), ("b", "bb", "b"), ("c", "c", "c"))
+    draft, _, _ = SAMPLES.partition("judge:")
+    steps(f"{draft}  filter: id > 1\n  best: -(draft|length)\n", "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    lines = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert [line["draft"] for line in lines] == [None, "b", "c"]
+
+
+def test_numbers_of_any_size_are_compared(place: Path, engine: FaultyEngine) -> None:
+    huge = ["9" * 400, str(2**60), str(2**60 + 1)]
+    write_drafts((huge[1], huge[0], "1.5"), (huge[1], huge[2], "nan"))
+    steps(BEST, "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    lines = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert [line["draft"] for line in lines] == [huge[0], huge[2]]
+
+
+def test_samples_that_no_step_chooses_from_are_rows(place: Path, engine: FaultyEngine) -> None:
+    write_drafts(("1", "3", "2"), ("5", "4", "6"))
+    steps(SAMPLES, "in.jsonl", "out.parquet")
+    assert chain(engine) == 0
+    table = pq.read_table("out.parquet")
+    assert table.column("id").to_pylist() == [1, 1, 1, 2, 2, 2]
+    assert table.column("choice").to_pylist() == [0, 1, 2, 0, 1, 2]
+    assert table.column("judge.score").to_pylist() == [1, 3, 2, 5, 4, 6]
+    assert table.schema.field("judge.score").type == pa.int64()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "xlsx"])
+def test_samples_as_rows_of_a_table_of_any_form(
+    place: Path, engine: FaultyEngine, form: str
+) -> None:
+    table = pa.table({"id": [1, 2], "body": [drafts("1", "2"), drafts("3", "4")]})
+    pq.write_table(table, "in.parquet")
+    steps(SAMPLES.replace("samples: 3", "samples: 2"), "in.parquet", f"out.{form}")
+    assert chain(engine) == 0
+    if form == "csv":
+        found = [(row["id"], row["choice"], row["draft"]) for row in rows_of("out.csv")]
+        assert found == [("1", "0", "1"), ("1", "1", "2"), ("2", "0", "3"), ("2", "1", "4")]
+    elif form == "parquet":
+        assert pq.read_table("out.parquet").column("draft").to_pylist() == ["1", "2", "3", "4"]
+
+
+def test_types_and_order_of_the_source_are_kept(place: Path, engine: FaultyEngine) -> None:
+    source = pa.table({"id": pa.array([3, 1, 2], pa.int16()), "text": ["good", "bad", "fine"]})
+    pq.write_table(source, "in.parquet")
+    steps(TWO, "in.parquet", "out.parquet")
+    assert chain(engine) == 0
+    found = pq.read_table("out.parquet")
+    assert found.select(["id", "text"]).equals(source)
+    assert found.column("second").to_pylist() == ["good-3", None, "fine-2"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_filtered_rows_can_be_left_out(place: Path, engine: FaultyEngine, form: str) -> None:
+    rows = [{"id": "1", "text": "bad"}, {"id": "2", "text": "good"}]
+    (place / "in.csv").write_text("id,text\n1,bad\n2,good\n")
+    (place / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), "in.parquet")
+    steps(TWO, f"in.{form}", f"out.{form}", "filtered: drop\n")
+    assert chain(engine) == 0
+    expected = {"id": "2", "text": "good", "first": "good", "second": "good-2"}
+    if form == "csv":
+        assert rows_of("out.csv") == [expected]
+    elif form == "jsonl":
+        assert json.loads((place / "out.jsonl").read_text()) == expected
+    else:
+        assert pq.read_table("out.parquet").to_pylist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>why</think>because", '```json\n{"a": 1}\n```', '{"x": [1]}', "ü\u2028\n{", '"']
+)
+def test_answers_of_any_text_are_kept(place: Path, engine: FaultyEngine, text: str) -> None:
+    (place / "in.jsonl").write_text(json.dumps({"text": text}))
+    steps('first:\n  template: "answer:{text}"\nsecond:\n  template: "answer:{first}"\n',
+          "in.jsonl", "out.jsonl")  # fmt: skip
+    assert chain(engine) == 0
+    found = json.loads((place / "out.jsonl").read_text())
+    assert found == {"text": text, "first": text, "second": text}
+
+
+def test_if_no_row_passes_the_later_steps_ask_nothing(place: Path, engine: FaultyEngine) -> None:
+    (place / "in.csv").write_text("id,text\n1,a\n")
+    steps(f'{TWO}third:\n  template: "answer:{{second}}"\n')
+    assert chain(engine) == 0
+    assert rows_of("out.csv") == [{"id": "1", "text": "a", "first": "a", "second": "", "third": ""}]
+    assert engine.seen.total() == 1
+    assert main(["status", "out.csv"]) == 0
+
+
+def test_an_answer_without_the_fields_of_its_schema_is_an_error_of_its_row(
+    place: Path, engine: FaultyEngine
+) -> None:
+    (place / "in.csv").write_text("text\n7\nnone\n")
+    steps(
+        """
+judge:
+  template: 'answer:{text} {{"score": {text}}}'
+  schema: score.json
+after:
+  filter: judge.score > 3
+  template: "answer:{judge.score}"
+"""
+    )
+    assert chain(engine) == 0
+    assert [(row["judge.score"], row["after"], row["error"]) for row in rows_of("out.csv")] == [
+        ("7", "7", ""),
+        ("", "", "judge: the answer is no JSON object"),
+    ]
+
+
+def test_entries_without_a_field_of_the_template_are_refused_or_skipped(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.jsonl").write_text('{"id": 1, "text": "good"}\n{"id": 2}\n{"text": "fine"}\n')
+    steps(TWO, "in.jsonl", "out.jsonl")
+    assert chain(engine) == 2
+    error = capsys.readouterr().err
+    assert "line 2: no field 'text'" in error
+    assert "or skip these rows with skip_bad: true" in error
+    steps(TWO, "in.jsonl", "out.jsonl", "skip_bad: true\n")
+    assert chain(engine) == 0
+    lines = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert [(line["first"], line["second"], line["error"]) for line in lines] == [
+        ("good", "good-1", None),
+        (None, None, "first: no request could be made from the row"),
+        ("fine", None, "second: no request could be made from the row"),
+    ]
+
+
+def test_a_filter_that_fails_for_a_row_is_an_error_of_the_row(
+    place: Path, engine: FaultyEngine
+) -> None:
+    (place / "in.csv").write_text("text\n7\nmany\n")
+    steps(
+        """
+first:
+  template: "answer:{text}"
+second:
+  filter: first + 1 > 3
+  template: "answer:{first}"
+"""
+    )
+    assert chain(engine) == 0
+    errors = [row["error"] for row in rows_of("out.csv")]
+    assert all(error.startswith("second: the filter has no value") for error in errors)
+    assert engine.seen.total() == 2, "the rows are not asked about"
+
+
+def test_jinja_templates_systems_and_examples(place: Path, engine: FaultyEngine) -> None:
+    (place / "in.csv").write_text("text\n7\n2\n")
+    (place / "after.j2").write_text(
+        "answer:{% if judge.score > 3 %}good {{ judge.score }}{% else %}bad{% endif %}"
+    )
+    (place / "examples.csv").write_text("text,answer\n1,one\n")
+    steps(
+        """
+judge:
+  template: 'answer:{{"score": {text}}}'
+  schema: score.json
+  examples: examples.csv
+after:
+  template_file: after.j2
+  system_template: "The score is {judge.score}."
+"""
+    )
+    assert chain(engine) == 0
+    assert [row["after"] for row in rows_of("out.csv")] == ["good 7", "bad"]
+    sent = [[turn["content"] for turn in body["messages"]] for body in engine.bodies]
+    assert ['answer:{"score": 1}', "one", 'answer:{"score": 7}'] in sent
+    assert ["The score is 7.", "answer:good 7"] in sent
+    assert chain(engine) == 0, "nothing has changed"
+    (place / "after.j2").write_text("answer:{{ judge.scor }}")
+    assert chain(engine) == 2
+
+
+# --- stops ------------------------------------------------------------------------------------
+
+
+def test_failures_in_the_middle_end_the_chain_until_they_are_allowed(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("text,more\na,fine\nb,400\n")
+    steps(
+        """
+first:
+  template: "answer:{text}"
+second:
+  template: "{more}"
+third:
+  template: "answer:{second}"
+"""
+    )
+    assert chain(engine) == 3
+    assert not (place / "out.csv").exists()
+    assert "third" not in engine.seen
+    capsys.readouterr()
+    assert main(["status", "out.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("out.csv  finished with failures\n")
+    assert re.search(r"second +finished with failures +2/2 +1", printed)
+    assert re.search(r"third +not started", printed)
+    assert f"next: aiflux chain {place}/steps.yaml --retry-failed\n" in printed
+    assert chain(engine) == 3, "the same command does not hide the failure"
+    before = engine.seen.total()
+    assert chain(engine, "--max-failures", "1") == 0
+    assert engine.seen.total() == before + 1
+    rows = rows_of("out.csv")
+    assert [(row["second"], row["third"]) for row in rows] == [
+        ("echo fine", "echo fine"),
+        ("", ""),
+    ]
+    assert rows[1]["first"] == "b", "the answers of earlier steps are kept"
+    assert rows[1]["error"].startswith("second: ")
+
+
+def test_failed_requests_are_tried_again_and_later_steps_ask_about_them(
+    place: Path, engine: FaultyEngine
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,a\n2,400*1 b\n")
+    steps('first:\n  template: "{text}"\nsecond:\n  template: "answer:{id}"\n')
+    assert chain(engine, "--max-failures", "1") == 0
+    assert [row["second"] for row in rows_of("out.csv")] == ["1", ""]
+    assert chain(engine, "--retry-failed") == 0
+    assert [row["second"] for row in rows_of("out.csv")] == ["1", "2"]
+    assert engine.seen["answer:1"] == 1
+
+
+def test_a_killed_chain_is_resumed_by_the_same_command(place: Path, engine: FaultyEngine) -> None:
+    count = 40
+    (place / "in.csv").write_text("id,text\n" + "".join(f"{at},text{at}\n" for at in range(count)))
+    steps(TWO)
+    line = words(engine, "--concurrency", "2")
+    assert chain(engine, "--dry-run") == 0
+    with subprocess.Popen([*AIFLUX, *line], stderr=subprocess.DEVNULL) as process:
+        while engine.seen.total() < count:
+            time.sleep(0.005)
+        engine.delay = 0.05
+        while engine.seen.total() < count + 10:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not (place / "out.csv").exists()
+    engine.delay = 0.0
+    assert main(line) == 0
+    assert [row["second"] for row in rows_of("out.csv")] == [
+        f"text{at}-{at}" for at in range(count)
+    ]
+    assert engine.seen.total() < 2 * count + 10, "what was answered is not asked again"
+    assert not [*place.glob(".*part")]
+    before = engine.seen.total()
+    assert main(line) == 0
+    assert engine.seen.total() == before
+
+
+def test_a_forced_chain_that_was_killed_before_its_run_was_planned_is_resumed(
+    place: Path, engine: FaultyEngine
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,fine\n")
+    steps(TWO)
+    assert chain(engine) == 0
+    path = steps(TWO.replace("answer:{text}", "answer:{text}{id}"))
+    runs = ChainRuns.of(read_chain(path))
+    first, _ = runs.chain.steps
+    runs.begin([{"model": "m:1", "engine": "external"}] * 2, force=True)
+    _, replaced = runs.prepare(first, force=True)  # the kill comes here
+    assert replaced
+    assert chain(engine) == 2, "the second step has answers to other requests"
+    assert [row["first"] for row in rows_of("out.csv")] == ["good", "fine"]
+    assert chain(engine, "--force") == 0
+    assert [row["second"] for row in rows_of("out.csv")] == ["good1-1", "fine2-2"]
+    assert engine.seen.total() == 8
+
+
+def test_a_table_that_was_removed_is_written_again(place: Path, engine: FaultyEngine) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO)
+    assert chain(engine) == 0
+    content = (place / "out.csv").read_bytes()
+    (place / "out.csv").unlink()
+    assert chain(engine) == 0
+    assert (place / "out.csv").read_bytes() == content
+    record = place / "out.csv.aiflux" / "chain.json"
+    fields = json.loads(record.read_text())
+    record.write_text(json.dumps({**fields, "writing": True, "table": None}))  # killed there
+    assert chain(engine) == 0
+    assert (place / "out.csv").read_bytes() == content
+    assert engine.seen.total() == 2
+
+
+def test_a_foreign_or_changed_table_is_not_overwritten(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO)
+    (place / "out.csv").write_text("mine")
+    assert chain(engine) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert not engine.seen
+    (place / "out.csv").unlink()
+    assert chain(engine) == 0
+    with open("out.csv", "a") as file:
+        file.write("2,more\n")
+    assert chain(engine) == 2
+    assert "instead of the" in capsys.readouterr().err
+    assert chain(engine, "--force") == 0
+    assert len(rows_of("out.csv")) == 1
+
+
+def test_the_same_command_twice_at_once(place: Path, engine: FaultyEngine) -> None:
+    (place / "in.csv").write_text("id,text\n" + "".join(f"{at},text{at}\n" for at in range(12)))
+    steps(TWO)
+    engine.delay = 0.2
+    line = [*AIFLUX, *words(engine, "--concurrency", "2")]
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as first:
+        while not engine.seen:
+            time.sleep(0.01)
+        with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as second:
+            shown, _ = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), shown
+    assert engine.seen.total() == 24
+    assert [row["second"] for row in rows_of("out.csv")] == [f"text{at}-{at}" for at in range(12)]
+
+
+# --- changes ----------------------------------------------------------------------------------
+
+
+def test_a_changed_step_is_refused_and_forced(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,fine\n")
+    steps(TWO)
+    assert chain(engine) == 0
+    steps(TWO.replace("{first}-{id}", "{first}+{id}"))
+    capsys.readouterr()
+    assert chain(engine) == 2
+    error = capsys.readouterr().err
+    assert "step second changed since it was begun: template was 'answer:{first}-{id}'" in error
+    assert "--force" in error
+    assert chain(engine, "--force") == 0
+    assert [row["second"] for row in rows_of("out.csv")] == ["good+1", "fine+2"]
+    assert engine.seen["answer:good"] == 1, "the first step stays as it is"
+
+
+def test_a_forced_step_asks_only_about_rows_whose_requests_changed(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,fine\n")
+    steps(TWO)
+    assert chain(engine) == 0
+    for changed in ("1,good\n2,great\n3,more\n", "1,good\n", "1,good\n2,great\n"):
+        (place / "in.csv").write_text(f"id,text\n{changed}")
+        capsys.readouterr()
+        assert chain(engine) == 2
+        assert "step first was begun with other requests" in capsys.readouterr().err
+    assert chain(engine, "--force") == 0
+    assert [row["second"] for row in rows_of("out.csv")] == ["good-1", "great-2"]
+    assert engine.seen["answer:good"] == engine.seen["answer:good-1"] == 1
+
+
+def test_another_model_runs_a_step_again(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO)
+    assert chain(engine) == 0
+    steps(f"{TWO}  model: m:2\n")
+    assert chain(engine) == 2
+    assert "step second changed since it was begun: model was 'm:1'" in capsys.readouterr().err
+    steps(f"{TWO}  samples: 2\n")
+    assert chain(engine) == 2
+    assert "samples was not given, and is now 2" in capsys.readouterr().err
+    steps(f"{TWO}  model: m:2\n")
+    assert chain(engine, "--force") == 0
+    models = [body["model"] for body in engine.bodies]
+    assert models == ["m:1", "m:1", "m:2"]
+
+
+def test_another_choice_of_the_best_needs_no_answers(place: Path, engine: FaultyEngine) -> None:
+    write_drafts(("1", "3", "2"))
+    steps(BEST, "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    before = engine.seen.total()
+    steps(BEST.replace("best: judge.score", "best: -judge.score"), "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    assert json.loads((place / "out.jsonl").read_text())["draft"] == "1"
+    assert engine.seen.total() == before
+
+
+def test_a_step_that_was_removed_and_comes_back_changed_is_refused(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    first, _, second = TWO.partition("second:")
+    steps(TWO)
+    assert chain(engine) == 0
+    steps(first)
+    assert chain(engine) == 0
+    assert "second" not in rows_of("out.csv")[0]
+    steps(TWO)
+    assert chain(engine) == 0
+    assert engine.seen.total() == 2, "its answers were kept"
+    steps(first)
+    assert chain(engine) == 0
+    steps(f"{first}second:{second}  temperature: 0.9\n")
+    capsys.readouterr()
+    assert chain(engine) == 2
+    error = capsys.readouterr().err
+    assert "step second changed since it was begun: temperature was not given" in error
+    assert chain(engine, "--force") == 0
+    assert [body.get("temperature") for body in engine.bodies] == [None, None, 0.9]
+
+
+def write_database(path: Path, rows: int) -> None:
+    path.unlink(missing_ok=True)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE texts(id, text)")
+        database.executemany(
+            "INSERT INTO texts VALUES(?, ?)", [(at, f"text{at}") for at in range(rows)]
+        )
+        database.commit()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("query: SELECT * FROM texts WHERE id < 2", "query: SELECT * FROM texts"),
+        ("query: SELECT * FROM texts", "query: SELECT * FROM texts WHERE id < 2"),
+        ("query: SELECT * FROM texts", "query: SELECT id, upper(text) text FROM texts"),
+    ],
+)
+def test_a_source_that_is_read_in_another_way_is_another_source(
+    place: Path,
+    engine: FaultyEngine,
+    capsys: pytest.CaptureFixture[str],
+    before: str,
+    after: str,
+) -> None:
+    write_database(place / "in.db", 3)
+    steps(TWO, "in.db", more=f"{before}\n")
+    assert chain(engine) == 0
+    steps(TWO, "in.db", more=f"{after}\n")
+    capsys.readouterr()
+    assert chain(engine) == 2
+    assert "step first was begun with other requests" in capsys.readouterr().err
+    assert chain(engine, "--force") == 0
+    with closing(sqlite3.connect(place / "in.db")) as database:
+        wanted = database.execute(after.partition(": ")[2]).fetchall()
+    assert [(row["id"], row["text"]) for row in rows_of("out.csv")] == [
+        (str(number), text) for number, text in wanted
+    ]
+    assert all(row["second"] == f"{row['text']}-{row['id']}" for row in rows_of("out.csv"))
+
+
+def test_new_rows_of_a_database_that_is_being_written_are_seen(
+    place: Path, engine: FaultyEngine
+) -> None:
+    write_database(place / "in.db", 2)
+    steps(TWO, "in.db")
+    with closing(sqlite3.connect("in.db")) as writer:
+        writer.execute("PRAGMA journal_mode=WAL")
+        assert chain(engine) == 0
+        writer.execute("INSERT INTO texts VALUES(2, 'text2')")
+        writer.commit()
+        assert chain(engine) == 2
+        assert chain(engine, "--force") == 0
+    assert len(rows_of("out.csv")) == 3
+
+
+@pytest.mark.parametrize("source", ["parts", "parts/*.parquet"])
+def test_a_changed_file_of_a_source_of_several_files_is_seen(
+    place: Path, engine: FaultyEngine, source: str
+) -> None:
+    (place / "parts").mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"id": [1], "text": [name]}), place / "parts" / f"{name}.parquet")
+    steps('first:\n  template: "answer:{text}"\n', f'"{source}"', more="kind: parquet\n")
+    assert chain(engine) == 0
+    assert [row["first"] for row in rows_of("out.csv")] == ["a", "b"]
+    pq.write_table(pa.table({"id": [1], "text": ["c"]}), place / "parts" / "b.parquet")
+    assert chain(engine) == 2
+    assert chain(engine, "--force") == 0
+    assert [row["first"] for row in rows_of("out.csv")] == ["a", "c"]
+
+
+def test_a_step_can_be_added_at_the_end(place: Path, engine: FaultyEngine) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO)
+    assert chain(engine) == 0
+    steps(f'{TWO}third:\n  template: "answer:{{second}}!"\n')
+    assert chain(engine) == 0
+    assert rows_of("out.csv")[0]["third"] == "good-1!"
+    assert engine.seen.total() == 3
+
+
+# --- the file ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("sauce: in.csv", "line 3: unknown key 'sauce'"),
+        ("model: m:1\nsteps: {a: {template: '{text}'}}", "has no 'source'"),
+        ("source: in.csv\nsteps: {a: {template: '{text}'}}", "has no 'output'"),
+        ("source: in.csv\noutput: out.csv", "has no 'steps'"),
+        ("steps:\n  a:\n    tempalte: x", "line 5: unknown key 'tempalte' in steps.a"),
+        ("steps:\n  a b:\n    template: x", "'a b' cannot be the name of a step"),
+        ("steps:\n  error:\n    template: x", "'error' cannot be the name of a step"),
+        ("steps:\n  a:\n    model: m:1", "(steps.a) has no template"),
+        ("steps:\n  a:\n    template: hello", "(steps.a): the template 'hello' has"),
+        ("steps:\n  a:\n    template: '{txt}'", "(steps.a): template: the template names 'txt'"),
+        ("steps:\n  text:\n    template: '{text}'", "already has a column 'text'"),
+        ("steps:\n  a:\n    template: '{text}'\n    filter: text >", "(steps.a.filter)"),
+        (
+            "steps:\n  a:\n    template: '{text}'\n    system_template: '{x}'",
+            "(steps.a): system: the template names 'x'",
+        ),
+        ("steps:\n  a:\n    template: '{text}'\n    filter: txt > 3", "names 'txt'"),
+        (
+            "steps:\n  a:\n    template: '{text}'\n    best: a.scor\n    schema: score.json",
+            "a.scor",
+        ),
+        (
+            "steps:\n  a:\n    template: '{text}'\n    filter: a == 'x'",
+            "filter: the expression names 'a'",
+        ),
+        ("steps:\n  a:\n    template: '{b}'\n  b:\n    template: '{text}'", "names 'b'"),
+        ("steps:\n  a:\n    template: '{text}'\n  b:\n    template: '{a.x}'", "'a.x'"),
+        ("steps:\n  a:\n    template: '{text}'\n    temperature: hot", "line 6 (steps.a.temp"),
+        ("steps:\n  a:\n    template: '{text}'\n    schema: none.json", "none.json"),
+        ("filtered: maybe\nsteps:\n  a:\n    template: '{text}'", "'maybe' is unknown"),
+        ("steps: [a]", "must contain KEY: VALUE lines"),
+        ("steps:\n  not:\n    template: '{text}'", "'not' cannot be the name of a step"),
+        ("steps:\n  row:\n    template: '{text}'", "row has another meaning in expressions"),
+        ("steps:\n  range:\n    template: '{text}'", "'range' cannot be the name of a step"),
+        ("table: t\nsteps:\n  a:\n    template: '{text}'", "line 3 (table): table cannot be used"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_anything_is_sent(
+    place: Path,
+    engine: FaultyEngine,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    expected: str,
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    whole = "" if re.search("source|output|model: m:1\nsteps", content) else WHOLE
+    (place / "steps.yaml").write_text(f"{whole}{content}\n")
+    assert chain(engine, "--model", "m:1") == 2
+    assert expected in capsys.readouterr().err
+    assert not engine.seen
+    assert not [*place.glob("out.csv*")]
+
+
+def test_a_file_that_others_can_write_decides_nothing(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO, more=f"engine_url: {engine.url}\n").chmod(0o666)
+    assert main(["chain", "steps.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "everyone can write to it, and could send prompts elsewhere" in error
+    assert "--engine-url" in error
+    assert not engine.seen
+    steps(TWO)
+    assert chain(engine) == 0, "without such settings, it is read"
+
+
+def test_settings_of_a_step_of_all_steps_and_of_the_command_line(
+    place: Path, engine: FaultyEngine
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(f"{TWO}  temperature: 0.5\n", more="temperature: 0.2\nmax_tokens: 7\n")
+    assert chain(engine, "--top-p", "0.9") == 0
+    sent = [(body["temperature"], body["max_tokens"], body["top_p"]) for body in engine.bodies]
+    assert sent == [(0.2, 7, 0.9), (0.5, 7, 0.9)]
+
+
+def test_paths_start_from_the_folder_of_the_file(
+    place: Path, engine: FaultyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    (place / "prompt.txt").write_text("answer:{text}!\n")
+    steps("first:\n  template_file: prompt.txt\n")
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    line = words(engine)
+    assert main([line[0], "../steps.yaml", *line[2:]]) == 0
+    assert rows_of(str(place / "out.csv"))[0]["first"] == "good!"
+
+
+def test_a_dry_run_shows_the_first_requests_and_writes_nothing(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO)
+    assert chain(engine, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "step first: model m:1" in printed
+    assert '"content": "answer:good"' in printed
+    assert {path.name for path in place.iterdir()} == {"in.csv", "steps.yaml", "score.json"}
+
+
+# --- status and report ------------------------------------------------------------------------
+
+
+def test_one_status_and_one_report(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,bad\n")
+    steps(TWO)
+    assert chain(engine, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["state"] == "finished"
+    figures = [(each["name"], each["requests"], each["filtered"]) for each in shown["steps"]]
+    assert figures == [("first", 2, 0), ("second", 1, 1)]
+    for name in ("out.csv", "out.csv.aiflux", "steps.yaml"):
+        assert main(["status", name]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith("out.csv  finished\nSTEP    STATE     DONE  FAILED  FILTERED")
+    assert main(["watch", "out.csv"]) == 0
+    capsys.readouterr()
+    assert main(["report", "out.csv"]) == 0
+    page = (place / "out.csv.aiflux" / "report.html").read_text()
+    links = re.findall('href="([^"]+)"', page)
+    assert len(links) == 2
+    assert all((place / "out.csv.aiflux" / link).is_file() for link in links)
+    assert main(["report", "out.csv", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["cancel", "out.csv"]) == 0
+    assert "has no pending or running job" in capsys.readouterr().out
+    assert main(["status", "out.csv.aiflux/steps/second.json"]) == 0
+    assert main(["results", "show", "out.csv"]) == 2
+    error = capsys.readouterr().err
+    assert "is a chain of several runs" in error
+    assert "out.csv.aiflux/steps/first.json" in error
+
+
+def test_a_chain_that_stopped_between_two_steps(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    first, _, second = TWO.partition("second:")
+    steps(first)
+    assert chain(engine, "--output", "other.csv") == 0
+    steps(f"{first}second:{second.replace('answer:', '404 ')}")
+    assert chain(engine, "--output", "other.csv") == 4, "the engine refuses the only request"
+    RunDirectory.of_output(place / "other.csv.aiflux/steps/second.json").plan.unlink()
+    capsys.readouterr()
+    assert main(["status", "other.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("other.csv  stopped\n")
+    assert f"next: aiflux chain {place}/steps.yaml --output {place}/other.csv\n" in printed
+
+
+# --- Slurm ------------------------------------------------------------------------------------
+
+
+def slurm(place: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
+    """Put a Slurm on PATH that gives jobs the ids 1, 2, ... and keeps them pending."""
+    fakes = FakeCommands(place / "bin")
+    count = place / "bin" / "jobs"
+    fakes.add("sbatch", f"echo x >>{count}; wc -l <{count} | tr -d ' '")
+    fakes.say("scancel")
+    waiting = "|N/A|PENDING|N/A|0:00||Dependency"
+    fakes.add("squeue", f'for at in $(seq "$(wc -l <{count})"); do echo "$at{waiting}"; done')
+    for name in ("sacct", "scontrol"):
+        fakes.say(name, status=1)
+    monkeypatch.setenv("PATH", fakes.path)
+    return fakes
+
+
+SERVER = Path(__file__).parents[2] / "tools" / "command_server.py"
+COMMAND = f"{sys.executable} {SERVER} --port {{port}}"
+
+
+def slurm_words(*more: str) -> list[str]:
+    engine = ("--engine-command", COMMAND, "--gpus-per-node", "0")
+    return ["chain", "steps.yaml", *engine, "--no-preflight", *more]
+
+
+THREE = """
+first:
+  template: "answer:{text}"
+second:
+  filter: first|length > 3
+  template: "answer:{first}-{id}"
+  shards: 3
+third:
+  template: "answer:{second}!"
+"""
+
+
+def test_steps_are_submitted_at_once_and_each_waits_for_the_one_before(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,bad\n3,fine\n")
+    steps(THREE)
+    fakes = slurm(place, monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    options = [call.argv for call in fakes.calls("sbatch")]
+    dependencies = [[each for each in argv if "depend" in each] for argv in options]
+    assert dependencies == [[], ["--dependency=afterok:1"], ["--dependency=afterok:2"]]
+    assert all("--kill-on-invalid-dep=yes" in argv for argv in options[1:])
+    scripts = [Path(argv[-1]).read_text() for argv in options]
+    assert "#SBATCH --array=0-2" in scripts[1]
+    capsys.readouterr()
+    assert main(["status", "out.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"second +waiting", printed)
+    assert main(["jobs", "--json"]) == 0
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["waiting"] * 3
+    assert main(slurm_words("--no-wait")) == 0
+    assert len(fakes.calls("sbatch")) == 3, "nothing is submitted twice"
+    steps(THREE.replace("{second}!", "{second}?"))
+    capsys.readouterr()
+    assert main(slurm_words("--no-wait")) == 2
+    assert "step third changed since it was begun" in capsys.readouterr().err
+    steps(THREE.partition("third:")[0])
+    assert main(slurm_words("--no-wait")) == 2
+    assert "has no step 'third' any more, but its work goes on" in capsys.readouterr().err
+    assert main(["cancel", "out.csv"]) == 0
+    assert [call.argv[-1] for call in fakes.calls("scancel")] == ["3", "2", "1"]
+
+
+def test_the_jobs_of_later_steps_are_checked_before_the_first_is_submitted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    all_steps = f"engine_command: '{COMMAND}'\ngpus_per_node: 0\n"
+    steps(f"{TWO}  engine: llamacpp\n", more=all_steps)
+    fakes = slurm(place, monkeypatch)
+    assert main(["chain", "steps.yaml", "--no-wait"]) == 2
+    error = capsys.readouterr().err
+    assert "error: step second: 2 problems found; no job was submitted" in error
+    assert "no image aiflux-llamacpp.sif" in error
+    assert "aiflux models pull m:1" in error
+    assert not fakes.calls("sbatch")
+    steps(TWO, more=all_steps)
+    assert main(["chain", "steps.yaml", "--no-wait"]) == 0
+    assert len(fakes.calls("sbatch")) == 2
+
+
+def job(place: Path, step: str, shard: int = 0) -> int:
+    """Run what the job of a step runs, without the shell around it."""
+    run = RunDirectory(place / "out.csv.aiflux" / "steps" / f"{step}.json.aiflux")
+    (script,) = run.path.glob("run.sbatch")
+    found = re.search(r"^plan_step=\((.*)\)$", script.read_text(), re.MULTILINE)
+    if found is not None:
+        planned = subprocess.run([*shlex.split(found[1]), str(shard)], check=False)
+        if planned.returncode:
+            return planned.returncode
+    work = ["-m", "aiflux.worker", "--run-dir", str(run.path), "--shard", str(shard)]
+    return subprocess.run([sys.executable, *work], check=False).returncode
+
+
+def test_the_jobs_of_a_step_make_its_requests(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,bad\n3,fine\n")
+    steps(THREE)
+    fakes = slurm(place, monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    assert job(place, "second") == 5, "the first step is not finished"
+    steps("changed:\n  template: a file that is edited meanwhile {text}\n")
+    assert job(place, "first") == 0
+    with ThreadPoolExecutor() as threads:
+        codes = sorted(threads.map(lambda shard: job(place, "second", shard), range(3)))
+    assert codes == [0, 0, 10], "two requests, three tasks"
+    assert job(place, "third") == 0
+    fakes.say("squeue", "")
+    steps(THREE)
+    capsys.readouterr()
+    assert main(slurm_words()) == 0
+    assert len(fakes.calls("sbatch")) == 3
+    assert [row["third"] for row in rows_of("out.csv")] == ["good-1!", "", "fine-3!"]
+
+
+def test_a_step_whose_job_ended_before_its_plan_is_submitted_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,bad\n3,fine\n")
+    steps(THREE)
+    fakes = slurm(place, monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    assert job(place, "first") == 0
+    fakes.say("squeue", "")  # Slurm has cancelled the others
+    capsys.readouterr()
+    assert main(["status", "out.csv"]) == 0
+    assert "next: aiflux chain" in capsys.readouterr().out
+    slurm(place / "again", monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    printed = capsys.readouterr().out
+    assert "2 requests; the filter stopped 1 of 3" in printed, "its input is made at once"
+    assert "step third: job 2, after 1" in printed

@@ -1,0 +1,215 @@
+"""Runs with prompts that are longer than the model's context: refused, left out, or sent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aiflux
+from aiflux.cli.main import main
+from aiflux.core.config.settings import RunOptions
+from aiflux.core.runs.journal import journal_lines, split_line
+from aiflux.core.runs.open import RunDraft, draft_run
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import refuse_failures
+from aiflux.engines.kinds import engine_kind
+from aiflux.errors import ExitCode, InputError, TooManyFailuresError
+from aiflux.slurm.preflight.local import check_fields
+from aiflux.slurm.run_view import outcome
+from tests.tools import make_tiny_gguf
+from tests.tools.make_tiny_snapshot import put_tiny
+from tests.unit.helpers import request_line, write_program
+from tests.unit.made_models import put_model
+
+TOOLS = Path(__file__).parents[3] / "tools"
+
+
+def line(custom_id: str, size: int, **more: Any) -> str:
+    messages = [{"role": "user", "content": "x" * size}]
+    return request_line(custom_id, body={"messages": messages, **more})
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a model and an input, whose second and last prompts are too long for 512."""
+    (tmp_path / "m.gguf").write_bytes(make_tiny_gguf.tiny())
+    lines = [line("a", 5), line("b", 600), line("c", 5), line("d", 700)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    program = write_program(
+        tmp_path / "llama-server",
+        f'#!/bin/sh\nexec {sys.executable} {TOOLS}/fake_llama_server.py "$@"\n',
+    )
+    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(program))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def drafted(place: Path, shards: int = 1, **options: Any) -> RunDraft:
+    chosen = {"engine": "llamacpp", "model": str(place / "m.gguf"), "context_length": 512}
+    run_options = RunOptions(**{**chosen, **options})
+    return draft_run(
+        place / "in.jsonl", place / "out.json", run_options, place / "models",
+        engine_kind(run_options), shards=shards,
+    )  # fmt: skip
+
+
+def test_by_default_the_run_is_refused(place: Path) -> None:
+    with pytest.raises(InputError, match="2 prompts are too long for the context of 512") as caught:
+        drafted(place)
+    # The model has one token for each character, and one for the space before it.
+    assert caught.value.problems == ("line 2: 601 tokens", "line 4: 701 tokens")
+    assert "--context-length 1024, or --too-long skip" in str(caught.value.remedy)
+    assert not (place / "out.json.aiflux").exists()
+    assert drafted(place, context_length=1024).plan.long_prompts is None
+    assert drafted(place, too_long="send").plan.long_prompts is None
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_skipped_requests_have_a_result_before_the_run_starts(place: Path, shards: int) -> None:
+    opened = drafted(place, shards, too_long="skip").open()
+    run = opened.run
+    results = [
+        split_line(found)
+        for shard in opened.plan.shards
+        for _, found in journal_lines(run.journal(shard.index))
+    ]
+    assert [json.loads(each.custom_id) for each in results] == ["b", "d"]
+    assert json.loads(results[0].error) == {
+        "code": "too_long", "status": None,
+        "message": "not sent: the prompt has 601 tokens, and the context 512",
+    }  # fmt: skip
+    warnings = [finding.what for finding in check_fields(read_plan(run))]
+    assert warnings == [
+        "2 requests will not be sent (--too-long skip): too long for the context of 512 tokens "
+        "(lines 2 and 4)"
+    ]
+
+
+def test_skipped_requests_do_not_count_as_failures(place: Path) -> None:
+    plan = drafted(place, too_long="skip").plan
+    assert plan.left_out == 2
+    refuse_failures(plan, 2)
+    with pytest.raises(TooManyFailuresError):
+        refuse_failures(plan, 3)
+    refuse_failures(drafted(place, too_long="skip", max_failures="1").plan, 3)
+
+
+def start(place: Path, **options: Any) -> aiflux.Run:
+    settings = {"engine": "llamacpp", "model": str(place / "m.gguf"), "slots": 2,
+                "context_length": 512, "allow_cpu": True, "local": True, **options}  # fmt: skip
+    return aiflux.run("in.jsonl", "out.json", workspace=place, **settings)
+
+
+def test_a_run_leaves_them_out_and_sends_them_once_the_context_is_longer(place: Path) -> None:
+    run = start(place, too_long="skip")
+    view = run.wait(progress=False)
+    assert view.finished, view.shards
+    assert outcome(view) is ExitCode.OK
+    codes = [each.error["code"] if each.error else None for each in run.results()]
+    assert codes == [None, "too_long", None, "too_long"]
+
+    same = start(place, too_long="skip", retry_failed=True).wait(progress=False)
+    assert (same.completed, same.failed, outcome(same)) == (2, 2, ExitCode.OK)
+
+    longer = start(place, context_length=1024, retry_failed=True).wait(progress=False)
+    assert (longer.completed, longer.failed, outcome(longer)) == (4, 0, ExitCode.OK)
+
+
+def test_skipped_requests_are_failures_once_they_fit(place: Path) -> None:
+    start(place, too_long="skip").wait(progress=False)
+    for context, left_out in ((512, 2), (1024, 0)):
+        draft = drafted(place, context_length=context, too_long="skip", slots=2, allow_cpu=True)
+        assert draft.finished
+        assert draft.counts is not None
+        assert draft.counts.failed == 2
+        assert draft.plan.left_out == left_out
+    with pytest.raises(TooManyFailuresError, match="--retry-failed"):
+        refuse_failures(draft.plan, draft.counts.failed)
+
+
+CHECK = ["check", "in.jsonl", "--engine", "llamacpp", "--model", "m.gguf"]
+
+
+def test_check_reports_them_as_a_run_does(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CHECK, "--context-length", "512"]) == 2
+    printed = capsys.readouterr()
+    assert "2 prompts are too long for the context of 512 tokens" in printed.err
+    assert "line 4: 701 tokens" in printed.err
+    assert main([*CHECK, "--context-length", "512", "--too-long", "skip", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["long_prompts"]["lines"] == [2, 4]
+    assert found["long_prompts"]["needed"] == 702
+    assert main([*CHECK, "--context-length", "1024"]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_check_without_a_plan_says_that_lengths_are_not_checked(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "in.jsonl", "--engine", "vllm", "--model", "llama3.2:3b"]) == 0
+    assert "lengths:   not checked: llama3.2:3b is a model of Ollama" in capsys.readouterr().out
+
+
+def test_ollamas_context_is_that_of_its_model(place: Path) -> None:
+    """PARAMETER num_ctx takes precedence over the server's setting; only texts are counted."""
+    gguf = make_tiny_gguf.tiny()
+    put_model(place / "models", "plain:1b", gguf)
+    put_model(place / "models", "own:1b", gguf, b"", b"", b'{"num_ctx": 256}')
+    with pytest.raises(InputError, match="context of 512 tokens"):
+        drafted(place, engine="ollama", model="plain:1b")
+    with pytest.raises(InputError, match="context of 256 tokens"):
+        drafted(place, engine="ollama", model="own:1b")
+    more = {"engine_env": {"OLLAMA_CONTEXT_LENGTH": "1024"}}
+    assert drafted(place, engine="ollama", model="plain:1b", **more).plan.long_prompts is None
+
+
+def test_a_model_that_is_not_stored_gives_an_estimate_that_never_refuses(place: Path) -> None:
+    (place / "in.jsonl").write_text(line("a", 3000) + "\n", encoding="utf-8")
+    for too_long in ("fail", "skip"):
+        plan = drafted(place, engine="ollama", model="absent:1b", too_long=too_long).plan
+        assert plan.left_out == 0
+        (finding,) = check_fields(plan)
+        assert finding.what == (
+            "about 1 prompt may be too long for the context of 512 tokens (line 1): the longest "
+            "may have 1,017"
+        )
+        assert "this is an estimate, because absent:1b is not in" in finding.fix
+        assert "aiflux models pull absent:1b" in finding.fix
+
+
+def test_vllm_counts_with_the_template_of_the_directory(place: Path) -> None:
+    put_tiny(place / "model")
+    plan = drafted(place, engine="vllm", model=str(place / "model"), context_length=1024).plan
+    assert plan.long_prompts is None
+    with pytest.raises(InputError) as caught:
+        drafted(place, engine="vllm", model=str(place / "model"))
+    # <s>user\n...</s>\n and <s>assistant\n, with one token for each byte and each special token
+    assert caught.value.problems[0] == f"line 2: {1 + 5 + 600 + 1 + 1 + 1 + 10} tokens"
+    (place / "in.jsonl").write_text(line("a", 3000) + "\n", encoding="utf-8")
+    plan = drafted(place, engine="vllm", model=str(place / "model"),
+                   engine_arg={"tokenizer": "elsewhere"}).plan  # fmt: skip
+    (finding,) = check_fields(plan)
+    assert "--engine-arg sets a tokenizer of its own" in finding.fix
+
+
+def test_answers_without_room_are_reported(place: Path) -> None:
+    (place / "in.jsonl").write_text(line("a", 300, max_tokens=400) + "\n", encoding="utf-8")
+    (finding,) = check_fields(drafted(place).plan)
+    assert finding.what == (
+        "1 prompt and max_tokens together exceed the context of 512 tokens: their answers end "
+        "where the context ends"
+    )
+    assert finding.fix == "use --context-length 1024; or set a smaller max_tokens"
+
+
+def test_a_context_that_the_model_does_not_have_is_reported(place: Path) -> None:
+    (finding,) = check_fields(drafted(place, context_length=300_000).plan)
+    assert finding.what == (
+        f"{place}/m.gguf has a context of 8,192 tokens, but context_length is 300,000: llama.cpp "
+        "reduces it"
+    )
+    assert "--context-length 8192 at most" in finding.fix

@@ -24,11 +24,17 @@ def undone_if_refused(run: RunDirectory, *paths: Path) -> Iterator[None]:
     try:
         yield
     except (UsageError, EngineError) as error:
-        begun = run.worked_on() or run.process.exists() or may_be_queued(run)
-        if not begun and not isinstance(error, RunConflictError):
+        if not isinstance(error, RunConflictError) and not _may_have_begun(run):
             for path in new:
                 _remove(path)
         raise
+
+
+def _may_have_begun(run: RunDirectory) -> bool:
+    try:
+        return run.worked_on() or run.process.exists() or may_be_queued(run)
+    except OSError:  # It cannot be seen. The refusal is the error to report, not this one.
+        return True
 
 
 def _remove(path: Path) -> None:

@@ -67,7 +67,7 @@ class MadeServe:
         directory.create()
         put_model(folder / "models", "tiny:latest", make_tiny_gguf.tiny())
         write_json(directory.settings, to_json(ServeSettings(idle, addresses)))
-        directory.request.write_text(request_line(body={"messages": []}) + "\n")
+        directory.request.write_text(request_line(body={"messages": [{}]}) + "\n")
         write_key(directory)
         make_certificate(directory, (addresses or {}).values())
         chosen = RunOptions(engine=engine, model=model, **options)

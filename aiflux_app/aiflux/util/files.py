@@ -247,7 +247,10 @@ def remove_leftovers(*targets: Path) -> None:
 
 
 def refuse_special(target: Path) -> None:
-    """Raise UsageError if ``target`` cannot be a file: a directory, a device, a too long name."""
+    """Raise UsageError if ``target`` cannot be a file.
+
+    It can be a directory, a device, a link that leads nowhere, or have a too long name.
+    """
     try:
         os.stat(target)
     except OSError as error:
@@ -255,6 +258,14 @@ def refuse_special(target: Path) -> None:
             raise UsageError(
                 f"the output name {target} is too long", "choose a shorter name"
             ) from error
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"the output {target} is a link to itself", "remove it") from error
+    folder = os.path.dirname(os.path.realpath(target))
+    if os.path.islink(target) and not os.path.isdir(folder):
+        raise UsageError(
+            f"the output {target} is a link into a directory that does not exist: {folder}",
+            f"create it (mkdir -p {quote(folder)}), or choose another output",
+        )
     if os.path.isdir(target):
         raise UsageError(f"the output {target} is a directory", "choose a file in it")
     _refuse_device(target)

@@ -487,12 +487,11 @@ def test_names_that_differ_only_in_form_are_the_same(tmp_path: Path, answered: s
 def test_the_second_of_two_models_may_be_missing(tmp_path: Path) -> None:
     with FaultyEngine(models=("m:1",), answers_as="m:1") as engine:
         working = Working(tmp_path, engine.url)
+        asked = [{"content": "x"}]  # FaultyEngine echoes the last message.
         lines = [
-            request_line(f"r{i}", body={"model": f"m:{i % 2 + 1}", "messages": []})
+            request_line(f"r{i}", body={"model": f"m:{i % 2 + 1}", "messages": asked})
             for i in range(20)
         ]
-        # FaultyEngine echoes the last message.
-        lines = [line.replace('"messages": []', '"messages": [{"content": "x"}]') for line in lines]
         working.input.write_text("\n".join(lines), encoding="utf-8")
         assert working.run() is ExitCode.ENGINE
         assert recorded(working) == 10, "the first model's answers are kept"

@@ -24,7 +24,7 @@ from tests.unit.made_models import put_model
 
 def plan_of(folder: Path, model: str, *bodies: dict[str, Any], **options: Any) -> Plan:
     lines = [request_line(f"r{at}", **body) for at, body in enumerate(bodies or ({"body": {
-        "messages": []}},))]  # fmt: skip
+        "messages": [{}]}},))]  # fmt: skip
     path = folder / "in.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     chosen = RunOptions(engine="llamacpp", model=model, **options)
@@ -44,14 +44,14 @@ def test_a_path_is_made_absolute_and_requests_may_use_the_file_name(
     """A job does not run in this directory."""
     path = tiny_file(tmp_path)
     monkeypatch.chdir(tmp_path)
-    named = [{"body": {"model": name, "messages": []}}
+    named = [{"body": {"model": name, "messages": [{}]}}
              for name in ("tiny one.gguf", "tiny one", str(path))]  # fmt: skip
     plan = plan_of(tmp_path, path.name, *named)
     assert plan.models == (str(path),)
     assert plan.served(plan.models[0]) == str(path)
     assert not [*check_models(plan)]
     with pytest.raises(InputError, match="but the run's model is"):
-        plan_of(tmp_path, path.name, {"body": {"model": "other", "messages": []}})
+        plan_of(tmp_path, path.name, {"body": {"model": "other", "messages": [{}]}})
     with pytest.raises(ConfigError, match="without a comma"):
         plan_of(tmp_path, "a,b.gguf")
 
@@ -136,7 +136,7 @@ def test_another_digest_than_the_one_in_the_name_is_refused(tmp_path: Path) -> N
 
 
 def test_text_and_embeddings_in_one_input_are_refused(tmp_path: Path) -> None:
-    chat = {"body": {"messages": []}}
+    chat = {"body": {"messages": [{}]}}
     embedding = {"url": "/v1/embeddings", "body": {"input": "x"}}
     rerank = {"url": "/v1/rerank", "body": {"query": "x", "documents": ["y"]}}
     for pair in ((chat, embedding), (embedding, rerank), (rerank, chat)):
@@ -190,7 +190,7 @@ def test_the_command_line(
 ) -> None:
     program = write_program(tmp_path / "llama-server", RECORDER)
     path = tiny_file(tmp_path)
-    plan = plan_of(tmp_path, str(path), body or {"body": {"messages": []}}, slots=3,
+    plan = plan_of(tmp_path, str(path), body or {"body": {"messages": [{}]}}, slots=3,
                    context_length=1024, **options)  # fmt: skip
     environ = {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin"}
     engine = engine_of(KIND, plan, tmp_path, environ, devices)

@@ -52,7 +52,7 @@ BAD = [
     (lines("a", url="/v1/embeddings"), 1, "missing_required_parameter", "body.input"),
     (lines("a") + request_line("e", **EMBEDDINGS).encode(), 2, "url_mismatch", "url"),
     (
-        request_line("x", body={"messages": []}).encode(),
+        request_line("x", body={"messages": [{}]}).encode(),
         1, "missing_required_parameter", "body.model",
     ),
     (request_line("x", body=[]).encode(), 1, "invalid_value", "body"),

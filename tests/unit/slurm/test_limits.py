@@ -115,7 +115,7 @@ def test_no_source_of_settings_exceeds_it(
 
 
 def test_automatic_shards_stay_within_it(site: Path, awkward: Path) -> None:
-    lines = [request_line(f"r{n}", body={"messages": [], "max_tokens": 10000}) for n in range(40)]
+    lines = [request_line(f"r{n}", body={"messages": [{}], "max_tokens": 10000}) for n in range(40)]
     (awkward / "in.jsonl").write_text("\n".join(lines))
     assert run("--shards", "auto", "--time", "1") == 0
     assert len(read_plan(RunDirectory.of_output(awkward / "out.json")).shards) == 8

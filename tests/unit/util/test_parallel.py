@@ -72,7 +72,7 @@ _requests = st.builds(
 )
 _sound = st.builds(
     lambda number, model: request_line(
-        f"s{number}", body={"model": model, "messages": []}
+        f"s{number}", body={"model": model, "messages": [{}]}
     ).encode(),
     st.integers(),
     st.sampled_from(["a", "b"]),

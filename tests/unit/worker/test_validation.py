@@ -66,7 +66,7 @@ def closed_checks() -> Iterator[None]:
 
 
 def verdict_on(text: str, asked: Any, checking: Checking = CHECKING) -> Outcome:
-    body = {"model": "m:1", "messages": [], "response_format": asked}
+    body = {"model": "m:1", "messages": [{}], "response_format": asked}
     request = parse_request(request_line(body=body).encode())
     answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
     verdict = Outcome(Kind.ANSWERED, status=200, body=json.dumps(answer).encode())
@@ -125,7 +125,7 @@ def test_the_worker_and_the_check_find_an_invalid_schema(
     verdict = verdict_on("{}", asked)
     assert verdict.kind is Kind.FAILED
     assert words in verdict.message
-    body = {"model": "m:1", "messages": [], "response_format": asked}
+    body = {"model": "m:1", "messages": [{}], "response_format": asked}
     path = tmp_path / "in.jsonl"
     path.write_text(f"{request_line('a')}\n{request_line('b', body=body)}\n", encoding="utf-8")
     assert main(["check", str(path)]) == ExitCode.USAGE
@@ -181,7 +181,7 @@ bodies = any_json | st.fixed_dictionaries(
     url=st.sampled_from([each.url for each in ENDPOINTS.values()]),
 )
 def test_any_answer_to_any_request_is_judged(asked: Any, body: Any, url: str) -> None:
-    content = {"model": "m:1", "messages": [], "prompt": "", "input": "", "documents": [],
+    content = {"model": "m:1", "messages": [{}], "prompt": "", "input": "", "documents": [""],
                "query": "", "text_1": "", "text_2": [""], "response_format": asked}  # fmt: skip
     request = parse_request(request_line(url=url, body=content).encode())
     answer = Answer(200, json.dumps(body).encode())
@@ -435,7 +435,7 @@ def test_schemas_of_too_many_combinations_are_refused_by_the_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = request_line(
-        body={"model": "m", "messages": [], "response_format": asking(nested_choices(40))}
+        body={"model": "m", "messages": [{}], "response_format": asking(nested_choices(40))}
     )
     (tmp_path / "in.jsonl").write_text(line)
     assert main(["check", str(tmp_path / "in.jsonl")]) == ExitCode.USAGE

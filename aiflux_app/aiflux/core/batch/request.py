@@ -286,6 +286,22 @@ def _has_payload(url: str, body: dict[str, Any]) -> bool:
     return any(fields <= body.keys() for fields in _PAYLOADS[url])
 
 
+def _is_filled(url: str, body: dict[str, Any]) -> bool:
+    """Return whether a body has a payload that an engine can answer."""
+    return any(not any(_fault(name, body.get(name)) for name in each) for each in _PAYLOADS[url])
+
+
+def _fault(name: str, payload: Any) -> str:
+    """Return what is wrong with a field of a payload; "" if nothing is."""
+    if payload is None:
+        return "is null"
+    if payload == []:
+        return "is an empty array"
+    if name == "messages" and type(payload) is not list:
+        return f"is {_kind(payload)}, not an array"
+    return ""
+
+
 def _is_for_responses(body: dict[str, Any]) -> bool:
     """Return whether a body with ``input`` is for text: inputs for embeddings have no objects."""
     given = body["input"]
@@ -364,7 +380,7 @@ def request_entry(
         and entry.get("method") in ("POST", None)
         and url
         and type(body) is dict
-        and _has_payload(url, body)
+        and _is_filled(url, body)
         and ("n" not in body or not _n_problems(url, body))
         and (metadata is None or type(metadata) is dict)
         and _model_fits(body, model, accepts)
@@ -433,7 +449,7 @@ def _body_problems(entry: dict[str, Any], model: str | None, accepts: AcceptsMod
         return [f"body {seen}; it must be the object for the engine"]
     problems = []
     url = endpoint_url(entry)
-    if url and not _has_payload(url, body):
+    if url and not _is_filled(url, body):
         problems.append(_payload_problem(url, body))
     return problems + _n_problems(url, body) + _model_problems(body, model, accepts)
 
@@ -448,9 +464,13 @@ def _n_problems(url: str, body: dict[str, Any]) -> list[str]:
 
 
 def _payload_problem(url: str, body: dict[str, Any]) -> str:
-    """Return what is missing for the payload of which a body has the most fields."""
+    """Return what is wrong with the payload of which a body has the most fields."""
     fields = max(_PAYLOADS[url], key=lambda each: len(each & body.keys()))
     missing = [f"body.{name}" for name in sorted(fields - body.keys())]
+    if not missing:
+        faults = ((name, _fault(name, body[name])) for name in sorted(fields))
+        name, fault = next((name, fault) for name, fault in faults if fault)
+        return f"body.{name} {fault}; {url} needs at least one entry in it"
     verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
     return f"{joined(missing)} {verb} missing; {url} needs {them}"
 

@@ -129,7 +129,7 @@ def test_fields_of_responses_that_an_engine_ignores_are_reported(
 ) -> None:
     path = tmp_path / "in.jsonl"
     line = request_line(url=RESPONSES, body={"model": "m:1", "input": "hi", **body})
-    chat = request_line("r2", body={"model": "m:1", "messages": [], "seed": 1, "stop": ["x"]})
+    chat = request_line("r2", body={"model": "m:1", "messages": [{}], "seed": 1, "stop": ["x"]})
     path.write_text(f"{line}\n{chat}\n", encoding="utf-8")
     found = scan_input(path, "m:1", rules=kind_named(kind).input_rules)
     assert [*found.ignored] == expected

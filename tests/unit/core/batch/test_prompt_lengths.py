@@ -70,10 +70,16 @@ MESSAGE = st.fixed_dictionaries(
 )
 LIMIT = st.fixed_dictionaries({}, optional={"max_tokens": st.integers(1, 80)})
 REQUEST = st.one_of(
-    st.tuples(st.just(CHAT), st.fixed_dictionaries({"messages": st.lists(MESSAGE)})),
+    st.tuples(st.just(CHAT), st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=1)})),
     st.tuples(
         st.just(COMPLETIONS),
-        st.fixed_dictionaries({"prompt": WORDS | st.lists(WORDS) | st.lists(st.integers(0, 9))}),
+        st.fixed_dictionaries(
+            {
+                "prompt": WORDS
+                | st.lists(WORDS, min_size=1)
+                | st.lists(st.integers(0, 9), min_size=1)
+            }
+        ),
     ),
     st.tuples(
         st.just(EMBEDDINGS), st.fixed_dictionaries({"input": WORDS | st.lists(WORDS, min_size=1)})

@@ -56,7 +56,10 @@ def test_the_example_request_is_parsed() -> None:
         ('{"a": 1.5, "b": 1e400}', "the number 1e400 is too large at column 17"),
         (f'{{"a": {"9" * 5000}}}', f"the number {'9' * 40}... is too large at column 7"),
         ('{"a": ' + "[" * 300 + "]" * 300 + "}", "nested more than 200 levels deep at column 206"),
-        (request_line(body={"messages": [], "model": "m\ud83d"}), "contains half a surrogate pair"),
+        (
+            request_line(body={"messages": [{}], "model": "m\ud83d"}),
+            "contains half a surrogate pair",
+        ),
         ("[" * 100_000, "nested more than 200 levels deep at column 201"),
         (b'{"custom_id": "\xff"}', "not UTF-8 (byte 0xff at column 16)"),
         (request_line(custom_id=...), "custom_id is missing"),
@@ -70,8 +73,16 @@ def test_the_example_request_is_parsed() -> None:
         (request_line(body=[]), "body is an array"),
         (request_line(body={"model": "m:1"}), "body.messages is missing"),
         (request_line(url="/v1/embeddings"), "body.input is missing"),
-        (request_line(body={"messages": []}), "body.model is missing"),
-        (request_line(body={"messages": [], "model": 3}), "body.model must be a non-empty string"),
+        (request_line(body={"messages": []}), "body.messages is an empty array"),
+        (request_line(body={"messages": "Hi"}), "body.messages is a string, not an array"),
+        (request_line(url="/v1/completions", body={"prompt": None}), "body.prompt is null"),
+        (
+            request_line(url="/v1/rerank", body={"query": "a", "documents": []}),
+            "body.documents is an empty array; /v1/rerank needs at least one entry in it",
+        ),
+        (request_line(url=..., body={"messages": []}), "body.messages is an empty array"),
+        (request_line(body={"messages": [{}]}), "body.model is missing"),
+        (request_line(body={"messages": [{}], "model": 3}), "body.model must be a non-empty"),
         (request_line(metadata=[1]), "metadata must be an object, not an array"),
     ],
 )
@@ -108,7 +119,7 @@ def test_a_value_that_cannot_be_forwarded_is_refused_at_any_depth(
 def test_numbers_keep_their_digits_and_the_last_of_two_keys_counts() -> None:
     line = request_line(body=...).removesuffix("}")
     digits = "1" * 4000
-    line += f', "body": {{"model": "m:1", "messages": [], "seed": {digits}, "t": 0, "t": 1}}}}'
+    line += f', "body": {{"model": "m:1", "messages": [{{}}], "seed": {digits}, "t": 0, "t": 1}}}}'
     body = parse_request(line.encode()).body
     assert body["seed"] == int(digits)
     assert body["t"] == 1
@@ -127,19 +138,19 @@ def test_a_body_must_name_the_model_of_the_run() -> None:
 
 
 def test_a_missing_tag_means_latest() -> None:
-    line = request_line(body={"model": "m", "messages": []}).encode()
+    line = request_line(body={"model": "m", "messages": [{}]}).encode()
     assert parse_request(line, "m:latest", ACCEPTS).model == "m"
 
 
 def test_names_are_compared_as_the_engine_does() -> None:
-    line = request_line(body={"model": "m", "messages": []})
+    line = request_line(body={"model": "m", "messages": [{}]})
     assert "use --replace-model" in problem(line, "m:latest", eq)
     assert parse_request(line.encode(), "m:latest", ACCEPTS)
 
 
 def test_a_body_can_name_the_digest_of_the_run_s_model() -> None:
     digest = "@sha256:" + "0" * 64
-    line = request_line(body={"model": f"m{digest}", "messages": []})
+    line = request_line(body={"model": f"m{digest}", "messages": [{}]})
     for model in (f"m{digest}", f"m:latest{digest[:20]}", None):
         assert parse_request(line.encode(), model, ACCEPTS).model == f"m{digest}"
     for model in ("m", "m@sha256:" + "1" * 12):
@@ -147,7 +158,7 @@ def test_a_body_can_name_the_digest_of_the_run_s_model() -> None:
 
 
 def test_a_body_without_a_model_uses_the_run_s() -> None:
-    line = request_line(body={"messages": []}).encode()
+    line = request_line(body={"messages": [{}]}).encode()
     assert parse_request(line, "m:1").model is None
 
 
@@ -184,7 +195,7 @@ def test_any_json_is_a_request_or_a_problem(value: object) -> None:
     ascii_only=st.booleans(),
 )
 def test_a_body_is_not_changed(custom_id: str, extra: object, ascii_only: bool) -> None:
-    body = {**extra, "model": "m:1", "messages": extra}  # type: ignore[dict-item]
+    body = {**extra, "model": "m:1", "messages": [extra]}  # type: ignore[dict-item]
     entry = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
     raw = json.dumps(entry, ensure_ascii=ascii_only).encode("utf-8")
     assert parse_request(raw).body == body

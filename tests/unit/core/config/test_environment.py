@@ -76,7 +76,7 @@ def planned(folder: Path, environ: Mapping[str, str]) -> tuple[dict[str, Any], s
     """Return the plan and the script of a dry run in an environment."""
     config = Config(environ={"HOME": str(folder), **environ}, directory=folder)
     # Where bodies name no model, the one of the run is taken.
-    write_input(folder / "in.jsonl", 2, body={"messages": []})
+    write_input(folder / "in.jsonl", 2, body={"messages": [{}]})
     options = config.run_options(model=None if "MODEL_NAME" in environ else "m:1")
     run = plan_job(
         config, config.get_slurm_config(), folder / "in.jsonl", folder / "out.json", options,

@@ -185,7 +185,7 @@ def workspace(awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         fakes.say(silent)
     monkeypatch.setenv("PATH", fakes.path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_input(awkward / "in.jsonl", 2, body={"messages": []})
+    write_input(awkward / "in.jsonl", 2, body={"messages": [{}]})
     make_sif(awkward / "aiflux.sif", version="0.1.0", cpu_only="no")
     return awkward
 

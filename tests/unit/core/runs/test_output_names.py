@@ -49,6 +49,8 @@ LONG = "n" * 250 + ".json"
         ("folder.json", "is a directory"),
         ("errors.jsonl", "errors.errors.jsonl is a directory"),
         ("pipe.json", "is a device or a pipe"),
+        ("nowhere.json", "is a link into a directory that does not exist"),
+        ("loop.json", "is a link to itself"),
         ("taken.json", "taken.json.aiflux is a file"),
         ("~nobody-of-this-name/out.json", "does not exist"),
         ("out.txt", "does not end in .json or .jsonl"),
@@ -65,6 +67,8 @@ def test_an_impossible_output_name_is_refused(
     (tmp_path / "errors.errors.jsonl").mkdir()
     (tmp_path / "taken.json.aiflux").touch()
     os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "nowhere.json").symlink_to(tmp_path / "missing" / "file.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
     before = {*os.listdir(), "in.jsonl"}
     sent = len(engine.bodies)
     assert run(engine, tmp_path, output, *more) == 2

@@ -308,7 +308,7 @@ def test_a_plan_of_another_version_is_not_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ollama", "external"])
 def test_a_plan_from_before_engines_had_names_is_the_same_run(tmp_path: Path, kind: str) -> None:
     """In such a plan an address means a server, and anything else Ollama."""
-    source = write_input(tmp_path / "in.jsonl", 3, body={"model": "m", "messages": []})
+    source = write_input(tmp_path / "in.jsonl", 3, body={"model": "m", "messages": [{}]})
     options = RunOptions(engine_url="http://127.0.0.1:1" if kind == "external" else None)
     opened = draft_run(source, tmp_path / "o.json", options, tmp_path, kind_named(kind)).open()
     content = json.loads(opened.run.plan.read_text(encoding="utf-8"))

@@ -127,9 +127,16 @@ class FaultyEngine:
             self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def stop(self) -> None:
-        """Close the listener and all connections, as the kernel does for a dead process."""
-        server, self._server = self._server, None
+    def stop(self, only: _Server | None = None) -> None:
+        """Close the listener and all connections, as the kernel does for a dead process.
+
+        Args:
+            only: do nothing if this server is stopped already, and perhaps another one runs.
+        """
+        with self.lock:
+            if only is not None and only is not self._server:
+                return
+            server, self._server = self._server, None
         if server is not None:
             server.shutdown()
             server.server_close()
@@ -361,7 +368,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._die(body, text)
 
     def _die(self, body: dict[str, Any], text: str) -> None:
-        threading.Thread(target=self.server.engine.stop, daemon=True).start()
+        # One of several requests that arrive together ends the server; the others end with it.
+        stop = self.server.engine.stop
+        threading.Thread(target=stop, args=(self.server,), daemon=True).start()
         self.server.engine.died.wait()
 
     def _head(self, status: int, size: int, kind: str = "application/json") -> None:

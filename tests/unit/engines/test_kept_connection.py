@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import pairwise
+from typing import IO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +21,14 @@ from tests.tools.faulty_engine import FaultyEngine
 
 URL = "/v1/completions"
 FIRST = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+def _head(file: IO[bytes]) -> bytes:
+    """Read the head of a request; return an empty one once the client has closed."""
+    lines = []
+    while (line := file.readline()).strip():
+        lines.append(line)
+    return b"".join(lines)
 
 
 class Server:
@@ -49,7 +58,7 @@ class Server:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         closes = False
         with connection, connection.makefile("rb") as file, suppress(OSError):
-            while not closes and (head := b"".join(iter(file.readline, b"\r\n"))):
+            while not closes and (head := _head(file)):
                 length = next(line for line in head.split(b"\r\n") if b"Length" in line)
                 first = file.read(int(length.split(b":")[1])) == b"first"
                 self.heads.append(head)

@@ -266,7 +266,11 @@ def _missing_text(body: dict[str, Any]) -> str | None:
 def _missing_results(url: str, asked: Mapping[str, Any], body: dict[str, Any]) -> str | None:
     """Return what is wrong with an answer without all embeddings or scores, or None."""
     wanted, data = expected_results(url, asked), body.get("data")
-    found = len({each.document for each in scores(body)})
+    positions = {each.document for each in scores(body)}
+    there = expected_results(url, {**asked, "top_n": None})
+    if there is not None and (wrong := sorted(positions.difference(range(there)))):
+        return f"an answer with a result at position {wrong[0]}, for a request with {there}"
+    found = len(positions)
     if url == EMBEDDINGS and isinstance(data, list):
         found = len(data)
     if not found and (wanted or not _CONTENT & body.keys()):

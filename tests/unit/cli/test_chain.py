@@ -647,6 +647,7 @@ def test_a_step_can_be_added_at_the_end(place: Path, engine: FaultyEngine) -> No
         ("source: in.csv\noutput: out.csv", "has no 'steps'"),
         ("steps:\n  a:\n    tempalte: x", "line 5: unknown key 'tempalte' in steps.a"),
         ("steps:\n  a b:\n    template: x", "'a b' cannot be the name of a step"),
+        (f"steps:\n  {'a' * 65}:\n    template: x", "at most 64 of them"),
         ("steps:\n  error:\n    template: x", "'error' cannot be the name of a step"),
         ("steps:\n  a:\n    model: m:1", "(steps.a) has no template"),
         ("steps:\n  a:\n    template: hello", "(steps.a): the template 'hello' has"),

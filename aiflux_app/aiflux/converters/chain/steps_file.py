@@ -34,7 +34,7 @@ from aiflux.errors import ConfigError, InputError, UsageError
 from aiflux.util import value_parsers
 from aiflux.util.yaml_file import YamlFile, read_yaml
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _TAKEN = {"choice", "error"}
 KEPT, DROPPED = FILTERED = ("keep", "drop")
 """What becomes of rows that a filter stops: rows of the table without answers, or none."""
@@ -243,7 +243,7 @@ class _StepsFile:
                 why = f"; {name} has another meaning in expressions" if name in RESERVED else ""
                 raise ConfigError(
                     f"{self.file.line('steps', name)}: {name!r} cannot be the name of a step",
-                    "use letters, digits and _, such as summary"
+                    "use letters, digits and _, at most 64 of them, such as summary"
                     + (f"; {name} is a column of every chain" if name in _TAKEN else why),
                 )
             yield name

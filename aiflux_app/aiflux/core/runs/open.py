@@ -219,8 +219,13 @@ def draft_of(plan: Plan, *, force: bool = False, force_resume: bool = False) -> 
     """
     run, options = RunDirectory.of_output(plan.output), plan.options
     seen = _seen(run)
-    earlier = _earlier(run, plan, force_resume)
-    counts = finished_counts(plan, run, changed_ok=force) if earlier else None
+    earlier = _earlier(run, plan)
+    changed = None if earlier is None or force_resume else _changed_settings(earlier, plan)
+    if changed is not None and not force:
+        raise changed
+    counts = None
+    if earlier is not None:
+        counts = finished_counts(earlier if changed else plan, run, changed_ok=force)
     if counts is not None and not force and not options.retry_failed:
         return RunDraft(plan, run, earlier, counts)
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
@@ -228,6 +233,8 @@ def draft_of(plan: Plan, *, force: bool = False, force_resume: bool = False) -> 
         refuse_existing(*output_paths(plan.output))
     restart = counts is not None and not options.retry_failed
     if earlier is not None and not (restart or force_resume):
+        if changed is not None:
+            raise changed
         _refuse_changed_models(earlier, plan)
     return RunDraft(plan, run, earlier, counts, replace, restart, seen)
 
@@ -342,7 +349,7 @@ def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
                 run.status(shard.index).unlink(missing_ok=True)
 
 
-def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
+def _earlier(run: RunDirectory, plan: Plan) -> Plan | None:
     """Return the plan of earlier starts that left results; refuse another run's directory."""
     if not is_there(run.plan):
         if not run.unused():
@@ -363,12 +370,18 @@ def _earlier(run: RunDirectory, plan: Plan, force_resume: bool) -> Plan | None:
         )
     if not any(path.stat().st_size for path in run.path.glob("journal*/*.jsonl")):
         return None
-    if earlier.identity != plan.identity and not force_resume:
-        raise RunConflictError(
-            f"{run.path} was started with {_show(earlier)}; this run has {_show(plan)}",
-            "choose another output, or mix with the results so far: --force-resume",
-        )
     return earlier
+
+
+def _changed_settings(earlier: Plan, plan: Plan) -> RunConflictError | None:
+    """Return the error if results of different models or parameters would mix."""
+    if earlier.identity == plan.identity:
+        return None
+    return RunConflictError(
+        f"{RunDirectory.of_output(plan.output).path} was started with {_show(earlier)}; this run "
+        f"has {_show(plan)}",
+        "choose another output, or mix with the results so far: --force-resume",
+    )
 
 
 def _refuse_changed_models(earlier: Plan, plan: Plan) -> None:

@@ -234,6 +234,18 @@ EMBEDDED = {"object": "list", "data": [{"index": 0, "embedding": [1.0]}]}
         ("rerank", {}, reranked(), "an answer without results"),
         ("rerank", {}, {"results": [{"index": 0}, {"index": 1}]}, "an answer without results"),
         ("rerank", {"top_n": 1}, reranked(1), ""),
+        (
+            "rerank",
+            {"top_n": 1},
+            reranked(7),
+            "an answer with a result at position 7, for a request with 2",
+        ),
+        (
+            "rerank",
+            {"documents": "one"},
+            reranked(-1),
+            "an answer with a result at position -1, for a request with 1",
+        ),
         ("rerank", {"top_n": 9}, reranked(1), "an answer with 1 result instead of 2"),
         ("rerank", {"top_n": 0}, reranked(1, 0), ""),
         ("rerank", {"documents": []}, reranked(), ""),

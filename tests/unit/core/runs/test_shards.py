@@ -328,3 +328,22 @@ def test_another_engine_is_another_run(tmp_path: Path) -> None:
     with pytest.raises(RunConflictError, match=r"engine external.*this run has engine ollama"):
         draft_run(*arguments).open()
     assert draft_run(*arguments, force_resume=True).open().resumed
+
+
+def test_a_finished_run_is_restarted_with_other_settings(tmp_path: Path) -> None:
+    """Nothing is mixed then; an unfinished run keeps its results and is refused."""
+    with FaultyEngine() as engine:
+        assert Working(tmp_path, engine.url).prompts("a", "b").run() is ExitCode.OK
+        again = Working(tmp_path, engine.url, samples=2)
+        assert again.run() is ExitCode.USAGE
+        assert isinstance(again.error, RunConflictError)
+        assert len(engine.bodies) == 2
+        assert again.run(force=True) is ExitCode.OK
+        assert [len(each["output"]["choices"]) for each in again.results] == [2, 2]
+    with FaultyEngine(delay=0.02) as engine:
+        begun = Working(tmp_path, engine.url, "begun.json", concurrency=1).prompts(*PROMPTS)
+        begun.stop_soon(results=1)
+        assert begun.run() is ExitCode.STOPPED
+        begun.options["samples"] = 2
+        assert begun.run(force=True) is ExitCode.USAGE
+        assert isinstance(begun.error, RunConflictError)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
+
+from aiflux.util.times import utc_now
 
 # Words of Python's own messages, which mean nothing to a user.
 _OF_PYTHON = re.compile(
@@ -43,6 +46,13 @@ def write_program(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
     return path
+
+
+def await_next_time() -> None:
+    """Return once what is recorded next has a later time: records have milliseconds."""
+    before = utc_now()
+    while utc_now() == before:
+        time.sleep(0.0005)
 
 
 def logged_command(log: Path) -> list[str]:

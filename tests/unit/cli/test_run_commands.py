@@ -29,6 +29,7 @@ from aiflux.core.runs.registry import register
 from aiflux.slurm.monitor import gather
 from aiflux.util.times import duration
 from tests.unit.fake_commands import FakeCommands
+from tests.unit.helpers import await_next_time
 from tests.unit.made_runs import MadeRun
 
 ENDED = ("a", "bad \x1b[31m\x07 thing\nand\ttabs"), ("b", "x" * 500)
@@ -63,8 +64,13 @@ def made(slurm: FakeCommands, tmp_path: Path) -> MadeRun:
 
 
 def known(made: MadeRun, *jobs: str) -> None:
-    """Enter a run into the registry of the test's own user."""
-    assert register(made.run.path, made.output, jobs, os.environ) is None
+    """Enter a run into the registry of the test's own user, later than the one before."""
+    enter(made.run.path, made.output, *jobs)
+
+
+def enter(run: Path, output: Path, *jobs: str) -> None:
+    await_next_time()
+    assert register(run, output, jobs, os.environ) is None
 
 
 def test_status(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +185,7 @@ def test_jobs(made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     local = MadeRun(tmp_path / "local")
     local.status(0, "cancelled", 7)
     known(local)
-    register(tmp_path / "gone.aiflux", tmp_path / "gone", ["7"], os.environ)
+    enter(tmp_path / "gone.aiflux", tmp_path / "gone", "7")
     assert main(["jobs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["JOB", "STATE", "DONE", "FAILED", "SUBMITTED", "OUTPUT"]

@@ -17,6 +17,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.registry import entries, find_run, folder, forget_gone, register, with_job
 from aiflux.errors import RunConflictError, UsageError
 from aiflux.slurm.jobs import known_submissions, read_submissions
+from tests.unit.helpers import await_next_time
 from tests.unit.made_runs import MadeRun
 
 
@@ -114,6 +115,7 @@ def test_deleted_runs_are_forgotten_on_demand(tmp_path: Path, environ: dict[str,
 def test_a_job_id_belongs_to_the_newest_run(tmp_path: Path, environ: dict[str, str]) -> None:
     first, second = MadeRun(tmp_path / "1"), MadeRun(tmp_path / "2")
     remember(first, environ, "7;a", "8")
+    await_next_time()
     remember(second, environ, "7;b")
     for text, made in {"7": second, "7;a": first, "7_3": second, "8_0": first}.items():
         entry = with_job(text, environ)

@@ -37,6 +37,7 @@ OPTION = re.compile(r"--[a-z][a-z-]+")
 # Options of sbatch, Apptainer, ruff and mypy that the pages mention.
 FOREIGN_OPTIONS = {
     "--dependency",  # sbatch
+    "--test-only",
     "--net",
     "--network",
     "--containall",

@@ -242,7 +242,7 @@ def _planned(one: PlannedPilot) -> PlannedRun:
     asked, pilot = one.asked, one.pilot
     slurm = asked.config.get_slurm_config()
     limit = LONGEST if walltime_seconds(slurm.time) > walltime_seconds(LONGEST) else slurm.time
-    small: SlurmConfig = replace(slurm, shards=1, max_running=None, time=limit)
+    small: SlurmConfig = replace(slurm, shards=1, max_running=None, time=limit, time_min=None)
     return plan_job(
         asked.config, small, pilot.input, pilot.output, one.options, check=asked.preflight
     )

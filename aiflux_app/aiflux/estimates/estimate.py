@@ -211,10 +211,6 @@ class Estimate:
         """Return the GPU-hours of all jobs together."""
         return self.seconds_of_jobs(shards).times(self.gpus / 3600)
 
-    def shards_for(self, time: str | None) -> int:
-        """Return the recommended number of shards if a job may take ``time``."""
-        return self.recommended(time).shards
-
     def recommended(self, time: str | None) -> Estimate:
         """Return the estimate with the recommendation for a job that may take ``time``.
 
@@ -227,13 +223,16 @@ class Estimate:
             most = math.inf
             enough = self.fixed_seconds.high / (_FIXED_SHARE * _SHARE_OF_WALLTIME)
             shards = self._fewest(enough) or self.requests
-        needed = math.ceil(self.seconds_of_shard(shards).high * _MARGIN / _STEP) * _STEP
-        return replace(
-            self,
-            walltime=None if math.isinf(walltime) else walltime,
-            shards=shards,
-            time_seconds=min(needed, most),
-        )
+        fitting = replace(self, walltime=None if math.isinf(walltime) else walltime)
+        return replace(fitting, shards=shards, time_seconds=min(self._time_for(shards), most))
+
+    def in_shards(self, shards: int) -> Estimate:
+        """Return the estimate with another number of shards, and the time that they need."""
+        most = math.inf if self.walltime is None else self.walltime
+        return replace(self, shards=shards, time_seconds=min(self._time_for(shards), most))
+
+    def _time_for(self, shards: int) -> float:
+        return math.ceil(self.seconds_of_shard(shards).high * _MARGIN / _STEP) * _STEP
 
     def _fewest(self, walltime: float) -> int | None:
         """Return the smallest number of shards that fits the time limit, or None."""

@@ -159,8 +159,13 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def call(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def call(
+    command: list[str], environment: Mapping[str, str], text: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a command and return its output, whatever its exit code.
+
+    Args:
+        text: its standard input.
 
     Raises:
         SlurmError: it is missing, or did not answer in time.
@@ -169,7 +174,7 @@ def call(command: list[str], environment: Mapping[str, str]) -> subprocess.Compl
         return subprocess.run(
             command,
             env=dict(environment),
-            stdin=subprocess.DEVNULL,
+            input=text,
             capture_output=True,
             encoding="utf-8",
             errors="replace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,12 @@ def _limits_of(path: Path) -> Iterator[tuple[str, SiteLimit]]:
             ) from None
         amount = walltime_seconds(value) if name == "time" else value
         yield name, SiteLimit(value, amount, file.line(LIMITS, name))
+
+
+def most_shards(slurm: SlurmConfig, limits: Mapping[str, SiteLimit]) -> float:
+    """Return how many shards of a run may start together."""
+    permitted = limits["shards"].amount if "shards" in limits else math.inf
+    return permitted if slurm.max_running is None else min(permitted, slurm.max_running)
 
 
 def refuse_excess(slurm: SlurmConfig, options: RunOptions, limits: Mapping[str, SiteLimit]) -> None:

@@ -303,7 +303,7 @@ _LONGEST_SIGNAL = 65535  # seconds; the maximum of sbatch
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./%-]+\Z")
 _OWN = {
-    "account", "partition", "qos", "gpus-per-node", "gres", "constraint", "time", "mem",
+    "account", "partition", "qos", "gpus-per-node", "gres", "constraint", "time", "time-min", "mem",
     "cpus-per-task", "mail-user", "mail-type", "exclude", "reservation",
 }  # fmt: skip
 _MANAGED = {
@@ -392,6 +392,7 @@ def job_directives(
         "exclude": slurm.exclude,
         "reservation": slurm.reservation,
         "time": slurm.time,
+        "time-min": slurm.time_min,
         "mail-user": slurm.mail_user,
         "mail-type": slurm.mail_type,
         "output": None if log is None else log_pattern(log, array=tasks is not None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,10 +44,11 @@ from aiflux.slurm.jobs import (
     remember,
     split_arrays,
 )
-from aiflux.slurm.limits import SiteLimit, refuse_excess, site_limits
+from aiflux.slurm.limits import SiteLimit, most_shards, refuse_excess, site_limits
 from aiflux.slurm.preflight.cluster import preflight
 from aiflux.slurm.preflight.local import Finding, problem_with, refuse
 from aiflux.slurm.script import JobScript, log_file, render, render_then
+from aiflux.slurm.start_time import ending_first
 from aiflux.util.files import atomic_write, expanded, read_file, storage_error
 from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.records import to_json
@@ -143,7 +143,7 @@ def plan_job(
         options,
         config.models_dir,
         kind,
-        shards=_shard_count(slurm, output, options, limits),
+        shards=_shard_count(job, slurm, output, options, limits, environ),
         force=force,
         force_resume=force_resume,
     )
@@ -269,23 +269,26 @@ def _draft(*arguments: Any, **keywords: Any) -> RunDraft | InputError:
 
 
 def _shard_count(
-    slurm: SlurmConfig, output: Path, options: RunOptions, limits: Mapping[str, SiteLimit]
+    job: JobScript,
+    slurm: SlurmConfig,
+    output: Path,
+    options: RunOptions,
+    limits: Mapping[str, SiteLimit],
+    environ: Mapping[str, str] | None,
 ) -> int | Callable[[InputSummary], int]:
     """Return the requested shards; for ``auto``, those of a pilot, or else a rule of thumb."""
     if isinstance(slurm.shards, int):
         return slurm.shards
 
-    most = limits["shards"].amount if "shards" in limits else math.inf
-
     def automatic(summary: InputSummary) -> int:
-        return int(min(chosen(summary), most))
-
-    def chosen(summary: InputSummary) -> int:
         plan = make_plan(summary, output, options, None, engine_kind(options))
         estimate = known_estimate(plan, options.engine_url or SLURM)
-        if estimate is not None:
-            return estimate.shards_for(slurm.time)
-        return auto_shards(summary, walltime_seconds(slurm.time))
+        if estimate is None:
+            found = auto_shards(summary, walltime_seconds(slurm.time))
+        else:
+            least = estimate.recommended(slurm.time)
+            found = ending_first(least, job, most_shards(slurm, limits), environ)[0].shards
+        return int(min(found, limits["shards"].amount)) if "shards" in limits else found
 
     return automatic
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -280,6 +281,51 @@ def test_auto_shards_come_from_the_estimate(
         assert len(_plan(capsys)["shards"]) == shards
     assert main([*WHOLE, "--time", "01:00:00", "--max-tokens", "5", "--dry-run", "--json"]) == 0
     assert len(_plan(capsys)["shards"]) == 1  # another run: the rule of thumb
+
+
+def cluster_of(slurm: FakeCommands, nodes: int, busy_seconds: int = 0) -> None:
+    """Let sbatch answer as Slurm 22.05 does; jobs for more than ``nodes`` start two hours later."""
+    slurm.add("sbatch", f"""\
+[[ " $* " == *" --test-only "* ]] || {{ echo 100; exit; }}
+nodes=$(grep -oP -- '--nodes=\\K[0-9]+' <<<"$*")
+start=$(($(date +%s) + {busy_seconds} + (nodes > {nodes} ? 7200 : 0)))
+grep -q '^#SBATCH --job-name' || exit 1
+echo "sbatch: Job 101 to start at $(date -d @$start +%FT%T) using $nodes processors on nodes n1" >&2
+""")  # fmt: skip
+
+
+def test_shards_are_added_for_free_nodes(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """75 minutes in one job: each doubling ends the run earlier while it starts at once."""
+    assert main(SLURM) == 0
+    do_the_pilot(seconds=60.0)
+    cluster_of(slurm, nodes=4)
+    capsys.readouterr()
+    limit = ["--time", "02:00:00"]
+    assert main([*SLURM, *limit]) == 0
+    printed = capsys.readouterr().out
+    assert "recommended: 4 shards of 00:30:00" in printed
+    assert printed.splitlines()[-1] == "start, if submitted now: at once"
+    assert main([*SLURM, *limit, "--max-running", "2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["estimate"]["shards"], content["seconds_to_start"]) == (2, 0)
+    slurm.say("squeue")
+    assert main([*WHOLE, *limit, "--dry-run", "--json"]) == 0
+    assert len(_plan(capsys)["shards"]) == 4
+
+
+def test_no_shards_are_added_if_the_wait_is_most_of_the_time(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SLURM) == 0
+    do_the_pilot(seconds=60.0)
+    cluster_of(slurm, nodes=4, busy_seconds=3 * 3600)
+    capsys.readouterr()
+    assert main([*SLURM, "--time", "02:00:00"]) == 0
+    printed = capsys.readouterr().out
+    assert "recommended: one job of " in printed
+    assert re.search(r"\nstart, if submitted now: expected in (3:00:0\d|2:59:5\d) ", printed)
 
 
 def _plan(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -280,8 +280,8 @@ class TestEstimate:
             assert result.seconds_of_shard(requests).high > 0.8 * limit
 
     def test_shards_for_another_time_limit(self) -> None:
-        assert estimated().shards_for("00:10:00") == 3
-        assert estimated().shards_for("UNLIMITED") == 1
+        assert estimated().recommended("00:10:00").shards == 3
+        assert estimated().recommended("UNLIMITED").shards == 1
 
 
 class TestPilotFiles:

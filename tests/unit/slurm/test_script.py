@@ -164,6 +164,14 @@ def test_none_leaves_a_directive_out() -> None:
     assert "\nwant_gpus=0\n" in text
 
 
+def test_slurm_may_shorten_a_job_to_start_it_earlier() -> None:
+    slurm = SlurmConfig(time="08:00:00", time_min="01:00:00").checked()
+    assert "\n#SBATCH --time=08:00:00\n#SBATCH --time-min=01:00:00\n" in render(job(slurm=slurm))
+    assert "time-min" not in render(job(slurm=SlurmConfig()))
+    with pytest.raises(ConfigError, match="time_min = 05:00:00 is more than the time limit 4:00"):
+        SlurmConfig(time="4:00", time_min="05:00:00").checked()
+
+
 def test_gres_replaces_gpus_per_node() -> None:
     text = render(job(slurm=SlurmConfig(gres="gpu:a100:2", gpus_per_node="4")))
     assert "#SBATCH --gres=gpu:a100:2" in text

@@ -174,14 +174,31 @@ def estimate_run(asked: Asked) -> int:
                 return code or int(ExitCode.STOPPED)
         elif not _follow(one):
             return 0
-    found = _estimate(one, drawn)
+    found, wait = _estimate(one, drawn), None
+    if asked.where == SLURM:
+        found, wait = _scheduled(asked, found)
     command = _full_command(one, found)
     if asked.as_json:
-        print_json({"estimate": found.to_json(), "command": command})
+        waiting = {} if wait is None else {"seconds_to_start": round(wait)}
+        print_json({"estimate": found.to_json(), **waiting, "command": command})
     else:
-        show(make_console(), forecast(found, command))
+        show(make_console(), forecast(found, command, wait))
     _print_refusals([one])
     return 0
+
+
+def _scheduled(asked: Asked, found: Estimate) -> tuple[Estimate, float | None]:
+    """Return the estimate with the shards that end first, and the seconds until they start."""
+    from aiflux.slurm.limits import most_shards, site_limits
+    from aiflux.slurm.start_time import ending_first
+    from aiflux.slurm.submit import job_script
+
+    slurm, limits = asked.config.get_slurm_config().checked(), site_limits(os.environ)
+    options = asked.config.run_options()
+    job, _ = job_script(
+        *(asked.config, slurm, asked.input, asked.output, options, Path.cwd(), limits), check=True
+    )
+    return ending_first(found, job, most_shards(slurm, limits))
 
 
 def _follow(one: PlannedPilot) -> bool:

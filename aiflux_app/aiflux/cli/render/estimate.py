@@ -23,8 +23,12 @@ _CELL = 20
 _DAY = 86_400
 
 
-def forecast(found: Estimate, command: str) -> list[Text]:
-    """Return an estimate as lines."""
+def forecast(found: Estimate, command: str, wait: float | None = None) -> list[Text]:
+    """Return an estimate as lines.
+
+    Args:
+        wait: seconds until Slurm expects the jobs to start, if known.
+    """
     return [
         *_pilot(found),
         Text(""),
@@ -34,7 +38,14 @@ def forecast(found: Estimate, command: str) -> list[Text]:
         Text(""),
         Text(_advice(found), style="bold"),
         Text(f"  {command}"),
+        *([] if wait is None else [Text(f"start, if submitted now: {_start(wait)}", style="dim")]),
     ]
+
+
+def _start(wait: float) -> str:
+    if wait < 60:
+        return "at once"
+    return f"expected in {duration(round(wait))} (sbatch --test-only)"
 
 
 def engines_forecast(

@@ -25,6 +25,7 @@ from aiflux.errors import ConfigError
 from aiflux.models.endpoints import MAX_ANSWERS
 from aiflux.util import value_parsers as parse
 from aiflux.util.text import suggestion
+from aiflux.util.times import walltime_seconds
 
 NVIDIA, AMD = "nvidia", "amd"
 VENDOR_TITLES = {NVIDIA: "NVIDIA", AMD: "AMD"}
@@ -387,6 +388,12 @@ class SlurmConfig:
     time: str | None = setting(
         parse.walltime, "04:00:00", "Time limit", metavar="TIME", env="SLURM_TIME", common=True
     )
+    time_min: str | None = setting(
+        parse.walltime,
+        None,
+        "Shortest time limit that Slurm may set to start the job earlier",
+        metavar="TIME",
+    )
     mem: str | None = setting(
         parse.memory,
         "32G",
@@ -481,6 +488,11 @@ class SlurmConfig:
                 f"nodes = {self.nodes}: one job uses one node, or those of --nodes-per-engine",
                 "leave --nodes at 1; use more GPUs of a node with --gpus-per-node, and several "
                 "nodes for one model with --nodes-per-engine",
+            )
+        if self.time_min and walltime_seconds(self.time_min) > walltime_seconds(self.time):
+            raise ConfigError(
+                f"time_min = {self.time_min} is more than the time limit {self.time}",
+                "give --time-min less than --time, or leave it out",
             )
         checked = SlurmConfig(**{item.name: getattr(self, item.name) for item in fields(self)})
         if checked.gres is not None and self.gpus_per_node == SlurmConfig.gpus_per_node:

@@ -6,12 +6,19 @@ die() {
     exit "${2:-1}"
 }
 
+# Usage: is_made DIR
+is_made() {
+    [ "$(cat "$1/$mark" 2>/dev/null)" = "$(stamp)" ]
+}
+
 # Usage: put NEW DIR
+# If another process has put the same there meanwhile, it stays: somebody may be copying it.
 put() {
+    is_made "$2" && return
     if [ -e "$2" ]; then
-        mv -T "$2" "$1.old"
+        mv -T "$2" "$1.old" 2>/dev/null || :
     fi
-    mv -T "$1" "$2"
+    mv -T "$1" "$2" 2>/dev/null || is_made "$2" || mv -T "$1" "$2"
     rm -rf "$1.old"
 }
 
@@ -19,12 +26,12 @@ put() {
 # Assembles DIR, unless it was made from the same sources: its file `mark` has what `stamp` prints.
 assemble_once() {
     dir=${1%/}
-    [ "$(cat "$dir/$mark" 2>/dev/null)" = "$(stamp)" ] && return
+    is_made "$dir" && return
     [ ! -e "$dir" ] || [ -f "$dir/$mark" ] || rmdir "$dir" 2>/dev/null ||
         die "$dir exists and is not a $what: use another directory, or remove it" 2
     mkdir -p "$(dirname -- "$dir")"
     new=$(mktemp -d "$dir.new.XXXXXX")
-    trap 'rm -rf "$new"' EXIT
+    trap 'rm -rf "$new" "$new.old"' EXIT
     assemble "$new"
     stamp >"$new/$mark"
     chmod 755 "$new"

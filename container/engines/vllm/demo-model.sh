@@ -26,4 +26,4 @@ done
 env PYTHONPATH="$vllm/lib:$new/site" PYTHONNOUSERSITE=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 \
     python3.11 "$here/demo-model.py" "$new/SmolLM2-135M-Instruct.Q4_1.gguf" "$new/model"
 chmod -R u=rwX,go=rX "$new/model"
-mv -T "$new/model" "$dir"
+mv -T "$new/model" "$dir" 2>/dev/null || [ -f "$dir/config.json" ] || mv -T "$new/model" "$dir"

@@ -131,3 +131,30 @@ def test_an_array_without_an_image_is_resumed_after_a_cancel(
     assert sum(map(finished, journals)) == REQUESTS
     assert before >= 2
     assert user.none_left()
+
+
+def test_slurm_says_when_a_run_starts_and_may_shorten_it(
+    user: User, checkout: Path, place: Path, command: list[str | Path], cluster: Cluster
+) -> None:
+    user.write(place / "in.jsonl", questions(40, 4))
+    words = ["in.jsonl", "-o", "out.json", *command]
+    estimate = [checkout / ".venv/bin/aiflux", "estimate", *words, "--requests", "16", "--json"]
+    free = json.loads(user.run(*estimate, "--wait", cwd=place, timeout=300))
+    assert free["seconds_to_start"] <= 60
+    blocker = user.run(
+        *("sbatch", "--parsable", "--exclusive", "--nodes=2", "--time=0:20:00", "--wrap"),
+        *("sleep 1200",),
+        cwd=place,
+    ).strip()
+    cluster.wait_for(blocker, "RUNNING")
+    busy = json.loads(user.run(*estimate, cwd=place))
+    assert 600 < busy["seconds_to_start"] <= 1260
+    assert busy["estimate"]["shards"] == 1
+    user.run("scancel", blocker)
+    run = [checkout / ".venv/bin/aiflux", "run", *words, "--time-min", "0:02:00"]
+    printed = user.run(*run, "--shards", "auto", cwd=place)
+    job = printed.split("submitted job ")[1].split(":")[0]
+    assert cluster.fields(job)["TimeMin"] == "00:02:00"
+    user.run(checkout / ".venv/bin/aiflux", "watch", "out.json", cwd=place, timeout=300)
+    assert len(answers(place / "out.json")) == 40
+    assert user.none_left()

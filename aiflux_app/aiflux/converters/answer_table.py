@@ -45,6 +45,7 @@ from aiflux.errors import InputError, OutputExistsError, RunConflictError, Usage
 from aiflux.util.files import (
     checksum,
     expanded,
+    is_pattern,
     refuse_existing,
     refuse_special,
     remove_leftovers,
@@ -374,7 +375,7 @@ class AnswerTable:
             source = record.question.source
             if self._up_to_date(record.table, results, source):
                 return None
-            read = None if source.is_dir() else written_file(source, checksum(source))
+            read = None if _several(source) else written_file(source, checksum(source))
             # A kill right after the table appears must not make it somebody else's.
             self._write_record(replace(record, writing=True, table=None))
             failed = 0 if status is None else status.counts.failed
@@ -390,7 +391,7 @@ class AnswerTable:
             and table.results == results
             and self.path.exists()
             and file_change(self.path, table.file) is None
-            and (source.is_dir() or file_change(source, table.source) is None)
+            and (_several(source) or file_change(source, table.source) is None)
         )
 
     def options(self, record: AskRecord, failed: int) -> BackOptions:
@@ -446,9 +447,15 @@ def schema_fields(schema: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _stat(question: Question) -> tuple[int | None, int | None]:
-    if question.kind == DIRECTORY or question.source.is_dir() or write_ahead_log(question.source):
+    source = question.source
+    if question.kind == DIRECTORY or _several(source) or write_ahead_log(source):
         return None, None
-    return size_and_time(question.source)
+    return size_and_time(source)
+
+
+def _several(source: Path) -> bool:
+    """Return whether a source is several files, whose content is compared as a whole."""
+    return source.is_dir() or is_pattern(source)
 
 
 def is_outdated(run: RunDirectory) -> bool:

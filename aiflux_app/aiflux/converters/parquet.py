@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -19,6 +19,7 @@ from aiflux.converters.template import PromptTemplate
 from aiflux.converters.writer import Progress, Summary, reading
 from aiflux.errors import InputError
 from aiflux.util.extras import need
+from aiflux.util.files import is_pattern
 from aiflux.util.process_limits import exhausted
 from aiflux.util.text import error_text
 
@@ -280,7 +281,7 @@ def _files_of(path: Path) -> list[_File]:
     with reading(path):
         if path.is_dir():
             return _files_in(path)
-        if path.exists() or not has_magic(str(path)):
+        if not is_pattern(path):
             open(path, "rb").close()
             return [_File(path, {})]
     found = [Path(name) for name in sorted(glob(str(path), recursive=True))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from aiflux.converters.workbook import WorkbookTable
 from aiflux.converters.writer import Progress, Summary, reading
 from aiflux.errors import InputError, UsageError
 from aiflux.util.compression import plain_name
+from aiflux.util.files import is_pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -103,7 +103,7 @@ def open_table(
 def _start(path: Path) -> bytes:
     """Return the first bytes of a file; nothing for a directory or a pattern."""
     with reading(path):
-        if path.is_dir() or (has_magic(str(path)) and not path.exists()):
+        if path.is_dir() or is_pattern(path):
             return b""
         with open(path, "rb") as file:
             start = file.read(_START)

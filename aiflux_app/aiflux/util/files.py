@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import has_magic
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -278,6 +279,11 @@ def _refuse_device(target: Path) -> None:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UsageError(f"the output {target} is a device or a pipe", "choose a regular file")
+
+
+def is_pattern(path: Path) -> bool:
+    """Return whether a path is not that of a file, but a pattern of several, as ``*.parquet``."""
+    return has_magic(str(path)) and not path.exists()
 
 
 def refuse_existing(*targets: Path) -> None:

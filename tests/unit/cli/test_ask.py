@@ -192,6 +192,27 @@ def test_parquet_keeps_its_schema(place: Path, engine: FaultyEngine) -> None:
     assert back.column("answer").to_pylist() == ["a", "b", "c"]
 
 
+def test_a_pattern_of_parquet_files_is_one_table(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "parts").mkdir()
+    for part in "ab":
+        pq.write_table(pa.table({"text": [f"{part}1", f"{part}2"]}), f"parts/{part}.parquet")
+    names = {"source": "parts/*.parquet", "output": "out.parquet"}
+    for sent in (4, 4):
+        assert ask(engine, **names) == 0
+        assert len(engine.bodies) == sent
+    assert "out.parquet is up to date" in capsys.readouterr().out
+    table = pq.read_table("out.parquet").to_pylist()
+    assert [row["text"] for row in table] == ["a1", "a2", "b1", "b2"]
+    assert all(row["answer"] for row in table)
+    pq.write_table(pa.table({"text": ["b1", "other"]}), "parts/b.parquet")
+    assert ask(engine, **names) == 2
+    assert "changed" in capsys.readouterr().err
+    assert ask(engine, **{**names, "source": "parts/*.arrow", "output": "other.csv"}) == 2
+    assert "no file matches" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_json_keeps_its_values(place: Path, engine: FaultyEngine, suffix: str) -> None:
     entries = [

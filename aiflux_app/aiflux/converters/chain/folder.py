@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -37,6 +37,7 @@ from aiflux.errors import InputError, OutputExistsError, RunConflictError, Stora
 from aiflux.util.files import (
     atomic_write,
     checksum,
+    is_pattern,
     refuse_existing,
     remove_leftovers,
     storage_error,
@@ -504,7 +505,7 @@ class ChainRuns:
 
 def _files(source: Path) -> list[Path]:
     """Return the files of a source: those in a directory, or a database and what is new in it."""
-    if has_magic(str(source)) and not source.exists():
+    if is_pattern(source):
         return sorted(map(Path, glob(str(source), recursive=True)))
     if source.is_dir():
         return sorted(path for path in source.rglob("*") if path.is_file())

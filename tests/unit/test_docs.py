@@ -38,6 +38,7 @@ OPTION = re.compile(r"--[a-z][a-z-]+")
 FOREIGN_OPTIONS = {
     "--dependency",  # sbatch
     "--test-only",
+    "--mount",  # Apptainer
     "--net",
     "--network",
     "--containall",

@@ -33,6 +33,7 @@ PAGES = {
 }  # fmt: skip
 
 # Commands run by another test or fixture, because they take long or run the tests.
+_BENCHMARK = "tests/integration/test_benchmark.py"
 _BENCH = "tests/slow/test_bench.py::test_a_case_gives_figures"
 _SIGNED = "test_a_build_asks_for_the_passphrase_first_and_signs_the_image"
 _HUB = "tests/unit/cli/test_hub_models_command.py"
@@ -144,6 +145,17 @@ ELSEWHERE = {
     " --input prompts.jsonl --requests 600":
         "tests/unit/cli/test_estimate_command.py"
         "::test_several_engines_are_submitted_together_and_compared_on_one_sample",
+    "aiflux benchmark --model llama3.2:3b --local --write-config aiflux.yaml":
+        f"{_BENCHMARK}::test_engines_are_measured_on_this_machine",
+    "aiflux benchmark --mix summarize --model llama3.2:3b --engine ollama,llamacpp --slots 4,8,16"
+    " --wait":
+        f"{_BENCHMARK}::test_settings_are_measured_in_jobs",
+    "aiflux benchmark --input prompts.jsonl --engine-url http://127.0.0.1:8000 --model llama3.2:3b"
+    " --json":
+        "tests/unit/cli/test_benchmark_command.py::test_the_users_own_requests",
+    "aiflux benchmark --engine llamacpp --model llama3.2:3b --local --against":
+        "tests/unit/cli/test_benchmark_command.py"
+        "::test_the_engines_own_tool_is_shown_beside_the_same_point",
     "apptainer run --rocm aiflux-amd.sif input.jsonl output.json --model llama3.2:3b":
         "tests/integration/test_image.py::test_the_image_runs_directly",
     **dict.fromkeys(

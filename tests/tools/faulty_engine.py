@@ -51,6 +51,7 @@ class FaultyEngine:
         tls: certificate and key for HTTPS.
         host: address to listen on.
         path: Unix socket to listen on instead.
+        lanes: requests that it processes at once; others wait.
 
     Attributes:
         seen: number of requests per prompt.
@@ -70,6 +71,7 @@ class FaultyEngine:
         tls: tuple[str, str] | None = None,
         host: str = "127.0.0.1",
         path: str | None = None,
+        lanes: int = 4096,
     ) -> None:
         self.host = host
         self.path = path
@@ -88,6 +90,7 @@ class FaultyEngine:
         self.active = 0
         self.most = 0
         self.lock = threading.Lock()
+        self.lanes = threading.Semaphore(lanes)
         self.released = threading.Event()
         self.deaf = False
         self.once: Path | None = None
@@ -220,7 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
             engine.most = max(engine.most, engine.active)
         try:
             if engine.delay:
-                time.sleep(engine.delay)
+                with engine.lanes:
+                    time.sleep(engine.delay)
             self._act(self._new(_fault(text, count)), body, text)
         finally:
             with engine.lock:

@@ -125,7 +125,9 @@ def _help(
             formatter.write(Text(f"{panel.name}:", style=_HEADING))
             formatter.write(Padding(table, _INDENT))
             formatter.write("")
-    if examples:
+    if isinstance(ctx.command, click.Group) and len(examples) == 1:  # the lists are long
+        formatter.write(Text.assemble(("Example:", _HEADING), f" {examples[0]}"), soft_wrap=True)
+    elif examples:
         formatter.write(Text("Examples:", style=_HEADING))
         for line in examples:
             formatter.write(Text(f"  {line}"), soft_wrap=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Slow imports are in the functions that need them: `aiflux --help` is quick.
 
-_EXAMPLES = ('aiflux ask in.csv --template "Sum up: {text}" -m llama3.2:3b -o answers.csv',)
+_EXAMPLES = ('aiflux ask in.csv --template "Sum up {text}" -m llama3.2:3b -o out.csv',)
 GROUPS = {
     "Prepare": {
         "doctor": "Check this site and report problems",
@@ -44,6 +44,7 @@ GROUPS = {
         "ask": "Ask a model about each row of a table, and write the answers",
         "chain": "Ask in several steps, each about the answers of those before",
         "estimate": "Run a sample of the requests and estimate the full run",
+        "benchmark": "Measure engines and settings, and recommend the best",
         "run": "Process a file of requests, in Slurm or on this machine",
         "resume": "Continue a run that stopped",
         "cancel": "Cancel a run's jobs; finished results are kept",

@@ -21,6 +21,7 @@ from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.input_copy import plain_input
 from aiflux.core.runs.open import draft_of, draft_run
 from aiflux.core.runs.plan import Plan, input_rules, make_plan
+from aiflux.core.runs.status_file import read_status
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.sizing import context_length
 from aiflux.errors import (
@@ -260,8 +261,12 @@ def job_views(all_: Sequence[PlannedPilot]) -> list[RunView]:
     return views
 
 
-def failure_of(one: PlannedPilot, view: RunView) -> AifluxError:
-    """Return why a pilot ended before its requests were finished."""
+def failure_of(one: PlannedPilot, view: RunView, again: str = "--force") -> AifluxError:
+    """Return why a pilot ended before its requests were finished.
+
+    Args:
+        again: the option that starts it again.
+    """
     from aiflux.slurm.monitor import outcome
 
     reason = "; ".join(dict.fromkeys(shard.reason for shard in view.shards if shard.reason))
@@ -272,7 +277,17 @@ def failure_of(one: PlannedPilot, view: RunView) -> AifluxError:
     return kind(
         f"the pilot has {view.state.value} with {view.done} of {view.total} requests finished"
         + (f": {reason}" if reason else ""),
-        f"its log: aiflux logs {name}{resume}; start over: --force",
+        f"its log: aiflux logs {name}{resume}; start over: {again}",
+    )
+
+
+def ended(one: PlannedPilot, code: int) -> AifluxError:
+    """Return the error for a pilot in a container that ended before its requests were finished."""
+    status = read_status(one.pilot.run, 0)
+    reason = (status and status.details.ended) or f"the pilot ended with exit code {code}"
+    stopped = code in (0, ExitCode.STOPPED) or code > 128  # by a signal
+    return (StoppedError if stopped else EngineError)(
+        reason, f"its log: aiflux logs {typed(short(one.pilot.output))}"
     )
 
 

@@ -17,6 +17,7 @@ from aiflux.core.batch.request import RESPONSES, FieldRule, FieldRules
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Adapter, Plan, PlanningKind
 from aiflux.core.runs.status_file import EngineFacts
+from aiflux.engines.own_benchmark import OwnBenchmark
 from aiflux.engines.server_options import SERVER_SETTINGS, refuse_unsupported
 from aiflux.errors import ConfigError, InputError, ModelError, RejectedError
 from aiflux.models.catalog import Catalog
@@ -263,6 +264,7 @@ class EngineKind(PlanningKind, Protocol):
         generates_n: its servers give as many answers as ``n`` asks for. If not, the worker sends a
             request for each answer; None if unknown: it does so if they refuse ``n`` or ignore it.
         without_room: what happens to requests whose max_tokens exceeds the rest of the context.
+        own_benchmark: its own benchmark tool; None if it has none.
     """
 
     name: str
@@ -277,6 +279,7 @@ class EngineKind(PlanningKind, Protocol):
     can_be_served: bool
     generates_n: bool | None
     without_room: str
+    own_benchmark: OwnBenchmark | None
 
     def same_model(self, one: str, other: str) -> bool:
         """Return whether two names mean the same model."""
@@ -374,6 +377,7 @@ class CommonKind:
     can_be_served = False
     generates_n: bool | None = None
     without_room = "their answers end where the context ends"
+    own_benchmark: OwnBenchmark | None = None
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse nothing: the server gets every parameter and every request."""

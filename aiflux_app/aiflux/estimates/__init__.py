@@ -1,1 +1,1 @@
-"""Estimate a run's duration from a pilot run."""
+"""Estimate what a run will take from a pilot run, and measure which settings are fastest."""

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import mul
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -285,19 +286,56 @@ def pace(observations: Sequence[Observation]) -> Pace:
     the mix of long and short requests in the pilot distorts it. Pauses with nothing in flight
     (requeued job, restarted engine) are excluded.
     """
-    works = [item.work for item in observations]
-    if not any(works):
-        works = [1.0] * len(works)
     levels = [level for level in _levels(observations) if level[2]]
     full = _full(levels)
     low = min(begin for begin, _, count in levels if count >= _NEARLY * full)
     high = max(end for _, end, count in levels if count >= _NEARLY * full)
     seconds = sum(_overlap(begin, end, low, high) for begin, end, _ in levels)
-    done = sum(
-        work * _overlap(item.began, item.ended, low, high) / item.seconds
-        for work, item in zip(works, observations, strict=True)
-    )
+    shares = [_overlap(item.began, item.ended, low, high) / item.seconds for item in observations]
+    works = [item.work for item in observations]
+    done = sum(map(mul, works, shares))
+    if not done:  # no tokens are reported, or only failed requests filled the engines
+        works = [1.0] * len(works)
+        done = sum(shares)
     return Pace(full, tuple(work * seconds / done for work in works))
+
+
+@dataclass(frozen=True)
+class SteadyRates:
+    """Throughput while a constant number of requests was in flight.
+
+    Attributes:
+        seconds: the time that is measured.
+        requests, tokens: per second.
+    """
+
+    seconds: float
+    requests: float
+    tokens: float
+
+
+def steady_rates(observations: Sequence[Observation], in_flight: int) -> SteadyRates | None:
+    """Return the throughput between the first turnover and the last request that was sent.
+
+    All requests of the first turnover start together, so the engine's queue is not as it is later.
+    After it, what is in flight at the start and at the end of the time is alike, however long
+    requests wait in the engine before it processes them. Pauses are left out.
+
+    Returns:
+        None if there are too few requests.
+    """
+    ends = sorted(item.ended for item in observations)
+    low, high = ends[min(in_flight, len(ends)) - 1], max(item.began for item in observations)
+    seconds = sum(
+        _overlap(begin, end, low, high) for begin, end, count in _levels(observations) if count
+    )
+    if seconds <= 0:
+        return None
+    shares = [_overlap(item.began, item.ended, low, high) / item.seconds for item in observations]
+    tokens = sum(
+        item.completion_tokens * share for item, share in zip(observations, shares, strict=True)
+    )
+    return SteadyRates(seconds, sum(shares) / seconds, tokens / seconds)
 
 
 def _overlap(begin: float, end: float, low: float, high: float) -> float:

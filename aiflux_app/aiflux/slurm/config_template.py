@@ -1,4 +1,4 @@
-"""Write a first ``aiflux.yaml`` with settings that suit this cluster."""
+"""Write an ``aiflux.yaml``: a first one that suits this cluster, or chosen settings of a run."""
 
 from __future__ import annotations
 
@@ -78,6 +78,11 @@ def _yaml(value: Any, *, left_out: bool = False) -> str:
         return json.dumps(value)
     text = str(value)
     return text if _PLAIN.match(text) else json.dumps(text, ensure_ascii=False)
+
+
+def run_settings(values: Mapping[str, Any]) -> str:
+    """Return settings of a run as the content of a file."""
+    return "".join(["run:\n", *(f"  {name}: {_yaml(each)}\n" for name, each in values.items())])
 
 
 def _comment(text: str, indent: str, hang: str = "") -> list[str]:

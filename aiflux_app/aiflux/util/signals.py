@@ -41,6 +41,18 @@ def _unwind(number: int, _: FrameType | None) -> None:
 
 
 @contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Restore the handlers of the signals that end a worker, for commands that work repeatedly."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def raised_again(kind: type[BaseException]) -> Iterator[None]:
     """Raise an exception of a signal handler again if Python printed and dropped it.
 

@@ -232,6 +232,14 @@ class TestEstimate:
         result = estimate(whole, Drawn(200, 1), [*slow, *quick], status(), None)
         assert result.work_seconds.value == pytest.approx(1000 + 250, rel=0.02)
 
+    def test_failed_requests_alone_can_fill_the_engines_at_the_end(self) -> None:
+        made = in_lanes([80] * 6, 1)
+        last = made[-1].ended
+        failed = [replace(made[0], began=last, ended=last + 9, completion_tokens=0, error="e: no")]
+        found = pace([*made, *failed * 2])
+        assert found.in_flight == 2
+        assert sum(found.costs) == pytest.approx(36)
+
     def test_a_pilot_that_cannot_fill_the_engines_warns(self, tmp_path: Path) -> None:
         whole = plan_of(tmp_path, 4000, model="m:1", concurrency=64)
         result = estimate(whole, Drawn(16, 1600), in_lanes([80] * 16, 8), status(), None)

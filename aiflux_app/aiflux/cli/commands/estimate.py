@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.api.local_run import local_image
+from aiflux.cli.engine_list import given_engines, refuse_one_program
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import (
     FILE,
@@ -26,6 +26,7 @@ from aiflux.cli.pilots import (
     Asked,
     PlannedPilot,
     draw,
+    ended,
     failure_of,
     job_views,
     named_engine,
@@ -35,32 +36,25 @@ from aiflux.cli.pilots import (
     submit_missing,
 )
 from aiflux.cli.render.estimate import engines_forecast, forecast, full_command
-from aiflux.cli.render.run import typed
 from aiflux.cli.run_argument import make_console, show
 from aiflux.cli.start import refuse_local_at_url
 from aiflux.core.config.config import Config
-from aiflux.core.config.engine_kinds import CHOICES
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import named_output
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_status
-from aiflux.engines.process import PROGRAM_VARIABLE
 from aiflux.errors import (
     AifluxError,
-    EngineError,
     ExitCode,
     InputError,
     OutputExistsError,
     StoppedError,
-    UsageError,
 )
 from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, Range, keep_estimate
 from aiflux.estimates.estimate import estimate as make_estimate
 from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, observe
 from aiflux.estimates.recommendation import Recommendation, recommend
-from aiflux.util.files import short
 from aiflux.util.records import to_json
-from aiflux.util.text import suggestion
 
 if TYPE_CHECKING:
     from aiflux.slurm.run_view import RunView
@@ -108,7 +102,7 @@ def estimate(
     """
     source = the_input(input_argument, input_option)
     path = Path(source)
-    given = _given_engines(given_settings(more))
+    given = given_engines("estimate", given_settings(more))
     asked = [
         Asked(
             Config(arguments=settings),
@@ -127,40 +121,6 @@ def estimate(
     ]
     refuse_local_at_url(asked[0].config, local=more["local"])
     return estimate_run(asked[0]) if len(asked) == 1 else _estimate_engines(asked)
-
-
-def _given_engines(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the settings for each engine in ``--engine KIND[=MODEL],...``.
-
-    Raises:
-        UsageError: a kind is unknown or given twice, or a model is missing.
-    """
-    named = given.pop("engine", ())
-    items = [each for text in named for each in _engine_items(text, alone=len(named) == 1)]
-    if len(items) < 2 and "=" not in "".join(items):
-        return [{**given, **({"engine": items[0]} if items else {})}]
-    place = f"aiflux estimate: {' '.join(f'--engine {text}' for text in named)}:"
-    engines: dict[str, dict[str, Any]] = {}
-    for item in items:
-        kind, equals, model = (part.strip() for part in item.partition("="))
-        if kind not in CHOICES:
-            comma = "=" in "".join(items) and len(named) == 1
-            raise UsageError(
-                f"{place} unknown engine {kind!r}",
-                suggestion(kind, CHOICES)
-                + ("; if a path has a comma, give --engine for each engine" if comma else ""),
-            )
-        if kind in engines:
-            raise UsageError(f"{place} {kind} is given twice", "name each engine once")
-        if equals and not model:
-            raise UsageError(f"{place} no model after '{kind}='", f"{kind}=MODEL, or {kind}")
-        engines[kind] = {**given, "engine": kind, **({"model": model} if model else {})}
-    return [*engines.values()]
-
-
-def _engine_items(text: str, *, alone: bool) -> list[str]:
-    """Return the engines in one option; a model can contain commas if there are several options."""
-    return text.split(",") if alone or "=" not in text else [text]
 
 
 def estimate_run(asked: Asked) -> int:
@@ -280,7 +240,7 @@ def _rate_json(rate: Range) -> dict[str, Any]:
 
 def _estimate_engines(asked: Sequence[Asked]) -> int:
     """Run a pilot with each engine; print the estimates side by side, or the jobs' progress."""
-    _refuse_one_program(asked[0])
+    refuse_one_program(local=asked[0].local)
     all_ = plan_pilots(asked)
     if asked[0].where == LOCAL:
         for one in all_:
@@ -289,27 +249,13 @@ def _estimate_engines(asked: Sequence[Asked]) -> int:
     drawn = draw(all_)
     _refuse_other_sample(all_)
     do = _do_in_slurm if asked[0].where == SLURM else _do_in_turn
-    ended = do([one for one in all_ if not one.pilot.done()])
-    results = [ended.get(one.asked.engine) or _result(one, sample)
+    unfinished = do([one for one in all_ if not one.pilot.done()])
+    results = [unfinished.get(one.asked.engine) or _result(one, sample)
                for one, sample in zip(all_, drawn, strict=True)]  # fmt: skip
     _print_results(results, as_json=asked[0].as_json)
     _print_refusals([result.one for result in results if result.estimate is not None])
     failures = [result.failure for result in results if result.failure is not None]
     return int(failures[0].exit_code) if failures else 0
-
-
-def _refuse_one_program(asked: Asked) -> None:
-    """Refuse a setting that names the program of only one engine.
-
-    Raises:
-        UsageError: such a setting is in effect.
-    """
-    program = os.environ.get(PROGRAM_VARIABLE)
-    if asked.local and program and not os.environ.get("AIFLUX_ENGINE"):
-        raise UsageError(
-            f"{PROGRAM_VARIABLE}={program} names one program, but several engines are compared",
-            "set AIFLUX_ENGINE to the engine that it belongs to, or unset it",
-        )
 
 
 def _refuse_other_sample(all_: Sequence[PlannedPilot]) -> None:
@@ -351,22 +297,12 @@ def _do_in_turn(all_: Sequence[PlannedPilot]) -> dict[str | None, _Result]:
             with redirect_stdout(sys.stderr):
                 code = run_pilot(one)
                 if not one.pilot.done():
-                    raise _ended(one, code)
+                    raise ended(one, code)
         except StoppedError:
             raise
         except AifluxError as error:
             failed[engine] = _Result(one, failure=error)
     return failed
-
-
-def _ended(one: PlannedPilot, code: int) -> AifluxError:
-    """Return the error for a pilot in a container that ended before its requests were finished."""
-    status = read_status(one.pilot.run, 0)
-    reason = (status and status.details.ended) or f"the pilot ended with exit code {code}"
-    stopped = code in (0, ExitCode.STOPPED) or code > 128  # by a signal
-    return (StoppedError if stopped else EngineError)(
-        reason, f"its log: aiflux logs {typed(short(one.pilot.output))}"
-    )
 
 
 def _result(one: PlannedPilot, drawn: Drawn) -> _Result:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.serve_directory import ServeDirectory
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, ForeignModelsKind, HttpFactory
+from aiflux.engines.own_benchmark import OwnBenchmark
+from aiflux.engines.vllm.benchmark import ServeBench
 from aiflux.errors import ConfigError
 
 
@@ -18,6 +20,7 @@ class ExternalKind(ForeignModelsKind):
     title = "external server"
     managed = False
     options_place = "set them where the server is started"
+    own_benchmark: OwnBenchmark | None = ServeBench()
 
     def refuse_run(self, options: RunOptions, endpoints: Mapping[str, int]) -> None:
         """Refuse settings of the server, and a name under which no engine is served.

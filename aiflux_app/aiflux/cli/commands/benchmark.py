@@ -1,0 +1,275 @@
+"""``aiflux benchmark``: measure engines and settings, and recommend the best."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from aiflux import __version__
+from aiflux.cli.benchmarks import REQUESTS, Measuring, Sweep
+from aiflux.cli.engine_list import given_engines, refuse_one_program
+from aiflux.cli.json_output import json_option, print_json
+from aiflux.cli.own_benchmark import compare_knees, refuse_own
+from aiflux.cli.parser import (
+    FILE,
+    FOLDER,
+    Choice,
+    WholeNumber,
+    command,
+    option,
+    settings_options,
+)
+from aiflux.cli.render.benchmark import benchmark_lines
+from aiflux.cli.run_argument import make_console, show
+from aiflux.cli.start import refuse_local_at_url
+from aiflux.core.config.config import Config
+from aiflux.core.config.declaration import parse_setting
+from aiflux.core.config.settings import BY_NAME, given_settings
+from aiflux.errors import AifluxError, ConfigError, StoppedError, UsageError
+from aiflux.estimates.benchmark import Benchmark, Point, Workload, knees, recommended
+from aiflux.estimates.pilot import FEWEST
+from aiflux.estimates.workload import MIXES, Mix
+from aiflux.report.benchmark_plot import benchmark_plot
+from aiflux.slurm.config_template import run_settings
+from aiflux.util.files import (
+    atomic_write,
+    expanded,
+    refuse_existing,
+    refuse_special,
+    short,
+    write_json,
+)
+from aiflux.util.records import to_json
+from aiflux.util.text import public_url
+from aiflux.util.times import utc_now
+
+RECORD = "benchmark.json"
+PLOT = "benchmark.svg"
+_LISTS = ("concurrency", "slots", "context_length")
+
+
+@command(
+    "benchmark",
+    examples=[
+        "aiflux benchmark --model llama3.2:3b --local --write-config aiflux.yaml",
+    ],
+    exclusive=[("mix", "input")],
+)
+@option("--mix", type=Choice([*MIXES]), default="chat", metavar="NAME",
+        help=f"Prompts: {', '.join(MIXES)}")  # fmt: skip
+@option("-i", "--input", metavar="FILE", type=FILE, help="Your own requests instead, *.jsonl")
+@option("--requests", type=WholeNumber(FEWEST), default=REQUESTS, metavar="K",
+        help=f"Requests per point, or more (default: {REQUESTS})")  # fmt: skip
+@option("--concurrency", metavar="N,...",
+        help="Requests in flight (default: doubled, up to the best)")  # fmt: skip
+@option("--slots", metavar="N,...", help="Sequences that an engine decodes in parallel")
+@option("--context-length", metavar="N,...", help="Tokens of context for each slot")
+@option("-o", "--output", metavar="DIR", type=FOLDER,
+        help="Directory for the results (default: NAME.benchmark)")  # fmt: skip
+@option("--write-config", metavar="FILE", type=FILE, help="Write the recommended settings")
+@option("--against", is_flag=True, help="Run the engine's own tool at the best points, too")
+@option("--local", is_flag=True, help="Measure on this machine, in the foreground")
+@option("--wait", is_flag=True, help="Wait for the jobs")
+@option("--again", is_flag=True, rare=True, help="Measure again what was measured")
+@option("--force", is_flag=True, help="Overwrite the file of --write-config")
+@option("--seed", type=WholeNumber(), default=1, metavar="N", rare=True,
+        help="Other prompts of the same lengths (default: 1)")  # fmt: skip
+@option("--no-preflight", is_flag=True, rare=True,
+        help="Skip the checks of Slurm, image and disk space")  # fmt: skip
+@json_option("Print everything as JSON")
+@settings_options(
+    "run", "slurm", "paths", repeatable=["engine"], without=_LISTS,
+    rare=["validate", "max_failures", "retry_failed", "max_tokens", "shards", "mem"],
+)  # fmt: skip
+def benchmark(output: str | None, write_config: str | None, **more: Any) -> int:
+    """Measure throughput and time per request, and recommend settings.
+
+    Runs prompts with several numbers of requests in flight, and several --engine KIND[=MODEL].
+    """
+    sweep = _sweep(output, more)
+    target = None if write_config is None else _target(write_config, force=more["force"])
+    first = Config(arguments=sweep.engines[0])
+    refuse_local_at_url(first, local=sweep.local)
+    refuse_one_program(local=sweep.local and len(sweep.engines) > 1)
+    if more["against"]:
+        refuse_own(sweep)
+    measuring = Measuring(sweep)
+    _refuse_used(sweep.folder)
+    measuring.begin(lambda: _keep(sweep, _record(measuring)))
+    stopped: StoppedError | None = None
+    try:
+        measuring.measure()
+        if more["against"]:
+            compare_knees(measuring)
+    except StoppedError as error:
+        stopped = error
+    except KeyboardInterrupt as signal:
+        stopped = StoppedError(f"stopped by {str(signal) or 'Ctrl-C'} before the end")
+    if stopped is not None:
+        measuring.waiting.append("the benchmark was stopped")
+    return _finish(measuring, target, stopped)
+
+
+def _sweep(output: str | None, more: dict[str, Any]) -> Sweep:
+    """Return what the command line asks for.
+
+    Raises:
+        UsageError: a value is wrong.
+    """
+    source = None if more["input"] is None else Path(more["input"])
+    name = more["mix"] if source is None else source.name
+    lists = {name: _numbers(name, more[name]) for name in _LISTS}
+    engines = given_engines("benchmark", given_settings({**more, **dict.fromkeys(_LISTS)}))
+    return Sweep(
+        expanded(output or f"{name}.benchmark").absolute(),
+        [{name: value for name, value in each.items() if value is not None} for each in engines],
+        MIXES[more["mix"]] if source is None else source,
+        concurrency=lists["concurrency"],
+        slots=lists["slots"] or (None,),
+        contexts=lists["context_length"] or (None,),
+        requests=more["requests"],
+        seed=more["seed"],
+        local=more["local"],
+        wait=more["wait"],
+        again=more["again"],
+        preflight=not more["no_preflight"],
+        as_json=more["as_json"],
+    )
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Return the numbers in a list such as ``1,4,16``, each once.
+
+    Raises:
+        ConfigError: one is not a possible value of the setting.
+    """
+    if text is None:
+        return None
+    setting = BY_NAME[name]
+    place = f"aiflux benchmark: {setting.option} {text}"
+    return tuple(dict.fromkeys(parse_setting(setting, each, place) for each in text.split(",")))
+
+
+def _target(name: str, *, force: bool) -> Path:
+    """Return the file of the recommended settings.
+
+    Raises:
+        UsageError: it exists, or cannot be a file.
+    """
+    target = expanded(name)
+    refuse_special(target)
+    if not target.parent.is_dir():
+        raise UsageError(
+            f"the directory of {target} does not exist", "create it, or choose another"
+        )
+    if not force:
+        refuse_existing(target)
+    return target
+
+
+def _refuse_used(folder: Path) -> None:
+    """Refuse a directory that has files of something else.
+
+    Raises:
+        UsageError: it has, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the output {folder} is not a directory", "choose another: --output DIR")
+    known = folder.is_dir() and any(folder.iterdir())
+    if known and not (folder / RECORD).is_file():
+        raise UsageError(
+            f"the directory {folder} exists and has no benchmark", "choose another: --output DIR"
+        )
+
+
+def _record(measuring: Measuring) -> Benchmark:
+    sweep, points = measuring.sweep, measuring.points
+    best = recommended(points)
+    return Benchmark(
+        version=__version__,
+        created=utc_now(),
+        where=public_url(measuring.where),
+        workload=_workload(sweep),
+        points=tuple(points),
+        knees=tuple(point.name for point in knees(points)),
+        recommended=None if best is None else best.name,
+        settings={} if best is None else _settings(measuring, best),
+        complete=bool(points) and not measuring.waiting,
+    )
+
+
+def _workload(sweep: Sweep) -> Workload:
+    prompts, requests, seed = sweep.prompts, sweep.requests, sweep.seed
+    if isinstance(prompts, Mix):
+        return Workload(prompts.name, None, prompts.source, requests, seed)
+    return Workload(None, str(prompts), None, requests, seed)
+
+
+def _settings(measuring: Measuring, point: Point) -> dict[str, int | str]:
+    """Return the settings of a point, as in ``aiflux.yaml``."""
+    options = Config(arguments=measuring.settings_of(point)).run_options()
+    series = point.series
+    found: dict[str, int | str | None] = {
+        "engine_url": None if options.engine_url is None else public_url(options.engine_url),
+        "engine_command": options.engine_command,
+        "engine": None if options.engine_url or options.engine_command else options.engine,
+        "model": options.model,
+        "concurrency": point.concurrency,
+        "slots": series.slots,
+        "context_length": series.context_length,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _keep(sweep: Sweep, found: Benchmark) -> None:
+    write_json(sweep.folder / RECORD, to_json(found), 0o666)
+
+
+def _finish(measuring: Measuring, target: Path | None, stopped: StoppedError | None) -> int:
+    """Write and print what was measured; return the exit code.
+
+    Raises:
+        StoppedError: the sweep was stopped.
+    """
+    sweep, found = measuring.sweep, _record(measuring)
+    _keep(sweep, found)
+    measured = any(point.figures is not None for point in found.points)
+    if measured:
+        _write_plot(sweep.folder / PLOT, found)
+    if sweep.as_json:
+        print_json(to_json(found))
+    elif found.points:
+        show(make_console(), benchmark_lines(found))
+    out = sys.stderr if sweep.as_json else sys.stdout
+    if measured:
+        print(f"\nresults: {short(sweep.folder)}", file=out)
+    for line in measuring.waiting if stopped is None else ():
+        print(line, file=out)
+    if stopped is not None:
+        stopped.remedy = "run the same command again: it continues with the next point"
+        raise stopped
+    if measuring.waiting:
+        print("  run the same command again for the figures; --wait waits for the jobs", file=out)
+        return 0
+    if target is not None and found.settings:
+        with atomic_write(target) as file:
+            file.write(f"# Written by `aiflux benchmark`.\n{run_settings(found.settings)}".encode())
+        print(f"wrote {short(target)}", file=out)
+    if found.recommended is None and measuring.failures:
+        raise measuring.failures[0]
+    return _exit_code(measuring.failures)
+
+
+def _exit_code(failures: list[AifluxError]) -> int:
+    return int(failures[0].exit_code) if failures else 0
+
+
+def _write_plot(path: Path, found: Benchmark) -> None:
+    try:
+        content = benchmark_plot(found.points, found.knees)
+    except ConfigError as error:
+        print(f"note: no plot was drawn: {error}", file=sys.stderr)
+        return
+    with atomic_write(path) as file:
+        file.write(content)

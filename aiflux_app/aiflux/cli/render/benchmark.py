@@ -1,0 +1,173 @@
+"""A benchmark as text of at most 80 columns: its points, a plot, and the recommended settings."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from string import ascii_lowercase
+
+from rich.text import Text
+
+from aiflux.estimates.benchmark import Benchmark, Point, PointFigures, Series, Workload, by_series
+from aiflux.report.format import rate, seconds_text
+from aiflux.slurm.config_template import run_settings
+
+_WIDTH = 80
+_COLUMNS = (12, 12, 12, 13, 13, 8)
+_TITLES = ("in flight", "requests/s", "answer", "time per", "slowest", "failed")
+_SUBTITLES = ("", "", "tokens/s", "request", "1 %", "")
+_PLOT_WIDTH, _PLOT_HEIGHT, _AXIS = 60, 12, 9
+
+
+def benchmark_lines(found: Benchmark) -> list[Text]:
+    """Return a benchmark as lines."""
+    lines = [*_workload(found.workload, found.points)]
+    series = by_series(found.points)
+    for letter, (each, points) in zip(_letters(len(series)), series.items(), strict=True):
+        lines += ["", _title(letter, each, points), *_table(points, found)]
+    lines += _compared(found.points)
+    plot = _plot(found)
+    if plot:
+        lines += ["", *plot]
+    lines += [line for text in _warnings(found.points) for line in ("", *_wrapped(text, "! "))]
+    if found.recommended is not None:
+        lines += ["", f"recommended: {found.recommended}", *_indented(run_settings(found.settings))]
+    return [Text(line, style="bold" if line.startswith("recommended:") else "") for line in lines]
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]
+
+
+def _letters(count: int) -> list[str]:
+    """Return the signs of series; letters, then numbers in brackets."""
+    return [*ascii_lowercase, *(f"[{number}]" for number in range(26, count))][:count]
+
+
+def _workload(workload: Workload, points: Sequence[Point]) -> Iterator[str]:
+    what = workload.input or f"the mix {workload.mix}"
+    yield f"{what}, {workload.requests} requests per point, more if many are in flight"
+    measured = [point.figures for point in points if point.figures is not None]
+    if measured:
+        last = measured[-1]
+        yield (
+            f"tokens per request: {last.prompt_tokens:.0f} of the prompt, "
+            f"{last.answer_tokens:.0f} of the answer"
+        )
+
+
+def _title(letter: str, series: Series, points: Sequence[Point]) -> str:
+    measured = [point.figures for point in points if point.figures is not None]
+    slots = {each.slots for each in measured if each.slots is not None}
+    parts = [f"{series.engine}  {series.model}".rstrip()]
+    if slots:
+        parts.append(f"slots: {', '.join(map(str, sorted(slots)))}")
+    if series.context_length is not None:
+        parts.append(f"context: {series.context_length}")
+    if measured and measured[0].engines > 1:
+        parts.append(f"engines: {measured[0].engines}")
+    return f"{letter}: {', '.join(parts)}"
+
+
+def _table(points: Sequence[Point], found: Benchmark) -> Iterator[str]:
+    for titles in (_TITLES, _SUBTITLES):
+        yield _row(titles)
+    for point in points:
+        mark = " *" if point.name in found.knees else ""
+        if point.figures is None:
+            yield from _wrapped(f"{point.concurrency}: {point.error}", "  ")
+        else:
+            yield _row(_cells(f"{point.concurrency}{mark}", point.figures))
+
+
+def _cells(name: str, figures: PointFigures) -> Sequence[str]:
+    return (
+        name,
+        rate(figures.requests_per_second),
+        rate(figures.tokens_per_second) if figures.tokens_per_second else "-",
+        seconds_text(figures.p50),
+        seconds_text(figures.p99),
+        str(figures.failed),
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "".join(cell.ljust(width) for cell, width in zip(cells, _COLUMNS, strict=True)).rstrip()
+
+
+def _compared(points: Sequence[Point]) -> Iterator[str]:
+    """Yield what the engines' own tools measured, next to the figures of the same point."""
+    for point in points:
+        compared = point.compared
+        if compared is None or point.figures is None:
+            continue
+        yield ""
+        own = rate(point.figures.tokens_per_second)
+        if compared.tokens_per_second is None:
+            yield from _wrapped(f"{point.name}: {compared.tool} failed: {compared.error}")
+        else:
+            theirs = rate(compared.tokens_per_second)
+            share = point.figures.tokens_per_second / compared.tokens_per_second
+            yield f"{point.name}, answer tokens/s: {own} here, {theirs} by {compared.tool}"
+            yield f"  {share:.0%} of the tool's"
+        yield from _wrapped(compared.command, "  $ ")
+
+
+def _warnings(points: Sequence[Point]) -> Iterator[str]:
+    few = [point.name for point in points if point.figures is not None and not point.figures.filled]
+    if few:
+        yield (
+            f"too few requests to keep that many in flight ({', '.join(few)}): their throughput is "
+            "a lower bound"
+        )
+    empty = [
+        point.name
+        for point in points
+        if point.figures is not None
+        and point.figures.failed < point.figures.requests
+        and not point.figures.tokens_per_second
+    ]
+    if empty:
+        yield f"the answers report no tokens ({', '.join(empty)}): requests/s are compared"
+
+
+def _wrapped(text: str, lead: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead),
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
+
+
+def _plot(found: Benchmark) -> list[str]:
+    """Return throughput against the time per request; empty for fewer than two points."""
+    shown = [
+        (f"{letter}{point.concurrency}" + ("*" if point.name in found.knees else ""), point.figures)
+        for letter, points in zip(
+            _letters(len(found.points)), by_series(found.points).values(), strict=False
+        )
+        for point in points
+        if point.figures is not None and point.figures.p50 > 0
+    ]
+    if len(shown) < 2:
+        return []
+    low = math.log(min(figures.p50 for _, figures in shown))
+    high = math.log(max(figures.p50 for _, figures in shown))
+    top = max(figures.throughput for _, figures in shown)
+    rows = [[" "] * _PLOT_WIDTH for _ in range(_PLOT_HEIGHT)]
+    for label, figures in shown:
+        across = (math.log(figures.p50) - low) / (high - low) if high > low else 0.5
+        column = round(across * (_PLOT_WIDTH - len(label)))
+        row = round((1 - figures.throughput / top) * (_PLOT_HEIGHT - 1))
+        rows[row][column : column + len(label)] = label
+    unit = "answer tokens/s" if any(each.tokens_per_second for _, each in shown) else "requests/s"
+    lines = [f"{unit} (letter: series, number: requests in flight, *: knee)"]
+    for at, line in enumerate(rows):
+        mark = rate(top) if at == 0 else "0" if at == _PLOT_HEIGHT - 1 else ""
+        lines.append(f"{mark:>{_AXIS - 2}} |{''.join(line)}".rstrip())
+    ends = seconds_text(math.exp(low)), seconds_text(math.exp(high))
+    gap = _PLOT_WIDTH - len(ends[0]) - len(ends[1])
+    middle = "median time per request, log"
+    lines.append(" " * (_AXIS - 1) + "+" + "-" * (_PLOT_WIDTH - 1))
+    lines.append(" " * _AXIS + ends[0] + middle.center(gap) + ends[1])
+    return lines

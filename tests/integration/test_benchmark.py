@@ -1,0 +1,51 @@
+"""``aiflux benchmark`` with real engines: in jobs, and on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.integration.conftest import MODEL, Cluster, User
+
+MEASURE = ["benchmark", "--mix", "classify", "--requests", "6", "--concurrency", "1,2",
+           "--model", MODEL]  # fmt: skip
+
+
+def test_settings_are_measured_in_jobs(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    measure = [aiflux, *MEASURE, "--mem", "2G", "--image", image, "--slots", "2"]
+    shown = user.run(*measure, "--wait", "--write-config", "aiflux.yaml", cwd=place, env=job_env,
+                     timeout=400)  # fmt: skip
+    assert "recommended: ollama-s2-c" in shown
+    found = json.loads(user.run(*measure, "--json", cwd=place, env=job_env))
+    assert found["complete"]
+    assert found["where"] == "slurm"
+    assert [point["concurrency"] for point in found["points"]] == [1, 2]
+    for point in found["points"]:
+        figures = point["figures"]
+        assert figures["failed"] == 0
+        assert figures["slots"] == 2
+        assert 20 < figures["prompt_tokens"] < 120
+        assert figures["answer_tokens"] == 1
+        assert 0 < figures["p50"] <= figures["p99"]
+    assert "slots: 2" in (place / "aiflux.yaml").read_text(encoding="utf-8")
+    settings = json.loads(user.run(aiflux, "config", "show", "--json", cwd=place))
+    assert settings["settings"]["slots"]["value"] == 2
+
+
+def test_engines_are_measured_on_this_machine(
+    user: User, aiflux: Path, ollama: Path, llama_server: Path, models: Path, place: Path
+) -> None:
+    settings = [f"AIFLUX_OLLAMA={ollama}", f"AIFLUX_MODELS_DIR={models}", "AIFLUX_ENGINE=llamacpp",
+                f"AIFLUX_ENGINE_PROGRAM={llama_server}"]  # fmt: skip
+    engines = ["--engine", "ollama,llamacpp", "--slots", "1,2", "--local", "--json"]
+    found = json.loads(user.run("env", *settings, aiflux, *MEASURE, *engines, cwd=place,
+                                timeout=400))  # fmt: skip
+    names = [(point["series"]["engine"], point["figures"]["slots"]) for point in found["points"]]
+    assert names == [
+        (engine, slots) for engine in ("ollama", "llamacpp") for slots in (1, 2) for _ in "12"
+    ]
+    assert all(point["figures"]["tokens_per_second"] > 0 for point in found["points"])
+    assert len(found["knees"]) == 4
+    assert user.none_left(), user.processes()

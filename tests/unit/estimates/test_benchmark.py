@@ -1,0 +1,150 @@
+"""The figures of a benchmark's points, its knees and what it recommends."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from aiflux.core.runs.status_file import EngineFacts
+from aiflux.estimates.benchmark import (
+    Point,
+    PointFigures,
+    Series,
+    figures_of,
+    knee,
+    knees,
+    recommended,
+    still_rises,
+)
+from aiflux.estimates.pilot import Observation
+
+SERIES = Series("llamacpp", "m:1")
+
+
+def observed(count: int, in_flight: int, lanes: int, seed: int | None = None) -> list[Observation]:
+    """Return the requests of an engine that processes ``lanes`` at once, 10 tokens/s each.
+
+    The client keeps ``in_flight`` of them there; the others wait in the engine.
+
+    Args:
+        seed: of answers of various lengths; None for 10 tokens each.
+    """
+    source = Random(seed)
+    free = [0.0] * lanes
+    sent = [0.0] * in_flight
+    found = []
+    for _ in range(count):
+        tokens = 10 if seed is None else source.randint(1, 19)
+        began = heapq.heappop(sent)
+        ended = max(began, heapq.heappop(free)) + tokens / 10
+        heapq.heappush(free, ended)
+        heapq.heappush(sent, ended)
+        found.append(Observation("m:1", began, ended, 20, tokens, 100))
+    return found
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize(("in_flight", "lanes"), [(1, 8), (4, 8), (8, 8), (16, 8), (64, 8)])
+def test_throughput_is_that_of_the_engine_however_many_requests_wait(
+    in_flight: int, lanes: int, seed: int | None
+) -> None:
+    figures = figures_of(observed(16 * max(in_flight, 8), in_flight, lanes, seed), ())
+    busy = min(in_flight, lanes)
+    assert figures.in_flight == in_flight
+    assert figures.tokens_per_second == pytest.approx(10 * busy, rel=0.02 if seed is None else 0.08)
+    assert figures.requests_per_second == pytest.approx(busy, rel=0.02 if seed is None else 0.15)
+
+
+def test_the_figures_of_a_point() -> None:
+    engines = (EngineFacts(slots=8), EngineFacts(slots=8))
+    figures = figures_of(observed(100, 8, 8), engines)
+    assert (figures.requests, figures.failed) == (100, 0)
+    assert (figures.prompt_tokens, figures.answer_tokens) == (20, 10)
+    assert figures.p50 == figures.p99 == pytest.approx(1.0)
+    assert (figures.engines, figures.slots) == (2, 8)
+
+
+def test_one_slow_request_in_a_hundred_is_not_in_the_percentiles_but_the_second_is() -> None:
+    found = observed(100, 1, 1)
+    slow = [replace(item, ended=item.began + 50) for item in found]
+    assert figures_of([*found[:99], slow[99]], ()).p99 == pytest.approx(1.0)
+    assert figures_of([*found[:98], *slow[98:]], ()).p99 == pytest.approx(50.0)
+
+
+def test_failed_requests_are_counted_and_nothing_else() -> None:
+    found = observed(64, 4, 4)
+    failed = [replace(item, ended=item.began + 0.001, error="http_400: no", completion_tokens=0)
+              for item in found[:16]]  # fmt: skip
+    figures = figures_of([*failed, *found[16:]], ())
+    assert (figures.requests, figures.failed) == (64, 16)
+    assert figures.answer_tokens == 10
+    assert figures.p50 == pytest.approx(1.0)
+    assert figures.tokens_per_second == pytest.approx(40, rel=0.05)
+
+
+def test_a_point_whose_requests_all_fail_has_no_throughput() -> None:
+    failed = [replace(item, error="http_400: no") for item in observed(8, 2, 2)]
+    figures = figures_of(failed, ())
+    assert (figures.failed, figures.throughput, figures.p50) == (8, 0, 0)
+    assert knee([Point(SERIES, 2, figures)]) is None
+    assert not still_rises([Point(SERIES, 2, figures)])
+
+
+def test_too_few_requests_for_a_turnover_still_give_a_figure() -> None:
+    figures = figures_of(observed(3, 3, 3), ())
+    assert figures.tokens_per_second == pytest.approx(30, rel=0.05)
+    assert not figures.filled
+
+
+def points(*rates: float, series: Series = SERIES, failed: Sequence[int] = ()) -> list[Point]:
+    """Return a sweep of 1, 2, 4 ... in flight with these answer tokens per second."""
+    found = []
+    for number, rate in enumerate(rates):
+        lost = failed[number] if failed else 0
+        figures = PointFigures(2**number, 1000, lost, 1.0, rate / 10, rate, 20, 10, 1.0, 2.0)
+        found.append(Point(series, 2**number, figures))
+    return found
+
+
+def test_the_sweep_goes_on_while_throughput_rises_by_a_twentieth() -> None:
+    assert still_rises(points(100))
+    assert still_rises(points(100, 105))
+    assert not still_rises(points(100, 104))
+    assert not still_rises(points(100, 200, 190))
+    assert not still_rises([*points(100), Point(SERIES, 2, error="no memory")])
+
+
+def test_the_knee_is_the_first_point_with_nine_tenths_of_the_best() -> None:
+    for rates, expected in (
+        ((100, 200, 400, 450, 430), 8),
+        ((100, 200, 400, 410, 430), 4),
+        ((100,), 1),
+        ((100, 20, 10), 1),
+    ):
+        found = knee(points(*rates))
+        assert found is not None
+        assert found.concurrency == expected, rates
+
+
+def test_a_point_that_fails_more_requests_is_no_knee() -> None:
+    found = knee(points(100, 200, 900, failed=[0, 10, 500]))
+    assert found is not None
+    assert found.concurrency == 2
+
+
+def test_the_best_knee_of_all_series_is_recommended() -> None:
+    other = replace(SERIES, slots=8)
+    third = replace(SERIES, engine="vllm")
+    all_ = [
+        *points(100, 150), *points(100, 300, 310, series=other),
+        *points(900, 900, series=third, failed=[400, 400]),
+    ]  # fmt: skip
+    assert [point.name for point in knees(all_)] == ["llamacpp-c2", "llamacpp-s8-c2", "vllm-c1"]
+    best = recommended(all_)
+    assert best is not None
+    assert best.name == "llamacpp-s8-c2"
+    assert recommended([Point(SERIES, 1, error="no memory")]) is None

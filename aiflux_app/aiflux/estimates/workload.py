@@ -15,8 +15,8 @@ from random import Random
 # Words that most tokenizers know as a single token.
 _VOCABULARY = """
 the of and to in is that it was for on are as with his they at be this from have or by one had not
-but what all were when we there can an your which their said if do will each about how up out them
-then she many some so these would other into has more her two like him see time could no make than
+but what all were when we there can an your which their if do will each about how up out them then
+she many some so these would other into has more her two like him see time could no make than
 first been its who now people my made over did down only way find use may water long little very
 after words called just where most know get through back much before go good write our used me man
 too any day same right look think also around another came come work three word must because does
@@ -28,8 +28,8 @@ important until form food keep children feet land side without boy once animals 
 sometimes four above kind began almost live page got earth need far hand high year mother light
 parts country father let night following picture being study second eyes soon times story boys
 since white days ever paper hard near sentence better best across during today others however sure
-means knew try told young miles sun ways thing whole hear example heard change answer room sea
-against top turned learn point city play toward five using himself usually
+means knew try young miles sun ways thing whole hear example heard change answer room sea against
+top turned learn point city play toward five using himself usually
 """
 _WORDS = _VOCABULARY.split()
 _SENTENCE = (6, 14)

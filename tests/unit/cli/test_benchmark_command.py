@@ -23,6 +23,7 @@ from tests.unit.cli.test_estimate_command import do_the_pilot, fail_the_pilot
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line, write_input, write_program
 from tests.unit.made_models import put_model
+from tests.unit.made_serves import MadeServe
 
 TOOLS = Path(__file__).parents[2] / "tools"
 FOLDER = Path("classify.benchmark")
@@ -98,7 +99,23 @@ def test_requests_in_flight_are_doubled_until_the_engine_is_full(place: Path) ->
     config = Config(directory=place, environ={})
     options = config.run_options()
     assert (options.engine_url, options.concurrency, options.model) == (engine.url, 2, "m:1")
-    assert (FOLDER / "benchmark.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_without_matplotlib_there_is_no_plot(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "blocked").mkdir()
+    (place / "blocked" / "matplotlib.py").write_text("raise ImportError('not here')\n")
+    with FaultyEngine(delay=0.01) as engine:
+        asked = at(engine, "--concurrency", "1")
+        pytest.importorskip("matplotlib")
+        benchmark(*asked)
+        assert (FOLDER / "benchmark.svg").read_bytes().startswith(b"<?xml")
+        (FOLDER / "benchmark.svg").unlink()
+        # The variable separates paths by a colon, which the folder's name contains.
+        monkeypatch.setenv("PYTHONPATH", "blocked")
+        done = benchmark(*asked)
+    assert "note: no plot was drawn: " in done.stderr
+    assert "matplotlib>=3.8" in done.stderr
+    assert not (FOLDER / "benchmark.svg").exists()
 
 
 def test_the_users_own_requests(place: Path) -> None:
@@ -297,6 +314,28 @@ def test_a_tool_that_fails_says_why(programs: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_tool_ends_it_and_keeps_the_points(
+    programs: Path, number: signal.Signals
+) -> None:
+    bench(programs, f"echo $$ >{programs}/pid; exec sleep 60")
+    program = Path(sys.executable).with_name("aiflux")
+    process = subprocess.Popen(
+        [program, "benchmark", "--mix", "classify", "--model", "m:1", *HERE, "--engine",
+         "llamacpp", "--against"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (programs / "pid").is_file() or not (programs / "pid").read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=30)
+    assert process.returncode == 5, errors
+    assert "a: llamacpp  m:1" in printed
+    assert not Path(f"/proc/{(programs / 'pid').read_text().strip()}").exists()
+    assert not json.loads((FOLDER / "benchmark.json").read_text())["complete"]
+
+
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
@@ -311,6 +350,16 @@ def test_a_tool_that_cannot_run_is_refused_first(
     assert main(["benchmark", "--model", "m:1", "--against", *more]) == code
     assert words in capsys.readouterr().err
     assert not Path("chat.benchmark").exists()
+
+
+def test_the_tool_is_not_used_at_an_engine_of_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MadeServe(tmp_path) as made:
+        monkeypatch.setenv("XDG_STATE_HOME", made.environ["XDG_STATE_HOME"])
+        url = f"serve:{made.directory.name}"
+        assert main(["benchmark", "--model", "m:1", "--against", "--engine-url", url]) == 2
+    assert f"--against cannot use {url}" in capsys.readouterr().err
 
 
 # --- in Slurm --------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """``vllm bench``: vLLM's own measurement, of a model or of a running server.
 
-Source: vLLM, ``vllm/benchmarks/throughput.py`` and ``serve.py``.
+Source: vLLM, ``vllm/benchmarks/throughput.py`` and ``serve.py``; checked with 0.32.0.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from aiflux.engines.own_benchmark import BenchmarkLoad
 from aiflux.engines.vllm.hub import parse_hub_model, stored_snapshot
 
+_SPECIAL_TOKENS = 16  # that the tokenizer adds, at most
 _THROUGHPUT = re.compile(r"([0-9][0-9.]*) output tokens/s")
 _SERVE = re.compile(r"Output token throughput \(tok/s\):\s*([0-9][0-9.]*)")
 
@@ -35,7 +36,7 @@ class ThroughputBench:
         return [
             "bench", "throughput", "--model", str(snapshot), *_lengths(load),
             "--max-num-seqs", str(load.in_flight),
-            "--max-model-len", str(load.prompt_tokens + load.answer_tokens),
+            "--max-model-len", str(load.prompt_tokens + load.answer_tokens + _SPECIAL_TOKENS),
         ]  # fmt: skip
 
     def tokens_per_second(self, printed: str) -> float | None:

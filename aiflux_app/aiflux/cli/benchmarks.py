@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -142,11 +143,15 @@ def tracks(sweep: Sweep) -> list[_Track]:
     """Return the series of a sweep.
 
     Raises:
-        UsageError: a running server cannot have its settings.
+        UsageError: there is no model, or a running server cannot have its settings.
     """
     found = []
     for settings in sweep.engines:
         options = Config(arguments=settings).run_options()
+        if options.model is None and isinstance(sweep.prompts, Mix):
+            raise UsageError(
+                "aiflux benchmark needs a model: the prompts of a mix name none", "add --model NAME"
+            )
         if not engine_kind(options).managed:
             _refuse_settings_of_server(sweep)
         for slots in sweep.slots:
@@ -183,19 +188,29 @@ class Measuring:
         """Create the directory, and plan the first points: nothing is measured if one is wrong.
 
         Args:
-            keep: writes the record, by which the directory is known.
+            keep: writes the record of a new benchmark.
 
         Raises:
             AifluxError: a point would be refused.
             StorageError: the directory cannot be created.
         """
-        sweep = self.sweep
-        tracks(sweep)
+        folder = self.sweep.folder
+        tracks(self.sweep)
+        made = not folder.exists()
         try:
-            sweep.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise storage_error(error, sweep.folder) from error
-        keep()
+            raise storage_error(error, folder) from error
+        try:
+            keep()
+            self._plan_first()
+        except AifluxError:
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _plan_first(self) -> None:
+        sweep = self.sweep
         counts = sweep.concurrency or (1,)
         planned = [track.plan(count) for track in tracks(sweep) for count in counts]
         self.where = planned[0].asked.where

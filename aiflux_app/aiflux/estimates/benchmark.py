@@ -212,9 +212,16 @@ def knees(points: Sequence[Point]) -> list[Point]:
     return [point for point in found if point is not None]
 
 
+def equally_good(points: Sequence[Point]) -> list[Point]:
+    """Return the knees whose throughput is that of the best, or less than 5 % below it."""
+    good = _sound(knees(points))
+    best = max(map(_throughput, good), default=0.0)
+    return [point for point in good if RISE * _throughput(point) > best]
+
+
 def recommended(points: Sequence[Point]) -> Point | None:
-    """Return the knee with the highest throughput of all series."""
-    return max(_sound(knees(points)), key=_throughput, default=None)
+    """Return the first of the best knees: a difference of a few percent is no reason."""
+    return next(iter(equally_good(points)), None)
 
 
 @dataclass(frozen=True)

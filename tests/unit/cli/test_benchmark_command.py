@@ -38,7 +38,8 @@ def place(awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def benchmark(*more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command as a process of its own."""
     program = Path(sys.executable).with_name("aiflux")
-    words = [program, "benchmark", "--mix", "classify", "--model", "m:1", *more]
+    mix = [] if "--input" in more else ["--mix", "classify"]
+    words = [program, "benchmark", *mix, "--model", "m:1", *more]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done
@@ -190,6 +191,9 @@ def test_an_interrupt_keeps_and_prints_what_was_measured() -> None:
         found = json.loads((FOLDER / "benchmark.json").read_text())
         assert [point["concurrency"] for point in found["points"]] == [1]
         assert not found["complete"]
+        kept = (FOLDER / "benchmark.json").read_bytes()
+        benchmark(*at(engine, "--input", "nothing.jsonl", "--output", str(FOLDER)), code=2)
+        assert (FOLDER / "benchmark.json").read_bytes() == kept, "a refusal changes nothing"
         engine.delay = 0.01
         done = len(engine.bodies)
         found = record("--drain-seconds", "0", *at(engine, "--concurrency", "1,2"))
@@ -232,6 +236,12 @@ def test_wrong_input_is_refused_before_anything_is_sent(
         assert not engine.bodies
     assert words in capsys.readouterr().err
     assert (place / "there.yaml").read_text() == "# mine\n"
+    assert not [*place.glob("*.benchmark")], "a refused benchmark leaves nothing"
+
+
+def test_a_mix_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "--local"]) == 2
+    assert "needs a model: the prompts of a mix name none" in capsys.readouterr().err
 
 
 def test_without_force_no_settings_are_overwritten(place: Path) -> None:

@@ -14,6 +14,7 @@ from aiflux.estimates.benchmark import (
     Point,
     PointFigures,
     Series,
+    equally_good,
     figures_of,
     knee,
     knees,
@@ -148,3 +149,12 @@ def test_the_best_knee_of_all_series_is_recommended() -> None:
     assert best is not None
     assert best.name == "llamacpp-s8-c2"
     assert recommended([Point(SERIES, 1, error="no memory")]) is None
+
+
+def test_of_knees_that_are_about_equally_good_the_first_is_recommended() -> None:
+    second, third = replace(SERIES, slots=8), replace(SERIES, slots=16)
+    all_ = [*points(100), *points(104, series=second), *points(90, series=third)]
+    assert [point.series for point in equally_good(all_)] == [SERIES, second]
+    best = recommended(all_)
+    assert best is not None
+    assert best.series == SERIES

@@ -96,7 +96,7 @@ def benchmark(output: str | None, write_config: str | None, **more: Any) -> int:
         refuse_own(sweep)
     measuring = Measuring(sweep)
     _refuse_used(sweep.folder)
-    measuring.begin(lambda: _keep(sweep, _record(measuring)))
+    measuring.begin(lambda: _begin_record(measuring))
     stopped: StoppedError | None = None
     try:
         measuring.measure()
@@ -220,6 +220,12 @@ def _settings(measuring: Measuring, point: Point) -> dict[str, int | str]:
         "context_length": series.context_length,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _begin_record(measuring: Measuring) -> None:
+    """Write the record of a new benchmark, by which its directory is known."""
+    if not (measuring.sweep.folder / RECORD).exists():
+        _keep(measuring.sweep, _record(measuring))
 
 
 def _keep(sweep: Sweep, found: Benchmark) -> None:

@@ -9,9 +9,18 @@ from string import ascii_lowercase
 
 from rich.text import Text
 
-from aiflux.estimates.benchmark import Benchmark, Point, PointFigures, Series, Workload, by_series
+from aiflux.estimates.benchmark import (
+    Benchmark,
+    Point,
+    PointFigures,
+    Series,
+    Workload,
+    by_series,
+    equally_good,
+)
 from aiflux.report.format import rate, seconds_text
 from aiflux.slurm.config_template import run_settings
+from aiflux.util.text import joined
 
 _WIDTH = 80
 _COLUMNS = (12, 12, 12, 13, 13, 8)
@@ -30,7 +39,7 @@ def benchmark_lines(found: Benchmark) -> list[Text]:
     plot = _plot(found)
     if plot:
         lines += ["", *plot]
-    lines += [line for text in _warnings(found.points) for line in ("", *_wrapped(text, "! "))]
+    lines += [line for text in _warnings(found) for line in ("", *_wrapped(text, "! "))]
     if found.recommended is not None:
         lines += ["", f"recommended: {found.recommended}", *_indented(run_settings(found.settings))]
     return [Text(line, style="bold" if line.startswith("recommended:") else "") for line in lines]
@@ -114,7 +123,11 @@ def _compared(points: Sequence[Point]) -> Iterator[str]:
         yield from _wrapped(compared.command, "  $ ")
 
 
-def _warnings(points: Sequence[Point]) -> Iterator[str]:
+def _warnings(found: Benchmark) -> Iterator[str]:
+    points = found.points
+    alike = [point.name for point in equally_good(points)]
+    if len(alike) > 1:
+        yield f"{joined(alike)} are about equally good: the first is recommended"
     few = [point.name for point in points if point.figures is not None and not point.figures.filled]
     if few:
         yield (
@@ -134,7 +147,7 @@ def _warnings(points: Sequence[Point]) -> Iterator[str]:
 
 def _wrapped(text: str, lead: str = "") -> list[str]:
     return textwrap.wrap(
-        text, _WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead),
+        " ".join(text.split()), _WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead),
         break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
 

@@ -183,6 +183,7 @@ class Measuring:
         self.failures: list[AifluxError] = []
         self.waiting: list[str] = []
         self.where = ""
+        self.stopped: StoppedError | None = None
 
     def begin(self, keep: Callable[[], None]) -> None:
         """Create the directory, and plan the first points: nothing is measured if one is wrong.
@@ -224,16 +225,15 @@ class Measuring:
         return next(each.settings for each in tracks(self.sweep) if each.series == point.series)
 
     def measure(self) -> None:
-        """Measure all points.
-
-        Raises:
-            StoppedError: it was interrupted; ``points`` has what was measured.
-        """
-        if self.where == SLURM:
-            self._in_slurm()
-        else:
-            for track in tracks(self.sweep):
-                self._in_turn(track)
+        """Measure all points, or those until ``stopped``."""
+        try:
+            if self.where == SLURM:
+                self._in_slurm()
+            else:
+                for track in tracks(self.sweep):
+                    self._in_turn(track)
+        except StoppedError as error:
+            self.stopped = error
 
     def _in_turn(self, track: _Track) -> None:
         """Measure a series here, or at a server."""
@@ -276,6 +276,7 @@ class Measuring:
         try:
             views = job_views(todo) if todo else []
         except KeyboardInterrupt:
+            self.stopped = StoppedError("stopped waiting; the jobs continue")
             views = job_views([replace(one, asked=replace(one.asked, wait=False)) for one in todo])
         of_pilot = {one.pilot: view for one, view in zip(todo, views, strict=True)}
         for track, count, one in asked:

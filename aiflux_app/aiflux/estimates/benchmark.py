@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.estimates.pilot import Observation, SteadyRates, pace, steady_rates
@@ -261,5 +262,5 @@ class Benchmark:
     points: tuple[Point, ...]
     knees: tuple[str, ...]
     recommended: str | None
-    settings: dict[str, int | str]
+    settings: dict[str, Any]
     complete: bool

@@ -299,6 +299,18 @@ def test_an_engine_that_does_not_start_leaves_the_other(programs: Path) -> None:
     assert found["recommended"] == "llamacpp-n512-c2"
 
 
+def test_the_recommended_settings_are_those_that_were_measured(programs: Path, place: Path) -> None:
+    more = ["--engine", "llamacpp", "--engine-arg", "cache-type-k=q8_0", "--max-tokens", "9",
+            "--engine-env", "KEY=secret", "--write-config", "aiflux.yaml"]  # fmt: skip
+    benchmark(*HERE, *more)
+    written = (place / "aiflux.yaml").read_text()
+    assert "secret" not in written + (FOLDER / "benchmark.json").read_text()
+    options = Config(directory=place, environ={}).run_options()
+    assert options.engine_arg == {"cache-type-k": "q8_0"}
+    assert (options.engine, options.concurrency, options.max_tokens) == ("llamacpp", 2, 9)
+    assert options.context_length == 512
+
+
 def bench(programs: Path, text: str) -> None:
     write_program(programs / "llama-batched-bench", f"#!/bin/bash\n{text}\n")
 
@@ -409,6 +421,28 @@ def test_each_point_is_a_job_and_the_same_command_shows_the_figures(
     assert [row[:3] for row in rows] == [["1", "0.5", "25"], ["4", "*", "1.6"]]
     assert "recommended: ollama-c4" in printed
     assert "concurrency: 4" in Path("aiflux.yaml").read_text()
+
+
+def test_an_interrupt_while_waiting_shows_the_points_and_leaves_the_jobs(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SUBMIT) == 0
+    do_the_pilot(2.0, 1, Pilot(FOLDER / "ollama-c1"))
+    asked = len(slurm.calls("squeue"))
+    program = Path(sys.executable).with_name("aiflux")
+    process = subprocess.Popen(
+        [program, *SUBMIT, "--wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while len(slurm.calls("squeue")) == asked:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=30)
+    assert process.returncode == 5, errors
+    assert "ollama-c4 is waiting (job 101)" in printed
+    assert any(line.startswith("1 *") for line in printed.splitlines())
+    assert "stopped waiting; the jobs continue" in errors
+    assert not slurm.calls("scancel")
 
 
 def test_a_job_that_fails_leaves_the_other_points(

@@ -97,18 +97,13 @@ def benchmark(output: str | None, write_config: str | None, **more: Any) -> int:
     measuring = Measuring(sweep)
     _refuse_used(sweep.folder)
     measuring.begin(lambda: _begin_record(measuring))
-    stopped: StoppedError | None = None
     try:
         measuring.measure()
-        if more["against"]:
+        if more["against"] and measuring.stopped is None:
             compare_knees(measuring)
-    except StoppedError as error:
-        stopped = error
     except KeyboardInterrupt as signal:
-        stopped = StoppedError(f"stopped by {str(signal) or 'Ctrl-C'} before the end")
-    if stopped is not None:
-        measuring.waiting.append("the benchmark was stopped")
-    return _finish(measuring, target, stopped)
+        measuring.stopped = StoppedError(f"stopped by {str(signal) or 'Ctrl-C'} before the end")
+    return _finish(measuring, target)
 
 
 def _sweep(output: str | None, more: dict[str, Any]) -> Sweep:
@@ -195,7 +190,7 @@ def _record(measuring: Measuring) -> Benchmark:
         knees=tuple(point.name for point in knees(points)),
         recommended=None if best is None else best.name,
         settings={} if best is None else _settings(measuring, best),
-        complete=bool(points) and not measuring.waiting,
+        complete=bool(points) and not measuring.waiting and measuring.stopped is None,
     )
 
 
@@ -206,19 +201,25 @@ def _workload(sweep: Sweep) -> Workload:
     return Workload(None, str(prompts), None, requests, seed)
 
 
-def _settings(measuring: Measuring, point: Point) -> dict[str, int | str]:
-    """Return the settings of a point, as in ``aiflux.yaml``."""
-    options = Config(arguments=measuring.settings_of(point)).run_options()
-    series = point.series
-    found: dict[str, int | str | None] = {
+def _settings(measuring: Measuring, point: Point) -> dict[str, Any]:
+    """Return the settings of a point, as in ``aiflux.yaml``: those that were given, and its own.
+
+    Variables of the engine are left out, as they can contain secrets.
+    """
+    given = measuring.settings_of(point)
+    options = Config(arguments=given).run_options()
+    own = not (options.engine_url or options.engine_command)
+    found = {
         "engine_url": None if options.engine_url is None else public_url(options.engine_url),
         "engine_command": options.engine_command,
-        "engine": None if options.engine_url or options.engine_command else options.engine,
+        "engine": options.engine if own else None,
         "model": options.model,
         "concurrency": point.concurrency,
-        "slots": series.slots,
-        "context_length": series.context_length,
+        "slots": point.series.slots,
+        "context_length": point.series.context_length,
     }
+    more = [name for name in given if BY_NAME[name].section == "run" and name != "engine_env"]
+    found |= {name: getattr(options, name) for name in more if name not in found}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -232,7 +233,7 @@ def _keep(sweep: Sweep, found: Benchmark) -> None:
     write_json(sweep.folder / RECORD, to_json(found), 0o666)
 
 
-def _finish(measuring: Measuring, target: Path | None, stopped: StoppedError | None) -> int:
+def _finish(measuring: Measuring, target: Path | None) -> int:
     """Write and print what was measured; return the exit code.
 
     Raises:
@@ -250,11 +251,11 @@ def _finish(measuring: Measuring, target: Path | None, stopped: StoppedError | N
     out = sys.stderr if sweep.as_json else sys.stdout
     if measured:
         print(f"\nresults: {short(sweep.folder)}", file=out)
-    for line in measuring.waiting if stopped is None else ():
+    for line in measuring.waiting:
         print(line, file=out)
-    if stopped is not None:
-        stopped.remedy = "run the same command again: it continues with the next point"
-        raise stopped
+    if measuring.stopped is not None:
+        measuring.stopped.remedy = "run the same command again to continue"
+        raise measuring.stopped
     if measuring.waiting:
         print("  run the same command again for the figures; --wait waits for the jobs", file=out)
         return 0

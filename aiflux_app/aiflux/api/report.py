@@ -11,11 +11,14 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from aiflux.api.chain import ChainView
+from aiflux.api.energy import slurm_energy
+from aiflux.core.config.config import Config
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import journal_lines
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, read_status
 from aiflux.errors import ConfigError
+from aiflux.estimates.energy import Rates
 from aiflux.estimates.estimate import read_estimate
 from aiflux.report.build import ReportSources, make_report
 from aiflux.report.chain_page import StepFigures, page_of_chain
@@ -30,8 +33,11 @@ from aiflux.util.records import to_json
 from aiflux.util.text import terminal_text
 
 
-def read_report(run: RunDirectory) -> Report:
+def read_report(run: RunDirectory, rates: Rates | None = None) -> Report:
     """Read all files of a run and summarize them.
+
+    Args:
+        rates: of the site; None takes those of the settings.
 
     Raises:
         RunConflictError: the run has no plan that can be read.
@@ -49,6 +55,8 @@ def read_report(run: RunDirectory) -> Report:
             tallies=tallies,
             estimate=read_estimate(run.estimate, plan),
             now=time.time(),
+            rates=rates or Rates.of(Config()),
+            slurm_energy=slurm_energy(run),
         )
     )
 

@@ -33,6 +33,7 @@ from aiflux.errors import (
     StoppedError,
     UsageError,
 )
+from aiflux.estimates.energy import Rates
 from aiflux.estimates.estimate import LOCAL, SLURM
 from aiflux.estimates.pilot import Drawn, Pilot
 from aiflux.slurm.preflight.local import finding_text
@@ -72,6 +73,11 @@ class Asked:
     again: bool = False
     preflight: bool = True
     as_json: bool = False
+
+    @property
+    def rates(self) -> Rates:
+        """The site's rates for energy and GPU-hours."""
+        return Rates.of(self.config)
 
     @property
     def where(self) -> str:

@@ -1,4 +1,4 @@
-"""What nvidia-smi, rocm-smi and amd-smi report about GPUs: names, memory and load."""
+"""What nvidia-smi, rocm-smi and amd-smi report about GPUs: names, memory, load and power."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ class GpuReading:
 
 
 UNKNOWN = GpuReading()
+
+
+@dataclass(frozen=True)
+class PowerReading:
+    """The energy and the power of a GPU at one moment. None is unknown; of a slice, both are.
+
+    Attributes:
+        joules: the driver's counter, which starts at any value.
+        watts: the power.
+    """
+
+    joules: float | None = None
+    watts: float | None = None
 
 
 # --- NVIDIA -----------------------------------------------------------------------------------
@@ -88,6 +101,24 @@ def nvidia_readings(devices: Sequence[str]) -> tuple[GpuReading, ...]:
         return GpuReading(place.name, *memory.get((place.card, place.number), ()))
 
     return tuple(map(reading, found))
+
+
+def nvidia_uuids(devices: Sequence[str]) -> tuple[str | None, ...]:
+    """Return the UUID of each device that is a whole card; a slice's energy is not measured."""
+    cards = _cards()
+    found = (_find(device, cards) for device in devices)
+    return tuple(place.uuid if isinstance(place, _Card) else None for place in found)
+
+
+def nvidia_watts(uuids: Sequence[str]) -> dict[str, float]:
+    """Return the power of cards by their UUID, where it is known."""
+    if not uuids:
+        return {}
+    options = [f"--id={','.join(uuids)}", "--query-gpu=uuid,power.draw"]
+    printed = output_of("nvidia-smi", *options, "--format=csv,noheader,nounits") or ""
+    rows = (line.partition(",") for line in printed.splitlines())
+    known = ((uuid.strip(), _number(watts.strip())) for uuid, _, watts in rows)
+    return {uuid: watts for uuid, watts in known if uuid in uuids and watts is not None}
 
 
 def _cards() -> list[_Card]:
@@ -161,6 +192,37 @@ def amd_readings(devices: Sequence[str]) -> tuple[GpuReading, ...]:
     """Return a reading of each device, which is an index or a UUID (``GPU-`` and its unique id)."""
     cards = dict(_amd_cards())
     return tuple(cards.get(_amd_key(device), UNKNOWN) for device in devices)
+
+
+def amd_power(devices: Sequence[str]) -> tuple[PowerReading, ...]:
+    """Return the energy and the power of each device."""
+    cards = dict(_amd_power())
+    return tuple(cards.get(_amd_key(device), PowerReading()) for device in devices)
+
+
+def _amd_power() -> Iterator[tuple[str, PowerReading]]:
+    """Yield the energy and the power of cards by number and by unique id."""
+    options = ("--showuniqueid", "--showpower", "--showenergycounter")
+    log = _json_of("rocm-smi", *options, "--json")
+    if log is None:
+        log = _json_of("amd-smi", "metric", "--power", "--energy", "--json")
+        for row in _rows(log):
+            joules = _number(_figure(row, "energy", "total_energy_consumption", "value"))
+            watts = _number(_figure(row, "power", "socket_power", "value"))
+            yield str(row.get("gpu")), PowerReading(joules or None, watts)
+        return
+    for key, values in log.items() if isinstance(log, dict) else ():
+        if re.fullmatch(r"card\d+", key) and isinstance(values, dict):
+            card = {str(name).lower(): value for name, value in values.items()}
+            microjoules = _number(card.get("accumulated energy (uj)"))
+            # "Average Graphics Package Power (W)", or "Current Socket ..." on newer GPUs
+            named = (value for name, value in card.items() if name.endswith("package power (w)"))
+            reading = PowerReading(
+                microjoules / 1e6 if microjoules else None, _number(next(named, None))
+            )
+            yield key.removeprefix("card"), reading
+            if card.get("unique id"):
+                yield _unique_id(str(card["unique id"])), reading
 
 
 def _amd_key(device: str) -> str:

@@ -25,10 +25,13 @@ from pathlib import Path
 from aiflux.core.config.settings import AMD, NVIDIA
 from aiflux.engines.gpu_readings import (
     GpuReading,
+    PowerReading,
+    amd_power,
     amd_readings,
     nvidia_devices,
     nvidia_readings,
 )
+from aiflux.engines.nvml import nvidia_power
 from aiflux.errors import EngineError
 
 CUDA, ROCR, HIP = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
@@ -118,6 +121,16 @@ def readings(
     if not devices:
         return ()
     read = amd_readings if gpu_vendor(environ) == AMD else nvidia_readings
+    return read(devices)
+
+
+def power_readings(
+    devices: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> tuple[PowerReading, ...]:
+    """Return the energy and the power of each of these GPUs."""
+    if not devices:
+        return ()
+    read = amd_power if gpu_vendor(environ) == AMD else nvidia_power
     return read(devices)
 
 

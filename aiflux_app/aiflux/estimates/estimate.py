@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,9 +19,10 @@ from typing import Any
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import StatusFile, Totals
+from aiflux.estimates.energy import JOULES_PER_KWH, UNKNOWN_RATES, Rates, mean_watts, sum_of
 from aiflux.estimates.pilot import Drawn, Observation, Pilot, pace, start_up
 from aiflux.util.files import write_json
-from aiflux.util.records import from_json, to_json
+from aiflux.util.records import OMITTED, from_json, to_json
 from aiflux.util.times import unix_seconds, utc_now, walltime_seconds, walltime_text
 
 _Z = 1.959964
@@ -135,6 +136,22 @@ def unevenness(costs: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What a run costs in addition to time; None is unknown.
+
+    Attributes:
+        gpu_kwh: energy of the GPUs.
+        joules_per_1000_answers, co2_grams: of that energy.
+        billing_units: of the GPU-hours, at the site's rate.
+    """
+
+    gpu_kwh: Range | None
+    joules_per_1000_answers: Range | None
+    co2_grams: Range | None
+    billing_units: Range | None
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Estimated figures of a run.
 
@@ -152,6 +169,7 @@ class Estimate:
         walltime: time limit of one job in seconds; None for no limit.
         shards: recommended number of shards.
         time_seconds: recommended ``--time`` for each shard.
+        gpu_watts: mean power of a GPU in the pilot's job; None if it was not measured.
     """
 
     plan: str
@@ -172,6 +190,7 @@ class Estimate:
     shards: int = 1
     time_seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    gpu_watts: float | None = field(default=None, metadata=OMITTED)
 
     @property
     def time(self) -> str:
@@ -211,6 +230,12 @@ class Estimate:
         """Return the GPU-hours of all jobs together."""
         return self.seconds_of_jobs(shards).times(self.gpus / 3600)
 
+    def kwh(self, shards: int) -> Range | None:
+        """Return the energy of the GPUs of all jobs together, if they use the pilot's power."""
+        if self.gpu_watts is None:
+            return None
+        return self.gpu_hours(shards).times(self.gpu_watts / 1000)
+
     def recommended(self, time: str | None) -> Estimate:
         """Return the estimate with the recommendation for a job that may take ``time``.
 
@@ -243,13 +268,26 @@ class Estimate:
         found = bisect_left(range(1, self.requests + 1), True, key=fits) + 1
         return found if found <= self.requests else None
 
-    def to_json(self) -> dict[str, Any]:
+    def costs(self, rates: Rates, shards: int) -> Costs:
+        """Return energy, CO2 and billing units of all jobs together."""
+        kwh = self.kwh(shards)
+        answers = max(1.0, self.requests - self.failures.value)
+        per_hour, co2 = rates.billing_per_gpu_hour, rates.co2_per_kwh
+        return Costs(
+            kwh,
+            None if kwh is None else kwh.times(1000 * JOULES_PER_KWH / answers),
+            None if kwh is None or co2 is None else kwh.times(co2),
+            self.gpu_hours(shards).times(per_hour) if per_hour is not None and self.gpus else None,
+        )
+
+    def to_json(self, rates: Rates = UNKNOWN_RATES) -> dict[str, Any]:
         """Return the estimate and its derived figures as JSON."""
         return {
             **to_json(self),
             "time": self.time,
             "shard_seconds": to_json(self.shard_seconds),
             "gpu_hours": to_json(self.gpu_hours(self.shards)) if self.gpus else None,
+            "costs": to_json(self.costs(rates, self.shards)),
             "requests_per_second": round(self.requests_rate.value, 3),
             "tokens_per_second": round(self.tokens_rate.value, 3),
         }
@@ -294,6 +332,7 @@ def estimate(
         uneven=1.0 if seen >= whole.requests else unevenness(costs),
         gpus=_gpus(details.totals),
         failures=share_of(failed, seen, whole.requests),
+        gpu_watts=mean_watts(details.energy),
     ).recommended(time)
     warnings = [
         *_warn_of_size(result, doubt),
@@ -431,7 +470,7 @@ class ComparedFigure:
     """One figure, estimated and actual.
 
     Attributes:
-        unit: ``count``, ``seconds`` or ``hours``.
+        unit: ``count``, ``seconds``, ``hours`` or ``kwh``.
         actual: None if unknown.
     """
 
@@ -471,6 +510,10 @@ def compare(
     if result.gpus:
         hours = summed("gpu_seconds") / 3600
         rows.append(ComparedFigure("GPU-hours", "hours", result.gpu_hours(count), hours))
+    energy, actual = result.kwh(count), sum_of(status.details.energy for status in statuses)
+    if energy is not None:
+        measured = actual.joules / JOULES_PER_KWH if actual.gpu_seconds else None
+        rows.append(ComparedFigure("energy of the GPUs", "kwh", energy, measured))
     return tuple(rows)
 
 

@@ -269,7 +269,8 @@ _OF_PATHS = (value_parsers.path, value_parsers.named_paths)
 def _may_be_requested(setting: Setting) -> bool:
     # Whoever has the key must not become the user by it: no setting that decides where prompts go
     # or what runs (decisive), and none that reads or writes files of its own.
-    return not (setting.decisive or setting.section == "paths" or setting.parse in _OF_PATHS)
+    elsewhere = setting.section in ("paths", "accounting")
+    return not (setting.decisive or elsewhere or setting.parse in _OF_PATHS)
 
 
 REQUESTABLE = tuple(item.name for item in SETTINGS if item.offered and _may_be_requested(item))

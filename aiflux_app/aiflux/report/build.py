@@ -13,6 +13,7 @@ from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile
 from aiflux.engines.kinds import engine_kind
+from aiflux.estimates.energy import UNKNOWN_RATES, Rates, SlurmEnergy, energy_figures
 from aiflux.estimates.estimate import ComparedFigure, Estimate, compare
 from aiflux.report.data import (
     FORM,
@@ -47,6 +48,8 @@ class ReportSources:
         whole: the status of the whole run.
         tallies: of each shard's journal.
         now: Unix time.
+        rates: of the site.
+        slurm_energy: None if Slurm was not asked.
     """
 
     plan: Plan
@@ -57,6 +60,8 @@ class ReportSources:
     tallies: tuple[Tally, ...]
     estimate: Estimate | None
     now: float
+    rates: Rates = UNKNOWN_RATES
+    slurm_energy: SlurmEnergy | None = None
 
 
 def all_details(sources: ReportSources) -> list[StatusDetails]:
@@ -385,14 +390,17 @@ def make_report(sources: ReportSources) -> Report:
     whole = Tally()
     for each in sources.tallies:
         whole.merge(each)
-    timeline = whole.timeline
+    timeline, counts = whole.timeline, _counts(sources, whole)
+    energy = energy_figures(
+        all_details(sources), counts.completed, sources.rates, sources.slurm_energy
+    )
     return Report(
         form=FORM,
         written=utc_text(sources.now),
         version=__version__,
         condition=sources.condition,
         what=what_ran(sources, whole),
-        counts=_counts(sources, whole),
+        counts=counts,
         times=_times(sources, whole),
         tokens=Tokens(
             whole.prompt_tokens,
@@ -407,6 +415,7 @@ def make_report(sources: ReportSources) -> Report:
         engines=tuple(engine_rows(sources)),
         estimate=_compared(sources),
         use=machine_use(sources, whole),
+        energy=energy,
     )
 
 

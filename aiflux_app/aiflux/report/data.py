@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiflux.core.config.settings import left_open
+from aiflux.estimates.energy import EnergyFigures
 from aiflux.estimates.estimate import ComparedFigure
 from aiflux.report.journal_summary import Example, Throughput
 
@@ -237,6 +238,7 @@ class Report:
     engines: tuple[EngineRow, ...]
     estimate: tuple[ComparedFigure, ...]
     use: Use
+    energy: EnergyFigures
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON."""

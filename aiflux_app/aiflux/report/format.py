@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from aiflux.estimates.energy import kwh_text
 from aiflux.util.text import counted, size_text
 from aiflux.util.times import duration, utc_text
 
@@ -85,6 +86,7 @@ UNITS: Mapping[str, Callable[[float], str]] = {
     "count": lambda count: f"{round(count):,}",
     "seconds": lambda seconds: duration(round(seconds)),
     "hours": lambda hours: f"{hours:.2f}",
+    "kwh": kwh_text,
 }
 FILTERS: Mapping[str, Callable[..., str]] = {
     "counted": counted,

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from aiflux.core.batch.results_file import EMPTY_REASONS, TOOL_CALL
+from aiflux.estimates.energy import COUNTED, SAMPLED, kwh_text
 from aiflux.estimates.estimate import ComparedFigure
 from aiflux.report.data import EngineRow, Report, ShardRow
 from aiflux.report.format import (
@@ -296,6 +297,7 @@ def page(report: Report, plots: Mapping[str, Markup], no_plots: str | None = Non
             unfinished=unfinished_shards(report),
             slot_use=slot_use_text(report),
             engines=engines_table(report),
+            energy=list(energy_facts(report)),
             estimate=estimate_table(report),
             methods=methods(report),
         )
@@ -353,6 +355,31 @@ def _token_cards(report: Report) -> Iterator[tuple[str, str]]:
     yield number(tokens.prompt), "prompt tokens"
     yield number(tokens.completion), "answer tokens"
     yield rate(report.throughput.completion_tokens_per_second), "answer tokens/s"
+
+
+def energy_facts(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield the known figures of the energy, with what they are about."""
+    found = report.energy
+    if found.gpu_kwh is not None:
+        how = {COUNTED: "the driver's counter", SAMPLED: "samples of the power"}
+        method = how.get(found.method or "", "the driver's counter, and samples of the power")
+        share = f", in {100 * (found.measured_share or 0):.0f} % of the GPU-hours"
+        yield "GPUs", f"{kwh_text(found.gpu_kwh)} (measured by {method}{share})"
+    if found.slurm_kwh is not None:
+        jobs = counted(found.slurm_jobs, "job")
+        yield (
+            "Slurm",
+            f"{kwh_text(found.slurm_kwh)} (whole nodes; kept for {found.slurm_jobs_kept} of "
+            f"{jobs})",
+        )
+    of = {"gpus": "the GPUs' energy", "slurm": "Slurm's figure"}.get(found.source or "", "")
+    if found.joules_per_1000_answers is not None:
+        yield "Per 1,000 answers", f"{found.joules_per_1000_answers:,.0f} J ({of})"
+    if found.co2_grams is not None:
+        yield "CO2", f"{found.co2_grams:,.3g} g ({of}, {found.co2_per_kwh:g} g/kWh)"
+    if found.billing_units is not None:
+        per = found.billing_per_gpu_hour
+        yield "Billing", f"{found.billing_units:,.2f} units ({per:g} for a GPU-hour)"
 
 
 def _endpoints(counts: Mapping[str, int]) -> str:

@@ -29,6 +29,7 @@ from aiflux.slurm.jobs import (
 Tasks = dict[int | None, TaskState]
 
 _SQUEUE = "%F|%K|%T|%S|%M|%N|%r"  # the reason comes last: it is free text
+_UNSET_ENERGY = 0xFFFFFFF0  # of 32 bits: more than 1,000 kWh in one job
 _SACCT = "JobID,State,ExitCode,Start,Elapsed,NodeList"
 _JOB_ID = re.compile(r"(\d+)(?:_(\d+|\[.*))?\Z")
 _DEFAULT_MAX_ARRAY_SIZE = 1001
@@ -349,6 +350,42 @@ def _from_sacct(
                 name, _exit_code(code), None, _told(nodes), _told(start), _told(elapsed)
             )
             yield from ((match[1], index, state) for index in _indexes(match[2] or ""))
+
+
+def consumed_energy(
+    jobs: Sequence[JobId], environ: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Return the joules of each ended job, or task of an array, for which Slurm keeps them.
+
+    Without a plugin that measures energy (``AcctGatherEnergyType``), sacct shows 0 or nothing, or
+    an unset number of 32 or 64 bits: none of these is an energy. A requeued job has several
+    records; each has a line of its own and lines of its steps. The steps batch and extern both
+    measure the whole node, so the largest figure of a record counts.
+    """
+    found: dict[str, float] = {}
+    for cluster in dict.fromkeys(job.cluster for job in jobs):
+        group = [job for job in jobs if job.cluster == cluster]
+        asked = ["sacct", *group[0].options, "-D", "-n", "-P", "-j", _numbers(group)]
+        printed = attempt([*asked, "-o", "JobID,ConsumedEnergyRaw"], _environment(environ)) or ""
+        for name, joules in _records_of_energy(printed):
+            if joules:
+                found[name] = found.get(name, 0.0) + joules
+    return found
+
+
+def _records_of_energy(printed: str) -> Iterator[tuple[str, float]]:
+    """Yield the job and the largest figure of each record."""
+    name, most = "", 0.0
+    for line in printed.splitlines():
+        job, _, text = line.partition("|")
+        if "." not in job:
+            if name:
+                yield name, most
+            name, most = job.strip(), 0.0
+        joules = float(text) if text.strip().isdigit() else 0.0
+        most = max(most, joules if joules < _UNSET_ENERGY else 0.0)
+    if name:
+        yield name, most
 
 
 def _from_scontrol(

@@ -19,7 +19,7 @@ from aiflux.util.times import walltime_seconds, walltime_text
 
 _WIDTH = 100
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*\Z")
-_SECTIONS = ("slurm", "paths", "run")
+_SECTIONS = ("slurm", "paths", "run", "accounting")
 _INTRODUCTION = (
     "A setting behind a # has its default: remove the # to change it. The command line and the "
     "environment take precedence over this file. `aiflux config show` lists all values and their "

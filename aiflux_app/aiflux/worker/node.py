@@ -9,15 +9,17 @@ from dataclasses import astuple
 from pathlib import Path
 
 from aiflux.core.config.settings import VENDOR_TITLES
-from aiflux.core.runs.status_file import GpuUse
+from aiflux.core.runs.status_file import EnergyUse, GpuUse
 from aiflux.engines.gpu_readings import GpuReading
 from aiflux.engines.gpus import gpu_vendor, readings
 from aiflux.errors import EngineError
 from aiflux.util.process_limits import start_thread
+from aiflux.worker.energy_meter import EnergyMeter
 
 ROUTES = (Path("/proc/net/route"), Path("/proc/net/ipv6_route"))
 """IPv4's table has a heading and the interface first, IPv6's has it last (Linux, proc(5))."""
 INTERVAL = 30.0
+_LAST_SECONDS = 5.0
 _MIB = 2**20
 
 
@@ -112,6 +114,7 @@ class GpuWatch:
 
     Args:
         note: called with the sums after each round of samples.
+        meter: of the energy; it is read at the beginning, with the samples and at the end.
     """
 
     def __init__(
@@ -121,28 +124,36 @@ class GpuWatch:
         note: Callable[[GpuUse], None],
         interval: float = INTERVAL,
         environ: Mapping[str, str] = os.environ,
+        meter: EnergyMeter | None = None,
     ) -> None:
         self._devices = devices
         self._environ = environ
         self._use = before
         self._note = note
         self._interval = interval
+        self._meter = meter or EnergyMeter((), EnergyUse(), lambda _: None)
         self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> GpuWatch:
         if self._devices:
-            start_thread(self._watch, "gpu-use")
+            self._thread = start_thread(self._watch, "gpu-use")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        if self._thread is not None:
+            self._thread.join(_LAST_SECONDS)  # a driver that hangs must not hold up the end
 
     def _watch(self) -> None:
+        self._meter.read()
         while not self._ended.wait(self._interval):
             before = self._use
             for reading in readings(self._devices, self._environ):
                 self._use = _add(self._use, reading)
-            if self._use == before:
+            self._meter.read()
+            if self._use == before and not self._meter.works:
                 return
             if not self._ended.is_set():
                 self._note(rounded(self._use))
+        self._meter.read()

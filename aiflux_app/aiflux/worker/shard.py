@@ -47,6 +47,7 @@ from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare
 from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
+from aiflux.worker.energy_meter import EnergyMeter
 from aiflux.worker.engine_supervisor import EngineSupervisor
 from aiflux.worker.node import GpuWatch, refuse_wrong_image, unsealed_reason
 from aiflux.worker.outage import OutageWatch, Rejections
@@ -167,8 +168,9 @@ class _ShardWork:
         self.status = Status(run.status(shard.index), plan, shard.index, details=facts)
         earlier = read_status(run, shard.index, plan)
         self.ledger = Ledger.of(plan, earlier, context.environ)
+        self.ledger.sealed = bool(facts.sealed)
         if earlier is not None:
-            self.status.details.gpu_use = earlier.details.gpu_use
+            facts.gpu_use, facts.energy = earlier.details.gpu_use, earlier.details.energy
         self._sync_status()
         if self.stats.done < shard.requests:
             forget_done(plan, run, shard.index)
@@ -292,8 +294,10 @@ class _ShardWork:
         own = engine_kind(self.plan.options).managed
         devices = visible_devices(self.context.environ) if own else ()
         details = self.status.details
+        environ = self.context.environ
+        meter = EnergyMeter(devices, details.energy, partial(setattr, details, "energy"), environ)
         note = partial(setattr, details, "gpu_use")
-        return GpuWatch(devices, details.gpu_use, note, environ=self.context.environ)
+        return GpuWatch(devices, details.gpu_use, note, environ=environ, meter=meter)
 
     def _sync_status(self) -> None:
         self.status.completed = self.stats.completed

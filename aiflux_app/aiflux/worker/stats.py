@@ -154,11 +154,13 @@ class Ledger:
         gpus: number of GPUs of this start.
         before: sums over the earlier starts.
         requeues: number of times that this job requeued itself.
+        sealed: whether this start has no network.
     """
 
     gpus: int = 0
     before: Totals = field(default_factory=Totals)
     requeues: int = 0
+    sealed: bool = False
 
     @classmethod
     def of(cls, plan: Plan, earlier: StatusFile | None, environ: Mapping[str, str]) -> Ledger:
@@ -182,5 +184,6 @@ class Ledger:
             prompt_tokens=before.prompt_tokens + progress.prompt_tokens,
             completion_tokens=before.completion_tokens + progress.completion_tokens,
             starts=before.starts + 1,
+            sealed_starts=before.sealed_starts + self.sealed,
             empty_answers=dict(empty),
         )

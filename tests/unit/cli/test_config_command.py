@@ -24,7 +24,7 @@ from tests.unit.fake_commands import FakeCommands
 from tests.unit.fake_site import ACCOUNTING, FakeSite, node, partition
 from tests.unit.terminals import on_terminal
 
-SETTING = re.compile(r"^  (?:# )?([a-z_]+):", re.MULTILINE)
+SETTING = re.compile(r"^  (?:# )?([a-z0-9_]+):", re.MULTILINE)
 
 
 @pytest.fixture

@@ -717,3 +717,66 @@ def test_samples_of_earlier_starts_are_read_back(tmp_path: Path) -> None:
     assert status.details.gpu_use == use
     made.status(gpu_use=to_json(use), plan="another")
     assert read_status(made.run, 0, made.plan) is None
+
+
+ENERGY = {"joules": 7.2e6, "counted_gpu_seconds": 36.0, "sampled_gpu_seconds": 0.0}
+
+
+def energetic(folder: Path, monkeypatch: pytest.MonkeyPatch, sacct: str) -> MadeRun:
+    """Return a finished run of one job whose GPU was measured for half of its time."""
+    fakes = FakeCommands(folder / "bin")
+    fakes.say("sacct", sacct)
+    fakes.say("squeue")
+    monkeypatch.setenv("PATH", fakes.path)
+    monkeypatch.setenv("AIFLUX_CO2_PER_KWH", "250")
+    made = MadeRun(folder)
+    made.submit("100")
+    totals = {"gpu_seconds": 72.0, "starts": 1}
+    made.status(0, "completed", completed=100, energy=ENERGY, totals=totals)
+    made.whole("completed", 100)
+    return made
+
+
+def test_the_report_has_the_energy_and_its_co2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = energetic(tmp_path, monkeypatch, "100|0\n100.batch|10800000\n")
+    content = report(made, capsys)["energy"]
+    assert content == {
+        "gpu_kwh": 2.0,
+        "method": "counter",
+        "measured_share": 0.5,
+        "slurm_kwh": 3.0,
+        "slurm_jobs_kept": 1,
+        "slurm_jobs": 1,
+        "source": "gpus",
+        "joules_per_1000_answers": 7.2e7,
+        "co2_grams": 500.0,
+        "co2_per_kwh": 250.0,
+        "billing_units": None,
+        "billing_per_gpu_hour": None,
+    }
+    assert main(["status", str(made.output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["energy"] == content
+    words = page_words(made)
+    assert "2 kWh (measured by the driver's counter, in 50 % of the GPU-hours)" in words
+    assert "3 kWh (whole nodes; kept for 1 of 1 job)" in words
+    assert "500 g (the GPUs' energy, 250 g/kWh)" in words
+    assert "Billing" not in words
+
+
+def test_the_rates_can_be_given_to_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = energetic(tmp_path, monkeypatch, "100|0\n100.batch|0\n")
+    given = ["--co2-per-kwh", "100", "--billing-per-gpu-hour", "50"]
+    assert main(["report", str(made.output), "--json", *given]) == 0
+    energy = json.loads(capsys.readouterr().out)["energy"]
+    assert (energy["co2_grams"], energy["billing_units"], energy["slurm_kwh"]) == (200, 1, None)
+
+
+def test_a_run_without_measured_energy_has_no_section_for_it(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path)
+    made.status(0, "completed", completed=100)
+    made.whole("completed", 100)
+    assert "Energy" not in page_words(made)

@@ -10,6 +10,7 @@ from aiflux.errors import SlurmError
 from aiflux.slurm.commands import (
     cancel,
     clean_environment,
+    consumed_energy,
     job_state,
     max_array_size,
     submit,
@@ -373,3 +374,32 @@ def test_cancelling_calls_scancel(slurm: FakeCommands) -> None:
     )
     with pytest.raises(SlurmError, match="Access denied"):
         cancel(JobId("7"), environ(slurm))
+
+
+ENERGY = """\
+100|0
+100.batch|36000
+100.extern|36500
+100|0
+100.batch|1000
+100.extern|
+101_0|0
+101_0.batch|0
+101_1|4294967294
+101_1.batch|18446744073709551614
+102|7200000
+"""
+
+
+def test_the_energy_of_jobs_is_the_largest_figure_of_each_record(slurm: FakeCommands) -> None:
+    """Job 100 was requeued; what Slurm does not measure is not an energy of 0."""
+    slurm.say("sacct", ENERGY)
+    jobs = [JobId("100"), JobId("101"), JobId("102")]
+    assert consumed_energy(jobs, environ(slurm)) == {"100": 37500.0, "102": 7200000.0}
+    (call,) = slurm.calls("sacct")
+    assert call.argv[:5] == ["-D", "-n", "-P", "-j", "100,101,102"]
+
+
+def test_without_accounting_no_energy_is_kept(slurm: FakeCommands) -> None:
+    slurm.say("sacct", stderr="Slurm accounting storage is disabled", status=1)
+    assert consumed_energy([JobId("100")], environ(slurm)) == {}

@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     help="Skip the checks of Slurm, image and disk space",
 )
 @json_option("Print everything as JSON")
-@settings_options("run", "slurm", "paths", repeatable=["engine"])
+@settings_options("run", "slurm", "paths", "accounting", repeatable=["engine"])
 def estimate(
     input_argument: str | None, input_option: str | None, output: str | None, **more: Any
 ) -> int:
@@ -141,9 +141,9 @@ def estimate_run(asked: Asked) -> int:
     command = _full_command(one, found)
     if asked.as_json:
         waiting = {} if wait is None else {"seconds_to_start": round(wait)}
-        print_json({"estimate": found.to_json(), **waiting, "command": command})
+        print_json({"estimate": found.to_json(asked.rates), **waiting, "command": command})
     else:
-        show(make_console(), forecast(found, command, wait))
+        show(make_console(), forecast(found, command, asked.rates, wait))
     _print_refusals([one])
     return 0
 
@@ -226,7 +226,7 @@ class _Result:
         return {
             "engine": self.engine,
             "models": list(self.one.whole.models),
-            "estimate": None if found is None else found.to_json(),
+            "estimate": None if found is None else found.to_json(self.one.asked.rates),
             "tokens_per_second": None if found is None else _rate_json(found.tokens_rate),
             "requests_per_second": None if found is None else _rate_json(found.requests_rate),
             "pilot": None if self.view is None else progress_json(self.view),
@@ -326,7 +326,10 @@ def _print_results(results: Sequence[_Result], *, as_json: bool) -> None:
     if found and not going:
         models = {result.engine: ", ".join(result.one.whole.models) for result in results}
         commands = {result.engine: result.command or "" for result in results}
-        show(make_console(), engines_forecast(found, models, commands, choice))
+        show(
+            make_console(),
+            engines_forecast(found, models, commands, choice, results[0].one.asked.rates),
+        )
         if len(found) < len(results):
             print()
     for result in results:

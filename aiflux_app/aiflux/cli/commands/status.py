@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from aiflux.api.energy import run_energy
 from aiflux.cli.chains import chain_named, chain_status, watch_chain
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import Number, command, option
@@ -48,7 +49,8 @@ def status(run: str, as_json: bool) -> int:
     rows = _compared(directory) if view.finished else ()
     if as_json:
         estimated = [asdict(row) for row in rows] or None
-        print_json({**view.to_json(), "estimate": estimated})
+        energy = run_energy(directory, read_plan(directory), view.completed).to_json()
+        print_json({**view.to_json(), "estimate": estimated, "energy": energy})
         return 0
     console = make_console()
     lines = overview(view, frame_of(console))

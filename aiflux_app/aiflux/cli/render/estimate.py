@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.text import Text
 
+from aiflux.core.config.settings import section_settings
+from aiflux.estimates.energy import UNKNOWN_RATES, Rates, kwh_text
 from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate, Range
 from aiflux.estimates.recommendation import Recommendation, counts_gpus
 from aiflux.util.text import joined
@@ -23,7 +25,9 @@ _CELL = 20
 _DAY = 86_400
 
 
-def forecast(found: Estimate, command: str, wait: float | None = None) -> list[Text]:
+def forecast(
+    found: Estimate, command: str, rates: Rates = UNKNOWN_RATES, wait: float | None = None
+) -> list[Text]:
     """Return an estimate as lines.
 
     Args:
@@ -33,7 +37,7 @@ def forecast(found: Estimate, command: str, wait: float | None = None) -> list[T
         *_pilot(found),
         Text(""),
         _line("", "estimate", "95 % between", style="dim"),
-        *(_figure(*row) for row in _figures(found)),
+        *(_figure(*row) for row in _figures(found, rates)),
         *_warning_lines(found.warnings),
         Text(""),
         Text(_advice(found), style="bold"),
@@ -53,6 +57,7 @@ def engines_forecast(
     models: Mapping[str, str],
     commands: Mapping[str, str],
     choice: Recommendation | None,
+    rates: Rates = UNKNOWN_RATES,
 ) -> list[Text]:
     """Return the estimates of several engines side by side.
 
@@ -66,7 +71,7 @@ def engines_forecast(
     lines = [Text(f"pilot: the same {first.pilot} of {count(first.requests)} requests"), Text("")]
     lines += [_row(name, [models[name]]) for name in found]
     lines += [Text(""), _row("", [*found], style="dim")]
-    for name, figures, shown in _engine_figures([*found.values()]):
+    for name, figures, shown in _engine_figures([*found.values()], rates):
         lines.append(_row(name, [shown(figure.value) for figure in figures]))
         bounds = [_bounds(figure, shown) for figure in figures]
         lines.append(_row("  95 % between", bounds, style="dim"))
@@ -83,7 +88,7 @@ def engines_forecast(
 
 
 def _engine_figures(
-    found: Sequence[Estimate],
+    found: Sequence[Estimate], rates: Rates
 ) -> Iterator[tuple[str, list[Range], Callable[[float], str]]]:
     """Yield the figures of engines: name, value and interval for each, and how they are shown."""
     slurm = found[0].where == SLURM
@@ -94,6 +99,11 @@ def _engine_figures(
     if any(each.gpus for each in found):
         hours = [each.gpu_hours(each.shards if slurm else 1) for each in found]
         yield "GPU-hours", hours, _hours
+    costs = [each.costs(rates, each.shards if slurm else 1) for each in found]
+    for name, field, unit in _COSTS:
+        figures = [getattr(each, field) for each in costs]
+        if None not in figures:
+            yield name, figures, _SHOWN[unit]
     yield "failed requests", [each.failures for each in found], count
 
 
@@ -143,7 +153,11 @@ def full_command(given: Mapping[str, Any], slurm: bool, found: Estimate) -> str:
         given: the user's options by name; None for those that were not given.
         slurm: whether it is a Slurm run.
     """
-    wanted = {name: value for name, value in given.items() if value is not None}
+    wanted = {
+        name: value
+        for name, value in given.items()
+        if value is not None and name not in section_settings("accounting")
+    }
     if slurm:
         wanted |= {"shards": found.shards, "time": found.time}
     words = ["aiflux", "run"]
@@ -179,6 +193,7 @@ _SHOWN: Mapping[str, Callable[[float], str]] = {
     "count": count,
     "seconds": lambda seconds: duration(round(seconds)),
     "hours": _hours,
+    "kwh": kwh_text,
 }
 
 
@@ -193,7 +208,15 @@ def _pilot(found: Estimate) -> list[Text]:
     ]
 
 
-def _figures(found: Estimate) -> list[tuple[str, Range, str]]:
+_COSTS = (
+    ("energy of the GPUs", "gpu_kwh", "kwh"),
+    ("J per 1,000 answers", "joules_per_1000_answers", "count"),
+    ("CO2 in grams", "co2_grams", "count"),
+    ("billing units", "billing_units", "hours"),
+)
+
+
+def _figures(found: Estimate, rates: Rates) -> list[tuple[str, Range, str]]:
     rows = [
         ("prompt tokens", found.prompt_tokens, "count"),
         ("answer tokens", found.completion_tokens, "count"),
@@ -209,6 +232,11 @@ def _figures(found: Estimate) -> list[tuple[str, Range, str]]:
     if found.gpus:
         shards = found.shards if found.where == SLURM else 1
         rows.append(("GPU-hours", found.gpu_hours(shards), "hours"))
+        costs = found.costs(rates, shards)
+        for name, field, unit in _COSTS:
+            figure: Range | None = getattr(costs, field)
+            if figure is not None:
+                rows.append((name, figure, unit))
     return rows
 
 

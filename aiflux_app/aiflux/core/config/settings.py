@@ -550,6 +550,24 @@ SETTINGS: tuple[Setting, ...] = (
         "Catalog of models that adds to AI-Flux's own",
         env="AIFLUX_MODELS_FILE",
     ),
+    Setting(
+        "co2_per_kwh",
+        "accounting",
+        parse.number(0, 5000),
+        None,
+        "Grams of CO2 for each kWh of the site's electricity",
+        metavar="GRAMS",
+        env="AIFLUX_CO2_PER_KWH",
+    ),
+    Setting(
+        "billing_per_gpu_hour",
+        "accounting",
+        parse.number(0),
+        None,
+        "The site's billing units for an hour of a GPU",
+        metavar="UNITS",
+        env="AIFLUX_BILLING_PER_GPU_HOUR",
+    ),
 )
 # Variables of AI-Flux that are not settings: they have no option and no YAML key.
 VARIABLES = frozenset(
@@ -571,6 +589,7 @@ TITLES: Mapping[str, str] = {
     "run": "Requests",
     "slurm": "Slurm",
     "paths": "Files and directories",
+    "accounting": "Accounting",
 }
 """The sections, with their titles in help texts and pages."""
 SECTIONS = tuple(TITLES)

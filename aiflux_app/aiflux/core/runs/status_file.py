@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -123,6 +123,32 @@ class GpuUse:
 
 
 @dataclass(frozen=True)
+class EnergyUse:
+    """Energy of the GPUs of a shard, added up over all its starts.
+
+    Attributes:
+        counted_gpu_seconds: time of the GPUs in which the driver's energy counter was read.
+        sampled_gpu_seconds: the same for GPUs without such a counter: the energy of that time is
+            the integral of samples of the power.
+    """
+
+    joules: float = 0.0
+    counted_gpu_seconds: float = 0.0
+    sampled_gpu_seconds: float = 0.0
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Time of the GPUs that is measured."""
+        return self.counted_gpu_seconds + self.sampled_gpu_seconds
+
+    def plus(self, other: EnergyUse) -> EnergyUse:
+        """Return the sum, rounded for the status."""
+        return EnergyUse(
+            *(round(one + more, 3) for one, more in zip(astuple(self), astuple(other), strict=True))
+        )
+
+
+@dataclass(frozen=True)
 class Progress:
     """Figures of the current start; the rates are those of the last half minute."""
 
@@ -141,13 +167,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all starts of a shard."""
+    """Sums over all starts of a shard; ``sealed_starts`` are those without a network."""
 
     seconds: float = 0.0
     gpu_seconds: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     starts: int = 0
+    sealed_starts: int = 0
     empty_answers: dict[str, int] = field(default_factory=dict)
 
 
@@ -206,6 +233,7 @@ class StatusDetails:
     gpus: tuple[str, ...] = field(default=(), metadata=OMITTED)
     models: tuple[str, ...] = field(default=(), metadata=OMITTED)
     gpu_use: GpuUse = field(default_factory=GpuUse, metadata=OMITTED)
+    energy: EnergyUse = field(default_factory=EnergyUse, metadata=OMITTED)
     progress: Progress = field(default_factory=Progress, metadata=OMITTED)
     totals: Totals = field(default_factory=Totals, metadata=OMITTED)
     requeues: int = field(default=0, metadata=OMITTED)

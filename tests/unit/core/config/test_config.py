@@ -183,7 +183,9 @@ def test_an_argument_turns_a_setting_of_a_file_on_or_off(tmp_path: Path, setting
         assert config(tmp_path, arguments=given).get(setting.name) is meant
 
 
-@pytest.mark.parametrize("setting", [item for item in SETTINGS if item.section != "slurm"])
+@pytest.mark.parametrize(
+    "setting", [item for item in SETTINGS if item.section not in ("slurm", "accounting")]
+)
 def test_the_worker_has_the_same_options(setting: Setting) -> None:
     words = [] if isinstance(setting.default, bool) else ["1"]
     text = ["1"] if setting.repeatable else "1"

@@ -60,6 +60,7 @@ GROUPS = {
         "logs": "Show the logs of jobs or engines",
         "results": "Show answers, or write them as a table",
         "report": "Write a report about a run",
+        "verify-run": "Ask a sample of a run again and compare the answers",
         "help": "Show the help of a command",
     },
 }
@@ -71,6 +72,7 @@ MODULES = {
     "examples": "help",
     "merge": "run",
     "resume": "run",
+    "verify-run": "verify_run",
     "watch": "status",
 }
 """The modules of the commands; the others are in the module of their name."""

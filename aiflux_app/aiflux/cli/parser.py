@@ -263,7 +263,9 @@ class LazyGroup(CommandGroup):
         """Import and return a command; None if the name is unknown."""
         if cmd_name not in self.modules:
             return None
-        found: click.Command = getattr(import_module(self.modules[cmd_name]), cmd_name)
+        found: click.Command = getattr(
+            import_module(self.modules[cmd_name]), cmd_name.replace("-", "_")
+        )
         return found
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

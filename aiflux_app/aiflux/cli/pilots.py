@@ -12,6 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from aiflux.cli.json_output import print_json
 from aiflux.cli.render.run import typed
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.batch.input_file import InputSummary, scan_input
@@ -60,6 +61,7 @@ class Asked:
         given: the options of the full run as they were given, for the recommended command.
         engine: the kind, if several engines are compared.
         again: process the pilot's requests again although they are finished.
+        noun: what the pilot is called.
     """
 
     config: Config
@@ -73,6 +75,7 @@ class Asked:
     again: bool = False
     preflight: bool = True
     as_json: bool = False
+    noun: str = "pilot"
 
     @property
     def rates(self) -> Rates:
@@ -88,11 +91,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class PlannedPilot:
-    """A run to estimate, and its pilot."""
+    """A run to estimate, and its pilot.
+
+    Attributes:
+        summary: of the input; None if the sample is drawn from something else.
+    """
 
     asked: Asked
     whole: Plan
-    summary: InputSummary
+    summary: InputSummary | None
     pilot: Pilot
 
     @cached_property
@@ -113,6 +120,12 @@ class PlannedPilot:
         if not engine_kind(options).managed:
             return options
         return replace(options, context_length=context_length(self.whole))
+
+    def begin(self, first: tuple[Pilot, Drawn] | None = None) -> Drawn:
+        """Draw a new sample; see ``Pilot.begin``."""
+        if self.summary is None:
+            raise ValueError("the sample of a pilot is drawn from its input")
+        return self.pilot.begin(self.summary, self.asked.requests, self.settings, first)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -184,25 +197,26 @@ def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
     for one, drawn in zip(all_, known, strict=True):
         if drawn is None:
             with named_engine(one.asked):
-                _refuse_active(one.pilot)
+                _refuse_active(one)
     first: tuple[Pilot, Drawn] | None = None
     samples = []
     for one, drawn in zip(all_, known, strict=True):
-        sample = drawn or one.pilot.begin(one.summary, one.asked.requests, one.settings, first)
+        sample = drawn or one.begin(first)
         if drawn is None:
             first = first or (one.pilot, sample)
         samples.append(sample)
     return samples
 
 
-def _refuse_active(pilot: Pilot) -> None:
+def _refuse_active(one: PlannedPilot) -> None:
     from aiflux.slurm.jobs import read_submissions
     from aiflux.slurm.submit import active_shards
 
+    pilot, noun = one.pilot, one.asked.noun
     active = active_shards(pilot.run) if read_submissions(pilot.run) is not None else {}
     for job, state in active.values():
         raise RunConflictError(
-            f"job {job} of a pilot with other settings is {state.name}",
+            f"job {job} of a {noun} with other settings is {state.name}",
             f"wait for it, or cancel it: aiflux cancel {quote(str(pilot.output))}",
         )
 
@@ -281,8 +295,8 @@ def failure_of(one: PlannedPilot, view: RunView, again: str = "--force") -> Aifl
     # There is no such command if an option has to be corrected first.
     resume = f"; continue: aiflux resume {name}" if view.next_command else ""
     return kind(
-        f"the pilot has {view.state.value} with {view.done} of {view.total} requests finished"
-        + (f": {reason}" if reason else ""),
+        f"the {one.asked.noun} has {view.state.value} with {view.done} of {view.total} requests "
+        "finished" + (f": {reason}" if reason else ""),
         f"its log: aiflux logs {name}{resume}; start over: {again}",
     )
 
@@ -305,3 +319,40 @@ def progress_json(view: RunView) -> dict[str, Any]:
         "done": view.done,
         "total": view.total,
     }
+
+
+def follow(one: PlannedPilot, result: str) -> bool:
+    """Submit the pilot if necessary, and show its state unless it ended; return whether it did.
+
+    Args:
+        result: what the same command prints once it has ended.
+
+    Raises:
+        EngineError, StoppedError: it ended before its requests were finished.
+    """
+    submit_missing([one])
+    (view,) = job_views([one])
+    if one.pilot.done():
+        return True
+    if view.ended:
+        raise failure_of(one, view)
+    if one.asked.as_json:
+        print_json({result: None, one.asked.noun: progress_json(view)})
+    else:
+        print_progress(one, view)
+        print_repeat(result)
+    return False
+
+
+def print_repeat(result: str, s: str = "") -> None:
+    """Print how to get the result of jobs."""
+    print(f"  run the same command again for the {result}{s}; --wait waits for the job{s}")
+
+
+def print_progress(one: PlannedPilot, view: RunView) -> None:
+    """Print the state of a pilot's job."""
+    place = f"{one.asked.engine}: " if one.asked.engine else ""
+    jobs, done = ", ".join(view.jobs), f"{view.done} of {view.total}"
+    print(
+        f"{place}the {one.asked.noun} is {view.state.value} (job {jobs}): {done} requests finished"
+    )

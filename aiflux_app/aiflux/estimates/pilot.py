@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import mul
@@ -118,6 +118,18 @@ class Pilot:
             RunConflictError: a process is still working on the earlier pilot.
             StorageError: the directory cannot be written.
         """
+
+        def draw(target: Path) -> Drawn:
+            return _draw(summary, count, target) if same is None else _copy(*same, target)
+
+        return self.begin_with(settings, draw)
+
+    def begin_with(self, settings: dict[str, Any], draw: Callable[[Path], Drawn]) -> Drawn:
+        """Remove an earlier pilot, write a new sample and store it; see ``begin``.
+
+        Args:
+            draw: writes the sample to a file.
+        """
         refuse_living([*self.run.path.glob(".*.lease")], f"the pilot {self.folder}")
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -127,7 +139,7 @@ class Pilot:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, self.folder) from error
-        drawn = _draw(summary, count, self.input) if same is None else _copy(*same, self.input)
+        drawn = draw(self.input)
         write_json(self.record, {"settings": settings, "drawn": vars(drawn)})
         return drawn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -235,7 +235,7 @@ def verify(plan: Plan, run: RunDirectory, again: Plan, again_run: RunDirectory) 
 def _difference(raw: bytes, one: RawResult, other: RawResult) -> Difference | None:
     if one.body == other.body:
         return None
-    return first_difference(custom_id_of(raw), answer_of(one.body), answer_of(other.body))
+    return first_difference(custom_id_of(raw) or "", answer_of(one.body), answer_of(other.body))
 
 
 def _is_sampled(raw: bytes, plan: Plan) -> bool:
@@ -281,4 +281,21 @@ def _engines(details: Sequence[StatusDetails]) -> tuple[str, ...]:
     return tuple(sorted({e.version for each in details for e in each.engines if e.version}))
 
 
-DrawSample = Callable[[Path], Drawn]
+def verification_folder(plan: Plan) -> Path:
+    """Return the folder of a run's sample, which is an ordinary run inside it."""
+    return plan.output.with_name(f"{plan.output.name}.verify")
+
+
+def verification_file(plan: Plan) -> Path:
+    """Return the file with the outcome of the last ``aiflux verify-run``."""
+    return verification_folder(plan) / "verification.json"
+
+
+def read_verification(plan: Plan) -> dict[str, Any] | None:
+    """Return the outcome of the last ``aiflux verify-run`` of a run; None without one."""
+    try:
+        content = json.loads(verification_file(plan).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(content, dict) and content.get("planned") == plan.created
+    return content if known and content.get("plan") == plan.id else None

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from uuid import UUID
 
 from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
 from aiflux.core.config.settings import AMD, VENDOR_TITLES
@@ -75,11 +76,13 @@ class ImageFacts:
     Attributes:
         arch: for example amd64 or arm64; None if unknown (a sandbox directory).
         labels: all labels; empty if none are known.
+        id: the image's own id, as in ``apptainer sif header``; None of a sandbox directory.
     """
 
     path: Path
     arch: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    id: str | None = None
 
     def fact(self, name: str) -> str | None:
         """Return one of AI-Flux's own labels, such as ``version``, ``base`` or ``engine``."""
@@ -213,7 +216,7 @@ def _read(path: Path, file: IO[bytes]) -> ImageFacts:
             f"{path} is not an Apptainer image: it has no SIF header",
             f"{how_to_build()}; or use another image: --image FILE",
         )
-    _, _, _, arch, _, _, _, _, total, offset, *_ = _HEADER.unpack(head)
+    _, _, _, arch, id_, _, _, _, total, offset, *_ = _HEADER.unpack(head)
     size = file.seek(0, 2)
     if not 0 < total <= _MAX_DESCRIPTORS or not _HEADER.size <= offset <= size:
         raise _damaged(path, "its table of contents is out of bounds")
@@ -231,7 +234,7 @@ def _read(path: Path, file: IO[bytes]) -> ImageFacts:
             file.seek(data.start)
             labels |= _labels(path, file.read(data.length))
     code = arch.rstrip(b"\0").decode("ascii", "replace")
-    return ImageFacts(path, ARCHITECTURES.get(code), labels)
+    return ImageFacts(path, ARCHITECTURES.get(code), labels, str(UUID(bytes=id_)))
 
 
 @dataclass(frozen=True)

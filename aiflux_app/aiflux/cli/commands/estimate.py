@@ -29,9 +29,12 @@ from aiflux.cli.pilots import (
     draw,
     ended,
     failure_of,
+    follow,
     job_views,
     named_engine,
     plan_pilots,
+    print_progress,
+    print_repeat,
     progress_json,
     run_pilot,
     submit_missing,
@@ -133,7 +136,7 @@ def estimate_run(asked: Asked) -> int:
             code = run_pilot(one)
             if not one.pilot.done():
                 return code or int(ExitCode.STOPPED)
-        elif not _follow(one):
+        elif not follow(one, "estimate"):
             return 0
     found, wait = _estimate(one, drawn), None
     if asked.where == SLURM:
@@ -160,37 +163,6 @@ def _scheduled(asked: Asked, found: Estimate) -> tuple[Estimate, float | None]:
         *(asked.config, slurm, asked.input, asked.output, options, Path.cwd(), limits), check=True
     )
     return ending_first(found, job, most_shards(slurm, limits))
-
-
-def _follow(one: PlannedPilot) -> bool:
-    """Submit the pilot if necessary, and show its state unless it ended; return whether it did.
-
-    Raises:
-        EngineError, StoppedError: it ended before its requests were finished.
-    """
-    asked = one.asked
-    submit_missing([one])
-    (view,) = job_views([one])
-    if one.pilot.done():
-        return True
-    if view.ended:
-        raise failure_of(one, view)
-    if asked.as_json:
-        print_json({"estimate": None, "pilot": progress_json(view)})
-    else:
-        _print_progress("", view)
-        _print_repeat()
-    return False
-
-
-def _print_repeat(s: str = "") -> None:
-    print(f"  run the same command again for the estimate{s}; --wait waits for the job{s}")
-
-
-def _print_progress(engine: str, view: RunView) -> None:
-    place = f"{engine}: " if engine else ""
-    jobs, done = ", ".join(view.jobs), f"{view.done} of {view.total}"
-    print(f"{place}the pilot is {view.state.value} (job {jobs}): {done} requests finished")
 
 
 # --- several engines -------------------------------------------------------------------------
@@ -338,9 +310,9 @@ def _print_results(results: Sequence[_Result], *, as_json: bool) -> None:
         elif result.failure is not None:
             print(f"{result.engine}: {result.failure}")
         elif result.view is not None:
-            _print_progress(result.engine, result.view)
+            print_progress(result.one, result.view)
     if going:
-        _print_repeat("s")
+        print_repeat("estimate", "s")
 
 
 def _recommended_json(choice: Recommendation, results: Sequence[_Result]) -> dict[str, Any]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
+from aiflux.api.evidence import make_evidence, refuse_key, write_evidence
 from aiflux.api.report import read_report, report_page, write_text
 from aiflux.cli.chains import chain_named, chain_report
 from aiflux.cli.json_output import json_option
-from aiflux.cli.parser import FILE, command, option
+from aiflux.cli.parser import FILE, command, option, settings_options
 from aiflux.cli.run_argument import run_argument
+from aiflux.core.config.config import Config
+from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.errors import ConfigError
+from aiflux.errors import ConfigError, UsageError
+from aiflux.estimates.energy import Rates
 from aiflux.report.data import Report
 from aiflux.report.methods import methods
 from aiflux.slurm.commands import located
@@ -21,7 +26,11 @@ from aiflux.util.streams import STDOUT
 from aiflux.util.text import json_text, whole
 
 
-@command("report", examples=["aiflux report results.json --output report.html"])
+@command(
+    "report",
+    examples=["aiflux report results.json --output report.html"],
+    exclusive=[("key", "unsigned"), ("evidence", "output"), ("evidence", "as_json")],
+)
 @run_argument
 @option(
     "-o",
@@ -31,11 +40,34 @@ from aiflux.util.text import json_text, whole
     help="Page to write (default: report.html in the run directory); - for stdout",
 )
 @json_option("Write JSON instead, to stdout or FILE")
-def report(run: str, output: str | None, as_json: bool) -> int:
+@option(
+    "--evidence",
+    metavar="FILE",
+    type=FILE,
+    help="Write a signed record of a finished run instead: hashes, digests and the seal",
+)
+@option("--key", metavar="FILE", type=FILE, help="With --evidence: the SSH key to sign with")
+@option("--unsigned", is_flag=True, help="With --evidence: do not sign the record")
+@settings_options("accounting")
+def report(
+    run: str,
+    output: str | None,
+    as_json: bool,
+    evidence: str | None,
+    key: str | None,
+    unsigned: bool,
+    **settings: Any,
+) -> int:
     """Write a report about a run, as one HTML page that needs no network.
 
     It shows what ran, the results and the resources used. The run may still be in progress.
     """
+    if evidence is not None:
+        return _write_evidence(run, evidence, key, unsigned=unsigned)
+    if key is not None or unsigned:
+        raise UsageError(
+            f"{'--unsigned' if unsigned else '--key'} needs --evidence", "give --evidence FILE"
+        )
     chain = chain_named(run)
     if chain is not None:
         own = None if output is None else _target(output, chain.directory)
@@ -43,7 +75,7 @@ def report(run: str, output: str | None, as_json: bool) -> int:
     directory = located(run)
     place = output or (STDOUT if as_json else None)
     target = None if place == STDOUT else _target(output, directory)
-    made = read_report(directory)
+    made = read_report(directory, Rates.of(Config(arguments=given_settings(settings))))
     text, no_plots = _json(made) if as_json else report_page(made)
     if target is None:
         print(text, end="")
@@ -55,12 +87,35 @@ def report(run: str, output: str | None, as_json: bool) -> int:
     return 0
 
 
+def _write_evidence(run: str, file: str, key: str | None, *, unsigned: bool) -> int:
+    """Write the record of a run and its signature."""
+    if chain_named(run) is not None:
+        raise UsageError(
+            f"{run} is a chain: there is evidence of its steps only",
+            "name the run directory of a step, in OUTPUT.aiflux/steps",
+        )
+    if key is None and not unsigned:
+        raise UsageError(
+            "no key was given to sign the evidence with",
+            "name a private SSH key: --key ~/.ssh/id_ed25519; or write it without a signature: "
+            "--unsigned",
+        )
+    signer = None if key is None else expanded(key)
+    if signer is not None:
+        refuse_key(signer)
+    directory = located(run)
+    target = _target(file, directory, "--evidence")
+    signature = write_evidence(make_evidence(directory), target, signer)
+    print(f"wrote {short(target)}" + ("" if signature is None else f" and {short(signature)}"))
+    return 0
+
+
 def _json(report: Report) -> tuple[str, None]:
     content = {**report.to_json(), "methods": methods(report)}
     return f"{json_text(whole(content), indent=2, only_ascii=True)}\n", None
 
 
-def _target(given: str | None, run: RunDirectory) -> Path:
+def _target(given: str | None, run: RunDirectory, option: str = "--output") -> Path:
     if given is None:
         if not may_write(run.path):
             owner = user_name(run.path.stat().st_uid)
@@ -71,10 +126,10 @@ def _target(given: str | None, run: RunDirectory) -> Path:
         return run.report
     target = expanded(given).absolute()
     if target.is_dir():
-        raise ConfigError(f"--output {given!r} is a directory", "name a file, such as report.html")
+        raise ConfigError(f"{option} {given!r} is a directory", "name a file, such as report.html")
     if not target.parent.is_dir():
         raise ConfigError(
-            f"the directory of --output {given!r} does not exist",
+            f"the directory of {option} {given!r} does not exist",
             f"mkdir -p {quote(str(target.parent))}",
         )
     return target

@@ -1,0 +1,358 @@
+"""The evidence of a finished run: what ran on which data, and whether anything could leave."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from aiflux import __version__
+from aiflux.core.batch.input_file import change_of
+from aiflux.core.batch.results_file import output_paths
+from aiflux.core.runs.directory import RunDirectory, user_output
+from aiflux.core.runs.plan import Plan, read_plan
+from aiflux.core.runs.status_file import (
+    StatusDetails,
+    StatusFile,
+    finished_counts,
+    read_run_status,
+    read_status,
+)
+from aiflux.engines.kinds import engine_kind
+from aiflux.errors import ConfigError, ImageError, InputError, OutputExistsError, UsageError
+from aiflux.estimates.verification import digests_of, read_verification
+from aiflux.image.sif import read_image
+from aiflux.image.signing import signature
+from aiflux.slurm.jobs import known_submissions
+from aiflux.util.files import (
+    atomic_write,
+    checksum,
+    expanded,
+    file_digest,
+    is_there,
+    read_error,
+    storage_error,
+    temporary_folder,
+)
+from aiflux.util.records import to_json
+from aiflux.util.text import json_text, public_url
+from aiflux.util.times import utc_text
+
+FORM = 1
+NAMESPACE = "aiflux-evidence"
+"""What the signature is for, as ``ssh-keygen -Y`` calls it."""
+SIGNATURE_SUFFIX = ".sig"
+_CREATE_KEY = "create one: ssh-keygen -t ed25519 -f KEY"
+
+
+@dataclass(frozen=True)
+class HashedFile:
+    """A file, with its size and its SHA-256.
+
+    Attributes:
+        as_written: whether the run noted a checksum when it wrote the file, which still fits; runs
+            of earlier versions noted none.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    as_written: bool = False
+
+
+@dataclass(frozen=True)
+class SealCheck:
+    """The seal of one shard, as its worker checked it at each start.
+
+    Attributes:
+        starts, sealed_starts: number of starts, and of those whose check found no network.
+        sealed: whether all were; None if that was not recorded.
+        why: why the last start had a network; "" if it had none.
+    """
+
+    shard: int
+    host: str | None
+    job: str | None
+    starts: int
+    sealed_starts: int
+    sealed: bool | None
+    why: str
+
+
+@dataclass(frozen=True)
+class ImageEvidence:
+    """The image file, as it is now.
+
+    Attributes:
+        same_as_run: whether it has the id that the workers noted; None if they noted none.
+        signature: ``verified``, ``unsigned``, ``unknown key``, ``broken``, or ``not checked``.
+        signature_text: the same in words, with the signer, or why it was not checked.
+        content: what the workers read in the image: versions and digests.
+    """
+
+    path: str
+    sha256: str | None
+    same_as_run: bool | None
+    signature: str
+    signature_text: str
+    content: Mapping[str, Any] | None
+
+
+def make_evidence(run: RunDirectory) -> dict[str, Any]:
+    """Return the record of a finished run.
+
+    Raises:
+        UsageError: the run is not finished.
+        OutputExistsError: its output was changed since it was written.
+        InputError: its input was changed since it was planned, or is missing.
+        StorageError: a file cannot be read.
+    """
+    run.refuse_foreign()
+    plan = read_plan(run)
+    counts = finished_counts(plan, run)
+    whole = read_run_status(run, plan)
+    if counts is None or whole is None:
+        raise UsageError(
+            f"the run {user_output(plan.output)} is not finished, so there is no evidence of it",
+            f"see aiflux status {quote(str(user_output(plan.output)))}",
+        )
+    change = change_of(plan.input)
+    if change is not None:
+        raise InputError(
+            f"the input {plan.input.named} {change}",
+            "restore the file that the run was planned with: the evidence is about that file",
+        )
+    statuses = [read_status(run, shard.index, plan) for shard in plan.shards]
+    details = [status.details for status in statuses if status is not None]
+    checks = [_seal_check(shard.index, status) for shard, status
+              in zip(plan.shards, statuses, strict=True)]  # fmt: skip
+    sealed = _all_sealed(checks)
+    options = plan.options
+    return {
+        "form": FORM,
+        "kind": NAMESPACE,
+        "written": utc_text(time.time()),
+        "version": __version__,
+        "run": {
+            "plan": plan.id,
+            "planned": plan.created,
+            "finished": None if whole.completed_at is None else utc_text(whole.completed_at),
+            "requests": to_json(counts),
+            "shards": len(plan.shards),
+            "jobs": _jobs(run),
+            "hosts": sorted({each.host for each in details if each.host}),
+        },
+        "input": {**to_json(_hashed(plan.input.named)), "blake2b_of_lines": plan.input.digest},
+        "output": [to_json(each) for each in _outputs(plan, whole)],
+        "models": [
+            {"name": name, "digests": digests_of(plan, name, details)} for name in plan.models
+        ],
+        "adapters": plan.adapter_digests,
+        "parameters": options.parameters,
+        "engine": {
+            "kind": options.engine,
+            "versions": sorted({e.version for d in details for e in d.engines if e.version}),
+            "address": None if options.engine_url is None else public_url(options.engine_url),
+            "settings": plan.engine_settings,
+        },
+        "aiflux": sorted({each.version for each in details if each.version}),
+        "image": _image(run, details),
+        "seal": {"sealed": sealed, "checks": [to_json(check) for check in checks]},
+        "egress": egress_statement(sealed, checks, engine_here=engine_kind(options).managed),
+        "verification": read_verification(plan),
+    }
+
+
+def _seal_check(shard: int, status: StatusFile | None) -> SealCheck:
+    details = StatusDetails() if status is None else status.details
+    totals = details.totals
+    sealed: bool | None = None
+    if details.sealed is False or details.unsealed:
+        sealed = False
+    elif details.sealed and totals.sealed_starts >= totals.starts > 0:
+        sealed = True
+    return SealCheck(
+        shard=shard,
+        host=details.host,
+        job=details.slurm.job or None,
+        starts=totals.starts,
+        sealed_starts=totals.sealed_starts,
+        sealed=sealed,
+        why=details.unsealed,
+    )
+
+
+def _all_sealed(checks: Sequence[SealCheck]) -> bool | None:
+    """Return whether all shards were sealed; None if that is unknown of one of them."""
+    found = {check.sealed for check in checks}
+    if False in found:
+        return False
+    return True if found == {True} else None
+
+
+def egress_statement(
+    sealed: bool | None, checks: Sequence[SealCheck], *, engine_here: bool
+) -> dict[str, Any]:
+    """Return what follows from the seal about data that could leave the node.
+
+    Args:
+        engine_here: whether AI-Flux started the engine.
+    """
+    if sealed:
+        text = (
+            "No egress: each start of each worker found only the loopback interface in the "
+            "kernel's routes for IPv4 and IPv6 before it sent a request. Worker and engine shared "
+            "that network namespace."
+        )
+    elif sealed is None:
+        text = "Unknown: not every start has a recorded check of the seal."
+    elif not engine_here:
+        text = "Egress was possible: the requests went to an engine elsewhere."
+    else:
+        why = "; ".join(dict.fromkeys(check.why for check in checks if check.why))
+        text = f"Egress was possible: {why or 'a start had a network'}."
+    return {"possible": None if sealed is None else not sealed, "statement": text}
+
+
+def _hashed(path: Path) -> HashedFile:
+    try:
+        return HashedFile(str(path), path.stat().st_size, file_digest(path))
+    except OSError as error:
+        raise read_error(error, path) from error
+
+
+def _outputs(plan: Plan, whole: StatusFile) -> list[HashedFile]:
+    """Hash the files of the output; their checksums have to be those that the run noted.
+
+    Raises:
+        OutputExistsError: one of them was changed.
+    """
+    merge = whole.details.merge
+    noted = {} if merge is None else merge.files
+    found = []
+    for path in (path for path in output_paths(plan.output) if is_there(path)):
+        file, known = _hashed(path), noted.get(path.name)
+        if noted and (known is None or (file.bytes, checksum(path)) != (known.bytes, known.crc32)):
+            raise OutputExistsError(
+                f"{path} is not the file that the run wrote",
+                f"restore it from the journal: aiflux merge --again {quote(str(plan.output))}",
+            )
+        found.append(replace(file, as_written=bool(noted)))
+    return found
+
+
+def _jobs(run: RunDirectory) -> list[str]:
+    submissions = known_submissions(run)
+    if submissions is None:
+        return []
+    return [str(job) for each in submissions.submissions for job in each.ids]
+
+
+def _image(run: RunDirectory, details: Sequence[StatusDetails]) -> dict[str, Any] | None:
+    """Return the image; None for a run outside one."""
+    submissions = known_submissions(run)
+    contents = [each.image for each in details if each.image]
+    content = contents[-1] if contents else None
+    path = None if submissions is None else submissions.image
+    if path is None:
+        if content is None:
+            return None
+        why = "not checked: the run has no record of the image's path"
+        return to_json(ImageEvidence("", None, None, "not checked", why, content))
+    ids = {each.get("id") for each in contents} - {None, ""}
+    try:
+        digest = file_digest(path)
+        own = read_image(path).id
+    except (OSError, ImageError) as error:
+        why = f"not checked: {error.message if isinstance(error, ImageError) else error}"
+        return to_json(ImageEvidence(str(path), None, None, "not checked", why, content))
+    same = ids == {own} if ids and own else None
+    try:
+        found = signature(path)
+        state, words = str(found.state), found.words
+    except ImageError as error:
+        state, words = "not checked", f"not checked: {error.message}"
+    return to_json(ImageEvidence(str(path), digest, same, state, words, content))
+
+
+# --- the signature ----------------------------------------------------------------------------
+
+
+def refuse_key(key: Path) -> None:
+    """Refuse a key that cannot sign.
+
+    Raises:
+        ConfigError: it, or ssh-keygen, is missing or cannot be read.
+    """
+    if shutil.which("ssh-keygen") is None:
+        raise ConfigError(
+            "ssh-keygen is not on PATH, so the evidence cannot be signed",
+            "install OpenSSH, or write it without a signature: --unsigned",
+        )
+    try:
+        with key.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise ConfigError(f"there is no key {key}", _CREATE_KEY) from None
+    except OSError as error:
+        raise ConfigError(
+            f"the key {key} cannot be read: {error.strerror}",
+            "name a private SSH key that you can read, or its public key if an agent has it",
+        ) from error
+
+
+def write_evidence(content: Mapping[str, Any], target: Path, key: Path | None) -> Path | None:
+    """Write the record, and its signature next to it; return the latter's path.
+
+    Without a key, the signature of an earlier record is removed.
+
+    Raises:
+        ConfigError: the key does not sign.
+        StorageError: a file cannot be written.
+    """
+    text = f"{json_text(content, indent=2, only_ascii=True)}\n".encode()
+    beside = target.with_name(target.name + SIGNATURE_SUFFIX)
+    signed = None if key is None else _signed(text, expanded(key))
+    try:
+        beside.unlink(missing_ok=True)  # a signature never stands next to another record
+    except OSError as error:
+        raise storage_error(error, beside) from error
+    _write(target, text)
+    if signed is None:
+        return None
+    _write(beside, signed)
+    return beside
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path, 0o600) as file:
+        file.write(content)
+
+
+def _signed(text: bytes, key: Path) -> bytes:
+    """Return the signature of a text; ssh-keygen asks for a passphrase on the terminal."""
+    with temporary_folder() as folder:
+        record = folder / "evidence.json"
+        record.write_bytes(text)
+        done = subprocess.run(
+            ["ssh-keygen", "-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(record)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        signed = record.with_name(record.name + SIGNATURE_SUFFIX)
+        if done.returncode or not signed.exists():
+            words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            raise ConfigError(
+                f"the key {key} does not sign: "
+                f"{words[-1] if words else f'ssh-keygen ended with {done.returncode}'}",
+                f"try it by hand: ssh-keygen -Y sign -f {quote(str(key))} -n {NAMESPACE} FILE",
+            )
+        return signed.read_bytes()

@@ -49,6 +49,7 @@ _WAITING = (
     "tests/integration/test_dependency.py::"
     "test_a_run_waits_for_all_arrays_of_another_and_a_command_for_it"
 )
+_EVIDENCE = "tests/unit/cli/test_evidence.py::test_anyone_can_check_the_signature_with_ssh_keygen"
 ELSEWHERE = {
     "tar -xOf bundle.tar aiflux-bundle/sbom.cdx.json > bundle.cdx.json":
         "tests/unit/image/test_sbom.py::test_a_bundle_has_its_own",
@@ -58,6 +59,16 @@ ELSEWHERE = {
     "--then 'Rscript analyse.R results.json'": _WAITING,
     "sbatch --dependency=$(aiflux status results.json --json | jq -r .dependency) analyse.sh":
         _WAITING,
+    "aiflux report results.json --co2-per-kwh 380":
+        "tests/unit/report/test_report.py::test_the_rates_can_be_given_to_the_report",
+    "aiflux verify-run results.json --sample 200":
+        "tests/integration/test_verify_run.py::test_a_job_is_verified_by_another",
+    "aiflux report results.json --evidence evidence.json --key ~/.ssh/id_ed25519": _EVIDENCE,
+    'echo "ann@example.org $(cat id_ed25519.pub)" >allowed': _EVIDENCE,
+    "ssh-keygen -Y verify -f allowed -I ann@example.org -n aiflux-evidence "
+    "-s evidence.json.sig <evidence.json": _EVIDENCE,
+    "sha256sum prompts.jsonl results.json":
+        "tests/unit/cli/test_evidence.py::test_the_record_has_the_hashes_of_input_and_output",
     "make image": "tests/integration/conftest.py::image",
     "make demo": "tests/integration/test_image.py::test_the_demo_shows_prompts_and_answers",
     "make test": "tests/integration/test_docs.py::test_every_command_of_a_page",

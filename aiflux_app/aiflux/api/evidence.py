@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -52,17 +52,11 @@ _CREATE_KEY = "create one: ssh-keygen -t ed25519 -f KEY"
 
 @dataclass(frozen=True)
 class HashedFile:
-    """A file, with its size and its SHA-256.
-
-    Attributes:
-        as_written: whether the run noted a checksum when it wrote the file, which still fits; runs
-            of earlier versions noted none.
-    """
+    """A file, with its size and its SHA-256."""
 
     path: str
     bytes: int
     sha256: str
-    as_written: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,8 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
     details = [status.details for status in statuses if status is not None]
     checks = [_seal_check(shard.index, status) for shard, status
               in zip(plan.shards, statuses, strict=True)]  # fmt: skip
-    sealed = _all_sealed(checks)
+    recorded = sum(each.totals.results for each in details) >= plan.requests - plan.left_out
+    sealed = _all_sealed(checks, recorded=recorded)
     options = plan.options
     return {
         "form": FORM,
@@ -148,7 +143,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
             "hosts": sorted({each.host for each in details if each.host}),
         },
         "input": {**to_json(_hashed(plan.input.named)), "blake2b_of_lines": plan.input.digest},
-        "output": [to_json(each) for each in _outputs(plan, whole)],
+        "output": _outputs(plan, whole),
         "models": [
             {"name": name, "digests": digests_of(plan, name, details)} for name in plan.models
         ],
@@ -172,7 +167,7 @@ def _seal_check(shard: int, status: StatusFile | None) -> SealCheck:
     details = StatusDetails() if status is None else status.details
     totals = details.totals
     sealed: bool | None = None
-    if details.sealed is False or details.unsealed:
+    if details.sealed is False:
         sealed = False
     elif details.sealed and totals.sealed_starts >= totals.starts > 0:
         sealed = True
@@ -187,12 +182,16 @@ def _seal_check(shard: int, status: StatusFile | None) -> SealCheck:
     )
 
 
-def _all_sealed(checks: Sequence[SealCheck]) -> bool | None:
-    """Return whether all shards were sealed; None if that is unknown of one of them."""
+def _all_sealed(checks: Sequence[SealCheck], *, recorded: bool) -> bool | None:
+    """Return whether all shards were sealed; None if that is unknown of one of them.
+
+    Args:
+        recorded: whether every result is from a start that the checks are about.
+    """
     found = {check.sealed for check in checks}
     if False in found:
         return False
-    return True if found == {True} else None
+    return True if found == {True} and recorded else None
 
 
 def egress_statement(
@@ -210,7 +209,7 @@ def egress_statement(
             "that network namespace."
         )
     elif sealed is None:
-        text = "Unknown: not every start has a recorded check of the seal."
+        text = "Unknown: some results are from starts without a recorded check of the seal."
     elif not engine_here:
         text = "Egress was possible: the requests went to an engine elsewhere."
     else:
@@ -226,8 +225,10 @@ def _hashed(path: Path) -> HashedFile:
         raise read_error(error, path) from error
 
 
-def _outputs(plan: Plan, whole: StatusFile) -> list[HashedFile]:
+def _outputs(plan: Plan, whole: StatusFile) -> list[dict[str, Any]]:
     """Hash the files of the output; their checksums have to be those that the run noted.
+
+    ``as_written`` is null for a run of an earlier version, which noted none.
 
     Raises:
         OutputExistsError: one of them was changed.
@@ -242,7 +243,7 @@ def _outputs(plan: Plan, whole: StatusFile) -> list[HashedFile]:
                 f"{path} is not the file that the run wrote",
                 f"restore it from the journal: aiflux merge --again {quote(str(plan.output))}",
             )
-        found.append(replace(file, as_written=bool(noted)))
+        found.append({**to_json(file), "as_written": True if noted else None})
     return found
 
 
@@ -316,17 +317,17 @@ def write_evidence(content: Mapping[str, Any], target: Path, key: Path | None) -
         StorageError: a file cannot be written.
     """
     text = f"{json_text(content, indent=2, only_ascii=True)}\n".encode()
-    beside = target.with_name(target.name + SIGNATURE_SUFFIX)
+    signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
     signed = None if key is None else _signed(text, expanded(key))
     try:
-        beside.unlink(missing_ok=True)  # a signature never stands next to another record
+        signature_file.unlink(missing_ok=True)  # a signature never stands next to another record
     except OSError as error:
-        raise storage_error(error, beside) from error
+        raise storage_error(error, signature_file) from error
     _write(target, text)
     if signed is None:
         return None
-    _write(beside, signed)
-    return beside
+    _write(signature_file, signed)
+    return signature_file
 
 
 def _write(path: Path, content: bytes) -> None:

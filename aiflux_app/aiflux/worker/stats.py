@@ -185,5 +185,6 @@ class Ledger:
             completion_tokens=before.completion_tokens + progress.completion_tokens,
             starts=before.starts + 1,
             sealed_starts=before.sealed_starts + self.sealed,
+            results=before.results + progress.results_of_this_start,
             empty_answers=dict(empty),
         )

@@ -167,7 +167,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all starts of a shard; ``sealed_starts`` are those without a network."""
+    """Sums over all starts of a shard for one plan.
+
+    Attributes:
+        sealed_starts: starts without a network.
+        results: number of results; fewer than requests if others are from an earlier plan.
+    """
 
     seconds: float = 0.0
     gpu_seconds: float = 0.0
@@ -175,6 +180,7 @@ class Totals:
     completion_tokens: int = 0
     starts: int = 0
     sealed_starts: int = 0
+    results: int = 0
     empty_answers: dict[str, int] = field(default_factory=dict)
 
 

@@ -1,0 +1,301 @@
+"""``aiflux report --evidence``: the record of a run, and its signature."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.cli.main import main
+from aiflux.core.runs.directory import RunDirectory
+from tests.tools.faulty_engine import FaultyEngine
+from tests.tools.make_sif import make_sif
+from tests.unit.fake_commands import FakeCommands
+from tests.unit.made_runs import MadeRun
+from tests.unit.working import Working
+
+EVIDENCE = ["report", "out.json", "--evidence", "evidence.json"]
+
+
+@pytest.fixture(autouse=True)
+def place(awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(awkward)
+    return awkward
+
+
+@pytest.fixture
+def finished(place: Path) -> Path:
+    """A run that is finished, with one failure."""
+    with FaultyEngine() as engine:
+        Working(place, engine.url, "out.jsonl", max_failures="1").prompts("fine", "400").run()
+        Working(place, engine.url, max_failures="1").prompts("fine", "400").run()
+    return place / "out.json"
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "ann", "-f", path], check=True
+    )
+    return path
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def evidence(*more: str) -> dict[str, Any]:
+    """Write the record without a signature, and read it."""
+    assert main([*EVIDENCE, "--unsigned", *more]) == 0
+    content: dict[str, Any] = json.loads(Path("evidence.json").read_text())
+    return content
+
+
+def change_status(output: Path, **changes: Any) -> None:
+    """Change AI-Flux's part of the shard's status."""
+    path = RunDirectory.of_output(output).status(0)
+    content = json.loads(path.read_text())
+    content["aiflux"] |= changes
+    path.write_text(json.dumps(content))
+
+
+def sealed(output: Path, starts: int = 1, sealed_starts: int = 1, results: int = 2) -> None:
+    totals = {"starts": starts, "sealed_starts": sealed_starts, "results": results}
+    change_status(output, sealed=True, unsealed="", totals=totals)
+
+
+def test_the_record_has_the_hashes_of_input_and_output(finished: Path, place: Path) -> None:
+    content = evidence()
+    assert (content["form"], content["kind"]) == (1, "aiflux-evidence")
+    given = place / "in.jsonl"
+    assert content["input"]["sha256"] == digest(given)
+    assert content["input"]["path"] == str(given)
+    (written,) = content["output"]
+    assert written == {
+        "path": str(finished),
+        "bytes": finished.stat().st_size,
+        "sha256": digest(finished),
+        "as_written": True,
+    }
+    assert content["run"]["requests"] == {"total": 2, "completed": 1, "failed": 1}
+    assert content["models"] == [{"name": "m:1", "digests": []}]
+    assert (content["image"], content["verification"]) == (None, None)
+    assert Path("evidence.json").stat().st_mode & 0o777 == 0o600
+    assert "fine" not in json.dumps(content), "the record has no prompt and no answer"
+
+
+def test_both_files_of_the_batch_form_are_hashed(finished: Path, place: Path) -> None:
+    assert main(["report", "out.jsonl", "--evidence", "e.json", "--unsigned"]) == 0
+    written = json.loads(Path("e.json").read_text())["output"]
+    assert [Path(each["path"]).name for each in written] == ["out.jsonl", "out.errors.jsonl"]
+
+
+def test_a_run_at_a_server_could_send_data_out(finished: Path) -> None:
+    content = evidence()
+    assert content["seal"]["sealed"] is False
+    (check,) = content["seal"]["checks"]
+    assert (check["starts"], check["sealed_starts"]) == (1, 0)
+    assert check["why"] == "the engine is elsewhere"
+    assert content["egress"] == {
+        "possible": True,
+        "statement": "Egress was possible: the requests went to an engine elsewhere.",
+    }
+
+
+def test_no_egress_follows_from_a_check_at_each_start(finished: Path) -> None:
+    sealed(finished, starts=3, sealed_starts=3)
+    content = evidence()
+    assert content["seal"]["sealed"] is True
+    assert content["egress"]["possible"] is False
+    assert content["egress"]["statement"].startswith("No egress: each start of each worker found")
+
+
+@pytest.mark.parametrize(
+    "totals",
+    [
+        {"starts": 3, "sealed_starts": 2},
+        {"starts": 1, "sealed_starts": 0},  # an earlier version noted only the last start
+        {"results": 1},  # a result of an earlier plan
+    ],
+)
+def test_what_was_not_recorded_of_each_start_is_unknown(
+    finished: Path, totals: dict[str, int]
+) -> None:
+    sealed(finished, **totals)
+    content = evidence()
+    assert (content["seal"]["sealed"], content["egress"]["possible"]) == (None, None)
+    assert content["egress"]["statement"].startswith("Unknown: ")
+
+
+def test_the_worker_counts_its_sealed_starts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultyEngine() as engine:
+        working = Working(place, engine.url).prompts("fine")
+        working.run()
+    totals = working.status["aiflux"]["totals"]
+    assert (totals["starts"], totals["sealed_starts"], totals["results"]) == (1, 0, 1)
+
+
+# --- the image -------------------------------------------------------------------------------
+
+
+VERIFIED = json.dumps(
+    {"Signatures": 1, "SignerKeys": [{"Signer": {"Name": "Ann", "Fingerprint": "ab12"}}]}
+)
+ID = "00010203-0405-0607-0809-0a0b0c0d0e0f"
+
+
+def with_image(output: Path, id_: str | None = ID) -> Path:
+    """Have the run use an image, as a job does."""
+    image = make_sif(output.with_name("i.sif"), version="1")
+    run = RunDirectory.of_output(output)
+    run.submissions.write_text(json.dumps({"image": str(image), "slurm": {}, "submissions": []}))
+    change_status(output, image={"version": "1", "engine": "ollama", "id": id_})
+    return image
+
+
+@pytest.fixture
+def apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
+    fakes = FakeCommands(tmp_path / "bin")
+    monkeypatch.setenv("PATH", fakes.path)
+    return fakes
+
+
+def test_the_image_has_its_hash_and_its_signature(finished: Path, apptainer: FakeCommands) -> None:
+    image = with_image(finished)
+    apptainer.say("apptainer", VERIFIED)
+    content = evidence()["image"]
+    assert content["path"] == str(image)
+    assert content["sha256"] == digest(image)
+    assert content["same_as_run"] is True
+    assert content["signature"] == "verified"
+    assert content["signature_text"] == "verified: signed by Ann (AB12)"
+    assert content["content"]["engine"] == "ollama"
+
+
+@pytest.mark.parametrize(("id_", "same"), [("another", False), (None, None)])
+def test_another_image_than_that_of_the_run_is_recognized(
+    finished: Path, apptainer: FakeCommands, id_: str | None, same: bool | None
+) -> None:
+    with_image(finished, id_)
+    apptainer.say("apptainer", '{"Signatures": 0}', "signature not found for object group 1", 255)
+    content = evidence()["image"]
+    assert (content["same_as_run"], content["signature"]) == (same, "unsigned")
+
+
+def test_a_signature_that_cannot_be_checked_is_not_guessed(
+    finished: Path, apptainer: FakeCommands
+) -> None:
+    image = with_image(finished)
+    apptainer.say("apptainer", "", "FATAL: no keyring", 255)
+    content = evidence()["image"]
+    assert content["signature"] == "not checked"
+    assert "no keyring" in content["signature_text"]
+    assert content["sha256"] == digest(image)
+    image.unlink()
+    content = evidence()["image"]
+    assert (content["signature"], content["sha256"], content["same_as_run"]) == (
+        "not checked", None, None,
+    )  # fmt: skip
+
+
+# --- the signature ---------------------------------------------------------------------------
+
+
+def check(key: Path, record: Path, signature: Path) -> int:
+    """Check a signature as the documentation says; return ssh-keygen's exit code."""
+    allowed = key.with_name("allowed")
+    allowed.write_text(f"ann@example.org {key.with_suffix('.pub').read_text()}")
+    words = ["-f", allowed, "-I", "ann@example.org", "-n", "aiflux-evidence", "-s", signature]
+    with record.open("rb") as file:
+        done = subprocess.run(
+            ["ssh-keygen", "-Y", "verify", *words], stdin=file, capture_output=True, check=False
+        )
+    return done.returncode
+
+
+def test_anyone_can_check_the_signature_with_ssh_keygen(
+    finished: Path, key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # an earlier signature is replaced without a question
+        assert main([*EVIDENCE, "--key", str(key)]) == 0
+        assert capsys.readouterr().out == "wrote evidence.json and evidence.json.sig\n"
+    record, signature = Path("evidence.json"), Path("evidence.json.sig")
+    assert check(key, record, signature) == 0
+    record.write_text(record.read_text().replace('"failed": 1', '"failed": 0'))
+    assert check(key, record, signature) != 0
+
+
+def test_an_unsigned_record_leaves_no_signature_of_an_earlier_one(
+    finished: Path, key: Path
+) -> None:
+    assert main([*EVIDENCE, "--key", str(key)]) == 0
+    evidence()
+    assert not Path("evidence.json.sig").exists()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return why the record is refused; nothing is written."""
+    assert main([*EVIDENCE, *words]) == 2
+    assert not Path("evidence.json").exists()
+    return capsys.readouterr().err
+
+
+def test_a_record_needs_a_key_or_the_option_to_do_without(
+    finished: Path, key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no key was given to sign the evidence with" in refused(capsys)
+    assert "cannot be combined" in refused(capsys, "--unsigned", "--key", str(key))
+    assert "there is no key" in refused(capsys, "--key", str(tmp_path / "none"))
+    public = key.with_name("text")
+    public.write_text("not a key\n")
+    assert f"the key {public} does not sign" in refused(capsys, "--key", str(public))
+    assert main(["report", "out.json", "--unsigned"]) == 2
+    assert "--unsigned needs --evidence" in capsys.readouterr().err
+
+
+def test_a_missing_ssh_keygen_is_reported(
+    finished: Path, key: Path, apptainer: FakeCommands, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PATH", str(apptainer.folder))
+    assert "ssh-keygen is not on PATH" in refused(capsys, "--key", str(key))
+
+
+def test_an_unfinished_run_has_no_evidence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(tmp_path)
+    made.status(state="cancelled", completed=3)
+    assert main(["report", str(made.output), "--evidence", "e.json", "--unsigned"]) == 2
+    assert "is not finished, so there is no evidence of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("out.json", "is not the file that the run wrote"), ("in.jsonl", "was edited or reordered")],
+)
+def test_a_changed_file_is_refused(
+    finished: Path, place: Path, capsys: pytest.CaptureFixture[str], file: str, message: str
+) -> None:
+    """Also where size and time are those of the original."""
+    path = place / file
+    found = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"fine", b"line"))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert message in refused(capsys, "--unsigned")
+
+
+def test_the_outcome_of_a_verification_is_part_of_the_record(finished: Path, place: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(place, engine.url, "new.json").prompts("fine", temperature=0)
+        working.run()
+        assert main(["verify-run", "new.json"]) == 0
+    assert main(["report", "new.json", "--evidence", "e.json", "--unsigned"]) == 0
+    content = json.loads(Path("e.json").read_text())["verification"]
+    assert content["fixed"] == {"compared": 1, "identical": 1, "share": 1.0}

@@ -36,6 +36,7 @@ _HEADER = """\
 # Made by docs/generate.py. An empty value means "not set". The environment takes precedence.
 """
 _HAS_ALL = "aiflux run"
+_LISTED_UNDER = {"accounting": "aiflux report"}
 _REFERENCE_HEADER = """\
 # Every command
 
@@ -179,8 +180,14 @@ def _shown(command: Command, ctx: click.Context) -> Iterator[click.Parameter]:
     """Yield the parameters that get a line here; settings are listed under one command only."""
     for param in command.params:
         hidden = isinstance(param, click.Option) and param.hidden
-        if not hidden and (ctx.command_path == _HAS_ALL or not _is_setting(param)):
+        if not hidden and (not _is_setting(param) or _is_listed(param, ctx)):
             yield param
+
+
+def _is_listed(param: click.Parameter, ctx: click.Context) -> bool:
+    """Return whether a setting has its line under this command."""
+    section = BY_NAME[str(param.name)].section
+    return ctx.command_path == _LISTED_UNDER.get(section, _HAS_ALL)
 
 
 def _is_setting(param: click.Parameter) -> bool:
@@ -189,8 +196,12 @@ def _is_setting(param: click.Parameter) -> bool:
 
 def _settings_of(command: Command, ctx: click.Context) -> str:
     """Return a line about the settings that a command has as options without a line for each."""
-    given = {BY_NAME[str(param.name)].section for param in command.params if _is_setting(param)}
-    if ctx.command_path == _HAS_ALL or not given:
+    given = {
+        BY_NAME[str(param.name)].section
+        for param in command.params
+        if _is_setting(param) and not _is_listed(param, ctx)
+    }
+    if not given:
         return ""
     names = ", ".join(f"`{name}`" for name in SECTIONS if name in given)
     return f"\nAnd the [settings](configuration.md) under {names}.\n"

@@ -33,7 +33,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-OPTION = re.compile(r"--[a-z][a-z-]+")
+OPTION = re.compile(r"--[a-z][a-z0-9-]+")
 # Options of sbatch, Apptainer, ruff and mypy that the pages mention.
 FOREIGN_OPTIONS = {
     "--dependency",  # sbatch

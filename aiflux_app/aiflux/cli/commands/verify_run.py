@@ -92,7 +92,7 @@ class PlannedSample(PlannedPilot):
 )
 @option("--image", metavar="PATH", type=FILE, help="Use another image than the run")
 @json_option("Print everything as JSON")
-@settings_options("slurm")
+@settings_options("slurm", without=("shards", "max_running"))
 def verify_run(run: str, sample: int, seed: int, image: str | None, **more: Any) -> int:
     """Ask a sample of a finished run again, and report the share of identical answers.
 

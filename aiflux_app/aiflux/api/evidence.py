@@ -15,6 +15,7 @@ from aiflux import __version__
 from aiflux.core.batch.input_file import change_of
 from aiflux.core.batch.results_file import output_paths
 from aiflux.core.runs.directory import RunDirectory, user_output
+from aiflux.core.runs.journal import is_sample, journal_lines
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import (
     StatusDetails,
@@ -28,6 +29,7 @@ from aiflux.errors import ConfigError, ImageError, InputError, OutputExistsError
 from aiflux.estimates.verification import digests_of, read_verification
 from aiflux.image.sif import read_image
 from aiflux.image.signing import signature
+from aiflux.report.build import without_secrets
 from aiflux.slurm.jobs import known_submissions
 from aiflux.util.files import (
     atomic_write,
@@ -125,8 +127,8 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
     details = [status.details for status in statuses if status is not None]
     checks = [_seal_check(shard.index, status) for shard, status
               in zip(plan.shards, statuses, strict=True)]  # fmt: skip
-    recorded = sum(each.totals.results for each in details) >= plan.requests - plan.left_out
-    sealed = _all_sealed(checks, recorded=recorded)
+    counted = sum(each.totals.results for each in details) + plan.left_out
+    sealed = _all_sealed(checks, recorded=_results(plan, run) <= counted)
     options = plan.options
     return {
         "form": FORM,
@@ -142,7 +144,11 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
             "jobs": _jobs(run),
             "hosts": sorted({each.host for each in details if each.host}),
         },
-        "input": {**to_json(_hashed(plan.input.named)), "blake2b_of_lines": plan.input.digest},
+        "input": {
+            **to_json(_hashed(plan.input_path)),
+            "given": str(plan.input.named),
+            "blake2b_of_lines": plan.input.digest,
+        },
         "output": _outputs(plan, whole),
         "models": [
             {"name": name, "digests": digests_of(plan, name, details)} for name in plan.models
@@ -153,7 +159,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
             "kind": options.engine,
             "versions": sorted({e.version for d in details for e in d.engines if e.version}),
             "address": None if options.engine_url is None else public_url(options.engine_url),
-            "settings": plan.engine_settings,
+            "settings": without_secrets(plan.engine_settings),
         },
         "aiflux": sorted({each.version for each in details if each.version}),
         "image": _image(run, details),
@@ -161,6 +167,12 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
         "egress": egress_statement(sealed, checks, engine_here=engine_kind(options).managed),
         "verification": read_verification(plan),
     }
+
+
+def _results(plan: Plan, run: RunDirectory) -> int:
+    """Return the number of results in the journals, with those of earlier plans and attempts."""
+    journals = (journal_lines(run.journal(shard.index)) for shard in plan.shards)
+    return sum(not is_sample(line) for journal in journals for _, line in journal)
 
 
 def _seal_check(shard: int, status: StatusFile | None) -> SealCheck:

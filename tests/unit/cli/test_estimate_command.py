@@ -19,7 +19,7 @@ from aiflux.core.batch.request import request_key
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import NewResult
 from aiflux.core.runs.plan import read_plan
-from aiflux.core.runs.status_file import EngineFacts, Status, Totals
+from aiflux.core.runs.status_file import EnergyUse, EngineFacts, Status, Totals
 from aiflux.estimates.pilot import Pilot
 from aiflux.util.times import utc_text
 from tests.tools import make_tiny_gguf
@@ -55,7 +55,11 @@ def here(engine: FaultyEngine, *more: str) -> list[str]:
 
 
 def do_the_pilot(
-    seconds: float = 3.0, lanes: int = 4, pilot: Pilot = PILOT, failed: int = 0
+    seconds: float = 3.0,
+    lanes: int = 4,
+    pilot: Pilot = PILOT,
+    failed: int = 0,
+    energy: EnergyUse | None = None,
 ) -> None:
     """Leave what the pilot's job leaves: a request takes ``seconds``, ``lanes`` are in flight."""
     run = pilot.run
@@ -78,6 +82,7 @@ def do_the_pilot(
     status.details.started = utc_text(start)
     status.details.engines = (EngineFacts(slots=lanes),)
     status.details.totals = Totals(seconds=50.0, gpu_seconds=50.0, starts=1)
+    status.details.energy = energy or EnergyUse()
     status.enter("completed")
 
 
@@ -650,3 +655,39 @@ def test_a_signal_ends_all_pilots_and_not_only_the_one_that_runs(programs: Path)
     _, printed = process.communicate(timeout=30)
     assert process.returncode == 5, printed
     assert (programs / "notes").read_text() == "start\n", "llama-server was not started"
+
+
+def test_energy_co2_and_billing_units_follow_from_the_pilot(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = ["--co2-per-kwh", "400", "--billing-per-gpu-hour", "20"]
+    assert main([*SLURM, *rates]) == 0
+    do_the_pilot(energy=EnergyUse(20_000, 50, 0))  # 400 W
+    capsys.readouterr()
+    assert main([*SLURM, *rates]) == 0
+    printed = capsys.readouterr().out
+    names = ("energy of the GPUs", "J per 1,000 answers", "CO2 in grams", "billing units")
+    for name in names:
+        assert sum(line.startswith(name) for line in printed.splitlines()) == 1, printed
+    assert "--co2" not in printed, "the full run has no such option"
+    assert "--billing" not in printed
+    assert main([*SLURM, *rates, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["estimate"]
+    assert found["gpu_watts"] == 400
+    hours, costs = found["gpu_hours"]["value"], found["costs"]
+    assert costs["gpu_kwh"]["value"] == pytest.approx(0.4 * hours)
+    assert costs["co2_grams"]["value"] == pytest.approx(160 * hours)
+    assert costs["billing_units"]["value"] == pytest.approx(20 * hours)
+
+
+def test_without_measured_energy_an_estimate_does_not_name_it(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SLURM) == 0
+    do_the_pilot()
+    capsys.readouterr()
+    assert main(SLURM) == 0
+    printed = capsys.readouterr().out
+    assert "GPU-hours" in printed
+    assert "energy" not in printed
+    assert "CO2" not in printed

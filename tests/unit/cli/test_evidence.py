@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from typing import Any
 import pytest
 
 from aiflux.cli.main import main
+from aiflux.core.batch.input_file import digest_of_lines
+from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import write_plan
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
+from tests.unit.helpers import write_input
 from tests.unit.made_runs import MadeRun
 from tests.unit.working import Working
 
@@ -131,6 +136,38 @@ def test_what_was_not_recorded_of_each_start_is_unknown(
     content = evidence()
     assert (content["seal"]["sealed"], content["egress"]["possible"]) == (None, None)
     assert content["egress"]["statement"].startswith("Unknown: ")
+
+
+def test_a_result_that_was_tried_again_counts_twice(finished: Path) -> None:
+    """So a result of an earlier plan is not mistaken for one of this plan."""
+    sealed(finished)
+    journal = RunDirectory.of_output(finished).journal(0)
+    first, *rest = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([first, first, *rest]))
+    assert evidence()["seal"]["sealed"] is None
+    sealed(finished, results=3)
+    assert evidence()["seal"]["sealed"] is True
+
+
+def test_a_key_in_the_engines_options_is_not_written(place: Path) -> None:
+    options = {"engine_arg": {"api-key": "s3cret", "port": "1"}}
+    made = MadeRun(place / "made", options=RunOptions(**options))
+    write_input(made.plan.input_path, 100)
+    lines = digest_of_lines(made.plan.input_path).hexdigest()
+    size = made.plan.input_path.stat().st_size
+    facts = replace(made.plan.input, digest=lines, size=size)
+    plan = replace(made.plan, input=facts)
+    write_plan(plan, made.run)
+    made.plan = plan
+    made.status(state="completed", completed=100)
+    made.whole("completed", 100)
+    words = ["report", str(made.output), "--evidence", "e.json", "--unsigned"]
+    assert main(words) == 0
+    text = Path("e.json").read_text()
+    assert "s3cret" not in text
+    content = json.loads(text)
+    assert content["engine"]["settings"] == {"engine_arg": {"api-key": "(not shown)", "port": "1"}}
+    assert content["output"][0]["as_written"] is None, "the run noted no checksum"
 
 
 def test_the_worker_counts_its_sealed_starts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

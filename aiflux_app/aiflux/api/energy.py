@@ -22,8 +22,15 @@ def slurm_energy(run: RunDirectory) -> SlurmEnergy | None:
     return SlurmEnergy(sum(found.values()), len(found), sum(len(job.shards) for job in jobs))
 
 
-def run_energy(run: RunDirectory, plan: Plan, answers: int) -> EnergyFigures:
-    """Return the energy of a run, with the rates of the settings."""
+def run_energy(run: RunDirectory, plan: Plan, answers: int, *, ended: bool) -> EnergyFigures:
+    """Return the energy of a run, with the rates of the settings.
+
+    Args:
+        ended: whether the run has ended: Slurm is only asked then, as its figure is not final
+            before, and programs ask for the status of an active run often.
+    """
     statuses = (read_status(run, shard.index, plan) for shard in plan.shards)
     details = [status.details for status in statuses if status is not None]
-    return energy_figures(details, answers, Rates.of(Config()), slurm_energy(run))
+    return energy_figures(
+        details, answers, Rates.of(Config()), slurm_energy(run) if ended else None
+    )

@@ -45,18 +45,19 @@ def read_report(run: RunDirectory, rates: Rates | None = None) -> Report:
     plan = read_plan(run)
     journals = (run.journal(shard.index) for shard in plan.shards)
     tallies = tuple(tally(journal_lines(journal)) for journal in journals)
+    condition = _condition(run)
     return make_report(
         ReportSources(
             plan=plan,
             run_dir=str(run.path),
-            condition=_condition(run),
+            condition=condition,
             statuses=tuple(read_status(run, shard.index, plan) for shard in plan.shards),
             whole=read_run_status(run, plan),
             tallies=tallies,
             estimate=read_estimate(run.estimate, plan),
             now=time.time(),
             rates=rates or Rates.of(Config()),
-            slurm_energy=slurm_energy(run),
+            slurm_energy=slurm_energy(run) if condition.ended else None,
         )
     )
 

@@ -780,3 +780,20 @@ def test_a_run_without_measured_energy_has_no_section_for_it(tmp_path: Path) -> 
     made.status(0, "completed", completed=100)
     made.whole("completed", 100)
     assert "Energy" not in page_words(made)
+
+
+def test_slurm_is_not_asked_for_the_energy_of_an_active_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeCommands(tmp_path / "bin")
+    fakes.say("sacct", "100|RUNNING|0:0|Unknown|00:01:00|n1\n")
+    fakes.say("squeue", "100|N/A|RUNNING|N/A|0:10|n1|None\n")
+    monkeypatch.setenv("PATH", fakes.path)
+    made = MadeRun(tmp_path)
+    made.submit("100")
+    made.status(0, completed=10, energy=ENERGY)
+    assert main(["status", str(made.output), "--json"]) == 0
+    energy = json.loads(capsys.readouterr().out)["energy"]
+    assert (energy["gpu_kwh"], energy["slurm_jobs"]) == (2.0, 0)
+    assert report(made, capsys)["energy"] == energy
+    assert not any("-D" in call.argv for call in fakes.calls("sacct"))

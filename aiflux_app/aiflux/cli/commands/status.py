@@ -49,7 +49,8 @@ def status(run: str, as_json: bool) -> int:
     rows = _compared(directory) if view.finished else ()
     if as_json:
         estimated = [asdict(row) for row in rows] or None
-        energy = run_energy(directory, read_plan(directory), view.completed).to_json()
+        plan = read_plan(directory)
+        energy = run_energy(directory, plan, view.completed, ended=view.ended).to_json()
         print_json({**view.to_json(), "estimate": estimated, "energy": energy})
         return 0
     console = make_console()

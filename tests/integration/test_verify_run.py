@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
 from pathlib import Path
 
+from aiflux.util.files import file_digest
 from tests.integration.conftest import FRANCE, MODEL, PLANETS, Cluster, User, lines, request
 from tests.integration.test_jobs import submitted
 
@@ -21,7 +21,8 @@ def test_a_job_is_verified_by_another(
     assert cluster.end(job).code == 0, cluster.log(job, place)
     verify = [aiflux, "verify-run", "out.json", "--sample", "4", "--wait", "--json"]
     printed = user.run(*verify, cwd=place, env=job_env)
-    found = json.loads(printed[printed.index('{\n  "verification"') :])["verification"]
+    printed = printed[printed.index('{\n  "verification"') :]
+    found = json.JSONDecoder().raw_decode(printed)[0]["verification"]
     assert (found["requests"], found["answers"], found["failed"]) == (4, 6, 0)
     assert found["fixed"]["compared"] == 4
     assert found["fixed"]["identical"] == 4, found["differences"]
@@ -43,9 +44,9 @@ def assert_evidence(
     assert content["egress"]["possible"] is False
     assert content["run"]["jobs"] == [job]
     assert content["image"]["same_as_run"] is True
-    assert content["image"]["sha256"] == sha256(image.read_bytes()).hexdigest()
+    assert content["image"]["sha256"] == file_digest(image)
     assert content["image"]["signature"] in ("unsigned", "verified")
-    assert content["output"][0]["sha256"] == sha256((place / "out.json").read_bytes()).hexdigest()
+    assert content["output"][0]["sha256"] == file_digest(place / "out.json")
     assert content["verification"] == verification
     public = (place / "key.pub").read_text(encoding="utf-8")
     user.write(place / "allowed", f"x@example.org {public}")

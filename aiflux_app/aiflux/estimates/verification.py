@@ -122,7 +122,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Agreement:
     """How many answers of a group were the same; ``share`` is None without any."""
 
     compared: int = 0
@@ -133,9 +133,9 @@ class Compared:
         """The share of identical answers."""
         return round(self.identical / self.compared, 6) if self.compared else None
 
-    def plus(self, same: bool) -> Compared:
+    def plus(self, same: bool) -> Agreement:
         """Return the counts with one more pair."""
-        return Compared(self.compared + 1, self.identical + same)
+        return Agreement(self.compared + 1, self.identical + same)
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts and the share."""
@@ -177,8 +177,8 @@ class Verification:
     """
 
     requests: int
-    fixed: Compared
-    sampled: Compared
+    fixed: Agreement
+    sampled: Agreement
     failed: int
     models: tuple[Versions, ...]
     engine: Versions
@@ -212,7 +212,7 @@ def verify(plan: Plan, run: RunDirectory, again: Plan, again_run: RunDirectory) 
     for each in models:
         refuse_other_model(each)
     results = {request_key(raw): (raw, result) for raw, result in iterate_results(again, again_run)}
-    fixed, sampled, failed = Compared(), Compared(), 0
+    fixed, sampled, failed = Agreement(), Agreement(), 0
     differences: list[Difference] = []
     for raw, result in iterate_results(plan, run):
         pair = results.get(request_key(raw))

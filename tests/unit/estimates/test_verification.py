@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aiflux.estimates.verification import Compared, Versions, answer_of, first_difference
+from aiflux.estimates.verification import Agreement, Versions, answer_of, first_difference
 
 
 def chat(text: str, **more: Any) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def test_the_first_difference_of_two_answers(one: Any, other: Any, place: str | 
 
 
 def test_a_share_is_known_only_of_pairs() -> None:
-    assert Compared().share is None
-    assert Compared().plus(True).plus(False).plus(True).share == pytest.approx(2 / 3, abs=1e-6)
+    assert Agreement().share is None
+    assert Agreement().plus(True).plus(False).plus(True).share == pytest.approx(2 / 3, abs=1e-6)
 
 
 def test_unknown_versions_are_neither_the_same_nor_others() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from aiflux.cli.render.run import one_line
-from aiflux.estimates.verification import Compared, Verification, Versions
+from aiflux.estimates.verification import Agreement, Verification, Versions
 from aiflux.models.name import shown_digest
 from aiflux.util.text import counted, joined
 
@@ -35,7 +35,7 @@ def verification_lines(found: Verification, answers: int, seed: int) -> Iterator
         yield Text(f"  now:    {one_line(each.now)}")
 
 
-def _counts(found: Compared) -> str:
+def _counts(found: Agreement) -> str:
     return f"{found.identical:,} of {found.compared:,} ({100 * (found.share or 0):.4g} %)"
 
 

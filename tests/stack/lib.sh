@@ -184,7 +184,7 @@ start_daemon() {
     (
         cd /
         # A background child of a script is not a group leader, so setsid does not fork and the pid stays.
-        exec setsid env -i PATH="$PATH" LANG=C.UTF-8 \
+        exec setsid env -i PATH="$PATH" LANG=C.UTF-8 SLURM_CONF="$slurm_conf" \
             setpriv --reuid "$user" --regid "$(id -g "$user")" --init-groups "$@"
     ) </dev/null >>"$log_dir/$name.log" 2>&1 9>&- &
     pid=$!

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A Slurm cluster of two nodes on this machine, with two fake GPUs each and its own munge.
+# With AIFLUX_STACK_ACCOUNTING=1, it has accounts, associations and QOS, in a MariaDB of its own.
 set -euo pipefail
 # shellcheck source=tests/stack/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -28,6 +29,96 @@ ensure_munged() {
 
 munge_answers() {
     munge -S "$munge_dir/socket" -n >/dev/null 2>&1
+}
+
+# --- accounting: slurmdbd, with a database that only it can reach ---------------------------
+
+accounting() {
+    [[ ${AIFLUX_STACK_ACCOUNTING:-} == 1 ]]
+}
+
+sql() {
+    mariadb --no-defaults --socket="$slurm_dir/db/socket" --user=root "$@"
+}
+
+database_answers() {
+    sql -e 'SELECT 1' >/dev/null 2>&1
+}
+
+ensure_database() {
+    local port
+    port=$(remembered_port mariadbd 13306)
+    if [[ ! -d $slurm_dir/db/mysql ]]; then
+        install -d -m 0700 -o mysql -g mysql "$slurm_dir/db"
+        mariadb-install-db --no-defaults --user=mysql --datadir="$slurm_dir/db" --skip-test-db \
+            --auth-root-authentication-method=socket >&2
+    fi
+    ensure_daemon mariadbd root /usr/sbin/mariadbd --no-defaults --user=mysql \
+        --datadir="$slurm_dir/db" --socket="$slurm_dir/db/socket" --pid-file="$slurm_dir/db/pid" \
+        --bind-address=127.0.0.1 --port="$port"
+    wait_until 60 database_answers || fail "mariadbd does not respond; see $log_dir/mariadbd.log"
+    sql -e "CREATE USER IF NOT EXISTS slurm@127.0.0.1 IDENTIFIED BY '$(database_password)';
+        GRANT ALL ON slurm_acct_db.* TO slurm@127.0.0.1;"
+}
+
+database_password() {
+    sha256sum "$munge_dir/key" | cut -c1-32
+}
+
+render_slurmdbd_conf() {
+    cat <<CONF
+DbdHost=localhost
+DbdPort=$(remembered_port slurmdbd 16819)
+SlurmUser=slurm
+AuthType=auth/munge
+AuthInfo=socket=$munge_dir/socket
+PidFile=$slurm_dir/state/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort=$(remembered_port mariadbd 13306)
+StorageUser=slurm
+StoragePass=$(database_password)
+StorageLoc=slurm_acct_db
+CONF
+}
+
+accounts_answer() {
+    timeout 5 sacctmgr -n list cluster >/dev/null 2>&1
+}
+
+ensure_accounting() {
+    ensure_database
+    render_slurmdbd_conf | replace_if_changed "$slurm_dir/slurmdbd.conf" || true
+    chown slurm:slurm "$slurm_dir/slurmdbd.conf"
+    chmod 0600 "$slurm_dir/slurmdbd.conf"
+    ensure_daemon slurmdbd slurm /usr/sbin/slurmdbd -D
+    wait_until 60 accounts_answer || fail "slurmdbd does not respond; see $log_dir/slurmdbd.log"
+}
+
+# Two accounts of the user, and a QOS that permits ten minutes and two GPUs. slurmctld must run: it
+# registers the GPUs.
+make_accounts() {
+    local account
+    [[ -z $(sacctmgr -n list user "$stack_user") ]] || return 0
+    sacctmgr -i add qos short MaxWall=00:10:00 MaxTRESPerUser=gres/gpu=2 >&2
+    for account in research teaching; do
+        sacctmgr -i add account "$account" Description="$account" Organization=test >&2
+        sacctmgr -i add user "$stack_user" Account="$account" QOS=normal,short DefaultQOS=normal >&2
+    done
+}
+
+render_accounting() {
+    accounting || return 0
+    cat <<CONF
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePass=$munge_dir/socket
+AccountingStoragePort=$(remembered_port slurmdbd 16819)
+AccountingStorageEnforce=associations,limits,qos
+AccountingStorageTRES=gres/gpu
+PriorityType=priority/multifactor
+PriorityWeightFairshare=1000
+CONF
 }
 
 # --- configuration --------------------------------------------------------------------------
@@ -108,6 +199,7 @@ NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(remembered_port slurmd-
 PartitionName=gpu Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE DefaultTime=10 MaxTime=1-0
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF DefaultTime=10 MaxTime=1-0
 CONF
+    render_accounting
 }
 
 # slurmd loads a cgroup plugin even if nothing uses it. The plugin for version 1 has no requirements.
@@ -210,12 +302,15 @@ no_jobs() {
 
 up() {
     apt_install slurm-wlm munge iproute2
+    if accounting; then apt_install slurmdbd mariadb-server; fi
     make_munge_key
     make_gpus
     if configure; then stop_slurm_daemons; fi
     ensure_munged
+    if accounting; then ensure_accounting; fi
     ensure_slurm_daemons
     wait_for_cluster
+    if accounting; then make_accounts; fi
     status
 }
 
@@ -231,6 +326,8 @@ status() {
 down() {
     cancel_jobs
     stop_slurm_daemons
+    stop_daemon slurmdbd
+    stop_daemon mariadbd
     stop_daemon munged
 }
 

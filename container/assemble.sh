@@ -14,11 +14,13 @@ is_made() {
 # Usage: put NEW DIR
 # If another process has put the same there meanwhile, it stays: somebody may be copying it.
 put() {
-    is_made "$2" && return
-    if [ -e "$2" ]; then
-        mv -T "$2" "$1.old" 2>/dev/null || :
-    fi
-    mv -T "$1" "$2" 2>/dev/null || is_made "$2" || mv -T "$1" "$2"
+    (
+        flock 9 2>/dev/null || : # not every file system has locks
+        if ! is_made "$2"; then
+            [ ! -e "$2" ] || mv -T "$2" "$1.old" 2>/dev/null || :
+            mv -T "$1" "$2" 2>/dev/null || is_made "$2" || mv -T "$1" "$2"
+        fi
+    ) 9<"$(dirname -- "$2")"
     rm -rf "$1.old"
 }
 

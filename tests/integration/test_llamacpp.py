@@ -74,11 +74,13 @@ FORM = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": 
         ("/v1/rerank", [{"query": "a panda", "documents": ["a bear", "a car"]},
                         {"query": "a panda", "documents": ["a bear", "a car"], "top_n": 1}], 2),
         ("/v1/responses", [
-            {"input": "What is the capital of France?", "instructions": "Answer in one word."},
+            {"input": "What is the capital of France?", "temperature": 0,
+             "instructions": "You are a helpful assistant"},
             {"input": [{"type": "message", "role": "user", "content": "Count to 90."}],
              "max_output_tokens": 2},
-            {"input": "Give me a number.", "max_output_tokens": 60, "response_format": {
-                "type": "json_schema", "json_schema": {"name": "n", "schema": FORM}}},
+            {"input": "Give me a number.", "max_output_tokens": 60, "temperature": 0,
+             "response_format": {
+                 "type": "json_schema", "json_schema": {"name": "n", "schema": FORM}}},
         ], 3),
     ],
 )  # fmt: skip

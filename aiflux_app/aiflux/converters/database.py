@@ -121,12 +121,15 @@ class DatabaseTable:
 
     def _sqlite(self) -> Any:
         name = f"file:{quote(str(self.path.absolute()))}?mode=ro"
+        connection = None
         try:
             connection = sqlite3.connect(name, uri=True)
             connection.text_factory = _decoded
             connection.set_authorizer(_only_read)
             connection.execute("SELECT count(*) FROM sqlite_master")
         except _SQLITE_ERRORS as error:
+            if connection is not None:
+                connection.close()
             raise self._unreadable(error) from error
         return connection
 

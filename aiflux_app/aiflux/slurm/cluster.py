@@ -11,7 +11,7 @@ import grp
 import os
 import pwd
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aiflux.slurm.commands import attempt, clean_environment
@@ -78,18 +78,35 @@ class Node:
 
 
 @dataclass(frozen=True)
+class QosLimits:
+    """What a quality of service permits.
+
+    Attributes:
+        seconds: wall time of a job.
+        resources: the most of each resource (``cpu``, ``mem`` in megabytes, ``node``, ``gres/gpu``,
+            ``gres/gpu:TYPE``) for one job, or for all jobs of a user or group: a job with more than
+            that never starts.
+    """
+
+    seconds: float = UNLIMITED
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Accounts:
     """The user's data in the accounting database.
 
     Attributes:
         default: the default account; None if there is none, or it is unknown.
         names: the accounts that the user can charge.
-        qos: limits on the wall time, in seconds, of every QOS that exists.
+        qos: the limits of every QOS that exists.
+        usable: the QOS that the user can use with each account; the default one is the first.
     """
 
     default: str | None = None
     names: tuple[str, ...] = ()
-    qos: dict[str, float] = field(default_factory=dict)
+    qos: Mapping[str, QosLimits] = field(default_factory=dict)
+    usable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,8 @@ class Facts:
     def enforces(self, what: str) -> bool:
         """Whether accounting enforces ``associations``, ``qos``, ...; some imply associations."""
         words = self.settings.get("AccountingStorageEnforce", "none").lower().split(",")
-        implied = {"limits", "qos", "wckeys", "safe", "all"} if what == "associations" else {"all"}
-        return what in words or bool(implied & {*words})
+        implied = {"associations": {"limits", "qos", "wckeys", "safe"}, "limits": {"safe"}}
+        return not {what, "all", *implied.get(what, ())}.isdisjoint(words)
 
     def partition(self, name: str) -> Partition | None:
         """Return a partition by its name."""
@@ -256,13 +273,38 @@ def _ask_accounts(settings: Mapping[str, str], environment: Mapping[str, str]) -
     asked = ["sacctmgr", "-nP", "show"]
     default = attempt([*asked, "user", user, "format=defaultaccount"], environment)
     cluster = f"cluster={settings.get('ClusterName', '')}"
-    listed = attempt([*asked, "assoc", f"user={user}", cluster, "format=account"], environment)
+    associations = [*asked, "assoc", f"user={user}", cluster, "format=account,defaultqos,qos"]
+    listed = attempt(associations, environment)
     if default is None or listed is None:
         return None
-    qos = attempt([*asked, "qos", "format=name,maxwall"], environment) or ""
-    walls = (line.partition("|") for line in qos.splitlines() if line.strip())
+    fields_ = ",".join(("name", "maxwall", *_LIMITED_RESOURCES))
+    qos = attempt([*asked, "qos", f"format={fields_}"], environment) or ""
+    rows = [line.strip().split("|") for line in listed.splitlines() if line.strip()]
+    limits = [line.split("|") for line in qos.splitlines() if line.strip()]
     return Accounts(
         default.strip().splitlines()[0] if default.strip() else None,
-        tuple(sorted({line.strip() for line in listed.splitlines() if line.strip()})),
-        {name: limit_seconds(wall) for name, _, wall in walls},
+        tuple(sorted({row[0] for row in rows})),
+        {name: QosLimits(limit_seconds(wall), _least(most)) for name, wall, *most in limits},
+        {account: _usable(first, names) for account, first, names in rows},
     )
+
+
+# The resources of one job, of all jobs of a user, of an account, and of all together.
+_LIMITED_RESOURCES = ("maxtres", "maxtrespu", "maxtrespa", "grptres")
+
+
+def _least(texts: Iterable[str]) -> dict[str, float]:
+    """Return the lowest limit of each resource in texts such as ``cpu=8,gres/gpu=2,mem=16G``."""
+    least: dict[str, float] = {}
+    for text in texts:
+        for item in filter(None, text.split(",")):
+            name, _, value = item.partition("=")
+            number = int(value) if value.isdigit() else UNLIMITED
+            amount = megabytes(value) if name == "mem" else number
+            least[name] = min(amount, least.get(name, UNLIMITED))
+    return least
+
+
+def _usable(default: str, names: str) -> tuple[str, ...]:
+    found = [name for name in (default, *names.split(",")) if name]
+    return tuple(dict.fromkeys(found))

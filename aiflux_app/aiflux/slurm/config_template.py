@@ -135,7 +135,7 @@ def _qos(facts: Facts, partition: Partition | None) -> Iterator[str]:
     known = facts.accounts.qos if facts.accounts else {}
     if known:
         limits = (
-            name if limit == UNLIMITED else f"{name} (up to {walltime_text(limit)})"
+            name if limit.seconds == UNLIMITED else f"{name} (up to {walltime_text(limit.seconds)})"
             for name, limit in known.items()
         )
         yield f"there are: {', '.join(limits)}"

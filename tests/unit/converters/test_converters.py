@@ -256,9 +256,8 @@ def test_input_that_is_invalid_in_the_specified_encoding(
     tmp_path: Path, delimiter: str | None
 ) -> None:
     source = write(tmp_path / "in.csv", "id,text\n1,a\n".encode("utf-16-le"))
-    with pytest.raises(
-        InputError, match=r"is not valid utf-16 .* does not start with BOM"
-    ) as error:
+    # Python 3.13 does not mention the missing byte order mark.
+    with pytest.raises(InputError, match=r"is not valid utf-16 at the beginning: .+") as error:
         csv_to_jsonl(
             source, tmp_path / "o", template="{text}", encoding="utf-16", delimiter=delimiter
         )

@@ -145,6 +145,34 @@ def test_closed_partitions_are_found(
         (FakeSite(), {"qos": "short", "time": "05:00:00"}, "than the QOS 'short' allows"),
         (FakeSite(), {"qos": "short", "account": "CHEM"}, None),
         (FakeSite(), {"qos": "normal"}, None),
+        (FakeSite(), {"qos": "short", "gpus_per_node": 2}, None),
+        (
+            FakeSite(),
+            {"qos": "short", "gpus_per_node": 4},
+            "a job requests 4 GPUs, but the QOS 'short' permits 2: it would wait forever",
+        ),
+        (FakeSite(), {"qos": "SHORT", "cpus_per_task": 33}, "33 CPU cores, but the QOS"),
+        (FakeSite(), {"qos": "short", "mem": "65G"}, "66560 MB of memory, but the QOS"),
+        (
+            FakeSite(qos=("normal|01:00:00||||gres/gpu:a100=0",)),
+            {"time": "02:00:00"},
+            "than the QOS 'normal' allows",
+        ),
+        (
+            FakeSite(qos=("normal|||||gres/gpu:a100=0",)),
+            {"gpus_per_node": "a100:1"},
+            "1 GPUs a100, but the QOS 'normal' permits 0",
+        ),
+        (
+            FakeSite(accounts=("physics|normal|normal", "chem|short|short")),
+            {"qos": "short"},
+            "cannot use the QOS 'short' with the account 'physics'",
+        ),
+        (
+            FakeSite(accounts=("physics|normal|normal", "chem|short|short")),
+            {"qos": "short", "account": "chem"},
+            None,
+        ),
     ],
 )
 def test_unknown_accounts_and_qos_are_found(

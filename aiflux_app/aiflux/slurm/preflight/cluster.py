@@ -6,6 +6,7 @@ checked. For sites whose rules are not visible here, there is ``--no-preflight``
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.engine_command import command_words
@@ -21,7 +23,15 @@ from aiflux.core.runs.plan import Plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError
 from aiflux.image.container import find_image
-from aiflux.slurm.cluster import UNLIMITED, Facts, Node, Partition, ask_cluster
+from aiflux.slurm.cluster import (
+    UNLIMITED,
+    Facts,
+    Node,
+    Partition,
+    QosLimits,
+    ask_cluster,
+    megabytes,
+)
 from aiflux.slurm.commands import missing
 from aiflux.slurm.preflight.local import (
     Check,
@@ -191,7 +201,7 @@ def cluster_checks(facts: Facts, slurm: SlurmConfig, nodes: int = 1) -> list[Che
     return [
         lambda: _check_partitions(facts, slurm),
         lambda: _check_account(facts, slurm),
-        lambda: _check_qos(facts, slurm),
+        lambda: _check_qos(facts, slurm, nodes),
         lambda: _check_any_partition(facts, slurm, nodes),
     ]
 
@@ -246,23 +256,59 @@ def _check_account(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
         )
 
 
-def _check_qos(facts: Facts, slurm: SlurmConfig) -> Iterator[Finding]:
-    limits = facts.accounts.qos if facts.accounts else {}
-    if slurm.qos is None or not limits:
+def _check_qos(facts: Facts, slurm: SlurmConfig, nodes: int) -> Iterator[Finding]:
+    accounts = facts.accounts
+    if accounts is None or not accounts.qos:
         return
-    limit = next((limits[name] for name in limits if _contains([name], slurm.qos)), None)
-    if limit is None:
+    account = slurm.account or accounts.default or ""
+    usable = accounts.usable.get(account.lower(), ())
+    qos = slurm.qos or next(iter(usable), None)
+    if qos is None or (slurm.qos is None and facts.rewrites_jobs):
+        return
+    limits = next((accounts.qos[name] for name in accounts.qos if _contains([name], qos)), None)
+    level: Literal["error", "warning"] = "error" if facts.enforces("qos") else "warning"
+    if limits is None:
+        names = ", ".join(sorted(accounts.qos))
+        yield Finding(level, f"this cluster has no QOS {qos!r}", f"--qos NAME (there are: {names})")
+        return
+    if usable and not _contains(usable, qos):
         yield Finding(
-            "error" if facts.enforces("qos") else "warning",
-            f"this cluster has no QOS {slurm.qos!r}",
-            f"--qos NAME (there are: {', '.join(sorted(limits))})",
+            level,
+            f"you cannot use the QOS {qos!r} with the account {account!r}",
+            f"--qos NAME (you can use: {', '.join(usable)})",
         )
-    elif _seconds(slurm) > limit:
+    if _seconds(slurm) > limits.seconds:
         yield Finding(
             "error",
-            f"--time {slurm.time} is more than the QOS {slurm.qos!r} allows",
-            f"use --time {walltime_text(limit)} or less; a run resumes where its time ended",
+            f"--time {slurm.time} is more than the QOS {qos!r} allows",
+            f"use --time {walltime_text(limits.seconds)} or less; a run resumes where its time "
+            "ended",
         )
+    if facts.enforces("limits"):
+        yield from _check_resources(qos, limits, slurm, nodes)
+
+
+def _check_resources(
+    qos: str, limits: QosLimits, slurm: SlurmConfig, nodes: int
+) -> Iterator[Finding]:
+    """Find resources of one job that a QOS never grants: the job would wait forever."""
+    gpus = requested_gpus(slurm)
+    wanted: dict[str, tuple[float, str]] = {
+        "gres/gpu": (sum(gpus.values()) * nodes, "GPUs"),
+        "cpu": ((slurm.cpus_per_task or 0) * nodes, "CPU cores"),
+        "mem": (megabytes(slurm.mem or "") * nodes, "MB of memory"),
+        "node": (nodes, "nodes"),
+        **{f"gres/gpu:{kind}": (n * nodes, f"GPUs {kind}") for kind, n in gpus.items() if kind},
+    }
+    for name, (amount, what) in wanted.items():
+        most = limits.resources.get(name, math.inf)
+        if amount > most:
+            yield Finding(
+                "error",
+                f"a job requests {amount:.0f} {what}, but the QOS {qos!r} permits {most:.0f}: it "
+                "would wait forever",
+                "request less, or use another QOS: --qos NAME",
+            )
 
 
 def _check_any_partition(facts: Facts, slurm: SlurmConfig, nodes: int) -> list[Finding]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.integration.conftest import MODEL, Cluster, User
 
 MEASURE = ["benchmark", "--mix", "classify", "--requests", "6", "--concurrency", "1,2",
            "--model", MODEL]  # fmt: skip
+
+
+def record(place: Path) -> dict[str, Any]:
+    path = place / "classify.benchmark" / "benchmark.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def test_settings_are_measured_in_jobs(
@@ -18,7 +25,8 @@ def test_settings_are_measured_in_jobs(
     shown = user.run(*measure, "--wait", "--write-config", "aiflux.yaml", cwd=place, env=job_env,
                      timeout=400)  # fmt: skip
     assert "recommended: ollama-s2-c" in shown
-    found = json.loads(user.run(*measure, "--json", cwd=place, env=job_env))
+    user.run(*measure, cwd=place, env=job_env)  # nothing is measured again
+    found = record(place)
     assert found["complete"]
     assert found["where"] == "slurm"
     assert [point["concurrency"] for point in found["points"]] == [1, 2]
@@ -39,9 +47,9 @@ def test_engines_are_measured_on_this_machine(
 ) -> None:
     settings = [f"AIFLUX_OLLAMA={ollama}", f"AIFLUX_MODELS_DIR={models}", "AIFLUX_ENGINE=llamacpp",
                 f"AIFLUX_ENGINE_PROGRAM={llama_server}"]  # fmt: skip
-    engines = ["--engine", "ollama,llamacpp", "--slots", "1,2", "--local", "--json"]
-    found = json.loads(user.run("env", *settings, aiflux, *MEASURE, *engines, cwd=place,
-                                timeout=400))  # fmt: skip
+    engines = ["--engine", "ollama,llamacpp", "--slots", "1,2", "--local"]
+    user.run("env", *settings, aiflux, *MEASURE, *engines, cwd=place, timeout=400)
+    found = record(place)
     names = [(point["series"]["engine"], point["figures"]["slots"]) for point in found["points"]]
     assert names == [
         (engine, slots) for engine in ("ollama", "llamacpp") for slots in (1, 2) for _ in "12"

@@ -191,7 +191,9 @@ def _said_to_work(facts: ShardFacts, task: TaskState | None) -> ShardVerdict:
     if task is None:
         reason = "its process is gone" if facts.task is None else "Slurm no longer has its job"
         return ShardVerdict(ShardState.LOST, reason)
-    return ShardVerdict(ShardState.LOST, f"its job ended: {_slurm_words(task)}", task.exit_code)
+    ended_by_slurm = task.name in _INTERRUPTED - {"NODE_FAIL"}
+    state = ShardState.STOPPED if ended_by_slurm else ShardState.LOST
+    return ShardVerdict(state, f"its job ended: {_slurm_words(task)}", task.exit_code)
 
 
 def _without_status(facts: ShardFacts, task: TaskState | None, answered: bool) -> ShardVerdict:

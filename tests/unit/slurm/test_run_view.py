@@ -140,6 +140,13 @@ CASES: dict[str, Case] = {
         "its job ended: OUT_OF_MEMORY",
         "lost",
     ),
+    "cancelled and killed before it could say so": (
+        {"state": "in_progress", "age": 600.0},
+        TaskState("CANCELLED", 0),
+        "stopped",
+        "its job ended: CANCELLED",
+        "stopped",
+    ),
     "node failed": (
         {"state": "in_progress", "age": 600.0},
         TaskState("NODE_FAIL", 1, "NodeDown"),

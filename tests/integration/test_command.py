@@ -133,13 +133,19 @@ def test_an_array_without_an_image_is_resumed_after_a_cancel(
     assert user.none_left()
 
 
+def printed_json(printed: str) -> dict[str, Any]:
+    """Return the JSON in a command's output and messages together."""
+    content: dict[str, Any] = json.JSONDecoder().raw_decode(printed[printed.index("{\n") :])[0]
+    return content
+
+
 def test_slurm_says_when_a_run_starts_and_may_shorten_it(
     user: User, checkout: Path, place: Path, command: list[str | Path], cluster: Cluster
 ) -> None:
     user.write(place / "in.jsonl", questions(40, 4))
     words = ["in.jsonl", "-o", "out.json", *command]
     estimate = [checkout / ".venv/bin/aiflux", "estimate", *words, "--requests", "16", "--json"]
-    free = json.loads(user.run(*estimate, "--wait", cwd=place, timeout=300))
+    free = printed_json(user.run(*estimate, "--wait", cwd=place, timeout=300))
     assert free["seconds_to_start"] <= 60
     blocker = user.run(
         *("sbatch", "--parsable", "--exclusive", "--nodes=2", "--time=0:20:00", "--wrap"),
@@ -147,7 +153,7 @@ def test_slurm_says_when_a_run_starts_and_may_shorten_it(
         cwd=place,
     ).strip()
     cluster.wait_for(blocker, "RUNNING")
-    busy = json.loads(user.run(*estimate, cwd=place))
+    busy = printed_json(user.run(*estimate, cwd=place))
     assert 600 < busy["seconds_to_start"] <= 1260
     assert busy["estimate"]["shards"] == 1
     user.run("scancel", blocker)

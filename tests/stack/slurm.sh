@@ -95,12 +95,12 @@ ensure_accounting() {
     wait_until 60 accounts_answer || fail "slurmdbd does not respond; see $log_dir/slurmdbd.log"
 }
 
-# Two accounts of the user, and a QOS that permits ten minutes and two GPUs. slurmctld must run: it
+# Two accounts of the user, and a QOS that permits ten minutes and one GPU. slurmctld must run: it
 # registers the GPUs.
 make_accounts() {
     local account
     [[ -z $(sacctmgr -n list user "$stack_user") ]] || return 0
-    sacctmgr -i add qos short MaxWall=00:10:00 MaxTRESPerUser=gres/gpu=2 >&2
+    sacctmgr -i add qos short MaxWall=00:10:00 MaxTRESPerUser=gres/gpu=1 >&2
     for account in research teaching; do
         sacctmgr -i add account "$account" Description="$account" Organization=test >&2
         sacctmgr -i add user "$stack_user" Account="$account" QOS=normal,short DefaultQOS=normal >&2

@@ -77,9 +77,9 @@ def test_a_run_is_charged_and_known_after_slurm_forgot_it(
     end = Cluster(accounting).end(job)
     assert (end.state, end.code) == ("COMPLETED", 0)
     assert len(answers(place / "out.json")) == 4
-    asked = ["sacct", "-X", "-n", "-P", "-j", job, "-o", "Account,QOS,State,AllocTRES"]
-    account, qos, state, resources = accounting.run(*asked).strip().split("|")
-    assert (account, qos, state) == ("teaching", "short", "COMPLETED")
+    asked = ["sacct", "-X", "-n", "-P", "-j", job, "-o", "Account,State,AllocTRES"]
+    account, state, resources = accounting.run(*asked).strip().split("|")
+    assert (account, state) == ("teaching", "COMPLETED")
     assert "gres/gpu=1" in resources
     status = json.loads(accounting.run(aiflux, "status", "out.json", "--json", cwd=place))
     assert status["state"] == "finished"

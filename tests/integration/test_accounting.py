@@ -51,6 +51,8 @@ def accounting(user: User) -> Iterator[User]:
         (["--qos", "short", "--time", "1:00:00"], "--time 1:00:00 is more than the QOS 'short'"),
         (["--qos", "short", "--gpus-per-node", "2"],
          "a job requests 2 GPUs, but the QOS 'short' permits 1: it would wait forever"),
+        (["--account", "teaching", "--gpus-per-node", "2"],
+         "a job requests 2 GPUs, but the account 'teaching' permits 1: it would wait forever"),
     ],
 )  # fmt: skip
 def test_what_the_accounts_do_not_permit_is_refused_before_submission(

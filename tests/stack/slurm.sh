@@ -95,8 +95,8 @@ ensure_accounting() {
     wait_until 60 accounts_answer || fail "slurmdbd does not respond; see $log_dir/slurmdbd.log"
 }
 
-# Two accounts of the user, and a QOS that permits ten minutes and one GPU. slurmctld must run: it
-# registers the GPUs.
+# Two accounts of the user, one with one GPU for a job, and a QOS that permits ten minutes and one GPU.
+# slurmctld must run: it registers the GPUs.
 make_accounts() {
     local account
     [[ -z $(sacctmgr -n list user "$stack_user") ]] || return 0
@@ -105,6 +105,7 @@ make_accounts() {
         sacctmgr -i add account "$account" Description="$account" Organization=test >&2
         sacctmgr -i add user "$stack_user" Account="$account" QOS=normal,short DefaultQOS=normal >&2
     done
+    sacctmgr -i modify user "$stack_user" where Account=teaching set MaxTRES=gres/gpu=1 >&2
 }
 
 render_accounting() {

@@ -71,7 +71,7 @@ class FakeSite:
         ]
     )
     default_account: str = "physics"
-    accounts: tuple[str, ...] = ("physics|normal|normal,short", "chem|normal|normal,short")
+    accounts: tuple[str, ...] = ("physics|normal|normal,short|||", "chem|normal|normal,short|||")
     qos: tuple[str, ...] = ("normal|||||", "short|04:00:00|cpu=32,mem=64G|gres/gpu=2||gres/gpu=100")
 
     def install(self, commands: FakeCommands) -> dict[str, str]:

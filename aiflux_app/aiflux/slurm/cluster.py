@@ -78,8 +78,8 @@ class Node:
 
 
 @dataclass(frozen=True)
-class QosLimits:
-    """What a quality of service permits.
+class JobLimits:
+    """What a quality of service, or the association of a user and an account, permits.
 
     Attributes:
         seconds: wall time of a job.
@@ -101,12 +101,14 @@ class Accounts:
         names: the accounts that the user can charge.
         qos: the limits of every QOS that exists.
         usable: the QOS that the user can use with each account; the default one is the first.
+        limits: those of each account, for this user.
     """
 
     default: str | None = None
     names: tuple[str, ...] = ()
-    qos: Mapping[str, QosLimits] = field(default_factory=dict)
+    qos: Mapping[str, JobLimits] = field(default_factory=dict)
     usable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    limits: Mapping[str, JobLimits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -273,8 +275,8 @@ def _ask_accounts(settings: Mapping[str, str], environment: Mapping[str, str]) -
     asked = ["sacctmgr", "-nP", "show"]
     default = attempt([*asked, "user", user, "format=defaultaccount"], environment)
     cluster = f"cluster={settings.get('ClusterName', '')}"
-    associations = [*asked, "assoc", f"user={user}", cluster, "format=account,defaultqos,qos"]
-    listed = attempt(associations, environment)
+    columns = "account,defaultqos,qos,maxwall,maxtres,grptres"
+    listed = attempt([*asked, "assoc", f"user={user}", cluster, f"format={columns}"], environment)
     if default is None or listed is None:
         return None
     fields_ = ",".join(("name", "maxwall", *_LIMITED_RESOURCES))
@@ -284,9 +286,11 @@ def _ask_accounts(settings: Mapping[str, str], environment: Mapping[str, str]) -
     return Accounts(
         default.strip().splitlines()[0] if default.strip() else None,
         tuple(sorted({row[0] for row in rows})),
-        {name: QosLimits(limit_seconds(wall), _least(most)) for name, wall, *most in limits},
-        {account: _usable(first, names) for account, first, names in rows},
-    )
+        {name: JobLimits(limit_seconds(wall), _least(most)) for name, wall, *most in limits},
+        {account: _usable(first, names) for account, first, names, *_ in rows},
+        {account: JobLimits(limit_seconds(wall), _least(most))
+         for account, _, _, wall, *most in rows},
+    )  # fmt: skip
 
 
 # The resources of one job, of all jobs of a user, of an account, and of all together.

@@ -164,13 +164,28 @@ def test_closed_partitions_are_found(
             "1 GPUs a100, but the QOS 'normal' permits 0",
         ),
         (
-            FakeSite(accounts=("physics|normal|normal", "chem|short|short")),
+            FakeSite(accounts=("physics|normal|normal|||", "chem|short|short|||")),
             {"qos": "short"},
             "cannot use the QOS 'short' with the account 'physics'",
         ),
         (
-            FakeSite(accounts=("physics|normal|normal", "chem|short|short")),
+            FakeSite(accounts=("physics|normal|normal|||", "chem|short|short|||")),
             {"qos": "short", "account": "chem"},
+            None,
+        ),
+        (
+            FakeSite(accounts=("physics|normal|normal||cpu=64,gres/gpu=1|", "chem|||||")),
+            {"gpus_per_node": 2},
+            "2 GPUs, but the account 'physics' permits 1: it would wait forever",
+        ),
+        (
+            FakeSite(accounts=("physics|normal|normal|01:00:00||",)),
+            {"time": "02:00:00"},
+            "--time 02:00:00 is more than the account 'physics' allows",
+        ),
+        (
+            FakeSite(accounts=("physics|normal|normal||cpu=64|cpu=2", "chem|normal|normal|||")),
+            {"account": "chem", "cpus_per_task": 4},
             None,
         ),
     ],

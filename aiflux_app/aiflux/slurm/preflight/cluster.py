@@ -26,9 +26,9 @@ from aiflux.image.container import find_image
 from aiflux.slurm.cluster import (
     UNLIMITED,
     Facts,
+    JobLimits,
     Node,
     Partition,
-    QosLimits,
     ask_cluster,
     megabytes,
 )
@@ -202,6 +202,7 @@ def cluster_checks(facts: Facts, slurm: SlurmConfig, nodes: int = 1) -> list[Che
         lambda: _check_partitions(facts, slurm),
         lambda: _check_account(facts, slurm),
         lambda: _check_qos(facts, slurm, nodes),
+        lambda: _check_association(facts, slurm, nodes),
         lambda: _check_any_partition(facts, slurm, nodes),
     ]
 
@@ -277,21 +278,43 @@ def _check_qos(facts: Facts, slurm: SlurmConfig, nodes: int) -> Iterator[Finding
             f"you cannot use the QOS {qos!r} with the account {account!r}",
             f"--qos NAME (you can use: {', '.join(usable)})",
         )
+    yield from _check_time(f"QOS {qos!r}", limits, slurm)
+    if facts.enforces("limits"):
+        yield from _check_resources(f"QOS {qos!r}", "--qos NAME", limits, slurm, nodes)
+
+
+def _check_association(facts: Facts, slurm: SlurmConfig, nodes: int) -> Iterator[Finding]:
+    """Check the limits of the user's account; those of a QOS take precedence (man sacctmgr)."""
+    accounts = facts.accounts
+    if accounts is None or slurm.qos is not None or not facts.enforces("limits"):
+        return
+    account = (slurm.account or accounts.default or "").lower()
+    limits = accounts.limits.get(account)
+    if limits is not None and not (slurm.account is None and facts.rewrites_jobs):
+        what = f"account {account!r}"
+        yield from _check_time(what, limits, slurm)
+        yield from _check_resources(what, "--account NAME", limits, slurm, nodes)
+
+
+def _check_time(what: str, limits: JobLimits, slurm: SlurmConfig) -> Iterator[Finding]:
     if _seconds(slurm) > limits.seconds:
         yield Finding(
             "error",
-            f"--time {slurm.time} is more than the QOS {qos!r} allows",
+            f"--time {slurm.time} is more than the {what} allows",
             f"use --time {walltime_text(limits.seconds)} or less; a run resumes where its time "
             "ended",
         )
-    if facts.enforces("limits"):
-        yield from _check_resources(qos, limits, slurm, nodes)
 
 
 def _check_resources(
-    qos: str, limits: QosLimits, slurm: SlurmConfig, nodes: int
+    what: str, option: str, limits: JobLimits, slurm: SlurmConfig, nodes: int
 ) -> Iterator[Finding]:
-    """Find resources of one job that a QOS never grants: the job would wait forever."""
+    """Find resources of one job that are never granted: it would wait forever.
+
+    Args:
+        what: what has the limits.
+        option: names another one.
+    """
     gpus = requested_gpus(slurm)
     wanted: dict[str, tuple[float, str]] = {
         "gres/gpu": (sum(gpus.values()) * nodes, "GPUs"),
@@ -300,14 +323,14 @@ def _check_resources(
         "node": (nodes, "nodes"),
         **{f"gres/gpu:{kind}": (n * nodes, f"GPUs {kind}") for kind, n in gpus.items() if kind},
     }
-    for name, (amount, what) in wanted.items():
+    for name, (amount, unit) in wanted.items():
         most = limits.resources.get(name, math.inf)
         if amount > most:
             yield Finding(
                 "error",
-                f"a job requests {amount:.0f} {what}, but the QOS {qos!r} permits {most:.0f}: it "
-                "would wait forever",
-                "request less, or use another QOS: --qos NAME",
+                f"a job requests {amount:.0f} {unit}, but the {what} permits {most:.0f}: it would "
+                "wait forever",
+                f"request less, or use another: {option}",
             )
 
 

@@ -9,9 +9,8 @@ llama.cpp (``src/llama-vocab.cpp``, build 11669), which the models' own tokenize
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from typing import Any
 
 from aiflux.errors import ConfigError, ModelError
 from aiflux.models.gguf import GgufHeader, read_gguf
-from aiflux.util.extras import need
+from aiflux.util.extras import need, variable_set
 from aiflux.util.text import error_text, whole_text
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -161,18 +160,9 @@ class ModelTokenizer:
         return self.count(text.removeprefix(self.start), special=True)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> AbstractContextManager[None]:
     """Keep the library ``tokenizers`` from starting threads, after which nothing may fork."""
-    before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_PARALLELISM]
-        else:
-            os.environ[_PARALLELISM] = before
+    return variable_set(_PARALLELISM, "false")
 
 
 def gguf_tokenizer(path: Path, *, templated: bool) -> ModelTokenizer:

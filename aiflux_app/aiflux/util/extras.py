@@ -65,7 +65,8 @@ def need(module: str, extra: str, purpose: str) -> Any:
     if package in _LOADED_BYTES and package not in sys.modules:
         require_memory(_LOADED_BYTES[package])
     try:
-        with _one_blas_thread():
+        # numpy without threads for linear algebra, which nothing here uses
+        with variable_set(_BLAS_THREADS, "1"):
             return import_module(module)
     except ImportError as error:
         raise exhausted(error) or ConfigError(
@@ -75,17 +76,17 @@ def need(module: str, extra: str, purpose: str) -> Any:
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Load numpy without threads for linear algebra, which nothing here uses."""
-    before = os.environ.get(_BLAS_THREADS)
-    os.environ[_BLAS_THREADS] = "1"
+def variable_set(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable of this process, which libraries read, and restore it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[_BLAS_THREADS]
+            del os.environ[name]
         else:
-            os.environ[_BLAS_THREADS] = before
+            os.environ[name] = before
 
 
 def remedy(extra: str, *, has_pip: bool) -> str:

@@ -320,6 +320,25 @@ def test_shards_are_added_for_free_nodes(
     assert len(_plan(capsys)["shards"]) == 4
 
 
+def test_a_run_that_the_site_refuses_has_an_estimate(
+    slurm: FakeCommands, place: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The pilot is short enough for the site; the full run as given is not."""
+    (place / "site.yaml").write_text("limits: {time: '02:00:00'}\n", encoding="utf-8")
+    monkeypatch.setenv("AIFLUX_SITE_CONFIG", str(place / "site.yaml"))
+    asked = [*SLURM, "--time", "10:00:00"]
+    assert main(asked) == 0
+    do_the_pilot(seconds=60.0)
+    cluster_of(slurm, nodes=4)
+    capsys.readouterr()
+    assert main(asked) == 0
+    printed = capsys.readouterr()
+    assert "recommended: one job of " in printed.out
+    assert "start, if submitted now" not in printed.out
+    assert "the full run is refused until this is solved: time is 10:00:00" in printed.err
+
+
 def test_no_shards_are_added_if_the_wait_is_most_of_the_time(
     slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ from aiflux.errors import (
     InputError,
     OutputExistsError,
     StoppedError,
+    UsageError,
 )
 from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, Range, keep_estimate
 from aiflux.estimates.estimate import estimate as make_estimate
@@ -140,7 +141,10 @@ def estimate_run(asked: Asked) -> int:
             return 0
     found, wait = _estimate(one, drawn), None
     if asked.where == SLURM:
-        found, wait = _scheduled(asked, found)
+        try:
+            found, wait = _scheduled(asked, found)
+        except UsageError as error:  # the pilot was smaller than the run; its estimate is good
+            _print_refused(error)
     command = _full_command(one, found)
     if asked.as_json:
         waiting = {} if wait is None else {"seconds_to_start": round(wait)}
@@ -152,7 +156,11 @@ def estimate_run(asked: Asked) -> int:
 
 
 def _scheduled(asked: Asked, found: Estimate) -> tuple[Estimate, float | None]:
-    """Return the estimate with the shards that end first, and the seconds until they start."""
+    """Return the estimate with the shards that end first, and the seconds until they start.
+
+    Raises:
+        UsageError: the full run would be refused.
+    """
     from aiflux.slurm.limits import most_shards, site_limits
     from aiflux.slurm.start_time import ending_first
     from aiflux.slurm.submit import job_script
@@ -341,7 +349,11 @@ def _print_refusals(all_: Sequence[PlannedPilot]) -> None:
         if isinstance(error, OutputExistsError):
             print(f"note: --force overwrites the output: {error.message}", file=sys.stderr)
         else:
-            print(f"note: the full run is refused until this is solved: {error}", file=sys.stderr)
+            _print_refused(error)
+
+
+def _print_refused(error: UsageError) -> None:
+    print(f"note: the full run is refused until this is solved: {error}", file=sys.stderr)
 
 
 def _estimate(one: PlannedPilot, drawn: Drawn) -> Estimate:

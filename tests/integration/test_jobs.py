@@ -218,8 +218,9 @@ def test_scancel_leaves_no_process_and_the_same_command_resumes(
     done = journal.read_bytes().count(b"\n")
     assert 2 <= done < 14
     status = shard_status(place)
-    assert status["status"] == "cancelled"
-    assert "signal SIGTERM" in cluster.log(job, place)
+    log = cluster.log(job, place)
+    assert status["status"] == "cancelled", log
+    assert "signal SIGTERM" in log
     again = submitted(user.run(*command, cwd=place, env=job_env))
     assert cluster.end(again).code == 0
     assert list(answers(place / "out.json")) == [f"r{index}" for index in range(14)]

@@ -186,7 +186,7 @@ DefMemPerCPU=1024
 MaxArraySize=8
 
 JobRequeue=1
-KillWait=10
+KillWait=30
 InactiveLimit=0
 MinJobAge=300
 ReturnToService=2

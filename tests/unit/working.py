@@ -157,7 +157,10 @@ class Working:
         return self.output.with_name(self.output.name + ".aiflux") / "journal" / "shard-0000.jsonl"
 
     @property
+    def status_file(self) -> Path:
+        return self.output.with_name(self.output.name + ".aiflux") / "status" / "shard-0000.json"
+
+    @property
     def status(self) -> dict[str, Any]:
-        path = self.output.with_name(self.output.name + ".aiflux") / "status" / "shard-0000.json"
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
         return content

@@ -137,7 +137,7 @@ def judge(facts: ShardFacts, task: TaskState | None, answered: bool) -> ShardVer
     if facts.word in _WORKING:
         return _said_to_work(facts, task)
     if facts.word in _ENDED:
-        state = ShardState.STOPPING if facts.process_lives else _ENDED[facts.word]
+        state = ShardState.STOPPING if facts.process_lives or facts.lives else _ENDED[facts.word]
         return ShardVerdict(state, _ended(facts), facts.exit_code)
     return _without_status(facts, task, answered)
 

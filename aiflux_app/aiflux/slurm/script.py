@@ -56,7 +56,7 @@ class JobScript:
     shard: int = 0
     tasks: str | None = None
     first: int = 0
-    drain_seconds: float = 30.0
+    drain_seconds: float = 20.0
     max_requeues: int = 20
     engine_ca: str | None = None
     model_paths: tuple[Path, ...] = ()
@@ -360,7 +360,7 @@ def job_directives(
     *,
     tasks: str | None = None,
     nodes: int = 1,
-    drain_seconds: float = 30.0,
+    drain_seconds: float = 20.0,
 ) -> Iterator[str]:
     """Yield the ``#SBATCH`` lines of a job.
 

@@ -222,14 +222,25 @@ class _ShardWork:
         self._sync_status()
         self.context.reporter.show(self.stats, final=True)
         if self.stats.done < self.shard.requests:
-            reason = stopper.reason or "the job's time is nearly over"
             change = None if stopper.stopping else change_of(self.plan.input)
             if change is not None:  # the lines ended before the planned number of requests
                 raise changed_input(self.plan, change)
-            raise StoppedError(
-                f"stopped ({reason}) with {self.stats.done} of {self.shard.requests} requests done",
-                "run the same command again to resume",
-            )
+            raise self._stopped()
+
+    def note_stop(self) -> None:
+        """Record a stop before the engines end, which can take longer than Slurm allows.
+
+        Slurm kills a cancelled job ``KillWait`` (30 s by default) after its first signal.
+        """
+        if self.context.stopper.stopping and self.stats.done < self.shard.requests:
+            self._end("cancelled", self._stopped())
+
+    def _stopped(self) -> StoppedError:
+        reason = self.context.stopper.reason or "the job's time is nearly over"
+        return StoppedError(
+            f"stopped ({reason}) with {self.stats.done} of {self.shard.requests} requests done",
+            "run the same command again to resume",
+        )
 
     def _finish(self) -> None:
         self._sync_status()
@@ -376,6 +387,7 @@ class _ModelWork:
             for each in self.supervisors:
                 each.start()
             self.pool.join(self._tick)
+            self.shard.note_stop()
         finally:
             for watch in self.load_watches:
                 watch.close()

@@ -34,24 +34,29 @@ class Stopper:
         self.time_is_up = False
         self.since = 0.0
         self._raises = False
-        self._event = threading.Event()
+        self._stopping = False
+        # Reentrant: a signal's handler can run while its own thread is within `stop`.
+        self._changed = threading.Condition(threading.RLock())
 
     @property
     def stopping(self) -> bool:
         """Whether the worker should stop."""
-        return self._event.is_set()
+        return self._stopping
 
     def wait(self, seconds: float) -> bool:
         """Wait until the worker should stop; return False if it should not in this time."""
-        return self._event.wait(seconds)
+        with self._changed:
+            return self._changed.wait_for(lambda: self._stopping, seconds)
 
     def stop(self, reason: str, *, time_is_up: bool = False) -> None:
         """Request a graceful stop."""
-        if not self._event.is_set():
-            self.reason = reason
-            self.time_is_up = time_is_up
-            self.since = time.monotonic()
-            self._event.set()
+        with self._changed:
+            if not self._stopping:
+                self.reason = reason
+                self.time_is_up = time_is_up
+                self.since = time.monotonic()
+                self._stopping = True
+                self._changed.notify_all()
 
     def ignore_usr1_until(self, moment: float) -> None:
         """Ignore SIGUSR1, which Slurm may send a minute early, until a Unix time."""
@@ -86,7 +91,7 @@ class Stopper:
         if number == signal.SIGUSR1 and self._clock() < self._heed_usr1_from:
             return
         name = signal.Signals(number).name
-        first = not self._event.is_set()
+        first = not self._stopping
         self.stop(f"signal {name}", time_is_up=number == signal.SIGUSR1)
         if self._raises and number != signal.SIGUSR1:
             self._raises = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from aiflux.slurm.monitor import (
     read_facts,
 )
 from aiflux.slurm.run_view import RunState, RunView, assemble, outcome
-from aiflux.util.lease import identity
+from aiflux.util.lease import acquire, identity
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.made_runs import MadeRun
 
@@ -205,6 +206,14 @@ def test_the_state_of_a_shard_follows_from_its_files_and_slurm(made: MadeRun, ca
     ends = {"stopped", "failed", "lost"}
     assert view.ended == (of_run in ends)
     assert (view.next_command is not None) == (of_run in ends)
+
+
+def test_a_worker_that_recorded_its_stop_is_stopping_until_it_has_ended(made: MadeRun) -> None:
+    made.submit()
+    made.status(0, "cancelled", ended="stopped", host=socket.gethostname(), pid=os.getpid())
+    with acquire(made.run.lease(0), "a test"):
+        assert shard_of(look(made)) == ("stopping", "stopped")
+    assert shard_of(look(made)) == ("stopped", "stopped")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,8 @@ from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 from tests.unit.working import Working
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def contents(working: Working) -> list[str | None]:
@@ -181,6 +185,23 @@ def test_a_stop_drains_and_the_same_command_resumes(tmp_path: Path) -> None:
         assert again.run() is ExitCode.OK
     assert contents(again) == [f"echo {prompt}" for prompt in prompts]
     assert set(engine.seen.values()) == {1}
+
+
+def test_a_stop_is_recorded_before_the_engines_end(tmp_path: Path) -> None:
+    """Slurm can kill the worker while it waits for an engine that does not end."""
+    script, seen = tmp_path / "engine.sh", tmp_path / "seen.json"
+    server = shlex.join([sys.executable, str(TOOLS / "command_server.py"), "--model", "m:1"])
+    working = Working(tmp_path, None, engine_command=f"bash {script} {{port}}", concurrency=1)
+    working.prompts(*[f"p{index}" for index in range(40)])
+    script.write_text(
+        f"{server} --delay 0.05 --port $1 & trap 'cp {working.status_file} {seen}; exit' TERM\n"
+        "wait\n"
+    )
+    working.stop_soon()
+    assert working.run() is ExitCode.STOPPED
+    then = json.loads(seen.read_text())
+    assert then["status"] == working.status["status"] == "cancelled"
+    assert then["request_counts"] == working.status["request_counts"]
 
 
 def test_requests_that_exceed_the_grace_time_were_not_attempted(tmp_path: Path) -> None:

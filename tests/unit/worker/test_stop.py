@@ -76,6 +76,38 @@ def test_the_early_warning_of_the_time_limit_stops_nothing_at_once(stopper: Stop
     assert stopper.time_is_up
 
 
+def test_a_signal_while_a_stop_is_requested_does_not_block_it() -> None:
+    """A handler runs in the main thread wherever that is, also within `stop` itself."""
+    program = """
+import os, signal, sys
+from aiflux.worker.stop import Stopper
+stopper = Stopper()
+stopper.install()
+steps = 0
+def send(frame, event, argument):
+    global steps
+    steps += 1
+    if steps == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    frame.f_trace_opcodes = True
+    return send
+sys.settrace(send)
+stopper.stop("a test")
+sys.settrace(None)
+assert stopper.stopping
+print(steps)
+"""
+    step, steps = 0, 1
+    while step < steps:
+        step += 1
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(step)],
+            check=False, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        steps = int(done.stdout)
+
+
 @pytest.fixture
 def engine() -> Iterator[FaultyEngine]:
     with FaultyEngine() as engine:

@@ -182,7 +182,7 @@ class RunOptions:
     )
     drain_seconds: float = setting(
         parse.number(0),
-        30.0,
+        20.0,  # Slurm kills a cancelled job after KillWait, 30 s by default
         "Time that requests in flight get to finish after a signal",
         metavar="SECONDS",
     )

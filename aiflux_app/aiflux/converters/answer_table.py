@@ -397,7 +397,7 @@ class AnswerTable:
     def options(self, record: AskRecord, failed: int) -> BackOptions:
         """Return how the results are joined with the source.
 
-        Several answers to each row (``--samples``) have a column each.
+        Several answers to each row (``--samples``, ``n``) have a column each.
 
         Args:
             failed: number of failed requests: if there are any, the table has a column for them.
@@ -405,13 +405,14 @@ class AnswerTable:
         question = record.question
         again = readable_again(question.kind)
         samples = read_plan(self.run).options.samples or 1
+        several = samples > 1 or "n" in (question.asked.get("params") or {})
         return BackOptions(
             source=question.source if again else None,
             kind=question.kind,
             reader=question.asked,
             answer_column=question.answer_column,
             json_fields=question.fields or None,
-            choices=COLUMNS if samples > 1 else FIRST,
+            choices=COLUMNS if several else FIRST,
             custom_ids=False,
             in_order=True,
             errors=failed > 0 or (again and record.skipped > 0),

@@ -80,10 +80,13 @@ def rows_of(path: str) -> list[dict[str, str]]:
 # --- the table --------------------------------------------------------------------------------
 
 
-def test_several_answers_to_a_row_are_columns(place: Path, engine: FaultyEngine) -> None:
+@pytest.mark.parametrize("option", ["--samples=3", "--param=n=3"])
+def test_several_answers_to_a_row_are_columns(
+    place: Path, engine: FaultyEngine, option: str
+) -> None:
     engine.choices = 1
     write(place / "in.csv", "id,text\n1,a\n2,b\n")
-    assert ask(engine, "--samples", "3", template="{text}") == 0
+    assert ask(engine, option, template="{text}") == 0
     first, second = rows_of("out.csv")
     assert first.keys() == {"id", "text", "answer", "answer_2", "answer_3"}
     assert {name: first[name].split()[0] for name in ("answer", "answer_2", "answer_3")} == {

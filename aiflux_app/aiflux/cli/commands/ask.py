@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from aiflux.api.refusal import undone_if_refused
-from aiflux.cli.commands.convert import EXCLUSIVE, convert, read_prompt
+from aiflux.cli.commands.convert import EXCLUSIVE, convert, read_param, read_prompt
 from aiflux.cli.commands.results import summary_lines
 from aiflux.cli.commands.run import RunArguments, open_here, submit
 from aiflux.cli.commands.status import follow
@@ -218,6 +218,8 @@ class _Converter:
         asked |= {name: as_asked(value) for name, value in prompt.items()}
         if not readable_again(kind) and "keep" in params:
             values["keep"] = ("*",)
+        if "params" in asked:
+            asked["params"] = dict(map(read_param, asked["params"] or ()))
         schema = asked.get("schema")
         if schema is not None:
             asked["schema"] = response_format(schema)["json_schema"]["schema"]

@@ -131,7 +131,12 @@ def _turn(turn: str | tuple[str, str]) -> tuple[str, str]:
     return role.strip(), text
 
 
-def _param(text: str) -> tuple[str, Any]:
+def read_param(text: str) -> tuple[str, Any]:
+    """Return the field and the value of ``--param KEY=JSON``.
+
+    Raises:
+        UsageError: it has another form.
+    """
     key, equals, value = text.partition("=")
     try:
         if not (key and equals):
@@ -329,7 +334,7 @@ class _Given:
         )
         self.target = _Target(output, dry_run, force, as_json, take)
         prompt = read_prompt(given)
-        params = dict(_param(text) for text in given.pop("params"))
+        params = dict(read_param(text) for text in given.pop("params"))
         self.options = {**given, **prompt, "params": params}
 
     def made_with(self, function: Callable[..., Summary], **more: Any) -> int:

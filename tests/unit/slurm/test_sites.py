@@ -19,7 +19,7 @@ COMMON = [
     "--output=/o/logs/slurm-%j.out",
     "--open-mode=append",
     "--requeue",
-    "--signal=B:USR1@90",
+    "--signal=B:USR1@80",
 ]
 EXPECTED = {
     "gpus": [

@@ -91,6 +91,7 @@ def send(frame, event, argument):
         os.kill(os.getpid(), signal.SIGTERM)
     frame.f_trace_opcodes = True
     return send
+sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for it in settrace only
 sys.settrace(send)
 stopper.stop("a test")
 sys.settrace(None)

@@ -258,6 +258,7 @@ def test_an_interrupt_at_any_instruction_leaves_nothing(tmp_path: Path) -> None:
         count = left = len(outcomes) + 1
         before = sys.gettrace()
         try:
+            sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for it in settrace only
             sys.settrace(interrupt)
             with atomic_write(target) as file:
                 file.write(b"whole")

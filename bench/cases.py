@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import real_engines, tables
-from bench.children import Usage, engine, run, worker
+from bench import estimates, real_engines, tables
+from bench.children import ROOT, Usage, engine, run, worker
 from bench.decoding import Cost, Decoder, floor, mixed_lengths
 from bench.gpu.measuring import CLIENTS
 from bench.peers import Llmflux, plain_loop
@@ -23,6 +26,7 @@ _MB = 1_000_000
 _MEAN_LENGTH = 43
 _CLIMB = 15
 _SHARE = 0.97
+_ENGINES, _EACH = 8, 8
 
 
 @dataclass
@@ -191,7 +195,37 @@ def ceiling(bench: Bench) -> list[Row]:
                 bench.peer.problem if peer is None else f"{peer[1] * 1000:.2f} ms",
             )
         )
-    return rows
+    say(f"ceiling: {_ENGINES} engines")
+    rate = statistics.median(_rate_of_engines(bench, 4 * count) for _ in range(repeats))
+    title = f"requests/s, zero latency, {_ENGINES} engines, {_EACH} in flight in each"
+    return [*rows, Row(title, f"{rate:,.0f}", ">= 8,000", rate >= 8000)]
+
+
+def _rate_of_engines(bench: Bench, count: int) -> float:
+    """Return requests/s by several engines of one job, from when all of them have answered."""
+    source = bench.input([200] * count)
+    output = source.with_name("out.json")
+    server = shlex.join([sys.executable, "-m", "bench.engine"])
+    run(
+        [sys.executable, "-m", "aiflux.worker", str(source), str(output),
+         "--engine-command", f"{server} --port {{port}}", "--concurrency", str(_EACH)],
+        limit=600,
+        environ={
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(_ENGINES))),
+            "AIFLUX_ALLOW_CPU": "1",
+            "PYTHONPATH": str(ROOT),
+        },
+    )  # fmt: skip
+    first: dict[int, float] = {}
+    ends: list[float] = []
+    for entry in json.loads(output.read_bytes()):
+        metadata = entry["metadata"]
+        ends.append(datetime.fromisoformat(metadata["timestamp"]).timestamp())
+        first[metadata["engine"]] = min(ends[-1], first.get(metadata["engine"], ends[-1]))
+    if len(first) < _ENGINES:
+        raise RuntimeError(f"only {len(first)} of {_ENGINES} engines answered")
+    begin, end = max(first.values()), max(ends)
+    return sum(moment > begin for moment in ends) / (end - begin)
 
 
 def _rate_of(bench: Bench, count: int, runner: Runner) -> tuple[float, float, int]:
@@ -399,12 +433,18 @@ def converting(bench: Bench) -> list[Row]:
     )
 
 
+def estimated(bench: Bench) -> list[Row]:
+    """Measure how often the interval of an estimate has the figure of the run; needs a cluster."""
+    return estimates.measure(bench.scratch(), 3 if bench.quick else 50)
+
+
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "occupancy": occupancy,
     "adaptive": adaptive,
     "ceiling": ceiling,
     "reading": reading,
     "converting": converting,
+    "estimates": estimated,
     "start": start,
     "help": cli,
     "memory": memory,

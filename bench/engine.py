@@ -213,14 +213,14 @@ class Connection(asyncio.Protocol):
             )
 
 
-async def serve(slots: int, cost: Cost, others: Others) -> None:
-    """Serve on a free loopback port, which is printed, until SIGTERM or SIGINT."""
+async def serve(slots: int, cost: Cost, others: Others, port: int = 0) -> None:
+    """Serve on a loopback port (0: a free one), which is printed, until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     service: Service = Simulated(slots, cost, others) if slots else Instant()
-    server = await loop.create_server(lambda: Connection(service), "127.0.0.1", 0, backlog=_BACKLOG)
+    server = await loop.create_server(lambda: Connection(service), "127.0.0.1", port, backlog=_BACKLOG)
     try:
         print(server.sockets[0].getsockname()[1], flush=True)
         await stopped.wait()
@@ -235,12 +235,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=0)
     parser.add_argument("--base", type=float, default=Cost.base, help="seconds of every step")
     parser.add_argument("--each", type=float, default=Cost.each, help="seconds for each sequence")
+    parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--others", type=int, default=0, help="another user's requests in flight")
     parser.add_argument("--others-start", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--others-end", type=float, default=0.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     others = Others(arguments.others, arguments.others_start, arguments.others_end)
-    asyncio.run(serve(arguments.slots, Cost(arguments.base, arguments.each), others))
+    asyncio.run(serve(arguments.slots, Cost(arguments.base, arguments.each), others, arguments.port))
 
 
 if __name__ == "__main__":

@@ -401,7 +401,7 @@ def running(user: User, aiflux: Path, place: Path, models: Path, *more: str) -> 
         yield engine_of(run.pid)
     finally:
         run.send_signal(signal.SIGTERM)
-        run.communicate(timeout=60)
+        run.communicate(timeout=180)
 
 
 CALL = """
@@ -428,7 +428,7 @@ def as_outsider(command: list[str]) -> list[str]:
 def reaches(address: str, port: int) -> bool:
     """Return whether another user of this machine can connect to an address."""
     command = as_outsider(["/usr/bin/python3", "-c", ASK, address, str(port)])
-    done = subprocess.run(command, capture_output=True, check=False, cwd="/", timeout=30)
+    done = subprocess.run(command, capture_output=True, check=False, cwd="/", timeout=120)
     return done.returncode == 0
 
 

@@ -188,7 +188,7 @@ def test_two_jobs_on_one_node_at_once(
         )  # fmt: skip
         jobs.append(submitted(printed))
     for job in jobs:
-        cluster.wait_for(job, "RUNNING", "COMPLETING", "COMPLETED", timeout=30)
+        cluster.wait_for(job, "RUNNING", "COMPLETING", "COMPLETED", timeout=120)
     for job, name in zip(jobs, ("one", "two"), strict=True):
         end = cluster.end(job)
         assert end.code == 0, cluster.log(job, place)
@@ -211,7 +211,7 @@ def test_scancel_leaves_no_process_and_the_same_command_resumes(
             break
         time.sleep(0.2)
     user.run("scancel", job)
-    end = cluster.end(job, timeout=60)
+    end = cluster.end(job, timeout=180)
     assert end.state == "CANCELLED"
     assert user.none_left(), user.processes()
     assert not (place / "out.json").exists()

@@ -173,7 +173,7 @@ def test_an_interrupted_pull_is_resumed(
     wait_until(lambda: site.partial() > 0, process)
     assert f"pull in progress: {site.name}" in site.run("models", "list", "--here")
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert (process.returncode, words in printed) == (code, True), printed
     assert missing_parts(site.models, parse_model_name(site.name)) == ["manifest"]
     assert not (site.models / "blobs").exists(), "runs do not see the unfinished model"
@@ -193,7 +193,7 @@ def test_a_pull_in_the_image_ends_with_the_signal(site: Site) -> None:
     )  # fmt: skip
     wait_until(lambda: site.partial() > 0, process)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert (process.returncode, "finished results are kept" in printed) == (5, True), printed
     assert missing_parts(site.models, parse_model_name(site.name)) == ["manifest"]
 

@@ -297,7 +297,7 @@ def test_repeated_signals_stop_the_worker_cleanly(
     running.wait_for(10)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         running.process.send_signal(number)
-    code, printed = running.end(timeout=60)
+    code, printed = running.end(timeout=180)
     assert code == 5, printed
     assert "run the same command again" in printed
     assert shard_status(place)["status"] == "cancelled"

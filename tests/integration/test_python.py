@@ -69,7 +69,7 @@ def test_a_job_that_waits_is_cancelled(
     user.write(place / "in.jsonl", lines(FRANCE))
     later = START[:-1] + ", sbatch_arg={'begin': 'now+1hour'})"
     shown = runs(user, python, place, job_env, later, SHOW, "print(json.dumps(run.cancel()))",
-                 "run.wait(timeout=60)", SHOW, "print(json.dumps(run.cancel()))")  # fmt: skip
+                 "run.wait(timeout=180)", SHOW, "print(json.dumps(run.cancel()))")  # fmt: skip
     assert shown == [["waiting", 0, 1], True, ["stopped", 0, 1], False]
 
 
@@ -79,7 +79,7 @@ def test_a_run_in_the_image_outlives_the_program(
     user.write(place / "in.jsonl", lines(*_MANY))
     here = START.replace("mem='2G'", "local=True, allow_cpu=True")
     begun = runs(user, python, place, job_env, here, SHOW, UNTIL.format("run.status().done"),
-                 "print(json.dumps(run.cancel()))", "run.wait(timeout=60)", SHOW)  # fmt: skip
+                 "print(json.dumps(run.cancel()))", "run.wait(timeout=180)", SHOW)  # fmt: skip
     assert begun[0] == ["running", 0, 0]
     assert begun[1] is True
     assert begun[2][0] == "stopped"

@@ -221,7 +221,7 @@ def test_a_tunnel_survives_preemption(
             "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=1",
             "--exclusive", "--mem=1G", "--time=1", "--output=urgent.out", "--wrap", "sleep 8",
         ).strip()  # fmt: skip
-        cluster.wait_for(job, "PENDING", timeout=60)
+        cluster.wait_for(job, "PENDING", timeout=180)
         assert serving.listed("two")["state"] == "pending"
         assert "requeue" in serving.listed("two")["why"]
         cluster.end(urgent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from aiflux.engines.llamacpp.model_file import find_files
 from tests.integration.conftest import MODEL, REPOSITORY, STACK_DIR, Cluster, User, answers
@@ -59,6 +61,22 @@ def loaded(user: User, kind: str, prefix: Path, then: str, cwd: Path) -> str:
     return user.run("bash", "-c", script, env={"MODULEPATH": str(folder)}, cwd=cwd)
 
 
+def run_by_website(
+    user: User, prefix: Path, place: Path, cluster: Cluster, server: str, model: Path
+) -> None:
+    """Submit the template of Open OnDemand's Job Composer as that does: copied, with sbatch."""
+    website = place / "website"
+    user.run("cp", "-r", TEMPLATES.parent / "ondemand", website)
+    manifest = yaml.safe_load((website / "manifest.yml").read_text(encoding="utf-8"))
+    user.write(website / "aiflux.yaml", json.dumps({"engine_command": server}))
+    small = "--gpus-per-node=0 --mem=2G --cpus-per-task=1 --time=0:10:00"
+    submit = f"export MODEL_NAME={shlex.quote(str(model))}; sbatch --parsable {small}"
+    printed = loaded(user, "lmod", prefix, f"{submit} {manifest['script']}", website)
+    job = printed.split()[-1]
+    assert cluster.end(job).code == 0, cluster.log(job, website)
+    assert "Paris" in answers(website / "results.json")["france"]
+
+
 def test_a_module_gives_an_ordinary_user_the_shared_installation(
     user: User, prefix: Path, place: Path, cluster: Cluster, llama_server: Path, models: Path
 ) -> None:
@@ -75,11 +93,11 @@ def test_a_module_gives_an_ordinary_user_the_shared_installation(
     server = SERVER.replace("llama-server", str(llama_server), 1)
     run = ["aiflux", "run", "in.jsonl", "-o", "out.json", "--model",
            str(find_files(models, MODEL).model), "--engine-command", server, *SMALL]  # fmt: skip
-    printed = loaded(user, "lmod", prefix, shlex.join([*run, "--shards", "2"]), place)
-    job = printed.split("submitted job ")[1].split(":")[0]
-    assert cluster.end(job).code == 0, printed
+    both = shlex.join([*run, "--shards", "2"])
+    loaded(user, "lmod", prefix, f"{both} && aiflux watch out.json", place)
     assert len(answers(place / "out.json")) == 4
     assert sorted(prefix.rglob("*")) == before, "a run writes nothing there"
+    run_by_website(user, prefix, place, cluster, server, find_files(models, MODEL).model)
     other = user.write(place / "other.yaml", "limits: {shards: 99}\n")
     for words in ("", f"AIFLUX_SITE_CONFIG={shlex.quote(str(other))} "):
         more = shlex.join([*run, "--shards", "3", "-o", "b.json"])

@@ -220,7 +220,9 @@ async def serve(slots: int, cost: Cost, others: Others, port: int = 0) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     service: Service = Simulated(slots, cost, others) if slots else Instant()
-    server = await loop.create_server(lambda: Connection(service), "127.0.0.1", port, backlog=_BACKLOG)
+    server = await loop.create_server(
+        lambda: Connection(service), "127.0.0.1", port, backlog=_BACKLOG
+    )
     try:
         print(server.sockets[0].getsockname()[1], flush=True)
         await stopped.wait()
@@ -241,7 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--others-end", type=float, default=0.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     others = Others(arguments.others, arguments.others_start, arguments.others_end)
-    asyncio.run(serve(arguments.slots, Cost(arguments.base, arguments.each), others, arguments.port))
+    cost = Cost(arguments.base, arguments.each)
+    asyncio.run(serve(arguments.slots, cost, others, arguments.port))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Compare estimates with the runs that follow them: is the actual figure in the interval?
 
-Each workload is estimated by ``aiflux estimate`` and then run, both as Slurm jobs with the simulated
-engine as ``--engine-command``. The workloads differ in length, spread and order of their answers,
-in slots, and in whether prompts are longer where answers are.
+Each workload is estimated by ``aiflux estimate`` and then run, both as Slurm jobs with the
+simulated engine as ``--engine-command``. The workloads differ in length, spread and order of their
+answers, in slots, and in whether prompts are longer where answers are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import random
 import shlex
 import shutil
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ class Workload:
         mean: tokens of the median answer.
         spread: standard deviation of the length's logarithm.
         order: ``mixed``, ``sorted`` or ``late``: the last quarter is three times as long.
-        told: prompts are longer where answers are.
+        longer: prompts are longer where answers are.
     """
 
     seed: int
@@ -48,7 +47,7 @@ class Workload:
     mean: float
     spread: float
     order: str
-    told: bool
+    longer: bool
 
     @classmethod
     def of(cls, seed: int) -> Workload:
@@ -73,7 +72,7 @@ class Workload:
         for number, length in enumerate(lengths):
             late = self.order == "late" and number >= 0.75 * self.requests
             tokens = min(10 * LONGEST, max(1, int(3 * length if late else length)))
-            words = tokens if self.told else source.randrange(1, 200)
+            words = tokens if self.longer else source.randrange(1, 200)
             yield request_line(number, tokens, "word " * words)
 
     def command(self) -> str:

@@ -230,7 +230,10 @@ def test_an_edited_input_runs_only_what_changed(tmp_path: Path) -> None:
         working = Working(tmp_path, engine.url).prompts("a", "b", "c")
         assert working.run() is ExitCode.OK
         working.prompts("a", "B", "c", "d")
-        assert working.run() is ExitCode.USAGE, "the output exists"
+        assert working.run() is ExitCode.USAGE
+        assert working.error is not None
+        assert "the input has changed since" in working.error.message
+        assert "--force sends the new and changed requests only" in str(working.error.remedy)
         assert working.run(force=True) is ExitCode.OK
     assert dict(engine.seen) == {"a": 1, "b": 1, "c": 1, "B": 1, "d": 1}
     assert contents(working) == ["echo a", "echo B", "echo c", "echo d"]

@@ -94,7 +94,7 @@ _then_option = option(
 @option("--local", is_flag=True, help="Run on this machine, in the foreground")
 @option("--dry-run", is_flag=True, help="Check and plan the run, but do not start it")
 @option("--show-script", is_flag=True, help="Print the batch script with --dry-run", rare=True)
-@option("--force", is_flag=True, help="Overwrite an existing output")
+@option("--force", is_flag=True, help="Replace an existing output; start a finished run over")
 @option(
     "--force-resume",
     is_flag=True,

@@ -42,7 +42,7 @@ from aiflux.core.runs.status_file import (
     read_status,
     run_status,
 )
-from aiflux.errors import ConfigError, ModelError, RunConflictError
+from aiflux.errors import ConfigError, ModelError, OutputExistsError, RunConflictError
 from aiflux.models.name import shown_digest
 from aiflux.util.files import (
     expanded,
@@ -230,7 +230,16 @@ def draft_of(plan: Plan, *, force: bool = False, force_resume: bool = False) -> 
         return RunDraft(plan, run, earlier, counts)
     replace = force or counts is not None or (earlier is not None and may_replace(plan, run))
     if not replace:
-        refuse_existing(*output_paths(plan.output))
+        try:
+            refuse_existing(*output_paths(plan.output))
+        except OutputExistsError as error:
+            if earlier is None or finished_counts(earlier, run) is None:
+                raise
+            raise OutputExistsError(
+                f"the input has changed since {plan.output} was written",
+                "--force sends the new and changed requests only, keeps the other answers and "
+                "writes the output again; or choose another output",
+            ) from error
     restart = counts is not None and not options.retry_failed
     if earlier is not None and not (restart or force_resume):
         if changed is not None:

@@ -15,7 +15,7 @@ from aiflux import __version__
 from aiflux.core.batch.input_file import change_of
 from aiflux.core.batch.results_file import output_paths
 from aiflux.core.runs.directory import RunDirectory, user_output
-from aiflux.core.runs.journal import is_sample, journal_lines
+from aiflux.core.runs.journal import is_part, journal_lines
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import (
     StatusDetails,
@@ -172,7 +172,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
 def _results(plan: Plan, run: RunDirectory) -> int:
     """Return the number of results in the journals, with those of earlier plans and attempts."""
     journals = (journal_lines(run.journal(shard.index)) for shard in plan.shards)
-    return sum(not is_sample(line) for journal in journals for _, line in journal)
+    return sum(not is_part(line) for journal in journals for _, line in journal)
 
 
 def _seal_check(shard: int, status: StatusFile | None) -> SealCheck:

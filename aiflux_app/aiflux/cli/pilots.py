@@ -17,10 +17,10 @@ from aiflux.cli.render.run import typed
 from aiflux.cli.start import run_here, run_local, show_local_choices, submit_planned
 from aiflux.core.batch.input_file import InputSummary, scan_input
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.settings import SKIP, RunOptions
+from aiflux.core.config.settings import CHUNK, SKIP, RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.input_copy import plain_input
-from aiflux.core.runs.open import draft_of, draft_run
+from aiflux.core.runs.open import draft_of, draft_run, with_long_prompts
 from aiflux.core.runs.plan import Plan, input_rules, make_plan
 from aiflux.core.runs.status_file import read_status
 from aiflux.engines.kinds import engine_kind
@@ -114,8 +114,9 @@ class PlannedPilot:
     @property
     def options(self) -> RunOptions:
         """The pilot's options: the context of the full run, and any number of failures."""
+        too_long = CHUNK if self.whole.options.too_long == CHUNK else SKIP
         options = replace(
-            self.whole.options, max_failures="100%", retry_failed=False, too_long=SKIP
+            self.whole.options, max_failures="100%", retry_failed=False, too_long=too_long
         )
         if not engine_kind(options).managed:
             return options
@@ -181,7 +182,10 @@ def plan_pilots(all_: Sequence[Asked]) -> list[PlannedPilot]:
 def _plan_pilot(asked: Asked, options: RunOptions, summary: InputSummary) -> PlannedPilot:
     output = checked_output(asked.output)
     RunDirectory.of_output(output).refuse_foreign()
-    whole = make_plan(summary, output, options, asked.config.models_dir, engine_kind(options))
+    kind = engine_kind(options)
+    whole = make_plan(summary, output, options, asked.config.models_dir, kind)
+    if options.too_long == CHUNK:  # the number of parts determines the work
+        whole, _ = with_long_prompts(whole, summary, kind)
     pilot = Pilot.of_output(output, asked.engine)
     pilot.run.refuse_foreign()
     return PlannedPilot(asked, whole, summary, pilot)

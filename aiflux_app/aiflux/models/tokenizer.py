@@ -144,6 +144,11 @@ class ModelTokenizer:
         (encoding,) = self.tokenizer.encode_batch_fast([whole_text(text)], add_special_tokens=own)
         return len(encoding) + (self.added or 0) * special
 
+    def ends(self, text: str) -> list[int]:
+        """Return where each token of a text ends, in characters; special tokens are not added."""
+        (encoding,) = self.tokenizer.encode_batch([whole_text(text)], add_special_tokens=False)
+        return [end for _, end in encoding.offsets]
+
     def count_chat(
         self, messages: Sequence[Any], more: Mapping[str, Any] = MappingProxyType({})
     ) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from aiflux.core.batch.request import load_json
 from aiflux.core.batch.results_file import token_counts
-from aiflux.core.runs.journal import CUT, EMPTY, is_sample, split_line
+from aiflux.core.runs.journal import CUT, EMPTY, is_part, split_line
 from aiflux.util.times import unix_seconds
 
 _MOST_BARS = 120
@@ -400,7 +400,7 @@ def tally(lines: Iterable[tuple[bytes, bytes]]) -> Tally:
     """
     reader = _JournalReader()
     for key, line in lines:
-        if not is_sample(line):
+        if not is_part(line):
             reader.read(key, line)
     return reader.tally
 

@@ -54,7 +54,7 @@ from aiflux.worker.outage import (
     is_common,
     may_pass,
 )
-from aiflux.worker.samples import WHOLE, Samples
+from aiflux.worker.request_parts import WHOLE, RequestParts
 from aiflux.worker.scheduler import CRASHES_BEFORE_ALONE, Lane, Scheduler, Task
 from aiflux.worker.stats import Stats
 from aiflux.worker.validation import Checking
@@ -344,7 +344,7 @@ class Pool:
             if job is None:
                 return
             task, lane = job
-            found = task if task.samples is None else self._sample(task, task.samples, lane)
+            found = task if task.parts is None else self._part(task, task.parts, lane)
             if found is not None:
                 self._begin(found, lane, ready)
 
@@ -387,30 +387,29 @@ class Pool:
             self._why = "threads (ulimit -u, ulimit -v)"
             self._report_limit()
 
-    def _sample(self, task: Task, samples: Samples, lane: Lane) -> Task | None:
-        """Return what to send for a request that asks for several answers; None for nothing.
+    def _part(self, task: Task, parts: RequestParts, lane: Lane) -> Task | None:
+        """Return what to send for a request that is answered in parts; None for nothing.
 
-        The rest of the request is handed out again, so that its answers are in flight side by side.
+        The rest of the request is handed out again, so that its parts are in flight side by side.
         """
-        if samples.failed:
+        if parts.failed:
             self._scheduler.set_aside(task, lane)
             return None
-        if task.sample is not None:  # it is sent again
+        if task.part is not None:  # it is sent again
             return task
         one_each = self._links[lane.index].kind.generates_n is False
         one_each = one_each or task.request.url in self._one_each
-        if not (one_each or samples.begun or samples.refused):
-            task.sample = WHOLE
+        if not (one_each or parts.begun or parts.refused):
+            task.part = WHOLE
             return task
-        number = samples.take()
-        if number is None:  # an earlier start asked for more answers
-            self._journal.append(samples.together())
-            self._stats.recorded(Outcome(Kind.ANSWERED), task.request.custom_id)
+        number = parts.take()
+        if number is None:  # an earlier start asked for all of them, and for more
+            self._record_together(task, parts.together(), Outcome(Kind.ANSWERED))
             self._scheduler.done(task, lane)
             return None
-        if samples.left:
+        if parts.left:
             self._scheduler.restore(task, first=True)
-        return Task(task.request, task.key, samples.payload(number), samples=samples, sample=number)
+        return Task(task.request, task.key, parts.payload(number), parts=parts, part=number)
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Run a thread's work; an exception in it ends the pool."""
@@ -571,13 +570,11 @@ class Pool:
 
     def _may_refuse_n(self, task: Task, link: Engine, verdict: Outcome) -> bool:
         """Return whether a server may have failed a request because it asks for several answers."""
-        return (
-            task.sample == WHOLE and link.kind.generates_n is None and verdict.status in _REFUSES_N
-        )
+        return task.part == WHOLE and link.kind.generates_n is None and verdict.status in _REFUSES_N
 
     def _ask_one_by_one(self, task: Task, lane: Lane) -> None:
-        if task.samples is not None:
-            task.samples.refused = True
+        if task.parts is not None:
+            task.parts.refused = True
         self._ask_for_rest(task)
         self._scheduler.set_aside(task, lane)
 
@@ -655,8 +652,8 @@ class Pool:
             self._record(task, lane, verdict, seconds)
         else:
             self._stats.asked_again(verdict)
-            if task.samples is not None and task.sample not in (None, WHOLE):
-                task.payload = task.samples.payload(task.sample, task.unfit)
+            if task.parts is not None and task.part not in (None, WHOLE):
+                task.payload = task.parts.payload(task.part, task.unfit)
             self._scheduler.retry(task, lane, 0.0)
 
     def _crashed(
@@ -713,35 +710,47 @@ class Pool:
             error=verdict.error if failed else None,
             body=verdict.body,
         )
-        if task.samples is not None:
-            self._store_sample(task, task.samples, verdict, result)
+        if task.parts is not None:
+            self._store_part(task, task.parts, verdict, result)
             return
         self._journal.append(result)
         self._stats.recorded(verdict, task.request.custom_id)
 
-    def _store_sample(
-        self, task: Task, samples: Samples, verdict: Outcome, result: NewResult
+    def _store_part(
+        self, task: Task, parts: RequestParts, verdict: Outcome, result: NewResult
     ) -> None:
-        """Record one of several answers, or the result of their request if it is decided."""
-        number = WHOLE if task.sample is None else task.sample
-        found = samples.add(number, result)
-        if found is not None:
-            self._journal.append(found)
+        """Record one of several parts, or the result of their request if it is decided."""
+        number = WHOLE if task.part is None else task.part
+        found = parts.add(number, result)
         if found is not None and found.key == task.key:
-            whole = replace(verdict, empty=found.metadata.get(EMPTY))
-            self._stats.recorded(whole, task.request.custom_id)
+            self._record_together(task, found, verdict)
         else:
-            self._stats.sampled(verdict)
+            if found is not None:
+                self._journal.append(found)
+            self._stats.part_recorded(verdict)
             if number == WHOLE:
                 self._ask_for_rest(task)
         # It refused the request for all answers, or gave fewer of them.
-        ignored = number == WHOLE and samples.begun
-        if result.error is None and (samples.refused or ignored):
+        ignored = number == WHOLE and parts.begun
+        if result.error is None and (parts.refused or ignored):
             self._one_each.add(task.request.url)
 
+    def _record_together(self, task: Task, result: NewResult, last: Outcome) -> None:
+        """Record the result of a request that was answered in parts.
+
+        Args:
+            last: the outcome of its last part.
+        """
+        self._journal.append(result)
+        whole = replace(last, empty=result.metadata.get(EMPTY))
+        if result.error is not None and last.kind is Kind.ANSWERED:
+            code, message = result.error["code"], result.error["message"]
+            whole = replace(last, kind=Kind.FAILED, code=code, message=message)
+        self._stats.recorded(whole, task.request.custom_id)
+
     def _ask_for_rest(self, task: Task) -> None:
-        """Ask for the missing answers one by one."""
-        rest = Task(task.request, task.key, task.payload, samples=task.samples)
+        """Ask for the missing parts one by one."""
+        rest = Task(task.request, task.key, task.payload, parts=task.parts)
         self._scheduler.restore(rest, first=True)
 
     def _metadata(self, task: Task, lane: Lane, verdict: Outcome, seconds: float) -> dict[str, Any]:

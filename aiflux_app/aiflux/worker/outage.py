@@ -256,7 +256,7 @@ class OutageWatch:
         """Note a failed attempt; return whether a probe is due."""
         with self._lock:
             row = self._rows.setdefault((engine, task.request.url), _Streak())
-            row.tasks[task.key, task.sample] = task
+            row.tasks[task.key, task.part] = task
             return len({key for key, _ in row.tasks}) >= row.enough
 
     def note_alive(self, engine: int, url: str) -> None:

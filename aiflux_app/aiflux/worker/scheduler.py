@@ -15,8 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Protocol
 
+from aiflux.core.batch.prompt_split import Split
 from aiflux.core.batch.request import (
     RESPONSES,
     WITH_CHOICES,
@@ -26,11 +28,13 @@ from aiflux.core.batch.request import (
     parse_request,
     request_key,
 )
-from aiflux.core.runs.journal import JournalReader, ResultIndex, sample_key
+from aiflux.core.runs.journal import JournalReader, ResultIndex, part_key
 from aiflux.core.runs.plan import Plan, Shard, changed_input, input_rules
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
 from aiflux.util.lines import read_lines
+from aiflux.worker.chunks import Chunks
+from aiflux.worker.request_parts import RequestParts
 from aiflux.worker.samples import Samples
 
 CRASHES_BEFORE_ALONE = 2
@@ -47,8 +51,8 @@ class Task:
         attempts: HTTP exchanges that count as attempts.
         crashes: engine crashes while it was in flight.
         unfit: answers that did not match its schema.
-        samples: the answers, if the request asks for several.
-        sample: the number of the answer that this task asks for, or ``WHOLE``; None before that is
+        parts: its parts, if it is answered in parts.
+        part: the number of the part that this task asks for, or ``WHOLE``; None before that is
             decided.
         began: monotonic time of the first attempt.
         sent: monotonic time of the latest attempt.
@@ -62,8 +66,8 @@ class Task:
     unfit: int = 0
     began: float = 0.0
     sent: float = 0.0
-    samples: Samples | None = None
-    sample: int | None = None
+    parts: RequestParts | None = None
+    part: int | None = None
 
 
 class Limit(Protocol):
@@ -328,13 +332,22 @@ class Source:
 
     Args:
         index: the results of earlier starts.
+        splits: of the requests whose prompts are too long, by the offsets of their lines.
     """
 
-    def __init__(self, plan: Plan, shard: Shard, index: ResultIndex, reader: JournalReader) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        shard: Shard,
+        index: ResultIndex,
+        reader: JournalReader,
+        splits: Mapping[int, Split] = MappingProxyType({}),
+    ) -> None:
         self._plan = plan
         self._shard = shard
         self._index = index
         self._reader = reader
+        self._splits = splits
         self._kind = engine_kind(plan.options)
         self._rules = input_rules(self._kind, plan.options)
         self._adapters = {each.name: at for at, each in enumerate(plan.adapters)}
@@ -352,10 +365,10 @@ class Source:
 
     def tasks(self, model: str) -> Iterator[Task]:
         """Yield the requests of one model that have no result yet, in input order."""
-        for number, _, raw in self._lines():
+        for number, offset, raw in self._lines():
             key = request_key(raw)
             if self._earlier(key) is None:
-                for task in self._task(number, raw, key, model):
+                for task in self._task(number, offset, raw, key, model):
                     self._restore(task)
                     yield task
 
@@ -363,15 +376,15 @@ class Source:
         """Return a request to an endpoint that succeeded in an earlier start, if any."""
         if not self._index.done:
             return None
-        for number, _, raw in self._lines():
+        for number, offset, raw in self._lines():
             key = request_key(raw)
             if self._earlier(key) is True:
-                for task in self._task(number, raw, key, model):
+                for task in self._task(number, offset, raw, key, model):
                     if task.request.url == url:
                         return task
         return None
 
-    def _task(self, number: int, raw: bytes, key: bytes, model: str) -> Iterator[Task]:
+    def _task(self, number: int, offset: int, raw: bytes, key: bytes, model: str) -> Iterator[Task]:
         """Yield a request if it is for the model."""
         plan = self._plan
         served = plan.served(model)
@@ -379,17 +392,22 @@ class Source:
         if len(plan.models) == 1 or self._kind.same_model(request.model or model, model):
             parameters = plan.options.parameters_of(served)
             body = build_body(request, served, parameters, self._kind, self._adapters)
-            samples = Samples.of(key, request.custom_id, request.url, body)
-            yield Task(request, key, json.dumps(body).encode(), samples=samples)
+            name, url = request.custom_id, request.url
+            chunks = Chunks.of(key, name, url, body, self._splits.get(offset))
+            parts = chunks or Samples.of(key, name, url, body)
+            # Of a prompt that is too long, a part shows whether the engine answers at all.
+            payload = json.dumps(body).encode() if chunks is None else chunks.payload(0)
+            yield Task(request, key, payload, parts=parts)
 
     def _restore(self, task: Task) -> None:
-        """Add the answers of earlier starts to a request that asks for several."""
-        if task.samples is None or not self._index.done:
+        """Add the parts of earlier starts to a request that is answered in parts."""
+        parts = task.parts
+        if parts is None or not self._index.done:
             return
-        for number in range(task.samples.wanted):
-            found = self._reader.get(sample_key(task.key, number))
+        for number in range(parts.form.wanted):
+            found = self._reader.get(part_key(task.key, parts.form.name(number)))
             if found is not None:
-                task.samples.restore(number, found)
+                parts.restore(number, found)
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         return read_lines(self._plan.input_path, self._shard.start, self._shard.end)

@@ -27,6 +27,7 @@ from aiflux.core.runs.plan import (
     refuse_changed_input,
     same_work,
 )
+from aiflux.core.runs.splits_file import read_splits
 from aiflux.core.runs.status_file import SlurmJob, Status, StatusDetails, read_status
 from aiflux.engines import server_load
 from aiflux.engines.base import Engine, EngineSpec, FetchContext
@@ -161,7 +162,8 @@ class _ShardWork:
         path = run.journal(shard.index)
         index = scan_journal(path)
         self.reader = JournalReader(path, index)
-        self.source = Source(plan, shard, index, self.reader)
+        splits = read_splits(plan, run, shard)
+        self.source = Source(plan, shard, index, self.reader, splits)
         completed, failed = self.source.count_done()
         self.stats = Stats(shard.requests, completed, failed)
         facts = _facts(plan, context)

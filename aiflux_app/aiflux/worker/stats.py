@@ -40,7 +40,7 @@ class Stats:
         self.retries = 0
         self.crashes = 0
         self.unfit = 0
-        self.samples = 0
+        self.parts = 0
         self.empty: Counter[str] = Counter()
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -72,10 +72,10 @@ class Stats:
             self.prompt_tokens += verdict.prompt_tokens
             self.completion_tokens += verdict.completion_tokens
 
-    def sampled(self, verdict: Outcome) -> None:
-        """Record one of several answers to a request."""
+    def part_recorded(self, verdict: Outcome) -> None:
+        """Record one of several parts of a request."""
         with self._lock:
-            self.samples += 1
+            self.parts += 1
             self.prompt_tokens += verdict.prompt_tokens
             self.completion_tokens += verdict.completion_tokens
 
@@ -101,8 +101,8 @@ class Stats:
 
     @property
     def progressed(self) -> bool:
-        """Whether this start has a result, or one of several answers to a request."""
-        return bool(self._new or self.samples)
+        """Whether this start has a result, or one of several parts of a request."""
+        return bool(self._new or self.parts)
 
     def expected_duration(self) -> float:
         """Return the 90 % quantile of request durations in seconds; 0 before the first answer."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from aiflux.api.report import read_report
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.journal import is_sample, journal_lines
+from aiflux.core.runs.journal import is_part, journal_lines
 from aiflux.core.runs.plan import read_plan
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ExitCode
@@ -44,8 +44,8 @@ def expected(prompt: str, wanted: int, seed: int = 7) -> list[str]:
     return [f"{prompt} {seed + number}" for number in range(wanted)]
 
 
-def samples_in(journal: Path) -> int:
-    return sum(is_sample(line) for _, line in journal_lines(journal))
+def parts_in(journal: Path) -> int:
+    return sum(is_part(line) for _, line in journal_lines(journal))
 
 
 @settings(max_examples=12, deadline=None)
@@ -82,7 +82,7 @@ def test_a_server_that_gives_all_answers_is_asked_once_and_its_answer_kept(tmp_p
         working = Working(tmp_path, engine.url).prompts("a", "b", n=3)
         assert working.run() is ExitCode.OK
         assert engine.seen == {"a": 1, "b": 1}
-    assert not samples_in(working.journal)
+    assert not parts_in(working.journal)
     assert "samples" not in working.results[0]["metadata"]
 
 
@@ -213,7 +213,7 @@ def test_a_stopped_run_asks_for_the_missing_answers_only(tmp_path: Path, choices
         working = Working(tmp_path, engine.url, concurrency=2).prompts("a", "b", n=9, seed=7)
         working.stop_soon(results=3)
         assert working.run() is ExitCode.STOPPED
-        kept = samples_in(working.journal)
+        kept = parts_in(working.journal)
         before = len(engine.bodies)
         assert kept >= 3
         again = Working(tmp_path, engine.url, concurrency=2)
@@ -239,8 +239,8 @@ def test_a_journal_cut_anywhere_resumes_with_each_answer_once(
     (place / "out.json.aiflux" / "status").mkdir()
     plan = place / "out.json.aiflux" / "plan.json"
     plan.write_text(plan.read_text("utf-8").replace(str(finished), str(place)), "utf-8")
-    kept = [key for key, line in journal_lines(working.journal) if is_sample(line)]
-    done = {key for key, line in journal_lines(working.journal) if not is_sample(line)}
+    kept = [key for key, line in journal_lines(working.journal) if is_part(line)]
+    done = {key for key, line in journal_lines(working.journal) if not is_part(line)}
     left = sum(key not in done for key in kept)
     with FaultyEngine(choices=0) as engine:
         again = Working(place, engine.url)
@@ -257,7 +257,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FaultyEngine(choices=0) as engine:
         working = Working(place, engine.url).prompts(*(f"p{at}" for at in range(4)), n=4, seed=7)
         assert working.run() is ExitCode.OK
-    assert samples_in(working.journal) == 12, "the last answer to each is in its result"
+    assert parts_in(working.journal) == 12, "the last answer to each is in its result"
     return place
 
 

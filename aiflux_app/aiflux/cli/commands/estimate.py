@@ -59,6 +59,7 @@ from aiflux.estimates.estimate import LOCAL, SLURM, Estimate, Range, keep_estima
 from aiflux.estimates.estimate import estimate as make_estimate
 from aiflux.estimates.pilot import FEWEST, REQUESTS, Drawn, observe
 from aiflux.estimates.recommendation import Recommendation, recommend
+from aiflux.slurm.preflight.local import check_lengths, finding_text
 from aiflux.util.records import to_json
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def estimate(
 def estimate_run(asked: Asked) -> int:
     """Process the rest of the pilot; print the estimate, or the job's progress."""
     (one,) = plan_pilots([asked])
+    _print_lengths([one])
     (drawn,) = draw([one])
     if not one.pilot.done():
         if asked.where != SLURM:
@@ -223,6 +225,7 @@ def _estimate_engines(asked: Sequence[Asked]) -> int:
     """Run a pilot with each engine; print the estimates side by side, or the jobs' progress."""
     refuse_one_program(local=asked[0].local)
     all_ = plan_pilots(asked)
+    _print_lengths(all_)
     if asked[0].where == LOCAL:
         for one in all_:
             with named_engine(one.asked):
@@ -341,6 +344,14 @@ def _full_command(one: PlannedPilot, found: Estimate) -> str:
         "local": asked.local or None,
     }
     return full_command(given, slurm, found)
+
+
+def _print_lengths(all_: Sequence[PlannedPilot]) -> None:
+    """Print in how many parts the full run sends prompts that are too long."""
+    plans = [one.whole for one in all_ if one.whole.long_prompts is not None]
+    texts = [finding_text(finding) for plan in plans for finding in check_lengths(plan)]
+    for text in dict.fromkeys(texts):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _print_refusals(all_: Sequence[PlannedPilot]) -> None:

@@ -13,7 +13,7 @@ from aiflux.cli.render.run import typed
 from aiflux.cli.render.verification import verification_lines
 from aiflux.cli.run_argument import make_console, run_argument, show
 from aiflux.core.config.config import Config, SlurmConfig
-from aiflux.core.config.settings import SEND, RunOptions, given_settings
+from aiflux.core.config.settings import CHUNK, SEND, RunOptions, given_settings
 from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
 from aiflux.core.runs.status_file import Counts, StatusDetails, finished_counts, read_status
@@ -49,7 +49,8 @@ class PlannedSample(PlannedPilot):
     @property
     def options(self) -> RunOptions:
         """The options of the run; what was sent once is sent again, however long it is."""
-        return replace(super().options, too_long=SEND)
+        split = self.whole.options.too_long == CHUNK
+        return replace(super().options, too_long=CHUNK if split else SEND)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from aiflux.converters.results.answers import prompt_text
 from aiflux.core.batch.request import parse_json
 from aiflux.core.batch.results_file import Result
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.journal import RawResult, is_sample, split_line, valid_line
+from aiflux.core.runs.journal import RawResult, is_part, split_line, valid_line
 from aiflux.util.lines import read_lines
 from aiflux.util.text import terminal_line
 from aiflux.worker.progress import TerminalReporter
@@ -63,7 +63,7 @@ class FirstAnswers:
                 if not line.endswith(b"\n"):
                     return  # it is being written
                 self._read[journal] = self._read.get(journal, 0) + len(line)
-                if valid_line(line) and not is_sample(line):
+                if valid_line(line) and not is_part(line):
                     yield split_line(line)
 
     def _entry(self, result: RawResult) -> tuple[str, str, Result]:

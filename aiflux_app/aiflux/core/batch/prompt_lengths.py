@@ -1,4 +1,4 @@
-"""Find prompts that are longer than the context, before the run.
+"""Find prompts that are longer than the context, before the run, and split them.
 
 A text of N bytes has at most N tokens: only requests that could be too long are counted, with the
 model's own tokenizer.
@@ -20,6 +20,7 @@ from aiflux.core.batch.input_file import (
     estimate_prompt,
     scored_texts,
 )
+from aiflux.core.batch.prompt_split import Fit, NoSplitError, Split, split_prompt
 from aiflux.core.batch.request import COMPLETIONS, RESPONSES, WITHOUT_TEXT, endpoint_url, load_json
 from aiflux.errors import AifluxError, ConfigError, InputError, ModelError
 from aiflux.models.tokenizer import LARGEST_EXPANSION, ModelTokenizer, one_thread
@@ -69,6 +70,9 @@ class LongPrompts:
         tokens: of the prompts on these lines.
         uncounted: why the figures are estimates; "" if the model's tokenizer counted them.
         remedy: how to count them.
+        parts: number of parts in which the prompts that are too long are sent; 0 if they are not
+            split.
+        splits: digest of the file that has their boundaries.
     """
 
     context: int
@@ -81,6 +85,8 @@ class LongPrompts:
     tokens: tuple[int, ...] = ()
     uncounted: str = field(default="", metadata=OMITTED)
     remedy: str = field(default="", metadata=OMITTED)
+    parts: int = field(default=0, metadata=OMITTED)
+    splits: str = field(default="", metadata=OMITTED)
 
     @property
     def counted(self) -> bool:
@@ -110,6 +116,7 @@ class LongPrompts:
             "shorten them",
             *filter(None, [self.longer_context]),
             "--too-long skip (leave them out; each result has an error)",
+            "--too-long chunk (send them in parts)",
         ]
         if not self.longer_context and self.maximum:
             options.append(f"a model with more than {self.maximum:,} tokens of context")
@@ -129,6 +136,31 @@ class LongPrompts:
             ),
             count=self.too_long,
         )
+
+    def uncounted_error(self, named: Path) -> InputError:
+        """Return the error for prompts that cannot be split, because they are only estimated."""
+        noun = "prompt" if self.too_long == 1 else "prompts"
+        how = f"{self.remedy}; or " if self.remedy else ""
+        return InputError(
+            f"about {self.too_long:,} {noun} in {str(named)!r} ({self.where}) may be too long for "
+            f"the context of {self.context:,} tokens, and only the model's tokenizer can split "
+            f"them (--too-long chunk): {self.uncounted}",
+            f"{how}use another --too-long",
+            count=self.too_long,
+        )
+
+
+@dataclass(frozen=True)
+class Unsplit:
+    """A request that is too long and cannot be split.
+
+    Attributes:
+        offset: of its line in the input.
+    """
+
+    offset: int
+    custom_id: str
+    reason: str
 
 
 class _Counter:
@@ -163,7 +195,22 @@ class _Counter:
         """Return the tokens that an answer may have; 1 if it has no limit."""
         if url in WITHOUT_TEXT:
             return 0
-        return answer_tokens(body) or self.limit.answer or 1
+        return self._limited_answer(body) or 1
+
+    def _limited_answer(self, body: Mapping[str, Any]) -> int:
+        return answer_tokens(body) or self.limit.answer
+
+    def split(self, url: str, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> Split:
+        """Split a request that is too long.
+
+        Raises:
+            NoSplitError: it cannot be split.
+        """
+        if self._tokenizer is None:
+            raise NoSplitError("its tokens are only estimated")
+        answer = self._limited_answer(body)
+        fit = Fit(self.limit.context, answer, self._tokenizer, self.count, defaults)
+        return split_prompt(url, body, fit)
 
 
 ChooseModel = Callable[[str | None], str | None]
@@ -177,11 +224,48 @@ class FoundPrompts:
     Attributes:
         offsets: of their lines in the input.
         tokens: of each.
+        splits: of each, if they are split and all of them can be.
+        unsplit: the first that cannot be split.
+        whole: number of those.
     """
 
     facts: LongPrompts
     offsets: Sequence[int]
     tokens: Sequence[int]
+    splits: Sequence[Split] = ()
+    unsplit: Sequence[Unsplit] = ()
+    whole: int = 0
+
+    def unsplit_error(self, path: Path, named: Path) -> InputError:
+        """Return the error for a run with requests that cannot be split.
+
+        Args:
+            path: of the input.
+            named: the file that the user named.
+        """
+        noun = "prompt is" if self.whole == 1 else "prompts are"
+        numbers = line_numbers(path, [each.offset for each in self.unsplit])
+        lines = [
+            (number, f"the request {each.custom_id!r} cannot be split: {each.reason}")
+            for number, each in zip(numbers, self.unsplit, strict=True)
+        ]
+        rest = self.whole - len(lines)
+        options = [
+            "change them",
+            *filter(None, [self.facts.longer_context]),
+            "--too-long skip (leave all out that are too long)",
+        ]
+        return InputError(
+            f"{self.whole:,} {noun} too long for the context of {self.facts.context:,} tokens in "
+            f"{str(named)!r}, and cannot be split (--too-long chunk); nothing was sent",
+            ", or ".join(options),
+            (
+                *(f"line {number:,}: {text}" for number, text in lines),
+                *([f"... and {rest:,} more"] if rest else []),
+            ),
+            lines=tuple(lines),
+            count=self.whole,
+        )
 
 
 def find_long_prompts(
@@ -189,6 +273,7 @@ def find_long_prompts(
     limits: Mapping[str, PromptLimit],
     choose: ChooseModel,
     *,
+    split_with: Mapping[str, Any] | None = None,
     part_bytes: int = _PART_BYTES,
     children: int | None = None,
 ) -> FoundPrompts | None:
@@ -196,6 +281,7 @@ def find_long_prompts(
 
     Args:
         limits: of each model of the run; of a model that is not in it, nothing is known.
+        split_with: split those that are too long; the fields that the run fills into bodies.
         part_bytes: the input is counted in parts of about this size.
         children: processes that share the work; None for as many as is safe.
 
@@ -215,7 +301,8 @@ def find_long_prompts(
             for each in counters.values()
         ):
             return None
-        found = _find(summary, counters, choose, answers, part_bytes, children)
+        work = partial(_find_in_part, summary.path, counters, choose, answers, split_with)
+        found = _find(summary, work, part_bytes, children)
     if not found.offsets and not found.tight:
         return None
     limit = min((each.limit for each in counters.values()), key=lambda limit: limit.context)
@@ -231,8 +318,11 @@ def find_long_prompts(
         tokens=tuple(found.tokens[:_SHOWN_LINES]),
         uncounted="" if problem is None else problem.message,
         remedy="" if problem is None else problem.remedy or "",
+        parts=sum(len(split.ends) for split in found.splits),
     )
-    return FoundPrompts(facts, found.offsets, found.tokens)
+    return FoundPrompts(
+        facts, found.offsets, found.tokens, found.splits, found.unsplit, found.whole
+    )
 
 
 def _counters(limits: Mapping[str, PromptLimit]) -> tuple[dict[str, _Counter], AifluxError | None]:
@@ -255,6 +345,7 @@ class _Found:
     Attributes:
         offsets, tokens: of the prompts that are too long.
         tight, longest, needed: see ``LongPrompts``.
+        splits, unsplit, whole: see ``FoundPrompts``.
     """
 
     offsets: array[int] = field(default_factory=lambda: array("q"))
@@ -262,6 +353,9 @@ class _Found:
     tight: int = 0
     longest: int = 0
     needed: int = 0
+    splits: list[Split] = field(default_factory=list)
+    unsplit: list[Unsplit] = field(default_factory=list)
+    whole: int = 0
 
     def merge(self, other: _Found) -> None:
         """Add those of the part that follows."""
@@ -270,30 +364,38 @@ class _Found:
         self.tight += other.tight
         self.longest = max(self.longest, other.longest)
         self.needed = max(self.needed, other.needed)
+        self.splits += other.splits
+        self.unsplit = [*self.unsplit, *other.unsplit][:_SHOWN_LINES]
+        self.whole += other.whole
 
-    def add(self, offset: int, tokens: int, answer: int, context: int) -> None:
-        """Add a prompt."""
+    def add(self, offset: int, tokens: int, answer: int, context: int) -> bool:
+        """Add a prompt; return whether it is too long."""
         self.longest = max(self.longest, tokens)
         if tokens + answer <= context:
-            return
+            return False
         self.needed = max(self.needed, tokens + answer)
-        if tokens + min(answer, 1) > context:
+        too_long = tokens + min(answer, 1) > context
+        if too_long:
             self.offsets.append(offset)
             self.tokens.append(tokens)
         else:
             self.tight += 1
+        return too_long
+
+    def add_unsplit(self, offset: int, custom_id: str, reason: str) -> None:
+        """Add a request that cannot be split."""
+        self.whole += 1
+        if len(self.unsplit) < _SHOWN_LINES:
+            self.unsplit.append(Unsplit(offset, custom_id, reason))
 
 
 def _find(
     summary: InputSummary,
-    counters: Mapping[str, _Counter],
-    choose: ChooseModel,
-    answers: int,
+    work: Callable[[tuple[int, int]], _Found],
     part_bytes: int,
     children: int | None,
 ) -> _Found:
     found = _Found()
-    work = partial(_find_in_part, summary.path, counters, choose, answers)
     try:
         parts = cut_at_lines(summary.path, part_bytes)
         children = children if children is not None else helpers() if len(parts) > 1 else 0
@@ -310,12 +412,14 @@ def _find_in_part(
     counters: Mapping[str, _Counter],
     choose: ChooseModel,
     answers: int,
+    split_with: Mapping[str, Any] | None,
     part: tuple[int, int],
 ) -> _Found:
-    """Count the prompts of a part.
+    """Count the prompts of a part, and split them.
 
     Args:
         answers: tokens of the longest answer.
+        split_with: see ``find_long_prompts``.
     """
     found = _Found()
     for _, offset, raw in read_lines(path, *part):
@@ -327,8 +431,14 @@ def _find_in_part(
         if counter is None:
             continue
         answer = counter.answer(url, body)
-        if counter.most(raw) + answer > counter.limit.context:
-            found.add(offset, counter.count(url, body), answer, counter.limit.context)
+        if counter.most(raw) + answer <= counter.limit.context:
+            continue
+        too_long = found.add(offset, counter.count(url, body), answer, counter.limit.context)
+        if too_long and split_with is not None:
+            try:
+                found.splits.append(counter.split(url, body, split_with))
+            except NoSplitError as error:
+                found.add_unsplit(offset, entry["custom_id"], str(error))
     return found
 
 

@@ -32,8 +32,9 @@ VENDOR_TITLES = {NVIDIA: "NVIDIA", AMD: "AMD"}
 """The vendors of GPUs, with their names in messages."""
 
 _MOST_TOKENS = 2**31 - 1  # llama-server fails with more
-FAIL, SKIP, SEND = "fail", "skip", "send"
-"""What to do if prompts are longer than the context: refuse the run, leave them out, or nothing."""
+FAIL, SKIP, SEND, CHUNK = "fail", "skip", "send", "chunk"
+"""What to do if prompts are longer than the context: refuse the run, leave them out, nothing, or
+send them in parts."""
 LEFT_OUT = ("time", "mem", "cpus_per_task")
 """Settings whose null omits their directive; for the others it means "not set here"."""
 
@@ -171,9 +172,9 @@ class RunOptions:
         common=True,
     )
     too_long: str = setting(
-        parse.choice(FAIL, SKIP, SEND),
+        parse.choice(FAIL, SKIP, SEND, CHUNK),
         FAIL,
-        "What to do if prompts are longer than the context: fail, skip or send",
+        "What to do if prompts are longer than the context: fail, skip, send or chunk",
         metavar="WHAT",
         env="AIFLUX_TOO_LONG",
     )

@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def splits(self) -> Path:
+        """How the requests are split whose prompts are too long (``--too-long chunk``)."""
+        return self.path / "splits.jsonl"
+
+    @property
     def script(self) -> Path:
         """The sbatch script as it was submitted."""
         return self.path / "run.sbatch"
@@ -136,8 +141,8 @@ class RunDirectory:
         """Return whether no plan was made: at most, a start was killed, or jobs wait to make it."""
         if not self.path.exists():
             return True
-        unfinished = (f".{self.plan.name}.", self.plan_lease.name)
-        submitted = (self.submissions, *self.path.glob("run*.sbatch"))
+        unfinished = (f".{self.plan.name}.", f".{self.splits.name}.", self.plan_lease.name)
+        submitted = (self.submissions, self.splits, *self.path.glob("run*.sbatch"))
         files = (path for path in self.path.rglob("*") if not path.is_dir())
         return all(
             path in submitted

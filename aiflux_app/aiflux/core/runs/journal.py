@@ -10,11 +10,11 @@ answers (``request_key``). The order of the fields is fixed, so that a line can 
 without decoding: a JSON string contains no unescaped quote, so the bytes ``,"body":`` first occur
 where that field begins. ``body`` is the engine's answer, byte for byte.
 
-If a request asks for several answers, and the worker asks for each of them separately, the journal
-also has a line for each answer that came before the last one (``sample_result``). Its key is no
+If a request is answered in parts (several answers, or a long prompt in several requests), the
+journal also has a line for each part that came before the last one (``part_result``). Its key is no
 request's, so such a line is no result, and ``metadata`` begins with the request's key::
 
-     "metadata":{"sample":"<32 hex>", ...}
+     "metadata":{"part":"<32 hex>", ...}
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _ERROR = b',"error":'
 _BODY = b',"body":'
 _END = b"}\n"
 _STATUS = b',"status":'
-_SAMPLE = b',"metadata":{"sample":"'
+_PART = b',"metadata":{"part":"'
 CUT = {
     "length": "finish_reason_length",
     "content_filter": "finish_reason_content_filter",
@@ -125,20 +125,24 @@ def _one_line(body: bytes) -> bytes:
     return body
 
 
-def sample_key(key: bytes, number: int) -> bytes:
-    """Return the key of one of the answers to a request that asks for several."""
-    return request_key(b"%b %d" % (key, number))
+def part_key(key: bytes, name: str) -> bytes:
+    """Return the key of one of the parts of a request.
+
+    Args:
+        name: what the part is, in addition to its request.
+    """
+    return request_key(b"%b %b" % (key, name.encode()))
 
 
-def sample_result(number: int, result: NewResult) -> NewResult:
-    """Return one of the answers to a request, in a form that is not the request's result."""
-    metadata = {"sample": result.key.hex(), **result.metadata}
-    return replace(result, key=sample_key(result.key, number), metadata=metadata)
+def part_result(name: str, result: NewResult) -> NewResult:
+    """Return the answer to one part of a request, in a form that is not the request's result."""
+    metadata = {"part": result.key.hex(), **result.metadata}
+    return replace(result, key=part_key(result.key, name), metadata=metadata)
 
 
-def is_sample(line: bytes) -> bool:
-    """Return whether a valid line is one of several answers, and not a result."""
-    return line.startswith(_SAMPLE, line.index(_METADATA, _CUSTOM_ID))
+def is_part(line: bytes) -> bool:
+    """Return whether a valid line is one part of a request, and not a result."""
+    return line.startswith(_PART, line.index(_METADATA, _CUSTOM_ID))
 
 
 class RawResult(NamedTuple):
@@ -190,7 +194,7 @@ class ResultIndex:
     """The offset of each request's result in a journal: 24 bytes of memory per result.
 
     Attributes:
-        done: number of requests with a result, and of single answers (``sample_result``).
+        done: number of requests with a result, and of single parts (``part_result``).
         damaged: number of damaged lines; their requests count as not done.
     """
 
@@ -288,7 +292,7 @@ def _scan_part(path: Path, part: tuple[int, int]) -> ResultIndex:
 def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Yield ``(key, line)`` of every complete line, in the order in which they were written.
 
-    The key is that of the request, also for a line with one of several answers to it.
+    The key is that of the request, also for a line with one of its parts.
 
     Raises:
         StorageError: the journal cannot be read.
@@ -298,8 +302,8 @@ def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
         for _, line in _lines(path, 0, os.path.getsize(path)):
             if valid_line(line):
                 at = _KEY_START
-                if is_sample(line):
-                    at = line.index(_SAMPLE) + len(_SAMPLE)
+                if is_part(line):
+                    at = line.index(_PART) + len(_PART)
                 yield unhexlify(line[at : at + 2 * KEY_BYTES]), line
     except FileNotFoundError:
         return

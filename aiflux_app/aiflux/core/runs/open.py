@@ -22,7 +22,7 @@ from aiflux.core.batch.prompt_lengths import (
 from aiflux.core.batch.request import load_json, request_key
 from aiflux.core.batch.results_file import output_paths
 from aiflux.core.batch.schema import can_check_schemas
-from aiflux.core.config.settings import FAIL, SEND, RunOptions, settings_texts
+from aiflux.core.config.settings import CHUNK, FAIL, SEND, RunOptions, settings_texts
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.input_copy import plain_input
 from aiflux.core.runs.journal import (
@@ -35,6 +35,7 @@ from aiflux.core.runs.journal import (
 from aiflux.core.runs.local_process import forget_process, refuse_process
 from aiflux.core.runs.output import forget_done, shards_left
 from aiflux.core.runs.plan import Plan, PlanningKind, input_rules, make_plan, read_plan, write_plan
+from aiflux.core.runs.splits_file import splits_digest, write_splits
 from aiflux.core.runs.status_file import (
     Counts,
     finished_counts,
@@ -183,18 +184,37 @@ def with_long_prompts(
 
     Raises:
         InputError: the model's tokenizer counted prompts that are too long, and the run is to fail
-            then; or the input cannot be read.
+            then; they are to be split and cannot be; or the input cannot be read.
+        ConfigError: they are to be split, and nothing is known about the model.
     """
-    if plan.options.too_long == SEND:
+    what = plan.options.too_long
+    if what == SEND:
         return plan, None
     limits = {model: kind.prompt_limit(plan, model) for model in plan.models}
     known = {model: limit for model, limit in limits.items() if limit is not None}
-    found = find_long_prompts(summary, known, _model_of(plan, kind)) if known else None
+    if what == CHUNK and len(known) < len(limits):
+        raise ConfigError(
+            "--too-long chunk needs the model's tokenizer and context, and the server's are "
+            "unknown",
+            "leave it out, and split long documents with aiflux convert dir --chunk-tokens N",
+        )
+    split_with = input_rules(kind, plan.options).defaults if what == CHUNK else None
+    found = (
+        find_long_prompts(summary, known, _model_of(plan, kind), split_with=split_with)
+        if known
+        else None
+    )
     if found is None:
         return plan, None
     facts = found.facts
-    if plan.options.too_long == FAIL and facts.too_long and facts.counted:
+    if what == FAIL and facts.too_long and facts.counted:
         raise facts.error(summary.named)
+    if what == CHUNK and facts.too_long:
+        if not facts.counted:
+            raise facts.uncounted_error(summary.named)
+        if found.whole:
+            raise found.unsplit_error(summary.path, summary.named)
+        facts = replace(facts, splits=splits_digest(found.offsets, found.splits))
     return replace(plan, long_prompts=facts), found
 
 
@@ -272,6 +292,8 @@ def _write(draft: RunDraft) -> None:
             _settle(plan, run, earlier)
         else:
             _forget_statuses(run)
+        if draft.long is not None and draft.long.splits:
+            write_splits(run.splits, draft.long.offsets, draft.long.splits)
         write_plan(plan, run)
         if plan.left_out and draft.long is not None:
             _leave_out(plan, run, draft.long)
@@ -331,7 +353,11 @@ def _remove_leftovers(draft: RunDraft) -> None:
     shards = {*draft.plan.shards, *(draft.earlier.shards if draft.earlier else ())}
     statuses = {draft.run.status(shard.index) for shard in shards}
     remove_leftovers(
-        *output_paths(draft.plan.output), draft.run.plan, draft.run.run_status, *statuses
+        *output_paths(draft.plan.output),
+        draft.run.plan,
+        draft.run.splits,
+        draft.run.run_status,
+        *statuses,
     )
 
 

@@ -266,6 +266,13 @@ def _long_prompts(plan: Plan, kind: EngineKind) -> Iterator[tuple[str, str]]:
             f"({long.where}): the longest may have {long.longest:,}",
             f"this is an estimate, because {long.uncounted}{how}",
         )
+    elif long.parts:
+        verb = "is" if long.too_long == 1 else "are"
+        yield (
+            f"{counted(long.too_long, 'request')} {verb} sent in {long.parts:,} parts (--too-long "
+            f"chunk): too long for {context} ({long.where})",
+            "; or ".join(["the answers to the parts of each are joined", *larger]),
+        )
     elif long.too_long:
         yield (
             f"{counted(long.too_long, 'request')} will not be sent (--too-long skip): too long for "

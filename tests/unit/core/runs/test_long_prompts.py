@@ -17,7 +17,7 @@ from aiflux.core.runs.open import RunDraft, draft_run
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import refuse_failures
 from aiflux.engines.kinds import engine_kind
-from aiflux.errors import ExitCode, InputError, TooManyFailuresError
+from aiflux.errors import ConfigError, ExitCode, InputError, TooManyFailuresError
 from aiflux.slurm.preflight.local import check_fields
 from aiflux.slurm.run_view import outcome
 from tests.tools import make_tiny_gguf
@@ -213,3 +213,95 @@ def test_a_context_that_the_model_does_not_have_is_reported(place: Path) -> None
         "reduces it"
     )
     assert "--context-length 8192 at most" in finding.fix
+
+
+def test_a_run_sends_them_in_parts(place: Path) -> None:
+    run = start(place, too_long="chunk")
+    view = run.wait(progress=False)
+    assert outcome(view) is ExitCode.OK, view.shards
+    results = [*run.results()]
+    # No template is known: 80 tokens are left for one, and a quarter of 512 for the answer.
+    assert [each.metadata.get("chunks") for each in results] == [None, 2, None, 3]
+    assert all(each.error is None for each in results)
+    assert results[1].text.replace("\n\n", "") == "x" * 600
+    plan = read_plan(drafted(place, too_long="chunk").run)
+    assert plan.long_prompts is not None
+    assert (plan.long_prompts.too_long, plan.long_prompts.parts) == (2, 5)
+    assert plan.left_out == 0
+    (finding,) = check_fields(plan)
+    assert finding.what == (
+        "2 requests are sent in 5 parts (--too-long chunk): too long for the context of 512 tokens "
+        "(lines 2 and 4)"
+    )
+    assert (
+        finding.fix == "the answers to the parts of each are joined; or use --context-length 1024"
+    )
+
+
+def test_skipped_requests_can_be_sent_in_parts_later(place: Path) -> None:
+    start(place, too_long="skip").wait(progress=False)
+    run = start(place, too_long="chunk", retry_failed=True)
+    view = run.wait(progress=False)
+    assert (view.completed, view.failed, outcome(view)) == (4, 0, ExitCode.OK)
+    assert [each.metadata.get("chunks") for each in run.results()] == [None, 2, None, 3]
+
+
+def test_requests_that_cannot_be_split_are_refused_before_the_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line("a", 600), line("b", 600, n=2), line("c", 5, n=2)]
+    (place / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"1 prompt is too long .* and cannot be split") as caught:
+        drafted(place, too_long="chunk")
+    assert caught.value.problems == (
+        "line 2: the request 'b' cannot be split: it asks for 2 answers",
+    )
+    assert not (place / "out.json.aiflux").exists()
+    with pytest.raises(InputError) as caught:
+        drafted(place, too_long="chunk", samples=2)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["line 1", "line 2"]
+    assert main([*CHECK, "--context-length", "512", "--too-long", "chunk"]) == 2
+    assert "line 2: the request 'b' cannot be split" in capsys.readouterr().err
+
+
+def test_check_reports_the_parts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CHECK, "--context-length", "512", "--too-long", "chunk", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["long_prompts"]
+    assert (found["too_long"], found["parts"]) == (2, 5)
+    assert main([*CHECK, "--context-length", "512", "--too-long", "chunk"]) == 0
+    assert "2 requests are sent in 5 parts" in capsys.readouterr().err
+
+
+def test_without_the_tokenizer_nothing_is_split(place: Path) -> None:
+    (place / "in.jsonl").write_text(line("a", 3000) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="only the model's tokenizer can split them") as caught:
+        drafted(place, engine="ollama", model="absent:1b", too_long="chunk")
+    assert "aiflux models pull absent:1b" in str(caught.value.remedy)
+    (place / "in.jsonl").write_text(line("a", 30) + "\n", encoding="utf-8")
+    assert drafted(place, engine="ollama", model="absent:1b", too_long="chunk").plan
+    with pytest.raises(ConfigError, match="--too-long chunk needs the model's tokenizer"):
+        drafted(place, engine="external", engine_url="http://127.0.0.1:1", model="m",
+                too_long="chunk")  # fmt: skip
+
+
+def test_a_start_that_was_killed_before_its_plan_does_not_block_the_next(place: Path) -> None:
+    run = drafted(place, too_long="chunk").open().run
+    run.plan.unlink()
+    for path in (*run.path.glob("status/*"), run.plan_lease):
+        path.unlink(missing_ok=True)
+    assert run.splits.exists()
+    drafted(place, too_long="chunk").open()
+    assert run.plan.exists()
+
+
+def test_an_estimate_says_in_how_many_parts_the_run_sends_them(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line(f"r{at}", 600 if at % 5 == 0 else 5) for at in range(20)]
+    (place / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = ["estimate", "in.jsonl", "--engine", "llamacpp", "--model", "m.gguf", "--local",
+               "--context-length", "512", "--slots", "2", "--allow-cpu", "--requests", "10",
+               "--too-long", "chunk"]  # fmt: skip
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "4 requests are sent in 8 parts (--too-long chunk)" in printed.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import signal
@@ -120,6 +121,44 @@ def test_a_prompt_that_is_too_long_fails_and_is_not_cut(
     assert first["error"]["status"] == 400
     assert "exceeds the available context size" in first["error"]["message"]
     assert "error" not in second
+
+
+@pytest.mark.parametrize("embeds", [False, True], ids=["text", "embeddings"])
+def test_a_long_document_is_sent_in_parts_that_fit(
+    user: User, place: Path, local: list[str | Path], checkout: Path, embeds: bool
+) -> None:
+    """The server refuses a prompt that is longer than its context; it answers each part."""
+    text = (checkout / "docs/output.md").read_text(encoding="utf-8")[:9000]
+    messages = [{"role": "system", "content": "Name the subject in one word."},
+                {"role": "user", "content": text}]  # fmt: skip
+    asked: dict[str, dict[str, object]] = {
+        "chat/completions": {"messages": messages, "max_tokens": 20},
+        "completions": {"prompt": text, "max_tokens": 20},
+        "responses": {"input": text, "max_output_tokens": 20},
+    }
+    asked = {"embeddings": {"input": text}} if embeds else asked
+    entries = [{"custom_id": url, "url": f"/v1/{url}", "body": body} for url, body in asked.items()]
+    user.write(place / "in.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    run = [*local, "--model", MODEL, "--context-length", "512", "--too-long"]
+    refused = user.run(*run, "fail", cwd=place, code=2)
+    assert "too long for the context of 512 tokens" in refused
+    user.run(*run, "chunk", cwd=place)
+    found = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    assert len(found) == len(asked)
+    for result in found:
+        assert "error" not in result
+        parts, usage = result["metadata"]["chunks"], result["output"]["usage"]
+        tokens = usage.get("prompt_tokens") or usage["input_tokens"]
+        assert parts > 4
+        assert 512 * (parts - 1) / 2 < tokens < 512 * parts
+    outputs = {result["input"]["url"]: result["output"] for result in found}
+    if embeds:
+        (vector,) = outputs["/v1/embeddings"]["data"]
+        assert math.hypot(*vector["embedding"]) == pytest.approx(1)
+        return
+    assert "\n\n" in outputs["/v1/chat/completions"]["choices"][0]["message"]["content"]
+    assert "\n\n" in outputs["/v1/completions"]["choices"][0]["text"]
+    assert "\n\n" in outputs["/v1/responses"]["output"][-1]["content"][0]["text"]
 
 
 def test_prompts_are_counted_as_the_server_counts_them(

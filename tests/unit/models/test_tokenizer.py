@@ -161,6 +161,19 @@ def llama2(folder: Path) -> tuple[Tokenizer, ModelTokenizer]:
 
 
 @pytest.mark.parametrize("kind", ["llama3", "llama2"])
+def test_each_token_ends_where_the_text_before_it_does(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    _, found = request.getfixturevalue(kind)
+    for text in [*TEXTS, HALF, *(path.read_text(encoding="utf-8")[:5000] for path in DOCS[:5])]:
+        ends = found.ends(text)
+        assert len(ends) == found.count(text)
+        assert ends == sorted(ends)
+        assert not text or ends[-1] == len(text)
+    assert found.ends("one two") == sorted({*found.ends("one two")}), "no token of ASCII is empty"
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2"])
 def test_a_gguf_file_counts_as_the_tokenizer_that_it_was_made_from(
     kind: str, request: pytest.FixtureRequest
 ) -> None:

@@ -44,7 +44,8 @@ _WHOLE_ONLY = {
 }
 _MESSAGE_TEXTS = ("text", "input_text")
 # Where the chat template is not known: tokens of what it may write, in all and for each message.
-_TEMPLATE, _OF_MESSAGE = 64, 16
+# Those of some models begin with a message of their own, of about 80 tokens in gpt-oss's.
+_TEMPLATE, _OF_MESSAGE = 128, 16
 # Kept free for an answer without a limit: a share of the context, up to this number of tokens.
 _ANSWER_SHARE, _MOST_ANSWER = 4, 1024
 # A part with fewer tokens says too little.

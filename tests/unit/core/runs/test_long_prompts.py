@@ -220,17 +220,17 @@ def test_a_run_sends_them_in_parts(place: Path) -> None:
     view = run.wait(progress=False)
     assert outcome(view) is ExitCode.OK, view.shards
     results = [*run.results()]
-    # No template is known: 80 tokens are left for one, and a quarter of 512 for the answer.
-    assert [each.metadata.get("chunks") for each in results] == [None, 2, None, 3]
+    # No template is known: 144 tokens are left for one, and a quarter of 512 for the answer.
+    assert [each.metadata.get("chunks") for each in results] == [None, 3, None, 3]
     assert all(each.error is None for each in results)
     assert results[1].text.replace("\n\n", "") == "x" * 600
     plan = read_plan(drafted(place, too_long="chunk").run)
     assert plan.long_prompts is not None
-    assert (plan.long_prompts.too_long, plan.long_prompts.parts) == (2, 5)
+    assert (plan.long_prompts.too_long, plan.long_prompts.parts) == (2, 6)
     assert plan.left_out == 0
     (finding,) = check_fields(plan)
     assert finding.what == (
-        "2 requests are sent in 5 parts (--too-long chunk): too long for the context of 512 tokens "
+        "2 requests are sent in 6 parts (--too-long chunk): too long for the context of 512 tokens "
         "(lines 2 and 4)"
     )
     assert (
@@ -243,7 +243,7 @@ def test_skipped_requests_can_be_sent_in_parts_later(place: Path) -> None:
     run = start(place, too_long="chunk", retry_failed=True)
     view = run.wait(progress=False)
     assert (view.completed, view.failed, outcome(view)) == (4, 0, ExitCode.OK)
-    assert [each.metadata.get("chunks") for each in run.results()] == [None, 2, None, 3]
+    assert [each.metadata.get("chunks") for each in run.results()] == [None, 3, None, 3]
 
 
 def test_requests_that_cannot_be_split_are_refused_before_the_run(
@@ -267,9 +267,9 @@ def test_requests_that_cannot_be_split_are_refused_before_the_run(
 def test_check_reports_the_parts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*CHECK, "--context-length", "512", "--too-long", "chunk", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["long_prompts"]
-    assert (found["too_long"], found["parts"]) == (2, 5)
+    assert (found["too_long"], found["parts"]) == (2, 6)
     assert main([*CHECK, "--context-length", "512", "--too-long", "chunk"]) == 0
-    assert "2 requests are sent in 5 parts" in capsys.readouterr().err
+    assert "2 requests are sent in 6 parts" in capsys.readouterr().err
 
 
 def test_without_the_tokenizer_nothing_is_split(place: Path) -> None:
@@ -304,4 +304,4 @@ def test_an_estimate_says_in_how_many_parts_the_run_sends_them(
                "--too-long", "chunk"]  # fmt: skip
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert "4 requests are sent in 8 parts (--too-long chunk)" in printed.err
+    assert "4 requests are sent in 12 parts (--too-long chunk)" in printed.err

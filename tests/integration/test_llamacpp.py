@@ -137,7 +137,7 @@ def test_a_long_document_is_sent_in_parts_that_fit(
     user: User, place: Path, local: list[str | Path], checkout: Path, tokens: str, embeds: bool
 ) -> None:
     """The server refuses a prompt that is longer than its context; it answers each part."""
-    text = (checkout / "docs/output.md").read_text(encoding="utf-8")[:9000]
+    text = (checkout / "docs/output.md").read_text(encoding="utf-8")[:4000]
     messages = [{"role": "system", "content": "Name the subject in one word."},
                 {"role": "user", "content": text}]  # fmt: skip
     asked: dict[str, dict[str, object]] = {
@@ -158,7 +158,7 @@ def test_a_long_document_is_sent_in_parts_that_fit(
         assert "error" not in result
         parts, usage = result["metadata"]["chunks"], result["output"]["usage"]
         tokens = usage.get("prompt_tokens") or usage["input_tokens"]
-        assert parts > 4
+        assert parts > 2
         assert 512 * (parts - 1) / 2 < tokens < 512 * parts
     outputs = {result["input"]["url"]: result["output"] for result in found}
     if embeds:

@@ -305,3 +305,12 @@ def test_an_estimate_says_in_how_many_parts_the_run_sends_them(
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "4 requests are sent in 12 parts (--too-long chunk)" in printed.err
+
+
+def test_answers_in_parts_can_be_verified(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same requests are sent in the same parts again."""
+    start(place, too_long="chunk").wait(progress=False)
+    capsys.readouterr()
+    assert main(["verify-run", "out.json", "--local", "--sample", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["verification"]
+    assert found["fixed"]["identical"] + found["sampled"]["identical"] == 4

@@ -173,6 +173,8 @@ def test_a_group_shares_models_that_only_the_owner_can_change(
     printed = user.run(aiflux, "run", *other, cwd=place, env=env, code=2)
     assert "cannot pull lab/other:1" in printed
     assert "you cannot write there" in printed
+    printed = user.run(*run, "--output", shared / "out.json", cwd=place, env=env, code=2)
+    assert "you cannot write in the output's directory" in printed
     assert states(shared) == before
 
 

@@ -13,6 +13,7 @@ from aiflux.errors import ConfigError, RunConflictError
 from aiflux.util.compression import plain_name
 from aiflux.util.files import (
     expanded,
+    may_write,
     nearest_there,
     read_error,
     refuse_special,
@@ -289,8 +290,8 @@ def checked_output(output: Path) -> Path:
     """Return the absolute output path.
 
     Raises:
-        ConfigError: the suffix of the output is unknown, its directory does not exist, or its name
-            is too long.
+        ConfigError: the suffix of the output is unknown, its directory does not exist or is not
+            writable, or its name is too long.
         UsageError: it exists and is not a file.
     """
     output = expanded(output).absolute()
@@ -308,6 +309,12 @@ def checked_output(output: Path) -> Path:
             f"mkdir -p {quote(str(output.parent))}",
         )
     _refuse_long_name(output)
+    begun = RunDirectory.of_output(output).path.exists()  # it may even be finished
+    if not begun and not may_write(output.parent):
+        raise ConfigError(
+            f"you cannot write in the output's directory {str(output.parent)!r}",
+            "choose another directory",
+        )
     for path in output_paths(output):
         refuse_special(path)
     return output

@@ -43,6 +43,7 @@ _SAMPLE = 1 << 16
 _ROW_NAMES = "row.names"
 _DECLARATION = re.compile(r"sep=(.)\r?\n")  # written and read by Excel
 # An unclosed quote swallows the rest of the file; no real cell is this large.
+_NUL = "a NUL character: the file is damaged or not text"
 _MAX_CELL = 64 << 20
 
 
@@ -284,7 +285,7 @@ class DelimitedTable:
         if byte is not None:
             name = self.encoding.name.removesuffix("-sig")
             return f"the byte 0x{byte:02x}, which is not valid {name}; set --encoding"
-        return "a NUL character: the file is damaged or not text" if "\0" in cell else None
+        return _NUL if "\0" in cell else None
 
     def _ragged(self, cells: Sequence[str]) -> str:
         count = f"{len(cells)} cell" + ("" if len(cells) == 1 else "s")
@@ -360,6 +361,8 @@ def _malformed(error: csv.Error) -> str:
         return f'a cell larger than {_MAX_CELL >> 20} MiB: a quote (") is not closed'
     if "unexpected end" in str(error):
         return 'a quote (") is not closed before the end of the file'
+    if "NUL" in str(error):  # Python 3.10 reads none
+        return f"it has {_NUL}"
     return (
         f'not valid CSV: {error} (write a quote in a quoted cell as ""; in R: qmethod = "double")'
     )

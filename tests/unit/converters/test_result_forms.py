@@ -136,13 +136,30 @@ def embedded(folder: Path, *vectors: list[float] | None) -> Path:
 
 @pytest.mark.parametrize("source", [False, True])
 def test_embeddings_in_parquet_are_lists_of_one_size(tmp_path: Path, source: bool) -> None:
-    output = embedded(tmp_path, [0.5, -1.0], None, [1e-3, 2.0])
+    output = embedded(tmp_path, [0.5, -1.0], [1e-3, 2.0])
     back = BackOptions(source=tmp_path / "in.csv" if source else None)
     results_to_parquet(output, tmp_path / "b.parquet", back)
     column = pq.read_table(tmp_path / "b.parquet").column("answer")
     assert str(column.type) == "fixed_size_list<element: float>[2]"
-    assert column.to_pylist()[:2] == [[0.5, -1.0], None]
-    numpy.testing.assert_array_equal(column[2].as_py(), numpy.float32([1e-3, 2.0]))
+    assert column[0].as_py() == [0.5, -1.0]
+    numpy.testing.assert_array_equal(column[1].as_py(), numpy.float32([1e-3, 2.0]))
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("failed", [False, True])
+def test_embeddings_of_some_rows_can_be_read_by_every_pyarrow(
+    tmp_path: Path, source: bool, failed: bool
+) -> None:
+    output = embedded(tmp_path, [0.5, -1.0], [2.0, 4.0], *([None] if failed else []))
+    if source and not failed:
+        with open(tmp_path / "in.csv", "a", encoding="utf-8") as file:
+            file.write("a row without a request\n")
+    back = BackOptions(source=tmp_path / "in.csv" if source else None)
+    results_to_parquet(output, tmp_path / "b.parquet", back)
+    column = pq.read_table(tmp_path / "b.parquet").column("answer")
+    missing = [None] if failed or source else []
+    assert column.to_pylist() == [[0.5, -1.0], [2.0, 4.0], *missing]
+    assert str(column.type).startswith("list<" if missing else "fixed_size_list<")
 
 
 def test_embeddings_as_an_array(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def arrow_types(arrow: Any, table: BackTable) -> dict[str, Any]:
         kinds[table.answer] = arrow.float64() if scored is float else arrow.list_(arrow.float64())
     size = table.dimension
     if size is not None and table.answer:
-        kinds[table.answer] = arrow.list_(arrow.float32(), size)
+        # pyarrow up to 25 cannot read a Parquet file with a null in a list of fixed size.
+        kinds[table.answer] = arrow.list_(arrow.float32(), size if table.complete() else -1)
     seen = table.field_types()
     return kinds | {shown: _fitting(arrow, seen.get(name)) for name, shown in table.fields.items()}
 
@@ -58,7 +59,8 @@ def cell(arrow: Any, value: Any, kind: Any) -> Any:
     """Return a value of its column's type; ``ParquetTable`` returns some times as text."""
     if arrow.types.is_string(kind) and value is not None:
         return whole_text(as_text(value))
-    if arrow.types.is_fixed_size_list(kind) and isinstance(value, str):  # an embedding
+    lists = arrow.types.is_fixed_size_list(kind) or arrow.types.is_list(kind)
+    if lists and isinstance(value, str):  # an embedding
         return json.loads(value)
     if arrow.types.is_timestamp(kind) and isinstance(value, str):
         return arrow.scalar(value).cast(kind)

@@ -229,6 +229,14 @@ class BackTable:
         single = len(found) == 1 and isinstance(found[0], list)
         return (len(found[0]) or None) if single else None
 
+    def complete(self) -> bool:
+        """Return whether every row has an answer; reads all rows once more."""
+        failed = [each.error is not None for each in entries(self.output)]
+        if self.source is None or self.options.only_asked:
+            return not any(failed)
+        rows = sum(1 for _ in self.source.rows(BackSummary(None)))
+        return not any(failed) and len(failed) == rows
+
     def score_type(self) -> type | None:
         """Return the type of all answers if they are scores: float, or list; else None.
 

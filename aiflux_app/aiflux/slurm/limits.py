@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from aiflux.core.config.sources import LIMITS, site_files
 from aiflux.errors import ConfigError
 from aiflux.slurm.preflight.nodes import requested_gpus
 from aiflux.util import value_parsers as parse
-from aiflux.util.times import walltime_seconds
+from aiflux.util.times import walltime_given, walltime_seconds
 from aiflux.util.yaml_file import read_yaml
 
 _PARSERS: Mapping[str, parse.Parser] = {
@@ -24,7 +23,10 @@ _PARSERS: Mapping[str, parse.Parser] = {
     "nodes_per_engine": parse.integer(1),
     "time": parse.walltime,
 }
-_MORE_GPUS = re.compile(r"gpus-per-|tres-per-|gres\Z")
+# sbatch also accepts the beginning of a name, such as "exclusiv". A job with --exclusive gets all
+# GPUs of its node, whatever it requests.
+_MORE_GPUS = ("exclusive", "gpus-per-socket", "tres-per-job", "tres-per-node", "tres-per-socket",
+              "tres-per-task")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ def refuse_excess(slurm: SlurmConfig, options: RunOptions, limits: Mapping[str, 
         ConfigError: it does; names the limit and the site's file.
     """
     gpus = sum(requested_gpus(slurm).values())
+    time = walltime_given(slurm.time) if slurm.time else "the partition's default"
     requested: Mapping[str, tuple[object, float]] = {
         "shards": (slurm.shards, slurm.shards if isinstance(slurm.shards, int) else 1),
         "gpus_per_node": (gpus, gpus),
         "nodes_per_engine": (options.nodes_per_engine, options.nodes_per_engine),
-        "time": (slurm.time or "the partition's default", walltime_seconds(slurm.time)),
+        "time": (time, walltime_seconds(slurm.time)),
     }
     for name, limit in limits.items():
         value, amount = requested[name]
@@ -99,7 +102,9 @@ def refuse_excess(slurm: SlurmConfig, options: RunOptions, limits: Mapping[str, 
                 f"{name} is {value}, but this site permits at most {limit.value} ({limit.origin})",
                 f"request less with {option if name == 'gpus_per_node' else BY_NAME[name].option}",
             )
-    more = next((key for key in slurm.sbatch_arg if _MORE_GPUS.match(key)), None)
+    more = next(
+        (key for key in slurm.sbatch_arg if any(name.startswith(key) for name in _MORE_GPUS)), None
+    )
     if more is not None and "gpus_per_node" in limits:
         raise ConfigError(
             f"sbatch_arg {more!r} could request more GPUs than this site permits: "

@@ -9,10 +9,11 @@ _DAY = 86400
 
 
 def walltime_seconds(text: str | None) -> float:
-    """Convert a ``--time`` to seconds; infinity for None and UNLIMITED.
+    """Convert a ``--time`` to seconds; infinity for None, UNLIMITED and 0.
 
-    The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes
-    and days-hours:minutes:seconds (source: man sbatch, ``--time``).
+    Slurm takes a time of zero as no limit. The forms are minutes, minutes:seconds,
+    hours:minutes:seconds, days-hours, days-hours:minutes and days-hours:minutes:seconds (source:
+    man sbatch, ``--time``).
     """
     if text is None or text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
@@ -24,7 +25,13 @@ def walltime_seconds(text: str | None) -> float:
         hours, minutes, seconds = parts
     else:
         hours, minutes, seconds = 0, parts[0], (*parts, 0)[1]
-    return int(days or 0) * _DAY + hours * 3600 + minutes * 60 + seconds
+    return int(days or 0) * _DAY + hours * 3600 + minutes * 60 + seconds or math.inf
+
+
+def walltime_given(text: str) -> str:
+    """Return a ``--time`` for a message; a number that is no limit shows that."""
+    unlimited = math.isinf(walltime_seconds(text)) and text[0].isdigit()
+    return f"{text} (no limit)" if unlimited else text
 
 
 def walltime_text(seconds: float) -> str:

@@ -85,7 +85,15 @@ def test_the_most_is_permitted(site: Path) -> None:
         ["--gpus-per-node", "a100:2,v100:1"],
         ["--sbatch-arg", "gpus-per-socket=4"],
         ["--sbatch-arg", "tres-per-node=gres/gpu:8"],
+        ["--sbatch-arg", "tres-per-task=gres/gpu:8"],
+        ["--sbatch-arg", "exclusive"],
+        ["--sbatch-arg", "exclusiv"],
+        ["--sbatch-arg", "exclusive=user"],
         ["--time", "UNLIMITED"],
+        ["--time", "infinite"],
+        ["--time", "0"],
+        ["--time", "00:00:00"],
+        ["--time", "0-0"],
         ["--time", "25:00:00", "--dry-run"],
     ],
 )
@@ -107,7 +115,19 @@ def test_no_source_of_settings_exceeds_it(
     (awkward / "aiflux.yaml").unlink()
     monkeypatch.setenv("SLURM_TIME", "2-00:00:00")
     assert run() == 2
+    monkeypatch.setenv("SLURM_TIME", "0")
+    assert run() == 2
     monkeypatch.delenv("SLURM_TIME")
+    for none in ("0", "00:00:00"):
+        (awkward / "aiflux.yaml").write_text(f"slurm:\n  time: {none}\n")
+        assert run() == 2
+        assert "(no limit), but this site permits at most 1-" in capsys.readouterr().err
+    (awkward / "aiflux.yaml").write_text('slurm:\n  sbatch_arg: {exclusive: ""}\n')
+    assert run() == 2
+    (awkward / "aiflux.yaml").unlink()
+    for wide in ({"time": "0"}, {"sbatch_arg": {"exclusive": ""}}):
+        with pytest.raises(ConfigError, match="this site permits"):
+            SlurmRunner(workspace=awkward).run("in.jsonl", "out.json", **wide)
     with pytest.raises(ConfigError, match="permits at most 8"):
         SlurmRunner(workspace=awkward).run("in.jsonl", "out.json", shards=9)
     assert run() == 0

@@ -91,6 +91,8 @@ def test_a_job_that_fits_has_no_findings(commands: FakeCommands) -> None:
             "use --time 1-00:00:00 or less",
         ),
         ({"partition": "gpu", "time": "UNLIMITED"}, "--time UNLIMITED is more", "1-00:00:00"),
+        ({"partition": "gpu", "time": "0"}, "--time 0 (no limit) is more", "1-00:00:00"),
+        ({"partition": "gpu", "time": "0-00:00"}, "--time 0-00:00 (no limit) is", "1-00:00:00"),
         ({"partition": "gpu", "constraint": "h100"}, "has the feature 'h100'", "a100, amd"),
     ],
 )

@@ -57,7 +57,7 @@ from aiflux.slurm.preflight.nodes import (
 from aiflux.slurm.script import wants_gpus
 from aiflux.util.diagnosis import Diagnosis, ok, warn
 from aiflux.util.text import counted
-from aiflux.util.times import walltime_seconds, walltime_text
+from aiflux.util.times import walltime_given, walltime_seconds, walltime_text
 
 
 def preflight(
@@ -300,7 +300,7 @@ def _check_time(what: str, limits: JobLimits, slurm: SlurmConfig) -> Iterator[Fi
     if _seconds(slurm) > limits.seconds:
         yield Finding(
             "error",
-            f"--time {slurm.time} is more than the {what} allows",
+            f"--time {walltime_given(slurm.time)} is more than the {what} allows",
             f"use --time {walltime_text(limits.seconds)} or less; a run resumes where its time "
             "ended",
         )
@@ -394,8 +394,8 @@ def _check_limits(partition: Partition, slurm: SlurmConfig) -> Iterator[Finding]
         # A QOS can have higher limits than its partition.
         yield Finding(
             "error" if slurm.qos is None else "warning",
-            f"--time {slurm.time} is more than partition {partition.name} allows: the job would "
-            "be refused, or wait forever",
+            f"--time {walltime_given(slurm.time)} is more than partition {partition.name} allows: "
+            "the job would be refused, or wait forever",
             f"use --time {limit} or less; a run resumes where its time ended",
         )
 

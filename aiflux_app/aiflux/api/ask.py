@@ -37,7 +37,7 @@ from aiflux.errors import ConfigError, EngineError, InputError, StoppedError, Us
 from aiflux.slurm.monitor import gather, is_active
 from aiflux.slurm.run_view import RunState, RunView
 from aiflux.util.extras import need
-from aiflux.util.files import expanded
+from aiflux.util.files import absolute, expanded
 from aiflux.util.text import suggestion
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ def ask(
     Raises:
         AifluxError: as ``aiflux.run`` does; StoppedError if the run ended before it was finished.
     """
-    folder = Path.cwd() if workspace is None else expanded(workspace).absolute()
+    folder = Path.cwd() if workspace is None else absolute(workspace)
     settings = {name: options.pop(name) for name in [*options] if name in BY_NAME}
     made = {"template": template, "system": system, "schema": schema, **options}
     made = {name: _read(name, value) for name, value in made.items() if value is not None}
     asked = _as_json(made)
     table, rows = _table(source, output, folder, asked)
-    path = _rows_file(table) if rows is not None else folder / expanded(cast(Any, source))
+    path = _rows_file(table) if rows is not None else absolute(folder / expanded(cast(Any, source)))
     question = Question(path, _kind(path), asked, answer_column, schema_fields(asked.get("schema")))
     _refuse_unknown(question.kind, options)
 

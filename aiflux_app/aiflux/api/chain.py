@@ -17,7 +17,7 @@ from aiflux.slurm.commands import task_states
 from aiflux.slurm.jobs import JobId, read_submissions
 from aiflux.slurm.monitor import gather
 from aiflux.slurm.run_view import ACTIVE, RunState, RunView, outcome
-from aiflux.util.files import expanded
+from aiflux.util.files import absolute
 
 NOT_STARTED = "not started"
 NOT_WRITTEN = "not written"
@@ -170,7 +170,7 @@ def find_chain(text: str) -> ChainFolder | None:
     Raises:
         ConfigError: a file of steps is damaged.
     """
-    path = expanded(text.strip() or ".").absolute()
+    path = absolute(text.strip() or ".")
     folders = [ChainFolder(path)]
     if path.name.endswith(".aiflux"):
         folders.append(ChainFolder(path.with_name(path.name.removesuffix(".aiflux"))))

@@ -16,7 +16,7 @@ from aiflux.errors import StoppedError
 from aiflux.slurm.monitor import gather
 from aiflux.slurm.run_view import RunState, RunView
 from aiflux.slurm.runner import SlurmRunner
-from aiflux.util.files import expanded
+from aiflux.util.files import absolute, expanded
 
 
 def chain(
@@ -46,7 +46,7 @@ def chain(
         AifluxError: as ``aiflux.run`` does; TooManyFailuresError if more requests of a step failed
             than are allowed; StoppedError if its run ended before it was finished.
     """
-    folder = Path.cwd() if workspace is None else expanded(workspace).absolute()
+    folder = Path.cwd() if workspace is None else absolute(workspace)
     target = None if output is None else folder / expanded(output)
     runs = ChainRuns.of(read_chain(folder / expanded(steps), target))
     runner = SlurmRunner(workspace=folder)

@@ -14,7 +14,7 @@ from aiflux.cli.json_output import print_json
 from aiflux.cli.run_argument import frame_of, make_console, show
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import ExitCode
-from aiflux.util.files import expanded, short
+from aiflux.util.files import absolute, short
 
 LONG_PAUSE = 30.0  # seconds between lines about a step that waits for its job
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def chain_named(text: str) -> ChainFolder | None:
     """Return the chain that a RUN argument names; None if it names something else."""
-    path = expanded(text.strip() or ".").absolute()
+    path = absolute(text.strip() or ".")
     folders = (path, RunDirectory.of_output(path).path)
     if path.suffix not in (".yaml", ".yml") and not any(
         os.path.isfile(folder / "chain.json")  # False where this user may not look

@@ -20,7 +20,7 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.settings import CHUNK, SKIP, RunOptions
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.input_copy import plain_input
-from aiflux.core.runs.open import draft_of, draft_run, with_long_prompts
+from aiflux.core.runs.open import draft_of, draft_run, refuse_own_input, with_long_prompts
 from aiflux.core.runs.plan import Plan, input_rules, make_plan
 from aiflux.core.runs.status_file import read_status
 from aiflux.engines.kinds import engine_kind
@@ -38,7 +38,7 @@ from aiflux.estimates.energy import Rates
 from aiflux.estimates.estimate import LOCAL, SLURM
 from aiflux.estimates.pilot import Drawn, Pilot
 from aiflux.slurm.preflight.local import finding_text
-from aiflux.util.files import short
+from aiflux.util.files import absolute, short
 from aiflux.util.records import to_json
 from aiflux.util.times import walltime_seconds
 
@@ -167,6 +167,7 @@ def plan_pilots(all_: Sequence[Asked]) -> list[PlannedPilot]:
     scanned = {name: rule for _, each in rules for name, rule in each.ignored_fields.items()}
     options, first = rules[0]
     with named_engine(all_[0]):
+        refuse_own_input(absolute(all_[0].input), checked_output(all_[0].output))
         wide = replace(first, ignored_fields=scanned)
         path, source = plain_input(all_[0].input, checked_output(all_[0].output))
         found = scan_input(path, options.model, rules=wide, source=source)

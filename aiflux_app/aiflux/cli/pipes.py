@@ -18,12 +18,7 @@ from aiflux.core.runs.directory import checked_output, named_output
 from aiflux.core.runs.input_copy import keep_input
 from aiflux.errors import InputError, StorageError, UsageError
 from aiflux.util.compression import plain_stream
-from aiflux.util.files import (
-    expanded,
-    refuse_existing,
-    refuse_special,
-    temporary_folder,
-)
+from aiflux.util.files import absolute, refuse_existing, refuse_special, temporary_folder
 from aiflux.util.streams import STDIN, STDOUT
 
 
@@ -97,7 +92,7 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
                 raise _no_room(error.message) from error
             _to_stdout(path)
         return
-    path = expanded(name).absolute()
+    path = absolute(name)
     if name.endswith("/"):
         raise UsageError(f"the output {name} is a directory", "choose a file in it")
     refuse_special(path)

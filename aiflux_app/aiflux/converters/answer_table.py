@@ -29,7 +29,7 @@ from aiflux.converters.source import (
     write_ahead_log,
 )
 from aiflux.converters.template import PromptTemplate
-from aiflux.converters.writer import Summary, same_file
+from aiflux.converters.writer import Summary
 from aiflux.core.batch.input_file import quick_change_of
 from aiflux.core.batch.request import custom_id_of
 from aiflux.core.runs.directory import TABLE_RESULTS, RunDirectory
@@ -43,12 +43,13 @@ from aiflux.core.runs.status_file import (
 )
 from aiflux.errors import InputError, OutputExistsError, RunConflictError, UsageError
 from aiflux.util.files import (
+    absolute,
     checksum,
-    expanded,
     is_pattern,
     refuse_existing,
     refuse_special,
     remove_leftovers,
+    same_file,
     write_json,
 )
 from aiflux.util.lease import acquire
@@ -129,7 +130,7 @@ class AnswerTable:
         Raises:
             UsageError: it cannot be written.
         """
-        path = expanded(name).absolute()
+        path = absolute(name)
         if not name or name.endswith(("/", "/.")):
             raise UsageError(f"the output {name!r} is a directory", "name a file: answers.csv")
         table_form(path)
@@ -267,7 +268,7 @@ class AnswerTable:
 
     def _refuse_other_question(self, before: Question, now: Question, *, active: bool) -> None:
         for what, old, new in (
-            ("source", str(before.source), str(now.source)),
+            ("source", str(before.source), str(_again(before.source, now.source))),
             *(
                 (name, before.asked.get(name), now.asked.get(name))
                 for name in dict.fromkeys((*before.asked, *now.asked))
@@ -477,6 +478,11 @@ def first_difference(known: Path, made: Path) -> str | None:
         if pair[0] != pair[1]:
             return custom_id_of(pair[0] or pair[1])
     return None
+
+
+def _again(before: Path, now: Path) -> Path:
+    """Return a path as it was named before if it is the same file or directory."""
+    return before if same_file(before, now) else now
 
 
 def _same_columns(one: Question, other: Question) -> bool:

@@ -262,17 +262,16 @@ class _FileRequests:
         total = self.walk.count() if self.progress is not None else 0
         own = self._own()
         for number, found in enumerate(self.walk.files(), start=1):
-            if found.path.absolute() not in own:
+            if os.path.realpath(found.path) not in own:
                 yield from self._of_file(number, found)
             if self.progress is not None:
                 self.progress(number, total)
 
-    def _own(self) -> set[Path]:
+    def _own(self) -> set[str]:
         """Return the files that this or an earlier conversion writes."""
         if self.output is None:
             return set()
-        output = self.output.absolute()
-        return {output, skipped_path(output)}
+        return {os.path.realpath(each) for each in (self.output, skipped_path(self.output))}
 
     def _of_file(self, number: int, found: Found) -> Iterator[RequestDraft | Skipped]:
         if found.reason:

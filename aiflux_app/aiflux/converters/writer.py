@@ -16,7 +16,7 @@ from typing import IO, Any
 from aiflux.converters.cells import BadRowError
 from aiflux.converters.request_form import WITH_MESSAGES, RequestDraft, RequestForm
 from aiflux.errors import InputError, UsageError
-from aiflux.util.files import atomic_write, refuse_special
+from aiflux.util.files import atomic_write, refuse_special, same_file
 from aiflux.util.lines import MAX_LINE_BYTES
 from aiflux.util.text import terminal_line
 
@@ -153,14 +153,6 @@ class Conversion:
                 f"the output directory {str(self.output.parent)!r} does not exist",
                 f"mkdir -p {quote(str(self.output.parent))}",
             )
-
-
-def same_file(one: Path, other: Path) -> bool:
-    """Return whether two paths are the same file; False if one is not accessible."""
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
 
 
 def skipped_path(output: Path) -> Path:

@@ -25,7 +25,7 @@ from aiflux.slurm.monitor import jobs_to_wait_for
 from aiflux.slurm.preflight.local import finding_text
 from aiflux.slurm.submit import PlannedRun, plan_job, submit_job, submit_then
 from aiflux.util import value_parsers
-from aiflux.util.files import expanded
+from aiflux.util.files import absolute, expanded
 
 _log = logging.getLogger(__name__)
 _OF_SLURM = {item.name for item in fields(SlurmConfig)}
@@ -47,7 +47,7 @@ class SlurmRunner:
     def __init__(
         self, config: SlurmConfig | Config | None = None, workspace: str | Path | None = None
     ) -> None:
-        self.workspace = Path.cwd() if workspace is None else expanded(workspace).absolute()
+        self.workspace = Path.cwd() if workspace is None else absolute(workspace)
         self.settings = config if isinstance(config, Config) else Config(directory=self.workspace)
         self.config = (
             config if isinstance(config, SlurmConfig) else self.settings.get_slurm_config()

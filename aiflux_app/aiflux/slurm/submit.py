@@ -49,7 +49,7 @@ from aiflux.slurm.preflight.cluster import preflight
 from aiflux.slurm.preflight.local import Finding, problem_with, refuse
 from aiflux.slurm.script import JobScript, log_file, render, render_then
 from aiflux.slurm.start_time import ending_first
-from aiflux.util.files import atomic_write, expanded, read_file, storage_error
+from aiflux.util.files import absolute, atomic_write, expanded, read_file, storage_error
 from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_now, walltime_seconds
@@ -238,7 +238,7 @@ def job_script(
         refuse_container(config)
         found = image = None
     job = JobScript.of_run(
-        expanded(input_path).absolute(),
+        absolute(input_path),
         output,
         options,
         config.models_dir if kind.stores_models else None,

@@ -46,6 +46,28 @@ def expanded(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def absolute(path: Path | str) -> Path:
+    """Return an absolute path without ``..``, with ``~`` expanded.
+
+    Links stay in it as they are, unless ``..`` follows one.
+    """
+    path = expanded(path).absolute()
+    if ".." not in path.parts:
+        return path
+    normal = os.path.normpath(path)
+    if os.path.realpath(normal) == os.path.realpath(path):
+        return Path(normal)
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Return whether two paths are the same file; False if one is not accessible."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
 def fsync_directory(path: Path) -> None:
     """Make a rename in ``path`` durable, if the file system can sync directories."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

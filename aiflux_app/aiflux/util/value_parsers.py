@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiflux.util.files import absolute
+
 Parser = Callable[[Any], Any]
 
 _WALLTIME = re.compile(
@@ -82,7 +84,7 @@ def boolean(value: Any) -> bool:
 def path(value: Any) -> Path:
     """Accept a path; ``~`` is the home directory."""
     try:
-        return Path(text(value)).expanduser().absolute()
+        return absolute(Path(text(value)).expanduser())
     except RuntimeError:
         raise ValueError("a path; the home directory for its ~ is unknown") from None
 

@@ -127,7 +127,7 @@ def test_a_changed_input_is_not_resumed_and_finished_runs_are(
         (["report", "results.json", "--output", "gone/r.html"], "mkdir -p", "gone"),
         (["results", "to-csv", "results.json"], "aiflux merge --partial", "results.json"),
         (["check", "d.json", "-m", "m"], "--input", "d.json"),
-        (["run", "q.jsonl", "--engine-url", "http://h:1", "-o", "results.json"], "rm -r",
+        (["run", "q.jsonl", "--engine-url", "http://h:1", "-o", "results.json"], "away: mv",
          "results.json.aiflux"),
         (["models", "export", "m:1", "a b $(x) it's.tar"], "models import", "a b $(x) it's.tar"),
         (["run", "q.jsonl", "--engine", "vllm", "-m", "hf:a/b", "--engine-arg",

@@ -527,6 +527,26 @@ def test_what_is_refused_before_anything_is_sent(
     assert {path.name for path in place.glob("[!.]*")} == {"in.csv"}
 
 
+def test_the_same_source_by_another_path_continues_the_table(
+    place: Path, engine: FaultyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place / "in.csv", "id,text\n1,a\n2,b\n")
+    assert ask(engine) == 0
+    (place / "sub").mkdir()
+    (place / "link").symlink_to(place)
+    assert ask(engine, source="sub/../in.csv", output="link/out.csv") == 0
+    monkeypatch.chdir(place / "sub")
+    assert ask(engine, source="../link/in.csv", output="../out.csv") == 0
+    assert len(engine.bodies) == 2
+
+
+def test_a_link_to_the_source_is_not_replaced(place: Path, engine: FaultyEngine) -> None:
+    source = write(place / "in.csv", "text\na\n")
+    (place / "out.csv").symlink_to("in.csv")
+    assert ask(engine, "--force") == 2
+    assert source.read_text() == "text\na\n"
+
+
 def test_what_slurm_refuses_leaves_no_data(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +282,24 @@ def test_a_run_of_jobs_is_verified_by_a_job(
     assert waiting["sample"]["state"] == "waiting"
     finish_sample()
     assert verified(*words[2:], "--account", "biology")["fixed"]["compared"] == 5
+    assert len(fakes.calls("sbatch")) == 1
+
+
+def test_the_job_of_a_command_is_not_sealed_by_the_recorded_default(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = shlex.join([sys.executable, str(TOOLS / "command_server.py")])
+    write_input(place / "in.jsonl", 4)
+    words = ["-i", "in.jsonl", "-o", "out.json", "--model", "m:1", "--temperature", "0"]
+    command = f"{server} --model {{model}} --port {{port}}"
+    aiflux("run", "--local", *words, "--engine-command", command)
+    fakes = waiting_slurm(tmp_path / "slurm", monkeypatch)
+    run = RunDirectory.of_output(place / "out.json")
+    run.submissions.write_text('{"image": null, "slurm": {}, "submissions": []}')
+    common = ["verify-run", "out.json", "--sample", "2", "--no-preflight"]
+    printed = aiflux(*common, "--seal", code=2)
+    assert "seal = true (argument), but a run with --engine-command cannot be sealed" in printed
+    assert "the sample is waiting (job 100)" in aiflux(*common)
     assert len(fakes.calls("sbatch")) == 1
 
 

@@ -52,7 +52,7 @@ from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, refuse_failures
 from aiflux.errors import ExitCode, TooManyFailuresError, UsageError
 from aiflux.slurm.monitor import RunState, gather, is_active, outcome
-from aiflux.util.files import expanded, short
+from aiflux.util.files import absolute, short
 from aiflux.util.streams import STDIN
 from aiflux.util.text import counted, joined
 
@@ -169,7 +169,7 @@ def _source(text: str) -> Path:
             "aiflux ask cannot read stdin: the table is read again for the answers",
             "name a file",
         )
-    return expanded(text).absolute()
+    return absolute(text)
 
 
 def _kind(source: Path) -> str:

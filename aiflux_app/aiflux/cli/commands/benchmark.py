@@ -33,6 +33,7 @@ from aiflux.estimates.workload import MIXES, Mix
 from aiflux.report.benchmark_plot import benchmark_plot
 from aiflux.slurm.config_template import run_settings
 from aiflux.util.files import (
+    absolute,
     atomic_write,
     expanded,
     refuse_existing,
@@ -117,7 +118,7 @@ def _sweep(output: str | None, more: dict[str, Any]) -> Sweep:
     lists = {name: _numbers(name, more[name]) for name in _LISTS}
     engines = given_engines("benchmark", given_settings({**more, **dict.fromkeys(_LISTS)}))
     return Sweep(
-        expanded(output or f"{name}.benchmark").absolute(),
+        absolute(output or f"{name}.benchmark"),
         [{name: value for name, value in each.items() if value is not None} for each in engines],
         MIXES[more["mix"]] if source is None else source,
         concurrency=lists["concurrency"],

@@ -36,7 +36,7 @@ from aiflux.slurm.monitor import RunState, active_jobs, outcome
 from aiflux.slurm.preflight.local import finding_text
 from aiflux.slurm.script import package_command
 from aiflux.slurm.submit import LaterRun, plan_job, plan_later, submit_later
-from aiflux.util.files import expanded, short, write_json
+from aiflux.util.files import absolute, expanded, short, write_json
 from aiflux.util.records import to_json
 from aiflux.util.text import counted
 
@@ -76,7 +76,7 @@ def chain(
     all steps, and replace those of the file.
     """
     path = expanded(the_input(input_argument, input_option))
-    target = None if output is None else expanded(output).absolute()
+    target = None if output is None else absolute(output)
     work = _ChainWork(ChainRuns.of(read_chain(path, target)), given)
     if given["dry_run"]:
         return work.preview()

@@ -19,7 +19,7 @@ from aiflux.core.config.settings import SECTIONS, SETTINGS, RunOptions, SlurmCon
 from aiflux.core.config.sources import project_file, user_file
 from aiflux.errors import ImageError, OutputExistsError, UsageError
 from aiflux.image.container import find_image
-from aiflux.util.files import expanded
+from aiflux.util.files import absolute
 from aiflux.worker.console import TerminalConsole
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _target(output: str | None, *, user: bool) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
     if output:
-        return expanded(output).absolute()
+        return absolute(output)
     return project_file(Path.cwd())
 
 

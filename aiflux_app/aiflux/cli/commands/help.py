@@ -11,7 +11,7 @@ from aiflux.cli.completion import SHELLS, script
 from aiflux.cli.help import print_help
 from aiflux.cli.parser import COMPLETE, FOLDER, Choice, argument, command
 from aiflux.errors import ConfigError, UsageError
-from aiflux.util.files import atomic_write, expanded, short, storage_error
+from aiflux.util.files import absolute, atomic_write, short, storage_error
 
 NAMES = ("README.md", "prompts.jsonl", "aiflux.yaml", "answers.py")
 
@@ -45,7 +45,7 @@ def examples(folder: str) -> int:
 
     Existing files are not overwritten.
     """
-    directory = expanded(folder).absolute()
+    directory = absolute(folder)
     existing = [name for name in NAMES if (directory / name).exists()]
     if existing:
         raise ConfigError(

@@ -13,15 +13,17 @@ from aiflux.cli.chains import chain_named, chain_report
 from aiflux.cli.json_output import json_option
 from aiflux.cli.parser import FILE, command, option, settings_options
 from aiflux.cli.run_argument import run_argument
+from aiflux.core.batch.results_file import output_paths
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import read_plan
 from aiflux.errors import ConfigError, UsageError
 from aiflux.estimates.energy import Rates
 from aiflux.report.data import Report
 from aiflux.report.methods import methods
 from aiflux.slurm.commands import located
-from aiflux.util.files import expanded, may_write, short, user_name
+from aiflux.util.files import absolute, expanded, may_write, same_file, short, user_name
 from aiflux.util.streams import STDOUT
 from aiflux.util.text import json_text, whole
 
@@ -124,7 +126,7 @@ def _target(given: str | None, run: RunDirectory, option: str = "--output") -> P
                 "write the report elsewhere: --output report.html",
             )
         return run.report
-    target = expanded(given).absolute()
+    target = absolute(given)
     if target.is_dir():
         raise ConfigError(f"{option} {given!r} is a directory", "name a file, such as report.html")
     if not target.parent.is_dir():
@@ -132,4 +134,9 @@ def _target(given: str | None, run: RunDirectory, option: str = "--output") -> P
             f"the directory of {option} {given!r} does not exist",
             f"mkdir -p {quote(str(target.parent))}",
         )
+    if run.plan.is_file():
+        plan = read_plan(run)
+        own = (plan.input_path, plan.input.named, *output_paths(plan.output))
+        if any(same_file(target, each) for each in own):
+            raise ConfigError(f"{option} {given!r} is a file of the run", "name another file")
     return target

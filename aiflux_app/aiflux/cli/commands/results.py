@@ -49,7 +49,7 @@ from aiflux.core.batch.results_file import (
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, TABLE_RESULTS, RunDirectory, user_output
 from aiflux.core.runs.plan import read_plan
 from aiflux.slurm.commands import located
-from aiflux.util.files import expanded
+from aiflux.util.files import absolute
 from aiflux.util.streams import STDOUT
 from aiflux.util.text import json_text, terminal_line
 from aiflux.worker.console import TerminalConsole
@@ -208,7 +208,7 @@ def output_of(text: str) -> Path:
     Raises:
         UsageError: it names none.
     """
-    path = expanded(text).absolute()
+    path = absolute(text)
     inside = any(parent.suffix == ".aiflux" for parent in path.parents)
     table = RunDirectory.of_output(path).path / TABLE_RESULTS  # a table can be JSON, too
     if os.path.isfile(table):  # Path.is_file raises if a directory cannot be entered

@@ -189,6 +189,8 @@ def _planned(
         slurm = submissions.slurm
         known |= {item.name: getattr(slurm, item.name) for item in fields(SlurmConfig)}
         known["image"] = submissions.image
+        if not engine_kind(options).worker_in_image or options.nodes_per_engine > 1:
+            del known["seal"]  # such a run is never sealed: as an argument, a seal is refused
     if options.engine_url is not None:
         known["engine_url"] = options.engine_url
     elif options.engine_command is not None:

@@ -28,7 +28,7 @@ from aiflux.converters.chain.rows import make_requests, table_options, write_out
 from aiflux.converters.chain.steps_file import KEPT, Chain, Step, recorded_step
 from aiflux.converters.results import BackSummary, results_to_table
 from aiflux.converters.source import size_and_time, write_ahead_log
-from aiflux.converters.writer import Summary, same_file
+from aiflux.converters.writer import Summary
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import CHAIN_STEPS, RunDirectory
 from aiflux.core.runs.plan import read_plan
@@ -40,6 +40,7 @@ from aiflux.util.files import (
     is_pattern,
     refuse_existing,
     remove_leftovers,
+    same_file,
     storage_error,
     write_json,
 )

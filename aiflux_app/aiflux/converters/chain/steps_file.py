@@ -32,6 +32,7 @@ from aiflux.core.config.settings import BY_NAME
 from aiflux.core.config.sources import ENGINE_SETTINGS, parse_in_file, refuse_foreign
 from aiflux.errors import ConfigError, InputError, UsageError
 from aiflux.util import value_parsers
+from aiflux.util.files import absolute
 from aiflux.util.yaml_file import YamlFile, read_yaml
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -168,7 +169,7 @@ def read_chain(path: Path, output: Path | None = None) -> Chain:
         ConfigError: the file is wrong; shows its line.
         InputError: a template, a schema or the source is wrong.
     """
-    path = path.absolute()
+    path = absolute(path)
     file = _StepsFile(read_yaml(path))
     chain = file.chain(output)
     _check_names(chain)

@@ -25,10 +25,9 @@ from aiflux.converters.results.verbatim import (
     write_array,
 )
 from aiflux.converters.results.workbook import write_xlsx
-from aiflux.converters.writer import same_file
 from aiflux.errors import InputError, UsageError
 from aiflux.util.extras import need
-from aiflux.util.files import atomic_write
+from aiflux.util.files import atomic_write, same_file
 from aiflux.util.process_limits import exhausted
 from aiflux.util.text import REPLACEMENT, whole_text
 

@@ -32,7 +32,7 @@ from aiflux.core.batch.request import (
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
 from aiflux.util.compression import plain_name
-from aiflux.util.files import expanded, open_regular
+from aiflux.util.files import absolute, open_regular
 from aiflux.util.lines import (
     MAX_LINE_BYTES,
     cut_at_lines,
@@ -458,7 +458,7 @@ def scan_input(
     Raises:
         InputError: the file cannot be read, is empty, or has bad lines; ``problems`` lists them.
     """
-    path = expanded(path).absolute()
+    path = absolute(path)
     check_readable(path)
     named = source or path
     try:

@@ -12,7 +12,7 @@ from aiflux.core.batch.results_file import output_paths
 from aiflux.errors import ConfigError, RunConflictError
 from aiflux.util.compression import plain_name
 from aiflux.util.files import (
-    expanded,
+    absolute,
     may_write,
     nearest_there,
     read_error,
@@ -294,7 +294,7 @@ def checked_output(output: Path) -> Path:
             writable, or its name is too long.
         UsageError: it exists and is not a file.
     """
-    output = expanded(output).absolute()
+    output = absolute(output)
     if output.suffix not in OUTPUT_SUFFIXES:
         raise ConfigError(
             f"output {str(output)!r} does not end in {' or '.join(OUTPUT_SUFFIXES)}",

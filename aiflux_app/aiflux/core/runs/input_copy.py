@@ -13,7 +13,7 @@ from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.local_process import refuse_process
 from aiflux.errors import ConfigError, StorageError
 from aiflux.util.compression import PlainFile, compression_of
-from aiflux.util.files import atomic_write, expanded, open_regular, temporary_folder
+from aiflux.util.files import absolute, atomic_write, open_regular, temporary_folder
 from aiflux.util.lease import refuse_living
 from aiflux.util.lines import unreadable
 from aiflux.util.text import size_text
@@ -41,7 +41,7 @@ def plain_input(path: Path, output: Path) -> tuple[Path, Path | None]:
         StorageError: the disk has too little space, or cannot be written.
         RunConflictError: a process works with a copy that would be replaced.
     """
-    path = expanded(path).absolute()
+    path = absolute(path)
     if not is_compressed(path):
         return path, None
     target = copy_of_input(output)
@@ -88,7 +88,7 @@ def keep_input(
 @contextmanager
 def temporary_copy(path: Path) -> Iterator[tuple[Path, Path | None]]:
     """Yield the same as ``plain_input``, with a copy in the temporary directory."""
-    path = expanded(path).absolute()
+    path = absolute(path)
     if not is_compressed(path):
         yield path, None
         return

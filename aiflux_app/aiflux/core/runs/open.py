@@ -46,13 +46,14 @@ from aiflux.core.runs.status_file import (
 from aiflux.errors import ConfigError, ModelError, OutputExistsError, RunConflictError
 from aiflux.models.name import shown_digest
 from aiflux.util.files import (
-    expanded,
+    absolute,
     fsync_directory,
     is_there,
     read_file,
     refuse_existing,
     refuse_irregular,
     remove_leftovers,
+    same_file,
     storage_error,
 )
 from aiflux.util.lease import acquire, refuse_living
@@ -161,9 +162,8 @@ def draft_run(
             model's files changed.
     """
     output = checked_output(output)
-    input_path = expanded(input_path).absolute()
-    if input_path in output_paths(output):
-        raise ConfigError("input and output are the same file", "name another output")
+    input_path = absolute(input_path)
+    refuse_own_input(input_path, output)
     run = RunDirectory.of_output(output)
     run.refuse_foreign()
     # If jsonschema is missing here, the worker checks with its own, or reports what to install.
@@ -175,6 +175,16 @@ def draft_run(
     plan = make_plan(summary, output, options, models_dir, kind, number)
     plan, long = with_long_prompts(plan, summary, kind)
     return replace(draft_of(plan, force=force, force_resume=force_resume), long=long)
+
+
+def refuse_own_input(input_path: Path, output: Path) -> None:
+    """Refuse an output that would replace the input, also through a link.
+
+    Raises:
+        ConfigError: they are the same file.
+    """
+    if any(same_file(input_path, target) for target in output_paths(output)):
+        raise ConfigError("input and output are the same file", "name another output")
 
 
 def with_long_prompts(
@@ -398,10 +408,11 @@ def _earlier(run: RunDirectory, plan: Plan) -> Plan | None:
             )
         return None
     earlier = read_plan(run)
-    if earlier.input_path != plan.input_path:
+    before, now = earlier.input_path, plan.input_path
+    if before != now and not same_file(before, now):
         raise RunConflictError(
-            f"{run.path} belongs to the input {earlier.input_path}, not {plan.input_path}",
-            f"choose another output, or remove that run: rm -r {quote(str(run.path))}",
+            f"{run.path} belongs to the input {before}, not {now}",
+            f"choose another output, or move that run away: mv {quote(str(run.path))} ELSEWHERE",
         )
     if not any(path.stat().st_size for path in run.path.glob("journal*/*.jsonl")):
         return None

@@ -21,7 +21,7 @@ from typing import Any
 from aiflux.core.runs.directory import CHAIN_STEPS, TABLE_RESULTS, RunDirectory
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import StorageError, UsageError
-from aiflux.util.files import expanded, write_json
+from aiflux.util.files import absolute, same_file, write_json
 from aiflux.util.text import error_text
 from aiflux.util.times import utc_now
 
@@ -106,6 +106,7 @@ def register(
     try:
         place = folder(os.environ if environ is None else environ)
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        run_dir = _known_path(run_dir, place)
         file = place / _name(run_dir)
         earlier = _read(file)
         before = earlier.jobs if earlier is not None else ()
@@ -168,6 +169,15 @@ def _same(job: str, wanted: re.Match[str]) -> bool:
     if have is None or have["number"] != wanted["number"]:
         return False
     return wanted["cluster"] in (None, have["cluster"])
+
+
+def _known_path(run_dir: Path, place: Path) -> Path:
+    """Return the path by which a run directory was added before, such as through a link."""
+    if (place / _name(run_dir)).exists():
+        return run_dir
+    known = (_read(file) for file in place.glob("[!.]*.json"))
+    paths = (entry.run_dir for entry in known if entry and entry.run_dir.name == run_dir.name)
+    return next((path for path in paths if same_file(path, run_dir)), run_dir)
 
 
 def _name(run_dir: Path) -> str:
@@ -268,7 +278,7 @@ def _by_job(text: str, environ: Mapping[str, str], ask: Ask | None) -> RunDirect
 
 
 def _by_path(text: str) -> RunDirectory | None:
-    path = expanded(text).absolute()
+    path = absolute(text)
     runs = (RunDirectory(candidate) for candidate in _candidates(path))
     # Path.is_file raises if a directory cannot be entered.
     return next((run for run in runs if os.path.isfile(run.plan)), None)

@@ -21,6 +21,7 @@ from aiflux.models.gguf import read_gguf, refuse_truncated
 from aiflux.models.name import GGUF_SUFFIX, parse_model_name
 from aiflux.models.name import is_path as is_named_path
 from aiflux.models.tokenizer import ModelTokenizer, gguf_tokenizer
+from aiflux.util.files import absolute
 
 _CHECK = "check the path (--model)"
 
@@ -53,7 +54,7 @@ def absolute_name(model: str) -> str:
     """
     if not is_path(model):
         return model
-    path = str(Path(model).expanduser().absolute())
+    path = str(absolute(Path(model).expanduser()))
     if "," in path or not path.isprintable():
         raise ConfigError(
             f"llama.cpp cannot serve a model of the path {path!r}",

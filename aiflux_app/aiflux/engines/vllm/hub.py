@@ -21,6 +21,7 @@ from aiflux.errors import ConfigError, ModelError
 from aiflux.models.catalog import read_catalog
 from aiflux.models.name import HUB_PREFIX, is_path, split_hub_name
 from aiflux.models.tokenizer import ModelTokenizer, snapshot_tokenizer
+from aiflux.util.files import absolute
 from aiflux.util.text import error_text
 
 HUB = "hub"
@@ -92,7 +93,7 @@ def parse_hub_model(text: str) -> HubModel:
 
 def _folder(text: str) -> Path:
     try:
-        folder = Path(os.path.abspath(Path(text).expanduser()))
+        folder = absolute(Path(text).expanduser())
     except RuntimeError as error:
         raise ConfigError(f"the model {text!r}: {error}", "write the whole path") from error
     if not folder.name:

@@ -297,7 +297,7 @@ def _check_association(facts: Facts, slurm: SlurmConfig, nodes: int) -> Iterator
 
 
 def _check_time(what: str, limits: JobLimits, slurm: SlurmConfig) -> Iterator[Finding]:
-    if _seconds(slurm) > limits.seconds:
+    if slurm.time is not None and _seconds(slurm) > limits.seconds:
         yield Finding(
             "error",
             f"--time {walltime_given(slurm.time)} is more than the {what} allows",

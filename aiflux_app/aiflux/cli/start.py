@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,11 @@ def submit_planned(planned: PlannedRun, after: Sequence[JobId] = (), then: str =
         then: shell command to execute once the run is over.
     """
     from aiflux.slurm.jobs import join_jobs
-    from aiflux.slurm.submit import submit_job, submit_then
+    from aiflux.slurm.submit import submit_job
 
     opened = planned.opened
+    if not opened.open_shards:
+        warn_not_executed(then)
     if opened.counts is not None:
         return print_finished(opened.plan, opened.counts)
     if not opened.open_shards:
@@ -87,9 +90,39 @@ def submit_planned(planned: PlannedRun, after: Sequence[JobId] = (), then: str =
     if after:
         print(f"  starts once these jobs have succeeded: {join_jobs(after)}")
     if then:
-        job, log = submit_then(planned, then, jobs)
-        print(f"  job {job.number} then executes the command; its log: {log}")
+        _submit_then(planned, then, jobs)
     return 0
+
+
+def add_then(planned: PlannedRun, then: str) -> int:
+    """Submit the job of a command for a run whose jobs all wait or run.
+
+    Raises:
+        RunConflictError: such a job already waits or runs.
+    """
+    from aiflux.slurm.monitor import active_jobs
+    from aiflux.slurm.submit import refuse_second_then
+
+    refuse_second_then(planned, then)
+    _submit_then(planned, then, active_jobs(planned.run))
+    return 0
+
+
+def _submit_then(planned: PlannedRun, then: str, jobs: Sequence[JobId]) -> None:
+    from aiflux.slurm.submit import submit_then
+
+    job, log = submit_then(planned, then, jobs)
+    print(f"  job {job.number} then executes the command; its log: {log}")
+
+
+def warn_not_executed(then: str) -> None:
+    """Print that the command of --then was not executed, because nothing was left to do."""
+    if then:
+        print(
+            "warning: nothing was left to do, so the command of --then was not executed; execute "
+            f"it yourself: bash -c {quote(then)}",
+            file=sys.stderr,
+        )
 
 
 def register(plan: Plan, jobs: Sequence[JobId] = ()) -> None:
@@ -155,7 +188,8 @@ def execute_then(command: str, work: Callable[[], int]) -> int:
     """Do the work, then execute a shell command unless the work was stopped or did not begin.
 
     Returns:
-        the exit code of the work, or if that is 0, that of the command.
+        the exit code of the work, or if that is 0, that of the command; 128 and the number of the
+        signal if one ended it.
 
     Raises:
         AifluxError: what the work raised.
@@ -170,7 +204,10 @@ def execute_then(command: str, work: Callable[[], int]) -> int:
         environ = {**os.environ, "AIFLUX_EXIT_CODE": str(code)}
         sys.stdout.flush()
         done = subprocess.run(["bash", "-c", command], env=environ, stdout=sys.stdout, check=False)
-        code = code or done.returncode
+        ended_with = done.returncode if done.returncode >= 0 else 128 - done.returncode
+        if ended_with:
+            print(f"aiflux: the command of --then ended with {ended_with}", file=sys.stderr)
+        code = code or ended_with
     if failure is not None:
         raise failure
     return code

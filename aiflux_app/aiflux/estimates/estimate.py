@@ -271,11 +271,11 @@ class Estimate:
     def costs(self, rates: Rates, shards: int) -> Costs:
         """Return energy, CO2 and billing units of all jobs together."""
         kwh = self.kwh(shards)
-        answers = max(1.0, self.requests - self.failures.value)
+        answers = self.requests - self.failures.value
         per_hour, co2 = rates.billing_per_gpu_hour, rates.co2_per_kwh
         return Costs(
             kwh,
-            None if kwh is None else kwh.times(1000 * JOULES_PER_KWH / answers),
+            None if kwh is None or answers < 1 else kwh.times(1000 * JOULES_PER_KWH / answers),
             None if kwh is None or co2 is None else kwh.times(co2),
             self.gpu_hours(shards).times(per_hour) if per_hour is not None and self.gpus else None,
         )

@@ -246,6 +246,12 @@ def task_states(
     }
 
 
+def has_accounting(job: JobId, environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether Slurm's accounting answers, which also knows jobs that ended long ago."""
+    asked = ["sacct", *job.options, "-X", "-n", "-P", "-j", job.number, "-o", "JobID"]
+    return attempt(asked, _environment(environ)) is not None
+
+
 def job_state(jobs: JobId | Sequence[JobId], environ: Mapping[str, str] | None = None) -> JobState:
     """Return a job's state; that of an array, or of several jobs, is its tasks' overall state.
 

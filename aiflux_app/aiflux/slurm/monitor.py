@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,11 @@ from aiflux.core.runs.status_file import (
     read_status,
 )
 from aiflux.errors import AifluxError, ExitCode, RunConflictError, SlurmError, UsageError
-from aiflux.slurm.commands import located, task_states
+from aiflux.slurm.commands import has_accounting, located, task_states
 from aiflux.slurm.jobs import (
     JobId,
     Submissions,
+    join_jobs,
     known_submissions,
     parse_jobs,
     read_submissions,
@@ -174,14 +175,38 @@ def active_jobs(run: RunDirectory, environ: Mapping[str, str] | None = None) -> 
     return [job for job in jobs if any(task.active for task in tasks.get(job.number, {}).values())]
 
 
-def jobs_to_wait_for(text: str, environ: Mapping[str, str] | None = None) -> tuple[JobId, ...]:
+def _ignore(text: str) -> None:
+    pass
+
+
+def _refuse_unknown(
+    jobs: Sequence[JobId], environ: Mapping[str, str] | None, warn: Callable[[str], None]
+) -> None:
+    """Refuse jobs that Slurm does not know: a run that waits for them would start at once."""
+    states = task_states(jobs, environ)
+    unknown = [job for job in jobs if job.number not in states]
+    if not unknown:
+        return
+    named = f"Slurm does not know the job {join_jobs(unknown)}"
+    if has_accounting(unknown[0], environ):
+        raise UsageError(named, "check the id, or name the run or its output")
+    warn(
+        f"{named}: it ended a while ago, or never existed (without accounting, Slurm soon forgets "
+        "jobs); the run then starts at once"
+    )
+
+
+def jobs_to_wait_for(
+    text: str, environ: Mapping[str, str] | None = None, *, warn: Callable[[str], None] = _ignore
+) -> tuple[JobId, ...]:
     """Return the jobs that have to succeed before a run is finished; none if it is.
 
     Args:
         text: the run, as ``located`` accepts it, or ids of other jobs.
+        warn: called with a warning if it is unknown whether a job exists.
 
     Raises:
-        UsageError: it names neither a run nor a job.
+        UsageError: it names neither a run nor a job that Slurm knows.
         RunConflictError: the run has failed, or no job in the queue will complete it.
         SlurmError: Slurm is missing or does not answer.
     """
@@ -189,9 +214,11 @@ def jobs_to_wait_for(text: str, environ: Mapping[str, str] | None = None) -> tup
         run = located(text, environ)
     except UsageError as unknown:
         try:
-            return parse_jobs(text)
+            jobs = parse_jobs(text)
         except SlurmError:
             raise unknown from None
+        _refuse_unknown(jobs, environ, warn)
+        return jobs
     view = gather(run, environ)
     if view.finished and outcome(view) is ExitCode.OK:
         return ()

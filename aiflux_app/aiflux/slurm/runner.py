@@ -23,6 +23,7 @@ from aiflux.slurm.commands import job_state
 from aiflux.slurm.jobs import JobId, JobState, join_jobs, parse_jobs
 from aiflux.slurm.monitor import jobs_to_wait_for
 from aiflux.slurm.preflight.local import finding_text
+from aiflux.slurm.script import checked_then
 from aiflux.slurm.submit import PlannedRun, plan_job, submit_job, submit_then
 from aiflux.util import value_parsers
 from aiflux.util.files import absolute, expanded
@@ -102,7 +103,9 @@ class SlurmRunner:
             SlurmError: Slurm is missing or refused the job.
             StorageError: the run directory cannot be written.
         """
-        waits = tuple(job for name in after for job in jobs_to_wait_for(name))
+        if then:
+            checked_then(then)
+        waits = tuple(job for name in after for job in jobs_to_wait_for(name, warn=_log.warning))
         planned = self.plan(
             input_path,
             output_path,

@@ -158,11 +158,28 @@ def render_local(job: JobScript) -> str:
     return _script(["#!/bin/bash", *_of_run(job, job.slurm)])
 
 
+def checked_then(command: str) -> str:
+    """Return the shell command to execute after a run.
+
+    Raises:
+        ConfigError: it is empty, or cannot be in a batch script.
+    """
+    if not command.strip():
+        raise ConfigError("the command to execute then (--then) is empty", "name one, or omit it")
+    if re.search(r"[\n\r\0]", command):
+        raise ConfigError(
+            "the command to execute then (--then) has a line break, or a character that a batch "
+            "script cannot contain",
+            "separate commands with ; or &&, or write them into a file: --then 'bash FILE'",
+        )
+    return command
+
+
 def render_then(job: JobScript, command: str) -> str:
     """Return the script of the small job that executes a shell command after a run.
 
     Raises:
-        ConfigError: the command has several lines.
+        ConfigError: see ``checked_then``.
     """
     lines = [
         "#!/bin/bash",
@@ -170,7 +187,7 @@ def render_then(job: JobScript, command: str) -> str:
         "",
         _array("cli", package_command("aiflux.cli", os.environ)),
         _assign("run_dir", job.run_dir),
-        _assign("command", command),
+        _assign("command", checked_then(command)),
     ]
     return _script(lines, "then.sh")
 

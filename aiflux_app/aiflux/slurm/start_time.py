@@ -15,6 +15,9 @@ from aiflux.slurm.commands import call, clean_environment
 from aiflux.slurm.script import JobScript, render
 
 _EXPECTED = re.compile(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)")
+# A job without a time limit counts as one of a year, or Slurm names a year such as 2537: a start
+# that depends on its end is unknown.
+_LONGEST_WAIT = 90 * 86400.0
 _MOST = 64
 _GAIN = 0.75
 
@@ -42,7 +45,8 @@ def seconds_to_start(
     found = _EXPECTED.search(done.stderr)
     if done.returncode != 0 or found is None:
         return None
-    return max(0.0, datetime.fromisoformat(found[1]).timestamp() - time.time())
+    wait = datetime.fromisoformat(found[1]).timestamp() - time.time()
+    return max(0.0, wait) if wait <= _LONGEST_WAIT else None
 
 
 def ending_first(

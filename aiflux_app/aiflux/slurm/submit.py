@@ -61,6 +61,7 @@ class PlannedRun:
     """A run that is checked, planned and rendered, but not submitted.
 
     Attributes:
+        job: what the scripts have in common.
         scripts: each array (or the single job) and its batch script.
         image: None if the worker runs outside a container.
         active: shards that already wait or run, and are left alone.
@@ -69,6 +70,7 @@ class PlannedRun:
     """
 
     opened: OpenedRun
+    job: JobScript
     image: Path | None
     slurm: SlurmConfig
     logs: Path
@@ -161,7 +163,9 @@ def plan_job(
     if write and not opened.finished:
         carry_estimate(opened.plan, opened.run)
     scripts = _scripts(job, opened.plan, opened.open_shards, slurm, environ)
-    return PlannedRun(opened, job.image, slurm, job.log, scripts, findings=findings, known=known)
+    return PlannedRun(
+        opened, job, job.image, slurm, job.log, scripts, findings=findings, known=known
+    )
 
 
 def plan_later(
@@ -371,7 +375,7 @@ def plan_resume(
     )
     opened = OpenedRun(plan, run, True, counts, missing)
     scripts = _scripts(job, plan, missing, slurm, environ) if missing else ()
-    return PlannedRun(opened, image, slurm, logs, scripts, len(active), known=records)
+    return PlannedRun(opened, job, image, slurm, logs, scripts, len(active), known=records)
 
 
 def _recorded(recorded: SlurmConfig, changes: Mapping[str, Any]) -> SlurmConfig:
@@ -433,8 +437,8 @@ def submit_then(
         SlurmError: Slurm refused the job; the run stays submitted.
         StorageError: the run directory cannot be written.
     """
-    script = planned.opened.run.then_script
-    text = render_then(planned.scripts[0][0], command)
+    script = planned.run.then_script
+    text = render_then(planned.job, command)
     with atomic_write(script, 0o600) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
     option = f"--dependency={dependency(jobs, 'afterany')}"
@@ -446,6 +450,24 @@ def submit_then(
             f"correct the script and submit it: sbatch {option} {quote(str(script))}",
         ) from error
     return job, log_file(planned.logs, job.number)
+
+
+def refuse_second_then(
+    planned: PlannedRun, command: str, environ: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a command after a run if a job to execute it already waits or runs.
+
+    Raises:
+        RunConflictError: there is such a job.
+        SlurmError: Slurm is missing or does not answer.
+    """
+    content = render_then(planned.job, command).encode("utf-8", "surrogateescape")
+    job = _unrecorded_job(planned.run.then_script, content, None, environ)
+    if job is not None:
+        raise RunConflictError(
+            f"job {job} already waits for the run, to execute the same command",
+            f"leave it, or cancel it: scancel {job.number}",
+        )
 
 
 def submit_later(

@@ -320,6 +320,19 @@ def test_shards_are_added_for_free_nodes(
     assert len(_plan(capsys)["shards"]) == 4
 
 
+def test_a_start_after_a_job_without_a_time_limit_is_unknown(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SLURM) == 0
+    do_the_pilot()
+    cluster_of(slurm, nodes=4, busy_seconds=186413 * 86400)
+    capsys.readouterr()
+    assert main(SLURM) == 0
+    assert "start, if submitted now" not in capsys.readouterr().out
+    assert main([*SLURM, "--json"]) == 0
+    assert "seconds_to_start" not in json.loads(capsys.readouterr().out)
+
+
 def test_a_run_that_the_site_refuses_has_an_estimate(
     slurm: FakeCommands, place: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

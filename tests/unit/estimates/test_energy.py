@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ def estimate(watts: float | None, gpus: int = 2) -> Estimate:
         "p", "slurm", "", 1000, 10, 0, none, none, 4, exactly, none, 1.0, gpus, none,
         gpu_watts=watts,
     )  # fmt: skip
+
+
+def test_without_an_answer_there_is_no_energy_for_1000_answers() -> None:
+    found = estimate(500)
+    every = Range(float(found.requests), found.requests * 0.9, float(found.requests))
+    costs = replace(found, failures=every).costs(RATES, 1)
+    assert costs.gpu_kwh is not None
+    assert costs.joules_per_1000_answers is None
 
 
 def test_an_estimate_has_the_costs_of_all_jobs() -> None:

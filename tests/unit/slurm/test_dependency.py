@@ -14,7 +14,7 @@ from aiflux.cli.main import main
 from aiflux.cli.start import execute_then
 from aiflux.core.config.config import SlurmConfig
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.errors import RunConflictError, SlurmError, UsageError
+from aiflux.errors import ConfigError, RunConflictError, SlurmError, UsageError
 from aiflux.slurm import SlurmRunner
 from aiflux.slurm.monitor import gather, jobs_to_wait_for
 from aiflux.slurm.script import JobScript, render_then
@@ -60,6 +60,7 @@ def states(job: str, *tasks: tuple[str, str]) -> str:
 def test_each_array_of_a_run_waits_for_every_job(
     slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    slurm.say("squeue", "".join(states(job, ("N/A", "RUNNING")) for job in "789"))
     more = ["--shards", "20", "--after", "7", "--after", "8:9"]
     assert run(*more, "--max-running", "2", "--sbatch-arg", "dependency=singleton") == 0
     kill = "--kill-on-invalid-dep=yes"
@@ -136,6 +137,29 @@ def test_what_names_neither_a_run_nor_a_job_is_refused(slurm: FakeCommands) -> N
     assert run("--after", "nothing.json", "--dry-run") == 2
 
 
+def test_a_job_that_slurm_does_not_know_is_refused(
+    slurm: FakeCommands, awkward: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.say("squeue", states("7", ("N/A", "RUNNING")))
+    assert run("--after", "7:999999") == 2
+    assert "Slurm does not know the job 999999" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="999999"):
+        SlurmRunner(workspace=awkward).run("in.jsonl", "b.json", after=["999999"])
+    assert slurm.calls("sbatch") == []
+    assert run("--after", "7") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_without_accounting_an_unknown_job_may_have_ended(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.say("sacct", stderr="Slurm accounting storage is disabled", status=1)
+    assert run("--after", "999999") == 0
+    error = capsys.readouterr().err
+    assert "warning: Slurm does not know the job 999999" in error
+    assert "the run then starts at once" in error
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -185,8 +209,60 @@ def test_a_refused_command_leaves_the_run_and_says_how_to_submit_it(
     assert e.value.remedy == f"correct the script and submit it: {command}"
 
 
-def test_a_command_of_several_lines_is_refused(slurm: FakeCommands) -> None:
-    assert run("--then", "a\nb") == 2
+@pytest.mark.parametrize("command", ["a\nb", "a\n", "a\r", "", "  "])
+def test_a_command_that_cannot_be_in_a_script_is_refused_at_once(
+    slurm: FakeCommands, awkward: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--dry-run"], ["--local"]):
+        assert run("--then", command, *more) == 2
+        assert "--then" in capsys.readouterr().err
+    assert main(["resume", "out.json", "--then", command]) == 2
+    assert "--then" in capsys.readouterr().err
+    if command:
+        with pytest.raises(ConfigError, match="--then"):
+            SlurmRunner(workspace=awkward).run("in.jsonl", "out.json", then=command)
+    assert slurm.calls("sbatch") == []
+    assert not Path("out.json.aiflux").exists()
+
+
+def test_a_command_is_added_to_a_run_whose_jobs_wait(
+    slurm: FakeCommands, awkward: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    slurm.say("squeue", states("101", ("N/A", "PENDING")))
+    capsys.readouterr()
+    assert run("--then", "true") == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if "aiflux resume" in line]
+    words = shlex.split(line[line.index("aiflux resume") :])[1:]
+    assert main(words) == 0
+    assert "job 102 then executes the command" in capsys.readouterr().out
+    script = awkward / "out.json.aiflux" / "then.sbatch"
+    then = slurm.calls("sbatch")[-1]
+    assert then.argv[1:] == ["--dependency=afterany:101", "--", str(script)]
+    # Slurm lists the jobs of the user with their scripts, or these jobs with their states.
+    listed = f"101|x\n102|{script}\n"
+    waiting = states("101", ("N/A", "PENDING")) + states("102", ("N/A", "PENDING"))
+    slurm.add("squeue", f"case $* in *%o*) printf %s {shlex.quote(listed)} ;;"
+                        f" *) printf %s {shlex.quote(waiting)} ;; esac\n")  # fmt: skip
+    assert main(words) == 2
+    assert "job 102 already waits for the run" in capsys.readouterr().err
+    assert len(slurm.calls("sbatch")) == 2
+
+
+def test_a_finished_run_says_that_the_command_was_not_executed(
+    slurm: FakeCommands, awkward: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeRun(awkward / "r")
+    made.submit()
+    made.status(0, "completed", 100)
+    made.whole("completed", 100)
+    words = ["resume", str(made.output), "--image", "aiflux.sif"]
+    assert main([*words, "--then", "touch 'a b'"]) == 0
+    error = capsys.readouterr().err
+    assert "the command of --then was not executed" in error
+    assert """bash -c 'touch '"'"'a b'"'"''""" in error
+    assert slurm.calls("sbatch") == []
 
 
 def executed(made: MadeRun, command: str, environ: dict[str, str]) -> tuple[int, str, str]:
@@ -252,7 +328,9 @@ def test_a_run_here_executes_the_command_when_it_has_ended(
         assert f"code {code}\n" in capfd.readouterr().out
         if code != 4:
             assert run(*words) == code, "nothing was left to do"
-            assert "code" not in capfd.readouterr().out
+            printed = capfd.readouterr()
+            assert "code" not in printed.out
+            assert "the command of --then was not executed" in printed.err
 
 
 @pytest.mark.parametrize("code", [2, 5])
@@ -263,3 +341,12 @@ def test_work_that_was_stopped_or_refused_executes_no_command(awkward: Path, cod
     assert not file.exists()
     assert execute_then(command, lambda: 0) == 0
     assert file.exists()
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 9", 9), ("kill -9 $$", 137), ("true", 0)])
+def test_the_exit_code_of_a_command_in_the_foreground_is_shown(
+    command: str, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert execute_then(command, lambda: 0) == code
+    error = capfd.readouterr().err
+    assert error == (f"aiflux: the command of --then ended with {code}\n" if code else "")

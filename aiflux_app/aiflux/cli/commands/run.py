@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from aiflux.api.local_run import draft_here
@@ -28,6 +29,7 @@ from aiflux.cli.pipes import kept_input
 from aiflux.cli.render.run import dry_run_summary, typed
 from aiflux.cli.run_argument import run_argument
 from aiflux.cli.start import (
+    add_then,
     execute_then,
     print_finished,
     refuse_local_at_url,
@@ -36,6 +38,7 @@ from aiflux.cli.start import (
     run_local,
     show_local_choices,
     submit_planned,
+    warn_not_executed,
     write_output,
 )
 from aiflux.core.config.config import Config
@@ -48,12 +51,13 @@ from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
-from aiflux.errors import MissingResultsError, SlurmError, UsageError
+from aiflux.errors import MissingResultsError, RunConflictError, SlurmError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.commands import located
-from aiflux.slurm.monitor import gather
+from aiflux.slurm.monitor import active_jobs, gather
 from aiflux.slurm.preflight.local import check_fields, finding_text
+from aiflux.slurm.script import checked_then
 from aiflux.util.files import short
 from aiflux.util.streams import STDIN
 from aiflux.util.text import counted
@@ -65,7 +69,6 @@ if TYPE_CHECKING:
 
 _then_option = option(
     "--then",
-    default="",
     metavar="COMMAND",
     rare=True,
     help="Execute a shell command once the run is over; AIFLUX_EXIT_CODE is the run's",
@@ -140,7 +143,7 @@ def run(
         preflight=not more["no_preflight"],
         as_json=more["as_json"],
         after=_jobs_before(config, more["after"]),
-        then=more["then"],
+        then=_command_after(more["then"]),
     )
     if more["pilot"] is not None:
         from aiflux.cli.commands.estimate import estimate_run
@@ -209,7 +212,19 @@ def _jobs_before(config: Config, names: Sequence[str]) -> tuple[JobId, ...]:
         )
     from aiflux.slurm.monitor import jobs_to_wait_for
 
-    return tuple(dict.fromkeys(job for name in names for job in jobs_to_wait_for(name)))
+    def warn(text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
+    return tuple(dict.fromkeys(job for name in names for job in jobs_to_wait_for(name, warn=warn)))
+
+
+def _command_after(given: str | None) -> str:
+    """Return the command of --then; "" for none.
+
+    Raises:
+        ConfigError: it cannot be executed.
+    """
+    return "" if given is None else checked_then(given)
 
 
 def _draft(asked: RunArguments) -> RunDraft:
@@ -239,6 +254,8 @@ def _start_here(asked: RunArguments) -> int:
     def work() -> int:
         return run_local(opened, asked.config) if asked.managed else run_here(opened)
 
+    if opened.finished:
+        warn_not_executed(asked.then)
     code = work() if opened.finished else execute_then(asked.then, work)
     if not code and not opened.finished:
         name = typed(short(opened.plan.output))
@@ -268,8 +285,20 @@ def _plan_job(asked: RunArguments, *, write: bool) -> PlannedRun:
 
 
 def submit(asked: RunArguments) -> int:
-    """Submit a run."""
-    return submit_planned(_plan_job(asked, write=True), asked.after, asked.then)
+    """Submit a run.
+
+    Raises:
+        RunConflictError: a job works on it already; with the way to add a command.
+    """
+    try:
+        planned = _plan_job(asked, write=True)
+    except RunConflictError as error:
+        run = RunDirectory.of_output(checked_output(asked.output))
+        if asked.then and run.submissions.exists() and active_jobs(run):
+            command = f"aiflux resume {typed(short(run.path))} --then {quote(asked.then)}"
+            error.remedy = f"{error.remedy}; only to execute the command afterwards: {command}"
+        raise
+    return submit_planned(planned, asked.after, asked.then)
 
 
 def _dry_run(asked: RunArguments, *, script: bool) -> int:
@@ -305,7 +334,7 @@ def _as_json(plan: Plan, planned: PlannedRun | None) -> dict[str, Any]:
 @json_option()
 @settings_options("slurm")
 def resume(
-    run: str, as_json: bool, local: bool, image: str | None, then: str, **settings: Any
+    run: str, as_json: bool, local: bool, image: str | None, then: str | None, **settings: Any
 ) -> int:
     """Submit the shards of a run that are neither finished nor in the queue.
 
@@ -313,12 +342,13 @@ def resume(
     --engine-url that was started here continues here, in the foreground; --local does so with any
     other run.
     """
+    command = _command_after(then)
     directory = located(run)
 
     def work() -> int:
         if local or _started_here(directory):
-            return _resume_here(directory, {"image": image, **given_settings(settings)}, then)
-        return _submit_rest(run, directory, image, settings, then)
+            return _resume_here(directory, {"image": image, **given_settings(settings)}, command)
+        return _submit_rest(run, directory, image, settings, command)
 
     return then_status(work, directory) if as_json else work()
 
@@ -344,6 +374,8 @@ def _submit_rest(
         refuse_changed_input(planned.opened.plan, "; nothing was sent")
     if planned.opened.open_shards or planned.opened.finished or not planned.active:
         return submit_planned(planned, then=then)
+    if then:
+        return add_then(planned, then)
     raise SlurmError(
         f"the rest of {planned.opened.plan.output} is already pending or running "
         f"({counted(planned.active, 'shard')})",
@@ -366,6 +398,7 @@ def _resume_here(run: RunDirectory, settings: Mapping[str, Any], then: str) -> i
     plan = read_plan(run)
     counts = finished_counts(plan, run)
     if counts is not None and not plan.options.retry_failed:
+        warn_not_executed(then)
         return print_finished(plan, counts)
     refuse_changed_input(plan, "; nothing was sent")
     kind = engine_kind(plan.options)
@@ -377,6 +410,7 @@ def _resume_here(run: RunDirectory, settings: Mapping[str, Any], then: str) -> i
         return run_local(opened, Config(arguments=settings)) if kind.managed else run_here(opened)
 
     if opened.finished:
+        warn_not_executed(then)
         return work()
     register(opened.plan)
     return execute_then(then, work)

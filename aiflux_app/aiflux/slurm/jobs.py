@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from shlex import quote
 
@@ -110,6 +112,24 @@ class TaskState(JobState):
     start: str | None = None
     elapsed: str | None = None
     restarts: int | None = None
+
+
+# A job without a time limit counts as one of a year, or Slurm names a year such as 2537: a start
+# that depends on its end is unknown.
+_LONGEST_WAIT = 90 * 86400.0
+
+
+def seconds_until(start: str) -> float | None:
+    """Return the seconds until a start that Slurm expects; None if it is unknown.
+
+    Args:
+        start: in Slurm's format, in the time of the cluster.
+    """
+    try:
+        wait = datetime.fromisoformat(start).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, wait) if wait <= _LONGEST_WAIT else None
 
 
 def overall_state(states: Iterable[JobState]) -> JobState | None:

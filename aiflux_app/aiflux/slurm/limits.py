@@ -23,8 +23,8 @@ _PARSERS: Mapping[str, parse.Parser] = {
     "nodes_per_engine": parse.integer(1),
     "time": parse.walltime,
 }
-# sbatch also accepts the beginning of a name, such as "exclusiv". A job with --exclusive gets all
-# GPUs of its node, whatever it requests.
+# sbatch also accepts the beginning of a name. A job with --exclusive gets all GPUs of its node,
+# whatever it requests.
 _MORE_GPUS = ("exclusive", "gpus-per-socket", "tres-per-job", "tres-per-node", "tres-per-socket",
               "tres-per-task")  # fmt: skip
 

@@ -17,7 +17,7 @@ from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, Status
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
-from aiflux.slurm.jobs import JobId, TaskState, dependency
+from aiflux.slurm.jobs import JobId, TaskState, dependency, seconds_until
 from aiflux.util.times import duration
 
 QUIET_SECONDS = 45.0  # a lease is renewed every 3 s; the rest allows for clock differences
@@ -158,7 +158,8 @@ def _in_slurm(facts: ShardFacts, task: TaskState) -> ShardVerdict:
 
 def _why_waiting(task: TaskState) -> str:
     why = task.reason or task.name.lower()
-    return f"{why}, expected to start {task.start}" if task.start else why
+    known = task.start is not None and seconds_until(task.start) is not None
+    return f"{why}, expected to start {task.start}" if known else why
 
 
 def _just_ended(facts: ShardFacts) -> bool:

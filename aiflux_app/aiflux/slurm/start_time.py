@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 
 from aiflux.errors import SlurmError
 from aiflux.estimates.estimate import Estimate
 from aiflux.slurm.commands import call, clean_environment
+from aiflux.slurm.jobs import seconds_until
 from aiflux.slurm.script import JobScript, render
 
 _EXPECTED = re.compile(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)")
-# A job without a time limit counts as one of a year, or Slurm names a year such as 2537: a start
-# that depends on its end is unknown.
-_LONGEST_WAIT = 90 * 86400.0
 _MOST = 64
 _GAIN = 0.75
 
@@ -45,8 +41,7 @@ def seconds_to_start(
     found = _EXPECTED.search(done.stderr)
     if done.returncode != 0 or found is None:
         return None
-    wait = datetime.fromisoformat(found[1]).timestamp() - time.time()
-    return max(0.0, wait) if wait <= _LONGEST_WAIT else None
+    return seconds_until(found[1])
 
 
 def ending_first(

@@ -87,7 +87,7 @@ def test_the_most_is_permitted(site: Path) -> None:
         ["--sbatch-arg", "tres-per-node=gres/gpu:8"],
         ["--sbatch-arg", "tres-per-task=gres/gpu:8"],
         ["--sbatch-arg", "exclusive"],
-        ["--sbatch-arg", "exclusiv"],
+        ["--sbatch-arg", "exclus"],
         ["--sbatch-arg", "exclusive=user"],
         ["--time", "UNLIMITED"],
         ["--time", "infinite"],

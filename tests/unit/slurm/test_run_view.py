@@ -61,6 +61,13 @@ CASES: dict[str, Case] = {
         "Priority, expected to start 2026-01-01T10:00:00",
         "waiting",
     ),
+    "queued behind a job without a time limit": (
+        None,
+        TaskState("PENDING", None, "Priority", None, "2537-04-12T10:00:00"),
+        "waiting",
+        "Priority",
+        "waiting",
+    ),
     "starting": (None, RUNNING, "running", "starting", "running"),
     "working": ({"state": "in_progress"}, RUNNING, "running", "", "running"),
     "loading": ({"state": "validating"}, RUNNING, "running", "", "running"),

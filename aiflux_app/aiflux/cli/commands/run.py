@@ -46,7 +46,7 @@ from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.input_copy import copy_of_input
-from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run
+from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run, refuse_own_input
 from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
@@ -454,6 +454,7 @@ def _merge_partial(run: RunDirectory, *, as_json: bool) -> int:
 
 def _merge(run: RunDirectory, *, again: bool) -> int:
     plan = read_plan(run)
+    refuse_own_input(plan.input_path, plan.output)
     done = finished_counts(plan, run, changed_ok=again)
     if done is not None and not again:
         print(finished_line(plan, done))

@@ -54,6 +54,17 @@ def test_a_link_does_not_hide_that_input_and_output_are_one_file(
     assert not [*place.glob("*.aiflux"), *place.glob("*.pilot*")]
 
 
+def test_an_output_that_became_a_link_to_the_input_is_not_merged_into_it(
+    place: Path, engine: FaultyEngine
+) -> None:
+    assert main(["run", *words(engine, "in.jsonl", "out.jsonl")]) == 0
+    content = Path("in.jsonl").read_bytes()
+    Path("out.jsonl").unlink()
+    Path("out.jsonl").symlink_to("in.jsonl")
+    assert main(["merge", "out.jsonl", "--again"]) == 2
+    assert Path("in.jsonl").read_bytes() == content
+
+
 def test_python_refuses_a_link_to_the_input(place: Path) -> None:
     Path("soft.jsonl").symlink_to("in.jsonl")
     make_sif(place / "aiflux.sif", version="1")

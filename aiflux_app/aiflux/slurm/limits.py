@@ -24,9 +24,17 @@ _PARSERS: Mapping[str, parse.Parser] = {
     "time": parse.walltime,
 }
 # sbatch also accepts the beginning of a name. A job with --exclusive gets all GPUs of its node,
-# whatever it requests.
-_MORE_GPUS = ("exclusive", "gpus-per-socket", "tres-per-job", "tres-per-node", "tres-per-socket",
-              "tres-per-task")  # fmt: skip
+# whatever it requests; specialized cores or threads imply it (man sbatch).
+_MORE_GPUS = (
+    "core-spec",
+    "exclusive",
+    "gpus-per-socket",
+    "thread-spec",
+    "tres-per-job",
+    "tres-per-node",
+    "tres-per-socket",
+    "tres-per-task",
+)
 
 
 @dataclass(frozen=True)

@@ -421,7 +421,7 @@ def job_directives(
     return (directive(key, value) for key, value in wanted.items() if value is not None)
 
 
-_OF_WORK = re.compile(r"(dependency|exclusive)\Z|gpu|mem-per-|tres-per-")
+_OF_WORK = re.compile(r"(dependency|exclusive|core-spec|thread-spec)\Z|gpu|mem-per-|tres-per-")
 
 
 def then_directives(job: JobScript) -> Iterator[str]:

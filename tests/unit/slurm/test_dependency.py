@@ -181,7 +181,7 @@ def test_a_command_waits_in_a_small_job(
     slurm: FakeCommands, capsys: pytest.CaptureFixture[str], awkward: Path
 ) -> None:
     more = ["--shards", "20", "--partition", "gpu", "--gres", "gpu:2", "--mem", "64G"]
-    extras = ["comment=mine", "mem-per-gpu=8G", "exclusive=", "gpu-bind=closest"]
+    extras = ["comment=mine", "mem-per-gpu=8G", "exclusive=", "core-spec=1", "gpu-bind=closest"]
     for extra in extras:
         more += ["--sbatch-arg", extra]
     assert run(*more, "--then", "wc -l 'a b'") == 0

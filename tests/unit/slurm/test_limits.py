@@ -89,6 +89,8 @@ def test_the_most_is_permitted(site: Path) -> None:
         ["--sbatch-arg", "exclusive"],
         ["--sbatch-arg", "exclus"],
         ["--sbatch-arg", "exclusive=user"],
+        ["--sbatch-arg", "core-spec=1"],
+        ["--sbatch-arg", "thread-spec=1"],
         ["--time", "UNLIMITED"],
         ["--time", "infinite"],
         ["--time", "0"],

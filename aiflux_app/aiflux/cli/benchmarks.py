@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from aiflux.cli.pilots import (
 from aiflux.core.config.config import Config
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_status
+from aiflux.engines.gpus import visible_devices
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import AifluxError, StoppedError, UsageError
 from aiflux.estimates.benchmark import Point, Series, figures_of, point_name, still_rises
@@ -72,7 +74,27 @@ class Sweep:
 
     def requests_at(self, concurrency: int) -> int:
         """Return the number of requests of a point: enough to keep that many in flight."""
-        return max(self.requests, _PER_LANE * concurrency)
+        return max(self.requests, _PER_LANE * concurrency * self._engines)
+
+    @cached_property
+    def _engines(self) -> int:
+        """The largest number of engines in a job, or on this machine."""
+        return max(_engine_count(settings, local=self.local) for settings in self.engines)
+
+
+def _engine_count(settings: Mapping[str, Any], *, local: bool) -> int:
+    """Return how many engines the worker will start: one for each group of GPUs."""
+    config = Config(arguments=settings)
+    options = config.run_options()
+    if not engine_kind(options).managed or options.nodes_per_engine > 1:
+        return 1
+    if local:
+        gpus = len(visible_devices())
+    else:
+        from aiflux.slurm.preflight.nodes import requested_gpus
+
+        gpus = sum(requested_gpus(config.get_slurm_config()).values())
+    return max(1, gpus // options.gpus_per_engine)
 
 
 @dataclass(frozen=True)

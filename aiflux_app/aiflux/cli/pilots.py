@@ -203,12 +203,15 @@ def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
         if drawn is None:
             with named_engine(one.asked):
                 _refuse_active(one)
-    first: tuple[Pilot, Drawn] | None = None
+    # The points of a benchmark have other inputs and numbers than each other: only equal samples
+    # are copied.
+    first: dict[tuple[Path, int], tuple[Pilot, Drawn]] = {}
     samples = []
     for one, drawn in zip(all_, known, strict=True):
-        sample = drawn or one.begin(first)
+        kind = (one.asked.input, one.asked.requests)
+        sample = drawn or one.begin(first.get(kind))
         if drawn is None:
-            first = first or (one.pilot, sample)
+            first.setdefault(kind, (one.pilot, sample))
         samples.append(sample)
     return samples
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from aiflux.core.runs.status_file import EngineFacts
-from aiflux.estimates.pilot import Observation, SteadyRates, pace, steady_rates
+from aiflux.estimates.pilot import Observation, SteadyRates, most_in_flight, pace, steady_rates
 
 RISE = 1.05
 """The requests in flight are doubled while throughput rises by this factor."""
@@ -17,6 +17,7 @@ KNEE_SHARE = 0.9
 """The knee is the smallest number in flight with this share of a series' best throughput."""
 _FAILED_MORE = 0.05
 _FILLED = 2
+_NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PointFigures:
         prompt_tokens, answer_tokens: means per successful request.
         p50, p99: seconds per successful request.
         engines, slots: number of engines, and slots of the first; None if they are unknown.
+        most_in_flight: the largest number in flight, for however short a time.
     """
 
     in_flight: int
@@ -66,6 +68,7 @@ class PointFigures:
     p99: float
     engines: int = 1
     slots: int | None = None
+    most_in_flight: int = 0
 
     @property
     def throughput(self) -> float:
@@ -76,6 +79,13 @@ class PointFigures:
     def filled(self) -> bool:
         """Whether there were enough requests for the number in flight."""
         return self.requests >= _FILLED * self.in_flight
+
+    def reached(self, concurrency: int) -> bool:
+        """Return whether nearly that many requests per engine were ever in flight.
+
+        The largest number counts: between very short requests, the client is often not fast enough.
+        """
+        return max(self.in_flight, self.most_in_flight) >= _NEARLY * concurrency * self.engines
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,12 @@ class Point:
         """A short name, which is unique in a benchmark."""
         return point_name(self.series, self.concurrency)
 
+    @property
+    def full(self) -> bool:
+        """Whether it was measured with the number in flight that it is for."""
+        figures = self.figures
+        return figures is not None and figures.filled and figures.reached(self.concurrency)
+
 
 def point_name(series: Series, concurrency: int) -> str:
     """Return the name of a point, which is that of its directory."""
@@ -130,6 +146,7 @@ def figures_of(observations: Sequence[Observation], engines: Sequence[EngineFact
     """
     good = [item for item in observations if item.error is None]
     levels = pace(good or observations)
+    in_flight = pace(observations).in_flight
     seconds = sum(levels.costs)
     tokens = sum(item.completion_tokens for item in good)
     rates = SteadyRates(seconds, len(good) / seconds, tokens / seconds)
@@ -137,7 +154,7 @@ def figures_of(observations: Sequence[Observation], engines: Sequence[EngineFact
         rates = steady_rates(good, levels.in_flight) or rates
     times = sorted(item.seconds for item in good)
     return PointFigures(
-        in_flight=levels.in_flight,
+        in_flight=in_flight,
         requests=len(observations),
         failed=len(observations) - len(good),
         seconds=rates.seconds,
@@ -149,6 +166,7 @@ def figures_of(observations: Sequence[Observation], engines: Sequence[EngineFact
         p99=_percentile(times, 99),
         engines=max(1, len(engines)),
         slots=engines[0].slots if engines else None,
+        most_in_flight=most_in_flight(observations),
     )
 
 
@@ -164,7 +182,7 @@ def still_rises(points: Sequence[Point]) -> bool:
     """
     figures = [point.figures for point in points]
     last = figures[-1]
-    if last is None or last.failed == last.requests or not last.filled:
+    if last is None or last.failed == last.requests or not points[-1].full:
         return False
     best = max((each.throughput for each in figures[:-1] if each is not None), default=0.0)
     return last.throughput >= RISE * best
@@ -173,7 +191,7 @@ def still_rises(points: Sequence[Point]) -> bool:
 def knee(points: Sequence[Point]) -> Point | None:
     """Return the point of one series with the fewest requests in flight at nearly full throughput.
 
-    None if no point answered.
+    None if no point answered with that many in flight.
     """
     good = _sound(points)
     best = max(map(_throughput, good), default=0.0)
@@ -182,7 +200,7 @@ def knee(points: Sequence[Point]) -> Point | None:
 
 
 def _sound(points: Sequence[Point]) -> list[Point]:
-    """Return the measured points without those that fail clearly more requests than another.
+    """Return the points that were full, without those that fail clearly more than another.
 
     A failed request takes little time, so their throughput is not comparable.
     """
@@ -190,6 +208,7 @@ def _sound(points: Sequence[Point]) -> list[Point]:
         point: point.figures.failed / point.figures.requests
         for point in points
         if point.figures is not None and point.figures.failed < point.figures.requests
+        if point.full
     }
     fewest = min(shares.values(), default=0.0)
     return [point for point, share in shares.items() if share <= fewest + _FAILED_MORE]

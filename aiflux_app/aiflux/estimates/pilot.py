@@ -366,6 +366,11 @@ def _levels(observations: Iterable[Observation]) -> Iterator[tuple[float, float,
             yield moment, following, count
 
 
+def most_in_flight(observations: Iterable[Observation]) -> int:
+    """Return the largest number of requests in flight."""
+    return max((count for _, _, count in _levels(observations)), default=0)
+
+
 def _full(levels: Sequence[tuple[float, float, int]]) -> int:
     """Return the number of requests in flight for at least a tenth of the time.
 

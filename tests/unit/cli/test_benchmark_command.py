@@ -121,7 +121,7 @@ def test_without_matplotlib_there_is_no_plot(place: Path, monkeypatch: pytest.Mo
 
 def test_the_users_own_requests(place: Path) -> None:
     write_input(place / "in.jsonl", 20)
-    with FaultyEngine(delay=0.01) as engine:
+    with FaultyEngine(delay=0.05) as engine:
         program = Path(sys.executable).with_name("aiflux")
         done = subprocess.run(
             [program, "benchmark", "--input", "in.jsonl", *at(engine, "--concurrency", "2,16")],
@@ -132,7 +132,8 @@ def test_the_users_own_requests(place: Path) -> None:
     assert len(sent) == 8 + 20
     assert {*sent} == {f"say r{number}" for number in range(20)}
     words = " ".join(done.stdout.split())
-    assert "! too few requests to keep that many in flight (external-c16)" in words
+    assert "! too few requests to keep that many in flight (external-c16: " in words
+    assert "recommended: external-c2" in words
 
 
 def test_failed_requests_are_counted_and_shown(place: Path) -> None:
@@ -421,6 +422,35 @@ def test_each_point_is_a_job_and_the_same_command_shows_the_figures(
     assert [row[:3] for row in rows] == [["1", "0.5", "25"], ["4", "*", "1.6"]]
     assert "recommended: ollama-c4" in printed
     assert "concurrency: 4" in Path("aiflux.yaml").read_text()
+
+
+def test_each_job_has_the_requests_for_its_number_in_flight(slurm: FakeCommands) -> None:
+    four = ["--concurrency", "1,16,64", "--gpus-per-node", "4"]
+    assert main([*SUBMIT[:-2], *four]) == 0
+    counts = {
+        count: len(Pilot(FOLDER / f"ollama-c{count}").input.read_bytes().splitlines())
+        for count in (1, 16, 64)
+    }
+    assert counts == {1: 32, 16: 4 * 4 * 16, 64: 4 * 4 * 64}, "each GPU has an engine"
+
+
+def test_the_default_points_in_slurm(slurm: FakeCommands) -> None:
+    assert main(SUBMIT[:-2]) == 0
+    for count, expected in ((1, 32), (4, 32), (16, 64), (64, 256)):
+        pilot = Pilot(FOLDER / f"ollama-c{count}")
+        assert read_plan(pilot.run).requests == expected
+        assert json.loads(pilot.record.read_text())["drawn"]["requests"] == expected
+
+
+def test_points_of_ones_own_requests_have_their_own_number(
+    slurm: FakeCommands, place: Path
+) -> None:
+    write_input(place / "in.jsonl", 300)
+    own = ["benchmark", "-i", "in.jsonl", *SUBMIT[3:-1], "16,32", "--requests", "16"]
+    assert main(own) == 0
+    for count in (16, 32):
+        plan = read_plan(Pilot(Path("in.jsonl.benchmark") / f"ollama-c{count}").run)
+        assert plan.requests == 4 * count
 
 
 def test_an_interrupt_while_waiting_shows_the_points_and_leaves_the_jobs(

@@ -101,6 +101,27 @@ def test_too_few_requests_for_a_turnover_still_give_a_figure() -> None:
     assert not figures.filled
 
 
+def test_a_point_that_was_never_full_is_not_recommended() -> None:
+    """An own file of few requests, or a client that cannot keep so many in flight."""
+    few = Point(SERIES, 64, figures_of(observed(32, 32, 32), ()))
+    slow = Point(SERIES, 8, figures_of(observed(256, 4, 8), ()))
+    one_of_two = figures_of(observed(64, 4, 8), (EngineFacts(), EngineFacts()))
+    for point in (few, slow, Point(SERIES, 4, one_of_two)):
+        assert not point.full
+        assert knee([*points(1, 2), point]) == points(1, 2)[1]
+        assert recommended([point]) is None
+        assert not still_rises([point])
+
+
+def test_slow_failures_are_in_flight_too() -> None:
+    found = observed(64, 4, 4)
+    figures = figures_of([replace(item, error="timeout: no") for item in found[::2]], ())
+    assert figures.in_flight == figures_of(found[::2], ()).in_flight
+    half = [replace(item, error="timeout: no") if at % 2 else item
+            for at, item in enumerate(found)]  # fmt: skip
+    assert Point(SERIES, 4, figures_of(half, ())).full
+
+
 def points(*rates: float, series: Series = SERIES, failed: Sequence[int] = ()) -> list[Point]:
     """Return a sweep of 1, 2, 4 ... in flight with these answer tokens per second."""
     found = []

@@ -26,6 +26,8 @@ _WIDTH = 80
 _COLUMNS = (12, 12, 12, 13, 13, 8)
 _TITLES = ("in flight", "requests/s", "answer", "time per", "slowest", "failed")
 _SUBTITLES = ("", "", "tokens/s", "request", "1 %", "")
+_FEW = "too few requests to keep that many in flight"
+_FEWER = "fewer requests were in flight than set"
 _PLOT_WIDTH, _PLOT_HEIGHT, _AXIS = 60, 12, 9
 
 
@@ -128,11 +130,15 @@ def _warnings(found: Benchmark) -> Iterator[str]:
     alike = [point.name for point in equally_good(points)]
     if len(alike) > 1:
         yield f"{joined(alike)} are about equally good: the first is recommended"
-    few = [point.name for point in points if point.figures is not None and not point.figures.filled]
-    if few:
+    reasons: dict[str, list[str]] = {}
+    for point in points:
+        if point.figures is not None and not point.full:
+            reason = _FEWER if point.figures.filled else _FEW
+            reasons.setdefault(reason, []).append(f"{point.name}: {point.figures.in_flight}")
+    for reason, names in reasons.items():
         yield (
-            f"too few requests to keep that many in flight ({', '.join(few)}): their throughput is "
-            "a lower bound"
+            f"{reason} ({', '.join(names)}): the throughput is a lower bound, and the point is "
+            "not recommended"
         )
     empty = [
         point.name

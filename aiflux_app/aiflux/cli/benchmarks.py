@@ -125,6 +125,7 @@ class _Track:
             again=sweep.again,
             preflight=sweep.preflight,
             as_json=sweep.as_json,
+            noun="point",
         )
 
     def _input(self, concurrency: int) -> Path:

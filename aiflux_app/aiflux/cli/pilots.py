@@ -198,7 +198,7 @@ def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
     Raises:
         RunConflictError: a job of such a pilot waits or runs. No sample was drawn.
     """
-    known = [None if one.asked.again else one.pilot.drawn(one.settings) for one in all_]
+    known = [_known(one) for one in all_]
     for one, drawn in zip(all_, known, strict=True):
         if drawn is None:
             with named_engine(one.asked):
@@ -214,6 +214,20 @@ def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
             first.setdefault(kind, (one.pilot, sample))
         samples.append(sample)
     return samples
+
+
+def _known(one: PlannedPilot) -> Drawn | None:
+    """Return the sample of an earlier call; None if its results are not asked for, or not whole."""
+    drawn = None if one.asked.again else one.pilot.drawn(one.settings)
+    if drawn is not None and one.pilot.done() and not one.pilot.whole():
+        place = f"{one.asked.engine}: " if one.asked.engine else ""
+        print(
+            f"note: {place}results of the finished {one.asked.noun} are missing or damaged: its "
+            "requests are processed again",
+            file=sys.stderr,
+        )
+        return None
+    return drawn
 
 
 def _refuse_active(one: PlannedPilot) -> None:
@@ -312,7 +326,9 @@ def failure_of(one: PlannedPilot, view: RunView, again: str = "--force") -> Aifl
 def ended(one: PlannedPilot, code: int) -> AifluxError:
     """Return the error for a pilot in a container that ended before its requests were finished."""
     status = read_status(one.pilot.run, 0)
-    reason = (status and status.details.ended) or f"the pilot ended with exit code {code}"
+    reason = (
+        status and status.details.ended
+    ) or f"the {one.asked.noun} ended with exit code {code}"
     stopped = code in (0, ExitCode.STOPPED) or code > 128  # by a signal
     return (StoppedError if stopped else EngineError)(
         reason, f"its log: aiflux logs {typed(short(one.pilot.output))}"

@@ -18,10 +18,11 @@ from typing import Any
 from aiflux.core.batch.input_file import InputSummary, digest_of_lines
 from aiflux.core.batch.results_file import token_counts
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.journal import CUT, RawResult
+from aiflux.core.runs.journal import CUT, RawResult, missing_results
 from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import all_done
+from aiflux.errors import InputError
 from aiflux.util.files import atomic_write, storage_error, write_json
 from aiflux.util.lease import refuse_living
 from aiflux.util.lines import read_lines
@@ -99,8 +100,15 @@ class Pilot:
         return digest_of_lines(self.input).hexdigest()
 
     def done(self) -> bool:
-        """Return whether every request of the pilot has a result."""
+        """Return whether the pilot is recorded as finished."""
         return self.run.plan.exists() and all_done(read_plan(self.run), self.run)
+
+    def whole(self) -> bool:
+        """Return whether the journals have a result for every request; reads them."""
+        try:
+            return not missing_results(read_plan(self.run), self.run)
+        except InputError:
+            return False
 
     def begin(
         self,
@@ -130,7 +138,7 @@ class Pilot:
         Args:
             draw: writes the sample to a file.
         """
-        refuse_living([*self.run.path.glob(".*.lease")], f"the pilot {self.folder}")
+        refuse_living([*self.run.path.glob(".*.lease")], f"the sample in {self.folder}")
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             if self.run.path.exists():

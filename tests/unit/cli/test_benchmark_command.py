@@ -85,6 +85,26 @@ def test_a_list_of_numbers_in_flight() -> None:
     assert [point["concurrency"] for point in kept["points"]] == [1, 2, 8]
 
 
+@pytest.mark.parametrize("left", [0, 0.5, -5, None])
+def test_a_point_whose_journal_is_damaged_is_measured_again(left: float | None) -> None:
+    """Cut in its last line, in the middle, emptied, or removed."""
+    with FaultyEngine(delay=0.02) as engine:
+        asked = at(engine, "--concurrency", "1,2")
+        record(*asked)
+        journal = Pilot(FOLDER / "external-c2").run.journal(0)
+        content = journal.read_bytes()
+        if left is None:
+            journal.unlink()
+        else:
+            journal.write_bytes(content[: int(left if left < 0 else left * len(content))])
+        done = benchmark(*asked, "--json")
+        assert len(engine.bodies) == 8 + 8 + 8
+    assert "external-c2: results of the finished point are missing or damaged" in done.stderr
+    found = json.loads(done.stdout)
+    assert [point["figures"]["requests"] for point in found["points"]] == [8, 8]
+    assert found["complete"]
+
+
 def test_requests_in_flight_are_doubled_until_the_engine_is_full(place: Path) -> None:
     with FaultyEngine(delay=0.2, lanes=2) as engine:
         printed = benchmark(*at(engine, "--write-config", "aiflux.yaml")).stdout
@@ -453,6 +473,19 @@ def test_points_of_ones_own_requests_have_their_own_number(
         assert plan.requests == 4 * count
 
 
+def test_a_job_whose_journal_is_damaged_is_submitted_again(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SUBMIT) == 0
+    for count in (1, 4):
+        do_the_pilot(2.0, count, Pilot(FOLDER / f"ollama-c{count}"))
+    Pilot(FOLDER / "ollama-c4").run.journal(0).unlink()
+    slurm.say("squeue", "102|N/A|PENDING|N/A|0:00||Priority\n")
+    assert main(SUBMIT) == 0
+    assert len(slurm.calls("sbatch")) == 3
+    assert "ollama-c4 is waiting" in capsys.readouterr().out
+
+
 def test_an_interrupt_while_waiting_shows_the_points_and_leaves_the_jobs(
     slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -485,7 +518,7 @@ def test_a_job_that_fails_leaves_the_other_points(
     assert main(SUBMIT) == 4
     printed = capsys.readouterr().out
     assert "recommended: ollama-c1" in printed
-    assert "the pilot has failed with 0 of 32 requests finished: no memory" in " ".join(
+    assert "the point has failed with 0 of 32 requests finished: no memory" in " ".join(
         printed.split()
     )
 
@@ -495,5 +528,5 @@ def test_a_job_of_other_settings_has_to_end_first(
 ) -> None:
     assert main(SUBMIT) == 0
     assert main([*SUBMIT[:4], "m:2", *SUBMIT[5:]]) == 2
-    assert "job 100 of a pilot with other settings is PENDING" in capsys.readouterr().err
+    assert "job 100 of a point with other settings is PENDING" in capsys.readouterr().err
     assert len(slurm.calls("sbatch")) == 2

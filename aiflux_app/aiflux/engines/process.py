@@ -159,7 +159,9 @@ class ServerProcess:
     ) -> None:
         self._folder = folder
         self._command = [*_die_with_parent(), *command]
-        self._name = " ".join([Path(command[0]).name, *command[1:2]])
+        # With its subcommand, as in "ollama serve".
+        words = [word for word in command[1:2] if not (word.isdigit() or word.startswith("-"))]
+        self._name = " ".join([Path(command[0]).name, *words])
         self._program = command[0]
         self._mark = f"{_MARK}={uuid.uuid4().hex}"
         self._environment = {**environment, **dict([self._mark.split("=")])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -54,6 +55,7 @@ class PointFigures:
         p50, p99: seconds per successful request.
         engines, slots: number of engines, and slots of the first; None if they are unknown.
         most_in_flight: the largest number in flight, for however short a time.
+        reason: the most frequent reason of the failures; None if no request failed.
     """
 
     in_flight: int
@@ -69,6 +71,12 @@ class PointFigures:
     engines: int = 1
     slots: int | None = None
     most_in_flight: int = 0
+    reason: str | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether any request succeeded."""
+        return self.failed < self.requests
 
     @property
     def throughput(self) -> float:
@@ -148,6 +156,7 @@ def figures_of(observations: Sequence[Observation], engines: Sequence[EngineFact
     levels = pace(good or observations)
     in_flight = pace(observations).in_flight
     seconds = sum(levels.costs)
+    reasons = Counter(item.error for item in observations if item.error is not None)
     tokens = sum(item.completion_tokens for item in good)
     rates = SteadyRates(seconds, len(good) / seconds, tokens / seconds)
     if good:
@@ -167,6 +176,7 @@ def figures_of(observations: Sequence[Observation], engines: Sequence[EngineFact
         engines=max(1, len(engines)),
         slots=engines[0].slots if engines else None,
         most_in_flight=most_in_flight(observations),
+        reason=reasons.most_common(1)[0][0] if reasons else None,
     )
 
 
@@ -182,7 +192,7 @@ def still_rises(points: Sequence[Point]) -> bool:
     """
     figures = [point.figures for point in points]
     last = figures[-1]
-    if last is None or last.failed == last.requests or not points[-1].full:
+    if last is None or not last.answered or not points[-1].full:
         return False
     best = max((each.throughput for each in figures[:-1] if each is not None), default=0.0)
     return last.throughput >= RISE * best
@@ -207,7 +217,7 @@ def _sound(points: Sequence[Point]) -> list[Point]:
     shares = {
         point: point.figures.failed / point.figures.requests
         for point in points
-        if point.figures is not None and point.figures.failed < point.figures.requests
+        if point.figures is not None and point.figures.answered
         if point.full
     }
     fewest = min(shares.values(), default=0.0)

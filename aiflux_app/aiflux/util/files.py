@@ -104,7 +104,8 @@ def atomic_write(target: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise storage_error(error, target) from error
     finally:
-        with suppress(FileNotFoundError):
+        # An error here would hide the first one, and name a file that nobody knows.
+        with suppress(OSError):
             temporary.unlink()
 
 

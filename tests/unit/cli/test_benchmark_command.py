@@ -156,7 +156,9 @@ def test_the_users_own_requests(place: Path) -> None:
     assert "recommended: external-c2" in words
 
 
-def test_failed_requests_are_counted_and_shown(place: Path) -> None:
+def test_failed_requests_are_counted_and_shown(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [
         request_line(f"r{number}", body={"messages": [{"role": "user", "content": text}]})
         for number in range(40)
@@ -169,6 +171,21 @@ def test_failed_requests_are_counted_and_shown(place: Path) -> None:
     found = json.loads((place / "in.jsonl.benchmark/benchmark.json").read_text())
     (point,) = found["points"]
     assert (point["figures"]["requests"], point["figures"]["failed"]) == (40, 10)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "10 failed: http_400: " in printed
+    assert "! 10 of 40 requests failed at the recommended point" in printed
+
+
+def test_a_benchmark_whose_requests_all_fail_shows_why_and_ends_with_3(place: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "400"}]}
+    write_input(place / "in.jsonl", 8, body=body)
+    with FaultyEngine(delay=0.01) as engine:
+        done = benchmark("--input", "in.jsonl", *at(engine, "--concurrency", "1,2"), code=3)
+    rows = [line.split() for line in done.stdout.splitlines() if line[:2] in ("1 ", "2 ")]
+    assert rows == [[count, "-", "-", "-", "-", "all", "8"] for count in "12"]
+    assert "  8 failed: http_400: " in done.stdout
+    assert "recommended" not in done.stdout
+    assert "all 16 requests failed; the most frequent reason: http_400: " in done.stderr
 
 
 def test_a_server_that_answers_nothing_is_an_error() -> None:

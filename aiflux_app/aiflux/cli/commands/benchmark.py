@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ from aiflux.cli.start import refuse_local_at_url
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
-from aiflux.errors import AifluxError, ConfigError, StoppedError, UsageError
+from aiflux.errors import (
+    AifluxError,
+    ConfigError,
+    StoppedError,
+    StorageError,
+    TooManyFailuresError,
+    UsageError,
+)
 from aiflux.estimates.benchmark import Benchmark, Point, Workload, knees, recommended
 from aiflux.estimates.pilot import FEWEST
 from aiflux.estimates.workload import MIXES, Mix
@@ -36,6 +44,7 @@ from aiflux.util.files import (
     absolute,
     atomic_write,
     expanded,
+    may_write,
     refuse_existing,
     refuse_special,
     short,
@@ -161,6 +170,12 @@ def _target(name: str, *, force: bool) -> Path:
         )
     if not force:
         refuse_existing(target)
+    folder = Path(os.path.realpath(target)).parent
+    if not may_write(folder):
+        raise UsageError(
+            f"{target} cannot be written: its directory {folder} is not writable",
+            "choose another file: --write-config FILE",
+        )
     return target
 
 
@@ -241,10 +256,13 @@ def _finish(measuring: Measuring, target: Path | None) -> int:
         StoppedError: the sweep was stopped.
     """
     sweep, found = measuring.sweep, _record(measuring)
-    _keep(sweep, found)
     measured = any(point.figures is not None for point in found.points)
-    if measured:
-        _write_plot(sweep.folder / PLOT, found)
+    try:
+        _keep(sweep, found)
+        if measured:
+            _write_plot(sweep.folder / PLOT, found)
+    except StorageError as error:  # the figures are known, and are shown
+        print(f"warning: {error}", file=sys.stderr)
     if sweep.as_json:
         print_json(to_json(found))
     elif found.points:
@@ -266,6 +284,13 @@ def _finish(measuring: Measuring, target: Path | None) -> int:
         print(f"wrote {short(target)}", file=out)
     if found.recommended is None and measuring.failures:
         raise measuring.failures[0]
+    figures = [point.figures for point in found.points if point.figures is not None]
+    if figures and not any(each.answered for each in figures):
+        raise TooManyFailuresError(
+            f"all {sum(each.failed for each in figures)} requests failed; the most frequent "
+            f"reason: {figures[0].reason}",
+            "correct what it names, and measure again: --again",
+        )
     return _exit_code(measuring.failures)
 
 

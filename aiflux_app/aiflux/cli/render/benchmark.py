@@ -90,9 +90,13 @@ def _table(points: Sequence[Point], found: Benchmark) -> Iterator[str]:
             yield from _wrapped(f"{point.concurrency}: {point.error}", "  ")
         else:
             yield _row(_cells(f"{point.concurrency}{mark}", point.figures))
+            if point.figures.reason is not None:
+                yield from _wrapped(f"{point.figures.failed} failed: {point.figures.reason}", "  ")
 
 
 def _cells(name: str, figures: PointFigures) -> Sequence[str]:
+    if not figures.answered:
+        return (name, "-", "-", "-", "-", f"all {figures.failed}")
     return (
         name,
         rate(figures.requests_per_second),
@@ -130,6 +134,13 @@ def _warnings(found: Benchmark) -> Iterator[str]:
     alike = [point.name for point in equally_good(points)]
     if len(alike) > 1:
         yield f"{joined(alike)} are about equally good: the first is recommended"
+    for point in points:
+        lost = point.figures
+        if point.name == found.recommended and lost is not None and lost.failed:
+            yield (
+                f"{lost.failed} of {lost.requests} requests failed at the recommended point: the "
+                "throughput is that of the others"
+            )
     reasons: dict[str, list[str]] = {}
     for point in points:
         if point.figures is not None and not point.full:
@@ -144,7 +155,7 @@ def _warnings(found: Benchmark) -> Iterator[str]:
         point.name
         for point in points
         if point.figures is not None
-        and point.figures.failed < point.figures.requests
+        and point.figures.answered
         and not point.figures.tokens_per_second
     ]
     if empty:

@@ -65,7 +65,7 @@ def local_image(plan: Plan, config: Config, folder: Path) -> ImageFacts | None:
 
     Raises:
         ConfigError: its engine needs several nodes.
-        ModelError: a model is unknown or cannot be used.
+        ModelError: a model is unknown, cannot be used, or is neither stored nor can be fetched.
         ImageError, EngineError: there is neither a program nor an image with the engine.
     """
     kind = engine_kind(plan.options)
@@ -75,6 +75,10 @@ def local_image(plan: Plan, config: Config, folder: Path) -> ImageFacts | None:
     if plan.models_dir is not None:
         for model in plan.models:
             kind.refuse_model(plan.models_dir, model)
+            if not kind.is_stored(plan.models_dir, model):
+                missing = kind.absent_model(plan.models_dir, model)
+                if missing is not None:
+                    raise missing
     return local_program(plan.options, config, folder)
 
 

@@ -292,6 +292,34 @@ def test_without_force_no_settings_are_overwritten(place: Path) -> None:
     assert "concurrency: 1" in (place / "mine.yaml").read_text()
 
 
+@pytest.mark.ordinary_user
+def test_settings_that_cannot_be_written_are_refused_first(place: Path) -> None:
+    (place / "closed").mkdir(mode=0o500)
+    with FaultyEngine() as engine:
+        for name in ("closed/c.yaml", "link.yaml"):
+            (place / "link.yaml").unlink(missing_ok=True)
+            (place / "link.yaml").symlink_to("closed/c.yaml")
+            done = benchmark(*at(engine, "--write-config", name), code=2)
+            assert f"{name} cannot be written: its directory" in done.stderr
+        assert not engine.bodies
+
+
+@pytest.mark.ordinary_user
+def test_figures_are_shown_although_they_cannot_be_written(place: Path) -> None:
+    with FaultyEngine(delay=0.01) as engine:
+        asked = at(engine, "--concurrency", "1")
+        expected = benchmark(*asked).stdout
+        (FOLDER / "benchmark.svg").unlink(missing_ok=True)
+        (FOLDER / "benchmark.json").unlink()
+        (FOLDER / "benchmark.json").symlink_to("gone/benchmark.json")
+        (FOLDER / "gone").mkdir()
+        (FOLDER / "gone" / "benchmark.json").write_text("{}")
+        (FOLDER / "gone").chmod(0o500)
+        done = benchmark(*asked)
+    assert done.stdout == expected
+    assert "warning: cannot write " in done.stderr
+
+
 # --- on this machine -------------------------------------------------------------------------
 
 
@@ -347,6 +375,12 @@ def test_the_recommended_settings_are_those_that_were_measured(programs: Path, p
     assert options.engine_arg == {"cache-type-k": "q8_0"}
     assert (options.engine, options.concurrency, options.max_tokens) == ("llamacpp", 2, 9)
     assert options.context_length == 512
+
+
+def test_a_missing_model_of_any_engine_is_found_first(programs: Path) -> None:
+    done = benchmark(*HERE, "--engine", "ollama,llamacpp=m:2", code=4)
+    assert "llamacpp-n512-c2: m:2 is not (completely) stored" in done.stderr
+    assert not FOLDER.exists()
 
 
 def bench(programs: Path, text: str) -> None:

@@ -45,6 +45,11 @@ def test_a_program_that_ends_is_an_error_with_its_last_output(tmp_path: Path) ->
         server.start()
 
 
+def test_an_error_names_the_program_without_its_port(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"^false exited with status 1"):
+        ServerProcess(["false", "37509"], {}, tmp_path / "log").start()
+
+
 def test_a_server_that_was_stopped_does_not_start(tmp_path: Path) -> None:
     server = ServerProcess(["true"], {}, tmp_path / "log")
     server.stop()

@@ -377,7 +377,8 @@ class WholeNumber(click.ParamType[int]):
         if isinstance(value, int):
             return value
         if not value.isascii() or not value.isdigit() or int(value) < self.least:
-            least = f" of at least {self.least}" if self.least else ""
+            negative = value.removeprefix("-").isdigit()
+            least = f" of at least {self.least}" if self.least or negative else ""
             self.fail(f"{value!r} is not a whole number{least}", param, ctx)
         if self.most is not None and int(value) > self.most:
             self.fail(f"{value} is more than {self.most}", param, ctx)

@@ -37,7 +37,7 @@ from aiflux.errors import (
 from aiflux.estimates.energy import Rates
 from aiflux.estimates.estimate import LOCAL, SLURM
 from aiflux.estimates.pilot import Drawn, Pilot
-from aiflux.slurm.preflight.local import finding_text
+from aiflux.slurm.preflight.local import Finding, check_fields, finding_text
 from aiflux.util.files import absolute, short
 from aiflux.util.records import to_json
 from aiflux.util.times import walltime_seconds
@@ -62,6 +62,8 @@ class Asked:
         engine: the kind, if several engines are compared.
         again: process the pilot's requests again although they are finished.
         noun: what the pilot is called.
+        size_option: the option that sets the size of the pilot.
+        can_wait: whether the command has --wait.
     """
 
     config: Config
@@ -76,6 +78,8 @@ class Asked:
     preflight: bool = True
     as_json: bool = False
     noun: str = "pilot"
+    size_option: str = "--requests"
+    can_wait: bool = True
 
     @property
     def rates(self) -> Rates:
@@ -218,7 +222,9 @@ def draw(all_: Sequence[PlannedPilot]) -> list[Drawn]:
 
 def _known(one: PlannedPilot) -> Drawn | None:
     """Return the sample of an earlier call; None if its results are not asked for, or not whole."""
-    drawn = None if one.asked.again else one.pilot.drawn(one.settings)
+    drawn = None
+    if not one.asked.again and not _other_image(one):
+        drawn = one.pilot.drawn(one.settings)
     if drawn is not None and one.pilot.done() and not one.pilot.whole():
         place = f"{one.asked.engine}: " if one.asked.engine else ""
         print(
@@ -230,6 +236,17 @@ def _known(one: PlannedPilot) -> Drawn | None:
     return drawn
 
 
+def _other_image(one: PlannedPilot) -> bool:
+    """Return whether another image is named than that of the pilot's job."""
+    from aiflux.slurm.jobs import read_submissions
+
+    named = one.asked.config.image
+    if named is None or one.asked.where != SLURM:
+        return False
+    known = read_submissions(one.pilot.run)
+    return known is not None and known.image not in (None, named)
+
+
 def _refuse_active(one: PlannedPilot) -> None:
     from aiflux.slurm.jobs import read_submissions
     from aiflux.slurm.submit import active_shards
@@ -237,8 +254,11 @@ def _refuse_active(one: PlannedPilot) -> None:
     pilot, noun = one.pilot, one.asked.noun
     active = active_shards(pilot.run) if read_submissions(pilot.run) is not None else {}
     for job, state in active.values():
+        same = pilot.drawn(one.settings) is not None and not _other_image(one)
         raise RunConflictError(
-            f"job {job} of a {noun} with other settings is {state.name}",
+            f"job {job} of this {noun} is {state.name}; it cannot be started again meanwhile"
+            if same
+            else f"job {job} of a {noun} with other settings is {state.name}",
             f"wait for it, or cancel it: aiflux cancel {quote(str(pilot.output))}",
         )
 
@@ -260,11 +280,21 @@ def submit_missing(all_: Sequence[PlannedPilot]) -> None:
     jobs = _not_submitted(all_)
     for one, planned in jobs:
         show_local_choices(one.asked.config, planned.image)
-        for finding in planned.findings:
+        for finding in _findings(one, planned):
             print(f"warning: {finding_text(finding)}", file=sys.stderr)
         quiet = redirect_stdout(sys.stderr) if one.asked.as_json else nullcontext()
         with quiet, named_engine(one.asked):
             submit_planned(planned)
+
+
+def _findings(one: PlannedPilot, planned: PlannedRun) -> list[Finding]:
+    """Return the warnings of a pilot's job; those of requests count the whole input."""
+    plan = planned.opened.plan
+    of_sample = [*check_fields(plan)]
+    others = [finding for finding in planned.findings if finding not in of_sample]
+    if not one.asked.preflight:
+        return others
+    return [*others, *check_fields(replace(plan, input=one.whole.input))]
 
 
 def _not_submitted(all_: Sequence[PlannedPilot]) -> list[tuple[PlannedPilot, PlannedRun]]:
@@ -364,13 +394,14 @@ def follow(one: PlannedPilot, result: str) -> bool:
         print_json({result: None, one.asked.noun: progress_json(view)})
     else:
         print_progress(one, view)
-        print_repeat(result)
+        print_repeat(result, can_wait=one.asked.can_wait)
     return False
 
 
-def print_repeat(result: str, s: str = "") -> None:
+def print_repeat(result: str, s: str = "", *, can_wait: bool = True) -> None:
     """Print how to get the result of jobs."""
-    print(f"  run the same command again for the {result}{s}; --wait waits for the job{s}")
+    wait = f"; --wait waits for the job{s}" if can_wait else ""
+    print(f"  run the same command again for the {result}{s}{wait}")
 
 
 def print_progress(one: PlannedPilot, view: RunView) -> None:

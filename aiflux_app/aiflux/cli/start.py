@@ -6,15 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiflux.api.local_run import local_image, local_script, with_vendor
 from aiflux.core.config.config import Config
+from aiflux.core.config.settings import BY_NAME
 from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.open import OpenedRun
 from aiflux.core.runs.output import merge
@@ -26,6 +27,7 @@ from aiflux.core.runs.status_file import (
     refuse_failures,
     requests_left,
 )
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import AifluxError, EngineError, ExitCode, TooManyFailuresError, UsageError
 from aiflux.image.container import local_choices
 from aiflux.slurm.script import render_models
@@ -54,6 +56,26 @@ def refuse_local_at_url(config: Config, *, local: bool) -> None:
         raise UsageError(
             "--local and --engine-url cannot be combined",
             "--local starts an engine; --engine-url uses a server that is already running",
+        )
+
+
+def show_unused_settings(config: Config, given: Mapping[str, Any]) -> None:
+    """Print on stderr which options for Slurm have no effect, since no job is submitted.
+
+    Args:
+        given: the settings of the command line; those of files are for all commands.
+    """
+    if kind_named(config.engine).managed:
+        return
+    names = [
+        BY_NAME[name].option
+        for name, value in given.items()
+        if value is not None and BY_NAME[name].section == "slurm"
+    ]
+    if names:
+        print(
+            f"note: {', '.join(names)} has no effect: a running server needs no job",
+            file=sys.stderr,
         )
 
 

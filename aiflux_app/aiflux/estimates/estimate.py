@@ -300,6 +300,7 @@ def estimate(
     status: StatusFile,
     time: str | None,
     where: str = SLURM,
+    size_option: str = "--requests",
 ) -> Estimate:
     """Estimate the full run.
 
@@ -310,6 +311,7 @@ def estimate(
         status: status of the pilot's only shard.
         time: time limit of one job in Slurm's format; None for no limit.
         where: see ``Estimate``.
+        size_option: the option that sets the size of the pilot.
     """
     full, costs = _costs(observations)
     seen = len(observations)
@@ -335,7 +337,7 @@ def estimate(
         gpu_watts=mean_watts(details.energy),
     ).recommended(time)
     warnings = [
-        *_warn_of_size(result, doubt),
+        *_warn_of_size(result, doubt, size_option),
         *_warn_of_results(observations, whole),
         *_warn_of_shards(result, time),
     ]
@@ -420,19 +422,23 @@ def _sum(
     return total(values, [item.size for item in observations], requests, drawn.bytes)
 
 
-def _warn_of_size(result: Estimate, doubt: _Doubt) -> Iterator[str]:
+def _warn_of_size(result: Estimate, doubt: _Doubt, option: str) -> Iterator[str]:
     seen, work = result.pilot, result.work_seconds
     if seen >= result.requests:
         return
+    size = min((5 if doubt.unfilled else 4) * seen, result.requests)
+    larger = f"{option} {size}" + (" (all requests)" if size == result.requests else "")
     if doubt.unfilled:
         yield (
             f"the pilot is too small to fill the engines ({result.in_flight} requests in flight): "
-            f"the full run may have another pace; --requests {5 * seen} is more reliable"
+            f"the full run may have another pace; {larger} is more reliable"
         )
     elif work.high > (1 + doubt.above + _WIDE) * work.value:
         yield (
-            f"the requests vary too much for a reliable time: --requests {4 * seen} about halves "
-            "the interval"
+            f"the requests vary too much for a reliable time: {larger} at least halves the interval"
+            if size < 4 * seen
+            else f"the requests vary too much for a reliable time: {larger} about halves the "
+            "interval"
         )
 
 

@@ -24,6 +24,7 @@ from aiflux.util.files import atomic_write
 
 SAMPLE = 200
 SEED = 1
+SUFFIX = ".verify"
 _SHOWN = 5
 _AROUND = 30
 # What differs in every answer, or is measured: not the answer itself.
@@ -283,7 +284,7 @@ def _engines(details: Sequence[StatusDetails]) -> tuple[str, ...]:
 
 def verification_folder(plan: Plan) -> Path:
     """Return the folder of a run's sample, which is an ordinary run inside it."""
-    return plan.output.with_name(f"{plan.output.name}.verify")
+    return plan.output.with_name(f"{plan.output.name}{SUFFIX}")
 
 
 def verification_file(plan: Plan) -> Path:

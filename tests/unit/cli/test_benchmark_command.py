@@ -188,6 +188,12 @@ def test_a_benchmark_whose_requests_all_fail_shows_why_and_ends_with_3(place: Pa
     assert "all 16 requests failed; the most frequent reason: http_400: " in done.stderr
 
 
+def test_options_of_slurm_have_no_effect_at_a_server() -> None:
+    with FaultyEngine() as engine:
+        done = benchmark(*at(engine, "--concurrency", "1", "--time-min", "00:10:00"))
+    assert "note: --time-min has no effect: a running server needs no job" in done.stderr
+
+
 def test_a_server_that_answers_nothing_is_an_error() -> None:
     def closed(method: str, path: str, _: object) -> tuple[int, bytes, dict[str, str]]:
         return 500, b"", {}
@@ -252,6 +258,7 @@ def test_an_interrupt_keeps_and_prints_what_was_measured() -> None:
         (["--slots", "2,4"], "--slots cannot be set at a running server"),
         (["--context-length", "512"], "--context-length cannot be set at a running server"),
         (["--requests", "1"], "whole number of at least 2"),
+        (["--seed", "-1"], "--seed '-1' is not a whole number of at least 0"),
         (["--input", "in.jsonl", "--mix", "chat"], "--mix and --input cannot be combined"),
         (["--input", "nothing.jsonl"], "nothing.jsonl"),
         (["--engine", "ollama,llamacpp"], "engine and engine_url are both given"),

@@ -118,6 +118,9 @@ def test_a_pilot_against_an_engine() -> None:
     assert again.splitlines()[-1] == lines[-1]
     assert lines[0] == "pilot: 40 of 300 requests finished"
     assert lines[1].startswith("       4 in flight, ")
+    (row,) = [line.split() for line in lines if line.startswith("time ")]
+    assert row[2] == "s", "a run of seconds shows a fraction"
+    assert 0 < float(row[1]) < 60
     assert any(line.startswith("time  ") for line in lines)
     assert lines[-1].startswith("  aiflux run --input in.jsonl --output out.json ")
     assert " --concurrency 4" in lines[-1]
@@ -258,6 +261,42 @@ def test_a_pilot_with_other_settings_waits_for_the_first_to_end(
     assert main(SLURM) == 0
     assert main([*SLURM, "--partition", "big"]) == 2
     assert "job 100 of a pilot with other settings is PENDING" in capsys.readouterr().err
+
+
+def test_the_same_pilot_is_not_started_again_while_its_job_waits(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(SLURM) == 0
+    assert main([*SLURM, "--force"]) == 2
+    assert "job 100 of this pilot is PENDING; it cannot be" in capsys.readouterr().err
+
+
+def test_run_with_pilot_names_its_own_options(
+    slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no --wait, and its --pilot is the --requests of estimate."""
+    words = ["run", *SLURM[1:7], *SLURM[9:], "--pilot", "2"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "run the same command again for the estimate\n" in printed
+    assert "--wait" not in printed
+    do_the_pilot(lanes=2)
+    assert main(words) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--pilot 10 is more reliable" in printed
+    assert "--requests" not in printed
+
+
+def test_a_warning_of_the_requests_counts_the_whole_input(
+    slurm: FakeCommands, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "say"}], "tool_choice": "required"}
+    write_input(place / "in.jsonl", 300, body=body)
+    asked = [word for word in SLURM if word != "--no-preflight"]
+    main(asked)
+    errors = capsys.readouterr().err
+    assert "in 300 requests (lines " in errors
+    assert "in 40 requests" not in errors
 
 
 def test_a_pilot_that_failed_says_why(

@@ -84,6 +84,17 @@ def test_a_sample_is_asked_again_and_the_answers_are_the_same() -> None:
     assert sent <= {json.dumps(body) for body in engine.bodies[:30]}, "the same bodies are sent"
 
 
+def test_the_sample_of_a_verification_is_not_verified() -> None:
+    with FaultyEngine() as engine:
+        run_at(engine)
+        verified("--sample", "5")
+        for name in ("out.json.verify", "out.json.verify/results.json"):
+            refused = aiflux("verify-run", name, code=2)
+            assert "out.json.verify is the sample of a verification" in refused
+            assert "aiflux verify-run out.json\n" in refused
+    assert not Path("out.json.verify/results.json.verify").exists()
+
+
 def test_another_seed_draws_another_sample() -> None:
     with FaultyEngine() as engine:
         run_at(engine)
@@ -277,6 +288,11 @@ def test_a_run_of_jobs_is_verified_by_a_job(
     assert "#SBATCH --time=01:00:00" in script
     assert "--array" not in script
     assert len(fakes.calls("sbatch")) == 1
+    other = make_sif(place / "other.sif", version="2")
+    refused = aiflux(*words, "--account", "biology", "--image", str(other), code=2)
+    assert "job 100 of a sample with other settings is PENDING" in refused
+    refused = aiflux(*words, "--account", "biology", "--force", code=2)
+    assert "job 100 of this sample is PENDING; it cannot be started again" in refused
     waiting = json.loads(aiflux(*words, "--account", "biology", "--json"))
     assert waiting["verification"] is None
     assert waiting["sample"]["state"] == "waiting"

@@ -23,7 +23,7 @@ from aiflux.cli.parser import (
 )
 from aiflux.cli.render.benchmark import benchmark_lines
 from aiflux.cli.run_argument import make_console, show
-from aiflux.cli.start import refuse_local_at_url
+from aiflux.cli.start import refuse_local_at_url, show_unused_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
@@ -101,6 +101,7 @@ def benchmark(output: str | None, write_config: str | None, **more: Any) -> int:
     target = None if write_config is None else _target(write_config, force=more["force"])
     first = Config(arguments=sweep.engines[0])
     refuse_local_at_url(first, local=sweep.local)
+    show_unused_settings(first, sweep.engines[0])
     refuse_one_program(local=sweep.local and len(sweep.engines) > 1)
     if more["against"]:
         refuse_own(sweep)

@@ -41,7 +41,7 @@ from aiflux.cli.pilots import (
 )
 from aiflux.cli.render.estimate import engines_forecast, forecast, full_command
 from aiflux.cli.run_argument import make_console, show
-from aiflux.cli.start import refuse_local_at_url
+from aiflux.cli.start import refuse_local_at_url, show_unused_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import named_output
@@ -126,6 +126,7 @@ def estimate(
         for settings in given
     ]
     refuse_local_at_url(asked[0].config, local=more["local"])
+    show_unused_settings(asked[0].config, given[0])
     return estimate_run(asked[0]) if len(asked) == 1 else _estimate_engines(asked)
 
 
@@ -379,6 +380,8 @@ def _estimate(one: PlannedPilot, drawn: Drawn) -> Estimate:
     if not observations or status is None:
         raise StoppedError(f"the pilot in {pilot.folder} left no results", "run it again: --force")
     limit = asked.config.get_slurm_config().time if asked.where == SLURM else None
-    found = make_estimate(one.whole, drawn, observations, status, limit, asked.where)
+    found = make_estimate(
+        one.whole, drawn, observations, status, limit, asked.where, asked.size_option
+    )
     keep_estimate(found, one.whole, pilot)
     return found

@@ -37,6 +37,7 @@ from aiflux.cli.start import (
     run_here,
     run_local,
     show_local_choices,
+    show_unused_settings,
     submit_planned,
     warn_not_executed,
     write_output,
@@ -133,6 +134,7 @@ def run(
     source = the_input(input_argument, input_option)
     config = Config(arguments=given_settings(more))
     refuse_local_at_url(config, local=more["local"])
+    show_unused_settings(config, given_settings(more))
     path = kept_input(sys.stdin.buffer, output) if source == STDIN else Path(source)
     asked = RunArguments(
         config,
@@ -164,6 +166,8 @@ def run(
                 again=asked.force,
                 preflight=asked.preflight,
                 as_json=asked.as_json,
+                size_option="--pilot",
+                can_wait=False,
             )
         )
     if more["dry_run"]:

@@ -24,6 +24,7 @@ from aiflux.estimates.pilot import Drawn, Pilot
 from aiflux.estimates.verification import (
     SAMPLE,
     SEED,
+    SUFFIX,
     Verification,
     Versions,
     digests_of,
@@ -104,6 +105,7 @@ def verify_run(run: str, sample: int, seed: int, image: str | None, **more: Any)
     directory = located(run)
     directory.refuse_foreign()
     plan = read_plan(directory)
+    _refuse_sample(plan)
     counts = _finished(plan, directory)
     _refuse_changed(plan, directory)
     given = {**given_settings(more), "image": image}
@@ -125,6 +127,21 @@ def verify_run(run: str, sample: int, seed: int, image: str | None, **more: Any)
     else:
         show(make_console(), [*verification_lines(found, counts.completed, seed)])
     return _code(found)
+
+
+def _refuse_sample(plan: Plan) -> None:
+    """Refuse to verify the sample of a verification.
+
+    Raises:
+        UsageError: the run is one.
+    """
+    folder = plan.output.parent
+    whole = folder.with_suffix("")
+    if folder.name.endswith(SUFFIX) and Pilot(folder).output == plan.output:
+        raise UsageError(
+            f"{user_output(folder)} is the sample of a verification, and no run of its own",
+            f"verify the run: aiflux verify-run {typed(short(whole))}",
+        )
 
 
 def _code(found: Verification) -> int:

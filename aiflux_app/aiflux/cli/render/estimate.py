@@ -23,6 +23,7 @@ _FIGURE = 14
 _LABEL = 20
 _CELL = 20
 _DAY = 86_400
+_FEW_SECONDS = 9.5
 
 
 def forecast(
@@ -108,7 +109,12 @@ def _engine_figures(
 
 
 def _time(seconds: float) -> str:
-    return duration(round(seconds)) if seconds < _DAY - 1 else f"{_rate(seconds / _DAY)} d"
+    return _seconds(seconds) if seconds < _DAY - 1 else f"{_rate(seconds / _DAY)} d"
+
+
+def _seconds(seconds: float) -> str:
+    """Return a time as H:MM:SS, or with a fraction where that would show nothing."""
+    return f"{seconds:.2g} s" if seconds < _FEW_SECONDS else duration(round(seconds))
 
 
 def _row(name: str, cells: Sequence[str], style: str = "") -> Text:
@@ -191,7 +197,7 @@ def _rate(number: float) -> str:
 
 _SHOWN: Mapping[str, Callable[[float], str]] = {
     "count": count,
-    "seconds": lambda seconds: duration(round(seconds)),
+    "seconds": _seconds,
     "hours": _hours,
     "kwh": kwh_text,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from aiflux.cli.parser import RUN, Function, argument
+from aiflux.cli.render.estimate import WIDTH
 from aiflux.cli.render.run import Frame
 from aiflux.util.files import short
 from aiflux.worker.console import TerminalConsole
@@ -29,6 +30,11 @@ def frame_of(console: TerminalConsole, *, fit: bool = False) -> Frame:
         return Frame(None, None, blocks, short)
     # One line is left for the cursor.
     return Frame(console.width, console.height - 1 if fit else None, blocks, short)
+
+
+def text_width(console: TerminalConsole) -> int:
+    """Return the columns for sentences: 80, or fewer on a narrow terminal."""
+    return min(WIDTH, max(20, console.width)) if console.is_terminal else WIDTH
 
 
 def show(console: TerminalConsole, lines: list[Text]) -> None:

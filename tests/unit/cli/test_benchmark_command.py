@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from aiflux.cli.main import main
+from aiflux.cli.render.benchmark import benchmark_lines
 from aiflux.core.config.config import Config
 from aiflux.core.runs.plan import read_plan
+from aiflux.estimates.benchmark import Benchmark, Point, PointFigures, Series, Workload
 from aiflux.estimates.pilot import Pilot
 from tests.tools import make_tiny_gguf
 from tests.tools.faulty_engine import FaultyEngine
@@ -120,6 +122,29 @@ def test_requests_in_flight_are_doubled_until_the_engine_is_full(place: Path) ->
     config = Config(directory=place, environ={})
     options = config.run_options()
     assert (options.engine_url, options.concurrency, options.model) == (engine.url, 2, "m:1")
+
+
+def test_sentences_fit_a_narrow_terminal_and_are_wrapped_at_words() -> None:
+    series = Series("external", "m:1")
+    reason = "http_400: the field 'max_tokens' of a-request-with-hyphens is larger than permitted"
+    figures = PointFigures(4, 32, 18, 1.0, 2.0, 20.0, 20, 10, 1.0, 2.0, reason=reason)
+    points = tuple(Point(series, count, figures) for count in (4, 64))
+    workload = Workload("classify", None, None, 32, 1)
+    found = Benchmark("1", "", "x", workload, points, (points[0].name,), points[0].name, {}, True)
+    lines = [line.plain for line in benchmark_lines(found, 60)]
+    sentences = [
+        line
+        for line in lines
+        if line.startswith(("!", "  ", "the mix"))
+        and " |" not in line
+        and "median" not in line
+        and "tokens/s " not in line
+        and "--" not in line
+    ]
+    assert max(map(len, sentences)) <= 60
+    text = " ".join(" ".join(lines).split())
+    assert text.count(f"18 failed: {reason}") == 2
+    assert "18 of 32 requests failed at the recommended point" in text
 
 
 def test_without_matplotlib_there_is_no_plot(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,27 @@ def test_a_state_and_its_reason_are_shown_once(slurm: FakeCommands, awkward: Pat
     made.status(0, "cancelled", 100, age=600, ended="stopped (signal SIGTERM)", exit_code=5)
     (line,) = [line for line in frames(made, 80, 24) if "SIGTERM" in line]
     assert line.count("stopped") == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_status_shows_a_long_reason_and_the_remedy_once_and_in_full(
+    awkward: Path, width: int
+) -> None:
+    made = MadeRun(awkward, shards=8)
+    reason = "stopped by Slurm before its end, since a user cancelled the whole array of jobs"
+    for shard in range(8):
+        made.status(shard, "cancelled", 10, age=600, ended=reason, exit_code=5)
+    view = replace(gather(made.run, {"PATH": ""}), remedy="look at the log of each shard, and run "
+                   "the same command with --retry-failed-after-that once more")  # fmt: skip
+    lines = [line.plain for line in overview(view, Frame(width))]
+    text = " ".join(" ".join(lines).split())
+    (table,) = [at for at, line in enumerate(lines) if line.startswith("SHARD")]
+    assert not any("…" in line for line in lines[table:])
+    assert text.count("a user cancelled the whole array of jobs") == 1
+    assert "shards 0-7: " in text
+    assert "run the same command with --retry-failed-after-that once more" in text
+    assert "continue: aiflux resume --local " in text
+    assert not any(line.endswith("-") for line in lines), "no word is split"
 
 
 def frames(runs: MadeRun, width: int, height: int) -> list[str]:

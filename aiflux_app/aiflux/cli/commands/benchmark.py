@@ -22,7 +22,7 @@ from aiflux.cli.parser import (
     settings_options,
 )
 from aiflux.cli.render.benchmark import benchmark_lines
-from aiflux.cli.run_argument import make_console, show
+from aiflux.cli.run_argument import make_console, show, text_width
 from aiflux.cli.start import refuse_local_at_url, show_unused_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
@@ -267,7 +267,8 @@ def _finish(measuring: Measuring, target: Path | None) -> int:
     if sweep.as_json:
         print_json(to_json(found))
     elif found.points:
-        show(make_console(), benchmark_lines(found))
+        console = make_console()
+        show(console, benchmark_lines(found, text_width(console)))
     out = sys.stderr if sweep.as_json else sys.stdout
     if measured:
         print(f"\nresults: {short(sweep.folder)}", file=out)

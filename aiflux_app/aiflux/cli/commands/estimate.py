@@ -40,7 +40,7 @@ from aiflux.cli.pilots import (
     submit_missing,
 )
 from aiflux.cli.render.estimate import engines_forecast, forecast, full_command
-from aiflux.cli.run_argument import make_console, show
+from aiflux.cli.run_argument import make_console, show, text_width
 from aiflux.cli.start import refuse_local_at_url, show_unused_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
@@ -153,7 +153,8 @@ def estimate_run(asked: Asked) -> int:
         waiting = {} if wait is None else {"seconds_to_start": round(wait)}
         print_json({"estimate": found.to_json(asked.rates), **waiting, "command": command})
     else:
-        show(make_console(), forecast(found, command, asked.rates, wait))
+        console = make_console()
+        show(console, forecast(found, command, asked.rates, wait, text_width(console)))
     _print_refusals([one])
     return 0
 
@@ -310,10 +311,9 @@ def _print_results(results: Sequence[_Result], *, as_json: bool) -> None:
     if found and not going:
         models = {result.engine: ", ".join(result.one.whole.models) for result in results}
         commands = {result.engine: result.command or "" for result in results}
-        show(
-            make_console(),
-            engines_forecast(found, models, commands, choice, results[0].one.asked.rates),
-        )
+        rates, console = results[0].one.asked.rates, make_console()
+        width = text_width(console)
+        show(console, engines_forecast(found, models, commands, choice, rates, width))
         if len(found) < len(results):
             print()
     for result in results:

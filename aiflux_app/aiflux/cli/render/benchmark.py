@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from string import ascii_lowercase
 
 from rich.text import Text
 
+from aiflux.cli.render.estimate import WIDTH, wrapped
 from aiflux.estimates.benchmark import (
     Benchmark,
     Point,
@@ -22,7 +22,6 @@ from aiflux.report.format import rate, seconds_text
 from aiflux.slurm.config_template import run_settings
 from aiflux.util.text import joined
 
-_WIDTH = 80
 _COLUMNS = (12, 12, 12, 13, 13, 8)
 _TITLES = ("in flight", "requests/s", "answer", "time per", "slowest", "failed")
 _SUBTITLES = ("", "", "tokens/s", "request", "1 %", "")
@@ -31,17 +30,17 @@ _FEWER = "fewer requests were in flight than set"
 _PLOT_WIDTH, _PLOT_HEIGHT, _AXIS = 60, 12, 9
 
 
-def benchmark_lines(found: Benchmark) -> list[Text]:
-    """Return a benchmark as lines."""
-    lines = [*_workload(found.workload, found.points)]
+def benchmark_lines(found: Benchmark, width: int = WIDTH) -> list[Text]:
+    """Return a benchmark as lines; sentences have at most ``width`` columns."""
+    lines = [*_workload(found.workload, found.points, width)]
     series = by_series(found.points)
     for letter, (each, points) in zip(_letters(len(series)), series.items(), strict=True):
-        lines += ["", _title(letter, each, points), *_table(points, found)]
-    lines += _compared(found.points)
+        lines += ["", _title(letter, each, points), *_table(points, found, width)]
+    lines += _compared(found.points, width)
     plot = _plot(found)
     if plot:
         lines += ["", *plot]
-    lines += [line for text in _warnings(found) for line in ("", *_wrapped(text, "! "))]
+    lines += [line for text in _warnings(found) for line in ("", *wrapped(text, width, "! "))]
     if found.recommended is not None:
         lines += ["", f"recommended: {found.recommended}", *_indented(run_settings(found.settings))]
     return [Text(line, style="bold" if line.startswith("recommended:") else "") for line in lines]
@@ -56,9 +55,10 @@ def _letters(count: int) -> list[str]:
     return [*ascii_lowercase, *(f"[{number}]" for number in range(26, count))][:count]
 
 
-def _workload(workload: Workload, points: Sequence[Point]) -> Iterator[str]:
+def _workload(workload: Workload, points: Sequence[Point], width: int) -> Iterator[str]:
     what = workload.input or f"the mix {workload.mix}"
-    yield f"{what}, {workload.requests} requests per point, more if many are in flight"
+    rule = f"{what}, {workload.requests} requests per point, more if many are in flight"
+    yield from wrapped(rule, width)
     measured = [point.figures for point in points if point.figures is not None]
     if measured:
         last = measured[-1]
@@ -81,17 +81,19 @@ def _title(letter: str, series: Series, points: Sequence[Point]) -> str:
     return f"{letter}: {', '.join(parts)}"
 
 
-def _table(points: Sequence[Point], found: Benchmark) -> Iterator[str]:
+def _table(points: Sequence[Point], found: Benchmark, width: int) -> Iterator[str]:
     for titles in (_TITLES, _SUBTITLES):
         yield _row(titles)
     for point in points:
         mark = " *" if point.name in found.knees else ""
         if point.figures is None:
-            yield from _wrapped(f"{point.concurrency}: {point.error}", "  ")
+            yield from wrapped(f"{point.concurrency}: {point.error}", width, "  ")
         else:
             yield _row(_cells(f"{point.concurrency}{mark}", point.figures))
             if point.figures.reason is not None:
-                yield from _wrapped(f"{point.figures.failed} failed: {point.figures.reason}", "  ")
+                yield from wrapped(
+                    f"{point.figures.failed} failed: {point.figures.reason}", width, "  "
+                )
 
 
 def _cells(name: str, figures: PointFigures) -> Sequence[str]:
@@ -111,7 +113,7 @@ def _row(cells: Sequence[str]) -> str:
     return "".join(cell.ljust(width) for cell, width in zip(cells, _COLUMNS, strict=True)).rstrip()
 
 
-def _compared(points: Sequence[Point]) -> Iterator[str]:
+def _compared(points: Sequence[Point], width: int) -> Iterator[str]:
     """Yield what the engines' own tools measured, next to the figures of the same point."""
     for point in points:
         compared = point.compared
@@ -120,13 +122,13 @@ def _compared(points: Sequence[Point]) -> Iterator[str]:
         yield ""
         own = rate(point.figures.tokens_per_second)
         if compared.tokens_per_second is None:
-            yield from _wrapped(f"{point.name}: {compared.tool} failed: {compared.error}")
+            yield from wrapped(f"{point.name}: {compared.tool} failed: {compared.error}", width)
         else:
             theirs = rate(compared.tokens_per_second)
             share = point.figures.tokens_per_second / compared.tokens_per_second
             yield f"{point.name}, answer tokens/s: {own} here, {theirs} by {compared.tool}"
             yield f"  {share:.0%} of the tool's"
-        yield from _wrapped(compared.command, "  $ ")
+        yield from wrapped(compared.command, width, "  $ ")
 
 
 def _warnings(found: Benchmark) -> Iterator[str]:
@@ -160,13 +162,6 @@ def _warnings(found: Benchmark) -> Iterator[str]:
     ]
     if empty:
         yield f"the answers report no tokens ({', '.join(empty)}): requests/s are compared"
-
-
-def _wrapped(text: str, lead: str = "") -> list[str]:
-    return textwrap.wrap(
-        " ".join(text.split()), _WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead),
-        break_on_hyphens=False, break_long_words=False,
-    )  # fmt: skip
 
 
 def _plot(found: Benchmark) -> list[str]:

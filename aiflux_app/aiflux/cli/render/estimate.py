@@ -17,7 +17,7 @@ from aiflux.estimates.recommendation import Recommendation, counts_gpus
 from aiflux.util.text import joined
 from aiflux.util.times import duration
 
-_WIDTH = 80
+WIDTH = 80
 _NAME = 24
 _FIGURE = 14
 _LABEL = 20
@@ -27,19 +27,24 @@ _FEW_SECONDS = 9.5
 
 
 def forecast(
-    found: Estimate, command: str, rates: Rates = UNKNOWN_RATES, wait: float | None = None
+    found: Estimate,
+    command: str,
+    rates: Rates = UNKNOWN_RATES,
+    wait: float | None = None,
+    width: int = WIDTH,
 ) -> list[Text]:
     """Return an estimate as lines.
 
     Args:
         wait: seconds until Slurm expects the jobs to start, if known.
+        width: of sentences; figures and commands are not wrapped.
     """
     return [
         *_pilot(found),
         Text(""),
         _line("", "estimate", "95 % between", style="dim"),
         *(_figure(*row) for row in _figures(found, rates)),
-        *_warning_lines(found.warnings),
+        *_warning_lines(found.warnings, width),
         Text(""),
         Text(_advice(found), style="bold"),
         Text(f"  {command}"),
@@ -59,6 +64,7 @@ def engines_forecast(
     commands: Mapping[str, str],
     choice: Recommendation | None,
     rates: Rates = UNKNOWN_RATES,
+    width: int = WIDTH,
 ) -> list[Text]:
     """Return the estimates of several engines side by side.
 
@@ -66,6 +72,7 @@ def engines_forecast(
         found: the estimates by engine.
         models, commands: each engine's models, and its command of the full run.
         choice: None if there is only one estimate.
+        width: of sentences.
     """
     first = next(iter(found.values()))
     best = next(iter(found)) if choice is None else choice.best
@@ -79,9 +86,9 @@ def engines_forecast(
     lines.append(_row("requests in flight", [str(each.in_flight) for each in found.values()]))
     lines.append(_row("failed in the pilot", [str(each.pilot_failures) for each in found.values()]))
     named = [f"{name}: {text}" for name, each in found.items() for text in each.warnings]
-    lines += [*_warning_lines(named), Text("")]
+    lines += [*_warning_lines(named, width), Text("")]
     if choice is not None:
-        lines += [Text(line) for line in _wrapped(_verdict(choice, found))]
+        lines += [Text(line) for line in wrapped(_verdict(choice, found), width)]
     decided = choice is not None and choice.decided
     advice = f"recommended: {best}" if decided else f"full run with {best}"
     jobs = "" if first.where != SLURM else f", {_jobs(found[best])}"
@@ -265,17 +272,18 @@ def _line(
     return Text(text.rstrip(), style=style)
 
 
-def _warning_lines(warnings: Sequence[str]) -> list[Text]:
+def _warning_lines(warnings: Sequence[str], width: int) -> list[Text]:
     lines = []
     for warning in warnings:
-        lines += [Text(line, style="yellow") for line in _wrapped(warning, "! ")]
+        lines += [Text(line, style="yellow") for line in wrapped(warning, width, "! ")]
     return [Text(""), *lines] if lines else []
 
 
-def _wrapped(text: str, lead: str = "") -> list[str]:
+def wrapped(text: str, width: int, lead: str = "") -> list[str]:
+    """Return a text as lines, wrapped at spaces only; a lead is in front of the first."""
     return textwrap.wrap(
-        text, _WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead),
-        break_on_hyphens=False,
+        " ".join(text.split()), width, initial_indent=lead, subsequent_indent=" " * len(lead),
+        break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import shlex
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from aiflux.core.batch.results_file import TOOL_CALL, answered_words
 from aiflux.core.config.settings import settings_texts
 from aiflux.core.runs.directory import user_output
 from aiflux.core.runs.plan import Plan
+from aiflux.slurm.jobs import array_ranges
 from aiflux.slurm.run_view import (
     SHARD_ORDER,
     RequestError,
@@ -91,12 +92,13 @@ def typed(path: str) -> str:
 def overview(view: RunView, frame: Frame) -> list[Text]:
     """Return the whole status of a run, fitted into the frame."""
     head = [*_head(view, frame), *_facts(view, frame)]
-    tail = [*_errors(view), *_next(view, frame)]
-    shards = _shards(view, frame, _room(frame, len(head) + len(tail)))
-    lines = [*head, *shards, *tail]
-    for line in lines:
+    errors, after = _errors(view), _next(view, frame)
+    shards = _shards(view, frame, _room(frame, len(head) + len(errors) + len(after)))
+    fitted = [*head, *shards, *errors, *([] if frame.height is None else after)]
+    for line in fitted:
         if frame.width is not None:
             line.truncate(frame.width, overflow="ellipsis")
+    lines = [*head, *shards, *errors, *after]
     return lines if frame.height is None else lines[: frame.height]
 
 
@@ -223,6 +225,7 @@ def _table(shards: Sequence[ShardView], frame: Frame) -> list[Text]:
     names = ["SHARD", "STATE", "DONE", "FAILED", "REQ/S", "TOK/S", "ETA", "JOB", ""]
     rows = [_row(shard) for shard in shards]
     dropped = set() if wide else {"REQ/S", "JOB"}
+    below = _long_notes(shards, rows, names, dropped, frame)
     kept = [
         at
         for at, name in enumerate(names)
@@ -236,6 +239,37 @@ def _table(shards: Sequence[ShardView], frame: Frame) -> list[Text]:
         start = widths[0] + 2
         line.stylize(STYLES[shard.state.value], start, start + len(shard.state.value))
         lines.append(line)
+    return [*lines, *below]
+
+
+def _long_notes(
+    shards: Sequence[ShardView],
+    rows: Sequence[list[str]],
+    names: Sequence[str],
+    dropped: Set[str],
+    frame: Frame,
+) -> list[Text]:
+    """Move notes that do not fit out of the rows; return each once, with its shards.
+
+    A display of fixed height has no lines for them: there, they are cut.
+    """
+    if frame.width is None or frame.height is not None:
+        return []
+    columns = [
+        max(len(name), *(len(row[at]) for row in rows))
+        for at, name in enumerate(names[:-1])
+        if name not in dropped and any(row[at] for row in rows)
+    ]
+    room = frame.width - sum(columns) - 2 * len(columns)
+    found: dict[str, list[int]] = {}
+    for shard, row in zip(shards, rows, strict=True):
+        if len(row[-1]) > room:
+            found.setdefault(row[-1], []).append(shard.index)
+            row[-1] = ""
+    lines = []
+    for note, indexes in found.items():
+        label = f"  {'shard' if len(indexes) == 1 else 'shards'} {array_ranges(indexes)}: "
+        lines += _labelled(label, note, frame)
     return lines
 
 
@@ -304,25 +338,39 @@ def _next(view: RunView, frame: Frame) -> list[Text]:
 def _fix(view: RunView, frame: Frame) -> list[Text]:
     if not view.remedy:
         return []
-    text = one_line(view.remedy)
-    parts = [text] if frame.width is None else textwrap.wrap(text, max(20, frame.width - 5))
-    first, *more = parts
-    lines = [Text.assemble(("fix: ", "dim"), first), *(Text(f"     {part}") for part in more)]
-    return [Text(""), *lines]
+    return [Text(""), *_labelled("fix: ", view.remedy, frame)]
+
+
+def _labelled(label: str, text: str, frame: Frame) -> list[Text]:
+    """Return a label and a text, wrapped at words and never cut."""
+    first, *more = _wrapped(text, frame, len(label)) or [""]
+    indent = " " * len(label)
+    return [Text.assemble((label, "dim"), first), *(Text(f"{indent}{part}") for part in more)]
+
+
+def _wrapped(text: str, frame: Frame, indent: int = 0) -> list[str]:
+    text = one_line(text)
+    if frame.width is None:
+        return [text]
+    # A long word, such as a path, is left to the terminal unless the lines have to fit a screen.
+    return textwrap.wrap(
+        text, max(20, frame.width - indent), break_on_hyphens=False,
+        break_long_words=frame.height is not None,
+    )  # fmt: skip
 
 
 def _continue(view: RunView, frame: Frame) -> list[Text]:
     if view.next_command is not None:
         *command, _ = shlex.split(view.next_command)
         words = f"{shlex.join(command)} {typed(frame.short(user_output(view.output)))}"
-        return [Text(""), Text.assemble(("continue: ", "dim"), words)]
+        return [Text(""), *_labelled("continue: ", words, frame)]
     table = user_output(view.output)
     if view.finished and not os.path.lexists(table):  # of `aiflux ask`, whose run was resumed
         words = f"write {frame.short(table)}: run the same `aiflux ask` command again"
-        return [Text(""), Text(words, style="dim")]
+        return [Text(""), *(Text(line, style="dim") for line in _wrapped(words, frame))]
     if view.state is RunState.WITH_FAILURES:
         words = "the output has the reasons; run the same command with --retry-failed to retry"
-        return [Text(""), Text(words, style="dim")]
+        return [Text(""), *(Text(line, style="dim") for line in _wrapped(words, frame))]
     return []
 
 

@@ -81,8 +81,8 @@ class ShardFacts:
 
     @property
     def word(self) -> str:
-        """The state in its status; "" without a status."""
-        return "" if self.status is None else self.status.state
+        """The state in its status; "" before a worker has written one."""
+        return "" if self.status is None or self.status.unstarted else self.status.state
 
     @property
     def details(self) -> StatusDetails:

@@ -176,15 +176,16 @@ class Ledger:
 
     def totals(self, progress: Progress) -> Totals:
         """Return the sums including this start."""
-        before, elapsed = self.before, progress.elapsed_seconds
-        empty = Counter(before.empty_answers) + Counter(progress.empty_answers)
-        return Totals(
-            seconds=round(before.seconds + elapsed, 3),
-            gpu_seconds=round(before.gpu_seconds + elapsed * self.gpus, 3),
-            prompt_tokens=before.prompt_tokens + progress.prompt_tokens,
-            completion_tokens=before.completion_tokens + progress.completion_tokens,
-            starts=before.starts + 1,
-            sealed_starts=before.sealed_starts + self.sealed,
-            results=before.results + progress.results_of_this_start,
-            empty_answers=dict(empty),
+        elapsed = progress.elapsed_seconds
+        return self.before.plus(
+            Totals(
+                seconds=elapsed,
+                gpu_seconds=elapsed * self.gpus,
+                prompt_tokens=progress.prompt_tokens,
+                completion_tokens=progress.completion_tokens,
+                starts=1,
+                sealed_starts=int(self.sealed),
+                results=progress.results_of_this_start,
+                empty_answers=progress.empty_answers,
+            )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -34,13 +35,22 @@ from aiflux.core.runs.journal import (
 )
 from aiflux.core.runs.local_process import forget_process, refuse_process
 from aiflux.core.runs.output import forget_done, shards_left
-from aiflux.core.runs.plan import Plan, PlanningKind, input_rules, make_plan, read_plan, write_plan
+from aiflux.core.runs.plan import (
+    Plan,
+    PlanningKind,
+    Shard,
+    input_rules,
+    make_plan,
+    read_plan,
+    write_plan,
+)
 from aiflux.core.runs.splits_file import splits_digest, write_splits
 from aiflux.core.runs.status_file import (
     Counts,
     finished_counts,
+    keep_sums,
     may_replace,
-    read_status,
+    read_statuses,
     run_status,
 )
 from aiflux.errors import ConfigError, ModelError, OutputExistsError, RunConflictError
@@ -51,7 +61,6 @@ from aiflux.util.files import (
     is_there,
     read_file,
     refuse_existing,
-    refuse_irregular,
     remove_leftovers,
     same_file,
     storage_error,
@@ -298,10 +307,8 @@ def _write(draft: RunDraft) -> None:
         run.create()
         if draft.restart:
             _restart(run)
-        elif earlier is not None:
-            _settle(plan, run, earlier)
         else:
-            _forget_statuses(run)
+            _settle(plan, run, earlier)
         if draft.long is not None and draft.long.splits:
             write_splits(run.splits, draft.long.offsets, draft.long.splits)
         write_plan(plan, run)
@@ -371,27 +378,56 @@ def _remove_leftovers(draft: RunDraft) -> None:
     )
 
 
-def _forget_statuses(run: RunDirectory) -> None:
-    for path in run.path.glob("status/shard-*"):
-        refuse_irregular(path)
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error(error, path) from error
+def _settle(plan: Plan, run: RunDirectory, earlier: Plan | None) -> None:
+    """Bring journals and statuses in line with the plan.
+
+    The statuses of shards to work on are replaced, except for their sums over earlier starts: what
+    those took belongs to the run, whether or not their results count.
+    """
+    known = read_statuses(run)
+    replaced = list(plan.shards)
+    if earlier is not None:
+        several = max(len(earlier.shards), len(plan.shards)) > 1
+        # A moved line can be in another shard, although the shards' boundaries are the same.
+        same = (earlier.shards, earlier.input.digest) == (plan.shards, plan.input.digest)
+        if several and not same:
+            recut_journals(plan, run)
+        elif earlier.id == plan.id:
+            again = plan.options.retry_failed
+            replaced = [
+                shard
+                for shard in plan.shards
+                if again and shard.index in known and known[shard.index].counts.failed
+            ]
+    gone = [known[index] for index in known if index >= len(plan.shards)]
+    for shard in replaced:
+        forget_done(plan, run, shard.index)
+        own = [known[shard.index]] if shard.index in known else []
+        before = own + (gone if shard.index == 0 else [])
+        if before or earlier is not None:
+            keep_sums(plan, run, _kept(plan, run, shard), shard.index, before)
+    for index in known.keys() - {shard.index for shard in plan.shards}:
+        _forget_status(run, index)
 
 
-def _settle(plan: Plan, run: RunDirectory, earlier: Plan) -> None:
-    several = max(len(earlier.shards), len(plan.shards)) > 1
-    # A moved line can be in another shard, although the shards' boundaries are the same.
-    same = (earlier.shards, earlier.input.digest) == (plan.shards, plan.input.digest)
-    if several and not same:
-        recut_journals(plan, run)
-    elif plan.options.retry_failed:
-        for shard in plan.shards:
-            status = read_status(run, shard.index)
-            if status is not None and status.counts.failed:
-                forget_done(plan, run, shard.index)
-                run.status(shard.index).unlink(missing_ok=True)
+def _forget_status(run: RunDirectory, shard: int) -> None:
+    path = run.status(shard)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _kept(plan: Plan, run: RunDirectory, shard: Shard) -> Counts:
+    """Return the counts of a shard's results that are not requested again."""
+    index = scan_journal(run.journal(shard.index))
+    counts = Counter[bool]()
+    for _, _, raw in read_lines(plan.input_path, shard.start, shard.end) if index.done else ():
+        found = index.find(request_key(raw))
+        if found is not None:
+            counts[found[2]] += 1
+    failed = 0 if plan.options.retry_failed else counts[True]
+    return Counts(shard.requests, counts[False], failed)
 
 
 def _earlier(run: RunDirectory, plan: Plan) -> Plan | None:

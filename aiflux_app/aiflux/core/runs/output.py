@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +31,16 @@ from aiflux.core.runs.journal import (
 )
 from aiflux.core.runs.plan import Plan, changed_input
 from aiflux.core.runs.status_file import (
+    Counts,
     MergeFacts,
     Status,
     WrittenFile,
     finished_counts,
+    keep_sums,
     may_replace,
     open_shards,
     read_run_status,
+    read_status,
     run_status,
     written_file,
 )
@@ -447,17 +450,21 @@ def shards_left(plan: Plan, run: RunDirectory) -> tuple[int, ...]:
     return tuple(missing)
 
 
-def reopen(plan: Plan, run: RunDirectory, shards: Iterable[int]) -> None:
-    """Mark shards as not done, so that the next start works on them."""
+def reopen(plan: Plan, run: RunDirectory, missing: Mapping[int, int]) -> None:
+    """Mark shards as not done, so that the next start works on them.
+
+    Args:
+        missing: number of requests without a result, by shard.
+    """
     already_open = open_shards(plan, run)
-    for shard in shards:
+    for shard, count in missing.items():
         # Also for a shard without a status: with its mark, another shard would write the output.
         forget_done(plan, run, shard)
-        if shard not in already_open:
-            try:
-                run.status(shard).unlink(missing_ok=True)
-            except OSError as error:
-                raise storage_error(error, run.status(shard)) from error
+        status = None if shard in already_open else read_status(run, shard, plan)
+        if status is not None:
+            requests, failed = plan.shards[shard].requests, status.counts.failed
+            kept = Counts(requests, max(0, requests - count - failed), failed)
+            keep_sums(plan, run, kept, shard, [status])
 
 
 def forget_done(plan: Plan, run: RunDirectory, shard: int) -> None:

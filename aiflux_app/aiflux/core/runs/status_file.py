@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -167,11 +168,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all starts of a shard for one plan.
+    """Sums over all starts of a shard, also those before the run was planned again.
 
     Attributes:
         sealed_starts: starts without a network.
-        results: number of results; fewer than requests if others are from an earlier plan.
+        results: number of results, also several for one request.
     """
 
     seconds: float = 0.0
@@ -182,6 +183,19 @@ class Totals:
     sealed_starts: int = 0
     results: int = 0
     empty_answers: dict[str, int] = field(default_factory=dict)
+
+    def plus(self, other: Totals) -> Totals:
+        """Return the sums of both, rounded for the status."""
+        return Totals(
+            seconds=round(self.seconds + other.seconds, 3),
+            gpu_seconds=round(self.gpu_seconds + other.gpu_seconds, 3),
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            starts=self.starts + other.starts,
+            sealed_starts=self.sealed_starts + other.sealed_starts,
+            results=self.results + other.results,
+            empty_answers=dict(Counter(self.empty_answers) + Counter(other.empty_answers)),
+        )
 
 
 @dataclass(frozen=True)
@@ -278,6 +292,11 @@ class StatusFile:
     def completed(self) -> bool:
         """Whether every request has its result, and of a whole run, whether the output exists."""
         return self.state == "completed"
+
+    @property
+    def unstarted(self) -> bool:
+        """Whether no worker wrote it: it keeps the sums of the starts before the plan changed."""
+        return self.details.pid is None
 
     @property
     def last_errors(self) -> tuple[FailedRequest, ...]:
@@ -393,6 +412,44 @@ def read_status(run: RunDirectory, shard: int, plan: Plan | None = None) -> Stat
         StorageError: it exists and cannot be read.
     """
     return _read(run.status(shard), plan)
+
+
+def read_statuses(run: RunDirectory) -> dict[int, StatusFile]:
+    """Return the statuses of all shards, of whatever plan, by the shards' numbers.
+
+    Raises:
+        StorageError: one exists and cannot be read.
+    """
+    found = {}
+    for path in sorted(run.path.glob("status/shard-*.json")):
+        number = path.stem.removeprefix("shard-")
+        status = read_status(run, int(number)) if number.isdigit() else None
+        if status is not None:
+            found[int(number)] = status
+    return found
+
+
+def keep_sums(
+    plan: Plan, run: RunDirectory, counts: Counts, shard: int, earlier: Iterable[StatusFile]
+) -> None:
+    """Replace a shard's status by one with the sums of earlier starts, for the next start.
+
+    Args:
+        counts: of the results that are kept.
+        earlier: the shard's status, and those of shards that no longer exist.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    status = Status(run.status(shard), plan, shard)
+    status.completed, status.failed = counts.completed, counts.failed
+    details = status.details
+    for each in earlier:
+        details.totals = details.totals.plus(each.details.totals)
+        details.energy = details.energy.plus(each.details.energy)
+        if not details.gpu_use.samples:
+            details.gpu_use = each.details.gpu_use
+    status.write(force=True)
 
 
 def read_run_status(run: RunDirectory, plan: Plan | None = None) -> StatusFile | None:

@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aiflux.api.report import read_report
+from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import scan_journal
+from aiflux.core.runs.status_file import requests_left
 from aiflux.errors import ExitCode
+from aiflux.slurm.monitor import gather
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.working import Working
 
@@ -63,3 +67,56 @@ def _with_url(plan: str, url: str) -> str:
     content = json.loads(plan)
     content["options"]["engine_url"] = url
     return json.dumps(content)
+
+
+def _sums(working: Working) -> tuple[int, int, int]:
+    """Return prompt tokens, answer tokens and starts of a run, on which all views agree."""
+    run = RunDirectory.of_output(working.output)
+    view, report = gather(run), read_report(run)
+    assert (view.prompt_tokens, view.completion_tokens) == (
+        report.tokens.prompt,
+        report.tokens.completion,
+    )
+    assert view.restarts == report.times.starts - len(view.shards)
+    return view.prompt_tokens, view.completion_tokens, report.times.starts
+
+
+@pytest.mark.parametrize("how", ["retried", "row changed", "row added", "row removed"])
+def test_the_sums_cover_the_starts_before_the_run_was_planned_again(
+    tmp_path: Path, how: str
+) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url, max_retries=0, max_failures="1")
+        assert working.prompts("500*1", "one", "two").run() is ExitCode.OK
+        assert _sums(working) == (6, 10, 1)
+        working.options["retry_failed"] = how == "retried"
+        rows = {
+            "retried": ("500*1", "one", "two"),
+            "row changed": ("500*1", "one", "three"),
+            "row added": ("500*1", "one", "two", "three"),
+            "row removed": ("500*1", "one"),
+        }
+        opened = working.prompts(*rows[how]).open(force=True)
+        sent = {"row removed": 0}.get(how, 1)
+        assert requests_left(opened.plan, opened.run, opened.open_shards) == sent
+        assert gather(opened.run).prompt_tokens == 6
+        assert working.shard(0) is ExitCode.OK
+    assert _sums(working) == (6 + 3 * sent, 10 + 5 * sent, 2)
+
+
+def test_the_sums_of_all_shards_are_kept_when_their_number_changes(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts(*PROMPTS)
+        working.open(shards=3)
+        assert [working.shard(index) for index in (0, 2)] == [ExitCode.OK] * 2
+        opened = working.open(shards=2)
+        assert requests_left(opened.plan, opened.run, opened.open_shards) == 4
+        assert [working.shard(index) for index in (0, 1)] == [ExitCode.OK] * 2
+    assert _sums(working) == (3 * 12, 5 * 12, 4)
+
+
+def test_a_restarted_run_begins_its_sums_again(tmp_path: Path) -> None:
+    with FaultyEngine() as engine:
+        working = Working(tmp_path, engine.url).prompts("one", "two")
+        assert [working.run(), working.run(force=True)] == [ExitCode.OK] * 2
+    assert _sums(working) == (6, 10, 1)

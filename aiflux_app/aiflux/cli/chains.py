@@ -102,22 +102,22 @@ def _follow(view: ChainView, interval: float, follow: Follow, *, live: bool) -> 
 
 def cancel_chain(folder: ChainFolder, *, as_json: bool) -> int:
     """Cancel the jobs of all steps, later ones first, and the process of a step."""
-    from aiflux.api.cancellation import stop_process
+    from aiflux.api.cancellation import cancel_jobs, stop_process
     from aiflux.api.chain import chain_view
-    from aiflux.slurm.commands import cancel
     from aiflux.slurm.monitor import active_jobs
 
     view = chain_view(folder)
-    jobs, processes = [], []
+    jobs: list[str] = []
+    processes: list[int] = []
     for step in reversed(view.steps):
         if not step.active:
             continue
         process = None if step.run is None else stop_process(step.directory)
         if process is not None:
             processes.append(process.pid)
-        for job in step.jobs if step.run is None else active_jobs(step.directory):
-            cancel(job)
-            jobs.append(str(job))
+        active = step.jobs if step.run is None else active_jobs(step.directory)
+        cancel_jobs(step.directory, active)
+        jobs += map(str, active)
     if as_json:
         print_json({**chain_view(folder).to_json(), "cancelled": jobs, "stopping": processes})
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from shlex import quote
@@ -14,7 +14,7 @@ from aiflux.core.config.config import SlurmConfig
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import ConfigError, RunConflictError, SlurmError
 from aiflux.util.files import write_json
-from aiflux.util.records import read_record, to_json
+from aiflux.util.records import OMITTED, read_record, to_json
 
 _ACTIVE = (
     "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING", "SUSPENDED",
@@ -207,12 +207,14 @@ class Job:
         array: the value of ``--array``; None for a job that is not an array.
         first: the shard of task 0.
         shards: the shards that the job works on, at least one.
+        cancelled: whether the user cancelled it; without accounting, Slurm soon forgets that.
     """
 
     job_id: str
     array: str | None
     first: int
     shards: tuple[int, ...]
+    cancelled: bool = field(default=False, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -289,3 +291,27 @@ def remember(
     if before and before[-1].submitted == submission.submitted:
         before = before[:-1]
     write_json(run.submissions, to_json(Submissions(image, slurm, (*before, submission))))
+
+
+def note_cancelled(run: RunDirectory, jobs: Iterable[JobId]) -> None:
+    """Record that the user cancelled jobs of a run.
+
+    Raises:
+        RunConflictError: the record of the run's jobs is damaged.
+        StorageError: it cannot be read or written.
+    """
+    known, cancelled = read_submissions(run), set(jobs)
+    if known is None:
+        return
+    submissions = tuple(
+        replace(
+            each,
+            jobs=tuple(
+                replace(job, cancelled=True) if id_ in cancelled else job
+                for job, id_ in zip(each.jobs, each.ids, strict=True)
+            ),
+        )
+        for each in known.submissions
+    )
+    if submissions != known.submissions:
+        write_json(run.submissions, to_json(replace(known, submissions=submissions)))

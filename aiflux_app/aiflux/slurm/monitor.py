@@ -239,7 +239,7 @@ def read_facts(run: RunDirectory, now: float) -> RunFacts:
     """
     plan = read_plan(run)
     submissions = known_submissions(run)
-    tasks = _submitted_tasks(submissions)
+    tasks, cancelled = _submitted_tasks(submissions)
     listed = () if submissions is None else submissions.submissions
     whole = read_run_status(run, plan)
     process = read_process(run)
@@ -248,7 +248,11 @@ def read_facts(run: RunDirectory, now: float) -> RunFacts:
         run=run,
         plan=plan,
         shards=tuple(
-            _shard(run, plan, shard, tasks.get(shard.index), process, now) for shard in plan.shards
+            replace(
+                _shard(run, plan, shard, tasks.get(shard.index), process, now),
+                cancelled=shard.index in cancelled,
+            )
+            for shard in plan.shards
         ),
         whole=whole,
         output_there=output_there(plan.output, whole),
@@ -259,15 +263,16 @@ def read_facts(run: RunDirectory, now: float) -> RunFacts:
     )
 
 
-def _submitted_tasks(submissions: Submissions | None) -> dict[int, TaskId]:
-    """Return the task that was submitted last for each shard."""
-    tasks = {}
+def _submitted_tasks(submissions: Submissions | None) -> tuple[dict[int, TaskId], set[int]]:
+    """Return the last submitted task of each shard, and the shards whose task was cancelled."""
+    tasks, cancelled = {}, set[int]()
     for submission in () if submissions is None else submissions.submissions:
         for job in submission.jobs:
             for shard in job.shards:
                 index = None if job.array is None else shard - job.first
                 tasks[shard] = TaskId(JobId(job.job_id, submission.cluster), index)
-    return tasks
+                (cancelled.add if job.cancelled else cancelled.discard)(shard)
+    return tasks, cancelled
 
 
 def _shard(

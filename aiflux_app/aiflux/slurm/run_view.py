@@ -26,6 +26,7 @@ _WORKING = {"validating", "in_progress", "finalizing", "cancelling"}
 _ENDING = {"COMPLETING", "SIGNALING", "STAGE_OUT"}
 _ON_NODE = {"RUNNING", *_ENDING}
 _INTERRUPTED = {"CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "DEADLINE", "REVOKED"}
+_CANCELLED_EARLY = "cancelled before the work began"
 SHOWN_ERRORS = 5
 Tasks = Mapping[str, Mapping[int | None, TaskState]]
 
@@ -64,7 +65,7 @@ class ShardFacts:
 
     Attributes:
         status: as its worker last wrote it, for this plan.
-        task: the one that was last submitted for it.
+        task: the one that was last submitted for it; ``cancelled``: whether the user cancelled it.
         lives: whether a living process holds its lease; None if that is unknown here.
         quiet: seconds since its lease (or else its status) changed; None if it has neither.
         process: the one that was last started for it in the background, if no task was since.
@@ -74,6 +75,7 @@ class ShardFacts:
     shard: Shard
     status: StatusFile | None
     task: TaskId | None
+    cancelled: bool = False
     lives: bool | None = None
     quiet: float | None = None
     process: LocalProcess | None = None
@@ -179,7 +181,7 @@ def _without_sign(facts: ShardFacts, process: LocalProcess) -> ShardVerdict:
     if facts.process_lives or facts.lives:
         return ShardVerdict(ShardState.RUNNING, "starting")
     if process.cancelled:
-        return ShardVerdict(ShardState.STOPPED, "cancelled before the work began")
+        return ShardVerdict(ShardState.STOPPED, _CANCELLED_EARLY)
     reason = f"its process ended before the work began; see {process.log}"
     return ShardVerdict(ShardState.FAILED, reason)
 
@@ -190,6 +192,8 @@ def _said_to_work(facts: ShardFacts, task: TaskState | None) -> ShardVerdict:
         stopping = facts.word == "cancelling" or task is not None
         return ShardVerdict(ShardState.STOPPING if stopping else ShardState.RUNNING)
     if task is None:
+        if facts.cancelled:
+            return ShardVerdict(ShardState.STOPPED, "its job was cancelled")
         reason = "its process is gone" if facts.task is None else "Slurm no longer has its job"
         return ShardVerdict(ShardState.LOST, reason)
     ended_by_slurm = task.name in _INTERRUPTED - {"NODE_FAIL"}
@@ -200,6 +204,8 @@ def _said_to_work(facts: ShardFacts, task: TaskState | None) -> ShardVerdict:
 def _without_status(facts: ShardFacts, task: TaskState | None, answered: bool) -> ShardVerdict:
     if facts.task is None:
         return ShardVerdict(ShardState.NOT_SUBMITTED)
+    if task is None and facts.cancelled:
+        return ShardVerdict(ShardState.STOPPED, _CANCELLED_EARLY)
     if task is None and answered:
         return ShardVerdict(ShardState.LOST, "Slurm no longer has its job, and it left no status")
     if task is None:

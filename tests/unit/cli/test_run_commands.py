@@ -262,6 +262,22 @@ def test_cancel(made: MadeRun, slurm: FakeCommands, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_a_cancelled_run_stays_stopped_when_slurm_has_forgotten_its_job(
+    made: MadeRun, slurm: FakeCommands
+) -> None:
+    made.status(1, "in_progress", 50, age=600)
+    assert main(["cancel", "r/results.json"]) == 0
+    slurm.say("squeue", stderr="slurm_load_jobs error: Invalid job id specified", status=1)
+    view = gather(made.run)
+    assert (view.state.value, view.next_command) == ("stopped", f"aiflux resume {made.output}")
+    assert [shard.reason for shard in view.shards[1:]] == [
+        "its job was cancelled",
+        "cancelled before the work began",
+    ]
+    made.submit("200", first=1)
+    assert gather(made.run).state.value == "lost"
+
+
 def test_cancel_where_nothing_is_to_be_cancelled(
     made: MadeRun, slurm: FakeCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:

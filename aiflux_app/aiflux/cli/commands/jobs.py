@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.api.cancellation import refuse_foreground, stop_process
+from aiflux.api.cancellation import cancel_jobs, refuse_foreground, stop_process
 from aiflux.cli.chains import cancel_chain, chain_named
 from aiflux.cli.json_output import json_option, print_json, then_status
 from aiflux.cli.parser import command, option
@@ -20,7 +20,6 @@ from aiflux.core.runs.local_process import LocalProcess
 from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
-from aiflux.slurm.commands import cancel as cancel_job
 from aiflux.slurm.commands import located
 from aiflux.slurm.jobs import JobId
 from aiflux.slurm.monitor import RunView, active_jobs, gather, gather_all
@@ -181,8 +180,7 @@ def _cancel(run: RunDirectory, jobs: Sequence[JobId], process: LocalProcess | No
     view = gather(run)
     if not jobs and process is None:
         return _nothing_to_cancel(view)
-    for job in jobs:
-        cancel_job(job, os.environ)
+    cancel_jobs(run, jobs, os.environ)
     name = typed(short(user_output(view.output)))
     if jobs:
         print(f"cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(map(str, jobs))}")

@@ -225,7 +225,7 @@ def _of_run(job: JobScript, slurm: SlurmConfig) -> Iterator[str]:
     yield _assign("want_seal", int(slurm.seal and not job.worker))
     yield _assign("nodes", job.nodes)
     yield _assign("gpu_vendor", slurm.gpu_vendor)
-    yield 'prepare_args=(--run-dir "$run_dir" --prepare)'
+    yield 'prepare_args=(--run-dir "$run_dir" --prepare --shard "$shard")'
     yield from _site(slurm)
 
 

@@ -3,7 +3,7 @@
 INPUT [OUTPUT] [options]            check, plan, pull what is missing, process
 INPUT [OUTPUT] [options] --prepare  only check, plan and pull
 --run-dir DIR [--shard K]           process an existing plan
---run-dir DIR --prepare             only pull what that plan needs
+--run-dir DIR [--shard K] --prepare only pull what that plan needs
 --pull MODEL                        only pull a model
 --create MODEL                      only create a model from the GGUF file staged for it
 --rank R --first ADDRESS            be rank R of an engine on several nodes, for the first one
@@ -48,7 +48,7 @@ from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
 from aiflux.worker.progress import make_reporter
 from aiflux.worker.serve import serve
-from aiflux.worker.shard import Context, ensure_models, work
+from aiflux.worker.shard import Context, prepare, work
 from aiflux.worker.stop import Stopper
 
 _EPILOG = """\
@@ -196,7 +196,7 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
     if counts is not None and not plan.options.retry_failed:
         finished(plan, counts, context)
     elif arguments.prepare:
-        ensure_models(plan, run, context)
+        prepare(plan, run, arguments.shard, context)
     elif arguments.ranks:
         with closing(Ranks(Path(arguments.ranks), plan.options.nodes_per_engine - 1)) as ranks:
             work(plan, run, arguments.shard, replace(context, ranks=ranks))
@@ -227,7 +227,7 @@ def _work_on_input(arguments: argparse.Namespace, config: Config, context: Conte
         return
     carry_estimate(opened.plan, opened.run)
     if arguments.prepare:
-        ensure_models(opened.plan, opened.run, context)
+        prepare(opened.plan, opened.run, 0, context)
     else:
         work(opened.plan, opened.run, 0, context, pull=True)
 

@@ -8,8 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,47 @@ def ensure_models(plan: Plan, run: RunDirectory, context: Context) -> None:
         with context.stopper.raising():
             engine_kind(plan.options).fetch_model(plan.models_dir, model, fetch)
     context.reporter.close()
+
+
+def prepare(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -> None:
+    """Make sure that the plan's models are stored; the shard's status gets the error otherwise.
+
+    Raises:
+        ModelError: a model is not available.
+        StoppedError: a signal came meanwhile.
+    """
+    try:
+        ensure_models(plan, run, context)
+    except BaseException as error:
+        # Another process that works on the shard writes the status itself.
+        with suppress(AifluxError), acquire(run.lease(shard_index), f"the run {plan.output}"):
+            _note_failed_start(plan, run, shard_index, context, error)
+        raise
+
+
+def _note_failed_start(
+    plan: Plan, run: RunDirectory, shard: int, context: Context, error: BaseException
+) -> None:
+    """Record why a start ended before the work on its shard began."""
+    earlier = read_status(run, shard, plan)
+    if earlier is not None and earlier.completed:
+        return
+    facts = replace(_facts(plan, context), sealed=None, unsealed="")
+    status = Status(run.status(shard), plan, shard, details=facts)
+    if earlier is not None:
+        status.completed, status.failed = earlier.counts.completed, earlier.counts.failed
+        status.errors = list(earlier.last_errors)
+        known = earlier.details
+        facts.gpu_use, facts.energy, facts.totals = known.gpu_use, known.energy, known.totals
+    _note_end(facts, error)
+    status.enter("cancelled" if isinstance(error, StoppedError) else "failed")
+
+
+def _note_end(details: StatusDetails, error: BaseException) -> None:
+    """Record the error that ended a start, with its exit code and remedy."""
+    details.ended = error.message if isinstance(error, AifluxError) else repr(error)
+    details.exit_code = int(error.exit_code if isinstance(error, AifluxError) else ExitCode.BUG)
+    details.remedy = error.remedy if isinstance(error, AifluxError) else None
 
 
 def work(
@@ -323,11 +364,7 @@ class _ShardWork:
 
     def _end(self, state: str, error: BaseException) -> None:
         self._sync_status()
-        message = error.message if isinstance(error, AifluxError) else repr(error)
-        code = error.exit_code if isinstance(error, AifluxError) else ExitCode.BUG
-        details = self.status.details
-        details.ended, details.exit_code = message, int(code)
-        details.remedy = error.remedy if isinstance(error, AifluxError) else None
+        _note_end(self.status.details, error)
         try:
             self.status.enter(state)
         except AifluxError as failure:

@@ -115,7 +115,7 @@ def mount(path: Path | None, read_only: bool = False) -> str:
 
 
 TRAPPING = """\
-[[ $2 == run && $* == *--shard* ]] || exit 0
+[[ $2 == run && $* == *'.aiflux --shard'* ]] || exit 0
 trap 'echo TERM >>"$call/signals"; exit 5' TERM
 trap 'echo USR1 >>"$call/signals"; exit 5' USR1
 trap 'echo HUP >>"$call/signals"; exit 5' HUP
@@ -223,7 +223,8 @@ def test_only_the_preparation_has_the_network(place: Place) -> None:
     container = place.container(prepare)
     run_dir = str(place.folder / "out.json.aiflux")
     deadline = ["--deadline", "1790000000"]
-    assert prepare.argv == container.prepare("--run-dir", run_dir, "--prepare", *deadline)
+    shard = ["--shard", "0"]
+    assert prepare.argv == container.prepare("--run-dir", run_dir, "--prepare", *shard, *deadline)
     assert probe.argv == probe_command(Path("apptainer"), place.image)[1:]
     assert work.argv == container.work("--run-dir", run_dir, "--shard", "0", *deadline)
     proxies = {"http_proxy": "http://p:1", "HTTPS_PROXY": "http://p:2"}
@@ -292,7 +293,7 @@ def test_an_engine_elsewhere_needs_the_network_and_no_models(place: Place) -> No
     assert (done.returncode, done.stderr) == (0, "")
     prepare, work = place.fakes.calls("apptainer")
     container = place.container(work, models_dir=None, unsealed="the engine is elsewhere")
-    assert prepare.argv == container.prepare(*prepare.argv[-3:])
+    assert prepare.argv == container.prepare(*prepare.argv[-5:])
     assert work.argv == container.work(*work.argv[-4:])
     assert not place.models.exists()
 
@@ -390,7 +391,7 @@ def test_a_step_without_its_python_is_a_usage_error_with_a_remedy(place: Place) 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 4, 5])
 def test_the_exit_code_is_that_of_the_worker(place: Place, code: int) -> None:
-    place.fakes.add("apptainer", f"[[ $* != *--shard* ]] || exit {code}")
+    place.fakes.add("apptainer", f"[[ $* != *'.aiflux --shard'* ]] || exit {code}")
     assert place.bash(render(place.job())).returncode == code
 
 
@@ -398,7 +399,7 @@ def test_the_exit_code_is_that_of_the_worker(place: Place, code: int) -> None:
     ("code", "stands_for", "words"),
     [(255, 4, "could not start the container"), (137, 5, "killed by signal 9")],
 )
-@pytest.mark.parametrize("step", ["--prepare", "--shard"])
+@pytest.mark.parametrize("step", ["--prepare", "'.aiflux --shard'"])
 def test_an_end_without_a_worker_s_message_is_explained(
     place: Place, code: int, stands_for: int, words: str, step: str
 ) -> None:
@@ -530,7 +531,7 @@ TASK = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "
 def marking(shard: int, code: int = 5) -> str:
     """Return a worker that leaves the mark of a shard."""
     return f"""\
-[[ $* == *--shard* ]] || exit 0
+[[ $* == *'.aiflux --shard'* ]] || exit 0
 mkdir -p out.json.aiflux/status
 touch out.json.aiflux/status/shard-{shard:04d}.requeue
 exit {code}
@@ -588,7 +589,7 @@ def test_only_an_unfinished_run_is_requeued(place: Place, code: int) -> None:
 def test_without_the_worker_s_mark_of_this_start_nothing_is_requeued(place: Place) -> None:
     mark(place, 0).parent.mkdir(parents=True)
     mark(place, 0).touch()
-    place.fakes.add("apptainer", "[[ $* != *--shard* ]] || exit 5")
+    place.fakes.add("apptainer", "[[ $* != *'.aiflux --shard'* ]] || exit 5")
     place.fakes.add("scontrol")
     environ = place.environ(SLURM_JOB_ID="7")
     assert place.bash(render(place.job()), environ=environ).returncode == 5

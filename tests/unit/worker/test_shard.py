@@ -16,6 +16,9 @@ from openai.types.chat import ChatCompletion
 from aiflux.core.runs.journal import scan_journal
 from aiflux.core.runs.status_file import Counts
 from aiflux.errors import ExitCode
+from aiflux.slurm.monitor import gather
+from aiflux.util.lease import acquire
+from aiflux.worker.main import main
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import request_line
 from tests.unit.working import Working
@@ -446,3 +449,31 @@ def test_answers_are_accepted_by_the_official_types(tmp_path: Path) -> None:
     assert batch.error_file_id == str(tmp_path / "out.errors.jsonl")
     failed = json.loads((tmp_path / "out.errors.jsonl").read_text(encoding="utf-8"))
     BatchError.model_validate(failed["error"])
+
+
+def test_a_start_that_finds_no_model_leaves_its_reason_in_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(tmp_path / "missing"))
+    working = Working(tmp_path, None, models_dir=tmp_path / "models", model="m:1")
+    opened = working.prompts("one", "two").open(shards=2)
+    assert main(["--run-dir", str(opened.run.path), "--prepare", "--shard", "1"]) == 4
+    printed = capsys.readouterr().err.strip().partition("error: ")[2]
+    message, _, remedy = printed.partition("\n  -> ")
+    view = gather(opened.run)
+    assert [shard.state.value for shard in view.shards] == ["not submitted", "failed"]
+    assert (view.state.value, view.shards[1].exit_code) == ("failed", 4)
+    assert message == view.shards[1].reason
+    assert view.remedy.startswith(remedy)
+    assert view.shards[1].sealed is None
+
+
+def test_a_start_next_to_a_working_one_leaves_its_status_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(tmp_path / "missing"))
+    working = Working(tmp_path, None, models_dir=tmp_path / "models", model="m:1")
+    opened = working.prompts("one", "two").open()
+    with acquire(opened.run.lease(0), "the run"):
+        assert main(["--run-dir", str(opened.run.path), "--prepare"]) == 4
+    assert not working.status_file.exists()

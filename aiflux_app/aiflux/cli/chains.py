@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING
 from aiflux.cli.json_output import print_json
 from aiflux.cli.run_argument import frame_of, make_console, show
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.registry import waiting_step, with_job
 from aiflux.errors import ExitCode
 from aiflux.util.files import absolute, short
 
+_PAUSE = 5.0  # seconds between two looks at a step that waits for its job
 LONG_PAUSE = 30.0  # seconds between lines about a step that waits for its job
 
 if TYPE_CHECKING:
-    from aiflux.api.chain import ChainView
+    from aiflux.api.chain import ChainView, StepView
     from aiflux.converters.chain.folder import ChainFolder
 
 
 def chain_named(text: str) -> ChainFolder | None:
     """Return the chain that a RUN argument names; None if it names something else."""
     path = absolute(text.strip() or ".")
-    folders = (path, RunDirectory.of_output(path).path)
+    folders = _folders(path)
     if path.suffix not in (".yaml", ".yml") and not any(
         os.path.isfile(folder / "chain.json")  # False where this user may not look
         for folder in folders
@@ -35,6 +37,60 @@ def chain_named(text: str) -> ChainFolder | None:
     from aiflux.api.chain import find_chain  # which loads the readers of tables
 
     return find_chain(text)
+
+
+def _folders(path: Path) -> list[Path]:
+    """Return the run directories that a path can name: itself, and that of an output."""
+    return [path, RunDirectory.of_output(path).path] if path.name else [path]
+
+
+def waiting_step_named(text: str) -> tuple[ChainFolder, StepView] | None:
+    """Return the chain and the step that a RUN argument names, if no job has planned it yet."""
+    path = absolute(text.strip() or ".")
+    entry = None if os.path.lexists(path) else with_job(text.strip(), os.environ)
+    folders = [*_folders(path), *([entry.run_dir] if entry else [])]
+    return next(filter(None, map(waiting_step_in, folders)), None)
+
+
+def waiting_step_in(run_dir: Path) -> tuple[ChainFolder, StepView] | None:
+    """Return the chain and the step of a run directory, if it is a step without a plan."""
+    directory = run_dir.parent.parent
+    if not waiting_step(run_dir) or not os.path.isfile(directory / "chain.json"):
+        return None
+    from aiflux.api.chain import step_view
+    from aiflux.converters.chain.folder import ChainFolder
+
+    RunDirectory(directory).refuse_foreign()
+    folder = ChainFolder(directory.with_name(directory.name.removesuffix(".aiflux")))
+    record = folder.record()
+    for step in () if record is None else record.steps:
+        if folder.run(step.name).path == run_dir:
+            return folder, step_view(folder, step)
+    return None
+
+
+def await_step(text: str, *, as_json: bool) -> int | None:
+    """Wait until the step that a RUN argument names is planned.
+
+    Returns:
+        the exit code if it ended without a plan; None if it has one.
+    """
+    reason = None
+    try:
+        while (found := waiting_step_named(text)) is not None:
+            folder, step = found
+            if not step.active:
+                chain_status(folder, as_json=as_json)
+                return int(ExitCode.OK if step.finished else ExitCode.STOPPED)
+            if step.reason != reason:
+                reason = step.reason
+                words = f"step {step.record.name} is {step.state}: {step.reason}"
+                print(time.strftime("%H:%M:%S"), words, file=sys.stderr)
+            time.sleep(_PAUSE)
+    except KeyboardInterrupt:
+        print("the chain continues", file=sys.stderr)
+        return int(ExitCode.STOPPED)
+    return None
 
 
 def chain_status(folder: ChainFolder, *, as_json: bool) -> int:
@@ -102,6 +158,17 @@ def _follow(view: ChainView, interval: float, follow: Follow, *, live: bool) -> 
 
 def cancel_chain(folder: ChainFolder, *, as_json: bool) -> int:
     """Cancel the jobs of all steps, later ones first, and the process of a step."""
+    from aiflux.api.chain import chain_view
+
+    return _cancel_steps(folder, chain_view(folder).steps, as_json=as_json)
+
+
+def cancel_step(folder: ChainFolder, step: StepView, *, as_json: bool) -> int:
+    """Cancel the jobs of one step."""
+    return _cancel_steps(folder, [step], as_json=as_json)
+
+
+def _cancel_steps(folder: ChainFolder, steps: Sequence[StepView], *, as_json: bool) -> int:
     from aiflux.api.cancellation import cancel_jobs, stop_process
     from aiflux.api.chain import chain_view
     from aiflux.slurm.monitor import active_jobs
@@ -109,7 +176,7 @@ def cancel_chain(folder: ChainFolder, *, as_json: bool) -> int:
     view = chain_view(folder)
     jobs: list[str] = []
     processes: list[int] = []
-    for step in reversed(view.steps):
+    for step in reversed(steps):
         if not step.active:
             continue
         process = None if step.run is None else stop_process(step.directory)

@@ -936,3 +936,49 @@ def test_a_step_whose_job_ended_before_its_plan_is_submitted_again(
     printed = capsys.readouterr().out
     assert "2 requests; the filter stopped 1 of 3" in printed, "its input is made at once"
     assert "step third: job 2, after 1" in printed
+
+
+STEP = "out.csv.aiflux/steps/second.json"
+
+
+def test_a_step_that_has_no_plan_yet_is_shown_as_a_part_of_its_chain(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,bad\n")
+    steps(THREE)
+    fakes = slurm(place, monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    for name in ("2", STEP, f"{STEP}.aiflux"):
+        capsys.readouterr()
+        assert main(["status", name]) == 0
+        assert re.search(r"second +waiting", capsys.readouterr().out)
+        assert main(["logs", name]) == 2
+        assert "is a step of a chain, and has no requests yet" in capsys.readouterr().err
+    assert main(["cancel", "2"]) == 0
+    assert [call.argv for call in fakes.calls("scancel")] == [["2"]]
+    assert [job(place, step) for step in ("first", "second", "third")] == [0, 10, 10]
+    fakes.say("squeue", "")
+    capsys.readouterr()
+    assert main(["jobs", "--json"]) == 0
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["finished"] * 3
+    assert main(["watch", STEP]) == 0
+    assert re.search(r"second +finished", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "cancel", "report"])
+def test_the_root_directory_is_no_chain(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "/"]) == 2
+    assert "no run found at '/'" in capsys.readouterr().err
+
+
+def test_a_watched_step_that_never_got_a_plan_has_stopped(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(THREE)
+    fakes = slurm(place, monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    fakes.say("squeue", "")
+    capsys.readouterr()
+    assert main(["watch", "2"]) == 5
+    assert re.search(r"second +stopped", capsys.readouterr().out)

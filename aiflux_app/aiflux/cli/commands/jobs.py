@@ -10,7 +10,13 @@ from typing import Any
 from rich.text import Text
 
 from aiflux.api.cancellation import cancel_jobs, refuse_foreground, stop_process
-from aiflux.cli.chains import cancel_chain, chain_named
+from aiflux.cli.chains import (
+    cancel_chain,
+    cancel_step,
+    chain_named,
+    waiting_step_in,
+    waiting_step_named,
+)
 from aiflux.cli.json_output import json_option, print_json, then_status
 from aiflux.cli.parser import command, option
 from aiflux.cli.render.run import STYLES, moment, typed
@@ -84,8 +90,9 @@ def _state(entry: RegistryEntry, known: _Known) -> str:
         return known.state.value
     if known is None:
         return "gone"
-    # A step of a chain is planned when its job starts.
-    return "waiting" if RunDirectory(entry.run_dir).unused() else "unreadable"
+    # A step of a chain is planned when its job starts, unless it has nothing to ask.
+    waiting = waiting_step_in(entry.run_dir)
+    return "unreadable" if waiting is None else waiting[1].state
 
 
 def _to_json(entry: RegistryEntry, known: _Known) -> dict[str, Any]:
@@ -163,6 +170,9 @@ def cancel(run: str, as_json: bool) -> int:
     chain = chain_named(run)
     if chain is not None:
         return cancel_chain(chain, as_json=as_json)
+    waiting = waiting_step_named(run)
+    if waiting is not None:
+        return cancel_step(*waiting, as_json=as_json)
     directory = located(run)
     directory.refuse_foreign()
     process = stop_process(directory)

@@ -14,7 +14,13 @@ from rich.live import Live
 from rich.text import Text
 
 from aiflux.api.energy import run_energy
-from aiflux.cli.chains import chain_named, chain_status, watch_chain
+from aiflux.cli.chains import (
+    await_step,
+    chain_named,
+    chain_status,
+    waiting_step_named,
+    watch_chain,
+)
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import Number, command, option
 from aiflux.cli.render.estimate import comparison
@@ -44,6 +50,9 @@ def status(run: str, as_json: bool) -> int:
     chain = chain_named(run)
     if chain is not None:
         return chain_status(chain, as_json=as_json)
+    waiting = waiting_step_named(run)
+    if waiting is not None:
+        return chain_status(waiting[0], as_json=as_json)
     directory = located(run)
     view = gather(directory)
     rows = _compared(directory) if view.finished else ()
@@ -84,6 +93,9 @@ def watch(run: str, interval: float, as_json: bool) -> int:
     chain = chain_named(run)
     if chain is not None:
         return watch_chain(chain, interval, follow, as_json=as_json)
+    unplanned = await_step(run, as_json=as_json)
+    if unplanned is not None:
+        return unplanned
     console = make_console()
     directory = located(run)
     try:

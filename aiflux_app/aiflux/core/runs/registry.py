@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from aiflux.core.runs.directory import CHAIN_STEPS, TABLE_RESULTS, RunDirectory
@@ -244,7 +245,10 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
     job = re.sub(r"[:,][1-9][0-9:,]*", "", text)
     if JOB.fullmatch(job):
         return _by_job(job, environ, ask)
-    for candidate in _candidates(Path(text).absolute()):
+    path = Path(text).absolute()
+    for candidate in list(_candidates(path))[:2]:  # itself, and the run directory of an output
+        _refuse_waiting_step(candidate, text)
+    for candidate in _candidates(path):
         if os.path.isdir(candidate) and not os.access(candidate, os.X_OK):
             RunDirectory(candidate).refuse_unreadable()
         steps = sorted((candidate / CHAIN_STEPS).glob("*.json.aiflux"))
@@ -262,6 +266,7 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
 def _by_job(text: str, environ: Mapping[str, str], ask: Ask | None) -> RunDirectory:
     entry = with_job(text, environ)
     if entry is not None and not entry.gone:
+        _refuse_waiting_step(entry.run_dir, f"job {text}")
         return RunDirectory(entry.run_dir)
     asked = ask(text) if ask is not None else None
     if asked is not None and RunDirectory(asked).plan.is_file():
@@ -275,6 +280,21 @@ def _by_job(text: str, environ: Mapping[str, str], ask: Ask | None) -> RunDirect
         f"no run found for Slurm job {text}",
         "list your runs with `aiflux jobs --all`, or name the run directory or the output",
     )
+
+
+def waiting_step(run_dir: Path) -> bool:
+    """Return whether a run is a step of a chain whose job has not planned it."""
+    known = run_dir.parent.name == CHAIN_STEPS and os.path.isdir(run_dir)
+    return known and not os.path.isfile(RunDirectory(run_dir).plan)
+
+
+def _refuse_waiting_step(run_dir: Path, named: str) -> None:
+    """Raise UsageError for a step of a chain that has no plan yet."""
+    if waiting_step(run_dir):
+        raise UsageError(
+            f"{named} is a step of a chain, and has no requests yet: its job makes them",
+            f"see aiflux status {quote(str(run_dir.parent.parent))}",
+        )
 
 
 def _by_path(text: str) -> RunDirectory | None:

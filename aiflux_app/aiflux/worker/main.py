@@ -28,7 +28,7 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import Setting
 from aiflux.core.config.settings import SETTINGS, TITLES, given_settings
 from aiflux.core.runs.directory import RunDirectory, named_output
-from aiflux.core.runs.open import draft_run
+from aiflux.core.runs.open import draft_run, refuse_contradiction
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.serve_directory import ServeDirectory
 from aiflux.core.runs.status_file import Counts, finished_counts, finished_line, refuse_failures
@@ -207,6 +207,11 @@ def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
 def _work_on_input(arguments: argparse.Namespace, config: Config, context: Context) -> None:
     options = config.run_options()
     refuse_several_nodes(options)
+    refuse_contradiction(
+        force=arguments.force,
+        force_resume=arguments.force_resume,
+        retry_failed=options.retry_failed,
+    )
     choices = local_choices(config, None)
     if choices is not None:
         context.reporter.say(f"note: {choices}")

@@ -47,7 +47,13 @@ from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
 from aiflux.core.runs.input_copy import copy_of_input
-from aiflux.core.runs.open import OpenedRun, RunDraft, draft_run, refuse_own_input
+from aiflux.core.runs.open import (
+    OpenedRun,
+    RunDraft,
+    draft_run,
+    refuse_contradiction,
+    refuse_own_input,
+)
 from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
@@ -135,6 +141,11 @@ def run(
     config = Config(arguments=given_settings(more))
     refuse_local_at_url(config, local=more["local"])
     show_unused_settings(config, given_settings(more))
+    refuse_contradiction(
+        force=more["force"],
+        force_resume=more["force_resume"],
+        retry_failed=config.get("retry_failed"),
+    )
     path = kept_input(sys.stdin.buffer, output) if source == STDIN else Path(source)
     asked = RunArguments(
         config,

@@ -53,7 +53,7 @@ from aiflux.core.runs.status_file import (
     read_statuses,
     run_status,
 )
-from aiflux.errors import ConfigError, ModelError, OutputExistsError, RunConflictError
+from aiflux.errors import ConfigError, ModelError, OutputExistsError, RunConflictError, UsageError
 from aiflux.models.name import shown_digest
 from aiflux.util.files import (
     absolute,
@@ -194,6 +194,21 @@ def refuse_own_input(input_path: Path, output: Path) -> None:
     """
     if any(same_file(input_path, target) for target in output_paths(output)):
         raise ConfigError("input and output are the same file", "name another output")
+
+
+def refuse_contradiction(*, force: bool, force_resume: bool, retry_failed: bool) -> None:
+    """Refuse to start a run over and to keep its results at once.
+
+    Raises:
+        UsageError: the options ask for both.
+    """
+    other = "--force-resume" if force_resume else "--retry-failed" if retry_failed else None
+    if force and other is not None:
+        unless = "" if force_resume else " (--no-retry-failed, if a file or a variable sets it)"
+        raise UsageError(
+            f"--force and {other} cannot be combined: one starts a run over, the other resumes it",
+            f"give one of them{unless}",
+        )
 
 
 def with_long_prompts(

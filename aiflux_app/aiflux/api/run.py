@@ -295,8 +295,8 @@ class Run:
             False if nothing worked on the run, because it is finished or had stopped.
 
         Raises:
-            UsageError: a process works on it that was not started in the background, or that is
-                on another machine.
+            UsageError: a process works on it that cannot be stopped from here: on another machine,
+                or in the foreground in a container.
             SlurmError: Slurm is missing or refused.
         """
         self.directory.refuse_foreign()

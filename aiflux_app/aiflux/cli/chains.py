@@ -181,7 +181,7 @@ def _cancel_steps(folder: ChainFolder, steps: Sequence[StepView], *, as_json: bo
             continue
         process = None if step.run is None else stop_process(step.directory)
         if process is not None:
-            processes.append(process.pid)
+            processes.append(process)
         active = step.jobs if step.run is None else active_jobs(step.directory)
         cancel_jobs(step.directory, active)
         jobs += map(str, active)

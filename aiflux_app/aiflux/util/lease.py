@@ -106,6 +106,16 @@ def holder_lives(path: Path) -> bool | None:
     return False if content is None else _alive(_holder(content))
 
 
+def holder_here(path: Path) -> int | None:
+    """Return the pid of a lease's holder, if that is alive, seen from here, and in no Slurm job.
+
+    Raises:
+        StorageError: the lease cannot be read.
+    """
+    holder = _holder(_content(path) or b"")
+    return int(holder["pid"]) if holder and not holder.get("job") and _alive(holder) else None
+
+
 class Lease:
     """A held lease; a context manager that releases it.
 

@@ -23,6 +23,7 @@ from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import request_line, write_input, write_program
 from tests.unit.made_models import put_model
 from tests.unit.made_runs import MadeRun
+from tests.unit.made_serves import until
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -69,6 +70,24 @@ def test_a_foreground_run_resumes_and_keeps_what_is_done(tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         assert len(json.loads((tmp_path / "out.json").read_text())) == 4
         assert len(engine.bodies) == sent, "no request is sent again"
+
+
+def test_a_foreground_run_of_this_machine_is_cancelled(tmp_path: Path) -> None:
+    body = {"model": "m:1", "messages": [{"role": "user", "content": "hang"}]}
+    (tmp_path / "in.jsonl").write_text(request_line("a", body=body) + "\n")
+    words = ("run", "in.jsonl", "--output", "out.json", "--drain-seconds", "1")
+    with FaultyEngine() as engine:
+        command = [sys.executable, "-m", "aiflux.cli", *words, "--engine-url", engine.url]
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as run:
+            try:
+                until(lambda: engine.seen["hang"])
+                done = aiflux("cancel", "out.json", cwd=tmp_path)
+                assert done.returncode == 0, done.stderr
+                assert done.stdout.startswith(f"process {run.pid} stops: ")
+                assert run.wait() == 5
+            finally:
+                run.kill()
+    assert "has no pending or running job" in aiflux("cancel", "out.json", cwd=tmp_path).stdout
 
 
 def test_a_wrong_engine_command_is_to_be_corrected_and_not_repeated(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from aiflux.cli.parser import command, option
 from aiflux.cli.render.run import STYLES, moment, typed
 from aiflux.cli.run_argument import make_console, run_argument, show
 from aiflux.core.runs.directory import RunDirectory, user_output
-from aiflux.core.runs.local_process import LocalProcess
 from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
@@ -166,7 +165,7 @@ def _line(row: Sequence[str], widths: Sequence[int], most: int | None) -> Text:
 @run_argument
 @json_option()
 def cancel(run: str, as_json: bool) -> int:
-    """Cancel every job of a run, or its process in the background. Finished results are kept."""
+    """Cancel every job of a run, or its process on this machine. Finished results are kept."""
     chain = chain_named(run)
     if chain is not None:
         return cancel_chain(chain, as_json=as_json)
@@ -180,13 +179,13 @@ def cancel(run: str, as_json: bool) -> int:
     if as_json:
         cancelled = {
             "cancelled": [str(job) for job in jobs],
-            "stopping": None if process is None else process.pid,
+            "stopping": process,
         }
         return then_status(lambda: _cancel(directory, jobs, process), directory, cancelled)
     return _cancel(directory, jobs, process)
 
 
-def _cancel(run: RunDirectory, jobs: Sequence[JobId], process: LocalProcess | None) -> int:
+def _cancel(run: RunDirectory, jobs: Sequence[JobId], process: int | None) -> int:
     view = gather(run)
     if not jobs and process is None:
         return _nothing_to_cancel(view)
@@ -195,7 +194,7 @@ def _cancel(run: RunDirectory, jobs: Sequence[JobId], process: LocalProcess | No
     if jobs:
         print(f"cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(map(str, jobs))}")
     if process is not None:
-        print(f"process {process.pid} stops: requests in flight get some time to finish")
+        print(f"process {process} stops: requests in flight get some time to finish")
     print(f"  kept: {view.done} of {view.total} results, in {short(run.path / 'journal')}")
     print(f"  continue it: aiflux resume {name if jobs else f'--local {name}'}")
     return 0

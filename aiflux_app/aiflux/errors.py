@@ -17,6 +17,7 @@
     │   ├── ModelError               the model is unknown, or could not be pulled
     │   └── RejectedError            the engine accepts no request: wrong address, key or model
     └── StoppedError                 exit 5: stopped before the end; resumable
+        ├── RequeueError             the job's time is up; another start of it continues
         ├── StorageError             the journal or output could not be written
         └── MissingResultsError      the journals lack results; names the shards
 
@@ -150,6 +151,10 @@ class StoppedError(AifluxError):
     """The run stopped before the end; the same command resumes it."""
 
     exit_code = ExitCode.STOPPED
+
+
+class RequeueError(StoppedError):
+    """The job's time is up, and it goes back to the queue: nothing is left to do for the user."""
 
 
 class StorageError(StoppedError):

@@ -39,7 +39,7 @@ from aiflux.engines.ollama.pull import create_model
 from aiflux.engines.ollama.staging import read_staged_gguf
 from aiflux.engines.process import engine_program
 from aiflux.engines.ranks import Ranks, refuse_several_nodes
-from aiflux.errors import AifluxError, ExitCode, UsageError, describe
+from aiflux.errors import AifluxError, ExitCode, RequeueError, UsageError, describe
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
 from aiflux.models.name import parse_model_name
@@ -122,6 +122,9 @@ def _main(argv: Sequence[str] | None, stopper: Stopper) -> int:
             key = os.environ.get("AIFLUX_API_KEY")
             context = Context(reporter, stopper, deadline=arguments.deadline, api_key=key)
             _dispatch(arguments, context)
+    except RequeueError as error:
+        sys.stderr.write(f"{error}\n")
+        return int(error.exit_code)
     except AifluxError as error:
         sys.stderr.write(describe(error) + "\n")
         return int(error.exit_code)

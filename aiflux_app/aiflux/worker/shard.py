@@ -38,8 +38,10 @@ from aiflux.engines.ranks import Ranks
 from aiflux.errors import (
     AifluxError,
     ExitCode,
+    RequeueError,
     RunConflictError,
     StoppedError,
+    StorageError,
     TooManyFailuresError,
 )
 from aiflux.util.files import temporary_folder
@@ -232,7 +234,10 @@ class _ShardWork:
                     self._process()
                 self._finish()
         except StoppedError as error:
-            self._ask_for_requeue()
+            continues = self._ask_for_requeue() and not isinstance(error, StorageError)
+            if continues and self.context.environ.get("SLURM_JOB_ID"):
+                self._end("cancelled", RequeueError(error.message))
+                raise RequeueError(error.message) from error
             self._end("cancelled", error)
             raise
         except TooManyFailuresError:
@@ -307,11 +312,15 @@ class _ShardWork:
                 "the output has the error of each; --retry-failed sends them again",
             )
 
-    def _ask_for_requeue(self) -> None:
-        """Tell the batch script to requeue the job, if another start would make progress."""
+    def _ask_for_requeue(self) -> bool:
+        """Tell the batch script to requeue the job, if another start would make progress.
+
+        Returns:
+            whether it was told so.
+        """
         options = self.plan.options
         if not (self.context.stopper.time_is_up or self.past_deadline()):
-            return
+            return False
         if not self.stats.progressed:
             self.context.reporter.say(
                 "no request finished in this start, so another of the same length would not get "
@@ -324,6 +333,8 @@ class _ShardWork:
         else:
             self.ledger.requeues += 1
             self.run_directory.requeue_mark(self.shard.index).touch()
+            return True
+        return False
 
     def tick(self) -> None:
         """Update what users see, and stop when the job's time is nearly over."""

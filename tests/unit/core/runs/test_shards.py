@@ -28,6 +28,7 @@ from aiflux.errors import (
     TooManyFailuresError,
 )
 from aiflux.util.lease import acquire
+from aiflux.worker.main import main
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.helpers import write_input
 from tests.unit.working import Working
@@ -244,6 +245,24 @@ def test_an_end_of_time_requests_a_requeue(tmp_path: Path) -> None:
             assert working.status["aiflux"]["exit_code"] == 5
     assert working.status["aiflux"]["requeues"] == 1
     assert working.status["aiflux"]["totals"]["starts"] == 2
+
+
+def test_a_job_that_goes_back_to_the_queue_prints_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with FaultyEngine(delay=0.1) as engine:
+        working = Working(tmp_path, engine.url, max_requeues=1, concurrency=1).prompts(*PROMPTS)
+        run = str(working.open().run.path)
+        for error in (False, True):  # the second time, the job is not requeued any more
+            stopper = working.stopper = type(working.stopper)()
+            working.stop_soon("the job's time is nearly over", time_is_up=True)
+            assert main(["--run-dir", run], stopper) == 5
+            printed = capsys.readouterr().err
+            assert "stopped (the job's time is nearly over) with" in printed
+            assert ("error: " in printed) is error
+            assert ("run the same command again" in printed) is error
+            assert (working.status["aiflux"].get("remedy") is not None) is error
 
 
 def test_a_start_without_progress_requests_no_requeue(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ class _ShardWork:
         """Tell the batch script to requeue the job, if another start would make progress.
 
         Returns:
-            whether it was told so.
+            whether the job is to be requeued.
         """
         options = self.plan.options
         if not (self.context.stopper.time_is_up or self.past_deadline()):

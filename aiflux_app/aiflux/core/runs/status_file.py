@@ -296,7 +296,7 @@ class StatusFile:
     @property
     def unstarted(self) -> bool:
         """Whether no worker wrote it: it keeps the sums of the starts before the plan changed."""
-        return self.details.pid is None
+        return self.state == "validating" and self.details.pid is None
 
     @property
     def last_errors(self) -> tuple[FailedRequest, ...]:

@@ -37,6 +37,7 @@ from aiflux.errors import (
 from aiflux.estimates.energy import Rates
 from aiflux.estimates.estimate import LOCAL, SLURM
 from aiflux.estimates.pilot import Drawn, Pilot
+from aiflux.image.container import find_image
 from aiflux.slurm.preflight.local import Finding, check_fields, finding_text
 from aiflux.util.files import absolute, short
 from aiflux.util.records import to_json
@@ -237,14 +238,21 @@ def _known(one: PlannedPilot) -> Drawn | None:
 
 
 def _other_image(one: PlannedPilot) -> bool:
-    """Return whether another image is named than that of the pilot's job."""
+    """Return whether another image is named than that of the pilot's job.
+
+    Raises:
+        ImageError: it cannot be used. The pilot would be removed for nothing.
+    """
     from aiflux.slurm.jobs import read_submissions
 
     named = one.asked.config.image
     if named is None or one.asked.where != SLURM:
         return False
     known = read_submissions(one.pilot.run)
-    return known is not None and known.image not in (None, named)
+    if known is None or known.image in (None, named):
+        return False
+    find_image(one.asked.config, Path.cwd())
+    return True
 
 
 def _refuse_active(one: PlannedPilot) -> None:

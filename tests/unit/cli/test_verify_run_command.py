@@ -297,6 +297,8 @@ def test_a_run_of_jobs_is_verified_by_a_job(
     assert waiting["verification"] is None
     assert waiting["sample"]["state"] == "waiting"
     finish_sample()
+    (place / "bad.sif").write_text("no image")
+    assert "bad.sif" in aiflux(*words, "--account", "biology", "--image", "bad.sif", code=2)
     assert verified(*words[2:], "--account", "biology")["fixed"]["compared"] == 5
     assert len(fakes.calls("sbatch")) == 1
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aiflux import converters
+from aiflux.api.chain import answering
 from aiflux.api.refusal import undone_if_refused
 from aiflux.api.run import Run, run
 from aiflux.converters.answer_table import (
@@ -25,17 +26,19 @@ from aiflux.converters.answer_table import (
     refuse_column,
     schema_fields,
 )
+from aiflux.converters.chain.folder import changed_text
 from aiflux.converters.request_form import make_form, response_format
 from aiflux.converters.results import results_to_arrow
 from aiflux.converters.source import kind_of
 from aiflux.converters.template import PromptTemplate, as_template
 from aiflux.converters.writer import Summary
-from aiflux.core.config.settings import BY_NAME
+from aiflux.core.config.settings import BY_NAME, RunOptions
 from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import read_plan
 from aiflux.errors import ConfigError, EngineError, InputError, StoppedError, UsageError
 from aiflux.slurm.monitor import gather, is_active
 from aiflux.slurm.run_view import RunState, RunView
+from aiflux.slurm.runner import SlurmRunner
 from aiflux.util.extras import need
 from aiflux.util.files import absolute, expanded
 from aiflux.util.text import suggestion
@@ -99,7 +102,8 @@ def ask(
             Jinja2 template if its name ends in ``.j2``.
         schema: a JSON Schema for the answers, or its file; its fields become columns.
         local: start the engine on this machine.
-        force: overwrite a table; ask again about rows whose requests changed.
+        force: overwrite a table; ask again about rows whose requests changed, or about all if the
+            model or another setting did.
         progress: show the progress in a notebook or on a terminal.
         options: settings as in ``aiflux.run``, and options of the converter (``delimiter``,
             ``system_template``, ``turns``, ``examples``: rows or the path of a table, ...).
@@ -127,21 +131,28 @@ def ask(
             _log.warning("%s", note)
         return summary
 
+    def start(replaced: bool) -> Run:
+        return run(
+            table.requests,
+            table.results,
+            model=model,
+            local=local,
+            force=replaced,
+            workspace=workspace,
+            **settings,
+        )
+
     started = Run(table.run.path, table.results)
     with undone_if_refused(table.run, table.folder.path):
         active = is_active(table.run)
+        if active:
+            given = {**settings, "model": model}
+            config, _ = SlurmRunner(workspace=workspace).configured(**given)
+            refuse_other_settings(table, config.run_options())
         with nullcontext() if rows is None else _stored(rows, table):
             record, changed = table.prepare(question, convert_and_warn, force=force, active=active)
         if not active:
-            run(
-                table.requests,
-                table.results,
-                model=model,
-                local=local,
-                force=changed,
-                workspace=workspace,
-                **settings,
-            )
+            table.start(start, replaced=changed, force=force)
     view = _finished(started.wait(progress=progress), table)
     record = table.confirm(record, convert)
     if output is not None:
@@ -149,6 +160,18 @@ def ask(
     if isinstance(source, str | Path):
         return cast(Frame, type(source)(table.path))
     return _with_answers(source, table, record, view)
+
+
+def refuse_other_settings(table: AnswerTable, options: RunOptions) -> None:
+    """Refuse settings that change the answers while something works on the run.
+
+    Raises:
+        RunConflictError: the run was planned with others.
+    """
+    before, now = answering(read_plan(table.run).options), answering(options)
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            table.refuse_other_settings(changed_text(name, before.get(name), now.get(name)))
 
 
 def _refuse_unknown(kind: str, options: Mapping[str, Any]) -> None:

@@ -11,13 +11,14 @@ The run is an ordinary one. Its input and output are in ``TABLE.aiflux`` next to
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, TypeVar
 
 from aiflux.converters.results import BackOptions, BackSummary, results_to_table, table_form
 from aiflux.converters.results.table import COLUMNS, FIRST
@@ -33,6 +34,8 @@ from aiflux.converters.writer import Summary
 from aiflux.core.batch.input_file import quick_change_of
 from aiflux.core.batch.request import custom_id_of
 from aiflux.core.runs.directory import TABLE_RESULTS, RunDirectory
+from aiflux.core.runs.local_process import refuse_process
+from aiflux.core.runs.open import ChangedSettingsError
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import (
     StatusFile,
@@ -50,13 +53,15 @@ from aiflux.util.files import (
     refuse_special,
     remove_leftovers,
     same_file,
+    storage_error,
     write_json,
 )
-from aiflux.util.lease import acquire
+from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.lines import read_lines
 from aiflux.util.records import read_record, to_json
 
 ANSWER = "answer"
+Started = TypeVar("Started")
 
 
 @dataclass(frozen=True)
@@ -343,6 +348,56 @@ class AnswerTable:
 
     def _write_record(self, record: AskRecord) -> None:
         write_json(self._record, to_json(record))
+
+    # --- the run ----------------------------------------------------------------------------
+
+    def start(self, begin: Callable[[bool], Started], *, replaced: bool, force: bool) -> Started:
+        """Start the run, or resume it; return what ``begin`` returns.
+
+        Args:
+            begin: starts the run; its argument is the run's ``force``.
+            replaced: the requests are to replace others of the run.
+            force: discard answers that other settings gave.
+
+        Raises:
+            RunConflictError: there are such answers, and ``force`` is not given.
+        """
+        try:
+            return begin(replaced)
+        except ChangedSettingsError as error:
+            if not force:
+                raise RunConflictError(
+                    f"{self.path.name}: {error.difference}",
+                    "use another --output, or --force to answer all rows again",
+                ) from error
+        with self._run_set_aside():
+            return begin(True)
+
+    def refuse_other_settings(self, change: str) -> None:
+        """Refuse other settings while something works on the run."""
+        raise RunConflictError(f"{self.path.name}: {change}", self._remedy(active=True))
+
+    @contextmanager
+    def _run_set_aside(self) -> Iterator[None]:
+        """Discard the run; it comes back if the block begins no other one."""
+        run = self.run
+        refuse_living(run.path.glob(".*.lease"), f"the run of {self.path}")
+        refuse_process(run)
+        aside = run.path.with_name(f"{run.path.name}.discarded")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            run.path.rename(aside)
+        except OSError as error:
+            raise storage_error(error, run.path) from error
+        try:
+            yield
+        except BaseException:
+            if not (self.begun or run.process.exists()):
+                shutil.rmtree(run.path, ignore_errors=True)
+                aside.rename(run.path)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     # --- the table --------------------------------------------------------------------------
 

@@ -136,6 +136,17 @@ def test_a_file_becomes_a_file(place: Path, engine: FaultyEngine) -> None:
     }  # fmt: skip
 
 
+def test_other_settings_are_refused_and_forced(engine: FaultyEngine) -> None:
+    table = pa.table({"text": ["a"]})
+    ask(table, engine)
+    with pytest.raises(RunConflictError, match="begun with engine external, model m:1"):
+        ask(table, engine, temperature=1)
+    ask(table, engine, temperature=1, force=True)
+    assert [body.get("temperature") for body in engine.bodies] == [None, 1]
+    assert ask(table, engine, temperature=1).column("answer").to_pylist() == ["a"]
+    assert len(engine.bodies) == 2
+
+
 def test_failed_rows_have_a_reason(engine: FaultyEngine) -> None:
     table = pa.table({"text": ["a", "400"]})
     answered = ask(table, engine, template="{text}")

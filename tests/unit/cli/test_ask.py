@@ -418,10 +418,53 @@ def test_a_changed_template_is_refused(
     assert ask(engine, template="Say {text}", output="other.csv") == 0
     assert ask(engine, "--system", "S") == 2
     assert "begun without system; this command has 'S'" in capsys.readouterr().err
-    assert ask(engine, "-m", "other:1") == 2
-    assert "--force-resume" in capsys.readouterr().err
     assert ask(engine, "--force", template="Say {text}") == 0
     assert rows_of("out.csv") == [{"text": "a", "answer": "echo Say a"}]
+
+
+@pytest.mark.parametrize("more", [("-m", "o:1"), ("--temperature", "1"), ("--samples", "2")])
+def test_other_settings_are_refused_and_forced(
+    place: Path, engine: FaultyEngine, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "in.csv", "text\na\nb\n")
+    assert ask(engine) == 0
+    capsys.readouterr()
+    assert ask(engine, *more) == 2
+    error = capsys.readouterr().err
+    assert "error: out.csv: begun with engine external, model m:1" in error
+    assert "or --force to answer all rows again" in error
+    assert not any(name in error for name in ("--force-resume", "results.json"))
+    assert ask(engine, *more, "--force") == 0
+    asked = engine.seen.total()
+    assert asked == (6 if "--samples" in more else 4), "each row is asked again"
+    assert ask(engine, *more) == 0
+    assert engine.seen.total() == asked
+    assert not [*place.rglob("*.discarded")]
+
+
+def test_an_unfinished_table_is_begun_again_with_other_settings(
+    place: Path, engine: FaultyEngine
+) -> None:
+    write(place / "in.csv", "text\n" + "".join(f"t{at}\n" for at in range(20)))
+    engine.delay = 0.1
+    line = [*AIFLUX, *words(engine, "--concurrency", "1", "--save-frequency", "1")]
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as stopped:
+        while engine.seen.total() < 3:
+            time.sleep(0.01)
+        stopped.send_signal(signal.SIGTERM)
+    assert stopped.returncode == 5
+    engine.delay = 0
+    before = engine.seen.total()
+    other = ("--temperature", "1")
+    assert ask(engine, *other) == 2
+    engine.stop()
+    assert ask(engine, *other, "--force", "--engine-wait", "0.1") == 4
+    engine.start()
+    assert main(["status", "out.csv"]) == 0
+    assert ask(engine) == 0, "a start that was refused discards no answers"
+    assert before < engine.seen.total() < before + 20
+    assert ask(engine, *other, "--force") == 0
+    assert [body.get("temperature") for body in engine.bodies[-20:]] == [1] * 20
 
 
 def test_the_content_of_the_files_of_a_prompt_counts(
@@ -770,6 +813,8 @@ def test_a_job_is_submitted_and_the_same_command_finishes(
     assert "out.csv: run the same command again to wait for it" in printed
     assert main(slurm_words("--no-wait")) == 0
     assert "submitted" not in capsys.readouterr().out
+    assert main(slurm_words("--temperature", "1")) == 2
+    assert "out.csv: temperature was not given, and is now 1.0" in capsys.readouterr().err
     write(place / "in.csv", "text\nother\n")
     assert main(slurm_words()) == 2
     assert "cancel its jobs first (aiflux cancel" in capsys.readouterr().err

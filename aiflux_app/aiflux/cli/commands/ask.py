@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from aiflux.api.ask import refuse_other_settings
 from aiflux.api.refusal import undone_if_refused
 from aiflux.cli.commands.convert import EXCLUSIVE, convert, read_param, read_prompt
 from aiflux.cli.commands.results import summary_lines
@@ -114,7 +115,7 @@ def _option_like(name: str, param: click.Option) -> Decorator:
 @option("--local", is_flag=True, help="Run on this machine, in the foreground")
 @option("--no-wait", is_flag=True, help="Submit the job and return")
 @option("--dry-run", is_flag=True, help="Show the first three requests, write nothing")
-@option("--force", is_flag=True, help="Overwrite a table; ask again where requests changed")
+@option("--force", is_flag=True, help="Overwrite a table; ask again what changed")
 @option(
     "--answer-column",
     metavar="NAME",
@@ -300,11 +301,13 @@ class _Ask:
         code = 0
         with undone_if_refused(self.table.run, self.table.folder.path):
             active = is_active(self.table.run)
+            if active:
+                refuse_other_settings(self.table, self.config.run_options())
             record, changed = self.table.prepare(
                 self.converter.question, self._convert, force=self.given["force"], active=active
             )
             try:
-                code = self._wait() if active else self._start(replaced=changed)
+                code = self._wait() if active else self._begin(changed)
             except TooManyFailuresError as error:
                 failure = error
         if self._finished():
@@ -326,7 +329,10 @@ class _Ask:
                 print(f"    {each}")
         return summary
 
-    def _start(self, *, replaced: bool) -> int:
+    def _begin(self, replaced: bool) -> int:
+        return self.table.start(self._start, replaced=replaced, force=self.given["force"])
+
+    def _start(self, replaced: bool) -> int:
         """Start the run, or resume it; follow a job until it ends."""
         asked = RunArguments(
             self.config,

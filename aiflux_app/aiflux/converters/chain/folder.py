@@ -524,9 +524,14 @@ def _change(before: StepRecord, now: StepRecord) -> str | None:
     for old, new in ((before.asked, now.asked), (before.answering, now.answering)):
         for name in {**old, **new}:
             if old.get(name) != new.get(name):
-                key = "samples" if name == "n" else name
-                return f"{key} was {_shown(old.get(name))}, and is now {_shown(new.get(name))}"
+                return changed_text(name, old.get(name), new.get(name))
     return None
+
+
+def changed_text(name: str, old: Any, new: Any) -> str:
+    """Return how a setting or an option changed, in words."""
+    key = "samples" if name == "n" else name
+    return f"{key} was {_shown(old)}, and is now {_shown(new)}"
 
 
 def _shown(value: Any) -> str:

@@ -72,6 +72,18 @@ from aiflux.util.times import utc_now
 ShardCount = Callable[[InputSummary], int]
 
 
+class ChangedSettingsError(RunConflictError):
+    """Results of other models or parameters would mix with those of earlier starts.
+
+    Attributes:
+        difference: how they differ, without the name of the run.
+    """
+
+    def __init__(self, message: str, remedy: str | None, difference: str) -> None:
+        super().__init__(message, remedy)
+        self.difference = difference
+
+
 @dataclass(frozen=True)
 class OpenedRun:
     """A run that is ready to be submitted or worked on.
@@ -167,8 +179,9 @@ def draft_run(
         InputError: the input is wrong; lists its lines.
         ConfigError: the output's path or the model's name is wrong.
         OutputExistsError: the output exists and this run did not write it; ``force`` is not given.
-        RunConflictError: the run directory belongs to another input, model or parameters, or the
-            model's files changed.
+        ChangedSettingsError: the results of earlier starts have another model or other parameters,
+            or the model's files changed.
+        RunConflictError: the run directory belongs to another input.
     """
     output = checked_output(output)
     input_path = absolute(input_path)
@@ -470,14 +483,15 @@ def _earlier(run: RunDirectory, plan: Plan) -> Plan | None:
     return earlier
 
 
-def _changed_settings(earlier: Plan, plan: Plan) -> RunConflictError | None:
+def _changed_settings(earlier: Plan, plan: Plan) -> ChangedSettingsError | None:
     """Return the error if results of different models or parameters would mix."""
     if earlier.identity == plan.identity:
         return None
-    return RunConflictError(
-        f"{RunDirectory.of_output(plan.output).path} was started with {_show(earlier)}; this run "
-        f"has {_show(plan)}",
+    before, now = _show(earlier), _show(plan)
+    return ChangedSettingsError(
+        f"{RunDirectory.of_output(plan.output).path} was started with {before}; this run has {now}",
         "choose another output, or mix with the results so far: --force-resume",
+        f"begun with {before}; this command has {now}",
     )
 
 
@@ -489,7 +503,7 @@ def _refuse_changed_models(earlier: Plan, plan: Plan) -> None:
             try:
                 earlier.refuse_changed_model(before, plan.digest(name))
             except ModelError as error:
-                raise RunConflictError(error.message, error.remedy) from error
+                raise ChangedSettingsError(error.message, error.remedy, error.message) from error
 
 
 def _show(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 from typing import Any
 
@@ -31,6 +31,7 @@ class StepView:
         state: that of its run; ``not started`` without one.
         requests: their number; None before they are made.
         run: the state of its run; None before it is planned.
+        failed: requests that failed, and samples for which the filter failed.
         jobs: the jobs of a run that is not planned yet.
         reason: why these wait, or why they ended.
     """
@@ -139,7 +140,9 @@ class ChainView:
         """The exit code: that of the first unfinished step."""
         for step in self.steps:
             code = ExitCode.OK if step.run is None else outcome(step.run)
-            if step.run is not None and code is not ExitCode.OK:
+            if step.run is None and step.record.refused and not step.active:
+                code = ExitCode.FAILURES
+            if code is not ExitCode.OK:
                 return code
         return ExitCode.STOPPED if self.unfinished is not None else ExitCode.OK
 
@@ -200,13 +203,18 @@ def step_view(folder: ChainFolder, record: StepRecord) -> StepView:
         RunConflictError: its run belongs to another user.
     """
     directory = folder.run(record.name)
+    failed = record.failed
     if folder.asks_nothing(record.name):
-        return StepView(record, RunState.FINISHED.value, 0, 0, 0, directory)
+        return StepView(record, RunState.FINISHED.value, 0, 0, failed, directory)
     if not directory.plan.is_file():
-        jobs, state, reason = _waiting(directory)
-        return StepView(record, state, record.requests, 0, 0, directory, jobs=jobs, reason=reason)
+        jobs, state, why = _waiting(directory)
+        step = StepView(record, state, record.requests, 0, failed, directory, jobs=jobs, reason=why)
+        if record.refused and not step.active:
+            return replace(step, state=RunState.FAILED.value, reason=record.reason)
+        return step
     view = gather(directory)
-    return StepView(record, view.state.value, view.total, view.done, view.failed, directory, view)
+    failed += view.failed
+    return StepView(record, view.state.value, view.total, view.done, failed, directory, view)
 
 
 def _waiting(run: RunDirectory) -> tuple[tuple[JobId, ...], str, str]:

@@ -51,16 +51,18 @@ def chain(
     runs = ChainRuns.of(read_chain(folder / expanded(steps), target))
     runner = SlurmRunner(workspace=folder)
     given = {step.name: layered(step.settings, options) for step in runs.chain.steps}
-    made_with = [
-        answering(runner.configured(**settings)[0].run_options()) for settings in given.values()
-    ]
+    options_of = {
+        name: runner.configured(**settings)[0].run_options() for name, settings in given.items()
+    }
+    made_with = [answering(each) for each in options_of.values()]
     active = [name for name in runs.names if _active(runs, name)]
     runs.begin(made_with, force=force, active=active)
     for step in runs.chain.steps:
         started = Run(runs.folder.run(step.name).path, runs.folder.results(step.name))
         if not _active(runs, step.name):
             again = force or bool(given[step.name].get("retry_failed"))
-            _, replaced = runs.prepare(step, force=again)
+            allowed = options_of[step.name].allowed_failures
+            _, replaced = runs.prepare(step, allowed, force=again)
             if runs.folder.asks_nothing(step.name):
                 continue
             run(

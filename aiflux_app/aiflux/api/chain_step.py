@@ -18,6 +18,7 @@ from aiflux.engines.kinds import engine_kind
 from aiflux.errors import AifluxError, StoppedError
 from aiflux.util.lease import acquire
 from aiflux.util.records import read_record
+from aiflux.util.text import counted
 
 _log = logging.getLogger(__name__)
 NOTHING = 10
@@ -53,9 +54,11 @@ def _plan(folder: ChainFolder, name: str) -> None:
                 f"step {before.name} is not finished, so step {name} cannot begin",
                 f"run the same command again: aiflux chain {record.file}",
             )
-    _, _ = runs.prepare(runs.chain.steps[at])
+    _, _ = runs.prepare(runs.chain.steps[at], later.options.allowed_failures)
+    made = folder.record()
+    text = "" if made is None else made.steps[at].filter_text
     if folder.asks_nothing(name):
-        _log.info("step %s has nothing to ask", name)
+        _log.info("step %s has nothing to ask%s", name, f": {text}" if text else "")
         return
     options = later.options
     opened = draft_run(
@@ -66,7 +69,8 @@ def _plan(folder: ChainFolder, name: str) -> None:
         engine_kind(options),
         shards=later.shards,
     ).open()
-    _log.info("step %s: %d requests", name, opened.plan.requests)
+    asked = counted(opened.plan.requests, "request")
+    _log.info("step %s: %s%s", name, asked, f"; {text}" if text else "")
 
 
 def main() -> int:

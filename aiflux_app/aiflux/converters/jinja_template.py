@@ -259,7 +259,7 @@ class _Compiled:
             meant = "" if near is None else f"; did you mean {near!r}?"
             return f"no column or field {missing[0]!r}{meant}"
         text = str(error).replace("'dict object'", "the object") or type(error).__name__
-        if isinstance(error, TypeError) and "'str'" in text and "'int'" in text:
+        if isinstance(error, TypeError) and "str" in text and "int" in text:
             text += "; a text becomes a number with | int or | float"
         return text
 

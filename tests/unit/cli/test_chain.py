@@ -271,23 +271,53 @@ def test_entries_without_a_field_of_the_template_are_refused_or_skipped(
     ]
 
 
-def test_a_filter_that_fails_for_a_row_is_an_error_of_the_row(
-    place: Path, engine: FaultyEngine
-) -> None:
-    (place / "in.csv").write_text("text\n7\nmany\n")
-    steps(
-        """
+FAILING = """
 first:
   template: "answer:{text}"
 second:
   filter: first + 1 > 3
   template: "answer:{first}"
 """
-    )
-    assert chain(engine) == 0
+
+
+def test_a_filter_that_fails_for_rows_ends_the_chain_unless_that_is_allowed(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("text\n7\nmany\n")
+    steps(FAILING)
+    for _ in range(2):
+        assert chain(engine) == 3
+        error = capsys.readouterr().err
+        assert "step second: its filter failed for 2 of 2 rows: the expression" in error
+        assert "becomes a number with | int" in error
+    assert not (place / "out.csv").exists()
+    assert engine.seen.total() == 2, "the rows are not asked about"
+    assert main(["status", "out.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"second +failed +2 +0 +m:1\n", printed)
+    assert "becomes a number with | int" in printed
+    assert main(["watch", "out.csv"]) == 3
+    assert chain(engine, "--max-failures", "2") == 0
     errors = [row["error"] for row in rows_of("out.csv")]
     assert all(error.startswith("second: the filter has no value") for error in errors)
-    assert engine.seen.total() == 2, "the rows are not asked about"
+    assert main(["status", "out.csv"]) == 0
+    steps(FAILING.replace("first + 1", "first|int + 1"))
+    assert chain(engine) == 0
+    assert [row["second"] for row in rows_of("out.csv")] == ["7", ""]
+    assert engine.seen["answer:7"] == 2
+
+
+def test_a_later_filter_that_fails_for_all_rows_of_the_source_is_refused_at_once(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n7,a\n8,b\n")
+    steps(TWO.replace("first|length > 3", "id > 3"))
+    assert chain(engine) == 3
+    assert "step second: its filter failed for 2 of 2 rows" in capsys.readouterr().err
+    assert not engine.seen
+    steps(TWO.replace("first|length > 3", "id|int > 7"))
+    assert chain(engine) == 0
+    assert "the filter stopped 1 of 2" in capsys.readouterr().out
 
 
 def test_jinja_templates_systems_and_examples(place: Path, engine: FaultyEngine) -> None:
@@ -405,7 +435,7 @@ def test_a_forced_chain_that_was_killed_before_its_run_was_planned_is_resumed(
     runs = ChainRuns.of(read_chain(path))
     first, _ = runs.chain.steps
     runs.begin([{"model": "m:1", "engine": "external"}] * 2, force=True)
-    _, replaced = runs.prepare(first, force=True)  # the kill comes here
+    _, replaced = runs.prepare(first, int, force=True)  # the kill comes here
     assert replaced
     assert chain(engine) == 2, "the second step has answers to other requests"
     assert [row["first"] for row in rows_of("out.csv")] == ["good", "fine"]
@@ -917,6 +947,35 @@ def test_the_jobs_of_a_step_make_its_requests(
     assert main(slurm_words()) == 0
     assert len(fakes.calls("sbatch")) == 3
     assert [row["third"] for row in rows_of("out.csv")] == ["good-1!", "", "fine-3!"]
+
+
+def test_a_filter_that_fails_in_a_job_is_reported(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,bad\n")
+    steps(FAILING)
+    fakes = slurm(place, monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    assert (job(place, "first"), job(place, "second")) == (0, 3)
+    fakes.say("squeue", "")
+    capsys.readouterr()
+    assert main(slurm_words()) == 3
+    assert "step second: its filter failed for 2 of 2 rows" in capsys.readouterr().err
+
+
+def test_a_filter_that_stops_all_rows_in_a_job_is_shown(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,bad\n")
+    steps(FAILING.replace("first + 1 > 3", "first|length > 9"))
+    fakes = slurm(place, monkeypatch)
+    assert main(slurm_words("--no-wait")) == 0
+    with subprocess.Popen([*AIFLUX, *slurm_words()], stdout=subprocess.PIPE, text=True) as waiting:
+        codes = job(place, "first"), job(place, "second")
+        fakes.say("squeue", "")
+        shown, _ = waiting.communicate(timeout=60)
+    assert (*codes, waiting.returncode) == (0, 10, 0)
+    assert "0 requests; the filter stopped 2 of 2" in shown
 
 
 def test_a_step_whose_job_ended_before_its_plan_is_submitted_again(

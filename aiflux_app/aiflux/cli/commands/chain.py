@@ -21,7 +21,7 @@ from aiflux.cli.render.run import overview, typed
 from aiflux.cli.run_argument import frame_of, make_console, show
 from aiflux.cli.start import refuse_local_at_url, run_here, run_local, write_output
 from aiflux.converters.chain.folder import ChainRuns, LaterStep, StepRecord
-from aiflux.converters.chain.rows import first_requests
+from aiflux.converters.chain.rows import first_requests, too_many_filter_failures
 from aiflux.converters.chain.steps_file import Step, layered, read_chain
 from aiflux.converters.writer import Summary
 from aiflux.core.config.config import Config
@@ -144,7 +144,8 @@ class _ChainWork:
         submitted = False
         for at, step in enumerate(self.steps, start=1):
             print(f"step {at} of {len(self.steps)}: {step.name}")
-            if not self._view(step.name).active:
+            begun = self._view(step.name).active
+            if not begun:
                 code = self._start(step)
                 if code:
                     return code
@@ -153,7 +154,7 @@ class _ChainWork:
             if self._in_slurm(step) and not submitted:
                 submitted = True
                 self._submit_later(at)
-            code = self._wait(step)
+            code = self._wait(step, shown=not begun)
             if code or not self.folder.finished(step.name):
                 return code
         self._write()
@@ -182,7 +183,8 @@ class _ChainWork:
         """Start the run of a step, or resume it; one in Slurm is only submitted."""
         again = self.given["force"] or self.configs[step.name].get("retry_failed")
         finished = self.folder.finished(step.name)
-        summary, replaced = self.runs.prepare(step, force=again)
+        allowed = self.configs[step.name].run_options().allowed_failures
+        summary, replaced = self.runs.prepare(step, allowed, force=again)
         self._show(step, summary)
         if self.folder.asks_nothing(step.name):
             return 0
@@ -289,8 +291,8 @@ class _ChainWork:
         made = next(each for each in record.steps if each.name == step.name) if record else None
         if made is None or made.requests is None:
             return
-        stopped = f"; the filter stopped {made.stopped} of {made.samples}" if step.filter else ""
-        print(f"  {counted(made.requests, 'request')}{stopped}")
+        text = made.filter_text
+        print(f"  {counted(made.requests, 'request')}{f'; {text}' if text else ''}")
         for note in () if summary is None else summary.notes:
             print(f"  {note}")
         if summary is not None and summary.skipped:
@@ -298,14 +300,20 @@ class _ChainWork:
             for each in summary.examples[:_SHOWN]:
                 print(f"    {each}")
 
-    def _wait(self, step: Step) -> int:
-        """Follow a run until it ends, unless the user does not want to; return its exit code."""
+    def _wait(self, step: Step, *, shown: bool) -> int:
+        """Follow a run until it ends, unless the user does not want to; return its exit code.
+
+        Args:
+            shown: what the step asks was printed.
+        """
         if self.given["no_wait"]:
             print("  run the same command again to wait for the steps and to write the table")
             return 0
         console, run = make_console(), self.folder.run(step.name)
         try:
             unplanned = self._await_plan(step)
+            if not shown:
+                self._show(step, None)
             if unplanned is not None:
                 return unplanned
             view = follow(run, console, live=not self.given["as_json"])
@@ -336,6 +344,12 @@ class _ChainWork:
             return None
         if view.finished:
             return 0
+        record = self.folder.record()
+        made = next(each for each in record.steps if each.name == step.name) if record else None
+        if made is not None and made.refused:
+            raise too_many_filter_failures(
+                self.runs.chain, step.name, made.failed, made.samples, made.reason
+            )
         print(f"  {view.state}: {view.reason}; run the same command again to resume")
         return int(ExitCode.STOPPED)
 

@@ -31,7 +31,7 @@ def chain_lines(view: ChainView, frame: Frame) -> list[Text]:
             line.stylize(STYLES.get(row[1], ""), start, start + len(row[1]))
         lines.append(line)
     step = view.unfinished
-    if step is not None and step.run is not None:
+    if step is not None:
         lines += [Text(f"  {one_line(text)}") for text in _why(step)]
     if view.next_command is not None:
         lines.append(Text(f"  next: {view.next_command}"))
@@ -43,8 +43,9 @@ def chain_lines(view: ChainView, frame: Frame) -> list[Text]:
 
 def _row(step: StepView) -> tuple[str, ...]:
     total = "" if step.requests is None else f"{step.done}/{step.requests}"
-    failed = str(step.failed) if step.requests is not None else ""
-    filtered = str(step.record.stopped) if step.requests is not None else ""
+    counted = step.requests is not None or step.record.refused
+    failed = str(step.failed) if counted else ""
+    filtered = str(step.record.stopped) if counted else ""
     model = str(step.record.answering.get("model") or "")
     return (step.record.name, step.state, total, failed, filtered, one_line(model))
 
@@ -52,6 +53,6 @@ def _row(step: StepView) -> tuple[str, ...]:
 def _why(step: StepView) -> list[str]:
     """Return why a step waits or ended."""
     if step.run is None:
-        return []
+        return [step.reason] if step.reason else []
     reasons = dict.fromkeys(shard.reason for shard in step.run.shards if shard.reason)
     return [*list(reasons)[:3], *([step.run.remedy] if step.run.remedy else [])]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -24,7 +24,12 @@ from typing import Any
 from zlib import crc32
 
 from aiflux.converters.answer_table import AnswerTable, first_difference, is_outdated
-from aiflux.converters.chain.rows import make_requests, table_options, write_outcomes
+from aiflux.converters.chain.rows import (
+    make_requests,
+    table_options,
+    too_many_filter_failures,
+    write_outcomes,
+)
 from aiflux.converters.chain.steps_file import KEPT, Chain, Step, recorded_step
 from aiflux.converters.results import BackSummary, results_to_table
 from aiflux.converters.source import size_and_time, write_ahead_log
@@ -61,6 +66,7 @@ class StepRecord:
         best: the expression of its best sample.
         made_from: digest, sizes and times of what its requests were made from; () before.
         samples, stopped: samples that reached the step, and those that its filter stopped.
+        failed, reason: samples for which its filter failed, and why it did for the first of them.
         requests: their number; None before they are made.
     """
 
@@ -72,6 +78,20 @@ class StepRecord:
     samples: int = 0
     stopped: int = 0
     requests: int | None = None
+    failed: int = 0
+    reason: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether its filter failed for more samples than are allowed, so it has no requests."""
+        return self.failed > 0 and not self.made_from
+
+    @property
+    def filter_text(self) -> str:
+        """What its filter did, in words; "" if it only let samples pass."""
+        stopped = f"the filter stopped {self.stopped} of {self.samples}" if self.stopped else ""
+        failed = f"the filter failed for {self.failed} of {self.samples}" if self.failed else ""
+        return "; ".join(text for text in (stopped, failed) if text)
 
 
 @dataclass(frozen=True)
@@ -383,10 +403,13 @@ class ChainRuns:
             state += (0, 0) if path is None else size_and_time(path)
         return tuple(state)
 
-    def prepare(self, step: Step, *, force: bool = False) -> tuple[Summary | None, bool]:
+    def prepare(
+        self, step: Step, allowed: Callable[[int], int], *, force: bool = False
+    ) -> tuple[Summary | None, bool]:
         """Make the requests of a step whose earlier steps are finished, unless they are made.
 
         Args:
+            allowed: returns for how many of some samples the filter may fail.
             force: replace the requests of a run that has begun.
 
         Returns:
@@ -396,6 +419,7 @@ class ChainRuns:
         Raises:
             InputError: the source is wrong.
             RunConflictError: the requests of a run that has begun would be others.
+            TooManyFailuresError: the filter fails for more samples than are allowed.
             StorageError: the requests cannot be written.
         """
         at = self.chain.steps.index(step)
@@ -412,15 +436,25 @@ class ChainRuns:
                     f"the source {str(self.chain.source)!r} changed while it was read",
                     "run the same command again when it is complete",
                 )
-            self._settle(step.name, fresh, made, force=force)
+            refused = counts.failed > allowed(counts.samples)
+            if refused:
+                fresh.unlink()
+            else:
+                self._settle(step.name, fresh, made, force=force)
             now = replace(
                 record.steps[at],
-                made_from=state,
+                made_from=() if refused else state,
                 samples=counts.samples,
                 stopped=counts.stopped,
-                requests=0 if summary is None else summary.requests,
+                requests=None if refused else 0 if summary is None else summary.requests,
+                failed=counts.failed,
+                reason=counts.reason,
             )
             self._write(replace(record, steps=(*record.steps[:at], now, *record.steps[at + 1 :])))
+            if refused:
+                raise too_many_filter_failures(
+                    self.chain, step.name, counts.failed, counts.samples, counts.reason
+                )
         return summary, is_outdated(self.folder.run(step.name))
 
     def _known(self) -> ChainRecord:

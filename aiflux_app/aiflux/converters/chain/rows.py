@@ -26,7 +26,7 @@ from aiflux.converters.table import (
 )
 from aiflux.converters.writer import Progress, Skipped, Summary
 from aiflux.core.batch.results_file import Result, choice_texts
-from aiflux.errors import InputError, RunConflictError
+from aiflux.errors import InputError, RunConflictError, TooManyFailuresError
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,34 @@ class StepCounts:
     Attributes:
         samples: those that reached it.
         stopped: those that its filter stopped.
+        failed: those for which its filter failed, and why it did for the first of them.
         asked: those that passed.
     """
 
     samples: int = 0
     stopped: int = 0
+    failed: int = 0
+    reason: str = ""
     asked: int = 0
+
+    def add(self, sample: Sample) -> None:
+        """Count a sample after the filter."""
+        self.samples += 1
+        self.stopped += bool(sample.stopped)
+        self.failed += bool(sample.error)
+        self.reason = self.reason or sample.error
+        self.asked += sample.lives
+
+
+def too_many_filter_failures(
+    chain: Chain, step: str, failed: int, samples: int, reason: str
+) -> TooManyFailuresError:
+    """Return the error for a filter that failed for more rows than are allowed."""
+    cause = reason.removeprefix(f"{step}: the filter has no value: ")
+    return TooManyFailuresError(
+        f"step {step}: its filter failed for {failed} of {samples} rows: {cause}",
+        f"correct the filter in {chain.path}, or allow failures with max_failures",
+    )
 
 
 class StepTable:
@@ -192,6 +214,12 @@ class StepTable:
         self.path = rows.chain.source
         self.unit = rows.table.unit
         at = rows.chain.steps.index(step)
+        known = {*rows.table.columns}
+        self._later = [
+            (later, StepCounts())
+            for later in (rows.chain.steps[1:] if at == 0 else ())
+            if later.filter is not None and known.issuperset(later.filter.names)
+        ]
         self.columns = (*rows.table.columns, *(each.name for each in rows.chain.steps[:at]))
 
     @property
@@ -212,11 +240,24 @@ class StepTable:
             row, samples = item
             for before in (sample for sample in samples if sample.lives):
                 sample = filtered(self._step, before)
-                counts.samples += 1
-                counts.stopped += bool(sample.stopped)
-                counts.asked += sample.lives
+                counts.add(sample)
                 if sample.lives:
+                    for later, found in self._later:
+                        found.add(filtered(later, sample))
                     yield Row(row.number, sample.name, sample.cells)
+
+    def refuse_later_filters(self) -> None:
+        """Refuse a later filter that needs only the source, and fails for all of its rows.
+
+        Raises:
+            TooManyFailuresError: there is one.
+        """
+        for step, found in self._later:
+            if found.failed and found.failed == found.samples:
+                chain = self._rows.chain
+                raise too_many_filter_failures(
+                    chain, step.name, found.failed, found.samples, found.reason
+                )
 
 
 def first_requests(chain: Chain, limit: int) -> Summary:
@@ -245,12 +286,13 @@ def make_requests(
     Raises:
         InputError: the source cannot be read, or rows cannot become requests.
         RunConflictError: the source does not fit the answers of earlier steps.
+        TooManyFailuresError: the filter of a later step fails for all rows of the source.
     """
     counts = StepCounts()
     first = step is chain.steps[0]
     prompt, form = step.prompt_and_form
     with ExitStack() as stack:
-        table: SourceTable = StepTable(step, ChainRows(chain, results, stack), counts)
+        table = StepTable(step, ChainRows(chain, results, stack), counts)
         options = TableOptions(prompt, skip_bad=chain.skip_bad or not first)
         try:
             with _remedied():
@@ -260,6 +302,7 @@ def make_requests(
                 raise
             target.write_bytes(b"")
             return counts, None
+        table.refuse_later_filters()
     return counts, summary
 
 

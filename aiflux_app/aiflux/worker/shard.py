@@ -16,7 +16,7 @@ from typing import Any
 
 from aiflux import __version__
 from aiflux.core.batch.input_file import change_of
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.directory import RunDirectory, own_command
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
 from aiflux.core.runs.output import forget_done, merge_when_last
 from aiflux.core.runs.plan import (
@@ -309,7 +309,8 @@ class _ShardWork:
             raise TooManyFailuresError(
                 f"{failed} of {self.plan.requests} requests failed "
                 f"({run_wide} allowed by --max-failures){shown}",
-                "the output has the error of each; --retry-failed sends them again",
+                "the output has the error of each; to send them again: the same "
+                f"`{own_command(self.plan.output)}` command with --retry-failed",
             )
 
     def _ask_for_requeue(self) -> bool:

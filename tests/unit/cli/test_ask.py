@@ -787,6 +787,40 @@ def test_a_resumed_run_still_needs_its_table(
     assert len(rows_of("out.csv")) == 2
 
 
+def test_a_stopped_table_names_what_goes_on_and_has_a_partial_table(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "in.csv", "id,text\n" + "".join(f"{at},t{at}\n" for at in range(20)))
+    engine.delay = 0.1
+    line = [*AIFLUX, *words(engine, "--concurrency", "1", "--save-frequency", "1")]
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as stopped:
+        while engine.seen.total() < 3:
+            time.sleep(0.01)
+        stopped.send_signal(signal.SIGTERM)
+    assert main(["results", "show", "out.csv"]) == 2
+    error = capsys.readouterr().err
+    assert f"the run of {place}/out.csv is not finished" in error
+    assert "the same `aiflux ask` command" in error
+    assert f"write the results so far: aiflux merge --partial {place}/out.csv" in error
+    assert "results.json" not in error
+    assert main(["merge", "--partial", "out.csv"]) == 0
+    assert "out.partial.csv" in capsys.readouterr().out
+    rows = rows_of("out.partial.csv")
+    assert rows[0] == {"id": "0", "text": "t0", "answer": "t0"}
+    assert rows[-1]["answer"] == ""
+    assert not (place / "out.csv").exists()
+
+
+def test_failed_rows_are_tried_again_by_the_command_that_the_error_names(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "in.csv", "text\na\n400*1\n")
+    assert ask(engine, template="{text}") == 3
+    assert main(["resume", "out.csv"]) == 3
+    assert "the same `aiflux ask` command with --retry-failed" in capsys.readouterr().err
+    assert ask(engine, "--retry-failed", template="{text}") == 0
+
+
 # --- Slurm ------------------------------------------------------------------------------------
 
 

@@ -807,6 +807,8 @@ def test_one_status_and_one_report(
     error = capsys.readouterr().err
     assert "is a chain of several runs" in error
     assert "out.csv.aiflux/steps/first.json" in error
+    assert main(["resume", "out.csv"]) == 2
+    assert f"continue it: aiflux chain {place}/steps.yaml" in capsys.readouterr().err
 
 
 def test_a_chain_that_stopped_between_two_steps(

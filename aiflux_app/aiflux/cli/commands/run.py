@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiflux.api.local_run import draft_here
 from aiflux.api.refusal import undone_if_refused
+from aiflux.cli.chains import chain_named
 from aiflux.cli.json_output import json_option, print_json, then_status
 from aiflux.cli.parser import (
     FILE,
@@ -45,7 +46,13 @@ from aiflux.cli.start import (
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
-from aiflux.core.runs.directory import RunDirectory, checked_output, named_output
+from aiflux.core.runs.directory import (
+    RunDirectory,
+    checked_output,
+    named_output,
+    own_command,
+    user_output,
+)
 from aiflux.core.runs.input_copy import copy_of_input
 from aiflux.core.runs.open import (
     OpenedRun,
@@ -358,6 +365,13 @@ def resume(
     other run.
     """
     command = _command_after(then)
+    chain = chain_named(run)
+    if chain is not None:
+        from aiflux.api.chain import chain_view
+
+        raise UsageError(
+            f"{run!r} is a chain of several runs", f"continue it: {chain_view(chain).command}"
+        )
     directory = located(run)
 
     def work() -> int:
@@ -439,7 +453,7 @@ def _resume_here(run: RunDirectory, settings: Mapping[str, Any], then: str) -> i
 @option(
     "--partial",
     is_flag=True,
-    help="Write the results so far to OUTPUT.partial.json (or .jsonl); the run continues",
+    help="Write the results so far to OUTPUT.partial.json, .jsonl, .csv, ...; the run continues",
 )
 @json_option()
 def merge(run: str, again: bool, partial: bool, as_json: bool) -> int:
@@ -459,12 +473,28 @@ def merge(run: str, again: bool, partial: bool, as_json: bool) -> int:
 def _merge_partial(run: RunDirectory, *, as_json: bool) -> int:
     plan = read_plan(run)
     path, counts = merge_partial(plan, run)
+    if user_output(plan.output) != plan.output:
+        path = _partial_table(user_output(plan.output), path, counts.failed)
     if as_json:
         done = {"written": counts.total, "failed": counts.failed, "total": plan.requests}
         print_json({"output": path, **done})
     else:
         print(f"wrote {counts.total} of {plan.requests} results ({counts.failed} failed) to {path}")
     return 0
+
+
+def _partial_table(path: Path, results: Path, failed: int) -> Path:
+    """Write the answers so far as a table next to the one that the user named; return its path."""
+    from aiflux.converters.answer_table import AnswerTable
+    from aiflux.converters.results import results_to_table
+
+    table = AnswerTable(path)
+    record = table.record()
+    if record is None:
+        return results
+    target = path.with_name(f"{path.stem}.partial{path.suffix}")
+    results_to_table(results, target, table.options(record, failed))
+    return target
 
 
 def _merge(run: RunDirectory, *, again: bool) -> int:
@@ -478,8 +508,8 @@ def _merge(run: RunDirectory, *, again: bool) -> int:
     try:
         return write_output(plan, run, again=again)
     except MissingResultsError as error:
-        name, view = typed(short(plan.output)), gather(run)
-        how = view.next_command or "run the same `aiflux run` command again"
+        name, view = typed(short(user_output(plan.output))), gather(run)
+        how = view.next_command or f"run the same `{own_command(plan.output)}` command again"
         raise MissingResultsError(
             error.message,
             f"{f'continue it: {how}' if view.ended else f'wait for it: aiflux watch {name}'}; or "

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from aiflux.core.batch.results_file import TOOL_CALL, answered_words
 from aiflux.core.config.settings import settings_texts
-from aiflux.core.runs.directory import user_output
+from aiflux.core.runs.directory import own_command, user_output
 from aiflux.core.runs.plan import Plan
 from aiflux.slurm.jobs import array_ranges
 from aiflux.slurm.run_view import (
@@ -369,7 +369,8 @@ def _continue(view: RunView, frame: Frame) -> list[Text]:
         words = f"write {frame.short(table)}: run the same `aiflux ask` command again"
         return [Text(""), *(Text(line, style="dim") for line in _wrapped(words, frame))]
     if view.state is RunState.WITH_FAILURES:
-        words = "the output has the reasons; run the same command with --retry-failed to retry"
+        own = own_command(view.output)
+        words = f"the output has the reasons; to retry: the same `{own}` with --retry-failed"
         return [Text(""), *(Text(line, style="dim") for line in _wrapped(words, frame))]
     return []
 

@@ -24,7 +24,7 @@ from aiflux.core.batch.results_file import (
     parse_entry,
     read_entries,
 )
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.directory import RunDirectory, own_command, user_output
 from aiflux.core.runs.journal import ResultIndex
 from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan, read_plan
@@ -302,10 +302,15 @@ def refuse_unfit(output: Path) -> None:
         OutputExistsError: the output was modified.
     """
     if not output.is_file():
+        named = user_output(output)
+        name = quote(str(named))
         raise InputError(
-            f"the output {output} does not exist",
-            f"aiflux status {quote(str(output))} shows whether to wait for its run or to continue "
-            f"it; write the results so far with aiflux merge --partial {quote(str(output))}",
+            f"the output {named} does not exist"
+            if named == output
+            else f"the run of {named} is not finished",
+            f"aiflux status {name} shows whether to wait for its run or to continue it with the "
+            f"same `{own_command(output)}` command; write the results so far: "
+            f"aiflux merge --partial {name}",
         )
     run = RunDirectory.of_output(output)
     with suppress(RunConflictError, StorageError):  # an unreadable run has no status

@@ -238,6 +238,13 @@ def user_output(output: Path) -> Path:
     return folder.with_name(folder.name.removesuffix(_SUFFIX))
 
 
+def own_command(output: Path) -> str:
+    """Return the command that makes a run's output: it resumes the run, with other options too."""
+    if output.parent.name == CHAIN_STEPS and output.parent.parent.suffix == _SUFFIX:
+        return "aiflux chain"
+    return "aiflux run" if user_output(output) == output else "aiflux ask"
+
+
 def default_output(input_path: Path, directory: Path) -> Path:
     """Return the default output: ``<input stem>.results.json`` in ``directory``."""
     return directory / f"{plain_name(input_path).stem}.results.json"

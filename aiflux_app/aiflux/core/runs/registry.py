@@ -255,7 +255,8 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
         if steps:
             raise UsageError(
                 f"{text!r} is a chain of several runs",
-                f"name one of them: {steps[0].with_suffix('')}",
+                f"name one of its steps: {steps[0].with_suffix('')}; "
+                "the same `aiflux chain` command continues all of them",
             )
     raise UsageError(
         f"no run found at {text!r}: it is not a run directory, an output of a run, or a job id",

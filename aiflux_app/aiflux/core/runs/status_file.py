@@ -16,7 +16,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.batch.results_file import errors_path, output_paths
-from aiflux.core.runs.directory import RunDirectory, user_output
+from aiflux.core.runs.directory import RunDirectory, own_command, user_output
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import OutputExistsError, TooManyFailuresError
 from aiflux.util.files import checksum, is_there, write_json
@@ -610,5 +610,6 @@ def refuse_failures(plan: Plan, failed: int) -> None:
     """Raise TooManyFailuresError where more requests of a finished run failed than are allowed."""
     if failed > plan.allowed_failures:
         raise TooManyFailuresError(
-            f"{failed} of {plan.requests} requests failed", "try them again with --retry-failed"
+            f"{failed} of {plan.requests} requests failed",
+            f"try them again: the same `{own_command(plan.output)}` command with --retry-failed",
         )

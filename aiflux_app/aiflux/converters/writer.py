@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import IO, Any
 from aiflux.converters.cells import BadRowError
 from aiflux.converters.request_form import WITH_MESSAGES, RequestDraft, RequestForm
 from aiflux.errors import InputError, UsageError
+from aiflux.util.compression import plain_name
 from aiflux.util.files import atomic_write, refuse_special, same_file
 from aiflux.util.lines import MAX_LINE_BYTES
 from aiflux.util.text import terminal_line
@@ -146,6 +147,7 @@ class Conversion:
                 f"{str(listing)!r} is the input, but the skipped rows would be listed there",
                 "use another output",
             )
+        refuse_other_form(self.output, "requests are JSON Lines", REQUESTS)
         refuse_special(self.output)
         refuse_special(listing)
         if not os.path.isdir(self.output.parent):
@@ -153,6 +155,47 @@ class Conversion:
                 f"the output directory {str(self.output.parent)!r} does not exist",
                 f"mkdir -p {quote(str(self.output.parent))}",
             )
+
+
+REQUESTS = (".jsonl", ".ndjson", ".json")
+"""Suffixes of files of requests; `aiflux run` reads JSON Lines under each of these names."""
+_FORMS = (
+    ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx", ".xls",
+    ".xlsm", ".xlsb", ".ods", ".duckdb", ".sqlite", ".sqlite3", ".npy", ".npz", ".html", ".pdf",
+    ".docx", ".bz2", ".xz", ".zip",
+)  # fmt: skip
+
+
+def refuse_other_form(
+    target: Path, written: str, own: Sequence[str], commands: Mapping[str, str] = {}
+) -> None:
+    """Refuse a name whose suffix promises another form than that of the content.
+
+    An unknown suffix promises nothing.
+
+    Args:
+        written: what is written, and its form.
+        own: suffixes of that form; the remedy names the first.
+        commands: which command writes the form of another suffix.
+
+    Raises:
+        UsageError: the name ends in another known suffix, or in that of a compressed file.
+    """
+    plain, suffix = plain_name(target), target.suffix.lower()
+    if plain != target:
+        named = plain if plain.suffix.lower() in own else plain.with_suffix(own[0])
+        raise UsageError(
+            f"the output {target.name!r} is named as a compressed file, but AI-Flux does not "
+            "compress what it writes",
+            f"--output {quote(named.name)}, and compress it afterwards",
+        )
+    if suffix in own or suffix not in _FORMS:
+        return
+    other = f", or use `{commands[suffix]}` for {suffix}" if suffix in commands else ""
+    raise UsageError(
+        f"the output {target.name!r} ends in {suffix}, but {written}",
+        f"--output {quote(target.with_suffix(own[0]).name)}{other}",
+    )
 
 
 def skipped_path(output: Path) -> Path:

@@ -192,6 +192,15 @@ def test_a_missing_column_lists_the_existing_ones(tmp_path: Path) -> None:
 RAGGED = 'id,text\n1,a\n2\n3,"c\nd"\n4,e,f\n5,g\n'
 
 
+@pytest.mark.parametrize("name", ["q.jsonl.gz", "q.jsonl.zst", "q.csv.gz", "q.csv", "q.parquet"])
+def test_requests_are_not_written_under_the_name_of_another_form(tmp_path: Path, name: str) -> None:
+    source = write(tmp_path / "a.csv", "text\none\n")
+    with pytest.raises(UsageError, match=r"named as a compressed file|requests are JSON") as error:
+        csv_to_jsonl(source, tmp_path / name, template="{text}")
+    assert "--output q.jsonl" in str(error.value)
+    assert not (tmp_path / name).exists()
+
+
 def test_ragged_csv_rows_are_reported_with_their_lines(tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.csv", RAGGED), tmp_path / "out.jsonl"
     with pytest.raises(InputError, match="2 of 5 rows") as error:

@@ -21,13 +21,14 @@ from aiflux.converters import (
     parquet_to_jsonl,
     results_to_csv,
     results_to_duckdb,
+    results_to_jsonl,
     results_to_npy,
     results_to_parquet,
     results_to_xlsx,
 )
 from aiflux.converters.results import BackOptions
 from aiflux.converters.results.database import write_database
-from aiflux.errors import ExitCode, InputError
+from aiflux.errors import ExitCode, InputError, UsageError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.converters.test_results import answered, output_of, read_csv
 from tests.unit.helpers import request_line
@@ -352,3 +353,37 @@ def test_a_response_has_the_columns_of_a_chat(tmp_path: Path) -> None:
     assert (row["answer"], row["reasoning"], row["label"]) == ('{"label": 1}', "hm", "1")
     assert json.loads(row["tool_calls"])[0]["function"] == {"name": "f", "arguments": "{}"}
     assert (summary.cut, summary.answered) == (1, 1)
+
+
+WRITERS = {
+    "csv": results_to_csv,
+    "jsonl": results_to_jsonl,
+    "parquet": results_to_parquet,
+    "xlsx": results_to_xlsx,
+    "duckdb": results_to_duckdb,
+    "npy": results_to_npy,
+}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_no_table_is_written_under_the_name_of_another_form(tmp_path: Path, form: str) -> None:
+    output = output_of(tmp_path, "A")
+    for other in (*WRITERS.keys() - {form}, "json", "arrow", "XLS", "ods"):
+        target = tmp_path / f"b.{other}"
+        with pytest.raises(UsageError, match=f"ends in .{other.lower()}, but this writes") as error:
+            WRITERS[form](output, target)
+        assert f"--output b.{form}" in str(error.value)
+        assert (f"aiflux results to-{other}" in str(error.value)) == (other in WRITERS)
+        assert not target.exists()
+    for other in ("gz", "zst"):
+        with pytest.raises(UsageError, match="does not compress") as error:
+            WRITERS[form](output, tmp_path / f"b.{form}.{other}")
+        assert f"--output b.{form}," in str(error.value)
+
+
+def test_a_csv_named_tsv_has_tabs_and_an_unknown_suffix_is_accepted(tmp_path: Path) -> None:
+    output = output_of(tmp_path, "A")
+    results_to_csv(output, tmp_path / "b.tsv")
+    assert (tmp_path / "b.tsv").read_text().splitlines()[0].split("\t")[0] == "custom_id"
+    results_to_csv(output, tmp_path / "b.txt")
+    assert (tmp_path / "b.txt").read_text().startswith("custom_id,")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from aiflux.converters.results.verbatim import (
     write_array,
 )
 from aiflux.converters.results.workbook import write_xlsx
+from aiflux.converters.writer import refuse_other_form
 from aiflux.errors import InputError, UsageError
 from aiflux.util.extras import need
 from aiflux.util.files import atomic_write, same_file
@@ -57,20 +58,24 @@ def results_to_csv(
 
     Args:
         output: the run's output, ``.json`` or ``.jsonl``.
-        target: written completely or not at all.
+        target: written completely or not at all; with tabs if its name ends in ``.tsv``.
 
     Raises:
         InputError: the output or source cannot be read, or they share no custom_id.
+        UsageError: the target's suffix names another form.
         StorageError: the target cannot be written.
     """
-    return _write(output, target, options, write_csv)
+    tabs = Path(target).suffix.lower() == ".tsv"
+    return _write(
+        output, target, options, FORMS[".tsv"] if tabs else write_csv, suffixes=(".csv", ".tsv")
+    )
 
 
 def results_to_jsonl(
     output: Path | str, target: Path | str, options: BackOptions | None = None
 ) -> BackSummary:
     """Write results as JSON Lines; see ``results_to_csv``."""
-    return _write(output, target, options, write_jsonl)
+    return _write(output, target, options, write_jsonl, suffixes=(".jsonl", ".ndjson"))
 
 
 def results_to_parquet(
@@ -82,7 +87,7 @@ def results_to_parquet(
         ConfigError: pyarrow is not installed.
     """
     need("pyarrow.parquet", "parquet", "writing Parquet")
-    return _write(output, target, options, write_parquet)
+    return _write(output, target, options, write_parquet, suffixes=(".parquet",))
 
 
 def results_to_xlsx(
@@ -93,7 +98,7 @@ def results_to_xlsx(
     Raises:
         ConfigError: XlsxWriter is not installed.
     """
-    return _write(output, target, options, write_xlsx)
+    return _write(output, target, options, write_xlsx, suffixes=(".xlsx",))
 
 
 def results_to_duckdb(
@@ -104,7 +109,7 @@ def results_to_duckdb(
     Raises:
         ConfigError: duckdb or pyarrow is not installed.
     """
-    return _write(output, target, options, write_duckdb)
+    return _write(output, target, options, write_duckdb, suffixes=(".duckdb",))
 
 
 def results_to_npy(
@@ -114,7 +119,7 @@ def results_to_npy(
 
     A row whose request failed is NaN.
     """
-    return _write(output, target, options, write_npy)
+    return _write(output, target, options, write_npy, suffixes=(".npy",))
 
 
 def results_to_table(
@@ -182,11 +187,19 @@ def _write(
     options: BackOptions | None,
     writer: Writer,
     *,
+    suffixes: Sequence[str] = (),
     verbatim: bool = False,
 ) -> BackSummary:
+    """Write a table.
+
+    Args:
+        suffixes: those of its form; none if the form was chosen by the suffix.
+    """
     output, target = Path(output), Path(target)
     refuse_unfit(output)
     _refuse_same(target, output, options.source if options else None)
+    if suffixes:
+        refuse_other_form(target, f"this writes {_NAMES[suffixes[0]]}", suffixes, _COMMANDS)
     with ExitStack() as stack:
         table = BackTable(output, options or BackOptions(), stack, verbatim=verbatim)
         once = table.choice is None and not table.options.only_asked
@@ -198,6 +211,21 @@ def _write(
                 own(file, table, table.rows(target))
     table.summary.absent = tuple(name for name in table.fields if name not in table.met)
     return table.summary
+
+
+_NAMES: Mapping[str, str] = {
+    ".csv": "CSV",
+    ".jsonl": "JSON Lines",
+    ".parquet": "Parquet",
+    ".xlsx": "an Excel workbook",
+    ".duckdb": "a DuckDB database",
+    ".npy": "a NumPy array",
+}
+_COMMANDS: Mapping[str, str] = {
+    ".tsv": "aiflux results to-csv",
+    ".ndjson": "aiflux results to-jsonl",
+    **{suffix: f"aiflux results to-{suffix[1:]}" for suffix in _NAMES},
+}
 
 
 def _refuse_same(target: Path, *others: Path | str | None) -> None:

@@ -256,7 +256,8 @@ class _FileRequests:
     def notes(self) -> tuple[str, ...]:
         """Return which files were not UTF-8, by encoding, and which have pages without text."""
         encodings = map(_assumption, self.assumed, self.assumed.values())
-        return (*encodings, *([_blank_pages(self.blank)] if self.blank else []))
+        blank = [_blank_pages(self.blank)] if self.blank else []
+        return (*encodings, *blank, *self.prompt.literal_notes(NAMES))
 
     def items(self) -> Iterator[RequestDraft | Skipped]:
         total = self.walk.count() if self.progress is not None else 0

@@ -122,10 +122,11 @@ class _ImageRequests:
     def notes(self) -> tuple[str, ...]:
         """Return notes about the images that were read."""
         several = self.reducer.several
+        literal = self.prompt.literal_notes(NAMES)
         if not several:
-            return ()
+            return literal
         count = "1 image has" if several == 1 else f"{several} images have"
-        return (f"{count} several frames or pages; only the first is sent",)
+        return (f"{count} several frames or pages; only the first is sent", *literal)
 
     def items(self) -> Iterator[RequestDraft | Skipped]:
         total = sum(1 for _ in self._files()) if self.progress is not None else 0

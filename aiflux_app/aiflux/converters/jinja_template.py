@@ -13,6 +13,7 @@ waste memory still can, for example with filters.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
@@ -43,6 +44,7 @@ MAX_STEPS = 100_000
 MAX_LENGTH = 64 << 20
 _MAX_BITS = 4096
 _COMPILED = "<template>"  # Jinja2's file name for a template from a text
+_SINGLE = re.compile(r"(?<!\{)\{([^{}]+)\}(?!\})")
 _MAY_BE_MISSING = ("defined", "undefined", "default", "d")  # tests and filters
 
 
@@ -276,6 +278,7 @@ class JinjaTemplate(_Compiled):
     """
 
     only = None
+    filled_form = "{{ name }}"
 
     def __init__(self, text: str, name: str = "") -> None:
         super().__init__(text, f"the template {repr(name) if name else shown(text)}")
@@ -287,6 +290,12 @@ class JinjaTemplate(_Compiled):
     def content(self) -> dict[str, str]:
         """The template as JSON; equal for equal templates."""
         return {"jinja2": self.text}
+
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """What the template has in single braces, as a plain template has its names."""
+        texts = self._sandbox.parse(self.text).find_all(nodes.TemplateData)
+        return tuple(name.strip() for text in texts for name in _SINGLE.findall(text.data))
 
     def render(self, values: Mapping[str, Any]) -> str:
         """Return the text.

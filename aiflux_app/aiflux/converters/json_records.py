@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from math import isinf
 from pathlib import Path
@@ -18,6 +19,7 @@ from aiflux.converters.prompt import (
     Filled,
     Prompt,
     documents_of,
+    literal_notes,
     own_system,
     prompt_of,
     with_shots,
@@ -359,6 +361,7 @@ def json_to_jsonl(
         skip_bad=skip_bad,
         limit=limit,
         numbered=id_field is None,
+        notes=maker.notes,
     )
     return job.run(maker.drafts(source.values(progress)))
 
@@ -374,6 +377,21 @@ class _RecordRequests:
     keep: tuple[str, ...]
     documents: tuple[str, ...]
     place: str
+    literal: set[str] = dataclass_field(default_factory=set)
+
+    @cached_property
+    def _templates(self) -> tuple[PromptTemplate, ...]:
+        if self.prompt is not None:
+            return tuple(self.prompt.templates)
+        return () if self.system is None else (self.system,)
+
+    @cached_property
+    def _literals(self) -> frozenset[str]:
+        return frozenset(name for template in self._templates for name in template.literals)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return warnings of fields whose names are sent instead of their values."""
+        return literal_notes(self._templates, self.literal)
 
     def drafts(self, values: Iterator[LocatedValue | Skipped]) -> Iterator[RequestDraft | Skipped]:
         for count, item in enumerate(values, start=1):
@@ -387,6 +405,9 @@ class _RecordRequests:
 
     def _draft(self, item: LocatedValue, count: int) -> RequestDraft:
         value = item.value
+        if self._literals:
+            cells = JsonCells(value)
+            self.literal.update(name for name in self._literals if name in cells)
         name = f"row-{count}" if self.id_field is None else _text(value, self.id_field)
         cells = JsonCells(value)
         try:

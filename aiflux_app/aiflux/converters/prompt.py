@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from aiflux.converters.template import (
     PromptTemplate,
     as_template,
     check_columns,
+    literal_note,
     refuse_without_names,
     value_text,
 )
@@ -73,6 +74,10 @@ class Prompt:
         for template in self.templates:
             template.check(known, where, kind)
         check_columns(self.documents, known, "--documents", where)
+
+    def literal_notes(self, columns: Container[str]) -> tuple[str, ...]:
+        """Return warnings of columns whose names are sent in braces instead of their values."""
+        return literal_notes(self.templates, columns)
 
     def used(self, cells: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the values of a row that the prompt may contain."""
@@ -140,6 +145,12 @@ class Prompt:
         return RequestDraft(
             number, custom_id, content, metadata, messages, part, remark, system, documents
         )
+
+
+def literal_notes(templates: Iterable[PromptTemplate], columns: Container[str]) -> tuple[str, ...]:
+    """Return what ``literal_note`` warns of, for several templates."""
+    notes = (literal_note(template, columns) for template in templates)
+    return tuple(note for note in notes if note is not None)
 
 
 def documents_of(cells: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:

@@ -118,6 +118,7 @@ def requests_of_table(
         InputError: named columns do not exist, or rows are invalid.
     """
     rows = table.rows(options.needed(table.columns), progress)
+    literal = options.prompt.literal_notes(table.columns)
     job = Conversion(
         table.path,
         output,
@@ -125,7 +126,7 @@ def requests_of_table(
         place=table.unit,
         skip_bad=options.skip_bad,
         limit=options.limit,
-        notes=lambda: table.notes,
+        notes=lambda: (*table.notes, *literal),
         numbered=options.id_column is None,
     )
     return job.run(_drafts(rows, table, options))

@@ -7,7 +7,7 @@ whose name ends in ``.j2`` is a Jinja2 template (``jinja_template``).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from aiflux.converters.cells import BadRowError, as_text
 from aiflux.errors import InputError
 from aiflux.util.files import expanded
-from aiflux.util.text import error_text, nearest
+from aiflux.util.text import error_text, joined, nearest
 
 JINJA = ".j2"
 _PARTS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
@@ -45,6 +45,14 @@ class PromptTemplate(Protocol):
     def content(self) -> Any:
         """The template as JSON; equal for equal templates."""
 
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """What it has in literal braces."""
+
+    @property
+    def filled_form(self) -> str:
+        """How a column ``name`` is filled in."""
+
     def check(self, columns: Iterable[str], where: str, kind: str = "column") -> None:
         """Raise InputError if it needs a value that is not one of ``columns``."""
 
@@ -65,6 +73,7 @@ class Template:
     """
 
     whole = False
+    filled_form = "{name}"
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -77,6 +86,13 @@ class Template:
         self.names = tuple(dict.fromkeys(self._fields))
         whole = self._fields and self._texts == ["", ""]
         self.only = self.names[0] if whole else None
+
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """What the template has in literal braces: ``name`` of ``{{name}}``."""
+        parts = [match[0] for match in _PARTS.finditer(self.text)]
+        triples = zip(parts, parts[1:], parts[2:], strict=False)
+        return tuple(text.strip() for left, text, right in triples if (left, right) == ("{{", "}}"))
 
     def _add(self, match: re.Match[str]) -> None:
         part = match[0]
@@ -182,6 +198,19 @@ def refuse_without_names(template: PromptTemplate) -> None:
         f"the template {shown(text)} has nothing to fill in: all requests would be the same",
         'name a column or field in braces, for example "Summarize: {text}", or {{ text }} in a '
         f"Jinja2 template{file}",
+    )
+
+
+def literal_note(template: PromptTemplate, columns: Container[str]) -> str | None:
+    """Return a warning if a template sends the name of a column in braces instead of its value."""
+    named = [name for name in dict.fromkeys(template.literals) if name in columns]
+    if not named:
+        return None
+    sent = joined([f"{{{name}}}" for name in named])
+    form = template.filled_form.replace("name", named[0])
+    return (
+        f"the template {shown(template.text)} sends {sent} as text, not the value of that name: "
+        f"to fill it in, write {form}"
     )
 
 

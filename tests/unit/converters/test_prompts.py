@@ -461,3 +461,32 @@ def test_examples_and_turns_are_never_templates(text: str, answer: str) -> None:
     )
     assert [turn["content"] for turn in form.shots] == [f"<{{a}}{text}>", answer]
     assert prompt.filled({"a": text}).content == f"<{text}>"
+
+
+@every_kind
+def test_a_column_in_literal_braces_is_warned_of(
+    tmp_path: Path, make: Callable[[Path], Path], convert: Converter
+) -> None:
+    """Also in system messages and turns. JSON and other names in braces are meant."""
+    source, fine = make(tmp_path), 'Answer as {{"text": "..."}} or {{none}}: {{{text}}} {stars}'
+    jinja = write(tmp_path / "t.j2", "{text} {{ stars }} {{ '{stars}' }} {{ {'a': 1}['a'] }}")
+    wrong = "sends {text} as text"
+    single, double = "write {text}", "write {{ text }}"
+    for prompt, remedy in (
+        ({"template": "Sum {{text}} {stars}"}, single),
+        ({"template": "Sum {{ text }} {stars}"}, single),
+        ({"template": "{stars}", "system_template": "{{text}}"}, single),
+        ({"turns": [("user", "{stars}"), ("assistant", "{{text}}")]}, single),
+        ({"template": jinja}, double),
+    ):
+        notes = convert(source, tmp_path / "o.jsonl", **prompt).notes
+        assert len([note for note in notes if wrong in note and note.endswith(remedy)]) == 1, notes
+    notes = convert(source, tmp_path / "o.jsonl", template=fine).notes
+    assert not any("as text" in note for note in notes)
+
+
+def test_a_name_in_literal_braces_is_warned_of_in_directories(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.txt", "x")
+    out = tmp_path / "o.jsonl"
+    notes = directory_to_jsonl(tmp_path / "in", out, template="{{source_file}} {text}").notes
+    assert notes[-1].endswith("write {source_file}")

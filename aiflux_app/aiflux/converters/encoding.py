@@ -27,11 +27,11 @@ from aiflux.util.compression import PlainFile
 # Control characters except white space, including C1, and the private use area.
 UNPRINTED = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f\ue000-\uf8ff\ufffe\uffff]")
 _NON_ASCII = re.compile("[^\x00-\x7f]")
-_WORD = re.compile(r"\S+")
+_WORD = re.compile(r'[^\s,;|"]+')  # cells of a table are separate words
 # Most text that is not UTF-8 was saved by Windows in Western Europe or America.
 _COMMON = "cp1252"
-# These match only by chance; hardly any text was saved in them.
-_RARE = ("iso8859-10", "iso8859-14", "iso8859-16")
+# These match only by chance; hardly any text was saved in them. iso8859-4 fits short French texts.
+_RARE = ("iso8859-4", "iso8859-10", "iso8859-14", "iso8859-16")
 _EXTINCT = ("hp-roman8",)  # used by printers; similar to every Western encoding
 # Mac encodings that chardet does not support, by language.
 _UNKNOWN = {"ro": "mac_romanian", "hr": "mac_croatian", "sl": "mac_croatian"}
@@ -118,18 +118,34 @@ def guess_encoding(sample: bytes) -> str:
         raise UnclearEncodingError("it is binary")
     # ASCII lines carry no evidence and would dilute that of the others.
     lines = [line for line in sample.splitlines(keepends=True) if not line.isascii()]
-    readings = list(_readings(b"".join(lines)))
+    differing = b"".join(lines)
+    readings = list(_readings(differing))
     clean = [candidate for candidate in readings if candidate.clean]
     clean = [candidate for candidate in clean if candidate.confidence >= _FAR * clean[0].confidence]
     clean.sort(key=lambda candidate: not candidate.typographic)
     if clean and _sure(clean):
         return clean[0].name
-    shown = [f"{name} ({word!r})" for name, word in _examples((clean or readings)[:_SHOWN])]
+    candidates = _with_common((clean or readings)[:_SHOWN], differing)
+    shown = [f"{name} ({', '.join(map(repr, words))})" for name, words in _examples(candidates)]
     raise UnclearEncodingError(
         f"its encoding is ambiguous: it may be {', '.join(shown)}"
         if shown
         else "its encoding is unknown"
     )
+
+
+def _with_common(candidates: list[_Reading], sample: bytes) -> list[_Reading]:
+    """Return the candidates for a message, with the most likely encoding if it reads the sample.
+
+    chardet has no opinion of short texts, or a wrong one.
+    """
+    text = _text(sample, _COMMON)
+    if text is None or any(candidate.text == text for candidate in candidates):
+        return candidates
+    common = _Reading(_COMMON, "", 0.0, text, frozenset(_odd_places(text)))
+    if not common.clean and any(candidate.clean for candidate in candidates):
+        return candidates
+    return [*candidates[: _SHOWN - 1], common]
 
 
 def escape_encoding(sample: bytes) -> str | None:
@@ -246,13 +262,13 @@ def assigned(char: str) -> bool:
     return unicodedata.category(char) not in ("Cn", "Co", "Cs")
 
 
-def _examples(readings: list[_Reading]) -> Iterator[tuple[str, str]]:
+def _examples(readings: list[_Reading]) -> Iterator[tuple[str, list[str]]]:
     """Yield each encoding with the words that distinguish it from the others."""
     for candidate in readings:
         texts = [other.text for other in readings if len(other.text) == len(candidate.text)]
         places = list(_distinguishing_places(texts)) or [_first_non_ascii(candidate.text)]
         words = dict.fromkeys(_word(candidate.text, place) for place in places)
-        yield candidate.name, " ".join(words)
+        yield candidate.name, list(words)
 
 
 def _distinguishing_places(texts: list[str]) -> Iterator[int]:

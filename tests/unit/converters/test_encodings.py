@@ -172,6 +172,23 @@ def test_damaged_texts_are_rejected_or_read(tmp_path: Path) -> None:
             assert decoded(bytes(content))[0]
 
 
+@pytest.mark.parametrize("text", ["Déjà vu", "naïve", "très voilà 3;señor", "à"])
+def test_the_most_likely_encoding_is_always_among_the_candidates(text: str) -> None:
+    """Each with whole words: those of two cells are apart."""
+    refusal = objection(f"id;text\n1;{text}\n".encode("cp1252"))
+    shown = re.search(r"cp1252 \((.*?)\)", refusal)
+    assert shown is not None, refusal
+    assert set(re.findall("'(.*?)'", shown[1])) <= set(re.split("[ ;]", text))
+
+
+def test_repeated_french_words_are_not_read_as_baltic() -> None:
+    """``très`` was read as ``trčs`` in tables that repeat a few texts."""
+    texts = ["très bon produit", "déjà vu mais efficace"]
+    rows = "".join(f"{number},{texts[number % 2]} {number}\n" for number in range(300))
+    content = f"id,text\n{rows}".encode("cp1252")
+    assert "cp1252 ('très', 'déjà')" in objection(content)
+
+
 def test_a_rejected_table_suggests_the_option(tmp_path: Path) -> None:
     source = write(tmp_path / "a.csv", "id,text\n1,naïve\n".encode("cp1252"))
     with pytest.raises(InputError, match="its encoding is ambiguous") as error:

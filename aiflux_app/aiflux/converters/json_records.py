@@ -44,6 +44,7 @@ from aiflux.core.batch.request import MAX_DEPTH, TOO_DEEP, depth, not_json, pars
 from aiflux.errors import InputError, UsageError
 from aiflux.util.compression import PlainFile, plain_name
 from aiflux.util.lines import read_lines
+from aiflux.util.text import nearest
 
 _BLOCK = 1 << 16
 _MAX_ELEMENT = 64 << 20
@@ -516,7 +517,9 @@ def _found(value: Any, name: str) -> Any:
 
 
 def _without(value: Any, name: str) -> str:
-    return f"no field {name!r} ({_names(value)}{_inside(value, name)})"
+    near = nearest(name, value) if isinstance(value, dict) else None
+    meant = "" if near is None else f"; did you mean {near!r}?"
+    return f"no field {name!r}{meant} ({_names(value)}{_inside(value, name)})"
 
 
 def _text(value: Any, name: str) -> str:

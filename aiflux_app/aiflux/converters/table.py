@@ -17,6 +17,7 @@ from aiflux.converters.prompt import Prompt
 from aiflux.converters.request_form import RequestDraft, RequestForm
 from aiflux.converters.template import check_columns, value_text
 from aiflux.converters.writer import Conversion, Progress, Skipped, Summary
+from aiflux.util.text import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,9 @@ def _drafts(
         except BadRowError as error:
             yield Skipped(row.number, f"{table.unit} {row.number}", str(error))
         except KeyError as error:  # entries of JSON need not have the same fields
-            reason = f"no field {error.args[0]!r}"
+            near = nearest(error.args[0], row.cells)
+            meant = "" if near is None else f"; did you mean {near!r}?"
+            reason = f"no field {error.args[0]!r}{meant}"
             yield Skipped(row.number, f"{table.unit} {row.number}", reason)
 
 

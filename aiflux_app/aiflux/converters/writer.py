@@ -212,6 +212,8 @@ class _Tally:
         self.rows = self.requests = self.bad = 0
         self.skipped: list[Skipped] = []
         self.skips = 0
+        self.reason: str | None = None  # of the first row that was skipped, and whether of all
+        self.alike = True
         self.first: list[dict[str, Any]] = []
         self.remarks: dict[str, list[int]] = {}
         self.seen = SeenIds()
@@ -296,6 +298,8 @@ class _Tally:
     def _skip(self, item: Skipped) -> None:
         self.skips += 1
         self.bad += item.bad
+        self.reason = item.reason if self.reason is None else self.reason
+        self.alike = self.alike and item.bad and item.reason == self.reason
         if len(self.skipped) < _KEPT and (item.bad or not self._failing):
             self.skipped.append(item)
         if self.job.limit is not None or self._failing or self.job.output is None:
@@ -310,6 +314,14 @@ class _Tally:
         """Raise InputError if nothing may be written."""
         job, unit = self.job, self.job.unit
         nothing = "; nothing was written"
+        if self.alike and self.skips == self.rows > _PLACES:
+            raise InputError(
+                f"all {self.rows} {plural(unit)} of {str(job.source)!r} are invalid for the same "
+                f"reason{nothing}",
+                "correct the template or option that causes it, or else the input; --skip-bad "
+                f"would leave no {unit}",
+                (f"{self.skipped[0]}, as in all others",),
+            )
         if self._failing:
             bad = [item for item in self.skipped if item.bad]
             raise InputError(

@@ -463,6 +463,31 @@ def test_examples_and_turns_are_never_templates(text: str, answer: str) -> None:
     assert prompt.filled({"a": text}).content == f"<{text}>"
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_reason_that_all_rows_share_is_reported_once(tmp_path: Path, skip_bad: bool) -> None:
+    rows = [{"text": f"row {number}"} for number in range(40)]
+    source = write(tmp_path / "in.jsonl", "\n".join(map(json.dumps, rows)))
+    table = write(tmp_path / "in.csv", "text\n" + "\n".join(row["text"] for row in rows))
+    division = write(tmp_path / "t.j2", "{{ text }} {{ 1 / 0 }}")
+    for convert, path, prompt, words in (
+        (json_to_jsonl, source, {"template": "{txt}"}, "no field 'txt'; did you mean 'text'?"),
+        (json_to_jsonl, source, {"field": "texts"}, "no field 'texts'; did you mean 'text'?"),
+        (json_to_jsonl, source, {}, "no prompt: set --field or --template"),
+        (json_to_jsonl, source, {"template": division}, "division by zero"),
+        (csv_to_jsonl, table, {"template": division}, "division by zero"),
+    ):
+        with pytest.raises(InputError, match=r"^all 40 .* for the same reason") as error:
+            convert(path, tmp_path / "o.jsonl", skip_bad=skip_bad, **prompt)
+        assert [words in problem for problem in error.value.problems] == [True]
+        assert "template" in str(error.value.remedy)
+    write(source, "\n".join(map(json.dumps, [*rows, {"txt": "x"}])))
+    with pytest.raises(
+        InputError, match="no valid line" if skip_bad else "invalid; nothing"
+    ) as error:
+        json_to_jsonl(source, tmp_path / "o.jsonl", template="{none}", skip_bad=skip_bad)
+    assert len(error.value.problems) > 10
+
+
 @every_kind
 def test_a_column_in_literal_braces_is_warned_of(
     tmp_path: Path, make: Callable[[Path], Path], convert: Converter

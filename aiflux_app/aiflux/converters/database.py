@@ -55,6 +55,8 @@ class DatabaseTable:
     ) -> None:
         self.path = path
         self._kind = kind
+        self.part = "the query"
+        self.others: tuple[str, ...] = ()
         # UnicodeDecodeError: of names in a damaged file.
         self._errors: tuple[type[Exception], ...] = _SQLITE_ERRORS
         with reading(path):
@@ -166,6 +168,8 @@ class DatabaseTable:
         name = known[0] if table is None else table
         if name not in known:
             raise InputError(f"{str(self.path)!r} has no table {name!r}", suggestion(name, known))
+        self.part = f"the table {name!r}"
+        self.others = tuple(each for each in known if each != name)
         parts = name.split(".") if self._kind == "DuckDB" else [name]
         quoted = ".".join('"' + part.replace('"', '""') + '"' for part in parts)
         return f"SELECT * FROM {quoted}"  # noqa: S608 - the name is one of the database, quoted

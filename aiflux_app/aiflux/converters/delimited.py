@@ -180,6 +180,16 @@ class DelimitedTable:
         return replace(draft, columns=unique, row_names=row_names, renamed=renamed)
 
     @property
+    def part(self) -> str:
+        """Nothing: the file is one table."""
+        return ""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """No other table."""
+        return ()
+
+    @property
     def unit(self) -> str:
         """Unit of a row's number."""
         return "line"

@@ -276,6 +276,9 @@ class JsonTable:
         unit: ``line`` or ``entry``.
     """
 
+    part = ""
+    others = ()
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = JsonFile.of(path)

@@ -102,6 +102,8 @@ class ParquetTable:
     """
 
     unit = "row"
+    part = ""
+    others = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path

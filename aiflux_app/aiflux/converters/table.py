@@ -17,6 +17,7 @@ from aiflux.converters.prompt import Prompt
 from aiflux.converters.request_form import RequestDraft, RequestForm
 from aiflux.converters.template import check_columns, value_text
 from aiflux.converters.writer import Conversion, Progress, Skipped, Summary
+from aiflux.errors import InputError
 from aiflux.util.text import nearest
 
 
@@ -54,6 +55,14 @@ class SourceTable(Protocol):
         """Unit of a row's number, such as ``line``."""
 
     @property
+    def part(self) -> str:
+        """What was read of a file with several tables, such as ``the sheet 'a'``; else ""."""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The tables of the file that ``--table`` can choose instead."""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was detected."""
 
@@ -81,13 +90,23 @@ class TableOptions:
         """Return the columns to copy to the metadata."""
         return tuple(columns) if "*" in self.keep else self.keep
 
-    def needed(self, columns: Sequence[str]) -> list[str]:
+    def needed(self, table: SourceTable) -> list[str]:
         """Return the columns to read, in the table's order.
 
         Raises:
             InputError: a named column does not exist.
         """
-        prompt, where = self.prompt, "the input"
+        try:
+            return self._needed(table.columns, table.part or "the input")
+        except InputError as error:
+            if not table.others:
+                raise
+            others = ", ".join(map(repr, table.others))
+            remedy = f"{error.remedy}; --table NAME chooses another one: {others}"
+            raise InputError(error.message, remedy) from None
+
+    def _needed(self, columns: Sequence[str], where: str) -> list[str]:
+        prompt = self.prompt
         inside = [name for name in prompt.names if _column(name, columns) != name]
         prompt.check([*columns, *(name for name in inside if _column(name, columns))], where)
         check_columns(self.kept(columns), columns, "--keep", where)
@@ -118,7 +137,7 @@ def requests_of_table(
     Raises:
         InputError: named columns do not exist, or rows are invalid.
     """
-    rows = table.rows(options.needed(table.columns), progress)
+    rows = table.rows(options.needed(table), progress)
     literal = options.prompt.literal_notes(table.columns)
     job = Conversion(
         table.path,

@@ -46,7 +46,8 @@ class WorkbookTable:
                 and each.typ == library.SheetTypeEnum.WorkSheet
             ]
             self.sheet = self._chosen(sheet, book.sheet_names, shown)
-            self._others = [name for name in shown if name != self.sheet]
+            self.part = f"the sheet {self.sheet!r}"
+            self.others = tuple(name for name in shown if name != self.sheet)
             self._sheet = book.get_sheet_by_name(self.sheet)
         except library.PasswordError as error:
             raise InputError(
@@ -77,8 +78,8 @@ class WorkbookTable:
     def notes(self) -> tuple[str, ...]:
         """What was read."""
         note = f"sheet {self.sheet!r}"
-        if self._others:
-            note += f" (also: {', '.join(map(repr, self._others))}; choose with --table)"
+        if self.others:
+            note += f" (also: {', '.join(map(repr, self.others))}; choose with --table)"
         return (note, *self._renamed)
 
     def rows(

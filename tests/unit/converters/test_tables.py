@@ -238,6 +238,27 @@ def test_a_sheet_of_excel(tmp_path: Path) -> None:
         converted(source, "{text}", query="SELECT 1")
 
 
+def test_a_missing_column_names_the_sheet_or_table_and_the_others(tmp_path: Path) -> None:
+    """The first sheet or the chosen table may be the wrong one."""
+    book = openpyxl.Workbook()
+    book.active.title = "About"
+    book.active.append(["About this"])
+    book.create_sheet("Answers").append(["text"])
+    book.save(tmp_path / "in.xlsx")
+    made = ("CREATE TABLE about (a)", "CREATE TABLE answers (text)")
+    base = sqlite(tmp_path / "in.db", *made)
+    for source, options, part, other in (
+        (tmp_path / "in.xlsx", {}, "the sheet 'About'", "'Answers'"),
+        (base, {"table": "about"}, "the table 'about'", "'answers'"),
+    ):
+        for names in ({"template": "{text}"}, {"template": "{a}", "id_column": "text"}):
+            with pytest.raises(InputError, match=f"but {part} has no such column") as error:
+                table_to_jsonl(source, tmp_path / "o.jsonl", **names, **options)
+            assert f"--table NAME chooses another one: {other}" in str(error.value)
+    with pytest.raises(InputError, match="but the query has no such column"):
+        table_to_jsonl(base, tmp_path / "o.jsonl", template="{b}", query="SELECT 1 AS a")
+
+
 def test_bad_cells_are_named_by_the_row_of_the_sheet(tmp_path: Path) -> None:
     source = workbook(tmp_path / "in.xlsx")
     with pytest.raises(InputError, match="3 of 3 rows") as error:

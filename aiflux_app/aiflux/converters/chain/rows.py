@@ -213,6 +213,7 @@ class StepTable:
         self._counts = counts
         self.path = rows.chain.source
         self.unit = rows.table.unit
+        self.part, self.others = rows.table.part, rows.table.others
         at = rows.chain.steps.index(step)
         known = {*rows.table.columns}
         self._later = [

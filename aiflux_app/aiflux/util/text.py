@@ -131,6 +131,21 @@ def _typos(name: str, meant: str) -> int:
     return rows[-1][-1]
 
 
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Return ascending numbers as texts; three or more in a row become one, such as ``4-9``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts: list[str] = []
+    for run in runs:
+        ends = [f"{number:,}" for number in run]
+        texts += [f"{ends[0]}-{ends[-1]}"] if len(ends) > 2 else ends
+    return texts
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a "did you mean" hint for an unknown name."""
     names = sorted({*known})

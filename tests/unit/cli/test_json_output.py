@@ -151,7 +151,9 @@ def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert (good["requests"], good["problems"]) == (3, [])
     bad = printed_json(capsys, 2, "check", "in.jsonl")
     assert len(bad["problems"]) == 2
-    assert bad["problems"][1].startswith("lines 1, 2 and 3: ")
+    assert bad["problems"][1].startswith("lines 1-3: ")
+    assert main(["check", "in.jsonl"]) == 2
+    assert "nothing was sent" not in capsys.readouterr().err, "a check sends nothing anyway"
 
 
 def test_a_check_has_the_model_that_the_run_would_have(

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import FILE, MODEL, argument, command, option, settings_options
-from aiflux.core.batch.input_file import InputRules, InputSummary, scan_input
+from aiflux.core.batch.input_file import NOTHING_SENT, InputRules, InputSummary, scan_input
 from aiflux.core.batch.request import adapted_text, ignored_texts
 from aiflux.core.batch.schema import can_check_schemas
 from aiflux.core.config.config import Config
@@ -82,10 +82,14 @@ def _checked(
     path: Path, config: Config, model: str | None, rules: InputRules
 ) -> tuple[InputSummary, Plan | str]:
     """Return what the input contains, and the plan of a run of it, or why there is none."""
-    with temporary_copy(path) as (plain, source):
-        schemas = can_check_schemas()
-        found = scan_input(plain, model, rules=rules, schemas=schemas, source=source)
-        plan = _planned(found, config)
+    try:
+        with temporary_copy(path) as (plain, source):
+            schemas = can_check_schemas()
+            found = scan_input(plain, model, rules=rules, schemas=schemas, source=source)
+            plan = _planned(found, config)
+    except InputError as error:
+        error.message = error.message.removesuffix(NOTHING_SENT)
+        raise
     return replace(found, path=found.named, source=None), plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shlex
 from array import array
@@ -31,7 +32,7 @@ from aiflux.core.batch.request import (
 )
 from aiflux.core.batch.schema import schema_problem
 from aiflux.errors import InputError
-from aiflux.util.compression import plain_name
+from aiflux.util.compression import PlainFile, plain_name
 from aiflux.util.files import absolute, open_regular
 from aiflux.util.lines import (
     MAX_LINE_BYTES,
@@ -43,13 +44,19 @@ from aiflux.util.lines import (
 )
 from aiflux.util.parallel import helpers, share_out
 from aiflux.util.records import OMITTED
-from aiflux.util.text import joined
+from aiflux.util.text import joined, ranges
 
 SHOWN_PROBLEMS = 20
 _SHOWN_ADAPTATIONS = 5
 _SHOWN_LINES = 20
 # Files with data instead of requests, and the converter that reads them.
-_CONVERTED = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
+NOTHING_SENT = "; nothing was sent"
+"""End of an error's message about an input; `aiflux check`, which never sends, leaves it out."""
+_CONVERTED = {
+    ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "parquet", ".json": "json",
+    ".xlsx": "table", ".xls": "table", ".ods": "table", ".db": "table", ".sqlite": "table",
+    ".duckdb": "table",
+}  # fmt: skip
 
 
 @dataclass
@@ -79,16 +86,23 @@ class Problems:
 
     lines: int = 0
     _groups: dict[str, Group] = field(default_factory=dict)
+    _problems: int = 0  # more than lines if some have two
 
-    def add(self, offset: int, problem: str) -> None:
-        """Record a problem of the line that starts at byte ``offset``."""
+    def add(self, offset: int, problem: str, *, another: bool = False) -> None:
+        """Record a problem of the line that starts at byte ``offset``.
+
+        Args:
+            another: the line has a recorded problem already.
+        """
         self._add(problem, 1, [offset])
+        self.lines += not another
 
     def merge(self, other: Problems) -> None:
         """Add the bad lines of another part of the same input."""
         for problem, group in other._groups.items():
             self._add(problem, group.count, group.offsets)
-        self.lines += other.lines - sum(group.count for group in other._groups.values())
+        self._problems += other._problems - sum(group.count for group in other._groups.values())
+        self.lines += other.lines
 
     def error(self, path: Path, named: Path) -> InputError:
         """Return the error that lists the lines.
@@ -103,12 +117,12 @@ class Problems:
         offsets = sorted({offset for group in self._groups.values() for offset in group.offsets})
         numbers = dict(zip(offsets, line_numbers(path, offsets), strict=True))
         texts = [f"{_where(group, numbers)}: {text}" for text, group in self._groups.items()]
-        rest = self.lines - sum(group.count for group in self._groups.values())
+        rest = self._problems - sum(group.count for group in self._groups.values())
         if rest:
             texts.append(f"... and {rest} more")
         noun = "line is" if self.lines == 1 else "lines are"
         return InputError(
-            f"{self.lines} {noun} wrong in {str(named)!r}; nothing was sent",
+            f"{self.lines} {noun} wrong in {str(named)!r}{NOTHING_SENT}",
             _remedy(named),
             tuple(texts),
             lines=tuple(
@@ -122,7 +136,7 @@ class Problems:
         )
 
     def _add(self, problem: str, count: int, offsets: list[int]) -> None:
-        self.lines += count
+        self._problems += count
         self._groups.setdefault(problem, Group()).add(count, offsets)
         if len(self._groups) > 8 * SHOWN_PROBLEMS:
             self._trim()
@@ -135,14 +149,30 @@ class Problems:
 def _remedy(path: Path) -> str:
     kind = _CONVERTED.get(plain_name(path).suffix.lower())
     if kind is None:
-        return "correct the input and run the same command again"
-    return f"turn it into requests first: aiflux convert {kind} --input {shlex.quote(str(path))}"
+        return "correct the input"
+    output = plain_name(path).with_suffix(".jsonl").name
+    column = _column(path) if kind == "csv" else "text"
+    prompt = "" if kind == "json" else f" --template {shlex.quote(f'{{{column}}}')}"
+    convert = f"aiflux convert {kind} --input {shlex.quote(str(path))}{prompt}"
+    ask = "" if kind == "json" else "; `aiflux ask` does all in one command"
+    return f"turn it into requests first: {convert} --output {shlex.quote(output)}{ask}"
+
+
+def _column(path: Path) -> str:
+    """Return the column of a table that is most likely the prompt, for an example."""
+    with suppress(OSError, UnicodeError, StopIteration, csv.Error), PlainFile(path) as file:
+        header = file.readline(_BLOCK).decode("utf-8-sig").strip()
+        delimiter = max(",;\t|", key=header.count)
+        names = next(csv.reader([header], delimiter=delimiter))
+        plain = [name for name in names if name.isprintable() and not set(name) & set("{}")]
+        return "text" if "text" in plain or not plain else plain[-1]
+    return "text"
 
 
 def _where(group: Group, numbers: dict[int, int]) -> str:
-    """Return the lines of a group: ``line 3``, ``lines 1 and 4``, ``lines 1, 2 and 998 more``."""
-    shown = [f"{numbers[offset]:,}" for offset in group.offsets]
-    more = group.count - len(shown)
+    """Return the lines of a group: ``line 3``, ``lines 1 and 4``, ``lines 2-21 and 98 more``."""
+    shown = ranges(numbers[offset] for offset in group.offsets)
+    more = group.count - len(group.offsets)
     listed = joined([*shown, f"{more:,} more"] if more else shown)
     return f"{'line' if group.count == 1 else 'lines'} {listed}"
 
@@ -545,6 +575,7 @@ def _check_names(path: Path, whole: Whole) -> None:
     if not repeated:
         return
     first: dict[str, int] = {}
+    bad = set(whole.found.bad)
     for number, offset, raw in read_lines(path):
         custom_id = custom_id_of(raw)
         if custom_id is None or hash(custom_id) not in repeated:
@@ -554,6 +585,7 @@ def _check_names(path: Path, whole: Whole) -> None:
                 offset,
                 f"custom_id {custom_id!r} is already used on line {first[custom_id]}; "
                 "use a unique custom_id for every request",
+                another=offset in bad,
             )
         else:
             first[custom_id] = number
@@ -678,6 +710,7 @@ class Findings:
         endpoints: number of requests for each url.
         lengths: number of requests for each length in steps of ``LENGTH_STEP`` tokens.
         repeated: the lengths of further answers (``n``), in such steps.
+        bad: the offsets of invalid lines that have a custom_id.
         ignored: fields that the engine ignores.
         adapted: number of requests that differ from OpenAI's form or the run's model, by how.
         longest_line: bytes of the longest request.
@@ -691,6 +724,7 @@ class Findings:
     repeated: int = 0
     names: Names = field(default_factory=Names)
     problems: Problems = field(default_factory=Problems)
+    bad: array[int] = field(default_factory=lambda: array("q"))
     ignored: IgnoredFields = field(default_factory=IgnoredFields)
     adapted: Counter[str] = field(default_factory=Counter)
     longest_line: int = 0
@@ -734,6 +768,7 @@ class Findings:
         self.repeated += other.repeated
         self.names.merge(other.names)
         self.problems.merge(other.problems)
+        self.bad.extend(other.bad)
         self.ignored.merge(other.ignored)
         self.longest_line = max(self.longest_line, other.longest_line)
         self.longest_answer = max(self.longest_answer, other.longest_answer)
@@ -798,6 +833,10 @@ def scan_part(
                 raise LineError(problem)
         except LineError as error:
             found.problems.add(offset, str(error))
+            custom_id = custom_id_of(raw) if len(raw) <= MAX_LINE_BYTES else None
+            if custom_id is not None:  # it may be repeated, too
+                found.bad.append(offset)
+                names.append(hash(custom_id))
             continue
         part.offsets.append(offset)
         names.append(hash(entry["custom_id"]))

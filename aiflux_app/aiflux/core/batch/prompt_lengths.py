@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aiflux.core.batch.input_file import (
+    NOTHING_SENT,
     InputSummary,
     answer_tokens,
     estimate_prompt,
@@ -127,7 +128,7 @@ class LongPrompts:
         rest = self.too_long - len(shown)
         return InputError(
             f"{self.too_long:,} {noun} too long for the context of {self.context:,} tokens in "
-            f"{str(named)!r}; nothing was sent",
+            f"{str(named)!r}{NOTHING_SENT}",
             f"{', or '.join(options)}",
             (*shown, *([f"... and {rest:,} more"] if rest else [])),
             lines=tuple(

@@ -18,7 +18,7 @@ from operator import eq
 from typing import Any, NamedTuple, NoReturn
 
 from aiflux.models.endpoints import ENDPOINTS, MAX_ANSWERS
-from aiflux.util.text import counted, error_text, is_whole, joined
+from aiflux.util.text import counted, error_text, is_whole, joined, ranges
 
 SHOWN_LINES = 5
 
@@ -607,7 +607,7 @@ def ignored_texts(
     for name in sorted(ignored.keys() & rules.keys()):
         lines, requests = ignored[name].lines, ignored[name].requests
         more = ["..."] if requests > len(lines) else []
-        where = ", ".join([*map(str, lines), *more]) if more else joined([*map(str, lines)])
+        where = ", ".join([*ranges(lines), *more]) if more else joined(ranges(lines))
         noun = "line" if requests == 1 else "lines"
         rule = rules[name]
         yield (

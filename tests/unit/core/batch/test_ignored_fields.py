@@ -51,7 +51,7 @@ def test_check_reports_ignored_fields_with_count_and_lines(
     printed = capsys.readouterr().err
     assert "Ollama ignores 'best_of' in 2 requests (lines 1 and 3)" in printed
     assert "Ollama ignores 'tool_choice' in 1 request (line 3)" in printed
-    assert "Ollama ignores 'user' in 9 requests (lines 4, 5, 6, 7, 8, ...)" in printed
+    assert "Ollama ignores 'user' in 9 requests (lines 4-8, ...)" in printed
     assert "Ollama ignores 'logit_bias' in 1 request (line 13)" in printed
     assert "--engine-url" in printed
 

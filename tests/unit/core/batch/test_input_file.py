@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import resource
+import shlex
 from hashlib import blake2b
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from aiflux.cli.main import main
 from aiflux.core.batch.input_file import InputDigest, InputRules, scan_input, scan_part
 from aiflux.errors import ExitCode, InputError
 from aiflux.util.lines import cut_at_lines, read_lines
@@ -74,14 +77,51 @@ def test_every_invalid_line_is_named(tmp_path: Path) -> None:
     assert "'a' is already used on line 1" in error.problems[1]
 
 
+@pytest.mark.parametrize("part_bytes", [1, 1 << 20])
+def test_a_repeated_custom_id_is_reported_in_an_invalid_line_too(
+    tmp_path: Path, part_bytes: int
+) -> None:
+    path = tmp_path / "in.jsonl"
+    wrong = request_line("a", url="/none")
+    path.write_text("\n".join([wrong, request_line("a"), wrong]), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        scan_input(path, part_bytes=part_bytes, children=0)
+    assert caught.value.message.startswith("3 lines are wrong")
+    repeated = [text for text in caught.value.problems if "'a' is already used on line 1" in text]
+    assert [text.split(":")[0] for text in repeated] == ["lines 2 and 3"]
+    assert not any(text.startswith("...") for text in caught.value.problems)
+
+
+def test_line_numbers_in_a_row_are_a_range(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [
+        "{" if number in (1, 2, 4, 5, 6, 9) else request_line(str(number)) for number in range(10)
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert refused(path).problems[0].startswith("lines 2, 3, 5-7 and 10: ")
+
+
+@pytest.mark.parametrize("name", ["my reviews.csv", "r.tsv", "r.csv.gz"])
+def test_the_command_that_converts_a_table_works(tmp_path: Path, name: str) -> None:
+    """It is the remedy for a table that was named instead of requests."""
+    text = "id,review\n1,good\n".replace(",", "\t" if "tsv" in name else ",").encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    remedy = str(refused(path).remedy)
+    command = shlex.split(remedy.removeprefix("turn it into requests first: ").split(";")[0])
+    assert command[0] == "aiflux"
+    target = tmp_path / command[-1]
+    assert main([*command[1:-1], str(target)]) == 0
+    assert "good" in target.read_text()
+
+
 def test_equal_problems_are_grouped_with_twenty_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("{\n" * 1000 + request_line(""), encoding="utf-8")
     error = refused(path)
     assert error.message.startswith("1001 lines are wrong")
     assert len(error.problems) == 2
-    assert error.problems[0].startswith("lines 1, 2, 3,")
-    assert " 20 and 980 more: " in error.problems[0]
+    assert error.problems[0].startswith("lines 1-20 and 980 more: ")
     assert error.problems[1].startswith("line 1,001: ")
 
 
@@ -109,7 +149,7 @@ def test_every_invalid_line_is_counted_once(
     with pytest.raises(InputError) as caught:
         scan_input(path, part_bytes=part_bytes, children=1)
     assert f"{len(kinds)} line" in caught.value.message
-    assert caught.value.problems[0].split(":")[0].split()[1].rstrip(",") == "1"
+    assert caught.value.problems[0].split(":")[0].split()[1].rstrip(",").split("-")[0] == "1"
 
 
 def test_another_model_is_named(tmp_path: Path) -> None:

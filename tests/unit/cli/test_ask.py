@@ -682,6 +682,8 @@ def test_rows_that_are_skipped(
     write(place / "in.csv", "text,n\na,1\nshort\nb,2\n")
     assert ask(engine, "--skip-bad") == 0
     assert [row["answer"] for row in rows_of("out.csv")] == ["a", "b"]
+    # A skipped row that can be read would be in the table, with the reason here.
+    assert [row["error"] for row in rows_of("out.csv")] == ["", ""]
     printed = capsys.readouterr().out
     assert "skipped 1 row" in printed
     assert "line 3: 1 cell, but the header has 2" in printed

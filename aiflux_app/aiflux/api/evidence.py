@@ -26,10 +26,15 @@ from aiflux.core.runs.status_file import (
 )
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, OutputExistsError, UsageError
-from aiflux.estimates.verification import digests_of, read_verification
+from aiflux.estimates.verification import (
+    digests_of,
+    mixed_words,
+    read_verification,
+    results_by_model,
+)
 from aiflux.image.sif import read_image
 from aiflux.image.signing import signature
-from aiflux.report.build import without_secrets
+from aiflux.report.build import earlier_settings, without_secrets
 from aiflux.slurm.jobs import known_submissions
 from aiflux.util.files import (
     atomic_write,
@@ -106,6 +111,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
         UsageError: the run is not finished.
         OutputExistsError: its output was changed since it was written.
         InputError: its input was changed since it was planned, or is missing.
+        StoppedError: the journals do not have all results.
         StorageError: a file cannot be read.
     """
     run.refuse_foreign()
@@ -130,6 +136,8 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
     counted = sum(each.totals.results for each in details) + plan.left_out
     sealed = _all_sealed(checks, recorded=_results(plan, run) <= counted)
     options = plan.options
+    accepts = engine_kind(options).input_rules.accepts_model
+    models = results_by_model(plan, run, accepts)
     return {
         "form": FORM,
         "kind": NAMESPACE,
@@ -151,8 +159,15 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
         },
         "output": _outputs(plan, whole),
         "models": [
-            {"name": name, "digests": digests_of(plan, name, details)} for name in plan.models
+            {
+                "name": each.name,
+                "results": each.results,
+                "digests": each.digests or _other_digests(plan, each.name, details),
+            }
+            for each in models
         ],
+        "mixed": mixed_words(plan, models) or None,
+        "earlier": earlier_settings(plan),
         "adapters": plan.adapter_digests,
         "parameters": options.parameters,
         "engine": {
@@ -167,6 +182,11 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
         "egress": egress_statement(sealed, checks, engine_here=engine_kind(options).managed),
         "verification": read_verification(plan),
     }
+
+
+def _other_digests(plan: Plan, name: str, details: Sequence[StatusDetails]) -> tuple[str, ...]:
+    """Return the digests of a model whose results name none."""
+    return digests_of(plan, name, details) if name in plan.models else ()
 
 
 def _results(plan: Plan, run: RunDirectory) -> int:

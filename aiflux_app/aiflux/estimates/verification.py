@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -12,7 +13,7 @@ from random import Random
 from typing import Any
 
 from aiflux.core.batch.request import WITHOUT_TEXT, custom_id_of, load_json, request_key
-from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.journal import RawResult
 from aiflux.core.runs.output import iterate_results
 from aiflux.core.runs.plan import Plan
@@ -21,6 +22,7 @@ from aiflux.errors import ModelError, UsageError
 from aiflux.estimates.pilot import Drawn
 from aiflux.models.name import shown_digest
 from aiflux.util.files import atomic_write
+from aiflux.util.text import joined
 
 SAMPLE = 200
 SEED = 1
@@ -250,12 +252,94 @@ def _is_sampled(raw: bytes, plan: Plan) -> bool:
     return given.get("seed") is None and given.get("temperature") != 0
 
 
+def asked_model(metadata: Mapping[str, Any]) -> str:
+    """Return the model that the request of a result named; servers may answer as another."""
+    return str(metadata.get("requested_model") or metadata.get("model") or "")
+
+
 def digests_of(plan: Plan, model: str, details: Sequence[StatusDetails]) -> tuple[str, ...]:
     """Return the digests of a model: those that the engines reported, or else the planned one."""
     names = {model, plan.served(model)}
     found = {digest for each in details for name, digest in each.model_digests.items()
              if name in names}  # fmt: skip
     return tuple(sorted(found or {plan.digest(model)} - {""}))
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """The results of one model in a run's output.
+
+    Attributes:
+        name: as in the plan, or as the requests named it if it is none of the plan.
+        digests: that the engines reported with the results; empty if they reported none.
+    """
+
+    name: str
+    results: int
+    digests: tuple[str, ...]
+
+
+def results_by_model(
+    plan: Plan, run: RunDirectory, accepts: Callable[[str, str], bool]
+) -> tuple[ModelResults, ...]:
+    """Return the models whose results are in the output, according to the journals.
+
+    Models of the plan come first, also without results; results of adapters count as their
+    model's. After ``--force-resume`` there can be models that the plan does not have.
+
+    Args:
+        accepts: compares names of models (``InputRules.accepts_model``).
+
+    Raises:
+        StoppedError: a result is missing, or the input is no longer the planned one.
+    """
+    counts: Counter[str] = Counter(dict.fromkeys(plan.models, 0))
+    digests: dict[str, set[str]] = {}
+    names: dict[str, str] = dict.fromkeys(plan.adapter_digests, plan.models[0])
+    for _, result in iterate_results(plan, run):
+        metadata = load_json(result.metadata)
+        asked = asked_model(metadata)
+        if asked not in names:
+            names[asked] = plan.model_of(asked, accepts) or asked
+        counts[names[asked]] += 1
+        if "model_digest" in metadata:
+            digests.setdefault(names[asked], set()).add(str(metadata["model_digest"]))
+    return tuple(
+        ModelResults(name, count, tuple(sorted(digests.get(name, ()))))
+        for name, count in counts.items()
+    )
+
+
+def mixed_words(plan: Plan, models: Sequence[ModelResults]) -> str:
+    """Return what is mixed in the results of a run; "" if nothing is."""
+    others = [each.name for each in models if each.name not in plan.models and each.results]
+    kinds = []
+    if others:
+        own = [each.name for each in models if each.name in plan.models and each.results]
+        kinds.append(f"models ({joined([*own, *others])})")
+    kinds += [
+        f"versions of {each.name} ({joined([shown_digest(one) for one in each.digests])})"
+        for each in models
+        if len(each.digests) > 1
+    ]
+    if not kinds and any(each.identity != plan.identity for each in plan.earlier):
+        kinds.append("settings")
+    return f"results of different {joined(kinds)} are mixed" if kinds else ""
+
+
+def refuse_mixed(plan: Plan, models: Sequence[ModelResults]) -> None:
+    """Refuse a run whose requests cannot be asked again as they were.
+
+    Raises:
+        UsageError: its results are of several models, versions of a model, or settings.
+    """
+    mixed = mixed_words(plan, models)
+    if mixed:
+        raise UsageError(
+            f"the run {user_output(plan.output)} cannot be verified: {mixed} (--force-resume)",
+            "verify a run whose results all have one model and one set of parameters; "
+            "aiflux report shows what is mixed",
+        )
 
 
 def refuse_other_model(found: Versions) -> None:

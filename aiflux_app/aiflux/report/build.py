@@ -15,6 +15,7 @@ from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, Sta
 from aiflux.engines.kinds import engine_kind
 from aiflux.estimates.energy import UNKNOWN_RATES, Rates, SlurmEnergy, energy_figures
 from aiflux.estimates.estimate import ComparedFigure, Estimate, compare
+from aiflux.estimates.verification import ModelResults, mixed_words
 from aiflux.report.data import (
     FORM,
     Condition,
@@ -209,6 +210,7 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
     title = engine_kind(plan.options).title
     images = [details.image for details in known if details.image]
     sealed = [details.sealed for details in known if details.sealed is not None]
+    models = _models(plan, whole, known)
     versions = Counter(_kind(engine, title) for details in known for engine in details.engines)
     return What(
         run_dir=sources.run_dir,
@@ -216,7 +218,7 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
         input={name: to_json(plan.input)[name] for name in _OF_THE_INPUT}
         | {"path": str(plan.input.named)},
         plan=plan.id,
-        models=tuple(_models(plan, whole, known)),
+        models=tuple(models),
         image_path=sources.condition.image,
         image=images[-1] if images else None,
         engines=dict(versions),
@@ -233,6 +235,20 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
         },
         jobs=sources.condition.jobs,
         shards=len(plan.shards),
+        mixed=mixed_words(plan, _by_model(plan, whole)),
+        earlier=earlier_settings(plan),
+    )
+
+
+def earlier_settings(plan: Plan) -> tuple[dict[str, Any], ...]:
+    """Return the settings of earlier starts that the results may be of, without secrets."""
+    return tuple(
+        {
+            **to_json(each),
+            "identity": without_secrets(each.identity),
+            "engine_url": None if each.engine_url is None else public_url(each.engine_url),
+        }
+        for each in plan.earlier
     )
 
 
@@ -257,18 +273,31 @@ def without_secrets(value: Any) -> Any:
     return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+def _by_model(plan: Plan, whole: Tally) -> list[ModelResults]:
+    """Return the results of each model: first those of the plan, then those of earlier starts."""
+    accepts = engine_kind(plan.options).input_rules.accepts_model
+    found: dict[str, tuple[int, set[str]]] = {name: (0, set()) for name in plan.models}
+    for asked, count in whole.models.items():
+        if asked not in plan.adapter_digests:
+            name = plan.model_of(asked, accepts) or asked
+            results, digests = found.get(name, (0, set()))
+            found[name] = (results + count, digests | whole.digests.get(asked, set()))
+    return [
+        ModelResults(name, results, tuple(sorted(digests)))
+        for name, (results, digests) in found.items()
+    ]
+
+
 def _models(plan: Plan, whole: Tally, known: Sequence[StatusDetails]) -> Iterable[Model]:
-    named = sum(whole.models[adapter.name] for adapter in plan.adapters)
-    for name in plan.models:
-        names = {name, plan.served(name)}
-        digests = {digest for each in names for digest in whole.digests.get(each, ())}
-        for details in known:
-            digests |= {
-                details.model_digests[each] for each in names & details.model_digests.keys()
-            }
-        results = sum(whole.models[each] for each in names)
-        only = whole.results if len(plan.models) == 1 else results
-        yield Model(name, only - named, tuple(sorted(digests)))
+    for each in _by_model(plan, whole):
+        digests = {*each.digests}
+        if each.name in plan.models:
+            names = {each.name, plan.served(each.name)}
+            for details in known:
+                digests |= {
+                    details.model_digests[one] for one in names & details.model_digests.keys()
+                }
+        yield Model(each.name, each.results, tuple(sorted(digests)))
     for adapter in plan.adapters:
         title = f"{adapter.name} (LoRA adapter of {plan.served_names[0]})"
         yield Model(title, whole.models[adapter.name], (adapter.digest,))

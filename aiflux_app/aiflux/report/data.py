@@ -44,7 +44,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the run, and its digests according to the engines (several if it changed)."""
+    """A model of the run, and its digests according to the engines (several if it changed).
+
+    After ``--force-resume``, also one that only earlier starts used.
+    """
 
     name: str
     results: int
@@ -61,6 +64,8 @@ class What:
         gpus: names, with the number of each at the last start of each shard.
         options: those that differ from their defaults.
         slurm: the Slurm options.
+        mixed: what is mixed in the results of several starts, e.g. models; "" if nothing is.
+        earlier: settings of earlier starts that differ; see ``EarlierPlan``.
         sealed: None while no worker has reported it.
     """
 
@@ -81,6 +86,8 @@ class What:
     slurm: Mapping[str, Any]
     jobs: tuple[str, ...]
     shards: int
+    mixed: str = ""
+    earlier: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def advised(self) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 from aiflux.core.batch.request import load_json
 from aiflux.core.batch.results_file import token_counts
 from aiflux.core.runs.journal import CUT, EMPTY, is_part, split_line
+from aiflux.estimates.verification import asked_model
 from aiflux.util.times import unix_seconds
 
 _MOST_BARS = 120
@@ -438,7 +439,7 @@ class _JournalReader:
     ) -> None:
         sums = self.tally
         sums.attempts[min(int(metadata.get("attempts", 1)), MANY_ATTEMPTS)] += 1
-        model = str(metadata.get("model", ""))
+        model = asked_model(metadata)
         sums.models[model] += 1
         if "model_digest" in metadata:
             sums.digests.setdefault(model, set()).add(str(metadata["model_digest"]))

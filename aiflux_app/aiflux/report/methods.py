@@ -24,6 +24,11 @@ def _sentences(report: Report) -> Iterator[str]:
     yield from _setting(report)
     if not set(report.what.input.get("endpoints") or ("?",)) <= WITHOUT_TEXT:
         yield from _sampling(report)
+    if report.what.mixed:
+        yield (
+            f"{report.what.mixed[0].upper()}{report.what.mixed[1:]}; the parameters are those of "
+            "the last start."
+        )
     yield from _outcome(report)
     yield from _cost(report)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,9 +16,12 @@ import pytest
 
 from aiflux.cli.main import main
 from aiflux.core.batch.input_file import digest_of_lines
+from aiflux.core.batch.request import request_key
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.core.runs.plan import write_plan
+from aiflux.core.runs.journal import JournalWriter, NewResult
+from aiflux.core.runs.plan import Shard, write_plan
+from aiflux.errors import ExitCode
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
@@ -89,7 +94,8 @@ def test_the_record_has_the_hashes_of_input_and_output(finished: Path, place: Pa
         "as_written": True,
     }
     assert content["run"]["requests"] == {"total": 2, "completed": 1, "failed": 1}
-    assert content["models"] == [{"name": "m:1", "digests": []}]
+    assert content["models"] == [{"name": "m:1", "results": 2, "digests": []}]
+    assert (content["mixed"], content["earlier"]) == (None, [])
     assert (content["image"], content["verification"]) == (None, None)
     assert Path("evidence.json").stat().st_mode & 0o777 == 0o600
     assert "fine" not in json.dumps(content), "the record has no prompt and no answer"
@@ -156,8 +162,12 @@ def test_a_key_in_the_engines_options_is_not_written(place: Path) -> None:
     lines = digest_of_lines(made.plan.input_path).hexdigest()
     size = made.plan.input_path.stat().st_size
     facts = replace(made.plan.input, digest=lines, size=size)
-    plan = replace(made.plan, input=facts)
+    plan = replace(made.plan, input=facts, shards=(Shard(0, 0, size, 0, 100),))
     write_plan(plan, made.run)
+    with closing(JournalWriter(made.run.journal(0))) as journal:
+        for line in made.plan.input_path.read_bytes().splitlines():
+            metadata = {"model": plan.models[0]}
+            journal.append(NewResult(request_key(line), "r", 200, metadata, None, b"{}"))
     made.plan = plan
     made.status(state="completed", completed=100)
     made.whole("completed", 100)
@@ -176,6 +186,79 @@ def test_the_worker_counts_its_sealed_starts(place: Path, monkeypatch: pytest.Mo
         working.run()
     totals = working.status["aiflux"]["totals"]
     assert (totals["starts"], totals["sealed_starts"], totals["results"]) == (1, 0, 1)
+
+
+# --- results of several starts ---------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(place: Path) -> dict[str, int]:
+    """A run that was begun with one model and ended with another; returns their results."""
+    prompts = ("a", "b", "c", "d", "e", "f")
+    with FaultyEngine(delay=0.05) as one, FaultyEngine() as other:
+        started = Working(place, one.url, concurrency=1, model="first", temperature=0.9)
+        started.prompts(*prompts, model=None).stop_soon()
+        assert started.run() is ExitCode.STOPPED
+        resumed = Working(place, other.url, model="second")
+        assert resumed.run(force_resume=True) is ExitCode.OK
+        assert resumed.open().finished
+        return {**Counter(each["metadata"]["model"] for each in resumed.results), one.url: 0}
+
+
+def test_all_models_and_settings_of_a_mixed_run_are_listed(
+    mixed: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    *_, address = mixed
+    content = evidence()
+    assert {each["name"]: each["results"] for each in content["models"]} == {
+        "first": mixed["first"], "second": mixed["second"],
+    }  # fmt: skip
+    words = "results of different models (second and first) are mixed"
+    assert content["mixed"] == words
+    (earlier,) = content["earlier"]
+    assert earlier["identity"]["models"] == ["first"]
+    assert earlier["identity"]["parameters"] == {"temperature": 0.9}
+    assert earlier["engine_url"] == address
+    capsys.readouterr()
+    assert main(["report", "out.json", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {each["name"]: each["results"] for each in report["what"]["models"]} == {
+        "first": mixed["first"], "second": mixed["second"],
+    }  # fmt: skip
+    assert report["what"]["mixed"] == words
+    assert "the models second and first" in report["methods"]
+    assert "Results of different models (second and first) are mixed" in report["methods"]
+    assert main(["verify-run", "out.json"]) == 2
+    assert f"cannot be verified: {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"temperature": 0.1}, "results of different settings are mixed"), ({}, None)],
+)
+def test_other_parameters_are_mixed_too_but_another_address_is_not(
+    place: Path, more: dict[str, float], words: str | None
+) -> None:
+    with FaultyEngine(delay=0.05) as one, FaultyEngine() as other:
+        started = Working(place, one.url, concurrency=1)
+        started.prompts("a", "b", "c", "d", "e", "f").stop_soon()
+        assert started.run() is ExitCode.STOPPED
+        assert Working(place, other.url, **more).run(force_resume=True) is ExitCode.OK
+        content = evidence()
+        assert content["mixed"] == words
+        assert content["engine"]["address"] == other.url
+        assert [each["engine_url"] for each in content["earlier"]] == [one.url]
+        assert Working(place, other.url, **more).run(force=True) is ExitCode.OK
+    assert evidence()["earlier"] == [], "a run that starts over mixes nothing"
+
+
+def test_a_resumed_run_with_the_same_settings_is_not_mixed(place: Path) -> None:
+    with FaultyEngine(delay=0.05) as engine:
+        started = Working(place, engine.url, concurrency=1).prompts("a", "b", "c", "d", "e", "f")
+        started.stop_soon()
+        assert started.run() is ExitCode.STOPPED
+        assert Working(place, engine.url).run() is ExitCode.OK
+    assert (evidence()["mixed"], evidence()["earlier"]) == (None, [])
 
 
 # --- the image -------------------------------------------------------------------------------

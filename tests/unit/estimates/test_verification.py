@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aiflux.estimates.verification import Agreement, Versions, answer_of, first_difference
+from aiflux.errors import UsageError
+from aiflux.estimates.verification import (
+    Agreement,
+    ModelResults,
+    Versions,
+    answer_of,
+    first_difference,
+    mixed_words,
+    refuse_mixed,
+)
+from tests.unit.made_runs import MadeRun
 
 
 def chat(text: str, **more: Any) -> dict[str, Any]:
@@ -61,3 +73,13 @@ def test_unknown_versions_are_neither_the_same_nor_others() -> None:
     assert Versions("engine", (), ("1",)).same is None
     assert Versions("engine", ("1",), ("1",)).same is True
     assert Versions("engine", ("1", "2"), ("1",)).same is False
+
+
+def test_versions_of_a_model_are_mixed_results(tmp_path: Path) -> None:
+    plan = MadeRun(tmp_path).plan
+    versions = ModelResults("llama3.2:3b", 9, ("sha256:" + "a" * 64, "sha256:" + "b" * 64))
+    assert mixed_words(plan, [replace(versions, digests=versions.digests[:1])]) == ""
+    words = mixed_words(plan, [versions])
+    assert words.startswith("results of different versions of llama3.2:3b (sha256:aaaa")
+    with pytest.raises(UsageError, match="cannot be verified: results of different versions"):
+        refuse_mixed(plan, [versions])

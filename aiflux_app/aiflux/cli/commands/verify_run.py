@@ -29,7 +29,9 @@ from aiflux.estimates.verification import (
     Versions,
     digests_of,
     draw_answered,
+    refuse_mixed,
     refuse_other_model,
+    results_by_model,
     verification_file,
     verification_folder,
     verify,
@@ -170,10 +172,13 @@ def _refuse_changed(plan: Plan, run: RunDirectory) -> None:
 
     Raises:
         InputError: the input was changed.
+        StoppedError: a result is missing.
+        UsageError: the results are mixed.
         ModelError: a model or an adapter was changed, or is no longer stored.
     """
     refuse_changed_input(plan)
     kind, folder = engine_kind(plan.options), plan.models_dir
+    refuse_mixed(plan, results_by_model(plan, run, kind.input_rules.accepts_model))
     if folder is None:
         return
     statuses = [read_status(run, shard.index, plan) for shard in plan.shards]

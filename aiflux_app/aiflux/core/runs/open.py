@@ -312,7 +312,8 @@ def draft_of(plan: Plan, *, force: bool = False, force_resume: bool = False) -> 
         if changed is not None:
             raise changed
         _refuse_changed_models(earlier, plan)
-    return RunDraft(plan, run, earlier, counts, replace, restart, seen)
+    kept = plan if earlier is None or restart else plan.after(earlier)
+    return RunDraft(kept, run, earlier, counts, replace, restart, seen)
 
 
 def _write(draft: RunDraft) -> None:

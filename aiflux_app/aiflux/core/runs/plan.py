@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -119,6 +119,23 @@ def _changed(kind: str, name: str, planned: str, now: str, found: str) -> ModelE
     )
 
 
+@dataclass(frozen=True)
+class EarlierPlan:
+    """What a plan that was replaced had, whose results may be part of the run.
+
+    Attributes:
+        identity: what the answers depended on (``Plan.identity``).
+        digests: of its models by name, if they were known.
+        engine_url: of a server that was already running.
+    """
+
+    id: str
+    created: str
+    identity: dict[str, Any]
+    digests: dict[str, str]
+    engine_url: str | None
+
+
 PLAN_VERSION = 1
 # Runs of these kinds keep the ids from before plans named their engine.
 _UNNAMED = ("ollama", "external")
@@ -137,6 +154,7 @@ class Plan:
         adapters: of the run's only model.
         long_prompts: those that are too long for the context or leave little of it; None if all
             fit, or nothing is known about the model.
+        earlier: plans with other settings, whose results were kept.
     """
 
     input: InputFacts
@@ -150,6 +168,7 @@ class Plan:
     digests: tuple[str, ...] = ()
     adapters: tuple[Adapter, ...] = field(default=(), metadata=OMITTED)
     long_prompts: LongPrompts | None = field(default=None, metadata=OMITTED)
+    earlier: tuple[EarlierPlan, ...] = field(default=(), metadata=OMITTED)
     aiflux: str = __version__
     version: int = PLAN_VERSION
 
@@ -181,6 +200,35 @@ class Plan:
     def digest(self, model: str) -> str:
         """Return the digest of one of the plan's models; "" if it is unknown."""
         return self.digests[self.models.index(model)] if self.digests else ""
+
+    def model_of(self, named: str, accepts: Callable[[str, str], bool]) -> str | None:
+        """Return the plan's model that a request names; None if it is none of them.
+
+        Args:
+            accepts: compares a model with a name (``InputRules.accepts_model``).
+        """
+        for model, served in zip(self.models, self.served_names, strict=True):
+            if named in (model, served):
+                return model
+        return next((model for model in self.models if accepts(model, named)), None)
+
+    def after(self, earlier: Plan) -> Plan:
+        """Return this plan with the settings of the one it replaces, whose results are kept."""
+        known, own = earlier._known_digests, self._known_digests
+        url = earlier.options.engine_url
+        if (
+            earlier.identity == self.identity
+            and url == self.options.engine_url
+            and all(known[name] == own[name] for name in known.keys() & own)
+        ):
+            return replace(self, earlier=earlier.earlier)
+        replaced = EarlierPlan(earlier.id, earlier.created, earlier.identity, known, url)
+        return replace(self, earlier=(*earlier.earlier, replaced))
+
+    @property
+    def _known_digests(self) -> dict[str, str]:
+        known = zip(self.served_names, self.digests, strict=False)
+        return {name: digest for name, digest in known if digest}
 
     def refuse_changed_model(self, model: str, digest: str | None) -> None:
         """Refuse a model that is not the one that the run was planned with.

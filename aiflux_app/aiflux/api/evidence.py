@@ -18,11 +18,15 @@ from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.journal import is_part, journal_lines
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import (
+    UNRECORDED,
+    Seal,
     StatusDetails,
     StatusFile,
     finished_counts,
     read_run_status,
     read_status,
+    seal_of,
+    whole_seal,
 )
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ImageError, InputError, OutputExistsError, UsageError
@@ -47,7 +51,7 @@ from aiflux.util.files import (
     temporary_folder,
 )
 from aiflux.util.records import to_json
-from aiflux.util.text import json_text, public_url
+from aiflux.util.text import counted, json_text, public_url
 from aiflux.util.times import utc_text
 
 FORM = 1
@@ -73,7 +77,7 @@ class SealCheck:
     Attributes:
         starts, sealed_starts: number of starts, and of those whose check found no network.
         sealed: whether all were; None if that was not recorded.
-        why: why the last start had a network; "" if it had none.
+        why: why a start had a network, or why that is unknown; "" if none had one.
     """
 
     shard: int
@@ -133,8 +137,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
     details = [status.details for status in statuses if status is not None]
     checks = [_seal_check(shard.index, status) for shard, status
               in zip(plan.shards, statuses, strict=True)]  # fmt: skip
-    counted = sum(each.totals.results for each in details) + plan.left_out
-    sealed = _all_sealed(checks, recorded=_results(plan, run) <= counted)
+    seal = _seal(plan, run, details)
     options = plan.options
     accepts = engine_kind(options).input_rules.accepts_model
     models = results_by_model(plan, run, accepts)
@@ -178,8 +181,8 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
         },
         "aiflux": sorted({each.version for each in details if each.version}),
         "image": _image(run, details),
-        "seal": {"sealed": sealed, "checks": [to_json(check) for check in checks]},
-        "egress": egress_statement(sealed, checks, engine_here=engine_kind(options).managed),
+        "seal": {"sealed": seal.sealed, "checks": [to_json(check) for check in checks]},
+        "egress": egress_statement(seal, engine_here=engine_kind(options).managed),
         "verification": read_verification(plan),
     }
 
@@ -189,65 +192,56 @@ def _other_digests(plan: Plan, name: str, details: Sequence[StatusDetails]) -> t
     return digests_of(plan, name, details) if name in plan.models else ()
 
 
-def _results(plan: Plan, run: RunDirectory) -> int:
-    """Return the number of results in the journals, with those of earlier plans and attempts."""
-    journals = (journal_lines(run.journal(shard.index)) for shard in plan.shards)
-    return sum(not is_part(line) for journal in journals for _, line in journal)
+def _seal(plan: Plan, run: RunDirectory, details: Sequence[StatusDetails]) -> Seal:
+    """Return whether every result in the journals is of a sealed start.
+
+    A damaged line may be a result that is not counted, of whatever start.
+    """
+    results = -plan.left_out
+    damaged: list[int] = []
+    for shard in plan.shards:
+        journal = journal_lines(run.journal(shard.index), damaged.append)
+        results += sum(not is_part(line) for _, line in journal)
+    seal = whole_seal(details, results)
+    if seal.sealed and damaged:
+        return Seal(None, f"the journals have {counted(len(damaged), 'damaged line')}")
+    return seal
 
 
 def _seal_check(shard: int, status: StatusFile | None) -> SealCheck:
     details = StatusDetails() if status is None else status.details
-    totals = details.totals
-    sealed: bool | None = None
-    if details.sealed is False:
-        sealed = False
-    elif details.sealed and totals.sealed_starts >= totals.starts > 0:
-        sealed = True
+    totals, seal = details.totals, seal_of(details)
     return SealCheck(
         shard=shard,
         host=details.host,
         job=details.slurm.job or None,
         starts=totals.starts,
         sealed_starts=totals.sealed_starts,
-        sealed=sealed,
-        why=details.unsealed,
+        sealed=seal.sealed,
+        why=seal.why,
     )
 
 
-def _all_sealed(checks: Sequence[SealCheck], *, recorded: bool) -> bool | None:
-    """Return whether all shards were sealed; None if that is unknown of one of them.
-
-    Args:
-        recorded: whether every result is from a start that the checks are about.
-    """
-    found = {check.sealed for check in checks}
-    if False in found:
-        return False
-    return True if found == {True} and recorded else None
-
-
-def egress_statement(
-    sealed: bool | None, checks: Sequence[SealCheck], *, engine_here: bool
-) -> dict[str, Any]:
+def egress_statement(seal: Seal, *, engine_here: bool) -> dict[str, Any]:
     """Return what follows from the seal about data that could leave the node.
 
     Args:
         engine_here: whether AI-Flux started the engine.
     """
-    if sealed:
+    if seal.sealed:
         text = (
             "No egress: each start of each worker found only the loopback interface in the "
             "kernel's routes for IPv4 and IPv6 before it sent a request. Worker and engine shared "
             "that network namespace."
         )
-    elif sealed is None:
-        text = "Unknown: some results are from starts without a recorded check of the seal."
+    elif seal.sealed is None:
+        text = f"Unknown: {seal.why or UNRECORDED}."
     elif not engine_here:
         text = "Egress was possible: the requests went to an engine elsewhere."
     else:
-        why = "; ".join(dict.fromkeys(check.why for check in checks if check.why))
-        text = f"Egress was possible: {why or 'a start had a network'}."
-    return {"possible": None if sealed is None else not sealed, "statement": text}
+        text = f"Egress was possible: {seal.why or 'a start had a network'}."
+    possible = None if seal.sealed is None else not seal.sealed
+    return {"possible": possible, "statement": text}
 
 
 def _hashed(path: Path) -> HashedFile:

@@ -44,7 +44,8 @@ def read_report(run: RunDirectory, rates: Rates | None = None) -> Report:
     """
     plan = read_plan(run)
     journals = (run.journal(shard.index) for shard in plan.shards)
-    tallies = tuple(tally(journal_lines(journal)) for journal in journals)
+    damaged: list[int] = []
+    tallies = tuple(tally(journal_lines(journal, damaged.append)) for journal in journals)
     condition = _condition(run)
     return make_report(
         ReportSources(
@@ -57,6 +58,7 @@ def read_report(run: RunDirectory, rates: Rates | None = None) -> Report:
             estimate=read_estimate(run.estimate, plan),
             now=time.time(),
             rates=rates or Rates.of(Config()),
+            damaged=len(damaged),
             slurm_energy=slurm_energy(run) if condition.ended else None,
         )
     )

@@ -11,7 +11,7 @@ from typing import Any
 from aiflux import __version__
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan
-from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile
+from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile, whole_seal
 from aiflux.engines.kinds import engine_kind
 from aiflux.estimates.energy import UNKNOWN_RATES, Rates, SlurmEnergy, energy_figures
 from aiflux.estimates.estimate import ComparedFigure, Estimate, compare
@@ -33,7 +33,7 @@ from aiflux.report.data import (
 )
 from aiflux.report.journal_summary import EngineTally, Tally, throughput
 from aiflux.util.records import to_json
-from aiflux.util.text import joined, public_url
+from aiflux.util.text import counted, joined, public_url
 from aiflux.util.times import utc_text
 
 _RETRY = "aiflux run ... --retry-failed tries them again"
@@ -51,6 +51,7 @@ class ReportSources:
         now: Unix time.
         rates: of the site.
         slurm_energy: None if Slurm was not asked.
+        damaged: number of damaged lines in the journals.
     """
 
     plan: Plan
@@ -63,6 +64,7 @@ class ReportSources:
     now: float
     rates: Rates = UNKNOWN_RATES
     slurm_energy: SlurmEnergy | None = None
+    damaged: int = 0
 
 
 def all_details(sources: ReportSources) -> list[StatusDetails]:
@@ -209,7 +211,7 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
     plan, known = sources.plan, all_details(sources)
     title = engine_kind(plan.options).title
     images = [details.image for details in known if details.image]
-    sealed = [details.sealed for details in known if details.sealed is not None]
+    seal = whole_seal(known, whole.results - plan.left_out)
     models = _models(plan, whole, known)
     versions = Counter(_kind(engine, title) for details in known for engine in details.engines)
     return What(
@@ -225,7 +227,8 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
         aiflux=tuple(sorted({details.version or plan.aiflux for details in known})),
         gpus=dict(Counter(name for details in known for name in details.gpus)),
         hosts=tuple(sorted({details.host for details in known if details.host})),
-        sealed=all(sealed) if sealed else None,
+        sealed=seal.sealed,
+        unsealed=seal.why,
         parameters=plan.options.parameters,
         options=_options(plan.options),
         slurm={
@@ -445,7 +448,25 @@ def make_report(sources: ReportSources) -> Report:
         estimate=_compared(sources),
         use=machine_use(sources, whole),
         energy=energy,
+        warnings=tuple(_warnings(sources)),
     )
+
+
+def _warnings(sources: ReportSources) -> Iterable[str]:
+    """Yield why the figures are not of all results that the statuses count."""
+    if not sources.condition.ended:
+        return  # a worker may write a result at the moment
+    lost = 0
+    for status, found in zip(sources.statuses, sources.tallies, strict=True):
+        counts = Counts(0, 0, 0) if status is None else status.counts
+        lost += max(0, counts.completed + counts.failed - found.completed - found.failed)
+    if lost:
+        yield (
+            f"{counted(lost, 'result')} that the run counted {'is' if lost == 1 else 'are'} not in "
+            "the journals: models, tokens, times and failures are those of the others"
+        )
+    if sources.damaged:
+        yield f"the journals have {counted(sources.damaged, 'damaged line')} that cannot count"
 
 
 def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:

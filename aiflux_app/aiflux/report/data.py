@@ -66,7 +66,8 @@ class What:
         slurm: the Slurm options.
         mixed: what is mixed in the results of several starts, e.g. models; "" if nothing is.
         earlier: settings of earlier starts that differ; see ``EarlierPlan``.
-        sealed: None while no worker has reported it.
+        sealed: whether all starts had no network; None if that is unknown, as before the first.
+        unsealed: why it is not true.
     """
 
     run_dir: str
@@ -86,6 +87,7 @@ class What:
     slurm: Mapping[str, Any]
     jobs: tuple[str, ...]
     shards: int
+    unsealed: str = ""
     mixed: str = ""
     earlier: tuple[Mapping[str, Any], ...] = ()
 
@@ -227,7 +229,11 @@ class Use:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page shows; ``to_json`` is what ``--json`` prints."""
+    """Everything the page shows; ``to_json`` is what ``--json`` prints.
+
+    Attributes:
+        warnings: why figures are incomplete.
+    """
 
     form: int
     written: str
@@ -246,6 +252,7 @@ class Report:
     estimate: tuple[ComparedFigure, ...]
     use: Use
     energy: EnergyFigures
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON."""

@@ -31,6 +31,8 @@ def _sentences(report: Report) -> Iterator[str]:
         )
     yield from _outcome(report)
     yield from _cost(report)
+    for warning in report.warnings:
+        yield f"Warning: {warning}."
 
 
 def _setting(report: Report) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.local_process import LocalProcess
 from aiflux.core.runs.plan import Plan, Shard
-from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, StatusFile
+from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, StatusFile, seal_of
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
@@ -331,8 +331,8 @@ class ShardView(ProgressFigures):
         job: ``123_4`` or ``123``; None if none was submitted.
         pid: of the worker, on ``host``.
         in_slurm: whether its job waits or runs.
-        sealed: whether its last start had no network; None if it never started.
-        unsealed: why it had a network; "" if it had none.
+        sealed: whether its starts had no network; None if it never started, or that is unknown.
+        unsealed: why one had a network, or why it is unknown; "" if none had one.
     """
 
     index: int
@@ -486,7 +486,7 @@ def _shard(facts: ShardFacts, tasks: Tasks | None) -> ShardView:
     running = verdict.state in (ShardState.RUNNING, ShardState.STOPPING)
     details, total = facts.details, facts.shard.requests
     counts = Counts(total, 0, 0) if facts.status is None else facts.status.counts
-    progress, totals = details.progress, details.totals
+    progress, totals, seal = details.progress, details.totals, seal_of(details)
     rate = progress.requests_per_second if running else 0.0
     left = total - counts.completed - counts.failed
     return ShardView(
@@ -510,8 +510,8 @@ def _shard(facts: ShardFacts, tasks: Tasks | None) -> ShardView:
         empty_answers=totals.empty_answers,
         gpu_seconds=totals.gpu_seconds,
         in_slurm=task is not None and task.active,
-        sealed=details.sealed,
-        unsealed=details.unsealed,
+        sealed=seal.sealed,
+        unsealed=seal.why,
         updated=None if facts.status is None else facts.status.moment,
     )
 

@@ -213,7 +213,7 @@ class _ShardWork:
         self.status = Status(run.status(shard.index), plan, shard.index, details=facts)
         earlier = read_status(run, shard.index, plan)
         self.ledger = Ledger.of(plan, earlier, context.environ)
-        self.ledger.sealed = bool(facts.sealed)
+        self.ledger.unsealed = facts.unsealed
         if earlier is not None:
             facts.gpu_use, facts.energy = earlier.details.gpu_use, earlier.details.energy
         self._sync_status()

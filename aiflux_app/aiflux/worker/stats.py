@@ -154,13 +154,13 @@ class Ledger:
         gpus: number of GPUs of this start.
         before: sums over the earlier starts.
         requeues: number of times that this job requeued itself.
-        sealed: whether this start has no network.
+        unsealed: why this start has a network; "" if it has none.
     """
 
     gpus: int = 0
     before: Totals = field(default_factory=Totals)
     requeues: int = 0
-    sealed: bool = False
+    unsealed: str = ""
 
     @classmethod
     def of(cls, plan: Plan, earlier: StatusFile | None, environ: Mapping[str, str]) -> Ledger:
@@ -184,7 +184,9 @@ class Ledger:
                 prompt_tokens=progress.prompt_tokens,
                 completion_tokens=progress.completion_tokens,
                 starts=1,
-                sealed_starts=int(self.sealed),
+                sealed_starts=int(not self.unsealed),
+                unsealed_starts=int(bool(self.unsealed)),
+                unsealed=self.unsealed,
                 results=progress.results_of_this_start,
                 empty_answers=progress.empty_answers,
             )

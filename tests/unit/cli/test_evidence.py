@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections import Counter
 from contextlib import closing
@@ -153,6 +154,54 @@ def test_a_result_that_was_tried_again_counts_twice(finished: Path) -> None:
     assert evidence()["seal"]["sealed"] is None
     sealed(finished, results=3)
     assert evidence()["seal"]["sealed"] is True
+
+
+def test_a_start_with_a_network_is_never_forgotten(finished: Path) -> None:
+    totals = {"starts": 2, "sealed_starts": 1, "unsealed_starts": 1, "unsealed": "--no-seal"}
+    change_status(finished, sealed=True, unsealed="", totals={**totals, "results": 2})
+    content = evidence()
+    assert content["seal"]["sealed"] is False
+    assert content["seal"]["checks"][0]["why"] == "1 of 2 starts had a network (--no-seal)"
+    assert content["egress"]["possible"] is True
+
+
+def test_the_worker_records_why_an_earlier_start_had_a_network(place: Path) -> None:
+    with FaultyEngine(delay=0.05) as engine:
+        working = Working(place, engine.url, concurrency=1).prompts("a", "b", "c", "d", "e", "f")
+        working.stop_soon()
+        assert working.run() is ExitCode.STOPPED
+        assert Working(place, engine.url).run() is ExitCode.OK
+    totals = working.status["aiflux"]["totals"]
+    assert (totals["starts"], totals["unsealed_starts"]) == (2, 2)
+    assert totals["unsealed"] == "the engine is elsewhere"
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "garbage", "cut"])
+def test_a_run_without_its_journal_has_no_evidence(
+    finished: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    sealed(finished)
+    journal = RunDirectory.of_output(finished).journal(0)
+    if damage == "gone":
+        shutil.rmtree(journal.parent)
+    else:
+        whole = journal.read_bytes()
+        content = {"empty": b"", "garbage": b"garbage\n" * 3, "cut": whole[:-9]}
+        journal.write_bytes(content[damage])
+    assert main([*EVIDENCE, "--unsigned"]) == int(ExitCode.STOPPED)
+    assert "requests have no result in" in capsys.readouterr().err
+    assert not Path("evidence.json").exists()
+
+
+def test_a_damaged_line_leaves_the_seal_unknown(finished: Path) -> None:
+    """It can be the result of a start that had a network."""
+    sealed(finished)
+    journal = RunDirectory.of_output(finished).journal(0)
+    with journal.open("ab") as file:
+        file.write(b"damaged\n")
+    content = evidence()
+    assert (content["seal"]["sealed"], content["egress"]["possible"]) == (None, None)
+    assert content["egress"]["statement"] == "Unknown: the journals have 1 damaged line."
 
 
 def test_a_key_in_the_engines_options_is_not_written(place: Path) -> None:

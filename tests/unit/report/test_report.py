@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -294,7 +295,7 @@ def a_run(folder: Path, **options: Any) -> MadeRun:
     made = MadeRun(folder, shards=2, each=100, options=RunOptions(max_failures="5%", **options))
     engines = [{"index": 0, "devices": ["0"], "version": "0.9.3", "slots": 4, "gpu_bytes": 1}]
     totals = {"seconds": 100.0, "gpu_seconds": 100.0, "starts": 1, "prompt_tokens": 1,
-              "completion_tokens": 1}  # fmt: skip
+              "completion_tokens": 1, "sealed_starts": 1, "results": 100}  # fmt: skip
     for shard in range(2):
         failed = 2 * shard
         made.status(
@@ -413,6 +414,56 @@ def test_unfinished_runs_have_a_report(
     assert ("The run is active" in words) is running
     assert ("aiflux resume" in words) is (not running)
     assert data["condition"]["state"] in capsys.readouterr().out
+
+
+def test_a_run_with_an_unsealed_start_is_not_called_sealed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = a_run(tmp_path)
+    data = report(made, capsys)
+    assert (data["what"]["sealed"], data["what"]["unsealed"]) == (True, "")
+    assert "without network access" in data["methods"]
+    totals = {"starts": 2, "sealed_starts": 1, "unsealed_starts": 1, "unsealed": "--no-seal"}
+    made.status(1, "completed", 98, 2, sealed=True, totals={**totals, "results": 100})
+    data = report(made, capsys)
+    assert data["what"]["sealed"] is False
+    assert data["what"]["unsealed"] == "1 of 2 starts had a network (--no-seal)"
+    assert "without network access" not in data["methods"]
+    assert main(["report", str(made.output)]) == 0
+    assert "no: 1 of 2 starts had a network (--no-seal)" in made.run.report.read_text()
+    capsys.readouterr()
+    sealed_again = {"starts": 1, "sealed_starts": 1, "results": 99}  # one result of another plan
+    made.status(1, "completed", 98, 2, sealed=True, totals=sealed_again)
+    data = report(made, capsys)
+    assert data["what"]["sealed"] is None
+    assert "without network access" not in data["methods"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "warning"),
+    [
+        (lambda path: path.unlink(), "100 results that the run counted are not in the journals"),
+        (lambda path: path.write_bytes(b""), "100 results that the run counted are not"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "1 result that the run counted is"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x\n"),
+         "the journals have 1 damaged line that cannot count"),
+    ],
+)  # fmt: skip
+def test_a_journal_that_lacks_results_is_reported(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    warning: str,
+) -> None:
+    made = a_run(tmp_path)
+    assert report(made, capsys)["warnings"] == []
+    damage(made.run.journal(0))
+    data = report(made, capsys)
+    assert warning in data["warnings"][0]
+    assert f"Warning: {warning}" in data["methods"]
+    assert main(["report", str(made.output)]) == 0
+    assert f"warning: {warning}" in capsys.readouterr().err
+    assert f"<strong>Warning:</strong> {warning}" in made.run.report.read_text()
 
 
 def test_a_run_that_failed_to_start_shows_the_reason(

@@ -84,6 +84,8 @@ def report(
     else:
         write_text(target, text)
         print(f"{made.condition.state}: wrote {short(target)}")
+    for warning in made.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if no_plots is not None:
         print(f"  without plots: {no_plots}", file=sys.stdout if target else sys.stderr)
     return 0

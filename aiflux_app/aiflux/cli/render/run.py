@@ -169,8 +169,12 @@ def _used(view: RunView) -> str:
 
 def _seal(view: RunView) -> str:
     """Return whether the shards were sealed, or why not; "" before the first one started."""
-    known = [shard for shard in view.shards if shard.sealed is not None]
-    reasons = Counter(shard.unsealed for shard in known if not shard.sealed)
+    known = [shard for shard in view.shards if shard.sealed is not None or shard.unsealed]
+    if known and not any(shard.sealed is False for shard in known):
+        unknown = next((shard.unsealed for shard in known if shard.unsealed), None)
+        if unknown is not None:
+            return f"unknown whether it was always sealed: {one_line(unknown)}"
+    reasons = Counter(shard.unsealed for shard in known if shard.sealed is False)
     if not known or not reasons:
         return "sealed: no network access" if known else ""
     why = "; ".join(one_line(reason) or "reason unknown" for reason, _ in reasons.most_common())

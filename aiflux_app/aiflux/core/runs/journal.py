@@ -289,18 +289,25 @@ def _scan_part(path: Path, part: tuple[int, int]) -> ResultIndex:
     return index
 
 
-def journal_lines(path: Path) -> Iterator[tuple[bytes, bytes]]:
+def journal_lines(
+    path: Path, on_damaged: Callable[[int], None] = lambda offset: None
+) -> Iterator[tuple[bytes, bytes]]:
     """Yield ``(key, line)`` of every complete line, in the order in which they were written.
 
     The key is that of the request, also for a line with one of its parts.
+
+    Args:
+        on_damaged: called with the offset of each other line.
 
     Raises:
         StorageError: the journal cannot be read.
     """
     refuse_irregular(path)
     try:
-        for _, line in _lines(path, 0, os.path.getsize(path)):
-            if valid_line(line):
+        for offset, line in _lines(path, 0, os.path.getsize(path)):
+            if not valid_line(line):
+                on_damaged(offset)
+            else:
                 at = _KEY_START
                 if is_part(line):
                     at = line.index(_PART) + len(_PART)

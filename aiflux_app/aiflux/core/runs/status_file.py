@@ -171,7 +171,9 @@ class Totals:
     """Sums over all starts of a shard, also those before the run was planned again.
 
     Attributes:
-        sealed_starts: starts without a network.
+        sealed_starts: starts without a network; ``unsealed_starts``: starts with one. Earlier
+            versions recorded neither.
+        unsealed: why the last of the latter had one.
         results: number of results, also several for one request.
     """
 
@@ -181,6 +183,8 @@ class Totals:
     completion_tokens: int = 0
     starts: int = 0
     sealed_starts: int = 0
+    unsealed_starts: int = field(default=0, metadata=OMITTED)
+    unsealed: str = field(default="", metadata=OMITTED)
     results: int = 0
     empty_answers: dict[str, int] = field(default_factory=dict)
 
@@ -193,6 +197,8 @@ class Totals:
             completion_tokens=self.completion_tokens + other.completion_tokens,
             starts=self.starts + other.starts,
             sealed_starts=self.sealed_starts + other.sealed_starts,
+            unsealed_starts=self.unsealed_starts + other.unsealed_starts,
+            unsealed=other.unsealed or self.unsealed,
             results=self.results + other.results,
             empty_answers=dict(Counter(self.empty_answers) + Counter(other.empty_answers)),
         )
@@ -265,6 +271,55 @@ class StatusDetails:
     replace: bool | None = field(default=None, metadata=OMITTED)
     empty_answers: dict[str, int] | None = field(default=None, metadata=OMITTED)
     merge: MergeFacts | None = field(default=None, metadata=OMITTED)
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Whether every start of a shard had no network; None if that is unknown.
+
+    Attributes:
+        why: why it is not true, or is unknown; "" if it is true, or no start recorded it.
+    """
+
+    sealed: bool | None
+    why: str = ""
+
+
+def seal_of(details: StatusDetails) -> Seal:
+    """Return whether all starts of a shard were sealed."""
+    totals = details.totals
+    if details.sealed is None:
+        return Seal(None)
+    if details.sealed is False:
+        return Seal(False, details.unsealed)
+    if totals.unsealed_starts:
+        some = f"{totals.unsealed_starts} of {totals.starts} starts had a network"
+        return Seal(False, f"{some} ({totals.unsealed or 'reason unknown'})")
+    if totals.sealed_starts >= totals.starts > 0:
+        return Seal(True)
+    return Seal(None, f"the seal of {totals.sealed_starts} of {totals.starts} starts was recorded")
+
+
+UNRECORDED = "some results are from starts without a recorded check of the seal"
+
+
+def whole_seal(details: Iterable[StatusDetails], results: int) -> Seal:
+    """Return whether all starts of a run were sealed.
+
+    Args:
+        results: in the journals; those of requests that were not sent do not count.
+    """
+    known = [*details]
+    seals = [seal_of(each) for each in known]
+    whys = [each.why for each in seals if each.sealed is False]
+    if whys:
+        return Seal(False, "; ".join(dict.fromkeys(why for why in whys if why)))
+    unknown = [each.why for each in seals if each.sealed is None]
+    if not seals or unknown:
+        return Seal(None, "; ".join(dict.fromkeys(why for why in unknown if why)))
+    if results > sum(each.totals.results for each in known):
+        return Seal(None, UNRECORDED)
+    return Seal(True)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def assert_evidence(
     assert content["seal"]["sealed"] is True, content["seal"]
     assert content["egress"]["possible"] is False
     assert content["run"]["jobs"] == [job]
-    assert content["image"]["same_as_run"] is True
+    assert content["image"]["same_id"] is True
     assert content["image"]["sha256"] == file_digest(image)
     assert content["image"]["signature"] in ("unsigned", "verified")
     assert content["output"][0]["sha256"] == file_digest(place / "out.json")

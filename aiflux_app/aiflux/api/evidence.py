@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ from aiflux.core.runs.status_file import (
     finished_counts,
     read_run_status,
     read_status,
+    refuse_lost_output,
     seal_of,
     whole_seal,
 )
@@ -46,6 +49,7 @@ from aiflux.util.files import (
     expanded,
     file_digest,
     is_there,
+    open_regular,
     read_error,
     storage_error,
     temporary_folder,
@@ -58,6 +62,7 @@ FORM = 1
 NAMESPACE = "aiflux-evidence"
 """What the signature is for, as ``ssh-keygen -Y`` calls it."""
 SIGNATURE_SUFFIX = ".sig"
+_PRIVATE = b"-----BEGIN "
 _CREATE_KEY = "create one: ssh-keygen -t ed25519 -f KEY"
 
 
@@ -94,7 +99,8 @@ class ImageEvidence:
     """The image file, as it is now.
 
     Attributes:
-        same_as_run: whether it has the id that the workers noted; None if they noted none.
+        same_id: whether it has the id that the workers noted; None if they noted none. Only the
+            signature covers the content.
         signature: ``verified``, ``unsigned``, ``unknown key``, ``broken``, or ``not checked``.
         signature_text: the same in words, with the signer, or why it was not checked.
         content: what the workers read in the image: versions and digests.
@@ -102,7 +108,7 @@ class ImageEvidence:
 
     path: str
     sha256: str | None
-    same_as_run: bool | None
+    same_id: bool | None
     signature: str
     signature_text: str
     content: Mapping[str, Any] | None
@@ -112,7 +118,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
     """Return the record of a finished run.
 
     Raises:
-        UsageError: the run is not finished.
+        UsageError: the run is not finished, or its output is missing.
         OutputExistsError: its output was changed since it was written.
         InputError: its input was changed since it was planned, or is missing.
         StoppedError: the journals do not have all results.
@@ -123,6 +129,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
     counts = finished_counts(plan, run)
     whole = read_run_status(run, plan)
     if counts is None or whole is None:
+        refuse_lost_output(plan, run)
         raise UsageError(
             f"the run {user_output(plan.output)} is not finished, so there is no evidence of it",
             f"see aiflux status {quote(str(user_output(plan.output)))}",
@@ -214,7 +221,7 @@ def _seal_check(shard: int, status: StatusFile | None) -> SealCheck:
     return SealCheck(
         shard=shard,
         host=details.host,
-        job=details.slurm.job or None,
+        job=details.slurm.task or None,
         starts=totals.starts,
         sealed_starts=totals.sealed_starts,
         sealed=seal.sealed,
@@ -277,7 +284,7 @@ def _jobs(run: RunDirectory) -> list[str]:
     submissions = known_submissions(run)
     if submissions is None:
         return []
-    return [str(job) for each in submissions.submissions for job in each.ids]
+    return [task for each in submissions.submissions for job in each.jobs for task in job.tasks]
 
 
 def _image(run: RunDirectory, details: Sequence[StatusDetails]) -> dict[str, Any] | None:
@@ -295,8 +302,12 @@ def _image(run: RunDirectory, details: Sequence[StatusDetails]) -> dict[str, Any
     try:
         digest = file_digest(path)
         own = read_image(path).id
+    except FileNotFoundError:
+        why = "not checked: the image no longer exists"
+        return to_json(ImageEvidence(str(path), None, None, "not checked", why, content))
     except (OSError, ImageError) as error:
-        why = f"not checked: {error.message if isinstance(error, ImageError) else error}"
+        reason = error.message if isinstance(error, ImageError) else error.strerror
+        why = f"not checked: the image cannot be read: {reason}"
         return to_json(ImageEvidence(str(path), None, None, "not checked", why, content))
     same = ids == {own} if ids and own else None
     try:
@@ -310,11 +321,22 @@ def _image(run: RunDirectory, details: Sequence[StatusDetails]) -> dict[str, Any
 # --- the signature ----------------------------------------------------------------------------
 
 
+def signature_of(target: Path) -> Path:
+    """Return the path of a record's signature."""
+    return target.with_name(target.name + SIGNATURE_SUFFIX)
+
+
+def key_files(key: Path) -> tuple[Path, ...]:
+    """Return the files of a key: as it was named, and its public and its private half."""
+    return key, key.with_name(f"{key.name}.pub"), key.with_name(key.name.removesuffix(".pub"))
+
+
 def refuse_key(key: Path) -> None:
     """Refuse a key that cannot sign.
 
     Raises:
-        ConfigError: it, or ssh-keygen, is missing or cannot be read.
+        ConfigError: it, or ssh-keygen, is missing; or it cannot be read, is empty, or others may
+            read it.
     """
     if shutil.which("ssh-keygen") is None:
         raise ConfigError(
@@ -322,8 +344,9 @@ def refuse_key(key: Path) -> None:
             "install OpenSSH, or write it without a signature: --unsigned",
         )
     try:
-        with key.open("rb"):
-            pass
+        with open(key, "rb", opener=open_regular) as file:
+            begin = file.read(len(_PRIVATE))
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     except FileNotFoundError:
         raise ConfigError(f"there is no key {key}", _CREATE_KEY) from None
     except OSError as error:
@@ -331,6 +354,13 @@ def refuse_key(key: Path) -> None:
             f"the key {key} cannot be read: {error.strerror}",
             "name a private SSH key that you can read, or its public key if an agent has it",
         ) from error
+    if not begin:
+        raise ConfigError(f"the key {key} is empty", _CREATE_KEY)
+    if begin == _PRIVATE and mode & 0o077:
+        raise ConfigError(
+            f"others may read the key {key} (mode {mode:04o}), so ssh-keygen refuses it",
+            f"chmod 600 {quote(str(key))}",
+        )
 
 
 def write_evidence(content: Mapping[str, Any], target: Path, key: Path | None) -> Path | None:
@@ -343,7 +373,7 @@ def write_evidence(content: Mapping[str, Any], target: Path, key: Path | None) -
         StorageError: a file cannot be written.
     """
     text = f"{json_text(content, indent=2, only_ascii=True)}\n".encode()
-    signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
+    signature_file = signature_of(target)
     signed = None if key is None else _signed(text, expanded(key))
     try:
         signature_file.unlink(missing_ok=True)  # a signature never stands next to another record

@@ -7,14 +7,14 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import BinaryIO
 
-from aiflux.core.runs.directory import checked_output, named_output
+from aiflux.core.runs.directory import checked_output, named_output, refuse_precious
 from aiflux.core.runs.input_copy import keep_input
 from aiflux.errors import InputError, StorageError, UsageError
 from aiflux.util.compression import plain_stream
@@ -73,7 +73,7 @@ def refuse_both(output: str, *, as_json: bool) -> None:
 
 
 @contextmanager
-def destination(name: str, *, force: bool) -> Iterator[Path]:
+def destination(name: str, *, force: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield the file to write; output for stdout is copied there when it is complete.
 
     A reader of the pipe sees all of it, or nothing.
@@ -81,7 +81,7 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputExistsError: the file exists and ``force`` is not given.
         StorageError: stdout or the temporary directory is full.
-        UsageError: it is not a file.
+        UsageError: it is not a file, or one of ``inputs`` or of a run (``refuse_precious``).
     """
     if name == STDOUT:
         with temporary_folder() as folder:
@@ -101,6 +101,7 @@ def destination(name: str, *, force: bool) -> Iterator[Path]:
             f"the output directory {str(path.parent)!r} does not exist",
             f"mkdir -p {quote(str(path.parent))}",
         )
+    refuse_precious(path, *inputs)
     if not force:
         refuse_existing(path)
     yield path

@@ -95,7 +95,7 @@ def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
             index=shard.index,
             state=state,
             host=details.host,
-            job=details.slurm.job or None,
+            job=details.slurm.task or None,
             total=shard.requests,
             completed=counts.completed,
             failed=counts.failed,

@@ -220,6 +220,13 @@ class Job:
         if not self.shards:
             raise ValueError("a job works on at least one shard")
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The job as users see it: ``101``, or ``101_3`` for each task of an array."""
+        if self.array is None:
+            return (self.job_id,)
+        return tuple(f"{self.job_id}_{shard - self.first}" for shard in self.shards)
+
 
 @dataclass(frozen=True)
 class Submission:

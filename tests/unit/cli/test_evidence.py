@@ -27,6 +27,7 @@ from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
 from tests.unit.helpers import write_input
+from tests.unit.made_models import put_model
 from tests.unit.made_runs import MadeRun
 from tests.unit.working import Working
 
@@ -341,7 +342,7 @@ def test_the_image_has_its_hash_and_its_signature(finished: Path, apptainer: Fak
     content = evidence()["image"]
     assert content["path"] == str(image)
     assert content["sha256"] == digest(image)
-    assert content["same_as_run"] is True
+    assert content["same_id"] is True
     assert content["signature"] == "verified"
     assert content["signature_text"] == "verified: signed by Ann (AB12)"
     assert content["content"]["engine"] == "ollama"
@@ -354,7 +355,7 @@ def test_another_image_than_that_of_the_run_is_recognized(
     with_image(finished, id_)
     apptainer.say("apptainer", '{"Signatures": 0}', "signature not found for object group 1", 255)
     content = evidence()["image"]
-    assert (content["same_as_run"], content["signature"]) == (same, "unsigned")
+    assert (content["same_id"], content["signature"]) == (same, "unsigned")
 
 
 def test_a_signature_that_cannot_be_checked_is_not_guessed(
@@ -368,9 +369,10 @@ def test_a_signature_that_cannot_be_checked_is_not_guessed(
     assert content["sha256"] == digest(image)
     image.unlink()
     content = evidence()["image"]
-    assert (content["signature"], content["sha256"], content["same_as_run"]) == (
+    assert (content["signature"], content["sha256"], content["same_id"]) == (
         "not checked", None, None,
     )  # fmt: skip
+    assert content["signature_text"] == "not checked: the image no longer exists"
 
 
 # --- the signature ---------------------------------------------------------------------------
@@ -428,6 +430,99 @@ def test_a_record_needs_a_key_or_the_option_to_do_without(
     assert "--unsigned needs --evidence" in capsys.readouterr().err
 
 
+RUN = "out.json.aiflux"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("out.json", "in.jsonl", "key", "key.pub", "foreign.txt", "out.jsonl", "link"),
+        *(f"{RUN}/plan.json", f"{RUN}/journal/shard-0000.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--evidence", "--output"])
+def test_no_file_that_is_needed_is_overwritten(
+    finished: Path, key: Path, capsys: pytest.CaptureFixture[str], file: str, option: str
+) -> None:
+    Path("foreign.txt").write_text("mine")
+    Path("link").symlink_to("in.jsonl")
+    path = key.parent / file if file.startswith("key") else Path(file)
+    before = path.read_bytes()
+    more = ["--key", str(key)] if option == "--evidence" else []
+    assert main(["report", "out.json", option, str(path), *more]) == 2
+    assert "choose another file" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("more", ["--unsigned", "--key"])
+def test_a_file_with_the_name_of_the_signature_is_kept(
+    finished: Path, key: Path, capsys: pytest.CaptureFixture[str], more: str
+) -> None:
+    signature = Path("evidence.json.sig")
+    signature.write_text("mine")
+    assert main([*EVIDENCE, more, *([str(key)] if more == "--key" else [])]) == 2
+    assert "evidence.json.sig already exists" in capsys.readouterr().err
+    assert (signature.read_text(), Path("evidence.json").exists()) == ("mine", False)
+
+
+def test_an_earlier_report_and_an_empty_file_are_replaced(finished: Path) -> None:
+    Path("page.html").touch()
+    for words in (["-o", "page.html"], ["-o", "page.json", "--json"], ["-o", f"{RUN}/report.html"]):
+        for _ in range(2):
+            assert main(["report", "out.json", *words]) == 0
+
+
+def test_tables_and_settings_never_replace_the_input_or_a_run(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("in.jsonl", "out.jsonl", f"{RUN}/plan.json"):
+        before = Path(name).read_bytes()
+        assert main(["results", "to-csv", "out.json", "-o", name, "--force"]) == 2
+        prompts = ["--engine-url", "http://127.0.0.1:9", "--input", "in.jsonl"]
+        assert main(["benchmark", *prompts, "--write-config", name, "--force"]) == 2
+        assert "choose another file" in capsys.readouterr().err
+        assert Path(name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["models", "export", "--models-dir", "models", "m:1"],
+        ["bundle", "create", "--image", "i.sif", "-o"],
+        ["config", "init", "--output"],
+        ["convert", "csv", "-i", "in.csv", "--template", "{text}", "--output"],
+    ],
+)
+@pytest.mark.parametrize("name", ["out.json", f"{RUN}/plan.json"])
+def test_no_other_command_replaces_a_file_of_a_run(
+    finished: Path, capsys: pytest.CaptureFixture[str], words: list[str], name: str
+) -> None:
+    make_sif(Path("i.sif"), version="1")
+    Path("in.csv").write_text("text\nhello\n")
+    put_model(Path("models").absolute(), "m:1", b"weights")
+    before = Path(name).read_bytes()
+    assert main([*words, name, "--force"]) == 2
+    assert "choose another file" in capsys.readouterr().err
+    assert Path(name).read_bytes() == before
+
+
+def test_evidence_does_not_go_to_stdout(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "out.json", "--evidence", "-", "--unsigned"]) == 2
+    assert "the evidence cannot go to stdout" in capsys.readouterr().err
+    assert not Path("-").exists()
+
+
+def test_an_empty_or_public_key_file_has_a_clear_error(
+    finished: Path, key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key.chmod(0o644)
+    assert "others may read the key" in refused(capsys, "--key", str(key))
+    assert main([*EVIDENCE, "--key", str(key)]) == 2
+    assert "(mode 0644)" in capsys.readouterr().err
+    key.write_text("")
+    assert f"the key {key} is empty" in refused(capsys, "--key", str(key))
+
+
 def test_a_missing_ssh_keygen_is_reported(
     finished: Path, key: Path, apptainer: FakeCommands, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -443,6 +538,38 @@ def test_an_unfinished_run_has_no_evidence(
     made.status(state="cancelled", completed=3)
     assert main(["report", str(made.output), "--evidence", "e.json", "--unsigned"]) == 2
     assert "is not finished, so there is no evidence of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["report", "verify-run"])
+def test_a_missing_output_is_named(
+    finished: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    finished.unlink()
+    more = ["--evidence", "evidence.json", "--unsigned"] if command == "report" else []
+    assert main([command, "out.json.aiflux", *more]) == 2
+    assert "is finished, but its output is missing" in capsys.readouterr().err
+
+
+def test_the_run_is_not_finished_before_its_last_result(finished: Path) -> None:
+    last = max(each["metadata"]["timestamp"] for each in json.loads(finished.read_text()))
+    assert evidence()["run"]["finished"] >= last
+
+
+def test_tasks_of_an_array_have_the_ids_that_users_see(finished: Path) -> None:
+    with_image(finished)
+    run = RunDirectory.of_output(finished)
+    jobs = [
+        {"job_id": "751", "array": "0-1", "first": 0, "shards": [0, 1]},
+        {"job_id": "760", "array": None, "first": 0, "shards": [0]},
+    ]
+    submission = {"submitted": "x", "cluster": None, "jobs": jobs, "log": str(run.logs)}
+    content = json.loads(run.submissions.read_text())
+    run.submissions.write_text(json.dumps({**content, "submissions": [submission]}))
+    names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    change_status(finished, slurm=dict(zip(names, ("752", "751", "0"), strict=True)))
+    found = evidence()
+    assert found["run"]["jobs"] == ["751_0", "751_1", "760"]
+    assert [each["job"] for each in found["seal"]["checks"]] == ["751_0"]
 
 
 @pytest.mark.parametrize(

@@ -675,6 +675,13 @@ def test_a_run_of_failures_has_a_plot_but_no_latency(tmp_path: Path) -> None:
     assert "timed out repeatedly" in page.text
 
 
+def test_the_page_says_why_two_rates_differ(tmp_path: Path) -> None:
+    made = a_run(tmp_path)
+    assert main(["report", str(made.output)]) == 0
+    text = Page(made.run.report.read_text()).text
+    assert "averages over the whole time of the jobs, in which the model is loaded, too" in text
+
+
 def test_tables_have_captions_and_headings(tmp_path: Path) -> None:
     made = a_run(tmp_path)
     assert main(["report", str(made.output)]) == 0

@@ -27,6 +27,7 @@ from aiflux.cli.start import refuse_local_at_url, show_unused_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
+from aiflux.core.runs.directory import refuse_precious
 from aiflux.errors import (
     AifluxError,
     ConfigError,
@@ -98,7 +99,7 @@ def benchmark(output: str | None, write_config: str | None, **more: Any) -> int:
     Runs prompts with several numbers of requests in flight, and several --engine KIND[=MODEL].
     """
     sweep = _sweep(output, more)
-    target = None if write_config is None else _target(write_config, force=more["force"])
+    target = None if write_config is None else _target(write_config, sweep, force=more["force"])
     first = Config(arguments=sweep.engines[0])
     refuse_local_at_url(first, local=sweep.local)
     show_unused_settings(first, sweep.engines[0])
@@ -157,7 +158,7 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(parse_setting(setting, each, place) for each in text.split(",")))
 
 
-def _target(name: str, *, force: bool) -> Path:
+def _target(name: str, sweep: Sweep, *, force: bool) -> Path:
     """Return the file of the recommended settings.
 
     Raises:
@@ -169,6 +170,7 @@ def _target(name: str, *, force: bool) -> Path:
         raise UsageError(
             f"the directory of {target} does not exist", "create it, or choose another"
         )
+    refuse_precious(target, *([sweep.prompts] if isinstance(sweep.prompts, Path) else []))
     if not force:
         refuse_existing(target)
     folder = Path(os.path.realpath(target)).parent

@@ -47,6 +47,7 @@ from aiflux.cli.parser import (
 )
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
+from aiflux.core.runs.directory import refuse_precious
 from aiflux.engines.base import PackedModel
 from aiflux.engines.kinds import kind_named, storing_kind
 from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
@@ -218,6 +219,7 @@ def _check_output(output: Path, force: bool) -> None:
         raise BundleError(f"no such directory: {output.parent}", "create it")
     if output.is_dir():
         raise BundleError(f"{output} is a directory", "name a file: -o FILE")
+    refuse_precious(output)
     if output.exists() and not force:
         raise OutputExistsError(f"{output} already exists", "use --force to overwrite it")
 

@@ -17,6 +17,7 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import Setting
 from aiflux.core.config.settings import SECTIONS, SETTINGS, RunOptions, SlurmConfig
 from aiflux.core.config.sources import project_file, user_file
+from aiflux.core.runs.directory import refuse_precious
 from aiflux.errors import ImageError, OutputExistsError, UsageError
 from aiflux.image.container import find_image
 from aiflux.util.files import absolute
@@ -195,6 +196,7 @@ def _refuse(target: Path, *, force: bool) -> None:
         )
     if target.is_dir():
         raise UsageError(f"{target} is a directory", "name a file: --output FILE")
+    refuse_precious(target)
     if target.exists() and not force:
         raise OutputExistsError(
             f"{target} already exists",

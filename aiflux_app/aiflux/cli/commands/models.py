@@ -40,6 +40,7 @@ from aiflux.cli.run_argument import make_console
 from aiflux.cli.start import create_in_container, pull_in_container, show_local_choices
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
+from aiflux.core.runs.directory import refuse_precious
 from aiflux.engines.base import ModelStore
 from aiflux.engines.kinds import kind_named, storing_kind
 from aiflux.engines.ollama.staging import (
@@ -353,6 +354,7 @@ def _refuse_target(path: Path, *, force: bool) -> None:
             "target and renamed",
             "name a file",
         )
+    refuse_precious(path)
     if path.exists() and not force:
         raise UsageError(f"{path} already exists", "use --force to overwrite it")
 

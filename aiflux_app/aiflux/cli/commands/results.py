@@ -48,6 +48,7 @@ from aiflux.core.batch.results_file import (
 )
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, TABLE_RESULTS, RunDirectory, user_output
 from aiflux.core.runs.plan import read_plan
+from aiflux.errors import AifluxError
 from aiflux.slurm.commands import located
 from aiflux.util.files import absolute
 from aiflux.util.streams import STDOUT
@@ -232,7 +233,7 @@ def _write(
     refuse_unfit(source)
     name = output or str(user_output(source).with_suffix(suffix))
     refuse_both(name, as_json=as_json)
-    with destination(name, force=force) as target:
+    with destination(name, force=force, inputs=_inputs(source)) as target:
         summary = make(source, target, BackOptions(json_fields=_fields(json_fields), **options))
         if as_json:
             print_json({**asdict(summary), "output": name})
@@ -241,6 +242,15 @@ def _write(
         for line in summary_lines(summary, name):
             print(line, file=stream)
     return 0
+
+
+def _inputs(output: Path) -> tuple[Path, ...]:
+    """Return the input of the run that wrote an output; none if its plan cannot be read."""
+    try:
+        given = read_plan(RunDirectory.of_output(output)).input
+    except AifluxError:  # only the output is needed
+        return ()
+    return given.path, given.named
 
 
 def _fields(given: str | None) -> tuple[str, ...] | None:

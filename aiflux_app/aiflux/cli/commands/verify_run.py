@@ -16,7 +16,13 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.settings import CHUNK, SEND, RunOptions, given_settings
 from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
-from aiflux.core.runs.status_file import Counts, StatusDetails, finished_counts, read_status
+from aiflux.core.runs.status_file import (
+    Counts,
+    StatusDetails,
+    finished_counts,
+    read_status,
+    refuse_lost_output,
+)
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ExitCode, ModelError, UsageError
 from aiflux.estimates.estimate import SLURM
@@ -159,6 +165,7 @@ def _finished(plan: Plan, run: RunDirectory) -> Counts:
     """
     counts = finished_counts(plan, run)
     if counts is None:
+        refuse_lost_output(plan, run)
         name = typed(short(user_output(plan.output)))
         raise UsageError(
             f"the run {user_output(plan.output)} is not finished, so it cannot be verified",

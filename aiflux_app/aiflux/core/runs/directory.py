@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from aiflux.core.batch.results_file import output_paths
-from aiflux.errors import ConfigError, RunConflictError
+from aiflux.errors import ConfigError, RunConflictError, UsageError
 from aiflux.util.compression import plain_name
 from aiflux.util.files import (
     absolute,
@@ -243,6 +243,30 @@ def own_command(output: Path) -> str:
     if output.parent.name == CHAIN_STEPS and output.parent.parent.suffix == _SUFFIX:
         return "aiflux chain"
     return "aiflux run" if user_output(output) == output else "aiflux ask"
+
+
+def refuse_precious(target: Path, *inputs: Path) -> None:
+    """Refuse to write over a file of a run, its output or an input, also if that is forced.
+
+    A run's report may be replaced.
+
+    Args:
+        inputs: files that are read, or that the user needs in another way.
+
+    Raises:
+        UsageError: ``target`` is such a file.
+    """
+    real = Path(os.path.realpath(target))
+    for folder in real.parents:
+        if folder.suffix == _SUFFIX and real != RunDirectory(folder).report:
+            raise UsageError(f"{target} is in the run directory {folder}", "choose another file")
+    errors = ".errors.jsonl"
+    output = real.with_name(f"{real.name.removesuffix(errors)}.jsonl")
+    for each in (real, output) if real.name.endswith(errors) else (real,):
+        if os.path.isdir(RunDirectory.of_output(each).path):
+            raise UsageError(f"{target} is the output of a run", "choose another file")
+    if str(real) in map(os.path.realpath, inputs):
+        raise UsageError(f"{target} is a file that is needed", "choose another file")
 
 
 def default_output(input_path: Path, directory: Path) -> Path:

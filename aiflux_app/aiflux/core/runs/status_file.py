@@ -6,6 +6,7 @@ that OpenAI's object does not have are under ``aiflux``. A status is replaced at
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import Any
 from aiflux.core.batch.results_file import errors_path, output_paths
 from aiflux.core.runs.directory import RunDirectory, own_command, user_output
 from aiflux.core.runs.plan import Plan
-from aiflux.errors import OutputExistsError, TooManyFailuresError
+from aiflux.errors import OutputExistsError, TooManyFailuresError, UsageError
 from aiflux.util.files import checksum, is_there, write_json
 from aiflux.util.records import KEY, OMITTED, from_json, read_record, to_json
 from aiflux.util.text import whole
@@ -73,6 +74,11 @@ class SlurmJob:
     def of(cls, environ: Mapping[str, str]) -> SlurmJob:
         """Return the job of an environment."""
         return from_json(cls, environ)
+
+    @property
+    def task(self) -> str:
+        """The job as users see it: ``101``, or ``101_3`` for a task of an array."""
+        return f"{self.array_job}_{self.array_task}" if self.array_job else self.job
 
 
 @dataclass
@@ -404,7 +410,9 @@ class Status:
         """Change the state and write it."""
         self.state = state
         if state in _MOMENTS:
-            self._moments[_MOMENTS[state]] = int(time.time())
+            # The form has whole seconds; a run does not end before its last result.
+            rounded = math.ceil if state == "completed" else math.floor
+            self._moments[_MOMENTS[state]] = rounded(time.time())
         self.write(force=True)
 
     def write(self, force: bool = False) -> None:
@@ -564,6 +572,20 @@ def finished_counts(plan: Plan, run: RunDirectory, *, changed_ok: bool = False) 
     if not changed_ok:
         refuse_changed_output(plan.output, status)
     return status.counts if output_there(plan.output, status) else None
+
+
+def refuse_lost_output(plan: Plan, run: RunDirectory) -> None:
+    """Refuse a finished run whose output was removed since.
+
+    Raises:
+        UsageError: it is one.
+    """
+    status = read_run_status(run, plan)
+    if status is not None and status.completed and not output_there(plan.output, status):
+        raise UsageError(
+            f"the run {user_output(plan.output)} is finished, but its output is missing",
+            f"write it again from the journal: aiflux merge {quote(str(plan.output))}",
+        )
 
 
 def requests_left(plan: Plan, run: RunDirectory, shards: Iterable[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -248,11 +249,18 @@ def earlier_settings(plan: Plan) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
             **to_json(each),
-            "identity": without_secrets(each.identity),
+            "identity": _identity(each.identity),
             "engine_url": None if each.engine_url is None else public_url(each.engine_url),
         }
         for each in plan.earlier
     )
+
+
+def _identity(identity: Mapping[str, Any]) -> Any:
+    """Return what answers depend on, without secrets: options of a command, too."""
+    command = identity.get("command")
+    words = {} if command is None else {"command": shlex.join(command)}
+    return without_secrets({**identity, **words})
 
 
 def _kind(engine: EngineFacts, title: str) -> str:

@@ -443,7 +443,7 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         now: Unix time.
         slurm: why Slurm could not be asked, if that was necessary.
     """
-    shards = tuple(_shard(each, tasks) for each in facts.shards)
+    shards = tuple(_shard(each, tasks, facts.plan.left_out) for each in facts.shards)
     state = _state(facts, shards, now)
     completed, failed = _counts(facts, shards)
     return RunView(
@@ -480,13 +480,19 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
     )
 
 
-def _shard(facts: ShardFacts, tasks: Tasks | None) -> ShardView:
+def _shard(facts: ShardFacts, tasks: Tasks | None, left_out: int) -> ShardView:
+    """Return the view of a shard.
+
+    Args:
+        left_out: results of the run that no start made (``Plan.left_out``).
+    """
     task = _task(facts, tasks)
     verdict = judge(facts, task, tasks is not None)
     running = verdict.state in (ShardState.RUNNING, ShardState.STOPPING)
     details, total = facts.details, facts.shard.requests
     counts = Counts(total, 0, 0) if facts.status is None else facts.status.counts
-    progress, totals, seal = details.progress, details.totals, seal_of(details)
+    progress, totals = details.progress, details.totals
+    seal = seal_of(details, counts.completed + counts.failed - left_out)
     rate = progress.requests_per_second if running else 0.0
     left = total - counts.completed - counts.failed
     return ShardView(

@@ -513,8 +513,11 @@ def test_a_line_says_all(made: MadeRun) -> None:
     ("first", "second", "expected"),
     [
         ({}, {}, None),
-        ({"sealed": True, "totals": {"starts": 2, "sealed_starts": 2}}, {},
+        ({"sealed": True, "totals": {"starts": 2, "sealed_starts": 2, "results": 1}}, {},
          "sealed: no network access"),
+        ({"sealed": True, "totals": {"starts": 1, "sealed_starts": 1, "results": 0}}, {},
+         "unknown whether it was always sealed: some results are from starts without a recorded "
+         "check of the seal"),
         ({"sealed": True, "totals": {"starts": 2, "sealed_starts": 1, "unsealed_starts": 1,
                                      "unsealed": "--no-seal"}}, {},
          "not sealed in 1 of 2 shards: 1 of 2 starts had a network (--no-seal)"),

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +24,10 @@ from hypothesis import strategies as some
 from aiflux.cli.main import main
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.journal import JournalWriter, NewResult
-from aiflux.core.runs.plan import write_plan
+from aiflux.core.runs.plan import EarlierPlan, write_plan
 from aiflux.core.runs.status_file import GpuUse, read_status
 from aiflux.estimates.estimate import Estimate, Range
+from aiflux.report.build import earlier_settings
 from aiflux.report.journal_summary import Histogram, Tally, Timeline, tally, throughput
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_text
@@ -437,6 +439,16 @@ def test_a_run_with_an_unsealed_start_is_not_called_sealed(
     data = report(made, capsys)
     assert data["what"]["sealed"] is None
     assert "without network access" not in data["methods"]
+
+
+def test_settings_of_earlier_starts_have_no_secrets(tmp_path: Path) -> None:
+    plan = MadeRun(tmp_path).plan
+    identity = {"models": ["m"], "command": ["serve", "--api-key", "s3cret"],
+                "engine_env": {"HF_TOKEN": "s3cret"}}  # fmt: skip
+    earlier = EarlierPlan("a", "b", identity, {}, "http://ann:s3cret@host:1/v1")
+    (found,) = earlier_settings(replace(plan, earlier=(earlier,)))
+    assert "s3cret" not in json.dumps(found)
+    assert found["identity"]["command"].startswith("serve --api-key (not")
 
 
 @pytest.mark.parametrize(

@@ -291,8 +291,15 @@ class Seal:
     why: str = ""
 
 
-def seal_of(details: StatusDetails) -> Seal:
-    """Return whether all starts of a shard were sealed."""
+UNRECORDED = "some results are from starts without a recorded check of the seal"
+
+
+def seal_of(details: StatusDetails, done: int = 0) -> Seal:
+    """Return whether all starts of a shard were sealed.
+
+    Args:
+        done: requests with a result; more than the starts had if others are from an earlier plan.
+    """
     totals = details.totals
     if details.sealed is None:
         return Seal(None)
@@ -302,11 +309,8 @@ def seal_of(details: StatusDetails) -> Seal:
         some = f"{totals.unsealed_starts} of {totals.starts} starts had a network"
         return Seal(False, f"{some} ({totals.unsealed or 'reason unknown'})")
     if totals.sealed_starts >= totals.starts > 0:
-        return Seal(True)
+        return Seal(None, UNRECORDED) if done > totals.results else Seal(True)
     return Seal(None, f"the seal of {totals.sealed_starts} of {totals.starts} starts was recorded")
-
-
-UNRECORDED = "some results are from starts without a recorded check of the seal"
 
 
 def whole_seal(details: Iterable[StatusDetails], results: int) -> Seal:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from inspect import signature
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aiflux import converters
@@ -37,7 +38,7 @@ from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import read_plan
 from aiflux.errors import ConfigError, EngineError, InputError, StoppedError, UsageError
 from aiflux.slurm.monitor import gather, is_active
-from aiflux.slurm.run_view import RunState, RunView
+from aiflux.slurm.run_view import RunState, RunView, ended_early
 from aiflux.slurm.runner import SlurmRunner
 from aiflux.util.extras import need
 from aiflux.util.files import absolute, expanded
@@ -244,10 +245,10 @@ def _finished(view: RunView, table: AnswerTable) -> RunView:
         merge(read_plan(table.run), table.run, lambda _: None)
         return gather(table.run)
     if not view.finished:
+        name = quote(str(table.path))
         raise StoppedError(
-            f"the run has ended before it was finished: it is {view.state.value}, with "
-            f"{view.done} of {view.total} requests done",
-            f"{view.remedy or 'see aiflux status'}; call aiflux.ask again to resume it",
+            ended_early(view, f"the run of {name}"),
+            f"{view.remedy or f'see aiflux status {name}'}; call aiflux.ask again to resume it",
         )
     return view
 

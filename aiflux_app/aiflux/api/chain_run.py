@@ -14,7 +14,7 @@ from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import refuse_failures
 from aiflux.errors import StoppedError
 from aiflux.slurm.monitor import gather
-from aiflux.slurm.run_view import RunState, RunView
+from aiflux.slurm.run_view import RunState, RunView, ended_early
 from aiflux.slurm.runner import SlurmRunner
 from aiflux.util.files import absolute, expanded
 
@@ -94,8 +94,7 @@ def _refuse_unfinished(step: str, view: RunView, started: Run) -> None:
         view = gather(started.directory)
     if not view.finished:
         raise StoppedError(
-            f"step {step} has ended before it was finished: it is {view.state.value}, with "
-            f"{view.done} of {view.total} requests done",
+            ended_early(view, f"step {step}"),
             f"{view.remedy or 'see aiflux status'}; call aiflux.chain again to resume it",
         )
     refuse_failures(plan, view.failed)

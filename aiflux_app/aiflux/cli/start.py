@@ -279,6 +279,7 @@ def _run(script: str) -> int:
         with temporary_folder() as folder:
             file = folder / "run.sh"
             file.write_bytes(script.encode("utf-8", "surrogateescape"))
+            sys.stdout.flush()
             process = subprocess.Popen(["bash", str(file)], start_new_session=True)
             for number in early:
                 process.send_signal(number)

@@ -21,7 +21,7 @@ from aiflux.errors import InputError
 from aiflux.util.extras import need
 from aiflux.util.files import is_pattern
 from aiflux.util.process_limits import exhausted
-from aiflux.util.text import error_text
+from aiflux.util.text import counted, error_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,7 +134,8 @@ class ParquetTable:
     def notes(self) -> tuple[str, ...]:
         """What was read."""
         files = f"{len(self._files)} files" if len(self._files) > 1 else ""
-        rows = f"{self.size} rows in {self.groups} row groups" if self.groups else ""
+        groups = counted(self.groups, "row group")
+        rows = f"{counted(self.size, 'row')} in {groups}" if self.groups > 1 else ""
         return tuple(note for note in (files, rows) if note)
 
     def rows(

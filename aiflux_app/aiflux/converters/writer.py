@@ -325,7 +325,8 @@ class _Tally:
         if self._failing:
             bad = [item for item in self.skipped if item.bad]
             raise InputError(
-                f"{self.bad} of {self.rows} {plural(unit)} of {str(job.source)!r} are invalid"
+                f"{self.bad} of {self.rows} {plural(unit)} of {str(job.source)!r} "
+                f"{'is' if self.bad == 1 else 'are'} invalid"
                 f"{nothing}",
                 SKIP_REMEDY.format(units=plural(unit)),
                 listed(bad, self.bad),

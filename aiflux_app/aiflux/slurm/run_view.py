@@ -700,6 +700,18 @@ def speed_text(view: RunView) -> str:
     return ", ".join(parts)
 
 
+def ended_early(view: RunView, what: str) -> str:
+    """Return how a run ended before it was finished, and why.
+
+    Args:
+        what: names the run.
+    """
+    how = {RunState.FAILED: "failed", RunState.LOST: "was lost"}.get(view.state, "stopped")
+    reasons = dict.fromkeys(shard.reason for shard in view.shards if shard.reason)
+    done = f"{what} {how} with {view.done} of {view.total} requests done"
+    return ": ".join([done, *list(reasons)[:1]])
+
+
 def states_text(shards: Iterable[ShardView]) -> str:
     """Return how many shards have each state."""
     counts = Counter(shard.state for shard in shards)

@@ -12,7 +12,7 @@ import os
 import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from aiflux.errors import StorageError, UsageError
@@ -74,14 +74,21 @@ class Outlet(io.RawIOBase):
 class _TerminalStream:
     """A text stream that makes everything safe for a terminal.
 
+    Args:
+        after: a stream to flush first, so that both are in order in one file (``2>&1``).
+
     ``rich_proxied_file`` gives rich the underlying stream: ``TerminalConsole`` makes the text safe,
     and adds its own escape sequences.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, after: TextIO | None = None) -> None:
         self.rich_proxied_file = stream
+        self._after = after
 
     def write(self, text: str) -> int:
+        if self._after is not None:
+            with suppress(OSError, ValueError):  # reported when it is written or flushed itself
+                self._after.flush()
         self.rich_proxied_file.write(terminal_text(text))
         return len(text)
 
@@ -110,7 +117,8 @@ def open_streams() -> Iterator[Outlet]:
     out, err = Outlet(1, strict=True), Outlet(2, strict=False)
     out_text = _behind(sys.stdout, sys.__stdout__, out, line_buffering=out.isatty())
     err_text = _behind(sys.stderr, sys.__stderr__, err, line_buffering=True)
-    sys.stdout, sys.stderr = (cast(TextIO, _TerminalStream(each)) for each in (out_text, err_text))
+    sys.stdout = cast(TextIO, _TerminalStream(out_text))
+    sys.stderr = cast(TextIO, _TerminalStream(err_text, after=out_text))
     try:
         yield out
     finally:

@@ -147,6 +147,12 @@ def test_other_settings_are_refused_and_forced(engine: FaultyEngine) -> None:
     assert len(engine.bodies) == 2
 
 
+def test_a_run_that_ended_early_is_named_with_its_reason(engine: FaultyEngine) -> None:
+    engine.stop()
+    with pytest.raises(StoppedError, match=r"the run of .*answers\.csv failed with 0 of 1.*done: "):
+        ask(pa.table({"text": ["a"]}), engine, "answers.csv", engine_wait=0.1)
+
+
 def test_failed_rows_have_a_reason(engine: FaultyEngine) -> None:
     table = pa.table({"text": ["a", "400"]})
     answered = ask(table, engine, template="{text}")
@@ -164,7 +170,7 @@ def test_fields_of_a_schema(engine: FaultyEngine) -> None:
 def test_a_run_that_ends_early_is_resumed_by_the_same_call(engine: FaultyEngine) -> None:
     table = pa.table({"text": [f"t{at}" for at in range(6)]})
     engine.stop()
-    with pytest.raises(StoppedError, match="ended before it was finished"):
+    with pytest.raises(StoppedError, match="failed with 0 of 6"):
         ask(table, engine, engine_wait=0.1)
     engine.start()
     assert ask(table, engine, engine_wait=0.1).column("answer").to_pylist() == [

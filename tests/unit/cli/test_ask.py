@@ -336,6 +336,14 @@ def test_fields_of_a_schema_become_columns(place: Path, engine: FaultyEngine) ->
     assert ask(engine, "--schema", "s.json", source="in.parquet", output="out.parquet") == 2
 
 
+def test_both_streams_in_one_file_are_in_order(place: Path, engine: FaultyEngine) -> None:
+    write(place / "in.csv", "text\na\n")
+    line = [*AIFLUX, *words(engine)]
+    shown = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+    assert shown.stdout.startswith(b"1 request from in.csv\n")
+    assert shown.stdout.endswith(b"1 row -> out.csv: 1 answered, 0 failed\n")
+
+
 # --- what may change and what may not ---------------------------------------------------------
 
 

@@ -324,7 +324,8 @@ class _Ask:
             print(f"  {note}")
         if summary.skipped:
             unit = summary.unit if summary.skipped == 1 else plural(summary.unit)
-            print(f"  skipped {summary.skipped} {unit}, such as:")
+            some = ", such as" if summary.skipped > len(summary.examples[:3]) else ""
+            print(f"  skipped {summary.skipped} {unit}{some}:")
             for each in summary.examples[:3]:
                 print(f"    {each}")
         return summary
@@ -375,8 +376,8 @@ class _Ask:
             view = follow(self.table.run, console, live=live, below=self._answers.lines)
         except KeyboardInterrupt:
             print(
-                f"the run continues; wait again and write {self.name}: the same command; stop it: "
-                f"aiflux cancel {self.name}",
+                f"the run continues; to wait for it and write {self.name}, run the same command "
+                f"again; to stop it: aiflux cancel {self.name}",
                 file=sys.stderr,
             )
             return int(ExitCode.STOPPED)

@@ -296,7 +296,8 @@ class _ChainWork:
         for note in () if summary is None else summary.notes:
             print(f"  {note}")
         if summary is not None and summary.skipped:
-            print(f"  skipped {summary.skipped}, such as:")
+            some = ", such as" if summary.skipped > len(summary.examples[:_SHOWN]) else ""
+            print(f"  skipped {summary.skipped}{some}:")
             for each in summary.examples[:_SHOWN]:
                 print(f"    {each}")
 
@@ -319,7 +320,7 @@ class _ChainWork:
             view = follow(run, console, live=not self.given["as_json"])
         except KeyboardInterrupt:
             print(
-                f"the step continues; wait again: the same command; stop it: "
+                "the step continues; to wait for it, run the same command again; to stop it: "
                 f"aiflux cancel {self.name}",
                 file=sys.stderr,
             )

@@ -270,7 +270,7 @@ def summary_lines(summary: BackSummary, name: str) -> Iterator[str]:
             summary.repeated,
             "of the source with the custom_id of an earlier row: not asked",
         ),
-        (summary.unread, "of the source that cannot be read: left out"),
+        (summary.unread, "of the rows of the source left out: they cannot be read"),
         (summary.unused, "of the results without a row of the source: left out"),
         (
             summary.changed,

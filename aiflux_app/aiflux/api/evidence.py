@@ -156,7 +156,7 @@ def make_evidence(run: RunDirectory) -> dict[str, Any]:
         "run": {
             "plan": plan.id,
             "planned": plan.created,
-            "finished": None if whole.completed_at is None else utc_text(whole.completed_at),
+            "finished": None if whole.finished_at is None else utc_text(whole.finished_at),
             "requests": to_json(counts),
             "shards": len(plan.shards),
             "jobs": _jobs(run),

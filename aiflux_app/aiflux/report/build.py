@@ -502,7 +502,7 @@ def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
 
 def _times(sources: ReportSources, whole: Tally) -> Times:
     timeline, known = whole.timeline, [details.totals for details in all_details(sources)]
-    ended = sources.whole.completed_at if sources.whole is not None else None
+    ended = sources.whole.finished_at if sources.whole is not None else None
     some = bool(whole.results)
     return Times(
         planned=sources.plan.created,

@@ -6,7 +6,6 @@ that OpenAI's object does not have are under ``aiflux``. A status is replaced at
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter
@@ -364,6 +363,14 @@ class StatusFile:
         return self.state == "validating" and self.details.pid is None
 
     @property
+    def finished_at(self) -> float | None:
+        """When it was completed, in parts of a second (``completed_at`` is cut to whole ones)."""
+        cut, written = self.completed_at, self.details.updated
+        if cut is None or written is None or not cut <= written < cut + 2:
+            return cut
+        return written
+
+    @property
     def last_errors(self) -> tuple[FailedRequest, ...]:
         """The last requests that failed, oldest first."""
         return () if self.errors is None else self.errors.data
@@ -414,9 +421,7 @@ class Status:
         """Change the state and write it."""
         self.state = state
         if state in _MOMENTS:
-            # The form has whole seconds; a run does not end before its last result.
-            rounded = math.ceil if state == "completed" else math.floor
-            self._moments[_MOMENTS[state]] = rounded(time.time())
+            self._moments[_MOMENTS[state]] = int(time.time())
         self.write(force=True)
 
     def write(self, force: bool = False) -> None:

@@ -18,7 +18,13 @@ from aiflux.core.runs.directory import checked_output, named_output, refuse_prec
 from aiflux.core.runs.input_copy import keep_input
 from aiflux.errors import InputError, StorageError, UsageError
 from aiflux.util.compression import plain_stream
-from aiflux.util.files import absolute, refuse_existing, refuse_special, temporary_folder
+from aiflux.util.files import (
+    absolute,
+    may_write,
+    refuse_existing,
+    refuse_special,
+    temporary_folder,
+)
 from aiflux.util.streams import STDIN, STDOUT
 
 
@@ -73,10 +79,15 @@ def refuse_both(output: str, *, as_json: bool) -> None:
 
 
 @contextmanager
-def destination(name: str, *, force: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def destination(
+    name: str, *, force: bool, inputs: Iterable[Path] = (), of_run: bool = False
+) -> Iterator[Path]:
     """Yield the file to write; output for stdout is copied there when it is complete.
 
     A reader of the pipe sees all of it, or nothing.
+
+    Args:
+        of_run: a run writes one of its own files.
 
     Raises:
         OutputExistsError: the file exists and ``force`` is not given.
@@ -101,7 +112,13 @@ def destination(name: str, *, force: bool, inputs: Iterable[Path] = ()) -> Itera
             f"the output directory {str(path.parent)!r} does not exist",
             f"mkdir -p {quote(str(path.parent))}",
         )
-    refuse_precious(path, *inputs)
+    if not may_write(path.parent):
+        raise UsageError(
+            f"you cannot write in the output directory {str(path.parent)!r}",
+            "choose another directory",
+        )
+    if not of_run:
+        refuse_precious(path, *inputs)
     if not force:
         refuse_existing(path)
     yield path

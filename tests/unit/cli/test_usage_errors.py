@@ -159,8 +159,8 @@ def shell(script: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def finished(tmp_path: Path) -> str:
     made = MadeRun(tmp_path)
-    made.status(0, "completed", 100)
-    made.whole("completed", 100)
+    made.status(0, "completed")
+    made.whole("completed", 0)
     return str(made.output)
 
 

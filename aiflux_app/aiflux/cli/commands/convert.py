@@ -83,7 +83,8 @@ def _convert(make: Callable[..., Summary], target: _Target) -> int:
     if target.output is None:
         raise UsageError("no output was given", "--output prompts.jsonl, or - for stdout")
     refuse_both(target.output, as_json=target.as_json)
-    with destination(target.output, force=target.force) as path:
+    of_run = target.take is not None
+    with destination(target.output, force=target.force, of_run=of_run) as path:
         if target.output != STDOUT and not target.force:
             refuse_existing(skipped_path(path))
         with count_bar("converting") as progress:

@@ -408,7 +408,7 @@ def test_a_row_without_a_request_gets_no_answer_of_another(
         "c,c,three,three,",
     ]
     assert "1 of the source with the custom_id of an earlier row" in captured.err
-    assert "1 of the source that cannot be read" in captured.err
+    assert "1 of the rows of the source left out: they cannot be read" in captured.err
     assert "without a row" not in captured.err
 
 

@@ -29,7 +29,7 @@ from aiflux.core.batch.prompt_split import (
 from aiflux.models.tokenizer import ChatTemplate, ModelTokenizer, snapshot_tokenizer
 from tests.tools.make_tiny_snapshot import TEMPLATE, tokenizer
 from tests.unit.helpers import request_line
-from tests.unit.models.test_tokenizer import DOCS, LLAMA3, TEXTS, byte_level, sentence_pieces
+from tests.unit.models.test_tokenizer import LLAMA3, TEXTS, byte_level, sentence_pieces
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, RERANK, SCORE = (
     f"/v1/{name}"
@@ -105,11 +105,14 @@ def test_the_parts_make_the_text_and_each_fits(
         assert with_text(split.part(body, number), split.at, text) == body
 
 
+SENTENCE = "It is so. "
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parts_of_a_document_end_at_its_paragraphs(
     made: dict[str, ModelTokenizer], kind: str
 ) -> None:
-    text = DOCS[2].read_text(encoding="utf-8")
+    text = "\n\n".join(f"# Part {n}\n{SENTENCE * (3 + n % 7)}" for n in range(60))
     body = chat(text, "Summarise.")
     context = count_prompt(made[kind], CHAT, body) // 4
     split = split_prompt(CHAT, body, fit_of(made[kind], context, 50))
@@ -118,9 +121,6 @@ def test_the_parts_of_a_document_end_at_its_paragraphs(
     # They are of about one size: none is a short rest.
     assert 4 <= len(parts) <= 6
     assert min(split.tokens) > max(split.tokens) / 2
-
-
-SENTENCE = "It is so. "
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from aiflux.cli.chains import chain_named, chain_report
 from aiflux.cli.json_output import json_option
 from aiflux.cli.parser import FILE, command, option, settings_options
 from aiflux.cli.run_argument import run_argument
-from aiflux.core.batch.results_file import output_paths
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import RunDirectory, refuse_precious
@@ -38,7 +37,6 @@ from aiflux.util.files import (
     open_regular,
     read_error,
     refuse_special,
-    same_file,
     short,
     user_name,
 )
@@ -95,7 +93,6 @@ def report(
             _refuse_used(own, None, _REPORTS)
         return chain_report(chain, own, as_json=as_json)
     directory = located(run)
-    directory.refuse_foreign()
     place = output or (STDOUT if as_json else None)
     target = None if place == STDOUT else _target(output, directory)
     if target is not None and target != directory.report:
@@ -133,7 +130,6 @@ def _write_evidence(run: str, file: str, key: str | None, *, unsigned: bool) -> 
     if file == STDOUT:
         raise UsageError("the evidence cannot go to stdout", "name a file: --evidence FILE")
     directory = located(run)
-    directory.refuse_foreign()
     target = _target(file, directory, "--evidence")
     signed = signature_of(target)
     keys = [] if signer is None else [*key_files(signer)]
@@ -206,9 +202,4 @@ def _target(given: str | None, run: RunDirectory, option: str = "--output") -> P
             f"the directory of {option} {given!r} does not exist",
             f"mkdir -p {quote(str(target.parent))}",
         )
-    if run.plan.is_file():
-        plan = read_plan(run)
-        own = (plan.input_path, plan.input.named, *output_paths(plan.output))
-        if any(same_file(target, each) for each in own):
-            raise ConfigError(f"{option} {given!r} is a file of the run", "name another file")
     return target

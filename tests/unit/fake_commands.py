@@ -18,8 +18,8 @@ number=0
 until mkdir "$here/calls/$name-$number" 2>/dev/null; do number=$((number + 1)); done
 call=$here/calls/$name-$number
 printf '%s\\0' "$@" >"$call/argv"
-env -0 >"$call/env.part"
-mv -- "$call/env.part" "$call/env" # the call is recorded
+env -0 >"$call/env"
+: >"$call/whole"
 [[ ! -e $here/behaviour/$name ]] || . "$here/behaviour/$name"
 """
 
@@ -61,7 +61,7 @@ class FakeCommands:
     def calls(self, name: str) -> list[Call]:
         """Return the calls of an executable, in order."""
         calls = []
-        while ((call := self.folder / "calls" / f"{name}-{len(calls)}") / "env").exists():
+        while ((call := self.folder / "calls" / f"{name}-{len(calls)}") / "whole").exists():
             calls.append(Call(_split(call / "argv"), dict(_pairs(call / "env"))))
         return calls
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,35 @@ def stack() -> dict[str, str]:
         pytest.skip(missing)
     lines = (STACK_DIR / "env").read_text(encoding="utf-8").splitlines()
     return dict(line.split("=", 1) for line in lines)
+
+
+@contextmanager
+def second_stack(
+    folder: Path, script: str, environ: Mapping[str, str]
+) -> Iterator[Callable[..., str]]:
+    """Start a part of the stack in a directory of its own, and remove both at the end.
+
+    Yields:
+        a function that runs a command with its environment, and returns what it prints.
+    """
+    if os.geteuid() != 0:
+        pytest.fail("a second cluster needs root")
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            words, cwd=REPOSITORY, env={**os.environ, **environ, "AIFLUX_STACK_DIR": str(folder)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-20_000:]
+        return done.stdout
+
+    run("bash", "-c", "source tests/stack/lib.sh && make_stack_dirs")
+    try:
+        run(script, "up")
+        yield run
+    finally:
+        run(script, "down")
+        shutil.rmtree(folder)
 
 
 @dataclass

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import REPOSITORY, Cluster, User, answers
+from tests.integration.conftest import Cluster, User, answers, second_stack
 from tests.integration.test_command import command, questions
 
 __all__ = ["command"]  # the fixture
@@ -20,27 +17,11 @@ pytestmark = pytest.mark.slow  # it installs a database
 STACK = Path("/var/tmp/aiflux-accounting")  # noqa: S108 - users must be able to read it
 
 
-def stack(*words: str) -> None:
-    """Run a part of the stack in a directory of its own."""
-    environ = {**os.environ, "AIFLUX_STACK_DIR": str(STACK), "AIFLUX_STACK_ACCOUNTING": "1"}
-    done = subprocess.run(
-        words, cwd=REPOSITORY, env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def accounting(user: User) -> Iterator[User]:
     """The user on the other cluster."""
-    if os.geteuid() != 0:
-        pytest.fail("the cluster with accounting needs root")
-    stack("bash", "-c", "source tests/stack/lib.sh && make_stack_dirs")
-    try:
-        stack("tests/stack/slurm.sh", "up")
+    with second_stack(STACK, "tests/stack/slurm.sh", {"AIFLUX_STACK_ACCOUNTING": "1"}):
         yield dataclasses.replace(user, slurm_conf=str(STACK / "slurm" / "slurm.conf"))
-    finally:
-        stack("tests/stack/slurm.sh", "down")
-        shutil.rmtree(STACK)
 
 
 @pytest.mark.parametrize(

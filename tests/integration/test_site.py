@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def test_a_job_that_fits_has_no_findings(facts_env: dict[str, str]) -> None:
     assert findings(facts_env, partition="gpu,urgent", gres="gpu:1") == []
 
 
+def reasoned(cluster: Cluster, job: str) -> dict[str, str]:
+    """Return a job once its reason is known: Slurm 24.11 has none until it first tries a job."""
+    deadline = time.monotonic() + 30
+    while (fields := cluster.fields(job))["Reason"] == "None" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return fields
+
+
 @pytest.mark.parametrize(
     ("slurm", "options"),
     [
@@ -81,7 +90,7 @@ def test_slurm_confirms_the_findings(
     printed = user.run("sbatch", "--parsable", *options, "--wrap=true", code=None)
     job = printed.strip().splitlines()[-1]
     if job.isdigit():
-        fields = cluster.fields(job)
+        fields = reasoned(cluster, job)
         assert fields["JobState"] == "PENDING"
         assert fields["Reason"] not in ("None", "Resources", "Priority")
         user.run("scancel", job)

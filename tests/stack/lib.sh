@@ -6,7 +6,7 @@
 stack_dir=${AIFLUX_STACK_DIR:-/var/tmp/aiflux-stack}
 stack_user=aifluxtest
 # In the order of startup; <part>.sh accepts up, down or status.
-parts=(user apptainer slurm ssh registry modules ollama llamacpp vllm)
+read -r -a parts <<<"${AIFLUX_STACK_PARTS:-user apptainer slurm ssh registry modules ollama llamacpp vllm}"
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd -- "$here/../.." && pwd)
 run_dir=$stack_dir/run

@@ -96,7 +96,7 @@ def second_stack(
             words, cwd=REPOSITORY, env={**os.environ, **environ, "AIFLUX_STACK_DIR": str(folder)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, (done.stdout + done.stderr)[-20_000:]
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
         return done.stdout
 
     run("bash", "-c", "source tests/stack/lib.sh && make_stack_dirs")

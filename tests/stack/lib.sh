@@ -103,6 +103,7 @@ debian_source() {
         apt_get update
         found=$(archive_of "$codename")
     fi
+    [[ -n $found ]] || found=$(archive_of sid) # sid's os-release has the name of the next release
     [[ -n $found ]] || fail "no http source of Debian $codename (main) in this machine's apt sources"
     printf "%s\n" "$found"
 }

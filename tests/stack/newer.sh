@@ -24,7 +24,8 @@ make_root() {
     archive=$(debian_source)
     suite=${AIFLUX_STACK_NEWER:-$(suite_after "${archive#* }")}
     rm -rf --one-file-system "$new"
-    debootstrap --variant=minbase --include=ca-certificates "$suite" "$new" "${archive% *}" >&2
+    debootstrap --variant=minbase --include=ca-certificates "$suite" "$new" "${archive% *}" \
+        >"$log_dir/debootstrap.log" || fail "$(tail -n 5 "$log_dir/debootstrap.log")"
     cp "$certificates" "$new$certificates" # perhaps with some of this site
     apt-config dump Acquire | grep -v IndexTargets >"$new/etc/apt/apt.conf.d/machine"
     mkdir -p "$new$copy"

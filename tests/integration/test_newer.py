@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import second_stack
+from tests.integration.conftest import User, second_stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]  # it installs a Debian
 STACK = Path("/var/tmp/aiflux-newer")  # noqa: S108 - users must be able to read it
@@ -25,13 +24,12 @@ def inside() -> Iterator[Callable[..., str]]:
         yield lambda *words: run(SCRIPT, "run", *words)
 
 
-def test_slurm_and_python_are_newer(inside: Callable[..., str]) -> None:
+def test_slurm_and_python_are_newer(user: User, inside: Callable[..., str]) -> None:
     def version(printed: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", printed)]
 
     for asked in (["sinfo", "-V"], ["/usr/bin/python3", "--version"]):
-        here = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-        assert version(inside(*asked)) > version(here)
+        assert version(inside(*asked)) > version(user.run(*asked))
 
 
 def test_jobs_pass_there(inside: Callable[..., str]) -> None:

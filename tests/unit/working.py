@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +17,20 @@ from aiflux.core.runs.open import OpenedRun, draft_run
 from aiflux.core.runs.plan import read_plan
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import AifluxError, ExitCode
+from aiflux.models.tokenizer import ModelTokenizer, snapshot_tokenizer
 from aiflux.worker.shard import Context, work
 from aiflux.worker.stats import Stats
 from aiflux.worker.stop import Stopper
 from tests.tools.faulty_engine import FaultyEngine
+from tests.tools.make_tiny_snapshot import TEMPLATE, tokenizer
 from tests.unit.helpers import request_line
+
+
+def bytewise_tokenizer(folder: Path) -> ModelTokenizer:
+    """Return a tokenizer with one token for each byte, and a template, stored in a folder."""
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return snapshot_tokenizer(folder)
 
 
 class Quiet:
@@ -143,6 +153,21 @@ class Working:
         finally:
             over.set()
             thread.join()
+
+    def cut_copy(self, original: Path, size: int) -> None:
+        """Make a copy of a finished run an unfinished one, with the beginning of its journal.
+
+        Args:
+            original: the folder that this one was copied from.
+            size: bytes of the journal to keep.
+        """
+        self.journal.write_bytes(self.journal.read_bytes()[:size])
+        self.output.unlink()
+        run = RunDirectory.of_output(self.output)
+        shutil.rmtree(run.path / "status")
+        (run.path / "status").mkdir()
+        text = run.plan.read_text("utf-8")
+        run.plan.write_text(text.replace(str(original), str(self.output.parent)), "utf-8")
 
     def _journalled(self) -> int:
         return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0

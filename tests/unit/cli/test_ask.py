@@ -67,6 +67,17 @@ def ask(engine: FaultyEngine, *more: str, **names: Any) -> int:
     return main(words(engine, *more, **names))
 
 
+def stopped_code(engine: FaultyEngine) -> int:
+    """Stop the command after some answers of a slow engine; return its exit code."""
+    engine.delay = 0.1
+    line = [*AIFLUX, *words(engine, "--concurrency", "1", "--save-frequency", "1")]
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as stopped:
+        while engine.seen.total() < 3:
+            time.sleep(0.01)
+        stopped.send_signal(signal.SIGTERM)
+    return stopped.returncode
+
+
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -454,13 +465,7 @@ def test_an_unfinished_table_is_begun_again_with_other_settings(
     place: Path, engine: FaultyEngine
 ) -> None:
     write(place / "in.csv", "text\n" + "".join(f"t{at}\n" for at in range(20)))
-    engine.delay = 0.1
-    line = [*AIFLUX, *words(engine, "--concurrency", "1", "--save-frequency", "1")]
-    with subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as stopped:
-        while engine.seen.total() < 3:
-            time.sleep(0.01)
-        stopped.send_signal(signal.SIGTERM)
-    assert stopped.returncode == 5
+    assert stopped_code(engine) == 5
     engine.delay = 0
     before = engine.seen.total()
     other = ("--temperature", "1")
@@ -801,12 +806,7 @@ def test_a_stopped_table_names_what_goes_on_and_has_a_partial_table(
     place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(place / "in.csv", "id,text\n" + "".join(f"{at},t{at}\n" for at in range(20)))
-    engine.delay = 0.1
-    line = [*AIFLUX, *words(engine, "--concurrency", "1", "--save-frequency", "1")]
-    with subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as stopped:
-        while engine.seen.total() < 3:
-            time.sleep(0.01)
-        stopped.send_signal(signal.SIGTERM)
+    stopped_code(engine)
     assert main(["results", "show", "out.csv"]) == 2
     error = capsys.readouterr().err
     assert f"the run of {place}/out.csv is not finished" in error

@@ -27,12 +27,11 @@ from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.splits_file import read_splits, splits_digest
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ExitCode
-from aiflux.models.tokenizer import ModelTokenizer, snapshot_tokenizer
+from aiflux.models.tokenizer import ModelTokenizer
 from aiflux.report.journal_summary import tally
 from tests.tools.faulty_engine import FaultyEngine, Reply
-from tests.tools.make_tiny_snapshot import TEMPLATE, tokenizer
 from tests.unit.helpers import request_line
-from tests.unit.working import Working
+from tests.unit.working import Working, bytewise_tokenizer
 
 CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES = (
     f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "responses")
@@ -42,11 +41,7 @@ CONTEXT = 256
 
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
-    """A tokenizer with one token for each byte, and a template."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return snapshot_tokenizer(folder)
+    return bytewise_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 class Splitting(Working):
@@ -341,13 +336,8 @@ def test_a_journal_cut_anywhere_resumes_with_each_part_once(
     shutil.copytree(finished, place)
     working = Splitting(place, None)
     whole = sum(map(len, parts_of(working)))
-    content = working.journal.read_bytes()
-    working.journal.write_bytes(content[: data.draw(st.integers(0, len(content)), label="cut")])
-    (place / "out.json").unlink()
-    shutil.rmtree(place / "out.json.aiflux" / "status")
-    (place / "out.json.aiflux" / "status").mkdir()
-    plan = place / "out.json.aiflux" / "plan.json"
-    plan.write_text(plan.read_text("utf-8").replace(str(finished), str(place)), "utf-8")
+    size = working.journal.stat().st_size
+    working.cut_copy(finished, data.draw(st.integers(0, size), label="cut"))
     lines = [*journal_lines(working.journal)]
     done = {key for key, line in lines if not is_part(line)}
     keys = map(request_key, working.input.read_bytes().splitlines())

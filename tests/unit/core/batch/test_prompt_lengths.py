@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from aiflux.core.batch.prompt_lengths import (
     find_long_prompts,
 )
 from aiflux.errors import ConfigError, InputError, ModelError
-from aiflux.models.tokenizer import ModelTokenizer, snapshot_tokenizer
-from tests.tools.make_tiny_snapshot import TEMPLATE, tokenizer
+from aiflux.models.tokenizer import ModelTokenizer
 from tests.unit.helpers import request_line
+from tests.unit.working import bytewise_tokenizer
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, RERANK, SCORE = (
     f"/v1/{name}"
@@ -32,11 +31,7 @@ GENERATE = (CHAT, COMPLETIONS, RESPONSES)
 
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
-    """A tokenizer with one token for each byte, and a template."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return snapshot_tokenizer(folder)
+    return bytewise_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 def limit_of(tokenizer: ModelTokenizer, context: int, answer: int = 0) -> PromptLimit:

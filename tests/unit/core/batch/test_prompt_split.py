@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ from aiflux.core.batch.prompt_split import (
     text_at,
     with_text,
 )
-from aiflux.models.tokenizer import ChatTemplate, ModelTokenizer, snapshot_tokenizer
-from tests.tools.make_tiny_snapshot import TEMPLATE, tokenizer
+from aiflux.models.tokenizer import ChatTemplate, ModelTokenizer
+from tests.tools.make_tiny_snapshot import TEMPLATE
 from tests.unit.helpers import request_line
 from tests.unit.models.test_tokenizer import LLAMA3, TEXTS, byte_level, sentence_pieces
+from tests.unit.working import bytewise_tokenizer
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, RERANK, SCORE = (
     f"/v1/{name}"
@@ -41,12 +41,9 @@ KINDS = ["bytewise", "byte level", "sentence pieces"]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelTokenizer]:
     """A tokenizer with one token for each byte, and two that are trained, with a template."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     template = ChatTemplate(TEMPLATE, {})
     return {
-        "bytewise": snapshot_tokenizer(folder),
+        "bytewise": bytewise_tokenizer(tmp_path_factory.mktemp("model")),
         "byte level": ModelTokenizer(byte_level(LLAMA3), template, added=1, start="<s>"),
         "sentence pieces": ModelTokenizer(sentence_pieces(), template, added=1, start="<s>"),
     }
